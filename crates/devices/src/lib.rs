@@ -1,0 +1,11 @@
+//! Virtio back ends of a sandbox, and the process they run in.
+//!
+//! A back end ([`fs`], [`vsock`], [`entropy`], [`block`]) implements [`device::Device`] and knows no transport;
+//! [`transport`] drives it. [`device_process`] is the process that holds all back ends of one sandbox, jailed by
+//! its parent; [`control`] is how the sandbox talks to it.
+//!
+//! The process parses bytes that a guest wrote. It opens nothing but descriptors that were handed to it and
+//! what lies beneath them.
+
+pub mod device;
+pub mod vsock;
