@@ -1,0 +1,23 @@
+//! One pod: life cycle, state on disk, shares, streams, clean-up.
+//!
+//! Two sides live here. The *sandbox process*, one per container, owns the machine and everything that belongs to
+//! it, and outlives the command that started it. The *client* is how commands find and ask sandbox processes. They
+//! meet in [`wire`] and in the files of [`paths`].
+//!
+//! Called by `cli` (and later by the OCI command line and the containerd shim). This crate never touches guest
+//! memory and never parses what a guest wrote, but for the agent's bounded protobuf answers.
+
+pub mod client;
+pub mod error;
+pub mod log;
+pub mod names;
+pub mod paths;
+pub mod record;
+pub mod request;
+pub mod timings;
+pub mod wire;
+
+pub use error::{Failure, Result};
+pub use paths::{ContainerPaths, Paths};
+pub use record::{Exit, Record, State};
+pub use request::{RunRequest, Volume};

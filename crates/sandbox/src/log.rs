@@ -1,0 +1,255 @@
+//! The output of a container on disk: what `logs` shows.
+//!
+//! A log is a sequence of entries: nanoseconds since 1970 (u64), stream (u8: 1 output, 2 error output), length
+//! (u32), all big endian, then the bytes exactly as the container wrote them. When the file has reached half of
+//! its limit it becomes `log.1` and a new one begins, so at least half of the limit is always there.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const HEAD: usize = 13;
+
+/// Largest entry that a reader takes memory for. A writer never makes a larger one.
+pub const MAX_ENTRY: usize = 256 * 1024;
+
+/// Which stream an entry is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stream {
+    /// Standard output, or the terminal.
+    Output = 1,
+    /// Standard error.
+    Error = 2,
+}
+
+/// One piece of output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Nanoseconds since 1970.
+    pub time: u64,
+    /// Stream.
+    pub stream: Stream,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Appends to a log.
+#[derive(Debug)]
+pub struct Writer {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    limit: u64,
+}
+
+impl Writer {
+    /// Begins a log that keeps at most `limit` bytes on disk.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn create(path: &Path, limit: u64) -> io::Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            file: File::create(path)?,
+            size: 0,
+            limit,
+        })
+    }
+
+    /// Appends one piece of at most [`MAX_ENTRY`] bytes.
+    ///
+    /// # Errors
+    /// The disk is full; the entry is then lost, the log stays readable.
+    pub fn append(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
+        if self.size > self.limit / 2 {
+            fs::rename(&self.path, rotated(&self.path))?;
+            self.file = File::create(&self.path)?;
+            self.size = 0;
+        }
+        let time = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        let length = u32::try_from(bytes.len()).map_err(|_| ErrorKind::InvalidInput)?;
+        let mut entry = Vec::with_capacity(HEAD + bytes.len());
+        entry.extend_from_slice(&time.to_be_bytes());
+        entry.push(stream as u8);
+        entry.extend_from_slice(&length.to_be_bytes());
+        entry.extend_from_slice(bytes);
+        if let Err(error) = self.file.write_all(&entry) {
+            // No half entry may stay behind: what follows would be unreadable.
+            self.file.set_len(self.size)?;
+            io::Seek::seek(&mut self.file, io::SeekFrom::Start(self.size))?;
+            return Err(error);
+        }
+        self.size += entry.len() as u64;
+        Ok(())
+    }
+}
+
+/// The older part of a log.
+pub fn rotated(path: &Path) -> PathBuf {
+    path.with_extension("1")
+}
+
+/// Reads a log from its beginning; can be asked again when it has grown.
+#[derive(Debug)]
+pub struct Reader {
+    path: PathBuf,
+    parts: Vec<BufReader<File>>,
+}
+
+impl Reader {
+    /// Opens a log, with its older part.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let mut parts = vec![BufReader::new(File::open(path)?)];
+        if let Ok(old) = File::open(rotated(path)) {
+            parts.push(BufReader::new(old));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            parts,
+        })
+    }
+
+    /// The next entry; `None` when there is no whole one yet.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not a log.
+    pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
+        loop {
+            let Some(part) = self.parts.last_mut() else {
+                return Ok(None);
+            };
+            if let Some(entry) = read_entry(part)? {
+                return Ok(Some(entry));
+            }
+            if self.parts.len() > 1 {
+                self.parts.pop();
+                continue;
+            }
+            // At the end of the newest file this reader knows: has it been rotated away?
+            if !self.is_current()? {
+                // Whatever the writer added before it rotated is complete now.
+                if let Some(part) = self.parts.last_mut()
+                    && let Some(entry) = read_entry(part)?
+                {
+                    return Ok(Some(entry));
+                }
+                self.parts = vec![BufReader::new(File::open(&self.path)?)];
+                continue;
+            }
+            return Ok(None);
+        }
+    }
+
+    fn is_current(&self) -> io::Result<bool> {
+        use std::os::unix::fs::MetadataExt;
+        let Some(part) = self.parts.last() else {
+            return Ok(true);
+        };
+        match fs::metadata(&self.path) {
+            Ok(there) => Ok(there.ino() == part.get_ref().metadata()?.ino()),
+            // Between rename and create, or removed: nothing newer to read.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Reads one entry, or leaves the reader where it was when the entry is not complete.
+fn read_entry(reader: &mut BufReader<File>) -> io::Result<Option<Entry>> {
+    let mut head = [0; HEAD];
+    let got = read_up_to(reader, &mut head)?;
+    if got < HEAD {
+        reader.seek_relative(-(got as i64))?;
+        return Ok(None);
+    }
+    let (time, rest) = head.split_at(8);
+    let stream = match rest[0] {
+        1 => Stream::Output,
+        2 => Stream::Error,
+        _ => return Err(io::Error::new(ErrorKind::InvalidData, "the log is damaged")),
+    };
+    let length = u32::from_be_bytes([rest[1], rest[2], rest[3], rest[4]]) as usize;
+    if length > MAX_ENTRY {
+        return Err(io::Error::new(ErrorKind::InvalidData, "the log is damaged"));
+    }
+    let mut bytes = vec![0; length];
+    let got = read_up_to(reader, &mut bytes)?;
+    if got < length {
+        reader.seek_relative(-((HEAD + got) as i64))?;
+        return Ok(None);
+    }
+    let mut nanoseconds = [0; 8];
+    nanoseconds.copy_from_slice(time);
+    Ok(Some(Entry {
+        time: u64::from_be_bytes(nanoseconds),
+        stream,
+        bytes,
+    }))
+}
+
+fn read_up_to(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut got = 0;
+    while got < buffer.len() {
+        match reader.read(&mut buffer[got..]) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(got)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_back_in_order_with_its_stream() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut writer = Writer::create(&path, 1 << 20).unwrap();
+        writer.append(Stream::Output, b"one").unwrap();
+        let mut reader = Reader::open(&path).unwrap();
+        assert_eq!(reader.next_entry().unwrap().unwrap().bytes, b"one");
+        assert_eq!(reader.next_entry().unwrap(), None);
+        writer.append(Stream::Error, b"\xff\x00").unwrap();
+        let entry = reader.next_entry().unwrap().unwrap();
+        assert_eq!((entry.stream, &entry.bytes[..]), (Stream::Error, &b"\xff\x00"[..]));
+    }
+
+    #[test]
+    fn the_size_on_disk_is_bounded_and_a_follower_misses_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut writer = Writer::create(&path, 4096).unwrap();
+        let mut reader = Reader::open(&path).unwrap();
+        for i in 0..1000u32 {
+            writer.append(Stream::Output, &i.to_be_bytes()).unwrap();
+            let entry = reader.next_entry().unwrap().unwrap();
+            assert_eq!(entry.bytes, i.to_be_bytes());
+        }
+        let size = fs::metadata(&path).unwrap().len() + fs::metadata(rotated(&path)).unwrap().len();
+        assert!(size <= 4096 + 2 * 17, "{size}");
+    }
+
+    #[test]
+    fn half_an_entry_is_not_shown() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut writer = Writer::create(&path, 4096).unwrap();
+        writer.append(Stream::Output, b"whole").unwrap();
+        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(&[0; 10]).unwrap();
+        let mut reader = Reader::open(&path).unwrap();
+        assert!(reader.next_entry().unwrap().is_some());
+        assert_eq!(reader.next_entry().unwrap(), None);
+    }
+}

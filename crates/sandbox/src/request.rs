@@ -1,0 +1,64 @@
+//! What the sandbox process is asked to run. Written by the command that makes the container (`request.json`),
+//! read by the sandbox process; everything in it is already checked.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A container to be run, with the machine it is to be run in.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunRequest {
+    /// 64 hexadecimal digits: [`crate::names::new_id`].
+    pub id: String,
+    /// Name, already claimed.
+    pub name: String,
+    /// Reference as given.
+    pub image: String,
+    /// Digest of the image's configuration.
+    pub image_id: String,
+    /// Lower directories of the root file system, topmost first.
+    pub layers: Vec<PathBuf>,
+    /// OCI spec. `root.path` and the sources of [`Volume`] mounts are filled in by the sandbox process.
+    pub spec: oci_spec::runtime::Spec,
+    /// Host directories and files to share.
+    pub volumes: Vec<Volume>,
+    /// Machine kind, already chosen.
+    pub machine: hull_machine::Kind,
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initramfs file.
+    pub initramfs: PathBuf,
+    /// Memory of the guest, bytes.
+    pub memory: u64,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Remove the container when it ends.
+    pub auto_remove: bool,
+    /// Standard input is open until its first client goes.
+    pub stdin: bool,
+    /// Signal for `stop`, by name.
+    pub stop_signal: String,
+    /// `none` or `default`.
+    pub network: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Most bytes of output kept on disk.
+    pub log_size: u64,
+    /// Use um's seccomp mode, which its own documentation calls insecure.
+    #[serde(default)]
+    pub uml_insecure_seccomp: bool,
+    /// Monotonic clock of the host when the command began, nanoseconds: time zero of the timings.
+    pub began_ns: u64,
+}
+
+/// A host directory or file shared with the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Absolute path on the host; exists.
+    pub source: PathBuf,
+    /// Absolute path in the container.
+    pub target: PathBuf,
+    /// The host enforces it.
+    pub read_only: bool,
+}
