@@ -14,6 +14,7 @@ pub mod names;
 pub mod paths;
 pub mod record;
 pub mod request;
+pub mod spec;
 pub mod timings;
 pub mod wire;
 

@@ -21,6 +21,12 @@ pub struct RunRequest {
     pub layers: Vec<PathBuf>,
     /// OCI spec. `root.path` and the sources of [`Volume`] mounts are filled in by the sandbox process.
     pub spec: oci_spec::runtime::Spec,
+    /// Exact arguments of init, when the spec's are not: see [`crate::spec::Built`].
+    #[serde(default)]
+    pub raw_args: Vec<Vec<u8>>,
+    /// Exact environment of init, likewise.
+    #[serde(default)]
+    pub raw_env: Vec<Vec<u8>>,
     /// Host directories and files to share.
     pub volumes: Vec<Volume>,
     /// Machine kind, already chosen.

@@ -5,6 +5,8 @@
 //! the container: `process.user.username` carries `user[:group]` as given, and the numbers are then ignored.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use hull_image::ImageConfig;
@@ -18,11 +20,11 @@ use crate::request::Volume;
 #[derive(Debug, Clone, Default)]
 pub struct ContainerOptions {
     /// Arguments after the image; replaces the image's command.
-    pub command: Vec<String>,
+    pub command: Vec<OsString>,
     /// Replaces the image's entry point; empty string clears it.
-    pub entrypoint: Option<String>,
+    pub entrypoint: Option<OsString>,
     /// `NAME=VALUE`, in order; later wins over earlier and over the image.
-    pub environment: Vec<String>,
+    pub environment: Vec<OsString>,
     /// Working directory.
     pub directory: Option<String>,
     /// `user[:group]`, names or numbers.
@@ -147,18 +149,30 @@ const READ_ONLY_PATHS: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
+/// The spec of a container, and what of it JSON cannot say.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// The spec. Arguments and environment that are not UTF-8 are approximated in it.
+    pub spec: Spec,
+    /// The exact arguments, when the spec's are not.
+    pub raw_args: Vec<Vec<u8>>,
+    /// The exact environment, when the spec's is not.
+    pub raw_env: Vec<Vec<u8>>,
+}
+
 /// The arguments of init, from options and image, by Docker's rules: a new entry point forgets the image's command.
 ///
 /// # Errors
 /// Neither names a command.
-pub fn command(options: &ContainerOptions, image: &ImageConfig) -> Result<Vec<String>> {
+pub fn command(options: &ContainerOptions, image: &ImageConfig) -> Result<Vec<OsString>> {
+    let of_image = |list: &[String]| list.iter().map(OsString::from).collect::<Vec<_>>();
     let mut command = match &options.entrypoint {
         Some(text) if text.is_empty() => Vec::new(),
         Some(text) => vec![text.clone()],
-        None => image.entrypoint.clone(),
+        None => of_image(&image.entrypoint),
     };
     if options.command.is_empty() && options.entrypoint.is_none() {
-        command.extend(image.cmd.iter().cloned());
+        command.extend(of_image(&image.cmd));
     } else {
         command.extend(options.command.iter().cloned());
     }
@@ -170,25 +184,40 @@ pub fn command(options: &ContainerOptions, image: &ImageConfig) -> Result<Vec<St
 }
 
 /// The environment of init: image, then Docker's additions, then options; later values replace earlier ones.
-pub fn environment(options: &ContainerOptions, image: &ImageConfig) -> Vec<String> {
-    let mut merged: Vec<String> = Vec::new();
-    let mut set = |variable: &str| {
-        let name = variable.split('=').next().unwrap_or(variable);
-        let same = |old: &String| old.split('=').next() == Some(name);
-        match merged.iter().position(same) {
-            Some(index) => merged[index] = variable.to_owned(),
-            None => merged.push(variable.to_owned()),
-        }
-    };
-    set(DEFAULT_PATH);
-    set(&format!("HOSTNAME={}", options.hostname));
-    if options.terminal {
-        set("TERM=xterm");
+pub fn environment(options: &ContainerOptions, image: &ImageConfig) -> Vec<OsString> {
+    fn name(variable: &OsStr) -> &[u8] {
+        let bytes = variable.as_bytes();
+        bytes.split(|byte| *byte == b'=').next().unwrap_or(bytes)
     }
-    for variable in image.env.iter().chain(&options.environment) {
+    let mut merged: Vec<OsString> = Vec::new();
+    let mut set = |variable: &OsStr| match merged.iter().position(|old| name(old) == name(variable)) {
+        Some(index) => merged[index] = variable.to_owned(),
+        None => merged.push(variable.to_owned()),
+    };
+    set(OsStr::new(DEFAULT_PATH));
+    set(OsStr::new(&format!("HOSTNAME={}", options.hostname)));
+    if options.terminal {
+        set(OsStr::new("TERM=xterm"));
+    }
+    for variable in &image.env {
+        set(OsStr::new(variable));
+    }
+    for variable in &options.environment {
         set(variable);
     }
     merged
+}
+
+/// Texts for JSON, and the exact bytes when some of them are not UTF-8.
+fn for_json(list: Vec<OsString>) -> (Vec<String>, Vec<Vec<u8>>) {
+    let texts: Vec<String> = list.iter().map(|text| text.to_string_lossy().into_owned()).collect();
+    let exact = list.iter().all(|text| text.to_str().is_some());
+    let raw = if exact {
+        Vec::new()
+    } else {
+        list.into_iter().map(OsString::into_vec).collect()
+    };
+    (texts, raw)
 }
 
 /// The capabilities of init, with `CAP_`, by Docker's rules for `--cap-add` and `--cap-drop`.
@@ -230,11 +259,13 @@ pub fn capabilities(add: &[String], drop: &[String]) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// No command, or an option that names something that does not exist.
-pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Spec> {
+pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
     let mut command = command(options, image)?;
     if options.init {
-        command.splice(0..0, [INIT_PATH.to_owned(), "--".to_owned()]);
+        command.splice(0..0, [OsString::from(INIT_PATH), "--".into()]);
     }
+    let (command, raw_args) = for_json(command);
+    let (environment, raw_env) = for_json(environment(options, image));
     let user = options.user.clone().or_else(|| image.user.clone());
     let directory = options
         .directory
@@ -262,7 +293,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Spec> {
             "terminal": options.terminal,
             "user": user_object(user.as_deref()),
             "args": command,
-            "env": environment(options, image),
+            "env": environment,
             "cwd": directory,
             "capabilities": {
                 "bounding": capabilities,
@@ -283,7 +314,12 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Spec> {
             "readonlyPaths": READ_ONLY_PATHS,
         },
     });
-    serde_json::from_value(spec).context(|| "build the spec".into())
+    let spec = serde_json::from_value(spec).context(|| "build the spec".into())?;
+    Ok(Built {
+        spec,
+        raw_args,
+        raw_env,
+    })
 }
 
 /// The OCI user object. Names cannot be looked up here: see the head of this module.
@@ -382,8 +418,8 @@ mod tests {
         }
     }
 
-    fn words(list: &[&str]) -> Vec<String> {
-        list.iter().map(|word| (*word).to_owned()).collect()
+    fn words<T: for<'a> From<&'a str>>(list: &[&'static str]) -> Vec<T> {
+        list.iter().map(|word| T::from(word)).collect()
     }
 
     #[test]
@@ -432,6 +468,17 @@ mod tests {
     }
 
     #[test]
+    fn arguments_that_are_not_utf8_are_kept_exactly() {
+        let options = ContainerOptions {
+            command: vec![OsString::from_vec(vec![0xff, b'x'])],
+            ..Default::default()
+        };
+        let built = build(&options, &image()).unwrap();
+        assert_eq!(built.raw_args, [b"/entry".to_vec(), vec![0xff, b'x']]);
+        assert_eq!(built.raw_env, Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
     fn limits_reach_the_spec() {
         let options = ContainerOptions {
             memory: Some(64 << 20),
@@ -439,7 +486,7 @@ mod tests {
             pids_limit: Some(10),
             ..Default::default()
         };
-        let spec = serde_json::to_value(build(&options, &image()).unwrap()).unwrap();
+        let spec = serde_json::to_value(build(&options, &image()).unwrap().spec).unwrap();
         let resources = &spec["linux"]["resources"];
         assert_eq!(resources["memory"]["limit"], 64 << 20);
         assert_eq!(resources["cpu"]["quota"], 150_000);
