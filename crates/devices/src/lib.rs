@@ -7,5 +7,11 @@
 //! The process parses bytes that a guest wrote. It opens nothing but descriptors that were handed to it and
 //! what lies beneath them.
 
+pub mod block;
+mod buffers;
+pub mod control;
 pub mod device;
+pub mod entropy;
+pub mod fs;
+pub mod transport;
 pub mod vsock;

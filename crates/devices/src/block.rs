@@ -1,0 +1,238 @@
+//! virtio-blk over one file or block device of the host.
+//!
+//! Driven by a transport as every [`Device`]; the file comes as an open descriptor. Requests are served in order, each
+//! to its end. A malformed request gets an error status where it has a place for one, else the device stops.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::buffers::{Buffers, Span};
+use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+
+const SECTOR: u64 = 512;
+const QUEUE: usize = 0;
+/// Segments of one request; more than the driver's default of a queue's length makes no sense.
+const MAX_SEGMENTS: u32 = 254;
+const MAX_DISCARD_SEGMENTS: u32 = 64;
+const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+const HEADER: usize = 16;
+const ID_LENGTH: usize = 20;
+
+// Feature bits and numbers of the virtio specification, 5.2.
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// The device.
+pub struct Block {
+    file: File,
+    read_only: bool,
+    sectors: u64,
+    id: [u8; ID_LENGTH],
+}
+
+impl Block {
+    /// A disk of `file`'s size, rounded down to whole sectors. `id` is the serial number that the guest sees, cut to
+    /// 20 bytes.
+    pub fn new(mut file: File, read_only: bool, id: &str) -> io::Result<Self> {
+        let size = file.seek(SeekFrom::End(0))?;
+        let mut serial = [0; ID_LENGTH];
+        for (to, from) in serial.iter_mut().zip(id.bytes()) {
+            *to = from;
+        }
+        Ok(Self {
+            file,
+            read_only,
+            sectors: size / SECTOR,
+            id: serial,
+        })
+    }
+
+    /// The byte position of `sector`, if `length` bytes from there are on the disk.
+    fn position(&self, sector: u64, length: u64) -> Result<u64, Errno> {
+        let start = sector.checked_mul(SECTOR).ok_or(Errno::INVAL)?;
+        let end = start.checked_add(length).ok_or(Errno::INVAL)?;
+        if end > self.sectors * SECTOR || !length.is_multiple_of(SECTOR) {
+            return Err(Errno::INVAL);
+        }
+        Ok(start)
+    }
+
+    /// Serves one request; the answer is its status byte.
+    fn execute(&self, header: [u8; HEADER], input: &mut Span<'_>, output: &mut Span<'_>) -> u8 {
+        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let mut sector = [0; 8];
+        sector.copy_from_slice(&header[8..]);
+        let sector = u64::from_le_bytes(sector);
+        let result = match kind {
+            T_IN => self.read(sector, output),
+            T_OUT => self.write(sector, input),
+            T_FLUSH => rustix::fs::fdatasync(&self.file).map_err(io::Error::from),
+            T_GET_ID => {
+                output.copy_from(&self.id);
+                Ok(())
+            }
+            T_DISCARD | T_WRITE_ZEROES => self.clear(kind, input),
+            _ => return S_UNSUPP,
+        };
+        match result {
+            Ok(()) => S_OK,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => S_UNSUPP,
+            Err(error) => {
+                tracing::debug!(%error, kind, sector, "disk request failed");
+                S_IOERR
+            }
+        }
+    }
+
+    fn read(&self, sector: u64, output: &mut Span<'_>) -> io::Result<()> {
+        let length = output.remaining();
+        let position = self.position(sector, length as u64)?;
+        if output.read_from(self.file.as_fd(), length, position)? != length {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(())
+    }
+
+    fn write(&self, sector: u64, input: &mut Span<'_>) -> io::Result<()> {
+        if self.read_only {
+            return Err(Errno::ROFS.into());
+        }
+        let length = input.remaining();
+        let position = self.position(sector, length as u64)?;
+        if input.write_to(self.file.as_fd(), length, position)? != length {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        Ok(())
+    }
+
+    fn clear(&self, kind: u32, input: &mut Span<'_>) -> io::Result<()> {
+        if self.read_only {
+            return Err(Errno::ROFS.into());
+        }
+        for _ in 0..MAX_DISCARD_SEGMENTS {
+            let mut segment = [0; 16];
+            if input.take_exact(&mut segment).is_none() {
+                return Ok(());
+            }
+            let mut sector = [0; 8];
+            sector.copy_from_slice(&segment[..8]);
+            let count = u32::from_le_bytes([segment[8], segment[9], segment[10], segment[11]]);
+            let length = u64::from(count) * SECTOR;
+            let position = self.position(u64::from_le_bytes(sector), length)?;
+            if length == 0 {
+                continue;
+            }
+            let punch = || {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                rustix::fs::fallocate(&self.file, flags, position, length)
+            };
+            match (kind, punch()) {
+                (_, Ok(())) => {}
+                // Discarding is a hint only.
+                (T_DISCARD, Err(Errno::OPNOTSUPP)) => {}
+                (_, Err(error)) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Device for Block {
+    fn device_type(&self) -> u32 {
+        virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[256]
+    }
+
+    fn features(&self) -> u64 {
+        let features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH;
+        if self.read_only {
+            features | F_RO
+        } else {
+            features | F_DISCARD | F_WRITE_ZEROES
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; 60];
+        config[0..8].copy_from_slice(&self.sectors.to_le_bytes());
+        config[12..16].copy_from_slice(&MAX_SEGMENTS.to_le_bytes());
+        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+        config[34..36].copy_from_slice(&1u16.to_le_bytes());
+        config[36..40].copy_from_slice(&MAX_DISCARD_SECTORS.to_le_bytes());
+        config[40..44].copy_from_slice(&MAX_DISCARD_SEGMENTS.to_le_bytes());
+        config[44..48].copy_from_slice(&8u32.to_le_bytes());
+        config[48..52].copy_from_slice(&MAX_DISCARD_SECTORS.to_le_bytes());
+        config[52..56].copy_from_slice(&MAX_DISCARD_SEGMENTS.to_le_bytes());
+        config[56] = 1;
+        config
+    }
+
+    fn register(&mut self, _events: EventRegistry) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn queue_event(&mut self, _queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        loop {
+            let Some(chain) = queues.pop(QUEUE)? else {
+                if queues.rearm(QUEUE)? {
+                    continue;
+                }
+                return Ok(());
+            };
+            let malformed = |reason: String| DeviceError::Request {
+                queue: QUEUE,
+                reason,
+            };
+            let head = chain.head_index();
+            let memory = queues.memory().clone();
+            let Buffers {
+                mut readable,
+                mut writable,
+            } = Buffers::new(&memory, chain).map_err(|error| malformed(error.to_string()))?;
+            let Some(room) = writable.remaining().checked_sub(1) else {
+                return Err(malformed("no room for the status".into()));
+            };
+            let mut status = writable.split_off(room);
+            let mut header = [0; HEADER];
+            let answer = match readable.take_exact(&mut header) {
+                Some(()) => self.execute(header, &mut readable, &mut writable),
+                None => S_IOERR,
+            };
+            status.copy_from(&[answer]);
+            let written = writable.consumed() + 1;
+            queues.add_used(QUEUE, head, u32::try_from(written).unwrap_or(u32::MAX))?;
+            queues.notify(QUEUE)?;
+        }
+    }
+
+    fn host_event(
+        &mut self,
+        _token: u64,
+        _ready: EventFlags,
+        _queues: &mut Queues<'_>,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}

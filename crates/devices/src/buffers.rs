@@ -1,0 +1,271 @@
+//! A request's guest buffers: resolved, checked and bounded, with a cursor over each direction.
+//!
+//! [`Buffers::new`] turns a [`Chain`] into slices of guest memory, once: what the guest changes in its
+//! descriptors afterwards has no effect. Devices copy small parts out and in, and let the host kernel move bulk
+//! data between files and guest memory directly ([`Span::read_from`], [`Span::write_to`]).
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::{GuestMemory, VolatileSlice};
+
+use crate::device::{Chain, Memory};
+
+/// More descriptors than any honest request has: 1 MiB in single pages, and headers.
+const MAX_SLICES: usize = 1024;
+/// The most `iovec`s that one system call takes (`UIO_MAXIOV`).
+const MAX_IOVECS: usize = 1024;
+
+/// Why a chain has no usable buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadChain {
+    /// An address or length that is not guest memory.
+    #[error("buffer is outside guest memory")]
+    OutOfRange,
+    /// More parts than [`MAX_SLICES`].
+    #[error("too many buffers")]
+    TooMany,
+    /// A buffer to read from behind one to write to.
+    #[error("readable buffer behind a writable one")]
+    Order,
+}
+
+/// Both directions of one request.
+pub struct Buffers<'m> {
+    /// What the driver wrote for the device.
+    pub readable: Span<'m>,
+    /// Where the device writes its answer.
+    pub writable: Span<'m>,
+}
+
+impl<'m> Buffers<'m> {
+    /// Resolves `chain` in `memory`.
+    pub fn new(memory: &'m Memory, chain: Chain) -> Result<Self, BadChain> {
+        let mut readable = Vec::with_capacity(4);
+        let mut writable = Vec::with_capacity(4);
+        for descriptor in chain {
+            let slices = if descriptor.is_write_only() {
+                &mut writable
+            } else if writable.is_empty() {
+                &mut readable
+            } else {
+                return Err(BadChain::Order);
+            };
+            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                let slice = slice.map_err(|_| BadChain::OutOfRange)?;
+                if slices.len() == MAX_SLICES {
+                    return Err(BadChain::TooMany);
+                }
+                slices.push(slice);
+            }
+        }
+        Ok(Self {
+            readable: Span::new(readable),
+            writable: Span::new(writable),
+        })
+    }
+}
+
+/// Guest memory in one direction, consumed from the front.
+pub struct Span<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+    /// The slice that the cursor is in, and how far.
+    slice: usize,
+    offset: usize,
+    remaining: usize,
+    consumed: usize,
+}
+
+impl<'m> Span<'m> {
+    fn new(slices: Vec<VolatileSlice<'m>>) -> Self {
+        // Cannot overflow: the chain ends where its descriptors' sum would exceed 32 bits.
+        let remaining = slices.iter().map(VolatileSlice::len).sum();
+        Self {
+            slices,
+            slice: 0,
+            offset: 0,
+            remaining,
+            consumed: 0,
+        }
+    }
+
+    /// Bytes from the cursor to the end.
+    pub fn remaining(&self) -> usize {
+        self.remaining
+    }
+
+    /// Bytes before the cursor.
+    pub fn consumed(&self) -> usize {
+        self.consumed
+    }
+
+    /// Cuts the span: what lies more than `length` bytes behind the cursor is gone from it, and returned.
+    pub fn split_off(&mut self, length: usize) -> Span<'m> {
+        let mut tail = Span {
+            slices: self.slices.clone(),
+            slice: self.slice,
+            offset: self.offset,
+            remaining: self.remaining,
+            consumed: 0,
+        };
+        tail.advance(length);
+        tail.consumed = 0;
+        self.remaining = self.remaining.min(length);
+        tail
+    }
+
+    /// Moves the cursor, at most to the end.
+    pub fn advance(&mut self, count: usize) {
+        let mut left = count.min(self.remaining);
+        self.remaining -= left;
+        self.consumed += left;
+        while left > 0 {
+            let Some(slice) = self.slices.get(self.slice) else {
+                return;
+            };
+            let here = slice.len() - self.offset;
+            if left < here {
+                self.offset += left;
+                return;
+            }
+            left -= here;
+            self.slice += 1;
+            self.offset = 0;
+        }
+    }
+
+    /// The slices from the cursor on, at most `limit` bytes.
+    fn pieces(&self, limit: usize) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
+        let mut left = limit.min(self.remaining);
+        let mut offset = self.offset;
+        self.slices[self.slice.min(self.slices.len())..]
+            .iter()
+            .map_while(move |slice| {
+                if left == 0 {
+                    return None;
+                }
+                let count = left.min(slice.len() - offset);
+                // In range by the line above.
+                let piece = slice.subslice(offset, count).ok()?;
+                offset = 0;
+                left -= count;
+                Some(piece)
+            })
+    }
+
+    /// Copies from the cursor into `bytes` and moves on; the number of bytes copied is less than asked for only at
+    /// the end.
+    pub fn copy_to(&mut self, bytes: &mut [u8]) -> usize {
+        let mut copied = 0;
+        for piece in self.pieces(bytes.len()) {
+            copied += piece.copy_to(&mut bytes[copied..]);
+        }
+        self.advance(copied);
+        copied
+    }
+
+    /// Fills `bytes` from the cursor; `None` (and nothing consumed) when less is left.
+    pub fn take_exact(&mut self, bytes: &mut [u8]) -> Option<()> {
+        if self.remaining < bytes.len() {
+            return None;
+        }
+        self.copy_to(bytes);
+        Some(())
+    }
+
+    /// Copies `bytes` to the cursor and moves on; as much as fits.
+    pub fn copy_from(&mut self, bytes: &[u8]) -> usize {
+        let mut copied = 0;
+        for piece in self.pieces(bytes.len()) {
+            let count = piece.len();
+            piece.copy_from(&bytes[copied..copied + count]);
+            copied += count;
+        }
+        self.advance(copied);
+        copied
+    }
+
+    /// Reads up to `count` bytes of `file` at `position` into the span; less only at the end of the file or span.
+    pub fn read_from(
+        &mut self,
+        file: BorrowedFd<'_>,
+        count: usize,
+        position: u64,
+    ) -> io::Result<usize> {
+        self.transfer(count, position, |iovecs, position| {
+            // SAFETY: the iovecs describe guest memory that outlives the call; the guest may change it meanwhile,
+            // which is no matter to the kernel, and nothing here keeps references into it.
+            unsafe {
+                libc::preadv64(
+                    file.as_raw_fd(),
+                    iovecs.as_ptr(),
+                    // At most MAX_IOVECS.
+                    iovecs.len() as libc::c_int,
+                    position,
+                )
+            }
+        })
+    }
+
+    /// Writes up to `count` bytes of the span to `file` at `position`; less only at the span's end, or when the host
+    /// takes no more (`RLIMIT_FSIZE`, no space).
+    pub fn write_to(
+        &mut self,
+        file: BorrowedFd<'_>,
+        count: usize,
+        position: u64,
+    ) -> io::Result<usize> {
+        self.transfer(count, position, |iovecs, position| {
+            // SAFETY: as in `read_from`.
+            unsafe {
+                libc::pwritev64(
+                    file.as_raw_fd(),
+                    iovecs.as_ptr(),
+                    iovecs.len() as libc::c_int,
+                    position,
+                )
+            }
+        })
+    }
+
+    fn transfer(
+        &mut self,
+        count: usize,
+        position: u64,
+        call: impl Fn(&[libc::iovec], i64) -> isize,
+    ) -> io::Result<usize> {
+        let total = count.min(self.remaining);
+        let mut done = 0;
+        while done < total {
+            let at = position
+                .checked_add(done as u64)
+                .and_then(|at| i64::try_from(at).ok())
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            let iovecs: Vec<libc::iovec> = self
+                .pieces(total - done)
+                .take(MAX_IOVECS)
+                .map(|piece| libc::iovec {
+                    iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: piece.len(),
+                })
+                .collect();
+            let Ok(moved) = usize::try_from(call(&iovecs, at)) else {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                if done > 0 {
+                    break;
+                }
+                return Err(error);
+            };
+            if moved == 0 {
+                break;
+            }
+            self.advance(moved);
+            done += moved;
+        }
+        Ok(done)
+    }
+}

@@ -1,0 +1,3 @@
+//! What drives a [`Device`](crate::device::Device): one module per way of reaching a guest's queues.
+
+pub mod vhost_user;
