@@ -499,12 +499,12 @@ impl<S: HostStream> Connection<S> {
                 self.forwarded(data.len());
                 return Verdict::Keep;
             }
-            ToHost::Flushing | ToHost::Ended if data.len() == 0 => return Verdict::Keep,
+            ToHost::Flushing | ToHost::Ended if data.is_empty() => return Verdict::Keep,
             ToHost::Flushing | ToHost::Ended => {
                 return Verdict::Reset("the guest sent data after it had shut down");
             }
         }
-        if self.backlog.is_empty() && data.len() > 0 {
+        if self.backlog.is_empty() && !data.is_empty() {
             let sent = match self.stream.as_mut() {
                 Some(stream) => stream.send(data.pieces()),
                 None => Ok(data.len()),

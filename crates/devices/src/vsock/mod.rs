@@ -2,7 +2,7 @@
 //!
 //! The host's end of every stream is one end of a `SOCK_STREAM` unix socketpair. Streams come about in two ways:
 //! the host asks for one ([`Handle::connect`]), giving the socket; or the guest connects to a port that the host
-//! listens on ([`Handle::listen`]), and a fresh socket is handed out as [`Event::Incoming`]. Any other port is
+//! listens on ([`Handle::listen`]), and a fresh socket is handed out as [`Incoming`]. Any other port is
 //! refused.
 //!
 //! # Protocol
@@ -19,8 +19,8 @@
 //! # Who calls
 //!
 //! A transport drives [`Vsock`] through [`Device`] in one thread, which owns all state. The control thread holds a
-//! [`Handle`], whose wishes go through a bounded channel, and learns results from the `events` callback it gave to
-//! [`Vsock::new`]. Wishes from before the driver is up are kept and carried out then.
+//! [`Handle`], whose wishes go through a bounded channel, and learns results through callbacks. Wishes from before
+//! the driver is up are kept and carried out then.
 //!
 //! What the guest does wrong costs it the packet or the connection, at worst its device, and shows up in the log at
 //! debug level only: it could fill any other.
@@ -63,91 +63,74 @@ const BUDGET: usize = 512;
 const WAKE: u64 = u32::MAX as u64;
 const TIMER: u64 = u32::MAX as u64 - 1;
 
-/// What the device tells the control thread.
+/// The guest has connected to a port that is listened on.
 #[derive(Debug)]
-pub enum Event {
-    /// The answer to the wish that was made with this `id`.
-    Reply {
-        /// As given to [`Handle::connect`] or [`Handle::listen`].
-        id: u64,
-        /// Whether it was granted.
-        result: Result<(), ConnectError>,
-    },
-    /// The guest has connected to a port that is listened on.
-    Incoming {
-        /// Port of the host.
-        port: u32,
-        /// Port of the guest.
-        guest_port: u32,
-        /// The host's end.
-        stream: OwnedFd,
-    },
+pub struct Incoming {
+    /// Port of the host.
+    pub port: u32,
+    /// Port of the guest.
+    pub guest_port: u32,
+    /// The host's end.
+    pub stream: OwnedFd,
 }
 
-/// Takes events, on the device's thread: must not block. False means that it could not be taken; a guest's
-/// connection is refused then.
-pub type EventSink = Box<dyn FnMut(Event) -> bool + Send>;
+/// Takes new connections, on the device's thread: while it blocks, so does the device.
+pub type IncomingSink = Box<dyn FnMut(Incoming) + Send>;
 
-/// Why a wish cannot be passed to the device.
-#[derive(Debug, thiserror::Error)]
-pub enum HandleError {
-    /// It has not taken the earlier ones yet.
-    #[error("the vsock device is busy: {MAX_COMMANDS} commands are waiting")]
-    Busy,
-    /// It no longer runs.
-    #[error("the vsock device has stopped")]
-    Stopped,
-}
+/// Takes the answer to [`Handle::connect`], on the device's thread or the caller's own. Called exactly once, unless
+/// the device ends before.
+pub type Connected = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
 
-#[derive(Debug)]
+/// Takes the news that [`Handle::listen`] is in force, on the device's thread.
+pub type Listening = Box<dyn FnOnce() + Send>;
+
 enum Command {
     Connect {
-        id: u64,
         ports: Ports,
         stream: OwnedFd,
+        done: Connected,
     },
     Listen {
-        id: u64,
         port: u32,
+        done: Listening,
     },
 }
 
+/// The device takes no commands: it has not taken [`MAX_COMMANDS`] earlier ones yet, or has stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("the vsock device does not take commands")]
+pub struct Busy;
+
 /// The control thread's side of the device.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Handle {
     commands: SyncSender<Command>,
     wake: Arc<OwnedFd>,
 }
 
 impl Handle {
-    /// Connects `stream`, one end of a stream socket, to `guest_port` of the guest, with `host_port` as source. The
-    /// answer is an [`Event::Reply`] with `id`, within a minute at most.
-    pub fn connect(
-        &self,
-        id: u64,
-        guest_port: u32,
-        host_port: u32,
-        stream: OwnedFd,
-    ) -> Result<(), HandleError> {
+    /// Connects `stream`, one end of a stream socket, to `guest_port` of the guest, with `host_port` as source.
+    /// `done` is told how that went, within a minute at most.
+    pub fn connect(&self, guest_port: u32, host_port: u32, stream: OwnedFd, done: Connected) {
         let ports = Ports {
             host: host_port,
             guest: guest_port,
         };
-        self.command(Command::Connect { id, ports, stream })
+        if let Err(Command::Connect { done, .. }) = self.command(Command::Connect { ports, stream, done }) {
+            done(Err(ConnectError::Busy { guest_port }));
+        }
     }
 
-    /// Lets the guest connect to `port` of the host. The answer is an [`Event::Reply`] with `id`.
-    pub fn listen(&self, id: u64, port: u32) -> Result<(), HandleError> {
-        self.command(Command::Listen { id, port })
+    /// Lets the guest connect to `port` of the host, from the moment that `done` is called on.
+    pub fn listen(&self, port: u32, done: Listening) -> Result<(), Busy> {
+        self.command(Command::Listen { port, done }).map_err(|_| Busy)
     }
 
-    fn command(&self, command: Command) -> Result<(), HandleError> {
-        self.commands
-            .try_send(command)
-            .map_err(|error| match error {
-                TrySendError::Full(_) => HandleError::Busy,
-                TrySendError::Disconnected(_) => HandleError::Stopped,
-            })?;
+    /// Passes a command on, or gives it back.
+    fn command(&self, command: Command) -> Result<(), Command> {
+        self.commands.try_send(command).map_err(|error| match error {
+            TrySendError::Full(command) | TrySendError::Disconnected(command) => command,
+        })?;
         signal(&self.wake);
         Ok(())
     }
@@ -162,31 +145,27 @@ fn signal(wake: &OwnedFd) {
 
 /// What the connections see of the rest of the process.
 struct ControlSide {
-    events: EventSink,
+    incoming: IncomingSink,
 }
 
 impl Host for ControlSide {
     type Stream = Socket;
+    type Request = Connected;
 
-    fn connected(&mut self, request: u64, result: Result<(), ConnectError>) {
-        let id = request;
-        if !(self.events)(Event::Reply { id, result }) {
-            tracing::warn!(id, "the answer to a vsock command could not be delivered");
-        }
+    fn connected(&mut self, done: Connected, result: Result<(), ConnectError>) {
+        done(result);
     }
 
     fn incoming(&mut self, port: u32, guest_port: u32) -> Option<Socket> {
         let (ours, stream) = Socket::pair()
-            .inspect_err(
-                |error| tracing::warn!(%error, "cannot make a socket for a vsock connection"),
-            )
+            .inspect_err(|error| tracing::warn!(%error, "cannot make a socket for a vsock connection"))
             .ok()?;
-        let event = Event::Incoming {
+        (self.incoming)(Incoming {
             port,
             guest_port,
             stream,
-        };
-        (self.events)(event).then_some(ours)
+        });
+        Some(ours)
     }
 }
 
@@ -203,13 +182,13 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device, and the handle to make wishes with. `events` is called on the thread that runs the device.
-    pub fn new(events: EventSink) -> io::Result<(Self, Handle)> {
+    /// A device, and the handle to make wishes with. `incoming` is called on the thread that runs the device.
+    pub fn new(incoming: IncomingSink) -> io::Result<(Self, Handle)> {
         let (sender, commands) = sync_channel(MAX_COMMANDS);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let device = Self {
-            muxer: Muxer::new(ControlSide { events }),
+            muxer: Muxer::new(ControlSide { incoming }),
             commands,
             wake: wake.clone(),
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
@@ -228,12 +207,10 @@ impl Vsock {
     fn take_commands(&mut self, now: Instant) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Connect { id, ports, stream } => {
-                    self.muxer.connect(id, ports, Socket::new(stream), now)
-                }
-                Command::Listen { id, port } => {
+                Command::Connect { ports, stream, done } => self.muxer.connect(done, ports, Socket::new(stream), now),
+                Command::Listen { port, done } => {
                     self.muxer.listen(port);
-                    self.muxer.host().connected(id, Ok(()));
+                    done();
                 }
             }
         }

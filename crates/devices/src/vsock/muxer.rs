@@ -36,6 +36,12 @@ const LARGE_GRANTED: u64 = 32 << 20;
 /// Why a connection that the host asked for did not come about.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
+    /// The device has not taken earlier wishes yet, or has stopped.
+    #[error("cannot connect to vsock port {guest_port}: the device does not take commands")]
+    Busy {
+        /// Port of the guest.
+        guest_port: u32,
+    },
     /// See [`MAX_CONNECTIONS`].
     #[error(
         "cannot connect to vsock port {guest_port}: the device has {MAX_CONNECTIONS} connections already"
@@ -69,8 +75,11 @@ pub trait Host {
     /// The host's end of a connection.
     type Stream: HostStream;
 
+    /// Names a call of [`Muxer::connect`].
+    type Request;
+
     /// Answers [`Muxer::connect`], exactly once per request.
-    fn connected(&mut self, request: u64, result: Result<(), ConnectError>);
+    fn connected(&mut self, request: Self::Request, result: Result<(), ConnectError>);
 
     /// The guest connects to a port that is listened on: makes a stream and hands its other end on. `None` when that
     /// is not possible; the guest is refused then.
@@ -102,10 +111,10 @@ pub enum Change {
     Remove,
 }
 
-struct Entry<S> {
-    connection: Connection<S>,
+struct Entry<H: Host> {
+    connection: Connection<H::Stream>,
     /// Who asked for it, until that is answered.
-    request: Option<u64>,
+    request: Option<H::Request>,
     generation: u32,
     /// Whether `by_ports` leads here.
     named: bool,
@@ -117,7 +126,7 @@ struct Entry<S> {
 /// See the module's documentation.
 pub struct Muxer<H: Host> {
     host: H,
-    entries: Vec<Option<Entry<H::Stream>>>,
+    entries: Vec<Option<Entry<H>>>,
     free: Vec<u32>,
     generation: u32,
     by_ports: HashMap<Ports, u32>,
@@ -153,18 +162,19 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// The surroundings it was made with.
-    pub fn host(&mut self) -> &mut H {
-        &mut self.host
-    }
-
     /// Lets the guest connect to `port` of the host.
     pub fn listen(&mut self, port: u32) {
         self.listening.insert(port);
     }
 
     /// Connects `stream` to `ports.guest` of the guest; [`Host::connected`] tells how it went.
-    pub fn connect(&mut self, request: u64, ports: Ports, mut stream: H::Stream, now: Instant) {
+    pub fn connect(
+        &mut self,
+        request: H::Request,
+        ports: Ports,
+        mut stream: H::Stream,
+        now: Instant,
+    ) {
         let refusal = if self.by_ports.contains_key(&ports) {
             ConnectError::InUse {
                 guest_port: ports.guest,
@@ -277,8 +287,7 @@ impl<H: Host> Muxer<H> {
     pub fn guest_gone(&mut self) {
         self.resets.clear();
         for slot in 0..self.entries.len() as u32 {
-            let was_known =
-                |entry: &mut Entry<H::Stream>| entry.named && !entry.connection.is_unsent();
+            let was_known = |entry: &mut Entry<H>| entry.named && !entry.connection.is_unsent();
             if self.entry(slot).is_some_and(was_known) {
                 self.finish(slot, "the guest went away");
             }
@@ -338,7 +347,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    fn entry(&mut self, slot: u32) -> Option<&mut Entry<H::Stream>> {
+    fn entry(&mut self, slot: u32) -> Option<&mut Entry<H>> {
         self.entries.get_mut(slot as usize)?.as_mut()
     }
 
@@ -365,7 +374,7 @@ impl<H: Host> Muxer<H> {
         self.insert(connection, None);
     }
 
-    fn insert(&mut self, connection: Connection<H::Stream>, request: Option<u64>) {
+    fn insert(&mut self, connection: Connection<H::Stream>, request: Option<H::Request>) {
         self.generation = self.generation.wrapping_add(1);
         self.granted += u64::from(connection.buffer_size());
         let ports = connection.ports();

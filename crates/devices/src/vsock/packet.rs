@@ -152,6 +152,11 @@ impl<'a> Slices<'a> {
         self.len
     }
 
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Keeps the first `count` bytes.
     pub fn truncate(&mut self, count: usize) {
         if count >= self.len {
