@@ -11,6 +11,7 @@ pub mod block;
 mod buffers;
 pub mod control;
 pub mod device;
+pub mod device_process;
 pub mod entropy;
 pub mod fs;
 pub mod transport;
