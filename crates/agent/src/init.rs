@@ -1,0 +1,240 @@
+//! What PID 1 owes a guest before and after everything else: file systems, limits, the loopback interface, power.
+//!
+//! Called by `main`. Forks nothing and reads little: all of this is on the way of every start, and on user-mode
+//! Linux a system call costs 20 µs.
+
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use hull_protocol::{SHARES_DIR, SHARES_TAG};
+use rustix::fs::{FileType, Mode, mknodat, symlinkat};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::system::{RebootCommand, reboot};
+
+/// Where control groups are.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+const NOSUID: MountFlags = MountFlags::NOSUID;
+const NODEV: MountFlags = MountFlags::NODEV;
+const NOEXEC: MountFlags = MountFlags::NOEXEC;
+
+/// One file system to mount at boot.
+struct Mount {
+    target: &'static str,
+    fstype: &'static str,
+    source: &'static str,
+    flags: MountFlags,
+    data: Option<&'static CStr>,
+    /// The guest is of no use without it.
+    needed: bool,
+}
+
+const fn entry(
+    target: &'static str,
+    fstype: &'static str,
+    flags: MountFlags,
+    data: Option<&'static CStr>,
+    needed: bool,
+) -> Mount {
+    Mount { target, fstype, source: fstype, flags, data, needed }
+}
+
+/// In this order. `/dev` comes before, see [`mount_dev`]. `/run` and `/tmp` need nothing: the root file system is in
+/// memory already.
+const MOUNTS: &[Mount] = &[
+    entry("/proc", "proc", NOSUID.union(NODEV).union(NOEXEC), None, true),
+    entry("/sys", "sysfs", NOSUID.union(NODEV).union(NOEXEC), None, true),
+    entry(CGROUP_ROOT, "cgroup2", NOSUID.union(NODEV).union(NOEXEC), None, true),
+    entry("/dev/pts", "devpts", NOSUID.union(NOEXEC), Some(c"mode=0620,gid=5,ptmxmode=0666"), false),
+    entry("/dev/shm", "tmpfs", NOSUID.union(NODEV), Some(c"mode=1777"), false),
+    entry("/dev/mqueue", "mqueue", NOSUID.union(NODEV).union(NOEXEC), None, false),
+    Mount { target: SHARES_DIR, fstype: "virtiofs", source: SHARES_TAG, flags: NODEV, data: None, needed: true },
+];
+
+/// Brings the guest from "the kernel started me" to "containers can be created".
+pub fn set_up() -> io::Result<()> {
+    // The kernel hands PID 1 whatever mask it has; files made here have the modes they are asked for.
+    rustix::process::umask(Mode::empty());
+    leave_initramfs().map_err(|error| named("switch the root file system", error))?;
+    mount_dev().map_err(|error| named("mount /dev", error))?;
+    for mount in MOUNTS {
+        if let Err(error) = mount.mount() {
+            let error = named(&format!("mount {} at {}", mount.fstype, mount.target), error);
+            if mount.needed {
+                return Err(error);
+            }
+            crate::log::error!("{error}");
+        }
+    }
+    enable_controllers().map_err(|error| named("enable the control group controllers", error))?;
+    raise_limits();
+    if let Err(error) = loopback_up() {
+        crate::log::error!("cannot bring the loopback interface up: {error}");
+    }
+    Ok(())
+}
+
+fn named(what: &str, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot {what}: {error}"))
+}
+
+impl Mount {
+    fn mount(&self) -> io::Result<()> {
+        let attempt = || mount(self.source, self.target, self.fstype, self.flags, self.data);
+        match attempt() {
+            // Making the directory only when it is missing saves a call where the initramfs has it.
+            Err(Errno::NOENT) => {
+                fs::create_dir_all(self.target)?;
+                Ok(attempt()?)
+            }
+            other => Ok(other?),
+        }
+    }
+}
+
+/// pivot_root, which every container needs, works from an initramfs only when the kernel has mounted it on
+/// something else. Kernels do so from 7.0 on; on older ones the agent moves to a root of its own first.
+fn leave_initramfs() -> io::Result<()> {
+    let kernel = rustix::system::uname();
+    if kernel_major(kernel.release()) >= 7 {
+        return Ok(());
+    }
+    const ROOT: &str = "/.root";
+    fs::create_dir_all(ROOT)?;
+    mount("tmpfs", ROOT, "tmpfs", MountFlags::empty(), Some(c"mode=0755"))?;
+    rustix::process::chdir(ROOT)?;
+    rustix::mount::mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    rustix::process::chdir("/")?;
+    Ok(())
+}
+
+fn kernel_major(release: &CStr) -> u32 {
+    release
+        .to_bytes()
+        .iter()
+        .take_while(|byte| byte.is_ascii_digit())
+        .fold(0u32, |number, byte| number.saturating_mul(10).saturating_add(u32::from(byte - b'0')))
+}
+
+/// devtmpfs where the kernel has it, else the few nodes that containers and the agent need.
+fn mount_dev() -> io::Result<()> {
+    let attempt = |fstype: &str| mount(fstype, "/dev", fstype, NOSUID, Some(c"mode=0755"));
+    let mut mounted = attempt("devtmpfs");
+    if mounted == Err(Errno::NOENT) {
+        fs::create_dir_all("/dev")?;
+        mounted = attempt("devtmpfs");
+    }
+    match mounted {
+        Ok(()) => {}
+        Err(Errno::NODEV) => {
+            attempt("tmpfs")?;
+            for (name, major, minor) in [
+                ("null", 1, 3),
+                ("zero", 1, 5),
+                ("full", 1, 7),
+                ("random", 1, 8),
+                ("urandom", 1, 9),
+                ("kmsg", 1, 11),
+                ("tty", 5, 0),
+                ("console", 5, 1),
+                ("ptmx", 5, 2),
+                ("fuse", 10, 229),
+                ("net/tun", 10, 200),
+            ] {
+                let path = Path::new("/dev").join(name);
+                if let Some(parent) = path.parent() {
+                    fs::create_dir_all(parent)?;
+                }
+                let device = rustix::fs::makedev(major, minor);
+                mknodat(rustix::fs::CWD, &path, FileType::CharacterDevice, Mode::from_raw_mode(0o666), device)?;
+            }
+        }
+        Err(error) => return Err(error.into()),
+    }
+    for (target, name) in [
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+        ("/proc/self/fd/2", "/dev/stderr"),
+    ] {
+        match symlinkat(target, rustix::fs::CWD, name) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Gives every controller of the kernel to the groups of the containers.
+fn enable_controllers() -> io::Result<()> {
+    let available = fs::read_to_string(format!("{CGROUP_ROOT}/cgroup.controllers"))?;
+    let wanted: String = available.split_ascii_whitespace().map(|name| format!("+{name} ")).collect();
+    fs::write(format!("{CGROUP_ROOT}/cgroup.subtree_control"), wanted)
+}
+
+/// The agent has descriptors for many streams, and containers inherit the limit where their spec has none. Best
+/// effort: a guest where it fails works. (The OOM killer never takes PID 1, so there is nothing to protect.)
+fn raise_limits() {
+    let limit = Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) };
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        crate::log::error!("cannot raise the limit of open files: {error}");
+    }
+}
+
+fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    // SAFETY: ifreq is integers, byte arrays and unions of them, for which zero is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the request lives across the call, and SIOCSIFFLAGS only reads an ifreq.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Ends the machine. Whatever still runs is killed first, so that it cannot write while file systems are synced.
+pub fn power_off() -> ! {
+    // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory of ours.
+    unsafe { libc::kill(-1, libc::SIGKILL) };
+    rustix::fs::sync();
+    let error = match reboot(RebootCommand::PowerOff) {
+        Ok(()) => "it returned".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    panic!("cannot power the machine off: {error}");
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_kernel_s_major_number_is_read_from_its_release() {
+        assert_eq!(kernel_major(c"7.3.4-hull"), 7);
+        assert_eq!(kernel_major(c"6.1.0-18-cloud-amd64"), 6);
+        assert_eq!(kernel_major(c"10.0"), 10);
+        assert_eq!(kernel_major(c"odd"), 0);
+    }
+
+    #[test]
+    fn every_mount_comes_after_the_one_it_is_in() {
+        for (i, mount) in MOUNTS.iter().enumerate() {
+            for later in &MOUNTS[i + 1..] {
+                assert!(!mount.target.starts_with(&format!("{}/", later.target)), "{}", mount.target);
+            }
+        }
+    }
+}

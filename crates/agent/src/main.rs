@@ -1,0 +1,98 @@
+//! The agent: PID 1 of every guest of hull. It prepares the guest, dials the host, and does on that connection what
+//! `agent.proto` says: creates containers, connects their streams, tells how they end.
+//!
+//! Started by the guest's kernel as `/init`, alone in its initramfs. Never run on a host. It has one thread, so that
+//! `container` can clone processes straight from it; nothing here may start another one.
+//!
+//! When the host closes the connection, the guest is over. When the agent fails, it says so on the console and
+//! ends; the kernel then panics, and the host sees that.
+
+mod configure;
+mod container;
+mod copy;
+mod init;
+mod log;
+mod plumbing;
+mod process;
+mod processes;
+mod registry;
+mod relay;
+mod service;
+mod stats;
+mod status;
+mod streams;
+mod vsock;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_core::Stream;
+use hull_protocol::{AGENT_PORT, HOST_CID};
+use tokio::sync::Notify;
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use crate::process::Reaper;
+use crate::service::Service;
+use crate::streams::Streams;
+use crate::vsock::Connection;
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("error: hull-agent is the first process of hull's guests and does nothing anywhere else");
+        std::process::exit(1);
+    }
+    std::panic::set_hook(Box::new(|panic| {
+        log::critical!("{panic}");
+        std::process::exit(101);
+    }));
+    // Dialled before anything else: the host learns that the guest is there while the guest sets itself up. What
+    // the host sends meanwhile waits in the socket.
+    let home = vsock::dial(HOST_CID, AGENT_PORT);
+    if let Err(error) = init::set_up() {
+        panic!("{error}");
+    }
+    let outcome = home.and_then(|home| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        runtime.block_on(serve(home))
+    });
+    match outcome {
+        Ok(()) => log::info!("the host has closed the connection"),
+        Err(error) => log::critical!("cannot serve the host: {error}"),
+    }
+    init::power_off();
+}
+
+/// The one connection that there ever is, for ttrpc, which expects many.
+struct Once(Option<Connection>);
+
+impl Stream for Once {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Poll::Ready(self.0.take().map(Ok))
+    }
+}
+
+/// Serves until the connection ends.
+async fn serve(home: OwnedFd) -> io::Result<()> {
+    let ended = Arc::new(Notify::new());
+    let connection = Connection::new(home, ended.clone())?;
+    let reaper = Reaper::default();
+    let reaping = reaper.start()?;
+    let streams = Streams::listen()?;
+    connection.established().await?;
+
+    let mut server = Server::new()
+        .add_listener(Listener::new(Once(Some(connection))))
+        .register_service(service::methods(Service::new(streams, reaper)));
+    server.start().await.map_err(io::Error::other)?;
+    tokio::select! {
+        () = reaping => {}
+        () = ended.notified() => {}
+    }
+    Ok(())
+}

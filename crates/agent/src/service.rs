@@ -1,0 +1,351 @@
+//! The calls of `agent.proto`. Each is answered by a few lines here, on top of the modules that do the work.
+//! Called by ttrpc, from `main`.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hull_protocol::agent::{
+    ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest, CreateContainerResponse,
+    DeleteContainerRequest, Empty, ExecRequest, ExecResponse, ProcessRequest, ProcessesResponse,
+    ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest, WaitResponse,
+};
+use hull_protocol::agent_ttrpc::Agent;
+use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
+use rustix::net::RecvFlags;
+use rustix::termios::Winsize;
+use serde::de::DeserializeOwned;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use ttrpc::Code;
+use ttrpc::r#async::TtrpcContext;
+
+use crate::container::{Child, Container, CreateError, PendingChild};
+use crate::plumbing::Plumbing;
+use crate::process::{Process, Reaper};
+use crate::registry::{Entry, Registry, Running, State};
+use crate::status::{Failure, Result};
+use crate::streams::Streams;
+use crate::{configure, copy, init, processes, stats};
+
+/// How long a forced deletion waits for the killed init to be gone.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The service. One per guest.
+pub struct Service {
+    registry: Registry,
+    streams: Streams,
+    reaper: Reaper,
+    sequence: AtomicU64,
+}
+
+/// A container in the making: destroyed unless it gets its place in the registry.
+struct Unfinished(Option<Container>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(container) = self.0.take() {
+            destroy(container);
+        }
+    }
+}
+
+fn destroy(container: Container) {
+    if let Err(error) = container.destroy() {
+        crate::log::error!("cannot remove what a container leaves behind: {error}");
+    }
+}
+
+impl Service {
+    /// A service without containers.
+    pub fn new(streams: Streams, reaper: Reaper) -> Self {
+        Self { registry: Registry::default(), streams, reaper, sequence: AtomicU64::new(0) }
+    }
+
+    async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
+        let id = &request.container_id;
+        let place = self.registry.reserve(id)?;
+        let spec: Spec = parse("spec", &request.spec_json)?;
+        let terminal = spec.process().as_ref().and_then(ProcessSpec::terminal).unwrap_or(false);
+        let (plumbing, io) = Plumbing::connect(&self.streams, &request.streams, terminal).await?;
+
+        let births = self.reaper.births();
+        let (container, pending) = Container::begin_create(id, &spec, io)?;
+        let mut unfinished = Unfinished(Some(container));
+        let child = finish(pending).await?;
+        let (running, gate) = self.adopt(child, plumbing)?;
+        drop(births);
+
+        let pid = running.process.pid();
+        let gate = if request.start {
+            open_gate(gate).await?;
+            None
+        } else {
+            Some(gate)
+        };
+        if let Some(container) = unfinished.0.take() {
+            place.fill(Entry::new(id, container, running, gate));
+        }
+        Ok(CreateContainerResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, id: &str) -> Result<()> {
+        let gate = self.registry.get(id)?.take_gate()?;
+        open_gate(gate).await
+    }
+
+    async fn execute(&self, request: ExecRequest) -> Result<ExecResponse> {
+        let entry = self.registry.get(&request.container_id)?;
+        entry.require(&[State::Running], "execute a command in")?;
+        let place = entry.reserve_exec(&request.exec_id)?;
+        let spec: ProcessSpec = parse("process", &request.process_json)?;
+        let (plumbing, io) =
+            Plumbing::connect(&self.streams, &request.streams, spec.terminal().unwrap_or(false)).await?;
+
+        let births = self.reaper.births();
+        let pending = entry.with_container(|container| container.begin_exec(&spec, io))?;
+        let child = finish(pending).await?;
+        let (running, gate) = self.adopt(child, plumbing)?;
+        drop(births);
+
+        let pid = running.process.pid();
+        open_gate(gate).await?;
+        place.fill(running);
+        Ok(ExecResponse { pid, ..Default::default() })
+    }
+
+    /// Makes a new child one of ours: its end will be noticed, its streams flow.
+    fn adopt(&self, child: Child, plumbing: Plumbing) -> Result<(Running, OwnedFd)> {
+        let exit = self.reaper.expect(child.pid);
+        let relays = plumbing.start(child.terminal.as_ref(), &exit)?;
+        let process = Process::new(child.pid, child.pidfd, child.terminal, exit, relays.outputs.clone());
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        Ok((Running::new(process, relays, sequence), child.gate))
+    }
+
+    async fn delete(&self, id: &str, force: bool) -> Result<()> {
+        let entry = self.registry.get(id)?;
+        if !force {
+            entry.require(&[State::Stopped], "delete")?;
+        }
+        if entry.state() != State::Stopped {
+            entry.with_container(|container| container.kill_all(libc::SIGKILL))?;
+            if tokio::time::timeout(KILL_PATIENCE, entry.init.process.ended()).await.is_err() {
+                return Err(Failure::new(
+                    Code::INTERNAL,
+                    format!("container {id:?} does not end: killed {} seconds ago", KILL_PATIENCE.as_secs()),
+                ));
+            }
+        }
+        // Of two concurrent calls one gets it.
+        let container = entry.take_container().ok_or_else(|| Failure::no_container(id))?;
+        self.registry.remove(id);
+        destroy(container);
+        entry.abort_relays();
+        Ok(())
+    }
+
+    async fn wait_for(&self, request: &ProcessRequest) -> Result<WaitResponse> {
+        let entry = self.registry.get(&request.container_id)?;
+        let exit = if request.exec_id.is_empty() {
+            entry.init.process.finished().await
+        } else {
+            entry.exec(&request.exec_id)?.process.finished().await
+        };
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            oom_killed: stats::oom_kills(&entry.cgroup) > 0,
+            ..Default::default()
+        })
+    }
+
+    fn send_signal(&self, request: &SignalRequest) -> Result<()> {
+        let entry = self.registry.get(&request.container_id)?;
+        let signal = i32::try_from(request.signal)
+            .ok()
+            .filter(|signal| (0..=64).contains(signal))
+            .ok_or_else(|| Failure::invalid(format!("there is no signal {}", request.signal)))?;
+        if request.all {
+            return entry.with_container(|container| container.kill_all(signal));
+        }
+        entry.with_process(&request.exec_id, |running| {
+            running.process.signal(signal).map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => Failure::new(
+                    Code::NOT_FOUND,
+                    format!("process {:?} of container {:?} has ended", request.exec_id, request.container_id),
+                ),
+                _ => Failure::internal(&format!("send signal {signal}"), &error),
+            })
+        })
+    }
+
+    fn resize(&self, request: &ResizeTerminalRequest) -> Result<()> {
+        self.registry.get(&request.container_id)?.with_process(&request.exec_id, |running| {
+            let terminal = running.process.terminal().ok_or_else(|| {
+                Failure::new(
+                    Code::FAILED_PRECONDITION,
+                    format!("process {:?} of container {:?} has no terminal", request.exec_id, request.container_id),
+                )
+            })?;
+            let size = |n: u32| u16::try_from(n).map_err(|_| Failure::invalid(format!("invalid terminal size {n}")));
+            let size = Winsize {
+                ws_row: size(request.rows)?,
+                ws_col: size(request.columns)?,
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            };
+            rustix::termios::tcsetwinsize(terminal, size)
+                .map_err(|error| Failure::internal("resize a terminal", &error.into()))
+        })
+    }
+
+    fn freeze(&self, id: &str, frozen: bool) -> Result<()> {
+        let entry = self.registry.get(id)?;
+        match frozen {
+            true => entry.require(&[State::Running], "pause")?,
+            false => entry.require(&[State::Paused], "resume")?,
+        }
+        entry.with_container(|container| container.freeze(frozen))?;
+        entry.set_paused(frozen);
+        Ok(())
+    }
+
+    fn update_limits(&self, request: &UpdateRequest) -> Result<()> {
+        let entry = self.registry.get(&request.container_id)?;
+        entry.require(&[State::Created, State::Running, State::Paused], "update")?;
+        let resources: LinuxResources = parse("resources", &request.resources_json)?;
+        entry.with_container(|container| container.update(&resources))
+    }
+
+    async fn copy_files(&self, request: &CopyRequest, direction: copy::Direction) -> Result<()> {
+        let entry = self.registry.get(&request.container_id)?;
+        entry.require(&[State::Created, State::Running, State::Paused], "copy files of")?;
+        let stream = self
+            .streams
+            .take(request.stream)
+            .await
+            .map_err(|error| Failure::internal("take a stream", &error))?;
+        copy::run(&self.reaper, entry.init.process.pid(), direction, request, stream).await
+    }
+}
+
+/// Waits, without holding the others up, until a new process is ready to execute.
+async fn finish(pending: PendingChild) -> Result<Child> {
+    {
+        let failed = |error: std::io::Error| Failure::internal("wait for a new process", &error);
+        let ready = AsyncFd::with_interest(pending.as_fd(), Interest::READABLE).map_err(failed)?;
+        let _ = ready.readable().await.map_err(failed)?;
+    }
+    Ok(pending.finish()?)
+}
+
+/// Lets a process execute its command; returns when it does.
+async fn open_gate(gate: OwnedFd) -> Result<()> {
+    let failed = |error: std::io::Error| Failure::internal("start a process", &error);
+    match rustix::net::send(&gate, b"x", rustix::net::SendFlags::NOSIGNAL) {
+        // It has ended before: what it left to say can still be read.
+        Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {}
+        Err(error) => return Err(failed(error.into())),
+    }
+    let gate = AsyncFd::with_interest(gate, Interest::READABLE).map_err(failed)?;
+    let mut message = [0; 4096];
+    loop {
+        let mut guard = gate.readable().await.map_err(failed)?;
+        match rustix::net::recv(gate.get_ref(), &mut message[..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return Ok(()),
+            Ok((n, _)) => return Err(CreateError::decode(&message[..n]).into()),
+            Err(rustix::io::Errno::AGAIN) => guard.clear_ready(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("invalid {what}: {error}")))
+}
+
+/// The answer of a call that only succeeds or fails.
+fn done(result: Result<()>) -> ttrpc::Result<Empty> {
+    Ok(result.map(|()| Empty::new())?)
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> ttrpc::Result<Empty> {
+        done(configure::apply(&request))
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        Ok(self.create(request).await?)
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: StartContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.start(&request.container_id).await)
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, request: DeleteContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.delete(&request.container_id, request.force).await)
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ExecResponse> {
+        Ok(self.execute(request).await?)
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        Ok(self.wait_for(&request).await?)
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        done(self.send_signal(&request))
+    }
+
+    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
+        done(self.resize(&request))
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.freeze(&request.container_id, true))
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.freeze(&request.container_id, false))
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        done(self.update_limits(&request))
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        let entry = self.registry.get(&request.container_id)?;
+        Ok(stats::read(&entry.cgroup, entry.init.process.pid()))
+    }
+
+    async fn processes(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<ProcessesResponse> {
+        let entry = self.registry.get(&request.container_id)?;
+        Ok(processes::list(&entry.cgroup)?)
+    }
+
+    async fn copy_out(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
+        done(self.copy_files(&request, copy::Direction::Out).await)
+    }
+
+    async fn copy_in(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
+        done(self.copy_files(&request, copy::Direction::In).await)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        init::power_off()
+    }
+}
+
+/// The service as ttrpc wants it.
+pub fn methods(service: Service) -> std::collections::HashMap<String, ttrpc::r#async::Service> {
+    hull_protocol::agent_ttrpc::create_agent(Arc::new(service))
+}

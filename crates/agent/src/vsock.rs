@@ -1,0 +1,150 @@
+//! vsock sockets: dialling the host, listening for its streams. All of them are non-blocking and close-on-exec.
+//! Called by `main` and `streams`. Knows nothing of what is sent.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
+
+const ADDRESS_LENGTH: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: sockaddr_vm is plain integers, for which zero is a valid value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    Ok(rustix::net::socket_with(
+        AddressFamily::VSOCK,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?)
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Starts to connect and returns at once. The connection stands when the socket is writable, see
+/// [`Connection::established`].
+pub fn dial(cid: u32, port: u32) -> io::Result<OwnedFd> {
+    let socket = socket()?;
+    let address = address(cid, port);
+    // SAFETY: the address lives across the call and the length is its size.
+    match check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LENGTH) }) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(socket),
+    }
+}
+
+/// Listens on a port of the guest.
+pub fn listen(port: u32) -> io::Result<OwnedFd> {
+    let socket = socket()?;
+    let address = address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: the address lives across the call and the length is its size.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LENGTH) })?;
+    rustix::net::listen(&socket, 1024)?;
+    Ok(socket)
+}
+
+/// Takes one pending connection and says from which port of the host it comes. `WouldBlock` when there is none.
+pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, u32)> {
+    let mut peer = address(0, 0);
+    let mut length = ADDRESS_LENGTH;
+    // SAFETY: both pointers live across the call and the length says how much may be written.
+    let fd = check(unsafe {
+        libc::accept4(
+            listener.as_fd().as_raw_fd(),
+            (&raw mut peer).cast(),
+            &raw mut length,
+            libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+        )
+    })?;
+    // SAFETY: accept4 returned a new descriptor that nobody else owns.
+    Ok((unsafe { OwnedFd::from_raw_fd(fd) }, peer.svm_port))
+}
+
+/// The socket that ttrpc is served on. It tells when it has ended: ttrpc itself does not.
+pub struct Connection {
+    socket: AsyncFd<OwnedFd>,
+    ended: Arc<Notify>,
+}
+
+impl Connection {
+    /// Takes over a socket that was dialled. `ended` is notified when the host has closed the connection or
+    /// it has broken.
+    pub fn new(socket: OwnedFd, ended: Arc<Notify>) -> io::Result<Self> {
+        Ok(Self { socket: AsyncFd::new(socket)?, ended })
+    }
+
+    /// Waits until the connection stands.
+    pub async fn established(&self) -> io::Result<()> {
+        let _ = self.socket.writable().await?;
+        rustix::net::sockopt::socket_error(&self.socket)??;
+        Ok(())
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.socket.poll_read_ready(cx))?;
+            let received = guard.try_io(|socket| {
+                Ok(rustix::net::recv(socket, buf.initialize_unfilled(), RecvFlags::empty())?.0)
+            });
+            match received {
+                Ok(Ok(n)) => {
+                    if n == 0 && buf.remaining() > 0 {
+                        self.ended.notify_one();
+                    }
+                    buf.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => {
+                    self.ended.notify_one();
+                    return Poll::Ready(Err(error));
+                }
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.socket.poll_write_ready(cx))?;
+            match guard.try_io(|socket| Ok(rustix::net::send(socket, buf, SendFlags::NOSIGNAL)?)) {
+                Ok(Ok(n)) => return Poll::Ready(Ok(n)),
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => {
+                    self.ended.notify_one();
+                    return Poll::Ready(Err(error));
+                }
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(rustix::net::shutdown(&self.socket, Shutdown::Write)?))
+    }
+}
