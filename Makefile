@@ -1,0 +1,67 @@
+# `make run` shows a container in its own kernel; `make test` runs every check and test; `make help` lists the rest.
+# Each step does only what is not done already. The work is in scripts/ and guest/, in files that also work alone.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+DESTDIR ?=
+# What the lock file says is what is built where nobody watches.
+CARGO_FLAGS ?= $(if $(CI),--locked)
+export CARGO_FLAGS
+
+ARCH := $(shell uname -m)
+
+.PHONY: run test bench build agent guest kernels kernel-um kernel-$(ARCH) stage install uninstall fuzz clean help
+
+run: setup-run stage ## run a container beside the host (builds all that is missing)
+	@scripts/demo
+
+test: setup-test stage kernel-$(ARCH) ## every check and every test
+	@scripts/test
+
+bench: setup-bench stage kernel-$(ARCH) ## measure against runc; results in bench/results
+	@scripts/bench
+
+build: ## the host's executable: target/release/hull
+	@scripts/timed hull '5 min' 'building hull' -- cargo build $(CARGO_FLAGS) --release -p hull-cli
+	@scripts/stage hull
+
+agent: ## the guest's executable and the initramfs that holds it
+	@file=$$(scripts/timed agent '3 min' 'building the agent' -- scripts/build-agent) && scripts/stage agent "$$file"
+
+kernel-um: ## the guest kernel for machine kind uml
+	@directory=$$(guest/kernel/build um) && scripts/stage kernel um "$$directory"
+
+kernel-$(ARCH): ## the guest kernel for machine kind qemu
+	@directory=$$(guest/kernel/build $(ARCH)) && scripts/stage kernel $(ARCH) "$$directory"
+
+kernels: kernel-um kernel-$(ARCH) ## the guest kernels for all machine kinds
+
+guest: agent kernel-um ## all that runs in a guest, for machine kind uml
+
+stage: build agent kernel-um ## hull and its guest files, as an installation has them: target/stage
+
+install: stage ## into $(DESTDIR)$(PREFIX)
+	@scripts/install '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'
+
+uninstall: ## what install put there, and nothing else
+	@scripts/install --remove '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'
+
+fuzz: ## each fuzz target for a minute (SECONDS_EACH=60)
+	@scripts/fuzz
+
+clean: ## what was built here; guest kernels stay in their cache
+	@rm -rf target
+
+help: ## this list
+	@sed -n 's/^\([a-z][a-z-]*\)\(-$$(ARCH)\)\{0,1\}:[^#]*## /\1\2\t/p' Makefile | sed 's/-$$(ARCH)/-$(ARCH)/' | \
+	  while IFS=$$'\t' read -r target what; do printf '  make %-16s %s\n' "$$target" "$$what"; done
+
+.PHONY: setup-run setup-test setup-bench
+setup-run setup-test setup-bench: setup-%:
+	@scripts/setup $*
