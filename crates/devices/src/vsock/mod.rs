@@ -31,6 +31,11 @@ pub mod muxer;
 pub mod packet;
 pub mod stream;
 
+#[cfg(test)]
+mod muxer_tests;
+#[cfg(test)]
+mod testing;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

@@ -339,6 +339,18 @@ impl<H: Host> Muxer<H> {
         self.entries.len() - self.free.len()
     }
 
+    /// All receive buffers of connections together.
+    pub fn granted(&self) -> u64 {
+        self.granted
+    }
+
+    /// The largest backlog of a connection.
+    #[cfg(test)]
+    pub fn largest_backlog(&self) -> usize {
+        let entries = self.entries.iter().flatten();
+        entries.map(|entry| entry.connection.backlog_len()).max().unwrap_or(0)
+    }
+
     fn buffer_size(&self) -> u32 {
         if self.granted + u64::from(LARGE_BUFFER) <= LARGE_GRANTED {
             LARGE_BUFFER
