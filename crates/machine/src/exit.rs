@@ -1,0 +1,194 @@
+//! Why a machine ended, in one line. Called by crate sandbox once the machine's pidfd is readable.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+use serde::{Deserialize, Serialize};
+
+use crate::Kind;
+
+/// How a process ended, as its parent is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// It ended itself with this exit code.
+    Code(i32),
+    /// This signal ended it.
+    Signal(i32),
+}
+
+/// Collects an ended child. `None` while it is running.
+pub fn reap(pidfd: BorrowedFd<'_>) -> Result<Option<Status>, Errno> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let Some(status) = waitid(WaitId::PidFd(pidfd), options)? else {
+        return Ok(None);
+    };
+    Ok(Some(
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Status::Code(code),
+            (None, signal) => Status::Signal(signal.unwrap_or_default()),
+        },
+    ))
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exit {
+    /// The guest shut itself down.
+    PoweredOff,
+    /// The guest kernel panicked.
+    Panicked(String),
+    /// The machine process was killed.
+    Killed {
+        /// By this signal.
+        signal: i32,
+    },
+    /// The machine process gave up before the guest kernel ran.
+    NotStarted {
+        /// Its exit code.
+        code: i32,
+        /// The last thing it said.
+        said: String,
+    },
+    /// The machine process gave up later.
+    Failed {
+        /// Its exit code.
+        code: i32,
+        /// The last thing it said.
+        said: String,
+    },
+}
+
+impl Exit {
+    /// Interprets how a machine process ended, with the last lines of its console (see
+    /// [`crate::ConsoleRing::tail`]). What the console says is the guest's word: it colours the reason, no more.
+    pub fn interpret(kind: Kind, status: Status, console: &[String]) -> Self {
+        let panic = console.iter().rev().find_map(|line| {
+            line.split_once("Kernel panic - not syncing: ")
+                .map(|(_, why)| why.trim().to_owned())
+        });
+        if let Some(why) = panic {
+            return Self::Panicked(why);
+        }
+        let said = || console.last().cloned().unwrap_or_default();
+        // Every guest kernel says its version first.
+        let booted =
+            console.iter().any(|line| line.contains("Linux version ")) || console.len() >= 50;
+        match (status, kind) {
+            (Status::Signal(signal), _) => Self::Killed { signal },
+            (Status::Code(0), _) => Self::PoweredOff,
+            (Status::Code(code), _) if !booted => Self::NotStarted { code, said: said() },
+            (Status::Code(code), _) => Self::Failed { code, said: said() },
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PoweredOff => f.write_str("the guest shut down"),
+            Self::Panicked(why) => write!(f, "guest kernel panic: {why}"),
+            Self::Killed { signal } => write!(
+                f,
+                "the machine process was killed by {}",
+                SignalName(*signal)
+            ),
+            Self::NotStarted { code, said } if said.is_empty() => {
+                write!(f, "the machine process could not start (exit code {code})")
+            }
+            Self::NotStarted { code, said } => {
+                write!(
+                    f,
+                    "the machine process could not start (exit code {code}): {said}"
+                )
+            }
+            Self::Failed { code, said } if said.is_empty() => {
+                write!(f, "the machine process failed (exit code {code})")
+            }
+            Self::Failed { code, said } => {
+                write!(
+                    f,
+                    "the machine process failed (exit code {code}); the console's last line: {said}"
+                )
+            }
+        }
+    }
+}
+
+/// A signal as people know it.
+struct SignalName(i32);
+
+impl fmt::Display for SignalName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self.0 {
+            libc::SIGHUP => "SIGHUP",
+            libc::SIGINT => "SIGINT",
+            libc::SIGQUIT => "SIGQUIT",
+            libc::SIGILL => "SIGILL",
+            libc::SIGABRT => "SIGABRT",
+            libc::SIGBUS => "SIGBUS",
+            libc::SIGFPE => "SIGFPE",
+            libc::SIGKILL => "SIGKILL",
+            libc::SIGSEGV => "SIGSEGV",
+            libc::SIGPIPE => "SIGPIPE",
+            libc::SIGTERM => "SIGTERM",
+            libc::SIGSYS => "SIGSYS (a forbidden system call)",
+            number => return write!(f, "signal {number}"),
+        };
+        f.write_str(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(text: &[&str]) -> Vec<String> {
+        text.iter().map(|line| (*line).to_owned()).collect()
+    }
+
+    #[test]
+    fn a_panic_on_the_console_is_the_reason_whatever_the_status() {
+        let console = lines(&[
+            "[ 1.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009",
+            "---[ end",
+        ]);
+        for status in [Status::Code(0), Status::Signal(6)] {
+            let exit = Exit::interpret(Kind::Qemu, status, &console);
+            assert_eq!(
+                exit.to_string(),
+                "guest kernel panic: Attempted to kill init! exitcode=0x00000009"
+            );
+        }
+    }
+
+    #[test]
+    fn reasons_are_one_line() {
+        let uml = |status, console: &[&str]| {
+            Exit::interpret(Kind::Uml, status, &lines(console)).to_string()
+        };
+        assert_eq!(
+            uml(Status::Code(0), &["Linux version 7"]),
+            "the guest shut down"
+        );
+        assert_eq!(
+            uml(Status::Signal(9), &[]),
+            "the machine process was killed by SIGKILL"
+        );
+        assert_eq!(
+            uml(Status::Signal(31), &[]),
+            "the machine process was killed by SIGSYS (a forbidden system call)"
+        );
+        assert_eq!(
+            uml(Status::Code(1), &["ptrace: Operation not permitted"]),
+            "the machine process could not start (exit code 1): ptrace: Operation not permitted"
+        );
+        assert_eq!(
+            uml(Status::Code(1), &["Linux version 7", "what"]),
+            "the machine process failed (exit code 1); the console's last line: what"
+        );
+    }
+}

@@ -1,0 +1,464 @@
+//! The jail: what every process that parses guest-written bytes runs in.
+//!
+//! A jailed process has mount, pid, network, ipc and uts namespaces of its own, an empty read-only root directory
+//! but for what its [`Root`] names, a user of its own and no capabilities (the device process: the few of an fs
+//! device), no new privileges, Landlock, and a system call filter for its role. It dies with the process that
+//! started it, however that dies, and everything it started dies with it, because it is PID 1 of its namespace.
+//!
+//! Two ways in:
+//! - [`spawn`] starts a foreign executable (a guest kernel, QEMU) inside. With no [`Confinement`] it starts our own
+//!   executable in fresh namespaces, with nothing but the descriptors named;
+//! - [`enter`] is then the first thing that our own executable does there. It needs no interpreter and no
+//!   libraries in its empty root, because they are mapped by then.
+//!
+//! Who calls it: the machines of this crate, and the sandbox for its device process. It never uses a container's
+//! or a guest's data for anything: all it is told comes from the sandbox.
+
+mod filter;
+mod privileges;
+mod restrict;
+mod root;
+mod sys;
+
+use std::ffi::{CString, OsString};
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::process::{PidfdFlags, Resource, Rlimit, Signal};
+
+pub use filter::Role;
+pub use root::{Bind, Root, Tmp};
+pub use rustix::thread::CapabilitySet;
+
+/// Inherited descriptors get numbers below this; what the set-up itself needs lies above.
+const FIRST_PRIVATE_FD: RawFd = 64;
+
+/// The capabilities that the fs device needs to act for a guest that has users of its own.
+pub const FS_DEVICE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
+
+/// A process to start in a jail.
+pub struct JailSpec<'a> {
+    /// What it is called in messages.
+    pub name: &'a str,
+    /// The executable, opened (`O_PATH` will do).
+    pub executable: BorrowedFd<'a>,
+    /// Its arguments, the zeroth included.
+    pub argv: Vec<OsString>,
+    /// Its environment, complete.
+    pub env: Vec<(OsString, OsString)>,
+    /// Descriptors it inherits, with the numbers they get there (below 64). Standard streams that are not named
+    /// are `/dev/null`; everything else is closed.
+    pub fds: Vec<(BorrowedFd<'a>, RawFd)>,
+    /// Whether addresses are laid out the same at each start. A user-mode kernel wants it and would execute
+    /// itself again to get it.
+    pub fixed_addresses: bool,
+    /// What it is confined to. `None`: the executable is hull's own and calls [`enter`] itself.
+    pub confinement: Option<Confinement>,
+}
+
+/// What a jailed process is left with, beside its namespaces.
+pub struct Confinement {
+    /// Which system calls it may make.
+    pub role: Role,
+    /// Its user and group; it has no supplementary groups.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// What it keeps of root's powers. Has an effect in [`enter`] only: nothing survives an exec.
+    pub capabilities: CapabilitySet,
+    /// Its root directory.
+    pub root: Root,
+    /// Most descriptors it can have open.
+    pub open_files: u64,
+}
+
+/// A started process. Dropping it does not end the process.
+#[derive(Debug)]
+pub struct Started {
+    /// Its pid, in the caller's pid namespace.
+    pub pid: i32,
+    /// Readable once it has ended; to wait for it and to signal it.
+    pub pidfd: OwnedFd,
+}
+
+/// Why a process could not be jailed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An argument, an environment variable or a path cannot be passed on.
+    #[error("cannot start {name}: {what} contains a zero byte")]
+    ZeroByte {
+        /// Of which process.
+        name: String,
+        /// Where the zero byte is.
+        what: &'static str,
+    },
+    /// Something that the jail shall contain is not there.
+    #[error("cannot start {name}: cannot put {} into its jail: {errno}", path.display())]
+    Content {
+        /// Of which process.
+        name: String,
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        errno: Errno,
+    },
+    /// A step of the set-up failed.
+    #[error("cannot start {name}: {step}: {errno}")]
+    Step {
+        /// Of which process.
+        name: String,
+        /// The step.
+        step: Step,
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// [`enter`] was called too late.
+    #[error("cannot enter the jail of {name}: the process already has {threads} threads")]
+    Threads {
+        /// Of which process.
+        name: String,
+        /// How many.
+        threads: usize,
+    },
+}
+
+macro_rules! steps {
+    ($($name:ident = $text:literal,)*) => {
+        /// The steps of the set-up, for messages.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum Step {
+            $(#[doc = $text] $name,)*
+        }
+
+        impl Step {
+            const ALL: &[Step] = &[$(Step::$name,)*];
+        }
+
+        impl std::fmt::Display for Step {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self { $(Step::$name => $text,)* })
+            }
+        }
+    };
+}
+
+steps! {
+    Prepare = "preparing the jail",
+    Clone = "creating a process in new namespaces",
+    Session = "starting a session",
+    Limits = "setting resource limits",
+    Descriptors = "placing the inherited descriptors",
+    HostName = "setting the host name",
+    PrivateMounts = "making the mounts private",
+    Root = "mounting the root directory",
+    Directory = "making a directory in the root directory",
+    Bind = "binding a file or directory",
+    Proc = "mounting /proc",
+    Tmp = "mounting /tmp",
+    Device = "making a device node",
+    ReadOnlyRoot = "making the root directory read-only",
+    PivotRoot = "changing the root directory",
+    OldRoot = "letting go of the old root directory",
+    BoundingSet = "limiting capabilities",
+    User = "changing the user",
+    Capabilities = "dropping capabilities",
+    DeathSignal = "tying its life to the parent's",
+    Orphaned = "the parent has ended",
+    Personality = "fixing the address layout",
+    NoNewPrivileges = "forbidding new privileges",
+    Landlock = "restricting itself with landlock",
+    Filter = "installing the system call filter",
+    Execute = "executing it",
+}
+
+/// Starts a process in a jail and waits until it executes (about a millisecond).
+///
+/// Call it from a thread that lives as long as the jailed process shall: it dies with the thread.
+pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
+    let name = spec.name.to_owned();
+    let failed = |step| {
+        let name = name.clone();
+        move |errno| Error::Step { name, step, errno }
+    };
+    let argv = strings(&name, "an argument", spec.argv)?;
+    let env = spec.env.into_iter().map(|(mut key, value)| {
+        key.push("=");
+        key.push(value);
+        key
+    });
+    let env = strings(&name, "an environment variable", env.collect())?;
+    let confinement = match &spec.confinement {
+        Some(confinement) => Some(Prepared::new(&name, confinement, Some(spec.executable))?),
+        None => None,
+    };
+
+    let null = rustix::fs::open(
+        c"/dev/null",
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )
+    .map_err(failed(Step::Prepare))?;
+    let mut fds: Vec<(RawFd, RawFd)> = Vec::new();
+    for standard in 0..3 {
+        if !spec.fds.iter().any(|(_, target)| *target == standard) {
+            fds.push((null.as_raw_fd(), standard));
+        }
+    }
+    for (fd, target) in &spec.fds {
+        if !(0..FIRST_PRIVATE_FD).contains(target) {
+            return Err(failed(Step::Descriptors)(Errno::BADF));
+        }
+        fds.push((fd.as_raw_fd(), *target));
+    }
+
+    let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty());
+    let (parent, (report_in, report_out)) = own
+        .and_then(|own| {
+            Ok((
+                above(own)?,
+                rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?,
+            ))
+        })
+        .map_err(failed(Step::Prepare))?;
+    let report_out = above(report_out).map_err(failed(Step::Prepare))?;
+    let executable = rustix::io::fcntl_dupfd_cloexec(spec.executable, FIRST_PRIVATE_FD)
+        .map_err(failed(Step::Prepare))?;
+
+    let child = Child {
+        executable: executable.as_fd(),
+        argv: sys::Strings::new(argv),
+        env: sys::Strings::new(env),
+        fds,
+        fixed_addresses: spec.fixed_addresses,
+        parent: parent.as_fd(),
+        confinement,
+    };
+    let (pid, pidfd) = match sys::clone_into_namespaces().map_err(failed(Step::Clone))? {
+        sys::Clone::Parent(pid, pidfd) => (pid, pidfd),
+        sys::Clone::Child => {
+            let (step, errno) = child.run();
+            let report = [step as u8, errno.raw_os_error() as u8];
+            let _ = rustix::io::write(&report_out, &report);
+            sys::exit_now(127)
+        }
+    };
+    drop(report_out);
+
+    // End of file without a byte: the executable runs, its exec closed the pipe.
+    let mut report = Vec::new();
+    let read = std::fs::File::from(report_in)
+        .take(2)
+        .read_to_end(&mut report);
+    match (read, report.as_slice()) {
+        (Ok(_), []) => Ok(Started { pid, pidfd }),
+        (_, report) => {
+            reap(pidfd.as_fd());
+            let step = report
+                .first()
+                .and_then(|step| Step::ALL.get(usize::from(*step)));
+            let errno = Errno::from_raw_os_error(report.get(1).copied().unwrap_or_default().into());
+            Err(failed(step.copied().unwrap_or(Step::Prepare))(errno))
+        }
+    }
+}
+
+/// Confines the calling process, which [`spawn`] started without a confinement. What it opened before stays open.
+pub fn enter(name: &str, confinement: &Confinement) -> Result<(), Error> {
+    // Capabilities, Landlock and the filter hold for the calling thread and those it starts later.
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map(Iterator::count)
+        .unwrap_or(1);
+    if threads != 1 {
+        return Err(Error::Threads {
+            name: name.to_owned(),
+            threads,
+        });
+    }
+    Prepared::new(name, confinement, None)?
+        .apply(confinement.capabilities, None)
+        .map_err(|(step, errno)| Error::Step {
+            name: name.to_owned(),
+            step,
+            errno,
+        })
+}
+
+/// A confinement with everything made ready that can be, so that applying it is system calls only.
+struct Prepared {
+    root: root::Plan,
+    uid: u32,
+    gid: u32,
+    landlock: Option<restrict::Ruleset>,
+    filter: filter::Filter,
+    open_files: u64,
+}
+
+impl Prepared {
+    fn new(
+        name: &str,
+        confinement: &Confinement,
+        executable: Option<BorrowedFd<'_>>,
+    ) -> Result<Self, Error> {
+        let Confinement {
+            role,
+            uid,
+            gid,
+            root,
+            open_files,
+            ..
+        } = confinement;
+        let plan = root::Plan::new(root, *uid, *gid).map_err(|(path, errno)| Error::Content {
+            name: name.to_owned(),
+            path,
+            errno,
+        })?;
+        Ok(Self {
+            root: plan,
+            uid: *uid,
+            gid: *gid,
+            landlock: restrict::Ruleset::new(*role, root, executable),
+            filter: filter::Filter::of(*role),
+            open_files: *open_files,
+        })
+    }
+
+    fn apply(
+        self,
+        capabilities: CapabilitySet,
+        parent: Option<BorrowedFd<'_>>,
+    ) -> Result<(), (Step, Errno)> {
+        let at = |step| move |errno| (step, errno);
+        // 1 and not 0: a core dump into a pipe ignores 0, and 1 forbids both.
+        rustix::process::setrlimit(
+            Resource::Core,
+            Rlimit {
+                current: Some(1),
+                maximum: Some(1),
+            },
+        )
+        .map_err(at(Step::Limits))?;
+        let most = rustix::process::getrlimit(Resource::Nofile)
+            .maximum
+            .unwrap_or(u64::MAX);
+        let open_files = Some(self.open_files.min(most));
+        let limit = Rlimit {
+            current: open_files,
+            maximum: open_files,
+        };
+        rustix::process::setrlimit(Resource::Nofile, limit).map_err(at(Step::Limits))?;
+        sys::set_host_name(c"hull").map_err(at(Step::HostName))?;
+        self.root.build()?;
+        privileges::drop_to(self.uid, self.gid, capabilities)?;
+        die_with_parent(parent)?;
+        rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivileges))?;
+        if let Some(landlock) = self.landlock {
+            landlock.restrict_self().map_err(at(Step::Landlock))?;
+        }
+        self.filter.install().map_err(at(Step::Filter))
+    }
+}
+
+/// What the child needs between clone and exec.
+struct Child<'a> {
+    executable: BorrowedFd<'a>,
+    argv: sys::Strings,
+    env: sys::Strings,
+    fds: Vec<(RawFd, RawFd)>,
+    fixed_addresses: bool,
+    parent: BorrowedFd<'a>,
+    confinement: Option<Prepared>,
+}
+
+impl Child<'_> {
+    /// Runs in the child: sets up and executes. Returns only what failed.
+    fn run(mut self) -> (Step, Errno) {
+        match self.set_up() {
+            Err(failure) => failure,
+            Ok(()) => (
+                Step::Execute,
+                sys::execute(self.executable, &self.argv, &self.env),
+            ),
+        }
+    }
+
+    fn set_up(&mut self) -> Result<(), (Step, Errno)> {
+        const ADDR_NO_RANDOMIZE: u64 = 0x0004_0000;
+        let at = |step| move |errno| (step, errno);
+        rustix::process::setsid().map_err(at(Step::Session))?;
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+        // Before anything else that can block: from here on the parent's death is noticed.
+        die_with_parent(Some(self.parent))?;
+        sys::reset_signals();
+        if self.fixed_addresses {
+            sys::set_personality(ADDR_NO_RANDOMIZE).map_err(at(Step::Personality))?;
+        }
+
+        // A source may have the number of another's target, so all move away first.
+        for (fd, _) in &mut self.fds {
+            *fd = sys::duplicate_above(*fd, FIRST_PRIVATE_FD).map_err(at(Step::Descriptors))?;
+        }
+        sys::close_all_on_exec().map_err(at(Step::Descriptors))?;
+        for (fd, target) in &self.fds {
+            sys::place_descriptor(*fd, *target).map_err(at(Step::Descriptors))?;
+        }
+        match self.confinement.take() {
+            Some(confinement) => confinement.apply(CapabilitySet::empty(), Some(self.parent)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Has the kernel kill this process when its parent ends. A change of user takes that back, so it is done again
+/// after one. `parent` is a pidfd of the parent, to notice that it ended before this call.
+fn die_with_parent(parent: Option<BorrowedFd<'_>>) -> Result<(), (Step, Errno)> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|errno| (Step::DeathSignal, errno))?;
+    if let Some(parent) = parent {
+        let mut events = [PollFd::from_borrowed_fd(parent, PollFlags::IN)];
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        match rustix::event::poll(&mut events, Some(&at_once)) {
+            Ok(0) => {}
+            Ok(_) => return Err((Step::Orphaned, Errno::SRCH)),
+            Err(errno) => return Err((Step::DeathSignal, errno)),
+        }
+    }
+    Ok(())
+}
+
+/// Collects a child that ended during set-up.
+fn reap(pidfd: BorrowedFd<'_>) {
+    let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+    let id = rustix::process::WaitId::PidFd(pidfd);
+    let _ = rustix::process::waitid(id, rustix::process::WaitIdOptions::EXITED);
+}
+
+/// Moves a descriptor out of the range of inherited ones.
+fn above(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    rustix::io::fcntl_dupfd_cloexec(&fd, FIRST_PRIVATE_FD)
+}
+
+fn strings(name: &str, what: &'static str, texts: Vec<OsString>) -> Result<Vec<CString>, Error> {
+    texts
+        .into_iter()
+        .map(|text| CString::new(text.into_vec()))
+        .collect::<Result<_, _>>()
+        .map_err(|_| Error::ZeroByte {
+            name: name.to_owned(),
+            what,
+        })
+}

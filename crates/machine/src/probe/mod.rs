@@ -1,0 +1,249 @@
+//! What machines this host can run, and why not the others. For `hull check`, and for [`crate::choose`].
+//!
+//! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by tracing.
+
+mod kvm;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::choose::{Choice, Requirements, choose};
+use crate::qemu;
+
+/// Everything `hull check` says about machines.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Hardware virtualization.
+    pub kvm: KvmState,
+    /// The user-mode kernel.
+    pub uml: State,
+    /// QEMU.
+    pub qemu: State,
+    /// QEMU's version, where it is installed.
+    pub qemu_version: Option<String>,
+    /// What `auto` picks.
+    pub auto: Result<Choice, String>,
+}
+
+/// Whether a kind of machine can be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum State {
+    /// It can.
+    Works {
+        /// How, in a few words.
+        how: String,
+    },
+    /// It cannot.
+    Missing {
+        /// What is in the way.
+        why: String,
+        /// What mends it, if anything does.
+        hint: Option<String>,
+    },
+}
+
+/// What became of trying KVM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum KvmState {
+    /// Guest kernel code runs on the processor.
+    Works {
+        /// Millions of instructions per second.
+        million_per_second: u64,
+    },
+    /// `/dev/kvm` accepts everything and then interprets guest kernel code.
+    Pretends {
+        /// Millions of instructions per second.
+        million_per_second: u64,
+    },
+    /// There is no `/dev/kvm`.
+    Absent,
+    /// `/dev/kvm` may not be opened.
+    NoPermission,
+    /// It cannot run guest code at all.
+    Fails {
+        /// What failed.
+        why: String,
+    },
+}
+
+impl fmt::Display for KvmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Works { million_per_second } => {
+                write!(f, "works ({million_per_second} million instructions/s)")
+            }
+            Self::Pretends {
+                million_per_second: 0,
+            } => f.write_str("pretends: less than a million instructions/s, interpreted"),
+            Self::Pretends { million_per_second } => {
+                write!(
+                    f,
+                    "pretends: {million_per_second} million instructions/s, interpreted"
+                )
+            }
+            Self::Absent => f.write_str("absent: there is no /dev/kvm"),
+            Self::NoPermission => f.write_str("no permission to open /dev/kvm"),
+            Self::Fails { why } => write!(f, "fails: {why}"),
+        }
+    }
+}
+
+/// Tries everything. Takes a few tenths of a second, once per boot of the host; then a few milliseconds.
+pub fn probe(requirements: &Requirements) -> Report {
+    let qemu_version = qemu::find_program().and_then(|program| qemu::version(&program));
+    Report {
+        kvm: kvm_cached(&requirements.data_directory),
+        uml: uml(requirements),
+        qemu: match &qemu_version {
+            Ok(version) => State::Works {
+                how: format!("QEMU {version}"),
+            },
+            Err(error) => State::Missing {
+                why: error.to_string(),
+                hint: error.hint(),
+            },
+        },
+        qemu_version: qemu_version.ok(),
+        auto: choose(None, requirements).map_err(|error| error.to_string()),
+    }
+}
+
+fn uml(requirements: &Requirements) -> State {
+    let missing = |why: String, hint: Option<&str>| State::Missing {
+        why,
+        hint: hint.map(str::to_owned),
+    };
+    if let Some(why) = tracing_forbidden() {
+        return missing(why, Some("sysctl -w kernel.yama.ptrace_scope=1"));
+    }
+    if !kvm::in_child(kvm::tracing_works) {
+        return missing(
+            "processes cannot be traced here (a system call filter of the host forbids ptrace)"
+                .into(),
+            None,
+        );
+    }
+    match &requirements.uml_kernel {
+        Some(kernel) if kernel.is_file() => State::Works {
+            how: "no virtualization needed".into(),
+        },
+        Some(kernel) => missing(
+            format!("its guest kernel {} does not exist", kernel.display()),
+            Some("guest/kernel/build um"),
+        ),
+        None => missing(
+            "there is no guest kernel for um".into(),
+            Some("guest/kernel/build um"),
+        ),
+    }
+}
+
+/// Why a process without privileges may not trace its own children, by the Yama security module.
+pub fn tracing_forbidden() -> Option<String> {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?;
+    let scope: u32 = scope.trim().parse().ok()?;
+    (scope >= 2)
+        .then(|| format!("tracing processes is forbidden (kernel.yama.ptrace_scope = {scope})"))
+}
+
+/// A kept answer and what it holds for.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    host: String,
+    kvm: KvmState,
+}
+
+/// The state of KVM: the answer kept for this boot of this host, else a new probe's.
+pub fn kvm_cached(data_directory: &Path) -> KvmState {
+    let path = data_directory.join("probe.json");
+    let host = host_identity();
+    let kept = std::fs::read(&path)
+        .ok()
+        .and_then(|text| serde_json::from_slice::<Kept>(&text).ok());
+    match kept {
+        // A device node can come and go, and permissions are the caller's: these are looked at each time.
+        Some(kept) if kept.host == host && kvm::openable().is_ok() => kept.kvm,
+        _ => {
+            let kvm = kvm::probe();
+            if !matches!(kvm, KvmState::Absent | KvmState::NoPermission) {
+                keep(
+                    &path,
+                    &Kept {
+                        host,
+                        kvm: kvm.clone(),
+                    },
+                );
+            }
+            kvm
+        }
+    }
+}
+
+fn keep(path: &Path, kept: &Kept) {
+    let write = || -> std::io::Result<()> {
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        let new: PathBuf = path.with_extension(format!("json.{}", std::process::id()));
+        std::fs::write(&new, serde_json::to_vec(kept)?)?;
+        std::fs::rename(new, path)
+    };
+    if let Err(error) = write() {
+        tracing::warn!(
+            "cannot keep the answer of the KVM probe in {}: {error}",
+            path.display()
+        );
+    }
+}
+
+/// This boot of this host: what an answer about KVM holds for.
+fn host_identity() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("model name"))
+        .unwrap_or_default();
+    let boot = read("/proc/sys/kernel/random/boot_id");
+    let version = read("/proc/version");
+    format!("{}\n{}\n{}", boot.trim(), model.trim(), version.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_kept_answer_is_used_for_the_same_boot_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("probe.json");
+        let kvm = KvmState::Works {
+            million_per_second: 123_456_789,
+        };
+        keep(
+            &path,
+            &Kept {
+                host: host_identity(),
+                kvm: kvm.clone(),
+            },
+        );
+        if kvm::openable().is_ok() {
+            assert_eq!(kvm_cached(directory.path()), kvm);
+        }
+        keep(
+            &path,
+            &Kept {
+                host: "another".into(),
+                kvm: kvm.clone(),
+            },
+        );
+        assert_ne!(kvm_cached(directory.path()), kvm);
+        std::fs::write(&path, "{").unwrap();
+        assert_ne!(kvm_cached(directory.path()), kvm);
+    }
+}

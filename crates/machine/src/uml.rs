@@ -1,0 +1,136 @@
+//! Machine kind `uml`: a Linux kernel built for user mode, an ordinary process that traces the processes of its
+//! guest. Needs no virtualization; it is not hardware isolation, so the jail around it matters most here.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use crate::jail::{self, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Tmp};
+use crate::{Error, Kind, MIN_MEMORY, Machine, MachineSpec, Started, device_sockets, open};
+
+/// Loops per tick of a processor at 5 GHz. Told, the kernel does not measure them, which takes 60 ms. They matter
+/// only to its busy waits, which drivers of hardware use: on a slower processor those last longer than asked, which
+/// is allowed; never shorter.
+const LOOPS_PER_JIFFY: u64 = 50_000_000;
+
+/// What the jail's `/tmp` holds beside the guest's memory: the kernel's pid file and what it tests.
+const TMP_SLACK: u64 = 1 << 20;
+
+/// The user-mode kernel.
+pub struct Uml;
+
+impl Machine for Uml {
+    fn kind(&self) -> Kind {
+        Kind::Uml
+    }
+
+    fn start(&self, spec: &MachineSpec, console: OwnedFd) -> Result<Started, Error> {
+        if spec.memory < MIN_MEMORY {
+            return Err(Error::Memory {
+                memory: spec.memory,
+            });
+        }
+        if spec.cpus > 1 {
+            let why = "a traced guest runs on one processor";
+            return Err(Error::Cpus {
+                kind: Kind::Uml,
+                cpus: spec.cpus,
+                why,
+            });
+        }
+        let kernel = open("guest kernel", &spec.kernel)?;
+        open("initramfs", &spec.initramfs)?;
+        let sockets = device_sockets(spec)?;
+        Ok(jail::spawn(JailSpec {
+            name: "the guest kernel",
+            executable: kernel.as_fd(),
+            argv: command_line(spec, &sockets),
+            // Where it puts the guest's memory, and where it keeps its pid file.
+            env: vec![
+                ("TMPDIR".into(), "/tmp".into()),
+                ("HOME".into(), "/tmp".into()),
+            ],
+            fds: vec![(console.as_fd(), 1), (console.as_fd(), 2)],
+            fixed_addresses: true,
+            confinement: Some(Confinement {
+                role: Role::Uml,
+                uid: spec.jail_uid,
+                gid: spec.jail_uid,
+                capabilities: CapabilitySet::empty(),
+                root: root(spec),
+                open_files: 1024,
+            }),
+        })?)
+    }
+}
+
+fn root(spec: &MachineSpec) -> Root {
+    let bind = |source: &Path, target: &str| Bind {
+        source: source.to_owned(),
+        target: target.into(),
+        executable: false,
+    };
+    Root {
+        tmp: Some(Tmp {
+            size: spec.memory + TMP_SLACK,
+            huge_pages: true,
+        }),
+        binds: vec![
+            bind(&spec.sockets, "/sockets"),
+            bind(&spec.initramfs, "/initramfs"),
+            // Where it finds the features of the processor, to show them to the guest.
+            bind(Path::new("/proc/cpuinfo"), "/proc/cpuinfo"),
+        ],
+        ..Root::default()
+    }
+}
+
+fn command_line(spec: &MachineSpec, sockets: &[(String, u32)]) -> Vec<OsString> {
+    let mut line = vec![
+        "linux".to_owned(),
+        format!("mem={}K", spec.memory >> 10),
+        "initrd=/initramfs".into(),
+        format!("lpj={LOOPS_PER_JIFFY}"),
+        // The console reads nothing and prints to the pipe; other terminal lines lead nowhere.
+        "con=null".into(),
+        "ssl=null".into(),
+        "con0=fd:0,fd:1".into(),
+        // A guest that cannot go on ends at once.
+        "panic=-1".into(),
+        "umid=hull".into(),
+    ];
+    for (name, device_type) in sockets {
+        line.push(format!("virtio_uml.device=/sockets/{name}:{device_type}"));
+    }
+    line.into_iter().map(OsString::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            memory: 256 << 20,
+            cpus: 1,
+            sockets: "/s".into(),
+            disks: 0,
+            jail_uid: 1000,
+        }
+    }
+
+    #[test]
+    fn the_command_line_names_memory_and_devices() {
+        let line = command_line(&spec(), &[("fs.sock".into(), 26)]);
+        assert!(line.contains(&"mem=262144K".into()));
+        assert!(line.contains(&"virtio_uml.device=/sockets/fs.sock:26".into()));
+    }
+
+    #[test]
+    fn the_guests_memory_fits_into_tmp() {
+        let tmp = root(&spec()).tmp;
+        assert!(tmp.is_some_and(|tmp| tmp.size > 256 << 20 && tmp.size < 260 << 20));
+    }
+}
