@@ -1,0 +1,39 @@
+//! Images: what a container's root file system is made of.
+//!
+//! Called by the command line (`hull image …`) and by the sandbox (to start a container). Understands references as
+//! Docker does, pulls from registries, reads OCI layouts and docker archives, unpacks each layer once into a directory
+//! that can be a lower directory of an overlay, and removes what nobody uses. All of it works from several processes
+//! at once, and whatever is killed at whatever moment leaves nothing half usable behind.
+//!
+//! It never mounts anything, never changes an image, and never runs anything that an image holds.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), hull_image::Error> {
+//! use hull_image::{Credentials, Pull, Store};
+//! let store = Store::open("/var/lib/hull")?;
+//! let image = store.resolve(&"busybox".parse()?, Pull::Missing, &Credentials::docker(), &())?;
+//! let hold = store.hold(&image, "container-1")?;
+//! println!("{:?} on {:?}", image.config.cmd, image.layers);
+//! # drop(hold);
+//! # Ok(()) }
+//! ```
+
+mod config;
+mod credentials;
+mod digest;
+mod error;
+mod manifest;
+mod progress;
+mod reference;
+mod source;
+mod store;
+pub mod unpack;
+
+pub use config::ImageConfig;
+pub use credentials::Credentials;
+pub use digest::{Digest, DigestError};
+pub use error::{Error, Result};
+pub use manifest::Platform;
+pub use progress::{Event, LayerState, Progress};
+pub use reference::{Reference, RegistryReference, Version};
+pub use store::{Hold, Image, Listed, Pull, Removed, Store};

@@ -1,0 +1,310 @@
+//! Manifests, manifest lists and platforms: what is read of them, and which of several fits this machine.
+//!
+//! Called by the sources of images (registry, layout, archive). Everything here comes from strangers: sizes and
+//! counts are checked, unknown fields are ignored as the formats ask for.
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+/// Largest manifest, manifest list or configuration that is read, as with other tools.
+pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
+/// Most layers an image may have: what overlayfs can stack.
+const MAX_LAYERS: usize = 500;
+
+pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+pub(crate) const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+pub(crate) const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+
+/// What is asked of a registry.
+pub(crate) const ACCEPTED: &[&str] = &[OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
+
+/// An operating system and processor that an image is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// As Go names it: `linux`.
+    #[serde(default)]
+    pub os: String,
+    /// As Go names it: `amd64`, `arm64`, …
+    #[serde(default)]
+    pub architecture: String,
+    /// `v7`, `v8`, …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+}
+
+impl Platform {
+    /// Linux on this machine's processor.
+    pub fn host() -> Self {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            "x86" => "386",
+            "powerpc64" => "ppc64le",
+            other => other,
+        };
+        Self { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: None }
+    }
+
+    /// How well an image for `other` runs here: `None` not at all, else lower is better.
+    fn distance(&self, other: &Platform) -> Option<u32> {
+        if other.os != self.os || other.architecture != self.architecture {
+            return None;
+        }
+        let baseline = match self.architecture.as_str() {
+            "amd64" => "v1",
+            "arm64" => "v8",
+            _ => "",
+        };
+        match (other.variant.as_deref().unwrap_or(""), self.variant.as_deref()) {
+            (variant, Some(wanted)) if variant == wanted => Some(0),
+            ("", _) => Some(1),
+            (variant, _) if variant == baseline => Some(1),
+            // A variant above the baseline may or may not run.
+            _ => Some(2),
+        }
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match self.variant.as_deref() {
+            None | Some("") => Ok(()),
+            Some(variant) => write!(f, "/{variant}"),
+        }
+    }
+}
+
+/// Points to content.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Descriptor {
+    #[serde(default)]
+    pub media_type: String,
+    pub digest: Digest,
+    pub size: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<std::collections::BTreeMap<String, String>>,
+}
+
+/// One image: configuration and layers, lowest first.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Manifest {
+    pub schema_version: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_type: Option<String>,
+    pub config: Descriptor,
+    pub layers: Vec<Descriptor>,
+}
+
+/// Several images, one per platform.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct Index {
+    pub manifests: Vec<Descriptor>,
+}
+
+/// What a manifest's bytes turn out to be.
+pub(crate) enum Document {
+    Manifest(Manifest),
+    Index(Index),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Shape {
+    #[serde(default)]
+    schema_version: u32,
+    #[serde(default)]
+    media_type: Option<String>,
+    #[serde(default)]
+    manifests: Option<serde::de::IgnoredAny>,
+    #[serde(default)]
+    fs_layers: Option<serde::de::IgnoredAny>,
+}
+
+/// Reads a manifest or a list of manifests.
+pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
+    let invalid = |what, error: serde_json::Error| Error::Invalid {
+        reference: reference.to_owned(),
+        what,
+        reason: error.to_string(),
+    };
+    let unsupported = |what: String| Error::Unsupported { reference: reference.to_owned(), what };
+    let shape: Shape = serde_json::from_slice(bytes).map_err(|error| invalid("manifest", error))?;
+    if shape.schema_version == 1 || shape.fs_layers.is_some() {
+        return Err(unsupported(
+            "image manifest version 2, schema 1 (deprecated; push the image again with a current tool)"
+                .to_owned(),
+        ));
+    }
+    let media_type = shape.media_type.as_deref().unwrap_or("");
+    match media_type {
+        OCI_INDEX | DOCKER_LIST => {}
+        "" if shape.manifests.is_some() => {}
+        OCI_MANIFEST | DOCKER_MANIFEST | "" => {
+            let manifest: Manifest =
+                serde_json::from_slice(bytes).map_err(|error| invalid("manifest", error))?;
+            manifest.check(reference)?;
+            return Ok(Document::Manifest(manifest));
+        }
+        other => return Err(unsupported(format!("manifest of media type {other}"))),
+    }
+    serde_json::from_slice(bytes).map(Document::Index).map_err(|error| invalid("index", error))
+}
+
+impl Manifest {
+    fn check(&self, reference: &str) -> Result<()> {
+        let unsupported = |what: String| Error::Unsupported { reference: reference.to_owned(), what };
+        if self.layers.len() > MAX_LAYERS {
+            return Err(unsupported(format!("{} layers (at most {MAX_LAYERS})", self.layers.len())));
+        }
+        match self.config.media_type.as_str() {
+            OCI_CONFIG | DOCKER_CONFIG | "" => {}
+            other => return Err(unsupported(format!("artifact of media type {other}, not an image"))),
+        }
+        for layer in &self.layers {
+            if !is_layer(&layer.media_type) {
+                return Err(unsupported(format!("layer of media type {}", layer.media_type)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Known layer types: a tar archive, plain or compressed with gzip or zstd, distributable or not.
+fn is_layer(media_type: &str) -> bool {
+    let oci = media_type
+        .strip_prefix("application/vnd.oci.image.layer.")
+        .map(|rest| rest.strip_prefix("nondistributable.").unwrap_or(rest));
+    match oci {
+        Some(rest) => matches!(rest, "v1.tar" | "v1.tar+gzip" | "v1.tar+zstd"),
+        None => matches!(
+            media_type,
+            "" | "application/vnd.docker.image.rootfs.diff.tar"
+                | "application/vnd.docker.image.rootfs.diff.tar.gzip"
+                | "application/vnd.docker.image.rootfs.diff.tar.zstd"
+                | "application/vnd.docker.image.rootfs.foreign.diff.tar"
+                | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+        ),
+    }
+}
+
+impl Index {
+    /// The entry that fits `platform` best.
+    pub(crate) fn choose(&self, reference: &str, platform: &Platform) -> Result<&Descriptor> {
+        // Attestations and the like stand in lists as images for the platform "unknown".
+        let images = self.manifests.iter().filter(|entry| {
+            matches!(entry.media_type.as_str(), "" | OCI_MANIFEST | DOCKER_MANIFEST | OCI_INDEX | DOCKER_LIST)
+        });
+        let known = images.filter(|entry| {
+            entry.platform.as_ref().is_none_or(|platform| platform.architecture != "unknown")
+        });
+        let mut best: Option<(u32, &Descriptor)> = None;
+        let mut available = Vec::new();
+        for entry in known {
+            let distance = match &entry.platform {
+                Some(theirs) => {
+                    let name = theirs.to_string();
+                    if !available.contains(&name) {
+                        available.push(name);
+                    }
+                    platform.distance(theirs)
+                }
+                // It does not say; its configuration will.
+                None => Some(3),
+            };
+            if let Some(distance) = distance {
+                if best.is_none_or(|(known, _)| distance < known) {
+                    best = Some((distance, entry));
+                }
+            }
+        }
+        best.map(|(_, entry)| entry).ok_or_else(|| Error::WrongPlatform {
+            reference: reference.to_owned(),
+            wanted: platform.to_string(),
+            available,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn entry(os: &str, architecture: &str, variant: Option<&str>, content: &str) -> Descriptor {
+        Descriptor {
+            media_type: OCI_MANIFEST.to_owned(),
+            digest: Digest::of(content.as_bytes()),
+            size: 1,
+            platform: Some(Platform {
+                os: os.to_owned(),
+                architecture: architecture.to_owned(),
+                variant: variant.map(str::to_owned),
+            }),
+            annotations: None,
+        }
+    }
+
+    fn amd64() -> Platform {
+        Platform { os: "linux".to_owned(), architecture: "amd64".to_owned(), variant: None }
+    }
+
+    #[test]
+    fn the_best_platform_is_chosen() {
+        let index = Index {
+            manifests: vec![
+                entry("windows", "amd64", None, "w"),
+                entry("linux", "arm64", Some("v8"), "a"),
+                entry("linux", "amd64", Some("v3"), "v3"),
+                entry("linux", "amd64", None, "plain"),
+            ],
+        };
+        assert_eq!(index.choose("x", &amd64()).unwrap().digest, Digest::of(b"plain"));
+        let v3 = Platform { variant: Some("v3".to_owned()), ..amd64() };
+        assert_eq!(index.choose("x", &v3).unwrap().digest, Digest::of(b"v3"));
+    }
+
+    #[test]
+    fn a_missing_platform_names_what_is_there() {
+        let index = Index {
+            manifests: vec![
+                entry("linux", "arm64", Some("v8"), "a"),
+                entry("linux", "s390x", None, "s"),
+                entry("unknown", "unknown", None, "attestation"),
+            ],
+        };
+        let error = index.choose("foo", &amd64()).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "image \"foo\" is not available for linux/amd64: it is for linux/arm64/v8, linux/s390x"
+        );
+    }
+
+    #[test]
+    fn schema_1_and_artifacts_are_refused_by_name() {
+        let old = br#"{"schemaVersion":1,"name":"x","fsLayers":[]}"#;
+        assert!(parse("x", old).err().unwrap().to_string().contains("schema 1"));
+        let digest = Digest::of(b"");
+        let chart = format!(
+            r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.cncf.helm.config.v1+json",
+                "digest":"{digest}","size":0}},"layers":[]}}"#
+        );
+        assert!(parse("x", chart.as_bytes()).err().unwrap().to_string().contains("helm"));
+        let odd = format!(
+            r#"{{"schemaVersion":2,"config":{{"digest":"{digest}","size":0}},
+                "layers":[{{"mediaType":"application/x-foo","digest":"{digest}","size":1}}]}}"#
+        );
+        assert!(parse("x", odd.as_bytes()).err().unwrap().to_string().contains("x-foo"));
+        assert!(parse("x", b"{").err().unwrap().to_string().contains("invalid manifest"));
+    }
+}

@@ -1,0 +1,267 @@
+//! Fetches one layer archive into the store's blobs, continuing what an earlier attempt left.
+//!
+//! Called by the registry source. The archive grows in `HEX.part`, which is locked meanwhile, and gets its final name
+//! only when its digest is right and it is on the disk. A second process that wants it waits for the lock and then
+//! finds the archive, or the layer made of it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use oci_client::client::BlobResponse;
+use oci_client::errors::OciDistributionError;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::registry::Session;
+use crate::digest::{Digest, Hasher};
+use crate::error::{Error, Result};
+use crate::manifest::Descriptor;
+use crate::progress::{Event, LayerState, Progress};
+use crate::store::{PlannedLayer, Store, flock};
+
+/// Attempts without a single new byte before giving up.
+const ATTEMPTS: u32 = 4;
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+
+/// A locked, growing archive.
+struct Part {
+    file: File,
+    path: PathBuf,
+    hasher: Hasher,
+}
+
+/// How one request ended.
+enum Ended {
+    /// The registry sent all that it has.
+    Complete,
+    /// The connection broke, or the registry is in trouble: worth another attempt.
+    Broken(Error),
+    /// The registry has nothing behind what is here.
+    NothingLeft,
+}
+
+/// Makes sure that a layer's archive is in the store, or the layer itself.
+pub(super) async fn layer(
+    session: &Session<'_>,
+    store: &Store,
+    descriptor: &Descriptor,
+    planned: &PlannedLayer,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let report = |state| progress.event(Event::Layer { digest: &descriptor.digest, state });
+    let blob = store.blob_path(&descriptor.digest);
+    let path = blob.with_added_extension("part");
+    let file = loop {
+        if blob.exists() {
+            return Ok(());
+        }
+        // In this order: whoever makes the layer removes its archive only afterwards.
+        if store.has_layer(&planned.diff_id) {
+            let _ = std::fs::remove_file(&path);
+            return Ok(());
+        }
+        if let Some(file) = lock_part(&path, || report(LayerState::Waiting)).await? {
+            break file;
+        }
+    };
+    let mut part = Part { file, path, hasher: Hasher::new() };
+    if blob.exists() {
+        return part.discard();
+    }
+    part.read_start(descriptor.size)?;
+    let fetched = part.fetch(session, descriptor, &report).await;
+    if let Err(error) = fetched {
+        if matches!(error, Error::NoSpace { .. } | Error::WrongDigest { .. } | Error::Truncated { .. }) {
+            part.discard()?;
+        }
+        return Err(error);
+    }
+    part.complete(&blob)
+}
+
+/// Opens and locks the growing archive. `None` when it is not the one at `path` any more: look again.
+async fn lock_part(path: &Path, waiting: impl FnOnce()) -> Result<Option<File>> {
+    let failed = |doing| move |error: io::Error| Error::io(doing, path, error);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(failed("open"))?;
+    let file = match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => file,
+        Err(Errno::WOULDBLOCK) => {
+            waiting();
+            let blocking = move || flock(&file, FlockOperation::LockExclusive).map(|()| file);
+            tokio::task::spawn_blocking(blocking)
+                .await
+                .map_err(|error| failed("lock")(io::Error::other(error)))?
+                .map_err(|error| failed("lock")(error.into()))?
+        }
+        Err(error) => return Err(failed("lock")(error.into())),
+    };
+    let ours = file.metadata().map_err(failed("look at"))?;
+    match std::fs::metadata(path) {
+        Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => Ok(Some(file)),
+        Ok(_) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed("look at")(error)),
+    }
+}
+
+impl Part {
+    fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> Error + use<> {
+        let path = self.path.clone();
+        move |error| Error::io(doing, &path, error)
+    }
+
+    /// Hashes what is here already.
+    fn read_start(&mut self, size: u64) -> Result<()> {
+        let length = self.file.metadata().map_err(self.io("look at"))?.len();
+        if length > size {
+            return self.restart();
+        }
+        let mut buffer = vec![0; 256 * 1024];
+        loop {
+            match self.file.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(read) => self.hasher.update(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.io("read")(error)),
+            }
+        }
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        self.file.set_len(0).map_err(self.io("empty"))?;
+        io::Seek::rewind(&mut self.file).map_err(self.io("empty"))?;
+        self.hasher = Hasher::new();
+        Ok(())
+    }
+
+    async fn fetch(
+        &mut self,
+        session: &Session<'_>,
+        descriptor: &Descriptor,
+        report: &impl Fn(LayerState),
+    ) -> Result<()> {
+        let reference = || session.name.written().to_owned();
+        let truncated = |actual: u64| Error::Truncated {
+            reference: reference(),
+            what: "layer",
+            digest: descriptor.digest,
+            expected: descriptor.size,
+            actual,
+        };
+        let resumed = self.hasher.length() > 0;
+        let mut fruitless = 0;
+        while self.hasher.length() < descriptor.size {
+            let before = self.hasher.length();
+            let ended = self.request(session, descriptor, report).await?;
+            let grown = self.hasher.length() > before;
+            fruitless = if grown { 0 } else { fruitless + 1 };
+            match ended {
+                Ended::NothingLeft => return Err(truncated(self.hasher.length())),
+                Ended::Complete if !grown => return Err(truncated(self.hasher.length())),
+                Ended::Broken(error) if fruitless >= ATTEMPTS => return Err(error),
+                Ended::Broken(error) => {
+                    tracing::debug!(%error, layer = %descriptor.digest, "transfer broke off, trying again");
+                    tokio::time::sleep(FIRST_PAUSE * 2u32.pow(fruitless)).await;
+                }
+                Ended::Complete => {}
+            }
+        }
+        let actual = self.hasher.clone().finish();
+        if actual == descriptor.digest {
+            return Ok(());
+        }
+        if resumed {
+            // Perhaps only the old beginning is bad.
+            self.restart()?;
+            return Box::pin(self.fetch(session, descriptor, report)).await;
+        }
+        let (what, expected) = ("layer", descriptor.digest);
+        Err(Error::WrongDigest { reference: reference(), what, expected, actual })
+    }
+
+    /// One request, from where the archive ends.
+    async fn request(
+        &mut self,
+        session: &Session<'_>,
+        descriptor: &Descriptor,
+        report: &impl Fn(LayerState),
+    ) -> Result<Ended> {
+        let digest = descriptor.digest.to_string();
+        let offset = self.hasher.length();
+        let response = session
+            .client
+            .pull_blob_stream_partial(&session.reference, digest.as_str(), offset, None)
+            .await;
+        let mut stream = match response {
+            Ok(BlobResponse::Partial(stream)) => stream.stream,
+            Ok(BlobResponse::Full(stream)) => {
+                // It does not do ranges.
+                self.restart()?;
+                stream.stream
+            }
+            Err(OciDistributionError::ServerError { code: 416, .. }) => return Ok(Ended::NothingLeft),
+            Err(error) => {
+                let lasting = !matches!(
+                    &error,
+                    OciDistributionError::RequestError(_)
+                        | OciDistributionError::ServerError { code: 500.. | 429, .. }
+                );
+                let error = session.error("layer", error);
+                return if lasting { Err(error) } else { Ok(Ended::Broken(error)) };
+            }
+        };
+        while let Some(chunk) = stream.next().await {
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                // The client's own check of the digest; ours comes when all is here.
+                Err(_) if self.hasher.length() == descriptor.size => break,
+                Err(error) => {
+                    let reason = format!("the transfer of layer {digest} broke off: {error}");
+                    return Ok(Ended::Broken(session.failed(reason)));
+                }
+            };
+            if self.hasher.length() + chunk.len() as u64 > descriptor.size {
+                return Err(Error::Invalid {
+                    reference: session.name.written().to_owned(),
+                    what: "layer",
+                    reason: format!("{digest} is longer than the {} bytes announced", descriptor.size),
+                });
+            }
+            self.file.write_all(&chunk).map_err(self.io("write"))?;
+            self.hasher.update(&chunk);
+            report(LayerState::Downloading { done: self.hasher.length(), total: descriptor.size });
+        }
+        Ok(Ended::Complete)
+    }
+
+    fn complete(self, blob: &Path) -> Result<()> {
+        self.file.sync_all().map_err(self.io("flush"))?;
+        std::fs::rename(&self.path, blob).map_err(self.io("complete"))?;
+        match blob.parent() {
+            Some(dir) => crate::unpack::fs::sync_dir(dir).map_err(|error| Error::io("flush", dir, error)),
+            None => Ok(()),
+        }
+    }
+
+    fn discard(self) -> Result<()> {
+        std::fs::remove_file(&self.path).map_err(self.io("remove"))
+    }
+}
+
+impl Store {
+    /// Whether the layer is there under its diff id. (If it is only there under a chain id, its archive is fetched
+    /// once more than necessary.)
+    fn has_layer(&self, diff_id: &Digest) -> bool {
+        self.root().join("layers").join(diff_id.hex()).exists()
+    }
+}

@@ -1,0 +1,7 @@
+//! Where images come from. Each source finds manifest, configuration and layers, and leaves the rest to the store.
+
+pub(crate) mod docker_archive;
+mod download;
+pub(crate) mod oci_layout;
+pub(crate) mod registry;
+pub(crate) mod rootfs;

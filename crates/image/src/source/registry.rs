@@ -1,0 +1,392 @@
+//! Images from a registry.
+//!
+//! Called by the store. One thread talks to the registry (the only asynchronous code of this crate) and puts layer
+//! archives into the store's blobs, several at once; the caller's thread unpacks them in order while others still
+//! arrive.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::sync::Once;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use oci_client::client::{ClientConfig, ClientProtocol};
+use oci_client::secrets::RegistryAuth;
+
+use super::download;
+use crate::config;
+use crate::credentials::Credentials;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::manifest::{self, ACCEPTED, Descriptor, Document, MAX_DOCUMENT, Manifest};
+use crate::progress::{Event, Progress};
+use crate::reference::{RegistryReference, Version};
+use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
+
+/// How many layers arrive at once.
+const PARALLEL: usize = 3;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest silence of a registry that is sending something.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What the registry's thread tells the unpacking one.
+enum Message {
+    /// What the image is made of.
+    Plan(Box<Plan>),
+    /// The archive of a layer is in the store.
+    Arrived(usize),
+}
+
+/// A registry, asked for one image.
+pub(super) struct Session<'a> {
+    pub client: oci_client::Client,
+    pub reference: oci_client::Reference,
+    pub name: &'a RegistryReference,
+    auth: RegistryAuth,
+    credentials: String,
+    /// What to say before "registry X answered 404".
+    local: &'static str,
+}
+
+/// Fetches what is missing of an image, and makes it usable.
+pub(crate) fn pull(
+    store: &Store,
+    name: &RegistryReference,
+    pull: Pull,
+    credentials: &Credentials,
+    progress: &dyn Progress,
+) -> Result<Image> {
+    let found = credentials.find(&name.registry)?;
+    let _work = store.begin_work()?;
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(PARALLEL);
+        let fetcher = scope.spawn(move || {
+            let session = Session::new(name, found.auth, found.description, pull)?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(|error| session.failed(error.to_string()))?;
+            runtime.block_on(session.fetch(store, &sender, progress))
+        });
+        let installed = install(store, &receiver, progress);
+        // Lets the fetcher end when the installation failed.
+        drop(receiver);
+        match (installed, fetcher.join()) {
+            // What ended the channel early is the reason.
+            (_, Ok(Err(error))) => Err(error),
+            (Some(result), _) => result,
+            (None, _) => Err(Error::Registry {
+                reference: name.written().to_owned(),
+                registry: name.registry.clone(),
+                reason: "the transfer ended unexpectedly".to_owned(),
+            }),
+        }
+    })
+}
+
+/// Unpacks what arrives. `None` when the other side gave up.
+fn install(
+    store: &Store,
+    messages: &Receiver<Message>,
+    progress: &dyn Progress,
+) -> Option<Result<Image>> {
+    let Ok(Message::Plan(plan)) = messages.recv() else { return None };
+    let mut arrived = BTreeSet::new();
+    let mut gave_up = false;
+    let mut open = |index: usize| {
+        let digest = plan.layers[index].digest;
+        // The same archive arrives only once, for the first layer that it is.
+        let first = plan.layers.iter().position(|layer| layer.digest == digest).unwrap_or(index);
+        while !arrived.contains(&first) {
+            match messages.recv() {
+                Ok(Message::Arrived(index)) => arrived.insert(index),
+                _ => {
+                    gave_up = true;
+                    return Err(Error::Damaged {
+                        reference: plan.written.clone(),
+                        what: format!("the archive of layer {digest}"),
+                    });
+                }
+            };
+        }
+        let path = store.blob_path(&digest);
+        let file = File::open(&path).map_err(|error| Error::io("open", &path, error))?;
+        let size = file.metadata().ok().map(|metadata| metadata.len());
+        // Its digest was checked when it arrived.
+        Ok(LayerStream { reader: Box::new(file), digest: None, size })
+    };
+    let result = store.install(&plan, &mut open, progress);
+    if result.is_ok() || matches!(result, Err(Error::NoSpace { .. })) {
+        // Unpacked, or in the way: the archives are not needed any more.
+        for layer in &plan.layers {
+            let _ = std::fs::remove_file(store.blob_path(&layer.digest));
+        }
+    }
+    if gave_up { None } else { Some(result) }
+}
+
+impl<'a> Session<'a> {
+    fn new(
+        name: &'a RegistryReference,
+        auth: RegistryAuth,
+        credentials: String,
+        pull: Pull,
+    ) -> Result<Self> {
+        let (registry, repository) = (name.registry.clone(), name.repository.clone());
+        let reference = match &name.version {
+            Version::Tag(tag) => oci_client::Reference::with_tag(registry, repository, tag.clone()),
+            Version::Digest(digest) => {
+                oci_client::Reference::with_digest(registry, repository, digest.to_string())
+            }
+        };
+        let local = match pull {
+            Pull::Always => "",
+            _ => "no such reference in the local store, and ",
+        };
+        if !tls_ready() {
+            return Err(Error::Registry {
+                reference: name.written().to_owned(),
+                registry: name.registry.clone(),
+                reason: "this machine has no CA certificates (package ca-certificates)".to_owned(),
+            });
+        }
+        let mut config = ClientConfig {
+            protocol: ClientProtocol::Https,
+            connect_timeout: Some(CONNECT_TIMEOUT),
+            read_timeout: Some(READ_TIMEOUT),
+            user_agent: concat!("hull/", env!("CARGO_PKG_VERSION")),
+            ..ClientConfig::default()
+        };
+        if name.is_local() {
+            config.protocol = ClientProtocol::Http;
+            // No proxy stands between this machine and itself, whatever the environment says: an exception for
+            // every host needs a proxy to be an exception from.
+            config.http_proxy = Some("http://localhost".to_owned());
+            config.no_proxy = Some("*".to_owned());
+        }
+        let client = oci_client::Client::try_from(config).map_err(|error| Error::Registry {
+            reference: name.written().to_owned(),
+            registry: name.registry.clone(),
+            reason: error.to_string(),
+        })?;
+        Ok(Self { client, reference, name, auth, credentials, local })
+    }
+
+    /// Finds out what the image is made of, then fetches the layers that are not here.
+    async fn fetch(
+        &self,
+        store: &Store,
+        messages: &SyncSender<Message>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let (plan, manifest) = self.plan(store).await?;
+        let missing = store.missing_layers(&plan)?;
+        progress.event(Event::Started { reference: self.name.written(), layers: plan.layers.len() });
+        let mut seen = BTreeSet::new();
+        let wanted: Vec<(usize, Descriptor, PlannedLayer)> = manifest
+            .layers
+            .into_iter()
+            .zip(plan.layers.iter().cloned())
+            .enumerate()
+            .filter(|(index, (descriptor, _))| missing[*index] && seen.insert(descriptor.digest))
+            .map(|(index, (descriptor, planned))| (index, descriptor, planned))
+            .collect();
+        if messages.send(Message::Plan(Box::new(plan))).is_err() {
+            return Ok(());
+        }
+        let mut arriving = futures_util::stream::iter(wanted)
+            .map(|(index, descriptor, planned)| async move {
+                download::layer(self, store, &descriptor, &planned, progress).await.map(|()| index)
+            })
+            .buffered(PARALLEL);
+        while let Some(index) = arriving.next().await {
+            if messages.send(Message::Arrived(index?)).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn plan(&self, store: &Store) -> Result<(Plan, Manifest)> {
+        let written = self.name.written();
+        let (digest, bytes) = self.manifest(&self.reference).await?;
+        let (digest, index, bytes, manifest) = match manifest::parse(written, &bytes)? {
+            Document::Manifest(manifest) => (digest, None, bytes, manifest),
+            Document::Index(index) => {
+                let chosen = index.choose(written, store.platform())?.digest;
+                let reference = self.reference.clone_with_digest(chosen.to_string());
+                let (_, bytes) = self.manifest(&reference).await?;
+                match manifest::parse(written, &bytes)? {
+                    Document::Manifest(manifest) => (chosen, Some(digest), bytes, manifest),
+                    Document::Index(_) => {
+                        return Err(Error::Unsupported {
+                            reference: written.to_owned(),
+                            what: "a manifest list in a manifest list".to_owned(),
+                        });
+                    }
+                }
+            }
+        };
+        let config = self.config(&manifest.config).await?;
+        let document = config::parse(written, &config, manifest.layers.len())?;
+        // Before anything big is fetched.
+        document.config.check_platform(written, store.platform())?;
+        let layers = manifest
+            .layers
+            .iter()
+            .zip(document.diff_ids)
+            .map(|(layer, diff_id)| PlannedLayer { digest: layer.digest, diff_id })
+            .collect();
+        let plan = Plan {
+            written: written.to_owned(),
+            name: Some(self.name.to_string()),
+            named: Named { manifest: digest, index, stamp: None },
+            manifest: bytes,
+            config,
+            layers,
+        };
+        Ok((plan, manifest))
+    }
+
+    /// A manifest and its digest, computed here. When the reference is one by digest, they must be the same.
+    async fn manifest(&self, reference: &oci_client::Reference) -> Result<(Digest, Vec<u8>)> {
+        let (bytes, _) = self
+            .client
+            .pull_manifest_raw(reference, &self.auth, ACCEPTED)
+            .await
+            .map_err(|error| self.error("manifest", error))?;
+        let actual = Digest::of(&bytes);
+        match reference.digest().and_then(|digest| digest.parse::<Digest>().ok()) {
+            Some(expected) if expected != actual => Err(Error::WrongDigest {
+                reference: self.name.written().to_owned(),
+                what: "manifest",
+                expected,
+                actual,
+            }),
+            _ => Ok((actual, bytes.to_vec())),
+        }
+    }
+
+    async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
+        if descriptor.size > MAX_DOCUMENT {
+            return Err(self.failed(format!("the config is larger than {MAX_DOCUMENT} bytes")));
+        }
+        let digest = descriptor.digest.to_string();
+        let mut stream = self
+            .client
+            .pull_blob_stream(&self.reference, digest.as_str())
+            .await
+            .map_err(|error| self.error("config", error))?
+            .stream;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = stream.next().await {
+            // The client checks the digest at the end of the stream; here it is checked for itself.
+            let Ok(chunk) = chunk else { break };
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() as u64 > descriptor.size {
+                break;
+            }
+        }
+        let reference = self.name.written().to_owned();
+        if (bytes.len() as u64) < descriptor.size {
+            return Err(Error::Truncated {
+                reference,
+                what: "config",
+                digest: descriptor.digest,
+                expected: descriptor.size,
+                actual: bytes.len() as u64,
+            });
+        }
+        let (what, expected, actual) = ("config", descriptor.digest, Digest::of(&bytes));
+        if expected == actual { Ok(bytes) } else { Err(Error::WrongDigest { reference, what, expected, actual }) }
+    }
+
+    pub(super) fn failed(&self, reason: String) -> Error {
+        Error::Registry {
+            reference: self.name.written().to_owned(),
+            registry: self.name.registry.clone(),
+            reason,
+        }
+    }
+
+    /// Sorts the client's errors into ours.
+    pub(super) fn error(&self, what: &'static str, error: oci_client::errors::OciDistributionError) -> Error {
+        use oci_client::errors::{OciDistributionError as Client, OciErrorCode as Code};
+        match error {
+            Client::UnauthorizedError { .. } | Client::AuthenticationFailure(_) => self.status(what, 401, ""),
+            Client::RegistryError { envelope, .. } => {
+                let status = match envelope.errors.first().map(|error| &error.code) {
+                    Some(
+                        Code::ManifestUnknown | Code::NameUnknown | Code::BlobUnknown | Code::NotFound
+                        | Code::ManifestBlobUnknown,
+                    ) => 404,
+                    Some(Code::Unauthorized) => 401,
+                    Some(Code::Denied) => 403,
+                    _ => return self.failed(format!("{what}: {envelope}")),
+                };
+                self.status(what, status, "")
+            }
+            Client::ServerError { code, message, .. } => self.status(what, code, &message),
+            Client::RequestError(error) if error.is_connect() || error.is_timeout() => {
+                Error::Unreachable {
+                    reference: self.name.written().to_owned(),
+                    registry: self.name.registry.clone(),
+                    reason: root_cause(&error),
+                }
+            }
+            Client::RequestError(error) => self.failed(format!("{what}: {}", root_cause(&error))),
+            Client::DigestError(oci_client::errors::DigestError::VerificationError {
+                expected,
+                actual,
+            }) => match (expected.parse(), actual.parse()) {
+                (Ok(expected), Ok(actual)) => Error::WrongDigest {
+                    reference: self.name.written().to_owned(),
+                    what,
+                    expected,
+                    actual,
+                },
+                _ => self.failed(format!("{what}: expected digest {expected}, got {actual}")),
+            },
+            other => self.failed(format!("{what}: {other}")),
+        }
+    }
+
+    fn status(&self, what: &'static str, status: u16, message: &str) -> Error {
+        let (reference, registry) = (self.name.written().to_owned(), self.name.registry.clone());
+        match status {
+            404 if what == "manifest" => {
+                Error::NotInRegistry { reference, registry, status, local: self.local }
+            }
+            401 | 403 => {
+                Error::Unauthorized { reference, registry, status, credentials: self.credentials.clone() }
+            }
+            _ => {
+                let line = message.lines().next().unwrap_or("").trim();
+                let line: String = line.chars().take(200).collect();
+                let separator = if line.is_empty() { "" } else { ": " };
+                self.failed(format!("it answered {status} to the request for the {what}{separator}{line}"))
+            }
+        }
+    }
+}
+
+/// The innermost reason: the outer ones only say that a request failed.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
+
+/// Chooses the cryptography of TLS for this process. `false` when there are no certificates to trust, which the HTTP
+/// client would answer with a panic, even where no TLS is spoken.
+fn tls_ready() -> bool {
+    static PROVIDER: Once = Once::new();
+    PROVIDER.call_once(|| {
+        // Fails when the process has chosen already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    });
+    !rustls_native_certs::load_native_certs().certs.is_empty()
+}

@@ -1,0 +1,132 @@
+//! Says that a container needs an image, so that nobody removes it.
+//!
+//! Called by the sandbox. A hold is a file that lists the layers. It counts while the process that made it lives (it
+//! keeps the file locked) and while the container exists (whoever removes images knows which do). So neither a killed
+//! process nor a reboot leaves images that cannot be removed, and nothing has to run to keep one.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::record::read_json;
+use super::{Image, Store, flock};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+/// `holds/ID.json`
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct HoldRecord {
+    /// The image.
+    pub manifest: Digest,
+    /// Names of its layer directories.
+    pub layers: Vec<String>,
+}
+
+/// Keeps an image while this value, or the container, exists. Dropping it leaves the file: the container may go on
+/// without this process.
+#[derive(Debug)]
+pub struct Hold {
+    path: PathBuf,
+    _lock: OwnedFd,
+}
+
+impl Hold {
+    /// The container is gone.
+    pub fn release(self) -> Result<()> {
+        remove_file(&self.path)
+    }
+}
+
+impl Store {
+    /// Holds an image for the container `id`. `None` for an image that is not in the store (`rootfs:`). Fails with
+    /// [`Error::Damaged`] when it was removed since it was resolved: resolve it again.
+    pub fn hold(&self, image: &Image, id: &str) -> Result<Option<Hold>> {
+        let Some(manifest) = image.digest else { return Ok(None) };
+        let path = self.hold_path(id)?;
+        let layers = image
+            .layers
+            .iter()
+            .filter_map(|diff| diff.parent()?.file_name()?.to_str().map(str::to_owned))
+            .collect();
+        let record = HoldRecord { manifest, layers };
+        // Removing takes this lock exclusively: either it sees the hold, or the layers are seen missing here.
+        let _lock = self.lock(FlockOperation::LockShared)?;
+        write_json_unflushed(&path, &record)?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let hold = rustix::fs::open(&path, flags, Mode::empty())
+            .and_then(|fd| flock(&fd, FlockOperation::LockShared).map(|()| fd))
+            .map_err(|error| Error::io("lock", &path, error))?;
+        let gone = image.layers.iter().find(|path| !path.exists());
+        if let Some(gone) = gone {
+            remove_file(&path)?;
+            let what = format!("layer {}", gone.display());
+            return Err(Error::Damaged { reference: image.reference.clone(), what });
+        }
+        Ok(Some(Hold { path, _lock: hold }))
+    }
+
+    /// The container `id` is gone, whoever held its image.
+    pub fn release(&self, id: &str) -> Result<()> {
+        remove_file(&self.hold_path(id)?)
+    }
+
+    fn hold_path(&self, id: &str) -> Result<PathBuf> {
+        let path = self.root.join("holds").join(format!("{id}.json"));
+        let plain = !id.is_empty()
+            && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && !id.starts_with('.');
+        if plain {
+            return Ok(path);
+        }
+        Err(Error::io("use the container id in", path, rustix::io::Errno::INVAL))
+    }
+
+    /// All holds that still count, with the ids of their containers. Those that do not are removed. The caller has
+    /// the exclusive lock.
+    pub(super) fn live_holds(&self, exists: &dyn Fn(&str) -> bool) -> Result<Vec<(String, HoldRecord)>> {
+        let dir = self.root.join("holds");
+        let mut live = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(|error| Error::io("read", &dir, error))? {
+            let name = entry.map_err(|error| Error::io("read", &dir, error))?.file_name();
+            let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            let path = dir.join(&name);
+            if exists(id) || is_locked(&path) {
+                // A hold that cannot be read holds nothing that could be named; the container exists, though.
+                let record = read_json(&path)?;
+                live.extend(record.map(|record| (id.to_owned(), record)));
+            } else {
+                remove_file(&path)?;
+            }
+        }
+        live.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(live)
+    }
+}
+
+/// Whether a living process keeps the file locked.
+fn is_locked(path: &std::path::Path) -> bool {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive))
+        .is_err_and(|error| error == rustix::io::Errno::WOULDBLOCK)
+}
+
+/// A hold is on the path of every start and means nothing after a reboot: no need to wait for the disk.
+fn write_json_unflushed(path: &std::path::Path, record: &HoldRecord) -> Result<()> {
+    let content = serde_json::to_vec(record)
+        .map_err(|error| Error::CorruptStore { path: path.to_owned(), reason: error.to_string() })?;
+    let temporary = path.with_added_extension("tmp");
+    std::fs::write(&temporary, content)
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .map_err(|error| Error::io("write", path, error))
+}
+
+fn remove_file(path: &std::path::Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io("remove", path, error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,109 @@
+//! Puts an image into the store: its layers one on the other, then its record, then its name.
+//!
+//! Called by the sources (registry, layout, archive, import), which only say what the image is made of.
+
+use std::io::Read;
+
+use rustix::fs::FlockOperation;
+
+use super::layers::{LayerId, chain_id};
+use super::record::{Named, Record, write_json};
+use super::{Image, Store, write_file};
+use crate::config;
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::progress::{Event, Progress};
+
+/// What an image is made of. Digests of manifest and configuration are checked already.
+pub(crate) struct Plan {
+    /// As the user wrote it, for messages.
+    pub written: String,
+    /// The name it gets; `None` for none.
+    pub name: Option<String>,
+    pub named: Named,
+    pub manifest: Vec<u8>,
+    pub config: Vec<u8>,
+    /// Lowest first.
+    pub layers: Vec<PlannedLayer>,
+}
+
+/// One layer of a plan.
+#[derive(Debug, Clone)]
+pub(crate) struct PlannedLayer {
+    /// Digest in the manifest.
+    pub digest: Digest,
+    /// Digest of the uncompressed archive.
+    pub diff_id: Digest,
+}
+
+/// The archive of a layer.
+pub(crate) struct LayerStream {
+    pub reader: Box<dyn Read>,
+    /// What the bytes of `reader` must be, when that is known. (The uncompressed archive is checked always.)
+    pub digest: Option<Digest>,
+    pub size: Option<u64>,
+}
+
+impl Plan {
+    fn layer_ids(&self) -> Vec<LayerId> {
+        let mut below: Option<Digest> = None;
+        self.layers
+            .iter()
+            .map(|layer| {
+                let chain_id = chain_id(below.as_ref(), &layer.diff_id);
+                below = Some(chain_id);
+                LayerId { digest: layer.digest, diff_id: layer.diff_id, chain_id }
+            })
+            .collect()
+    }
+}
+
+impl Store {
+    /// Which layers of a plan must still be made.
+    pub(crate) fn missing_layers(&self, plan: &Plan) -> Result<Vec<bool>> {
+        plan.layer_ids().iter().map(|layer| Ok(self.find_layer(layer)?.is_none())).collect()
+    }
+
+    /// Makes what is missing. `open` gives the archive of layer `index` and is called, in ascending order, only for
+    /// layers that must be made. The caller holds the lock of [`Store::begin_work`].
+    pub(crate) fn install(
+        &self,
+        plan: &Plan,
+        open: &mut dyn FnMut(usize) -> Result<LayerStream>,
+        progress: &dyn Progress,
+    ) -> Result<Image> {
+        let document = config::parse(&plan.written, &plan.config, plan.layers.len())?;
+        document.config.check_platform(&plan.written, self.platform())?;
+        let mut names: Vec<String> = Vec::new();
+        let mut size = 0;
+        for (index, layer) in plan.layer_ids().iter().enumerate() {
+            let lower: Vec<String> = names.iter().rev().cloned().collect();
+            let ready =
+                self.ensure_layer(&plan.written, layer, &lower, || open(index), progress)?;
+            if ready.opaque {
+                names.clear();
+                size = 0;
+            }
+            size += ready.bytes;
+            names.push(ready.name);
+        }
+        let mut record =
+            Record::new(Digest::of(&plan.config), plan.named.manifest, names, document.config);
+        record.created = document.created;
+        record.size = size;
+        {
+            let _lock = self.lock(FlockOperation::LockExclusive)?;
+            write_file(&self.blob_path(&record.manifest), &plan.manifest)?;
+            write_file(&self.blob_path(&record.id), &plan.config)?;
+            write_json(&self.record_path(&record.manifest), &record)?;
+            if let Some(name) = &plan.name {
+                let mut references = self.read_references()?;
+                references.names.insert(name.clone(), plan.named.clone());
+                self.write_references(&references)?;
+            }
+        }
+        progress.event(Event::Finished);
+        let name = plan.name.clone().unwrap_or_else(|| record.id.to_string());
+        self.image(&record.manifest, &name)
+    }
+}

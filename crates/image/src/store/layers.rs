@@ -1,0 +1,279 @@
+//! Layer directories: found, or made once by whoever comes first.
+//!
+//! Called by the installation of an image. A layer is named by its diff id, so images share it; one that could be
+//! unpacked only with a view of the layers below it is named by its chain id instead.
+
+use std::io::{BufReader, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::install::LayerStream;
+use super::record::{read_json, write_json};
+use super::{Store, flock};
+use crate::digest::{Digest, HashingReader};
+use crate::error::{Error, Result};
+use crate::progress::{Event, LayerState, Progress};
+use crate::unpack::{LayerError, Unpacked, compression, fs, unpack};
+
+/// `layers/HEX/layer.json`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct LayerRecord {
+    diff_id: Digest,
+    bytes: u64,
+    entries: u64,
+    /// Nothing of the layers below shows through.
+    #[serde(default)]
+    opaque: bool,
+}
+
+/// A layer that is ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ReadyLayer {
+    /// Name of its directory.
+    pub name: String,
+    /// Bytes in its files.
+    pub bytes: u64,
+    /// Nothing of the layers below shows through.
+    pub opaque: bool,
+}
+
+/// A layer to be made.
+pub(crate) struct LayerId {
+    /// What it is known by in messages and progress: the digest that the manifest gives it.
+    pub digest: Digest,
+    /// Digest of its uncompressed archive.
+    pub diff_id: Digest,
+    /// Digest of the whole stack up to it.
+    pub chain_id: Digest,
+}
+
+impl LayerId {
+    fn by_diff_id(&self) -> String {
+        self.diff_id.hex()
+    }
+
+    /// Differs from a diff id also for the lowest layer, whose chain id is its diff id.
+    fn by_chain_id(&self) -> String {
+        format!("{}-chain", self.chain_id.hex())
+    }
+}
+
+/// The chain id of a layer on top of another.
+pub(crate) fn chain_id(below: Option<&Digest>, diff_id: &Digest) -> Digest {
+    match below {
+        None => *diff_id,
+        Some(below) => Digest::of(format!("{below} {diff_id}").as_bytes()),
+    }
+}
+
+impl Store {
+    /// A layer that was made before.
+    pub(crate) fn find_layer(&self, layer: &LayerId) -> Result<Option<ReadyLayer>> {
+        for name in [layer.by_diff_id(), layer.by_chain_id()] {
+            let path = self.layers_dir().join(&name).join("layer.json");
+            if let Some(record) = read_json::<LayerRecord>(&path)? {
+                return Ok(Some(ReadyLayer { name, bytes: record.bytes, opaque: record.opaque }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Finds or makes a layer. `lower` are the directories below it, topmost first; `open` gives its archive and is
+    /// called only when the layer must be made.
+    pub(crate) fn ensure_layer(
+        &self,
+        reference: &str,
+        layer: &LayerId,
+        lower: &[String],
+        open: impl FnOnce() -> Result<LayerStream>,
+        progress: &dyn Progress,
+    ) -> Result<ReadyLayer> {
+        let report = |state| progress.event(Event::Layer { digest: &layer.digest, state });
+        let partial = self.layers_dir().join(format!("{}.partial", layer.by_diff_id()));
+        let lock = loop {
+            if let Some(ready) = self.find_layer(layer)? {
+                report(LayerState::Present);
+                return Ok(ready);
+            }
+            match lock_partial(&partial, || report(LayerState::Waiting)) {
+                Ok(Some(lock)) => break lock,
+                Ok(None) => {}
+                Err(error) => return Err(Error::io("lock", &partial, error)),
+            }
+        };
+        let made = self.make_layer(reference, layer, lower, &partial, &lock, open, progress);
+        if made.is_err() {
+            if let Ok(layers) = fs::open_dir(self.layers_dir()) {
+                // Best effort: the error that led here says more, and who comes next clears the directory.
+                let _ = fs::remove_all(layers.as_fd(), &partial);
+            }
+        } else {
+            report(LayerState::Done);
+        }
+        made
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call, in the function above
+    fn make_layer(
+        &self,
+        reference: &str,
+        layer: &LayerId,
+        lower: &[String],
+        partial: &Path,
+        lock: &OwnedFd,
+        open: impl FnOnce() -> Result<LayerStream>,
+        progress: &dyn Progress,
+    ) -> Result<ReadyLayer> {
+        let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
+        // Whoever was here before was interrupted.
+        for rest in ["diff", "layer.json", "layer.json.tmp"] {
+            fs::remove_all(lock.as_fd(), rest).map_err(failed("clear"))?;
+        }
+        rustix::fs::mkdirat(lock, "diff", Mode::from_raw_mode(0o700)).map_err(failed("create"))?;
+        let diff = fs::open_child_dir(lock.as_fd(), "diff").map_err(failed("open"))?;
+        // Without an entry for the root, this is what Docker makes.
+        rustix::fs::fchmod(&diff, Mode::from_raw_mode(0o755)).map_err(failed("set the mode of"))?;
+        let root = rustix::io::fcntl_dupfd_cloexec(&diff, 0).map_err(failed("open"))?;
+        let lower = lower
+            .iter()
+            .map(|name| {
+                let path = self.layer_diff(name);
+                fs::open_dir(&path).map_err(|error| Error::io("open", path, error))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let unpacked = unpack_stream(reference, layer, open()?, root, &lower, progress)
+            .map_err(|error| no_space(error, partial))?;
+        let record = LayerRecord {
+            diff_id: layer.diff_id,
+            bytes: unpacked.bytes,
+            entries: unpacked.entries,
+            opaque: fs::is_opaque(diff.as_fd()),
+        };
+        write_json(&partial.join("layer.json"), &record)?;
+        let name = if unpacked.used_lower { layer.by_chain_id() } else { layer.by_diff_id() };
+        let path = self.layers_dir().join(&name);
+        rustix::fs::syncfs(&diff).map_err(failed("flush"))?;
+        std::fs::rename(partial, &path).map_err(|error| Error::io("complete", &path, error))?;
+        fs::sync_dir(&self.layers_dir()).map_err(failed("flush"))?;
+        Ok(ReadyLayer { name, bytes: record.bytes, opaque: record.opaque })
+    }
+}
+
+/// A full disk is not the layer's fault.
+fn no_space(error: Error, path: &Path) -> Error {
+    match error {
+        Error::Layer { source, .. } if source.is_full() => {
+            Error::NoSpace { doing: "unpack a layer into", path: path.to_owned() }
+        }
+        other => other,
+    }
+}
+
+/// Makes and locks the directory that a layer is unpacked into. `None` when it became somebody else's finished
+/// layer, or went away, before the lock was ours.
+fn lock_partial(path: &Path, waiting: impl FnOnce()) -> rustix::io::Result<Option<OwnedFd>> {
+    match rustix::fs::mkdir(path, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        other => other?,
+    };
+    match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            waiting();
+            flock(&fd, FlockOperation::LockExclusive)?;
+        }
+        result => result?,
+    }
+    let ours = rustix::fs::fstat(&fd)?;
+    match rustix::fs::statat(rustix::fs::CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(there) if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino) => Ok(Some(fd)),
+        Ok(_) | Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Unpacks an archive, checking its digests on the way.
+fn unpack_stream(
+    reference: &str,
+    layer: &LayerId,
+    stream: LayerStream,
+    root: OwnedFd,
+    lower: &[OwnedFd],
+    progress: &dyn Progress,
+) -> Result<Unpacked> {
+    let total = stream.size.unwrap_or(0);
+    let reader = ProgressReader { inner: stream.reader, digest: layer.digest, done: 0, total, progress };
+    // One byte more than announced is enough to see that there is more.
+    let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
+    let mut archive = BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
+    let result = unpack_archive(&mut archive, layer, root, lower);
+    // A damaged archive fails in many ways; that it is damaged says more than what came of it.
+    let writing = matches!(result, Err(LayerError::Write { .. }));
+    if let (Some(expected), false) = (stream.digest, writing) {
+        let mut archive = archive.into_inner();
+        let drained = archive.drain();
+        let (length, actual) = (archive.length(), archive.finish());
+        if let Some(size) = stream.size.filter(|&size| drained.is_ok() && size != length) {
+            return Err(Error::Truncated {
+                reference: reference.to_owned(),
+                what: "layer",
+                digest: expected,
+                expected: size,
+                actual: length,
+            });
+        }
+        if drained.is_ok() && actual != expected {
+            let (reference, what) = (reference.to_owned(), "layer");
+            return Err(Error::WrongDigest { reference, what, expected, actual });
+        }
+    }
+    result.map_err(|source| Error::Layer {
+        reference: reference.to_owned(),
+        layer: layer.digest.to_string(),
+        source,
+    })
+}
+
+fn unpack_archive(
+    archive: &mut impl std::io::BufRead,
+    layer: &LayerId,
+    root: OwnedFd,
+    lower: &[OwnedFd],
+) -> Result<Unpacked, LayerError> {
+    let mut content = HashingReader::new(compression::uncompress(archive)?);
+    let unpacked = unpack(&mut content, root, lower)?;
+    content.drain().map_err(crate::unpack::TarError::from)?;
+    let actual = content.finish();
+    if actual == layer.diff_id {
+        Ok(unpacked)
+    } else {
+        Err(LayerError::DiffId { expected: layer.diff_id, actual })
+    }
+}
+
+/// Reports how far a layer is read.
+struct ProgressReader<'a, R> {
+    inner: R,
+    digest: Digest,
+    done: u64,
+    total: u64,
+    progress: &'a dyn Progress,
+}
+
+impl<R: Read> Read for ProgressReader<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.done += read as u64;
+        let state = LayerState::Unpacking { done: self.done, total: self.total };
+        self.progress.event(Event::Layer { digest: &self.digest, state });
+        Ok(read)
+    }
+}

@@ -1,0 +1,382 @@
+//! The store: which images are here, and where their parts are.
+//!
+//! Called by the command line and the sandbox, by several processes at once. The layout below the root:
+//!
+//! | path | what |
+//! | --- | --- |
+//! | `references.json` | name → manifest digest; replaced by rename, under the exclusive lock |
+//! | `images/HEX.json` | one record per image (by manifest digest): all that a start needs |
+//! | `blobs/sha256/HEX` | manifests and configurations; layer archives only while a pull lasts |
+//! | `blobs/sha256/HEX.part` | a layer archive that is arriving; locked by who writes it |
+//! | `layers/HEX/diff` | a layer, ready to be a lower directory; `layer.json` beside it |
+//! | `layers/HEX.partial` | a layer that is being unpacked; locked by who does it |
+//! | `holds/ID.json` | a container that uses layers, see [`Hold`] |
+//! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is made |
+//! | `busy` | shared while anything is fetched or unpacked; exclusive for removing unused layers |
+//!
+//! Locks are `flock`s: whoever is killed leaves none behind. What has its final name is complete and was flushed to
+//! the disk before it got it.
+
+mod hold;
+mod install;
+mod layers;
+mod record;
+mod remove;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+pub use hold::Hold;
+pub(crate) use install::{LayerStream, Plan, PlannedLayer};
+pub(crate) use record::{Named, Stamp};
+pub use record::{Listed, Removed};
+use record::{Record, References};
+
+use crate::config::ImageConfig;
+use crate::credentials::Credentials;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::manifest::Platform;
+use crate::progress::Progress;
+use crate::reference::{Reference, RegistryReference};
+use crate::source;
+use crate::unpack::fs;
+
+/// When a registry is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pull {
+    /// Each time; what is here already is not fetched again.
+    Always,
+    /// When the image is not here.
+    #[default]
+    Missing,
+    /// Never.
+    Never,
+}
+
+/// An image, ready to be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Digest of its configuration, as in Docker; for `rootfs:` the reference itself.
+    pub id: String,
+    /// Its name with all defaults filled in.
+    pub reference: String,
+    /// Digest of its manifest; `None` for `rootfs:`.
+    pub digest: Option<Digest>,
+    /// What it says about containers made of it.
+    pub config: ImageConfig,
+    /// Read-only lower directories, topmost first.
+    pub layers: Vec<PathBuf>,
+    /// When it was made, as RFC 3339.
+    pub created: Option<String>,
+    /// Bytes in the files of all its layers.
+    pub size: u64,
+}
+
+/// The store below one directory. Cheap to make; holds no descriptors.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+    platform: Platform,
+}
+
+impl Store {
+    /// Opens the store in `root`, which is made when it is missing (mode 0700: layers hold suid executables).
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
+        let root = root.into();
+        let store = Self { root, platform: Platform::host() };
+        // The last of them: when it is there, all are.
+        if !store.root.join("busy").exists() {
+            store.create()?;
+        }
+        Ok(store)
+    }
+
+    /// Takes images for another platform than this machine's.
+    pub fn with_platform(mut self, platform: Platform) -> Self {
+        self.platform = platform;
+        self
+    }
+
+    /// Where the store is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn create(&self) -> Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        for dir in ["", "images", "blobs/sha256", "layers", "holds"] {
+            let path = self.root.join(dir);
+            builder.create(&path).map_err(|error| Error::io("create", &path, error))?;
+        }
+        for file in ["lock", "busy"] {
+            self.open_lock_file(file)?;
+        }
+        Ok(())
+    }
+
+    /// Makes an image usable: finds it here, or fetches and unpacks it, as `pull` says.
+    ///
+    /// Blocks, for a registry perhaps for long; may be called from within a tokio runtime only where blocking is
+    /// allowed. A local image costs a handful of system calls.
+    pub fn resolve(
+        &self,
+        reference: &Reference,
+        pull: Pull,
+        credentials: &Credentials,
+        progress: &dyn Progress,
+    ) -> Result<Image> {
+        let (written, missing) = (reference.written(), |why_local| Error::NotFound {
+            reference: reference.written(),
+            why_local,
+        });
+        match reference {
+            Reference::Rootfs { dir } => source::rootfs::image(&written, dir),
+            Reference::OciLayout { dir, tag } => {
+                source::oci_layout::resolve(self, reference, dir, tag.as_deref(), progress)
+            }
+            Reference::DockerArchive { file, tag } => {
+                source::docker_archive::resolve(self, reference, file, tag.as_deref(), progress)
+            }
+            Reference::Id(_) => self.inspect(reference),
+            Reference::Registry(name) => {
+                if pull != Pull::Always {
+                    match self.find(reference) {
+                        Ok(Some(image)) => {
+                            image.config.check_platform(&written, &self.platform)?;
+                            return Ok(image);
+                        }
+                        Ok(None) => {}
+                        // What is damaged here can be had again.
+                        Err(Error::Damaged { .. }) if pull == Pull::Missing => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                if pull == Pull::Never {
+                    return Err(missing(", and pulling is off"));
+                }
+                source::registry::pull(self, name, pull, credentials, progress)
+            }
+        }
+    }
+
+    /// An image that is here. Asks nobody else.
+    pub fn inspect(&self, reference: &Reference) -> Result<Image> {
+        match reference {
+            Reference::Rootfs { dir } => source::rootfs::image(&reference.written(), dir),
+            _ => self.find(reference)?.ok_or_else(|| Error::NotFound {
+                reference: reference.written(),
+                why_local: "",
+            }),
+        }
+    }
+
+    /// The raw configuration document of an image that is here, for `inspect`.
+    pub fn raw_config(&self, image: &Image) -> Result<Vec<u8>> {
+        let blob = image.id.parse::<Digest>().map(|id| self.blob_path(&id));
+        let path = blob.map_err(|_| Error::Unsupported {
+            reference: image.reference.clone(),
+            what: "a plain directory has no configuration".to_owned(),
+        })?;
+        std::fs::read(&path).map_err(|error| Error::io("read", path, error))
+    }
+
+    /// Looks for a name, for a digest, and for the beginning of an id.
+    fn find(&self, reference: &Reference) -> Result<Option<Image>> {
+        let references = self.read_references()?;
+        let key = reference.to_string();
+        if let Some(named) = references.names.get(&key) {
+            return self.image(&named.manifest, &key).map(Some);
+        }
+        match reference {
+            Reference::Registry(name) => {
+                if let Some(digest) = name.digest() {
+                    let prefix = name.name();
+                    let found = references.names.iter().find(|(key, named)| {
+                        (named.manifest == *digest || named.index == Some(*digest))
+                            && key.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with([':', '@']))
+                    });
+                    return found.map(|(_, named)| self.image(&named.manifest, &key)).transpose();
+                }
+                self.find_by_id(name.written(), &references)
+            }
+            Reference::Id(id) => self.find_by_id(&id.hex(), &references),
+            _ => Ok(None),
+        }
+    }
+
+    fn find_by_id(&self, id: &str, references: &References) -> Result<Option<Image>> {
+        const SHORTEST: usize = 4;
+        let digits = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if id.len() < SHORTEST || !id.bytes().all(digits) {
+            return Ok(None);
+        }
+        let mut found: Vec<Record> = Vec::new();
+        for record in self.records()? {
+            if record.id.hex().starts_with(id) && found.iter().all(|known| known.id != record.id) {
+                found.push(record);
+            }
+        }
+        match found.as_slice() {
+            [] => Ok(None),
+            [record] => {
+                let name = references.names.iter().find(|(_, named)| named.manifest == record.manifest);
+                let name = name.map_or_else(|| record.id.to_string(), |(name, _)| name.clone());
+                self.image(&record.manifest, &name).map(Some)
+            }
+            several => Err(Error::AmbiguousId { id: id.to_owned(), count: several.len() }),
+        }
+    }
+
+    /// The image of a manifest, with the paths of its layers, which must be there.
+    pub(crate) fn image(&self, manifest: &Digest, reference: &str) -> Result<Image> {
+        let damaged =
+            |what: String| Error::Damaged { reference: reference.to_owned(), what };
+        let record = self
+            .read_record(manifest)?
+            .ok_or_else(|| damaged(format!("the record of manifest {manifest}")))?;
+        let layers: Vec<PathBuf> =
+            record.layers.iter().rev().map(|name| self.layer_diff(name)).collect();
+        for (path, name) in layers.iter().zip(record.layers.iter().rev()) {
+            if rustix::fs::access(path, rustix::fs::Access::EXISTS).is_err() {
+                return Err(damaged(format!("layer {name}")));
+            }
+        }
+        Ok(Image {
+            id: record.id.to_string(),
+            reference: reference.to_owned(),
+            digest: Some(record.manifest),
+            config: record.config,
+            layers,
+            created: record.created,
+            size: record.size,
+        })
+    }
+
+    /// What is stored under a name.
+    pub(crate) fn named(&self, key: &str) -> Result<Option<Named>> {
+        Ok(self.read_references()?.names.remove(key))
+    }
+
+    /// Lets a name mean an image that is here.
+    pub(crate) fn set_name(&self, key: &str, named: Named) -> Result<()> {
+        let _lock = self.lock(FlockOperation::LockExclusive)?;
+        let mut references = self.read_references()?;
+        if references.names.get(key) == Some(&named) {
+            return Ok(());
+        }
+        references.names.insert(key.to_owned(), named);
+        self.write_references(&references)
+    }
+
+    /// Gives an image that is here a further name, as `docker tag` does.
+    pub fn tag(&self, reference: &Reference, name: &RegistryReference) -> Result<()> {
+        let image = self.inspect(reference)?;
+        let manifest = image.digest.ok_or_else(|| Error::Unsupported {
+            reference: reference.written(),
+            what: "a plain directory cannot be given a name".to_owned(),
+        })?;
+        self.set_name(&name.to_string(), Named { manifest, index: None, stamp: None })
+    }
+
+    pub(crate) fn platform(&self) -> &Platform {
+        &self.platform
+    }
+
+    fn references_path(&self) -> PathBuf {
+        self.root.join("references.json")
+    }
+
+    fn record_path(&self, manifest: &Digest) -> PathBuf {
+        self.root.join("images").join(format!("{}.json", manifest.hex()))
+    }
+
+    pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs/sha256").join(digest.hex())
+    }
+
+    fn layers_dir(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    fn layer_diff(&self, name: &str) -> PathBuf {
+        self.root.join("layers").join(name).join("diff")
+    }
+
+    /// A file without a name, on the disk of the store.
+    pub(crate) fn temporary_file(&self) -> Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::open(&self.root, flags, Mode::RUSR | Mode::WUSR)
+            .map(File::from)
+            .map_err(|error| Error::io("create a temporary file in", &self.root, error))
+    }
+
+    fn open_lock_file(&self, name: &str) -> Result<std::os::fd::OwnedFd> {
+        let path = self.root.join(name);
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+        rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| Error::io("open", path, error))
+    }
+
+    /// Takes the lock on names and records; it lasts as long as what is returned.
+    fn lock(&self, operation: FlockOperation) -> Result<FileLock> {
+        let fd = self.open_lock_file("lock")?;
+        flock(&fd, operation).map_err(|error| Error::io("lock", self.root.join("lock"), error))?;
+        Ok(FileLock { _fd: fd })
+    }
+
+    /// Says that layers are being made, so that nobody removes those that no image uses yet.
+    pub(crate) fn begin_work(&self) -> Result<FileLock> {
+        let fd = self.open_lock_file("busy")?;
+        flock(&fd, FlockOperation::LockShared)
+            .map_err(|error| Error::io("lock", self.root.join("busy"), error))?;
+        Ok(FileLock { _fd: fd })
+    }
+}
+
+/// A lock that is given back when this is dropped, or when the process ends in whatever way.
+#[derive(Debug)]
+pub(crate) struct FileLock {
+    _fd: std::os::fd::OwnedFd,
+}
+
+/// `flock` that is not disturbed by signals.
+pub(crate) fn flock(fd: impl AsFd, operation: FlockOperation) -> rustix::io::Result<()> {
+    loop {
+        match rustix::fs::flock(fd.as_fd(), operation) {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Replaces a file by one with new content: all or nothing, also when the machine dies.
+pub(crate) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
+    let temporary = path.with_added_extension("tmp");
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&temporary)?;
+        file.write_all(content)?;
+        file.sync_data()
+    };
+    let result = write()
+        .map_err(|error| Error::io("write", &temporary, error))
+        .and_then(|()| {
+            std::fs::rename(&temporary, path).map_err(|error| Error::io("replace", path, error))
+        })
+        .and_then(|()| match path.parent() {
+            Some(dir) => fs::sync_dir(dir).map_err(|error| Error::io("flush", dir, error)),
+            None => Ok(()),
+        });
+    if result.is_err() {
+        // Best effort: the error that led here says more.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    result
+}

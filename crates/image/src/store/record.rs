@@ -1,0 +1,210 @@
+//! The small files that say what is in the store.
+//!
+//! Called by the other parts of the store only. Read on every start: they hold no more than a start or a list needs.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::{Store, write_file};
+use crate::config::ImageConfig;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+/// Version of all files here.
+const FORMAT: u32 = 1;
+
+/// `references.json`
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct References {
+    version: u32,
+    pub names: BTreeMap<String, Named>,
+}
+
+/// What a name means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Named {
+    /// The image.
+    pub manifest: Digest,
+    /// The manifest list that it was chosen from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<Digest>,
+    /// The state of the archive that it was read from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<Stamp>,
+}
+
+/// Tells whether a file is still the one that was read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stamp {
+    pub device: u64,
+    pub inode: u64,
+    pub size: u64,
+    pub modified: (i64, i64),
+}
+
+/// `images/HEX.json`
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    version: u32,
+    /// Digest of the configuration.
+    pub id: Digest,
+    pub manifest: Digest,
+    /// Names of layer directories, lowest first.
+    pub layers: Vec<String>,
+    pub config: ImageConfig,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    pub size: u64,
+}
+
+/// One line of a list of images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// Name with all defaults, `None` for an image whose name now means another one.
+    pub reference: Option<String>,
+    /// Digest of the configuration.
+    pub id: Digest,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// When it was made, as RFC 3339.
+    pub created: Option<String>,
+    /// Bytes in the files of all its layers.
+    pub size: u64,
+    /// Labels, for filters.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Names that are gone.
+    pub untagged: Vec<String>,
+    /// Ids of images that are gone.
+    pub images: Vec<String>,
+    /// Bytes in the files of layers that are gone.
+    pub bytes: u64,
+    /// Layers that no image uses but that stay for now, as something is being pulled.
+    pub layers_kept: bool,
+}
+
+impl Default for References {
+    fn default() -> Self {
+        Self { version: FORMAT, names: BTreeMap::new() }
+    }
+}
+
+impl Record {
+    pub(crate) fn new(id: Digest, manifest: Digest, layers: Vec<String>, config: ImageConfig) -> Self {
+        Self { version: FORMAT, id, manifest, layers, config, created: None, size: 0 }
+    }
+}
+
+impl Stamp {
+    pub(crate) fn of(file: &File) -> std::io::Result<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = file.metadata()?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
+/// Reads and parses a file of the store; `None` when it is not there.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let mut content = Vec::new();
+    match File::open(path) {
+        Ok(mut file) => {
+            file.read_to_end(&mut content).map_err(|error| Error::io("read", path, error))?;
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("open", path, error)),
+    }
+    serde_json::from_slice(&content).map(Some).map_err(|error| corrupt(path, error.to_string()))
+}
+
+/// Writes a file of the store.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let content = serde_json::to_vec(value).map_err(|error| corrupt(path, error.to_string()))?;
+    write_file(path, &content)
+}
+
+fn corrupt(path: &Path, reason: String) -> Error {
+    Error::CorruptStore { path: path.to_owned(), reason }
+}
+
+fn check_version(path: &Path, version: u32) -> Result<()> {
+    match version {
+        FORMAT => Ok(()),
+        other => Err(corrupt(path, format!("it has format version {other}, this hull knows {FORMAT}"))),
+    }
+}
+
+impl Store {
+    pub(crate) fn read_references(&self) -> Result<References> {
+        let path = self.references_path();
+        let references: References = read_json(&path)?.unwrap_or_default();
+        check_version(&path, references.version)?;
+        Ok(references)
+    }
+
+    /// The caller has the exclusive lock.
+    pub(crate) fn write_references(&self, references: &References) -> Result<()> {
+        write_json(&self.references_path(), references)
+    }
+
+    pub(crate) fn read_record(&self, manifest: &Digest) -> Result<Option<Record>> {
+        let path = self.record_path(manifest);
+        let record: Option<Record> = read_json(&path)?;
+        if let Some(record) = &record {
+            check_version(&path, record.version)?;
+        }
+        Ok(record)
+    }
+
+    /// All records, in the order of their digests.
+    pub(crate) fn records(&self) -> Result<Vec<Record>> {
+        let dir = self.root.join("images");
+        let mut digests = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(|error| Error::io("read", &dir, error))? {
+            let name = entry.map_err(|error| Error::io("read", &dir, error))?.file_name();
+            let hex = name.to_str().and_then(|name| name.strip_suffix(".json"));
+            digests.extend(hex.and_then(Digest::from_hex));
+        }
+        digests.sort_unstable();
+        // One that vanishes meanwhile was removed by somebody else.
+        digests.iter().filter_map(|digest| self.read_record(digest).transpose()).collect()
+    }
+
+    /// All images, by name; those without a name last.
+    pub fn list(&self) -> Result<Vec<Listed>> {
+        let references = self.read_references()?;
+        let records = self.records()?;
+        let listed = |record: &Record, reference: Option<&String>| Listed {
+            reference: reference.cloned(),
+            id: record.id,
+            digest: record.manifest,
+            created: record.created.clone(),
+            size: record.size,
+            labels: record.config.labels.clone(),
+        };
+        let mut list = Vec::new();
+        for (name, named) in &references.names {
+            let record = records.iter().find(|record| record.manifest == named.manifest);
+            list.extend(record.map(|record| listed(record, Some(name))));
+        }
+        for record in &records {
+            if references.names.values().all(|named| named.manifest != record.manifest) {
+                list.push(listed(record, None));
+            }
+        }
+        Ok(list)
+    }
+}

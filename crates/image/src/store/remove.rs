@@ -1,0 +1,213 @@
+//! Removes names, images, and what no image and no container uses any more.
+//!
+//! Called by `hull image rm` and `prune`. Names and records go at once, under the exclusive lock; what they alone
+//! used is moved aside under the same lock and removed after it, so that nobody waits for a big tree.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::hold::HoldRecord;
+use super::record::{Record, Removed, read_json};
+use super::{FileLock, Store};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::reference::Reference;
+use crate::unpack::fs;
+
+/// Directories on their way out.
+const TRASH: &str = "trash-";
+
+impl Store {
+    /// Removes a name, and the image when that was its last one. By id, removes the image with its name; with
+    /// several names, or with containers that use it, only when `force` is set. An image whose containers still use
+    /// it keeps its layers until they are gone.
+    ///
+    /// `container_exists` says of a container's id whether it still exists.
+    pub fn remove(
+        &self,
+        reference: &Reference,
+        force: bool,
+        container_exists: &dyn Fn(&str) -> bool,
+    ) -> Result<Removed> {
+        let lock = self.lock(FlockOperation::LockExclusive)?;
+        let mut references = self.read_references()?;
+        let written = reference.written();
+        let key = reference.to_string();
+        let mut removed = Removed::default();
+        let (manifest, names) = match references.names.get(&key) {
+            Some(named) => (named.manifest, vec![key]),
+            None => {
+                let image = self.inspect(reference)?;
+                let manifest = image.digest.ok_or_else(|| Error::Unsupported {
+                    reference: written.clone(),
+                    what: "a plain directory is not in the store".to_owned(),
+                })?;
+                let same = |(_, named): &(&String, &super::Named)| named.manifest == manifest;
+                let names: Vec<String> =
+                    references.names.iter().filter(same).map(|(name, _)| name.clone()).collect();
+                if names.len() > 1 && !force {
+                    return Err(Error::SeveralNames { id: written, names });
+                }
+                (manifest, names)
+            }
+        };
+        let last = references
+            .names
+            .iter()
+            .all(|(name, named)| named.manifest != manifest || names.contains(name));
+        let holds = self.live_holds(container_exists)?;
+        if last && !force {
+            let users: Vec<String> = holds
+                .iter()
+                .filter(|(_, hold)| hold.manifest == manifest)
+                .map(|(id, _)| id.clone())
+                .collect();
+            if !users.is_empty() {
+                return Err(Error::InUse { reference: written, containers: users });
+            }
+        }
+        references.names.retain(|name, _| !names.contains(name));
+        self.write_references(&references)?;
+        removed.untagged = names;
+        if last {
+            self.remove_record(&manifest, &mut removed)?;
+        }
+        self.collect(lock, &holds, &mut removed)?;
+        Ok(removed)
+    }
+
+    /// Removes images that no container uses: those without a name, with `all` also those that have one. And what was
+    /// left behind by interrupted pulls.
+    pub fn prune(&self, all: bool, container_exists: &dyn Fn(&str) -> bool) -> Result<Removed> {
+        let lock = self.lock(FlockOperation::LockExclusive)?;
+        let mut references = self.read_references()?;
+        let holds = self.live_holds(container_exists)?;
+        let mut removed = Removed::default();
+        for record in self.records()? {
+            let used = holds.iter().any(|(_, hold)| hold.manifest == record.manifest);
+            let named = references.names.values().any(|named| named.manifest == record.manifest);
+            if used || (named && !all) {
+                continue;
+            }
+            references.names.retain(|name, named| {
+                let keep = named.manifest != record.manifest;
+                if !keep {
+                    removed.untagged.push(name.clone());
+                }
+                keep
+            });
+            self.write_references(&references)?;
+            self.remove_record(&record.manifest, &mut removed)?;
+        }
+        self.collect(lock, &holds, &mut removed)?;
+        Ok(removed)
+    }
+
+    fn remove_record(&self, manifest: &Digest, removed: &mut Removed) -> Result<()> {
+        if let Some(record) = self.read_record(manifest)? {
+            removed.images.push(record.id.to_string());
+        }
+        let path = self.record_path(manifest);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("remove", path, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes what nothing refers to any more.
+    fn collect(
+        &self,
+        lock: FileLock,
+        holds: &[(String, HoldRecord)],
+        removed: &mut Removed,
+    ) -> Result<()> {
+        // A pull's layers and blobs are not referred to until it ends.
+        let busy = self.open_lock_file("busy")?;
+        match super::flock(&busy, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                removed.layers_kept = true;
+                return Ok(());
+            }
+            Err(error) => return Err(Error::io("lock", self.root.join("busy"), error)),
+        }
+        let records = self.records()?;
+        self.collect_blobs(&records)?;
+        let trash = self.trash_layers(&records, holds, removed)?;
+        // Nobody can find the trash, so nobody has to wait.
+        drop((lock, busy));
+        let layers = self.layers_dir();
+        let dir = fs::open_dir(&layers).map_err(|error| Error::io("open", &layers, error))?;
+        for path in trash {
+            fs::remove_all(dir.as_fd(), &path).map_err(|error| Error::io("remove", &path, error))?;
+        }
+        Ok(())
+    }
+
+    fn collect_blobs(&self, records: &[Record]) -> Result<()> {
+        let used: BTreeSet<String> =
+            records.iter().flat_map(|record| [record.id.hex(), record.manifest.hex()]).collect();
+        let dir = self.root.join("blobs/sha256");
+        for name in self.names_in(&dir)? {
+            if !used.contains(&name) {
+                let path = dir.join(&name);
+                std::fs::remove_file(&path).map_err(|error| Error::io("remove", path, error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves aside the layer directories that neither an image nor a container uses, finished or not.
+    fn trash_layers(
+        &self,
+        records: &[Record],
+        holds: &[(String, HoldRecord)],
+        removed: &mut Removed,
+    ) -> Result<Vec<PathBuf>> {
+        let used: BTreeSet<&String> = records
+            .iter()
+            .flat_map(|record| &record.layers)
+            .chain(holds.iter().flat_map(|(_, hold)| &hold.layers))
+            .collect();
+        let dir = self.layers_dir();
+        let mut trash = Vec::new();
+        for name in self.names_in(&dir)? {
+            let path = dir.join(&name);
+            if name.starts_with(TRASH) {
+                // Somebody was interrupted while removing it, or is still at it.
+                trash.push(path);
+            } else if !used.contains(&name) {
+                removed.bytes += layer_bytes(&path);
+                let aside = dir.join(format!("{TRASH}{name}"));
+                std::fs::rename(&path, &aside).map_err(|error| Error::io("remove", path, error))?;
+                trash.push(aside);
+            }
+        }
+        Ok(trash)
+    }
+
+    fn names_in(&self, dir: &std::path::Path) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(|error| Error::io("read", dir, error))? {
+            let entry = entry.map_err(|error| Error::io("read", dir, error))?;
+            names.extend(entry.file_name().into_string());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+}
+
+fn layer_bytes(layer: &std::path::Path) -> u64 {
+    #[derive(serde::Deserialize)]
+    struct Bytes {
+        bytes: u64,
+    }
+    let bytes = read_json::<Bytes>(&layer.join("layer.json"));
+    bytes.ok().flatten().map_or(0, |layer| layer.bytes)
+}

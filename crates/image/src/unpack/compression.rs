@@ -1,0 +1,36 @@
+//! Recognizes how an archive is compressed, by its first bytes, and uncompresses it.
+//!
+//! Called by the store and by `import`. Media types are not trusted here: Docker goes by content, too.
+
+use std::io::{BufRead, Read};
+
+use super::{LayerError, TarError};
+
+/// Most memory that a zstd archive may ask for its window, as a power of two: what the format's own tools accept.
+const ZSTD_WINDOW_LOG: u32 = 27;
+
+/// The uncompressed bytes of `archive`.
+pub(crate) fn uncompress<'a>(mut archive: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>, LayerError> {
+    let start = loop {
+        match archive.fill_buf() {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => break other.map_err(TarError::from)?,
+        }
+    };
+    if start.starts_with(&[0x1f, 0x8b]) {
+        return Ok(Box::new(flate2::bufread::MultiGzDecoder::new(archive)));
+    }
+    if start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        let mut decoder =
+            zstd::stream::read::Decoder::with_buffer(archive).map_err(TarError::from)?;
+        decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(TarError::from)?;
+        return Ok(Box::new(decoder));
+    }
+    let other = match start {
+        [b'B', b'Z', b'h', ..] => "bzip2",
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => "xz",
+        [0x04, 0x22, 0x4d, 0x18, ..] => "lz4",
+        _ => return Ok(Box::new(archive)),
+    };
+    Err(LayerError::Unsupported(format!("archive compressed with {other} (tar, gzip and zstd are)")))
+}

@@ -1,0 +1,163 @@
+//! Small file-system helpers over directory descriptors.
+//!
+//! Called by the unpacker and the store. None of them follows a symbolic link in the last part of a name.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Timespec, Timestamps,
+};
+use rustix::io::{Errno, Result};
+
+/// The attribute that makes a directory hide the lower ones.
+pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
+
+/// Opens a directory for reading.
+pub(crate) fn open_dir(path: impl rustix::path::Arg) -> Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Opens the directory `name` in `parent`, which must not be a symbolic link.
+pub(crate) fn open_child_dir(parent: BorrowedFd<'_>, name: impl rustix::path::Arg) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+/// Opens the directory `path` as if `root` were the root directory; symbolic links stay inside.
+pub(crate) fn open_in_root(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    let path = if path.is_empty() { &b"."[..] } else { path };
+    loop {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+            // Something was renamed meanwhile, somewhere; the kernel asks to try again.
+            Err(Errno::AGAIN) => {}
+            result => return result,
+        }
+    }
+}
+
+/// What is at `name`, if anything.
+pub(crate) fn stat(parent: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Stat>> {
+    match rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The type of what a stat describes.
+pub(crate) fn file_type(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+/// Whether a stat describes a whiteout of overlayfs.
+pub(crate) fn is_whiteout(stat: &Stat) -> bool {
+    file_type(stat) == FileType::CharacterDevice && stat.st_rdev == 0
+}
+
+/// Whether a directory hides the lower ones.
+pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
+    let mut value = [0u8; 1];
+    matches!(rustix::fs::fgetxattr(dir, OPAQUE, &mut value[..]), Ok(1)) && value[0] == b'y'
+}
+
+/// The time stamps that set only the modification time (the access time follows it, to be deterministic).
+pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
+    let time = Timespec { tv_sec: seconds, tv_nsec: i64::from(nanoseconds) };
+    Timestamps { last_access: time, last_modification: time }
+}
+
+/// Removes what is at `name`, a directory with all that is in it. It may be arbitrarily deep: subdirectories are moved
+/// up before they are emptied, so neither stack nor descriptors run out.
+pub(crate) fn remove_all(parent: BorrowedFd<'_>, name: impl rustix::path::Arg + Copy) -> Result<()> {
+    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR) => {}
+        Err(error) => return Err(error),
+    }
+    let top = open_child_dir(parent, name)?;
+    let mut moved = 0u64;
+    loop {
+        let mut empty = true;
+        for entry in Dir::read_from(&top)? {
+            let entry = entry?;
+            let child = entry.file_name();
+            if matches!(child.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            empty = false;
+            match rustix::fs::unlinkat(&top, child, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => continue,
+                Err(Errno::ISDIR) => {}
+                Err(error) => return Err(error),
+            }
+            if rustix::fs::unlinkat(&top, child, AtFlags::REMOVEDIR).is_ok() {
+                continue;
+            }
+            flatten(top.as_fd(), child, &mut moved)?;
+        }
+        if empty {
+            break;
+        }
+    }
+    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
+}
+
+/// Empties the directory `name` in `top`: files are removed, directories that are not empty move to `top`.
+fn flatten(top: BorrowedFd<'_>, name: &std::ffi::CStr, moved: &mut u64) -> Result<()> {
+    let dir = open_child_dir(top, name)?;
+    for entry in Dir::read_from(&dir)? {
+        let entry = entry?;
+        let child = entry.file_name();
+        if matches!(child.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        match rustix::fs::unlinkat(&dir, child, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => continue,
+            Err(Errno::ISDIR) => {}
+            Err(error) => return Err(error),
+        }
+        if rustix::fs::unlinkat(&dir, child, AtFlags::REMOVEDIR).is_ok() {
+            continue;
+        }
+        loop {
+            *moved += 1;
+            let target = format!(".removed-{moved}");
+            match rustix::fs::renameat_with(&dir, child, top, &target, RenameFlags::NOREPLACE) {
+                Err(Errno::EXIST) => {}
+                result => break result?,
+            }
+        }
+    }
+    rustix::fs::unlinkat(top, name, AtFlags::REMOVEDIR)
+}
+
+/// Flushes a directory's names to the disk.
+pub(crate) fn sync_dir(path: &Path) -> Result<()> {
+    rustix::fs::fsync(open_dir(path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn removes_trees_deeper_than_descriptors_and_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = open_dir(dir.path()).unwrap();
+        let mut current = rustix::io::dup(&root).unwrap();
+        for _ in 0..3000 {
+            rustix::fs::mkdirat(&current, "deeper", Mode::RWXU).unwrap();
+            rustix::fs::mkdirat(&current, "empty", Mode::RWXU).unwrap();
+            rustix::fs::symlinkat("/etc", &current, "link").unwrap();
+            current = open_child_dir(current.as_fd(), "deeper").unwrap();
+        }
+        remove_all(root.as_fd(), "deeper").unwrap();
+        assert!(stat(root.as_fd(), b"deeper").unwrap().is_none());
+        remove_all(root.as_fd(), "not there").unwrap();
+        assert!(Path::new("/etc/passwd").exists());
+    }
+}

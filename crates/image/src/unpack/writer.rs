@@ -1,0 +1,644 @@
+//! Turns the entries of a layer into files below one directory. The rules are on top of the module above.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags};
+use rustix::io::Errno;
+
+use super::device::is_harmless;
+use super::lower::Lower;
+use super::tar_reader::{Entry, Kind, TarError};
+use super::{LayerError, Unpacked, fs};
+
+const WHITEOUT: &[u8] = b".wh.";
+const WHITEOUT_META: &[u8] = b".wh..wh.";
+const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
+/// As many as the kernel follows.
+const MAX_LINKS: usize = 40;
+/// PATH_MAX of Linux, with the final zero.
+const MAX_PATH: usize = 4096;
+/// Directories and whiteouts that the archive has no entry for are dated so, to be deterministic.
+const NO_TIME: (i64, u32) = (0, 0);
+
+pub(super) struct Writer<'a> {
+    root: OwnedFd,
+    lower: Lower<'a>,
+    /// The directory that the last file went into: neighbours in an archive are neighbours in a directory.
+    last_parent: Option<(Vec<u8>, OwnedFd)>,
+    /// Times of directories, set at the end because making their entries changes them; with the number of the entry
+    /// that said so, because two names may lead to one directory and the last entry wins.
+    dir_times: HashMap<Vec<u8>, (u64, (i64, u32))>,
+    buffer: Vec<u8>,
+    bytes: u64,
+    entries: u64,
+}
+
+/// Owner, mode, time and attributes of something new.
+struct Attributes<'e> {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+    mtime: (i64, u32),
+    xattrs: &'e [(Vec<u8>, Vec<u8>)],
+}
+
+/// An operating-system error becomes one of the layer, naming entry and action.
+fn failed<'e>(doing: &'static str, entry: &'e [u8]) -> impl Fn(Errno) -> LayerError + 'e {
+    move |errno| LayerError::Write { entry: show(entry), doing, source: errno.into() }
+}
+
+/// A name for people: bytes that are no text, and control characters, are escaped.
+fn show(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).chars().take(300).flat_map(char::escape_debug).collect()
+}
+
+/// The parts of a name, `.` and doubled slashes left out; `None` when there is a `..`.
+fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
+    let parts: Vec<_> =
+        path.split(|&byte| byte == b'/').filter(|part| !matches!(*part, b"" | b".")).collect();
+    if parts.contains(&&b".."[..]) { None } else { Some(parts) }
+}
+
+fn mode_of(bits: u32) -> Mode {
+    Mode::from_raw_mode(bits & 0o7777)
+}
+
+/// Which extended attributes an image may set; see the module above.
+fn xattr_allowed(name: &[u8]) -> bool {
+    match name {
+        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
+        _ => name.starts_with(b"user.") && !name.starts_with(b"user.overlay."),
+    }
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(root: OwnedFd, lower: Lower<'a>) -> Self {
+        Self {
+            root,
+            lower,
+            last_parent: None,
+            dir_times: HashMap::from([(Vec::new(), (0, NO_TIME))]),
+            buffer: vec![0; 256 * 1024],
+            bytes: 0,
+            entries: 0,
+        }
+    }
+
+    /// Adds one entry; `data` gives its stored bytes.
+    pub(super) fn add(&mut self, entry: &Entry, data: &mut impl Read) -> Result<(), LayerError> {
+        self.entries += 1;
+        let shown = || show(&entry.path);
+        let wrong = |reason: &str| LayerError::Entry { entry: shown(), reason: reason.to_owned() };
+        if entry.path.len() >= MAX_PATH || entry.link.len() >= MAX_PATH {
+            return Err(wrong("name is longer than 4095 bytes"));
+        }
+        if entry.path.contains(&0) || entry.link.contains(&0) {
+            return Err(wrong("name contains a zero byte"));
+        }
+        let parts = parts(&entry.path).ok_or_else(|| LayerError::Escapes { entry: shown() })?;
+        if entry.path.starts_with(b"/") && !parts.is_empty() {
+            return Err(LayerError::Absolute { entry: shown() });
+        }
+        let Some((name, parents)) = parts.split_last() else {
+            return match entry.kind {
+                Kind::Directory => self.add_root(entry),
+                _ => Err(wrong("the layer's root must be a directory")),
+            };
+        };
+        let parent_path = parents.join(&b'/');
+        if name.starts_with(WHITEOUT) {
+            return self.add_whiteout(entry, &parent_path, name);
+        }
+        let parent = self.parent(&parent_path, &entry.path)?;
+        let result = match entry.kind {
+            Kind::Directory => self.add_dir(entry, parent.as_fd(), &parent_path, name),
+            Kind::File => self.add_file(entry, parent.as_fd(), name, data),
+            Kind::HardLink => self.add_hard_link(entry, parent.as_fd(), name),
+            Kind::Symlink => self.add_symlink(entry, parent.as_fd(), name),
+            Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
+                self.add_special(entry, parent.as_fd(), &parent_path, name)
+            }
+            Kind::Other(kind) => {
+                Err(wrong(&format!("not supported: entry type {:?}", char::from(kind))))
+            }
+        };
+        if entry.kind == Kind::File {
+            self.last_parent = Some((parent_path, parent));
+        }
+        result
+    }
+
+    /// Sets what must come last, and gives the sums.
+    pub(super) fn finish(self) -> Result<Unpacked, LayerError> {
+        let mut dirs: Vec<_> = self.dir_times.into_iter().collect();
+        dirs.sort_unstable_by(|a, b| (a.1.0, &a.0).cmp(&(b.1.0, &b.0)));
+        for (path, (_, time)) in dirs {
+            let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
+                Some(slash) => (&path[..slash], &path[slash + 1..]),
+                None if path.is_empty() => (&b""[..], &b"."[..]),
+                None => (&b""[..], path.as_slice()),
+            };
+            let dir = fs::open_in_root(self.root.as_fd(), parent)
+                .and_then(|parent| fs::open_child_dir(parent.as_fd(), name));
+            match dir {
+                Ok(dir) => rustix::fs::futimens(&dir, &fs::times(time))
+                    .map_err(failed("set the time of", &path))?,
+                // It was replaced later on.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(error) => return Err(failed("open", &path)(error)),
+            }
+        }
+        Ok(Unpacked { bytes: self.bytes, entries: self.entries, used_lower: self.lower.used() })
+    }
+
+    fn add_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
+        let root = fs::open_child_dir(self.root.as_fd(), ".").map_err(failed("open", b"/"))?;
+        set_attributes(root.as_fd(), &entry.path, &Attributes::of(entry))?;
+        self.dir_times.insert(Vec::new(), (self.entries, entry.mtime));
+        Ok(())
+    }
+
+    fn add_dir(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        parent_path: &[u8],
+        name: &[u8],
+    ) -> Result<(), LayerError> {
+        match fs::stat(parent, name).map_err(failed("look at", &entry.path))? {
+            Some(stat) if fs::file_type(&stat) == FileType::Directory => {}
+            existing => {
+                let hides = existing.as_ref().is_some_and(fs::is_whiteout);
+                if existing.is_some() {
+                    self.remove(entry, parent, name)?;
+                }
+                rustix::fs::mkdirat(parent, name, Mode::RWXU)
+                    .map_err(failed("create", &entry.path))?;
+                if hides {
+                    let dir = fs::open_child_dir(parent, name).map_err(failed("open", name))?;
+                    set_opaque(dir.as_fd(), &entry.path)?;
+                }
+            }
+        }
+        let dir = fs::open_child_dir(parent, name).map_err(failed("open", &entry.path))?;
+        set_attributes(dir.as_fd(), &entry.path, &Attributes::of(entry))?;
+        self.dir_times.insert(join(parent_path, name), (self.entries, entry.mtime));
+        Ok(())
+    }
+
+    fn add_file(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+        data: &mut impl Read,
+    ) -> Result<(), LayerError> {
+        let mut file = self.create(entry, parent, name)?;
+        match &entry.sparse {
+            None => self.copy(entry, data, &mut file, entry.stored)?,
+            Some(sparse) => {
+                let wrote = |doing| {
+                    move |source| LayerError::Write { entry: show(&entry.path), doing, source }
+                };
+                file.set_len(sparse.size).map_err(wrote("set the size of"))?;
+                for &(offset, length) in &sparse.segments {
+                    file.seek(SeekFrom::Start(offset)).map_err(wrote("seek in"))?;
+                    self.copy(entry, data, &mut file, length)?;
+                }
+            }
+        }
+        set_attributes(file.as_fd(), &entry.path, &Attributes::of(entry))?;
+        rustix::fs::futimens(&file, &fs::times(entry.mtime))
+            .map_err(failed("set the time of", &entry.path))
+    }
+
+    /// A new regular file, in place of whatever was there.
+    fn create(&mut self, entry: &Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<File, LayerError> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR);
+        let fd = match open() {
+            Err(Errno::EXIST) => {
+                self.remove(entry, parent, name)?;
+                open()
+            }
+            result => result,
+        };
+        fd.map(File::from).map_err(failed("create", &entry.path))
+    }
+
+    fn copy(
+        &mut self,
+        entry: &Entry,
+        data: &mut impl Read,
+        file: &mut File,
+        mut left: u64,
+    ) -> Result<(), LayerError> {
+        self.bytes += left;
+        while left > 0 {
+            let want = left.min(self.buffer.len() as u64) as usize;
+            let read = match data.read(&mut self.buffer[..want]) {
+                Ok(0) => return Err(TarError::Truncated.into()),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(TarError::from(error).into()),
+            };
+            file.write_all(&self.buffer[..read]).map_err(|source| LayerError::Write {
+                entry: show(&entry.path),
+                doing: "write",
+                source,
+            })?;
+            left -= read as u64;
+        }
+        Ok(())
+    }
+
+    fn add_symlink(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+    ) -> Result<(), LayerError> {
+        if entry.link.is_empty() {
+            let reason = "symbolic link without a target".to_owned();
+            return Err(LayerError::Entry { entry: show(&entry.path), reason });
+        }
+        self.replace(entry, parent, name, || {
+            rustix::fs::symlinkat(entry.link.as_slice(), parent, name)
+        })?;
+        self.own_and_date(entry, parent, name)
+    }
+
+    fn add_special(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        parent_path: &[u8],
+        name: &[u8],
+    ) -> Result<(), LayerError> {
+        let (major, minor) = entry.device;
+        let (kind, device) = match entry.kind {
+            Kind::Fifo => (FileType::Fifo, 0),
+            Kind::CharDevice if (major, minor) == (0, 0) => {
+                return self.hide(entry, parent_path, name);
+            }
+            Kind::CharDevice if is_harmless(major, minor) => {
+                (FileType::CharacterDevice, rustix::fs::makedev(major, minor))
+            }
+            _ => {
+                let kind = if entry.kind == Kind::BlockDevice { "block" } else { "character" };
+                return Err(LayerError::Device { entry: show(&entry.path), kind, major, minor });
+            }
+        };
+        self.replace(entry, parent, name, || {
+            rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device)
+        })?;
+        let owner = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        rustix::fs::chownat(parent, name, Some(owner.0), Some(owner.1), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(failed("set the owner of", &entry.path))?;
+        // The name is ours and nothing else runs here, so it cannot have become a symbolic link.
+        rustix::fs::chmodat(parent, name, mode_of(entry.mode), AtFlags::empty())
+            .map_err(failed("set the mode of", &entry.path))?;
+        rustix::fs::utimensat(parent, name, &fs::times(entry.mtime), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(failed("set the time of", &entry.path))
+    }
+
+    fn add_hard_link(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+    ) -> Result<(), LayerError> {
+        let target = || show(&entry.link);
+        let target_parts = parts(&entry.link).ok_or_else(|| LayerError::LinkEscapes {
+            entry: show(&entry.path),
+            target: target(),
+        })?;
+        let missing = || LayerError::LinkTarget { entry: show(&entry.path), target: target() };
+        let Some((target_name, target_parents)) = target_parts.split_last() else {
+            return Err(missing());
+        };
+        let target_path = target_parents.join(&b'/');
+        let mut target_dir = match fs::open_in_root(self.root.as_fd(), &target_path) {
+            Ok(dir) => Some(dir),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => None,
+            Err(error) => return Err(failed("open the parent of", &entry.link)(error)),
+        };
+        let mut found = match &target_dir {
+            Some(dir) => fs::stat(dir.as_fd(), target_name).map_err(failed("look at", &entry.link))?,
+            None => None,
+        };
+        if found.is_none() && self.copy_up(entry, &target_parts)? {
+            let dir = fs::open_in_root(self.root.as_fd(), &target_path)
+                .map_err(failed("open the parent of", &entry.link))?;
+            found = fs::stat(dir.as_fd(), target_name).map_err(failed("look at", &entry.link))?;
+            target_dir = Some(dir);
+        }
+        let (Some(target_dir), Some(found)) = (target_dir, found) else { return Err(missing()) };
+        if fs::is_whiteout(&found) || fs::file_type(&found) == FileType::Directory {
+            return Err(missing());
+        }
+        let existing = fs::stat(parent, name).map_err(failed("look at", &entry.path))?;
+        if let Some(existing) = existing {
+            if (existing.st_dev, existing.st_ino) == (found.st_dev, found.st_ino) {
+                return Ok(());
+            }
+            self.remove(entry, parent, name)?;
+        }
+        rustix::fs::linkat(&target_dir, *target_name, parent, name, AtFlags::empty())
+            .map_err(failed("link", &entry.path))
+    }
+
+    /// Copies a regular file of a lower layer into this one, as overlayfs would before linking to it.
+    fn copy_up(&mut self, entry: &Entry, target: &[&[u8]]) -> Result<bool, LayerError> {
+        let path: Vec<Vec<u8>> = target.iter().map(|part| part.to_vec()).collect();
+        let shown = &entry.link;
+        let Some(found) = self.lower.lookup(&path).map_err(failed("look up", shown))? else {
+            return Ok(false);
+        };
+        if fs::file_type(&found.stat) != FileType::RegularFile {
+            return Ok(false);
+        }
+        let Some((name, parents)) = target.split_last() else { return Ok(false) };
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let source = rustix::fs::openat(&found.parent, *name, flags, Mode::empty())
+            .map_err(failed("open", shown))?;
+        let xattrs = read_xattrs(source.as_fd()).map_err(failed("read the attributes of", shown))?;
+        let parent = self.parent(&parents.join(&b'/'), shown)?;
+        let mut file = self.create(entry, parent.as_fd(), name)?;
+        let mut source = File::from(source);
+        self.copy(entry, &mut source, &mut file, u64::try_from(found.stat.st_size).unwrap_or(0))?;
+        let attributes = Attributes {
+            uid: found.stat.st_uid,
+            gid: found.stat.st_gid,
+            mode: found.stat.st_mode,
+            mtime: (found.stat.st_mtime, found.stat.st_mtime_nsec as u32),
+            xattrs: &xattrs,
+        };
+        set_attributes(file.as_fd(), shown, &attributes)?;
+        rustix::fs::futimens(&file, &fs::times(attributes.mtime))
+            .map_err(failed("set the time of", shown))?;
+        Ok(true)
+    }
+
+    fn add_whiteout(&mut self, entry: &Entry, parent_path: &[u8], name: &[u8]) -> Result<(), LayerError> {
+        if name == WHITEOUT_OPAQUE {
+            let parent = self.parent(parent_path, &entry.path)?;
+            let dir = fs::open_child_dir(parent.as_fd(), ".").map_err(failed("open", parent_path))?;
+            return set_opaque(dir.as_fd(), &entry.path);
+        }
+        if name.starts_with(WHITEOUT_META) {
+            // Bookkeeping of aufs, where this notation comes from.
+            return Ok(());
+        }
+        match &name[WHITEOUT.len()..] {
+            b"" | b"." | b".." => Err(LayerError::Whiteout { entry: show(&entry.path) }),
+            hidden => self.hide(entry, parent_path, hidden),
+        }
+    }
+
+    /// Hides `name` of the lower layers. What this layer itself has there stays.
+    fn hide(&mut self, entry: &Entry, parent_path: &[u8], name: &[u8]) -> Result<(), LayerError> {
+        let parent = self.parent(parent_path, &entry.path)?;
+        let existing = fs::stat(parent.as_fd(), name).map_err(failed("look at", &entry.path))?;
+        match existing {
+            None => {
+                let device = FileType::CharacterDevice;
+                rustix::fs::mknodat(&parent, name, device, Mode::empty(), 0)
+                    .map_err(failed("create", &entry.path))?;
+                let flags = AtFlags::SYMLINK_NOFOLLOW;
+                rustix::fs::utimensat(&parent, name, &fs::times(NO_TIME), flags)
+                    .map_err(failed("set the time of", &entry.path))
+            }
+            Some(stat) if fs::file_type(&stat) == FileType::Directory => {
+                let dir = fs::open_child_dir(parent.as_fd(), name).map_err(failed("open", name))?;
+                set_opaque(dir.as_fd(), &entry.path)
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn own_and_date(
+        &self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+    ) -> Result<(), LayerError> {
+        let owner = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        rustix::fs::chownat(parent, name, Some(owner.0), Some(owner.1), flags)
+            .map_err(failed("set the owner of", &entry.path))?;
+        rustix::fs::utimensat(parent, name, &fs::times(entry.mtime), flags)
+            .map_err(failed("set the time of", &entry.path))
+    }
+
+    /// Makes something new at `name`, removing what was there.
+    fn replace(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+        make: impl Fn() -> rustix::io::Result<()>,
+    ) -> Result<(), LayerError> {
+        let result = match make() {
+            Err(Errno::EXIST) => {
+                self.remove(entry, parent, name)?;
+                make()
+            }
+            result => result,
+        };
+        result.map_err(failed("create", &entry.path))
+    }
+
+    fn remove(&self, entry: &Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<(), LayerError> {
+        fs::remove_all(parent, name).map_err(failed("replace", &entry.path))
+    }
+
+    /// The directory that an entry goes into, made if the archive had no entry for it.
+    fn parent(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd, LayerError> {
+        if let Some((known, dir)) = self.last_parent.take() {
+            if known == path {
+                return Ok(dir);
+            }
+        }
+        match fs::open_in_root(self.root.as_fd(), path) {
+            Ok(dir) => Ok(dir),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
+                let mut made = Vec::new();
+                let parent = self.make_parents(path, entry, &mut made)?;
+                for path in made {
+                    self.dir_times.entry(path).or_insert((0, NO_TIME));
+                }
+                Ok(parent)
+            }
+            Err(error) => Err(failed("open the parent of", entry)(error)),
+        }
+    }
+
+    /// Walks to `path` part by part: symbolic links of this layer and of lower ones are followed, below the root, and
+    /// missing directories are made.
+    fn make_parents(
+        &self,
+        path: &[u8],
+        entry: &[u8],
+        made: &mut Vec<Vec<u8>>,
+    ) -> Result<OwnedFd, LayerError> {
+        let split = |path: &[u8]| -> Vec<Vec<u8>> {
+            path.split(|&byte| byte == b'/').map(<[u8]>::to_vec).collect()
+        };
+        let no_dir = |parent: String| LayerError::Parent { entry: show(entry), parent };
+        let mut todo: VecDeque<Vec<u8>> = split(path).into();
+        let mut done: Vec<Vec<u8>> = Vec::new();
+        let mut links = 0;
+        let mut follow = |target: &[u8], todo: &mut VecDeque<Vec<u8>>, done: &mut Vec<Vec<u8>>| {
+            links += 1;
+            if links > MAX_LINKS {
+                return Err(no_dir(format!("\"{}\" (a loop of symbolic links)", show(path))));
+            }
+            if target.starts_with(b"/") {
+                done.clear();
+            }
+            for part in split(target).into_iter().rev() {
+                todo.push_front(part);
+            }
+            Ok(())
+        };
+        let open = |done: &[Vec<u8>]| {
+            fs::open_in_root(self.root.as_fd(), &done.join(&b'/'))
+                .map_err(failed("open the parent of", entry))
+        };
+        while let Some(part) = todo.pop_front() {
+            match part.as_slice() {
+                b"" | b"." => continue,
+                b".." => {
+                    done.pop();
+                    continue;
+                }
+                _ => {}
+            }
+            let dir = open(&done)?;
+            let existing =
+                fs::stat(dir.as_fd(), &part).map_err(failed("look at the parent of", entry))?;
+            match existing {
+                Some(stat) if fs::file_type(&stat) == FileType::Directory => done.push(part),
+                Some(stat) if fs::file_type(&stat) == FileType::Symlink => {
+                    let target = rustix::fs::readlinkat(&dir, part.as_slice(), Vec::new())
+                        .map_err(failed("read the parent of", entry))?;
+                    follow(target.as_bytes(), &mut todo, &mut done)?;
+                }
+                Some(stat) if fs::is_whiteout(&stat) => {
+                    fs::remove_all(dir.as_fd(), part.as_slice())
+                        .map_err(failed("replace the parent of", entry))?;
+                    let new = self.make_dir(dir.as_fd(), &part, None, entry)?;
+                    set_opaque(new.as_fd(), entry)?;
+                    done.push(part);
+                    made.push(done.join(&b'/'));
+                }
+                Some(_) => return Err(no_dir(format!("\"{}\"", show(&part)))),
+                None => {
+                    done.push(part);
+                    let found = self.lower.lookup(&done).map_err(failed("look up", entry))?;
+                    let Some(part) = done.pop() else { continue };
+                    match &found {
+                        Some(found) if fs::file_type(&found.stat) == FileType::Symlink => {
+                            let target =
+                                rustix::fs::readlinkat(&found.parent, part.as_slice(), Vec::new())
+                                    .map_err(failed("read the parent of", entry))?;
+                            follow(target.as_bytes(), &mut todo, &mut done)?;
+                        }
+                        _ => {
+                            let like = found.map(|found| found.stat).filter(|stat| {
+                                fs::file_type(stat) == FileType::Directory
+                            });
+                            self.make_dir(dir.as_fd(), &part, like, entry)?;
+                            done.push(part);
+                            made.push(done.join(&b'/'));
+                        }
+                    }
+                }
+            }
+        }
+        open(&done)
+    }
+
+    /// Makes a directory that the archive has no entry for.
+    fn make_dir(
+        &self,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+        like: Option<rustix::fs::Stat>,
+        entry: &[u8],
+    ) -> Result<OwnedFd, LayerError> {
+        rustix::fs::mkdirat(parent, name, Mode::RWXU)
+            .map_err(failed("create the parent of", entry))?;
+        let dir = fs::open_child_dir(parent, name).map_err(failed("open the parent of", entry))?;
+        let (uid, gid, mode) =
+            like.map_or((0, 0, 0o755), |stat| (stat.st_uid, stat.st_gid, stat.st_mode));
+        let attributes = Attributes { uid, gid, mode, mtime: NO_TIME, xattrs: &[] };
+        set_attributes(dir.as_fd(), entry, &attributes)?;
+        Ok(dir)
+    }
+}
+
+impl<'e> Attributes<'e> {
+    fn of(entry: &'e Entry) -> Self {
+        Self {
+            uid: entry.uid,
+            gid: entry.gid,
+            mode: entry.mode,
+            mtime: entry.mtime,
+            xattrs: &entry.xattrs,
+        }
+    }
+}
+
+fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
+    if parent.is_empty() { name.to_vec() } else { [parent, b"/", name].concat() }
+}
+
+/// Owner first: changing it takes away suid bits and capabilities.
+fn set_attributes(
+    file: BorrowedFd<'_>,
+    entry: &[u8],
+    attributes: &Attributes<'_>,
+) -> Result<(), LayerError> {
+    let owner = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
+    rustix::fs::fchown(file, Some(owner.0), Some(owner.1))
+        .map_err(failed("set the owner of", entry))?;
+    rustix::fs::fchmod(file, mode_of(attributes.mode)).map_err(failed("set the mode of", entry))?;
+    for (name, value) in attributes.xattrs.iter().filter(|(name, _)| xattr_allowed(name)) {
+        match rustix::fs::fsetxattr(file, name.as_slice(), value, XattrFlags::empty()) {
+            Ok(()) => {}
+            // A file system without them: the file is still worth having, as with Docker.
+            Err(Errno::NOTSUP) => {
+                tracing::debug!(entry = show(entry), name = show(name), "attribute not supported here");
+            }
+            Err(error) => return Err(failed("set an attribute of", entry)(error)),
+        }
+    }
+    Ok(())
+}
+
+fn set_opaque(dir: BorrowedFd<'_>, entry: &[u8]) -> Result<(), LayerError> {
+    rustix::fs::fsetxattr(dir, fs::OPAQUE, b"y", XattrFlags::empty())
+        .map_err(failed("make opaque the directory of", entry))
+}
+
+fn read_xattrs(file: BorrowedFd<'_>) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut names = vec![0u8; 64 * 1024];
+    let length = match rustix::fs::flistxattr(file, &mut names[..]) {
+        Ok(length) => length,
+        Err(Errno::NOTSUP) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut xattrs = Vec::new();
+    for name in names[..length].split(|&byte| byte == 0).filter(|name| xattr_allowed(name)) {
+        let mut value = vec![0u8; 64 * 1024];
+        let length = rustix::fs::fgetxattr(file, name, &mut value[..])?;
+        value.truncate(length);
+        xattrs.push((name.to_vec(), value));
+    }
+    Ok(xattrs)
+}
