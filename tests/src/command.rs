@@ -1,0 +1,318 @@
+//! Commands that cannot hang a test: each has a time limit, and what it printed until then is shown.
+
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A command about to run.
+#[must_use]
+pub struct Invocation {
+    command: Command,
+    input: Option<Vec<u8>>,
+    limit: Duration,
+}
+
+/// What a command left.
+#[derive(Debug)]
+pub struct Output {
+    /// The command, for messages.
+    pub what: String,
+    /// Exit status, 128 + n after signal n.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+    /// How long it ran.
+    pub took: Duration,
+}
+
+impl Invocation {
+    /// A command with an empty standard input and a limit of 30 seconds.
+    pub fn new(program: impl AsRef<OsStr>) -> Invocation {
+        Invocation { command: Command::new(program), input: None, limit: Duration::from_secs(30) }
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.command.arg(argument);
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.command.args(arguments);
+        self
+    }
+
+    /// Sets a variable.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Gives it this to read, and then the end.
+    pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.input = Some(bytes.into());
+        self
+    }
+
+    /// Sets how long it may take.
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Changes what else there is to a command.
+    pub fn with(mut self, change: impl FnOnce(&mut Command)) -> Self {
+        change(&mut self.command);
+        self
+    }
+
+    /// The same command as an argument of another one.
+    pub fn under(self, wrapper: &[&str]) -> Invocation {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            if let Some(value) = value {
+                command.env(name, value);
+            }
+        }
+        Invocation { command, ..self }
+    }
+
+    /// The command itself, and its time limit.
+    pub fn into_parts(self) -> (Command, Duration) {
+        (self.command, self.limit)
+    }
+
+    /// Runs it to its end.
+    pub fn run(self) -> Output {
+        let input = self.input.clone();
+        let mut running = self.start_with(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+        if let Some(input) = input {
+            let mut stdin = running.stdin.take().unwrap();
+            // A command that does not read all of it is not this function's business.
+            std::thread::spawn(move || drop(stdin.write_all(&input)));
+        }
+        running.finish()
+    }
+
+    /// Starts it, with its standard input in the test's hands.
+    pub fn start(self) -> Running {
+        self.start_with(Stdio::piped())
+    }
+
+    fn start_with(mut self, stdin: Stdio) -> Running {
+        let what = format!("{:?}", self.command);
+        let mut child = self
+            .command
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        let stdout = Collected::of(child.stdout.take().unwrap());
+        let stderr = Collected::of(child.stderr.take().unwrap());
+        Running { what, stdin: child.stdin.take(), child, stdout, stderr, began: Instant::now(), limit: self.limit }
+    }
+}
+
+/// A command that runs.
+pub struct Running {
+    what: String,
+    child: Child,
+    /// Its standard input; take it to close it.
+    pub stdin: Option<ChildStdin>,
+    stdout: Collected,
+    stderr: Collected,
+    began: Instant,
+    limit: Duration,
+}
+
+impl Running {
+    /// Writes to its standard input.
+    pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        let stdin = self.stdin.as_mut().expect("stdin is closed");
+        stdin.write_all(bytes.as_ref()).unwrap();
+        stdin.flush().unwrap();
+    }
+
+    /// Closes its standard input.
+    pub fn close_input(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits until its standard output contains `text`.
+    pub fn wait_for(&mut self, text: &str) {
+        loop {
+            if String::from_utf8_lossy(&self.stdout.so_far()).contains(text) {
+                return;
+            }
+            let ended = self.child.try_wait().unwrap();
+            if ended.is_some() || self.began.elapsed() > self.limit {
+                panic!("{}: no {text:?} in its output\n{}", self.what, self.shown());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Its standard output until now.
+    pub fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.stdout.so_far()).into_owned()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Whether it runs still.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits for its end.
+    pub fn finish(mut self) -> Output {
+        use std::os::unix::process::ExitStatusExt;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if self.began.elapsed() > self.limit {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                panic!("{}: still running after {:?}\n{}", self.what, self.limit, self.shown());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let took = self.began.elapsed();
+        let what = self.what;
+        Output {
+            status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+            stdout: self.stdout.all(&what, "standard output"),
+            stderr: self.stderr.all(&what, "standard error"),
+            what,
+            took,
+        }
+    }
+
+    fn shown(&self) -> String {
+        format!(
+            "standard output: {}\nstandard error: {}",
+            String::from_utf8_lossy(&self.stdout.so_far()),
+            String::from_utf8_lossy(&self.stderr.so_far())
+        )
+    }
+}
+
+/// Output read by a thread, so that neither pipe ever fills.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Collected {
+    fn of(mut source: impl Read + Send + 'static) -> Collected {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let into = bytes.clone();
+        let reader = std::thread::spawn(move || {
+            let mut chunk = vec![0; 64 << 10];
+            while let Ok(n @ 1..) = source.read(&mut chunk) {
+                into.lock().unwrap().extend_from_slice(&chunk[..n]);
+            }
+        });
+        Collected { bytes, reader }
+    }
+
+    fn so_far(&self) -> Vec<u8> {
+        self.bytes.lock().unwrap().clone()
+    }
+
+    fn all(self, what: &str, stream: &str) -> Vec<u8> {
+        let begin = Instant::now();
+        while !self.reader.is_finished() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(10),
+                "{what}: has ended, but somebody keeps its {stream} open"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.reader.join().unwrap();
+        std::mem::take(&mut self.bytes.lock().unwrap())
+    }
+}
+
+impl Output {
+    /// Standard output as text, without the last line's end.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).trim_end_matches('\n').to_owned()
+    }
+
+    /// Standard error as text.
+    pub fn error(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// Standard output as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.stdout)
+            .unwrap_or_else(|error| panic!("{}: no JSON: {error}: {}", self.what, self.text()))
+    }
+
+    /// Asserts that it succeeded.
+    #[track_caller]
+    pub fn ok(self) -> Output {
+        self.ends(0)
+    }
+
+    /// Asserts its exit status.
+    #[track_caller]
+    pub fn ends(self, status: i32) -> Output {
+        assert_eq!(
+            self.status,
+            status,
+            "exit status of {}\nstandard output: {}\nstandard error: {}",
+            self.what,
+            self.text(),
+            self.error()
+        );
+        self
+    }
+
+    /// Asserts that hull failed with this status and said so as it should: one line that begins with `error: ` and
+    /// contains each of `parts`, at most one line more with a hint.
+    #[track_caller]
+    pub fn fails(self, status: i32, parts: &[&str]) -> Output {
+        let output = self.ends(status);
+        let error = output.error();
+        let line = error.lines().find(|line| line.starts_with("error: "));
+        let line = line.unwrap_or_else(|| panic!("{}: no line begins with \"error: \": {error}", output.what));
+        for part in parts {
+            assert!(line.contains(part), "{}: no {part:?} in {line:?}", output.what);
+        }
+        let lines = error.lines().filter(|line| !line.starts_with("hint: ")).count();
+        assert_eq!(lines, 1, "{}: one line and a hint are enough: {error}", output.what);
+        output
+    }
+
+    /// Asserts that there is a hint that contains `part`.
+    #[track_caller]
+    pub fn hint(self, part: &str) -> Output {
+        let error = self.error();
+        let hint = error.lines().find(|line| line.starts_with("hint: "));
+        assert!(hint.is_some_and(|hint| hint.contains(part)), "{}: no hint {part:?}: {error}", self.what);
+        self
+    }
+}

@@ -1,0 +1,301 @@
+//! A hull of the test's own: configuration, state and images in a temporary directory, and containers that are
+//! removed at the end, with a check that nothing of them is left.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::{Invocation, Output, executable, leaks, repository};
+
+/// How a [`Hull`] differs from the usual one.
+#[derive(Default)]
+pub struct Options {
+    /// Machine kind; `uml` when empty.
+    pub machine: &'static str,
+    /// Further lines of the configuration file.
+    pub configuration: String,
+    /// No image in the store, instead of `busybox`.
+    pub without_image: bool,
+}
+
+/// A hull of the test's own.
+pub struct Hull {
+    directory: tempfile::TempDir,
+    /// Machine kind of its containers.
+    pub machine: &'static str,
+    next: AtomicU32,
+    leaks_expected: bool,
+}
+
+impl Hull {
+    /// On user-mode Linux, with the image `busybox`.
+    pub fn new() -> Hull {
+        Hull::with(Options::default())
+    }
+
+    /// On another kind of machine, with the image `busybox`.
+    pub fn on(machine: &'static str) -> Hull {
+        Hull::with(Options { machine, ..Options::default() })
+    }
+
+    /// On user-mode Linux, with no image.
+    pub fn empty() -> Hull {
+        Hull::with(Options { without_image: true, ..Options::default() })
+    }
+
+    /// With options.
+    pub fn with(options: Options) -> Hull {
+        assert!(rustix::process::geteuid().is_root(), "hull runs containers as root only, for now");
+        leaks::adopt_orphans();
+        // Paths of sockets are at most 108 bytes long.
+        let directory = tempfile::Builder::new().prefix("h").rand_bytes(5).tempdir_in("/tmp").unwrap();
+        let machine = if options.machine.is_empty() { "uml" } else { options.machine };
+        let configuration = format!(
+            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\n{}\n",
+            directory.path().join("run"),
+            directory.path().join("data"),
+            options.configuration
+        );
+        fs::write(directory.path().join("config.toml"), configuration).unwrap();
+        let hull = Hull { directory, machine, next: AtomicU32::new(0), leaks_expected: false };
+        if !options.without_image {
+            hull.import_busybox("busybox");
+        }
+        hull
+    }
+
+    /// Makes the image of the tests under a name.
+    pub fn import_busybox(&self, name: &str) {
+        self.hull(["image", "import", "--change", "CMD [\"sh\"]"]).arg(busybox_archive()).arg(name).run().ok();
+    }
+
+    /// A directory of the test's own, gone at its end.
+    pub fn scratch(&self) -> PathBuf {
+        let path = self.path("scratch");
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// A file or directory below the test's directory: `run`, `data`, `config.toml`.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// `hull …`.
+    pub fn hull<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Invocation {
+        Invocation::new(executable()).env("HULL_CONFIG", self.path("config.toml")).args(arguments).limit(self.limit())
+    }
+
+    /// `hull run --rm [OPTIONS] busybox COMMAND`, run to its end. What comes after `busybox` is `command`.
+    pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
+        self.hull(["run", "--rm"]).args(options).arg("busybox").args(command).run()
+    }
+
+    /// A shell script in a new container, run to its end.
+    pub fn sh(&self, options: &[&str], script: &str) -> Output {
+        self.run(options, &["sh", "-c", script])
+    }
+
+    /// A container with `hull run -d`.
+    pub fn start(&self, options: &[&str], command: &[&str]) -> Container<'_> {
+        let name = self.unique("c");
+        self.hull(["run", "-d", "--name", &name]).args(options).arg("busybox").args(command).run().ok();
+        Container { hull: self, name }
+    }
+
+    /// A container that lives until it is told otherwise.
+    pub fn sleeper(&self) -> Container<'_> {
+        self.start(&[], &["sleep", "1000"])
+    }
+
+    /// A name that nothing else bears.
+    pub fn unique(&self, prefix: &str) -> String {
+        format!("{prefix}-{}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The handle of a container that was made by other means.
+    pub fn container(&self, name: &str) -> Container<'_> {
+        Container { hull: self, name: name.to_owned() }
+    }
+
+    /// Names of all containers.
+    pub fn names(&self) -> Vec<String> {
+        let list = self.hull(["ps", "-a", "--json"]).run().ok().json();
+        let list = list.as_array().expect("a list").clone();
+        list.iter().map(|container| container["name"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// What is there of containers in the state and data directories.
+    pub fn remains(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for directory in [self.path("run"), self.path("run/names"), self.path("data/containers")] {
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let is_container = name.len() == 64 || entry.path().parent().is_some_and(|p| p.ends_with("names"));
+                if is_container {
+                    found.push(entry.path().display().to_string());
+                }
+            }
+        }
+        found
+    }
+
+    /// Asserts that no container has left anything.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        let problems = self.problems();
+        assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut problems = leaks::leaked_processes();
+        problems.extend(leaks::mounts_below(self.directory.path()));
+        problems.extend(self.remains());
+        problems
+    }
+
+    /// How long one command may take on this kind of machine.
+    fn limit(&self) -> Duration {
+        Duration::from_secs(if self.machine == "qemu" { 60 } else { 30 })
+    }
+
+    /// What the host processes and the guest had to say, for the report of a failed test.
+    fn show_diagnostics(&self) {
+        for entry in fs::read_dir(self.path("run")).into_iter().flatten().flatten() {
+            for file in ["state.json", "sandbox.log", "console"] {
+                let path = entry.path().join(file);
+                if let Ok(bytes) = fs::read(&path) {
+                    let text = String::from_utf8_lossy(&bytes);
+                    let lines: Vec<&str> = text.lines().collect();
+                    eprintln!("--- {}", path.display());
+                    eprintln!("{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+                }
+            }
+        }
+    }
+}
+
+impl Default for Hull {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Hull {
+    fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        if failed {
+            self.show_diagnostics();
+        }
+        let ids: Vec<String> = fs::read_dir(self.path("run"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name.len() == 64)
+            .collect();
+        let mut problems = Vec::new();
+        if !ids.is_empty() {
+            // Not through `Invocation`: a panic here would hide the first one.
+            let removed = std::process::Command::new(executable())
+                .env("HULL_CONFIG", self.path("config.toml"))
+                .args(["rm", "-f"])
+                .args(&ids)
+                .output();
+            match removed {
+                Ok(output) if output.status.success() => {}
+                Ok(output) => problems.push(format!("hull rm -f: {}", String::from_utf8_lossy(&output.stderr))),
+                Err(error) => problems.push(format!("hull rm -f: {error}")),
+            }
+        }
+        problems.extend(self.problems());
+        if !problems.is_empty() && !self.leaks_expected {
+            let problems = problems.join("\n");
+            if failed {
+                eprintln!("left behind:\n{problems}");
+            } else {
+                self.show_diagnostics();
+                panic!("left behind:\n{problems}");
+            }
+        }
+    }
+}
+
+/// A container of a [`Hull`]; removed with it.
+pub struct Container<'a> {
+    hull: &'a Hull,
+    /// Its name.
+    pub name: String,
+}
+
+impl Container<'_> {
+    /// `hull exec NAME COMMAND`, run to its end.
+    pub fn exec(&self, command: &[&str]) -> Output {
+        self.exec_with(&[], command)
+    }
+
+    /// `hull exec OPTIONS NAME COMMAND`, run to its end.
+    pub fn exec_with(&self, options: &[&str], command: &[&str]) -> Output {
+        self.hull.hull(["exec"]).args(options).arg(&self.name).args(command).run()
+    }
+
+    /// A shell script inside.
+    pub fn sh(&self, script: &str) -> Output {
+        self.exec(&["sh", "-c", script])
+    }
+
+    /// `hull VERB NAME`, run to its end.
+    pub fn does(&self, verb: &str) -> Output {
+        self.hull.hull([verb, &self.name]).run()
+    }
+
+    /// What `hull inspect` says.
+    pub fn inspect(&self) -> Value {
+        let list = self.does("inspect").ok().json();
+        list[0].clone()
+    }
+
+    /// Its state, as `hull inspect` says.
+    pub fn state(&self) -> String {
+        self.inspect()["state"].as_str().expect("a state").to_owned()
+    }
+
+    /// Process id of one of its host processes: `sandbox`, `devices`, `machine`.
+    pub fn host_process(&self, which: &str) -> Pid {
+        let pid = self.inspect()["processes"][which].as_i64().expect("a pid");
+        Pid::from_raw(i32::try_from(pid).unwrap()).unwrap_or_else(|| panic!("no {which} process"))
+    }
+
+    /// Kills one of its host processes.
+    pub fn kill_host_process(&self, which: &str) {
+        kill_process(self.host_process(which), Signal::KILL).unwrap();
+    }
+
+    /// Waits for its end with `hull wait`; the status that it prints.
+    pub fn wait(&self) -> i32 {
+        self.does("wait").ok().text().parse().expect("hull wait prints a number")
+    }
+}
+
+/// The image of the tests as an archive; made once by whoever comes first.
+pub fn busybox_archive() -> &'static Path {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    ARCHIVE.get_or_init(|| {
+        let directory = repository().join("target/e2e");
+        fs::create_dir_all(&directory).unwrap();
+        let archive = directory.join("busybox.tar");
+        let lock = fs::File::create(directory.join("lock")).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        if !archive.exists() {
+            Invocation::new(repository().join("scripts/busybox-rootfs")).arg(&archive).run().ok();
+        }
+        archive
+    })
+}

@@ -1,0 +1,83 @@
+//! Finds what a test's containers left behind: processes, mounts.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, WaitOptions, getpid, set_child_subreaper, wait};
+
+/// Makes orphans children of this process, so that [`descendants`] finds them.
+pub fn adopt_orphans() {
+    set_child_subreaper(Some(getpid())).unwrap();
+}
+
+/// Pid → command line of every process below this one that is not a zombie.
+pub fn descendants() -> BTreeMap<i32, String> {
+    let mut parents = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        // A process that ends meanwhile is none of ours to count.
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        // The name, in parentheses, may contain anything.
+        let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
+        let mut fields = rest.split(' ');
+        let (state, parent) = (fields.next(), fields.next());
+        let Some(parent) = parent.and_then(|parent| parent.parse::<i32>().ok()) else { continue };
+        parents.insert(pid, (parent, state == Some("Z") || state == Some("X")));
+    }
+    let me = getpid().as_raw_nonzero().get();
+    let below_me = |mut pid: i32| {
+        while let Some((parent, _)) = parents.get(&pid) {
+            if *parent == me {
+                return true;
+            }
+            pid = *parent;
+        }
+        false
+    };
+    parents
+        .iter()
+        .filter(|(pid, (_, dead))| !dead && below_me(**pid))
+        .map(|(pid, _)| {
+            let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            (*pid, String::from_utf8_lossy(&command).replace('\0', " "))
+        })
+        .collect()
+}
+
+/// Waits until nothing runs below this process; what is left after two seconds is killed and returned.
+pub fn leaked_processes() -> Vec<String> {
+    let begin = Instant::now();
+    loop {
+        reap();
+        let left = descendants();
+        if left.is_empty() {
+            return Vec::new();
+        }
+        if begin.elapsed() > Duration::from_secs(2) {
+            for pid in left.keys().filter_map(|pid| Pid::from_raw(*pid)) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            return left.into_iter().map(|(pid, command)| format!("process {pid}: {command}")).collect();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Takes the exit status of adopted processes. All commands of the test have ended when this is called.
+fn reap() {
+    while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
+}
+
+/// Mounts at or below a directory, in this mount namespace.
+pub fn mounts_below(directory: &Path) -> Vec<String> {
+    let directory = directory.to_str().unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at).starts_with(directory)))
+        .map(|line| format!("mount {line}"))
+        .collect()
+}

@@ -1,0 +1,114 @@
+//! What the end to end tests are written with: a [`Hull`] of their own, commands with a time limit, terminals,
+//! images and a registry that misbehaves on demand. The tests are in `tests/*.rs`, one file for each thing that a
+//! user does; a test's name says what that user can rely on.
+//!
+//! The tests run the staged executable (`make stage`), never code of hull's crates. Each test is a process of its
+//! own (cargo-nextest does that): whatever a test's containers leave running is adopted by it and found.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test stops where it goes wrong
+
+mod command;
+mod hull;
+mod images;
+mod leaks;
+mod posix;
+mod registry;
+mod terminal;
+
+pub use command::{Invocation, Output, Running};
+pub use hull::{Container, Hull, Options, busybox_archive};
+pub use images::{Archive, Image, Layout, architecture, digest, gzip};
+pub use posix::{posix_results, program as posix_program};
+pub use registry::{Fault, Registry};
+pub use terminal::Terminal;
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The repository.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the repository")
+}
+
+/// The staged executable, or the one that `HULL` names.
+pub fn executable() -> PathBuf {
+    let path = std::env::var_os("HULL")
+        .map_or_else(|| repository().join("target/stage/bin/hull"), PathBuf::from);
+    assert!(path.exists(), "{} is not there: make stage", path.display());
+    path
+}
+
+/// The guest's files beside the executable.
+pub fn guest_files() -> PathBuf {
+    executable()
+        .canonicalize()
+        .unwrap()
+        .parent()
+        .and_then(Path::parent)
+        .expect("bin/hull")
+        .join("share/hull")
+}
+
+/// Says, where `make test` collects it, that this machine cannot do what a test needs. The caller returns.
+pub fn left_out(reason: &str) {
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    let line = format!("{name}: {reason}\n");
+    eprint!("left out: {line}");
+    if let Some(path) = std::env::var_os("HULL_SKIPPED") {
+        let file = OpenOptions::new().append(true).create(true).open(path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("cannot note what is left out");
+    }
+}
+
+/// Whether a program is installed.
+pub fn installed(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path)
+            .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")])
+            .any(|directory| directory.join(program).exists())
+    })
+}
+
+/// Waits until `condition` holds; panics with `what` when it does not in time.
+pub fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Duration {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    begin.elapsed()
+}
+
+/// Makes each of the named functions, which take a machine kind, a test on user-mode Linux and one on QEMU.
+#[macro_export]
+macro_rules! on_every_machine {
+    ($($name:ident),+ $(,)?) => {
+        mod uml {
+            $(#[test] fn $name() { super::$name("uml"); })+
+        }
+        mod qemu {
+            $(#[test] fn $name() {
+                if let Some(reason) = $crate::no_qemu() {
+                    $crate::left_out(&reason);
+                    return;
+                }
+                super::$name("qemu");
+            })+
+        }
+    };
+}
+
+/// Why machine kind qemu cannot be tested here, if it cannot.
+pub fn no_qemu() -> Option<String> {
+    let architecture = std::env::consts::ARCH;
+    let program = format!("qemu-system-{architecture}");
+    let kernel = guest_files().join(format!("kernel-{architecture}"));
+    if !installed(&program) {
+        Some(format!("{program} is not installed"))
+    } else if !kernel.exists() {
+        Some(format!("{} is not built: make kernels", kernel.display()))
+    } else {
+        None
+    }
+}

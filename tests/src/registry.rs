@@ -1,0 +1,181 @@
+//! A registry in this process that serves what it is given and misbehaves on demand. It counts what it is asked.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::digest;
+use crate::images::{INDEX, Image, MANIFEST, descriptor};
+
+/// How it misbehaves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Answers requests whose path contains this with this status.
+    Status(String, u16),
+    /// Sends other bytes of the same length for paths that contain this.
+    OtherBytes(String),
+    /// Breaks off in the middle of the body for paths that contain this, the first time only.
+    BreakOffOnce(String),
+    /// Breaks off in the middle of the body for paths that contain this, always.
+    BreakOff(String),
+    /// Waits before each answer.
+    Slow(Duration),
+}
+
+#[derive(Default)]
+struct State {
+    /// Path → media type, content.
+    content: HashMap<String, (String, Vec<u8>)>,
+    faults: Vec<Fault>,
+    requests: Vec<String>,
+}
+
+/// A registry on localhost.
+pub struct Registry {
+    /// `localhost:PORT`.
+    pub address: String,
+    state: Arc<Mutex<State>>,
+}
+
+impl Registry {
+    /// An empty one; it serves until the test's process ends.
+    pub fn new() -> Registry {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("localhost:{}", listener.local_addr().unwrap().port());
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                let state = shared.clone();
+                // A client that goes away is part of the game.
+                std::thread::spawn(move || drop(serve(connection, &state)));
+            }
+        });
+        Registry { address, state }
+    }
+
+    /// Serves an image; the reference under which it can be pulled.
+    pub fn push(&self, name: &str, tag: &str, image: &Image) -> String {
+        let mut state = self.state.lock().unwrap();
+        for blob in image.blobs() {
+            let path = format!("/v2/{name}/blobs/{}", digest(blob));
+            state.content.insert(path, ("application/octet-stream".into(), blob.clone()));
+        }
+        for version in [tag.to_owned(), digest(&image.manifest)] {
+            let path = format!("/v2/{name}/manifests/{version}");
+            state.content.insert(path, (MANIFEST.into(), image.manifest.clone()));
+        }
+        format!("{}/{name}:{tag}", self.address)
+    }
+
+    /// Serves one name for several architectures.
+    pub fn push_list(&self, name: &str, tag: &str, images: &[(&str, &Image)]) -> String {
+        let mut manifests = Vec::new();
+        for (architecture, image) in images {
+            self.push(name, &format!("{tag}-{architecture}"), image);
+            let mut entry = descriptor(MANIFEST, &image.manifest);
+            entry["platform"] = serde_json::json!({"os": "linux", "architecture": architecture});
+            manifests.push(entry);
+        }
+        let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
+        let index = index.to_string().into_bytes();
+        let mut state = self.state.lock().unwrap();
+        for version in [tag.to_owned(), digest(&index)] {
+            state.content.insert(format!("/v2/{name}/manifests/{version}"), (INDEX.into(), index.clone()));
+        }
+        format!("{}/{name}:{tag}", self.address)
+    }
+
+    /// Misbehaves from now on.
+    pub fn fault(&self, fault: Fault) {
+        self.state.lock().unwrap().faults.push(fault);
+    }
+
+    /// Behaves again.
+    pub fn mend(&self) {
+        self.state.lock().unwrap().faults.clear();
+    }
+
+    /// How often something whose path contains `part` was fetched.
+    pub fn fetched(&self, part: &str) -> usize {
+        let state = self.state.lock().unwrap();
+        state.requests.iter().filter(|line| line.starts_with("GET ") && line.contains(part)).count()
+    }
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
+    let mut reader = BufReader::new(connection.try_clone()?);
+    let mut writer = connection;
+    loop {
+        let mut request = String::new();
+        if reader.read_line(&mut request)? == 0 {
+            return Ok(());
+        }
+        let mut from = 0;
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header)?;
+            let header = header.trim().to_ascii_lowercase();
+            if let Some(range) = header.strip_prefix("range: bytes=") {
+                from = range.split('-').next().and_then(|first| first.parse().ok()).unwrap_or(0);
+            }
+            if header.is_empty() {
+                break;
+            }
+        }
+        let mut words = request.split(' ');
+        let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or("").to_owned());
+        let (found, faults) = {
+            let mut state = state.lock().unwrap();
+            state.requests.push(format!("{method} {path}"));
+            let faults = state.faults.clone();
+            state.faults.retain(|fault| !matches!(fault, Fault::BreakOffOnce(part) if path.contains(part)));
+            (state.content.get(&path).cloned(), faults)
+        };
+        let (mut status, mut kind, mut body) = match found {
+            Some((kind, body)) => (200, kind, body),
+            None if path == "/v2/" => (200, "application/json".into(), b"{}".to_vec()),
+            None => (404, "application/json".into(), br#"{"errors":[{"code":"NOT_FOUND","message":"no"}]}"#.to_vec()),
+        };
+        let digest = digest(&body);
+        let mut send = body.len();
+        for fault in faults {
+            match fault {
+                Fault::Status(part, code) if path.contains(&part) => {
+                    (status, kind, body) = (code, "text/plain".into(), b"no".to_vec());
+                    send = body.len();
+                }
+                Fault::OtherBytes(part) if path.contains(&part) => body.iter_mut().for_each(|byte| *byte ^= 1),
+                Fault::BreakOffOnce(part) | Fault::BreakOff(part) if path.contains(&part) => send = body.len() / 2,
+                Fault::Slow(time) => std::thread::sleep(time),
+                _ => {}
+            }
+        }
+        if status == 200 && from > 0 && from < body.len() {
+            status = 206;
+            body.drain(..from);
+            send = send.saturating_sub(from);
+        }
+        write!(
+            writer,
+            "HTTP/1.1 {status} Status\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
+             Docker-Content-Digest: {digest}\r\nAccept-Ranges: bytes\r\n\r\n",
+            body.len()
+        )?;
+        if method != "HEAD" {
+            writer.write_all(&body[..send.min(body.len())])?;
+            if send < body.len() {
+                return Ok(());
+            }
+        }
+        writer.flush()?;
+    }
+}
