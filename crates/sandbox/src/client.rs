@@ -88,11 +88,18 @@ pub fn find(paths: &Paths, text: &str) -> Result<(Record, ContainerPaths)> {
 ///
 /// # Errors
 /// The container does not run, or what the sandbox process answered.
-pub fn ask(record: &Record, paths: &ContainerPaths, request: &Request) -> Result<(Reply, UnixStream)> {
+pub fn ask(
+    record: &Record,
+    paths: &ContainerPaths,
+    request: &Request,
+) -> Result<(Reply, UnixStream)> {
     let stream = match UnixStream::connect(paths.socket()) {
         Ok(stream) => stream,
         Err(error)
-            if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+            if matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused
+            ) =>
         {
             return Err(not_running(record));
         }
@@ -103,7 +110,9 @@ pub fn ask(record: &Record, paths: &ContainerPaths, request: &Request) -> Result
     let asked = wire::write_json(&stream, Kind::Request, request);
     match read_reply(&stream) {
         Ok(reply) => Ok((reply, stream)),
-        Err(failure) if asked.is_err() => Err(Record::load(paths).map_or(failure, |r| not_running(&r))),
+        Err(failure) if asked.is_err() => {
+            Err(Record::load(paths).map_or(failure, |r| not_running(&r)))
+        }
         Err(failure) => Err(failure),
     }
 }
@@ -115,11 +124,15 @@ pub fn ask(record: &Record, paths: &ContainerPaths, request: &Request) -> Result
 pub fn read_reply(stream: &UnixStream) -> Result<Reply> {
     let mut payload = Vec::new();
     match wire::read_frame(stream, &mut payload) {
-        Ok(Some(Kind::Reply)) => match wire::from_json(&payload).context(|| "read the reply".into())? {
-            Reply::Failed(failure) => Err(failure),
-            reply => Ok(reply),
-        },
-        Ok(Some(kind)) => Err(Failure::new(format!("the sandbox process sent {kind:?} for a reply"))),
+        Ok(Some(Kind::Reply)) => {
+            match wire::from_json(&payload).context(|| "read the reply".into())? {
+                Reply::Failed(failure) => Err(failure),
+                reply => Ok(reply),
+            }
+        }
+        Ok(Some(kind)) => Err(Failure::new(format!(
+            "the sandbox process sent {kind:?} for a reply"
+        ))),
         Ok(None) => Err(gone()),
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Err(gone()),
         Err(error) => Err(error).context(|| "read the reply of the sandbox process".into()),
@@ -133,7 +146,11 @@ pub fn gone() -> Failure {
 }
 
 fn not_running(record: &Record) -> Failure {
-    Failure::new(format!("container {} is not running: it is {}", record.name, record.state)).code(1)
+    Failure::new(format!(
+        "container {} is not running: it is {}",
+        record.name, record.state
+    ))
+    .code(1)
 }
 
 /// Removes a container and everything of it. A running one only when `force`d; it is killed first.

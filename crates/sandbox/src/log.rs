@@ -223,7 +223,10 @@ mod tests {
         assert_eq!(reader.next_entry().unwrap(), None);
         writer.append(Stream::Error, b"\xff\x00").unwrap();
         let entry = reader.next_entry().unwrap().unwrap();
-        assert_eq!((entry.stream, &entry.bytes[..]), (Stream::Error, &b"\xff\x00"[..]));
+        assert_eq!(
+            (entry.stream, &entry.bytes[..]),
+            (Stream::Error, &b"\xff\x00"[..])
+        );
     }
 
     #[test]
@@ -247,7 +250,12 @@ mod tests {
         let path = directory.path().join("log");
         let mut writer = Writer::create(&path, 4096).unwrap();
         writer.append(Stream::Output, b"whole").unwrap();
-        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(&[0; 10]).unwrap();
+        fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(&[0; 10])
+            .unwrap();
         let mut reader = Reader::open(&path).unwrap();
         assert!(reader.next_entry().unwrap().is_some());
         assert_eq!(reader.next_entry().unwrap(), None);

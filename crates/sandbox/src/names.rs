@@ -105,12 +105,7 @@ pub fn ids(paths: &Paths) -> Result<Vec<String>> {
     let is_id = |name: &String| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
     entries
         .filter_map(|entry| match entry {
-            Ok(entry) => entry
-                .file_name()
-                .into_string()
-                .ok()
-                .filter(is_id)
-                .map(Ok),
+            Ok(entry) => entry.file_name().into_string().ok().filter(is_id).map(Ok),
             Err(error) => Some(Err(error)),
         })
         .collect::<io::Result<_>>()
@@ -226,8 +221,18 @@ mod tests {
         assert_eq!(find(&paths, "web").unwrap(), id);
         assert_eq!(find(&paths, &id).unwrap(), id);
         assert_eq!(find(&paths, "ac").unwrap(), other);
-        assert!(find(&paths, "a").unwrap_err().message.contains("2 container ids"));
+        assert!(
+            find(&paths, "a")
+                .unwrap_err()
+                .message
+                .contains("2 container ids")
+        );
         assert!(find(&paths, "").is_err());
-        assert!(find(&paths, "nothing").unwrap_err().message.contains("no such container"));
+        assert!(
+            find(&paths, "nothing")
+                .unwrap_err()
+                .message
+                .contains("no such container")
+        );
     }
 }

@@ -29,10 +29,8 @@ pub struct RunRequest {
     pub raw_env: Vec<Vec<u8>>,
     /// Host directories and files to share.
     pub volumes: Vec<Volume>,
-    /// Machine kind, already chosen.
-    pub machine: hull_machine::Kind,
-    /// Kernel file.
-    pub kernel: PathBuf,
+    /// Machine and guest kernel, already chosen.
+    pub machine: hull_machine::Choice,
     /// Initramfs file.
     pub initramfs: PathBuf,
     /// Memory of the guest, bytes.
@@ -51,9 +49,6 @@ pub struct RunRequest {
     pub labels: BTreeMap<String, String>,
     /// Most bytes of output kept on disk.
     pub log_size: u64,
-    /// Use um's seccomp mode, which its own documentation calls insecure.
-    #[serde(default)]
-    pub uml_insecure_seccomp: bool,
     /// Monotonic clock of the host when the command began, nanoseconds: time zero of the timings.
     pub began_ns: u64,
 }

@@ -5,8 +5,8 @@
 //! the container: `process.user.username` carries `user[:group]` as given, and the numbers are then ignored.
 
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use hull_image::ImageConfig;
@@ -177,40 +177,63 @@ pub fn command(options: &ContainerOptions, image: &ImageConfig) -> Result<Vec<Os
         command.extend(options.command.iter().cloned());
     }
     if command.is_empty() {
-        return Err(Failure::new("no command: the image has none, and none was given")
-            .hint("hull run IMAGE COMMAND [ARG…]"));
+        return Err(
+            Failure::new("no command: the image has none, and none was given")
+                .hint("hull run IMAGE COMMAND [ARG…]"),
+        );
     }
     Ok(command)
 }
 
 /// The environment of init: image, then Docker's additions, then options; later values replace earlier ones.
 pub fn environment(options: &ContainerOptions, image: &ImageConfig) -> Vec<OsString> {
-    fn name(variable: &OsStr) -> &[u8] {
-        let bytes = variable.as_bytes();
-        bytes.split(|byte| *byte == b'=').next().unwrap_or(bytes)
-    }
-    let mut merged: Vec<OsString> = Vec::new();
-    let mut set = |variable: &OsStr| match merged.iter().position(|old| name(old) == name(variable)) {
-        Some(index) => merged[index] = variable.to_owned(),
-        None => merged.push(variable.to_owned()),
-    };
-    set(OsStr::new(DEFAULT_PATH));
-    set(OsStr::new(&format!("HOSTNAME={}", options.hostname)));
+    let mut all: Vec<Vec<u8>> = vec![
+        DEFAULT_PATH.into(),
+        format!("HOSTNAME={}", options.hostname).into_bytes(),
+    ];
     if options.terminal {
-        set(OsStr::new("TERM=xterm"));
+        all.push(b"TERM=xterm".to_vec());
     }
-    for variable in &image.env {
-        set(OsStr::new(variable));
+    all.extend(
+        image
+            .env
+            .iter()
+            .map(|variable| variable.clone().into_bytes()),
+    );
+    all.extend(
+        options
+            .environment
+            .iter()
+            .map(|variable| variable.clone().into_vec()),
+    );
+    keep_last_of_each(&mut all);
+    all.into_iter().map(OsString::from_vec).collect()
+}
+
+/// Of `NAME=VALUE`s with the same name keeps the last, in the place of the first.
+pub(crate) fn keep_last_of_each(variables: &mut Vec<Vec<u8>>) {
+    fn name(variable: &[u8]) -> &[u8] {
+        variable
+            .split(|byte| *byte == b'=')
+            .next()
+            .unwrap_or(variable)
     }
-    for variable in &options.environment {
-        set(variable);
+    let mut merged: Vec<Vec<u8>> = Vec::with_capacity(variables.len());
+    for variable in variables.drain(..) {
+        match merged.iter().position(|old| name(old) == name(&variable)) {
+            Some(index) => merged[index] = variable,
+            None => merged.push(variable),
+        }
     }
-    merged
+    *variables = merged;
 }
 
 /// Texts for JSON, and the exact bytes when some of them are not UTF-8.
 fn for_json(list: Vec<OsString>) -> (Vec<String>, Vec<Vec<u8>>) {
-    let texts: Vec<String> = list.iter().map(|text| text.to_string_lossy().into_owned()).collect();
+    let texts: Vec<String> = list
+        .iter()
+        .map(|text| text.to_string_lossy().into_owned())
+        .collect();
     let exact = list.iter().all(|text| text.to_str().is_some());
     let raw = if exact {
         Vec::new()
@@ -266,13 +289,11 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
     }
     let (command, raw_args) = for_json(command);
     let (environment, raw_env) = for_json(environment(options, image));
-    let user = options.user.clone().or_else(|| image.user.clone());
-    let directory = options
-        .directory
-        .clone()
-        .or_else(|| image.working_dir.clone())
-        .filter(|directory| !directory.is_empty())
-        .unwrap_or_else(|| "/".into());
+    let user = options.user.as_deref().unwrap_or(&image.user);
+    let directory = match options.directory.as_deref().unwrap_or(&image.workdir) {
+        "" => "/",
+        directory => directory,
+    };
     if !directory.starts_with('/') {
         return Err(Failure::new(format!(
             "working directory {directory:?} is not an absolute path"
@@ -291,7 +312,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
         "hostname": options.hostname,
         "process": {
             "terminal": options.terminal,
-            "user": user_object(user.as_deref()),
+            "user": user_object(user),
             "args": command,
             "env": environment,
             "cwd": directory,
@@ -323,18 +344,16 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
 }
 
 /// The OCI user object. Names cannot be looked up here: see the head of this module.
-pub fn user_object(user: Option<&str>) -> Value {
+pub fn user_object(user: &str) -> Value {
     let mut object = json!({"uid": 0, "gid": 0});
-    if let Some(user) = user.filter(|user| !user.is_empty()) {
+    if !user.is_empty() {
         object["username"] = json!(user);
     }
     object
 }
 
 fn mounts(options: &ContainerOptions) -> Vec<Value> {
-    let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| {
-        json!({"destination": destination, "type": kind, "source": source, "options": options})
-    };
+    let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": source, "options": options});
     let shm_size = format!("size={}", options.shm_size);
     let mut mounts = vec![
         standard("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
@@ -348,16 +367,33 @@ fn mounts(options: &ContainerOptions) -> Vec<Value> {
             "/dev/pts",
             "devpts",
             "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
         ),
-        standard("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+        standard(
+            "/sys",
+            "sysfs",
+            "sysfs",
+            &["nosuid", "noexec", "nodev", "ro"],
+        ),
         standard(
             "/sys/fs/cgroup",
             "cgroup",
             "cgroup",
             &["ro", "nosuid", "noexec", "nodev"],
         ),
-        standard("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        standard(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ),
         standard(
             "/dev/shm",
             "tmpfs",
@@ -412,8 +448,8 @@ mod tests {
             entrypoint: vec!["/entry".into()],
             cmd: vec!["one".into()],
             env: vec!["PATH=/bin".into(), "A=image".into()],
-            user: Some("nobody".into()),
-            working_dir: Some("/work".into()),
+            user: "nobody".into(),
+            workdir: "/work".into(),
             ..Default::default()
         }
     }
@@ -437,7 +473,11 @@ mod tests {
                 command: words(given),
                 ..Default::default()
             };
-            assert_eq!(command(&options, &image()).unwrap(), expected, "{options:?}");
+            assert_eq!(
+                command(&options, &image()).unwrap(),
+                expected,
+                "{options:?}"
+            );
         }
         let none = command(&ContainerOptions::default(), &ImageConfig::default());
         assert!(none.unwrap_err().message.contains("no command"));
@@ -451,7 +491,10 @@ mod tests {
             ..Default::default()
         };
         let environment = environment(&options, &image());
-        assert_eq!(environment, ["PATH=/bin", "HOSTNAME=box", "A=command", "B=x=y"]);
+        assert_eq!(
+            environment,
+            ["PATH=/bin", "HOSTNAME=box", "A=command", "B=x=y"]
+        );
     }
 
     #[test]
@@ -460,7 +503,10 @@ mod tests {
         assert_eq!(caps(&[], &[]).len(), 14);
         assert_eq!(caps(&[], &["ALL"]), [""; 0]);
         assert_eq!(caps(&["ALL"], &[]).len(), 41);
-        assert_eq!(caps(&["net_bind_service"], &["all"]), ["CAP_NET_BIND_SERVICE"]);
+        assert_eq!(
+            caps(&["net_bind_service"], &["all"]),
+            ["CAP_NET_BIND_SERVICE"]
+        );
         assert!(!caps(&[], &["CAP_CHOWN"]).contains(&"CAP_CHOWN".to_owned()));
         assert!(caps(&["SYS_PTRACE"], &[]).contains(&"CAP_SYS_PTRACE".to_owned()));
         let error = capabilities(&words(&["FLY"]), &[]).unwrap_err();
@@ -498,12 +544,18 @@ mod tests {
     #[test]
     fn tmpfs_is_not_executable_unless_asked_for() {
         let options = ContainerOptions {
-            tmpfs: vec![("/a".into(), vec![]), ("/b".into(), words(&["exec", "size=1m"]))],
+            tmpfs: vec![
+                ("/a".into(), vec![]),
+                ("/b".into(), words(&["exec", "size=1m"])),
+            ],
             ..Default::default()
         };
         let mounts = mounts(&options);
         let of = |path: &str| {
-            let found = mounts.iter().find(|mount| mount["destination"] == path).unwrap();
+            let found = mounts
+                .iter()
+                .find(|mount| mount["destination"] == path)
+                .unwrap();
             found["options"].as_array().unwrap().clone()
         };
         assert_eq!(of("/a"), ["nosuid", "nodev", "noexec"]);

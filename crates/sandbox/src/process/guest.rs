@@ -1,0 +1,249 @@
+//! Starts the processes of a guest, its devices and its machine, and notices when one of them ends.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hull_machine::ConsoleRing;
+use hull_machine::MachineSpec;
+use hull_machine::exit::{self, Status};
+use hull_machine::jail::{self, JailSpec, Started};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::devices::{Devices, Incoming};
+use super::watch::watch;
+use crate::error::{Context, Failure, Result};
+use crate::paths::ContainerPaths;
+use crate::request::RunRequest;
+
+/// Sockets of the devices that every machine has, in the order of their descriptors in the device process.
+const SOCKETS: [&str; 3] = ["fs", "vsock", "entropy"];
+
+/// Descriptor of the control socket in the device process; those of [`SOCKETS`] follow.
+const CONTROL_FD: i32 = 3;
+
+/// User ids of jailed processes begin here, above what distributions and container engines hand out. Each
+/// sandbox adds the process id of its sandbox process, which no other has as long as it lives.
+const FIRST_JAIL_UID: u32 = 0x7000_0000;
+
+/// Lines of the console that go with a failure.
+const CONSOLE_LINES: usize = 50;
+
+/// The processes of a guest. Dropping it ends them.
+pub struct Guest {
+    devices: Watched,
+    machine: Watched,
+    kind: hull_machine::Kind,
+    console: Arc<Mutex<ConsoleRing>>,
+    /// The device process's control.
+    pub control: Arc<Devices>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    pid: i32,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Watched {
+    fn new(started: Started) -> Result<Self> {
+        Ok(Self {
+            pid: started.pid,
+            pidfd: watch(started.pidfd, Interest::READABLE)?,
+        })
+    }
+
+    /// Waits for the end; how it ended, if that is not known already.
+    async fn ended(&self) -> Option<Status> {
+        if let Err(error) = self.pidfd.readable().await {
+            tracing::error!("cannot watch process {}: {error}", self.pid);
+        }
+        exit::reap(self.pidfd.as_fd()).ok().flatten()
+    }
+
+    fn kill(&self) {
+        use rustix::process::{Signal, pidfd_send_signal};
+        // It may have ended already.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        for process in [&self.machine, &self.devices] {
+            process.kill();
+        }
+        for process in [&self.machine, &self.devices] {
+            use rustix::process::{WaitId, WaitIdOptions, waitid};
+            let id = WaitId::PidFd(process.pidfd.as_fd());
+            // Nothing may run any more when the files are removed. SIGKILL does not keep us waiting.
+            let _ = waitid(id, WaitIdOptions::EXITED);
+        }
+    }
+}
+
+impl Guest {
+    /// Starts the device process and the machine.
+    ///
+    /// # Errors
+    /// Either cannot be started.
+    pub fn start(paths: &ContainerPaths, request: &RunRequest) -> Result<(Self, Incoming)> {
+        let uid = FIRST_JAIL_UID.wrapping_add(std::process::id());
+        let (devices, control) = start_devices(&paths.devices())?;
+        let devices = Watched::new(devices)?;
+        let (control, incoming) = Devices::new(control)?;
+
+        let (ring, console_write) =
+            ConsoleRing::create(&paths.console()).context(|| "create the console".into())?;
+        let console = Arc::new(Mutex::new(ring));
+        tokio::spawn(read_console(console.clone()));
+
+        let spec = MachineSpec {
+            kernel: request.machine.kernel.clone(),
+            initramfs: request.initramfs.clone(),
+            memory: request.memory,
+            cpus: request.cpus,
+            sockets: paths.devices(),
+            disks: 0,
+            jail_uid: uid,
+        };
+        let machine = request
+            .machine
+            .machine()
+            .and_then(|machine| machine.start(&spec, console_write))
+            .map_err(|error| machine_failure(&error))?;
+        Ok((
+            Self {
+                devices,
+                machine: Watched::new(machine)?,
+                kind: request.machine.kind,
+                console,
+                control: Arc::new(control),
+            },
+            incoming,
+        ))
+    }
+
+    /// Process ids of device process and machine process.
+    pub fn pids(&self) -> (i32, i32) {
+        (self.devices.pid, self.machine.pid)
+    }
+
+    /// Waits until one of the processes ends; a line that says which and how.
+    pub async fn broke_down(&self) -> String {
+        tokio::select! {
+            status = self.machine.ended() => {
+                // What the guest's kernel had to say is still on its way through the pipe.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                let Some(status) = status else {
+                    return "the machine has ended".into();
+                };
+                exit::Exit::interpret(self.kind, status, &self.console_tail()).to_string()
+            }
+            status = self.devices.ended() => match status {
+                Some(Status::Signal(signal)) => {
+                    format!("the device process was killed by signal {signal}")
+                }
+                Some(Status::Code(code)) => format!("the device process ended with status {code}"),
+                None => "the device process has ended".into(),
+            }
+        }
+    }
+
+    /// The last lines of the guest's console, fit for a person's terminal.
+    pub fn console_tail(&self) -> Vec<String> {
+        lock(&self.console).tail(CONSOLE_LINES)
+    }
+}
+
+fn machine_failure(error: &hull_machine::Error) -> Failure {
+    let failure = Failure::new(error.to_string());
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
+
+/// Makes the sockets between machine and devices, and starts the device process on them.
+fn start_devices(directory: &Path) -> Result<(Started, OwnedFd)> {
+    let doing = || "start the device process".to_owned();
+    fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
+    let mut listeners = Vec::new();
+    for name in SOCKETS {
+        let path = directory.join(format!("{name}.sock"));
+        let listener =
+            UnixListener::bind(&path).context(|| format!("create {}", path.display()))?;
+        listeners.push(listener);
+    }
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .context(doing)?;
+    let executable = File::open("/proc/self/exe").context(doing)?;
+    let stderr = io::stderr();
+
+    let mut argv: Vec<OsString> = vec!["hull".into(), "device-process".into()];
+    let mut fds = vec![(stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)];
+    argv.extend(["--control-fd".into(), CONTROL_FD.to_string().into()]);
+    for ((name, listener), fd) in SOCKETS.iter().zip(&listeners).zip(CONTROL_FD + 1..) {
+        fds.push((listener.as_fd(), fd));
+        argv.extend([format!("--{name}-fd").into(), fd.to_string().into()]);
+    }
+    let started = jail::spawn(JailSpec {
+        name: "the device process",
+        executable: executable.as_fd(),
+        argv,
+        env: Vec::new(),
+        fds,
+        fixed_addresses: false,
+        // The executable is our own: it confines itself, first thing.
+        confinement: None,
+    })
+    .context(doing)?;
+    Ok((started, ours))
+}
+
+/// Carries the guest's console to its ring until the machine ends.
+async fn read_console(ring: Arc<Mutex<ConsoleRing>>) {
+    let pipe = match lock(&ring)
+        .fd()
+        .try_clone_to_owned()
+        .context(|| "share the console's pipe".into())
+        .and_then(|pipe| watch(pipe, Interest::READABLE))
+    {
+        Ok(pipe) => pipe,
+        Err(error) => {
+            tracing::error!("cannot read the guest's console: {error}");
+            return;
+        }
+    };
+    loop {
+        let Ok(mut ready) = pipe.readable().await else {
+            return;
+        };
+        ready.clear_ready();
+        let mut ring = lock(&ring);
+        let open = ring.drain();
+        if let Err(error) = ring.flush() {
+            tracing::warn!("cannot keep the guest's console: {error}");
+        }
+        if !matches!(open, Ok(true)) {
+            return;
+        }
+    }
+}
+
+fn lock(ring: &Mutex<ConsoleRing>) -> MutexGuard<'_, ConsoleRing> {
+    // A ring of bytes is valid at any time.
+    ring.lock().unwrap_or_else(PoisonError::into_inner)
+}
