@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use rustix::io::Errno;
 use vm_memory::{GuestMemory, VolatileSlice};
 
 use crate::device::{Chain, Memory};
@@ -192,8 +193,8 @@ impl<'m> Span<'m> {
         file: BorrowedFd<'_>,
         count: usize,
         position: u64,
-    ) -> io::Result<usize> {
-        self.transfer(count, position, |iovecs, position| {
+    ) -> Result<usize, Errno> {
+        partial(self.transfer(count, position, |iovecs, position| {
             // SAFETY: the iovecs describe guest memory that outlives the call; the guest may change it meanwhile,
             // which is no matter to the kernel, and nothing here keeps references into it.
             unsafe {
@@ -205,7 +206,30 @@ impl<'m> Span<'m> {
                     position,
                 )
             }
-        })
+        }))
+    }
+
+    /// As [`Span::read_from`], but without waiting for storage: `EAGAIN` when it would have to wait, `EOPNOTSUPP` when
+    /// the file cannot tell. The span is not to be used any more then.
+    pub fn read_cached(
+        &mut self,
+        file: BorrowedFd<'_>,
+        count: usize,
+        position: u64,
+    ) -> Result<usize, Errno> {
+        let (moved, end) = self.transfer(count, position, |iovecs, position| {
+            // SAFETY: as in `read_from`.
+            unsafe {
+                libc::preadv2(
+                    file.as_raw_fd(),
+                    iovecs.as_ptr(),
+                    iovecs.len() as libc::c_int,
+                    position,
+                    libc::RWF_NOWAIT,
+                )
+            }
+        });
+        end.map(|()| moved)
     }
 
     /// Writes up to `count` bytes of the span to `file` at `position`; less only at the span's end, or when the host
@@ -215,8 +239,8 @@ impl<'m> Span<'m> {
         file: BorrowedFd<'_>,
         count: usize,
         position: u64,
-    ) -> io::Result<usize> {
-        self.transfer(count, position, |iovecs, position| {
+    ) -> Result<usize, Errno> {
+        partial(self.transfer(count, position, |iovecs, position| {
             // SAFETY: as in `read_from`.
             unsafe {
                 libc::pwritev64(
@@ -226,22 +250,23 @@ impl<'m> Span<'m> {
                     position,
                 )
             }
-        })
+        }))
     }
 
+    /// Calls until all is moved, nothing is any more, or it fails: the bytes moved, and how it ended.
     fn transfer(
         &mut self,
         count: usize,
         position: u64,
         call: impl Fn(&[libc::iovec], i64) -> isize,
-    ) -> io::Result<usize> {
+    ) -> (usize, Result<(), Errno>) {
         let total = count.min(self.remaining);
         let mut done = 0;
         while done < total {
-            let at = position
-                .checked_add(done as u64)
-                .and_then(|at| i64::try_from(at).ok())
-                .ok_or(io::ErrorKind::InvalidInput)?;
+            let at = position.checked_add(done as u64);
+            let Some(at) = at.and_then(|at| i64::try_from(at).ok()) else {
+                return (done, Err(Errno::INVAL));
+            };
             let iovecs: Vec<libc::iovec> = self
                 .pieces(total - done)
                 .take(MAX_IOVECS)
@@ -251,14 +276,10 @@ impl<'m> Span<'m> {
                 })
                 .collect();
             let Ok(moved) = usize::try_from(call(&iovecs, at)) else {
-                let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::Interrupted {
-                    continue;
+                match Errno::from_io_error(&io::Error::last_os_error()) {
+                    Some(Errno::INTR) => continue,
+                    error => return (done, Err(error.unwrap_or(Errno::IO))),
                 }
-                if done > 0 {
-                    break;
-                }
-                return Err(error);
             };
             if moved == 0 {
                 break;
@@ -266,6 +287,14 @@ impl<'m> Span<'m> {
             self.advance(moved);
             done += moved;
         }
-        Ok(done)
+        (done, Ok(()))
+    }
+}
+
+/// What was moved before an error counts; the error shows again when more is asked for.
+fn partial((moved, end): (usize, Result<(), Errno>)) -> Result<usize, Errno> {
+    match end {
+        Err(error) if moved == 0 => Err(error),
+        _ => Ok(moved),
     }
 }

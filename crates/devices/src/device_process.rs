@@ -88,7 +88,7 @@ pub fn run(options: DeviceProcessOptions) -> Result<(), Error> {
     let ended = Arc::new(Ended::new().map_err(host("create an eventfd"))?);
     let mut targets = Targets::default();
     if let Some(socket) = fs_socket {
-        let (device, shares) = Fs::new();
+        let (device, shares) = Fs::new().map_err(host("create the fs device"))?;
         targets.shares = Some(shares);
         start("fs", Box::new(device), socket, &ended)?;
     }
@@ -262,19 +262,15 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
     const NO_VSOCK: &str = "this device process has no vsock device";
     const NO_FD: &str = "no descriptor came with the request";
     match request.call {
-        Call::AddShare { name, cache } => reply(match (&targets.shares, fd) {
-            (Some(shares), Some(fd)) => shares
-                .add(&name, fd, cache)
-                .map_err(|error| format!("cannot add share {name:?}: {error}")),
-            (None, _) => Err(NO_FS.into()),
-            (_, None) => Err(NO_FD.into()),
-        }),
-        Call::RemoveShare { name } => reply(match &targets.shares {
-            Some(shares) => shares
-                .remove(&name)
-                .map_err(|error| format!("cannot remove share {name:?}: {error}")),
-            None => Err(NO_FS.into()),
-        }),
+        Call::AddShare { name, cache } => match (&targets.shares, fd) {
+            (Some(shares), Some(fd)) => shares.add(&name, fd, cache, done(id, control)),
+            (None, _) => reply(Err(NO_FS.into())),
+            (_, None) => reply(Err(NO_FD.into())),
+        },
+        Call::RemoveShare { name } => match &targets.shares {
+            Some(shares) => shares.remove(&name, done(id, control)),
+            None => reply(Err(NO_FS.into())),
+        },
         Call::Listen { port } => match &targets.vsock {
             Some(vsock) => {
                 let control = control.clone();
@@ -309,6 +305,18 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
             (_, None) => reply(Err(NO_FD.into())),
         },
     }
+}
+
+/// Answers a request about a share.
+fn done(id: u64, control: &Arc<OwnedFd>) -> crate::fs::Done {
+    let control = control.clone();
+    Box::new(move |result| {
+        let event = Event::Reply {
+            id,
+            error: result.err().map(|error| error.to_string()),
+        };
+        tell(&control, &event, None);
+    })
 }
 
 /// Sends an event. When it cannot be sent the sandbox is gone, which the control loop sees for itself.

@@ -1,98 +1,181 @@
-//! virtio-fs.
+//! virtio-fs (virtio ID 26): directories of the host in the guest, by FUSE messages.
+//!
+//! The device's root holds the *shares*, one directory each; they are added and removed while the guest runs. In the
+//! guest each is a mount of its own (below the mount of tag [`TAG`]), so that inode numbers are told apart and
+//! `statfs` tells the truth.
+//!
+//! # Rules
+//!
+//! - Nothing outside a share is ever reached: every step takes one name, links are not followed, `..` is refused.
+//!   Whether a share is read-only is the host mount's affair.
+//! - Only regular files and directories are opened, nothing that could block or act.
+//! - The guest's kernel checks permissions, the host does not again: see [`credentials`].
+//! - What the guest can make this process hold is bounded: files it knows ([`nodes`]), files it has open, the length of
+//!   each message. Memory and descriptors of a fresh device are a few.
+//! - A message that makes no sense is answered with an error; what has no room for an answer is ignored.
+//!
+//! # Who calls
+//!
+//! A transport drives [`Fs`] through [`Device`] on one thread, which owns all state. [`Shares`] is how other threads
+//! add and remove shares. Slow operations go to [`work`].
 
-use std::collections::HashMap;
+mod attributes;
+mod credentials;
+mod directories;
+mod files;
+mod names;
+mod nodes;
+mod server;
+mod slab;
+mod wire;
+mod work;
+
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use fuse_backend_rs::api::server::Server;
-use fuse_backend_rs::api::{Vfs, VfsOptions};
-use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
+use crate::buffers::Buffers;
 use crate::control::Cache;
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use server::{Outcome, Server};
+use work::{Job, Workers};
 
 /// The tag under which the guest mounts the device.
 pub const TAG: &str = "hull";
 
-/// The shares of an fs device.
+/// For forgetting, and for everything else.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const WAKE: u64 = 0;
+/// Commands that the device has not taken yet.
+const MAX_COMMANDS: usize = 256;
+
+/// Why a share was not added or removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ShareError {
+    /// There is one of this name.
+    #[error("there is a share of this name already")]
+    Exists,
+    /// There is none of this name.
+    #[error("there is no share of this name")]
+    Missing,
+    /// Not a name that a directory can have, or one that begins with a dot.
+    #[error("not a usable name")]
+    Name,
+    /// What was given is not a directory.
+    #[error("not a directory")]
+    NotDirectory,
+    /// The device has not taken earlier commands yet, or has stopped.
+    #[error("the fs device does not take commands")]
+    Busy,
+    /// The host refused.
+    #[error("{0}")]
+    Host(Errno),
+}
+
+impl From<Errno> for ShareError {
+    fn from(error: Errno) -> Self {
+        match error {
+            Errno::EXIST => Self::Exists,
+            Errno::NOENT => Self::Missing,
+            Errno::INVAL => Self::Name,
+            Errno::NOTDIR => Self::NotDirectory,
+            other => Self::Host(other),
+        }
+    }
+}
+
+/// Takes the answer to a command, on the device's thread or the caller's own.
+pub type Done = Box<dyn FnOnce(Result<(), ShareError>) + Send>;
+
+enum Change {
+    Add(OwnedFd, Cache),
+    Remove,
+}
+
+struct Command {
+    name: String,
+    change: Change,
+    done: Done,
+}
+
+/// Adds and removes shares of an fs device that runs on another thread.
 #[derive(Clone)]
 pub struct Shares {
-    vfs: Arc<Vfs>,
-    fds: Arc<Mutex<HashMap<String, OwnedFd>>>,
+    commands: SyncSender<Command>,
+    wake: Arc<OwnedFd>,
 }
 
 impl Shares {
-    /// Adds a directory.
-    pub fn add(&self, name: &str, directory: OwnedFd, cache: Cache) -> io::Result<()> {
-        let timeout = match cache {
-            Cache::Private => Duration::from_secs(3600),
-            Cache::Shared => Duration::from_secs(1),
-        };
-        let config = Config {
-            attr_timeout: timeout,
-            entry_timeout: timeout,
-            cache_policy: CachePolicy::Auto,
-            root_dir: format!("/proc/self/fd/{}/.", directory.as_raw_fd()),
-            xattr: true,
-            do_import: false,
-            killpriv_v2: true,
-            use_host_ino: true,
-            ..Config::default()
-        };
-        let share = PassthroughFs::<()>::new(config)?;
-        share.import()?;
-        self.vfs
-            .mount(Box::new(share), &format!("/{name}"))
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        self.fds
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(name.to_owned(), directory);
-        Ok(())
+    /// Adds `directory` (`O_PATH` is enough) to the device's root.
+    pub fn add(&self, name: &str, directory: OwnedFd, cache: Cache, done: Done) {
+        self.command(name, Change::Add(directory, cache), done);
     }
 
-    /// Takes a share away.
-    pub fn remove(&self, name: &str) -> io::Result<()> {
-        self.vfs
-            .umount(&format!("/{name}"))
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        self.fds
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(name);
-        Ok(())
+    /// Takes a share away, and closes every descriptor on it before `done` is called.
+    pub fn remove(&self, name: &str, done: Done) {
+        self.command(name, Change::Remove, done);
+    }
+
+    fn command(&self, name: &str, change: Change, done: Done) {
+        let command = Command {
+            name: name.to_owned(),
+            change,
+            done,
+        };
+        match self.commands.try_send(command) {
+            Ok(()) => {
+                if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
+                    // It is readable already then.
+                    tracing::debug!(%error, "fs event descriptor");
+                }
+            }
+            Err(TrySendError::Full(command) | TrySendError::Disconnected(command)) => {
+                (command.done)(Err(ShareError::Busy));
+            }
+        }
     }
 }
 
 /// The device.
 pub struct Fs {
-    server: Server<Arc<Vfs>>,
+    server: Server,
+    workers: Workers,
+    commands: Receiver<Command>,
+    wake: Arc<OwnedFd>,
 }
 
 impl Fs {
-    /// A device without shares, and the handle that adds them.
-    pub fn new() -> (Self, Shares) {
-        let mut vfs = Vfs::new(VfsOptions {
-            no_open: false,
-            no_opendir: false,
-            no_writeback: true,
-            killpriv_v2: true,
-            ..VfsOptions::default()
-        });
-        vfs.set_remove_pseudo_root();
-        let vfs = Arc::new(vfs);
-        (
-            Self {
-                server: Server::new(vfs.clone()),
-            },
-            Shares {
-                vfs,
-                fds: Arc::default(),
-            },
-        )
+    /// A device without shares, and the handle that adds them. How many files it keeps open goes by the process's
+    /// limit of open files now.
+    pub fn new() -> io::Result<(Self, Shares)> {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+        let server = Server::new(usize::try_from(limit).unwrap_or(usize::MAX).min(1 << 20))?;
+        let (sender, receiver) = sync_channel(MAX_COMMANDS);
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let shares = Shares {
+            commands: sender,
+            wake: wake.clone(),
+        };
+        let device = Self {
+            server,
+            workers: Workers::new(),
+            commands: receiver,
+            wake,
+        };
+        Ok((device, shares))
+    }
+
+    fn obey(&mut self, command: Command) {
+        let result = match command.change {
+            Change::Add(directory, cache) => self.server.add_share(&command.name, directory, cache),
+            Change::Remove => self.server.remove_share(&command.name),
+        };
+        (command.done)(result.map_err(ShareError::from));
     }
 }
 
@@ -102,13 +185,14 @@ impl Device for Fs {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[1024, 1024]
+        &QUEUE_SIZES
     }
 
     fn features(&self) -> u64 {
         0
     }
 
+    /// The tag, padded, and the number of request queues.
     fn config(&self) -> Vec<u8> {
         let mut config = vec![0; 36];
         config[..TAG.len()].copy_from_slice(TAG.as_bytes());
@@ -116,8 +200,8 @@ impl Device for Fs {
         config
     }
 
-    fn register(&mut self, _events: EventRegistry) -> io::Result<()> {
-        Ok(())
+    fn register(&mut self, events: EventRegistry) -> io::Result<()> {
+        events.add(&self.wake, WAKE, EventFlags::IN)
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
@@ -130,27 +214,27 @@ impl Device for Fs {
             };
             let head = chain.head_index();
             let memory = queues.memory().clone();
-            let written = {
-                let broken = |error: fuse_backend_rs::transport::Error| DeviceError::Request {
-                    queue,
-                    reason: error.to_string(),
-                };
-                let reader = Reader::from_descriptor_chain(memory.as_ref(), chain.clone())
-                    .map_err(broken)?;
-                let writer = VirtioFsWriter::new(memory.as_ref(), chain).map_err(broken)?;
-                match self
-                    .server
-                    .handle_message(reader, Writer::from(writer), None, None)
-                {
-                    Ok(written) => written,
-                    Err(error) => {
-                        tracing::warn!(%error, "fs request failed");
-                        0
-                    }
+            let outcome = match Buffers::new(&memory, chain.clone()) {
+                Ok(mut buffers) => self.server.handle(&mut buffers),
+                Err(error) => {
+                    tracing::debug!(%error, "ignored a file system request");
+                    Outcome::Done(0)
                 }
             };
-            queues.add_used(queue, head, u32::try_from(written).unwrap_or(0))?;
-            queues.notify(queue)?;
+            match outcome {
+                Outcome::Done(written) => {
+                    let written = u32::try_from(written).unwrap_or(u32::MAX);
+                    queues.add_used(queue, head, written)?;
+                    queues.notify(queue)?;
+                }
+                Outcome::Later { unique, work } => self.workers.submit(Job {
+                    ring: queues.ring(queue)?.clone(),
+                    memory,
+                    chain,
+                    unique,
+                    work,
+                }),
+            }
         }
     }
 
@@ -160,6 +244,16 @@ impl Device for Fs {
         _ready: EventFlags,
         _queues: &mut Queues<'_>,
     ) -> Result<(), DeviceError> {
+        let mut count = [0; 8];
+        // Spurious when it fails.
+        let _ = rustix::io::read(&self.wake, &mut count);
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
         Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.server.reset();
     }
 }

@@ -1,0 +1,477 @@
+//! Answers FUSE messages: decoding, which operation, encoding. The operations themselves are in [`names`], [`files`],
+//! [`attributes`] and [`directories`], as further methods of [`Server`].
+//!
+//! One thread owns all of it. Operations that may take long are not executed but handed back as [`Work`] for the
+//! device's workers.
+//!
+//! [`names`]: super::names
+//! [`files`]: super::files
+//! [`attributes`]: super::attributes
+//! [`directories`]: super::directories
+
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags, Statx};
+use rustix::io::Errno;
+
+use super::credentials::Credentials;
+use super::nodes::{Known, Nodes, ShareId, stat_at};
+use super::slab::Slab;
+use super::wire::{self, Attributes, Header, Input, Reply, init};
+use super::work::Work;
+use crate::buffers::Buffers;
+use crate::control::Cache;
+
+/// The longest body of a message besides the data of a write: the largest extended attribute and its name.
+const MAX_BODY: usize = 68 << 10;
+/// Bytes of one read or write.
+const MAX_TRANSFER: u32 = 1 << 20;
+const PAGE: u32 = 4096;
+
+/// A directory of the host in the device's root.
+pub struct Share {
+    pub name: String,
+    pub root: u64,
+    pub cache: Cache,
+}
+
+impl Share {
+    /// How long the guest may take names and attributes for true, in seconds.
+    pub fn validity(&self) -> u64 {
+        match self.cache {
+            Cache::Private => 86_400,
+            Cache::Shared => 1,
+        }
+    }
+}
+
+/// What the guest has open.
+pub enum Handle {
+    File(OpenFile),
+    Directory {
+        share: ShareId,
+        file: Arc<OwnedFd>,
+    },
+    /// The device's root.
+    Root,
+}
+
+/// A file that the guest has open.
+pub struct OpenFile {
+    pub share: ShareId,
+    pub file: Arc<OwnedFd>,
+    /// Whether reads can be tried without waiting (`RWF_NOWAIT`).
+    pub can_poll: bool,
+}
+
+/// How a message is answered.
+pub enum Outcome {
+    /// With this many bytes written.
+    Done(usize),
+    /// By a worker, later.
+    Later { unique: u64, work: Work },
+}
+
+/// All of the file system's state.
+pub struct Server {
+    pub(super) nodes: Nodes,
+    pub(super) shares: BTreeMap<ShareId, Share>,
+    next_share: ShareId,
+    pub(super) handles: Slab<Handle>,
+    handle_limit: usize,
+    pub(super) credentials: Credentials,
+    umask: Option<u32>,
+    /// `/proc/self/fd`, through which descriptors are opened anew.
+    pub(super) descriptors: OwnedFd,
+    body: Vec<u8>,
+    reply: Reply,
+}
+
+impl Server {
+    /// A file system without shares, for a process that may have `descriptor_limit` descriptors open.
+    pub fn new(descriptor_limit: usize) -> Result<Self, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            // A quarter for what is open for speed, half for what the guest holds, the rest for other devices.
+            nodes: Nodes::new((descriptor_limit / 4).min(16 << 10), descriptor_limit / 4),
+            handle_limit: descriptor_limit / 4,
+            shares: BTreeMap::new(),
+            next_share: 0,
+            handles: Slab::new(),
+            credentials: Credentials::new(),
+            umask: None,
+            descriptors: rustix::fs::open(c"/proc/self/fd", flags, Mode::empty())?,
+            body: Vec::new(),
+            reply: Reply::default(),
+        })
+    }
+
+    /// Adds a directory to the root. A name that is taken is an error (`EEXIST`), as is a bad one (`EINVAL`).
+    pub fn add_share(&mut self, name: &str, directory: OwnedFd, cache: Cache) -> Result<(), Errno> {
+        if name.is_empty()
+            || name.len() > 255
+            || name.contains(['/', '\0'])
+            || name.starts_with('.')
+        {
+            return Err(Errno::INVAL);
+        }
+        if self.shares.values().any(|share| share.name == name) {
+            return Err(Errno::EXIST);
+        }
+        let stat = super::nodes::stat_fd(&directory)?;
+        if stat.stx_mode & 0o170000 != 0o040000 {
+            return Err(Errno::NOTDIR);
+        }
+        let id = self.next_share;
+        let root = self.nodes.add_root(id, directory)?;
+        self.next_share += 1;
+        let share = Share {
+            name: name.to_owned(),
+            root,
+            cache,
+        };
+        self.shares.insert(id, share);
+        Ok(())
+    }
+
+    /// Takes a share away, with every descriptor on it.
+    pub fn remove_share(&mut self, name: &str) -> Result<(), Errno> {
+        let id = self
+            .shares
+            .iter()
+            .find_map(|(id, share)| (share.name == name).then_some(*id))
+            .ok_or(Errno::NOENT)?;
+        self.shares.remove(&id);
+        self.nodes.remove_share(id);
+        // The guest's handles stay known, so that their numbers are not given out again, but lead nowhere.
+        for handle in self.handles.iter_mut() {
+            match handle {
+                Handle::File(OpenFile { share, .. }) | Handle::Directory { share, .. }
+                    if *share == id =>
+                {
+                    *handle = Handle::Root;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The driver has gone; a next one starts from nothing.
+    pub fn reset(&mut self) {
+        self.handles = Slab::new();
+        self.nodes.clear();
+    }
+
+    /// Answers one message.
+    pub fn handle(&mut self, buffers: &mut Buffers<'_>) -> Outcome {
+        let mut header = [0; wire::HEADER_IN];
+        if buffers.readable.take_exact(&mut header).is_none() {
+            return Outcome::Done(0);
+        }
+        let header = Header::parse(&header);
+        let mut body = std::mem::take(&mut self.body);
+        let mut reply = std::mem::take(&mut self.reply);
+        let result = self.answer(&header, buffers, &mut body, &mut reply);
+        let outcome = match result {
+            Ok(Answer::None) => Outcome::Done(0),
+            Ok(Answer::Later(work)) => Outcome::Later {
+                unique: header.unique,
+                work,
+            },
+            Ok(Answer::Data(length)) => Outcome::Done(length),
+            Ok(Answer::Reply) => send(buffers, &mut reply, header.unique, Ok(())),
+            Err(error) => send(buffers, &mut reply, header.unique, Err(error)),
+        };
+        self.body = body;
+        self.reply = reply;
+        outcome
+    }
+
+    fn answer(
+        &mut self,
+        header: &Header,
+        buffers: &mut Buffers<'_>,
+        body: &mut Vec<u8>,
+        reply: &mut Reply,
+    ) -> Result<Answer, Errno> {
+        match header.opcode {
+            wire::READ => return self.read(header, buffers),
+            wire::WRITE => return self.write(buffers, reply),
+            _ => {}
+        }
+        // Without room for an answer only messages that have none are obeyed.
+        let one_way = matches!(
+            header.opcode,
+            wire::FORGET | wire::BATCH_FORGET | wire::INTERRUPT
+        );
+        if !one_way && buffers.writable.remaining() < wire::HEADER_OUT {
+            return Ok(Answer::None);
+        }
+        let length = (header.length as usize)
+            .checked_sub(wire::HEADER_IN)
+            .ok_or(Errno::INVAL)?
+            .min(buffers.readable.remaining());
+        if length > MAX_BODY {
+            return Err(Errno::INVAL);
+        }
+        body.resize(length, 0);
+        buffers.readable.copy_to(body);
+        reply.clear();
+        let room = buffers.writable.remaining();
+        self.call(header, Input(body), reply, room)
+    }
+
+    fn call(
+        &mut self,
+        header: &Header,
+        mut body: Input<'_>,
+        reply: &mut Reply,
+        room: usize,
+    ) -> Result<Answer, Errno> {
+        let body = &mut body;
+        match header.opcode {
+            wire::FORGET => {
+                self.nodes.forget(header.node, body.u64().unwrap_or(0));
+                return Ok(Answer::None);
+            }
+            wire::BATCH_FORGET => {
+                self.batch_forget(body);
+                return Ok(Answer::None);
+            }
+            wire::INTERRUPT => return Ok(Answer::None),
+            wire::FSYNC | wire::FSYNCDIR => return self.fsync(body).map(Answer::Later),
+            wire::SYNCFS => return self.syncfs(header).map(Answer::Later),
+            wire::FALLOCATE => return self.fallocate(body).map(Answer::Later),
+            wire::COPY_FILE_RANGE => return self.copy_file_range(body).map(Answer::Later),
+            wire::INIT => self.init(body, reply),
+            wire::DESTROY => {
+                self.reset();
+                Ok(())
+            }
+            wire::LOOKUP => self.lookup(header, body, reply),
+            wire::SYMLINK => self.symlink(header, body, reply),
+            wire::MKNOD => self.mknod(header, body, reply),
+            wire::MKDIR => self.mkdir(header, body, reply),
+            wire::UNLINK => self.remove(header, body, rustix::fs::AtFlags::empty()),
+            wire::RMDIR => self.remove(header, body, rustix::fs::AtFlags::REMOVEDIR),
+            wire::RENAME => self.rename(header, body, false),
+            wire::RENAME2 => self.rename(header, body, true),
+            wire::LINK => self.link(header, body, reply),
+            wire::READLINK => self.readlink(header, reply),
+            wire::CREATE => self.create(header, body, reply),
+            wire::TMPFILE => self.tmpfile(header, body, reply),
+            wire::OPEN => self.open(header, body, reply),
+            wire::RELEASE | wire::RELEASEDIR => self.release(body),
+            wire::LSEEK => self.lseek(body, reply),
+            wire::GETATTR => self.getattr(header, body, reply),
+            wire::STATX => self.statx(header, body, reply),
+            wire::SETATTR => self.setattr(header, body, reply),
+            wire::STATFS => self.statfs(header, reply),
+            wire::SETXATTR => self.setxattr(header, body),
+            wire::GETXATTR => self.getxattr(header, body, reply),
+            wire::LISTXATTR => self.listxattr(header, body, reply),
+            wire::REMOVEXATTR => self.removexattr(header, body),
+            wire::OPENDIR => self.opendir(header, reply),
+            wire::READDIR => self.readdir(header, body, reply, room, false),
+            wire::READDIRPLUS => self.readdir(header, body, reply, room, true),
+            wire::IOCTL => Err(Errno::NOTTY),
+            // Among them FLUSH, whose absence spares a round trip at each close: locks are the guest's own affair.
+            _ => Err(Errno::NOSYS),
+        }?;
+        Ok(Answer::Reply)
+    }
+
+    fn init(&mut self, body: &mut Input<'_>, reply: &mut Reply) -> Result<(), Errno> {
+        let (major, _minor) = (body.u32()?, body.u32()?);
+        let (readahead, flags) = (body.u32()?, body.u32()?);
+        self.reset();
+        reply.u32(wire::MAJOR);
+        reply.u32(wire::MINOR);
+        if major != wire::MAJOR {
+            // The guest tries again with a version that both know.
+            return Ok(());
+        }
+        let mut offered = u64::from(flags);
+        if offered & init::INIT_EXT != 0 {
+            offered |= u64::from(body.u32()?) << 32;
+        }
+        let wanted = init::ASYNC_READ
+            | init::ATOMIC_O_TRUNC
+            | init::BIG_WRITES
+            | init::DONT_MASK
+            | init::AUTO_INVAL_DATA
+            | init::DO_READDIRPLUS
+            | init::READDIRPLUS_AUTO
+            | init::ASYNC_DIO
+            | init::PARALLEL_DIROPS
+            | init::POSIX_ACL
+            | init::MAX_PAGES
+            | init::CACHE_SYMLINKS
+            | init::SUBMOUNTS
+            | init::HANDLE_KILLPRIV_V2
+            | init::SETXATTR_EXT
+            | init::INIT_EXT;
+        let agreed = wanted & offered;
+        reply.u32(readahead);
+        reply.u32(agreed as u32);
+        // Requests that nobody in the guest waits for: readahead and delayed writes.
+        reply.u16(64);
+        reply.u16(48);
+        reply.u32(MAX_TRANSFER);
+        // Granularity of times, in nanoseconds.
+        reply.u32(1);
+        reply.u16((MAX_TRANSFER / PAGE) as u16);
+        reply.u16(0);
+        reply.u32((agreed >> 32) as u32);
+        reply.zeros(28);
+        Ok(())
+    }
+
+    fn batch_forget(&mut self, body: &mut Input<'_>) {
+        let Ok(count) = body.u32() else { return };
+        // Padding; what is missing of it ends the loop below.
+        let _ = body.u32();
+        // Ends with the body at the latest.
+        for _ in 0..count {
+            let (Ok(node), Ok(lookups)) = (body.u64(), body.u64()) else {
+                return;
+            };
+            self.nodes.forget(node, lookups);
+        }
+    }
+
+    /// The share that a node is in.
+    pub(super) fn share_of(&self, node: u64) -> Result<(ShareId, &Share), Errno> {
+        let id = self.nodes.share(node)?;
+        Ok((id, self.shares.get(&id).ok_or(Errno::STALE)?))
+    }
+
+    /// A directory that the guest names as parent, to act in.
+    pub(super) fn directory(&mut self, node: u64) -> Result<(ShareId, Arc<OwnedFd>), Errno> {
+        if node == wire::ROOT {
+            // Shares come and go by the host's will only.
+            return Err(Errno::ROFS);
+        }
+        if self.nodes.kind(node)? != rustix::fs::FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        Ok((self.nodes.share(node)?, self.nodes.open(node)?))
+    }
+
+    /// Opens what `fd` (`O_PATH`) stands for.
+    pub(super) fn reopen(&self, fd: &OwnedFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let mut name = [0; 12];
+        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+        rustix::fs::openat(
+            &self.descriptors,
+            descriptor_name(fd, &mut name),
+            flags,
+            Mode::empty(),
+        )
+    }
+
+    /// Writes `fuse_entry_out` for `name` in `parent`, which now counts as looked up.
+    pub(super) fn entry(
+        &mut self,
+        share: ShareId,
+        parent: u64,
+        name: &CStr,
+        stat: &Statx,
+        reply: &mut Reply,
+    ) -> Result<u64, Errno> {
+        let known = self.nodes.remember(stat, share, parent, name)?;
+        let validity = self.shares.get(&share).ok_or(Errno::STALE)?.validity();
+        let is_directory = stat.stx_mode & 0o170000 == 0o040000;
+        let is_mount = is_directory && self.nodes.mount(parent)? != stat.stx_mnt_id;
+        write_entry(reply, known, stat, validity, is_mount);
+        Ok(known.id)
+    }
+
+    /// From now on new files get what `umask` leaves of their mode. The thread that serves this file system is the only
+    /// one of the process that makes files.
+    pub(super) fn set_umask(&mut self, umask: u32) {
+        if self.umask != Some(umask) {
+            rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
+            self.umask = Some(umask);
+        }
+    }
+
+    /// Adds a handle; its number.
+    pub(super) fn add_handle(&mut self, handle: Handle) -> Result<u64, Errno> {
+        let limit = self.handle_limit;
+        self.handles
+            .insert(handle, limit)
+            .map(u64::from)
+            .ok_or(Errno::NFILE)
+    }
+
+    pub(super) fn handle_of(&mut self, number: u64) -> Result<&mut Handle, Errno> {
+        u32::try_from(number)
+            .ok()
+            .and_then(|number| self.handles.get_mut(number))
+            .ok_or(Errno::BADF)
+    }
+
+    pub(super) fn file_of(&mut self, number: u64) -> Result<&mut OpenFile, Errno> {
+        match self.handle_of(number)? {
+            Handle::File(file) => Ok(file),
+            _ => Err(Errno::BADF),
+        }
+    }
+
+    /// The status of `name` in a directory of a share.
+    pub(super) fn stat_name(&self, directory: &OwnedFd, name: &CStr) -> Result<Statx, Errno> {
+        stat_at(directory, name)
+    }
+}
+
+/// How an operation is answered.
+pub enum Answer {
+    /// With the reply.
+    Reply,
+    /// With this many bytes, which are in place already.
+    Data(usize),
+    /// Not now.
+    Later(Work),
+    /// Not at all.
+    None,
+}
+
+fn send(
+    buffers: &mut Buffers<'_>,
+    reply: &mut Reply,
+    unique: u64,
+    result: Result<(), Errno>,
+) -> Outcome {
+    let bytes = reply.finish(unique, result);
+    if bytes.len() > buffers.writable.remaining() {
+        // The driver gave less room than the answer takes: it gets an error instead.
+        let bytes = reply.finish(unique, Err(Errno::INVAL));
+        return Outcome::Done(buffers.writable.copy_from(bytes));
+    }
+    Outcome::Done(buffers.writable.copy_from(bytes))
+}
+
+/// `fuse_entry_out`.
+pub fn write_entry(reply: &mut Reply, known: Known, stat: &Statx, validity: u64, is_mount: bool) {
+    reply.u64(known.id);
+    reply.u64(known.generation);
+    reply.u64(validity);
+    reply.u64(validity);
+    reply.u32(0);
+    reply.u32(0);
+    let flags = if is_mount { wire::ATTR_SUBMOUNT } else { 0 };
+    reply.attributes(&Attributes::from(stat), flags);
+}
+
+/// The name of a descriptor in `/proc/self/fd`.
+pub fn descriptor_name<'a>(fd: &OwnedFd, space: &'a mut [u8; 12]) -> &'a CStr {
+    use std::io::Write;
+    // Ten digits and a NUL fit.
+    let _ = write!(&mut space[..], "{}\0", fd.as_raw_fd());
+    CStr::from_bytes_until_nul(space).unwrap_or_default()
+}
