@@ -42,8 +42,12 @@ pub fn apply(request: &ConfigureRequest) -> Result<()> {
         add_entropy(&request.entropy).map_err(|error| Failure::internal("add entropy", &error))?;
     }
     if !request.hostname.is_empty() {
-        rustix::system::sethostname(request.hostname.as_bytes())
-            .map_err(|error| Failure::internal(&format!("set the host name {:?}", request.hostname), &error.into()))?;
+        rustix::system::sethostname(request.hostname.as_bytes()).map_err(|error| {
+            Failure::internal(
+                &format!("set the host name {:?}", request.hostname),
+                &error.into(),
+            )
+        })?;
     }
     for (name, path, value) in sysctls {
         fs::write(path, value).map_err(|error| match error.kind() {
@@ -99,7 +103,10 @@ mod tests {
 
     #[test]
     fn sysctl_names_become_paths_below_proc_sys() {
-        assert_eq!(sysctl_path("net.ipv4.ip_forward").unwrap(), PathBuf::from("/proc/sys/net/ipv4/ip_forward"));
+        assert_eq!(
+            sysctl_path("net.ipv4.ip_forward").unwrap(),
+            PathBuf::from("/proc/sys/net/ipv4/ip_forward")
+        );
         assert_eq!(
             sysctl_path("net.ipv4.conf.eth0/100.forwarding").unwrap(),
             PathBuf::from("/proc/sys/net/ipv4/conf/eth0.100/forwarding")

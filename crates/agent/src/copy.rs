@@ -43,15 +43,21 @@ pub async fn run(
     stream: OwnedFd,
 ) -> Result<()> {
     if !request.path.starts_with('/') || request.path.contains('\0') {
-        return Err(Failure::invalid(format!("invalid path {:?}: it is not absolute", request.path)));
+        return Err(Failure::invalid(format!(
+            "invalid path {:?}: it is not absolute",
+            request.path
+        )));
     }
     let failed = |what: &str, error: io::Error| Failure::internal(what, &error);
-    let root = open_directory(&format!("/proc/{pid}/root")).map_err(|e| failed("open the container's root", e))?;
-    let user_namespace = foreign_user_namespace(pid).map_err(|e| failed("open the container's user namespace", e))?;
+    let root = open_directory(&format!("/proc/{pid}/root"))
+        .map_err(|e| failed("open the container's root", e))?;
+    let user_namespace = foreign_user_namespace(pid)
+        .map_err(|e| failed("open the container's user namespace", e))?;
     let (report, reporter) =
         rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed("make a pipe", e.into()))?;
     // The child waits for its stream as any program does.
-    rustix::fs::fcntl_setfl(&stream, OFlags::empty()).map_err(|e| failed("set up a stream", e.into()))?;
+    rustix::fs::fcntl_setfl(&stream, OFlags::empty())
+        .map_err(|e| failed("set up a stream", e.into()))?;
 
     let births = reaper.births();
     // SAFETY: the agent has one thread, so the child is a complete copy in which all of Rust may be used. It never
@@ -60,7 +66,14 @@ pub async fn run(
     match child {
         -1 => return Err(failed("fork", io::Error::last_os_error())),
         0 => {
-            let job = Job { root, user_namespace, stream, reporter, direction, request };
+            let job = Job {
+                root,
+                user_namespace,
+                stream,
+                reporter,
+                direction,
+                request,
+            };
             let status = match job.work() {
                 Ok(()) => 0,
                 Err(failure) => {
@@ -85,7 +98,9 @@ pub async fn run(
         return Ok(());
     }
     let mut message = Vec::new();
-    let _ = File::from(report).take(REPORT_LIMIT as u64).read_to_end(&mut message);
+    let _ = File::from(report)
+        .take(REPORT_LIMIT as u64)
+        .read_to_end(&mut message);
     Err(decode(&message, status))
 }
 
@@ -128,9 +143,9 @@ impl Job<'_> {
             };
             let code = match error.kind() {
                 io::ErrorKind::NotFound => Code::NOT_FOUND,
-                io::ErrorKind::NotADirectory | io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
-                    Code::INVALID_ARGUMENT
-                }
+                io::ErrorKind::NotADirectory
+                | io::ErrorKind::InvalidInput
+                | io::ErrorKind::InvalidData => Code::INVALID_ARGUMENT,
                 _ => Code::INTERNAL,
             };
             Failure::new(code, format!("cannot {what} {path:?}: {error}"))
@@ -149,11 +164,16 @@ impl Job<'_> {
 
     /// The agent's descriptors would keep the streams and pipes of others open.
     fn close_others(&self) {
-        let mut kept: Vec<u32> = [Some(&self.root), self.user_namespace.as_ref(), Some(&self.stream), Some(&self.reporter)]
-            .into_iter()
-            .flatten()
-            .map(|fd| fd.as_raw_fd().unsigned_abs())
-            .collect();
+        let mut kept: Vec<u32> = [
+            Some(&self.root),
+            self.user_namespace.as_ref(),
+            Some(&self.stream),
+            Some(&self.reporter),
+        ]
+        .into_iter()
+        .flatten()
+        .map(|fd| fd.as_raw_fd().unsigned_abs())
+        .collect();
         kept.sort_unstable();
         let mut first = 3;
         for last in kept.iter().map(|fd| fd - 1).chain([u32::MAX]) {
@@ -177,7 +197,12 @@ fn decode(bytes: &[u8], status: i32) -> Failure {
         Some(&code) if i32::from(code) == Code::NOT_FOUND as i32 => Code::NOT_FOUND,
         Some(&code) if i32::from(code) == Code::INVALID_ARGUMENT as i32 => Code::INVALID_ARGUMENT,
         Some(_) => Code::INTERNAL,
-        None => return Failure::new(Code::INTERNAL, format!("copying ended with status {status}")),
+        None => {
+            return Failure::new(
+                Code::INTERNAL,
+                format!("copying ended with status {status}"),
+            );
+        }
     };
     Failure::new(code, String::from_utf8_lossy(&bytes[1..]))
 }

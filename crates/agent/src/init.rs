@@ -44,19 +44,69 @@ const fn entry(
     data: Option<&'static CStr>,
     needed: bool,
 ) -> Mount {
-    Mount { target, fstype, source: fstype, flags, data, needed }
+    Mount {
+        target,
+        fstype,
+        source: fstype,
+        flags,
+        data,
+        needed,
+    }
 }
 
 /// In this order. `/dev` comes before, see [`mount_dev`]. `/run` and `/tmp` need nothing: the root file system is in
 /// memory already.
 const MOUNTS: &[Mount] = &[
-    entry("/proc", "proc", NOSUID.union(NODEV).union(NOEXEC), None, true),
-    entry("/sys", "sysfs", NOSUID.union(NODEV).union(NOEXEC), None, true),
-    entry(CGROUP_ROOT, "cgroup2", NOSUID.union(NODEV).union(NOEXEC), None, true),
-    entry("/dev/pts", "devpts", NOSUID.union(NOEXEC), Some(c"mode=0620,gid=5,ptmxmode=0666"), false),
-    entry("/dev/shm", "tmpfs", NOSUID.union(NODEV), Some(c"mode=1777"), false),
-    entry("/dev/mqueue", "mqueue", NOSUID.union(NODEV).union(NOEXEC), None, false),
-    Mount { target: SHARES_DIR, fstype: "virtiofs", source: SHARES_TAG, flags: NODEV, data: None, needed: true },
+    entry(
+        "/proc",
+        "proc",
+        NOSUID.union(NODEV).union(NOEXEC),
+        None,
+        true,
+    ),
+    entry(
+        "/sys",
+        "sysfs",
+        NOSUID.union(NODEV).union(NOEXEC),
+        None,
+        true,
+    ),
+    entry(
+        CGROUP_ROOT,
+        "cgroup2",
+        NOSUID.union(NODEV).union(NOEXEC),
+        None,
+        true,
+    ),
+    entry(
+        "/dev/pts",
+        "devpts",
+        NOSUID.union(NOEXEC),
+        Some(c"mode=0620,gid=5,ptmxmode=0666"),
+        false,
+    ),
+    entry(
+        "/dev/shm",
+        "tmpfs",
+        NOSUID.union(NODEV),
+        Some(c"mode=1777"),
+        false,
+    ),
+    entry(
+        "/dev/mqueue",
+        "mqueue",
+        NOSUID.union(NODEV).union(NOEXEC),
+        None,
+        false,
+    ),
+    Mount {
+        target: SHARES_DIR,
+        fstype: "virtiofs",
+        source: SHARES_TAG,
+        flags: NODEV,
+        data: None,
+        needed: true,
+    },
 ];
 
 /// Brings the guest from "the kernel started me" to "containers can be created".
@@ -67,7 +117,10 @@ pub fn set_up() -> io::Result<()> {
     mount_dev().map_err(|error| named("mount /dev", error))?;
     for mount in MOUNTS {
         if let Err(error) = mount.mount() {
-            let error = named(&format!("mount {} at {}", mount.fstype, mount.target), error);
+            let error = named(
+                &format!("mount {} at {}", mount.fstype, mount.target),
+                error,
+            );
             if mount.needed {
                 return Err(error);
             }
@@ -109,7 +162,13 @@ fn leave_initramfs() -> io::Result<()> {
     }
     const ROOT: &str = "/.root";
     fs::create_dir_all(ROOT)?;
-    mount("tmpfs", ROOT, "tmpfs", MountFlags::empty(), Some(c"mode=0755"))?;
+    mount(
+        "tmpfs",
+        ROOT,
+        "tmpfs",
+        MountFlags::empty(),
+        Some(c"mode=0755"),
+    )?;
     rustix::process::chdir(ROOT)?;
     rustix::mount::mount_move(".", "/")?;
     rustix::process::chroot(".")?;
@@ -122,7 +181,11 @@ fn kernel_major(release: &CStr) -> u32 {
         .to_bytes()
         .iter()
         .take_while(|byte| byte.is_ascii_digit())
-        .fold(0u32, |number, byte| number.saturating_mul(10).saturating_add(u32::from(byte - b'0')))
+        .fold(0u32, |number, byte| {
+            number
+                .saturating_mul(10)
+                .saturating_add(u32::from(byte - b'0'))
+        })
 }
 
 /// devtmpfs where the kernel has it, else the few nodes that containers and the agent need.
@@ -155,7 +218,13 @@ fn mount_dev() -> io::Result<()> {
                     fs::create_dir_all(parent)?;
                 }
                 let device = rustix::fs::makedev(major, minor);
-                mknodat(rustix::fs::CWD, &path, FileType::CharacterDevice, Mode::from_raw_mode(0o666), device)?;
+                mknodat(
+                    rustix::fs::CWD,
+                    &path,
+                    FileType::CharacterDevice,
+                    Mode::from_raw_mode(0o666),
+                    device,
+                )?;
             }
         }
         Err(error) => return Err(error.into()),
@@ -177,28 +246,46 @@ fn mount_dev() -> io::Result<()> {
 /// Gives every controller of the kernel to the groups of the containers.
 fn enable_controllers() -> io::Result<()> {
     let available = fs::read_to_string(format!("{CGROUP_ROOT}/cgroup.controllers"))?;
-    let wanted: String = available.split_ascii_whitespace().map(|name| format!("+{name} ")).collect();
+    let wanted: String = available
+        .split_ascii_whitespace()
+        .map(|name| format!("+{name} "))
+        .collect();
     fs::write(format!("{CGROUP_ROOT}/cgroup.subtree_control"), wanted)
 }
 
 /// The agent has descriptors for many streams, and containers inherit the limit where their spec has none. Best
 /// effort: a guest where it fails works. (The OOM killer never takes PID 1, so there is nothing to protect.)
 fn raise_limits() {
-    let limit = Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) };
+    let limit = Rlimit {
+        current: Some(1 << 20),
+        maximum: Some(1 << 20),
+    };
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         crate::log::error!("cannot raise the limit of open files: {error}");
     }
 }
 
 fn loopback_up() -> io::Result<()> {
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     // SAFETY: ifreq is integers, byte arrays and unions of them, for which zero is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l' as libc::c_char;
     request.ifr_name[1] = b'o' as libc::c_char;
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the request lives across the call, and SIOCSIFFLAGS only reads an ifreq.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) } < 0 {
+    if unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw const request,
+        )
+    } < 0
+    {
         return Err(io::Error::last_os_error());
     }
     Ok(())
@@ -233,7 +320,11 @@ mod tests {
     fn every_mount_comes_after_the_one_it_is_in() {
         for (i, mount) in MOUNTS.iter().enumerate() {
             for later in &MOUNTS[i + 1..] {
-                assert!(!mount.target.starts_with(&format!("{}/", later.target)), "{}", mount.target);
+                assert!(
+                    !mount.target.starts_with(&format!("{}/", later.target)),
+                    "{}",
+                    mount.target
+                );
             }
         }
     }

@@ -4,12 +4,14 @@
 //! Started by the guest's kernel as `/init`, alone in its initramfs. Never run on a host. It has one thread, so that
 //! `container` can clone processes straight from it; nothing here may start another one.
 //!
-//! When the host closes the connection, the guest is over. When the agent fails, it says so on the console and
-//! ends; the kernel then panics, and the host sees that.
+//! When the host closes the connection, the guest is over. When the agent cannot go on, it says so on the console and
+//! powers the machine off; when it panics, the kernel does so too. The host sees either.
 
 mod configure;
 mod container;
+mod container_init;
 mod copy;
+mod event;
 mod init;
 mod log;
 mod plumbing;
@@ -41,8 +43,15 @@ use crate::streams::Streams;
 use crate::vsock::Connection;
 
 fn main() {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    if std::path::Path::new(&name).file_name() == Some(container_init::NAME.as_ref()) {
+        std::process::exit(container_init::run(arguments));
+    }
     if std::process::id() != 1 {
-        eprintln!("error: hull-agent is the first process of hull's guests and does nothing anywhere else");
+        eprintln!(
+            "error: hull-agent is the first process of hull's guests and does nothing anywhere else"
+        );
         std::process::exit(1);
     }
     std::panic::set_hook(Box::new(|panic| {
@@ -52,18 +61,20 @@ fn main() {
     // Dialled before anything else: the host learns that the guest is there while the guest sets itself up. What
     // the host sends meanwhile waits in the socket.
     let home = vsock::dial(HOST_CID, AGENT_PORT);
-    if let Err(error) = init::set_up() {
-        panic!("{error}");
-    }
-    let outcome = home.and_then(|home| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-        runtime.block_on(serve(home))
-    });
-    match outcome {
+    match init::set_up().and(home).and_then(run) {
         Ok(()) => log::info!("the host has closed the connection"),
-        Err(error) => log::critical!("cannot serve the host: {error}"),
+        Err(error) => log::critical!("{error}"),
     }
     init::power_off();
+}
+
+/// Everything after the setting up.
+fn run(home: OwnedFd) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()?;
+    runtime.block_on(serve(home))
 }
 
 /// The one connection that there ever is, for ttrpc, which expects many.
@@ -84,7 +95,8 @@ async fn serve(home: OwnedFd) -> io::Result<()> {
     let reaper = Reaper::default();
     let reaping = reaper.start()?;
     let streams = Streams::listen()?;
-    connection.established().await?;
+    let established = connection.established().await;
+    established.map_err(|error| io::Error::other(format!("cannot reach the host: {error}")))?;
 
     let mut server = Server::new()
         .add_listener(Listener::new(Once(Some(connection))))

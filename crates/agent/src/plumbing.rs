@@ -53,16 +53,28 @@ impl Plumbing {
     ) -> Result<(Self, ChildIo)> {
         if terminal {
             if names.terminal == 0 {
-                return Err(Failure::invalid("the process has a terminal, but no terminal stream is named"));
+                return Err(Failure::invalid(
+                    "the process has a terminal, but no terminal stream is named",
+                ));
             }
             if (names.stdin, names.stdout, names.stderr) != (0, 0, 0) {
-                return Err(Failure::invalid("the process has a terminal: it has no other streams"));
+                return Err(Failure::invalid(
+                    "the process has a terminal: it has no other streams",
+                ));
             }
             let terminal = Some(take(streams, names.terminal).await?);
-            return Ok((Self { terminal, ..Self::default() }, ChildIo::Terminal));
+            return Ok((
+                Self {
+                    terminal,
+                    ..Self::default()
+                },
+                ChildIo::Terminal,
+            ));
         }
         if names.terminal != 0 {
-            return Err(Failure::invalid("a terminal stream is named, but the process has no terminal"));
+            return Err(Failure::invalid(
+                "a terminal stream is named, but the process has no terminal",
+            ));
         }
         let mut plumbing = Self::default();
         let stdin = match names.stdin {
@@ -77,7 +89,14 @@ impl Plumbing {
         };
         let stdout = plumbing.output(streams, names.stdout).await?;
         let stderr = plumbing.output(streams, names.stderr).await?;
-        Ok((plumbing, ChildIo::Pipes(Stdio { stdin, stdout, stderr })))
+        Ok((
+            plumbing,
+            ChildIo::Pipes(Stdio {
+                stdin,
+                stdout,
+                stderr,
+            }),
+        ))
     }
 
     async fn output(&mut self, streams: &Streams, port: u32) -> Result<OwnedFd> {
@@ -92,28 +111,45 @@ impl Plumbing {
     }
 
     /// Starts the relays of a process that has been made. `terminal` is its master, if it has one.
-    pub fn start(self, terminal: Option<&OwnedFd>, exit: &watch::Receiver<Option<Exit>>) -> Result<Relays> {
+    pub fn start(
+        self,
+        terminal: Option<&OwnedFd>,
+        exit: &watch::Receiver<Option<Exit>>,
+    ) -> Result<Relays> {
         let mut relays = Relays::default();
         let (mut input, mut outputs) = (self.input, self.outputs);
         if let (Some(master), Some(stream)) = (terminal, self.terminal) {
-            let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(|e| Failure::internal("duplicate a descriptor", &e));
+            let duplicate = |fd: &OwnedFd| {
+                fd.try_clone()
+                    .map_err(|e| Failure::internal("duplicate a descriptor", &e))
+            };
             input = Some((duplicate(&stream)?, duplicate(master)?));
             outputs.push((duplicate(master)?, stream));
         }
         for (source, sink) in outputs {
             let (progress, seen) = watch::channel(Output::Flowing);
             relays.outputs.push(seen);
-            relays.tasks.push(tokio::spawn(relay::output(source, sink, exit.clone(), progress)));
+            relays.tasks.push(tokio::spawn(relay::output(
+                source,
+                sink,
+                exit.clone(),
+                progress,
+            )));
         }
         if let Some((source, sink)) = input {
-            relays.tasks.push(tokio::spawn(relay::input(source, sink, exit.clone())));
+            relays
+                .tasks
+                .push(tokio::spawn(relay::input(source, sink, exit.clone())));
         }
         Ok(relays)
     }
 }
 
 async fn take(streams: &Streams, port: u32) -> Result<OwnedFd> {
-    streams.take(port).await.map_err(|error| Failure::internal("take a stream", &error))
+    streams
+        .take(port)
+        .await
+        .map_err(|error| Failure::internal("take a stream", &error))
 }
 
 fn null() -> Result<OwnedFd> {
@@ -123,7 +159,8 @@ fn null() -> Result<OwnedFd> {
 
 /// Reading end, writing end.
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
-    rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|error| Failure::internal("make a pipe", &error.into()))
+    rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|error| Failure::internal("make a pipe", &error.into()))
 }
 
 /// Only the agent's end: the process expects its own to block.

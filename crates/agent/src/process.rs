@@ -19,9 +19,9 @@ use std::time::Duration;
 
 use rustix::process::{WaitOptions, WaitStatus, wait};
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
+use crate::event;
 use crate::relay::Output;
 
 /// How long `Wait` waits for the end of output that descendants of an ended process hold open. As Docker's.
@@ -85,7 +85,9 @@ impl Reaper {
     /// To be held from before a child is made until it is announced.
     pub fn births(&self) -> Births {
         lock(&self.table).births += 1;
-        Births { table: self.table.clone() }
+        Births {
+            table: self.table.clone(),
+        }
     }
 
     /// Announces a child.
@@ -101,7 +103,7 @@ impl Reaper {
 
     /// Starts to collect. Returns only what is left to run for ever.
     pub fn start(&self) -> io::Result<impl Future<Output = ()> + use<>> {
-        let signals = AsyncFd::with_interest(child_signals()?, Interest::READABLE)?;
+        let signals = event::watch(child_signals()?, Interest::READABLE)?;
         let reaper = self.clone();
         Ok(async move {
             loop {
@@ -147,7 +149,11 @@ fn child_signals() -> io::Result<OwnedFd> {
             return Err(io::Error::last_os_error());
         }
         let fd = libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC);
-        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+        if fd < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
     }
 }
 
@@ -170,7 +176,13 @@ impl Process {
         exit: watch::Receiver<Option<Exit>>,
         outputs: Vec<watch::Receiver<Output>>,
     ) -> Self {
-        Self { pid, pidfd, terminal, exit, outputs }
+        Self {
+            pid,
+            pidfd,
+            terminal,
+            exit,
+            outputs,
+        }
     }
 
     /// In the guest's root PID namespace.
@@ -202,14 +214,24 @@ impl Process {
     pub async fn finished(&self) -> Exit {
         let exit = self.ended().await;
         for output in &self.outputs {
-            let _ = output.clone().wait_for(|output| *output != Output::Flowing).await;
+            let _ = output
+                .clone()
+                .wait_for(|output| *output != Output::Flowing)
+                .await;
         }
         let rest = async {
             for output in &self.outputs {
-                let _ = output.clone().wait_for(|output| *output == Output::Ended).await;
+                let _ = output
+                    .clone()
+                    .wait_for(|output| *output == Output::Ended)
+                    .await;
             }
         };
-        if self.outputs.iter().any(|output| *output.borrow() != Output::Ended) {
+        if self
+            .outputs
+            .iter()
+            .any(|output| *output.borrow() != Output::Ended)
+        {
             let _ = tokio::time::timeout(GRACE, rest).await;
         }
         exit
@@ -233,7 +255,9 @@ impl Process {
         match result {
             0 => Ok(()),
             _ => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ESRCH) => Err(io::ErrorKind::NotFound.into()),
+                error if error.raw_os_error() == Some(libc::ESRCH) => {
+                    Err(io::ErrorKind::NotFound.into())
+                }
                 error => Err(error),
             },
         }

@@ -14,15 +14,26 @@ pub fn list(cgroup: &Path) -> Result<ProcessesResponse> {
     collect(cgroup, &mut pids).map_err(|error| Failure::internal("list processes", &error))?;
     pids.sort_unstable();
     let boot = boot_time();
-    let processes = pids.into_iter().filter_map(|pid| describe(Path::new("/proc"), pid, boot)).collect();
-    Ok(ProcessesResponse { processes, ..Default::default() })
+    let processes = pids
+        .into_iter()
+        .filter_map(|pid| describe(Path::new("/proc"), pid, boot))
+        .collect();
+    Ok(ProcessesResponse {
+        processes,
+        ..Default::default()
+    })
 }
 
 fn collect(group: &Path, pids: &mut Vec<u32>) -> io::Result<()> {
     let listed = match fs::read_to_string(group.join("cgroup.procs")) {
         Ok(listed) => listed,
         // The group has gone, or is one of threads: its processes are listed above.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)) => {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)
+            ) =>
+        {
             return Ok(());
         }
         Err(error) => return Err(error),
@@ -39,7 +50,9 @@ fn collect(group: &Path, pids: &mut Vec<u32>) -> io::Result<()> {
 /// Unix time at which the guest booted, in seconds.
 fn boot_time() -> u64 {
     let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
-    stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok()).unwrap_or(0)
+    stat.lines()
+        .find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 fn describe(proc: &Path, pid: u32, boot: u64) -> Option<ProcessInfo> {
@@ -58,7 +71,9 @@ fn describe(proc: &Path, pid: u32, boot: u64) -> Option<ProcessInfo> {
         gid: word(&status, "Gid:", 1).unwrap_or(0),
         state: stat.state.to_string(),
         cpu_time_us: stat.cpu_ticks.saturating_mul(1_000_000) / ticks,
-        resident_bytes: stat.resident_pages.saturating_mul(rustix::param::page_size() as u64),
+        resident_bytes: stat
+            .resident_pages
+            .saturating_mul(rustix::param::page_size() as u64),
         started_at: boot + stat.started_ticks / ticks,
         terminal: stat.terminal(),
         command: command(&arguments, &stat.name),
@@ -70,13 +85,20 @@ fn describe(proc: &Path, pid: u32, boot: u64) -> Option<ProcessInfo> {
 fn word(status: &str, key: &str, place: usize) -> Option<u32> {
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
-    words.get(place.min(words.len().checked_sub(1)?))?.parse().ok()
+    words
+        .get(place.min(words.len().checked_sub(1)?))?
+        .parse()
+        .ok()
 }
 
 fn command(arguments: &[u8], name: &str) -> String {
     let text = String::from_utf8_lossy(arguments);
     let text = text.trim_end_matches('\0');
-    if text.is_empty() { format!("[{name}]") } else { text.replace('\0', " ") }
+    if text.is_empty() {
+        format!("[{name}]")
+    } else {
+        text.replace('\0', " ")
+    }
 }
 
 /// What is of interest in /proc/PID/stat, see proc_pid_stat(5).
@@ -104,7 +126,10 @@ impl Stat {
             state: field(3)?.chars().next()?,
             parent: field(4)?.parse().ok()?,
             terminal: field(7)?.parse::<i64>().ok()? as u32,
-            cpu_ticks: field(14)?.parse::<u64>().ok()?.saturating_add(field(15)?.parse().ok()?),
+            cpu_ticks: field(14)?
+                .parse::<u64>()
+                .ok()?
+                .saturating_add(field(15)?.parse().ok()?),
             started_ticks: field(22)?.parse().ok()?,
             resident_pages: field(24)?.parse().ok()?,
         })
@@ -129,7 +154,8 @@ mod tests {
 
     #[test]
     fn a_stat_line_is_read_whatever_the_name_is() {
-        let text = "42 (a ) R (b) S 1 42 42 34816 42 4194304 89 0 0 0 3 4 0 0 20 0 1 0 250 1000 7 184";
+        let text =
+            "42 (a ) R (b) S 1 42 42 34816 42 4194304 89 0 0 0 3 4 0 0 20 0 1 0 250 1000 7 184";
         let stat = Stat::parse(text).unwrap();
         assert_eq!(stat.name, "a ) R (b");
         assert_eq!((stat.state, stat.parent, stat.cpu_ticks), ('S', 1, 7));

@@ -95,7 +95,11 @@ impl<'a, T> Reservation<'a, T> {
             hash_map::Entry::Occupied(_) => None,
             hash_map::Entry::Vacant(slot) => {
                 slot.insert(None);
-                Some(Self { slots, name: name.to_owned(), filled: false })
+                Some(Self {
+                    slots,
+                    name: name.to_owned(),
+                    filled: false,
+                })
             }
         }
     }
@@ -123,13 +127,21 @@ impl Registry {
         if id.is_empty() {
             return Err(Failure::invalid("a container needs a name"));
         }
-        Reservation::new(&self.containers, id)
-            .ok_or_else(|| Failure::new(Code::ALREADY_EXISTS, format!("container {id:?} exists already")))
+        Reservation::new(&self.containers, id).ok_or_else(|| {
+            Failure::new(
+                Code::ALREADY_EXISTS,
+                format!("container {id:?} exists already"),
+            )
+        })
     }
 
     /// The container of this name.
     pub fn get(&self, id: &str) -> Result<Arc<Entry>> {
-        lock(&self.containers).get(id).cloned().flatten().ok_or_else(|| Failure::no_container(id))
+        lock(&self.containers)
+            .get(id)
+            .cloned()
+            .flatten()
+            .ok_or_else(|| Failure::no_container(id))
     }
 
     /// Forgets a container.
@@ -141,7 +153,11 @@ impl Registry {
 impl Running {
     /// A process whose streams flow.
     pub fn new(process: Process, relays: Relays, sequence: u64) -> Self {
-        Self { process, relays, sequence }
+        Self {
+            process,
+            relays,
+            sequence,
+        }
     }
 }
 
@@ -175,13 +191,19 @@ impl Entry {
     /// Fails unless it is in one of the states in which one can do what `wanted` says.
     pub fn require(&self, states: &[State], wanted: &str) -> Result<()> {
         let state = self.state();
-        if states.contains(&state) { Ok(()) } else { Err(Failure::wrong_state(&self.id, state.name(), wanted)) }
+        if states.contains(&state) {
+            Ok(())
+        } else {
+            Err(Failure::wrong_state(&self.id, state.name(), wanted))
+        }
     }
 
     /// Takes the gate, which can be opened only once.
     pub fn take_gate(&self) -> Result<OwnedFd> {
         self.require(&[State::Created], "start")?;
-        lock(&self.gate).take().ok_or_else(|| Failure::wrong_state(&self.id, "started", "start"))
+        lock(&self.gate)
+            .take()
+            .ok_or_else(|| Failure::wrong_state(&self.id, "started", "start"))
     }
 
     /// Remembers whether it is frozen.
@@ -190,7 +212,10 @@ impl Entry {
     }
 
     /// Does something with the container as the creator knows it.
-    pub fn with_container<T>(&self, f: impl FnOnce(&Container) -> crate::container::Result<T>) -> Result<T> {
+    pub fn with_container<T>(
+        &self,
+        f: impl FnOnce(&Container) -> crate::container::Result<T>,
+    ) -> Result<T> {
         match lock(&self.container).as_ref() {
             Some(container) => Ok(f(container)?),
             None => Err(Failure::no_container(&self.id)),
@@ -205,13 +230,18 @@ impl Entry {
     /// Reserves the name of a new process.
     pub fn reserve_exec(&self, exec_id: &str) -> Result<Reservation<'_, Running>> {
         if exec_id.is_empty() {
-            return Err(Failure::invalid("a process needs a name: the empty one is the container's init"));
+            return Err(Failure::invalid(
+                "a process needs a name: the empty one is the container's init",
+            ));
         }
         self.forget_ended();
         Reservation::new(&self.execs, exec_id).ok_or_else(|| {
             Failure::new(
                 Code::ALREADY_EXISTS,
-                format!("process {exec_id:?} of container {:?} exists already", self.id),
+                format!(
+                    "process {exec_id:?} of container {:?} exists already",
+                    self.id
+                ),
             )
         })
     }
@@ -234,7 +264,11 @@ impl Entry {
     }
 
     /// A process of the container; its init has the empty name.
-    pub fn with_process<T>(&self, exec_id: &str, f: impl FnOnce(&Running) -> Result<T>) -> Result<T> {
+    pub fn with_process<T>(
+        &self,
+        exec_id: &str,
+        f: impl FnOnce(&Running) -> Result<T>,
+    ) -> Result<T> {
         if exec_id.is_empty() {
             return f(&self.init);
         }

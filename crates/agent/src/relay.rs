@@ -17,6 +17,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
+use crate::event;
 use crate::process::Exit;
 
 /// Largest piece moved at once: what a pipe holds.
@@ -59,7 +60,7 @@ impl Lazy {
         if let Self::Plain(_) = self
             && let Self::Plain(fd) = std::mem::replace(self, Self::Gone)
         {
-            *self = Self::Registered(AsyncFd::with_interest(fd, interest)?);
+            *self = Self::Registered(event::watch(fd, interest)?);
         }
         match self {
             Self::Registered(fd) => Ok(fd),
@@ -88,7 +89,10 @@ impl Lazy {
             // The event of the edge before registration comes again with it.
             self.registered(interest)?;
         }
-        self.registered(interest)?.ready(interest).await?.clear_ready();
+        self.registered(interest)?
+            .ready(interest)
+            .await?
+            .clear_ready();
         Ok(())
     }
 }
@@ -128,9 +132,17 @@ async fn pump_output(
     loop {
         tokio::task::coop::consume_budget().await;
         let exited = exit.borrow().is_some();
-        match move_piece(source.fd()?, |fd, buffer| rustix::io::read(fd, buffer), |piece| {
-            rustix::net::send(sink.fd().map_err(|_| Errno::BADF)?, piece, SendFlags::NOSIGNAL)
-        }) {
+        match move_piece(
+            source.fd()?,
+            |fd, buffer| rustix::io::read(fd, buffer),
+            |piece| {
+                rustix::net::send(
+                    sink.fd().map_err(|_| Errno::BADF)?,
+                    piece,
+                    SendFlags::NOSIGNAL,
+                )
+            },
+        ) {
             Moved::All => {}
             Moved::Part(rest) => write_rest(sink, &rest, false).await?,
             Moved::Empty if exited => {
@@ -170,9 +182,11 @@ pub async fn input(source: OwnedFd, sink: OwnedFd, mut exit: watch::Receiver<Opt
 async fn pump_input(source: &mut Lazy, sink: &mut Lazy) -> io::Result<()> {
     loop {
         tokio::task::coop::consume_budget().await;
-        match move_piece(source.fd()?, |fd, buffer| rustix::io::read(fd, buffer), |piece| {
-            rustix::io::write(sink.fd().map_err(|_| Errno::BADF)?, piece)
-        }) {
+        match move_piece(
+            source.fd()?,
+            |fd, buffer| rustix::io::read(fd, buffer),
+            |piece| rustix::io::write(sink.fd().map_err(|_| Errno::BADF)?, piece),
+        ) {
             Moved::All => {}
             Moved::Part(rest) => write_rest(sink, &rest, true).await?,
             Moved::Empty => source.ready(Interest::READABLE).await?,
@@ -221,7 +235,11 @@ async fn write_rest(sink: &mut Lazy, mut rest: &[u8], pipe: bool) -> io::Result<
     while !rest.is_empty() {
         let written = sink
             .run(Interest::WRITABLE, |fd| {
-                if pipe { rustix::io::write(fd, rest) } else { rustix::net::send(fd, rest, SendFlags::NOSIGNAL) }
+                if pipe {
+                    rustix::io::write(fd, rest)
+                } else {
+                    rustix::net::send(fd, rest, SendFlags::NOSIGNAL)
+                }
             })
             .await?;
         rest = &rest[written..];
@@ -234,4 +252,180 @@ fn is_closed(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN | libc::EIO)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use rustix::fs::OFlags;
+    use rustix::pipe::PipeFlags;
+
+    use super::*;
+
+    type ExitSender = watch::Sender<Option<Exit>>;
+
+    fn run(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            tokio::time::timeout(Duration::from_secs(20), test)
+                .await
+                .unwrap()
+        });
+    }
+
+    /// The agent's end, non-blocking, and the other one.
+    fn stream() -> (OwnedFd, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (ours.into(), theirs)
+    }
+
+    /// Reading end, writing end.
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap()
+    }
+
+    fn unblocked(fd: OwnedFd) -> OwnedFd {
+        rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK).unwrap();
+        fd
+    }
+
+    struct Outgoing {
+        process: std::fs::File,
+        host: UnixStream,
+        exit: ExitSender,
+        progress: watch::Receiver<Output>,
+    }
+
+    fn outgoing() -> Outgoing {
+        let (source, process) = pipe();
+        let (sink, host) = stream();
+        let (exit, exit_seen) = watch::channel(None);
+        let (progress, progress_seen) = watch::channel(Output::Flowing);
+        tokio::spawn(output(unblocked(source), sink, exit_seen, progress));
+        Outgoing {
+            process: process.into(),
+            host,
+            exit,
+            progress: progress_seen,
+        }
+    }
+
+    async fn reach(progress: &mut watch::Receiver<Output>, wanted: Output) {
+        progress.wait_for(|output| *output == wanted).await.unwrap();
+    }
+
+    #[test]
+    fn output_arrives_and_then_its_end() {
+        run(async {
+            let mut out = outgoing();
+            out.process.write_all(b"hello").unwrap();
+            drop(out.process);
+            reach(&mut out.progress, Output::Ended).await;
+            let mut text = String::new();
+            out.host.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "hello");
+        });
+    }
+
+    #[test]
+    fn a_slow_host_stops_the_process_and_loses_nothing() {
+        run(async {
+            const LENGTH: usize = 8 << 20;
+            let mut out = outgoing();
+            let mut process = out.process;
+            let writer = std::thread::spawn(move || {
+                let pattern: Vec<u8> = (0..=250u8).cycle().take(LENGTH).collect();
+                process.write_all(&pattern).unwrap();
+            });
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(!writer.is_finished());
+            let mut host = out.host;
+            let reader = std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                host.read_to_end(&mut bytes).unwrap();
+                bytes
+            });
+            reach(&mut out.progress, Output::Ended).await;
+            writer.join().unwrap();
+            let bytes = reader.join().unwrap();
+            assert_eq!(bytes.len(), LENGTH);
+            assert!(bytes.iter().copied().eq((0..=250u8).cycle().take(LENGTH)));
+        });
+    }
+
+    #[test]
+    fn output_that_others_hold_open_is_drained_when_the_process_has_ended() {
+        run(async {
+            let mut out = outgoing();
+            out.process.write_all(b"mine").unwrap();
+            tokio::task::yield_now().await;
+            assert_eq!(*out.progress.borrow(), Output::Flowing);
+            out.exit.send_replace(Some(Exit { status: 0 }));
+            reach(&mut out.progress, Output::Drained).await;
+            let mut text = [0; 4];
+            out.host.read_exact(&mut text).unwrap();
+            assert_eq!(&text, b"mine");
+            out.process.write_all(b"descendant's").unwrap();
+            drop(out.process);
+            reach(&mut out.progress, Output::Ended).await;
+            let mut rest = String::new();
+            out.host.read_to_string(&mut rest).unwrap();
+            assert_eq!(rest, "descendant's");
+        });
+    }
+
+    #[test]
+    fn a_host_that_has_gone_breaks_the_pipe() {
+        run(async {
+            let mut out = outgoing();
+            drop(out.host);
+            out.process.write_all(b"x").unwrap();
+            reach(&mut out.progress, Output::Ended).await;
+            assert_eq!(
+                out.process.write_all(b"x").unwrap_err().kind(),
+                io::ErrorKind::BrokenPipe
+            );
+        });
+    }
+
+    #[test]
+    fn input_arrives_and_then_its_end() {
+        run(async {
+            let (process, sink) = pipe();
+            let (source, mut host) = stream();
+            let (_exit, exit_seen) = watch::channel(None);
+            let relay = tokio::spawn(input(source, unblocked(sink), exit_seen));
+            host.write_all(b"hello").unwrap();
+            host.shutdown(std::net::Shutdown::Write).unwrap();
+            relay.await.unwrap();
+            let mut text = String::new();
+            std::fs::File::from(process)
+                .read_to_string(&mut text)
+                .unwrap();
+            assert_eq!(text, "hello");
+        });
+    }
+
+    #[test]
+    fn input_ends_with_its_process() {
+        run(async {
+            let (process, sink) = pipe();
+            let (source, mut host) = stream();
+            let (exit, exit_seen) = watch::channel(None);
+            let relay = tokio::spawn(input(source, unblocked(sink), exit_seen));
+            tokio::task::yield_now().await;
+            exit.send_replace(Some(Exit { status: 0 }));
+            relay.await.unwrap();
+            drop(process);
+            assert_eq!(host.read(&mut [0; 1]).unwrap(), 0);
+        });
+    }
 }

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hull_protocol::agent::{
-    ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest, CreateContainerResponse,
-    DeleteContainerRequest, Empty, ExecRequest, ExecResponse, ProcessRequest, ProcessesResponse,
-    ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest, WaitResponse,
+    ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest,
+    CreateContainerResponse, DeleteContainerRequest, Empty, ExecRequest, ExecResponse,
+    ProcessRequest, ProcessesResponse, ResizeTerminalRequest, SignalRequest, StartContainerRequest,
+    StatsResponse, UpdateRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
@@ -18,7 +19,6 @@ use rustix::net::RecvFlags;
 use rustix::termios::Winsize;
 use serde::de::DeserializeOwned;
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
@@ -28,7 +28,7 @@ use crate::process::{Process, Reaper};
 use crate::registry::{Entry, Registry, Running, State};
 use crate::status::{Failure, Result};
 use crate::streams::Streams;
-use crate::{configure, copy, init, processes, stats};
+use crate::{configure, copy, event, init, processes, stats};
 
 /// How long a forced deletion waits for the killed init to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -61,14 +61,23 @@ fn destroy(container: Container) {
 impl Service {
     /// A service without containers.
     pub fn new(streams: Streams, reaper: Reaper) -> Self {
-        Self { registry: Registry::default(), streams, reaper, sequence: AtomicU64::new(0) }
+        Self {
+            registry: Registry::default(),
+            streams,
+            reaper,
+            sequence: AtomicU64::new(0),
+        }
     }
 
     async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
         let id = &request.container_id;
         let place = self.registry.reserve(id)?;
         let spec: Spec = parse("spec", &request.spec_json)?;
-        let terminal = spec.process().as_ref().and_then(ProcessSpec::terminal).unwrap_or(false);
+        let terminal = spec
+            .process()
+            .as_ref()
+            .and_then(ProcessSpec::terminal)
+            .unwrap_or(false);
         let (plumbing, io) = Plumbing::connect(&self.streams, &request.streams, terminal).await?;
 
         let births = self.reaper.births();
@@ -88,7 +97,10 @@ impl Service {
         if let Some(container) = unfinished.0.take() {
             place.fill(Entry::new(id, container, running, gate));
         }
-        Ok(CreateContainerResponse { pid, ..Default::default() })
+        Ok(CreateContainerResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     async fn start(&self, id: &str) -> Result<()> {
@@ -101,8 +113,12 @@ impl Service {
         entry.require(&[State::Running], "execute a command in")?;
         let place = entry.reserve_exec(&request.exec_id)?;
         let spec: ProcessSpec = parse("process", &request.process_json)?;
-        let (plumbing, io) =
-            Plumbing::connect(&self.streams, &request.streams, spec.terminal().unwrap_or(false)).await?;
+        let (plumbing, io) = Plumbing::connect(
+            &self.streams,
+            &request.streams,
+            spec.terminal().unwrap_or(false),
+        )
+        .await?;
 
         let births = self.reaper.births();
         let pending = entry.with_container(|container| container.begin_exec(&spec, io))?;
@@ -113,14 +129,23 @@ impl Service {
         let pid = running.process.pid();
         open_gate(gate).await?;
         place.fill(running);
-        Ok(ExecResponse { pid, ..Default::default() })
+        Ok(ExecResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     /// Makes a new child one of ours: its end will be noticed, its streams flow.
     fn adopt(&self, child: Child, plumbing: Plumbing) -> Result<(Running, OwnedFd)> {
         let exit = self.reaper.expect(child.pid);
         let relays = plumbing.start(child.terminal.as_ref(), &exit)?;
-        let process = Process::new(child.pid, child.pidfd, child.terminal, exit, relays.outputs.clone());
+        let process = Process::new(
+            child.pid,
+            child.pidfd,
+            child.terminal,
+            exit,
+            relays.outputs.clone(),
+        );
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         Ok((Running::new(process, relays, sequence), child.gate))
     }
@@ -132,15 +157,23 @@ impl Service {
         }
         if entry.state() != State::Stopped {
             entry.with_container(|container| container.kill_all(libc::SIGKILL))?;
-            if tokio::time::timeout(KILL_PATIENCE, entry.init.process.ended()).await.is_err() {
+            if tokio::time::timeout(KILL_PATIENCE, entry.init.process.ended())
+                .await
+                .is_err()
+            {
                 return Err(Failure::new(
                     Code::INTERNAL,
-                    format!("container {id:?} does not end: killed {} seconds ago", KILL_PATIENCE.as_secs()),
+                    format!(
+                        "container {id:?} does not end: killed {} seconds ago",
+                        KILL_PATIENCE.as_secs()
+                    ),
                 ));
             }
         }
         // Of two concurrent calls one gets it.
-        let container = entry.take_container().ok_or_else(|| Failure::no_container(id))?;
+        let container = entry
+            .take_container()
+            .ok_or_else(|| Failure::no_container(id))?;
         self.registry.remove(id);
         destroy(container);
         entry.abort_relays();
@@ -171,34 +204,48 @@ impl Service {
             return entry.with_container(|container| container.kill_all(signal));
         }
         entry.with_process(&request.exec_id, |running| {
-            running.process.signal(signal).map_err(|error| match error.kind() {
-                std::io::ErrorKind::NotFound => Failure::new(
-                    Code::NOT_FOUND,
-                    format!("process {:?} of container {:?} has ended", request.exec_id, request.container_id),
-                ),
-                _ => Failure::internal(&format!("send signal {signal}"), &error),
-            })
+            running
+                .process
+                .signal(signal)
+                .map_err(|error| match error.kind() {
+                    std::io::ErrorKind::NotFound => Failure::new(
+                        Code::NOT_FOUND,
+                        format!(
+                            "process {:?} of container {:?} has ended",
+                            request.exec_id, request.container_id
+                        ),
+                    ),
+                    _ => Failure::internal(&format!("send signal {signal}"), &error),
+                })
         })
     }
 
     fn resize(&self, request: &ResizeTerminalRequest) -> Result<()> {
-        self.registry.get(&request.container_id)?.with_process(&request.exec_id, |running| {
-            let terminal = running.process.terminal().ok_or_else(|| {
-                Failure::new(
-                    Code::FAILED_PRECONDITION,
-                    format!("process {:?} of container {:?} has no terminal", request.exec_id, request.container_id),
-                )
-            })?;
-            let size = |n: u32| u16::try_from(n).map_err(|_| Failure::invalid(format!("invalid terminal size {n}")));
-            let size = Winsize {
-                ws_row: size(request.rows)?,
-                ws_col: size(request.columns)?,
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            };
-            rustix::termios::tcsetwinsize(terminal, size)
-                .map_err(|error| Failure::internal("resize a terminal", &error.into()))
-        })
+        self.registry
+            .get(&request.container_id)?
+            .with_process(&request.exec_id, |running| {
+                let terminal = running.process.terminal().ok_or_else(|| {
+                    Failure::new(
+                        Code::FAILED_PRECONDITION,
+                        format!(
+                            "process {:?} of container {:?} has no terminal",
+                            request.exec_id, request.container_id
+                        ),
+                    )
+                })?;
+                let size = |n: u32| {
+                    u16::try_from(n)
+                        .map_err(|_| Failure::invalid(format!("invalid terminal size {n}")))
+                };
+                let size = Winsize {
+                    ws_row: size(request.rows)?,
+                    ws_col: size(request.columns)?,
+                    ws_xpixel: 0,
+                    ws_ypixel: 0,
+                };
+                rustix::termios::tcsetwinsize(terminal, size)
+                    .map_err(|error| Failure::internal("resize a terminal", &error.into()))
+            })
     }
 
     fn freeze(&self, id: &str, frozen: bool) -> Result<()> {
@@ -221,13 +268,23 @@ impl Service {
 
     async fn copy_files(&self, request: &CopyRequest, direction: copy::Direction) -> Result<()> {
         let entry = self.registry.get(&request.container_id)?;
-        entry.require(&[State::Created, State::Running, State::Paused], "copy files of")?;
+        entry.require(
+            &[State::Created, State::Running, State::Paused],
+            "copy files of",
+        )?;
         let stream = self
             .streams
             .take(request.stream)
             .await
             .map_err(|error| Failure::internal("take a stream", &error))?;
-        copy::run(&self.reaper, entry.init.process.pid(), direction, request, stream).await
+        copy::run(
+            &self.reaper,
+            entry.init.process.pid(),
+            direction,
+            request,
+            stream,
+        )
+        .await
     }
 }
 
@@ -235,7 +292,7 @@ impl Service {
 async fn finish(pending: PendingChild) -> Result<Child> {
     {
         let failed = |error: std::io::Error| Failure::internal("wait for a new process", &error);
-        let ready = AsyncFd::with_interest(pending.as_fd(), Interest::READABLE).map_err(failed)?;
+        let ready = event::watch_borrowed(pending.as_fd(), Interest::READABLE).map_err(failed)?;
         let _ = ready.readable().await.map_err(failed)?;
     }
     Ok(pending.finish()?)
@@ -249,7 +306,7 @@ async fn open_gate(gate: OwnedFd) -> Result<()> {
         Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {}
         Err(error) => return Err(failed(error.into())),
     }
-    let gate = AsyncFd::with_interest(gate, Interest::READABLE).map_err(failed)?;
+    let gate = event::watch(gate, Interest::READABLE).map_err(failed)?;
     let mut message = [0; 4096];
     loop {
         let mut guard = gate.readable().await.map_err(failed)?;
@@ -264,7 +321,8 @@ async fn open_gate(gate: OwnedFd) -> Result<()> {
 }
 
 fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T> {
-    serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("invalid {what}: {error}")))
+    serde_json::from_slice(json)
+        .map_err(|error| Failure::invalid(format!("invalid {what}: {error}")))
 }
 
 /// The answer of a call that only succeeds or fails.
@@ -286,11 +344,19 @@ impl Agent for Service {
         Ok(self.create(request).await?)
     }
 
-    async fn start_container(&self, _: &TtrpcContext, request: StartContainerRequest) -> ttrpc::Result<Empty> {
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: StartContainerRequest,
+    ) -> ttrpc::Result<Empty> {
         done(self.start(&request.container_id).await)
     }
 
-    async fn delete_container(&self, _: &TtrpcContext, request: DeleteContainerRequest) -> ttrpc::Result<Empty> {
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteContainerRequest,
+    ) -> ttrpc::Result<Empty> {
         done(self.delete(&request.container_id, request.force).await)
     }
 
@@ -306,7 +372,11 @@ impl Agent for Service {
         done(self.send_signal(&request))
     }
 
-    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<Empty> {
         done(self.resize(&request))
     }
 
@@ -322,12 +392,20 @@ impl Agent for Service {
         done(self.update_limits(&request))
     }
 
-    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<StatsResponse> {
         let entry = self.registry.get(&request.container_id)?;
         Ok(stats::read(&entry.cgroup, entry.init.process.pid()))
     }
 
-    async fn processes(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<ProcessesResponse> {
+    async fn processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ProcessesResponse> {
         let entry = self.registry.get(&request.container_id)?;
         Ok(processes::list(&entry.cgroup)?)
     }

@@ -16,7 +16,8 @@ pub fn read(cgroup: &Path, pid: u32) -> StatsResponse {
     let cpu = file("cpu.stat");
     let io = file("io.stat");
     let meminfo = guest("/proc/meminfo");
-    let (network_receive_bytes, network_transmit_bytes) = network(&guest(&format!("/proc/{pid}/net/dev")));
+    let (network_receive_bytes, network_transmit_bytes) =
+        network(&guest(&format!("/proc/{pid}/net/dev")));
     StatsResponse {
         cpu_usage_us: keyed(&cpu, "usage_usec"),
         cpu_user_us: keyed(&cpu, "user_usec"),
@@ -41,7 +42,10 @@ pub fn read(cgroup: &Path, pid: u32) -> StatsResponse {
 
 /// How many processes of the group, or of one below it, the kernel has killed for lack of memory.
 pub fn oom_kills(cgroup: &Path) -> u64 {
-    keyed(&fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default(), "oom_kill")
+    keyed(
+        &fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default(),
+        "oom_kill",
+    )
 }
 
 /// A file with one number. `max` means none.
@@ -62,7 +66,12 @@ fn keyed(text: &str, key: &str) -> u64 {
 /// The sum over lines `DEVICE KEY=NUMBER …`.
 fn nested(text: &str, key: &str) -> u64 {
     text.split_ascii_whitespace()
-        .filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse::<u64>().ok())
+        .filter_map(|word| {
+            word.strip_prefix(key)?
+                .strip_prefix('=')?
+                .parse::<u64>()
+                .ok()
+        })
         .fold(0, u64::saturating_add)
 }
 
@@ -70,11 +79,15 @@ fn nested(text: &str, key: &str) -> u64 {
 fn network(text: &str) -> (u64, u64) {
     let mut sums = (0u64, 0u64);
     for line in text.lines() {
-        let Some((name, numbers)) = line.split_once(':') else { continue };
+        let Some((name, numbers)) = line.split_once(':') else {
+            continue;
+        };
         if name.trim() == "lo" {
             continue;
         }
-        let mut numbers = numbers.split_ascii_whitespace().map(|word| word.parse::<u64>().unwrap_or(0));
+        let mut numbers = numbers
+            .split_ascii_whitespace()
+            .map(|word| word.parse::<u64>().unwrap_or(0));
         sums.0 = sums.0.saturating_add(numbers.next().unwrap_or(0));
         sums.1 = sums.1.saturating_add(numbers.nth(7).unwrap_or(0));
     }
@@ -94,7 +107,13 @@ mod tests {
         assert_eq!(keyed("oom 3\noom_kill 2\n", "oom_kill"), 2);
         assert_eq!(keyed("MemTotal:        2048 kB\n", "MemTotal:"), 2048);
         assert_eq!(keyed("", "x"), 0);
-        assert_eq!(nested("254:0 rbytes=10 wbytes=1\n254:16 rbytes=5 wbytes=2 rios=9\n", "rbytes"), 15);
+        assert_eq!(
+            nested(
+                "254:0 rbytes=10 wbytes=1\n254:16 rbytes=5 wbytes=2 rios=9\n",
+                "rbytes"
+            ),
+            15
+        );
     }
 
     #[test]

@@ -21,7 +21,10 @@ pub struct Failure {
 impl Failure {
     /// A failure of any kind.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self {
+            code,
+            message: message.into(),
+        }
     }
 
     /// There is no container of this name.
@@ -31,12 +34,18 @@ impl Failure {
 
     /// There is no process of this name.
     pub fn no_process(id: &str, exec_id: &str) -> Self {
-        Self::new(Code::NOT_FOUND, format!("process {exec_id:?} of container {id:?} does not exist"))
+        Self::new(
+            Code::NOT_FOUND,
+            format!("process {exec_id:?} of container {id:?} does not exist"),
+        )
     }
 
     /// The container is not in the state that the call needs.
     pub fn wrong_state(id: &str, state: &str, wanted: &str) -> Self {
-        Self::new(Code::FAILED_PRECONDITION, format!("container {id:?} is {state}: cannot {wanted} it"))
+        Self::new(
+            Code::FAILED_PRECONDITION,
+            format!("container {id:?} is {state}: cannot {wanted} it"),
+        )
     }
 
     /// The request is wrong.
@@ -66,6 +75,9 @@ impl From<CreateError> for Failure {
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         // The contract says one line.
-        Error::RpcStatus(ttrpc::get_status(failure.code, failure.message.replace('\n', " ")))
+        Error::RpcStatus(ttrpc::get_status(
+            failure.code,
+            failure.message.replace('\n', " "),
+        ))
     }
 }

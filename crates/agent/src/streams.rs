@@ -8,10 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hull_protocol::STREAM_PORT;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-use crate::vsock;
+use crate::{event, vsock};
 
 /// How long a call waits for a stream it names. The host connects before it calls, so only a host in trouble
 /// is ever waited for.
@@ -32,7 +33,7 @@ impl Streams {
     /// Starts to listen.
     pub fn listen() -> io::Result<Self> {
         Ok(Self {
-            listener: AsyncFd::new(vsock::listen(STREAM_PORT)?)?,
+            listener: event::watch(vsock::listen(STREAM_PORT)?, Interest::READABLE)?,
             arrived: Mutex::default(),
             changed: Notify::new(),
         })
@@ -43,12 +44,17 @@ impl Streams {
         if let Some(stream) = self.accept_until(port)? {
             return Ok(stream);
         }
-        tokio::time::timeout(PATIENCE, self.wait_for(port)).await.unwrap_or_else(|_elapsed| {
-            Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("no stream from host port {port} within {} seconds", PATIENCE.as_secs()),
-            ))
-        })
+        tokio::time::timeout(PATIENCE, self.wait_for(port))
+            .await
+            .unwrap_or_else(|_elapsed| {
+                Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!(
+                        "no stream from host port {port} within {} seconds",
+                        PATIENCE.as_secs()
+                    ),
+                ))
+            })
     }
 
     async fn wait_for(&self, port: u32) -> io::Result<OwnedFd> {

@@ -11,8 +11,10 @@ use std::task::{Context, Poll, ready};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::Notify;
+
+use crate::event;
 
 const ADDRESS_LENGTH: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
@@ -35,7 +37,11 @@ fn socket() -> io::Result<OwnedFd> {
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Starts to connect and returns at once. The connection stands when the socket is writable, see
@@ -44,7 +50,13 @@ pub fn dial(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     let address = address(cid, port);
     // SAFETY: the address lives across the call and the length is its size.
-    match check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LENGTH) }) {
+    match check(unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            ADDRESS_LENGTH,
+        )
+    }) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
         _ => Ok(socket),
     }
@@ -55,7 +67,13 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     let address = address(libc::VMADDR_CID_ANY, port);
     // SAFETY: the address lives across the call and the length is its size.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LENGTH) })?;
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            ADDRESS_LENGTH,
+        )
+    })?;
     rustix::net::listen(&socket, 1024)?;
     Ok(socket)
 }
@@ -87,7 +105,10 @@ impl Connection {
     /// Takes over a socket that was dialled. `ended` is notified when the host has closed the connection or
     /// it has broken.
     pub fn new(socket: OwnedFd, ended: Arc<Notify>) -> io::Result<Self> {
-        Ok(Self { socket: AsyncFd::new(socket)?, ended })
+        Ok(Self {
+            socket: event::watch(socket, Interest::READABLE | Interest::WRITABLE)?,
+            ended,
+        })
     }
 
     /// Waits until the connection stands.
@@ -99,7 +120,11 @@ impl Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         loop {
             let mut guard = ready!(self.socket.poll_read_ready(cx))?;
             let received = guard.try_io(|socket| {
@@ -125,7 +150,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         loop {
             let mut guard = ready!(self.socket.poll_write_ready(cx))?;
             match guard.try_io(|socket| Ok(rustix::net::send(socket, buf, SendFlags::NOSIGNAL)?)) {

@@ -19,9 +19,15 @@ const PIECE: usize = 64 * 1024;
 
 /// Writes the file or directory at `path` as an archive. Entries are named relative to its parent.
 pub fn pack(path: &Path, follow: bool, stream: impl Write) -> io::Result<()> {
-    let metadata = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) }?;
+    let metadata = if follow {
+        fs::metadata(path)
+    } else {
+        fs::symlink_metadata(path)
+    }?;
     // The root directory has no name of its own.
-    let name = path.file_name().map_or_else(|| PathBuf::from("."), PathBuf::from);
+    let name = path
+        .file_name()
+        .map_or_else(|| PathBuf::from("."), PathBuf::from);
     let mut packer = Packer {
         archive: Builder::new(BufWriter::with_capacity(PIECE, stream)),
         linked: HashMap::new(),
@@ -51,13 +57,19 @@ impl<W: Write> Packer<W> {
                     Err(error) => return Err(of(&path, error)),
                 },
             };
-            self.append_one(&path, &name, &metadata).map_err(|error| of(&path, error))?;
+            self.append_one(&path, &name, &metadata)
+                .map_err(|error| of(&path, error))?;
             if metadata.is_dir() {
-                let mut entries =
-                    fs::read_dir(&path).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(|e| of(&path, e))?;
+                let mut entries = fs::read_dir(&path)
+                    .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+                    .map_err(|e| of(&path, e))?;
                 // The last one pushed comes first.
                 entries.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.file_name()));
-                waiting.extend(entries.iter().map(|e| (e.path(), name.join(e.file_name()), None)));
+                waiting.extend(
+                    entries
+                        .iter()
+                        .map(|e| (e.path(), name.join(e.file_name()), None)),
+                );
             }
         }
         Ok(())
@@ -77,14 +89,19 @@ impl<W: Write> Packer<W> {
             self.linked.insert(inode, name.to_owned());
         }
         if kind.is_symlink() {
-            return self.archive.append_link(&mut header, name, fs::read_link(path)?);
+            return self
+                .archive
+                .append_link(&mut header, name, fs::read_link(path)?);
         }
         if kind.is_file() {
             let size = metadata.len();
             header.set_size(size);
             let file = File::open(path)?;
             // A file that shrinks meanwhile is filled up: the header has gone out already.
-            let content = BufReader::with_capacity(PIECE, file).take(size).chain(io::repeat(0)).take(size);
+            let content = BufReader::with_capacity(PIECE, file)
+                .take(size)
+                .chain(io::repeat(0))
+                .take(size);
             return self.archive.append_data(&mut header, name, content);
         }
         if kind.is_char_device() || kind.is_block_device() {
@@ -110,7 +127,9 @@ pub fn unpack(directory: &Path, stream: impl Read) -> io::Result<()> {
     for entry in archive.entries()? {
         let mut entry = entry?;
         let name = entry.path()?.into_owned();
-        let Some(inside) = inside(&name)? else { continue };
+        let Some(inside) = inside(&name)? else {
+            continue;
+        };
         let target = directory.join(inside);
         unpack_one(directory, &mut entry, &target).map_err(|error| of(&target, error))?;
         if entry.header().entry_type().is_dir() {
@@ -127,7 +146,11 @@ pub fn unpack(directory: &Path, stream: impl Read) -> io::Result<()> {
     Ok(())
 }
 
-fn unpack_one<R: Read>(directory: &Path, entry: &mut Entry<'_, R>, target: &Path) -> io::Result<()> {
+fn unpack_one<R: Read>(
+    directory: &Path,
+    entry: &mut Entry<'_, R>,
+    target: &Path,
+) -> io::Result<()> {
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent)?;
     }
@@ -137,7 +160,9 @@ fn unpack_one<R: Read>(directory: &Path, entry: &mut Entry<'_, R>, target: &Path
         EntryType::Directory => {
             match fs::create_dir(target) {
                 // A link to a directory is as good as one.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && fs::metadata(target)?.is_dir() => {}
+                Err(error)
+                    if error.kind() == io::ErrorKind::AlreadyExists
+                        && fs::metadata(target)?.is_dir() => {}
                 other => other?,
             }
             std::os::unix::fs::chown(target, Some(id(header.uid()?)?), Some(id(header.gid()?)?))?;
@@ -151,11 +176,20 @@ fn unpack_one<R: Read>(directory: &Path, entry: &mut Entry<'_, R>, target: &Path
         }
         EntryType::Symlink => {
             let (uid, gid) = (id(header.uid()?)?, id(header.gid()?)?);
-            let time = Timespec { tv_sec: header.mtime()? as i64, tv_nsec: 0 };
+            let time = Timespec {
+                tv_sec: header.mtime()? as i64,
+                tv_nsec: 0,
+            };
             make_room(target)?;
-            std::os::unix::fs::symlink(entry.link_name()?.ok_or(io::ErrorKind::InvalidData)?, target)?;
+            std::os::unix::fs::symlink(
+                entry.link_name()?.ok_or(io::ErrorKind::InvalidData)?,
+                target,
+            )?;
             lchown(target, Some(uid), Some(gid))?;
-            let times = Timestamps { last_access: time, last_modification: time };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
             Ok(utimensat(CWD, target, &times, AtFlags::SYMLINK_NOFOLLOW)?)
         }
         EntryType::Fifo | EntryType::Char | EntryType::Block => {
@@ -176,8 +210,14 @@ fn unpack_one<R: Read>(directory: &Path, entry: &mut Entry<'_, R>, target: &Path
             mknodat(CWD, target, file_type, Mode::from_raw_mode(mode), device)?;
             lchown(target, Some(id(header.uid()?)?), Some(id(header.gid()?)?))?;
             fs::set_permissions(target, fs::Permissions::from_mode(mode))?;
-            let time = Timespec { tv_sec: header.mtime()? as i64, tv_nsec: 0 };
-            let times = Timestamps { last_access: time, last_modification: time };
+            let time = Timespec {
+                tv_sec: header.mtime()? as i64,
+                tv_nsec: 0,
+            };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
             Ok(utimensat(CWD, target, &times, AtFlags::SYMLINK_NOFOLLOW)?)
         }
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
@@ -188,7 +228,10 @@ fn unpack_one<R: Read>(directory: &Path, entry: &mut Entry<'_, R>, target: &Path
         EntryType::XGlobalHeader => Ok(()),
         other => Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            format!("not supported: tar entries of type {:?}", other.as_byte() as char),
+            format!(
+                "not supported: tar entries of type {:?}",
+                other.as_byte() as char
+            ),
         )),
     }
 }
@@ -212,7 +255,10 @@ fn inside(name: &Path) -> io::Result<Option<PathBuf>> {
             Component::Normal(part) => inside.push(part),
             Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
             Component::ParentDir => {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{name:?} leads out of the archive")));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("{name:?} leads out of the archive"),
+                ));
             }
         }
     }
@@ -224,7 +270,8 @@ fn id(number: u64) -> io::Result<u32> {
 }
 
 fn modified(header: &Header) -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_secs(header.mtime().unwrap_or(0).min(i64::MAX as u64 / 2))
+    SystemTime::UNIX_EPOCH
+        + Duration::from_secs(header.mtime().unwrap_or(0).min(i64::MAX as u64 / 2))
 }
 
 fn of(path: &Path, error: io::Error) -> io::Error {
@@ -253,9 +300,19 @@ mod tests {
         fs::hard_link(tree.join("sub/file"), tree.join("second")).unwrap();
         symlink("../nowhere", tree.join("link")).unwrap();
         fs::write(tree.join("long").with_file_name("x".repeat(200)), b"").unwrap();
-        mknodat(CWD, tree.join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        mknodat(
+            CWD,
+            tree.join("fifo"),
+            FileType::Fifo,
+            Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
         let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
-        File::open(tree.join("sub")).unwrap().set_times(FileTimes::new().set_modified(old)).unwrap();
+        File::open(tree.join("sub"))
+            .unwrap()
+            .set_times(FileTimes::new().set_modified(old))
+            .unwrap();
 
         let to = tempfile::tempdir().unwrap();
         unpack(to.path(), &packed(&tree, false)[..]).unwrap();
@@ -263,10 +320,24 @@ mod tests {
         assert_eq!(fs::read(copy.join("sub/file")).unwrap(), b"content");
         let metadata = fs::metadata(copy.join("sub/file")).unwrap();
         assert_eq!(metadata.mode() & 0o7777, 0o4750);
-        assert_eq!(metadata.ino(), fs::metadata(copy.join("second")).unwrap().ino());
-        assert_eq!(fs::read_link(copy.join("link")).unwrap(), Path::new("../nowhere"));
-        assert!(fs::symlink_metadata(copy.join("fifo")).unwrap().file_type().is_fifo());
-        assert_eq!(fs::metadata(copy.join("sub")).unwrap().modified().unwrap(), old);
+        assert_eq!(
+            metadata.ino(),
+            fs::metadata(copy.join("second")).unwrap().ino()
+        );
+        assert_eq!(
+            fs::read_link(copy.join("link")).unwrap(),
+            Path::new("../nowhere")
+        );
+        assert!(
+            fs::symlink_metadata(copy.join("fifo"))
+                .unwrap()
+                .file_type()
+                .is_fifo()
+        );
+        assert_eq!(
+            fs::metadata(copy.join("sub")).unwrap().modified().unwrap(),
+            old
+        );
         assert!(copy.join("sub/empty").is_dir());
     }
 
@@ -300,13 +371,19 @@ mod tests {
 
         let to = tempfile::tempdir().unwrap();
         fs::create_dir(to.path().join("a")).unwrap();
-        assert_eq!(unpack(to.path(), &bytes[..]).unwrap_err().kind(), io::ErrorKind::IsADirectory);
+        assert_eq!(
+            unpack(to.path(), &bytes[..]).unwrap_err().kind(),
+            io::ErrorKind::IsADirectory
+        );
     }
 
     #[test]
     fn names_cannot_climb_out() {
         assert!(inside(Path::new("a/../../b")).is_err());
-        assert_eq!(inside(Path::new("/etc/x")).unwrap(), Some(PathBuf::from("etc/x")));
+        assert_eq!(
+            inside(Path::new("/etc/x")).unwrap(),
+            Some(PathBuf::from("etc/x"))
+        );
         assert_eq!(inside(Path::new("./")).unwrap(), None);
     }
 
@@ -314,8 +391,23 @@ mod tests {
     fn the_target_must_be_a_directory() {
         let to = tempfile::tempdir().unwrap();
         fs::write(to.path().join("f"), b"").unwrap();
-        assert_eq!(unpack(&to.path().join("f"), io::empty()).unwrap_err().kind(), io::ErrorKind::NotADirectory);
-        assert_eq!(unpack(&to.path().join("g"), io::empty()).unwrap_err().kind(), io::ErrorKind::NotFound);
-        assert_eq!(pack(&to.path().join("g"), false, io::sink()).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(
+            unpack(&to.path().join("f"), io::empty())
+                .unwrap_err()
+                .kind(),
+            io::ErrorKind::NotADirectory
+        );
+        assert_eq!(
+            unpack(&to.path().join("g"), io::empty())
+                .unwrap_err()
+                .kind(),
+            io::ErrorKind::NotFound
+        );
+        assert_eq!(
+            pack(&to.path().join("g"), false, io::sink())
+                .unwrap_err()
+                .kind(),
+            io::ErrorKind::NotFound
+        );
     }
 }
