@@ -99,7 +99,11 @@ struct Raw {
     #[serde(default, deserialize_with = "or_default")]
     config: RawConfig,
     rootfs: RawRootfs,
-    #[serde(default, deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "or_default",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     history: Vec<RawHistory>,
 }
 
@@ -112,17 +116,32 @@ struct RawConfig {
     cmd: Vec<String>,
     #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
     env: Vec<String>,
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    #[serde(
+        deserialize_with = "or_default",
+        skip_serializing_if = "String::is_empty"
+    )]
     user: String,
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    #[serde(
+        deserialize_with = "or_default",
+        skip_serializing_if = "String::is_empty"
+    )]
     working_dir: String,
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        deserialize_with = "or_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     labels: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_signal: Option<String>,
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        deserialize_with = "or_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     exposed_ports: BTreeMap<String, Empty>,
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        deserialize_with = "or_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     volumes: BTreeMap<String, Empty>,
 }
 
@@ -190,7 +209,11 @@ pub(crate) fn parse(reference: &str, bytes: &[u8], layers: usize) -> Result<Docu
         os: raw.os,
         variant: raw.variant.filter(|variant| !variant.is_empty()),
     };
-    Ok(Document { config, diff_ids: raw.rootfs.diff_ids, created: raw.created })
+    Ok(Document {
+        config,
+        diff_ids: raw.rootfs.diff_ids,
+        created: raw.created,
+    })
 }
 
 /// Writes the configuration document of an image with the given layers.
@@ -225,7 +248,10 @@ pub(crate) fn write(
             exposed_ports: set(&config.exposed_ports),
             volumes: set(&config.volumes),
         },
-        rootfs: RawRootfs { kind: "layers".to_owned(), diff_ids },
+        rootfs: RawRootfs {
+            kind: "layers".to_owned(),
+            diff_ids,
+        },
         history,
     };
     serde_json::to_vec(&raw)
@@ -253,7 +279,10 @@ mod tests {
         assert_eq!(document.config.stop_signal.as_deref(), Some("SIGINT"));
         assert_eq!(document.diff_ids, [digest]);
         let error = parse("x", text.as_bytes(), 2).unwrap_err().to_string();
-        assert_eq!(error, "invalid config of image \"x\": it lists 1 layers, the manifest 2");
+        assert_eq!(
+            error,
+            "invalid config of image \"x\": it lists 1 layers, the manifest 2"
+        );
     }
 
     #[test]
@@ -276,10 +305,21 @@ mod tests {
 
     #[test]
     fn another_architecture_is_named() {
-        let config = ImageConfig { os: "linux".into(), architecture: "s390x".into(), ..Default::default() };
-        let ours = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
+        let config = ImageConfig {
+            os: "linux".into(),
+            architecture: "s390x".into(),
+            ..Default::default()
+        };
+        let ours = Platform {
+            os: "linux".into(),
+            architecture: "amd64".into(),
+            variant: None,
+        };
         let error = config.check_platform("x", &ours).unwrap_err().to_string();
-        assert_eq!(error, "image \"x\" is not available for linux/amd64: it is for linux/s390x");
+        assert_eq!(
+            error,
+            "image \"x\" is not available for linux/amd64: it is for linux/s390x"
+        );
         ImageConfig::default().check_platform("x", &ours).unwrap();
     }
 }

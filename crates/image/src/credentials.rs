@@ -67,7 +67,9 @@ impl Credentials {
             Some(dir) => Some(PathBuf::from(dir)),
             None => std::env::home_dir().map(|home| home.join(".docker")),
         };
-        dir.map_or(Self(Kind::Anonymous), |dir| Self::docker_config(dir.join("config.json")))
+        dir.map_or(Self(Kind::Anonymous), |dir| {
+            Self::docker_config(dir.join("config.json"))
+        })
     }
 
     /// Those of a file like Docker's `config.json`, which may be missing.
@@ -98,9 +100,8 @@ impl Credentials {
                     registry: registry.to_owned(),
                     reason,
                 })?;
-                Ok(found.unwrap_or_else(|| {
-                    anonymous(&format!("{} has none for it", path.display()))
-                }))
+                Ok(found
+                    .unwrap_or_else(|| anonymous(&format!("{} has none for it", path.display()))))
             }
         }
     }
@@ -118,7 +119,10 @@ impl std::fmt::Debug for Credentials {
 
 fn basic(user: String, password: String, source: &str) -> Found {
     let description = format!("to the credentials of user \"{user}\" from {source}");
-    Found { auth: RegistryAuth::Basic(user, password), description }
+    Found {
+        auth: RegistryAuth::Basic(user, password),
+        description,
+    }
 }
 
 fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
@@ -137,37 +141,57 @@ fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
             return Ok(Some(found));
         }
     }
-    let Some(entry) = by_host(&config.auths, registry) else { return Ok(None) };
+    let Some(entry) = by_host(&config.auths, registry) else {
+        return Ok(None);
+    };
     let source = path.display().to_string();
     if !entry.registrytoken.is_empty() {
         let description = format!("to the token from {source}");
-        return Ok(Some(Found { auth: RegistryAuth::Bearer(entry.registrytoken.clone()), description }));
+        return Ok(Some(Found {
+            auth: RegistryAuth::Bearer(entry.registrytoken.clone()),
+            description,
+        }));
     }
     if !entry.identitytoken.is_empty() {
-        return Err(format!("not supported: identity token in {source} (log in with a password or access token)"));
+        return Err(format!(
+            "not supported: identity token in {source} (log in with a password or access token)"
+        ));
     }
     if entry.auth.is_empty() {
         let (user, password) = (entry.username.clone(), entry.password.clone());
         return Ok((!user.is_empty()).then(|| basic(user, password, &source)));
     }
-    let malformed = || format!("the \"auth\" of {registry} in {source} is not base64 of user:password");
-    let decoded = STANDARD.decode(entry.auth.trim()).map_err(|_| malformed())?;
+    let malformed =
+        || format!("the \"auth\" of {registry} in {source} is not base64 of user:password");
+    let decoded = STANDARD
+        .decode(entry.auth.trim())
+        .map_err(|_| malformed())?;
     let decoded = String::from_utf8(decoded).map_err(|_| malformed())?;
     let (user, password) = decoded.split_once(':').ok_or_else(malformed)?;
-    Ok(Some(basic(user.to_owned(), password.trim_end_matches('\0').to_owned(), &source)))
+    Ok(Some(basic(
+        user.to_owned(),
+        password.trim_end_matches('\0').to_owned(),
+        &source,
+    )))
 }
 
 /// Keys may be hosts, or URLs as old versions of Docker wrote them.
 fn by_host<'m, T>(map: &'m HashMap<String, T>, registry: &str) -> Option<&'m T> {
     let host = |key: &str| -> String {
-        let key = key.strip_prefix("https://").or(key.strip_prefix("http://")).unwrap_or(key);
+        let key = key
+            .strip_prefix("https://")
+            .or(key.strip_prefix("http://"))
+            .unwrap_or(key);
         match key.split('/').next().unwrap_or(key) {
             "index.docker.io" | "registry-1.docker.io" => "docker.io".to_owned(),
             host => host.to_owned(),
         }
     };
-    map.get(registry)
-        .or_else(|| map.iter().find(|(key, _)| host(key) == registry).map(|(_, value)| value))
+    map.get(registry).or_else(|| {
+        map.iter()
+            .find(|(key, _)| host(key) == registry)
+            .map(|(_, value)| value)
+    })
 }
 
 /// Runs `docker-credential-NAME get`.
@@ -176,7 +200,11 @@ fn ask_helper(name: &str, registry: &str) -> Result<Option<Found>, String> {
     if name.contains('/') {
         return Err(format!("\"{name}\" is no name of a credential helper"));
     }
-    let server = if registry == "docker.io" { DOCKER_HUB } else { registry };
+    let server = if registry == "docker.io" {
+        DOCKER_HUB
+    } else {
+        registry
+    };
     let failed = |error: std::io::Error| format!("{program}: {error}");
     let mut child = Command::new(&program)
         .arg("get")
@@ -232,29 +260,64 @@ mod tests {
             "https://index.docker.io/v1/":{"auth":"dXNlcjpwYXNzOndvcmQ="},
             "localhost:5000":{"username":"a","password":"b"},
             "http://old.example/v2/":{"username":"c","password":"d"}}}"#;
-        assert_eq!(user(&find(config, "docker.io").unwrap()), Some(("user", "pass:word")));
-        assert_eq!(user(&find(config, "localhost:5000").unwrap()), Some(("a", "b")));
-        assert_eq!(user(&find(config, "old.example").unwrap()), Some(("c", "d")));
-        assert_eq!(find(config, "ghcr.io").unwrap().auth, RegistryAuth::Anonymous);
-        assert!(find(config, "docker.io").unwrap().description.contains("\"user\""));
+        assert_eq!(
+            user(&find(config, "docker.io").unwrap()),
+            Some(("user", "pass:word"))
+        );
+        assert_eq!(
+            user(&find(config, "localhost:5000").unwrap()),
+            Some(("a", "b"))
+        );
+        assert_eq!(
+            user(&find(config, "old.example").unwrap()),
+            Some(("c", "d"))
+        );
+        assert_eq!(
+            find(config, "ghcr.io").unwrap().auth,
+            RegistryAuth::Anonymous
+        );
+        assert!(
+            find(config, "docker.io")
+                .unwrap()
+                .description
+                .contains("\"user\"")
+        );
     }
 
     #[test]
     fn missing_and_broken_files() {
-        let missing = Credentials::docker_config("/nonexistent/config.json").find("x.org").unwrap();
+        let missing = Credentials::docker_config("/nonexistent/config.json")
+            .find("x.org")
+            .unwrap();
         assert_eq!(missing.auth, RegistryAuth::Anonymous);
-        for broken in ["{", r#"{"auths":{"x.org":{"auth":"%%%"}}}"#, r#"{"auths":{"x.org":{"auth":"eA=="}}}"#] {
-            assert!(matches!(find(broken, "x.org"), Err(Error::Credentials { .. })), "{broken}");
+        for broken in [
+            "{",
+            r#"{"auths":{"x.org":{"auth":"%%%"}}}"#,
+            r#"{"auths":{"x.org":{"auth":"eA=="}}}"#,
+        ] {
+            assert!(
+                matches!(find(broken, "x.org"), Err(Error::Credentials { .. })),
+                "{broken}"
+            );
         }
         let token = r#"{"auths":{"x.org":{"auth":"","identitytoken":"t"}}}"#;
-        assert!(find(token, "x.org").err().unwrap().to_string().contains("not supported"));
+        assert!(
+            find(token, "x.org")
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("not supported")
+        );
     }
 
     #[test]
     fn a_missing_helper_is_named() {
         let config = r#"{"credHelpers":{"x.org":"hull-test-missing"}}"#;
         let error = find(config, "x.org").err().unwrap().to_string();
-        assert!(error.contains("docker-credential-hull-test-missing"), "{error}");
+        assert!(
+            error.contains("docker-credential-hull-test-missing"),
+            "{error}"
+        );
         assert!(find(config, "y.org").is_ok());
         assert!(find(r#"{"credsStore":"../x"}"#, "y.org").is_err());
     }

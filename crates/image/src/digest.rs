@@ -122,7 +122,10 @@ pub(crate) struct Hasher {
 
 impl Hasher {
     pub(crate) fn new() -> Self {
-        Self { state: sha2::Sha256::new(), length: 0 }
+        Self {
+            state: sha2::Sha256::new(),
+            length: 0,
+        }
     }
 
     pub(crate) fn update(&mut self, bytes: &[u8]) {
@@ -147,7 +150,10 @@ pub(crate) struct HashingReader<R> {
 
 impl<R: Read> HashingReader<R> {
     pub(crate) fn new(inner: R) -> Self {
-        Self { inner, hasher: Hasher::new() }
+        Self {
+            inner,
+            hasher: Hasher::new(),
+        }
     }
 
     pub(crate) fn length(&self) -> u64 {
@@ -189,9 +195,21 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_digest() {
-        assert!(matches!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm(name)) if name == "sha512"));
-        for bad in ["", "sha256", "sha256:", "sha256:xyz", ":00", "sha256:../../../../etc/passwd"] {
-            assert!(matches!(bad.parse::<Digest>(), Err(DigestError::Malformed(_))), "{bad}");
+        assert!(
+            matches!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm(name)) if name == "sha512")
+        );
+        for bad in [
+            "",
+            "sha256",
+            "sha256:",
+            "sha256:xyz",
+            ":00",
+            "sha256:../../../../etc/passwd",
+        ] {
+            assert!(
+                matches!(bad.parse::<Digest>(), Err(DigestError::Malformed(_))),
+                "{bad}"
+            );
         }
         let upper = format!("sha256:{}", "A".repeat(64));
         assert!(upper.parse::<Digest>().is_err());

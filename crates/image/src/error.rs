@@ -44,7 +44,9 @@ pub enum Error {
         local: &'static str,
     },
     /// The registry wants other credentials.
-    #[error("image \"{reference}\" may not be pulled: registry {registry} answered {status} {credentials}")]
+    #[error(
+        "image \"{reference}\" may not be pulled: registry {registry} answered {status} {credentials}"
+    )]
     Unauthorized {
         /// As written.
         reference: String,
@@ -56,7 +58,9 @@ pub enum Error {
         credentials: String,
     },
     /// The registry cannot be reached.
-    #[error("image \"{reference}\" cannot be pulled: registry {registry} cannot be reached: {reason}")]
+    #[error(
+        "image \"{reference}\" cannot be pulled: registry {registry} cannot be reached: {reason}"
+    )]
     Unreachable {
         /// As written.
         reference: String,
@@ -84,7 +88,9 @@ pub enum Error {
         reason: String,
     },
     /// Content is not what its digest says.
-    #[error("{what} of image \"{reference}\" is corrupt: expected digest {expected}, its content has {actual}")]
+    #[error(
+        "{what} of image \"{reference}\" is corrupt: expected digest {expected}, its content has {actual}"
+    )]
     WrongDigest {
         /// As written.
         reference: String,
@@ -110,7 +116,10 @@ pub enum Error {
         actual: u64,
     },
     /// The image exists, but not for this machine.
-    #[error("image \"{reference}\" is not available for {wanted}: it is for {}", list(available))]
+    #[error(
+        "image \"{reference}\" is not available for {wanted}: it is for {}",
+        list(available)
+    )]
     WrongPlatform {
         /// As written.
         reference: String,
@@ -238,9 +247,11 @@ impl Error {
             Self::WrongDigest { .. } | Self::Truncated { .. } => {
                 "the image is damaged where it comes from: push or build it again".to_owned()
             }
-            Self::WrongPlatform { .. } => "hull run --machine qemu runs only this machine's architecture; \
+            Self::WrongPlatform { .. } => {
+                "hull run --machine qemu runs only this machine's architecture; \
                  build the image for it"
-                .to_owned(),
+                    .to_owned()
+            }
             Self::AmbiguousId { .. } => "give more digits of the id".to_owned(),
             Self::InUse { containers, .. } => {
                 format!("hull rm {}, or hull image rm -f", containers.join(" "))
@@ -259,20 +270,35 @@ impl Error {
         matches!(self, Self::NotFound { .. } | Self::NotInRegistry { .. })
     }
 
-    pub(crate) fn io(doing: &'static str, path: impl AsRef<Path>, source: impl Into<io::Error>) -> Self {
+    pub(crate) fn io(
+        doing: &'static str,
+        path: impl AsRef<Path>,
+        source: impl Into<io::Error>,
+    ) -> Self {
         let (source, path) = (source.into(), path.as_ref().to_owned());
         match is_full(&source) {
             true => Self::NoSpace { doing, path },
-            false => Self::Io { doing, path, source },
+            false => Self::Io {
+                doing,
+                path,
+                source,
+            },
         }
     }
 }
 
 /// Whether the disk (or the quota on it) is exhausted.
 pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn list(items: &[String]) -> String {
-    if items.is_empty() { "nothing known".to_owned() } else { items.join(", ") }
+    if items.is_empty() {
+        "nothing known".to_owned()
+    } else {
+        items.join(", ")
+    }
 }

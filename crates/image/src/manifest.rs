@@ -48,7 +48,11 @@ impl Platform {
             "powerpc64" => "ppc64le",
             other => other,
         };
-        Self { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: None }
+        Self {
+            os: "linux".to_owned(),
+            architecture: architecture.to_owned(),
+            variant: None,
+        }
     }
 
     /// How well an image for `other` runs here: `None` not at all, else lower is better.
@@ -61,7 +65,10 @@ impl Platform {
             "arm64" => "v8",
             _ => "",
         };
-        match (other.variant.as_deref().unwrap_or(""), self.variant.as_deref()) {
+        match (
+            other.variant.as_deref().unwrap_or(""),
+            self.variant.as_deref(),
+        ) {
             (variant, Some(wanted)) if variant == wanted => Some(0),
             ("", _) => Some(1),
             (variant, _) if variant == baseline => Some(1),
@@ -138,7 +145,10 @@ pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
         what,
         reason: error.to_string(),
     };
-    let unsupported = |what: String| Error::Unsupported { reference: reference.to_owned(), what };
+    let unsupported = |what: String| Error::Unsupported {
+        reference: reference.to_owned(),
+        what,
+    };
     let shape: Shape = serde_json::from_slice(bytes).map_err(|error| invalid("manifest", error))?;
     if shape.schema_version == 1 || shape.fs_layers.is_some() {
         return Err(unsupported(
@@ -158,22 +168,37 @@ pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
         }
         other => return Err(unsupported(format!("manifest of media type {other}"))),
     }
-    serde_json::from_slice(bytes).map(Document::Index).map_err(|error| invalid("index", error))
+    serde_json::from_slice(bytes)
+        .map(Document::Index)
+        .map_err(|error| invalid("index", error))
 }
 
 impl Manifest {
     fn check(&self, reference: &str) -> Result<()> {
-        let unsupported = |what: String| Error::Unsupported { reference: reference.to_owned(), what };
+        let unsupported = |what: String| Error::Unsupported {
+            reference: reference.to_owned(),
+            what,
+        };
         if self.layers.len() > MAX_LAYERS {
-            return Err(unsupported(format!("{} layers (at most {MAX_LAYERS})", self.layers.len())));
+            return Err(unsupported(format!(
+                "{} layers (at most {MAX_LAYERS})",
+                self.layers.len()
+            )));
         }
         match self.config.media_type.as_str() {
             OCI_CONFIG | DOCKER_CONFIG | "" => {}
-            other => return Err(unsupported(format!("artifact of media type {other}, not an image"))),
+            other => {
+                return Err(unsupported(format!(
+                    "artifact of media type {other}, not an image"
+                )));
+            }
         }
         for layer in &self.layers {
             if !is_layer(&layer.media_type) {
-                return Err(unsupported(format!("layer of media type {}", layer.media_type)));
+                return Err(unsupported(format!(
+                    "layer of media type {}",
+                    layer.media_type
+                )));
             }
         }
         Ok(())
@@ -203,10 +228,16 @@ impl Index {
     pub(crate) fn choose(&self, reference: &str, platform: &Platform) -> Result<&Descriptor> {
         // Attestations and the like stand in lists as images for the platform "unknown".
         let images = self.manifests.iter().filter(|entry| {
-            matches!(entry.media_type.as_str(), "" | OCI_MANIFEST | DOCKER_MANIFEST | OCI_INDEX | DOCKER_LIST)
+            matches!(
+                entry.media_type.as_str(),
+                "" | OCI_MANIFEST | DOCKER_MANIFEST | OCI_INDEX | DOCKER_LIST
+            )
         });
         let known = images.filter(|entry| {
-            entry.platform.as_ref().is_none_or(|platform| platform.architecture != "unknown")
+            entry
+                .platform
+                .as_ref()
+                .is_none_or(|platform| platform.architecture != "unknown")
         });
         let mut best: Option<(u32, &Descriptor)> = None;
         let mut available = Vec::new();
@@ -228,11 +259,12 @@ impl Index {
                 }
             }
         }
-        best.map(|(_, entry)| entry).ok_or_else(|| Error::WrongPlatform {
-            reference: reference.to_owned(),
-            wanted: platform.to_string(),
-            available,
-        })
+        best.map(|(_, entry)| entry)
+            .ok_or_else(|| Error::WrongPlatform {
+                reference: reference.to_owned(),
+                wanted: platform.to_string(),
+                available,
+            })
     }
 }
 
@@ -256,7 +288,11 @@ mod tests {
     }
 
     fn amd64() -> Platform {
-        Platform { os: "linux".to_owned(), architecture: "amd64".to_owned(), variant: None }
+        Platform {
+            os: "linux".to_owned(),
+            architecture: "amd64".to_owned(),
+            variant: None,
+        }
     }
 
     #[test]
@@ -269,8 +305,14 @@ mod tests {
                 entry("linux", "amd64", None, "plain"),
             ],
         };
-        assert_eq!(index.choose("x", &amd64()).unwrap().digest, Digest::of(b"plain"));
-        let v3 = Platform { variant: Some("v3".to_owned()), ..amd64() };
+        assert_eq!(
+            index.choose("x", &amd64()).unwrap().digest,
+            Digest::of(b"plain")
+        );
+        let v3 = Platform {
+            variant: Some("v3".to_owned()),
+            ..amd64()
+        };
         assert_eq!(index.choose("x", &v3).unwrap().digest, Digest::of(b"v3"));
     }
 
@@ -293,18 +335,42 @@ mod tests {
     #[test]
     fn schema_1_and_artifacts_are_refused_by_name() {
         let old = br#"{"schemaVersion":1,"name":"x","fsLayers":[]}"#;
-        assert!(parse("x", old).err().unwrap().to_string().contains("schema 1"));
+        assert!(
+            parse("x", old)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("schema 1")
+        );
         let digest = Digest::of(b"");
         let chart = format!(
             r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.cncf.helm.config.v1+json",
                 "digest":"{digest}","size":0}},"layers":[]}}"#
         );
-        assert!(parse("x", chart.as_bytes()).err().unwrap().to_string().contains("helm"));
+        assert!(
+            parse("x", chart.as_bytes())
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("helm")
+        );
         let odd = format!(
             r#"{{"schemaVersion":2,"config":{{"digest":"{digest}","size":0}},
                 "layers":[{{"mediaType":"application/x-foo","digest":"{digest}","size":1}}]}}"#
         );
-        assert!(parse("x", odd.as_bytes()).err().unwrap().to_string().contains("x-foo"));
-        assert!(parse("x", b"{").err().unwrap().to_string().contains("invalid manifest"));
+        assert!(
+            parse("x", odd.as_bytes())
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("x-foo")
+        );
+        assert!(
+            parse("x", b"{")
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("invalid manifest")
+        );
     }
 }

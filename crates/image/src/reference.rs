@@ -106,7 +106,9 @@ impl RegistryReference {
             None => self.registry.split(':').next().unwrap_or(&self.registry),
         };
         host == "localhost"
-            || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+            || host
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|address| address.is_loopback())
     }
 
     /// What the user wrote.
@@ -143,17 +145,28 @@ impl FromStr for Reference {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let invalid = |reason: String| Error::InvalidReference { reference: text.to_owned(), reason };
+        let invalid = |reason: String| Error::InvalidReference {
+            reference: text.to_owned(),
+            reason,
+        };
         if let Some(rest) = text.strip_prefix("rootfs:") {
-            return Ok(Self::Rootfs { dir: absolute(rest).map_err(invalid)? });
+            return Ok(Self::Rootfs {
+                dir: absolute(rest).map_err(invalid)?,
+            });
         }
         if let Some(rest) = text.strip_prefix("oci:") {
             let (dir, tag) = split_path(rest);
-            return Ok(Self::OciLayout { dir: absolute(dir).map_err(invalid)?, tag });
+            return Ok(Self::OciLayout {
+                dir: absolute(dir).map_err(invalid)?,
+                tag,
+            });
         }
         if let Some(rest) = text.strip_prefix("docker-archive:") {
             let (file, tag) = split_path(rest);
-            return Ok(Self::DockerArchive { file: absolute(file).map_err(invalid)?, tag });
+            return Ok(Self::DockerArchive {
+                file: absolute(file).map_err(invalid)?,
+                tag,
+            });
         }
         if let Some(digest) = Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)) {
             return Ok(Self::Id(digest));
@@ -199,9 +212,14 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
         return Err("it is empty".to_owned());
     }
     let (rest, digest) = match text.split_once('@') {
-        Some((rest, digest)) => {
-            (rest, Some(digest.parse::<Digest>().map_err(|error| error.to_string())?))
-        }
+        Some((rest, digest)) => (
+            rest,
+            Some(
+                digest
+                    .parse::<Digest>()
+                    .map_err(|error| error.to_string())?,
+            ),
+        ),
         None => (text, None),
     };
     // A colon behind the last slash begins a tag; one before it belongs to a port.
@@ -220,7 +238,11 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
     };
     let (registry, path) = match registry.as_str() {
         "docker.io" | "index.docker.io" | "registry-1.docker.io" => {
-            let path = if path.contains('/') { path } else { format!("library/{path}") };
+            let path = if path.contains('/') {
+                path
+            } else {
+                format!("library/{path}")
+            };
             (DEFAULT_REGISTRY.to_owned(), path)
         }
         _ => (registry, path),
@@ -235,7 +257,12 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
         (None, Some(tag)) => Version::Tag(tag.to_owned()),
         (None, None) => Version::Tag("latest".to_owned()),
     };
-    Ok(RegistryReference { registry, repository: path, version, written: text.to_owned() })
+    Ok(RegistryReference {
+        registry,
+        repository: path,
+        version,
+        written: text.to_owned(),
+    })
 }
 
 /// Docker's rule: the first part is a host when it has a dot or a colon, is `localhost`, or has capitals.
@@ -248,8 +275,9 @@ fn is_host(part: &str) -> bool {
 fn check_host(host: &str) -> Result<(), String> {
     let (name, port) = match host.strip_prefix('[') {
         Some(rest) => {
-            let (address, after) =
-                rest.split_once(']').ok_or_else(|| format!("\"{host}\" lacks a closing bracket"))?;
+            let (address, after) = rest
+                .split_once(']')
+                .ok_or_else(|| format!("\"{host}\" lacks a closing bracket"))?;
             if address.parse::<std::net::Ipv6Addr>().is_err() {
                 return Err(format!("\"{address}\" is no IPv6 address"));
             }
@@ -266,7 +294,9 @@ fn check_host(host: &str) -> Result<(), String> {
     if !host.starts_with('[') {
         let label_ok = |label: &str| {
             !label.is_empty()
-                && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+                && label
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
                 && !label.starts_with('-')
                 && !label.ends_with('-')
         };
@@ -309,8 +339,14 @@ fn check_tag(tag: &str) -> Result<(), String> {
     let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     let valid = tag.len() <= 128
         && tag.bytes().next().is_some_and(word)
-        && tag.bytes().all(|byte| word(byte) || byte == b'.' || byte == b'-');
-    if valid { Ok(()) } else { Err(format!("\"{tag}\" is no tag")) }
+        && tag
+            .bytes()
+            .all(|byte| word(byte) || byte == b'.' || byte == b'-');
+    if valid {
+        Ok(())
+    } else {
+        Err(format!("\"{tag}\" is no tag"))
+    }
 }
 
 #[cfg(test)]
@@ -325,29 +361,50 @@ mod tests {
             ("busybox", "docker.io/library/busybox:latest".to_owned()),
             ("busybox:1.36", "docker.io/library/busybox:1.36".to_owned()),
             ("user/tool", "docker.io/user/tool:latest".to_owned()),
-            ("docker.io/busybox", "docker.io/library/busybox:latest".to_owned()),
+            (
+                "docker.io/busybox",
+                "docker.io/library/busybox:latest".to_owned(),
+            ),
             ("index.docker.io/a/b", "docker.io/a/b:latest".to_owned()),
             ("localhost/foo", "localhost/foo:latest".to_owned()),
-            ("localhost:5000/foo/bar:v1", "localhost:5000/foo/bar:v1".to_owned()),
+            (
+                "localhost:5000/foo/bar:v1",
+                "localhost:5000/foo/bar:v1".to_owned(),
+            ),
             ("127.0.0.1:5000/foo", "127.0.0.1:5000/foo:latest".to_owned()),
             ("[::1]:5000/foo", "[::1]:5000/foo:latest".to_owned()),
             ("[::1]/foo:x", "[::1]/foo:x".to_owned()),
-            ("ghcr.io/a/b__c-d.e/f--g", "ghcr.io/a/b__c-d.e/f--g:latest".to_owned()),
-            (&format!("quay.io/x/y@{digest}"), format!("quay.io/x/y@{digest}")),
-            (&format!("quay.io/x/y:tag@{digest}"), format!("quay.io/x/y@{digest}")),
+            (
+                "ghcr.io/a/b__c-d.e/f--g",
+                "ghcr.io/a/b__c-d.e/f--g:latest".to_owned(),
+            ),
+            (
+                &format!("quay.io/x/y@{digest}"),
+                format!("quay.io/x/y@{digest}"),
+            ),
+            (
+                &format!("quay.io/x/y:tag@{digest}"),
+                format!("quay.io/x/y@{digest}"),
+            ),
         ] {
             let reference: Reference = written.parse().unwrap();
             assert_eq!(reference.to_string(), full, "{written}");
             assert_eq!(reference.written(), written);
-            assert_eq!(full.parse::<Reference>().unwrap().to_string(), full, "stable");
+            assert_eq!(
+                full.parse::<Reference>().unwrap().to_string(),
+                full,
+                "stable"
+            );
         }
     }
 
     #[test]
     fn familiar_names_leave_the_defaults_out() {
-        for (written, familiar) in
-            [("busybox", "busybox:latest"), ("user/tool:1", "user/tool:1"), ("ghcr.io/a/b", "ghcr.io/a/b:latest")]
-        {
+        for (written, familiar) in [
+            ("busybox", "busybox:latest"),
+            ("user/tool:1", "user/tool:1"),
+            ("ghcr.io/a/b", "ghcr.io/a/b:latest"),
+        ] {
             assert_eq!(written.parse::<Reference>().unwrap().familiar(), familiar);
         }
     }
@@ -389,7 +446,9 @@ mod tests {
             ("localhost.org/a", false),
             ("a", false),
         ] {
-            let Reference::Registry(reference) = name.parse().unwrap() else { panic!() };
+            let Reference::Registry(reference) = name.parse().unwrap() else {
+                panic!()
+            };
             assert_eq!(reference.is_local(), local, "{name}");
         }
     }
@@ -398,19 +457,43 @@ mod tests {
     fn whole_ids() {
         let id = Digest::of(b"x");
         assert_eq!(id.hex().parse::<Reference>().unwrap(), Reference::Id(id));
-        assert_eq!(id.to_string().parse::<Reference>().unwrap(), Reference::Id(id));
-        assert!(matches!(id.short().parse::<Reference>().unwrap(), Reference::Registry(_)));
+        assert_eq!(
+            id.to_string().parse::<Reference>().unwrap(),
+            Reference::Id(id)
+        );
+        assert!(matches!(
+            id.short().parse::<Reference>().unwrap(),
+            Reference::Registry(_)
+        ));
     }
 
     #[test]
     fn paths_and_their_tags() {
         let parse = |text: &str| text.parse::<Reference>().unwrap();
-        assert_eq!(parse("rootfs:/a/b"), Reference::Rootfs { dir: "/a/b".into() });
-        assert_eq!(parse("oci:/x/y:v1"), Reference::OciLayout { dir: "/x/y".into(), tag: Some("v1".into()) });
-        assert_eq!(parse("oci:/x/./y"), Reference::OciLayout { dir: "/x/y".into(), tag: None });
+        assert_eq!(
+            parse("rootfs:/a/b"),
+            Reference::Rootfs { dir: "/a/b".into() }
+        );
+        assert_eq!(
+            parse("oci:/x/y:v1"),
+            Reference::OciLayout {
+                dir: "/x/y".into(),
+                tag: Some("v1".into())
+            }
+        );
+        assert_eq!(
+            parse("oci:/x/./y"),
+            Reference::OciLayout {
+                dir: "/x/y".into(),
+                tag: None
+            }
+        );
         assert_eq!(
             parse("docker-archive:/x.tar:foo:1"),
-            Reference::DockerArchive { file: "/x.tar".into(), tag: Some("foo:1".into()) }
+            Reference::DockerArchive {
+                file: "/x.tar".into(),
+                tag: Some("foo:1".into())
+            }
         );
         assert!("rootfs:".parse::<Reference>().is_err());
         let dir = tempfile::tempdir().unwrap();
@@ -418,7 +501,10 @@ mod tests {
         std::fs::create_dir(&odd).unwrap();
         assert_eq!(
             parse(&format!("oci:{}", odd.display())),
-            Reference::OciLayout { dir: odd, tag: None }
+            Reference::OciLayout {
+                dir: odd,
+                tag: None
+            }
         );
     }
 }

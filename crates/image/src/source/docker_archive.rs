@@ -57,7 +57,10 @@ pub(crate) fn resolve(
     progress: &dyn Progress,
 ) -> Result<Image> {
     let written = reference.written();
-    let failed = |reason: String| Error::Source { reference: written.clone(), reason };
+    let failed = |reason: String| Error::Source {
+        reference: written.clone(),
+        reason,
+    };
     let file = File::open(path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
     let stamp = Stamp::of(&file).map_err(|error| failed(format!("{}: {error}", path.display())))?;
     let key = reference.to_string();
@@ -72,26 +75,54 @@ pub(crate) fn resolve(
     let _work = store.begin_work()?;
     let archive = Archive::open(&written, store, file)?;
     let saved = archive.find(tag)?;
-    progress.event(Event::Started { reference: &written, layers: saved.layers.len() });
+    progress.event(Event::Started {
+        reference: &written,
+        layers: saved.layers.len(),
+    });
     let config = archive.document(&saved.config)?;
     let document = config::parse(&written, &config, saved.layers.len())?;
-    let members: Vec<Member> =
-        saved.layers.iter().map(|layer| archive.member(layer)).collect::<Result<_>>()?;
+    let members: Vec<Member> = saved
+        .layers
+        .iter()
+        .map(|layer| archive.member(layer))
+        .collect::<Result<_>>()?;
     let manifest = synthesize(&config, &document.diff_ids, &members)
         .map_err(|error| failed(error.to_string()))?;
-    let named = Named { manifest: Digest::of(&manifest), index: None, stamp: Some(stamp) };
+    let named = Named {
+        manifest: Digest::of(&manifest),
+        index: None,
+        stamp: Some(stamp),
+    };
     let layers = document
         .diff_ids
         .iter()
-        .map(|&diff_id| PlannedLayer { digest: diff_id, diff_id })
+        .map(|&diff_id| PlannedLayer {
+            digest: diff_id,
+            diff_id,
+        })
         .collect();
-    let plan = Plan { written: written.clone(), name: Some(key), named, manifest, config, layers };
+    let plan = Plan {
+        written: written.clone(),
+        name: Some(key),
+        named,
+        manifest,
+        config,
+        layers,
+    };
     let mut open = |index: usize| {
         let Member { offset, size } = members[index];
-        let mut file = archive.file.try_clone().map_err(|error| failed(error.to_string()))?;
-        file.seek(SeekFrom::Start(offset)).map_err(|error| failed(error.to_string()))?;
+        let mut file = archive
+            .file
+            .try_clone()
+            .map_err(|error| failed(error.to_string()))?;
+        file.seek(SeekFrom::Start(offset))
+            .map_err(|error| failed(error.to_string()))?;
         // The bytes may be compressed, and only the digest of what is in them is known.
-        Ok(LayerStream { reader: Box::new(file.take(size)), digest: None, size: Some(size) })
+        Ok(LayerStream {
+            reader: Box::new(file.take(size)),
+            digest: None,
+            size: Some(size),
+        })
     };
     store.install(&plan, &mut open, progress)
 }
@@ -124,7 +155,10 @@ fn synthesize(
 
 impl<'a> Archive<'a> {
     fn open(written: &'a str, store: &Store, file: File) -> Result<Self> {
-        let failed = |reason: String| Error::Source { reference: written.to_owned(), reason };
+        let failed = |reason: String| Error::Source {
+            reference: written.to_owned(),
+            reason,
+        };
         let mut file = plain(written, store, file)?;
         let (mut members, mut links) = (HashMap::new(), HashMap::new());
         let mut reader = TarReader::new(&mut file);
@@ -132,10 +166,20 @@ impl<'a> Archive<'a> {
             if members.len() + links.len() >= MAX_MEMBERS {
                 return Err(failed(format!("it has more than {MAX_MEMBERS} members")));
             }
-            let name = entry.path.strip_prefix(b"./").unwrap_or(&entry.path).to_vec();
+            let name = entry
+                .path
+                .strip_prefix(b"./")
+                .unwrap_or(&entry.path)
+                .to_vec();
             match entry.kind {
                 Kind::File => {
-                    members.insert(name, Member { offset: reader.position(), size: entry.stored });
+                    members.insert(
+                        name,
+                        Member {
+                            offset: reader.position(),
+                            size: entry.stored,
+                        },
+                    );
                     // Not read but skipped; whether it is all there shows when it is read.
                     let unread = i64::try_from(reader.unread()).unwrap_or(i64::MAX);
                     reader
@@ -155,18 +199,29 @@ impl<'a> Archive<'a> {
                 _ => {}
             }
         }
-        Ok(Self { written, file, members, links })
+        Ok(Self {
+            written,
+            file,
+            members,
+            links,
+        })
     }
 
     fn failed(&self, reason: String) -> Error {
-        Error::Source { reference: self.written.to_owned(), reason }
+        Error::Source {
+            reference: self.written.to_owned(),
+            reason,
+        }
     }
 
     fn member(&self, name: &str) -> Result<Member> {
         let name = normalize(name.as_bytes());
         let target = self.links.get(&name).unwrap_or(&name);
         self.members.get(target).copied().ok_or_else(|| {
-            self.failed(format!("it has no member {}", String::from_utf8_lossy(target)))
+            self.failed(format!(
+                "it has no member {}",
+                String::from_utf8_lossy(target)
+            ))
         })
     }
 
@@ -205,9 +260,10 @@ impl<'a> Archive<'a> {
                 "it holds {count} images; name one by its tag: {}",
                 all.join(", ")
             ))),
-            (None, _, Some(tag)) => {
-                Err(self.failed(format!("it has no tag \"{tag}\", it has: {}", all.join(", "))))
-            }
+            (None, _, Some(tag)) => Err(self.failed(format!(
+                "it has no tag \"{tag}\", it has: {}",
+                all.join(", ")
+            ))),
             (None, _, None) => Err(self.failed("it holds no image".to_owned())),
         }
     }
@@ -215,7 +271,10 @@ impl<'a> Archive<'a> {
 
 /// Whether what the user wrote means the name in the archive: the same name, or only its tag.
 fn same_name(known: &str, wanted: &str) -> bool {
-    let full = |name: &str| name.parse::<Reference>().map(|reference| reference.to_string());
+    let full = |name: &str| {
+        name.parse::<Reference>()
+            .map(|reference| reference.to_string())
+    };
     known == wanted
         || matches!((full(known), full(wanted)), (Ok(a), Ok(b)) if a == b)
         || known.rsplit_once(':').is_some_and(|(_, tag)| tag == wanted)
@@ -238,7 +297,10 @@ fn normalize(name: &[u8]) -> Vec<u8> {
 
 /// The archive itself, or what is in it when it is compressed.
 fn plain(written: &str, store: &Store, mut file: File) -> Result<File> {
-    let failed = |reason: String| Error::Source { reference: written.to_owned(), reason };
+    let failed = |reason: String| Error::Source {
+        reference: written.to_owned(),
+        reason,
+    };
     let mut start = [0; 4];
     let read = std::os::unix::fs::FileExt::read_at(&file, &mut start, 0)
         .map_err(|error| failed(error.to_string()))?;

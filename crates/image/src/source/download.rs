@@ -52,7 +52,12 @@ pub(super) async fn layer(
     planned: &PlannedLayer,
     progress: &dyn Progress,
 ) -> Result<()> {
-    let report = |state| progress.event(Event::Layer { digest: &descriptor.digest, state });
+    let report = |state| {
+        progress.event(Event::Layer {
+            digest: &descriptor.digest,
+            state,
+        })
+    };
     let blob = store.blob_path(&descriptor.digest);
     let path = blob.with_added_extension("part");
     let file = loop {
@@ -68,14 +73,21 @@ pub(super) async fn layer(
             break file;
         }
     };
-    let mut part = Part { file, path, hasher: Hasher::new() };
+    let mut part = Part {
+        file,
+        path,
+        hasher: Hasher::new(),
+    };
     if blob.exists() {
         return part.discard();
     }
     part.read_start(descriptor.size)?;
     let fetched = part.fetch(session, descriptor, &report).await;
     if let Err(error) = fetched {
-        if matches!(error, Error::NoSpace { .. } | Error::WrongDigest { .. } | Error::Truncated { .. }) {
+        if matches!(
+            error,
+            Error::NoSpace { .. } | Error::WrongDigest { .. } | Error::Truncated { .. }
+        ) {
             part.discard()?;
         }
         return Err(error);
@@ -186,7 +198,12 @@ impl Part {
             return Box::pin(self.fetch(session, descriptor, report)).await;
         }
         let (what, expected) = ("layer", descriptor.digest);
-        Err(Error::WrongDigest { reference: reference(), what, expected, actual })
+        Err(Error::WrongDigest {
+            reference: reference(),
+            what,
+            expected,
+            actual,
+        })
     }
 
     /// One request, from where the archive ends.
@@ -209,7 +226,9 @@ impl Part {
                 self.restart()?;
                 stream.stream
             }
-            Err(OciDistributionError::ServerError { code: 416, .. }) => return Ok(Ended::NothingLeft),
+            Err(OciDistributionError::ServerError { code: 416, .. }) => {
+                return Ok(Ended::NothingLeft);
+            }
             Err(error) => {
                 let lasting = !matches!(
                     &error,
@@ -217,7 +236,11 @@ impl Part {
                         | OciDistributionError::ServerError { code: 500.. | 429, .. }
                 );
                 let error = session.error("layer", error);
-                return if lasting { Err(error) } else { Ok(Ended::Broken(error)) };
+                return if lasting {
+                    Err(error)
+                } else {
+                    Ok(Ended::Broken(error))
+                };
             }
         };
         while let Some(chunk) = stream.next().await {
@@ -234,12 +257,18 @@ impl Part {
                 return Err(Error::Invalid {
                     reference: session.name.written().to_owned(),
                     what: "layer",
-                    reason: format!("{digest} is longer than the {} bytes announced", descriptor.size),
+                    reason: format!(
+                        "{digest} is longer than the {} bytes announced",
+                        descriptor.size
+                    ),
                 });
             }
             self.file.write_all(&chunk).map_err(self.io("write"))?;
             self.hasher.update(&chunk);
-            report(LayerState::Downloading { done: self.hasher.length(), total: descriptor.size });
+            report(LayerState::Downloading {
+                done: self.hasher.length(),
+                total: descriptor.size,
+            });
         }
         Ok(Ended::Complete)
     }
@@ -248,7 +277,9 @@ impl Part {
         self.file.sync_all().map_err(self.io("flush"))?;
         std::fs::rename(&self.path, blob).map_err(self.io("complete"))?;
         match blob.parent() {
-            Some(dir) => crate::unpack::fs::sync_dir(dir).map_err(|error| Error::io("flush", dir, error)),
+            Some(dir) => {
+                crate::unpack::fs::sync_dir(dir).map_err(|error| Error::io("flush", dir, error))
+            }
             None => Ok(()),
         }
     }

@@ -33,11 +33,18 @@ pub(crate) fn resolve(
     progress: &dyn Progress,
 ) -> Result<Image> {
     let written = reference.written();
-    let layout = Layout { written: &written, dir };
+    let layout = Layout {
+        written: &written,
+        dir,
+    };
     let top = layout.find(tag)?;
     let (digest, bytes, manifest) = layout.manifest(store, top)?;
     let key = reference.to_string();
-    let named = Named { manifest: digest, index: None, stamp: None };
+    let named = Named {
+        manifest: digest,
+        index: None,
+        stamp: None,
+    };
     match store.image(&digest, &key) {
         Ok(image) => {
             image.config.check_platform(&written, store.platform())?;
@@ -50,7 +57,10 @@ pub(crate) fn resolve(
         Err(error) => return Err(error),
     }
     let _work = store.begin_work()?;
-    progress.event(Event::Started { reference: &written, layers: manifest.layers.len() });
+    progress.event(Event::Started {
+        reference: &written,
+        layers: manifest.layers.len(),
+    });
     let config = layout.document("config", &manifest.config)?;
     let document = config::parse(&written, &config, manifest.layers.len())?;
     let layers = manifest.layers.iter().zip(&document.diff_ids);
@@ -61,7 +71,10 @@ pub(crate) fn resolve(
         manifest: bytes,
         config,
         layers: layers
-            .map(|(layer, &diff_id)| PlannedLayer { digest: layer.digest, diff_id })
+            .map(|(layer, &diff_id)| PlannedLayer {
+                digest: layer.digest,
+                diff_id,
+            })
             .collect(),
     };
     let mut open = |index: usize| {
@@ -78,7 +91,10 @@ pub(crate) fn resolve(
 
 impl Layout<'_> {
     fn failed(&self, reason: String) -> Error {
-        Error::Source { reference: self.written.to_owned(), reason }
+        Error::Source {
+            reference: self.written.to_owned(),
+            reason,
+        }
     }
 
     /// The entry of `index.json` that is meant.
@@ -88,9 +104,10 @@ impl Layout<'_> {
             ErrorKind::NotFound if !self.dir.exists() => {
                 self.failed(format!("{} does not exist", self.dir.display()))
             }
-            ErrorKind::NotFound => {
-                self.failed(format!("{} is no OCI image layout: it has no index.json", self.dir.display()))
-            }
+            ErrorKind::NotFound => self.failed(format!(
+                "{} is no OCI image layout: it has no index.json",
+                self.dir.display()
+            )),
             _ => self.failed(format!("{}: {error}", path.display())),
         })?;
         let bytes = self.read_bounded(&mut file, &path)?;
@@ -106,7 +123,9 @@ impl Layout<'_> {
             (None, [only]) => Ok(only.clone()),
             (Some(tag), all) => all
                 .iter()
-                .find(|entry| name(entry).as_deref() == Some(tag) || entry.digest.to_string() == tag)
+                .find(|entry| {
+                    name(entry).as_deref() == Some(tag) || entry.digest.to_string() == tag
+                })
                 .cloned()
                 .ok_or_else(|| {
                     self.failed(format!(
@@ -117,7 +136,9 @@ impl Layout<'_> {
                 }),
             (None, all) => {
                 // Several, and none is named: as with registries, "latest" is meant.
-                let latest = all.iter().find(|entry| name(entry).as_deref() == Some("latest"));
+                let latest = all
+                    .iter()
+                    .find(|entry| name(entry).as_deref() == Some("latest"));
                 latest.cloned().ok_or_else(|| {
                     self.failed(format!(
                         "{} holds {} images; name one by its tag: {}",
@@ -131,7 +152,11 @@ impl Layout<'_> {
     }
 
     /// Follows lists of manifests to the one for our platform.
-    fn manifest(&self, store: &Store, mut descriptor: Descriptor) -> Result<(Digest, Vec<u8>, Manifest)> {
+    fn manifest(
+        &self,
+        store: &Store,
+        mut descriptor: Descriptor,
+    ) -> Result<(Digest, Vec<u8>, Manifest)> {
         for _ in 0..MAX_NESTING {
             let bytes = self.document("manifest", &descriptor)?;
             match manifest::parse(self.written, &bytes)? {
@@ -141,7 +166,9 @@ impl Layout<'_> {
                 }
             }
         }
-        Err(self.failed(format!("lists of manifests are nested more than {MAX_NESTING} deep")))
+        Err(self.failed(format!(
+            "lists of manifests are nested more than {MAX_NESTING} deep"
+        )))
     }
 
     /// A small blob, its digest checked.
@@ -159,7 +186,16 @@ impl Layout<'_> {
             });
         }
         let (expected, actual) = (descriptor.digest, Digest::of(&bytes));
-        if actual == expected { Ok(bytes) } else { Err(Error::WrongDigest { reference, what, expected, actual }) }
+        if actual == expected {
+            Ok(bytes)
+        } else {
+            Err(Error::WrongDigest {
+                reference,
+                what,
+                expected,
+                actual,
+            })
+        }
     }
 
     fn blob(&self, digest: &Digest) -> PathBuf {
@@ -178,7 +214,10 @@ impl Layout<'_> {
             .read_to_end(&mut bytes)
             .map_err(|error| self.failed(format!("{}: {error}", path.display())))?;
         if bytes.len() as u64 > MAX_DOCUMENT {
-            return Err(self.failed(format!("{} is larger than {MAX_DOCUMENT} bytes", path.display())));
+            return Err(self.failed(format!(
+                "{} is larger than {MAX_DOCUMENT} bytes",
+                path.display()
+            )));
         }
         Ok(bytes)
     }

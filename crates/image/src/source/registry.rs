@@ -91,13 +91,19 @@ fn install(
     messages: &Receiver<Message>,
     progress: &dyn Progress,
 ) -> Option<Result<Image>> {
-    let Ok(Message::Plan(plan)) = messages.recv() else { return None };
+    let Ok(Message::Plan(plan)) = messages.recv() else {
+        return None;
+    };
     let mut arrived = BTreeSet::new();
     let mut gave_up = false;
     let mut open = |index: usize| {
         let digest = plan.layers[index].digest;
         // The same archive arrives only once, for the first layer that it is.
-        let first = plan.layers.iter().position(|layer| layer.digest == digest).unwrap_or(index);
+        let first = plan
+            .layers
+            .iter()
+            .position(|layer| layer.digest == digest)
+            .unwrap_or(index);
         while !arrived.contains(&first) {
             match messages.recv() {
                 Ok(Message::Arrived(index)) => arrived.insert(index),
@@ -114,7 +120,11 @@ fn install(
         let file = File::open(&path).map_err(|error| Error::io("open", &path, error))?;
         let size = file.metadata().ok().map(|metadata| metadata.len());
         // Its digest was checked when it arrived.
-        Ok(LayerStream { reader: Box::new(file), digest: None, size })
+        Ok(LayerStream {
+            reader: Box::new(file),
+            digest: None,
+            size,
+        })
     };
     let result = store.install(&plan, &mut open, progress);
     if result.is_ok() || matches!(result, Err(Error::NoSpace { .. })) {
@@ -170,7 +180,14 @@ impl<'a> Session<'a> {
             registry: name.registry.clone(),
             reason: error.to_string(),
         })?;
-        Ok(Self { client, reference, name, auth, credentials, local })
+        Ok(Self {
+            client,
+            reference,
+            name,
+            auth,
+            credentials,
+            local,
+        })
     }
 
     /// Finds out what the image is made of, then fetches the layers that are not here.
@@ -182,7 +199,10 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         let (plan, manifest) = self.plan(store).await?;
         let missing = store.missing_layers(&plan)?;
-        progress.event(Event::Started { reference: self.name.written(), layers: plan.layers.len() });
+        progress.event(Event::Started {
+            reference: self.name.written(),
+            layers: plan.layers.len(),
+        });
         let mut seen = BTreeSet::new();
         let wanted: Vec<(usize, Descriptor, PlannedLayer)> = manifest
             .layers
@@ -197,7 +217,9 @@ impl<'a> Session<'a> {
         }
         let mut arriving = futures_util::stream::iter(wanted)
             .map(|(index, descriptor, planned)| async move {
-                download::layer(self, store, &descriptor, &planned, progress).await.map(|()| index)
+                download::layer(self, store, &descriptor, &planned, progress)
+                    .await
+                    .map(|()| index)
             })
             .buffered(PARALLEL);
         while let Some(index) = arriving.next().await {
@@ -236,12 +258,19 @@ impl<'a> Session<'a> {
             .layers
             .iter()
             .zip(document.diff_ids)
-            .map(|(layer, diff_id)| PlannedLayer { digest: layer.digest, diff_id })
+            .map(|(layer, diff_id)| PlannedLayer {
+                digest: layer.digest,
+                diff_id,
+            })
             .collect();
         let plan = Plan {
             written: written.to_owned(),
             name: Some(self.name.to_string()),
-            named: Named { manifest: digest, index, stamp: None },
+            named: Named {
+                manifest: digest,
+                index,
+                stamp: None,
+            },
             manifest: bytes,
             config,
             layers,
@@ -257,7 +286,10 @@ impl<'a> Session<'a> {
             .await
             .map_err(|error| self.error("manifest", error))?;
         let actual = Digest::of(&bytes);
-        match reference.digest().and_then(|digest| digest.parse::<Digest>().ok()) {
+        match reference
+            .digest()
+            .and_then(|digest| digest.parse::<Digest>().ok())
+        {
             Some(expected) if expected != actual => Err(Error::WrongDigest {
                 reference: self.name.written().to_owned(),
                 what: "manifest",
@@ -299,7 +331,16 @@ impl<'a> Session<'a> {
             });
         }
         let (what, expected, actual) = ("config", descriptor.digest, Digest::of(&bytes));
-        if expected == actual { Ok(bytes) } else { Err(Error::WrongDigest { reference, what, expected, actual }) }
+        if expected == actual {
+            Ok(bytes)
+        } else {
+            Err(Error::WrongDigest {
+                reference,
+                what,
+                expected,
+                actual,
+            })
+        }
     }
 
     pub(super) fn failed(&self, reason: String) -> Error {
@@ -311,14 +352,23 @@ impl<'a> Session<'a> {
     }
 
     /// Sorts the client's errors into ours.
-    pub(super) fn error(&self, what: &'static str, error: oci_client::errors::OciDistributionError) -> Error {
+    pub(super) fn error(
+        &self,
+        what: &'static str,
+        error: oci_client::errors::OciDistributionError,
+    ) -> Error {
         use oci_client::errors::{OciDistributionError as Client, OciErrorCode as Code};
         match error {
-            Client::UnauthorizedError { .. } | Client::AuthenticationFailure(_) => self.status(what, 401, ""),
+            Client::UnauthorizedError { .. } | Client::AuthenticationFailure(_) => {
+                self.status(what, 401, "")
+            }
             Client::RegistryError { envelope, .. } => {
                 let status = match envelope.errors.first().map(|error| &error.code) {
                     Some(
-                        Code::ManifestUnknown | Code::NameUnknown | Code::BlobUnknown | Code::NotFound
+                        Code::ManifestUnknown
+                        | Code::NameUnknown
+                        | Code::BlobUnknown
+                        | Code::NotFound
                         | Code::ManifestBlobUnknown,
                     ) => 404,
                     Some(Code::Unauthorized) => 401,
@@ -355,17 +405,25 @@ impl<'a> Session<'a> {
     fn status(&self, what: &'static str, status: u16, message: &str) -> Error {
         let (reference, registry) = (self.name.written().to_owned(), self.name.registry.clone());
         match status {
-            404 if what == "manifest" => {
-                Error::NotInRegistry { reference, registry, status, local: self.local }
-            }
-            401 | 403 => {
-                Error::Unauthorized { reference, registry, status, credentials: self.credentials.clone() }
-            }
+            404 if what == "manifest" => Error::NotInRegistry {
+                reference,
+                registry,
+                status,
+                local: self.local,
+            },
+            401 | 403 => Error::Unauthorized {
+                reference,
+                registry,
+                status,
+                credentials: self.credentials.clone(),
+            },
             _ => {
                 let line = message.lines().next().unwrap_or("").trim();
                 let line: String = line.chars().take(200).collect();
                 let separator = if line.is_empty() { "" } else { ": " };
-                self.failed(format!("it answered {status} to the request for the {what}{separator}{line}"))
+                self.failed(format!(
+                    "it answered {status} to the request for the {what}{separator}{line}"
+                ))
             }
         }
     }

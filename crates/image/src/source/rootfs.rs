@@ -10,13 +10,18 @@ use crate::store::Image;
 
 /// The image that a directory is.
 pub(crate) fn image(reference: &str, dir: &Path) -> Result<Image> {
-    let failed = |reason: String| Error::Source { reference: reference.to_owned(), reason };
+    let failed = |reason: String| Error::Source {
+        reference: reference.to_owned(),
+        reason,
+    };
     let metadata =
         std::fs::metadata(dir).map_err(|error| failed(format!("{}: {error}", dir.display())))?;
     if !metadata.is_dir() {
         return Err(failed(format!("{} is no directory", dir.display())));
     }
-    let dir = dir.canonicalize().map_err(|error| failed(format!("{}: {error}", dir.display())))?;
+    let dir = dir
+        .canonicalize()
+        .map_err(|error| failed(format!("{}: {error}", dir.display())))?;
     let name = format!("rootfs:{}", dir.display());
     Ok(Image {
         id: name.clone(),

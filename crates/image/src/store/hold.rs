@@ -43,7 +43,9 @@ impl Store {
     /// Holds an image for the container `id`. `None` for an image that is not in the store (`rootfs:`). Fails with
     /// [`Error::Damaged`] when it was removed since it was resolved: resolve it again.
     pub fn hold(&self, image: &Image, id: &str) -> Result<Option<Hold>> {
-        let Some(manifest) = image.digest else { return Ok(None) };
+        let Some(manifest) = image.digest else {
+            return Ok(None);
+        };
         let path = self.hold_path(id)?;
         let layers = image
             .layers
@@ -62,7 +64,10 @@ impl Store {
         if let Some(gone) = gone {
             remove_file(&path)?;
             let what = format!("layer {}", gone.display());
-            return Err(Error::Damaged { reference: image.reference.clone(), what });
+            return Err(Error::Damaged {
+                reference: image.reference.clone(),
+                what,
+            });
         }
         Ok(Some(Hold { path, _lock: hold }))
     }
@@ -75,22 +80,35 @@ impl Store {
     fn hold_path(&self, id: &str) -> Result<PathBuf> {
         let path = self.root.join("holds").join(format!("{id}.json"));
         let plain = !id.is_empty()
-            && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && id
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
             && !id.starts_with('.');
         if plain {
             return Ok(path);
         }
-        Err(Error::io("use the container id in", path, rustix::io::Errno::INVAL))
+        Err(Error::io(
+            "use the container id in",
+            path,
+            rustix::io::Errno::INVAL,
+        ))
     }
 
     /// All holds that still count, with the ids of their containers. Those that do not are removed. The caller has
     /// the exclusive lock.
-    pub(super) fn live_holds(&self, exists: &dyn Fn(&str) -> bool) -> Result<Vec<(String, HoldRecord)>> {
+    pub(super) fn live_holds(
+        &self,
+        exists: &dyn Fn(&str) -> bool,
+    ) -> Result<Vec<(String, HoldRecord)>> {
         let dir = self.root.join("holds");
         let mut live = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(|error| Error::io("read", &dir, error))? {
-            let name = entry.map_err(|error| Error::io("read", &dir, error))?.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            let name = entry
+                .map_err(|error| Error::io("read", &dir, error))?
+                .file_name();
+            let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
+                continue;
+            };
             let path = dir.join(&name);
             if exists(id) || is_locked(&path) {
                 // A hold that cannot be read holds nothing that could be named; the container exists, though.
@@ -114,8 +132,10 @@ fn is_locked(path: &std::path::Path) -> bool {
 
 /// A hold is on the path of every start and means nothing after a reboot: no need to wait for the disk.
 fn write_json_unflushed(path: &std::path::Path, record: &HoldRecord) -> Result<()> {
-    let content = serde_json::to_vec(record)
-        .map_err(|error| Error::CorruptStore { path: path.to_owned(), reason: error.to_string() })?;
+    let content = serde_json::to_vec(record).map_err(|error| Error::CorruptStore {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })?;
     let temporary = path.with_added_extension("tmp");
     std::fs::write(&temporary, content)
         .and_then(|()| std::fs::rename(&temporary, path))

@@ -52,7 +52,11 @@ impl Plan {
             .map(|layer| {
                 let chain_id = chain_id(below.as_ref(), &layer.diff_id);
                 below = Some(chain_id);
-                LayerId { digest: layer.digest, diff_id: layer.diff_id, chain_id }
+                LayerId {
+                    digest: layer.digest,
+                    diff_id: layer.diff_id,
+                    chain_id,
+                }
             })
             .collect()
     }
@@ -61,7 +65,10 @@ impl Plan {
 impl Store {
     /// Which layers of a plan must still be made.
     pub(crate) fn missing_layers(&self, plan: &Plan) -> Result<Vec<bool>> {
-        plan.layer_ids().iter().map(|layer| Ok(self.find_layer(layer)?.is_none())).collect()
+        plan.layer_ids()
+            .iter()
+            .map(|layer| Ok(self.find_layer(layer)?.is_none()))
+            .collect()
     }
 
     /// Makes what is missing. `open` gives the archive of layer `index` and is called, in ascending order, only for
@@ -73,7 +80,9 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Image> {
         let document = config::parse(&plan.written, &plan.config, plan.layers.len())?;
-        document.config.check_platform(&plan.written, self.platform())?;
+        document
+            .config
+            .check_platform(&plan.written, self.platform())?;
         let mut names: Vec<String> = Vec::new();
         let mut size = 0;
         for (index, layer) in plan.layer_ids().iter().enumerate() {
@@ -87,8 +96,12 @@ impl Store {
             size += ready.bytes;
             names.push(ready.name);
         }
-        let mut record =
-            Record::new(Digest::of(&plan.config), plan.named.manifest, names, document.config);
+        let mut record = Record::new(
+            Digest::of(&plan.config),
+            plan.named.manifest,
+            names,
+            document.config,
+        );
         record.created = document.created;
         record.size = size;
         {

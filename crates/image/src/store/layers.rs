@@ -76,7 +76,11 @@ impl Store {
         for name in [layer.by_diff_id(), layer.by_chain_id()] {
             let path = self.layers_dir().join(&name).join("layer.json");
             if let Some(record) = read_json::<LayerRecord>(&path)? {
-                return Ok(Some(ReadyLayer { name, bytes: record.bytes, opaque: record.opaque }));
+                return Ok(Some(ReadyLayer {
+                    name,
+                    bytes: record.bytes,
+                    opaque: record.opaque,
+                }));
             }
         }
         Ok(None)
@@ -92,8 +96,15 @@ impl Store {
         open: impl FnOnce() -> Result<LayerStream>,
         progress: &dyn Progress,
     ) -> Result<ReadyLayer> {
-        let report = |state| progress.event(Event::Layer { digest: &layer.digest, state });
-        let partial = self.layers_dir().join(format!("{}.partial", layer.by_diff_id()));
+        let report = |state| {
+            progress.event(Event::Layer {
+                digest: &layer.digest,
+                state,
+            })
+        };
+        let partial = self
+            .layers_dir()
+            .join(format!("{}.partial", layer.by_diff_id()));
         let lock = loop {
             if let Some(ready) = self.find_layer(layer)? {
                 report(LayerState::Present);
@@ -154,21 +165,30 @@ impl Store {
             opaque: fs::is_opaque(diff.as_fd()),
         };
         write_json(&partial.join("layer.json"), &record)?;
-        let name = if unpacked.used_lower { layer.by_chain_id() } else { layer.by_diff_id() };
+        let name = if unpacked.used_lower {
+            layer.by_chain_id()
+        } else {
+            layer.by_diff_id()
+        };
         let path = self.layers_dir().join(&name);
         rustix::fs::syncfs(&diff).map_err(failed("flush"))?;
         std::fs::rename(partial, &path).map_err(|error| Error::io("complete", &path, error))?;
         fs::sync_dir(&self.layers_dir()).map_err(failed("flush"))?;
-        Ok(ReadyLayer { name, bytes: record.bytes, opaque: record.opaque })
+        Ok(ReadyLayer {
+            name,
+            bytes: record.bytes,
+            opaque: record.opaque,
+        })
     }
 }
 
 /// A full disk is not the layer's fault.
 fn no_space(error: Error, path: &Path) -> Error {
     match error {
-        Error::Layer { source, .. } if source.is_full() => {
-            Error::NoSpace { doing: "unpack a layer into", path: path.to_owned() }
-        }
+        Error::Layer { source, .. } if source.is_full() => Error::NoSpace {
+            doing: "unpack a layer into",
+            path: path.to_owned(),
+        },
         other => other,
     }
 }
@@ -210,7 +230,13 @@ fn unpack_stream(
     progress: &dyn Progress,
 ) -> Result<Unpacked> {
     let total = stream.size.unwrap_or(0);
-    let reader = ProgressReader { inner: stream.reader, digest: layer.digest, done: 0, total, progress };
+    let reader = ProgressReader {
+        inner: stream.reader,
+        digest: layer.digest,
+        done: 0,
+        total,
+        progress,
+    };
     // One byte more than announced is enough to see that there is more.
     let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
     let mut archive = BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
@@ -221,7 +247,10 @@ fn unpack_stream(
         let mut archive = archive.into_inner();
         let drained = archive.drain();
         let (length, actual) = (archive.length(), archive.finish());
-        if let Some(size) = stream.size.filter(|&size| drained.is_ok() && size != length) {
+        if let Some(size) = stream
+            .size
+            .filter(|&size| drained.is_ok() && size != length)
+        {
             return Err(Error::Truncated {
                 reference: reference.to_owned(),
                 what: "layer",
@@ -232,7 +261,12 @@ fn unpack_stream(
         }
         if drained.is_ok() && actual != expected {
             let (reference, what) = (reference.to_owned(), "layer");
-            return Err(Error::WrongDigest { reference, what, expected, actual });
+            return Err(Error::WrongDigest {
+                reference,
+                what,
+                expected,
+                actual,
+            });
         }
     }
     result.map_err(|source| Error::Layer {
@@ -255,7 +289,10 @@ fn unpack_archive(
     if actual == layer.diff_id {
         Ok(unpacked)
     } else {
-        Err(LayerError::DiffId { expected: layer.diff_id, actual })
+        Err(LayerError::DiffId {
+            expected: layer.diff_id,
+            actual,
+        })
     }
 }
 
@@ -272,8 +309,14 @@ impl<R: Read> Read for ProgressReader<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let read = self.inner.read(buffer)?;
         self.done += read as u64;
-        let state = LayerState::Unpacking { done: self.done, total: self.total };
-        self.progress.event(Event::Layer { digest: &self.digest, state });
+        let state = LayerState::Unpacking {
+            done: self.done,
+            total: self.total,
+        };
+        self.progress.event(Event::Layer {
+            digest: &self.digest,
+            state,
+        });
         Ok(read)
     }
 }

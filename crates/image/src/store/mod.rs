@@ -33,8 +33,8 @@ use rustix::io::Errno;
 
 pub use hold::Hold;
 pub(crate) use install::{LayerStream, Plan, PlannedLayer};
-pub(crate) use record::{Named, Stamp};
 pub use record::{Listed, Removed};
+pub(crate) use record::{Named, Stamp};
 use record::{Record, References};
 
 use crate::config::ImageConfig;
@@ -89,7 +89,10 @@ impl Store {
     /// Opens the store in `root`, which is made when it is missing (mode 0700: layers hold suid executables).
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
         let root = root.into();
-        let store = Self { root, platform: Platform::host() };
+        let store = Self {
+            root,
+            platform: Platform::host(),
+        };
         // The last of them: when it is there, all are.
         if !store.root.join("busy").exists() {
             store.create()?;
@@ -114,7 +117,9 @@ impl Store {
         builder.recursive(true).mode(0o700);
         for dir in ["", "images", "blobs/sha256", "layers", "holds"] {
             let path = self.root.join(dir);
-            builder.create(&path).map_err(|error| Error::io("create", &path, error))?;
+            builder
+                .create(&path)
+                .map_err(|error| Error::io("create", &path, error))?;
         }
         for file in ["lock", "busy"] {
             self.open_lock_file(file)?;
@@ -201,9 +206,13 @@ impl Store {
                     let prefix = name.name();
                     let found = references.names.iter().find(|(key, named)| {
                         (named.manifest == *digest || named.index == Some(*digest))
-                            && key.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with([':', '@']))
+                            && key
+                                .strip_prefix(&prefix)
+                                .is_some_and(|rest| rest.starts_with([':', '@']))
                     });
-                    return found.map(|(_, named)| self.image(&named.manifest, &key)).transpose();
+                    return found
+                        .map(|(_, named)| self.image(&named.manifest, &key))
+                        .transpose();
                 }
                 self.find_by_id(name.written(), &references)
             }
@@ -227,23 +236,35 @@ impl Store {
         match found.as_slice() {
             [] => Ok(None),
             [record] => {
-                let name = references.names.iter().find(|(_, named)| named.manifest == record.manifest);
+                let name = references
+                    .names
+                    .iter()
+                    .find(|(_, named)| named.manifest == record.manifest);
                 let name = name.map_or_else(|| record.id.to_string(), |(name, _)| name.clone());
                 self.image(&record.manifest, &name).map(Some)
             }
-            several => Err(Error::AmbiguousId { id: id.to_owned(), count: several.len() }),
+            several => Err(Error::AmbiguousId {
+                id: id.to_owned(),
+                count: several.len(),
+            }),
         }
     }
 
     /// The image of a manifest, with the paths of its layers, which must be there.
     pub(crate) fn image(&self, manifest: &Digest, reference: &str) -> Result<Image> {
-        let damaged =
-            |what: String| Error::Damaged { reference: reference.to_owned(), what };
+        let damaged = |what: String| Error::Damaged {
+            reference: reference.to_owned(),
+            what,
+        };
         let record = self
             .read_record(manifest)?
             .ok_or_else(|| damaged(format!("the record of manifest {manifest}")))?;
-        let layers: Vec<PathBuf> =
-            record.layers.iter().rev().map(|name| self.layer_diff(name)).collect();
+        let layers: Vec<PathBuf> = record
+            .layers
+            .iter()
+            .rev()
+            .map(|name| self.layer_diff(name))
+            .collect();
         for (path, name) in layers.iter().zip(record.layers.iter().rev()) {
             if rustix::fs::access(path, rustix::fs::Access::EXISTS).is_err() {
                 return Err(damaged(format!("layer {name}")));
@@ -283,7 +304,14 @@ impl Store {
             reference: reference.written(),
             what: "a plain directory cannot be given a name".to_owned(),
         })?;
-        self.set_name(&name.to_string(), Named { manifest, index: None, stamp: None })
+        self.set_name(
+            &name.to_string(),
+            Named {
+                manifest,
+                index: None,
+                stamp: None,
+            },
+        )
     }
 
     pub(crate) fn platform(&self) -> &Platform {
@@ -295,7 +323,9 @@ impl Store {
     }
 
     fn record_path(&self, manifest: &Digest) -> PathBuf {
-        self.root.join("images").join(format!("{}.json", manifest.hex()))
+        self.root
+            .join("images")
+            .join(format!("{}.json", manifest.hex()))
     }
 
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {

@@ -94,13 +94,29 @@ pub struct Removed {
 
 impl Default for References {
     fn default() -> Self {
-        Self { version: FORMAT, names: BTreeMap::new() }
+        Self {
+            version: FORMAT,
+            names: BTreeMap::new(),
+        }
     }
 }
 
 impl Record {
-    pub(crate) fn new(id: Digest, manifest: Digest, layers: Vec<String>, config: ImageConfig) -> Self {
-        Self { version: FORMAT, id, manifest, layers, config, created: None, size: 0 }
+    pub(crate) fn new(
+        id: Digest,
+        manifest: Digest,
+        layers: Vec<String>,
+        config: ImageConfig,
+    ) -> Self {
+        Self {
+            version: FORMAT,
+            id,
+            manifest,
+            layers,
+            config,
+            created: None,
+            size: 0,
+        }
     }
 }
 
@@ -122,12 +138,15 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let mut content = Vec::new();
     match File::open(path) {
         Ok(mut file) => {
-            file.read_to_end(&mut content).map_err(|error| Error::io("read", path, error))?;
+            file.read_to_end(&mut content)
+                .map_err(|error| Error::io("read", path, error))?;
         }
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("open", path, error)),
     }
-    serde_json::from_slice(&content).map(Some).map_err(|error| corrupt(path, error.to_string()))
+    serde_json::from_slice(&content)
+        .map(Some)
+        .map_err(|error| corrupt(path, error.to_string()))
 }
 
 /// Writes a file of the store.
@@ -137,13 +156,19 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 }
 
 fn corrupt(path: &Path, reason: String) -> Error {
-    Error::CorruptStore { path: path.to_owned(), reason }
+    Error::CorruptStore {
+        path: path.to_owned(),
+        reason,
+    }
 }
 
 fn check_version(path: &Path, version: u32) -> Result<()> {
     match version {
         FORMAT => Ok(()),
-        other => Err(corrupt(path, format!("it has format version {other}, this hull knows {FORMAT}"))),
+        other => Err(corrupt(
+            path,
+            format!("it has format version {other}, this hull knows {FORMAT}"),
+        )),
     }
 }
 
@@ -174,13 +199,18 @@ impl Store {
         let dir = self.root.join("images");
         let mut digests = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(|error| Error::io("read", &dir, error))? {
-            let name = entry.map_err(|error| Error::io("read", &dir, error))?.file_name();
+            let name = entry
+                .map_err(|error| Error::io("read", &dir, error))?
+                .file_name();
             let hex = name.to_str().and_then(|name| name.strip_suffix(".json"));
             digests.extend(hex.and_then(Digest::from_hex));
         }
         digests.sort_unstable();
         // One that vanishes meanwhile was removed by somebody else.
-        digests.iter().filter_map(|digest| self.read_record(digest).transpose()).collect()
+        digests
+            .iter()
+            .filter_map(|digest| self.read_record(digest).transpose())
+            .collect()
     }
 
     /// All images, by name; those without a name last.
@@ -197,11 +227,17 @@ impl Store {
         };
         let mut list = Vec::new();
         for (name, named) in &references.names {
-            let record = records.iter().find(|record| record.manifest == named.manifest);
+            let record = records
+                .iter()
+                .find(|record| record.manifest == named.manifest);
             list.extend(record.map(|record| listed(record, Some(name))));
         }
         for record in &records {
-            if references.names.values().all(|named| named.manifest != record.manifest) {
+            if references
+                .names
+                .values()
+                .all(|named| named.manifest != record.manifest)
+            {
                 list.push(listed(record, None));
             }
         }

@@ -47,8 +47,12 @@ impl Store {
                     what: "a plain directory is not in the store".to_owned(),
                 })?;
                 let same = |(_, named): &(&String, &super::Named)| named.manifest == manifest;
-                let names: Vec<String> =
-                    references.names.iter().filter(same).map(|(name, _)| name.clone()).collect();
+                let names: Vec<String> = references
+                    .names
+                    .iter()
+                    .filter(same)
+                    .map(|(name, _)| name.clone())
+                    .collect();
                 if names.len() > 1 && !force {
                     return Err(Error::SeveralNames { id: written, names });
                 }
@@ -67,7 +71,10 @@ impl Store {
                 .map(|(id, _)| id.clone())
                 .collect();
             if !users.is_empty() {
-                return Err(Error::InUse { reference: written, containers: users });
+                return Err(Error::InUse {
+                    reference: written,
+                    containers: users,
+                });
             }
         }
         references.names.retain(|name, _| !names.contains(name));
@@ -88,8 +95,13 @@ impl Store {
         let holds = self.live_holds(container_exists)?;
         let mut removed = Removed::default();
         for record in self.records()? {
-            let used = holds.iter().any(|(_, hold)| hold.manifest == record.manifest);
-            let named = references.names.values().any(|named| named.manifest == record.manifest);
+            let used = holds
+                .iter()
+                .any(|(_, hold)| hold.manifest == record.manifest);
+            let named = references
+                .names
+                .values()
+                .any(|named| named.manifest == record.manifest);
             if used || (named && !all) {
                 continue;
             }
@@ -145,14 +157,17 @@ impl Store {
         let layers = self.layers_dir();
         let dir = fs::open_dir(&layers).map_err(|error| Error::io("open", &layers, error))?;
         for path in trash {
-            fs::remove_all(dir.as_fd(), &path).map_err(|error| Error::io("remove", &path, error))?;
+            fs::remove_all(dir.as_fd(), &path)
+                .map_err(|error| Error::io("remove", &path, error))?;
         }
         Ok(())
     }
 
     fn collect_blobs(&self, records: &[Record]) -> Result<()> {
-        let used: BTreeSet<String> =
-            records.iter().flat_map(|record| [record.id.hex(), record.manifest.hex()]).collect();
+        let used: BTreeSet<String> = records
+            .iter()
+            .flat_map(|record| [record.id.hex(), record.manifest.hex()])
+            .collect();
         let dir = self.root.join("blobs/sha256");
         for name in self.names_in(&dir)? {
             if !used.contains(&name) {

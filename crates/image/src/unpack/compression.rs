@@ -10,7 +10,9 @@ use super::{LayerError, TarError};
 const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// The uncompressed bytes of `archive`.
-pub(crate) fn uncompress<'a>(mut archive: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>, LayerError> {
+pub(crate) fn uncompress<'a>(
+    mut archive: impl BufRead + 'a,
+) -> Result<Box<dyn Read + 'a>, LayerError> {
     let start = loop {
         match archive.fill_buf() {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -23,7 +25,9 @@ pub(crate) fn uncompress<'a>(mut archive: impl BufRead + 'a) -> Result<Box<dyn R
     if start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
         let mut decoder =
             zstd::stream::read::Decoder::with_buffer(archive).map_err(TarError::from)?;
-        decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(TarError::from)?;
+        decoder
+            .window_log_max(ZSTD_WINDOW_LOG)
+            .map_err(TarError::from)?;
         return Ok(Box::new(decoder));
     }
     let other = match start {
@@ -32,5 +36,7 @@ pub(crate) fn uncompress<'a>(mut archive: impl BufRead + 'a) -> Result<Box<dyn R
         [0x04, 0x22, 0x4d, 0x18, ..] => "lz4",
         _ => return Ok(Box::new(archive)),
     };
-    Err(LayerError::Unsupported(format!("archive compressed with {other} (tar, gzip and zstd are)")))
+    Err(LayerError::Unsupported(format!(
+        "archive compressed with {other} (tar, gzip and zstd are)"
+    )))
 }

@@ -31,7 +31,16 @@ mod tests {
         for (major, minor) in [(1, 3), (1, 9), (5, 2), (4, 64), (10, 229)] {
             assert!(is_harmless(major, minor), "{major}:{minor}");
         }
-        for (major, minor) in [(1, 1), (1, 2), (1, 4), (1, 11), (8, 0), (10, 232), (5, 3), (0, 0)] {
+        for (major, minor) in [
+            (1, 1),
+            (1, 2),
+            (1, 4),
+            (1, 11),
+            (8, 0),
+            (10, 232),
+            (5, 3),
+            (0, 0),
+        ] {
             assert!(!is_harmless(major, minor), "{major}:{minor}");
         }
     }

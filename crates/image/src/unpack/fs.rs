@@ -15,11 +15,18 @@ pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
 
 /// Opens a directory for reading.
 pub(crate) fn open_dir(path: impl rustix::path::Arg) -> Result<OwnedFd> {
-    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 /// Opens the directory `name` in `parent`, which must not be a symbolic link.
-pub(crate) fn open_child_dir(parent: BorrowedFd<'_>, name: impl rustix::path::Arg) -> Result<OwnedFd> {
+pub(crate) fn open_child_dir(
+    parent: BorrowedFd<'_>,
+    name: impl rustix::path::Arg,
+) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     rustix::fs::openat(parent, name, flags, Mode::empty())
 }
@@ -65,13 +72,22 @@ pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
 
 /// The time stamps that set only the modification time (the access time follows it, to be deterministic).
 pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
-    let time = Timespec { tv_sec: seconds, tv_nsec: i64::from(nanoseconds) };
-    Timestamps { last_access: time, last_modification: time }
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: i64::from(nanoseconds),
+    };
+    Timestamps {
+        last_access: time,
+        last_modification: time,
+    }
 }
 
 /// Removes what is at `name`, a directory with all that is in it. It may be arbitrarily deep: subdirectories are moved
 /// up before they are emptied, so neither stack nor descriptors run out.
-pub(crate) fn remove_all(parent: BorrowedFd<'_>, name: impl rustix::path::Arg + Copy) -> Result<()> {
+pub(crate) fn remove_all(
+    parent: BorrowedFd<'_>,
+    name: impl rustix::path::Arg + Copy,
+) -> Result<()> {
     match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(Errno::ISDIR) => {}

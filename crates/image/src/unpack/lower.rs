@@ -27,7 +27,10 @@ pub(crate) struct Found {
 
 impl<'a> Lower<'a> {
     pub(crate) fn new(layers: Vec<BorrowedFd<'a>>) -> Self {
-        Self { layers, used: Cell::new(false) }
+        Self {
+            layers,
+            used: Cell::new(false),
+        }
     }
 
     /// Whether any lookup asked the layers.
@@ -37,7 +40,9 @@ impl<'a> Lower<'a> {
 
     /// What the merged view shows at `path` (its parts, without `.` and `..`). Symbolic links are not followed.
     pub(crate) fn lookup(&self, path: &[Vec<u8>]) -> Result<Option<Found>, Errno> {
-        let Some((last, parents)) = path.split_last() else { return Ok(None) };
+        let Some((last, parents)) = path.split_last() else {
+            return Ok(None);
+        };
         if !self.layers.is_empty() {
             self.used.set(true);
         }

@@ -104,7 +104,9 @@ pub enum LayerError {
         reason: String,
     },
     /// The digest of the uncompressed archive is not the one in the image's configuration.
-    #[error("its uncompressed content has digest {actual}, the image's configuration says {expected}")]
+    #[error(
+        "its uncompressed content has digest {actual}, the image's configuration says {expected}"
+    )]
     DiffId {
         /// As configured.
         expected: crate::Digest,
@@ -162,5 +164,7 @@ pub(crate) fn unpack(
     writer.finish()
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -140,7 +140,12 @@ struct SparseRecords {
 impl<R: Read> TarReader<R> {
     /// Starts at the current position of `inner`.
     pub fn new(inner: R) -> Self {
-        Self { inner, position: 0, data_left: 0, padding: 0 }
+        Self {
+            inner,
+            position: 0,
+            data_left: 0,
+            padding: 0,
+        }
     }
 
     /// Gives the stream back.
@@ -176,12 +181,16 @@ impl<R: Read> TarReader<R> {
         for _ in 0..=MAX_EXTENSIONS_IN_A_ROW {
             self.skip_rest()?;
             let start = self.position;
-            let Some(header) = self.read_header()? else { return Ok(None) };
+            let Some(header) = self.read_header()? else {
+                return Ok(None);
+            };
             let size = number(&header[124..136]).ok_or_else(|| self.malformed(start, "size"))?;
             match header[156] {
                 b'x' => {
                     let records = self.read_extension(size)?;
-                    extensions.add_records(&records).map_err(|reason| self.malformed(start, reason))?;
+                    extensions
+                        .add_records(&records)
+                        .map_err(|reason| self.malformed(start, reason))?;
                 }
                 // Global records say nothing about one file; Docker ignores them, too. 'V' is a volume label.
                 b'g' | b'V' => self.begin_data(size),
@@ -190,7 +199,9 @@ impl<R: Read> TarReader<R> {
                 _ => return self.entry(start, &header, size, extensions).map(Some),
             }
         }
-        Err(self.limit(format!("more than {MAX_EXTENSIONS_IN_A_ROW} extension headers in a row")))
+        Err(self.limit(format!(
+            "more than {MAX_EXTENSIONS_IN_A_ROW} extension headers in a row"
+        )))
     }
 
     fn entry(
@@ -217,13 +228,18 @@ impl<R: Read> TarReader<R> {
         };
         let mtime = match extensions.mtime {
             Some(mtime) => mtime,
-            None => (signed_number(&header[136..148]).ok_or_else(|| self.malformed(start, "mtime"))?, 0),
+            None => (
+                signed_number(&header[136..148]).ok_or_else(|| self.malformed(start, "mtime"))?,
+                0,
+            ),
         };
         let mut path = match extensions.path {
             Some(path) => path,
             None => header_path(header),
         };
-        let link = extensions.link.unwrap_or_else(|| until_nul(&header[157..257]).to_vec());
+        let link = extensions
+            .link
+            .unwrap_or_else(|| until_nul(&header[157..257]).to_vec());
         let kind = match header[156] {
             // Before POSIX, a directory was a file whose name ends with a slash.
             b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
@@ -272,7 +288,9 @@ impl<R: Read> TarReader<R> {
         }
         if let Some(sparse) = &entry.sparse {
             entry.stored = self.data_left;
-            sparse.check(entry.stored).map_err(|reason| self.malformed(start, reason))?;
+            sparse
+                .check(entry.stored)
+                .map_err(|reason| self.malformed(start, reason))?;
         }
         entry.path = path;
         Ok(entry)
@@ -288,7 +306,11 @@ impl<R: Read> TarReader<R> {
         let skipped = io::copy(&mut (&mut self.inner).take(rest), &mut io::sink())?;
         self.position += skipped;
         (self.data_left, self.padding) = (0, 0);
-        if skipped == rest { Ok(()) } else { Err(TarError::Truncated) }
+        if skipped == rest {
+            Ok(())
+        } else {
+            Err(TarError::Truncated)
+        }
     }
 
     /// One header block whose checksum fits; `None` at a zero block or at the end of the stream.
@@ -301,7 +323,13 @@ impl<R: Read> TarReader<R> {
         let sum: u32 = header
             .iter()
             .enumerate()
-            .map(|(index, &byte)| if (148..156).contains(&index) { 32 } else { u32::from(byte) })
+            .map(|(index, &byte)| {
+                if (148..156).contains(&index) {
+                    32
+                } else {
+                    u32::from(byte)
+                }
+            })
             .sum();
         match number(&header[148..156]) {
             Some(expected) if expected == u64::from(sum) => Ok(Some(header)),
@@ -332,7 +360,11 @@ impl<R: Read> TarReader<R> {
         self.begin_data(size);
         let mut bytes = Vec::new();
         self.read_to_end(&mut bytes)?;
-        if self.data_left > 0 { Err(TarError::Truncated) } else { Ok(bytes) }
+        if self.data_left > 0 {
+            Err(TarError::Truncated)
+        } else {
+            Ok(bytes)
+        }
     }
 
     /// The map in an old GNU sparse header and the blocks that follow it.
@@ -372,7 +404,9 @@ impl<R: Read> TarReader<R> {
         start: u64,
         records: SparseRecords,
     ) -> Result<(Sparse, Option<Vec<u8>>), TarError> {
-        let size = records.size.ok_or_else(|| self.malformed(start, "sparse size"))?;
+        let size = records
+            .size
+            .ok_or_else(|| self.malformed(start, "sparse size"))?;
         let numbers = match records.major {
             0 => records.numbers,
             1 => {
@@ -398,7 +432,10 @@ impl<R: Read> TarReader<R> {
         if numbers.len() % 2 != 0 {
             return Err(self.malformed(start, "sparse map"));
         }
-        let segments = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        let segments = numbers
+            .chunks_exact(2)
+            .map(|pair| (pair[0], pair[1]))
+            .collect();
         Ok((Sparse { segments, size }, records.name))
     }
 
@@ -406,7 +443,8 @@ impl<R: Read> TarReader<R> {
         let mut value: u64 = 0;
         for _ in 0..21 {
             let mut byte = [0];
-            self.read_exact(&mut byte).map_err(|_| TarError::Truncated)?;
+            self.read_exact(&mut byte)
+                .map_err(|_| TarError::Truncated)?;
             match byte[0] {
                 b'\n' => return Ok(value),
                 digit @ b'0'..=b'9' => {
@@ -422,11 +460,17 @@ impl<R: Read> TarReader<R> {
     }
 
     fn malformed(&self, position: u64, reason: impl Into<String>) -> TarError {
-        TarError::Malformed { position, reason: format!("bad {}", reason.into()) }
+        TarError::Malformed {
+            position,
+            reason: format!("bad {}", reason.into()),
+        }
     }
 
     fn limit(&self, reason: String) -> TarError {
-        TarError::Limit { position: self.position, reason }
+        TarError::Limit {
+            position: self.position,
+            reason,
+        }
     }
 }
 
@@ -473,7 +517,11 @@ impl Extensions {
     fn add_records(&mut self, mut records: &[u8]) -> Result<(), &'static str> {
         const BAD: &str = "PAX record";
         while !records.is_empty() {
-            let space = records.iter().take(20).position(|&byte| byte == b' ').ok_or(BAD)?;
+            let space = records
+                .iter()
+                .take(20)
+                .position(|&byte| byte == b' ')
+                .ok_or(BAD)?;
             let length = decimal(&records[..space]).ok_or(BAD)? as usize;
             if length <= space + 1 || length > records.len() || records[length - 1] != b'\n' {
                 return Err(BAD);
@@ -506,7 +554,11 @@ impl Extensions {
             }
             return Ok(());
         }
-        let narrow = |name| decimal(value).and_then(|value| u32::try_from(value).ok()).ok_or(name);
+        let narrow = |name| {
+            decimal(value)
+                .and_then(|value| u32::try_from(value).ok())
+                .ok_or(name)
+        };
         match key {
             b"path" => self.path = Some(value.to_vec()),
             b"linkpath" => self.link = Some(value.to_vec()),
@@ -536,7 +588,10 @@ impl SparseRecords {
             b"size" | b"realsize" => self.size = Some(decimal(value)?),
             b"offset" | b"numbytes" => self.numbers.push(decimal(value)?),
             b"map" => {
-                self.numbers = value.split(|&byte| byte == b',').map(decimal).collect::<Option<_>>()?;
+                self.numbers = value
+                    .split(|&byte| byte == b',')
+                    .map(decimal)
+                    .collect::<Option<_>>()?;
             }
             _ => {}
         }
@@ -552,11 +607,18 @@ fn header_path(header: &[u8; BLOCK]) -> Vec<u8> {
         b"ustar\0" => until_nul(&header[345..500]),
         _ => &[],
     };
-    if prefix.is_empty() { name.to_vec() } else { [prefix, b"/", name].concat() }
+    if prefix.is_empty() {
+        name.to_vec()
+    } else {
+        [prefix, b"/", name].concat()
+    }
 }
 
 fn until_nul(bytes: &[u8]) -> &[u8] {
-    let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    let end = bytes
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(bytes.len());
     &bytes[..end]
 }
 
@@ -607,10 +669,11 @@ fn pax_time(text: &[u8]) -> Option<(i64, u32)> {
     if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    let nanoseconds =
-        fraction.bytes().chain(std::iter::repeat(b'0')).take(9).fold(0, |sum, digit| {
-            sum * 10 + u32::from(digit - b'0')
-        });
+    let nanoseconds = fraction
+        .bytes()
+        .chain(std::iter::repeat(b'0'))
+        .take(9)
+        .fold(0, |sum, digit| sum * 10 + u32::from(digit - b'0'));
     Some(match (negative, nanoseconds) {
         (false, _) => (seconds, nanoseconds),
         (true, 0) => (-seconds, 0),

@@ -47,19 +47,33 @@ struct Attributes<'e> {
 
 /// An operating-system error becomes one of the layer, naming entry and action.
 fn failed<'e>(doing: &'static str, entry: &'e [u8]) -> impl Fn(Errno) -> LayerError + 'e {
-    move |errno| LayerError::Write { entry: show(entry), doing, source: errno.into() }
+    move |errno| LayerError::Write {
+        entry: show(entry),
+        doing,
+        source: errno.into(),
+    }
 }
 
 /// A name for people: bytes that are no text, and control characters, are escaped.
 fn show(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).chars().take(300).flat_map(char::escape_debug).collect()
+    String::from_utf8_lossy(name)
+        .chars()
+        .take(300)
+        .flat_map(char::escape_debug)
+        .collect()
 }
 
 /// The parts of a name, `.` and doubled slashes left out; `None` when there is a `..`.
 fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
-    let parts: Vec<_> =
-        path.split(|&byte| byte == b'/').filter(|part| !matches!(*part, b"" | b".")).collect();
-    if parts.contains(&&b".."[..]) { None } else { Some(parts) }
+    let parts: Vec<_> = path
+        .split(|&byte| byte == b'/')
+        .filter(|part| !matches!(*part, b"" | b"."))
+        .collect();
+    if parts.contains(&&b".."[..]) {
+        None
+    } else {
+        Some(parts)
+    }
 }
 
 fn mode_of(bits: u32) -> Mode {
@@ -91,7 +105,10 @@ impl<'a> Writer<'a> {
     pub(super) fn add(&mut self, entry: &Entry, data: &mut impl Read) -> Result<(), LayerError> {
         self.entries += 1;
         let shown = || show(&entry.path);
-        let wrong = |reason: &str| LayerError::Entry { entry: shown(), reason: reason.to_owned() };
+        let wrong = |reason: &str| LayerError::Entry {
+            entry: shown(),
+            reason: reason.to_owned(),
+        };
         if entry.path.len() >= MAX_PATH || entry.link.len() >= MAX_PATH {
             return Err(wrong("name is longer than 4095 bytes"));
         }
@@ -121,9 +138,10 @@ impl<'a> Writer<'a> {
             Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
                 self.add_special(entry, parent.as_fd(), &parent_path, name)
             }
-            Kind::Other(kind) => {
-                Err(wrong(&format!("not supported: entry type {:?}", char::from(kind))))
-            }
+            Kind::Other(kind) => Err(wrong(&format!(
+                "not supported: entry type {:?}",
+                char::from(kind)
+            ))),
         };
         if entry.kind == Kind::File {
             self.last_parent = Some((parent_path, parent));
@@ -151,13 +169,18 @@ impl<'a> Writer<'a> {
                 Err(error) => return Err(failed("open", &path)(error)),
             }
         }
-        Ok(Unpacked { bytes: self.bytes, entries: self.entries, used_lower: self.lower.used() })
+        Ok(Unpacked {
+            bytes: self.bytes,
+            entries: self.entries,
+            used_lower: self.lower.used(),
+        })
     }
 
     fn add_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
         let root = fs::open_child_dir(self.root.as_fd(), ".").map_err(failed("open", b"/"))?;
         set_attributes(root.as_fd(), &entry.path, &Attributes::of(entry))?;
-        self.dir_times.insert(Vec::new(), (self.entries, entry.mtime));
+        self.dir_times
+            .insert(Vec::new(), (self.entries, entry.mtime));
         Ok(())
     }
 
@@ -185,7 +208,8 @@ impl<'a> Writer<'a> {
         }
         let dir = fs::open_child_dir(parent, name).map_err(failed("open", &entry.path))?;
         set_attributes(dir.as_fd(), &entry.path, &Attributes::of(entry))?;
-        self.dir_times.insert(join(parent_path, name), (self.entries, entry.mtime));
+        self.dir_times
+            .insert(join(parent_path, name), (self.entries, entry.mtime));
         Ok(())
     }
 
@@ -201,11 +225,17 @@ impl<'a> Writer<'a> {
             None => self.copy(entry, data, &mut file, entry.stored)?,
             Some(sparse) => {
                 let wrote = |doing| {
-                    move |source| LayerError::Write { entry: show(&entry.path), doing, source }
+                    move |source| LayerError::Write {
+                        entry: show(&entry.path),
+                        doing,
+                        source,
+                    }
                 };
-                file.set_len(sparse.size).map_err(wrote("set the size of"))?;
+                file.set_len(sparse.size)
+                    .map_err(wrote("set the size of"))?;
                 for &(offset, length) in &sparse.segments {
-                    file.seek(SeekFrom::Start(offset)).map_err(wrote("seek in"))?;
+                    file.seek(SeekFrom::Start(offset))
+                        .map_err(wrote("seek in"))?;
                     self.copy(entry, data, &mut file, length)?;
                 }
             }
@@ -216,8 +246,14 @@ impl<'a> Writer<'a> {
     }
 
     /// A new regular file, in place of whatever was there.
-    fn create(&mut self, entry: &Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<File, LayerError> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fn create(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+    ) -> Result<File, LayerError> {
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let open = || rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR);
         let fd = match open() {
             Err(Errno::EXIST) => {
@@ -245,11 +281,12 @@ impl<'a> Writer<'a> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(TarError::from(error).into()),
             };
-            file.write_all(&self.buffer[..read]).map_err(|source| LayerError::Write {
-                entry: show(&entry.path),
-                doing: "write",
-                source,
-            })?;
+            file.write_all(&self.buffer[..read])
+                .map_err(|source| LayerError::Write {
+                    entry: show(&entry.path),
+                    doing: "write",
+                    source,
+                })?;
             left -= read as u64;
         }
         Ok(())
@@ -263,7 +300,10 @@ impl<'a> Writer<'a> {
     ) -> Result<(), LayerError> {
         if entry.link.is_empty() {
             let reason = "symbolic link without a target".to_owned();
-            return Err(LayerError::Entry { entry: show(&entry.path), reason });
+            return Err(LayerError::Entry {
+                entry: show(&entry.path),
+                reason,
+            });
         }
         self.replace(entry, parent, name, || {
             rustix::fs::symlinkat(entry.link.as_slice(), parent, name)
@@ -288,21 +328,41 @@ impl<'a> Writer<'a> {
                 (FileType::CharacterDevice, rustix::fs::makedev(major, minor))
             }
             _ => {
-                let kind = if entry.kind == Kind::BlockDevice { "block" } else { "character" };
-                return Err(LayerError::Device { entry: show(&entry.path), kind, major, minor });
+                let kind = if entry.kind == Kind::BlockDevice {
+                    "block"
+                } else {
+                    "character"
+                };
+                return Err(LayerError::Device {
+                    entry: show(&entry.path),
+                    kind,
+                    major,
+                    minor,
+                });
             }
         };
         self.replace(entry, parent, name, || {
             rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device)
         })?;
         let owner = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        rustix::fs::chownat(parent, name, Some(owner.0), Some(owner.1), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(failed("set the owner of", &entry.path))?;
+        rustix::fs::chownat(
+            parent,
+            name,
+            Some(owner.0),
+            Some(owner.1),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(failed("set the owner of", &entry.path))?;
         // The name is ours and nothing else runs here, so it cannot have become a symbolic link.
         rustix::fs::chmodat(parent, name, mode_of(entry.mode), AtFlags::empty())
             .map_err(failed("set the mode of", &entry.path))?;
-        rustix::fs::utimensat(parent, name, &fs::times(entry.mtime), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(failed("set the time of", &entry.path))
+        rustix::fs::utimensat(
+            parent,
+            name,
+            &fs::times(entry.mtime),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(failed("set the time of", &entry.path))
     }
 
     fn add_hard_link(
@@ -316,7 +376,10 @@ impl<'a> Writer<'a> {
             entry: show(&entry.path),
             target: target(),
         })?;
-        let missing = || LayerError::LinkTarget { entry: show(&entry.path), target: target() };
+        let missing = || LayerError::LinkTarget {
+            entry: show(&entry.path),
+            target: target(),
+        };
         let Some((target_name, target_parents)) = target_parts.split_last() else {
             return Err(missing());
         };
@@ -327,7 +390,9 @@ impl<'a> Writer<'a> {
             Err(error) => return Err(failed("open the parent of", &entry.link)(error)),
         };
         let mut found = match &target_dir {
-            Some(dir) => fs::stat(dir.as_fd(), target_name).map_err(failed("look at", &entry.link))?,
+            Some(dir) => {
+                fs::stat(dir.as_fd(), target_name).map_err(failed("look at", &entry.link))?
+            }
             None => None,
         };
         if found.is_none() && self.copy_up(entry, &target_parts)? {
@@ -336,7 +401,9 @@ impl<'a> Writer<'a> {
             found = fs::stat(dir.as_fd(), target_name).map_err(failed("look at", &entry.link))?;
             target_dir = Some(dir);
         }
-        let (Some(target_dir), Some(found)) = (target_dir, found) else { return Err(missing()) };
+        let (Some(target_dir), Some(found)) = (target_dir, found) else {
+            return Err(missing());
+        };
         if fs::is_whiteout(&found) || fs::file_type(&found) == FileType::Directory {
             return Err(missing());
         }
@@ -361,15 +428,23 @@ impl<'a> Writer<'a> {
         if fs::file_type(&found.stat) != FileType::RegularFile {
             return Ok(false);
         }
-        let Some((name, parents)) = target.split_last() else { return Ok(false) };
+        let Some((name, parents)) = target.split_last() else {
+            return Ok(false);
+        };
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let source = rustix::fs::openat(&found.parent, *name, flags, Mode::empty())
             .map_err(failed("open", shown))?;
-        let xattrs = read_xattrs(source.as_fd()).map_err(failed("read the attributes of", shown))?;
+        let xattrs =
+            read_xattrs(source.as_fd()).map_err(failed("read the attributes of", shown))?;
         let parent = self.parent(&parents.join(&b'/'), shown)?;
         let mut file = self.create(entry, parent.as_fd(), name)?;
         let mut source = File::from(source);
-        self.copy(entry, &mut source, &mut file, u64::try_from(found.stat.st_size).unwrap_or(0))?;
+        self.copy(
+            entry,
+            &mut source,
+            &mut file,
+            u64::try_from(found.stat.st_size).unwrap_or(0),
+        )?;
         let attributes = Attributes {
             uid: found.stat.st_uid,
             gid: found.stat.st_gid,
@@ -383,10 +458,16 @@ impl<'a> Writer<'a> {
         Ok(true)
     }
 
-    fn add_whiteout(&mut self, entry: &Entry, parent_path: &[u8], name: &[u8]) -> Result<(), LayerError> {
+    fn add_whiteout(
+        &mut self,
+        entry: &Entry,
+        parent_path: &[u8],
+        name: &[u8],
+    ) -> Result<(), LayerError> {
         if name == WHITEOUT_OPAQUE {
             let parent = self.parent(parent_path, &entry.path)?;
-            let dir = fs::open_child_dir(parent.as_fd(), ".").map_err(failed("open", parent_path))?;
+            let dir =
+                fs::open_child_dir(parent.as_fd(), ".").map_err(failed("open", parent_path))?;
             return set_opaque(dir.as_fd(), &entry.path);
         }
         if name.starts_with(WHITEOUT_META) {
@@ -394,7 +475,9 @@ impl<'a> Writer<'a> {
             return Ok(());
         }
         match &name[WHITEOUT.len()..] {
-            b"" | b"." | b".." => Err(LayerError::Whiteout { entry: show(&entry.path) }),
+            b"" | b"." | b".." => Err(LayerError::Whiteout {
+                entry: show(&entry.path),
+            }),
             hidden => self.hide(entry, parent_path, hidden),
         }
     }
@@ -486,16 +569,24 @@ impl<'a> Writer<'a> {
         made: &mut Vec<Vec<u8>>,
     ) -> Result<OwnedFd, LayerError> {
         let split = |path: &[u8]| -> Vec<Vec<u8>> {
-            path.split(|&byte| byte == b'/').map(<[u8]>::to_vec).collect()
+            path.split(|&byte| byte == b'/')
+                .map(<[u8]>::to_vec)
+                .collect()
         };
-        let no_dir = |parent: String| LayerError::Parent { entry: show(entry), parent };
+        let no_dir = |parent: String| LayerError::Parent {
+            entry: show(entry),
+            parent,
+        };
         let mut todo: VecDeque<Vec<u8>> = split(path).into();
         let mut done: Vec<Vec<u8>> = Vec::new();
         let mut links = 0;
         let mut follow = |target: &[u8], todo: &mut VecDeque<Vec<u8>>, done: &mut Vec<Vec<u8>>| {
             links += 1;
             if links > MAX_LINKS {
-                return Err(no_dir(format!("\"{}\" (a loop of symbolic links)", show(path))));
+                return Err(no_dir(format!(
+                    "\"{}\" (a loop of symbolic links)",
+                    show(path)
+                )));
             }
             if target.starts_with(b"/") {
                 done.clear();
@@ -549,9 +640,9 @@ impl<'a> Writer<'a> {
                             follow(target.as_bytes(), &mut todo, &mut done)?;
                         }
                         _ => {
-                            let like = found.map(|found| found.stat).filter(|stat| {
-                                fs::file_type(stat) == FileType::Directory
-                            });
+                            let like = found
+                                .map(|found| found.stat)
+                                .filter(|stat| fs::file_type(stat) == FileType::Directory);
                             self.make_dir(dir.as_fd(), &part, like, entry)?;
                             done.push(part);
                             made.push(done.join(&b'/'));
@@ -574,9 +665,16 @@ impl<'a> Writer<'a> {
         rustix::fs::mkdirat(parent, name, Mode::RWXU)
             .map_err(failed("create the parent of", entry))?;
         let dir = fs::open_child_dir(parent, name).map_err(failed("open the parent of", entry))?;
-        let (uid, gid, mode) =
-            like.map_or((0, 0, 0o755), |stat| (stat.st_uid, stat.st_gid, stat.st_mode));
-        let attributes = Attributes { uid, gid, mode, mtime: NO_TIME, xattrs: &[] };
+        let (uid, gid, mode) = like.map_or((0, 0, 0o755), |stat| {
+            (stat.st_uid, stat.st_gid, stat.st_mode)
+        });
+        let attributes = Attributes {
+            uid,
+            gid,
+            mode,
+            mtime: NO_TIME,
+            xattrs: &[],
+        };
         set_attributes(dir.as_fd(), entry, &attributes)?;
         Ok(dir)
     }
@@ -595,7 +693,11 @@ impl<'e> Attributes<'e> {
 }
 
 fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
-    if parent.is_empty() { name.to_vec() } else { [parent, b"/", name].concat() }
+    if parent.is_empty() {
+        name.to_vec()
+    } else {
+        [parent, b"/", name].concat()
+    }
 }
 
 /// Owner first: changing it takes away suid bits and capabilities.
@@ -608,12 +710,20 @@ fn set_attributes(
     rustix::fs::fchown(file, Some(owner.0), Some(owner.1))
         .map_err(failed("set the owner of", entry))?;
     rustix::fs::fchmod(file, mode_of(attributes.mode)).map_err(failed("set the mode of", entry))?;
-    for (name, value) in attributes.xattrs.iter().filter(|(name, _)| xattr_allowed(name)) {
+    for (name, value) in attributes
+        .xattrs
+        .iter()
+        .filter(|(name, _)| xattr_allowed(name))
+    {
         match rustix::fs::fsetxattr(file, name.as_slice(), value, XattrFlags::empty()) {
             Ok(()) => {}
             // A file system without them: the file is still worth having, as with Docker.
             Err(Errno::NOTSUP) => {
-                tracing::debug!(entry = show(entry), name = show(name), "attribute not supported here");
+                tracing::debug!(
+                    entry = show(entry),
+                    name = show(name),
+                    "attribute not supported here"
+                );
             }
             Err(error) => return Err(failed("set an attribute of", entry)(error)),
         }
@@ -634,7 +744,10 @@ fn read_xattrs(file: BorrowedFd<'_>) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>
         Err(error) => return Err(error),
     };
     let mut xattrs = Vec::new();
-    for name in names[..length].split(|&byte| byte == 0).filter(|name| xattr_allowed(name)) {
+    for name in names[..length]
+        .split(|&byte| byte == 0)
+        .filter(|name| xattr_allowed(name))
+    {
         let mut value = vec![0u8; 64 * 1024];
         let length = rustix::fs::fgetxattr(file, name, &mut value[..])?;
         value.truncate(length);
