@@ -1,0 +1,379 @@
+//! `hull check`: can this host run containers, and if not, what mends it.
+
+use std::path::Path;
+
+use hull_machine::probe::{KvmState, State};
+use hull_machine::{Choice, Kind, Report};
+use rustix::fs::{StatVfsMountFlags, statfs};
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::error::Result;
+use crate::guest::GuestFiles;
+use crate::output::{self, Colours};
+
+/// Arguments of `check`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// How serious a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    /// As it should be.
+    Ok,
+    /// Something does not work, and containers run without it.
+    Note,
+    /// `hull run` cannot work.
+    Error,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    what: &'static str,
+    level: Level,
+    /// What was found.
+    found: String,
+    /// What mends it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+impl Finding {
+    fn ok(what: &'static str, found: impl Into<String>) -> Finding {
+        Finding {
+            what,
+            level: Level::Ok,
+            found: found.into(),
+            remedy: None,
+        }
+    }
+
+    fn note(what: &'static str, found: impl Into<String>, remedy: Option<String>) -> Finding {
+        Finding {
+            level: Level::Note,
+            remedy,
+            ..Finding::ok(what, found)
+        }
+    }
+
+    fn error(what: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Finding {
+        Finding {
+            level: Level::Error,
+            remedy: Some(remedy.into()),
+            ..Finding::ok(what, found)
+        }
+    }
+}
+
+/// All of it, for programs.
+#[derive(Serialize)]
+struct Checked<'a> {
+    ready: bool,
+    machine: Option<&'a Choice>,
+    findings: &'a [Finding],
+    machines: &'a Report,
+}
+
+/// Looks at everything that `hull run` needs. Exit status 0 only when it can work.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = Config::load()?;
+    let guest = GuestFiles::locate(&config)?;
+    let report = hull_machine::probe(&guest.requirements(&config, None));
+    let mut findings = vec![privileges()];
+    findings.extend(machines(&config, &report));
+    findings.extend(guest_files(&guest));
+    findings.push(control_groups());
+    findings.push(overlay());
+    for (what, directory) in [
+        ("data directory", &config.data_dir),
+        ("run directory", &config.run_dir),
+    ] {
+        findings.push(writable(what, directory));
+    }
+    findings.push(configuration(&config));
+
+    let ready = findings.iter().all(|finding| finding.level != Level::Error);
+    if args.json {
+        output::print_json(&Checked {
+            ready,
+            machine: report.auto.as_ref().ok(),
+            findings: &findings,
+            machines: &report,
+        })?;
+    } else {
+        output::print(render(&findings, ready, Colours::for_stdout()))?;
+    }
+    Ok(u8::from(!ready))
+}
+
+fn render(findings: &[Finding], ready: bool, colours: Colours) -> String {
+    let mut text = String::new();
+    for finding in findings {
+        // Padded before it is painted: the paint has no width.
+        let mark = match finding.level {
+            Level::Ok => colours.good("ok   "),
+            Level::Note => colours.warning("note "),
+            Level::Error => colours.bad("ERROR"),
+        };
+        text.push_str(&format!("{mark} {:16} {}\n", finding.what, finding.found));
+        if let Some(remedy) = &finding.remedy {
+            text.push_str(&format!("      {:16} → {remedy}\n", ""));
+        }
+    }
+    text.push_str(match ready {
+        true => "hull run can work here\n",
+        false => "hull run cannot work here yet\n",
+    });
+    text
+}
+
+fn privileges() -> Finding {
+    let what = "privileges";
+    if !rustix::process::geteuid().is_root() {
+        return Finding::error(
+            what,
+            "not root",
+            "sudo hull …; containers without root are not supported yet",
+        );
+    }
+    // What the sandbox process cannot do without: mounts and namespaces, files of other users, users of its own.
+    let needed = [
+        (21, "SYS_ADMIN"),
+        (0, "CHOWN"),
+        (1, "DAC_OVERRIDE"),
+        (3, "FOWNER"),
+        (6, "SETGID"),
+        (7, "SETUID"),
+        (27, "MKNOD"),
+    ];
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    let missing: Vec<&str> = needed
+        .into_iter()
+        .filter(|(number, _)| effective & (1 << number) == 0)
+        .map(|(_, name)| name)
+        .collect();
+    match missing.is_empty() {
+        true => Finding::ok(what, "root, with the capabilities needed"),
+        false => Finding::error(
+            what,
+            format!("root without the capabilities {}", missing.join(", ")),
+            "run hull outside of a container, or in one with --privileged",
+        ),
+    }
+}
+
+fn machines(config: &Config, report: &Report) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let kvm = report.kvm.to_string();
+    findings.push(match &report.kvm {
+        KvmState::Works { .. } => Finding::ok("kvm", kvm),
+        KvmState::Pretends { .. } => Finding::note("kvm", kvm + "; not used", None),
+        KvmState::NoPermission => Finding::note("kvm", kvm, Some("run hull as root".to_owned())),
+        KvmState::Absent | KvmState::Fails { .. } => Finding::note("kvm", kvm, None),
+    });
+    for (what, state) in [("machine uml", &report.uml), ("machine qemu", &report.qemu)] {
+        findings.push(match state {
+            State::Works { how } => Finding::ok(what, how.as_str()),
+            State::Missing { why, hint } => Finding::note(what, why.as_str(), hint.clone()),
+        });
+    }
+    let wanted: Option<Kind> = crate::values::enum_name(config.machine).parse().ok();
+    findings.push(match (&report.auto, wanted) {
+        (_, Some(kind)) => {
+            let works = match kind {
+                Kind::Uml => matches!(report.uml, State::Works { .. }),
+                Kind::Qemu => matches!(report.qemu, State::Works { .. }),
+                Kind::Kvm => false,
+            };
+            match works {
+                true => Finding::ok("machine", format!("{kind}, as configured")),
+                false => Finding::error(
+                    "machine",
+                    format!("{kind}, as configured, does not work here"),
+                    "machine = \"auto\" in the configuration",
+                ),
+            }
+        }
+        (Ok(choice), None) => Finding::ok(
+            "machine",
+            format!("auto picks {}: {}", choice.kind, choice.why),
+        ),
+        (Err(why), None) => Finding::error(
+            "machine",
+            why.as_str(),
+            "make kernels in hull's source directory; apt-get install qemu-system-x86",
+        ),
+    });
+    if let Ok(choice) = &report.auto
+        && !choice.hardware
+    {
+        findings.push(Finding::note(
+            "isolation",
+            format!(
+                "{} isolates by a kernel of its own, not by hardware",
+                choice.kind
+            ),
+            Some("isolation = \"hardware\" in the configuration refuses such machines".to_owned()),
+        ));
+    }
+    findings
+}
+
+fn guest_files(guest: &GuestFiles) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (what, kind) in [("kernel um", Kind::Uml), ("kernel native", Kind::Qemu)] {
+        let path = guest.kernel_path(kind);
+        findings.push(match GuestFiles::information(&path) {
+            Ok(information) if path.is_file() => {
+                let version = match information.version.as_str() {
+                    "" => "version unknown",
+                    version => version,
+                };
+                Finding::ok(what, format!("{version}, {}", path.display()))
+            }
+            Ok(_) => Finding::note(
+                what,
+                format!("there is no {}", path.display()),
+                Some("make kernels in hull's source directory".to_owned()),
+            ),
+            Err(error) => Finding::note(
+                what,
+                error.message(),
+                Some("make kernels in hull's source directory".to_owned()),
+            ),
+        });
+    }
+    findings.push(match guest.initramfs() {
+        Ok(path) => Finding::ok("initramfs", path.display().to_string()),
+        Err(error) => Finding::error(
+            "initramfs",
+            error.message(),
+            "make guest in hull's source directory",
+        ),
+    });
+    findings
+}
+
+fn control_groups() -> Finding {
+    let what = "control groups";
+    // Magic numbers of the file systems (linux/magic.h).
+    const CGROUP2: i64 = 0x6367_7270;
+    const TMPFS: i64 = 0x0102_1994;
+    let kind = |path: &str| statfs(path).map(|found| found.f_type as i64).unwrap_or(0);
+    match (kind("/sys/fs/cgroup"), kind("/sys/fs/cgroup/unified")) {
+        (CGROUP2, _) => Finding::ok(what, "version 2"),
+        (TMPFS, CGROUP2) => Finding::ok(what, "version 1 with version 2 beside it"),
+        (TMPFS, _) => Finding::ok(what, "version 1"),
+        _ => Finding::note(
+            what,
+            "not mounted: limits of containers hold in their guests, not for the machines themselves",
+            Some("mount -t cgroup2 none /sys/fs/cgroup".to_owned()),
+        ),
+    }
+}
+
+fn overlay() -> Finding {
+    let what = "overlayfs";
+    let file_systems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    match file_systems
+        .lines()
+        .any(|line| line.trim_start_matches("nodev").trim() == "overlay")
+    {
+        true => Finding::ok(what, "there"),
+        false => Finding::error(
+            what,
+            "the host's kernel does not have it",
+            "modprobe overlay",
+        ),
+    }
+}
+
+/// Whether a directory, or what it will be made in, can be written to.
+fn writable(what: &'static str, directory: &Path) -> Finding {
+    let existing = directory
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(directory);
+    let shown = directory.display();
+    if let Err(error) = rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
+        return Finding::error(
+            what,
+            format!("{shown} cannot be written to: {error}"),
+            "run hull as root",
+        );
+    }
+    match rustix::fs::statvfs(existing) {
+        Ok(found) if found.f_flag.contains(StatVfsMountFlags::RDONLY) => Finding::error(
+            what,
+            format!("{shown} is read-only"),
+            "set another directory in the configuration",
+        ),
+        Ok(found) => {
+            let free = found.f_bavail.saturating_mul(found.f_frsize);
+            let found = format!("{shown}, {} free", output::decimal_size(free));
+            match free < 64 << 20 {
+                true => Finding::note(what, found, Some("df -h; hull image prune".to_owned())),
+                false => Finding::ok(what, found),
+            }
+        }
+        Err(error) => Finding::error(
+            what,
+            format!("{shown}: {error}"),
+            "set another directory in the configuration",
+        ),
+    }
+}
+
+fn configuration(config: &Config) -> Finding {
+    let set = config
+        .origins
+        .iter()
+        .filter(|origin| origin.place != "default")
+        .count();
+    let found = match set {
+        0 => "all defaults".to_owned(),
+        1 => "one key set".to_owned(),
+        set => format!("{set} keys set"),
+    };
+    Finding::ok("configuration", format!("{found}; see hull config"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_line_up_with_their_remedies() {
+        let findings = [
+            Finding::ok("a", "fine"),
+            Finding::error("b", "broken", "mend it"),
+        ];
+        let text = render(&findings, false, Colours::for_stdout());
+        assert!(text.contains("a                fine\n"), "{text}");
+        assert!(
+            text.contains("broken\n                       → mend it\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("cannot work here yet\n"));
+    }
+
+    #[test]
+    fn directories() {
+        assert_eq!(
+            writable("x", Path::new("/tmp/not/there/yet")).level != Level::Error,
+            true
+        );
+        assert_eq!(writable("x", Path::new("/proc/not")).what, "x");
+    }
+}

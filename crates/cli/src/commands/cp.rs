@@ -1,0 +1,276 @@
+//! `hull cp`: which side is the container, and where things go by Docker's rules. The archives themselves are
+//! handled in `copy`.
+
+use std::ffi::{OsStr, OsString};
+use std::io::IsTerminal;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::wire::Request;
+use hull_sandbox::{ContainerPaths, Record, client};
+
+use super::config_for_root;
+use crate::copy::{self, ArchiveReader, ArchiveWriter, EntryKind};
+use crate::error::{Context, Error, Result, WRONG_CONTAINER};
+
+/// Arguments of `cp`.
+#[derive(Debug, clap::Args)]
+#[command(
+    override_usage = "hull cp [OPTIONS] CONTAINER:PATH DEST|-\n       hull cp [OPTIONS] SOURCE|- CONTAINER:PATH",
+    after_help = "- stands for a tar archive on standard input or output."
+)]
+pub struct Args {
+    /// Copy what a symbolic link leads to, not the link
+    #[arg(short = 'L', long)]
+    follow_link: bool,
+    /// Keep owners as they are
+    #[arg(short, long)]
+    archive: bool,
+    /// From
+    #[arg(allow_hyphen_values = true)]
+    source: OsString,
+    /// To
+    #[arg(allow_hyphen_values = true)]
+    destination: OsString,
+}
+
+/// One side of a copy.
+#[derive(Debug, PartialEq, Eq)]
+enum Side {
+    /// `-`
+    Stream,
+    Host(PathBuf),
+    Container(String, Vec<u8>),
+}
+
+impl Side {
+    /// As Docker reads it: `NAME:PATH`, unless it begins like a path.
+    fn parse(text: &OsStr) -> Side {
+        let bytes = text.as_bytes();
+        if bytes == b"-" {
+            return Side::Stream;
+        }
+        let colon = bytes.iter().position(|byte| *byte == b':');
+        match colon {
+            Some(colon) if !bytes.starts_with(b"/") && !bytes.starts_with(b".") && colon > 0 => {
+                let (name, path) = bytes.split_at(colon);
+                let path = &path[1..];
+                let mut absolute = Vec::with_capacity(path.len() + 1);
+                if !path.starts_with(b"/") {
+                    absolute.push(b'/');
+                }
+                absolute.extend_from_slice(path);
+                Side::Container(String::from_utf8_lossy(name).into_owned(), absolute)
+            }
+            _ => Side::Host(PathBuf::from(text)),
+        }
+    }
+}
+
+/// Copies.
+pub fn execute(args: Args) -> Result<u8> {
+    let paths = config_for_root()?.paths();
+    match (Side::parse(&args.source), Side::parse(&args.destination)) {
+        (Side::Container(name, from), to @ (Side::Host(_) | Side::Stream)) => {
+            let (record, container) = client::find(&paths, &name)?;
+            copy_out(&record, &container, &from, &to, &args)?;
+        }
+        (from @ (Side::Host(_) | Side::Stream), Side::Container(name, to)) => {
+            let (record, container) = client::find(&paths, &name)?;
+            copy_in(&record, &container, &from, &to, &args)?;
+        }
+        (Side::Container(..), Side::Container(..)) => {
+            return Err(
+                Error::new("not supported: a copy from one container to another")
+                    .hint("hull cp CONTAINER:PATH - | hull cp - CONTAINER:DIRECTORY"),
+            );
+        }
+        _ => {
+            return Err(Error::new("neither side of the copy is in a container")
+                .hint("hull cp CONTAINER:PATH DEST, or hull cp SOURCE CONTAINER:PATH"));
+        }
+    }
+    Ok(0)
+}
+
+/// Whether `path` asks for what is in a directory instead of the directory: it ends with `/.`.
+fn names_contents(path: &[u8]) -> bool {
+    path.ends_with(b"/.") || path == b"."
+}
+
+/// `path` without what Docker gives a meaning to at its end.
+fn plain(path: &[u8]) -> &[u8] {
+    let mut path = path;
+    loop {
+        path = match path {
+            [rest @ .., b'/'] if !rest.is_empty() => rest,
+            [rest @ .., b'/', b'.'] => match rest {
+                [] => b"/",
+                rest => rest,
+            },
+            path => return path,
+        };
+    }
+}
+
+fn ask_for_archive(
+    record: &Record,
+    container: &ContainerPaths,
+    path: &[u8],
+    follow: bool,
+) -> Result<ArchiveReader> {
+    let request = Request::CopyOut {
+        path: path.to_vec(),
+        follow,
+    };
+    let (_, stream) = client::ask(record, container, &request)?;
+    Ok(ArchiveReader::new(stream))
+}
+
+fn copy_out(
+    record: &Record,
+    container: &ContainerPaths,
+    from: &[u8],
+    to: &Side,
+    args: &Args,
+) -> Result<()> {
+    let shown = String::from_utf8_lossy(from).into_owned();
+    let what = || format!("cannot copy {shown} from container {}", record.name);
+    let mut archive = ask_for_archive(record, container, plain(from), args.follow_link)?;
+    let Side::Host(to) = to else {
+        let stdout = std::io::stdout();
+        if stdout.is_terminal() {
+            return Err(Error::new("an archive is not written to a terminal")
+                .hint("hull cp CONTAINER:PATH - >FILE"));
+        }
+        return archive
+            .copy_to(&mut stdout.lock())
+            .map_err(|error| error.while_doing(what()));
+    };
+    let ends_as_directory = to.as_os_str().as_bytes().ends_with(b"/");
+    let place = move |kind: EntryKind, name: &OsStr| -> std::result::Result<PathBuf, String> {
+        let is_directory = kind == EntryKind::Directory;
+        match std::fs::metadata(to) {
+            Ok(there) if there.is_dir() && is_directory && names_contents(from) => Ok(to.clone()),
+            Ok(there) if there.is_dir() => Ok(to.join(name)),
+            Ok(_) if is_directory => Err(format!("{} is not a directory", to.display())),
+            Ok(_) => Ok(to.clone()),
+            Err(_) if ends_as_directory && !is_directory => {
+                Err(format!("the directory {} does not exist", to.display()))
+            }
+            Err(_) => Ok(to.clone()),
+        }
+    };
+    copy::unpack(archive, &place, args.archive).map_err(|error| error.while_doing(what()))
+}
+
+fn copy_in(
+    record: &Record,
+    container: &ContainerPaths,
+    from: &Side,
+    to: &[u8],
+    args: &Args,
+) -> Result<()> {
+    let shown = String::from_utf8_lossy(to).into_owned();
+    let open = |directory: &[u8]| -> Result<ArchiveWriter> {
+        let path = directory.to_vec();
+        let (_, stream) = client::ask(record, container, &Request::CopyIn { path })?;
+        Ok(ArchiveWriter::new(stream))
+    };
+    let what = || format!("cannot copy to {shown} in container {}", record.name);
+    let Side::Host(from) = from else {
+        let mut writer = open(plain(to))?;
+        writer
+            .copy_from(&mut std::io::stdin().lock())
+            .map_err(|error| error.while_doing(what()))?;
+        return writer.finish().map_err(|error| error.while_doing(what()));
+    };
+    let metadata = match args.follow_link || names_contents(from.as_os_str().as_bytes()) {
+        true => std::fs::metadata(from),
+        false => std::fs::symlink_metadata(from),
+    };
+    let metadata = metadata.context(|| format!("cannot copy {}", from.display()))?;
+    let contents = metadata.is_dir() && names_contents(from.as_os_str().as_bytes());
+    let own_name = Path::new(OsStr::from_bytes(plain(from.as_os_str().as_bytes())))
+        .canonicalize()
+        .ok()
+        .filter(|_| metadata.is_dir())
+        .or_else(|| Some(from.clone()))
+        .and_then(|path| path.file_name().map(OsStr::to_owned))
+        .unwrap_or_else(|| OsString::from("."));
+    // What is there tells where it goes: asked for as an archive, of which only the beginning is read.
+    let there = ask_for_archive(record, container, plain(to), true)?
+        .first_kind()
+        .ok();
+    let wants_directory = to.ends_with(b"/") || names_contents(to);
+    let (directory, name) = match there {
+        Some(EntryKind::Directory) if contents => (plain(to).to_vec(), OsString::from(".")),
+        Some(EntryKind::Directory) => (plain(to).to_vec(), own_name),
+        Some(_) if metadata.is_dir() => {
+            return Err(
+                Error::new(format!("{}: {shown} is not a directory", what()))
+                    .status(WRONG_CONTAINER),
+            );
+        }
+        None if wants_directory && !metadata.is_dir() => {
+            return Err(
+                Error::new(format!("{}: the directory {shown} does not exist", what()))
+                    .status(WRONG_CONTAINER),
+            );
+        }
+        // A file to be replaced, or a name that is free: it goes into the parent under that name.
+        _ => split(plain(to)),
+    };
+    let mut writer = open(&directory)?;
+    copy::pack(&mut writer, from, &name, args.follow_link, args.archive)
+        .map_err(|error| error.while_doing(what()))?;
+    writer.finish().map_err(|error| error.while_doing(what()))
+}
+
+/// Parent and last part of an absolute path.
+fn split(path: &[u8]) -> (Vec<u8>, OsString) {
+    let slash = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    let parent = if slash == 0 { b"/" } else { &path[..slash] };
+    let name = OsString::from_vec(path.get(slash + 1..).unwrap_or_default().to_vec());
+    (parent.to_vec(), name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides() {
+        let container = |name: &str, path: &[u8]| Side::Container(name.to_owned(), path.to_vec());
+        for (text, side) in [
+            ("-", Side::Stream),
+            ("web:/etc", container("web", b"/etc")),
+            ("web:etc", container("web", b"/etc")),
+            ("web:", container("web", b"/")),
+            ("/a:b", Side::Host("/a:b".into())),
+            ("./a:b", Side::Host("./a:b".into())),
+            ("file", Side::Host("file".into())),
+            (":x", Side::Host(":x".into())),
+        ] {
+            assert_eq!(Side::parse(OsStr::new(text)), side, "{text}");
+        }
+    }
+
+    #[test]
+    fn ends_of_paths() {
+        for (path, without) in [
+            ("/etc", "/etc"),
+            ("/etc/", "/etc"),
+            ("/etc/.", "/etc"),
+            ("/etc/./", "/etc"),
+            ("/", "/"),
+            ("/.", "/"),
+        ] {
+            assert_eq!(plain(path.as_bytes()), without.as_bytes(), "{path}");
+        }
+        assert!(names_contents(b"/etc/."));
+        assert!(!names_contents(b"/etc/a."));
+        assert_eq!(split(b"/a/b"), (b"/a".to_vec(), OsString::from("b")));
+        assert_eq!(split(b"/a"), (b"/".to_vec(), OsString::from("a")));
+    }
+}

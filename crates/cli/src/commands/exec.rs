@@ -1,0 +1,91 @@
+//! `hull exec`.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use hull_sandbox::wire::{ExecRequest, Request};
+use hull_sandbox::{State, client};
+
+use super::config_for_root;
+use super::run::{check_terminal, finish, gather_environment};
+use crate::attach::{Attachment, Options};
+use crate::error::{Error, Result, WRONG_CONTAINER};
+use crate::values::{self, DetachKeys};
+
+/// Arguments of `exec`.
+#[derive(Debug, clap::Args)]
+#[command(override_usage = "hull exec [OPTIONS] CONTAINER COMMAND [ARG]...")]
+pub struct Args {
+    /// Keep standard input open and pass it on
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Return as soon as the process has started
+    #[arg(short, long)]
+    detach: bool,
+    /// Set an environment variable; without a value, the caller's own
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// User, and group, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::user)]
+    user: Option<String>,
+    /// Working directory inside the container
+    #[arg(short, long, value_name = "DIR", value_parser = values::directory)]
+    workdir: Option<String>,
+    /// Keys that detach and let the process run on
+    #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
+    detach_keys: Option<DetachKeys>,
+    /// Container, command and its arguments
+    #[arg(value_names = ["CONTAINER", "COMMAND"], num_args = 1.., required = true, trailing_var_arg = true)]
+    words: Vec<OsString>,
+}
+
+/// Starts a process in a running container and stands for it until it ends.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = config_for_root()?;
+    let mut words = args.words.into_iter();
+    let name = words.next().unwrap_or_default();
+    let name = name.to_string_lossy();
+    let command: Vec<OsString> = words.collect();
+    if command.is_empty() {
+        return Err(Error::new("no command was given").hint("hull exec CONTAINER COMMAND [ARG]..."));
+    }
+    let environment = gather_environment(&args.env_file, &args.env)?;
+    if !args.detach && args.interactive && args.tty {
+        check_terminal()?;
+    }
+    let (record, container) = client::find(&config.paths(), &name)?;
+    if record.state == State::Paused {
+        return Err(Error::new(format!("container {name} is paused"))
+            .hint(format!("hull unpause {name}"))
+            .status(WRONG_CONTAINER));
+    }
+    let attachment = Attachment::prepare(Options {
+        input: args.interactive,
+        terminal: args.tty,
+        // As with Docker, a signal ends the command that stands for the process, not the process.
+        forward_signals: None,
+        detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
+    })?;
+    let request = Request::Exec(ExecRequest {
+        command: command.into_iter().map(OsString::into_vec).collect(),
+        environment: environment.into_iter().map(OsString::into_vec).collect(),
+        directory: args.workdir,
+        user: args.user,
+        stdin: args.interactive && !args.detach,
+        terminal: args.tty,
+        detach: args.detach,
+        size: attachment.size(),
+    });
+    let (_, stream) = client::ask(&record, &container, &request)?;
+    if args.detach {
+        return Ok(0);
+    }
+    finish(attachment.carry(stream)?, &record.name)
+}

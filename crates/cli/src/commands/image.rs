@@ -1,0 +1,293 @@
+//! `hull image`: pull, import, list, remove and look at images.
+
+use hull_image::{Listed, Reference, Removed};
+use serde_json::{Value, json};
+
+use super::{config_for_root, for_each};
+use crate::config::Config;
+use crate::error::{Context, Error, Result, WRONG_CONTAINER};
+use crate::images;
+use crate::output::{self, Table};
+use crate::time;
+use crate::values::Pull;
+
+/// Arguments of `image`.
+#[derive(Debug, clap::Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Fetch an image from a registry, an OCI layout or an archive
+    #[command(
+        after_help = "An image is NAME[:TAG|@DIGEST], oci:DIR[:TAG], docker-archive:FILE or rootfs:DIR."
+    )]
+    Pull {
+        /// Print nothing but the image's name
+        #[arg(short, long)]
+        quiet: bool,
+        /// Which image
+        image: String,
+    },
+    /// Take an image of an OCI layout or an archive into the store, under a name
+    Import {
+        /// oci:DIR[:TAG] or docker-archive:FILE[:TAG]
+        source: String,
+        /// Name for the image
+        name: Option<String>,
+    },
+    /// List images
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Show ids only
+        #[arg(short, long)]
+        quiet: bool,
+        /// Do not shorten ids
+        #[arg(long)]
+        no_trunc: bool,
+        /// Print JSON
+        #[arg(long, conflicts_with = "quiet")]
+        json: bool,
+    },
+    /// Remove images
+    Rm {
+        /// Remove all names of an image, also one that containers use
+        #[arg(short, long)]
+        force: bool,
+        /// Names or ids
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<String>,
+    },
+    /// Show all that is known of images, as JSON
+    Inspect {
+        /// Names or ids
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<String>,
+    },
+    /// Remove images without a name that no container uses, and what interrupted pulls left
+    Prune {
+        /// Remove images with a name too
+        #[arg(short, long)]
+        all: bool,
+        /// Accepted for compatibility: there is no question to be answered
+        #[arg(short, long, hide = true)]
+        force: bool,
+    },
+}
+
+/// Manages images.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = config_for_root()?;
+    let paths = config.paths();
+    let container_exists = |id: &str| paths.container(id).run.exists();
+    match args.command {
+        Command::Pull { quiet, image } => {
+            let image = images::obtain(&config, &image.parse()?, Pull::Always, quiet)?;
+            if !quiet && let Some(digest) = image.digest {
+                output::note(format!("digest: {digest}"));
+            }
+            output::print(format!("{}\n", image.reference))?;
+        }
+        Command::Import { source, name } => import(&config, &source, name.as_deref())?,
+        Command::Ls {
+            quiet,
+            no_trunc,
+            json,
+        } => {
+            let list = images::store(&config)?.list()?;
+            if quiet {
+                let mut ids: Vec<String> = list
+                    .iter()
+                    .map(|image| id(image, no_trunc) + "\n")
+                    .collect();
+                ids.dedup();
+                output::print(ids.concat())?;
+            } else if json {
+                let objects: Vec<Value> = list.iter().map(listed_object).collect();
+                output::print_json(&objects)?;
+            } else {
+                table(&list, no_trunc).print()?;
+            }
+        }
+        Command::Rm {
+            force,
+            images: names,
+        } => {
+            let store = images::store(&config)?;
+            return for_each(&names, |name| {
+                let removed = store
+                    .remove(&name.parse()?, force, &container_exists)
+                    .map_err(|error| Error::from(error).status(WRONG_CONTAINER))?;
+                report(&removed)
+            });
+        }
+        Command::Inspect { images: names } => {
+            let mut objects = Vec::new();
+            let outcome = for_each(&names, |name| {
+                let object = inspect_object(&config, name)?.ok_or_else(|| {
+                    Error::new(format!("no such image: {name}"))
+                        .hint("hull image ls")
+                        .status(WRONG_CONTAINER)
+                })?;
+                objects.push(object);
+                Ok(())
+            });
+            output::print_json(&objects)?;
+            return outcome;
+        }
+        Command::Prune { all, force: _ } => {
+            let removed = images::store(&config)?.prune(all, &container_exists)?;
+            report(&removed)?;
+            let note = if removed.layers_kept {
+                "; more when the running pulls have ended"
+            } else {
+                ""
+            };
+            output::print(format!(
+                "reclaimed {}{note}\n",
+                output::decimal_size(removed.bytes)
+            ))?;
+        }
+    }
+    Ok(0)
+}
+
+fn import(config: &Config, source: &str, name: Option<&str>) -> Result<()> {
+    let reference: Reference = source.parse()?;
+    if matches!(reference, Reference::Registry(_) | Reference::Id(_)) {
+        return Err(
+            Error::new(format!("cannot import {source:?}: it names no files"))
+                .hint("oci:DIR or docker-archive:FILE; hull image pull asks registries"),
+        );
+    }
+    let name = match name.map(str::parse).transpose()? {
+        None => None,
+        Some(Reference::Registry(name)) => Some(name),
+        Some(other) => {
+            return Err(Error::new(format!(
+                "cannot name an image {other}: that is a place"
+            )));
+        }
+    };
+    let image = images::obtain(config, &reference, Pull::Missing, false)?;
+    if let Some(name) = name {
+        images::store(config)?.tag(&reference, &name)?;
+        return output::print(format!("{name}\n"));
+    }
+    output::print(format!("{}\n", image.reference))
+}
+
+fn report(removed: &Removed) -> Result<()> {
+    let untagged = removed
+        .untagged
+        .iter()
+        .map(|name| format!("untagged: {name}\n"));
+    let deleted = removed.images.iter().map(|id| format!("deleted: {id}\n"));
+    output::print(untagged.chain(deleted).collect::<String>())
+}
+
+/// All that is known of an image; `None` when there is none of this name.
+pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
+    let Ok(reference) = name.parse::<Reference>() else {
+        return Ok(None);
+    };
+    let store = images::store(config)?;
+    let image = match store.inspect(&reference) {
+        Ok(image) => image,
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let mut object = json!({
+        "id": image.id,
+        "reference": image.reference,
+        "digest": image.digest.map(|digest| digest.to_string()),
+        "created": image.created,
+        "size": image.size,
+        "config": image.config,
+        "layers": image.layers,
+    });
+    // A plain directory has none.
+    if let Ok(document) = store.raw_config(&image) {
+        object["document"] = serde_json::from_slice(&document)
+            .context(|| format!("cannot read the configuration of image {name}"))?;
+    }
+    Ok(Some(object))
+}
+
+fn id(image: &Listed, whole: bool) -> String {
+    match whole {
+        true => image.id.to_string(),
+        false => image.id.hex().chars().take(12).collect(),
+    }
+}
+
+fn listed_object(image: &Listed) -> Value {
+    json!({
+        "reference": image.reference,
+        "id": image.id.to_string(),
+        "digest": image.digest.to_string(),
+        "created": image.created,
+        "size": image.size,
+        "labels": image.labels,
+    })
+}
+
+/// Name and tag as people know them: without the default registry.
+fn name_and_tag(reference: Option<&str>) -> (String, String) {
+    let none = || "<none>".to_owned();
+    let Some(reference) = reference else {
+        return (none(), none());
+    };
+    let familiar = reference
+        .parse::<Reference>()
+        .map_or_else(|_| reference.to_owned(), |reference| reference.familiar());
+    if let Some((name, _)) = familiar.split_once('@') {
+        return (name.to_owned(), none());
+    }
+    match familiar.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => (name.to_owned(), tag.to_owned()),
+        _ => (familiar, none()),
+    }
+}
+
+fn table(list: &[Listed], no_trunc: bool) -> Table {
+    let mut table = Table::new(&["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"]);
+    for image in list {
+        let (name, tag) = name_and_tag(image.reference.as_deref());
+        let created = image.created.as_deref().and_then(time::parse_rfc3339);
+        table.row([
+            name,
+            tag,
+            id(image, no_trunc),
+            created.map_or_else(
+                || "N/A".to_owned(),
+                |created| format!("{} ago", time::human_age(created)),
+            ),
+            output::decimal_size(image.size),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_tags() {
+        for (reference, name, tag) in [
+            (Some("docker.io/library/busybox:1.36"), "busybox", "1.36"),
+            (Some("localhost:5000/a/b:v1"), "localhost:5000/a/b", "v1"),
+            (None, "<none>", "<none>"),
+        ] {
+            assert_eq!(
+                name_and_tag(reference),
+                (name.to_owned(), tag.to_owned()),
+                "{reference:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `hull kernel`: the guest kernels that are there.
+
+use std::path::{Path, PathBuf};
+
+use hull_machine::Kind;
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::error::{Context, Result};
+use crate::guest::{GuestFiles, kernel_file};
+use crate::output::{self, Table};
+
+/// Arguments of `kernel`.
+#[derive(Debug, clap::Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// List the installed kernels
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show version, size and configuration hash of kernels
+    Info {
+        /// Kernel of this machine kind only: uml or qemu
+        #[arg(long, value_name = "KIND", value_parser = machine_kind)]
+        machine: Option<Kind>,
+        /// This file instead of the installed kernels
+        #[arg(long, value_name = "FILE", conflicts_with = "machine")]
+        kernel: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn machine_kind(text: &str) -> std::result::Result<Kind, String> {
+    text.parse()
+        .map_err(|_| format!("unknown machine kind {text:?}: uml or qemu"))
+}
+
+/// What is shown of a kernel.
+#[derive(Debug, Serialize)]
+struct Kernel {
+    /// `um`, or the architecture of the host.
+    architecture: String,
+    /// Machine kinds that use it.
+    machines: Vec<String>,
+    path: PathBuf,
+    version: String,
+    size: u64,
+    config_hash: String,
+}
+
+/// Kinds of machines with a kernel of their own.
+const KINDS: [Kind; 2] = [Kind::Uml, Kind::Qemu];
+
+/// Shows kernels.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = Config::load()?;
+    let guest = GuestFiles::locate(&config)?;
+    match args.command {
+        Command::Ls { json } => {
+            let mut kernels = Vec::new();
+            for kind in KINDS {
+                if guest.kernel_path(kind).is_file() {
+                    kernels.push(kernel(kind, &guest.kernel_path(kind))?);
+                }
+            }
+            if kernels.is_empty() {
+                // The same words as when a container wants one.
+                guest.kernel(Kind::Uml)?;
+            }
+            if json {
+                output::print_json(&kernels)?;
+            } else {
+                list(&kernels).print()?;
+            }
+        }
+        Command::Info {
+            machine,
+            kernel: file,
+            json,
+        } => {
+            let mut kernels = Vec::new();
+            if let Some(file) = file {
+                let path = kernel_file(&file)?;
+                kernels.push(kernel(Kind::Uml, &path)?);
+                kernels[0].machines.clear();
+                kernels[0].architecture.clear();
+            } else if let Some(kind) = machine {
+                kernels.push(kernel(kind, &guest.kernel(kind)?)?);
+            } else {
+                for kind in KINDS {
+                    if guest.kernel_path(kind).is_file() {
+                        kernels.push(kernel(kind, &guest.kernel_path(kind))?);
+                    }
+                }
+                if kernels.is_empty() {
+                    guest.kernel(Kind::Uml)?;
+                }
+            }
+            if json {
+                output::print_json(&kernels)?;
+            } else {
+                let text: Vec<String> = kernels.iter().map(describe).collect();
+                output::print(text.join("\n"))?;
+            }
+        }
+    }
+    Ok(0)
+}
+
+fn kernel(kind: Kind, path: &Path) -> Result<Kernel> {
+    let information = GuestFiles::information(path)?;
+    let metadata = std::fs::metadata(path).context(|| format!("cannot read {}", path.display()))?;
+    let machines = match kind {
+        Kind::Uml => vec!["uml".to_owned()],
+        _ => vec!["qemu".to_owned()],
+    };
+    Ok(Kernel {
+        architecture: kind.kernel_architecture().to_owned(),
+        machines,
+        path: path.to_owned(),
+        version: information.version,
+        size: metadata.len(),
+        config_hash: information.config_hash,
+    })
+}
+
+fn or_unknown(text: &str) -> &str {
+    if text.is_empty() { "unknown" } else { text }
+}
+
+fn list(kernels: &[Kernel]) -> Table {
+    let mut table = Table::new(&["ARCHITECTURE", "MACHINE", "VERSION", "SIZE", "CONFIG"]);
+    for kernel in kernels {
+        table.row([
+            kernel.architecture.clone(),
+            kernel.machines.join(", "),
+            or_unknown(&kernel.version).to_owned(),
+            output::decimal_size(kernel.size),
+            or_unknown(&kernel.config_hash).to_owned(),
+        ]);
+    }
+    table
+}
+
+fn describe(kernel: &Kernel) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| text.push_str(&format!("{name:14}{value}\n"));
+    if !kernel.architecture.is_empty() {
+        line("architecture", &kernel.architecture);
+        line("machine", &kernel.machines.join(", "));
+    }
+    line("version", or_unknown(&kernel.version));
+    line("size", &output::decimal_size(kernel.size));
+    line("config hash", or_unknown(&kernel.config_hash));
+    line("file", &kernel.path.display().to_string());
+    text
+}

@@ -1,0 +1,33 @@
+//! `hull kill`.
+
+use hull_sandbox::client;
+use hull_sandbox::wire::Request;
+
+use super::{config_for_root, for_each};
+use crate::error::Result;
+use crate::{output, values};
+
+/// Arguments of `kill`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Signal to send, by name or number
+    #[arg(short, long, value_name = "SIGNAL", default_value = "KILL", value_parser = values::signal)]
+    signal: u32,
+    /// Names or ids
+    #[arg(value_name = "CONTAINER", required = true)]
+    containers: Vec<String>,
+}
+
+/// Sends a signal to the init process of each container.
+pub fn execute(args: Args) -> Result<u8> {
+    let paths = config_for_root()?.paths();
+    let request = Request::Signal {
+        signal: args.signal,
+        all: false,
+    };
+    for_each(&args.containers, |name| {
+        let (record, container) = client::find(&paths, name)?;
+        client::ask(&record, &container, &request)?;
+        output::print(format!("{name}\n"))
+    })
+}

@@ -1,0 +1,34 @@
+//! `hull rm`.
+
+use hull_sandbox::{client, names};
+
+use super::{config_for_root, for_each};
+use crate::error::{Result, WRONG_CONTAINER};
+use crate::output;
+
+/// Arguments of `rm`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Kill running containers first; one that does not exist is no error
+    #[arg(short, long)]
+    force: bool,
+    /// Names or ids
+    #[arg(value_name = "CONTAINER", required = true)]
+    containers: Vec<String>,
+}
+
+/// Removes containers and everything of them.
+pub fn execute(args: Args) -> Result<u8> {
+    let paths = config_for_root()?.paths();
+    for_each(&args.containers, |name| {
+        let id = match names::find(&paths, name) {
+            Ok(id) => id,
+            Err(failure) if args.force && failure.code == i32::from(WRONG_CONTAINER) => {
+                return Ok(());
+            }
+            Err(failure) => return Err(failure.into()),
+        };
+        client::remove(&paths, &id, args.force)?;
+        output::print(format!("{name}\n"))
+    })
+}

@@ -1,0 +1,206 @@
+//! `hull stats`: what containers use inside, beside what their machines cost the host.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use hull_sandbox::wire::{Reply, Request, Stats};
+use hull_sandbox::{Paths, Record, State, client, names};
+use serde::Serialize;
+
+use super::config_for_root;
+use super::wait::unexpected_reply;
+use crate::error::{Error, Result};
+use crate::output::{self, Table, binary_size, decimal_size, percent};
+
+/// Time between two looks: the processor share is what was used in between.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Arguments of `stats`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print once instead of again and again
+    #[arg(long)]
+    no_stream: bool,
+    /// Print JSON, one line each time
+    #[arg(long)]
+    json: bool,
+    /// Names or ids; without any, all running containers
+    #[arg(value_name = "CONTAINER")]
+    containers: Vec<String>,
+}
+
+struct Sample {
+    record: Record,
+    stats: Stats,
+    taken: Instant,
+}
+
+/// Prints figures of containers once or until interrupted.
+pub fn execute(args: Args) -> Result<u8> {
+    let paths = config_for_root()?.paths();
+    let clear = !args.no_stream && !args.json && std::io::stdout().is_terminal();
+    let mut before = sample(&paths, &args.containers)?;
+    loop {
+        std::thread::sleep(INTERVAL);
+        let now = sample(&paths, &args.containers)?;
+        let rows: Vec<Figures<'_>> = now.iter().map(|sample| figures(sample, &before)).collect();
+        if args.json {
+            let mut line = serde_json::to_string(&rows)
+                .map_err(|error| Error::new(format!("cannot write JSON: {error}")))?;
+            line.push('\n');
+            output::print(line)?;
+        } else {
+            let table = table(&rows).render();
+            let begin = if clear { "\x1b[H\x1b[2J" } else { "" };
+            output::print(format!("{begin}{table}"))?;
+        }
+        if args.no_stream {
+            return Ok(0);
+        }
+        before = now;
+    }
+}
+
+fn sample(paths: &Paths, containers: &[String]) -> Result<Vec<Sample>> {
+    let mut samples = Vec::new();
+    if containers.is_empty() {
+        for (_, record) in names::list(paths)? {
+            // A container that ends while it is looked at is simply not shown.
+            if let Ok(record) = record
+                && matches!(record.state, State::Running | State::Paused)
+                && let Ok(sample) = sample_one(paths, record)
+            {
+                samples.push(sample);
+            }
+        }
+    } else {
+        for name in containers {
+            let (record, _) = client::find(paths, name)?;
+            samples.push(sample_one(paths, record)?);
+        }
+    }
+    Ok(samples)
+}
+
+fn sample_one(paths: &Paths, record: Record) -> Result<Sample> {
+    let container = paths.container(&record.id);
+    match client::ask(&record, &container, &Request::Stats)? {
+        (Reply::Stats(stats), _) => Ok(Sample {
+            record,
+            stats,
+            taken: Instant::now(),
+        }),
+        _ => Err(unexpected_reply()),
+    }
+}
+
+/// What is printed of one container.
+#[derive(Serialize)]
+struct Figures<'a> {
+    id: &'a str,
+    name: &'a str,
+    /// Share of one processor, percent.
+    cpu_percent: f64,
+    /// Without page cache that can be dropped, as Docker counts.
+    memory_used: u64,
+    host_memory_total: u64,
+    #[serde(flatten)]
+    stats: &'a Stats,
+}
+
+fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
+    let previous = before
+        .iter()
+        .find(|other| other.record.id == sample.record.id);
+    let cpu_percent = previous.map_or(0.0, |previous| {
+        let used = sample
+            .stats
+            .cpu_usage_us
+            .saturating_sub(previous.stats.cpu_usage_us);
+        let time = sample.taken.duration_since(previous.taken).as_micros();
+        used as f64 / time.max(1) as f64 * 100.0
+    });
+    let stats = &sample.stats;
+    Figures {
+        id: &sample.record.id,
+        name: &sample.record.name,
+        cpu_percent,
+        memory_used: stats
+            .memory_usage
+            .saturating_sub(stats.memory_inactive_file),
+        host_memory_total: stats.host_memory.total(),
+        stats,
+    }
+}
+
+fn table(rows: &[Figures<'_>]) -> Table {
+    let mut table = Table::new(&[
+        "CONTAINER ID",
+        "NAME",
+        "CPU %",
+        "MEM USAGE / LIMIT",
+        "MEM %",
+        "HOST MEM",
+        "NET I/O",
+        "BLOCK I/O",
+        "PIDS",
+    ]);
+    for row in rows {
+        let stats = row.stats;
+        let limit = match stats.memory_limit {
+            0 => stats.guest_memory_total,
+            limit => limit,
+        };
+        table.row([
+            row.id.get(..12).unwrap_or(row.id).to_owned(),
+            row.name.to_owned(),
+            format!("{:.2}%", row.cpu_percent),
+            format!("{} / {}", binary_size(row.memory_used), binary_size(limit)),
+            percent(row.memory_used as f64, limit as f64),
+            binary_size(row.host_memory_total),
+            format!(
+                "{} / {}",
+                decimal_size(stats.network_receive_bytes),
+                decimal_size(stats.network_transmit_bytes)
+            ),
+            format!(
+                "{} / {}",
+                decimal_size(stats.io_read_bytes),
+                decimal_size(stats.io_write_bytes)
+            ),
+            stats.pids_current.to_string(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn processor_share_and_memory() {
+        let taken = Instant::now();
+        let sample = |cpu_usage_us, taken| Sample {
+            record: super::super::ps::tests::record(),
+            stats: Stats {
+                cpu_usage_us,
+                memory_usage: 30 << 20,
+                memory_inactive_file: 10 << 20,
+                guest_memory_total: 80 << 20,
+                ..Stats::default()
+            },
+            taken,
+        };
+        let before = [sample(0, taken)];
+        let now = sample(500_000, taken + INTERVAL);
+        let row = figures(&now, &before);
+        assert!((row.cpu_percent - 50.0).abs() < 0.01);
+        let text = table(&[row]).render();
+        assert!(
+            text.contains("50.00%   20MiB / 80MiB       25.00%"),
+            "{text}"
+        );
+    }
+}

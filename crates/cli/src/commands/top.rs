@@ -1,0 +1,84 @@
+//! `hull top`.
+
+use std::time::Duration;
+
+use hull_sandbox::client;
+use hull_sandbox::wire::{Reply, Request};
+
+use super::wait::unexpected_reply;
+use super::{config_for_root, from_seconds};
+use crate::error::Result;
+use crate::output::{self, Table};
+use crate::time;
+
+/// Arguments of `top`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Name or id
+    #[arg(value_name = "CONTAINER")]
+    container: String,
+}
+
+/// Lists the processes of a container. Process ids are those that the container sees.
+pub fn execute(args: Args) -> Result<u8> {
+    let paths = config_for_root()?.paths();
+    let (record, container) = client::find(&paths, &args.container)?;
+    let (Reply::Processes(processes), _) = client::ask(&record, &container, &Request::Processes)?
+    else {
+        return Err(unexpected_reply());
+    };
+    if args.json {
+        output::print_json(&processes)?;
+        return Ok(0);
+    }
+    // Parents are numbered in the guest's root namespace: the container's number is that of the parent's row.
+    let inside = |pid: u32| {
+        let parent = processes.iter().find(|process| process.pid == pid);
+        parent.map_or(0, |process| process.container_pid)
+    };
+    let mut table = Table::new(&[
+        "PID", "PPID", "UID", "GID", "STATE", "RSS", "STARTED", "TTY", "TIME", "COMMAND",
+    ]);
+    for process in &processes {
+        table.row([
+            process.container_pid.to_string(),
+            inside(process.parent_pid).to_string(),
+            process.uid.to_string(),
+            process.gid.to_string(),
+            process.state.clone(),
+            output::binary_size(process.resident_bytes),
+            clock(process.started_at),
+            if process.terminal.is_empty() {
+                "?"
+            } else {
+                &process.terminal
+            }
+            .to_owned(),
+            processor_time(Duration::from_micros(process.cpu_time_us)),
+            process.command.clone(),
+        ]);
+    }
+    table.print()?;
+    Ok(0)
+}
+
+/// Hours and minutes, UTC.
+fn clock(seconds: u64) -> String {
+    time::format_rfc3339(from_seconds(seconds))
+        .get(11..16)
+        .unwrap_or_default()
+        .to_owned()
+}
+
+fn processor_time(time: Duration) -> String {
+    let seconds = time.as_secs();
+    format!(
+        "{:02}:{:02}:{:02}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    )
+}

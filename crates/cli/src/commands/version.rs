@@ -1,0 +1,58 @@
+//! `hull version`.
+
+use hull_machine::Kind;
+use serde_json::json;
+
+use crate::config::Config;
+use crate::error::Result;
+use crate::guest::GuestFiles;
+use crate::output;
+
+/// Arguments of `version`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the versions of hull and of the installed guest kernels.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = Config::load()?;
+    let guest = GuestFiles::locate(&config)?;
+    let host = rustix::system::uname();
+    let mut kernels = Vec::new();
+    for kind in [Kind::Uml, Kind::Qemu] {
+        let path = guest.kernel_path(kind);
+        let version = match path.is_file() {
+            true => GuestFiles::information(&path)?.version,
+            false => "not installed".to_owned(),
+        };
+        kernels.push((kind.kernel_architecture(), version));
+    }
+    let version = env!("CARGO_PKG_VERSION");
+    if args.json {
+        let kernels: serde_json::Map<_, _> = kernels
+            .into_iter()
+            .map(|(name, version)| (name.to_owned(), json!(version)))
+            .collect();
+        output::print_json(&json!({
+            "version": version,
+            "os": std::env::consts::OS,
+            "architecture": std::env::consts::ARCH,
+            "host_kernel": host.release().to_string_lossy(),
+            "guest_kernels": kernels,
+        }))?;
+        return Ok(0);
+    }
+    let mut text = format!(
+        "hull {version} ({}, host kernel {})\n",
+        std::env::consts::ARCH,
+        host.release().to_string_lossy()
+    );
+    for (name, version) in kernels {
+        text.push_str(&format!("guest kernel {name}: {version}\n"));
+    }
+    output::print(text)?;
+    Ok(0)
+}

@@ -1,0 +1,239 @@
+//! The roles of the executable that no person calls: sandbox process and device process, and the names that belong
+//! to container engines. Looked at before anything else, because a sandbox process is part of every start.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use crate::error::{Context, Error, HULL_FAILED, Result};
+
+/// Names under which the executable is installed for engines.
+const ENGINE_NAMES: [&str; 2] = ["hull-oci", "containerd-shim-hull-v2"];
+
+/// Does the work of another role, if the arguments ask for one.
+pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
+    let called_as = arguments.first().map(Path::new).and_then(Path::file_name);
+    if let Some(name) = ENGINE_NAMES
+        .into_iter()
+        .find(|name| called_as == Some(OsStr::new(name)))
+    {
+        Error::new(format!(
+            "{name} is not supported yet: this version of hull has the command hull only"
+        ))
+        .print();
+        return Some(ExitCode::FAILURE);
+    }
+    let outcome = match arguments.get(1)?.to_str()? {
+        "sandbox-process" => sandbox_process(&arguments[2..]),
+        "device-process" => device_process(&arguments[2..]),
+        _ => return None,
+    };
+    Some(match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error.print();
+            ExitCode::from(HULL_FAILED)
+        }
+    })
+}
+
+/// Takes `--name value` pairs apart.
+struct Pairs<'a> {
+    rest: std::slice::Iter<'a, OsString>,
+}
+
+impl<'a> Pairs<'a> {
+    fn next(&mut self) -> Result<Option<(&'a str, &'a OsStr)>> {
+        let Some(name) = self.rest.next() else {
+            return Ok(None);
+        };
+        let value = self.rest.next();
+        match (
+            name.to_str().and_then(|name| name.strip_prefix("--")),
+            value,
+        ) {
+            (Some(name), Some(value)) => Ok(Some((name, value))),
+            _ => Err(Error::new(format!(
+                "internal command: unexpected argument {name:?}"
+            ))),
+        }
+    }
+}
+
+fn unknown(name: &str) -> Error {
+    Error::new(format!("internal command: unknown option --{name}"))
+}
+
+fn missing(name: &str) -> Error {
+    Error::new(format!("internal command: no --{name}"))
+}
+
+/// `sandbox-process --run-dir DIR --data-dir DIR --id ID`, with the first client's connection as standard input.
+fn sandbox_process(arguments: &[OsString]) -> Result<()> {
+    // The command that started us blocked signals for its own purposes.
+    crate::signals::unblock_all();
+    log_to_stderr();
+    let (mut run, mut data, mut id) = (None, None, None);
+    let mut pairs = Pairs {
+        rest: arguments.iter(),
+    };
+    while let Some((name, value)) = pairs.next()? {
+        match name {
+            "run-dir" => run = Some(PathBuf::from(value)),
+            "data-dir" => data = Some(PathBuf::from(value)),
+            "id" => id = value.to_str(),
+            _ => return Err(unknown(name)),
+        }
+    }
+    let paths = hull_sandbox::Paths::new(
+        run.ok_or_else(|| missing("run-dir"))?,
+        data.ok_or_else(|| missing("data-dir"))?,
+    );
+    let id = id.ok_or_else(|| missing("id"))?;
+    hull_sandbox::process::run(&paths, id, connection_on_stdin()?)?;
+    Ok(())
+}
+
+/// Moves the connection away from standard input, so that closing it closes it.
+fn connection_on_stdin() -> Result<UnixStream> {
+    let connection = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .context(|| "cannot take over the first connection")?;
+    let nothing = File::open("/dev/null").context(|| "cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(&nothing).context(|| "cannot close standard input")?;
+    Ok(UnixStream::from(connection))
+}
+
+/// `device-process --control-fd N --fs-fd N --vsock-fd N --entropy-fd N [--disk-fd SOCKET:FILE[:ro]]…`
+fn device_process(arguments: &[OsString]) -> Result<()> {
+    crate::signals::unblock_all();
+    log_to_stderr();
+    let options = device_process_options(arguments)?;
+    hull_devices::device_process::run(options).map_err(|error| Error::from_chain(&error))
+}
+
+fn device_process_options(
+    arguments: &[OsString],
+) -> Result<hull_devices::device_process::DeviceProcessOptions> {
+    let mut options = hull_devices::device_process::DeviceProcessOptions {
+        control_fd: -1,
+        ..Default::default()
+    };
+    let mut pairs = Pairs {
+        rest: arguments.iter(),
+    };
+    while let Some((name, value)) = pairs.next()? {
+        let wrong = || {
+            Error::new(format!(
+                "internal command: --{name} {value:?} is no descriptor"
+            ))
+        };
+        let text = value.to_str().ok_or_else(wrong)?;
+        let number = || text.parse().map_err(|_| wrong());
+        match name {
+            "control-fd" => options.control_fd = number()?,
+            "fs-fd" => options.fs_fd = Some(number()?),
+            "vsock-fd" => options.vsock_fd = Some(number()?),
+            "entropy-fd" => options.entropy_fd = Some(number()?),
+            "disk-fd" => {
+                let mut parts = text.split(':');
+                let mut descriptor = || {
+                    parts
+                        .next()
+                        .and_then(|part| part.parse().ok())
+                        .ok_or_else(wrong)
+                };
+                let (socket_fd, file_fd) = (descriptor()?, descriptor()?);
+                let read_only = match (parts.next(), parts.next()) {
+                    (None, _) => false,
+                    (Some("ro"), None) => true,
+                    _ => return Err(wrong()),
+                };
+                options
+                    .disks
+                    .push(hull_devices::device_process::DiskOptions {
+                        socket_fd,
+                        file_fd,
+                        read_only,
+                    });
+            }
+            _ => return Err(unknown(name)),
+        }
+    }
+    match options.control_fd {
+        -1 => Err(missing("control-fd")),
+        _ => Ok(options),
+    }
+}
+
+/// Messages of the host processes go to their standard error, which is the container's `sandbox.log`.
+fn log_to_stderr() {
+    let level = std::env::var("HULL_LOG")
+        .ok()
+        .and_then(|level| level.parse().ok())
+        .unwrap_or(tracing::Level::WARN);
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split_whitespace().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn commands_of_people_are_left_alone() {
+        for arguments in [
+            "hull",
+            "hull run x",
+            "hull --help",
+            "hull run sandbox-process",
+        ] {
+            assert!(dispatch(&words(arguments)).is_none(), "{arguments}");
+        }
+    }
+
+    #[test]
+    fn names_of_engines_are_answered() {
+        assert!(dispatch(&words("/usr/bin/hull-oci create x")).is_some());
+        assert!(dispatch(&words("containerd-shim-hull-v2")).is_some());
+    }
+
+    #[test]
+    fn descriptors_of_a_device_process() {
+        let options = device_process_options(&words(
+            "--control-fd 3 --fs-fd 4 --vsock-fd 5 --entropy-fd 6 --disk-fd 7:8 --disk-fd 9:10:ro",
+        ))
+        .unwrap();
+        assert_eq!((options.control_fd, options.fs_fd), (3, Some(4)));
+        assert_eq!((options.vsock_fd, options.entropy_fd), (Some(5), Some(6)));
+        let disks: Vec<_> = options
+            .disks
+            .iter()
+            .map(|disk| (disk.socket_fd, disk.file_fd, disk.read_only))
+            .collect();
+        assert_eq!(disks, [(7, 8, false), (9, 10, true)]);
+        for wrong in [
+            "",
+            "--fs-fd 4",
+            "--control-fd x",
+            "--control-fd",
+            "--bogus 3",
+            "--control-fd 3 --disk-fd 4",
+            "--control-fd 3 --disk-fd 4:5:rw",
+        ] {
+            assert!(device_process_options(&words(wrong)).is_err(), "{wrong}");
+        }
+    }
+}

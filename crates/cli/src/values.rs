@@ -1,0 +1,497 @@
+//! What option values look like: sizes, processors, names, signals, environment, limits. Each function takes the
+//! text of one value and returns it checked, or one line that names the value and says what is wrong with it.
+//! Called by the argument parser and by the configuration; touches nothing outside of its argument.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use clap::ValueEnum;
+
+/// Machine kind as asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Machine {
+    /// The first that works here: kvm, uml, qemu.
+    Auto,
+    /// Hardware virtualization, built-in VMM.
+    Kvm,
+    /// QEMU, with hardware virtualization or emulation.
+    Qemu,
+    /// User-mode Linux: no virtualization needed.
+    Uml,
+}
+
+/// Network of a container as asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Network {
+    /// Loopback only.
+    None,
+    /// What hull gives a container that asks for nothing else.
+    Default,
+}
+
+/// When to ask the registry for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pull {
+    /// Before every start.
+    Always,
+    /// When the image is not in the store.
+    Missing,
+    /// Never.
+    Never,
+}
+
+/// The name of a value of one of the enumerations above, as a user writes it.
+pub fn enum_name<T: ValueEnum>(value: T) -> String {
+    value
+        .to_possible_value()
+        .map(|value| value.get_name().to_owned())
+        .unwrap_or_default()
+}
+
+/// A size in bytes: `512m`, `1.5g`, `64MiB`, `4096`. Powers of 1024, as Docker reads memory sizes.
+pub fn size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("invalid size {text:?}: give a number with b, k, m, g or t, like 512m");
+    let lower = text.trim().to_ascii_lowercase();
+    let digits = lower
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(lower.len());
+    let (number, unit) = lower.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let power = match unit.trim_start() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 1,
+        "m" | "mb" | "mib" => 2,
+        "g" | "gb" | "gib" => 3,
+        "t" | "tb" | "tib" => 4,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * 1024f64.powi(power);
+    if bytes >= 9e18 {
+        return Err(format!("size {text:?} is too large"));
+    }
+    Ok(bytes as u64)
+}
+
+/// A memory limit; Docker's least is 6 MB.
+pub fn memory(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if bytes != 0 && bytes < 6 << 20 {
+        return Err(format!("memory limit {text} is too small: at least 6m"));
+    }
+    Ok(bytes)
+}
+
+/// A number of processors with decimals, in thousandths.
+pub fn cpus(text: &str) -> Result<u64, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|number| number.is_finite() && *number >= 0.0 && *number <= 4096.0)
+        .filter(|number| *number == 0.0 || *number >= 0.01)
+        .map(|number| (number * 1e3).round() as u64)
+        .ok_or_else(|| {
+            format!("invalid number of CPUs {text:?}: give a number from 0.01, like 1.5")
+        })
+}
+
+/// A limit on processes; 0 and -1 mean none.
+pub fn pids_limit(text: &str) -> Result<i64, String> {
+    text.parse::<i64>()
+        .ok()
+        .filter(|number| *number >= -1)
+        .ok_or_else(|| {
+            format!("invalid limit of processes {text:?}: give a number, or -1 for none")
+        })
+}
+
+/// A container's name: `[a-zA-Z0-9][a-zA-Z0-9_.-]+`.
+pub fn container_name(text: &str) -> Result<String, String> {
+    let name = text.strip_prefix('/').unwrap_or(text);
+    let mut characters = name.chars();
+    let valid = characters.next().is_some_and(|c| c.is_ascii_alphanumeric())
+        && name.len() >= 2
+        && characters.all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+    if !valid {
+        return Err(format!(
+            "invalid container name {text:?}: only [a-zA-Z0-9][a-zA-Z0-9_.-]+ is allowed"
+        ));
+    }
+    if name.len() > 200 {
+        return Err(format!(
+            "invalid container name {text:?}: more than 200 characters"
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+/// A host name that the kernel and other hosts accept.
+pub fn hostname(text: &str) -> Result<String, String> {
+    let valid = !text.is_empty()
+        && text.len() <= 64
+        && !text.starts_with(['-', '.'])
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+    if valid {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "invalid hostname {text:?}: up to 64 letters, digits, dots and hyphens"
+        ))
+    }
+}
+
+/// `user[:group]`, names or numbers; looked up in the container.
+pub fn user(text: &str) -> Result<String, String> {
+    let (user, group) = text.split_once(':').unwrap_or((text, "0"));
+    let bad = |part: &str| part.is_empty() || part.contains([':', '/', ' ', '\t', '\n']);
+    if bad(user) || bad(group) {
+        return Err(format!("invalid user {text:?}: give USER or USER:GROUP"));
+    }
+    Ok(text.to_owned())
+}
+
+/// A working directory inside a container.
+pub fn directory(text: &str) -> Result<String, String> {
+    if Path::new(text).is_absolute() {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "invalid working directory {text:?}: it must be an absolute path"
+        ))
+    }
+}
+
+/// `NAME=VALUE`, or `NAME` for the caller's own value. `None` when the caller has no such variable: as with
+/// Docker, the container then has none either.
+pub fn environment(text: &OsStr) -> Result<Option<OsString>, String> {
+    let bytes = text.as_bytes();
+    if bytes.is_empty() || bytes[0] == b'=' {
+        return Err(format!("invalid environment variable {text:?}: no name"));
+    }
+    if bytes.contains(&b'=') {
+        return Ok(Some(text.to_owned()));
+    }
+    Ok(std::env::var_os(text).map(|value| {
+        let mut variable = text.to_owned();
+        variable.push("=");
+        variable.push(value);
+        variable
+    }))
+}
+
+/// Reads the text of an environment file: one `NAME=VALUE` or `NAME` a line, `#` comments, no quoting.
+pub fn environment_file(path: &Path, text: &[u8]) -> Result<Vec<OsString>, String> {
+    let mut variables = Vec::new();
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    for (index, line) in text.split(|byte| *byte == b'\n').enumerate() {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let line = line.trim_ascii_start();
+        if line.is_empty() || line[0] == b'#' {
+            continue;
+        }
+        let place = || format!("{} line {}", path.display(), index + 1);
+        let name = line.split(|byte| *byte == b'=').next().unwrap_or(line);
+        if name.iter().any(u8::is_ascii_whitespace) {
+            let name = String::from_utf8_lossy(name);
+            return Err(format!(
+                "{}: variable {name:?} contains whitespace",
+                place()
+            ));
+        }
+        let line = OsString::from_vec(line.to_vec());
+        variables.extend(environment(&line).map_err(|error| format!("{}: {error}", place()))?);
+    }
+    Ok(variables)
+}
+
+/// A label: `KEY=VALUE` or `KEY`.
+pub fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').unwrap_or((text, ""));
+    if key.trim().is_empty() {
+        return Err(format!("invalid label {text:?}: no name"));
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// A kernel parameter for the container: `net.core.somaxconn=1024`.
+pub fn sysctl(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() && !name.contains(['/', ' ']) => {
+            Ok((name.to_owned(), value.to_owned()))
+        }
+        _ => Err(format!(
+            "invalid sysctl {text:?}: give NAME=VALUE, like net.core.somaxconn=1024"
+        )),
+    }
+}
+
+/// A resource limit of processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ulimit {
+    /// In capitals, without `RLIMIT_`.
+    pub name: String,
+    /// Soft limit; `u64::MAX` is none.
+    pub soft: u64,
+    /// Hard limit; `u64::MAX` is none.
+    pub hard: u64,
+}
+
+const ULIMITS: [&str; 15] = [
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
+];
+
+/// `name=soft[:hard]`, -1 or `unlimited` for none.
+pub fn ulimit(text: &str) -> Result<Ulimit, String> {
+    let (name, limits) = text.split_once('=').ok_or_else(|| {
+        format!("invalid ulimit {text:?}: give NAME=SOFT[:HARD], like nofile=1024:4096")
+    })?;
+    if !ULIMITS.contains(&name) {
+        let known = ULIMITS.join(", ");
+        return Err(format!(
+            "invalid ulimit {text:?}: {name:?} is none of {known}"
+        ));
+    }
+    let number = |limit: &str| match limit {
+        "-1" | "unlimited" => Ok(u64::MAX),
+        limit => limit
+            .parse()
+            .map_err(|_| format!("invalid ulimit {text:?}: {limit:?} is no number")),
+    };
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    let (soft, hard) = (number(soft)?, number(hard)?);
+    if soft > hard {
+        return Err(format!(
+            "invalid ulimit {text:?}: the soft limit is above the hard one"
+        ));
+    }
+    Ok(Ulimit {
+        name: name.to_ascii_uppercase(),
+        soft,
+        hard,
+    })
+}
+
+/// A signal by number or name, `SIG` optional.
+pub fn signal(text: &str) -> Result<u32, String> {
+    hull_sandbox::signals::parse(text).ok_or_else(|| {
+        format!("unknown signal {text:?}: give a name like TERM or a number from 1 to 64")
+    })
+}
+
+/// A signal that is kept by its name.
+pub fn signal_name(text: &str) -> Result<String, String> {
+    signal(text).map(|_| text.to_owned())
+}
+
+/// Keys that detach from a container, as the bytes that a terminal sends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DetachKeys(pub Vec<u8>);
+
+/// Reads detach keys: `ctrl-p,ctrl-q`.
+pub fn detach_keys(text: &str) -> Result<DetachKeys, String> {
+    let key = |key: &str| -> Option<u8> {
+        let byte = |text: &str| match text.as_bytes() {
+            [byte] if byte.is_ascii_graphic() => Some(*byte),
+            _ => None,
+        };
+        match key.strip_prefix("ctrl-") {
+            Some(letter) => match byte(letter)? {
+                letter @ b'a'..=b'z' => Some(letter - b'a' + 1),
+                b'@' => Some(0),
+                sign @ (b'[' | b'\\' | b']' | b'^' | b'_') => Some(sign - b'A' + 1),
+                _ => None,
+            },
+            None => byte(key),
+        }
+    };
+    text.split(',').map(key).collect::<Option<_>>().map(DetachKeys).ok_or_else(|| {
+        format!("invalid detach keys {text:?}: letters or ctrl- and one of a-z @ [ \\ ] ^ _, with commas between")
+    })
+}
+
+/// The number of lines of `--tail`: `None` is all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tail(pub Option<usize>);
+
+/// Reads a number of lines, or `all`.
+pub fn tail(text: &str) -> Result<Tail, String> {
+    if text == "all" || text == "-1" {
+        return Ok(Tail(None));
+    }
+    text.parse()
+        .map(|lines| Tail(Some(lines)))
+        .map_err(|_| format!("invalid number of lines {text:?}: give a number or \"all\""))
+}
+
+/// The candidate that differs from `word` in the fewest letters, when it is near enough to have been meant.
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .into_iter()
+        .map(|candidate| (edit_distance(word, candidate), candidate))
+        .min_by_key(|(distance, _)| *distance)
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()) / 2)
+        .map(|(_, candidate)| candidate)
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut previous: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, y) in b.iter().enumerate() {
+            let replaced = previous[j] + usize::from(x != *y);
+            row.push(replaced.min(previous[j + 1] + 1).min(row[j] + 1));
+        }
+        previous = row;
+    }
+    previous[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("512m", 512 << 20),
+            ("512M", 512 << 20),
+            ("512MiB", 512 << 20),
+            ("1.5g", 3 << 29),
+            ("64 kb", 64 << 10),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "m",
+            "-1",
+            "1x",
+            "1.2.3m",
+            "99999999999999999999g",
+            "NaN",
+            "inf",
+        ] {
+            assert!(size(text).is_err(), "{text}");
+        }
+        assert!(memory("1m").unwrap_err().contains("at least 6m"));
+    }
+
+    #[test]
+    fn processors() {
+        assert_eq!(cpus("1.5"), Ok(1500));
+        assert_eq!(cpus("0"), Ok(0));
+        for text in ["", "two", "-1", "0.001", "inf", "NaN", "5000"] {
+            assert!(cpus(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names() {
+        for name in ["ab", "web-1", "A_b.c", "0x"] {
+            assert_eq!(container_name(name), Ok(name.to_owned()));
+        }
+        for name in ["", "a", "-a", ".a", "a b", "a/b", "ä1", "a\n"] {
+            assert!(container_name(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn environment_of_the_caller_and_given() {
+        let read = |text: &str| environment(OsStr::new(text));
+        assert_eq!(read("A=b=c"), Ok(Some("A=b=c".into())));
+        assert_eq!(read("A="), Ok(Some("A=".into())));
+        assert_eq!(read("SURELY_NOT_SET_ANYWHERE"), Ok(None));
+        assert!(
+            read("PATH")
+                .unwrap()
+                .unwrap()
+                .as_bytes()
+                .starts_with(b"PATH=")
+        );
+        assert!(read("=x").is_err());
+        assert!(read("").is_err());
+    }
+
+    #[test]
+    fn environment_files() {
+        let path = Path::new("file.env");
+        let text =
+            b"\xef\xbb\xbf# comment\nA=1\r\n\n  B=two words \nNOT_SET_ANYWHERE_EITHER\nC=\xff\n";
+        let variables = environment_file(path, text).unwrap();
+        let expected: [&[u8]; 3] = [b"A=1", b"B=two words ", b"C=\xff"];
+        assert_eq!(
+            variables.iter().map(|v| v.as_bytes()).collect::<Vec<_>>(),
+            expected
+        );
+        let error = environment_file(path, b"A=1\nB C=2\n").unwrap_err();
+        assert_eq!(
+            error,
+            "file.env line 2: variable \"B C\" contains whitespace"
+        );
+    }
+
+    #[test]
+    fn limits() {
+        let limit = |name: &str, soft, hard| Ulimit {
+            name: name.to_owned(),
+            soft,
+            hard,
+        };
+        assert_eq!(ulimit("nofile=10:20"), Ok(limit("NOFILE", 10, 20)));
+        assert_eq!(ulimit("core=-1"), Ok(limit("CORE", u64::MAX, u64::MAX)));
+        for text in ["", "nofile", "nofile=", "nofile=x", "nofile=5:4", "files=1"] {
+            assert!(ulimit(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn detaching() {
+        assert_eq!(detach_keys("ctrl-p,ctrl-q"), Ok(DetachKeys(vec![16, 17])));
+        assert_eq!(detach_keys("a,ctrl-["), Ok(DetachKeys(vec![b'a', 27])));
+        for text in ["", "ctrl-", "ctrl-A1", "ab"] {
+            assert!(detach_keys(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn users_directories_hosts() {
+        for good in ["0", "root", "1000:1000", "www-data:adm"] {
+            assert!(user(good).is_ok(), "{good}");
+        }
+        for bad in ["", ":1", "1:", "a:b:c", "a b"] {
+            assert!(user(bad).is_err(), "{bad}");
+        }
+        assert!(directory("/srv").is_ok());
+        assert!(directory("srv").is_err());
+        assert!(hostname("web-1.example").is_ok());
+        assert!(hostname("").is_err());
+        assert!(hostname("a b").is_err());
+    }
+
+    #[test]
+    fn near_words() {
+        let keys = ["memory", "machine", "cpus"];
+        assert_eq!(nearest("memroy", keys), Some("memory"));
+        assert_eq!(nearest("machines", keys), Some("machine"));
+        assert_eq!(nearest("zzzzzzzz", keys), None);
+    }
+}
