@@ -3,7 +3,7 @@
 //! Called by `sandbox` (client) and `agent` (server). Holds no behaviour: what is here is either generated
 //! from `proto/` or a constant that both sides must agree on.
 
-#[allow(missing_docs, clippy::all, unused, unsafe_code)]
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, unused, unsafe_code)]
 #[rustfmt::skip]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));

@@ -265,14 +265,13 @@ pub fn capabilities(add: &[String], drop: &[String]) -> Result<Vec<String>> {
     Ok(ALL_CAPABILITIES
         .into_iter()
         .filter(|name| {
-            let wanted = if all(&add) {
+            if all(&add) {
                 !has(&drop, name)
             } else if all(&drop) {
                 has(&add, name)
             } else {
                 (DEFAULT_CAPABILITIES.contains(name) && !has(&drop, name)) || has(&add, name)
-            };
-            wanted
+            }
         })
         .map(|name| format!("CAP_{name}"))
         .collect())
@@ -454,8 +453,8 @@ mod tests {
         }
     }
 
-    fn words<T: for<'a> From<&'a str>>(list: &[&'static str]) -> Vec<T> {
-        list.iter().map(|word| T::from(word)).collect()
+    fn words<T: for<'a> From<&'a str>>(list: &[&str]) -> Vec<T> {
+        list.iter().map(|word| T::from(*word)).collect()
     }
 
     #[test]

@@ -40,7 +40,6 @@ const CONSOLE_LINES: usize = 50;
 pub struct Guest {
     devices: Watched,
     machine: Watched,
-    kind: hull_machine::Kind,
     console: Arc<Mutex<ConsoleRing>>,
     /// The device process's control.
     pub control: Arc<Devices>,
@@ -123,7 +122,6 @@ impl Guest {
             Self {
                 devices,
                 machine: Watched::new(machine)?,
-                kind: request.machine.kind,
                 console,
                 control: Arc::new(control),
             },
@@ -145,7 +143,7 @@ impl Guest {
                 let Some(status) = status else {
                     return "the machine has ended".into();
                 };
-                exit::Exit::interpret(self.kind, status, &self.console_tail()).to_string()
+                exit::Exit::interpret(status, &self.console_tail()).to_string()
             }
             status = self.devices.ended() => match status {
                 Some(Status::Signal(signal)) => {

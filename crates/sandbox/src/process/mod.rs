@@ -333,8 +333,11 @@ async fn carry(
     carriers
 }
 
+/// A directory to be shared, by name.
+type Share = (String, OwnedFd);
+
 /// The request's spec, with what only the host knows, and the volumes to share with it.
-fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<(String, OwnedFd)>)> {
+fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<Share>)> {
     let request = container.request();
     let files = container.paths();
     write_etc(container)?;
