@@ -76,10 +76,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             for line in ring.tail(500) {
                 println!("| {line}");
             }
-            println!(
-                "{status:?}: {}",
-                Exit::interpret(kind, status, &ring.tail(50))
-            );
+            println!("{status:?}: {}", Exit::interpret(status, &ring.tail(50)));
         }
     }
     for (index, what) in ["jailed", mark, "ended"].iter().enumerate() {

@@ -7,8 +7,6 @@ use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use serde::{Deserialize, Serialize};
 
-use crate::Kind;
-
 /// How a process ended, as its parent is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -46,14 +44,7 @@ pub enum Exit {
         /// By this signal.
         signal: i32,
     },
-    /// The machine process gave up before the guest kernel ran.
-    NotStarted {
-        /// Its exit code.
-        code: i32,
-        /// The last thing it said.
-        said: String,
-    },
-    /// The machine process gave up later.
+    /// The machine process gave up.
     Failed {
         /// Its exit code.
         code: i32,
@@ -65,7 +56,7 @@ pub enum Exit {
 impl Exit {
     /// Interprets how a machine process ended, with the last lines of its console (see
     /// [`crate::ConsoleRing::tail`]). What the console says is the guest's word: it colours the reason, no more.
-    pub fn interpret(kind: Kind, status: Status, console: &[String]) -> Self {
+    pub fn interpret(status: Status, console: &[String]) -> Self {
         let panic = console.iter().rev().find_map(|line| {
             line.split_once("Kernel panic - not syncing: ")
                 .map(|(_, why)| why.trim().to_owned())
@@ -73,15 +64,11 @@ impl Exit {
         if let Some(why) = panic {
             return Self::Panicked(why);
         }
-        let said = || console.last().cloned().unwrap_or_default();
-        // Every guest kernel says its version first.
-        let booted =
-            console.iter().any(|line| line.contains("Linux version ")) || console.len() >= 50;
-        match (status, kind) {
-            (Status::Signal(signal), _) => Self::Killed { signal },
-            (Status::Code(0), _) => Self::PoweredOff,
-            (Status::Code(code), _) if !booted => Self::NotStarted { code, said: said() },
-            (Status::Code(code), _) => Self::Failed { code, said: said() },
+        let said = console.last().cloned().unwrap_or_default();
+        match status {
+            Status::Signal(signal) => Self::Killed { signal },
+            Status::Code(0) => Self::PoweredOff,
+            Status::Code(code) => Self::Failed { code, said },
         }
     }
 }
@@ -96,23 +83,11 @@ impl fmt::Display for Exit {
                 "the machine process was killed by {}",
                 SignalName(*signal)
             ),
-            Self::NotStarted { code, said } if said.is_empty() => {
-                write!(f, "the machine process could not start (exit code {code})")
-            }
-            Self::NotStarted { code, said } => {
-                write!(
-                    f,
-                    "the machine process could not start (exit code {code}): {said}"
-                )
-            }
             Self::Failed { code, said } if said.is_empty() => {
                 write!(f, "the machine process failed (exit code {code})")
             }
             Self::Failed { code, said } => {
-                write!(
-                    f,
-                    "the machine process failed (exit code {code}); the console's last line: {said}"
-                )
+                write!(f, "the machine process failed (exit code {code}): {said}")
             }
         }
     }
@@ -157,7 +132,7 @@ mod tests {
             "---[ end",
         ]);
         for status in [Status::Code(0), Status::Signal(6)] {
-            let exit = Exit::interpret(Kind::Qemu, status, &console);
+            let exit = Exit::interpret(status, &console);
             assert_eq!(
                 exit.to_string(),
                 "guest kernel panic: Attempted to kill init! exitcode=0x00000009"
@@ -167,9 +142,7 @@ mod tests {
 
     #[test]
     fn reasons_are_one_line() {
-        let uml = |status, console: &[&str]| {
-            Exit::interpret(Kind::Uml, status, &lines(console)).to_string()
-        };
+        let uml = |status, console: &[&str]| Exit::interpret(status, &lines(console)).to_string();
         assert_eq!(
             uml(Status::Code(0), &["Linux version 7"]),
             "the guest shut down"
@@ -184,11 +157,7 @@ mod tests {
         );
         assert_eq!(
             uml(Status::Code(1), &["ptrace: Operation not permitted"]),
-            "the machine process could not start (exit code 1): ptrace: Operation not permitted"
-        );
-        assert_eq!(
-            uml(Status::Code(1), &["Linux version 7", "what"]),
-            "the machine process failed (exit code 1); the console's last line: what"
+            "the machine process failed (exit code 1): ptrace: Operation not permitted"
         );
     }
 }

@@ -95,6 +95,9 @@ fn command_line(spec: &MachineSpec, sockets: &[(String, u32)]) -> Vec<OsString> 
         "con=null".into(),
         "ssl=null".into(),
         "con0=fd:0,fd:1".into(),
+        // Warnings and what is worse: each line costs two system calls and a wake-up of the sandbox process.
+        "quiet".into(),
+        "loglevel=5".into(),
         // A guest that cannot go on ends at once.
         "panic=-1".into(),
         "umid=hull".into(),

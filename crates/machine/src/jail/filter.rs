@@ -13,10 +13,7 @@ use std::collections::BTreeMap;
 
 use libc::c_long;
 use rustix::io::Errno;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, sock_filter};
 
 /// What a jailed process is, which decides what it may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,118 +28,207 @@ pub enum Role {
 
 /// A compiled filter.
 pub struct Filter {
-    programs: Vec<BpfProgram>,
+    program: BpfProgram,
 }
 
 impl Filter {
     /// The filter of a role.
     pub fn of(role: Role) -> Self {
-        let mut allowed: Rules = COMMON.iter().map(|call| (*call, Vec::new())).collect();
-        let (calls, ioctls, prctls): (&[c_long], &[u64], &[i32]) = match role {
-            Role::Device => (DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS),
-            Role::Uml => (UML, UML_IOCTLS, UML_PRCTLS),
-            Role::Qemu => (QEMU, QEMU_IOCTLS, QEMU_PRCTLS),
-        };
-        allowed.extend(calls.iter().map(|call| (*call, Vec::new())));
-        allowed.insert(
-            libc::SYS_ioctl,
-            ioctls
-                .iter()
-                .filter_map(|request| equals(1, *request))
-                .collect(),
-        );
-        allowed.insert(
-            libc::SYS_prctl,
-            prctls
-                .iter()
-                .filter_map(|option| equals(0, *option as u64))
-                .collect(),
-        );
-        for call in [libc::SYS_socket, libc::SYS_socketpair] {
-            allowed.insert(call, equals(0, libc::AF_UNIX as u64).into_iter().collect());
-        }
-        // Threads and processes, but no namespaces. The flags of clone3 lie in memory, where a filter cannot look:
-        // it stays unavailable, and C libraries fall back to clone.
-        allowed.insert(
-            libc::SYS_clone,
-            no_flags_of(0, NAMESPACE_FLAGS).into_iter().collect(),
-        );
-        let dangerous = DANGEROUS
-            .iter()
-            .filter(|call| !allowed.contains_key(call))
-            .map(|call| (*call, Vec::new()))
-            .collect();
-        let programs = [
-            compile(dangerous, SeccompAction::Allow, SeccompAction::KillProcess),
-            compile(
-                allowed,
-                SeccompAction::Errno(libc::ENOSYS as u32),
-                SeccompAction::Allow,
-            ),
-        ];
         Self {
-            programs: programs.into_iter().flatten().collect(),
+            program: compile(&rules(role)),
         }
     }
 
-    /// Installs it for the calling thread and what it starts. Of two programs the stricter answer counts.
+    /// Installs it for the calling thread and what it starts.
     pub fn install(&self) -> Result<(), Errno> {
-        if self.programs.len() != 2 {
-            return Err(Errno::INVAL);
-        }
-        for program in &self.programs {
-            seccompiler::apply_filter(program).map_err(|error| match error {
-                seccompiler::Error::Prctl(error) | seccompiler::Error::Seccomp(error) => {
-                    Errno::from_io_error(&error).unwrap_or(Errno::INVAL)
-                }
-                _ => Errno::INVAL,
-            })?;
-        }
-        Ok(())
+        seccompiler::apply_filter(&self.program).map_err(|error| match error {
+            seccompiler::Error::Prctl(error) | seccompiler::Error::Seccomp(error) => {
+                Errno::from_io_error(&error).unwrap_or(Errno::INVAL)
+            }
+            _ => Errno::INVAL,
+        })
     }
 }
 
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-fn compile(rules: Rules, otherwise: SeccompAction, matched: SeccompAction) -> Option<BpfProgram> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH).ok()?;
-    SeccompFilter::new(rules, otherwise, matched, arch)
-        .ok()?
-        .try_into()
-        .ok()
+/// What happens to a system call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Allow,
+    /// Fails with ENOSYS.
+    Refuse,
+    /// Ends the process.
+    Kill,
+    /// Allowed if the lower half of an argument is one of these.
+    OneOf(u8, Vec<u32>),
+    /// Allowed if the lower half of an argument is not this.
+    Not(u8, u32),
+    /// Allowed if the lower half of an argument has none of these bits.
+    Without(u8, u32),
 }
 
-fn equals(argument: u8, value: u64) -> Option<SeccompRule> {
-    // Requests and options are ints: the kernel ignores the upper half.
-    rule(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+/// What happens to each system call; the rest is refused.
+fn rules(role: Role) -> BTreeMap<u32, Verdict> {
+    let (calls, ioctls, prctls): (&[c_long], &[u64], &[i32]) = match role {
+        Role::Device => (DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS),
+        Role::Uml => (UML, UML_IOCTLS, UML_PRCTLS),
+        Role::Qemu => (QEMU, QEMU_IOCTLS, QEMU_PRCTLS),
+    };
+    let mut rules: BTreeMap<u32, Verdict> = BTreeMap::new();
+    rules.extend(DANGEROUS.iter().map(|call| (*call as u32, Verdict::Kill)));
+    rules.extend(
+        COMMON
+            .iter()
+            .chain(calls)
+            .map(|call| (*call as u32, Verdict::Allow)),
+    );
+    let mut put = |call: c_long, verdict| rules.insert(call as u32, verdict);
+    // Requests and options are ints: the kernel ignores the upper half of these arguments.
+    put(
+        libc::SYS_ioctl,
+        Verdict::OneOf(1, ioctls.iter().map(|request| *request as u32).collect()),
+    );
+    put(
+        libc::SYS_prctl,
+        Verdict::OneOf(0, prctls.iter().map(|option| *option as u32).collect()),
+    );
+    put(
+        libc::SYS_socket,
+        Verdict::OneOf(0, vec![libc::AF_UNIX as u32]),
+    );
+    put(
+        libc::SYS_socketpair,
+        Verdict::OneOf(0, vec![libc::AF_UNIX as u32]),
+    );
+    // Threads and processes, but no namespaces. The flags of clone3 lie in memory, where a filter cannot look:
+    // it is refused, and C libraries fall back to clone.
+    put(libc::SYS_clone, Verdict::Without(0, NAMESPACE_FLAGS));
+    if role == Role::Uml {
+        // How a panicking user-mode kernel ends: it sends itself SIGABRT until that works. PID 1 of a namespace is
+        // immune to it, so it would never end; when the call fails, it exits.
+        put(libc::SYS_kill, Verdict::Not(1, libc::SIGABRT as u32));
+    }
+    rules
 }
 
-fn no_flags_of(argument: u8, flags: u64) -> Option<SeccompRule> {
-    rule(
-        argument,
-        SeccompCmpArgLen::Qword,
-        SeccompCmpOp::MaskedEq(flags),
-        0,
-    )
+#[cfg(target_arch = "x86_64")]
+const AUDIT_ARCH: u32 = 0xc000_003e;
+#[cfg(target_arch = "aarch64")]
+const AUDIT_ARCH: u32 = 0xc000_00b7;
+
+// Instructions of the kernel's classic BPF, and where `struct seccomp_data` has what they load.
+const LOAD: u16 = 0x20;
+const AND: u16 = 0x54;
+const JUMP: u16 = 0x05;
+const IF_EQUAL: u16 = 0x15;
+const IF_AT_LEAST: u16 = 0x35;
+const RETURN: u16 = 0x06;
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const ARGUMENTS: u32 = 16;
+
+const ALLOW: u32 = 0x7fff_0000;
+const REFUSE: u32 = 0x0005_0000 | libc::ENOSYS as u32;
+const KILL: u32 = 0x8000_0000;
+
+/// A binary search for the call's number. The kernel walks the program once per system call there is when it is
+/// installed, and a list of comparisons takes it a millisecond.
+fn compile(rules: &BTreeMap<u32, Verdict>) -> BpfProgram {
+    // Ranges of numbers with one verdict: where each begins. Numbers of the x32 ABI lie above all of them.
+    let mut ranges: Vec<(u32, &Verdict)> = vec![(0, &Verdict::Refuse)];
+    let mut begin = |number: u32, verdict| match ranges.last_mut() {
+        Some(last) if last.1 == verdict => {}
+        Some(last) if last.0 == number => last.1 = verdict,
+        _ => ranges.push((number, verdict)),
+    };
+    let mut next = 0;
+    for (number, verdict) in rules {
+        if *number != next {
+            begin(next, &Verdict::Refuse);
+        }
+        begin(*number, verdict);
+        next = number + 1;
+    }
+    begin(next, &Verdict::Refuse);
+
+    let mut program = vec![
+        instruction(LOAD, ARCHITECTURE),
+        jump(IF_EQUAL, AUDIT_ARCH, 1, 0),
+        instruction(RETURN, KILL),
+        instruction(LOAD, NUMBER),
+    ];
+    program.extend(search(&ranges));
+    program
 }
 
-fn rule(
-    argument: u8,
-    length: SeccompCmpArgLen,
-    compare: SeccompCmpOp,
-    value: u64,
-) -> Option<SeccompRule> {
-    let condition = SeccompCondition::new(argument, length, compare, value).ok()?;
-    SeccompRule::new(vec![condition]).ok()
+fn search(ranges: &[(u32, &Verdict)]) -> BpfProgram {
+    if let [(_, verdict)] = ranges {
+        return decide(verdict);
+    }
+    let (low, high) = ranges.split_at(ranges.len() / 2);
+    let first = high.first().map_or(u32::MAX, |range| range.0);
+    let (below, above) = (search(low), search(high));
+    let mut program = match u8::try_from(below.len()) {
+        Ok(over) => vec![jump(IF_AT_LEAST, first, over, 0)],
+        // Too far for a conditional jump.
+        Err(_) => vec![
+            jump(IF_AT_LEAST, first, 0, 1),
+            instruction(JUMP, below.len() as u32),
+        ],
+    };
+    program.extend(below);
+    program.extend(above);
+    program
 }
 
-const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
+fn decide(verdict: &Verdict) -> BpfProgram {
+    let argument = |index: u8| instruction(LOAD, ARGUMENTS + 8 * u32::from(index));
+    let (allow, refuse) = (instruction(RETURN, ALLOW), instruction(RETURN, REFUSE));
+    match verdict {
+        Verdict::Allow => vec![allow],
+        Verdict::Refuse => vec![refuse],
+        Verdict::Kill => vec![instruction(RETURN, KILL)],
+        Verdict::OneOf(index, values) => {
+            let mut program = vec![argument(*index)];
+            for (position, value) in values.iter().enumerate() {
+                // Over the other comparisons and the refusal. The lists are short.
+                program.push(jump(IF_EQUAL, *value, (values.len() - position) as u8, 0));
+            }
+            program.extend([refuse, allow]);
+            program
+        }
+        Verdict::Not(index, value) => {
+            vec![
+                argument(*index),
+                jump(IF_EQUAL, *value, 0, 1),
+                refuse,
+                allow,
+            ]
+        }
+        Verdict::Without(index, bits) => vec![
+            argument(*index),
+            instruction(AND, *bits),
+            jump(IF_EQUAL, 0, 1, 0),
+            refuse,
+            allow,
+        ],
+    }
+}
+
+fn instruction(code: u16, k: u32) -> sock_filter {
+    jump(code, k, 0, 0)
+}
+
+fn jump(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}
+
+const NAMESPACE_FLAGS: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWUSER
-    | libc::CLONE_NEWCGROUP) as u64;
+    | libc::CLONE_NEWCGROUP) as u32;
 
 /// Memory, signals, time, threads, and descriptors one already has.
 const COMMON: &[c_long] = &[
@@ -520,18 +606,70 @@ const DANGEROUS: &[c_long] = &[
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_role_compiles_to_two_programs_within_the_kernels_limit() {
-        for role in [Role::Device, Role::Uml, Role::Qemu] {
-            let filter = Filter::of(role);
-            assert_eq!(filter.programs.len(), 2, "{role:?}");
-            for program in &filter.programs {
-                assert!(
-                    (1..4096).contains(&program.len()),
-                    "{role:?}: {}",
-                    program.len()
-                );
+    /// Runs a program as the kernel does.
+    fn run(program: &[sock_filter], number: u32, arguments: [u64; 6]) -> u32 {
+        let load = |offset: u32| match offset {
+            NUMBER => number,
+            ARCHITECTURE => AUDIT_ARCH,
+            _ => arguments[(offset - ARGUMENTS) as usize / 8] as u32,
+        };
+        let (mut at, mut value) = (0, 0);
+        loop {
+            let step = &program[at];
+            at += 1;
+            let over = |condition: bool| usize::from(if condition { step.jt } else { step.jf });
+            match step.code {
+                LOAD => value = load(step.k),
+                AND => value &= step.k,
+                JUMP => at += step.k as usize,
+                IF_EQUAL => at += over(value == step.k),
+                IF_AT_LEAST => at += over(value >= step.k),
+                RETURN => return step.k,
+                other => panic!("instruction {other:#x}"),
             }
         }
+    }
+
+    #[test]
+    fn every_number_meets_its_verdict() {
+        for role in [Role::Device, Role::Uml, Role::Qemu] {
+            let rules = rules(role);
+            let program = compile(&rules);
+            assert!(program.len() < 4096, "{role:?}: {}", program.len());
+            for number in (0..600).chain([0x4000_0000, 0x4000_0001, u32::MAX]) {
+                let answer = |arguments| run(&program, number, arguments);
+                match rules.get(&number).unwrap_or(&Verdict::Refuse) {
+                    Verdict::Allow => assert_eq!(answer([0; 6]), ALLOW, "{role:?} {number}"),
+                    Verdict::Refuse => assert_eq!(answer([0; 6]), REFUSE, "{role:?} {number}"),
+                    Verdict::Kill => assert_eq!(answer([0; 6]), KILL, "{role:?} {number}"),
+                    Verdict::OneOf(index, values) => {
+                        for value in values {
+                            let mut arguments = [0; 6];
+                            arguments[usize::from(*index)] = u64::from(*value);
+                            assert_eq!(answer(arguments), ALLOW, "{role:?} {number} {value}");
+                        }
+                        assert_eq!(answer([0xdead_beef; 6]), REFUSE, "{role:?} {number}");
+                    }
+                    Verdict::Not(index, value) => {
+                        let mut arguments = [0; 6];
+                        assert_eq!(answer(arguments), ALLOW, "{role:?} {number}");
+                        arguments[usize::from(*index)] = u64::from(*value);
+                        assert_eq!(answer(arguments), REFUSE, "{role:?} {number}");
+                    }
+                    Verdict::Without(_, bits) => {
+                        assert_eq!(answer([0; 6]), ALLOW, "{role:?} {number}");
+                        assert_eq!(answer([u64::from(bits & bits.wrapping_neg()); 6]), REFUSE);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_user_mode_kernel_traces() {
+        let ptrace = libc::SYS_ptrace as u32;
+        assert_eq!(rules(Role::Uml)[&ptrace], Verdict::Allow);
+        assert_eq!(rules(Role::Qemu)[&ptrace], Verdict::Kill);
+        assert_eq!(rules(Role::Device)[&ptrace], Verdict::Kill);
     }
 }
