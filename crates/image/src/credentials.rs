@@ -136,10 +136,10 @@ fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
     let config: Config = serde_json::from_slice(&text)
         .map_err(|error| format!("{} is no Docker configuration: {error}", path.display()))?;
     let helper = by_host(&config.cred_helpers, registry).or(config.creds_store.as_ref());
-    if let Some(helper) = helper.filter(|helper| !helper.is_empty()) {
-        if let Some(found) = ask_helper(helper, registry)? {
-            return Ok(Some(found));
-        }
+    if let Some(helper) = helper.filter(|helper| !helper.is_empty())
+        && let Some(found) = ask_helper(helper, registry)?
+    {
+        return Ok(Some(found));
     }
     let Some(entry) = by_host(&config.auths, registry) else {
         return Ok(None);

@@ -13,12 +13,12 @@ pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 /// Most layers an image may have: what overlayfs can stack.
 const MAX_LAYERS: usize = 500;
 
-pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-pub(crate) const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-pub(crate) const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
-pub(crate) const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// What is asked of a registry.
@@ -173,6 +173,29 @@ pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
         .map_err(|error| invalid("index", error))
 }
 
+/// A manifest for an image that comes without one: its layers are plain archives of the given digests and sizes.
+pub(crate) fn synthesize(
+    config: &[u8],
+    layers: &[(Digest, u64)],
+) -> Result<Vec<u8>, serde_json::Error> {
+    let descriptor = |media_type: &str, digest, size| Descriptor {
+        media_type: media_type.to_owned(),
+        digest,
+        size,
+        platform: None,
+        annotations: None,
+    };
+    serde_json::to_vec(&Manifest {
+        schema_version: 2,
+        media_type: Some(OCI_MANIFEST.to_owned()),
+        config: descriptor(OCI_CONFIG, Digest::of(config), config.len() as u64),
+        layers: layers
+            .iter()
+            .map(|&(digest, size)| descriptor(OCI_LAYER, digest, size))
+            .collect(),
+    })
+}
+
 impl Manifest {
     fn check(&self, reference: &str) -> Result<()> {
         let unsupported = |what: String| Error::Unsupported {
@@ -253,10 +276,10 @@ impl Index {
                 // It does not say; its configuration will.
                 None => Some(3),
             };
-            if let Some(distance) = distance {
-                if best.is_none_or(|(known, _)| distance < known) {
-                    best = Some((distance, entry));
-                }
+            if let Some(distance) = distance
+                && best.is_none_or(|(known, _)| distance < known)
+            {
+                best = Some((distance, entry));
             }
         }
         best.map(|(_, entry)| entry)

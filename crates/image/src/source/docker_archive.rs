@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::config;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::manifest::{Descriptor, MAX_DOCUMENT, Manifest, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::manifest::{self, MAX_DOCUMENT};
 use crate::progress::{Event, Progress};
 use crate::reference::Reference;
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Stamp, Store};
@@ -64,12 +64,12 @@ pub(crate) fn resolve(
     let file = File::open(path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
     let stamp = Stamp::of(&file).map_err(|error| failed(format!("{}: {error}", path.display())))?;
     let key = reference.to_string();
-    if let Some(named) = store.named(&key)? {
-        if named.stamp.as_ref() == Some(&stamp) {
-            match store.image(&named.manifest, &key) {
-                Err(Error::Damaged { .. }) => {}
-                result => return result,
-            }
+    if let Some(named) = store.named(&key)?
+        && named.stamp.as_ref() == Some(&stamp)
+    {
+        match store.image(&named.manifest, &key) {
+            Err(Error::Damaged { .. }) => {}
+            result => return result,
         }
     }
     let _work = store.begin_work()?;
@@ -86,8 +86,14 @@ pub(crate) fn resolve(
         .iter()
         .map(|layer| archive.member(layer))
         .collect::<Result<_>>()?;
-    let manifest = synthesize(&config, &document.diff_ids, &members)
-        .map_err(|error| failed(error.to_string()))?;
+    let contents: Vec<(Digest, u64)> = document
+        .diff_ids
+        .iter()
+        .zip(&members)
+        .map(|(&diff_id, member)| (diff_id, member.size))
+        .collect();
+    let manifest =
+        manifest::synthesize(&config, &contents).map_err(|error| failed(error.to_string()))?;
     let named = Named {
         manifest: Digest::of(&manifest),
         index: None,
@@ -125,32 +131,6 @@ pub(crate) fn resolve(
         })
     };
     store.install(&plan, &mut open, progress)
-}
-
-/// The archive has no manifest as registries know it: this one stands for it.
-fn synthesize(
-    config: &[u8],
-    diff_ids: &[Digest],
-    members: &[Member],
-) -> Result<Vec<u8>, serde_json::Error> {
-    let descriptor = |media_type: &str, digest, size| Descriptor {
-        media_type: media_type.to_owned(),
-        digest,
-        size,
-        platform: None,
-        annotations: None,
-    };
-    let manifest = Manifest {
-        schema_version: 2,
-        media_type: Some(OCI_MANIFEST.to_owned()),
-        config: descriptor(OCI_CONFIG, Digest::of(config), config.len() as u64),
-        layers: diff_ids
-            .iter()
-            .zip(members)
-            .map(|(&digest, member)| descriptor(OCI_LAYER, digest, member.size))
-            .collect(),
-    };
-    serde_json::to_vec(&manifest)
 }
 
 impl<'a> Archive<'a> {

@@ -3,7 +3,7 @@
 //! Called by the installation of an image. A layer is named by its diff id, so images share it; one that could be
 //! unpacked only with a view of the layers below it is named by its chain id instead.
 
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -139,16 +139,7 @@ impl Store {
         open: impl FnOnce() -> Result<LayerStream>,
         progress: &dyn Progress,
     ) -> Result<ReadyLayer> {
-        let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
-        // Whoever was here before was interrupted.
-        for rest in ["diff", "layer.json", "layer.json.tmp"] {
-            fs::remove_all(lock.as_fd(), rest).map_err(failed("clear"))?;
-        }
-        rustix::fs::mkdirat(lock, "diff", Mode::from_raw_mode(0o700)).map_err(failed("create"))?;
-        let diff = fs::open_child_dir(lock.as_fd(), "diff").map_err(failed("open"))?;
-        // Without an entry for the root, this is what Docker makes.
-        rustix::fs::fchmod(&diff, Mode::from_raw_mode(0o755)).map_err(failed("set the mode of"))?;
-        let root = rustix::io::fcntl_dupfd_cloexec(&diff, 0).map_err(failed("open"))?;
+        let (diff, root) = prepare(partial, lock)?;
         let lower = lower
             .iter()
             .map(|name| {
@@ -158,21 +149,94 @@ impl Store {
             .collect::<Result<Vec<_>>>()?;
         let unpacked = unpack_stream(reference, layer, open()?, root, &lower, progress)
             .map_err(|error| no_space(error, partial))?;
-        let record = LayerRecord {
-            diff_id: layer.diff_id,
-            bytes: unpacked.bytes,
-            entries: unpacked.entries,
-            opaque: fs::is_opaque(diff.as_fd()),
-        };
-        write_json(&partial.join("layer.json"), &record)?;
         let name = if unpacked.used_lower {
             layer.by_chain_id()
         } else {
             layer.by_diff_id()
         };
+        self.complete(partial, &diff, layer.diff_id, unpacked, name)
+    }
+
+    /// Makes a layer of an archive whose digest is not known yet. Gives its digest and its length.
+    pub(crate) fn import_layer(&self, what: &str, archive: impl BufRead) -> Result<(Digest, u64)> {
+        let partial = self
+            .layers_dir()
+            .join(format!("import-{}.partial", std::process::id()));
+        let lock = loop {
+            let lock = lock_partial(&partial, || {})
+                .map_err(|error| Error::io("lock", &partial, error))?;
+            if let Some(lock) = lock {
+                break lock;
+            }
+        };
+        let made = self.make_imported(what, archive, &partial, &lock);
+        // What is left after an error, or of a layer that was here already; best effort.
+        if let Ok(layers) = fs::open_dir(self.layers_dir()) {
+            let _ = fs::remove_all(layers.as_fd(), &partial);
+        }
+        made
+    }
+
+    fn make_imported(
+        &self,
+        what: &str,
+        archive: impl BufRead,
+        partial: &Path,
+        lock: &OwnedFd,
+    ) -> Result<(Digest, u64)> {
+        let (diff, root) = prepare(partial, lock)?;
+        let failed = |source| {
+            let (reference, layer) = (what.to_owned(), "to be imported".to_owned());
+            no_space(
+                Error::Layer {
+                    reference,
+                    layer,
+                    source,
+                },
+                partial,
+            )
+        };
+        let mut content = HashingReader::new(compression::uncompress(archive).map_err(failed)?);
+        let unpacked = unpack(&mut content, root, &[]).map_err(failed)?;
+        content
+            .drain()
+            .map_err(|error| failed(crate::unpack::TarError::from(error).into()))?;
+        let (length, diff_id) = (content.length(), content.finish());
+        let id = LayerId {
+            digest: diff_id,
+            diff_id,
+            chain_id: diff_id,
+        };
+        if self.find_layer(&id)?.is_none() {
+            self.complete(partial, &diff, diff_id, unpacked, id.by_diff_id())?;
+        }
+        Ok((diff_id, length))
+    }
+
+    /// Gives an unpacked layer its final name.
+    fn complete(
+        &self,
+        partial: &Path,
+        diff: &OwnedFd,
+        diff_id: Digest,
+        unpacked: Unpacked,
+        name: String,
+    ) -> Result<ReadyLayer> {
+        let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
+        let record = LayerRecord {
+            diff_id,
+            bytes: unpacked.bytes,
+            entries: unpacked.entries,
+            opaque: fs::is_opaque(diff.as_fd()),
+        };
+        write_json(&partial.join("layer.json"), &record)?;
+        rustix::fs::syncfs(diff).map_err(failed("flush"))?;
         let path = self.layers_dir().join(&name);
-        rustix::fs::syncfs(&diff).map_err(failed("flush"))?;
-        std::fs::rename(partial, &path).map_err(|error| Error::io("complete", &path, error))?;
+        match std::fs::rename(partial, &path) {
+            // Somebody imported the same at the same time.
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+            result => result.map_err(|error| Error::io("complete", &path, error))?,
+        }
         fs::sync_dir(&self.layers_dir()).map_err(failed("flush"))?;
         Ok(ReadyLayer {
             name,
@@ -180,6 +244,21 @@ impl Store {
             opaque: record.opaque,
         })
     }
+}
+
+/// Clears the directory of a layer to be, and opens what will be its root, twice.
+fn prepare(partial: &Path, lock: &OwnedFd) -> Result<(OwnedFd, OwnedFd)> {
+    let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
+    // Whoever was here before was interrupted.
+    for rest in ["diff", "layer.json", "layer.json.tmp"] {
+        fs::remove_all(lock.as_fd(), rest).map_err(failed("clear"))?;
+    }
+    rustix::fs::mkdirat(lock, "diff", Mode::RWXU).map_err(failed("create"))?;
+    let diff = fs::open_child_dir(lock.as_fd(), "diff").map_err(failed("open"))?;
+    // Without an entry for the root, this is what Docker makes.
+    rustix::fs::fchmod(&diff, Mode::from_raw_mode(0o755)).map_err(failed("set the mode of"))?;
+    let root = rustix::io::fcntl_dupfd_cloexec(&diff, 0).map_err(failed("open"))?;
+    Ok((diff, root))
 }
 
 /// A full disk is not the layer's fault.

@@ -19,6 +19,7 @@
 //! The result depends on the archive alone. Only an archive that leaves out parent directories, or has hard links to
 //! files of lower layers, makes the unpacker look at those ([`lower`]); it says so in [`Unpacked::used_lower`].
 
+mod attributes;
 pub(crate) mod compression;
 mod device;
 pub(crate) mod fs;

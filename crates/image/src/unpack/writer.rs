@@ -5,9 +5,12 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
+use super::attributes::{
+    Attributes, failed, mode_of, read_xattrs, set_attributes, set_opaque, show,
+};
 use super::device::is_harmless;
 use super::lower::Lower;
 use super::tar_reader::{Entry, Kind, TarError};
@@ -36,33 +39,6 @@ pub(super) struct Writer<'a> {
     entries: u64,
 }
 
-/// Owner, mode, time and attributes of something new.
-struct Attributes<'e> {
-    uid: u32,
-    gid: u32,
-    mode: u32,
-    mtime: (i64, u32),
-    xattrs: &'e [(Vec<u8>, Vec<u8>)],
-}
-
-/// An operating-system error becomes one of the layer, naming entry and action.
-fn failed<'e>(doing: &'static str, entry: &'e [u8]) -> impl Fn(Errno) -> LayerError + 'e {
-    move |errno| LayerError::Write {
-        entry: show(entry),
-        doing,
-        source: errno.into(),
-    }
-}
-
-/// A name for people: bytes that are no text, and control characters, are escaped.
-fn show(name: &[u8]) -> String {
-    String::from_utf8_lossy(name)
-        .chars()
-        .take(300)
-        .flat_map(char::escape_debug)
-        .collect()
-}
-
 /// The parts of a name, `.` and doubled slashes left out; `None` when there is a `..`.
 fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
     let parts: Vec<_> = path
@@ -73,18 +49,6 @@ fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
         None
     } else {
         Some(parts)
-    }
-}
-
-fn mode_of(bits: u32) -> Mode {
-    Mode::from_raw_mode(bits & 0o7777)
-}
-
-/// Which extended attributes an image may set; see the module above.
-fn xattr_allowed(name: &[u8]) -> bool {
-    match name {
-        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
-        _ => name.starts_with(b"user.") && !name.starts_with(b"user.overlay."),
     }
 }
 
@@ -541,10 +505,10 @@ impl<'a> Writer<'a> {
 
     /// The directory that an entry goes into, made if the archive had no entry for it.
     fn parent(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd, LayerError> {
-        if let Some((known, dir)) = self.last_parent.take() {
-            if known == path {
-                return Ok(dir);
-            }
+        if let Some((known, dir)) = self.last_parent.take()
+            && known == path
+        {
+            return Ok(dir);
         }
         match fs::open_in_root(self.root.as_fd(), path) {
             Ok(dir) => Ok(dir),
@@ -680,78 +644,10 @@ impl<'a> Writer<'a> {
     }
 }
 
-impl<'e> Attributes<'e> {
-    fn of(entry: &'e Entry) -> Self {
-        Self {
-            uid: entry.uid,
-            gid: entry.gid,
-            mode: entry.mode,
-            mtime: entry.mtime,
-            xattrs: &entry.xattrs,
-        }
-    }
-}
-
 fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
     if parent.is_empty() {
         name.to_vec()
     } else {
         [parent, b"/", name].concat()
     }
-}
-
-/// Owner first: changing it takes away suid bits and capabilities.
-fn set_attributes(
-    file: BorrowedFd<'_>,
-    entry: &[u8],
-    attributes: &Attributes<'_>,
-) -> Result<(), LayerError> {
-    let owner = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
-    rustix::fs::fchown(file, Some(owner.0), Some(owner.1))
-        .map_err(failed("set the owner of", entry))?;
-    rustix::fs::fchmod(file, mode_of(attributes.mode)).map_err(failed("set the mode of", entry))?;
-    for (name, value) in attributes
-        .xattrs
-        .iter()
-        .filter(|(name, _)| xattr_allowed(name))
-    {
-        match rustix::fs::fsetxattr(file, name.as_slice(), value, XattrFlags::empty()) {
-            Ok(()) => {}
-            // A file system without them: the file is still worth having, as with Docker.
-            Err(Errno::NOTSUP) => {
-                tracing::debug!(
-                    entry = show(entry),
-                    name = show(name),
-                    "attribute not supported here"
-                );
-            }
-            Err(error) => return Err(failed("set an attribute of", entry)(error)),
-        }
-    }
-    Ok(())
-}
-
-fn set_opaque(dir: BorrowedFd<'_>, entry: &[u8]) -> Result<(), LayerError> {
-    rustix::fs::fsetxattr(dir, fs::OPAQUE, b"y", XattrFlags::empty())
-        .map_err(failed("make opaque the directory of", entry))
-}
-
-fn read_xattrs(file: BorrowedFd<'_>) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let mut names = vec![0u8; 64 * 1024];
-    let length = match rustix::fs::flistxattr(file, &mut names[..]) {
-        Ok(length) => length,
-        Err(Errno::NOTSUP) => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut xattrs = Vec::new();
-    for name in names[..length]
-        .split(|&byte| byte == 0)
-        .filter(|name| xattr_allowed(name))
-    {
-        let mut value = vec![0u8; 64 * 1024];
-        let length = rustix::fs::fgetxattr(file, name, &mut value[..])?;
-        value.truncate(length);
-        xattrs.push((name.to_vec(), value));
-    }
-    Ok(xattrs)
 }

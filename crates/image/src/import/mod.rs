@@ -1,0 +1,189 @@
+//! Makes an image of one layer out of an archive or a directory, as `docker import` does.
+//!
+//! Called by `hull image import`.
+
+mod change;
+mod stream;
+mod tree;
+
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::config::{self, ImageConfig};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::manifest;
+use crate::progress::{Event, Progress};
+use crate::reference::RegistryReference;
+use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Store};
+
+/// What an image is made of.
+pub enum Source<'a> {
+    /// A tar archive, plain or compressed with gzip or zstd.
+    Archive(Box<dyn Read + 'a>),
+    /// A directory, without what is mounted in it.
+    Directory(PathBuf),
+}
+
+/// How an image is made.
+#[derive(Debug, Clone, Default)]
+pub struct Import {
+    /// Its name; it may have none.
+    pub name: Option<RegistryReference>,
+    /// Instructions as in a Dockerfile: `CMD`, `ENTRYPOINT`, `ENV`, `EXPOSE`, `LABEL`, `STOPSIGNAL`, `USER`, `VOLUME`,
+    /// `WORKDIR`.
+    pub changes: Vec<String>,
+    /// A comment for its history.
+    pub message: Option<String>,
+    /// RFC 3339; now when it is missing.
+    pub created: Option<String>,
+}
+
+impl Store {
+    /// Makes an image. `what` names the source in messages.
+    pub fn import(
+        &self,
+        what: &str,
+        source: Source<'_>,
+        import: &Import,
+        progress: &dyn Progress,
+    ) -> Result<Image> {
+        let mut config = ImageConfig {
+            os: self.platform().os.clone(),
+            architecture: self.platform().architecture.clone(),
+            variant: self.platform().variant.clone(),
+            ..ImageConfig::default()
+        };
+        for change in &import.changes {
+            change::apply(&mut config, change).map_err(|reason| Error::InvalidChange {
+                change: change.clone(),
+                reason,
+            })?;
+        }
+        let _work = self.begin_work()?;
+        progress.event(Event::Started {
+            reference: what,
+            layers: 1,
+        });
+        let (diff_id, size) = match source {
+            Source::Archive(archive) => self.import_layer(what, BufReader::new(archive))?,
+            Source::Directory(dir) => self.import_directory(what, &dir)?,
+        };
+        let created = import
+            .created
+            .clone()
+            .unwrap_or_else(|| rfc3339(SystemTime::now()));
+        let message = import
+            .message
+            .clone()
+            .unwrap_or_else(|| format!("imported from {what}"));
+        let invalid = |error: serde_json::Error| Error::Invalid {
+            reference: what.to_owned(),
+            what: "config",
+            reason: error.to_string(),
+        };
+        let config = config::write(&config, vec![diff_id], created, &message).map_err(invalid)?;
+        let manifest = manifest::synthesize(&config, &[(diff_id, size)]).map_err(invalid)?;
+        let plan = Plan {
+            written: what.to_owned(),
+            name: import.name.as_ref().map(ToString::to_string),
+            named: Named {
+                manifest: Digest::of(&manifest),
+                index: None,
+                stamp: None,
+            },
+            manifest,
+            config,
+            layers: vec![PlannedLayer {
+                digest: diff_id,
+                diff_id,
+            }],
+        };
+        let mut open = |_| -> Result<LayerStream> {
+            // It was made above, and nobody removes it while work goes on.
+            Err(Error::Damaged {
+                reference: what.to_owned(),
+                what: format!("layer {diff_id}"),
+            })
+        };
+        self.install(&plan, &mut open, progress)
+    }
+
+    /// One thread packs, the other unpacks: the layer is what the archive says, in every detail.
+    fn import_directory(&self, what: &str, dir: &Path) -> Result<(Digest, u64)> {
+        let failed = |reason: String| Error::Source {
+            reference: what.to_owned(),
+            reason,
+        };
+        let (writer, reader) = stream::pipe();
+        std::thread::scope(|scope| {
+            let packer = scope.spawn(move || tree::pack(dir, writer));
+            let unpacked = self.import_layer(what, BufReader::new(reader));
+            match packer.join() {
+                // A broken pipe only says that unpacking failed.
+                Ok(Err(error)) if unpacked.is_ok() || !error.is_broken_pipe() => {
+                    Err(failed(error.to_string()))
+                }
+                Ok(_) => unpacked,
+                Err(_) => Err(failed("packing it ended unexpectedly".to_owned())),
+            }
+        })
+    }
+}
+
+/// A time as in `2026-11-21T23:00:00Z`.
+fn rfc3339(time: SystemTime) -> String {
+    let seconds = time
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// Year, month and day of a number of days since 1970-01-01.
+fn civil(mut days: u64) -> (u64, u64, u64) {
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let mut year = 1970;
+    loop {
+        let length = if leap(year) { 366 } else { 365 };
+        if days < length {
+            break;
+        }
+        days -= length;
+        year += 1;
+    }
+    let february = if leap(year) { 29 } else { 28 };
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn times_are_written_as_rfc_3339() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_210_096, "2024-02-29T12:34:56Z"),
+            (4_107_542_399, "2100-02-28T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+}
