@@ -35,8 +35,6 @@ pub struct Config {
     pub network: Network,
     /// When to ask registries.
     pub pull: Pull,
-    /// Registries without TLS.
-    pub plain_http_registries: Vec<String>,
     /// Size of /dev/shm, bytes.
     pub shm_size: u64,
     /// Most processes; 0 is no limit.
@@ -101,7 +99,6 @@ impl Config {
             kernel: None,
             network: Network::Default,
             pull: Pull::Missing,
-            plain_http_registries: Vec::new(),
             shm_size: 0,
             pids_limit: 0,
             stop_timeout: 0,
@@ -195,7 +192,6 @@ impl Config {
             "kernel" => self.kernel = path(value)?,
             "network" => self.network = choice(value)?,
             "pull" => self.pull = choice(value)?,
-            "plain_http_registries" => self.plain_http_registries = strings(value)?,
             "shm_size" => self.shm_size = values::size(string(value)?)?,
             "pids_limit" => self.pids_limit = integer(value, 0, i64::MAX)?,
             "stop_timeout" => self.stop_timeout = integer(value, -1, 1 << 31)?,
@@ -234,16 +230,6 @@ fn integer(value: &DeValue<'_>, least: i64, most: i64) -> std::result::Result<i6
         .ok()
         .filter(|number| (least..=most).contains(number))
         .ok_or_else(|| format!("{} is not from {least} to {most}", number.as_str()))
-}
-
-fn strings(value: &DeValue<'_>) -> std::result::Result<Vec<String>, String> {
-    let array = value
-        .as_array()
-        .ok_or_else(|| wrong_type(value, "a list of strings"))?;
-    array
-        .iter()
-        .map(|item| string(item.get_ref()).map(str::to_owned))
-        .collect()
 }
 
 /// An absolute path; `None` when it is empty.
@@ -287,7 +273,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 16, "one origin for each key");
+        assert_eq!(config.origins.len(), 15, "one origin for each key");
         assert!(
             config
                 .origins
@@ -299,10 +285,8 @@ mod tests {
 
     #[test]
     fn a_file_overrides_and_is_remembered() {
-        let config =
-            parse("# mine\nmemory = '1g'\ncpus = 2\nplain_http_registries = ['a:5000']\n").unwrap();
+        let config = parse("# mine\nmemory = '1g'\ncpus = 2\n").unwrap();
         assert_eq!((config.memory, config.cpus), (1 << 30, 2));
-        assert_eq!(config.plain_http_registries, ["a:5000"]);
         let origin = config
             .origins
             .iter()

@@ -113,7 +113,7 @@ fn device_process(arguments: &[OsString]) -> Result<()> {
     crate::signals::unblock_all();
     log_to_stderr();
     let options = device_process_options(arguments)?;
-    hull_devices::device_process::run(options).map_err(|error| Error::from_chain(&error))
+    Ok(hull_sandbox::device_process::run(options)?)
 }
 
 fn device_process_options(

@@ -228,7 +228,7 @@ mod tests {
     fn one_mount_at_a_place() {
         let volume = volume(OsStr::new("/a:/run")).unwrap();
         let tmpfs = tmpfs("/run/.").unwrap();
-        assert!(check_distinct(&[volume.clone()], &[]).is_ok());
+        assert!(check_distinct(std::slice::from_ref(&volume), &[]).is_ok());
         assert_eq!(
             check_distinct(&[volume], &[tmpfs]),
             Err("two mounts at /run".to_owned())

@@ -50,7 +50,7 @@ impl Table {
 
     /// Prints the table on standard output.
     pub fn print(&self) -> Result<()> {
-        print(&self.render())
+        print(self.render())
     }
 }
 

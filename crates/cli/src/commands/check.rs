@@ -270,7 +270,7 @@ fn control_groups() -> Finding {
     // Magic numbers of the file systems (linux/magic.h).
     const CGROUP2: i64 = 0x6367_7270;
     const TMPFS: i64 = 0x0102_1994;
-    let kind = |path: &str| statfs(path).map(|found| found.f_type as i64).unwrap_or(0);
+    let kind = |path: &str| statfs(path).map(|found| found.f_type).unwrap_or(0);
     match (kind("/sys/fs/cgroup"), kind("/sys/fs/cgroup/unified")) {
         (CGROUP2, _) => Finding::ok(what, "version 2"),
         (TMPFS, CGROUP2) => Finding::ok(what, "version 1 with version 2 beside it"),
@@ -370,9 +370,9 @@ mod tests {
 
     #[test]
     fn directories() {
-        assert_eq!(
-            writable("x", Path::new("/tmp/not/there/yet")).level != Level::Error,
-            true
+        assert_ne!(
+            writable("x", Path::new("/tmp/not/there/yet")).level,
+            Level::Error
         );
         assert_eq!(writable("x", Path::new("/proc/not")).what, "x");
     }

@@ -1,6 +1,10 @@
 //! `hull image`: pull, import, list, remove and look at images.
 
-use hull_image::{Listed, Reference, Removed};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::path::Path;
+
+use hull_image::{Import, ImportSource, Listed, Reference, Removed};
 use serde_json::{Value, json};
 
 use super::{config_for_root, for_each};
@@ -32,10 +36,16 @@ enum Command {
         /// Which image
         image: String,
     },
-    /// Take an image of an OCI layout or an archive into the store, under a name
+    /// Make an image of an archive or directory of a root file system, or take in a complete one
     Import {
-        /// oci:DIR[:TAG] or docker-archive:FILE[:TAG]
-        source: String,
+        /// Apply an instruction of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR
+        #[arg(short, long, value_name = "INSTRUCTION")]
+        change: Vec<String>,
+        /// A comment for the image's history
+        #[arg(short, long, value_name = "TEXT")]
+        message: Option<String>,
+        /// FILE.tar[.gz|.zst], DIR, - for an archive on standard input, oci:DIR[:TAG] or docker-archive:FILE[:TAG]
+        source: OsString,
         /// Name for the image
         name: Option<String>,
     },
@@ -91,7 +101,12 @@ pub fn execute(args: Args) -> Result<u8> {
             }
             output::print(format!("{}\n", image.reference))?;
         }
-        Command::Import { source, name } => import(&config, &source, name.as_deref())?,
+        Command::Import {
+            change,
+            message,
+            source,
+            name,
+        } => import(&config, &source, name.as_deref(), change, message)?,
         Command::Ls {
             quiet,
             no_trunc,
@@ -155,14 +170,13 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
-fn import(config: &Config, source: &str, name: Option<&str>) -> Result<()> {
-    let reference: Reference = source.parse()?;
-    if matches!(reference, Reference::Registry(_) | Reference::Id(_)) {
-        return Err(
-            Error::new(format!("cannot import {source:?}: it names no files"))
-                .hint("oci:DIR or docker-archive:FILE; hull image pull asks registries"),
-        );
-    }
+fn import(
+    config: &Config,
+    source: &OsStr,
+    name: Option<&str>,
+    changes: Vec<String>,
+    message: Option<String>,
+) -> Result<()> {
     let name = match name.map(str::parse).transpose()? {
         None => None,
         Some(Reference::Registry(name)) => Some(name),
@@ -172,12 +186,42 @@ fn import(config: &Config, source: &str, name: Option<&str>) -> Result<()> {
             )));
         }
     };
-    let image = images::obtain(config, &reference, Pull::Missing, false)?;
-    if let Some(name) = name {
-        images::store(config)?.tag(&reference, &name)?;
-        return output::print(format!("{name}\n"));
+    let text = source.to_string_lossy();
+    let is_image = text.starts_with("oci:") || text.starts_with("docker-archive:");
+    if is_image {
+        if !changes.is_empty() || message.is_some() {
+            return Err(
+                Error::new(format!("cannot change {text}: it is a complete image")).hint(
+                    "--change and --message are for archives and directories of a root file system",
+                ),
+            );
+        }
+        let reference: Reference = text.parse()?;
+        let image = images::obtain(config, &reference, Pull::Missing, false)?;
+        if let Some(name) = name {
+            images::store(config)?.tag(&reference, &name)?;
+        }
+        return output::print(format!("{}\n", image.id));
     }
-    output::print(format!("{}\n", image.reference))
+    let path = text
+        .strip_prefix("rootfs:")
+        .map_or(Path::new(source), Path::new);
+    let files = if source == "-" {
+        ImportSource::Archive(Box::new(std::io::stdin().lock()))
+    } else if path.is_dir() {
+        ImportSource::Directory(path.to_owned())
+    } else {
+        let file = File::open(path).context(|| format!("cannot import {}", path.display()))?;
+        ImportSource::Archive(Box::new(file))
+    };
+    let import = Import {
+        name,
+        changes,
+        message,
+        created: None,
+    };
+    let image = images::store(config)?.import(&text, files, &import, &())?;
+    output::print(format!("{}\n", image.id))
 }
 
 fn report(removed: &Removed) -> Result<()> {
