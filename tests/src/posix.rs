@@ -18,7 +18,7 @@ pub fn program() -> PathBuf {
     let modified = |path: &PathBuf| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
     if modified(&program) <= modified(&source) {
         Invocation::new("cc")
-            .args(["-static", "-O1", "-Wall", "-o"])
+            .args(["-static", "-O1", "-w", "-o"])
             .args([&program, &source])
             .run()
             .ok();
