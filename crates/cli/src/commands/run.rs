@@ -137,7 +137,7 @@ pub struct Args {
     #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
     detach_keys: Option<DetachKeys>,
     /// Print help
-    #[arg(long, action = clap::ArgAction::Help)]
+    #[arg(long, action = clap::ArgAction::HelpShort)]
     help: Option<bool>,
 
     /// Image, command and its arguments
