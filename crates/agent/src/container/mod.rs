@@ -19,14 +19,44 @@
 //! Nothing here touches the asynchronous runtime, and nothing here reads or writes the container's streams.
 #![allow(unsafe_code)]
 
+mod capabilities;
+mod cgroup;
+mod child;
+mod clone;
+mod copy_up;
+mod devices;
 mod error;
+mod hooks;
+mod limits;
+mod mount_options;
+mod mounts;
+mod namespaces;
+mod paths;
+mod process;
+mod rootfs;
+mod seccomp;
+mod sys;
+mod terminal;
 
 pub use error::{CreateError, Result};
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxPersonality, LinuxResources, Process, Spec};
+use rustix::fs::{FileType, Uid};
+
+use self::cgroup::{Cgroup, CgroupPlan};
+use self::child::{ExecPlan, InitPlan};
+use self::clone::{Place, Spawned};
+use self::error::Context;
+use self::limits::Limits;
+use self::namespaces::{Namespaces, outside_id};
+use self::process::ProcessPlan;
+use self::rootfs::RootfsPlan;
+use self::seccomp::Filter;
 
 /// The child's ends of its streams: pipes, sockets, or /dev/null.
 pub struct Stdio {
@@ -63,35 +93,108 @@ pub struct Child {
 ///
 /// For callers that must not block (hooks and slow file systems take their time): wait until it is readable, then
 /// call [`PendingChild::finish`].
-pub struct PendingChild {}
+#[derive(Debug)]
+pub struct PendingChild {
+    spawned: Spawned,
+    limits: Limits,
+}
 
 impl AsFd for PendingChild {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        todo!()
+        self.spawned.gate.as_fd()
     }
 }
 
 impl PendingChild {
     /// The process, ready to execute; blocks until it is. On failure the process is dead and reaped.
     pub fn finish(self) -> Result<Child> {
-        todo!()
+        let PendingChild { spawned, limits } = self;
+        let ready = spawned
+            .wait_until_ready()
+            .and_then(|terminal| limits.apply(spawned.pid).map(|()| terminal))
+            .inspect_err(|_| spawned.kill());
+        ready.map(|terminal| Child { pid: spawned.pid, pidfd: spawned.pidfd, terminal, gate: spawned.gate })
     }
 }
 
 /// A container whose init has been made.
-pub struct Container {}
+#[derive(Debug)]
+pub struct Container {
+    /// Its init.
+    init: OwnedFd,
+    init_pid: u32,
+    /// CLONE_NEW* of the namespaces that it has of its own.
+    namespaces: u64,
+    uid_map: Vec<LinuxIdMapping>,
+    cgroup: Cgroup,
+    frozen: AtomicBool,
+    personality: Option<LinuxPersonality>,
+    seccomp: Option<Arc<Filter>>,
+}
 
 impl Container {
     /// Builds a container up to the point where its init waits at the gate. Blocks for that long. Nothing is left
     /// behind on failure.
     pub fn create(id: &str, spec: &Spec, io: ChildIo) -> Result<(Container, Child)> {
-        todo!("{id} {spec:?} {}", matches!(io, ChildIo::Terminal))
+        let (container, pending) = Container::begin_create(id, spec, io)?;
+        match pending.finish() {
+            Ok(child) => Ok((container, child)),
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = container.destroy();
+                Err(error)
+            }
+        }
     }
 
     /// As [`Container::create`], without waiting. If [`PendingChild::finish`] fails, the container must be given to
     /// [`Container::destroy`].
     pub fn begin_create(id: &str, spec: &Spec, io: ChildIo) -> Result<(Container, PendingChild)> {
-        todo!("{id} {spec:?} {}", matches!(io, ChildIo::Terminal))
+        let linux = spec.linux().as_ref().ok_or_else(|| CreateError::invalid("linux", "is missing"))?;
+        let process = spec.process().as_ref().ok_or_else(|| CreateError::invalid("process", "is missing"))?;
+        refuse_foreign(spec, linux)?;
+        check_terminal(process, &io)?;
+        let cgroup = CgroupPlan::new(id, linux.cgroups_path().as_deref(), linux.resources().as_ref())?;
+        let namespaces = Namespaces::new(linux)?;
+        let seccomp = linux.seccomp().as_ref().map(Filter::new).transpose()?.map(Arc::new);
+        let plan = InitPlan {
+            rootfs: RootfsPlan::new(spec, &namespaces, &cgroup.path())?,
+            process: ProcessPlan::new(process, linux.personality().as_ref(), seccomp.clone())?,
+            hooks: hooks::Hooks::new(id, spec)?,
+            hostname: own_name("hostname", spec.hostname(), &namespaces)?,
+            domainname: own_name("domainname", spec.domainname(), &namespaces)?,
+            namespaces,
+        };
+        let limits = Limits::new(process, false)?;
+        own_streams(&io, outside_id(&plan.namespaces.uid_map, plan.process.uid));
+        let cgroup = cgroup.create()?;
+        let started = start_init(&plan, &io, &cgroup);
+        let spawned = match started {
+            Ok(spawned) => spawned,
+            Err(error) => {
+                let _ = cgroup.destroy();
+                return Err(error);
+            }
+        };
+        let init = match spawned.pidfd.try_clone() {
+            Ok(init) => init,
+            Err(error) => {
+                spawned.kill();
+                let _ = cgroup.destroy();
+                return Err(error).context(|| "cannot keep a descriptor of the container's init");
+            }
+        };
+        let container = Container {
+            init,
+            init_pid: spawned.pid,
+            namespaces: plan.namespaces.all(),
+            uid_map: plan.namespaces.uid_map,
+            cgroup,
+            frozen: AtomicBool::new(false),
+            personality: linux.personality().clone(),
+            seccomp,
+        };
+        Ok((container, PendingChild { spawned, limits }))
     }
 
     /// Makes another process in the running container, up to its gate.
@@ -101,31 +204,128 @@ impl Container {
 
     /// As [`Container::exec`], without waiting.
     pub fn begin_exec(&self, process: &Process, io: ChildIo) -> Result<PendingChild> {
-        todo!("{process:?} {}", matches!(io, ChildIo::Terminal))
+        if self.frozen.load(Ordering::Relaxed) {
+            // A clone would be born frozen.
+            return Err(CreateError::NotRunning("container is paused".into()));
+        }
+        check_terminal(process, &io)?;
+        let plan = ExecPlan {
+            process: ProcessPlan::new(process, self.personality.as_ref(), self.seccomp.clone())?,
+            init: self.init.as_fd(),
+            namespaces: self.namespaces,
+        };
+        let limits = Limits::new(process, true)?;
+        own_streams(&io, outside_id(&self.uid_map, plan.process.uid));
+        let spawn = |cgroup: BorrowedFd<'_>| {
+            clone::spawn(&Place::Of(self.init.as_fd()), cgroup, |gate| child::run_exec(&plan, &io, gate))
+        };
+        let spawned = match spawn(self.cgroup.directory()) {
+            Ok(spawned) => spawned,
+            // A container that divides its group among groups of its own has no room in the group itself.
+            Err(error) => match self.cgroup.group_of(self.init_pid) {
+                Some(group) => spawn(group.as_fd())?,
+                None => return Err(error),
+            },
+        };
+        Ok(PendingChild { spawned, limits })
     }
 
     /// Changes limits while the container runs. What `resources` does not name stays as it is.
     pub fn update(&self, resources: &LinuxResources) -> Result<()> {
-        todo!("{resources:?}")
+        self.cgroup.update(resources)
     }
 
     /// Freezes or thaws every process of the container; returns when the kernel says it is so.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
-        todo!("{frozen}")
+        self.cgroup.freeze(frozen)?;
+        self.frozen.store(frozen, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Sends a signal to every process of the container.
     pub fn kill_all(&self, signal: i32) -> Result<()> {
-        todo!("{signal}")
+        self.cgroup.signal(signal)
     }
 
     /// Directory of the container's control group.
     pub fn cgroup(&self) -> &Path {
-        todo!()
+        self.cgroup.path()
     }
 
     /// Kills what still runs and removes the control group. The container's mounts end with its last process.
     pub fn destroy(self) -> Result<()> {
-        todo!()
+        self.cgroup.destroy()
     }
 }
+
+fn start_init(plan: &InitPlan, io: &ChildIo, cgroup: &Cgroup) -> Result<Spawned> {
+    let namespaces = &plan.namespaces;
+    if namespaces.has(sys::CLONE_NEWUSER) && namespaces.has(sys::CLONE_NEWCGROUP) {
+        cgroup.delegate(outside_id(&namespaces.uid_map, 0))?;
+    }
+    let spawned =
+        clone::spawn(&Place::New(namespaces), cgroup.directory(), |gate| child::run_init(plan, io, gate))?;
+    if namespaces.creates(sys::CLONE_NEWUSER) {
+        let mapped = namespaces.write_maps(spawned.pid).and_then(|()| spawned.maps_written());
+        mapped.inspect_err(|_| spawned.kill())?;
+    }
+    Ok(spawned)
+}
+
+/// What is for other systems, or for hardware and policies that no guest has.
+fn refuse_foreign(spec: &Spec, linux: &Linux) -> Result<()> {
+    let given = |text: &Option<String>| text.as_deref().is_some_and(|text| !text.is_empty());
+    let refused = [
+        (spec.windows().is_some(), "windows", "the guest is Linux"),
+        (spec.solaris().is_some(), "solaris", "the guest is Linux"),
+        (spec.zos().is_some(), "zos", "the guest is Linux"),
+        (linux.intel_rdt().is_some(), "linux.intelRdt", "the guest has no resource control of the processor"),
+        (linux.memory_policy().is_some(), "linux.memoryPolicy", "the guest has one memory node"),
+        (
+            linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()),
+            "linux.netDevices",
+            "network devices are not moved into containers",
+        ),
+        (given(linux.mount_label()), "linux.mountLabel", "the guest kernel has no SELinux"),
+    ];
+    refused
+        .into_iter()
+        .find(|(given, ..)| *given)
+        .map_or(Ok(()), |(_, field, why)| Err(CreateError::unsupported(field, why)))
+}
+
+fn check_terminal(process: &Process, io: &ChildIo) -> Result<()> {
+    let wanted = process.terminal().unwrap_or(false);
+    if wanted != matches!(io, ChildIo::Terminal) {
+        let why = if wanted { "is true, and no terminal stream is given" } else { "is false, and one is given" };
+        return Err(CreateError::invalid("process.terminal", why));
+    }
+    Ok(())
+}
+
+/// A name that would be the whole guest's without a UTS namespace.
+fn own_name(field: &'static str, name: &Option<String>, namespaces: &Namespaces) -> Result<Option<String>> {
+    let name = name.clone().filter(|name| !name.is_empty());
+    if name.is_some() && !namespaces.has(sys::CLONE_NEWUTS) {
+        return Err(CreateError::invalid(field, "given without a UTS namespace"));
+    }
+    Ok(name)
+}
+
+/// Pipes belong to the container's user, who may want to open /dev/stdout.
+fn own_streams(io: &ChildIo, uid: u32) {
+    let ChildIo::Pipes(stdio) = io else { return };
+    if uid == 0 {
+        return;
+    }
+    for stream in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
+        let kind = rustix::fs::fstat(stream).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        if matches!(kind, Ok(FileType::Fifo | FileType::Socket)) {
+            // A stream that cannot be given away can still be used.
+            let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

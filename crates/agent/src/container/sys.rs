@@ -114,8 +114,14 @@ pub(super) fn unshare(flags: u64) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_unshare, flags as libc::c_int) }).map(drop)
 }
 
-/// Changes attributes of the mount that `mount` is, or with `recursive` of all mounts below it too.
-pub(super) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attributes: &MountAttributes) -> io::Result<()> {
+/// Changes attributes of the mount at `path` (or of the mount that `at` is, when `path` is empty), or with
+/// `recursive` of all mounts below it too.
+pub(super) fn mount_setattr(
+    at: BorrowedFd<'_>,
+    path: &CStr,
+    recursive: bool,
+    attributes: &MountAttributes,
+) -> io::Result<()> {
     let mut flags = libc::AT_EMPTY_PATH;
     if recursive {
         flags |= libc::AT_RECURSIVE;
@@ -124,8 +130,8 @@ pub(super) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attributes: 
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
+            at.as_raw_fd(),
+            path.as_ptr(),
             flags,
             std::ptr::from_ref(attributes),
             size_of::<MountAttributes>(),
@@ -150,6 +156,13 @@ pub(super) fn mount_propagation(path: &CStr, flags: libc::c_ulong) -> io::Result
     check(result.into()).map(drop)
 }
 
+/// Makes `to` another descriptor of what `from` is. They must differ.
+pub(super) fn duplicate(from: BorrowedFd<'_>, to: RawFd, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: whatever was open as `to` is not used again: this module calls it in the child only.
+    let result = unsafe { libc::dup3(from.as_raw_fd(), to, flags) };
+    check(result.into()).map(drop)
+}
+
 /// Closes every descriptor from `first` on.
 pub(super) fn close_from(first: u32) -> io::Result<()> {
     // SAFETY: the caller's business; this module calls it in the child only, which drops no descriptor afterwards.
@@ -162,7 +175,7 @@ pub(super) fn prctl(operation: libc::c_int, a: libc::c_ulong, b: libc::c_ulong) 
     check(unsafe { libc::syscall(libc::SYS_prctl, operation, a, b, 0, 0) }).map(drop)
 }
 
-/// A number as an argument for [`prctl`].
+/// `ioctl(2)` with a number.
 pub(super) fn ioctl_number(fd: BorrowedFd<'_>, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<()> {
     // SAFETY: used with requests that take a number.
     check(unsafe { libc::syscall(libc::SYS_ioctl, fd.as_raw_fd(), request, argument) }).map(drop)
@@ -193,8 +206,8 @@ pub(super) fn exit(status: i32) -> ! {
 }
 
 /// Pointers to strings, ended by a null pointer, for [`execve`]. Valid as long as `strings`.
-pub(super) fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings.iter().map(|string| string.as_ptr()).chain(std::iter::once(std::ptr::null())).collect()
+pub(super) fn pointers<'a>(strings: impl Iterator<Item = &'a CString>) -> Vec<*const c_char> {
+    strings.map(|string| string.as_ptr()).chain(std::iter::once(std::ptr::null())).collect()
 }
 
 /// Writes `value` to an existing file in one call.

@@ -1,0 +1,390 @@
+//! Which device nodes a container may make and open, as an eBPF program on its control group: cgroup v2 has no
+//! file for it.
+//!
+//! Rules are tried from the last to the first, as if each had been written after the ones before it; a request for
+//! several kinds of access at once needs all of them. What no rule speaks of is denied. The program is assembled
+//! here by hand: it needs a dozen instructions and no compiler.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+
+use crate::container::error::{CreateError, Result};
+
+const BLOCK: i32 = 1;
+const CHARACTER: i32 = 2;
+const MKNOD: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+const ALL: i32 = MKNOD | READ | WRITE;
+
+/// One line of the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    kind: Option<i32>,
+    major: Option<i32>,
+    minor: Option<i32>,
+    access: i32,
+}
+
+/// What every container may: make any node (opening it is another matter), and use the standard ones.
+const STANDARD: [Rule; 10] = [
+    Rule { allow: true, kind: Some(CHARACTER), major: None, minor: None, access: MKNOD },
+    Rule { allow: true, kind: Some(BLOCK), major: None, minor: None, access: MKNOD },
+    standard(1, Some(3)),
+    standard(1, Some(5)),
+    standard(1, Some(7)),
+    standard(1, Some(8)),
+    standard(1, Some(9)),
+    standard(5, Some(0)),
+    standard(5, Some(2)),
+    // Terminals.
+    standard(136, None),
+];
+
+const fn standard(major: i32, minor: Option<i32>) -> Rule {
+    Rule { allow: true, kind: Some(CHARACTER), major: Some(major), minor, access: ALL }
+}
+
+impl Rule {
+    fn read(rule: &LinuxDeviceCgroup) -> Result<Rule> {
+        const FIELD: &str = "linux.resources.devices";
+        let number = |number: Option<i64>| match number {
+            None | Some(-1) => Ok(None),
+            Some(number) => i32::try_from(number)
+                .map(Some)
+                .map_err(|_| CreateError::invalid(FIELD, format_args!("device number {number} is out of range"))),
+        };
+        let kind = match rule.typ().unwrap_or_default() {
+            LinuxDeviceType::A => None,
+            LinuxDeviceType::B => Some(BLOCK),
+            LinuxDeviceType::C | LinuxDeviceType::U => Some(CHARACTER),
+            LinuxDeviceType::P => return Err(CreateError::invalid(FIELD, "type p is not a device")),
+        };
+        let mut access = 0;
+        for letter in rule.access().as_deref().unwrap_or_default().chars() {
+            access |= match letter {
+                'r' => READ,
+                'w' => WRITE,
+                'm' => MKNOD,
+                _ => return Err(CreateError::invalid(FIELD, format_args!("unknown access {letter:?}"))),
+            };
+        }
+        if access == 0 {
+            access = ALL;
+        }
+        Ok(Rule { allow: rule.allow(), kind, major: number(rule.major())?, minor: number(rule.minor())?, access })
+    }
+
+    fn matches_all(&self) -> bool {
+        self.kind.is_none() && self.major.is_none() && self.minor.is_none() && self.access == ALL
+    }
+}
+
+/// One eBPF instruction, as the kernel lays it out.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Instruction {
+    code: u8,
+    /// Destination in the low half, source in the high half.
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+mod code {
+    pub(super) const LOAD_WORD: u8 = 0x61;
+    pub(super) const MOVE_REGISTER: u8 = 0xbc;
+    pub(super) const MOVE: u8 = 0xb7;
+    pub(super) const AND: u8 = 0x54;
+    pub(super) const SHIFT_RIGHT: u8 = 0x74;
+    pub(super) const JUMP: u8 = 0x05;
+    pub(super) const JUMP_NOT_EQUAL: u8 = 0x56;
+    pub(super) const JUMP_ANY_BIT: u8 = 0x46;
+    pub(super) const EXIT: u8 = 0x95;
+}
+
+const RESULT: u8 = 0;
+const CONTEXT: u8 = 1;
+const KIND: u8 = 2;
+/// The access that no rule has granted yet.
+const WANTED: u8 = 3;
+const MAJOR: u8 = 4;
+const MINOR: u8 = 5;
+
+fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
+    Instruction { code, registers: destination | source << 4, offset, immediate }
+}
+
+/// The program for a list of rules, or None when everything is allowed.
+fn assemble(rules: &[Rule]) -> Option<Vec<Instruction>> {
+    // Nothing before a rule that decides everything can matter.
+    let start = rules.iter().rposition(Rule::matches_all);
+    let decided = start.map(|start| rules[start].allow);
+    let rules = &rules[start.map_or(0, |start| start + 1)..];
+    if decided == Some(true) && rules.iter().all(|rule| rule.allow) {
+        return None;
+    }
+    let mut program = vec![
+        instruction(code::LOAD_WORD, KIND, CONTEXT, 0, 0),
+        instruction(code::MOVE_REGISTER, WANTED, KIND, 0, 0),
+        instruction(code::AND, KIND, 0, 0, 0xffff),
+        instruction(code::SHIFT_RIGHT, WANTED, 0, 0, 16),
+        instruction(code::LOAD_WORD, MAJOR, CONTEXT, 4, 0),
+        instruction(code::LOAD_WORD, MINOR, CONTEXT, 8, 0),
+    ];
+    for rule in rules.iter().rev() {
+        assemble_rule(rule, &mut program);
+    }
+    finish(decided.unwrap_or(false), &mut program);
+    Some(program)
+}
+
+fn finish(allow: bool, program: &mut Vec<Instruction>) {
+    program.push(instruction(code::MOVE, RESULT, 0, 0, allow.into()));
+    program.push(instruction(code::EXIT, 0, 0, 0, 0));
+}
+
+fn assemble_rule(rule: &Rule, program: &mut Vec<Instruction>) {
+    let mut consequence = Vec::with_capacity(4);
+    if rule.allow {
+        consequence.push(instruction(code::AND, WANTED, 0, 0, ALL & !rule.access));
+        consequence.push(instruction(code::JUMP_NOT_EQUAL, WANTED, 0, 2, 0));
+    } else {
+        consequence.push(instruction(code::JUMP_ANY_BIT, WANTED, 0, 1, rule.access));
+        consequence.push(instruction(code::JUMP, 0, 0, 2, 0));
+    }
+    finish(rule.allow, &mut consequence);
+    let conditions: Vec<(u8, i32)> = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)]
+        .into_iter()
+        .filter_map(|(register, value)| value.map(|value| (register, value)))
+        .collect();
+    for (index, (register, value)) in conditions.iter().enumerate() {
+        let skip = conditions.len() - index - 1 + consequence.len();
+        program.push(instruction(code::JUMP_NOT_EQUAL, *register, 0, skip as i16, *value));
+    }
+    program.append(&mut consequence);
+}
+
+/// An access list, ready to be put on a control group.
+#[derive(Debug)]
+pub(crate) struct DeviceProgram(Option<Vec<Instruction>>);
+
+impl DeviceProgram {
+    /// For the list of a spec. The standard nodes are allowed in any case.
+    pub(crate) fn new(list: &[LinuxDeviceCgroup]) -> Result<DeviceProgram> {
+        let mut rules = list.iter().map(Rule::read).collect::<Result<Vec<Rule>>>()?;
+        rules.extend(STANDARD);
+        Ok(DeviceProgram(assemble(&rules)))
+    }
+
+    /// Puts the program on a control group; `replaces` is one that is there already. Returns the loaded program, or
+    /// None when there is nothing to forbid.
+    pub(crate) fn attach(
+        &self,
+        cgroup: BorrowedFd<'_>,
+        replaces: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Option<OwnedFd>> {
+        let Some(program) = &self.0 else {
+            if let Some(old) = replaces {
+                bpf(BPF_PROG_DETACH, &attachment(cgroup, Some(old), None))?;
+            }
+            return Ok(None);
+        };
+        let loaded = load(program)?;
+        bpf(BPF_PROG_ATTACH, &attachment(cgroup, Some(as_borrowed(&loaded)), replaces))?;
+        Ok(Some(loaded))
+    }
+}
+
+fn as_borrowed(fd: &OwnedFd) -> BorrowedFd<'_> {
+    std::os::fd::AsFd::as_fd(fd)
+}
+
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_DETACH: libc::c_int = 9;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+const BPF_F_REPLACE: u32 = 4;
+
+/// What BPF_PROG_LOAD reads, as far as it is used.
+#[repr(C)]
+struct Load {
+    program_type: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+}
+
+/// What BPF_PROG_ATTACH and BPF_PROG_DETACH read.
+#[repr(C)]
+struct Attachment {
+    target: RawFd,
+    program: RawFd,
+    kind: u32,
+    flags: u32,
+    replaces: RawFd,
+}
+
+fn attachment(cgroup: BorrowedFd<'_>, program: Option<BorrowedFd<'_>>, replaces: Option<BorrowedFd<'_>>) -> Attachment {
+    Attachment {
+        target: cgroup.as_raw_fd(),
+        program: program.map_or(0, |fd| fd.as_raw_fd()),
+        kind: BPF_CGROUP_DEVICE,
+        flags: if replaces.is_some() { BPF_F_ALLOW_MULTI | BPF_F_REPLACE } else { BPF_F_ALLOW_MULTI },
+        replaces: replaces.map_or(0, |fd| fd.as_raw_fd()),
+    }
+}
+
+fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_long> {
+    // SAFETY: the attributes are the leading part of the union that the command reads, with their true size; the
+    // pointers in them are alive.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
+    let mut name = [0; 16];
+    name[..12].copy_from_slice(b"hull_devices");
+    let attributes = Load {
+        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        instruction_count: program.len() as u32,
+        instructions: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+        name,
+    };
+    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
+    // SAFETY: a new descriptor that nobody else knows of; the kernel opens it close-on-exec.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Runs a program on one request, as the kernel would.
+    fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+        let mut registers = [0u32; 11];
+        let context = [(access << 16 | kind) as u32, major as u32, minor as u32];
+        let mut at = 0;
+        loop {
+            let Instruction { code, registers: pair, offset, immediate } = program[at];
+            let (to, from) = (usize::from(pair & 15), usize::from(pair >> 4));
+            let mut jump = 0;
+            match code {
+                code::LOAD_WORD => registers[to] = context[offset as usize / 4],
+                code::MOVE_REGISTER => registers[to] = registers[from],
+                code::MOVE => registers[to] = immediate as u32,
+                code::AND => registers[to] &= immediate as u32,
+                code::SHIFT_RIGHT => registers[to] >>= immediate,
+                code::JUMP => jump = offset,
+                code::JUMP_NOT_EQUAL if registers[to] != immediate as u32 => jump = offset,
+                code::JUMP_ANY_BIT if registers[to] & immediate as u32 != 0 => jump = offset,
+                code::JUMP_NOT_EQUAL | code::JUMP_ANY_BIT => {}
+                code::EXIT => return registers[0] != 0,
+                _ => panic!("unknown instruction {code:#x}"),
+            }
+            assert!(jump >= 0, "programs do not jump backwards");
+            at += 1 + jump as usize;
+        }
+    }
+
+    fn program(json: &str) -> Vec<Instruction> {
+        let list: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
+        DeviceProgram::new(&list).unwrap().0.unwrap()
+    }
+
+    #[test]
+    fn the_standard_nodes_and_nothing_else() {
+        for list in ["[]", r#"[{"allow":false,"access":"rwm"}]"#] {
+            let program = program(list);
+            assert!(run(&program, CHARACTER, READ | WRITE, 1, 3));
+            assert!(run(&program, CHARACTER, READ | WRITE, 136, 77));
+            assert!(run(&program, CHARACTER, READ, 5, 2));
+            assert!(!run(&program, CHARACTER, READ, 5, 1));
+            assert!(!run(&program, CHARACTER, READ, 1, 1));
+            assert!(!run(&program, BLOCK, READ, 1, 3));
+            assert!(run(&program, BLOCK, MKNOD, 8, 0));
+            assert!(!run(&program, BLOCK, MKNOD | READ, 8, 0));
+        }
+    }
+
+    #[test]
+    fn rules_add_to_it() {
+        let program = program(
+            r#"[{"allow":false,"access":"rwm"},{"allow":true,"type":"c","major":10,"minor":229,"access":"rw"}]"#,
+        );
+        assert!(run(&program, CHARACTER, READ | WRITE, 10, 229));
+        assert!(run(&program, CHARACTER, READ | WRITE | MKNOD, 10, 229));
+        assert!(!run(&program, CHARACTER, READ, 10, 200));
+    }
+
+    #[test]
+    fn later_rules_win() {
+        let program = program(
+            r#"[{"allow":true,"access":"rwm"},
+                {"allow":false,"type":"b","access":"w"},
+                {"allow":true,"type":"b","major":7,"access":"rw"}]"#,
+        );
+        assert!(run(&program, CHARACTER, ALL, 99, 1));
+        assert!(run(&program, BLOCK, READ, 8, 0));
+        assert!(!run(&program, BLOCK, READ | WRITE, 8, 0));
+        assert!(run(&program, BLOCK, READ | WRITE, 7, 3));
+    }
+
+    #[test]
+    fn access_is_granted_piece_by_piece() {
+        let program = program(
+            r#"[{"allow":true,"type":"c","major":4,"minor":1,"access":"r"},
+                {"allow":true,"type":"c","major":4,"minor":-1,"access":"w"}]"#,
+        );
+        assert!(run(&program, CHARACTER, READ | WRITE, 4, 1));
+        assert!(run(&program, CHARACTER, WRITE, 4, 2));
+        assert!(!run(&program, CHARACTER, READ | WRITE, 4, 2));
+    }
+
+    #[test]
+    fn everything_allowed_needs_no_program() {
+        let list: Vec<LinuxDeviceCgroup> =
+            serde_json::from_str(r#"[{"allow":false},{"allow":true,"access":"rwm"}]"#).unwrap();
+        assert!(DeviceProgram::new(&list).unwrap().0.is_none());
+    }
+
+    #[test]
+    fn wrong_rules_are_named() {
+        for (json, words) in [
+            (r#"[{"allow":true,"access":"rx"}]"#, "'x'"),
+            (r#"[{"allow":true,"type":"p"}]"#, "type p"),
+            (r#"[{"allow":true,"major":99999999999}]"#, "99999999999"),
+        ] {
+            let list: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
+            let message = DeviceProgram::new(&list).unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_takes_it() {
+        match load(&program("[]")) {
+            Ok(_) => {}
+            Err(error) => eprintln!("skipped: this system does not let the test load eBPF: {error}"),
+        }
+    }
+}

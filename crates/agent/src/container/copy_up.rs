@@ -1,0 +1,109 @@
+//! Fills a tmpfs with a copy of the directory that it hides (mount option `tmpcopyup`).
+//!
+//! Runs in the child. Works on descriptors and follows no links; what is copied belongs to the image.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timestamps, Uid};
+use rustix::io::{Errno, Result};
+
+/// Copies everything in the directory `from` to the directory `to`, and the directory's own owner and mode.
+pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let from = rustix::fs::openat(from, c".", flags, Mode::empty())?;
+    let to = rustix::fs::openat(to, c".", flags, Mode::empty())?;
+    for entry in Dir::read_from(&from)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name != c"." && name != c".." {
+            copy_entry(from.as_fd(), to.as_fd(), name)?;
+        }
+    }
+    let stat = rustix::fs::fstat(&from)?;
+    own(to.as_fd(), c"", &stat)?;
+    rustix::fs::fchmod(&to, Mode::from_raw_mode(stat.st_mode))?;
+    rustix::fs::futimens(&to, &times(&stat))
+}
+
+fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<()> {
+    let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => {
+            rustix::fs::mkdirat(to, name, Mode::from_raw_mode(0o700))?;
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let below = rustix::fs::openat(from, name, flags, Mode::empty())?;
+            let new = rustix::fs::openat(to, name, flags, Mode::empty())?;
+            copy(below.as_fd(), new.as_fd())
+        }
+        FileType::RegularFile => {
+            let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let old = rustix::fs::openat(from, name, flags | OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty())?;
+            let create = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+            let new = rustix::fs::openat(to, name, create, Mode::from_raw_mode(0o600))?;
+            loop {
+                match rustix::fs::sendfile(&new, &old, None, 1 << 20) {
+                    Ok(0) => break,
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            own(new.as_fd(), c"", &stat)?;
+            rustix::fs::fchmod(&new, mode)?;
+            rustix::fs::futimens(&new, &times(&stat))
+        }
+        FileType::Symlink => {
+            let target = rustix::fs::readlinkat(from, name, Vec::new())?;
+            rustix::fs::symlinkat(&*target, to, name)?;
+            own(to, name, &stat)
+        }
+        FileType::Fifo | FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice => {
+            rustix::fs::mknodat(to, name, FileType::from_raw_mode(stat.st_mode), mode, stat.st_rdev)?;
+            own(to, name, &stat)?;
+            rustix::fs::chmodat(to, name, mode, AtFlags::empty())
+        }
+        FileType::Unknown => Err(Errno::OPNOTSUPP),
+    }
+}
+
+fn own(at: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
+    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    rustix::fs::chownat(at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH)
+}
+
+fn times(stat: &Stat) -> Timestamps {
+    let time = |seconds, nanoseconds| rustix::time::Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    Timestamps {
+        last_access: time(stat.st_atime, stat.st_atime_nsec as i64),
+        last_modification: time(stat.st_mtime, stat.st_mtime_nsec as i64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    #[test]
+    fn a_tree_is_copied_as_it_is() {
+        let base = std::env::temp_dir().join(format!("hull-copy-up-{}", std::process::id()));
+        let (from, to) = (base.join("from"), base.join("to"));
+        fs::create_dir_all(from.join("sub")).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::write(from.join("sub/file"), "text").unwrap();
+        fs::set_permissions(from.join("sub/file"), fs::Permissions::from_mode(0o4711)).unwrap();
+        fs::set_permissions(&from, fs::Permissions::from_mode(0o1777)).unwrap();
+        symlink("/nowhere", from.join("link")).unwrap();
+        let open = |path| rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        copy(open(&from).as_fd(), open(&to).as_fd()).unwrap();
+        assert_eq!(fs::read_to_string(to.join("sub/file")).unwrap(), "text");
+        let mode = |path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
+        assert_eq!(mode(to.join("sub/file")), 0o4711);
+        assert_eq!(mode(to.clone()), 0o1777);
+        assert_eq!(fs::read_link(to.join("link")).unwrap().to_str(), Some("/nowhere"));
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

@@ -1,0 +1,281 @@
+//! The file system that a container sees: its root, what is mounted in it, what is hidden or read-only in it.
+//!
+//! Planned by the agent. The child, in its own mount namespace, calls the steps of [`RootfsPlan`] in the order in
+//! which they are written here. Until [`RootfsPlan::pivot`] the agent's root is the root.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use libc::c_ulong;
+use oci_spec::runtime::Spec;
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MoveMountFlags, UnmountFlags};
+
+use super::devices::Devices;
+use super::error::{Context, CreateError, Result};
+use super::mounts::{self, MountPlan, Surroundings};
+use super::namespaces::Namespaces;
+use super::paths;
+use super::sys::{self, MOUNT_ATTR_RDONLY, MountAttributes};
+
+/// What the child does to the file system.
+#[derive(Debug)]
+pub(super) struct RootfsPlan {
+    path: CString,
+    readonly: bool,
+    propagation: Option<c_ulong>,
+    mounts: Vec<MountPlan>,
+    devices: Devices,
+    masked: Vec<CString>,
+    readonly_paths: Vec<CString>,
+    /// Files below /proc/sys, and what is written to them.
+    sysctls: Vec<(CString, String)>,
+}
+
+/// `path`, which the spec counts from the container's root, as the kernel wants it below a directory.
+pub(super) fn inside(field: &str, path: &Path) -> Result<CString> {
+    let mut bytes = Vec::with_capacity(path.as_os_str().len());
+    for name in path.as_os_str().as_bytes().split(|byte| *byte == b'/') {
+        if !name.is_empty() && name != b"." {
+            if !bytes.is_empty() {
+                bytes.push(b'/');
+            }
+            bytes.extend(name);
+        }
+    }
+    if bytes.is_empty() {
+        return Err(CreateError::invalid(field, format_args!("{:?} is the root itself", path)));
+    }
+    sys::c_string(field, bytes)
+}
+
+impl RootfsPlan {
+    pub(super) fn new(spec: &Spec, namespaces: &Namespaces, cgroup: &Path) -> Result<RootfsPlan> {
+        let root = spec.root().as_ref().ok_or_else(|| CreateError::invalid("root", "is missing"))?;
+        if !root.path().is_absolute() {
+            return Err(CreateError::invalid(
+                "root.path",
+                format_args!("{} is not an absolute path", root.path().display()),
+            ));
+        }
+        let surroundings =
+            Surroundings { cgroup, cgroup_namespace: namespaces.has(sys::CLONE_NEWCGROUP) };
+        let mounts = spec
+            .mounts()
+            .iter()
+            .flatten()
+            .map(|mount| MountPlan::new(mount, &surroundings))
+            .collect::<Result<Vec<_>>>()?;
+        let linux = spec.linux().as_ref();
+        let list = |field: &'static str, paths: Option<&Vec<String>>| {
+            paths.into_iter().flatten().map(|path| inside(field, Path::new(path))).collect::<Result<Vec<_>>>()
+        };
+        let devices = Devices::new(
+            linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default(),
+            mounts.iter().any(MountPlan::is_bound_dev),
+            namespaces.has(sys::CLONE_NEWUSER),
+        )?;
+        let propagation = linux.and_then(|linux| linux.rootfs_propagation().as_deref()).unwrap_or_default();
+        Ok(RootfsPlan {
+            path: sys::c_path("root.path", root.path())?,
+            readonly: root.readonly().unwrap_or(false),
+            propagation: mounts::root_propagation(propagation)?,
+            mounts,
+            devices,
+            masked: list("linux.maskedPaths", linux.and_then(|linux| linux.masked_paths().as_ref()))?,
+            readonly_paths: list("linux.readonlyPaths", linux.and_then(|linux| linux.readonly_paths().as_ref()))?,
+            sysctls: linux
+                .and_then(|linux| linux.sysctl().as_ref())
+                .into_iter()
+                .flatten()
+                .map(|(name, value)| Ok((sysctl(name, namespaces)?, value.clone())))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    fn shared(&self) -> bool {
+        self.propagation.is_some_and(|flags| flags & libc::MS_SHARED != 0)
+    }
+
+    /// Takes a copy of the root directory's mounts and puts it over the agent's root. Mount events of this namespace
+    /// do not leave it from here on.
+    pub(super) fn attach(&self) -> Result<BorrowedFd<'static>> {
+        // The root itself may not be shared where pivot_root happens.
+        let flags = if self.shared() { libc::MS_PRIVATE } else { libc::MS_SLAVE | libc::MS_REC };
+        sys::mount_propagation(c"/", flags).context(|| "cannot separate the container's mounts from the agent's")?;
+        let what = || format!("cannot mount root.path {}", self.path.to_string_lossy());
+        let root = mounts::detached(CWD, &self.path, true).map(sys::leak).context(what)?;
+        if self.shared() {
+            let private = MountAttributes { propagation: libc::MS_PRIVATE, ..Default::default() };
+            sys::mount_setattr(root, c"", false, &private).context(what)?;
+        }
+        rustix::mount::move_mount(root, c"", CWD, c"/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context(what)?;
+        Ok(root)
+    }
+
+    /// Makes the spec's mounts and the devices.
+    pub(super) fn fill(&self, root: BorrowedFd<'_>) -> Result<()> {
+        self.mounts.iter().try_for_each(|mount| mount.mount(root))?;
+        self.devices.make(root)
+    }
+
+    /// Sets sysctls, hides what is to be hidden and protects what is to be read-only.
+    pub(super) fn protect(&self, root: BorrowedFd<'_>) -> Result<()> {
+        for (path, value) in &self.sysctls {
+            sys::write_file(CWD, path.as_c_str(), value.as_bytes())
+                .context(|| format!("cannot set linux.sysctl {} to {value:?}", path.to_string_lossy()))?;
+        }
+        for path in &self.readonly_paths {
+            make_readonly(root, path)
+                .context(|| format!("cannot make /{} read-only", path.to_string_lossy()))?;
+        }
+        for path in &self.masked {
+            mask(root, path).context(|| format!("cannot mask /{}", path.to_string_lossy()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the container's root the root, and lets go of the agent's.
+    pub(super) fn pivot(&self, root: BorrowedFd<'_>) -> Result<()> {
+        let what = || "cannot enter the container's root";
+        rustix::process::fchdir(root).context(what)?;
+        // With the same directory twice the old root ends up on top of the new one, and is taken off again.
+        rustix::process::pivot_root(c".", c".").context(what)?;
+        rustix::mount::unmount(c".", UnmountFlags::DETACH).context(what)?;
+        match self.propagation {
+            Some(flags) if flags & libc::MS_PRIVATE == 0 => {
+                sys::mount_propagation(c"/", flags).context(|| "cannot set linux.rootfsPropagation")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Last: the root stays writable until all mount points and the working directory exist.
+    pub(super) fn seal(&self) -> Result<()> {
+        if !self.readonly {
+            return Ok(());
+        }
+        let readonly = MountAttributes { set: MOUNT_ATTR_RDONLY, ..Default::default() };
+        sys::mount_setattr(CWD, c"/", false, &readonly).context(|| "cannot make the root read-only")
+    }
+}
+
+fn make_readonly(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
+    let place = match paths::find(root, path) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        found => sys::leak(found?),
+    };
+    let tree = sys::leak(mounts::detached(place, c"", true)?);
+    let readonly = MountAttributes { set: MOUNT_ATTR_RDONLY, ..Default::default() };
+    sys::mount_setattr(tree, c"", false, &readonly)?;
+    Ok(mounts::attach(tree, place)?)
+}
+
+fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
+    let place = match paths::find(root, path) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        found => sys::leak(found?),
+    };
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(place)?.st_mode);
+    if kind == FileType::Directory {
+        rustix::process::fchdir(place)?;
+        // One inode is the directory itself.
+        return sys::mount_here(c"tmpfs", c"tmpfs", libc::MS_RDONLY, c"nr_blocks=1,nr_inodes=1");
+    }
+    // The agent's own: the container's may be anything.
+    let null = sys::leak(mounts::detached(CWD, c"/dev/null", false)?);
+    Ok(mounts::attach(null, place)?)
+}
+
+/// The file of a sysctl that belongs to one of the container's namespaces. Others would change the guest.
+fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
+    let invalid = |why: &str| CreateError::invalid("linux.sysctl", format_args!("{name:?} {why}"));
+    // Whichever separator comes first is the separator: net.ipv4.conf.eth0/100.forwarding.
+    let slashes = name.find(['.', '/']).is_some_and(|at| name.as_bytes()[at] == b'/');
+    let path: String = if slashes {
+        name.into()
+    } else {
+        let swap = |character| match character {
+            '.' => '/',
+            '/' => '.',
+            other => other,
+        };
+        name.chars().map(swap).collect()
+    };
+    if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+        return Err(invalid("is not a name"));
+    }
+    const IPC: [&str; 8] = [
+        "kernel/msgmax",
+        "kernel/msgmnb",
+        "kernel/msgmni",
+        "kernel/sem",
+        "kernel/shmall",
+        "kernel/shmmax",
+        "kernel/shmmni",
+        "kernel/shm_rmid_forced",
+    ];
+    let (namespace, kind) = if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
+        (sys::CLONE_NEWIPC, "an IPC")
+    } else if path.starts_with("net/") {
+        (sys::CLONE_NEWNET, "a network")
+    } else if path == "kernel/domainname" {
+        (sys::CLONE_NEWUTS, "a UTS")
+    } else if path == "kernel/hostname" {
+        return Err(invalid("is set by the spec's hostname"));
+    } else {
+        return Err(invalid("does not belong to a namespace"));
+    };
+    if !namespaces.has(namespace) {
+        return Err(invalid(&format!("needs {kind} namespace of the container's own")));
+    }
+    sys::c_string("linux.sysctl", format!("/proc/sys/{path}"))
+}
+
+/// Opens the root directory as a place.
+pub(super) fn current_root() -> Result<BorrowedFd<'static>> {
+    rustix::fs::openat(CWD, c"/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map(sys::leak)
+        .context(|| "cannot open the container's root")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn namespaces(json: &str) -> Namespaces {
+        let linux = serde_json::from_str(&format!(r#"{{"namespaces":[{{"type":"mount"}}{json}]}}"#)).unwrap();
+        Namespaces::new(&linux).unwrap()
+    }
+
+    #[test]
+    fn paths_are_counted_from_the_root() {
+        let path = |path: &str| inside("x", Path::new(path)).map(|path| path.into_string().unwrap());
+        assert_eq!(path("/a//b/./c/").unwrap(), "a/b/c");
+        assert_eq!(path("a").unwrap(), "a");
+        assert_eq!(path("/../a").unwrap(), "../a");
+        assert!(path("/").is_err());
+        assert!(path("/a\0b").is_err());
+    }
+
+    #[test]
+    fn sysctls_of_namespaces_only() {
+        let all = namespaces(r#",{"type":"network"},{"type":"ipc"},{"type":"uts"}"#);
+        let name = |name: &str| sysctl(name, &all).map(|path| path.into_string().unwrap());
+        assert_eq!(name("net.ipv4.ip_forward").unwrap(), "/proc/sys/net/ipv4/ip_forward");
+        assert_eq!(name("net/ipv4/conf/eth0.1/mtu").unwrap(), "/proc/sys/net/ipv4/conf/eth0.1/mtu");
+        assert_eq!(name("net.ipv4.conf.eth0/1.mtu").unwrap(), "/proc/sys/net/ipv4/conf/eth0.1/mtu");
+        assert_eq!(name("kernel.shmmax").unwrap(), "/proc/sys/kernel/shmmax");
+        assert!(name("kernel.panic").unwrap_err().to_string().contains("kernel.panic"));
+        assert!(name("kernel.hostname").unwrap_err().to_string().contains("hostname"));
+        assert!(name("net....kernel.panic").is_err());
+        assert!(name("net/../kernel/panic").is_err());
+        assert!(name("").is_err());
+        let none = namespaces("");
+        assert!(sysctl("net.ipv4.ip_forward", &none).unwrap_err().to_string().contains("network namespace"));
+    }
+}

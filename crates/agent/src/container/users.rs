@@ -1,0 +1,141 @@
+//! Users by name: looks up `user[:group]` in the container's own /etc/passwd and /etc/group.
+//!
+//! Called in the new process when its root already is the container's, so that links in those files' paths cannot
+//! lead outside. The rules are Docker's: a number need not be in the files; without a group the user's own group
+//! and all groups that list it apply; with one, only that one.
+
+use std::fs::File;
+use std::io::Read;
+
+/// Longest part of a file that is looked at, bytes: a container's files are not ours.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Largest user or group id: the last 32-bit value means "no change" to the kernel.
+const MAX_ID: u32 = u32::MAX - 1;
+
+/// What a user comes down to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Home directory.
+    pub home: String,
+}
+
+/// Looks up `user[:group]`.
+///
+/// # Errors
+/// A name that is in neither file, in one line.
+pub fn find(text: &str) -> Result<User, String> {
+    find_in(text, &read("/etc/passwd"), &read("/etc/group"))
+}
+
+/// The home directory of a user id; `/` when there is none.
+pub fn home_of(uid: u32) -> String {
+    entries(&read("/etc/passwd"), 7)
+        .find(|fields| fields[2].parse() == Ok(uid))
+        .map_or_else(|| "/".into(), |fields| home(&fields))
+}
+
+/// A missing or unreadable file has no entries, as in an image without users.
+fn read(path: &str) -> String {
+    let mut text = Vec::new();
+    if let Ok(file) = File::open(path)
+        && file.metadata().is_ok_and(|metadata| metadata.is_file())
+    {
+        // What was read before an error still counts.
+        let _ = file.take(MAX_FILE).read_to_end(&mut text);
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn entries(text: &str, fields: usize) -> impl Iterator<Item = Vec<&str>> {
+    text.lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .filter(move |entry| entry.len() >= fields)
+}
+
+fn home(fields: &[&str]) -> String {
+    match fields[5] {
+        "" => "/".into(),
+        home => home.into(),
+    }
+}
+
+fn find_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
+    let (user, wanted_group) = match text.split_once(':') {
+        Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
+        None => (text, None),
+    };
+    let user = if user.is_empty() { "0" } else { user };
+    let number = id(user);
+    let entry = entries(passwd, 7)
+        .find(|fields| fields[0] == user)
+        .or_else(|| entries(passwd, 7).find(|fields| number.is_some() && id(fields[2]) == number));
+    let (uid, gid, home) = match (&entry, number) {
+        (Some(fields), _) => {
+            let uid = id(fields[2]).ok_or_else(|| format!("user {user:?} has no usable user id"))?;
+            let gid = id(fields[3]).ok_or_else(|| format!("user {user:?} has no usable group id"))?;
+            (uid, gid, home(fields))
+        }
+        (None, Some(uid)) => (uid, 0, "/".into()),
+        (None, None) => return Err(format!("unable to find user {user}: no matching entries in passwd file")),
+    };
+    if let Some(wanted) = wanted_group {
+        let gid = entries(group, 3)
+            .find(|fields| fields[0] == wanted)
+            .and_then(|fields| id(fields[2]))
+            .or_else(|| id(wanted))
+            .ok_or_else(|| format!("unable to find group {wanted}: no matching entries in group file"))?;
+        return Ok(User { uid, gid, groups: Vec::new(), home });
+    }
+    let name = entry.as_ref().map(|fields| fields[0]);
+    let groups = entries(group, 4)
+        .filter(|fields| fields[3].split(',').any(|member| Some(member) == name))
+        .filter_map(|fields| id(fields[2]))
+        .collect();
+    Ok(User { uid, gid, groups, home })
+}
+
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id <= MAX_ID)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken line\nweb:x:33:34::/var/www:/bin/false\n7:x:70:70::/seven:\n";
+    const GROUP: &str = "root:x:0:\nstaff:x:50:other,web\nvideo:x:44:web\nweb:x:34:\n";
+
+    #[test]
+    fn users_are_found_by_dockers_rules() {
+        let cases: [(&str, u32, u32, &[u32], &str); 8] = [
+            ("web", 33, 34, &[50, 44], "/var/www"),
+            ("33", 33, 34, &[50, 44], "/var/www"),
+            ("web:video", 33, 44, &[], "/var/www"),
+            ("web:99", 33, 99, &[], "/var/www"),
+            ("1000", 1000, 0, &[], "/"),
+            ("1000:1001", 1000, 1001, &[], "/"),
+            ("", 0, 0, &[], "/root"),
+            ("7", 70, 70, &[], "/seven"),
+        ];
+        for (text, uid, gid, groups, home) in cases {
+            let user = find_in(text, PASSWD, GROUP).unwrap();
+            let expected = User { uid, gid, groups: groups.to_vec(), home: home.into() };
+            assert_eq!(user, expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn names_that_are_not_there_are_refused() {
+        for text in ["nobody", "web:nogroup", "4294967295", "-1"] {
+            assert!(find_in(text, PASSWD, GROUP).is_err(), "{text:?}");
+        }
+    }
+}
