@@ -38,8 +38,10 @@ struct Part {
 enum Ended {
     /// The registry sent all that it has.
     Complete,
-    /// The connection broke, or the registry is in trouble: worth another attempt.
-    Broken(Error),
+    /// The connection could not be made, or the registry is in trouble: worth another attempt.
+    Failed(Error),
+    /// The answer broke off: worth another attempt.
+    Cut,
     /// The registry has nothing behind what is here.
     NothingLeft,
 }
@@ -180,9 +182,11 @@ impl Part {
             match ended {
                 Ended::NothingLeft => return Err(truncated(self.hasher.length())),
                 Ended::Complete if !grown => return Err(truncated(self.hasher.length())),
-                Ended::Broken(error) if fruitless >= ATTEMPTS => return Err(error),
-                Ended::Broken(error) => {
-                    tracing::debug!(%error, layer = %descriptor.digest, "transfer broke off, trying again");
+                // Answers that break off where the last one did: the registry has no more, whatever it announces.
+                Ended::Cut if fruitless >= ATTEMPTS => return Err(truncated(self.hasher.length())),
+                Ended::Failed(error) if fruitless >= ATTEMPTS => return Err(error),
+                Ended::Failed(_) | Ended::Cut => {
+                    tracing::debug!(layer = %descriptor.digest, "transfer broke off, trying again");
                     tokio::time::sleep(FIRST_PAUSE * 2u32.pow(fruitless)).await;
                 }
                 Ended::Complete => {}
@@ -229,6 +233,11 @@ impl Part {
             Err(OciDistributionError::ServerError { code: 416, .. }) => {
                 return Ok(Ended::NothingLeft);
             }
+            Err(OciDistributionError::RequestError(error))
+                if error.is_body() || error.is_decode() =>
+            {
+                return Ok(Ended::Cut);
+            }
             Err(error) => {
                 let lasting = !matches!(
                     &error,
@@ -239,7 +248,7 @@ impl Part {
                 return if lasting {
                     Err(error)
                 } else {
-                    Ok(Ended::Broken(error))
+                    Ok(Ended::Failed(error))
                 };
             }
         };
@@ -249,8 +258,8 @@ impl Part {
                 // The client's own check of the digest; ours comes when all is here.
                 Err(_) if self.hasher.length() == descriptor.size => break,
                 Err(error) => {
-                    let reason = format!("the transfer of layer {digest} broke off: {error}");
-                    return Ok(Ended::Broken(session.failed(reason)));
+                    tracing::debug!(%error, layer = %digest, "answer broke off");
+                    return Ok(Ended::Cut);
                 }
             };
             if self.hasher.length() + chunk.len() as u64 > descriptor.size {

@@ -4,6 +4,8 @@
 //! keeps the file locked) and while the container exists (whoever removes images knows which do). So neither a killed
 //! process nor a reboot leaves images that cannot be removed, and nothing has to run to keep one.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -55,11 +57,7 @@ impl Store {
         let record = HoldRecord { manifest, layers };
         // Removing takes this lock exclusively: either it sees the hold, or the layers are seen missing here.
         let _lock = self.lock(FlockOperation::LockShared)?;
-        write_json_unflushed(&path, &record)?;
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let hold = rustix::fs::open(&path, flags, Mode::empty())
-            .and_then(|fd| flock(&fd, FlockOperation::LockShared).map(|()| fd))
-            .map_err(|error| Error::io("lock", &path, error))?;
+        let hold = write_locked(&path, &record)?;
         let gone = image.layers.iter().find(|path| !path.exists());
         if let Some(gone) = gone {
             remove_file(&path)?;
@@ -130,16 +128,21 @@ fn is_locked(path: &std::path::Path) -> bool {
         .is_err_and(|error| error == rustix::io::Errno::WOULDBLOCK)
 }
 
-/// A hold is on the path of every start and means nothing after a reboot: no need to wait for the disk.
-fn write_json_unflushed(path: &std::path::Path, record: &HoldRecord) -> Result<()> {
+/// Writes a hold and keeps it locked. It means nothing after a reboot, so nobody waits for the disk; and who reads it has
+/// the exclusive lock, so nobody sees half of it.
+fn write_locked(path: &std::path::Path, record: &HoldRecord) -> Result<OwnedFd> {
     let content = serde_json::to_vec(record).map_err(|error| Error::CorruptStore {
         path: path.to_owned(),
         reason: error.to_string(),
     })?;
-    let temporary = path.with_added_extension("tmp");
-    std::fs::write(&temporary, content)
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|error| Error::io("write", path, error))
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|error| Error::io("create", path, error))?;
+    flock(&fd, FlockOperation::LockShared).map_err(|error| Error::io("lock", path, error))?;
+    let mut file = File::from(fd);
+    file.write_all(&content)
+        .map_err(|error| Error::io("write", path, error))?;
+    Ok(file.into())
 }
 
 fn remove_file(path: &std::path::Path) -> Result<()> {

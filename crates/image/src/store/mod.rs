@@ -193,35 +193,44 @@ impl Store {
         std::fs::read(&path).map_err(|error| Error::io("read", path, error))
     }
 
-    /// Looks for a name, for a digest, and for the beginning of an id.
     fn find(&self, reference: &Reference) -> Result<Option<Image>> {
         let references = self.read_references()?;
+        let found = self.locate(reference, &references)?;
+        found
+            .map(|(manifest, name)| self.image(&manifest, &name))
+            .transpose()
+    }
+
+    /// Looks for a name, for a digest, and for the beginning of an id. Gives the manifest and the image's name.
+    fn locate(
+        &self,
+        reference: &Reference,
+        references: &References,
+    ) -> Result<Option<(Digest, String)>> {
         let key = reference.to_string();
         if let Some(named) = references.names.get(&key) {
-            return self.image(&named.manifest, &key).map(Some);
+            return Ok(Some((named.manifest, key)));
         }
         match reference {
             Reference::Registry(name) => {
-                if let Some(digest) = name.digest() {
-                    let prefix = name.name();
-                    let found = references.names.iter().find(|(key, named)| {
-                        (named.manifest == *digest || named.index == Some(*digest))
-                            && key
-                                .strip_prefix(&prefix)
-                                .is_some_and(|rest| rest.starts_with([':', '@']))
-                    });
-                    return found
-                        .map(|(_, named)| self.image(&named.manifest, &key))
-                        .transpose();
-                }
-                self.find_by_id(name.written(), &references)
+                let Some(digest) = name.digest() else {
+                    return self.locate_id(name.written(), references);
+                };
+                let prefix = name.name();
+                let found = references.names.iter().find(|(key, named)| {
+                    (named.manifest == *digest || named.index == Some(*digest))
+                        && key
+                            .strip_prefix(&prefix)
+                            .is_some_and(|rest| rest.starts_with([':', '@']))
+                });
+                Ok(found.map(|(_, named)| (named.manifest, key)))
             }
-            Reference::Id(id) => self.find_by_id(&id.hex(), &references),
+            Reference::Id(id) => self.locate_id(&id.hex(), references),
             _ => Ok(None),
         }
     }
 
-    fn find_by_id(&self, id: &str, references: &References) -> Result<Option<Image>> {
+    fn locate_id(&self, id: &str, references: &References) -> Result<Option<(Digest, String)>> {
         const SHORTEST: usize = 4;
         let digits = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
         if id.len() < SHORTEST || !id.bytes().all(digits) {
@@ -241,7 +250,7 @@ impl Store {
                     .iter()
                     .find(|(_, named)| named.manifest == record.manifest);
                 let name = name.map_or_else(|| record.id.to_string(), |(name, _)| name.clone());
-                self.image(&record.manifest, &name).map(Some)
+                Ok(Some((record.manifest, name)))
             }
             several => Err(Error::AmbiguousId {
                 id: id.to_owned(),

@@ -41,10 +41,11 @@ impl Store {
         let (manifest, names) = match references.names.get(&key) {
             Some(named) => (named.manifest, vec![key]),
             None => {
-                let image = self.inspect(reference)?;
-                let manifest = image.digest.ok_or_else(|| Error::Unsupported {
+                // Also one whose layers are lost: that is a reason to remove it.
+                let found = self.locate(reference, &references)?;
+                let (manifest, _) = found.ok_or_else(|| Error::NotFound {
                     reference: written.clone(),
-                    what: "a plain directory is not in the store".to_owned(),
+                    why_local: "",
                 })?;
                 let same = |(_, named): &(&String, &super::Named)| named.manifest == manifest;
                 let names: Vec<String> = references
