@@ -35,7 +35,11 @@ pub struct Output {
 impl Invocation {
     /// A command with an empty standard input and a limit of 30 seconds.
     pub fn new(program: impl AsRef<OsStr>) -> Invocation {
-        Invocation { command: Command::new(program), input: None, limit: Duration::from_secs(30) }
+        Invocation {
+            command: Command::new(program),
+            input: None,
+            limit: Duration::from_secs(30),
+        }
     }
 
     /// Adds an argument.
@@ -77,7 +81,10 @@ impl Invocation {
     /// The same command as an argument of another one.
     pub fn under(self, wrapper: &[&str]) -> Invocation {
         let mut command = Command::new(wrapper[0]);
-        command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        command
+            .args(&wrapper[1..])
+            .arg(self.command.get_program())
+            .args(self.command.get_args());
         for (name, value) in self.command.get_envs() {
             if let Some(value) = value {
                 command.env(name, value);
@@ -94,7 +101,11 @@ impl Invocation {
     /// Runs it to its end.
     pub fn run(self) -> Output {
         let input = self.input.clone();
-        let mut running = self.start_with(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+        let mut running = self.start_with(if input.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        });
         if let Some(input) = input {
             let mut stdin = running.stdin.take().unwrap();
             // A command that does not read all of it is not this function's business.
@@ -119,7 +130,15 @@ impl Invocation {
             .unwrap_or_else(|error| panic!("{what}: {error}"));
         let stdout = Collected::of(child.stdout.take().unwrap());
         let stderr = Collected::of(child.stderr.take().unwrap());
-        Running { what, stdin: child.stdin.take(), child, stdout, stderr, began: Instant::now(), limit: self.limit }
+        Running {
+            what,
+            stdin: child.stdin.take(),
+            child,
+            stdout,
+            stderr,
+            began: Instant::now(),
+            limit: self.limit,
+        }
     }
 }
 
@@ -192,14 +211,21 @@ impl Running {
             if self.began.elapsed() > self.limit {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
-                panic!("{}: still running after {:?}\n{}", self.what, self.limit, self.shown());
+                panic!(
+                    "{}: still running after {:?}\n{}",
+                    self.what,
+                    self.limit,
+                    self.shown()
+                );
             }
             std::thread::sleep(Duration::from_millis(2));
         };
         let took = self.began.elapsed();
         let what = self.what;
         Output {
-            status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+            status: status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
             stdout: self.stdout.all(&what, "standard output"),
             stderr: self.stderr.all(&what, "standard error"),
             what,
@@ -256,7 +282,9 @@ impl Collected {
 impl Output {
     /// Standard output as text, without the last line's end.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).trim_end_matches('\n').to_owned()
+        String::from_utf8_lossy(&self.stdout)
+            .trim_end_matches('\n')
+            .to_owned()
     }
 
     /// Standard error as text.
@@ -298,12 +326,24 @@ impl Output {
         let output = self.ends(status);
         let error = output.error();
         let line = error.lines().find(|line| line.starts_with("error: "));
-        let line = line.unwrap_or_else(|| panic!("{}: no line begins with \"error: \": {error}", output.what));
+        let line = line
+            .unwrap_or_else(|| panic!("{}: no line begins with \"error: \": {error}", output.what));
         for part in parts {
-            assert!(line.contains(part), "{}: no {part:?} in {line:?}", output.what);
+            assert!(
+                line.contains(part),
+                "{}: no {part:?} in {line:?}",
+                output.what
+            );
         }
-        let lines = error.lines().filter(|line| !line.starts_with("hint: ")).count();
-        assert_eq!(lines, 1, "{}: one line and a hint are enough: {error}", output.what);
+        let lines = error
+            .lines()
+            .filter(|line| !line.starts_with("hint: "))
+            .count();
+        assert_eq!(
+            lines, 1,
+            "{}: one line and a hint are enough: {error}",
+            output.what
+        );
         output
     }
 
@@ -312,7 +352,11 @@ impl Output {
     pub fn hint(self, part: &str) -> Output {
         let error = self.error();
         let hint = error.lines().find(|line| line.starts_with("hint: "));
-        assert!(hint.is_some_and(|hint| hint.contains(part)), "{}: no hint {part:?}: {error}", self.what);
+        assert!(
+            hint.is_some_and(|hint| hint.contains(part)),
+            "{}: no hint {part:?}: {error}",
+            self.what
+        );
         self
     }
 }

@@ -42,21 +42,38 @@ impl Hull {
 
     /// On another kind of machine, with the image `busybox`.
     pub fn on(machine: &'static str) -> Hull {
-        Hull::with(Options { machine, ..Options::default() })
+        Hull::with(Options {
+            machine,
+            ..Options::default()
+        })
     }
 
     /// On user-mode Linux, with no image.
     pub fn empty() -> Hull {
-        Hull::with(Options { without_image: true, ..Options::default() })
+        Hull::with(Options {
+            without_image: true,
+            ..Options::default()
+        })
     }
 
     /// With options.
     pub fn with(options: Options) -> Hull {
-        assert!(rustix::process::geteuid().is_root(), "hull runs containers as root only, for now");
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "hull runs containers as root only, for now"
+        );
         leaks::adopt_orphans();
         // Paths of sockets are at most 108 bytes long.
-        let directory = tempfile::Builder::new().prefix("h").rand_bytes(5).tempdir_in("/tmp").unwrap();
-        let machine = if options.machine.is_empty() { "uml" } else { options.machine };
+        let directory = tempfile::Builder::new()
+            .prefix("h")
+            .rand_bytes(5)
+            .tempdir_in("/tmp")
+            .unwrap();
+        let machine = if options.machine.is_empty() {
+            "uml"
+        } else {
+            options.machine
+        };
         let configuration = format!(
             "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\n{}\n",
             directory.path().join("run"),
@@ -64,7 +81,12 @@ impl Hull {
             options.configuration
         );
         fs::write(directory.path().join("config.toml"), configuration).unwrap();
-        let hull = Hull { directory, machine, next: AtomicU32::new(0), leaks_expected: false };
+        let hull = Hull {
+            directory,
+            machine,
+            next: AtomicU32::new(0),
+            leaks_expected: false,
+        };
         if !options.without_image {
             hull.import_busybox("busybox");
         }
@@ -73,7 +95,11 @@ impl Hull {
 
     /// Makes the image of the tests under a name.
     pub fn import_busybox(&self, name: &str) {
-        self.hull(["image", "import", "--change", "CMD [\"sh\"]"]).arg(busybox_archive()).arg(name).run().ok();
+        self.hull(["image", "import", "--change", "CMD [\"sh\"]"])
+            .arg(busybox_archive())
+            .arg(name)
+            .run()
+            .ok();
     }
 
     /// A directory of the test's own, gone at its end.
@@ -90,12 +116,19 @@ impl Hull {
 
     /// `hull …`.
     pub fn hull<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Invocation {
-        Invocation::new(executable()).env("HULL_CONFIG", self.path("config.toml")).args(arguments).limit(self.limit())
+        Invocation::new(executable())
+            .env("HULL_CONFIG", self.path("config.toml"))
+            .args(arguments)
+            .limit(self.limit())
     }
 
     /// `hull run --rm [OPTIONS] busybox COMMAND`, run to its end. What comes after `busybox` is `command`.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
-        self.hull(["run", "--rm"]).args(options).arg("busybox").args(command).run()
+        self.hull(["run", "--rm"])
+            .args(options)
+            .arg("busybox")
+            .args(command)
+            .run()
     }
 
     /// A shell script in a new container, run to its end.
@@ -106,7 +139,12 @@ impl Hull {
     /// A container with `hull run -d`.
     pub fn start(&self, options: &[&str], command: &[&str]) -> Container<'_> {
         let name = self.unique("c");
-        self.hull(["run", "-d", "--name", &name]).args(options).arg("busybox").args(command).run().ok();
+        self.hull(["run", "-d", "--name", &name])
+            .args(options)
+            .arg("busybox")
+            .args(command)
+            .run()
+            .ok();
         Container { hull: self, name }
     }
 
@@ -122,23 +160,33 @@ impl Hull {
 
     /// The handle of a container that was made by other means.
     pub fn container(&self, name: &str) -> Container<'_> {
-        Container { hull: self, name: name.to_owned() }
+        Container {
+            hull: self,
+            name: name.to_owned(),
+        }
     }
 
     /// Names of all containers.
     pub fn names(&self) -> Vec<String> {
         let list = self.hull(["ps", "-a", "--json"]).run().ok().json();
         let list = list.as_array().expect("a list").clone();
-        list.iter().map(|container| container["name"].as_str().expect("a name").to_owned()).collect()
+        list.iter()
+            .map(|container| container["name"].as_str().expect("a name").to_owned())
+            .collect()
     }
 
     /// What is there of containers in the state and data directories.
     pub fn remains(&self) -> Vec<String> {
         let mut found = Vec::new();
-        for directory in [self.path("run"), self.path("run/names"), self.path("data/containers")] {
+        for directory in [
+            self.path("run"),
+            self.path("run/names"),
+            self.path("data/containers"),
+        ] {
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let is_container = name.len() == 64 || entry.path().parent().is_some_and(|p| p.ends_with("names"));
+                let is_container =
+                    name.len() == 64 || entry.path().parent().is_some_and(|p| p.ends_with("names"));
                 if is_container {
                     found.push(entry.path().display().to_string());
                 }
@@ -168,7 +216,11 @@ impl Hull {
 
     /// What the host processes and the guest had to say, for the report of a failed test.
     fn show_diagnostics(&self) {
-        for entry in fs::read_dir(self.path("run")).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(self.path("run"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             for file in ["state.json", "sandbox.log", "console"] {
                 let path = entry.path().join(file);
                 if let Ok(bytes) = fs::read(&path) {
@@ -211,7 +263,10 @@ impl Drop for Hull {
                 .output();
             match removed {
                 Ok(output) if output.status.success() => {}
-                Ok(output) => problems.push(format!("hull rm -f: {}", String::from_utf8_lossy(&output.stderr))),
+                Ok(output) => problems.push(format!(
+                    "hull rm -f: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                )),
                 Err(error) => problems.push(format!("hull rm -f: {error}")),
             }
         }
@@ -243,7 +298,12 @@ impl Container<'_> {
 
     /// `hull exec OPTIONS NAME COMMAND`, run to its end.
     pub fn exec_with(&self, options: &[&str], command: &[&str]) -> Output {
-        self.hull.hull(["exec"]).args(options).arg(&self.name).args(command).run()
+        self.hull
+            .hull(["exec"])
+            .args(options)
+            .arg(&self.name)
+            .args(command)
+            .run()
     }
 
     /// A shell script inside.
@@ -264,7 +324,10 @@ impl Container<'_> {
 
     /// Its state, as `hull inspect` says.
     pub fn state(&self) -> String {
-        self.inspect()["state"].as_str().expect("a state").to_owned()
+        self.inspect()["state"]
+            .as_str()
+            .expect("a state")
+            .to_owned()
     }
 
     /// Process id of one of its host processes: `sandbox`, `devices`, `machine`.
@@ -280,7 +343,11 @@ impl Container<'_> {
 
     /// Waits for its end with `hull wait`; the status that it prints.
     pub fn wait(&self) -> i32 {
-        self.does("wait").ok().text().parse().expect("hull wait prints a number")
+        self.does("wait")
+            .ok()
+            .text()
+            .parse()
+            .expect("hull wait prints a number")
     }
 }
 
@@ -294,7 +361,10 @@ pub fn busybox_archive() -> &'static Path {
         let lock = fs::File::create(directory.join("lock")).unwrap();
         flock(&lock, FlockOperation::LockExclusive).unwrap();
         if !archive.exists() {
-            Invocation::new(repository().join("scripts/busybox-rootfs")).arg(&archive).run().ok();
+            Invocation::new(repository().join("scripts/busybox-rootfs"))
+                .arg(&archive)
+                .run()
+                .ok();
         }
         archive
     })

@@ -30,7 +30,14 @@ impl Archive {
         Archive(tar::Builder::new(Vec::new()))
     }
 
-    fn entry(mut self, path: &str, kind: tar::EntryType, mode: u32, link: &str, content: &[u8]) -> Archive {
+    fn entry(
+        mut self,
+        path: &str,
+        kind: tar::EntryType,
+        mode: u32,
+        link: &str,
+        content: &[u8],
+    ) -> Archive {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(kind);
         header.set_mode(mode);
@@ -129,7 +136,12 @@ impl Image {
             "rootfs": {"type": "layers", "diff_ids": uncompressed},
         });
         let layers = layers.iter().map(|layer| gzip(layer)).collect();
-        Image { manifest: Vec::new(), config: config.to_string().into_bytes(), layers }.described()
+        Image {
+            manifest: Vec::new(),
+            config: config.to_string().into_bytes(),
+            layers,
+        }
+        .described()
     }
 
     /// Changes the configuration.
@@ -141,7 +153,11 @@ impl Image {
     }
 
     fn described(mut self) -> Image {
-        let layers: Vec<Value> = self.layers.iter().map(|layer| descriptor(LAYER, layer)).collect();
+        let layers: Vec<Value> = self
+            .layers
+            .iter()
+            .map(|layer| descriptor(LAYER, layer))
+            .collect();
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
@@ -190,7 +206,11 @@ impl Layout {
         }
         let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
         fs::write(directory.join("index.json"), index.to_string()).unwrap();
-        fs::write(directory.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+        fs::write(
+            directory.join("oci-layout"),
+            r#"{"imageLayoutVersion":"1.0.0"}"#,
+        )
+        .unwrap();
     }
 
     /// Where a blob is in a layout.

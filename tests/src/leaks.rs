@@ -15,16 +15,26 @@ pub fn adopt_orphans() {
 pub fn descendants() -> BTreeMap<i32, String> {
     let mut parents = BTreeMap::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
             continue;
         };
         // A process that ends meanwhile is none of ours to count.
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
         // The name, in parentheses, may contain anything.
-        let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
+        let Some((_, rest)) = stat.rsplit_once(") ") else {
+            continue;
+        };
         let mut fields = rest.split(' ');
         let (state, parent) = (fields.next(), fields.next());
-        let Some(parent) = parent.and_then(|parent| parent.parse::<i32>().ok()) else { continue };
+        let Some(parent) = parent.and_then(|parent| parent.parse::<i32>().ok()) else {
+            continue;
+        };
         parents.insert(pid, (parent, state == Some("Z") || state == Some("X")));
     }
     let me = getpid().as_raw_nonzero().get();
@@ -60,7 +70,10 @@ pub fn leaked_processes() -> Vec<String> {
             for pid in left.keys().filter_map(|pid| Pid::from_raw(*pid)) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
-            return left.into_iter().map(|(pid, command)| format!("process {pid}: {command}")).collect();
+            return left
+                .into_iter()
+                .map(|(pid, command)| format!("process {pid}: {command}"))
+                .collect();
         }
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -77,7 +90,11 @@ pub fn mounts_below(directory: &Path) -> Vec<String> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     mounts
         .lines()
-        .filter(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at).starts_with(directory)))
+        .filter(|line| {
+            line.split(' ')
+                .nth(4)
+                .is_some_and(|at| Path::new(at).starts_with(directory))
+        })
         .map(|line| format!("mount {line}"))
         .collect()
 }

@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 
 /// The repository.
 pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the repository")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is in the repository")
 }
 
 /// The staged executable, or the one that `HULL` names.
@@ -57,7 +59,8 @@ pub fn left_out(reason: &str) {
     eprint!("left out: {line}");
     if let Some(path) = std::env::var_os("HULL_SKIPPED") {
         let file = OpenOptions::new().append(true).create(true).open(path);
-        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("cannot note what is left out");
+        file.and_then(|mut file| file.write_all(line.as_bytes()))
+            .expect("cannot note what is left out");
     }
 }
 

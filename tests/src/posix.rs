@@ -15,7 +15,11 @@ pub fn program() -> PathBuf {
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     let program = directory.join("posix-checks");
     let source = repository().join("tests/posix/checks.c");
-    let modified = |path: &PathBuf| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let modified = |path: &PathBuf| {
+        std::fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    };
     if modified(&program) <= modified(&source) {
         Invocation::new("cc")
             .args(["-static", "-O1", "-w", "-o"])

@@ -61,11 +61,15 @@ impl Registry {
         let mut state = self.state.lock().unwrap();
         for blob in image.blobs() {
             let path = format!("/v2/{name}/blobs/{}", digest(blob));
-            state.content.insert(path, ("application/octet-stream".into(), blob.clone()));
+            state
+                .content
+                .insert(path, ("application/octet-stream".into(), blob.clone()));
         }
         for version in [tag.to_owned(), digest(&image.manifest)] {
             let path = format!("/v2/{name}/manifests/{version}");
-            state.content.insert(path, (MANIFEST.into(), image.manifest.clone()));
+            state
+                .content
+                .insert(path, (MANIFEST.into(), image.manifest.clone()));
         }
         format!("{}/{name}:{tag}", self.address)
     }
@@ -79,11 +83,15 @@ impl Registry {
             entry["platform"] = serde_json::json!({"os": "linux", "architecture": architecture});
             manifests.push(entry);
         }
-        let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
+        let index =
+            serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
         let index = index.to_string().into_bytes();
         let mut state = self.state.lock().unwrap();
         for version in [tag.to_owned(), digest(&index)] {
-            state.content.insert(format!("/v2/{name}/manifests/{version}"), (INDEX.into(), index.clone()));
+            state.content.insert(
+                format!("/v2/{name}/manifests/{version}"),
+                (INDEX.into(), index.clone()),
+            );
         }
         format!("{}/{name}:{tag}", self.address)
     }
@@ -101,7 +109,11 @@ impl Registry {
     /// How often something whose path contains `part` was fetched.
     pub fn fetched(&self, part: &str) -> usize {
         let state = self.state.lock().unwrap();
-        state.requests.iter().filter(|line| line.starts_with("GET ") && line.contains(part)).count()
+        state
+            .requests
+            .iter()
+            .filter(|line| line.starts_with("GET ") && line.contains(part))
+            .count()
     }
 }
 
@@ -125,25 +137,38 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             reader.read_line(&mut header)?;
             let header = header.trim().to_ascii_lowercase();
             if let Some(range) = header.strip_prefix("range: bytes=") {
-                from = range.split('-').next().and_then(|first| first.parse().ok()).unwrap_or(0);
+                from = range
+                    .split('-')
+                    .next()
+                    .and_then(|first| first.parse().ok())
+                    .unwrap_or(0);
             }
             if header.is_empty() {
                 break;
             }
         }
         let mut words = request.split(' ');
-        let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or("").to_owned());
+        let (method, path) = (
+            words.next().unwrap_or(""),
+            words.next().unwrap_or("").to_owned(),
+        );
         let (found, faults) = {
             let mut state = state.lock().unwrap();
             state.requests.push(format!("{method} {path}"));
             let faults = state.faults.clone();
-            state.faults.retain(|fault| !matches!(fault, Fault::BreakOffOnce(part) if path.contains(part)));
+            state
+                .faults
+                .retain(|fault| !matches!(fault, Fault::BreakOffOnce(part) if path.contains(part)));
             (state.content.get(&path).cloned(), faults)
         };
         let (mut status, mut kind, mut body) = match found {
             Some((kind, body)) => (200, kind, body),
             None if path == "/v2/" => (200, "application/json".into(), b"{}".to_vec()),
-            None => (404, "application/json".into(), br#"{"errors":[{"code":"NOT_FOUND","message":"no"}]}"#.to_vec()),
+            None => (
+                404,
+                "application/json".into(),
+                br#"{"errors":[{"code":"NOT_FOUND","message":"no"}]}"#.to_vec(),
+            ),
         };
         let digest = digest(&body);
         let mut send = body.len();
@@ -153,8 +178,12 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                     (status, kind, body) = (code, "text/plain".into(), b"no".to_vec());
                     send = body.len();
                 }
-                Fault::OtherBytes(part) if path.contains(&part) => body.iter_mut().for_each(|byte| *byte ^= 1),
-                Fault::BreakOffOnce(part) | Fault::BreakOff(part) if path.contains(&part) => send = body.len() / 2,
+                Fault::OtherBytes(part) if path.contains(&part) => {
+                    body.iter_mut().for_each(|byte| *byte ^= 1)
+                }
+                Fault::BreakOffOnce(part) | Fault::BreakOff(part) if path.contains(&part) => {
+                    send = body.len() / 2
+                }
                 Fault::Slow(time) => std::thread::sleep(time),
                 _ => {}
             }

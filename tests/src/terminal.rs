@@ -28,7 +28,8 @@ pub struct Terminal {
 impl Terminal {
     /// Starts a command on a terminal of this size.
     pub fn start(invocation: Invocation, rows: u16, columns: u16) -> Terminal {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        let master =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
         let name = ptsname(&master, Vec::new()).unwrap();
@@ -37,10 +38,17 @@ impl Terminal {
         tcsetwinsize(&master, size(rows, columns)).unwrap();
 
         // A session of its own, whose controlling terminal is its standard input.
-        let (mut command, limit) = invocation.under(&["setsid", "--ctty", "--wait"]).into_parts();
+        let (mut command, limit) = invocation
+            .under(&["setsid", "--ctty", "--wait"])
+            .into_parts();
         let what = format!("{command:?}");
         let end = || Stdio::from(slave.try_clone().unwrap());
-        let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
+        let child = command
+            .stdin(end())
+            .stdout(end())
+            .stderr(end())
+            .spawn()
+            .unwrap();
 
         let output = Arc::new(Mutex::new(Vec::new()));
         let into = output.clone();
@@ -53,12 +61,24 @@ impl Terminal {
                 into.lock().unwrap().extend_from_slice(&chunk[..n]);
             }
         });
-        Terminal { what, master: Some(master), slave: Some(slave), child, output, began: Instant::now(), limit }
+        Terminal {
+            what,
+            master: Some(master),
+            slave: Some(slave),
+            child,
+            output,
+            began: Instant::now(),
+            limit,
+        }
     }
 
     /// Types.
     pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
-        self.master.as_mut().expect("the terminal is closed").write_all(bytes.as_ref()).unwrap();
+        self.master
+            .as_mut()
+            .expect("the terminal is closed")
+            .write_all(bytes.as_ref())
+            .unwrap();
     }
 
     /// Waits until the screen has shown `text`.
@@ -71,7 +91,11 @@ impl Terminal {
                     return;
                 }
                 let _ = self.child.kill();
-                panic!("{}: no {text:?} on the terminal: {:?}", self.what, self.screen());
+                panic!(
+                    "{}: no {text:?} on the terminal: {:?}",
+                    self.what,
+                    self.screen()
+                );
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -89,7 +113,10 @@ impl Terminal {
 
     /// Whether the terminal echoes what is typed, as it does before and after a command that takes it over.
     pub fn echoes(&self) -> bool {
-        tcgetattr(self.slave.as_ref().unwrap()).unwrap().local_modes.contains(LocalModes::ECHO)
+        tcgetattr(self.slave.as_ref().unwrap())
+            .unwrap()
+            .local_modes
+            .contains(LocalModes::ECHO)
     }
 
     /// Closes the window.
@@ -106,11 +133,18 @@ impl Terminal {
         use std::os::unix::process::ExitStatusExt;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+                return status
+                    .code()
+                    .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
             }
             if self.began.elapsed() > self.limit {
                 let _ = self.child.kill();
-                panic!("{}: still running after {:?}: {:?}", self.what, self.limit, self.screen());
+                panic!(
+                    "{}: still running after {:?}: {:?}",
+                    self.what,
+                    self.limit,
+                    self.screen()
+                );
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -118,5 +152,10 @@ impl Terminal {
 }
 
 fn size(rows: u16, columns: u16) -> Winsize {
-    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
+    Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    }
 }

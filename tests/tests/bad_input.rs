@@ -8,9 +8,12 @@ use hull_tests::{Archive, Hull, Image, Invocation, Layout, Options, executable};
 #[test]
 fn commands_that_do_not_exist_or_are_not_executable_have_dockers_exit_status() {
     let hull = Hull::new();
-    hull.run(&[], &["no-such-command"]).fails(127, &["no-such-command", "not found"]);
-    hull.run(&[], &["/no/such/file"]).fails(127, &["/no/such/file"]);
-    hull.run(&[], &["/etc/passwd"]).fails(126, &["/etc/passwd", "permission denied"]);
+    hull.run(&[], &["no-such-command"])
+        .fails(127, &["no-such-command", "not found"]);
+    hull.run(&[], &["/no/such/file"])
+        .fails(127, &["/no/such/file"]);
+    hull.run(&[], &["/etc/passwd"])
+        .fails(126, &["/etc/passwd", "permission denied"]);
     hull.run(&[], &["/etc"]).fails(126, &["/etc"]);
     hull.assert_clean();
 }
@@ -56,8 +59,14 @@ fn bad_values_of_options_are_named() {
 fn unknown_commands_and_options_get_the_nearest_known_one() {
     let hull = Hull::empty();
     hull.hull(["rnu"]).run().fails(125, &["rnu"]).hint("run");
-    hull.hull(["run", "--hostnam", "x", "busybox"]).run().fails(125, &["--hostnam"]).hint("--hostname");
-    hull.hull(["ps", "--al"]).run().fails(125, &["--al"]).hint("--all");
+    hull.hull(["run", "--hostnam", "x", "busybox"])
+        .run()
+        .fails(125, &["--hostnam"])
+        .hint("--hostname");
+    hull.hull(["ps", "--al"])
+        .run()
+        .fails(125, &["--al"])
+        .hint("--all");
     hull.hull(["run"]).run().ends(125);
     hull.hull::<&str>([]).run().ends(125);
 }
@@ -67,37 +76,58 @@ fn a_name_that_is_taken_is_told_with_its_owner() {
     let hull = Hull::new();
     let container = hull.sleeper();
     let id = container.inspect()["id"].as_str().unwrap()[..12].to_owned();
-    hull.run(&["--name", &container.name], &["true"]).fails(125, &[&container.name, "in use", &id]).hint("hull rm");
+    hull.run(&["--name", &container.name], &["true"])
+        .fails(125, &[&container.name, "in use", &id])
+        .hint("hull rm");
 }
 
 #[test]
 fn containers_that_do_not_exist_are_named() {
     let hull = Hull::empty();
-    for verb in ["logs", "attach", "wait", "stop", "kill", "pause", "unpause", "rm", "top"] {
-        hull.hull([verb, "never-was"]).run().fails(1, &["no such container", "never-was"]);
+    for verb in [
+        "logs", "attach", "wait", "stop", "kill", "pause", "unpause", "rm", "top",
+    ] {
+        hull.hull([verb, "never-was"])
+            .run()
+            .fails(1, &["no such container", "never-was"]);
     }
-    hull.hull(["stats", "--no-stream", "never-was"]).run().fails(1, &["no such container"]);
-    hull.hull(["cp", "never-was:/x", "/tmp/x"]).run().fails(1, &["no such container"]);
+    hull.hull(["stats", "--no-stream", "never-was"])
+        .run()
+        .fails(1, &["no such container"]);
+    hull.hull(["cp", "never-was:/x", "/tmp/x"])
+        .run()
+        .fails(1, &["no such container"]);
 }
 
 #[test]
 fn a_machine_that_does_not_exist_yet_or_is_not_installed_is_told() {
     let hull = Hull::new();
-    hull.run(&["--machine", "kvm"], &["true"]).fails(125, &["kvm", "not supported yet"]);
+    hull.run(&["--machine", "kvm"], &["true"])
+        .fails(125, &["kvm", "not supported yet"]);
     let output = hull
         .hull(["run", "--rm", "--machine", "qemu", "busybox", "true"])
         .env("PATH", "/no/programs")
         .run();
-    output.fails(125, &["qemu-system-", "not installed"]).hint("apt-get install qemu-system");
+    output
+        .fails(125, &["qemu-system-", "not installed"])
+        .hint("apt-get install qemu-system");
     hull.assert_clean();
 }
 
 #[test]
 fn without_a_kernel_the_command_that_builds_it_is_named() {
     let guest = tempfile::tempdir().unwrap();
-    let hull = Hull::with(Options { configuration: format!("guest_dir = {:?}", guest.path()), ..Options::default() });
-    hull.run(&[], &["true"]).fails(125, &["kernel", guest.path().to_str().unwrap()]).hint("make ");
-    hull.hull(["kernel", "info"]).run().fails(125, &["kernel"]).hint("make ");
+    let hull = Hull::with(Options {
+        configuration: format!("guest_dir = {:?}", guest.path()),
+        ..Options::default()
+    });
+    hull.run(&[], &["true"])
+        .fails(125, &["kernel", guest.path().to_str().unwrap()])
+        .hint("make ");
+    hull.hull(["kernel", "info"])
+        .run()
+        .fails(125, &["kernel"])
+        .hint("make ");
 }
 
 #[test]
@@ -113,25 +143,52 @@ fn a_file_that_is_no_kernel_is_told() {
 
 #[test]
 fn hardware_isolation_can_be_demanded() {
-    let hull = Hull::with(Options { configuration: "isolation = \"hardware\"".into(), ..Options::default() });
+    let hull = Hull::with(Options {
+        configuration: "isolation = \"hardware\"".into(),
+        ..Options::default()
+    });
     hull.run(&[], &["true"]).fails(125, &["isolation"]);
 }
 
 #[test]
 fn an_unknown_key_of_the_configuration_gets_the_nearest_known_one() {
-    let hull = Hull::with(Options { configuration: "memroy = \"1g\"".into(), without_image: true, ..Options::default() });
-    hull.hull(["ps"]).run().fails(125, &["config.toml:4", "memroy"]).hint("memory");
-    let hull = Hull::with(Options { configuration: "memory = 5".into(), without_image: true, ..Options::default() });
-    hull.hull(["ps"]).run().fails(125, &["config.toml:4", "memory"]);
-    let hull = Hull::with(Options { configuration: "memory = ".into(), without_image: true, ..Options::default() });
+    let hull = Hull::with(Options {
+        configuration: "memroy = \"1g\"".into(),
+        without_image: true,
+        ..Options::default()
+    });
+    hull.hull(["ps"])
+        .run()
+        .fails(125, &["config.toml:4", "memroy"])
+        .hint("memory");
+    let hull = Hull::with(Options {
+        configuration: "memory = 5".into(),
+        without_image: true,
+        ..Options::default()
+    });
+    hull.hull(["ps"])
+        .run()
+        .fails(125, &["config.toml:4", "memory"]);
+    let hull = Hull::with(Options {
+        configuration: "memory = ".into(),
+        without_image: true,
+        ..Options::default()
+    });
     hull.hull(["ps"]).run().fails(125, &["config.toml:4"]);
-    hull.hull(["ps"]).env("HULL_CONFIG", "/no/such/file").run().fails(125, &["/no/such/file"]);
+    hull.hull(["ps"])
+        .env("HULL_CONFIG", "/no/such/file")
+        .run()
+        .fails(125, &["/no/such/file"]);
 }
 
 #[test]
 fn another_user_than_root_is_told_in_one_line() {
     let hull = Hull::empty();
-    fs::set_permissions(hull.path(""), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(
+        hull.path(""),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
     // The staged executable may be in a directory that only root enters.
     let copy = hull.path("hull");
     fs::copy(executable(), &copy).unwrap();
@@ -172,8 +229,18 @@ fn a_directory_too_deep_for_sockets_is_told() {
     let hull = Hull::new();
     let deep = hull.path(&"d".repeat(100));
     let configuration = hull.path("deep.toml");
-    fs::write(&configuration, format!("machine = \"uml\"\nrun_dir = {deep:?}\ndata_dir = {:?}\n", hull.path("data"))).unwrap();
-    let output = hull.hull(["run", "--rm", "busybox", "echo", "works"]).env("HULL_CONFIG", &configuration).run();
+    fs::write(
+        &configuration,
+        format!(
+            "machine = \"uml\"\nrun_dir = {deep:?}\ndata_dir = {:?}\n",
+            hull.path("data")
+        ),
+    )
+    .unwrap();
+    let output = hull
+        .hull(["run", "--rm", "busybox", "echo", "works"])
+        .env("HULL_CONFIG", &configuration)
+        .run();
     match output.status {
         0 => assert_eq!(output.text(), "works"),
         _ => drop(output.fails(125, &["run_dir"])),
@@ -191,7 +258,10 @@ fn a_damaged_state_file_is_named_and_rm_mends_it() {
     fs::write(&state, &whole[..whole.len() / 2]).unwrap();
     let output = hull.hull(["ps", "-a"]).run().ok();
     assert!(output.error().contains("damaged"), "{}", output.error());
-    hull.hull(["logs", &container.name]).run().fails(125, &["state.json", "damaged"]).hint("hull rm -f");
+    hull.hull(["logs", &container.name])
+        .run()
+        .fails(125, &["state.json", "damaged"])
+        .hint("hull rm -f");
     hull.hull(["rm", "-f", &container.name]).run().ok();
     hull.assert_clean();
 }
@@ -204,5 +274,7 @@ fn an_image_without_a_command_needs_one() {
     });
     let directory = hull.path("layout");
     Layout::write(&directory, &[("latest", &image)]);
-    hull.hull(["run", "--rm", &format!("oci:{}", directory.display())]).run().fails(125, &["no command"]);
+    hull.hull(["run", "--rm", &format!("oci:{}", directory.display())])
+        .run()
+        .fails(125, &["no command"]);
 }

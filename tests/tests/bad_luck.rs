@@ -14,17 +14,38 @@ on_every_machine!(
 
 fn stopped_within_a_second_of_killing(machine: &'static str, process: &str) {
     let hull = Hull::on(machine);
-    let mut foreground = hull.hull(["run", "--name", "victim", "busybox", "sh", "-c", "echo up; sleep 1000"]).start();
+    let mut foreground = hull
+        .hull([
+            "run",
+            "--name",
+            "victim",
+            "busybox",
+            "sh",
+            "-c",
+            "echo up; sleep 1000",
+        ])
+        .start();
     foreground.wait_for("up");
     let container = hull.container("victim");
     container.kill_host_process(process);
-    let took = eventually("the container is stopped", Duration::from_secs(5), || container.state() == "stopped");
+    let took = eventually("the container is stopped", Duration::from_secs(5), || {
+        container.state() == "stopped"
+    });
     assert!(took < Duration::from_secs(1), "seen after {took:?}");
     let output = foreground.finish().ends(125);
-    assert!(output.error().contains("error: "), "the one who waited is told: {}", output.error());
+    assert!(
+        output.error().contains("error: "),
+        "the one who waited is told: {}",
+        output.error()
+    );
     let exit = container.inspect()["exit"].clone();
     assert_eq!(exit["status"], 125, "{exit}");
-    assert!(exit["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{exit}");
+    assert!(
+        exit["reason"]
+            .as_str()
+            .is_some_and(|reason| !reason.is_empty()),
+        "{exit}"
+    );
     assert_eq!(container.wait(), 125);
     container.exec(&["true"]).fails(1, &["not running"]);
     container.does("rm").ok();
@@ -50,7 +71,9 @@ fn a_guest_kernel_that_panics_stops_the_container_and_shows_its_last_words() {
     // Process 1 of the guest is out of reach of a container; a sysrq crash is not, for one with all rights.
     let script = "mount -o remount,rw /proc/sys 2>/dev/null; mkdir -p /p && mount -t proc proc /p && echo c >/p/sysrq-trigger";
     let _ = container.sh(script);
-    eventually("the container is stopped", Duration::from_secs(5), || container.state() == "stopped");
+    eventually("the container is stopped", Duration::from_secs(5), || {
+        container.state() == "stopped"
+    });
     let exit = container.inspect()["exit"].clone();
     assert_eq!(exit["status"], 125, "{exit}");
     container.does("rm").ok();
@@ -60,7 +83,17 @@ fn a_guest_kernel_that_panics_stops_the_container_and_shows_its_last_words() {
 #[test]
 fn a_killed_command_leaves_the_container_running() {
     let hull = Hull::new();
-    let mut foreground = hull.hull(["run", "--name", "orphan", "busybox", "sh", "-c", "echo up; sleep 1000"]).start();
+    let mut foreground = hull
+        .hull([
+            "run",
+            "--name",
+            "orphan",
+            "busybox",
+            "sh",
+            "-c",
+            "echo up; sleep 1000",
+        ])
+        .start();
     foreground.wait_for("up");
     foreground.signal(rustix::process::Signal::KILL);
     foreground.finish().ends(137);
@@ -95,12 +128,16 @@ fn a_sandbox_killed_at_any_moment_of_the_start_leaves_nothing_that_rm_does_not_r
     let hull = Hull::new();
     for wait in [2, 10, 30, 50, 80, 120] {
         let name = format!("victim-{wait}");
-        let starting = hull.hull(["run", "--name", &name, "busybox", "sleep", "1000"]).start();
+        let starting = hull
+            .hull(["run", "--name", &name, "busybox", "sleep", "1000"])
+            .start();
         std::thread::sleep(Duration::from_millis(wait));
         for process in std::fs::read_dir("/proc").unwrap().flatten() {
             let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
-            if command.contains("sandbox-process") && command.contains(hull.path("run").to_str().unwrap()) {
+            if command.contains("sandbox-process")
+                && command.contains(hull.path("run").to_str().unwrap())
+            {
                 let pid = process.file_name().to_str().unwrap().parse().unwrap();
                 let pid = rustix::process::Pid::from_raw(pid).unwrap();
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);

@@ -44,16 +44,31 @@ fn kernel_info_shows_version_size_and_configuration() {
     for part in ["version", "size", "config"] {
         assert!(text.contains(part), "no {part}: {text}");
     }
-    let list = hull.hull(["kernel", "info", "--machine", "uml", "--json"]).run().ok().json();
-    assert!(list[0]["version"].as_str().unwrap().ends_with("-hull"), "{list}");
+    let list = hull
+        .hull(["kernel", "info", "--machine", "uml", "--json"])
+        .run()
+        .ok()
+        .json();
+    assert!(
+        list[0]["version"].as_str().unwrap().ends_with("-hull"),
+        "{list}"
+    );
     assert!(list[0]["size"].as_u64().unwrap() > 1 << 20, "{list}");
 }
 
 #[test]
 fn config_shows_every_value_and_where_it_comes_from() {
-    let hull = Hull::with(Options { configuration: "cpus = 2".into(), without_image: true, ..Options::default() });
+    let hull = Hull::with(Options {
+        configuration: "cpus = 2".into(),
+        without_image: true,
+        ..Options::default()
+    });
     let text = hull.hull(["config"]).run().ok().text();
-    let line = |key: &str| text.lines().find(|line| line.starts_with(key)).unwrap_or_else(|| panic!("no {key}: {text}"));
+    let line = |key: &str| {
+        text.lines()
+            .find(|line| line.starts_with(key))
+            .unwrap_or_else(|| panic!("no {key}: {text}"))
+    };
     assert!(line("cpus = 2").contains("config.toml:4"), "{text}");
     assert!(line("pull = \"missing\"").ends_with("# default"), "{text}");
     // The output, and the default file, are configuration files themselves.
@@ -67,11 +82,30 @@ fn config_shows_every_value_and_where_it_comes_from() {
 #[test]
 fn version_and_help_are_short_and_there() {
     let hull = Hull::empty();
-    assert!(hull.hull(["version"]).run().ok().text().contains(env!("CARGO_PKG_VERSION")));
-    assert!(hull.hull(["--version"]).run().ok().text().contains(env!("CARGO_PKG_VERSION")));
+    assert!(
+        hull.hull(["version"])
+            .run()
+            .ok()
+            .text()
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
+    assert!(
+        hull.hull(["--version"])
+            .run()
+            .ok()
+            .text()
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
     let help = hull.hull(["--help"]).run().ok().text();
-    for command in ["run", "exec", "ps", "logs", "attach", "wait", "stop", "kill", "pause", "rm", "inspect", "stats", "top", "cp", "image", "check", "kernel"] {
-        assert!(help.lines().any(|line| line.trim_start().starts_with(command)), "{command}: {help}");
+    for command in [
+        "run", "exec", "ps", "logs", "attach", "wait", "stop", "kill", "pause", "rm", "inspect",
+        "stats", "top", "cp", "image", "check", "kernel",
+    ] {
+        assert!(
+            help.lines()
+                .any(|line| line.trim_start().starts_with(command)),
+            "{command}: {help}"
+        );
         hull.hull([command, "--help"]).run().ok();
     }
     assert!(!help.contains("sandbox-process"), "{help}");
@@ -88,7 +122,11 @@ fn manual_pages_and_completions_are_made() {
         assert!(script.text().contains("hull"), "{shell}");
     }
     let script = hull.path("completion.bash");
-    fs::write(&script, hull.hull(["completions", "bash"]).run().ok().stdout).unwrap();
+    fs::write(
+        &script,
+        hull.hull(["completions", "bash"]).run().ok().stdout,
+    )
+    .unwrap();
     Invocation::new("bash").arg("-n").arg(&script).run().ok();
 }
 
@@ -96,6 +134,10 @@ fn manual_pages_and_completions_are_made() {
 fn a_reader_that_goes_away_is_no_error() {
     let hull = Hull::empty();
     let script = format!("{} --help | head -n 1", executable().display());
-    let output = Invocation::new("sh").args(["-c", &script]).env("HULL_CONFIG", hull.path("config.toml")).run().ok();
+    let output = Invocation::new("sh")
+        .args(["-c", &script])
+        .env("HULL_CONFIG", hull.path("config.toml"))
+        .run()
+        .ok();
     assert_eq!(output.error(), "");
 }

@@ -5,13 +5,17 @@ use std::fs;
 use std::time::Duration;
 
 use hull_tests::{
-    Archive, Fault, Hull, Image, Invocation, Layout, Registry, busybox_archive, digest, eventually, installed, left_out,
+    Archive, Fault, Hull, Image, Invocation, Layout, Registry, busybox_archive, digest, eventually,
+    installed, left_out,
 };
 
 /// Busybox in one layer, a file of its own and a whiteout in a second one.
 fn two_layers() -> Image {
     let base = fs::read(busybox_archive()).unwrap();
-    let second = Archive::new().file("second", "layer two\n").file("etc/.wh.group", "").bytes();
+    let second = Archive::new()
+        .file("second", "layer two\n")
+        .file("etc/.wh.group", "")
+        .bytes();
     Image::new(&[base, second])
 }
 
@@ -27,14 +31,34 @@ fn an_image_is_pulled_from_a_registry_and_then_there() {
     let hull = Hull::empty();
     let registry = Registry::new();
     let reference = registry.push("team/app", "1", &two_layers());
-    let output = hull.hull(["run", "--rm", &reference, "cat", "/second"]).run().ok();
+    let output = hull
+        .hull(["run", "--rm", &reference, "cat", "/second"])
+        .run()
+        .ok();
     assert_eq!(output.text(), "layer two");
     let requests = registry.fetched("");
     let script = "ls /etc/group 2>/dev/null; echo $FROM_IMAGE $PWD";
-    let output = hull.hull(["run", "--rm", &reference, "sh", "-c", script]).run().ok();
-    assert_eq!(output.text(), "yes /tmp", "whiteout, environment, directory");
-    assert_eq!(registry.fetched(""), requests, "what is there is not asked for again");
-    assert!(hull.hull(["image", "ls"]).run().ok().text().contains("team/app"));
+    let output = hull
+        .hull(["run", "--rm", &reference, "sh", "-c", script])
+        .run()
+        .ok();
+    assert_eq!(
+        output.text(),
+        "yes /tmp",
+        "whiteout, environment, directory"
+    );
+    assert_eq!(
+        registry.fetched(""),
+        requests,
+        "what is there is not asked for again"
+    );
+    assert!(
+        hull.hull(["image", "ls"])
+            .run()
+            .ok()
+            .text()
+            .contains("team/app")
+    );
 }
 
 #[test]
@@ -42,15 +66,25 @@ fn pull_can_be_always_missing_or_never() {
     let hull = Hull::empty();
     let registry = Registry::new();
     let reference = registry.push("app", "latest", &two_layers());
-    let run = |when: &str| hull.hull(["run", "--rm", "--pull", when, &reference, "cat", "/second"]).run();
+    let run = |when: &str| {
+        hull.hull(["run", "--rm", "--pull", when, &reference, "cat", "/second"])
+            .run()
+    };
     run("never").fails(125, &["not found"]);
     assert_eq!(run("missing").ok().text(), "layer two");
-    let other = Image::new(&[fs::read(busybox_archive()).unwrap(), Archive::new().file("second", "newer\n").bytes()]);
+    let other = Image::new(&[
+        fs::read(busybox_archive()).unwrap(),
+        Archive::new().file("second", "newer\n").bytes(),
+    ]);
     registry.push("app", "latest", &other);
     assert_eq!(run("missing").ok().text(), "layer two");
     assert_eq!(run("always").ok().text(), "newer");
     let base = digest(&other.layers[0]);
-    assert_eq!(registry.fetched(&base), 1, "a layer that is there is not fetched again");
+    assert_eq!(
+        registry.fetched(&base),
+        1,
+        "a layer that is there is not fetched again"
+    );
 }
 
 #[test]
@@ -60,7 +94,13 @@ fn an_image_is_named_by_digest() {
     let image = two_layers();
     registry.push("app", "1", &image);
     let reference = format!("{}/app@{}", registry.address, digest(&image.manifest));
-    assert_eq!(hull.hull(["run", "--rm", &reference, "cat", "/second"]).run().ok().text(), "layer two");
+    assert_eq!(
+        hull.hull(["run", "--rm", &reference, "cat", "/second"])
+            .run()
+            .ok()
+            .text(),
+        "layer two"
+    );
 }
 
 #[test]
@@ -69,8 +109,18 @@ fn the_image_for_this_architecture_is_picked_from_a_list() {
     let registry = Registry::new();
     let ours = two_layers();
     let other = Image::for_architecture("s390x", &[Archive::new().file("x", "").bytes()]);
-    let reference = registry.push_list("app", "multi", &[("s390x", &other), (hull_tests::architecture(), &ours)]);
-    assert_eq!(hull.hull(["run", "--rm", &reference, "cat", "/second"]).run().ok().text(), "layer two");
+    let reference = registry.push_list(
+        "app",
+        "multi",
+        &[("s390x", &other), (hull_tests::architecture(), &ours)],
+    );
+    assert_eq!(
+        hull.hull(["run", "--rm", &reference, "cat", "/second"])
+            .run()
+            .ok()
+            .text(),
+        "layer two"
+    );
     assert_eq!(registry.fetched(&digest(&other.layers[0])), 0);
 }
 
@@ -78,10 +128,18 @@ fn the_image_for_this_architecture_is_picked_from_a_list() {
 fn an_image_for_another_architecture_is_refused_by_name() {
     let hull = Hull::empty();
     let registry = Registry::new();
-    let reference = registry.push("app", "1", &Image::for_architecture("s390x", &[Archive::new().file("x", "").bytes()]));
-    hull.hull(["run", "--rm", &reference, "true"]).run().fails(125, &["s390x", hull_tests::architecture()]);
+    let reference = registry.push(
+        "app",
+        "1",
+        &Image::for_architecture("s390x", &[Archive::new().file("x", "").bytes()]),
+    );
+    hull.hull(["run", "--rm", &reference, "true"])
+        .run()
+        .fails(125, &["s390x", hull_tests::architecture()]);
     let only = registry.push_list("list", "1", &[("riscv64", &two_layers())]);
-    hull.hull(["run", "--rm", &only, "true"]).run().fails(125, &["riscv64"]);
+    hull.hull(["run", "--rm", &only, "true"])
+        .run()
+        .fails(125, &["riscv64"]);
 }
 
 #[test]
@@ -91,23 +149,41 @@ fn an_image_that_nobody_has_is_named_with_who_was_asked() {
     let reference = format!("{}/nothing:1", registry.address);
     hull.hull(["run", "--rm", &reference, "true"])
         .run()
-        .fails(125, &[&reference, "not found", "local store", &registry.address, "404"])
+        .fails(
+            125,
+            &[
+                &reference,
+                "not found",
+                "local store",
+                &registry.address,
+                "404",
+            ],
+        )
         .hint("hull image ls");
-    hull.hull(["run", "--rm", "--pull", "never", "nothing", "true"]).run().fails(125, &["nothing", "not found"]);
+    hull.hull(["run", "--rm", "--pull", "never", "nothing", "true"])
+        .run()
+        .fails(125, &["nothing", "not found"]);
     assert!(hull.remains().is_empty());
 }
 
 #[test]
 fn a_registry_that_is_down_or_ill_is_named() {
     let hull = Hull::empty();
-    hull.hull(["run", "--rm", "localhost:1/app", "true"]).run().fails(125, &["localhost:1", "cannot be reached"]);
+    hull.hull(["run", "--rm", "localhost:1/app", "true"])
+        .run()
+        .fails(125, &["localhost:1", "cannot be reached"]);
     let registry = Registry::new();
     let reference = registry.push("app", "1", &two_layers());
     registry.fault(Fault::Status("manifests".into(), 500));
-    hull.hull(["run", "--rm", &reference, "true"]).run().fails(125, &[&registry.address, "500"]);
+    hull.hull(["run", "--rm", &reference, "true"])
+        .run()
+        .fails(125, &[&registry.address, "500"]);
     registry.mend();
     registry.fault(Fault::Status("manifests".into(), 401));
-    hull.hull(["run", "--rm", &reference, "true"]).run().fails(125, &[&registry.address, "401"]).hint("docker login");
+    hull.hull(["run", "--rm", &reference, "true"])
+        .run()
+        .fails(125, &[&registry.address, "401"])
+        .hint("docker login");
     registry.mend();
     hull.hull(["run", "--rm", &reference, "true"]).run().ok();
 }
@@ -120,7 +196,9 @@ fn a_layer_with_other_content_than_its_digest_says_is_refused() {
     let reference = registry.push("app", "1", &image);
     let layer = digest(&image.layers[1]);
     registry.fault(Fault::OtherBytes(layer.clone()));
-    hull.hull(["image", "pull", &reference]).run().fails(125, &["layer", &layer, "corrupt"]);
+    hull.hull(["image", "pull", &reference])
+        .run()
+        .fails(125, &["layer", &layer, "corrupt"]);
     assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "");
     registry.mend();
     hull.hull(["image", "pull", &reference]).run().ok();
@@ -134,11 +212,21 @@ fn a_layer_that_ends_early_is_refused_and_the_next_pull_resumes() {
     let reference = registry.push("app", "1", &image);
     let (first, second) = (digest(&image.layers[0]), digest(&image.layers[1]));
     registry.fault(Fault::BreakOff(second.clone()));
-    hull.hull(["image", "pull", &reference]).run().fails(125, &["layer", &second]);
-    assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "", "nothing half usable");
+    hull.hull(["image", "pull", &reference])
+        .run()
+        .fails(125, &["layer", &second]);
+    assert_eq!(
+        hull.hull(["image", "ls", "-q"]).run().ok().text(),
+        "",
+        "nothing half usable"
+    );
     registry.mend();
     hull.hull(["image", "pull", &reference]).run().ok();
-    assert_eq!(registry.fetched(&first), 1, "what arrived whole is not fetched again");
+    assert_eq!(
+        registry.fetched(&first),
+        1,
+        "what arrived whole is not fetched again"
+    );
     hull.hull(["run", "--rm", &reference, "true"]).run().ok();
 }
 
@@ -149,7 +237,9 @@ fn a_pull_that_is_killed_leaves_nothing_half_usable_and_resumes() {
     let reference = registry.push("app", "1", &two_layers());
     registry.fault(Fault::Slow(Duration::from_millis(300)));
     let mut pull = hull.hull(["image", "pull", &reference]).start();
-    eventually("a blob is asked for", Duration::from_secs(10), || registry.fetched("/blobs/") > 0);
+    eventually("a blob is asked for", Duration::from_secs(10), || {
+        registry.fetched("/blobs/") > 0
+    });
     assert!(pull.is_running());
     pull.signal(rustix::process::Signal::KILL);
     pull.finish().ends(137);
@@ -165,7 +255,9 @@ fn two_pulls_of_one_image_at_once_do_the_work_once() {
     let image = two_layers();
     let reference = registry.push("app", "1", &image);
     registry.fault(Fault::Slow(Duration::from_millis(200)));
-    let pulls: Vec<_> = (0..2).map(|_| hull.hull(["image", "pull", &reference]).start()).collect();
+    let pulls: Vec<_> = (0..2)
+        .map(|_| hull.hull(["image", "pull", &reference]).start())
+        .collect();
     for pull in pulls {
         pull.finish().ok();
     }
@@ -184,7 +276,10 @@ fn layers_that_lead_outside_are_refused_and_leave_nothing() {
         ("leads outside", Archive::new().file("../escaped", "x")),
         ("leads outside", Archive::new().file("a/../../escaped", "x")),
         ("absolute", Archive::new().file("/absolute", "x")),
-        ("leads outside", Archive::new().hard_link("link", "../../../etc/passwd")),
+        (
+            "leads outside",
+            Archive::new().hard_link("link", "../../../etc/passwd"),
+        ),
         ("device", Archive::new().device("dev/evil")),
     ];
     for (number, (why, archive)) in bad.into_iter().enumerate() {
@@ -192,13 +287,20 @@ fn layers_that_lead_outside_are_refused_and_leave_nothing() {
         let directory = hull.path(&format!("layout-{number}"));
         Layout::write(&directory, &[("latest", &image)]);
         let reference = format!("oci:{}", directory.display());
-        hull.hull(["image", "pull", &reference]).run().fails(125, &["layer", why]);
+        hull.hull(["image", "pull", &reference])
+            .run()
+            .fails(125, &["layer", why]);
     }
     // A link out of the layer is a link like any other; what is written through it is not.
-    let through = Archive::new().symlink("door", outside_name).file("door/file", "x").bytes();
+    let through = Archive::new()
+        .symlink("door", outside_name)
+        .file("door/file", "x")
+        .bytes();
     let directory = hull.path("layout-through");
     Layout::write(&directory, &[("latest", &Image::new(&[through]))]);
-    let _ = hull.hull(["image", "pull", &format!("oci:{}", directory.display())]).run();
+    let _ = hull
+        .hull(["image", "pull", &format!("oci:{}", directory.display())])
+        .run();
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
     assert!(!hull.path("escaped").exists());
 }
@@ -213,14 +315,26 @@ fn garbage_is_refused_by_name() {
     let layer = Layout::blob(&directory, &digest(&image.layers[1]));
     let whole = fs::read(&layer).unwrap();
     fs::write(&layer, &whole[..whole.len() / 2]).unwrap();
-    hull.hull(["image", "pull", &reference]).run().fails(125, &["layer"]);
+    hull.hull(["image", "pull", &reference])
+        .run()
+        .fails(125, &["layer"]);
     fs::write(&layer, b"garbage").unwrap();
-    hull.hull(["image", "pull", &reference]).run().fails(125, &["layer"]);
+    hull.hull(["image", "pull", &reference])
+        .run()
+        .fails(125, &["layer"]);
     fs::write(directory.join("index.json"), b"{").unwrap();
-    hull.hull(["image", "pull", &reference]).run().fails(125, &["index"]);
-    hull.hull(["image", "pull", "oci:/no/such/directory"]).run().fails(125, &["/no/such/directory"]);
-    hull.hull(["image", "pull", "docker-archive:/no/such/file"]).run().fails(125, &["/no/such/file"]);
-    hull.hull(["image", "pull", "UPPER/case"]).run().fails(125, &["invalid image reference", "UPPER"]);
+    hull.hull(["image", "pull", &reference])
+        .run()
+        .fails(125, &["index"]);
+    hull.hull(["image", "pull", "oci:/no/such/directory"])
+        .run()
+        .fails(125, &["/no/such/directory"]);
+    hull.hull(["image", "pull", "docker-archive:/no/such/file"])
+        .run()
+        .fails(125, &["/no/such/file"]);
+    hull.hull(["image", "pull", "UPPER/case"])
+        .run()
+        .fails(125, &["invalid image reference", "UPPER"]);
 }
 
 #[test]
@@ -228,15 +342,42 @@ fn layouts_archives_and_directories_are_images_too() {
     let hull = Hull::empty();
     let image = two_layers();
     let directory = layout(&hull, &[("one", &image), ("two", &image)]);
-    let output = hull.hull(["run", "--rm", &format!("oci:{directory}:one"), "cat", "/second"]).run().ok();
+    let output = hull
+        .hull([
+            "run",
+            "--rm",
+            &format!("oci:{directory}:one"),
+            "cat",
+            "/second",
+        ])
+        .run()
+        .ok();
     assert_eq!(output.text(), "layer two");
-    hull.hull(["run", "--rm", &format!("oci:{directory}"), "true"]).run().fails(125, &["one", "two"]);
+    hull.hull(["run", "--rm", &format!("oci:{directory}"), "true"])
+        .run()
+        .fails(125, &["one", "two"]);
 
     let root = hull.path("root");
     fs::create_dir(&root).unwrap();
-    Invocation::new("tar").args(["-x", "-C"]).arg(&root).arg("-f").arg(busybox_archive()).run().ok();
+    Invocation::new("tar")
+        .args(["-x", "-C"])
+        .arg(&root)
+        .arg("-f")
+        .arg(busybox_archive())
+        .run()
+        .ok();
     let reference = format!("rootfs:{}", root.display());
-    let output = hull.hull(["run", "--rm", &reference, "sh", "-c", "echo changed >/new; cat /new"]).run().ok();
+    let output = hull
+        .hull([
+            "run",
+            "--rm",
+            &reference,
+            "sh",
+            "-c",
+            "echo changed >/new; cat /new",
+        ])
+        .run()
+        .ok();
     assert_eq!(output.text(), "changed");
     assert!(!root.join("new").exists(), "the directory is never changed");
 }
@@ -252,24 +393,58 @@ fn what_other_tools_save_and_serve_is_read() {
     let saved = hull.path("saved.tar");
     let copy = |to: &str| {
         Invocation::new("skopeo")
-            .args(["--insecure-policy", "copy", "-q", "--dest-tls-verify=false", &format!("oci:{directory}:latest"), to])
+            .args([
+                "--insecure-policy",
+                "copy",
+                "-q",
+                "--dest-tls-verify=false",
+                &format!("oci:{directory}:latest"),
+                to,
+            ])
             .run()
             .ok()
     };
     copy(&format!("docker-archive:{}:app:1", saved.display()));
-    let output = hull.hull(["run", "--rm", &format!("docker-archive:{}", saved.display()), "cat", "/second"]).run().ok();
+    let output = hull
+        .hull([
+            "run",
+            "--rm",
+            &format!("docker-archive:{}", saved.display()),
+            "cat",
+            "/second",
+        ])
+        .run()
+        .ok();
     assert_eq!(output.text(), "layer two");
 
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let configuration = format!(
         "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: 127.0.0.1:{port}\n",
         hull.path("registry").display()
     );
     fs::write(hull.path("registry.yml"), configuration).unwrap();
-    let registry = Invocation::new("docker-registry").arg("serve").arg(hull.path("registry.yml")).start();
-    eventually("the registry listens", Duration::from_secs(20), || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let registry = Invocation::new("docker-registry")
+        .arg("serve")
+        .arg(hull.path("registry.yml"))
+        .start();
+    eventually("the registry listens", Duration::from_secs(20), || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
     copy(&format!("docker://localhost:{port}/app:1"));
-    let output = hull.hull(["run", "--rm", &format!("localhost:{port}/app:1"), "cat", "/second"]).run().ok();
+    let output = hull
+        .hull([
+            "run",
+            "--rm",
+            &format!("localhost:{port}/app:1"),
+            "cat",
+            "/second",
+        ])
+        .run()
+        .ok();
     assert_eq!(output.text(), "layer two");
     registry.signal(rustix::process::Signal::KILL);
     registry.finish();
@@ -283,7 +458,9 @@ fn images_are_listed_inspected_and_removed() {
     let inspected = hull.hull(["image", "inspect", "busybox"]).run().ok().json();
     assert!(inspected[0].is_object(), "{inspected}");
     let container = hull.sleeper();
-    hull.hull(["image", "rm", "busybox"]).run().fails(1, &["in use"]);
+    hull.hull(["image", "rm", "busybox"])
+        .run()
+        .fails(1, &["in use"]);
     container.does("kill").ok();
     container.wait();
     container.does("rm").ok();
@@ -298,11 +475,22 @@ fn prune_removes_what_has_no_name_and_no_container() {
     let registry = Registry::new();
     let reference = registry.push("app", "1", &two_layers());
     hull.hull(["image", "pull", &reference]).run().ok();
-    let newer = Image::new(&[fs::read(busybox_archive()).unwrap(), Archive::new().file("second", "newer\n").bytes()]);
+    let newer = Image::new(&[
+        fs::read(busybox_archive()).unwrap(),
+        Archive::new().file("second", "newer\n").bytes(),
+    ]);
     registry.push("app", "1", &newer);
     hull.hull(["image", "pull", &reference]).run().ok();
     hull.hull(["image", "prune"]).run().ok();
-    assert_eq!(hull.hull(["run", "--rm", "--pull", "never", &reference, "cat", "/second"]).run().ok().text(), "newer");
+    assert_eq!(
+        hull.hull([
+            "run", "--rm", "--pull", "never", &reference, "cat", "/second"
+        ])
+        .run()
+        .ok()
+        .text(),
+        "newer"
+    );
     hull.hull(["image", "prune", "--all"]).run().ok();
     assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "");
 }
@@ -312,16 +500,36 @@ fn owners_modes_links_and_attributes_of_layers_are_kept() {
     let hull = Hull::empty();
     let root = hull.path("root");
     fs::create_dir(&root).unwrap();
-    Invocation::new("tar").args(["-x", "-C"]).arg(&root).arg("-f").arg(busybox_archive()).run().ok();
+    Invocation::new("tar")
+        .args(["-x", "-C"])
+        .arg(&root)
+        .arg("-f")
+        .arg(busybox_archive())
+        .run()
+        .ok();
     let prepare = format!(
         "cd {} && echo x >owned && chown 12:34 owned && chmod 6751 owned && ln owned linked && mkfifo pipe && mkdir -m 1777 sticky",
         root.display()
     );
     Invocation::new("sh").args(["-c", &prepare]).run().ok();
     let archive = hull.path("image.tar");
-    Invocation::new("tar").args(["-c", "--numeric-owner", "-C"]).arg(&root).arg("-f").arg(&archive).arg(".").run().ok();
-    hull.hull(["image", "import"]).arg(&archive).arg("attributes").run().ok();
+    Invocation::new("tar")
+        .args(["-c", "--numeric-owner", "-C"])
+        .arg(&root)
+        .arg("-f")
+        .arg(&archive)
+        .arg(".")
+        .run()
+        .ok();
+    hull.hull(["image", "import"])
+        .arg(&archive)
+        .arg("attributes")
+        .run()
+        .ok();
     let script = "stat -c '%u:%g %a %h' /owned; stat -c %F /pipe; stat -c %a /sticky";
-    let output = hull.hull(["run", "--rm", "attributes", "sh", "-c", script]).run().ok();
+    let output = hull
+        .hull(["run", "--rm", "attributes", "sh", "-c", script])
+        .run()
+        .ok();
     assert_eq!(output.text(), "12:34 6751 2\nfifo\n1777");
 }

@@ -3,7 +3,10 @@
 
 use hull_tests::{Hull, on_every_machine};
 
-on_every_machine!(a_container_that_takes_too_much_memory_is_killed_and_says_so, limits_are_seen_inside);
+on_every_machine!(
+    a_container_that_takes_too_much_memory_is_killed_and_says_so,
+    limits_are_seen_inside
+);
 
 fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'static str) {
     let hull = Hull::on(machine);
@@ -17,7 +20,12 @@ fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'stati
 fn limits_are_seen_inside(machine: &'static str) {
     let hull = Hull::on(machine);
     let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max";
-    let output = hull.sh(&["-m", "100m", "--cpus", "0.5", "--pids-limit", "50"], script).ok();
+    let output = hull
+        .sh(
+            &["-m", "100m", "--cpus", "0.5", "--pids-limit", "50"],
+            script,
+        )
+        .ok();
     assert_eq!(output.text(), "104857600\n50000 100000\n50");
 }
 
@@ -25,11 +33,20 @@ fn limits_are_seen_inside(machine: &'static str) {
 fn the_machine_is_as_big_as_the_limit_needs() {
     let hull = Hull::new();
     let total = |options: &[&str]| {
-        let text = hull.sh(options, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo").ok().text();
+        let text = hull
+            .sh(
+                options,
+                "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo",
+            )
+            .ok()
+            .text();
         text.parse::<u64>().unwrap() >> 10
     };
     let usual = total(&[]);
-    assert!((400..=512).contains(&usual), "{usual} MiB without an option");
+    assert!(
+        (400..=512).contains(&usual),
+        "{usual} MiB without an option"
+    );
     let large = total(&["-m", "1g"]);
     assert!(large >= 1000, "{large} MiB for a limit of 1 GiB");
 }
@@ -40,7 +57,11 @@ fn a_fork_bomb_stops_at_the_limit() {
     let script = "i=0; while [ $i -lt 40 ]; do sleep 5 & i=$((i+1)); done 2>/dev/null; cat /sys/fs/cgroup/pids.current";
     let container = hull.start(&["--pids-limit", "20"], &["sleep", "1000"]);
     let _ = container.sh(&format!("{script} >/tmp/count"));
-    let stats = hull.hull(["stats", "--no-stream", "--json", &container.name]).run().ok().json();
+    let stats = hull
+        .hull(["stats", "--no-stream", "--json", &container.name])
+        .run()
+        .ok()
+        .json();
     assert!(stats[0]["pids_current"].as_u64().unwrap() <= 20, "{stats}");
     assert_eq!(stats[0]["pids_limit"], 20);
 }
@@ -50,7 +71,10 @@ fn half_a_processor_takes_twice_the_time() {
     let hull = Hull::new();
     let container = hull.start(&["--cpus", "0.5"], &["sh", "-c", "while :; do :; done"]);
     let used = || {
-        let text = container.sh("sed -n 's/^usage_usec //p' /sys/fs/cgroup/cpu.stat").ok().text();
+        let text = container
+            .sh("sed -n 's/^usage_usec //p' /sys/fs/cgroup/cpu.stat")
+            .ok()
+            .text();
         text.parse::<f64>().unwrap()
     };
     let (before, begin) = (used(), std::time::Instant::now());

@@ -5,12 +5,24 @@ use std::time::{Duration, Instant};
 
 use hull_tests::{Hull, on_every_machine};
 
-on_every_machine!(stop_ends_a_container_and_rm_removes_it, stats_show_what_is_used_inside_and_what_it_costs_outside);
+on_every_machine!(
+    stop_ends_a_container_and_rm_removes_it,
+    stats_show_what_is_used_inside_and_what_it_costs_outside
+);
 
 fn stop_ends_a_container_and_rm_removes_it(machine: &'static str) {
     let hull = Hull::on(machine);
-    let container = hull.start(&[], &["sh", "-c", "trap 'exit 5' TERM; touch /tmp/ready; while :; do sleep 0.05; done"]);
-    container.sh("until [ -e /tmp/ready ]; do sleep 0.05; done").ok();
+    let container = hull.start(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "trap 'exit 5' TERM; touch /tmp/ready; while :; do sleep 0.05; done",
+        ],
+    );
+    container
+        .sh("until [ -e /tmp/ready ]; do sleep 0.05; done")
+        .ok();
     container.does("rm").fails(1, &["running"]).hint("rm -f");
     container.does("stop").ok();
     assert_eq!(container.state(), "stopped");
@@ -25,17 +37,27 @@ fn stop_ends_a_container_and_rm_removes_it(machine: &'static str) {
 fn stats_show_what_is_used_inside_and_what_it_costs_outside(machine: &'static str) {
     let hull = Hull::on(machine);
     let container = hull.start(&["-m", "128m"], &["sleep", "1000"]);
-    let stats = hull.hull(["stats", "--no-stream", "--json", &container.name]).run().ok().json();
+    let stats = hull
+        .hull(["stats", "--no-stream", "--json", &container.name])
+        .run()
+        .ok()
+        .json();
     let stats = &stats[0];
     assert_eq!(stats["name"], container.name.as_str());
     assert_eq!(stats["memory_limit"], 128 << 20);
     assert_eq!(stats["pids_current"], 1);
     let host = stats["host_memory_total"].as_u64().unwrap();
-    let parts: u64 = ["sandbox", "devices", "machine"].iter().map(|part| stats["host_memory"][part].as_u64().unwrap()).sum();
+    let parts: u64 = ["sandbox", "devices", "machine"]
+        .iter()
+        .map(|part| stats["host_memory"][part].as_u64().unwrap())
+        .sum();
     assert_eq!(host, parts);
     assert!(host > 1 << 20 && host < 512 << 20, "{host} bytes");
     let table = hull.hull(["stats", "--no-stream"]).run().ok().text();
-    assert!(table.contains("HOST MEM") && table.contains(&container.name), "{table}");
+    assert!(
+        table.contains("HOST MEM") && table.contains(&container.name),
+        "{table}"
+    );
 }
 
 #[test]
@@ -45,19 +67,32 @@ fn ps_lists_running_containers_and_with_a_all() {
     let ended = hull.start(&[], &["sh", "-c", "exit 3"]);
     ended.wait();
     let table = hull.hull(["ps"]).run().ok().text();
-    assert!(table.contains(&running.name) && !table.contains(&ended.name), "{table}");
+    assert!(
+        table.contains(&running.name) && !table.contains(&ended.name),
+        "{table}"
+    );
     assert!(table.contains("Up ") && table.contains("uml"), "{table}");
     let table = hull.hull(["ps", "-a"]).run().ok().text();
     assert!(table.contains("Exited (3)"), "{table}");
     let names = |filter: &str| {
-        let list = hull.hull(["ps", "-a", "--json", "--filter", filter]).run().ok().json();
-        list.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        let list = hull
+            .hull(["ps", "-a", "--json", "--filter", filter])
+            .run()
+            .ok()
+            .json();
+        list.as_array()
+            .unwrap()
+            .iter()
+            .map(|entry| entry["name"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
     };
     assert_eq!(names("label=role=web"), [running.name.as_str()]);
     assert_eq!(names("status=exited"), [ended.name.as_str()]);
     assert_eq!(names("exited=3"), [ended.name.as_str()]);
     assert_eq!(names("ancestor=busybox").len(), 2);
-    hull.hull(["ps", "--filter", "colour=blue"]).run().fails(125, &["colour"]);
+    hull.hull(["ps", "--filter", "colour=blue"])
+        .run()
+        .fails(125, &["colour"]);
 }
 
 #[test]
@@ -75,15 +110,33 @@ fn logs_can_be_limited_and_followed() {
     let hull = Hull::new();
     let script = "echo a; echo b; echo c; until [ -e /tmp/go ]; do sleep 0.05; done; echo d";
     let container = hull.start(&[], &["sh", "-c", script]);
-    let tail = |n: &str| hull.hull(["logs", "--tail", n, &container.name]).run().ok().text();
-    hull_tests::eventually("three lines", Duration::from_secs(5), || tail("all") == "a\nb\nc");
+    let tail = |n: &str| {
+        hull.hull(["logs", "--tail", n, &container.name])
+            .run()
+            .ok()
+            .text()
+    };
+    hull_tests::eventually("three lines", Duration::from_secs(5), || {
+        tail("all") == "a\nb\nc"
+    });
     assert_eq!(tail("2"), "b\nc");
     assert_eq!(tail("0"), "");
-    let mut following = hull.hull(["logs", "-f", "--tail", "1", &container.name]).start();
+    let mut following = hull
+        .hull(["logs", "-f", "--tail", "1", &container.name])
+        .start();
     following.wait_for("c\n");
     container.sh("touch /tmp/go").ok();
-    assert_eq!(following.finish().ok().text(), "c\nd", "follows to the end of the container");
-    let since = |time: &str| hull.hull(["logs", "--since", time, &container.name]).run().ok().text();
+    assert_eq!(
+        following.finish().ok().text(),
+        "c\nd",
+        "follows to the end of the container"
+    );
+    let since = |time: &str| {
+        hull.hull(["logs", "--since", time, &container.name])
+            .run()
+            .ok()
+            .text()
+    };
     assert_eq!(since("1h"), "a\nb\nc\nd");
     assert_eq!(since("2100-01-01T00:00:00Z"), "");
 }
@@ -91,7 +144,14 @@ fn logs_can_be_limited_and_followed() {
 #[test]
 fn wait_prints_the_exit_status_when_the_container_ends() {
     let hull = Hull::new();
-    let container = hull.start(&[], &["sh", "-c", "until [ -e /tmp/go ]; do sleep 0.05; done; exit 4"]);
+    let container = hull.start(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "until [ -e /tmp/go ]; do sleep 0.05; done; exit 4",
+        ],
+    );
     let mut waiting = hull.hull(["wait", &container.name]).start();
     container.sh("sleep 0.2").ok();
     assert!(waiting.is_running());
@@ -103,24 +163,46 @@ fn wait_prints_the_exit_status_when_the_container_ends() {
 #[test]
 fn stop_kills_after_its_time_and_kill_at_once() {
     let hull = Hull::new();
-    let stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"];
+    let stubborn = [
+        "sh",
+        "-c",
+        "trap '' TERM; echo ready; while :; do sleep 1; done",
+    ];
     let container = hull.start(&[], &stubborn);
-    hull_tests::eventually("ready", Duration::from_secs(5), || container.does("logs").ok().text() == "ready");
+    hull_tests::eventually("ready", Duration::from_secs(5), || {
+        container.does("logs").ok().text() == "ready"
+    });
     let begin = Instant::now();
     hull.hull(["stop", "-t", "1", &container.name]).run().ok();
     let took = begin.elapsed();
-    assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(5), "{took:?}");
+    assert!(
+        took >= Duration::from_secs(1) && took < Duration::from_secs(5),
+        "{took:?}"
+    );
     assert_eq!(container.wait(), 137);
 
-    let container = hull.start(&[], &["sh", "-c", "trap 'echo hup' HUP; echo ready; while :; do sleep 0.05; done"]);
-    hull_tests::eventually("ready", Duration::from_secs(5), || container.does("logs").ok().text() == "ready");
+    let container = hull.start(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "trap 'echo hup' HUP; echo ready; while :; do sleep 0.05; done",
+        ],
+    );
+    hull_tests::eventually("ready", Duration::from_secs(5), || {
+        container.does("logs").ok().text() == "ready"
+    });
     hull.hull(["kill", "-s", "HUP", &container.name]).run().ok();
-    hull_tests::eventually("the signal", Duration::from_secs(5), || container.does("logs").ok().text().contains("hup"));
+    hull_tests::eventually("the signal", Duration::from_secs(5), || {
+        container.does("logs").ok().text().contains("hup")
+    });
     assert_eq!(container.state(), "running");
     container.does("kill").ok();
     assert_eq!(container.wait(), 137);
     container.does("kill").fails(1, &["not running"]);
-    hull.hull(["kill", "-s", "NOSUCH", &container.name]).run().fails(125, &["NOSUCH"]);
+    hull.hull(["kill", "-s", "NOSUCH", &container.name])
+        .run()
+        .fails(125, &["NOSUCH"]);
 }
 
 #[test]
@@ -131,7 +213,16 @@ fn rm_with_force_ends_and_removes_whatever_state_it_is_in() {
     paused.does("pause").ok();
     let ended = hull.start(&[], &["true"]);
     ended.wait();
-    hull.hull(["rm", "-f", &running.name, &paused.name, &ended.name, "never-was"]).run().ok();
+    hull.hull([
+        "rm",
+        "-f",
+        &running.name,
+        &paused.name,
+        &ended.name,
+        "never-was",
+    ])
+    .run()
+    .ok();
     assert!(hull.names().is_empty());
     hull.assert_clean();
 }
@@ -151,7 +242,10 @@ fn inspect_says_all_that_is_known() {
     let hull = Hull::new();
     let directory = hull.scratch();
     let volume = format!("{}:/data:ro", directory.display());
-    let container = hull.start(&["-v", &volume, "-m", "64m", "--cpus", "1"], &["sleep", "1000"]);
+    let container = hull.start(
+        &["-v", &volume, "-m", "64m", "--cpus", "1"],
+        &["sleep", "1000"],
+    );
     let inspected = container.inspect();
     assert_eq!(inspected["name"], container.name.as_str());
     assert_eq!(inspected["image"], "busybox");
@@ -159,16 +253,27 @@ fn inspect_says_all_that_is_known() {
     assert_eq!(inspected["machine"], "uml");
     assert_eq!(inspected["volumes"][0], volume.as_str());
     assert_eq!(inspected["command"], serde_json::json!(["sleep", "1000"]));
-    assert_eq!(inspected["spec"]["linux"]["resources"]["memory"]["limit"], 64 << 20);
+    assert_eq!(
+        inspected["spec"]["linux"]["resources"]["memory"]["limit"],
+        64 << 20
+    );
     hull.hull(["inspect", "never-was"]).run().ends(1);
 }
 
 #[test]
 fn attach_shows_output_from_now_on_and_ends_with_the_container() {
     let hull = Hull::new();
-    let container =
-        hull.start(&["-i"], &["sh", "-c", "echo before; while read line; do echo got $line; [ $line != end ] || exit 6; done"]);
-    hull_tests::eventually("first line", Duration::from_secs(5), || container.does("logs").ok().text() == "before");
+    let container = hull.start(
+        &["-i"],
+        &[
+            "sh",
+            "-c",
+            "echo before; while read line; do echo got $line; [ $line != end ] || exit 6; done",
+        ],
+    );
+    hull_tests::eventually("first line", Duration::from_secs(5), || {
+        container.does("logs").ok().text() == "before"
+    });
     let mut attached = hull.hull(["attach", &container.name]).start();
     attached.write("hello\n");
     attached.wait_for("got hello");

@@ -13,7 +13,10 @@ fn a_shell_on_a_terminal_works_as_one_expects(machine: &'static str) {
     terminal.wait_for("/dev/");
     terminal.wait_for("33 101");
     terminal.wait_for("xterm");
-    assert!(!terminal.echoes(), "the terminal is raw while the container has it");
+    assert!(
+        !terminal.echoes(),
+        "the terminal is raw while the container has it"
+    );
     terminal.write("exit 7\r");
     assert_eq!(terminal.wait(), 7);
     assert!(terminal.echoes(), "and as before afterwards");
@@ -23,7 +26,13 @@ fn a_shell_on_a_terminal_works_as_one_expects(machine: &'static str) {
 fn a_window_that_changes_its_size_is_noticed_inside() {
     let hull = Hull::new();
     let script = "trap 'stty size' WINCH; echo ready; while :; do sleep 0.05; done";
-    let mut terminal = Terminal::start(hull.hull(["run", "--rm", "-it", "--name", "sized", "busybox", "sh", "-c", script]), 24, 80);
+    let mut terminal = Terminal::start(
+        hull.hull([
+            "run", "--rm", "-it", "--name", "sized", "busybox", "sh", "-c", script,
+        ]),
+        24,
+        80,
+    );
     terminal.wait_for("ready");
     terminal.resize(50, 132);
     terminal.wait_for("50 132");
@@ -35,7 +44,11 @@ fn a_window_that_changes_its_size_is_noticed_inside() {
 fn ctrl_c_interrupts_the_command_not_hull() {
     let hull = Hull::new();
     let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done";
-    let mut terminal = Terminal::start(hull.hull(["run", "--rm", "-it", "busybox", "sh", "-c", script]), 24, 80);
+    let mut terminal = Terminal::start(
+        hull.hull(["run", "--rm", "-it", "busybox", "sh", "-c", script]),
+        24,
+        80,
+    );
     terminal.wait_for("ready");
     terminal.write(b"\x03");
     terminal.wait_for("interrupted");
@@ -46,7 +59,11 @@ fn ctrl_c_interrupts_the_command_not_hull() {
 fn ctrl_c_without_a_terminal_in_the_container_is_passed_on_as_a_signal() {
     let hull = Hull::new();
     let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done";
-    let mut terminal = Terminal::start(hull.hull(["run", "--rm", "busybox", "sh", "-c", script]), 24, 80);
+    let mut terminal = Terminal::start(
+        hull.hull(["run", "--rm", "busybox", "sh", "-c", script]),
+        24,
+        80,
+    );
     terminal.wait_for("ready");
     terminal.write(b"\x03");
     terminal.wait_for("interrupted");
@@ -56,7 +73,11 @@ fn ctrl_c_without_a_terminal_in_the_container_is_passed_on_as_a_signal() {
 #[test]
 fn the_detach_keys_leave_the_container_running_and_attach_returns_to_it() {
     let hull = Hull::new();
-    let mut terminal = Terminal::start(hull.hull(["run", "-it", "--name", "left", "busybox", "sh"]), 24, 80);
+    let mut terminal = Terminal::start(
+        hull.hull(["run", "-it", "--name", "left", "busybox", "sh"]),
+        24,
+        80,
+    );
     terminal.wait_for("# ");
     terminal.write(b"\x10\x11");
     assert_eq!(terminal.wait(), 0);
@@ -73,7 +94,20 @@ fn the_detach_keys_leave_the_container_running_and_attach_returns_to_it() {
 #[test]
 fn other_detach_keys_can_be_chosen() {
     let hull = Hull::new();
-    let mut terminal = Terminal::start(hull.hull(["run", "-it", "--name", "keys", "--detach-keys", "ctrl-a,d", "busybox", "sh"]), 24, 80);
+    let mut terminal = Terminal::start(
+        hull.hull([
+            "run",
+            "-it",
+            "--name",
+            "keys",
+            "--detach-keys",
+            "ctrl-a,d",
+            "busybox",
+            "sh",
+        ]),
+        24,
+        80,
+    );
     terminal.wait_for("# ");
     terminal.write(b"\x01d");
     assert_eq!(terminal.wait(), 0);
@@ -83,7 +117,11 @@ fn other_detach_keys_can_be_chosen() {
 #[test]
 fn a_closed_window_ends_hull_and_leaves_the_container_running() {
     let hull = Hull::new();
-    let mut terminal = Terminal::start(hull.hull(["run", "-it", "--name", "left", "busybox", "sh"]), 24, 80);
+    let mut terminal = Terminal::start(
+        hull.hull(["run", "-it", "--name", "left", "busybox", "sh"]),
+        24,
+        80,
+    );
     terminal.wait_for("# ");
     terminal.hang_up();
     terminal.wait();
@@ -111,14 +149,20 @@ fn a_terminal_that_is_not_there_is_an_error() {
     hull.run(&["-it"], &["true"]).fails(125, &["not a TTY"]);
     // Without -i there is nothing to read from: the container has a terminal all the same.
     let output = hull.sh(&["-t"], "tty; echo line").ok();
-    assert!(output.text().contains("/dev/") && output.text().contains("line\r"), "{:?}", output.text());
+    assert!(
+        output.text().contains("/dev/") && output.text().contains("line\r"),
+        "{:?}",
+        output.text()
+    );
 }
 
 #[test]
 fn signals_that_end_hull_reach_the_container() {
     let hull = Hull::new();
     let script = "trap 'echo terminated; exit 8' TERM; echo ready; while :; do sleep 0.05; done";
-    let mut running = hull.hull(["run", "--rm", "busybox", "sh", "-c", script]).start();
+    let mut running = hull
+        .hull(["run", "--rm", "busybox", "sh", "-c", script])
+        .start();
     running.wait_for("ready");
     running.signal(rustix::process::Signal::TERM);
     assert!(running.finish().ends(8).text().ends_with("terminated"));

@@ -7,16 +7,27 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use hull_tests::{Hull, Invocation, on_every_machine, posix_program, posix_results, repository};
 
-on_every_machine!(a_directory_is_shared_both_ways, a_read_only_directory_cannot_be_written);
+on_every_machine!(
+    a_directory_is_shared_both_ways,
+    a_read_only_directory_cannot_be_written
+);
 
 fn a_directory_is_shared_both_ways(machine: &'static str) {
     let hull = Hull::on(machine);
     let directory = hull.scratch();
     fs::write(directory.join("from-host"), "hello\n").unwrap();
     let volume = format!("{}:/data", directory.display());
-    let output = hull.sh(&["-v", &volume], "cat /data/from-host; echo back >/data/from-container").ok();
+    let output = hull
+        .sh(
+            &["-v", &volume],
+            "cat /data/from-host; echo back >/data/from-container",
+        )
+        .ok();
     assert_eq!(output.text(), "hello");
-    assert_eq!(fs::read_to_string(directory.join("from-container")).unwrap(), "back\n");
+    assert_eq!(
+        fs::read_to_string(directory.join("from-container")).unwrap(),
+        "back\n"
+    );
 }
 
 fn a_read_only_directory_cannot_be_written(machine: &'static str) {
@@ -30,7 +41,14 @@ fn a_read_only_directory_cannot_be_written(machine: &'static str) {
     let output = hull.sh(&["-v", &volume, "--cap-add", "ALL"], script).ok();
     assert_eq!(output.text(), "file", "{}", output.error());
     assert_eq!(fs::read_to_string(directory.join("file")).unwrap(), "kept");
-    assert_eq!(fs::metadata(directory.join("file")).unwrap().permissions().mode() & 0o777, 0o644);
+    assert_eq!(
+        fs::metadata(directory.join("file"))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o644
+    );
 }
 
 #[test]
@@ -39,7 +57,12 @@ fn a_single_file_can_be_shared() {
     let file = hull.scratch().join("file");
     fs::write(&file, "content\n").unwrap();
     let volume = format!("{}:/etc/one", file.display());
-    assert_eq!(hull.sh(&["-v", &volume], "cat /etc/one; echo more >>/etc/one").ok().text(), "content");
+    assert_eq!(
+        hull.sh(&["-v", &volume], "cat /etc/one; echo more >>/etc/one")
+            .ok()
+            .text(),
+        "content"
+    );
     assert_eq!(fs::read_to_string(&file).unwrap(), "content\nmore\n");
 }
 
@@ -83,11 +106,23 @@ fn owners_modes_times_and_links_are_the_hosts() {
                   ln file hard; ln -s file soft; mkfifo pipe; mknod device c 1 3; mkdir -m 1777 directory; stat -c %h file";
     assert_eq!(hull.sh(&["-v", &volume], script).ok().text(), "2");
     let file = fs::metadata(directory.join("file")).unwrap();
-    assert_eq!((file.uid(), file.gid(), file.mode() & 0o7777, file.nlink()), (1234, 5678, 0o2640, 2));
+    assert_eq!(
+        (file.uid(), file.gid(), file.mode() & 0o7777, file.nlink()),
+        (1234, 5678, 0o2640, 2)
+    );
     assert_eq!(file.mtime(), 981_173_106);
-    assert_eq!(fs::read_link(directory.join("soft")).unwrap().to_str(), Some("file"));
-    assert_eq!(fs::metadata(directory.join("device")).unwrap().rdev(), 0x103);
-    assert_eq!(fs::metadata(directory.join("directory")).unwrap().mode() & 0o7777, 0o1777);
+    assert_eq!(
+        fs::read_link(directory.join("soft")).unwrap().to_str(),
+        Some("file")
+    );
+    assert_eq!(
+        fs::metadata(directory.join("device")).unwrap().rdev(),
+        0x103
+    );
+    assert_eq!(
+        fs::metadata(directory.join("directory")).unwrap().mode() & 0o7777,
+        0o1777
+    );
 }
 
 #[test]
@@ -100,8 +135,16 @@ fn another_user_inside_has_that_users_rights() {
     fs::set_permissions(directory.join("open"), fs::Permissions::from_mode(0o777)).unwrap();
     let volume = format!("{}:/data", directory.display());
     let script = "cat /data/private 2>/dev/null || echo no; echo x >/data/open/mine && echo yes; touch /data/new 2>/dev/null || echo no";
-    assert_eq!(hull.sh(&["-v", &volume, "-u", "nobody"], script).ok().text(), "no\nyes\nno");
-    assert_eq!(fs::metadata(directory.join("open/mine")).unwrap().uid(), 65534);
+    assert_eq!(
+        hull.sh(&["-v", &volume, "-u", "nobody"], script)
+            .ok()
+            .text(),
+        "no\nyes\nno"
+    );
+    assert_eq!(
+        fs::metadata(directory.join("open/mine")).unwrap().uid(),
+        65534
+    );
 }
 
 #[test]
@@ -112,10 +155,16 @@ fn ten_volumes_at_once() {
         let directory = hull.scratch().join(n.to_string());
         fs::create_dir(&directory).unwrap();
         fs::write(directory.join("number"), n.to_string()).unwrap();
-        options.extend(["-v".to_owned(), format!("{}:/data/{n}", directory.display())]);
+        options.extend([
+            "-v".to_owned(),
+            format!("{}:/data/{n}", directory.display()),
+        ]);
     }
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    assert_eq!(hull.sh(&options, "cat /data/*/number").ok().text(), "0123456789");
+    assert_eq!(
+        hull.sh(&options, "cat /data/*/number").ok().text(),
+        "0123456789"
+    );
 }
 
 #[test]
@@ -126,9 +175,18 @@ fn names_may_be_any_bytes() {
     let directory = hull.scratch();
     fs::write(directory.join(OsStr::from_bytes(b"b\xff\n c")), "x").unwrap();
     let volume = format!("{}:/data", directory.display());
-    let output = hull.sh(&["-v", &volume], "cd /data; for f in *; do printf %s \"$f\"; cp \"$f\" copy-\"$f\"; done").ok();
+    let output = hull
+        .sh(
+            &["-v", &volume],
+            "cd /data; for f in *; do printf %s \"$f\"; cp \"$f\" copy-\"$f\"; done",
+        )
+        .ok();
     assert_eq!(output.stdout, b"b\xff\n c");
-    assert!(directory.join(OsStr::from_bytes(b"copy-b\xff\n c")).exists());
+    assert!(
+        directory
+            .join(OsStr::from_bytes(b"copy-b\xff\n c"))
+            .exists()
+    );
 }
 
 #[test]
@@ -138,7 +196,11 @@ fn a_big_file_keeps_its_content() {
     let volume = format!("{}:/data", directory.display());
     let script = "dd if=/dev/urandom of=/data/big bs=1M count=64 2>/dev/null; sync; sha256sum </data/big | cut -c 1-64";
     let inside = hull.sh(&["-v", &volume], script).ok().text();
-    let outside = Invocation::new("sha256sum").arg(directory.join("big")).run().ok().text();
+    let outside = Invocation::new("sha256sum")
+        .arg(directory.join("big"))
+        .run()
+        .ok()
+        .text();
     assert_eq!(inside, outside[..64]);
 }
 
@@ -173,20 +235,38 @@ fn compare_with_native(kind: &str, options: &[&str], directory: &str) {
     let volume = format!("{}:/volume", hull.scratch().display());
     let mut all = vec!["-v", &mount, "-v", &volume, "--cap-add", "ALL"];
     all.extend(options);
-    let found = hull.sh(&all, &format!("mkdir -p {directory} && /checks {directory}")).ok();
-    let (expected, found) = (posix_results(&expected.text()), posix_results(&found.text()));
+    let found = hull
+        .sh(
+            &all,
+            &format!("mkdir -p {directory} && /checks {directory}"),
+        )
+        .ok();
+    let (expected, found) = (
+        posix_results(&expected.text()),
+        posix_results(&found.text()),
+    );
     assert!(expected.len() > 100, "only {} checks", expected.len());
     let known = known_differences(kind);
     let mut surprises = Vec::new();
     for (name, result) in &expected {
         let other = found.get(name).map_or("missing", String::as_str);
         match (result == other, known.contains_key(name)) {
-            (false, false) => surprises.push(format!("{name}: native {result}, in the container {other}")),
-            (true, true) => surprises.push(format!("{name}: no difference any more, but differences.txt has one")),
+            (false, false) => {
+                surprises.push(format!("{name}: native {result}, in the container {other}"))
+            }
+            (true, true) => surprises.push(format!(
+                "{name}: no difference any more, but differences.txt has one"
+            )),
             _ => {}
         }
     }
-    assert!(surprises.is_empty(), "{} of {} checks:\n{}", surprises.len(), expected.len(), surprises.join("\n"));
+    assert!(
+        surprises.is_empty(),
+        "{} of {} checks:\n{}",
+        surprises.len(),
+        expected.len(),
+        surprises.join("\n")
+    );
 }
 
 #[test]

@@ -1,0 +1,392 @@
+//! Those who are measured: runc and hull's machine kinds, each with the same root file systems; how each runs a
+//! command, keeps a container and executes in it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::Options;
+
+/// One who is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contestant {
+    /// runc, on the host's kernel.
+    Runc,
+    /// hull, with a kind of machine.
+    Hull(&'static str),
+}
+
+impl Contestant {
+    /// The heading of its column.
+    pub fn name(self) -> String {
+        match self {
+            Contestant::Runc => "runc".to_owned(),
+            Contestant::Hull(machine) => format!("hull {machine}"),
+        }
+    }
+
+    /// Emulation takes long: fewer rounds of it tell as much.
+    pub fn is_slow(self) -> bool {
+        self == Contestant::Hull("qemu")
+    }
+}
+
+/// Which root file system a container gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Root {
+    /// Busybox and nothing else.
+    Busybox,
+    /// Busybox, GNU tar, fio and the program in `bench/guest`.
+    Tools,
+}
+
+/// What all measurements share; removed at the end.
+pub struct Setup {
+    /// A directory on the disk that the containers' files are on.
+    pub directory: PathBuf,
+    /// Machine kinds of hull that work here.
+    pub machines: Vec<&'static str>,
+    hull: PathBuf,
+    next: AtomicU32,
+}
+
+/// A running container; killed and removed when dropped.
+pub struct Running<'a> {
+    setup: &'a Setup,
+    contestant: Contestant,
+    /// Its name.
+    pub name: String,
+}
+
+impl Setup {
+    /// Makes root file systems, images and the configuration.
+    pub fn prepare(options: &Options) -> Result<Setup> {
+        let repository = &options.repository;
+        let directory = repository.join("target/bench");
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir_all(&directory)?;
+        let share = repository.join("target/stage/share/hull");
+        let mut machines = vec!["uml"];
+        let architecture = std::env::consts::ARCH;
+        let program = PathBuf::from(format!("/usr/bin/qemu-system-{architecture}"));
+        if program.exists() && share.join(format!("kernel-{architecture}")).exists() {
+            machines.push("qemu");
+        } else {
+            eprintln!(
+                "machine kind qemu is left out: {} or its guest kernel is missing",
+                program.display()
+            );
+        }
+        let setup = Setup {
+            directory,
+            machines,
+            hull: repository.join("target/stage/bin/hull"),
+            next: AtomicU32::new(0),
+        };
+        // Sockets have short paths: state goes elsewhere than data.
+        let configuration = format!(
+            "run_dir = \"/run/hull-bench\"\ndata_dir = {:?}\n",
+            setup.directory.join("data")
+        );
+        fs::write(setup.directory.join("config.toml"), configuration)?;
+
+        let archive = setup.directory.join("busybox.tar");
+        run(Command::new(repository.join("scripts/busybox-rootfs")).arg(&archive))?;
+        for root in [Root::Busybox, Root::Tools] {
+            fs::create_dir(setup.root(root))?;
+            run(Command::new("tar")
+                .arg("-xf")
+                .arg(&archive)
+                .arg("-C")
+                .arg(setup.root(root)))?;
+        }
+        let tools = setup.root(Root::Tools);
+        for program in ["/usr/bin/fio", "/bin/tar", "/bin/ls"] {
+            copy_with_libraries(Path::new(program), &tools, &tools.join("gnu"))?;
+        }
+        run(Command::new("cc")
+            .args(["-static", "-O2", "-w", "-o"])
+            .arg(tools.join("bin/work"))
+            .arg(repository.join("bench/guest/work.c")))?;
+        for (root, name) in [(Root::Busybox, "busybox"), (Root::Tools, "tools")] {
+            let archive = setup.directory.join(format!("{name}.tar"));
+            run(Command::new("tar")
+                .arg("-cf")
+                .arg(&archive)
+                .arg("-C")
+                .arg(setup.root(root))
+                .arg("."))?;
+            run(setup
+                .hull("uml")
+                .args(["image", "import"])
+                .arg(&archive)
+                .arg(name)
+                .stdout(Stdio::null()))?;
+        }
+        Ok(setup)
+    }
+
+    /// The root file system as a directory.
+    pub fn root(&self, root: Root) -> PathBuf {
+        self.directory.join(image(root).to_owned() + "-root")
+    }
+
+    fn hull(&self, machine: &str) -> Command {
+        let mut command = Command::new(&self.hull);
+        command.env("HULL_CONFIG", self.directory.join("config.toml"));
+        let _ = machine;
+        command
+    }
+
+    fn unique(&self) -> String {
+        format!(
+            "bench-{}-{}",
+            std::process::id(),
+            self.next.fetch_add(1, Ordering::Relaxed)
+        )
+    }
+
+    /// A bundle for runc: its own specification, without a terminal and without limits that need rights.
+    fn bundle(&self, root: Root, arguments: &[&str], volume: Option<&Path>) -> Result<PathBuf> {
+        let bundle = self.directory.join("bundles").join(self.unique());
+        fs::create_dir_all(&bundle)?;
+        run(Command::new("runc").arg("spec").arg("-b").arg(&bundle))?;
+        let path = bundle.join("config.json");
+        let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
+        spec["root"] = json!({"path": self.root(root), "readonly": false});
+        spec["process"]["args"] = json!(arguments);
+        spec["process"]["terminal"] = json!(false);
+        if let Some(process) = spec["process"].as_object_mut() {
+            process.remove("rlimits");
+        }
+        if let (Some(volume), Some(mounts)) = (volume, spec["mounts"].as_array_mut()) {
+            mounts.push(json!({"destination": "/work", "type": "bind", "source": volume, "options": ["rbind", "rw"]}));
+        }
+        fs::write(&path, spec.to_string())?;
+        Ok(bundle)
+    }
+
+    /// A command that runs `arguments` in a new container, to its end, and removes it. What can be prepared has been.
+    pub fn once(&self, contestant: Contestant, arguments: &[&str]) -> Result<Command> {
+        let mut command = match contestant {
+            Contestant::Runc => {
+                let mut command = Command::new("runc");
+                command
+                    .args(["run", "-b"])
+                    .arg(self.bundle(Root::Busybox, arguments, None)?)
+                    .arg(self.unique());
+                command
+            }
+            Contestant::Hull(machine) => {
+                let mut command = self.hull(machine);
+                command.args([
+                    "run",
+                    "--rm",
+                    "--network",
+                    "none",
+                    "--machine",
+                    machine,
+                    image(Root::Busybox),
+                ]);
+                command.args(arguments);
+                command
+            }
+        };
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        Ok(command)
+    }
+
+    /// Starts a container that sleeps; `volume` is at `/work`.
+    pub fn start(
+        &self,
+        contestant: Contestant,
+        root: Root,
+        volume: Option<&Path>,
+    ) -> Result<Running<'_>> {
+        let name = self.unique();
+        let arguments = ["sleep", "100000"];
+        let mut command = match contestant {
+            Contestant::Runc => {
+                let mut command = Command::new("runc");
+                command
+                    .args(["run", "-d", "-b"])
+                    .arg(self.bundle(root, &arguments, volume)?)
+                    .arg(&name);
+                command
+            }
+            Contestant::Hull(machine) => {
+                let mut command = self.hull(machine);
+                command.args([
+                    "run",
+                    "-d",
+                    "--network",
+                    "none",
+                    "--machine",
+                    machine,
+                    "--name",
+                    &name,
+                ]);
+                if let Some(volume) = volume {
+                    command.arg("-v").arg(format!("{}:/work", volume.display()));
+                }
+                command.arg(image(root)).args(arguments);
+                command
+            }
+        };
+        run(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
+        Ok(Running {
+            setup: self,
+            contestant,
+            name,
+        })
+    }
+}
+
+impl Drop for Setup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+        let _ = fs::remove_dir_all("/run/hull-bench");
+    }
+}
+
+impl Running<'_> {
+    /// A command that executes `arguments` in it.
+    pub fn exec(&self, arguments: &[&str]) -> Command {
+        let mut command = match self.contestant {
+            Contestant::Runc => Command::new("runc"),
+            Contestant::Hull(machine) => self.setup.hull(machine),
+        };
+        command
+            .args(["exec", &self.name])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        command
+    }
+
+    /// What `arguments`, executed in it, print.
+    pub fn output(&self, arguments: &[&str]) -> Result<String> {
+        let output = self
+            .exec(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .output()?;
+        if !output.status.success() {
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("{}: {arguments:?}: {error}", self.contestant.name());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The seconds that the program in `bench/guest` prints, one for each line.
+    pub fn seconds(&self, arguments: &[&str]) -> Result<Vec<f64>> {
+        let text = self.output(arguments)?;
+        text.lines()
+            .map(|line| {
+                line.trim()
+                    .parse()
+                    .with_context(|| format!("no number: {line:?}"))
+            })
+            .collect()
+    }
+
+    /// Host processes by role: `hull inspect` and `runc state` name them.
+    pub fn processes(&self) -> Result<Vec<(&'static str, i64)>> {
+        let find = |value: &Value, key: &str| {
+            value[key]
+                .as_i64()
+                .with_context(|| format!("no process {key}"))
+        };
+        match self.contestant {
+            Contestant::Runc => {
+                let output = Command::new("runc").args(["state", &self.name]).output()?;
+                let state: Value = serde_json::from_slice(&output.stdout)?;
+                Ok(vec![("container", find(&state, "pid")?)])
+            }
+            Contestant::Hull(machine) => {
+                let output = self
+                    .setup
+                    .hull(machine)
+                    .args(["inspect", &self.name])
+                    .output()?;
+                let state: Value = serde_json::from_slice(&output.stdout)?;
+                let processes = &state[0]["processes"];
+                ["sandbox", "devices", "machine"]
+                    .into_iter()
+                    .map(|role| Ok((role, find(processes, role)?)))
+                    .collect()
+            }
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let removed = match self.contestant {
+            Contestant::Runc => Command::new("runc")
+                .args(["delete", "--force", &self.name])
+                .output(),
+            Contestant::Hull(machine) => self
+                .setup
+                .hull(machine)
+                .args(["rm", "-f", &self.name])
+                .output(),
+        };
+        match removed {
+            Ok(output) if output.status.success() => {}
+            Ok(output) => eprintln!(
+                "{}: cannot remove: {}",
+                self.name,
+                String::from_utf8_lossy(&output.stderr)
+            ),
+            Err(error) => eprintln!("{}: cannot remove: {error}", self.name),
+        }
+    }
+}
+
+fn image(root: Root) -> &'static str {
+    match root {
+        Root::Busybox => "busybox",
+        Root::Tools => "tools",
+    }
+}
+
+/// Runs a command that must succeed.
+pub fn run(command: &mut Command) -> Result<()> {
+    let output = command
+        .stderr(Stdio::piped())
+        .spawn()
+        .and_then(std::process::Child::wait_with_output);
+    let output = output.with_context(|| format!("{command:?}"))?;
+    if !output.status.success() {
+        bail!(
+            "{command:?}: {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
+
+/// Copies a program to `to`, and the libraries that it is linked with to where they are on the host.
+fn copy_with_libraries(program: &Path, root: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let name = program.file_name().context("a program has a name")?;
+    fs::copy(program, to.join(name)).with_context(|| format!("copy {}", program.display()))?;
+    let output = Command::new("ldd").arg(program).output()?;
+    for word in String::from_utf8(output.stdout)?
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let destination = root.join(word.trim_start_matches('/'));
+        fs::create_dir_all(destination.parent().unwrap_or(root))?;
+        if !destination.exists() {
+            fs::copy(word, &destination).with_context(|| format!("copy {word}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! `make bench`: hull beside runc, on one machine, in one run.
+//!
+//! Everything is measured in rounds, and in each round every contestant has its turn, so that a machine that is busy for
+//! a while is busy for all. What is shown is the median, with the number of rounds. The first round warms the caches
+//! and does not count.
+//!
+//! Calls the staged `hull`, `runc` and `fio` as a user would, and knows nothing of hull's inside. Results: a table on
+//! standard output; the same, as JSON with every single value and as a picture, in `bench/results`.
+
+mod contestants;
+mod files;
+mod measure;
+mod memory;
+mod report;
+mod svg;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::contestants::{Contestant, Setup};
+use crate::report::Results;
+
+/// What the command line asks for.
+pub struct Options {
+    /// Fewer rounds: to see that all works, not for numbers to be shown.
+    pub quick: bool,
+    /// Groups to measure; all when empty.
+    pub only: Vec<String>,
+    /// The repository.
+    pub repository: PathBuf,
+}
+
+impl Options {
+    /// Rounds, fewer when quick.
+    pub fn rounds(&self, usual: usize) -> usize {
+        if self.quick { usual.min(2) } else { usual }
+    }
+}
+
+/// The groups, in the order in which they are measured.
+const GROUPS: [&str; 5] = ["start", "exec", "memory", "cpu", "files"];
+
+fn main() -> Result<()> {
+    let options = options()?;
+    if !rustix::process::geteuid().is_root() {
+        bail!("hull runs containers as root only, for now: sudo make bench");
+    }
+    let setup = Setup::prepare(&options)?;
+    let mut results = Results::new(&setup)?;
+    for group in GROUPS {
+        if !options.only.is_empty() && !options.only.iter().any(|only| only == group) {
+            continue;
+        }
+        eprintln!("==> measuring: {group}");
+        match group {
+            "start" => measure::start(&options, &setup, &mut results),
+            "exec" => measure::exec(&options, &setup, &mut results),
+            "memory" => memory::measure(&options, &setup, &mut results),
+            "cpu" => measure::cpu(&options, &setup, &mut results),
+            _ => files::measure(&options, &setup, &mut results),
+        }
+        .with_context(|| format!("measuring {group}"))?;
+    }
+    print!("{}", results.table());
+    results.store(&options)
+}
+
+fn options() -> Result<Options> {
+    let repository = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("..")
+        .canonicalize()?;
+    let mut options = Options {
+        quick: false,
+        only: Vec::new(),
+        repository,
+    };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--quick" => options.quick = true,
+            "--only" => {
+                let groups = arguments.next().context("--only: which groups?")?;
+                options.only = groups.split(',').map(str::to_owned).collect();
+                if let Some(wrong) = options
+                    .only
+                    .iter()
+                    .find(|group| !GROUPS.contains(&group.as_str()))
+                {
+                    bail!("--only {wrong}: one of {}", GROUPS.join(", "));
+                }
+            }
+            _ => bail!("usage: hull-bench [--quick] [--only {}]", GROUPS.join(",")),
+        }
+    }
+    Ok(options)
+}
+
+/// All contestants of a measurement, runc first: it is what the others are compared with.
+pub fn all(setup: &Setup) -> Vec<Contestant> {
+    let mut all = vec![Contestant::Runc];
+    all.extend(
+        setup
+            .machines
+            .iter()
+            .map(|machine| Contestant::Hull(machine)),
+    );
+    all
+}
