@@ -70,6 +70,12 @@ impl Error {
         self
     }
 
+    /// Sets the exit status, whatever it was.
+    pub fn always_status(mut self, status: u8) -> Error {
+        self.status = Some(status);
+        self
+    }
+
     /// The exit status of the command that failed with this.
     pub fn exit_status(&self) -> u8 {
         self.status.unwrap_or(HULL_FAILED)

@@ -16,6 +16,7 @@ mod internal;
 mod mounts;
 mod names;
 mod output;
+mod reservation;
 mod signals;
 mod terminal;
 mod time;

@@ -398,7 +398,7 @@ fn a_terminal_is_restored_when_the_command_is_terminated() {
 fn a_terminal_without_a_terminal_is_refused_only_with_input() {
     let Some(fake) = Fake::new(false) else { return };
     let output = fake.hull("exec -it web sh").output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).starts_with("error: the input device is not a TTY\n"));
     let child = fake.hull("exec -t web sh").spawn().unwrap();
     let (request, stream) = fake.accept();

@@ -70,14 +70,16 @@ impl Side {
 /// Copies.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
-    match (Side::parse(&args.source), Side::parse(&args.destination)) {
+    let outcome = match (Side::parse(&args.source), Side::parse(&args.destination)) {
         (Side::Container(name, from), to @ (Side::Host(_) | Side::Stream)) => {
-            let (record, container) = client::find(&paths, &name)?;
-            copy_out(&record, &container, &from, &to, &args)?;
+            client::find(&paths, &name)
+                .map_err(Error::from)
+                .and_then(|(record, container)| copy_out(&record, &container, &from, &to, &args))
         }
         (from @ (Side::Host(_) | Side::Stream), Side::Container(name, to)) => {
-            let (record, container) = client::find(&paths, &name)?;
-            copy_in(&record, &container, &from, &to, &args)?;
+            client::find(&paths, &name)
+                .map_err(Error::from)
+                .and_then(|(record, container)| copy_in(&record, &container, &from, &to, &args))
         }
         (Side::Container(..), Side::Container(..)) => {
             return Err(
@@ -89,8 +91,11 @@ pub fn execute(args: Args) -> Result<u8> {
             return Err(Error::new("neither side of the copy is in a container")
                 .hint("hull cp CONTAINER:PATH DEST, or hull cp SOURCE CONTAINER:PATH"));
         }
-    }
-    Ok(0)
+    };
+    // As with Docker, whatever goes wrong with a copy is 1: the statuses of commands do not apply.
+    outcome
+        .map(|()| 0)
+        .map_err(|error| error.always_status(WRONG_CONTAINER))
 }
 
 /// Whether `path` asks for what is in a directory instead of the directory: it ends with `/.`.
@@ -207,16 +212,16 @@ fn copy_in(
         Some(EntryKind::Directory) if contents => (plain(to).to_vec(), OsString::from(".")),
         Some(EntryKind::Directory) => (plain(to).to_vec(), own_name),
         Some(_) if metadata.is_dir() => {
-            return Err(
-                Error::new(format!("{}: {shown} is not a directory", what()))
-                    .status(WRONG_CONTAINER),
-            );
+            return Err(Error::new(format!(
+                "{}: {shown} is not a directory",
+                what()
+            )));
         }
         None if wants_directory && !metadata.is_dir() => {
-            return Err(
-                Error::new(format!("{}: the directory {shown} does not exist", what()))
-                    .status(WRONG_CONTAINER),
-            );
+            return Err(Error::new(format!(
+                "{}: the directory {shown} does not exist",
+                what()
+            )));
         }
         // A file to be replaced, or a name that is free: it goes into the parent under that name.
         _ => split(plain(to)),

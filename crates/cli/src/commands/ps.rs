@@ -161,6 +161,7 @@ struct Listed<'a> {
 /// Lists containers, newest first.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
+    crate::reservation::sweep(&paths);
     let all = args.all || args.filters.iter().any(Filter::wants_stopped);
     let mut records = Vec::new();
     for (id, record) in names::list(&paths)? {

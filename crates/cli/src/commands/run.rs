@@ -15,10 +15,11 @@ use hull_sandbox::{Paths, RunRequest, client, names};
 use super::config_for_root;
 use crate::attach::{Attachment, Options, Outcome};
 use crate::config::Config;
-use crate::error::{Context, Error, Result, WRONG_CONTAINER};
+use crate::error::{Context, Error, Result};
 use crate::guest::GuestFiles;
 use crate::mounts::{self, Tmpfs, Volume};
 use crate::output::Table;
+use crate::reservation::Reservation;
 use crate::values::{self, DetachKeys, Machine, Network, Pull, Ulimit};
 use crate::{images, output};
 
@@ -245,14 +246,10 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
         },
     };
     notices(&args, &config, &choice);
-    claim(&paths, &mut request, args.name.as_deref())?;
+    let reservation = Reservation::make(&paths, &request.id, args.name.as_deref())?;
+    request.name = reservation.name().to_owned();
     // Until the container is there to be seen, this process keeps its image from being removed.
-    let _hold = images::store(&config)?
-        .hold(&image, &request.id)
-        .inspect_err(|_| {
-            // The error that is reported is the image's.
-            let _ = client::remove(&paths, &request.id, true);
-        })?;
+    let _hold = images::store(&config)?.hold(&image, &request.id)?;
     timings.step("request", begin);
 
     let stream = client::launch(&paths, &request, &first)?;
@@ -423,30 +420,6 @@ fn request(
     })
 }
 
-/// Takes a name for the container: the given one, or a random one that is free.
-fn claim(paths: &Paths, request: &mut RunRequest, given: Option<&str>) -> Result<()> {
-    // The directory shows other commands that the name has an owner.
-    let directory = paths.container(&request.id).run;
-    std::fs::create_dir_all(&directory)
-        .context(|| format!("cannot create {}", directory.display()))?;
-    let mut attempt = 0;
-    loop {
-        request.name = match given {
-            Some(name) => name.to_owned(),
-            None => crate::names::random(attempt)?,
-        };
-        match names::claim(paths, &request.name, &request.id) {
-            Ok(()) => return Ok(()),
-            Err(_) if given.is_none() && attempt < 10 => attempt += 1,
-            Err(failure) => {
-                // Empty as yet; the error that is reported is the name's.
-                let _ = std::fs::remove_dir(&directory);
-                return Err(failure.into());
-            }
-        }
-    }
-}
-
 /// What the user has to know before the first container, or with an option that does less than its name says.
 fn notices(args: &Args, config: &Config, choice: &hull_machine::Choice) {
     if args.network == Some(Network::Default) {
@@ -497,9 +470,7 @@ pub fn check_terminal() -> Result<()> {
     if rustix::termios::isatty(std::io::stdin()) {
         Ok(())
     } else {
-        Err(Error::new("the input device is not a TTY")
-            .hint("leave out -t, or -i")
-            .status(WRONG_CONTAINER))
+        Err(Error::new("the input device is not a TTY").hint("leave out -t, or -i"))
     }
 }
 
