@@ -247,11 +247,7 @@ impl Error {
             Self::WrongDigest { .. } | Self::Truncated { .. } => {
                 "the image is damaged where it comes from: push or build it again".to_owned()
             }
-            Self::WrongPlatform { .. } => {
-                "hull run --machine qemu runs only this machine's architecture; \
-                 build the image for it"
-                    .to_owned()
-            }
+            Self::WrongPlatform { wanted, .. } => format!("build or choose the image for {wanted}"),
             Self::AmbiguousId { .. } => "give more digits of the id".to_owned(),
             Self::InUse { containers, .. } => {
                 format!("hull rm {}, or hull image rm -f", containers.join(" "))

@@ -107,6 +107,15 @@ fn pulls_once_and_then_needs_no_registry() {
     // Only manifest and configuration stay.
     assert_eq!(names(here.store.root().join("blobs/sha256")).len(), 2);
 
+    // Asked again, the registry says that all is here.
+    let recorder = Recorder::default();
+    let again = here
+        .store
+        .resolve(&name, Pull::Always, &Credentials::anonymous(), &recorder)
+        .unwrap();
+    assert_eq!(again, image);
+    assert!(recorder.states().is_empty());
+
     let by_digest = format!("localhost:{}/demo@{}", registry.port, image.digest.unwrap());
     let port = registry.port;
     drop(registry);
@@ -261,6 +270,25 @@ fn a_corrupt_manifest_and_config() {
         .unwrap_err();
     assert!(!error.is_not_found(), "{error}");
     here.assert_empty();
+}
+
+#[test]
+fn a_layer_that_the_registry_lost() {
+    let registry = Registry::start();
+    let layout = Layout::with(&two_layers()[..1]);
+    registry.push(&layout, "latest", "lost");
+    std::fs::remove_file(registry.blob(&only_layer(&layout))).unwrap();
+    let here = Here::new();
+    let error = here.pull(&registry.name("lost")).unwrap_err().to_string();
+    assert!(
+        error.ends_with("it answered 404 to the request for the layer"),
+        "{error}"
+    );
+    assert_eq!(
+        names(here.store.root().join("layers")),
+        Vec::<String>::new()
+    );
+    assert!(here.store.list().unwrap().is_empty());
 }
 
 #[test]

@@ -639,6 +639,67 @@ fn an_incomplete_layer_belongs_to_its_stack() {
     assert_eq!(mode(&alone), 0o755);
 }
 
+/// Not a test of its own: what [`killed_at_any_moment`] starts and kills.
+#[test]
+fn victim() {
+    let (Ok(root), Ok(layout)) = (
+        std::env::var("HULL_TEST_STORE"),
+        std::env::var("HULL_TEST_LAYOUT"),
+    ) else {
+        return;
+    };
+    let store = Store::open(root).unwrap();
+    get(&store, &reference(&layout)).unwrap();
+}
+
+#[test]
+fn killed_at_any_moment() {
+    let (dir, _) = store();
+    let root = dir.path().join("store");
+    let mut archive = Tar::new();
+    for number in 0..300 {
+        archive = archive.file(format!("f{number}"), noise(number * 10));
+    }
+    let layout = Layout::with(&[
+        archive.finish(),
+        Tar::new().file("big", noise(1_000_000)).finish(),
+        Tar::new().file("f1", b"last").finish(),
+    ]);
+    let text = layout.reference().to_string();
+    let offline = reference(&text);
+    let mut killed = 0;
+    for round in 0..25 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "victim", "-q"])
+            .env("HULL_TEST_STORE", &root)
+            .env("HULL_TEST_LAYOUT", &text)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(round * 8));
+        child.kill().unwrap();
+        killed += usize::from(!child.wait().unwrap().success());
+        let store = Store::open(&root).unwrap();
+        // Complete, or not there at all.
+        match store.inspect(&offline) {
+            Ok(image) => {
+                assert_eq!(image.layers.len(), 3);
+                assert_eq!(names(&image.layers[2]).len(), 300);
+                if round % 2 == 0 {
+                    store.remove(&offline, false, &never).unwrap();
+                }
+            }
+            Err(error) => assert!(error.is_not_found(), "{error}"),
+        }
+    }
+    assert!(killed > 3, "only {killed} were killed in time");
+    let store = Store::open(&root).unwrap();
+    assert_eq!(get(&store, &offline).unwrap().layers.len(), 3);
+    store.prune(true, &never).unwrap();
+    assert_empty(&store);
+}
+
 /// Twenty threads as twenty processes: everything at once, and nothing is lost that is in use.
 #[test]
 fn everything_at_once() {

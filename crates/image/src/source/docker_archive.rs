@@ -69,7 +69,11 @@ pub(crate) fn resolve(
     {
         match store.image(&named.manifest, &key) {
             Err(Error::Damaged { .. }) => {}
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(image) => {
+                image.config.check_platform(&written, store.platform())?;
+                return Ok(image);
+            }
         }
     }
     let _work = store.begin_work()?;

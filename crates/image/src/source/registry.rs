@@ -32,6 +32,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the registry's thread tells the unpacking one.
 enum Message {
+    /// All of it is here already.
+    Present(Box<Image>, Named),
     /// What the image is made of.
     Plan(Box<Plan>),
     /// The archive of a layer is in the store.
@@ -91,8 +93,13 @@ fn install(
     messages: &Receiver<Message>,
     progress: &dyn Progress,
 ) -> Option<Result<Image>> {
-    let Ok(Message::Plan(plan)) = messages.recv() else {
-        return None;
+    let plan = match messages.recv() {
+        Ok(Message::Plan(plan)) => plan,
+        Ok(Message::Present(image, named)) => {
+            let named = store.set_name(&image.reference, named);
+            return Some(named.map(|()| *image));
+        }
+        _ => return None,
     };
     let mut arrived = BTreeSet::new();
     let mut gave_up = false;
@@ -197,7 +204,16 @@ impl<'a> Session<'a> {
         messages: &SyncSender<Message>,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let (plan, manifest) = self.plan(store).await?;
+        let (named, bytes, manifest) = self.choose(store).await?;
+        if let Ok(image) = store.image(&named.manifest, &self.name.to_string()) {
+            image
+                .config
+                .check_platform(self.name.written(), store.platform())?;
+            // Nobody listens when the other side failed, which then has the reason.
+            let _ = messages.send(Message::Present(Box::new(image), named));
+            return Ok(());
+        }
+        let plan = self.plan(store, named, bytes, &manifest).await?;
         let missing = store.missing_layers(&plan)?;
         progress.event(Event::Started {
             reference: self.name.written(),
@@ -230,26 +246,52 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn plan(&self, store: &Store) -> Result<(Plan, Manifest)> {
+    /// Finds the manifest for our platform.
+    async fn choose(&self, store: &Store) -> Result<(Named, Vec<u8>, Manifest)> {
         let written = self.name.written();
         let (digest, bytes) = self.manifest(&self.reference).await?;
-        let (digest, index, bytes, manifest) = match manifest::parse(written, &bytes)? {
-            Document::Manifest(manifest) => (digest, None, bytes, manifest),
-            Document::Index(index) => {
-                let chosen = index.choose(written, store.platform())?.digest;
-                let reference = self.reference.clone_with_digest(chosen.to_string());
-                let (_, bytes) = self.manifest(&reference).await?;
-                match manifest::parse(written, &bytes)? {
-                    Document::Manifest(manifest) => (chosen, Some(digest), bytes, manifest),
-                    Document::Index(_) => {
-                        return Err(Error::Unsupported {
-                            reference: written.to_owned(),
-                            what: "a manifest list in a manifest list".to_owned(),
-                        });
-                    }
-                }
+        let index = match manifest::parse(written, &bytes)? {
+            Document::Manifest(manifest) => {
+                return Ok((
+                    Named {
+                        manifest: digest,
+                        index: None,
+                        stamp: None,
+                    },
+                    bytes,
+                    manifest,
+                ));
             }
+            Document::Index(index) => index,
         };
+        let chosen = index.choose(written, store.platform())?.digest;
+        let reference = self.reference.clone_with_digest(chosen.to_string());
+        let (_, bytes) = self.manifest(&reference).await?;
+        match manifest::parse(written, &bytes)? {
+            Document::Manifest(manifest) => Ok((
+                Named {
+                    manifest: chosen,
+                    index: Some(digest),
+                    stamp: None,
+                },
+                bytes,
+                manifest,
+            )),
+            Document::Index(_) => Err(Error::Unsupported {
+                reference: written.to_owned(),
+                what: "a manifest list in a manifest list".to_owned(),
+            }),
+        }
+    }
+
+    async fn plan(
+        &self,
+        store: &Store,
+        named: Named,
+        bytes: Vec<u8>,
+        manifest: &Manifest,
+    ) -> Result<Plan> {
+        let written = self.name.written();
         let config = self.config(&manifest.config).await?;
         let document = config::parse(written, &config, manifest.layers.len())?;
         // Before anything big is fetched.
@@ -263,19 +305,14 @@ impl<'a> Session<'a> {
                 diff_id,
             })
             .collect();
-        let plan = Plan {
+        Ok(Plan {
             written: written.to_owned(),
             name: Some(self.name.to_string()),
-            named: Named {
-                manifest: digest,
-                index,
-                stamp: None,
-            },
+            named,
             manifest: bytes,
             config,
             layers,
-        };
-        Ok((plan, manifest))
+        })
     }
 
     /// A manifest and its digest, computed here. When the reference is one by digest, they must be the same.

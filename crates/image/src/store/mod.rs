@@ -351,10 +351,12 @@ impl Store {
 
     /// A file without a name, on the disk of the store.
     pub(crate) fn temporary_file(&self) -> Result<File> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        rustix::fs::open(&self.root, flags, Mode::RUSR | Mode::WUSR)
-            .map(File::from)
-            .map_err(|error| Error::io("create a temporary file in", &self.root, error))
+        // Not O_TMPFILE, which not every file system has.
+        let path = self.root.join(format!("tmp-{}", std::process::id()));
+        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::TRUNC;
+        rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
+            .and_then(|fd| rustix::fs::unlink(&path).map(|()| File::from(fd)))
+            .map_err(|error| Error::io("create", path, error))
     }
 
     fn open_lock_file(&self, name: &str) -> Result<std::os::fd::OwnedFd> {

@@ -33,10 +33,26 @@ pub(crate) fn open_child_dir(
 
 /// Opens the directory `path` as if `root` were the root directory; symbolic links stay inside.
 pub(crate) fn open_in_root(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    open_below(
+        root,
+        path,
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    )
+}
+
+/// Opens the directory `path` below `root`; fails with `LOOP` when there is a symbolic link on the way.
+pub(crate) fn open_real(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    open_below(
+        root,
+        path,
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+    )
+}
+
+fn open_below(root: BorrowedFd<'_>, path: &[u8], resolve: ResolveFlags) -> Result<OwnedFd> {
     let path = if path.is_empty() { &b"."[..] } else { path };
     loop {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
             // Something was renamed meanwhile, somewhere; the kernel asks to try again.
             Err(Errno::AGAIN) => {}

@@ -571,6 +571,128 @@ fn an_archive_that_is_complete_does_not_look_below() {
     assert!(!result.unwrap().used_lower);
 }
 
+/// Everything below a directory: names, types, modes, owners, times, contents, links.
+fn snapshot(dir: &Path) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut todo = vec![dir.to_owned()];
+    while let Some(path) = todo.pop() {
+        let stat = std::fs::symlink_metadata(&path).unwrap();
+        let kind = stat.file_type();
+        let content = match () {
+            () if kind.is_symlink() => format!("{:?}", std::fs::read_link(&path).unwrap()),
+            () if kind.is_file() => format!("{:?}", std::fs::read(&path).unwrap()),
+            () if kind.is_dir() => {
+                todo.extend(
+                    std::fs::read_dir(&path)
+                        .unwrap()
+                        .map(|entry| entry.unwrap().path()),
+                );
+                format!("{}", fs::is_opaque(fs::open_dir(&path).unwrap().as_fd()))
+            }
+            () => format!("{}", stat.rdev()),
+        };
+        let name = path.strip_prefix(dir).unwrap().display().to_string();
+        let links = if kind.is_dir() { 0 } else { stat.nlink() };
+        let (mode, owner) = (stat.mode(), (stat.uid(), stat.gid()));
+        lines.push(format!(
+            "{name} {mode:o} {owner:?} {} {links} {content}",
+            stat.mtime()
+        ));
+    }
+    lines.sort();
+    lines
+}
+
+/// Any sequence of entries leaves what is outside as it was, and gives the same twice.
+#[test]
+fn random_archives_stay_inside_and_are_deterministic() {
+    const NAMES: &[&str] = &[
+        "a",
+        "b",
+        "a/b",
+        "a/b/c",
+        "l",
+        "l/x",
+        "l/l/y",
+        "m",
+        "m/a",
+        "a/l",
+        "a/l/z",
+        ".wh.a",
+        "a/.wh.b",
+        "a/.wh..wh..opq",
+        "b/.wh.l",
+        "./",
+        "l/",
+        "m/.wh.a",
+        "a/./b//d",
+    ];
+    const TARGETS: &[&str] = &[
+        "a",
+        "/",
+        "..",
+        "../../../../..",
+        "l",
+        "/a/b",
+        "a/../m",
+        "b/c",
+        "../sentinel",
+        "/tmp",
+    ];
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut random = |bound: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 20) % bound as u64) as usize
+    };
+    let lower = Tar::new()
+        .dir("a/b")
+        .symlink("m", "/a")
+        .file("low", b"low")
+        .mode(0o700)
+        .dir("b");
+    let lower = layer(lower);
+    let mut succeeded = 0;
+    for _ in 0..600 {
+        let mut archive = Tar::new();
+        for number in 0..1 + random(12) {
+            let (name, target) = (NAMES[random(NAMES.len())], TARGETS[random(TARGETS.len())]);
+            archive = match random(8) {
+                0 | 1 => archive.file(name, format!("{number}")),
+                2 | 3 => archive.dir(name),
+                4 | 5 => archive.symlink(name, target),
+                6 => archive.hard_link(name, if random(3) == 0 { "low" } else { target }),
+                _ => archive.device(name, b'3', random(2) as u32, 3),
+            };
+        }
+        let archive = archive.finish();
+        let outer = tempfile::tempdir().unwrap();
+        std::fs::write(outer.path().join("sentinel"), "untouched").unwrap();
+        let mut results = Vec::new();
+        for name in ["one", "two"] {
+            let root = outer.path().join(name);
+            std::fs::create_dir(&root).unwrap();
+            let fd = fs::open_dir(&root).unwrap();
+            let result = unpack(archive.as_slice(), fd, &[lower.fd()]);
+            let seen = if result.is_ok() {
+                snapshot(&root)
+            } else {
+                Vec::new()
+            };
+            succeeded += usize::from(result.is_ok());
+            results.push((format!("{result:?}"), seen));
+        }
+        assert_eq!(results[0], results[1]);
+        assert_eq!(std::fs::read_dir(outer.path()).unwrap().count(), 3);
+        assert_eq!(
+            std::fs::read(outer.path().join("sentinel")).unwrap(),
+            b"untouched"
+        );
+    }
+    assert!(succeeded > 100, "only {succeeded} archives were good");
+}
+
 #[test]
 fn truncated_and_compressed_archives() {
     let archive = Tar::new().file("f", vec![7; 100_000]).finish();

@@ -1,6 +1,6 @@
 //! Turns the entries of a layer into files below one directory. The rules are on top of the module above.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,10 +30,9 @@ pub(super) struct Writer<'a> {
     root: OwnedFd,
     lower: Lower<'a>,
     /// The directory that the last file went into: neighbours in an archive are neighbours in a directory.
-    last_parent: Option<(Vec<u8>, OwnedFd)>,
-    /// Times of directories, set at the end because making their entries changes them; with the number of the entry
-    /// that said so, because two names may lead to one directory and the last entry wins.
-    dir_times: HashMap<Vec<u8>, (u64, (i64, u32))>,
+    last_parent: Option<Parent>,
+    /// Times of directories by their paths without symbolic links, set at the end because making entries changes them.
+    dir_times: BTreeMap<Vec<u8>, (i64, u32)>,
     buffer: Vec<u8>,
     bytes: u64,
     entries: u64,
@@ -52,13 +51,28 @@ fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
     }
 }
 
+/// The directory that an entry goes into.
+struct Parent {
+    /// As the archive calls it.
+    written: Vec<u8>,
+    /// Without symbolic links.
+    real: Vec<u8>,
+    dir: OwnedFd,
+}
+
+impl AsFd for Parent {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
 impl<'a> Writer<'a> {
     pub(super) fn new(root: OwnedFd, lower: Lower<'a>) -> Self {
         Self {
             root,
             lower,
             last_parent: None,
-            dir_times: HashMap::from([(Vec::new(), (0, NO_TIME))]),
+            dir_times: BTreeMap::from([(Vec::new(), NO_TIME)]),
             buffer: vec![0; 256 * 1024],
             bytes: 0,
             entries: 0,
@@ -95,7 +109,7 @@ impl<'a> Writer<'a> {
         }
         let parent = self.parent(&parent_path, &entry.path)?;
         let result = match entry.kind {
-            Kind::Directory => self.add_dir(entry, parent.as_fd(), &parent_path, name),
+            Kind::Directory => self.add_dir(entry, &parent, name),
             Kind::File => self.add_file(entry, parent.as_fd(), name, data),
             Kind::HardLink => self.add_hard_link(entry, parent.as_fd(), name),
             Kind::Symlink => self.add_symlink(entry, parent.as_fd(), name),
@@ -108,22 +122,20 @@ impl<'a> Writer<'a> {
             ))),
         };
         if entry.kind == Kind::File {
-            self.last_parent = Some((parent_path, parent));
+            self.last_parent = Some(parent);
         }
         result
     }
 
     /// Sets what must come last, and gives the sums.
     pub(super) fn finish(self) -> Result<Unpacked, LayerError> {
-        let mut dirs: Vec<_> = self.dir_times.into_iter().collect();
-        dirs.sort_unstable_by(|a, b| (a.1.0, &a.0).cmp(&(b.1.0, &b.0)));
-        for (path, (_, time)) in dirs {
+        for (path, time) in self.dir_times {
             let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
                 Some(slash) => (&path[..slash], &path[slash + 1..]),
                 None if path.is_empty() => (&b""[..], &b"."[..]),
                 None => (&b""[..], path.as_slice()),
             };
-            let dir = fs::open_in_root(self.root.as_fd(), parent)
+            let dir = fs::open_real(self.root.as_fd(), parent)
                 .and_then(|parent| fs::open_child_dir(parent.as_fd(), name));
             match dir {
                 Ok(dir) => rustix::fs::futimens(&dir, &fs::times(time))
@@ -143,18 +155,12 @@ impl<'a> Writer<'a> {
     fn add_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
         let root = fs::open_child_dir(self.root.as_fd(), ".").map_err(failed("open", b"/"))?;
         set_attributes(root.as_fd(), &entry.path, &Attributes::of(entry))?;
-        self.dir_times
-            .insert(Vec::new(), (self.entries, entry.mtime));
+        self.dir_times.insert(Vec::new(), entry.mtime);
         Ok(())
     }
 
-    fn add_dir(
-        &mut self,
-        entry: &Entry,
-        parent: BorrowedFd<'_>,
-        parent_path: &[u8],
-        name: &[u8],
-    ) -> Result<(), LayerError> {
+    fn add_dir(&mut self, entry: &Entry, parent: &Parent, name: &[u8]) -> Result<(), LayerError> {
+        let (parent, parent_path) = (parent.as_fd(), &parent.real);
         match fs::stat(parent, name).map_err(failed("look at", &entry.path))? {
             Some(stat) if fs::file_type(&stat) == FileType::Directory => {}
             existing => {
@@ -172,8 +178,7 @@ impl<'a> Writer<'a> {
         }
         let dir = fs::open_child_dir(parent, name).map_err(failed("open", &entry.path))?;
         set_attributes(dir.as_fd(), &entry.path, &Attributes::of(entry))?;
-        self.dir_times
-            .insert(join(parent_path, name), (self.entries, entry.mtime));
+        self.dir_times.insert(join(parent_path, name), entry.mtime);
         Ok(())
     }
 
@@ -504,34 +509,44 @@ impl<'a> Writer<'a> {
     }
 
     /// The directory that an entry goes into, made if the archive had no entry for it.
-    fn parent(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd, LayerError> {
-        if let Some((known, dir)) = self.last_parent.take()
-            && known == path
+    fn parent(&mut self, path: &[u8], entry: &[u8]) -> Result<Parent, LayerError> {
+        if let Some(last) = self.last_parent.take()
+            && last.written == path
         {
-            return Ok(dir);
+            return Ok(last);
         }
-        match fs::open_in_root(self.root.as_fd(), path) {
-            Ok(dir) => Ok(dir),
+        match fs::open_real(self.root.as_fd(), path) {
+            Ok(dir) => Ok(Parent {
+                written: path.to_vec(),
+                real: path.to_vec(),
+                dir,
+            }),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
                 let mut made = Vec::new();
-                let parent = self.make_parents(path, entry, &mut made)?;
+                let real = self.make_parents(path, entry, &mut made)?;
                 for path in made {
-                    self.dir_times.entry(path).or_insert((0, NO_TIME));
+                    self.dir_times.entry(path).or_insert(NO_TIME);
                 }
-                Ok(parent)
+                let dir = fs::open_real(self.root.as_fd(), &real)
+                    .map_err(failed("open the parent of", entry))?;
+                Ok(Parent {
+                    written: path.to_vec(),
+                    real,
+                    dir,
+                })
             }
             Err(error) => Err(failed("open the parent of", entry)(error)),
         }
     }
 
     /// Walks to `path` part by part: symbolic links of this layer and of lower ones are followed, below the root, and
-    /// missing directories are made.
+    /// missing directories are made. Gives the path without links.
     fn make_parents(
         &self,
         path: &[u8],
         entry: &[u8],
         made: &mut Vec<Vec<u8>>,
-    ) -> Result<OwnedFd, LayerError> {
+    ) -> Result<Vec<u8>, LayerError> {
         let split = |path: &[u8]| -> Vec<Vec<u8>> {
             path.split(|&byte| byte == b'/')
                 .map(<[u8]>::to_vec)
@@ -561,7 +576,7 @@ impl<'a> Writer<'a> {
             Ok(())
         };
         let open = |done: &[Vec<u8>]| {
-            fs::open_in_root(self.root.as_fd(), &done.join(&b'/'))
+            fs::open_real(self.root.as_fd(), &done.join(&b'/'))
                 .map_err(failed("open the parent of", entry))
         };
         while let Some(part) = todo.pop_front() {
@@ -615,7 +630,7 @@ impl<'a> Writer<'a> {
                 }
             }
         }
-        open(&done)
+        Ok(done.join(&b'/'))
     }
 
     /// Makes a directory that the archive has no entry for.
