@@ -87,6 +87,11 @@ impl Error {
         self.hint.as_deref()
     }
 
+    /// Whether the guest's console belongs to it: the guest did not come up, or broke down.
+    pub fn has_console(&self) -> bool {
+        !self.console.is_empty()
+    }
+
     /// The line without `error: `.
     pub fn message(&self) -> &str {
         &self.message

@@ -152,7 +152,6 @@ pub fn execute(args: Args) -> Result<u8> {
     let mut timings = Timings::since(began_ns);
     let show = args.timings;
     let outcome = start(args, began_ns, &mut timings);
-    let failed = outcome.is_err();
     match outcome {
         Ok(started) => {
             if show {
@@ -161,7 +160,8 @@ pub fn execute(args: Args) -> Result<u8> {
             started.finish()
         }
         Err(error) => {
-            if show && failed {
+            // A guest that did not come up: where the time went is part of the answer.
+            if show || error.has_console() {
                 print_timings(&timings);
             }
             Err(error)
@@ -254,16 +254,24 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
 
     let stream = client::launch(&paths, &request, &first)?;
     let reply = match &attachment {
-        None => client::read_reply(&stream)?,
-        Some(attachment) => match attachment.wait_for_reply(&stream)? {
-            Ok(reply) => reply,
-            Err(signal) => {
-                // Interrupted before the container ran: nothing of it is to stay.
-                drop(stream);
-                client::remove(&paths, &request.id, true)?;
-                return Ok(Started::Interrupted(signal));
+        None => client::read_reply(&stream).map(Ok).map_err(Error::from),
+        Some(attachment) => attachment.wait_for_reply(&stream),
+    };
+    let reply = match reply {
+        Ok(Ok(reply)) => reply,
+        Ok(Err(signal)) => {
+            // Interrupted before the container ran: nothing of it is to stay.
+            drop(stream);
+            client::remove(&paths, &request.id, true)?;
+            return Ok(Started::Interrupted(signal));
+        }
+        Err(error) => {
+            if args.rm {
+                // A sandbox process that was killed could not do it. The error that is reported says why.
+                let _ = client::remove(&paths, &request.id, true);
             }
-        },
+            return Err(error);
+        }
     };
     if let Reply::Started(steps) = reply {
         timings.steps.extend(steps.steps);
@@ -278,10 +286,25 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
     })
 }
 
+/// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.
+const LONGEST_SOCKET: usize = 107;
+
 /// What can be found wrong before an image is pulled.
 fn check(args: &Args, paths: &Paths) -> Result<()> {
     mounts::check_distinct(&args.volume, &args.tmpfs).map_err(Error::new)?;
     spec::capabilities(&args.cap_add, &args.cap_drop)?;
+    let longest = paths
+        .container(&"0".repeat(64))
+        .devices()
+        .join("entropy.sock");
+    let excess = longest.as_os_str().len().saturating_sub(LONGEST_SOCKET);
+    if excess > 0 {
+        return Err(Error::new(format!(
+            "run_dir {} is too long for the sockets in it, by {excess} characters",
+            paths.run().display()
+        ))
+        .hint("set a shorter run_dir in the configuration"));
+    }
     for volume in &args.volume {
         let source = volume.source.display();
         match std::fs::metadata(&volume.source) {
