@@ -417,6 +417,7 @@ const PR_SET_VMA: i32 = 0x5356_4d41;
 /// ptrace and execveat are how a user-mode kernel runs its guest's programs: each is a process of ours, started
 /// from a stub in a memory file and traced.
 const UML: &[c_long] = &[
+    libc::SYS_signalfd4,
     libc::SYS_ptrace,
     libc::SYS_execveat,
     libc::SYS_wait4,
@@ -579,14 +580,6 @@ const DANGEROUS: &[c_long] = &[
     libc::SYS_kcmp,
     libc::SYS_open_by_handle_at,
     libc::SYS_fanotify_init,
-    libc::SYS_setuid,
-    libc::SYS_setgid,
-    libc::SYS_setreuid,
-    libc::SYS_setregid,
-    libc::SYS_setresuid,
-    libc::SYS_setresgid,
-    libc::SYS_setgroups,
-    libc::SYS_capset,
     libc::SYS_execve,
     libc::SYS_execveat,
     #[cfg(target_arch = "x86_64")]

@@ -55,6 +55,9 @@ impl Ruleset {
                 AccessFs::from_all(abi) & !AccessFs::MakeChar & !AccessFs::MakeBlock,
             ));
         }
+        if root.proc {
+            paths.push(("/proc".into(), AccessFs::ReadFile | AccessFs::ReadDir));
+        }
         for bind in &root.binds {
             let mut access = AccessFs::ReadFile | AccessFs::ReadDir;
             if bind.executable {

@@ -176,15 +176,29 @@ pub fn set_personality(persona: u64) -> Result<(), Errno> {
 
 /// Gives every signal its default action and unblocks all of them: both survive exec otherwise.
 pub fn reset_signals() {
-    // SAFETY: sets default actions and a mask from a set this function owns. Failures are possible only for
-    // signals that cannot be changed (SIGKILL, SIGSTOP), which need no reset.
+    // The kernel's own structure, all zero: default action, no flags, no mask. Not the C library's function, which
+    // leaves out the signals that it keeps for itself.
+    let default = [0u64; 4];
+    let none = 0u64;
+    // SAFETY: both pointers are valid for what the kernel reads from them. Failures are possible only for signals
+    // that cannot be changed (SIGKILL, SIGSTOP), which need no reset.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                ptr::null::<u64>(),
+                size_of_val(&none),
+            );
         }
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut());
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            ptr::from_ref(&none),
+            ptr::null::<u64>(),
+            size_of_val(&none),
+        );
     }
 }
 
