@@ -121,21 +121,28 @@ impl Handle {
             host: host_port,
             guest: guest_port,
         };
-        if let Err(Command::Connect { done, .. }) = self.command(Command::Connect { ports, stream, done }) {
+        if let Err(Command::Connect { done, .. }) = self.command(Command::Connect {
+            ports,
+            stream,
+            done,
+        }) {
             done(Err(ConnectError::Busy { guest_port }));
         }
     }
 
     /// Lets the guest connect to `port` of the host, from the moment that `done` is called on.
     pub fn listen(&self, port: u32, done: Listening) -> Result<(), Busy> {
-        self.command(Command::Listen { port, done }).map_err(|_| Busy)
+        self.command(Command::Listen { port, done })
+            .map_err(|_| Busy)
     }
 
     /// Passes a command on, or gives it back.
     fn command(&self, command: Command) -> Result<(), Command> {
-        self.commands.try_send(command).map_err(|error| match error {
-            TrySendError::Full(command) | TrySendError::Disconnected(command) => command,
-        })?;
+        self.commands
+            .try_send(command)
+            .map_err(|error| match error {
+                TrySendError::Full(command) | TrySendError::Disconnected(command) => command,
+            })?;
         signal(&self.wake);
         Ok(())
     }
@@ -163,7 +170,9 @@ impl Host for ControlSide {
 
     fn incoming(&mut self, port: u32, guest_port: u32) -> Option<Socket> {
         let (ours, stream) = Socket::pair()
-            .inspect_err(|error| tracing::warn!(%error, "cannot make a socket for a vsock connection"))
+            .inspect_err(
+                |error| tracing::warn!(%error, "cannot make a socket for a vsock connection"),
+            )
             .ok()?;
         (self.incoming)(Incoming {
             port,
@@ -212,7 +221,11 @@ impl Vsock {
     fn take_commands(&mut self, now: Instant) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Connect { ports, stream, done } => self.muxer.connect(done, ports, Socket::new(stream), now),
+                Command::Connect {
+                    ports,
+                    stream,
+                    done,
+                } => self.muxer.connect(done, ports, Socket::new(stream), now),
                 Command::Listen { port, done } => {
                     self.muxer.listen(port);
                     done();

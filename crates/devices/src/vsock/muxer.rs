@@ -348,7 +348,10 @@ impl<H: Host> Muxer<H> {
     #[cfg(test)]
     pub fn largest_backlog(&self) -> usize {
         let entries = self.entries.iter().flatten();
-        entries.map(|entry| entry.connection.backlog_len()).max().unwrap_or(0)
+        entries
+            .map(|entry| entry.connection.backlog_len())
+            .max()
+            .unwrap_or(0)
     }
 
     fn buffer_size(&self) -> u32 {

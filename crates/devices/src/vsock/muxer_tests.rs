@@ -725,6 +725,8 @@ proptest! {
             world.settle();
             prop_assert!(world.muxer.largest_backlog() <= LARGE_BUFFER as usize);
         }
+        let quiet = (0..10).any(|_| !world.poll());
+        prop_assert!(quiet, "events without consequence: {:?}", world.registered);
         quiesce(&mut world, &mut all);
         for (index, both) in all.iter().enumerate() {
             let host_closed = both.pipe.borrow().host_closed;
