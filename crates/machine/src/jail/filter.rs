@@ -437,6 +437,7 @@ const UML: &[c_long] = &[
     libc::SYS_sched_setaffinity,
     libc::SYS_rt_sigqueueinfo,
     libc::SYS_rt_sigsuspend,
+    libc::SYS_signalfd4,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_open,
     #[cfg(target_arch = "x86_64")]

@@ -236,6 +236,13 @@ pub fn uml_panics() -> Outcome {
 pub fn uml_killed() -> Outcome {
     let mut running = start(Kind::Uml, kernel(Kind::Uml)?, &PAUSE).unwrap();
     let child = running.booted();
+    // Long enough to have been idle.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(
+        !super::ends_within(running.started.pidfd.as_fd(), 0),
+        "{:#?}",
+        running.console.tail(50)
+    );
     let signal = rustix::process::Signal::KILL;
     rustix::process::pidfd_send_signal(&running.started.pidfd, signal).unwrap();
     assert_eq!(
