@@ -20,7 +20,7 @@ use rustix::pipe::PipeFlags;
 use ttrpc::Code;
 
 use crate::process::Reaper;
-use crate::status::{Failure, Result};
+use crate::status::{Failure, Result, words};
 
 /// Longest error that the child reports.
 const REPORT_LIMIT: usize = 2048;
@@ -148,7 +148,7 @@ impl Job<'_> {
                 | io::ErrorKind::InvalidData => Code::INVALID_ARGUMENT,
                 _ => Code::INTERNAL,
             };
-            Failure::new(code, format!("cannot {what} {path:?}: {error}"))
+            Failure::new(code, format!("cannot {what} {path:?}: {}", words(&error)))
         })
     }
 

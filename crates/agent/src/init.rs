@@ -136,7 +136,10 @@ pub fn set_up() -> io::Result<()> {
 }
 
 fn named(what: &str, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot {what}: {error}"))
+    io::Error::new(
+        error.kind(),
+        format!("cannot {what}: {}", crate::status::words(&error)),
+    )
 }
 
 impl Mount {

@@ -20,6 +20,7 @@ mod processes;
 mod registry;
 mod relay;
 mod service;
+mod shares;
 mod stats;
 mod status;
 mod streams;

@@ -22,10 +22,11 @@ use tokio::io::Interest;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::{Child, Container, CreateError, PendingChild};
+use crate::container::{Exact, Child, Container, CreateError, PendingChild};
 use crate::plumbing::Plumbing;
 use crate::process::{Process, Reaper};
 use crate::registry::{Entry, Registry, Running, State};
+use crate::shares::Shares;
 use crate::status::{Failure, Result};
 use crate::streams::Streams;
 use crate::{configure, copy, event, init, processes, stats};
@@ -37,6 +38,7 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Service {
     registry: Registry,
     streams: Streams,
+    shares: Shares,
     reaper: Reaper,
     sequence: AtomicU64,
 }
@@ -64,6 +66,7 @@ impl Service {
         Self {
             registry: Registry::default(),
             streams,
+            shares: Shares::default(),
             reaper,
             sequence: AtomicU64::new(0),
         }
@@ -80,8 +83,13 @@ impl Service {
             .unwrap_or(false);
         let (plumbing, io) = Plumbing::connect(&self.streams, &request.streams, terminal).await?;
 
+        let exact = Exact {
+            arguments: request.raw_args,
+            environment: request.raw_env,
+        };
+        let shares = self.shares.hold(&spec);
         let births = self.reaper.births();
-        let (container, pending) = Container::begin_create(id, &spec, io)?;
+        let (container, pending) = Container::begin_create(id, &spec, &exact, io)?;
         let mut unfinished = Unfinished(Some(container));
         let child = finish(pending).await?;
         let (running, gate) = self.adopt(child, plumbing)?;
@@ -95,7 +103,7 @@ impl Service {
             Some(gate)
         };
         if let Some(container) = unfinished.0.take() {
-            place.fill(Entry::new(id, container, running, gate));
+            place.fill(Entry::new(id, container, shares, running, gate));
         }
         Ok(CreateContainerResponse {
             pid,
@@ -120,8 +128,12 @@ impl Service {
         )
         .await?;
 
+        let exact = Exact {
+            arguments: request.raw_args,
+            environment: request.raw_env,
+        };
         let births = self.reaper.births();
-        let pending = entry.with_container(|container| container.begin_exec(&spec, io))?;
+        let pending = entry.with_container(|container| container.begin_exec(&spec, &exact, io))?;
         let child = finish(pending).await?;
         let (running, gate) = self.adopt(child, plumbing)?;
         drop(births);

@@ -55,7 +55,19 @@ impl Failure {
 
     /// Something else went wrong.
     pub fn internal(what: &str, error: &io::Error) -> Self {
-        Self::new(Code::INTERNAL, format!("cannot {what}: {error}"))
+        Self::new(Code::INTERNAL, format!("cannot {what}: {}", words(error)))
+    }
+}
+
+/// What an error says to a person: without the number that the library adds to it.
+pub fn words(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error ") {
+        Some((words, rest)) => format!(
+            "{words}{}",
+            rest.split_once(')').map_or("", |(_, rest)| rest)
+        ),
+        None => text,
     }
 }
 
@@ -79,5 +91,18 @@ impl From<Failure> for Error {
             failure.code,
             failure.message.replace('\n', " "),
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_no_number() {
+        let error = io::Error::from_raw_os_error(libc::ENOENT);
+        assert_eq!(words(&error), "No such file or directory");
+        let error = io::Error::other(format!("/a: {error} there"));
+        assert_eq!(words(&error), "/a: No such file or directory there");
     }
 }
