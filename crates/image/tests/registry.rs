@@ -12,6 +12,9 @@ use common::{
 };
 use hull_image::{Credentials, Digest, Error, Image, LayerState, Pull, Reference, Result, Store};
 
+/// An htpasswd file: user "user", password "secret".
+const USERS: &str = "user:$2y$04$MM0Gc1b5p.GmJNLn5Y0CX.DvsvbAtxRnaHVHJF0.0N979oeCC0ACi\n";
+
 /// A store with its directory.
 struct Here {
     dir: tempfile::TempDir,
@@ -437,18 +440,8 @@ fn two_pulls_at_once_do_the_work_once() {
 
 #[test]
 fn credentials() {
-    // Password "secret" of user "user".
-    let users = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(
-        users.path(),
-        "user:$2y$04$MM0Gc1b5p.GmJNLn5Y0CX.DvsvbAtxRnaHVHJF0.0N979oeCC0ACi\n",
-    )
-    .unwrap();
-    let auth = format!(
-        "auth:\n  htpasswd:\n    realm: test\n    path: {}\n",
-        users.path().display()
-    );
-    let registry = Registry::start_with(&auth);
+    let users = users();
+    let registry = Registry::start_with(&auth(&users));
     registry.push_with(
         &Layout::with(&two_layers()),
         "latest",
@@ -492,6 +485,208 @@ fn credentials() {
             &(),
         )
         .unwrap();
+}
+
+/// Not a test of its own: a pull in a process with an environment of its own, see [`pull_with`].
+#[test]
+fn pull_in_a_child() {
+    let (Ok(root), Ok(name)) = (
+        std::env::var("HULL_TEST_STORE"),
+        std::env::var("HULL_TEST_IMAGE"),
+    ) else {
+        return;
+    };
+    let store = Store::open(root).unwrap();
+    match store.resolve(
+        &reference(&name),
+        Pull::Missing,
+        &Credentials::docker(),
+        &(),
+    ) {
+        Ok(image) => println!("pulled {}", image.layers.len()),
+        Err(error) => println!("failed: {error}"),
+    }
+}
+
+/// Pulls with some environment variables; gives what the child says.
+fn pull_with(here: &Here, name: &str, environment: &[(&str, &str)]) -> String {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "pull_in_a_child", "--nocapture", "-q"])
+        .env("HULL_TEST_STORE", here.store.root())
+        .env("HULL_TEST_IMAGE", name)
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// An address of this machine that is not a loopback one, so that https is spoken with it.
+fn own_address() -> String {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    // Nothing is sent: it only chooses a route.
+    socket
+        .connect("192.0.2.1:9")
+        .expect("this test needs a network address beside loopback");
+    socket.local_addr().unwrap().ip().to_string()
+}
+
+#[test]
+fn https_trusts_only_known_certificates() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let address = own_address();
+    let authority = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+        "-x509",
+    ];
+    let mut arguments = vec!["req"];
+    arguments.extend(authority);
+    let (ca_key, ca, key, request, certificate, names_file) = (
+        path("ca.key"),
+        path("ca.pem"),
+        path("key"),
+        path("request"),
+        path("cert.pem"),
+        path("names"),
+    );
+    arguments.extend([
+        "-subj",
+        "/CN=test authority",
+        "-keyout",
+        &ca_key,
+        "-out",
+        &ca,
+    ]);
+    run("openssl", &arguments);
+    let mut arguments = vec!["req"];
+    arguments.extend(&authority[..5]);
+    arguments.extend([
+        "-subj",
+        "/CN=test registry",
+        "-keyout",
+        &key,
+        "-out",
+        &request,
+    ]);
+    run("openssl", &arguments);
+    std::fs::write(
+        &names_file,
+        format!("subjectAltName=IP:{address},IP:127.0.0.1\n"),
+    )
+    .unwrap();
+    run(
+        "openssl",
+        &[
+            "x509",
+            "-req",
+            "-in",
+            &request,
+            "-CA",
+            &ca,
+            "-CAkey",
+            &ca_key,
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            &names_file,
+            "-out",
+            &certificate,
+        ],
+    );
+    let tls = format!("  tls:\n    certificate: {certificate}\n    key: {key}\n");
+    let registry = Registry::start_on("0.0.0.0", &tls);
+    registry.push(&Layout::with(&two_layers()), "latest", "secure");
+    let name = format!("{address}:{}/secure", registry.port);
+    let here = Here::new();
+    let said = pull_with(&here, &name, &[]);
+    assert!(
+        said.contains("cannot be reached: invalid peer certificate"),
+        "{said}"
+    );
+    let said = pull_with(&here, &name, &[("SSL_CERT_FILE", &ca)]);
+    assert!(said.contains("pulled 2"), "{said}");
+    // A machine without any certificates: an error, and no panic of a library.
+    let said = pull_with(
+        &Here::new(),
+        &name,
+        &[
+            ("SSL_CERT_FILE", "/nonexistent"),
+            ("SSL_CERT_DIR", "/nonexistent"),
+        ],
+    );
+    assert!(said.contains("no CA certificates"), "{said}");
+}
+
+#[test]
+fn credential_helpers() {
+    let users = users();
+    let registry = Registry::start_with(&auth(&users));
+    registry.push_with(
+        &Layout::with(&two_layers()),
+        "latest",
+        "private",
+        &["--dest-creds", "user:secret"],
+    );
+    let name = format!("localhost:{}/private", registry.port);
+    let dir = tempfile::tempdir().unwrap();
+    let helper = dir.path().join("docker-credential-test");
+    let path = format!(
+        "{}:{}",
+        dir.path().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let docker_config = dir.path().display().to_string();
+    let environment = [
+        ("PATH", path.as_str()),
+        ("DOCKER_CONFIG", docker_config.as_str()),
+    ];
+    std::fs::write(dir.path().join("config.json"), r#"{"credsStore":"test"}"#).unwrap();
+    let say = |script: &str| {
+        std::fs::write(&helper, format!("#!/bin/sh\n{script}\n")).unwrap();
+        run("chmod", &["755", helper.to_str().unwrap()]);
+        pull_with(&Here::new(), &name, &environment)
+    };
+    let answer = format!(
+        "read server; [ \"$1 $server\" = \"get localhost:{}\" ] && echo '{{\"Username\":\"user\",\"Secret\":\"secret\"}}'",
+        registry.port
+    );
+    assert!(say(&answer).contains("pulled 2"));
+    let said = say("echo credentials not found in native keychain; exit 1");
+    assert!(
+        said.contains("answered 401 (no credentials were given"),
+        "{said}"
+    );
+    let said = say("echo the keyring is locked; exit 1");
+    assert!(
+        said.contains("docker-credential-test failed (exit status: 1): the keyring is locked"),
+        "{said}"
+    );
+    let said = say("echo nonsense");
+    assert!(
+        said.contains("did not answer with a user name and a secret"),
+        "{said}"
+    );
+}
+
+/// A file with user "user", whose password is "secret".
+fn users() -> tempfile::NamedTempFile {
+    let users = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(users.path(), USERS).unwrap();
+    users
+}
+
+fn auth(users: &tempfile::NamedTempFile) -> String {
+    format!(
+        "auth:\n  htpasswd:\n    realm: test\n    path: {}\n",
+        users.path().display()
+    )
 }
 
 #[test]

@@ -17,7 +17,7 @@
 //! `trusted.overlay.opaque`. Both hide only what lower layers hold, wherever in the archive they are written.
 //!
 //! The result depends on the archive alone. Only an archive that leaves out parent directories, or has hard links to
-//! files of lower layers, makes the unpacker look at those ([`lower`]); it says so in [`Unpacked::used_lower`].
+//! files of lower layers, makes the unpacker look at those; it says so in [`Unpacked::used_lower`].
 
 mod attributes;
 pub(crate) mod compression;

@@ -4,7 +4,11 @@
 //! about names, which stay the bytes that the archive holds. What an archive can make it keep in memory is
 //! bounded: see the constants.
 
+mod pax;
+
 use std::io::{self, Read};
+
+use pax::{Extensions, SparseRecords};
 
 const BLOCK: usize = 512;
 /// Longest extension header (PAX records, GNU long name).
@@ -113,28 +117,6 @@ pub struct TarReader<R> {
     position: u64,
     data_left: u64,
     padding: u64,
-}
-
-/// What extension headers say about the next entry.
-#[derive(Default)]
-struct Extensions {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u32>,
-    gid: Option<u32>,
-    mtime: Option<(i64, u32)>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    sparse: SparseRecords,
-}
-
-#[derive(Default)]
-struct SparseRecords {
-    major: u64,
-    name: Option<Vec<u8>>,
-    size: Option<u64>,
-    numbers: Vec<u64>,
-    seen: bool,
 }
 
 impl<R: Read> TarReader<R> {
@@ -512,93 +494,6 @@ impl Sparse {
     }
 }
 
-impl Extensions {
-    /// Applies `LENGTH KEY=VALUE\n` records.
-    fn add_records(&mut self, mut records: &[u8]) -> Result<(), &'static str> {
-        const BAD: &str = "PAX record";
-        while !records.is_empty() {
-            let space = records
-                .iter()
-                .take(20)
-                .position(|&byte| byte == b' ')
-                .ok_or(BAD)?;
-            let length = decimal(&records[..space]).ok_or(BAD)? as usize;
-            if length <= space + 1 || length > records.len() || records[length - 1] != b'\n' {
-                return Err(BAD);
-            }
-            let record = &records[space + 1..length - 1];
-            let equals = record.iter().position(|&byte| byte == b'=').ok_or(BAD)?;
-            self.add_record(&record[..equals], &record[equals + 1..])?;
-            records = &records[length..];
-        }
-        Ok(())
-    }
-
-    fn add_record(&mut self, key: &[u8], value: &[u8]) -> Result<(), &'static str> {
-        const XATTR: &[u8] = b"SCHILY.xattr.";
-        if let Some(name) = key.strip_prefix(XATTR) {
-            self.xattrs.retain(|(known, _)| known != name);
-            self.xattrs.push((name.to_vec(), value.to_vec()));
-            return Ok(());
-        }
-        if value.is_empty() {
-            // An empty value takes back what an earlier record said.
-            match key {
-                b"path" => self.path = None,
-                b"linkpath" => self.link = None,
-                b"size" => self.size = None,
-                b"uid" => self.uid = None,
-                b"gid" => self.gid = None,
-                b"mtime" => self.mtime = None,
-                _ => {}
-            }
-            return Ok(());
-        }
-        let narrow = |name| {
-            decimal(value)
-                .and_then(|value| u32::try_from(value).ok())
-                .ok_or(name)
-        };
-        match key {
-            b"path" => self.path = Some(value.to_vec()),
-            b"linkpath" => self.link = Some(value.to_vec()),
-            b"size" => {
-                let size = decimal(value).filter(|&size| size <= i64::MAX as u64);
-                self.size = Some(size.ok_or("PAX size")?);
-            }
-            b"uid" => self.uid = Some(narrow("PAX uid")?),
-            b"gid" => self.gid = Some(narrow("PAX gid")?),
-            b"mtime" => self.mtime = Some(pax_time(value).ok_or("PAX mtime")?),
-            _ => {
-                if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
-                    self.sparse.add(key, value).ok_or("PAX sparse record")?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl SparseRecords {
-    fn add(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
-        self.seen = true;
-        match key {
-            b"major" => self.major = decimal(value)?,
-            b"name" => self.name = Some(value.to_vec()),
-            b"size" | b"realsize" => self.size = Some(decimal(value)?),
-            b"offset" | b"numbytes" => self.numbers.push(decimal(value)?),
-            b"map" => {
-                self.numbers = value
-                    .split(|&byte| byte == b',')
-                    .map(decimal)
-                    .collect::<Option<_>>()?;
-            }
-            _ => {}
-        }
-        Some(())
-    }
-}
-
 /// Name of a ustar header: prefix and name.
 fn header_path(header: &[u8; BLOCK]) -> Vec<u8> {
     let name = until_nul(&header[..100]);
@@ -620,13 +515,6 @@ fn until_nul(bytes: &[u8]) -> &[u8] {
         .position(|&byte| byte == 0)
         .unwrap_or(bytes.len());
     &bytes[..end]
-}
-
-fn decimal(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 /// An octal field, or a binary one when its first bit is set. Not negative.
@@ -655,30 +543,6 @@ fn signed_number(field: &[u8]) -> Option<i64> {
         }
     }
     Some(value)
-}
-
-/// `SECONDS[.FRACTION]`, perhaps negative.
-fn pax_time(text: &[u8]) -> Option<(i64, u32)> {
-    let text = std::str::from_utf8(text).ok()?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let (negative, digits) = match whole.strip_prefix('-') {
-        Some(digits) => (true, digits),
-        None => (false, whole),
-    };
-    let seconds = i64::try_from(decimal(digits.as_bytes())?).ok()?;
-    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let nanoseconds = fraction
-        .bytes()
-        .chain(std::iter::repeat(b'0'))
-        .take(9)
-        .fold(0, |sum, digit| sum * 10 + u32::from(digit - b'0'));
-    Some(match (negative, nanoseconds) {
-        (false, _) => (seconds, nanoseconds),
-        (true, 0) => (-seconds, 0),
-        (true, _) => (-seconds - 1, 1_000_000_000 - nanoseconds),
-    })
 }
 
 #[cfg(test)]

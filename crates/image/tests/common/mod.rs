@@ -194,11 +194,16 @@ impl Registry {
 
     /// With further lines of configuration.
     pub fn start_with(more: &str) -> Self {
+        Self::start_on("127.0.0.1", more)
+    }
+
+    /// On an address, with further lines of the configuration of `http` and what follows it.
+    pub fn start_on(address: &str, more: &str) -> Self {
         let storage = tempfile::tempdir().unwrap();
         let port = free_port();
         let config = format!(
             "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\n\
-             http:\n  addr: 127.0.0.1:{port}\n{more}",
+             http:\n  addr: {address}:{port}\n{more}",
             storage.path().join("data").display()
         );
         let file = storage.path().join("config.yml");
