@@ -82,7 +82,9 @@ fn reap(child: i32) -> Option<i32> {
         }
         if pid == child {
             let status = ExitStatus::from_raw(status);
-            ended = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+            ended = status
+                .code()
+                .or_else(|| status.signal().map(|signal| 128 + signal));
         }
     }
 }

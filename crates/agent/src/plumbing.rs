@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use crate::container::{ChildIo, Stdio};
 use crate::process::Exit;
-use crate::relay::{self, Output};
+use crate::relay::{self, Output, Way};
 use crate::status::{Failure, Result};
 use crate::streams::Streams;
 
@@ -118,6 +118,12 @@ impl Plumbing {
     ) -> Result<Relays> {
         let mut relays = Relays::default();
         let (mut input, mut outputs) = (self.input, self.outputs);
+        // Into or out of a pipe, unless there is a terminal.
+        let way = if terminal.is_some() {
+            Way::Copy
+        } else {
+            Way::Splice
+        };
         if let (Some(master), Some(stream)) = (terminal, self.terminal) {
             let duplicate = |fd: &OwnedFd| {
                 fd.try_clone()
@@ -139,7 +145,7 @@ impl Plumbing {
         if let Some((source, sink)) = input {
             relays
                 .tasks
-                .push(tokio::spawn(relay::input(source, sink, exit.clone())));
+                .push(tokio::spawn(relay::input(way, source, sink, exit.clone())));
         }
         Ok(relays)
     }

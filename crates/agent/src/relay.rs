@@ -11,8 +11,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, Shutdown};
+use rustix::net::Shutdown;
+use rustix::pipe::{SpliceFlags, splice};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
@@ -23,8 +25,8 @@ use crate::process::Exit;
 /// Largest piece moved at once: what a pipe holds.
 const PIECE: usize = 64 * 1024;
 
-/// Shared by all relays (the agent has one thread), so that memory is touched, and paid for, only once. Never held
-/// across an await.
+/// Shared by all relays that copy (the agent has one thread), so that memory is touched, and paid for, only once.
+/// Never held across an await.
 static SCRATCH: Mutex<[u8; PIECE]> = Mutex::new([0; PIECE]);
 
 /// How far the output of a process has got.
@@ -68,21 +70,6 @@ impl Lazy {
         }
     }
 
-    /// Runs `operation` until it no longer says that it would block.
-    async fn run<T>(
-        &mut self,
-        interest: Interest,
-        mut operation: impl FnMut(BorrowedFd<'_>) -> Result<T, Errno>,
-    ) -> io::Result<T> {
-        loop {
-            match operation(self.fd()?) {
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => self.ready(interest).await?,
-                other => return Ok(other?),
-            }
-        }
-    }
-
     /// Waits until the descriptor may be ready, after an operation said that it would block.
     async fn ready(&mut self, interest: Interest) -> io::Result<()> {
         if let Self::Plain(_) = self {
@@ -97,9 +84,19 @@ impl Lazy {
     }
 }
 
+/// How bytes get from one descriptor to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Inside the kernel. One of the two is a pipe.
+    Splice,
+    /// Through the agent's memory.
+    Copy,
+}
+
 /// Passes on what a process writes, from `source` (a pipe or the master of its terminal) to `sink`, and then
 /// half-closes it. When the host no longer takes it, the process is told as a broken pipe tells it.
 pub async fn output(
+    way: Way,
     source: OwnedFd,
     sink: OwnedFd,
     mut exit: watch::Receiver<Option<Exit>>,
@@ -107,7 +104,7 @@ pub async fn output(
 ) {
     let mut source = Lazy::Plain(source);
     let mut sink = Lazy::Plain(sink);
-    let outcome = pump_output(&mut source, &mut sink, &mut exit, &progress).await;
+    let outcome = pump_output(way, &mut source, &mut sink, &mut exit, &progress).await;
     if let Err(error) = &outcome
         && !is_closed(error)
     {
@@ -124,40 +121,28 @@ pub async fn output(
 }
 
 async fn pump_output(
+    way: Way,
     source: &mut Lazy,
     sink: &mut Lazy,
     exit: &mut watch::Receiver<Option<Exit>>,
     progress: &watch::Sender<Output>,
 ) -> io::Result<()> {
     loop {
-        tokio::task::coop::consume_budget().await;
         let exited = exit.borrow().is_some();
-        match move_piece(
-            source.fd()?,
-            |fd, buffer| rustix::io::read(fd, buffer),
-            |piece| {
-                rustix::net::send(
-                    sink.fd().map_err(|_| Errno::BADF)?,
-                    piece,
-                    SendFlags::NOSIGNAL,
-                )
-            },
-        ) {
-            Moved::All => {}
-            Moved::Part(rest) => write_rest(sink, &rest, false).await?,
-            Moved::Empty if exited => {
+        match step(way, source, sink).await? {
+            Step::Moved => {}
+            Step::Empty if exited => {
                 progress.send_replace(Output::Drained);
                 source.ready(Interest::READABLE).await?;
             }
-            Moved::Empty => {
+            Step::Empty => {
                 tokio::select! {
                     ready = source.ready(Interest::READABLE) => ready?,
                     // Once more round, to see whether the source is empty after the end of its process.
                     _ = exit.changed() => {}
                 }
             }
-            Moved::End => return Ok(()),
-            Moved::Failed(error) => return Err(error.into()),
+            Step::End => return Ok(()),
         }
     }
 }
@@ -165,11 +150,25 @@ async fn pump_output(
 /// Passes on what the host sends to a process, from the stream `source` to `sink`. Ends when the host has
 /// half-closed the stream (the process then reads end of file from a pipe; a terminal knows no such thing), when
 /// the process no longer reads, or when it has ended.
-pub async fn input(source: OwnedFd, sink: OwnedFd, mut exit: watch::Receiver<Option<Exit>>) {
+pub async fn input(
+    way: Way,
+    source: OwnedFd,
+    sink: OwnedFd,
+    mut exit: watch::Receiver<Option<Exit>>,
+) {
     let mut source = Lazy::Plain(source);
     let mut sink = Lazy::Plain(sink);
-    let outcome = tokio::select! {
-        outcome = pump_input(&mut source, &mut sink) => outcome,
+    let pump = async {
+        loop {
+            match step(way, &mut source, &mut sink).await? {
+                Step::Moved => {}
+                Step::Empty => source.ready(Interest::READABLE).await?,
+                Step::End => return Ok(()),
+            }
+        }
+    };
+    let outcome: io::Result<()> = tokio::select! {
+        outcome = pump => outcome,
         _ = exit.wait_for(Option::is_some) => Ok(()),
     };
     if let Err(error) = outcome
@@ -179,72 +178,88 @@ pub async fn input(source: OwnedFd, sink: OwnedFd, mut exit: watch::Receiver<Opt
     }
 }
 
-async fn pump_input(source: &mut Lazy, sink: &mut Lazy) -> io::Result<()> {
-    loop {
-        tokio::task::coop::consume_budget().await;
-        match move_piece(
-            source.fd()?,
-            |fd, buffer| rustix::io::read(fd, buffer),
-            |piece| rustix::io::write(sink.fd().map_err(|_| Errno::BADF)?, piece),
-        ) {
-            Moved::All => {}
-            Moved::Part(rest) => write_rest(sink, &rest, true).await?,
-            Moved::Empty => source.ready(Interest::READABLE).await?,
-            Moved::End => return Ok(()),
-            Moved::Failed(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// What one read and one write have done.
-enum Moved {
-    All,
-    /// The sink did not take all: this is left.
-    Part(Vec<u8>),
+/// What one step of a relay has found.
+enum Step {
+    Moved,
     /// The source has nothing now.
     Empty,
     End,
-    Failed(Errno),
 }
 
-fn move_piece(
-    source: BorrowedFd<'_>,
-    mut read: impl FnMut(BorrowedFd<'_>, &mut [u8]) -> Result<usize, Errno>,
-    mut write: impl FnMut(&[u8]) -> Result<usize, Errno>,
-) -> Moved {
-    let mut scratch = SCRATCH.lock().unwrap_or_else(PoisonError::into_inner);
-    let piece = loop {
-        match read(source, &mut scratch[..]) {
+/// Moves one piece; waits for the sink if that is full, but never for the source.
+async fn step(way: Way, source: &mut Lazy, sink: &mut Lazy) -> io::Result<Step> {
+    // A busy source must not keep the others from their turn.
+    tokio::task::coop::consume_budget().await;
+    match way {
+        Way::Splice => splice_piece(source, sink).await,
+        Way::Copy => copy_piece(source, sink).await,
+    }
+}
+
+async fn splice_piece(source: &mut Lazy, sink: &mut Lazy) -> io::Result<Step> {
+    match splice(
+        source.fd()?,
+        None,
+        sink.fd()?,
+        None,
+        PIECE,
+        SpliceFlags::NONBLOCK,
+    ) {
+        Ok(0) => return Ok(Step::End),
+        Ok(_) | Err(Errno::INTR) => return Ok(Step::Moved),
+        Err(Errno::AGAIN) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // One of the two is not ready; which one, it does not say.
+    let (readable, writable) = {
+        let mut fds = [
+            PollFd::from_borrowed_fd(source.fd()?, PollFlags::IN),
+            PollFd::from_borrowed_fd(sink.fd()?, PollFlags::OUT),
+        ];
+        poll(
+            &mut fds,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        )?;
+        (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+    };
+    match (readable, writable) {
+        (false, _) => Ok(Step::Empty),
+        (true, false) => sink.ready(Interest::WRITABLE).await.map(|()| Step::Moved),
+        // It has become ready since.
+        (true, true) => Ok(Step::Moved),
+    }
+}
+
+async fn copy_piece(source: &mut Lazy, sink: &mut Lazy) -> io::Result<Step> {
+    let rest = {
+        let mut scratch = SCRATCH.lock().unwrap_or_else(PoisonError::into_inner);
+        let piece = match rustix::io::read(source.fd()?, &mut scratch[..]) {
             // The master of a terminal whose other side is closed says EIO.
-            Ok(0) | Err(Errno::IO) => return Moved::End,
-            Ok(n) => break &scratch[..n],
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Moved::Empty,
-            Err(error) => return Moved::Failed(error),
+            Ok(0) | Err(Errno::IO) => return Ok(Step::End),
+            Ok(n) => &scratch[..n],
+            Err(Errno::INTR) => return Ok(Step::Moved),
+            Err(Errno::AGAIN) => return Ok(Step::Empty),
+            Err(error) => return Err(error.into()),
+        };
+        match rustix::io::write(sink.fd()?, piece) {
+            Ok(n) => piece[n..].to_vec(),
+            Err(Errno::AGAIN | Errno::INTR) => piece.to_vec(),
+            Err(error) => return Err(error.into()),
         }
     };
-    match write(piece) {
-        Ok(n) if n == piece.len() => Moved::All,
-        Ok(n) => Moved::Part(piece[n..].to_vec()),
-        Err(Errno::AGAIN | Errno::INTR) => Moved::Part(piece.to_vec()),
-        Err(error) => Moved::Failed(error),
-    }
-}
-
-async fn write_rest(sink: &mut Lazy, mut rest: &[u8], pipe: bool) -> io::Result<()> {
+    let mut rest = &rest[..];
     while !rest.is_empty() {
-        let written = sink
-            .run(Interest::WRITABLE, |fd| {
-                if pipe {
-                    rustix::io::write(fd, rest)
-                } else {
-                    rustix::net::send(fd, rest, SendFlags::NOSIGNAL)
-                }
-            })
-            .await?;
-        rest = &rest[written..];
+        match rustix::io::write(sink.fd()?, rest) {
+            Ok(n) => rest = &rest[n..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => sink.ready(Interest::WRITABLE).await?,
+            Err(error) => return Err(error.into()),
+        }
     }
-    Ok(())
+    Ok(Step::Moved)
 }
 
 fn is_closed(error: &io::Error) -> bool {
@@ -304,12 +319,12 @@ mod tests {
         progress: watch::Receiver<Output>,
     }
 
-    fn outgoing() -> Outgoing {
+    fn outgoing(way: Way) -> Outgoing {
         let (source, process) = pipe();
         let (sink, host) = stream();
         let (exit, exit_seen) = watch::channel(None);
         let (progress, progress_seen) = watch::channel(Output::Flowing);
-        tokio::spawn(output(unblocked(source), sink, exit_seen, progress));
+        tokio::spawn(output(way, unblocked(source), sink, exit_seen, progress));
         Outgoing {
             process: process.into(),
             host,
@@ -325,7 +340,7 @@ mod tests {
     #[test]
     fn output_arrives_and_then_its_end() {
         run(async {
-            let mut out = outgoing();
+            let mut out = outgoing(Way::Splice);
             out.process.write_all(b"hello").unwrap();
             drop(out.process);
             reach(&mut out.progress, Output::Ended).await;
@@ -337,9 +352,14 @@ mod tests {
 
     #[test]
     fn a_slow_host_stops_the_process_and_loses_nothing() {
+        slow_host(Way::Splice);
+        slow_host(Way::Copy);
+    }
+
+    fn slow_host(way: Way) {
         run(async {
             const LENGTH: usize = 8 << 20;
-            let mut out = outgoing();
+            let mut out = outgoing(way);
             let mut process = out.process;
             let writer = std::thread::spawn(move || {
                 let pattern: Vec<u8> = (0..=250u8).cycle().take(LENGTH).collect();
@@ -364,7 +384,7 @@ mod tests {
     #[test]
     fn output_that_others_hold_open_is_drained_when_the_process_has_ended() {
         run(async {
-            let mut out = outgoing();
+            let mut out = outgoing(Way::Splice);
             out.process.write_all(b"mine").unwrap();
             tokio::task::yield_now().await;
             assert_eq!(*out.progress.borrow(), Output::Flowing);
@@ -385,7 +405,7 @@ mod tests {
     #[test]
     fn a_host_that_has_gone_breaks_the_pipe() {
         run(async {
-            let mut out = outgoing();
+            let mut out = outgoing(Way::Splice);
             drop(out.host);
             out.process.write_all(b"x").unwrap();
             reach(&mut out.progress, Output::Ended).await;
@@ -402,7 +422,7 @@ mod tests {
             let (process, sink) = pipe();
             let (source, mut host) = stream();
             let (_exit, exit_seen) = watch::channel(None);
-            let relay = tokio::spawn(input(source, unblocked(sink), exit_seen));
+            let relay = tokio::spawn(input(Way::Splice, source, unblocked(sink), exit_seen));
             host.write_all(b"hello").unwrap();
             host.shutdown(std::net::Shutdown::Write).unwrap();
             relay.await.unwrap();
@@ -420,7 +440,7 @@ mod tests {
             let (process, sink) = pipe();
             let (source, mut host) = stream();
             let (exit, exit_seen) = watch::channel(None);
-            let relay = tokio::spawn(input(source, unblocked(sink), exit_seen));
+            let relay = tokio::spawn(input(Way::Splice, source, unblocked(sink), exit_seen));
             tokio::task::yield_now().await;
             exit.send_replace(Some(Exit { status: 0 }));
             relay.await.unwrap();

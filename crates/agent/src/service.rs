@@ -22,7 +22,7 @@ use tokio::io::Interest;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::{Exact, Child, Container, CreateError, PendingChild};
+use crate::container::{Child, Container, CreateError, Exact, PendingChild};
 use crate::plumbing::Plumbing;
 use crate::process::{Process, Reaper};
 use crate::registry::{Entry, Registry, Running, State};

@@ -71,13 +71,17 @@ fn number(capability: Capability) -> u32 {
 const LAST: u32 = 40;
 
 fn mask(set: &Option<Capabilities>) -> u64 {
-    set.iter().flatten().fold(0, |mask, capability| mask | 1 << number(*capability))
+    set.iter()
+        .flatten()
+        .fold(0, |mask, capability| mask | 1 << number(*capability))
 }
 
 impl CapabilitySets {
     /// No capabilities in the spec means none at all.
     pub(super) fn new(spec: Option<&LinuxCapabilities>) -> Result<CapabilitySets> {
-        let Some(spec) = spec else { return Ok(CapabilitySets::default()) };
+        let Some(spec) = spec else {
+            return Ok(CapabilitySets::default());
+        };
         let sets = CapabilitySets {
             bounding: mask(spec.bounding()),
             effective: mask(spec.effective()),
@@ -87,7 +91,10 @@ impl CapabilitySets {
         };
         // The kernel would refuse these with a bare EPERM.
         if sets.effective & !sets.permitted != 0 {
-            return Err(CreateError::invalid("process.capabilities.effective", "names one that is not permitted"));
+            return Err(CreateError::invalid(
+                "process.capabilities.effective",
+                "names one that is not permitted",
+            ));
         }
         if sets.ambient & !(sets.permitted & sets.inheritable) != 0 {
             return Err(CreateError::invalid(
@@ -112,7 +119,9 @@ impl CapabilitySets {
                         break;
                     }
                 }
-                Err(error) => return Err(error).context(|| format!("cannot drop capability {number}")),
+                Err(error) => {
+                    return Err(error).context(|| format!("cannot drop capability {number}"));
+                }
             }
         }
         Ok(())
@@ -128,8 +137,12 @@ impl CapabilitySets {
         capset(self).context(|| "cannot set process.capabilities")?;
         // The ambient set is empty: nothing above the agent has one, and setuid clears it.
         for number in (0..=LAST).filter(|number| self.ambient & 1 << number != 0) {
-            sys::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong, number.into())
-                .context(|| format!("cannot raise ambient capability {number}"))?;
+            sys::prctl(
+                libc::PR_CAP_AMBIENT,
+                libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong,
+                number.into(),
+            )
+            .context(|| format!("cannot raise ambient capability {number}"))?;
         }
         Ok(())
     }
@@ -149,7 +162,10 @@ fn capset(sets: &CapabilitySets) -> rustix::io::Result<()> {
         permitted: u32,
         inheritable: u32,
     }
-    let header = Header { version: VERSION, pid: 0 };
+    let header = Header {
+        version: VERSION,
+        pid: 0,
+    };
     let half = |shift: u32| Half {
         effective: (sets.effective >> shift) as u32,
         permitted: (sets.permitted >> shift) as u32,
@@ -182,15 +198,29 @@ mod tests {
         )
         .unwrap();
         assert_eq!(sets.bounding, 1 | 1 << 39);
-        assert_eq!((sets.permitted, sets.effective, sets.ambient), (1 << 5, 1 << 5, 1 << 5));
-        assert_eq!(CapabilitySets::new(None).unwrap(), CapabilitySets::default());
+        assert_eq!(
+            (sets.permitted, sets.effective, sets.ambient),
+            (1 << 5, 1 << 5, 1 << 5)
+        );
+        assert_eq!(
+            CapabilitySets::new(None).unwrap(),
+            CapabilitySets::default()
+        );
     }
 
     #[test]
     fn impossible_sets_are_named() {
-        assert!(sets(r#"{"effective":["CAP_KILL"]}"#).unwrap_err().to_string().contains("effective"));
         assert!(
-            sets(r#"{"permitted":["CAP_KILL"],"ambient":["CAP_KILL"]}"#).unwrap_err().to_string().contains("ambient")
+            sets(r#"{"effective":["CAP_KILL"]}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("effective")
+        );
+        assert!(
+            sets(r#"{"permitted":["CAP_KILL"],"ambient":["CAP_KILL"]}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("ambient")
         );
     }
 }

@@ -103,7 +103,11 @@ pub(super) fn run_exec(plan: &ExecPlan<'_>, io: &ChildIo, gate: &ChildGate) -> C
     }
 }
 
-fn prepare_exec(plan: &ExecPlan<'_>, io: &ChildIo, gate: &ChildGate) -> Result<process::Executable> {
+fn prepare_exec(
+    plan: &ExecPlan<'_>,
+    io: &ChildIo,
+    gate: &ChildGate,
+) -> Result<process::Executable> {
     start()?;
     sys::setns(plan.init, plan.namespaces).context(|| "cannot join the container's namespaces")?;
     if plan.namespaces & sys::CLONE_NEWUSER != 0 {
@@ -137,7 +141,12 @@ fn become_root() -> Result<()> {
 }
 
 fn loopback_up() -> std::io::Result<()> {
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     // SAFETY: all zeroes is a valid request.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
@@ -145,14 +154,22 @@ fn loopback_up() -> std::io::Result<()> {
     let socket = sys::leak(socket);
     // SAFETY: the request is what the call reads, and is alive.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn open_terminal(root: BorrowedFd<'_>, process: &ProcessPlan) -> Result<terminal::Terminal> {
     let terminal = terminal::open(root, process.console_size)?;
     if process.uid != 0 {
-        rustix::fs::fchown(&terminal.slave, Some(rustix::fs::Uid::from_raw(process.uid)), None)
-            .context(|| "cannot give the terminal to process.user")?;
+        rustix::fs::fchown(
+            &terminal.slave,
+            Some(rustix::fs::Uid::from_raw(process.uid)),
+            None,
+        )
+        .context(|| "cannot give the terminal to process.user")?;
     }
     Ok(terminal)
 }
@@ -161,7 +178,11 @@ fn open_terminal(root: BorrowedFd<'_>, process: &ProcessPlan) -> Result<terminal
 fn set_streams(io: &ChildIo, terminal: Option<terminal::Terminal>, gate: &ChildGate) -> Result<()> {
     match (io, terminal) {
         (ChildIo::Pipes(stdio), _) => {
-            process::set_stdio(stdio.stdin.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd())?;
+            process::set_stdio(
+                stdio.stdin.as_fd(),
+                stdio.stdout.as_fd(),
+                stdio.stderr.as_fd(),
+            )?;
         }
         (ChildIo::Terminal, Some(terminal)) => {
             gate.send_terminal(terminal.master.as_fd())?;
@@ -170,7 +191,12 @@ fn set_streams(io: &ChildIo, terminal: Option<terminal::Terminal>, gate: &ChildG
             terminal::control(slave)?;
             process::set_stdio(slave, slave, slave)?;
         }
-        (ChildIo::Terminal, None) => return Err(CreateError::other("cannot set up streams", "no terminal was opened")),
+        (ChildIo::Terminal, None) => {
+            return Err(CreateError::other(
+                "cannot set up streams",
+                "no terminal was opened",
+            ));
+        }
     }
     gate.close_others()
 }

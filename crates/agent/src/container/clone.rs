@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 use rustix::process::{Signal, WaitId, WaitIdOptions};
 
@@ -73,10 +73,16 @@ pub(super) fn spawn(
         Place::New(namespaces) => {
             let visit = namespaces.visit()?;
             // SAFETY: the agent has one thread, and `run` does not return.
-            match unsafe { sys::clone3(namespaces.at_clone(), Some(cgroup)) }.map_err(cannot_clone)? {
+            match unsafe { sys::clone3(namespaces.at_clone(), Some(cgroup)) }
+                .map_err(cannot_clone)?
+            {
                 Cloned::Parent { pid, pidfd } => {
                     drop(visit);
-                    Ok(Spawned { pid, pidfd, gate: ours })
+                    Ok(Spawned {
+                        pid,
+                        pidfd,
+                        gate: ours,
+                    })
                 }
                 Cloned::Child => run(theirs, child),
             }
@@ -87,7 +93,11 @@ pub(super) fn spawn(
             match unsafe { sys::clone3(0, Some(cgroup)) }.map_err(cannot_clone)? {
                 Cloned::Parent { pid, pidfd } => {
                     drop(visit);
-                    Ok(Spawned { pid, pidfd, gate: ours })
+                    Ok(Spawned {
+                        pid,
+                        pidfd,
+                        gate: ours,
+                    })
                 }
                 Cloned::Child => run(theirs, child),
             }
@@ -96,7 +106,10 @@ pub(super) fn spawn(
 }
 
 fn cannot_clone(error: std::io::Error) -> CreateError {
-    CreateError::other("cannot clone a process for the container", super::error::reason(&error))
+    CreateError::other(
+        "cannot clone a process for the container",
+        super::error::reason(&error),
+    )
 }
 
 /// In the clone.
@@ -111,7 +124,11 @@ fn run(gate: OwnedFd, child: impl FnOnce(&ChildGate) -> CreateError) -> ! {
 
 /// In the process between the agent and a container that joins a user namespace: joins, clones the container's
 /// process as its own sibling, hands its pidfd over, and ends.
-fn run_between(namespaces: &Namespaces, gate: OwnedFd, child: impl FnOnce(&ChildGate) -> CreateError) -> ! {
+fn run_between(
+    namespaces: &Namespaces,
+    gate: OwnedFd,
+    child: impl FnOnce(&ChildGate) -> CreateError,
+) -> ! {
     let _bomb = Bomb;
     let between = ChildGate(Cell::new(sys::leak(gate)));
     let failed = |error: &CreateError| -> ! {
@@ -149,7 +166,10 @@ fn sibling(gate: OwnedFd, between: OwnedFd) -> Result<Spawned> {
             let pid = pid.try_into().map(u32::from_ne_bytes).unwrap_or_default();
             Ok(Spawned { pid, pidfd, gate })
         }
-        (None, _) => Err(CreateError::other("cannot join the user namespace", "the process that did so was killed")),
+        (None, _) => Err(CreateError::other(
+            "cannot join the user namespace",
+            "the process that did so was killed",
+        )),
         _ => Err(CreateError::decode(&message)),
     }
 }
@@ -177,7 +197,8 @@ impl ChildGate {
     /// Says that all is prepared, and waits for the permission to execute.
     pub(super) fn pass(&self) -> Result<()> {
         // Plain write and read: a seccomp filter is more likely to let these through.
-        rustix::io::write(self.0.get(), READY).context(|| "cannot tell the agent that the process is ready")?;
+        rustix::io::write(self.0.get(), READY)
+            .context(|| "cannot tell the agent that the process is ready")?;
         self.wait()
     }
 
@@ -200,9 +221,14 @@ impl ChildGate {
         if let Some(descriptors) = &descriptors {
             ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
         }
-        rustix::net::sendmsg(self.0.get(), &[IoSlice::new(message)], &mut ancillary, SendFlags::NOSIGNAL)
-            .map(drop)
-            .context(|| "cannot send a descriptor to the agent")
+        rustix::net::sendmsg(
+            self.0.get(),
+            &[IoSlice::new(message)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )
+        .map(drop)
+        .context(|| "cannot send a descriptor to the agent")
     }
 
     fn report(&self, error: &CreateError) {
@@ -214,7 +240,8 @@ impl ChildGate {
     pub(super) fn close_others(&self) -> Result<()> {
         let gate = self.0.get();
         if gate.as_raw_fd() as u32 != GATE {
-            sys::duplicate(gate, GATE as i32, libc::O_CLOEXEC).context(|| "cannot move the gate")?;
+            sys::duplicate(gate, GATE as i32, libc::O_CLOEXEC)
+                .context(|| "cannot move the gate")?;
             // SAFETY: open until execve closes it.
             self.0.set(unsafe { BorrowedFd::borrow_raw(GATE as i32) });
         }
@@ -225,7 +252,9 @@ impl ChildGate {
 impl Spawned {
     /// Tells the child that its ids are mapped.
     pub(super) fn maps_written(&self) -> Result<()> {
-        rustix::net::send(&self.gate, MAPPED, SendFlags::NOSIGNAL).map(drop).context(|| "the new process has ended")
+        rustix::net::send(&self.gate, MAPPED, SendFlags::NOSIGNAL)
+            .map(drop)
+            .context(|| "the new process has ended")
     }
 
     /// Waits until the child is ready; returns its terminal.
@@ -267,7 +296,9 @@ impl Spawned {
 
 /// Fails only when somebody else has reaped it already.
 fn reap(pidfd: BorrowedFd<'_>) {
-    while let Err(Errno::INTR) = rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED) {}
+    while let Err(Errno::INTR) =
+        rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED)
+    {}
 }
 
 /// One message of the gate; empty at its end.
@@ -295,7 +326,10 @@ fn receive(gate: BorrowedFd<'_>) -> Result<(Vec<u8>, Option<OwnedFd>)> {
 
 /// The caller may have made its end non-blocking.
 fn wait_readable(gate: BorrowedFd<'_>) -> Result<()> {
-    let mut poll = [rustix::event::PollFd::new(&gate, rustix::event::PollFlags::IN)];
+    let mut poll = [rustix::event::PollFd::new(
+        &gate,
+        rustix::event::PollFlags::IN,
+    )];
     match rustix::event::poll(&mut poll, None) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(error).context(|| "cannot wait for the new process"),

@@ -39,7 +39,12 @@ fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(
         }
         FileType::RegularFile => {
             let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let old = rustix::fs::openat(from, name, flags | OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty())?;
+            let old = rustix::fs::openat(
+                from,
+                name,
+                flags | OFlags::RDONLY | OFlags::NONBLOCK,
+                Mode::empty(),
+            )?;
             let create = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
             let new = rustix::fs::openat(to, name, create, Mode::from_raw_mode(0o600))?;
             loop {
@@ -59,7 +64,13 @@ fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(
             own(to, name, &stat)
         }
         FileType::Fifo | FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice => {
-            rustix::fs::mknodat(to, name, FileType::from_raw_mode(stat.st_mode), mode, stat.st_rdev)?;
+            rustix::fs::mknodat(
+                to,
+                name,
+                FileType::from_raw_mode(stat.st_mode),
+                mode,
+                stat.st_rdev,
+            )?;
             own(to, name, &stat)?;
             rustix::fs::chmodat(to, name, mode, AtFlags::empty())
         }
@@ -69,11 +80,20 @@ fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(
 
 fn own(at: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    rustix::fs::chownat(at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH)
+    rustix::fs::chownat(
+        at,
+        name,
+        Some(uid),
+        Some(gid),
+        AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH,
+    )
 }
 
 fn times(stat: &Stat) -> Timestamps {
-    let time = |seconds, nanoseconds| rustix::time::Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    let time = |seconds, nanoseconds| rustix::time::Timespec {
+        tv_sec: seconds,
+        tv_nsec: nanoseconds,
+    };
     Timestamps {
         last_access: time(stat.st_atime, stat.st_atime_nsec as i64),
         last_modification: time(stat.st_mtime, stat.st_mtime_nsec as i64),
@@ -97,13 +117,17 @@ mod tests {
         fs::set_permissions(from.join("sub/file"), fs::Permissions::from_mode(0o4711)).unwrap();
         fs::set_permissions(&from, fs::Permissions::from_mode(0o1777)).unwrap();
         symlink("/nowhere", from.join("link")).unwrap();
-        let open = |path| rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let open =
+            |path| rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
         copy(open(&from).as_fd(), open(&to).as_fd()).unwrap();
         assert_eq!(fs::read_to_string(to.join("sub/file")).unwrap(), "text");
         let mode = |path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
         assert_eq!(mode(to.join("sub/file")), 0o4711);
         assert_eq!(mode(to.clone()), 0o1777);
-        assert_eq!(fs::read_link(to.join("link")).unwrap().to_str(), Some("/nowhere"));
+        assert_eq!(
+            fs::read_link(to.join("link")).unwrap().to_str(),
+            Some("/nowhere")
+        );
         fs::remove_dir_all(&base).unwrap();
     }
 }

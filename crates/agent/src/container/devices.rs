@@ -15,8 +15,14 @@ use super::paths::{self, Missing};
 use super::{mounts, rootfs, sys};
 
 /// Name in /dev, major and minor of the nodes that every container has.
-const STANDARD: [(&CStr, u32, u32); 6] =
-    [(c"null", 1, 3), (c"zero", 1, 5), (c"full", 1, 7), (c"random", 1, 8), (c"urandom", 1, 9), (c"tty", 5, 0)];
+const STANDARD: [(&CStr, u32, u32); 6] = [
+    (c"null", 1, 3),
+    (c"zero", 1, 5),
+    (c"full", 1, 7),
+    (c"random", 1, 8),
+    (c"urandom", 1, 9),
+    (c"tty", 5, 0),
+];
 
 const LINKS: [(&CStr, &CStr); 5] = [
     (c"fd", c"/proc/self/fd"),
@@ -48,17 +54,30 @@ struct Node {
 }
 
 impl Devices {
-    pub(super) fn new(devices: &[LinuxDevice], bound_dev: bool, user_namespace: bool) -> Result<Devices> {
+    pub(super) fn new(
+        devices: &[LinuxDevice],
+        bound_dev: bool,
+        user_namespace: bool,
+    ) -> Result<Devices> {
         let nodes = devices.iter().map(Node::new).collect::<Result<_>>()?;
-        Ok(Devices { standard: !bound_dev, bind: user_namespace, nodes })
+        Ok(Devices {
+            standard: !bound_dev,
+            bind: user_namespace,
+            nodes,
+        })
     }
 
     /// Makes them all. In the child, with the agent's root and no umask.
     pub(super) fn make(&self, root: BorrowedFd<'_>) -> Result<()> {
         if self.standard {
-            let dev = paths::find_or_make(root, c"dev", || Ok(Missing::Directory)).context(|| "cannot open /dev")?;
+            let dev = paths::find_or_make(root, c"dev", || Ok(Missing::Directory))
+                .context(|| "cannot open /dev")?;
             for (name, major, minor) in STANDARD {
-                if self.nodes.iter().any(|node| node.path.to_bytes().strip_prefix(b"dev/") == Some(name.to_bytes())) {
+                if self
+                    .nodes
+                    .iter()
+                    .any(|node| node.path.to_bytes().strip_prefix(b"dev/") == Some(name.to_bytes()))
+                {
                     continue;
                 }
                 let mode = Mode::from_raw_mode(0o666);
@@ -69,7 +88,8 @@ impl Devices {
             links(dev.as_fd())?;
         }
         self.nodes.iter().try_for_each(|node| {
-            self.spec_node(root, node).context(|| format!("cannot make device /{}", node.path.to_string_lossy()))
+            self.spec_node(root, node)
+                .context(|| format!("cannot make device /{}", node.path.to_string_lossy()))
         })
     }
 
@@ -81,7 +101,13 @@ impl Devices {
         self.node(directory.as_fd(), &name, node.kind, node.number, node.mode)?;
         if node.uid != 0 || node.gid != 0 {
             let (uid, gid) = (Uid::from_raw(node.uid), Gid::from_raw(node.gid));
-            rustix::fs::chownat(&directory, &*name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+            rustix::fs::chownat(
+                &directory,
+                &*name,
+                Some(uid),
+                Some(gid),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )?;
         }
         Ok(())
     }
@@ -97,7 +123,11 @@ impl Devices {
         if self.bind {
             let mut path = b"dev/".to_vec();
             path.extend(name.to_bytes());
-            return bind(directory, name, &CString::new(path).map_err(|_| Errno::INVAL)?);
+            return bind(
+                directory,
+                name,
+                &CString::new(path).map_err(|_| Errno::INVAL)?,
+            );
         }
         match rustix::fs::mknodat(directory, name, kind, mode, number) {
             Err(Errno::EXIST) => {
@@ -123,11 +153,18 @@ fn bind(directory: BorrowedFd<'_>, name: &CStr, guest: &CStr) -> rustix::io::Res
 
 /// A file to mount something on.
 fn file(directory: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<BorrowedFd<'static>> {
-    match rustix::fs::mknodat(directory, name, FileType::RegularFile, Mode::from_raw_mode(0o644), 0) {
+    match rustix::fs::mknodat(
+        directory,
+        name,
+        FileType::RegularFile,
+        Mode::from_raw_mode(0o644),
+        0,
+    ) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(error),
     }
-    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
+    let flags =
+        rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC;
     rustix::fs::openat(directory, name, flags, Mode::empty()).map(sys::leak)
 }
 
@@ -135,8 +172,10 @@ fn links(dev: BorrowedFd<'_>) -> Result<()> {
     for (name, target) in LINKS {
         let made = match rustix::fs::symlinkat(target, dev, name) {
             // A terminal must come from the container's own devpts, whatever the image has there.
-            Err(Errno::EXIST) if name == c"ptmx" => rustix::fs::unlinkat(dev, name, AtFlags::empty())
-                .and_then(|()| rustix::fs::symlinkat(target, dev, name)),
+            Err(Errno::EXIST) if name == c"ptmx" => {
+                rustix::fs::unlinkat(dev, name, AtFlags::empty())
+                    .and_then(|()| rustix::fs::symlinkat(target, dev, name))
+            }
             Err(Errno::EXIST) => Ok(()),
             made => made,
         };
@@ -163,12 +202,19 @@ impl Node {
             LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
             LinuxDeviceType::P => FileType::Fifo,
             LinuxDeviceType::A => {
-                return Err(CreateError::invalid(FIELD, format_args!("{shown}: a node cannot be of type a")));
+                return Err(CreateError::invalid(
+                    FIELD,
+                    format_args!("{shown}: a node cannot be of type a"),
+                ));
             }
         };
         let half = |number: i64| {
-            u32::try_from(number)
-                .map_err(|_| CreateError::invalid(FIELD, format_args!("{shown}: number {number} is out of range")))
+            u32::try_from(number).map_err(|_| {
+                CreateError::invalid(
+                    FIELD,
+                    format_args!("{shown}: number {number} is out of range"),
+                )
+            })
         };
         let number = if kind == FileType::Fifo {
             0
@@ -197,17 +243,27 @@ mod tests {
 
     #[test]
     fn nodes_of_the_spec() {
-        let fuse = node(r#"{"path":"/dev/fuse","type":"c","major":10,"minor":229,"fileMode":438}"#).unwrap();
-        assert_eq!((fuse.path.as_c_str(), fuse.number), (c"dev/fuse", rustix::fs::makedev(10, 229)));
+        let fuse = node(r#"{"path":"/dev/fuse","type":"c","major":10,"minor":229,"fileMode":438}"#)
+            .unwrap();
+        assert_eq!(
+            (fuse.path.as_c_str(), fuse.number),
+            (c"dev/fuse", rustix::fs::makedev(10, 229))
+        );
         assert_eq!(fuse.mode, Mode::from_raw_mode(0o666));
     }
 
     #[test]
     fn wrong_ones_are_named() {
         for (json, words) in [
-            (r#"{"path":"/dev/x","type":"a","major":1,"minor":1}"#, "type a"),
+            (
+                r#"{"path":"/dev/x","type":"a","major":1,"minor":1}"#,
+                "type a",
+            ),
             (r#"{"path":"/dev/x","type":"c","major":-1,"minor":1}"#, "-1"),
-            (r#"{"path":"/","type":"c","major":1,"minor":1}"#, "linux.devices"),
+            (
+                r#"{"path":"/","type":"c","major":1,"minor":1}"#,
+                "linux.devices",
+            ),
         ] {
             let message = node(json).unwrap_err().to_string();
             assert!(message.contains(words), "{message}");

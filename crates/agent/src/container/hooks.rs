@@ -37,11 +37,18 @@ pub(super) struct Hooks {
 
 fn read(field: &'static str, hooks: &Option<Vec<Hook>>) -> Result<Vec<HookPlan>> {
     let strings = |strings: &Option<Vec<String>>| {
-        strings.iter().flatten().map(|string| sys::c_string(field, string)).collect::<Result<Vec<_>>>()
+        strings
+            .iter()
+            .flatten()
+            .map(|string| sys::c_string(field, string))
+            .collect::<Result<Vec<_>>>()
     };
     let read = |hook: &Hook| {
         if !hook.path().is_absolute() {
-            return Err(CreateError::invalid(field, format_args!("{} is not absolute", hook.path().display())));
+            return Err(CreateError::invalid(
+                field,
+                format_args!("{} is not absolute", hook.path().display()),
+            ));
         }
         let path = sys::c_path(field, hook.path())?;
         let mut arguments = strings(hook.args())?;
@@ -55,17 +62,30 @@ fn read(field: &'static str, hooks: &Option<Vec<Hook>>) -> Result<Vec<HookPlan>>
                     .ok()
                     .filter(|seconds| *seconds > 0)
                     .map(Duration::from_secs)
-                    .ok_or_else(|| CreateError::invalid(field, format_args!("timeout {seconds} is not positive")))?,
+                    .ok_or_else(|| {
+                        CreateError::invalid(
+                            field,
+                            format_args!("timeout {seconds} is not positive"),
+                        )
+                    })?,
             ),
         };
-        Ok(HookPlan { field, path, arguments, environment: strings(hook.env())?, timeout })
+        Ok(HookPlan {
+            field,
+            path,
+            arguments,
+            environment: strings(hook.env())?,
+            timeout,
+        })
     };
     hooks.iter().flatten().map(read).collect()
 }
 
 impl Hooks {
     pub(super) fn new(id: &str, spec: &Spec) -> Result<Hooks> {
-        let Some(hooks) = spec.hooks() else { return Ok(Hooks::default()) };
+        let Some(hooks) = spec.hooks() else {
+            return Ok(Hooks::default());
+        };
         let create_container = read("hooks.createContainer", hooks.create_container())?;
         let start_container = read("hooks.startContainer", hooks.start_container())?;
         if create_container.is_empty() && start_container.is_empty() {
@@ -77,7 +97,11 @@ impl Hooks {
             "bundle": spec.root().as_ref().map(|root| root.path()),
             "annotations": spec.annotations().clone().unwrap_or_default(),
         });
-        Ok(Hooks { create_container, start_container, state: state.to_string() })
+        Ok(Hooks {
+            create_container,
+            start_container,
+            state: state.to_string(),
+        })
     }
 
     /// Runs in the new namespaces, with the agent's root. Returns the id of this process as the agent sees it, which
@@ -86,7 +110,8 @@ impl Hooks {
         if self.create_container.is_empty() && self.start_container.is_empty() {
             return Ok(None);
         }
-        let link = rustix::fs::readlink(c"/proc/self", Vec::new()).context(|| "cannot read /proc/self")?;
+        let link =
+            rustix::fs::readlink(c"/proc/self", Vec::new()).context(|| "cannot read /proc/self")?;
         let pid = link.to_string_lossy().into_owned();
         self.run(&self.create_container, "creating", &pid)?;
         Ok(Some(pid))
@@ -126,20 +151,32 @@ impl HookPlan {
         if !ended {
             let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
         }
-        let status = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED).context(what)?;
+        let status = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)
+            .context(what)?;
         if !ended {
             return Err(CreateError::other(what(), "timed out"));
         }
         match status.map(|status| (status.exit_status(), status.terminating_signal())) {
             Some((Some(0), _)) => Ok(()),
-            Some((Some(status), _)) => Err(CreateError::other(what(), format_args!("exited with status {status}"))),
-            Some((None, Some(signal))) => Err(CreateError::other(what(), format_args!("killed by signal {signal}"))),
+            Some((Some(status), _)) => Err(CreateError::other(
+                what(),
+                format_args!("exited with status {status}"),
+            )),
+            Some((None, Some(signal))) => Err(CreateError::other(
+                what(),
+                format_args!("killed by signal {signal}"),
+            )),
             _ => Err(CreateError::other(what(), "ended in an unknown way")),
         }
     }
 
     /// In the hook's process.
-    fn execute(&self, stdin: BorrowedFd<'_>, arguments: &[*const c_char], environment: &[*const c_char]) -> ! {
+    fn execute(
+        &self,
+        stdin: BorrowedFd<'_>,
+        arguments: &[*const c_char],
+        environment: &[*const c_char],
+    ) -> ! {
         if sys::duplicate(stdin, 0, 0).is_ok() && super::process::reset_signals().is_ok() {
             sys::execve(&self.path, arguments, environment);
         }
@@ -185,14 +222,25 @@ mod tests {
         .unwrap();
         assert!(hooks.create_container.is_empty());
         assert_eq!(hooks.start_container[0].arguments, [c"/c".to_owned()]);
-        assert_eq!(hooks.start_container[0].timeout, Some(Duration::from_secs(2)));
+        assert_eq!(
+            hooks.start_container[0].timeout,
+            Some(Duration::from_secs(2))
+        );
     }
 
     #[test]
     fn wrong_ones_are_named() {
-        assert!(hooks(r#"{"createContainer":[{"path":"x"}]}"#).unwrap_err().to_string().contains("not absolute"));
         assert!(
-            hooks(r#"{"startContainer":[{"path":"/x","timeout":0}]}"#).unwrap_err().to_string().contains("timeout")
+            hooks(r#"{"createContainer":[{"path":"x"}]}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("not absolute")
+        );
+        assert!(
+            hooks(r#"{"startContainer":[{"path":"/x","timeout":0}]}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("timeout")
         );
     }
 
@@ -208,8 +256,23 @@ mod tests {
         };
         run(r#"read line; case $line in '{"status":"creating","pid":42,'*'"id":"c1"'*) ;; *) exit 9;; esac"#, "")
             .unwrap();
-        assert!(run("exit 3", "").unwrap_err().to_string().contains("exited with status 3"));
-        assert!(run("kill -9 $$", "").unwrap_err().to_string().contains("signal 9"));
-        assert!(run("exec sleep 10", r#","timeout":1"#).unwrap_err().to_string().contains("timed out"));
+        assert!(
+            run("exit 3", "")
+                .unwrap_err()
+                .to_string()
+                .contains("exited with status 3")
+        );
+        assert!(
+            run("kill -9 $$", "")
+                .unwrap_err()
+                .to_string()
+                .contains("signal 9")
+        );
+        assert!(
+            run("exec sleep 10", r#","timeout":1"#)
+                .unwrap_err()
+                .to_string()
+                .contains("timed out")
+        );
     }
 }

@@ -5,7 +5,8 @@
 //! with a user namespace has left; and late, because the limits are the command's, not the preparation's.
 
 use oci_spec::runtime::{
-    IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
+    IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType,
+    Process, Scheduler,
 };
 use rustix::fs::CWD;
 use rustix::process::Pid;
@@ -43,20 +44,36 @@ struct SchedulerAttributes {
 impl Limits {
     /// `executed`: not the container's init, which alone execCPUAffinity is not for.
     pub(super) fn new(process: &Process, executed: bool) -> Result<Limits> {
-        let mut limits = Limits { oom_score_adj: process.oom_score_adj(), ..Default::default() };
+        let mut limits = Limits {
+            oom_score_adj: process.oom_score_adj(),
+            ..Default::default()
+        };
         for rlimit in process.rlimits().iter().flatten() {
             if limits.rlimits.iter().any(|(kind, _)| *kind == rlimit.typ()) {
-                return Err(CreateError::invalid("process.rlimits", format_args!("{} is named twice", rlimit.typ())));
+                return Err(CreateError::invalid(
+                    "process.rlimits",
+                    format_args!("{} is named twice", rlimit.typ()),
+                ));
             }
-            let value = libc::rlimit64 { rlim_cur: rlimit.soft(), rlim_max: rlimit.hard() };
+            let value = libc::rlimit64 {
+                rlim_cur: rlimit.soft(),
+                rlim_max: rlimit.hard(),
+            };
             limits.rlimits.push((rlimit.typ(), value));
         }
         limits.scheduler = process.scheduler().as_ref().map(scheduler).transpose()?;
-        limits.io_priority = process.io_priority().as_ref().map(io_priority).transpose()?;
+        limits.io_priority = process
+            .io_priority()
+            .as_ref()
+            .map(io_priority)
+            .transpose()?;
         if let Some(affinity) = process.exec_cpu_affinity().as_ref().filter(|_| executed) {
             // The process is made in the container's control group, so there is no earlier moment for `initial`: it
             // counts when nothing else is said.
-            let list = affinity.cpu_affinity_final().as_ref().or(affinity.initial().as_ref());
+            let list = affinity
+                .cpu_affinity_final()
+                .as_ref()
+                .or(affinity.initial().as_ref());
             limits.processors = list.map(|list| processors(list)).transpose()?;
         }
         Ok(limits)
@@ -66,30 +83,53 @@ impl Limits {
     pub(super) fn apply(&self, pid: u32) -> Result<()> {
         for (kind, value) in &self.rlimits {
             // SAFETY: the new limit is valid for the call, the old one is not asked for.
-            let result =
-                unsafe { libc::prlimit64(pid as libc::pid_t, resource(*kind), value, std::ptr::null_mut()) };
+            let result = unsafe {
+                libc::prlimit64(
+                    pid as libc::pid_t,
+                    resource(*kind),
+                    value,
+                    std::ptr::null_mut(),
+                )
+            };
             if result < 0 {
                 let error = std::io::Error::last_os_error();
-                return Err(CreateError::other(format_args!("cannot set process.rlimits {kind}"), reason(&error)));
+                return Err(CreateError::other(
+                    format_args!("cannot set process.rlimits {kind}"),
+                    reason(&error),
+                ));
             }
         }
         if let Some(score) = self.oom_score_adj {
-            sys::write_file(CWD, format!("/proc/{pid}/oom_score_adj").as_str(), score.to_string().as_bytes())
-                .context(|| format!("cannot set process.oomScoreAdj to {score}"))?;
+            sys::write_file(
+                CWD,
+                format!("/proc/{pid}/oom_score_adj").as_str(),
+                score.to_string().as_bytes(),
+            )
+            .context(|| format!("cannot set process.oomScoreAdj to {score}"))?;
         }
         if let Some(attributes) = &self.scheduler {
             // SAFETY: the attributes are valid for the call and carry their size.
-            let result = unsafe { libc::syscall(libc::SYS_sched_setattr, pid, std::ptr::from_ref(attributes), 0) };
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_sched_setattr,
+                    pid,
+                    std::ptr::from_ref(attributes),
+                    0,
+                )
+            };
             if result < 0 {
-                return Err(std::io::Error::last_os_error()).context(|| "cannot set process.scheduler");
+                return Err(std::io::Error::last_os_error())
+                    .context(|| "cannot set process.scheduler");
             }
         }
         if let Some(priority) = self.io_priority {
             const IOPRIO_WHO_PROCESS: libc::c_int = 1;
             // SAFETY: takes numbers only.
-            let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, priority) };
+            let result =
+                unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, priority) };
             if result < 0 {
-                return Err(std::io::Error::last_os_error()).context(|| "cannot set process.ioPriority");
+                return Err(std::io::Error::last_os_error())
+                    .context(|| "cannot set process.ioPriority");
             }
         }
         if let Some(processors) = &self.processors {
@@ -134,7 +174,10 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes> {
         LinuxSchedulerPolicy::SchedIdle => libc::SCHED_IDLE,
         LinuxSchedulerPolicy::SchedDeadline => libc::SCHED_DEADLINE,
         LinuxSchedulerPolicy::SchedIso => {
-            return Err(CreateError::unsupported("process.scheduler.policy", "Linux never had SCHED_ISO"));
+            return Err(CreateError::unsupported(
+                "process.scheduler.policy",
+                "Linux never had SCHED_ISO",
+            ));
         }
     };
     let mut flags = 0;
@@ -155,8 +198,12 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes> {
         policy: policy as u32,
         flags,
         nice: scheduler.nice().unwrap_or(0),
-        priority: u32::try_from(priority)
-            .map_err(|_| CreateError::invalid("process.scheduler.priority", format_args!("{priority} is negative")))?,
+        priority: u32::try_from(priority).map_err(|_| {
+            CreateError::invalid(
+                "process.scheduler.priority",
+                format_args!("{priority} is negative"),
+            )
+        })?,
         runtime: scheduler.runtime().unwrap_or(0),
         deadline: scheduler.deadline().unwrap_or(0),
         period: scheduler.period().unwrap_or(0),
@@ -172,9 +219,14 @@ fn io_priority(io: &LinuxIOPriority) -> Result<libc::c_int> {
         IOPriorityClass::IoprioClassBe => 2,
         IOPriorityClass::IoprioClassIdle => 3,
     };
-    let priority = libc::c_int::try_from(io.priority()).ok().filter(|priority| (0..8).contains(priority));
+    let priority = libc::c_int::try_from(io.priority())
+        .ok()
+        .filter(|priority| (0..8).contains(priority));
     let priority = priority.ok_or_else(|| {
-        CreateError::invalid("process.ioPriority.priority", format_args!("{} is not between 0 and 7", io.priority()))
+        CreateError::invalid(
+            "process.ioPriority.priority",
+            format_args!("{} is not between 0 and 7", io.priority()),
+        )
     })?;
     Ok(class << CLASS_SHIFT | priority)
 }
@@ -201,8 +253,10 @@ mod tests {
     use super::*;
 
     fn limits(rest: &str) -> Result<Limits> {
-        let process: Process =
-            serde_json::from_str(&format!(r#"{{"user":{{"uid":0,"gid":0}},"cwd":"/",{rest}}}"#)).unwrap();
+        let process: Process = serde_json::from_str(&format!(
+            r#"{{"user":{{"uid":0,"gid":0}},"cwd":"/",{rest}}}"#
+        ))
+        .unwrap();
         Limits::new(&process, true)
     }
 
@@ -223,9 +277,15 @@ mod tests {
     #[test]
     fn wrong_ones_are_named() {
         for (json, words) in [
-            (r#""ioPriority":{"class":"IOPRIO_CLASS_BE","priority":8}"#, "ioPriority"),
+            (
+                r#""ioPriority":{"class":"IOPRIO_CLASS_BE","priority":8}"#,
+                "ioPriority",
+            ),
             (r#""scheduler":{"policy":"SCHED_ISO"}"#, "SCHED_ISO"),
-            (r#""scheduler":{"policy":"SCHED_RR","priority":-1}"#, "priority"),
+            (
+                r#""scheduler":{"policy":"SCHED_RR","priority":-1}"#,
+                "priority",
+            ),
             (
                 r#""rlimits":[{"type":"RLIMIT_CORE","soft":1,"hard":1},{"type":"RLIMIT_CORE","soft":1,"hard":1}]"#,
                 "RLIMIT_CORE is named twice",
@@ -243,15 +303,22 @@ mod tests {
                "scheduler":{"policy":"SCHED_BATCH","nice":5},"execCPUAffinity":{"initial":"0"}"#,
         )
         .unwrap();
-        let mut child = std::process::Command::new("sleep").arg("10").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("10")
+            .spawn()
+            .unwrap();
         let applied = limits.apply(child.id());
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap();
+        let read =
+            |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap();
         let (score, rlimits) = (read("oom_score_adj"), read("limits"));
         child.kill().unwrap();
         child.wait().unwrap();
         applied.unwrap();
         assert_eq!(score.trim(), "500");
-        let core = rlimits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        let core = rlimits
+            .lines()
+            .find(|line| line.starts_with("Max core file size"))
+            .unwrap();
         assert!(core.contains(" 0 "), "{core}");
     }
 }

@@ -37,6 +37,7 @@ mod rootfs;
 mod seccomp;
 mod sys;
 mod terminal;
+mod users;
 
 pub use error::{CreateError, Result};
 
@@ -66,6 +67,15 @@ pub struct Stdio {
     pub stdout: OwnedFd,
     /// Becomes descriptor 2.
     pub stderr: OwnedFd,
+}
+
+/// Arguments and environment that JSON cannot say: when not empty, they replace the spec's.
+#[derive(Clone, Debug, Default)]
+pub struct Exact {
+    /// Instead of `process.args`.
+    pub arguments: Vec<Vec<u8>>,
+    /// Instead of `process.env`.
+    pub environment: Vec<Vec<u8>>,
 }
 
 /// Where a new process reads and writes.
@@ -113,7 +123,12 @@ impl PendingChild {
             .wait_until_ready()
             .and_then(|terminal| limits.apply(spawned.pid).map(|()| terminal))
             .inspect_err(|_| spawned.kill());
-        ready.map(|terminal| Child { pid: spawned.pid, pidfd: spawned.pidfd, terminal, gate: spawned.gate })
+        ready.map(|terminal| Child {
+            pid: spawned.pid,
+            pidfd: spawned.pidfd,
+            terminal,
+            gate: spawned.gate,
+        })
     }
 }
 
@@ -133,33 +148,44 @@ pub struct Container {
 }
 
 impl Container {
-    /// Builds a container up to the point where its init waits at the gate. Blocks for that long. Nothing is left
-    /// behind on failure.
-    pub fn create(id: &str, spec: &Spec, io: ChildIo) -> Result<(Container, Child)> {
-        let (container, pending) = Container::begin_create(id, spec, io)?;
-        match pending.finish() {
-            Ok(child) => Ok((container, child)),
-            Err(error) => {
-                // The first error is the one to tell.
-                let _ = container.destroy();
-                Err(error)
-            }
-        }
-    }
-
-    /// As [`Container::create`], without waiting. If [`PendingChild::finish`] fails, the container must be given to
-    /// [`Container::destroy`].
-    pub fn begin_create(id: &str, spec: &Spec, io: ChildIo) -> Result<(Container, PendingChild)> {
-        let linux = spec.linux().as_ref().ok_or_else(|| CreateError::invalid("linux", "is missing"))?;
-        let process = spec.process().as_ref().ok_or_else(|| CreateError::invalid("process", "is missing"))?;
+    /// Starts to build a container, up to the point where its init waits at the gate. If [`PendingChild::finish`]
+    /// fails, the container must be given to [`Container::destroy`]; an error from here leaves nothing behind.
+    pub fn begin_create(
+        id: &str,
+        spec: &Spec,
+        exact: &Exact,
+        io: ChildIo,
+    ) -> Result<(Container, PendingChild)> {
+        let linux = spec
+            .linux()
+            .as_ref()
+            .ok_or_else(|| CreateError::invalid("linux", "is missing"))?;
+        let process = spec
+            .process()
+            .as_ref()
+            .ok_or_else(|| CreateError::invalid("process", "is missing"))?;
         refuse_foreign(spec, linux)?;
         check_terminal(process, &io)?;
-        let cgroup = CgroupPlan::new(id, linux.cgroups_path().as_deref(), linux.resources().as_ref())?;
+        let cgroup = CgroupPlan::new(
+            id,
+            linux.cgroups_path().as_deref(),
+            linux.resources().as_ref(),
+        )?;
         let namespaces = Namespaces::new(linux)?;
-        let seccomp = linux.seccomp().as_ref().map(Filter::new).transpose()?.map(Arc::new);
+        let seccomp = linux
+            .seccomp()
+            .as_ref()
+            .map(Filter::new)
+            .transpose()?
+            .map(Arc::new);
         let plan = InitPlan {
             rootfs: RootfsPlan::new(spec, &namespaces, &cgroup.path())?,
-            process: ProcessPlan::new(process, linux.personality().as_ref(), seccomp.clone())?,
+            process: ProcessPlan::new(
+                process,
+                exact,
+                linux.personality().as_ref(),
+                seccomp.clone(),
+            )?,
             hooks: hooks::Hooks::new(id, spec)?,
             hostname: own_name("hostname", spec.hostname(), &namespaces)?,
             domainname: own_name("domainname", spec.domainname(), &namespaces)?,
@@ -197,27 +223,34 @@ impl Container {
         Ok((container, PendingChild { spawned, limits }))
     }
 
-    /// Makes another process in the running container, up to its gate.
-    pub fn exec(&self, process: &Process, io: ChildIo) -> Result<Child> {
-        self.begin_exec(process, io)?.finish()
-    }
-
-    /// As [`Container::exec`], without waiting.
-    pub fn begin_exec(&self, process: &Process, io: ChildIo) -> Result<PendingChild> {
+    /// Starts to make another process in the running container, up to its gate.
+    pub fn begin_exec(
+        &self,
+        process: &Process,
+        exact: &Exact,
+        io: ChildIo,
+    ) -> Result<PendingChild> {
         if self.frozen.load(Ordering::Relaxed) {
             // A clone would be born frozen.
             return Err(CreateError::NotRunning("container is paused".into()));
         }
         check_terminal(process, &io)?;
         let plan = ExecPlan {
-            process: ProcessPlan::new(process, self.personality.as_ref(), self.seccomp.clone())?,
+            process: ProcessPlan::new(
+                process,
+                exact,
+                self.personality.as_ref(),
+                self.seccomp.clone(),
+            )?,
             init: self.init.as_fd(),
             namespaces: self.namespaces,
         };
         let limits = Limits::new(process, true)?;
         own_streams(&io, outside_id(&self.uid_map, plan.process.uid));
         let spawn = |cgroup: BorrowedFd<'_>| {
-            clone::spawn(&Place::Of(self.init.as_fd()), cgroup, |gate| child::run_exec(&plan, &io, gate))
+            clone::spawn(&Place::Of(self.init.as_fd()), cgroup, |gate| {
+                child::run_exec(&plan, &io, gate)
+            })
         };
         let spawned = match spawn(self.cgroup.directory()) {
             Ok(spawned) => spawned,
@@ -263,10 +296,13 @@ fn start_init(plan: &InitPlan, io: &ChildIo, cgroup: &Cgroup) -> Result<Spawned>
     if namespaces.has(sys::CLONE_NEWUSER) && namespaces.has(sys::CLONE_NEWCGROUP) {
         cgroup.delegate(outside_id(&namespaces.uid_map, 0))?;
     }
-    let spawned =
-        clone::spawn(&Place::New(namespaces), cgroup.directory(), |gate| child::run_init(plan, io, gate))?;
+    let spawned = clone::spawn(&Place::New(namespaces), cgroup.directory(), |gate| {
+        child::run_init(plan, io, gate)
+    })?;
     if namespaces.creates(sys::CLONE_NEWUSER) {
-        let mapped = namespaces.write_maps(spawned.pid).and_then(|()| spawned.maps_written());
+        let mapped = namespaces
+            .write_maps(spawned.pid)
+            .and_then(|()| spawned.maps_written());
         mapped.inspect_err(|_| spawned.kill())?;
     }
     Ok(spawned)
@@ -279,32 +315,57 @@ fn refuse_foreign(spec: &Spec, linux: &Linux) -> Result<()> {
         (spec.windows().is_some(), "windows", "the guest is Linux"),
         (spec.solaris().is_some(), "solaris", "the guest is Linux"),
         (spec.zos().is_some(), "zos", "the guest is Linux"),
-        (linux.intel_rdt().is_some(), "linux.intelRdt", "the guest has no resource control of the processor"),
-        (linux.memory_policy().is_some(), "linux.memoryPolicy", "the guest has one memory node"),
         (
-            linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()),
+            linux.intel_rdt().is_some(),
+            "linux.intelRdt",
+            "the guest has no resource control of the processor",
+        ),
+        (
+            linux.memory_policy().is_some(),
+            "linux.memoryPolicy",
+            "the guest has one memory node",
+        ),
+        (
+            linux
+                .net_devices()
+                .as_ref()
+                .is_some_and(|devices| !devices.is_empty()),
             "linux.netDevices",
             "network devices are not moved into containers",
         ),
-        (given(linux.mount_label()), "linux.mountLabel", "the guest kernel has no SELinux"),
+        (
+            given(linux.mount_label()),
+            "linux.mountLabel",
+            "the guest kernel has no SELinux",
+        ),
     ];
     refused
         .into_iter()
         .find(|(given, ..)| *given)
-        .map_or(Ok(()), |(_, field, why)| Err(CreateError::unsupported(field, why)))
+        .map_or(Ok(()), |(_, field, why)| {
+            Err(CreateError::unsupported(field, why))
+        })
 }
 
 fn check_terminal(process: &Process, io: &ChildIo) -> Result<()> {
     let wanted = process.terminal().unwrap_or(false);
     if wanted != matches!(io, ChildIo::Terminal) {
-        let why = if wanted { "is true, and no terminal stream is given" } else { "is false, and one is given" };
+        let why = if wanted {
+            "is true, and no terminal stream is given"
+        } else {
+            "is false, and one is given"
+        };
         return Err(CreateError::invalid("process.terminal", why));
     }
     Ok(())
 }
 
 /// A name that would be the whole guest's without a UTS namespace.
-fn own_name(field: &'static str, name: &Option<String>, namespaces: &Namespaces) -> Result<Option<String>> {
+fn own_name(
+    field: &'static str,
+    name: &Option<String>,
+    namespaces: &Namespaces,
+) -> Result<Option<String>> {
     let name = name.clone().filter(|name| !name.is_empty());
     if name.is_some() && !namespaces.has(sys::CLONE_NEWUTS) {
         return Err(CreateError::invalid(field, "given without a UTS namespace"));

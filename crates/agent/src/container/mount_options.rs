@@ -6,9 +6,9 @@
 use libc::c_ulong;
 
 use super::sys::{
-    MOUNT_ATTR_ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_NOEXEC,
-    MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY, MOUNT_ATTR_RELATIME, MOUNT_ATTR_STRICTATIME,
-    MountAttributes,
+    MOUNT_ATTR_ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME,
+    MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY,
+    MOUNT_ATTR_RELATIME, MOUNT_ATTR_STRICTATIME, MountAttributes,
 };
 
 const MS_NOSYMFOLLOW: c_ulong = 256;
@@ -53,8 +53,16 @@ fn word(option: &str) -> Option<Word> {
         "dev" => Flag(libc::MS_NODEV, false, Some((MOUNT_ATTR_NODEV, false))),
         "noexec" => Flag(libc::MS_NOEXEC, true, Some((MOUNT_ATTR_NOEXEC, true))),
         "exec" => Flag(libc::MS_NOEXEC, false, Some((MOUNT_ATTR_NOEXEC, false))),
-        "nodiratime" => Flag(libc::MS_NODIRATIME, true, Some((MOUNT_ATTR_NODIRATIME, true))),
-        "diratime" => Flag(libc::MS_NODIRATIME, false, Some((MOUNT_ATTR_NODIRATIME, false))),
+        "nodiratime" => Flag(
+            libc::MS_NODIRATIME,
+            true,
+            Some((MOUNT_ATTR_NODIRATIME, true)),
+        ),
+        "diratime" => Flag(
+            libc::MS_NODIRATIME,
+            false,
+            Some((MOUNT_ATTR_NODIRATIME, false)),
+        ),
         "nosymfollow" => Flag(MS_NOSYMFOLLOW, true, Some((MOUNT_ATTR_NOSYMFOLLOW, true))),
         "symfollow" => Flag(MS_NOSYMFOLLOW, false, Some((MOUNT_ATTR_NOSYMFOLLOW, false))),
         "sync" => Flag(libc::MS_SYNCHRONOUS, true, None),
@@ -129,11 +137,19 @@ impl MountOptions {
             self.apply(word);
         } else if let Some(flags) = propagation(option) {
             self.propagation.push(flags);
-        } else if let Some(word) = option.strip_prefix('r').and_then(word).filter(|word| word.has_attribute()) {
+        } else if let Some(word) = option
+            .strip_prefix('r')
+            .and_then(word)
+            .filter(|word| word.has_attribute())
+        {
             match word {
-                Word::Flag(_, _, Some((attribute, set))) => self.recursive.attribute(attribute, set),
+                Word::Flag(_, _, Some((attribute, set))) => {
+                    self.recursive.attribute(attribute, set)
+                }
                 Word::Times(_, value) => self.recursive.times(value),
-                Word::Flag(_, _, None) | Word::NoTimes(_) => self.recursive.times(MOUNT_ATTR_RELATIME),
+                Word::Flag(_, _, None) | Word::NoTimes(_) => {
+                    self.recursive.times(MOUNT_ATTR_RELATIME)
+                }
             }
         } else {
             match option {
@@ -230,17 +246,29 @@ mod tests {
     #[test]
     fn access_times_are_one_field() {
         let attributes = parse("noatime,relatime").attributes;
-        assert_eq!((attributes.set, attributes.clear), (MOUNT_ATTR_RELATIME, MOUNT_ATTR_ATIME));
+        assert_eq!(
+            (attributes.set, attributes.clear),
+            (MOUNT_ATTR_RELATIME, MOUNT_ATTR_ATIME)
+        );
         let attributes = parse("relatime,noatime").attributes;
-        assert_eq!((attributes.set, attributes.clear), (MOUNT_ATTR_NOATIME, MOUNT_ATTR_ATIME));
+        assert_eq!(
+            (attributes.set, attributes.clear),
+            (MOUNT_ATTR_NOATIME, MOUNT_ATTR_ATIME)
+        );
     }
 
     #[test]
     fn recursive_attributes() {
         let options = parse("rbind,rro,rnosuid,rexec,rnoatime");
         assert_eq!(options.attributes, MountAttributes::default());
-        assert_eq!(options.recursive.set, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOATIME);
-        assert_eq!(options.recursive.clear, MOUNT_ATTR_NOEXEC | MOUNT_ATTR_ATIME);
+        assert_eq!(
+            options.recursive.set,
+            MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOATIME
+        );
+        assert_eq!(
+            options.recursive.clear,
+            MOUNT_ATTR_NOEXEC | MOUNT_ATTR_ATIME
+        );
         assert_eq!(options.data, "");
     }
 
@@ -254,11 +282,14 @@ mod tests {
 
     #[test]
     fn propagation_words() {
-        assert_eq!(parse("rslave,shared").propagation, [libc::MS_SLAVE | libc::MS_REC, libc::MS_SHARED]);
-        assert_eq!(parse("rprivate,unbindable").propagation, [
-            libc::MS_PRIVATE | libc::MS_REC,
-            libc::MS_UNBINDABLE
-        ]);
+        assert_eq!(
+            parse("rslave,shared").propagation,
+            [libc::MS_SLAVE | libc::MS_REC, libc::MS_SHARED]
+        );
+        assert_eq!(
+            parse("rprivate,unbindable").propagation,
+            [libc::MS_PRIVATE | libc::MS_REC, libc::MS_UNBINDABLE]
+        );
     }
 
     #[test]

@@ -31,8 +31,15 @@ pub(super) struct MountPlan {
 
 #[derive(Debug)]
 enum Kind {
-    Bind { source: CString, recursive: bool },
-    Filesystem { name: CString, source: CString, data: CString },
+    Bind {
+        source: CString,
+        recursive: bool,
+    },
+    Filesystem {
+        name: CString,
+        source: CString,
+        data: CString,
+    },
 }
 
 /// What a mount may need to know of the container.
@@ -48,21 +55,37 @@ impl MountPlan {
         let field = |name: &str| format!("mounts: {shown}: {name}");
         let destination = rootfs::inside("mounts: destination", mount.destination())?;
         let mut options = MountOptions::parse(mount.options().iter().flatten().map(String::as_str));
-        if mount.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty())
-            || mount.gid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty())
+        if mount
+            .uid_mappings()
+            .as_ref()
+            .is_some_and(|mappings| !mappings.is_empty())
+            || mount
+                .gid_mappings()
+                .as_ref()
+                .is_some_and(|mappings| !mappings.is_empty())
         {
-            return Err(CreateError::unsupported(field("uidMappings"), "mounts with mapped ids"));
+            return Err(CreateError::unsupported(
+                field("uidMappings"),
+                "mounts with mapped ids",
+            ));
         }
         for word in options.data.split(',') {
             if matches!(word, "idmap" | "ridmap" | "remount") {
-                return Err(CreateError::unsupported(field("options"), format_args!("{word:?}")));
+                return Err(CreateError::unsupported(
+                    field("options"),
+                    format_args!("{word:?}"),
+                ));
             }
         }
-        let source = mount.source().as_deref().filter(|source| !source.as_os_str().is_empty());
+        let source = mount
+            .source()
+            .as_deref()
+            .filter(|source| !source.as_os_str().is_empty());
         let name = mount.typ().as_deref().unwrap_or_default();
         let bind = options.bind.or((name == "bind").then_some(false));
         let kind = if let Some(recursive) = bind {
-            let source = source.ok_or_else(|| CreateError::invalid(field("source"), "is missing"))?;
+            let source =
+                source.ok_or_else(|| CreateError::invalid(field("source"), "is missing"))?;
             if !source.is_absolute() {
                 return Err(CreateError::invalid(
                     field("source"),
@@ -81,16 +104,29 @@ impl MountPlan {
                     "a bind mount cannot change how its file system writes",
                 ));
             }
-            Kind::Bind { source: sys::c_path("mounts: source", source)?, recursive }
+            Kind::Bind {
+                source: sys::c_path("mounts: source", source)?,
+                recursive,
+            }
         } else if matches!(name, "cgroup" | "cgroup2") {
             if !options.data.is_empty() {
-                return Err(CreateError::unsupported(field("options"), format_args!("{:?}", options.data)));
+                return Err(CreateError::unsupported(
+                    field("options"),
+                    format_args!("{:?}", options.data),
+                ));
             }
             if surroundings.cgroup_namespace {
-                Kind::Filesystem { name: c"cgroup2".into(), source: c"cgroup".into(), data: CString::default() }
+                Kind::Filesystem {
+                    name: c"cgroup2".into(),
+                    source: c"cgroup".into(),
+                    data: CString::default(),
+                }
             } else {
                 // Without a namespace the whole hierarchy would show.
-                Kind::Bind { source: sys::c_path("linux.cgroupsPath", surroundings.cgroup)?, recursive: false }
+                Kind::Bind {
+                    source: sys::c_path("linux.cgroupsPath", surroundings.cgroup)?,
+                    recursive: false,
+                }
             }
         } else {
             if name.is_empty() || name == "none" {
@@ -103,11 +139,20 @@ impl MountPlan {
                 data: sys::c_string("mounts: options", &options.data)?,
             }
         };
-        if options.copy_up && !matches!(&kind, Kind::Filesystem { name, .. } if name.as_c_str() == c"tmpfs") {
-            return Err(CreateError::invalid(field("options"), "\"tmpcopyup\" is for tmpfs"));
+        if options.copy_up
+            && !matches!(&kind, Kind::Filesystem { name, .. } if name.as_c_str() == c"tmpfs")
+        {
+            return Err(CreateError::invalid(
+                field("options"),
+                "\"tmpcopyup\" is for tmpfs",
+            ));
         }
         options.data.clear();
-        Ok(MountPlan { destination, kind, options })
+        Ok(MountPlan {
+            destination,
+            kind,
+            options,
+        })
     }
 
     /// The image's own directory of devices is replaced by another one that must not be filled.
@@ -119,18 +164,27 @@ impl MountPlan {
     pub(super) fn mount(&self, root: BorrowedFd<'_>) -> Result<()> {
         match &self.kind {
             Kind::Bind { source, recursive } => self.bind(root, source, *recursive),
-            Kind::Filesystem { name, source, data } => self.new_filesystem(root, name, source, data),
+            Kind::Filesystem { name, source, data } => {
+                self.new_filesystem(root, name, source, data)
+            }
         }
     }
 
     fn what(&self) -> String {
         match &self.kind {
             Kind::Bind { source, .. } => {
-                format!("cannot bind {} to /{}", source.to_string_lossy(), self.destination.to_string_lossy())
+                format!(
+                    "cannot bind {} to /{}",
+                    source.to_string_lossy(),
+                    self.destination.to_string_lossy()
+                )
             }
             Kind::Filesystem { name, data, .. } => {
-                let mut text =
-                    format!("cannot mount {} at /{}", name.to_string_lossy(), self.destination.to_string_lossy());
+                let mut text = format!(
+                    "cannot mount {} at /{}",
+                    name.to_string_lossy(),
+                    self.destination.to_string_lossy()
+                );
                 if !data.is_empty() {
                     text.push_str(&format!(" (options {})", data.to_string_lossy()));
                 }
@@ -143,7 +197,11 @@ impl MountPlan {
         let tree = detached(CWD, source, recursive).context(|| self.what())?;
         self.set_attributes(tree.as_fd(), &self.options.attributes)?;
         let target = paths::find_or_make(root, &self.destination, || {
-            Ok(if is_directory(tree.as_fd()) { Missing::Directory } else { Missing::File })
+            Ok(if is_directory(tree.as_fd()) {
+                Missing::Directory
+            } else {
+                Missing::File
+            })
         })
         .context(|| self.what())?;
         match attach(tree.as_fd(), target.as_fd()) {
@@ -159,14 +217,23 @@ impl MountPlan {
         }
     }
 
-    fn new_filesystem(&self, root: BorrowedFd<'_>, name: &CStr, source: &CStr, data: &CStr) -> Result<()> {
+    fn new_filesystem(
+        &self,
+        root: BorrowedFd<'_>,
+        name: &CStr,
+        source: &CStr,
+        data: &CStr,
+    ) -> Result<()> {
         let found = if name == c"proc" || name == c"sysfs" {
             // What the image holds there must not send these elsewhere: masking and sysctls rely on their place.
             match paths::find_plain(root, &self.destination) {
                 Err(Errno::LOOP) => {
                     return Err(CreateError::invalid(
                         format_args!("mounts: /{}", self.destination.to_string_lossy()),
-                        format_args!("{} is not mounted through a symbolic link", name.to_string_lossy()),
+                        format_args!(
+                            "{} is not mounted through a symbolic link",
+                            name.to_string_lossy()
+                        ),
                     ));
                 }
                 found => found,
@@ -188,14 +255,21 @@ impl MountPlan {
             flags &= !libc::MS_RDONLY;
         }
         sys::mount_here(source, name, flags, data).context(|| self.what())?;
-        if !self.options.copy_up && self.options.propagation.is_empty() && self.options.recursive.is_empty() {
+        if !self.options.copy_up
+            && self.options.propagation.is_empty()
+            && self.options.recursive.is_empty()
+        {
             return Ok(());
         }
         let mounted = paths::find(root, &self.destination).context(|| self.what())?;
         let mut attributes = MountAttributes::default();
         if self.options.copy_up {
-            copy_up::copy(target, mounted.as_fd())
-                .context(|| format!("cannot copy to the tmpfs at /{}", self.destination.to_string_lossy()))?;
+            copy_up::copy(target, mounted.as_fd()).context(|| {
+                format!(
+                    "cannot copy to the tmpfs at /{}",
+                    self.destination.to_string_lossy()
+                )
+            })?;
             if self.options.flags & libc::MS_RDONLY != 0 {
                 attributes.set = MOUNT_ATTR_RDONLY;
             }
@@ -215,18 +289,31 @@ impl MountPlan {
         }
         self.options.propagation.iter().try_for_each(|flags| {
             let propagation = *flags & !libc::MS_REC;
-            set(flags & libc::MS_REC != 0, &MountAttributes { propagation, ..Default::default() })
+            set(
+                flags & libc::MS_REC != 0,
+                &MountAttributes {
+                    propagation,
+                    ..Default::default()
+                },
+            )
         })
     }
 }
 
 fn is_directory(fd: BorrowedFd<'_>) -> bool {
-    rustix::fs::fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
+    rustix::fs::fstat(fd)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 /// A copy of the mount at `path` that is mounted nowhere.
-pub(super) fn detached(at: BorrowedFd<'_>, path: &CStr, recursive: bool) -> rustix::io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+pub(super) fn detached(
+    at: BorrowedFd<'_>,
+    path: &CStr,
+    recursive: bool,
+) -> rustix::io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
     flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
     rustix::mount::open_tree(at, path, flags)
 }
@@ -244,7 +331,10 @@ pub(super) fn root_propagation(word: &str) -> Result<Option<c_ulong>> {
     }
     match MountOptions::parse([word]).propagation.as_slice() {
         [flags] => Ok(Some(*flags)),
-        _ => Err(CreateError::invalid("linux.rootfsPropagation", format_args!("{word:?} is unknown"))),
+        _ => Err(CreateError::invalid(
+            "linux.rootfsPropagation",
+            format_args!("{word:?} is unknown"),
+        )),
     }
 }
 
@@ -255,36 +345,84 @@ mod tests {
 
     fn plan(json: &str) -> Result<MountPlan> {
         let mount: Mount = serde_json::from_str(json).unwrap();
-        MountPlan::new(&mount, &Surroundings { cgroup: Path::new("/sys/fs/cgroup/c1"), cgroup_namespace: false })
+        MountPlan::new(
+            &mount,
+            &Surroundings {
+                cgroup: Path::new("/sys/fs/cgroup/c1"),
+                cgroup_namespace: false,
+            },
+        )
     }
 
     #[test]
     fn kinds() {
         let bind = plan(r#"{"destination":"/a","source":"/b","options":["rbind","ro"]}"#).unwrap();
-        assert!(matches!(bind.kind, Kind::Bind { recursive: true, .. }));
+        assert!(matches!(
+            bind.kind,
+            Kind::Bind {
+                recursive: true,
+                ..
+            }
+        ));
         let bind = plan(r#"{"destination":"/dev","source":"/b","type":"bind"}"#).unwrap();
-        assert!(matches!(bind.kind, Kind::Bind { recursive: false, .. }));
+        assert!(matches!(
+            bind.kind,
+            Kind::Bind {
+                recursive: false,
+                ..
+            }
+        ));
         assert!(bind.is_bound_dev());
-        let tmpfs = plan(r#"{"destination":"/a","type":"tmpfs","options":["size=1m","nosuid"]}"#).unwrap();
-        let Kind::Filesystem { name, source, data } = &tmpfs.kind else { panic!("{tmpfs:?}") };
-        assert_eq!((name.as_c_str(), source.as_c_str(), data.as_c_str()), (c"tmpfs", c"tmpfs", c"size=1m"));
-        let cgroup = plan(r#"{"destination":"/sys/fs/cgroup","type":"cgroup","options":["ro"]}"#).unwrap();
-        assert!(matches!(&cgroup.kind, Kind::Bind { source, .. } if source.as_c_str() == c"/sys/fs/cgroup/c1"));
+        let tmpfs =
+            plan(r#"{"destination":"/a","type":"tmpfs","options":["size=1m","nosuid"]}"#).unwrap();
+        let Kind::Filesystem { name, source, data } = &tmpfs.kind else {
+            panic!("{tmpfs:?}")
+        };
+        assert_eq!(
+            (name.as_c_str(), source.as_c_str(), data.as_c_str()),
+            (c"tmpfs", c"tmpfs", c"size=1m")
+        );
+        let cgroup =
+            plan(r#"{"destination":"/sys/fs/cgroup","type":"cgroup","options":["ro"]}"#).unwrap();
+        assert!(
+            matches!(&cgroup.kind, Kind::Bind { source, .. } if source.as_c_str() == c"/sys/fs/cgroup/c1")
+        );
     }
 
     #[test]
     fn what_is_not_done_is_named() {
         for (json, words) in [
-            (r#"{"destination":"/a","source":"/b","options":["bind","size=1"]}"#, "size=1"),
-            (r#"{"destination":"/a","source":"b","options":["bind"]}"#, "not an absolute path"),
+            (
+                r#"{"destination":"/a","source":"/b","options":["bind","size=1"]}"#,
+                "size=1",
+            ),
+            (
+                r#"{"destination":"/a","source":"b","options":["bind"]}"#,
+                "not an absolute path",
+            ),
             (r#"{"destination":"/a","options":["bind"]}"#, "source"),
-            (r#"{"destination":"/a","source":"/b","options":["bind","sync"]}"#, "bind mount cannot"),
-            (r#"{"destination":"/a","type":"tmpfs","options":["idmap"]}"#, "idmap"),
-            (r#"{"destination":"/a","type":"tmpfs","options":["remount"]}"#, "remount"),
+            (
+                r#"{"destination":"/a","source":"/b","options":["bind","sync"]}"#,
+                "bind mount cannot",
+            ),
+            (
+                r#"{"destination":"/a","type":"tmpfs","options":["idmap"]}"#,
+                "idmap",
+            ),
+            (
+                r#"{"destination":"/a","type":"tmpfs","options":["remount"]}"#,
+                "remount",
+            ),
             (r#"{"destination":"/a","source":"/b"}"#, "type"),
             (r#"{"destination":"/","type":"tmpfs"}"#, "destination"),
-            (r#"{"destination":"/a","type":"proc","options":["tmpcopyup"]}"#, "tmpcopyup"),
-            (r#"{"destination":"/sys/fs/cgroup","type":"cgroup","options":["x"]}"#, "\"x\""),
+            (
+                r#"{"destination":"/a","type":"proc","options":["tmpcopyup"]}"#,
+                "tmpcopyup",
+            ),
+            (
+                r#"{"destination":"/sys/fs/cgroup","type":"cgroup","options":["x"]}"#,
+                "\"x\"",
+            ),
         ] {
             let message = plan(json).unwrap_err().to_string();
             assert!(message.contains(words), "{message}");
@@ -294,7 +432,10 @@ mod tests {
     #[test]
     fn propagation_of_the_root() {
         assert_eq!(root_propagation("").unwrap(), None);
-        assert_eq!(root_propagation("rslave").unwrap(), Some(libc::MS_SLAVE | libc::MS_REC));
+        assert_eq!(
+            root_propagation("rslave").unwrap(),
+            Some(libc::MS_SLAVE | libc::MS_REC)
+        );
         assert!(root_propagation("x").is_err());
     }
 }

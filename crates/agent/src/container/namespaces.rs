@@ -59,8 +59,13 @@ fn file_name(flag: u64) -> &'static str {
 /// Opens one of the agent's own namespaces.
 fn own(flag: u64) -> Result<OwnedFd> {
     let path = format!("/proc/self/ns/{}", file_name(flag));
-    rustix::fs::openat(CWD, path.as_str(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .context(|| format!("cannot open {path}"))
+    rustix::fs::openat(
+        CWD,
+        path.as_str(),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .context(|| format!("cannot open {path}"))
 }
 
 impl Namespaces {
@@ -75,22 +80,36 @@ impl Namespaces {
                 return Err(CreateError::invalid(name, "named twice"));
             }
             seen |= flag;
-            match namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
+            match namespace
+                .path()
+                .as_deref()
+                .filter(|path| !path.as_os_str().is_empty())
+            {
                 None => namespaces.new |= flag,
                 Some(_) if flag == sys::CLONE_NEWNS => {
                     return Err(CreateError::unsupported(name, "joining by path"));
                 }
                 Some(path) => {
-                    let fd = rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                        .context(|| format!("cannot open {} for {name}", path.display()))?;
+                    let fd = rustix::fs::openat(
+                        CWD,
+                        path,
+                        OFlags::RDONLY | OFlags::CLOEXEC,
+                        Mode::empty(),
+                    )
+                    .context(|| format!("cannot open {} for {name}", path.display()))?;
                     namespaces.joined.push((flag, fd));
                 }
             }
         }
         // The user namespace is left for last: after it, the right to join the others may be gone.
-        namespaces.joined.sort_by_key(|(flag, _)| *flag == sys::CLONE_NEWUSER);
+        namespaces
+            .joined
+            .sort_by_key(|(flag, _)| *flag == sys::CLONE_NEWUSER);
         if !namespaces.creates(sys::CLONE_NEWNS) {
-            return Err(CreateError::unsupported("linux.namespaces", "a container without a new mount namespace"));
+            return Err(CreateError::unsupported(
+                "linux.namespaces",
+                "a container without a new mount namespace",
+            ));
         }
         namespaces.read_maps(linux)?;
         namespaces.read_time_offsets(linux)?;
@@ -103,27 +122,46 @@ impl Namespaces {
             ("linux.gidMappings", linux.gid_mappings(), &mut self.gid_map),
         ] {
             *map = mappings.clone().unwrap_or_default();
-            if self.new & sys::CLONE_NEWUSER != 0 && !map.iter().any(|range| range.container_id() == 0) {
-                return Err(CreateError::invalid(field, "a new user namespace needs a mapping of container id 0"));
+            if self.new & sys::CLONE_NEWUSER != 0
+                && !map.iter().any(|range| range.container_id() == 0)
+            {
+                return Err(CreateError::invalid(
+                    field,
+                    "a new user namespace needs a mapping of container id 0",
+                ));
             }
         }
-        if !self.has(sys::CLONE_NEWUSER) && !(self.uid_map.is_empty() && self.gid_map.is_empty()) {
-            return Err(CreateError::invalid("linux.uidMappings", "given without a user namespace"));
+        let mapped = !self.uid_map.is_empty() || !self.gid_map.is_empty();
+        if mapped && !self.has(sys::CLONE_NEWUSER) {
+            return Err(CreateError::invalid(
+                "linux.uidMappings",
+                "given without a user namespace",
+            ));
         }
         Ok(())
     }
 
     fn read_time_offsets(&mut self, linux: &Linux) -> Result<()> {
-        let Some(offsets) = linux.time_offsets() else { return Ok(()) };
+        let Some(offsets) = linux.time_offsets() else {
+            return Ok(());
+        };
         for (clock, offset) in offsets {
             if clock != "monotonic" && clock != "boottime" {
-                return Err(CreateError::invalid("linux.timeOffsets", format_args!("unknown clock {clock:?}")));
+                return Err(CreateError::invalid(
+                    "linux.timeOffsets",
+                    format_args!("unknown clock {clock:?}"),
+                ));
             }
-            let (seconds, nanoseconds) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
-            self.time_offsets.push_str(&format!("{clock} {seconds} {nanoseconds}\n"));
+            let (seconds, nanoseconds) =
+                (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+            self.time_offsets
+                .push_str(&format!("{clock} {seconds} {nanoseconds}\n"));
         }
         if !offsets.is_empty() && !self.creates(sys::CLONE_NEWTIME) {
-            return Err(CreateError::invalid("linux.timeOffsets", "given without a new time namespace"));
+            return Err(CreateError::invalid(
+                "linux.timeOffsets",
+                "given without a new time namespace",
+            ));
         }
         Ok(())
     }
@@ -140,7 +178,9 @@ impl Namespaces {
 
     /// All that differ from the agent's.
     pub(super) fn all(&self) -> u64 {
-        self.joined.iter().fold(self.new, |all, (flag, _)| all | flag)
+        self.joined
+            .iter()
+            .fold(self.new, |all, (flag, _)| all | flag)
     }
 
     /// Those that come with `clone3`.
@@ -150,20 +190,25 @@ impl Namespaces {
 
     /// The clone must be made from inside a joined user namespace.
     pub(super) fn joins_user(&self) -> bool {
-        self.joined.last().is_some_and(|(flag, _)| *flag == sys::CLONE_NEWUSER)
+        self.joined
+            .last()
+            .is_some_and(|(flag, _)| *flag == sys::CLONE_NEWUSER)
     }
 
     /// Joins those given by path, for good.
     pub(super) fn join(&self) -> Result<()> {
         for (flag, fd) in &self.joined {
-            sys::setns(fd.as_fd(), *flag).context(|| format!("cannot join the {} namespace", file_name(*flag)))?;
+            sys::setns(fd.as_fd(), *flag)
+                .context(|| format!("cannot join the {} namespace", file_name(*flag)))?;
         }
         Ok(())
     }
 
     /// Joins those given by path until the answer is dropped.
     pub(super) fn visit(&self) -> Result<Visit> {
-        let mut visit = Visit { own: Vec::with_capacity(self.joined.len()) };
+        let mut visit = Visit {
+            own: Vec::with_capacity(self.joined.len()),
+        };
         for (flag, fd) in &self.joined {
             visit.enter(fd.as_fd(), *flag)?;
         }
@@ -178,8 +223,12 @@ impl Namespaces {
         if self.creates(sys::CLONE_NEWTIME) {
             sys::unshare(sys::CLONE_NEWTIME).context(|| "cannot make a time namespace")?;
             if !self.time_offsets.is_empty() {
-                sys::write_file(CWD, c"/proc/self/timens_offsets", self.time_offsets.as_bytes())
-                    .context(|| "cannot set linux.timeOffsets")?;
+                sys::write_file(
+                    CWD,
+                    c"/proc/self/timens_offsets",
+                    self.time_offsets.as_bytes(),
+                )
+                .context(|| "cannot set linux.timeOffsets")?;
             }
         }
         Ok(())
@@ -190,10 +239,21 @@ impl Namespaces {
         for (file, map) in [("uid_map", &self.uid_map), ("gid_map", &self.gid_map)] {
             let lines: String = map
                 .iter()
-                .map(|range| format!("{} {} {}\n", range.container_id(), range.host_id(), range.size()))
+                .map(|range| {
+                    format!(
+                        "{} {} {}\n",
+                        range.container_id(),
+                        range.host_id(),
+                        range.size()
+                    )
+                })
                 .collect();
-            sys::write_file(CWD, format!("/proc/{pid}/{file}").as_str(), lines.as_bytes())
-                .context(|| format!("cannot write the {file} of the new user namespace"))?;
+            sys::write_file(
+                CWD,
+                format!("/proc/{pid}/{file}").as_str(),
+                lines.as_bytes(),
+            )
+            .context(|| format!("cannot write the {file} of the new user namespace"))?;
         }
         Ok(())
     }
@@ -215,7 +275,9 @@ pub(super) struct Visit {
 impl Visit {
     /// Enters the PID namespace of a process: for the children made meanwhile.
     pub(super) fn pid_namespace_of(process: BorrowedFd<'_>) -> Result<Visit> {
-        let mut visit = Visit { own: Vec::with_capacity(1) };
+        let mut visit = Visit {
+            own: Vec::with_capacity(1),
+        };
         visit.enter(process, sys::CLONE_NEWPID)?;
         Ok(visit)
     }
@@ -275,15 +337,23 @@ mod tests {
     #[test]
     fn what_cannot_be_is_named() {
         assert!(message(r#"{"namespaces":[{"type":"pid"}]}"#).contains("mount namespace"));
-        assert!(message(r#"{"namespaces":[{"type":"mount"},{"type":"mount"}]}"#).contains("mnt: named twice"));
-        assert!(message(r#"{"namespaces":[{"type":"mount","path":"/x"}]}"#).contains("not supported"));
-        assert!(message(r#"{"namespaces":[{"type":"mount"},{"type":"user"}]}"#).contains("uidMappings"));
+        assert!(
+            message(r#"{"namespaces":[{"type":"mount"},{"type":"mount"}]}"#)
+                .contains("mnt: named twice")
+        );
+        assert!(
+            message(r#"{"namespaces":[{"type":"mount","path":"/x"}]}"#).contains("not supported")
+        );
+        assert!(
+            message(r#"{"namespaces":[{"type":"mount"},{"type":"user"}]}"#).contains("uidMappings")
+        );
         assert!(
             message(r#"{"namespaces":[{"type":"mount"}],"timeOffsets":{"boottime":{"secs":1}}}"#)
                 .contains("timeOffsets")
         );
         assert!(
-            message(r#"{"namespaces":[{"type":"mount"},{"type":"network","path":"/nowhere"}]}"#).contains("/nowhere")
+            message(r#"{"namespaces":[{"type":"mount"},{"type":"network","path":"/nowhere"}]}"#)
+                .contains("/nowhere")
         );
     }
 

@@ -28,13 +28,23 @@ pub(super) fn find(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<Owne
 
 /// As [`find`], through no link at all.
 pub(super) fn find_plain(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<OwnedFd> {
-    resolve(root, path, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS)
+    resolve(
+        root,
+        path,
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS,
+    )
 }
 
 fn resolve(root: BorrowedFd<'_>, path: &CStr, flags: ResolveFlags) -> rustix::io::Result<OwnedFd> {
     let mut attempts = 0;
     loop {
-        match rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), flags) {
+        match rustix::fs::openat2(
+            root,
+            path,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            flags,
+        ) {
             // Something was renamed or mounted meanwhile, and the kernel cannot tell whether `..` stayed inside.
             Err(Errno::AGAIN) if attempts < 32 => attempts += 1,
             result => return result,
@@ -65,8 +75,16 @@ pub(super) fn parent(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<(O
         return Err(Errno::INVAL);
     }
     let name = CString::new(name).map_err(|_| Errno::INVAL)?;
-    let directory = CString::new(if directory.is_empty() { b"." } else { directory }).map_err(|_| Errno::INVAL)?;
-    Ok((find_or_make(root, &directory, || Ok(Missing::Directory))?, name))
+    let directory = CString::new(if directory.is_empty() {
+        b"."
+    } else {
+        directory
+    })
+    .map_err(|_| Errno::INVAL)?;
+    Ok((
+        find_or_make(root, &directory, || Ok(Missing::Directory))?,
+        name,
+    ))
 }
 
 fn walk(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io::Result<OwnedFd> {
@@ -88,7 +106,15 @@ fn walk(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io::Resu
         let here = place.last().map_or(root, AsFd::as_fd);
         let next = match open(here, &name) {
             Err(Errno::NOENT) => {
-                make(here, &name, if names.is_empty() { missing } else { Missing::Directory })?;
+                make(
+                    here,
+                    &name,
+                    if names.is_empty() {
+                        missing
+                    } else {
+                        Missing::Directory
+                    },
+                )?;
                 open(here, &name)?
             }
             opened => opened?,
@@ -118,7 +144,12 @@ fn walk(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io::Resu
 
 /// One component, not followed, across mount points.
 fn open(directory: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+    rustix::fs::openat(
+        directory,
+        name,
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 fn make(directory: BorrowedFd<'_>, name: &[u8], missing: Missing) -> rustix::io::Result<()> {
@@ -145,7 +176,10 @@ mod tests {
     /// A root with a secret beside it.
     fn with_root(test: impl FnOnce(&Path, BorrowedFd<'_>)) {
         let directory = std::env::temp_dir().join(format!("hull-paths-{}", std::process::id()));
-        let name = std::thread::current().name().unwrap_or("x").replace(':', "-");
+        let name = std::thread::current()
+            .name()
+            .unwrap_or("x")
+            .replace(':', "-");
         let base = directory.join(name);
         let root = base.join("root");
         fs::create_dir_all(&root).unwrap();

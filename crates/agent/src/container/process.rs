@@ -17,16 +17,14 @@ use super::capabilities::CapabilitySets;
 use super::error::{Context, CreateError, Result, reason};
 use super::paths::{self, Missing};
 use super::seccomp::Filter;
-use super::sys;
+use super::users::{self, User};
+use super::{Exact, sys};
 
 /// `umask` when the spec names none.
 const UMASK: u32 = 0o022;
 
 /// Where a command without a slash is looked for when the environment has no PATH.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Most that is read of a container's /etc/passwd.
-const PASSWD_LIMIT: usize = 1 << 20;
 
 const PER_LINUX: libc::c_ulong = 0;
 const PER_LINUX32: libc::c_ulong = 8;
@@ -37,14 +35,16 @@ pub(super) struct ProcessPlan {
     arguments: Vec<CString>,
     environment: Vec<CString>,
     pub(super) cwd: CString,
+    /// `user[:group]` to be looked up in the container; the three below are then not used.
+    name: Option<String>,
+    /// User id as the spec gives it.
     pub(super) uid: u32,
-    pub(super) gid: u32,
+    gid: u32,
     groups: Vec<Gid>,
     umask: u32,
     capabilities: CapabilitySets,
     no_new_privileges: bool,
     personality: Option<libc::c_ulong>,
-    pub(super) terminal: bool,
     pub(super) console_size: Option<ConsoleSize>,
     seccomp: Option<Arc<Filter>>,
 }
@@ -60,13 +60,24 @@ pub(super) struct Executable {
 impl ProcessPlan {
     pub(super) fn new(
         process: &Process,
+        exact: &Exact,
         personality: Option<&LinuxPersonality>,
         seccomp: Option<Arc<Filter>>,
     ) -> Result<ProcessPlan> {
-        let strings = |field: &str, strings: &Option<Vec<String>>| {
-            strings.iter().flatten().map(|string| sys::c_string(field, string)).collect::<Result<Vec<_>>>()
+        let strings = |field: &str, strings: &Option<Vec<String>>, exact: &[Vec<u8>]| {
+            if !exact.is_empty() {
+                return exact
+                    .iter()
+                    .map(|string| sys::c_string(field, string.clone()))
+                    .collect();
+            }
+            strings
+                .iter()
+                .flatten()
+                .map(|string| sys::c_string(field, string))
+                .collect::<Result<Vec<_>>>()
         };
-        let arguments = strings("process.args", process.args())?;
+        let arguments = strings("process.args", process.args(), &exact.arguments)?;
         if arguments.is_empty() {
             return Err(CreateError::invalid("process.args", "is empty"));
         }
@@ -76,25 +87,42 @@ impl ProcessPlan {
                 format_args!("{} is not an absolute path", process.cwd().display()),
             ));
         }
-        let given = |value: &Option<String>| value.as_deref().is_some_and(|value| !value.is_empty());
-        if process.apparmor_profile().as_deref().is_some_and(|name| !name.is_empty() && name != "unconfined") {
-            return Err(CreateError::unsupported("process.apparmorProfile", "the guest kernel has no AppArmor"));
+        let given =
+            |value: &Option<String>| value.as_deref().is_some_and(|value| !value.is_empty());
+        if process
+            .apparmor_profile()
+            .as_deref()
+            .is_some_and(|name| !name.is_empty() && name != "unconfined")
+        {
+            return Err(CreateError::unsupported(
+                "process.apparmorProfile",
+                "the guest kernel has no AppArmor",
+            ));
         }
         if given(process.selinux_label()) {
-            return Err(CreateError::unsupported("process.selinuxLabel", "the guest kernel has no SELinux"));
+            return Err(CreateError::unsupported(
+                "process.selinuxLabel",
+                "the guest kernel has no SELinux",
+            ));
         }
         if given(process.command_line()) {
-            return Err(CreateError::unsupported("process.commandLine", "is for Windows"));
-        }
-        if given(process.user().username()) {
-            return Err(CreateError::unsupported("process.user.username", "is for Windows"));
+            return Err(CreateError::unsupported(
+                "process.commandLine",
+                "is for Windows",
+            ));
         }
         let user = process.user();
-        let groups = user.additional_gids().iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
+        let groups = user
+            .additional_gids()
+            .iter()
+            .flatten()
+            .map(|gid| Gid::from_raw(*gid))
+            .collect();
         Ok(ProcessPlan {
             arguments,
-            environment: strings("process.env", process.env())?,
+            environment: strings("process.env", process.env(), &exact.environment)?,
             cwd: sys::c_path("process.cwd", process.cwd())?,
+            name: user.username().clone().filter(|name| !name.is_empty()),
             uid: user.uid(),
             gid: user.gid(),
             groups,
@@ -102,7 +130,6 @@ impl ProcessPlan {
             capabilities: CapabilitySets::new(process.capabilities().as_ref())?,
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
             personality: personality.map(persona).transpose()?,
-            terminal: process.terminal().unwrap_or(false),
             console_size: process.console_size(),
             seccomp,
         })
@@ -117,30 +144,60 @@ impl ProcessPlan {
             Err(Errno::NOENT) if make => {
                 let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
                 let root = rustix::fs::openat(CWD, c"/", flags, Mode::empty()).context(what)?;
-                let directory = paths::find_or_make(root.as_fd(), &self.cwd, || Ok(Missing::Directory));
+                let directory =
+                    paths::find_or_make(root.as_fd(), &self.cwd, || Ok(Missing::Directory));
                 rustix::process::fchdir(directory.context(what)?).context(what)?;
             }
             Err(error) => return Err(error).context(what),
         }
         // With a shared PID namespace a link may lead into another process's root. The kernel tells.
         if self.cwd.as_c_str() != c"/"
-            && !rustix::process::getcwd(Vec::new()).context(what)?.to_bytes().starts_with(b"/")
+            && !rustix::process::getcwd(Vec::new())
+                .context(what)?
+                .to_bytes()
+                .starts_with(b"/")
         {
             return Err(CreateError::other(what(), "it is outside of the container"));
         }
         Ok(())
     }
 
+    /// The user to become. In the container's root.
+    fn user(&self) -> Result<User> {
+        let Some(name) = &self.name else {
+            return Ok(User {
+                uid: self.uid,
+                gid: self.gid,
+                groups: self.groups.iter().map(|gid| gid.as_raw()).collect(),
+                home: None,
+            });
+        };
+        let user = users::find(name).map_err(|why| CreateError::invalid("process.user", why))?;
+        // The agent gave the streams to the user whose number it knew. /dev/stdout must open for this one.
+        for stream in 0..3 {
+            // SAFETY: the three are open, and stay so while this process prepares itself.
+            let stream = unsafe { BorrowedFd::borrow_raw(stream) };
+            // As with a stream that is not ours to give, such as /dev/null: it works without.
+            let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(user.uid)), None);
+        }
+        Ok(user)
+    }
+
     /// HOME is expected to exist, and no spec has to name it: an entry for it, if there is none.
-    fn home(&self) -> Option<CString> {
-        if self.environment.iter().any(|entry| entry.to_bytes().starts_with(b"HOME=")) {
+    fn home(&self, user: &User) -> Option<CString> {
+        if self
+            .environment
+            .iter()
+            .any(|entry| entry.to_bytes().starts_with(b"HOME="))
+        {
             return None;
         }
-        let passwd = read_passwd().unwrap_or_default();
-        let mut entry = b"HOME=".to_vec();
-        entry.extend(home_directory(&passwd, self.uid).unwrap_or(b"/"));
+        let home = match &user.home {
+            Some(home) => home.clone(),
+            None => users::home_of(user.uid),
+        };
         // A NUL byte in passwd makes no home.
-        CString::new(entry).ok()
+        CString::new(format!("HOME={home}")).ok()
     }
 
     /// Gives up what the process must not have, and finds its command as it will be allowed to.
@@ -148,28 +205,33 @@ impl ProcessPlan {
         if let Some(personality) = self.personality {
             // SAFETY: takes a number.
             if unsafe { libc::personality(personality) } < 0 {
-                return Err(std::io::Error::last_os_error()).context(|| "cannot set linux.personality");
+                return Err(std::io::Error::last_os_error())
+                    .context(|| "cannot set linux.personality");
             }
         }
-        let home = self.home();
+        let user = self.user()?;
+        let home = self.home(&user);
         self.capabilities.drop_bounding()?;
         if !self.no_new_privileges {
             // Without no_new_privs it takes CAP_SYS_ADMIN, which is about to go.
             self.load_seccomp()?;
         }
-        if self.uid != 0 {
+        if user.uid != 0 {
             CapabilitySets::keep_over_setuid()?;
         }
-        rustix::thread::set_thread_groups(&self.groups).context(|| "cannot set process.user.additionalGids")?;
-        let gid = Gid::from_raw(self.gid);
+        let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        rustix::thread::set_thread_groups(&groups)
+            .context(|| "cannot set process.user.additionalGids")?;
+        let gid = Gid::from_raw(user.gid);
         rustix::thread::set_thread_res_gid(gid, gid, gid)
-            .context(|| format!("cannot set process.user.gid {}", self.gid))?;
-        let uid = Uid::from_raw(self.uid);
+            .context(|| format!("cannot set process.user.gid {}", user.gid))?;
+        let uid = Uid::from_raw(user.uid);
         rustix::thread::set_thread_res_uid(uid, uid, uid)
-            .context(|| format!("cannot set process.user.uid {}", self.uid))?;
+            .context(|| format!("cannot set process.user.uid {}", user.uid))?;
         self.capabilities.apply()?;
         if self.no_new_privileges {
-            sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).context(|| "cannot set process.noNewPrivileges")?;
+            sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0)
+                .context(|| "cannot set process.noNewPrivileges")?;
         }
         rustix::process::umask(Mode::from_raw_mode(self.umask));
         Ok(Executable {
@@ -205,14 +267,28 @@ impl ProcessPlan {
         if let Err(error) = reset_signals() {
             return error;
         }
-        let error = sys::execve(&executable.path, &executable.arguments, &executable.environment);
-        let message = format!("cannot execute {}: {}", executable.path.to_string_lossy(), reason(&error));
+        let error = sys::execve(
+            &executable.path,
+            &executable.arguments,
+            &executable.environment,
+        );
+        let message = format!(
+            "cannot execute {}: {}",
+            executable.path.to_string_lossy(),
+            reason(&error)
+        );
         match error.raw_os_error() {
             // Also when a script's interpreter, or a program's loader, is missing.
             Some(libc::ENOENT | libc::ENOTDIR) => CreateError::CommandNotFound(message),
             Some(
-                libc::EACCES | libc::EPERM | libc::ENOEXEC | libc::EISDIR | libc::ELIBBAD | libc::EINVAL
-                | libc::ETXTBSY | libc::ELOOP,
+                libc::EACCES
+                | libc::EPERM
+                | libc::ENOEXEC
+                | libc::EISDIR
+                | libc::ELIBBAD
+                | libc::EINVAL
+                | libc::ETXTBSY
+                | libc::ELOOP,
             ) => CreateError::NotExecutable(message),
             _ => CreateError::Other(message),
         }
@@ -229,12 +305,23 @@ pub(super) fn reset_signals() -> Result<()> {
         libc::sigprocmask(libc::SIG_SETMASK, &empty, std::ptr::null_mut()) < 0
             || libc::signal(libc::SIGPIPE, libc::SIG_DFL) == libc::SIG_ERR
     };
-    if failed { Err(std::io::Error::last_os_error()).context(|| "cannot reset signals") } else { Ok(()) }
+    if failed {
+        Err(std::io::Error::last_os_error()).context(|| "cannot reset signals")
+    } else {
+        Ok(())
+    }
 }
 
 fn persona(personality: &LinuxPersonality) -> Result<libc::c_ulong> {
-    if personality.flags().as_ref().is_some_and(|flags| !flags.is_empty()) {
-        return Err(CreateError::unsupported("linux.personality.flags", "none are defined"));
+    if personality
+        .flags()
+        .as_ref()
+        .is_some_and(|flags| !flags.is_empty())
+    {
+        return Err(CreateError::unsupported(
+            "linux.personality.flags",
+            "none are defined",
+        ));
     }
     Ok(match personality.domain() {
         LinuxPersonalityDomain::PerLinux => PER_LINUX,
@@ -265,7 +352,11 @@ fn examine(path: &CStr) -> Found {
     }
 }
 
-fn find_command(name: &[u8], path: &[u8], examine: &mut dyn FnMut(&CStr) -> Found) -> Result<CString> {
+fn find_command(
+    name: &[u8],
+    path: &[u8],
+    examine: &mut dyn FnMut(&CStr) -> Found,
+) -> Result<CString> {
     let shown = String::from_utf8_lossy(name);
     let not_executable = |path: &CStr, why| {
         CreateError::NotExecutable(format!("cannot execute {}: {why}", path.to_string_lossy()))
@@ -275,9 +366,9 @@ fn find_command(name: &[u8], path: &[u8], examine: &mut dyn FnMut(&CStr) -> Foun
         let command = candidate(name.to_vec())?;
         return match examine(&command) {
             Found::Executable => Ok(command),
-            Found::Nothing => {
-                Err(CreateError::CommandNotFound(format!("cannot execute {shown}: no such file or directory")))
-            }
+            Found::Nothing => Err(CreateError::CommandNotFound(format!(
+                "cannot execute {shown}: no such file or directory"
+            ))),
             Found::Other(why) => Err(not_executable(&command, why)),
         };
     }
@@ -285,7 +376,11 @@ fn find_command(name: &[u8], path: &[u8], examine: &mut dyn FnMut(&CStr) -> Foun
     if !name.is_empty() {
         for directory in path.split(|byte| *byte == b':') {
             // An empty entry is the working directory.
-            let directory = if directory.is_empty() { b"." } else { directory };
+            let directory = if directory.is_empty() {
+                b"."
+            } else {
+                directory
+            };
             let command = candidate([directory, name].join(&b'/'))?;
             match examine(&command) {
                 Found::Executable => return Ok(command),
@@ -295,48 +390,18 @@ fn find_command(name: &[u8], path: &[u8], examine: &mut dyn FnMut(&CStr) -> Foun
         }
     }
     Err(refused.unwrap_or_else(|| {
-        CreateError::CommandNotFound(format!("cannot execute {shown:?}: not found in the container's PATH"))
+        CreateError::CommandNotFound(format!(
+            "cannot execute {shown:?}: not found in the container's PATH"
+        ))
     }))
 }
 
-fn read_passwd() -> rustix::io::Result<Vec<u8>> {
-    // Whatever lies there must not block: a FIFO opens at once and reads as empty.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(CWD, c"/etc/passwd", flags, Mode::empty())?;
-    if FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) != FileType::RegularFile {
-        return Err(Errno::INVAL);
-    }
-    let mut text = vec![0; 4096];
-    let mut length = 0;
-    loop {
-        match rustix::io::read(&file, &mut text[length..])? {
-            0 => break,
-            count => length += count,
-        }
-        if length == text.len() {
-            if length >= PASSWD_LIMIT {
-                break;
-            }
-            text.resize(length * 2, 0);
-        }
-    }
-    text.truncate(length);
-    Ok(text)
-}
-
-/// The sixth field of the first entry with this id.
-fn home_directory(passwd: &[u8], uid: u32) -> Option<&[u8]> {
-    let uid = uid.to_string();
-    passwd.split(|byte| *byte == b'\n').find_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        let matches = fields.nth(2)? == uid.as_bytes();
-        let home = fields.nth(2)?;
-        (matches && home.starts_with(b"/")).then_some(home)
-    })
-}
-
 /// Puts the three streams where a process expects them.
-pub(super) fn set_stdio(stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>, stderr: BorrowedFd<'_>) -> Result<()> {
+pub(super) fn set_stdio(
+    stdin: BorrowedFd<'_>,
+    stdout: BorrowedFd<'_>,
+    stderr: BorrowedFd<'_>,
+) -> Result<()> {
     for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
         sys::duplicate(from, to, 0).context(|| "cannot set up the standard streams")?;
     }
@@ -351,26 +416,50 @@ mod tests {
     fn find(name: &str, path: &str, files: &[(&str, Found)]) -> Result<String> {
         find_command(name.as_bytes(), path.as_bytes(), &mut |candidate| {
             let candidate = candidate.to_str().unwrap();
-            files.iter().find(|(path, _)| *path == candidate).map_or(Found::Nothing, |(_, found)| *found)
+            files
+                .iter()
+                .find(|(path, _)| *path == candidate)
+                .map_or(Found::Nothing, |(_, found)| *found)
         })
         .map(|path| path.into_string().unwrap())
     }
 
     #[test]
     fn the_first_executable_in_path_wins() {
-        let files = [("/b/ls", Found::Other("permission denied")), ("/c/ls", Found::Executable)];
+        let files = [
+            ("/b/ls", Found::Other("permission denied")),
+            ("/c/ls", Found::Executable),
+        ];
         assert_eq!(find("ls", "/a:/b:/c", &files).unwrap(), "/c/ls");
-        assert_eq!(find("ls", "/a::/b", &[("./ls", Found::Executable)]).unwrap(), "./ls");
+        assert_eq!(
+            find("ls", "/a::/b", &[("./ls", Found::Executable)]).unwrap(),
+            "./ls"
+        );
     }
 
     #[test]
     fn missing_and_refused_are_kept_apart() {
         let files = [("/b/ls", Found::Other("permission denied"))];
-        assert!(matches!(find("ls", "/a:/b", &files), Err(CreateError::NotExecutable(_))));
-        assert!(matches!(find("ls", "/a", &files), Err(CreateError::CommandNotFound(_))));
-        assert!(matches!(find("", "/a", &files), Err(CreateError::CommandNotFound(_))));
-        assert!(matches!(find("/b/ls", "/a", &files), Err(CreateError::NotExecutable(_))));
-        assert!(matches!(find("./ls", "/b", &files), Err(CreateError::CommandNotFound(_))));
+        assert!(matches!(
+            find("ls", "/a:/b", &files),
+            Err(CreateError::NotExecutable(_))
+        ));
+        assert!(matches!(
+            find("ls", "/a", &files),
+            Err(CreateError::CommandNotFound(_))
+        ));
+        assert!(matches!(
+            find("", "/a", &files),
+            Err(CreateError::CommandNotFound(_))
+        ));
+        assert!(matches!(
+            find("/b/ls", "/a", &files),
+            Err(CreateError::NotExecutable(_))
+        ));
+        assert!(matches!(
+            find("./ls", "/b", &files),
+            Err(CreateError::CommandNotFound(_))
+        ));
     }
 
     #[test]
@@ -382,25 +471,26 @@ mod tests {
     }
 
     #[test]
-    fn homes() {
-        let passwd = b"root:x:0:0:root:/root:/bin/sh\nbroken\nbad:x:7:7::relative:\na:x:1000:1000::/home/a:\n";
-        assert_eq!(home_directory(passwd, 0), Some(&b"/root"[..]));
-        assert_eq!(home_directory(passwd, 1000), Some(&b"/home/a"[..]));
-        assert_eq!(home_directory(passwd, 7), None);
-        assert_eq!(home_directory(passwd, 5), None);
-    }
-
-    #[test]
     fn wrong_specs_are_named() {
         let plan = |json: &str| {
             let process: Process = serde_json::from_str(json).unwrap();
-            ProcessPlan::new(&process, None, None).unwrap_err().to_string()
+            ProcessPlan::new(&process, &Exact::default(), None, None)
+                .unwrap_err()
+                .to_string()
         };
         let rest = r#""user":{"uid":0,"gid":0},"cwd":"/""#;
         assert!(plan(&format!(r#"{{{rest},"args":[]}}"#)).contains("process.args"));
         assert!(plan(&format!(r#"{{{rest},"args":["a\u0000b"]}}"#)).contains("NUL"));
-        assert!(plan(&format!(r#"{{{rest},"args":["a"],"apparmorProfile":"x"}}"#)).contains("apparmorProfile"));
-        assert!(plan(&format!(r#"{{{rest},"args":["a"],"selinuxLabel":"x"}}"#)).contains("selinuxLabel"));
-        assert!(plan(r#"{"user":{"uid":0,"gid":0},"cwd":"x","args":["a"]}"#).contains("process.cwd"));
+        assert!(
+            plan(&format!(r#"{{{rest},"args":["a"],"apparmorProfile":"x"}}"#))
+                .contains("apparmorProfile")
+        );
+        assert!(
+            plan(&format!(r#"{{{rest},"args":["a"],"selinuxLabel":"x"}}"#))
+                .contains("selinuxLabel")
+        );
+        assert!(
+            plan(r#"{"user":{"uid":0,"gid":0},"cwd":"x","args":["a"]}"#).contains("process.cwd")
+        );
     }
 }

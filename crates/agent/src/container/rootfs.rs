@@ -47,22 +47,30 @@ pub(super) fn inside(field: &str, path: &Path) -> Result<CString> {
         }
     }
     if bytes.is_empty() {
-        return Err(CreateError::invalid(field, format_args!("{:?} is the root itself", path)));
+        return Err(CreateError::invalid(
+            field,
+            format_args!("{:?} is the root itself", path),
+        ));
     }
     sys::c_string(field, bytes)
 }
 
 impl RootfsPlan {
     pub(super) fn new(spec: &Spec, namespaces: &Namespaces, cgroup: &Path) -> Result<RootfsPlan> {
-        let root = spec.root().as_ref().ok_or_else(|| CreateError::invalid("root", "is missing"))?;
+        let root = spec
+            .root()
+            .as_ref()
+            .ok_or_else(|| CreateError::invalid("root", "is missing"))?;
         if !root.path().is_absolute() {
             return Err(CreateError::invalid(
                 "root.path",
                 format_args!("{} is not an absolute path", root.path().display()),
             ));
         }
-        let surroundings =
-            Surroundings { cgroup, cgroup_namespace: namespaces.has(sys::CLONE_NEWCGROUP) };
+        let surroundings = Surroundings {
+            cgroup,
+            cgroup_namespace: namespaces.has(sys::CLONE_NEWCGROUP),
+        };
         let mounts = spec
             .mounts()
             .iter()
@@ -71,22 +79,36 @@ impl RootfsPlan {
             .collect::<Result<Vec<_>>>()?;
         let linux = spec.linux().as_ref();
         let list = |field: &'static str, paths: Option<&Vec<String>>| {
-            paths.into_iter().flatten().map(|path| inside(field, Path::new(path))).collect::<Result<Vec<_>>>()
+            paths
+                .into_iter()
+                .flatten()
+                .map(|path| inside(field, Path::new(path)))
+                .collect::<Result<Vec<_>>>()
         };
         let devices = Devices::new(
-            linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default(),
+            linux
+                .and_then(|linux| linux.devices().as_deref())
+                .unwrap_or_default(),
             mounts.iter().any(MountPlan::is_bound_dev),
             namespaces.has(sys::CLONE_NEWUSER),
         )?;
-        let propagation = linux.and_then(|linux| linux.rootfs_propagation().as_deref()).unwrap_or_default();
+        let propagation = linux
+            .and_then(|linux| linux.rootfs_propagation().as_deref())
+            .unwrap_or_default();
         Ok(RootfsPlan {
             path: sys::c_path("root.path", root.path())?,
             readonly: root.readonly().unwrap_or(false),
             propagation: mounts::root_propagation(propagation)?,
             mounts,
             devices,
-            masked: list("linux.maskedPaths", linux.and_then(|linux| linux.masked_paths().as_ref()))?,
-            readonly_paths: list("linux.readonlyPaths", linux.and_then(|linux| linux.readonly_paths().as_ref()))?,
+            masked: list(
+                "linux.maskedPaths",
+                linux.and_then(|linux| linux.masked_paths().as_ref()),
+            )?,
+            readonly_paths: list(
+                "linux.readonlyPaths",
+                linux.and_then(|linux| linux.readonly_paths().as_ref()),
+            )?,
             sysctls: linux
                 .and_then(|linux| linux.sysctl().as_ref())
                 .into_iter()
@@ -97,22 +119,40 @@ impl RootfsPlan {
     }
 
     fn shared(&self) -> bool {
-        self.propagation.is_some_and(|flags| flags & libc::MS_SHARED != 0)
+        self.propagation
+            .is_some_and(|flags| flags & libc::MS_SHARED != 0)
     }
 
     /// Takes a copy of the root directory's mounts and puts it over the agent's root. Mount events of this namespace
     /// do not leave it from here on.
     pub(super) fn attach(&self) -> Result<BorrowedFd<'static>> {
         // The root itself may not be shared where pivot_root happens.
-        let flags = if self.shared() { libc::MS_PRIVATE } else { libc::MS_SLAVE | libc::MS_REC };
-        sys::mount_propagation(c"/", flags).context(|| "cannot separate the container's mounts from the agent's")?;
+        let flags = if self.shared() {
+            libc::MS_PRIVATE
+        } else {
+            libc::MS_SLAVE | libc::MS_REC
+        };
+        sys::mount_propagation(c"/", flags)
+            .context(|| "cannot separate the container's mounts from the agent's")?;
         let what = || format!("cannot mount root.path {}", self.path.to_string_lossy());
-        let root = mounts::detached(CWD, &self.path, true).map(sys::leak).context(what)?;
+        let root = mounts::detached(CWD, &self.path, true)
+            .map(sys::leak)
+            .context(what)?;
         if self.shared() {
-            let private = MountAttributes { propagation: libc::MS_PRIVATE, ..Default::default() };
+            let private = MountAttributes {
+                propagation: libc::MS_PRIVATE,
+                ..Default::default()
+            };
             sys::mount_setattr(root, c"", false, &private).context(what)?;
         }
-        rustix::mount::move_mount(root, c"", CWD, c"/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context(what)?;
+        rustix::mount::move_mount(
+            root,
+            c"",
+            CWD,
+            c"/",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .context(what)?;
         Ok(root)
     }
 
@@ -125,8 +165,12 @@ impl RootfsPlan {
     /// Sets sysctls, hides what is to be hidden and protects what is to be read-only.
     pub(super) fn protect(&self, root: BorrowedFd<'_>) -> Result<()> {
         for (path, value) in &self.sysctls {
-            sys::write_file(CWD, path.as_c_str(), value.as_bytes())
-                .context(|| format!("cannot set linux.sysctl {} to {value:?}", path.to_string_lossy()))?;
+            sys::write_file(CWD, path.as_c_str(), value.as_bytes()).context(|| {
+                format!(
+                    "cannot set linux.sysctl {} to {value:?}",
+                    path.to_string_lossy()
+                )
+            })?;
         }
         for path in &self.readonly_paths {
             make_readonly(root, path)
@@ -158,7 +202,10 @@ impl RootfsPlan {
         if !self.readonly {
             return Ok(());
         }
-        let readonly = MountAttributes { set: MOUNT_ATTR_RDONLY, ..Default::default() };
+        let readonly = MountAttributes {
+            set: MOUNT_ATTR_RDONLY,
+            ..Default::default()
+        };
         sys::mount_setattr(CWD, c"/", false, &readonly).context(|| "cannot make the root read-only")
     }
 }
@@ -169,7 +216,10 @@ fn make_readonly(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
         found => sys::leak(found?),
     };
     let tree = sys::leak(mounts::detached(place, c"", true)?);
-    let readonly = MountAttributes { set: MOUNT_ATTR_RDONLY, ..Default::default() };
+    let readonly = MountAttributes {
+        set: MOUNT_ATTR_RDONLY,
+        ..Default::default()
+    };
     sys::mount_setattr(tree, c"", false, &readonly)?;
     Ok(mounts::attach(tree, place)?)
 }
@@ -183,7 +233,12 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
     if kind == FileType::Directory {
         rustix::process::fchdir(place)?;
         // One inode is the directory itself.
-        return sys::mount_here(c"tmpfs", c"tmpfs", libc::MS_RDONLY, c"nr_blocks=1,nr_inodes=1");
+        return sys::mount_here(
+            c"tmpfs",
+            c"tmpfs",
+            libc::MS_RDONLY,
+            c"nr_blocks=1,nr_inodes=1",
+        );
     }
     // The agent's own: the container's may be anything.
     let null = sys::leak(mounts::detached(CWD, c"/dev/null", false)?);
@@ -194,7 +249,9 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
 fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
     let invalid = |why: &str| CreateError::invalid("linux.sysctl", format_args!("{name:?} {why}"));
     // Whichever separator comes first is the separator: net.ipv4.conf.eth0/100.forwarding.
-    let slashes = name.find(['.', '/']).is_some_and(|at| name.as_bytes()[at] == b'/');
+    let slashes = name
+        .find(['.', '/'])
+        .is_some_and(|at| name.as_bytes()[at] == b'/');
     let path: String = if slashes {
         name.into()
     } else {
@@ -205,7 +262,10 @@ fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
         };
         name.chars().map(swap).collect()
     };
-    if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+    if path
+        .split('/')
+        .any(|part| part.is_empty() || part == "." || part == "..")
+    {
         return Err(invalid("is not a name"));
     }
     const IPC: [&str; 8] = [
@@ -230,16 +290,23 @@ fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
         return Err(invalid("does not belong to a namespace"));
     };
     if !namespaces.has(namespace) {
-        return Err(invalid(&format!("needs {kind} namespace of the container's own")));
+        return Err(invalid(&format!(
+            "needs {kind} namespace of the container's own"
+        )));
     }
     sys::c_string("linux.sysctl", format!("/proc/sys/{path}"))
 }
 
 /// Opens the root directory as a place.
 pub(super) fn current_root() -> Result<BorrowedFd<'static>> {
-    rustix::fs::openat(CWD, c"/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map(sys::leak)
-        .context(|| "cannot open the container's root")
+    rustix::fs::openat(
+        CWD,
+        c"/",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map(sys::leak)
+    .context(|| "cannot open the container's root")
 }
 
 #[cfg(test)]
@@ -248,13 +315,16 @@ mod tests {
     use super::*;
 
     fn namespaces(json: &str) -> Namespaces {
-        let linux = serde_json::from_str(&format!(r#"{{"namespaces":[{{"type":"mount"}}{json}]}}"#)).unwrap();
+        let linux =
+            serde_json::from_str(&format!(r#"{{"namespaces":[{{"type":"mount"}}{json}]}}"#))
+                .unwrap();
         Namespaces::new(&linux).unwrap()
     }
 
     #[test]
     fn paths_are_counted_from_the_root() {
-        let path = |path: &str| inside("x", Path::new(path)).map(|path| path.into_string().unwrap());
+        let path =
+            |path: &str| inside("x", Path::new(path)).map(|path| path.into_string().unwrap());
         assert_eq!(path("/a//b/./c/").unwrap(), "a/b/c");
         assert_eq!(path("a").unwrap(), "a");
         assert_eq!(path("/../a").unwrap(), "../a");
@@ -266,16 +336,40 @@ mod tests {
     fn sysctls_of_namespaces_only() {
         let all = namespaces(r#",{"type":"network"},{"type":"ipc"},{"type":"uts"}"#);
         let name = |name: &str| sysctl(name, &all).map(|path| path.into_string().unwrap());
-        assert_eq!(name("net.ipv4.ip_forward").unwrap(), "/proc/sys/net/ipv4/ip_forward");
-        assert_eq!(name("net/ipv4/conf/eth0.1/mtu").unwrap(), "/proc/sys/net/ipv4/conf/eth0.1/mtu");
-        assert_eq!(name("net.ipv4.conf.eth0/1.mtu").unwrap(), "/proc/sys/net/ipv4/conf/eth0.1/mtu");
+        assert_eq!(
+            name("net.ipv4.ip_forward").unwrap(),
+            "/proc/sys/net/ipv4/ip_forward"
+        );
+        assert_eq!(
+            name("net/ipv4/conf/eth0.1/mtu").unwrap(),
+            "/proc/sys/net/ipv4/conf/eth0.1/mtu"
+        );
+        assert_eq!(
+            name("net.ipv4.conf.eth0/1.mtu").unwrap(),
+            "/proc/sys/net/ipv4/conf/eth0.1/mtu"
+        );
         assert_eq!(name("kernel.shmmax").unwrap(), "/proc/sys/kernel/shmmax");
-        assert!(name("kernel.panic").unwrap_err().to_string().contains("kernel.panic"));
-        assert!(name("kernel.hostname").unwrap_err().to_string().contains("hostname"));
+        assert!(
+            name("kernel.panic")
+                .unwrap_err()
+                .to_string()
+                .contains("kernel.panic")
+        );
+        assert!(
+            name("kernel.hostname")
+                .unwrap_err()
+                .to_string()
+                .contains("hostname")
+        );
         assert!(name("net....kernel.panic").is_err());
         assert!(name("net/../kernel/panic").is_err());
         assert!(name("").is_err());
         let none = namespaces("");
-        assert!(sysctl("net.ipv4.ip_forward", &none).unwrap_err().to_string().contains("network namespace"));
+        assert!(
+            sysctl("net.ipv4.ip_forward", &none)
+                .unwrap_err()
+                .to_string()
+                .contains("network namespace")
+        );
     }
 }

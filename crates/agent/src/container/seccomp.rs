@@ -6,9 +6,12 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
+use libseccomp::{
+    ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
+};
 use oci_spec::runtime::{
-    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator, LinuxSyscall,
+    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
+    LinuxSeccompOperator, LinuxSyscall,
 };
 use rustix::fs::{MemfdFlags, SeekFrom};
 
@@ -21,17 +24,22 @@ pub(super) struct Filter {
     flags: libc::c_ulong,
 }
 
-fn failed(what: impl std::fmt::Display) -> impl FnOnce(libseccomp::error::SeccompError) -> CreateError {
+fn failed(
+    what: impl std::fmt::Display,
+) -> impl FnOnce(libseccomp::error::SeccompError) -> CreateError {
     let what = format!("linux.seccomp: {what}");
     move |error| CreateError::invalid(what, error)
 }
 
 fn action(field: &str, action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> {
     let number = errno.unwrap_or(libc::EPERM as u32);
-    let number = u16::try_from(number)
-        .map_err(|_| CreateError::invalid(field, format_args!("errnoRet {number} is out of range")))?;
+    let number = u16::try_from(number).map_err(|_| {
+        CreateError::invalid(field, format_args!("errnoRet {number} is out of range"))
+    })?;
     Ok(match action {
-        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => ScmpAction::KillThread,
+        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
+            ScmpAction::KillThread
+        }
         LinuxSeccompAction::ScmpActKillProcess => ScmpAction::KillProcess,
         LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
         LinuxSeccompAction::ScmpActErrno => ScmpAction::Errno(number.into()),
@@ -48,7 +56,9 @@ fn comparison(argument: &LinuxSeccompArg) -> Result<ScmpArgCompare> {
     let index = u32::try_from(argument.index())
         .ok()
         .filter(|index| *index < 6)
-        .ok_or_else(|| CreateError::invalid("linux.seccomp.syscalls.args", "index is not below 6"))?;
+        .ok_or_else(|| {
+            CreateError::invalid("linux.seccomp.syscalls.args", "index is not below 6")
+        })?;
     let mut datum = argument.value();
     let operator = match argument.op() {
         LinuxSeccompOperator::ScmpCmpNe => ScmpCompareOp::NotEqual,
@@ -69,18 +79,34 @@ fn comparison(argument: &LinuxSeccompArg) -> Result<ScmpArgCompare> {
 impl Filter {
     /// Compiles what the spec says.
     pub(super) fn new(spec: &LinuxSeccomp) -> Result<Filter> {
-        if spec.listener_path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
-            return Err(CreateError::unsupported("linux.seccomp.listenerPath", "user notification"));
+        if spec
+            .listener_path()
+            .as_ref()
+            .is_some_and(|path| !path.as_os_str().is_empty())
+        {
+            return Err(CreateError::unsupported(
+                "linux.seccomp.listenerPath",
+                "user notification",
+            ));
         }
-        if spec.listener_metadata().as_ref().is_some_and(|metadata| !metadata.is_empty()) {
-            return Err(CreateError::unsupported("linux.seccomp.listenerMetadata", "user notification"));
+        if spec
+            .listener_metadata()
+            .as_ref()
+            .is_some_and(|metadata| !metadata.is_empty())
+        {
+            return Err(CreateError::unsupported(
+                "linux.seccomp.listenerMetadata",
+                "user notification",
+            ));
         }
         let mut flags = 0;
         for flag in spec.flags().iter().flatten() {
             flags |= match flag {
                 LinuxSeccompFilterFlag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
                 LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
-                LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+                LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
+                    libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
+                }
                 LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
                     return Err(CreateError::unsupported(
                         "linux.seccomp.flags: SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
@@ -89,7 +115,11 @@ impl Filter {
                 }
             };
         }
-        let default = action("linux.seccomp.defaultAction", spec.default_action(), spec.default_errno_ret())?;
+        let default = action(
+            "linux.seccomp.defaultAction",
+            spec.default_action(),
+            spec.default_errno_ret(),
+        )?;
         let mut context = ScmpFilterContext::new(default).map_err(failed("defaultAction"))?;
         for architecture in spec.architectures().iter().flatten() {
             let name = architecture.to_string();
@@ -97,15 +127,25 @@ impl Filter {
             context.add_arch(architecture).map_err(failed(&name))?;
         }
         let syscalls = spec.syscalls().as_deref().unwrap_or_default();
-        if syscalls.iter().map(|syscall| syscall.names().len()).sum::<usize>() > 32 {
+        if syscalls
+            .iter()
+            .map(|syscall| syscall.names().len())
+            .sum::<usize>()
+            > 32
+        {
             // A binary tree: every system call of the container runs through this, interpreted where the guest kernel
             // has no compiler for it.
-            context.set_ctl_optimize(2).map_err(failed("optimization"))?;
+            context
+                .set_ctl_optimize(2)
+                .map_err(failed("optimization"))?;
         }
         for syscall in syscalls {
             add_rules(&mut context, syscall, default)?;
         }
-        Ok(Filter { program: export(&context)?, flags })
+        Ok(Filter {
+            program: export(&context)?,
+            flags,
+        })
     }
 
     /// Puts the filter on the calling process, for good. Needs CAP_SYS_ADMIN or no_new_privs.
@@ -117,34 +157,61 @@ impl Filter {
         };
         // SAFETY: the program outlives the call.
         let result = unsafe {
-            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, self.flags, &raw const program)
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                self.flags,
+                &raw const program,
+            )
         };
-        if result < 0 { Err(io::Error::last_os_error()).context(|| "cannot load linux.seccomp") } else { Ok(()) }
+        if result < 0 {
+            Err(io::Error::last_os_error()).context(|| "cannot load linux.seccomp")
+        } else {
+            Ok(())
+        }
     }
 }
 
-fn add_rules(context: &mut ScmpFilterContext, syscall: &LinuxSyscall, default: ScmpAction) -> Result<()> {
-    let action = action("linux.seccomp.syscalls", syscall.action(), syscall.errno_ret())?;
+fn add_rules(
+    context: &mut ScmpFilterContext,
+    syscall: &LinuxSyscall,
+    default: ScmpAction,
+) -> Result<()> {
+    let action = action(
+        "linux.seccomp.syscalls",
+        syscall.action(),
+        syscall.errno_ret(),
+    )?;
     if action == default {
         // libseccomp refuses rules that say nothing.
         return Ok(());
     }
     let arguments = syscall.args().as_deref().unwrap_or_default();
-    let comparisons = arguments.iter().map(comparison).collect::<Result<Vec<_>>>()?;
-    // libseccomp takes one comparison per argument in a rule; several of one argument mean any of them.
-    let repeats = arguments
+    let comparisons = arguments
         .iter()
-        .enumerate()
-        .any(|(position, argument)| arguments[..position].iter().any(|other| other.index() == argument.index()));
+        .map(comparison)
+        .collect::<Result<Vec<_>>>()?;
+    // libseccomp takes one comparison per argument in a rule; several of one argument mean any of them.
+    let repeats = arguments.iter().enumerate().any(|(position, argument)| {
+        arguments[..position]
+            .iter()
+            .any(|other| other.index() == argument.index())
+    });
     for name in syscall.names() {
         // Profiles name system calls of many kernels and architectures: one that is unknown here cannot be called.
-        let Ok(number) = ScmpSyscall::from_name(name) else { continue };
+        let Ok(number) = ScmpSyscall::from_name(name) else {
+            continue;
+        };
         let added = if comparisons.is_empty() {
             context.add_rule(action, number)
         } else if repeats {
             comparisons
                 .iter()
-                .try_for_each(|comparison| context.add_rule_conditional(action, number, &[*comparison]).map(drop))
+                .try_for_each(|comparison| {
+                    context
+                        .add_rule_conditional(action, number, &[*comparison])
+                        .map(drop)
+                })
                 .map(|()| &mut *context)
         } else {
             context.add_rule_conditional(action, number, &comparisons)
@@ -158,7 +225,9 @@ fn add_rules(context: &mut ScmpFilterContext, syscall: &LinuxSyscall, default: S
 fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
     const WHAT: &str = "cannot compile linux.seccomp";
     let file = rustix::fs::memfd_create(c"seccomp", MemfdFlags::CLOEXEC).context(|| WHAT)?;
-    context.export_bpf(file.as_fd()).map_err(|error| CreateError::other(WHAT, error))?;
+    context
+        .export_bpf(file.as_fd())
+        .map_err(|error| CreateError::other(WHAT, error))?;
     read(&file).context(|| WHAT)
 }
 
@@ -197,7 +266,11 @@ mod tests {
     fn run(filter: &Filter, number: i64, arguments: [u64; 6]) -> u32 {
         const X86_64: u32 = 0xc000_003e;
         const AARCH64: u32 = 0xc000_00b7;
-        let architecture = if cfg!(target_arch = "x86_64") { X86_64 } else { AARCH64 };
+        let architecture = if cfg!(target_arch = "x86_64") {
+            X86_64
+        } else {
+            AARCH64
+        };
         let mut data = vec![number as u32, architecture, 0, 0];
         for argument in arguments {
             data.extend([argument as u32, (argument >> 32) as u32]);
@@ -247,12 +320,21 @@ mod tests {
                     {"index":0,"value":268435456,"valueTwo":268435456,"op":"SCMP_CMP_MASKED_EQ"}]}]}"#,
         )
         .unwrap();
-        assert_eq!(run(&filter, libc::SYS_socket, [40, 0, 0, 0, 0, 0]), ERRNO | 1);
+        assert_eq!(
+            run(&filter, libc::SYS_socket, [40, 0, 0, 0, 0, 0]),
+            ERRNO | 1
+        );
         assert_eq!(run(&filter, libc::SYS_socket, [2, 0, 0, 0, 0, 0]), ALLOW);
         for (value, answer) in [(1, ERRNO | 1), (2, ERRNO | 1), (3, ALLOW)] {
-            assert_eq!(run(&filter, libc::SYS_personality, [value, 0, 0, 0, 0, 0]), answer);
+            assert_eq!(
+                run(&filter, libc::SYS_personality, [value, 0, 0, 0, 0, 0]),
+                answer
+            );
         }
-        assert_eq!(run(&filter, libc::SYS_clone, [0x1000_0011, 0, 0, 0, 0, 0]), ERRNO | 1);
+        assert_eq!(
+            run(&filter, libc::SYS_clone, [0x1000_0011, 0, 0, 0, 0, 0]),
+            ERRNO | 1
+        );
         assert_eq!(run(&filter, libc::SYS_clone, [0x11, 0, 0, 0, 0, 0]), ALLOW);
     }
 
@@ -275,7 +357,10 @@ mod tests {
     fn what_is_not_done_is_named() {
         for (json, words) in [
             (r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#, "SCMP_ACT_NOTIFY"),
-            (r#"{"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/x"}"#, "listenerPath"),
+            (
+                r#"{"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/x"}"#,
+                "listenerPath",
+            ),
             (
                 r#"{"defaultAction":"SCMP_ACT_ALLOW","flags":["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]}"#,
                 "WAIT_KILLABLE",

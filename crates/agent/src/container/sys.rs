@@ -68,7 +68,11 @@ pub(super) enum Cloned {
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Clones this process, with `flags` for namespaces (and CLONE_PARENT), into `cgroup`. Signal handlers are reset in
@@ -83,7 +87,11 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
         flags: flags | CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
         pidfd: (&raw mut pidfd) as u64,
         // With CLONE_PARENT the new process gets its sibling's exit signal and must not name one.
-        exit_signal: if flags & CLONE_PARENT == 0 { libc::SIGCHLD as u64 } else { 0 },
+        exit_signal: if flags & CLONE_PARENT == 0 {
+            libc::SIGCHLD as u64
+        } else {
+            0
+        },
         ..Default::default()
     };
     if let Some(cgroup) = cgroup {
@@ -92,13 +100,22 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
     }
     // SAFETY: the arguments outlive the call; without CLONE_VM the child has its own copy of all memory. The rest is
     // the caller's promise.
-    let pid = unsafe { check(libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>()))? };
+    let pid = unsafe {
+        check(libc::syscall(
+            libc::SYS_clone3,
+            &raw mut arguments,
+            size_of::<CloneArguments>(),
+        ))?
+    };
     if pid == 0 {
         return Ok(Cloned::Child);
     }
     // SAFETY: the kernel stored a new descriptor there, and nobody else knows of it.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    Ok(Cloned::Parent { pid: pid as u32, pidfd })
+    Ok(Cloned::Parent {
+        pid: pid as u32,
+        pidfd,
+    })
 }
 
 /// Moves the caller (for PID namespaces: its future children) into namespaces of `of`: one namespace, or those in
@@ -141,18 +158,42 @@ pub(super) fn mount_setattr(
 }
 
 /// `mount(2)` on the current directory.
-pub(super) fn mount_here(source: &CStr, filesystem: &CStr, flags: libc::c_ulong, data: &CStr) -> io::Result<()> {
-    let data = if data.is_empty() { std::ptr::null() } else { data.as_ptr() };
+pub(super) fn mount_here(
+    source: &CStr,
+    filesystem: &CStr,
+    flags: libc::c_ulong,
+    data: &CStr,
+) -> io::Result<()> {
+    let data = if data.is_empty() {
+        std::ptr::null()
+    } else {
+        data.as_ptr()
+    };
     // SAFETY: all strings are valid for the call.
-    let result =
-        unsafe { libc::mount(source.as_ptr(), c".".as_ptr(), filesystem.as_ptr(), flags, data.cast()) };
+    let result = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            c".".as_ptr(),
+            filesystem.as_ptr(),
+            flags,
+            data.cast(),
+        )
+    };
     check(result.into()).map(drop)
 }
 
 /// Changes the propagation of the mount at `path`.
 pub(super) fn mount_propagation(path: &CStr, flags: libc::c_ulong) -> io::Result<()> {
     // SAFETY: the path is valid for the call, the other strings are unused by the kernel for this operation.
-    let result = unsafe { libc::mount(std::ptr::null(), path.as_ptr(), std::ptr::null(), flags, std::ptr::null()) };
+    let result = unsafe {
+        libc::mount(
+            std::ptr::null(),
+            path.as_ptr(),
+            std::ptr::null(),
+            flags,
+            std::ptr::null(),
+        )
+    };
     check(result.into()).map(drop)
 }
 
@@ -176,7 +217,11 @@ pub(super) fn prctl(operation: libc::c_int, a: libc::c_ulong, b: libc::c_ulong) 
 }
 
 /// `ioctl(2)` with a number.
-pub(super) fn ioctl_number(fd: BorrowedFd<'_>, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<()> {
+pub(super) fn ioctl_number(
+    fd: BorrowedFd<'_>,
+    request: libc::c_ulong,
+    argument: libc::c_ulong,
+) -> io::Result<()> {
     // SAFETY: used with requests that take a number.
     check(unsafe { libc::syscall(libc::SYS_ioctl, fd.as_raw_fd(), request, argument) }).map(drop)
 }
@@ -191,7 +236,11 @@ pub(super) fn leak(fd: OwnedFd) -> BorrowedFd<'static> {
 }
 
 /// Replaces the process image. Returns only on failure.
-pub(super) fn execve(path: &CStr, arguments: &[*const c_char], environment: &[*const c_char]) -> io::Error {
+pub(super) fn execve(
+    path: &CStr,
+    arguments: &[*const c_char],
+    environment: &[*const c_char],
+) -> io::Error {
     debug_assert!(arguments.last().is_some_and(|last| last.is_null()));
     debug_assert!(environment.last().is_some_and(|last| last.is_null()));
     // SAFETY: both arrays end with a null pointer and hold pointers to strings that are alive.
@@ -207,20 +256,37 @@ pub(super) fn exit(status: i32) -> ! {
 
 /// Pointers to strings, ended by a null pointer, for [`execve`]. Valid as long as `strings`.
 pub(super) fn pointers<'a>(strings: impl Iterator<Item = &'a CString>) -> Vec<*const c_char> {
-    strings.map(|string| string.as_ptr()).chain(std::iter::once(std::ptr::null())).collect()
+    strings
+        .map(|string| string.as_ptr())
+        .chain(std::iter::once(std::ptr::null()))
+        .collect()
 }
 
 /// Writes `value` to an existing file in one call.
-pub(super) fn write_file<P: rustix::path::Arg>(directory: impl AsFd, path: P, value: &[u8]) -> io::Result<()> {
+pub(super) fn write_file<P: rustix::path::Arg>(
+    directory: impl AsFd,
+    path: P,
+    value: &[u8],
+) -> io::Result<()> {
     use rustix::fs::{Mode, OFlags};
-    let file = rustix::fs::openat(directory, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let file = rustix::fs::openat(
+        directory,
+        path,
+        OFlags::WRONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     let written = rustix::io::write(&file, value)?;
-    if written == value.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    if written == value.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
 }
 
 /// A path or word of the spec as the kernel wants it.
 pub(super) fn c_string(field: &str, value: impl AsRef<[u8]>) -> super::Result<CString> {
-    CString::new(value.as_ref()).map_err(|_| super::CreateError::invalid(field, "contains a NUL byte"))
+    CString::new(value.as_ref())
+        .map_err(|_| super::CreateError::invalid(field, "contains a NUL byte"))
 }
 
 /// As [`c_string`], of a path.

@@ -22,8 +22,8 @@ pub struct User {
     pub gid: u32,
     /// Supplementary groups.
     pub groups: Vec<u32>,
-    /// Home directory.
-    pub home: String,
+    /// Home directory, when it has been looked up.
+    pub home: Option<String>,
 }
 
 /// Looks up `user[:group]`.
@@ -36,15 +36,23 @@ pub fn find(text: &str) -> Result<User, String> {
 
 /// The home directory of a user id; `/` when there is none.
 pub fn home_of(uid: u32) -> String {
-    entries(&read("/etc/passwd"), 7)
-        .find(|fields| fields[2].parse() == Ok(uid))
+    home_in(uid, &read("/etc/passwd"))
+}
+
+fn home_in(uid: u32, passwd: &str) -> String {
+    let uid = uid.to_string();
+    entries(passwd, 7)
+        .find(|fields| fields[2] == uid)
         .map_or_else(|| "/".into(), |fields| home(&fields))
 }
 
 /// A missing or unreadable file has no entries, as in an image without users.
 fn read(path: &str) -> String {
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    // Whatever lies there must not block: a FIFO opens at once.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut text = Vec::new();
-    if let Ok(file) = File::open(path)
+    if let Ok(file) = openat(CWD, path, flags, Mode::empty()).map(File::from)
         && file.metadata().is_ok_and(|metadata| metadata.is_file())
     {
         // What was read before an error still counts.
@@ -61,8 +69,8 @@ fn entries(text: &str, fields: usize) -> impl Iterator<Item = Vec<&str>> {
 
 fn home(fields: &[&str]) -> String {
     match fields[5] {
-        "" => "/".into(),
-        home => home.into(),
+        home if home.starts_with('/') => home.into(),
+        _ => "/".into(),
     }
 }
 
@@ -78,27 +86,45 @@ fn find_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
         .or_else(|| entries(passwd, 7).find(|fields| number.is_some() && id(fields[2]) == number));
     let (uid, gid, home) = match (&entry, number) {
         (Some(fields), _) => {
-            let uid = id(fields[2]).ok_or_else(|| format!("user {user:?} has no usable user id"))?;
-            let gid = id(fields[3]).ok_or_else(|| format!("user {user:?} has no usable group id"))?;
+            let uid =
+                id(fields[2]).ok_or_else(|| format!("user {user:?} has no usable user id"))?;
+            let gid =
+                id(fields[3]).ok_or_else(|| format!("user {user:?} has no usable group id"))?;
             (uid, gid, home(fields))
         }
         (None, Some(uid)) => (uid, 0, "/".into()),
-        (None, None) => return Err(format!("unable to find user {user}: no matching entries in passwd file")),
+        (None, None) => {
+            return Err(format!(
+                "unable to find user {user}: no matching entries in passwd file"
+            ));
+        }
     };
     if let Some(wanted) = wanted_group {
         let gid = entries(group, 3)
             .find(|fields| fields[0] == wanted)
             .and_then(|fields| id(fields[2]))
             .or_else(|| id(wanted))
-            .ok_or_else(|| format!("unable to find group {wanted}: no matching entries in group file"))?;
-        return Ok(User { uid, gid, groups: Vec::new(), home });
+            .ok_or_else(|| {
+                format!("unable to find group {wanted}: no matching entries in group file")
+            })?;
+        return Ok(User {
+            uid,
+            gid,
+            groups: Vec::new(),
+            home: Some(home),
+        });
     }
     let name = entry.as_ref().map(|fields| fields[0]);
     let groups = entries(group, 4)
         .filter(|fields| fields[3].split(',').any(|member| Some(member) == name))
         .filter_map(|fields| id(fields[2]))
         .collect();
-    Ok(User { uid, gid, groups, home })
+    Ok(User {
+        uid,
+        gid,
+        groups,
+        home: Some(home),
+    })
 }
 
 fn id(text: &str) -> Option<u32> {
@@ -127,9 +153,21 @@ mod tests {
         ];
         for (text, uid, gid, groups, home) in cases {
             let user = find_in(text, PASSWD, GROUP).unwrap();
-            let expected = User { uid, gid, groups: groups.to_vec(), home: home.into() };
+            let expected = User {
+                uid,
+                gid,
+                groups: groups.to_vec(),
+                home: Some(home.into()),
+            };
             assert_eq!(user, expected, "{text:?}");
         }
+    }
+
+    #[test]
+    fn homes_are_absolute_or_the_root() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nbad:x:7:7::relative:\n";
+        let homes = [0, 7, 5].map(|uid| home_in(uid, passwd));
+        assert_eq!(homes, ["/root", "/", "/"]);
     }
 
     #[test]

@@ -31,8 +31,20 @@ struct Rule {
 
 /// What every container may: make any node (opening it is another matter), and use the standard ones.
 const STANDARD: [Rule; 10] = [
-    Rule { allow: true, kind: Some(CHARACTER), major: None, minor: None, access: MKNOD },
-    Rule { allow: true, kind: Some(BLOCK), major: None, minor: None, access: MKNOD },
+    Rule {
+        allow: true,
+        kind: Some(CHARACTER),
+        major: None,
+        minor: None,
+        access: MKNOD,
+    },
+    Rule {
+        allow: true,
+        kind: Some(BLOCK),
+        major: None,
+        minor: None,
+        access: MKNOD,
+    },
     standard(1, Some(3)),
     standard(1, Some(5)),
     standard(1, Some(7)),
@@ -45,7 +57,13 @@ const STANDARD: [Rule; 10] = [
 ];
 
 const fn standard(major: i32, minor: Option<i32>) -> Rule {
-    Rule { allow: true, kind: Some(CHARACTER), major: Some(major), minor, access: ALL }
+    Rule {
+        allow: true,
+        kind: Some(CHARACTER),
+        major: Some(major),
+        minor,
+        access: ALL,
+    }
 }
 
 impl Rule {
@@ -53,15 +71,20 @@ impl Rule {
         const FIELD: &str = "linux.resources.devices";
         let number = |number: Option<i64>| match number {
             None | Some(-1) => Ok(None),
-            Some(number) => i32::try_from(number)
-                .map(Some)
-                .map_err(|_| CreateError::invalid(FIELD, format_args!("device number {number} is out of range"))),
+            Some(number) => i32::try_from(number).map(Some).map_err(|_| {
+                CreateError::invalid(
+                    FIELD,
+                    format_args!("device number {number} is out of range"),
+                )
+            }),
         };
         let kind = match rule.typ().unwrap_or_default() {
             LinuxDeviceType::A => None,
             LinuxDeviceType::B => Some(BLOCK),
             LinuxDeviceType::C | LinuxDeviceType::U => Some(CHARACTER),
-            LinuxDeviceType::P => return Err(CreateError::invalid(FIELD, "type p is not a device")),
+            LinuxDeviceType::P => {
+                return Err(CreateError::invalid(FIELD, "type p is not a device"));
+            }
         };
         let mut access = 0;
         for letter in rule.access().as_deref().unwrap_or_default().chars() {
@@ -69,13 +92,24 @@ impl Rule {
                 'r' => READ,
                 'w' => WRITE,
                 'm' => MKNOD,
-                _ => return Err(CreateError::invalid(FIELD, format_args!("unknown access {letter:?}"))),
+                _ => {
+                    return Err(CreateError::invalid(
+                        FIELD,
+                        format_args!("unknown access {letter:?}"),
+                    ));
+                }
             };
         }
         if access == 0 {
             access = ALL;
         }
-        Ok(Rule { allow: rule.allow(), kind, major: number(rule.major())?, minor: number(rule.minor())?, access })
+        Ok(Rule {
+            allow: rule.allow(),
+            kind,
+            major: number(rule.major())?,
+            minor: number(rule.minor())?,
+            access,
+        })
     }
 
     fn matches_all(&self) -> bool {
@@ -115,7 +149,12 @@ const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 
 fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: destination | source << 4, offset, immediate }
+    Instruction {
+        code,
+        registers: destination | source << 4,
+        offset,
+        immediate,
+    }
 }
 
 /// The program for a list of rules, or None when everything is allowed.
@@ -163,7 +202,13 @@ fn assemble_rule(rule: &Rule, program: &mut Vec<Instruction>) {
         .collect();
     for (index, (register, value)) in conditions.iter().enumerate() {
         let skip = conditions.len() - index - 1 + consequence.len();
-        program.push(instruction(code::JUMP_NOT_EQUAL, *register, 0, skip as i16, *value));
+        program.push(instruction(
+            code::JUMP_NOT_EQUAL,
+            *register,
+            0,
+            skip as i16,
+            *value,
+        ));
     }
     program.append(&mut consequence);
 }
@@ -194,7 +239,10 @@ impl DeviceProgram {
             return Ok(None);
         };
         let loaded = load(program)?;
-        bpf(BPF_PROG_ATTACH, &attachment(cgroup, Some(as_borrowed(&loaded)), replaces))?;
+        bpf(
+            BPF_PROG_ATTACH,
+            &attachment(cgroup, Some(as_borrowed(&loaded)), replaces),
+        )?;
         Ok(Some(loaded))
     }
 }
@@ -236,12 +284,20 @@ struct Attachment {
     replaces: RawFd,
 }
 
-fn attachment(cgroup: BorrowedFd<'_>, program: Option<BorrowedFd<'_>>, replaces: Option<BorrowedFd<'_>>) -> Attachment {
+fn attachment(
+    cgroup: BorrowedFd<'_>,
+    program: Option<BorrowedFd<'_>>,
+    replaces: Option<BorrowedFd<'_>>,
+) -> Attachment {
     Attachment {
         target: cgroup.as_raw_fd(),
         program: program.map_or(0, |fd| fd.as_raw_fd()),
         kind: BPF_CGROUP_DEVICE,
-        flags: if replaces.is_some() { BPF_F_ALLOW_MULTI | BPF_F_REPLACE } else { BPF_F_ALLOW_MULTI },
+        flags: if replaces.is_some() {
+            BPF_F_ALLOW_MULTI | BPF_F_REPLACE
+        } else {
+            BPF_F_ALLOW_MULTI
+        },
         replaces: replaces.map_or(0, |fd| fd.as_raw_fd()),
     }
 }
@@ -249,9 +305,19 @@ fn attachment(cgroup: BorrowedFd<'_>, program: Option<BorrowedFd<'_>>, replaces:
 fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_long> {
     // SAFETY: the attributes are the leading part of the union that the command reads, with their true size; the
     // pointers in them are alive.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
@@ -285,7 +351,12 @@ mod tests {
         let context = [(access << 16 | kind) as u32, major as u32, minor as u32];
         let mut at = 0;
         loop {
-            let Instruction { code, registers: pair, offset, immediate } = program[at];
+            let Instruction {
+                code,
+                registers: pair,
+                offset,
+                immediate,
+            } = program[at];
             let (to, from) = (usize::from(pair & 15), usize::from(pair >> 4));
             let mut jump = 0;
             match code {
@@ -384,7 +455,9 @@ mod tests {
     fn the_kernel_takes_it() {
         match load(&program("[]")) {
             Ok(_) => {}
-            Err(error) => eprintln!("skipped: this system does not let the test load eBPF: {error}"),
+            Err(error) => {
+                eprintln!("skipped: this system does not let the test load eBPF: {error}")
+            }
         }
     }
 }

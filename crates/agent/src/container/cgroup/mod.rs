@@ -51,30 +51,56 @@ pub(super) struct Cgroup {
 
 impl CgroupPlan {
     /// `path` is linux.cgroupsPath.
-    pub(super) fn new(id: &str, path: Option<&Path>, resources: Option<&LinuxResources>) -> Result<CgroupPlan> {
-        let path = path.filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new(id));
-        let invalid = |why: &str| CreateError::invalid("linux.cgroupsPath", format_args!("{}: {why}", path.display()));
+    pub(super) fn new(
+        id: &str,
+        path: Option<&Path>,
+        resources: Option<&LinuxResources>,
+    ) -> Result<CgroupPlan> {
+        let path = path
+            .filter(|path| !path.as_os_str().is_empty())
+            .unwrap_or(Path::new(id));
+        let invalid = |why: &str| {
+            CreateError::invalid(
+                "linux.cgroupsPath",
+                format_args!("{}: {why}", path.display()),
+            )
+        };
         let mut relative = PathBuf::new();
         for component in path.components() {
             match component {
                 Component::Normal(name) => relative.push(name),
                 Component::RootDir | Component::CurDir => {}
-                Component::ParentDir | Component::Prefix(_) => return Err(invalid("leads upwards")),
+                Component::ParentDir | Component::Prefix(_) => {
+                    return Err(invalid("leads upwards"));
+                }
             }
         }
         if relative.as_os_str().is_empty() {
             return Err(invalid("is the root of all groups"));
         }
-        if path.as_os_str().as_bytes().iter().filter(|byte| **byte == b':').count() == 2 && path.is_relative() {
+        if path
+            .as_os_str()
+            .as_bytes()
+            .iter()
+            .filter(|byte| **byte == b':')
+            .count()
+            == 2
+            && path.is_relative()
+        {
             return Err(CreateError::unsupported(
                 "linux.cgroupsPath",
                 format_args!("{} is systemd's notation", path.display()),
             ));
         }
-        let devices = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+        let devices = resources
+            .and_then(|resources| resources.devices().as_deref())
+            .unwrap_or_default();
         Ok(CgroupPlan {
             path: relative,
-            settings: resources.map(resources::settings).transpose()?.unwrap_or_default(),
+            settings: resources
+                .map(resources::settings)
+                .transpose()?
+                .unwrap_or_default(),
             devices: DeviceProgram::new(devices)?,
         })
     }
@@ -87,7 +113,8 @@ impl CgroupPlan {
     /// Makes the group and sets its limits. Leaves no group behind on failure.
     pub(super) fn create(&self) -> Result<Cgroup> {
         let path = self.path();
-        let mut parent = open_directory(CWD, Path::new(ROOT)).context(|| format!("cannot open {ROOT}"))?;
+        let mut parent =
+            open_directory(CWD, Path::new(ROOT)).context(|| format!("cannot open {ROOT}"))?;
         let mut existed = false;
         for name in &self.path {
             self.enable_controllers(parent.as_fd())?;
@@ -95,13 +122,25 @@ impl CgroupPlan {
             match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
                 Ok(()) => {}
                 Err(rustix::io::Errno::EXIST) => existed = true,
-                Err(error) => return Err(error).context(|| format!("cannot make control group {}", path.display())),
+                Err(error) => {
+                    return Err(error)
+                        .context(|| format!("cannot make control group {}", path.display()));
+                }
             }
             parent = open_directory(parent.as_fd(), Path::new(name))
                 .context(|| format!("cannot open control group {}", path.display()))?;
         }
-        let cgroup = Cgroup { path, directory: parent, devices: Mutex::new(None) };
-        if existed && cgroup.read("cgroup.events")?.lines().any(|line| line == "populated 1") {
+        let cgroup = Cgroup {
+            path,
+            directory: parent,
+            devices: Mutex::new(None),
+        };
+        if existed
+            && cgroup
+                .read("cgroup.events")?
+                .lines()
+                .any(|line| line == "populated 1")
+        {
             return Err(CreateError::invalid(
                 "linux.cgroupsPath",
                 format_args!("{} has processes in it already", cgroup.path.display()),
@@ -122,12 +161,18 @@ impl CgroupPlan {
         let available = available_controllers()?;
         let mut words = String::new();
         let mut add = |controller: &str| {
-            if !words.split(' ').any(|word| word.strip_prefix('+') == Some(controller)) {
+            if !words
+                .split(' ')
+                .any(|word| word.strip_prefix('+') == Some(controller))
+            {
                 words.push_str(if words.is_empty() { "+" } else { " +" });
                 words.push_str(controller);
             }
         };
-        for controller in ALWAYS.iter().filter(|controller| available.iter().any(|name| name == *controller)) {
+        for controller in ALWAYS
+            .iter()
+            .filter(|controller| available.iter().any(|name| name == *controller))
+        {
             add(controller);
         }
         for setting in &self.settings {
@@ -158,7 +203,12 @@ fn available_controllers() -> Result<&'static [String]> {
 }
 
 fn open_directory(parent: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::openat(parent, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    rustix::fs::openat(
+        parent,
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 impl Cgroup {
@@ -194,15 +244,24 @@ impl Cgroup {
                 io::ErrorKind::NotFound => "the guest kernel has no such control".into(),
                 _ => reason(&error),
             };
-            CreateError::other(format_args!("cannot set {} ({file} to {value:?})", setting.field), why)
+            CreateError::other(
+                format_args!("cannot set {} ({file} to {value:?})", setting.field),
+                why,
+            )
         };
-        match sys::write_file(&self.directory, setting.file.as_ref(), setting.value.as_bytes()) {
+        match sys::write_file(
+            &self.directory,
+            setting.file.as_ref(),
+            setting.value.as_bytes(),
+        ) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => match &setting.absent {
                 Absent::Fail => Err(failed(error, &setting.file, &setting.value)),
                 Absent::Ignore => Ok(()),
-                Absent::Write(file, value) => sys::write_file(&self.directory, *file, value.as_bytes())
-                    .map_err(|error| failed(error, file, value)),
+                Absent::Write(file, value) => {
+                    sys::write_file(&self.directory, *file, value.as_bytes())
+                        .map_err(|error| failed(error, file, value))
+                }
             },
             Err(error) => Err(failed(error, &setting.file, &setting.value)),
         }
@@ -222,7 +281,9 @@ impl Cgroup {
         let plan = resources::settings(resources)?;
         let memory = resources.memory().as_ref();
         if memory.and_then(|memory| memory.check_before_update()) == Some(true)
-            && let Some(limit) = memory.and_then(|memory| memory.limit()).filter(|limit| *limit > 0)
+            && let Some(limit) = memory
+                .and_then(|memory| memory.limit())
+                .filter(|limit| *limit > 0)
         {
             let used = self.read("memory.current")?;
             if used.trim().parse::<i64>().is_ok_and(|used| used > limit) {
@@ -255,7 +316,8 @@ impl Cgroup {
             match rustix::fs::chownat(&self.directory, file, owner, None, AtFlags::empty()) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => {}
                 Err(error) => {
-                    return Err(error).context(|| format!("cannot delegate {}/{file}", self.path.display()));
+                    return Err(error)
+                        .context(|| format!("cannot delegate {}/{file}", self.path.display()));
                 }
             }
         }
@@ -275,8 +337,15 @@ impl Cgroup {
             let _ = sys::write_file(&self.directory, c"cgroup.freeze", b"0");
         }
         Err(CreateError::other(
-            format_args!("cannot {} {}", if frozen { "freeze" } else { "thaw" }, self.path.display()),
-            format_args!("the kernel did not manage to within {} seconds", PATIENCE.as_secs()),
+            format_args!(
+                "cannot {} {}",
+                if frozen { "freeze" } else { "thaw" },
+                self.path.display()
+            ),
+            format_args!(
+                "the kernel did not manage to within {} seconds",
+                PATIENCE.as_secs()
+            ),
         ))
     }
 
@@ -295,10 +364,15 @@ impl Cgroup {
             let mut buffer = [0; 256];
             let length = rustix::io::pread(&events, &mut buffer, 0).context(what)?;
             let text = String::from_utf8_lossy(&buffer[..length]);
-            if text.lines().any(|line| line.split_once(' ') == Some((key, value))) {
+            if text
+                .lines()
+                .any(|line| line.split_once(' ') == Some((key, value)))
+            {
                 return Ok(true);
             }
-            let Some(left) = end.checked_duration_since(Instant::now()) else { return Ok(false) };
+            let Some(left) = end.checked_duration_since(Instant::now()) else {
+                return Ok(false);
+            };
             let timeout = rustix::time::Timespec {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
@@ -333,7 +407,10 @@ impl Cgroup {
         if !self.wait_for_event("populated", "0")? {
             return Err(CreateError::other(
                 format_args!("cannot remove {}", self.path.display()),
-                format_args!("its processes did not end within {} seconds", PATIENCE.as_secs()),
+                format_args!(
+                    "its processes did not end within {} seconds",
+                    PATIENCE.as_secs()
+                ),
             ));
         }
         remove_tree(&self.path).context(|| format!("cannot remove {}", self.path.display()))
@@ -342,11 +419,19 @@ impl Cgroup {
 
 fn signal_tree(path: &Path, signal: Signal) -> Result<()> {
     let procs = path.join("cgroup.procs");
-    let text = std::fs::read_to_string(&procs).context(|| format!("cannot read {}", procs.display()))?;
-    for pid in text.lines().filter_map(|line| line.parse().ok()).filter_map(Pid::from_raw) {
+    let text =
+        std::fs::read_to_string(&procs).context(|| format!("cannot read {}", procs.display()))?;
+    for pid in text
+        .lines()
+        .filter_map(|line| line.parse().ok())
+        .filter_map(Pid::from_raw)
+    {
         match rustix::process::kill_process(pid, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(error) => return Err(error).context(|| format!("cannot signal process {}", pid.as_raw_nonzero())),
+            Err(error) => {
+                return Err(error)
+                    .context(|| format!("cannot signal process {}", pid.as_raw_nonzero()));
+            }
         }
     }
     for child in children(path).context(|| format!("cannot list {}", path.display()))? {
@@ -388,7 +473,17 @@ mod tests {
         assert_eq!(path("/pod/c1").unwrap(), Path::new("pod/c1"));
         assert_eq!(path("pod//./c1").unwrap(), Path::new("pod/c1"));
         assert!(path("/").unwrap_err().to_string().contains("root"));
-        assert!(path("/pod/../..").unwrap_err().to_string().contains("upwards"));
-        assert!(path("system.slice:docker:abc").unwrap_err().to_string().contains("systemd"));
+        assert!(
+            path("/pod/../..")
+                .unwrap_err()
+                .to_string()
+                .contains("upwards")
+        );
+        assert!(
+            path("system.slice:docker:abc")
+                .unwrap_err()
+                .to_string()
+                .contains("systemd")
+        );
     }
 }

@@ -42,7 +42,11 @@ pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
     if let Some(pids) = resources.pids() {
         // 0 is how callers say "nothing".
         if pids.limit() != 0 {
-            list.set("linux.resources.pids.limit", "pids.max", limit(pids.limit()));
+            list.set(
+                "linux.resources.pids.limit",
+                "pids.max",
+                limit(pids.limit()),
+            );
         }
     }
     if let Some(block_io) = resources.block_io() {
@@ -52,14 +56,28 @@ pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
         const FIELD: &str = "linux.resources.hugepageLimits";
         let size = hugepages.page_size();
         if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Err(CreateError::invalid(FIELD, format_args!("page size {size:?}")));
+            return Err(CreateError::invalid(
+                FIELD,
+                format_args!("page size {size:?}"),
+            ));
         }
-        list.set(FIELD, format!("hugetlb.{size}.max"), limit(hugepages.limit()));
-        list.set_if_exists(FIELD, format!("hugetlb.{size}.rsvd.max"), limit(hugepages.limit()));
+        list.set(
+            FIELD,
+            format!("hugetlb.{size}.max"),
+            limit(hugepages.limit()),
+        );
+        list.set_if_exists(
+            FIELD,
+            format!("hugetlb.{size}.rsvd.max"),
+            limit(hugepages.limit()),
+        );
     }
     for (device, rdma) in resources.rdma().iter().flatten() {
         let mut line = device.clone();
-        for (name, number) in [("hca_handle", rdma.hca_handles()), ("hca_object", rdma.hca_objects())] {
+        for (name, number) in [
+            ("hca_handle", rdma.hca_handles()),
+            ("hca_object", rdma.hca_objects()),
+        ] {
             if let Some(number) = number {
                 line.push_str(&format!(" {name}={number}"));
             }
@@ -70,15 +88,26 @@ pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
         if network.class_id().is_some_and(|class| class != 0) {
             return Err(without_counterpart("linux.resources.network.classID"));
         }
-        if network.priorities().as_ref().is_some_and(|priorities| !priorities.is_empty()) {
+        if network
+            .priorities()
+            .as_ref()
+            .is_some_and(|priorities| !priorities.is_empty())
+        {
             return Err(without_counterpart("linux.resources.network.priorities"));
         }
     }
     // Last, because it may refine what the fields above say.
     for (file, value) in resources.unified().iter().flatten() {
         const FIELD: &str = "linux.resources.unified";
-        if file.contains('/') || !file.contains('.') || file.starts_with('.') || file.starts_with("cgroup.") {
-            return Err(CreateError::invalid(FIELD, format_args!("{file:?} is not a file of a controller")));
+        if file.contains('/')
+            || !file.contains('.')
+            || file.starts_with('.')
+            || file.starts_with("cgroup.")
+        {
+            return Err(CreateError::invalid(
+                FIELD,
+                format_args!("{file:?} is not a file of a controller"),
+            ));
         }
         list.set(FIELD, file.clone(), value.clone());
     }
@@ -91,17 +120,31 @@ fn without_counterpart(field: &'static str) -> CreateError {
 
 /// -1 is how the spec says "none".
 fn limit(number: i64) -> String {
-    if number < 0 { "max".into() } else { number.to_string() }
+    if number < 0 {
+        "max".into()
+    } else {
+        number.to_string()
+    }
 }
 
 struct List(Vec<Setting>);
 
 impl List {
-    fn set(&mut self, field: &'static str, file: impl Into<Cow<'static, str>>, value: impl ToString) {
+    fn set(
+        &mut self,
+        field: &'static str,
+        file: impl Into<Cow<'static, str>>,
+        value: impl ToString,
+    ) {
         self.push(field, file, value, Absent::Fail);
     }
 
-    fn set_if_exists(&mut self, field: &'static str, file: impl Into<Cow<'static, str>>, value: impl ToString) {
+    fn set_if_exists(
+        &mut self,
+        field: &'static str,
+        file: impl Into<Cow<'static, str>>,
+        value: impl ToString,
+    ) {
         self.push(field, file, value, Absent::Ignore);
     }
 
@@ -112,12 +155,21 @@ impl List {
         value: impl ToString,
         absent: Absent,
     ) {
-        self.0.push(Setting { field, file: file.into(), value: value.to_string(), absent });
+        self.0.push(Setting {
+            field,
+            file: file.into(),
+            value: value.to_string(),
+            absent,
+        });
     }
 
     fn cpu(&mut self, cpu: &LinuxCpu) -> Result<()> {
         if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
-            self.set("linux.resources.cpu.shares", "cpu.weight", cpu_weight(shares));
+            self.set(
+                "linux.resources.cpu.shares",
+                "cpu.weight",
+                cpu_weight(shares),
+            );
         }
         if let Some(idle) = cpu.idle() {
             self.set("linux.resources.cpu.idle", "cpu.idle", idle);
@@ -126,10 +178,14 @@ impl List {
         let period = cpu.period().filter(|period| *period != 0);
         if quota.is_some() || period.is_some() {
             let quota = limit(quota.unwrap_or(-1));
-            self.set("linux.resources.cpu.quota", "cpu.max", match period {
-                Some(period) => format!("{quota} {period}"),
-                None => quota,
-            });
+            self.set(
+                "linux.resources.cpu.quota",
+                "cpu.max",
+                match period {
+                    Some(period) => format!("{quota} {period}"),
+                    None => quota,
+                },
+            );
         }
         if let Some(burst) = cpu.burst() {
             self.set("linux.resources.cpu.burst", "cpu.max.burst", burst);
@@ -157,7 +213,11 @@ impl List {
             self.set("linux.resources.memory.limit", "memory.max", limit(maximum));
         }
         if let Some(reservation) = memory.reservation().filter(|reservation| *reservation != 0) {
-            self.set("linux.resources.memory.reservation", "memory.low", limit(reservation));
+            self.set(
+                "linux.resources.memory.reservation",
+                "memory.low",
+                limit(reservation),
+            );
         }
         // The spec counts memory and swap together, v2 counts swap alone. A guest without swap keeps every limit of it.
         if let Some(both) = memory.swap().filter(|swap| *swap != 0) {
@@ -169,7 +229,10 @@ impl List {
                 }
                 None => return Err(CreateError::invalid(FIELD, "given without a memory limit")),
                 Some(maximum) if both < maximum => {
-                    return Err(CreateError::invalid(FIELD, "smaller than the memory limit that it includes"));
+                    return Err(CreateError::invalid(
+                        FIELD,
+                        "smaller than the memory limit that it includes",
+                    ));
                 }
                 Some(maximum) => both - maximum,
             };
@@ -187,7 +250,9 @@ impl List {
             return Err(without_counterpart("linux.resources.memory.swappiness"));
         }
         if memory.disable_oom_killer() == Some(true) {
-            return Err(without_counterpart("linux.resources.memory.disableOOMKiller"));
+            return Err(without_counterpart(
+                "linux.resources.memory.disableOOMKiller",
+            ));
         }
         if memory.use_hierarchy() == Some(false) {
             return Err(without_counterpart("linux.resources.memory.useHierarchy"));
@@ -208,7 +273,9 @@ impl List {
         for device in block_io.weight_device().iter().flatten() {
             const FIELD: &str = "linux.resources.blockIO.weightDevice";
             if device.leaf_weight().is_some_and(|weight| weight != 0) {
-                return Err(without_counterpart("linux.resources.blockIO.weightDevice.leafWeight"));
+                return Err(without_counterpart(
+                    "linux.resources.blockIO.weightDevice.leafWeight",
+                ));
             }
             if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
                 let weight = checked_weight(FIELD, weight)?;
@@ -217,9 +284,21 @@ impl List {
                 self.push(FIELD, "io.bfq.weight", format!("{name} {weight}"), other);
             }
         }
-        self.throttle("linux.resources.blockIO.throttleReadBpsDevice", "rbps", block_io.throttle_read_bps_device());
-        self.throttle("linux.resources.blockIO.throttleWriteBpsDevice", "wbps", block_io.throttle_write_bps_device());
-        self.throttle("linux.resources.blockIO.throttleReadIOPSDevice", "riops", block_io.throttle_read_iops_device());
+        self.throttle(
+            "linux.resources.blockIO.throttleReadBpsDevice",
+            "rbps",
+            block_io.throttle_read_bps_device(),
+        );
+        self.throttle(
+            "linux.resources.blockIO.throttleWriteBpsDevice",
+            "wbps",
+            block_io.throttle_write_bps_device(),
+        );
+        self.throttle(
+            "linux.resources.blockIO.throttleReadIOPSDevice",
+            "riops",
+            block_io.throttle_read_iops_device(),
+        );
         self.throttle(
             "linux.resources.blockIO.throttleWriteIOPSDevice",
             "wiops",
@@ -228,11 +307,24 @@ impl List {
         Ok(())
     }
 
-    fn throttle(&mut self, field: &'static str, key: &str, devices: &Option<Vec<LinuxThrottleDevice>>) {
+    fn throttle(
+        &mut self,
+        field: &'static str,
+        key: &str,
+        devices: &Option<Vec<LinuxThrottleDevice>>,
+    ) {
         for device in devices.iter().flatten() {
             // The spec's 0 lifts the limit; v2 wants the word.
-            let rate = if device.rate() == 0 { "max".into() } else { device.rate().to_string() };
-            self.set(field, "io.max", format!("{}:{} {key}={rate}", device.major(), device.minor()));
+            let rate = if device.rate() == 0 {
+                "max".into()
+            } else {
+                device.rate().to_string()
+            };
+            self.set(
+                field,
+                "io.max",
+                format!("{}:{} {key}={rate}", device.major(), device.minor()),
+            );
         }
     }
 }
@@ -241,7 +333,10 @@ fn checked_weight(field: &'static str, weight: u16) -> Result<u16> {
     if (10..=1000).contains(&weight) {
         Ok(weight)
     } else {
-        Err(CreateError::invalid(field, format_args!("{weight} is not between 10 and 1000")))
+        Err(CreateError::invalid(
+            field,
+            format_args!("{weight} is not between 10 and 1000"),
+        ))
     }
 }
 
@@ -271,7 +366,10 @@ mod tests {
 
     fn read(json: &str) -> Result<Vec<(String, String)>> {
         let resources: LinuxResources = serde_json::from_str(json).unwrap();
-        Ok(settings(&resources)?.into_iter().map(|setting| (setting.file.into_owned(), setting.value)).collect())
+        Ok(settings(&resources)?
+            .into_iter()
+            .map(|setting| (setting.file.into_owned(), setting.value))
+            .collect())
     }
 
     fn pairs(json: &str) -> Vec<(String, String)> {
@@ -285,41 +383,64 @@ mod tests {
     #[test]
     fn nothing_asked_nothing_written() {
         assert!(pairs("{}").is_empty());
-        assert!(pairs(r#"{"pids":{"limit":0},"cpu":{"shares":0,"quota":0},"memory":{}}"#).is_empty());
+        assert!(
+            pairs(r#"{"pids":{"limit":0},"cpu":{"shares":0,"quota":0},"memory":{}}"#).is_empty()
+        );
     }
 
     #[test]
     fn cpu() {
-        assert_eq!(pairs(r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"cpus":"0-1","burst":10}}"#), [
-            pair("cpu.weight", "100"),
-            pair("cpu.max", "50000 100000"),
-            pair("cpu.max.burst", "10"),
-            pair("cpuset.cpus", "0-1"),
-        ]);
+        assert_eq!(
+            pairs(
+                r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"cpus":"0-1","burst":10}}"#
+            ),
+            [
+                pair("cpu.weight", "100"),
+                pair("cpu.max", "50000 100000"),
+                pair("cpu.max.burst", "10"),
+                pair("cpuset.cpus", "0-1"),
+            ]
+        );
         assert_eq!(pairs(r#"{"cpu":{"quota":-1}}"#), [pair("cpu.max", "max")]);
-        assert_eq!(pairs(r#"{"cpu":{"period":5000}}"#), [pair("cpu.max", "max 5000")]);
+        assert_eq!(
+            pairs(r#"{"cpu":{"period":5000}}"#),
+            [pair("cpu.max", "max 5000")]
+        );
         assert_eq!(pairs(r#"{"cpu":{"idle":1}}"#), [pair("cpu.idle", "1")]);
     }
 
     #[test]
     fn weights_meet_at_the_ends_and_the_default() {
-        assert_eq!([0, 2, 1024, 262_144, 1 << 40].map(cpu_weight), [1, 1, 100, 10_000, 10_000]);
-        assert!((3..262_144).step_by(97).all(|shares| (1..=10_000).contains(&cpu_weight(shares))));
+        assert_eq!(
+            [0, 2, 1024, 262_144, 1 << 40].map(cpu_weight),
+            [1, 1, 100, 10_000, 10_000]
+        );
+        assert!(
+            (3..262_144)
+                .step_by(97)
+                .all(|shares| (1..=10_000).contains(&cpu_weight(shares)))
+        );
         assert_eq!([10, 1000].map(io_weight), [1, 10_000]);
     }
 
     #[test]
     fn memory() {
-        assert_eq!(pairs(r#"{"memory":{"limit":1000,"reservation":500,"swap":1500}}"#), [
-            pair("memory.max", "1000"),
-            pair("memory.low", "500"),
-            pair("memory.swap.max", "500"),
-        ]);
-        assert_eq!(pairs(r#"{"memory":{"limit":-1,"swap":-1}}"#), [
-            pair("memory.max", "max"),
-            pair("memory.swap.max", "max")
-        ]);
-        assert_eq!(pairs(r#"{"memory":{"limit":1000,"swap":1000}}"#)[1], pair("memory.swap.max", "0"));
+        assert_eq!(
+            pairs(r#"{"memory":{"limit":1000,"reservation":500,"swap":1500}}"#),
+            [
+                pair("memory.max", "1000"),
+                pair("memory.low", "500"),
+                pair("memory.swap.max", "500"),
+            ]
+        );
+        assert_eq!(
+            pairs(r#"{"memory":{"limit":-1,"swap":-1}}"#),
+            [pair("memory.max", "max"), pair("memory.swap.max", "max")]
+        );
+        assert_eq!(
+            pairs(r#"{"memory":{"limit":1000,"swap":1000}}"#)[1],
+            pair("memory.swap.max", "0")
+        );
         assert!(read(r#"{"memory":{"swap":1000}}"#).is_err());
         assert!(read(r#"{"memory":{"limit":1000,"swap":10}}"#).is_err());
     }
@@ -339,9 +460,18 @@ mod tests {
     #[test]
     fn others() {
         assert_eq!(pairs(r#"{"pids":{"limit":-1}}"#), [pair("pids.max", "max")]);
-        assert_eq!(pairs(r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4}]}"#)[0], pair("hugetlb.2MB.max", "4"));
-        assert_eq!(pairs(r#"{"unified":{"memory.high":"5"}}"#), [pair("memory.high", "5")]);
-        assert_eq!(pairs(r#"{"rdma":{"m":{"hcaHandles":3}}}"#), [pair("rdma.max", "m hca_handle=3")]);
+        assert_eq!(
+            pairs(r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4}]}"#)[0],
+            pair("hugetlb.2MB.max", "4")
+        );
+        assert_eq!(
+            pairs(r#"{"unified":{"memory.high":"5"}}"#),
+            [pair("memory.high", "5")]
+        );
+        assert_eq!(
+            pairs(r#"{"rdma":{"m":{"hcaHandles":3}}}"#),
+            [pair("rdma.max", "m hca_handle=3")]
+        );
     }
 
     #[test]
@@ -351,12 +481,18 @@ mod tests {
             (r#"{"cpu":{"realtimePeriod":5}}"#, "realtimePeriod"),
             (r#"{"memory":{"swappiness":5}}"#, "swappiness"),
             (r#"{"memory":{"kernel":5}}"#, "memory.kernel"),
-            (r#"{"memory":{"disableOOMKiller":true}}"#, "disableOOMKiller"),
+            (
+                r#"{"memory":{"disableOOMKiller":true}}"#,
+                "disableOOMKiller",
+            ),
             (r#"{"network":{"classID":5}}"#, "classID"),
             (r#"{"blockIO":{"leafWeight":5}}"#, "leafWeight"),
             (r#"{"unified":{"../x":"1"}}"#, "unified"),
             (r#"{"unified":{"cgroup.procs":"1"}}"#, "unified"),
-            (r#"{"hugepageLimits":[{"pageSize":"../x","limit":4}]}"#, "hugepageLimits"),
+            (
+                r#"{"hugepageLimits":[{"pageSize":"../x","limit":4}]}"#,
+                "hugepageLimits",
+            ),
         ] {
             let message = read(json).unwrap_err().to_string();
             assert!(message.contains(field), "{message}");
