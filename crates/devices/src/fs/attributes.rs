@@ -245,7 +245,8 @@ impl Server {
     fn xattr_path(&mut self, node: u64) -> Result<(std::sync::Arc<OwnedFd>, String), Errno> {
         use std::os::fd::AsRawFd;
         if node == wire::ROOT {
-            return Err(Errno::OPNOTSUPP);
+            // It has none, and the guest asks it for access control lists whenever a user passes through.
+            return Err(Errno::NODATA);
         }
         let fd = self.nodes.open(node)?;
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
@@ -253,6 +254,9 @@ impl Server {
     }
 
     pub(super) fn setxattr(&mut self, header: &Header, body: &mut Input<'_>) -> Result<(), Errno> {
+        if header.node == wire::ROOT {
+            return Err(Errno::ROFS);
+        }
         let (size, flags) = (body.u32()?, body.u32()?);
         let more_flags = body.u32()?;
         body.u32()?;
@@ -278,9 +282,14 @@ impl Server {
         body.u32()?;
         let name = body.string()?;
         let (_fd, path) = self.xattr_path(header.node)?;
-        sized(size, reply, |buffer| {
-            rustix::fs::getxattr(path.as_str(), name, buffer)
-        })
+        if size == 0 {
+            write_size(rustix::fs::getxattr_query(path, name)?, reply);
+            return Ok(());
+        }
+        let mut value = vec![0; size.min(MAX_XATTR) as usize];
+        let length = rustix::fs::getxattr(path, name, &mut value[..])?;
+        reply.bytes(value.get(..length).ok_or(Errno::IO)?);
+        Ok(())
     }
 
     pub(super) fn listxattr(
@@ -290,10 +299,23 @@ impl Server {
         reply: &mut Reply,
     ) -> Result<(), Errno> {
         let size = body.u32()?;
-        let (_fd, path) = self.xattr_path(header.node)?;
-        sized(size, reply, |buffer| {
-            rustix::fs::listxattr(path.as_str(), buffer)
-        })
+        let mut names = Vec::new();
+        if header.node != wire::ROOT {
+            let (_fd, path) = self.xattr_path(header.node)?;
+            if size == 0 {
+                write_size(rustix::fs::listxattr_query(path)?, reply);
+                return Ok(());
+            }
+            names.resize(size.min(MAX_XATTR) as usize, 0);
+            let length = rustix::fs::listxattr(path, &mut names[..])?;
+            names.truncate(length);
+        }
+        if size == 0 {
+            write_size(0, reply);
+        } else {
+            reply.bytes(&names);
+        }
+        Ok(())
     }
 
     pub(super) fn removexattr(
@@ -307,22 +329,11 @@ impl Server {
     }
 }
 
-/// Answers with what `get` gives, or with its size when the guest asks with `size` 0.
-fn sized(
-    size: u32,
-    reply: &mut Reply,
-    get: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
-) -> Result<(), Errno> {
-    let mut buffer = vec![0; size.min(MAX_XATTR) as usize];
-    let length = get(&mut buffer)?;
-    if size == 0 {
-        // At most MAX_XATTR.
-        reply.u32(length as u32);
-        reply.u32(0);
-    } else {
-        reply.bytes(buffer.get(..length).ok_or(Errno::IO)?);
-    }
-    Ok(())
+/// `fuse_getxattr_out`: the answer to a question with size 0.
+fn write_size(size: usize, reply: &mut Reply) {
+    // At most MAX_XATTR.
+    reply.u32(size as u32);
+    reply.u32(0);
 }
 
 /// A user or group number; the one that means "none" to the host is no such number.

@@ -144,7 +144,8 @@ impl Nodes {
         lookups: u64,
         holders: u32,
     ) -> Result<Known, Errno> {
-        self.generation += 1;
+        // Linux keeps 32 bits of it.
+        self.generation = (self.generation + 1) & u64::from(u32::MAX >> 1);
         let generation = self.generation;
         let node = Node {
             key,

@@ -459,7 +459,8 @@ fn send(
 /// `fuse_entry_out`.
 pub fn write_entry(reply: &mut Reply, known: Known, stat: &Statx, validity: u64, is_mount: bool) {
     reply.u64(known.id);
-    reply.u64(known.generation);
+    // Linux gives the node of a mount generation 0, and takes another for another file.
+    reply.u64(if is_mount { 0 } else { known.generation });
     reply.u64(validity);
     reply.u64(validity);
     reply.u32(0);
