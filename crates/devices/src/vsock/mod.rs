@@ -40,7 +40,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::time::{
@@ -63,6 +63,12 @@ const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 const MAX_COMMANDS: usize = 256;
 /// Packets per direction after which other events get their turn.
 const BUDGET: usize = 512;
+
+// Every packet that is taken could interrupt the guest only to have its memory freed. Instead a few small ones wait
+// for each other. Not large ones: the Linux driver counts them against the sender's socket, which then sleeps on.
+const TAKEN_PACKETS: usize = 8;
+const TAKEN_BYTES: usize = 16 << 10;
+const TAKEN_TIME: Duration = Duration::from_millis(5);
 
 // Connections' tokens have their slot, a small number, in the lower half: these cannot be one.
 const WAKE: u64 = u32::MAX as u64;
@@ -193,6 +199,30 @@ pub struct Vsock {
     registry: Option<EventRegistry>,
     /// Whether the driver was asked to kick, per queue, and has not done so since.
     armed: [bool; 2],
+    taken: Taken,
+}
+
+/// Packets that were taken from the driver, which it was not told yet.
+#[derive(Debug, Default)]
+struct Taken {
+    packets: usize,
+    bytes: usize,
+    /// When it must be told at last.
+    deadline: Option<Instant>,
+}
+
+impl Taken {
+    fn add(&mut self, bytes: usize, now: Instant) {
+        self.packets += 1;
+        self.bytes += bytes;
+        self.deadline.get_or_insert(now + TAKEN_TIME);
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.packets >= TAKEN_PACKETS
+            || self.bytes >= TAKEN_BYTES
+            || self.deadline.is_some_and(|deadline| deadline <= now)
+    }
 }
 
 impl Vsock {
@@ -209,6 +239,7 @@ impl Vsock {
             timer_set: None,
             registry: None,
             armed: [false; 2],
+            taken: Taken::default(),
         };
         let handle = Handle {
             commands: sender,
@@ -253,7 +284,8 @@ impl Vsock {
         if sent > 0 {
             queues.notify(RX)?;
         }
-        if received > 0 {
+        if self.taken.is_due(now) {
+            self.taken = Taken::default();
             queues.notify(TX)?;
         }
         self.settle(now)
@@ -290,10 +322,15 @@ impl Vsock {
             && let Some(chain) = self.pop(queues, TX)?
         {
             let head = chain.head_index();
+            let mut bytes = HEADER_SIZE;
             match read_packet(memory, chain) {
-                Some((header, data)) => self.muxer.receive(&header, data, now),
+                Some((header, data)) => {
+                    bytes += data.as_ref().map_or(0, Slices::len);
+                    self.muxer.receive(&header, data, now);
+                }
                 None => tracing::debug!(head, "vsock packet without a header dropped"),
             }
+            self.taken.add(bytes, now);
             queues.add_used(TX, head, 0)?;
             *count += 1;
         }
@@ -356,8 +393,8 @@ impl Vsock {
                 Change::Modify(flags) => registry.modify(stream, token, flags),
                 Change::Remove => registry.remove(stream),
             });
-        let deadline = self.muxer.deadline();
-        if let Some(first) = deadline
+        let deadlines = [self.muxer.deadline(), self.taken.deadline];
+        if let Some(first) = deadlines.into_iter().flatten().min()
             && self.timer_set.is_none_or(|set| first < set)
         {
             self.set_timer(first.saturating_duration_since(now))
@@ -370,7 +407,7 @@ impl Vsock {
         Ok(())
     }
 
-    fn set_timer(&self, after: std::time::Duration) -> io::Result<()> {
+    fn set_timer(&self, after: Duration) -> io::Result<()> {
         let once = Itimerspec {
             it_interval: Timespec::default(),
             it_value: Timespec {
@@ -457,6 +494,7 @@ impl Device for Vsock {
 
     fn reset(&mut self) {
         self.armed = [false; 2];
+        self.taken = Taken::default();
         self.muxer.guest_gone();
         if let Err(error) = self.settle(Instant::now()) {
             tracing::warn!(%error, "reset of the vsock device");
