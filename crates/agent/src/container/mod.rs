@@ -316,6 +316,11 @@ fn refuse_foreign(spec: &Spec, linux: &Linux) -> Result<()> {
         (spec.solaris().is_some(), "solaris", "the guest is Linux"),
         (spec.zos().is_some(), "zos", "the guest is Linux"),
         (
+            spec.vm().is_some(),
+            "vm",
+            "the guest is the machine already",
+        ),
+        (
             linux.intel_rdt().is_some(),
             "linux.intelRdt",
             "the guest has no resource control of the processor",
@@ -375,16 +380,30 @@ fn own_name(
 
 /// Pipes belong to the container's user, who may want to open /dev/stdout.
 fn own_streams(io: &ChildIo, uid: u32) {
-    let ChildIo::Pipes(stdio) = io else { return };
+    if let ChildIo::Pipes(stdio) = io {
+        for stream in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
+            give(stream.as_fd(), uid);
+        }
+    }
+}
+
+/// Makes `uid` the owner of a stream that is the container's alone: a pipe or a terminal, not the guest's /dev/null.
+/// A stream that cannot be given away can still be used.
+fn give(stream: BorrowedFd<'_>, uid: u32) {
+    const TERMINALS: u32 = 136;
     if uid == 0 {
         return;
     }
-    for stream in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
-        let kind = rustix::fs::fstat(stream).map(|stat| FileType::from_raw_mode(stat.st_mode));
-        if matches!(kind, Ok(FileType::Fifo | FileType::Socket)) {
-            // A stream that cannot be given away can still be used.
-            let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None);
-        }
+    let Ok(stat) = rustix::fs::fstat(stream) else {
+        return;
+    };
+    let own = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Fifo | FileType::Socket => true,
+        FileType::CharacterDevice => rustix::fs::major(stat.st_rdev) == TERMINALS,
+        _ => false,
+    };
+    if own {
+        let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None);
     }
 }
 

@@ -59,9 +59,30 @@ pub(super) fn find_or_make(
     missing: impl FnOnce() -> rustix::io::Result<Missing>,
 ) -> rustix::io::Result<OwnedFd> {
     match find(root, path) {
-        Err(Errno::NOENT) => walk(root, path.to_bytes(), missing()?),
+        Err(Errno::NOENT) => {
+            let missing = missing()?;
+            match make_last(root, path.to_bytes(), missing) {
+                Err(Errno::NOENT | Errno::EXIST) => walk(root, path.to_bytes(), missing),
+                made => made,
+            }
+        }
         found => found,
     }
+}
+
+/// The usual case, with fewer calls: only the end of the path is missing.
+fn make_last(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io::Result<OwnedFd> {
+    let slash = path.iter().rposition(|byte| *byte == b'/');
+    let (directory, name) = match slash {
+        Some(slash) if slash > 0 => (&path[..slash], &path[slash + 1..]),
+        _ => return Err(Errno::NOENT),
+    };
+    if matches!(name, b"" | b"." | b"..") {
+        return Err(Errno::NOENT);
+    }
+    let directory = find(root, &CString::new(directory).map_err(|_| Errno::INVAL)?)?;
+    make(directory.as_fd(), name, missing)?;
+    open(directory.as_fd(), name)
 }
 
 /// Opens the directory of `path` below `root`, made if need be, for a new entry with the name that is returned.

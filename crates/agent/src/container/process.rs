@@ -176,9 +176,7 @@ impl ProcessPlan {
         // The agent gave the streams to the user whose number it knew. /dev/stdout must open for this one.
         for stream in 0..3 {
             // SAFETY: the three are open, and stay so while this process prepares itself.
-            let stream = unsafe { BorrowedFd::borrow_raw(stream) };
-            // As with a stream that is not ours to give, such as /dev/null: it works without.
-            let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(user.uid)), None);
+            super::give(unsafe { BorrowedFd::borrow_raw(stream) }, user.uid);
         }
         Ok(user)
     }

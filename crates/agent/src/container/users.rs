@@ -4,11 +4,14 @@
 //! lead outside. The rules are Docker's: a number need not be in the files; without a group the user's own group
 //! and all groups that list it apply; with one, only that one.
 
-use std::fs::File;
-use std::io::Read;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{CWD, Mode, OFlags};
+
+use super::sys;
 
 /// Longest part of a file that is looked at, bytes: a container's files are not ours.
-const MAX_FILE: u64 = 4 << 20;
+const MAX_FILE: usize = 4 << 20;
 
 /// Largest user or group id: the last 32-bit value means "no change" to the kernel.
 const MAX_ID: u32 = u32::MAX - 1;
@@ -46,19 +49,29 @@ fn home_in(uid: u32, passwd: &str) -> String {
         .map_or_else(|| "/".into(), |fields| home(&fields))
 }
 
-/// A missing or unreadable file has no entries, as in an image without users.
+/// A missing or unreadable file has no entries, as in an image without users. Whatever lies there must not block: a
+/// FIFO opens at once and reads as empty.
 fn read(path: &str) -> String {
-    use rustix::fs::{CWD, Mode, OFlags, openat};
-    // Whatever lies there must not block: a FIFO opens at once.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut text = Vec::new();
-    if let Ok(file) = openat(CWD, path, flags, Mode::empty()).map(File::from)
-        && file.metadata().is_ok_and(|metadata| metadata.is_file())
-    {
+    if let Ok(file) = rustix::fs::openat(CWD, path, flags, Mode::empty()) {
         // What was read before an error still counts.
-        let _ = file.take(MAX_FILE).read_to_end(&mut text);
+        let _ = fill(sys::leak(file), &mut text);
     }
     String::from_utf8_lossy(&text).into_owned()
+}
+
+fn fill(file: BorrowedFd<'_>, text: &mut Vec<u8>) -> rustix::io::Result<()> {
+    let mut buffer = [0; 2048];
+    while text.len() < MAX_FILE {
+        let count = rustix::io::read(file, &mut buffer)?;
+        text.extend(&buffer[..count]);
+        // A file gives all it has: no further call to hear that there is nothing more.
+        if count < buffer.len() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn entries(text: &str, fields: usize) -> impl Iterator<Item = Vec<&str>> {
