@@ -335,7 +335,6 @@ const COMMON: &[c_long] = &[
 /// The fs device does to files what a guest asks for, as the user the guest names.
 const DEVICE: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_openat2,
     libc::SYS_mknodat,
     libc::SYS_mkdirat,
     libc::SYS_unlinkat,
@@ -352,7 +351,6 @@ const DEVICE: &[c_long] = &[
     libc::SYS_syncfs,
     libc::SYS_fadvise64,
     libc::SYS_flock,
-    libc::SYS_statfs,
     libc::SYS_getxattr,
     libc::SYS_lgetxattr,
     libc::SYS_fgetxattr,
@@ -365,24 +363,11 @@ const DEVICE: &[c_long] = &[
     libc::SYS_removexattr,
     libc::SYS_lremovexattr,
     libc::SYS_fremovexattr,
-    libc::SYS_name_to_handle_at,
-    libc::SYS_fchdir,
     libc::SYS_umask,
-    libc::SYS_setresuid,
-    libc::SYS_setresgid,
-    libc::SYS_setgroups,
-    libc::SYS_getgroups,
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,
     libc::SYS_capget,
     libc::SYS_capset,
-    libc::SYS_splice,
-    libc::SYS_pidfd_open,
-    libc::SYS_sched_setaffinity,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_open,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_stat,
 ];
 
 const FS_IOC_GETFLAGS: u64 = 0x8008_6601;
