@@ -53,6 +53,9 @@ pub fn answer(question: &str, arguments: &[String]) -> ExitCode {
                 "reopened through /proc/self/fd: {}",
                 if again.is_ok() { "yes" } else { "no" }
             );
+            // What small libraries call where the C library has a newer call for it.
+            let plain = rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty());
+            assert!(plain.is_ok() && rustix::fs::stat("/").is_ok());
             let threads = std::thread::spawn(|| ()).join().is_ok();
             println!("threads: {}", if threads { "yes" } else { "no" });
         }
