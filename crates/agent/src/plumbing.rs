@@ -136,6 +136,7 @@ impl Plumbing {
             let (progress, seen) = watch::channel(Output::Flowing);
             relays.outputs.push(seen);
             relays.tasks.push(tokio::spawn(relay::output(
+                way,
                 source,
                 sink,
                 exit.clone(),
