@@ -201,17 +201,31 @@ pub fn from_usage(error: &clap::Error) -> Error {
             cause.to_string()
         };
     }
-    let hint = hint.unwrap_or_else(|| {
-        let command = std::env::args().nth(1).filter(|word| {
-            use clap::CommandFactory;
-            crate::cli::Hull::command().find_subcommand(word).is_some()
-        });
-        match command {
-            Some(command) => format!("hull {command} --help"),
-            None => "hull --help".to_owned(),
-        }
-    });
+    let hint = hint.unwrap_or_else(|| usage_hint(error));
     Error::new(message).hint(hint)
+}
+
+/// The nearest command, or where the help is.
+fn usage_hint(error: &clap::Error) -> String {
+    use clap::CommandFactory;
+    let hull = crate::cli::Hull::command();
+    if let Some(clap::error::ContextValue::String(word)) =
+        error.get(clap::error::ContextKind::InvalidSubcommand)
+    {
+        let names = hull
+            .get_subcommands()
+            .filter(|command| !command.is_hide_set());
+        if let Some(near) = crate::values::nearest(word, names.map(clap::Command::get_name)) {
+            return format!("did you mean hull {near}?");
+        }
+    }
+    match std::env::args()
+        .nth(1)
+        .filter(|word| hull.find_subcommand(word).is_some())
+    {
+        Some(command) => format!("hull {command} --help"),
+        None => "hull --help".to_owned(),
+    }
 }
 
 /// Messages may carry text of a guest or a registry: no control characters of theirs reach the terminal.

@@ -1,5 +1,5 @@
-//! Images for commands: opens the store, obtains an image by reference, shows a pull's progress. Bars when a person
-//! watches standard error, one line for each layer otherwise.
+//! Images for commands: opens the store, obtains an image by reference, shows a pull's progress: bars when a person
+//! watches standard error, one line at the end otherwise.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -41,13 +41,9 @@ struct Shown {
 
 #[derive(Default)]
 struct State {
+    reference: String,
     bars: Option<MultiProgress>,
-    layers: HashMap<String, Layer>,
-}
-
-struct Layer {
-    state: LayerState,
-    bar: Option<ProgressBar>,
+    layers: HashMap<String, ProgressBar>,
 }
 
 impl Progress for Shown {
@@ -59,8 +55,9 @@ impl Progress for Shown {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         match event {
             Event::Started { reference, layers } => {
-                crate::output::note(format!("pulling {reference} ({layers} layers)"));
+                state.reference = reference.to_owned();
                 if std::io::stderr().is_terminal() {
+                    crate::output::note(format!("pulling {reference} ({layers} layers)"));
                     state.bars = Some(MultiProgress::new());
                 }
             }
@@ -73,7 +70,9 @@ impl Progress for Shown {
             }
             Event::Finished => {
                 state.layers.clear();
-                state.bars = None;
+                if state.bars.take().is_none() {
+                    crate::output::note(format!("pulled {}", state.reference));
+                }
             }
         }
     }
@@ -81,36 +80,27 @@ impl Progress for Shown {
 
 impl State {
     fn layer(&mut self, name: String, now: LayerState) {
-        let bars = self.bars.as_ref();
-        let layer = self.layers.entry(name.clone()).or_insert_with(|| Layer {
-            // Differs from every state that is reported first.
-            state: LayerState::Done,
-            bar: bars.map(|bars| bars.add(new_bar(&name))),
-        });
-        let news = std::mem::discriminant(&layer.state) != std::mem::discriminant(&now);
-        layer.state = now;
-        let what = match now {
+        let Some(bars) = &self.bars else {
+            return;
+        };
+        let bar = self
+            .layers
+            .entry(name)
+            .or_insert_with_key(|name| bars.add(new_bar(name)));
+        bar.set_message(match now {
             LayerState::Present => "already here",
             LayerState::Waiting => "waiting for another pull",
             LayerState::Downloading { .. } => "downloading",
             LayerState::Unpacking { .. } => "unpacking",
             LayerState::Done => "done",
-        };
-        match &layer.bar {
-            Some(bar) => {
-                bar.set_message(what);
-                match now {
-                    LayerState::Downloading { done, total }
-                    | LayerState::Unpacking { done, total } => {
-                        bar.set_length(total.max(done));
-                        bar.set_position(done);
-                    }
-                    LayerState::Present | LayerState::Done => bar.finish(),
-                    LayerState::Waiting => {}
-                }
+        });
+        match now {
+            LayerState::Downloading { done, total } | LayerState::Unpacking { done, total } => {
+                bar.set_length(total.max(done));
+                bar.set_position(done);
             }
-            None if news => crate::output::note(format!("{name}: {what}")),
-            None => {}
+            LayerState::Present | LayerState::Done => bar.finish(),
+            LayerState::Waiting => {}
         }
     }
 }

@@ -349,15 +349,21 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
 }
 
 fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut previous: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    // Rows of the usual table, and the one before: two letters in the wrong order are one edit.
+    let (mut before, mut previous): (Vec<usize>, Vec<usize>) =
+        (Vec::new(), (0..=b.len()).collect());
+    for i in 0..a.len() {
         let mut row = vec![i + 1];
-        for (j, y) in b.iter().enumerate() {
-            let replaced = previous[j] + usize::from(x != *y);
-            row.push(replaced.min(previous[j + 1] + 1).min(row[j] + 1));
+        for j in 0..b.len() {
+            let replaced = previous[j] + usize::from(a[i] != b[j]);
+            let mut least = replaced.min(previous[j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
+                least = least.min(before[j - 1] + 1);
+            }
+            row.push(least);
         }
-        previous = row;
+        before = std::mem::replace(&mut previous, row);
     }
     previous[b.len()]
 }
@@ -492,5 +498,6 @@ mod tests {
         assert_eq!(nearest("memroy", keys), Some("memory"));
         assert_eq!(nearest("machines", keys), Some("machine"));
         assert_eq!(nearest("zzzzzzzz", keys), None);
+        assert_eq!(nearest("rnu", ["ps", "run", "rm"]), Some("run"));
     }
 }

@@ -2,6 +2,7 @@
 //! container until it ends. What the other attached commands share with it is here too.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -450,8 +451,12 @@ fn notices(args: &Args, config: &Config, choice: &hull_machine::Choice) {
             "note: network \"default\" has a loopback interface only in this version of hull",
         );
     }
+    // Said to people, once: in the standard error of a script's container it would only be in the way.
     let told = config.data_dir.join("isolation-notice");
-    if !choice.hardware && std::fs::File::create_new(told).is_ok() {
+    if !choice.hardware
+        && std::io::stderr().is_terminal()
+        && std::fs::File::create_new(told).is_ok()
+    {
         output::note(format!(
             "note: machine {} isolates by a kernel of its own, not by hardware; `hull check` says more (shown once)",
             choice.kind
