@@ -502,7 +502,7 @@ static void attributes(void) {
 	int flags;
 	fd = open("f", O_RDONLY);
 	CALL("FS_IOC_GETFLAGS", ioctl(fd, FS_IOC_GETFLAGS, &flags));
-	CALL("an unknown ioctl", ioctl(fd, 0xdeadbeef, 0));
+	CALL("an unknown ioctl", ioctl(fd, _IO('z', 99), 0));
 	close(fd);
 
 	CALL("setxattr", setxattr("f", "user.name", "value", 5, 0));

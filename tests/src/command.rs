@@ -242,6 +242,13 @@ impl Running {
     }
 }
 
+/// Whether a line tells how a pull goes on.
+fn is_progress(line: &str) -> bool {
+    let layer = line.split(": ").next().unwrap_or_default();
+    line.starts_with("pulling ")
+        || layer.len() == 12 && layer.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// Output read by a thread, so that neither pipe ever fills.
 struct Collected {
     bytes: Arc<Mutex<Vec<u8>>>,
@@ -337,7 +344,7 @@ impl Output {
         }
         let lines = error
             .lines()
-            .filter(|line| !line.starts_with("hint: "))
+            .filter(|line| !line.starts_with("hint: ") && !is_progress(line))
             .count();
         assert_eq!(
             lines, 1,

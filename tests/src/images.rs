@@ -78,14 +78,14 @@ impl Archive {
         self.entry(path, tar::EntryType::Link, 0o644, target, b"")
     }
 
-    /// The character device 1:3, `null`.
+    /// The block device 8:0, a disk.
     pub fn device(mut self, path: &str) -> Archive {
         let mut header = tar::Header::new_gnu();
-        header.set_entry_type(tar::EntryType::Char);
+        header.set_entry_type(tar::EntryType::Block);
         header.set_mode(0o666);
         header.set_size(0);
-        header.set_device_major(1).unwrap();
-        header.set_device_minor(3).unwrap();
+        header.set_device_major(8).unwrap();
+        header.set_device_minor(0).unwrap();
         header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
         header.set_cksum();
         self.0.append(&header, &b""[..]).unwrap();

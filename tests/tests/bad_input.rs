@@ -58,7 +58,7 @@ fn bad_values_of_options_are_named() {
 #[test]
 fn unknown_commands_and_options_get_the_nearest_known_one() {
     let hull = Hull::empty();
-    hull.hull(["rnu"]).run().fails(125, &["rnu"]).hint("run");
+    hull.hull(["exce"]).run().fails(125, &["exce"]).hint("exec");
     hull.hull(["run", "--hostnam", "x", "busybox"])
         .run()
         .fails(125, &["--hostnam"])

@@ -65,18 +65,54 @@ fn a_killed_sandbox_process_stops_the_container_with_a_reason(machine: &'static 
 }
 
 #[test]
-fn a_guest_kernel_that_panics_stops_the_container_and_shows_its_last_words() {
+fn a_guest_kernel_that_panics_stops_the_container_with_a_reason() {
     let hull = Hull::new();
     let container = hull.start(&["--cap-add", "ALL"], &["sleep", "1000"]);
-    // Process 1 of the guest is out of reach of a container; a sysrq crash is not, for one with all rights.
-    let script = "mount -o remount,rw /proc/sys 2>/dev/null; mkdir -p /p && mount -t proc proc /p && echo c >/p/sysrq-trigger";
+    // A container with all rights can make its guest's kernel panic where it would kill a process.
+    let script =
+        "mkdir /p && mount -t proc proc /p && echo 2 >/p/sys/vm/panic_on_oom && tail /dev/zero";
     let _ = container.sh(script);
     eventually("the container is stopped", Duration::from_secs(5), || {
         container.state() == "stopped"
     });
     let exit = container.inspect()["exit"].clone();
     assert_eq!(exit["status"], 125, "{exit}");
+    assert!(
+        exit["reason"]
+            .as_str()
+            .is_some_and(|reason| reason.contains("panic")),
+        "{exit}"
+    );
     container.does("rm").ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_guest_that_does_not_come_up_is_an_error_with_its_last_words() {
+    let guest = tempfile::tempdir().unwrap();
+    for file in ["kernel-um", "kernel-um.json"] {
+        std::fs::copy(
+            hull_tests::guest_files().join(file),
+            guest.path().join(file),
+        )
+        .unwrap();
+    }
+    // A program that ends at once instead of the agent: the kernel panics.
+    hull_tests::Invocation::new(hull_tests::repository().join("guest/initramfs/build"))
+        .arg(hull_tests::posix_program())
+        .arg(guest.path().join("initramfs"))
+        .run()
+        .ok();
+    let hull = Hull::with(hull_tests::Options {
+        configuration: format!("guest_dir = {:?}", guest.path()),
+        ..hull_tests::Options::default()
+    });
+    let output = hull.run(&[], &["true"]).ends(125);
+    let error = output.error();
+    assert!(
+        error.contains("error: the guest did not come up") && error.contains("Kernel panic"),
+        "{error}"
+    );
     hull.assert_clean();
 }
 

@@ -44,6 +44,9 @@ fn pause_holds_everything_and_unpause_lets_it_go_on(machine: &'static str) {
             "while :; do echo >>/tmp/ticks; sleep 0.05; done",
         ],
     );
+    container
+        .sh("until [ -e /tmp/ticks ]; do sleep 0.05; done")
+        .ok();
     container.does("pause").ok();
     assert_eq!(container.state(), "paused");
     container
@@ -135,7 +138,7 @@ fn the_end_of_the_container_ends_what_was_executed_in_it() {
 #[test]
 fn top_lists_the_processes_of_the_container_and_no_others() {
     let hull = Hull::new();
-    let container = hull.start(&[], &["sh", "-c", "sleep 1000 & sleep 2000"]);
+    let container = hull.start(&[], &["sh", "-c", "sleep 1000 & sleep 2000; true"]);
     container
         .sh("until ps | grep -q 'sleep 200[0]'; do :; done")
         .ok();

@@ -204,17 +204,6 @@ fn a_big_file_keeps_its_content() {
     assert_eq!(inside, outside[..64]);
 }
 
-#[test]
-fn memory_mapped_files_locks_and_notifications_work() {
-    let hull = Hull::new();
-    let directory = hull.scratch();
-    let volume = format!("{}:/data", directory.display());
-    let script = "cd /data; echo x >file
-                  flock file sh -c 'flock -n file true || echo locked'
-                  inotifyd - file:c >seen & sleep 0.2; echo y >>file; sleep 0.3; kill $!; wc -l <seen";
-    assert_eq!(hull.sh(&["-v", &volume], script).ok().text(), "locked\n1");
-}
-
 /// What differs from a native file system and is known to: one check to a line, with the reason.
 fn known_differences(kind: &str) -> BTreeMap<String, String> {
     let text = fs::read_to_string(repository().join("tests/posix/differences.txt")).unwrap();
