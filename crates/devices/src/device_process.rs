@@ -82,6 +82,10 @@ pub fn run(options: DeviceProcessOptions) -> Result<(), Error> {
         disks.push((inherited.take(disk.socket_fd)?, file, disk.read_only));
     }
     raise_descriptor_limit();
+    // Of what group a file is must not matter to what the host lets the fs device do for a guest's user.
+    if let Err(error) = rustix::thread::set_thread_groups(&[]) {
+        tracing::debug!(%error, "cannot leave supplementary groups");
+    }
     // The guest's umask was applied by the guest.
     rustix::process::umask(rustix::fs::Mode::empty());
 

@@ -8,7 +8,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::nodes::stat_fd;
+use super::nodes::{device_of, stat_fd};
 use super::server::{Handle, Server, descriptor_name};
 use super::wire::{self, Attributes, Header, Input, Reply, fattr};
 
@@ -39,7 +39,7 @@ impl Server {
         let handle = body.u64()?;
         if header.node == wire::ROOT {
             reply.zeros(16);
-            reply.attributes(&self.root_attributes(), 0);
+            reply.attributes(&self.root_attributes());
             return Ok(());
         }
         let handle = (flags & wire::GETATTR_FH != 0).then_some(handle);
@@ -52,7 +52,7 @@ impl Server {
         let (_, share) = self.share_of(node)?;
         reply.u64(share.validity());
         reply.u64(0);
-        reply.attributes(&Attributes::from(stat), 0);
+        reply.attributes(&share.attributes(stat));
         Ok(())
     }
 
@@ -96,7 +96,7 @@ impl Server {
         reply.u32(stat.stx_gid);
         reply.u16(stat.stx_mode);
         reply.u16(0);
-        reply.u64(stat.stx_ino);
+        reply.u64(share.inode(device_of(&stat), stat.stx_ino));
         reply.u64(stat.stx_size);
         reply.u64(stat.stx_blocks);
         reply.u64(0);
@@ -165,7 +165,8 @@ impl Server {
         }
         if valid & fattr::SIZE != 0 {
             let handle = (valid & fattr::FH != 0).then_some(handle);
-            self.truncate(&fd, kind, handle, size, valid & fattr::KILL_SUIDGID != 0)?;
+            let ordinary = (valid & fattr::KILL_SUIDGID != 0).then_some(header.gid);
+            self.truncate(&fd, kind, handle, size, ordinary)?;
         }
         if valid & (fattr::ATIME | fattr::MTIME) != 0 {
             let time = |bit, now_bit, seconds: u64, nanos: u32| Timespec {
@@ -200,7 +201,7 @@ impl Server {
         kind: FileType,
         handle: Option<u64>,
         size: u64,
-        kill: bool,
+        ordinary: Option<u32>,
     ) -> Result<(), Errno> {
         if kind != FileType::RegularFile {
             return Err(Errno::INVAL);
@@ -209,10 +210,9 @@ impl Server {
             Some(handle) => self.file_of(handle)?.file.clone(),
             None => self.reopen(fd, OFlags::WRONLY)?.into(),
         };
-        let _kill = if kill {
-            self.credentials.without_fsetid()?
-        } else {
-            None
+        let _ordinary = match ordinary {
+            Some(gid) => self.credentials.ordinary(gid)?,
+            None => None,
         };
         rustix::fs::ftruncate(&open, size)
     }
@@ -265,7 +265,7 @@ impl Server {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (_fd, path) = self.xattr_path(header.node)?;
         let _kill = if more_flags & wire::SETXATTR_ACL_KILL_SGID != 0 {
-            self.credentials.without_fsetid()?
+            self.credentials.ordinary(header.gid)?
         } else {
             None
         };

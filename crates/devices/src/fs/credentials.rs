@@ -38,18 +38,20 @@ impl Credentials {
     }
 
     /// Until the guard is dropped, the host takes set-user-ID and set-group-ID bits away where it would for an
-    /// ordinary user.
-    pub fn without_fsetid(&self) -> Result<Option<WithoutFsetid>, Errno> {
+    /// ordinary user of group `gid`.
+    pub fn ordinary(&self, gid: u32) -> Result<Option<Ordinary>, Errno> {
         let Some(sets) = self.sets else {
             return Ok(None);
         };
         if !sets.effective.contains(CapabilitySet::FSETID) {
             return Ok(None);
         }
+        let guard = Ordinary(sets);
+        set_fs_id(libc::SYS_setfsgid, gid)?;
         let mut lesser = sets;
         lesser.effective.remove(CapabilitySet::FSETID);
         set_capabilities(None, lesser)?;
-        Ok(Some(WithoutFsetid(sets)))
+        Ok(Some(guard))
     }
 }
 
@@ -67,13 +69,16 @@ impl Drop for Assumed {
     }
 }
 
-/// See [`Credentials::without_fsetid`].
-pub struct WithoutFsetid(CapabilitySets);
+/// See [`Credentials::ordinary`].
+pub struct Ordinary(CapabilitySets);
 
-impl Drop for WithoutFsetid {
+impl Drop for Ordinary {
     fn drop(&mut self) {
         if let Err(error) = set_capabilities(None, self.0) {
             tracing::error!(%error, "cannot restore capabilities");
+        }
+        if set_fs_id(libc::SYS_setfsgid, 0).is_err() {
+            tracing::error!("cannot return to group 0");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
-use super::nodes::{ShareId, stat_at};
+use super::nodes::{ShareId, device_of, stat_at, stat_fd};
 use super::server::{Handle, Server};
 use super::wire::{self, Header, Input, Reply, dirent_size};
 use crate::control::Cache;
@@ -76,6 +76,7 @@ impl Server {
         plus: bool,
     ) -> Result<(), Errno> {
         let before_name = if plus { wire::ENTRY_OUT } else { 0 };
+        let device = device_of(&stat_fd(file)?);
         rustix::fs::seek(file, SeekFrom::Start(offset))?;
         // About as much as fills the reply: what is read beyond is read again by the next call.
         let expected = if plus { room / 5 } else { room };
@@ -108,12 +109,11 @@ impl Server {
                 }
             }
             let kind = dirent_type(entry.file_type());
-            reply.dirent(
-                entry.ino(),
-                entry.next_entry_cookie(),
-                kind,
-                name.to_bytes(),
-            );
+            let inode = self
+                .shares
+                .get(&share)
+                .map_or(0, |share| share.inode(device, entry.ino()));
+            reply.dirent(inode, entry.next_entry_cookie(), kind, name.to_bytes());
         }
         Ok(())
     }

@@ -50,6 +50,7 @@ impl Server {
 
     pub(super) fn write(
         &mut self,
+        header: &Header,
         buffers: &mut Buffers<'_>,
         reply: &mut Reply,
     ) -> Result<Answer, Errno> {
@@ -63,7 +64,7 @@ impl Server {
         }
         let file = self.file_of(handle)?.file.clone();
         let _kill = if flags & wire::WRITE_KILL_SUIDGID != 0 {
-            self.credentials.without_fsetid()?
+            self.credentials.ordinary(header.gid)?
         } else {
             None
         };
@@ -103,7 +104,11 @@ impl Server {
         })
     }
 
-    pub(super) fn fallocate(&mut self, body: &mut Input<'_>) -> Result<Work, Errno> {
+    pub(super) fn fallocate(
+        &mut self,
+        header: &Header,
+        body: &mut Input<'_>,
+    ) -> Result<Work, Errno> {
         let (handle, offset, length) = (body.u64()?, body.u64()?, body.u64()?);
         let mode = body.u32()?;
         Ok(Work::Allocate {
@@ -111,10 +116,16 @@ impl Server {
             mode,
             offset,
             length,
+            // Here FUSE has no word for it: every user but root is taken to be an ordinary one.
+            ordinary: (header.uid != 0).then_some(header.gid),
         })
     }
 
-    pub(super) fn copy_file_range(&mut self, body: &mut Input<'_>) -> Result<Work, Errno> {
+    pub(super) fn copy_file_range(
+        &mut self,
+        header: &Header,
+        body: &mut Input<'_>,
+    ) -> Result<Work, Errno> {
         let (from, from_offset) = (body.u64()?, body.u64()?);
         let _to_node = body.u64()?;
         let (to, to_offset) = (body.u64()?, body.u64()?);
@@ -128,6 +139,7 @@ impl Server {
             to: self.file_of(to)?.file.clone(),
             to_offset,
             length,
+            ordinary: (header.uid != 0).then_some(header.gid),
         })
     }
 

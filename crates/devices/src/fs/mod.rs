@@ -1,8 +1,10 @@
 //! virtio-fs (virtio ID 26): directories of the host in the guest, by FUSE messages.
 //!
 //! The device's root holds the *shares*, one directory each; they are added and removed while the guest runs. In the
-//! guest each is a mount of its own (below the mount of tag [`TAG`]), so that inode numbers are told apart and
-//! `statfs` tells the truth.
+//! guest all of them are one file system, of tag [`TAG`]; inode numbers are told apart by a share's number in their
+//! highest bits. (FUSE could make each share a mount of its own there. But Linux 7.3 forgets on such mounts that the
+//! server takes set-id bits away, and asks for capabilities at each write; and it does not survive unmounting
+//! one while a request for it is under way.)
 //!
 //! # Rules
 //!

@@ -63,8 +63,9 @@ impl Server {
         let stat = self.nodes.stat(root)?;
         // Its node is there already; this counts the lookup.
         let known = self.nodes.remember(&stat, id, wire::ROOT, c"")?;
-        // Each share is a mount of its own in the guest: inode numbers are told apart by device.
-        write_entry(reply, known, &stat, 0, true);
+        let share = self.shares.get(&id).ok_or(Errno::STALE)?;
+        // Asked for each time: another share may come to have this name.
+        write_entry(reply, known, &share.attributes(&stat), 0);
         Ok(())
     }
 
@@ -278,7 +279,7 @@ impl Server {
                 let stat = self.stat_name(&directory, name)?;
                 let node = self.entry(share, header.node, name, &stat, reply)?;
                 let opened = self
-                    .open_node(node, flags, kill)
+                    .open_node(header, node, flags, kill)
                     .and_then(|file| self.opened(share, file, reply));
                 self.forget_unless(node, opened)
             }
@@ -329,12 +330,18 @@ impl Server {
     ) -> Result<(), Errno> {
         let (flags, kill) = (body.u32()?, body.u32()?);
         let share = self.nodes.share(header.node)?;
-        let file = self.open_node(header.node, flags, kill)?;
+        let file = self.open_node(header, header.node, flags, kill)?;
         self.opened(share, file, reply)
     }
 
     /// Opens a regular file, never anything else.
-    fn open_node(&mut self, node: u64, flags: u32, kill: u32) -> Result<OwnedFd, Errno> {
+    fn open_node(
+        &mut self,
+        header: &Header,
+        node: u64,
+        flags: u32,
+        kill: u32,
+    ) -> Result<OwnedFd, Errno> {
         match self.nodes.kind(node)? {
             FileType::RegularFile => {}
             FileType::Directory => return Err(Errno::ISDIR),
@@ -344,7 +351,7 @@ impl Server {
         let fd = self.nodes.open(node)?;
         let flags = open_flags(flags);
         let _kill = if flags.contains(OFlags::TRUNC) && kill & wire::OPEN_KILL_SUIDGID != 0 {
-            self.credentials.without_fsetid()?
+            self.credentials.ordinary(header.gid)?
         } else {
             None
         };

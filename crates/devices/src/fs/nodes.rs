@@ -49,7 +49,7 @@ impl Key {
             share,
             kind: stat.stx_mode & 0o170000,
             mount: stat.stx_mnt_id,
-            device: u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor),
+            device: device_of(stat),
             inode: stat.stx_ino,
         }
     }
@@ -188,11 +188,6 @@ impl Nodes {
     pub fn kind(&self, id: u64) -> Result<FileType, Errno> {
         let key = self.get(id).ok_or(Errno::STALE)?.key;
         Ok(FileType::from_raw_mode(key.kind.into()))
-    }
-
-    /// The mount that a node is on.
-    pub fn mount(&self, id: u64) -> Result<u64, Errno> {
-        Ok(self.get(id).ok_or(Errno::STALE)?.key.mount)
     }
 
     /// The node of the file whose status is `stat`, if the guest knows it.
@@ -484,6 +479,11 @@ impl Nodes {
 const STATUS: StatxFlags = StatxFlags::BASIC_STATS
     .union(StatxFlags::BTIME)
     .union(StatxFlags::MNT_ID);
+
+/// The device that a file is on, as one number.
+pub fn device_of(stat: &Statx) -> u64 {
+    u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor)
+}
 
 /// The status of an open file.
 pub fn stat_fd(fd: impl AsFd) -> Result<Statx, Errno> {

@@ -18,7 +18,7 @@ use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::credentials::Credentials;
-use super::nodes::{Known, Nodes, ShareId, stat_at};
+use super::nodes::{Known, Nodes, ShareId, device_of, stat_at};
 use super::slab::Slab;
 use super::wire::{self, Attributes, Header, Input, Reply, init};
 use super::work::Work;
@@ -36,9 +36,33 @@ pub struct Share {
     pub name: String,
     pub root: u64,
     pub cache: Cache,
+    /// Number of the host's device that the root is on.
+    device: u64,
+    /// Tells its inode numbers from other shares'.
+    salt: u64,
 }
 
 impl Share {
+    /// An inode number for the guest, which sees one device where the host has several: numbers of other shares and of
+    /// other devices within a share must not look like those of the same file.
+    pub fn inode(&self, device: u64, inode: u64) -> u64 {
+        let foreign = if device == self.device {
+            0
+        } else {
+            // Any number that differs from device to device, and is not 0.
+            device.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52 | 1
+        };
+        inode ^ (self.salt ^ foreign) << 48
+    }
+
+    /// The attributes of a file of the share as the guest sees them.
+    pub fn attributes(&self, stat: &Statx) -> Attributes {
+        Attributes {
+            inode: self.inode(device_of(stat), stat.stx_ino),
+            ..Attributes::from(stat)
+        }
+    }
+
     /// How long the guest may take names and attributes for true, in seconds.
     pub fn validity(&self) -> u64 {
         match self.cache {
@@ -132,6 +156,9 @@ impl Server {
             name: name.to_owned(),
             root,
             cache,
+            device: device_of(&stat),
+            // The first share's numbers are the host's, for old programs that take no more than 32 bits.
+            salt: u64::from(id % (1 << 15)),
         };
         self.shares.insert(id, share);
         Ok(())
@@ -200,7 +227,7 @@ impl Server {
     ) -> Result<Answer, Errno> {
         match header.opcode {
             wire::READ => return self.read(header, buffers),
-            wire::WRITE => return self.write(buffers, reply),
+            wire::WRITE => return self.write(header, buffers, reply),
             _ => {}
         }
         // Without room for an answer only messages that have none are obeyed.
@@ -245,8 +272,8 @@ impl Server {
             wire::INTERRUPT => return Ok(Answer::None),
             wire::FSYNC | wire::FSYNCDIR => return self.fsync(body).map(Answer::Later),
             wire::SYNCFS => return self.syncfs(header).map(Answer::Later),
-            wire::FALLOCATE => return self.fallocate(body).map(Answer::Later),
-            wire::COPY_FILE_RANGE => return self.copy_file_range(body).map(Answer::Later),
+            wire::FALLOCATE => return self.fallocate(header, body).map(Answer::Later),
+            wire::COPY_FILE_RANGE => return self.copy_file_range(header, body).map(Answer::Later),
             wire::INIT => self.init(body, reply),
             wire::DESTROY => {
                 self.reset();
@@ -311,7 +338,6 @@ impl Server {
             | init::POSIX_ACL
             | init::MAX_PAGES
             | init::CACHE_SYMLINKS
-            | init::SUBMOUNTS
             | init::HANDLE_KILLPRIV_V2
             | init::SETXATTR_EXT
             | init::INIT_EXT;
@@ -384,10 +410,8 @@ impl Server {
         reply: &mut Reply,
     ) -> Result<u64, Errno> {
         let known = self.nodes.remember(stat, share, parent, name)?;
-        let validity = self.shares.get(&share).ok_or(Errno::STALE)?.validity();
-        let is_directory = stat.stx_mode & 0o170000 == 0o040000;
-        let is_mount = is_directory && self.nodes.mount(parent)? != stat.stx_mnt_id;
-        write_entry(reply, known, stat, validity, is_mount);
+        let share = self.shares.get(&share).ok_or(Errno::STALE)?;
+        write_entry(reply, known, &share.attributes(stat), share.validity());
         Ok(known.id)
     }
 
@@ -457,16 +481,14 @@ fn send(
 }
 
 /// `fuse_entry_out`.
-pub fn write_entry(reply: &mut Reply, known: Known, stat: &Statx, validity: u64, is_mount: bool) {
+pub fn write_entry(reply: &mut Reply, known: Known, attributes: &Attributes, validity: u64) {
     reply.u64(known.id);
-    // Linux gives the node of a mount generation 0, and takes another for another file.
-    reply.u64(if is_mount { 0 } else { known.generation });
+    reply.u64(known.generation);
     reply.u64(validity);
     reply.u64(validity);
     reply.u32(0);
     reply.u32(0);
-    let flags = if is_mount { wire::ATTR_SUBMOUNT } else { 0 };
-    reply.attributes(&Attributes::from(stat), flags);
+    reply.attributes(attributes);
 }
 
 /// The name of a descriptor in `/proc/self/fd`.

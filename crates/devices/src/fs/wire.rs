@@ -67,7 +67,6 @@ pub mod init {
     pub const POSIX_ACL: u64 = 1 << 20;
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
-    pub const SUBMOUNTS: u64 = 1 << 27;
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
@@ -99,7 +98,6 @@ pub const FSYNC_DATA_ONLY: u32 = 1 << 0;
 pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 pub const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
-pub const ATTR_SUBMOUNT: u32 = 1 << 0;
 
 pub const HEADER_IN: usize = 40;
 pub const HEADER_OUT: usize = 16;
@@ -250,7 +248,7 @@ impl Reply {
     }
 
     /// `fuse_attr`.
-    pub fn attributes(&mut self, attributes: &Attributes, flags: u32) {
+    pub fn attributes(&mut self, attributes: &Attributes) {
         self.u64(attributes.inode);
         self.u64(attributes.size);
         self.u64(attributes.blocks);
@@ -266,7 +264,8 @@ impl Reply {
         self.u32(attributes.gid);
         self.u32(attributes.device);
         self.u32(attributes.block_size);
-        self.u32(flags);
+        // Flags.
+        self.u32(0);
     }
 
     /// `fuse_dirent`, padded.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
+use super::credentials::{Credentials, Ordinary};
 use super::wire::{HEADER_OUT, header_out};
 use crate::buffers::Buffers;
 use crate::device::{Chain, Memory, Ring};
@@ -38,6 +39,8 @@ pub enum Work {
         mode: u32,
         offset: u64,
         length: u64,
+        /// Take set-id bits away as for an ordinary user of this group.
+        ordinary: Option<u32>,
     },
     Copy {
         from: Arc<OwnedFd>,
@@ -45,6 +48,8 @@ pub enum Work {
         to: Arc<OwnedFd>,
         to_offset: u64,
         length: u64,
+        /// Take set-id bits away as for an ordinary user of this group.
+        ordinary: Option<u32>,
     },
 }
 
@@ -160,28 +165,34 @@ pub fn execute(work: Work, buffers: &mut Buffers<'_>, unique: u64) -> usize {
             mode,
             offset,
             length,
-        } => allocate(&file, mode, offset, length).map(|()| 0),
+            ordinary,
+        } => as_ordinary(ordinary)
+            .and_then(|_guard| allocate(&file, mode, offset, length).map(|()| 0)),
         Work::Copy {
             from,
             mut from_offset,
             to,
             mut to_offset,
             length,
+            ordinary,
         } => {
             let length = usize::try_from(length.min(MAX_COPY)).unwrap_or(0);
-            rustix::fs::copy_file_range(
-                &from,
-                Some(&mut from_offset),
-                &to,
-                Some(&mut to_offset),
-                length,
-            )
-            .map(|copied| {
-                let mut out = [0; 8];
-                // At most MAX_COPY.
-                out[..4].copy_from_slice(&(copied as u32).to_le_bytes());
-                data.copy_from(&out)
-            })
+            as_ordinary(ordinary)
+                .and_then(|_guard| {
+                    rustix::fs::copy_file_range(
+                        &from,
+                        Some(&mut from_offset),
+                        &to,
+                        Some(&mut to_offset),
+                        length,
+                    )
+                })
+                .map(|copied| {
+                    let mut out = [0; 8];
+                    // At most MAX_COPY.
+                    out[..4].copy_from_slice(&(copied as u32).to_le_bytes());
+                    data.copy_from(&out)
+                })
         }
     };
     let header = match result {
@@ -189,6 +200,14 @@ pub fn execute(work: Work, buffers: &mut Buffers<'_>, unique: u64) -> usize {
         Err(error) => header_out(HEADER_OUT, error.raw_os_error(), unique),
     };
     writable.copy_from(&header) + result.unwrap_or(0)
+}
+
+/// Credentials are the thread's own, so a worker changes its own.
+fn as_ordinary(gid: Option<u32>) -> Result<Option<Ordinary>, Errno> {
+    match gid {
+        Some(gid) => Credentials::new().ordinary(gid),
+        None => Ok(None),
+    }
 }
 
 /// `fallocate` with the guest's mode: newer modes than this code knows are the host kernel's to judge.
