@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hull_machine::{ConsoleRing, Exit, Kind, MachineSpec, Requirements, choose, exit};
+use hull_machine::{Choice, ConsoleRing, Exit, Kind, MachineSpec, Requirements, choose, exit};
 use rustix::event::{PollFd, PollFlags, poll};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -32,7 +32,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             data_directory: std::env::temp_dir().join("hull-boot-example"),
         },
     )?;
-    let machine = choice.machine()?;
+    // To try KVM where the probe calls it too slow.
+    let hardware = choice.hardware || std::env::var_os("BOOT_WITH_KVM").is_some();
+    let machine = Choice { hardware, ..choice }.machine()?;
     let spec = MachineSpec {
         kernel,
         initramfs: initramfs.into(),

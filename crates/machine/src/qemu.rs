@@ -192,7 +192,7 @@ impl Qemu {
                 "-cpu",
                 "host",
                 "-M",
-                "microvm,acpi=off,pic=off,pit=off,rtc=off,usb=off,memory-backend=memory",
+                "microvm,acpi=off,memory-backend=memory",
             ]);
         } else {
             add(&[
@@ -274,8 +274,8 @@ fn device(device_type: u32) -> &'static str {
     match device_type {
         26 => "vhost-user-fs-device,tag=hull",
         19 => "vhost-user-vsock-device",
-        4 => "vhost-user-rng-device",
-        _ => "vhost-user-blk-device",
+        4 => "vhost-user-rng",
+        _ => "vhost-user-blk",
     }
 }
 

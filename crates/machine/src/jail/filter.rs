@@ -60,6 +60,8 @@ enum Verdict {
     Kill,
     /// Allowed if the lower half of an argument is one of these.
     OneOf(u8, Vec<u32>),
+    /// An ioctl, allowed if its request is one of these or belongs to this driver.
+    Request(Vec<u32>, Option<u8>),
     /// Allowed if the lower half of an argument is not this.
     Not(u8, u32),
     /// Allowed if the lower half of an argument has none of these bits.
@@ -83,10 +85,9 @@ fn rules(role: Role) -> BTreeMap<u32, Verdict> {
     );
     let mut put = |call: c_long, verdict| rules.insert(call as u32, verdict);
     // Requests and options are ints: the kernel ignores the upper half of these arguments.
-    put(
-        libc::SYS_ioctl,
-        Verdict::OneOf(1, ioctls.iter().map(|request| *request as u32).collect()),
-    );
+    let requests = ioctls.iter().map(|request| *request as u32).collect();
+    let driver = (role == Role::Qemu).then_some(KVM);
+    put(libc::SYS_ioctl, Verdict::Request(requests, driver));
     put(
         libc::SYS_prctl,
         Verdict::OneOf(0, prctls.iter().map(|option| *option as u32).collect()),
@@ -194,6 +195,26 @@ fn decide(verdict: &Verdict) -> BpfProgram {
                 program.push(jump(IF_EQUAL, *value, (values.len() - position) as u8, 0));
             }
             program.extend([refuse, allow]);
+            program
+        }
+        Verdict::Request(values, driver) => {
+            let mut program = vec![argument(1)];
+            for (position, value) in values.iter().enumerate() {
+                // Over the other comparisons, the driver's two and the refusal.
+                program.push(jump(
+                    IF_EQUAL,
+                    *value,
+                    (values.len() - position + 2) as u8,
+                    0,
+                ));
+            }
+            let driver = driver.map_or(u32::MAX, |driver| u32::from(driver) << 8);
+            program.extend([
+                instruction(AND, 0xff00),
+                jump(IF_EQUAL, driver, 1, 0),
+                refuse,
+                allow,
+            ]);
             program
         }
         Verdict::Not(index, value) => {
@@ -501,6 +522,9 @@ const QEMU_IOCTLS: &[u64] = &[
     libc::FIONREAD,
 ];
 
+/// All requests of KVM. Without its device node in the jail there is nothing to make them to.
+const KVM: u8 = 0xae;
+
 const QEMU_PRCTLS: &[i32] = &[
     libc::PR_SET_NAME,
     libc::PR_GET_NAME,
@@ -617,6 +641,15 @@ mod tests {
                             assert_eq!(answer(arguments), ALLOW, "{role:?} {number} {value}");
                         }
                         assert_eq!(answer([0xdead_beef; 6]), REFUSE, "{role:?} {number}");
+                    }
+                    Verdict::Request(values, driver) => {
+                        let request = |value: u32| answer([0, u64::from(value), 0, 0, 0, 0]);
+                        for value in values {
+                            assert_eq!(request(*value), ALLOW, "{role:?} {value:#x}");
+                        }
+                        assert_eq!(request(0xdead_beef), REFUSE, "{role:?}");
+                        let kvm = if driver.is_some() { ALLOW } else { REFUSE };
+                        assert_eq!(request(0x0000_ae80), kvm, "{role:?}");
                     }
                     Verdict::Not(index, value) => {
                         let mut arguments = [0; 6];
