@@ -32,6 +32,8 @@ pub mod packet;
 pub mod stream;
 
 #[cfg(test)]
+mod device_tests;
+#[cfg(test)]
 mod muxer_tests;
 #[cfg(test)]
 mod testing;
