@@ -185,46 +185,23 @@ impl Qemu {
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ]);
-        if self.kvm {
-            add(&[
-                "-accel",
-                "kvm",
-                "-cpu",
-                "host",
-                "-M",
-                "microvm,acpi=off,memory-backend=memory",
-            ]);
+        let (accelerator, processor) = if self.kvm {
+            ("kvm", "host")
         } else {
-            add(&[
-                "-accel",
-                "tcg,thread=multi",
-                "-cpu",
-                "max",
-                "-M",
-                "microvm,acpi=off,memory-backend=memory",
-            ]);
-        }
-        add(&[
-            "-smp",
-            &spec.cpus.to_string(),
-            "-m",
-            &format!("{}K", spec.memory >> 10),
-        ]);
-        add(&[
-            "-object",
-            &format!(
-                "memory-backend-memfd,id=memory,size={},share=on",
-                spec.memory
-            ),
-        ]);
-        add(&[
-            "-kernel",
-            "/kernel",
-            "-initrd",
-            "/initramfs",
-            "-append",
-            &self.kernel_command_line(spec.cpus),
-        ]);
+            ("tcg,thread=multi", "max")
+        };
+        add(&["-accel", accelerator, "-cpu", processor]);
+        add(&["-M", "microvm,acpi=off,memory-backend=memory"]);
+        let (cpus, memory) = (spec.cpus.to_string(), format!("{}K", spec.memory >> 10));
+        add(&["-smp", &cpus, "-m", &memory]);
+        // Shared with the device process.
+        let backend = format!(
+            "memory-backend-memfd,id=memory,size={},share=on",
+            spec.memory
+        );
+        add(&["-object", &backend]);
+        add(&["-kernel", "/kernel", "-initrd", "/initramfs"]);
+        add(&["-append", &self.kernel_command_line(spec.cpus)]);
         add(&[
             "-chardev",
             "stdio,id=console,signal=off",

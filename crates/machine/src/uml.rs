@@ -2,8 +2,12 @@
 //! guest. Needs no virtualization; it is not hardware isolation, so the jail around it matters most here.
 
 use std::ffi::OsString;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Signal, WaitId, WaitIdOptions, waitid};
 
 use crate::jail::{self, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Tmp};
 use crate::{Error, Kind, MIN_MEMORY, Machine, MachineSpec, Started, device_sockets, open};
@@ -41,26 +45,85 @@ impl Machine for Uml {
         let kernel = open("guest kernel", &spec.kernel)?;
         open("initramfs", &spec.initramfs)?;
         let sockets = device_sockets(spec)?;
-        Ok(jail::spawn(JailSpec {
-            name: "the guest kernel",
-            executable: kernel.as_fd(),
-            argv: command_line(spec, &sockets),
-            // Where it puts the guest's memory, and where it keeps its pid file.
-            env: vec![
-                ("TMPDIR".into(), "/tmp".into()),
-                ("HOME".into(), "/tmp".into()),
-            ],
-            fds: vec![(console.as_fd(), 1), (console.as_fd(), 2)],
-            fixed_addresses: true,
-            confinement: Some(Confinement {
-                role: Role::Uml,
-                uid: spec.jail_uid,
-                gid: spec.jail_uid,
-                capabilities: CapabilitySet::empty(),
-                root: root(spec),
-                open_files: 1024,
-            }),
-        })?)
+        let argv = command_line(spec, &sockets);
+        Ok(spawn(&kernel, argv, root(spec), spec.jail_uid, &console)?)
+    }
+}
+
+fn spawn(
+    kernel: &OwnedFd,
+    argv: Vec<OsString>,
+    root: Root,
+    uid: u32,
+    console: &OwnedFd,
+) -> Result<Started, jail::Error> {
+    jail::spawn(JailSpec {
+        name: "the guest kernel",
+        executable: kernel.as_fd(),
+        argv,
+        // Where it puts the guest's memory, and where it keeps its pid file.
+        env: vec![
+            ("TMPDIR".into(), "/tmp".into()),
+            ("HOME".into(), "/tmp".into()),
+        ],
+        fds: vec![(console.as_fd(), 1), (console.as_fd(), 2)],
+        fixed_addresses: true,
+        confinement: Some(Confinement {
+            role: Role::Uml,
+            uid,
+            gid: uid,
+            capabilities: CapabilitySet::empty(),
+            root,
+            open_files: 1024,
+        }),
+    })
+}
+
+/// The version that a kernel says it is. It says so in a jail like a guest's, so this is also a trial of the jail.
+pub fn version(kernel: &Path) -> Result<String, String> {
+    /// Nobody, by convention.
+    const NOBODY: u32 = 65534;
+    let file = open("guest kernel", kernel).map_err(|error| error.to_string())?;
+    let root = Root {
+        tmp: Some(Tmp {
+            size: TMP_SLACK,
+            huge_pages: false,
+        }),
+        ..Root::default()
+    };
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|errno| format!("cannot create a pipe: {errno}"))?;
+    let argv = vec!["linux".into(), "--version".into()];
+    let started = spawn(&file, argv, root, NOBODY, &write).map_err(|error| error.to_string())?;
+    drop(write);
+    let mut said = String::new();
+    // Bounded: what is there may be anything.
+    let _ = std::fs::File::from(read)
+        .take(1024)
+        .read_to_string(&mut said);
+    let mut ended = [PollFd::from_borrowed_fd(
+        started.pidfd.as_fd(),
+        PollFlags::IN,
+    )];
+    let patience = Timespec {
+        tv_sec: 2,
+        tv_nsec: 0,
+    };
+    if !matches!(rustix::event::poll(&mut ended, Some(&patience)), Ok(1)) {
+        let _ = rustix::process::pidfd_send_signal(&started.pidfd, Signal::KILL);
+    }
+    let id = WaitId::PidFd(started.pidfd.as_fd());
+    let status = waitid(id, WaitIdOptions::EXITED)
+        .ok()
+        .flatten()
+        .and_then(|status| status.exit_status());
+    match (status, said.trim()) {
+        (Some(0), version)
+            if version.starts_with(|c: char| c.is_ascii_digit()) && !version.contains('\n') =>
+        {
+            Ok(version.to_owned())
+        }
+        _ => Err(format!("{} is not a user-mode kernel", kernel.display())),
     }
 }
 

@@ -64,6 +64,7 @@ const TESTS: &[Test] = &[
         "a_user_mode_kernel_dies_with_the_parent",
         kernels::uml_dies_with_parent,
     ),
+    ("the_probe_tries_the_kernel_in_a_jail", kernels::probed),
     ("what_is_no_kernel_is_refused", kernels::no_kernel),
     ("qemu_boots_and_restarts", kernels::qemu_restarts),
     ("a_panic_ends_qemu", kernels::qemu_panics),

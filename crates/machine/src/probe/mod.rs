@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::choose::{Choice, Requirements, choose};
-use crate::qemu;
+use crate::{qemu, uml};
 
 /// Everything `hull check` says about machines.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -97,7 +97,7 @@ pub fn probe(requirements: &Requirements) -> Report {
     let qemu_version = qemu::find_program().and_then(|program| qemu::version(&program));
     Report {
         kvm: kvm_cached(&requirements.data_directory),
-        uml: uml(requirements),
+        uml: probe_uml(requirements),
         qemu: match &qemu_version {
             Ok(version) => State::Works {
                 how: format!("QEMU {version}"),
@@ -112,7 +112,7 @@ pub fn probe(requirements: &Requirements) -> Report {
     }
 }
 
-fn uml(requirements: &Requirements) -> State {
+fn probe_uml(requirements: &Requirements) -> State {
     let missing = |why: String, hint: Option<&str>| State::Missing {
         why,
         hint: hint.map(str::to_owned),
@@ -127,18 +127,23 @@ fn uml(requirements: &Requirements) -> State {
             None,
         );
     }
+    let build = Some("guest/kernel/build um");
     match &requirements.uml_kernel {
-        Some(kernel) if kernel.is_file() => State::Works {
+        Some(kernel) if !kernel.is_file() => missing(
+            format!("its guest kernel {} does not exist", kernel.display()),
+            build,
+        ),
+        // The trial needs root: without, it would say no more than that.
+        Some(kernel) if rustix::process::geteuid().is_root() => match uml::version(kernel) {
+            Ok(version) => State::Works {
+                how: format!("Linux {version}, no virtualization needed"),
+            },
+            Err(why) => missing(why, None),
+        },
+        Some(_) => State::Works {
             how: "no virtualization needed".into(),
         },
-        Some(kernel) => missing(
-            format!("its guest kernel {} does not exist", kernel.display()),
-            Some("guest/kernel/build um"),
-        ),
-        None => missing(
-            "there is no guest kernel for um".into(),
-            Some("guest/kernel/build um"),
-        ),
+        None => missing("there is no guest kernel for um".into(), build),
     }
 }
 

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use hull_machine::exit::{self, Exit};
-use hull_machine::{Choice, ConsoleRing, Kind, MachineSpec, Started};
+use hull_machine::probe::State;
+use hull_machine::{Choice, ConsoleRing, Kind, MachineSpec, Requirements, Started};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Outcome;
@@ -290,6 +291,30 @@ pub fn no_kernel() -> Outcome {
         wrong.to_string(),
         "cannot start the guest kernel: executing it: Exec format error (os error 8)"
     );
+    Ok(())
+}
+
+pub fn probed() -> Outcome {
+    let kernel = kernel(Kind::Uml)?;
+    let data = tempfile::tempdir().unwrap();
+    let probe = |kernel: PathBuf| {
+        let requirements = Requirements {
+            hardware_isolation: false,
+            uml_kernel: Some(kernel),
+            native_kernel: None,
+            data_directory: data.path().to_owned(),
+        };
+        hull_machine::probe(&requirements).uml
+    };
+    match probe(kernel) {
+        State::Works { how } => assert!(how.starts_with("Linux "), "{how}"),
+        State::Missing { why, .. } => panic!("{why}"),
+    }
+    let other = super::executable_file(&executable(&EXIT));
+    match probe(other.to_path_buf()) {
+        State::Missing { why, .. } => assert!(why.ends_with(" is not a user-mode kernel"), "{why}"),
+        State::Works { how } => panic!("{how}"),
+    }
     Ok(())
 }
 
