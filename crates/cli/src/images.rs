@@ -70,7 +70,11 @@ impl Progress for Shown {
             }
             Event::Finished => {
                 state.layers.clear();
-                if state.bars.take().is_none() {
+                // What was only read from a local file is not worth a line.
+                let fetched = !["oci:", "docker-archive:"]
+                    .iter()
+                    .any(|local| state.reference.starts_with(local));
+                if state.bars.take().is_none() && fetched {
                     crate::output::note(format!("pulled {}", state.reference));
                 }
             }
