@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,6 +40,7 @@ const CONSOLE_LINES: usize = 50;
 pub struct Guest {
     devices: Watched,
     machine: Watched,
+    diagnostics: PathBuf,
     console: Arc<Mutex<ConsoleRing>>,
     /// The device process's control.
     pub control: Arc<Devices>,
@@ -122,6 +123,7 @@ impl Guest {
             Self {
                 devices,
                 machine: Watched::new(machine)?,
+                diagnostics: paths.diagnostics(),
                 console,
                 control: Arc::new(control),
             },
@@ -149,7 +151,10 @@ impl Guest {
                 Some(Status::Signal(signal)) => {
                     format!("the device process was killed by signal {signal}")
                 }
-                Some(Status::Code(code)) => format!("the device process ended with status {code}"),
+                Some(Status::Code(code)) => {
+                    let said = last_line(&self.diagnostics);
+                    format!("the device process ended with status {code}{said}")
+                }
                 None => "the device process has ended".into(),
             }
         }
@@ -159,6 +164,16 @@ impl Guest {
     pub fn console_tail(&self) -> Vec<String> {
         lock(&self.console).tail(CONSOLE_LINES)
     }
+}
+
+/// The last thing that the host's own processes had to say, to be appended to a message.
+fn last_line(diagnostics: &Path) -> String {
+    let text = fs::read(diagnostics).unwrap_or_default();
+    String::from_utf8_lossy(&text)
+        .lines()
+        .rfind(|line| line.starts_with("error: "))
+        .map(|line| format!(": {}", super::agent::printable(line)))
+        .unwrap_or_default()
 }
 
 fn machine_failure(error: &hull_machine::Error) -> Failure {

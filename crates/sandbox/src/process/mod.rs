@@ -67,6 +67,9 @@ const BOOT_TIME: Duration = Duration::from_secs(90);
 /// How long a guest may take to write its file systems back when its container has ended.
 const SHUTDOWN_TIME: Duration = Duration::from_secs(10);
 
+/// How long the end of a process may follow what it makes fail.
+const BREAK_TIME: Duration = Duration::from_millis(50);
+
 /// How long the end of a machine may follow the loss of its agent.
 const DEATH_TIME: Duration = Duration::from_millis(500);
 
@@ -188,12 +191,20 @@ async fn life(container: &Arc<Container>) {
 
     let started = {
         let boot = boot(container, &guest, incoming, &mut rootfs, &mut timings);
+        let broken = |reason| Failure::new(format!("the guest did not come up: {reason}"));
         tokio::select! {
             biased;
-            started = boot => started,
-            reason = guest.broke_down() => {
-                Err(Failure::new(format!("the guest did not come up: {reason}")))
-            }
+            started = boot => match started {
+                // A process that died is the cause of whatever else failed.
+                Err(failure) if failure.code == EXIT_HULL => {
+                    match tokio::time::timeout(BREAK_TIME, guest.broke_down()).await {
+                        Ok(reason) => Err(broken(reason)),
+                        Err(_) => Err(failure),
+                    }
+                }
+                started => started,
+            },
+            reason = guest.broke_down() => Err(broken(reason)),
             reason = container.aborted() => Err(Failure::new(format!("the start was given up: {reason}"))),
             () = told_to_end() => Err(Failure::new("the start was given up: the sandbox process was told to end")),
             () = tokio::time::sleep(BOOT_TIME) => Err(Failure::new(format!(
