@@ -191,7 +191,11 @@ impl Qemu {
             ("tcg,thread=multi", "max")
         };
         add(&["-accel", accelerator, "-cpu", processor]);
-        add(&["-M", "microvm,acpi=off,memory-backend=memory"]);
+        // The firmware starts the kernel itself, without option ROMs, which takes 30 ms less.
+        add(&[
+            "-M",
+            "microvm,acpi=off,x-option-roms=off,memory-backend=memory",
+        ]);
         let (cpus, memory) = (spec.cpus.to_string(), format!("{}K", spec.memory >> 10));
         add(&["-smp", &cpus, "-m", &memory]);
         // Shared with the device process.
@@ -252,7 +256,7 @@ fn device(device_type: u32) -> &'static str {
         26 => "vhost-user-fs-device,tag=hull",
         19 => "vhost-user-vsock-device",
         4 => "vhost-user-rng",
-        _ => "vhost-user-blk",
+        _ => "vhost-user-blk,num-queues=1",
     }
 }
 
