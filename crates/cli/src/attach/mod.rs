@@ -2,6 +2,8 @@
 //! of run, exec and attach. One thread, one poll loop, bounded memory: output is read from the sandbox process only
 //! when the last was written out, input from the caller only when the last was sent.
 
+mod keys;
+
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -13,6 +15,7 @@ use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::FileType;
 
+use self::keys::KeyWatch;
 use crate::error::{Context, Error, Result};
 use crate::signals::{self, Signals};
 use crate::terminal::{self, RawMode};
@@ -469,53 +472,6 @@ fn forward(socket: Option<&Path>, signal: Signal) -> Result<()> {
     Ok(())
 }
 
-/// Finds the detach keys in what is typed.
-struct KeyWatch {
-    keys: Vec<u8>,
-    /// How many of them were typed last.
-    typed: usize,
-}
-
-impl KeyWatch {
-    /// Keys are looked for only where a user types: on a terminal.
-    fn new(options: &Options) -> KeyWatch {
-        let keys = match options.terminal && options.input {
-            true => options.detach_keys.0.clone(),
-            false => Vec::new(),
-        };
-        KeyWatch { keys, typed: 0 }
-    }
-
-    /// The bytes to pass on, and whether the keys are complete. The beginning of the keys is held back until the
-    /// next key shows that it was none.
-    fn filter(&mut self, input: &[u8]) -> (Vec<u8>, bool) {
-        let mut output = Vec::with_capacity(input.len());
-        for byte in input {
-            if self.keys.get(self.typed) == Some(byte) {
-                self.typed += 1;
-                if self.typed == self.keys.len() {
-                    return (output, true);
-                }
-                continue;
-            }
-            output.append(&mut self.rest());
-            if self.keys.first() == Some(byte) {
-                self.typed = 1;
-            } else {
-                output.push(*byte);
-            }
-        }
-        (output, false)
-    }
-
-    /// What was held back.
-    fn rest(&mut self) -> Vec<u8> {
-        let rest = self.keys[..self.typed].to_vec();
-        self.typed = 0;
-        rest
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -528,25 +484,6 @@ mod tests {
             forward_signals: None,
             detach_keys: DetachKeys(vec![16, 17]),
         }
-    }
-
-    #[test]
-    fn detach_keys_are_found_and_their_beginning_is_not_lost() {
-        let mut keys = KeyWatch::new(&options());
-        assert_eq!(keys.filter(b"ab"), (b"ab".to_vec(), false));
-        assert_eq!(keys.filter(b"c\x10"), (b"c".to_vec(), false));
-        assert_eq!(keys.filter(b"d"), (b"\x10d".to_vec(), false));
-        assert_eq!(keys.filter(b"\x10\x10"), (b"\x10".to_vec(), false));
-        assert_eq!(keys.filter(b"\x11e"), (Vec::new(), true));
-    }
-
-    #[test]
-    fn without_terminal_every_byte_passes() {
-        let mut keys = KeyWatch::new(&Options {
-            terminal: false,
-            ..options()
-        });
-        assert_eq!(keys.filter(b"\x10\x11"), (b"\x10\x11".to_vec(), false));
     }
 
     fn pump() -> (Pump, UnixStream) {
