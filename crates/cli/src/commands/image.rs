@@ -44,7 +44,7 @@ enum Command {
         /// A comment for the image's history
         #[arg(short, long, value_name = "TEXT")]
         message: Option<String>,
-        /// FILE.tar[.gz|.zst], DIR, - for an archive on standard input, oci:DIR[:TAG] or docker-archive:FILE[:TAG]
+        /// Archive (plain, gzip, zstd; - for standard input), directory, `oci:DIR` or `docker-archive:FILE`
         source: OsString,
         /// Name for the image
         name: Option<String>,
