@@ -14,6 +14,7 @@
 //! Who calls it: the machines of this crate, and the sandbox for its device process. It never uses a container's
 //! or a guest's data for anything: all it is told comes from the sandbox.
 
+mod calls;
 mod filter;
 mod privileges;
 mod restrict;
