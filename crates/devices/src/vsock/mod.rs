@@ -36,6 +36,8 @@ mod device_tests;
 #[cfg(test)]
 mod muxer_tests;
 #[cfg(test)]
+mod random_tests;
+#[cfg(test)]
 mod testing;
 
 use std::io;
