@@ -299,11 +299,31 @@ pub fn power_off() -> ! {
     // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory of ours.
     unsafe { libc::kill(-1, libc::SIGKILL) };
     rustix::fs::sync();
-    let error = match reboot(RebootCommand::PowerOff) {
+    let Ok(command_line) = fs::read_to_string("/proc/cmdline") else {
+        // Too early for /proc: when PID 1 ends, the kernel panics, and that ends the machine too.
+        std::process::exit(1);
+    };
+    let error = match reboot(how_to_end(&command_line)) {
         Ok(()) => "it returned".to_owned(),
         Err(error) => error.to_string(),
     };
     panic!("cannot power the machine off: {error}");
+}
+
+/// A machine that cannot be switched off is restarted, and its monitor takes that for its end. Whoever starts such a
+/// machine also tells its kernel how to restart.
+fn how_to_end(command_line: &str) -> RebootCommand {
+    let mut words = command_line.split_ascii_whitespace();
+    match words.any(|word| word.starts_with("reboot=")) {
+        true => RebootCommand::Restart,
+        false => RebootCommand::PowerOff,
+    }
+}
+
+/// Whether the kernel is a process of the host.
+fn is_user_mode() -> bool {
+    std::fs::read("/proc/cpuinfo")
+        .is_ok_and(|text| String::from_utf8_lossy(&text).contains("User Mode Linux"))
 }
 
 #[cfg(test)]
@@ -317,6 +337,18 @@ mod tests {
         assert_eq!(kernel_major(c"6.1.0-18-cloud-amd64"), 6);
         assert_eq!(kernel_major(c"10.0"), 10);
         assert_eq!(kernel_major(c"odd"), 0);
+    }
+
+    #[test]
+    fn a_machine_without_a_switch_is_restarted() {
+        assert!(matches!(
+            how_to_end("quiet reboot=t panic=-1\n"),
+            RebootCommand::Restart
+        ));
+        assert!(matches!(
+            how_to_end("quiet panic=-1 noreboot=t\n"),
+            RebootCommand::PowerOff
+        ));
     }
 
     #[test]
