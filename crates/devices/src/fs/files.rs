@@ -10,6 +10,8 @@ use super::wire::{self, Header, Input, Reply};
 use super::work::Work;
 use crate::buffers::{Buffers, Span};
 
+/// Reads from this size on are left to the workers where the host cannot tell whether they are quick.
+const BULK: usize = 32 << 10;
 /// Size of `fuse_read_in` and `fuse_write_in`.
 const TRANSFER_IN: usize = 40;
 
@@ -26,19 +28,22 @@ impl Server {
         let open = self.file_of(handle)?;
         let mut data = buffers.writable.split_off(wire::HEADER_OUT);
         let count = (size as usize).min(data.remaining());
-        // What is in the host's cache is read at once. What is not would keep this thread from other requests.
-        let read = if open.can_poll {
-            data.read_cached(open.file.as_fd(), count, offset)
-        } else {
-            data.read_from(open.file.as_fd(), count, offset)
-        };
+        // What is in the host's cache is read at once. What is not would keep this thread from other requests. Where
+        // the host cannot tell (overlayfs), only small reads are taken to be quick.
+        let mut read = Err(Errno::OPNOTSUPP);
+        if open.can_poll {
+            read = data.read_cached(open.file.as_fd(), count, offset);
+            open.can_poll = read != Err(Errno::OPNOTSUPP);
+        }
+        if read == Err(Errno::OPNOTSUPP) && count < BULK {
+            read = data.read_from(open.file.as_fd(), count, offset);
+        }
         match read {
             Ok(length) => {
                 let header = wire::header_out(wire::HEADER_OUT + length, 0, header.unique);
                 return Ok(Answer::Data(buffers.writable.copy_from(&header) + length));
             }
-            Err(Errno::AGAIN) => {}
-            Err(Errno::OPNOTSUPP) => open.can_poll = false,
+            Err(Errno::AGAIN | Errno::OPNOTSUPP) => {}
             Err(error) => return Err(error),
         }
         Ok(Answer::Later(Work::Read {
