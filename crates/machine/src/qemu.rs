@@ -223,7 +223,8 @@ impl Qemu {
     fn kernel_command_line(&self, cpus: u32) -> String {
         // Warnings and what is worse. Restarting is how a guest without ACPI ends itself (see `-no-reboot`).
         let mut line = String::from(
-            "console=ttyS0 quiet loglevel=5 panic=-1 reboot=t no_timer_check acpi=off pci=off",
+            "console=ttyS0 quiet loglevel=5 panic=-1 reboot=t no_timer_check acpi=off pci=off \
+             dummy.numdummies=0",
         );
         if !self.kvm {
             // An emulated guest reads the host's time stamp counter, but has no reference to measure it by that a

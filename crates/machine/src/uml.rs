@@ -163,6 +163,8 @@ fn command_line(spec: &MachineSpec, sockets: &[(String, u32)]) -> Vec<OsString> 
         // Warnings and what is worse: each line costs two system calls and a wake-up of the sandbox process.
         "quiet".into(),
         "loglevel=5".into(),
+        // No network interface that nobody asked for.
+        "dummy.numdummies=0".into(),
         // A guest that cannot go on ends at once.
         "panic=-1".into(),
         "umid=hull".into(),

@@ -25,6 +25,9 @@ pub struct Failure {
     /// The last lines of the guest's console, when the guest did not come up or broke down.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub console: Vec<String>,
+    /// The guest works and refused: neither its console nor the time it took says more.
+    #[serde(skip)]
+    pub refused: bool,
     /// Where the time of a failed start went.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timings: Option<Timings>,
@@ -41,6 +44,7 @@ impl Failure {
             hint: None,
             code: EXIT_HULL,
             console: Vec::new(),
+            refused: false,
             timings: None,
         }
     }

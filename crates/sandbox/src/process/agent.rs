@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 
-use crate::error::{Context, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure, Result};
+use crate::error::{Context, EXIT_HULL, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure, Result};
 use crate::wire::{Process, Size, Stats};
 
 /// Bound of a call that the agent answers at once. An emulated guest on a busy host needs seconds at times.
@@ -82,11 +82,17 @@ fn failure(error: ttrpc::Error) -> Failure {
         other => return Failure::new(format!("cannot reach the agent in the guest: {other}")),
     };
     let message = printable(status.message());
-    match status.code() {
-        ttrpc::Code::NOT_FOUND => Failure::new(message).code(EXIT_NOT_FOUND),
-        ttrpc::Code::PERMISSION_DENIED => Failure::new(message).code(EXIT_NOT_EXECUTABLE),
-        ttrpc::Code::DEADLINE_EXCEEDED => Failure::new("the agent in the guest does not answer"),
-        _ => Failure::new(message),
+    let code = match status.code() {
+        ttrpc::Code::DEADLINE_EXCEEDED => {
+            return Failure::new("the agent in the guest does not answer");
+        }
+        ttrpc::Code::NOT_FOUND => EXIT_NOT_FOUND,
+        ttrpc::Code::PERMISSION_DENIED => EXIT_NOT_EXECUTABLE,
+        _ => EXIT_HULL,
+    };
+    Failure {
+        refused: true,
+        ..Failure::new(message).code(code)
     }
 }
 

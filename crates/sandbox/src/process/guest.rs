@@ -33,6 +33,9 @@ const CONTROL_FD: i32 = 3;
 /// sandbox adds the process id of its sandbox process, which no other has as long as it lives.
 const FIRST_JAIL_UID: u32 = 0x7000_0000;
 
+/// How long a machine may take to end after it has closed its devices.
+const MACHINE_TIME: Duration = Duration::from_secs(2);
+
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
 
@@ -139,18 +142,19 @@ impl Guest {
     /// Waits until one of the processes ends; a line that says which and how.
     pub async fn broke_down(&self) -> String {
         tokio::select! {
-            status = self.machine.ended() => {
-                // What the guest's kernel had to say is still on its way through the pipe.
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                let Some(status) = status else {
-                    return "the machine has ended".into();
-                };
-                exit::Exit::interpret(status, &self.console_tail()).to_string()
-            }
+            status = self.machine.ended() => self.machine_broke_down(status).await,
             status = self.devices.ended() => match status {
                 Some(Status::Signal(signal)) => {
                     format!("the device process was killed by signal {signal}")
                 }
+                // It ends by itself when the machine has closed its sockets.
+                Some(Status::Code(0)) => match tokio::time::timeout(
+                    MACHINE_TIME,
+                    self.machine.ended(),
+                ).await {
+                    Ok(status) => self.machine_broke_down(status).await,
+                    Err(_) => "the machine has left its devices".into(),
+                },
                 Some(Status::Code(code)) => {
                     let said = last_line(&self.diagnostics);
                     format!("the device process ended with status {code}{said}")
@@ -158,6 +162,15 @@ impl Guest {
                 None => "the device process has ended".into(),
             }
         }
+    }
+
+    async fn machine_broke_down(&self, status: Option<Status>) -> String {
+        // What the guest's kernel had to say is still on its way through the pipe.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let Some(status) = status else {
+            return "the machine has ended".into();
+        };
+        exit::Exit::interpret(status, &self.console_tail()).to_string()
     }
 
     /// The last lines of the guest's console, fit for a person's terminal.

@@ -196,7 +196,7 @@ async fn life(container: &Arc<Container>) {
             biased;
             started = boot => match started {
                 // A process that died is the cause of whatever else failed.
-                Err(failure) if failure.code == EXIT_HULL => {
+                Err(failure) if !failure.refused => {
                     match tokio::time::timeout(BREAK_TIME, guest.broke_down()).await {
                         Ok(reason) => Err(broken(reason)),
                         Err(_) => Err(failure),
@@ -393,6 +393,10 @@ fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<Share>)> {
             .unwrap_or(mounts.len());
         mounts.splice(at..at, etc);
     }
+    // These belong to the guest's network, which is the container's: see `configuration`.
+    if let Some(sysctl) = spec["linux"]["sysctl"].as_object_mut() {
+        sysctl.retain(|name, _| !is_network_sysctl(name));
+    }
     let text = serde_json::to_vec(&spec).context(|| "encode the spec".into())?;
     record::write_by_rename(&files.spec(), &text)?;
     Ok((text, shares))
@@ -425,6 +429,11 @@ fn write_etc(container: &Container) -> Result<()> {
     Ok(())
 }
 
+/// Whether a kernel parameter belongs to a network namespace.
+fn is_network_sysctl(name: &str) -> bool {
+    name.starts_with("net.")
+}
+
 fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
     let mut entropy = vec![0; 64];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).context(|| "get random numbers".into())?;
@@ -435,7 +444,17 @@ fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or_default()),
     };
+    let sysctl = request
+        .spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.sysctl().clone())
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|(name, _)| is_network_sysctl(name))
+        .collect();
     Ok(proto::ConfigureRequest {
+        sysctl,
         hostname: request.id.get(..12).unwrap_or_default().into(),
         clock_ns,
         entropy,
@@ -506,14 +525,10 @@ async fn fail_to_start(
     rootfs: Option<RootFs>,
     timings: Timings,
 ) {
-    // The guest's console helps when the guest is to blame, not when the command does not exist.
-    if failure.code == EXIT_HULL
-        && failure.console.is_empty()
-        && let Some(guest) = &guest
-    {
-        failure.console = guest.console_tail();
+    if !failure.refused {
+        failure.console = guest.as_ref().map(Guest::console_tail).unwrap_or_default();
+        failure.timings = Some(timings);
     }
-    failure.timings = Some(timings);
     drop(guest);
     if let Some(rootfs) = rootfs {
         rootfs.unmount();
