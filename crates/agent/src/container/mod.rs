@@ -166,7 +166,7 @@ impl Container {
             .ok_or_else(|| CreateError::invalid("process", "is missing"))?;
         refuse_foreign(spec, linux)?;
         check_terminal(process, &io)?;
-        let cgroup = CgroupPlan::new(
+        let group = CgroupPlan::new(
             id,
             linux.cgroups_path().as_deref(),
             linux.resources().as_ref(),
@@ -179,7 +179,7 @@ impl Container {
             .transpose()?
             .map(Arc::new);
         let plan = InitPlan {
-            rootfs: RootfsPlan::new(spec, &namespaces, &cgroup.path())?,
+            rootfs: RootfsPlan::new(spec, &namespaces, &group.path())?,
             process: ProcessPlan::new(
                 process,
                 exact,
@@ -193,11 +193,16 @@ impl Container {
         };
         let limits = Limits::new(process, false)?;
         own_streams(&io, outside_id(&plan.namespaces.uid_map, plan.process.uid));
-        let cgroup = cgroup.create()?;
-        let started = start_init(&plan, &io, &cgroup);
+        let cgroup = group.create()?;
+        let started = start_init(&plan, &io, &cgroup).and_then(|spawned| {
+            // The new process works on its file system meanwhile, and waits for that more than it computes.
+            let limited = cgroup.apply(&group).inspect_err(|_| spawned.kill());
+            limited.map(|()| spawned)
+        });
         let spawned = match started {
             Ok(spawned) => spawned,
             Err(error) => {
+                // The first error is the one to tell.
                 let _ = cgroup.destroy();
                 return Err(error);
             }

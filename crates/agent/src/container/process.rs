@@ -337,16 +337,23 @@ enum Found {
 }
 
 fn examine(path: &CStr) -> Found {
-    match rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS) {
-        Ok(()) => match rustix::fs::stat(path).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
-            Ok(FileType::RegularFile) => Found::Executable,
-            Ok(FileType::Directory) => Found::Other("is a directory"),
-            Ok(_) => Found::Other("is not a file"),
-            Err(_) => Found::Nothing,
-        },
-        Err(Errno::ACCESS | Errno::PERM) => Found::Other("permission denied"),
-        Err(Errno::LOOP) => Found::Other("too many levels of symbolic links"),
-        Err(_) => Found::Nothing,
+    let access = rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS);
+    let permitted = match access {
+        Ok(()) => true,
+        Err(Errno::ACCESS) => return Found::Other("permission denied"),
+        Err(Errno::LOOP) => return Found::Other("too many levels of symbolic links"),
+        // A seccomp filter does not let the question through. Execution will tell.
+        Err(Errno::PERM | Errno::NOSYS) => false,
+        Err(_) => return Found::Nothing,
+    };
+    let Ok(stat) = rustix::fs::stat(path) else {
+        return Found::Nothing;
+    };
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile if permitted || stat.st_mode & 0o111 != 0 => Found::Executable,
+        FileType::RegularFile => Found::Other("permission denied"),
+        FileType::Directory => Found::Other("is a directory"),
+        _ => Found::Other("is not a file"),
     }
 }
 

@@ -110,14 +110,15 @@ impl CgroupPlan {
         Path::new(ROOT).join(&self.path)
     }
 
-    /// Makes the group and sets its limits. Leaves no group behind on failure.
+    /// Makes the group, without its limits: [`Cgroup::apply`].
     pub(super) fn create(&self) -> Result<Cgroup> {
         let path = self.path();
         let mut parent =
             open_directory(CWD, Path::new(ROOT)).context(|| format!("cannot open {ROOT}"))?;
+        let controllers = controllers(&self.settings)?;
         let mut existed = false;
         for name in &self.path {
-            self.enable_controllers(parent.as_fd())?;
+            enable(parent.as_fd(), &controllers)?;
             existed = false;
             match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
                 Ok(()) => {}
@@ -146,49 +147,41 @@ impl CgroupPlan {
                 format_args!("{} has processes in it already", cgroup.path.display()),
             ));
         }
-        match cgroup.apply(self) {
-            Ok(()) => Ok(cgroup),
-            Err(error) => {
-                // The first error is the one to tell.
-                let _ = rustix::fs::rmdir(&cgroup.path);
-                Err(error)
-            }
-        }
+        Ok(cgroup)
     }
+}
 
-    /// Gives the children of a group the controllers that this plan needs.
-    fn enable_controllers(&self, parent: BorrowedFd<'_>) -> Result<()> {
-        let available = available_controllers()?;
-        let mut words = String::new();
-        let mut add = |controller: &str| {
-            if !words
-                .split(' ')
-                .any(|word| word.strip_prefix('+') == Some(controller))
-            {
-                words.push_str(if words.is_empty() { "+" } else { " +" });
-                words.push_str(controller);
+/// The controllers that settings need, and those that are always there, as subtree_control takes them.
+fn controllers(settings: &[Setting]) -> Result<String> {
+    let available = available_controllers()?;
+    let has = |controller: &str| available.iter().any(|name| name == controller);
+    let mut chosen: Vec<&str> = ALWAYS
+        .into_iter()
+        .filter(|controller| has(controller))
+        .collect();
+    for setting in settings {
+        let controller = setting.file.split('.').next().unwrap_or_default();
+        if has(controller) {
+            if !chosen.contains(&controller) {
+                chosen.push(controller);
             }
-        };
-        for controller in ALWAYS
-            .iter()
-            .filter(|controller| available.iter().any(|name| name == *controller))
-        {
-            add(controller);
+        } else if setting.absent == Absent::Fail {
+            return Err(CreateError::unsupported(
+                setting.field,
+                format_args!("the guest kernel has no {controller} controller"),
+            ));
         }
-        for setting in &self.settings {
-            let controller = setting.file.split('.').next().unwrap_or_default();
-            if available.iter().any(|name| name == controller) {
-                add(controller);
-            } else if setting.absent == Absent::Fail {
-                return Err(CreateError::unsupported(
-                    setting.field,
-                    format_args!("the guest kernel has no {controller} controller"),
-                ));
-            }
-        }
-        sys::write_file(parent, c"cgroup.subtree_control", words.as_bytes())
-            .context(|| format!("cannot enable the controllers {words}"))
     }
+    Ok(chosen
+        .iter()
+        .map(|controller| format!("+{controller} "))
+        .collect())
+}
+
+/// Gives the children of a group these controllers.
+fn enable(parent: BorrowedFd<'_>, controllers: &str) -> Result<()> {
+    sys::write_file(parent, c"cgroup.subtree_control", controllers.as_bytes())
+        .context(|| format!("cannot enable the controllers {controllers}"))
 }
 
 /// What the guest kernel has.
@@ -231,7 +224,8 @@ impl Cgroup {
         open_directory(CWD, &path).ok()
     }
 
-    fn apply(&self, plan: &CgroupPlan) -> Result<()> {
+    /// Sets all limits.
+    pub(super) fn apply(&self, plan: &CgroupPlan) -> Result<()> {
         for setting in &plan.settings {
             self.set(setting)?;
         }
@@ -293,6 +287,7 @@ impl Cgroup {
                 ));
             }
         }
+        self.enable_on_the_way(&plan)?;
         for setting in &plan {
             self.set(setting)?;
         }
@@ -300,6 +295,19 @@ impl Cgroup {
             Some(devices) if !devices.is_empty() => self.set_devices(&DeviceProgram::new(devices)?),
             _ => Ok(()),
         }
+    }
+
+    /// Later limits may need controllers that the group was not made with.
+    fn enable_on_the_way(&self, settings: &[Setting]) -> Result<()> {
+        let controllers = controllers(settings)?;
+        let mut group = PathBuf::from(ROOT);
+        for name in self.path.strip_prefix(ROOT).unwrap_or(&self.path) {
+            let parent = open_directory(CWD, &group)
+                .context(|| format!("cannot open {}", group.display()))?;
+            enable(parent.as_fd(), &controllers)?;
+            group.push(name);
+        }
+        Ok(())
     }
 
     fn read(&self, file: &str) -> Result<String> {
