@@ -294,11 +294,16 @@ fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
-/// Ends the machine. Whatever still runs is killed first, so that it cannot write while file systems are synced.
-pub fn power_off() -> ! {
+/// Kills every process, so that none can write any more, and syncs file systems.
+pub fn quiesce() {
     // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory of ours.
     unsafe { libc::kill(-1, libc::SIGKILL) };
     rustix::fs::sync();
+}
+
+/// Ends the machine.
+pub fn power_off() -> ! {
+    quiesce();
     let Ok(command_line) = fs::read_to_string("/proc/cmdline") else {
         // Too early for /proc: when PID 1 ends, the kernel panics, and that ends the machine too.
         std::process::exit(1);
@@ -318,12 +323,6 @@ fn how_to_end(command_line: &str) -> RebootCommand {
         true => RebootCommand::Restart,
         false => RebootCommand::PowerOff,
     }
-}
-
-/// Whether the kernel is a process of the host.
-fn is_user_mode() -> bool {
-    std::fs::read("/proc/cpuinfo")
-        .is_ok_and(|text| String::from_utf8_lossy(&text).contains("User Mode Linux"))
 }
 
 #[cfg(test)]

@@ -20,7 +20,6 @@ mod processes;
 mod registry;
 mod relay;
 mod service;
-mod shares;
 mod stats;
 mod status;
 mod streams;

@@ -14,7 +14,6 @@ use ttrpc::Code;
 use crate::container::Container;
 use crate::plumbing::Relays;
 use crate::process::Process;
-use crate::shares::Held;
 use crate::status::{Failure, Result};
 
 /// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make one every
@@ -42,8 +41,6 @@ pub struct Entry {
     /// Its control group.
     pub cgroup: PathBuf,
     container: Mutex<Option<Container>>,
-    /// Given back when the entry goes.
-    _shares: Held,
     /// Unused as long as the container is created and not started.
     gate: Mutex<Option<OwnedFd>>,
     paused: Mutex<bool>,
@@ -166,19 +163,12 @@ impl Running {
 
 impl Entry {
     /// A container whose init waits at `gate`, or runs when there is none.
-    pub fn new(
-        id: &str,
-        container: Container,
-        shares: Held,
-        init: Running,
-        gate: Option<OwnedFd>,
-    ) -> Self {
+    pub fn new(id: &str, container: Container, init: Running, gate: Option<OwnedFd>) -> Self {
         Self {
             id: id.to_owned(),
             init,
             cgroup: container.cgroup().to_owned(),
             container: Mutex::new(Some(container)),
-            _shares: shares,
             gate: Mutex::new(gate),
             paused: Mutex::new(false),
             execs: Mutex::default(),

@@ -26,7 +26,6 @@ use crate::container::{Child, Container, CreateError, Exact, PendingChild};
 use crate::plumbing::Plumbing;
 use crate::process::{Process, Reaper};
 use crate::registry::{Entry, Registry, Running, State};
-use crate::shares::Shares;
 use crate::status::{Failure, Result};
 use crate::streams::Streams;
 use crate::{configure, copy, event, init, processes, stats};
@@ -34,11 +33,13 @@ use crate::{configure, copy, event, init, processes, stats};
 /// How long a forced deletion waits for the killed init to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the answer to Shutdown has to reach the host.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
 /// The service. One per guest.
 pub struct Service {
     registry: Registry,
     streams: Streams,
-    shares: Shares,
     reaper: Reaper,
     sequence: AtomicU64,
 }
@@ -66,7 +67,6 @@ impl Service {
         Self {
             registry: Registry::default(),
             streams,
-            shares: Shares::default(),
             reaper,
             sequence: AtomicU64::new(0),
         }
@@ -87,7 +87,6 @@ impl Service {
             arguments: request.raw_args,
             environment: request.raw_env,
         };
-        let shares = self.shares.hold(&spec);
         let births = self.reaper.births();
         let (container, pending) = Container::begin_create(id, &spec, &exact, io)?;
         let mut unfinished = Unfinished(Some(container));
@@ -103,7 +102,7 @@ impl Service {
             Some(gate)
         };
         if let Some(container) = unfinished.0.take() {
-            place.fill(Entry::new(id, container, shares, running, gate));
+            place.fill(Entry::new(id, container, running, gate));
         }
         Ok(CreateContainerResponse {
             pid,
@@ -431,7 +430,13 @@ impl Agent for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        init::power_off()
+        init::quiesce();
+        // The host has what it waits for, and may end the machine itself, which is quicker.
+        tokio::spawn(async {
+            tokio::time::sleep(LAST_WORDS).await;
+            init::power_off()
+        });
+        Ok(Empty::new())
     }
 }
 
