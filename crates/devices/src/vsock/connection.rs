@@ -165,9 +165,7 @@ impl<S: HostStream> Connection<S> {
     /// A connection that the guest asked for with `request`.
     pub fn incoming(ports: Ports, stream: S, buffer: u32, request: &Header) -> Self {
         let mut connection = Self::new(ports, stream, buffer, Phase::Open, op::RESPONSE);
-        connection
-            .allowance
-            .update(request.buf_alloc, request.fwd_cnt);
+        connection.take_credit(request);
         connection
     }
 
@@ -233,7 +231,7 @@ impl<S: HostStream> Connection<S> {
 
     /// A packet of the guest for this connection; `data` is what the header's `len` covers.
     pub fn handle(&mut self, header: &Header, data: Slices<'_>, now: Instant) -> Verdict {
-        self.allowance.update(header.buf_alloc, header.fwd_cnt);
+        self.take_credit(header);
         match (self.phase, header.op) {
             (Phase::Draining, _) => Verdict::Keep,
             (Phase::Connecting, op::RST) => Verdict::Over("the guest refused it"),
@@ -408,6 +406,13 @@ impl<S: HostStream> Connection<S> {
             stream.finish();
         }
         Some(stream)
+    }
+
+    fn take_credit(&mut self, header: &Header) {
+        self.allowance.update(header.buf_alloc, header.fwd_cnt);
+        self.grant.limit(header.buf_alloc);
+        // A smaller buffer of the guest may make news of what was too little to tell.
+        self.pending.credit_update |= self.grant.worth_announcing();
     }
 
     fn may_read(&self) -> bool {

@@ -53,6 +53,8 @@ pub struct Grant {
     received: u32,
     forwarded: u32,
     told: u32,
+    /// The guest's own buffer: more than that it does not let be on its way either.
+    peer_window: u32,
 }
 
 impl Grant {
@@ -63,6 +65,7 @@ impl Grant {
             received: 0,
             forwarded: 0,
             told: 0,
+            peer_window: u32::MAX,
         }
     }
 
@@ -94,10 +97,17 @@ impl Grant {
         (self.size, self.forwarded)
     }
 
-    /// Whether the guest should be told even if no other packet goes out: it believes that half of the buffer or
-    /// more is occupied which is free. Earlier would cost the guest an interrupt per packet, later would stall it.
+    /// Takes the size of the guest's own buffer. Linux sends no more than that ahead, whatever it was granted.
+    pub fn limit(&mut self, buf_alloc: u32) {
+        self.peer_window = buf_alloc;
+    }
+
+    /// Whether the guest should be told even if no other packet goes out: it believes that half of what it may send
+    /// ahead or more is occupied which is free. Earlier would cost the guest an interrupt per packet; later it would
+    /// wait for ever.
     pub fn worth_announcing(&self) -> bool {
-        self.forwarded.wrapping_sub(self.told) >= self.size.div_ceil(2)
+        let news = self.forwarded.wrapping_sub(self.told);
+        news > 0 && news >= self.size.min(self.peer_window).div_ceil(2)
     }
 
     /// Bytes in the buffer: never more than the size.
@@ -168,6 +178,26 @@ mod tests {
         assert!(grant.worth_announcing());
         assert_eq!(grant.announce(), (100, 50));
         assert!(!grant.worth_announcing());
+    }
+
+    #[test]
+    fn grant_is_announced_before_the_guest_stalls() {
+        // (the guest's own buffer, bytes forwarded, worth announcing)
+        for (peer, forwarded, worth) in [
+            (u32::MAX, 49, false),
+            (u32::MAX, 50, true),
+            (60, 29, false),
+            (60, 30, true),
+            (1, 1, true),
+            (0, 1, true),
+            (0, 0, false),
+        ] {
+            let mut grant = Grant::new(100);
+            grant.limit(peer);
+            assert!(grant.accept(60));
+            grant.forward(forwarded);
+            assert_eq!(grant.worth_announcing(), worth, "{peer} {forwarded}");
+        }
     }
 
     #[test]

@@ -340,8 +340,10 @@ impl GuestSocket {
 
     /// Sends up to `count` bytes, as many as the credit allows.
     pub fn write(&mut self, world: &mut World, count: usize) {
+        // Linux lets no more be on its way than its own receive buffer holds.
+        let window = self.peer_alloc.min(self.buffer as u32);
         let in_flight = (self.sent as u32).wrapping_sub(self.peer_fwd);
-        let count = count.min(self.peer_alloc.saturating_sub(in_flight) as usize);
+        let count = count.min(window.saturating_sub(in_flight) as usize);
         if count == 0 || !self.may_send() {
             return;
         }
@@ -350,6 +352,15 @@ impl GuestSocket {
             .collect();
         self.sent += count;
         world.send(self.header(op::RW), data);
+    }
+
+    /// The application sets the size of its buffer, of which Linux tells the peer.
+    pub fn resize(&mut self, world: &mut World, buffer: usize) {
+        if self.connected && !self.dead {
+            // What it holds must still fit.
+            self.buffer = buffer.max(self.queue.len());
+            world.send(self.header(op::CREDIT_UPDATE), Vec::new());
+        }
     }
 
     /// The application reads; sends a credit update when that emptied the queue, as Linux does.
