@@ -101,12 +101,20 @@ impl Server {
     }
 
     pub(super) fn syncfs(&mut self, header: &Header) -> Result<Work, Errno> {
-        let (_, share) = self.share_of(header.node)?;
-        let root = share.root;
-        let fd = self.nodes.open(root)?;
-        Ok(Work::SyncFileSystem {
-            directory: self.reopen(&fd, OFlags::RDONLY | OFlags::DIRECTORY)?,
-        })
+        // The guest has one file system for all shares: it names the root and means every share's.
+        let roots: Vec<u64> = if header.node == wire::ROOT {
+            self.shares.values().map(|share| share.root).collect()
+        } else {
+            vec![self.share_of(header.node)?.1.root]
+        };
+        let directories = roots
+            .into_iter()
+            .map(|root| {
+                let fd = self.nodes.open(root)?;
+                self.reopen(&fd, OFlags::RDONLY | OFlags::DIRECTORY)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Work::SyncFileSystems { directories })
     }
 
     pub(super) fn fallocate(

@@ -31,8 +31,8 @@ pub enum Work {
         file: Arc<OwnedFd>,
         data_only: bool,
     },
-    SyncFileSystem {
-        directory: OwnedFd,
+    SyncFileSystems {
+        directories: Vec<OwnedFd>,
     },
     Allocate {
         file: Arc<OwnedFd>,
@@ -159,7 +159,10 @@ pub fn execute(work: Work, buffers: &mut Buffers<'_>, unique: u64) -> usize {
             rustix::fs::fsync(&file)
         }
         .map(|()| 0),
-        Work::SyncFileSystem { directory } => rustix::fs::syncfs(&directory).map(|()| 0),
+        Work::SyncFileSystems { directories } => directories
+            .iter()
+            .try_for_each(rustix::fs::syncfs)
+            .map(|()| 0),
         Work::Allocate {
             file,
             mode,

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hull_machine::ConsoleRing;
@@ -53,6 +53,8 @@ pub struct Guest {
 struct Watched {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
+    /// The kernel tells it once; several may ask.
+    status: OnceLock<Status>,
 }
 
 impl Watched {
@@ -60,6 +62,7 @@ impl Watched {
         Ok(Self {
             pid: started.pid,
             pidfd: watch(started.pidfd, Interest::READABLE)?,
+            status: OnceLock::new(),
         })
     }
 
@@ -68,7 +71,10 @@ impl Watched {
         if let Err(error) = self.pidfd.readable().await {
             tracing::error!("cannot watch process {}: {error}", self.pid);
         }
-        exit::reap(self.pidfd.as_fd()).ok().flatten()
+        if let Ok(Some(status)) = exit::reap(self.pidfd.as_fd()) {
+            return Some(*self.status.get_or_init(|| status));
+        }
+        self.status.get().copied()
     }
 
     fn kill(&self) {
