@@ -3,18 +3,22 @@
 //!
 //! The agent's service calls this. Because no other thread exists, the agent clones itself once per container and
 //! the clone, still running this code, makes itself the container's init: no re-execution, no helper process. The
-//! agent prepares what it can before the clone ([`plan`]), because every page the clone touches for the first time
-//! costs it a page fault.
+//! agent reads and checks the spec before the clone, into plans ([`child::InitPlan`]): every page that the clone touches
+//! for the first time costs it a page fault, and what is wrong with a spec is known before anything is made.
 //!
 //! Between agent and clone there is the *gate*, a pair of SEQPACKET sockets:
 //!
 //! | direction | message | meaning |
 //! | --- | --- | --- |
 //! | → child | `m` | its ids are mapped (only with a new user namespace) |
-//! | → agent | `R`, with the terminal's master as a descriptor if there is one | all is prepared |
+//! | → agent | `T` and a descriptor | the terminal's master (only with a terminal) |
+//! | → agent | `R` | all is prepared |
 //! | → child | any byte | execute |
 //! | → agent | end of file | `execve` succeeded (or the process died) |
 //! | → agent, at any time | kind and text | failed; the child exits |
+//!
+//! The clone does not share the agent's memory (CLONE_VM), though that would save its page faults: user-mode Linux
+//! 7.3 panics on it, and a container that may trace processes must not find the agent behind one of its own.
 //!
 //! Nothing here touches the asynchronous runtime, and nothing here reads or writes the container's streams.
 #![allow(unsafe_code)]
