@@ -18,7 +18,7 @@
 //! | → agent, at any time | kind and text | failed; the child exits |
 //!
 //! The clone does not share the agent's memory (CLONE_VM), though that would save its page faults: user-mode Linux
-//! 7.3 panics on it, and a container that may trace processes must not find the agent behind one of its own.
+//! 7.3 panicked when it was tried, and a container that may trace processes must not find the agent behind one of its own.
 //!
 //! Nothing here touches the asynchronous runtime, and nothing here reads or writes the container's streams.
 #![allow(unsafe_code)]
