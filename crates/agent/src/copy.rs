@@ -66,6 +66,9 @@ pub async fn run(
     match child {
         -1 => return Err(failed("fork", io::Error::last_os_error())),
         0 => {
+            // A host that no longer reads is an error like any other.
+            // SAFETY: only a disposition of this process is changed.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
             let job = Job {
                 root,
                 user_namespace,

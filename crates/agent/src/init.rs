@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use hull_protocol::{SHARES_DIR, SHARES_TAG};
-use rustix::fs::{FileType, Mode, mknodat, symlinkat};
+use rustix::fs::{FileType, Mode, OFlags, mknodat, symlinkat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -20,93 +20,22 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 
 /// Where control groups are.
-pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 const NOSUID: MountFlags = MountFlags::NOSUID;
-const NODEV: MountFlags = MountFlags::NODEV;
-const NOEXEC: MountFlags = MountFlags::NOEXEC;
 
-/// One file system to mount at boot.
-struct Mount {
-    target: &'static str,
-    fstype: &'static str,
-    source: &'static str,
-    flags: MountFlags,
-    data: Option<&'static CStr>,
-    /// The guest is of no use without it.
-    needed: bool,
-}
+/// Flags of the kernel's own file systems.
+const PLAIN: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-const fn entry(
-    target: &'static str,
-    fstype: &'static str,
-    flags: MountFlags,
-    data: Option<&'static CStr>,
-    needed: bool,
-) -> Mount {
-    Mount {
-        target,
-        fstype,
-        source: fstype,
-        flags,
-        data,
-        needed,
-    }
-}
-
-/// In this order. `/dev` comes before, see [`mount_dev`]. `/run` and `/tmp` need nothing: the root file system is in
-/// memory already.
-const MOUNTS: &[Mount] = &[
-    entry(
-        "/proc",
-        "proc",
-        NOSUID.union(NODEV).union(NOEXEC),
-        None,
-        true,
-    ),
-    entry(
-        "/sys",
-        "sysfs",
-        NOSUID.union(NODEV).union(NOEXEC),
-        None,
-        true,
-    ),
-    entry(
-        CGROUP_ROOT,
-        "cgroup2",
-        NOSUID.union(NODEV).union(NOEXEC),
-        None,
-        true,
-    ),
-    entry(
-        "/dev/pts",
-        "devpts",
-        NOSUID.union(NOEXEC),
-        Some(c"mode=0620,gid=5,ptmxmode=0666"),
-        false,
-    ),
-    entry(
-        "/dev/shm",
-        "tmpfs",
-        NOSUID.union(NODEV),
-        Some(c"mode=1777"),
-        false,
-    ),
-    entry(
-        "/dev/mqueue",
-        "mqueue",
-        NOSUID.union(NODEV).union(NOEXEC),
-        None,
-        false,
-    ),
-    Mount {
-        target: SHARES_DIR,
-        fstype: "virtiofs",
-        source: SHARES_TAG,
-        flags: NODEV,
-        data: None,
-        needed: true,
-    },
+/// What is mounted at boot, in this order: source, target, type, flags. `/dev` comes before, see [`mount_dev`].
+///
+/// It is little. `/run` and `/tmp` are in memory as they are; what only containers use (devpts, shm, mqueue) they mount
+/// themselves. What a container may do on its share is a matter of its spec, so that is mounted without restrictions.
+const MOUNTS: &[(&str, &str, &str, MountFlags)] = &[
+    ("proc", "/proc", "proc", PLAIN),
+    ("sysfs", "/sys", "sysfs", PLAIN),
+    ("cgroup2", CGROUP_ROOT, "cgroup2", PLAIN),
+    (SHARES_TAG, SHARES_DIR, "virtiofs", MountFlags::empty()),
 ];
 
 /// Brings the guest from "the kernel started me" to "containers can be created".
@@ -115,19 +44,11 @@ pub fn set_up() -> io::Result<()> {
     rustix::process::umask(Mode::empty());
     leave_initramfs().map_err(|error| named("switch the root file system", error))?;
     mount_dev().map_err(|error| named("mount /dev", error))?;
-    for mount in MOUNTS {
-        if let Err(error) = mount.mount() {
-            let error = named(
-                &format!("mount {} at {}", mount.fstype, mount.target),
-                error,
-            );
-            if mount.needed {
-                return Err(error);
-            }
-            crate::log::error!("{error}");
-        }
+    for (source, target, fstype, flags) in MOUNTS {
+        mount_at(source, target, fstype, *flags)
+            .map_err(|error| named(&format!("mount {fstype} at {target}"), error))?;
     }
-    enable_controllers().map_err(|error| named("enable the control group controllers", error))?;
+    enable_controllers();
     raise_limits();
     if let Err(error) = loopback_up() {
         crate::log::error!("cannot bring the loopback interface up: {error}");
@@ -142,17 +63,15 @@ fn named(what: &str, error: io::Error) -> io::Error {
     )
 }
 
-impl Mount {
-    fn mount(&self) -> io::Result<()> {
-        let attempt = || mount(self.source, self.target, self.fstype, self.flags, self.data);
-        match attempt() {
-            // Making the directory only when it is missing saves a call where the initramfs has it.
-            Err(Errno::NOENT) => {
-                fs::create_dir_all(self.target)?;
-                Ok(attempt()?)
-            }
-            other => Ok(other?),
+fn mount_at(source: &str, target: &str, fstype: &str, flags: MountFlags) -> io::Result<()> {
+    let attempt = || mount(source, target, fstype, flags, None);
+    match attempt() {
+        // Making the directory only when it is missing saves a call where the initramfs has it.
+        Err(Errno::NOENT) => {
+            fs::create_dir_all(target)?;
+            Ok(attempt()?)
         }
+        other => Ok(other?),
     }
 }
 
@@ -246,14 +165,15 @@ fn mount_dev() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives every controller of the kernel to the groups of the containers.
-fn enable_controllers() -> io::Result<()> {
-    let available = fs::read_to_string(format!("{CGROUP_ROOT}/cgroup.controllers"))?;
-    let wanted: String = available
-        .split_ascii_whitespace()
-        .map(|name| format!("+{name} "))
-        .collect();
-    fs::write(format!("{CGROUP_ROOT}/cgroup.subtree_control"), wanted)
+/// Gives the groups of containers the controllers that each of them gets, while nobody waits for it. Only a head start:
+/// who makes a group makes sure of its controllers, and of those that it needs besides.
+fn enable_controllers() {
+    let path = format!("{CGROUP_ROOT}/cgroup.subtree_control");
+    let enabled = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::write(file, b"+cpu +io +memory +pids"));
+    if let Err(error) = enabled {
+        crate::log::info!("cannot enable control group controllers: {error}");
+    }
 }
 
 /// The agent has descriptors for many streams, and containers inherit the limit where their spec has none. Best
@@ -352,13 +272,9 @@ mod tests {
 
     #[test]
     fn every_mount_comes_after_the_one_it_is_in() {
-        for (i, mount) in MOUNTS.iter().enumerate() {
-            for later in &MOUNTS[i + 1..] {
-                assert!(
-                    !mount.target.starts_with(&format!("{}/", later.target)),
-                    "{}",
-                    mount.target
-                );
+        for (i, (_, target, ..)) in MOUNTS.iter().enumerate() {
+            for (_, later, ..) in &MOUNTS[i + 1..] {
+                assert!(!target.starts_with(&format!("{later}/")), "{target}");
             }
         }
     }

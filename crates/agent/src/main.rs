@@ -7,6 +7,8 @@
 //! When the host closes the connection, the guest is over. When the agent cannot go on, it says so on the console and
 //! powers the machine off; when it panics, the kernel does so too. The host sees either.
 
+#![cfg_attr(not(test), no_main)]
+
 mod configure;
 mod container;
 mod container_init;
@@ -42,7 +44,22 @@ use crate::service::Service;
 use crate::streams::Streams;
 use crate::vsock::Connection;
 
+/// Where the C library enters. Rust's own `main` would first look after standard streams, signals and the stack:
+/// fifteen system calls that PID 1 of a guest has no use for.
+#[cfg(not(test))]
+#[allow(unsafe_code)] // The name is the C library's, and nothing else has it.
+#[unsafe(no_mangle)]
+extern "C" fn main(_count: libc::c_int, _arguments: *const *const libc::c_char) -> libc::c_int {
+    start();
+    0
+}
+
+#[cfg(test)]
 fn main() {
+    start();
+}
+
+fn start() {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
     if std::path::Path::new(&name).file_name() == Some(container_init::NAME.as_ref()) {
@@ -73,6 +90,8 @@ fn run(home: OwnedFd) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        // Room for events is touched when it is made.
+        .max_io_events_per_tick(64)
         .build()?;
     runtime.block_on(serve(home))
 }

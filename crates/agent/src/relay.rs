@@ -4,8 +4,8 @@
 //! its source ends, or its sink is closed. There is no polling: a relay waits for its source, or, when the sink is
 //! full, for its sink only, so a slow reader on the host stops the writer in the container and nothing piles up.
 //!
-//! A descriptor is registered with the event loop when it first has to be waited for. Most streams never have to:
-//! a short-lived command writes a few lines to a sink that takes them at once.
+//! A descriptor is registered with the event loop when it first has to be waited for. Most sinks never have to: they
+//! take at once the few lines that a short-lived command writes.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -127,6 +127,10 @@ async fn pump_output(
     exit: &mut watch::Receiver<Option<Exit>>,
     progress: &watch::Sender<Output>,
 ) -> io::Result<()> {
+    tokio::select! {
+        ready = source.ready(Interest::READABLE) => ready?,
+        _ = exit.changed() => {}
+    }
     loop {
         let exited = exit.borrow().is_some();
         match step(way, source, sink).await? {
@@ -159,6 +163,7 @@ pub async fn input(
     let mut source = Lazy::Plain(source);
     let mut sink = Lazy::Plain(sink);
     let pump = async {
+        source.ready(Interest::READABLE).await?;
         loop {
             match step(way, &mut source, &mut sink).await? {
                 Step::Moved => {}

@@ -7,10 +7,11 @@ use std::fs;
 use std::path::Path;
 
 use hull_protocol::agent::StatsResponse;
+use rustix::fs::{Mode, OFlags};
 
 /// All numbers of a container. `pid` is a process in its network namespace.
 pub fn read(cgroup: &Path, pid: u32) -> StatsResponse {
-    let file = |name: &str| fs::read_to_string(cgroup.join(name)).unwrap_or_default();
+    let file = |name: &str| small_file(&cgroup.join(name));
     let guest = |path: &str| fs::read_to_string(path).unwrap_or_default();
 
     let cpu = file("cpu.stat");
@@ -42,10 +43,16 @@ pub fn read(cgroup: &Path, pid: u32) -> StatsResponse {
 
 /// How many processes of the group, or of one below it, the kernel has killed for lack of memory.
 pub fn oom_kills(cgroup: &Path) -> u64 {
-    keyed(
-        &fs::read_to_string(cgroup.join("memory.events")).unwrap_or_default(),
-        "oom_kill",
-    )
+    keyed(&small_file(&cgroup.join("memory.events")), "oom_kill")
+}
+
+/// A file of a control group, read in one piece: what is longer is cut. Answers of Wait pass here.
+fn small_file(path: &Path) -> String {
+    let mut buffer = [0; 8192];
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::read(file, &mut buffer))
+        .map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned())
+        .unwrap_or_default()
 }
 
 /// A file with one number. `max` means none.
