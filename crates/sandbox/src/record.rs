@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -56,6 +57,25 @@ pub struct Exit {
     pub oom_killed: bool,
     /// Unix time, seconds.
     pub at: u64,
+}
+
+impl Exit {
+    /// An end right now, by itself.
+    pub fn now(status: i32) -> Self {
+        Self {
+            status,
+            reason: None,
+            oom_killed: false,
+            at: unix_time(),
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_time() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
 }
 
 /// Host processes of a container, by process id; 0 where there is none.
@@ -145,7 +165,7 @@ impl Record {
             let at = fs::metadata(&path)
                 .and_then(|m| m.modified())
                 .ok()
-                .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok())
+                .and_then(|t| t.duration_since(UNIX_EPOCH).ok())
                 .map_or(0, |d| d.as_secs());
             record.state = State::Stopped;
             record.exit = Some(Exit {

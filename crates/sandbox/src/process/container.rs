@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use tokio::sync::watch;
@@ -18,13 +17,6 @@ use crate::request::RunRequest;
 use crate::spec;
 use crate::timings::Timings;
 use crate::wire::ExecRequest;
-
-/// Seconds since 1970.
-pub fn unix_time() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs())
-}
 
 /// Waits until there is a value.
 async fn value<T: Clone>(sender: &watch::Sender<Option<T>>) -> T {

@@ -46,12 +46,12 @@ use crate::client::erase;
 use crate::error::{Context, EXIT_HULL, Failure, Result};
 use crate::log::{self, Stream};
 use crate::paths::Paths;
-use crate::record::{self, Exit, Processes, Record, State};
+use crate::record::{self, Exit, Processes, Record, State, unix_time};
 use crate::request::RunRequest;
 use crate::timings::{Timings, now_ns};
 use crate::wire::Kind;
 use agent::{Agent, Ended};
-use container::{Container, unix_time};
+use container::Container;
 use guest::Guest;
 use mounts::RootFs;
 use output::{Connected, Output};
@@ -465,10 +465,8 @@ fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
 /// Waits for the end of init, or of the guest.
 async fn run_to_end(container: &Container, guest: &Guest, live: &mut Live) -> Exit {
     let broken = |reason: String| Exit {
-        status: EXIT_HULL,
         reason: Some(reason),
-        oom_killed: false,
-        at: unix_time(),
+        ..Exit::now(EXIT_HULL)
     };
     let ended = tokio::select! {
         biased;
@@ -490,10 +488,9 @@ async fn run_to_end(container: &Container, guest: &Guest, live: &mut Live) -> Ex
                 }
             }
             Exit {
-                status,
                 reason: oom_killed.then(|| "killed for lack of memory".into()),
                 oom_killed,
-                at: unix_time(),
+                ..Exit::now(status)
             }
         }
         // The agent went first; the kernel follows, and knows more.
@@ -534,10 +531,8 @@ async fn fail_to_start(
         rootfs.unmount();
     }
     let exit = Exit {
-        status: failure.code,
         reason: Some(failure.message.clone()),
-        oom_killed: false,
-        at: unix_time(),
+        ..Exit::now(failure.code)
     };
     erase_all(container);
     container.set_started(Err(failure));

@@ -214,6 +214,8 @@ async fn client_input(
     container: Arc<Container>,
     exec: String,
 ) {
+    // A terminal of init outlives its client: another can attach. A pipe does not.
+    let outlives = exec.is_empty() && container.record().terminal;
     let mut payload = Vec::new();
     while let Ok(Some(kind)) = read_frame(&mut from, &mut payload).await {
         match kind {
@@ -226,7 +228,8 @@ async fn client_input(
                     *stream = None;
                 }
             }
-            Kind::InputEnd => break,
+            Kind::InputEnd if outlives => {}
+            Kind::InputEnd => close(&input).await,
             Kind::Resize => {
                 if let Ok(size) = from_json(&payload) {
                     resize(&container, &exec, size).await;
@@ -245,36 +248,16 @@ async fn client_input(
             }
         }
     }
-    // A terminal outlives its client: another can attach. A pipe does not.
-    if exec.is_empty() && container.record().terminal {
-        return wait_for_more(from, container, exec).await;
+    if !outlives {
+        close(&input).await;
     }
+}
+
+/// Ends a process's input.
+async fn close(input: &Input) {
     if let Some(mut open) = input.lock().await.take() {
         // The other end may be closed already.
         let _ = open.shutdown().await;
-    }
-    wait_for_more(from, container, exec).await;
-}
-
-/// After the end of input a client can still resize and signal.
-async fn wait_for_more(mut from: OwnedReadHalf, container: Arc<Container>, exec: String) {
-    let mut payload = Vec::new();
-    while let Ok(Some(kind)) = read_frame(&mut from, &mut payload).await {
-        match kind {
-            Kind::Resize => {
-                if let Ok(size) = from_json(&payload) {
-                    resize(&container, &exec, size).await;
-                }
-            }
-            Kind::Signal => {
-                if let (Ok(signal), Ok(agent)) = (from_json(&payload), container.agent())
-                    && let Err(error) = agent.signal(container.id(), &exec, signal, false).await
-                {
-                    tracing::debug!("cannot send signal {signal}: {error}");
-                }
-            }
-            _ => {}
-        }
     }
 }
 
@@ -328,10 +311,8 @@ async fn exec(
                 Ok(ended) => (
                     Kind::Exit,
                     serde_json::to_vec(&Exit {
-                        status: ended.status,
-                        reason: None,
                         oom_killed: ended.oom_killed,
-                        at: super::container::unix_time(),
+                        ..Exit::now(ended.status)
                     }),
                 ),
                 Err(failure) => (Kind::Failure, serde_json::to_vec(&failure)),
@@ -425,10 +406,8 @@ async fn archive_input(mut from: OwnedReadHalf, input: Input) {
             break;
         }
     }
-    if let Some(mut open) = stream.take() {
-        // The other end may be closed already.
-        let _ = open.shutdown().await;
-    }
+    drop(stream);
+    close(&input).await;
 }
 
 /// Sends a client the result of a copy.
@@ -437,15 +416,7 @@ async fn finish_copy(copy: tokio::task::JoinHandle<Result<()>>, client: &mpsc::S
         .await
         .unwrap_or_else(|error| Err(Failure::new(format!("the copy broke down: {error}"))));
     let (kind, last) = match result {
-        Ok(()) => (
-            Kind::Exit,
-            serde_json::to_vec(&Exit {
-                status: 0,
-                reason: None,
-                oom_killed: false,
-                at: super::container::unix_time(),
-            }),
-        ),
+        Ok(()) => (Kind::Exit, serde_json::to_vec(&Exit::now(0))),
         Err(failure) => (Kind::Failure, serde_json::to_vec(&failure)),
     };
     if let Ok(last) = last {
