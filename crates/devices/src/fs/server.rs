@@ -119,9 +119,10 @@ impl Server {
     pub fn new(descriptor_limit: usize) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Self {
-            // A quarter for what is open for speed, half for what the guest holds, the rest for other devices.
-            nodes: Nodes::new((descriptor_limit / 4).min(16 << 10), descriptor_limit / 4),
-            handle_limit: descriptor_limit / 4,
+            // An eighth for speed, an eighth for files without a name, most for what the guest has open, and an eighth for
+            // the rest of the process.
+            nodes: Nodes::new((descriptor_limit / 8).min(8 << 10), descriptor_limit / 8),
+            handle_limit: descriptor_limit / 8 * 5,
             shares: BTreeMap::new(),
             next_share: 0,
             handles: Slab::new(),
