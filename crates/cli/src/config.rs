@@ -268,7 +268,7 @@ mod tests {
     fn the_default_file_sets_every_key() {
         let config = Config::defaults().unwrap();
         assert_eq!(config.machine, Machine::Auto);
-        assert_eq!(config.memory, 512 << 20);
+        assert_eq!(config.memory, 256 << 20);
         assert_eq!(config.cpus, 1);
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));

@@ -16,7 +16,7 @@
 //! The stages of a container are the stages of `life`: boot, run, end. Whatever fails, and whoever dies, leads to
 //! the end of that function, where everything is taken down in one place.
 
-mod agent;
+pub mod agent;
 mod container;
 mod devices;
 mod guest;
