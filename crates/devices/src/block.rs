@@ -236,3 +236,110 @@ impl Device for Block {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::testing::{Driver, hostile_chains};
+
+    fn disk(read_only: bool) -> Driver<Block> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(100 * SECTOR + 17).unwrap();
+        Driver::new(Block::new(file, read_only, "a serial number of many letters").unwrap())
+    }
+
+    fn header(kind: u32, sector: u64) -> Vec<u8> {
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        header
+    }
+
+    /// Runs a request; its data and status.
+    fn call(
+        driver: &mut Driver<Block>,
+        kind: u32,
+        sector: u64,
+        data: &[u8],
+        room: usize,
+    ) -> (Vec<u8>, u8) {
+        let mut input = header(kind, sector);
+        input.extend(data);
+        driver.request(QUEUE, &input, room + 1);
+        // The status is the last byte of the room, whatever was written before it.
+        let answer = 0x10_0000 + (input.len() as u64).next_multiple_of(8);
+        let mut bytes = vec![0; room + 1];
+        vm_memory::Bytes::read_slice(
+            driver.memory.as_ref(),
+            &mut bytes,
+            vm_memory::GuestAddress(answer),
+        )
+        .unwrap();
+        let status = bytes.pop().unwrap();
+        (bytes, status)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let mut driver = disk(false);
+        let data: Vec<u8> = (0..1024u32).map(|byte| byte as u8).collect();
+        assert_eq!(call(&mut driver, T_OUT, 98, &data, 0).1, S_OK);
+        assert_eq!(call(&mut driver, T_FLUSH, 0, &[], 0).1, S_OK);
+        assert_eq!(call(&mut driver, T_IN, 98, &[], 1024), (data, S_OK));
+        let mut segment = 98u64.to_le_bytes().to_vec();
+        segment.extend(1u32.to_le_bytes());
+        segment.extend([0; 4]);
+        assert_eq!(call(&mut driver, T_WRITE_ZEROES, 0, &segment, 0).1, S_OK);
+        assert_eq!(call(&mut driver, T_DISCARD, 0, &segment, 0).1, S_OK);
+        assert_eq!(call(&mut driver, T_IN, 98, &[], 512), (vec![0; 512], S_OK));
+        assert_eq!(driver.device.config()[0], 100);
+    }
+
+    #[test]
+    fn nothing_outside_the_disk_is_reached() {
+        let mut driver = disk(false);
+        for (sector, length) in [
+            (100, 512),
+            (99, 1024),
+            (u64::MAX, 512),
+            (u64::MAX / 512, 512),
+        ] {
+            assert_eq!(call(&mut driver, T_IN, sector, &[], length).1, S_IOERR);
+            let data = vec![1; length];
+            assert_eq!(call(&mut driver, T_OUT, sector, &data, 0).1, S_IOERR);
+        }
+        assert_eq!(call(&mut driver, T_IN, 0, &[], 100).1, S_IOERR);
+        let mut segment = 99u64.to_le_bytes().to_vec();
+        segment.extend(u32::MAX.to_le_bytes());
+        segment.extend([0; 4]);
+        assert_eq!(call(&mut driver, T_WRITE_ZEROES, 0, &segment, 0).1, S_IOERR);
+        assert_eq!(call(&mut driver, 77, 0, &[], 0).1, S_UNSUPP);
+    }
+
+    #[test]
+    fn a_read_only_disk_stays_as_it_is() {
+        let mut driver = disk(true);
+        assert_eq!(call(&mut driver, T_OUT, 0, &[1; 512], 0).1, S_IOERR);
+        assert_eq!(call(&mut driver, T_WRITE_ZEROES, 0, &[0; 16], 0).1, S_IOERR);
+        assert_eq!(call(&mut driver, T_IN, 0, &[], 512).1, S_OK);
+        assert_eq!(driver.device.features() & F_RO, F_RO);
+    }
+
+    #[test]
+    fn the_serial_number_is_cut() {
+        let mut driver = disk(false);
+        let (id, status) = call(&mut driver, T_GET_ID, 0, &[], ID_LENGTH);
+        assert_eq!((&id[..], status), (&b"a serial number of m"[..], S_OK));
+    }
+
+    #[test]
+    fn hostile_chains_end_the_device_at_worst() {
+        for chain in hostile_chains() {
+            let mut driver = disk(false);
+            driver.offer(QUEUE, &chain);
+            let _ = driver.run(QUEUE);
+        }
+    }
+}

@@ -298,3 +298,79 @@ fn partial((moved, end): (usize, Result<(), Errno>)) -> Result<usize, Errno> {
         _ => Ok(moved),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::fd::AsFd;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+
+    /// Three slices of 10 bytes, 100 apart, that count up.
+    fn span(memory: &Memory) -> Span<'_> {
+        let bytes: Vec<u8> = (0..30).collect();
+        let slices = (0..3u8).map(|part| {
+            let at = GuestAddress(u64::from(part) * 100);
+            let from = usize::from(part) * 10;
+            memory.write_slice(&bytes[from..from + 10], at).unwrap();
+            memory.get_slice(at, 10).unwrap()
+        });
+        Span::new(slices.collect())
+    }
+
+    fn memory() -> Memory {
+        Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap())
+    }
+
+    #[test]
+    fn copies_cross_slices() {
+        let memory = memory();
+        let mut span = span(&memory);
+        let mut bytes = [0; 12];
+        span.take_exact(&mut bytes).unwrap();
+        assert_eq!(bytes[11], 11);
+        assert_eq!((span.remaining(), span.consumed()), (18, 12));
+        assert!(span.take_exact(&mut [0; 19]).is_none());
+        assert_eq!(span.remaining(), 18);
+        assert_eq!(span.copy_from(&[0xff; 30]), 18);
+        assert_eq!(span.copy_to(&mut bytes), 0);
+        let byte: u8 = memory.read_obj(GuestAddress(101)).unwrap();
+        assert_eq!(byte, 11);
+        let byte: u8 = memory.read_obj(GuestAddress(102)).unwrap();
+        assert_eq!(byte, 0xff);
+    }
+
+    #[test]
+    fn a_split_span_is_two() {
+        let memory = memory();
+        let mut front = span(&memory);
+        front.advance(5);
+        let mut back = front.split_off(7);
+        assert_eq!((front.remaining(), back.remaining()), (7, 18));
+        let mut bytes = [0; 30];
+        assert_eq!(back.copy_to(&mut bytes), 18);
+        assert_eq!(bytes[0], 12);
+        assert_eq!(front.copy_to(&mut bytes), 7);
+        assert_eq!(bytes[6], 11);
+        let mut none = front.split_off(100);
+        assert_eq!(none.copy_to(&mut bytes), 0);
+    }
+
+    #[test]
+    fn files_are_read_and_written_in_place() {
+        let memory = memory();
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(span(&memory).write_to(file.as_fd(), 25, 3), Ok(25));
+        assert_eq!(file.metadata().unwrap().len(), 28);
+        let mut span = span(&memory);
+        // To the end of the file and no further.
+        assert_eq!(span.read_from(file.as_fd(), 30, 8), Ok(20));
+        let byte: u8 = memory.read_obj(GuestAddress(0)).unwrap();
+        assert_eq!(byte, 5);
+        assert_eq!(span.read_from(file.as_fd(), 1, u64::MAX), Err(Errno::INVAL));
+        assert_eq!(span.read_from(file.as_fd(), 1, 1 << 40), Ok(0));
+    }
+}

@@ -176,3 +176,52 @@ impl Device for Entropy {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::testing::{Driver, hostile_chains};
+
+    #[test]
+    fn a_request_is_filled() {
+        let mut driver = Driver::new(Entropy::new().unwrap());
+        let one = driver.request(QUEUE, &[], 100);
+        let two = driver.request(QUEUE, &[], 100);
+        assert_eq!((one.len(), two.len()), (100, 100));
+        assert_ne!(one, two);
+        assert_eq!(driver.request(QUEUE, &[], 100_000).len(), MAX_REQUEST);
+        assert_eq!(driver.request(QUEUE, &[1; 10], 0).len(), 0);
+    }
+
+    #[test]
+    fn a_greedy_guest_waits_and_is_served_in_the_end() {
+        let mut driver = Driver::new(Entropy::new().unwrap());
+        let start = Instant::now();
+        let mut given = 0;
+        while given < 2 * BURST {
+            driver.offer(QUEUE, &[(0x10_0000, 4096, 2, 0)]);
+            driver.run(QUEUE).unwrap();
+            loop {
+                if let Some(length) = driver.used(QUEUE) {
+                    given += u64::from(length);
+                    break;
+                }
+                driver.host_events().unwrap();
+                std::thread::yield_now();
+            }
+        }
+        let least = Duration::from_micros(BURST * 1_000_000 / RATE / 2);
+        assert!(start.elapsed() > least, "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn hostile_chains_end_the_device_at_worst() {
+        for chain in hostile_chains() {
+            let mut driver = Driver::new(Entropy::new().unwrap());
+            driver.offer(QUEUE, &chain);
+            let _ = driver.run(QUEUE);
+        }
+    }
+}

@@ -14,5 +14,7 @@ pub mod device;
 pub mod device_process;
 pub mod entropy;
 pub mod fs;
+#[cfg(test)]
+mod testing;
 pub mod transport;
 pub mod vsock;

@@ -29,6 +29,8 @@ mod names;
 mod nodes;
 mod server;
 mod slab;
+#[cfg(test)]
+mod tests;
 mod wire;
 mod work;
 

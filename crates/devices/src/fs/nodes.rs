@@ -468,12 +468,6 @@ impl Nodes {
             keep
         });
     }
-
-    /// Number of nodes.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.nodes.len()
-    }
 }
 
 const STATUS: StatxFlags = StatxFlags::BASIC_STATS

@@ -1,0 +1,215 @@
+//! A driver for tests: guest memory, virtqueues in it, and requests made by hand, honest or not.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::device::{Chain, Device, DeviceError, EventRegistry, Memory, Queues, Ring};
+
+pub const MEMORY: usize = 4 << 20;
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+const QUEUE_SIZE: u16 = 64;
+/// Where buffers of honest requests are.
+const BUFFERS: u64 = 0x10_0000;
+
+/// Address, length, flags, next.
+pub type Descriptor = (u64, u32, u16, u16);
+
+struct TestRing(Mutex<Queue>);
+
+impl Ring for TestRing {
+    fn pop(&self, memory: &Memory) -> Result<Option<Chain>, Error> {
+        Ok(self.0.lock().unwrap().iter(memory.clone())?.next())
+    }
+
+    fn undo_pop(&self) {
+        self.0.lock().unwrap().go_to_previous_position();
+    }
+
+    fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), Error> {
+        self.0.lock().unwrap().add_used(memory.as_ref(), head, len)
+    }
+
+    fn notify(&self, _memory: &Memory) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn rearm(&self, memory: &Memory) -> Result<bool, Error> {
+        self.0.lock().unwrap().enable_notification(memory.as_ref())
+    }
+
+    fn silence(&self, _memory: &Memory) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+pub struct Driver<D> {
+    pub device: D,
+    pub memory: Memory,
+    events: EventRegistry,
+    rings: Vec<Arc<dyn Ring>>,
+    available: Vec<u16>,
+    used: Vec<u16>,
+}
+
+impl<D: Device> Driver<D> {
+    pub fn new(mut device: D) -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let count = device.queue_sizes().len();
+        let rings = (0..count).map(|index| {
+            let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+            let base = u32::try_from(Self::base(index)).unwrap();
+            queue.set_desc_table_address(Some(base), None);
+            queue.set_avail_ring_address(Some(base + 0x1000), None);
+            queue.set_used_ring_address(Some(base + 0x2000), None);
+            queue.set_ready(true);
+            Arc::new(TestRing(Mutex::new(queue))) as Arc<dyn Ring>
+        });
+        let rings = rings.collect();
+        let events = EventRegistry::new().unwrap();
+        device.register(events.clone()).unwrap();
+        Self {
+            device,
+            memory: Arc::new(memory),
+            events,
+            rings,
+            available: vec![0; count],
+            used: vec![0; count],
+        }
+    }
+
+    fn base(queue: usize) -> u64 {
+        0x1000 + queue as u64 * 0x4000
+    }
+
+    /// Writes descriptors from number 0 on, and makes the chain at 0 available.
+    pub fn offer(&mut self, queue: usize, descriptors: &[Descriptor]) {
+        let base = Self::base(queue);
+        self.write_table(base, descriptors);
+        let available = &mut self.available[queue];
+        let slot = base + 0x1004 + u64::from(*available % QUEUE_SIZE) * 2;
+        *available = available.wrapping_add(1);
+        let index = *available;
+        self.memory.write_obj(0u16, GuestAddress(slot)).unwrap();
+        let address = GuestAddress(base + 0x1002);
+        self.memory.write_obj(index, address).unwrap();
+    }
+
+    /// Writes a table of descriptors anywhere.
+    pub fn write_table(&self, base: u64, descriptors: &[Descriptor]) {
+        for (index, (address, length, flags, next)) in descriptors.iter().enumerate() {
+            let at = base + index as u64 * 16;
+            let put = |offset, value: &[u8]| {
+                let at = GuestAddress(at + offset);
+                self.memory.write_slice(value, at).unwrap();
+            };
+            put(0, &address.to_le_bytes());
+            put(8, &length.to_le_bytes());
+            put(12, &flags.to_le_bytes());
+            put(14, &next.to_le_bytes());
+        }
+    }
+
+    /// Has the device look at a queue and at its host descriptors.
+    pub fn run(&mut self, queue: usize) -> Result<(), DeviceError> {
+        let mut queues = Queues::new(&self.rings, self.memory.clone());
+        self.device.queue_event(queue, &mut queues)?;
+        self.host_events()
+    }
+
+    /// Delivers the events of the device's host descriptors.
+    pub fn host_events(&mut self) -> Result<(), DeviceError> {
+        let mut queues = Queues::new(&self.rings, self.memory.clone());
+        let mut ready = Vec::new();
+        self.events.poll(&mut ready).unwrap();
+        for (token, flags) in ready {
+            self.device.host_event(token, flags, &mut queues)?;
+        }
+        Ok(())
+    }
+
+    /// The length of the next used chain, if there is one.
+    pub fn used(&mut self, queue: usize) -> Option<u32> {
+        let base = Self::base(queue) + 0x2000;
+        let index: u16 = self.memory.read_obj(GuestAddress(base + 2)).unwrap();
+        let used = &mut self.used[queue];
+        if *used == index {
+            return None;
+        }
+        let slot = base + 4 + u64::from(*used % QUEUE_SIZE) * 8;
+        *used = used.wrapping_add(1);
+        Some(self.memory.read_obj(GuestAddress(slot + 4)).unwrap())
+    }
+
+    /// One honest request with an answer of at most `room` bytes; waits for it.
+    pub fn request(&mut self, queue: usize, input: &[u8], room: usize) -> Vec<u8> {
+        let answer = BUFFERS + (input.len() as u64).next_multiple_of(8);
+        self.memory
+            .write_slice(input, GuestAddress(BUFFERS))
+            .unwrap();
+        let length = u32::try_from(input.len()).unwrap();
+        let room = u32::try_from(room).unwrap();
+        // In two parts each, so that parts are crossed.
+        let half = length / 2;
+        let mut descriptors = vec![
+            (BUFFERS, half, NEXT, 1),
+            (BUFFERS + u64::from(half), length - half, 0, 0),
+        ];
+        if room > 0 {
+            descriptors[1].2 = NEXT;
+            descriptors[1].3 = 2;
+            let first = room.min(7);
+            descriptors.push((answer, first, WRITE | NEXT, 3));
+            descriptors.push((answer + u64::from(first), room - first, WRITE, 0));
+        }
+        self.offer(queue, &descriptors);
+        self.run(queue).unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(written) = self.used(queue) {
+                let mut bytes = vec![0; written as usize];
+                let at = GuestAddress(answer);
+                self.memory.read_slice(&mut bytes, at).unwrap();
+                return bytes;
+            }
+            assert!(Instant::now() < end, "the request is not answered");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Chains that no honest driver makes.
+pub fn hostile_chains() -> Vec<Vec<Descriptor>> {
+    let memory = MEMORY as u64;
+    vec![
+        // Loops.
+        vec![(BUFFERS, 16, NEXT, 0)],
+        vec![(BUFFERS, 16, NEXT, 1), (BUFFERS, 16, WRITE | NEXT, 0)],
+        // A next one that is not there.
+        vec![(BUFFERS, 16, NEXT, 999)],
+        // Nothing.
+        vec![(BUFFERS, 0, 0, 0)],
+        vec![(BUFFERS, 0, WRITE, 0)],
+        // Outside of memory, at its end, around the end of all addresses.
+        vec![(memory, 16, 0, 0)],
+        vec![(memory - 8, 16, NEXT, 1), (BUFFERS, 100, WRITE, 0)],
+        vec![(u64::MAX - 8, 16, NEXT, 1), (BUFFERS, 100, WRITE, 0)],
+        vec![(BUFFERS, 64, NEXT, 1), (u64::MAX - 8, 100, WRITE, 0)],
+        // More than there is.
+        vec![(BUFFERS, u32::MAX, 0, 0)],
+        vec![(BUFFERS, 64, NEXT, 1), (BUFFERS, u32::MAX, WRITE, 0)],
+        vec![(BUFFERS, u32::MAX, NEXT, 1), (BUFFERS, u32::MAX, WRITE, 0)],
+        // The wrong way around.
+        vec![(BUFFERS, 64, WRITE | NEXT, 1), (BUFFERS, 64, 0, 0)],
+        // Tables: of a length that is none, of themselves, outside of memory.
+        vec![(BUFFERS, 17, INDIRECT, 0)],
+        vec![(0x1000, 32, INDIRECT, 0)],
+        vec![(memory, 32, INDIRECT, 0)],
+        vec![(BUFFERS, 0xffff_fff0, INDIRECT, 0)],
+    ]
+}
