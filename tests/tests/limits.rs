@@ -44,7 +44,7 @@ fn the_machine_is_as_big_as_the_limit_needs() {
     };
     let usual = total(&[]);
     assert!(
-        (400..=512).contains(&usual),
+        (220..=256).contains(&usual),
         "{usual} MiB without an option"
     );
     let large = total(&["-m", "1g"]);
