@@ -1,0 +1,310 @@
+//! The fs device against a guest that writes anything: FUSE messages that nearly make sense, nonsense, and broken
+//! descriptor chains, about a small tree with a link that leads out of it.
+//!
+//! Looks for panics, for requests that are never given back, and for a file outside the share that was changed.
+#![no_main]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use hull_devices::control::Cache;
+use hull_devices::device::{Chain, Device, EventRegistry, Memory, Queues, Ring};
+use hull_devices::fs::{Fs, Shares};
+use libfuzzer_sys::fuzz_target;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+const MEMORY: u64 = 0x4_0000;
+const QUEUE: u16 = 16;
+const MESSAGE: u64 = 0x2_0000;
+const ANSWER: u64 = 0x3_0000;
+const HEADER: u32 = 40;
+const FALLOCATE: u32 = 43;
+const SYNCFS: u32 = 50;
+const STEPS: usize = 64;
+const NAMES: &[&[u8]] = &[
+    b"a\0",
+    b"b\0",
+    b"d\0",
+    b"e\0",
+    b"out\0",
+    b"..\0",
+    b"a/b\0",
+    b"user.x\0",
+    b"s\0",
+];
+
+/// A queue, and how many chains were taken from it and given back: the guest can have its buffers in the rings
+/// themselves, so those tell nothing.
+struct FuzzRing {
+    queue: Mutex<Queue>,
+    taken: AtomicUsize,
+    given: AtomicUsize,
+}
+
+impl FuzzRing {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ring for FuzzRing {
+    fn pop(&self, memory: &Memory) -> Result<Option<Chain>, Error> {
+        let chain = self.queue().iter(memory.clone())?.next();
+        self.taken.fetch_add(usize::from(chain.is_some()), Relaxed);
+        Ok(chain)
+    }
+
+    fn undo_pop(&self) {
+        self.queue().go_to_previous_position();
+    }
+
+    fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), Error> {
+        self.given.fetch_add(1, Relaxed);
+        self.queue().add_used(memory.as_ref(), head, len)
+    }
+
+    fn notify(&self, memory: &Memory) -> Result<(), Error> {
+        self.queue().needs_notification(memory.as_ref()).map(|_| ())
+    }
+
+    fn rearm(&self, memory: &Memory) -> Result<bool, Error> {
+        self.queue().enable_notification(memory.as_ref())
+    }
+
+    fn silence(&self, memory: &Memory) -> Result<(), Error> {
+        self.queue().disable_notification(memory.as_ref())
+    }
+}
+
+/// Numbers out of the fuzzer's bytes; zero when they are used up.
+struct Input<'a>(&'a [u8]);
+
+impl Input<'_> {
+    fn bytes<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        let count = N.min(self.0.len());
+        bytes[..count].copy_from_slice(&self.0[..count]);
+        self.0 = &self.0[count..];
+        bytes
+    }
+
+    fn u8(&mut self) -> u8 {
+        self.bytes::<1>()[0]
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.bytes())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.bytes())
+    }
+}
+
+struct Guest {
+    device: Fs,
+    events: EventRegistry,
+    memory: Memory,
+    rings: Vec<Arc<dyn Ring>>,
+    counts: Vec<Arc<FuzzRing>>,
+    available: [u16; 2],
+}
+
+impl Guest {
+    fn new(mut device: Fs) -> Self {
+        let ranges = [(GuestAddress(0), MEMORY as usize)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).expect("guest memory");
+        let ring = |index: u32| {
+            let mut queue = Queue::new(QUEUE).expect("a valid size");
+            let base = 0x1000 + index * 0x1000;
+            queue.set_desc_table_address(Some(base), None);
+            queue.set_avail_ring_address(Some(base + 0x400), None);
+            queue.set_used_ring_address(Some(base + 0x800), None);
+            queue.set_ready(true);
+            Arc::new(FuzzRing {
+                queue: Mutex::new(queue),
+                taken: AtomicUsize::new(0),
+                given: AtomicUsize::new(0),
+            })
+        };
+        let counts: Vec<Arc<FuzzRing>> = (0..2).map(ring).collect();
+        let events = EventRegistry::new().expect("epoll");
+        device.register(events.clone()).expect("epoll");
+        Self {
+            device,
+            events,
+            memory: Arc::new(memory),
+            rings: counts
+                .iter()
+                .map(|ring| ring.clone() as Arc<dyn Ring>)
+                .collect(),
+            counts,
+            available: [0; 2],
+        }
+    }
+
+    fn offer(&mut self, queue: usize, descriptors: &[(u64, u32, u16, u16)]) {
+        let base = 0x1000 + queue as u64 * 0x1000;
+        for (index, descriptor) in descriptors.iter().enumerate() {
+            let at = base + index as u64 * 16;
+            self.put(at, &descriptor.0.to_le_bytes());
+            self.put(at + 8, &descriptor.1.to_le_bytes());
+            self.put(at + 12, &descriptor.2.to_le_bytes());
+            self.put(at + 14, &descriptor.3.to_le_bytes());
+        }
+        let slot = base + 0x404 + u64::from(self.available[queue] % QUEUE) * 2;
+        self.put(slot, &[0, 0]);
+        self.available[queue] = self.available[queue].wrapping_add(1);
+        let index = self.available[queue];
+        self.put(base + 0x402, &index.to_le_bytes());
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) {
+        let at = GuestAddress(at);
+        self.memory.write_slice(bytes, at).expect("in memory");
+    }
+
+    /// Has the device serve the queue, until all is given back. False when it has stopped.
+    fn run(&mut self, queue: usize) -> bool {
+        let mut queues = Queues::new(&self.rings, self.memory.clone());
+        if self.device.queue_event(queue, &mut queues).is_err() {
+            return false;
+        }
+        let end = Instant::now() + Duration::from_secs(5);
+        let counts = &self.counts[queue];
+        while counts.given.load(Relaxed) != counts.taken.load(Relaxed) {
+            assert!(Instant::now() < end, "a request was never given back");
+            std::thread::yield_now();
+        }
+        true
+    }
+
+    fn share(&mut self, shares: &Shares, directory: &Path) {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(directory, flags, Mode::empty()).expect("the share");
+        shares.add(
+            "s",
+            fd,
+            Cache::Shared,
+            Box::new(|result| result.expect("added")),
+        );
+        let mut ready = Vec::new();
+        self.events.poll(&mut ready).expect("epoll");
+        let mut queues = Queues::new(&self.rings, self.memory.clone());
+        for (token, flags) in ready {
+            self.device
+                .host_event(token, flags, &mut queues)
+                .expect("added");
+        }
+    }
+}
+
+/// A directory in memory for this process, with the share and what is outside of it.
+fn place() -> &'static PathBuf {
+    static PLACE: OnceLock<PathBuf> = OnceLock::new();
+    PLACE.get_or_init(|| {
+        // What the guest makes stays small.
+        let limit = Rlimit {
+            current: Some(1 << 20),
+            maximum: Some(1 << 20),
+        };
+        setrlimit(Resource::Fsize, limit).expect("a limit of file size");
+        let place = PathBuf::from(format!("/dev/shm/hull-fuzz-fs-{}", std::process::id()));
+        fs::create_dir_all(&place).expect("a directory in /dev/shm");
+        place
+    })
+}
+
+fn message(input: &mut Input<'_>) -> (u32, Vec<u8>, u32) {
+    let opcode = u32::from(input.u8()) % 56;
+    let choice = input.u8();
+    // Nodes that are there mostly: the root is 1, the others count from 2.
+    let node = match choice & 0x0f {
+        0x0f => input.u64(),
+        small => u64::from(small),
+    };
+    let mut body = Vec::new();
+    if choice & 0x10 != 0 {
+        body.extend(u64::from(input.u8() % 4).to_le_bytes());
+    }
+    for _ in 0..input.u8() % 48 {
+        body.push(input.u8());
+    }
+    for _ in 0..(choice >> 5) % 3 {
+        body.extend(NAMES[usize::from(input.u8()) % NAMES.len()]);
+    }
+    if opcode == FALLOCATE {
+        // Or it would take as much memory as it asks for.
+        for range in [10..16, 18..24] {
+            for index in range {
+                if let Some(byte) = body.get_mut(index) {
+                    *byte = 0;
+                }
+            }
+        }
+    }
+    let length = match choice >> 7 {
+        0 => HEADER + body.len() as u32,
+        _ => input.u32(),
+    };
+    let mut bytes = length.to_le_bytes().to_vec();
+    bytes.extend(opcode.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(node.to_le_bytes());
+    bytes.extend([0; 16]);
+    bytes.extend(body);
+    let room = u32::from(input.u8()) * 20;
+    (opcode, bytes, room)
+}
+
+fuzz_target!(|data: &[u8]| {
+    let place = place();
+    let share = place.join("share");
+    let outside = place.join("outside");
+    let _ = fs::remove_dir_all(&share);
+    fs::create_dir(&share).expect("the share");
+    fs::create_dir(share.join("d")).expect("a directory");
+    fs::write(share.join("a"), b"something to read").expect("a file");
+    fs::write(&outside, b"untouched").expect("a file outside");
+    symlink(&outside, share.join("out")).expect("a link");
+
+    let (device, shares) = Fs::new().expect("the device");
+    let mut guest = Guest::new(device);
+    guest.share(&shares, &share);
+    let mut input = Input(data);
+    for _ in 0..STEPS {
+        if input.0.is_empty() {
+            break;
+        }
+        let queue = usize::from(input.u8() % 8 != 0);
+        if input.u8() % 8 == 0 {
+            let count = usize::from(input.u8() % 4) + 1;
+            let mut descriptors = Vec::new();
+            for _ in 0..count {
+                let address = u64::from(input.u32()) % (MEMORY + 0x100);
+                let flags = u16::from(input.u8() % 8);
+                descriptors.push((address, input.u32(), flags, u16::from(input.u8() % 6)));
+            }
+            guest.offer(queue, &descriptors);
+        } else {
+            let (opcode, bytes, room) = message(&mut input);
+            if opcode == SYNCFS {
+                continue;
+            }
+            guest.put(MESSAGE, &bytes);
+            let length = bytes.len() as u32;
+            guest.offer(queue, &[(MESSAGE, length, 1, 1), (ANSWER, room, 2, 0)]);
+        }
+        if !guest.run(queue) {
+            break;
+        }
+    }
+    assert_eq!(fs::read(&outside).expect("there"), b"untouched");
+});
