@@ -11,6 +11,9 @@ use serde_json::{Value, json};
 
 use crate::Options;
 
+/// Longest time for one piece of work, seconds: emulation may take for ever.
+const LIMIT: &str = "180";
+
 /// One who is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contestant {
@@ -80,6 +83,9 @@ impl Setup {
                 "machine kind qemu is left out: {} or its guest kernel is missing",
                 program.display()
             );
+        }
+        if !options.machines.is_empty() {
+            machines.retain(|machine| options.machines.iter().any(|wanted| wanted == machine));
         }
         let setup = Setup {
             directory,
@@ -237,7 +243,14 @@ impl Setup {
                 command
             }
         };
-        run(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
+        // A container of runc keeps what it is given: a pipe for errors would never end.
+        let status = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()?;
+        if !status.success() {
+            bail!("{}: {command:?}: {status}", contestant.name());
+        }
         Ok(Running {
             setup: self,
             contestant,
@@ -268,23 +281,36 @@ impl Running<'_> {
         command
     }
 
-    /// What `arguments`, executed in it, print.
-    pub fn output(&self, arguments: &[&str]) -> Result<String> {
-        let output = self
-            .exec(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+    /// What `arguments`, executed in it, print; nothing when that takes longer than [`LIMIT`].
+    pub fn output(&self, arguments: &[&str]) -> Result<Option<String>> {
+        let exec = self.exec(arguments);
+        let output = Command::new("timeout")
+            .arg(LIMIT)
+            .arg(exec.get_program())
+            .args(exec.get_args())
+            .envs(
+                exec.get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stdin(Stdio::null())
             .output()?;
+        if output.status.code() == Some(124) {
+            eprintln!(
+                "  {}: {arguments:?}: given up after {LIMIT} s",
+                self.contestant.name()
+            );
+            return Ok(None);
+        }
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr).into_owned();
             bail!("{}: {arguments:?}: {error}", self.contestant.name());
         }
-        Ok(String::from_utf8(output.stdout)?)
+        Ok(Some(String::from_utf8(output.stdout)?))
     }
 
     /// The seconds that the program in `bench/guest` prints, one for each line.
     pub fn seconds(&self, arguments: &[&str]) -> Result<Vec<f64>> {
-        let text = self.output(arguments)?;
+        let text = self.output(arguments)?.unwrap_or_default();
         text.lines()
             .map(|line| {
                 line.trim()

@@ -27,6 +27,8 @@ pub struct Options {
     pub quick: bool,
     /// Groups to measure; all when empty.
     pub only: Vec<String>,
+    /// Kinds of machine to measure; all that work when empty.
+    pub machines: Vec<String>,
     /// The repository.
     pub repository: PathBuf,
 }
@@ -73,6 +75,7 @@ fn options() -> Result<Options> {
     let mut options = Options {
         quick: false,
         only: Vec::new(),
+        machines: Vec::new(),
         repository,
     };
     let mut arguments = std::env::args().skip(1);
@@ -90,7 +93,13 @@ fn options() -> Result<Options> {
                     bail!("--only {wrong}: one of {}", GROUPS.join(", "));
                 }
             }
-            _ => bail!("usage: hull-bench [--quick] [--only {}]", GROUPS.join(",")),
+            "--machine" => options
+                .machines
+                .push(arguments.next().context("--machine: which kind?")?),
+            _ => bail!(
+                "usage: hull-bench [--quick] [--machine KIND]... [--only {}]",
+                GROUPS.join(",")
+            ),
         }
     }
     Ok(options)

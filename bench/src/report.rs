@@ -105,6 +105,9 @@ impl Results {
             .context("no MemTotal")?
             .parse()?;
         let load = fs::read_to_string("/proc/loadavg")?;
+        // The version; what follows it names somebody's build.
+        let release = line("uname", &["-r"]);
+        let release = release.split('-').next().unwrap_or_default().to_owned();
         let machine = vec![
             (
                 "processors".to_owned(),
@@ -114,7 +117,7 @@ impl Results {
                 "memory".to_owned(),
                 format!("{:.0} GiB", kilobytes / f64::from(1 << 20)),
             ),
-            ("kernel".to_owned(), line("uname", &["-r"])),
+            ("kernel".to_owned(), release),
             ("guest kernel".to_owned(), guest_kernel(setup)),
             ("runc".to_owned(), line("runc", &["--version"])),
             (
@@ -159,6 +162,12 @@ impl Results {
             .position(|name| *name == contestant.name());
         let row = self.rows.iter_mut().find(|row| row.name == name);
         if let (Some(row), Some(column)) = (row, column) {
+            eprintln!(
+                "  {:9} {name}: {} {}",
+                contestant.name(),
+                number(value),
+                row.unit
+            );
             row.values[column].push(value);
         }
     }
@@ -226,7 +235,8 @@ impl Results {
     pub fn store(&self, options: &Options) -> Result<()> {
         let directory = options.repository.join("bench/results");
         fs::create_dir_all(&directory)?;
-        let name = if options.quick || !options.only.is_empty() {
+        let part = !options.only.is_empty() || !options.machines.is_empty();
+        let name = if options.quick || part {
             "partial"
         } else {
             "latest"
