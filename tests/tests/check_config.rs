@@ -141,3 +141,53 @@ fn a_reader_that_goes_away_is_no_error() {
         .ok();
     assert_eq!(output.error(), "");
 }
+
+#[test]
+fn an_installation_is_complete_works_where_it_is_and_can_be_removed() {
+    use std::os::unix::fs::MetadataExt;
+    let hull = Hull::new();
+    let root = hull.path("installed");
+    let install = hull_tests::repository().join("scripts/install");
+    Invocation::new(&install)
+        .arg(&root)
+        .args(["/usr", "/etc"])
+        .run()
+        .ok();
+    let inode = |name: &str| fs::metadata(root.join("usr/bin").join(name)).unwrap().ino();
+    assert_eq!(inode("hull"), inode("hull-oci"));
+    assert_eq!(inode("hull"), inode("containerd-shim-hull-v2"));
+    for file in [
+        "etc/hull/config.toml.example",
+        "usr/share/hull/initramfs",
+        "usr/share/man/man1/hull-run.1",
+        "usr/share/bash-completion/completions/hull",
+        "usr/share/zsh/site-functions/_hull",
+        "usr/share/fish/vendor_completions.d/hull.fish",
+    ] {
+        assert!(root.join(file).exists(), "{file}");
+    }
+    let output = Invocation::new(root.join("usr/bin/hull"))
+        .args(["run", "--rm", "busybox", "echo", "works"])
+        .env("HULL_CONFIG", hull.path("config.toml"))
+        .run()
+        .ok();
+    assert_eq!(output.text(), "works");
+    fs::write(root.join("etc/hull/config.toml"), "").unwrap();
+    Invocation::new(&install)
+        .arg("--remove")
+        .arg(&root)
+        .args(["/usr", "/etc"])
+        .run()
+        .ok();
+    let left = Invocation::new("find")
+        .arg(&root)
+        .args(["-type", "f"])
+        .run()
+        .ok()
+        .text();
+    assert_eq!(
+        left,
+        root.join("etc/hull/config.toml").to_str().unwrap(),
+        "only the user's own"
+    );
+}
