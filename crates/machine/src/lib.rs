@@ -1,7 +1,7 @@
 //! Machines: what runs a guest kernel.
 //!
-//! One trait, [`Machine`], and its kinds: `uml` (a Linux kernel as an ordinary process) and `qemu`. [`choose`] picks
-//! one by what [`probe`] finds; [`jail`] is what the machine process and the device process run in; a
+//! One trait, [`Machine`], and its kinds: `uml` (a Linux kernel as an ordinary process) and `qemu`. [`choose()`] picks
+//! one by what [`probe()`] finds; [`jail`] is what the machine process and the device process run in; a
 //! [`ConsoleRing`] keeps what the guest kernel prints; [`exit`] says in one line why a machine ended.
 //!
 //! Called by crate sandbox (start, console, exit) and crate cli (`hull check`). It never parses what a guest wrote,

@@ -1,4 +1,4 @@
-//! What machines this host can run, and why not the others. For `hull check`, and for [`crate::choose`].
+//! What machines this host can run, and why not the others. For `hull check`, and for [`crate::choose()`].
 //!
 //! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by tracing.
 
