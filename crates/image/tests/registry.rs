@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use common::{
@@ -41,6 +42,12 @@ impl Here {
         assert_eq!(names(root.join("images")), Vec::<String>::new());
         assert_eq!(names(root.join("blobs/sha256")), Vec::<String>::new());
     }
+
+    /// The growing archive of a layer.
+    fn part(&self, layer: &Digest) -> PathBuf {
+        let name = format!("{}.part", layer.hex());
+        self.store.root().join("blobs/sha256").join(name)
+    }
 }
 
 fn two_layers() -> Vec<Vec<u8>> {
@@ -75,6 +82,14 @@ fn only_layer(layout: &Layout) -> Digest {
         |value: &serde_json::Value| value["digest"].as_str().unwrap().parse::<Digest>().unwrap();
     let manifest = read(layout.blob_path(&digest(&index["manifests"][0])));
     digest(&manifest["layers"][0])
+}
+
+/// A registry that has an image of one layer, and the layer's digest.
+fn serve(name: &str, layers: &[Vec<u8>]) -> (Registry, Digest) {
+    let registry = Registry::start();
+    let layout = Layout::with(layers);
+    registry.push(&layout, "latest", name);
+    (registry, only_layer(&layout))
 }
 
 #[test]
@@ -192,10 +207,7 @@ fn a_registry_that_is_down() {
 
 #[test]
 fn a_truncated_layer() {
-    let registry = Registry::start();
-    let layout = Layout::with(&big_layer(500_000));
-    registry.push(&layout, "latest", "cut");
-    let layer = only_layer(&layout);
+    let (registry, layer) = serve("cut", &big_layer(500_000));
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(registry.blob(&layer))
@@ -217,10 +229,7 @@ fn a_truncated_layer() {
 
 #[test]
 fn a_corrupt_layer() {
-    let registry = Registry::start();
-    let layout = Layout::with(&big_layer(500_000));
-    registry.push(&layout, "latest", "bad");
-    let layer = only_layer(&layout);
+    let (registry, layer) = serve("bad", &big_layer(500_000));
     let mut bytes = std::fs::read(registry.blob(&layer)).unwrap();
     bytes[250_000] ^= 1;
     std::fs::write(registry.blob(&layer), &bytes).unwrap();
@@ -277,10 +286,8 @@ fn a_corrupt_manifest_and_config() {
 
 #[test]
 fn a_layer_that_the_registry_lost() {
-    let registry = Registry::start();
-    let layout = Layout::with(&two_layers()[..1]);
-    registry.push(&layout, "latest", "lost");
-    std::fs::remove_file(registry.blob(&only_layer(&layout))).unwrap();
+    let (registry, layer) = serve("lost", &two_layers()[..1]);
+    std::fs::remove_file(registry.blob(&layer)).unwrap();
     let here = Here::new();
     let error = here.pull(&registry.name("lost")).unwrap_err().to_string();
     assert!(
@@ -332,11 +339,8 @@ fn images_for_other_machines() {
 
 #[test]
 fn a_broken_transfer_is_continued() {
-    let registry = Registry::start();
+    let (registry, layer) = serve("big", &big_layer(2_000_000));
     let proxy = Proxy::start(&registry);
-    let layout = Layout::with(&big_layer(2_000_000));
-    registry.push(&layout, "latest", "big");
-    let layer = only_layer(&layout);
     let (here, name) = (Here::new(), proxy.name("big"));
     // Each connection breaks after 100 kB: what gets through is kept from one attempt to the next.
     proxy.cut(600_000, 1);
@@ -356,17 +360,10 @@ fn a_broken_transfer_is_continued() {
 
 #[test]
 fn a_given_up_pull_is_continued_by_the_next() {
-    let registry = Registry::start();
+    let (registry, layer) = serve("big", &big_layer(2_000_000));
     let proxy = Proxy::start(&registry);
-    let layout = Layout::with(&big_layer(2_000_000));
-    registry.push(&layout, "latest", "big");
-    let layer = only_layer(&layout);
     let here = Here::new();
-    let part = here
-        .store
-        .root()
-        .join("blobs/sha256")
-        .join(format!("{}.part", layer.hex()));
+    let part = here.part(&layer);
     // As a killed pull leaves it, and one byte of it is wrong: resumed, found wrong, fetched anew.
     let blob = std::fs::read(registry.blob(&layer)).unwrap();
     std::fs::write(&part, &blob[..1_500_000]).unwrap();
@@ -379,11 +376,7 @@ fn a_given_up_pull_is_continued_by_the_next() {
     assert!(!part.exists());
 
     let here = Here::new();
-    let part = here
-        .store
-        .root()
-        .join("blobs/sha256")
-        .join(format!("{}.part", layer.hex()));
+    let part = here.part(&layer);
     let mut bad = blob[..1_000_000].to_vec();
     bad[0] ^= 1;
     std::fs::write(&part, &bad).unwrap();
