@@ -15,20 +15,22 @@ use oci_client::client::{ClientConfig, ClientProtocol};
 use oci_client::secrets::RegistryAuth;
 
 use super::download;
+use super::manifest_request::{Failure, Manifests};
 use crate::config;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::manifest::{self, ACCEPTED, Descriptor, Document, MAX_DOCUMENT, Manifest};
+use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
 
 /// How many layers arrive at once.
 const PARALLEL: usize = 3;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest silence of a registry that is sending something.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const USER_AGENT: &str = concat!("hull/", env!("CARGO_PKG_VERSION"));
 
 /// What the registry's thread tells the unpacking one.
 enum Message {
@@ -45,6 +47,7 @@ pub(super) struct Session<'a> {
     pub client: oci_client::Client,
     pub reference: oci_client::Reference,
     pub name: &'a RegistryReference,
+    manifests: Manifests,
     auth: RegistryAuth,
     credentials: String,
     /// What to say before "registry X answered 404".
@@ -172,7 +175,7 @@ impl<'a> Session<'a> {
             protocol: ClientProtocol::Https,
             connect_timeout: Some(CONNECT_TIMEOUT),
             read_timeout: Some(READ_TIMEOUT),
-            user_agent: concat!("hull/", env!("CARGO_PKG_VERSION")),
+            user_agent: USER_AGENT,
             ..ClientConfig::default()
         };
         if name.is_local() {
@@ -182,13 +185,18 @@ impl<'a> Session<'a> {
             config.http_proxy = Some("http://localhost".to_owned());
             config.no_proxy = Some("*".to_owned());
         }
-        let client = oci_client::Client::try_from(config).map_err(|error| Error::Registry {
+        let failed = |reason: String| Error::Registry {
             reference: name.written().to_owned(),
             registry: name.registry.clone(),
-            reason: error.to_string(),
-        })?;
+            reason,
+        };
+        let client =
+            oci_client::Client::try_from(config).map_err(|error| failed(error.to_string()))?;
+        let manifests =
+            Manifests::new(name.is_local()).map_err(|error| failed(error.to_string()))?;
         Ok(Self {
             client,
+            manifests,
             reference,
             name,
             auth,
@@ -317,11 +325,22 @@ impl<'a> Session<'a> {
 
     /// A manifest and its digest, computed here. When the reference is one by digest, they must be the same.
     async fn manifest(&self, reference: &oci_client::Reference) -> Result<(Digest, Vec<u8>)> {
-        let (bytes, _) = self
-            .client
-            .pull_manifest_raw(reference, &self.auth, ACCEPTED)
+        let bytes = self
+            .manifests
+            .get(&self.client, reference, &self.auth)
             .await
-            .map_err(|error| self.error("manifest", error))?;
+            .map_err(|failure| match failure {
+                Failure::Client(error) => self.error("manifest", error),
+                Failure::TooLarge => {
+                    self.failed(format!("the manifest is larger than {MAX_DOCUMENT} bytes"))
+                }
+                Failure::Announced { expected, actual } => Error::WrongDigest {
+                    reference: self.name.written().to_owned(),
+                    what: "manifest",
+                    expected,
+                    actual,
+                },
+            })?;
         let actual = Digest::of(&bytes);
         match reference
             .digest()
@@ -333,7 +352,7 @@ impl<'a> Session<'a> {
                 expected,
                 actual,
             }),
-            _ => Ok((actual, bytes.to_vec())),
+            _ => Ok((actual, bytes)),
         }
     }
 
