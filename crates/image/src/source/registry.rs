@@ -19,7 +19,7 @@ use super::manifest_request::{Failure, Manifests};
 use crate::config;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_digest};
 use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
@@ -164,12 +164,14 @@ impl<'a> Session<'a> {
             Pull::Always => "",
             _ => "no such reference in the local store, and ",
         };
+        let failed = |reason: String| Error::Registry {
+            reference: name.written().to_owned(),
+            registry: name.registry.clone(),
+            reason,
+        };
         if !tls_ready() {
-            return Err(Error::Registry {
-                reference: name.written().to_owned(),
-                registry: name.registry.clone(),
-                reason: "this machine has no CA certificates (package ca-certificates)".to_owned(),
-            });
+            let reason = "this machine has no CA certificates (package ca-certificates)";
+            return Err(failed(reason.to_owned()));
         }
         let mut config = ClientConfig {
             protocol: ClientProtocol::Https,
@@ -185,11 +187,6 @@ impl<'a> Session<'a> {
             config.http_proxy = Some("http://localhost".to_owned());
             config.no_proxy = Some("*".to_owned());
         }
-        let failed = |reason: String| Error::Registry {
-            reference: name.written().to_owned(),
-            registry: name.registry.clone(),
-            reason,
-        };
         let client =
             oci_client::Client::try_from(config).map_err(|error| failed(error.to_string()))?;
         let manifests =
@@ -342,18 +339,11 @@ impl<'a> Session<'a> {
                 },
             })?;
         let actual = Digest::of(&bytes);
-        match reference
-            .digest()
-            .and_then(|digest| digest.parse::<Digest>().ok())
-        {
-            Some(expected) if expected != actual => Err(Error::WrongDigest {
-                reference: self.name.written().to_owned(),
-                what: "manifest",
-                expected,
-                actual,
-            }),
-            _ => Ok((actual, bytes)),
+        let expected = reference.digest().and_then(|digest| digest.parse().ok());
+        if let Some(expected) = expected {
+            check_digest(self.name.written(), "manifest", expected, actual)?;
         }
+        Ok((actual, bytes))
     }
 
     async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
@@ -376,27 +366,18 @@ impl<'a> Session<'a> {
                 break;
             }
         }
-        let reference = self.name.written().to_owned();
         if (bytes.len() as u64) < descriptor.size {
             return Err(Error::Truncated {
-                reference,
+                reference: self.name.written().to_owned(),
                 what: "config",
                 digest: descriptor.digest,
                 expected: descriptor.size,
                 actual: bytes.len() as u64,
             });
         }
-        let (what, expected, actual) = ("config", descriptor.digest, Digest::of(&bytes));
-        if expected == actual {
-            Ok(bytes)
-        } else {
-            Err(Error::WrongDigest {
-                reference,
-                what,
-                expected,
-                actual,
-            })
-        }
+        let actual = Digest::of(&bytes);
+        check_digest(self.name.written(), "config", descriptor.digest, actual)?;
+        Ok(bytes)
     }
 
     pub(super) fn failed(&self, reason: String) -> Error {
