@@ -93,7 +93,7 @@ fn sandbox_process(arguments: &[OsString]) -> Result<()> {
         data.ok_or_else(|| missing("data-dir"))?,
     );
     let id = id.ok_or_else(|| missing("id"))?;
-    hull_sandbox::process::run(&paths, id, connection_on_stdin()?)?;
+    hull_sandbox::process::single::run(&paths, id, connection_on_stdin()?)?;
     Ok(())
 }
 

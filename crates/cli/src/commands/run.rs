@@ -11,7 +11,7 @@ use hull_machine::Kind;
 use hull_sandbox::spec::{self, ContainerOptions};
 use hull_sandbox::timings::{Timings, now_ns};
 use hull_sandbox::wire::{Reply, Request};
-use hull_sandbox::{Paths, RunRequest, client, names};
+use hull_sandbox::{MachineRequest, Paths, RunRequest, client, names};
 
 use super::config_for_root;
 use crate::attach::{Attachment, Options, Outcome};
@@ -225,8 +225,15 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
     let guest = GuestFiles::locate(&config)?;
     let choice = guest.choose(&config, args.machine, args.kernel.as_deref())?;
     let initramfs = guest.initramfs()?;
-    let mut request = request(&args, &config, environment, &image, &choice, began_ns)?;
-    request.initramfs = initramfs;
+    let mut request = request(
+        &args,
+        &config,
+        environment,
+        &image,
+        &choice,
+        &initramfs,
+        began_ns,
+    )?;
     let attachment = match args.detach {
         true => None,
         false => Some(Attachment::prepare(Options {
@@ -345,13 +352,14 @@ fn check(args: &Args, paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// Everything but name and initramfs of the request.
+/// Everything but the name of the request.
 fn request(
     args: &Args,
     config: &Config,
     environment: Vec<OsString>,
     image: &hull_image::Image,
     choice: &hull_machine::Choice,
+    initramfs: &Path,
     began_ns: u64,
 ) -> Result<RunRequest> {
     let id = names::new_id()?;
@@ -423,13 +431,15 @@ fn request(
         raw_args: built.raw_args,
         raw_env: built.raw_env,
         volumes,
-        machine: choice.clone(),
-        initramfs: PathBuf::new(),
-        memory: match memory {
-            Some(limit) => limit.saturating_add(GUEST_OVERHEAD),
-            None => config.memory,
+        machine: MachineRequest {
+            choice: choice.clone(),
+            initramfs: initramfs.to_owned(),
+            memory: match memory {
+                Some(limit) => limit.saturating_add(GUEST_OVERHEAD),
+                None => config.memory,
+            },
+            cpus,
         },
-        cpus,
         auto_remove: args.rm,
         stdin: args.interactive,
         stop_signal: args

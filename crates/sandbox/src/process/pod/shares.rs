@@ -1,0 +1,77 @@
+//! What the containers of a pod see of the host: shares of the fs device, made from the detached mounts that the
+//! engine's side sent.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+
+use hull_devices::control::Cache;
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+
+use super::Ready;
+use crate::error::{Context, Result};
+use crate::paths::ContainerPaths;
+use crate::pod::wire::{FILE_NAME, Share};
+use crate::process::mount_attributes::{self, Attributes};
+
+/// Adds one share.
+///
+/// # Errors
+/// The host's kernel or the fs device refuses.
+pub async fn add(
+    ready: &Ready,
+    files: &ContainerPaths,
+    share: &Share,
+    mount: OwnedFd,
+) -> Result<()> {
+    let directory = if share.is_file {
+        hold_file(files, &share.name, &mount)?
+    } else {
+        mount
+    };
+    let cache = if share.is_root {
+        Cache::Private
+    } else {
+        Cache::Shared
+    };
+    ready
+        .devices
+        .add_share(&share.name, directory.as_fd(), cache)
+        .await
+}
+
+/// Only directories can be shared: a file is mounted into one of its own, in this process's mount namespace.
+fn hold_file(files: &ContainerPaths, name: &str, mount: &OwnedFd) -> Result<OwnedFd> {
+    let doing = || format!("share {name} with the guest");
+    let directory = files.mounts().join(name);
+    let file = directory.join(FILE_NAME);
+    fs::create_dir_all(&directory)
+        .and_then(|()| File::create(&file).map(drop))
+        .context(doing)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(mount.as_fd(), "", CWD, &file, flags).context(doing)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE;
+    let tree = open_tree(CWD, &directory, flags).context(doing)?;
+    // The directory itself is hull's: the guest must not add to it.
+    let attributes = Attributes {
+        read_only: true,
+        no_devices: true,
+        no_suid: true,
+    };
+    mount_attributes::set_top(tree.as_fd(), attributes).context(doing)?;
+    // What is shared lives in the tree.
+    rustix::mount::unmount(&file, rustix::mount::UnmountFlags::DETACH).context(doing)?;
+    fs::remove_dir_all(&directory).context(doing)?;
+    Ok(tree)
+}
+
+/// Takes shares away again.
+pub async fn remove(ready: &Ready, shares: &[String]) {
+    for name in shares {
+        if let Err(failure) = ready.devices.remove_share(name).await {
+            tracing::debug!("{failure}");
+        }
+    }
+}
