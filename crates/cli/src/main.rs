@@ -15,6 +15,7 @@ mod images;
 mod internal;
 mod mounts;
 mod names;
+mod oci;
 mod output;
 mod reservation;
 mod signals;

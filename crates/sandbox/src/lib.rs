@@ -8,6 +8,7 @@
 //! memory and never parses what a guest wrote, but for the agent's bounded protobuf answers.
 
 pub mod client;
+pub mod detached;
 pub mod device_process;
 pub mod error;
 pub mod log;

@@ -19,6 +19,16 @@ pub struct MachineRequest {
     pub cpus: u32,
 }
 
+/// Memory that the guest's kernel and the agent need beside a container that may use all of its limit, bytes.
+const GUEST_OVERHEAD: u64 = 64 << 20;
+
+impl MachineRequest {
+    /// Memory of a machine for a container with this limit, bytes.
+    pub fn memory_for(limit: u64) -> u64 {
+        limit.saturating_add(GUEST_OVERHEAD)
+    }
+}
+
 /// A container to be run, with the machine it is to be run in.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunRequest {

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use hull_machine::Kind;
@@ -23,9 +23,6 @@ use crate::output::Table;
 use crate::reservation::Reservation;
 use crate::values::{self, DetachKeys, Machine, Network, Pull, Ulimit};
 use crate::{images, output};
-
-/// Memory that the guest's kernel and the agent need beside a container that may use all of its limit.
-const GUEST_OVERHEAD: u64 = 64 << 20;
 
 static BEGAN: OnceLock<u64> = OnceLock::new();
 
@@ -434,10 +431,7 @@ fn request(
         machine: MachineRequest {
             choice: choice.clone(),
             initramfs: initramfs.to_owned(),
-            memory: match memory {
-                Some(limit) => limit.saturating_add(GUEST_OVERHEAD),
-                None => config.memory,
-            },
+            memory: memory.map_or(config.memory, MachineRequest::memory_for),
             cpus,
         },
         auto_remove: args.rm,

@@ -30,8 +30,6 @@ pub struct PodRequest {
     pub hostname: String,
     /// Control group directories on the host that the pod's processes belong to.
     pub cgroups: Vec<PathBuf>,
-    /// Block devices of the host that become disks of the machine: path, and whether the guest may only read.
-    pub disks: Vec<(PathBuf, bool)>,
 }
 
 /// Stages of an engine's container, as the OCI specification names them; and `paused`, as runc does.

@@ -71,7 +71,8 @@ pub enum Request {
     Forward(u32),
     /// On a keeper's connection: the size of its terminal.
     Resize(Size),
-    /// Forgets a container; one that has not ended is killed. Answered when nothing of it is left.
+    /// Forgets a container; one that has not ended is killed. Answered when nothing of it is left; by
+    /// [`Reply::Ending`] when the pod ends with it.
     Delete {
         /// The container.
         container: String,
@@ -274,7 +275,11 @@ pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<Rece
         let mut file = File::from(fds.remove(0));
         file.rewind()?;
         text.clear();
-        if Read::by_ref(&mut file).take(MAX_MESSAGE).read_to_end(&mut text)? as u64 == MAX_MESSAGE {
+        if Read::by_ref(&mut file)
+            .take(MAX_MESSAGE)
+            .read_to_end(&mut text)? as u64
+            == MAX_MESSAGE
+        {
             return Err(invalid(format!(
                 "a message is longer than {MAX_MESSAGE} bytes"
             )));
@@ -334,7 +339,10 @@ mod tests {
         let (a, b) = pair();
         let fds = vec![a.as_fd(); MAX_SHARES];
         send(&a, &create(MAX_INLINE), &fds).unwrap();
-        assert_eq!(receive::<Request>(&b).unwrap().unwrap().fds.len(), MAX_SHARES);
+        assert_eq!(
+            receive::<Request>(&b).unwrap().unwrap().fds.len(),
+            MAX_SHARES
+        );
     }
 
     #[test]

@@ -21,7 +21,6 @@ mod container;
 mod devices;
 mod guest;
 mod host_memory;
-mod mount_attributes;
 mod mounts;
 mod output;
 pub mod pod;

@@ -16,14 +16,6 @@ use hull_protocol::{AGENT_PORT, SHARES_DIR};
 use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::client::erase;
-use crate::error::{Context, EXIT_HULL, Failure, Result};
-use crate::log::{self, Stream};
-use crate::paths::Paths;
-use crate::record::{self, Exit, Processes, Record, State, unix_time};
-use crate::request::RunRequest;
-use crate::timings::{Timings, now_ns};
-use crate::wire::Kind;
 use super::agent::{Agent, Ended};
 use super::boot::{
     self, BOOT_TIME, BREAK_TIME, DEATH_TIME, SHUTDOWN_TIME, is_network_sysctl, told_to_end,
@@ -34,6 +26,14 @@ use super::guest::Guest;
 use super::mounts::{self, RootFs};
 use super::output::{Connected, Output};
 use super::{server, streams};
+use crate::client::erase;
+use crate::error::{Context, EXIT_HULL, Failure, Result};
+use crate::log::{self, Stream};
+use crate::paths::Paths;
+use crate::record::{self, Exit, Processes, Record, State, unix_time};
+use crate::request::RunRequest;
+use crate::timings::{Timings, now_ns};
+use crate::wire::Kind;
 
 /// Share of the container's root file system.
 const ROOT_SHARE: &str = "rootfs";

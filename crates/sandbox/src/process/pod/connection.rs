@@ -14,7 +14,9 @@ use super::container::Container;
 use super::{Pod, shares};
 use crate::error::{Context, EXIT_HULL, Failure, Result};
 use crate::pod::Status;
-use crate::pod::wire::{CreateRequest, ExecRequest, Received, Reply, Request, Share, receive, send};
+use crate::pod::wire::{
+    CreateRequest, ExecRequest, Received, Reply, Request, Share, receive, send,
+};
 use crate::process::{streams, watch};
 use crate::record::Exit;
 
@@ -189,8 +191,13 @@ impl Connection {
                     }
                     container.ended().await;
                 }
-                pod.lock().by_id.remove(&container.id);
-                Ok(ok())
+                let mut containers = pod.lock();
+                containers.by_id.remove(&container.id);
+                let reply = match containers.ending {
+                    true => Reply::Ending,
+                    false => Reply::Ok,
+                };
+                Ok((reply, Vec::new()))
             }
             Request::Freeze { container, frozen } => {
                 let container = pod.container(&container)?;

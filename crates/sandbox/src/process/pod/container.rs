@@ -289,7 +289,9 @@ impl From<NoPlace> for Reply {
     fn from(reason: NoPlace) -> Self {
         match reason {
             NoPlace::Ending => Reply::Ending,
-            NoPlace::Exists => Reply::Failed(Failure::new("container with given ID already exists")),
+            NoPlace::Exists => {
+                Reply::Failed(Failure::new("container with given ID already exists"))
+            }
         }
     }
 }

@@ -43,9 +43,6 @@ use container::Container;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// How long a pod without a container waits for one when nobody is connected.
-const IDLE_TIME: std::time::Duration = std::time::Duration::from_secs(2);
-
 /// How long the last words to keepers may take.
 const FAREWELL_TIME: std::time::Duration = std::time::Duration::from_secs(5);
 
@@ -278,24 +275,15 @@ impl Pod {
     async fn done(&self) {
         loop {
             let changed = self.changed.notified();
-            let (used, connected) = {
+            {
                 let mut containers = self.lock();
-                if containers.used && containers.alive == 0 {
+                let wanted = containers.used || self.connections.load(Ordering::Relaxed) == 0;
+                if wanted && containers.alive == 0 {
                     containers.ending = true;
                     return;
                 }
-                (containers.used, self.connections.load(Ordering::Relaxed))
-            };
-            if used || connected > 0 {
-                changed.await;
-                continue;
             }
-            if tokio::time::timeout(IDLE_TIME, changed).await.is_err()
-                && self.connections.load(Ordering::Relaxed) == 0
-            {
-                self.lock().ending = true;
-                return;
-            }
+            changed.await;
         }
     }
 

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use hull_devices::control::Cache;
 use rustix::fs::CWD;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{MoveMountFlags, move_mount};
 
 use super::Ready;
+use crate::detached::{self, Attributes};
 use crate::error::{Context, Result};
 use crate::paths::ContainerPaths;
 use crate::pod::wire::{FILE_NAME, Share};
-use crate::process::mount_attributes::{self, Attributes};
 
 /// Adds one share.
 ///
@@ -50,17 +50,14 @@ fn hold_file(files: &ContainerPaths, name: &str, mount: &OwnedFd) -> Result<Owne
         .context(doing)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(mount.as_fd(), "", CWD, &file, flags).context(doing)?;
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(CWD, &directory, flags).context(doing)?;
+    let tree = detached::copy(&directory, true).context(doing)?;
     // The directory itself is hull's: the guest must not add to it.
     let attributes = Attributes {
         read_only: true,
         no_devices: true,
         no_suid: true,
     };
-    mount_attributes::set_top(tree.as_fd(), attributes).context(doing)?;
+    detached::set_top(tree.as_fd(), attributes).context(doing)?;
     // What is shared lives in the tree.
     rustix::mount::unmount(&file, rustix::mount::UnmountFlags::DETACH).context(doing)?;
     fs::remove_dir_all(&directory).context(doing)?;
