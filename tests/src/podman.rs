@@ -64,9 +64,20 @@ impl Podman {
         let (program, own) = self.command();
         Invocation::new(program)
             .args(own)
-            .with(|command| {
-                self.environment(command);
-            })
+            .with(|command| self.environment(command))
+            .args(arguments)
+            .limit(Duration::from_secs(60))
+    }
+
+    /// `buildah …`, on the same images.
+    pub fn buildah(&self, arguments: &[&str]) -> Invocation {
+        runtime::needs(&["buildah"]);
+        Invocation::new("buildah")
+            .arg("--root")
+            .arg(self.path("root"))
+            .arg("--runroot")
+            .arg(self.path("runroot"))
+            .with(|command| self.environment(command))
             .args(arguments)
             .limit(Duration::from_secs(60))
     }

@@ -342,6 +342,61 @@ fn docker_volumes_limits_and_options_hold() {
 }
 
 #[test]
+fn docker_privileged_sees_everything_in_the_guest_and_nothing_of_the_host() {
+    let docker = Docker::new();
+    // Docker asks for all capabilities there are, of which a host's root may lack some.
+    if !docker.runtime.is_hull() {
+        return left_out("a privileged container of this runtime sees the host");
+    }
+    let script = "mkdir -p /mnt && mount -t tmpfs none /mnt && echo mounted";
+    let output = docker.sh(&["--privileged"], script).ok();
+    assert_eq!(output.text(), "mounted");
+    let devices = docker.run(&["--privileged"], &["ls", "/dev"]).ok().text();
+    for disk in std::fs::read_dir("/sys/class/block").unwrap().flatten() {
+        let name = disk.file_name().into_string().unwrap();
+        if ["loop", "ram", "zram"]
+            .iter()
+            .any(|one| name.starts_with(one))
+        {
+            continue;
+        }
+        assert!(!devices.lines().any(|line| line == name), "{name}");
+    }
+    assert!(!devices.lines().any(|line| line == "kvm"), "{devices}");
+}
+
+#[test]
+fn docker_sees_that_a_container_was_killed_from_outside() {
+    let docker = Docker::new();
+    let name = docker.sleeper(&[]);
+    let pid = docker.inspect(&name, "{{.State.Pid}}").parse().unwrap();
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(docker.wait(&name), 137);
+    docker.does("start", &name).ok();
+    docker.exec(&name, &["true"]).ok();
+}
+
+#[test]
+fn docker_diff_and_commit_see_what_the_container_wrote() {
+    let docker = Docker::new();
+    let name = docker.sleeper(&[]);
+    let script = "echo written >/root/new; rm /etc/nsswitch.conf";
+    docker.exec_sh(&name, script).ok();
+    let diff = docker.does("diff", &name).ok().text();
+    for line in ["A /root/new", "D /etc/nsswitch.conf"] {
+        assert!(diff.lines().any(|found| found == line), "{diff}");
+    }
+    docker.docker(["commit", &name, "committed"]).run().ok();
+    let output = docker
+        .docker(["run", "--rm", "--network", "none", "committed"])
+        .args(["cat", "/root/new"])
+        .run()
+        .ok();
+    assert_eq!(output.text(), "written");
+}
+
+#[test]
 fn docker_init_is_process_1() {
     let docker = Docker::new();
     let output = docker.sh(&["--init"], "echo $$; tr '\\0' ' ' </proc/1/cmdline");

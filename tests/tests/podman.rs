@@ -388,6 +388,112 @@ fn podman_update_changes_the_limit_of_a_running_container() {
 }
 
 #[test]
+fn podman_run_passes_signals_on() {
+    let podman = Podman::new();
+    let script = "trap 'echo got it; exit 8' INT; echo ready; while :; do sleep 0.05; done";
+    let mut running = podman
+        .podman(["run", "--rm", "--network", "none", "busybox", "sh", "-c"])
+        .arg(script)
+        .start();
+    running.wait_for("ready");
+    running.signal(rustix::process::Signal::INT);
+    let output = running.finish().ends(8);
+    assert!(output.text().ends_with("got it"), "{}", output.text());
+}
+
+#[test]
+fn podman_run_detached_with_rm_removes_the_container_at_its_end() {
+    let podman = Podman::new();
+    let script = "until [ -e /tmp/go ]; do sleep 0.05; done";
+    let name = podman.start(&["--rm"], &["sh", "-c", script]);
+    podman.exec(&name, &["touch", "/tmp/go"]).ok();
+    eventually("it is gone", Duration::from_secs(20), || {
+        podman.podman(["ps", "-a", "-q"]).run().text().is_empty()
+    });
+}
+
+#[test]
+fn podman_sees_that_a_container_was_killed_from_outside() {
+    let podman = Podman::new();
+    let name = podman.sleeper(&[]);
+    let pid = podman.inspect(&name, "{{.State.Pid}}").parse().unwrap();
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(podman.wait(&name), 137);
+    assert_eq!(podman.state(&name), "exited");
+    podman.does("start", &name).ok();
+    podman.exec(&name, &["true"]).ok();
+}
+
+#[test]
+fn podman_diff_commit_and_export_see_what_the_container_wrote() {
+    let podman = Podman::new();
+    let name = podman.sleeper(&[]);
+    podman
+        .exec_sh(&name, "echo written >/root/new; rm /etc/nsswitch.conf")
+        .ok();
+    let diff = podman.does("diff", &name).ok().text();
+    assert!(diff.lines().any(|line| line == "A /root/new"), "{diff}");
+    let removed = "D /etc/nsswitch.conf";
+    assert!(diff.lines().any(|line| line == removed), "{diff}");
+    podman
+        .podman(["commit", "-q", &name, "committed"])
+        .run()
+        .ok();
+    let output = podman
+        .podman(["run", "--rm", "--network", "none", "committed"])
+        .args(["cat", "/root/new"])
+        .run()
+        .ok();
+    assert_eq!(output.text(), "written");
+    let archive = podman.scratch().join("export.tar");
+    podman
+        .podman(["export", "-o"])
+        .args([archive.to_str().unwrap(), &name])
+        .run()
+        .ok();
+    let names = hull_tests::Invocation::new("tar")
+        .arg("-tf")
+        .arg(&archive)
+        .run()
+        .ok()
+        .text();
+    assert!(names.lines().any(|line| line == "root/new"));
+}
+
+#[test]
+fn podman_exec_serves_many_at_once() {
+    let podman = Podman::new();
+    let name = podman.sleeper(&[]);
+    let all: Vec<_> = (0..8)
+        .map(|n| {
+            let script = format!("echo {n}; exit {n}");
+            podman.podman(["exec", &name, "sh", "-c", &script]).start()
+        })
+        .collect();
+    for (n, running) in all.into_iter().enumerate() {
+        let output = running.finish().ends(i32::try_from(n).unwrap());
+        assert_eq!(output.text(), n.to_string());
+    }
+}
+
+#[test]
+fn podman_starts_several_containers_at_once() {
+    let podman = Podman::new();
+    let all: Vec<_> = (0..4)
+        .map(|n| {
+            podman
+                .podman(["run", "--rm", "--network", "none", "busybox", "sh", "-c"])
+                .arg(format!("exit {n}"))
+                .start()
+        })
+        .collect();
+    for (n, running) in all.into_iter().enumerate() {
+        running.finish().ends(i32::try_from(n).unwrap());
+    }
+}
+
+#[test]
 fn podman_leaves_nothing_behind() {
     let podman = Podman::new();
     podman.sh(&[], "exit 3").ends(3);

@@ -211,6 +211,43 @@ fn podman_user_directory_environment_and_hostname_are_as_asked_for() {
 }
 
 #[test]
+fn podman_entry_point_groups_and_stop_signal_are_as_asked_for() {
+    let podman = Podman::new();
+    let output = podman.run(
+        &["--entrypoint", "/bin/echo", "--env", "A=b"],
+        &["an", "argument"],
+    );
+    assert_eq!(output.ok().text(), "an argument");
+    let output = podman.sh(&["--user", "1000:1000", "--group-add", "100"], "id -G");
+    assert_eq!(output.ok().text(), "1000 100");
+    let script = "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done";
+    let name = podman.ready(&["--stop-signal", "USR1"], script);
+    podman.does("stop", &name).ok();
+    assert_eq!(podman.wait(&name), 9);
+}
+
+#[test]
+fn podman_no_new_privileges_and_seccomp_profiles_hold() {
+    let podman = Podman::new();
+    let script = "sed -n 's/^NoNewPrivs:\\t//p;s/^Seccomp:\\t//p' /proc/self/status";
+    let output = podman.sh(&["--security-opt", "no-new-privileges"], script);
+    assert_eq!(output.ok().text(), "1\n2");
+    let profile = podman.scratch().join("profile.json");
+    let json = serde_json::json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}],
+    });
+    std::fs::write(&profile, json.to_string()).unwrap();
+    let option = format!("seccomp={}", profile.display());
+    let output = podman.sh(&["--security-opt", &option], "mkdir /tmp/no");
+    assert_ne!(output.status, 0);
+    let error = output.error();
+    assert!(error.contains("No space left"), "28 is ENOSPC: {error}");
+    let output = podman.sh(&["--security-opt", "seccomp=unconfined"], script);
+    assert_eq!(output.ok().text(), "0\n0");
+}
+
+#[test]
 fn podman_init_is_process_1_and_takes_orphans() {
     let podman = Podman::new();
     // An orphan that has ended is gone, not a zombie.

@@ -190,3 +190,33 @@ fn podman_build_fails_with_the_step_that_fails() {
     assert_ne!(output.status, 0);
     assert!(output.error().contains("42"), "{}", output.error());
 }
+
+#[test]
+fn buildah_run_uses_the_runtime() {
+    let podman = Podman::new();
+    let buildah = |arguments: &[&str]| podman.buildah(arguments).run().ok().text();
+    let name = buildah(&["from", "--pull-never", "localhost/busybox"]);
+    let runtime = podman.runtime.path.display().to_string();
+    let run = [
+        "run",
+        "--isolation",
+        "oci",
+        "--network",
+        "none",
+        "--runtime",
+    ];
+    let in_it = |script: &str| {
+        podman
+            .buildah(&run)
+            .args([&runtime, &name, "--", "sh", "-c", script])
+            .run()
+    };
+    in_it("echo made >/made").ok();
+    assert_eq!(in_it("cat /made").ok().text(), "made");
+    in_it("exit 3").ends(3);
+    if podman.runtime.is_hull() {
+        let kernel = in_it("uname -r").ok().text();
+        assert!(kernel.ends_with("-hull"), "{kernel}");
+    }
+    buildah(&["rm", &name]);
+}
