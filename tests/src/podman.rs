@@ -103,6 +103,8 @@ impl Podman {
 
     fn environment(&self, command: &mut std::process::Command) {
         command
+            // conmon leaves a file there when memory ran out.
+            .current_dir(self.directory.path())
             .env("CONTAINERS_CONF", self.path("containers.conf"))
             .env("CONTAINERS_STORAGE_CONF", self.path("storage.conf"))
             .env("HOME", self.directory.path())

@@ -77,6 +77,21 @@ impl Runtime {
                 }
             });
         }
+        // Machines have names of their own.
+        if self.is_hull() {
+            below(&self.directory.join("run"), 2, &mut |path| {
+                let name = path.file_name().unwrap_or_default();
+                if name.len() == 64
+                    || path
+                        .parent()
+                        .is_some_and(|parent| parent.ends_with("names"))
+                {
+                    found.push(path.display().to_string());
+                }
+            });
+            found.sort();
+            found.dedup();
+        }
         found
     }
 
