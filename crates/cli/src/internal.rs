@@ -18,6 +18,9 @@ const SHIM_NAME: &str = "containerd-shim-hull-v2";
 
 /// Does the work of another role, if the arguments ask for one.
 pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
+    if let Some(session) = hull_oci::keeper::is_wanted() {
+        hull_oci::keeper::run(session);
+    }
     let called_as = arguments.first().map(Path::new).and_then(Path::file_name);
     if called_as == Some(OsStr::new(OCI_NAME)) {
         return Some(crate::oci::main(arguments));
@@ -32,7 +35,6 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
         "sandbox-process" => sandbox_process(&arguments[2..]),
         "pod-process" => pod_process(&arguments[2..]),
         "device-process" => device_process(&arguments[2..]),
-        "keeper" => hull_oci::keeper::run(arguments.get(2).is_some_and(|word| word == "session")),
         _ => return None,
     };
     Some(match outcome {

@@ -2,7 +2,8 @@
 //!
 //! It is a child of the engine's subreaper, lives as long as the process in the guest, carries its streams, passes
 //! signals on, and exits with its status. Its namespaces on the host are the container's as far as the host has a part
-//! in them: the network namespace that engines fill and hooks look for.
+//! in them: the network namespace that engines fill and hooks look for, the root file system that they copy into and
+//! out of, and a process namespace in which there is nothing but it. In `ps` it looks like the process it stands for.
 //!
 //! A keeper is started before its container: [`spawn`] makes it wait, hooks can find it by its process id, and
 //! [`Keeper::keep`] gives it streams to carry. There is one per container, so it is small: no runtime, one thread for
@@ -23,6 +24,11 @@ use hull_sandbox::wire::Size;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{CWD, OFlags, ResolveFlags, openat2};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    UnmountFlags, fsconfig_create, fsmount, fsopen, mount_change, move_mount, unmount,
+};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -30,6 +36,21 @@ use serde::{Deserialize, Serialize};
 
 /// Environment variable of a keeper: the directory of the pod that its container is in.
 pub const POD_VARIABLE: &str = "HULL_POD";
+
+/// Environment variable that makes this executable a keeper: its arguments are the container's. Says whether it
+/// is to leave its caller's session.
+const ROLE_VARIABLE: &str = "HULL_KEEPER";
+const SESSION: &str = "session";
+const FOREGROUND: &str = "foreground";
+
+/// Whether this process was started as a keeper, and if so whether it is to leave its caller's session.
+pub fn is_wanted() -> Option<bool> {
+    match std::env::var_os(ROLE_VARIABLE) {
+        Some(role) if role == SESSION => Some(true),
+        Some(role) if role == FOREGROUND => Some(false),
+        _ => None,
+    }
+}
 
 /// Bytes carried at once; what a pipe holds by default.
 const PIECE: usize = 64 << 10;
@@ -41,8 +62,8 @@ const STACK: usize = 32 << 10;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Order {
-    /// Enter the network namespace beside it, or a new one.
-    Network { new: bool },
+    /// Enter namespaces: a new one for the network, or the one beside it first; the root file system beside it last.
+    Enter { network: bool, root: bool },
     /// Carry. Beside it: the connection to the pod, the streams, and the slave of a terminal.
     Keep(Mode),
 }
@@ -67,28 +88,28 @@ pub struct Keeper {
     kept: bool,
 }
 
-/// Which network namespace of the host a container has.
+/// What the host has of a container's world.
 #[derive(Debug)]
-pub enum Network {
-    /// A new one.
-    New,
-    /// This one.
-    Existing(File),
-    /// That of who starts the keeper.
-    Inherited,
+pub struct World {
+    /// Its network namespace; a new one when absent.
+    pub network: Option<File>,
+    /// A detached mount of its root file system.
+    pub root: OwnedFd,
 }
 
 /// Starts a keeper, which inherits the standard streams.
 ///
-/// `arguments` are what `ps` shows: the command in the container. `session` is false where the keeper shares its
-/// caller's terminal.
+/// `arguments` are what `ps` shows: the command in the container. `world` is absent for a further process, which
+/// nobody looks at. `session` is false where the keeper shares its caller's terminal.
+///
+/// Must be called while this process has one thread.
 ///
 /// # Errors
-/// The process cannot be started, or its namespace cannot be entered.
+/// The process cannot be started, or its namespaces cannot be entered.
 pub fn spawn(
     pod: &PodPaths,
     arguments: &[String],
-    network: &Network,
+    world: Option<&World>,
     cgroups: &[std::path::PathBuf],
     session: bool,
 ) -> Result<Keeper> {
@@ -101,18 +122,21 @@ pub fn spawn(
     )
     .context(doing)?;
     let mut command = Command::new("/proc/self/exe");
+    if let Some((name, rest)) = arguments.split_first() {
+        command.arg0(name).args(rest);
+    }
     command
-        .arg0("hull")
-        .arg("keeper")
-        .arg(if session { "session" } else { "foreground" })
-        .arg("--")
-        .args(arguments)
         .env_clear()
+        .env(ROLE_VARIABLE, if session { SESSION } else { FOREGROUND })
         .env(POD_VARIABLE, pod.files().run)
         .current_dir("/");
     inherit(&mut command, theirs)?;
+    let child = match world {
+        None => command.spawn().context(doing)?,
+        Some(_) => spawn_alone(&mut command)?,
+    };
     let mut keeper = Keeper {
-        child: command.spawn().context(doing)?,
+        child,
         channel: ours,
         kept: false,
     };
@@ -120,14 +144,29 @@ pub fn spawn(
         std::fs::write(directory.join("cgroup.procs"), keeper.pid().to_string())
             .context(|| format!("join the control group {}", directory.display()))?;
     }
-    match network {
-        Network::Inherited => {}
-        Network::New => keeper.order(&Order::Network { new: true }, &[])?,
-        Network::Existing(file) => {
-            keeper.order(&Order::Network { new: false }, &[file.as_fd()])?;
-        }
+    if let Some(world) = world {
+        let network = world.network.as_ref().map(AsFd::as_fd);
+        let fds: Vec<_> = network.into_iter().chain([world.root.as_fd()]).collect();
+        let order = Order::Enter {
+            network: network.is_some(),
+            root: true,
+        };
+        keeper.order(&order, &fds)?;
     }
     Ok(keeper)
+}
+
+/// Starts a process that is the first one of a new process namespace.
+#[allow(unsafe_code)]
+fn spawn_alone(command: &mut Command) -> Result<Child> {
+    let doing = || "make a process namespace".to_owned();
+    let own = File::open("/proc/self/ns/pid").context(doing)?;
+    // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }.context(doing)?;
+    let child = command.spawn();
+    // Hooks, which this process starts too, belong into its own.
+    move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)).context(doing)?;
+    child.context(|| "start the keeper".into())
 }
 
 /// The number of the channel in the keeper.
@@ -241,7 +280,7 @@ impl Kept {
 
 /// What the keeper's process does, from its start to its end. `session`: it leaves its caller's.
 ///
-/// Called by the hidden subcommand `keeper`.
+/// Called when [`is_wanted`] says so, before anything else.
 pub fn run(session: bool) -> ! {
     let status = match take_channel().and_then(|channel| obey(channel, session)) {
         Ok(status) => status,
@@ -274,8 +313,8 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
             return Ok(EXIT_HULL);
         };
         match message {
-            Order::Network { new } => {
-                let reply = match enter_network(new, fds.first()) {
+            Order::Enter { network, root } => {
+                let reply = match enter(network, root, fds) {
                     Ok(()) => Reply::Ok,
                     Err(failure) => Reply::Failed(failure),
                 };
@@ -299,17 +338,65 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
 }
 
 #[allow(unsafe_code)]
-fn enter_network(new: bool, namespace: Option<&OwnedFd>) -> Result<()> {
-    match namespace {
-        Some(namespace) => {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
-                .context(|| "join the network namespace".into())
-        }
-        // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
-        None if new => unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
-            .context(|| "make a network namespace".into()),
-        None => Err(Failure::new("no network namespace was given")),
+fn enter(network: bool, root: bool, fds: Vec<OwnedFd>) -> Result<()> {
+    let mut fds = fds.into_iter();
+    let mut next = || {
+        fds.next()
+            .ok_or_else(|| Failure::new("the keeper got no namespace"))
+    };
+    let mut new = UnshareFlags::NEWNS;
+    if network {
+        move_into_link_name_space(next()?.as_fd(), Some(LinkNameSpaceType::Network))
+            .context(|| "join the network namespace".into())?;
+    } else {
+        new |= UnshareFlags::NEWNET;
     }
+    // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
+    unsafe { rustix::thread::unshare_unsafe(new) }.context(|| "make namespaces".into())?;
+    if root {
+        enter_root(&next()?).context(|| "enter the container's root file system".into())?;
+    }
+    Ok(())
+}
+
+/// Makes a detached mount the root, with nothing of the host in it but a view of this process.
+fn enter_root(root: &OwnedFd) -> rustix::io::Result<()> {
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let processes = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(processes.as_fd())?;
+    let processes = fsmount(
+        processes.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC
+            | MountAttrFlags::MOUNT_ATTR_RDONLY,
+    )?;
+    // Any directory will do: it is covered for the moment in which the root changes.
+    let from = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(root, "", CWD, "/proc", from)?;
+    rustix::process::fchdir(root)?;
+    rustix::process::pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chdir("/")?;
+    // What the image has there may be a link, or nothing.
+    let found = openat2(
+        root,
+        "proc",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+        ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH,
+    );
+    if let Ok(target) = found {
+        move_mount(
+            &processes,
+            "",
+            &target,
+            "",
+            from | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )?;
+    }
+    Ok(())
 }
 
 /// All signals that can be: they are the process's in the guest.
@@ -376,6 +463,11 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
             // Its size's changes and its hang-up are told to this process then.
             rustix::process::ioctl_tiocsctty(&slave)
                 .context(|| "take control of the terminal".into())?;
+            // An engine may wait for the end of what it gave as standard output.
+            rustix::stdio::dup2_stdin(&slave)
+                .and_then(|()| rustix::stdio::dup2_stdout(&slave))
+                .and_then(|()| rustix::stdio::dup2_stderr(&slave))
+                .context(|| "leave the standard streams".into())?;
             (standard(slave.as_fd())?, slave)
         }
     };

@@ -378,7 +378,7 @@ impl Server {
         }))?;
         reply.u64(handle);
         reply.u32(match cache {
-            Cache::Private => wire::fopen::KEEP_CACHE | wire::fopen::NOFLUSH,
+            Cache::Private | Cache::Brief => wire::fopen::KEEP_CACHE | wire::fopen::NOFLUSH,
             Cache::Shared => 0,
         });
         reply.u32(0);

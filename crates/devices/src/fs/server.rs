@@ -67,6 +67,7 @@ impl Share {
     pub fn validity(&self) -> u64 {
         match self.cache {
             Cache::Private => 86_400,
+            Cache::Brief => 1,
             Cache::Shared => 0,
         }
     }

@@ -20,7 +20,7 @@ use crate::bundle::Bundle;
 use crate::cgroup::Groups;
 use crate::container::{Container, Record, process_started, state};
 use crate::guest_spec::{HostShare, Network, Plan};
-use crate::keeper::{self, Keeper, Kept, Mode};
+use crate::keeper::{self, Keeper, Kept, Mode, World};
 use crate::{console, hooks, pod};
 
 /// How often a pod that is just ending is waited for.
@@ -172,11 +172,19 @@ impl Making<'_> {
         paths: &PodPaths,
     ) -> Result<Keeper> {
         let network = match &plan.network {
-            Network::New => keeper::Network::New,
-            Network::Path(path) => keeper::Network::Existing(
+            Network::New => None,
+            Network::Path(path) => Some(
                 File::open(path)
                     .context(|| format!("open network namespace {}", path.display()))?,
             ),
+        };
+        let root = plan
+            .shares
+            .first()
+            .ok_or_else(|| Failure::new("the container has no root file system"))?;
+        let world = World {
+            network,
+            root: open(root)?,
         };
         let args = bundle
             .spec
@@ -188,7 +196,7 @@ impl Making<'_> {
         let keeper = keeper::spawn(
             paths,
             &args,
-            &network,
+            Some(&world),
             &self.record.groups.directories,
             session,
         )?;

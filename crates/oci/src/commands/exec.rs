@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::life::load;
 use super::{Settings, in_runcs_words, refuse_descriptors, write_pid_file};
 use crate::console;
-use crate::keeper::{self, Mode, Network};
+use crate::keeper::{self, Mode};
 
 /// What `exec` is told.
 #[derive(Debug, Default)]
@@ -123,7 +123,7 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     let keeper = keeper::spawn(
         &record.pod_paths(),
         &args,
-        &Network::Inherited,
+        None,
         &record.groups.directories,
         true,
     )?;

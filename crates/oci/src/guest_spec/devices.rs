@@ -41,6 +41,11 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
                 .unwrap_or(u32::MAX)
         };
         let kind = device["type"].as_str().unwrap_or_default();
+        // Every container has a terminal multiplexer and a console of its own.
+        let path = device["path"].as_str().unwrap_or_default();
+        if path == "/dev/ptmx" || path == "/dev/console" {
+            continue;
+        }
         let own = match kind {
             "c" | "u" => guest_device((number("major"), number("minor"))).is_some(),
             "b" => false,

@@ -307,7 +307,7 @@ impl Connection {
             container.remove_exec(&exec);
         }
         let names: Vec<String> = self.shares.drain(..).map(|share| share.name).collect();
-        shares::remove(&ready, &names).await;
+        shares::remove(&ready, &self.pod.files, &names).await;
     }
 }
 

@@ -30,7 +30,8 @@ pub async fn add(
         mount
     };
     let cache = if share.is_root {
-        Cache::Private
+        // `docker cp` and the like write to it from the host.
+        Cache::Brief
     } else {
         Cache::Shared
     };
@@ -58,17 +59,18 @@ fn hold_file(files: &ContainerPaths, name: &str, mount: &OwnedFd) -> Result<Owne
         no_suid: true,
     };
     detached::set_top(tree.as_fd(), attributes).context(doing)?;
-    // What is shared lives in the tree.
+    // The tree has a mount of its own. The name that it is mounted on must stay.
     rustix::mount::unmount(&file, rustix::mount::UnmountFlags::DETACH).context(doing)?;
-    fs::remove_dir_all(&directory).context(doing)?;
     Ok(tree)
 }
 
 /// Takes shares away again.
-pub async fn remove(ready: &Ready, shares: &[String]) {
+pub async fn remove(ready: &Ready, files: &ContainerPaths, shares: &[String]) {
     for name in shares {
         if let Err(failure) = ready.devices.remove_share(name).await {
             tracing::debug!("{failure}");
         }
+        // Only that of a file has a directory of its own.
+        let _ = fs::remove_dir_all(files.mounts().join(name));
     }
 }
