@@ -28,6 +28,16 @@ pub fn run(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value) -> Result<()> {
     Ok(())
 }
 
+/// Runs hooks in their order, also after one that failed; what went wrong is said.
+pub fn run_all(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value, warn: fn(&str)) {
+    for (index, hook) in hooks.into_iter().flatten().enumerate() {
+        if let Err(why) = run_one(hook, state) {
+            let path = hook.path().display();
+            warn(&format!("cannot run hook #{index} ({kind}, {path}): {why}"));
+        }
+    }
+}
+
 fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
     if !hook.path().is_absolute() {
         return Err("its path is not absolute".into());

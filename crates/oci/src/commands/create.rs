@@ -183,6 +183,7 @@ impl Making<'_> {
             .first()
             .ok_or_else(|| Failure::new("the container has no root file system"))?;
         let world = World {
+            namespaces: plan.namespaces.clone(),
             network,
             root: open(root)?,
         };

@@ -71,10 +71,13 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
         .map_err(in_runcs_words)?;
     if let Some(hooks) = hooks_of(&container)? {
         let state = state(&record, Status::Running, record.keeper);
-        // The specification: the failure of such a hook is logged, and life goes on.
-        if let Err(failure) = hooks::run("poststart", hooks.poststart().as_ref(), &state) {
-            (settings.warn)(&failure.message);
-        }
+        // The specification: the failure of such a hook is logged, and life goes on. So below.
+        hooks::run_all(
+            "poststart",
+            hooks.poststart().as_ref(),
+            &state,
+            settings.warn,
+        );
     }
     Ok(())
 }
@@ -208,9 +211,7 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     // What cannot be read cannot have been run.
     if let Ok(Some(hooks)) = hooks_of(&container) {
         let state = state(&record, Status::Stopped, 0);
-        if let Err(failure) = hooks::run("poststop", hooks.poststop().as_ref(), &state) {
-            (settings.warn)(&failure.message);
-        }
+        hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
     }
     record.groups.remove()?;
     container.remove()

@@ -1,5 +1,7 @@
 //! Devices: the guest's own can be had, those of the host cannot.
 
+use std::path::Path;
+
 use hull_sandbox::error::Result;
 
 use super::{Plan, refused};
@@ -27,6 +29,15 @@ pub fn guest_device(numbers: (u32, u32)) -> Option<&'static str> {
         .map(|(.., path)| path)
 }
 
+/// Whether the host has a device with these numbers. A node of one that there is nowhere is just a node.
+fn is_of_host(kind: &str, (major, minor): (u32, u32)) -> bool {
+    let kind = if kind == "b" { "block" } else { "char" };
+    Path::new("/sys/dev")
+        .join(kind)
+        .join(format!("{major}:{minor}"))
+        .exists()
+}
+
 pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
     let everything = allows_everything(bundle);
     let Some(devices) = plan.spec["linux"]["devices"].as_array_mut() else {
@@ -47,8 +58,10 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
             continue;
         }
         let own = match kind {
-            "c" | "u" => guest_device((number("major"), number("minor"))).is_some(),
-            "b" => false,
+            "c" | "u" | "b" => {
+                let numbers = (number("major"), number("minor"));
+                (kind != "b" && guest_device(numbers).is_some()) || !is_of_host(kind, numbers)
+            }
             // A named pipe; what else there is the agent refuses.
             _ => true,
         };
@@ -105,7 +118,21 @@ mod tests {
 
     use super::*;
 
+    /// The numbers of a device that this host has and guests have not.
+    fn of_host() -> (u32, u32) {
+        fs::read_dir("/sys/dev/char")
+            .unwrap()
+            .filter_map(|entry| {
+                let name = entry.ok()?.file_name().into_string().ok()?;
+                let (major, minor) = name.split_once(':')?;
+                Some((major.parse().ok()?, minor.parse().ok()?))
+            })
+            .find(|numbers| guest_device(*numbers).is_none())
+            .unwrap()
+    }
+
     fn planned(rules: Value) -> Result<Value> {
+        let host = of_host();
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("rootfs")).unwrap();
         let config = json!({
@@ -115,8 +142,8 @@ mod tests {
                 "namespaces": [{"type": "network"}],
                 "devices": [
                     {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
-                    {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
-                    {"path": "/dev/vda", "type": "b", "major": 254, "minor": 0},
+                    {"path": "/dev/hosts", "type": "c", "major": host.0, "minor": host.1},
+                    {"path": "/dev/none", "type": "b", "major": 4000, "minor": 1},
                 ],
                 "resources": {"devices": rules},
             },
@@ -129,13 +156,18 @@ mod tests {
     #[test]
     fn a_device_of_the_host_is_refused_by_name() {
         let error = planned(json!([{"allow": false, "access": "rwm"}])).unwrap_err();
-        assert!(error.message.contains("/dev/kvm (c 10:232)"), "{error}");
+        assert!(error.message.contains("/dev/hosts (c "), "{error}");
     }
 
     #[test]
     fn a_privileged_container_gets_those_that_the_guest_has() {
         let devices = planned(json!([{"allow": true, "access": "rwm"}])).unwrap();
-        assert_eq!(devices.as_array().unwrap().len(), 1);
-        assert_eq!(devices[0]["path"], "/dev/fuse");
+        let paths: Vec<_> = devices
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|device| device["path"].as_str().unwrap())
+            .collect();
+        assert_eq!(paths, ["/dev/fuse", "/dev/none"]);
     }
 }

@@ -16,6 +16,7 @@ use hull_sandbox::pod::wire::Share;
 use serde_json::Value;
 
 use crate::bundle::Bundle;
+use crate::keeper::Namespace;
 pub use namespaces::Network;
 
 /// What a container needs of the host, and what the guest is told.
@@ -27,6 +28,8 @@ pub struct Plan {
     pub shares: Vec<HostShare>,
     /// The network namespace that the spec asks for.
     pub network: Network,
+    /// New namespaces that the keeper has on the host, as the spec has them.
+    pub namespaces: Vec<Namespace>,
     /// Namespaces of other processes that are to be joined: kind and process id on the host.
     pub joins: Vec<(String, i32)>,
     /// Kernel parameters of the guest's own network.
@@ -66,6 +69,7 @@ impl Plan {
             spec: bundle.config.clone(),
             shares: Vec::new(),
             network: Network::New,
+            namespaces: Vec::new(),
             joins: Vec::new(),
             sysctl: BTreeMap::new(),
             terminal: false,

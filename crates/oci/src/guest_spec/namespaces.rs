@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{Plan, refused};
 use crate::bundle::Bundle;
+use crate::keeper::Namespace;
 
 /// The network namespace of the host that goes with a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +45,14 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
             .filter(|path| !path.is_empty())
             .map(PathBuf::from);
         let Some(path) = path else {
+            plan.namespaces.extend(match kind.as_str() {
+                "cgroup" => Some(Namespace::Cgroup),
+                "ipc" => Some(Namespace::Ipc),
+                "network" => Some(Namespace::Network),
+                "user" => Some(Namespace::User),
+                "uts" => Some(Namespace::Uts),
+                _ => None,
+            });
             if kind == "network" {
                 // The guest's own network is the container's: it has the machine's interfaces.
                 network = Some(Network::New);
