@@ -46,6 +46,12 @@ pub fn fatal(failure: &Failure) {
     let message = failure.message.trim_end().replace('\n', " ");
     let logged = LOG.get().is_some_and(|log| log.file.is_some());
     if logged {
+        if !failure.console.is_empty() {
+            write(
+                "warning",
+                &format!("the guest's console: {}", failure.console.join(" | ")),
+            );
+        }
         write("error", &message);
     }
     let mut text = format!("error: {message}\n");

@@ -165,7 +165,7 @@ async fn life(container: &Arc<Container>) {
                 // A process that died is the cause of whatever else failed.
                 Err(failure) if !failure.refused => {
                     match tokio::time::timeout(BREAK_TIME, guest.broke_down()).await {
-                        Ok(reason) => Err(broken(reason)),
+                        Ok(reason) => Err(broken(format!("{reason} ({failure})"))),
                         Err(_) => Err(failure),
                     }
                 }

@@ -137,7 +137,9 @@ async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> 
         booted = boot(&guest, request, incoming) => match booted {
             // A process that died is the cause of whatever else failed.
             Err(failure) => match tokio::time::timeout(BREAK_TIME, guest.broke_down()).await {
-                Ok(reason) => Err(Failure::new(format!("the guest did not come up: {reason}"))),
+                Ok(reason) => Err(Failure::new(format!(
+                    "the guest did not come up: {reason} ({failure})"
+                ))),
                 Err(_) => Err(failure),
             },
             booted => booted,
