@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use hull_machine::Kind;
+use hull_sandbox::spec::seccomp::{Profile, Seccomp};
 use hull_sandbox::spec::{self, ContainerOptions};
 use hull_sandbox::timings::{Timings, now_ns};
 use hull_sandbox::wire::{Reply, Request};
@@ -21,7 +22,7 @@ use crate::guest::GuestFiles;
 use crate::mounts::{self, Tmpfs, Volume};
 use crate::output::Table;
 use crate::reservation::Reservation;
-use crate::values::{self, DetachKeys, Machine, Network, Pull, Ulimit};
+use crate::values::{self, DetachKeys, Machine, Network, Pull, SecurityOption, Ulimit};
 use crate::{images, output};
 
 static BEGAN: OnceLock<u64> = OnceLock::new();
@@ -113,6 +114,10 @@ pub struct Args {
     /// Drop a Linux capability, or ALL
     #[arg(long, value_name = "NAME")]
     cap_drop: Vec<String>,
+    /// seccomp=FILE for a system call filter in place of the usual one, seccomp=unconfined for none;
+    /// no-new-privileges
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = values::security_option)]
+    security_opt: Vec<SecurityOption>,
     /// Set a kernel parameter in the container
     #[arg(long, value_name = "NAME=VALUE", value_parser = values::sysctl)]
     sysctl: Vec<(String, String)>,
@@ -298,6 +303,7 @@ const LONGEST_SOCKET: usize = 107;
 fn check(args: &Args, paths: &Paths) -> Result<()> {
     mounts::check_distinct(&args.volume, &args.tmpfs).map_err(Error::new)?;
     spec::capabilities(&args.cap_add, &args.cap_drop)?;
+    seccomp(&args.security_opt)?;
     let longest = paths
         .container(&"0".repeat(64))
         .devices()
@@ -404,6 +410,8 @@ fn request(
         memory,
         cpus_milli,
         pids_limit: (pids_limit > 0).then_some(pids_limit),
+        seccomp: seccomp(&args.security_opt)?,
+        no_new_privileges: no_new_privileges(&args.security_opt),
     };
     let built = spec::build(&options, &image.config)?;
     let mut labels = image.config.labels.clone();
@@ -446,6 +454,29 @@ fn request(
         log_size: config.log_size,
         began_ns,
     })
+}
+
+/// The filter that the options ask for; the last one counts.
+fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
+    let mut seccomp = Seccomp::Default;
+    for option in options {
+        match option {
+            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
+            SecurityOption::Seccomp(file) => {
+                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
+            }
+            SecurityOption::NoNewPrivileges(_) => {}
+        }
+    }
+    Ok(seccomp)
+}
+
+fn no_new_privileges(options: &[SecurityOption]) -> bool {
+    let said = options.iter().rev().find_map(|option| match option {
+        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
+        _ => None,
+    });
+    said.unwrap_or(false)
 }
 
 /// What the user has to know before the first container, or with an option that does less than its name says.

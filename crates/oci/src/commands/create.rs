@@ -125,16 +125,22 @@ impl Making<'_> {
 
         let memory = memory_limit(resources);
         self.record.memory = memory.unwrap_or_default();
-        let keeper = self.start_keeper(bundle, &plan, options, detach, &paths)?;
+        let settings = self.settings;
+        let hostname: String = self.container.id.chars().take(12).collect();
+        let cgroups = self.record.groups.directories.clone();
         let request = || {
             Ok(PodRequest {
-                machine: (self.settings.machine)(memory, processors(resources))?,
-                hostname: self.container.id.chars().take(12).collect(),
-                cgroups: self.record.groups.directories.clone(),
+                machine: (settings.machine)(memory, processors(resources))?,
+                hostname: hostname.clone(),
+                cgroups: cgroups.clone(),
             })
         };
-        let mut connection = join_or_launch(&paths, request)?;
+        let mut connection = match self.own_pod {
+            true => client::launch(&paths, &request()?)?,
+            false => join_or_launch(&paths, request)?,
+        };
         // The machine boots meanwhile.
+        let keeper = self.start_keeper(bundle, &plan, options, detach, &paths)?;
         self.run_hooks(bundle, keeper.pid())?;
         let slave = match (&options.console_socket, plan.terminal) {
             (Some(socket), true) => Some(console::send_master(socket, plan.console_size)?),

@@ -12,8 +12,8 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use super::Mode;
 
-/// Bytes carried at once; what a pipe holds by default.
-const PIECE: usize = 64 << 10;
+/// Bytes carried at once. Each of a keeper's threads has a buffer.
+const PIECE: usize = 16 << 10;
 
 /// Stack of a thread that carries: its buffer is on the heap.
 const STACK: usize = 32 << 10;

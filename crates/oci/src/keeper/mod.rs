@@ -10,6 +10,7 @@
 //! each stream, and this executable's text, which all of hull's processes share.
 
 mod carry;
+mod memory;
 mod process;
 mod world;
 

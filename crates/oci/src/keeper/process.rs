@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::termios::tcgetwinsize;
 
 use super::carry::{Carried, carry};
-use super::{CHANNEL_FD, Mode, Order, world};
+use super::{CHANNEL_FD, Mode, Order, memory, world};
 
 /// What the keeper's process does, from its start to its end. `session`: it leaves its caller's.
 ///
@@ -67,6 +67,7 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
                 };
                 send(&channel, &reply, &[]).context(|| "answer".into())?;
                 drop(channel);
+                memory::release_code();
                 return Ok(wait_for_end(&connection, &signals, carried?));
             }
         }

@@ -1,5 +1,6 @@
 //! The caller's side of a pod: start its sandbox process or find it, ask it. Blocking.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,11 +21,16 @@ use crate::record;
 #[derive(Debug)]
 pub struct Connection {
     socket: OwnedFd,
+    /// The sandbox process was just started and has not said yet whether it can be found.
+    expects_greeting: Cell<bool>,
 }
 
 impl From<OwnedFd> for Connection {
     fn from(socket: OwnedFd) -> Self {
-        Self { socket }
+        Self {
+            socket,
+            expects_greeting: Cell::new(false),
+        }
     }
 }
 
@@ -67,8 +73,20 @@ impl Connection {
     /// # Errors
     /// What the sandbox process answered, or that it went away.
     pub fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Received<Reply>> {
+        self.greet()?;
         send(&self.socket, request, fds).map_err(|_| gone())?;
         self.receive()
+    }
+
+    /// Waits until a sandbox process that was just started can be found by others.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    fn greet(&self) -> Result<()> {
+        match self.expects_greeting.replace(false) {
+            true => self.receive().map(drop),
+            false => Ok(()),
+        }
     }
 
     /// Waits for a message.
@@ -132,8 +150,7 @@ pub fn sweep(paths: &PodPaths) -> Result<()> {
     Ok(())
 }
 
-/// Connects to the pod's sandbox process, which is started when there is none. Several callers may want the same pod
-/// at the same time.
+/// Connects to the sandbox process of a pod that others may want at the same time; it is started when there is none.
 ///
 /// `request` is made only when the pod must be started.
 ///
@@ -144,65 +161,53 @@ pub fn join_or_launch(
     request: impl FnOnce() -> Result<PodRequest>,
 ) -> Result<Connection> {
     fs::create_dir_all(&paths.all).context(|| format!("create {}", paths.all.display()))?;
-    let lock = LaunchLock::take(paths)?;
+    let _lock = LaunchLock::take(paths)?;
     if let Some(connection) = Connection::open(paths)? {
         return Ok(connection);
     }
     // One that is ending keeps its lock until it has removed its files.
     wait_for_end(paths)?;
     sweep(paths)?;
-    let connection = launch(paths, &request()?);
-    drop(lock);
-    connection
+    let connection = launch(paths, &request()?)?;
+    connection.greet()?;
+    Ok(connection)
 }
 
-/// Starts the sandbox process; returns when it can be found.
-fn launch(paths: &PodPaths, request: &PodRequest) -> Result<Connection> {
+/// Starts the sandbox process of a pod that nobody else knows. Returns at once: whether it came up is the answer to
+/// the first question.
+///
+/// # Errors
+/// The state directory cannot be written, or the process cannot be started.
+pub fn launch(paths: &PodPaths, request: &PodRequest) -> Result<Connection> {
     let files = paths.files();
     let doing = || format!("start the sandbox process of pod {}", paths.id);
-    fs::create_dir(&files.run).context(|| format!("create {}", files.run.display()))?;
-    let started = (|| {
-        let text = serde_json::to_vec(request).context(doing)?;
-        record::write_by_rename(&files.request(), &text)?;
-        let diagnostics = File::create(files.diagnostics()).context(doing)?;
-        let (ours, theirs) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
+    fs::create_dir_all(&files.run).context(|| format!("create {}", files.run.display()))?;
+    let text = serde_json::to_vec(request).context(doing)?;
+    record::write_by_rename(&files.request(), &text)?;
+    let diagnostics = File::create(files.diagnostics()).context(doing)?;
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .context(doing)?;
+    Command::new("/proc/self/exe")
+        .arg0("hull")
+        .args(["pod-process", "--directory"])
+        .arg(&paths.all)
+        .args(["--id", &paths.id])
+        .current_dir("/")
+        .env_clear()
+        .envs(std::env::vars_os().filter(|(name, _)| name == "HULL_LOG"))
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(diagnostics))
+        .spawn()
         .context(doing)?;
-        Command::new("/proc/self/exe")
-            .arg0("hull")
-            .args(["pod-process", "--directory"])
-            .arg(&paths.all)
-            .args(["--id", &paths.id])
-            .current_dir("/")
-            .env_clear()
-            .envs(std::env::vars_os().filter(|(name, _)| name == "HULL_LOG"))
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::from(diagnostics))
-            .spawn()
-            .context(doing)?;
-        let connection = Connection::from(ours);
-        // It says so when its socket is there.
-        connection.receive().map(|_| connection)
-    })();
-    started.map_err(|failure| with_diagnostics(paths, failure))
-}
-
-/// Adds what the sandbox process had to say before it ended.
-fn with_diagnostics(paths: &PodPaths, failure: Failure) -> Failure {
-    let said = fs::read(paths.files().diagnostics()).unwrap_or_default();
-    let said = String::from_utf8_lossy(&said);
-    let last = said.lines().rfind(|line| line.starts_with("error: "));
-    // The failure to be reported is the first one.
-    let _ = sweep(paths);
-    match last.and_then(|line| line.strip_prefix("error: ")) {
-        Some(line) => Failure::new(line),
-        None => failure,
-    }
+    let connection = Connection::from(ours);
+    connection.expects_greeting.set(true);
+    Ok(connection)
 }
 
 /// Decides between those who want to start the same pod.

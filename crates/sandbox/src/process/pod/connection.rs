@@ -243,9 +243,8 @@ impl Connection {
         if shares.len() != fds.len() {
             return Err(Failure::new("as many descriptors as shares must come"));
         }
-        let ready = self.pod.ready().await?;
         for (share, mount) in shares.into_iter().zip(fds) {
-            shares::add(&ready, &self.pod.files, &share, mount).await?;
+            shares::add(&self.pod.devices, &self.pod.files, &share, mount).await?;
             self.shares.push(share);
         }
         Ok(ok())
@@ -307,7 +306,7 @@ impl Connection {
             container.remove_exec(&exec);
         }
         let names: Vec<String> = self.shares.drain(..).map(|share| share.name).collect();
-        shares::remove(&ready, &self.pod.files, &names).await;
+        shares::remove(&self.pod.devices, &self.pod.files, &names).await;
     }
 }
 

@@ -191,7 +191,7 @@ async fn live(pod: Arc<Pod>, ready: Ready, container: Arc<Container>) {
             tracing::warn!("{failure}");
         }
         tokio::select! {
-            () = shares::remove(&ready, &pod.files, &container.shares) => {}
+            () = shares::remove(&pod.devices, &pod.files, &container.shares) => {}
             _ = pod.broken() => {}
         }
     }

@@ -57,6 +57,8 @@ struct Ready {
 #[derive(Debug)]
 struct Pod {
     files: ContainerPaths,
+    /// Where shares are added, also while the guest still boots.
+    devices: Arc<Devices>,
     /// The guest, or why it did not come up.
     ready: watch::Sender<Option<Result<Ready>>>,
     /// Why the guest is no more.
@@ -117,10 +119,19 @@ fn join_cgroups(directories: &[PathBuf]) -> Result<()> {
 }
 
 async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> Result<()> {
-    let (guest, incoming) = Guest::start(files, &request.machine)?;
-    let listener = listen_on(files)?;
+    let started = Guest::start(files, &request.machine)
+        .and_then(|started| listen_on(files).map(|listener| (started, listener)));
+    let ((guest, incoming), listener) = match started {
+        Ok(started) => started,
+        Err(failure) => {
+            // Who started the pod may have gone; the log has it, too.
+            let _ = send(&first, &Reply::Failed(failure.clone()), &[]);
+            return Err(failure);
+        }
+    };
     let pod = Arc::new(Pod {
         files: files.clone(),
+        devices: guest.control.clone(),
         ready: watch::Sender::new(None),
         broken: watch::Sender::new(None),
         gone: watch::Sender::new(false),

@@ -8,18 +8,18 @@ use hull_devices::control::Cache;
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, move_mount};
 
-use super::Ready;
 use crate::detached::{self, Attributes};
 use crate::error::{Context, Result};
 use crate::paths::ContainerPaths;
 use crate::pod::wire::{FILE_NAME, Share};
+use crate::process::devices::Devices;
 
 /// Adds one share.
 ///
 /// # Errors
 /// The host's kernel or the fs device refuses.
 pub async fn add(
-    ready: &Ready,
+    devices: &Devices,
     files: &ContainerPaths,
     share: &Share,
     mount: OwnedFd,
@@ -35,8 +35,7 @@ pub async fn add(
     } else {
         Cache::Shared
     };
-    ready
-        .devices
+    devices
         .add_share(&share.name, directory.as_fd(), cache)
         .await
 }
@@ -65,9 +64,9 @@ fn hold_file(files: &ContainerPaths, name: &str, mount: &OwnedFd) -> Result<Owne
 }
 
 /// Takes shares away again.
-pub async fn remove(ready: &Ready, files: &ContainerPaths, shares: &[String]) {
+pub async fn remove(devices: &Devices, files: &ContainerPaths, shares: &[String]) {
     for name in shares {
-        if let Err(failure) = ready.devices.remove_share(name).await {
+        if let Err(failure) = devices.remove_share(name).await {
             tracing::debug!("{failure}");
         }
         // Only that of a file has a directory of its own.
