@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use hull_machine::Kind;
 use hull_oci::commands::{self, CreateOptions, ExecOptions, Settings};
 use hull_oci::container::Root;
@@ -30,6 +30,11 @@ const EXEC_FAILED: u8 = 255;
 
 /// Where the state of containers is unless `--root` says otherwise.
 const DEFAULT_ROOT: &str = "/run/hull-oci";
+
+/// The grammar, for manual pages and completion.
+pub fn grammar() -> clap::Command {
+    HullOci::command()
+}
 
 /// Does what the arguments say.
 pub fn main(arguments: &[OsString]) -> ExitCode {
