@@ -324,8 +324,8 @@ impl Profile {
     /// # Errors
     /// The file cannot be read, or is no profile.
     pub fn read(path: &Path) -> Result<Profile> {
-        let what = || format!("read the seccomp profile {}", path.display());
-        let bytes = std::fs::read(path).context(|| what().into())?;
+        let bytes = std::fs::read(path)
+            .context(|| format!("read the seccomp profile {}", path.display()))?;
         let wrong = |error: &dyn std::fmt::Display| {
             Failure::new(format!(
                 "{} is no seccomp profile: {error}",
