@@ -246,12 +246,13 @@ impl Drop for Keeper {
 pub struct Kept(Keeper);
 
 impl Kept {
-    /// Waits for its end; its exit status.
+    /// Waits for its end, and passes on to it the signals that come meanwhile; its exit status.
     ///
     /// # Errors
     /// It cannot be waited for.
     pub fn wait(&mut self) -> Result<i32> {
         use std::os::unix::process::ExitStatusExt;
+        process::pass_signals(self.pid())?;
         let status = self
             .0
             .child

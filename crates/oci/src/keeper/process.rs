@@ -6,9 +6,10 @@ use hull_sandbox::error::{Context, EXIT_HULL, Failure, Result};
 use hull_sandbox::pod::client::Connection;
 use hull_sandbox::pod::wire::{Received, Reply, Request, receive, send};
 use hull_sandbox::wire::Size;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{PidfdFlags, pidfd_open};
 use rustix::termios::tcgetwinsize;
 
 use super::carry::{Carried, carry};
@@ -134,20 +135,63 @@ fn pass_on(connection: &Connection, signal: u32, terminal: Option<&OwnedFd>) {
         }
         return;
     }
-    // These are about the keeper's own children, input and output, not about the process.
-    let own = [
+    if is_own(signal) {
+        return;
+    }
+    // A process that has just ended cannot be told, and need not be.
+    let _ = connection.tell(&Request::Forward(signal));
+}
+
+/// Whether a signal is about this process's own children, input and output, and not about the process in the guest.
+fn is_own(signal: u32) -> bool {
+    [
         Signal::SIGCHLD,
         Signal::SIGPIPE,
         Signal::SIGTTIN,
         Signal::SIGTTOU,
         Signal::SIGURG,
         Signal::SIGIO,
-    ];
-    if own.iter().any(|own| *own as u32 == signal) {
-        return;
+    ]
+    .iter()
+    .any(|own| *own as u32 == signal)
+}
+
+/// Passes signals that this process gets on to a keeper, its child, until that has ended.
+///
+/// # Errors
+/// The kernel's.
+pub fn pass_signals(keeper: i32) -> Result<()> {
+    let doing = || "wait for the keeper".to_owned();
+    let before = SigSet::thread_get_mask().context(doing)?;
+    let signals = block_signals()?;
+    let pidfd = rustix::process::Pid::from_raw(keeper)
+        .ok_or_else(|| Failure::new("the keeper has no process id"))
+        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).context(doing))?;
+    loop {
+        let mut ready = [
+            PollFd::new(&pidfd, PollFlags::IN),
+            PollFd::new(&signals, PollFlags::IN),
+        ];
+        if poll(&mut ready, None).is_err() {
+            continue;
+        }
+        let ended = !ready[0].revents().is_empty();
+        while let Ok(Some(signal)) = signals.read_signal() {
+            // What the kernel sends, the terminal's keys, the keeper gets too: it is in the same process group.
+            let is_sent = signal.ssi_code <= 0;
+            if is_sent
+                && !is_own(signal.ssi_signo)
+                && let Ok(number) = Signal::try_from(signal.ssi_signo.cast_signed())
+            {
+                // One that has just ended need not be told.
+                let _ = kill(nix::unistd::Pid::from_raw(keeper), number);
+            }
+        }
+        if ended {
+            // Hooks, which may follow, inherit it.
+            return before.thread_set_mask().context(doing);
+        }
     }
-    // A process that has just ended cannot be told, and need not be.
-    let _ = connection.tell(&Request::Forward(signal));
 }
 
 fn resize(connection: &Connection, terminal: &OwnedFd) {
