@@ -81,6 +81,7 @@ fn missing(name: &str) -> Error {
 fn sandbox_process(arguments: &[OsString]) -> Result<()> {
     // The command that started us blocked signals for its own purposes.
     crate::signals::unblock_all();
+    close_inherited();
     log_to_stderr();
     let (mut run, mut data, mut id) = (None, None, None);
     let mut pairs = Pairs {
@@ -106,6 +107,7 @@ fn sandbox_process(arguments: &[OsString]) -> Result<()> {
 /// `pod-process --directory DIR --id ID`, with the connection of who started it as standard input.
 fn pod_process(arguments: &[OsString]) -> Result<()> {
     crate::signals::unblock_all();
+    close_inherited();
     log_to_stderr();
     let (mut directory, mut id) = (None, None);
     let mut pairs = Pairs {
@@ -124,6 +126,23 @@ fn pod_process(arguments: &[OsString]) -> Result<()> {
     };
     hull_sandbox::process::pod::run(&paths, connection_on_stdin()?.into())?;
     Ok(())
+}
+
+/// Closes what an engine or a shell left open in who started this process: somebody may wait for its end, and this
+/// process lives on. Called before this process opens anything.
+fn close_inherited() {
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let inherited: Vec<i32> = open
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|fd| *fd > 2)
+        .collect();
+    for fd in inherited {
+        // One of them was the directory's own, which is closed by now.
+        let _ = nix::unistd::close(fd);
+    }
 }
 
 /// Moves the connection away from standard input, so that closing it closes it.
