@@ -26,6 +26,9 @@ const KEEPER_TIME: Timespec = Timespec {
     tv_nsec: 0,
 };
 
+/// How often a machine's processes are looked for that are born while others are moved.
+const HAND_OVER_ROUNDS: usize = 10;
+
 /// The container, its record and its status.
 pub(super) fn load(settings: &Settings, id: &str) -> Result<(Container, Record, Status)> {
     let container = settings.root.find(id)?;
@@ -213,8 +216,35 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
         let state = state(&record, Status::Stopped, 0);
         hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
     }
+    hand_over(settings, &record)?;
     record.groups.remove()?;
     container.remove()
+}
+
+/// The machine of a pod is in the groups of the container that it was started for. When that goes before others, it
+/// moves to the groups of one that stays.
+fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
+    if record.pod.is_empty() || !client::is_alive(&record.pod_paths()) {
+        return Ok(());
+    }
+    let heir = settings.root.list()?.into_iter().find_map(|container| {
+        let other = container.record().ok()?;
+        let in_pod = other.pods == record.pods && other.pod == record.pod;
+        let stays = in_pod && container.id != record.id;
+        (stays && container.status(&other).status != Status::Stopped).then_some(other)
+    });
+    let Some(heir) = heir else { return Ok(()) };
+    for _ in 0..HAND_OVER_ROUNDS {
+        let pids = record.groups.processes()?;
+        if pids.is_empty() {
+            break;
+        }
+        for pid in pids {
+            // One that has just ended; any other is found again, and at last by the removal.
+            let _ = heir.groups.join(pid);
+        }
+    }
+    Ok(())
 }
 
 /// Ends the container in its pod; waits for the pod when that ends with it.
