@@ -5,13 +5,13 @@
 //! directory that reads as stopped, for `delete` to remove.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use hull_sandbox::detached::{self, Attributes};
 use hull_sandbox::error::{Context, Failure, Result};
 use hull_sandbox::pod::client::{self, Connection, join_or_launch};
-use hull_sandbox::pod::wire::{self, MAX_SHARES, Reply, Request};
+use hull_sandbox::pod::wire::{self, MAX_SHARES, Received, Reply, Request};
 use hull_sandbox::pod::{PodPaths, PodRequest, Status};
 use oci_spec::runtime::LinuxResources;
 
@@ -237,7 +237,9 @@ impl Making<'_> {
                 container: self.container.id.clone(),
                 shares: shares.iter().map(|share| share.share.clone()).collect(),
             };
-            connection.ask(&request, &fds)?;
+            if self.ask(connection, &request, &fds)?.is_none() {
+                return Ok(None);
+            }
         }
         let request = Request::Create(wire::CreateRequest {
             container: self.container.id.clone(),
@@ -248,11 +250,25 @@ impl Making<'_> {
             joins: plan.joins.clone(),
         });
         let directory = self.container.open()?;
-        let received = connection.ask(&request, &[directory.as_fd()])?;
-        Ok(match received.message {
-            Reply::Ending => None,
-            _ => Some(received.fds),
-        })
+        let received = self.ask(connection, &request, &[directory.as_fd()])?;
+        Ok(received.map(|received| received.fds))
+    }
+
+    /// Asks; `None` when the pod is ending, or has ended before it saw the question.
+    fn ask(
+        &self,
+        connection: &Connection,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Option<Received<Reply>>> {
+        match connection.ask(request, fds) {
+            Ok(Received {
+                message: Reply::Ending,
+                ..
+            }) => Ok(None),
+            Err(failure) if !self.own_pod && client::is_gone(&failure) => Ok(None),
+            answer => answer.map(Some),
+        }
     }
 
     /// Leaves nothing behind. By now the keeper is dead and the connection closed, on which the container hung.

@@ -94,9 +94,12 @@ impl Connection {
     /// # Errors
     /// As [`Connection::ask`].
     pub fn receive(&self) -> Result<Received<Reply>> {
-        let received = receive(&self.socket)
-            .context(|| "read the answer of the sandbox process".into())?
-            .ok_or_else(gone)?;
+        let received = match receive(&self.socket) {
+            // It has ended with our question unread.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(gone()),
+            received => received.context(|| "read the answer of the sandbox process".into())?,
+        };
+        let received = received.ok_or_else(gone)?;
         match received.message {
             Reply::Failed(failure) => Err(failure),
             _ => Ok(received),
@@ -114,6 +117,11 @@ impl Connection {
 
 fn gone() -> Failure {
     Failure::new("the sandbox process has ended: it was killed, or it broke down")
+}
+
+/// Whether a failure of [`Connection::ask`] says that there is no sandbox process any more.
+pub fn is_gone(failure: &Failure) -> bool {
+    failure.message == gone().message
 }
 
 /// Whether the pod's sandbox process lives.

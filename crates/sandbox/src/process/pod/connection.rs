@@ -17,6 +17,7 @@ use crate::pod::Status;
 use crate::pod::wire::{
     CreateRequest, ExecRequest, Received, Reply, Request, Share, receive, send,
 };
+use crate::process::boot::BREAK_TIME;
 use crate::process::{streams, watch};
 use crate::record::Exit;
 
@@ -244,7 +245,10 @@ impl Connection {
             return Err(Failure::new("as many descriptors as shares must come"));
         }
         for (share, mount) in shares.into_iter().zip(fds) {
-            shares::add(&self.pod.devices, &self.pod.files, &share, mount).await?;
+            let added = shares::add(&self.pod.devices, &self.pod.files, &share, mount).await;
+            if let Err(failure) = added {
+                return self.pod.took_no_share(failure).await;
+            }
             self.shares.push(share);
         }
         Ok(ok())
@@ -307,6 +311,26 @@ impl Connection {
         }
         let names: Vec<String> = self.shares.drain(..).map(|share| share.name).collect();
         shares::remove(&self.pod.devices, &self.pod.files, &names).await;
+    }
+}
+
+impl Pod {
+    /// What is answered when the devices take no share any more.
+    async fn took_no_share(&self, failure: Failure) -> Result<Answer> {
+        let ends_with_its_last_container = {
+            let containers = self.lock();
+            containers.used && containers.ending
+        };
+        if ends_with_its_last_container {
+            return Ok((Reply::Ending, Vec::new()));
+        }
+        // A process that died is the cause.
+        Err(
+            match tokio::time::timeout(BREAK_TIME, self.broken()).await {
+                Ok(reason) => Failure::new(format!("{}: {reason}", failure.message)),
+                Err(_) => failure,
+            },
+        )
     }
 }
 
