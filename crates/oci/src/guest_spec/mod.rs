@@ -19,6 +19,9 @@ use crate::bundle::Bundle;
 use crate::keeper::Namespace;
 pub use namespaces::Network;
 
+/// Longest spec for the guest, bytes: a message to the agent has 4 MiB at most.
+const MAX_SPEC: usize = (4 << 20) - (64 << 10);
+
 /// What a container needs of the host, and what the guest is told.
 #[derive(Debug)]
 pub struct Plan {
@@ -83,6 +86,7 @@ impl Plan {
         plan.resources();
         devices::plan(&mut plan, bundle)?;
         plan.hooks();
+        plan.check_length()?;
         Ok(plan)
     }
 
@@ -141,7 +145,25 @@ impl Plan {
     fn hooks(&mut self) {
         if let Some(hooks) = self.spec["hooks"].as_object_mut() {
             hooks.retain(|kind, _| kind == "createContainer" || kind == "startContainer");
+            if !hooks.is_empty() {
+                return;
+            }
         }
+        // The state that hooks are told has them; nobody else in the guest asks.
+        if let Some(spec) = self.spec.as_object_mut() {
+            spec.remove("annotations");
+        }
+    }
+
+    fn check_length(&self) -> Result<()> {
+        let length = self.spec.to_string().len();
+        if length <= MAX_SPEC {
+            return Ok(());
+        }
+        Err(refused(
+            format_args!("config.json: {length} bytes for the guest"),
+            format_args!("it takes {MAX_SPEC} at most"),
+        ))
     }
 }
 
