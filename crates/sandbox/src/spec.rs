@@ -62,6 +62,8 @@ pub struct ContainerOptions {
     pub pids_limit: Option<i64>,
     /// Which system calls are let through.
     pub seccomp: Seccomp,
+    /// The guest's kernel executes programs of 32 bits.
+    pub has_32_bits: bool,
     /// Programs cannot bring privileges along.
     pub no_new_privileges: bool,
 }
@@ -341,7 +343,8 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
             "readonlyPaths": READ_ONLY_PATHS,
         },
     });
-    if let Some(filter) = options.seccomp.for_capabilities(&capabilities) {
+    let filter = &options.seccomp;
+    if let Some(filter) = filter.for_capabilities(&capabilities, options.has_32_bits) {
         spec["linux"]["seccomp"] = filter;
     }
     let spec = serde_json::from_value(spec).context(|| "build the spec".into())?;

@@ -8,7 +8,6 @@
 mod numbers;
 mod program;
 
-use std::collections::BTreeMap;
 use std::io;
 
 use libseccomp::ScmpArch;
@@ -214,41 +213,32 @@ impl Rule<'_> {
     }
 }
 
-/// What a profile says of one system call.
-#[derive(Default)]
-struct Said {
-    always: Option<Answer>,
-    cases: Vec<Case>,
+/// That a rule is about a system call. Small, and hundreds of them in one piece: in a guest, memory that is touched first
+/// is dear.
+struct Mention {
+    number: u32,
+    rule: u32,
+    /// As which of `number`'s system calls, if it stands for several.
+    which: Option<u32>,
 }
 
 /// The decisions of one architecture.
 fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Section {
-    let mut said: BTreeMap<u32, Said> = BTreeMap::new();
-    for rule in rules {
+    let names = rules.iter().map(|rule| rule.names.len()).sum();
+    let mut mentions: Vec<Mention> = Vec::with_capacity(names);
+    for (rule, position) in rules.iter().zip(0..) {
         for name in rule.names {
             // Profiles name system calls of many kernels and architectures: one that is unknown here cannot be called.
-            numbers::each(architecture, name, |number, condition| {
-                let said = said.entry(number).or_default();
-                for conditions in &rule.alternatives {
-                    match condition {
-                        None if conditions.is_empty() => {
-                            said.always.get_or_insert(rule.answer);
-                        }
-                        None => said.cases.push(Case {
-                            conditions: conditions.clone(),
-                            answer: rule.answer,
-                        }),
-                        // What it is called through has arguments of its own.
-                        Some(condition) if conditions.is_empty() => said.cases.push(Case {
-                            conditions: vec![condition],
-                            answer: rule.answer,
-                        }),
-                        Some(_) => {}
-                    }
-                }
+            numbers::each(architecture, name, |number, which| {
+                mentions.push(Mention {
+                    number,
+                    rule: position,
+                    which,
+                });
             });
         }
     }
+    mentions.sort_unstable_by_key(|mention| (mention.number, mention.rule));
     let newer = if default & libc::SECCOMP_RET_ACTION_FULL == libc::SECCOMP_RET_ERRNO {
         // System calls that were not there when the profile was written: as if they were not here either, so that
         // programs take what was there instead. EPERM would end them. runc does the same.
@@ -264,16 +254,17 @@ fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Secti
     };
     let mut cases = Vec::new();
     let mut next = 0;
-    for (number, said) in said {
+    for mentions in mentions.chunk_by(|one, other| one.number == other.number) {
+        let number = mentions[0].number;
         if number > next {
             decide(next, Decision::Always(default));
         }
         decide(
             number,
-            match said.always {
-                Some(answer) => Decision::Always(answer),
-                None => {
-                    cases.push(said.cases);
+            match decision(mentions, rules) {
+                Ok(answer) => Decision::Always(answer),
+                Err(conditional) => {
+                    cases.push(conditional);
                     Decision::Cases(cases.len() - 1)
                 }
             },
@@ -286,6 +277,28 @@ fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Secti
         intervals,
         cases,
     }
+}
+
+/// What the rules say of one number: one answer, or cases.
+fn decision(mentions: &[Mention], rules: &[Rule<'_>]) -> std::result::Result<Answer, Vec<Case>> {
+    let mut cases = Vec::new();
+    for mention in mentions {
+        let rule = &rules[mention.rule as usize];
+        for conditions in &rule.alternatives {
+            let conditions = match mention.which {
+                None if conditions.is_empty() => return Ok(rule.answer),
+                None => conditions.clone(),
+                Some(which) if conditions.is_empty() => vec![numbers::is(which)],
+                // What it is called through has arguments of its own.
+                Some(_) => continue,
+            };
+            cases.push(Case {
+                conditions,
+                answer: rule.answer,
+            });
+        }
+    }
+    Err(cases)
 }
 
 #[cfg(test)]

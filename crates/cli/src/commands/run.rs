@@ -411,6 +411,7 @@ fn request(
         cpus_milli,
         pids_limit: (pids_limit > 0).then_some(pids_limit),
         seccomp: seccomp(&args.security_opt)?,
+        has_32_bits: choice.kind != Kind::Uml,
         no_new_privileges: no_new_privileges(&args.security_opt),
     };
     let built = spec::build(&options, &image.config)?;

@@ -39,17 +39,14 @@ const PERSONALITIES: [u64; 5] = [0, 8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 /// What every container may call.
 const ALLOWED: &[&str] = &[
     // Files by descriptor.
-    "read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek _llseek close close_range \
-     dup dup2 dup3 fcntl fcntl64 flock ioctl ftruncate ftruncate64 fallocate fadvise64 fadvise64_64 \
-     arm_fadvise64_64 readahead fsync fdatasync sync syncfs sync_file_range sync_file_range2 arm_sync_file_range \
-     sendfile sendfile64 copy_file_range splice tee vmsplice pipe pipe2 cachestat",
+    "read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range dup dup2 \
+     dup3 fcntl flock ioctl ftruncate fallocate fadvise64 readahead fsync fdatasync sync syncfs sync_file_range \
+     sendfile copy_file_range splice tee vmsplice pipe pipe2 cachestat",
     // Files by name.
-    "open openat openat2 creat access faccessat faccessat2 stat lstat fstat stat64 lstat64 fstat64 fstatat64 \
-     newfstatat oldstat oldlstat oldfstat statx statfs fstatfs statfs64 fstatfs64 truncate truncate64 readlink \
-     readlinkat getdents getdents64 readdir getcwd chdir fchdir mkdir mkdirat rmdir rename renameat renameat2 \
-     link linkat symlink symlinkat unlink unlinkat mknod mknodat chmod fchmod fchmodat fchmodat2 chown fchown \
-     lchown fchownat chown32 fchown32 lchown32 umask utime utimes futimesat utimensat utimensat_time64 \
-     name_to_handle_at file_getattr file_setattr",
+    "open openat openat2 creat access faccessat faccessat2 stat lstat fstat newfstatat statx statfs fstatfs \
+     truncate readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir rename renameat \
+     renameat2 link linkat symlink symlinkat unlink unlinkat mknod mknodat chmod fchmod fchmodat fchmodat2 chown \
+     fchown lchown fchownat umask utime utimes futimesat utimensat name_to_handle_at file_getattr file_setattr",
     // Attributes of files, and being told of changes. fanotify_mark needs a descriptor of fanotify_init.
     "setxattr lsetxattr fsetxattr setxattrat getxattr lgetxattr fgetxattr getxattrat listxattr llistxattr \
      flistxattr listxattrat removexattr lremovexattr fremovexattr removexattrat inotify_init inotify_init1 \
@@ -57,53 +54,56 @@ const ALLOWED: &[&str] = &[
     // The mounts that /proc/self/mountinfo shows, too.
     "statmount listmount",
     // Waiting for descriptors, asynchronous input and output.
-    "select _newselect pselect6 pselect6_time64 poll ppoll ppoll_time64 epoll_create epoll_create1 epoll_ctl \
-     epoll_ctl_old epoll_wait epoll_wait_old epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd signalfd4 \
-     timerfd_create timerfd_settime timerfd_settime64 timerfd_gettime timerfd_gettime64 io_setup io_destroy \
-     io_submit io_cancel io_getevents io_pgetevents io_pgetevents_time64",
+    "select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_wait epoll_wait_old \
+     epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime \
+     io_setup io_destroy io_submit io_cancel io_getevents io_pgetevents",
     // Memory.
-    "brk mmap mmap2 munmap mremap mprotect msync mincore madvise mlock mlock2 munlock mlockall munlockall \
+    "brk mmap munmap mremap mprotect msync mincore madvise mlock mlock2 munlock mlockall munlockall \
      remap_file_pages memfd_create memfd_secret membarrier pkey_alloc pkey_free pkey_mprotect mseal \
      map_shadow_stack process_mrelease",
     // Processes: clone is below, with conditions.
-    "fork vfork execve execveat exit exit_group wait4 waitid waitpid getpid getppid gettid getpgid setpgid \
-     getpgrp getsid setsid pidfd_open pidfd_send_signal prctl arch_prctl set_tid_address set_thread_area \
-     get_thread_area set_tls modify_ldt cacheflush breakpoint set_robust_list get_robust_list rseq \
-     rseq_slice_yield restart_syscall nice getpriority setpriority ioprio_get ioprio_set getrlimit ugetrlimit \
-     setrlimit prlimit64 getrusage times getcpu",
+    "fork vfork execve execveat exit exit_group wait4 waitid getpid getppid gettid getpgid setpgid getpgrp \
+     getsid setsid pidfd_open pidfd_send_signal prctl arch_prctl set_tid_address set_thread_area get_thread_area \
+     modify_ldt set_robust_list get_robust_list rseq rseq_slice_yield restart_syscall getpriority setpriority \
+     ioprio_get ioprio_set getrlimit setrlimit prlimit64 getrusage times getcpu",
     // Looking into one's own processes. The kernel asks for the right to, and since 4.8 a tracer cannot undo this
     // filter.
     "ptrace process_vm_readv process_vm_writev",
     // Scheduling.
     "sched_yield sched_getaffinity sched_setaffinity sched_getattr sched_setattr sched_getparam sched_setparam \
-     sched_getscheduler sched_setscheduler sched_get_priority_max sched_get_priority_min sched_rr_get_interval \
-     sched_rr_get_interval_time64",
+     sched_getscheduler sched_setscheduler sched_get_priority_max sched_get_priority_min sched_rr_get_interval",
     // Locks between threads.
-    "futex futex_time64 futex_waitv futex_wait futex_wake futex_requeue",
+    "futex futex_waitv futex_wait futex_wake futex_requeue",
     // Signals.
-    "rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait rt_sigtimedwait_time64 \
-     rt_sigqueueinfo rt_tgsigqueueinfo sigaltstack sigreturn signal sigaction sigprocmask sigpending sigsuspend \
-     kill tkill tgkill pause uretprobe uprobe",
+    "rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait rt_sigqueueinfo \
+     rt_tgsigqueueinfo sigaltstack kill tkill tgkill pause uretprobe uprobe",
     // Users, groups, capabilities; a process can only give up rights, and wall itself in further.
     "getuid geteuid getgid getegid getresuid getresgid getgroups setuid setgid setreuid setregid setresuid \
-     setresgid setgroups setfsuid setfsgid getuid32 geteuid32 getgid32 getegid32 getresuid32 getresgid32 \
-     getgroups32 setuid32 setgid32 setreuid32 setregid32 setresuid32 setresgid32 setgroups32 setfsuid32 \
-     setfsgid32 capget capset seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self \
-     lsm_get_self_attr lsm_set_self_attr lsm_list_modules",
+     setresgid setgroups setfsuid setfsgid capget capset seccomp landlock_create_ruleset landlock_add_rule \
+     landlock_restrict_self lsm_get_self_attr lsm_set_self_attr lsm_list_modules",
     // Time; setting the clock needs a capability, here and of the kernel.
-    "time gettimeofday nanosleep alarm getitimer setitimer clock_gettime clock_gettime64 clock_getres \
-     clock_getres_time64 clock_nanosleep clock_nanosleep_time64 timer_create timer_settime timer_settime64 \
-     timer_gettime timer_gettime64 timer_getoverrun timer_delete adjtimex clock_adjtime clock_adjtime64",
+    "time gettimeofday nanosleep alarm getitimer setitimer clock_gettime clock_getres clock_nanosleep \
+     timer_create timer_settime timer_gettime timer_getoverrun timer_delete adjtimex clock_adjtime",
     // Sockets: socket is below, with conditions. socketcall would go around them; 32-bit C libraries need it no more.
-    "socketpair bind listen accept accept4 connect shutdown getsockname getpeername getsockopt setsockopt send \
-     sendto sendmsg sendmmsg recv recvfrom recvmsg recvmmsg recvmmsg_time64",
+    "socketpair bind listen accept accept4 connect shutdown getsockname getpeername getsockopt setsockopt sendto \
+     sendmsg sendmmsg recvfrom recvmsg recvmmsg",
     // Messages, semaphores and shared memory, in the container's own namespace.
-    "shmget shmat shmdt shmctl semget semop semctl semtimedop semtimedop_time64 msgget msgsnd msgrcv msgctl ipc \
-     mq_open mq_unlink mq_timedsend mq_timedsend_time64 mq_timedreceive mq_timedreceive_time64 mq_notify \
-     mq_getsetattr",
+    "shmget shmat shmdt shmctl semget semop semctl semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink \
+     mq_timedsend mq_timedreceive mq_notify mq_getsetattr",
     // The system.
     "uname sysinfo getrandom",
 ];
+
+/// What programs of 32 bits have besides: wider forms of what has got too narrow, and what 64 bits have never had.
+const ALLOWED_32: &str = "fcntl64 _llseek ftruncate64 fadvise64_64 arm_fadvise64_64 sync_file_range2 arm_sync_file_range sendfile64 \
+     stat64 lstat64 fstat64 fstatat64 oldstat oldlstat oldfstat statfs64 fstatfs64 truncate64 readdir chown32 \
+     fchown32 lchown32 utimensat_time64 _newselect pselect6_time64 ppoll_time64 timerfd_settime64 \
+     timerfd_gettime64 io_pgetevents_time64 mmap2 waitpid set_tls cacheflush breakpoint nice ugetrlimit \
+     sched_rr_get_interval_time64 futex_time64 rt_sigtimedwait_time64 sigreturn signal sigaction sigprocmask \
+     sigpending sigsuspend getuid32 geteuid32 getgid32 getegid32 getresuid32 getresgid32 getgroups32 setuid32 \
+     setgid32 setreuid32 setregid32 setresuid32 setresgid32 setgroups32 setfsuid32 setfsgid32 clock_gettime64 \
+     clock_getres_time64 clock_nanosleep_time64 timer_settime64 timer_gettime64 clock_adjtime64 send recv \
+     recvmmsg_time64 semtimedop_time64 ipc mq_timedsend_time64 mq_timedreceive_time64";
 
 /// What is allowed with any of the capabilities before it.
 const WITH_CAPABILITY: &[(&[&str], &str)] = &[
@@ -139,10 +139,15 @@ const WITH_CAPABILITY: &[(&[&str], &str)] = &[
 // (kexec_*, swapon, swapoff); what is obsolete (uselib, ustat, sysfs, _sysctl, nfsservctl, lookup_dcookie, vm86, …).
 
 impl Seccomp {
-    /// `linux.seccomp` of a process with these capabilities (`CAP_…`).
-    pub(super) fn for_capabilities(&self, capabilities: &[String]) -> Option<Value> {
+    /// `linux.seccomp` of a process with these capabilities (`CAP_…`), on a kernel that executes programs of 32 bits or
+    /// does not.
+    pub(super) fn for_capabilities(
+        &self,
+        capabilities: &[String],
+        has_32_bits: bool,
+    ) -> Option<Value> {
         match self {
-            Seccomp::Default => Some(default_filter(capabilities)),
+            Seccomp::Default => Some(default_filter(capabilities, has_32_bits)),
             Seccomp::Unconfined => None,
             Seccomp::Profile(profile) => Some(profile.filter(capabilities)),
         }
@@ -169,8 +174,15 @@ fn architectures() -> &'static [&'static str] {
     }
 }
 
-fn default_filter(capabilities: &[String]) -> Value {
+/// What is not needed is left out: each name is read, and looked up, in the guest at each start.
+fn default_filter(capabilities: &[String], has_32_bits: bool) -> Value {
     let mut allowed: Vec<&str> = words(ALLOWED.iter()).collect();
+    let mut architectures = architectures();
+    if has_32_bits {
+        allowed.extend(ALLOWED_32.split_whitespace());
+    } else {
+        architectures = &architectures[..architectures.len().min(1)];
+    }
     for (needed, calls) in WITH_CAPABILITY {
         if needed.iter().any(|name| has(capabilities, name)) {
             allowed.extend(calls.split_whitespace());
@@ -208,7 +220,7 @@ fn default_filter(capabilities: &[String]) -> Value {
     json!({
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": rustix::io::Errno::PERM.raw_os_error(),
-        "architectures": architectures(),
+        "architectures": architectures,
         "syscalls": rules,
     })
 }
@@ -414,6 +426,7 @@ mod tests {
     fn each_call_is_named_once() {
         let mut all: Vec<&str> = words(ALLOWED.iter()).collect();
         all.extend(words(WITH_CAPABILITY.iter().map(|(_, calls)| calls)));
+        all.extend(ALLOWED_32.split_whitespace());
         all.extend(["clone", "clone3", "socket", "personality"]);
         let count = all.len();
         all.sort_unstable();
@@ -425,7 +438,7 @@ mod tests {
     fn capabilities_open_what_belongs_to_them() {
         let with = |list: &[&str]| {
             let list: Vec<String> = list.iter().map(|name| format!("CAP_{name}")).collect();
-            names(&default_filter(&list))
+            names(&default_filter(&list, false))
         };
         let usual = with(&["CHOWN", "SYS_CHROOT"]);
         assert!(usual.contains(&"chroot".into()) && usual.contains(&"ptrace".into()));
@@ -453,7 +466,7 @@ mod tests {
 
     #[test]
     fn only_one_address_family_is_kept_out() {
-        let filter = default_filter(&[]);
+        let filter = default_filter(&[], true);
         let allowed = |family: u64| {
             filter["syscalls"].as_array().unwrap().iter().any(|rule| {
                 let argument = &rule["args"][0];
@@ -470,10 +483,10 @@ mod tests {
 
     #[test]
     fn it_is_what_the_specification_asks_for() {
-        let filter = default_filter(&[]);
+        let filter = default_filter(&[], true);
         let parsed: LinuxSeccomp = serde_json::from_value(filter).unwrap();
         assert_eq!(parsed.default_errno_ret(), Some(1));
-        assert!(Seccomp::Unconfined.for_capabilities(&[]).is_none());
+        assert!(Seccomp::Unconfined.for_capabilities(&[], true).is_none());
     }
 
     fn read(text: &str) -> Result<Profile> {

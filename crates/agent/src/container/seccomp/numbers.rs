@@ -33,7 +33,7 @@ const FIRST_NEWER: u32 = 451;
 
 /// System calls that 32-bit x86 has in two forms: the name, the number of its own if it has one, the one that it can
 /// also be called through, and as which of that one's.
-const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u64); 32] = [
+const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u32); 32] = [
     ("socket", Some(359), SOCKETCALL, 1),
     ("bind", Some(361), SOCKETCALL, 2),
     ("connect", Some(362), SOCKETCALL, 3),
@@ -70,12 +70,9 @@ const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u64); 32] = [
 const SOCKETCALL: u32 = 102;
 const IPC: u32 = 117;
 
-/// Calls `found` for each number under which a system call can be called, and the condition on that if there is one.
-pub(super) fn each(
-    architecture: ScmpArch,
-    name: &str,
-    mut found: impl FnMut(u32, Option<Comparison>),
-) {
+/// Calls `found` for each number under which a system call can be called, and as which of that number's system calls if
+/// it stands for several.
+pub(super) fn each(architecture: ScmpArch, name: &str, mut found: impl FnMut(u32, Option<u32>)) {
     if architecture == ScmpArch::X86
         && let Some((_, own, through, which)) =
             THROUGH_ANOTHER.iter().find(|(other, ..)| *other == name)
@@ -83,9 +80,7 @@ pub(super) fn each(
         if let Some(number) = own {
             found(*number, None);
         }
-        // The upper half of ipc's is a version.
-        let test = Test::Masked(0xffff, *which);
-        found(*through, Some(Comparison { argument: 0, test }));
+        found(*through, Some(*which));
     } else if let Some(position) = NEWER.iter().position(|other| *other == name) {
         found(FIRST_NEWER + position as u32, None);
     } else if let Ok(number) = ScmpSyscall::from_name_by_arch(name, architecture)
@@ -93,6 +88,15 @@ pub(super) fn each(
         && let Ok(number) = u32::try_from(i32::from(number))
     {
         found(number, None);
+    }
+}
+
+/// That a number stands for this one of its system calls.
+pub(super) fn is(which: u32) -> Comparison {
+    Comparison {
+        argument: 0,
+        // The upper half of ipc's is a version.
+        test: Test::Masked(0xffff, which.into()),
     }
 }
 
