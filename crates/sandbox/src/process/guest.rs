@@ -36,6 +36,9 @@ const FIRST_JAIL_UID: u32 = 0x7000_0000;
 /// How long a machine may take to end after it has closed its devices.
 const MACHINE_TIME: Duration = Duration::from_secs(2);
 
+/// How long the device process may take to end after the machine that it served.
+const AFTERMATH: Duration = Duration::from_millis(20);
+
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
 
@@ -145,28 +148,42 @@ impl Guest {
         (self.devices.pid, self.machine.pid)
     }
 
-    /// Waits until one of the processes ends; a line that says which and how.
+    /// Waits until one of the processes ends; a line that says which and how. When both end, one has taken the other
+    /// along: a device process that ended by itself is the cause, because it only does so when something is wrong.
     pub async fn broke_down(&self) -> String {
         tokio::select! {
-            status = self.machine.ended() => self.machine_broke_down(status).await,
-            status = self.devices.ended() => match status {
-                Some(Status::Signal(signal)) => {
-                    format!("the device process was killed by signal {signal}")
+            status = self.machine.ended() => {
+                match tokio::time::timeout(AFTERMATH, self.devices.ended()).await {
+                    Ok(devices) => match self.devices_broke_down(devices) {
+                        Some(reason) => reason,
+                        None => self.machine_broke_down(status).await,
+                    },
+                    Err(_) => self.machine_broke_down(status).await,
                 }
+            }
+            status = self.devices.ended() => match self.devices_broke_down(status) {
+                Some(reason) => reason,
                 // It ends by itself when the machine has closed its sockets.
-                Some(Status::Code(0)) => match tokio::time::timeout(
-                    MACHINE_TIME,
-                    self.machine.ended(),
-                ).await {
+                None => match tokio::time::timeout(MACHINE_TIME, self.machine.ended()).await {
                     Ok(status) => self.machine_broke_down(status).await,
                     Err(_) => "the machine has left its devices".into(),
                 },
-                Some(Status::Code(code)) => {
-                    let said = last_line(&self.diagnostics);
-                    format!("the device process ended with status {code}{said}")
-                }
-                None => "the device process has ended".into(),
             }
+        }
+    }
+
+    /// How the device process ended, unless that was for lack of a machine.
+    fn devices_broke_down(&self, status: Option<Status>) -> Option<String> {
+        match status {
+            Some(Status::Signal(signal)) => Some(format!(
+                "the device process was killed by signal {signal}"
+            )),
+            Some(Status::Code(0)) => None,
+            Some(Status::Code(code)) => {
+                let said = last_line(&self.diagnostics);
+                Some(format!("the device process ended with status {code}{said}"))
+            }
+            None => Some("the device process has ended".into()),
         }
     }
 
