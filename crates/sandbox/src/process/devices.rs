@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hull_devices::control::{self, Cache, Call, Event, Request};
+use hull_protocol::AGENT_PORT;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -15,6 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::watch::watch;
 use crate::error::{Context, Failure, Result};
+
+/// Number of the request that nobody waits for.
+const UNASKED: u64 = 0;
 
 /// Host-side ports of streams begin here, above the fixed ones.
 const FIRST_STREAM_PORT: u32 = 0x1_0000;
@@ -37,11 +41,18 @@ pub struct Devices {
 pub type Incoming = mpsc::Receiver<(u32, OwnedFd)>;
 
 impl Devices {
-    /// Takes over the control socket of a device process.
+    /// Takes over the control socket of a device process, and lets the guest connect to the host's port for the agent.
+    ///
+    /// Called before there is a machine: one that comes up faster than this process goes on must not dial in vain.
     ///
     /// # Errors
-    /// The socket cannot be registered with the event loop.
+    /// The device process has ended, or the socket cannot be registered with the event loop.
     pub fn new(socket: OwnedFd) -> Result<(Self, Incoming)> {
+        let listen = Request {
+            id: UNASKED,
+            call: Call::Listen { port: AGENT_PORT },
+        };
+        control::send(socket.as_fd(), &listen, None).context(|| "listen for the guest".into())?;
         rustix::io::ioctl_fionbio(&socket, true).context(|| "prepare the control socket".into())?;
         let socket = Arc::new(watch(socket, Interest::READABLE | Interest::WRITABLE)?);
         let pending = Pending::default();
@@ -51,7 +62,7 @@ impl Devices {
             Self {
                 socket,
                 pending,
-                next_request: AtomicU64::new(1),
+                next_request: AtomicU64::new(UNASKED + 1),
                 next_port: AtomicU32::new(FIRST_STREAM_PORT),
             },
             incoming,
@@ -123,15 +134,6 @@ impl Devices {
         .await
     }
 
-    /// Lets the guest connect to a port of the host.
-    ///
-    /// # Errors
-    /// The device process refuses, or has ended.
-    pub async fn listen(&self, port: u32) -> Result<()> {
-        self.call("listen for the guest", Call::Listen { port }, None)
-            .await
-    }
-
     /// Opens a stream to the guest; its name there is the port that is returned with it.
     ///
     /// # Errors
@@ -181,9 +183,11 @@ async fn receive(
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .remove(&id);
-                if let Some(waiting) = waiting {
+                match (waiting, error) {
                     // Whoever asked may have gone.
-                    let _ = waiting.send(error);
+                    (Some(waiting), error) => drop(waiting.send(error)),
+                    (None, Some(error)) => tracing::error!("the device process: {error}"),
+                    (None, None) => {}
                 }
             }
             Ok((Event::Incoming { port, .. }, Some(stream))) => {

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hull_devices::control::Cache;
+use hull_protocol::SHARES_DIR;
 use hull_protocol::agent as proto;
-use hull_protocol::{AGENT_PORT, SHARES_DIR};
 use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -216,7 +216,6 @@ async fn boot(
     timings.step("mount the root file system", begin);
 
     let begin = now_ns();
-    devices.listen(AGENT_PORT).await?;
     use std::os::fd::AsFd;
     devices
         .add_share(ROOT_SHARE, root.directory.as_fd(), Cache::Private)

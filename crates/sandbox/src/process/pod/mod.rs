@@ -21,7 +21,6 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hull_protocol::AGENT_PORT;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
 };
@@ -238,7 +237,6 @@ async fn accept(listener: OwnedFd, pod: Arc<Pod>) {
 }
 
 async fn boot(guest: &Guest, request: &PodRequest, incoming: Incoming) -> Result<Ready> {
-    guest.control.listen(AGENT_PORT).await?;
     let agent = boot::agent_dials(incoming).await?;
     let kind = request.machine.choice.kind;
     let configuration = boot::configuration(kind, &request.hostname, BTreeMap::new())?;
