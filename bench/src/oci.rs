@@ -1,5 +1,6 @@
 //! The OCI runtime's command line, as engines call it.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -23,14 +24,7 @@ pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Resul
             let bundle = setup.bundle(Root::Busybox, &["true"], None)?;
             let id = setup.unique();
             let begin = Instant::now();
-            call(
-                setup
-                    .oci(contestant)
-                    .args(["create", "-b"])
-                    .arg(&bundle)
-                    .arg(&id),
-            )?;
-            call(setup.oci(contestant).args(["start", &id]))?;
+            start(setup, contestant, &bundle, &id)?;
             call(setup.oci(contestant).args(["delete", "--force", &id]))?;
             if round > 0 {
                 results.add(name, contestant, begin.elapsed().as_secs_f64() * 1e3);
@@ -49,14 +43,7 @@ fn keeper(setup: &Setup, results: &mut Results) -> Result<()> {
         }
         let bundle = setup.bundle(Root::Busybox, &["sleep", "1000"], None)?;
         let id = setup.unique();
-        call(
-            setup
-                .oci(contestant)
-                .args(["create", "-b"])
-                .arg(&bundle)
-                .arg(&id),
-        )?;
-        call(setup.oci(contestant).args(["start", &id]))?;
+        start(setup, contestant, &bundle, &id)?;
         let output = setup
             .oci(contestant)
             .args(["state", &id])
@@ -71,6 +58,13 @@ fn keeper(setup: &Setup, results: &mut Results) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// `create` and `start`.
+fn start(setup: &Setup, contestant: Contestant, bundle: &Path, id: &str) -> Result<()> {
+    let mut create = setup.oci(contestant);
+    call(create.args(["create", "-b"]).arg(bundle).arg(id))?;
+    call(setup.oci(contestant).args(["start", id]))
 }
 
 /// Runs a command that must succeed. Without a pipe for errors: the container would have it, too, and keep it open.

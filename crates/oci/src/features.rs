@@ -158,8 +158,8 @@ const SECCOMP_OPERATORS: &[&str] = &[
     "SCMP_CMP_NE",
 ];
 
-/// Architectures that a filter can name. Guests are little-endian, and libseccomp does not mix the two in one filter;
-/// it also knows fewer of them than the specification.
+/// Architectures that a filter can name. Those that the guest's kernel cannot execute are skipped in a filter;
+/// big-endian ones and those that libseccomp has no numbers for are refused.
 const SECCOMP_ARCHITECTURES: &[&str] = &[
     "SCMP_ARCH_AARCH64",
     "SCMP_ARCH_ARM",

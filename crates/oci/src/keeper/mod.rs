@@ -23,8 +23,7 @@ use std::process::{Child, Command};
 use hull_sandbox::error::{Context, Failure, Result};
 use hull_sandbox::pod::PodPaths;
 use hull_sandbox::pod::client::Connection;
-use hull_sandbox::pod::wire::{Received, Reply, receive, send};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use hull_sandbox::pod::wire::{Received, Reply, pair, receive, send};
 use serde::{Deserialize, Serialize};
 
 pub use process::{keep_here, run};
@@ -121,13 +120,7 @@ pub fn spawn(
     session: bool,
 ) -> Result<Keeper> {
     let doing = || "start the keeper".to_owned();
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .context(doing)?;
+    let (ours, theirs) = pair().context(doing)?;
     let mut command = Command::new("/proc/self/exe");
     if let Some((name, rest)) = arguments.split_first() {
         command.arg0(name).args(rest);

@@ -8,11 +8,9 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use super::wire::{Received, Reply, Request, receive, send};
+use super::wire::{Received, Reply, Request, pair, receive, send};
 use super::{PodPaths, PodRequest};
 use crate::error::{Context, Failure, Result};
 use crate::record;
@@ -193,13 +191,7 @@ pub fn launch(paths: &PodPaths, request: &PodRequest) -> Result<Connection> {
     let text = serde_json::to_vec(request).context(doing)?;
     record::write_by_rename(&files.request(), &text)?;
     let diagnostics = File::create(files.diagnostics()).context(doing)?;
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .context(doing)?;
+    let (ours, theirs) = pair().context(doing)?;
     Command::new("/proc/self/exe")
         .arg0("hull")
         .args(["pod-process", "--directory"])

@@ -13,8 +13,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use hull_protocol::SHARES_DIR;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -187,6 +188,20 @@ pub struct Received<M> {
     pub fds: Vec<OwnedFd>,
 }
 
+/// Two connected sockets for messages.
+///
+/// # Errors
+/// The kernel's.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        flags,
+        None,
+    )?)
+}
+
 /// Sends one message. `WouldBlock` on a non-blocking socket means that nothing was sent.
 ///
 /// # Errors
@@ -296,19 +311,7 @@ fn invalid(message: String) -> io::Error {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-
     use super::*;
-
-    fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap()
-    }
 
     fn create(padding: usize) -> Request {
         Request::Update {
@@ -319,8 +322,8 @@ mod tests {
 
     #[test]
     fn short_and_long_messages_arrive_with_their_descriptors() {
-        let (a, b) = pair();
-        let (near, far) = pair();
+        let (a, b) = pair().unwrap();
+        let (near, far) = pair().unwrap();
         for padding in [0, MAX_INLINE, 10 << 20] {
             send(&a, &create(padding), &[near.as_fd(), far.as_fd()]).unwrap();
             let received = receive::<Request>(&b).unwrap().unwrap();
@@ -336,7 +339,7 @@ mod tests {
 
     #[test]
     fn as_many_descriptors_as_shares_pass() {
-        let (a, b) = pair();
+        let (a, b) = pair().unwrap();
         let fds = vec![a.as_fd(); MAX_SHARES];
         send(&a, &create(MAX_INLINE), &fds).unwrap();
         assert_eq!(
@@ -347,7 +350,7 @@ mod tests {
 
     #[test]
     fn the_end_is_no_message_and_nonsense_is_an_error() {
-        let (a, b) = pair();
+        let (a, b) = pair().unwrap();
         rustix::io::write(&a, b"{").unwrap();
         rustix::io::write(&a, b"@").unwrap();
         for _ in 0..2 {
