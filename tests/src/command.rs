@@ -1,7 +1,9 @@
 //! Commands that cannot hang a test: each has a time limit, and what it printed until then is shown.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -14,6 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 pub struct Invocation {
     command: Command,
     input: Option<Vec<u8>>,
+    output: Option<(PathBuf, PathBuf)>,
     limit: Duration,
 }
 
@@ -38,6 +41,7 @@ impl Invocation {
         Invocation {
             command: Command::new(program),
             input: None,
+            output: None,
             limit: Duration::from_secs(30),
         }
     }
@@ -63,6 +67,12 @@ impl Invocation {
     /// Gives it this to read, and then the end.
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Some(bytes.into());
+        self
+    }
+
+    /// Puts its standard output and standard error in files, which whatever it leaves running may keep open.
+    pub fn output_to(mut self, stdout: &Path, stderr: &Path) -> Self {
+        self.output = Some((stdout.to_owned(), stderr.to_owned()));
         self
     }
 
@@ -121,15 +131,25 @@ impl Invocation {
 
     fn start_with(mut self, stdin: Stdio) -> Running {
         let what = format!("{:?}", self.command);
+        let end = |file: Option<&PathBuf>| match file {
+            None => Stdio::piped(),
+            Some(path) => File::create(path).unwrap().into(),
+        };
+        let files = self.output.as_ref();
         let mut child = self
             .command
             .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(end(files.map(|files| &files.0)))
+            .stderr(end(files.map(|files| &files.1)))
             .spawn()
             .unwrap_or_else(|error| panic!("{what}: {error}"));
-        let stdout = Collected::of(child.stdout.take().unwrap());
-        let stderr = Collected::of(child.stderr.take().unwrap());
+        let (stdout, stderr) = match self.output {
+            None => (
+                Collected::of(child.stdout.take().unwrap()),
+                Collected::of(child.stderr.take().unwrap()),
+            ),
+            Some((stdout, stderr)) => (Collected::File(stdout), Collected::File(stderr)),
+        };
         Running {
             what,
             stdin: child.stdin.take(),
@@ -249,10 +269,15 @@ fn is_progress(line: &str) -> bool {
         || layer.len() == 12 && layer.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Output read by a thread, so that neither pipe ever fills.
-struct Collected {
-    bytes: Arc<Mutex<Vec<u8>>>,
-    reader: JoinHandle<()>,
+/// Where output goes.
+enum Collected {
+    /// Read by a thread, so that neither pipe ever fills.
+    Read {
+        bytes: Arc<Mutex<Vec<u8>>>,
+        reader: JoinHandle<()>,
+    },
+    /// Here.
+    File(PathBuf),
 }
 
 impl Collected {
@@ -265,24 +290,31 @@ impl Collected {
                 into.lock().unwrap().extend_from_slice(&chunk[..n]);
             }
         });
-        Collected { bytes, reader }
+        Collected::Read { bytes, reader }
     }
 
     fn so_far(&self) -> Vec<u8> {
-        self.bytes.lock().unwrap().clone()
+        match self {
+            Collected::Read { bytes, .. } => bytes.lock().unwrap().clone(),
+            Collected::File(path) => std::fs::read(path).unwrap(),
+        }
     }
 
     fn all(self, what: &str, stream: &str) -> Vec<u8> {
+        let (bytes, reader) = match self {
+            Collected::Read { bytes, reader } => (bytes, reader),
+            Collected::File(path) => return std::fs::read(path).unwrap(),
+        };
         let begin = Instant::now();
-        while !self.reader.is_finished() {
+        while !reader.is_finished() {
             assert!(
                 begin.elapsed() < Duration::from_secs(10),
                 "{what}: has ended, but somebody keeps its {stream} open"
             );
             std::thread::sleep(Duration::from_millis(2));
         }
-        self.reader.join().unwrap();
-        std::mem::take(&mut self.bytes.lock().unwrap())
+        reader.join().unwrap();
+        std::mem::take(&mut bytes.lock().unwrap())
     }
 }
 

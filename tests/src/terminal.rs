@@ -1,13 +1,20 @@
-//! A person at a terminal: a command on a pseudo-terminal of its own, as its session's controlling terminal.
+//! A person at a terminal: a command on a pseudo-terminal of its own, as its session's controlling terminal; or an
+//! engine that has the master of a container's terminal.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
@@ -50,17 +57,8 @@ impl Terminal {
             .spawn()
             .unwrap();
 
-        let output = Arc::new(Mutex::new(Vec::new()));
-        let into = output.clone();
         let master = File::from(master);
-        let mut reader = master.try_clone().unwrap();
-        std::thread::spawn(move || {
-            let mut chunk = vec![0; 64 << 10];
-            // Ends with EIO when nobody has the terminal any more.
-            while let Ok(n @ 1..) = reader.read(&mut chunk) {
-                into.lock().unwrap().extend_from_slice(&chunk[..n]);
-            }
-        });
+        let output = collect(&master);
         Terminal {
             what,
             master: Some(master),
@@ -149,6 +147,128 @@ impl Terminal {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// The master of a terminal, as a runtime sends it to an engine's console socket.
+pub struct Console {
+    master: File,
+    output: Arc<Mutex<Vec<u8>>>,
+    /// Tells the reading thread to let go of the terminal.
+    closing: Arc<AtomicBool>,
+    reader: JoinHandle<()>,
+}
+
+impl Console {
+    /// Waits for a runtime that sends a master.
+    pub fn receive(listener: &UnixListener) -> Console {
+        listener.set_nonblocking(true).unwrap();
+        let mut accepted = None;
+        crate::eventually("a terminal is sent", Duration::from_secs(20), || {
+            accepted = listener.accept().ok();
+            accepted.is_some()
+        });
+        let (stream, _) = accepted.unwrap();
+        stream.set_nonblocking(false).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut name = [0; 256];
+        let received = recvmsg(
+            &stream,
+            &mut [IoSliceMut::new(&mut name)],
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+        .unwrap();
+        assert!(received.bytes > 0, "a terminal has a name");
+        let mut sent = ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<OwnedFd>>(),
+            _ => Vec::new(),
+        });
+        let master = File::from(sent.next().expect("a descriptor comes with it"));
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let closing = Arc::new(AtomicBool::new(false));
+        let reader = std::thread::spawn({
+            let (mut master, output) = (master.try_clone().unwrap(), output.clone());
+            let closing = closing.clone();
+            move || {
+                let mut chunk = vec![0; 64 << 10];
+                let while_open = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 10_000_000,
+                };
+                while !closing.load(Ordering::Relaxed) {
+                    let mut ready = [PollFd::new(&master, PollFlags::IN)];
+                    match poll(&mut ready, Some(&while_open)) {
+                        Ok(0) => continue,
+                        _ => match master.read(&mut chunk) {
+                            Ok(n @ 1..) => output.lock().unwrap().extend_from_slice(&chunk[..n]),
+                            // EIO when nobody has the terminal any more.
+                            _ => return,
+                        },
+                    }
+                }
+            }
+        });
+        Console {
+            master,
+            output,
+            closing,
+            reader,
+        }
+    }
+
+    /// Closes the window.
+    pub fn hang_up(self) {
+        self.closing.store(true, Ordering::Relaxed);
+        self.reader.join().unwrap();
+    }
+
+    /// Types.
+    pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        self.master.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Everything shown until now.
+    pub fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.output.lock().unwrap()).into_owned()
+    }
+
+    /// Waits until the screen has shown `text`.
+    #[track_caller]
+    pub fn wait_for(&self, text: &str) {
+        let begin = Instant::now();
+        while !self.screen().contains(text) {
+            assert!(
+                begin.elapsed() < Duration::from_secs(20),
+                "no {text:?} on the terminal: {:?}",
+                self.screen()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Changes the size of the window.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        tcsetwinsize(&self.master, size(rows, columns)).unwrap();
+    }
+}
+
+/// Reads what a terminal shows.
+fn collect(master: &File) -> Arc<Mutex<Vec<u8>>> {
+    let output = Arc::new(Mutex::new(Vec::new()));
+    let into = output.clone();
+    let mut reader = master.try_clone().unwrap();
+    std::thread::spawn(move || {
+        let mut chunk = vec![0; 64 << 10];
+        // Ends with EIO when nobody has the terminal any more.
+        while let Ok(n @ 1..) = reader.read(&mut chunk) {
+            into.lock().unwrap().extend_from_slice(&chunk[..n]);
+        }
+    });
+    output
 }
 
 fn size(rows: u16, columns: u16) -> Winsize {
