@@ -50,8 +50,10 @@ impl Server {
     /// Writes `fuse_attr_out`.
     fn attributes(&self, node: u64, stat: &Statx, reply: &mut Reply) -> Result<(), Errno> {
         let (_, share) = self.share_of(node)?;
-        reply.u64(share.validity());
-        reply.u64(0);
+        let validity = share.attribute_validity();
+        reply.u64(validity.as_secs());
+        reply.u32(validity.subsec_nanos());
+        reply.u32(0);
         reply.attributes(&share.attributes(stat));
         Ok(())
     }
@@ -83,8 +85,9 @@ impl Server {
         let handle = (flags & wire::GETATTR_FH != 0).then_some(handle);
         let stat = self.status(header.node, handle)?;
         let (_, share) = self.share_of(header.node)?;
-        reply.u64(share.validity());
-        reply.u32(0);
+        let validity = share.attribute_validity();
+        reply.u64(validity.as_secs());
+        reply.u32(validity.subsec_nanos());
         reply.u32(0);
         reply.zeros(16);
         // `struct fuse_statx` is `struct statx`.
