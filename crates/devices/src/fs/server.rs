@@ -522,3 +522,39 @@ pub fn descriptor_name<'a>(fd: &OwnedFd, space: &'a mut [u8; 12]) -> &'a CStr {
     let _ = write!(&mut space[..], "{}\0", fd.as_raw_fd());
     CStr::from_bytes_until_nul(space).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIRECTORY: u32 = 0o040755;
+    const FILE: u32 = 0o100644;
+
+    fn share(cache: Cache) -> Share {
+        Share {
+            name: "share".into(),
+            root: 2,
+            cache,
+            device: 1,
+            salt: 0,
+        }
+    }
+
+    #[test]
+    fn a_file_that_the_host_may_change_is_asked_for_by_name_each_time() {
+        let shared = share(Cache::Shared);
+        assert_eq!(shared.name_validity(FILE), Duration::ZERO);
+        assert_eq!(shared.name_validity(0o120777), Duration::ZERO);
+        assert_eq!(shared.name_validity(DIRECTORY), MOMENT);
+        assert_eq!(shared.attribute_validity(), MOMENT);
+        assert!(MOMENT < Duration::from_millis(20));
+    }
+
+    #[test]
+    fn what_only_the_guest_changes_is_asked_for_once() {
+        let private = share(Cache::Private);
+        for mode in [FILE, DIRECTORY] {
+            assert!(private.name_validity(mode) > Duration::from_secs(3600));
+        }
+    }
+}
