@@ -11,6 +11,7 @@ mod hull;
 mod images;
 mod leaks;
 mod posix;
+mod programs;
 mod registry;
 mod terminal;
 
@@ -18,6 +19,7 @@ pub use command::{Invocation, Output, Running};
 pub use hull::{Container, Hull, Options, busybox_archive};
 pub use images::{Archive, Image, Layout, architecture, digest, gzip};
 pub use posix::{posix_results, program as posix_program};
+pub use programs::registers_program;
 pub use registry::{Fault, Registry};
 pub use terminal::Terminal;
 
