@@ -94,11 +94,13 @@ impl Setup {
             next: AtomicU32::new(0),
         };
         // Sockets have short paths: state goes elsewhere than data.
-        let configuration = format!(
-            "run_dir = \"/run/hull-bench\"\ndata_dir = {:?}\n",
-            setup.directory.join("data")
-        );
-        fs::write(setup.directory.join("config.toml"), configuration)?;
+        for machine in ["uml", "qemu"] {
+            let configuration = format!(
+                "run_dir = \"/run/hull-bench\"\ndata_dir = {:?}\nmachine = {machine:?}\n",
+                setup.directory.join("data")
+            );
+            fs::write(setup.configuration(machine), configuration)?;
+        }
 
         let archive = setup.directory.join("busybox.tar");
         run(Command::new(repository.join("scripts/busybox-rootfs")).arg(&archive))?;
@@ -141,14 +143,36 @@ impl Setup {
         self.directory.join(image(root).to_owned() + "-root")
     }
 
+    fn configuration(&self, machine: &str) -> PathBuf {
+        self.directory.join(format!("{machine}.toml"))
+    }
+
     fn hull(&self, machine: &str) -> Command {
         let mut command = Command::new(&self.hull);
-        command.env("HULL_CONFIG", self.directory.join("config.toml"));
-        let _ = machine;
+        command.env("HULL_CONFIG", self.configuration(machine));
         command
     }
 
-    fn unique(&self) -> String {
+    /// The OCI runtime's command line, with a state directory of its own.
+    pub fn oci(&self, contestant: Contestant) -> Command {
+        let mut command = match contestant {
+            Contestant::Runc => Command::new("runc"),
+            Contestant::Hull(machine) => {
+                let mut command = Command::new(self.hull.with_file_name("hull-oci"));
+                command.env("HULL_CONFIG", self.configuration(machine));
+                command
+            }
+        };
+        command
+            .arg("--root")
+            .arg(self.directory.join("oci"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        command
+    }
+
+    /// A name that nothing else bears.
+    pub fn unique(&self) -> String {
         format!(
             "bench-{}-{}",
             std::process::id(),
@@ -156,8 +180,8 @@ impl Setup {
         )
     }
 
-    /// A bundle for runc: its own specification, without a terminal and without limits that need rights.
-    fn bundle(&self, root: Root, arguments: &[&str], volume: Option<&Path>) -> Result<PathBuf> {
+    /// A bundle: runc's own specification, without a terminal and without limits that need rights.
+    pub fn bundle(&self, root: Root, arguments: &[&str], volume: Option<&Path>) -> Result<PathBuf> {
         let bundle = self.directory.join("bundles").join(self.unique());
         fs::create_dir_all(&bundle)?;
         run(Command::new("runc").arg("spec").arg("-b").arg(&bundle))?;
@@ -189,15 +213,7 @@ impl Setup {
             }
             Contestant::Hull(machine) => {
                 let mut command = self.hull(machine);
-                command.args([
-                    "run",
-                    "--rm",
-                    "--network",
-                    "none",
-                    "--machine",
-                    machine,
-                    image(Root::Busybox),
-                ]);
+                command.args(["run", "--rm", "--network", "none", image(Root::Busybox)]);
                 command.args(arguments);
                 command
             }
@@ -226,16 +242,7 @@ impl Setup {
             }
             Contestant::Hull(machine) => {
                 let mut command = self.hull(machine);
-                command.args([
-                    "run",
-                    "-d",
-                    "--network",
-                    "none",
-                    "--machine",
-                    machine,
-                    "--name",
-                    &name,
-                ]);
+                command.args(["run", "-d", "--network", "none", "--name", &name]);
                 if let Some(volume) = volume {
                     command.arg("-v").arg(format!("{}:/work", volume.display()));
                 }

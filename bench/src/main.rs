@@ -11,6 +11,7 @@ mod contestants;
 mod files;
 mod measure;
 mod memory;
+mod oci;
 mod report;
 mod svg;
 
@@ -41,7 +42,7 @@ impl Options {
 }
 
 /// The groups, in the order in which they are measured.
-const GROUPS: [&str; 5] = ["start", "exec", "memory", "cpu", "files"];
+const GROUPS: [&str; 6] = ["start", "exec", "oci", "memory", "cpu", "files"];
 
 fn main() -> Result<()> {
     let options = options()?;
@@ -58,6 +59,7 @@ fn main() -> Result<()> {
         match group {
             "start" => measure::start(&options, &setup, &mut results),
             "exec" => measure::exec(&options, &setup, &mut results),
+            "oci" => oci::measure(&options, &setup, &mut results),
             "memory" => memory::measure(&options, &setup, &mut results),
             "cpu" => measure::cpu(&options, &setup, &mut results),
             _ => files::measure(&options, &setup, &mut results),

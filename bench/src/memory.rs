@@ -77,7 +77,7 @@ fn tree(pid: i64, children: &BTreeMap<i64, Vec<i64>>, others: &[i64]) -> Result<
 }
 
 /// Megabytes of one process, its part of shared pages included.
-fn proportional(pid: i64) -> Result<f64> {
+pub fn proportional(pid: i64) -> Result<f64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     // A process that has just ended, or is a zombie, has no memory.
     let text = fs::read_to_string(path).unwrap_or_default();

@@ -7,21 +7,19 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use hull_devices::control::Cache;
-use hull_devices::device::{Chain, Device, EventRegistry, Memory, Queues, Ring};
+use hull_devices::device::{Device, EventRegistry, Memory, Queues, Ring};
 use hull_devices::fs::{Fs, Shares};
+use hull_fuzz::{AVAILABLE, FuzzRing, Input, QUEUE, descriptor, memory};
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, setrlimit};
-use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY: u64 = 0x4_0000;
-const QUEUE: u16 = 16;
 const MESSAGE: u64 = 0x2_0000;
 const ANSWER: u64 = 0x3_0000;
 const HEADER: u32 = 40;
@@ -40,74 +38,6 @@ const NAMES: &[&[u8]] = &[
     b"s\0",
 ];
 
-/// A queue, and how many chains were taken from it and given back: the guest can have its buffers in the rings
-/// themselves, so those tell nothing.
-struct FuzzRing {
-    queue: Mutex<Queue>,
-    taken: AtomicUsize,
-    given: AtomicUsize,
-}
-
-impl FuzzRing {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Ring for FuzzRing {
-    fn pop(&self, memory: &Memory) -> Result<Option<Chain>, Error> {
-        let chain = self.queue().iter(memory.clone())?.next();
-        self.taken.fetch_add(usize::from(chain.is_some()), Relaxed);
-        Ok(chain)
-    }
-
-    fn undo_pop(&self) {
-        self.queue().go_to_previous_position();
-    }
-
-    fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), Error> {
-        self.given.fetch_add(1, Relaxed);
-        self.queue().add_used(memory.as_ref(), head, len)
-    }
-
-    fn notify(&self, memory: &Memory) -> Result<(), Error> {
-        self.queue().needs_notification(memory.as_ref()).map(|_| ())
-    }
-
-    fn rearm(&self, memory: &Memory) -> Result<bool, Error> {
-        self.queue().enable_notification(memory.as_ref())
-    }
-
-    fn silence(&self, memory: &Memory) -> Result<(), Error> {
-        self.queue().disable_notification(memory.as_ref())
-    }
-}
-
-/// Numbers out of the fuzzer's bytes; zero when they are used up.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let count = N.min(self.0.len());
-        bytes[..count].copy_from_slice(&self.0[..count]);
-        self.0 = &self.0[count..];
-        bytes
-    }
-
-    fn u8(&mut self) -> u8 {
-        self.bytes::<1>()[0]
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.bytes())
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_le_bytes(self.bytes())
-    }
-}
-
 struct Guest {
     device: Fs,
     events: EventRegistry,
@@ -119,28 +49,14 @@ struct Guest {
 
 impl Guest {
     fn new(mut device: Fs) -> Self {
-        let ranges = [(GuestAddress(0), MEMORY as usize)];
-        let memory = GuestMemoryMmap::from_ranges(&ranges).expect("guest memory");
-        let ring = |index: u32| {
-            let mut queue = Queue::new(QUEUE).expect("a valid size");
-            let base = 0x1000 + index * 0x1000;
-            queue.set_desc_table_address(Some(base), None);
-            queue.set_avail_ring_address(Some(base + 0x400), None);
-            queue.set_used_ring_address(Some(base + 0x800), None);
-            queue.set_ready(true);
-            Arc::new(FuzzRing {
-                queue: Mutex::new(queue),
-                taken: AtomicUsize::new(0),
-                given: AtomicUsize::new(0),
-            })
-        };
+        let ring = |index: u32| FuzzRing::new(0x1000 + index * 0x1000, false);
         let counts: Vec<Arc<FuzzRing>> = (0..2).map(ring).collect();
         let events = EventRegistry::new().expect("epoll");
         device.register(events.clone()).expect("epoll");
         Self {
             device,
             events,
-            memory: Arc::new(memory),
+            memory: memory(MEMORY as usize),
             rings: counts
                 .iter()
                 .map(|ring| ring.clone() as Arc<dyn Ring>)
@@ -152,18 +68,16 @@ impl Guest {
 
     fn offer(&mut self, queue: usize, descriptors: &[(u64, u32, u16, u16)]) {
         let base = 0x1000 + queue as u64 * 0x1000;
-        for (index, descriptor) in descriptors.iter().enumerate() {
+        for (index, &(address, length, flags, next)) in descriptors.iter().enumerate() {
             let at = base + index as u64 * 16;
-            self.put(at, &descriptor.0.to_le_bytes());
-            self.put(at + 8, &descriptor.1.to_le_bytes());
-            self.put(at + 12, &descriptor.2.to_le_bytes());
-            self.put(at + 14, &descriptor.3.to_le_bytes());
+            self.put(at, &descriptor(address, length, flags, next));
         }
-        let slot = base + 0x404 + u64::from(self.available[queue] % QUEUE) * 2;
-        self.put(slot, &[0, 0]);
+        let ring = base + AVAILABLE;
+        let slot = u64::from(self.available[queue] % QUEUE);
+        self.put(ring + 4 + slot * 2, &[0, 0]);
         self.available[queue] = self.available[queue].wrapping_add(1);
         let index = self.available[queue];
-        self.put(base + 0x402, &index.to_le_bytes());
+        self.put(ring + 2, &index.to_le_bytes());
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
@@ -179,7 +93,7 @@ impl Guest {
         }
         let end = Instant::now() + Duration::from_secs(5);
         let counts = &self.counts[queue];
-        while counts.given.load(Relaxed) != counts.taken.load(Relaxed) {
+        while !counts.all_given() {
             assert!(Instant::now() < end, "a request was never given back");
             std::thread::yield_now();
         }
@@ -280,7 +194,7 @@ fuzz_target!(|data: &[u8]| {
     guest.share(&shares, &share);
     let mut input = Input(data);
     for _ in 0..STEPS {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         let queue = usize::from(input.u8() % 8 != 0);

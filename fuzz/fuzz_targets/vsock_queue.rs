@@ -7,18 +7,17 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hull_devices::device::{Chain, Device, EventRegistry, Memory, Queues, Ring};
+use hull_devices::device::{Device, EventRegistry, Memory, Queues, Ring};
 use hull_devices::vsock::Vsock;
 use hull_devices::vsock::packet::Header;
+use hull_fuzz::{AVAILABLE, FuzzRing, Input, QUEUE, descriptor, memory};
 use libfuzzer_sys::fuzz_target;
-use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY: usize = 0x2_0000;
-const QUEUE: u16 = 16;
 const RX: usize = 0;
 const TX: usize = 1;
 /// Rounds of events after which a device that still has some is taken to be spinning.
@@ -26,67 +25,9 @@ const ROUNDS: usize = 2000;
 /// Host ends that are kept open.
 const STREAMS: usize = 32;
 
-struct FuzzRing(Mutex<Queue>);
-
-impl FuzzRing {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Ring for FuzzRing {
-    fn pop(&self, memory: &Memory) -> Result<Option<Chain>, Error> {
-        Ok(self.queue().iter(memory.clone())?.next())
-    }
-
-    fn undo_pop(&self) {
-        self.queue().go_to_previous_position();
-    }
-
-    fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), Error> {
-        self.queue().add_used(memory.as_ref(), head, len)
-    }
-
-    fn notify(&self, memory: &Memory) -> Result<(), Error> {
-        self.queue().needs_notification(memory.as_ref()).map(|_| ())
-    }
-
-    fn rearm(&self, memory: &Memory) -> Result<bool, Error> {
-        self.queue().enable_notification(memory.as_ref())
-    }
-
-    fn silence(&self, memory: &Memory) -> Result<(), Error> {
-        self.queue().disable_notification(memory.as_ref())
-    }
-}
-
-/// Numbers out of the fuzzer's bytes; zero when they are used up.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let count = N.min(self.0.len());
-        bytes[..count].copy_from_slice(&self.0[..count]);
-        self.0 = &self.0[count..];
-        bytes
-    }
-
-    fn u8(&mut self) -> u8 {
-        self.bytes::<1>()[0]
-    }
-
-    fn u16(&mut self) -> u16 {
-        u16::from_le_bytes(self.bytes())
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.bytes())
-    }
-
-    fn address(&mut self) -> u64 {
-        u64::from(self.u32()) % (MEMORY as u64 + 0x100)
-    }
+/// An address, mostly of guest memory.
+fn address(input: &mut Input<'_>) -> u64 {
+    u64::from(input.u32()) % (MEMORY as u64 + 0x100)
 }
 
 struct Guest {
@@ -99,22 +40,11 @@ struct Guest {
 
 impl Guest {
     fn new(device: Vsock, events: EventRegistry) -> Self {
-        let memory =
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("guest memory");
-        let ring = |index: u32| {
-            let mut queue = Queue::new(QUEUE).expect("a valid size");
-            let base = index * 0x1000;
-            queue.set_desc_table_address(Some(base), None);
-            queue.set_avail_ring_address(Some(base + 0x400), None);
-            queue.set_used_ring_address(Some(base + 0x800), None);
-            queue.set_event_idx(index == 1);
-            queue.set_ready(true);
-            Arc::new(FuzzRing(Mutex::new(queue))) as Arc<dyn Ring>
-        };
+        let ring = |index: u32| FuzzRing::new(index * 0x1000, index == 1) as Arc<dyn Ring>;
         Self {
             device,
             events,
-            memory: Arc::new(memory),
+            memory: memory(MEMORY),
             rings: (0..3).map(ring).collect(),
             available: [0; 3],
         }
@@ -126,19 +56,13 @@ impl Guest {
     }
 
     fn describe(&self, queue: usize, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let mut bytes = addr.to_le_bytes().to_vec();
-        bytes.extend(len.to_le_bytes());
-        bytes.extend(flags.to_le_bytes());
-        bytes.extend(next.to_le_bytes());
-        self.write(
-            &bytes,
-            queue as u64 * 0x1000 + u64::from(index % QUEUE) * 16,
-        );
+        let at = queue as u64 * 0x1000 + u64::from(index % QUEUE) * 16;
+        self.write(&descriptor(addr, len, flags, next), at);
     }
 
     /// False when the device has given up.
     fn publish(&mut self, queue: usize, head: u16) -> bool {
-        let ring = queue as u64 * 0x1000 + 0x400;
+        let ring = queue as u64 * 0x1000 + AVAILABLE;
         let slot = u64::from(self.available[queue] % QUEUE);
         self.available[queue] = self.available[queue].wrapping_add(1);
         self.write(&head.to_le_bytes(), ring + 4 + slot * 2);
@@ -185,7 +109,7 @@ fuzz_target!(|data: &[u8]| {
     }
     let mut guest = Guest::new(device, events);
     let mut streams: Vec<UnixStream> = Vec::new();
-    while !input.0.is_empty() {
+    while !input.is_empty() {
         let alive = match input.u8() % 12 {
             0..=2 => {
                 // A packet that is likely to mean something.
@@ -222,7 +146,7 @@ fuzz_target!(|data: &[u8]| {
                 guest.describe(
                     queue,
                     input.u16(),
-                    input.address(),
+                    address(&mut input),
                     input.u32(),
                     input.u16(),
                     input.u16(),
@@ -230,7 +154,7 @@ fuzz_target!(|data: &[u8]| {
                 guest.publish(queue, input.u16())
             }
             7 => {
-                guest.write(&input.bytes::<16>(), input.address());
+                guest.write(&input.bytes::<16>(), address(&mut input));
                 true
             }
             8 => {

@@ -59,14 +59,22 @@ pub fn descendants() -> BTreeMap<i32, String> {
 
 /// Waits until nothing runs below this process; what is left after two seconds is killed and returned.
 pub fn leaked_processes() -> Vec<String> {
+    leaked_processes_except(Duration::from_secs(2), &[])
+}
+
+/// Waits until nothing runs below this process but `except`; what is left in the end is killed and returned.
+pub fn leaked_processes_except(limit: Duration, except: &[i32]) -> Vec<String> {
     let begin = Instant::now();
     loop {
-        reap();
-        let left = descendants();
+        if except.is_empty() {
+            reap();
+        }
+        let mut left = descendants();
+        left.retain(|pid, _| !except.contains(pid));
         if left.is_empty() {
             return Vec::new();
         }
-        if begin.elapsed() > Duration::from_secs(2) {
+        if begin.elapsed() > limit {
             for pid in left.keys().filter_map(|pid| Pid::from_raw(*pid)) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }

@@ -1,5 +1,6 @@
 //! What the end to end tests are written with: a [`Hull`] of their own, commands with a time limit, terminals,
-//! images and a registry that misbehaves on demand. The tests are in `tests/*.rs`, one file for each thing that a
+//! images and a registry that misbehaves on demand; and engines, [`Podman`] and [`Docker`], that run their containers
+//! with hull. The tests are in `tests/*.rs`, one file for each thing that a
 //! user does; a test's name says what that user can rely on.
 //!
 //! The tests run the staged executable (`make stage`), never code of hull's crates. Each test is a process of its
@@ -7,20 +8,27 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test stops where it goes wrong
 
 mod command;
+mod docker;
 mod hull;
 mod images;
 mod leaks;
+mod podman;
 mod posix;
 mod programs;
 mod registry;
+mod runtime;
 mod terminal;
 
 pub use command::{Invocation, Output, Running};
+pub use docker::Docker;
 pub use hull::{Container, Hull, Options, busybox_archive};
 pub use images::{Archive, Image, Layout, architecture, digest, gzip};
+pub use leaks::{adopt_orphans, leaked_processes};
+pub use podman::Podman;
 pub use posix::{posix_results, program as posix_program};
 pub use programs::registers_program;
 pub use registry::{Fault, Registry};
+pub use runtime::Runtime;
 pub use terminal::Terminal;
 
 use std::fs::OpenOptions;

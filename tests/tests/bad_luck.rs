@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use hull_tests::{Hull, eventually, on_every_machine};
+use hull_tests::{Hull, Running, eventually, on_every_machine};
 
 on_every_machine!(
     a_killed_machine_stops_the_container_with_a_reason,
@@ -12,20 +12,19 @@ on_every_machine!(
     a_killed_sandbox_process_stops_the_container_with_a_reason,
 );
 
+/// `hull run` of a container that lives on; it has begun.
+fn in_the_foreground(hull: &Hull, name: &str) -> Running {
+    let script = "echo up; sleep 1000";
+    let mut running = hull
+        .hull(["run", "--name", name, "busybox", "sh", "-c", script])
+        .start();
+    running.wait_for("up");
+    running
+}
+
 fn stopped_within_a_second_of_killing(machine: &'static str, process: &str) {
     let hull = Hull::on(machine);
-    let mut foreground = hull
-        .hull([
-            "run",
-            "--name",
-            "victim",
-            "busybox",
-            "sh",
-            "-c",
-            "echo up; sleep 1000",
-        ])
-        .start();
-    foreground.wait_for("up");
+    let foreground = in_the_foreground(&hull, "victim");
     let container = hull.container("victim");
     container.kill_host_process(process);
     let took = eventually("the container is stopped", Duration::from_secs(5), || {
@@ -119,18 +118,7 @@ fn a_guest_that_does_not_come_up_is_an_error_with_its_last_words() {
 #[test]
 fn a_killed_command_leaves_the_container_running() {
     let hull = Hull::new();
-    let mut foreground = hull
-        .hull([
-            "run",
-            "--name",
-            "orphan",
-            "busybox",
-            "sh",
-            "-c",
-            "echo up; sleep 1000",
-        ])
-        .start();
-    foreground.wait_for("up");
+    let foreground = in_the_foreground(&hull, "orphan");
     foreground.signal(rustix::process::Signal::KILL);
     foreground.finish().ends(137);
     let container = hull.container("orphan");

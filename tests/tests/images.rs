@@ -2,21 +2,28 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use hull_tests::{
-    Archive, Fault, Hull, Image, Invocation, Layout, Registry, busybox_archive, digest, eventually,
-    installed, left_out,
+    Archive, Fault, Hull, Image, Invocation, Layout, Output, Registry, busybox_archive, digest,
+    eventually, installed, left_out,
 };
 
 /// Busybox in one layer, a file of its own and a whiteout in a second one.
 fn two_layers() -> Image {
+    let second = Archive::new().file("second", "layer two\n");
+    on_busybox(second.file("etc/.wh.group", ""))
+}
+
+/// The same with another second layer.
+fn newer() -> Image {
+    on_busybox(Archive::new().file("second", "newer\n"))
+}
+
+fn on_busybox(second: Archive) -> Image {
     let base = fs::read(busybox_archive()).unwrap();
-    let second = Archive::new()
-        .file("second", "layer two\n")
-        .file("etc/.wh.group", "")
-        .bytes();
-    Image::new(&[base, second])
+    Image::new(&[base, second.bytes()])
 }
 
 /// A layout in the test's directory.
@@ -26,15 +33,41 @@ fn layout(hull: &Hull, images: &[(&str, &Image)]) -> String {
     directory.to_str().unwrap().to_owned()
 }
 
+/// Busybox as a directory, in the test's.
+fn busybox_directory(hull: &Hull) -> PathBuf {
+    let root = hull.path("root");
+    fs::create_dir(&root).unwrap();
+    Invocation::new("tar")
+        .args(["-x", "-C"])
+        .arg(&root)
+        .arg("-f")
+        .arg(busybox_archive())
+        .run()
+        .ok();
+    root
+}
+
+fn pull(hull: &Hull, reference: &str) -> Output {
+    hull.hull(["image", "pull", reference]).run()
+}
+
+/// Runs an image to see its second layer's file.
+fn second(hull: &Hull, reference: &str) -> Output {
+    hull.hull(["run", "--rm", reference, "cat", "/second"])
+        .run()
+}
+
+/// The ids of the images that are there.
+fn images(hull: &Hull) -> String {
+    hull.hull(["image", "ls", "-q"]).run().ok().text()
+}
+
 #[test]
 fn an_image_is_pulled_from_a_registry_and_then_there() {
     let hull = Hull::empty();
     let registry = Registry::new();
     let reference = registry.push("team/app", "1", &two_layers());
-    let output = hull
-        .hull(["run", "--rm", &reference, "cat", "/second"])
-        .run()
-        .ok();
+    let output = second(&hull, &reference).ok();
     assert_eq!(output.text(), "layer two");
     let requests = registry.fetched("");
     let script = "ls /etc/group 2>/dev/null; echo $FROM_IMAGE $PWD";
@@ -72,10 +105,7 @@ fn pull_can_be_always_missing_or_never() {
     };
     run("never").fails(125, &["not found"]);
     assert_eq!(run("missing").ok().text(), "layer two");
-    let other = Image::new(&[
-        fs::read(busybox_archive()).unwrap(),
-        Archive::new().file("second", "newer\n").bytes(),
-    ]);
+    let other = newer();
     registry.push("app", "latest", &other);
     assert_eq!(run("missing").ok().text(), "layer two");
     assert_eq!(run("always").ok().text(), "newer");
@@ -94,13 +124,7 @@ fn an_image_is_named_by_digest() {
     let image = two_layers();
     registry.push("app", "1", &image);
     let reference = format!("{}/app@{}", registry.address, digest(&image.manifest));
-    assert_eq!(
-        hull.hull(["run", "--rm", &reference, "cat", "/second"])
-            .run()
-            .ok()
-            .text(),
-        "layer two"
-    );
+    assert_eq!(second(&hull, &reference).ok().text(), "layer two");
 }
 
 #[test]
@@ -114,13 +138,7 @@ fn the_image_for_this_architecture_is_picked_from_a_list() {
         "multi",
         &[("s390x", &other), (hull_tests::architecture(), &ours)],
     );
-    assert_eq!(
-        hull.hull(["run", "--rm", &reference, "cat", "/second"])
-            .run()
-            .ok()
-            .text(),
-        "layer two"
-    );
+    assert_eq!(second(&hull, &reference).ok().text(), "layer two");
     assert_eq!(registry.fetched(&digest(&other.layers[0])), 0);
 }
 
@@ -196,12 +214,10 @@ fn a_layer_with_other_content_than_its_digest_says_is_refused() {
     let reference = registry.push("app", "1", &image);
     let layer = digest(&image.layers[1]);
     registry.fault(Fault::OtherBytes(layer.clone()));
-    hull.hull(["image", "pull", &reference])
-        .run()
-        .fails(125, &["layer", &layer, "corrupt"]);
-    assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "");
+    pull(&hull, &reference).fails(125, &["layer", &layer, "corrupt"]);
+    assert_eq!(images(&hull), "");
     registry.mend();
-    hull.hull(["image", "pull", &reference]).run().ok();
+    pull(&hull, &reference).ok();
 }
 
 #[test]
@@ -212,16 +228,10 @@ fn a_layer_that_ends_early_is_refused_and_the_next_pull_resumes() {
     let reference = registry.push("app", "1", &image);
     let (first, second) = (digest(&image.layers[0]), digest(&image.layers[1]));
     registry.fault(Fault::BreakOff(second.clone()));
-    hull.hull(["image", "pull", &reference])
-        .run()
-        .fails(125, &["layer", &second]);
-    assert_eq!(
-        hull.hull(["image", "ls", "-q"]).run().ok().text(),
-        "",
-        "nothing half usable"
-    );
+    pull(&hull, &reference).fails(125, &["layer", &second]);
+    assert_eq!(images(&hull), "", "nothing half usable");
     registry.mend();
-    hull.hull(["image", "pull", &reference]).run().ok();
+    pull(&hull, &reference).ok();
     assert_eq!(
         registry.fetched(&first),
         1,
@@ -243,7 +253,7 @@ fn a_pull_that_is_killed_leaves_nothing_half_usable_and_resumes() {
     assert!(pull.is_running());
     pull.signal(rustix::process::Signal::KILL);
     pull.finish().ends(137);
-    assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "");
+    assert_eq!(images(&hull), "");
     registry.mend();
     hull.hull(["run", "--rm", &reference, "true"]).run().ok();
 }
@@ -287,9 +297,7 @@ fn layers_that_lead_outside_are_refused_and_leave_nothing() {
         let directory = hull.path(&format!("layout-{number}"));
         Layout::write(&directory, &[("latest", &image)]);
         let reference = format!("oci:{}", directory.display());
-        hull.hull(["image", "pull", &reference])
-            .run()
-            .fails(125, &["layer", why]);
+        pull(&hull, &reference).fails(125, &["layer", why]);
     }
     // A link out of the layer is a link like any other; what is written through it is not.
     let through = Archive::new()
@@ -298,9 +306,7 @@ fn layers_that_lead_outside_are_refused_and_leave_nothing() {
         .bytes();
     let directory = hull.path("layout-through");
     Layout::write(&directory, &[("latest", &Image::new(&[through]))]);
-    let _ = hull
-        .hull(["image", "pull", &format!("oci:{}", directory.display())])
-        .run();
+    let _ = pull(&hull, &format!("oci:{}", directory.display()));
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
     assert!(!hull.path("escaped").exists());
 }
@@ -315,26 +321,14 @@ fn garbage_is_refused_by_name() {
     let layer = Layout::blob(&directory, &digest(&image.layers[1]));
     let whole = fs::read(&layer).unwrap();
     fs::write(&layer, &whole[..whole.len() / 2]).unwrap();
-    hull.hull(["image", "pull", &reference])
-        .run()
-        .fails(125, &["layer"]);
+    pull(&hull, &reference).fails(125, &["layer"]);
     fs::write(&layer, b"garbage").unwrap();
-    hull.hull(["image", "pull", &reference])
-        .run()
-        .fails(125, &["layer"]);
+    pull(&hull, &reference).fails(125, &["layer"]);
     fs::write(directory.join("index.json"), b"{").unwrap();
-    hull.hull(["image", "pull", &reference])
-        .run()
-        .fails(125, &["index"]);
-    hull.hull(["image", "pull", "oci:/no/such/directory"])
-        .run()
-        .fails(125, &["/no/such/directory"]);
-    hull.hull(["image", "pull", "docker-archive:/no/such/file"])
-        .run()
-        .fails(125, &["/no/such/file"]);
-    hull.hull(["image", "pull", "a/UPPER"])
-        .run()
-        .fails(125, &["invalid image reference", "UPPER"]);
+    pull(&hull, &reference).fails(125, &["index"]);
+    pull(&hull, "oci:/no/such/directory").fails(125, &["/no/such/directory"]);
+    pull(&hull, "docker-archive:/no/such/file").fails(125, &["/no/such/file"]);
+    pull(&hull, "a/UPPER").fails(125, &["invalid image reference", "UPPER"]);
 }
 
 #[test]
@@ -342,30 +336,13 @@ fn layouts_archives_and_directories_are_images_too() {
     let hull = Hull::empty();
     let image = two_layers();
     let directory = layout(&hull, &[("one", &image), ("two", &image)]);
-    let output = hull
-        .hull([
-            "run",
-            "--rm",
-            &format!("oci:{directory}:one"),
-            "cat",
-            "/second",
-        ])
-        .run()
-        .ok();
+    let output = second(&hull, &format!("oci:{directory}:one")).ok();
     assert_eq!(output.text(), "layer two");
     hull.hull(["run", "--rm", &format!("oci:{directory}"), "true"])
         .run()
         .fails(125, &["one", "two"]);
 
-    let root = hull.path("root");
-    fs::create_dir(&root).unwrap();
-    Invocation::new("tar")
-        .args(["-x", "-C"])
-        .arg(&root)
-        .arg("-f")
-        .arg(busybox_archive())
-        .run()
-        .ok();
+    let root = busybox_directory(&hull);
     let reference = format!("rootfs:{}", root.display());
     let output = hull
         .hull([
@@ -405,16 +382,7 @@ fn what_other_tools_save_and_serve_is_read() {
             .ok()
     };
     copy(&format!("docker-archive:{}:app:1", saved.display()));
-    let output = hull
-        .hull([
-            "run",
-            "--rm",
-            &format!("docker-archive:{}", saved.display()),
-            "cat",
-            "/second",
-        ])
-        .run()
-        .ok();
+    let output = second(&hull, &format!("docker-archive:{}", saved.display())).ok();
     assert_eq!(output.text(), "layer two");
 
     let port = std::net::TcpListener::bind("127.0.0.1:0")
@@ -435,16 +403,7 @@ fn what_other_tools_save_and_serve_is_read() {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
     copy(&format!("docker://localhost:{port}/app:1"));
-    let output = hull
-        .hull([
-            "run",
-            "--rm",
-            &format!("localhost:{port}/app:1"),
-            "cat",
-            "/second",
-        ])
-        .run()
-        .ok();
+    let output = second(&hull, &format!("localhost:{port}/app:1")).ok();
     assert_eq!(output.text(), "layer two");
     registry.signal(rustix::process::Signal::KILL);
     registry.finish();
@@ -465,7 +424,7 @@ fn images_are_listed_inspected_and_removed() {
     container.wait();
     container.does("rm").ok();
     hull.hull(["image", "rm", "busybox"]).run().ok();
-    assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "");
+    assert_eq!(images(&hull), "");
     hull.hull(["image", "rm", "busybox"]).run().ends(1);
 }
 
@@ -474,13 +433,9 @@ fn prune_removes_what_has_no_name_and_no_container() {
     let hull = Hull::empty();
     let registry = Registry::new();
     let reference = registry.push("app", "1", &two_layers());
-    hull.hull(["image", "pull", &reference]).run().ok();
-    let newer = Image::new(&[
-        fs::read(busybox_archive()).unwrap(),
-        Archive::new().file("second", "newer\n").bytes(),
-    ]);
-    registry.push("app", "1", &newer);
-    hull.hull(["image", "pull", &reference]).run().ok();
+    pull(&hull, &reference).ok();
+    registry.push("app", "1", &newer());
+    pull(&hull, &reference).ok();
     hull.hull(["image", "prune"]).run().ok();
     assert_eq!(
         hull.hull([
@@ -492,21 +447,13 @@ fn prune_removes_what_has_no_name_and_no_container() {
         "newer"
     );
     hull.hull(["image", "prune", "--all"]).run().ok();
-    assert_eq!(hull.hull(["image", "ls", "-q"]).run().ok().text(), "");
+    assert_eq!(images(&hull), "");
 }
 
 #[test]
 fn owners_modes_links_and_attributes_of_layers_are_kept() {
     let hull = Hull::empty();
-    let root = hull.path("root");
-    fs::create_dir(&root).unwrap();
-    Invocation::new("tar")
-        .args(["-x", "-C"])
-        .arg(&root)
-        .arg("-f")
-        .arg(busybox_archive())
-        .run()
-        .ok();
+    let root = busybox_directory(&hull);
     let prepare = format!(
         "cd {} && echo x >owned && chown 12:34 owned && chmod 6751 owned && ln owned linked && mkfifo pipe && mkdir -m 1777 sticky",
         root.display()

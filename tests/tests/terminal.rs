@@ -40,15 +40,12 @@ fn a_window_that_changes_its_size_is_noticed_inside() {
     assert_eq!(terminal.wait(), 137);
 }
 
-#[test]
-fn ctrl_c_interrupts_the_command_not_hull() {
+/// Presses Ctrl-C while a command that notices runs, with these options of `run`.
+fn ctrl_c_is_noticed(options: &[&str]) {
     let hull = Hull::new();
     let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done";
-    let mut terminal = Terminal::start(
-        hull.hull(["run", "--rm", "-it", "busybox", "sh", "-c", script]),
-        24,
-        80,
-    );
+    let arguments = [&["run", "--rm"], options, &["busybox", "sh", "-c", script]].concat();
+    let mut terminal = Terminal::start(hull.hull(arguments), 24, 80);
     terminal.wait_for("ready");
     terminal.write(b"\x03");
     terminal.wait_for("interrupted");
@@ -56,18 +53,13 @@ fn ctrl_c_interrupts_the_command_not_hull() {
 }
 
 #[test]
+fn ctrl_c_interrupts_the_command_not_hull() {
+    ctrl_c_is_noticed(&["-it"]);
+}
+
+#[test]
 fn ctrl_c_without_a_terminal_in_the_container_is_passed_on_as_a_signal() {
-    let hull = Hull::new();
-    let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done";
-    let mut terminal = Terminal::start(
-        hull.hull(["run", "--rm", "busybox", "sh", "-c", script]),
-        24,
-        80,
-    );
-    terminal.wait_for("ready");
-    terminal.write(b"\x03");
-    terminal.wait_for("interrupted");
-    assert_eq!(terminal.wait(), 9);
+    ctrl_c_is_noticed(&[]);
 }
 
 #[test]

@@ -64,6 +64,10 @@ pub enum Command {
     Kernel(kernel::Args),
     /// Show the configuration in force and where each value comes from
     Config(config::Args),
+    /// Tell a container engine about hull: podman, docker, crio
+    Install(install::Args),
+    /// Take back what `install` told an engine
+    Uninstall(install::UninstallArgs),
     /// Show the version
     Version(version::Args),
     /// Print the completion script of a shell
@@ -97,6 +101,8 @@ impl Command {
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
             Command::Config(args) => config::execute(args),
+            Command::Install(args) => install::execute(args),
+            Command::Uninstall(args) => install::uninstall(args),
             Command::Version(args) => version::execute(args),
             Command::Completions(args) => completions::execute(args),
             Command::Man(args) => man::execute(args),
@@ -241,6 +247,20 @@ mod tests {
             ("hull kernel info --machine uml", "Some(Uml)"),
             ("hull kernel list", "Ls"),
             ("hull config --default", "default: true"),
+            (
+                "hull install docker --default",
+                "engine: Docker, default: true",
+            ),
+            ("hull uninstall crio --dry-run", "engine: Crio"),
+            (
+                "hull run --security-opt seccomp=unconfined i",
+                "[Unconfined]",
+            ),
+            ("hull run --security-opt seccomp=/f i", r#"[Seccomp("/f")]"#),
+            (
+                "hull run --security-opt no-new-privileges i",
+                "[NoNewPrivileges(true)]",
+            ),
         ] {
             let shown = shown(line);
             assert!(shown.contains(part), "{line}: {shown}");
@@ -300,6 +320,14 @@ mod tests {
             (
                 "hull exec",
                 "the following required arguments were not provided: <CONTAINER>",
+            ),
+            (
+                "hull run --security-opt label=x i",
+                "--security-opt: invalid security option \"label=x\"",
+            ),
+            (
+                "hull install runc",
+                "invalid value 'runc' for '<ENGINE>' [possible values: podman, docker, crio]",
             ),
             ("hull frobnicate", "unrecognized subcommand 'frobnicate'"),
         ] {

@@ -124,6 +124,17 @@ impl Error {
     }
 }
 
+impl From<Error> for hull_sandbox::Failure {
+    fn from(error: Error) -> hull_sandbox::Failure {
+        let code = error.exit_status().into();
+        let mut failure = hull_sandbox::Failure::new(error.message)
+            .code(code)
+            .console(error.console);
+        failure.hint = error.hint;
+        failure
+    }
+}
+
 impl From<hull_sandbox::Failure> for Error {
     fn from(failure: hull_sandbox::Failure) -> Error {
         Error {

@@ -10,24 +10,30 @@ use std::process::ExitCode;
 
 use crate::error::{Context, Error, HULL_FAILED, Result};
 
-/// Names under which the executable is installed for engines.
-const ENGINE_NAMES: [&str; 2] = ["hull-oci", "containerd-shim-hull-v2"];
+/// The name under which container engines call the OCI runtime.
+const OCI_NAME: &str = "hull-oci";
+
+/// The name that belongs to containerd.
+const SHIM_NAME: &str = "containerd-shim-hull-v2";
 
 /// Does the work of another role, if the arguments ask for one.
 pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
+    if let Some(session) = hull_oci::keeper::is_wanted() {
+        hull_oci::keeper::run(session);
+    }
     let called_as = arguments.first().map(Path::new).and_then(Path::file_name);
-    if let Some(name) = ENGINE_NAMES
-        .into_iter()
-        .find(|name| called_as == Some(OsStr::new(name)))
-    {
-        Error::new(format!(
-            "{name} is not supported yet: this version of hull has the command hull only"
-        ))
-        .print();
+    if called_as == Some(OsStr::new(OCI_NAME)) {
+        return Some(crate::oci::main(arguments));
+    }
+    if called_as == Some(OsStr::new(SHIM_NAME)) {
+        Error::new(format!("not supported yet: {SHIM_NAME}"))
+            .hint("hull-oci is there for podman, Docker and CRI-O")
+            .print();
         return Some(ExitCode::FAILURE);
     }
     let outcome = match arguments.get(1)?.to_str()? {
         "sandbox-process" => sandbox_process(&arguments[2..]),
+        "pod-process" => pod_process(&arguments[2..]),
         "device-process" => device_process(&arguments[2..]),
         _ => return None,
     };
@@ -93,7 +99,30 @@ fn sandbox_process(arguments: &[OsString]) -> Result<()> {
         data.ok_or_else(|| missing("data-dir"))?,
     );
     let id = id.ok_or_else(|| missing("id"))?;
-    hull_sandbox::process::run(&paths, id, connection_on_stdin()?)?;
+    hull_sandbox::process::single::run(&paths, id, connection_on_stdin()?)?;
+    Ok(())
+}
+
+/// `pod-process --directory DIR --id ID`, with the connection of who started it as standard input.
+fn pod_process(arguments: &[OsString]) -> Result<()> {
+    crate::signals::unblock_all();
+    log_to_stderr();
+    let (mut directory, mut id) = (None, None);
+    let mut pairs = Pairs {
+        rest: arguments.iter(),
+    };
+    while let Some((name, value)) = pairs.next()? {
+        match name {
+            "directory" => directory = Some(PathBuf::from(value)),
+            "id" => id = value.to_str(),
+            _ => return Err(unknown(name)),
+        }
+    }
+    let paths = hull_sandbox::pod::PodPaths {
+        all: directory.ok_or_else(|| missing("directory"))?,
+        id: id.ok_or_else(|| missing("id"))?.to_owned(),
+    };
+    hull_sandbox::process::pod::run(&paths, connection_on_stdin()?.into())?;
     Ok(())
 }
 
@@ -206,7 +235,7 @@ mod tests {
 
     #[test]
     fn names_of_engines_are_answered() {
-        assert!(dispatch(&words("/usr/bin/hull-oci create x")).is_some());
+        assert!(dispatch(&words("/usr/bin/hull-oci --version")).is_some());
         assert!(dispatch(&words("containerd-shim-hull-v2")).is_some());
     }
 

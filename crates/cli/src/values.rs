@@ -4,7 +4,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
@@ -39,6 +39,34 @@ pub enum Pull {
     Missing,
     /// Never.
     Never,
+}
+
+/// A value of `--security-opt`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecurityOption {
+    /// No system call filter.
+    Unconfined,
+    /// The system call filter of a file.
+    Seccomp(PathBuf),
+    /// Whether programs can bring privileges along.
+    NoNewPrivileges(bool),
+}
+
+/// `seccomp=unconfined`, `seccomp=FILE`, `no-new-privileges[=true|false]`; Docker takes a colon, too.
+pub fn security_option(text: &str) -> Result<SecurityOption, String> {
+    let (name, value) = match text.split_once(['=', ':']) {
+        Some((name, value)) => (name, Some(value)),
+        None => (text, None),
+    };
+    match (name, value) {
+        ("seccomp", Some("unconfined")) => Ok(SecurityOption::Unconfined),
+        ("seccomp", Some(file)) if !file.is_empty() => Ok(SecurityOption::Seccomp(file.into())),
+        ("no-new-privileges", None | Some("true")) => Ok(SecurityOption::NoNewPrivileges(true)),
+        ("no-new-privileges", Some("false")) => Ok(SecurityOption::NoNewPrivileges(false)),
+        _ => Err(format!(
+            "invalid security option {text:?}: give seccomp=unconfined, seccomp=FILE or no-new-privileges"
+        )),
+    }
 }
 
 /// The name of a value of one of the enumerations above, as a user writes it.

@@ -194,13 +194,7 @@ impl Device for Block {
     }
 
     fn queue_event(&mut self, _queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        loop {
-            let Some(chain) = queues.pop(QUEUE)? else {
-                if queues.rearm(QUEUE)? {
-                    continue;
-                }
-                return Ok(());
-            };
+        while let Some(chain) = queues.pop_or_rearm(QUEUE)? {
             let malformed = |reason: String| DeviceError::Request {
                 queue: QUEUE,
                 reason,
@@ -225,6 +219,7 @@ impl Device for Block {
             queues.add_used(QUEUE, head, u32::try_from(written).unwrap_or(u32::MAX))?;
             queues.notify(QUEUE)?;
         }
+        Ok(())
     }
 
     fn host_event(

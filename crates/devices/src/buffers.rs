@@ -194,19 +194,7 @@ impl<'m> Span<'m> {
         count: usize,
         position: u64,
     ) -> Result<usize, Errno> {
-        partial(self.transfer(count, position, |iovecs, position| {
-            // SAFETY: the iovecs describe guest memory that outlives the call; the guest may change it meanwhile,
-            // which is no matter to the kernel, and nothing here keeps references into it.
-            unsafe {
-                libc::preadv64(
-                    file.as_raw_fd(),
-                    iovecs.as_ptr(),
-                    // At most MAX_IOVECS.
-                    iovecs.len() as libc::c_int,
-                    position,
-                )
-            }
-        }))
+        partial(self.transfer(Transfer::Read, file, count, position))
     }
 
     /// As [`Span::read_from`], but without waiting for storage: `EAGAIN` when it would have to wait, `EOPNOTSUPP` when
@@ -217,18 +205,7 @@ impl<'m> Span<'m> {
         count: usize,
         position: u64,
     ) -> Result<usize, Errno> {
-        let (moved, end) = self.transfer(count, position, |iovecs, position| {
-            // SAFETY: as in `read_from`.
-            unsafe {
-                libc::preadv2(
-                    file.as_raw_fd(),
-                    iovecs.as_ptr(),
-                    iovecs.len() as libc::c_int,
-                    position,
-                    libc::RWF_NOWAIT,
-                )
-            }
-        });
+        let (moved, end) = self.transfer(Transfer::ReadCached, file, count, position);
         end.map(|()| moved)
     }
 
@@ -240,25 +217,16 @@ impl<'m> Span<'m> {
         count: usize,
         position: u64,
     ) -> Result<usize, Errno> {
-        partial(self.transfer(count, position, |iovecs, position| {
-            // SAFETY: as in `read_from`.
-            unsafe {
-                libc::pwritev64(
-                    file.as_raw_fd(),
-                    iovecs.as_ptr(),
-                    iovecs.len() as libc::c_int,
-                    position,
-                )
-            }
-        }))
+        partial(self.transfer(Transfer::Write, file, count, position))
     }
 
     /// Calls until all is moved, nothing is any more, or it fails: the bytes moved, and how it ended.
     fn transfer(
         &mut self,
+        how: Transfer,
+        file: BorrowedFd<'_>,
         count: usize,
         position: u64,
-        call: impl Fn(&[libc::iovec], i64) -> isize,
     ) -> (usize, Result<(), Errno>) {
         let total = count.min(self.remaining);
         let mut done = 0;
@@ -275,7 +243,7 @@ impl<'m> Span<'m> {
                     iov_len: piece.len(),
                 })
                 .collect();
-            let Ok(moved) = usize::try_from(call(&iovecs, at)) else {
+            let Ok(moved) = usize::try_from(how.call(file, &iovecs, at)) else {
                 match Errno::from_io_error(&io::Error::last_os_error()) {
                     Some(Errno::INTR) => continue,
                     error => return (done, Err(error.unwrap_or(Errno::IO))),
@@ -288,6 +256,32 @@ impl<'m> Span<'m> {
             done += moved;
         }
         (done, Ok(()))
+    }
+}
+
+/// How bytes move between a file and guest memory.
+#[derive(Clone, Copy)]
+enum Transfer {
+    Read,
+    /// Of what is in the page cache only.
+    ReadCached,
+    Write,
+}
+
+impl Transfer {
+    /// One system call at `position`, with at most [`MAX_IOVECS`] pieces of guest memory.
+    fn call(self, file: BorrowedFd<'_>, iovecs: &[libc::iovec], position: i64) -> isize {
+        let file = file.as_raw_fd();
+        let (pieces, count) = (iovecs.as_ptr(), iovecs.len() as libc::c_int);
+        // SAFETY: the iovecs describe guest memory that outlives the call; the guest may change it meanwhile, which is
+        // no matter to the kernel, and nothing here keeps references into it.
+        unsafe {
+            match self {
+                Self::Read => libc::preadv64(file, pieces, count, position),
+                Self::ReadCached => libc::preadv2(file, pieces, count, position, libc::RWF_NOWAIT),
+                Self::Write => libc::pwritev64(file, pieces, count, position),
+            }
+        }
     }
 }
 

@@ -150,6 +150,16 @@ impl<'a> Queues<'a> {
         self.on(queue, |ring| ring.pop(&memory))
     }
 
+    /// The next available chain of `queue`; when there is none, the driver is asked to kick.
+    pub fn pop_or_rearm(&mut self, queue: usize) -> Result<Option<Chain>, DeviceError> {
+        loop {
+            let chain = self.pop(queue)?;
+            if chain.is_some() || !self.rearm(queue)? {
+                return Ok(chain);
+            }
+        }
+    }
+
     /// Takes back the last [`Queues::pop`] of `queue`.
     pub fn undo_pop(&mut self, queue: usize) -> Result<(), DeviceError> {
         self.ring(queue)?.undo_pop();

@@ -86,10 +86,7 @@ impl Entropy {
                 self.sleep()?;
                 break;
             }
-            let Some(chain) = queues.pop(QUEUE)? else {
-                if queues.rearm(QUEUE)? {
-                    continue;
-                }
+            let Some(chain) = queues.pop_or_rearm(QUEUE)? else {
                 break;
             };
             let head = chain.head_index();

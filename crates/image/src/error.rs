@@ -232,6 +232,24 @@ pub enum Error {
     },
 }
 
+/// Refuses content whose digest is another than the expected one.
+pub(crate) fn check_digest(
+    reference: &str,
+    what: &'static str,
+    expected: Digest,
+    actual: Digest,
+) -> Result<()> {
+    if actual == expected {
+        return Ok(());
+    }
+    Err(Error::WrongDigest {
+        reference: reference.to_owned(),
+        what,
+        expected,
+        actual,
+    })
+}
+
 impl Error {
     /// What the user can do about it, if anything is known.
     pub fn hint(&self) -> Option<String> {

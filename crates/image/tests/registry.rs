@@ -4,6 +4,10 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use common::{
@@ -11,6 +15,7 @@ use common::{
     run,
 };
 use hull_image::{Credentials, Digest, Error, Image, LayerState, Pull, Reference, Result, Store};
+use serde_json::json;
 
 /// An htpasswd file: user "user", password "secret".
 const USERS: &str = "user:$2y$04$MM0Gc1b5p.GmJNLn5Y0CX.DvsvbAtxRnaHVHJF0.0N979oeCC0ACi\n";
@@ -40,6 +45,12 @@ impl Here {
         assert_eq!(names(root.join("layers")), Vec::<String>::new());
         assert_eq!(names(root.join("images")), Vec::<String>::new());
         assert_eq!(names(root.join("blobs/sha256")), Vec::<String>::new());
+    }
+
+    /// The growing archive of a layer.
+    fn part(&self, layer: &Digest) -> PathBuf {
+        let name = format!("{}.part", layer.hex());
+        self.store.root().join("blobs/sha256").join(name)
     }
 }
 
@@ -75,6 +86,14 @@ fn only_layer(layout: &Layout) -> Digest {
         |value: &serde_json::Value| value["digest"].as_str().unwrap().parse::<Digest>().unwrap();
     let manifest = read(layout.blob_path(&digest(&index["manifests"][0])));
     digest(&manifest["layers"][0])
+}
+
+/// A registry that has an image of one layer, and the layer's digest.
+fn serve(name: &str, layers: &[Vec<u8>]) -> (Registry, Digest) {
+    let registry = Registry::start();
+    let layout = Layout::with(layers);
+    registry.push(&layout, "latest", name);
+    (registry, only_layer(&layout))
 }
 
 #[test]
@@ -192,10 +211,7 @@ fn a_registry_that_is_down() {
 
 #[test]
 fn a_truncated_layer() {
-    let registry = Registry::start();
-    let layout = Layout::with(&big_layer(500_000));
-    registry.push(&layout, "latest", "cut");
-    let layer = only_layer(&layout);
+    let (registry, layer) = serve("cut", &big_layer(500_000));
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(registry.blob(&layer))
@@ -217,10 +233,7 @@ fn a_truncated_layer() {
 
 #[test]
 fn a_corrupt_layer() {
-    let registry = Registry::start();
-    let layout = Layout::with(&big_layer(500_000));
-    registry.push(&layout, "latest", "bad");
-    let layer = only_layer(&layout);
+    let (registry, layer) = serve("bad", &big_layer(500_000));
     let mut bytes = std::fs::read(registry.blob(&layer)).unwrap();
     bytes[250_000] ^= 1;
     std::fs::write(registry.blob(&layer), &bytes).unwrap();
@@ -275,12 +288,113 @@ fn a_corrupt_manifest_and_config() {
     here.assert_empty();
 }
 
+/// A registry of our own: `answer` gets each request's text and the connection, which is closed afterwards; its port.
+fn made_up_registry(answer: impl Fn(&str, &mut TcpStream) + Send + 'static) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // The thread ends with the test's process.
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            // Requests without a body are small and come in one piece.
+            let mut request = [0; 4096];
+            let read = client.read(&mut request).unwrap_or(0);
+            answer(&String::from_utf8_lossy(&request[..read]), &mut client);
+        }
+    });
+    port
+}
+
+/// Sends the beginning of an answer: a status, and further header lines.
+fn begin_answer(client: &mut TcpStream, status: &str, headers: &str) {
+    let _ = write!(
+        client,
+        "HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n"
+    );
+}
+
+#[test]
+fn a_manifest_without_end() {
+    for status in ["200 OK", "404 Not Found"] {
+        let (sender, sent) = channel();
+        let port = made_up_registry(move |request, client| {
+            if request.starts_with("GET /v2/ ") {
+                return begin_answer(client, "200 OK", "");
+            }
+            begin_answer(client, status, "");
+            let mut count = 0;
+            while client.write_all(&[b' '; 65536]).is_ok() {
+                count += 65536;
+            }
+            let _ = sender.send(count);
+        });
+        let here = Here::new();
+        let error = here
+            .pull(&reference(&format!("localhost:{port}/endless")))
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "image \"localhost:{port}/endless\" cannot be pulled: registry localhost:{port}: \
+                 the manifest is larger than 4194304 bytes"
+            )
+        );
+        // What was read, and what lay in the sockets' buffers.
+        let sent = sent.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert!(sent < 32 << 20, "{sent}");
+        here.assert_empty();
+    }
+}
+
+#[test]
+fn a_token_is_asked_for_once() {
+    let (sender, asked) = channel();
+    let port = made_up_registry(move |request, client| {
+        let line = request.lines().next().unwrap().to_owned();
+        let host = request
+            .lines()
+            .find_map(|line| line.strip_prefix("host: "))
+            .unwrap();
+        if line.starts_with("GET /v2/ ") {
+            let challenge =
+                format!("WWW-Authenticate: Bearer realm=\"http://{host}/token\",service=\"s\"\r\n");
+            begin_answer(client, "401 Unauthorized", &challenge);
+        } else if line.starts_with("GET /token") {
+            begin_answer(client, "200 OK", "");
+            let _ = client.write_all(br#"{"token":"open-sesame"}"#);
+        } else if !request.contains("authorization: Bearer open-sesame\r\n") {
+            begin_answer(client, "401 Unauthorized", "");
+        } else if line.contains("/manifests/latest ") {
+            begin_answer(client, "200 OK", "");
+            let entry = json!({
+                "digest": Digest::of(b"missing"), "size": 7,
+                "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                "platform": {"os": "linux", "architecture": host_architecture()},
+            });
+            let list = json!({
+                "schemaVersion": 2, "manifests": [entry],
+                "mediaType": "application/vnd.oci.image.index.v1+json",
+            });
+            let _ = client.write_all(list.to_string().as_bytes());
+        } else {
+            begin_answer(client, "404 Not Found", "");
+        }
+        let _ = sender.send(line);
+    });
+    let here = Here::new();
+    let error = here
+        .pull(&reference(&format!("localhost:{port}/guarded")))
+        .unwrap_err();
+    assert!(error.is_not_found(), "{error}");
+    let asked: Vec<String> = asked.try_iter().collect();
+    let tokens = asked.iter().filter(|line| line.contains("/token"));
+    assert_eq!(tokens.count(), 1, "{asked:?}");
+    here.assert_empty();
+}
+
 #[test]
 fn a_layer_that_the_registry_lost() {
-    let registry = Registry::start();
-    let layout = Layout::with(&two_layers()[..1]);
-    registry.push(&layout, "latest", "lost");
-    std::fs::remove_file(registry.blob(&only_layer(&layout))).unwrap();
+    let (registry, layer) = serve("lost", &two_layers()[..1]);
+    std::fs::remove_file(registry.blob(&layer)).unwrap();
     let here = Here::new();
     let error = here.pull(&registry.name("lost")).unwrap_err().to_string();
     assert!(
@@ -332,11 +446,8 @@ fn images_for_other_machines() {
 
 #[test]
 fn a_broken_transfer_is_continued() {
-    let registry = Registry::start();
+    let (registry, layer) = serve("big", &big_layer(2_000_000));
     let proxy = Proxy::start(&registry);
-    let layout = Layout::with(&big_layer(2_000_000));
-    registry.push(&layout, "latest", "big");
-    let layer = only_layer(&layout);
     let (here, name) = (Here::new(), proxy.name("big"));
     // Each connection breaks after 100 kB: what gets through is kept from one attempt to the next.
     proxy.cut(600_000, 1);
@@ -356,17 +467,10 @@ fn a_broken_transfer_is_continued() {
 
 #[test]
 fn a_given_up_pull_is_continued_by_the_next() {
-    let registry = Registry::start();
+    let (registry, layer) = serve("big", &big_layer(2_000_000));
     let proxy = Proxy::start(&registry);
-    let layout = Layout::with(&big_layer(2_000_000));
-    registry.push(&layout, "latest", "big");
-    let layer = only_layer(&layout);
     let here = Here::new();
-    let part = here
-        .store
-        .root()
-        .join("blobs/sha256")
-        .join(format!("{}.part", layer.hex()));
+    let part = here.part(&layer);
     // As a killed pull leaves it, and one byte of it is wrong: resumed, found wrong, fetched anew.
     let blob = std::fs::read(registry.blob(&layer)).unwrap();
     std::fs::write(&part, &blob[..1_500_000]).unwrap();
@@ -379,11 +483,7 @@ fn a_given_up_pull_is_continued_by_the_next() {
     assert!(!part.exists());
 
     let here = Here::new();
-    let part = here
-        .store
-        .root()
-        .join("blobs/sha256")
-        .join(format!("{}.part", layer.hex()));
+    let part = here.part(&layer);
     let mut bad = blob[..1_000_000].to_vec();
     bad[0] ^= 1;
     std::fs::write(&part, &bad).unwrap();

@@ -1,18 +1,21 @@
-//! One pod: life cycle, state on disk, shares, streams, clean-up.
+//! Machines and the containers in them: life cycle, state on disk, shares, streams, clean-up.
 //!
-//! Two sides live here. The *sandbox process*, one per container, owns the machine and everything that belongs to
-//! it, and outlives the command that started it. The *client* is how commands find and ask sandbox processes. They
-//! meet in [`wire`] and in the files of [`paths`].
+//! Two sides live here. The *sandbox process* owns a machine and everything that belongs to it, and outlives the
+//! command that started it; there is one for each container of hull's own, and one for each [`pod`] of an engine. The
+//! *client* is how commands find and ask sandbox processes. They meet in [`wire`] and in the files of [`paths`], and for
+//! pods in [`pod::wire`].
 //!
-//! Called by `cli` (and later by the OCI command line and the containerd shim). This crate never touches guest
+//! Called by `cli` and `oci` (and later by the containerd shim). This crate never touches guest
 //! memory and never parses what a guest wrote, but for the agent's bounded protobuf answers.
 
 pub mod client;
+pub mod detached;
 pub mod device_process;
 pub mod error;
 pub mod log;
 pub mod names;
 pub mod paths;
+pub mod pod;
 pub mod process;
 pub mod record;
 pub mod request;
@@ -24,4 +27,4 @@ pub mod wire;
 pub use error::{Failure, Result};
 pub use paths::{ContainerPaths, Paths};
 pub use record::{Exit, Record, State};
-pub use request::{RunRequest, Volume};
+pub use request::{MachineRequest, RunRequest, Volume};

@@ -6,6 +6,29 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+/// A machine to be started. Says nothing of containers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineRequest {
+    /// Kind and guest kernel, already chosen.
+    pub choice: hull_machine::Choice,
+    /// Initramfs file.
+    pub initramfs: PathBuf,
+    /// Memory of the guest, bytes.
+    pub memory: u64,
+    /// Virtual processors.
+    pub cpus: u32,
+}
+
+/// Memory that the guest's kernel and the agent need beside a container that may use all of its limit, bytes.
+const GUEST_OVERHEAD: u64 = 64 << 20;
+
+impl MachineRequest {
+    /// Memory of a machine for a container with this limit, bytes.
+    pub fn memory_for(limit: u64) -> u64 {
+        limit.saturating_add(GUEST_OVERHEAD)
+    }
+}
+
 /// A container to be run, with the machine it is to be run in.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunRequest {
@@ -29,14 +52,8 @@ pub struct RunRequest {
     pub raw_env: Vec<Vec<u8>>,
     /// Host directories and files to share.
     pub volumes: Vec<Volume>,
-    /// Machine and guest kernel, already chosen.
-    pub machine: hull_machine::Choice,
-    /// Initramfs file.
-    pub initramfs: PathBuf,
-    /// Memory of the guest, bytes.
-    pub memory: u64,
-    /// Virtual processors.
-    pub cpus: u32,
+    /// The machine that it runs in.
+    pub machine: MachineRequest,
     /// Remove the container when it ends.
     pub auto_remove: bool,
     /// Standard input is open until its first client goes.

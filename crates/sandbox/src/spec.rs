@@ -4,6 +4,8 @@
 //! directories) is filled in by the sandbox process. User names are left to the agent, which resolves them inside
 //! the container: `process.user.username` carries `user[:group]` as given, and the numbers are then ignored.
 
+pub mod seccomp;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -15,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Context, Failure, Result};
 use crate::request::Volume;
+use seccomp::Seccomp;
 
 /// What `run` can ask for beyond the image's own wishes.
 #[derive(Debug, Clone, Default)]
@@ -57,6 +60,10 @@ pub struct ContainerOptions {
     pub cpus_milli: Option<u64>,
     /// Most processes.
     pub pids_limit: Option<i64>,
+    /// Which system calls are let through.
+    pub seccomp: Seccomp,
+    /// Programs cannot bring privileges along.
+    pub no_new_privileges: bool,
 }
 
 /// Docker's default capabilities (moby, oci/caps/defaults.go): what root in a container may do.
@@ -305,7 +312,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
         .map(|(name, soft, hard)| json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard}))
         .collect();
 
-    let spec = json!({
+    let mut spec = json!({
         "ociVersion": "1.2.0",
         "root": { "path": "", "readonly": options.read_only },
         "hostname": options.hostname,
@@ -321,7 +328,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
                 "permitted": capabilities,
             },
             "rlimits": rlimits,
-            "noNewPrivileges": false,
+            "noNewPrivileges": options.no_new_privileges,
         },
         "mounts": mounts(options),
         "linux": {
@@ -334,6 +341,9 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig) -> Result<Built> {
             "readonlyPaths": READ_ONLY_PATHS,
         },
     });
+    if let Some(filter) = options.seccomp.for_capabilities(&capabilities) {
+        spec["linux"]["seccomp"] = filter;
+    }
     let spec = serde_json::from_value(spec).context(|| "build the spec".into())?;
     Ok(Built {
         spec,

@@ -82,7 +82,7 @@ impl CapabilitySets {
         let Some(spec) = spec else {
             return Ok(CapabilitySets::default());
         };
-        let sets = CapabilitySets {
+        let mut sets = CapabilitySets {
             bounding: mask(spec.bounding()),
             effective: mask(spec.effective()),
             permitted: mask(spec.permitted()),
@@ -96,12 +96,9 @@ impl CapabilitySets {
                 "names one that is not permitted",
             ));
         }
-        if sets.ambient & !(sets.permitted & sets.inheritable) != 0 {
-            return Err(CreateError::invalid(
-                "process.capabilities.ambient",
-                "names one that is not both permitted and inheritable",
-            ));
-        }
+        // Neither would it raise these, and runtimes before us went on without them: specs that engines write, and the
+        // one that runc writes, name ambient capabilities that are not inheritable.
+        sets.ambient &= sets.permitted & sets.inheritable;
         Ok(sets)
     }
 
@@ -216,11 +213,11 @@ mod tests {
                 .to_string()
                 .contains("effective")
         );
-        assert!(
-            sets(r#"{"permitted":["CAP_KILL"],"ambient":["CAP_KILL"]}"#)
-                .unwrap_err()
-                .to_string()
-                .contains("ambient")
-        );
+    }
+
+    #[test]
+    fn an_ambient_capability_that_cannot_be_raised_is_left_out() {
+        let sets = sets(r#"{"permitted":["CAP_KILL"],"ambient":["CAP_KILL"]}"#).unwrap();
+        assert_eq!(sets.ambient, 0);
     }
 }

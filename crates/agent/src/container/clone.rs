@@ -15,7 +15,7 @@ use rustix::net::{
 use rustix::process::{Signal, WaitId, WaitIdOptions};
 
 use super::error::{Context, CreateError, MESSAGE_LIMIT, Result};
-use super::namespaces::Namespaces;
+use super::namespaces::{Namespaces, Visit};
 use super::sys::{self, Cloned};
 
 const MAPPED: &[u8] = b"m";
@@ -59,49 +59,31 @@ pub(super) fn spawn(
         None,
     )
     .context(|| "cannot make the gate")?;
-    match place {
+    let (visit, flags) = match place {
         Place::New(namespaces) if namespaces.joins_user() => {
             // SAFETY: the agent has one thread, and `run_between` does not return.
-            match unsafe { sys::clone3(0, Some(cgroup)) }.map_err(cannot_clone)? {
+            return match unsafe { sys::clone3(0, Some(cgroup)) }.map_err(cannot_clone)? {
                 Cloned::Parent { pidfd, .. } => {
                     drop(theirs);
                     sibling(ours, pidfd)
                 }
                 Cloned::Child => run_between(namespaces, theirs, child),
-            }
+            };
         }
-        Place::New(namespaces) => {
-            let visit = namespaces.visit()?;
-            // SAFETY: the agent has one thread, and `run` does not return.
-            match unsafe { sys::clone3(namespaces.at_clone(), Some(cgroup)) }
-                .map_err(cannot_clone)?
-            {
-                Cloned::Parent { pid, pidfd } => {
-                    drop(visit);
-                    Ok(Spawned {
-                        pid,
-                        pidfd,
-                        gate: ours,
-                    })
-                }
-                Cloned::Child => run(theirs, child),
-            }
+        Place::New(namespaces) => (namespaces.visit()?, namespaces.at_clone()),
+        Place::Of(process) => (Visit::pid_namespace_of(*process)?, 0),
+    };
+    // SAFETY: the agent has one thread, and `run` does not return.
+    match unsafe { sys::clone3(flags, Some(cgroup)) }.map_err(cannot_clone)? {
+        Cloned::Parent { pid, pidfd } => {
+            drop(visit);
+            Ok(Spawned {
+                pid,
+                pidfd,
+                gate: ours,
+            })
         }
-        Place::Of(process) => {
-            let visit = super::namespaces::Visit::pid_namespace_of(*process)?;
-            // SAFETY: as above.
-            match unsafe { sys::clone3(0, Some(cgroup)) }.map_err(cannot_clone)? {
-                Cloned::Parent { pid, pidfd } => {
-                    drop(visit);
-                    Ok(Spawned {
-                        pid,
-                        pidfd,
-                        gate: ours,
-                    })
-                }
-                Cloned::Child => run(theirs, child),
-            }
-        }
+        Cloned::Child => run(theirs, child),
     }
 }
 

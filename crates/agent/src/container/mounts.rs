@@ -92,12 +92,7 @@ impl MountPlan {
                     format_args!("{} is not an absolute path", source.display()),
                 ));
             }
-            if !options.data.is_empty() {
-                return Err(CreateError::invalid(
-                    field("options"),
-                    format_args!("{:?} is not an option of a bind mount", options.data),
-                ));
-            }
+            // The kernel ignores data of a bind mount, and engines pass what they were given for any kind.
             if options.filesystem_wide() {
                 return Err(CreateError::unsupported(
                     field("options"),
@@ -254,7 +249,14 @@ impl MountPlan {
         if self.options.copy_up {
             flags &= !libc::MS_RDONLY;
         }
-        sys::mount_here(source, name, flags, data).context(|| self.what())?;
+        match sys::mount_here(source, name, flags, data) {
+            // In a user namespace that does not own the network namespace, which sysfs shows: the agent's shows the
+            // same.
+            Err(error) if name == c"sysfs" && error.raw_os_error() == Some(libc::EPERM) => {
+                return self.bind_own(c"/sys", target);
+            }
+            mounted => mounted.context(|| self.what())?,
+        }
         if !self.options.copy_up
             && self.options.propagation.is_empty()
             && self.options.recursive.is_empty()
@@ -275,6 +277,18 @@ impl MountPlan {
             }
         }
         self.set_attributes(mounted.as_fd(), &attributes)
+    }
+
+    /// Mounts what the agent has at `source`, with everything in it: a user namespace may not look below.
+    fn bind_own(&self, source: &CStr, target: BorrowedFd<'_>) -> Result<()> {
+        let tree = detached(CWD, source, true).context(|| self.what())?;
+        let attributes = MountAttributes {
+            // When a file was read last cannot be changed on what somebody else has mounted.
+            set: self.options.attributes.set & !sys::MOUNT_ATTR_ATIME,
+            ..Default::default()
+        };
+        sys::mount_setattr(tree.as_fd(), c"", true, &attributes).context(|| self.what())?;
+        attach(tree.as_fd(), target).context(|| self.what())
     }
 
     fn set_attributes(&self, mount: BorrowedFd<'_>, own: &MountAttributes) -> Result<()> {
@@ -392,10 +406,6 @@ mod tests {
     #[test]
     fn what_is_not_done_is_named() {
         for (json, words) in [
-            (
-                r#"{"destination":"/a","source":"/b","options":["bind","size=1"]}"#,
-                "size=1",
-            ),
             (
                 r#"{"destination":"/a","source":"b","options":["bind"]}"#,
                 "not an absolute path",

@@ -68,16 +68,7 @@ pub fn execute(args: Args) -> Result<u8> {
     let guest = GuestFiles::locate(&config)?;
     match args.command {
         Command::Ls { json } => {
-            let mut kernels = Vec::new();
-            for kind in KINDS {
-                if guest.kernel_path(kind).is_file() {
-                    kernels.push(kernel(kind, &guest.kernel_path(kind))?);
-                }
-            }
-            if kernels.is_empty() {
-                // The same words as when a container wants one.
-                guest.kernel(Kind::Uml)?;
-            }
+            let kernels = installed(&guest)?;
             if json {
                 output::print_json(&kernels)?;
             } else {
@@ -89,24 +80,16 @@ pub fn execute(args: Args) -> Result<u8> {
             kernel: file,
             json,
         } => {
-            let mut kernels = Vec::new();
-            if let Some(file) = file {
-                let path = kernel_file(&file)?;
-                kernels.push(kernel(Kind::Uml, &path)?);
-                kernels[0].machines.clear();
-                kernels[0].architecture.clear();
+            let kernels = if let Some(file) = file {
+                let mut kernel = kernel(Kind::Uml, &kernel_file(&file)?)?;
+                kernel.machines.clear();
+                kernel.architecture.clear();
+                vec![kernel]
             } else if let Some(kind) = machine {
-                kernels.push(kernel(kind, &guest.kernel(kind)?)?);
+                vec![kernel(kind, &guest.kernel(kind)?)?]
             } else {
-                for kind in KINDS {
-                    if guest.kernel_path(kind).is_file() {
-                        kernels.push(kernel(kind, &guest.kernel_path(kind))?);
-                    }
-                }
-                if kernels.is_empty() {
-                    guest.kernel(Kind::Uml)?;
-                }
-            }
+                installed(&guest)?
+            };
             if json {
                 output::print_json(&kernels)?;
             } else {
@@ -116,6 +99,22 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// The kernels that are there: one at least, or an error.
+fn installed(guest: &GuestFiles) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for kind in KINDS {
+        let path = guest.kernel_path(kind);
+        if path.is_file() {
+            kernels.push(kernel(kind, &path)?);
+        }
+    }
+    if kernels.is_empty() {
+        // The same words as when a container wants one.
+        guest.kernel(Kind::Uml)?;
+    }
+    Ok(kernels)
 }
 
 fn kernel(kind: Kind, path: &Path) -> Result<Kernel> {

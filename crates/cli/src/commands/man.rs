@@ -6,6 +6,7 @@ use clap::CommandFactory;
 
 use crate::cli::Hull;
 use crate::error::{Context, Result};
+use crate::oci;
 
 /// Arguments of `man`.
 #[derive(Debug, clap::Args)]
@@ -14,12 +15,14 @@ pub struct Args {
     directory: PathBuf,
 }
 
-/// Writes a page for hull and one for each command.
+/// Writes a page for hull, one for hull-oci, and one for each of their commands.
 pub fn execute(args: Args) -> Result<u8> {
     let directory = &args.directory;
     std::fs::create_dir_all(directory)
         .context(|| format!("cannot create {}", directory.display()))?;
-    clap_mangen::generate_to(Hull::command(), directory)
-        .context(|| format!("cannot write manual pages to {}", directory.display()))?;
+    for grammar in [Hull::command(), oci::grammar()] {
+        clap_mangen::generate_to(grammar, directory)
+            .context(|| format!("cannot write manual pages to {}", directory.display()))?;
+    }
     Ok(0)
 }

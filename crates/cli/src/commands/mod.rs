@@ -8,6 +8,7 @@ pub mod cp;
 pub mod exec;
 pub mod image;
 pub mod inspect;
+pub mod install;
 pub mod kernel;
 pub mod kill;
 pub mod logs;

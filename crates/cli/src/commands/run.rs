@@ -4,14 +4,15 @@
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use hull_machine::Kind;
+use hull_sandbox::spec::seccomp::{Profile, Seccomp};
 use hull_sandbox::spec::{self, ContainerOptions};
 use hull_sandbox::timings::{Timings, now_ns};
 use hull_sandbox::wire::{Reply, Request};
-use hull_sandbox::{Paths, RunRequest, client, names};
+use hull_sandbox::{MachineRequest, Paths, RunRequest, client, names};
 
 use super::config_for_root;
 use crate::attach::{Attachment, Options, Outcome};
@@ -21,11 +22,8 @@ use crate::guest::GuestFiles;
 use crate::mounts::{self, Tmpfs, Volume};
 use crate::output::Table;
 use crate::reservation::Reservation;
-use crate::values::{self, DetachKeys, Machine, Network, Pull, Ulimit};
+use crate::values::{self, DetachKeys, Machine, Network, Pull, SecurityOption, Ulimit};
 use crate::{images, output};
-
-/// Memory that the guest's kernel and the agent need beside a container that may use all of its limit.
-const GUEST_OVERHEAD: u64 = 64 << 20;
 
 static BEGAN: OnceLock<u64> = OnceLock::new();
 
@@ -116,6 +114,10 @@ pub struct Args {
     /// Drop a Linux capability, or ALL
     #[arg(long, value_name = "NAME")]
     cap_drop: Vec<String>,
+    /// seccomp=FILE for a system call filter in place of the usual one, seccomp=unconfined for none;
+    /// no-new-privileges
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = values::security_option)]
+    security_opt: Vec<SecurityOption>,
     /// Set a kernel parameter in the container
     #[arg(long, value_name = "NAME=VALUE", value_parser = values::sysctl)]
     sysctl: Vec<(String, String)>,
@@ -225,8 +227,15 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
     let guest = GuestFiles::locate(&config)?;
     let choice = guest.choose(&config, args.machine, args.kernel.as_deref())?;
     let initramfs = guest.initramfs()?;
-    let mut request = request(&args, &config, environment, &image, &choice, began_ns)?;
-    request.initramfs = initramfs;
+    let mut request = request(
+        &args,
+        &config,
+        environment,
+        &image,
+        &choice,
+        &initramfs,
+        began_ns,
+    )?;
     let attachment = match args.detach {
         true => None,
         false => Some(Attachment::prepare(Options {
@@ -294,6 +303,7 @@ const LONGEST_SOCKET: usize = 107;
 fn check(args: &Args, paths: &Paths) -> Result<()> {
     mounts::check_distinct(&args.volume, &args.tmpfs).map_err(Error::new)?;
     spec::capabilities(&args.cap_add, &args.cap_drop)?;
+    seccomp(&args.security_opt)?;
     let longest = paths
         .container(&"0".repeat(64))
         .devices()
@@ -345,13 +355,14 @@ fn check(args: &Args, paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// Everything but name and initramfs of the request.
+/// Everything but the name of the request.
 fn request(
     args: &Args,
     config: &Config,
     environment: Vec<OsString>,
     image: &hull_image::Image,
     choice: &hull_machine::Choice,
+    initramfs: &Path,
     began_ns: u64,
 ) -> Result<RunRequest> {
     let id = names::new_id()?;
@@ -399,6 +410,8 @@ fn request(
         memory,
         cpus_milli,
         pids_limit: (pids_limit > 0).then_some(pids_limit),
+        seccomp: seccomp(&args.security_opt)?,
+        no_new_privileges: no_new_privileges(&args.security_opt),
     };
     let built = spec::build(&options, &image.config)?;
     let mut labels = image.config.labels.clone();
@@ -423,13 +436,12 @@ fn request(
         raw_args: built.raw_args,
         raw_env: built.raw_env,
         volumes,
-        machine: choice.clone(),
-        initramfs: PathBuf::new(),
-        memory: match memory {
-            Some(limit) => limit.saturating_add(GUEST_OVERHEAD),
-            None => config.memory,
+        machine: MachineRequest {
+            choice: choice.clone(),
+            initramfs: initramfs.to_owned(),
+            memory: memory.map_or(config.memory, MachineRequest::memory_for),
+            cpus,
         },
-        cpus,
         auto_remove: args.rm,
         stdin: args.interactive,
         stop_signal: args
@@ -442,6 +454,29 @@ fn request(
         log_size: config.log_size,
         began_ns,
     })
+}
+
+/// The filter that the options ask for; the last one counts.
+fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
+    let mut seccomp = Seccomp::Default;
+    for option in options {
+        match option {
+            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
+            SecurityOption::Seccomp(file) => {
+                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
+            }
+            SecurityOption::NoNewPrivileges(_) => {}
+        }
+    }
+    Ok(seccomp)
+}
+
+fn no_new_privileges(options: &[SecurityOption]) -> bool {
+    let said = options.iter().rev().find_map(|option| match option {
+        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
+        _ => None,
+    });
+    said.unwrap_or(false)
 }
 
 /// What the user has to know before the first container, or with an option that does less than its name says.

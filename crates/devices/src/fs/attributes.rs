@@ -34,15 +34,12 @@ impl Server {
         body: &mut Input<'_>,
         reply: &mut Reply,
     ) -> Result<(), Errno> {
-        let flags = body.u32()?;
-        body.u32()?;
-        let handle = body.u64()?;
+        let handle = named_handle(body)?;
         if header.node == wire::ROOT {
             reply.zeros(16);
             reply.attributes(&self.root_attributes());
             return Ok(());
         }
-        let handle = (flags & wire::GETATTR_FH != 0).then_some(handle);
         let stat = self.status(header.node, handle)?;
         self.attributes(header.node, &stat, reply)
     }
@@ -75,14 +72,11 @@ impl Server {
         body: &mut Input<'_>,
         reply: &mut Reply,
     ) -> Result<(), Errno> {
-        let flags = body.u32()?;
-        body.u32()?;
-        let handle = body.u64()?;
+        let handle = named_handle(body)?;
         if header.node == wire::ROOT {
             // It has no time of birth to tell.
             return Err(Errno::NOSYS);
         }
-        let handle = (flags & wire::GETATTR_FH != 0).then_some(handle);
         let stat = self.status(header.node, handle)?;
         let (_, share) = self.share_of(header.node)?;
         let validity = share.attribute_validity();
@@ -342,6 +336,14 @@ fn write_size(size: usize, reply: &mut Reply) {
     // At most MAX_XATTR.
     reply.u32(size as u32);
     reply.u32(0);
+}
+
+/// What `GETATTR` and `STATX` begin with: the handle, if the guest names one.
+fn named_handle(body: &mut Input<'_>) -> Result<Option<u64>, Errno> {
+    let flags = body.u32()?;
+    body.u32()?;
+    let handle = body.u64()?;
+    Ok((flags & wire::GETATTR_FH != 0).then_some(handle))
 }
 
 /// A user or group number; the one that means "none" to the host is no such number.

@@ -27,7 +27,7 @@ impl Server {
             let file = self.reopen(&fd, OFlags::RDONLY | OFlags::DIRECTORY)?;
             let flags = match cache {
                 Cache::Private => wire::fopen::KEEP_CACHE | wire::fopen::CACHE_DIR,
-                Cache::Shared => 0,
+                Cache::Brief | Cache::Shared => 0,
             };
             let file = file.into();
             (Handle::Directory { share, file }, flags)

@@ -209,13 +209,7 @@ impl Device for Fs {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        loop {
-            let Some(chain) = queues.pop(queue)? else {
-                if queues.rearm(queue)? {
-                    continue;
-                }
-                return Ok(());
-            };
+        while let Some(chain) = queues.pop_or_rearm(queue)? {
             let head = chain.head_index();
             let memory = queues.memory().clone();
             let outcome = match Buffers::new(&memory, chain.clone()) {
@@ -240,6 +234,7 @@ impl Device for Fs {
                 }),
             }
         }
+        Ok(())
     }
 
     fn host_event(

@@ -71,6 +71,19 @@ impl Server {
         Ok(())
     }
 
+    /// Replies with what `name` stands for now; its node.
+    fn entry_at(
+        &mut self,
+        share: ShareId,
+        directory: &OwnedFd,
+        parent: u64,
+        name: &CStr,
+        reply: &mut Reply,
+    ) -> Result<u64, Errno> {
+        let stat = self.stat_name(directory, name)?;
+        self.entry(share, parent, name, &stat, reply)
+    }
+
     /// Runs `make`, which makes `name` in a directory for the guest's user, and replies with what is there then.
     fn make(
         &mut self,
@@ -84,8 +97,7 @@ impl Server {
             let _assumed = self.credentials.assume(header.uid, header.gid)?;
             make(&directory)?;
         }
-        let stat = self.stat_name(&directory, name)?;
-        self.entry(share, header.node, name, &stat, reply)?;
+        self.entry_at(share, &directory, header.node, name, reply)?;
         Ok(())
     }
 
@@ -237,8 +249,7 @@ impl Server {
             name,
             AtFlags::SYMLINK_FOLLOW,
         )?;
-        let stat = self.stat_name(&directory, name)?;
-        self.entry(share, header.node, name, &stat, reply)?;
+        self.entry_at(share, &directory, header.node, name, reply)?;
         Ok(())
     }
 
@@ -278,8 +289,7 @@ impl Server {
                 self.forget_unless(node, opened)
             }
             Err(Errno::EXIST) if !exclusive => {
-                let stat = self.stat_name(&directory, name)?;
-                let node = self.entry(share, header.node, name, &stat, reply)?;
+                let node = self.entry_at(share, &directory, header.node, name, reply)?;
                 let opened = self
                     .open_node(header, node, flags, kill)
                     .and_then(|file| self.opened(share, file, reply));
@@ -370,7 +380,7 @@ impl Server {
         }))?;
         reply.u64(handle);
         reply.u32(match cache {
-            Cache::Private => wire::fopen::KEEP_CACHE | wire::fopen::NOFLUSH,
+            Cache::Private | Cache::Brief => wire::fopen::KEEP_CACHE | wire::fopen::NOFLUSH,
             Cache::Shared => 0,
         });
         reply.u32(0);

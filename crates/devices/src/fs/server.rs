@@ -82,6 +82,7 @@ impl Share {
     pub fn attribute_validity(&self) -> Duration {
         match self.cache {
             Cache::Private => Duration::from_secs(86_400),
+            Cache::Brief => Duration::from_secs(1),
             Cache::Shared => MOMENT,
         }
     }

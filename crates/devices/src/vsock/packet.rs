@@ -4,13 +4,12 @@
 //! is: [`Slices`] says where, whatever the descriptors look like (header and data merged in one, apart, or data in
 //! many as the driver does for zero-copy sends). Used by the device and the multiplexer; no I/O here.
 
-use virtio_vsock::packet::PKT_HEADER_SIZE;
 use vm_memory::{GuestMemory, VolatileSlice};
 
 use crate::device::{Chain, Memory};
 
-/// Bytes of a header in guest memory.
-pub const HEADER_SIZE: usize = PKT_HEADER_SIZE;
+/// Bytes of a header in guest memory: `struct virtio_vsock_hdr` (virtio 1.2, 5.10.6).
+pub const HEADER_SIZE: usize = 44;
 
 /// The host's context ID, by definition.
 pub const HOST_CID: u64 = 2;

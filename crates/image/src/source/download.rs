@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::registry::Session;
 use crate::digest::{Digest, Hasher};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_digest};
 use crate::manifest::Descriptor;
 use crate::progress::{Event, LayerState, Progress};
 use crate::store::{PlannedLayer, Store, flock};
@@ -164,9 +164,8 @@ impl Part {
         descriptor: &Descriptor,
         report: &impl Fn(LayerState),
     ) -> Result<()> {
-        let reference = || session.name.written().to_owned();
         let truncated = |actual: u64| Error::Truncated {
-            reference: reference(),
+            reference: session.name.written().to_owned(),
             what: "layer",
             digest: descriptor.digest,
             expected: descriptor.size,
@@ -193,21 +192,12 @@ impl Part {
             }
         }
         let actual = self.hasher.clone().finish();
-        if actual == descriptor.digest {
-            return Ok(());
-        }
-        if resumed {
+        if resumed && actual != descriptor.digest {
             // Perhaps only the old beginning is bad.
             self.restart()?;
             return Box::pin(self.fetch(session, descriptor, report)).await;
         }
-        let (what, expected) = ("layer", descriptor.digest);
-        Err(Error::WrongDigest {
-            reference: reference(),
-            what,
-            expected,
-            actual,
-        })
+        check_digest(session.name.written(), "layer", descriptor.digest, actual)
     }
 
     /// One request, from where the archive ends.

@@ -2,6 +2,7 @@
 
 pub(crate) mod docker_archive;
 mod download;
+mod manifest_request;
 pub(crate) mod oci_layout;
 pub(crate) mod registry;
 pub(crate) mod rootfs;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_digest};
 use crate::manifest::{self, Descriptor, Document, Index, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::Reference;
@@ -175,27 +175,17 @@ impl Layout<'_> {
     fn document(&self, what: &'static str, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let mut file = self.open(what, &descriptor.digest)?;
         let bytes = self.read_bounded(&mut file, &self.blob(&descriptor.digest))?;
-        let reference = self.written.to_owned();
         if bytes.len() as u64 != descriptor.size {
             return Err(Error::Truncated {
-                reference,
+                reference: self.written.to_owned(),
                 what,
                 digest: descriptor.digest,
                 expected: descriptor.size,
                 actual: bytes.len() as u64,
             });
         }
-        let (expected, actual) = (descriptor.digest, Digest::of(&bytes));
-        if actual == expected {
-            Ok(bytes)
-        } else {
-            Err(Error::WrongDigest {
-                reference,
-                what,
-                expected,
-                actual,
-            })
-        }
+        check_digest(self.written, what, descriptor.digest, Digest::of(&bytes))?;
+        Ok(bytes)
     }
 
     fn blob(&self, digest: &Digest) -> PathBuf {

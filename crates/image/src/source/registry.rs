@@ -15,20 +15,22 @@ use oci_client::client::{ClientConfig, ClientProtocol};
 use oci_client::secrets::RegistryAuth;
 
 use super::download;
+use super::manifest_request::{Failure, Manifests};
 use crate::config;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
-use crate::manifest::{self, ACCEPTED, Descriptor, Document, MAX_DOCUMENT, Manifest};
+use crate::error::{Error, Result, check_digest};
+use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
 
 /// How many layers arrive at once.
 const PARALLEL: usize = 3;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest silence of a registry that is sending something.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const USER_AGENT: &str = concat!("hull/", env!("CARGO_PKG_VERSION"));
 
 /// What the registry's thread tells the unpacking one.
 enum Message {
@@ -45,6 +47,7 @@ pub(super) struct Session<'a> {
     pub client: oci_client::Client,
     pub reference: oci_client::Reference,
     pub name: &'a RegistryReference,
+    manifests: Manifests,
     auth: RegistryAuth,
     credentials: String,
     /// What to say before "registry X answered 404".
@@ -161,18 +164,20 @@ impl<'a> Session<'a> {
             Pull::Always => "",
             _ => "no such reference in the local store, and ",
         };
+        let failed = |reason: String| Error::Registry {
+            reference: name.written().to_owned(),
+            registry: name.registry.clone(),
+            reason,
+        };
         if !tls_ready() {
-            return Err(Error::Registry {
-                reference: name.written().to_owned(),
-                registry: name.registry.clone(),
-                reason: "this machine has no CA certificates (package ca-certificates)".to_owned(),
-            });
+            let reason = "this machine has no CA certificates (package ca-certificates)";
+            return Err(failed(reason.to_owned()));
         }
         let mut config = ClientConfig {
             protocol: ClientProtocol::Https,
             connect_timeout: Some(CONNECT_TIMEOUT),
             read_timeout: Some(READ_TIMEOUT),
-            user_agent: concat!("hull/", env!("CARGO_PKG_VERSION")),
+            user_agent: USER_AGENT,
             ..ClientConfig::default()
         };
         if name.is_local() {
@@ -182,13 +187,13 @@ impl<'a> Session<'a> {
             config.http_proxy = Some("http://localhost".to_owned());
             config.no_proxy = Some("*".to_owned());
         }
-        let client = oci_client::Client::try_from(config).map_err(|error| Error::Registry {
-            reference: name.written().to_owned(),
-            registry: name.registry.clone(),
-            reason: error.to_string(),
-        })?;
+        let client =
+            oci_client::Client::try_from(config).map_err(|error| failed(error.to_string()))?;
+        let manifests =
+            Manifests::new(name.is_local()).map_err(|error| failed(error.to_string()))?;
         Ok(Self {
             client,
+            manifests,
             reference,
             name,
             auth,
@@ -317,24 +322,28 @@ impl<'a> Session<'a> {
 
     /// A manifest and its digest, computed here. When the reference is one by digest, they must be the same.
     async fn manifest(&self, reference: &oci_client::Reference) -> Result<(Digest, Vec<u8>)> {
-        let (bytes, _) = self
-            .client
-            .pull_manifest_raw(reference, &self.auth, ACCEPTED)
+        let bytes = self
+            .manifests
+            .get(&self.client, reference, &self.auth)
             .await
-            .map_err(|error| self.error("manifest", error))?;
+            .map_err(|failure| match failure {
+                Failure::Client(error) => self.error("manifest", error),
+                Failure::TooLarge => {
+                    self.failed(format!("the manifest is larger than {MAX_DOCUMENT} bytes"))
+                }
+                Failure::Announced { expected, actual } => Error::WrongDigest {
+                    reference: self.name.written().to_owned(),
+                    what: "manifest",
+                    expected,
+                    actual,
+                },
+            })?;
         let actual = Digest::of(&bytes);
-        match reference
-            .digest()
-            .and_then(|digest| digest.parse::<Digest>().ok())
-        {
-            Some(expected) if expected != actual => Err(Error::WrongDigest {
-                reference: self.name.written().to_owned(),
-                what: "manifest",
-                expected,
-                actual,
-            }),
-            _ => Ok((actual, bytes.to_vec())),
+        let expected = reference.digest().and_then(|digest| digest.parse().ok());
+        if let Some(expected) = expected {
+            check_digest(self.name.written(), "manifest", expected, actual)?;
         }
+        Ok((actual, bytes))
     }
 
     async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
@@ -357,27 +366,18 @@ impl<'a> Session<'a> {
                 break;
             }
         }
-        let reference = self.name.written().to_owned();
         if (bytes.len() as u64) < descriptor.size {
             return Err(Error::Truncated {
-                reference,
+                reference: self.name.written().to_owned(),
                 what: "config",
                 digest: descriptor.digest,
                 expected: descriptor.size,
                 actual: bytes.len() as u64,
             });
         }
-        let (what, expected, actual) = ("config", descriptor.digest, Digest::of(&bytes));
-        if expected == actual {
-            Ok(bytes)
-        } else {
-            Err(Error::WrongDigest {
-                reference,
-                what,
-                expected,
-                actual,
-            })
-        }
+        let actual = Digest::of(&bytes);
+        check_digest(self.name.written(), "config", descriptor.digest, actual)?;
+        Ok(bytes)
     }
 
     pub(super) fn failed(&self, reason: String) -> Error {

@@ -15,7 +15,7 @@ use super::install::LayerStream;
 use super::record::{read_json, write_json};
 use super::{Store, flock};
 use crate::digest::{Digest, HashingReader};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_digest};
 use crate::progress::{Event, LayerState, Progress};
 use crate::unpack::{LayerError, Unpacked, compression, fs, unpack};
 
@@ -338,14 +338,8 @@ fn unpack_stream(
                 actual: length,
             });
         }
-        if drained.is_ok() && actual != expected {
-            let (reference, what) = (reference.to_owned(), "layer");
-            return Err(Error::WrongDigest {
-                reference,
-                what,
-                expected,
-                actual,
-            });
+        if drained.is_ok() {
+            check_digest(reference, "layer", expected, actual)?;
         }
     }
     result.map_err(|source| Error::Layer {

@@ -3,6 +3,7 @@
 //! The guest may be hostile: every call is bounded in time but for `wait`, whose end also the end of the machine
 //! brings about, and what comes back is numbers and texts that are passed on, never acted upon.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::time::Duration;
@@ -18,6 +19,9 @@ use crate::wire::{Process, Size, Stats};
 
 /// Bound of a call that the agent answers at once. An emulated guest on a busy host needs seconds at times.
 const QUICK: Duration = Duration::from_secs(30);
+
+/// Bound of a call that may run hooks, which have their own time.
+const SLOW: Duration = Duration::from_secs(300);
 
 /// Longest text of the agent that is passed on, bytes.
 const MAX_TEXT: usize = 4096;
@@ -158,6 +162,91 @@ impl Agent {
             .await
             .map(drop)
             .map_err(failure)
+    }
+
+    /// Creates a container whose init waits to be started; the init's process id in the guest.
+    ///
+    /// # Errors
+    /// As [`Agent::run`].
+    pub async fn create(
+        &self,
+        container: &str,
+        spec_json: Vec<u8>,
+        streams: StreamPorts,
+    ) -> Result<u32> {
+        let request = proto::CreateContainerRequest {
+            container_id: container.into(),
+            spec_json,
+            streams: streams.message(),
+            ..Default::default()
+        };
+        self.client
+            .create_container(within(SLOW), &request)
+            .await
+            .map(|response| response.pid)
+            .map_err(failure)
+    }
+
+    /// Lets the init of a created container run.
+    ///
+    /// # Errors
+    /// As [`Agent::run`].
+    pub async fn start(&self, container: &str) -> Result<()> {
+        let request = proto::StartContainerRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        self.client
+            .start_container(within(SLOW), &request)
+            .await
+            .map(drop)
+            .map_err(failure)
+    }
+
+    /// Forgets a container that has ended.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn delete(&self, container: &str) -> Result<()> {
+        let request = proto::DeleteContainerRequest {
+            container_id: container.into(),
+            force: true,
+            ..Default::default()
+        };
+        self.client
+            .delete_container(within(QUICK), &request)
+            .await
+            .map(drop)
+            .map_err(failure)
+    }
+
+    /// Changes limits of a container: an OCI `linux.resources` object.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn update(&self, container: &str, resources: &serde_json::Value) -> Result<()> {
+        let request = proto::UpdateRequest {
+            container_id: container.into(),
+            resources_json: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        self.client
+            .update(within(QUICK), &request)
+            .await
+            .map(drop)
+            .map_err(failure)
+    }
+
+    /// Sets kernel parameters of the guest itself.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn set_sysctls(&self, sysctl: BTreeMap<String, String>) -> Result<()> {
+        let request = proto::ConfigureRequest {
+            sysctl: sysctl.into_iter().collect(),
+            ..Default::default()
+        };
+        self.configure(&request).await
     }
 
     /// Starts a further process.

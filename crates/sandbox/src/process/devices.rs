@@ -109,6 +109,20 @@ impl Devices {
         .await
     }
 
+    /// Takes a directory away from the guest's shares.
+    ///
+    /// # Errors
+    /// There is no such share, or the device process has ended.
+    pub async fn remove_share(&self, name: &str) -> Result<()> {
+        let call = Call::RemoveShare { name: name.into() };
+        self.call(
+            &format!("take share {name} away from the guest"),
+            call,
+            None,
+        )
+        .await
+    }
+
     /// Lets the guest connect to a port of the host.
     ///
     /// # Errors
@@ -123,18 +137,29 @@ impl Devices {
     /// # Errors
     /// The guest refuses, or the device process has ended.
     pub async fn connect(&self, guest_port: u32) -> Result<(u32, UnixStream)> {
+        let (host_port, stream) = self.open(guest_port).await?;
+        let stream = StdStream::from(stream);
+        stream
+            .set_nonblocking(true)
+            .context(|| "prepare a stream".into())?;
+        let stream = UnixStream::from_std(stream).context(|| "watch a stream".into())?;
+        Ok((host_port, stream))
+    }
+
+    /// The same for a stream that somebody else will carry: a blocking socket.
+    ///
+    /// # Errors
+    /// As [`Devices::connect`].
+    pub async fn open(&self, guest_port: u32) -> Result<(u32, OwnedFd)> {
         let host_port = self.next_port.fetch_add(1, Ordering::Relaxed);
         let (ours, theirs) = StdStream::pair().context(|| "make a socket pair".into())?;
-        ours.set_nonblocking(true)
-            .context(|| "prepare a stream".into())?;
-        let ours = UnixStream::from_std(ours).context(|| "watch a stream".into())?;
         let call = Call::Connect {
             guest_port,
             host_port,
         };
         self.call("open a stream to the guest", call, Some(theirs.as_fd()))
             .await?;
-        Ok((host_port, ours))
+        Ok((host_port, ours.into()))
     }
 }
 

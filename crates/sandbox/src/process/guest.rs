@@ -21,7 +21,7 @@ use super::devices::{Devices, Incoming};
 use super::watch::watch;
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
-use crate::request::RunRequest;
+use crate::request::MachineRequest;
 
 /// Sockets of the devices that every machine has, in the order of their descriptors in the device process.
 const SOCKETS: [&str; 3] = ["fs", "vsock", "entropy"];
@@ -103,7 +103,7 @@ impl Guest {
     ///
     /// # Errors
     /// Either cannot be started.
-    pub fn start(paths: &ContainerPaths, request: &RunRequest) -> Result<(Self, Incoming)> {
+    pub fn start(paths: &ContainerPaths, request: &MachineRequest) -> Result<(Self, Incoming)> {
         let uid = FIRST_JAIL_UID.wrapping_add(std::process::id());
         let (devices, control) = start_devices(&paths.devices())?;
         let devices = Watched::new(devices)?;
@@ -115,7 +115,7 @@ impl Guest {
         tokio::spawn(read_console(console.clone()));
 
         let spec = MachineSpec {
-            kernel: request.machine.kernel.clone(),
+            kernel: request.choice.kernel.clone(),
             initramfs: request.initramfs.clone(),
             memory: request.memory,
             cpus: request.cpus,
@@ -124,7 +124,7 @@ impl Guest {
             jail_uid: uid,
         };
         let machine = request
-            .machine
+            .choice
             .machine()
             .and_then(|machine| machine.start(&spec, console_write))
             .map_err(|error| machine_failure(&error))?;

@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
-    mount_change, move_mount, open_tree, unmount,
+    MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags, mount, mount_change,
+    move_mount, unmount,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::mount_attributes::{self, Attributes};
+use crate::detached::{self, Attributes};
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
 use crate::request::Volume;
@@ -168,20 +168,13 @@ const FILE_NAME: &str = "file";
 pub fn volume(paths: &ContainerPaths, index: usize, volume: &Volume) -> Result<VolumeShare> {
     let doing = || format!("share {}", volume.source.display());
     let metadata = fs::metadata(&volume.source).context(doing)?;
-    let tree = open_tree(
-        CWD,
-        &volume.source,
-        OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_RECURSIVE,
-    )
-    .context(doing)?;
+    let tree = detached::copy(&volume.source, true).context(doing)?;
     let attributes = Attributes {
         read_only: volume.read_only,
         no_devices: true,
         no_suid: true,
     };
-    mount_attributes::set(tree.as_fd(), attributes).context(doing)?;
+    detached::set(tree.as_fd(), attributes).context(doing)?;
     if metadata.is_dir() {
         return Ok(VolumeShare {
             directory: tree,
@@ -203,15 +196,8 @@ pub fn volume(paths: &ContainerPaths, index: usize, volume: &Volume) -> Result<V
     )
     .context(doing)?;
     // The directory itself is hull's: the guest must not add to it.
-    let directory = open_tree(
-        CWD,
-        &directory,
-        OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_RECURSIVE,
-    )
-    .context(doing)?;
-    mount_attributes::set_top(
+    let directory = detached::copy(&directory, true).context(doing)?;
+    detached::set_top(
         directory.as_fd(),
         Attributes {
             read_only: true,
@@ -241,18 +227,13 @@ fn open_path(path: &Path) -> Result<OwnedFd> {
 /// It does not exist or cannot be mounted.
 pub fn own_directory(path: &Path) -> Result<OwnedFd> {
     let doing = || format!("share {}", path.display());
-    let tree = open_tree(
-        CWD,
-        path,
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-    )
-    .context(doing)?;
+    let tree = detached::copy(path, false).context(doing)?;
     let attributes = Attributes {
         read_only: false,
         no_devices: true,
         no_suid: true,
     };
-    mount_attributes::set(tree.as_fd(), attributes).context(doing)?;
+    detached::set(tree.as_fd(), attributes).context(doing)?;
     Ok(tree)
 }
 

@@ -1,5 +1,7 @@
 //! Connects the streams of one process in the guest.
 
+use std::os::fd::OwnedFd;
+
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -48,6 +50,23 @@ pub async fn connect(devices: &Devices, wanted: Wanted) -> Result<(StreamPorts, 
         (ports.stderr, connected.stderr) = stderr;
     }
     Ok((ports, connected))
+}
+
+/// Opens the streams of a process whose keeper carries them: a terminal, or standard input, output and error.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn open(devices: &Devices, terminal: bool) -> Result<(StreamPorts, Vec<OwnedFd>)> {
+    let mut ports = StreamPorts::default();
+    if terminal {
+        let (port, stream) = devices.open(STREAM_PORT).await?;
+        ports.terminal = port;
+        return Ok((ports, vec![stream]));
+    }
+    let open = || devices.open(STREAM_PORT);
+    let (stdin, stdout, stderr) = tokio::try_join!(open(), open(), open())?;
+    (ports.stdin, ports.stdout, ports.stderr) = (stdin.0, stdout.0, stderr.0);
+    Ok((ports, vec![stdin.1, stdout.1, stderr.1]))
 }
 
 /// Carries the output of a process to one client, and makes its input ready to be written.

@@ -1,8 +1,23 @@
-//! mount_setattr(2), which no library here has. Called by `mounts` only.
+//! Detached mounts: copies of what the host has mounted, attached nowhere, which become shares of a guest. They
+//! vanish with their last descriptor. With mount_setattr(2), which no library here has.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::CWD;
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+/// A detached copy of what is at `path`, with everything mounted below it when `recursive`.
+///
+/// # Errors
+/// The kernel's.
+pub fn copy(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    Ok(open_tree(CWD, path, flags)?)
+}
 
 /// Attributes to be set on a mount.
 #[derive(Debug, Clone, Copy)]

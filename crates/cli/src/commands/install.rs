@@ -1,0 +1,97 @@
+//! `hull install` and `hull uninstall`: shows what changes in an engine's configuration, does it, and says what to do
+//! next.
+
+use std::path::{Path, PathBuf};
+
+use crate::engines::{self, Change, Engine};
+use crate::error::Result;
+use crate::output::{self, Colours};
+
+/// Arguments of `install`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The engine
+    engine: Engine,
+    /// Make hull the runtime of containers that ask for none
+    #[arg(long)]
+    default: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Arguments of `uninstall`.
+#[derive(Debug, clap::Args)]
+pub struct UninstallArgs {
+    /// The engine
+    engine: Engine,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// Only show what would change
+    #[arg(long)]
+    dry_run: bool,
+    /// Directory that the engine's /etc is in
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    root: PathBuf,
+}
+
+/// Tells an engine about hull-oci.
+pub fn execute(args: Args) -> Result<u8> {
+    let runtime = engines::runtime()?;
+    let change = args
+        .engine
+        .install(&args.common.root, &runtime, args.default)?;
+    let next = args.engine.next(Some(args.default));
+    perform(change, &args.common, "is installed already", next)
+}
+
+/// Takes it back.
+pub fn uninstall(args: UninstallArgs) -> Result<u8> {
+    let change = args.engine.uninstall(&args.common.root)?;
+    let next = args.engine.next(None);
+    perform(change, &args.common, "is not installed", next)
+}
+
+fn perform(change: Option<Change>, common: &Common, nothing: &str, next: &[&str]) -> Result<u8> {
+    let Some(change) = change else {
+        output::print(format!("nothing to do: the runtime hull {nothing}\n"))?;
+        return Ok(0);
+    };
+    output::print(shown(&change))?;
+    if common.dry_run {
+        return Ok(0);
+    }
+    change.apply()?;
+    // Elsewhere nothing runs that could be told.
+    if common.root == Path::new("/") && !next.is_empty() {
+        let lines: Vec<String> = next.iter().map(|line| format!("  {line}\n")).collect();
+        output::print(format!("next:\n{}", lines.concat()))?;
+    }
+    Ok(0)
+}
+
+fn shown(change: &Change) -> String {
+    let colours = Colours::for_stdout();
+    let what = match (&change.before, &change.after) {
+        (None, _) => " (new)",
+        (_, None) => " (removed)",
+        _ => "",
+    };
+    let mut text = format!(
+        "{}{what}\n",
+        output::printable(&change.path.to_string_lossy())
+    );
+    for line in change.lines() {
+        let line = output::printable(&line);
+        let line = match line.as_bytes().first() {
+            Some(b'+') => colours.good(&line),
+            Some(b'-') => colours.bad(&line),
+            _ => line,
+        };
+        text.push_str(&format!("{line}\n"));
+    }
+    text
+}

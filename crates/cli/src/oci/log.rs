@@ -1,0 +1,85 @@
+//! Where `hull-oci` says what goes wrong: the file that an engine names, in the form that it parses, and standard error.
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::sync::OnceLock;
+
+use hull_sandbox::Failure;
+use hull_sandbox::error::{Context, Result};
+
+use super::arguments::{Global, LogFormat};
+
+struct Log {
+    file: Option<File>,
+    format: LogFormat,
+}
+
+static LOG: OnceLock<Log> = OnceLock::new();
+
+/// Opens the log. Until then, and without one, everything goes to standard error.
+pub fn open(global: &Global) -> Result<()> {
+    let file = match &global.log {
+        None => None,
+        Some(path) => Some(
+            File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+                .context(|| format!("open the log {}", path.display()))?,
+        ),
+    };
+    // Called once.
+    let _ = LOG.set(Log {
+        file,
+        format: global.log_format,
+    });
+    Ok(())
+}
+
+/// Says what the user should know.
+pub fn warn(message: &str) {
+    write("warning", message);
+}
+
+/// Says why the command failed: in the log, and always on standard error too, for people.
+pub fn fatal(failure: &Failure) {
+    let message = failure.message.trim_end().replace('\n', " ");
+    let logged = LOG.get().is_some_and(|log| log.file.is_some());
+    if logged {
+        if !failure.console.is_empty() {
+            write(
+                "warning",
+                &format!("the guest's console: {}", failure.console.join(" | ")),
+            );
+        }
+        write("error", &message);
+    }
+    let mut text = format!("error: {message}\n");
+    if !logged || std::io::stderr().is_terminal() {
+        if let Some(hint) = &failure.hint {
+            text.push_str(&format!("hint: {hint}\n"));
+        }
+        for line in &failure.console {
+            text.push_str(&format!("  {line}\n"));
+        }
+    }
+    // Nobody is left to tell when standard error is closed.
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+fn write(level: &str, message: &str) {
+    let time = hull_oci::time::now();
+    let log = LOG.get();
+    let line = match log.map(|log| log.format) {
+        Some(LogFormat::Json) => {
+            let line = serde_json::json!({"level": level, "msg": message, "time": time});
+            format!("{line}\n")
+        }
+        _ => format!("time={time:?} level={level} msg={message:?}\n"),
+    };
+    // In one write, so that lines of several commands do not mix. A full disk is not this command's failure.
+    let _ = match log.and_then(|log| log.file.as_ref()) {
+        Some(mut file) => file.write_all(line.as_bytes()),
+        None => std::io::stderr().lock().write_all(line.as_bytes()),
+    };
+}

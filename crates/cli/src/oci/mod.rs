@@ -1,0 +1,306 @@
+//! The executable under the name `hull-oci`: runc's command line, for engines. Arguments go to crate `oci`, answers to
+//! standard output, errors to the log in the form that engines parse and to standard error.
+
+mod arguments;
+mod log;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use hull_machine::Kind;
+use hull_oci::commands::{self, CreateOptions, ExecOptions, Settings};
+use hull_oci::container::Root;
+use hull_oci::{features, signal, stats, template, update};
+use hull_sandbox::{Failure, MachineRequest, Result};
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::guest::GuestFiles;
+use crate::output::Table;
+use arguments::{Command, Format, HullOci};
+
+/// Exit status when a process could not be executed in a container: runc's.
+const EXEC_FAILED: u8 = 255;
+
+/// Where the state of containers is unless `--root` says otherwise.
+const DEFAULT_ROOT: &str = "/run/hull-oci";
+
+/// The grammar, for manual pages and completion.
+pub fn grammar() -> clap::Command {
+    HullOci::command()
+}
+
+/// Does what the arguments say.
+pub fn main(arguments: &[OsString]) -> ExitCode {
+    let arguments = match HullOci::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version go to standard output; nobody is left to tell when that is closed.
+            let _ = error.print();
+            return match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            };
+        }
+    };
+    if let Err(failure) = log::open(&arguments.global) {
+        log::fatal(&failure);
+        return ExitCode::FAILURE;
+    }
+    let is_exec = matches!(arguments.command, Command::Exec(_));
+    match execute(arguments) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            log::fatal(&failure);
+            ExitCode::from(if is_exec { EXEC_FAILED } else { 1 })
+        }
+    }
+}
+
+fn settings(global: &arguments::Global) -> Result<Settings> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(
+            Failure::new("permission denied: hull-oci must be run as root")
+                .hint("containers without root are not supported yet"),
+        );
+    }
+    let config = Config::load().map_err(failure)?;
+    Ok(Settings {
+        root: Root {
+            path: global
+                .root
+                .clone()
+                .unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT)),
+        },
+        run_directory: config.run_dir.clone(),
+        systemd_cgroup: global.systemd_cgroup,
+        machine: Box::new(move |memory, cpus_milli| machine(&config, memory, cpus_milli)),
+        warn: log::warn,
+    })
+}
+
+fn failure(error: Error) -> Failure {
+    error.into()
+}
+
+/// The machine for a container with these limits, by the configuration.
+fn machine(
+    config: &Config,
+    memory: Option<u64>,
+    cpus_milli: Option<u64>,
+) -> Result<MachineRequest> {
+    let guest = GuestFiles::locate(config).map_err(failure)?;
+    let choice = guest.choose(config, None, None).map_err(failure)?;
+    let cpus = match (choice.kind, cpus_milli) {
+        // A user-mode kernel has one processor; a limit above it is kept all the same.
+        (Kind::Uml, _) => 1,
+        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
+        (_, None) => config.cpus,
+    };
+    Ok(MachineRequest {
+        choice,
+        initramfs: guest.initramfs().map_err(failure)?,
+        memory: memory.map_or(config.memory, MachineRequest::memory_for),
+        cpus,
+    })
+}
+
+fn execute(arguments: HullOci) -> Result<u8> {
+    let settings = || settings(&arguments.global);
+    let done = |result: Result<()>| result.map(|()| 0);
+    match arguments.command {
+        Command::Create(args) => done(commands::create(
+            &settings()?,
+            &create_options(args.bundle, &args.id),
+        )),
+        Command::Run(args) => {
+            let options = create_options(args.bundle, &args.id);
+            commands::run(&settings()?, &options, args.detach, args.keep).map(status)
+        }
+        Command::Start(args) => done(commands::start(&settings()?, &args.id)),
+        Command::State(args) => print_json(&commands::state(&settings()?, &args.id)?),
+        Command::Kill(args) => {
+            let signal = signal::parse(args.signal.as_deref().unwrap_or("SIGTERM"))?;
+            done(commands::kill(&settings()?, &args.id, signal, args.all))
+        }
+        Command::Delete(args) => done(commands::delete(&settings()?, &args.id, args.force)),
+        Command::Exec(args) => {
+            let settings = settings()?;
+            commands::exec(&settings, &exec_options(*args)).map(status)
+        }
+        Command::Ps(args) => {
+            let pids = commands::processes(&settings()?, &args.id)?;
+            match args.format {
+                Format::Json => print_json(&json!(pids)),
+                Format::Table => print_processes(&pids, &args.ps),
+            }
+        }
+        Command::List(args) => {
+            let listed = commands::list(&settings()?)?;
+            match (args.quiet, args.format) {
+                (true, _) => print(
+                    listed
+                        .iter()
+                        .filter_map(|state| Some(format!("{}\n", state["id"].as_str()?)))
+                        .collect(),
+                ),
+                (false, Format::Json) => print_json(&json!(listed)),
+                (false, Format::Table) => print(table(&listed)),
+            }
+        }
+        Command::Pause(args) => done(commands::pause(&settings()?, &args.id)),
+        Command::Resume(args) => done(commands::resume(&settings()?, &args.id)),
+        Command::Update(args) => {
+            let limits = args.limits();
+            limits.refused()?;
+            limits
+                .warnings()
+                .iter()
+                .for_each(|warning| log::warn(warning));
+            let resources = match &args.resources {
+                Some(source) => update::read(source)?,
+                None => limits.resources()?,
+            };
+            done(commands::update(&settings()?, &args.id, &resources))
+        }
+        Command::Events(args) => events(&settings()?, &args),
+        Command::Spec(args) => write_spec(&args),
+        Command::Features => print_json(&features::features()),
+        Command::Checkpoint(_) | Command::Restore(_) => Err(Failure::new(
+            "not supported: checkpoint and restore of a container in a machine",
+        )),
+    }
+}
+
+/// An exit status, of which 8 bits reach whoever waits.
+fn status(status: i32) -> u8 {
+    u8::try_from(status & 0xff).unwrap_or(u8::MAX)
+}
+
+fn create_options(args: arguments::Bundle, id: &str) -> CreateOptions {
+    CreateOptions {
+        id: id.to_owned(),
+        bundle: args.bundle,
+        console_socket: args.console_socket,
+        pid_file: args.pid_file,
+        preserve_fds: args.preserve_fds,
+    }
+}
+
+fn exec_options(args: arguments::Exec) -> ExecOptions {
+    ExecOptions {
+        id: args.id,
+        process: args.process,
+        args: args.command,
+        env: args.env,
+        cwd: args.cwd,
+        user: args.user,
+        additional_gids: args.additional_gids,
+        capabilities: args.cap,
+        no_new_privileges: args.no_new_privs,
+        tty: args.tty,
+        detach: args.detach,
+        console_socket: args.console_socket,
+        pid_file: args.pid_file,
+        preserve_fds: args.preserve_fds,
+    }
+}
+
+fn print(text: String) -> Result<u8> {
+    crate::output::print(text).map(|()| 0).map_err(failure)
+}
+
+fn print_json(value: &Value) -> Result<u8> {
+    print(format!("{value:#}\n"))
+}
+
+fn table(listed: &[Value]) -> String {
+    let mut table = Table::new(&["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]);
+    for state in listed {
+        let text = |name: &str| match &state[name] {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        table.row(["id", "pid", "status", "bundle", "created", "owner"].map(text));
+    }
+    table.render()
+}
+
+/// The lines of the host's `ps` that are about these processes, as runc shows them.
+fn print_processes(pids: &[i32], arguments: &[String]) -> Result<u8> {
+    let arguments: Vec<&str> = match arguments {
+        [] => vec!["-ef"],
+        given => given.iter().map(String::as_str).collect(),
+    };
+    let output = std::process::Command::new("ps")
+        .args(&arguments)
+        .output()
+        .map_err(|error| Failure::new(format!("cannot execute ps: {error}")))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(Failure::new(format!("ps failed: {}", said.trim())));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut lines = text.lines();
+    let head = lines.next().unwrap_or_default();
+    let column = head
+        .split_whitespace()
+        .position(|name| name == "PID")
+        .ok_or_else(|| Failure::new("cannot find the PID column in what ps printed"))?;
+    let is_ours = |line: &&str| {
+        line.split_whitespace()
+            .nth(column)
+            .and_then(|pid| pid.parse().ok())
+            .is_some_and(|pid| pids.contains(&pid))
+    };
+    let shown: Vec<&str> = std::iter::once(head).chain(lines.filter(is_ours)).collect();
+    print(format!("{}\n", shown.join("\n")))
+}
+
+/// Prints figures, once or again and again until the container ends.
+fn events(settings: &Settings, args: &arguments::Events) -> Result<u8> {
+    if args.interval.is_zero() {
+        return Err(Failure::new("duration interval must be greater than 0"));
+    }
+    let mut kills = None;
+    loop {
+        let figures = match commands::stats(settings, &args.id) {
+            Ok(figures) => figures,
+            // It has ended while it was watched.
+            Err(_) if kills.is_some() => return Ok(0),
+            Err(failure) => return Err(failure),
+        };
+        if kills.is_some_and(|kills| figures.oom_kills > kills) {
+            print_line(&stats::oom(&args.id))?;
+        }
+        kills = Some(figures.oom_kills);
+        print_line(&stats::event(&args.id, &figures))?;
+        if args.stats {
+            return Ok(0);
+        }
+        std::thread::sleep(args.interval.min(Duration::from_secs(86_400)));
+    }
+}
+
+fn print_line(value: &Value) -> Result<()> {
+    print(format!("{value}\n")).map(drop)
+}
+
+fn write_spec(args: &arguments::Spec) -> Result<u8> {
+    let path = args.bundle.join("config.json");
+    let mut file = std::fs::File::create_new(&path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AlreadyExists => {
+            Failure::new(format!("file {} exists. Remove it first", path.display()))
+        }
+        _ => Failure::new(format!("cannot create {}: {error}", path.display())),
+    })?;
+    writeln!(file, "{:#}", template::spec(args.rootless))
+        .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))?;
+    Ok(0)
+}

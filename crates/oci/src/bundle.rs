@@ -1,0 +1,196 @@
+//! A bundle: the directory with `config.json`, read and checked as far as the host is concerned.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::error::{Context, Failure, Result};
+use oci_spec::runtime::Spec;
+use serde_json::Value;
+
+/// Longest configuration that is read, bytes.
+const MAX_CONFIG: u64 = 32 << 20;
+
+/// A bundle.
+#[derive(Debug)]
+pub struct Bundle {
+    /// Its directory, absolute.
+    pub path: PathBuf,
+    /// `root.path`, absolute.
+    pub rootfs: PathBuf,
+    /// `ociVersion`.
+    pub version: String,
+    /// `annotations`.
+    pub annotations: HashMap<String, String>,
+    /// The configuration, in the words of the specification.
+    pub spec: Spec,
+    /// The same as it is written, for the guest.
+    pub config: Value,
+}
+
+impl Bundle {
+    /// Reads and checks a bundle. Errors are worded as runc's where engines and people know them.
+    ///
+    /// # Errors
+    /// There is no configuration, it is none, or it asks for what cannot be.
+    pub fn load(path: &Path) -> Result<Bundle> {
+        let path = fs::canonicalize(path).context(|| format!("use bundle {}", path.display()))?;
+        let file = path.join("config.json");
+        let text = read(&file)?;
+        let invalid = |error: serde_json::Error| {
+            Failure::new(format!("cannot use {}: {error}", file.display()))
+        };
+        let config: Value = serde_json::from_slice(&text).map_err(invalid)?;
+        let version = match config.get("ociVersion") {
+            Some(Value::String(version)) => version.clone(),
+            _ => {
+                return Err(Failure::new(format!(
+                    "cannot use {}: ociVersion is missing",
+                    file.display()
+                )));
+            }
+        };
+        check_version(&version)?;
+        let spec: Spec = serde_json::from_slice(&text).map_err(invalid)?;
+        let root = spec.root().as_ref().ok_or_else(|| {
+            Failure::new(format!("cannot use {}: root is missing", file.display()))
+        })?;
+        let rootfs = path.join(root.path());
+        match fs::metadata(&rootfs) {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => {
+                return Err(Failure::new(format!(
+                    "invalid rootfs: {} is not a directory",
+                    rootfs.display()
+                )));
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(Failure::new(format!(
+                    "invalid rootfs: stat {}: no such file or directory",
+                    rootfs.display()
+                )));
+            }
+            Err(error) => {
+                return Err(error).context(|| format!("use rootfs {}", rootfs.display()));
+            }
+        }
+        let rootfs =
+            fs::canonicalize(&rootfs).context(|| format!("use rootfs {}", rootfs.display()))?;
+        if rootfs == Path::new("/") {
+            return Err(Failure::new(
+                "invalid rootfs: the host's own root directory cannot be a container's",
+            ));
+        }
+        Ok(Bundle {
+            path,
+            rootfs,
+            version,
+            annotations: spec.annotations().clone().unwrap_or_default(),
+            spec,
+            config,
+        })
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    let open = fs::File::open(file).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Failure::new(format!(
+            "JSON specification file {} not found",
+            file.display()
+        )),
+        _ => Failure::new(format!("cannot read {}: {error}", file.display())),
+    })?;
+    let mut text = Vec::new();
+    open.take(MAX_CONFIG + 1)
+        .read_to_end(&mut text)
+        .context(|| format!("read {}", file.display()))?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(Failure::new(format!(
+            "{} is longer than {} MiB",
+            file.display(),
+            MAX_CONFIG >> 20
+        )));
+    }
+    Ok(text)
+}
+
+/// Any 1.x is accepted: later minor versions add fields, and those that hull does not know are refused by the agent
+/// where the specification says so. A version before 1.0.0 is another specification.
+fn check_version(version: &str) -> Result<()> {
+    let unknown = || {
+        Failure::new(format!(
+            "unsupported ociVersion {version:?}: hull knows 1.0.0 to 1.2.x"
+        ))
+    };
+    let number = version.split(['-', '+']).next().unwrap_or_default();
+    let mut parts = number.split('.').map(str::parse::<u32>);
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(Ok(1)), Some(Ok(_)), Some(Ok(_)), None) => Ok(()),
+        _ => Err(unknown()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn bundle(config: &str) -> (tempfile::TempDir, Result<Bundle>) {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("rootfs")).unwrap();
+        fs::write(directory.path().join("config.json"), config).unwrap();
+        let bundle = Bundle::load(directory.path());
+        (directory, bundle)
+    }
+
+    #[test]
+    fn a_bundle_is_read() {
+        let (directory, bundle) = bundle(
+            r#"{"ociVersion":"1.0.2-dev","root":{"path":"rootfs"},"annotations":{"a":"b"}}"#,
+        );
+        let bundle = bundle.unwrap();
+        let path = fs::canonicalize(directory.path()).unwrap();
+        assert_eq!(bundle.rootfs, path.join("rootfs"));
+        assert_eq!(bundle.annotations["a"], "b");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (config, words) in [
+            ("{", "config.json"),
+            (r#"{"root":{"path":"rootfs"}}"#, "ociVersion is missing"),
+            (
+                r#"{"ociVersion":"2.0.0","root":{"path":"rootfs"}}"#,
+                "unsupported ociVersion",
+            ),
+            (
+                r#"{"ociVersion":"1.0","root":{"path":"rootfs"}}"#,
+                "unsupported ociVersion",
+            ),
+            (r#"{"ociVersion":"1.0.0"}"#, "root is missing"),
+            (
+                r#"{"ociVersion":"1.0.0","root":{"path":"nothing"}}"#,
+                "no such file or directory",
+            ),
+            (
+                r#"{"ociVersion":"1.0.0","root":{"path":"config.json"}}"#,
+                "is not a directory",
+            ),
+            (
+                r#"{"ociVersion":"1.0.0","root":{"path":"/"}}"#,
+                "own root directory",
+            ),
+            (
+                r#"{"ociVersion":"1.0.0","root":{"path":"rootfs"},"mounts":3}"#,
+                "config.json",
+            ),
+        ] {
+            let error = bundle(config).1.unwrap_err();
+            assert!(error.message.contains(words), "{config}: {error}");
+        }
+        let nothing = tempfile::tempdir().unwrap();
+        let error = Bundle::load(nothing.path()).unwrap_err();
+        assert!(error.message.ends_with("config.json not found"), "{error}");
+    }
+}

@@ -1,0 +1,287 @@
+//! Control groups on the host, for the host processes of a container: sandbox process, devices, machine, keeper.
+//!
+//! Limits hold in the guest, field by field. The group out here is what engines read their statistics from (podman and
+//! Docker look up the group of the keeper), and an outer wall around everything that the container costs. So it knows
+//! only what a wall needs: memory and swap, processor time, cpusets, block I/O. pids, devices, hugetlb, rdma, network,
+//! memory.reservation and `unified` are the guest's alone.
+//!
+//! - cgroup v1, hybrid and v2 are one code: a group has one directory per hierarchy, and a limit is written to the
+//!   first directory that has a file for it ([`limits`]). Where the directories are is [`path`]'s.
+//! - A hierarchy that cannot be written (read-only, not ours) is left out, as one that is not mounted: an error only
+//!   if a limit needs it.
+//! - systemd style paths get the directories that systemd would make, made by hand. A scope can be asked of
+//!   systemd only with a process that is to be in it, and there is none yet when limits must be known to hold. The
+//!   price: systemd knows no such unit (`systemctl status` does not show it), and does not keep controllers
+//!   enabled in its slices for it when it is reloaded.
+//!
+//! Own code because cgroups-rs 0.5 brings zbus and its executors in any case (about 90 packages), and finds its mounts
+//! by itself, so that no test can replace them, and leaves behind what it made when it fails half-way.
+
+mod directory;
+mod limits;
+mod path;
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hull_sandbox::error::Context;
+use hull_sandbox::{Failure, Result};
+use oci_spec::runtime::LinuxResources;
+use serde::{Deserialize, Serialize};
+
+use directory::{Made, held, is_denied, is_gone, make, remove, tree, write};
+use path::{Hierarchy, Location};
+
+/// How long [`Groups::remove`] waits for ended processes to leave: as long as runc does.
+const LEAVING: Duration = Duration::from_secs(1);
+/// Attempts to move a process that the kernel has not finished making (EINVAL), [`JOIN_PAUSE`] apart: as runc does.
+const JOIN_ATTEMPTS: u32 = 5;
+const JOIN_PAUSE: Duration = Duration::from_millis(30);
+
+/// The control groups of one container: the same group in each hierarchy.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Groups {
+    /// Absolute: one directory with v2, one per hierarchy otherwise. Empty where no hierarchy can be written.
+    pub directories: Vec<PathBuf>,
+}
+
+impl Groups {
+    /// Makes the groups with their limits. Nothing stays behind when it fails.
+    ///
+    /// `cgroups_path` is `linux.cgroupsPath`: an absolute path is below the mount of each hierarchy, a relative one
+    /// below the group of the caller (with v2 beside it, because a group with processes gives none below it its
+    /// controllers), without one the group is named by `id`. With `systemd` it is `slice:prefix:name`, by
+    /// default `system.slice:hull:ID`. `..` goes no higher than the mount or the caller's group. `overhead`: bytes
+    /// that the machine needs beside the container, added to memory limits.
+    pub fn create(
+        cgroups_path: Option<&Path>,
+        id: &str,
+        systemd: bool,
+        resources: Option<&LinuxResources>,
+        overhead: u64,
+    ) -> Result<Groups> {
+        let location = path::location(cgroups_path, id, systemd)?;
+        let read = |path: &str| std::fs::read_to_string(path).context(|| format!("read {path}"));
+        let hierarchies =
+            path::hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
+        Self::create_in(&hierarchies, &location, resources, overhead)
+    }
+
+    fn create_in(
+        hierarchies: &[Hierarchy],
+        location: &Location,
+        resources: Option<&LinuxResources>,
+        overhead: u64,
+    ) -> Result<Groups> {
+        let mut groups = Groups::default();
+        let mut made = Made::default();
+        let mut left_out = Vec::new();
+        for hierarchy in hierarchies {
+            let directory = hierarchy.directory(location);
+            let before = made.0.len();
+            match make(&hierarchy.mount, &directory, &mut made) {
+                Ok(()) => groups.directories.push(directory),
+                Err(error) if is_denied(&error) => {
+                    drop(Made(made.0.split_off(before)));
+                    left_out.push(format!("{}: {error}", hierarchy.mount.display()));
+                }
+                Err(error) => return Err(failed("make the control group", &directory, error)),
+            }
+        }
+        if let Some(resources) = resources {
+            groups
+                .apply(resources, overhead)
+                .map_err(|failure| match &left_out[..] {
+                    [] => failure,
+                    _ => failure.hint(format!("not writable: {}", left_out.join(", "))),
+                })?;
+        }
+        made.0.clear();
+        Ok(groups)
+    }
+
+    /// Sets the limits that `resources` names; those that it does not name stay. `overhead` as in [`Groups::create`].
+    ///
+    /// Memory is never limited to less than is in use and cannot be reclaimed: the machine would be killed for
+    /// what its guest may keep. The wall stays where it was then, and the limit still holds in the guest.
+    pub fn apply(&self, resources: &LinuxResources, overhead: u64) -> Result<()> {
+        let settings = limits::settings(resources, overhead, self.quota_in_force())?;
+        // The kernel compares some limits with each other (memory with memory and swap, period with quota), so that the
+        // right order depends on the values in force: what was refused may be right when the others are set.
+        let mut refused = Vec::new();
+        let mut kept = false;
+        for setting in &settings {
+            match self.write(setting)? {
+                Written::Yes => {}
+                Written::InUse => kept = true,
+                Written::No(_) => refused.push(setting),
+            }
+        }
+        for setting in refused {
+            match self.write(setting)? {
+                Written::Yes | Written::InUse => {}
+                Written::No(_) if kept && setting.is_memory() => {}
+                Written::No(failure) => return Err(failure),
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a process, with all its threads. Its children follow only if they are made later.
+    pub fn join(&self, pid: i32) -> Result<()> {
+        for directory in &self.directories {
+            let mut attempts = 1;
+            while let Err(error) = write(&directory.join("cgroup.procs"), &pid.to_string()) {
+                if error.raw_os_error() != Some(libc::EINVAL) || attempts == JOIN_ATTEMPTS {
+                    let doing = format!("move process {pid} to the control group");
+                    return Err(failed(&doing, directory, error));
+                }
+                attempts += 1;
+                std::thread::sleep(JOIN_PAUSE);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the groups and those below them, but none above, as runc does. Kills nothing: waits a second at most for
+    /// processes that are about to end. What is not there is fine.
+    pub fn remove(&self) -> Result<()> {
+        let deadline = Instant::now() + LEAVING;
+        let mut failed = None;
+        for directory in &self.directories {
+            if let Err(error) = remove(directory, deadline) {
+                failed.get_or_insert((directory, error));
+            }
+        }
+        let Some((directory, error)) = failed else {
+            return Ok(());
+        };
+        let inside = self.processes().unwrap_or_default();
+        Err(error).context(|| {
+            let directory = directory.display();
+            match &inside[..] {
+                [] => format!("remove the control group {directory}"),
+                _ => format!("remove the control group {directory} with processes {inside:?}"),
+            }
+        })
+    }
+
+    /// The processes in the groups and below, in ascending order.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        let mut pids = Vec::new();
+        for directory in &self.directories {
+            for group in tree(directory)
+                .context(|| format!("list the control group {}", directory.display()))?
+            {
+                match std::fs::read_to_string(group.join("cgroup.procs")) {
+                    Ok(text) => {
+                        pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()))
+                    }
+                    Err(error) if is_gone(&error) => {}
+                    Err(error) => {
+                        return Err(error)
+                            .context(|| format!("read {}/cgroup.procs", group.display()));
+                    }
+                }
+            }
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        Ok(pids)
+    }
+
+    fn quota_in_force(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.find("cpu.max")?).ok()?;
+        text.split_whitespace().next().map(str::to_owned)
+    }
+
+    fn find(&self, file: &str) -> Option<PathBuf> {
+        self.directories
+            .iter()
+            .map(|directory| directory.join(file))
+            .find(|path| path.exists())
+    }
+
+    fn write(&self, setting: &limits::Setting) -> Result<Written> {
+        let found = setting
+            .ways
+            .iter()
+            .find_map(|(file, value)| Some((self.find(file)?, value)));
+        let Some((path, value)) = found else {
+            return match setting.optional {
+                true => Ok(Written::Yes),
+                false => Err(self.missing(setting)),
+            };
+        };
+        if path.ends_with("memory.max") && value.parse().is_ok_and(|wall: u64| wall < held(&path)) {
+            return Ok(Written::InUse);
+        }
+        let Err(error) = write(&path, value) else {
+            return Ok(Written::Yes);
+        };
+        let number = error.raw_os_error();
+        if number == Some(libc::EBUSY) && setting.is_memory() {
+            return Ok(Written::InUse);
+        }
+        let failure = Failure::new(format!(
+            "cannot set {} ({} to {value}): {error}",
+            setting.field,
+            path.display(),
+        ));
+        match number {
+            Some(libc::EINVAL) => Ok(Written::No(failure)),
+            _ => Err(failure),
+        }
+    }
+
+    /// Why no file was found for a limit.
+    fn missing(&self, setting: &limits::Setting) -> Failure {
+        let [old, new] = setting.controllers;
+        let field = setting.field;
+        let mut name = old;
+        for directory in &self.directories {
+            let there = match std::fs::read_to_string(directory.join("cgroup.controllers")) {
+                Ok(text) if self.directories.len() == 1 => {
+                    name = new;
+                    text.split_whitespace().any(|word| word == new)
+                }
+                // Beside v1, v2 has what v1 does not; its files would have been found.
+                Ok(_) => false,
+                Err(_) => std::fs::read_dir(directory).is_ok_and(|entries| {
+                    entries.flatten().any(|entry| {
+                        let file = entry.file_name();
+                        file.to_string_lossy().split('.').next() == Some(old)
+                    })
+                }),
+            };
+            if there {
+                let files: Vec<_> = setting.ways.iter().map(|(file, _)| *file).collect();
+                return Failure::new(format!(
+                    "cannot set {field}: the host's {name} controller has no {}",
+                    files.join(" or ")
+                ));
+            }
+        }
+        Failure::new(format!(
+            "cannot set {field}: the host has no {name} controller"
+        ))
+    }
+}
+
+/// Not [`Context`]: "no space left" speaks of cpusets and numbers of groups here, not of disks.
+fn failed(doing: &str, directory: &Path, error: impl Display) -> Failure {
+    Failure::new(format!("cannot {doing} {}: {error}", directory.display()))
+}
+
+/// What became of a limit.
+enum Written {
+    Yes,
+    /// More memory is in use.
+    InUse,
+    /// The value does not fit others, or is wrong.
+    No(Failure),
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,230 @@
+//! `exec`.
+
+use std::fs;
+use std::path::PathBuf;
+
+use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::pod::Status;
+use hull_sandbox::pod::wire::{self, Request};
+use serde_json::{Value, json};
+
+use super::life::load;
+use super::{Settings, in_runcs_words, refuse_descriptors, write_pid_file};
+use crate::console;
+use crate::keeper::{self, Mode};
+
+/// What `exec` is told.
+#[derive(Debug, Default)]
+pub struct ExecOptions {
+    /// The container.
+    pub id: String,
+    /// File with an OCI process object; the other wishes below are for when there is none.
+    pub process: Option<PathBuf>,
+    /// Arguments.
+    pub args: Vec<String>,
+    /// `NAME=VALUE`, added to the container's.
+    pub env: Vec<String>,
+    /// Working directory.
+    pub cwd: Option<String>,
+    /// User and group.
+    pub user: Option<(u32, Option<u32>)>,
+    /// Additional groups.
+    pub additional_gids: Vec<u32>,
+    /// Capabilities to add, with `CAP_`.
+    pub capabilities: Vec<String>,
+    /// No new privileges.
+    pub no_new_privileges: bool,
+    /// With a terminal.
+    pub tty: bool,
+    /// Return when it has started.
+    pub detach: bool,
+    /// Who gets the master of the terminal.
+    pub console_socket: Option<PathBuf>,
+    /// Where the keeper's process id is written.
+    pub pid_file: Option<PathBuf>,
+    /// Descriptors to pass on.
+    pub preserve_fds: u32,
+}
+
+/// Executes a further process in a container; its exit status, or 0 when detached.
+///
+/// # Errors
+/// The container does not run, or the command cannot be executed.
+pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
+    refuse_descriptors(options.preserve_fds)?;
+    let (container, record, status) = load(settings, &options.id)?;
+    // In runc's words.
+    match status {
+        Status::Stopped => {
+            return Err(Failure::new("cannot exec in a stopped container"));
+        }
+        Status::Paused => return Err(Failure::new("cannot exec in a paused container")),
+        Status::Created => {
+            return Err(Failure::new(
+                "cannot exec in a container that was not started",
+            ));
+        }
+        Status::Running | Status::Creating => {}
+    }
+    let mut process = match &options.process {
+        Some(path) => {
+            let text = fs::read(path).context(|| format!("read {}", path.display()))?;
+            serde_json::from_slice(&text).context(|| format!("read {}", path.display()))?
+        }
+        None => from_options(&container.config()?["process"], options)?,
+    };
+    if let Some(object) = process.as_object_mut() {
+        // See `guest_spec`: policies of the host's kernel.
+        object.remove("apparmorProfile");
+        object.remove("selinuxLabel");
+        if options.process.is_some() && options.tty {
+            object.insert("terminal".into(), json!(true));
+        }
+    }
+    let terminal = process["terminal"].as_bool().unwrap_or_default();
+    if terminal && options.detach && options.console_socket.is_none() {
+        return Err(Failure::new(
+            "cannot allocate tty if hull-oci will detach without setting console socket",
+        ));
+    }
+    if !terminal && options.console_socket.is_some() {
+        return Err(Failure::new(
+            "cannot use console socket if hull-oci will not detach or allocate tty",
+        ));
+    }
+    let args: Vec<String> = process["args"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|arg| arg.as_str().map(str::to_owned))
+        .collect();
+    if args.is_empty() {
+        return Err(Failure::new("process args cannot be empty"));
+    }
+    let connection = record.connect()?;
+    let ask = |keeper: i32| {
+        let request = Request::Exec(wire::ExecRequest {
+            container: options.id.clone(),
+            process: process.clone(),
+            keeper,
+            terminal,
+        });
+        connection
+            .ask(&request, &[])
+            .map(|received| received.fds)
+            .map_err(in_runcs_words)
+    };
+    if !options.detach && options.console_socket.is_none() {
+        let own = std::process::id().cast_signed();
+        let streams = ask(own)?;
+        write_pid_file(options.pid_file.as_deref(), own)?;
+        return keeper::keep_here(terminal, &connection, streams);
+    }
+    let keeper = keeper::spawn(
+        &record.pod_paths(),
+        &args,
+        None,
+        &record.groups.directories,
+        true,
+    )?;
+    let streams = ask(keeper.pid())?;
+    let slave = match &options.console_socket {
+        Some(socket) => Some(console::send_master(socket, size(&process))?),
+        None => None,
+    };
+    let mode = match slave {
+        Some(_) => Mode::Terminal,
+        None => Mode::Pipes,
+    };
+    let mut kept = keeper.keep(mode, connection, streams, slave)?;
+    write_pid_file(options.pid_file.as_deref(), kept.pid())?;
+    if options.detach { Ok(0) } else { kept.wait() }
+}
+
+fn size(process: &Value) -> Option<(u16, u16)> {
+    let number = |name: &str| {
+        process["consoleSize"][name]
+            .as_u64()
+            .and_then(|number| u16::try_from(number).ok())
+            .filter(|number| *number > 0)
+    };
+    Some((number("height")?, number("width")?))
+}
+
+/// The container's own process with what the options change.
+fn from_options(init: &Value, options: &ExecOptions) -> Result<Value> {
+    let mut process = init.clone();
+    let Some(object) = process.as_object_mut() else {
+        return Err(Failure::new("the container's config.json has no process"));
+    };
+    object.insert("args".into(), json!(options.args));
+    object.insert("terminal".into(), json!(options.tty));
+    object.remove("consoleSize");
+    let mut env = object
+        .get("env")
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
+    env.extend(options.env.iter().map(|variable| json!(variable)));
+    object.insert("env".into(), json!(env));
+    if let Some(cwd) = &options.cwd {
+        object.insert("cwd".into(), json!(cwd));
+    }
+    if let Some((uid, gid)) = options.user {
+        process["user"] = json!({"uid": uid, "gid": gid.unwrap_or(0)});
+    }
+    if !options.additional_gids.is_empty() {
+        process["user"]["additionalGids"] = json!(options.additional_gids);
+    }
+    if options.no_new_privileges {
+        process["noNewPrivileges"] = json!(true);
+    }
+    for capability in &options.capabilities {
+        for set in [
+            "bounding",
+            "effective",
+            "permitted",
+            "ambient",
+            "inheritable",
+        ] {
+            let list = &mut process["capabilities"][set];
+            let mut names = list.as_array().cloned().unwrap_or_default();
+            if !names.iter().any(|name| name == capability) {
+                names.push(json!(capability));
+            }
+            *list = json!(names);
+        }
+    }
+    Ok(process)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn options_change_the_containers_own_process() {
+        let init = json!({
+            "args": ["init"], "env": ["A=1"], "cwd": "/", "terminal": true,
+            "user": {"uid": 5, "gid": 6}, "capabilities": {"bounding": ["CAP_KILL"]},
+        });
+        let options = ExecOptions {
+            args: vec!["id".into()],
+            env: vec!["B=2".into()],
+            user: Some((7, None)),
+            capabilities: vec!["CAP_CHOWN".into()],
+            ..ExecOptions::default()
+        };
+        let process = from_options(&init, &options).unwrap();
+        assert_eq!(process["args"], json!(["id"]));
+        assert_eq!(process["env"], json!(["A=1", "B=2"]));
+        assert_eq!(process["terminal"], json!(false));
+        assert_eq!(process["user"], json!({"uid": 7, "gid": 0}));
+        assert_eq!(
+            process["capabilities"]["bounding"],
+            json!(["CAP_KILL", "CAP_CHOWN"])
+        );
+        assert_eq!(process["cwd"], json!("/"));
+    }
+}

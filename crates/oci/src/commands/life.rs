@@ -1,0 +1,285 @@
+//! `start`, `kill`, `pause`, `resume`, `update`, `delete`.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::pod::Status;
+use hull_sandbox::pod::client::{self, Connection};
+use hull_sandbox::pod::wire::{Reply, Request};
+use oci_spec::runtime::{Hooks, LinuxMemory, LinuxResources};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::Value;
+
+use super::{OVERHEAD, Settings, in_runcs_words};
+use crate::container::{Container, Record, state};
+use crate::{guest_spec, hooks, update};
+
+/// How long a sandbox process may take to end a container before it is killed itself: longer than a guest may take to
+/// write its files back.
+const DELETE_TIME: Duration = Duration::from_secs(20);
+
+/// How long a keeper may live on when its process has ended: it writes what is left of the output.
+const KEEPER_TIME: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
+};
+
+/// The container, its record and its status.
+pub(super) fn load(settings: &Settings, id: &str) -> Result<(Container, Record, Status)> {
+    let container = settings.root.find(id)?;
+    let record = container.record()?;
+    let status = container.status(&record).status;
+    Ok((container, record, status))
+}
+
+fn hooks_of(container: &Container) -> Result<Option<Hooks>> {
+    match container.config()?.get("hooks") {
+        None | Some(Value::Null) => Ok(None),
+        Some(hooks) => serde_json::from_value(hooks.clone()).context(|| "read hooks".into()),
+    }
+}
+
+/// Lets the init of a created container run.
+///
+/// # Errors
+/// It was started before, or its command cannot be executed.
+pub fn start(settings: &Settings, id: &str) -> Result<()> {
+    let (container, record, status) = load(settings, id)?;
+    // In runc's words.
+    match status {
+        Status::Created => {}
+        Status::Stopped => {
+            return Err(Failure::new("cannot start a container that has stopped"));
+        }
+        Status::Running | Status::Paused => {
+            return Err(Failure::new("cannot start an already running container"));
+        }
+        Status::Creating => {
+            return Err(Failure::new(
+                "cannot start a container that is being created",
+            ));
+        }
+    }
+    let request = Request::Start {
+        container: id.to_owned(),
+    };
+    record
+        .connect()?
+        .ask(&request, &[])
+        .map_err(in_runcs_words)?;
+    if let Some(hooks) = hooks_of(&container)? {
+        let state = state(&record, Status::Running, record.keeper);
+        // The specification: the failure of such a hook is logged, and life goes on. So below.
+        hooks::run_all(
+            "poststart",
+            hooks.poststart().as_ref(),
+            &state,
+            settings.warn,
+        );
+    }
+    Ok(())
+}
+
+/// Sends a signal to a container's init, or to all its processes.
+///
+/// # Errors
+/// It does not run.
+pub fn kill(settings: &Settings, id: &str, signal: u32, all: bool) -> Result<()> {
+    let (_, record, status) = load(settings, id)?;
+    if status == Status::Stopped {
+        return match all {
+            // As runc: there is nothing that could be left of it.
+            true => Ok(()),
+            false => Err(Failure::new("container not running")),
+        };
+    }
+    let request = Request::Signal {
+        container: id.to_owned(),
+        signal,
+        all,
+    };
+    record.connect()?.ask(&request, &[]).map(drop)
+}
+
+/// Freezes a container.
+///
+/// # Errors
+/// It does not run.
+pub fn pause(settings: &Settings, id: &str) -> Result<()> {
+    freeze(settings, id, true)
+}
+
+/// Thaws a container.
+///
+/// # Errors
+/// It is not frozen.
+pub fn resume(settings: &Settings, id: &str) -> Result<()> {
+    freeze(settings, id, false)
+}
+
+fn freeze(settings: &Settings, id: &str, frozen: bool) -> Result<()> {
+    let (_, record, status) = load(settings, id)?;
+    if status == Status::Stopped {
+        return Err(Failure::new("container not running"));
+    }
+    let request = Request::Freeze {
+        container: id.to_owned(),
+        frozen,
+    };
+    record.connect()?.ask(&request, &[]).map(drop)
+}
+
+/// Changes limits, in the guest and on the host.
+///
+/// # Errors
+/// It does not run, or a limit cannot be set.
+pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Result<()> {
+    let (container, mut record, status) = load(settings, id)?;
+    if status == Status::Stopped {
+        return Err(Failure::new("container not running"));
+    }
+    let current = match &record.resources {
+        Some(current) => current.clone(),
+        None => resources_of(&container)?,
+    };
+    let mut resources = resources.clone();
+    update::complete(&mut resources, &current);
+    let mut guest = serde_json::to_value(&resources).context(|| "encode linux.resources".into())?;
+    if let Some(guest) = guest.as_object_mut() {
+        guest_spec::for_guest(guest);
+    }
+    let request = Request::Update {
+        container: id.to_owned(),
+        resources: guest,
+    };
+    record.connect()?.ask(&request, &[])?;
+    record.groups.apply(&resources, wall(&record, &resources))?;
+    record.resources = Some(update::merge(&current, &resources)?);
+    container.store(&record)
+}
+
+fn resources_of(container: &Container) -> Result<LinuxResources> {
+    match container.config()?["linux"].get("resources") {
+        None | Some(Value::Null) => Ok(LinuxResources::default()),
+        Some(resources) => {
+            serde_json::from_value(resources.clone()).context(|| "read resources".into())
+        }
+    }
+}
+
+/// What the host's processes may have beside a limit of memory: a machine keeps its size when the limit of what runs
+/// in it becomes lower.
+fn wall(record: &Record, resources: &LinuxResources) -> u64 {
+    let limit = resources
+        .memory()
+        .as_ref()
+        .and_then(LinuxMemory::limit)
+        .and_then(|limit| u64::try_from(limit).ok())
+        .unwrap_or(u64::MAX);
+    let machine = record.memory.saturating_add(OVERHEAD);
+    machine.saturating_sub(limit).max(OVERHEAD)
+}
+
+/// Removes a container and everything of it. One that runs only by `force`, which always succeeds and may be repeated.
+///
+/// # Errors
+/// There is no such container, or it runs, without `force`; something of it cannot be removed.
+pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
+    let container = match settings.root.find(id) {
+        Err(_) if force && crate::container::is_valid_id(id) => return Ok(()),
+        found => found?,
+    };
+    let record = match container.record() {
+        Ok(record) => record,
+        // Killed before there was more than the directory, or damaged.
+        Err(_) if force => return container.remove(),
+        Err(failure) => return Err(failure),
+    };
+    let status = container.status(&record).status;
+    if !force && !matches!(status, Status::Stopped | Status::Created) {
+        return Err(Failure::new(format!(
+            "cannot delete container {id} that is not stopped: {status}"
+        )));
+    }
+    end_in_pod(&record)?;
+    end_keeper(&record);
+    if !record.pod.is_empty() {
+        client::sweep(&record.pod_paths())?;
+    }
+    // What cannot be read cannot have been run.
+    if let Ok(Some(hooks)) = hooks_of(&container) {
+        let state = state(&record, Status::Stopped, 0);
+        hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
+    }
+    record.groups.remove()?;
+    container.remove()
+}
+
+/// Ends the container in its pod; waits for the pod when that ends with it.
+fn end_in_pod(record: &Record) -> Result<()> {
+    if record.pod.is_empty() {
+        return Ok(());
+    }
+    let paths = record.pod_paths();
+    // One that cannot be reached has ended, or is about to.
+    let Ok(Some(connection)) = Connection::open(&paths) else {
+        return Ok(());
+    };
+    let doing = || "ask the sandbox process".to_owned();
+    rustix::net::sockopt::set_socket_timeout(
+        connection.as_fd(),
+        rustix::net::sockopt::Timeout::Recv,
+        Some(DELETE_TIME),
+    )
+    .context(doing)?;
+    let request = Request::Delete {
+        container: record.id.clone(),
+    };
+    match connection.ask(&request, &[]) {
+        Ok(received) => {
+            drop(connection);
+            if matches!(received.message, Reply::Ending) {
+                client::wait_for_end(&paths)?;
+            }
+        }
+        // It has ended meanwhile, or does not know the container, or does not answer.
+        Err(failure) if failure.message.contains("does not exist") => {}
+        Err(_) => {
+            let peer = rustix::net::sockopt::socket_peercred(connection.as_fd());
+            if let Ok(peer) = peer
+                && client::is_alive(&paths)
+            {
+                // Its machine and devices die with it.
+                let _ = rustix::process::kill_process(peer.pid, Signal::KILL);
+            }
+            drop(connection);
+            client::wait_for_end(&paths)?;
+        }
+    }
+    Ok(())
+}
+
+/// The keeper ends when it has carried everything; one that does not is stuck with a reader that does not read.
+fn end_keeper(record: &Record) {
+    if !record.keeper_lives() {
+        return;
+    }
+    let Some(pidfd) =
+        Pid::from_raw(record.keeper).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+    else {
+        return;
+    };
+    // It may have ended, and its id be another's, between the question and the descriptor.
+    if !record.keeper_lives() {
+        return;
+    }
+    let ended = poll(
+        &mut [PollFd::new(&pidfd, PollFlags::IN)],
+        Some(&KEEPER_TIME),
+    );
+    if !matches!(ended, Ok(1)) {
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    }
+}

@@ -1,0 +1,83 @@
+//! The commands of the OCI command line, without their arguments' grammar and their printing.
+//!
+//! | module | commands |
+//! | --- | --- |
+//! | `create` | `create`, `run` |
+//! | `exec` | `exec` |
+//! | `life` | `start`, `kill`, `pause`, `resume`, `update`, `delete` |
+//! | `query` | `state`, `list`, `ps`, `events` |
+
+mod create;
+mod exec;
+mod life;
+mod query;
+
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::MachineRequest;
+use hull_sandbox::error::{Context, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure, Result};
+
+pub use create::{CreateOptions, create, run};
+pub use exec::{ExecOptions, exec};
+pub use life::{delete, kill, pause, resume, start, update};
+pub use query::{Listed, list, processes, state, stats};
+
+use crate::container::Root;
+
+/// See [`Settings::machine`].
+pub type MachineMaker = Box<dyn Fn(Option<u64>, Option<u64>) -> Result<MachineRequest>>;
+
+/// What holds for every command.
+pub struct Settings {
+    /// Where the state of containers is.
+    pub root: Root,
+    /// hull's directory of run-time state, where machines have theirs.
+    pub run_directory: PathBuf,
+    /// `cgroupsPath` is `slice:prefix:name`.
+    pub systemd_cgroup: bool,
+    /// Makes a machine for a container with this memory limit in bytes and these processors in thousandths. Called
+    /// only when a machine is needed.
+    pub machine: MachineMaker,
+    /// Says what the user should know and what does not keep a command from its end.
+    pub warn: fn(&str),
+}
+
+/// Bytes of host memory that a container's host processes may have beside its limit: the guest's kernel, the host
+/// processes themselves, and the cache of files that the guest reads.
+const OVERHEAD: u64 = 128 << 20;
+
+/// A command that was not found or cannot be executed, in the words that engines look for.
+fn in_runcs_words(mut failure: Failure) -> Failure {
+    let words: &[&str] = match failure.code {
+        EXIT_NOT_FOUND => &[
+            "executable file not found in $PATH",
+            "no such file or directory",
+        ],
+        EXIT_NOT_EXECUTABLE => &["permission denied"],
+        _ => return failure,
+    };
+    let lower = failure.message.to_lowercase();
+    if !words.iter().any(|words| lower.contains(words)) {
+        failure.message = format!("{}: {}", failure.message, words[0]);
+    }
+    failure
+}
+
+fn write_pid_file(path: Option<&Path>, pid: i32) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    // Whoever waits for the file must not read half of it.
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{name}.new"));
+    std::fs::write(&new, pid.to_string())
+        .and_then(|()| std::fs::rename(&new, path))
+        .context(|| format!("write {}", path.display()))
+}
+
+fn refuse_descriptors(count: u32) -> Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
+    Err(Failure::new(
+        "not supported: --preserve-fds: descriptors of the host's kernel mean nothing to the guest's",
+    ))
+}

@@ -1,0 +1,49 @@
+//! Terminals: a pair on the host, whose master goes to the engine over its console socket.
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use hull_sandbox::error::{Context, Failure, Result};
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+
+/// Makes a terminal of this size (rows, columns) and sends its master to whoever listens on `socket`; the slave.
+///
+/// # Errors
+/// Nobody listens there, or there are no more terminals.
+pub fn send_master(socket: &Path, size: Option<(u16, u16)>) -> Result<OwnedFd> {
+    let doing = || "make a terminal".to_owned();
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags).context(doing)?;
+    grantpt(&master).context(doing)?;
+    unlockpt(&master).context(doing)?;
+    let name = ptsname(&master, Vec::new()).context(doing)?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let slave = rustix::fs::open(&name, flags, Mode::empty()).context(doing)?;
+    if let Some((ws_row, ws_col)) = size {
+        let size = Winsize {
+            ws_row,
+            ws_col,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(&master, size).context(doing)?;
+    }
+    let sending = || format!("send the terminal to {}", socket.display());
+    let stream = UnixStream::connect(socket).context(sending)?;
+    let fds = [master.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(Failure::new("cannot send the terminal: no room"));
+    }
+    // Its name goes along, as with runc.
+    let text = IoSlice::new(name.as_bytes());
+    sendmsg(&stream, &[text], &mut ancillary, SendFlags::NOSIGNAL).context(sending)?;
+    Ok(slave)
+}

@@ -1,0 +1,165 @@
+//! From a bundle's configuration to the one that the guest receives.
+//!
+//! What is of the host is taken out and done here (hooks, the network namespace, processors and disks that limits
+//! name), paths of the host become shares, and what can be honoured on neither side is refused by its name. The
+//! agent has the last word on everything that remains. docs/oci-spec.md has all of it, field by field.
+
+mod devices;
+mod mounts;
+mod namespaces;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use hull_sandbox::error::{Failure, Result};
+use hull_sandbox::pod::wire::Share;
+use serde_json::Value;
+
+use crate::bundle::Bundle;
+use crate::keeper::Namespace;
+pub use namespaces::Network;
+
+/// What a container needs of the host, and what the guest is told.
+#[derive(Debug)]
+pub struct Plan {
+    /// The spec for the guest.
+    pub spec: Value,
+    /// What it sees of the host; the root file system first.
+    pub shares: Vec<HostShare>,
+    /// The network namespace that the spec asks for.
+    pub network: Network,
+    /// New namespaces that the keeper has on the host, as the spec has them.
+    pub namespaces: Vec<Namespace>,
+    /// Namespaces of other processes that are to be joined: kind and process id on the host.
+    pub joins: Vec<(String, i32)>,
+    /// Kernel parameters of the guest's own network.
+    pub sysctl: BTreeMap<String, String>,
+    /// Init has a terminal.
+    pub terminal: bool,
+    /// Rows and columns of the terminal at first.
+    pub console_size: Option<(u16, u16)>,
+    /// What the user should know: a wish that is fulfilled in another way.
+    pub notes: Vec<String>,
+}
+
+/// A directory or file of the host to be shared.
+#[derive(Debug)]
+pub struct HostShare {
+    /// What the guest sees.
+    pub share: Share,
+    /// Where it is on the host.
+    pub source: PathBuf,
+    /// With what is mounted below it.
+    pub recursive: bool,
+    /// The host enforces it.
+    pub read_only: bool,
+}
+
+fn refused(what: impl std::fmt::Display, why: impl std::fmt::Display) -> Failure {
+    Failure::new(format!("not supported: {what}: {why}"))
+}
+
+impl Plan {
+    /// Plans the container `id`.
+    ///
+    /// # Errors
+    /// The spec asks for something of the host that a guest cannot have, or names what is not there.
+    pub fn new(id: &str, bundle: &Bundle) -> Result<Plan> {
+        let mut plan = Plan {
+            spec: bundle.config.clone(),
+            shares: Vec::new(),
+            network: Network::New,
+            namespaces: Vec::new(),
+            joins: Vec::new(),
+            sysctl: BTreeMap::new(),
+            terminal: false,
+            console_size: None,
+            notes: Vec::new(),
+        };
+        plan.process(bundle);
+        plan.share_root(id, bundle);
+        mounts::plan(&mut plan, id, bundle)?;
+        namespaces::plan(&mut plan, bundle)?;
+        plan.resources();
+        devices::plan(&mut plan, bundle)?;
+        plan.hooks();
+        Ok(plan)
+    }
+
+    fn process(&mut self, bundle: &Bundle) {
+        let Some(process) = bundle.spec.process() else {
+            // The specification lets it be absent until `start`; the agent says what it thinks of that.
+            return;
+        };
+        self.terminal = process.terminal().unwrap_or_default();
+        self.console_size = process.console_size().and_then(|size| {
+            let number = |number: u64| u16::try_from(number).ok().filter(|number| *number > 0);
+            Some((number(size.height())?, number(size.width())?))
+        });
+        let object = &mut self.spec["process"];
+        // Labels of the host's security modules: the guest's kernel has none, and what they keep a process from on the
+        // host is out of its reach.
+        for label in ["apparmorProfile", "selinuxLabel"] {
+            if let Some(object) = object.as_object_mut()
+                && let Some(Value::String(value)) = object.remove(label)
+                && !value.is_empty()
+            {
+                self.notes.push(format!(
+                    "process.{label} {value:?} is not applied: it is a policy of the host's kernel, and the process runs under another"
+                ));
+            }
+        }
+        if let Some(linux) = self.spec["linux"].as_object_mut() {
+            linux.remove("mountLabel");
+        }
+    }
+
+    fn share_root(&mut self, id: &str, bundle: &Bundle) {
+        let share = Share {
+            name: share_name(id, "root"),
+            is_file: false,
+            is_root: true,
+        };
+        self.spec["root"]["path"] = Value::String(share.path());
+        self.shares.push(HostShare {
+            share,
+            source: bundle.rootfs.clone(),
+            recursive: true,
+            // The agent makes it so when it has made what is mounted on it.
+            read_only: false,
+        });
+    }
+
+    /// Limits on what is the host's hold on the host: its processors, memory nodes and disks are not the guest's.
+    fn resources(&mut self) {
+        let Some(resources) = self.spec["linux"]["resources"].as_object_mut() else {
+            return;
+        };
+        for_guest(resources);
+    }
+
+    fn hooks(&mut self) {
+        if let Some(hooks) = self.spec["hooks"].as_object_mut() {
+            hooks.retain(|kind, _| kind == "createContainer" || kind == "startContainer");
+        }
+    }
+}
+
+/// Takes out of `linux.resources` what holds on the host.
+pub fn for_guest(resources: &mut serde_json::Map<String, Value>) {
+    resources.remove("blockIO");
+    // Set by the host's kernel on packets of the host's interfaces.
+    resources.remove("network");
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        cpu.remove("cpus");
+        cpu.remove("mems");
+        // Runtime of the real-time scheduler: of the group on the host that the machine is in.
+        cpu.remove("realtimeRuntime");
+        cpu.remove("realtimePeriod");
+    }
+}
+
+/// Name of a share of this container: no other of the pod has it, and it does not begin with a dot.
+fn share_name(id: &str, what: &str) -> String {
+    format!("c-{id}-{what}")
+}

@@ -1,0 +1,131 @@
+//! Namespaces: the network's on the host, the others in the guest.
+//!
+//! A namespace given by path is one of the host. What engines mean by it is in most cases the namespace of another
+//! container, which they know by the process that stands for it, `/proc/PID/ns/…`: a keeper. Those become joins,
+//! which the pod resolves. A network namespace by any other path is entered on the host, where its interfaces are.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::error::{Failure, Result};
+use serde_json::Value;
+
+use super::{Plan, refused};
+use crate::bundle::Bundle;
+use crate::keeper::Namespace;
+
+/// The network namespace of the host that goes with a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// A new one.
+    New,
+    /// This one.
+    Path(PathBuf),
+}
+
+/// Annotations by which Kubernetes' engines mark containers whose pod's namespaces they have made on the host.
+const POD_TYPES: [&str; 2] = [
+    "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.cri.container-type",
+];
+
+pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
+    let in_pod = POD_TYPES
+        .iter()
+        .any(|name| bundle.annotations.contains_key(*name));
+    let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() else {
+        return Err(no_network());
+    };
+    let mut kept = Vec::new();
+    let mut network = None;
+    for namespace in std::mem::take(namespaces) {
+        let kind = namespace["type"].as_str().unwrap_or_default().to_owned();
+        let path = namespace["path"]
+            .as_str()
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from);
+        let Some(path) = path else {
+            plan.namespaces.extend(match kind.as_str() {
+                "cgroup" => Some(Namespace::Cgroup),
+                "ipc" => Some(Namespace::Ipc),
+                "network" => Some(Namespace::Network),
+                "user" => Some(Namespace::User),
+                "uts" => Some(Namespace::Uts),
+                _ => None,
+            });
+            if kind == "network" {
+                // The guest's own network is the container's: it has the machine's interfaces.
+                network = Some(Network::New);
+            } else {
+                kept.push(namespace);
+            }
+            continue;
+        };
+        if kind == "network" {
+            if let Some(pid) = process_of(&path) {
+                plan.joins.push((kind, pid));
+            }
+            network = Some(Network::Path(path));
+        } else if let Some(pid) = process_of(&path) {
+            plan.joins.push((kind, pid));
+            kept.push(namespace);
+        } else if in_pod && matches!(kind.as_str(), "ipc" | "uts") {
+            // Made on the host for the whole pod: in the guest that is the machine's own.
+        } else {
+            return Err(refused(
+                format_args!("linux.namespaces: {kind} namespace {}", path.display()),
+                "it is of the host's kernel, and the container runs under another",
+            ));
+        }
+    }
+    *namespaces = kept;
+    plan.network = network.ok_or_else(no_network)?;
+    network_parameters(plan);
+    Ok(())
+}
+
+fn no_network() -> Failure {
+    refused(
+        "linux.namespaces without a network namespace",
+        "a guest has a network of its own and cannot use the host's",
+    )
+    .hint("give the container a network namespace: --network bridge or none instead of host")
+}
+
+/// The process of `/proc/PID/ns/…`.
+fn process_of(path: &Path) -> Option<i32> {
+    let mut parts = path.strip_prefix("/proc").ok()?.iter();
+    let pid = parts.next()?.to_str()?.parse().ok()?;
+    (parts.next()? == "ns").then_some(pid)
+}
+
+/// These belong to the network namespace, which is the guest's own.
+fn network_parameters(plan: &mut Plan) {
+    let Some(sysctl) = plan.spec["linux"]["sysctl"].as_object_mut() else {
+        return;
+    };
+    let (of_network, rest): (Vec<_>, Vec<_>) = std::mem::take(sysctl)
+        .into_iter()
+        .partition(|(name, _)| name.replace('/', ".").starts_with("net."));
+    sysctl.extend(rest);
+    plan.sysctl = of_network
+        .into_iter()
+        .map(|(name, value)| match value {
+            Value::String(value) => (name, value),
+            other => (name, other.to_string()),
+        })
+        .collect::<BTreeMap<_, _>>();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_of_a_namespace_is_in_its_path() {
+        assert_eq!(process_of(Path::new("/proc/42/ns/ipc")), Some(42));
+        for other in ["/run/netns/x", "/proc/self/ns/net", "/proc/42/net", "/proc"] {
+            assert_eq!(process_of(Path::new(other)), None, "{other}");
+        }
+    }
+}

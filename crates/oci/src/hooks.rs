@@ -1,0 +1,185 @@
+//! The hooks that run on the host: `prestart` and `createRuntime` while a container is created, `poststart` after its
+//! start, `poststop` after its deletion. They read the container's state on standard input, and find its network
+//! namespace by the process id in it, which is the keeper's. The other two kinds belong to the guest.
+
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hull_sandbox::error::{Context, Failure, Result};
+use oci_spec::runtime::Hook;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::Value;
+
+/// Most of what a failed hook wrote that is repeated, bytes.
+const MAX_MESSAGE: usize = 1024;
+
+/// Runs hooks in their order; the first that fails ends it.
+///
+/// # Errors
+/// A hook cannot be executed, exits with another status than 0, or takes longer than its timeout.
+pub fn run(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value) -> Result<()> {
+    for (index, hook) in hooks.into_iter().flatten().enumerate() {
+        let name = || format!("run hook #{index} ({kind}, {})", hook.path().display());
+        run_one(hook, state).map_err(|why| Failure::new(format!("cannot {}: {why}", name())))?;
+    }
+    Ok(())
+}
+
+/// Runs hooks in their order, also after one that failed; what went wrong is said.
+pub fn run_all(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value, warn: fn(&str)) {
+    for (index, hook) in hooks.into_iter().flatten().enumerate() {
+        if let Err(why) = run_one(hook, state) {
+            let path = hook.path().display();
+            warn(&format!("cannot run hook #{index} ({kind}, {path}): {why}"));
+        }
+    }
+}
+
+fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
+    if !hook.path().is_absolute() {
+        return Err("its path is not absolute".into());
+    }
+    let timeout = match hook.timeout() {
+        None => None,
+        Some(seconds) if seconds > 0 => Some(Duration::from_secs(seconds.unsigned_abs())),
+        Some(seconds) => return Err(format!("its timeout {seconds} is not positive")),
+    };
+    let mut command = Command::new(hook.path());
+    if let Some(args) = hook.args()
+        && let Some((name, rest)) = args.split_first()
+    {
+        command.arg0(name).args(rest);
+    }
+    command.env_clear();
+    for variable in hook.env().iter().flatten() {
+        if let Some((name, value)) = variable.split_once('=') {
+            command.env(name, value);
+        }
+    }
+    // What it writes is of interest only when it fails, and goes to a file without a name: it must not stall.
+    let mut said = tempfile().map_err(|failure| failure.message)?;
+    let shared = |file: &std::fs::File| file.try_clone().map_err(|error| error.to_string());
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(shared(&said)?)
+        .stderr(shared(&said)?)
+        .spawn()
+        .map_err(|error| error.to_string())?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // Shorter than a pipe's buffer in all but mad cases; a hook need not read it.
+        let _ = stdin.write_all(state.to_string().as_bytes());
+    }
+    if !ends_within(child.id(), timeout) {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err("timed out".into());
+    }
+    let status = child.wait().map_err(|error| error.to_string())?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(match tail(&mut said) {
+        text if text.is_empty() => status.to_string(),
+        text => format!("{status}: {text}"),
+    })
+}
+
+fn tempfile() -> Result<std::fs::File> {
+    rustix::fs::memfd_create("hull-hook", rustix::fs::MemfdFlags::CLOEXEC)
+        .map(std::fs::File::from)
+        .context(|| "keep what a hook writes".into())
+}
+
+fn tail(said: &mut std::fs::File) -> String {
+    use std::io::{Read, Seek, SeekFrom};
+    let length = said.metadata().map_or(0, |metadata| metadata.len());
+    let start = length.saturating_sub(MAX_MESSAGE as u64);
+    let mut text = Vec::new();
+    if said.seek(SeekFrom::Start(start)).is_ok() {
+        // What cannot be read is not repeated.
+        let _ = said.take(MAX_MESSAGE as u64).read_to_end(&mut text);
+    }
+    String::from_utf8_lossy(&text).trim().replace('\n', " ")
+}
+
+/// False when the time is up.
+fn ends_within(pid: u32, timeout: Option<Duration>) -> bool {
+    let Some(timeout) = timeout else { return true };
+    let pidfd =
+        Pid::from_raw(pid.cast_signed()).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let Some(pidfd) = pidfd else { return true };
+    let end = Instant::now() + timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
+            Ok(ready) => return ready > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn hooks(json: &str) -> Vec<Hook> {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn sh(script: &str, more: &str) -> Result<()> {
+        let script = serde_json::to_string(script).unwrap();
+        let hooks = hooks(&format!(
+            r#"[{{"path":"/bin/sh","args":["sh","-c",{script}],"env":["A=b"]{more}}}]"#
+        ));
+        run(
+            "prestart",
+            Some(&hooks),
+            &serde_json::json!({"id": "c1", "pid": 42}),
+        )
+    }
+
+    #[test]
+    fn a_hook_reads_the_state_and_has_its_own_environment_only() {
+        // `read` fails at the end of a line without its end, but reads it.
+        sh(
+            r#"read -r line || :; [ "$line" = '{"id":"c1","pid":42}' ] && [ "$A" = b ] && [ -z "$HOME" ]"#,
+            "",
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn a_failing_hook_is_named_with_what_it_said() {
+        let error = sh("echo this went wrong >&2; exit 3", "").unwrap_err();
+        for words in ["#0", "prestart", "/bin/sh", "3", "this went wrong"] {
+            assert!(error.message.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_hook_that_takes_too_long_is_ended() {
+        let error = sh("exec sleep 100", r#","timeout":1"#).unwrap_err();
+        assert!(error.message.contains("timed out"), "{error}");
+    }
+
+    #[test]
+    fn a_hook_that_is_not_there_is_an_error() {
+        let error = run(
+            "poststop",
+            Some(&hooks(r#"[{"path":"/no/such"}]"#)),
+            &Value::Null,
+        );
+        assert!(error.unwrap_err().message.contains("/no/such"));
+        let error = run("poststop", Some(&hooks(r#"[{"path":"sh"}]"#)), &Value::Null);
+        assert!(error.unwrap_err().message.contains("not absolute"));
+    }
+}

@@ -1,0 +1,180 @@
+//! What a keeper does, from its start to its end.
+
+use std::os::fd::OwnedFd;
+
+use hull_sandbox::error::{Context, EXIT_HULL, Failure, Result};
+use hull_sandbox::pod::client::Connection;
+use hull_sandbox::pod::wire::{Received, Reply, Request, receive, send};
+use hull_sandbox::wire::Size;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::termios::tcgetwinsize;
+
+use super::carry::{Carried, carry};
+use super::{CHANNEL_FD, Mode, Order, memory, world};
+
+/// What the keeper's process does, from its start to its end. `session`: it leaves its caller's.
+///
+/// Called when [`is_wanted`] says so, before anything else.
+pub fn run(session: bool) -> ! {
+    let status = match take_channel().and_then(|channel| obey(channel, session)) {
+        Ok(status) => status,
+        // Nobody is left to tell.
+        Err(_) => EXIT_HULL,
+    };
+    std::process::exit(status)
+}
+
+#[allow(unsafe_code)]
+fn take_channel() -> Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: `spawn` put the channel there, and nothing else in this process owns that number.
+    let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
+    rustix::io::fcntl_setfd(&channel, rustix::io::FdFlags::CLOEXEC)
+        .context(|| "take over the channel".into())?;
+    Ok(channel)
+}
+
+fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
+    if session {
+        // A leader of a process group cannot; a keeper is none.
+        let _ = rustix::process::setsid();
+    }
+    let signals = block_signals()?;
+    loop {
+        let Some(Received { message, fds }) =
+            receive::<Order>(&channel).context(|| "read an order".into())?
+        else {
+            return Ok(EXIT_HULL);
+        };
+        match message {
+            Order::Enter(namespaces) => {
+                let reply = match world::enter(&namespaces, fds) {
+                    Ok(()) => Reply::Ok,
+                    Err(failure) => Reply::Failed(failure),
+                };
+                send(&channel, &reply, &[]).context(|| "answer".into())?;
+            }
+            Order::Keep(mode) => {
+                let mut fds = fds.into_iter();
+                let missing = || Failure::new("the keeper got no connection");
+                let connection = Connection::from(fds.next().ok_or_else(missing)?);
+                let carried = carry(mode, fds.collect());
+                let reply = match &carried {
+                    Ok(_) => Reply::Ok,
+                    Err(failure) => Reply::Failed(failure.clone()),
+                };
+                send(&channel, &reply, &[]).context(|| "answer".into())?;
+                drop(channel);
+                memory::release_code();
+                return Ok(wait_for_end(&connection, &signals, carried?));
+            }
+        }
+    }
+}
+
+/// All signals that can be: they are the process's in the guest.
+fn block_signals() -> Result<SignalFd> {
+    let mut set = SigSet::all();
+    // A fault is the keeper's own.
+    for own in [
+        Signal::SIGSEGV,
+        Signal::SIGBUS,
+        Signal::SIGILL,
+        Signal::SIGFPE,
+        Signal::SIGABRT,
+    ] {
+        set.remove(own);
+    }
+    set.thread_block().context(|| "block signals".into())?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context(|| "watch signals".into())
+}
+
+/// Passes signals on until the process has ended; its status.
+fn wait_for_end(connection: &Connection, signals: &SignalFd, carried: Carried) -> i32 {
+    if let Some(terminal) = carried.terminal() {
+        resize(connection, terminal);
+    }
+    let status = loop {
+        let mut ready = [
+            PollFd::new(connection, PollFlags::IN),
+            PollFd::new(signals, PollFlags::IN),
+        ];
+        if poll(&mut ready, None).is_err() {
+            continue;
+        }
+        if !ready[1].revents().is_empty() {
+            while let Ok(Some(signal)) = signals.read_signal() {
+                pass_on(connection, signal.ssi_signo, carried.terminal());
+            }
+        }
+        if ready[0].revents().is_empty() {
+            continue;
+        }
+        match connection.receive() {
+            Ok(Received {
+                message: Reply::Exited(exit),
+                ..
+            }) => break exit.status,
+            Ok(_) => {}
+            // The sandbox process was killed, and with it everything.
+            Err(_) => break EXIT_HULL,
+        }
+    };
+    carried.finish();
+    status
+}
+
+fn pass_on(connection: &Connection, signal: u32, terminal: Option<&OwnedFd>) {
+    if signal == Signal::SIGWINCH as u32 {
+        if let Some(terminal) = terminal {
+            resize(connection, terminal);
+        }
+        return;
+    }
+    // These are about the keeper's own children, input and output, not about the process.
+    let own = [
+        Signal::SIGCHLD,
+        Signal::SIGPIPE,
+        Signal::SIGTTIN,
+        Signal::SIGTTOU,
+        Signal::SIGURG,
+        Signal::SIGIO,
+    ];
+    if own.iter().any(|own| *own as u32 == signal) {
+        return;
+    }
+    // A process that has just ended cannot be told, and need not be.
+    let _ = connection.tell(&Request::Forward(signal));
+}
+
+fn resize(connection: &Connection, terminal: &OwnedFd) {
+    if let Ok(size) = tcgetwinsize(terminal)
+        && size.ws_row > 0
+        && size.ws_col > 0
+    {
+        let size = Size {
+            rows: size.ws_row,
+            columns: size.ws_col,
+        };
+        // As above.
+        let _ = connection.tell(&Request::Resize(size));
+    }
+}
+
+/// Keeps a process in this very process, on its own standard streams: a foreground `exec`. Returns its status.
+///
+/// # Errors
+/// The streams cannot be carried.
+pub fn keep_here(terminal: bool, connection: &Connection, streams: Vec<OwnedFd>) -> Result<i32> {
+    let mode = if terminal {
+        Mode::OwnTerminal
+    } else {
+        Mode::Pipes
+    };
+    let signals = block_signals()?;
+    let carried = carry(mode, streams)?;
+    Ok(wait_for_end(connection, &signals, carried))
+}

@@ -1,0 +1,114 @@
+//! The namespaces of a keeper on the host.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command};
+
+use hull_sandbox::error::{Context, Failure, Result};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsmount, fsopen, mount_change, move_mount, unmount,
+};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+use super::Namespace;
+
+/// Starts a process that is the first one of a new process namespace.
+///
+/// # Errors
+/// The kernel's.
+#[allow(unsafe_code)]
+pub fn spawn(command: &mut Command) -> Result<Child> {
+    let doing = || "make a process namespace".to_owned();
+    let own = File::open("/proc/self/ns/pid").context(doing)?;
+    // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
+    unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.context(doing)?;
+    let child = command.spawn();
+    // Hooks, which this process starts too, belong into its own.
+    move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)).context(doing)?;
+    child.context(|| "start the keeper".into())
+}
+
+/// Enters namespaces: the network's among `fds` when it is not to be made, then the root file system there.
+///
+/// # Errors
+/// The kernel's.
+#[allow(unsafe_code)]
+pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
+    let mut fds = fds.into_iter();
+    let mut next = || {
+        fds.next()
+            .ok_or_else(|| Failure::new("the keeper got no namespace"))
+    };
+    if !namespaces.contains(&Namespace::Network) {
+        move_into_link_name_space(next()?.as_fd(), Some(LinkNameSpaceType::Network))
+            .context(|| "join the network namespace".into())?;
+    }
+    let flag = |namespace: &Namespace| match namespace {
+        Namespace::Cgroup => UnshareFlags::NEWCGROUP,
+        Namespace::Ipc => UnshareFlags::NEWIPC,
+        Namespace::Uts => UnshareFlags::NEWUTS,
+        Namespace::Network => UnshareFlags::NEWNET,
+        // Below: in it, nothing else could be done.
+        Namespace::User => UnshareFlags::empty(),
+    };
+    let new = namespaces
+        .iter()
+        .fold(UnshareFlags::NEWNS, |flags, namespace| {
+            flags | flag(namespace)
+        });
+    let unshare = |flags| {
+        // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is never given.
+        unsafe { unshare_unsafe(flags) }.context(|| "make namespaces".into())
+    };
+    unshare(new)?;
+    enter_root(&next()?).context(|| "enter the container's root file system".into())?;
+    if namespaces.contains(&Namespace::User) {
+        unshare(UnshareFlags::NEWUSER)?;
+    }
+    Ok(())
+}
+
+/// Makes a detached mount the root, with nothing of the host in it but a view of this process.
+fn enter_root(root: &OwnedFd) -> rustix::io::Result<()> {
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
+    let processes = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(processes.as_fd())?;
+    let processes = fsmount(
+        processes.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC
+            | MountAttrFlags::MOUNT_ATTR_RDONLY,
+    )?;
+    // Any directory will do: it is covered for the moment in which the root changes.
+    let from = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(root, "", CWD, "/proc", from)?;
+    rustix::process::fchdir(root)?;
+    rustix::process::pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chdir("/")?;
+    // What the image has there may be a link, or nothing.
+    let found = openat2(
+        root,
+        "proc",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH,
+    );
+    if let Ok(target) = found {
+        move_mount(
+            &processes,
+            "",
+            &target,
+            "",
+            from | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,122 @@
+//! Which pod a container belongs to: that of the container whose namespaces it joins, that which the engine names in
+//! an annotation, or one of its own.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::pod::PodPaths;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::guest_spec::{Network, Plan};
+use crate::keeper::POD_VARIABLE;
+
+/// Annotations by which engines name the pod of a container: podman and CRI-O, containerd.
+const POD_NAMES: [&str; 2] = [
+    "io.kubernetes.cri-o.SandboxID",
+    "io.kubernetes.cri.sandbox-id",
+];
+
+/// Most of a pod's name that becomes part of a path: sockets in it have 107 bytes in all.
+const NAME_LENGTH: usize = 32;
+
+/// A pod to be joined or started.
+#[derive(Debug)]
+pub struct Found {
+    /// Where it is.
+    pub paths: PodPaths,
+    /// Other containers may be in it.
+    pub shared: bool,
+}
+
+/// Finds the pod, and drops from the plan what its joins need not say.
+///
+/// # Errors
+/// The namespaces of two pods are to be joined, or of a process that is no container's.
+pub fn find(
+    run: &Path,
+    id: &str,
+    plan: &mut Plan,
+    annotations: &HashMap<String, String>,
+) -> Result<Found> {
+    let mut joined: Option<PathBuf> = None;
+    let mut joins = Vec::new();
+    for (kind, pid) in std::mem::take(&mut plan.joins) {
+        let Some(pod) = pod_of(pid) else {
+            if kind == "network" {
+                // A namespace of the host's, in which the keeper is then.
+                continue;
+            }
+            return Err(Failure::new(format!(
+                "not supported: the {kind} namespace of process {pid} of the host: the container runs under another kernel"
+            ))
+            .hint("namespaces of another container that runs with hull can be joined"));
+        };
+        if joined.as_ref().is_some_and(|joined| *joined != pod) {
+            return Err(Failure::new(
+                "not supported: namespaces of containers in different machines",
+            ));
+        }
+        joined = Some(pod);
+        joins.push((kind, pid));
+    }
+    let named = POD_NAMES.iter().find_map(|name| annotations.get(*name));
+    let found = match (joined, named) {
+        (Some(pod), _) => Found {
+            paths: PodPaths {
+                all: pod.parent().unwrap_or(Path::new("/")).to_owned(),
+                id: pod
+                    .file_name()
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned(),
+            },
+            shared: true,
+        },
+        (None, Some(name)) => Found {
+            paths: PodPaths::new(run, &format!("pod-{}", usable(name)?)),
+            shared: true,
+        },
+        (None, None) => Found {
+            paths: PodPaths::new(run, &own_name(id)?),
+            shared: false,
+        },
+    };
+    let network = serde_json::json!({"type": "network", "path": ""});
+    let joins_network = joins.iter().any(|(kind, _)| kind == "network");
+    // In a machine of its own the container has the guest's own network; where others may be, one that is new is new.
+    let has_own = joins_network || (found.shared && plan.network == Network::New);
+    if has_own && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.push(network);
+    }
+    plan.joins = joins;
+    Ok(found)
+}
+
+/// The pod of a keeper; `None` for any other process.
+fn pod_of(pid: i32) -> Option<PathBuf> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let prefix = format!("{POD_VARIABLE}=");
+    environment.split(|byte| *byte == 0).find_map(|variable| {
+        let value = variable.strip_prefix(prefix.as_bytes())?;
+        Some(PathBuf::from(String::from_utf8(value.to_vec()).ok()?))
+    })
+}
+
+fn usable(name: &str) -> Result<&str> {
+    let short = name.get(..NAME_LENGTH).unwrap_or(name);
+    if crate::container::is_valid_id(short) {
+        Ok(short)
+    } else {
+        Err(Failure::new(format!("invalid name of a pod: {name:?}")))
+    }
+}
+
+/// A name that no other pod has.
+fn own_name(id: &str) -> Result<String> {
+    let mut bytes = [0u8; 8];
+    getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random numbers".into())?;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("{}-{hex}", id.get(..12).unwrap_or(id)))
+}

@@ -1,0 +1,322 @@
+//! The life of a sandbox process that runs containers for engines: one machine, one or more containers.
+//!
+//! [`run`] is called by the hidden subcommand `pod-process`. The machine starts at once and boots while the first
+//! caller still prepares its container; requests that need the guest wait for it. The pod ends with its last container,
+//! with its machine, or when nobody is connected and no container has come.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `container` | one container: its stages, its end |
+//! | `connection` | one connection: requests, and the process that it keeps |
+//! | `shares` | what containers see of the host |
+
+mod connection;
+mod container;
+mod shares;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hull_protocol::AGENT_PORT;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+};
+use tokio::io::Interest;
+use tokio::sync::{Notify, watch};
+
+use super::agent::Agent;
+use super::boot::{self, BOOT_TIME, BREAK_TIME, SHUTDOWN_TIME, told_to_end};
+use super::devices::{Devices, Incoming};
+use super::guest::Guest;
+use super::{mounts, watch as descriptors};
+use crate::error::{Context, Failure, Result};
+use crate::paths::ContainerPaths;
+use crate::pod::wire::{Reply, send};
+use crate::pod::{PodPaths, PodRequest};
+use crate::record;
+use container::Container;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// How long the last words to keepers may take.
+const FAREWELL_TIME: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// A guest that has come up.
+#[derive(Clone, Debug)]
+struct Ready {
+    agent: Agent,
+    devices: Arc<Devices>,
+}
+
+/// What the tasks of a pod's sandbox process share.
+#[derive(Debug)]
+struct Pod {
+    files: ContainerPaths,
+    /// Where shares are added, also while the guest still boots.
+    devices: Arc<Devices>,
+    /// The guest, or why it did not come up.
+    ready: watch::Sender<Option<Result<Ready>>>,
+    /// Why the guest is no more.
+    broken: watch::Sender<Option<String>>,
+    /// Nothing of the machine is left.
+    gone: watch::Sender<bool>,
+    containers: Mutex<Containers>,
+    connections: AtomicUsize,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Containers {
+    by_id: BTreeMap<String, Arc<Container>>,
+    /// Containers that have not ended.
+    alive: usize,
+    /// A container has been made: from now on the pod ends with the last one.
+    used: bool,
+    /// No further container is made.
+    ending: bool,
+}
+
+/// Runs a pod's sandbox process to its end. `first` is the connection of who started it, who is told when the pod can
+/// be found.
+///
+/// Called in a process of its own, with one thread.
+///
+/// # Errors
+/// What went wrong before the pod could be found.
+pub fn run(paths: &PodPaths, first: OwnedFd) -> Result<()> {
+    // A process group leader cannot become a session leader: it is one already then.
+    let _ = rustix::process::setsid();
+    let files = paths.files();
+    let lock = record::lock(&files)?;
+    let text = fs::read(files.request()).context(|| "read the request".into())?;
+    let request: PodRequest =
+        serde_json::from_slice(&text).context(|| "understand the request".into())?;
+    join_cgroups(&request.cgroups)?;
+    mounts::enter_namespace()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "start the event loop".into())?;
+    let outcome = runtime.block_on(serve(&files, &request, first));
+    // While the lock is held nobody takes this directory for another pod's.
+    let removed = fs::remove_dir_all(&files.run);
+    drop(lock);
+    outcome?;
+    removed.context(|| format!("remove {}", files.run.display()))
+}
+
+/// Becomes a member of control groups, before there are other processes that would not follow.
+fn join_cgroups(directories: &[PathBuf]) -> Result<()> {
+    directories.iter().try_for_each(|directory| {
+        fs::write(directory.join("cgroup.procs"), "0")
+            .context(|| format!("join the control group {}", directory.display()))
+    })
+}
+
+async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> Result<()> {
+    let started = Guest::start(files, &request.machine)
+        .and_then(|started| listen_on(files).map(|listener| (started, listener)));
+    let ((guest, incoming), listener) = match started {
+        Ok(started) => started,
+        Err(failure) => {
+            // Who started the pod may have gone; the log has it, too.
+            let _ = send(&first, &Reply::Failed(failure.clone()), &[]);
+            return Err(failure);
+        }
+    };
+    let pod = Arc::new(Pod {
+        files: files.clone(),
+        devices: guest.control.clone(),
+        ready: watch::Sender::new(None),
+        broken: watch::Sender::new(None),
+        gone: watch::Sender::new(false),
+        containers: Mutex::default(),
+        connections: AtomicUsize::new(0),
+        changed: Notify::new(),
+    });
+    send(&first, &Reply::Ok, &[]).context(|| "answer who started the pod".into())?;
+    connection::spawn(&pod, first)?;
+    tokio::spawn(accept(listener, pod.clone()));
+
+    let booted = tokio::select! {
+        biased;
+        booted = boot(&guest, request, incoming) => match booted {
+            // A process that died is the cause of whatever else failed.
+            Err(failure) => match tokio::time::timeout(BREAK_TIME, guest.broke_down()).await {
+                Ok(reason) => Err(Failure::new(format!(
+                    "the guest did not come up: {reason} ({failure})"
+                ))),
+                Err(_) => Err(failure),
+            },
+            booted => booted,
+        },
+        reason = guest.broke_down() => {
+            Err(Failure::new(format!("the guest did not come up: {reason}")))
+        }
+        () = told_to_end() => Err(Failure::new("the sandbox process was told to end")),
+        () = tokio::time::sleep(BOOT_TIME) => Err(Failure::new(format!(
+            "the guest did not come up within {} s", BOOT_TIME.as_secs()
+        ))),
+    };
+    let reason = match booted {
+        Ok(ready) => {
+            let agent = ready.agent.clone();
+            pod.ready.send_replace(Some(Ok(ready)));
+            tokio::select! {
+                biased;
+                reason = guest.broke_down() => Some(reason),
+                () = told_to_end() => Some("the sandbox process was told to end".into()),
+                () = pod.done() => {
+                    // What containers wrote is written back to the host's files.
+                    tokio::select! {
+                        result = agent.shutdown(SHUTDOWN_TIME) => {
+                            if let Err(failure) = result {
+                                tracing::debug!("shutdown: {failure}");
+                            }
+                        }
+                        _ = guest.broke_down() => {}
+                    }
+                    None
+                }
+            }
+        }
+        Err(failure) => {
+            let failure = failure.console(guest.console_tail());
+            tracing::error!("{failure}");
+            let reason = failure.message.clone();
+            pod.ready.send_replace(Some(Err(failure)));
+            Some(reason)
+        }
+    };
+    pod.lock().ending = true;
+    drop(guest);
+    pod.broken
+        .send_replace(Some(reason.unwrap_or_else(|| "the pod has ended".into())));
+    pod.gone.send_replace(true);
+    // Keepers and callers have their answers, or go without.
+    let _ = tokio::time::timeout(FAREWELL_TIME, pod.deserted()).await;
+    Ok(())
+}
+
+fn listen_on(files: &ContainerPaths) -> Result<OwnedFd> {
+    let doing = || "create the control socket".to_owned();
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket =
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).context(doing)?;
+    let address = SocketAddrUnix::new(files.socket()).context(doing)?;
+    bind(&socket, &address).context(doing)?;
+    listen(&socket, BACKLOG).context(doing)?;
+    Ok(socket)
+}
+
+async fn accept(listener: OwnedFd, pod: Arc<Pod>) {
+    let listener = match descriptors::watch(listener, Interest::READABLE) {
+        Ok(listener) => listener,
+        Err(failure) => return tracing::error!("{failure}"),
+    };
+    loop {
+        let flags = SocketFlags::CLOEXEC;
+        let accepted = listener
+            .async_io(Interest::READABLE, |listener| {
+                Ok(accept_with(listener, flags)?)
+            })
+            .await;
+        let spawned = accepted
+            .context(|| "accept a connection".into())
+            .and_then(|socket| connection::spawn(&pod, socket));
+        if let Err(failure) = spawned {
+            // Out of descriptors, most likely: others go away, so it passes.
+            tracing::warn!("{failure}");
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    }
+}
+
+async fn boot(guest: &Guest, request: &PodRequest, incoming: Incoming) -> Result<Ready> {
+    guest.control.listen(AGENT_PORT).await?;
+    let agent = boot::agent_dials(incoming).await?;
+    let kind = request.machine.choice.kind;
+    let configuration = boot::configuration(kind, &request.hostname, BTreeMap::new())?;
+    agent.configure(&configuration).await?;
+    Ok(Ready {
+        agent,
+        devices: guest.control.clone(),
+    })
+}
+
+impl Pod {
+    fn lock(&self) -> MutexGuard<'_, Containers> {
+        // Nothing panics while it is held.
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest, as soon as it has come up.
+    async fn ready(&self) -> Result<Ready> {
+        let mut ready = self.ready.subscribe();
+        match ready.wait_for(Option::is_some).await {
+            Ok(ready) => match &*ready {
+                Some(ready) => ready.clone(),
+                None => Err(Failure::new("the guest did not come up")),
+            },
+            Err(_closed) => Err(Failure::new("the guest did not come up")),
+        }
+    }
+
+    /// Waits for the end of the guest; why it ended.
+    async fn broken(&self) -> String {
+        let mut broken = self.broken.subscribe();
+        match broken.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_closed) => String::new(),
+        }
+    }
+
+    /// Waits until nothing of the machine is left.
+    async fn gone(&self) {
+        // The sender lives as long as the pod.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    /// Waits until the pod has no reason to go on, after which no container is made any more.
+    async fn done(&self) {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut containers = self.lock();
+                let wanted = containers.used || self.connections.load(Ordering::Relaxed) == 0;
+                if wanted && containers.alive == 0 {
+                    containers.ending = true;
+                    return;
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until nobody is connected.
+    async fn deserted(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.connections.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// The container of this id.
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        self.lock()
+            .by_id
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Failure::new(format!("container {id:?} does not exist")))
+    }
+}

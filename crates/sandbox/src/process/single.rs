@@ -1,0 +1,516 @@
+//! The life of a sandbox process that runs one container of hull's own: boot, run, end.
+//!
+//! [`run`] is called by the hidden subcommand `sandbox-process`. It reads the request that the client left, starts
+//! the guest, runs the container in it, answers clients meanwhile, and cleans up. Whatever fails, and whoever dies,
+//! leads to the end of `life`, where everything is taken down in one place.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hull_devices::control::Cache;
+use hull_protocol::agent as proto;
+use hull_protocol::{AGENT_PORT, SHARES_DIR};
+use serde_json::json;
+use tokio::net::{UnixListener, UnixStream};
+
+use super::agent::{Agent, Ended};
+use super::boot::{
+    self, BOOT_TIME, BREAK_TIME, DEATH_TIME, SHUTDOWN_TIME, is_network_sysctl, told_to_end,
+};
+use super::container::Container;
+use super::devices::Incoming;
+use super::guest::Guest;
+use super::mounts::{self, RootFs};
+use super::output::{Connected, Output};
+use super::{server, streams};
+use crate::client::erase;
+use crate::error::{Context, EXIT_HULL, Failure, Result};
+use crate::log::{self, Stream};
+use crate::paths::Paths;
+use crate::record::{self, Exit, Processes, Record, State, unix_time};
+use crate::request::RunRequest;
+use crate::timings::{Timings, now_ns};
+use crate::wire::Kind;
+
+/// Share of the container's root file system.
+const ROOT_SHARE: &str = "rootfs";
+/// Share of hosts, hostname and resolv.conf.
+const ETC_SHARE: &str = "etc";
+
+/// Runs a sandbox process to its end. `first` is the connection of the client that asked for it.
+///
+/// Called in a process of its own, with one thread.
+///
+/// # Errors
+/// What went wrong before there was anybody to tell on `first`.
+pub fn run(paths: &Paths, id: &str, first: StdStream) -> Result<()> {
+    // A process group leader cannot become a session leader: it is one already then.
+    let _ = rustix::process::setsid();
+    let files = paths.container(id);
+    let _lock = record::lock(&files)?;
+    let text = fs::read(files.request()).context(|| "read the request".into())?;
+    let request: RunRequest =
+        serde_json::from_slice(&text).context(|| "understand the request".into())?;
+    mounts::enter_namespace()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "start the event loop".into())?;
+    runtime.block_on(async {
+        let container = Arc::new(prepare(paths, request)?);
+        let listener =
+            UnixListener::bind(files.socket()).context(|| "create the control socket".into())?;
+        first
+            .set_nonblocking(true)
+            .context(|| "prepare the first connection".into())?;
+        let first = UnixStream::from_std(first).context(|| "watch the first connection".into())?;
+        let first = tokio::spawn(server::connection(first, container.clone()));
+        tokio::spawn(server::serve(listener, container.clone()));
+        life(&container).await;
+        // The client that waits for the end is told by its own task.
+        let _ = tokio::time::timeout(Duration::from_secs(5), first).await;
+        // Others, too, have their answers by now, or are about to write them.
+        tokio::task::yield_now().await;
+        Ok(())
+    })
+}
+
+/// Makes the files of a container, so that commands can find it.
+fn prepare(paths: &Paths, request: RunRequest) -> Result<Container> {
+    let files = paths.container(&request.id);
+    fs::create_dir_all(&files.data).context(|| format!("create {}", files.data.display()))?;
+    let log = log::Writer::create(&files.log(), request.log_size)
+        .context(|| format!("create {}", files.log().display()))?;
+    let process = request.spec.process().as_ref();
+    let record = Record {
+        version: record::VERSION,
+        id: request.id.clone(),
+        name: request.name.clone(),
+        image: request.image.clone(),
+        image_id: request.image_id.clone(),
+        command: process
+            .and_then(|process| process.args().clone())
+            .unwrap_or_default(),
+        created: unix_time(),
+        started: None,
+        state: State::Creating,
+        exit: None,
+        machine: request.machine.choice.kind,
+        kernel: request.machine.choice.kernel.display().to_string(),
+        memory: request.machine.memory,
+        cpus: request.machine.cpus,
+        terminal: process
+            .and_then(|process| process.terminal())
+            .unwrap_or_default(),
+        stdin: request.stdin,
+        auto_remove: request.auto_remove,
+        stop_signal: request.stop_signal.clone(),
+        network: request.network.clone(),
+        labels: request.labels.clone(),
+        volumes: request
+            .volumes
+            .iter()
+            .map(|volume| {
+                let access = if volume.read_only { "ro" } else { "rw" };
+                format!(
+                    "{}:{}:{access}",
+                    volume.source.display(),
+                    volume.target.display()
+                )
+            })
+            .collect(),
+        processes: Processes {
+            sandbox: i32::try_from(std::process::id()).unwrap_or_default(),
+            ..Processes::default()
+        },
+        layers: request.layers.clone(),
+    };
+    record.store(&files)?;
+    Ok(Container::new(
+        paths.clone(),
+        request,
+        record,
+        Output::new(log),
+    ))
+}
+
+/// What a started container consists of.
+struct Live {
+    agent: Agent,
+    carriers: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// Boot, run, end.
+async fn life(container: &Arc<Container>) {
+    let mut timings = Timings::since(container.request().began_ns);
+    timings.step("start the sandbox process", container.request().began_ns);
+    let mut rootfs = None;
+    let begin = now_ns();
+    let guest = Guest::start(&container.paths(), &container.request().machine);
+    timings.step("start device process and machine", begin);
+    let (guest, incoming) = match guest {
+        Ok(guest) => guest,
+        Err(failure) => return fail_to_start(container, failure, None, None, timings).await,
+    };
+
+    let started = {
+        let boot = boot(container, &guest, incoming, &mut rootfs, &mut timings);
+        let broken = |reason| Failure::new(format!("the guest did not come up: {reason}"));
+        tokio::select! {
+            biased;
+            started = boot => match started {
+                // A process that died is the cause of whatever else failed.
+                Err(failure) if !failure.refused => {
+                    match tokio::time::timeout(BREAK_TIME, guest.broke_down()).await {
+                        Ok(reason) => Err(broken(format!("{reason} ({failure})"))),
+                        Err(_) => Err(failure),
+                    }
+                }
+                started => started,
+            },
+            reason = guest.broke_down() => Err(broken(reason)),
+            reason = container.aborted() => Err(Failure::new(format!("the start was given up: {reason}"))),
+            () = told_to_end() => Err(Failure::new("the start was given up: the sandbox process was told to end")),
+            () = tokio::time::sleep(BOOT_TIME) => Err(Failure::new(format!(
+                "the guest did not come up within {} s", BOOT_TIME.as_secs()
+            ))),
+        }
+    };
+    let live = match started {
+        Ok(live) => live,
+        Err(failure) => {
+            return fail_to_start(container, failure, Some(guest), rootfs, timings).await;
+        }
+    };
+    container.set_started(Ok(timings));
+
+    let mut live = live;
+    let exit = run_to_end(container, &guest, &mut live).await;
+    for carrier in live.carriers {
+        // Finished, or stuck with a client that does not read from a container that is no more.
+        carrier.abort();
+    }
+    end(container, exit, guest, rootfs).await;
+}
+
+/// From a machine that has just been started to a container that runs.
+async fn boot(
+    container: &Arc<Container>,
+    guest: &Guest,
+    incoming: Incoming,
+    rootfs: &mut Option<RootFs>,
+    timings: &mut Timings,
+) -> Result<Live> {
+    let request = container.request();
+    let files = container.paths();
+    let devices = &guest.control;
+    let booting = now_ns();
+
+    let begin = now_ns();
+    let root = RootFs::mount(&files, &request.layers, request.auto_remove)?;
+    let root = rootfs.insert(root);
+    let (spec_json, volumes) = guest_spec(container)?;
+    timings.step("mount the root file system", begin);
+
+    let begin = now_ns();
+    devices.listen(AGENT_PORT).await?;
+    use std::os::fd::AsFd;
+    devices
+        .add_share(ROOT_SHARE, root.directory.as_fd(), Cache::Private)
+        .await?;
+    let etc = mounts::own_directory(&files.etc())?;
+    devices
+        .add_share(ETC_SHARE, etc.as_fd(), Cache::Shared)
+        .await?;
+    for (name, directory) in &volumes {
+        devices
+            .add_share(name, directory.as_fd(), Cache::Shared)
+            .await?;
+    }
+    timings.step("share directories", begin);
+
+    let agent = boot::agent_dials(incoming).await?;
+    timings.step("boot the guest until the agent dials", booting);
+
+    let begin = now_ns();
+    agent.configure(&configuration(request)?).await?;
+    timings.step("configure the guest", begin);
+
+    let begin = now_ns();
+    let wanted = streams::Wanted {
+        terminal: container.record().terminal,
+        stdin: request.stdin,
+        output: true,
+    };
+    let (ports, connected) = streams::connect(devices, wanted).await?;
+    timings.step("open streams", begin);
+
+    let begin = now_ns();
+    agent
+        .run(
+            container.id(),
+            spec_json,
+            request.raw_args.clone(),
+            request.raw_env.clone(),
+            ports,
+        )
+        .await?;
+    timings.step("create and start the container", begin);
+
+    let (device_process, machine_process) = guest.pids();
+    container.set_guest(agent.clone(), devices.clone());
+    container.update(|record| {
+        record.state = State::Running;
+        record.started = Some(unix_time());
+        record.processes.devices = device_process;
+        record.processes.machine = machine_process;
+    })?;
+    let carriers = carry(container, connected).await;
+    Ok(Live { agent, carriers })
+}
+
+/// Carries init's streams.
+async fn carry(
+    container: &Arc<Container>,
+    connected: Connected,
+) -> Vec<tokio::task::JoinHandle<()>> {
+    let mut carriers = Vec::new();
+    let mut carry = |read, stream| {
+        let container = container.clone();
+        carriers.push(tokio::spawn(async move {
+            container.output().carry(read, stream).await;
+        }));
+    };
+    let input = container.input();
+    if let Some(terminal) = connected.terminal {
+        let (read, write) = terminal.into_split();
+        *input.lock().await = Some(write);
+        carry(read, Stream::Output);
+    }
+    if let Some(stdin) = connected.stdin {
+        *input.lock().await = Some(stdin.into_split().1);
+    }
+    for (stream, name) in [
+        (connected.stdout, Stream::Output),
+        (connected.stderr, Stream::Error),
+    ] {
+        if let Some(stream) = stream {
+            carry(stream.into_split().0, name);
+        }
+    }
+    carriers
+}
+
+/// A directory to be shared, by name.
+type Share = (String, OwnedFd);
+
+/// The request's spec, with what only the host knows, and the volumes to share with it.
+fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<Share>)> {
+    let request = container.request();
+    let files = container.paths();
+    write_etc(container)?;
+    let mut spec =
+        serde_json::to_value(&request.spec).context(|| "read the container's spec".into())?;
+    spec["root"]["path"] = json!(format!("{SHARES_DIR}/{ROOT_SHARE}"));
+    let mut shares = Vec::new();
+    let mut sources = Vec::new();
+    for (index, volume) in request.volumes.iter().enumerate() {
+        let share = mounts::volume(&files, index, volume)?;
+        let name = format!("volume{index}");
+        sources.push(format!("{SHARES_DIR}/{name}/{}", share.inside));
+        shares.push((name, share.directory));
+    }
+    let mut sources = sources.into_iter();
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        let is_volume =
+            |mount: &serde_json::Value| mount["type"] == "bind" && mount["source"] == "";
+        for mount in mounts.iter_mut().filter(|mount| is_volume(mount)) {
+            let source = sources
+                .next()
+                .ok_or_else(|| Failure::new("the spec has more volumes than the request"))?;
+            mount["source"] = json!(source);
+        }
+        let etc = ["hosts", "hostname", "resolv.conf"].map(|name| {
+            json!({
+                "destination": format!("/etc/{name}"),
+                "type": "bind",
+                "source": format!("{SHARES_DIR}/{ETC_SHARE}/{name}"),
+                "options": ["bind", "rprivate"],
+            })
+        });
+        // Before the volumes: a person may want to replace them.
+        let at = mounts
+            .iter()
+            .position(|mount| {
+                request
+                    .volumes
+                    .iter()
+                    .any(|v| mount["destination"] == json!(v.target))
+            })
+            .unwrap_or(mounts.len());
+        mounts.splice(at..at, etc);
+    }
+    // These belong to the guest's network, which is the container's: see `configuration`.
+    if let Some(sysctl) = spec["linux"]["sysctl"].as_object_mut() {
+        sysctl.retain(|name, _| !is_network_sysctl(name));
+    }
+    let text = serde_json::to_vec(&spec).context(|| "encode the spec".into())?;
+    record::write_by_rename(&files.spec(), &text)?;
+    Ok((text, shares))
+}
+
+/// hosts, hostname and resolv.conf, as Docker makes them for a container without a network.
+fn write_etc(container: &Container) -> Result<()> {
+    let directory = container.paths().etc();
+    let hostname = container
+        .request()
+        .spec
+        .hostname()
+        .clone()
+        .unwrap_or_default();
+    let files = [
+        (
+            "hosts",
+            format!(
+                "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n"
+            ),
+        ),
+        ("hostname", format!("{hostname}\n")),
+        ("resolv.conf", String::new()),
+    ];
+    fs::create_dir_all(&directory).context(|| format!("create {}", directory.display()))?;
+    for (name, text) in files {
+        let path = directory.join(name);
+        fs::write(&path, text).context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
+    let linux = request.spec.linux().as_ref();
+    boot::configuration(
+        request.machine.choice.kind,
+        request.id.get(..12).unwrap_or_default(),
+        boot::network_sysctls(linux.and_then(|linux| linux.sysctl().as_ref())),
+    )
+}
+
+/// Waits for the end of init, or of the guest.
+async fn run_to_end(container: &Container, guest: &Guest, live: &mut Live) -> Exit {
+    let broken = |reason: String| Exit {
+        reason: Some(reason),
+        ..Exit::now(EXIT_HULL)
+    };
+    let ended = tokio::select! {
+        biased;
+        ended = live.agent.wait(container.id(), "") => ended,
+        reason = guest.broke_down() => return broken(reason),
+        reason = container.aborted() => return Exit { status: 137, ..broken(reason) },
+        () = told_to_end() => {
+            return Exit { status: 143, ..broken("the sandbox process was told to end".into()) };
+        }
+    };
+    match ended {
+        Ok(Ended { status, oom_killed }) => {
+            for carrier in &mut live.carriers {
+                // Output that nobody reads must not keep the container for ever when it is removed.
+                tokio::select! {
+                    _ = carrier => {}
+                    _ = container.aborted() => {}
+                    _ = guest.broke_down() => {}
+                }
+            }
+            Exit {
+                reason: oom_killed.then(|| "killed for lack of memory".into()),
+                oom_killed,
+                ..Exit::now(status)
+            }
+        }
+        // The agent went first; the kernel follows, and knows more.
+        Err(failure) => match tokio::time::timeout(DEATH_TIME, guest.broke_down()).await {
+            Ok(reason) => broken(reason),
+            Err(_) => broken(failure.message),
+        },
+    }
+}
+
+/// Ends a start that failed: everything of the container goes, and whoever waits learns why.
+async fn fail_to_start(
+    container: &Container,
+    mut failure: Failure,
+    guest: Option<Guest>,
+    rootfs: Option<RootFs>,
+    timings: Timings,
+) {
+    if !failure.refused {
+        failure.console = guest.as_ref().map(Guest::console_tail).unwrap_or_default();
+        failure.timings = Some(timings);
+    }
+    drop(guest);
+    if let Some(rootfs) = rootfs {
+        rootfs.unmount();
+    }
+    let exit = Exit {
+        reason: Some(failure.message.clone()),
+        ..Exit::now(failure.code)
+    };
+    erase_all(container);
+    container.set_started(Err(failure));
+    container.set_ended(exit);
+}
+
+/// Ends a container that ran.
+async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<RootFs>) {
+    // What the guest has not written back yet is lost with it: only a container that goes away without a trace,
+    // and wrote to nothing else, can do without.
+    let traces = !container.request().auto_remove
+        || container
+            .request()
+            .volumes
+            .iter()
+            .any(|volume| !volume.read_only);
+    if traces
+        && exit.status != EXIT_HULL
+        && let Ok(agent) = container.agent()
+    {
+        tokio::select! {
+            result = agent.shutdown(SHUTDOWN_TIME) => {
+                if let Err(failure) = result {
+                    tracing::debug!("shutdown: {failure}");
+                }
+            }
+            _ = guest.broke_down() => {}
+        }
+    }
+    drop(guest);
+    if let Some(rootfs) = rootfs {
+        rootfs.unmount();
+    }
+    if container.request().auto_remove {
+        erase_all(container);
+    } else {
+        let stored = container.update(|record| {
+            record.state = State::Stopped;
+            record.exit = Some(exit.clone());
+            record.processes = Processes::default();
+        });
+        if let Err(failure) = stored {
+            tracing::error!("{failure}");
+        }
+        // Nobody answers there any more.
+        let _ = fs::remove_file(container.paths().socket());
+    }
+    let last = serde_json::to_vec(&exit).unwrap_or_default();
+    container.set_ended(exit);
+    container.output().finish(Kind::Exit, last).await;
+}
+
+fn erase_all(container: &Container) {
+    let name = &container.request().name;
+    if let Err(failure) = erase(container.all_paths(), container.id(), Some(name)) {
+        tracing::error!("{failure}");
+    }
+}

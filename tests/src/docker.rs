@@ -1,0 +1,427 @@
+//! A dockerd of the test's own, with a containerd of its own: state, images and sockets in a temporary directory, no
+//! bridge, no packet filter. Both are ended at the end, with a check that nothing is left.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{Invocation, Output, Runtime, busybox_archive, leaks, runtime};
+
+/// A Docker of the test's own.
+pub struct Docker {
+    directory: tempfile::TempDir,
+    /// What it runs containers with.
+    pub runtime: Runtime,
+    /// Below which its containers' control groups are.
+    parent: String,
+    containerd: Option<Child>,
+    daemon: Option<Child>,
+    next: AtomicU32,
+}
+
+impl Docker {
+    /// With the image `busybox`.
+    pub fn new() -> Docker {
+        runtime::needs(&["dockerd", "containerd"]);
+        leaks::adopt_orphans();
+        // Paths of sockets are at most 108 bytes long.
+        let directory = tempfile::Builder::new()
+            .prefix("d")
+            .rand_bytes(5)
+            .tempdir_in("/tmp")
+            .unwrap();
+        let runtime = Runtime::in_directory(directory.path());
+        let name = directory.path().file_name().unwrap().to_str().unwrap();
+        let mut docker = Docker {
+            parent: format!("hull-tests-{name}"),
+            directory,
+            runtime,
+            containerd: None,
+            daemon: None,
+            next: AtomicU32::new(0),
+        };
+        docker.start_containerd();
+        docker.start_daemon();
+        docker
+            .docker(["import", "--change", "CMD [\"sh\"]"])
+            .arg(busybox_archive())
+            .arg("busybox")
+            .run()
+            .ok();
+        docker
+    }
+
+    fn start_containerd(&mut self) {
+        let path = |name: &str| self.path(name).display().to_string();
+        // `opt` would make a directory in /opt.
+        let configuration = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\"]\n\
+             [grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n",
+            path("containerd"),
+            path("containerd-state"),
+            path("c.sock"),
+            path("c.ttrpc"),
+        );
+        fs::write(self.path("containerd.toml"), configuration).unwrap();
+        let mut command = Command::new(program("containerd"));
+        command
+            .arg("--config")
+            .arg(self.path("containerd.toml"))
+            .args(["--log-level", "info"]);
+        self.containerd = Some(spawn(command, &self.path("containerd.log")));
+        let socket = self.path("c.sock");
+        self.comes_up("containerd", |_| {
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+    }
+
+    /// Starts dockerd, again after [`Docker::kill_daemon`].
+    pub fn start_daemon(&mut self) {
+        let mut configuration = serde_json::json!({
+            "runtimes": {"hull": {"path": self.runtime.path}},
+            "default-runtime": "hull",
+            "live-restore": true,
+            "data-root": self.path("docker"),
+            "exec-root": self.path("exec"),
+            "pidfile": self.path("dockerd.pid"),
+            "hosts": [format!("unix://{}", self.socket())],
+            "containerd": self.path("c.sock"),
+            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "cgroup-parent": format!("/{}", self.parent),
+            "bridge": "none",
+            "iptables": false,
+            "ip6tables": false,
+            "ip-forward": false,
+            "ip-masq": false,
+            "userland-proxy": false,
+            "oom-score-adjust": 0,
+        });
+        // Old ones keep a key in /etc/docker, and can be told otherwise; new ones do not know the word.
+        let version = Invocation::new(program("dockerd"))
+            .arg("--version")
+            .run()
+            .ok()
+            .text();
+        if version.contains(" 20.10.") {
+            configuration["deprecated-key-path"] = serde_json::json!(self.path("key.json"));
+        }
+        fs::write(self.path("daemon.json"), configuration.to_string()).unwrap();
+        let mut command = Command::new(program("dockerd"));
+        command.arg("--config-file").arg(self.path("daemon.json"));
+        self.daemon = Some(spawn(command, &self.path("dockerd.log")));
+        self.comes_up("dockerd", |docker| {
+            docker.docker(["version"]).run().status == 0
+        });
+    }
+
+    /// Waits until `is_up`; fails at once when the daemon ends.
+    fn comes_up(&mut self, what: &str, is_up: impl Fn(&Docker) -> bool) {
+        let begin = Instant::now();
+        while !is_up(self) {
+            let child = if what == "dockerd" {
+                &mut self.daemon
+            } else {
+                &mut self.containerd
+            };
+            let ended = child.as_mut().and_then(|child| child.try_wait().unwrap());
+            assert!(
+                ended.is_none() && begin.elapsed() < Duration::from_secs(30),
+                "{what} does not come up: {ended:?}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Kills dockerd as a crash would; containers and containerd are left alone.
+    pub fn kill_daemon(&mut self) {
+        end(&mut self.daemon, Signal::KILL);
+    }
+
+    fn socket(&self) -> String {
+        self.path("d.sock").display().to_string()
+    }
+
+    /// `docker …`.
+    pub fn docker<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Invocation {
+        Invocation::new(program("docker"))
+            .env("DOCKER_HOST", format!("unix://{}", self.socket()))
+            .env("DOCKER_CONFIG", self.path("client"))
+            .args(arguments)
+            .limit(Duration::from_secs(60))
+    }
+
+    /// A file or directory below the test's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A directory of the test's own, gone at its end.
+    pub fn scratch(&self) -> PathBuf {
+        let path = self.path("scratch");
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// A name that nothing else bears.
+    pub fn unique(&self, prefix: &str) -> String {
+        format!("{prefix}-{}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// `docker run --rm [OPTIONS] busybox COMMAND`, run to its end.
+    pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
+        self.docker(["run", "--rm"])
+            .args(network(options))
+            .args(options)
+            .arg("busybox")
+            .args(command)
+            .run()
+    }
+
+    /// A shell script in a new container, run to its end.
+    pub fn sh(&self, options: &[&str], script: &str) -> Output {
+        self.run(options, &["sh", "-c", script])
+    }
+
+    /// A container with `docker run -d`; its name.
+    pub fn start(&self, options: &[&str], command: &[&str]) -> String {
+        let name = self.unique("c");
+        self.docker(["run", "-d", "--name", &name])
+            .args(network(options))
+            .args(options)
+            .arg("busybox")
+            .args(command)
+            .run()
+            .ok();
+        name
+    }
+
+    /// A container that runs a shell script until it is told otherwise; it has printed `ready`.
+    pub fn ready(&self, options: &[&str], script: &str) -> String {
+        let name = self.start(options, &["sh", "-c", script]);
+        crate::eventually("ready", Duration::from_secs(20), || {
+            self.logs(&name).contains("ready")
+        });
+        name
+    }
+
+    /// A container that does nothing and ends when it is told to; its name.
+    pub fn sleeper(&self, options: &[&str]) -> String {
+        self.start(
+            options,
+            &["sh", "-c", "trap 'exit 0' TERM; sleep 1000 & wait"],
+        )
+    }
+
+    /// `docker VERB NAME`, run to its end.
+    pub fn does(&self, verb: &str, name: &str) -> Output {
+        self.docker([verb, name]).run()
+    }
+
+    /// `docker exec NAME COMMAND`, run to its end.
+    pub fn exec(&self, name: &str, command: &[&str]) -> Output {
+        self.docker(["exec", name]).args(command).run()
+    }
+
+    /// A shell script in a running container.
+    pub fn exec_sh(&self, name: &str, script: &str) -> Output {
+        self.exec(name, &["sh", "-c", script])
+    }
+
+    /// What a container has printed on its standard output.
+    pub fn logs(&self, name: &str) -> String {
+        self.does("logs", name).ok().text()
+    }
+
+    /// Something of a container, as a Go template.
+    pub fn inspect(&self, name: &str, template: &str) -> String {
+        self.docker(["inspect", "--format", template, name])
+            .run()
+            .ok()
+            .text()
+    }
+
+    /// `created`, `running`, `paused`, `exited`.
+    pub fn state(&self, name: &str) -> String {
+        self.inspect(name, "{{.State.Status}}")
+    }
+
+    /// Waits for the end of a container; its exit status.
+    pub fn wait(&self, name: &str) -> i32 {
+        self.does("wait", name).ok().text().parse().unwrap()
+    }
+
+    /// Removes all containers and asserts that they have left nothing, while the daemons run on.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        self.remove_all();
+        let daemons: Vec<i32> = [&self.containerd, &self.daemon]
+            .into_iter()
+            .flatten()
+            .map(|child| child.id().cast_signed())
+            .collect();
+        let problems = self.problems(&daemons);
+        assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
+    }
+
+    /// Not through `Invocation`: a panic here would hide the first one.
+    fn remove_all(&self) {
+        let socket = format!("unix://{}", self.socket());
+        let docker = |arguments: &[&str]| {
+            let output = Command::new("timeout")
+                .arg("60")
+                .arg(program("docker"))
+                .args(arguments)
+                .env("DOCKER_HOST", &socket)
+                .env("DOCKER_CONFIG", self.path("client"))
+                .output();
+            output.map_or_else(
+                |_| String::new(),
+                |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+            )
+        };
+        let all = docker(&["ps", "--all", "--quiet", "--no-trunc"]);
+        let mut command = vec!["rm", "--force", "--volumes"];
+        command.extend(all.split_whitespace());
+        if command.len() > 3 {
+            docker(&command);
+        }
+    }
+
+    fn problems(&self, daemons: &[i32]) -> Vec<String> {
+        let directory = self.directory.path();
+        let beside = [self.path("exec"), self.path("containerd-state")];
+        let mut problems =
+            runtime::problems(&self.runtime, directory, &self.ids(), &beside, daemons);
+        // dockerd itself keeps its directory mounted on itself.
+        let own = self.path("docker").display().to_string();
+        problems.retain(|problem| {
+            !(problem.starts_with("mount ") && problem.split(' ').nth(5) == Some(own.as_str()))
+        });
+        for controller in fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            for group in fs::read_dir(controller.path().join(&self.parent))
+                .into_iter()
+                .flatten()
+                .flatten()
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            {
+                problems.push(format!("control group {}", group.path().display()));
+            }
+        }
+        problems
+    }
+
+    /// Ids of all containers that there ever were, as the runtime was told them.
+    fn ids(&self) -> Vec<String> {
+        let calls = fs::read_to_string(self.path("calls")).unwrap_or_default();
+        let mut ids: Vec<String> = calls
+            .split_whitespace()
+            .filter(|word| word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit()))
+            .map(str::to_owned)
+            .collect();
+        ids.sort();
+        ids.dedup();
+        ids
+    }
+}
+
+impl Default for Docker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        if failed {
+            self.show_diagnostics();
+        }
+        if self.daemon.is_some() {
+            self.remove_all();
+        }
+        end(&mut self.daemon, Signal::TERM);
+        end(&mut self.containerd, Signal::TERM);
+        let problems = self.problems(&[]);
+        // Left when dockerd was killed.
+        let _ = unmount(self.path("docker"), UnmountFlags::DETACH);
+        for controller in fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = fs::remove_dir(controller.path().join(&self.parent));
+        }
+        if problems.is_empty() {
+            return;
+        }
+        let problems = problems.join("\n");
+        if failed {
+            eprintln!("left behind:\n{problems}");
+        } else {
+            self.show_diagnostics();
+            panic!("left behind:\n{problems}");
+        }
+    }
+}
+
+impl Docker {
+    fn show_diagnostics(&self) {
+        self.runtime.show_diagnostics();
+        runtime::show(&self.path("dockerd.log"));
+        runtime::show(&self.path("containerd.log"));
+    }
+}
+
+/// Debian's programs come before those that somebody else put on the machine: client and daemon of one version.
+fn program(name: &str) -> PathBuf {
+    ["/usr/bin", "/usr/sbin"]
+        .iter()
+        .map(|directory| Path::new(directory).join(name))
+        .find(|path| path.exists())
+        .unwrap_or_else(|| name.into())
+}
+
+/// `--network none`, unless the test wants another one.
+fn network(options: &[&str]) -> &'static [&'static str] {
+    if options.contains(&"--network") {
+        &[]
+    } else {
+        &["--network", "none"]
+    }
+}
+
+fn spawn(mut command: Command, log: &Path) -> Child {
+    let log = File::options().append(true).create(true).open(log).unwrap();
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+/// Ends a daemon: with the signal, and by force when that does not help.
+fn end(daemon: &mut Option<Child>, signal: Signal) {
+    let Some(mut child) = daemon.take() else {
+        return;
+    };
+    let _ = kill_process(Pid::from_child(&child), signal);
+    let begin = Instant::now();
+    while let Ok(None) = child.try_wait() {
+        if begin.elapsed() > Duration::from_secs(20) {
+            let _ = child.kill();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

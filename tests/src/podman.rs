@@ -1,0 +1,312 @@
+//! A podman of the test's own: images, containers, locks and configuration in a temporary directory; everything is
+//! removed at the end, with a check that nothing is left.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use crate::{Invocation, Output, Runtime, busybox_archive, leaks, runtime};
+
+/// A podman of the test's own.
+pub struct Podman {
+    directory: tempfile::TempDir,
+    /// What it runs containers with.
+    pub runtime: Runtime,
+    next: AtomicU32,
+}
+
+impl Podman {
+    /// With the image `busybox`.
+    pub fn new() -> Podman {
+        runtime::needs(&["podman", "conmon"]);
+        leaks::adopt_orphans();
+        // Paths of sockets are at most 108 bytes long.
+        let directory = tempfile::Builder::new()
+            .prefix("p")
+            .rand_bytes(5)
+            .tempdir_in("/tmp")
+            .unwrap();
+        let runtime = Runtime::in_directory(directory.path());
+        // The limits: what podman asks for itself needs CAP_SYS_RESOURCE, and `kube play` of 4.3 takes the lower for the
+        // upper. The locks: in a file, the usual shared memory is one for all podmans of a machine.
+        let configuration = "[containers]\n\
+             default_ulimits = [\"nofile=4096:4096\", \"nproc=4096:4096\"]\n\
+             netns = \"none\"\n\
+             [engine]\n\
+             lock_type = \"file\"\n";
+        fs::write(directory.path().join("containers.conf"), configuration).unwrap();
+        let storage = format!(
+            "[storage]\ndriver = \"overlay\"\ngraphroot = {:?}\nrunroot = {:?}\n",
+            directory.path().join("root"),
+            directory.path().join("runroot")
+        );
+        fs::write(directory.path().join("storage.conf"), storage).unwrap();
+        let podman = Podman {
+            directory,
+            runtime,
+            next: AtomicU32::new(0),
+        };
+        podman
+            .podman(["import", "-q", "--change", "CMD [\"sh\"]"])
+            .args(["--change", "ENV PATH=/bin:/usr/bin"])
+            .arg(busybox_archive())
+            .arg("busybox")
+            .run()
+            .ok();
+        podman
+    }
+
+    /// `podman …`.
+    pub fn podman<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Invocation {
+        let (program, own) = self.command();
+        Invocation::new(program)
+            .args(own)
+            .with(|command| self.environment(command))
+            .args(arguments)
+            .limit(Duration::from_secs(60))
+    }
+
+    /// `buildah …`, on the same images.
+    pub fn buildah(&self, arguments: &[&str]) -> Invocation {
+        runtime::needs(&["buildah"]);
+        Invocation::new("buildah")
+            .arg("--root")
+            .arg(self.path("root"))
+            .arg("--runroot")
+            .arg(self.path("runroot"))
+            .with(|command| self.environment(command))
+            .args(arguments)
+            .limit(Duration::from_secs(60))
+    }
+
+    fn command(&self) -> (&'static str, Vec<String>) {
+        let path = |name: &str| self.path(name).display().to_string();
+        let own = [
+            ("--root", path("root")),
+            ("--runroot", path("runroot")),
+            ("--tmpdir", path("tmp")),
+            ("--network-config-dir", path("networks")),
+            ("--cgroup-manager", "cgroupfs".into()),
+            ("--events-backend", "file".into()),
+            ("--runtime", self.runtime.path.display().to_string()),
+        ];
+        (
+            "podman",
+            own.into_iter()
+                .flat_map(|(name, value)| [name.to_owned(), value])
+                .collect(),
+        )
+    }
+
+    fn environment(&self, command: &mut std::process::Command) {
+        command
+            // conmon leaves a file there when memory ran out.
+            .current_dir(self.directory.path())
+            .env("CONTAINERS_CONF", self.path("containers.conf"))
+            .env("CONTAINERS_STORAGE_CONF", self.path("storage.conf"))
+            .env("HOME", self.directory.path())
+            .env("TMPDIR", self.scratch())
+            .env_remove("XDG_RUNTIME_DIR");
+    }
+
+    /// A file or directory below the test's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A directory of the test's own, gone at its end.
+    pub fn scratch(&self) -> PathBuf {
+        let path = self.path("scratch");
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// A name that nothing else bears.
+    pub fn unique(&self, prefix: &str) -> String {
+        format!("{prefix}-{}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// `podman run --rm [OPTIONS] busybox COMMAND`, run to its end.
+    pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
+        self.podman(["run", "--rm", "--network", "none"])
+            .args(options)
+            .arg("busybox")
+            .args(command)
+            .run()
+    }
+
+    /// A shell script in a new container, run to its end.
+    pub fn sh(&self, options: &[&str], script: &str) -> Output {
+        self.run(options, &["sh", "-c", script])
+    }
+
+    /// A container with `podman run -d`; its name.
+    pub fn start(&self, options: &[&str], command: &[&str]) -> String {
+        let name = self.unique("c");
+        let network: &[&str] = if options.contains(&"--pod") {
+            &[]
+        } else {
+            &["--network", "none"]
+        };
+        self.podman(["run", "-d", "--name", &name])
+            .args(network)
+            .args(options)
+            .arg("busybox")
+            .args(command)
+            .run()
+            .ok();
+        name
+    }
+
+    /// A container that runs a shell script until it is told otherwise; it has printed `ready`.
+    pub fn ready(&self, options: &[&str], script: &str) -> String {
+        let name = self.start(options, &["sh", "-c", script]);
+        crate::eventually("ready", Duration::from_secs(20), || {
+            self.logs(&name).contains("ready")
+        });
+        name
+    }
+
+    /// A container that does nothing and ends when it is told to; its name.
+    pub fn sleeper(&self, options: &[&str]) -> String {
+        self.start(
+            options,
+            &["sh", "-c", "trap 'exit 0' TERM; sleep 1000 & wait"],
+        )
+    }
+
+    /// `podman VERB NAME`, run to its end.
+    pub fn does(&self, verb: &str, name: &str) -> Output {
+        self.podman([verb, name]).run()
+    }
+
+    /// `podman exec NAME COMMAND`, run to its end.
+    pub fn exec(&self, name: &str, command: &[&str]) -> Output {
+        self.podman(["exec", name]).args(command).run()
+    }
+
+    /// A shell script in a running container.
+    pub fn exec_sh(&self, name: &str, script: &str) -> Output {
+        self.exec(name, &["sh", "-c", script])
+    }
+
+    /// What a container has printed on its standard output.
+    pub fn logs(&self, name: &str) -> String {
+        self.does("logs", name).ok().text()
+    }
+
+    /// Something of a container, as a Go template.
+    pub fn inspect(&self, name: &str, template: &str) -> String {
+        self.podman(["inspect", "--format", template, name])
+            .run()
+            .ok()
+            .text()
+    }
+
+    /// `created`, `running`, `paused`, `exited`.
+    pub fn state(&self, name: &str) -> String {
+        self.inspect(name, "{{.State.Status}}")
+    }
+
+    /// Waits for the end of a container; its exit status.
+    pub fn wait(&self, name: &str) -> i32 {
+        self.does("wait", name).ok().text().parse().unwrap()
+    }
+
+    /// Removes all containers and pods and asserts that they have left nothing.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        let mut problems = self.remove_all();
+        problems.extend(self.problems());
+        assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
+    }
+
+    /// Not through `Invocation`: a panic here would hide the first one.
+    fn remove_all(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let all: [&[&str]; 3] = [
+            &["pod", "rm", "--all", "--force", "--time", "0"],
+            &["rm", "--all", "--force", "--time", "0"],
+            &["volume", "rm", "--all", "--force"],
+        ];
+        for arguments in all {
+            let (program, own) = self.command();
+            let mut command = std::process::Command::new("timeout");
+            command.arg("60").arg(program).args(own).args(arguments);
+            self.environment(&mut command);
+            match command.output() {
+                Ok(output) if output.status.success() => {}
+                Ok(output) => problems.push(format!(
+                    "podman {}: {}",
+                    arguments.join(" "),
+                    String::from_utf8_lossy(&output.stderr)
+                )),
+                Err(error) => problems.push(format!("podman {}: {error}", arguments.join(" "))),
+            }
+        }
+        problems
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let directory = self.directory.path();
+        let mut problems = runtime::problems(&self.runtime, directory, &self.ids(), &[], &[]);
+        // podman itself keeps its layers' directory mounted on itself, and forgets the control group of a pod in
+        // hierarchies without controllers.
+        let own = self.path("root/overlay").display().to_string();
+        problems.retain(|problem| {
+            let of_layers =
+                problem.starts_with("mount ") && problem.split(' ').nth(5) == Some(own.as_str());
+            let of_pod = ["unified", "systemd"].iter().any(|hierarchy| {
+                problem.starts_with(&format!("/sys/fs/cgroup/{hierarchy}/libpod_parent/"))
+                    && fs::remove_dir(problem).is_ok()
+            });
+            !of_layers && !of_pod
+        });
+        problems
+    }
+
+    /// Ids of all containers and pods that there ever were, as podman's events tell.
+    fn ids(&self) -> Vec<String> {
+        let events = fs::read_to_string(self.path("tmp/events/events.log")).unwrap_or_default();
+        let ids: BTreeSet<String> = events
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter(|event| event["Type"] == "container" || event["Type"] == "pod")
+            .filter_map(|event| event["ID"].as_str().map(str::to_owned))
+            .filter(|id| id.len() == 64)
+            .collect();
+        ids.into_iter().collect()
+    }
+}
+
+impl Default for Podman {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Podman {
+    fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        if failed {
+            self.runtime.show_diagnostics();
+        }
+        let mut problems = self.remove_all();
+        problems.extend(self.problems());
+        let own = self.path("root/overlay");
+        let _ = rustix::mount::unmount(&own, rustix::mount::UnmountFlags::DETACH);
+        if problems.is_empty() {
+            return;
+        }
+        let problems = problems.join("\n");
+        if failed {
+            eprintln!("left behind:\n{problems}");
+        } else {
+            self.runtime.show_diagnostics();
+            panic!("left behind:\n{problems}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The OCI runtime that engines and the validation suite are tested with, and what it may leave behind.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::{executable, installed, leaks};
+
+/// An OCI runtime with state of the test's own: `hull-oci` beside the staged `hull`. While a test is written,
+/// `HULL_TEST_RUNTIME=runc` shows whether it asks for something that a known runtime gives.
+pub struct Runtime {
+    /// What engines are given to call: a script that leads to the runtime.
+    pub path: PathBuf,
+    /// The runtime itself.
+    pub program: PathBuf,
+    directory: PathBuf,
+}
+
+impl Runtime {
+    /// The runtime, with its state in a directory.
+    pub fn in_directory(directory: &Path) -> Runtime {
+        let program = program();
+        let runtime = Runtime {
+            path: directory.join("runtime"),
+            program,
+            directory: directory.to_owned(),
+        };
+        let configuration = directory.join("config.toml");
+        fs::write(
+            &configuration,
+            format!(
+                "machine = \"uml\"\nrun_dir = {:?}\ndata_dir = {:?}\n",
+                directory.join("run"),
+                directory.join("data")
+            ),
+        )
+        .unwrap();
+        // Engines choose the environment of their runtime themselves, so the configuration goes in a script. runc knows
+        // nothing of it: it gets a directory for its state, unless the engine says one.
+        let state = if runtime.is_hull() {
+            String::new()
+        } else {
+            format!(
+                "case \" $* \" in *' --root '*) ;; *) set -- --root {:?} \"$@\" ;; esac\n",
+                directory.join("run")
+            )
+        };
+        let script = format!(
+            "#!/bin/sh\nprintf '%s\\n' \"$*\" >>{:?}\n{state}HULL_CONFIG={configuration:?} exec {:?} \"$@\"\n",
+            directory.join("calls"),
+            runtime.program
+        );
+        fs::write(&runtime.path, script).unwrap();
+        fs::set_permissions(&runtime.path, fs::Permissions::from_mode(0o755)).unwrap();
+        runtime
+    }
+
+    /// Whether containers run in machines of their own.
+    pub fn is_hull(&self) -> bool {
+        !["runc", "crun"].contains(&self.program.file_name().unwrap().to_str().unwrap())
+    }
+
+    /// What is left of containers, by anything that bears one of their ids: state, control groups. `beside` are
+    /// further directories in which engines let the runtime keep state.
+    pub fn remains(&self, ids: &[String], beside: &[PathBuf]) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut places = vec![self.directory.join("run"), self.directory.join("data")];
+        places.extend(beside.iter().cloned());
+        places.extend(["/run/hull", "/run/hull-oci", "/run/runc"].map(PathBuf::from));
+        places.push("/sys/fs/cgroup".into());
+        for place in places {
+            below(&place, 5, &mut |path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                if ids.iter().any(|id| name.contains(id.as_str())) {
+                    found.push(path.display().to_string());
+                }
+            });
+        }
+        // Machines have names of their own.
+        if self.is_hull() {
+            below(&self.directory.join("run"), 2, &mut |path| {
+                let name = path.file_name().unwrap_or_default();
+                if name.len() == 64
+                    || path
+                        .parent()
+                        .is_some_and(|parent| parent.ends_with("names"))
+                {
+                    found.push(path.display().to_string());
+                }
+            });
+            found.sort();
+            found.dedup();
+        }
+        found
+    }
+
+    /// What the runtime was asked to do and had to say, for the report of a failed test.
+    pub fn show_diagnostics(&self) {
+        show(&self.directory.join("calls"));
+        below(&self.directory.join("run"), 3, &mut |path| {
+            let name = path.file_name().unwrap_or_default();
+            if ["state.json", "sandbox.log", "console", "log", "oci.log"]
+                .iter()
+                .any(|file| name == *file)
+            {
+                show(path);
+            }
+        });
+    }
+}
+
+/// Prints the end of a file.
+pub(crate) fn show(path: &Path) {
+    if let Ok(bytes) = fs::read(path) {
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        eprintln!("--- {}", path.display());
+        eprintln!("{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+    }
+}
+
+/// What an engine's containers left: processes, mounts, and what bears one of their ids.
+pub(crate) fn problems(
+    runtime: &Runtime,
+    directory: &Path,
+    ids: &[String],
+    beside: &[PathBuf],
+    except: &[i32],
+) -> Vec<String> {
+    let mut problems = leaks::leaked_processes_except(Duration::from_secs(10), except);
+    problems.extend(leaks::mounts_below(directory));
+    problems.extend(runtime.remains(ids, beside));
+    problems
+}
+
+/// Why an engine cannot be tested here: a program of it is missing.
+///
+/// # Panics
+/// Always, when one is missing: `make test` installs them.
+pub(crate) fn needs(programs: &[&str]) {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "hull runs containers as root only, for now"
+    );
+    for program in programs {
+        assert!(
+            installed(program),
+            "{program} is not installed: scripts/setup test"
+        );
+    }
+}
+
+fn program() -> PathBuf {
+    let Some(name) = std::env::var_os("HULL_TEST_RUNTIME") else {
+        let path = executable().with_file_name("hull-oci");
+        assert!(path.exists(), "{} is not there: make stage", path.display());
+        return path;
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(&name))
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("HULL_TEST_RUNTIME: no {}", Path::new(&name).display()))
+}
+
+/// Calls `visit` for everything below a directory, down to a depth. Links are not followed.
+fn below(directory: &Path, depth: u32, visit: &mut dyn FnMut(&Path)) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        visit(&path);
+        if depth > 1 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            below(&path, depth - 1, visit);
+        }
+    }
+}
