@@ -74,7 +74,8 @@ pub enum Cache {
     /// Nobody but this guest, as a rule, but now and then the host does, for a person: the guest sees it a second
     /// later at most.
     Brief,
-    /// The host or other guests may, at any time: the guest asks again each time.
+    /// The host or other guests may, at any time: the guest asks again each time it uses a file by name, and after a
+    /// moment for directories.
     Shared,
 }
 

@@ -136,7 +136,8 @@ fn root(spec: &MachineSpec) -> Root {
     Root {
         tmp: Some(Tmp {
             size: spec.memory + TMP_SLACK,
-            huge_pages: true,
+            // They would make a start some milliseconds quicker and an idle guest 6 MB larger.
+            huge_pages: false,
         }),
         binds: vec![
             bind(&spec.sockets, "/sockets"),

@@ -47,8 +47,10 @@ impl Server {
     /// Writes `fuse_attr_out`.
     fn attributes(&self, node: u64, stat: &Statx, reply: &mut Reply) -> Result<(), Errno> {
         let (_, share) = self.share_of(node)?;
-        reply.u64(share.validity());
-        reply.u64(0);
+        let validity = share.attribute_validity();
+        reply.u64(validity.as_secs());
+        reply.u32(validity.subsec_nanos());
+        reply.u32(0);
         reply.attributes(&share.attributes(stat));
         Ok(())
     }
@@ -77,8 +79,9 @@ impl Server {
         }
         let stat = self.status(header.node, handle)?;
         let (_, share) = self.share_of(header.node)?;
-        reply.u64(share.validity());
-        reply.u32(0);
+        let validity = share.attribute_validity();
+        reply.u64(validity.as_secs());
+        reply.u32(validity.subsec_nanos());
         reply.u32(0);
         reply.zeros(16);
         // `struct fuse_statx` is `struct statx`.

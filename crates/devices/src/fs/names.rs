@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -45,7 +46,7 @@ impl Server {
                 // An entry without a node: the guest may remember that there is nothing.
                 reply.u64(0);
                 reply.u64(0);
-                reply.u64(share.validity());
+                reply.u64(share.attribute_validity().as_secs());
                 reply.zeros(wire::ENTRY_OUT - 24);
                 Ok(())
             }
@@ -65,7 +66,8 @@ impl Server {
         let known = self.nodes.remember(&stat, id, wire::ROOT, c"")?;
         let share = self.shares.get(&id).ok_or(Errno::STALE)?;
         // Asked for each time: another share may come to have this name.
-        write_entry(reply, known, &share.attributes(&stat), 0);
+        let (attributes, never) = (share.attributes(&stat), Duration::ZERO);
+        write_entry(reply, known, &attributes, never, never);
         Ok(())
     }
 

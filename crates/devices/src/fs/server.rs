@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
@@ -30,6 +31,8 @@ const MAX_BODY: usize = 68 << 10;
 /// Bytes of one read or write.
 const MAX_TRANSFER: u32 = 1 << 20;
 const PAGE: u32 = 4096;
+/// Shorter than what could tell the difference: to start a program takes longer. Long enough for many files.
+const MOMENT: Duration = Duration::from_millis(10);
 
 /// A directory of the host in the device's root.
 pub struct Share {
@@ -63,12 +66,24 @@ impl Share {
         }
     }
 
-    /// How long the guest may take names and attributes for true, in seconds.
-    pub fn validity(&self) -> u64 {
+    /// How long the guest may take a name in it for true, for a file of this mode.
+    ///
+    /// What the host may change is asked for each time it is used by name. But not each directory on the way to it:
+    /// that would be a request for every part of every path.
+    pub fn name_validity(&self, mode: u32) -> Duration {
         match self.cache {
-            Cache::Private => 86_400,
-            Cache::Brief => 1,
-            Cache::Shared => 0,
+            Cache::Shared if mode & 0o170000 != 0o040000 => Duration::ZERO,
+            _ => self.attribute_validity(),
+        }
+    }
+
+    /// How long the guest may take attributes for true. A name that is asked for brings them along, so in a share that
+    /// the host may change this is about directories and about files that are open.
+    pub fn attribute_validity(&self) -> Duration {
+        match self.cache {
+            Cache::Private => Duration::from_secs(86_400),
+            Cache::Brief => Duration::from_secs(1),
+            Cache::Shared => MOMENT,
         }
     }
 }
@@ -413,7 +428,9 @@ impl Server {
     ) -> Result<u64, Errno> {
         let known = self.nodes.remember(stat, share, parent, name)?;
         let share = self.shares.get(&share).ok_or(Errno::STALE)?;
-        write_entry(reply, known, &share.attributes(stat), share.validity());
+        let attributes = share.attributes(stat);
+        let names = share.name_validity(attributes.mode);
+        write_entry(reply, known, &attributes, names, share.attribute_validity());
         Ok(known.id)
     }
 
@@ -483,13 +500,19 @@ fn send(
 }
 
 /// `fuse_entry_out`.
-pub fn write_entry(reply: &mut Reply, known: Known, attributes: &Attributes, validity: u64) {
+pub fn write_entry(
+    reply: &mut Reply,
+    known: Known,
+    attributes: &Attributes,
+    names: Duration,
+    validity: Duration,
+) {
     reply.u64(known.id);
     reply.u64(known.generation);
-    reply.u64(validity);
-    reply.u64(validity);
-    reply.u32(0);
-    reply.u32(0);
+    reply.u64(names.as_secs());
+    reply.u64(validity.as_secs());
+    reply.u32(names.subsec_nanos());
+    reply.u32(validity.subsec_nanos());
     reply.attributes(attributes);
 }
 
@@ -499,4 +522,40 @@ pub fn descriptor_name<'a>(fd: &OwnedFd, space: &'a mut [u8; 12]) -> &'a CStr {
     // Ten digits and a NUL fit.
     let _ = write!(&mut space[..], "{}\0", fd.as_raw_fd());
     CStr::from_bytes_until_nul(space).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIRECTORY: u32 = 0o040755;
+    const FILE: u32 = 0o100644;
+
+    fn share(cache: Cache) -> Share {
+        Share {
+            name: "share".into(),
+            root: 2,
+            cache,
+            device: 1,
+            salt: 0,
+        }
+    }
+
+    #[test]
+    fn a_file_that_the_host_may_change_is_asked_for_by_name_each_time() {
+        let shared = share(Cache::Shared);
+        assert_eq!(shared.name_validity(FILE), Duration::ZERO);
+        assert_eq!(shared.name_validity(0o120777), Duration::ZERO);
+        assert_eq!(shared.name_validity(DIRECTORY), MOMENT);
+        assert_eq!(shared.attribute_validity(), MOMENT);
+        assert!(MOMENT < Duration::from_millis(20));
+    }
+
+    #[test]
+    fn what_only_the_guest_changes_is_asked_for_once() {
+        let private = share(Cache::Private);
+        for mode in [FILE, DIRECTORY] {
+            assert!(private.name_validity(mode) > Duration::from_secs(3600));
+        }
+    }
 }

@@ -14,22 +14,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Error as VhostError, Listener};
-use vhost_user_backend::{
-    Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringT,
-};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use super::placement::{Placement, cpu_of_kick};
+use super::vring::{AtomicMemory, Vring};
 use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, Queues, Ring};
-
-type AtomicMemory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
-type Vring = VringMutex<AtomicMemory>;
 
 /// Front ends choose queue sizes themselves (user-mode Linux 256, QEMU up to 1024) and fail when one is refused.
 const MAX_QUEUE_SIZE: u16 = 1024;
@@ -111,6 +108,7 @@ struct State {
     device: Box<dyn Device>,
     rings: Vec<Arc<dyn Ring>>,
     ready: Vec<(u64, EventFlags)>,
+    placement: Placement,
 }
 
 impl Adapter {
@@ -131,6 +129,7 @@ impl Adapter {
                 device,
                 rings: Vec::new(),
                 ready: Vec::new(),
+                placement: Placement::new(),
             }),
             broken: AtomicBool::new(false),
         })
@@ -154,6 +153,7 @@ impl Adapter {
             device,
             rings,
             ready,
+            placement,
         } = &mut *state;
         if rings.is_empty() {
             rings.extend(
@@ -164,6 +164,9 @@ impl Adapter {
         }
         let mut queues = Queues::new(rings, memory);
         if u64::from(event) != self.host_token() {
+            if let Some(vring) = vrings.get(usize::from(event)) {
+                placement.follow(cpu_of_kick(vring.last_kick()));
+            }
             return device.queue_event(usize::from(event), &mut queues);
         }
         ready.clear();

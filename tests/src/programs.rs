@@ -1,0 +1,35 @@
+//! Programs in C that run in containers: built once, static.
+
+use std::path::PathBuf;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::{Invocation, repository};
+
+/// The program of a source file in this repository's `tests`.
+pub(crate) fn built(name: &str, source: &str) -> PathBuf {
+    let directory = repository().join("target/e2e");
+    std::fs::create_dir_all(&directory).unwrap();
+    let lock = std::fs::File::create(directory.join(format!("{name}.lock"))).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let program = directory.join(name);
+    let source = repository().join("tests").join(source);
+    let modified = |path: &PathBuf| {
+        std::fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    };
+    if modified(&program) <= modified(&source) {
+        Invocation::new("cc")
+            .args(["-static", "-O1", "-w", "-pthread", "-o"])
+            .args([&program, &source])
+            .run()
+            .ok();
+    }
+    program
+}
+
+/// Looks after its vector registers (`tests/processor/registers.c`).
+pub fn registers_program() -> PathBuf {
+    built("registers", "processor/registers.c")
+}
