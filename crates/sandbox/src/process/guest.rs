@@ -175,9 +175,9 @@ impl Guest {
     /// How the device process ended, unless that was for lack of a machine.
     fn devices_broke_down(&self, status: Option<Status>) -> Option<String> {
         match status {
-            Some(Status::Signal(signal)) => Some(format!(
-                "the device process was killed by signal {signal}"
-            )),
+            Some(Status::Signal(signal)) => {
+                Some(format!("the device process was killed by signal {signal}"))
+            }
             Some(Status::Code(0)) => None,
             Some(Status::Code(code)) => {
                 let said = last_line(&self.diagnostics);
