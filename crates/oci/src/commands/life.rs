@@ -151,6 +151,9 @@ pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Resu
     update::complete(&mut resources, &current);
     let mut guest = serde_json::to_value(&resources).context(|| "encode linux.resources".into())?;
     if let Some(guest) = guest.as_object_mut() {
+        for note in guest_spec::not_applied(guest) {
+            (settings.warn)(&note);
+        }
         guest_spec::for_guest(guest);
     }
     let request = Request::Update {

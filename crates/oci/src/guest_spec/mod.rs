@@ -113,8 +113,13 @@ impl Plan {
                 ));
             }
         }
-        if let Some(linux) = self.spec["linux"].as_object_mut() {
-            linux.remove("mountLabel");
+        if let Some(linux) = self.spec["linux"].as_object_mut()
+            && let Some(Value::String(label)) = linux.remove("mountLabel")
+            && !label.is_empty()
+        {
+            self.notes.push(format!(
+                "linux.mountLabel {label:?} is not applied: labels of files are the host's"
+            ));
         }
     }
 
@@ -139,6 +144,7 @@ impl Plan {
         let Some(resources) = self.spec["linux"]["resources"].as_object_mut() else {
             return;
         };
+        self.notes.extend(not_applied(resources));
         for_guest(resources);
     }
 
@@ -165,6 +171,47 @@ impl Plan {
             format_args!("it takes {MAX_SPEC} at most"),
         ))
     }
+}
+
+/// What `linux.resources` names that holds on neither side, in words for the log.
+pub fn not_applied(resources: &serde_json::Map<String, Value>) -> Vec<String> {
+    const FIELDS: [(&str, &str, &str); 6] = [
+        (
+            "cpu",
+            "realtimeRuntime",
+            "the guest's control groups have nothing like it",
+        ),
+        (
+            "cpu",
+            "realtimePeriod",
+            "the guest's control groups have nothing like it",
+        ),
+        ("blockIO", "leafWeight", "kernels have had none since 5.0"),
+        (
+            "network",
+            "classID",
+            "it marks packets that processes of the host send",
+        ),
+        (
+            "network",
+            "priorities",
+            "they are for packets that processes of the host send",
+        ),
+        (
+            "blockIO",
+            "leafWeightDevice",
+            "kernels have had none since 5.0",
+        ),
+    ];
+    FIELDS
+        .into_iter()
+        .filter(|(group, field, _)| {
+            let value = resources.get(*group).and_then(|group| group.get(field));
+            // What engines write for "nothing".
+            !matches!(value, None | Some(Value::Null)) && value != Some(&Value::from(0))
+        })
+        .map(|(group, field, why)| format!("linux.resources.{group}.{field} is not applied: {why}"))
+        .collect()
 }
 
 /// Takes out of `linux.resources` what holds on the host.
