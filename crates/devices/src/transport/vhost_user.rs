@@ -143,10 +143,7 @@ impl Adapter {
     fn dispatch(&self, event: u16, vrings: &[Vring]) -> Result<(), DeviceError> {
         let memory = {
             let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-            match memory.as_ref() {
-                Some(memory) => memory.memory().into_inner(),
-                None => Arc::new(GuestMemoryMmap::new()),
-            }
+            memory.as_ref().map(|memory| memory.memory().into_inner())
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let State {
@@ -162,7 +159,19 @@ impl Adapter {
                     .map(|vring| Arc::new(SharedVring(vring.clone())) as Arc<dyn Ring>),
             );
         }
-        let mut queues = Queues::new(rings, memory);
+        // The front end tells of its memory before it makes a ring ready, on another thread: a ring that becomes ready
+        // while this event is dealt with must not be read with the memory of before. Its first kick is still to come.
+        let idle: Vec<Arc<dyn Ring>>;
+        let mut queues = match memory {
+            Some(memory) => Queues::new(rings, memory),
+            None => {
+                idle = vrings
+                    .iter()
+                    .map(|_| Arc::new(Idle) as Arc<dyn Ring>)
+                    .collect();
+                Queues::new(&idle, Arc::new(GuestMemoryMmap::new()))
+            }
+        };
         if u64::from(event) != self.host_token() {
             if let Some(vring) = vrings.get(usize::from(event)) {
                 placement.follow(cpu_of_kick(vring.last_kick()));
@@ -260,6 +269,33 @@ impl VhostUserBackend for Adapter {
                 Err(io::Error::other(error.to_string()))
             }
         }
+    }
+}
+
+/// A vring as devices see it as long as there is no guest memory.
+struct Idle;
+
+impl Ring for Idle {
+    fn pop(&self, _: &Memory) -> Result<Option<Chain>, virtio_queue::Error> {
+        Ok(None)
+    }
+
+    fn undo_pop(&self) {}
+
+    fn add_used(&self, _: &Memory, _: u16, _: u32) -> Result<(), virtio_queue::Error> {
+        Ok(())
+    }
+
+    fn notify(&self, _: &Memory) -> Result<(), virtio_queue::Error> {
+        Ok(())
+    }
+
+    fn rearm(&self, _: &Memory) -> Result<bool, virtio_queue::Error> {
+        Ok(false)
+    }
+
+    fn silence(&self, _: &Memory) -> Result<(), virtio_queue::Error> {
+        Ok(())
     }
 }
 
