@@ -1,12 +1,13 @@
 //! A bundle: the directory with `config.json`, read and checked as far as the host is concerned.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::error::{Context, Failure, Result};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Capability, Spec};
+use serde::Deserialize;
 use serde_json::Value;
 
 /// Longest configuration that is read, bytes.
@@ -27,6 +28,8 @@ pub struct Bundle {
     pub spec: Spec,
     /// The same as it is written, for the guest.
     pub config: Value,
+    /// What the user should know: what was left out.
+    pub notes: Vec<String>,
 }
 
 impl Bundle {
@@ -41,7 +44,7 @@ impl Bundle {
         let invalid = |error: serde_json::Error| {
             Failure::new(format!("cannot use {}: {error}", file.display()))
         };
-        let config: Value = serde_json::from_slice(&text).map_err(invalid)?;
+        let mut config: Value = serde_json::from_slice(&text).map_err(invalid)?;
         let version = match config.get("ociVersion") {
             Some(Value::String(version)) => version.clone(),
             _ => {
@@ -52,7 +55,8 @@ impl Bundle {
             }
         };
         check_version(&version)?;
-        let spec: Spec = serde_json::from_slice(&text).map_err(invalid)?;
+        let notes = leave_out_unknown_capabilities(&mut config);
+        let spec: Spec = Spec::deserialize(&config).map_err(invalid)?;
         let root = spec.root().as_ref().ok_or_else(|| {
             Failure::new(format!("cannot use {}: root is missing", file.display()))
         })?;
@@ -89,8 +93,32 @@ impl Bundle {
             annotations: spec.annotations().clone().unwrap_or_default(),
             spec,
             config,
+            notes,
         })
     }
+}
+
+/// The specification: a capability that the runtime does not know is a warning.
+fn leave_out_unknown_capabilities(config: &mut Value) -> Vec<String> {
+    let mut unknown = BTreeSet::new();
+    let sets = config
+        .pointer_mut("/process/capabilities")
+        .and_then(Value::as_object_mut);
+    for set in sets.into_iter().flat_map(|sets| sets.values_mut()) {
+        if let Some(names) = set.as_array_mut() {
+            names.retain(|name| {
+                let known = !name.is_string() || Capability::deserialize(name).is_ok();
+                if !known {
+                    unknown.insert(name.to_string());
+                }
+                known
+            });
+        }
+    }
+    unknown
+        .into_iter()
+        .map(|name| format!("unknown capability {name} is left out"))
+        .collect()
 }
 
 fn read(file: &Path) -> Result<Vec<u8>> {
@@ -153,6 +181,21 @@ mod tests {
         let path = fs::canonicalize(directory.path()).unwrap();
         assert_eq!(bundle.rootfs, path.join("rootfs"));
         assert_eq!(bundle.annotations["a"], "b");
+    }
+
+    #[test]
+    fn a_capability_of_the_future_is_left_out_and_named() {
+        let (_directory, bundle) = bundle(
+            r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"process":{"cwd":"/","user":{"uid":0,"gid":0},
+                "args":["a"],"capabilities":{"bounding":["CAP_KILL","CAP_TEST"],"permitted":["CAP_TEST"]}}}"#,
+        );
+        let bundle = bundle.unwrap();
+        assert_eq!(
+            bundle.notes,
+            [r#"unknown capability "CAP_TEST" is left out"#]
+        );
+        let sets = &bundle.config["process"]["capabilities"];
+        assert_eq!(sets["bounding"], serde_json::json!(["CAP_KILL"]));
     }
 
     #[test]

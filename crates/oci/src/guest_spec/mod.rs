@@ -77,7 +77,7 @@ impl Plan {
             sysctl: BTreeMap::new(),
             terminal: false,
             console_size: None,
-            notes: Vec::new(),
+            notes: bundle.notes.clone(),
         };
         plan.process(bundle);
         plan.share_root(id, bundle);
