@@ -17,7 +17,7 @@ use super::{CHANNEL_FD, Mode, Order, memory, world};
 
 /// What the keeper's process does, from its start to its end. `session`: it leaves its caller's.
 ///
-/// Called when [`is_wanted`] says so, before anything else.
+/// Called when [`super::is_wanted`] says so, before anything else.
 pub fn run(session: bool) -> ! {
     let status = match take_channel().and_then(|channel| obey(channel, session)) {
         Ok(status) => status,
