@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use hull_sandbox::error::{Context, Failure, Result};
@@ -50,6 +51,8 @@ pub fn is_wanted() -> Option<bool> {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Order {
+    /// Join these control groups.
+    Join(Vec<PathBuf>),
     /// Enter namespaces. Beside it the network's, if it exists, and the root file system.
     Enter(Vec<Namespace>),
     /// Carry. Beside it: the connection to the pod, the streams, and the slave of a terminal.
@@ -116,7 +119,7 @@ pub fn spawn(
     pod: &PodPaths,
     arguments: &[String],
     world: Option<&World>,
-    cgroups: &[std::path::PathBuf],
+    cgroups: &[PathBuf],
     session: bool,
 ) -> Result<Keeper> {
     let doing = || "start the keeper".to_owned();
@@ -140,9 +143,8 @@ pub fn spawn(
         channel: ours,
         kept: false,
     };
-    for directory in cgroups {
-        std::fs::write(directory.join("cgroup.procs"), keeper.pid().to_string())
-            .context(|| format!("join the control group {}", directory.display()))?;
+    if !cgroups.is_empty() {
+        keeper.order(&Order::Join(cgroups.to_vec()), &[])?;
     }
     if let Some(world) = world {
         let network = world.network.as_ref().map(AsFd::as_fd);
