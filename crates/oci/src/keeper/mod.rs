@@ -18,7 +18,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use hull_sandbox::error::{Context, Failure, Result};
@@ -51,8 +50,6 @@ pub fn is_wanted() -> Option<bool> {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Order {
-    /// Join these control groups.
-    Join(Vec<PathBuf>),
     /// Enter namespaces. Beside it the network's, if it exists, and the root file system.
     Enter(Vec<Namespace>),
     /// Carry. Beside it: the connection to the pod, the streams, and the slave of a terminal.
@@ -119,7 +116,7 @@ pub fn spawn(
     pod: &PodPaths,
     arguments: &[String],
     world: Option<&World>,
-    cgroups: &[PathBuf],
+    cgroups: &[std::path::PathBuf],
     session: bool,
 ) -> Result<Keeper> {
     let doing = || "start the keeper".to_owned();
@@ -143,8 +140,9 @@ pub fn spawn(
         channel: ours,
         kept: false,
     };
-    if !cgroups.is_empty() {
-        keeper.order(&Order::Join(cgroups.to_vec()), &[])?;
+    for directory in cgroups {
+        std::fs::write(directory.join("cgroup.procs"), keeper.pid().to_string())
+            .context(|| format!("join the control group {}", directory.display()))?;
     }
     if let Some(world) = world {
         let network = world.network.as_ref().map(AsFd::as_fd);

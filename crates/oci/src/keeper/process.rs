@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 
 use hull_sandbox::error::{Context, EXIT_HULL, Failure, Result};
 use hull_sandbox::pod::client::Connection;
-use hull_sandbox::pod::join_cgroups;
 use hull_sandbox::pod::wire::{Received, Reply, Request, receive, send};
 use hull_sandbox::wire::Size;
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -51,8 +50,13 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
             return Ok(EXIT_HULL);
         };
         match message {
-            Order::Join(cgroups) => answer(&channel, join_cgroups(&cgroups))?,
-            Order::Enter(namespaces) => answer(&channel, world::enter(&namespaces, fds))?,
+            Order::Enter(namespaces) => {
+                let reply = match world::enter(&namespaces, fds) {
+                    Ok(()) => Reply::Ok,
+                    Err(failure) => Reply::Failed(failure),
+                };
+                send(&channel, &reply, &[]).context(|| "answer".into())?;
+            }
             Order::Keep(mode) => {
                 let mut fds = fds.into_iter();
                 let missing = || Failure::new("the keeper got no connection");
@@ -69,14 +73,6 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
             }
         }
     }
-}
-
-fn answer(channel: &OwnedFd, result: Result<()>) -> Result<()> {
-    let reply = match result {
-        Ok(()) => Reply::Ok,
-        Err(failure) => Reply::Failed(failure),
-    };
-    send(channel, &reply, &[]).context(|| "answer".into())
 }
 
 /// All signals that can be: they are the process's in the guest.

@@ -11,12 +11,10 @@ pub mod client;
 pub mod wire;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Result};
 use crate::record::Exit;
 use crate::request::MachineRequest;
 
@@ -106,24 +104,6 @@ impl PodPaths {
     pub fn launch_lock(&self) -> PathBuf {
         self.all.join(format!("{}.launch", self.id))
     }
-}
-
-/// Makes this process, which must have one thread, a member of control groups of the host.
-///
-/// # Errors
-/// The kernel's.
-pub fn join_cgroups(directories: &[PathBuf]) -> Result<()> {
-    directories.iter().try_for_each(|directory| {
-        // Moving whole processes waits until no processor can be in the middle of a fork, 10 ms and more. A thread that
-        // moves itself need not; version 2 has no such file for groups like these.
-        let tasks = directory.join("tasks");
-        let file = if tasks.exists() {
-            tasks
-        } else {
-            directory.join("cgroup.procs")
-        };
-        fs::write(file, "0").context(|| format!("join the control group {}", directory.display()))
-    })
 }
 
 /// Network parameters among a container's `sysctl`, which are the guest's own when its network is.

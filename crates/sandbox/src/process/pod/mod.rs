@@ -17,6 +17,7 @@ mod shares;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -34,7 +35,7 @@ use super::{mounts, watch as descriptors};
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
 use crate::pod::wire::{Reply, send};
-use crate::pod::{self, PodPaths, PodRequest};
+use crate::pod::{PodPaths, PodRequest};
 use crate::record;
 use container::Container;
 
@@ -94,8 +95,7 @@ pub fn run(paths: &PodPaths, first: OwnedFd) -> Result<()> {
     let text = fs::read(files.request()).context(|| "read the request".into())?;
     let request: PodRequest =
         serde_json::from_slice(&text).context(|| "understand the request".into())?;
-    // Before there are other processes, which would not follow.
-    pod::join_cgroups(&request.cgroups)?;
+    join_cgroups(&request.cgroups)?;
     mounts::enter_namespace()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -107,6 +107,14 @@ pub fn run(paths: &PodPaths, first: OwnedFd) -> Result<()> {
     drop(lock);
     outcome?;
     removed.context(|| format!("remove {}", files.run.display()))
+}
+
+/// Becomes a member of control groups, before there are other processes that would not follow.
+fn join_cgroups(directories: &[PathBuf]) -> Result<()> {
+    directories.iter().try_for_each(|directory| {
+        fs::write(directory.join("cgroup.procs"), "0")
+            .context(|| format!("join the control group {}", directory.display()))
+    })
 }
 
 async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> Result<()> {
