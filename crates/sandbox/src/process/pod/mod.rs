@@ -95,7 +95,6 @@ pub fn run(paths: &PodPaths, first: OwnedFd) -> Result<()> {
     let text = fs::read(files.request()).context(|| "read the request".into())?;
     let request: PodRequest =
         serde_json::from_slice(&text).context(|| "understand the request".into())?;
-    join_cgroups(&request.cgroups)?;
     mounts::enter_namespace()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -109,17 +108,25 @@ pub fn run(paths: &PodPaths, first: OwnedFd) -> Result<()> {
     removed.context(|| format!("remove {}", files.run.display()))
 }
 
-/// Becomes a member of control groups, before there are other processes that would not follow.
-fn join_cgroups(directories: &[PathBuf]) -> Result<()> {
-    directories.iter().try_for_each(|directory| {
-        fs::write(directory.join("cgroup.procs"), "0")
-            .context(|| format!("join the control group {}", directory.display()))
-    })
+/// Puts the pod's processes into control groups. The kernel waits there until no processor is in the middle of a fork, 10
+/// ms and more: the guest boots meanwhile, and has no further processes on the host yet.
+fn join_cgroups(directories: &[PathBuf], guest: &Guest) -> Result<()> {
+    let (devices, machine) = guest.pids();
+    let own = std::process::id().cast_signed();
+    for directory in directories {
+        for pid in [machine, devices, own] {
+            fs::write(directory.join("cgroup.procs"), pid.to_string())
+                .context(|| format!("join the control group {}", directory.display()))?;
+        }
+    }
+    Ok(())
 }
 
 async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> Result<()> {
-    let started = Guest::start(files, &request.machine)
-        .and_then(|started| listen_on(files).map(|listener| (started, listener)));
+    let started = Guest::start(files, &request.machine).and_then(|started| {
+        join_cgroups(&request.cgroups, &started.0)?;
+        listen_on(files).map(|listener| (started, listener))
+    });
     let ((guest, incoming), listener) = match started {
         Ok(started) => started,
         Err(failure) => {
