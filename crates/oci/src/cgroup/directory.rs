@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::Access;
 
 /// Pause between two attempts to remove.
-pub(super) const PAUSE: Duration = Duration::from_millis(5);
+pub(super) const PAUSE: Duration = Duration::from_millis(1);
 /// The controllers of v2 that statistics and limits need.
 const WANTED: [&str; 5] = ["cpuset", "cpu", "io", "memory", "pids"];
 
