@@ -1,0 +1,405 @@
+//! Network configuration lists: the files of `/etc/cni/net.d`, and hull's own network.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::attachment::{Address, is_identifier, is_interface_name};
+use super::error::{Error, Result, one_line};
+
+/// Where administrators and other programs put configurations.
+pub const CONFIGURATION_DIRECTORY: &str = "/etc/cni/net.d";
+/// Name of hull's own network.
+pub const DEFAULT_NAME: &str = "default";
+/// Bridge of hull's own network.
+pub const DEFAULT_BRIDGE: &str = "hull0";
+/// Addresses of hull's own network. Below podman's (10.88.0.0/16 and above), far from Docker's (172.17.0.0/16 and above).
+pub const DEFAULT_IPV4: &str = "10.87.0.0/16";
+/// Unique local addresses of hull's own network: `fd`, and `hul` in ASCII.
+pub const DEFAULT_IPV6: &str = "fd68:756c:6c00::/64";
+
+/// A configuration is some kilobytes.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// A version of the specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Version {
+    V0_3_1,
+    V0_4_0,
+    V1_0_0,
+    V1_1_0,
+}
+
+impl Version {
+    const ALL: [Version; 4] = [
+        Version::V0_3_1,
+        Version::V0_4_0,
+        Version::V1_0_0,
+        Version::V1_1_0,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Version::V0_3_1 => "0.3.1",
+            Version::V0_4_0 => "0.4.0",
+            Version::V1_0_0 => "1.0.0",
+            Version::V1_1_0 => "1.1.0",
+        }
+    }
+
+    pub fn read(text: &str) -> Result<Version, String> {
+        Version::ALL
+            .into_iter()
+            .find(|version| version.name() == text)
+            .ok_or_else(|| {
+                format!(
+                    "cniVersion {text:?} is not supported: {}",
+                    Version::ALL.map(Version::name).join(", ")
+                )
+            })
+    }
+}
+
+/// The plugins of one network, in order. As JSON it is the configuration list itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+pub struct List {
+    name: String,
+    pub(super) version: Version,
+    pub(super) disable_check: bool,
+    pub(super) plugins: Vec<Plugin>,
+}
+
+/// The configuration of one plugin.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Plugin {
+    /// File name of the executable.
+    pub kind: String,
+    /// As written.
+    pub config: Map<String, Value>,
+}
+
+impl List {
+    /// Finds a network by name in directories, of which some may not exist. Files are read in the order of their names,
+    /// `*.conflist`, `*.conf` and `*.json`; the first of a name counts. Files of other networks may be broken.
+    pub fn load(directories: &[impl AsRef<Path>], name: &str) -> Result<List> {
+        let mut known = Vec::new();
+        let mut unreadable = Vec::new();
+        for path in files(directories, &["conflist", "conf", "json"])? {
+            match read(&path).and_then(|value| Ok((name_in(&value, &place(&path))?, value))) {
+                Ok((found, value)) if found == name => return List::from_file(value, &path),
+                Ok((found, _)) if known.contains(&found) => {}
+                Ok((found, _)) => known.push(found),
+                Err(error) => unreadable.push(error.to_string()),
+            }
+        }
+        Err(Error::NotFound {
+            name: name.to_owned(),
+            known,
+            unreadable,
+        })
+    }
+
+    /// The names of all networks, in the order of their files; whether they are valid shows when they are loaded.
+    pub fn names(directories: &[impl AsRef<Path>]) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for path in files(directories, &["conflist", "conf", "json"])? {
+            let name = read(&path).and_then(|value| name_in(&value, &place(&path)));
+            names.extend(name.ok().filter(|name| !names.contains(name)));
+        }
+        Ok(names)
+    }
+
+    /// A list, or the configuration of a single plugin, that comes from no file.
+    pub fn from_value(value: Value) -> Result<List> {
+        let place = value
+            .get("name")
+            .and_then(Value::as_str)
+            .map_or("without a name".to_owned(), |name| format!("{name:?}"));
+        List::parse(value, Vec::new(), &place)
+    }
+
+    /// The network's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether any plugin declares this capability.
+    pub fn has_capability(&self, name: &str) -> bool {
+        self.plugins
+            .iter()
+            .any(|plugin| plugin.has_capability(name))
+    }
+
+    fn from_file(value: Value, path: &Path) -> Result<List> {
+        let place = place(path);
+        let only_inlined =
+            flag(&value, "loadOnlyInlinedPlugins").map_err(|why| invalid(&place, why))?;
+        let mut further = Vec::new();
+        // Since 1.1.0: further plugins of the network NAME in the files of the directory NAME.
+        if let (false, Some(name), Some(directory)) =
+            (only_inlined, value["name"].as_str(), path.parent())
+            && value.get("type").is_none()
+            && is_identifier(name)
+        {
+            for path in files(&[directory.join(name)], &["conf"])? {
+                further.push(
+                    Plugin::parse(read(&path)?).map_err(|why| invalid(&self::place(&path), why))?,
+                );
+            }
+        }
+        List::parse(value, further, &place)
+    }
+
+    fn parse(value: Value, further: Vec<Plugin>, place: &str) -> Result<List> {
+        let name = name_in(&value, place)?;
+        List::parse_named(name, value, further).map_err(|why| invalid(place, why))
+    }
+
+    fn parse_named(name: String, mut value: Value, further: Vec<Plugin>) -> Result<List, String> {
+        if !is_identifier(&name) {
+            return Err(format!(
+                "the name {name:?} is not made of letters, digits, _ . and -"
+            ));
+        }
+        let version = version_in(&value)?;
+        let disable_check = flag(&value, "disableCheck")?;
+        let own = match value.get_mut("plugins").map(Value::take) {
+            Some(Value::Array(plugins)) => plugins,
+            None if value.get("type").is_some() => vec![value],
+            None => Vec::new(),
+            Some(_) => return Err("plugins is no list".to_owned()),
+        };
+        let mut plugins = Vec::with_capacity(own.len() + further.len());
+        for (index, config) in own.into_iter().enumerate() {
+            plugins
+                .push(Plugin::parse(config).map_err(|why| format!("plugin {}: {why}", index + 1))?);
+        }
+        plugins.extend(further);
+        if plugins.is_empty() {
+            return Err("it has no plugins".to_owned());
+        }
+        Ok(List {
+            name,
+            version,
+            disable_check,
+            plugins,
+        })
+    }
+}
+
+impl TryFrom<Value> for List {
+    type Error = Error;
+
+    fn try_from(value: Value) -> Result<List> {
+        List::from_value(value)
+    }
+}
+
+impl From<List> for Value {
+    fn from(list: List) -> Value {
+        json!({
+            "cniVersion": list.version.name(),
+            "name": list.name,
+            "disableCheck": list.disable_check,
+            "plugins": list.plugins.into_iter().map(|plugin| Value::Object(plugin.config)).collect::<Value>(),
+        })
+    }
+}
+
+impl Plugin {
+    fn parse(config: Value) -> Result<Plugin, String> {
+        let Value::Object(config) = config else {
+            return Err("it is no JSON object".to_owned());
+        };
+        let kind = match config.get("type") {
+            Some(Value::String(kind)) if !kind.is_empty() => kind.clone(),
+            Some(Value::String(_)) | None => return Err("it has no type".to_owned()),
+            Some(other) => return Err(format!("its type is {other}")),
+        };
+        // It names a file in the directories of plugins, and never another one.
+        if kind.contains(['/', '\0']) || matches!(kind.as_str(), "." | "..") {
+            return Err(format!("its type {kind:?} is no plain file name"));
+        }
+        let capabilities = config.get("capabilities").unwrap_or(&Value::Null);
+        let valid = match capabilities {
+            Value::Null => true,
+            Value::Object(all) => all.values().all(Value::is_boolean),
+            _ => false,
+        };
+        if !valid {
+            return Err("its capabilities are not an object of true and false".to_owned());
+        }
+        Ok(Plugin { kind, config })
+    }
+
+    pub fn has_capability(&self, name: &str) -> bool {
+        self.config
+            .get("capabilities")
+            .and_then(|all| all.get(name))
+            .and_then(Value::as_bool)
+            .unwrap_or(false)
+    }
+}
+
+/// hull's own network: a bridge, addresses given out by `host-local`, published ports, and a way through a firewall that
+/// forwards nothing by itself. Leases of addresses are kept beneath `data_dir`.
+///
+/// Version 0.4.0: the oldest in which plugins get their result back when they undo, so that any release of the plugins will do.
+pub fn default_network(
+    ipv4: Address,
+    ipv6: Option<Address>,
+    bridge: &str,
+    data_dir: &Path,
+) -> Result<List> {
+    let wrong = |why: String| invalid(&format!("{DEFAULT_NAME:?}"), why);
+    // A network needs its own address, the bridge's, one of a container, and that of broadcasts.
+    let fits = |subnet: Address, most: u8| {
+        subnet
+            .prefix
+            .is_some_and(|prefix| (1..=most - 2).contains(&prefix))
+    };
+    if !ipv4.ip.is_ipv4() || !fits(ipv4, 32) {
+        return Err(wrong(format!(
+            "{ipv4} is no IPv4 subnet like {DEFAULT_IPV4}"
+        )));
+    }
+    if let Some(ipv6) = ipv6.filter(|subnet| !subnet.ip.is_ipv6() || !fits(*subnet, 128)) {
+        return Err(wrong(format!(
+            "{ipv6} is no IPv6 subnet like {DEFAULT_IPV6}"
+        )));
+    }
+    if !is_interface_name(bridge) {
+        return Err(wrong(format!("{bridge:?} is no name of an interface")));
+    }
+    let subnets = || std::iter::once(ipv4).chain(ipv6);
+    let ranges: Value = subnets()
+        .map(|subnet| json!([{ "subnet": subnet }]))
+        .collect();
+    let routes: Value = subnets()
+        .map(|subnet| json!({ "dst": if subnet.ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" } }))
+        .collect();
+    List::from_value(json!({
+        "cniVersion": Version::V0_4_0.name(),
+        "name": DEFAULT_NAME,
+        // portmap (1.1.1) searches the ports of IPv4 among those of IPv6, and does not find them.
+        "disableCheck": ipv6.is_some(),
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": bridge,
+                "isGateway": true,
+                "ipMasq": true,
+                "hairpinMode": true,
+                "capabilities": { "ips": true, "mac": true },
+                "ipam": { "type": "host-local", "dataDir": data_dir, "ranges": ranges, "routes": routes },
+            },
+            { "type": "portmap", "capabilities": { "portMappings": true }, "snat": true },
+            { "type": "firewall", "backend": "iptables" },
+        ],
+    }))
+}
+
+fn invalid(place: &str, why: impl Into<String>) -> Error {
+    Error::Invalid {
+        place: place.to_owned(),
+        why: why.into(),
+    }
+}
+
+fn place(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// The files of directories with one of these extensions, each directory's in the order of their names.
+fn files(directories: &[impl AsRef<Path>], extensions: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for directory in directories {
+        let directory = directory.as_ref();
+        let unreadable = |source| Error::Unreadable {
+            path: directory.to_owned(),
+            source,
+        };
+        let entries = match std::fs::read_dir(directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(unreadable(error)),
+        };
+        let mut paths = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(unreadable)?.path();
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            if extension.is_some_and(|extension| extensions.contains(&extension)) && path.is_file()
+            {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        all.append(&mut paths);
+    }
+    Ok(all)
+}
+
+fn read(path: &Path) -> Result<Value> {
+    let unreadable = |source| Error::Unreadable {
+        path: path.to_owned(),
+        source,
+    };
+    let mut text = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut text))
+        .map_err(unreadable)?;
+    if text.len() as u64 > MOST_BYTES {
+        return Err(invalid(&place(path), "it is larger than 1 MiB"));
+    }
+    serde_json::from_slice(&text)
+        .map_err(|error| invalid(&place(path), format!("no JSON: {error}")))
+}
+
+fn name_in(value: &Value, place: &str) -> Result<String> {
+    match value.get("name") {
+        Some(Value::String(name)) => Ok(name.clone()),
+        Some(other) => Err(invalid(
+            place,
+            format!("its name is {}", one_line(&other.to_string())),
+        )),
+        None if value.is_object() => Err(invalid(place, "it has no name")),
+        None => Err(invalid(place, "it is no JSON object")),
+    }
+}
+
+/// `cniVersion`, or the newest of `cniVersions` (since 1.1.0) that hull speaks.
+fn version_in(value: &Value) -> Result<Version, String> {
+    let newest = match value.get("cniVersions") {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(versions)) => versions
+            .iter()
+            .filter_map(Value::as_str)
+            .filter_map(|text| Version::read(text).ok())
+            .max(),
+        Some(_) => return Err("cniVersions is no list".to_owned()),
+    };
+    match (value.get("cniVersion"), newest) {
+        (Some(Value::String(text)), None) => Version::read(text),
+        (Some(Value::String(text)), Some(newest)) => {
+            Ok(Version::read(text).map_or(newest, |own| own.max(newest)))
+        }
+        (None, Some(newest)) => Ok(newest),
+        (None, None) => Err("it has no cniVersion".to_owned()),
+        (Some(other), _) => Err(format!("its cniVersion is {other}")),
+    }
+}
+
+/// A boolean, which the specification once called a string.
+fn flag(value: &Value, key: &str) -> Result<bool, String> {
+    match value.get(key) {
+        None => Ok(false),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(Value::String(text)) if text.eq_ignore_ascii_case("true") => Ok(true),
+        Some(Value::String(text)) if text.eq_ignore_ascii_case("false") => Ok(false),
+        Some(other) => Err(format!("{key} is {other}")),
+    }
+}

@@ -1,0 +1,209 @@
+//! One process with text in and text out, bounded in time and in output. Called by [`super::plugin`]; knows nothing of CNI.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, memfd_create};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use super::error::Fault;
+
+/// Most output that is read; results are some kilobytes.
+const MOST_OUTPUT: usize = 1 << 20;
+/// How much of the end of standard error is kept.
+const KEPT_ERRORS: usize = 4 << 10;
+
+/// What a process left.
+pub(super) struct Output {
+    pub status: ExitStatus,
+    pub stdout: Vec<u8>,
+    /// The end of it.
+    pub stderr: Vec<u8>,
+}
+
+/// Runs `program` to its end with only these variables in its environment. When it takes longer than `limit`, or
+/// writes too much, it is killed together with all that it started and that did not leave its process group.
+pub(super) fn run(
+    program: &Path,
+    environment: &[(&str, &OsStr)],
+    input: &[u8],
+    limit: Duration,
+) -> Result<Output, Fault> {
+    let deadline = Instant::now() + limit;
+    let mut running = Running::start(program, environment, input).map_err(Fault::Start)?;
+    match running.listen(deadline) {
+        Ok(true) => running.end().map_err(Fault::Start),
+        Ok(false) => Err(Fault::Hung(limit)),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Err(Fault::TooMuchOutput),
+        Err(error) => Err(Fault::Start(error)),
+    }
+}
+
+/// A process that is killed with its group when this is dropped, unless it has ended.
+struct Running {
+    child: Child,
+    /// Readable when it has ended.
+    ended: OwnedFd,
+    stdout: Stream,
+    stderr: Stream,
+    reaped: bool,
+}
+
+impl Running {
+    fn start(program: &Path, environment: &[(&str, &OsStr)], input: &[u8]) -> io::Result<Running> {
+        // Not a pipe: whoever writes into one waits for a reader, or is killed by its absence.
+        let mut stdin = File::from(memfd_create("cni-config", MemfdFlags::CLOEXEC)?);
+        stdin.write_all(input)?;
+        io::Seek::rewind(&mut stdin)?;
+        let mut child = Command::new(program)
+            .env_clear()
+            .envs(environment.iter().copied())
+            // The caller's own may be gone, or keep something from being unmounted.
+            .current_dir("/")
+            .stdin(Stdio::from(OwnedFd::from(stdin)))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        let prepared = (|| {
+            Ok((
+                pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?,
+                Stream::new(child.stdout.take().map(OwnedFd::from), MOST_OUTPUT)?,
+                Stream::new(child.stderr.take().map(OwnedFd::from), KEPT_ERRORS)?,
+            ))
+        })();
+        match prepared {
+            Ok((ended, stdout, stderr)) => Ok(Running {
+                child,
+                ended,
+                stdout,
+                stderr,
+                reaped: false,
+            }),
+            Err(error) => {
+                kill(&mut child);
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads until the process has ended; false when it does not in time. Does not wait for the ends of its streams:
+    /// something that it left behind may hold them.
+    fn listen(&mut self, deadline: Instant) -> io::Result<bool> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+            let mut fds = vec![PollFd::new(&self.ended, PollFlags::IN)];
+            let streams = [&self.stdout, &self.stderr];
+            fds.extend(
+                streams
+                    .iter()
+                    .filter_map(|stream| stream.fd.as_ref())
+                    .map(|fd| PollFd::new(fd, PollFlags::IN)),
+            );
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) => return Ok(false),
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            let ended = !fds[0].revents().is_empty();
+            self.stdout.read()?;
+            if self.stdout.kept.len() > MOST_OUTPUT {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+            self.stderr.read()?;
+            if self.stderr.kept.len() > KEPT_ERRORS {
+                self.stderr
+                    .kept
+                    .drain(..self.stderr.kept.len() - KEPT_ERRORS);
+            }
+            if ended {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn end(mut self) -> io::Result<Output> {
+        let status = self.child.wait()?;
+        self.reaped = true;
+        let (stdout, stderr) = (
+            std::mem::take(&mut self.stdout.kept),
+            std::mem::take(&mut self.stderr.kept),
+        );
+        Ok(Output {
+            status,
+            stdout,
+            stderr,
+        })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.reaped {
+            kill(&mut self.child);
+        }
+    }
+}
+
+/// Ends a process that was not waited for yet, so that its id, which is its group's, is nobody else's.
+fn kill(child: &mut Child) {
+    let _ = kill_process_group(Pid::from_child(child), Signal::KILL);
+    let _ = child.wait();
+}
+
+/// One of the process's outputs.
+struct Stream {
+    /// Until its end.
+    fd: Option<OwnedFd>,
+    kept: Vec<u8>,
+    /// Most that one look at it takes, so that a writer without end does not keep the reader from its clock.
+    most: usize,
+}
+
+impl Stream {
+    fn new(fd: Option<OwnedFd>, most: usize) -> io::Result<Stream> {
+        if let Some(fd) = &fd {
+            fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
+        }
+        Ok(Stream {
+            fd,
+            kept: Vec::new(),
+            most,
+        })
+    }
+
+    /// Takes what is there, at most a little more than `most`.
+    fn read(&mut self) -> io::Result<()> {
+        let Some(fd) = &self.fd else {
+            return Ok(());
+        };
+        let mut buffer = [0; 16 << 10];
+        let mut taken = 0;
+        while taken <= self.most {
+            match rustix::io::read(fd.as_fd(), &mut buffer) {
+                Ok(0) => {
+                    self.fd = None;
+                    return Ok(());
+                }
+                Ok(count) => {
+                    taken += count;
+                    self.kept
+                        .extend_from_slice(buffer.get(..count).unwrap_or_default());
+                }
+                Err(rustix::io::Errno::AGAIN) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}

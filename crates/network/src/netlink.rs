@@ -1,0 +1,215 @@
+//! Speaks netlink (rtnetlink(7)) in a namespace, with the crate `rtnetlink`. This file and those below it are the only
+//! ones that know that crate: its interface changes often.
+//!
+//! The socket is made inside the namespace and stays there; it is used from the caller's runtime. Every request is
+//! answered by the kernel, and each answer is waited for. What the kernel says and this crate does not understand is
+//! left out, never guessed.
+
+mod reading;
+mod traffic;
+
+use std::io;
+use std::net::IpAddr;
+
+use futures_util::StreamExt;
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
+};
+
+use crate::description::Description;
+use crate::error::{Error, Result};
+use crate::namespace::Namespace;
+
+pub(crate) use traffic::{Filters, Key};
+
+/// Attempts to list something that changes while it is listed.
+const DUMP_ATTEMPTS: u32 = 8;
+
+/// A netlink socket in a namespace. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Netlink {
+    handle: rtnetlink::Handle,
+}
+
+impl Netlink {
+    /// Opens a socket in the namespace. A task of the calling tokio runtime serves it until the last clone of this is
+    /// dropped; without a runtime this fails.
+    pub fn open(namespace: &Namespace) -> Result<Self> {
+        let read = |why| Error::Read {
+            what: "interfaces",
+            why,
+        };
+        let runtime =
+            tokio::runtime::Handle::try_current().map_err(|error| read(io::Error::other(error)))?;
+        let connection = namespace.run_in(|| {
+            // The socket registers itself with the runtime.
+            let _inside = runtime.enter();
+            rtnetlink::new_connection()
+        })?;
+        let (mut connection, handle, _) = connection.map_err(read)?;
+        // Without these a lost connection looks like a request that succeeded.
+        connection.set_forward_ack(true);
+        connection.set_forward_done(true);
+        runtime.spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// What is in the namespace, as far as a guest needs it.
+    pub async fn describe(&self) -> Result<Description> {
+        reading::describe(self).await
+    }
+
+    /// Makes a tap ready: its MTU, its queue, no link-local address, up.
+    pub(crate) async fn prepare_tap(
+        &self,
+        index: u32,
+        mtu: u32,
+        queue_length: u32,
+    ) -> io::Result<()> {
+        let attributes = vec![
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::TxQueueLen(queue_length),
+        ];
+        self.set_link(index, LinkFlags::empty(), attributes).await?;
+        // With no link-local address there is no duplicate address detection and no router solicitation.
+        let quiet =
+            LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+                In6AddrGenMode::None,
+            )])]);
+        match self.set_link(index, LinkFlags::empty(), vec![quiet]).await {
+            // A kernel without IPv6 has nothing to be quiet about.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+            result => result?,
+        }
+        self.set_link(index, LinkFlags::Up, Vec::new()).await
+    }
+
+    /// Makes an interface that leads nowhere, with addresses.
+    pub(crate) async fn add_loose_end(
+        &self,
+        name: &str,
+        addresses: impl Iterator<Item = (IpAddr, u8)>,
+    ) -> io::Result<()> {
+        let failed = |error: rtnetlink::Error| io::Error::other(error.to_string());
+        // The other end has no place that matters either.
+        let veth = rtnetlink::LinkVeth::new(name, "other").build();
+        self.handle
+            .link()
+            .add(veth)
+            .execute()
+            .await
+            .map_err(failed)?;
+        let mut found = self
+            .handle
+            .link()
+            .get()
+            .match_name(name.to_owned())
+            .execute();
+        let Some(Ok(link)) = found.next().await else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        for (address, prefix) in addresses {
+            self.handle
+                .address()
+                .add(link.header.index, address, prefix)
+                .execute()
+                .await
+                .map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Changes the MTU of an interface.
+    pub(crate) async fn set_mtu(&self, index: u32, mtu: u32) -> io::Result<()> {
+        let attributes = vec![LinkAttribute::Mtu(mtu)];
+        self.set_link(index, LinkFlags::empty(), attributes).await
+    }
+
+    /// Sets attributes and, if `flags` has any, these flags.
+    async fn set_link(
+        &self,
+        index: u32,
+        flags: LinkFlags,
+        attributes: Vec<LinkAttribute>,
+    ) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.flags = flags;
+        message.header.change_mask = flags;
+        message.attributes = attributes;
+        self.request(RouteNetlinkMessage::SetLink(message), 0).await
+    }
+
+    /// Asks for something to be done, and waits until it is. The error is the kernel's.
+    pub(crate) async fn request(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        let mut message = NetlinkMessage::from(message);
+        message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        let mut answers = self
+            .handle
+            .clone()
+            .request(message)
+            .map_err(io::Error::other)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload {
+                return match error.code {
+                    None => Ok(()),
+                    Some(code) => Err(from_code(code.get())),
+                };
+            }
+        }
+        Err(lost())
+    }
+
+    /// Lists everything of a kind. A list during which something changed may be wrong: it is made anew, for some time.
+    async fn dump(&self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        let mut attempts = 0;
+        loop {
+            let (listed, interrupted) = self.dump_once(message.clone()).await?;
+            attempts += 1;
+            if !interrupted || attempts == DUMP_ATTEMPTS {
+                return Ok(listed);
+            }
+        }
+    }
+
+    async fn dump_once(
+        &self,
+        message: RouteNetlinkMessage,
+    ) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
+        let mut message = NetlinkMessage::from(message);
+        message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let mut answers = self
+            .handle
+            .clone()
+            .request(message)
+            .map_err(io::Error::other)?;
+        let mut listed = Vec::new();
+        let mut interrupted = false;
+        while let Some(answer) = answers.next().await {
+            interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
+            match answer.payload {
+                NetlinkPayload::InnerMessage(message) => listed.push(message),
+                NetlinkPayload::Done(done) if done.code < 0 => return Err(from_code(done.code)),
+                NetlinkPayload::Done(_) => return Ok((listed, interrupted)),
+                NetlinkPayload::Error(error) => {
+                    return Err(error.code.map_or_else(lost, |code| from_code(code.get())));
+                }
+                _ => {}
+            }
+        }
+        Err(lost())
+    }
+}
+
+/// An error as netlink writes it: a negative errno.
+fn from_code(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code.saturating_neg())
+}
+
+fn lost() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the netlink socket was closed")
+}

@@ -1,0 +1,185 @@
+//! Ports of the host that are published: found, and occupied for as long as they are.
+//!
+//! Called by whoever reads what a user wants published, and by the sandbox process, which holds the ports while its container
+//! runs. Forwards nothing: that is what plugins do (module `cni`).
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt,
+};
+
+use crate::cni::{PortMapping, Protocol};
+
+/// Which port of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostPort {
+    /// Any that is free.
+    Any,
+    /// This one.
+    One(u16),
+    /// The first free one from the first to the last.
+    OneOf(u16, u16),
+}
+
+/// One container port that is reached through the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// Only on this address of the host.
+    pub host_ip: Option<IpAddr>,
+    /// On the host.
+    pub host_port: HostPort,
+    /// In the container.
+    pub container_port: u16,
+    /// Of both.
+    pub protocol: Protocol,
+}
+
+/// Host ports that nobody else can take while this lives: sockets that are bound to them. They receive nothing, because
+/// packets are led to the container before, and what is not led there is refused.
+///
+/// Whoever drops it before the container ends (or hands over nothing to the process that stays) lets others take the
+/// ports, hull's own containers included: rules of packet filters do not occupy a port. Then a port that was free here
+/// may be another's a moment later.
+#[derive(Debug, Default)]
+pub struct Reservation {
+    /// In the order of what was published.
+    pub mappings: Vec<PortMapping>,
+    /// May be handed to another process.
+    pub sockets: Vec<OwnedFd>,
+}
+
+/// Finds the host's ports and occupies them; all or none.
+pub fn reserve(published: &[Published]) -> Result<Reservation, String> {
+    let mut all = Reservation::default();
+    // Ports with a number first, so that no other gets one of them by chance.
+    let mut order: Vec<(usize, &Published)> = published.iter().enumerate().collect();
+    order.sort_by_key(|(_, one)| match one.host_port {
+        HostPort::One(_) => 0,
+        HostPort::OneOf(..) => 1,
+        HostPort::Any => 2,
+    });
+    let mut mappings = Vec::new();
+    let mut seen = HashSet::new();
+    for (index, one) in order {
+        let same = (one.host_ip, one.container_port, one.protocol);
+        if let HostPort::One(port) = one.host_port
+            && !seen.insert((port, same))
+        {
+            // Said twice is said once.
+            continue;
+        }
+        let (host_port, mut sockets) = reserve_one(one)?;
+        all.sockets.append(&mut sockets);
+        let mapping = PortMapping {
+            host_ip: one.host_ip,
+            host_port,
+            container_port: one.container_port,
+            protocol: one.protocol,
+        };
+        mappings.push((index, mapping));
+    }
+    mappings.sort_by_key(|(index, _)| *index);
+    all.mappings = mappings.into_iter().map(|(_, mapping)| mapping).collect();
+    Ok(all)
+}
+
+/// Occupies ports that were found before.
+pub fn hold(mappings: &[PortMapping]) -> Result<Vec<OwnedFd>, String> {
+    let published: Vec<Published> = mappings
+        .iter()
+        .map(|mapping| Published {
+            host_ip: mapping.host_ip,
+            host_port: HostPort::One(mapping.host_port),
+            container_port: mapping.container_port,
+            protocol: mapping.protocol,
+        })
+        .collect();
+    Ok(reserve(&published)?.sockets)
+}
+
+fn reserve_one(one: &Published) -> Result<(u16, Vec<OwnedFd>), String> {
+    /// A port may be free for one family of addresses and taken for the other.
+    const TRIES: u32 = 32;
+    let name = one.protocol.name();
+    let cannot = |port: String, error: Errno| {
+        let address = match one.host_ip {
+            Some(IpAddr::V6(ip)) => format!("[{ip}]"),
+            Some(IpAddr::V4(ip)) => ip.to_string(),
+            None => "0.0.0.0".to_owned(),
+        };
+        let why = match error {
+            Errno::ADDRINUSE => "port is already allocated".to_owned(),
+            Errno::ADDRNOTAVAIL => "the host has no such address".to_owned(),
+            error => std::io::Error::from(error).to_string(),
+        };
+        format!("cannot publish {address}:{port}/{name}: {why}")
+    };
+    match one.host_port {
+        HostPort::One(port) => occupy(one, port).map_err(|error| cannot(port.to_string(), error)),
+        HostPort::OneOf(first, last) => (first..=last)
+            .map(|port| occupy(one, port))
+            .find(|outcome| !matches!(outcome, Err(Errno::ADDRINUSE)))
+            .unwrap_or(Err(Errno::ADDRINUSE))
+            .map_err(|error| cannot(format!("{first}-{last}"), error)),
+        HostPort::Any => (0..TRIES)
+            .map(|_| occupy(one, 0))
+            .find(|outcome| !matches!(outcome, Err(Errno::ADDRINUSE)))
+            .unwrap_or(Err(Errno::ADDRINUSE))
+            .map_err(|error| cannot("0".to_owned(), error)),
+    }
+}
+
+/// Binds sockets to a port of all addresses that are meant; 0 is any, the same for all of them.
+fn occupy(one: &Published, port: u16) -> Result<(u16, Vec<OwnedFd>), Errno> {
+    match one.host_ip {
+        Some(ip) => {
+            let (socket, port) = bound(SocketAddr::new(ip, port), one.protocol)?;
+            Ok((port, vec![socket]))
+        }
+        None => {
+            let (v4, port) = bound(
+                SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port),
+                one.protocol,
+            )?;
+            match bound(
+                SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port),
+                one.protocol,
+            ) {
+                Ok((v6, _)) => Ok((port, vec![v4, v6])),
+                // A host without IPv6.
+                Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => Ok((port, vec![v4])),
+                Err(error) => Err(error),
+            }
+        }
+    }
+}
+
+fn bound(address: SocketAddr, protocol: Protocol) -> Result<(OwnedFd, u16), Errno> {
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
+    let open = |kind, protocol| socket_with(family, kind, SocketFlags::CLOEXEC, protocol);
+    let socket = match protocol {
+        Protocol::Tcp => open(SocketType::STREAM, None)?,
+        Protocol::Udp => open(SocketType::DGRAM, None)?,
+        // Few kernels have it. Without it nobody on this host can take the port but by its packet filter, so a TCP port of
+        // the same number, which is a port of its own, stands for it.
+        Protocol::Sctp => match open(SocketType::STREAM, Some(rustix::net::ipproto::SCTP)) {
+            Ok(socket) => socket,
+            Err(Errno::PROTONOSUPPORT) => open(SocketType::STREAM, None)?,
+            Err(error) => return Err(error),
+        },
+    };
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    bind(&socket, &address)?;
+    let port = SocketAddr::try_from(getsockname(&socket)?).map(|address| address.port())?;
+    Ok((socket, port))
+}

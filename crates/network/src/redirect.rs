@@ -1,0 +1,168 @@
+//! Connections to the loopback address of a namespace, led to who serves them: engines dial 127.0.0.1 in a pod's network
+//! namespace, but the servers listen on the loopback address of a guest. Called by the sandbox process, which carries
+//! what comes to the guest.
+//!
+//! For each address a socket listens in the namespace, on a port that is free, and the kernel leads connections to *any* other port of
+//! 127.0.0.1 or ::1 to it ([`crate::nftables`]); which one was meant the kernel tells. Other addresses of 127.0.0.0/8 are
+//! left alone: dockerd has its name server on one. Only what processes in the namespace open themselves is led so; packets
+//! that come through its interfaces never are.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener as StdListener};
+use std::sync::{Mutex, PoisonError};
+use std::task::Poll;
+
+use rustix::net::sockopt::{ip_original_dst, ipv6_original_dst};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::error::{Error, Result};
+use crate::namespace::Namespace;
+use crate::nftables::Rules;
+
+/// Which loopback address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// 127.0.0.1
+    V4,
+    /// ::1
+    V6,
+}
+
+impl Family {
+    /// Its loopback address.
+    pub fn loopback(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::LOCALHOST.into(),
+            Self::V6 => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+
+    /// `NFPROTO_*` of linux/netfilter.h, which are the address families.
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::V4 => libc::AF_INET as u8,
+            Self::V6 => libc::AF_INET6 as u8,
+        }
+    }
+}
+
+/// Connections to the loopback addresses of a namespace come here for as long as this lives.
+#[derive(Debug)]
+pub struct Redirect {
+    // Before the listeners, so that nothing is led to a port that nobody listens on.
+    rules: Mutex<Option<Rules>>,
+    listeners: Vec<Listener>,
+}
+
+#[derive(Debug)]
+struct Listener {
+    family: Family,
+    port: u16,
+    socket: TcpListener,
+}
+
+/// A connection that was opened to a loopback address.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Our end.
+    pub stream: TcpStream,
+    /// The address that it was opened to.
+    pub family: Family,
+    /// The port that it was opened to.
+    pub port: u16,
+}
+
+impl Redirect {
+    /// Begins to lead connections here: to 127.0.0.1, and to ::1 where there is IPv6.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn open(namespace: &Namespace) -> Result<Self> {
+        let failed = |(family, why): (Family, io::Error)| Error::Loopback {
+            address: family.loopback(),
+            why,
+        };
+        let open = || {
+            let mut rules = Rules::new().map_err(|why| (Family::V4, why))?;
+            let first = listen(&mut rules, Family::V4).map_err(|why| (Family::V4, why))?;
+            let mut sockets = vec![(Family::V4, first)];
+            match listen(&mut rules, Family::V6) {
+                Ok(second) => sockets.push((Family::V6, second)),
+                Err(error) => tracing::debug!("connections to ::1 are not redirected: {error}"),
+            }
+            Ok((rules, sockets))
+        };
+        let (rules, sockets) = namespace.run_in(open)?.map_err(failed)?;
+        let listener = |(family, (socket, port))| {
+            let socket = TcpListener::from_std(socket).map_err(|why| failed((family, why)))?;
+            Ok(Listener {
+                family,
+                port,
+                socket,
+            })
+        };
+        let listeners = sockets.into_iter().map(listener).collect::<Result<_>>()?;
+        Ok(Self {
+            rules: Mutex::new(Some(rules)),
+            listeners,
+        })
+    }
+
+    /// The ports that connections are led to.
+    pub fn ports(&self) -> Vec<u16> {
+        let ports = self.listeners.iter().map(|listener| listener.port);
+        ports.collect()
+    }
+
+    /// Leads no further connections here, for a process that is about to end. Dropping does the same, but waits until the
+    /// kernel has freed the rules, 10 ms and more: here this is left to the end of the process.
+    pub fn end(&self) {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mut rules) = rules.take() {
+            rules.delete();
+            // It is the closing of its socket that waits.
+            std::mem::forget(rules);
+        }
+    }
+
+    /// The next connection. May be dropped while it waits; one task at a time may wait.
+    pub async fn accept(&self) -> io::Result<Accepted> {
+        loop {
+            let (listener, accepted) = poll_fn(|context| {
+                for listener in &self.listeners {
+                    if let Poll::Ready(accepted) = listener.socket.poll_accept(context) {
+                        return Poll::Ready((listener, accepted));
+                    }
+                }
+                Poll::Pending
+            })
+            .await;
+            let (stream, _) = accepted?;
+            let port = match listener.family {
+                Family::V4 => ip_original_dst(&stream).map(|address| address.port()),
+                Family::V6 => ipv6_original_dst(&stream).map(|address| address.port()),
+            };
+            match port {
+                Ok(port) if port != listener.port => {
+                    return Ok(Accepted {
+                        stream,
+                        family: listener.family,
+                        port,
+                    });
+                }
+                // Opened to our own port, or gone again.
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A socket in the namespace of the calling thread, and its port, to which connections are led.
+fn listen(rules: &mut Rules, family: Family) -> io::Result<(StdListener, u16)> {
+    let listener = StdListener::bind((family.loopback(), 0))?;
+    listener.set_nonblocking(true)?;
+    let port = listener.local_addr()?.port();
+    rules.redirect(family, port)?;
+    Ok((listener, port))
+}

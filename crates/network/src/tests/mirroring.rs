@@ -1,0 +1,309 @@
+//! Taps and mirroring: frames come out at the other end, both ways, and nothing is left.
+
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage};
+
+use super::support::{
+    NEVER, Place, SOON, changed, drain, frame, hear, is_silent, joined, read, send, write,
+};
+use crate::{Error, Interface, Tap, TapOptions, mirror, tap};
+
+const ARP: &[u8] = &[0x08, 0x06];
+const IP4: &[u8] = &[0x08, 0x00];
+const UNKNOWN: &[u8] = &[0x88, 0xb5];
+/// VLAN 5, and IPv4 in it.
+const VLAN: &[u8] = &[0x81, 0x00, 0x00, 0x05, 0x08, 0x00];
+
+async fn tap(place: &Place, interface: &Interface) -> Tap {
+    let options = TapOptions::default();
+    Tap::create(&place.namespace, &place.netlink, interface, &options)
+        .await
+        .unwrap()
+}
+
+/// Says why not, if there are no taps here.
+fn no_taps(test: &str) -> bool {
+    let opened = std::fs::File::open("/dev/net/tun");
+    if let Err(error) = &opened {
+        println!("left out: {test}: /dev/net/tun: {error}");
+    }
+    opened.is_err()
+}
+
+/// Asserts that frames go both ways between a tap and the peer of its interface.
+fn assert_carries(tap: &Tap, there: &Place, what: &str) {
+    let peer = there.packets(there.index("peer"));
+    for kind in [ARP, IP4, UNKNOWN] {
+        let out = frame(kind, &format!("out {what}"));
+        write(&tap.fd, &out);
+        assert!(hear(&peer, &out, SOON), "{what}: {kind:x?} from the tap");
+    }
+    for kind in [ARP, IP4, UNKNOWN, VLAN] {
+        let into = frame(kind, &format!("into {what}"));
+        send(&peer, &into);
+        assert!(read(&tap.fd, &into, SOON), "{what}: {kind:x?} to the tap");
+    }
+}
+
+#[tokio::test]
+async fn frames_go_both_ways() {
+    const TEST: &str = "frames_go_both_ways";
+    let Some((here, there)) = joined(TEST).await else {
+        return;
+    };
+    if no_taps(TEST) {
+        return;
+    }
+    let eth0 = here.interface().await;
+    let tap = tap(&here, &eth0).await;
+    let out = frame(ARP, "too early");
+    write(&tap.fd, &out);
+    let peer = there.packets(there.index("peer"));
+    assert!(!hear(&peer, &out, NEVER), "nothing is connected yet");
+    mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap();
+    assert_carries(&tap, &there, "connected");
+    // Shorter than anything that could be compared.
+    let mut short = frame(UNKNOWN, "");
+    short.truncate(14);
+    write(&tap.fd, &short);
+    assert!(hear(&peer, &short, SOON), "a header only");
+    mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap();
+    assert_carries(&tap, &there, "connected twice");
+    mirror::disconnect(&here.netlink, &eth0).await.unwrap();
+    let into = frame(ARP, "too late");
+    send(&peer, &into);
+    assert!(
+        !read(&tap.fd, &into, NEVER),
+        "nothing is connected any more"
+    );
+    assert_eq!(here.netlink.ingress_qdisc(eth0.index).await.unwrap(), None);
+    mirror::disconnect(&here.netlink, &eth0).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_tap_is_quiet_and_not_described() {
+    const TEST: &str = "a_tap_is_quiet_and_not_described";
+    let Some((here, _there)) = joined(TEST).await else {
+        return;
+    };
+    if no_taps(TEST) {
+        return;
+    }
+    let mut eth0 = here.interface().await;
+    eth0.mtu = 9000;
+    let options = TapOptions {
+        owner: Some(1234),
+        group: Some(4321),
+        queue_length: 77,
+    };
+    let tap = Tap::create(&here.namespace, &here.netlink, &eth0, &options)
+        .await
+        .unwrap();
+    assert_eq!(tap.name, "hulltap0");
+    assert_eq!(here.index(&tap.name), tap.index);
+    assert_eq!(here.interface().await.name, "eth0");
+    // What the host's stack had to say would be read here.
+    assert!(is_silent(&tap.fd, NEVER * 8));
+    let attribute = |name: &str| {
+        let path = format!("/sys/class/net/{}/{name}", tap.name);
+        here.namespace
+            .run_in(move || {
+                // sysfs shows the namespace that it was mounted in.
+                let mounted = std::process::Command::new("unshare")
+                    .args([
+                        "-m",
+                        "sh",
+                        "-c",
+                        "mount -t sysfs sysfs /sys && cat \"$0\"",
+                        &path,
+                    ])
+                    .output()
+                    .unwrap();
+                String::from_utf8(mounted.stdout).unwrap().trim().to_owned()
+            })
+            .unwrap()
+    };
+    for (name, value) in [
+        ("mtu", "9000"),
+        ("tx_queue_len", "77"),
+        ("owner", "1234"),
+        ("group", "4321"),
+        ("tun_flags", "0x5002"),
+    ] {
+        assert_eq!(attribute(name), value, "{name}");
+    }
+    let addresses = || std::fs::read_to_string("/proc/thread-self/net/if_inet6");
+    match here.namespace.run_in(addresses).unwrap() {
+        Ok(addresses) => {
+            assert!(addresses.contains("eth0"), "{addresses}");
+            assert!(!addresses.contains(&tap.name), "{addresses}");
+        }
+        Err(error) => println!("left out: IPv6 of the tap: {error}"),
+    }
+    eth0.mtu = 70_000;
+    tap::set_mtu(&here.netlink, tap.index, &eth0).await.unwrap();
+    assert_eq!(attribute("mtu"), "65521");
+}
+
+#[tokio::test]
+async fn an_interface_that_goes_away() {
+    const TEST: &str = "an_interface_that_goes_away";
+    let Some((here, there)) = joined(TEST).await else {
+        return;
+    };
+    if no_taps(TEST) {
+        return;
+    }
+    let eth0 = here.interface().await;
+    let tap = tap(&here, &eth0).await;
+    mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap();
+    let monitor = here.monitor();
+    drain(&monitor).await;
+    // As `podman network disconnect` does: the pair is deleted from its other end.
+    there.delete(there.index("peer")).await;
+    changed(&monitor).await.unwrap();
+    assert_eq!(here.describe().await.interfaces, []);
+    assert_eq!(here.find(&tap.name).unwrap(), tap.index);
+    write(&tap.fd, &frame(ARP, "to nobody"));
+    mirror::disconnect(&here.netlink, &eth0).await.unwrap();
+    let error = mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap_err();
+    assert!(error.is_gone(), "{error}");
+    // One that comes later gets the same tap.
+    super::support::join(&here, "eth0", &there, "peer").await;
+    let eth0 = here.interface().await;
+    mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap();
+    assert_carries(&tap, &there, "a later interface");
+}
+
+#[tokio::test]
+async fn leftovers_are_replaced() {
+    const TEST: &str = "leftovers_are_replaced";
+    let Some((here, there)) = joined(TEST).await else {
+        return;
+    };
+    if no_taps(TEST) {
+        return;
+    }
+    let eth0 = here.interface().await;
+    let first = tap(&here, &eth0).await;
+    mirror::connect(&here.netlink, &eth0, first.index)
+        .await
+        .unwrap();
+    let name = first.name.clone();
+    // As when everybody who had it was killed.
+    drop(first);
+    assert!(here.find(&name).is_err(), "the tap is gone");
+    let qdisc = here.netlink.ingress_qdisc(eth0.index).await.unwrap();
+    assert_eq!(qdisc.as_deref(), Some("ingress"));
+    assert!(here.netlink.ingress_filters(eth0.index).await.unwrap().ours);
+    let second = tap(&here, &eth0).await;
+    mirror::connect(&here.netlink, &eth0, second.index)
+        .await
+        .unwrap();
+    assert_carries(&second, &there, "after a crash");
+    // A second tap takes over from a first that lives.
+    let third = tap(&here, &eth0).await;
+    mirror::connect(&here.netlink, &eth0, third.index)
+        .await
+        .unwrap();
+    assert_carries(&third, &there, "taken over");
+}
+
+/// Adds a qdisc of this kind for received packets, as another program would.
+async fn add_qdisc(place: &Place, index: u32, kind: &str) {
+    let mut message = TcMessage::with_index(index as i32);
+    message.header.parent = TcHandle::INGRESS;
+    message.header.handle = TcHandle::from(0xffff_0000);
+    message.attributes = vec![TcAttribute::Kind(kind.to_owned())];
+    let message = RouteNetlinkMessage::NewQueueDiscipline(message);
+    place
+        .netlink
+        .request(message, NLM_F_CREATE | NLM_F_EXCL)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn the_qdiscs_of_others() {
+    const TEST: &str = "the_qdiscs_of_others";
+    if no_taps(TEST) {
+        return;
+    }
+    for kind in ["ingress", "clsact"] {
+        let Some((here, there)) = joined(TEST).await else {
+            return;
+        };
+        let eth0 = here.interface().await;
+        let tap = tap(&here, &eth0).await;
+        add_qdisc(&here, eth0.index, kind).await;
+        mirror::connect(&here.netlink, &eth0, tap.index)
+            .await
+            .unwrap();
+        assert_carries(&tap, &there, kind);
+        mirror::disconnect(&here.netlink, &eth0).await.unwrap();
+        let left = here.netlink.ingress_qdisc(eth0.index).await.unwrap();
+        assert_eq!(left.as_deref(), (kind == "clsact").then_some("clsact"));
+        // Somebody's filter decides: it is not taken away, nor passed by.
+        if left.is_none() {
+            add_qdisc(&here, eth0.index, kind).await;
+        }
+        let mut filters = here.engine.traffic_filter(eth0.index as i32);
+        let foreign = filters.add().ingress().priority(0x6875).protocol(0x0008);
+        foreign.redirect(1).unwrap().execute().await.unwrap();
+        let error = mirror::connect(&here.netlink, &eth0, tap.index)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&error, Error::Occupied { qdisc, .. } if qdisc == kind),
+            "{error}"
+        );
+        mirror::disconnect(&here.netlink, &eth0).await.unwrap();
+        let filters = here.netlink.ingress_filters(eth0.index).await.unwrap();
+        assert!(filters.foreign && !filters.ours);
+    }
+}
+
+#[tokio::test]
+async fn nothing_remains() {
+    const TEST: &str = "nothing_remains";
+    let Some((here, there)) = joined(TEST).await else {
+        return;
+    };
+    if no_taps(TEST) {
+        return;
+    }
+    let eth0 = here.interface().await;
+    let tap = tap(&here, &eth0).await;
+    mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap();
+    // Whoever holds the descriptor last, as a device process does, is who lets the tap go.
+    let Tap { fd, name, .. } = tap;
+    let copy = fd.try_clone().unwrap();
+    drop(fd);
+    assert!(here.find(&name).is_ok());
+    drop(copy);
+    assert!(here.find(&name).is_err());
+    assert_eq!(here.interface().await, eth0);
+    // Its pair goes away with the other namespace: nothing of this one has held it.
+    drop(here);
+    let end = std::time::Instant::now() + SOON;
+    while there.find("peer").is_ok() {
+        assert!(
+            std::time::Instant::now() < end,
+            "the namespace is still there"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
