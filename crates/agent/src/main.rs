@@ -9,19 +9,24 @@
 
 #![cfg_attr(not(test), no_main)]
 
+mod bpf;
 mod configure;
 mod container;
 mod container_init;
 mod copy;
+mod disks;
 mod event;
 mod init;
 mod log;
+mod loopback;
+mod network;
 mod plumbing;
 mod process;
 mod processes;
 mod registry;
 mod relay;
 mod service;
+mod shared_memory;
 mod stats;
 mod status;
 mod streams;

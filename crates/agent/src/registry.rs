@@ -12,8 +12,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ttrpc::Code;
 
 use crate::container::Container;
+use crate::disks::Disks;
 use crate::plumbing::Relays;
 use crate::process::Process;
+use crate::shared_memory::Memory;
 use crate::status::{Failure, Result};
 
 /// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make one every
@@ -33,6 +35,15 @@ pub struct Running {
     sequence: u64,
 }
 
+/// What of the machine a container has as long as it is there.
+#[derive(Debug, Default)]
+pub struct Holds {
+    /// Its disks.
+    pub disks: Disks,
+    /// Memory that it shares with other containers.
+    pub _memory: Vec<Arc<Memory>>,
+}
+
 /// A container that has been created.
 pub struct Entry {
     id: String,
@@ -40,6 +51,8 @@ pub struct Entry {
     pub init: Running,
     /// Its control group.
     pub cgroup: PathBuf,
+    /// What it has of the machine.
+    pub holds: Holds,
     container: Mutex<Option<Container>>,
     /// Unused as long as the container is created and not started.
     gate: Mutex<Option<OwnedFd>>,
@@ -163,11 +176,18 @@ impl Running {
 
 impl Entry {
     /// A container whose init waits at `gate`, or runs when there is none.
-    pub fn new(id: &str, container: Container, init: Running, gate: Option<OwnedFd>) -> Self {
+    pub fn new(
+        id: &str,
+        container: Container,
+        holds: Holds,
+        init: Running,
+        gate: Option<OwnedFd>,
+    ) -> Self {
         Self {
             id: id.to_owned(),
             init,
             cgroup: container.cgroup().to_owned(),
+            holds,
             container: Mutex::new(Some(container)),
             gate: Mutex::new(gate),
             paused: Mutex::new(false),

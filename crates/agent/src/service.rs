@@ -2,16 +2,17 @@
 //! Called by ttrpc, from `main`.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use hull_protocol::agent::{
     ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest,
     CreateContainerResponse, DeleteContainerRequest, Empty, ExecRequest, ExecResponse,
-    ProcessRequest, ProcessesResponse, ResizeTerminalRequest, SignalRequest, StartContainerRequest,
-    StatsResponse, UpdateRequest, WaitResponse,
+    ForwardRequest, ProcessRequest, ProcessesResponse, ResizeTerminalRequest, ResolveRequest,
+    SetNetworkRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest,
+    WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
@@ -23,9 +24,13 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::container::{Child, Container, CreateError, Exact, PendingChild};
+use crate::disks::Disks;
+use crate::loopback::Loopback;
+use crate::network::Network;
 use crate::plumbing::Plumbing;
 use crate::process::{Process, Reaper};
-use crate::registry::{Entry, Registry, Running, State};
+use crate::registry::{Entry, Holds, Registry, Running, State};
+use crate::shared_memory::SharedMemory;
 use crate::status::{Failure, Result};
 use crate::streams::Streams;
 use crate::{configure, copy, event, init, processes, stats};
@@ -41,6 +46,9 @@ pub struct Service {
     registry: Registry,
     streams: Streams,
     reaper: Reaper,
+    shared_memory: SharedMemory,
+    network: Mutex<Network>,
+    loopback: Loopback,
     sequence: AtomicU64,
 }
 
@@ -68,6 +76,9 @@ impl Service {
             registry: Registry::default(),
             streams,
             reaper,
+            shared_memory: SharedMemory::default(),
+            network: Mutex::default(),
+            loopback: Loopback::default(),
             sequence: AtomicU64::new(0),
         }
     }
@@ -75,7 +86,11 @@ impl Service {
     async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
         let id = &request.container_id;
         let place = self.registry.reserve(id)?;
-        let spec: Spec = parse("spec", &request.spec_json)?;
+        let mut spec: Spec = parse("spec", &request.spec_json)?;
+        let holds = Holds {
+            disks: Disks::translate(&mut spec).await?,
+            _memory: self.shared_memory.provide(&mut spec)?,
+        };
         let terminal = spec
             .process()
             .as_ref()
@@ -102,7 +117,7 @@ impl Service {
             Some(gate)
         };
         if let Some(container) = unfinished.0.take() {
-            place.fill(Entry::new(id, container, running, gate));
+            place.fill(Entry::new(id, container, holds, running, gate));
         }
         Ok(CreateContainerResponse {
             pid,
@@ -273,8 +288,25 @@ impl Service {
     fn update_limits(&self, request: &UpdateRequest) -> Result<()> {
         let entry = self.registry.get(&request.container_id)?;
         entry.require(&[State::Created, State::Running, State::Paused], "update")?;
-        let resources: LinuxResources = parse("resources", &request.resources_json)?;
+        let mut resources: LinuxResources = parse("resources", &request.resources_json)?;
+        entry.holds.disks.resources(&mut resources)?;
         entry.with_container(|container| container.update(&resources))
+    }
+
+    async fn stream(&self, name: u32) -> Result<OwnedFd> {
+        let stream = self.streams.take(name).await;
+        stream.map_err(|error| Failure::internal("take a stream", &error))
+    }
+
+    async fn forward_connection(&self, request: &ForwardRequest) -> Result<()> {
+        let stream = self.stream(request.stream).await?;
+        let loopback = &self.loopback;
+        loopback.forward(stream, request.port, request.ipv6).await
+    }
+
+    async fn resolve_names(&self, request: &ResolveRequest) -> Result<()> {
+        let stream = self.stream(request.stream).await?;
+        self.loopback.resolve(stream)
     }
 
     async fn copy_files(&self, request: &CopyRequest, direction: copy::Direction) -> Result<()> {
@@ -283,11 +315,7 @@ impl Service {
             &[State::Created, State::Running, State::Paused],
             "copy files of",
         )?;
-        let stream = self
-            .streams
-            .take(request.stream)
-            .await
-            .map_err(|error| Failure::internal("take a stream", &error))?;
+        let stream = self.stream(request.stream).await?;
         copy::run(
             &self.reaper,
             entry.init.process.pid(),
@@ -345,6 +373,23 @@ fn done(result: Result<()>) -> ttrpc::Result<Empty> {
 impl Agent for Service {
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> ttrpc::Result<Empty> {
         done(configure::apply(&request))
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: SetNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
+        done(network.apply(&request))
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        done(self.forward_connection(&request).await)
+    }
+
+    async fn resolve(&self, _: &TtrpcContext, request: ResolveRequest) -> ttrpc::Result<Empty> {
+        done(self.resolve_names(&request).await)
     }
 
     async fn create_container(

@@ -1,7 +1,7 @@
 //! The contract between the host and the agent in the guest: messages, service, ports, paths.
 //!
 //! Called by `sandbox` (client) and `agent` (server). Holds no behaviour: what is here is either generated
-//! from `proto/` or a constant that both sides must agree on.
+//! from `proto/`, or a constant or a layout that both sides must agree on.
 
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, unused, unsafe_code)]
 #[rustfmt::skip]
@@ -30,3 +30,78 @@ pub const SHARES_TAG: &str = "hull";
 
 /// Where the agent mounts the fs device. Each share is a directory in it, named as the host named it.
 pub const SHARES_DIR: &str = "/run/hull/shares";
+
+/// What the source of a bind mount in a container's spec begins with when it is memory that containers of the guest
+/// share. 16 hexadecimal digits follow: who names the same gets the same. The agent keeps it as a tmpfs, with the
+/// mount's options `size=`, `mode=`, `uid=` and `gid=`, as long as there is a container that has it.
+pub const SHARED_MEMORY_SOURCE: &str = "hull-shm:";
+
+/// Hardware address that net device `number` of a machine bears until the agent gives it the one of the interface
+/// that it stands for: locally administered, "hull", and the number, by which the agent knows it.
+pub const fn net_device_mac(number: u8) -> [u8; 6] {
+    [0x02, b'h', b'u', b'l', b'l', number]
+}
+
+/// Most connections to ports of a guest that are forwarded at a time.
+pub const MAX_FORWARDS: usize = 256;
+
+/// Where Docker's name server is in a container's network namespace, and where the agent answers for it in a guest.
+pub const RESOLVER: std::net::SocketAddrV4 =
+    std::net::SocketAddrV4::new(std::net::Ipv4Addr::new(127, 0, 0, 11), 53);
+
+/// Most questions that wait for their answers at a time.
+pub const MAX_QUESTIONS: u16 = 64;
+
+/// What stands before each message in the stream between the agent and the host's end of the name server: the agent's
+/// questions and the host's answers, DNS messages that neither looks into. The answer to a question has its slot and
+/// its transport; every question gets exactly one, which is empty when there is none to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NameHeader {
+    /// Which question, of those that wait: below [`MAX_QUESTIONS`].
+    pub slot: u16,
+    /// It came over TCP, and is to be asked so; otherwise UDP.
+    pub tcp: bool,
+    /// How many bytes follow.
+    pub length: u16,
+}
+
+impl NameHeader {
+    /// Length of a header.
+    pub const LENGTH: usize = 5;
+
+    /// As it travels.
+    pub const fn encode(self) -> [u8; Self::LENGTH] {
+        let ([a, b], [c, d]) = (self.slot.to_be_bytes(), self.length.to_be_bytes());
+        [a, b, self.tcp as u8, c, d]
+    }
+
+    /// Reads a header; `None` if it is not one.
+    pub const fn decode(bytes: [u8; Self::LENGTH]) -> Option<Self> {
+        let [a, b, tcp, c, d] = bytes;
+        let slot = u16::from_be_bytes([a, b]);
+        if slot >= MAX_QUESTIONS || tcp > 1 {
+            return None;
+        }
+        Some(Self {
+            slot,
+            tcp: tcp == 1,
+            length: u16::from_be_bytes([c, d]),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_of_a_question_is_what_it_was() {
+        for (slot, tcp, length) in [(0, false, 0), (63, true, 65535), (7, true, 0x0102)] {
+            let header = NameHeader { slot, tcp, length };
+            assert_eq!(NameHeader::decode(header.encode()), Some(header));
+        }
+        assert_eq!(NameHeader::decode([0, 64, 0, 0, 0]), None);
+        assert_eq!(NameHeader::decode([1, 0, 0, 0, 0]), None);
+        assert_eq!(NameHeader::decode([0, 0, 2, 0, 0]), None);
+    }
+}

@@ -43,14 +43,42 @@ pub struct Spec {
     windows: Option<IgnoredAny>,
     vm: Option<IgnoredAny>,
     zos: Option<IgnoredAny>,
+    hull_disks: Option<Vec<HullDisk>>,
+}
+
+/// Not the specification's: the host says which block devices that the spec names are disks of this machine.
+///
+/// `hullDisks: [{"major": 7, "minor": 3, "serial": "hull-disk0"}]`: wherever the spec has block device 7:3 of the host,
+/// in `linux.devices` and in `linux.resources.devices`, the disk of that serial number is meant, whose numbers only the
+/// guest's kernel knows.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct HullDisk {
+    major: i64,
+    minor: i64,
+    serial: String,
+}
+
+impl HullDisk {
+    accessors! { serial: String; major: i64, minor: i64 }
 }
 
 impl Spec {
+    /// The field `linux`, to be changed.
+    pub fn linux_mut(&mut self) -> Option<&mut Linux> {
+        self.linux.as_mut()
+    }
+
+    /// The field `mounts`, to be changed.
+    pub fn mounts_mut(&mut self) -> Option<&mut Vec<Mount>> {
+        self.mounts.as_mut()
+    }
+
     accessors! {
         version: String, root: Option<Root>, mounts: Option<Vec<Mount>>, process: Option<Process>,
         hostname: Option<String>, domainname: Option<String>, hooks: Option<Hooks>,
         annotations: Option<HashMap<String, String>>, linux: Option<Linux>, solaris: Option<IgnoredAny>,
-        windows: Option<IgnoredAny>, vm: Option<IgnoredAny>, zos: Option<IgnoredAny>;
+        windows: Option<IgnoredAny>, vm: Option<IgnoredAny>, zos: Option<IgnoredAny>,
+        hull_disks: Option<Vec<HullDisk>>;
     }
 }
 
@@ -159,6 +187,20 @@ mod tests {
                 ours.cpu_affinity_final().as_deref()
             ),
             (Some("0"), Some("0-1"))
+        );
+    }
+
+    #[test]
+    fn disks_of_the_machine_are_read() {
+        let spec: Spec =
+            serde_json::from_str(r#"{"hullDisks":[{"major":7,"minor":3,"serial":"hull-disk0"}]}"#)
+                .unwrap();
+        let [disk] = spec.hull_disks().as_deref().unwrap() else {
+            panic!("{spec:?}")
+        };
+        assert_eq!(
+            (disk.major(), disk.minor(), disk.serial().as_str()),
+            (7, 3, "hull-disk0")
         );
     }
 

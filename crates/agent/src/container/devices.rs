@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
@@ -51,6 +52,8 @@ struct Node {
     mode: Mode,
     uid: u32,
     gid: u32,
+    /// The guest's node of it, likewise without the leading slash.
+    guest: CString,
 }
 
 impl Devices {
@@ -96,7 +99,7 @@ impl Devices {
     fn spec_node(&self, root: BorrowedFd<'_>, node: &Node) -> rustix::io::Result<()> {
         let (directory, name) = paths::parent(root, &node.path)?;
         if self.bind && node.kind != FileType::Fifo {
-            return bind(directory.as_fd(), &name, &node.path);
+            return bind(directory.as_fd(), &name, &node.guest);
         }
         self.node(directory.as_fd(), &name, node.kind, node.number, node.mode)?;
         if node.uid != 0 || node.gid != 0 {
@@ -221,8 +224,14 @@ impl Node {
         } else {
             rustix::fs::makedev(half(device.major())?, half(device.minor())?)
         };
+        let path = rootfs::inside(FIELD, device.path())?;
+        let guest = match kind {
+            FileType::BlockDevice => disk_node(number),
+            _ => None,
+        };
         Ok(Node {
-            path: rootfs::inside(FIELD, device.path())?,
+            guest: guest.unwrap_or_else(|| path.clone()),
+            path,
             kind,
             number,
             mode: Mode::from_raw_mode(device.file_mode().unwrap_or(0o666) & 0o7777),
@@ -230,6 +239,15 @@ impl Node {
             gid: device.gid().unwrap_or(0),
         })
     }
+}
+
+/// The guest's node of a disk: the container may have it by any name.
+fn disk_node(number: u64) -> Option<CString> {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let link = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    let mut node = b"dev/".to_vec();
+    node.extend(link.file_name()?.as_bytes());
+    CString::new(node).ok()
 }
 
 #[cfg(test)]

@@ -3,13 +3,14 @@
 //!
 //! Rules are tried from the last to the first, as if each had been written after the ones before it; a request for
 //! several kinds of access at once needs all of them. What no rule speaks of is denied. The program is assembled
-//! here by hand: it needs a dozen instructions and no compiler.
+//! here by hand.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
+use crate::bpf::{self, CONTEXT, Instruction, RESULT, bpf, code, instruction};
 use crate::container::error::{CreateError, Result};
 
 const BLOCK: i32 = 1;
@@ -117,45 +118,11 @@ impl Rule {
     }
 }
 
-/// One eBPF instruction, as the kernel lays it out.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
-    code: u8,
-    /// Destination in the low half, source in the high half.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-mod code {
-    pub(super) const LOAD_WORD: u8 = 0x61;
-    pub(super) const MOVE_REGISTER: u8 = 0xbc;
-    pub(super) const MOVE: u8 = 0xb7;
-    pub(super) const AND: u8 = 0x54;
-    pub(super) const SHIFT_RIGHT: u8 = 0x74;
-    pub(super) const JUMP: u8 = 0x05;
-    pub(super) const JUMP_NOT_EQUAL: u8 = 0x56;
-    pub(super) const JUMP_ANY_BIT: u8 = 0x46;
-    pub(super) const EXIT: u8 = 0x95;
-}
-
-const RESULT: u8 = 0;
-const CONTEXT: u8 = 1;
 const KIND: u8 = 2;
 /// The access that no rule has granted yet.
 const WANTED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
-
-fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction {
-        code,
-        registers: destination | source << 4,
-        offset,
-        immediate,
-    }
-}
 
 /// The program for a list of rules, or None when everything is allowed.
 fn assemble(rules: &[Rule]) -> Option<Vec<Instruction>> {
@@ -251,28 +218,12 @@ fn as_borrowed(fd: &OwnedFd) -> BorrowedFd<'_> {
     std::os::fd::AsFd::as_fd(fd)
 }
 
-const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_DETACH: libc::c_int = 9;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_F_REPLACE: u32 = 4;
-
-/// What BPF_PROG_LOAD reads, as far as it is used.
-#[repr(C)]
-struct Load {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-}
 
 /// What BPF_PROG_ATTACH and BPF_PROG_DETACH read.
 #[repr(C)]
@@ -302,42 +253,8 @@ fn attachment(
     }
 }
 
-fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_long> {
-    // SAFETY: the attributes are the leading part of the union that the command reads, with their true size; the
-    // pointers in them are alive.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attributes),
-            size_of::<T>(),
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let mut name = [0; 16];
-    name[..12].copy_from_slice(b"hull_devices");
-    let attributes = Load {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: program.len() as u32,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log: 0,
-        kernel_version: 0,
-        flags: 0,
-        name,
-    };
-    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
-    // SAFETY: a new descriptor that nobody else knows of; the kernel opens it close-on-exec.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+    bpf::load(BPF_PROG_TYPE_CGROUP_DEVICE, 0, "hull_devices", program)
 }
 
 #[cfg(test)]

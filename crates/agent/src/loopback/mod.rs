@@ -1,0 +1,70 @@
+//! The guest's loopback interface, as far as it stands for that of the container's network namespace on the host, on
+//! which engines have and expect servers: `Forward` and `Resolve` of `agent.proto`. Called by `service`, which holds one
+//! [`Loopback`]; nothing here costs anything before the host asks for it.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `forward` | a connection made on the host, to a port here |
+//! | `names` | questions asked here, to Docker's name server on the host |
+//! | `program` | leads these questions to `names`, whoever has port 53 |
+
+mod forward;
+mod names;
+mod program;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hull_protocol::MAX_FORWARDS;
+use tokio::sync::Semaphore;
+use ttrpc::Code;
+
+use crate::status::{Failure, Result};
+use crate::vsock::Connection;
+
+/// See the module. One per guest.
+pub struct Loopback {
+    forwards: Arc<Semaphore>,
+}
+
+impl Default for Loopback {
+    fn default() -> Self {
+        Self {
+            forwards: Arc::new(Semaphore::new(MAX_FORWARDS)),
+        }
+    }
+}
+
+impl Loopback {
+    /// Connects a stream with a port here; returns when it is.
+    pub async fn forward(&self, stream: OwnedFd, port: u32, ipv6: bool) -> Result<()> {
+        let port = u16::try_from(port)
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| Failure::invalid(format!("there is no port {port}")))?;
+        let place = self.forwards.clone().try_acquire_owned().map_err(|_| {
+            let message = format!("{MAX_FORWARDS} connections are forwarded already");
+            Failure::new(Code::RESOURCE_EXHAUSTED, message)
+        })?;
+        let doing = format!("connect to port {port} of the guest's loopback interface");
+        let failed = |error| Failure::internal(&doing, &error);
+        let server = forward::connect(port, ipv6).await.map_err(failed)?;
+        let host = connection(stream).map_err(failed)?;
+        tokio::spawn(async move {
+            forward::carry(host, server).await;
+            drop(place);
+        });
+        Ok(())
+    }
+
+    /// Begins to answer questions with what comes from a stream.
+    pub fn resolve(&self, stream: OwnedFd) -> Result<()> {
+        let failed = |error| Failure::internal("stand for the name server of the host", &error);
+        names::start(connection(stream).map_err(failed)?).map_err(failed)
+    }
+}
+
+/// A connected socket, to be read and written.
+fn connection(socket: OwnedFd) -> std::io::Result<Connection> {
+    Connection::new(socket, Arc::default())
+}

@@ -1,0 +1,245 @@
+//! The guest's own network, made what it is on the host: `SetNetwork` of `agent.proto`. Called by `service`, which holds
+//! one [`Network`].
+//!
+//! A request is checked whole (`wanted`), compared with what earlier calls brought (`plan`), and the differences are sent
+//! to the kernel in as few system calls as there can be (`step`, `netlink`). What it did not bring it does not touch,
+//! and it never touches the loopback interface.
+//!
+//! After a failure nothing is known for certain: the next call looks at the links again, takes away all that may be there,
+//! and says everything again. So a call can be repeated.
+
+mod netlink;
+mod plan;
+mod step;
+#[cfg(test)]
+mod tests;
+mod wanted;
+
+use std::io;
+
+use hull_protocol::agent::SetNetworkRequest;
+use hull_protocol::net_device_mac;
+use ttrpc::Code;
+
+use crate::status::{Failure, Result};
+use netlink::{Link, Requests, Socket};
+use plan::{Situation, plan};
+use step::{Step, What};
+use wanted::{Address, Wanted};
+
+/// Requests sent in one piece. If all fail, the answers must fit into the socket's buffer.
+const PIECE: usize = 64;
+
+/// A net device of the machine, and what its link is like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Device {
+    number: u8,
+    index: u32,
+    first_name: String,
+    first_mtu: u32,
+    name: String,
+    mac: [u8; 6],
+    mtu: u32,
+    up: bool,
+}
+
+/// What earlier calls brought. `Default` is nothing.
+#[derive(Default)]
+pub struct Network {
+    devices: Vec<Device>,
+    brought: Wanted,
+    /// `devices` and `brought` are what there is.
+    settled: bool,
+    /// The kernel knows IPv6.
+    ipv6: bool,
+    /// This kernel wants links to be down when they are renamed or get another hardware address: those before 6.2, and some
+    /// drivers.
+    careful: bool,
+}
+
+/// Why a plan was not carried out.
+enum Stopped {
+    /// A link must be down first.
+    Busy(Failure),
+    Failed(Failure),
+}
+
+impl From<Failure> for Stopped {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+fn cannot<'a>(what: &'a str) -> impl Fn(io::Error) -> Failure + 'a {
+    move |error| Failure::internal(what, &error)
+}
+
+impl Network {
+    /// Applies a request.
+    pub fn apply(&mut self, request: &SetNetworkRequest) -> Result<()> {
+        let wanted = Wanted::check(request)?;
+        if self.settled && self.brought == wanted {
+            return Ok(());
+        }
+        let socket = Socket::open().map_err(cannot("speak with the kernel of the network"))?;
+        let mut outcome = self.change(&socket, &wanted);
+        if matches!(outcome, Err(Stopped::Busy(_))) && !self.careful {
+            self.careful = true;
+            outcome = self.change(&socket, &wanted);
+        }
+        match outcome {
+            Ok(complete) => {
+                self.brought = wanted;
+                self.settled = complete;
+                Ok(())
+            }
+            Err(Stopped::Busy(failure) | Stopped::Failed(failure)) => Err(failure),
+        }
+    }
+
+    /// Plans and carries out. Whether all is as planned: a device that is not wanted any more may be otherwise.
+    fn change(&mut self, socket: &Socket, wanted: &Wanted) -> std::result::Result<bool, Stopped> {
+        let knows = |devices: &[Device], number| {
+            devices
+                .iter()
+                .any(|device: &Device| device.number == number)
+        };
+        let mut numbers = wanted.interfaces.iter().map(|interface| interface.device);
+        if !self.settled || !numbers.all(|number| knows(&self.devices, number)) {
+            let links = socket.links().map_err(cannot("list network links"))?;
+            self.look(links);
+        }
+        for interface in &wanted.interfaces {
+            if !knows(&self.devices, interface.device) {
+                return Err(wanted::no_device(interface.device.into()).into());
+            }
+        }
+        if !self.ipv6
+            && let Some(what) = wanted.first_ipv6()
+        {
+            let message = format!("cannot add {what}: the guest's kernel has no IPv6");
+            return Err(Failure::new(Code::FAILED_PRECONDITION, message).into());
+        }
+        let mut leaving = self.brought.interfaces.iter();
+        let strays: Vec<(u32, Address)> =
+            match leaving.any(|old| wanted.interface(old.device).is_none()) {
+                // IPv6 addresses go with the link going down, but for a sysctl that keeps them.
+                true => socket
+                    .addresses(libc::AF_UNSPEC as u8)
+                    .map_err(cannot("list network addresses"))?
+                    .into_iter()
+                    .map(|(link, address, _)| (link, address))
+                    .collect(),
+                false => Vec::new(),
+            };
+
+        let devices = self.devices.clone();
+        let old = std::mem::take(&mut self.brought);
+        let steps = plan(&Situation {
+            devices: &devices,
+            old: &old,
+            new: wanted,
+            strays: &strays,
+            settled: self.settled,
+            careful: self.careful,
+            ipv6: self.ipv6,
+        });
+        let outcome = run(socket, &steps);
+        match &outcome {
+            Ok(_) => self.note(&steps),
+            Err(_) => {
+                self.brought = old;
+                self.brought.join(wanted);
+                self.settled = false;
+            }
+        }
+        outcome
+    }
+
+    /// Learns which link is which device, and what each is like.
+    fn look(&mut self, links: Vec<Link>) {
+        self.ipv6 = links.iter().any(|link| link.ipv6);
+        self.devices.retain_mut(|device| {
+            let link = links.iter().find(|link| link.index == device.index);
+            if let Some(link) = link {
+                device.name.clone_from(&link.name);
+                device.mac = link.mac.unwrap_or_default();
+                device.mtu = link.mtu;
+                device.up = link.up;
+            }
+            link.is_some()
+        });
+        // The address that a link was made with cannot be taken by another one.
+        let made = links.iter().map(|link| (link, link.permanent_mac));
+        let has = links.iter().map(|link| (link, link.mac));
+        for (link, mac) in made.chain(has) {
+            let Some(mac) = mac.filter(|mac| *mac == net_device_mac(mac[5])) else {
+                continue;
+            };
+            let number = mac[5];
+            let known = |device: &Device| device.number == number || device.index == link.index;
+            if !self.devices.iter().any(known) {
+                self.devices.push(Device {
+                    number,
+                    index: link.index,
+                    first_name: link.name.clone(),
+                    first_mtu: link.mtu,
+                    name: link.name.clone(),
+                    mac: link.mac.unwrap_or_default(),
+                    mtu: link.mtu,
+                    up: link.up,
+                });
+            }
+        }
+    }
+
+    /// Notes what steps have made of the devices.
+    fn note(&mut self, steps: &[Step<'_>]) {
+        for step in steps {
+            let Some(device) = self
+                .devices
+                .iter_mut()
+                .find(|device| device.index == step.link)
+            else {
+                continue;
+            };
+            match &step.what {
+                What::Down => device.up = false,
+                What::Up => device.up = true,
+                What::Rename(name) => device.name.clone_from(name),
+                What::Mac(mac) => device.mac = *mac,
+                What::Mtu(mtu) => device.mtu = *mtu,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Carries steps out, up to the piece in which one fails. Whether all is as planned.
+fn run(socket: &Socket, steps: &[Step<'_>]) -> std::result::Result<bool, Stopped> {
+    let mut complete = true;
+    for piece in steps.chunks(PIECE) {
+        let mut requests = Requests::default();
+        for step in piece {
+            step.encode(&mut requests);
+        }
+        let failures = socket
+            .change(requests)
+            .map_err(cannot("speak with the kernel of the network"))?;
+        for (number, error) in failures {
+            let Some(step) = piece.get(number) else {
+                continue;
+            };
+            if step.tolerates(error) {
+                complete &= !step.leaving;
+                continue;
+            }
+            let failure = Failure::internal(&step.to_string(), &error.into());
+            return Err(match step.is_busy(error) {
+                true => Stopped::Busy(failure),
+                false => Stopped::Failed(failure),
+            });
+        }
+    }
+    Ok(complete)
+}
