@@ -4,14 +4,16 @@
 //! `config/default.toml` documents every key and is itself the source of the defaults, so the two cannot differ.
 
 use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use hull_sandbox::NetworkLimits;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::error::{Context, Error, Result};
-use crate::values::{self, DetachKeys, Machine, Network, Pull};
+use crate::values::{self, DetachKeys, Machine, Network, NetworkFilter, Pull};
 
 /// The file with every key, its default and its explanation.
 pub const DEFAULT: &str = include_str!("../config/default.toml");
@@ -33,6 +35,12 @@ pub struct Config {
     pub kernel: Option<PathBuf>,
     /// Network of containers.
     pub network: Network,
+    /// Which guests may send only from their own addresses.
+    pub network_filter: NetworkFilter,
+    /// With the filter: whether guests reach services on link-local addresses.
+    pub link_local_services: bool,
+    /// Where ports are published that name no address.
+    pub publish_address: IpAddr,
     /// When to ask registries.
     pub pull: Pull,
     /// Size of /dev/shm, bytes.
@@ -97,7 +105,10 @@ impl Config {
             memory: 0,
             cpus: 0,
             kernel: None,
-            network: Network::Default,
+            network: Network::None,
+            network_filter: NetworkFilter::Own,
+            link_local_services: false,
+            publish_address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             pull: Pull::Missing,
             shm_size: 0,
             pids_limit: 0,
@@ -190,7 +201,19 @@ impl Config {
             }
             "cpus" => self.cpus = integer(value, 1, 1024)? as u32,
             "kernel" => self.kernel = path(value)?,
-            "network" => self.network = choice(value)?,
+            "network" => self.network = values::network(string(value)?)?,
+            "network_filter" => self.network_filter = choice(value)?,
+            "link_local_services" => {
+                self.link_local_services = value
+                    .as_bool()
+                    .ok_or_else(|| wrong_type(value, "true or false"))?;
+            }
+            "publish_address" => {
+                let text = string(value)?;
+                self.publish_address = text
+                    .parse()
+                    .map_err(|_| format!("{text:?} is not an address"))?;
+            }
             "pull" => self.pull = choice(value)?,
             "shm_size" => self.shm_size = values::size(string(value)?)?,
             "pids_limit" => self.pids_limit = integer(value, 0, i64::MAX)?,
@@ -203,6 +226,19 @@ impl Config {
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// What holds for a network: one of hull's own, or one that an engine has set up.
+    pub fn network_limits(&self, own: bool) -> NetworkLimits {
+        NetworkLimits {
+            filter: match self.network_filter {
+                NetworkFilter::All => true,
+                NetworkFilter::Own => own,
+                NetworkFilter::None => false,
+            },
+            link_local: self.link_local_services,
+            rate: 0,
+        }
     }
 
     /// Where state and images are.
@@ -273,7 +309,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 15, "one origin for each key");
+        assert_eq!(config.origins.len(), 18, "one origin for each key");
         assert!(
             config
                 .origins

@@ -82,7 +82,6 @@ impl Error {
     }
 
     /// What the user can do about it.
-    #[cfg(test)]
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }

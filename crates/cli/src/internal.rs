@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use hull_devices::transport::vhost_user::FrontEnd;
+
 use crate::error::{Context, Error, HULL_FAILED, Result};
 
 /// The name under which container engines call the OCI runtime.
@@ -156,7 +158,8 @@ fn connection_on_stdin() -> Result<UnixStream> {
     Ok(UnixStream::from(connection))
 }
 
-/// `device-process --control-fd N --fs-fd N --vsock-fd N --entropy-fd N [--disk-fd SOCKET:FILE[:ro]]…`
+/// `device-process --control-fd N --fs-fd N --vsock-fd N --entropy-fd N [--net-fd SOCKET:MAC[:qemu]]… [--disk-fd SOCKET:FILE[:ro]]…`
+/// with hardware addresses as 12 hexadecimal digits.
 fn device_process(arguments: &[OsString]) -> Result<()> {
     crate::signals::unblock_all();
     log_to_stderr();
@@ -186,6 +189,22 @@ fn device_process_options(
             "control-fd" => options.control_fd = number()?,
             "fs-fd" => options.fs_fd = Some(number()?),
             "vsock-fd" => options.vsock_fd = Some(number()?),
+            "net-fd" => {
+                let (fd, mac) = text.split_once(':').ok_or_else(wrong)?;
+                let (mac, front_end) = match mac.strip_suffix(":qemu") {
+                    Some(mac) => (mac, FrontEnd::QemuNet),
+                    None => (mac, FrontEnd::Usual),
+                };
+                let mac = u64::from_str_radix(mac, 16).map_err(|_| wrong())?;
+                let [_, _, mac @ ..] = mac.to_be_bytes();
+                options
+                    .nets
+                    .push(hull_devices::device_process::NetDeviceOptions {
+                        socket_fd: fd.parse().map_err(|_| wrong())?,
+                        mac,
+                        front_end,
+                    });
+            }
             "entropy-fd" => options.entropy_fd = Some(number()?),
             "disk-fd" => {
                 let mut parts = text.split(':');

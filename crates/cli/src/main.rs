@@ -16,8 +16,12 @@ mod images;
 mod internal;
 mod mounts;
 mod names;
+mod network;
 mod oci;
 mod output;
+// Until `cli` takes it.
+#[allow(dead_code)]
+mod publish;
 mod reservation;
 mod signals;
 mod terminal;

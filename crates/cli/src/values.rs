@@ -22,12 +22,59 @@ pub enum Machine {
 }
 
 /// Network of a container as asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {
     /// Loopback only.
     None,
-    /// What hull gives a container that asks for nothing else.
-    Default,
+    /// A network by name: hull's own, `default`, or one of the host's CNI configurations.
+    Named(String),
+}
+
+/// `none`, or the name of a network.
+pub fn network(text: &str) -> Result<Network, String> {
+    let is_name = |text: &str| {
+        let mut bytes = text.bytes();
+        bytes
+            .next()
+            .is_some_and(|byte| byte.is_ascii_alphanumeric())
+            && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+    };
+    match text {
+        "none" => Ok(Network::None),
+        // Docker's and podman's name of what a container gets that asks for nothing.
+        "bridge" => Ok(Network::Named("default".into())),
+        "host" => Err(
+            "not supported: host: the host's network: a guest's kernel has a network of its own; \
+             publish its ports with -p"
+                .into(),
+        ),
+        _ if text.starts_with("container:") => Err(format!(
+            "not supported: {text}: two containers of hull run have a machine each, and machines share no network; \
+             containers of one pod (hull-oci) do"
+        )),
+        _ if is_name(text) => Ok(Network::Named(text.into())),
+        _ => Err(format!("invalid network {text:?}")),
+    }
+}
+
+impl std::fmt::Display for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Network::None => "none",
+            Network::Named(name) => name,
+        })
+    }
+}
+
+/// Which guests may send only frames from their own addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NetworkFilter {
+    /// All.
+    All,
+    /// Those in networks that hull sets up, not those of engines.
+    Own,
+    /// None.
+    None,
 }
 
 /// When to ask the registry for an image.

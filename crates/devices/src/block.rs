@@ -46,6 +46,8 @@ pub struct Block {
     file: File,
     read_only: bool,
     sectors: u64,
+    /// What the disk reads and writes at once, bytes: tables of partitions are counted in it.
+    block_size: u32,
     id: [u8; ID_LENGTH],
 }
 
@@ -54,6 +56,8 @@ impl Block {
     /// 20 bytes.
     pub fn new(mut file: File, read_only: bool, id: &str) -> io::Result<Self> {
         let size = file.seek(SeekFrom::End(0))?;
+        // A file has none.
+        let block_size = rustix::fs::ioctl_blksszget(&file).unwrap_or(SECTOR as u32);
         let mut serial = [0; ID_LENGTH];
         for (to, from) in serial.iter_mut().zip(id.bytes()) {
             *to = from;
@@ -62,6 +66,7 @@ impl Block {
             file,
             read_only,
             sectors: size / SECTOR,
+            block_size,
             id: serial,
         })
     }
@@ -178,7 +183,7 @@ impl Device for Block {
         let mut config = vec![0; 60];
         config[0..8].copy_from_slice(&self.sectors.to_le_bytes());
         config[12..16].copy_from_slice(&MAX_SEGMENTS.to_le_bytes());
-        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+        config[20..24].copy_from_slice(&self.block_size.to_le_bytes());
         config[34..36].copy_from_slice(&1u16.to_le_bytes());
         config[36..40].copy_from_slice(&MAX_DISCARD_SECTORS.to_le_bytes());
         config[40..44].copy_from_slice(&MAX_DISCARD_SEGMENTS.to_le_bytes());

@@ -220,6 +220,30 @@ impl<'m> Span<'m> {
         partial(self.transfer(Transfer::Write, file, count, position))
     }
 
+    /// Writes `before` and all of the span with one call: a message. More pieces than one call takes are `EMSGSIZE`.
+    pub fn write_behind(&mut self, file: BorrowedFd<'_>, before: &[u8]) -> Result<usize, Errno> {
+        let first = libc::iovec {
+            iov_base: before.as_ptr().cast_mut().cast(),
+            iov_len: before.len(),
+        };
+        let rest = self.pieces(usize::MAX).map(|piece| libc::iovec {
+            iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+            iov_len: piece.len(),
+        });
+        let iovecs: Vec<libc::iovec> = std::iter::once(first).chain(rest).collect();
+        if iovecs.len() > MAX_IOVECS {
+            return Err(Errno::MSGSIZE);
+        }
+        let count = iovecs.len() as libc::c_int;
+        // SAFETY: the iovecs describe memory of ours and of the guest that outlives the call and is only read; the guest
+        // may change its own meanwhile, which is no matter to the kernel.
+        let written = unsafe { libc::writev(file.as_raw_fd(), iovecs.as_ptr(), count) };
+        match usize::try_from(written) {
+            Ok(written) => Ok(written),
+            Err(_) => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+        }
+    }
+
     /// Calls until all is moved, nothing is any more, or it fails: the bytes moved, and how it ended.
     fn transfer(
         &mut self,

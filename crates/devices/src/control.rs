@@ -19,8 +19,10 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::net::NetOptions;
+
 /// The longest message, in bytes of JSON.
-pub const MAX_MESSAGE: usize = 4096;
+pub const MAX_MESSAGE: usize = 8192;
 
 /// A call of the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +50,25 @@ pub enum Call {
     RemoveShare {
         /// Its name.
         name: String,
+    },
+    /// Attaches a tap to a net device; the descriptor beside the message. One that was attached before is let go.
+    AttachNet {
+        /// Number of the device.
+        device: u8,
+        /// What holds for its frames.
+        options: NetOptions,
+    },
+    /// Changes what holds for the frames of a net device that has a tap.
+    ChangeNet {
+        /// Number of the device.
+        device: u8,
+        /// What holds from now on.
+        options: NetOptions,
+    },
+    /// Takes a net device's tap away.
+    DetachNet {
+        /// Number of the device.
+        device: u8,
     },
     /// Opens a vsock connection to the guest. The descriptor beside the message is one end of a connected
     /// stream socket, whose other end is the host's side of the connection from then on. Answered when the guest has

@@ -62,7 +62,7 @@ pub enum DeviceError {
 
 /// One virtio device. All state is owned by the one thread that runs it; nothing is shared.
 pub trait Device: Send + 'static {
-    /// The virtio device ID: 26 fs, 19 vsock, 4 rng, 2 block.
+    /// The virtio device ID: 26 fs, 19 vsock, 4 rng, 2 block, 1 net.
     fn device_type(&self) -> u32;
 
     /// Maximum size of each queue, a power of two; the number of queues is the length.
@@ -73,6 +73,9 @@ pub trait Device: Send + 'static {
 
     /// The config space, little endian.
     fn config(&self) -> Vec<u8>;
+
+    /// What the driver took of [`Device::features`], as soon as it has; before any event that depends on it.
+    fn acked_features(&mut self, _features: u64) {}
 
     /// Called once, on the device's thread or before it starts, before any event. The device adds the host
     /// descriptors it wants events of and keeps `events` for later changes.

@@ -18,7 +18,8 @@ use crate::control::{self, Call, Event, Request};
 use crate::device::Device;
 use crate::entropy::Entropy;
 use crate::fs::{Fs, Shares};
-use crate::transport::vhost_user;
+use crate::net::{Handle as NetHandle, Net};
+use crate::transport::vhost_user::{self, FrontEnd};
 use crate::vsock::{Handle as VsockHandle, Vsock};
 
 /// What `device-process` is told: numbers of inherited descriptors.
@@ -32,8 +33,21 @@ pub struct DeviceProcessOptions {
     pub vsock_fd: Option<RawFd>,
     /// Listening vhost-user socket of the entropy device.
     pub entropy_fd: Option<RawFd>,
+    /// The net devices, in order.
+    pub nets: Vec<NetDeviceOptions>,
     /// The disks, in order.
     pub disks: Vec<DiskOptions>,
+}
+
+/// One net device of [`DeviceProcessOptions`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetDeviceOptions {
+    /// Listening vhost-user socket.
+    pub socket_fd: RawFd,
+    /// Hardware address that the driver finds.
+    pub mac: [u8; 6],
+    /// Who drives it.
+    pub front_end: FrontEnd,
 }
 
 /// One disk of [`DeviceProcessOptions`].
@@ -45,6 +59,11 @@ pub struct DiskOptions {
     pub file_fd: RawFd,
     /// The guest may only read.
     pub read_only: bool,
+}
+
+/// The serial number by which the guest knows the machine's disk `index`.
+pub fn disk_serial(index: usize) -> String {
+    format!("hull-disk{index}")
 }
 
 /// Why the process cannot run, or cannot go on.
@@ -76,6 +95,10 @@ pub fn run(options: DeviceProcessOptions) -> Result<(), Error> {
     let fs_socket = take(options.fs_fd)?;
     let vsock_socket = take(options.vsock_fd)?;
     let entropy_socket = take(options.entropy_fd)?;
+    let mut net_sockets = Vec::new();
+    for net in &options.nets {
+        net_sockets.push((inherited.take(net.socket_fd)?, net));
+    }
     let mut disks = Vec::new();
     for disk in &options.disks {
         let file = File::from(inherited.take(disk.file_fd)?);
@@ -94,7 +117,7 @@ pub fn run(options: DeviceProcessOptions) -> Result<(), Error> {
     if let Some(socket) = fs_socket {
         let (device, shares) = Fs::new().map_err(host("create the fs device"))?;
         targets.shares = Some(shares);
-        start("fs", Box::new(device), socket, &ended)?;
+        start("fs", Box::new(device), socket, FrontEnd::Usual, &ended)?;
     }
     if let Some(socket) = vsock_socket {
         let reports = control.clone();
@@ -107,16 +130,21 @@ pub fn run(options: DeviceProcessOptions) -> Result<(), Error> {
         }))
         .map_err(host("create the vsock device"))?;
         targets.vsock = Some(handle);
-        start("vsock", Box::new(device), socket, &ended)?;
+        start("vsock", Box::new(device), socket, FrontEnd::Usual, &ended)?;
     }
     if let Some(socket) = entropy_socket {
         let device = Entropy::new().map_err(host("create the entropy device"))?;
-        start("entropy", Box::new(device), socket, &ended)?;
+        start("entropy", Box::new(device), socket, FrontEnd::Usual, &ended)?;
+    }
+    for (socket, net) in net_sockets {
+        let (device, handle) = Net::new(net.mac).map_err(host("create a net device"))?;
+        targets.nets.push(handle);
+        start("net", Box::new(device), socket, net.front_end, &ended)?;
     }
     for (index, (socket, file, read_only)) in disks.into_iter().enumerate() {
-        let device = Block::new(file, read_only, &format!("hull-disk{index}"))
-            .map_err(host("measure a disk"))?;
-        start("disk", Box::new(device), socket, &ended)?;
+        let device =
+            Block::new(file, read_only, &disk_serial(index)).map_err(host("measure a disk"))?;
+        start("disk", Box::new(device), socket, FrontEnd::Usual, &ended)?;
     }
     serve_control(&control, &targets, &ended)
 }
@@ -148,6 +176,7 @@ impl Inherited {
 struct Targets {
     shares: Option<Shares>,
     vsock: Option<VsockHandle>,
+    nets: Vec<NetHandle>,
 }
 
 /// Each inode that the guest knows holds a descriptor here.
@@ -191,13 +220,14 @@ fn start(
     name: &'static str,
     device: Box<dyn Device>,
     socket: OwnedFd,
+    front_end: FrontEnd,
     ended: &Arc<Ended>,
 ) -> Result<(), Error> {
     let ended = ended.clone();
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
-            let result = vhost_user::serve(name, device, socket);
+            let result = vhost_user::serve(name, device, socket, front_end);
             tracing::debug!(device = name, "front end is gone");
             ended.set(result);
         })
@@ -264,7 +294,9 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
     };
     const NO_FS: &str = "this device process has no fs device";
     const NO_VSOCK: &str = "this device process has no vsock device";
+    const NO_NET: &str = "this device process has no such net device";
     const NO_FD: &str = "no descriptor came with the request";
+    let net = |device: u8| targets.nets.get(usize::from(device));
     match request.call {
         Call::AddShare { name, cache } => match (&targets.shares, fd) {
             (Some(shares), Some(fd)) => shares.add(&name, fd, cache, done(id, control)),
@@ -274,6 +306,19 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
         Call::RemoveShare { name } => match &targets.shares {
             Some(shares) => shares.remove(&name, done(id, control)),
             None => reply(Err(NO_FS.into())),
+        },
+        Call::AttachNet { device, options } => match (net(device), fd) {
+            (Some(net), Some(tap)) => net.attach(tap, options, done(id, control)),
+            (None, _) => reply(Err(NO_NET.into())),
+            (_, None) => reply(Err(NO_FD.into())),
+        },
+        Call::ChangeNet { device, options } => match net(device) {
+            Some(net) => net.change(options, done(id, control)),
+            None => reply(Err(NO_NET.into())),
+        },
+        Call::DetachNet { device } => match net(device) {
+            Some(net) => net.detach(done(id, control)),
+            None => reply(Err(NO_NET.into())),
         },
         Call::Listen { port } => match &targets.vsock {
             Some(vsock) => {
@@ -311,8 +356,11 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
     }
 }
 
-/// Answers a request about a share.
-fn done(id: u64, control: &Arc<OwnedFd>) -> crate::fs::Done {
+/// Answers a request about a share or a net device.
+fn done<E: std::fmt::Display>(
+    id: u64,
+    control: &Arc<OwnedFd>,
+) -> Box<dyn FnOnce(Result<(), E>) + Send> {
     let control = control.clone();
     Box::new(move |result| {
         let event = Event::Reply {

@@ -1,6 +1,6 @@
 //! Virtio back ends of a sandbox, and the process they run in.
 //!
-//! A back end ([`fs`], [`vsock`], [`entropy`], [`block`]) implements [`device::Device`] and knows no transport;
+//! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`]) implements [`device::Device`] and knows no transport;
 //! [`transport`] drives it. [`device_process`] is the process that holds all back ends of one sandbox, jailed by
 //! its parent; [`control`] is how the sandbox talks to it.
 //!
@@ -14,6 +14,7 @@ pub mod device;
 pub mod device_process;
 pub mod entropy;
 pub mod fs;
+pub mod net;
 #[cfg(test)]
 mod testing;
 pub mod transport;

@@ -41,6 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         memory: memory.parse::<u64>()? << 20,
         cpus: 1,
         sockets,
+        nets: Vec::new(),
         disks: 0,
         jail_uid: 60_000,
     };

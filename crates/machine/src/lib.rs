@@ -59,6 +59,15 @@ impl Kind {
             Self::Kvm | Self::Qemu => std::env::consts::ARCH,
         }
     }
+
+    /// How many devices it has room for, if that is few: vsock, fs and entropy, net devices and disks.
+    pub fn most_devices(self) -> Option<usize> {
+        match self {
+            // As many transports as QEMU's microvm has without ACPI (hw/i386/microvm.c).
+            Self::Qemu => Some(8),
+            Self::Kvm | Self::Uml => None,
+        }
+    }
 }
 
 impl fmt::Display for Kind {
@@ -89,9 +98,11 @@ pub struct MachineSpec {
     pub memory: u64,
     /// Virtual processors.
     pub cpus: u32,
-    /// Directory with the sockets that the device process listens on: `fs.sock`, `vsock.sock`, `entropy.sock` and
-    /// `disk0.sock`, …; a device without a socket is left out. They, and it, are given to the jail's user.
+    /// Directory with the sockets that the device process listens on: `fs.sock`, `vsock.sock`, `entropy.sock`,
+    /// `net0.sock` and `disk0.sock`, …; a device without a socket is left out. They, and it, are given to the jail's user.
     pub sockets: PathBuf,
+    /// Hardware addresses of the net devices, which are at `net0.sock`, ….
+    pub nets: Vec<[u8; 6]>,
     /// How many disks there are.
     pub disks: u32,
     /// User and group of the machine process.
@@ -162,6 +173,20 @@ pub enum Error {
         /// What limits them.
         why: &'static str,
     },
+    /// More devices than the kind has room for.
+    #[error(
+        "not supported: {disks} disks: machine kind {kind} has room for {most} devices, and {count} are asked for"
+    )]
+    Devices {
+        /// The kind.
+        kind: Kind,
+        /// Disks among them.
+        disks: u32,
+        /// How many were asked for.
+        count: usize,
+        /// How many it takes.
+        most: usize,
+    },
     /// No kind works here.
     #[error("no machine works on this host: {0}")]
     NoMachine(String),
@@ -219,12 +244,14 @@ fn device_sockets(spec: &MachineSpec) -> Result<Vec<(String, u32)>, Error> {
     const VSOCK: u32 = 19;
     const ENTROPY: u32 = 4;
     const BLOCK: u32 = 2;
+    const NET: u32 = 1;
     // The vsock device first: the agent dials home over it.
     let mut devices: Vec<(String, u32)> = vec![
         ("vsock.sock".into(), VSOCK),
         ("fs.sock".into(), FS),
         ("entropy.sock".into(), ENTROPY),
     ];
+    devices.extend((0..spec.nets.len()).map(|index| (format!("net{index}.sock"), NET)));
     devices.extend((0..spec.disks).map(|index| (format!("disk{index}.sock"), BLOCK)));
 
     give(&spec.sockets, spec.jail_uid).map_err(|errno| Error::File {

@@ -111,6 +111,16 @@ impl Machine for Qemu {
         open("guest kernel", &spec.kernel)?;
         open("initramfs", &spec.initramfs)?;
         let sockets = device_sockets(spec)?;
+        if let Some(most) = Kind::Qemu.most_devices()
+            && sockets.len() > most
+        {
+            return Err(Error::Devices {
+                kind: Kind::Qemu,
+                disks: spec.disks,
+                count: sockets.len(),
+                most,
+            });
+        }
         Ok(jail::spawn(JailSpec {
             name: "qemu",
             executable: program.as_fd(),
@@ -214,8 +224,29 @@ impl Qemu {
         ]);
         for (name, device_type) in sockets {
             let id = name.trim_end_matches(".sock");
-            add(&["-chardev", &format!("socket,id={id},path=/sockets/{name}")]);
-            add(&["-device", &format!("{},chardev={id}", device(*device_type))]);
+            let connection = format!("{id}-socket");
+            add(&[
+                "-chardev",
+                &format!("socket,id={connection},path=/sockets/{name}"),
+            ]);
+            if let Some(number) = id.strip_prefix("net") {
+                // QEMU keeps the address by itself. It must be the one that the agent looks for.
+                let number = number.parse::<usize>().ok();
+                let mac = number.and_then(|number| spec.nets.get(number));
+                let mac = mac.copied().unwrap_or_default();
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                add(&[
+                    "-netdev",
+                    &format!("vhost-user,id={id},chardev={connection}"),
+                ]);
+                add(&[
+                    "-device",
+                    &format!("virtio-net-device,netdev={id},mac={mac}"),
+                ]);
+                continue;
+            }
+            let device = device(*device_type);
+            add(&["-device", &format!("{device},chardev={connection}")]);
         }
         line
     }

@@ -187,6 +187,7 @@ mod tests {
             memory: 256 << 20,
             cpus: 1,
             sockets: "/s".into(),
+            nets: Vec::new(),
             disks: 0,
             jail_uid: 1000,
         }

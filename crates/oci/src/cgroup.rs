@@ -46,39 +46,48 @@ pub struct Groups {
     pub directories: Vec<PathBuf>,
 }
 
-impl Groups {
-    /// Makes the groups with their limits. Nothing stays behind when it fails.
+/// Where the control groups of one container are to be.
+#[derive(Debug)]
+pub struct Place {
+    hierarchies: Vec<Hierarchy>,
+    location: Location,
+}
+
+impl Place {
+    /// Finds the place; makes nothing.
     ///
     /// `cgroups_path` is `linux.cgroupsPath`: an absolute path is below the mount of each hierarchy, a relative one
     /// below the group of the caller (with v2 beside it, because a group with processes gives none below it its
     /// controllers), without one the group is named by `id`. With `systemd` it is `slice:prefix:name`, by
-    /// default `system.slice:hull:ID`. `..` goes no higher than the mount or the caller's group. `overhead`: bytes
-    /// that the machine needs beside the container, added to memory limits.
-    pub fn create(
-        cgroups_path: Option<&Path>,
-        id: &str,
-        systemd: bool,
-        resources: Option<&LinuxResources>,
-        overhead: u64,
-    ) -> Result<Groups> {
+    /// default `system.slice:hull:ID`. `..` goes no higher than the mount or the caller's group.
+    pub fn find(cgroups_path: Option<&Path>, id: &str, systemd: bool) -> Result<Place> {
         let location = path::location(cgroups_path, id, systemd)?;
         let read = |path: &str| std::fs::read_to_string(path).context(|| format!("read {path}"));
         let hierarchies =
             path::hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
-        Self::create_in(&hierarchies, &location, resources, overhead)
+        Ok(Place {
+            hierarchies,
+            location,
+        })
     }
 
-    fn create_in(
-        hierarchies: &[Hierarchy],
-        location: &Location,
-        resources: Option<&LinuxResources>,
-        overhead: u64,
-    ) -> Result<Groups> {
+    /// The groups that [`Place::make`] will make at most: to be remembered before there is something to be removed.
+    pub fn groups(&self) -> Groups {
+        let directory = |hierarchy: &Hierarchy| hierarchy.directory(&self.location);
+        Groups {
+            directories: self.hierarchies.iter().map(directory).collect(),
+        }
+    }
+
+    /// Makes the groups with their limits. Nothing stays behind when it fails.
+    ///
+    /// `overhead`: bytes that the machine needs beside the container, added to memory limits.
+    pub fn make(&self, resources: Option<&LinuxResources>, overhead: u64) -> Result<Groups> {
         let mut groups = Groups::default();
         let mut made = Made::default();
         let mut left_out = Vec::new();
-        for hierarchy in hierarchies {
-            let directory = hierarchy.directory(location);
+        for hierarchy in &self.hierarchies {
+            let directory = hierarchy.directory(&self.location);
             let before = made.0.len();
             match make(&hierarchy.mount, &directory, &mut made) {
                 Ok(()) => groups.directories.push(directory),
@@ -100,8 +109,10 @@ impl Groups {
         made.0.clear();
         Ok(groups)
     }
+}
 
-    /// Sets the limits that `resources` names; those that it does not name stay. `overhead` as in [`Groups::create`].
+impl Groups {
+    /// Sets the limits that `resources` names; those that it does not name stay. `overhead` as in [`Place::make`].
     ///
     /// Memory is never limited to less than is in use and cannot be reclaimed: the machine would be killed for
     /// what its guest may keep. The wall stays where it was then, and the limit still holds in the guest.
@@ -150,8 +161,13 @@ impl Groups {
         let deadline = Instant::now() + LEAVING;
         let mut failed = None;
         for directory in &self.directories {
-            if let Err(error) = remove(directory, deadline) {
-                failed.get_or_insert((directory, error));
+            match remove(directory, deadline) {
+                // Then it was not made here either.
+                Err(error) if error.raw_os_error() == Some(libc::EROFS) => {}
+                Err(error) => {
+                    failed.get_or_insert((directory, error));
+                }
+                Ok(()) => {}
             }
         }
         let Some((directory, error)) = failed else {

@@ -195,6 +195,31 @@ impl Record {
         }
     }
 
+    /// A record of a container whose own is not there or damaged: what `delete` needs to remove it. `kept`: a
+    /// keeper of one of its processes, and its pod.
+    pub fn recovered(container: &Container, groups: Groups, kept: Option<(i32, PodPaths)>) -> Self {
+        let (keeper, pod) = kept.unzip();
+        let keeper = keeper.unwrap_or_default();
+        let (pods, pod) = pod.map(|pod| (pod.all, pod.id)).unwrap_or_default();
+        Self {
+            version: VERSION,
+            oci_version: String::new(),
+            id: container.id.clone(),
+            bundle: PathBuf::new(),
+            rootfs: PathBuf::new(),
+            created: String::new(),
+            owner: String::new(),
+            annotations: HashMap::new(),
+            keeper,
+            keeper_started: process_started(keeper).unwrap_or_default(),
+            pods,
+            pod,
+            groups,
+            memory: 0,
+            resources: None,
+        }
+    }
+
     /// The files of its pod.
     pub fn pod_paths(&self) -> PodPaths {
         PodPaths {

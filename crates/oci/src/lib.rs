@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod commands;
 mod console;
 pub mod container;
+mod disks;
 pub mod features;
 pub mod guest_spec;
 mod hooks;

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use hull_sandbox::error::{Context, Failure, Result};
 use hull_sandbox::pod::PodPaths;
@@ -30,6 +30,16 @@ pub struct Found {
     pub shared: bool,
 }
 
+impl Found {
+    /// Whether the guest's own network is to be made of the container's namespace on the host. One that joins another's
+    /// network gets what that has, and one that is new among others is the guest's business.
+    pub fn has_network(&self, plan: &Plan) -> bool {
+        let joins = plan.joins.iter().any(|(kind, _)| kind == "network");
+        let is_new_among_others = self.shared && plan.network == Network::New;
+        !joins && !is_new_among_others
+    }
+}
+
 /// Finds the pod, and drops from the plan what its joins need not say.
 ///
 /// # Errors
@@ -40,10 +50,10 @@ pub fn find(
     plan: &mut Plan,
     annotations: &HashMap<String, String>,
 ) -> Result<Found> {
-    let mut joined: Option<PathBuf> = None;
+    let mut joined: Option<PodPaths> = None;
     let mut joins = Vec::new();
     for (kind, pid) in std::mem::take(&mut plan.joins) {
-        let Some(pod) = pod_of(pid) else {
+        let Some(pod) = of_keeper(pid) else {
             if kind == "network" {
                 // A namespace of the host's, in which the keeper is then.
                 continue;
@@ -64,14 +74,7 @@ pub fn find(
     let named = POD_NAMES.iter().find_map(|name| annotations.get(*name));
     let found = match (joined, named) {
         (Some(pod), _) => Found {
-            paths: PodPaths {
-                all: pod.parent().unwrap_or(Path::new("/")).to_owned(),
-                id: pod
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned(),
-            },
+            paths: pod,
             shared: true,
         },
         (None, Some(name)) => Found {
@@ -95,12 +98,16 @@ pub fn find(
 }
 
 /// The pod of a keeper; `None` for any other process.
-fn pod_of(pid: i32) -> Option<PathBuf> {
+pub fn of_keeper(pid: i32) -> Option<PodPaths> {
     let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let prefix = format!("{POD_VARIABLE}=");
     environment.split(|byte| *byte == 0).find_map(|variable| {
         let value = variable.strip_prefix(prefix.as_bytes())?;
-        Some(PathBuf::from(String::from_utf8(value.to_vec()).ok()?))
+        let path = Path::new(std::str::from_utf8(value).ok()?);
+        Some(PodPaths {
+            all: path.parent()?.to_owned(),
+            id: path.file_name()?.to_str()?.to_owned(),
+        })
     })
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
+use crate::attachment;
 use crate::error::{Context, Failure, Result};
 use crate::names;
 use crate::paths::{ContainerPaths, Paths};
@@ -206,6 +207,7 @@ fn kill(container: &ContainerPaths, record: Option<&Record>) -> Result<()> {
 /// Removes the files of a container that is not alive.
 pub(crate) fn erase(paths: &Paths, id: &str, name: Option<&str>) -> Result<()> {
     let container = paths.container(id);
+    attachment::undo(&container)?;
     let name = name.map(str::to_owned).or_else(|| {
         let text = fs::read(container.request()).ok()?;
         let request: RunRequest = serde_json::from_slice(&text).ok()?;

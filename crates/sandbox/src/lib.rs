@@ -8,6 +8,7 @@
 //! Called by `cli` and `oci` (and later by the containerd shim). This crate never touches guest
 //! memory and never parses what a guest wrote, but for the agent's bounded protobuf answers.
 
+mod attachment;
 pub mod client;
 pub mod detached;
 pub mod device_process;
@@ -27,4 +28,6 @@ pub mod wire;
 pub use error::{Failure, Result};
 pub use paths::{ContainerPaths, Paths};
 pub use record::{Exit, Record, State};
-pub use request::{MachineRequest, RunRequest, Volume};
+pub use request::{
+    CniRequest, MachineRequest, NameRequest, NetworkLimits, NetworkRequest, RunRequest, Volume,
+};

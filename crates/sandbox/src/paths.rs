@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 ///     sandbox.log     what the host processes of this container had to say
 ///     devices/        sockets between the machine and the device process
 ///     etc/            hosts, hostname, resolv.conf of the container
+///     network.json    what network plugins are to undo
 /// RUN/names/<name>    symbolic link to the id that owns the name
 /// DATA/containers/<id>/{upper,work,log}
 ///                     writable layer and output of one container
@@ -107,6 +108,11 @@ impl ContainerPaths {
     /// Sockets between machine and device process.
     pub fn devices(&self) -> PathBuf {
         self.run.join("devices")
+    }
+
+    /// What network plugins made, or are about to make, as long as it is not undone.
+    pub fn network(&self) -> PathBuf {
+        self.run.join("network.json")
     }
 
     /// hosts, hostname, resolv.conf.

@@ -218,7 +218,8 @@ pub fn is_alive(paths: &ContainerPaths) -> bool {
 pub(crate) fn lock(paths: &ContainerPaths) -> Result<File> {
     let path = paths.lock();
     let file = File::create(&path).context(|| format!("create {}", path.display()))?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive)
+    // Nobody else wants it for long: who asks whether the process lives holds it for a moment.
+    rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
         .context(|| format!("lock {}", path.display()))?;
     Ok(file)
 }

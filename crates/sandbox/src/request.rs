@@ -2,6 +2,7 @@
 //! read by the sandbox process; everything in it is already checked.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,12 @@ pub struct MachineRequest {
     pub memory: u64,
     /// Virtual processors.
     pub cpus: u32,
+    /// How many network interfaces it can have, at most [`MAX_NETS`].
+    pub nets: u8,
 }
+
+/// Most network interfaces of a machine.
+pub const MAX_NETS: u8 = 4;
 
 /// Memory that the guest's kernel and the agent need beside a container that may use all of its limit, bytes.
 const GUEST_OVERHEAD: u64 = 64 << 20;
@@ -27,6 +33,55 @@ impl MachineRequest {
     pub fn memory_for(limit: u64) -> u64 {
         limit.saturating_add(GUEST_OVERHEAD)
     }
+}
+
+/// What holds for the network of a guest, whatever it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkLimits {
+    /// Frames that do not come from the guest's own addresses are dropped.
+    pub filter: bool,
+    /// With `filter`: the guest may reach services on link-local addresses.
+    pub link_local: bool,
+    /// Most bytes per second in each direction; 0 for no limit.
+    pub rate: u64,
+}
+
+/// The network of a container.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkRequest {
+    /// Its name; `none` for loopback only.
+    pub name: String,
+    /// How it is attached; nothing for loopback only.
+    #[serde(default)]
+    pub cni: Option<CniRequest>,
+    /// What holds for its frames.
+    pub limits: NetworkLimits,
+}
+
+/// How a container is attached to a network by CNI plugins.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CniRequest {
+    /// The plugins.
+    pub list: hull_network::cni::List,
+    /// Ports of the host that lead to ports of the container.
+    pub ports: Vec<hull_network::cni::PortMapping>,
+    /// Addresses asked for.
+    pub ips: Vec<hull_network::cni::Address>,
+    /// Hardware address asked for.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// What becomes a container's `resolv.conf` and `hosts`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct NameRequest {
+    /// Name servers in place of the host's.
+    pub servers: Vec<IpAddr>,
+    /// Domains to search in place of the host's.
+    pub search: Vec<String>,
+    /// Options of the resolver in place of the host's.
+    pub options: Vec<String>,
+    /// Further names: their address, or nothing for the host's in the container's network.
+    pub hosts: Vec<(String, Option<IpAddr>)>,
 }
 
 /// A container to be run, with the machine it is to be run in.
@@ -60,8 +115,10 @@ pub struct RunRequest {
     pub stdin: bool,
     /// Signal for `stop`, by name.
     pub stop_signal: String,
-    /// `none` or `default`.
-    pub network: String,
+    /// The network that it is attached to.
+    pub network: NetworkRequest,
+    /// What it finds names by.
+    pub names: NameRequest,
     /// Labels.
     pub labels: BTreeMap<String, String>,
     /// Most bytes of output kept on disk.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use hull_machine::probe::{KvmState, State};
 use hull_machine::{Choice, Kind, Report};
+use hull_network::cni;
 use rustix::fs::{StatVfsMountFlags, statfs};
 use serde::Serialize;
 
@@ -11,6 +12,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::guest::GuestFiles;
 use crate::output::{self, Colours};
+use crate::values::Network;
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
@@ -90,6 +92,7 @@ pub fn execute(args: Args) -> Result<u8> {
     findings.extend(guest_files(&guest));
     findings.push(control_groups());
     findings.push(overlay());
+    findings.push(network(&config));
     for (what, directory) in [
         ("data directory", &config.data_dir),
         ("run directory", &config.run_dir),
@@ -295,6 +298,47 @@ fn overlay() -> Finding {
             what,
             "the host's kernel does not have it",
             "modprobe overlay",
+        ),
+    }
+}
+
+/// Whether a container without `--network` can have what the configuration gives it.
+fn network(config: &Config) -> Finding {
+    let what = "network";
+    let Network::Named(name) = &config.network else {
+        return Finding::ok(what, "none, as configured");
+    };
+    let remedy = |remedy: Option<&str>| {
+        let instead = "network = \"none\" in the configuration";
+        match remedy {
+            Some(remedy) => format!("{remedy}; or {instead}"),
+            None => instead.to_owned(),
+        }
+    };
+    let checked = crate::network::list(name).and_then(|list| {
+        let plugins = cni::Runner::default().require(&list);
+        plugins.map_err(crate::network::failure)
+    });
+    if let Err(error) = checked {
+        return Finding::error(what, error.message(), remedy(error.hint_text()));
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        return Finding::error(
+            what,
+            "there is no /dev/net/tun",
+            remedy(Some("modprobe tun")),
+        );
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has_iptables = std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|directory| directory.join("iptables").exists());
+    match has_iptables || name != cni::DEFAULT_NAME {
+        true => Finding::ok(what, name.as_str()),
+        false => Finding::error(
+            what,
+            "iptables, which network plugins call, is not installed",
+            remedy(Some("apt-get install iptables")),
         ),
     }
 }

@@ -12,7 +12,7 @@ use hull_sandbox::spec::seccomp::{Profile, Seccomp};
 use hull_sandbox::spec::{self, ContainerOptions};
 use hull_sandbox::timings::{Timings, now_ns};
 use hull_sandbox::wire::{Reply, Request};
-use hull_sandbox::{MachineRequest, Paths, RunRequest, client, names};
+use hull_sandbox::{MachineRequest, NetworkRequest, Paths, RunRequest, client, names};
 
 use super::config_for_root;
 use crate::attach::{Attachment, Options, Outcome};
@@ -20,9 +20,10 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::guest::GuestFiles;
 use crate::mounts::{self, Tmpfs, Volume};
+use crate::network::NetworkArgs;
 use crate::output::Table;
 use crate::reservation::Reservation;
-use crate::values::{self, DetachKeys, Machine, Network, Pull, SecurityOption, Ulimit};
+use crate::values::{self, DetachKeys, Machine, Pull, SecurityOption, Ulimit};
 use crate::{images, output};
 
 static BEGAN: OnceLock<u64> = OnceLock::new();
@@ -121,9 +122,8 @@ pub struct Args {
     /// Set a kernel parameter in the container
     #[arg(long, value_name = "NAME=VALUE", value_parser = values::sysctl)]
     sysctl: Vec<(String, String)>,
-    /// Network: none, or default (for now loopback only, too)
-    #[arg(long, alias = "net", value_name = "NETWORK")]
-    network: Option<Network>,
+    #[command(flatten)]
+    network: NetworkArgs,
 
     /// What runs the guest kernel
     #[arg(long, value_name = "KIND", hide_possible_values = false)]
@@ -208,6 +208,7 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
         check_terminal()?;
     }
     check(&args, &paths)?;
+    let network = args.network.request(&config)?;
     timings.step("arguments", began_ns);
 
     let begin = now_ns();
@@ -230,11 +231,11 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
     let mut request = request(
         &args,
         &config,
+        network,
         environment,
         &image,
         &choice,
         &initramfs,
-        began_ns,
     )?;
     let attachment = match args.detach {
         true => None,
@@ -255,7 +256,7 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
             size: attachment.size(),
         },
     };
-    notices(&args, &config, &choice);
+    notices(&config, &choice);
     let reservation = Reservation::make(&paths, &request.id, args.name.as_deref())?;
     request.name = reservation.name().to_owned();
     // Until the container is there to be seen, this process keeps its image from being removed.
@@ -359,11 +360,11 @@ fn check(args: &Args, paths: &Paths) -> Result<()> {
 fn request(
     args: &Args,
     config: &Config,
+    network: NetworkRequest,
     environment: Vec<OsString>,
     image: &hull_image::Image,
     choice: &hull_machine::Choice,
     initramfs: &Path,
-    began_ns: u64,
 ) -> Result<RunRequest> {
     let id = names::new_id()?;
     let no_zero = |limit: u64| (limit > 0).then_some(limit);
@@ -442,6 +443,7 @@ fn request(
             initramfs: initramfs.to_owned(),
             memory: memory.map_or(config.memory, MachineRequest::memory_for),
             cpus,
+            nets: network.cni.is_some().into(),
         },
         auto_remove: args.rm,
         stdin: args.interactive,
@@ -450,10 +452,11 @@ fn request(
             .clone()
             .or_else(|| image.config.stop_signal.clone())
             .unwrap_or_else(|| "TERM".to_owned()),
-        network: values::enum_name(args.network.unwrap_or(config.network)),
+        network,
+        names: args.network.names(),
         labels,
         log_size: config.log_size,
-        began_ns,
+        began_ns: *BEGAN.get_or_init(now_ns),
     })
 }
 
@@ -480,13 +483,8 @@ fn no_new_privileges(options: &[SecurityOption]) -> bool {
     said.unwrap_or(false)
 }
 
-/// What the user has to know before the first container, or with an option that does less than its name says.
-fn notices(args: &Args, config: &Config, choice: &hull_machine::Choice) {
-    if args.network == Some(Network::Default) {
-        output::note(
-            "note: network \"default\" has a loopback interface only in this version of hull",
-        );
-    }
+/// What the user has to know before the first container.
+fn notices(config: &Config, choice: &hull_machine::Choice) {
     // Said to people, once: in the standard error of a script's container it would only be in the way.
     let told = config.data_dir.join("isolation-notice");
     if !choice.hardware

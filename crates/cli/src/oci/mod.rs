@@ -80,6 +80,7 @@ fn settings(global: &arguments::Global) -> Result<Settings> {
         },
         run_directory: config.run_dir.clone(),
         systemd_cgroup: global.systemd_cgroup,
+        network: config.network_limits(false),
         machine: Box::new(move |memory, cpus_milli| machine(&config, memory, cpus_milli)),
         warn: log::warn,
     })
@@ -108,6 +109,8 @@ fn machine(
         initramfs: guest.initramfs().map_err(failure)?,
         memory: memory.map_or(config.memory, MachineRequest::memory_for),
         cpus,
+        // `create` knows.
+        nets: 0,
     })
 }
 

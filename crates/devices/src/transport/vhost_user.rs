@@ -24,6 +24,7 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use super::early_enable;
 use super::placement::{Placement, cpu_of_kick};
 use super::vring::{AtomicMemory, Vring};
 use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, Queues, Ring};
@@ -52,8 +53,22 @@ pub enum Error {
     },
 }
 
+/// Who the front end is, as far as it matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrontEnd {
+    /// One that keeps to the protocol.
+    Usual,
+    /// QEMU's net device, which enables rings too early.
+    QemuNet,
+}
+
 /// Waits for a front end on `socket` (a listening socket) and serves `device` to it until it goes away.
-pub fn serve(name: &'static str, device: Box<dyn Device>, socket: OwnedFd) -> Result<(), Error> {
+pub fn serve(
+    name: &'static str,
+    device: Box<dyn Device>,
+    socket: OwnedFd,
+    front_end: FrontEnd,
+) -> Result<(), Error> {
     let setup = |source| Error::Setup {
         device: name,
         source,
@@ -69,6 +84,10 @@ pub fn serve(name: &'static str, device: Box<dyn Device>, socket: OwnedFd) -> Re
             .register_listener(events_fd(&events), EventSet::IN, backend.host_token())
             .map_err(setup)?;
     }
+    let socket = match front_end {
+        FrontEnd::Usual => socket,
+        FrontEnd::QemuNet => early_enable::straighten(socket).map_err(setup)?,
+    };
     let mut listener = Listener::from(UnixListener::from(socket));
     let outcome = daemon.start(&mut listener).and_then(|()| daemon.wait());
     for handler in &handlers {
@@ -99,7 +118,7 @@ struct Adapter {
     config: Vec<u8>,
     events: EventRegistry,
     memory: Mutex<Option<AtomicMemory>>,
-    /// Only the device's thread takes this lock, and reset (with all rings stopped).
+    /// Only the device's thread takes this lock; and reset and the choice of features, with all rings stopped.
     state: Mutex<State>,
     broken: AtomicBool,
 }
@@ -215,6 +234,11 @@ impl VhostUserBackend for Adapter {
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, features: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.device.acked_features(features);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

@@ -128,6 +128,10 @@ pub const COMMON: &[c_long] = &[
 /// The fs device does to files what a guest asks for, as the user the guest names.
 pub const DEVICE: &[c_long] = &[
     libc::SYS_accept4,
+    // Of sockets of its own, between its threads: there is no other's in its network namespace.
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_connect,
     libc::SYS_mknodat,
     libc::SYS_mkdirat,
     libc::SYS_unlinkat,
@@ -168,6 +172,9 @@ const FS_IOC_SETFLAGS: u64 = 0x4008_6602;
 const FS_IOC_FSGETXATTR: u64 = 0x801c_581f;
 const FS_IOC_FSSETXATTR: u64 = 0x401c_5820;
 const BLKGETSIZE64: u64 = 0x8008_1272;
+const BLKSSZGET: u64 = 0x1268;
+/// What whoever reads a tap copes with (linux/if_tun.h).
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 
 pub const DEVICE_IOCTLS: &[u64] = &[
     libc::FIONBIO,
@@ -178,6 +185,8 @@ pub const DEVICE_IOCTLS: &[u64] = &[
     FS_IOC_FSGETXATTR,
     FS_IOC_FSSETXATTR,
     BLKGETSIZE64,
+    BLKSSZGET,
+    TUNSETOFFLOAD,
 ];
 
 pub const DEVICE_PRCTLS: &[i32] = &[

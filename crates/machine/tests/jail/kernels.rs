@@ -133,6 +133,7 @@ fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machi
         memory: 96 << 20,
         cpus: 1,
         sockets: path("sockets"),
+        nets: Vec::new(),
         disks: 0,
         jail_uid: 60_000,
     };

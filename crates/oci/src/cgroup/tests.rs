@@ -34,6 +34,24 @@ fn below(path: &str) -> Location {
     Location::Mount(path.into())
 }
 
+/// Makes groups below these mounts.
+fn make(
+    hierarchies: &[Hierarchy],
+    location: Location,
+    resources: Option<&LinuxResources>,
+    overhead: u64,
+) -> Result<Groups> {
+    let copy = |hierarchy: &Hierarchy| Hierarchy {
+        mount: hierarchy.mount.clone(),
+        caller: hierarchy.caller.clone(),
+    };
+    let place = Place {
+        hierarchies: hierarchies.iter().map(copy).collect(),
+        location,
+    };
+    place.make(resources, overhead)
+}
+
 fn names(directory: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(directory).unwrap();
     let mut names: Vec<_> = entries
@@ -76,7 +94,7 @@ fn v1_limits_find_their_hierarchies() {
         r#"{"memory":{"limit":1000,"swap":2000},"cpu":{"shares":512,"quota":50,"period":100,"cpus":"1"}}"#,
     );
     let hierarchies = [&memory, &cpu, &cpuset].map(|mount| hierarchy(mount));
-    let groups = Groups::create_in(&hierarchies, &below("p/c"), Some(&limits), 24).unwrap();
+    let groups = make(&hierarchies, below("p/c"), Some(&limits), 24).unwrap();
     assert_eq!(
         groups.directories,
         [&memory, &cpu, &cpuset].map(|mount| mount.join("p/c"))
@@ -118,7 +136,7 @@ fn v2_enables_controllers_on_the_way_and_converts() {
     let expected = root.path().join("p.slice/-c.scope");
     group(&expected, &files);
     let hierarchies = [hierarchy(root.path())];
-    let groups = Groups::create_in(&hierarchies, &location, Some(&limits), 24).unwrap();
+    let groups = make(&hierarchies, location, Some(&limits), 24).unwrap();
     assert_eq!(groups.directories, std::slice::from_ref(&expected));
     let enabled = "+cpuset +cpu +io +memory +pids";
     assert_eq!(read(root.path().join("cgroup.subtree_control")), enabled);
@@ -194,8 +212,7 @@ fn a_missing_controller_is_an_error_for_who_needs_it_and_leaves_nothing() {
             ),
         ] {
             let limits = resources(limits);
-            let failure =
-                Groups::create_in(&hierarchies, &below("there/a/b"), Some(&limits), 0).unwrap_err();
+            let failure = make(&hierarchies, below("there/a/b"), Some(&limits), 0).unwrap_err();
             assert_eq!(failure.message, message);
             assert_eq!(names(&v1), ["there"]);
             assert!(names(&v1.join("there")).is_empty());
@@ -204,7 +221,7 @@ fn a_missing_controller_is_an_error_for_who_needs_it_and_leaves_nothing() {
     }
     // Swap alone is set where there is something to set.
     let swap = resources(r#"{"memory":{"swap":1000}}"#);
-    let groups = Groups::create_in(&[hierarchy(&v1)], &below("there/a"), Some(&swap), 0).unwrap();
+    let groups = make(&[hierarchy(&v1)], below("there/a"), Some(&swap), 0).unwrap();
     groups.remove().unwrap();
     assert_eq!(names(&v1), ["there"]);
 }
@@ -230,7 +247,7 @@ fn a_missing_file_of_a_controller_is_named() {
 fn removes_what_is_below_but_not_what_is_above() {
     let root = tempfile::tempdir().unwrap();
     let hierarchies = [hierarchy(root.path())];
-    let groups = Groups::create_in(&hierarchies, &below("a/b"), None, 0).unwrap();
+    let groups = make(&hierarchies, below("a/b"), None, 0).unwrap();
     std::fs::create_dir_all(root.path().join("a/b/c/d")).unwrap();
     group(&root.path().join("a/b/c"), &[("cgroup.procs", "7\n5\n")]);
     assert_eq!(groups.processes().unwrap(), [5, 7]);
@@ -258,7 +275,7 @@ impl Drop for Cleanup {
 #[test]
 fn on_this_machine() {
     let path = PathBuf::from(format!("/hull-test-{}", std::process::id()));
-    let groups = match Groups::create(Some(&path), "c1", false, None, 0) {
+    let groups = match Place::find(Some(&path), "c1", false).and_then(|place| place.make(None, 0)) {
         Ok(groups) if !groups.directories.is_empty() => groups,
         other => {
             eprintln!("left out: no control groups can be made here: {other:?}");

@@ -8,20 +8,22 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use hull_network::Namespace;
 use hull_sandbox::detached::{self, Attributes};
 use hull_sandbox::error::{Context, Failure, Result};
 use hull_sandbox::pod::client::{self, Connection, join_or_launch};
 use hull_sandbox::pod::wire::{self, MAX_SHARES, Received, Reply, Request};
 use hull_sandbox::pod::{PodPaths, PodRequest, Status};
+use hull_sandbox::request::MAX_NETS;
 use oci_spec::runtime::LinuxResources;
 
 use super::{OVERHEAD, Settings, in_runcs_words, life, refuse_descriptors, write_pid_file};
 use crate::bundle::Bundle;
-use crate::cgroup::Groups;
+use crate::cgroup::{Groups, Place};
 use crate::container::{Container, Record, process_started, state};
 use crate::guest_spec::{HostShare, Network, Plan};
 use crate::keeper::{self, Keeper, Kept, Mode, World};
-use crate::{console, hooks, pod};
+use crate::{console, disks, hooks, pod};
 
 /// How often a pod that is just ending is waited for.
 const MAX_RETRIES: usize = 10;
@@ -105,12 +107,10 @@ impl Making<'_> {
 
         let linux = bundle.spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
-        self.record.groups = Groups::create(
+        let place = Place::find(
             linux.and_then(|linux| linux.cgroups_path().as_deref()),
             &self.container.id,
             self.settings.systemd_cgroup,
-            resources,
-            OVERHEAD,
         )?;
         let found = pod::find(
             &self.settings.run_directory,
@@ -119,9 +119,15 @@ impl Making<'_> {
             &bundle.annotations,
         )?;
         self.own_pod = !found.shared;
+        let has_network = found.has_network(&plan);
         let paths = found.paths;
         (self.record.pods, self.record.pod) = (paths.all.clone(), paths.id.clone());
+        // Whoever dies from here on: `delete` knows what there may be.
+        self.record.groups = place.groups();
         self.container.store(&self.record)?;
+        // When that fails, none of them is ours.
+        self.record.groups = Groups::default();
+        self.record.groups = place.make(resources, OVERHEAD)?;
 
         let memory = memory_limit(resources);
         self.record.memory = memory.unwrap_or_default();
@@ -129,14 +135,22 @@ impl Making<'_> {
         let hostname: String = self.container.id.chars().take(12).collect();
         let cgroups = self.record.groups.directories.clone();
         let request = || {
-            Ok(PodRequest {
-                machine: (settings.machine)(memory, processors(resources))?,
+            let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
+            let mut machine = (settings.machine)(memory, processors(resources))?;
+            machine.nets = nets(&plan.network, bundle)?;
+            let request = PodRequest {
+                machine,
                 hostname: hostname.clone(),
                 cgroups: cgroups.clone(),
-            })
+                disks: plan.disks.iter().map(|disk| disk.device).collect(),
+            };
+            Ok((request, disks))
         };
         let mut connection = match self.own_pod {
-            true => client::launch(&paths, &request()?)?,
+            true => {
+                let (request, disks): (_, Vec<_>) = request()?;
+                client::launch(&paths, &request, &disks)?
+            }
             false => join_or_launch(&paths, request)?,
         };
         // The machine boots meanwhile.
@@ -146,9 +160,14 @@ impl Making<'_> {
             (Some(socket), true) => Some(console::send_master(socket, plan.console_size)?),
             _ => None,
         };
+        // Engines have filled it by now.
+        let namespace = match has_network {
+            true => Some(keeper.network_namespace()?),
+            false => None,
+        };
         let mut tries = 0;
         let streams = loop {
-            match self.create(&connection, &plan, keeper.pid())? {
+            match self.create(&connection, &plan, keeper.pid(), namespace.as_ref())? {
                 Some(streams) => break streams,
                 None if tries < MAX_RETRIES => {
                     tries += 1;
@@ -229,7 +248,17 @@ impl Making<'_> {
         connection: &Connection,
         plan: &Plan,
         keeper: i32,
+        namespace: Option<&OwnedFd>,
     ) -> Result<Option<Vec<OwnedFd>>> {
+        if let Some(namespace) = namespace {
+            let request = Request::Network(self.settings.network);
+            if self
+                .ask(connection, &request, &[namespace.as_fd()])?
+                .is_none()
+            {
+                return Ok(None);
+            }
+        }
         for shares in plan.shares.chunks(MAX_SHARES) {
             let mounts = shares.iter().map(open).collect::<Result<Vec<_>>>()?;
             let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
@@ -248,6 +277,7 @@ impl Making<'_> {
             terminal: plan.terminal,
             network: plan.sysctl.clone(),
             joins: plan.joins.clone(),
+            disks: plan.disks.clone(),
         });
         let directory = self.container.open()?;
         let received = self.ask(connection, &request, &[directory.as_fd()])?;
@@ -285,6 +315,32 @@ impl Making<'_> {
         warn(self.record.groups.remove());
         warn(self.container.remove());
     }
+}
+
+/// How many network interfaces the machine is to have: those that there are, and one that may come. Those that hooks will
+/// make cannot be known.
+fn nets(network: &Network, bundle: &Bundle) -> Result<u8> {
+    let interfaces = match network {
+        Network::Path(path) => Namespace::open(path)
+            .and_then(|namespace| namespace.interfaces())
+            .map_err(|error| Failure::new(error.to_string()))?,
+        Network::New if has_network_hooks(bundle) => 1,
+        Network::New => return Ok(0),
+    };
+    Ok(u8::try_from(interfaces + 1)
+        .unwrap_or(u8::MAX)
+        .min(MAX_NETS))
+}
+
+/// Whether there are hooks that run when the namespaces have been made, which is where engines set up networks.
+#[allow(deprecated)] // Docker uses prestart.
+fn has_network_hooks(bundle: &Bundle) -> bool {
+    bundle.spec.hooks().as_ref().is_some_and(|hooks| {
+        [hooks.prestart(), hooks.create_runtime()]
+            .into_iter()
+            .flatten()
+            .any(|hooks| !hooks.is_empty())
+    })
 }
 
 /// The limit of memory, bytes.

@@ -1,6 +1,7 @@
 //! `start`, `kill`, `pause`, `resume`, `update`, `delete`.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
 use hull_sandbox::error::{Context, Failure, Result};
@@ -13,8 +14,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 
 use super::{OVERHEAD, Settings, in_runcs_words};
+use crate::cgroup::Place;
 use crate::container::{Container, Record, state};
-use crate::{guest_spec, hooks, update};
+use crate::{guest_spec, hooks, pod, update};
 
 /// How long a sandbox process may take to end a container before it is killed itself: longer than a guest may take to
 /// write its files back.
@@ -198,10 +200,9 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
         found => found?,
     };
     let record = match container.record() {
-        Ok(record) => record,
         // Killed before there was more than the directory, or damaged.
-        Err(_) if force => return container.remove(),
-        Err(failure) => return Err(failure),
+        Err(_) if force => what_is_left(settings, &container),
+        record => record?,
     };
     let status = container.status(&record).status;
     if !force && !matches!(status, Status::Stopped | Status::Created) {
@@ -222,6 +223,21 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     hand_over(settings, &record)?;
     record.groups.remove()?;
     container.remove()
+}
+
+/// A record of what can be found of a container without its own: its groups from its configuration, its pod from the
+/// processes in them.
+fn what_is_left(settings: &Settings, container: &Container) -> Record {
+    let place = container.config().ok().and_then(|config| {
+        let path = config["linux"]["cgroupsPath"].as_str().map(Path::new);
+        Place::find(path, &container.id, settings.systemd_cgroup).ok()
+    });
+    let groups = place.map(|place| place.groups()).unwrap_or_default();
+    let pids = groups.processes().unwrap_or_default();
+    let kept = pids
+        .into_iter()
+        .find_map(|pid| Some((pid, pod::of_keeper(pid)?)));
+    Record::recovered(container, groups, kept)
 }
 
 /// The machine of a pod is in the groups of the container that it was started for. When that goes before others, it
@@ -280,14 +296,9 @@ fn end_in_pod(record: &Record) -> Result<()> {
         // It has ended meanwhile, or does not know the container, or does not answer.
         Err(failure) if failure.message.contains("does not exist") => {}
         Err(_) => {
-            let peer = rustix::net::sockopt::socket_peercred(connection.as_fd());
-            if let Ok(peer) = peer
-                && client::is_alive(&paths)
-            {
-                // Its machine and devices die with it.
-                let _ = rustix::process::kill_process(peer.pid, Signal::KILL);
-            }
             drop(connection);
+            // Its machine and devices die with it.
+            client::kill(&paths)?;
             client::wait_for_end(&paths)?;
         }
     }

@@ -14,8 +14,8 @@ mod query;
 
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::MachineRequest;
 use hull_sandbox::error::{Context, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure, Result};
+use hull_sandbox::{MachineRequest, NetworkLimits};
 
 pub use create::{CreateOptions, create, run};
 pub use exec::{ExecOptions, exec};
@@ -38,6 +38,8 @@ pub struct Settings {
     /// Makes a machine for a container with this memory limit in bytes and these processors in thousandths. Called
     /// only when a machine is needed.
     pub machine: MachineMaker,
+    /// What holds for networks that engines set up.
+    pub network: NetworkLimits,
     /// Says what the user should know and what does not keep a command from its end.
     pub warn: fn(&str),
 }

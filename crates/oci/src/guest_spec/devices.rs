@@ -1,9 +1,17 @@
-//! Devices: the guest's own can be had, those of the host cannot.
+//! Devices: the guest's own can be had, and block devices of the host, which become disks of the machine; other devices
+//! of the host cannot.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use hull_sandbox::error::Result;
+use hull_sandbox::pod::DiskRequest;
+use hull_sandbox::pod::wire::Disk;
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+use serde_json::{Value, json};
 
+use super::mounts::Bound;
 use super::{Plan, refused};
 use crate::bundle::Bundle;
 
@@ -38,13 +46,12 @@ fn is_of_host(kind: &str, (major, minor): (u32, u32)) -> bool {
         .exists()
 }
 
-pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
-    let everything = allows_everything(bundle);
-    let Some(devices) = plan.spec["linux"]["devices"].as_array_mut() else {
-        return Ok(());
-    };
+pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Result<()> {
+    let rules = rules(bundle);
+    let everything = rules.iter().any(allows_everything);
     let mut kept = Vec::new();
-    for device in std::mem::take(devices) {
+    let devices = plan.spec["linux"]["devices"].as_array_mut();
+    for device in devices.map(std::mem::take).unwrap_or_default() {
         let number = |name: &str| {
             device[name]
                 .as_i64()
@@ -57,12 +64,16 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
         if path == "/dev/ptmx" || path == "/dev/console" {
             continue;
         }
+        let numbers = (number("major"), number("minor"));
         let own = match kind {
-            "c" | "u" | "b" => {
-                let numbers = (number("major"), number("minor"));
-                (kind != "b" && guest_device(numbers).is_some()) || !is_of_host(kind, numbers)
+            "b" if is_of_host(kind, numbers) => {
+                if !everything {
+                    add_disk(plan, numbers, !can_be_written(&rules, numbers), path);
+                }
+                !everything
             }
-            // A named pipe; what else there is the agent refuses.
+            "c" | "u" => guest_device(numbers).is_some() || !is_of_host(kind, numbers),
+            // A named pipe, or a block device that there is not; what else there is the agent refuses.
             _ => true,
         };
         if own {
@@ -70,43 +81,120 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
         } else if !everything {
             return Err(refused(
                 format_args!(
-                    "linux.devices: {} ({kind} {}:{})",
-                    device["path"].as_str().unwrap_or_default(),
-                    device["major"],
-                    device["minor"]
+                    "linux.devices: {path} ({kind} {}:{})",
+                    device["major"], device["minor"]
                 ),
                 "it is a device of the host, and the guest has no such device",
             ));
         }
         // A privileged container gets every device that there is: in the guest that is every device of the guest.
     }
-    *devices = kept;
+    for Bound {
+        destination,
+        source,
+        node,
+        read_only,
+    } in bound
+    {
+        if everything {
+            return Err(refused(
+                format_args!("mounts: {destination}: block device {}", source.display()),
+                "a privileged container gets no disk of the host",
+            )
+            .hint("without --privileged it becomes a disk of the machine"));
+        }
+        let (major, minor) = (
+            rustix::fs::major(node.rdev()),
+            rustix::fs::minor(node.rdev()),
+        );
+        let read_only = read_only || !can_be_written(&rules, (major, minor));
+        add_disk(plan, (major, minor), read_only, &destination);
+        kept.push(json!({
+            "path": destination,
+            "type": "b",
+            "major": major,
+            "minor": minor,
+            "fileMode": node.mode() & 0o7777,
+            "uid": node.uid(),
+            "gid": node.gid(),
+        }));
+    }
+    if !kept.is_empty() || plan.spec["linux"]["devices"].is_array() {
+        plan.spec["linux"]["devices"] = Value::Array(kept);
+    }
     Ok(())
 }
 
-/// Whether the spec lets the container use every device: what engines make of `--privileged`.
-fn allows_everything(bundle: &Bundle) -> bool {
-    let rules = bundle
+/// A disk of the machine for a block device of the host. Who has it by two names may write if one of them allows it.
+fn add_disk(plan: &mut Plan, (major, minor): (u32, u32), read_only: bool, path: &str) {
+    let read_only = read_only || is_read_only(major, minor);
+    let known = plan
+        .disks
+        .iter_mut()
+        .map(|disk| &mut disk.device)
+        .find(|device| (device.major, device.minor) == (major, minor));
+    match known {
+        Some(device) => device.read_only &= read_only,
+        None => plan.disks.push(Disk {
+            device: DiskRequest {
+                major,
+                minor,
+                read_only,
+            },
+            path: path.to_owned(),
+        }),
+    }
+}
+
+/// Whether the host's kernel takes no writes to this block device from anybody.
+fn is_read_only(major: u32, minor: u32) -> bool {
+    fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+        .is_ok_and(|text| text.trim() == "1")
+}
+
+/// `linux.resources.devices`.
+fn rules(bundle: &Bundle) -> Vec<LinuxDeviceCgroup> {
+    bundle
         .spec
         .linux()
         .as_ref()
         .and_then(|linux| linux.resources().as_ref())
         .and_then(|resources| resources.devices().clone())
-        .unwrap_or_default();
+        .unwrap_or_default()
+}
+
+/// Whether a rule is about this number, or about any.
+fn covers(rule: Option<i64>, number: u32) -> bool {
+    rule.is_none_or(|named| named < 0 || named == i64::from(number))
+}
+
+/// Whether some rule lets the container write to a block device. What the rules come to in their order, the guest's
+/// kernel sees to; a device that none of them opens for writing is not opened so on the host either.
+fn can_be_written(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32)) -> bool {
     rules.iter().any(|rule| {
-        let wild = |number: Option<i64>| number.is_none_or(|number| number < 0);
-        let all = rule
-            .typ()
-            .is_none_or(|kind| kind == oci_spec::runtime::LinuxDeviceType::A);
+        let access = rule.access().as_deref().unwrap_or_default();
         rule.allow()
-            && all
-            && wild(rule.major())
-            && wild(rule.minor())
-            && rule
-                .access()
-                .as_ref()
-                .is_none_or(|access| "rwm".chars().all(|letter| access.contains(letter)))
+            && matches!(
+                rule.typ(),
+                None | Some(LinuxDeviceType::A | LinuxDeviceType::B)
+            )
+            && covers(rule.major(), major)
+            && covers(rule.minor(), minor)
+            && (access.is_empty() || access.contains('w'))
     })
+}
+
+/// Whether a rule lets the container use every device: what engines make of `--privileged`.
+fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
+    let wild = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    rule.allow()
+        && rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A)
+        && wild(rule.major())
+        && wild(rule.minor())
+        && rule
+            .access()
+            .as_ref()
+            .is_none_or(|access| "rwm".chars().all(|letter| access.contains(letter)))
 }
 
 #[cfg(test)]
@@ -129,6 +217,154 @@ mod tests {
             })
             .find(|numbers| guest_device(*numbers).is_none())
             .unwrap()
+    }
+
+    /// The numbers of a block device that this host has and can write to, with its node in /dev.
+    fn disk() -> Option<(u32, u32, std::path::PathBuf)> {
+        let found = fs::read_dir("/sys/dev/block").ok()?.find_map(|entry| {
+            let path = entry.ok()?.path();
+            let (major, minor) = path.file_name()?.to_str()?.split_once(':')?;
+            let (major, minor) = (major.parse().ok()?, minor.parse().ok()?);
+            let node = Path::new("/dev").join(fs::read_link(&path).ok()?.file_name()?);
+            let numbers = rustix::fs::makedev(major, minor);
+            (!is_read_only(major, minor) && fs::metadata(&node).ok()?.rdev() == numbers)
+                .then_some((major, minor, node))
+        });
+        if found.is_none() {
+            eprintln!("left out: this machine has no block device");
+        }
+        found
+    }
+
+    /// The plan of a container with these devices, mounts and rules.
+    fn with(devices: Value, mounts: Value, rules: Value) -> Result<Plan> {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("rootfs")).unwrap();
+        let config = json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs"},
+            "mounts": mounts,
+            "hullDisks": [{"major": 1, "minor": 1, "serial": "hull-disk0"}],
+            "linux": {
+                "namespaces": [{"type": "network"}],
+                "devices": devices,
+                "resources": {"devices": rules},
+            },
+        });
+        fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
+        Plan::new("c1", &Bundle::load(directory.path()).unwrap())
+    }
+
+    #[test]
+    fn block_devices_of_the_host_become_disks_for_what_rules_allow() {
+        let Some((major, minor, _)) = disk() else {
+            return;
+        };
+        let denied = json!({"allow": false, "access": "rwm"});
+        let devices = json!([
+            {"path": "/dev/xvda", "type": "b", "major": major, "minor": minor},
+            {"path": "/dev/again", "type": "b", "major": major, "minor": minor},
+        ]);
+        for (rule, read_only) in [
+            (
+                json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": "rwm"}),
+                false,
+            ),
+            (
+                json!({"allow": true, "type": "b", "major": major, "minor": minor}),
+                false,
+            ),
+            (
+                json!({"allow": true, "type": "b", "major": major, "access": "w"}),
+                false,
+            ),
+            (
+                json!({"allow": true, "major": -1, "minor": minor, "access": "rw"}),
+                false,
+            ),
+            (
+                json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": "rm"}),
+                true,
+            ),
+            (
+                json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "w"}),
+                true,
+            ),
+            (
+                json!({"allow": true, "type": "b", "major": major, "minor": minor + 1, "access": "w"}),
+                true,
+            ),
+            (denied.clone(), true),
+        ] {
+            let plan = with(devices.clone(), json!([]), json!([denied, rule])).unwrap();
+            let [disk] = plan.disks.as_slice() else {
+                panic!("{:?}", plan.disks)
+            };
+            let device = DiskRequest {
+                major,
+                minor,
+                read_only,
+            };
+            assert_eq!(
+                (disk.device, disk.path.as_str()),
+                (device, "/dev/xvda"),
+                "{rule}"
+            );
+            assert_eq!(plan.spec["linux"]["devices"], devices);
+            assert!(plan.spec.get("hullDisks").is_none());
+        }
+    }
+
+    #[test]
+    fn a_bound_block_device_is_a_device_and_no_mount() {
+        let Some((major, minor, node)) = disk() else {
+            return;
+        };
+        let rules = json!([{"allow": true, "type": "b", "major": major, "minor": minor}]);
+        for options in [json!(["rbind"]), json!(["rbind", "ro"])] {
+            let mounts = json!([
+                {"destination": "/dev/xvda", "type": "bind", "source": node, "options": options},
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+            ]);
+            let plan = with(Value::Null, mounts.clone(), rules.clone()).unwrap();
+            assert_eq!(plan.spec["mounts"], json!([mounts[1]]));
+            let device = &plan.spec["linux"]["devices"][0];
+            assert_eq!(device["path"], "/dev/xvda");
+            assert_eq!(
+                (&device["type"], &device["minor"]),
+                (&json!("b"), &json!(minor))
+            );
+            assert!(device["fileMode"].is_u64());
+            let read_only = options.as_array().unwrap().len() == 2;
+            assert_eq!(plan.disks[0].device.read_only, read_only);
+            // By name and not in silence: nobody but the user has put it there.
+            let error = with(
+                Value::Null,
+                mounts,
+                json!([{"allow": true, "access": "rwm"}]),
+            );
+            let message = error.unwrap_err().message;
+            assert!(
+                message.contains("mounts: /dev/xvda: block device"),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_privileged_container_gets_no_disk_of_the_host() {
+        let Some((major, minor, _)) = disk() else {
+            return;
+        };
+        let devices = json!([{"path": "/dev/xvda", "type": "b", "major": major, "minor": minor}]);
+        let plan = with(
+            devices,
+            json!([]),
+            json!([{"allow": true, "access": "rwm"}]),
+        )
+        .unwrap();
+        assert!(plan.disks.is_empty());
+        assert_eq!(plan.spec["linux"]["devices"], json!([]));
     }
 
     fn planned(rules: Value) -> Result<Value> {

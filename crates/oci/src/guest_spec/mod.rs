@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use hull_sandbox::error::{Failure, Result};
-use hull_sandbox::pod::wire::Share;
+use hull_sandbox::pod::wire::{Disk, Share};
 use serde_json::Value;
 
 use crate::bundle::Bundle;
@@ -29,6 +29,8 @@ pub struct Plan {
     pub spec: Value,
     /// What it sees of the host; the root file system first.
     pub shares: Vec<HostShare>,
+    /// Block devices of the host that the machine has as disks, each once.
+    pub disks: Vec<Disk>,
     /// The network namespace that the spec asks for.
     pub network: Network,
     /// New namespaces that the keeper has on the host, as the spec has them.
@@ -71,6 +73,7 @@ impl Plan {
         let mut plan = Plan {
             spec: bundle.config.clone(),
             shares: Vec::new(),
+            disks: Vec::new(),
             network: Network::New,
             namespaces: Vec::new(),
             joins: Vec::new(),
@@ -79,12 +82,16 @@ impl Plan {
             console_size: None,
             notes: bundle.notes.clone(),
         };
+        // The pod's to write: see `Request::Create`.
+        if let Some(spec) = plan.spec.as_object_mut() {
+            spec.remove("hullDisks");
+        }
         plan.process(bundle);
         plan.share_root(id, bundle);
-        mounts::plan(&mut plan, id, bundle)?;
+        let bound = mounts::plan(&mut plan, id, bundle)?;
         namespaces::plan(&mut plan, bundle)?;
         plan.resources();
-        devices::plan(&mut plan, bundle)?;
+        devices::plan(&mut plan, bundle, bound)?;
         plan.hooks();
         plan.check_length()?;
         Ok(plan)

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::wire::Share;
+use hull_sandbox::pod::wire::{self, Share};
 use serde_json::{Value, json};
 
 use super::devices::guest_device;
@@ -29,19 +30,44 @@ const OWN: [&str; 12] = [
     "tracefs",
 ];
 
-pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<()> {
-    let Some(mounts) = plan.spec["mounts"].as_array_mut() else {
-        return Ok(());
-    };
-    let mut mounts = std::mem::take(mounts);
-    for (index, mount) in mounts.iter_mut().enumerate() {
-        one(plan, id, bundle, index, mount)?;
-    }
-    plan.spec["mounts"] = Value::Array(mounts);
-    Ok(())
+/// A block device that is to be bound.
+#[derive(Debug)]
+pub(super) struct Bound {
+    /// Where the container has it.
+    pub(super) destination: String,
+    /// Where it is on the host.
+    pub(super) source: PathBuf,
+    /// What the host knows of the node.
+    pub(super) node: fs::Metadata,
+    /// The mount is.
+    pub(super) read_only: bool,
 }
 
-fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Value) -> Result<()> {
+/// Plans the mounts. Returns the block devices among them, which are no mounts in the guest.
+pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<Vec<Bound>> {
+    let Some(mounts) = plan.spec["mounts"].as_array_mut() else {
+        return Ok(Vec::new());
+    };
+    let mut kept = Vec::new();
+    let mut devices = Vec::new();
+    for (index, mut mount) in std::mem::take(mounts).into_iter().enumerate() {
+        match one(plan, id, bundle, index, &mut mount)? {
+            Some(device) => devices.push(device),
+            None => kept.push(mount),
+        }
+    }
+    plan.spec["mounts"] = Value::Array(kept);
+    Ok(devices)
+}
+
+/// Plans a mount; that of a block device is returned and left alone.
+fn one(
+    plan: &mut Plan,
+    id: &str,
+    bundle: &Bundle,
+    index: usize,
+    mount: &mut Value,
+) -> Result<Option<Bound>> {
     let text = |name: &str| mount[name].as_str().unwrap_or_default().to_owned();
     let (destination, kind) = (text("destination"), text("type"));
     let options: Vec<&str> = mount["options"]
@@ -53,7 +79,7 @@ fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Val
     let recursive = options.contains(&"rbind");
     if !recursive && !options.contains(&"bind") && kind != "bind" {
         if OWN.contains(&kind.as_str()) || kind.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         return Err(refused(
             format_args!("mounts: {destination}: type {kind:?}"),
@@ -62,7 +88,7 @@ fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Val
     }
     let read_only = options.contains(&"ro") || options.contains(&"rro");
     let source = match text("source") {
-        source if source.is_empty() => return Ok(()),
+        source if source.is_empty() => return Ok(None),
         source => bundle.path.join(source),
     };
     let found = fs::metadata(&source).map_err(|error| match error.kind() {
@@ -77,8 +103,8 @@ fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Val
     })?;
 
     if destination == "/dev/shm" && found.is_dir() && on_tmpfs(&source)? {
-        *mount = shared_memory(&source)?;
-        return Ok(());
+        *mount = shared_memory(&source, read_only)?;
+        return Ok(None);
     }
     if source.starts_with("/sys/fs/cgroup") {
         // The container's groups are the guest's.
@@ -88,7 +114,7 @@ fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Val
             "source": "cgroup",
             "options": if read_only { ["ro", "nosuid", "nodev", "noexec"] } else { ["rw", "nosuid", "nodev", "noexec"] },
         });
-        return Ok(());
+        return Ok(None);
     }
     let kind = found.file_type();
     if kind.is_char_device() {
@@ -103,13 +129,15 @@ fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Val
             )
         })?;
         mount["source"] = json!(path);
-        return Ok(());
+        return Ok(None);
     }
     if kind.is_block_device() {
-        return Err(refused(
-            format_args!("mounts: {destination}: block device {}", source.display()),
-            "block devices are not bound into containers",
-        ));
+        return Ok(Some(Bound {
+            destination,
+            source,
+            node: found,
+            read_only,
+        }));
     }
     let share = Share {
         name: share_name(id, &index.to_string()),
@@ -123,7 +151,7 @@ fn one(plan: &mut Plan, id: &str, bundle: &Bundle, index: usize, mount: &mut Val
         recursive,
         read_only,
     });
-    Ok(())
+    Ok(None)
 }
 
 fn on_tmpfs(path: &Path) -> Result<bool> {
@@ -134,17 +162,45 @@ fn on_tmpfs(path: &Path) -> Result<bool> {
 }
 
 /// Engines make the memory that processes share a tmpfs of the host and bind it. Memory that two kernels map is not
-/// shared memory: the container gets a tmpfs of the guest of the same size.
-fn shared_memory(source: &PathBuf) -> Result<Value> {
-    let found = rustix::fs::statvfs(source).context(|| format!("use {}", source.display()))?;
-    let size = found.f_blocks.saturating_mul(found.f_frsize);
-    let mode = fs::metadata(source).map_or(0o1777, |found| found.mode() & 0o7777);
+/// shared memory: the guest has a tmpfs of the same size in its place, which is one for all containers of the guest that
+/// bind the same.
+fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
+    let doing = || format!("use {}", source.display());
+    let path = fs::canonicalize(source).context(doing)?;
+    let found = fs::metadata(&path).context(doing)?;
+    let limits = rustix::fs::statvfs(&path).context(doing)?;
+    let mut options = vec![
+        "bind".to_owned(),
+        "nosuid".into(),
+        "noexec".into(),
+        "nodev".into(),
+        format!("size={}", limits.f_blocks.saturating_mul(limits.f_frsize)),
+        format!("mode={:o}", found.mode() & 0o7777),
+        format!("uid={}", found.uid()),
+        format!("gid={}", found.gid()),
+    ];
+    if read_only {
+        options.push("ro".into());
+    }
     Ok(json!({
         "destination": "/dev/shm",
-        "type": "tmpfs",
-        "source": "shm",
-        "options": ["nosuid", "noexec", "nodev", format!("mode={mode:o}"), format!("size={size}")],
+        "type": "bind",
+        "source": wire::shared_memory(identity(&path, &found)),
+        "options": options,
     }))
+}
+
+/// What tells a directory of the host from others, now and in the guest's time: its number alone may be another's by
+/// then, and its path as well. FNV-1a, which is the same in each version of hull.
+fn identity(path: &Path, found: &fs::Metadata) -> u64 {
+    let numbers = [found.dev(), found.ino()].map(u64::to_le_bytes);
+    path.as_os_str()
+        .as_bytes()
+        .iter()
+        .chain(numbers.as_flattened())
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        })
 }
 
 #[cfg(test)]
@@ -199,6 +255,42 @@ mod tests {
         let (planned, shares) = planned(&mount).unwrap();
         assert_eq!(planned["source"], "/dev/null");
         assert!(shares.is_empty());
+    }
+
+    #[test]
+    fn shared_memory_is_known_by_where_it_is() {
+        let directory = match tempfile::tempdir_in("/dev/shm") {
+            Ok(directory) if on_tmpfs(directory.path()).unwrap() => directory,
+            other => return eprintln!("left out: no tmpfs at /dev/shm: {other:?}"),
+        };
+        let paths = ["a", "b"].map(|name| directory.path().join(name));
+        for path in &paths {
+            fs::create_dir(path).unwrap();
+        }
+        let of = |source: &Path, options: Value| {
+            let mount = json!({"destination": "/dev/shm", "source": source, "options": options});
+            let (planned, shares) = planned(&mount).unwrap();
+            assert!(shares.is_empty());
+            planned
+        };
+        let (a, b) = (
+            of(&paths[0], json!(["bind"])),
+            of(&paths[1], json!(["bind"])),
+        );
+        let name = a["source"].as_str().unwrap();
+        assert_eq!(name.strip_prefix("hull-shm:").unwrap().len(), 16);
+        assert_ne!(a["source"], b["source"]);
+        let winding = paths[1].join("../a");
+        assert_eq!(of(&winding, json!(["bind", "ro"]))["source"], a["source"]);
+        // Another directory at the same place is other memory.
+        fs::rename(&paths[0], directory.path().join("c")).unwrap();
+        fs::rename(&paths[1], &paths[0]).unwrap();
+        assert_ne!(of(&paths[0], json!(["bind"]))["source"], a["source"]);
+        let options = a["options"].as_array().unwrap();
+        assert!(options.contains(&json!("bind")) && !options.contains(&json!("ro")));
+        let size = rustix::fs::statvfs("/dev/shm").unwrap();
+        let size = format!("size={}", size.f_blocks * size.f_frsize);
+        assert!(options.contains(&json!(size)), "{options:?}");
     }
 
     #[test]

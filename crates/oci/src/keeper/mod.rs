@@ -188,6 +188,17 @@ impl Keeper {
         self.child.id().cast_signed()
     }
 
+    /// Its network namespace.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn network_namespace(&self) -> Result<OwnedFd> {
+        let path = format!("/proc/{}/ns/net", self.pid());
+        File::open(&path)
+            .map(OwnedFd::from)
+            .context(|| format!("open the network namespace {path}"))
+    }
+
     fn order(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let gone = || Failure::new("the keeper has ended: it was killed, or it broke down");
         send(&self.channel, order, fds).map_err(|_| gone())?;

@@ -9,11 +9,16 @@ use std::process::{Command, Stdio};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::wire::{Received, Reply, Request, pair, receive, send};
 use super::{PodPaths, PodRequest};
 use crate::error::{Context, Failure, Result};
+use crate::paths::ContainerPaths;
 use crate::record;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// A connection to a pod's sandbox process.
 #[derive(Debug)]
@@ -139,11 +144,41 @@ pub fn wait_for_end(paths: &PodPaths) -> Result<()> {
     }
 }
 
+/// Kills the pod's sandbox process, if it lives.
+///
+/// # Errors
+/// The kernel's.
+pub fn kill(paths: &PodPaths) -> Result<()> {
+    let doing = || format!("kill the sandbox process of pod {}", paths.id);
+    // Written by the process itself. One that has not come to that yet ends when it finds nobody connected.
+    let said = fs::read_to_string(paths.files().lock()).unwrap_or_default();
+    let Some(pid) = said.trim().parse().ok().and_then(Pid::from_raw) else {
+        return Ok(());
+    };
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return Ok(());
+    };
+    // As long as it lives nobody else has its id: what was opened is the process.
+    match is_alive(paths) {
+        true => pidfd_send_signal(&pidfd, Signal::KILL).context(doing),
+        false => Ok(()),
+    }
+}
+
 /// Removes what a killed sandbox process left. Does nothing when it lives.
 ///
 /// # Errors
 /// The directory cannot be removed.
 pub fn sweep(paths: &PodPaths) -> Result<()> {
+    if !paths.files().run.exists() {
+        return Ok(());
+    }
+    // Nobody starts it meanwhile.
+    let _lock = LaunchLock::take(paths)?;
+    sweep_locked(paths)
+}
+
+fn sweep_locked(paths: &PodPaths) -> Result<()> {
     let run = paths.files().run;
     if is_alive(paths) {
         return Ok(());
@@ -158,13 +193,13 @@ pub fn sweep(paths: &PodPaths) -> Result<()> {
 
 /// Connects to the sandbox process of a pod that others may want at the same time; it is started when there is none.
 ///
-/// `request` is made only when the pod must be started.
+/// `request` is made only when the pod must be started; with it come the block devices that it names.
 ///
 /// # Errors
 /// The state directory cannot be written, or the process cannot be started.
 pub fn join_or_launch(
     paths: &PodPaths,
-    request: impl FnOnce() -> Result<PodRequest>,
+    request: impl FnOnce() -> Result<(PodRequest, Vec<OwnedFd>)>,
 ) -> Result<Connection> {
     fs::create_dir_all(&paths.all).context(|| format!("create {}", paths.all.display()))?;
     let _lock = LaunchLock::take(paths)?;
@@ -173,8 +208,9 @@ pub fn join_or_launch(
     }
     // One that is ending keeps its lock until it has removed its files.
     wait_for_end(paths)?;
-    sweep(paths)?;
-    let connection = launch(paths, &request()?)?;
+    sweep_locked(paths)?;
+    let (request, disks) = request()?;
+    let connection = launch(paths, &request, &disks)?;
     connection.greet()?;
     Ok(connection)
 }
@@ -182,16 +218,23 @@ pub fn join_or_launch(
 /// Starts the sandbox process of a pod that nobody else knows. Returns at once: whether it came up is the answer to
 /// the first question.
 ///
+/// From here on the pod is alive to whoever looks: it is born with its lock held and with the socket that it is found by,
+/// which travel to the new process in its first message, with the block devices of the request's disks. If this process
+/// is killed before, they are gone with it.
+///
 /// # Errors
 /// The state directory cannot be written, or the process cannot be started.
-pub fn launch(paths: &PodPaths, request: &PodRequest) -> Result<Connection> {
+pub fn launch(paths: &PodPaths, request: &PodRequest, disks: &[OwnedFd]) -> Result<Connection> {
     let files = paths.files();
     let doing = || format!("start the sandbox process of pod {}", paths.id);
     fs::create_dir_all(&files.run).context(|| format!("create {}", files.run.display()))?;
-    let text = serde_json::to_vec(request).context(doing)?;
-    record::write_by_rename(&files.request(), &text)?;
+    let lock = record::lock(&files)?;
+    let listener = listen(&files)?;
     let diagnostics = File::create(files.diagnostics()).context(doing)?;
     let (ours, theirs) = pair().context(doing)?;
+    let mut fds = vec![lock.as_fd(), listener.as_fd()];
+    fds.extend(disks.iter().map(AsFd::as_fd));
+    send(&ours, request, &fds).context(doing)?;
     Command::new("/proc/self/exe")
         .arg0("hull")
         .args(["pod-process", "--directory"])
@@ -208,6 +251,17 @@ pub fn launch(paths: &PodPaths, request: &PodRequest) -> Result<Connection> {
     let connection = Connection::from(ours);
     connection.expects_greeting.set(true);
     Ok(connection)
+}
+
+fn listen(files: &ContainerPaths) -> Result<OwnedFd> {
+    let doing = || "create the control socket".to_owned();
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket =
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).context(doing)?;
+    let address = SocketAddrUnix::new(files.socket()).context(doing)?;
+    rustix::net::bind(&socket, &address).context(doing)?;
+    rustix::net::listen(&socket, BACKLOG).context(doing)?;
+    Ok(socket)
 }
 
 /// Decides between those who want to start the same pod.

@@ -30,6 +30,19 @@ pub struct PodRequest {
     pub hostname: String,
     /// Control group directories on the host that the pod's processes belong to.
     pub cgroups: Vec<PathBuf>,
+    /// The disks of the machine. The block devices travel with the request, opened, in this order.
+    pub disks: Vec<DiskRequest>,
+}
+
+/// A block device of the host that is a disk of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRequest {
+    /// Its major number on the host.
+    pub major: u32,
+    /// Its minor number on the host.
+    pub minor: u32,
+    /// The guest may only read.
+    pub read_only: bool,
 }
 
 /// Stages of an engine's container, as the OCI specification names them; and `paused`, as runc does.
@@ -74,7 +87,7 @@ pub struct ContainerStatus {
 ///
 /// The directory's name is made from what is the same for all containers of the pod, so that who creates the second
 /// one finds the first one's machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodPaths {
     /// The directory of all pods.
     pub all: PathBuf,

@@ -10,7 +10,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Seek, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use hull_protocol::SHARES_DIR;
+use hull_protocol::{SHARED_MEMORY_SOURCE, SHARES_DIR};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -20,9 +20,10 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::NetworkParameters;
+use super::{DiskRequest, NetworkParameters};
 use crate::error::Failure;
 use crate::record::Exit;
+use crate::request::NetworkLimits;
 use crate::wire::{Size, Stats};
 
 /// Longest message that is sent as it is.
@@ -49,6 +50,9 @@ pub enum Request {
         /// What they are, in the order of the descriptors.
         shares: Vec<Share>,
     },
+    /// Connects a network namespace of the host, whose descriptor is beside it, with the guest's own network. One that
+    /// is connected already is fine; a second one is refused.
+    Network(NetworkLimits),
     /// Makes a container up to the point where its init waits. Beside it: the container's directory.
     /// Answered by [`Reply::Streams`].
     Create(CreateRequest),
@@ -129,6 +133,12 @@ impl Share {
 /// Name of the only entry in the share of something that is not a directory.
 pub const FILE_NAME: &str = "file";
 
+/// The source of a bind mount that stands for memory which containers of a guest share: the agent makes a tmpfs for
+/// each `identity`. The mount's options `size=`, `mode=`, `uid=` and `gid=` are that file system's.
+pub fn shared_memory(identity: u64) -> String {
+    format!("{SHARED_MEMORY_SOURCE}{identity:016x}")
+}
+
 /// See [`Request::Create`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CreateRequest {
@@ -144,6 +154,18 @@ pub struct CreateRequest {
     pub network: NetworkParameters,
     /// Namespaces of other containers of this pod: kind and process id of the keeper that stands for the owner.
     pub joins: Vec<(String, i32)>,
+    /// Disks of the machine among the spec's devices.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of the machine as a container has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The block device on the host, whose numbers the spec names.
+    #[serde(flatten)]
+    pub device: DiskRequest,
+    /// Its path in the container.
+    pub path: String,
 }
 
 /// See [`Request::Exec`].

@@ -136,6 +136,46 @@ impl Agent {
             .map_err(failure)
     }
 
+    /// Makes the guest's network what the request says.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn set_network(&self, request: &proto::SetNetworkRequest) -> Result<()> {
+        self.client
+            .set_network(within(QUICK), request)
+            .await
+            .map(drop)
+            .map_err(failure)
+    }
+
+    /// Connects a stream, by its host port, with a port of the guest's loopback interface.
+    ///
+    /// # Errors
+    /// Nobody listens there, or the agent's.
+    pub async fn forward(&self, stream: u32, port: u16, ipv6: bool) -> Result<()> {
+        let request = proto::ForwardRequest {
+            stream,
+            port: port.into(),
+            ipv6,
+            ..Default::default()
+        };
+        let forwarded = self.client.forward(within(QUICK), &request).await;
+        forwarded.map(drop).map_err(failure)
+    }
+
+    /// Lets the agent stand for Docker's name server: questions come on a stream, by its host port.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn resolve(&self, stream: u32) -> Result<()> {
+        let request = proto::ResolveRequest {
+            stream,
+            ..Default::default()
+        };
+        let begun = self.client.resolve(within(QUICK), &request).await;
+        begun.map(drop).map_err(failure)
+    }
+
     /// Creates and starts a container.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hull_devices::control::{self, Cache, Call, Event, Request};
+use hull_devices::net::NetOptions;
 use hull_protocol::AGENT_PORT;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -132,6 +133,41 @@ impl Devices {
             None,
         )
         .await
+    }
+
+    /// Attaches a tap to a net device.
+    ///
+    /// # Errors
+    /// There is no such device, the tap cannot be used, or the device process has ended.
+    pub async fn attach_net(
+        &self,
+        device: u8,
+        tap: BorrowedFd<'_>,
+        options: NetOptions,
+    ) -> Result<()> {
+        let call = Call::AttachNet { device, options };
+        self.call(&format!("attach net device {device}"), call, Some(tap))
+            .await
+    }
+
+    /// Changes what holds for the frames of a net device.
+    ///
+    /// # Errors
+    /// It has no tap, or the device process has ended.
+    pub async fn change_net(&self, device: u8, options: NetOptions) -> Result<()> {
+        let call = Call::ChangeNet { device, options };
+        self.call(&format!("change net device {device}"), call, None)
+            .await
+    }
+
+    /// Takes the tap of a net device away.
+    ///
+    /// # Errors
+    /// There is no such device, or the device process has ended.
+    pub async fn detach_net(&self, device: u8) -> Result<()> {
+        let call = Call::DetachNet { device };
+        self.call(&format!("detach net device {device}"), call, None)
+            .await
     }
 
     /// Opens a stream to the guest; its name there is the port that is returned with it.

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use hull_machine::ConsoleRing;
-use hull_machine::MachineSpec;
 use hull_machine::exit::{self, Status};
 use hull_machine::jail::{self, JailSpec, Started};
+use hull_machine::{ConsoleRing, Kind, MachineSpec};
+use hull_protocol::net_device_mac;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -21,7 +21,7 @@ use super::devices::{Devices, Incoming};
 use super::watch::watch;
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
-use crate::request::MachineRequest;
+use crate::request::{MAX_NETS, MachineRequest};
 
 /// Sockets of the devices that every machine has, in the order of their descriptors in the device process.
 const SOCKETS: [&str; 3] = ["fs", "vsock", "entropy"];
@@ -42,6 +42,18 @@ const AFTERMATH: Duration = Duration::from_millis(20);
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
 
+/// Most disks of a machine: each takes two descriptors of the device process among those that it inherits.
+const MAX_DISKS: usize = 16;
+
+/// A disk of a machine.
+#[derive(Debug)]
+pub struct Disk {
+    /// The block device, opened for what the guest may do.
+    pub file: OwnedFd,
+    /// The guest may only read.
+    pub read_only: bool,
+}
+
 /// The processes of a guest. Dropping it ends them.
 pub struct Guest {
     devices: Watched,
@@ -50,6 +62,10 @@ pub struct Guest {
     console: Arc<Mutex<ConsoleRing>>,
     /// The device process's control.
     pub control: Arc<Devices>,
+    /// The user of the machine process.
+    pub jail_uid: u32,
+    /// How many net devices the machine has.
+    pub nets: u8,
 }
 
 #[derive(Debug)]
@@ -106,9 +122,15 @@ impl Guest {
     ///
     /// # Errors
     /// Either cannot be started.
-    pub fn start(paths: &ContainerPaths, request: &MachineRequest) -> Result<(Self, Incoming)> {
-        let uid = FIRST_JAIL_UID.wrapping_add(std::process::id());
-        let (devices, control) = start_devices(&paths.devices())?;
+    pub fn start(
+        paths: &ContainerPaths,
+        request: &MachineRequest,
+        disks: Vec<Disk>,
+    ) -> Result<(Self, Incoming)> {
+        let jail_uid = FIRST_JAIL_UID.wrapping_add(std::process::id());
+        let nets = net_devices(request, disks.len());
+        let (devices, control) =
+            start_devices(&paths.devices(), request.choice.kind, nets, &disks)?;
         let devices = Watched::new(devices)?;
         let (control, incoming) = Devices::new(control)?;
 
@@ -123,8 +145,9 @@ impl Guest {
             memory: request.memory,
             cpus: request.cpus,
             sockets: paths.devices(),
-            disks: 0,
-            jail_uid: uid,
+            nets: (0..nets).map(net_device_mac).collect(),
+            disks: disks.len() as u32,
+            jail_uid,
         };
         let machine = request
             .choice
@@ -138,6 +161,8 @@ impl Guest {
                 diagnostics: paths.diagnostics(),
                 console,
                 control: Arc::new(control),
+                jail_uid,
+                nets,
             },
             incoming,
         ))
@@ -220,17 +245,45 @@ fn machine_failure(error: &hull_machine::Error) -> Failure {
     }
 }
 
+/// How many net devices a machine has beside its disks, of those that are asked for.
+fn net_devices(request: &MachineRequest, disks: usize) -> u8 {
+    let others = SOCKETS.len() + disks;
+    let most = request.choice.kind.most_devices();
+    let room = most.map(|most| most.saturating_sub(others));
+    room.and_then(|room| u8::try_from(room).ok())
+        .unwrap_or(MAX_NETS)
+        .min(request.nets)
+}
+
 /// Makes the sockets between machine and devices, and starts the device process on them.
-fn start_devices(directory: &Path) -> Result<(Started, OwnedFd)> {
+fn start_devices(
+    directory: &Path,
+    kind: Kind,
+    nets: u8,
+    disks: &[Disk],
+) -> Result<(Started, OwnedFd)> {
     let doing = || "start the device process".to_owned();
-    fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
-    let mut listeners = Vec::new();
-    for name in SOCKETS {
-        let path = directory.join(format!("{name}.sock"));
-        let listener =
-            UnixListener::bind(&path).context(|| format!("create {}", path.display()))?;
-        listeners.push(listener);
+    if disks.len() > MAX_DISKS {
+        return Err(Failure::new(format!(
+            "not supported: {} disks: a machine has {MAX_DISKS} at most",
+            disks.len()
+        )));
     }
+    fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
+    let listen = |name: &str| {
+        let path = directory.join(format!("{name}.sock"));
+        UnixListener::bind(&path).context(|| format!("create {}", path.display()))
+    };
+    let listeners = SOCKETS
+        .iter()
+        .map(|name| listen(name))
+        .collect::<Result<Vec<_>>>()?;
+    let net_listeners = (0..nets)
+        .map(|index| listen(&format!("net{index}")))
+        .collect::<Result<Vec<_>>>()?;
+    let disk_listeners = (0..disks.len())
+        .map(|index| listen(&format!("disk{index}")))
+        .collect::<Result<Vec<_>>>()?;
     let (ours, theirs) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -247,6 +300,30 @@ fn start_devices(directory: &Path) -> Result<(Started, OwnedFd)> {
     for ((name, listener), fd) in SOCKETS.iter().zip(&listeners).zip(CONTROL_FD + 1..) {
         fds.push((listener.as_fd(), fd));
         argv.extend([format!("--{name}-fd").into(), fd.to_string().into()]);
+    }
+    let mut next = CONTROL_FD + 1 + listeners.len() as i32;
+    let front_end = match kind {
+        Kind::Qemu => ":qemu",
+        _ => "",
+    };
+    for (index, listener) in (0..nets).zip(&net_listeners) {
+        fds.push((listener.as_fd(), next));
+        let mac: String = net_device_mac(index)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        argv.extend(["--net-fd".into(), format!("{next}:{mac}{front_end}").into()]);
+        next += 1;
+    }
+    for (disk, listener) in disks.iter().zip(&disk_listeners) {
+        let (socket, file) = (next, next + 1);
+        next += 2;
+        fds.extend([(listener.as_fd(), socket), (disk.file.as_fd(), file)]);
+        let read_only = if disk.read_only { ":ro" } else { "" };
+        argv.extend([
+            "--disk-fd".into(),
+            format!("{socket}:{file}{read_only}").into(),
+        ]);
     }
     let started = jail::spawn(JailSpec {
         name: "the device process",

@@ -9,9 +9,11 @@
 //! | `guest` | device process and machine, and their deaths |
 //! | `boot` | from a started machine to an agent that answers |
 //! | `mounts` | root file systems and volumes on the host |
-//! | `devices` | shares and vsock streams |
+//! | `devices` | shares, net devices and vsock streams |
+//! | `network` | a network namespace of the host, brought into the guest |
+//! | `loopback` | what engines have and expect on the namespace's loopback interface |
 //! | `agent` | calls into the guest |
-//! | `single`, `container`, `server`, `output` | one container of hull's own, its clients, its output |
+//! | `single`, `container`, `server`, `output`, `etc` | one container of hull's own, its clients, its output, its names |
 //! | `pod` | containers of engines |
 //! | `streams` | the streams of one process |
 
@@ -19,9 +21,12 @@ pub mod agent;
 mod boot;
 mod container;
 mod devices;
+mod etc;
 mod guest;
 mod host_memory;
+mod loopback;
 mod mounts;
+mod network;
 mod output;
 pub mod pod;
 mod server;

@@ -15,6 +15,7 @@ use hull_protocol::SHARES_DIR;
 use hull_protocol::agent as proto;
 use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
 
 use super::agent::{Agent, Ended};
 use super::boot::{
@@ -24,8 +25,10 @@ use super::container::Container;
 use super::devices::Incoming;
 use super::guest::Guest;
 use super::mounts::{self, RootFs};
+use super::network::Network;
 use super::output::{Connected, Output};
-use super::{server, streams};
+use super::{etc, server, streams};
+use crate::attachment::{self, Attached};
 use crate::client::erase;
 use crate::error::{Context, EXIT_HULL, Failure, Result};
 use crate::log::{self, Stream};
@@ -108,7 +111,7 @@ fn prepare(paths: &Paths, request: RunRequest) -> Result<Container> {
         stdin: request.stdin,
         auto_remove: request.auto_remove,
         stop_signal: request.stop_signal.clone(),
-        network: request.network.clone(),
+        network: request.network.name.clone(),
         labels: request.labels.clone(),
         volumes: request
             .volumes
@@ -141,6 +144,8 @@ fn prepare(paths: &Paths, request: RunRequest) -> Result<Container> {
 struct Live {
     agent: Agent,
     carriers: Vec<tokio::task::JoinHandle<()>>,
+    /// Published ports, kept from others.
+    _ports: Vec<OwnedFd>,
 }
 
 /// Boot, run, end.
@@ -148,16 +153,28 @@ async fn life(container: &Arc<Container>) {
     let mut timings = Timings::since(container.request().began_ns);
     timings.step("start the sandbox process", container.request().began_ns);
     let mut rootfs = None;
+    // Plugins take as long as a guest's boot.
+    let mut attaching = attach(container);
     let begin = now_ns();
-    let guest = Guest::start(&container.paths(), &container.request().machine);
+    let guest = Guest::start(&container.paths(), &container.request().machine, Vec::new());
     timings.step("start device process and machine", begin);
     let (guest, incoming) = match guest {
         Ok(guest) => guest,
-        Err(failure) => return fail_to_start(container, failure, None, None, timings).await,
+        Err(failure) => {
+            settle(attaching).await;
+            return fail_to_start(container, failure, None, None, timings).await;
+        }
     };
 
     let started = {
-        let boot = boot(container, &guest, incoming, &mut rootfs, &mut timings);
+        let boot = boot(
+            container,
+            &guest,
+            incoming,
+            &mut rootfs,
+            &mut attaching,
+            &mut timings,
+        );
         let broken = |reason| Failure::new(format!("the guest did not come up: {reason}"));
         tokio::select! {
             biased;
@@ -182,6 +199,7 @@ async fn life(container: &Arc<Container>) {
     let live = match started {
         Ok(live) => live,
         Err(failure) => {
+            settle(attaching).await;
             return fail_to_start(container, failure, Some(guest), rootfs, timings).await;
         }
     };
@@ -196,12 +214,42 @@ async fn life(container: &Arc<Container>) {
     end(container, exit, guest, rootfs).await;
 }
 
+/// Plugins at work on the container's network, on a thread of their own.
+type Attaching = JoinHandle<Result<Attached>>;
+
+/// Lets plugins attach the container's network, if it has one.
+fn attach(container: &Arc<Container>) -> Option<Attaching> {
+    container.request().network.cni.as_ref()?;
+    let container = container.clone();
+    Some(tokio::task::spawn_blocking(move || {
+        match &container.request().network.cni {
+            Some(cni) => attachment::attach(&container.paths(), container.id(), cni),
+            None => Err(Failure::new("there is no network to attach")),
+        }
+    }))
+}
+
+async fn finished(attaching: &mut Attaching) -> Result<Attached> {
+    attaching
+        .await
+        .map_err(|error| Failure::new(format!("cannot attach the network: {error}")))?
+}
+
+/// Waits until plugins that nobody needs any more are done, so that what they made can be undone.
+async fn settle(attaching: Option<Attaching>) {
+    if let Some(attaching) = attaching.filter(|attaching| !attaching.is_finished()) {
+        // Its failure is not the one to be told.
+        let _ = attaching.await;
+    }
+}
+
 /// From a machine that has just been started to a container that runs.
 async fn boot(
     container: &Arc<Container>,
     guest: &Guest,
     incoming: Incoming,
     rootfs: &mut Option<RootFs>,
+    attaching: &mut Option<Attaching>,
     timings: &mut Timings,
 ) -> Result<Live> {
     let request = container.request();
@@ -220,6 +268,7 @@ async fn boot(
     devices
         .add_share(ROOT_SHARE, root.directory.as_fd(), Cache::Private)
         .await?;
+    fs::create_dir_all(files.etc()).context(|| format!("create {}", files.etc().display()))?;
     let etc = mounts::own_directory(&files.etc())?;
     devices
         .add_share(ETC_SHARE, etc.as_fd(), Cache::Shared)
@@ -231,11 +280,39 @@ async fn boot(
     }
     timings.step("share directories", begin);
 
+    let begin = now_ns();
+    let attached = match attaching {
+        Some(attaching) => Some(finished(attaching).await?),
+        None => None,
+    };
+    etc::write(&files.etc(), request, attached.as_ref())?;
+    let mut held = Vec::new();
+    let network = match attached {
+        Some(attached) => {
+            timings.step("wait for network plugins", begin);
+            let begin = now_ns();
+            let limits = request.network.limits;
+            let (nets, owner) = (guest.nets, guest.jail_uid);
+            held = attached.ports;
+            let network =
+                Network::open(attached.namespace, devices.clone(), limits, nets, owner).await?;
+            timings.step("connect the network", begin);
+            Some(network)
+        }
+        None => None,
+    };
+
     let agent = boot::agent_dials(incoming).await?;
     timings.step("boot the guest until the agent dials", booting);
 
     let begin = now_ns();
     agent.configure(&configuration(request)?).await?;
+    if let Some(mut network) = network {
+        network.configure(&agent).await?;
+        // The namespace ends with this process.
+        let never = std::future::pending();
+        tokio::spawn(Box::new(network).follow(agent.clone(), never));
+    }
     timings.step("configure the guest", begin);
 
     let begin = now_ns();
@@ -268,7 +345,11 @@ async fn boot(
         record.processes.machine = machine_process;
     })?;
     let carriers = carry(container, connected).await;
-    Ok(Live { agent, carriers })
+    Ok(Live {
+        agent,
+        carriers,
+        _ports: held,
+    })
 }
 
 /// Carries init's streams.
@@ -310,7 +391,6 @@ type Share = (String, OwnedFd);
 fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<Share>)> {
     let request = container.request();
     let files = container.paths();
-    write_etc(container)?;
     let mut spec =
         serde_json::to_value(&request.spec).context(|| "read the container's spec".into())?;
     spec["root"]["path"] = json!(format!("{SHARES_DIR}/{ROOT_SHARE}"));
@@ -359,33 +439,6 @@ fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<Share>)> {
     let text = serde_json::to_vec(&spec).context(|| "encode the spec".into())?;
     record::write_by_rename(&files.spec(), &text)?;
     Ok((text, shares))
-}
-
-/// hosts, hostname and resolv.conf, as Docker makes them for a container without a network.
-fn write_etc(container: &Container) -> Result<()> {
-    let directory = container.paths().etc();
-    let hostname = container
-        .request()
-        .spec
-        .hostname()
-        .clone()
-        .unwrap_or_default();
-    let files = [
-        (
-            "hosts",
-            format!(
-                "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n"
-            ),
-        ),
-        ("hostname", format!("{hostname}\n")),
-        ("resolv.conf", String::new()),
-    ];
-    fs::create_dir_all(&directory).context(|| format!("create {}", directory.display()))?;
-    for (name, text) in files {
-        let path = directory.join(name);
-        fs::write(&path, text).context(|| format!("write {}", path.display()))?;
-    }
-    Ok(())
 }
 
 fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
@@ -456,6 +509,7 @@ async fn fail_to_start(
         reason: Some(failure.message.clone()),
         ..Exit::now(failure.code)
     };
+    undo_network(container).await;
     erase_all(container);
     container.set_started(Err(failure));
     container.set_ended(exit);
@@ -488,6 +542,7 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
     if let Some(rootfs) = rootfs {
         rootfs.unmount();
     }
+    undo_network(container).await;
     if container.request().auto_remove {
         erase_all(container);
     } else {
@@ -505,6 +560,15 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
     let last = serde_json::to_vec(&exit).unwrap_or_default();
     container.set_ended(exit);
     container.output().finish(Kind::Exit, last).await;
+}
+
+/// Lets plugins undo what they made of the container's network. What they cannot is tried again by its removal.
+async fn undo_network(container: &Container) {
+    let files = container.paths();
+    let undone = tokio::task::spawn_blocking(move || attachment::undo(&files)).await;
+    if let Ok(Err(failure)) = undone {
+        tracing::error!("{failure}");
+    }
 }
 
 fn erase_all(container: &Container) {

@@ -158,11 +158,20 @@ impl Connection {
                 container: _,
                 shares,
             } => self.add_shares(shares, fds).await,
+            Request::Network(limits) => {
+                let mut fds = fds;
+                let namespace = fds
+                    .pop()
+                    .ok_or_else(|| Failure::new("the network namespace did not come"))?;
+                pod.connect_network(namespace, limits).await?;
+                Ok(ok())
+            }
             Request::Create(request) => self.create(request, fds).await,
             Request::Exec(request) => self.exec(request).await,
             Request::Start { container } => {
                 let container = pod.container(&container)?;
                 container.require(&[Status::Created], "start")?;
+                pod.look_for_resolver().await;
                 pod.ready().await?.agent.start(&container.id).await?;
                 // It may have ended meanwhile.
                 if container.status() == Status::Created {
@@ -183,7 +192,10 @@ impl Connection {
                 Ok(ok())
             }
             Request::Delete { container } => {
-                let container = pod.container(&container)?;
+                let container = match pod.container(&container) {
+                    Err(_) if self.ends_unused() => return Ok((Reply::Ending, Vec::new())),
+                    found => found?,
+                };
                 if container.status() != Status::Stopped {
                     let agent = pod.ready().await?.agent;
                     // It may be ending by itself.
@@ -238,6 +250,17 @@ impl Connection {
             // Answered by `told`.
             Request::Forward(_) | Request::Resize(_) => Ok(ok()),
         }
+    }
+
+    /// Lets a pod end that nobody but this connection has anything to do with: whoever started it was killed before there
+    /// was a container.
+    fn ends_unused(&self) -> bool {
+        let mut containers = self.pod.lock();
+        let others = self.pod.connections.load(Ordering::Relaxed) > 1;
+        if containers.alive == 0 && (containers.used || !others) {
+            containers.ending = true;
+        }
+        containers.ending
     }
 
     async fn add_shares(&mut self, shares: Vec<Share>, fds: Vec<OwnedFd>) -> Result<Answer> {

@@ -6,14 +6,15 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hull_devices::device_process::disk_serial;
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::{Pod, Ready, shares};
 use crate::error::{Context, EXIT_HULL, Failure, Result};
-use crate::pod::wire::{CreateRequest, Reply};
-use crate::pod::{ContainerStatus, STATUS_FILE, Status};
+use crate::pod::wire::{CreateRequest, Disk, Reply};
+use crate::pod::{ContainerStatus, DiskRequest, STATUS_FILE, Status};
 use crate::process::streams;
 use crate::record::Exit;
 
@@ -89,6 +90,8 @@ impl Pod {
     ) -> Result<(Arc<Container>, Vec<OwnedFd>)> {
         let mut spec = request.spec;
         self.resolve_joins(&mut spec, &request.joins)?;
+        self.name_disks(&mut spec, &request.disks)?;
+        self.configure_network(ready).await?;
         if !request.network.is_empty() {
             ready.agent.set_sysctls(request.network).await?;
         }
@@ -145,6 +148,41 @@ impl Pod {
                 }
             }
         }
+        Ok(())
+    }
+}
+
+impl Pod {
+    /// Tells the agent which disks of the machine the block devices of the host are that the spec names.
+    fn name_disks(&self, spec: &mut Value, disks: &[Disk]) -> Result<()> {
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let named = disks
+            .iter()
+            .map(|disk| {
+                let DiskRequest { major, minor, .. } = disk.device;
+                let refused = |why: &str| {
+                    Failure::new(format!(
+                        "not supported: linux.devices: {} (b {major}:{minor}): {why}",
+                        disk.path
+                    ))
+                };
+                let same = |own: &DiskRequest| (own.major, own.minor) == (major, minor);
+                let index = self.disks.iter().position(same).ok_or_else(|| {
+                    refused(
+                        "the machine of its pod already runs, and disks are added when it starts",
+                    )
+                })?;
+                if self.disks[index].read_only && !disk.device.read_only {
+                    return Err(refused(
+                        "the machine of its pod already runs, and only reads from this disk",
+                    ));
+                }
+                Ok(json!({"major": major, "minor": minor, "serial": disk_serial(index)}))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        spec["hullDisks"] = Value::Array(named);
         Ok(())
     }
 }

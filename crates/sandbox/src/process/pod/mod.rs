@@ -8,39 +8,36 @@
 //! | --- | --- |
 //! | `container` | one container: its stages, its end |
 //! | `connection` | one connection: requests, and the process that it keeps |
+//! | `network` | the network namespace that the guest's network is made of |
 //! | `shares` | what containers see of the host |
 
 mod connection;
 mod container;
+mod network;
 mod shares;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
-};
+use rustix::net::{SocketFlags, accept_with};
 use tokio::io::Interest;
 use tokio::sync::{Notify, watch};
 
 use super::agent::Agent;
 use super::boot::{self, BOOT_TIME, BREAK_TIME, SHUTDOWN_TIME, told_to_end};
 use super::devices::{Devices, Incoming};
-use super::guest::Guest;
+use super::guest::{Disk, Guest};
 use super::{mounts, watch as descriptors};
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
-use crate::pod::wire::{Reply, send};
-use crate::pod::{PodPaths, PodRequest};
-use crate::record;
+use crate::pod::wire::{Received, Reply, receive, send};
+use crate::pod::{DiskRequest, PodPaths, PodRequest};
 use container::Container;
-
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
 
 /// How long the last words to keepers may take.
 const FAREWELL_TIME: std::time::Duration = std::time::Duration::from_secs(5);
@@ -58,6 +55,13 @@ struct Pod {
     files: ContainerPaths,
     /// Where shares are added, also while the guest still boots.
     devices: Arc<Devices>,
+    /// The machine's disks, in the order of their serial numbers.
+    disks: Vec<DiskRequest>,
+    network: tokio::sync::Mutex<network::Stage>,
+    /// How many net devices the machine has.
+    nets: u8,
+    /// The user of the machine process.
+    jail_uid: u32,
     /// The guest, or why it did not come up.
     ready: watch::Sender<Option<Result<Ready>>>,
     /// Why the guest is no more.
@@ -80,32 +84,58 @@ struct Containers {
     ending: bool,
 }
 
-/// Runs a pod's sandbox process to its end. `first` is the connection of who started it, who is told when the pod can
-/// be found.
+/// Runs a pod's sandbox process to its end. `first` is the connection of who started it, on which the request waits with
+/// the pod's lock, listening socket and disks, and who is told when the machine has been started.
 ///
 /// Called in a process of its own, with one thread.
 ///
 /// # Errors
-/// What went wrong before the pod could be found.
+/// What went wrong before the machine was started.
 pub fn run(paths: &PodPaths, first: OwnedFd) -> Result<()> {
     // A process group leader cannot become a session leader: it is one already then.
     let _ = rustix::process::setsid();
     let files = paths.files();
-    let lock = record::lock(&files)?;
-    let text = fs::read(files.request()).context(|| "read the request".into())?;
-    let request: PodRequest =
-        serde_json::from_slice(&text).context(|| "understand the request".into())?;
+    let Some(Received {
+        message: request,
+        fds,
+    }) = receive::<PodRequest>(&first).context(|| "read the request".into())?
+    else {
+        return Err(Failure::new("nobody asks for a pod"));
+    };
+    let mut fds = fds.into_iter();
+    let (Some(lock), Some(listener)) = (fds.next(), fds.next()) else {
+        return Err(Failure::new("the pod's lock and socket did not come"));
+    };
+    let mut lock = File::from(lock);
+    // Who has to kill this process finds out so whom to kill.
+    write!(lock, "{}", std::process::id()).context(|| "write the lock".into())?;
+    let disks = disks(&request.disks, fds)?;
     mounts::enter_namespace()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context(|| "start the event loop".into())?;
-    let outcome = runtime.block_on(serve(&files, &request, first));
+    let outcome = runtime.block_on(serve(&files, &request, first, listener, disks));
     // While the lock is held nobody takes this directory for another pod's.
     let removed = fs::remove_dir_all(&files.run);
     drop(lock);
     outcome?;
     removed.context(|| format!("remove {}", files.run.display()))
+}
+
+/// The machine's disks: what they are and what came for them.
+fn disks(
+    requests: &[DiskRequest],
+    fds: impl ExactSizeIterator<Item = OwnedFd>,
+) -> Result<Vec<Disk>> {
+    if fds.len() != requests.len() {
+        return Err(Failure::new("as many descriptors as disks must come"));
+    }
+    let disk = |(request, file): (&DiskRequest, OwnedFd)| Disk {
+        file,
+        read_only: request.read_only,
+    };
+    Ok(requests.iter().zip(fds).map(disk).collect())
 }
 
 /// Puts the pod's processes into control groups. The kernel waits there until no processor is in the middle of a fork, 10
@@ -122,12 +152,18 @@ fn join_cgroups(directories: &[PathBuf], guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> Result<()> {
-    let started = Guest::start(files, &request.machine).and_then(|started| {
+async fn serve(
+    files: &ContainerPaths,
+    request: &PodRequest,
+    first: OwnedFd,
+    listener: OwnedFd,
+    disks: Vec<Disk>,
+) -> Result<()> {
+    let started = Guest::start(files, &request.machine, disks).and_then(|started| {
         join_cgroups(&request.cgroups, &started.0)?;
-        listen_on(files).map(|listener| (started, listener))
+        Ok(started)
     });
-    let ((guest, incoming), listener) = match started {
+    let (guest, incoming) = match started {
         Ok(started) => started,
         Err(failure) => {
             // Who started the pod may have gone; the log has it, too.
@@ -138,6 +174,10 @@ async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> 
     let pod = Arc::new(Pod {
         files: files.clone(),
         devices: guest.control.clone(),
+        disks: request.disks.clone(),
+        network: tokio::sync::Mutex::default(),
+        nets: guest.nets,
+        jail_uid: guest.jail_uid,
         ready: watch::Sender::new(None),
         broken: watch::Sender::new(None),
         gone: watch::Sender::new(false),
@@ -165,6 +205,7 @@ async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> 
             Err(Failure::new(format!("the guest did not come up: {reason}")))
         }
         () = told_to_end() => Err(Failure::new("the sandbox process was told to end")),
+        () = pod.done() => Err(Failure::new("nobody waits for the guest any more")),
         () = tokio::time::sleep(BOOT_TIME) => Err(Failure::new(format!(
             "the guest did not come up within {} s", BOOT_TIME.as_secs()
         ))),
@@ -201,23 +242,14 @@ async fn serve(files: &ContainerPaths, request: &PodRequest, first: OwnedFd) -> 
     };
     pod.lock().ending = true;
     drop(guest);
+    // A namespace that answers slowly is not waited for.
+    let _ = tokio::time::timeout(FAREWELL_TIME, pod.disconnect_network()).await;
     pod.broken
         .send_replace(Some(reason.unwrap_or_else(|| "the pod has ended".into())));
     pod.gone.send_replace(true);
     // Keepers and callers have their answers, or go without.
     let _ = tokio::time::timeout(FAREWELL_TIME, pod.deserted()).await;
     Ok(())
-}
-
-fn listen_on(files: &ContainerPaths) -> Result<OwnedFd> {
-    let doing = || "create the control socket".to_owned();
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket =
-        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).context(doing)?;
-    let address = SocketAddrUnix::new(files.socket()).context(doing)?;
-    bind(&socket, &address).context(doing)?;
-    listen(&socket, BACKLOG).context(doing)?;
-    Ok(socket)
 }
 
 async fn accept(listener: OwnedFd, pod: Arc<Pod>) {

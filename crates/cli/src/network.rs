@@ -1,0 +1,170 @@
+//! The network of `hull run`: its options, and what the sandbox process is asked for.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use hull_network::cni::{self, List};
+use hull_network::ports::{self, Published};
+use hull_sandbox::{CniRequest, NameRequest, NetworkRequest};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::publish::{self, HostAddress, Ports};
+use crate::values::{self, Network};
+
+/// Where leases of hull's own network are kept: not below `run_dir`, because its bridge is the host's, whoever uses it.
+const LEASES: &str = "/run/hull/networks";
+
+/// Options of `run`.
+#[derive(Debug, clap::Args)]
+pub struct NetworkArgs {
+    /// Network: default, none, or the name of one in /etc/cni/net.d
+    #[arg(long, alias = "net", value_name = "NETWORK", value_parser = values::network)]
+    network: Option<Network>,
+    /// Let a port of the host lead to a port of the container
+    #[arg(short, long, value_name = "[[ADDRESS:]HOST_PORT:]PORT[/udp]", value_parser = publish::publish)]
+    publish: Vec<Ports>,
+    /// Most bytes per second that the container sends, and receives, like 10m
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    network_rate: Option<u64>,
+    /// Name server, in place of the host's
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::dns)]
+    dns: Vec<IpAddr>,
+    /// Domain in which short names are searched, or . for none
+    #[arg(long, value_name = "DOMAIN", value_parser = publish::dns_search)]
+    dns_search: Vec<String>,
+    /// Option of the resolver, like ndots:2
+    #[arg(long, value_name = "OPTION", alias = "dns-opt", value_parser = publish::dns_option)]
+    dns_option: Vec<String>,
+    /// Give an address a name; host-gateway is the host's own
+    #[arg(long, value_name = "NAME:ADDRESS", value_parser = publish::add_host)]
+    add_host: Vec<(String, HostAddress)>,
+    /// Hardware address of the network interface
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::mac_address)]
+    mac_address: Option<[u8; 6]>,
+    /// Address in the network
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::ip)]
+    ip: Option<Ipv4Addr>,
+    /// IPv6 address in the network
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::ip6)]
+    ip6: Option<Ipv6Addr>,
+}
+
+impl NetworkArgs {
+    /// The network that is asked for, checked as far as can be before it is made.
+    pub fn request(&self, config: &Config) -> Result<NetworkRequest> {
+        let network = self.network.as_ref().unwrap_or(&config.network);
+        let mut limits = config.network_limits(true);
+        limits.rate = self.network_rate.unwrap_or(0);
+        let cni = match network {
+            Network::None => {
+                self.refuse_without_network()?;
+                None
+            }
+            Network::Named(name) => Some(self.cni(name, config)?),
+        };
+        Ok(NetworkRequest {
+            name: network.to_string(),
+            cni,
+            limits,
+        })
+    }
+
+    /// Options that mean nothing without a network.
+    fn refuse_without_network(&self) -> Result<()> {
+        let given = [
+            (!self.publish.is_empty(), "--publish"),
+            (self.network_rate.is_some(), "--network-rate"),
+            (self.mac_address.is_some(), "--mac-address"),
+            (self.ip.is_some(), "--ip"),
+            (self.ip6.is_some(), "--ip6"),
+        ];
+        match given.into_iter().find(|(given, _)| *given) {
+            Some((_, option)) => Err(Error::new(format!(
+                "{option}: the container has no network (--network none)"
+            ))
+            .hint("--network default gives it one")),
+            None => Ok(()),
+        }
+    }
+
+    fn cni(&self, name: &str, config: &Config) -> Result<CniRequest> {
+        let list = list(name)?;
+        let mut published: Vec<Published> = self
+            .publish
+            .iter()
+            .flat_map(|ports| &ports.0)
+            .cloned()
+            .collect();
+        if !config.publish_address.is_unspecified() {
+            for port in &mut published {
+                port.host_ip.get_or_insert(config.publish_address);
+            }
+        }
+        // Held again by the sandbox process, for as long as the container runs.
+        let ports = ports::reserve(&published).map_err(Error::new)?.mappings;
+        let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
+        Ok(CniRequest {
+            list,
+            ports,
+            ips: addresses
+                .into_iter()
+                .flatten()
+                .map(|ip| cni::Address { ip, prefix: None })
+                .collect(),
+            mac: self.mac_address,
+        })
+    }
+
+    /// What the container finds names by.
+    pub fn names(&self) -> NameRequest {
+        NameRequest {
+            servers: self.dns.clone(),
+            search: self.dns_search.clone(),
+            options: self.dns_option.clone(),
+            hosts: self
+                .add_host
+                .iter()
+                .map(|(name, address)| {
+                    let address = match address {
+                        HostAddress::Ip(address) => Some(*address),
+                        HostAddress::Gateway => None,
+                    };
+                    (name.clone(), address)
+                })
+                .collect(),
+        }
+    }
+}
+
+/// What went wrong, with what mends it.
+pub fn failure(error: cni::Error) -> Error {
+    let hint = error.hint();
+    let error = Error::new(error.to_string());
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+/// The plugins of a network: the host's configuration of this name, or hull's own.
+pub fn list(name: &str) -> Result<List> {
+    if name != cni::DEFAULT_NAME {
+        return List::load(&[cni::CONFIGURATION_DIRECTORY], name).map_err(failure);
+    }
+    let address = |text: &str| {
+        text.parse::<cni::Address>()
+            .map_err(|why| Error::new(format!("{text}: {why}")))
+    };
+    let ipv6 = match Path::new("/proc/net/if_inet6").exists() {
+        true => Some(address(cni::DEFAULT_IPV6)?),
+        false => None,
+    };
+    cni::default_network(
+        address(cni::DEFAULT_IPV4)?,
+        ipv6,
+        cni::DEFAULT_BRIDGE,
+        Path::new(LEASES),
+    )
+    .map_err(failure)
+}

@@ -1,0 +1,104 @@
+//! The attachment of a container of hull's own to a network: a network namespace that CNI plugins fill, from before
+//! they begin until they have undone everything.
+//!
+//! The sandbox process attaches ([`attach`]) and keeps the namespace, which nothing else holds: it is gone with the process.
+//! What plugins made outside of it, leases and rules of packet filters, is written down before it is made, in the
+//! container's directory, and [`undo`] takes it back: the sandbox process at its end, or, when that was killed, whoever
+//! removes the container.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use hull_network::cni::{Attachment, Record, Runner};
+use hull_network::{Namespace, ports};
+
+use crate::error::{Context, Failure, Result};
+use crate::paths::ContainerPaths;
+use crate::record::write_by_rename;
+use crate::request::CniRequest;
+
+/// The interface's name, in the namespace and in the guest.
+const INTERFACE: &str = "eth0";
+
+/// A namespace that is attached to a network.
+#[derive(Debug)]
+pub struct Attached {
+    /// The namespace. It lives as long as something holds it.
+    pub namespace: Namespace,
+    /// Sockets that keep others from the published ports, on which nothing is received.
+    pub ports: Vec<OwnedFd>,
+    /// The container's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The ways out, which are the host's addresses in networks of its own.
+    pub gateways: Vec<IpAddr>,
+}
+
+fn failure(error: impl std::fmt::Display, hint: Option<&str>) -> Failure {
+    let failure = Failure::new(error.to_string());
+    match hint {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
+
+/// Attaches a new namespace to a network. Blocks as long as plugins take.
+///
+/// # Errors
+/// A plugin's: then everything is undone, or what is not stays written down for [`undo`].
+pub fn attach(files: &ContainerPaths, id: &str, request: &CniRequest) -> Result<Attached> {
+    let ports = ports::hold(&request.ports).map_err(Failure::new)?;
+    let namespace = Namespace::new().map_err(|error| failure(&error, error.hint()))?;
+    let attachment = Attachment {
+        container_id: id.to_owned(),
+        netns: format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            namespace.as_fd().as_raw_fd()
+        )
+        .into(),
+        ifname: INTERFACE.into(),
+        port_mappings: request.ports.clone(),
+        ips: request.ips.clone(),
+        mac: request.mac,
+        ..Attachment::default()
+    };
+    let cni = |error: hull_network::cni::Error| failure(&error, error.hint());
+    let mut record = Record::new(request.list.clone(), attachment).map_err(cni)?;
+    let keep = |record: &Record| {
+        let text = serde_json::to_vec(record).context(|| "encode the network's record".into())?;
+        write_by_rename(&files.network(), &text)
+    };
+    keep(&record)?;
+    let result = record
+        .add_and_keep(&Runner::default(), &mut |record| {
+            keep(record).map_err(|failure| failure.message)
+        })
+        .map_err(cni)?;
+    Ok(Attached {
+        namespace,
+        ports,
+        addresses: result.ips.iter().map(|ip| ip.address.ip).collect(),
+        gateways: result.ips.iter().filter_map(|ip| ip.gateway).collect(),
+    })
+}
+
+/// Undoes what is written down of an attachment, if anything is.
+///
+/// # Errors
+/// A plugin's, or that the record cannot be read; it may be tried again.
+pub fn undo(files: &ContainerPaths) -> Result<()> {
+    let path = files.network();
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).context(|| format!("read {}", path.display())),
+    };
+    let record: Record =
+        serde_json::from_slice(&text).context(|| format!("understand {}", path.display()))?;
+    record
+        .del(&Runner::default())
+        .map_err(|error| failure(&error, error.hint()))?;
+    fs::remove_file(&path).context(|| format!("remove {}", path.display()))
+}

@@ -1,0 +1,165 @@
+//! Brings Docker's name server into the guest. In a network that a user has defined, a container's /etc/resolv.conf says
+//! 127.0.0.11; there dockerd listens, inside the container's network namespace. The agent takes the guest's questions
+//! ([`Agent::resolve`]) and they are asked here, each from a socket of its own in the namespace.
+//!
+//! dockerd begins to listen while its hook runs, which is before the guest is told of its network, or, when a container
+//! is connected to such a network later, before the interface for that appears. So it is looked for at these moments, and
+//! once more when a container starts: [`Resolver::look`]. It costs a tenth of a millisecond; without a name server
+//! that is all. Once begun it lasts: dockerd may end and come again.
+//!
+//! Messages are opaque. At most [`MAX_QUESTIONS`] are asked at a time, each for at most [`ANSWER_TIME`]; beyond that nothing
+//! is read from the guest.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hull_network::{Namespace, sockets};
+use hull_protocol::{MAX_QUESTIONS, NameHeader, RESOLVER, STREAM_PORT};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UdpSocket;
+use tokio::sync::{Mutex, Semaphore};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::error::Result;
+use crate::process::agent::Agent;
+use crate::process::devices::Devices;
+
+/// How long the name server may take: it asks others.
+const ANSWER_TIME: Duration = Duration::from_secs(15);
+
+/// A name server that a namespace has, or may get. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Resolver(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    namespace: Namespace,
+    devices: Arc<Devices>,
+    agent: Agent,
+    serving: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Resolver {
+    /// For a guest that has come up.
+    pub fn new(namespace: Namespace, devices: Arc<Devices>, agent: Agent) -> Self {
+        Self(Arc::new(Inner {
+            namespace,
+            devices,
+            agent,
+            serving: Mutex::default(),
+        }))
+    }
+
+    /// Brings the name server into the guest if there is one, and it is not there yet. What fails goes to the log: a
+    /// container can do without.
+    pub async fn look(&self) {
+        let mut serving = self.0.serving.lock().await;
+        if serving.as_ref().is_some_and(|task| !task.is_finished()) {
+            return;
+        }
+        match sockets::listens(&self.0.namespace, *RESOLVER.ip()) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => return tracing::warn!("{error}"),
+        }
+        match self.0.serve().await {
+            Ok(task) => *serving = Some(task),
+            Err(failure) => tracing::warn!("names of Docker's network are not resolved: {failure}"),
+        }
+    }
+}
+
+impl Inner {
+    async fn serve(&self) -> Result<JoinHandle<()>> {
+        let (name, stream) = self.devices.connect(STREAM_PORT).await?;
+        self.agent.resolve(name).await?;
+        let namespace = self.namespace.clone();
+        Ok(tokio::spawn(async move {
+            let (questions, answers) = stream.into_split();
+            if let Err(error) = serve(namespace, questions, answers).await {
+                tracing::warn!("names are not resolved any more: {error}");
+            }
+        }))
+    }
+}
+
+/// Asks what comes until the guest ends its stream.
+async fn serve(
+    namespace: Namespace,
+    mut questions: impl AsyncRead + Unpin,
+    answers: impl AsyncWrite + Unpin + Send + 'static,
+) -> io::Result<()> {
+    let answers = Arc::new(Mutex::new(answers));
+    let places = Arc::new(Semaphore::new(MAX_QUESTIONS.into()));
+    loop {
+        let place = places.clone().acquire_owned().await;
+        let place = place.map_err(io::Error::other)?;
+        let mut header = [0; NameHeader::LENGTH];
+        match questions.read_exact(&mut header).await {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            read => read?,
+        };
+        let header = NameHeader::decode(header).ok_or(io::ErrorKind::InvalidData)?;
+        let mut question = vec![0; header.length.into()];
+        questions.read_exact(&mut question).await?;
+        let (namespace, answers) = (namespace.clone(), answers.clone());
+        tokio::spawn(async move {
+            let asked = match header.tcp {
+                true => timeout(ANSWER_TIME, ask_by_tcp(&namespace, &question)).await,
+                false => timeout(ANSWER_TIME, ask_by_udp(&namespace, &question)).await,
+            };
+            let answer = asked.unwrap_or_else(|elapsed| Err(elapsed.into()));
+            let answer = answer.unwrap_or_else(|error| {
+                tracing::debug!("a question of the guest has no answer: {error}");
+                Vec::new()
+            });
+            // The guest that asked may have gone.
+            let _ = write(&answers, header, answer).await;
+            drop(place);
+        });
+    }
+}
+
+/// One message to the guest. One that it would have no place for is no answer.
+async fn write(
+    to: &Mutex<impl AsyncWrite + Unpin>,
+    question: NameHeader,
+    answer: Vec<u8>,
+) -> io::Result<()> {
+    let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
+    let mut message = NameHeader { length, ..question }.encode().to_vec();
+    message.extend(answer);
+    to.lock().await.write_all(&message).await
+}
+
+async fn ask_by_udp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8>> {
+    let socket = sockets::udp(namespace, RESOLVER).map_err(io::Error::other)?;
+    socket.send(question).await?;
+    loop {
+        socket.readable().await?;
+        match datagram(&socket) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
+    }
+}
+
+/// What has come, if anything has. A buffer for the largest there can be is not kept for each question.
+fn datagram(socket: &UdpSocket) -> io::Result<Vec<u8>> {
+    let mut buffer = [0; u16::MAX as usize];
+    let length = socket.try_recv(&mut buffer)?;
+    Ok(buffer[..length].to_vec())
+}
+
+async fn ask_by_tcp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8>> {
+    let socket = sockets::tcp(namespace, RESOLVER).map_err(io::Error::other)?;
+    let mut stream = socket.connect(RESOLVER.into()).await?;
+    let length = u16::try_from(question.len()).map_err(io::Error::other)?;
+    stream.write_all(&length.to_be_bytes()).await?;
+    stream.write_all(question).await?;
+    let mut answer = vec![0; stream.read_u16().await?.into()];
+    stream.read_exact(&mut answer).await?;
+    Ok(answer)
+}

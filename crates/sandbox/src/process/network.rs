@@ -1,0 +1,342 @@
+//! The network of a guest: what is in a network namespace of the host, brought into the guest and kept so.
+//!
+//! For each interface of the namespace there is a *cable*: a tap in the same namespace, which gets everything that the
+//! interface receives, and the other way round (crate network), attached to one of the machine's net devices. Addresses
+//! and routes go to the agent. [`Network::open`] does what needs no guest, while that boots; [`Network::configure`] tells
+//! the agent; [`Network::follow`] does both again whenever something has changed in the namespace.
+//!
+//! Called by the lives of sandbox processes. Nothing here reads what a guest sent.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use hull_devices::net::NetOptions;
+use hull_devices::net::filter::Policy;
+use hull_network::{
+    Description, Interface, Monitor, Namespace, Netlink, Tap, TapOptions, mirror, tap,
+};
+use hull_protocol::agent as proto;
+
+use super::agent::Agent;
+use super::devices::Devices;
+use super::loopback::Resolver;
+use crate::error::{Failure, Result};
+use crate::request::NetworkLimits;
+
+/// A namespace that is connected to a guest.
+#[derive(Debug)]
+pub struct Network {
+    namespace: Namespace,
+    netlink: Netlink,
+    monitor: Monitor,
+    devices: Arc<Devices>,
+    limits: NetworkLimits,
+    /// How many net devices the machine has.
+    nets: u8,
+    /// The user that taps belong to.
+    owner: u32,
+    /// By the interface's index.
+    cables: BTreeMap<u32, Cable>,
+    /// As it was found last.
+    description: Description,
+    /// What the agent was told last.
+    told: Option<proto::SetNetworkRequest>,
+    /// A name server that may come with a change.
+    resolver: Option<Resolver>,
+}
+
+/// What connects an interface with the guest.
+#[derive(Debug)]
+struct Cable {
+    device: u8,
+    tap: Tap,
+    interface: Interface,
+    options: NetOptions,
+}
+
+fn failure(error: hull_network::Error) -> Failure {
+    let failure = Failure::new(error.to_string());
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
+
+impl Network {
+    /// Connects the interfaces of a namespace with the machine's net devices, of which there are `nets`. `owner`: the user
+    /// that taps belong to.
+    ///
+    /// # Errors
+    /// The namespace is the host's own, has more interfaces than the machine, or cannot be connected.
+    pub async fn open(
+        namespace: Namespace,
+        devices: Arc<Devices>,
+        limits: NetworkLimits,
+        nets: u8,
+        owner: u32,
+    ) -> Result<Self> {
+        if namespace.is_callers_own().map_err(failure)? {
+            return Err(Failure::new(
+                "not supported: the host's own network: its interfaces cannot be a guest's",
+            )
+            .hint("give the container a network of its own, or none"));
+        }
+        // Before the first look: what changes after it is noticed.
+        let monitor = Monitor::open(&namespace).map_err(failure)?;
+        let netlink = Netlink::open(&namespace).map_err(failure)?;
+        let mut network = Self {
+            namespace,
+            netlink,
+            monitor,
+            devices,
+            limits,
+            nets,
+            owner,
+            cables: BTreeMap::new(),
+            description: Description::default(),
+            told: None,
+            resolver: None,
+        };
+        network.connect().await?;
+        Ok(network)
+    }
+
+    /// Looks for a name server whenever something has changed.
+    pub fn look_for(&mut self, resolver: Resolver) {
+        self.resolver = Some(resolver);
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Whether this is the namespace.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn is_of(&self, namespace: &Namespace) -> Result<bool> {
+        self.namespace.is_same(namespace).map_err(failure)
+    }
+
+    /// Makes the cables what the namespace needs.
+    async fn connect(&mut self) -> Result<()> {
+        let description = self.netlink.describe().await.map_err(failure)?;
+        let before = std::mem::replace(&mut self.description, description);
+        for skipped in &self.description.skipped {
+            if !before.skipped.contains(skipped) {
+                tracing::warn!("{} is left out of the guest: {}", skipped.name, skipped.why);
+            }
+        }
+        let wanted = self.description.interfaces.clone();
+        let gone: Vec<u32> = self
+            .cables
+            .keys()
+            .filter(|index| wanted.iter().all(|interface| interface.index != **index))
+            .copied()
+            .collect();
+        for index in gone {
+            if let Some(cable) = self.cables.remove(&index) {
+                self.devices.detach_net(cable.device).await?;
+            }
+        }
+        if wanted.len() > usize::from(self.nets) {
+            return Err(Failure::new(format!(
+                "not supported: {} network interfaces: the machine was started for {} at most",
+                wanted.len(),
+                self.nets
+            )));
+        }
+        for interface in wanted {
+            match self.cables.contains_key(&interface.index) {
+                true => self.adapt(interface).await?,
+                false => self.add(interface).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn add(&mut self, interface: Interface) -> Result<()> {
+        let taken: Vec<u8> = self.cables.values().map(|cable| cable.device).collect();
+        let Some(device) = (0..self.nets).find(|device| !taken.contains(device)) else {
+            return Err(Failure::new("all net devices of the machine are in use"));
+        };
+        let options = TapOptions {
+            owner: Some(self.owner),
+            group: Some(self.owner),
+            ..TapOptions::default()
+        };
+        let tap = Tap::create(&self.namespace, &self.netlink, &interface, &options)
+            .await
+            .map_err(failure)?;
+        let options = self.options(&interface);
+        self.devices
+            .attach_net(device, tap.fd.as_fd(), options.clone())
+            .await?;
+        mirror::connect(&self.netlink, &interface, tap.index)
+            .await
+            .map_err(failure)?;
+        let cable = Cable {
+            device,
+            tap,
+            interface,
+            options,
+        };
+        self.cables.insert(cable.interface.index, cable);
+        Ok(())
+    }
+
+    /// Adapts a cable to an interface that has changed.
+    async fn adapt(&mut self, interface: Interface) -> Result<()> {
+        let options = self.options(&interface);
+        let Some(cable) = self.cables.get_mut(&interface.index) else {
+            return Ok(());
+        };
+        if cable.options != options {
+            self.devices
+                .change_net(cable.device, options.clone())
+                .await?;
+            cable.options = options;
+        }
+        if cable.interface.mtu != interface.mtu {
+            tap::set_mtu(&self.netlink, cable.tap.index, &interface)
+                .await
+                .map_err(failure)?;
+        }
+        cable.interface = interface;
+        Ok(())
+    }
+
+    fn options(&self, interface: &Interface) -> NetOptions {
+        let addresses = || {
+            interface
+                .addresses
+                .iter()
+                .map(|address| address.address)
+                .collect()
+        };
+        NetOptions {
+            policy: self.limits.filter.then(|| Policy {
+                mac: interface.mac,
+                addresses: addresses(),
+                link_local: self.limits.link_local,
+            }),
+            rate: self.limits.rate,
+        }
+    }
+
+    /// Tells the guest, if there is something to tell.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn configure(&mut self, agent: &Agent) -> Result<()> {
+        let request = self.message();
+        let nothing = self.told.is_none() && request.interfaces.is_empty();
+        if nothing || self.told.as_ref() == Some(&request) {
+            return Ok(());
+        }
+        agent.set_network(&request).await?;
+        self.told = Some(request);
+        Ok(())
+    }
+
+    /// Keeps the guest's network what the namespace is, until `end`: then the namespace is as it was before.
+    pub async fn follow(mut self: Box<Self>, agent: Agent, end: impl Future<Output = ()>) {
+        tokio::select! {
+            () = self.follow_changes(&agent) => {}
+            () = end => {}
+        }
+        self.disconnect().await;
+    }
+
+    /// Leaves the namespace as it was before.
+    pub async fn disconnect(&self) {
+        for cable in self.cables.values() {
+            if let Err(error) = mirror::disconnect(&self.netlink, &cable.interface).await {
+                tracing::warn!("{error}");
+            }
+        }
+    }
+
+    async fn follow_changes(&mut self, agent: &Agent) {
+        loop {
+            if let Err(error) = self.monitor.changed().await {
+                tracing::error!("changes of the network are not followed any more: {error}");
+                return std::future::pending().await;
+            }
+            let followed = match self.connect().await {
+                Ok(()) => self.configure(agent).await,
+                Err(failure) => Err(failure),
+            };
+            if let Err(failure) = followed {
+                tracing::error!("a change of the network does not reach the guest: {failure}");
+            }
+            if let Some(resolver) = &self.resolver {
+                resolver.look().await;
+            }
+        }
+    }
+
+    fn message(&self) -> proto::SetNetworkRequest {
+        let bytes = |address: &IpAddr| match address {
+            IpAddr::V4(address) => address.octets().to_vec(),
+            IpAddr::V6(address) => address.octets().to_vec(),
+        };
+        let optional = |address: &Option<IpAddr>| address.as_ref().map(bytes).unwrap_or_default();
+        let interfaces = self.cables.values().map(|cable| proto::Interface {
+            device: cable.device.into(),
+            name: cable.interface.name.clone(),
+            mac: cable.interface.mac.to_vec(),
+            mtu: cable.interface.mtu,
+            addresses: cable
+                .interface
+                .addresses
+                .iter()
+                .map(|address| proto::Address {
+                    address: bytes(&address.address),
+                    prefix_length: address.prefix_length.into(),
+                    scope: address.scope.into(),
+                    peer: optional(&address.peer),
+                    no_prefix_route: address.no_prefix_route,
+                    ..Default::default()
+                })
+                .collect(),
+            ..Default::default()
+        });
+        let routes = self.description.routes.iter().map(|route| proto::Route {
+            interface: route.interface.clone().unwrap_or_default(),
+            destination: match route.is_default() {
+                true => Vec::new(),
+                false => bytes(&route.destination),
+            },
+            prefix_length: route.prefix_length.into(),
+            gateway: optional(&route.gateway),
+            source: optional(&route.source),
+            metric: route.metric,
+            scope: route.scope.into(),
+            on_link: route.on_link,
+            type_: u32::from(route.kind as u8),
+            mtu: route.mtu,
+            family: route.family().into(),
+            ..Default::default()
+        });
+        let neighbours = self
+            .description
+            .neighbours
+            .iter()
+            .map(|entry| proto::Neighbour {
+                interface: entry.interface.clone(),
+                address: bytes(&entry.address),
+                mac: entry.mac.to_vec(),
+                ..Default::default()
+            });
+        proto::SetNetworkRequest {
+            interfaces: interfaces.collect(),
+            routes: routes.collect(),
+            neighbours: neighbours.collect(),
+            ..Default::default()
+        }
+    }
+}

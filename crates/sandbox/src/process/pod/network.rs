@@ -1,0 +1,139 @@
+//! The network of a pod: at most one network namespace of the host, which the guest's own network is made of.
+//!
+//! It is connected as soon as an engine's side names it, while the guest boots; the guest is told before the first
+//! container is created, and from then on the namespace is followed, and relays carry what concerns its loopback interface.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hull_network::Namespace;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::{Pod, Ready};
+use crate::error::{Failure, Result};
+use crate::process::loopback::{Forwarder, Resolver};
+use crate::process::network::Network;
+use crate::request::NetworkLimits;
+
+/// How far it is.
+#[derive(Debug, Default)]
+pub enum Stage {
+    /// Nobody has named a namespace.
+    #[default]
+    None,
+    /// Connected; the guest does not know yet.
+    Connected(Box<Network>, Option<Forwarder>),
+    /// The guest has it, and gets what changes.
+    Followed(Namespace, Following, Relays),
+}
+
+/// A task that follows a namespace.
+#[derive(Debug)]
+pub struct Following {
+    task: JoinHandle<()>,
+    end: oneshot::Sender<()>,
+}
+
+/// What carries between its loopback interface and the guest's.
+#[derive(Debug)]
+pub struct Relays {
+    forwarder: Option<Forwarder>,
+    resolver: Resolver,
+}
+
+impl Pod {
+    /// Connects a namespace; one that is connected already is fine.
+    ///
+    /// # Errors
+    /// It cannot be connected, or another one is.
+    pub async fn connect_network(&self, namespace: OwnedFd, limits: NetworkLimits) -> Result<()> {
+        let failure = |error: hull_network::Error| Failure::new(error.to_string());
+        let namespace = Namespace::try_from(namespace).map_err(failure)?;
+        let mut stage = self.network.lock().await;
+        let same = match &*stage {
+            Stage::None => {
+                let devices = self.devices.clone();
+                let network =
+                    Network::open(namespace, devices, limits, self.nets, self.jail_uid).await?;
+                let forwarder = Forwarder::open(network.namespace());
+                *stage = Stage::Connected(Box::new(network), forwarder);
+                return Ok(());
+            }
+            Stage::Connected(network, _) => network.is_of(&namespace)?,
+            Stage::Followed(other, ..) => other.is_same(&namespace).map_err(failure)?,
+        };
+        match same {
+            true => Ok(()),
+            false => Err(Failure::new(
+                "not supported: two network namespaces for containers of one machine",
+            )
+            .hint("let the container join the network of another one in its pod")),
+        }
+    }
+
+    /// Tells the guest about the network, before its first container.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn configure_network(self: &Arc<Self>, ready: &Ready) -> Result<()> {
+        let mut stage = self.network.lock().await;
+        if let Stage::Connected(network, _) = &mut *stage {
+            network.configure(&ready.agent).await?;
+            if let Stage::Connected(mut network, forwarder) = std::mem::take(&mut *stage) {
+                let (devices, agent) = (&ready.devices, &ready.agent);
+                let namespace = network.namespace().clone();
+                let resolver = Resolver::new(namespace.clone(), devices.clone(), agent.clone());
+                resolver.look().await;
+                network.look_for(resolver.clone());
+                if let Some(forwarder) = &forwarder {
+                    forwarder.start(devices, agent);
+                }
+                let (end, ended) = oneshot::channel();
+                let ended = async {
+                    // Also when whoever could say so is gone.
+                    let _ = ended.await;
+                };
+                let task = tokio::spawn(network.follow(ready.agent.clone(), ended));
+                let relays = Relays {
+                    forwarder,
+                    resolver,
+                };
+                *stage = Stage::Followed(namespace, Following { task, end }, relays);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks once more for a name server in the namespace: before a container starts.
+    pub async fn look_for_resolver(&self) {
+        let resolver = match &*self.network.lock().await {
+            Stage::Followed(_, _, relays) => relays.resolver.clone(),
+            _ => return,
+        };
+        resolver.look().await;
+    }
+
+    /// Leaves the namespace as it was before.
+    pub async fn disconnect_network(&self) {
+        match std::mem::take(&mut *self.network.lock().await) {
+            Stage::None => {}
+            Stage::Connected(network, forwarder) => {
+                end_forwarding(forwarder);
+                network.disconnect().await;
+            }
+            Stage::Followed(_, Following { task, end }, relays) => {
+                end_forwarding(relays.forwarder);
+                // It may have ended by itself.
+                let _ = end.send(());
+                let _ = task.await;
+            }
+        }
+    }
+}
+
+fn end_forwarding(forwarder: Option<Forwarder>) {
+    if let Some(forwarder) = forwarder {
+        forwarder.end();
+    }
+}
