@@ -194,7 +194,17 @@ mod tests {
             ("hull run --pids-limit -1 i", "pids_limit: Some(-1)"),
             ("hull run --shm-size 1g i", "shm_size: Some(1073741824)"),
             ("hull run --network none i", "network: Some(None)"),
-            ("hull run --net default i", "network: Some(Default)"),
+            ("hull run --net mine i", r#"network: Some(Named("mine"))"#),
+            (
+                "hull run --network bridge i",
+                r#"network: Some(Named("default"))"#,
+            ),
+            ("hull run -p 8080:80 i", "host_port: One(8080)"),
+            ("hull run -p80 -p 81:81/udp i", "protocol: Udp"),
+            (
+                "hull run --dns 10.0.0.1 --dns-opt ndots:2 i",
+                r#"dns_option: ["ndots:2"]"#,
+            ),
             ("hull run --machine qemu i", "machine: Some(Qemu)"),
             ("hull run --pull never i", "pull: Some(Never)"),
             (
@@ -294,9 +304,18 @@ mod tests {
                 "--workdir: invalid working directory \"x\"",
             ),
             (
-                "hull run --network bridge i",
-                "invalid value 'bridge' for '--network <NETWORK>' [possible values: none, default]",
+                "hull run --network host i",
+                "--network: not supported: host: the host's network",
             ),
+            (
+                "hull run --network container:x i",
+                "--network: not supported: container:x: two containers",
+            ),
+            (
+                "hull run --network a/b i",
+                "--network: invalid network \"a/b\"",
+            ),
+            ("hull run -p x i", "--publish: invalid published port \"x\""),
             (
                 "hull run --machine xen i",
                 "invalid value 'xen' for '--machine <KIND>'",

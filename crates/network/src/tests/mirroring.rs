@@ -1,5 +1,8 @@
 //! Taps and mirroring: frames come out at the other end, both ways, and nothing is left.
 
+use std::net::UdpSocket;
+use std::time::Instant;
+
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage};
@@ -7,7 +10,7 @@ use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 use super::support::{
     NEVER, Place, SOON, changed, drain, frame, hear, is_silent, joined, read, send, write,
 };
-use crate::{Error, Interface, Tap, TapOptions, mirror, tap};
+use crate::{Error, Interface, Tap, TapOptions, mirror, sockets, tap};
 
 const ARP: &[u8] = &[0x08, 0x06];
 const IP4: &[u8] = &[0x08, 0x00];
@@ -306,4 +309,78 @@ async fn nothing_remains() {
         );
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
+}
+
+#[tokio::test]
+async fn answers_of_name_servers_reach_the_namespace_itself() {
+    const TEST: &str = "answers_of_name_servers_reach_the_namespace_itself";
+    let Some((here, there)) = joined(TEST).await else {
+        return;
+    };
+    if no_taps(TEST) {
+        return;
+    }
+    let eth0 = here.interface().await;
+    for (place, name, last) in [(&here, "eth0", 2), (&there, "peer", 1)] {
+        let index = place.index(name);
+        place.add_address(index, &format!("10.9.0.{last}/24")).await;
+    }
+    let tap = tap(&here, &eth0).await;
+    mirror::connect(&here.netlink, &eth0, tap.index)
+        .await
+        .unwrap();
+    let server = |port| {
+        let open = move || UdpSocket::bind(("10.9.0.1", port)).unwrap();
+        let socket = there.namespace.run_in(open).unwrap();
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        socket
+    };
+    let client = |port| {
+        let open = move || UdpSocket::bind(("10.9.0.2", port)).unwrap();
+        let socket = here.namespace.run_in(open).unwrap();
+        socket.set_read_timeout(Some(NEVER)).unwrap();
+        socket
+    };
+    let (names, other) = (server(53), server(54));
+    let asks = |from: &UdpSocket, whom: &UdpSocket| {
+        from.connect(whom.local_addr().unwrap()).unwrap();
+        from.send(b"?").unwrap();
+        // What waited for a hardware address came later.
+        let of = from.local_addr().unwrap();
+        while let Ok((_, asker)) = whom.recv_from(&mut [0; 1]) {
+            if asker == of {
+                whom.send_to(b"!", asker).unwrap();
+                return from.recv(&mut [0; 1]).is_ok();
+            }
+        }
+        false
+    };
+    // Not even its hardware address is learnt: nothing is received.
+    let own = client(*sockets::OWN_PORTS.start());
+    names.set_read_timeout(Some(NEVER)).unwrap();
+    assert!(!asks(&own, &names));
+    names.set_read_timeout(Some(SOON)).unwrap();
+    for _ in 0..2 {
+        mirror::admit_answers(&here.netlink, &eth0, tap.index)
+            .await
+            .unwrap();
+    }
+    let end = Instant::now() + SOON;
+    while !asks(&own, &names) {
+        assert!(Instant::now() < end, "an exception");
+    }
+    assert!(!asks(&own, &other), "from port 53 only");
+    assert!(!asks(&client(40000), &names), "to its own ports only");
+    assert!(asks(&client(*sockets::OWN_PORTS.end()), &names));
+
+    // What the kernel chooses by itself is one of them.
+    let (first, last) = sockets::OWN_PORTS.into_inner();
+    let range = format!("{first} {last}");
+    let before = sockets::choose_ports(&here.namespace, &range).unwrap();
+    assert!(asks(&client(0), &names));
+    sockets::choose_ports(&here.namespace, &before).unwrap();
+    assert!(!asks(&client(0), &names));
+
+    mirror::disconnect(&here.netlink, &eth0).await.unwrap();
+    assert_eq!(here.netlink.ingress_qdisc(eth0.index).await.unwrap(), None);
 }

@@ -18,6 +18,7 @@ use hull_network::{
     Description, Interface, Monitor, Namespace, Netlink, Tap, TapOptions, mirror, tap,
 };
 use hull_protocol::agent as proto;
+use tokio::sync::{mpsc, oneshot};
 
 use super::agent::Agent;
 use super::devices::Devices;
@@ -43,9 +44,13 @@ pub struct Network {
     description: Description,
     /// What the agent was told last.
     told: Option<proto::SetNetworkRequest>,
-    /// A name server that may come with a change.
+    /// For a name server that may be in the namespace.
     resolver: Option<Resolver>,
+    looks: Option<Looks>,
 }
+
+/// Wishes that a name server be looked for; each is told when that is done.
+pub type Looks = mpsc::Receiver<oneshot::Sender<()>>;
 
 /// What connects an interface with the guest.
 #[derive(Debug)]
@@ -98,14 +103,26 @@ impl Network {
             description: Description::default(),
             told: None,
             resolver: None,
+            looks: None,
         };
         network.connect().await?;
         Ok(network)
     }
 
-    /// Looks for a name server whenever something has changed.
-    pub fn look_for(&mut self, resolver: Resolver) {
-        self.resolver = Some(resolver);
+    /// Looks for a name server now, whenever something has changed, and whenever it is wished.
+    pub async fn look_for(&mut self, resolver: Resolver, looks: Looks) {
+        (self.resolver, self.looks) = (Some(resolver), Some(looks));
+        self.look().await;
+    }
+
+    async fn look(&mut self) {
+        if let Some(resolver) = &mut self.resolver {
+            let cables = self.cables.values();
+            let cables: Vec<_> = cables
+                .map(|cable| (&cable.interface, cable.tap.index))
+                .collect();
+            resolver.look(&self.netlink, &cables).await;
+        }
     }
 
     /// The namespace.
@@ -258,11 +275,23 @@ impl Network {
                 tracing::warn!("{error}");
             }
         }
+        if let Some(resolver) = &self.resolver {
+            resolver.leave();
+        }
     }
 
     async fn follow_changes(&mut self, agent: &Agent) {
         loop {
-            if let Err(error) = self.monitor.changed().await {
+            let changed = tokio::select! {
+                changed = self.monitor.changed() => changed,
+                looked = wish(&mut self.looks) => {
+                    self.look().await;
+                    // Whoever wished it may have gone.
+                    let _ = looked.send(());
+                    continue;
+                }
+            };
+            if let Err(error) = changed {
                 tracing::error!("changes of the network are not followed any more: {error}");
                 return std::future::pending().await;
             }
@@ -273,9 +302,7 @@ impl Network {
             if let Err(failure) = followed {
                 tracing::error!("a change of the network does not reach the guest: {failure}");
             }
-            if let Some(resolver) = &self.resolver {
-                resolver.look().await;
-            }
+            self.look().await;
         }
     }
 
@@ -339,4 +366,14 @@ impl Network {
             ..Default::default()
         }
     }
+}
+
+/// The next wish.
+async fn wish(looks: &mut Option<Looks>) -> oneshot::Sender<()> {
+    if let Some(looks) = looks
+        && let Some(wish) = looks.recv().await
+    {
+        return wish;
+    }
+    std::future::pending().await
 }

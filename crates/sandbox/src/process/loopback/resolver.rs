@@ -7,6 +7,10 @@
 //! once more when a container starts: [`Resolver::look`]. It costs a tenth of a millisecond; without a name server
 //! that is all. Once begun it lasts: dockerd may end and come again.
 //!
+//! dockerd asks other name servers for what it does not know, and from inside the namespace too, whose interfaces are the
+//! guest's. So what these answer is kept from the guest: in the namespace the kernel chooses ports of a range that guests
+//! hardly use, and answers to these ports are let through to it ([`mirror::admit_answers`]).
+//!
 //! Messages are opaque. At most [`MAX_QUESTIONS`] are asked at a time, each for at most [`ANSWER_TIME`]; beyond that nothing
 //! is read from the guest.
 
@@ -14,7 +18,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_network::{Namespace, sockets};
+use hull_network::{Interface, Namespace, Netlink, mirror, sockets};
 use hull_protocol::{MAX_QUESTIONS, NameHeader, RESOLVER, STREAM_PORT};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UdpSocket;
@@ -29,49 +33,53 @@ use crate::process::devices::Devices;
 /// How long the name server may take: it asks others.
 const ANSWER_TIME: Duration = Duration::from_secs(15);
 
-/// A name server that a namespace has, or may get. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Resolver(Arc<Inner>);
-
+/// A name server that a namespace has, or may get.
 #[derive(Debug)]
-struct Inner {
+pub struct Resolver {
     namespace: Namespace,
     devices: Arc<Devices>,
     agent: Agent,
-    serving: Mutex<Option<JoinHandle<()>>>,
+    serving: Option<JoinHandle<()>>,
+    /// Interfaces and taps for which the exceptions have been made.
+    admitted: Vec<(u32, u32)>,
+    /// From which ports the kernel chose in the namespace before.
+    ports: Option<String>,
 }
 
 impl Resolver {
     /// For a guest that has come up.
     pub fn new(namespace: Namespace, devices: Arc<Devices>, agent: Agent) -> Self {
-        Self(Arc::new(Inner {
+        Self {
             namespace,
             devices,
             agent,
-            serving: Mutex::default(),
-        }))
-    }
-
-    /// Brings the name server into the guest if there is one, and it is not there yet. What fails goes to the log: a
-    /// container can do without.
-    pub async fn look(&self) {
-        let mut serving = self.0.serving.lock().await;
-        if serving.as_ref().is_some_and(|task| !task.is_finished()) {
-            return;
-        }
-        match sockets::listens(&self.0.namespace, *RESOLVER.ip()) {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => return tracing::warn!("{error}"),
-        }
-        match self.0.serve().await {
-            Ok(task) => *serving = Some(task),
-            Err(failure) => tracing::warn!("names of Docker's network are not resolved: {failure}"),
+            serving: None,
+            admitted: Vec::new(),
+            ports: None,
         }
     }
-}
 
-impl Inner {
+    /// Brings the name server into the guest if there is one and it is not there yet, and lets it ask others. `cables`: the
+    /// namespace's interfaces with their taps. What fails goes to the log: a container can do without.
+    pub async fn look(&mut self, netlink: &Netlink, cables: &[(&Interface, u32)]) {
+        if self.serving.as_ref().is_none_or(JoinHandle::is_finished) {
+            match sockets::listens(&self.namespace, *RESOLVER.ip()) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => return tracing::warn!("{error}"),
+            }
+            match self.serve().await {
+                Ok(task) => self.serving = Some(task),
+                Err(failure) => {
+                    tracing::warn!("names of Docker's network are not resolved: {failure}");
+                }
+            }
+        }
+        if let Err(error) = self.let_ask(netlink, cables).await {
+            tracing::warn!("names outside of Docker's network are not resolved: {error}");
+        }
+    }
+
     async fn serve(&self) -> Result<JoinHandle<()>> {
         let (name, stream) = self.devices.connect(STREAM_PORT).await?;
         self.agent.resolve(name).await?;
@@ -82,6 +90,38 @@ impl Inner {
                 tracing::warn!("names are not resolved any more: {error}");
             }
         }))
+    }
+
+    async fn let_ask(
+        &mut self,
+        netlink: &Netlink,
+        cables: &[(&Interface, u32)],
+    ) -> hull_network::Result<()> {
+        if self.ports.is_none() {
+            let (first, last) = sockets::OWN_PORTS.into_inner();
+            let before = sockets::choose_ports(&self.namespace, &format!("{first} {last}"))?;
+            self.ports = Some(before);
+        }
+        let there = |(interface, tap): &(&Interface, u32)| (interface.index, *tap);
+        let all: Vec<_> = cables.iter().map(there).collect();
+        self.admitted.retain(|admitted| all.contains(admitted));
+        for (interface, tap) in cables {
+            let cable = (interface.index, *tap);
+            if !self.admitted.contains(&cable) {
+                mirror::admit_answers(netlink, interface, *tap).await?;
+                self.admitted.push(cable);
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the namespace as it was, but for the interfaces, which are disconnected as a whole.
+    pub fn leave(&self) {
+        if let Some(ports) = &self.ports
+            && let Err(error) = sockets::choose_ports(&self.namespace, ports)
+        {
+            tracing::warn!("{error}");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hull_network::Namespace;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::{Pod, Ready};
@@ -25,7 +25,7 @@ pub enum Stage {
     /// Connected; the guest does not know yet.
     Connected(Box<Network>, Option<Forwarder>),
     /// The guest has it, and gets what changes.
-    Followed(Namespace, Following, Relays),
+    Followed(Namespace, Following),
 }
 
 /// A task that follows a namespace.
@@ -33,13 +33,9 @@ pub enum Stage {
 pub struct Following {
     task: JoinHandle<()>,
     end: oneshot::Sender<()>,
-}
-
-/// What carries between its loopback interface and the guest's.
-#[derive(Debug)]
-pub struct Relays {
+    /// Lets it look for a name server.
+    looks: mpsc::Sender<oneshot::Sender<()>>,
     forwarder: Option<Forwarder>,
-    resolver: Resolver,
 }
 
 impl Pod {
@@ -84,8 +80,8 @@ impl Pod {
                 let (devices, agent) = (&ready.devices, &ready.agent);
                 let namespace = network.namespace().clone();
                 let resolver = Resolver::new(namespace.clone(), devices.clone(), agent.clone());
-                resolver.look().await;
-                network.look_for(resolver.clone());
+                let (looks, wishes) = mpsc::channel(1);
+                network.look_for(resolver, wishes).await;
                 if let Some(forwarder) = &forwarder {
                     forwarder.start(devices, agent);
                 }
@@ -95,11 +91,13 @@ impl Pod {
                     let _ = ended.await;
                 };
                 let task = tokio::spawn(network.follow(ready.agent.clone(), ended));
-                let relays = Relays {
+                let following = Following {
+                    task,
+                    end,
+                    looks,
                     forwarder,
-                    resolver,
                 };
-                *stage = Stage::Followed(namespace, Following { task, end }, relays);
+                *stage = Stage::Followed(namespace, following);
             }
         }
         Ok(())
@@ -107,11 +105,15 @@ impl Pod {
 
     /// Looks once more for a name server in the namespace: before a container starts.
     pub async fn look_for_resolver(&self) {
-        let resolver = match &*self.network.lock().await {
-            Stage::Followed(_, _, relays) => relays.resolver.clone(),
+        let looks = match &*self.network.lock().await {
+            Stage::Followed(_, following) => following.looks.clone(),
             _ => return,
         };
-        resolver.look().await;
+        let (look, looked) = oneshot::channel();
+        // A namespace that is not followed any more has none.
+        if looks.send(look).await.is_ok() {
+            let _ = looked.await;
+        }
     }
 
     /// Leaves the namespace as it was before.
@@ -122,11 +124,11 @@ impl Pod {
                 end_forwarding(forwarder);
                 network.disconnect().await;
             }
-            Stage::Followed(_, Following { task, end }, relays) => {
-                end_forwarding(relays.forwarder);
+            Stage::Followed(_, following) => {
+                end_forwarding(following.forwarder);
                 // It may have ended by itself.
-                let _ = end.send(());
-                let _ = task.await;
+                let _ = following.end.send(());
+                let _ = following.task.await;
             }
         }
     }
