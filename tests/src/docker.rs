@@ -1,5 +1,6 @@
-//! A dockerd of the test's own, with a containerd of its own: state, images and sockets in a temporary directory, no
-//! bridge, no packet filter. Both are ended at the end, with a check that nothing is left.
+//! A dockerd of the test's own, with a containerd of its own: state, images and sockets in a temporary directory. It has no
+//! bridge and no packet filter, or, in a network namespace that is a host of its own, all that Docker does. Both are
+//! ended at the end, with a check that nothing is left.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{Invocation, Output, Runtime, busybox_archive, leaks, runtime};
+use crate::{Invocation, Netns, Output, Runtime, busybox_archive, leaks, runtime};
 
 /// A Docker of the test's own.
 pub struct Docker {
@@ -22,12 +23,23 @@ pub struct Docker {
     parent: String,
     containerd: Option<Child>,
     daemon: Option<Child>,
+    /// Where both run, if they have networks. After them: it is deleted when they have ended.
+    host: Option<Netns>,
     next: AtomicU32,
 }
 
 impl Docker {
     /// With the image `busybox`.
     pub fn new() -> Docker {
+        Docker::on(None)
+    }
+
+    /// With networks: bridges, addresses translated, names resolved. Its host's network is a namespace.
+    pub fn with_networks() -> Docker {
+        Docker::on(Some(Netns::new()))
+    }
+
+    fn on(host: Option<Netns>) -> Docker {
         runtime::needs(&["dockerd", "containerd"]);
         leaks::adopt_orphans();
         // Paths of sockets are at most 108 bytes long.
@@ -44,6 +56,7 @@ impl Docker {
             runtime,
             containerd: None,
             daemon: None,
+            host,
             next: AtomicU32::new(0),
         };
         docker.start_containerd();
@@ -70,7 +83,7 @@ impl Docker {
             path("c.ttrpc"),
         );
         fs::write(self.path("containerd.toml"), configuration).unwrap();
-        let mut command = Command::new(program("containerd"));
+        let mut command = self.on_its_host("containerd");
         command
             .arg("--config")
             .arg(self.path("containerd.toml"))
@@ -103,6 +116,11 @@ impl Docker {
             "userland-proxy": false,
             "oom-score-adjust": 0,
         });
+        if self.host.is_some() {
+            for key in ["bridge", "iptables", "ip6tables", "ip-forward", "ip-masq"] {
+                configuration.as_object_mut().unwrap().remove(key);
+            }
+        }
         // Old ones keep a key in /etc/docker, and can be told otherwise; new ones do not know the word.
         let version = Invocation::new(program("dockerd"))
             .arg("--version")
@@ -113,7 +131,7 @@ impl Docker {
             configuration["deprecated-key-path"] = serde_json::json!(self.path("key.json"));
         }
         fs::write(self.path("daemon.json"), configuration.to_string()).unwrap();
-        let mut command = Command::new(program("dockerd"));
+        let mut command = self.on_its_host("dockerd");
         command.arg("--config-file").arg(self.path("daemon.json"));
         self.daemon = Some(spawn(command, &self.path("dockerd.log")));
         self.comes_up("dockerd", |docker| {
@@ -142,6 +160,19 @@ impl Docker {
     /// Kills dockerd as a crash would; containers and containerd are left alone.
     pub fn kill_daemon(&mut self) {
         end(&mut self.daemon, Signal::KILL);
+    }
+
+    /// Where it has networks, if it has.
+    pub fn host(&self) -> &Netns {
+        self.host.as_ref().expect("a Docker with networks")
+    }
+
+    fn on_its_host(&self, name: &str) -> Command {
+        let program = program(name);
+        match &self.host {
+            Some(host) => host.command(program.to_str().unwrap()),
+            None => Command::new(program),
+        }
     }
 
     fn socket(&self) -> String {
@@ -304,6 +335,11 @@ impl Docker {
         problems.retain(|problem| {
             !(problem.starts_with("mount ") && problem.split(' ').nth(5) == Some(own.as_str()))
         });
+        if let Some(netns) = &self.host {
+            let interfaces = netns.interfaces();
+            let of_containers = interfaces.iter().filter(|name| name.starts_with("veth"));
+            problems.extend(of_containers.map(|name| format!("interface {name}")));
+        }
         for controller in fs::read_dir("/sys/fs/cgroup")
             .into_iter()
             .flatten()

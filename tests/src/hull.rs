@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{Invocation, Output, executable, leaks, repository};
+use crate::{Invocation, Output, executable, leaks, network, repository};
 
 /// How a [`Hull`] differs from the usual one.
 #[derive(Default)]
@@ -56,7 +57,16 @@ impl Hull {
         })
     }
 
-    /// With options.
+    /// On another kind of machine, with the image `busybox`; containers have a network unless a test says otherwise.
+    pub fn networked(machine: &'static str) -> Hull {
+        Hull::with(Options {
+            machine,
+            configuration: "network = \"default\"".into(),
+            ..Options::default()
+        })
+    }
+
+    /// With options. Without a word about networks containers have none: plugins take longer than most tests.
     pub fn with(options: Options) -> Hull {
         assert!(
             rustix::process::geteuid().is_root(),
@@ -74,8 +84,18 @@ impl Hull {
         } else {
             options.machine
         };
+        let has_network = options.configuration.lines().any(|line| {
+            line.split('=')
+                .next()
+                .is_some_and(|key| key.trim() == "network")
+        });
+        let network = if has_network {
+            ""
+        } else {
+            "network = \"none\""
+        };
         let configuration = format!(
-            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\n{}\n",
+            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\n{}\n{network}\n",
             directory.path().join("run"),
             directory.path().join("data"),
             options.configuration
@@ -271,6 +291,7 @@ impl Drop for Hull {
             }
         }
         problems.extend(self.problems());
+        problems.extend(ids.iter().flat_map(|id| network::leases_with(id)));
         if !problems.is_empty() && !self.leaks_expected {
             let problems = problems.join("\n");
             if failed {
@@ -328,6 +349,17 @@ impl Container<'_> {
             .as_str()
             .expect("a state")
             .to_owned()
+    }
+
+    /// Its addresses in its network, as it sees them itself.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        network::addresses(&self.sh("ip -o addr show dev eth0").ok().text())
+    }
+
+    /// Its IPv4 address.
+    pub fn address(&self) -> IpAddr {
+        let all = self.addresses();
+        *all.iter().find(|address| address.is_ipv4()).unwrap()
     }
 
     /// Process id of one of its host processes: `sandbox`, `devices`, `machine`.

@@ -94,8 +94,13 @@ fn reap() {
 
 /// Mounts at or below a directory, in this mount namespace.
 pub fn mounts_below(directory: &Path) -> Vec<String> {
+    mounts_below_seen_by(std::process::id().cast_signed(), directory)
+}
+
+/// Mounts at or below a directory, in the mount namespace of a process.
+pub fn mounts_below_seen_by(process: i32, directory: &Path) -> Vec<String> {
     let directory = directory.to_str().unwrap();
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap();
     mounts
         .lines()
         .filter(|line| {

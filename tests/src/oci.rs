@@ -7,12 +7,14 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 
-use crate::{Console, Invocation, Output, Runtime, busybox_archive, eventually, leaks, runtime};
+use crate::{
+    Console, Invocation, Netns, Output, Runtime, busybox_archive, eventually, leaks, runtime,
+};
 
 /// How long something may take that is no more than the host's bookkeeping.
 const SOON: Duration = Duration::from_secs(5);
@@ -41,6 +43,21 @@ impl Oci {
             directory,
             next: AtomicU32::new(0),
         }
+    }
+
+    /// With no container, on another kind of machine than the usual one.
+    pub fn on(machine: &str) -> Oci {
+        let oci = Oci::new();
+        let file = oci.path("config.toml");
+        let text = fs::read_to_string(&file).unwrap();
+        let usual = "machine = \"uml\"";
+        assert!(text.contains(usual));
+        fs::write(
+            &file,
+            text.replace(usual, &format!("machine = {machine:?}")),
+        )
+        .unwrap();
+        oci
     }
 
     /// A file or directory below the test's directory: `state`, `run`.
@@ -293,6 +310,34 @@ impl Bundle {
         self.with(|config| config["mounts"].as_array_mut().unwrap().push(mount))
     }
 
+    /// Is in the network namespace that a path leads to, and may ping.
+    pub fn at_network(self, path: &str) -> Bundle {
+        let bundle = self.with(|config| {
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            for namespace in namespaces {
+                if namespace["type"] == "network" {
+                    namespace["path"] = json!(path);
+                }
+            }
+        });
+        bundle.pinging()
+    }
+
+    /// The same, by the namespace.
+    pub fn inside(self, netns: &Netns) -> Bundle {
+        self.at_network(netns.path().to_str().unwrap())
+    }
+
+    /// May ping.
+    pub fn pinging(self) -> Bundle {
+        self.with(|config| {
+            for set in ["bounding", "effective", "permitted"] {
+                let set = config["process"]["capabilities"][set].as_array_mut();
+                set.unwrap().push(json!("CAP_NET_RAW"));
+            }
+        })
+    }
+
     /// Adds a hook that is a shell script.
     pub fn hook(self, kind: &str, script: &str) -> Bundle {
         self.with(|config| {
@@ -369,6 +414,44 @@ impl Init<'_> {
     /// A shell script inside.
     pub fn sh(&self, script: &str) -> Output {
         self.exec(&[], &["sh", "-c", script])
+    }
+
+    /// A shell script that goes on inside.
+    pub fn goes_on(&self, script: &str) {
+        let name = self.oci.unique();
+        let [stdout, stderr] = ["out", "err"].map(|end| self.oci.path(&format!("{name}.{end}")));
+        self.executing(&["--detach"], &["sh", "-c", script])
+            .output_to(&stdout, &stderr)
+            .run()
+            .ok();
+    }
+
+    /// Waits until what a script prints is as wanted: what happens on the host is in the guest within a second, and a look
+    /// into the guest takes a moment, too.
+    #[track_caller]
+    pub fn prints(&self, script: &str, wanted: impl Fn(&str) -> bool) {
+        let limit = Duration::from_secs(2);
+        let begin = Instant::now();
+        let mut last = String::new();
+        while begin.elapsed() < limit {
+            last = self.sh(script).ok().text();
+            if wanted(&last) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("not within {limit:?}: {script}: {last}");
+    }
+
+    /// Whether a ping from inside gets an answer.
+    pub fn pings(&self, address: &str) -> bool {
+        self.sh(&format!("ping -c 1 -W 2 {address}")).status == 0
+    }
+
+    /// Asserts that a ping from inside gets an answer.
+    #[track_caller]
+    pub fn reaches(&self, address: &str) {
+        self.sh(&format!("ping -c 1 -W 5 {address}")).ok();
     }
 
     /// What `state` prints.

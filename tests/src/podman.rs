@@ -4,23 +4,87 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use crate::{Invocation, Output, Runtime, busybox_archive, leaks, runtime};
+use crate::{Invocation, Netns, Output, Runtime, busybox_archive, leaks, runtime};
 
 /// A podman of the test's own.
 pub struct Podman {
     directory: tempfile::TempDir,
     /// What it runs containers with.
     pub runtime: Runtime,
+    host: Option<Host>,
     next: AtomicU32,
+}
+
+/// What a podman with networks takes for its host: interfaces and packet filters of its own, and the directories in which all
+/// podmans of a host keep namespaces, and which addresses and names are taken.
+struct Host {
+    netns: Netns,
+    /// Keeps the mount namespace.
+    holder: Child,
+}
+
+impl Host {
+    fn new() -> Host {
+        let netns = Netns::new();
+        let shared = "/run/containers/networks /run/netns";
+        let script = format!(
+            "mkdir -p {shared} && for directory in {shared}; do mount -t tmpfs tmpfs $directory || exit; done; \
+             echo ready; exec sleep 1000"
+        );
+        let mut holder = netns
+            .command("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let stdout = holder.stdout.take().unwrap();
+        BufReader::new(stdout).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n", "no mount namespace");
+        Host { netns, holder }
+    }
+
+    fn pid(&self) -> i32 {
+        self.holder.id().cast_signed()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
 }
 
 impl Podman {
     /// With the image `busybox`.
     pub fn new() -> Podman {
+        Podman::with(None)
+    }
+
+    /// With networks, on a host of its own ([`Podman::host`]), and the image `busybox`.
+    pub fn with_networks() -> Podman {
+        runtime::needs(&["nsenter", "unshare"]);
+        for program in ["netavark", "aardvark-dns"] {
+            let directories = ["/usr/lib/podman", "/usr/libexec/podman"];
+            assert!(
+                directories
+                    .iter()
+                    .any(|directory| Path::new(directory).join(program).exists()),
+                "{program} is not installed: scripts/setup test"
+            );
+        }
+        Podman::with(Some(Host::new()))
+    }
+
+    fn with(host: Option<Host>) -> Podman {
         runtime::needs(&["podman", "conmon"]);
         leaks::adopt_orphans();
         // Paths of sockets are at most 108 bytes long.
@@ -36,7 +100,9 @@ impl Podman {
              default_ulimits = [\"nofile=4096:4096\", \"nproc=4096:4096\"]\n\
              netns = \"none\"\n\
              [engine]\n\
-             lock_type = \"file\"\n";
+             lock_type = \"file\"\n\
+             [network]\n\
+             network_backend = \"netavark\"\n";
         fs::write(directory.path().join("containers.conf"), configuration).unwrap();
         let storage = format!(
             "[storage]\ndriver = \"overlay\"\ngraphroot = {:?}\nrunroot = {:?}\n",
@@ -47,6 +113,7 @@ impl Podman {
         let podman = Podman {
             directory,
             runtime,
+            host,
             next: AtomicU32::new(0),
         };
         podman
@@ -82,6 +149,11 @@ impl Podman {
             .limit(Duration::from_secs(60))
     }
 
+    /// What is the host of its networks.
+    pub fn host(&self) -> &Netns {
+        &self.host.as_ref().expect("a podman with networks").netns
+    }
+
     fn command(&self) -> (&'static str, Vec<String>) {
         let path = |name: &str| self.path(name).display().to_string();
         let own = [
@@ -93,15 +165,22 @@ impl Podman {
             ("--events-backend", "file".into()),
             ("--runtime", self.runtime.path.display().to_string()),
         ];
-        (
-            "podman",
-            own.into_iter()
-                .flat_map(|(name, value)| [name.to_owned(), value])
-                .collect(),
-        )
+        let own = own
+            .into_iter()
+            .flat_map(|(name, value)| [name.to_owned(), value]);
+        let Some(host) = &self.host else {
+            return ("podman", own.collect());
+        };
+        let enter = [
+            format!("--net={}", host.netns.path().display()),
+            format!("--mount=/proc/{}/ns/mnt", host.pid()),
+            format!("--wdns={}", self.directory.path().display()),
+            "podman".to_owned(),
+        ];
+        ("nsenter", enter.into_iter().chain(own).collect())
     }
 
-    fn environment(&self, command: &mut std::process::Command) {
+    fn environment(&self, command: &mut Command) {
         command
             // conmon leaves a file there when memory ran out.
             .current_dir(self.directory.path())
@@ -131,7 +210,8 @@ impl Podman {
 
     /// `podman run --rm [OPTIONS] busybox COMMAND`, run to its end.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
-        self.podman(["run", "--rm", "--network", "none"])
+        self.podman(["run", "--rm"])
+            .args(network(options))
             .args(options)
             .arg("busybox")
             .args(command)
@@ -146,13 +226,8 @@ impl Podman {
     /// A container with `podman run -d`; its name.
     pub fn start(&self, options: &[&str], command: &[&str]) -> String {
         let name = self.unique("c");
-        let network: &[&str] = if options.contains(&"--pod") {
-            &[]
-        } else {
-            &["--network", "none"]
-        };
         self.podman(["run", "-d", "--name", &name])
-            .args(network)
+            .args(network(options))
             .args(options)
             .arg("busybox")
             .args(command)
@@ -220,21 +295,25 @@ impl Podman {
     #[track_caller]
     pub fn assert_clean(&self) {
         let mut problems = self.remove_all();
-        problems.extend(self.problems());
+        let holder = self.host.as_ref().map(Host::pid);
+        problems.extend(self.problems(holder.as_slice()));
         assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
     }
 
     /// Not through `Invocation`: a panic here would hide the first one.
     fn remove_all(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        let all: [&[&str]; 3] = [
+        let mut all: Vec<&[&str]> = vec![
             &["pod", "rm", "--all", "--force", "--time", "0"],
             &["rm", "--all", "--force", "--time", "0"],
             &["volume", "rm", "--all", "--force"],
         ];
+        if self.host.is_some() {
+            all.push(&["network", "prune", "--force"]);
+        }
         for arguments in all {
             let (program, own) = self.command();
-            let mut command = std::process::Command::new("timeout");
+            let mut command = Command::new("timeout");
             command.arg("60").arg(program).args(own).args(arguments);
             self.environment(&mut command);
             match command.output() {
@@ -250,9 +329,16 @@ impl Podman {
         problems
     }
 
-    fn problems(&self) -> Vec<String> {
+    fn problems(&self, except: &[i32]) -> Vec<String> {
         let directory = self.directory.path();
-        let mut problems = runtime::problems(&self.runtime, directory, &self.ids(), &[], &[]);
+        let mut problems = runtime::problems(&self.runtime, directory, &self.ids(), &[], except);
+        if let Some(host) = &self.host {
+            problems.extend(leaks::mounts_below_seen_by(host.pid(), directory));
+            // A bridge goes with the last container in its network.
+            let interfaces = host.netns.interfaces();
+            let interfaces = interfaces.iter().filter(|name| *name != "lo");
+            problems.extend(interfaces.map(|name| format!("interface {name}")));
+        }
         // podman itself keeps its layers' directory mounted on itself, and forgets the control group of a pod in
         // hierarchies without controllers.
         let own = self.path("root/overlay").display().to_string();
@@ -295,7 +381,8 @@ impl Drop for Podman {
             self.runtime.show_diagnostics();
         }
         let mut problems = self.remove_all();
-        problems.extend(self.problems());
+        let holder = self.host.as_ref().map(Host::pid);
+        problems.extend(self.problems(holder.as_slice()));
         let own = self.path("root/overlay");
         let _ = rustix::mount::unmount(&own, rustix::mount::UnmountFlags::DETACH);
         if problems.is_empty() {
@@ -308,5 +395,15 @@ impl Drop for Podman {
             self.runtime.show_diagnostics();
             panic!("left behind:\n{problems}");
         }
+    }
+}
+
+/// `--network none`, unless the test wants another one, or that of a pod.
+fn network(options: &[&str]) -> &'static [&'static str] {
+    let own = ["--network", "--pod"];
+    if options.iter().any(|option| own.contains(option)) {
+        &[]
+    } else {
+        &["--network", "none"]
     }
 }

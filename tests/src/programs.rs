@@ -33,3 +33,18 @@ pub(crate) fn built(name: &str, source: &str) -> PathBuf {
 pub fn registers_program() -> PathBuf {
     built("registers", "processor/registers.c")
 }
+
+/// Asks or answers in POSIX shared memory (`tests/memory/shared.c`).
+pub fn shared_memory_program() -> PathBuf {
+    built("shared-memory", "memory/shared.c")
+}
+
+/// Sends back what it gets (`tests/network/tcp-echo.c`).
+pub fn tcp_echo_program() -> PathBuf {
+    built("tcp-echo", "network/tcp-echo.c")
+}
+
+/// Answers datagrams (`tests/network/udp-echo.c`).
+pub fn udp_echo_program() -> PathBuf {
+    built("udp-echo", "network/udp-echo.c")
+}

@@ -109,10 +109,12 @@ fn a_create_that_is_killed_leaves_nothing_but_what_delete_removes() {
 fn a_create_that_is_killed_at_any_moment_leaves_nothing_but_what_delete_removes() {
     let oci = Oci::new();
     let bundle = oci.bundle();
-    for wait in [1, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 130] {
+    let early = (0..40).map(|half| 500 * half);
+    let late = [30, 40, 60, 80, 100, 130].map(|millis| 1000 * millis);
+    for wait in early.chain(late) {
         let init = oci.init();
         let creating = oci.creating(&init, &bundle, &[]).start();
-        std::thread::sleep(Duration::from_millis(wait));
+        std::thread::sleep(Duration::from_micros(wait));
         // It may have ended already.
         let _ = kill_process(creating.pid(), Signal::KILL);
         creating.finish();
@@ -290,6 +292,44 @@ fn a_damaged_state_file_is_named_and_hides_no_other_container() {
     }
     fs::write(&file, whole).unwrap();
     assert_eq!(init.sh("echo well").ok().text(), "well");
+}
+
+#[test]
+fn a_container_with_a_damaged_or_lost_state_file_can_be_deleted_whole() {
+    for damage in [Some("{"), None] {
+        let oci = Oci::new();
+        let init = oci.start(&oci.bundle());
+        let file = oci.path("state").join(&init.id).join("state.json");
+        match damage {
+            Some(text) => fs::write(&file, text).unwrap(),
+            None => fs::remove_file(&file).unwrap(),
+        }
+        init.does("delete").fails(1, &[]);
+        init.delete().ok();
+        init.delete().ok();
+        oci.assert_clean();
+    }
+}
+
+#[test]
+fn a_create_that_fails_at_once_leaves_nothing() {
+    // While the sandbox process has hardly begun.
+    let oci = Oci::new();
+    let bundle = oci.bundle().with(|config| {
+        for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
+            if namespace["type"] == "network" {
+                namespace["path"] = serde_json::json!("/no/such");
+            }
+        }
+    });
+    for _ in 0..30 {
+        let output = oci.creates(&oci.init(), &bundle, &[]);
+        assert_eq!(output.status, 1);
+        let error = output.error();
+        assert!(error.starts_with("error: "), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        oci.assert_clean();
+    }
 }
 
 /// What of the machine's memory is free or can be freed, MiB.

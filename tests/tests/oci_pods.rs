@@ -1,7 +1,10 @@
 //! Containers that share a machine, with `hull-oci` as podman and CRI-O call it.
 #![allow(clippy::unwrap_used)]
 
-use hull_tests::{Bundle, Init, Oci, descendants};
+use std::path::Path;
+
+use hull_tests::{Bundle, Init, Oci, descendants, shared_memory_program};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::json;
 
 /// A bundle of a pod, as CRI-O writes it; podman writes the same name.
@@ -141,4 +144,119 @@ fn a_pod_whose_machine_is_killed_stops_all_its_containers() {
     one.does("delete").ok();
     two.does("delete").ok();
     oci.assert_clean();
+}
+
+/// A tmpfs of the host, as engines make one for the memory of a pod; unmounted when dropped.
+struct HostMemory(tempfile::TempDir);
+
+impl HostMemory {
+    fn new(options: &str) -> HostMemory {
+        let directory = tempfile::tempdir_in("/tmp").unwrap();
+        let data = std::ffi::CString::new(options).unwrap();
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        mount("shm", directory.path(), "tmpfs", flags, data.as_c_str()).unwrap();
+        HostMemory(directory)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// As podman and Docker bind it.
+    fn bound(&self, bundle: Bundle) -> Bundle {
+        let source = self.path();
+        bundle
+            .with(|config| {
+                let mounts = config["mounts"].as_array_mut().unwrap();
+                mounts.retain(|mount| mount["destination"] != "/dev/shm");
+            })
+            .mount(json!({
+                "destination": "/dev/shm", "type": "bind", "source": source,
+                "options": ["bind", "private", "nosuid", "noexec", "nodev"],
+            }))
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        let _ = unmount(self.path(), UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn containers_of_a_pod_share_memory() {
+    let memory = HostMemory::new("size=1m,mode=1777");
+    let other = HostMemory::new("size=1m,mode=1777");
+    let oci = Oci::new();
+    let pod = oci.unique();
+    let bundle = || {
+        let bundle = in_pod(memory.bound(oci.bundle()), &pod);
+        std::fs::copy(shared_memory_program(), bundle.root("bin/shared")).unwrap();
+        bundle
+    };
+    let (one, two) = (oci.start(&bundle()), oci.start(&bundle()));
+    one.sh("echo seen >/dev/shm/file").ok();
+    assert_eq!(two.sh("cat /dev/shm/file").ok().text(), "seen");
+    // Mapped: what one stores the other loads.
+    let asking = one.executing(&[], &["shared", "ask"]).start();
+    two.sh("until test -e /dev/shm/question; do sleep 0.01; done; shared answer")
+        .ok();
+    asking.finish().ok();
+
+    // Others have not: in the same pod with other memory, and in another pod.
+    let apart = oci.start(&in_pod(other.bound(oci.bundle()), &pod));
+    let outside = oci.start(&memory.bound(oci.bundle()));
+    let own = oci.start(&in_pod(oci.bundle(), &pod));
+    for container in [&apart, &outside, &own] {
+        assert_eq!(container.sh("ls -A /dev/shm").ok().text(), "");
+        container.sh("echo >/dev/shm/own").ok();
+    }
+    assert_eq!(machines(), 2);
+    assert_eq!(one.sh("ls /dev/shm").ok().text(), "file\nquestion");
+    let found = one.sh("stat -c %a:%u:%g /dev/shm; grep ' /dev/shm ' /proc/mounts");
+    let found = found.ok().text();
+    assert!(found.starts_with("1777:0:0\n"), "{found}");
+    assert!(found.contains("nosuid,nodev,noexec"), "{found}");
+}
+
+#[test]
+fn shared_memory_is_as_large_as_the_hosts() {
+    let memory = HostMemory::new("size=1m,mode=1777");
+    let oci = Oci::new();
+    let pod = oci.unique();
+    let bundle = || in_pod(memory.bound(oci.bundle()), &pod);
+    let (one, two) = (oci.start(&bundle()), oci.start(&bundle()));
+    let write = |init: &Init<'_>, name: &str, kib: u32| {
+        init.sh(&format!(
+            "dd if=/dev/zero of=/dev/shm/{name} bs=1k count={kib}"
+        ))
+    };
+    write(&one, "half", 600).ok();
+    // Both have it together.
+    let full = write(&two, "other", 600);
+    assert_ne!(full.status, 0);
+    assert!(full.error().contains("No space left"), "{}", full.error());
+    one.sh("rm /dev/shm/half").ok();
+    write(&two, "other", 600).ok();
+}
+
+#[test]
+fn shared_memory_ends_with_the_last_container_that_has_it() {
+    let memory = HostMemory::new("size=1m,mode=1777");
+    let oci = Oci::new();
+    let pod = oci.unique();
+    let infra = oci.start(&in_pod(oci.bundle(), &pod));
+    let bundle = || in_pod(memory.bound(oci.bundle()), &pod);
+    let (one, two) = (oci.start(&bundle()), oci.start(&bundle()));
+    one.sh("echo kept >/dev/shm/file").ok();
+    one.delete().ok();
+    assert_eq!(two.sh("cat /dev/shm/file").ok().text(), "kept");
+    let three = oci.start(&bundle());
+    two.delete().ok();
+    assert_eq!(three.sh("cat /dev/shm/file").ok().text(), "kept");
+    three.delete().ok();
+    let four = oci.start(&bundle());
+    assert_eq!(four.sh("ls -A /dev/shm").ok().text(), "");
+    assert_eq!(infra.sh("echo still").ok().text(), "still");
+    assert_eq!(machines(), 1);
 }

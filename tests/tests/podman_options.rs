@@ -4,7 +4,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use hull_tests::{Podman, left_out};
+use hull_tests::{LoopDevice, Podman, left_out};
 
 #[test]
 fn podman_volumes_can_be_written_or_only_read() {
@@ -352,6 +352,33 @@ fn podman_privileged_sees_everything_in_the_guest_and_nothing_of_the_host() {
         )
         .ok();
     assert_eq!(panic(), before);
+}
+
+#[test]
+fn podman_block_devices_can_be_written_or_only_read() {
+    let Some(disk) = LoopDevice::new(&vec![b'x'; 1 << 20]) else {
+        return;
+    };
+    let podman = Podman::new();
+    let device = format!("{}:/dev/xvda", disk.path.display());
+    let write = "echo written | dd of=/dev/xvda conv=fsync";
+    let output = podman.sh(
+        &["--device", &device],
+        &format!("{write} && head -c 9 /dev/xvda"),
+    );
+    assert_eq!(output.ok().text(), "written\nx");
+    let bytes = std::fs::read(disk.file()).unwrap();
+    assert!(bytes.starts_with(b"written\nxxx"));
+
+    let output = podman.sh(&["--device", &format!("{device}:r")], "head -c 7 /dev/xvda");
+    assert_eq!(output.ok().text(), "written");
+    let output = podman.sh(&["--device", &format!("{device}:r")], "echo no >/dev/xvda");
+    assert_ne!(output.status, 0);
+    assert!(
+        output.error().contains("not permitted"),
+        "{}",
+        output.error()
+    );
 }
 
 #[test]

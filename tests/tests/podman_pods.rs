@@ -67,6 +67,34 @@ fn podman_containers_of_a_pod_have_files_and_processes_of_their_own() {
 }
 
 #[test]
+fn podman_containers_of_a_pod_share_memory() {
+    let podman = Podman::new();
+    let pod = pod(&podman);
+    let one = podman.sleeper(&["--pod", &pod]);
+    let two = podman.sleeper(&["--pod", &pod]);
+    let alone = podman.sleeper(&[]);
+    podman.exec_sh(&one, "echo seen >/dev/shm/file").ok();
+    let seen = podman.exec_sh(&two, "cat /dev/shm/file").ok();
+    assert_eq!(seen.text(), "seen");
+    podman.exec_sh(&alone, "test ! -e /dev/shm/file").ok();
+}
+
+#[test]
+fn podman_ipc_of_another_container_is_its_memory_too() {
+    let podman = Podman::new();
+    let one = podman.sleeper(&["--shm-size", "2m"]);
+    let two = podman.sleeper(&["--ipc", &format!("container:{one}")]);
+    podman.exec_sh(&one, "echo seen >/dev/shm/file").ok();
+    let seen = podman.exec_sh(&two, "cat /dev/shm/file").ok();
+    assert_eq!(seen.text(), "seen");
+    let full = "dd if=/dev/zero of=/dev/shm/full bs=1M count=3";
+    let full = podman.exec_sh(&two, full);
+    assert!(full.error().contains("No space left"), "{}", full.error());
+    // podman removes them in this order only.
+    podman.podman(["rm", "-f", "-t", "0", &two]).run().ok();
+}
+
+#[test]
 fn podman_containers_of_a_pod_end_alone_and_the_pod_as_a_whole() {
     let podman = Podman::new();
     let pod = pod(&podman);
