@@ -77,7 +77,7 @@ impl Service {
             streams,
             reaper,
             shared_memory: SharedMemory::default(),
-            network: Mutex::default(),
+            network: Mutex::new(Network::hiding()),
             loopback: Loopback::default(),
             sequence: AtomicU64::new(0),
         }

@@ -20,11 +20,6 @@ use crate::sys;
 /// The namespace of the thread that reads it.
 const OWN: &str = "/proc/thread-self/ns/net";
 
-/// What is in a new namespace of a kernel with all tunnels (`fb_tunnels_only_for_init_net` of Linux), and loopback.
-const OF_EVERY_NAMESPACE: [&str; 9] = [
-    "lo", "sit0", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6tnl0", "ip6gre0",
-];
-
 /// A network namespace, kept alive as long as this is. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Namespace(Arc<OwnedFd>);
@@ -83,17 +78,18 @@ impl Namespace {
         entered.and_then(|entered| entered).map_err(Error::Enter)
     }
 
-    /// How many interfaces there are but for loopback and what a kernel makes in every namespace: never less than
-    /// [`describe`](crate::Netlink::describe) finds, and known without asking for each.
-    pub fn interfaces(&self) -> Result<usize> {
+    /// Whether another machine is connected with it: there are taps of one that lives.
+    pub fn is_in_use(&self) -> Result<bool> {
+        let text = self.devices()?;
+        Ok(names(&text).any(|name| name.starts_with(crate::tap::PREFIX)))
+    }
+
+    fn devices(&self) -> Result<String> {
         let read = || std::fs::read_to_string("/proc/thread-self/net/dev");
-        let text = self.run_in(read)?.map_err(|why| Error::Read {
+        self.run_in(read)?.map_err(|why| Error::Read {
             what: "interfaces",
             why,
-        })?;
-        let names = text.lines().filter_map(|line| line.split_once(':'));
-        let count = names.filter(|(name, _)| !OF_EVERY_NAMESPACE.contains(&name.trim()));
-        Ok(count.count())
+        })
     }
 
     /// Which namespace it is.
@@ -129,6 +125,13 @@ impl Namespace {
         }
         Ok(Self(Arc::new(fd)))
     }
+}
+
+/// The interfaces in a text of `/proc/net/dev`.
+fn names(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, _)| name.trim())
 }
 
 impl TryFrom<OwnedFd> for Namespace {

@@ -13,7 +13,8 @@ use std::net::IpAddr;
 
 use futures_util::StreamExt;
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST,
+    NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
@@ -94,31 +95,20 @@ impl Netlink {
         name: &str,
         addresses: impl Iterator<Item = (IpAddr, u8)>,
     ) -> io::Result<()> {
-        let failed = |error: rtnetlink::Error| io::Error::other(error.to_string());
+        const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
+        // The kernel gives a new namespace's interfaces the first numbers that are free; this one is chosen, so that it need
+        // not be asked for.
+        const INDEX: u32 = 1000;
         // The other end has no place that matters either.
-        let veth = rtnetlink::LinkVeth::new(name, "other").build();
-        self.handle
-            .link()
-            .add(veth)
-            .execute()
-            .await
-            .map_err(failed)?;
-        let mut found = self
-            .handle
-            .link()
-            .get()
-            .match_name(name.to_owned())
-            .execute();
-        let Some(Ok(link)) = found.next().await else {
-            return Err(io::ErrorKind::NotFound.into());
-        };
+        let mut veth = rtnetlink::LinkVeth::new(name, "other").build();
+        veth.header.index = INDEX;
+        self.request(RouteNetlinkMessage::NewLink(veth), NEW)
+            .await?;
         for (address, prefix) in addresses {
-            self.handle
-                .address()
-                .add(link.header.index, address, prefix)
-                .execute()
-                .await
-                .map_err(failed)?;
+            let mut addition = self.handle.address().add(INDEX, address, prefix);
+            let message = std::mem::take(addition.message_mut());
+            self.request(RouteNetlinkMessage::NewAddress(message), NEW)
+                .await?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use hull_network::cni::{Attachment, Record, Runner};
 use hull_network::{Namespace, ports};
@@ -43,11 +44,16 @@ fn failure(error: impl std::fmt::Display, hint: Option<&str>) -> Failure {
     }
 }
 
-/// Attaches a new namespace to a network. Blocks as long as plugins take.
+/// Attaches a new namespace to a network. Blocks as long as plugins take, or until `cancel` is readable.
 ///
 /// # Errors
 /// A plugin's: then everything is undone, or what is not stays written down for [`undo`].
-pub fn attach(files: &ContainerPaths, id: &str, request: &CniRequest) -> Result<Attached> {
+pub fn attach(
+    files: &ContainerPaths,
+    id: &str,
+    request: &CniRequest,
+    cancel: Arc<OwnedFd>,
+) -> Result<Attached> {
     let ports = ports::hold(&request.ports).map_err(Failure::new)?;
     let namespace = Namespace::new().map_err(|error| failure(&error, error.hint()))?;
     let attachment = Attachment {
@@ -65,14 +71,20 @@ pub fn attach(files: &ContainerPaths, id: &str, request: &CniRequest) -> Result<
         ..Attachment::default()
     };
     let cni = |error: hull_network::cni::Error| failure(&error, error.hint());
+    let runner = Runner {
+        cancel: Some(cancel),
+        ..Runner::default()
+    };
     let mut record = Record::new(request.list.clone(), attachment).map_err(cni)?;
+    // What is not there cannot undo anything either.
+    runner.require(&request.list).map_err(cni)?;
     let keep = |record: &Record| {
         let text = serde_json::to_vec(record).context(|| "encode the network's record".into())?;
         write_by_rename(&files.network(), &text)
     };
     keep(&record)?;
     let result = record
-        .add_and_keep(&Runner::default(), &mut |record| {
+        .add_and_keep(&runner, &mut |record| {
             keep(record).map_err(|failure| failure.message)
         })
         .map_err(cni)?;

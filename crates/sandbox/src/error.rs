@@ -25,7 +25,7 @@ pub struct Failure {
     /// The last lines of the guest's console, when the guest did not come up or broke down.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub console: Vec<String>,
-    /// The guest works and refused: neither its console nor the time it took says more.
+    /// The guest has no part in it, or works and refused: neither its console nor the time it took says more.
     #[serde(skip)]
     pub refused: bool,
     /// Where the time of a failed start went.
@@ -60,6 +60,13 @@ impl Failure {
     #[must_use]
     pub fn code(mut self, code: i32) -> Self {
         self.code = code;
+        self
+    }
+
+    /// Neither the guest's console nor the time its start took says more about this.
+    #[must_use]
+    pub fn of_no_guest(mut self) -> Self {
+        self.refused = true;
         self
     }
 

@@ -130,8 +130,14 @@ pub struct Record {
     pub auto_remove: bool,
     /// Signal that `stop` sends first.
     pub stop_signal: String,
-    /// `none` or `default`.
+    /// Name of the network; `none` for loopback only.
     pub network: String,
+    /// Addresses in the network, without one of loopback.
+    #[serde(default)]
+    pub addresses: Vec<std::net::IpAddr>,
+    /// Ports of the host that lead to ports of the container.
+    #[serde(default)]
+    pub ports: Vec<hull_network::cni::PortMapping>,
     /// Labels of image and command line.
     pub labels: BTreeMap<String, String>,
     /// Volumes, as given.

@@ -9,6 +9,7 @@
 //! and says everything again. So a call can be repeated.
 
 mod netlink;
+mod parking;
 mod plan;
 mod step;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use ttrpc::Code;
 
 use crate::status::{Failure, Result};
 use netlink::{Link, Requests, Socket};
+use parking::Parking;
 use plan::{Situation, plan};
 use step::{Step, What};
 use wanted::{Address, Wanted};
@@ -50,6 +52,10 @@ pub struct Network {
     brought: Wanted,
     /// `devices` and `brought` are what there is.
     settled: bool,
+    /// Devices without an interface are hidden.
+    hides: bool,
+    /// Where they are, once there are some.
+    parking: Option<Parking>,
     /// The kernel knows IPv6.
     ipv6: bool,
     /// This kernel wants links to be down when they are renamed or get another hardware address: those before 6.2, and some
@@ -75,6 +81,14 @@ fn cannot<'a>(what: &'a str) -> impl Fn(io::Error) -> Failure + 'a {
 }
 
 impl Network {
+    /// One that hides devices as long as no interface of the host stands behind them.
+    pub fn hiding() -> Self {
+        Self {
+            hides: true,
+            ..Self::default()
+        }
+    }
+
     /// Applies a request.
     pub fn apply(&mut self, request: &SetNetworkRequest) -> Result<()> {
         let wanted = Wanted::check(request)?;
@@ -91,6 +105,11 @@ impl Network {
             Ok(complete) => {
                 self.brought = wanted;
                 self.settled = complete;
+                if self.hides
+                    && let Err(error) = self.hide(&socket)
+                {
+                    crate::log::error!("cannot hide idle network devices: {error}");
+                }
                 Ok(())
             }
             Err(Stopped::Busy(failure) | Stopped::Failed(failure)) => Err(failure),
@@ -106,6 +125,21 @@ impl Network {
         };
         let mut numbers = wanted.interfaces.iter().map(|interface| interface.device);
         if !self.settled || !numbers.all(|number| knows(&self.devices, number)) {
+            let links = socket.links().map_err(cannot("list network links"))?;
+            self.look(links);
+        }
+        let hidden: Vec<u8> = wanted
+            .interfaces
+            .iter()
+            .map(|interface| interface.device)
+            .filter(|number| !knows(&self.devices, *number))
+            .collect();
+        if !hidden.is_empty()
+            && let Some(parking) = &self.parking
+        {
+            parking
+                .give(&hidden)
+                .map_err(cannot("fetch a hidden network device"))?;
             let links = socket.links().map_err(cannot("list network links"))?;
             self.look(links);
         }
@@ -154,6 +188,25 @@ impl Network {
             }
         }
         outcome
+    }
+
+    /// Puts devices away that no interface needs.
+    fn hide(&mut self, socket: &Socket) -> io::Result<()> {
+        let brought = &self.brought;
+        let idle = |device: &Device| brought.interface(device.number).is_none();
+        if !self.devices.iter().any(idle) {
+            return Ok(());
+        }
+        let parking = match self.parking.take() {
+            Some(parking) => parking,
+            None => Parking::new()?,
+        };
+        let devices = self.devices.iter().filter(|device| idle(device));
+        let taken = parking.take(socket, devices.map(|device| (device.number, device.index)));
+        self.parking = Some(parking);
+        taken?;
+        self.devices.retain(|device| !idle(device));
+        Ok(())
     }
 
     /// Learns which link is which device, and what each is like.

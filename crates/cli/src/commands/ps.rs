@@ -1,5 +1,8 @@
 //! `hull ps`.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use hull_network::cni::PortMapping;
 use hull_sandbox::{Record, State, names};
 use serde::Serialize;
 
@@ -156,6 +159,8 @@ struct Listed<'a> {
     labels: &'a std::collections::BTreeMap<String, String>,
     volumes: &'a [String],
     network: &'a str,
+    addresses: &'a [IpAddr],
+    ports: &'a [PortMapping],
 }
 
 /// Lists containers, newest first.
@@ -207,7 +212,26 @@ fn listed(record: &Record) -> Listed<'_> {
         labels: &record.labels,
         volumes: &record.volumes,
         network: &record.network,
+        addresses: &record.addresses,
+        ports: &record.ports,
     }
+}
+
+/// As Docker shows published ports: `0.0.0.0:8080->80/tcp`. Those of a container that does not run lead nowhere.
+fn ports(record: &Record) -> String {
+    if record.state == State::Stopped {
+        return String::new();
+    }
+    let shown = record.ports.iter().map(|port| {
+        let address = port.host_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let outside = SocketAddr::new(address, port.host_port);
+        format!(
+            "{outside}->{}/{}",
+            port.container_port,
+            port.protocol.name()
+        )
+    });
+    shown.collect::<Vec<_>>().join(", ")
 }
 
 fn table(records: &[Record], no_trunc: bool) -> Table {
@@ -217,6 +241,7 @@ fn table(records: &[Record], no_trunc: bool) -> Table {
         "COMMAND",
         "CREATED",
         "STATUS",
+        "PORTS",
         "MACHINE",
         "NAMES",
     ]);
@@ -232,6 +257,7 @@ fn table(records: &[Record], no_trunc: bool) -> Table {
             format!("\"{command}\""),
             format!("{} ago", time::human_age(from_seconds(record.created))),
             status(record),
+            ports(record),
             record.machine.to_string(),
             record.name.clone(),
         ]);

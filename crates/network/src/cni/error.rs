@@ -113,6 +113,8 @@ pub enum Fault {
     },
     /// It had not ended in time, and was killed with all that it had started.
     Hung(Duration),
+    /// Nobody waited for it any more, and it was killed.
+    Cancelled,
     /// It wrote more than a result can be, and was killed.
     TooMuchOutput,
     /// It succeeded, but its result is none.
@@ -167,6 +169,7 @@ impl fmt::Display for Fault {
             Fault::Died { status, said } if said.is_empty() => write!(f, "{status}"),
             Fault::Died { status, said } => write!(f, "{status}: {said}"),
             Fault::Hung(limit) => write!(f, "it had not ended after {limit:?} and was killed"),
+            Fault::Cancelled => f.write_str("it was not waited for any more and was killed"),
             Fault::TooMuchOutput => f.write_str("it wrote too much output and was killed"),
             Fault::BadResult(why) => write!(f, "its result is not valid: {why}"),
         }

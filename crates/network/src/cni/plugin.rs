@@ -1,7 +1,9 @@
 //! One call of one plugin: what it is told and how its answer is understood.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
@@ -45,6 +47,8 @@ pub struct Runner {
     pub directories: Vec<PathBuf>,
     /// How long each may take for each call.
     pub limit: Duration,
+    /// Readable as soon as nobody waits for the outcome any more: then the plugin at work is killed.
+    pub cancel: Option<Arc<OwnedFd>>,
 }
 
 impl Default for Runner {
@@ -52,6 +56,7 @@ impl Default for Runner {
         Runner {
             directories: PLUGIN_DIRECTORIES.map(PathBuf::from).to_vec(),
             limit: Duration::from_secs(30),
+            cancel: None,
         }
     }
 }
@@ -124,7 +129,13 @@ impl Runner {
         ];
         let config = Value::Object(execution_config(call, plugin)).to_string();
         let began = Instant::now();
-        let answer = process::run(&path, &environment, config.as_bytes(), self.limit);
+        let answer = process::run(
+            &path,
+            &environment,
+            config.as_bytes(),
+            self.limit,
+            self.cancel.as_deref(),
+        );
         tracing::debug!(
             network = list.name(),
             plugin = plugin.kind,

@@ -29,21 +29,31 @@ pub(super) struct Output {
 }
 
 /// Runs `program` to its end with only these variables in its environment. When it takes longer than `limit`, or
-/// writes too much, it is killed together with all that it started and that did not leave its process group.
+/// writes too much, or when `cancel` becomes readable, it is killed together with all that it started and that did not leave its process group.
 pub(super) fn run(
     program: &Path,
     environment: &[(&str, &OsStr)],
     input: &[u8],
     limit: Duration,
+    cancel: Option<&OwnedFd>,
 ) -> Result<Output, Fault> {
     let deadline = Instant::now() + limit;
     let mut running = Running::start(program, environment, input).map_err(Fault::Start)?;
-    match running.listen(deadline) {
-        Ok(true) => running.end().map_err(Fault::Start),
-        Ok(false) => Err(Fault::Hung(limit)),
+    match running.listen(deadline, cancel) {
+        Ok(Heard::End) => running.end().map_err(Fault::Start),
+        Ok(Heard::Nothing) => Err(Fault::Hung(limit)),
+        Ok(Heard::Cancelled) => Err(Fault::Cancelled),
         Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Err(Fault::TooMuchOutput),
         Err(error) => Err(Fault::Start(error)),
     }
+}
+
+/// What became of a process.
+enum Heard {
+    End,
+    /// It takes too long.
+    Nothing,
+    Cancelled,
 }
 
 /// A process that is killed with its group when this is dropped, unless it has ended.
@@ -94,13 +104,14 @@ impl Running {
         }
     }
 
-    /// Reads until the process has ended; false when it does not in time. Does not wait for the ends of its streams:
+    /// Reads until the process has ended, or does not in time, or need not any more. Does not wait for the ends of its streams:
     /// something that it left behind may hold them.
-    fn listen(&mut self, deadline: Instant) -> io::Result<bool> {
+    fn listen(&mut self, deadline: Instant, cancel: Option<&OwnedFd>) -> io::Result<Heard> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
             let mut fds = vec![PollFd::new(&self.ended, PollFlags::IN)];
+            fds.extend(cancel.map(|cancel| PollFd::new(cancel, PollFlags::IN)));
             let streams = [&self.stdout, &self.stderr];
             fds.extend(
                 streams
@@ -109,12 +120,13 @@ impl Running {
                     .map(|fd| PollFd::new(fd, PollFlags::IN)),
             );
             match poll(&mut fds, Some(&timeout)) {
-                Ok(0) => return Ok(false),
+                Ok(0) => return Ok(Heard::Nothing),
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             }
             let ended = !fds[0].revents().is_empty();
+            let cancelled = cancel.is_some() && !fds[1].revents().is_empty();
             self.stdout.read()?;
             if self.stdout.kept.len() > MOST_OUTPUT {
                 return Err(io::ErrorKind::FileTooLarge.into());
@@ -126,7 +138,10 @@ impl Running {
                     .drain(..self.stderr.kept.len() - KEPT_ERRORS);
             }
             if ended {
-                return Ok(true);
+                return Ok(Heard::End);
+            }
+            if cancelled {
+                return Ok(Heard::Cancelled);
             }
         }
     }

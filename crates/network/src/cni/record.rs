@@ -75,7 +75,12 @@ impl Record {
         runner.require(&self.list)?;
         self.result = None;
         if let Err(error) = self.add_each(runner, keep) {
-            return Err(match self.del(runner) {
+            // What nobody waits for any more is undone all the same.
+            let runner = Runner {
+                cancel: None,
+                ..runner.clone()
+            };
+            return Err(match self.del(&runner) {
                 Ok(()) => {
                     self.result = None;
                     error

@@ -26,6 +26,7 @@ impl House {
         let runner = Runner {
             directories: vec![directory.path().to_owned()],
             limit: Duration::from_secs(10),
+            cancel: None,
         };
         House { directory, runner }
     }

@@ -8,7 +8,6 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use hull_network::Namespace;
 use hull_sandbox::detached::{self, Attributes};
 use hull_sandbox::error::{Context, Failure, Result};
 use hull_sandbox::pod::client::{self, Connection, join_or_launch};
@@ -137,7 +136,7 @@ impl Making<'_> {
         let request = || {
             let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
             let mut machine = (settings.machine)(memory, processors(resources))?;
-            machine.nets = nets(&plan.network, bundle)?;
+            machine.nets = nets(&plan.network, bundle);
             let request = PodRequest {
                 machine,
                 hostname: hostname.clone(),
@@ -317,19 +316,14 @@ impl Making<'_> {
     }
 }
 
-/// How many network interfaces the machine is to have: those that there are, and one that may come. Those that hooks will
-/// make cannot be known.
-fn nets(network: &Network, bundle: &Bundle) -> Result<u8> {
-    let interfaces = match network {
-        Network::Path(path) => Namespace::open(path)
-            .and_then(|namespace| namespace.interfaces())
-            .map_err(|error| Failure::new(error.to_string()))?,
-        Network::New if has_network_hooks(bundle) => 1,
-        Network::New => return Ok(0),
-    };
-    Ok(u8::try_from(interfaces + 1)
-        .unwrap_or(u8::MAX)
-        .min(MAX_NETS))
+/// How many network interfaces the machine is to have. Where an engine sets them up, or hooks will, more may come at any time;
+/// otherwise nobody knows of the namespace.
+fn nets(network: &Network, bundle: &Bundle) -> u8 {
+    match network {
+        Network::Path(_) => MAX_NETS,
+        Network::New if has_network_hooks(bundle) => MAX_NETS,
+        Network::New => 0,
+    }
 }
 
 /// Whether there are hooks that run when the namespaces have been made, which is where engines set up networks.

@@ -42,6 +42,8 @@ pub struct Network {
     cables: BTreeMap<u32, Cable>,
     /// As it was found last.
     description: Description,
+    /// Interfaces that the machine has no devices for.
+    left_out: Vec<String>,
     /// What the agent was told last.
     told: Option<proto::SetNetworkRequest>,
     /// For a name server that may be in the namespace.
@@ -88,6 +90,12 @@ impl Network {
             )
             .hint("give the container a network of its own, or none"));
         }
+        if namespace.is_in_use().map_err(failure)? {
+            return Err(Failure::new(
+                "not supported: a network namespace for two machines: another one is connected with it",
+            )
+            .hint("containers of one pod share a machine and its network"));
+        }
         // Before the first look: what changes after it is noticed.
         let monitor = Monitor::open(&namespace).map_err(failure)?;
         let netlink = Netlink::open(&namespace).map_err(failure)?;
@@ -101,6 +109,7 @@ impl Network {
             owner,
             cables: BTreeMap::new(),
             description: Description::default(),
+            left_out: Vec::new(),
             told: None,
             resolver: None,
             looks: None,
@@ -159,20 +168,54 @@ impl Network {
                 self.devices.detach_net(cable.device).await?;
             }
         }
-        if wanted.len() > usize::from(self.nets) {
-            return Err(Failure::new(format!(
-                "not supported: {} network interfaces: the machine was started for {} at most",
-                wanted.len(),
-                self.nets
-            )));
+        // What is there is adapted whatever there is no room for.
+        let (there, new): (Vec<_>, Vec<_>) = wanted
+            .into_iter()
+            .partition(|interface| self.cables.contains_key(&interface.index));
+        for interface in there {
+            self.adapt(interface).await?;
         }
-        for interface in wanted {
-            match self.cables.contains_key(&interface.index) {
-                true => self.adapt(interface).await?,
-                false => self.add(interface).await?,
+        let room = usize::from(self.nets).saturating_sub(self.cables.len());
+        let excess: Vec<String> = new
+            .iter()
+            .skip(room)
+            .map(|interface| interface.name.clone())
+            .collect();
+        for interface in new.into_iter().take(room) {
+            self.add(interface).await?;
+        }
+        self.leave_out(excess)
+    }
+
+    /// Interfaces that the machine has no devices for: at the start an error, later a warning, once.
+    fn leave_out(&mut self, excess: Vec<String>) -> Result<()> {
+        let of = |route: &Option<String>| route.as_ref().is_some_and(|name| excess.contains(name));
+        self.description
+            .interfaces
+            .retain(|interface| !excess.contains(&interface.name));
+        self.description
+            .routes
+            .retain(|route| !of(&route.interface));
+        self.description
+            .neighbours
+            .retain(|entry| !excess.contains(&entry.interface));
+        let news = excess != self.left_out;
+        self.left_out = excess;
+        if self.left_out.is_empty() || !news {
+            return Ok(());
+        }
+        let message = format!(
+            "not supported: interface {}: the machine was started for {} at most",
+            self.left_out.join(", "),
+            self.nets
+        );
+        match self.told {
+            None => Err(Failure::new(message)),
+            Some(_) => {
+                tracing::warn!("{message}");
+                Ok(())
             }
         }
-        Ok(())
     }
 
     async fn add(&mut self, interface: Interface) -> Result<()> {

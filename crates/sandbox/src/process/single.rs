@@ -13,6 +13,7 @@ use std::time::Duration;
 use hull_devices::control::Cache;
 use hull_protocol::SHARES_DIR;
 use hull_protocol::agent as proto;
+use rustix::event::{EventfdFlags, eventfd};
 use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
@@ -112,6 +113,13 @@ fn prepare(paths: &Paths, request: RunRequest) -> Result<Container> {
         auto_remove: request.auto_remove,
         stop_signal: request.stop_signal.clone(),
         network: request.network.name.clone(),
+        addresses: Vec::new(),
+        ports: request
+            .network
+            .cni
+            .as_ref()
+            .map(|cni| cni.ports.clone())
+            .unwrap_or_default(),
         labels: request.labels.clone(),
         volumes: request
             .volumes
@@ -154,7 +162,10 @@ async fn life(container: &Arc<Container>) {
     timings.step("start the sandbox process", container.request().began_ns);
     let mut rootfs = None;
     // Plugins take as long as a guest's boot.
-    let mut attaching = attach(container);
+    let mut attaching = match attach(container) {
+        Ok(attaching) => attaching,
+        Err(failure) => return fail_to_start(container, failure, None, None, timings).await,
+    };
     let begin = now_ns();
     let guest = Guest::start(&container.paths(), &container.request().machine, Vec::new());
     timings.step("start device process and machine", begin);
@@ -215,31 +226,42 @@ async fn life(container: &Arc<Container>) {
 }
 
 /// Plugins at work on the container's network, on a thread of their own.
-type Attaching = JoinHandle<Result<Attached>>;
+struct Attaching {
+    task: JoinHandle<Result<Attached>>,
+    cancel: Arc<OwnedFd>,
+}
 
 /// Lets plugins attach the container's network, if it has one.
-fn attach(container: &Arc<Container>) -> Option<Attaching> {
-    container.request().network.cni.as_ref()?;
-    let container = container.clone();
-    Some(tokio::task::spawn_blocking(move || {
-        match &container.request().network.cni {
-            Some(cni) => attachment::attach(&container.paths(), container.id(), cni),
-            None => Err(Failure::new("there is no network to attach")),
-        }
-    }))
+fn attach(container: &Arc<Container>) -> Result<Option<Attaching>> {
+    let Some(cni) = container.request().network.cni.clone() else {
+        return Ok(None);
+    };
+    let cancel = eventfd(0, EventfdFlags::CLOEXEC).context(|| "make an event".into())?;
+    let cancel = Arc::new(cancel);
+    let (container, cancelled) = (container.clone(), cancel.clone());
+    let task = tokio::task::spawn_blocking(move || {
+        attachment::attach(&container.paths(), container.id(), &cni, cancelled)
+    });
+    Ok(Some(Attaching { task, cancel }))
 }
 
 async fn finished(attaching: &mut Attaching) -> Result<Attached> {
-    attaching
+    let attached = (&mut attaching.task)
         .await
-        .map_err(|error| Failure::new(format!("cannot attach the network: {error}")))?
+        .map_err(|error| Failure::new(format!("cannot attach the network: {error}")));
+    attached.flatten().map_err(Failure::of_no_guest)
 }
 
-/// Waits until plugins that nobody needs any more are done, so that what they made can be undone.
+/// Ends plugins that nobody needs any more, so that what they made can be undone.
 async fn settle(attaching: Option<Attaching>) {
-    if let Some(attaching) = attaching.filter(|attaching| !attaching.is_finished()) {
+    if let Some(Attaching { task, cancel }) = attaching
+        && !task.is_finished()
+    {
+        if let Err(error) = rustix::io::write(&*cancel, &1u64.to_ne_bytes()) {
+            tracing::error!("cannot end network plugins: {error}");
+        }
         // Its failure is not the one to be told.
-        let _ = attaching.await;
+        let _ = task.await;
     }
 }
 
@@ -285,8 +307,12 @@ async fn boot(
         Some(attaching) => Some(finished(attaching).await?),
         None => None,
     };
-    etc::write(&files.etc(), request, attached.as_ref())?;
+    etc::write(&files.etc(), request, attached.as_ref()).map_err(Failure::of_no_guest)?;
     let mut held = Vec::new();
+    let addresses = attached
+        .as_ref()
+        .map(|attached| attached.addresses.clone())
+        .unwrap_or_default();
     let network = match attached {
         Some(attached) => {
             timings.step("wait for network plugins", begin);
@@ -340,6 +366,7 @@ async fn boot(
     container.set_guest(agent.clone(), devices.clone());
     container.update(|record| {
         record.state = State::Running;
+        record.addresses = addresses;
         record.started = Some(unix_time());
         record.processes.devices = device_process;
         record.processes.machine = machine_process;

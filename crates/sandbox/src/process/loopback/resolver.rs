@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use hull_network::{Interface, Namespace, Netlink, mirror, sockets};
 use hull_protocol::{MAX_QUESTIONS, NameHeader, RESOLVER, STREAM_PORT};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use rustix::net::{RecvFlags, recv};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::UdpSocket;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinHandle;
@@ -177,19 +178,15 @@ async fn write(
 async fn ask_by_udp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8>> {
     let socket = sockets::udp(namespace, RESOLVER).map_err(io::Error::other)?;
     socket.send(question).await?;
-    loop {
-        socket.readable().await?;
-        match datagram(&socket) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            received => return received,
-        }
-    }
+    // That nobody is there is an error of the socket, which alone does not make it readable.
+    let interest = Interest::READABLE | Interest::ERROR;
+    socket.async_io(interest, || datagram(&socket)).await
 }
 
 /// What has come, if anything has. A buffer for the largest there can be is not kept for each question.
 fn datagram(socket: &UdpSocket) -> io::Result<Vec<u8>> {
     let mut buffer = [0; u16::MAX as usize];
-    let length = socket.try_recv(&mut buffer)?;
+    let (length, _) = recv(socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
     Ok(buffer[..length].to_vec())
 }
 
@@ -202,4 +199,144 @@ async fn ask_by_tcp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8
     let mut answer = vec![0; stream.read_u16().await?.into()];
     stream.read_exact(&mut answer).await?;
     Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, UdpSocket as StdUdpSocket};
+    use std::thread;
+
+    use tokio::io::{DuplexStream, duplex, split};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    /// A namespace in which a question gets itself as answer, in capitals; by UDP when it begins with `slow`, after those
+    /// that came later.
+    fn namespace(test: &str) -> Option<Namespace> {
+        let namespace = match Namespace::new() {
+            Ok(namespace) => namespace,
+            Err(error) => {
+                println!("left out: {test}: {error}");
+                return None;
+            }
+        };
+        let servers = namespace.run_in(|| {
+            let udp = StdUdpSocket::bind(RESOLVER).unwrap();
+            (udp, TcpListener::bind(RESOLVER).unwrap())
+        });
+        let (udp, tcp) = servers.unwrap();
+        thread::spawn(move || {
+            let mut buffer = [0; 1 << 16];
+            let mut slow = Vec::new();
+            while let Ok((length, from)) = udp.recv_from(&mut buffer) {
+                let answer = buffer[..length].to_ascii_uppercase();
+                if answer.starts_with(b"SLOW") {
+                    slow.push((answer, from));
+                    continue;
+                }
+                udp.send_to(&answer, from).unwrap();
+                for (answer, from) in slow.drain(..) {
+                    udp.send_to(&answer, from).unwrap();
+                }
+            }
+        });
+        thread::spawn(move || {
+            for stream in tcp.incoming() {
+                let mut stream = stream.unwrap();
+                let mut length = [0; 2];
+                stream.read_exact(&mut length).unwrap();
+                let mut question = vec![0; u16::from_be_bytes(length).into()];
+                stream.read_exact(&mut question).unwrap();
+                stream.write_all(&length).unwrap();
+                stream.write_all(&question.to_ascii_uppercase()).unwrap();
+            }
+        });
+        Some(namespace)
+    }
+
+    /// The guest's end of a stream that is served, and how serving ends.
+    fn serving(namespace: Namespace) -> (DuplexStream, JoinHandle<io::Result<()>>) {
+        let (guest, host) = duplex(1 << 10);
+        let (questions, answers) = split(host);
+        (guest, tokio::spawn(serve(namespace, questions, answers)))
+    }
+
+    async fn ask(guest: &mut DuplexStream, slot: u16, tcp: bool, question: &[u8]) {
+        let length = question.len() as u16;
+        let header = NameHeader { slot, tcp, length }.encode();
+        guest.write_all(&header).await.unwrap();
+        guest.write_all(question).await.unwrap();
+    }
+
+    async fn answer(guest: &mut DuplexStream) -> (u16, Vec<u8>) {
+        let read = async {
+            let mut header = [0; NameHeader::LENGTH];
+            guest.read_exact(&mut header).await.unwrap();
+            let header = NameHeader::decode(header).unwrap();
+            let mut answer = vec![0; header.length.into()];
+            guest.read_exact(&mut answer).await.unwrap();
+            (header.slot, answer)
+        };
+        timeout(SOON, read).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn questions_are_asked_in_the_namespace_and_none_waits_for_another() {
+        let Some(namespace) = namespace("questions_are_asked_in_the_namespace…") else {
+            return;
+        };
+        let (mut guest, served) = serving(namespace);
+        ask(&mut guest, 1, false, b"slow").await;
+        // That one is there first.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        ask(&mut guest, 2, false, b"quick").await;
+        assert_eq!(answer(&mut guest).await, (2, b"QUICK".to_vec()));
+        assert_eq!(answer(&mut guest).await, (1, b"SLOW".to_vec()));
+        for length in [1, 9000, 60_000] {
+            ask(&mut guest, 3, false, &vec![b'x'; length]).await;
+            assert_eq!(answer(&mut guest).await, (3, vec![b'X'; length]));
+        }
+        ask(&mut guest, 63, true, &vec![b'x'; 65535]).await;
+        assert_eq!(answer(&mut guest).await, (63, vec![b'X'; 65535]));
+        drop(guest);
+        timeout(SOON, served).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_nobody_answers_has_an_empty_answer() {
+        let Ok(namespace) = Namespace::new() else {
+            return println!("left out: what_nobody_answers…: no namespace to be had");
+        };
+        let (mut guest, _served) = serving(namespace);
+        for tcp in [false, true] {
+            ask(&mut guest, 5, tcp, b"anybody there?").await;
+            assert_eq!(answer(&mut guest).await, (5, Vec::new()));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_says_something_else_is_not_listened_to_any_more() {
+        let Some(namespace) = namespace("a_guest_that_says_something_else…") else {
+            return;
+        };
+        for garbage in [[0xff; 5], [0, 64, 0, 0, 0], [0, 0, 7, 0, 0]] {
+            let (mut guest, served) = serving(namespace.clone());
+            guest.write_all(&garbage).await.unwrap();
+            let ended = timeout(SOON, served).await.unwrap().unwrap();
+            assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+        // One that asks and does not listen is stopped, and others of this process go on.
+        let (mut guest, served) = serving(namespace);
+        let flood = async {
+            for number in 0.. {
+                ask(&mut guest, number % MAX_QUESTIONS, false, &[b'x'; 512]).await;
+            }
+        };
+        let flooded = timeout(Duration::from_millis(500), flood).await;
+        assert!(flooded.is_err() && !served.is_finished());
+    }
 }
