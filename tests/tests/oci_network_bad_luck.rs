@@ -67,9 +67,13 @@ fn more_interfaces_than_the_machine_has_are_told_and_the_others_are_not_disturbe
     link.add("net1", "198.51.100");
     init.prints("ip -o addr", |text| text.contains(" 198.51.100.2/24"));
     assert!(!log(&oci).contains("ERROR"), "{}", log(&oci));
-    link.add("net2", "203.0.113");
+    for (name, network) in [("net2", "203.0.113"), ("net3", "198.18.3")] {
+        link.add(name, network);
+    }
+    init.prints("ip -o addr", |text| text.contains(" 198.18.3.2/24"));
+    link.add("net4", "198.18.4");
     eventually("it is logged", Duration::from_secs(2), || {
-        log(&oci).contains("3 network interfaces")
+        log(&oci).contains("interface net4: the machine was started for 4")
     });
     assert_eq!(init.status(), "running");
     for address in ["192.0.2.1", "198.51.100.1"] {
@@ -77,8 +81,8 @@ fn more_interfaces_than_the_machine_has_are_told_and_the_others_are_not_disturbe
     }
     // There is a place for it when another one goes.
     link.pod.ip("link delete net1");
-    init.prints("ip -o addr", |text| text.contains(" 203.0.113.2/24"));
-    init.reaches("203.0.113.1");
+    init.prints("ip -o addr", |text| text.contains(" 198.18.4.2/24"));
+    init.reaches("198.18.4.1");
 }
 
 #[test]
@@ -86,9 +90,10 @@ fn changes_follow_while_there_are_more_interfaces_than_the_machine_has() {
     let link = Link::new();
     let oci = Oci::new();
     let init = oci.start(&oci.bundle().inside(&link.pod));
-    link.add("net1", "198.51.100");
-    link.add("net2", "203.0.113");
-    init.prints("ip -o addr", |text| text.contains(" 198.51.100.2/24"));
+    for number in 1..=4 {
+        link.add(&format!("net{number}"), &format!("198.18.{number}"));
+    }
+    init.prints("ip -o addr", |text| text.contains(" 198.18.1.2/24"));
     link.pod.ip("address add 192.0.2.7/24 dev eth0");
     init.prints("ip -o addr", |text| text.contains(" 192.0.2.7/24"));
 }
@@ -170,7 +175,7 @@ fn two_machines_cannot_have_one_namespace() {
         one.pings("192.0.2.1"),
         "the first one is cut off; the second one: {output:?}"
     );
-    output.fails(1, &["eth0"]);
+    output.fails(1, &["not supported", "two machines"]);
 }
 
 #[test]

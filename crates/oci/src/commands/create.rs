@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use hull_network::Namespace;
 use hull_sandbox::detached::{self, Attributes};
 use hull_sandbox::error::{Context, Failure, Result};
 use hull_sandbox::pod::client::{self, Connection, join_or_launch};
@@ -197,10 +198,15 @@ impl Making<'_> {
     ) -> Result<Keeper> {
         let network = match &plan.network {
             Network::New => None,
-            Network::Path(path) => Some(
-                File::open(path)
-                    .context(|| format!("open network namespace {}", path.display()))?,
-            ),
+            Network::Path(path) => {
+                // One that is none is found out here, where its path is known.
+                let namespace = Namespace::open(path);
+                namespace.map_err(|error| Failure::new(error.to_string()))?;
+                Some(
+                    File::open(path)
+                        .context(|| format!("open network namespace {}", path.display()))?,
+                )
+            }
         };
         let root = plan
             .shares
