@@ -309,11 +309,13 @@ fn a_namespace_that_is_gone_or_another_is_not_touched() {
     // While the first one is still there, so that their inodes differ.
     fs::write(house.path("another"), "").unwrap();
     fs::rename(house.path("another"), &netns).unwrap();
+    // Where one can be made, plugins get a stand-in.
+    let is_another = |seen: &str| seen == "<>\n" || seen.starts_with("</proc/");
     record.del(&house.runner).unwrap();
-    assert_eq!(seen(), "<>\n");
+    assert!(is_another(&seen()), "{}", seen());
     fs::remove_file(&netns).unwrap();
     record.del(&house.runner).unwrap();
-    assert_eq!(seen(), "<>\n");
+    assert!(is_another(&seen()), "{}", seen());
 }
 
 #[test]
