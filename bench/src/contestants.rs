@@ -43,7 +43,7 @@ impl Contestant {
 pub enum Root {
     /// Busybox and nothing else.
     Busybox,
-    /// Busybox, GNU tar, fio and the program in `bench/guest`.
+    /// Busybox, GNU tar, fio, iperf3 and the programs in `bench/guest`.
     Tools,
 }
 
@@ -113,13 +113,15 @@ impl Setup {
                 .arg(setup.root(root)))?;
         }
         let tools = setup.root(Root::Tools);
-        for program in ["/usr/bin/fio", "/bin/tar", "/bin/ls"] {
+        for program in ["/usr/bin/fio", "/usr/bin/iperf3", "/bin/tar", "/bin/ls"] {
             copy_with_libraries(Path::new(program), &tools, &tools.join("gnu"))?;
         }
-        run(Command::new("cc")
-            .args(["-static", "-O2", "-w", "-o"])
-            .arg(tools.join("bin/work"))
-            .arg(repository.join("bench/guest/work.c")))?;
+        for program in ["work", "net"] {
+            run(Command::new("cc")
+                .args(["-static", "-O2", "-w", "-o"])
+                .arg(tools.join("bin").join(program))
+                .arg(repository.join(format!("bench/guest/{program}.c"))))?;
+        }
         for (root, name) in [(Root::Busybox, "busybox"), (Root::Tools, "tools")] {
             let archive = setup.directory.join(format!("{name}.tar"));
             run(Command::new("tar")
@@ -211,15 +213,20 @@ impl Setup {
                     .arg(self.unique());
                 command
             }
-            Contestant::Hull(machine) => {
-                let mut command = self.hull(machine);
-                command.args(["run", "--rm", "--network", "none", image(Root::Busybox)]);
-                command.args(arguments);
-                command
-            }
+            Contestant::Hull(machine) => self.hull_run(machine, "none", arguments),
         };
         command.stdin(Stdio::null()).stdout(Stdio::null());
         Ok(command)
+    }
+
+    /// `hull run` of `arguments`, to their end, with a network.
+    pub fn hull_run(&self, machine: &str, network: &str, arguments: &[&str]) -> Command {
+        let mut command = self.hull(machine);
+        command
+            .args(["run", "--rm", "--network", network])
+            .arg(image(Root::Busybox))
+            .args(arguments);
+        command
     }
 
     /// Starts a container that sleeps; `volume` is at `/work`.

@@ -4,13 +4,14 @@
 //! a while is busy for all. What is shown is the median, with the number of rounds. The first round warms the caches
 //! and does not count.
 //!
-//! Calls the staged `hull`, `runc` and `fio` as a user would, and knows nothing of hull's inside. Results: a table on
-//! standard output; the same, as JSON with every single value and as a picture, in `bench/results`.
+//! Calls the staged `hull`, `runc`, `fio`, `iperf3` and `wrk` as a user would, and knows nothing of hull's inside. Results:
+//! a table on standard output; the same, as JSON with every single value and as a picture, in `bench/results`.
 
 mod contestants;
 mod files;
 mod measure;
 mod memory;
+mod network;
 mod oci;
 mod report;
 mod svg;
@@ -42,7 +43,7 @@ impl Options {
 }
 
 /// The groups, in the order in which they are measured.
-const GROUPS: [&str; 6] = ["start", "exec", "oci", "memory", "cpu", "files"];
+const GROUPS: [&str; 7] = ["start", "exec", "oci", "memory", "cpu", "files", "network"];
 
 fn main() -> Result<()> {
     let options = options()?;
@@ -62,6 +63,7 @@ fn main() -> Result<()> {
             "oci" => oci::measure(&options, &setup, &mut results),
             "memory" => memory::measure(&options, &setup, &mut results),
             "cpu" => measure::cpu(&options, &setup, &mut results),
+            "network" => network::measure(&options, &setup, &mut results),
             _ => files::measure(&options, &setup, &mut results),
         }
         .with_context(|| format!("measuring {group}"))?;

@@ -68,7 +68,7 @@ fn start(setup: &Setup, contestant: Contestant, bundle: &Path, id: &str) -> Resu
 }
 
 /// Runs a command that must succeed. Without a pipe for errors: the container would have it, too, and keep it open.
-fn call(command: &mut Command) -> Result<()> {
+pub fn call(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("{command:?}"))?;
     if !status.success() {
         bail!("{command:?}: {status}");

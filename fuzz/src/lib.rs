@@ -108,6 +108,7 @@ impl Ring for FuzzRing {
 
     fn undo_pop(&self) {
         self.queue().go_to_previous_position();
+        self.taken.fetch_sub(1, Relaxed);
     }
 
     fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), Error> {
