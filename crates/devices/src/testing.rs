@@ -122,6 +122,11 @@ impl<D: Device> Driver<D> {
         self.host_events()
     }
 
+    /// What the device waits for.
+    pub fn events(&self) -> &EventRegistry {
+        &self.events
+    }
+
     /// Delivers the events of the device's host descriptors.
     pub fn host_events(&mut self) -> Result<(), DeviceError> {
         let mut queues = Queues::new(&self.rings, self.memory.clone());

@@ -193,7 +193,7 @@ fn behind_extensions(packet: &[u8]) -> Result<(u8, usize), &'static str> {
                 let [behind] = bytes::<1>(packet, at)?;
                 let offset = u16::from_be_bytes(bytes(packet, at + 2)?);
                 let whole = offset & !0x6 == 0;
-                if behind == ICMPV6 && whole {
+                if whole {
                     8
                 } else {
                     // Nothing more is to be learnt; not looked at as discovery.
@@ -312,6 +312,8 @@ mod tests {
         hidden.extend(&other);
         let mut whole_fragment = vec![ICMPV6, 0, 0, 0, 0, 0, 0, 1];
         whole_fragment.extend(&other);
+        let mut two_fragments = vec![FRAGMENT, 0, 0, 0, 0, 0, 0, 1];
+        two_fragments.extend(&whole_fragment);
         let endless = [HOP_BY_HOP, 0, 0, 0, 0, 0, 0, 0].repeat(10);
         for bad in [
             frame(OTHER, IPV4, &ipv4("10.0.0.2", "8.8.8.8")[14..]),
@@ -330,6 +332,7 @@ mod tests {
             ipv6("fd00::2", "ff02::1", ICMPV6, &lie),
             ipv6("fd00::2", "ff02::1", HOP_BY_HOP, &hidden),
             ipv6("fd00::2", "ff02::1", FRAGMENT, &whole_fragment),
+            ipv6("fd00::2", "ff02::1", FRAGMENT, &two_fragments),
             ipv6("fe80::2", "ff02::1", ICMPV6, &[ROUTER_ADVERTISEMENT; 16]),
             ipv6("fe80::2", "ff02::1", ICMPV6, &[REDIRECT; 40]),
             ipv6("fd00::2", "ff02::1", HOP_BY_HOP, &endless),

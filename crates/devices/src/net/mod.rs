@@ -250,6 +250,7 @@ impl Net {
 
     fn detach(&mut self) {
         if let (Some(link), Some(registry)) = (self.link.take(), &self.registry)
+            && link.watched
             && let Err(error) = registry.remove(&link.tap)
         {
             tracing::debug!(%error, "tap was not watched");
@@ -439,16 +440,15 @@ impl Net {
         if link.watched == wanted {
             return Ok(());
         }
-        let interest = match wanted {
-            true => EventFlags::IN,
-            false => EventFlags::empty(),
+        // Not by an empty interest: that its other end is gone would be told all the same, again and again.
+        let changed = match wanted {
+            true => registry.add(&link.tap, TAP, EventFlags::IN),
+            false => registry.remove(&link.tap),
         };
-        registry
-            .modify(&link.tap, TAP, interest)
-            .map_err(|source| DeviceError::Host {
-                action: "watch a tap",
-                source,
-            })?;
+        changed.map_err(|source| DeviceError::Host {
+            action: "watch a tap",
+            source,
+        })?;
         link.watched = wanted;
         Ok(())
     }

@@ -208,6 +208,19 @@ fn a_host_that_goes_away_is_no_harm() {
 }
 
 #[test]
+fn a_host_that_goes_away_while_a_frame_waits_wakes_nobody() {
+    let mut cable = cable(MERGEABLE, NetOptions::default());
+    cable.host_sends(&frame(MAC, 200));
+    let (other, _) = rustix::pipe::pipe().unwrap();
+    cable.host = other;
+    let mut ready = Vec::new();
+    cable.driver.events().poll(&mut ready).unwrap();
+    assert!(ready.is_empty(), "{ready:?}");
+    cable.offer(2000);
+    assert_eq!(cable.driver.used(RX), Some(HEADER as u32 + 200));
+}
+
+#[test]
 fn only_frames_that_the_policy_allows_reach_the_host() {
     let policy = Policy {
         mac: MAC,
