@@ -28,7 +28,8 @@ fn fetches(docker: &Docker, client: &str, host: IpAddr, wanted: &str) {
     let url = format!("http://{host}/index.html");
     let what = format!("{wanted:?} from {url}");
     eventually(&what, Duration::from_secs(20), || {
-        let output = docker.exec(client, &["wget", "-q", "-O", "-", &url]);
+        // One that began before the interface was there must not use up the time.
+        let output = docker.exec(client, &["timeout", "5", "wget", "-q", "-O", "-", &url]);
         output.text() == wanted
     });
 }
