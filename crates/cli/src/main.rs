@@ -19,8 +19,6 @@ mod names;
 mod network;
 mod oci;
 mod output;
-// Until `cli` takes it.
-#[allow(dead_code)]
 mod publish;
 mod reservation;
 mod signals;

@@ -202,6 +202,53 @@ impl<'a> Queues<'a> {
     }
 }
 
+/// Which of a device's `N` first queues the driver was asked to kick, and has not kicked since: asked once is enough, and
+/// while the device is at work on a queue it is asked not to.
+#[derive(Debug)]
+pub struct Kicks<const N: usize>([bool; N]);
+
+impl<const N: usize> Default for Kicks<N> {
+    fn default() -> Self {
+        Self([false; N])
+    }
+}
+
+impl<const N: usize> Kicks<N> {
+    /// The next chain of `queue`. When there is none, the driver is asked to kick.
+    pub fn pop(
+        &mut self,
+        queues: &mut Queues<'_>,
+        queue: usize,
+    ) -> Result<Option<Chain>, DeviceError> {
+        let asked = self
+            .0
+            .get_mut(queue)
+            .ok_or(DeviceError::NoSuchQueue(queue))?;
+        loop {
+            if let Some(chain) = queues.pop(queue)? {
+                if std::mem::take(asked) {
+                    queues.silence(queue)?;
+                }
+                return Ok(Some(chain));
+            }
+            if *asked {
+                return Ok(None);
+            }
+            *asked = true;
+            if !queues.rearm(queue)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The driver has kicked, maybe for what is popped by now: then it must be asked again.
+    pub fn came(&mut self, queue: usize) {
+        if let Some(asked) = self.0.get_mut(queue) {
+            *asked = false;
+        }
+    }
+}
+
 /// Where a device says which host descriptors it waits for. Clones mean the same registry.
 ///
 /// It is an `epoll` instance of the device's own; the transport waits for it together with the queues' kicks.

@@ -36,14 +36,6 @@ pub struct Attached {
     pub gateways: Vec<IpAddr>,
 }
 
-fn failure(error: impl std::fmt::Display, hint: Option<&str>) -> Failure {
-    let failure = Failure::new(error.to_string());
-    match hint {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
-}
-
 /// Attaches a new namespace to a network. Blocks as long as plugins take, or until `cancel` is readable.
 ///
 /// # Errors
@@ -55,7 +47,7 @@ pub fn attach(
     cancel: Arc<OwnedFd>,
 ) -> Result<Attached> {
     let ports = ports::hold(&request.ports).map_err(Failure::new)?;
-    let namespace = Namespace::new().map_err(|error| failure(&error, error.hint()))?;
+    let namespace = Namespace::new()?;
     let attachment = Attachment {
         container_id: id.to_owned(),
         netns: format!(
@@ -70,24 +62,21 @@ pub fn attach(
         mac: request.mac,
         ..Attachment::default()
     };
-    let cni = |error: hull_network::cni::Error| failure(&error, error.hint());
     let runner = Runner {
         cancel: Some(cancel),
         ..Runner::default()
     };
-    let mut record = Record::new(request.list.clone(), attachment).map_err(cni)?;
+    let mut record = Record::new(request.list.clone(), attachment)?;
     // What is not there cannot undo anything either.
-    runner.require(&request.list).map_err(cni)?;
+    runner.require(&request.list)?;
     let keep = |record: &Record| {
         let text = serde_json::to_vec(record).context(|| "encode the network's record".into())?;
         write_by_rename(&files.network(), &text)
     };
     keep(&record)?;
-    let result = record
-        .add_and_keep(&runner, &mut |record| {
-            keep(record).map_err(|failure| failure.message)
-        })
-        .map_err(cni)?;
+    let result = record.add_and_keep(&runner, &mut |record| {
+        keep(record).map_err(|failure| failure.message)
+    })?;
     Ok(Attached {
         namespace,
         ports,
@@ -109,8 +98,6 @@ pub fn undo(files: &ContainerPaths) -> Result<()> {
     };
     let record: Record =
         serde_json::from_slice(&text).context(|| format!("understand {}", path.display()))?;
-    record
-        .del(&Runner::default())
-        .map_err(|error| failure(&error, error.hint()))?;
+    record.del(&Runner::default())?;
     fs::remove_file(&path).context(|| format!("remove {}", path.display()))
 }

@@ -78,6 +78,29 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// Of another crate's error, with what mends it.
+    fn of(error: impl std::fmt::Display, hint: Option<&str>) -> Self {
+        let failure = Self::new(error.to_string());
+        match hint {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
+    }
+}
+
+impl From<hull_network::Error> for Failure {
+    fn from(error: hull_network::Error) -> Self {
+        Self::of(&error, error.hint())
+    }
+}
+
+impl From<hull_network::cni::Error> for Failure {
+    fn from(error: hull_network::cni::Error) -> Self {
+        Self::of(&error, error.hint())
+    }
+}
+
 /// Turns any error into a [`Failure`] that says what was being done.
 pub trait Context<T> {
     /// `doing` completes "cannot …".

@@ -50,7 +50,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use crate::buffers::{Buffers, Span};
-use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, Queues};
+use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
 use filter::Policy;
 use rate::Bucket;
 use tap::Tap;
@@ -160,8 +160,7 @@ pub struct Net {
     wake: Arc<OwnedFd>,
     timer: OwnedFd,
     registry: Option<EventRegistry>,
-    /// Whether the driver was asked to kick, per queue, and has not done so since.
-    armed: [bool; 2],
+    kicks: Kicks<2>,
 }
 
 /// What leads to the host.
@@ -200,7 +199,7 @@ impl Net {
             wake: wake.clone(),
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             registry: None,
-            armed: [false; 2],
+            kicks: Kicks::default(),
         };
         let handle = Handle {
             commands: sender,
@@ -278,25 +277,6 @@ impl Net {
         Ok(())
     }
 
-    /// The next chain of `queue`. When there is none, the driver is asked to kick.
-    fn pop(&mut self, queues: &mut Queues<'_>, queue: usize) -> Result<Option<Chain>, DeviceError> {
-        loop {
-            if let Some(chain) = queues.pop(queue)? {
-                if std::mem::take(&mut self.armed[queue]) {
-                    queues.silence(queue)?;
-                }
-                return Ok(Some(chain));
-            }
-            if self.armed[queue] {
-                return Ok(None);
-            }
-            self.armed[queue] = true;
-            if !queues.rearm(queue)? {
-                return Ok(None);
-            }
-        }
-    }
-
     /// Takes the guest's frames.
     fn send(
         &mut self,
@@ -312,7 +292,7 @@ impl Net {
             if let Some(when) = self.link.as_mut().and_then(|link| link.wait(TX, now)) {
                 break Pause::Until(when);
             }
-            let Some(chain) = self.pop(queues, TX)? else {
+            let Some(chain) = self.kicks.pop(queues, TX)? else {
                 break Pause::Event;
             };
             let head = chain.head_index();
@@ -389,7 +369,7 @@ impl Net {
         let mut heads: Vec<(u16, Span<'_>)> = Vec::with_capacity(1);
         let mut room = 0;
         while room < self.waiting && heads.len() < MAX_CHAINS && (mergeable || heads.is_empty()) {
-            let Some(chain) = self.pop(queues, RX)? else {
+            let Some(chain) = self.kicks.pop(queues, RX)? else {
                 for _ in &heads {
                     queues.undo_pop(RX)?;
                 }
@@ -563,10 +543,7 @@ impl Device for Net {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        if let Some(armed) = self.armed.get_mut(queue) {
-            // The driver may have kicked for what is popped by now: then it must be asked again.
-            *armed = false;
-        }
+        self.kicks.came(queue);
         self.work(queues)
     }
 
@@ -599,6 +576,6 @@ impl Device for Net {
     fn reset(&mut self) {
         self.waiting = 0;
         self.features = 0;
-        self.armed = [false; 2];
+        self.kicks = Kicks::default();
     }
 }

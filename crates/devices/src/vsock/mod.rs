@@ -52,7 +52,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, Queues};
+use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
 use connection::Ports;
 pub use muxer::ConnectError;
 use muxer::{Change, Host, Muxer, Token};
@@ -201,8 +201,7 @@ pub struct Vsock {
     timer: OwnedFd,
     timer_set: Option<Instant>,
     registry: Option<EventRegistry>,
-    /// Whether the driver was asked to kick, per queue, and has not done so since.
-    armed: [bool; 2],
+    kicks: Kicks<2>,
     taken: Taken,
 }
 
@@ -242,7 +241,7 @@ impl Vsock {
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             timer_set: None,
             registry: None,
-            armed: [false; 2],
+            kicks: Kicks::default(),
             taken: Taken::default(),
         };
         let handle = Handle {
@@ -295,25 +294,6 @@ impl Vsock {
         self.settle(now)
     }
 
-    /// The next chain of `queue`. When there is none, the driver is asked to kick.
-    fn pop(&mut self, queues: &mut Queues<'_>, queue: usize) -> Result<Option<Chain>, DeviceError> {
-        loop {
-            if let Some(chain) = queues.pop(queue)? {
-                if std::mem::take(&mut self.armed[queue]) {
-                    queues.silence(queue)?;
-                }
-                return Ok(Some(chain));
-            }
-            if self.armed[queue] {
-                return Ok(None);
-            }
-            self.armed[queue] = true;
-            if !queues.rearm(queue)? {
-                return Ok(None);
-            }
-        }
-    }
-
     /// Takes the driver's packets.
     fn take_packets(
         &mut self,
@@ -323,7 +303,7 @@ impl Vsock {
         now: Instant,
     ) -> Result<(), DeviceError> {
         while *count < BUDGET
-            && let Some(chain) = self.pop(queues, TX)?
+            && let Some(chain) = self.kicks.pop(queues, TX)?
         {
             let head = chain.head_index();
             let mut bytes = HEADER_SIZE;
@@ -351,7 +331,7 @@ impl Vsock {
     ) -> Result<(), DeviceError> {
         while *count < BUDGET
             && self.muxer.wants_transmit()
-            && let Some(chain) = self.pop(queues, RX)?
+            && let Some(chain) = self.kicks.pop(queues, RX)?
         {
             let head = chain.head_index();
             // A byte of data must fit as well, or a stream could never get on.
@@ -465,10 +445,8 @@ impl Device for Vsock {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        if let Some(armed) = self.armed.get_mut(queue) {
-            // It has kicked, or the queue is new: either way the next wait needs another request for kicks.
-            *armed = false;
-        }
+        // Or the queue is new: either way the next wait needs another request for kicks.
+        self.kicks.came(queue);
         self.work(queues, Instant::now())
     }
 
@@ -497,7 +475,7 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) {
-        self.armed = [false; 2];
+        self.kicks = Kicks::default();
         self.taken = Taken::default();
         self.muxer.guest_gone();
         if let Err(error) = self.settle(Instant::now()) {

@@ -200,12 +200,11 @@ impl Making<'_> {
             Network::New => None,
             Network::Path(path) => {
                 // One that is none is found out here, where its path is known.
-                let namespace = Namespace::open(path);
-                namespace.map_err(|error| Failure::new(error.to_string()))?;
-                Some(
-                    File::open(path)
-                        .context(|| format!("open network namespace {}", path.display()))?,
-                )
+                let namespace = Namespace::open(path)?;
+                let namespace = namespace.as_fd().try_clone_to_owned();
+                Some(File::from(
+                    namespace.context(|| format!("keep {}", path.display()))?,
+                ))
             }
         };
         let root = plan

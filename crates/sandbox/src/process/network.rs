@@ -63,14 +63,6 @@ struct Cable {
     options: NetOptions,
 }
 
-fn failure(error: hull_network::Error) -> Failure {
-    let failure = Failure::new(error.to_string());
-    match error.hint() {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
-}
-
 impl Network {
     /// Connects the interfaces of a namespace with the machine's net devices, of which there are `nets`. `owner`: the user
     /// that taps belong to.
@@ -84,21 +76,21 @@ impl Network {
         nets: u8,
         owner: u32,
     ) -> Result<Self> {
-        if namespace.is_callers_own().map_err(failure)? {
+        if namespace.is_callers_own()? {
             return Err(Failure::new(
                 "not supported: the host's own network: its interfaces cannot be a guest's",
             )
             .hint("give the container a network of its own, or none"));
         }
-        if namespace.is_in_use().map_err(failure)? {
+        if namespace.is_in_use()? {
             return Err(Failure::new(
                 "not supported: a network namespace for two machines: another one is connected with it",
             )
             .hint("containers of one pod share a machine and its network"));
         }
         // Before the first look: what changes after it is noticed.
-        let monitor = Monitor::open(&namespace).map_err(failure)?;
-        let netlink = Netlink::open(&namespace).map_err(failure)?;
+        let monitor = Monitor::open(&namespace)?;
+        let netlink = Netlink::open(&namespace)?;
         let mut network = Self {
             namespace,
             netlink,
@@ -144,12 +136,12 @@ impl Network {
     /// # Errors
     /// The kernel's.
     pub fn is_of(&self, namespace: &Namespace) -> Result<bool> {
-        self.namespace.is_same(namespace).map_err(failure)
+        Ok(self.namespace.is_same(namespace)?)
     }
 
     /// Makes the cables what the namespace needs.
     async fn connect(&mut self) -> Result<()> {
-        let description = self.netlink.describe().await.map_err(failure)?;
+        let description = self.netlink.describe().await?;
         let before = std::mem::replace(&mut self.description, description);
         for skipped in &self.description.skipped {
             if !before.skipped.contains(skipped) {
@@ -228,16 +220,12 @@ impl Network {
             group: Some(self.owner),
             ..TapOptions::default()
         };
-        let tap = Tap::create(&self.namespace, &self.netlink, &interface, &options)
-            .await
-            .map_err(failure)?;
+        let tap = Tap::create(&self.namespace, &self.netlink, &interface, &options).await?;
         let options = self.options(&interface);
         self.devices
             .attach_net(device, tap.fd.as_fd(), options.clone())
             .await?;
-        mirror::connect(&self.netlink, &interface, tap.index)
-            .await
-            .map_err(failure)?;
+        mirror::connect(&self.netlink, &interface, tap.index).await?;
         let cable = Cable {
             device,
             tap,
@@ -261,9 +249,7 @@ impl Network {
             cable.options = options;
         }
         if cable.interface.mtu != interface.mtu {
-            tap::set_mtu(&self.netlink, cable.tap.index, &interface)
-                .await
-                .map_err(failure)?;
+            tap::set_mtu(&self.netlink, cable.tap.index, &interface).await?;
         }
         cable.interface = interface;
         Ok(())

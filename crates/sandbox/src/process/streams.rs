@@ -11,7 +11,7 @@ use super::agent::StreamPorts;
 use super::devices::Devices;
 use super::output::{Connected, Frame, carry_to};
 use super::server::Input;
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::wire::Kind;
 
 /// Which streams a process is to have.
@@ -35,7 +35,7 @@ pub async fn connect(devices: &Devices, wanted: Wanted) -> Result<(StreamPorts, 
     let open = async |wanted: bool| {
         if wanted {
             let (port, stream) = devices.connect(STREAM_PORT).await?;
-            Ok((port, Some(stream)))
+            Ok::<_, Failure>((port, Some(stream)))
         } else {
             Ok((0, None))
         }

@@ -44,8 +44,7 @@ impl Pod {
     /// # Errors
     /// It cannot be connected, or another one is.
     pub async fn connect_network(&self, namespace: OwnedFd, limits: NetworkLimits) -> Result<()> {
-        let failure = |error: hull_network::Error| Failure::new(error.to_string());
-        let namespace = Namespace::try_from(namespace).map_err(failure)?;
+        let namespace = Namespace::try_from(namespace)?;
         let mut stage = self.network.lock().await;
         let same = match &*stage {
             Stage::None => {
@@ -57,7 +56,7 @@ impl Pod {
                 return Ok(());
             }
             Stage::Connected(network, _) => network.is_of(&namespace)?,
-            Stage::Followed(other, ..) => other.is_same(&namespace).map_err(failure)?,
+            Stage::Followed(other, ..) => other.is_same(&namespace)?,
         };
         match same {
             true => Ok(()),
