@@ -13,6 +13,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::error::{Context, Error, Result};
+use crate::home::Home;
 use crate::values::{self, DetachKeys, Machine, Network, NetworkFilter, Pull};
 
 /// The file with every key, its default and its explanation.
@@ -59,6 +60,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Guest kernels and initramfs, when not beside the executable.
     pub guest_dir: Option<PathBuf>,
+    /// Whoever calls is not root.
+    pub without_root: bool,
     /// Every key, in the order of the default file, with what it was set to and where.
     pub origins: Vec<Origin>,
 }
@@ -75,25 +78,60 @@ pub struct Origin {
 }
 
 impl Config {
-    /// Reads the configuration in force.
+    /// Reads the configuration in force: that of the file which HULL_CONFIG names, or of the system's, and after that,
+    /// without root, of the person's own.
     pub fn load() -> Result<Config> {
-        Config::load_from(std::env::var_os("HULL_CONFIG"), Path::new(SYSTEM_FILE))
+        let chosen = std::env::var_os("HULL_CONFIG");
+        Config::load_from(chosen, Path::new(SYSTEM_FILE), Home::of_caller()?)
     }
 
-    fn load_from(chosen: Option<OsString>, system: &Path) -> Result<Config> {
+    fn load_from(chosen: Option<OsString>, system: &Path, home: Option<Home>) -> Result<Config> {
+        let mut config = Config::defaults()?;
         let chosen = chosen.filter(|path| !path.is_empty()).map(PathBuf::from);
-        let path = chosen.as_deref().unwrap_or(system);
+        if let Some(path) = chosen {
+            config.move_home(home.as_ref());
+            return match config.apply_file(&path)? {
+                true => Ok(config),
+                false => Err(Error::new(format!(
+                    "cannot read the configuration {}: no such file",
+                    path.display()
+                ))
+                .hint("HULL_CONFIG names this file")),
+            };
+        }
+        config.apply_file(system)?;
+        if let Some(home) = home {
+            // The system's are root's.
+            config.move_home(Some(&home));
+            config.apply_file(&home.config)?;
+        }
+        Ok(config)
+    }
+
+    /// Applies a file; false when there is none.
+    fn apply_file(&mut self, path: &Path) -> Result<bool> {
         match std::fs::read_to_string(path) {
-            Ok(text) => Config::parse(&text, path),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && chosen.is_none() => {
-                Config::defaults()
+            Ok(text) => self.apply(&text, Some(path)).map(|()| true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => {
+                Err(error).context(|| format!("cannot read the configuration {}", path.display()))
             }
-            Err(error) => Err(error)
-                .context(|| format!("cannot read the configuration {}", path.display()))
-                .map_err(|error| match chosen {
-                    Some(_) => error.hint("HULL_CONFIG names this file"),
-                    None => error,
-                }),
+        }
+    }
+
+    /// Without root, files are in the person's own directories.
+    fn move_home(&mut self, home: Option<&Home>) {
+        let Some(home) = home else { return };
+        self.without_root = true;
+        for (key, path, value) in [
+            ("data_dir", &home.data, &mut self.data_dir),
+            ("run_dir", &home.run, &mut self.run_dir),
+        ] {
+            value.clone_from(path);
+            if let Some(origin) = self.origins.iter_mut().find(|origin| origin.key == key) {
+                origin.value = toml::Value::from(path.to_string_lossy().as_ref()).to_string();
+                origin.place = "default without root".to_owned();
+            }
         }
     }
 
@@ -118,12 +156,14 @@ impl Config {
             data_dir: PathBuf::new(),
             run_dir: PathBuf::new(),
             guest_dir: None,
+            without_root: false,
             origins: Vec::new(),
         };
         config.apply(DEFAULT, None)?;
         Ok(config)
     }
 
+    #[cfg(test)]
     fn parse(text: &str, path: &Path) -> Result<Config> {
         let mut config = Config::defaults()?;
         config.apply(text, Some(path))?;
@@ -386,7 +426,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let system = directory.path().join("system.toml");
         let chosen = directory.path().join("chosen.toml");
-        let load = |chosen: Option<&Path>| Config::load_from(chosen.map(Into::into), &system);
+        let load = |chosen: Option<&Path>| Config::load_from(chosen.map(Into::into), &system, None);
         assert_eq!(load(None).unwrap().cpus, 1);
         std::fs::write(&system, "cpus = 2").unwrap();
         assert_eq!(load(None).unwrap().cpus, 2);
@@ -399,5 +439,32 @@ mod tests {
         );
         std::fs::write(&chosen, "memory = '1g'").unwrap();
         assert_eq!(load(Some(&chosen)).unwrap().cpus, 1);
+
+        // Without root: the system's file holds but for directories, the person's own goes before it.
+        let home = || Home {
+            config: directory.path().join("own.toml"),
+            data: "/home/ann/data".into(),
+            run: "/run/ann".into(),
+        };
+        let load = |chosen: Option<&Path>| {
+            Config::load_from(chosen.map(Into::into), &system, Some(home())).unwrap()
+        };
+        std::fs::write(&system, "cpus = 2\nrun_dir = '/run/other'").unwrap();
+        let config = load(None);
+        assert_eq!(
+            (config.cpus, config.run_dir.as_path()),
+            (2, Path::new("/run/ann"))
+        );
+        std::fs::write(home().config, "cpus = 3\ndata_dir = '/mine'").unwrap();
+        let config = load(None);
+        assert_eq!(
+            (config.cpus, config.data_dir.as_path()),
+            (3, Path::new("/mine"))
+        );
+        let config = load(Some(&chosen));
+        assert_eq!(
+            (config.cpus, config.data_dir.as_path()),
+            (1, Path::new("/home/ann/data"))
+        );
     }
 }

@@ -12,6 +12,7 @@ mod copy;
 mod engines;
 mod error;
 mod guest;
+mod home;
 mod images;
 mod internal;
 mod mounts;

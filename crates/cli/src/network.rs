@@ -3,9 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use hull_network::cni::{self, List};
+use hull_network::cni::{self, List, PortMapping};
 use hull_network::ports::{self, Published};
-use hull_sandbox::{CniRequest, NameRequest, NetworkRequest};
+use hull_sandbox::{AttachRequest, CniRequest, NameRequest, NetworkRequest, PastaRequest};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -56,16 +56,19 @@ impl NetworkArgs {
         let network = self.network.as_ref().unwrap_or(&config.network);
         let mut limits = config.network_limits(true);
         limits.rate = self.network_rate.unwrap_or(0);
-        let cni = match network {
+        let attach = match network {
             Network::None => {
                 self.refuse_without_network()?;
                 None
             }
-            Network::Named(name) => Some(self.cni(name, config)?),
+            Network::Named(name) if config.without_root => {
+                Some(AttachRequest::Pasta(self.pasta(name, config)?))
+            }
+            Network::Named(name) => Some(AttachRequest::Cni(self.cni(name, config)?)),
         };
         Ok(NetworkRequest {
             name: network.to_string(),
-            cni,
+            attach,
             limits,
         })
     }
@@ -88,8 +91,28 @@ impl NetworkArgs {
         }
     }
 
-    fn cni(&self, name: &str, config: &Config) -> Result<CniRequest> {
-        let list = list(name)?;
+    /// The network without root.
+    fn pasta(&self, name: &str, config: &Config) -> Result<PastaRequest> {
+        if name != cni::DEFAULT_NAME {
+            return Err(Error::new(format!(
+                "not supported without root: network {name}: its plugins change the host's network"
+            ))
+            .hint("--network default"));
+        }
+        let given = [(self.ip.is_some(), "--ip"), (self.ip6.is_some(), "--ip6")];
+        if let Some((_, option)) = given.into_iter().find(|(given, _)| *given) {
+            return Err(Error::new(format!(
+                "not supported without root: {option}: the container has the host's addresses"
+            )));
+        }
+        Ok(PastaRequest {
+            ports: self.ports(config)?,
+            mac: self.mac_address,
+        })
+    }
+
+    /// The ports to be published, of which those of the host are free.
+    fn ports(&self, config: &Config) -> Result<Vec<PortMapping>> {
         let mut published: Vec<Published> = self
             .publish
             .iter()
@@ -102,7 +125,12 @@ impl NetworkArgs {
             }
         }
         // Held again by the sandbox process, for as long as the container runs.
-        let ports = ports::reserve(&published).map_err(Error::new)?.mappings;
+        Ok(ports::reserve(&published).map_err(Error::new)?.mappings)
+    }
+
+    fn cni(&self, name: &str, config: &Config) -> Result<CniRequest> {
+        let list = list(name)?;
+        let ports = self.ports(config)?;
         let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
         Ok(CniRequest {
             list,

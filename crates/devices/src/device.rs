@@ -95,6 +95,11 @@ pub trait Device: Send + 'static {
         queues: &mut Queues<'_>,
     ) -> Result<(), DeviceError>;
 
+    /// So much comes at once that the device had better run beside the guest than in turns with it.
+    fn is_streaming(&self) -> bool {
+        false
+    }
+
     /// The driver reset the device: forget its requests and the state it negotiated.
     fn reset(&mut self) {}
 }

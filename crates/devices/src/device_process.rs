@@ -137,16 +137,19 @@ pub fn run(options: DeviceProcessOptions) -> Result<(), Error> {
         start("entropy", Box::new(device), socket, FrontEnd::Usual, &ended)?;
     }
     for (socket, net) in net_sockets {
-        let (device, handle) = Net::new(net.mac).map_err(host("create a net device"))?;
-        targets.nets.push(handle);
-        start("net", Box::new(device), socket, net.front_end, &ended)?;
+        let mut slot = NetSlot::Idle(socket, net.clone());
+        if net.front_end == FrontEnd::QemuNet {
+            // It is there from the boot on.
+            slot.start(&ended)?;
+        }
+        targets.nets.push(slot);
     }
     for (index, (socket, file, read_only)) in disks.into_iter().enumerate() {
         let device =
             Block::new(file, read_only, &disk_serial(index)).map_err(host("measure a disk"))?;
         start("disk", Box::new(device), socket, FrontEnd::Usual, &ended)?;
     }
-    serve_control(&control, &targets, &ended)
+    serve_control(&control, &mut targets, &ended)
 }
 
 /// Takes inherited descriptors by number, each once.
@@ -176,7 +179,41 @@ impl Inherited {
 struct Targets {
     shares: Option<Shares>,
     vsock: Option<VsockHandle>,
-    nets: Vec<NetHandle>,
+    nets: Vec<NetSlot>,
+}
+
+/// A net device. One that nothing was ever attached to costs no thread.
+enum NetSlot {
+    Idle(OwnedFd, NetDeviceOptions),
+    Started(NetHandle),
+    Failed,
+}
+
+impl NetSlot {
+    /// The device, at work.
+    fn start(&mut self, ended: &Arc<Ended>) -> Result<&NetHandle, Error> {
+        if let Self::Idle(..) = self
+            && let Self::Idle(socket, net) = std::mem::replace(self, Self::Failed)
+        {
+            let (device, handle) = Net::new(net.mac).map_err(|source| Error::Host {
+                action: "create a net device",
+                source,
+            })?;
+            start("net", Box::new(device), socket, net.front_end, ended)?;
+            *self = Self::Started(handle);
+        }
+        self.started().ok_or(Error::Host {
+            action: "use a net device",
+            source: io::Error::other("it did not start"),
+        })
+    }
+
+    fn started(&self) -> Option<&NetHandle> {
+        match self {
+            Self::Started(handle) => Some(handle),
+            Self::Idle(..) | Self::Failed => None,
+        }
+    }
 }
 
 /// Each inode that the guest knows holds a descriptor here.
@@ -238,7 +275,11 @@ fn start(
     Ok(())
 }
 
-fn serve_control(control: &Arc<OwnedFd>, targets: &Targets, ended: &Ended) -> Result<(), Error> {
+fn serve_control(
+    control: &Arc<OwnedFd>,
+    targets: &mut Targets,
+    ended: &Arc<Ended>,
+) -> Result<(), Error> {
     loop {
         let mut ready = [
             PollFd::new(control, PollFlags::IN),
@@ -265,7 +306,7 @@ fn serve_control(control: &Arc<OwnedFd>, targets: &Targets, ended: &Ended) -> Re
             continue;
         }
         match control::recv::<Request>(control) {
-            Ok((request, fd)) => serve_call(request, fd, control, targets),
+            Ok((request, fd)) => serve_call(request, fd, control, targets, ended),
             Err(error) => match error.kind() {
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => return Ok(()),
                 io::ErrorKind::WouldBlock => {}
@@ -283,7 +324,13 @@ fn serve_control(control: &Arc<OwnedFd>, targets: &Targets, ended: &Ended) -> Re
     }
 }
 
-fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, targets: &Targets) {
+fn serve_call(
+    request: Request,
+    fd: Option<OwnedFd>,
+    control: &Arc<OwnedFd>,
+    targets: &mut Targets,
+    ended: &Arc<Ended>,
+) {
     let id = request.id;
     let reply = |result: Result<(), String>| {
         let event = Event::Reply {
@@ -296,7 +343,7 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
     const NO_VSOCK: &str = "this device process has no vsock device";
     const NO_NET: &str = "this device process has no such net device";
     const NO_FD: &str = "no descriptor came with the request";
-    let net = |device: u8| targets.nets.get(usize::from(device));
+    const NO_TAP: &str = "no tap is attached";
     match request.call {
         Call::AddShare { name, cache } => match (&targets.shares, fd) {
             (Some(shares), Some(fd)) => shares.add(&name, fd, cache, done(id, control)),
@@ -307,17 +354,28 @@ fn serve_call(request: Request, fd: Option<OwnedFd>, control: &Arc<OwnedFd>, tar
             Some(shares) => shares.remove(&name, done(id, control)),
             None => reply(Err(NO_FS.into())),
         },
-        Call::AttachNet { device, options } => match (net(device), fd) {
-            (Some(net), Some(tap)) => net.attach(tap, options, done(id, control)),
-            (None, _) => reply(Err(NO_NET.into())),
-            (_, None) => reply(Err(NO_FD.into())),
-        },
-        Call::ChangeNet { device, options } => match net(device) {
-            Some(net) => net.change(options, done(id, control)),
+        Call::AttachNet { device, options } => {
+            match (targets.nets.get_mut(usize::from(device)), fd) {
+                (Some(net), Some(tap)) => match net.start(ended) {
+                    Ok(net) => net.attach(tap, options, done(id, control)),
+                    Err(error) => reply(Err(error.to_string())),
+                },
+                (None, _) => reply(Err(NO_NET.into())),
+                (_, None) => reply(Err(NO_FD.into())),
+            }
+        }
+        Call::ChangeNet { device, options } => match targets.nets.get(usize::from(device)) {
+            Some(net) => match net.started() {
+                Some(net) => net.change(options, done(id, control)),
+                None => reply(Err(NO_TAP.into())),
+            },
             None => reply(Err(NO_NET.into())),
         },
-        Call::DetachNet { device } => match net(device) {
-            Some(net) => net.detach(done(id, control)),
+        Call::DetachNet { device } => match targets.nets.get(usize::from(device)) {
+            Some(net) => match net.started() {
+                Some(net) => net.detach(done(id, control)),
+                None => reply(Ok(())),
+            },
             None => reply(Err(NO_NET.into())),
         },
         Call::Listen { port } => match &targets.vsock {

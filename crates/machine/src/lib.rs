@@ -60,6 +60,14 @@ impl Kind {
         }
     }
 
+    /// What its guest's kernel is told to find net device `number`, if it does not have it since it booted.
+    pub fn plug(self, number: u8) -> Option<String> {
+        match self {
+            Self::Uml => Some(uml::device(&net_socket(number), NET)),
+            Self::Kvm | Self::Qemu => None,
+        }
+    }
+
     /// How many devices it has room for, if that is few: vsock, fs and entropy, net devices and disks.
     pub fn most_devices(self) -> Option<usize> {
         match self {
@@ -238,20 +246,31 @@ fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
     })
 }
 
+/// Virtio's type of a net device (5.1.1).
+const NET: u32 = 1;
+
+/// The socket of a net device.
+fn net_socket(number: u8) -> String {
+    format!("net{number}.sock")
+}
+
 /// The sockets of a machine's devices that exist, by virtio device type, given to the jail's user.
 fn device_sockets(spec: &MachineSpec) -> Result<Vec<(String, u32)>, Error> {
     const FS: u32 = 26;
     const VSOCK: u32 = 19;
     const ENTROPY: u32 = 4;
     const BLOCK: u32 = 2;
-    const NET: u32 = 1;
     // The vsock device first: the agent dials home over it.
     let mut devices: Vec<(String, u32)> = vec![
         ("vsock.sock".into(), VSOCK),
         ("fs.sock".into(), FS),
         ("entropy.sock".into(), ENTROPY),
     ];
-    devices.extend((0..spec.nets.len()).map(|index| (format!("net{index}.sock"), NET)));
+    devices.extend(
+        (0..)
+            .zip(&spec.nets)
+            .map(|(index, _)| (net_socket(index), NET)),
+    );
     devices.extend((0..spec.disks).map(|index| (format!("disk{index}.sock"), BLOCK)));
 
     give(&spec.sockets, spec.jail_uid).map_err(|errno| Error::File {

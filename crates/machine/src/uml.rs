@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Signal, WaitId, WaitIdOptions, waitid};
 
 use crate::jail::{self, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Tmp};
-use crate::{Error, Kind, MIN_MEMORY, Machine, MachineSpec, Started, device_sockets, open};
+use crate::{Error, Kind, MIN_MEMORY, Machine, MachineSpec, NET, Started, device_sockets, open};
 
 /// Loops per tick of a processor at 5 GHz. Told, the kernel does not measure them, which takes 60 ms. They matter
 /// only to its busy waits, which drivers of hardware use: on a slower processor those last longer than asked, which
@@ -149,6 +149,11 @@ fn root(spec: &MachineSpec) -> Root {
     }
 }
 
+/// A device as the kernel's parameter `virtio_uml.device` names it.
+pub fn device(socket: &str, device_type: u32) -> String {
+    format!("/sockets/{socket}:{device_type}")
+}
+
 fn command_line(spec: &MachineSpec, sockets: &[(String, u32)]) -> Vec<OsString> {
     let mut line = vec![
         "linux".to_owned(),
@@ -171,7 +176,10 @@ fn command_line(spec: &MachineSpec, sockets: &[(String, u32)]) -> Vec<OsString> 
         "umid=hull".into(),
     ];
     for (name, device_type) in sockets {
-        line.push(format!("virtio_uml.device=/sockets/{name}:{device_type}"));
+        // Net devices come when there is something that they lead to (`Kind::plug`).
+        if *device_type != NET {
+            line.push(format!("virtio_uml.device={}", device(name, *device_type)));
+        }
     }
     line.into_iter().map(OsString::from).collect()
 }
@@ -195,9 +203,16 @@ mod tests {
 
     #[test]
     fn the_command_line_names_memory_and_devices() {
-        let line = command_line(&spec(), &[("fs.sock".into(), 26)]);
+        let sockets = [("fs.sock".into(), 26), ("net0.sock".into(), NET)];
+        let line = command_line(&spec(), &sockets);
         assert!(line.contains(&"mem=262144K".into()));
         assert!(line.contains(&"virtio_uml.device=/sockets/fs.sock:26".into()));
+        let line: Vec<_> = line.iter().map(|word| word.to_string_lossy()).collect();
+        assert!(!line.iter().any(|word| word.contains("net0")));
+        assert_eq!(
+            crate::Kind::Uml.plug(0).as_deref(),
+            Some("/sockets/net0.sock:1")
+        );
     }
 
     #[test]

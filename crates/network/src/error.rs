@@ -91,6 +91,12 @@ pub enum Error {
         /// The kernel's.
         why: io::Error,
     },
+    /// There is no network without root.
+    #[error("{why}")]
+    Pasta {
+        /// What pasta said, or why it was not asked.
+        why: String,
+    },
     /// There is no socket to be had in the namespace.
     #[error("cannot speak with {to} in a network namespace: {why}")]
     Socket {
@@ -114,6 +120,10 @@ impl Error {
             );
         }
         match self {
+            Self::Pasta { why } if why.contains("not installed") => Some("apt-get install passt"),
+            Self::Pasta { why } if why.contains("tun") => {
+                Some("who is not root needs access to /dev/net/tun: chmod 0666 /dev/net/tun")
+            }
             Self::Occupied { .. } => {
                 Some("tc filter show dev INTERFACE ingress, in the container's network namespace")
             }
@@ -166,7 +176,7 @@ impl Error {
             | Self::Loopback { why, .. }
             | Self::Ports { why }
             | Self::Socket { why, .. } => why.raw_os_error(),
-            Self::NotANetworkNamespace { .. } | Self::Occupied { .. } => None,
+            Self::NotANetworkNamespace { .. } | Self::Occupied { .. } | Self::Pasta { .. } => None,
         }
     }
 }

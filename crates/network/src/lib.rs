@@ -27,6 +27,7 @@ mod monitor;
 mod namespace;
 mod netlink;
 mod nftables;
+pub mod pasta;
 pub mod ports;
 pub mod redirect;
 pub mod resolv;

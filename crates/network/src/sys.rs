@@ -1,12 +1,15 @@
 //! The few calls that no safe wrapper offers: ioctls of namespaces, interfaces and the tun driver, leaving a
-//! namespace, and waiting for a descriptor. Called by `namespace`, `tap` and `monitor` only; never used elsewhere.
+//! namespace, waiting for a descriptor, and a child that ends with its parent. Called by `namespace`, `tap`, `monitor` and `pasta` only; never used elsewhere.
 
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use rustix::process::Signal;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -24,6 +27,22 @@ pub fn namespace_kind(namespace: impl AsFd) -> io::Result<i32> {
 pub fn leave_network_namespace() -> io::Result<()> {
     // SAFETY: only UnshareFlags::FILES would be unsound.
     Ok(unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?)
+}
+
+/// Has the kernel kill what `command` starts when the calling thread ends.
+pub fn die_with_thread(command: &mut Command) {
+    let parent = std::process::id();
+    let tie = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        let has_parent = rustix::process::getppid()
+            .is_some_and(|id| u32::try_from(id.as_raw_nonzero().get()) == Ok(parent));
+        match has_parent {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+    };
+    // SAFETY: it makes system calls only: no allocation, no lock.
+    unsafe { command.pre_exec(tie) };
 }
 
 /// Sets the interface up, in the calling thread's namespace.

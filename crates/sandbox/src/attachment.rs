@@ -1,5 +1,5 @@
 //! The attachment of a container of hull's own to a network: a network namespace that CNI plugins fill, from before
-//! they begin until they have undone everything.
+//! they begin until they have undone everything; or, without root, pasta ([`attach_by_pasta`]), of which nothing remains.
 //!
 //! The sandbox process attaches ([`attach`]) and keeps the namespace, which nothing else holds: it is gone with the process.
 //! What plugins made outside of it, leases and rules of packet filters, is written down before it is made, in the
@@ -13,12 +13,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use hull_network::cni::{Attachment, Record, Runner};
-use hull_network::{Namespace, ports};
+use hull_network::pasta::Pasta;
+use hull_network::{Namespace, Netlink, ports};
 
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
 use crate::record::write_by_rename;
-use crate::request::CniRequest;
+use crate::request::{CniRequest, PastaRequest};
 
 /// The interface's name, in the namespace and in the guest.
 const INTERFACE: &str = "eth0";
@@ -34,6 +35,8 @@ pub struct Attached {
     pub addresses: Vec<IpAddr>,
     /// The ways out, which are the host's addresses in networks of its own.
     pub gateways: Vec<IpAddr>,
+    /// What carries its connections, without root.
+    pub pasta: Option<Pasta>,
 }
 
 /// Attaches a new namespace to a network. Blocks as long as plugins take, or until `cancel` is readable.
@@ -82,7 +85,44 @@ pub fn attach(
         ports,
         addresses: result.ips.iter().map(|ip| ip.address.ip).collect(),
         gateways: result.ips.iter().filter_map(|ip| ip.gateway).collect(),
+        pasta: None,
     })
+}
+
+/// Attaches a new namespace to the host's network as an ordinary program is. Call it on a thread that stays; the network is
+/// there when the future is done.
+///
+/// # Errors
+/// There is no pasta, or what it says.
+pub fn attach_by_pasta(
+    request: &PastaRequest,
+) -> Result<impl Future<Output = Result<Attached>> + Send + 'static> {
+    let namespace = Namespace::new()?;
+    let pasta = Pasta::start(&namespace, &request.ports, request.mac)?;
+    Ok(async move {
+        pasta.ready().await?;
+        let netlink = Netlink::open(&namespace)?;
+        let interfaces = netlink.describe().await?.interfaces;
+        let addresses = interfaces.iter().flat_map(|interface| &interface.addresses);
+        Ok(Attached {
+            addresses: addresses
+                .map(|address| address.address)
+                .filter(|address| !is_link_local(address))
+                .collect(),
+            namespace,
+            // Pasta has them.
+            ports: Vec::new(),
+            gateways: Vec::new(),
+            pasta: Some(pasta),
+        })
+    })
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
 }
 
 /// Undoes what is written down of an attachment, if anything is.

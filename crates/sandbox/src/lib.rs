@@ -20,6 +20,7 @@ pub mod pod;
 pub mod process;
 pub mod record;
 pub mod request;
+pub mod rootless;
 pub mod signals;
 pub mod spec;
 pub mod timings;
@@ -29,5 +30,6 @@ pub use error::{Failure, Result};
 pub use paths::{ContainerPaths, Paths};
 pub use record::{Exit, Record, State};
 pub use request::{
-    CniRequest, MachineRequest, NameRequest, NetworkLimits, NetworkRequest, RunRequest, Volume,
+    AttachRequest, CniRequest, MachineRequest, NameRequest, NetworkLimits, NetworkRequest,
+    PastaRequest, RunRequest, Volume,
 };

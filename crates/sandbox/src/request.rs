@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use hull_network::cni::PortMapping;
 use serde::{Deserialize, Serialize};
 
 /// A machine to be started. Says nothing of containers.
@@ -18,12 +19,12 @@ pub struct MachineRequest {
     pub memory: u64,
     /// Virtual processors.
     pub cpus: u32,
-    /// How many network interfaces it can have, at most [`MAX_NETS`].
+    /// How many network interfaces it can have, at most [`MAX_NETS`]; fewer where the kind of machine has no room.
     pub nets: u8,
 }
 
 /// Most network interfaces of a machine.
-pub const MAX_NETS: u8 = 4;
+pub const MAX_NETS: u8 = 8;
 
 /// Memory that the guest's kernel and the agent need beside a container that may use all of its limit, bytes.
 const GUEST_OVERHEAD: u64 = 64 << 20;
@@ -53,9 +54,30 @@ pub struct NetworkRequest {
     pub name: String,
     /// How it is attached; nothing for loopback only.
     #[serde(default)]
-    pub cni: Option<CniRequest>,
+    pub attach: Option<AttachRequest>,
     /// What holds for its frames.
     pub limits: NetworkLimits,
+}
+
+impl NetworkRequest {
+    /// Ports of the host that lead to ports of the container.
+    pub fn ports(&self) -> &[PortMapping] {
+        match &self.attach {
+            None => &[],
+            Some(AttachRequest::Cni(cni)) => &cni.ports,
+            Some(AttachRequest::Pasta(pasta)) => &pasta.ports,
+        }
+    }
+}
+
+/// How a container is attached to a network.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttachRequest {
+    /// By plugins.
+    Cni(CniRequest),
+    /// By what needs no root.
+    Pasta(PastaRequest),
 }
 
 /// How a container is attached to a network by CNI plugins.
@@ -64,9 +86,18 @@ pub struct CniRequest {
     /// The plugins.
     pub list: hull_network::cni::List,
     /// Ports of the host that lead to ports of the container.
-    pub ports: Vec<hull_network::cni::PortMapping>,
+    pub ports: Vec<PortMapping>,
     /// Addresses asked for.
     pub ips: Vec<hull_network::cni::Address>,
+    /// Hardware address asked for.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// How a container is attached to a network by pasta.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PastaRequest {
+    /// Ports of the host that lead to ports of the container.
+    pub ports: Vec<PortMapping>,
     /// Hardware address asked for.
     pub mac: Option<[u8; 6]>,
 }

@@ -27,7 +27,10 @@ use netlink::{Link, Requests, Socket};
 use parking::Parking;
 use plan::{Situation, plan};
 use step::{Step, What};
-use wanted::{Address, Wanted};
+use wanted::{Address, Interface, Wanted};
+
+/// The parameter of a user-mode kernel that adds a device to it.
+const PLUG: &str = "/sys/module/virtio_uml/parameters/device";
 
 /// Requests sent in one piece. If all fail, the answers must fit into the socket's buffer.
 const PIECE: usize = 64;
@@ -128,18 +131,13 @@ impl Network {
             let links = socket.links().map_err(cannot("list network links"))?;
             self.look(links);
         }
-        let hidden: Vec<u8> = wanted
+        let missing: Vec<&Interface> = wanted
             .interfaces
             .iter()
-            .map(|interface| interface.device)
-            .filter(|number| !knows(&self.devices, *number))
+            .filter(|interface| !knows(&self.devices, interface.device))
             .collect();
-        if !hidden.is_empty()
-            && let Some(parking) = &self.parking
-        {
-            parking
-                .give(&hidden)
-                .map_err(cannot("fetch a hidden network device"))?;
+        if !missing.is_empty() {
+            self.fetch(&missing)?;
             let links = socket.links().map_err(cannot("list network links"))?;
             self.look(links);
         }
@@ -188,6 +186,25 @@ impl Network {
             }
         }
         outcome
+    }
+
+    /// Brings devices that are hidden, or that the kernel does not know yet.
+    fn fetch(&self, interfaces: &[&Interface]) -> Result<()> {
+        let mut hidden = Vec::new();
+        if let Some(parking) = &self.parking {
+            let numbers: Vec<u8> = interfaces.iter().map(|missing| missing.device).collect();
+            hidden = parking
+                .give(&numbers)
+                .map_err(cannot("fetch a hidden network device"))?;
+        }
+        for missing in interfaces {
+            if let Some(plug) = &missing.plug
+                && !hidden.contains(&missing.device)
+            {
+                std::fs::write(PLUG, plug).map_err(cannot("add a network device"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts devices away that no interface needs.

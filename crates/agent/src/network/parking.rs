@@ -73,22 +73,22 @@ impl Parking {
         carry_out(socket, requests)
     }
 
-    /// Gives devices back, of those with these numbers that are here.
-    pub fn give(&self, numbers: &[u8]) -> io::Result<()> {
+    /// Gives devices back, of those with these numbers that are here; which.
+    pub fn give(&self, numbers: &[u8]) -> io::Result<Vec<u8>> {
         let mut requests = Requests::default();
-        let mut some = false;
+        let mut given = Vec::new();
         for link in self.socket.links()? {
             let number = numbers
                 .iter()
                 .find(|number| link.mac == Some(net_device_mac(**number)));
             if let Some(number) = number {
                 encode(&mut requests, link.index, *number, &self.root);
-                some = true;
+                given.push(*number);
             }
         }
-        match some {
-            true => carry_out(&self.socket, requests),
-            false => Ok(()),
+        if !given.is_empty() {
+            carry_out(&self.socket, requests)?;
         }
+        Ok(given)
     }
 }

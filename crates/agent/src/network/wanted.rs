@@ -43,6 +43,8 @@ pub struct Interface {
     pub mac: [u8; 6],
     pub mtu: u32,
     pub addresses: Vec<Address>,
+    /// What makes the kernel find the device, if it does not have it yet.
+    pub plug: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -296,6 +298,7 @@ fn check_interface(interface: &agent::Interface) -> Result<Interface> {
         mac,
         mtu,
         addresses,
+        plug: (!interface.plug.is_empty()).then(|| interface.plug.clone()),
     })
 }
 

@@ -51,13 +51,13 @@ pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) ->
     }
 }
 
-/// The configuration, for a command that needs the rights of root.
+/// The configuration, for a command that needs the rights of root: who is not root gets them in a user namespace.
 pub fn config_for_root() -> Result<Config> {
+    let config = Config::load()?;
     if !rustix::process::geteuid().is_root() {
-        return Err(Error::new("permission denied: hull must be run as root")
-            .hint("sudo hull …; containers without root are not supported yet"));
+        hull_sandbox::rootless::enter()?;
     }
-    Config::load()
+    Ok(config)
 }
 
 /// Unix seconds as the clock of this program counts.

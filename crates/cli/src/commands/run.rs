@@ -443,7 +443,7 @@ fn request(
             initramfs: initramfs.to_owned(),
             memory: memory.map_or(config.memory, MachineRequest::memory_for),
             cpus,
-            nets: network.cni.is_some().into(),
+            nets: network.attach.is_some().into(),
         },
         auto_remove: args.rm,
         stdin: args.interactive,

@@ -24,6 +24,7 @@
 //! [`Handle`], whose wishes go through a bounded channel.
 
 pub mod filter;
+mod load;
 pub mod rate;
 mod tap;
 #[cfg(test)]
@@ -52,6 +53,7 @@ use virtio_bindings::virtio_net::{
 use crate::buffers::{Buffers, Span};
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
 use filter::Policy;
+use load::Load;
 use rate::Bucket;
 use tap::Tap;
 
@@ -161,6 +163,7 @@ pub struct Net {
     timer: OwnedFd,
     registry: Option<EventRegistry>,
     kicks: Kicks<2>,
+    load: Load,
 }
 
 /// What leads to the host.
@@ -200,6 +203,7 @@ impl Net {
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             registry: None,
             kicks: Kicks::default(),
+            load: Load::default(),
         };
         let handle = Handle {
             commands: sender,
@@ -264,6 +268,7 @@ impl Net {
         let now = Instant::now();
         let sent = self.send(queues, &memory, now)?;
         let received = self.receive(queues, &memory, now)?;
+        self.load.settle();
         if sent == Pause::Turn || received == Pause::Turn {
             signal(&self.wake);
         }
@@ -307,6 +312,7 @@ impl Net {
         if count > 0 {
             queues.notify(TX)?;
         }
+        self.load.add(count);
         Ok(pause)
     }
 
@@ -357,6 +363,7 @@ impl Net {
         if count > 0 {
             queues.notify(RX)?;
         }
+        self.load.add(count);
         // A tap that is not to be read now would wake this thread again and again.
         let stalled = self.waiting > 0 || matches!(pause, Pause::Until(_));
         self.watch(!stalled)?;
@@ -571,6 +578,10 @@ impl Device for Net {
         }
         self.take_commands();
         self.work(queues)
+    }
+
+    fn is_streaming(&self) -> bool {
+        self.load.is_streaming()
     }
 
     fn reset(&mut self) {

@@ -6,6 +6,10 @@
 //! So hull's user-mode kernel says in its kicks where it runs ([`cpu_of_kick`]), and the thread comes there; when it says
 //! nothing, because others of its processes could run meanwhile, the thread may run anywhere again.
 //!
+//! A device to which much comes at once ([`Device::is_streaming`]) is not waited for: beside the guest, both get further.
+//!
+//! [`Device::is_streaming`]: crate::device::Device::is_streaming
+//!
 //! What the guest says is only a wish: a processor outside the thread's own set is ignored.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};

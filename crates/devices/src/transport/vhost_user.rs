@@ -193,7 +193,8 @@ impl Adapter {
         };
         if u64::from(event) != self.host_token() {
             if let Some(vring) = vrings.get(usize::from(event)) {
-                placement.follow(cpu_of_kick(vring.last_kick()));
+                let cpu = cpu_of_kick(vring.last_kick());
+                placement.follow(cpu.filter(|_| !device.is_streaming()));
             }
             return device.queue_event(usize::from(event), &mut queues);
         }
@@ -206,6 +207,9 @@ impl Adapter {
             })?;
         for (token, flags) in ready.drain(..) {
             device.host_event(token, flags, &mut queues)?;
+        }
+        if device.is_streaming() {
+            placement.follow(None);
         }
         Ok(())
     }

@@ -96,8 +96,7 @@ pub(super) fn set_attributes(
 }
 
 pub(super) fn set_opaque(dir: BorrowedFd<'_>, entry: &[u8]) -> Result<(), LayerError> {
-    rustix::fs::fsetxattr(dir, fs::OPAQUE, b"y", XattrFlags::empty())
-        .map_err(failed("make opaque the directory of", entry))
+    fs::set_opaque(dir).map_err(failed("make opaque the directory of", entry))
 }
 
 pub(super) fn read_xattrs(file: BorrowedFd<'_>) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {

@@ -7,11 +7,15 @@ use std::path::Path;
 
 use rustix::fs::{
     AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Timespec, Timestamps,
+    XattrFlags,
 };
 use rustix::io::{Errno, Result};
 
 /// The attribute that makes a directory hide the lower ones.
-pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
+const OPAQUE: &str = "trusted.overlay.opaque";
+/// The same in a user namespace (overlayfs's option `userxattr`), where the other one cannot be set. Layers themselves
+/// cannot bring either.
+const OPAQUE_OF_USER: &str = "user.overlay.opaque";
 
 /// Opens a directory for reading.
 pub(crate) fn open_dir(path: impl rustix::path::Arg) -> Result<OwnedFd> {
@@ -82,8 +86,19 @@ pub(crate) fn is_whiteout(stat: &Stat) -> bool {
 
 /// Whether a directory hides the lower ones.
 pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
-    let mut value = [0u8; 1];
-    matches!(rustix::fs::fgetxattr(dir, OPAQUE, &mut value[..]), Ok(1)) && value[0] == b'y'
+    [OPAQUE, OPAQUE_OF_USER].into_iter().any(|name| {
+        let mut value = [0u8; 1];
+        matches!(rustix::fs::fgetxattr(dir, name, &mut value[..]), Ok(1)) && value[0] == b'y'
+    })
+}
+
+/// Makes a directory hide the lower ones.
+pub(crate) fn set_opaque(dir: BorrowedFd<'_>) -> Result<()> {
+    let set = |name| rustix::fs::fsetxattr(dir, name, b"y", XattrFlags::empty());
+    match set(OPAQUE) {
+        Err(Errno::PERM) => set(OPAQUE_OF_USER),
+        done => done,
+    }
 }
 
 /// The time stamps that set only the modification time (the access time follows it, to be deterministic).

@@ -18,10 +18,12 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::devices::{Devices, Incoming};
+use super::network::Nets;
 use super::watch::watch;
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
-use crate::request::{MAX_NETS, MachineRequest};
+use crate::request::MachineRequest;
+use crate::rootless;
 
 /// Sockets of the devices that every machine has, in the order of their descriptors in the device process.
 const SOCKETS: [&str; 3] = ["fs", "vsock", "entropy"];
@@ -32,6 +34,9 @@ const CONTROL_FD: i32 = 3;
 /// User ids of jailed processes begin here, above what distributions and container engines hand out. Each
 /// sandbox adds the process id of its sandbox process, which no other has as long as it lives.
 const FIRST_JAIL_UID: u32 = 0x7000_0000;
+
+/// In a user namespace with few ids, they are among so many of the highest ones.
+const HIGHEST_IDS: u32 = 1024;
 
 /// How long a machine may take to end after it has closed its devices.
 const MACHINE_TIME: Duration = Duration::from_secs(2);
@@ -44,6 +49,9 @@ const CONSOLE_LINES: usize = 50;
 
 /// Most disks of a machine: each takes two descriptors of the device process among those that it inherits.
 const MAX_DISKS: usize = 16;
+
+/// Most net devices of a machine whose kernel finds them only when it boots, which takes longer with each.
+const MAX_NETS_AT_BOOT: u8 = 4;
 
 /// A disk of a machine.
 #[derive(Debug)]
@@ -62,10 +70,8 @@ pub struct Guest {
     console: Arc<Mutex<ConsoleRing>>,
     /// The device process's control.
     pub control: Arc<Devices>,
-    /// The user of the machine process.
-    pub jail_uid: u32,
-    /// How many net devices the machine has.
-    pub nets: u8,
+    /// The machine's net devices.
+    pub nets: Nets,
 }
 
 #[derive(Debug)]
@@ -127,12 +133,13 @@ impl Guest {
         request: &MachineRequest,
         disks: Vec<Disk>,
     ) -> Result<(Self, Incoming)> {
-        let jail_uid = FIRST_JAIL_UID.wrapping_add(std::process::id());
+        let jail_uid = jail_uid();
         let nets = net_devices(request, disks.len());
         let (devices, control) =
             start_devices(&paths.devices(), request.choice.kind, nets, &disks)?;
         let devices = Watched::new(devices)?;
         let (control, incoming) = Devices::new(control)?;
+        let control = Arc::new(control);
 
         let (ring, console_write) =
             ConsoleRing::create(&paths.console()).context(|| "create the console".into())?;
@@ -160,9 +167,13 @@ impl Guest {
                 machine: Watched::new(machine)?,
                 diagnostics: paths.diagnostics(),
                 console,
-                control: Arc::new(control),
-                jail_uid,
-                nets,
+                nets: Nets {
+                    control: control.clone(),
+                    count: nets,
+                    kind: request.choice.kind,
+                    owner: jail_uid,
+                },
+                control,
             },
             incoming,
         ))
@@ -245,14 +256,25 @@ fn machine_failure(error: &hull_machine::Error) -> Failure {
     }
 }
 
+/// The user of this sandbox's jailed processes.
+fn jail_uid() -> u32 {
+    let pid = std::process::id();
+    match rootless::in_user_namespace() {
+        false => FIRST_JAIL_UID.wrapping_add(pid),
+        true => rootless::top_id().saturating_sub(pid % HIGHEST_IDS),
+    }
+}
+
 /// How many net devices a machine has beside its disks, of those that are asked for.
 fn net_devices(request: &MachineRequest, disks: usize) -> u8 {
-    let others = SOCKETS.len() + disks;
-    let most = request.choice.kind.most_devices();
-    let room = most.map(|most| most.saturating_sub(others));
-    room.and_then(|room| u8::try_from(room).ok())
-        .unwrap_or(MAX_NETS)
+    let Some(most) = request.choice.kind.most_devices() else {
+        return request.nets;
+    };
+    let room = most.saturating_sub(SOCKETS.len() + disks);
+    u8::try_from(room)
+        .unwrap_or(u8::MAX)
         .min(request.nets)
+        .min(MAX_NETS_AT_BOOT)
 }
 
 /// Makes the sockets between machine and devices, and starts the device process on them.

@@ -21,6 +21,7 @@ use crate::detached::{self, Attributes};
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
 use crate::request::Volume;
+use crate::rootless;
 
 /// Longest string of options that mount(2) takes: one page, with its terminating zero.
 const MAX_OPTIONS: usize = 4095;
@@ -130,6 +131,10 @@ fn overlay_options(
     if volatile {
         // The container is removed when it ends: nothing of it has to survive a power failure.
         options.extend_from_slice(b",volatile");
+    }
+    if rootless::in_user_namespace() {
+        // What hides lower directories is in attributes that can be set there.
+        options.extend_from_slice(b",userxattr");
     }
     if options.len() > MAX_OPTIONS {
         return Err(Failure::new(format!(

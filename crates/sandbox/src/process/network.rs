@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use hull_devices::net::NetOptions;
 use hull_devices::net::filter::Policy;
+use hull_machine::Kind;
 use hull_network::{
     Description, Interface, Monitor, Namespace, Netlink, Tap, TapOptions, mirror, tap,
 };
@@ -26,18 +27,27 @@ use super::loopback::Resolver;
 use crate::error::{Failure, Result};
 use crate::request::NetworkLimits;
 
+/// The net devices of a machine.
+#[derive(Debug, Clone)]
+pub struct Nets {
+    /// Attaches taps to them.
+    pub control: Arc<Devices>,
+    /// How many there are.
+    pub count: u8,
+    /// The machine.
+    pub kind: Kind,
+    /// The user that taps belong to.
+    pub owner: u32,
+}
+
 /// A namespace that is connected to a guest.
 #[derive(Debug)]
 pub struct Network {
     namespace: Namespace,
     netlink: Netlink,
     monitor: Monitor,
-    devices: Arc<Devices>,
+    nets: Nets,
     limits: NetworkLimits,
-    /// How many net devices the machine has.
-    nets: u8,
-    /// The user that taps belong to.
-    owner: u32,
     /// By the interface's index.
     cables: BTreeMap<u32, Cable>,
     /// As it was found last.
@@ -64,18 +74,11 @@ struct Cable {
 }
 
 impl Network {
-    /// Connects the interfaces of a namespace with the machine's net devices, of which there are `nets`. `owner`: the user
-    /// that taps belong to.
+    /// Connects the interfaces of a namespace with the machine's net devices.
     ///
     /// # Errors
     /// The namespace is the host's own, has more interfaces than the machine, or cannot be connected.
-    pub async fn open(
-        namespace: Namespace,
-        devices: Arc<Devices>,
-        limits: NetworkLimits,
-        nets: u8,
-        owner: u32,
-    ) -> Result<Self> {
+    pub async fn open(namespace: Namespace, nets: Nets, limits: NetworkLimits) -> Result<Self> {
         if namespace.is_callers_own()? {
             return Err(Failure::new(
                 "not supported: the host's own network: its interfaces cannot be a guest's",
@@ -95,10 +98,8 @@ impl Network {
             namespace,
             netlink,
             monitor,
-            devices,
-            limits,
             nets,
-            owner,
+            limits,
             cables: BTreeMap::new(),
             description: Description::default(),
             left_out: Vec::new(),
@@ -157,7 +158,7 @@ impl Network {
             .collect();
         for index in gone {
             if let Some(cable) = self.cables.remove(&index) {
-                self.devices.detach_net(cable.device).await?;
+                self.nets.control.detach_net(cable.device).await?;
             }
         }
         // What is there is adapted whatever there is no room for.
@@ -167,7 +168,7 @@ impl Network {
         for interface in there {
             self.adapt(interface).await?;
         }
-        let room = usize::from(self.nets).saturating_sub(self.cables.len());
+        let room = usize::from(self.nets.count).saturating_sub(self.cables.len());
         let excess: Vec<String> = new
             .iter()
             .skip(room)
@@ -199,7 +200,7 @@ impl Network {
         let message = format!(
             "not supported: interface {}: the machine was started for {} at most",
             self.left_out.join(", "),
-            self.nets
+            self.nets.count
         );
         match self.told {
             None => Err(Failure::new(message)),
@@ -212,17 +213,18 @@ impl Network {
 
     async fn add(&mut self, interface: Interface) -> Result<()> {
         let taken: Vec<u8> = self.cables.values().map(|cable| cable.device).collect();
-        let Some(device) = (0..self.nets).find(|device| !taken.contains(device)) else {
+        let Some(device) = (0..self.nets.count).find(|device| !taken.contains(device)) else {
             return Err(Failure::new("all net devices of the machine are in use"));
         };
         let options = TapOptions {
-            owner: Some(self.owner),
-            group: Some(self.owner),
+            owner: Some(self.nets.owner),
+            group: Some(self.nets.owner),
             ..TapOptions::default()
         };
         let tap = Tap::create(&self.namespace, &self.netlink, &interface, &options).await?;
         let options = self.options(&interface);
-        self.devices
+        self.nets
+            .control
             .attach_net(device, tap.fd.as_fd(), options.clone())
             .await?;
         mirror::connect(&self.netlink, &interface, tap.index).await?;
@@ -243,7 +245,8 @@ impl Network {
             return Ok(());
         };
         if cable.options != options {
-            self.devices
+            self.nets
+                .control
                 .change_net(cable.device, options.clone())
                 .await?;
             cable.options = options;
@@ -279,8 +282,9 @@ impl Network {
     /// The agent's.
     pub async fn configure(&mut self, agent: &Agent) -> Result<()> {
         let request = self.message();
-        // A guest hides devices that nothing leads to.
-        let nothing = self.told.is_none() && request.interfaces.is_empty() && self.nets == 0;
+        // A guest that has devices since it booted hides those that nothing leads to.
+        let has_devices = (0..self.nets.count).any(|device| self.nets.kind.plug(device).is_none());
+        let nothing = self.told.is_none() && request.interfaces.is_empty() && !has_devices;
         if nothing || self.told.as_ref() == Some(&request) {
             return Ok(());
         }
@@ -299,15 +303,20 @@ impl Network {
     }
 
     /// Leaves the namespace as it was before.
-    pub async fn disconnect(&self) {
+    pub async fn disconnect(&mut self) {
         for cable in self.cables.values() {
             if let Err(error) = mirror::disconnect(&self.netlink, &cable.interface).await {
                 tracing::warn!("{error}");
             }
+            // A device process that has ended has let go of it.
+            let _ = self.nets.control.detach_net(cable.device).await;
         }
         if let Some(resolver) = &self.resolver {
             resolver.leave();
         }
+        // Whoever closes a tap waits until no processor of the host looks at it any more, 20 ms: others wait for us.
+        let cables = std::mem::take(&mut self.cables);
+        std::thread::spawn(move || drop(cables));
     }
 
     async fn follow_changes(&mut self, agent: &Agent) {
@@ -360,6 +369,7 @@ impl Network {
                     ..Default::default()
                 })
                 .collect(),
+            plug: self.nets.kind.plug(cable.device).unwrap_or_default(),
             ..Default::default()
         });
         let routes = self.description.routes.iter().map(|route| proto::Route {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hull_devices::control::Cache;
+use hull_network::pasta::Pasta;
 use hull_protocol::SHARES_DIR;
 use hull_protocol::agent as proto;
 use rustix::event::{EventfdFlags, eventfd};
@@ -25,6 +26,7 @@ use super::boot::{
 use super::container::Container;
 use super::devices::Incoming;
 use super::guest::Guest;
+use super::loopback::Forwarder;
 use super::mounts::{self, RootFs};
 use super::network::Network;
 use super::output::{Connected, Output};
@@ -35,7 +37,7 @@ use crate::error::{Context, EXIT_HULL, Failure, Result};
 use crate::log::{self, Stream};
 use crate::paths::Paths;
 use crate::record::{self, Exit, Processes, Record, State, unix_time};
-use crate::request::RunRequest;
+use crate::request::{AttachRequest, RunRequest};
 use crate::timings::{Timings, now_ns};
 use crate::wire::Kind;
 
@@ -114,12 +116,7 @@ fn prepare(paths: &Paths, request: RunRequest) -> Result<Container> {
         stop_signal: request.stop_signal.clone(),
         network: request.network.name.clone(),
         addresses: Vec::new(),
-        ports: request
-            .network
-            .cni
-            .as_ref()
-            .map(|cni| cni.ports.clone())
-            .unwrap_or_default(),
+        ports: request.network.ports().to_vec(),
         labels: request.labels.clone(),
         volumes: request
             .volumes
@@ -225,16 +222,24 @@ async fn life(container: &Arc<Container>) {
     end(container, exit, guest, rootfs).await;
 }
 
-/// Plugins at work on the container's network, on a thread of their own.
+/// Whoever is at work on the container's network: plugins, on a thread of their own, or pasta.
 struct Attaching {
     task: JoinHandle<Result<Attached>>,
-    cancel: Arc<OwnedFd>,
+    /// Ends plugins. Pasta ends with the task.
+    cancel: Option<Arc<OwnedFd>>,
 }
 
-/// Lets plugins attach the container's network, if it has one.
+/// Has the container's network attached, if it has one.
 fn attach(container: &Arc<Container>) -> Result<Option<Attaching>> {
-    let Some(cni) = container.request().network.cni.clone() else {
-        return Ok(None);
+    let cni = match container.request().network.attach.clone() {
+        None => return Ok(None),
+        Some(AttachRequest::Pasta(request)) => {
+            return Ok(Some(Attaching {
+                task: tokio::spawn(attachment::attach_by_pasta(&request)?),
+                cancel: None,
+            }));
+        }
+        Some(AttachRequest::Cni(cni)) => cni,
     };
     let cancel = eventfd(0, EventfdFlags::CLOEXEC).context(|| "make an event".into())?;
     let cancel = Arc::new(cancel);
@@ -242,7 +247,10 @@ fn attach(container: &Arc<Container>) -> Result<Option<Attaching>> {
     let task = tokio::task::spawn_blocking(move || {
         attachment::attach(&container.paths(), container.id(), &cni, cancelled)
     });
-    Ok(Some(Attaching { task, cancel }))
+    Ok(Some(Attaching {
+        task,
+        cancel: Some(cancel),
+    }))
 }
 
 async fn finished(attaching: &mut Attaching) -> Result<Attached> {
@@ -252,17 +260,28 @@ async fn finished(attaching: &mut Attaching) -> Result<Attached> {
     attached.flatten().map_err(Failure::of_no_guest)
 }
 
-/// Ends plugins that nobody needs any more, so that what they made can be undone.
+/// Ends whoever is at work on a network that nobody needs any more, so that what plugins made can be undone.
 async fn settle(attaching: Option<Attaching>) {
     if let Some(Attaching { task, cancel }) = attaching
         && !task.is_finished()
     {
-        if let Err(error) = rustix::io::write(&*cancel, &1u64.to_ne_bytes()) {
-            tracing::error!("cannot end network plugins: {error}");
+        match cancel {
+            Some(cancel) => {
+                if let Err(error) = rustix::io::write(&*cancel, &1u64.to_ne_bytes()) {
+                    tracing::error!("cannot end network plugins: {error}");
+                }
+            }
+            None => task.abort(),
         }
         // Its failure is not the one to be told.
         let _ = task.await;
     }
+}
+
+/// Keeps the carrier of a container's connections until this process ends, and says so if it ends before.
+async fn keep(pasta: Pasta) {
+    let said = pasta.ended().await;
+    tracing::error!("the container has no network any more: pasta has ended: {said}");
 }
 
 /// From a machine that has just been started to a container that runs.
@@ -309,6 +328,7 @@ async fn boot(
     };
     etc::write(&files.etc(), request, attached.as_ref()).map_err(Failure::of_no_guest)?;
     let mut held = Vec::new();
+    let mut forwarder = None;
     let addresses = attached
         .as_ref()
         .map(|attached| attached.addresses.clone())
@@ -318,10 +338,16 @@ async fn boot(
             timings.step("wait for network plugins", begin);
             let begin = now_ns();
             let limits = request.network.limits;
-            let (nets, owner) = (guest.nets, guest.jail_uid);
             held = attached.ports;
-            let network =
-                Network::open(attached.namespace, devices.clone(), limits, nets, owner).await?;
+            // What the host sends to itself comes by the namespace's loopback interface.
+            let published = !request.network.ports().is_empty();
+            if attached.pasta.is_some() && published {
+                forwarder = Forwarder::open(&attached.namespace);
+            }
+            if let Some(pasta) = attached.pasta {
+                tokio::spawn(keep(pasta));
+            }
+            let network = Network::open(attached.namespace, guest.nets.clone(), limits).await?;
             timings.step("connect the network", begin);
             Some(network)
         }
@@ -335,6 +361,9 @@ async fn boot(
     agent.configure(&configuration(request)?).await?;
     if let Some(mut network) = network {
         network.configure(&agent).await?;
+        if let Some(forwarder) = &forwarder {
+            forwarder.start(devices, &agent);
+        }
         // The namespace ends with this process.
         let never = std::future::pending();
         tokio::spawn(Box::new(network).follow(agent.clone(), never));

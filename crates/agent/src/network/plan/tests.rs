@@ -22,6 +22,7 @@ fn interface(device: u8, name: &str, addresses: &[&str]) -> Interface {
         name: name.into(),
         mac: [2, 0, 0, 0, 0, device],
         mtu: 1500,
+        plug: None,
         addresses: addresses.iter().map(|text| address(text)).collect(),
     }
 }

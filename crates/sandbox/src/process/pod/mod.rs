@@ -32,6 +32,7 @@ use super::agent::Agent;
 use super::boot::{self, BOOT_TIME, BREAK_TIME, SHUTDOWN_TIME, told_to_end};
 use super::devices::{Devices, Incoming};
 use super::guest::{Disk, Guest};
+use super::network::Nets;
 use super::{mounts, watch as descriptors};
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
@@ -58,10 +59,7 @@ struct Pod {
     /// The machine's disks, in the order of their serial numbers.
     disks: Vec<DiskRequest>,
     network: tokio::sync::Mutex<network::Stage>,
-    /// How many net devices the machine has.
-    nets: u8,
-    /// The user of the machine process.
-    jail_uid: u32,
+    nets: Nets,
     /// The guest, or why it did not come up.
     ready: watch::Sender<Option<Result<Ready>>>,
     /// Why the guest is no more.
@@ -176,8 +174,7 @@ async fn serve(
         devices: guest.control.clone(),
         disks: request.disks.clone(),
         network: tokio::sync::Mutex::default(),
-        nets: guest.nets,
-        jail_uid: guest.jail_uid,
+        nets: guest.nets.clone(),
         ready: watch::Sender::new(None),
         broken: watch::Sender::new(None),
         gone: watch::Sender::new(false),
@@ -220,14 +217,18 @@ async fn serve(
                 () = told_to_end() => Some("the sandbox process was told to end".into()),
                 () = pod.done() => {
                     // What containers wrote is written back to the host's files.
-                    tokio::select! {
-                        result = agent.shutdown(SHUTDOWN_TIME) => {
-                            if let Err(failure) = result {
-                                tracing::debug!("shutdown: {failure}");
+                    let shutdown = async {
+                        tokio::select! {
+                            result = agent.shutdown(SHUTDOWN_TIME) => {
+                                if let Err(failure) = result {
+                                    tracing::debug!("shutdown: {failure}");
+                                }
                             }
+                            _ = guest.broke_down() => {}
                         }
-                        _ = guest.broke_down() => {}
-                    }
+                    };
+                    // Nobody in the guest needs the network for that.
+                    tokio::join!(shutdown, disconnected(&pod));
                     None
                 }
             }
@@ -242,14 +243,18 @@ async fn serve(
     };
     pod.lock().ending = true;
     drop(guest);
-    // A namespace that answers slowly is not waited for.
-    let _ = tokio::time::timeout(FAREWELL_TIME, pod.disconnect_network()).await;
+    disconnected(&pod).await;
     pod.broken
         .send_replace(Some(reason.unwrap_or_else(|| "the pod has ended".into())));
     pod.gone.send_replace(true);
     // Keepers and callers have their answers, or go without.
     let _ = tokio::time::timeout(FAREWELL_TIME, pod.deserted()).await;
     Ok(())
+}
+
+/// Leaves the network namespace, if that was not done. One that answers slowly is not waited for.
+async fn disconnected(pod: &Pod) {
+    let _ = tokio::time::timeout(FAREWELL_TIME, pod.disconnect_network()).await;
 }
 
 async fn accept(listener: OwnedFd, pod: Arc<Pod>) {

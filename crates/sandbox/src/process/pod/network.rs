@@ -48,9 +48,7 @@ impl Pod {
         let mut stage = self.network.lock().await;
         let same = match &*stage {
             Stage::None => {
-                let devices = self.devices.clone();
-                let network =
-                    Network::open(namespace, devices, limits, self.nets, self.jail_uid).await?;
+                let network = Network::open(namespace, self.nets.clone(), limits).await?;
                 let forwarder = Forwarder::open(network.namespace());
                 *stage = Stage::Connected(Box::new(network), forwarder);
                 return Ok(());
@@ -119,7 +117,7 @@ impl Pod {
     pub async fn disconnect_network(&self) {
         match std::mem::take(&mut *self.network.lock().await) {
             Stage::None => {}
-            Stage::Connected(network, forwarder) => {
+            Stage::Connected(mut network, forwarder) => {
                 end_forwarding(forwarder);
                 network.disconnect().await;
             }
