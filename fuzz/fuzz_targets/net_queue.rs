@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hull_devices::device::{Device, EventRegistry, Memory, Queues, Ring};
-use hull_devices::net::filter::Policy;
+use hull_devices::net::filter::{LinkLocal, Policy};
 use hull_devices::net::{Handle, Net, NetOptions};
 use hull_fuzz::{AVAILABLE, FuzzRing, Input, QUEUE, descriptor, memory};
 use libfuzzer_sys::fuzz_target;
@@ -37,7 +37,15 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const IPV4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 const IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
 
-fn policy(link_local: bool) -> Policy {
+fn link_local(choice: u8) -> LinkLocal {
+    match choice % 3 {
+        0 => LinkLocal::None,
+        1 => LinkLocal::Ipv6,
+        _ => LinkLocal::All,
+    }
+}
+
+fn policy(link_local: LinkLocal) -> Policy {
     Policy {
         mac: MAC,
         addresses: vec![IPV4.into(), IPV6.into()],
@@ -275,7 +283,7 @@ impl Guest {
 
     fn options(&mut self, input: &mut Input<'_>) -> NetOptions {
         let choice = input.u8();
-        self.policy = (choice & 1 != 0).then(|| policy(choice & 2 != 0));
+        self.policy = (choice & 1 != 0).then(|| policy(link_local(choice >> 1)));
         let rate = match choice >> 2 & 3 {
             0 | 1 => 0,
             2 => 1 << 30,
@@ -301,7 +309,7 @@ impl Guest {
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
-    let raw = policy(input.u8() % 2 == 0);
+    let raw = policy(link_local(input.u8()));
     if raw.check(data).is_ok() {
         assert_eq!(must_not_pass(&raw, data), None);
     }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use hull_sandbox::NetworkLimits;
+use hull_sandbox::{LinkLocal, NetworkLimits};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -276,7 +276,10 @@ impl Config {
                 NetworkFilter::Own => own,
                 NetworkFilter::None => false,
             },
-            link_local: self.link_local_services,
+            link_local: match self.link_local_services {
+                true => LinkLocal::All,
+                false => LinkLocal::None,
+            },
             rate: 0,
         }
     }

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use hull_network::cni::{self, List, PortMapping};
 use hull_network::ports::{self, Published};
-use hull_sandbox::{AttachRequest, CniRequest, NameRequest, NetworkRequest, PastaRequest};
+use hull_sandbox::{
+    AttachRequest, CniRequest, LinkLocal, NameRequest, NetworkRequest, PastaRequest,
+};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -62,6 +64,10 @@ impl NetworkArgs {
                 None
             }
             Network::Named(name) if config.without_root => {
+                if limits.link_local == LinkLocal::None {
+                    // Pasta speaks for the host from such an address.
+                    limits.link_local = LinkLocal::Ipv6;
+                }
                 Some(AttachRequest::Pasta(self.pasta(name, config)?))
             }
             Network::Named(name) => Some(AttachRequest::Cni(self.cni(name, config)?)),

@@ -161,7 +161,16 @@ fn not_running(record: &Record) -> Failure {
 pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
     let container = paths.container(id);
     let record = Record::load(&container);
-    let alive = record::is_alive(&container);
+    let mut alive = record::is_alive(&container);
+    if alive
+        && record
+            .as_ref()
+            .is_ok_and(|record| record.state == State::Stopped)
+    {
+        // It is about to leave.
+        wait_for_end(&container)?;
+        alive = false;
+    }
     if alive && !force {
         let (name, state) = record.map_or_else(
             |_| (id.to_owned(), State::Running),
@@ -196,7 +205,12 @@ fn kill(container: &ContainerPaths, record: Option<&Record>) -> Result<()> {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL)
             .context(|| format!("kill the sandbox process {}", record.processes.sandbox))?;
     }
-    // The lock goes with the process: waiting for it is waiting for the end.
+    wait_for_end(container)
+}
+
+/// Waits until the sandbox process is gone.
+fn wait_for_end(container: &ContainerPaths) -> Result<()> {
+    // The lock goes with the process.
     if let Ok(file) = File::open(container.lock()) {
         rustix::fs::flock(&file, rustix::fs::FlockOperation::LockShared)
             .context(|| "wait for the end of the sandbox process".into())?;

@@ -27,6 +27,7 @@ pub mod timings;
 pub mod wire;
 
 pub use error::{Failure, Result};
+pub use hull_devices::net::filter::LinkLocal;
 pub use paths::{ContainerPaths, Paths};
 pub use record::{Exit, Record, State};
 pub use request::{

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use hull_devices::net::filter::LinkLocal;
 use hull_network::cni::PortMapping;
 use serde::{Deserialize, Serialize};
 
@@ -41,8 +42,8 @@ impl MachineRequest {
 pub struct NetworkLimits {
     /// Frames that do not come from the guest's own addresses are dropped.
     pub filter: bool,
-    /// With `filter`: the guest may reach services on link-local addresses.
-    pub link_local: bool,
+    /// With `filter`: the link-local addresses whose services the guest may reach.
+    pub link_local: LinkLocal,
     /// Most bytes per second in each direction; 0 for no limit.
     pub rate: u64,
 }

@@ -86,8 +86,9 @@ struct Checked<'a> {
 pub fn execute(args: Args) -> Result<u8> {
     let config = Config::load()?;
     let guest = GuestFiles::locate(&config)?;
-    let report = hull_machine::probe(&guest.requirements(&config, None));
+    // First, because what follows looks with the rights that it brings.
     let mut findings = vec![privileges()];
+    let report = hull_machine::probe(&guest.requirements(&config, None));
     findings.extend(machines(&config, &report));
     findings.extend(guest_files(&guest));
     findings.push(control_groups());
@@ -138,12 +139,10 @@ fn render(findings: &[Finding], ready: bool, colours: Colours) -> String {
 
 fn privileges() -> Finding {
     let what = "privileges";
-    if !rustix::process::geteuid().is_root() {
-        return Finding::error(
-            what,
-            "not root",
-            "sudo hull …; containers without root are not supported yet",
-        );
+    let without_root = !rustix::process::geteuid().is_root();
+    if without_root && let Err(failure) = hull_sandbox::rootless::enter() {
+        let remedy = failure.hint.unwrap_or_else(|| "sudo hull …".to_owned());
+        return Finding::error(what, failure.message, remedy);
     }
     // What the sandbox process cannot do without: mounts and namespaces, files of other users, users of its own.
     let needed = [
@@ -167,6 +166,7 @@ fn privileges() -> Finding {
         .map(|(_, name)| name)
         .collect();
     match missing.is_empty() {
+        true if without_root => Finding::ok(what, "not root: in a user namespace of your own"),
         true => Finding::ok(what, "root, with the capabilities needed"),
         false => Finding::error(
             what,
@@ -315,6 +315,21 @@ fn network(config: &Config) -> Finding {
             None => instead.to_owned(),
         }
     };
+    if config.without_root {
+        return match (installed("pasta"), accessible_tun()) {
+            (false, _) => Finding::error(
+                what,
+                "pasta, the network without root, is not installed",
+                remedy(Some("apt-get install passt")),
+            ),
+            (_, Err(error)) => Finding::error(
+                what,
+                format!("cannot open /dev/net/tun: {error}"),
+                remedy(Some("the administrator: chmod 0666 /dev/net/tun")),
+            ),
+            _ => Finding::ok(what, "default, by pasta"),
+        };
+    }
     let checked = crate::network::list(name).and_then(|list| {
         let plugins = cni::Runner::default().require(&list);
         plugins.map_err(crate::network::failure)
@@ -329,11 +344,7 @@ fn network(config: &Config) -> Finding {
             remedy(Some("modprobe tun")),
         );
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let has_iptables = std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .any(|directory| directory.join("iptables").exists());
-    match has_iptables || name != cni::DEFAULT_NAME {
+    match installed("iptables") || name != cni::DEFAULT_NAME {
         true => Finding::ok(what, name.as_str()),
         false => Finding::error(
             what,
@@ -341,6 +352,21 @@ fn network(config: &Config) -> Finding {
             remedy(Some("apt-get install iptables")),
         ),
     }
+}
+
+/// Whether there is a program of this name.
+fn installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|directory| directory.join(program).exists())
+}
+
+/// Whether taps can be made.
+fn accessible_tun() -> rustix::io::Result<()> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map(drop)
 }
 
 /// Whether a directory, or what it will be made in, can be written to.

@@ -48,8 +48,21 @@ pub struct Policy {
     pub mac: [u8; 6],
     /// Its network addresses.
     pub addresses: Vec<IpAddr>,
-    /// It may reach services on link-local addresses.
-    pub link_local: bool,
+    /// Which link-local addresses it may reach.
+    pub link_local: LinkLocal,
+}
+
+/// Link-local addresses that a guest may reach beyond what neighbours need: hosts, and clouds, have services there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkLocal {
+    /// None.
+    #[default]
+    None,
+    /// Those of IPv6: whoever stands in for the host may speak from one.
+    Ipv6,
+    /// All.
+    All,
 }
 
 type Verdict = Result<(), &'static str>;
@@ -111,7 +124,7 @@ impl Policy {
         if !self.owns(v4(packet, 12)?.into()) {
             return Err("IPv4 from another's address");
         }
-        match self.link_local || !v4(packet, 16)?.is_link_local() {
+        match self.link_local == LinkLocal::All || !v4(packet, 16)?.is_link_local() {
             true => Ok(()),
             false => Err("IPv4 to a link-local address"),
         }
@@ -137,7 +150,7 @@ impl Policy {
         if protocol == ICMPV6 {
             return self.discovery(packet, message);
         }
-        match self.link_local || !destination.is_unicast_link_local() {
+        match self.link_local != LinkLocal::None || !destination.is_unicast_link_local() {
             true => Ok(()),
             false => Err("IPv6 to a link-local address"),
         }
@@ -227,7 +240,7 @@ mod tests {
                 "fd00::2".parse().unwrap(),
                 "fe80::2".parse().unwrap(),
             ],
-            link_local: false,
+            link_local: LinkLocal::None,
         }
     }
 
@@ -340,7 +353,7 @@ mod tests {
             assert!(policy().check(&bad).is_err(), "{bad:02x?}");
         }
         let mut allowed = policy();
-        allowed.link_local = true;
+        allowed.link_local = LinkLocal::All;
         assert_eq!(allowed.check(&ipv4("10.0.0.2", "169.254.169.254")), Ok(()));
     }
 

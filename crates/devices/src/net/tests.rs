@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::filter::LinkLocal;
 use super::*;
 use crate::testing::{Descriptor, Driver, NEXT, WRITE, hostile_chains};
 
@@ -225,7 +226,7 @@ fn only_frames_that_the_policy_allows_reach_the_host() {
     let policy = Policy {
         mac: MAC,
         addresses: vec!["10.0.0.2".parse().unwrap()],
-        link_local: false,
+        link_local: LinkLocal::None,
     };
     let mut cable = cable(
         MERGEABLE,
