@@ -13,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{Invocation, Output, executable, leaks, network, repository};
+use crate::{Invocation, Lack, Output, Person, executable, leaks, network, repository};
 
 /// How a [`Hull`] differs from the usual one.
 #[derive(Default)]
@@ -24,6 +24,8 @@ pub struct Options {
     pub configuration: String,
     /// No image in the store, instead of `busybox`.
     pub without_image: bool,
+    /// hull is called by a person who is not root, and lacks this.
+    pub person: Option<Lack>,
 }
 
 /// A hull of the test's own.
@@ -33,6 +35,8 @@ pub struct Hull {
     pub machine: &'static str,
     next: AtomicU32,
     leaks_expected: bool,
+    /// Who calls it, if not root.
+    pub person: Option<Person>,
 }
 
 impl Hull {
@@ -66,11 +70,21 @@ impl Hull {
         })
     }
 
+    /// On user-mode Linux, called by a person who is not root, with the image `busybox`; containers have a network unless a
+    /// test says otherwise.
+    pub fn without_root() -> Hull {
+        Hull::with(Options {
+            configuration: "network = \"default\"".into(),
+            person: Some(Lack::Nothing),
+            ..Options::default()
+        })
+    }
+
     /// With options. Without a word about networks containers have none: plugins take longer than most tests.
     pub fn with(options: Options) -> Hull {
         assert!(
             rustix::process::geteuid().is_root(),
-            "hull runs containers as root only, for now"
+            "tests make namespaces and users of their own: they run as root"
         );
         leaks::adopt_orphans();
         // Paths of sockets are at most 108 bytes long.
@@ -101,13 +115,17 @@ impl Hull {
             options.configuration
         );
         fs::write(directory.path().join("config.toml"), configuration).unwrap();
+        let person = options
+            .person
+            .map(|lack| Person::new(directory.path(), lack));
         let hull = Hull {
             directory,
             machine,
             next: AtomicU32::new(0),
             leaks_expected: false,
+            person,
         };
-        if !options.without_image {
+        if !options.without_image && options.person != Some(Lack::SubordinateIds) {
             hull.import_busybox("busybox");
         }
         hull
@@ -115,8 +133,11 @@ impl Hull {
 
     /// Makes the image of the tests under a name.
     pub fn import_busybox(&self, name: &str) {
+        // Where a person can read it.
+        let archive = self.path("busybox.tar");
+        fs::copy(busybox_archive(), &archive).unwrap();
         self.hull(["image", "import", "--change", "CMD [\"sh\"]"])
-            .arg(busybox_archive())
+            .arg(archive)
             .arg(name)
             .run()
             .ok();
@@ -136,7 +157,11 @@ impl Hull {
 
     /// `hull …`.
     pub fn hull<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Invocation {
-        Invocation::new(executable())
+        let invocation = match &self.person {
+            None => Invocation::new(executable()),
+            Some(person) => Invocation::new(person.executable()).under(&person.wrapper()),
+        };
+        invocation
             .env("HULL_CONFIG", self.path("config.toml"))
             .args(arguments)
             .limit(self.limit())
@@ -276,11 +301,8 @@ impl Drop for Hull {
         let mut problems = Vec::new();
         if !ids.is_empty() {
             // Not through `Invocation`: a panic here would hide the first one.
-            let removed = std::process::Command::new(executable())
-                .env("HULL_CONFIG", self.path("config.toml"))
-                .args(["rm", "-f"])
-                .args(&ids)
-                .output();
+            let removing = self.hull(["rm", "-f"]).args(&ids);
+            let removed = removing.into_parts().0.output();
             match removed {
                 Ok(output) if output.status.success() => {}
                 Ok(output) => problems.push(format!(

@@ -78,14 +78,37 @@ impl Archive {
         self.entry(path, tar::EntryType::Link, 0o644, target, b"")
     }
 
-    /// The block device 8:0, a disk.
-    pub fn device(mut self, path: &str) -> Archive {
+    /// An empty file of this user and group.
+    pub fn owned(mut self, path: &str, id: u32) -> Archive {
         let mut header = tar::Header::new_gnu();
-        header.set_entry_type(tar::EntryType::Block);
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_mode(0o640);
+        header.set_uid(id.into());
+        header.set_gid(id.into());
+        header.set_size(0);
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.set_cksum();
+        self.0.append(&header, &b""[..]).unwrap();
+        self
+    }
+
+    /// The block device 8:0, a disk.
+    pub fn device(self, path: &str) -> Archive {
+        self.node(path, tar::EntryType::Block, 8, 0)
+    }
+
+    /// The character device 1:3, `/dev/null`.
+    pub fn null(self, path: &str) -> Archive {
+        self.node(path, tar::EntryType::Char, 1, 3)
+    }
+
+    fn node(mut self, path: &str, kind: tar::EntryType, major: u32, minor: u32) -> Archive {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
         header.set_mode(0o666);
         header.set_size(0);
-        header.set_device_major(8).unwrap();
-        header.set_device_minor(0).unwrap();
+        header.set_device_major(major).unwrap();
+        header.set_device_minor(minor).unwrap();
         header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
         header.set_cksum();
         self.0.append(&header, &b""[..]).unwrap();
