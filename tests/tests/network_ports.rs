@@ -258,3 +258,44 @@ fn a_port_is_free_again_after_the_end() {
     }
     hull.assert_clean();
 }
+
+#[test]
+fn containers_reach_others_and_are_reached_where_the_host_forwards_nothing_by_itself() {
+    let (host, outside) = (Netns::new(), Netns::new());
+    host.join("eth0", &outside, "eth0");
+    host.ip("address add 198.51.100.1/24 dev eth0");
+    outside.ip("address add 198.51.100.2/24 dev eth0");
+    for program in ["iptables", "ip6tables"] {
+        let mut drop = host.command(program);
+        assert!(
+            drop.args(["-P", "FORWARD", "DROP"])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+    let hull = Hull::networked("uml");
+    let network = format!("--net={}", host.path().display());
+    let name = hull.unique("c");
+    let port = free_port();
+    let publish = format!("{port}:80");
+    let server = http_server("published");
+    // Twice: rules that are there are left alone.
+    for _ in 0..2 {
+        hull.hull([
+            "run", "-d", "--name", &name, "-p", &publish, "busybox", "sh", "-c", &server,
+        ])
+        .under(&["nsenter", &network])
+        .run()
+        .ok();
+        outside.enter(|| answers((Ipv4Addr::new(198, 51, 100, 1), port), "published"));
+        let container = hull.container(&name);
+        container.sh("ping -c 1 -W 5 198.51.100.2").ok();
+        hull.hull(["rm", "-f", &name]).run().ok();
+    }
+    let mut rules = host.command("iptables");
+    let rules = rules.args(["-S"]).output().unwrap();
+    let rules = String::from_utf8(rules.stdout).unwrap();
+    assert_eq!(rules.matches("-i hull0 -j ACCEPT").count(), 1, "{rules}");
+    assert_eq!(rules.matches("-A FORWARD").count(), 1, "{rules}");
+}

@@ -6,7 +6,7 @@ use std::path::Path;
 use hull_network::cni::{self, List, PortMapping};
 use hull_network::ports::{self, Published};
 use hull_sandbox::{
-    AttachRequest, CniRequest, LinkLocal, NameRequest, NetworkRequest, PastaRequest,
+    AttachRequest, CniRequest, LinkLocal, NameRequest, NetworkRequest, OwnNetwork, PastaRequest,
 };
 
 use crate::config::Config;
@@ -135,11 +135,19 @@ impl NetworkArgs {
     }
 
     fn cni(&self, name: &str, config: &Config) -> Result<CniRequest> {
-        let list = list(name)?;
         let ports = self.ports(config)?;
+        let list = list(name, !ports.is_empty())?;
+        let own = match name {
+            cni::DEFAULT_NAME => Some(OwnNetwork {
+                bridge: cni::DEFAULT_BRIDGE.to_owned(),
+                subnets: subnets()?,
+            }),
+            _ => None,
+        };
         let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
         Ok(CniRequest {
             list,
+            own,
             ports,
             ips: addresses
                 .into_iter()
@@ -181,24 +189,28 @@ pub fn failure(error: cni::Error) -> Error {
     }
 }
 
-/// The plugins of a network: the host's configuration of this name, or hull's own.
-pub fn list(name: &str) -> Result<List> {
+/// The subnets of hull's own network: one of IPv4, and one of IPv6 where the host knows that.
+fn subnets() -> Result<Vec<cni::Address>> {
+    let mut subnets = vec![cni::DEFAULT_IPV4];
+    if Path::new("/proc/net/if_inet6").exists() {
+        subnets.push(cni::DEFAULT_IPV6);
+    }
+    let parse = |text: &str| {
+        text.parse()
+            .map_err(|why| Error::new(format!("{text}: {why}")))
+    };
+    subnets.into_iter().map(parse).collect()
+}
+
+/// The plugins of a network: the host's configuration of this name, or hull's own, with or without `published` ports.
+pub fn list(name: &str, published: bool) -> Result<List> {
     if name != cni::DEFAULT_NAME {
         return List::load(&[cni::CONFIGURATION_DIRECTORY], name).map_err(failure);
     }
-    let address = |text: &str| {
-        text.parse::<cni::Address>()
-            .map_err(|why| Error::new(format!("{text}: {why}")))
+    let subnets = subnets()?;
+    let [ipv4, ipv6 @ ..] = subnets.as_slice() else {
+        return Err(Error::new("hull's own network has no subnet"));
     };
-    let ipv6 = match Path::new("/proc/net/if_inet6").exists() {
-        true => Some(address(cni::DEFAULT_IPV6)?),
-        false => None,
-    };
-    cni::default_network(
-        address(cni::DEFAULT_IPV4)?,
-        ipv6,
-        cni::DEFAULT_BRIDGE,
-        Path::new(LEASES),
-    )
-    .map_err(failure)
+    let (ipv6, leases) = (ipv6.first().copied(), Path::new(LEASES));
+    cni::default_network(*ipv4, ipv6, cni::DEFAULT_BRIDGE, leases, published).map_err(failure)
 }

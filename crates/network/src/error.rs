@@ -85,6 +85,22 @@ pub enum Error {
         /// The kernel's.
         why: io::Error,
     },
+    /// Containers of a network cannot be given the host's address.
+    #[error("cannot let network {network} out: {why}")]
+    Masquerade {
+        /// Its name.
+        network: String,
+        /// The kernel's.
+        why: io::Error,
+    },
+    /// A packet filter cannot be told to let a network's packets pass.
+    #[error("cannot let packets of {bridge} pass the packet filter: {why}")]
+    Forward {
+        /// The network's bridge.
+        bridge: String,
+        /// What iptables said.
+        why: String,
+    },
     /// The kernel cannot be told which ports to choose.
     #[error("cannot choose the ports of a network namespace: {why}")]
     Ports {
@@ -121,6 +137,9 @@ impl Error {
         }
         match self {
             Self::Pasta { why } if why.contains("not installed") => Some("apt-get install passt"),
+            Self::Forward { why, .. } if why.contains("not installed") => {
+                Some("apt-get install iptables")
+            }
             Self::Pasta { why } if why.contains("tun") => {
                 Some("who is not root needs access to /dev/net/tun: chmod 0666 /dev/net/tun")
             }
@@ -137,6 +156,16 @@ impl Error {
                     && matches!(errno, Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) =>
             {
                 Some("the host's kernel needs the tun driver: modprobe tun")
+            }
+            Self::Masquerade { .. }
+                if matches!(
+                    errno,
+                    Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT)
+                ) =>
+            {
+                Some(
+                    "the host's kernel needs nf_tables, nft_chain_nat and nft_masq: modprobe -a them",
+                )
             }
             Self::Loopback { .. }
                 if matches!(
@@ -174,9 +203,13 @@ impl Error {
             | Self::Set { why, .. }
             | Self::Redirect { why, .. }
             | Self::Loopback { why, .. }
+            | Self::Masquerade { why, .. }
             | Self::Ports { why }
             | Self::Socket { why, .. } => why.raw_os_error(),
-            Self::NotANetworkNamespace { .. } | Self::Occupied { .. } | Self::Pasta { .. } => None,
+            Self::NotANetworkNamespace { .. }
+            | Self::Occupied { .. }
+            | Self::Forward { .. }
+            | Self::Pasta { .. } => None,
         }
     }
 }

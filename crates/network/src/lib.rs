@@ -21,6 +21,7 @@
 pub mod cni;
 pub mod description;
 mod error;
+pub mod forwarding;
 pub mod hosts;
 pub mod mirror;
 mod monitor;
@@ -43,4 +44,5 @@ pub use error::{Error, Result};
 pub use monitor::Monitor;
 pub use namespace::{Identity, Namespace};
 pub use netlink::Netlink;
+pub use nftables::masquerade;
 pub use tap::{Tap, TapOptions};

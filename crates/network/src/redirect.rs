@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::error::{Error, Result};
 use crate::namespace::Namespace;
-use crate::nftables::Rules;
+use crate::nftables::loopback::Rules;
 
 /// Which loopback address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use hull_network::cni::{Attachment, Record, Runner};
 use hull_network::pasta::Pasta;
-use hull_network::{Namespace, Netlink, ports};
+use hull_network::{Namespace, Netlink, forwarding, masquerade, ports};
 
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
@@ -72,6 +72,14 @@ pub fn attach(
     let mut record = Record::new(request.list.clone(), attachment)?;
     // What is not there cannot undo anything either.
     runner.require(&request.list)?;
+    if let Some(own) = &request.own {
+        for subnet in &own.subnets {
+            let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
+            masquerade::ensure(request.list.name(), subnet.ip, subnet.prefix.unwrap_or(all))?;
+        }
+        let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
+        forwarding::ensure(&own.bridge, ipv6)?;
+    }
     let keep = |record: &Record| {
         let text = serde_json::to_vec(record).context(|| "encode the network's record".into())?;
         write_by_rename(&files.network(), &text)

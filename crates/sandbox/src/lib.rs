@@ -32,5 +32,5 @@ pub use paths::{ContainerPaths, Paths};
 pub use record::{Exit, Record, State};
 pub use request::{
     AttachRequest, CniRequest, MachineRequest, NameRequest, NetworkLimits, NetworkRequest,
-    PastaRequest, RunRequest, Volume,
+    OwnNetwork, PastaRequest, RunRequest, Volume,
 };

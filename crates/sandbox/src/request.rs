@@ -86,12 +86,24 @@ pub enum AttachRequest {
 pub struct CniRequest {
     /// The plugins.
     pub list: hull_network::cni::List,
+    /// For hull's own network, what plugins do not see to.
+    #[serde(default)]
+    pub own: Option<OwnNetwork>,
     /// Ports of the host that lead to ports of the container.
     pub ports: Vec<PortMapping>,
     /// Addresses asked for.
     pub ips: Vec<hull_network::cni::Address>,
     /// Hardware address asked for.
     pub mac: Option<[u8; 6]>,
+}
+
+/// What is said of hull's own network to the host.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OwnNetwork {
+    /// The bridge, whose packets may pass the host's packet filter.
+    pub bridge: String,
+    /// Its subnets, whose containers have the host's address for whom is outside.
+    pub subnets: Vec<hull_network::cni::Address>,
 }
 
 /// How a container is attached to a network by pasta.

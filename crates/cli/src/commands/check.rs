@@ -330,7 +330,7 @@ fn network(config: &Config) -> Finding {
             _ => Finding::ok(what, "default, by pasta"),
         };
     }
-    let checked = crate::network::list(name).and_then(|list| {
+    let checked = crate::network::list(name, true).and_then(|list| {
         let plugins = cni::Runner::default().require(&list);
         plugins.map_err(crate::network::failure)
     });

@@ -245,8 +245,9 @@ impl Plugin {
     }
 }
 
-/// hull's own network: a bridge, addresses given out by `host-local`, published ports, and a way through a firewall that
-/// forwards nothing by itself. Leases of addresses are kept beneath `data_dir`.
+/// hull's own network: a bridge, addresses given out by `host-local`, and `published` ports. Leases of addresses are kept
+/// beneath `data_dir`. What gives containers the host's address outside, and lets them through a packet filter, is for the
+/// network, not for each container: [`crate::masquerade`], [`crate::forwarding`].
 ///
 /// Version 0.4.0: the oldest in which plugins get their result back when they undo, so that any release of the plugins will do.
 pub fn default_network(
@@ -254,6 +255,7 @@ pub fn default_network(
     ipv6: Option<Address>,
     bridge: &str,
     data_dir: &Path,
+    published: bool,
 ) -> Result<List> {
     let wrong = |why: String| invalid(&format!("{DEFAULT_NAME:?}"), why);
     // A network needs its own address, the bridge's, one of a container, and that of broadcasts.
@@ -282,24 +284,25 @@ pub fn default_network(
     let routes: Value = subnets()
         .map(|subnet| json!({ "dst": if subnet.ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" } }))
         .collect();
+    let mut plugins = vec![json!({
+        "type": "bridge",
+        "bridge": bridge,
+        "isGateway": true,
+        "hairpinMode": true,
+        "capabilities": { "ips": true, "mac": true },
+        "ipam": { "type": "host-local", "dataDir": data_dir, "ranges": ranges, "routes": routes },
+    })];
+    if published {
+        plugins.push(json!({
+            "type": "portmap", "capabilities": { "portMappings": true }, "snat": true,
+        }));
+    }
     List::from_value(json!({
         "cniVersion": Version::V0_4_0.name(),
         "name": DEFAULT_NAME,
         // portmap (1.1.1) searches the ports of IPv4 among those of IPv6, and does not find them.
         "disableCheck": ipv6.is_some(),
-        "plugins": [
-            {
-                "type": "bridge",
-                "bridge": bridge,
-                "isGateway": true,
-                "ipMasq": true,
-                "hairpinMode": true,
-                "capabilities": { "ips": true, "mac": true },
-                "ipam": { "type": "host-local", "dataDir": data_dir, "ranges": ranges, "routes": routes },
-            },
-            { "type": "portmap", "capabilities": { "portMappings": true }, "snat": true },
-            { "type": "firewall", "backend": "iptables" },
-        ],
+        "plugins": plugins,
     }))
 }
 

@@ -14,7 +14,7 @@ mod error;
 mod list;
 mod outcome;
 mod plugin;
-mod process;
+pub(crate) mod process;
 mod record;
 mod stand_in;
 #[cfg(test)]

@@ -131,6 +131,7 @@ impl Runner {
         let began = Instant::now();
         let answer = process::run(
             &path,
+            &[],
             &environment,
             config.as_bytes(),
             self.limit,

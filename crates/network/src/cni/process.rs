@@ -1,4 +1,4 @@
-//! One process with text in and text out, bounded in time and in output. Called by [`super::plugin`]; knows nothing of CNI.
+//! One process with text in and text out, bounded in time and in output. Called by [`super::plugin`] and by [`crate::forwarding`]; knows nothing of CNI.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -21,7 +21,7 @@ const MOST_OUTPUT: usize = 1 << 20;
 const KEPT_ERRORS: usize = 4 << 10;
 
 /// What a process left.
-pub(super) struct Output {
+pub(crate) struct Output {
     pub status: ExitStatus,
     pub stdout: Vec<u8>,
     /// The end of it.
@@ -30,15 +30,17 @@ pub(super) struct Output {
 
 /// Runs `program` to its end with only these variables in its environment. When it takes longer than `limit`, or
 /// writes too much, or when `cancel` becomes readable, it is killed together with all that it started and that did not leave its process group.
-pub(super) fn run(
+pub(crate) fn run(
     program: &Path,
+    arguments: &[&str],
     environment: &[(&str, &OsStr)],
     input: &[u8],
     limit: Duration,
     cancel: Option<&OwnedFd>,
 ) -> Result<Output, Fault> {
     let deadline = Instant::now() + limit;
-    let mut running = Running::start(program, environment, input).map_err(Fault::Start)?;
+    let mut running =
+        Running::start(program, arguments, environment, input).map_err(Fault::Start)?;
     match running.listen(deadline, cancel) {
         Ok(Heard::End) => running.end().map_err(Fault::Start),
         Ok(Heard::Nothing) => Err(Fault::Hung(limit)),
@@ -67,12 +69,18 @@ struct Running {
 }
 
 impl Running {
-    fn start(program: &Path, environment: &[(&str, &OsStr)], input: &[u8]) -> io::Result<Running> {
+    fn start(
+        program: &Path,
+        arguments: &[&str],
+        environment: &[(&str, &OsStr)],
+        input: &[u8],
+    ) -> io::Result<Running> {
         // Not a pipe: whoever writes into one waits for a reader, or is killed by its absence.
         let mut stdin = File::from(memfd_create("cni-config", MemfdFlags::CLOEXEC)?);
         stdin.write_all(input)?;
         io::Seek::rewind(&mut stdin)?;
         let mut child = Command::new(program)
+            .args(arguments)
             .env_clear()
             .envs(environment.iter().copied())
             // The caller's own may be gone, or keep something from being unmounted.

@@ -11,12 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hull_devices::control::Cache;
+use hull_network::Namespace;
 use hull_network::pasta::Pasta;
 use hull_protocol::SHARES_DIR;
 use hull_protocol::agent as proto;
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::agent::{Agent, Ended};
@@ -151,6 +153,10 @@ struct Live {
     carriers: Vec<tokio::task::JoinHandle<()>>,
     /// Published ports, kept from others.
     _ports: Vec<OwnedFd>,
+    /// Dropped when the network is followed no more.
+    following: Option<oneshot::Sender<()>>,
+    /// What plugins know by this process's descriptor.
+    namespace: Option<Namespace>,
 }
 
 /// Boot, run, end.
@@ -219,7 +225,10 @@ async fn life(container: &Arc<Container>) {
         // Finished, or stuck with a client that does not read from a container that is no more.
         carrier.abort();
     }
+    // Plugins take the interface away. It is not one that the guest has to learn of.
+    drop(live.following);
     end(container, exit, guest, rootfs).await;
+    drop(live.namespace);
 }
 
 /// Whoever is at work on the container's network: plugins, on a thread of their own, or pasta.
@@ -329,6 +338,8 @@ async fn boot(
     etc::write(&files.etc(), request, attached.as_ref()).map_err(Failure::of_no_guest)?;
     let mut held = Vec::new();
     let mut forwarder = None;
+    let mut following = None;
+    let mut namespace = None;
     let addresses = attached
         .as_ref()
         .map(|attached| attached.addresses.clone())
@@ -339,6 +350,7 @@ async fn boot(
             let begin = now_ns();
             let limits = request.network.limits;
             held = attached.ports;
+            namespace = Some(attached.namespace.clone());
             // What the host sends to itself comes by the namespace's loopback interface.
             let published = !request.network.ports().is_empty();
             if attached.pasta.is_some() && published {
@@ -364,9 +376,12 @@ async fn boot(
         if let Some(forwarder) = &forwarder {
             forwarder.start(devices, &agent);
         }
-        // The namespace ends with this process.
-        let never = std::future::pending();
-        tokio::spawn(Box::new(network).follow(agent.clone(), never));
+        let (end, ended) = oneshot::channel();
+        following = Some(end);
+        let ended = async {
+            let _dropped: Result<(), _> = ended.await;
+        };
+        tokio::spawn(Box::new(network).follow(agent.clone(), ended));
     }
     timings.step("configure the guest", begin);
 
@@ -405,6 +420,8 @@ async fn boot(
         agent,
         carriers,
         _ports: held,
+        following,
+        namespace,
     })
 }
 
@@ -565,7 +582,7 @@ async fn fail_to_start(
         reason: Some(failure.message.clone()),
         ..Exit::now(failure.code)
     };
-    undo_network(container).await;
+    undone(undo_network(container)).await;
     erase_all(container);
     container.set_started(Err(failure));
     container.set_ended(exit);
@@ -573,6 +590,8 @@ async fn fail_to_start(
 
 /// Ends a container that ran.
 async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<RootFs>) {
+    // Beside the end of the guest, which takes as long.
+    let undoing = undo_network(container);
     // What the guest has not written back yet is lost with it: only a container that goes away without a trace,
     // and wrote to nothing else, can do without.
     let traces = !container.request().auto_remove
@@ -598,7 +617,7 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
     if let Some(rootfs) = rootfs {
         rootfs.unmount();
     }
-    undo_network(container).await;
+    undone(undoing).await;
     if container.request().auto_remove {
         erase_all(container);
     } else {
@@ -618,11 +637,15 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
     container.output().finish(Kind::Exit, last).await;
 }
 
-/// Lets plugins undo what they made of the container's network. What they cannot is tried again by its removal.
-async fn undo_network(container: &Container) {
+/// Lets plugins undo what they made of the container's network.
+fn undo_network(container: &Container) -> JoinHandle<Result<()>> {
     let files = container.paths();
-    let undone = tokio::task::spawn_blocking(move || attachment::undo(&files)).await;
-    if let Ok(Err(failure)) = undone {
+    tokio::task::spawn_blocking(move || attachment::undo(&files))
+}
+
+/// Waits until that is done. What plugins cannot is tried again by the container's removal.
+async fn undone(undoing: JoinHandle<Result<()>>) {
+    if let Ok(Err(failure)) = undoing.await {
         tracing::error!("{failure}");
     }
 }

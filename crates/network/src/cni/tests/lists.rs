@@ -200,8 +200,14 @@ fn the_newest_version_that_both_know() {
 fn hulls_own_network() {
     let v4 = DEFAULT_IPV4.parse().unwrap();
     let v6 = Some(DEFAULT_IPV6.parse().unwrap());
-    let list =
-        default_network(v4, v6, DEFAULT_BRIDGE, Path::new("/var/lib/hull/networks")).unwrap();
+    let list = default_network(
+        v4,
+        v6,
+        DEFAULT_BRIDGE,
+        Path::new("/var/lib/hull/networks"),
+        true,
+    )
+    .unwrap();
     assert_eq!(list.name(), "default");
     for capability in ["portMappings", "ips", "mac"] {
         assert!(list.has_capability(capability), "{capability}");
@@ -222,7 +228,7 @@ fn hulls_own_network() {
         "as JSON it is a list like any other"
     );
 
-    let list = default_network(v4, None, DEFAULT_BRIDGE, Path::new("/d")).unwrap();
+    let list = default_network(v4, None, DEFAULT_BRIDGE, Path::new("/d"), false).unwrap();
     assert_eq!(
         list.plugins[0].config["ipam"]["routes"],
         json!([{ "dst": "0.0.0.0/0" }])
@@ -237,7 +243,7 @@ fn hulls_own_network() {
     ] {
         let v6 = v6.map(|text: &str| text.parse().unwrap());
         assert!(
-            default_network(v4.parse().unwrap(), v6, bridge, Path::new("/d")).is_err(),
+            default_network(v4.parse().unwrap(), v6, bridge, Path::new("/d"), true).is_err(),
             "{v4} {v6:?} {bridge}"
         );
     }

@@ -1,0 +1,274 @@
+//! Says to the kernel's packet filter (nf_tables) the few things that are asked of it: that connections to the loopback
+//! address lead to a port ([`loopback`]), and that a network's containers have the host's address outside
+//! ([`masquerade`]). Never calls `nft` or `iptables`.
+//!
+//! The messages are those of linux/netfilter/nf_tables.h: a batch that is carried out whole or not at all.
+
+pub mod loopback;
+pub mod masquerade;
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::netlink::{NETFILTER, SocketAddrNetlink};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with,
+};
+
+use crate::redirect::Family;
+
+/// Most bytes of answers read at once; each is an error with the head of a message.
+const ANSWERS: usize = 4096;
+
+/// A socket to the packet filter of the calling thread's namespace.
+fn socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (netlink, raw) = (AddressFamily::NETLINK, SocketType::RAW);
+    Ok(socket_with(netlink, raw, flags, Some(NETFILTER))?)
+}
+
+/// Whether a table of the calling thread's namespace has a chain.
+pub fn has_chain(family: Family, table: &str, chain: &str) -> bool {
+    let zero_terminated = |name: &str| [name.as_bytes(), &[0]].concat();
+    let mut question = Batch {
+        bytes: Vec::new(),
+        count: 0,
+    };
+    question.message(GET_CHAIN, ACK, family.number(), 0, |wanted| {
+        wanted.bytes(1, &zero_terminated(table));
+        wanted.bytes(3, &zero_terminated(chain));
+    });
+    socket().is_ok_and(|socket| exchange(&socket, &question.bytes).is_ok())
+}
+
+/// Sends a batch, which the kernel carries out before it returns, and reads what it says: the first error, if any.
+fn exchange(socket: &OwnedFd, batch: &[u8]) -> Result<(), Errno> {
+    let kernel = SocketAddrNetlink::new(0, 0);
+    sendto(socket, batch, SendFlags::empty(), &kernel)?;
+    let mut confirmed = false;
+    let mut answers = [0; ANSWERS];
+    loop {
+        match recv(socket, &mut answers[..], RecvFlags::DONTWAIT) {
+            Ok((length, _)) => {
+                for code in codes(&answers[..length]) {
+                    match code {
+                        0 => confirmed = true,
+                        code => return Err(Errno::from_raw_os_error(code.saturating_neg())),
+                    }
+                }
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) if confirmed => return Ok(()),
+            Err(Errno::AGAIN) => return Err(Errno::PROTO),
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// The codes of the answers in a datagram: 0, or an errno below it.
+fn codes(mut datagram: &[u8]) -> Vec<i32> {
+    let mut codes = Vec::new();
+    while let Some((length, rest)) = datagram.split_first_chunk() {
+        let length = u32::from_ne_bytes(*length) as usize;
+        let kind = rest.first_chunk().map(|kind| u16::from_ne_bytes(*kind));
+        let code = rest.get(HEADER - 4..).and_then(<[u8]>::first_chunk);
+        if let (Some(NLMSG_ERROR), Some(code)) = (kind, code) {
+            codes.push(i32::from_ne_bytes(*code));
+        }
+        datagram = datagram
+            .get(length.next_multiple_of(4).max(HEADER)..)
+            .unwrap_or_default();
+    }
+    codes
+}
+
+// linux/netlink.h
+const HEADER: usize = 16;
+const NLMSG_ERROR: u16 = 2;
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+const EXCLUSIVE: u16 = 0x200;
+const CREATE: u16 = 0x400;
+const APPEND: u16 = 0x800;
+const NESTED: u16 = 0x8000;
+
+// linux/netfilter/nfnetlink.h
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NF_TABLES: u16 = 10;
+
+// linux/netfilter/nf_tables.h, enum nf_tables_msg_types
+const NEW_TABLE: u16 = NF_TABLES << 8;
+const DELETE_TABLE: u16 = NF_TABLES << 8 | 2;
+const NEW_CHAIN: u16 = NF_TABLES << 8 | 3;
+const GET_CHAIN: u16 = NF_TABLES << 8 | 4;
+const NEW_RULE: u16 = NF_TABLES << 8 | 6;
+
+const FLAG_OWNER: u32 = 2;
+const ACCEPT: u32 = 1;
+const REGISTER: u32 = 1;
+const BASE_NETWORK: u32 = 1;
+const BASE_TRANSPORT: u32 = 2;
+const KEY_L4PROTO: u32 = 16;
+const EQUAL: u32 = 0;
+const NOT_EQUAL: u32 = 1;
+
+/// Messages, one after the other.
+struct Batch {
+    bytes: Vec<u8>,
+    count: u32,
+}
+
+impl Batch {
+    fn new() -> Self {
+        let mut batch = Self {
+            bytes: Vec::with_capacity(1024),
+            count: 0,
+        };
+        batch.message(BATCH_BEGIN, 0, 0, NF_TABLES, |_| {});
+        batch
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.message(BATCH_END, 0, 0, NF_TABLES, |_| {});
+        self.bytes
+    }
+
+    /// A `struct nlmsghdr`, a `struct nfgenmsg`, and attributes.
+    fn message(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        family: u8,
+        resource: u16,
+        content: impl FnOnce(&mut Attributes<'_>),
+    ) {
+        let start = self.bytes.len();
+        self.bytes.extend([0; 4]);
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend((REQUEST | flags).to_ne_bytes());
+        self.bytes.extend(self.count.to_ne_bytes());
+        self.bytes.extend([0; 4]);
+        self.bytes.extend([family, 0]);
+        self.bytes.extend(resource.to_be_bytes());
+        content(&mut Attributes(&mut self.bytes));
+        let length = (self.bytes.len() - start) as u32;
+        self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+        self.count += 1;
+    }
+
+    fn table(&mut self, name: &[u8], kind: u16, family: Family, table_flags: u32, flags: u16) {
+        self.message(kind, flags, family.number(), 0, |table| {
+            table.bytes(1, name);
+            if table_flags != 0 {
+                table.number(2, table_flags);
+            }
+        });
+    }
+
+    /// A chain that translates addresses.
+    fn nat_chain(&mut self, table: &[u8], name: &[u8], family: Family, hook: u32, priority: i32) {
+        self.message(NEW_CHAIN, CREATE, family.number(), 0, |chain| {
+            chain.bytes(1, table);
+            chain.bytes(3, name);
+            chain.nested(4, |place| {
+                place.number(1, hook);
+                place.bytes(2, &priority.to_be_bytes());
+            });
+            chain.number(5, ACCEPT);
+            chain.bytes(7, b"nat\0");
+        });
+    }
+}
+
+/// Attributes (`struct nlattr`) at the end of a message.
+struct Attributes<'a>(&'a mut Vec<u8>);
+
+impl Attributes<'_> {
+    fn attribute(&mut self, kind: u16, content: impl FnOnce(&mut Attributes<'_>)) {
+        let start = self.0.len();
+        self.0.extend([0; 2]);
+        self.0.extend(kind.to_ne_bytes());
+        content(&mut Attributes(self.0));
+        let length = (self.0.len() - start) as u16;
+        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+    }
+
+    fn bytes(&mut self, kind: u16, bytes: &[u8]) {
+        self.attribute(kind, |content| content.0.extend(bytes));
+    }
+
+    fn number(&mut self, kind: u16, number: u32) {
+        self.bytes(kind, &number.to_be_bytes());
+    }
+
+    fn nested(&mut self, kind: u16, content: impl FnOnce(&mut Attributes<'_>)) {
+        self.attribute(kind | NESTED, content);
+    }
+
+    /// One of a rule's expressions.
+    fn expression(&mut self, name: &[u8], data: impl FnOnce(&mut Attributes<'_>)) {
+        self.nested(1, |element| {
+            element.bytes(1, name);
+            element.nested(2, data);
+        });
+    }
+
+    /// Takes a part of the packet.
+    fn payload(&mut self, base: u32, offset: u32, length: u32) {
+        self.expression(b"payload\0", |payload| {
+            payload.number(1, REGISTER);
+            payload.number(2, base);
+            payload.number(3, offset);
+            payload.number(4, length);
+        });
+    }
+
+    /// Keeps those bits of what was taken.
+    fn mask(&mut self, mask: &[u8]) {
+        self.expression(b"bitwise\0", |bitwise| {
+            bitwise.number(1, REGISTER);
+            bitwise.number(2, REGISTER);
+            bitwise.number(3, mask.len() as u32);
+            bitwise.nested(4, |data| data.bytes(1, mask));
+            bitwise.nested(5, |data| data.bytes(1, &vec![0; mask.len()]));
+        });
+    }
+
+    /// Goes on if what was taken is, or is not, this.
+    fn compare(&mut self, how: u32, with: &[u8]) {
+        self.expression(b"cmp\0", |compare| {
+            compare.number(1, REGISTER);
+            compare.number(2, how);
+            compare.nested(3, |data| data.bytes(1, with));
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_read_and_garbage_is_survived() {
+        let answer = |code: i32| {
+            let mut answer = 36u32.to_ne_bytes().to_vec();
+            answer.extend(NLMSG_ERROR.to_ne_bytes());
+            answer.extend([0; 10]);
+            answer.extend(code.to_ne_bytes());
+            answer.resize(36, 0);
+            answer
+        };
+        assert_eq!(codes(&[answer(-95), answer(0)].concat()), [-95, 0]);
+        assert!(codes(&[]).is_empty());
+        for length in 0..36 {
+            let expected: &[i32] = if length < 20 { &[] } else { &[-1] };
+            assert_eq!(codes(&answer(-1)[..length]), expected);
+        }
+        // A length of nothing does not keep the reader for ever.
+        assert!(codes(&[0; 64]).is_empty());
+        assert!(codes(&[0xff; 64]).is_empty());
+    }
+}
