@@ -35,7 +35,9 @@ pub use oci::{Bundle, Init, Oci, end_of, pid_in};
 pub use person::{Lack, Person};
 pub use podman::Podman;
 pub use posix::{posix_results, program as posix_program};
-pub use programs::{registers_program, shared_memory_program, tcp_echo_program, udp_echo_program};
+pub use programs::{
+    many_echo_program, registers_program, shared_memory_program, tcp_echo_program, udp_echo_program,
+};
 pub use registry::{Fault, Registry};
 pub use runtime::Runtime;
 pub use terminal::{Console, Terminal};

@@ -44,6 +44,11 @@ pub fn tcp_echo_program() -> PathBuf {
     built("tcp-echo", "network/tcp-echo.c")
 }
 
+/// Sends back what it gets, to many at a time (`tests/network/many-echo.c`).
+pub fn many_echo_program() -> PathBuf {
+    built("many-echo", "network/many-echo.c")
+}
+
 /// Answers datagrams (`tests/network/udp-echo.c`).
 pub fn udp_echo_program() -> PathBuf {
     built("udp-echo", "network/udp-echo.c")

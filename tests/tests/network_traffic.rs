@@ -1,14 +1,17 @@
 //! What a network of `hull run` carries: much, many, large, at a time, and no more than it may.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use hull_tests::network::{
-    CniNetwork, GATEWAY, GATEWAY6, Receiver, answers, digest_of, get, has_ipv6, http_server, noise,
-    send,
+    CniNetwork, GATEWAY, GATEWAY6, Receiver, answers, connect, digest_of, get, has_ipv6,
+    http_server, noise, send,
 };
-use hull_tests::{Container, Hull, digest, on_every_machine};
+use hull_tests::{
+    Container, Hull, digest, eventually, left_out, many_echo_program, on_every_machine,
+};
 
 on_every_machine!(
     much_arrives_whole_in_both_directions,
@@ -124,6 +127,42 @@ fn a_thousand_connections_in_a_row_are_served() {
         match get(address) {
             Ok(text) => assert_eq!(text, "once more"),
             Err(error) => panic!("connection {index}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_connections_at_a_time_are_served() {
+    const MANY: usize = 10_000;
+    let limit = rustix::process::Rlimit {
+        current: Some(2 * MANY as u64),
+        maximum: Some(2 * MANY as u64),
+    };
+    if rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).is_err() {
+        return left_out("so many open files are not allowed here");
+    }
+    let hull = Hull::networked("uml");
+    let mount = format!("{}:/many-echo:ro", many_echo_program().display());
+    let options = ["-v", &mount, "--ulimit", "nofile=20000:20000"];
+    let container = hull.start(&options, &["/many-echo", "7000"]);
+    eventually("it listens", Duration::from_secs(10), || {
+        container.does("logs").ok().text() == "listening"
+    });
+    let address = (container.address(), 7000);
+    let mut connections: Vec<_> = (0..MANY)
+        .map(|index| connect(address).unwrap_or_else(|error| panic!("{index}: {error}")))
+        .collect();
+    // Twice, while all are open.
+    for round in 0..2u32 {
+        for (index, connection) in connections.iter_mut().enumerate() {
+            connection
+                .write_all(&(index as u32 ^ round).to_be_bytes())
+                .unwrap();
+        }
+        for (index, connection) in connections.iter_mut().enumerate() {
+            let mut answer = [0; 4];
+            connection.read_exact(&mut answer).unwrap();
+            assert_eq!(u32::from_be_bytes(answer), index as u32 ^ round);
         }
     }
 }
