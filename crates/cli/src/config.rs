@@ -241,7 +241,14 @@ impl Config {
             }
             "cpus" => self.cpus = integer(value, 1, 1024)? as u32,
             "kernel" => self.kernel = path(value)?,
-            "network" => self.network = values::network(string(value)?)?,
+            "network" => {
+                self.network = match values::network(string(value)?)? {
+                    Network::Container(_) => {
+                        return Err("only one container can join another one: --network".into());
+                    }
+                    network => network,
+                }
+            }
             "network_filter" => self.network_filter = choice(value)?,
             "link_local_services" => {
                 self.link_local_services = value

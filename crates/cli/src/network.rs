@@ -5,6 +5,7 @@ use std::path::Path;
 
 use hull_network::cni::{self, List, PortMapping};
 use hull_network::ports::{self, Published};
+use hull_sandbox::client;
 use hull_sandbox::{
     AttachRequest, CniRequest, LinkLocal, NameRequest, NetworkRequest, OwnNetwork, PastaRequest,
 };
@@ -20,7 +21,7 @@ const LEASES: &str = "/run/hull/networks";
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
 pub struct NetworkArgs {
-    /// Network: default, none, or the name of one in /etc/cni/net.d
+    /// Network: default, none, the name of one in /etc/cni/net.d, or container:NAME to be in another container's machine
     #[arg(long, alias = "net", value_name = "NETWORK", value_parser = values::network)]
     network: Option<Network>,
     /// Let a port of the host lead to a port of the container
@@ -63,6 +64,11 @@ impl NetworkArgs {
                 self.refuse_without_network()?;
                 None
             }
+            Network::Container(name) => {
+                self.refuse_of_another_container(name)?;
+                let (id, _) = client::machine_of(&config.paths(), name)?;
+                Some(AttachRequest::Container { id })
+            }
             Network::Named(name) if config.without_root => {
                 if limits.link_local == LinkLocal::None {
                     // Pasta speaks for the host from such an address.
@@ -79,8 +85,8 @@ impl NetworkArgs {
         })
     }
 
-    /// Options that mean nothing without a network.
-    fn refuse_without_network(&self) -> Result<()> {
+    /// The first option that is given of those that are about a network of the container's own.
+    fn about_own_network(&self) -> Option<&'static str> {
         let given = [
             (!self.publish.is_empty(), "--publish"),
             (self.network_rate.is_some(), "--network-rate"),
@@ -88,11 +94,38 @@ impl NetworkArgs {
             (self.ip.is_some(), "--ip"),
             (self.ip6.is_some(), "--ip6"),
         ];
-        match given.into_iter().find(|(given, _)| *given) {
-            Some((_, option)) => Err(Error::new(format!(
+        given
+            .into_iter()
+            .find_map(|(given, option)| given.then_some(option))
+    }
+
+    /// Options that mean nothing without a network.
+    fn refuse_without_network(&self) -> Result<()> {
+        match self.about_own_network() {
+            Some(option) => Err(Error::new(format!(
                 "{option}: the container has no network (--network none)"
             ))
             .hint("--network default gives it one")),
+            None => Ok(()),
+        }
+    }
+
+    /// Options that another container has decided about.
+    fn refuse_of_another_container(&self, name: &str) -> Result<()> {
+        let names = [
+            (!self.dns.is_empty(), "--dns"),
+            (!self.dns_search.is_empty(), "--dns-search"),
+            (!self.dns_option.is_empty(), "--dns-option"),
+            (!self.add_host.is_empty(), "--add-host"),
+        ];
+        let given = names
+            .into_iter()
+            .find_map(|(given, option)| given.then_some(option));
+        match self.about_own_network().or(given) {
+            Some(option) => Err(Error::new(format!(
+                "{option}: the container has the network of container {name}"
+            ))
+            .hint(format!("{option} belongs to hull run of {name}"))),
             None => Ok(()),
         }
     }

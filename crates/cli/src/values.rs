@@ -28,9 +28,11 @@ pub enum Network {
     None,
     /// A network by name: hull's own, `default`, or one of the host's CNI configurations.
     Named(String),
+    /// That of another container, by name or id.
+    Container(String),
 }
 
-/// `none`, or the name of a network.
+/// `none`, the name of a network, or `container:` and the name of a container.
 pub fn network(text: &str) -> Result<Network, String> {
     let is_name = |text: &str| {
         let mut bytes = text.bytes();
@@ -48,21 +50,21 @@ pub fn network(text: &str) -> Result<Network, String> {
              publish its ports with -p"
                 .into(),
         ),
-        _ if text.starts_with("container:") => Err(format!(
-            "not supported: {text}: two containers of hull run have a machine each, and machines share no network; \
-             containers of one pod (hull-oci) do"
-        )),
         _ if is_name(text) => Ok(Network::Named(text.into())),
-        _ => Err(format!("invalid network {text:?}")),
+        _ => match text.strip_prefix("container:") {
+            Some(container) if !container.is_empty() => Ok(Network::Container(container.into())),
+            _ => Err(format!("invalid network {text:?}")),
+        },
     }
 }
 
 impl std::fmt::Display for Network {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Network::None => "none",
-            Network::Named(name) => name,
-        })
+        match self {
+            Network::None => f.write_str("none"),
+            Network::Named(name) => f.write_str(name),
+            Network::Container(name) => write!(f, "container:{name}"),
+        }
     }
 }
 

@@ -7,11 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use crate::attachment;
-use crate::error::{Context, Failure, Result};
+use crate::error::{Context, EXIT_HULL, Failure, Result};
 use crate::names;
 use crate::paths::{ContainerPaths, Paths};
 use crate::record::{self, Record, State};
-use crate::request::RunRequest;
+use crate::request::{AttachRequest, RunRequest};
 use crate::wire::{self, Kind, Reply, Request};
 
 /// Starts a sandbox process for a container whose name is already claimed (see [`names::claim`]).
@@ -40,6 +40,9 @@ fn try_launch(
     fs::create_dir_all(&container.run).context(|| format!("create {}", container.run.display()))?;
     let text = serde_json::to_vec(request).context(|| "encode the request".into())?;
     record::write_by_rename(&container.request(), &text)?;
+    if let Some(AttachRequest::Container { id }) = &request.network.attach {
+        return join(paths, id, request, first);
+    }
     let diagnostics = File::create(container.diagnostics())
         .context(|| format!("create {}", container.diagnostics().display()))?;
 
@@ -62,6 +65,44 @@ fn try_launch(
         .spawn()
         .context(|| "start the sandbox process".into())?;
     Ok(ours)
+}
+
+/// Asks the sandbox process of another container to start this one in its machine.
+fn join(paths: &Paths, host: &str, request: &RunRequest, first: &Request) -> Result<UnixStream> {
+    let host = paths.container(host);
+    let record = Record::load(&host)?;
+    let gone = || not_running(&record).code(EXIT_HULL);
+    let stream = UnixStream::connect(host.socket()).map_err(|_| gone())?;
+    let join = Request::Join {
+        id: request.id.clone(),
+    };
+    wire::write_json(&stream, Kind::Request, &join)
+        .and_then(|()| wire::write_json(&stream, Kind::Request, first))
+        .map_err(|_| gone())?;
+    Ok(stream)
+}
+
+/// The container in whose machine a container is, by name, id or beginning of an id, and what was asked for it.
+///
+/// # Errors
+/// There is no such container, or it does not run.
+pub fn machine_of(paths: &Paths, text: &str) -> Result<(String, RunRequest)> {
+    let (mut record, mut files) = find(paths, text).map_err(|failure| failure.code(EXIT_HULL))?;
+    loop {
+        if !matches!(record.state, State::Running | State::Paused) || !record::is_alive(&files) {
+            return Err(not_running(&record).code(EXIT_HULL));
+        }
+        let doing = || format!("read the request of container {}", record.name);
+        let text = fs::read(files.request()).context(doing)?;
+        let request: RunRequest = serde_json::from_slice(&text).context(doing)?;
+        match &request.network.attach {
+            Some(AttachRequest::Container { id }) => {
+                files = paths.container(id);
+                record = Record::load(&files)?;
+            }
+            _ => return Ok((record.id, request)),
+        }
+    }
 }
 
 /// Gives the process a name that says what it is in `ps`.

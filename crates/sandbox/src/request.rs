@@ -67,6 +67,7 @@ impl NetworkRequest {
             None => &[],
             Some(AttachRequest::Cni(cni)) => &cni.ports,
             Some(AttachRequest::Pasta(pasta)) => &pasta.ports,
+            Some(AttachRequest::Container { .. }) => &[],
         }
     }
 }
@@ -79,6 +80,11 @@ pub enum AttachRequest {
     Cni(CniRequest),
     /// By what needs no root.
     Pasta(PastaRequest),
+    /// It is in the machine of another container.
+    Container {
+        /// That container's.
+        id: String,
+    },
 }
 
 /// How a container is attached to a network by CNI plugins.

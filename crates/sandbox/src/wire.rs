@@ -111,6 +111,12 @@ pub enum Request {
     Processes,
     /// Kill it and remove everything of it.
     Remove,
+    /// Start the container of this id, whose request lies in its directory, in the machine of this one. What follows on the
+    /// connection is said to that container.
+    Join {
+        /// Its id.
+        id: String,
+    },
     /// A tar archive of a path follows as output.
     CopyOut {
         /// Absolute path in the container, raw bytes.

@@ -12,7 +12,9 @@ use hull_sandbox::spec::seccomp::{Profile, Seccomp};
 use hull_sandbox::spec::{self, ContainerOptions};
 use hull_sandbox::timings::{Timings, now_ns};
 use hull_sandbox::wire::{Reply, Request};
-use hull_sandbox::{MachineRequest, NetworkRequest, Paths, RunRequest, client, names};
+use hull_sandbox::{
+    AttachRequest, MachineRequest, NetworkRequest, Paths, RunRequest, client, names,
+};
 
 use super::config_for_root;
 use crate::attach::{Attachment, Options, Outcome};
@@ -225,9 +227,15 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
     timings.step("image", begin);
 
     let begin = now_ns();
-    let guest = GuestFiles::locate(&config)?;
-    let choice = guest.choose(&config, args.machine, args.kernel.as_deref())?;
-    let initramfs = guest.initramfs()?;
+    let host = machine_of(&args, &network, &paths)?;
+    let (choice, initramfs) = match &host {
+        Some(host) => (host.machine.choice.clone(), host.machine.initramfs.clone()),
+        None => {
+            let guest = GuestFiles::locate(&config)?;
+            let choice = guest.choose(&config, args.machine, args.kernel.as_deref())?;
+            (choice, guest.initramfs()?)
+        }
+    };
     let mut request = request(
         &args,
         &config,
@@ -237,6 +245,10 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
         &choice,
         &initramfs,
     )?;
+    if let Some(host) = host {
+        request.spec.set_hostname(host.spec.hostname().clone());
+        request.machine = host.machine;
+    }
     let attachment = match args.detach {
         true => None,
         false => Some(Attachment::prepare(Options {
@@ -295,6 +307,29 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
             stream,
         },
     })
+}
+
+/// What was asked for the container whose machine this one joins, if it joins one.
+fn machine_of(args: &Args, network: &NetworkRequest, paths: &Paths) -> Result<Option<RunRequest>> {
+    let Some(AttachRequest::Container { id }) = &network.attach else {
+        return Ok(None);
+    };
+    let given = [
+        (args.hostname.is_some(), "--hostname"),
+        (args.machine.is_some(), "--machine"),
+        (args.kernel.is_some(), "--kernel"),
+        (
+            args.sysctl.iter().any(|(name, _)| name.starts_with("net.")),
+            "--sysctl net.…",
+        ),
+    ];
+    match given.into_iter().find(|(given, _)| *given) {
+        Some((_, option)) => Err(Error::new(format!(
+            "{option}: the container is in the machine of another one (--network {})",
+            network.name
+        ))),
+        None => Ok(Some(client::machine_of(paths, id)?.1)),
+    }
 }
 
 /// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.

@@ -5,12 +5,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde_json::json;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::agent::Agent;
 use super::devices::Devices;
-use super::output::Output;
+use super::output::{Connected, Output};
 use super::server::Input;
 use crate::error::{Context, Failure, Result};
+use crate::log::Stream;
 use crate::paths::{ContainerPaths, Paths};
 use crate::record::{Exit, Record, State};
 use crate::request::RunRequest;
@@ -45,6 +47,8 @@ pub struct Container {
     ended: watch::Sender<Option<Exit>>,
     abort: watch::Sender<Option<String>>,
     execs: AtomicU32,
+    /// Others in its machine; nothing when it is too late to join.
+    joined: Mutex<Option<Vec<Arc<Container>>>>,
 }
 
 #[derive(Debug)]
@@ -64,6 +68,35 @@ pub struct ExecProcess {
     pub raw_env: Vec<Vec<u8>>,
 }
 
+/// Carries init's streams.
+pub async fn carry(container: &Arc<Container>, connected: Connected) -> Vec<JoinHandle<()>> {
+    let mut carriers = Vec::new();
+    let mut carry = |read, stream| {
+        let container = container.clone();
+        carriers.push(tokio::spawn(async move {
+            container.output().carry(read, stream).await;
+        }));
+    };
+    let input = container.input();
+    if let Some(terminal) = connected.terminal {
+        let (read, write) = terminal.into_split();
+        *input.lock().await = Some(write);
+        carry(read, Stream::Output);
+    }
+    if let Some(stdin) = connected.stdin {
+        *input.lock().await = Some(stdin.into_split().1);
+    }
+    for (stream, name) in [
+        (connected.stdout, Stream::Output),
+        (connected.stderr, Stream::Error),
+    ] {
+        if let Some(stream) = stream {
+            carry(stream.into_split().0, name);
+        }
+    }
+    carriers
+}
+
 impl Container {
     /// A container that is being made.
     pub fn new(paths: Paths, request: RunRequest, record: Record, output: Output) -> Self {
@@ -78,6 +111,7 @@ impl Container {
             ended: watch::Sender::new(None),
             abort: watch::Sender::new(None),
             execs: AtomicU32::new(1),
+            joined: Mutex::new(Some(Vec::new())),
         }
     }
 
@@ -171,6 +205,48 @@ impl Container {
     /// It does not run.
     pub fn devices(&self) -> Result<&Devices> {
         self.guest().map(|guest| &*guest.devices)
+    }
+
+    /// The same, to be kept.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn shared_devices(&self) -> Result<Arc<Devices>> {
+        self.guest().map(|guest| guest.devices.clone())
+    }
+
+    /// Takes in a container that joins this one.
+    ///
+    /// # Errors
+    /// This one is about to end.
+    pub fn adopt(&self, other: &Arc<Container>) -> Result<()> {
+        match &mut *self.joined() {
+            Some(joined) => {
+                joined.push(other.clone());
+                Ok(())
+            }
+            None => Err(Failure::new(format!(
+                "container {} is not running: it is about to end",
+                self.record().name
+            ))),
+        }
+    }
+
+    /// Forgets a container that had joined.
+    pub fn leave(&self, other: &Arc<Container>) {
+        if let Some(joined) = &mut *self.joined() {
+            joined.retain(|one| !Arc::ptr_eq(one, other));
+        }
+    }
+
+    /// Lets nobody join any more; those that have.
+    pub fn close(&self) -> Vec<Arc<Container>> {
+        self.joined().take().unwrap_or_default()
+    }
+
+    fn joined(&self) -> std::sync::MutexGuard<'_, Option<Vec<Arc<Container>>>> {
+        // Nothing panics while it is held.
+        self.joined.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says that init has started, or why it has not.

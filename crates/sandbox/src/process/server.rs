@@ -1,5 +1,6 @@
 //! Answers the clients of one sandbox process: see `wire`.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use hull_protocol::STREAM_PORT;
 
 use super::container::Container;
 use super::output::{self, Frame};
+use super::single::joined;
 use super::{host_memory, streams};
 use crate::error::{Failure, Result};
 use crate::record::{Exit, State};
@@ -21,20 +23,25 @@ use crate::wire::{ExecRequest, Kind, Reply, Request, Size, from_json};
 /// Where the input of clients goes: one stream, written by one client at a time; gone when it is closed.
 pub type Input = Arc<Mutex<Option<OwnedWriteHalf>>>;
 
-/// Takes connections until the sandbox process ends.
-pub async fn serve(listener: UnixListener, container: Arc<Container>) {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(connection(stream, container.clone()));
-            }
-            Err(error) => {
-                // Out of descriptors, most likely: others go away, so it passes.
-                tracing::warn!("cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+/// Takes connections until the sandbox process ends. Boxed, because a connection may bring a container that has connections.
+pub fn serve(
+    listener: UnixListener,
+    container: Arc<Container>,
+) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    Box::pin(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    tokio::spawn(connection(stream, container.clone()));
+                }
+                Err(error) => {
+                    // Out of descriptors, most likely: others go away, so it passes.
+                    tracing::warn!("cannot accept a connection: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
             }
         }
-    }
+    })
 }
 
 /// Serves one connection.
@@ -51,12 +58,32 @@ pub async fn connection(stream: UnixStream, container: Arc<Container>) {
         Err(error) => Err(error),
     };
     let result = match request {
+        Ok(Request::Join { id }) => join(&id, from, &mut to, &container).await,
         Ok(request) => dispatch(request, from, &mut to, &container).await,
         Err(error) => Err(Failure::new(format!("cannot read the request: {error}"))),
     };
     if let Err(failure) = result {
         // The client may have gone; there is nobody else to tell.
         let _ = write_json(&mut to, Kind::Reply, &Reply::Failed(failure)).await;
+    }
+}
+
+/// Starts a container in the machine of this one. What follows on the connection is for that.
+async fn join(
+    id: &str,
+    mut from: OwnedReadHalf,
+    to: &mut OwnedWriteHalf,
+    container: &Arc<Container>,
+) -> Result<()> {
+    let joined = joined::join(container, id).await?;
+    let mut payload = Vec::new();
+    match read_frame(&mut from, &mut payload).await {
+        Ok(Some(Kind::Request)) => match from_json(&payload) {
+            Ok(request) => dispatch(request, from, to, &joined).await,
+            Err(error) => Err(Failure::new(format!("cannot read the request: {error}"))),
+        },
+        // Nobody is there to be told.
+        _ => Ok(()),
     }
 }
 
@@ -103,6 +130,7 @@ async fn dispatch(
             return copy_out(&path, follow, to, container).await;
         }
         Request::CopyIn { path } => return copy_in(&path, from, to, container).await,
+        Request::Join { .. } => return Err(Failure::new("a container joins another one once")),
     };
     // The client may have gone; the work is done all the same.
     let _ = write_json(to, Kind::Reply, &reply).await;

@@ -2,9 +2,13 @@
 //!
 //! [`run`] is called by the hidden subcommand `sandbox-process`. It reads the request that the client left, starts
 //! the guest, runs the container in it, answers clients meanwhile, and cleans up. Whatever fails, and whoever dies,
-//! leads to the end of `life`, where everything is taken down in one place.
+//! leads to the end of `life`, where everything is taken down in one place. Other containers may join this one: `joined`.
 
-use std::fs;
+mod attaching;
+pub mod joined;
+mod spec;
+
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::Arc;
@@ -12,39 +16,32 @@ use std::time::Duration;
 
 use hull_devices::control::Cache;
 use hull_network::Namespace;
-use hull_network::pasta::Pasta;
-use hull_protocol::SHARES_DIR;
 use hull_protocol::agent as proto;
-use rustix::event::{EventfdFlags, eventfd};
-use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+
+use attaching::{Attaching, attach, finished, keep, settle, undo_network, undone};
+use spec::{guest_spec, root_share};
 
 use super::agent::{Agent, Ended};
-use super::boot::{
-    self, BOOT_TIME, BREAK_TIME, DEATH_TIME, SHUTDOWN_TIME, is_network_sysctl, told_to_end,
-};
-use super::container::Container;
+use super::boot::{self, BOOT_TIME, BREAK_TIME, DEATH_TIME, SHUTDOWN_TIME, told_to_end};
+use super::container::{Container, carry};
 use super::devices::Incoming;
 use super::guest::Guest;
 use super::loopback::Forwarder;
 use super::mounts::{self, RootFs};
 use super::network::Network;
-use super::output::{Connected, Output};
+use super::output::Output;
 use super::{etc, server, streams};
-use crate::attachment::{self, Attached};
 use crate::client::erase;
 use crate::error::{Context, EXIT_HULL, Failure, Result};
-use crate::log::{self, Stream};
+use crate::log;
 use crate::paths::Paths;
 use crate::record::{self, Exit, Processes, Record, State, unix_time};
-use crate::request::{AttachRequest, RunRequest};
+use crate::request::RunRequest;
 use crate::timings::{Timings, now_ns};
 use crate::wire::Kind;
 
-/// Share of the container's root file system.
-const ROOT_SHARE: &str = "rootfs";
 /// Share of hosts, hostname and resolv.conf.
 const ETC_SHARE: &str = "etc";
 
@@ -225,72 +222,11 @@ async fn life(container: &Arc<Container>) {
         // Finished, or stuck with a client that does not read from a container that is no more.
         carrier.abort();
     }
+    joined::end_all(container).await;
     // Plugins take the interface away. It is not one that the guest has to learn of.
     drop(live.following);
     end(container, exit, guest, rootfs).await;
     drop(live.namespace);
-}
-
-/// Whoever is at work on the container's network: plugins, on a thread of their own, or pasta.
-struct Attaching {
-    task: JoinHandle<Result<Attached>>,
-    /// Ends plugins. Pasta ends with the task.
-    cancel: Option<Arc<OwnedFd>>,
-}
-
-/// Has the container's network attached, if it has one.
-fn attach(container: &Arc<Container>) -> Result<Option<Attaching>> {
-    let cni = match container.request().network.attach.clone() {
-        None => return Ok(None),
-        Some(AttachRequest::Pasta(request)) => {
-            return Ok(Some(Attaching {
-                task: tokio::spawn(attachment::attach_by_pasta(&request)?),
-                cancel: None,
-            }));
-        }
-        Some(AttachRequest::Cni(cni)) => cni,
-    };
-    let cancel = eventfd(0, EventfdFlags::CLOEXEC).context(|| "make an event".into())?;
-    let cancel = Arc::new(cancel);
-    let (container, cancelled) = (container.clone(), cancel.clone());
-    let task = tokio::task::spawn_blocking(move || {
-        attachment::attach(&container.paths(), container.id(), &cni, cancelled)
-    });
-    Ok(Some(Attaching {
-        task,
-        cancel: Some(cancel),
-    }))
-}
-
-async fn finished(attaching: &mut Attaching) -> Result<Attached> {
-    let attached = (&mut attaching.task)
-        .await
-        .map_err(|error| Failure::new(format!("cannot attach the network: {error}")));
-    attached.flatten().map_err(Failure::of_no_guest)
-}
-
-/// Ends whoever is at work on a network that nobody needs any more, so that what plugins made can be undone.
-async fn settle(attaching: Option<Attaching>) {
-    if let Some(Attaching { task, cancel }) = attaching
-        && !task.is_finished()
-    {
-        match cancel {
-            Some(cancel) => {
-                if let Err(error) = rustix::io::write(&*cancel, &1u64.to_ne_bytes()) {
-                    tracing::error!("cannot end network plugins: {error}");
-                }
-            }
-            None => task.abort(),
-        }
-        // Its failure is not the one to be told.
-        let _ = task.await;
-    }
-}
-
-/// Keeps the carrier of a container's connections until this process ends, and says so if it ends before.
-async fn keep(pasta: Pasta) {
-    let said = pasta.ended().await;
-    tracing::error!("the container has no network any more: pasta has ended: {said}");
 }
 
 /// From a machine that has just been started to a container that runs.
@@ -310,13 +246,13 @@ async fn boot(
     let begin = now_ns();
     let root = RootFs::mount(&files, &request.layers, request.auto_remove)?;
     let root = rootfs.insert(root);
-    let (spec_json, volumes) = guest_spec(container)?;
+    let (spec_json, volumes) = guest_spec(container, "")?;
     timings.step("mount the root file system", begin);
 
     let begin = now_ns();
     use std::os::fd::AsFd;
     devices
-        .add_share(ROOT_SHARE, root.directory.as_fd(), Cache::Private)
+        .add_share(&root_share(""), root.directory.as_fd(), Cache::Private)
         .await?;
     fs::create_dir_all(files.etc()).context(|| format!("create {}", files.etc().display()))?;
     let etc = mounts::own_directory(&files.etc())?;
@@ -425,95 +361,6 @@ async fn boot(
     })
 }
 
-/// Carries init's streams.
-async fn carry(
-    container: &Arc<Container>,
-    connected: Connected,
-) -> Vec<tokio::task::JoinHandle<()>> {
-    let mut carriers = Vec::new();
-    let mut carry = |read, stream| {
-        let container = container.clone();
-        carriers.push(tokio::spawn(async move {
-            container.output().carry(read, stream).await;
-        }));
-    };
-    let input = container.input();
-    if let Some(terminal) = connected.terminal {
-        let (read, write) = terminal.into_split();
-        *input.lock().await = Some(write);
-        carry(read, Stream::Output);
-    }
-    if let Some(stdin) = connected.stdin {
-        *input.lock().await = Some(stdin.into_split().1);
-    }
-    for (stream, name) in [
-        (connected.stdout, Stream::Output),
-        (connected.stderr, Stream::Error),
-    ] {
-        if let Some(stream) = stream {
-            carry(stream.into_split().0, name);
-        }
-    }
-    carriers
-}
-
-/// A directory to be shared, by name.
-type Share = (String, OwnedFd);
-
-/// The request's spec, with what only the host knows, and the volumes to share with it.
-fn guest_spec(container: &Container) -> Result<(Vec<u8>, Vec<Share>)> {
-    let request = container.request();
-    let files = container.paths();
-    let mut spec =
-        serde_json::to_value(&request.spec).context(|| "read the container's spec".into())?;
-    spec["root"]["path"] = json!(format!("{SHARES_DIR}/{ROOT_SHARE}"));
-    let mut shares = Vec::new();
-    let mut sources = Vec::new();
-    for (index, volume) in request.volumes.iter().enumerate() {
-        let share = mounts::volume(&files, index, volume)?;
-        let name = format!("volume{index}");
-        sources.push(format!("{SHARES_DIR}/{name}/{}", share.inside));
-        shares.push((name, share.directory));
-    }
-    let mut sources = sources.into_iter();
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        let is_volume =
-            |mount: &serde_json::Value| mount["type"] == "bind" && mount["source"] == "";
-        for mount in mounts.iter_mut().filter(|mount| is_volume(mount)) {
-            let source = sources
-                .next()
-                .ok_or_else(|| Failure::new("the spec has more volumes than the request"))?;
-            mount["source"] = json!(source);
-        }
-        let etc = ["hosts", "hostname", "resolv.conf"].map(|name| {
-            json!({
-                "destination": format!("/etc/{name}"),
-                "type": "bind",
-                "source": format!("{SHARES_DIR}/{ETC_SHARE}/{name}"),
-                "options": ["bind", "rprivate"],
-            })
-        });
-        // Before the volumes: a person may want to replace them.
-        let at = mounts
-            .iter()
-            .position(|mount| {
-                request
-                    .volumes
-                    .iter()
-                    .any(|v| mount["destination"] == json!(v.target))
-            })
-            .unwrap_or(mounts.len());
-        mounts.splice(at..at, etc);
-    }
-    // These belong to the guest's network, which is the container's: see `configuration`.
-    if let Some(sysctl) = spec["linux"]["sysctl"].as_object_mut() {
-        sysctl.retain(|name, _| !is_network_sysctl(name));
-    }
-    let text = serde_json::to_vec(&spec).context(|| "encode the spec".into())?;
-    record::write_by_rename(&files.spec(), &text)?;
-    Ok((text, shares))
-}
-
 fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
     let linux = request.spec.linux().as_ref();
     boot::configuration(
@@ -618,6 +465,12 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
         rootfs.unmount();
     }
     undone(undoing).await;
+    conclude(container, exit, None).await;
+}
+
+/// Leaves of a container that has ended what is to be left, and tells everybody. `lock` is that of a container that is not alone
+/// in this process.
+async fn conclude(container: &Container, exit: Exit, lock: Option<File>) {
     if container.request().auto_remove {
         erase_all(container);
     } else {
@@ -632,22 +485,10 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
         // Nobody answers there any more.
         let _ = fs::remove_file(container.paths().socket());
     }
+    drop(lock);
     let last = serde_json::to_vec(&exit).unwrap_or_default();
     container.set_ended(exit);
     container.output().finish(Kind::Exit, last).await;
-}
-
-/// Lets plugins undo what they made of the container's network.
-fn undo_network(container: &Container) -> JoinHandle<Result<()>> {
-    let files = container.paths();
-    tokio::task::spawn_blocking(move || attachment::undo(&files))
-}
-
-/// Waits until that is done. What plugins cannot is tried again by the container's removal.
-async fn undone(undoing: JoinHandle<Result<()>>) {
-    if let Ok(Err(failure)) = undoing.await {
-        tracing::error!("{failure}");
-    }
 }
 
 fn erase_all(container: &Container) {

@@ -1,0 +1,241 @@
+//! Containers that join another one (`hull run --network container:NAME`): they have its network because they are in its
+//! machine. Each has a record, a socket, a lock and a log of its own, all kept by the sandbox process of the container
+//! that it joined, and ends with that at the latest.
+//!
+//! [`join`] is called by `server`, for the command that wants it; [`end_all`] at the end of the container that was joined.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hull_devices::control::Cache;
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+
+use super::spec::{guest_spec, root_share};
+use super::{conclude, erase_all, prepare};
+use crate::client::erase;
+use crate::error::{Context, EXIT_HULL, Failure, Result};
+use crate::process::agent::Ended;
+use crate::process::container::{Container, carry};
+use crate::process::mounts::RootFs;
+use crate::process::{server, streams};
+use crate::record::{self, Exit, State, unix_time};
+use crate::request::RunRequest;
+use crate::timings::{Timings, now_ns};
+
+/// How long a container may take to end when its machine is about to.
+const END_TIME: Duration = Duration::from_secs(5);
+
+/// Starts the container `id`, whose request lies in its directory, in the machine of `host`.
+///
+/// # Errors
+/// `host` does not run, or is about to end; the files of the container cannot be made. Then nothing of it is left.
+pub async fn join(host: &Arc<Container>, id: &str) -> Result<Arc<Container>> {
+    let paths = host.all_paths();
+    let made = async {
+        host.agent()?;
+        let files = paths.container(id);
+        let lock = record::lock(&files)?;
+        let text = fs::read(files.request()).context(|| "read the request".into())?;
+        let request: RunRequest =
+            serde_json::from_slice(&text).context(|| "understand the request".into())?;
+        let container = Arc::new(prepare(paths, request)?);
+        // Whoever removes it by force must not kill the process of another one.
+        container.update(|record| record.processes = record::Processes::default())?;
+        let listener =
+            UnixListener::bind(files.socket()).context(|| "create the control socket".into())?;
+        host.adopt(&container)?;
+        Ok::<_, Failure>((container, listener, lock))
+    };
+    match made.await {
+        Ok((container, listener, lock)) => {
+            let serving = tokio::spawn(server::serve(listener, container.clone()));
+            tokio::spawn(life(host.clone(), container.clone(), lock, serving));
+            Ok(container)
+        }
+        Err(failure) => {
+            if let Err(failure) = erase(paths, id, None) {
+                tracing::error!("{failure}");
+            }
+            Err(failure.code(EXIT_HULL))
+        }
+    }
+}
+
+/// Ends all containers that have joined; from now on nobody can.
+pub async fn end_all(host: &Container) {
+    let joined = host.close();
+    let name = host.record().name;
+    for container in &joined {
+        container.abort(&format!(
+            "container {name}, in whose machine it was, has ended"
+        ));
+    }
+    let ended = async {
+        for container in &joined {
+            container.ended().await;
+        }
+    };
+    let _ = tokio::time::timeout(END_TIME, ended).await;
+}
+
+/// What a started container consists of.
+struct Live {
+    carriers: Vec<JoinHandle<()>>,
+}
+
+async fn life(
+    host: Arc<Container>,
+    container: Arc<Container>,
+    lock: File,
+    serving: JoinHandle<()>,
+) {
+    let mut timings = Timings::since(container.request().began_ns);
+    let (mut rootfs, mut shares) = (None, Vec::new());
+    let started = tokio::select! {
+        biased;
+        started = start(&host, &container, &mut rootfs, &mut shares, &mut timings) => started,
+        reason = container.aborted() => {
+            Err(Failure::new(format!("the start was given up: {reason}")))
+        }
+    };
+    let outcome = match started {
+        Ok(mut live) => {
+            container.set_started(Ok(timings));
+            let exit = run_to_end(&container, &mut live).await;
+            for carrier in live.carriers {
+                carrier.abort();
+            }
+            Ok(exit)
+        }
+        Err(failure) => Err(failure),
+    };
+
+    // What it wrote and closed has been written back; nothing of it is open any more when the agent has let it go.
+    if let (Ok(agent), Ok(devices)) = (host.agent(), host.devices()) {
+        if let Err(failure) = agent.delete(container.id()).await {
+            tracing::debug!("{failure}");
+        }
+        for share in &shares {
+            if let Err(failure) = devices.remove_share(share).await {
+                tracing::debug!("{failure}");
+            }
+        }
+    }
+    if let Some(rootfs) = rootfs {
+        rootfs.unmount();
+    }
+    host.leave(&container);
+    serving.abort();
+    match outcome {
+        Ok(exit) => conclude(&container, exit, Some(lock)).await,
+        Err(mut failure) => {
+            failure.refused = true;
+            let exit = Exit {
+                reason: Some(failure.message.clone()),
+                ..Exit::now(failure.code)
+            };
+            erase_all(&container);
+            drop(lock);
+            container.set_started(Err(failure));
+            container.set_ended(exit);
+        }
+    }
+}
+
+/// From a request to a container that runs.
+async fn start(
+    host: &Container,
+    container: &Arc<Container>,
+    rootfs: &mut Option<RootFs>,
+    shares: &mut Vec<String>,
+    timings: &mut Timings,
+) -> Result<Live> {
+    let request = container.request();
+    let files = container.paths();
+    let (agent, devices) = (host.agent()?, host.shared_devices()?);
+    let prefix = format!("{}-", container.id());
+
+    let begin = now_ns();
+    let root = RootFs::mount(&files, &request.layers, request.auto_remove)?;
+    let root = rootfs.insert(root);
+    let (spec_json, volumes) = guest_spec(container, &prefix)?;
+    timings.step("mount the root file system", begin);
+
+    let begin = now_ns();
+    let name = root_share(&prefix);
+    devices
+        .add_share(&name, root.directory.as_fd(), Cache::Private)
+        .await?;
+    shares.push(name);
+    for (name, directory) in &volumes {
+        devices
+            .add_share(name, directory.as_fd(), Cache::Shared)
+            .await?;
+        shares.push(name.clone());
+    }
+    timings.step("share directories", begin);
+
+    let begin = now_ns();
+    let wanted = streams::Wanted {
+        terminal: container.record().terminal,
+        stdin: request.stdin,
+        output: true,
+    };
+    let (ports, connected) = streams::connect(&devices, wanted).await?;
+    timings.step("open streams", begin);
+
+    let begin = now_ns();
+    let (arguments, environment) = (request.raw_args.clone(), request.raw_env.clone());
+    agent
+        .run(container.id(), spec_json, arguments, environment, ports)
+        .await?;
+    timings.step("create and start the container", begin);
+
+    container.set_guest(agent, devices);
+    let addresses = host.record().addresses;
+    container.update(|record| {
+        record.state = State::Running;
+        record.addresses = addresses;
+        record.started = Some(unix_time());
+    })?;
+    Ok(Live {
+        carriers: carry(container, connected).await,
+    })
+}
+
+/// Waits for the end of init, or of the machine.
+async fn run_to_end(container: &Container, live: &mut Live) -> Exit {
+    let broken = |status, reason: String| Exit {
+        reason: Some(reason),
+        ..Exit::now(status)
+    };
+    let agent = match container.agent() {
+        Ok(agent) => agent,
+        Err(failure) => return broken(EXIT_HULL, failure.message),
+    };
+    let ended = tokio::select! {
+        biased;
+        ended = agent.wait(container.id(), "") => ended,
+        reason = container.aborted() => return broken(137, reason),
+    };
+    match ended {
+        Ok(Ended { status, oom_killed }) => {
+            for carrier in &mut live.carriers {
+                // Output that nobody reads must not keep the container for ever when it is removed.
+                tokio::select! {
+                    _ = carrier => {}
+                    _ = container.aborted() => {}
+                }
+            }
+            Exit {
+                reason: oom_killed.then(|| "killed for lack of memory".into()),
+                oom_killed,
+                ..Exit::now(status)
+            }
+        }
+        Err(failure) => broken(EXIT_HULL, failure.message),
+    }
+}
