@@ -51,7 +51,7 @@ fn containers_share_addresses_and_loopback_and_end_alone(machine: &'static str) 
     assert_eq!(second.wait(), 137);
     first.sh("true").ok();
     second.does("rm").ok();
-    assert_eq!(hull.names(), [first.name.clone()]);
+    assert_eq!(hull.names(), [first.name.as_str()]);
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn commands_work_on_a_container_that_has_joined() {
     assert_eq!(status.status, 7);
     let missing = hull.run(&["--network", &of(&first)], &["/nothing"]);
     missing.fails(127, &["/nothing"]);
-    assert_eq!(hull.names(), [first.name.clone()]);
+    assert_eq!(hull.names(), [first.name.as_str()]);
 }
 
 #[test]
@@ -109,10 +109,13 @@ fn whoever_joins_one_that_has_joined_is_in_the_same_machine() {
     assert_eq!(third.state(), "running");
 }
 
+/// How a container is made to end.
+type End = fn(&Container<'_>);
+
 #[test]
 fn however_the_one_ends_the_others_end_with_a_reason() {
     let hull = Hull::networked("uml");
-    let ends: [(&str, fn(&Container<'_>)); 4] = [
+    let ends: [(&str, End); 4] = [
         ("stopped", |one| drop(one.does("stop").ok())),
         ("its machine is killed", |one| {
             one.kill_host_process("machine")
@@ -175,7 +178,7 @@ fn what_another_container_has_decided_is_refused_by_name() {
         let output = hull.run(&["--network", &network, option, value], &["true"]);
         output.fails(125, &[option]);
     }
-    assert_eq!(hull.names(), [first.name.clone()]);
+    assert_eq!(hull.names(), [first.name.as_str()]);
 }
 
 #[test]
@@ -208,6 +211,6 @@ fn many_come_and_go_at_once() {
             });
         }
     });
-    assert_eq!(hull.names(), [first.name.clone()]);
+    assert_eq!(hull.names(), [first.name.as_str()]);
     assert_eq!(first.sh("echo well").ok().text(), "well");
 }

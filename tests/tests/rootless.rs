@@ -74,7 +74,7 @@ fn all_commands_work() {
         container.does("logs").ok().text() == "said"
     });
     assert_eq!(container.sh("hostname; echo $A").ok().text(), "own\nb");
-    assert_eq!(hull.names(), [container.name.clone()]);
+    assert_eq!(hull.names(), [container.name.as_str()]);
     let limit = container.sh("cat /sys/fs/cgroup/memory.max").ok().text();
     assert_eq!(limit, (64 << 20).to_string());
     container.does("pause").ok();

@@ -194,6 +194,10 @@ mod tests {
             ("hull run --pids-limit -1 i", "pids_limit: Some(-1)"),
             ("hull run --shm-size 1g i", "shm_size: Some(1073741824)"),
             ("hull run --network none i", "network: Some(None)"),
+            (
+                "hull run --network container:x i",
+                "network: Some(Container(\"x\"))",
+            ),
             ("hull run --net mine i", r#"network: Some(Named("mine"))"#),
             (
                 "hull run --network bridge i",
@@ -308,8 +312,8 @@ mod tests {
                 "--network: not supported: host: the host's network",
             ),
             (
-                "hull run --network container:x i",
-                "--network: not supported: container:x: two containers",
+                "hull run --network container: i",
+                "--network: invalid network \"container:\"",
             ),
             (
                 "hull run --network a/b i",
