@@ -89,6 +89,7 @@ impl Person {
                  [ -e /etc/$file ] || : >/etc/$file\nmount --bind {ids} /etc/$file\ndone\n\
                  mount --bind {tun} /dev/net/tun\nmount --bind {stage} {directory}/stage\n{without_pasta}\
                  cd {directory}/home\nunset XDG_RUNTIME_DIR XDG_DATA_HOME XDG_CONFIG_HOME\n\
+                 [ -z \"${{RUNTIME-}}\" ] || export XDG_RUNTIME_DIR=$RUNTIME\n\
                  export HOME={directory}/home\n\
                  exec setpriv --reuid {uid} --regid {uid} --clear-groups -- \"$@\"\n"
             ),

@@ -149,6 +149,23 @@ fn however_the_one_ends_the_others_end_with_a_reason() {
 }
 
 #[test]
+fn when_the_one_stops_the_others_get_their_stop_signal() {
+    let hull = Hull::networked("uml");
+    let first = hull.start(&["--stop-signal", "KILL"], &["sleep", "1000"]);
+    let directory = hull.scratch();
+    let mount = format!("{}:/told", directory.display());
+    let script =
+        "trap 'echo told >/told/it; exit 3' TERM; touch /told/ready; while :; do sleep 0.1; done";
+    let second = joined(&hull, &first, &["-v", &mount], script);
+    eventually("it is ready", Duration::from_secs(5), || {
+        directory.join("ready").exists()
+    });
+    first.does("stop").ok();
+    assert_eq!(second.wait(), 3);
+    assert_eq!(fs::read_to_string(directory.join("it")).unwrap(), "told\n");
+}
+
+#[test]
 fn removing_the_one_by_force_ends_the_others() {
     let hull = Hull::networked("uml");
     let first = hull.sleeper();
@@ -174,6 +191,7 @@ fn what_another_container_has_decided_is_refused_by_name() {
         ("--hostname", "other"),
         ("--machine", "qemu"),
         ("--sysctl", "net.ipv4.ip_forward=1"),
+        ("--memory", "2g"),
     ] {
         let output = hull.run(&["--network", &network, option, value], &["true"]);
         output.fails(125, &[option]);

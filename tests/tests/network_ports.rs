@@ -280,8 +280,12 @@ fn containers_reach_others_and_are_reached_where_the_host_forwards_nothing_by_it
     let port = free_port();
     let publish = format!("{port}:80");
     let server = http_server("published");
-    // Twice: rules that are there are left alone.
-    for _ in 0..2 {
+    // Rules that are there are left alone, and made again when somebody has taken them away.
+    for round in 0..3 {
+        if round == 2 {
+            let mut flush = host.command("iptables");
+            assert!(flush.arg("-F").status().unwrap().success());
+        }
         hull.hull([
             "run", "-d", "--name", &name, "-p", &publish, "busybox", "sh", "-c", &server,
         ])
@@ -298,4 +302,22 @@ fn containers_reach_others_and_are_reached_where_the_host_forwards_nothing_by_it
     let rules = String::from_utf8(rules.stdout).unwrap();
     assert_eq!(rules.matches("-i hull0 -j ACCEPT").count(), 1, "{rules}");
     assert_eq!(rules.matches("-A FORWARD").count(), 1, "{rules}");
+    // What the administrator forbids is forbidden.
+    let mut forbid = host.command("iptables");
+    let forbid = forbid.args(["-A", "HULL-USER", "-d", "198.51.100.2", "-j", "DROP"]);
+    assert!(forbid.status().unwrap().success());
+    hull.hull([
+        "run",
+        "--rm",
+        "busybox",
+        "ping",
+        "-c",
+        "1",
+        "-W",
+        "1",
+        "198.51.100.2",
+    ])
+    .under(&["nsenter", &network])
+    .run()
+    .ends(1);
 }

@@ -227,7 +227,11 @@ fn ps_shows_processes_of_the_host_that_stand_for_the_containers() {
         .ok()
         .text();
     assert!(
-        own.lines().nth(1).unwrap().starts_with(pid.as_str()),
+        own.lines()
+            .nth(1)
+            .unwrap()
+            .trim_start()
+            .starts_with(pid.as_str()),
         "{own}"
     );
     let listed = oci.oci(["ps", "-f", "json", &init.id]).run().ok().json();

@@ -282,3 +282,31 @@ fn attach_shows_output_from_now_on_and_ends_with_the_container() {
     assert!(!output.text().contains("before"), "{}", output.text());
     container.does("attach").fails(1, &["stopped"]);
 }
+
+#[test]
+fn a_container_is_removed_although_somebody_does_not_read_its_output() {
+    let hull = Hull::new();
+    let name = hull.unique("c");
+    // Its output is a pipe that is full soon.
+    let (command, _) = hull
+        .hull(["run", "--name", &name, "busybox", "yes"])
+        .into_parts();
+    let mut command = command;
+    let mut reader = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let container = hull.container(&name);
+    hull_tests::eventually("it runs", Duration::from_secs(10), || {
+        hull.names().contains(&name) && container.state() == "running"
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    hull.hull(["stop", "-t", "0", &name]).run().ok();
+    let removed = container.does("rm").ok();
+    assert!(removed.took < Duration::from_secs(5), "{:?}", removed.took);
+    assert!(hull.names().is_empty());
+    reader.kill().unwrap();
+    reader.wait().unwrap();
+    hull.assert_clean();
+}

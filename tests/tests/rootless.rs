@@ -350,6 +350,25 @@ fn what_a_network_lacks_is_named_and_nothing_is_left() {
 }
 
 #[test]
+fn state_is_not_kept_where_others_can_change_it() {
+    let hull = without_network("uml");
+    let runtime = hull.path("home/runtime");
+    let state = runtime.join("hull");
+    fs::create_dir_all(&state).unwrap();
+    let person = hull.person.as_ref().unwrap();
+    // Another's, and one that everybody may write to.
+    for (owner, mode) in [(0, 0o755), (person.uid, 0o777)] {
+        chown(&state, Some(owner), Some(owner)).unwrap();
+        fs::set_permissions(&state, fs::Permissions::from_mode(mode)).unwrap();
+        let list = hull
+            .hull(["ps"])
+            .env("RUNTIME", &runtime)
+            .env("HULL_CONFIG", "");
+        list.run().fails(125, &["runtime/hull", "others can write"]);
+    }
+}
+
+#[test]
 fn the_persons_own_configuration_and_directories_are_used() {
     let hull = without_network("uml");
     let home = hull.path("home");
@@ -368,10 +387,6 @@ fn the_persons_own_configuration_and_directories_are_used() {
     };
     has("memory", "128m");
     has("data_dir", &format!("{}/.local/share/hull", home.display()));
-    let runtime = home.join("runtime");
-    fs::create_dir(&runtime).unwrap();
     let person = hull.person.as_ref().unwrap();
-    chown(&runtime, Some(person.uid), Some(person.uid)).unwrap();
     has("run_dir", &format!("/tmp/hull-{}", person.uid));
-    let _ = fs::remove_dir(format!("/tmp/hull-{}", person.uid));
 }

@@ -67,6 +67,18 @@ fn a_single_file_can_be_shared() {
 }
 
 #[test]
+fn a_container_with_a_single_file_leaves_nothing_behind() {
+    let hull = Hull::new();
+    let file = hull.scratch().join("file");
+    fs::write(&file, "content").unwrap();
+    let mount = format!("{}:/etc/file", file.display());
+    for command in ["true", "/nothing"] {
+        hull.run(&["--name", "same", "-v", &mount], &[command]);
+        hull.assert_clean();
+    }
+}
+
+#[test]
 fn what_the_host_changes_is_seen_at_once() {
     let hull = Hull::new();
     let directory = hull.scratch();

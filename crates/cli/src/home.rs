@@ -3,7 +3,7 @@
 
 use std::env::var_os;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
 
@@ -42,33 +42,35 @@ impl Home {
             data: below("XDG_DATA_HOME", ".local/share")?,
             run: match absolute("XDG_RUNTIME_DIR") {
                 Some(path) => path.join("hull"),
-                None => own_directory(uid.as_raw())?,
+                None => without_session(uid.as_raw()),
             },
         }))
     }
 }
 
-/// What stands in for XDG_RUNTIME_DIR where nobody has logged in: a directory of the person's own, which nobody else can have
-/// made.
-fn own_directory(uid: u32) -> Result<PathBuf> {
+/// What stands in for XDG_RUNTIME_DIR where nobody has logged in.
+fn without_session(uid: u32) -> PathBuf {
     let logged_in = PathBuf::from(format!("/run/user/{uid}"));
-    if std::fs::metadata(&logged_in).is_ok_and(|found| found.uid() == uid) {
-        return Ok(logged_in.join("hull"));
+    match std::fs::metadata(&logged_in).is_ok_and(|found| found.uid() == uid) {
+        true => logged_in.join("hull"),
+        false => PathBuf::from(format!("/tmp/hull-{uid}")),
     }
-    let path = PathBuf::from(format!("/tmp/hull-{uid}"));
-    let doing = || format!("cannot use {}", path.display());
-    match std::fs::DirBuilder::new().mode(0o700).create(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(error).context(doing);
-        }
-        _ => {}
-    }
-    let found = std::fs::symlink_metadata(&path).context(doing)?;
-    match found.is_dir() && found.uid() == uid && found.mode() & 0o077 == 0 {
-        true => Ok(path),
-        false => Err(
-            Error::new(format!("{}: it is not a directory of yours alone", doing()))
-                .hint("XDG_RUNTIME_DIR can name another one"),
-        ),
+}
+
+/// Makes the directory of containers' state, unless it is there, and sees to it that nobody else can change what is in it: it
+/// may be in one where everybody can make files.
+pub fn secure(directory: &Path) -> Result<()> {
+    let doing = || format!("cannot use {}", directory.display());
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory);
+    made.context(doing)?;
+    let found = std::fs::symlink_metadata(directory).context(doing)?;
+    let own = rustix::process::geteuid().as_raw();
+    match found.is_dir() && found.uid() == own && found.mode() & 0o022 == 0 {
+        true => Ok(()),
+        false => Err(Error::new(format!("{}: others can write to it", doing()))
+            .hint("XDG_RUNTIME_DIR, or run_dir in the configuration, can name another one")),
     }
 }

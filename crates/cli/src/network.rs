@@ -59,6 +59,8 @@ impl NetworkArgs {
         let network = self.network.as_ref().unwrap_or(&config.network);
         let mut limits = config.network_limits(true);
         limits.rate = self.network_rate.unwrap_or(0);
+        // A name may become another container's.
+        let mut full_name = None;
         let attach = match network {
             Network::None => {
                 self.refuse_without_network()?;
@@ -67,6 +69,7 @@ impl NetworkArgs {
             Network::Container(name) => {
                 self.refuse_of_another_container(name)?;
                 let (id, _) = client::machine_of(&config.paths(), name)?;
+                full_name = Some(format!("container:{id}"));
                 Some(AttachRequest::Container { id })
             }
             Network::Named(name) if config.without_root => {
@@ -79,7 +82,7 @@ impl NetworkArgs {
             Network::Named(name) => Some(AttachRequest::Cni(self.cni(name, config)?)),
         };
         Ok(NetworkRequest {
-            name: network.to_string(),
+            name: full_name.unwrap_or_else(|| network.to_string()),
             attach,
             limits,
         })
@@ -164,7 +167,16 @@ impl NetworkArgs {
             }
         }
         // Held again by the sandbox process, for as long as the container runs.
-        Ok(ports::reserve(&published).map_err(Error::new)?.mappings)
+        match ports::reserve(&published) {
+            Ok(reserved) => Ok(reserved.mappings),
+            Err(why) if config.without_root && why.contains("ermission denied") => {
+                Err(Error::new(why).hint(
+                    "ports from 1024 on are for everybody; others the administrator can allow: \
+                     sysctl net.ipv4.ip_unprivileged_port_start=80",
+                ))
+            }
+            Err(why) => Err(Error::new(why)),
+        }
     }
 
     fn cni(&self, name: &str, config: &Config) -> Result<CniRequest> {

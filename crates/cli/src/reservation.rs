@@ -26,8 +26,7 @@ impl<'a> Reservation<'a> {
     /// Takes the given name, or a random one that is free, for a container of this id.
     pub fn make(paths: &'a Paths, id: &str, given: Option<&str>) -> Result<Reservation<'a>> {
         let directory = paths.container(id).run;
-        fs::create_dir_all(&directory)
-            .context(|| format!("cannot create {}", directory.display()))?;
+        names::make_directory(&directory)?;
         let lock = lock(&directory)?;
         let mut reservation = Reservation {
             paths,

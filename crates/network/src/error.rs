@@ -143,6 +143,7 @@ impl Error {
             Self::Pasta { why } if why.contains("tun") => {
                 Some("who is not root needs access to /dev/net/tun: chmod 0666 /dev/net/tun")
             }
+            Self::Pasta { .. } => Some("--network none does without a network"),
             Self::Occupied { .. } => {
                 Some("tc filter show dev INTERFACE ingress, in the container's network namespace")
             }

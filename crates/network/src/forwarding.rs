@@ -4,11 +4,11 @@
 //! are, and stay as it does:
 //!
 //! ```text
-//! FORWARD → HULL-FORWARD: -i BRIDGE ACCEPT; -o BRIDGE ctstate RELATED,ESTABLISHED,DNAT ACCEPT
+//! FORWARD → HULL-FORWARD: → HULL-USER; -i BRIDGE ACCEPT; -o BRIDGE ctstate RELATED,ESTABLISHED,DNAT ACCEPT
 //! ```
 //!
-//! Plugin `firewall` says something like it for each container, with 17 runs of iptables at its start and 7 at its end, and lets
-//! nobody in through published ports.
+//! HULL-USER is the administrator's: empty, and left alone. Plugin `firewall` says something like it for each container, with 17
+//! runs of iptables at its start and 7 at its end, and lets nobody in through published ports.
 
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::nftables;
 use crate::redirect::Family;
 
 const CHAIN: &str = "HULL-FORWARD";
+const OF_THE_ADMINISTRATOR: &str = "HULL-USER";
 
 /// How long one run of iptables may take; it waits for others.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -27,46 +28,62 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// # Errors
 /// There is no iptables, or what it says.
 pub fn ensure(bridge: &str, ipv6: bool) -> Result<()> {
-    let families = [(Family::V4, "iptables"), (Family::V6, "ip6tables")];
-    for (family, program) in families.into_iter().take(1 + usize::from(ipv6)) {
-        // What iptables says to nf_tables, and not to its predecessor, shows at once.
-        if nftables::has_chain(family, "filter", CHAIN) {
+    let families = [(Family::V4, ""), (Family::V6, "6")];
+    for (family, number) in families.into_iter().take(1 + usize::from(ipv6)) {
+        // What iptables has said to nf_tables shows at once; what its predecessor keeps, it has to be asked for.
+        if are_there(family) {
             continue;
         }
-        let jump = ["FORWARD", "-j", CHAIN];
-        if run(program, &[&["-C"], &jump[..]].concat()).is_ok() {
-            continue;
-        }
-        // Another one may be at it, too: a chain that is there is made the same.
-        let _ = run(program, &["-N", CHAIN]);
-        for rule in [
-            &["-F", CHAIN][..],
-            &["-A", CHAIN, "-i", bridge, "-j", "ACCEPT"],
-            &[
-                "-A",
-                CHAIN,
-                "-o",
-                bridge,
-                "-m",
-                "conntrack",
-                "--ctstate",
-                "RELATED,ESTABLISHED,DNAT",
-                "-j",
-                "ACCEPT",
-            ],
-            &[&["-I"], &jump[..]].concat(),
-        ] {
-            run(program, rule).map_err(|why| Error::Forward {
-                bridge: bridge.to_owned(),
-                why,
-            })?;
-        }
+        let failed = |why| Error::Forward {
+            bridge: bridge.to_owned(),
+            why,
+        };
+        let (iptables, restore) = (
+            format!("ip{number}tables"),
+            format!("ip{number}tables-restore"),
+        );
+        let jump = ["--wait", "5", "-C", "FORWARD", "-j", CHAIN];
+        let has_jump = run(&iptables, &jump, "").map_err(failed)?;
+        let user = ["--wait", "5", "-S", OF_THE_ADMINISTRATOR];
+        let has_user = run(&iptables, &user, "").map_err(failed)?;
+        let text = rules(bridge, has_jump.is_ok(), has_user.is_ok());
+        run(&restore, &["--noflush", "--wait", "5"], &text)
+            .map_err(failed)?
+            .map_err(failed)?;
     }
     Ok(())
 }
 
-/// One run of iptables.
-fn run(program: &str, arguments: &[&str]) -> std::result::Result<(), String> {
+/// Whether nf_tables has the jump, and the rules that it leads to.
+fn are_there(family: Family) -> bool {
+    let rules = |chain| nftables::rules(family, "filter", chain).unwrap_or_default();
+    let name = CHAIN.as_bytes();
+    let leads_there = |rule: &Vec<u8>| rule.windows(name.len()).any(|bytes| bytes == name);
+    rules("FORWARD").iter().any(leads_there) && rules(CHAIN).len() >= 3
+}
+
+/// What iptables-restore is told: all of it, or nothing.
+fn rules(bridge: &str, has_jump: bool, has_user: bool) -> String {
+    let mut text = format!("*filter\n:{CHAIN} - [0:0]\n");
+    if !has_user {
+        text += &format!(":{OF_THE_ADMINISTRATOR} - [0:0]\n");
+    }
+    text += &format!(
+        "-A {CHAIN} -j {OF_THE_ADMINISTRATOR}\n-A {CHAIN} -i {bridge} -j ACCEPT\n\
+         -A {CHAIN} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT\n"
+    );
+    if !has_jump {
+        text += &format!("-I FORWARD -j {CHAIN}\n");
+    }
+    text + "COMMIT\n"
+}
+
+/// One run of iptables: that it cannot be, or how it ended.
+fn run(
+    program: &str,
+    arguments: &[&str],
+    input: &str,
+) -> std::result::Result<std::result::Result<(), String>, String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
         .chain(["/usr/sbin".into(), "/sbin".into()])
@@ -74,16 +91,44 @@ fn run(program: &str, arguments: &[&str]) -> std::result::Result<(), String> {
         .find(|file| file.exists())
         .ok_or_else(|| format!("{program} is not installed"))?;
     let environment = [("PATH", path.as_os_str())];
-    let mut all = vec!["--wait", "5"];
-    all.extend(arguments);
-    let output = process::run(&found, &all, &environment, b"", PATIENCE, None)
-        .map_err(|fault| format!("{program}: {fault}"))?;
-    match output.status.success() {
+    let output = process::run(
+        &found,
+        arguments,
+        &environment,
+        input.as_bytes(),
+        PATIENCE,
+        None,
+    )
+    .map_err(|fault| format!("{program}: {fault}"))?;
+    Ok(match output.status.success() {
         true => Ok(()),
         false => {
             let said = String::from_utf8_lossy(&output.stderr);
             let line = said.lines().find(|line| !line.trim().is_empty());
             Err(line.unwrap_or(program).trim().to_owned())
         }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_not_said_again() {
+        let all = rules("hull0", false, false);
+        assert!(
+            all.contains(":HULL-USER") && all.contains("-I FORWARD"),
+            "{all}"
+        );
+        assert!(
+            all.starts_with("*filter\n") && all.ends_with("COMMIT\n"),
+            "{all}"
+        );
+        let some = rules("hull0", true, true);
+        assert!(
+            !some.contains(":HULL-USER") && !some.contains("FORWARD -j HULL-FORWARD"),
+            "{some}"
+        );
     }
 }

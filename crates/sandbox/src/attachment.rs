@@ -75,7 +75,8 @@ pub fn attach(
     if let Some(own) = &request.own {
         for subnet in &own.subnets {
             let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
-            masquerade::ensure(request.list.name(), subnet.ip, subnet.prefix.unwrap_or(all))?;
+            let prefix = subnet.prefix.unwrap_or(all);
+            masquerade::ensure(request.list.name(), &own.bridge, subnet.ip, prefix)?;
         }
         let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
         forwarding::ensure(&own.bridge, ipv6)?;

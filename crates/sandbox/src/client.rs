@@ -37,7 +37,7 @@ fn try_launch(
     request: &RunRequest,
     first: &Request,
 ) -> Result<UnixStream> {
-    fs::create_dir_all(&container.run).context(|| format!("create {}", container.run.display()))?;
+    names::make_directory(&container.run)?;
     let text = serde_json::to_vec(request).context(|| "encode the request".into())?;
     record::write_by_rename(&container.request(), &text)?;
     if let Some(AttachRequest::Container { id }) = &request.network.attach {
@@ -249,7 +249,7 @@ fn kill(container: &ContainerPaths, record: Option<&Record>) -> Result<()> {
     wait_for_end(container)
 }
 
-/// Waits until the sandbox process is gone.
+/// Waits until the sandbox process has let go of the container.
 fn wait_for_end(container: &ContainerPaths) -> Result<()> {
     // The lock goes with the process.
     if let Ok(file) = File::open(container.lock()) {
@@ -268,15 +268,17 @@ pub(crate) fn erase(paths: &Paths, id: &str, name: Option<&str>) -> Result<()> {
         let request: RunRequest = serde_json::from_slice(&text).ok()?;
         Some(request.name)
     });
+    let mut outcome = Ok(());
     for directory in [&container.data, &container.run] {
-        match fs::remove_dir_all(directory) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error).context(|| format!("remove {}", directory.display())),
-        }
+        let removed = match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            other => other.context(|| format!("remove {}", directory.display())),
+        };
+        outcome = outcome.and(removed);
     }
+    // The name is free, whatever else is left.
     if let Some(name) = name {
         names::release(paths, &name, id);
     }
-    Ok(())
+    outcome
 }

@@ -5,7 +5,8 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::path::Path;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -46,7 +47,7 @@ pub fn claim(paths: &Paths, name: &str, id: &str) -> Result<()> {
     fs::create_dir_all(&names).context(|| format!("create {}", names.display()))?;
     // A name whose owner has no directory is free: so the directory comes before the name.
     let container = paths.container(id).run;
-    fs::create_dir_all(&container).context(|| format!("create {}", container.display()))?;
+    make_directory(&container)?;
     link(paths, name, id).inspect_err(|_| {
         // The failure that is reported is the claim's.
         let _ = fs::remove_dir(&container);
@@ -166,6 +167,18 @@ pub fn list(paths: &Paths) -> Result<Vec<(String, Result<Record>)>> {
 /// Whether a container of this id lives.
 pub fn is_alive(paths: &Paths, id: &str) -> bool {
     record::is_alive(&paths.container(id))
+}
+
+/// Makes the directory of a container's state: what was asked for may be secret, and is nobody else's business.
+///
+/// # Errors
+/// The directory above it cannot be written.
+pub fn make_directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .context(|| format!("create {}", path.display()))
 }
 
 #[cfg(test)]

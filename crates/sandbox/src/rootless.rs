@@ -21,6 +21,9 @@ use crate::error::{Context, Failure, Result};
 /// As many ids as images use: 0 to 65535.
 const IDS: u32 = 1 << 16;
 
+/// With fewer there is none to spare for a jailed process, and few images are usable.
+const LEAST_IDS: u32 = 4096;
+
 /// Waits until its standard input says something, and then maps ids of its parent. newuidmap and newgidmap (package
 /// uidmap) may do that for subordinate ids, but only from outside of the namespace.
 const MAP_IDS: &str = r#"read -r go || exit; newuidmap $PPID $1 && exec newgidmap $PPID $2"#;
@@ -83,15 +86,19 @@ fn map(own: u32, file: &str, name: &str, uid: u32) -> Result<String> {
             next += count;
         }
     }
-    match next {
-        1 => Err(Failure::new(format!(
-            "permission denied: {name} is not root and has no subordinate ids in {file}"
-        ))
-        .hint(format!(
-            "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}, or sudo hull …"
-        ))),
-        _ => Ok(map),
+    if next >= LEAST_IDS {
+        return Ok(map);
     }
+    let has = match next - 1 {
+        0 => "no".to_owned(),
+        few => format!("only {few}"),
+    };
+    Err(Failure::new(format!(
+        "permission denied: {name} is not root and has {has} subordinate ids in {file}"
+    ))
+    .hint(format!(
+        "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}, or sudo hull …"
+    )))
 }
 
 /// The ranges of ids that a file (subuid(5)) gives to a person: first id and number.
@@ -119,9 +126,9 @@ fn user_name(uid: u32) -> String {
         .unwrap_or_else(|| uid.to_string())
 }
 
-/// The ids of this process's user namespace: the first one in it, and how many, for each range.
-fn own_ids() -> Vec<(u32, u32)> {
-    let map = fs::read_to_string(Path::new("/proc/self/uid_map")).unwrap_or_default();
+/// The ids of this process's user namespace, of users or groups: the first one in it, and how many, for each range.
+fn own_ids(map: &str) -> Vec<(u32, u32)> {
+    let map = fs::read_to_string(Path::new("/proc/self").join(map)).unwrap_or_default();
     parse_own_ids(&map)
 }
 
@@ -136,15 +143,18 @@ fn parse_own_ids(map: &str) -> Vec<(u32, u32)> {
 /// Whether not all users of the host are users here.
 pub fn in_user_namespace() -> bool {
     // The first namespace has all ids but the one that means none.
-    own_ids() != [(0, u32::MAX)]
+    own_ids("uid_map") != [(0, u32::MAX)]
 }
 
-/// The highest id that there is here.
+/// The highest id that there is here, of users and of groups.
 pub fn top_id() -> u32 {
-    let last = own_ids().into_iter().max();
-    last.map_or(0, |(first, count)| {
-        first.saturating_add(count.saturating_sub(1))
-    })
+    let top = |map| {
+        let last = own_ids(map).into_iter().max();
+        last.map_or(0, |(first, count)| {
+            first.saturating_add(count.saturating_sub(1))
+        })
+    };
+    top("uid_map").min(top("gid_map"))
 }
 
 #[cfg(test)]

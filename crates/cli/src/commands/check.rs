@@ -144,6 +144,13 @@ fn privileges() -> Finding {
         let remedy = failure.hint.unwrap_or_else(|| "sudo hull …".to_owned());
         return Finding::error(what, failure.message, remedy);
     }
+    if without_root && let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS) {
+        return Finding::error(
+            what,
+            format!("not root, and a user namespace gives no rights here: {error}"),
+            "the administrator: sysctl kernel.apparmor_restrict_unprivileged_userns=0, or sudo hull …",
+        );
+    }
     // What the sandbox process cannot do without: mounts and namespaces, files of other users, users of its own.
     let needed = [
         (21, "SYS_ADMIN"),

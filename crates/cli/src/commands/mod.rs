@@ -54,7 +54,8 @@ pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) ->
 /// The configuration, for a command that needs the rights of root: who is not root gets them in a user namespace.
 pub fn config_for_root() -> Result<Config> {
     let config = Config::load()?;
-    if !rustix::process::geteuid().is_root() {
+    if config.without_root {
+        crate::home::secure(&config.run_dir)?;
         hull_sandbox::rootless::enter()?;
     }
     Ok(config)

@@ -227,7 +227,7 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
     timings.step("image", begin);
 
     let begin = now_ns();
-    let host = machine_of(&args, &network, &paths)?;
+    let host = machine_of(&args, &config, &network, &paths)?;
     let (choice, initramfs) = match &host {
         Some(host) => (host.machine.choice.clone(), host.machine.initramfs.clone()),
         None => {
@@ -310,7 +310,12 @@ fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
 }
 
 /// What was asked for the container whose machine this one joins, if it joins one.
-fn machine_of(args: &Args, network: &NetworkRequest, paths: &Paths) -> Result<Option<RunRequest>> {
+fn machine_of(
+    args: &Args,
+    config: &Config,
+    network: &NetworkRequest,
+    paths: &Paths,
+) -> Result<Option<RunRequest>> {
     let Some(AttachRequest::Container { id }) = &network.attach else {
         return Ok(None);
     };
@@ -323,13 +328,27 @@ fn machine_of(args: &Args, network: &NetworkRequest, paths: &Paths) -> Result<Op
             "--sysctl net.…",
         ),
     ];
-    match given.into_iter().find(|(given, _)| *given) {
-        Some((_, option)) => Err(Error::new(format!(
-            "{option}: the container is in the machine of another one (--network {})",
-            network.name
-        ))),
-        None => Ok(Some(client::machine_of(paths, id)?.1)),
+    if let Some((_, option)) = given.into_iter().find(|(given, _)| *given) {
+        return Err(Error::new(format!(
+            "{option}: the container is in the machine of another one (--network container:…)"
+        )));
     }
+    let (_, host) = client::machine_of(paths, id)?;
+    if config.hardware_isolation && !host.machine.choice.hardware {
+        let kind = host.machine.choice.kind;
+        return Err(hull_machine::Error::NotHardware { kind }.into());
+    }
+    if args
+        .memory
+        .is_some_and(|memory| memory > host.machine.memory)
+    {
+        return Err(Error::new(format!(
+            "--memory: the machine of container {} has {} MiB",
+            host.name,
+            host.machine.memory >> 20
+        )));
+    }
+    Ok(Some(host))
 }
 
 /// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.

@@ -21,6 +21,9 @@ use crate::redirect::Family;
 /// Most bytes of answers read at once; each is an error with the head of a message.
 const ANSWERS: usize = 4096;
 
+/// As much as the kernel tells of a dump at once.
+const DUMPED: usize = 64 << 10;
+
 /// A socket to the packet filter of the calling thread's namespace.
 fn socket() -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -28,18 +31,60 @@ fn socket() -> io::Result<OwnedFd> {
     Ok(socket_with(netlink, raw, flags, Some(NETFILTER))?)
 }
 
-/// Whether a table of the calling thread's namespace has a chain.
-pub fn has_chain(family: Family, table: &str, chain: &str) -> bool {
+/// The rules of a chain, in the calling thread's namespace, as the kernel tells them; none where there is no such chain.
+pub fn rules(family: Family, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>>> {
     let zero_terminated = |name: &str| [name.as_bytes(), &[0]].concat();
     let mut question = Batch {
         bytes: Vec::new(),
         count: 0,
     };
-    question.message(GET_CHAIN, ACK, family.number(), 0, |wanted| {
+    question.message(GET_RULE, DUMP, family.number(), 0, |wanted| {
         wanted.bytes(1, &zero_terminated(table));
-        wanted.bytes(3, &zero_terminated(chain));
+        wanted.bytes(2, &zero_terminated(chain));
     });
-    socket().is_ok_and(|socket| exchange(&socket, &question.bytes).is_ok())
+    let socket = socket()?;
+    let kernel = SocketAddrNetlink::new(0, 0);
+    sendto(&socket, &question.bytes, SendFlags::empty(), &kernel)?;
+    let mut rules = Vec::new();
+    let mut answers = vec![0; DUMPED];
+    loop {
+        // The kernel has the next piece when it is asked.
+        let (length, _) = recv(&socket, &mut answers[..], RecvFlags::DONTWAIT)?;
+        for (kind, content) in messages(&answers[..length]) {
+            match kind {
+                NEW_RULE => rules.push(content.to_vec()),
+                NLMSG_DONE => return Ok(rules),
+                NLMSG_ERROR => {
+                    let code = content
+                        .first_chunk()
+                        .map_or(0, |code| i32::from_ne_bytes(*code));
+                    return match Errno::from_raw_os_error(code.saturating_neg()) {
+                        Errno::NOENT => Ok(Vec::new()),
+                        errno => Err(errno.into()),
+                    };
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The messages of a datagram: what they are, and what follows their heads.
+fn messages(mut datagram: &[u8]) -> Vec<(u16, &[u8])> {
+    let mut messages = Vec::new();
+    while let Some((length, rest)) = datagram.split_first_chunk() {
+        let length = u32::from_ne_bytes(*length) as usize;
+        let kind = rest.first_chunk().map(|kind| u16::from_ne_bytes(*kind));
+        if let (Some(kind), Some(content)) =
+            (kind, datagram.get(HEADER..length.min(datagram.len())))
+        {
+            messages.push((kind, content));
+        }
+        datagram = datagram
+            .get(length.next_multiple_of(4).max(HEADER)..)
+            .unwrap_or_default();
+    }
+    messages
 }
 
 /// Sends a batch, which the kernel carries out before it returns, and reads what it says: the first error, if any.
@@ -67,30 +112,25 @@ fn exchange(socket: &OwnedFd, batch: &[u8]) -> Result<(), Errno> {
 }
 
 /// The codes of the answers in a datagram: 0, or an errno below it.
-fn codes(mut datagram: &[u8]) -> Vec<i32> {
-    let mut codes = Vec::new();
-    while let Some((length, rest)) = datagram.split_first_chunk() {
-        let length = u32::from_ne_bytes(*length) as usize;
-        let kind = rest.first_chunk().map(|kind| u16::from_ne_bytes(*kind));
-        let code = rest.get(HEADER - 4..).and_then(<[u8]>::first_chunk);
-        if let (Some(NLMSG_ERROR), Some(code)) = (kind, code) {
-            codes.push(i32::from_ne_bytes(*code));
-        }
-        datagram = datagram
-            .get(length.next_multiple_of(4).max(HEADER)..)
-            .unwrap_or_default();
-    }
-    codes
+fn codes(datagram: &[u8]) -> Vec<i32> {
+    messages(datagram)
+        .into_iter()
+        .filter(|(kind, _)| *kind == NLMSG_ERROR)
+        .filter_map(|(_, content)| content.first_chunk())
+        .map(|code| i32::from_ne_bytes(*code))
+        .collect()
 }
 
 // linux/netlink.h
 const HEADER: usize = 16;
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 const EXCLUSIVE: u16 = 0x200;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
+const DUMP: u16 = 0x300;
 const NESTED: u16 = 0x8000;
 
 // linux/netfilter/nfnetlink.h
@@ -102,7 +142,7 @@ const NF_TABLES: u16 = 10;
 const NEW_TABLE: u16 = NF_TABLES << 8;
 const DELETE_TABLE: u16 = NF_TABLES << 8 | 2;
 const NEW_CHAIN: u16 = NF_TABLES << 8 | 3;
-const GET_CHAIN: u16 = NF_TABLES << 8 | 4;
+const GET_RULE: u16 = NF_TABLES << 8 | 7;
 const NEW_RULE: u16 = NF_TABLES << 8 | 6;
 
 const FLAG_OWNER: u32 = 2;
@@ -111,6 +151,7 @@ const REGISTER: u32 = 1;
 const BASE_NETWORK: u32 = 1;
 const BASE_TRANSPORT: u32 = 2;
 const KEY_L4PROTO: u32 = 16;
+const KEY_OUT_NAME: u32 = 7;
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 

@@ -272,7 +272,7 @@ impl Container {
         value(&self.ended).await
     }
 
-    /// Ends the machine, whatever state it is in.
+    /// Ends the container by force, whatever state it is in; its machine, if that is its own.
     pub fn abort(&self, reason: &str) {
         self.abort.send_if_modified(|old| {
             let first = old.is_none();
@@ -283,7 +283,7 @@ impl Container {
         });
     }
 
-    /// Waits until somebody wants the machine to end; the reason.
+    /// Waits until somebody wants that; the reason.
     pub async fn aborted(&self) -> String {
         value(&self.abort).await
     }

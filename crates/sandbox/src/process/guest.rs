@@ -261,7 +261,10 @@ fn jail_uid() -> u32 {
     let pid = std::process::id();
     match rootless::in_user_namespace() {
         false => FIRST_JAIL_UID.wrapping_add(pid),
-        true => rootless::top_id().saturating_sub(pid % HIGHEST_IDS),
+        // Not user 65534, whom images have; and not root.
+        true => rootless::top_id()
+            .saturating_sub(2 + pid % HIGHEST_IDS)
+            .max(1),
     }
 }
 

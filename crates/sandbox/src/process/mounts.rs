@@ -202,6 +202,8 @@ pub fn volume(paths: &ContainerPaths, index: usize, volume: &Volume) -> Result<V
     .context(doing)?;
     // The directory itself is hull's: the guest must not add to it.
     let directory = detached::copy(&directory, true).context(doing)?;
+    // The copy has a mount of its own. What has one cannot be removed here.
+    unmount(&file, UnmountFlags::DETACH).context(doing)?;
     detached::set_top(
         directory.as_fd(),
         Attributes {
@@ -226,7 +228,7 @@ fn open_path(path: &Path) -> Result<OwnedFd> {
     .context(|| format!("open {}", path.display()))
 }
 
-/// A directory of hull's own as a read-only share (hosts, hostname, resolv.conf).
+/// A directory of hull's own as a share (hosts, hostname, resolv.conf): containers may write to them.
 ///
 /// # Errors
 /// It does not exist or cannot be mounted.

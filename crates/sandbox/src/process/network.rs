@@ -302,7 +302,7 @@ impl Network {
         self.disconnect().await;
     }
 
-    /// Leaves the namespace as it was before.
+    /// Leaves the namespace as it was before: taps are about to go when this is done.
     pub async fn disconnect(&mut self) {
         for cable in self.cables.values() {
             if let Err(error) = mirror::disconnect(&self.netlink, &cable.interface).await {
@@ -316,7 +316,11 @@ impl Network {
         }
         // Whoever closes a tap waits until no processor of the host looks at it any more, 20 ms: others wait for us.
         let cables = std::mem::take(&mut self.cables);
-        std::thread::spawn(move || drop(cables));
+        let closing = std::thread::Builder::new().spawn(move || drop(cables));
+        if let Err(error) = closing {
+            // Then they are closed, and it was waited for.
+            tracing::debug!("no thread to close taps: {error}");
+        }
     }
 
     async fn follow_changes(&mut self, agent: &Agent) {

@@ -33,6 +33,8 @@ struct Inner {
     log: log::Writer,
     log_failed: bool,
     clients: Vec<mpsc::Sender<Frame>>,
+    /// What everybody was told in the end.
+    last: Option<Frame>,
 }
 
 impl Output {
@@ -43,14 +45,20 @@ impl Output {
                 log,
                 log_failed: false,
                 clients: Vec::new(),
+                last: None,
             }),
         }
     }
 
-    /// Adds a client. It receives all output from now on, then whatever [`Output::finish`] sends.
+    /// Adds a client. It receives all output from now on, then whatever [`Output::finish`] sends, or has sent.
     pub async fn attach(&self) -> mpsc::Receiver<Frame> {
         let (sender, receiver) = mpsc::channel(AHEAD);
-        self.inner.lock().await.clients.push(sender);
+        let mut inner = self.inner.lock().await;
+        match &inner.last {
+            // There is room for it, and nothing else comes.
+            Some(last) => drop(sender.try_send(last.clone())),
+            None => inner.clients.push(sender),
+        }
         receiver
     }
 
@@ -101,8 +109,12 @@ impl Output {
 
     /// Sends a last frame to every client and lets them go.
     pub async fn finish(&self, kind: Kind, payload: Vec<u8>) {
-        let clients = std::mem::take(&mut self.inner.lock().await.clients);
         let payload: Arc<[u8]> = payload.into();
+        let clients = {
+            let mut inner = self.inner.lock().await;
+            inner.last = Some((kind, payload.clone()));
+            std::mem::take(&mut inner.clients)
+        };
         for client in clients {
             // One that has gone needs no farewell.
             let _ = client.send((kind, payload.clone())).await;

@@ -75,16 +75,17 @@ async fn join(
     to: &mut OwnedWriteHalf,
     container: &Arc<Container>,
 ) -> Result<()> {
-    let joined = joined::join(container, id).await?;
+    // Before it starts, so that whoever wants its output misses nothing.
     let mut payload = Vec::new();
-    match read_frame(&mut from, &mut payload).await {
-        Ok(Some(Kind::Request)) => match from_json(&payload) {
-            Ok(request) => dispatch(request, from, to, &joined).await,
-            Err(error) => Err(Failure::new(format!("cannot read the request: {error}"))),
-        },
-        // Nobody is there to be told.
-        _ => Ok(()),
-    }
+    let first = match read_frame(&mut from, &mut payload).await {
+        Ok(Some(Kind::Request)) => from_json::<Request>(&payload)
+            .map_err(|error| Failure::new(format!("cannot read the request: {error}"))),
+        _ => Err(Failure::new(
+            "whoever wants a container does not say what for",
+        )),
+    };
+    let joined = joined::join(container, id).await?;
+    dispatch(first?, from, to, &joined).await
 }
 
 /// Carries out one request. An error is the reply; after a reply it must not return one.

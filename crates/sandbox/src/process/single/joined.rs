@@ -25,8 +25,12 @@ use crate::record::{self, Exit, State, unix_time};
 use crate::request::RunRequest;
 use crate::timings::{Timings, now_ns};
 
-/// How long a container may take to end when its machine is about to.
+/// How long a container has after its stop signal when its machine is about to end, and how long its end may take then.
+const STOP_TIME: Duration = Duration::from_secs(1);
 const END_TIME: Duration = Duration::from_secs(5);
+
+/// How long the machine may take to let go of a container.
+const LEAVE_TIME: Duration = Duration::from_secs(15);
 
 /// Starts the container `id`, whose request lies in its directory, in the machine of `host`.
 ///
@@ -64,21 +68,38 @@ pub async fn join(host: &Arc<Container>, id: &str) -> Result<Arc<Container>> {
     }
 }
 
-/// Ends all containers that have joined; from now on nobody can.
+/// Ends all containers that have joined, with a moment for those that listen to their stop signal; from now on nobody can
+/// join.
 pub async fn end_all(host: &Container) {
     let joined = host.close();
+    if joined.is_empty() {
+        return;
+    }
+    for container in &joined {
+        if let Ok(agent) = container.agent()
+            && let Err(failure) = agent
+                .signal(container.id(), "", container.stop_signal(), false)
+                .await
+        {
+            // A machine that is no more ends them without.
+            tracing::debug!("{failure}");
+        }
+    }
+    let ended = async || {
+        for container in &joined {
+            container.ended().await;
+        }
+    };
+    if tokio::time::timeout(STOP_TIME, ended()).await.is_ok() {
+        return;
+    }
     let name = host.record().name;
     for container in &joined {
         container.abort(&format!(
             "container {name}, in whose machine it was, has ended"
         ));
     }
-    let ended = async {
-        for container in &joined {
-            container.ended().await;
-        }
-    };
-    let _ = tokio::time::timeout(END_TIME, ended).await;
+    let _ = tokio::time::timeout(END_TIME, ended()).await;
 }
 
 /// What a started container consists of.
@@ -94,13 +115,9 @@ async fn life(
 ) {
     let mut timings = Timings::since(container.request().began_ns);
     let (mut rootfs, mut shares) = (None, Vec::new());
-    let started = tokio::select! {
-        biased;
-        started = start(&host, &container, &mut rootfs, &mut shares, &mut timings) => started,
-        reason = container.aborted() => {
-            Err(Failure::new(format!("the start was given up: {reason}")))
-        }
-    };
+    // Never given up half-way: what the agent is about to make could not be found and removed. It takes as long as it takes
+    // the agent and the devices at most, and whoever wants the end gets it right afterwards.
+    let started = start(&host, &container, &mut rootfs, &mut shares, &mut timings).await;
     let outcome = match started {
         Ok(mut live) => {
             container.set_started(Ok(timings));
@@ -115,34 +132,44 @@ async fn life(
 
     // What it wrote and closed has been written back; nothing of it is open any more when the agent has let it go.
     if let (Ok(agent), Ok(devices)) = (host.agent(), host.devices()) {
-        if let Err(failure) = agent.delete(container.id()).await {
-            tracing::debug!("{failure}");
-        }
-        for share in &shares {
-            if let Err(failure) = devices.remove_share(share).await {
+        let leaving = async {
+            if let Err(failure) = agent.delete(container.id()).await {
                 tracing::debug!("{failure}");
             }
+            for share in &shares {
+                if let Err(failure) = devices.remove_share(share).await {
+                    tracing::debug!("{failure}");
+                }
+            }
+        };
+        // A guest or a device process that does not react ends with the container that was joined.
+        if tokio::time::timeout(LEAVE_TIME, leaving).await.is_err() {
+            tracing::warn!(
+                "the machine does not let go of container {}",
+                container.id()
+            );
         }
     }
     if let Some(rootfs) = rootfs {
         rootfs.unmount();
     }
     host.leave(&container);
-    serving.abort();
     match outcome {
-        Ok(exit) => conclude(&container, exit, Some(lock)).await,
+        Ok(exit) => conclude(&container, exit, lock).await,
         Err(mut failure) => {
             failure.refused = true;
             let exit = Exit {
                 reason: Some(failure.message.clone()),
                 ..Exit::now(failure.code)
             };
-            erase_all(&container);
+            erase_all(&container).await;
             drop(lock);
             container.set_started(Err(failure));
             container.set_ended(exit);
         }
     }
+    // Whoever waits has been told by now, or is about to be.
+    serving.abort();
 }
 
 /// From a request to a container that runs.

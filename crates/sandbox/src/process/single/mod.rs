@@ -19,6 +19,7 @@ use hull_network::Namespace;
 use hull_protocol::agent as proto;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use attaching::{Attaching, attach, finished, keep, settle, undo_network, undone};
 use spec::{guest_spec, root_share};
@@ -55,7 +56,7 @@ pub fn run(paths: &Paths, id: &str, first: StdStream) -> Result<()> {
     // A process group leader cannot become a session leader: it is one already then.
     let _ = rustix::process::setsid();
     let files = paths.container(id);
-    let _lock = record::lock(&files)?;
+    let lock = record::lock(&files)?;
     let text = fs::read(files.request()).context(|| "read the request".into())?;
     let request: RunRequest =
         serde_json::from_slice(&text).context(|| "understand the request".into())?;
@@ -74,7 +75,7 @@ pub fn run(paths: &Paths, id: &str, first: StdStream) -> Result<()> {
         let first = UnixStream::from_std(first).context(|| "watch the first connection".into())?;
         let first = tokio::spawn(server::connection(first, container.clone()));
         tokio::spawn(server::serve(listener, container.clone()));
-        life(&container).await;
+        life(&container, lock).await;
         // The client that waits for the end is told by its own task.
         let _ = tokio::time::timeout(Duration::from_secs(5), first).await;
         // Others, too, have their answers by now, or are about to write them.
@@ -147,24 +148,28 @@ fn prepare(paths: &Paths, request: RunRequest) -> Result<Container> {
 /// What a started container consists of.
 struct Live {
     agent: Agent,
-    carriers: Vec<tokio::task::JoinHandle<()>>,
+    carriers: Vec<JoinHandle<()>>,
     /// Published ports, kept from others.
-    _ports: Vec<OwnedFd>,
+    held: Vec<OwnedFd>,
     /// Dropped when the network is followed no more.
     following: Option<oneshot::Sender<()>>,
     /// What plugins know by this process's descriptor.
     namespace: Option<Namespace>,
+    /// Holds pasta until it is aborted.
+    pasta: Option<JoinHandle<()>>,
 }
 
 /// Boot, run, end.
-async fn life(container: &Arc<Container>) {
+async fn life(container: &Arc<Container>, lock: File) {
     let mut timings = Timings::since(container.request().began_ns);
     timings.step("start the sandbox process", container.request().began_ns);
     let mut rootfs = None;
     // Plugins take as long as a guest's boot.
     let mut attaching = match attach(container) {
         Ok(attaching) => attaching,
-        Err(failure) => return fail_to_start(container, failure, None, None, timings).await,
+        Err(failure) => {
+            return fail_to_start(container, failure, (None, None), timings, lock).await;
+        }
     };
     let begin = now_ns();
     let guest = Guest::start(&container.paths(), &container.request().machine, Vec::new());
@@ -173,7 +178,7 @@ async fn life(container: &Arc<Container>) {
         Ok(guest) => guest,
         Err(failure) => {
             settle(attaching).await;
-            return fail_to_start(container, failure, None, None, timings).await;
+            return fail_to_start(container, failure, (None, None), timings, lock).await;
         }
     };
 
@@ -211,7 +216,7 @@ async fn life(container: &Arc<Container>) {
         Ok(live) => live,
         Err(failure) => {
             settle(attaching).await;
-            return fail_to_start(container, failure, Some(guest), rootfs, timings).await;
+            return fail_to_start(container, failure, (Some(guest), rootfs), timings, lock).await;
         }
     };
     container.set_started(Ok(timings));
@@ -225,7 +230,13 @@ async fn life(container: &Arc<Container>) {
     joined::end_all(container).await;
     // Plugins take the interface away. It is not one that the guest has to learn of.
     drop(live.following);
-    end(container, exit, guest, rootfs).await;
+    // Who learns of the end finds its ports free.
+    drop(live.held);
+    if let Some(pasta) = live.pasta {
+        pasta.abort();
+        let _ = pasta.await;
+    }
+    end(container, exit, guest, rootfs, lock).await;
     drop(live.namespace);
 }
 
@@ -276,6 +287,7 @@ async fn boot(
     let mut forwarder = None;
     let mut following = None;
     let mut namespace = None;
+    let mut pasta = None;
     let addresses = attached
         .as_ref()
         .map(|attached| attached.addresses.clone())
@@ -292,9 +304,7 @@ async fn boot(
             if attached.pasta.is_some() && published {
                 forwarder = Forwarder::open(&attached.namespace);
             }
-            if let Some(pasta) = attached.pasta {
-                tokio::spawn(keep(pasta));
-            }
+            pasta = attached.pasta.map(|pasta| tokio::spawn(keep(pasta)));
             let network = Network::open(attached.namespace, guest.nets.clone(), limits).await?;
             timings.step("connect the network", begin);
             Some(network)
@@ -355,9 +365,10 @@ async fn boot(
     Ok(Live {
         agent,
         carriers,
-        _ports: held,
+        held,
         following,
         namespace,
+        pasta,
     })
 }
 
@@ -411,11 +422,11 @@ async fn run_to_end(container: &Container, guest: &Guest, live: &mut Live) -> Ex
 
 /// Ends a start that failed: everything of the container goes, and whoever waits learns why.
 async fn fail_to_start(
-    container: &Container,
+    container: &Arc<Container>,
     mut failure: Failure,
-    guest: Option<Guest>,
-    rootfs: Option<RootFs>,
+    (guest, rootfs): (Option<Guest>, Option<RootFs>),
     timings: Timings,
+    lock: File,
 ) {
     if !failure.refused {
         failure.console = guest.as_ref().map(Guest::console_tail).unwrap_or_default();
@@ -430,13 +441,20 @@ async fn fail_to_start(
         ..Exit::now(failure.code)
     };
     undone(undo_network(container)).await;
-    erase_all(container);
+    erase_all(container).await;
+    drop(lock);
     container.set_started(Err(failure));
     container.set_ended(exit);
 }
 
 /// Ends a container that ran.
-async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<RootFs>) {
+async fn end(
+    container: &Arc<Container>,
+    exit: Exit,
+    guest: Guest,
+    rootfs: Option<RootFs>,
+    lock: File,
+) {
     // Beside the end of the guest, which takes as long.
     let undoing = undo_network(container);
     // What the guest has not written back yet is lost with it: only a container that goes away without a trace,
@@ -465,14 +483,14 @@ async fn end(container: &Container, exit: Exit, guest: Guest, rootfs: Option<Roo
         rootfs.unmount();
     }
     undone(undoing).await;
-    conclude(container, exit, None).await;
+    conclude(container, exit, lock).await;
 }
 
-/// Leaves of a container that has ended what is to be left, and tells everybody. `lock` is that of a container that is not alone
-/// in this process.
-async fn conclude(container: &Container, exit: Exit, lock: Option<File>) {
+/// Leaves of a container that has ended what is to be left, and tells everybody. From then on it can be removed, whoever still
+/// reads its last output from this process.
+async fn conclude(container: &Arc<Container>, exit: Exit, lock: File) {
     if container.request().auto_remove {
-        erase_all(container);
+        erase_all(container).await;
     } else {
         let stored = container.update(|record| {
             record.state = State::Stopped;
@@ -491,9 +509,14 @@ async fn conclude(container: &Container, exit: Exit, lock: Option<File>) {
     container.output().finish(Kind::Exit, last).await;
 }
 
-fn erase_all(container: &Container) {
-    let name = &container.request().name;
-    if let Err(failure) = erase(container.all_paths(), container.id(), Some(name)) {
+/// Removes everything of a container, beside whatever else there is to do.
+async fn erase_all(container: &Arc<Container>) {
+    let container = container.clone();
+    let erasing = tokio::task::spawn_blocking(move || {
+        let name = &container.request().name;
+        erase(container.all_paths(), container.id(), Some(name))
+    });
+    if let Ok(Err(failure)) = erasing.await {
         tracing::error!("{failure}");
     }
 }
