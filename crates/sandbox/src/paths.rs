@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 ///
 /// ```text
 /// RUN/<id>/           state of one container, gone after a reboot
-///     lock            held (flock) by the sandbox process while it lives
+///     lock            held (flock) by the sandbox process until the container has ended
 ///     request.json    what was asked for, as the sandbox process received it
 ///     state.json      the record: what `ps` and `inspect` show
 ///     spec.json       the OCI spec that the agent received

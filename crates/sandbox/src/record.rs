@@ -209,7 +209,7 @@ pub(crate) fn write_by_rename(path: &Path, text: &[u8]) -> Result<()> {
         .context(|| format!("write {}", path.display()))
 }
 
-/// Whether the sandbox process of this container lives: it holds the lock as long as it does.
+/// Whether the container lives: its sandbox process holds the lock until it has ended.
 pub fn is_alive(paths: &ContainerPaths) -> bool {
     let Ok(file) = File::open(paths.lock()) else {
         return false;

@@ -243,7 +243,7 @@ impl Agent {
             .map_err(failure)
     }
 
-    /// Forgets a container that has ended.
+    /// Forgets a container, which is killed if it has not ended.
     ///
     /// # Errors
     /// The agent's.

@@ -1,5 +1,5 @@
-//! Carries connections that are made in an engine's network namespace to 127.0.0.1 or ::1 into the guest. Called by
-//! `pod::network`: the rules are made while the guest boots, and connections are carried when it is there.
+//! Carries connections that are made in a network namespace to 127.0.0.1 or ::1 into the guest. Called by `pod::network`, and by
+//! `single` where pasta carries a container's connections: the rules are made while the guest boots, and connections are carried when it is there.
 //!
 //! Whoever dials has been connected by the host's kernel before the guest is asked, so that a port at which nobody listens
 //! shows as a connection that is reset.

@@ -49,6 +49,10 @@ pub fn attach(container: &Arc<Container>) -> Result<Option<Attaching>> {
     }))
 }
 
+/// Waits until the network is attached.
+///
+/// # Errors
+/// A plugin's, or pasta's.
 pub async fn finished(attaching: &mut Attaching) -> Result<Attached> {
     let attached = (&mut attaching.task)
         .await
