@@ -9,7 +9,16 @@
 //! A table with an owner goes away with the socket that made it, and so with this process, however that ends. Kernels before
 //! 5.12 know no owners: there it is deleted in the end, and one that was left is replaced.
 
-use super::*;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+
+use super::{
+    ACK, APPEND, BASE_NETWORK, BASE_TRANSPORT, Batch, CREATE, DELETE_TABLE, EQUAL, EXCLUSIVE,
+    FLAG_OWNER, KEY_L4PROTO, NEW_RULE, NEW_TABLE, NOT_EQUAL, REGISTER, exchange, socket,
+};
+use crate::redirect::Family;
 
 const TABLE: &[u8] = b"hull\0";
 const CHAIN: &[u8] = b"loopback\0";
@@ -118,6 +127,7 @@ mod tests {
 
     use super::*;
     use crate::Namespace;
+    use crate::nftables::{BATCH_BEGIN, BATCH_END, HEADER, NEW_CHAIN};
 
     /// The messages of a batch: type, flags, what follows the header.
     fn messages(mut batch: &[u8]) -> Vec<(u16, u16, &[u8])> {

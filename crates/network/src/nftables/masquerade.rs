@@ -11,8 +11,12 @@
 
 use std::net::IpAddr;
 
-use super::*;
+use super::{
+    ACK, APPEND, BASE_NETWORK, Batch, CREATE, EQUAL, EXCLUSIVE, KEY_OUT_NAME, NEW_RULE, NEW_TABLE,
+    NOT_EQUAL, REGISTER, exchange, socket,
+};
 use crate::error::Error;
+use crate::redirect::Family;
 
 const CHAIN: &[u8] = b"outside\0";
 
