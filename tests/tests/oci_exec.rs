@@ -365,3 +365,59 @@ fn errors_are_logged_in_the_form_that_engines_parse() {
         "{line}"
     );
 }
+
+#[test]
+fn what_a_container_wrote_arrives_whole_however_slowly_it_is_read() {
+    const LENGTH: usize = 700_000;
+    let oci = Oci::new();
+    let bundle = oci
+        .bundle()
+        .args(&["head", "-c", &LENGTH.to_string(), "/dev/zero"]);
+    let id = oci.unique();
+    let (mut command, _) = oci
+        .oci(["run", "--bundle", bundle.path.to_str().unwrap(), &id])
+        .into_parts();
+    let mut running = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = running.stdout.take().unwrap();
+    let mut arrived = 0;
+    let mut piece = vec![0; 16 << 10];
+    loop {
+        match std::io::Read::read(&mut stdout, &mut piece).unwrap() {
+            0 => break,
+            length => arrived += length,
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(arrived, LENGTH);
+    assert!(running.wait().unwrap().success());
+}
+
+#[test]
+fn a_container_whose_output_nobody_reads_is_deleted_by_force_at_once() {
+    let oci = Oci::new();
+    let bundle = oci.bundle().args(&["head", "-c", "700000", "/dev/zero"]);
+    let id = oci.unique();
+    let (mut command, _) = oci
+        .oci(["run", "--bundle", bundle.path.to_str().unwrap(), &id])
+        .into_parts();
+    let mut running = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let state = || oci.oci(["state", &id]).run();
+    eventually("it runs", Duration::from_secs(10), || {
+        let state = state();
+        state.status == 0 && state.json()["status"] == "running"
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    let deleted = oci.oci(["delete", "--force", &id]).run().ok();
+    assert!(deleted.took < Duration::from_secs(10), "{:?}", deleted.took);
+    running.kill().unwrap();
+    running.wait().unwrap();
+    oci.assert_clean();
+}

@@ -79,6 +79,8 @@ pub enum Call {
         /// Port that the guest sees as its peer's.
         host_port: u32,
     },
+    /// Answered when everything that the guest has sent over vsock is with the host's ends of its connections.
+    Drain,
     /// Lets the guest connect to this port of the host. All others are refused.
     Listen {
         /// The port.

@@ -389,6 +389,17 @@ fn serve_call(
             }
             None => reply(Err(NO_VSOCK.into())),
         },
+        Call::Drain => match &targets.vsock {
+            Some(vsock) => {
+                let control = control.clone();
+                let done =
+                    Box::new(move || tell(&control, &Event::Reply { id, error: None }, None));
+                if let Err(error) = vsock.drain(done) {
+                    reply(Err(error.to_string()));
+                }
+            }
+            None => reply(Err(NO_VSOCK.into())),
+        },
         Call::Connect {
             guest_port,
             host_port,

@@ -55,8 +55,8 @@ pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) ->
 pub fn config_for_root() -> Result<Config> {
     let config = Config::load()?;
     if config.without_root {
-        crate::home::secure(&config.run_dir)?;
         hull_sandbox::rootless::enter()?;
+        crate::home::secure(&config.run_dir)?;
     }
     Ok(config)
 }

@@ -99,6 +99,9 @@ pub type Connected = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
 /// Takes the news that [`Handle::listen`] is in force, on the device's thread.
 pub type Listening = Box<dyn FnOnce() + Send>;
 
+/// Takes the news that [`Handle::drain`] waits for, on the device's thread.
+pub type Drained = Box<dyn FnOnce() + Send>;
+
 enum Command {
     Connect {
         ports: Ports,
@@ -108,6 +111,9 @@ enum Command {
     Listen {
         port: u32,
         done: Listening,
+    },
+    Drain {
+        done: Drained,
     },
 }
 
@@ -144,6 +150,11 @@ impl Handle {
     pub fn listen(&self, port: u32, done: Listening) -> Result<(), Busy> {
         self.command(Command::Listen { port, done })
             .map_err(|_| Busy)
+    }
+
+    /// Waits until everything that the guest has sent so far is with the host's ends, however slowly they are read.
+    pub fn drain(&self, done: Drained) -> Result<(), Busy> {
+        self.command(Command::Drain { done }).map_err(|_| Busy)
     }
 
     /// Passes a command on, or gives it back.
@@ -203,6 +214,8 @@ pub struct Vsock {
     registry: Option<EventRegistry>,
     kicks: Kicks<2>,
     taken: Taken,
+    /// Who waits until the host has taken everything.
+    draining: Vec<Drained>,
 }
 
 /// Packets that were taken from the driver, which it was not told yet.
@@ -243,6 +256,7 @@ impl Vsock {
             registry: None,
             kicks: Kicks::default(),
             taken: Taken::default(),
+            draining: Vec::new(),
         };
         let handle = Handle {
             commands: sender,
@@ -264,6 +278,7 @@ impl Vsock {
                     self.muxer.listen(port);
                     done();
                 }
+                Command::Drain { done } => self.draining.push(done),
             }
         }
     }
@@ -290,6 +305,9 @@ impl Vsock {
         if self.taken.is_due(now) {
             self.taken = Taken::default();
             queues.notify(TX)?;
+        }
+        if !self.draining.is_empty() && !self.muxer.has_backlog() {
+            self.draining.drain(..).for_each(|done| done());
         }
         self.settle(now)
     }

@@ -162,6 +162,12 @@ impl<H: Host> Muxer<H> {
         }
     }
 
+    /// Whether the host has still to take something that the guest has sent.
+    pub fn has_backlog(&self) -> bool {
+        let mut connections = self.entries.iter().flatten();
+        connections.any(|entry| entry.connection.backlog_len() > 0)
+    }
+
     /// Lets the guest connect to `port` of the host.
     pub fn listen(&mut self, port: u32) {
         self.listening.insert(port);

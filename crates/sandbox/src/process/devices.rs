@@ -170,6 +170,15 @@ impl Devices {
             .await
     }
 
+    /// Waits until everything that the guest has sent is with those who read it, or in their sockets.
+    ///
+    /// # Errors
+    /// The device process has ended.
+    pub async fn drain(&self) -> Result<()> {
+        self.call("wait for the guest's output", Call::Drain, None)
+            .await
+    }
+
     /// Opens a stream to the guest; its name there is the port that is returned with it.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -22,6 +23,9 @@ use crate::process::{streams, watch};
 use crate::record::Exit;
 
 const SIGKILL: u32 = 9;
+
+/// How long a container that is removed by force may take to pass on what it wrote.
+const UNREAD_TIME: Duration = Duration::from_secs(1);
 
 /// Serves a connection until it is closed.
 ///
@@ -197,12 +201,21 @@ impl Connection {
                     found => found?,
                 };
                 if container.status() != Status::Stopped {
+                    // Nobody wants to know any more what it has said.
+                    pod.unread.send_replace(true);
                     let agent = pod.ready().await?.agent;
                     // It may be ending by itself.
                     if let Err(failure) = agent.signal(&container.id, "", SIGKILL, true).await {
                         tracing::debug!("{failure}");
                     }
-                    container.ended().await;
+                    let ended = tokio::time::timeout(UNREAD_TIME, container.ended()).await;
+                    // Nobody takes what it wrote: the agent lets go of that with the container.
+                    if ended.is_err() {
+                        if let Err(failure) = agent.delete(&container.id).await {
+                            tracing::debug!("{failure}");
+                        }
+                        container.ended().await;
+                    }
                 }
                 let mut containers = pod.lock();
                 containers.by_id.remove(&container.id);

@@ -40,6 +40,9 @@ use crate::pod::wire::{Received, Reply, receive, send};
 use crate::pod::{DiskRequest, PodPaths, PodRequest};
 use container::Container;
 
+/// How long an engine may take to read what its last container wrote.
+const DRAIN_TIME: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// How long the last words to keepers may take.
 const FAREWELL_TIME: std::time::Duration = std::time::Duration::from_secs(5);
 
@@ -66,6 +69,8 @@ struct Pod {
     broken: watch::Sender<Option<String>>,
     /// Nothing of the machine is left.
     gone: watch::Sender<bool>,
+    /// A container is removed by force: its output need not be read.
+    unread: watch::Sender<bool>,
     containers: Mutex<Containers>,
     connections: AtomicUsize,
     changed: Notify,
@@ -178,6 +183,7 @@ async fn serve(
         ready: watch::Sender::new(None),
         broken: watch::Sender::new(None),
         gone: watch::Sender::new(false),
+        unread: watch::Sender::new(false),
         containers: Mutex::default(),
         connections: AtomicUsize::new(0),
         changed: Notify::new(),
@@ -216,8 +222,17 @@ async fn serve(
                 reason = guest.broke_down() => Some(reason),
                 () = told_to_end() => Some("the sandbox process was told to end".into()),
                 () = pod.done() => {
-                    // What containers wrote is written back to the host's files.
+                    // What containers wrote is with whoever reads it, and then written back to the host's files.
                     let shutdown = async {
+                        tokio::select! {
+                            drained = tokio::time::timeout(DRAIN_TIME, guest.control.drain()) => {
+                                if !matches!(drained, Ok(Ok(()))) {
+                                    tracing::warn!("output of a container is lost: nobody has read it");
+                                }
+                            }
+                            () = pod.is_unread() => {}
+                            _ = guest.broke_down() => return,
+                        }
                         tokio::select! {
                             result = agent.shutdown(SHUTDOWN_TIME) => {
                                 if let Err(failure) = result {
@@ -318,6 +333,12 @@ impl Pod {
             Ok(reason) => reason.clone().unwrap_or_default(),
             Err(_closed) => String::new(),
         }
+    }
+
+    /// Waits until nobody wants the output of containers any more.
+    async fn is_unread(&self) {
+        // The sender lives as long as the pod.
+        let _ = self.unread.subscribe().wait_for(|unread| *unread).await;
     }
 
     /// Waits until nothing of the machine is left.
