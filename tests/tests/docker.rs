@@ -64,8 +64,7 @@ fn docker_run_with_a_terminal_gives_the_container_one() {
 #[test]
 fn docker_run_detached_logs_and_wait() {
     let docker = Docker::new();
-    let script =
-        "echo one; echo two >&2; until [ -e /tmp/go ]; do sleep 0.05; done; echo three; exit 4";
+    let script = "echo one; echo two >&2; until [ -e /tmp/go ]; do sleep 0.05; done; sleep 0.5; echo three; exit 4";
     let name = docker.start(&[], &["sh", "-c", script]);
     assert_eq!(docker.state(&name), "running");
     eventually("both lines", Duration::from_secs(10), || {
