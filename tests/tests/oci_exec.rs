@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use hull_tests::{Console, Oci, end_of, eventually, pid_in};
+use hull_tests::{Bundle, Console, Oci, end_of, eventually, pid_in};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -366,6 +367,14 @@ fn errors_are_logged_in_the_form_that_engines_parse() {
     );
 }
 
+/// `run`, in the foreground, whose output nobody reads yet.
+fn run_into_a_pipe(oci: &Oci, bundle: &Bundle, id: &str) -> Child {
+    let bundle = bundle.path.to_str().unwrap();
+    let (mut command, _) = oci.oci(["run", "--bundle", bundle, id]).into_parts();
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command.spawn().unwrap()
+}
+
 #[test]
 fn what_a_container_wrote_arrives_whole_however_slowly_it_is_read() {
     const LENGTH: usize = 700_000;
@@ -374,14 +383,7 @@ fn what_a_container_wrote_arrives_whole_however_slowly_it_is_read() {
         .bundle()
         .args(&["head", "-c", &LENGTH.to_string(), "/dev/zero"]);
     let id = oci.unique();
-    let (mut command, _) = oci
-        .oci(["run", "--bundle", bundle.path.to_str().unwrap(), &id])
-        .into_parts();
-    let mut running = command
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut running = run_into_a_pipe(&oci, &bundle, &id);
     let mut stdout = running.stdout.take().unwrap();
     let mut arrived = 0;
     let mut piece = vec![0; 16 << 10];
@@ -401,14 +403,7 @@ fn a_container_whose_output_nobody_reads_is_deleted_by_force_at_once() {
     let oci = Oci::new();
     let bundle = oci.bundle().args(&["head", "-c", "700000", "/dev/zero"]);
     let id = oci.unique();
-    let (mut command, _) = oci
-        .oci(["run", "--bundle", bundle.path.to_str().unwrap(), &id])
-        .into_parts();
-    let mut running = command
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut running = run_into_a_pipe(&oci, &bundle, &id);
     let state = || oci.oci(["state", &id]).run();
     eventually("it runs", Duration::from_secs(10), || {
         let state = state();

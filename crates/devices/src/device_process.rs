@@ -380,10 +380,7 @@ fn serve_call(
         },
         Call::Listen { port } => match &targets.vsock {
             Some(vsock) => {
-                let control = control.clone();
-                let done =
-                    Box::new(move || tell(&control, &Event::Reply { id, error: None }, None));
-                if let Err(error) = vsock.listen(port, done) {
+                if let Err(error) = vsock.listen(port, answered(id, control)) {
                     reply(Err(format!("cannot listen on host port {port}: {error}")));
                 }
             }
@@ -391,10 +388,7 @@ fn serve_call(
         },
         Call::Drain => match &targets.vsock {
             Some(vsock) => {
-                let control = control.clone();
-                let done =
-                    Box::new(move || tell(&control, &Event::Reply { id, error: None }, None));
-                if let Err(error) = vsock.drain(done) {
+                if let Err(error) = vsock.drain(answered(id, control)) {
                     reply(Err(error.to_string()));
                 }
             }
@@ -423,6 +417,12 @@ fn serve_call(
             (_, None) => reply(Err(NO_FD.into())),
         },
     }
+}
+
+/// Answers a request that cannot fail any more.
+fn answered(id: u64, control: &Arc<OwnedFd>) -> Box<dyn FnOnce() + Send> {
+    let control = control.clone();
+    Box::new(move || tell(&control, &Event::Reply { id, error: None }, None))
 }
 
 /// Answers a request about a share or a net device.

@@ -93,13 +93,7 @@ impl Pasta {
     /// # Errors
     /// It gave up: what it said.
     pub async fn ready(&self) -> Result<()> {
-        let read = self
-            .ready
-            .async_io(Interest::READABLE, |fd| {
-                Ok(rustix::io::read(fd, &mut [0; 64])?)
-            })
-            .await;
-        match read {
+        match self.heard().await {
             Ok(length) if length > 0 => Ok(()),
             _ => Err(Error::Pasta {
                 why: format!("pasta: {}", self.last_words()),
@@ -110,13 +104,14 @@ impl Pasta {
     /// Waits for its end; what it said.
     pub async fn ended(&self) -> String {
         // It writes nothing any more.
-        let _ = self
-            .ready
-            .async_io(Interest::READABLE, |fd| {
-                Ok(rustix::io::read(fd, &mut [0; 64])?)
-            })
-            .await;
+        let _ = self.heard().await;
         self.last_words()
+    }
+
+    /// Waits for its process id, or its end: how many bytes came.
+    async fn heard(&self) -> io::Result<usize> {
+        let read = |fd: &OwnedFd| Ok(rustix::io::read(fd, &mut [0; 64])?);
+        self.ready.async_io(Interest::READABLE, read).await
     }
 
     /// What it said last, but for what it says of the system's log.

@@ -15,6 +15,7 @@ use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 
 use crate::error::{Context, EXIT_HULL, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure, Result};
+use crate::record::Exit;
 use crate::wire::{Process, Size, Stats};
 
 /// Bound of a call that the agent answers at once. An emulated guest on a busy host needs seconds at times.
@@ -70,6 +71,16 @@ pub struct Ended {
     pub status: i32,
     /// Killed by the guest's kernel for lack of memory.
     pub oom_killed: bool,
+}
+
+impl From<Ended> for Exit {
+    fn from(ended: Ended) -> Self {
+        Self {
+            reason: ended.oom_killed.then(|| "killed for lack of memory".into()),
+            oom_killed: ended.oom_killed,
+            ..Self::now(ended.status)
+        }
+    }
 }
 
 fn within(time: Duration) -> ttrpc::context::Context {

@@ -5,14 +5,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde_json::json;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 
 use super::agent::Agent;
 use super::devices::Devices;
-use super::output::{Connected, Output};
+use super::output::Output;
 use super::server::Input;
 use crate::error::{Context, Failure, Result};
-use crate::log::Stream;
 use crate::paths::{ContainerPaths, Paths};
 use crate::record::{Exit, Record, State};
 use crate::request::RunRequest;
@@ -66,35 +64,6 @@ pub struct ExecProcess {
     pub raw_args: Vec<Vec<u8>>,
     /// Exact environment, likewise.
     pub raw_env: Vec<Vec<u8>>,
-}
-
-/// Carries init's streams.
-pub async fn carry(container: &Arc<Container>, connected: Connected) -> Vec<JoinHandle<()>> {
-    let mut carriers = Vec::new();
-    let mut carry = |read, stream| {
-        let container = container.clone();
-        carriers.push(tokio::spawn(async move {
-            container.output().carry(read, stream).await;
-        }));
-    };
-    let input = container.input();
-    if let Some(terminal) = connected.terminal {
-        let (read, write) = terminal.into_split();
-        *input.lock().await = Some(write);
-        carry(read, Stream::Output);
-    }
-    if let Some(stdin) = connected.stdin {
-        *input.lock().await = Some(stdin.into_split().1);
-    }
-    for (stream, name) in [
-        (connected.stdout, Stream::Output),
-        (connected.stderr, Stream::Error),
-    ] {
-        if let Some(stream) = stream {
-            carry(stream.into_split().0, name);
-        }
-    }
-    carriers
 }
 
 impl Container {

@@ -24,6 +24,7 @@ mod devices;
 mod etc;
 mod guest;
 mod host_memory;
+mod init;
 mod loopback;
 mod mounts;
 mod network;

@@ -20,6 +20,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::detached::{self, Attributes};
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
+use crate::pod::wire::FILE_NAME;
 use crate::request::Volume;
 use crate::rootless;
 
@@ -163,9 +164,6 @@ pub struct VolumeShare {
     pub inside: &'static str,
 }
 
-/// Name of the only entry in the share of a single file.
-const FILE_NAME: &str = "file";
-
 /// Prepares a volume as a share.
 ///
 /// # Errors
@@ -186,37 +184,34 @@ pub fn volume(paths: &ContainerPaths, index: usize, volume: &Volume) -> Result<V
             inside: "",
         });
     }
-    // Only directories can be shared: the file is mounted into one of its own.
     let directory = paths.mounts().join(format!("volume{index}"));
-    let file = directory.join(FILE_NAME);
-    fs::create_dir_all(&directory)
-        .and_then(|()| File::create(&file).map(drop))
-        .context(doing)?;
-    move_mount(
-        tree.as_fd(),
-        "",
-        CWD,
-        &file,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )
-    .context(doing)?;
-    // The directory itself is hull's: the guest must not add to it.
-    let directory = detached::copy(&directory, true).context(doing)?;
-    // The copy has a mount of its own. What has one cannot be removed here.
-    unmount(&file, UnmountFlags::DETACH).context(doing)?;
-    detached::set_top(
-        directory.as_fd(),
-        Attributes {
-            read_only: true,
-            no_devices: true,
-            no_suid: true,
-        },
-    )
-    .context(doing)?;
     Ok(VolumeShare {
-        directory,
+        directory: hold_file(&directory, &tree).context(doing)?,
         inside: FILE_NAME,
     })
+}
+
+/// Only directories can be shared: a file is mounted into one of its own, in this process's mount namespace.
+///
+/// # Errors
+/// The directory cannot be made, or the host's kernel refuses.
+pub fn hold_file(directory: &Path, mount: &OwnedFd) -> std::io::Result<OwnedFd> {
+    let file = directory.join(FILE_NAME);
+    fs::create_dir_all(directory)?;
+    File::create(&file)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(mount.as_fd(), "", CWD, &file, flags)?;
+    // The directory itself is hull's: the guest must not add to it.
+    let tree = detached::copy(directory, true)?;
+    // The copy has a mount of its own. What has one cannot be removed here.
+    unmount(&file, UnmountFlags::DETACH)?;
+    let attributes = Attributes {
+        read_only: true,
+        no_devices: true,
+        no_suid: true,
+    };
+    detached::set_top(tree.as_fd(), attributes)?;
+    Ok(tree)
 }
 
 fn open_path(path: &Path) -> Result<OwnedFd> {

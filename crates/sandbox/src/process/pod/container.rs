@@ -197,11 +197,7 @@ async fn live(pod: Arc<Pod>, ready: Ready, container: Arc<Container>) {
         biased;
         reason = pod.broken() => broken(reason),
         ended = ready.agent.wait(&container.id, "") => match ended {
-            Ok(ended) => Exit {
-                reason: ended.oom_killed.then(|| "killed for lack of memory".into()),
-                oom_killed: ended.oom_killed,
-                ..Exit::now(ended.status)
-            },
+            Ok(ended) => ended.into(),
             // The agent went first; the kernel follows, and knows more.
             Err(failure) => {
                 match tokio::time::timeout(super::boot::DEATH_TIME, pod.broken()).await {

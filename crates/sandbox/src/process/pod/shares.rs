@@ -1,18 +1,15 @@
 //! What the containers of a pod see of the host: shares of the fs device, made from the detached mounts that the
 //! engine's side sent.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
-use hull_devices::control::Cache;
-use rustix::fs::CWD;
-use rustix::mount::{MoveMountFlags, move_mount};
-
-use crate::detached::{self, Attributes};
 use crate::error::{Context, Result};
 use crate::paths::ContainerPaths;
-use crate::pod::wire::{FILE_NAME, Share};
+use crate::pod::wire::Share;
 use crate::process::devices::Devices;
+use crate::process::mounts;
+use hull_devices::control::Cache;
 
 /// Adds one share.
 ///
@@ -25,7 +22,8 @@ pub async fn add(
     mount: OwnedFd,
 ) -> Result<()> {
     let directory = if share.is_file {
-        hold_file(files, &share.name, &mount)?
+        mounts::hold_file(&files.mounts().join(&share.name), &mount)
+            .context(|| format!("share {} with the guest", share.name))?
     } else {
         mount
     };
@@ -38,29 +36,6 @@ pub async fn add(
     devices
         .add_share(&share.name, directory.as_fd(), cache)
         .await
-}
-
-/// Only directories can be shared: a file is mounted into one of its own, in this process's mount namespace.
-fn hold_file(files: &ContainerPaths, name: &str, mount: &OwnedFd) -> Result<OwnedFd> {
-    let doing = || format!("share {name} with the guest");
-    let directory = files.mounts().join(name);
-    let file = directory.join(FILE_NAME);
-    fs::create_dir_all(&directory)
-        .and_then(|()| File::create(&file).map(drop))
-        .context(doing)?;
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(mount.as_fd(), "", CWD, &file, flags).context(doing)?;
-    let tree = detached::copy(&directory, true).context(doing)?;
-    // The directory itself is hull's: the guest must not add to it.
-    let attributes = Attributes {
-        read_only: true,
-        no_devices: true,
-        no_suid: true,
-    };
-    detached::set_top(tree.as_fd(), attributes).context(doing)?;
-    // The tree has a mount of its own. The name that it is mounted on must stay.
-    rustix::mount::unmount(&file, rustix::mount::UnmountFlags::DETACH).context(doing)?;
-    Ok(tree)
 }
 
 /// Takes shares away again.

@@ -17,10 +17,9 @@ use super::spec::{guest_spec, root_share};
 use super::{conclude, erase_all, prepare};
 use crate::client::erase;
 use crate::error::{Context, EXIT_HULL, Failure, Result};
-use crate::process::agent::Ended;
-use crate::process::container::{Container, carry};
+use crate::process::container::Container;
 use crate::process::mounts::RootFs;
-use crate::process::{server, streams};
+use crate::process::{init, server};
 use crate::record::{self, Exit, State, unix_time};
 use crate::request::RunRequest;
 use crate::timings::{Timings, now_ns};
@@ -102,11 +101,6 @@ pub async fn end_all(host: &Container) {
     let _ = tokio::time::timeout(END_TIME, ended()).await;
 }
 
-/// What a started container consists of.
-struct Live {
-    carriers: Vec<JoinHandle<()>>,
-}
-
 async fn life(
     host: Arc<Container>,
     container: Arc<Container>,
@@ -119,10 +113,10 @@ async fn life(
     // the agent and the devices at most, and whoever wants the end gets it right afterwards.
     let started = start(&host, &container, &mut rootfs, &mut shares, &mut timings).await;
     let outcome = match started {
-        Ok(mut live) => {
+        Ok(mut carriers) => {
             container.set_started(Ok(timings));
-            let exit = run_to_end(&container, &mut live).await;
-            for carrier in live.carriers {
+            let exit = run_to_end(&container, &mut carriers).await;
+            for carrier in carriers {
                 carrier.abort();
             }
             Ok(exit)
@@ -172,14 +166,14 @@ async fn life(
     serving.abort();
 }
 
-/// From a request to a container that runs.
+/// From a request to a container that runs: what carries its streams.
 async fn start(
     host: &Container,
     container: &Arc<Container>,
     rootfs: &mut Option<RootFs>,
     shares: &mut Vec<String>,
     timings: &mut Timings,
-) -> Result<Live> {
+) -> Result<Vec<JoinHandle<()>>> {
     let request = container.request();
     let files = container.paths();
     let (agent, devices) = (host.agent()?, host.shared_devices()?);
@@ -205,22 +199,7 @@ async fn start(
     }
     timings.step("share directories", begin);
 
-    let begin = now_ns();
-    let wanted = streams::Wanted {
-        terminal: container.record().terminal,
-        stdin: request.stdin,
-        output: true,
-    };
-    let (ports, connected) = streams::connect(&devices, wanted).await?;
-    timings.step("open streams", begin);
-
-    let begin = now_ns();
-    let (arguments, environment) = (request.raw_args.clone(), request.raw_env.clone());
-    agent
-        .run(container.id(), spec_json, arguments, environment, ports)
-        .await?;
-    timings.step("create and start the container", begin);
-
+    let connected = init::start(container, &agent, &devices, spec_json, timings).await?;
     container.set_guest(agent, devices);
     let addresses = host.record().addresses;
     container.update(|record| {
@@ -228,13 +207,11 @@ async fn start(
         record.addresses = addresses;
         record.started = Some(unix_time());
     })?;
-    Ok(Live {
-        carriers: carry(container, connected).await,
-    })
+    Ok(init::carry(container, connected).await)
 }
 
 /// Waits for the end of init, or of the machine.
-async fn run_to_end(container: &Container, live: &mut Live) -> Exit {
+async fn run_to_end(container: &Container, carriers: &mut [JoinHandle<()>]) -> Exit {
     let broken = |status, reason: String| Exit {
         reason: Some(reason),
         ..Exit::now(status)
@@ -249,19 +226,9 @@ async fn run_to_end(container: &Container, live: &mut Live) -> Exit {
         reason = container.aborted() => return broken(137, reason),
     };
     match ended {
-        Ok(Ended { status, oom_killed }) => {
-            for carrier in &mut live.carriers {
-                // Output that nobody reads must not keep the container for ever when it is removed.
-                tokio::select! {
-                    _ = carrier => {}
-                    _ = container.aborted() => {}
-                }
-            }
-            Exit {
-                reason: oom_killed.then(|| "killed for lack of memory".into()),
-                oom_killed,
-                ..Exit::now(status)
-            }
+        Ok(ended) => {
+            init::passed_on(container, carriers).await;
+            ended.into()
         }
         Err(failure) => broken(EXIT_HULL, failure.message),
     }

@@ -24,16 +24,16 @@ use tokio::task::JoinHandle;
 use attaching::{Attaching, attach, finished, keep, settle, undo_network, undone};
 use spec::{guest_spec, root_share};
 
-use super::agent::{Agent, Ended};
+use super::agent::Agent;
 use super::boot::{self, BOOT_TIME, BREAK_TIME, DEATH_TIME, SHUTDOWN_TIME, told_to_end};
-use super::container::{Container, carry};
+use super::container::Container;
 use super::devices::Incoming;
 use super::guest::Guest;
 use super::loopback::Forwarder;
 use super::mounts::{self, RootFs};
 use super::network::Network;
 use super::output::Output;
-use super::{etc, server, streams};
+use super::{etc, init, server};
 use crate::client::erase;
 use crate::error::{Context, EXIT_HULL, Failure, Result};
 use crate::log;
@@ -331,27 +331,7 @@ async fn boot(
     }
     timings.step("configure the guest", begin);
 
-    let begin = now_ns();
-    let wanted = streams::Wanted {
-        terminal: container.record().terminal,
-        stdin: request.stdin,
-        output: true,
-    };
-    let (ports, connected) = streams::connect(devices, wanted).await?;
-    timings.step("open streams", begin);
-
-    let begin = now_ns();
-    agent
-        .run(
-            container.id(),
-            spec_json,
-            request.raw_args.clone(),
-            request.raw_env.clone(),
-            ports,
-        )
-        .await?;
-    timings.step("create and start the container", begin);
-
+    let connected = init::start(container, &agent, devices, spec_json, timings).await?;
     let (device_process, machine_process) = guest.pids();
     container.set_guest(agent.clone(), devices.clone());
     container.update(|record| {
@@ -361,7 +341,7 @@ async fn boot(
         record.processes.devices = device_process;
         record.processes.machine = machine_process;
     })?;
-    let carriers = carry(container, connected).await;
+    let carriers = init::carry(container, connected).await;
     Ok(Live {
         agent,
         carriers,
@@ -397,20 +377,12 @@ async fn run_to_end(container: &Container, guest: &Guest, live: &mut Live) -> Ex
         }
     };
     match ended {
-        Ok(Ended { status, oom_killed }) => {
-            for carrier in &mut live.carriers {
-                // Output that nobody reads must not keep the container for ever when it is removed.
-                tokio::select! {
-                    _ = carrier => {}
-                    _ = container.aborted() => {}
-                    _ = guest.broke_down() => {}
-                }
+        Ok(ended) => {
+            tokio::select! {
+                () = init::passed_on(container, &mut live.carriers) => {}
+                _ = guest.broke_down() => {}
             }
-            Exit {
-                reason: oom_killed.then(|| "killed for lack of memory".into()),
-                oom_killed,
-                ..Exit::now(status)
-            }
+            ended.into()
         }
         // The agent went first; the kernel follows, and knows more.
         Err(failure) => match tokio::time::timeout(DEATH_TIME, guest.broke_down()).await {
