@@ -52,6 +52,8 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Show what containers use and what their machines cost the host
     Stats(stats::Args),
+    /// Show what happens to containers, of all engines on this host
+    Events(events::Args),
     /// Show the processes of a container
     Top(top::Args),
     /// Copy files between a container and the host
@@ -79,10 +81,10 @@ pub enum Command {
 }
 
 impl Command {
-    /// Does it. The number is the exit status.
-    pub fn execute(self) -> Result<u8> {
+    /// Does it; the exit status. `began_ns`: monotonic clock when this process began, nanoseconds.
+    pub fn execute(self, began_ns: u64) -> Result<u8> {
         match self {
-            Command::Run(args) => run::execute(*args),
+            Command::Run(args) => run::execute(*args, began_ns),
             Command::Exec(args) => exec::execute(args),
             Command::Ps(args) => ps::execute(args),
             Command::Logs(args) => logs::execute(args),
@@ -95,6 +97,7 @@ impl Command {
             Command::Rm(args) => rm::execute(args),
             Command::Inspect(args) => inspect::execute(args),
             Command::Stats(args) => stats::execute(args),
+            Command::Events(args) => events::execute(args),
             Command::Top(args) => top::execute(args),
             Command::Cp(args) => cp::execute(args),
             Command::Image(args) => image::execute(args),

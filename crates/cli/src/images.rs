@@ -8,13 +8,15 @@ use std::sync::Mutex;
 use hull_image::{Credentials, Event, Image, LayerState, Progress, Reference, Store};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::config::Config;
+use hull_engine::config::Config;
+use hull_engine::error::of_image;
+
 use crate::error::Result;
-use crate::values::Pull;
+use hull_engine::values::Pull;
 
 /// Opens the store of images.
 pub fn store(config: &Config) -> Result<Store> {
-    Ok(Store::open(config.data_dir.join("images"))?)
+    Store::open(config.data_dir.join("images")).map_err(of_image)
 }
 
 /// Makes the image of a reference usable.
@@ -27,10 +29,14 @@ pub fn obtain(config: &Config, reference: &Reference, pull: Pull, quiet: bool) -
     let credentials = Credentials::docker();
     let store = store(config)?;
     if quiet {
-        return Ok(store.resolve(reference, pull, &credentials, &())?);
+        return store
+            .resolve(reference, pull, &credentials, &())
+            .map_err(of_image);
     }
     let shown = Shown::default();
-    Ok(store.resolve(reference, pull, &credentials, &shown)?)
+    store
+        .resolve(reference, pull, &credentials, &shown)
+        .map_err(of_image)
 }
 
 /// Shows the progress of a pull on standard error.

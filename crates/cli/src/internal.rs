@@ -10,7 +10,10 @@ use std::process::ExitCode;
 
 use hull_devices::transport::vhost_user::FrontEnd;
 
-use crate::error::{Context, Error, HULL_FAILED, Result};
+use hull_sandbox::role;
+use hull_sandbox::store::SandboxPath;
+
+use crate::error::{self, Context, Error, HULL_FAILED, Result};
 
 /// The name under which container engines call the OCI runtime.
 const OCI_NAME: &str = "hull-oci";
@@ -28,21 +31,21 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
         return Some(crate::oci::main(arguments));
     }
     if called_as == Some(OsStr::new(SHIM_NAME)) {
-        Error::new(format!("not supported yet: {SHIM_NAME}"))
-            .hint("hull-oci is there for podman, Docker and CRI-O")
-            .print();
+        error::print(
+            &Error::unsupported(format_args!("{SHIM_NAME}, yet"))
+                .hint("hull-oci is there for podman, Docker and CRI-O"),
+        );
         return Some(ExitCode::FAILURE);
     }
     let outcome = match arguments.get(1)?.to_str()? {
-        "sandbox-process" => sandbox_process(&arguments[2..]),
-        "pod-process" => pod_process(&arguments[2..]),
+        role::ROLE => sandbox_process(&arguments[2..]),
         "device-process" => device_process(&arguments[2..]),
         _ => return None,
     };
     Some(match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error.print();
+            error::print(&error);
             ExitCode::from(HULL_FAILED)
         }
     })
@@ -79,55 +82,29 @@ fn missing(name: &str) -> Error {
     Error::new(format!("internal command: no --{name}"))
 }
 
-/// `sandbox-process --run-dir DIR --data-dir DIR --id ID`, with the first client's connection as standard input.
+/// `sandbox-process --directory DIR --id ID`, with the connection of who started it as standard
+/// input.
 fn sandbox_process(arguments: &[OsString]) -> Result<()> {
     // The command that started us blocked signals for its own purposes.
-    crate::signals::unblock_all();
+    hull_engine::attach::unblock_all();
     close_inherited();
     log_to_stderr();
-    let (mut run, mut data, mut id) = (None, None, None);
+    let (mut sandboxes, mut id) = (None, None);
     let mut pairs = Pairs {
         rest: arguments.iter(),
     };
     while let Some((name, value)) = pairs.next()? {
         match name {
-            "run-dir" => run = Some(PathBuf::from(value)),
-            "data-dir" => data = Some(PathBuf::from(value)),
+            "directory" => sandboxes = Some(PathBuf::from(value)),
             "id" => id = value.to_str(),
             _ => return Err(unknown(name)),
         }
     }
-    let paths = hull_sandbox::Paths::new(
-        run.ok_or_else(|| missing("run-dir"))?,
-        data.ok_or_else(|| missing("data-dir"))?,
-    );
-    let id = id.ok_or_else(|| missing("id"))?;
-    hull_sandbox::process::single::run(&paths, id, connection_on_stdin()?)?;
-    Ok(())
-}
-
-/// `pod-process --directory DIR --id ID`, with the connection of who started it as standard input.
-fn pod_process(arguments: &[OsString]) -> Result<()> {
-    crate::signals::unblock_all();
-    close_inherited();
-    log_to_stderr();
-    let (mut directory, mut id) = (None, None);
-    let mut pairs = Pairs {
-        rest: arguments.iter(),
-    };
-    while let Some((name, value)) = pairs.next()? {
-        match name {
-            "directory" => directory = Some(PathBuf::from(value)),
-            "id" => id = value.to_str(),
-            _ => return Err(unknown(name)),
-        }
-    }
-    let paths = hull_sandbox::pod::PodPaths {
-        all: directory.ok_or_else(|| missing("directory"))?,
+    let path = SandboxPath {
+        sandboxes: sandboxes.ok_or_else(|| missing("directory"))?,
         id: id.ok_or_else(|| missing("id"))?.to_owned(),
     };
-    hull_sandbox::process::pod::run(&paths, connection_on_stdin()?.into())?;
-    Ok(())
+    role::run(&path, connection_on_stdin()?.into())
 }
 
 /// Closes what an engine or a shell left open in who started this process: somebody may wait for its end, and this
@@ -152,19 +129,19 @@ fn connection_on_stdin() -> Result<UnixStream> {
     let connection = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
-        .context(|| "cannot take over the first connection")?;
-    let nothing = File::open("/dev/null").context(|| "cannot open /dev/null")?;
-    rustix::stdio::dup2_stdin(&nothing).context(|| "cannot close standard input")?;
+        .context(|| "take over the first connection")?;
+    let nothing = File::open("/dev/null").context(|| "open /dev/null")?;
+    rustix::stdio::dup2_stdin(&nothing).context(|| "close standard input")?;
     Ok(UnixStream::from(connection))
 }
 
 /// `device-process --control-fd N --fs-fd N --vsock-fd N --entropy-fd N [--net-fd SOCKET:MAC[:qemu]]… [--disk-fd SOCKET:FILE[:ro]]…`
 /// with hardware addresses as 12 hexadecimal digits.
 fn device_process(arguments: &[OsString]) -> Result<()> {
-    crate::signals::unblock_all();
+    hull_engine::attach::unblock_all();
     log_to_stderr();
     let options = device_process_options(arguments)?;
-    Ok(hull_sandbox::device_process::run(options)?)
+    hull_sandbox::device_process::run(options)
 }
 
 fn device_process_options(

@@ -1,31 +1,17 @@
-//! The `hull` command. Finds out in which of its roles the executable was called, and in the role that people use
-//! turns arguments into requests to the other crates and prints what comes back. It has no logic of its own.
+//! The `hull` command. Finds out in which of its roles the executable was called, and in the role
+//! that people use turns arguments into calls of the other crates and prints what comes back. It has
+//! no logic of its own.
 //!
-//! Its start is part of the start of every container: nothing is read, allocated or started here before a command
-//! needs it.
+//! Its start is part of the start of every container: nothing is read, allocated or started here
+//! before a command needs it.
 
-mod attach;
 mod cli;
 mod commands;
-mod config;
-mod copy;
-mod engines;
 mod error;
-mod guest;
-mod home;
 mod images;
 mod internal;
-mod mounts;
-mod names;
-mod network;
 mod oci;
 mod output;
-mod publish;
-mod reservation;
-mod signals;
-mod terminal;
-mod time;
-mod values;
 
 use std::process::ExitCode;
 
@@ -38,26 +24,29 @@ fn main() -> ExitCode {
     if let Some(status) = internal::dispatch(&arguments) {
         return status;
     }
-    commands::run::set_beginning(began_ns);
-    let outcome = match cli::Hull::try_parse_from(arguments) {
-        Ok(hull) => hull.command.execute(),
+    let (outcome, is_run) = match cli::Hull::try_parse_from(arguments) {
+        Ok(hull) => {
+            let is_run = matches!(hull.command, cli::Command::Run(_));
+            (hull.command.execute(began_ns), is_run)
+        }
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-                output::print(error.render().to_string()).map(|()| 0)
+                (output::print(error.render().to_string()).map(|()| 0), false)
             }
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 // As with Docker: help without having asked for it is a usage error.
                 output::note(error.render().to_string().trim_end());
-                Err(error::Error::printed(error::HULL_FAILED))
+                (Ok(error::HULL_FAILED), false)
             }
-            _ => Err(error::from_usage(&error)),
+            _ => (Err(error::from_usage(&error)), false),
         },
     };
-    match outcome {
-        Ok(status) => ExitCode::from(status),
+    ExitCode::from(match outcome {
+        Ok(status) => status,
         Err(error) => {
-            error.print();
-            ExitCode::from(error.exit_status())
+            error::print(&error);
+            let codes = error::codes(error.kind);
+            if is_run { codes.run } else { codes.hull }
         }
-    }
+    })
 }

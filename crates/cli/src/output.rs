@@ -61,7 +61,7 @@ pub fn print(text: impl AsRef<[u8]>) -> Result<()> {
         .write_all(text.as_ref())
         .and_then(|()| stdout.flush())
         .or_else(closed_pipe_ends)
-        .context(|| "cannot write to standard output")
+        .context(|| "write to standard output")
 }
 
 /// Ends the process when `error` says that nobody reads our output any more.

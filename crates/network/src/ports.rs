@@ -52,8 +52,34 @@ pub struct Reservation {
     pub sockets: Vec<OwnedFd>,
 }
 
+/// A port cannot be published.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("cannot publish {port}: {}", self.why())]
+pub struct PortError {
+    port: String,
+    error: Errno,
+}
+
+impl PortError {
+    fn why(&self) -> String {
+        match self.error {
+            Errno::ADDRINUSE => "port is already allocated".to_owned(),
+            Errno::ADDRNOTAVAIL => "the host has no such address".to_owned(),
+            error => std::io::Error::from(error).to_string(),
+        }
+    }
+
+    /// Whether the caller's rights are what lacks.
+    pub fn is_denied(&self) -> bool {
+        matches!(self.error, Errno::ACCESS | Errno::PERM)
+    }
+}
+
 /// Finds the host's ports and occupies them; all or none.
-pub fn reserve(published: &[Published]) -> Result<Reservation, String> {
+///
+/// # Errors
+/// One cannot be bound.
+pub fn reserve(published: &[Published]) -> Result<Reservation, PortError> {
     let mut all = Reservation::default();
     // Ports with a number first, so that no other gets one of them by chance.
     let mut order: Vec<(usize, &Published)> = published.iter().enumerate().collect();
@@ -87,21 +113,7 @@ pub fn reserve(published: &[Published]) -> Result<Reservation, String> {
     Ok(all)
 }
 
-/// Occupies ports that were found before.
-pub fn hold(mappings: &[PortMapping]) -> Result<Vec<OwnedFd>, String> {
-    let published: Vec<Published> = mappings
-        .iter()
-        .map(|mapping| Published {
-            host_ip: mapping.host_ip,
-            host_port: HostPort::One(mapping.host_port),
-            container_port: mapping.container_port,
-            protocol: mapping.protocol,
-        })
-        .collect();
-    Ok(reserve(&published)?.sockets)
-}
-
-fn reserve_one(one: &Published) -> Result<(u16, Vec<OwnedFd>), String> {
+fn reserve_one(one: &Published) -> Result<(u16, Vec<OwnedFd>), PortError> {
     /// A port may be free for one family of addresses and taken for the other.
     const TRIES: u32 = 32;
     let name = one.protocol.name();
@@ -111,12 +123,10 @@ fn reserve_one(one: &Published) -> Result<(u16, Vec<OwnedFd>), String> {
             Some(IpAddr::V4(ip)) => ip.to_string(),
             None => "0.0.0.0".to_owned(),
         };
-        let why = match error {
-            Errno::ADDRINUSE => "port is already allocated".to_owned(),
-            Errno::ADDRNOTAVAIL => "the host has no such address".to_owned(),
-            error => std::io::Error::from(error).to_string(),
-        };
-        format!("cannot publish {address}:{port}/{name}: {why}")
+        PortError {
+            port: format!("{address}:{port}/{name}"),
+            error,
+        }
     };
     match one.host_port {
         HostPort::One(port) => occupy(one, port).map_err(|error| cannot(port.to_string(), error)),

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::error::{Context, Error, Result};
 use oci_spec::runtime::{Capability, Spec};
 use serde::Deserialize;
 use serde_json::Value;
@@ -42,13 +42,13 @@ impl Bundle {
         let file = path.join("config.json");
         let text = read(&file)?;
         let invalid = |error: serde_json::Error| {
-            Failure::new(format!("cannot use {}: {error}", file.display()))
+            Error::new(format!("cannot use {}: {error}", file.display()))
         };
         let mut config: Value = serde_json::from_slice(&text).map_err(invalid)?;
         let version = match config.get("ociVersion") {
             Some(Value::String(version)) => version.clone(),
             _ => {
-                return Err(Failure::new(format!(
+                return Err(Error::new(format!(
                     "cannot use {}: ociVersion is missing",
                     file.display()
                 )));
@@ -58,19 +58,19 @@ impl Bundle {
         let notes = leave_out_unknown_capabilities(&mut config);
         let spec: Spec = Spec::deserialize(&config).map_err(invalid)?;
         let root = spec.root().as_ref().ok_or_else(|| {
-            Failure::new(format!("cannot use {}: root is missing", file.display()))
+            Error::new(format!("cannot use {}: root is missing", file.display()))
         })?;
         let rootfs = path.join(root.path());
         match fs::metadata(&rootfs) {
             Ok(found) if found.is_dir() => {}
             Ok(_) => {
-                return Err(Failure::new(format!(
+                return Err(Error::new(format!(
                     "invalid rootfs: {} is not a directory",
                     rootfs.display()
                 )));
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(Failure::new(format!(
+                return Err(Error::new(format!(
                     "invalid rootfs: stat {}: no such file or directory",
                     rootfs.display()
                 )));
@@ -82,7 +82,7 @@ impl Bundle {
         let rootfs =
             fs::canonicalize(&rootfs).context(|| format!("use rootfs {}", rootfs.display()))?;
         if rootfs == Path::new("/") {
-            return Err(Failure::new(
+            return Err(Error::new(
                 "invalid rootfs: the host's own root directory cannot be a container's",
             ));
         }
@@ -123,18 +123,18 @@ fn leave_out_unknown_capabilities(config: &mut Value) -> Vec<String> {
 
 fn read(file: &Path) -> Result<Vec<u8>> {
     let open = fs::File::open(file).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => Failure::new(format!(
+        ErrorKind::NotFound => Error::new(format!(
             "JSON specification file {} not found",
             file.display()
         )),
-        _ => Failure::new(format!("cannot read {}: {error}", file.display())),
+        _ => Error::new(format!("cannot read {}: {error}", file.display())),
     })?;
     let mut text = Vec::new();
     open.take(MAX_CONFIG + 1)
         .read_to_end(&mut text)
         .context(|| format!("read {}", file.display()))?;
     if text.len() as u64 > MAX_CONFIG {
-        return Err(Failure::new(format!(
+        return Err(Error::new(format!(
             "{} is longer than {} MiB",
             file.display(),
             MAX_CONFIG >> 20
@@ -147,7 +147,7 @@ fn read(file: &Path) -> Result<Vec<u8>> {
 /// where the specification says so. A version before 1.0.0 is another specification.
 fn check_version(version: &str) -> Result<()> {
     let unknown = || {
-        Failure::new(format!(
+        Error::new(format!(
             "unsupported ociVersion {version:?}: hull knows 1.0.0 to 1.2.x"
         ))
     };

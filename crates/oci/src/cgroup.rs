@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hull_sandbox::error::Context;
-use hull_sandbox::{Failure, Result};
+use hull_sandbox::{Error, Result};
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
@@ -40,7 +40,7 @@ const JOIN_ATTEMPTS: u32 = 5;
 const JOIN_PAUSE: Duration = Duration::from_millis(30);
 
 /// The control groups of one container: the same group in each hierarchy.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Groups {
     /// Absolute: one directory with v2, one per hierarchy otherwise. Empty where no hierarchy can be written.
     pub directories: Vec<PathBuf>,
@@ -240,7 +240,7 @@ impl Groups {
         if number == Some(libc::EBUSY) && setting.is_memory() {
             return Ok(Written::InUse);
         }
-        let failure = Failure::new(format!(
+        let failure = Error::new(format!(
             "cannot set {} ({} to {value}): {error}",
             setting.field,
             path.display(),
@@ -252,7 +252,7 @@ impl Groups {
     }
 
     /// Why no file was found for a limit.
-    fn missing(&self, setting: &limits::Setting) -> Failure {
+    fn missing(&self, setting: &limits::Setting) -> Error {
         let [old, new] = setting.controllers;
         let field = setting.field;
         let mut name = old;
@@ -273,21 +273,21 @@ impl Groups {
             };
             if there {
                 let files: Vec<_> = setting.ways.iter().map(|(file, _)| *file).collect();
-                return Failure::new(format!(
+                return Error::new(format!(
                     "cannot set {field}: the host's {name} controller has no {}",
                     files.join(" or ")
                 ));
             }
         }
-        Failure::new(format!(
+        Error::new(format!(
             "cannot set {field}: the host has no {name} controller"
         ))
     }
 }
 
 /// Not [`Context`]: "no space left" speaks of cpusets and numbers of groups here, not of disks.
-fn failed(doing: &str, directory: &Path, error: impl Display) -> Failure {
-    Failure::new(format!("cannot {doing} {}: {error}", directory.display()))
+fn failed(doing: &str, directory: &Path, error: impl Display) -> Error {
+    Error::new(format!("cannot {doing} {}: {error}", directory.display()))
 }
 
 /// What became of a limit.
@@ -296,7 +296,7 @@ enum Written {
     /// More memory is in use.
     InUse,
     /// The value does not fit others, or is wrong.
-    No(Failure),
+    No(Error),
 }
 
 #[cfg(test)]

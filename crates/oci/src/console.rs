@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::error::{Context, Error, Result};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -40,7 +40,7 @@ pub fn send_master(socket: &Path, size: Option<(u16, u16)>) -> Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(Failure::new("cannot send the terminal: no room"));
+        return Err(Error::new("cannot send the terminal: no room"));
     }
     // Its name goes along, as with runc.
     let text = IoSlice::new(name.as_bytes());

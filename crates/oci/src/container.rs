@@ -1,28 +1,21 @@
-//! The containers of one state directory (`--root`): a directory each, which whoever makes it first owns.
-//!
-//! ```text
-//! ROOT/<id>/state.json    what is known of the container from its creation on: a `Record`
-//! ROOT/<id>/config.json   the bundle's, as it was then: hooks and `exec` need it
-//! ROOT/<id>/status.json   how far it is; written by the pod's sandbox process
-//! ```
+//! The containers of one state directory (`--root`): a directory each, which belongs to the command
+//! that creates it. What is in it: see `hull_sandbox::store`.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::client::{self, Connection};
-use hull_sandbox::pod::{ContainerStatus, PodPaths, STATUS_FILE, Status};
+use hull_sandbox::control::client::Client;
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::store::{
+    self, CONFIG_FILE, Directory, ProcessId, SandboxPath, State, Status, remove_all,
+};
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cgroup::Groups;
-
-/// Version of the record's format.
-const VERSION: u32 = 1;
 
 /// A state directory.
 #[derive(Debug, Clone)]
@@ -32,48 +25,38 @@ pub struct Root {
 }
 
 /// What is known of a container from its creation on.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Record {
-    version: u32,
-    /// Of the specification that the bundle follows.
+pub type Record = store::Record<Details>;
+
+/// What `hull-oci` knows of a container, beside what every record has.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Details {
+    /// Version of the specification that the bundle follows.
     pub oci_version: String,
-    /// The engine's id.
-    pub id: String,
     /// Absolute path of the bundle.
     pub bundle: PathBuf,
     /// Absolute path of the root file system.
     pub rootfs: PathBuf,
-    /// When it was created, RFC 3339.
-    pub created: String,
     /// The user who created it.
     pub owner: String,
     /// The bundle's.
-    #[serde(default)]
     pub annotations: HashMap<String, String>,
-    /// Its keeper, and when that was started (field 22 of proc_pid_stat(5)), which tells whether it still is the same.
-    pub keeper: i32,
-    /// See `keeper`.
-    pub keeper_started: u64,
-    /// Directory of all pods, and the name of its pod.
-    pub pods: PathBuf,
-    /// See `pods`.
-    pub pod: String,
+    /// Its keeper.
+    pub keeper: ProcessId,
     /// Its control groups on the host.
-    #[serde(default)]
     pub groups: Groups,
     /// The limit of memory that it was created with, bytes; 0 for none.
     pub memory: u64,
     /// Limits as they are since the last `update`; the configuration's when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub resources: Option<LinuxResources>,
 }
 
 /// A container's directory.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Container {
-    /// Where it is.
-    pub directory: PathBuf,
+    /// The directory, open.
+    pub directory: Directory,
     /// The engine's id.
     pub id: String,
 }
@@ -93,7 +76,9 @@ fn check_id(id: &str) -> Result<()> {
     if is_valid_id(id) {
         Ok(())
     } else {
-        Err(Failure::new(format!("invalid container id format: {id:?}")))
+        Err(Error::invalid(format!(
+            "invalid container id format: {id:?}"
+        )))
     }
 }
 
@@ -101,37 +86,35 @@ impl Root {
     /// Makes the directory of a new container.
     ///
     /// # Errors
-    /// The id is not one, there is a container of this id, or the directory cannot be made.
+    /// `InvalidArgument` for a bad id, `Exists`, or the directory cannot be created.
     pub fn claim(&self, id: &str) -> Result<Container> {
         check_id(id)?;
-        fs::create_dir_all(&self.path).context(|| format!("create {}", self.path.display()))?;
-        let directory = self.path.join(id);
-        match fs::create_dir(&directory) {
-            Ok(()) => Ok(Container {
+        let path = self.path.join(id);
+        match Directory::create_new(&path) {
+            Ok(directory) => Ok(Container {
                 directory,
                 id: id.to_owned(),
             }),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                Err(Failure::new("container with given ID already exists"))
+                Err(Error::exists("container with given ID already exists"))
             }
-            Err(error) => Err(error).context(|| format!("create {}", directory.display())),
+            Err(error) => Err(error).context(|| format!("create {}", path.display())),
         }
     }
 
     /// The container of this id. The words of the error are runc's.
     ///
     /// # Errors
-    /// There is none.
+    /// `NotFound`.
     pub fn find(&self, id: &str) -> Result<Container> {
         check_id(id)?;
-        let directory = self.path.join(id);
-        if !directory.is_dir() {
-            return Err(Failure::new("container does not exist"));
+        match Directory::open(&self.path.join(id)) {
+            Ok(directory) => Ok(Container {
+                directory,
+                id: id.to_owned(),
+            }),
+            Err(_) => Err(does_not_exist()),
         }
-        Ok(Container {
-            directory,
-            id: id.to_owned(),
-        })
     }
 
     /// All containers, by id.
@@ -147,99 +130,99 @@ impl Root {
         let mut ids: Vec<String> = entries
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|id| is_valid_id(id) && self.path.join(id).join("state.json").exists())
+            .filter(|id| is_valid_id(id))
             .collect();
         ids.sort_unstable();
         Ok(ids
             .into_iter()
-            .map(|id| Container {
-                directory: self.path.join(&id),
-                id,
-            })
+            .filter_map(|id| self.find(&id).ok())
+            .filter(Container::is_known)
             .collect())
     }
 }
 
-/// When a process was started, in ticks since the host's boot; `None` when there is no such process.
-pub fn process_started(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything: the fields begin after the last parenthesis, with the third.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace();
-    // A process that has ended and was not waited for yet is not there any more.
-    if fields.next()? == "Z" {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
+fn does_not_exist() -> Error {
+    Error::not_found("container does not exist")
 }
 
-impl Record {
-    /// A record of a container that is being made.
-    pub fn new(container: &Container, bundle: &crate::bundle::Bundle) -> Self {
-        Self {
-            version: VERSION,
+/// A record of a container that is being created.
+pub fn new_record(container: &Container, bundle: &crate::bundle::Bundle, root: &Path) -> Record {
+    let mut record = Record::new(
+        &container.id,
+        engine(&bundle.annotations, root),
+        Details {
             oci_version: bundle.version.clone(),
-            id: container.id.clone(),
             bundle: bundle.path.clone(),
             rootfs: bundle.rootfs.clone(),
-            created: crate::time::now(),
             owner: owner(),
             annotations: bundle.annotations.clone(),
-            keeper: 0,
-            keeper_started: 0,
-            pods: PathBuf::new(),
-            pod: String::new(),
-            groups: Groups::default(),
-            memory: 0,
-            resources: None,
-        }
-    }
+            ..Details::default()
+        },
+    );
+    record.command = bundle
+        .spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.args().clone())
+        .unwrap_or_default();
+    record
+}
 
-    /// A record of a container whose own is not there or damaged: what `delete` needs to remove it. `kept`: a
-    /// keeper of one of its processes, and its pod.
-    pub fn recovered(container: &Container, groups: Groups, kept: Option<(i32, PodPaths)>) -> Self {
-        let (keeper, pod) = kept.unzip();
-        let keeper = keeper.unwrap_or_default();
-        let (pods, pod) = pod.map(|pod| (pod.all, pod.id)).unwrap_or_default();
-        Self {
-            version: VERSION,
-            oci_version: String::new(),
-            id: container.id.clone(),
-            bundle: PathBuf::new(),
-            rootfs: PathBuf::new(),
-            created: String::new(),
-            owner: String::new(),
-            annotations: HashMap::new(),
-            keeper,
-            keeper_started: process_started(keeper).unwrap_or_default(),
-            pods,
-            pod,
+/// A record of a container whose own is not there or damaged: what `delete` needs to remove it.
+pub fn recovered_record(
+    container: &Container,
+    groups: Groups,
+    kept: Option<(ProcessId, SandboxPath)>,
+) -> Record {
+    let (keeper, sandbox) = kept.unzip();
+    let mut record = Record::new(
+        &container.id,
+        "oci",
+        Details {
+            keeper: keeper.unwrap_or_default(),
             groups,
-            memory: 0,
-            resources: None,
-        }
-    }
+            ..Details::default()
+        },
+    );
+    record.sandbox = sandbox;
+    record
+}
 
-    /// The files of its pod.
-    pub fn pod_paths(&self) -> PodPaths {
-        PodPaths {
-            all: self.pods.clone(),
-            id: self.pod.clone(),
-        }
+/// The engine, by what it leaves in a bundle or where it keeps containers.
+fn engine(annotations: &HashMap<String, String>, root: &Path) -> &'static str {
+    let has = |prefix: &str| annotations.keys().any(|key| key.starts_with(prefix));
+    let root = root.to_string_lossy();
+    if has("io.kubernetes.cri-o.") {
+        "cri-o"
+    } else if has("io.kubernetes.cri.") {
+        "containerd"
+    } else if has("io.podman.") || has("org.opencontainers.image.stopSignal") {
+        "podman"
+    } else if root.contains("/docker/") || root.ends_with("/moby") {
+        "docker"
+    } else {
+        "oci"
     }
+}
 
-    /// Connects to its pod.
-    ///
-    /// # Errors
-    /// The pod is no more; the words are runc's.
-    pub fn connect(&self) -> Result<Connection> {
-        Connection::open(&self.pod_paths())?.ok_or_else(|| Failure::new("container not running"))
-    }
+/// The sandbox that a container is in.
+///
+/// # Errors
+/// `WrongState` when it was never in one; the words are runc's.
+pub fn sandbox(record: &Record) -> Result<&SandboxPath> {
+    record.sandbox.as_ref().ok_or_else(not_running)
+}
 
-    /// Whether the keeper still is the process that it was.
-    pub fn keeper_lives(&self) -> bool {
-        self.keeper > 0 && process_started(self.keeper) == Some(self.keeper_started)
-    }
+/// Connects to the sandbox of a container.
+///
+/// # Errors
+/// `WrongState` when that is no more; the words are runc's.
+pub fn connect(record: &Record) -> Result<Client> {
+    Client::open(sandbox(record)?)?.ok_or_else(not_running)
+}
+
+fn not_running() -> Error {
+    Error::wrong_state("container not running")
 }
 
 fn owner() -> String {
@@ -256,37 +239,25 @@ fn owner() -> String {
 }
 
 impl Container {
+    /// Whether there is a record: before, the container is somebody's that is just beginning.
+    fn is_known(&self) -> bool {
+        matches!(self.record(), Ok(_) | Err(Error { kind: hull_sandbox::ErrorKind::Host, .. }))
+    }
+
     /// Its record.
     ///
     /// # Errors
-    /// There is none yet, or it is damaged.
+    /// `NotFound` when there is none yet; it is damaged, or a newer hull's.
     pub fn record(&self) -> Result<Record> {
-        let path = self.directory.join("state.json");
-        let text = fs::read(&path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Failure::new("container does not exist"),
-            _ => Failure::new(format!("cannot read {}: {error}", path.display())),
-        })?;
-        let record: Record = serde_json::from_slice(&text).map_err(|error| {
-            Failure::new(format!("state file {} is damaged: {error}", path.display()))
-                .hint(format!("hull-oci delete --force {}", self.id))
-        })?;
-        if record.version != VERSION {
-            return Err(Failure::new(format!(
-                "state file {} has version {}, this hull knows {VERSION}",
-                path.display(),
-                record.version
-            )));
-        }
-        Ok(record)
+        Record::read(&self.directory)?.ok_or_else(does_not_exist)
     }
 
-    /// Writes the record, so that a reader sees either the old or the new one.
+    /// Writes the record.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn store(&self, record: &Record) -> Result<()> {
-        let text = serde_json::to_vec_pretty(record).context(|| "encode the state".into())?;
-        self.write("state.json", &text)
+        record.write(&self.directory)
     }
 
     /// Keeps the bundle's configuration.
@@ -294,7 +265,7 @@ impl Container {
     /// # Errors
     /// It cannot be written.
     pub fn store_config(&self, config: &[u8]) -> Result<()> {
-        self.write("config.json", config)
+        self.directory.write(CONFIG_FILE, config)
     }
 
     /// The configuration as it was when the container was created.
@@ -302,48 +273,20 @@ impl Container {
     /// # Errors
     /// It cannot be read.
     pub fn config(&self) -> Result<Value> {
-        let path = self.directory.join("config.json");
-        let text = fs::read(&path).context(|| format!("read {}", path.display()))?;
+        let path = self.directory.path().join(CONFIG_FILE);
+        let text = self
+            .directory
+            .read(CONFIG_FILE)?
+            .ok_or_else(|| Error::new(format!("there is no {}", path.display())))?;
         serde_json::from_slice(&text).context(|| format!("read {}", path.display()))
     }
 
-    fn write(&self, name: &str, text: &[u8]) -> Result<()> {
-        let path = self.directory.join(name);
-        let new = path.with_extension("new");
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .context(|| format!("write {}", path.display()))
-    }
-
-    /// Its directory, for the sandbox process.
+    /// How far it is, corrected when its sandbox was killed.
     ///
     /// # Errors
-    /// It cannot be opened.
-    pub fn open(&self) -> Result<OwnedFd> {
-        File::open(&self.directory)
-            .map(OwnedFd::from)
-            .context(|| format!("open {}", self.directory.display()))
-    }
-
-    /// How far it is, corrected when the pod was killed.
-    pub fn status(&self, record: &Record) -> ContainerStatus {
-        let stopped = ContainerStatus {
-            status: Status::Stopped,
-            exit: None,
-        };
-        let said = fs::read(self.directory.join(STATUS_FILE))
-            .ok()
-            .and_then(|text| serde_json::from_slice::<ContainerStatus>(&text).ok());
-        match said {
-            Some(said) if said.status == Status::Stopped => said,
-            Some(said) if client::is_alive(&record.pod_paths()) => said,
-            Some(_) => stopped,
-            None if record.keeper_lives() => ContainerStatus {
-                status: Status::Creating,
-                exit: None,
-            },
-            None => stopped,
-        }
+    /// The status is damaged, or a newer hull's.
+    pub fn status(&self, record: &Record) -> Result<Status> {
+        record.status(&self.directory)
     }
 
     /// Removes its directory.
@@ -351,33 +294,29 @@ impl Container {
     /// # Errors
     /// It cannot be removed.
     pub fn remove(&self) -> Result<()> {
-        match fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).context(|| format!("remove {}", self.directory.display()))
-            }
-            _ => Ok(()),
-        }
+        remove_all(self.directory.path())
     }
 }
 
 /// The OCI state of a container: what `state` prints and hooks read.
-pub fn state(record: &Record, status: Status, pid: i32) -> Value {
+pub fn state(record: &Record, state: State, pid: i32) -> Value {
+    let details = &record.details;
     serde_json::json!({
-        "ociVersion": record.oci_version,
+        "ociVersion": details.oci_version,
         "id": record.id,
         "pid": pid,
-        "status": status,
-        "bundle": record.bundle,
-        "rootfs": record.rootfs,
-        "created": record.created,
-        "owner": record.owner,
-        "annotations": record.annotations,
+        "status": state,
+        "bundle": details.bundle,
+        "rootfs": details.rootfs,
+        "created": rfc3339(record.created_ns),
+        "owner": details.owner,
+        "annotations": details.annotations,
     })
 }
 
-/// Where the record's directory of pods is.
-pub fn pods_directory(run: &Path) -> PathBuf {
-    PodPaths::new(run, "").all
+fn rfc3339(nanoseconds: u64) -> String {
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(nanoseconds);
+    humantime::format_rfc3339_nanos(time).to_string()
 }
 
 #[cfg(test)]
@@ -396,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_belongs_to_whoever_claims_it_first() {
+    fn an_id_belongs_to_the_first_that_claims_it() {
         let directory = tempfile::tempdir().unwrap();
         let root = Root {
             path: directory.path().join("root"),
@@ -415,9 +354,14 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_told_from_a_later_one_of_the_same_id() {
-        let own = std::process::id().cast_signed();
-        assert!(process_started(own).is_some_and(|started| started > 0));
-        assert_eq!(process_started(i32::MAX), None);
+    fn engines_are_told_by_what_they_leave() {
+        let annotated = |key: &str| HashMap::from([(key.to_owned(), "x".to_owned())]);
+        let root = Path::new("/run/hull");
+        assert_eq!(engine(&annotated("io.kubernetes.cri-o.SandboxID"), root), "cri-o");
+        assert_eq!(engine(&annotated("io.kubernetes.cri.sandbox-id"), root), "containerd");
+        assert_eq!(engine(&annotated("io.podman.annotations.init"), root), "podman");
+        let docker = Path::new("/var/run/docker/runtime-hull/moby");
+        assert_eq!(engine(&HashMap::new(), docker), "docker");
+        assert_eq!(engine(&HashMap::new(), root), "oci");
     }
 }

@@ -7,17 +7,16 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::DiskRequest;
-use hull_sandbox::pod::wire::Disk;
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::config::{ContainerDisk, DiskConfig};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 
 /// Opens a disk for what the guest may do.
 ///
 /// # Errors
 /// There is no node of it in /dev, or the host's kernel refuses.
-pub fn open(disk: &Disk) -> Result<OwnedFd> {
-    let DiskRequest {
+pub fn open(disk: &ContainerDisk) -> Result<OwnedFd> {
+    let DiskConfig {
         major,
         minor,
         read_only,
@@ -28,7 +27,7 @@ pub fn open(disk: &Disk) -> Result<OwnedFd> {
         FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice
             && stat.st_rdev == rustix::fs::makedev(major, minor)
     };
-    let other = || Failure::new(format!("cannot {}: it is not its node", doing()));
+    let other = || Error::new(format!("cannot {}: it is not its node", doing()));
     // Opening can have effects, and another thing of this name can keep us waiting.
     if !is_it(&rustix::fs::stat(&node).context(doing)?) {
         return Err(other());
@@ -52,7 +51,7 @@ fn node(major: u32, minor: u32) -> Result<PathBuf> {
     let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
     match name {
         Some(name) => Ok(Path::new("/dev").join(name)),
-        None => Err(Failure::new(format!("cannot {}: it has no name", doing()))),
+        None => Err(Error::new(format!("cannot {}: it has no name", doing()))),
     }
 }
 
@@ -63,8 +62,8 @@ mod tests {
 
     #[test]
     fn a_device_that_there_is_not_is_named() {
-        let disk = Disk {
-            device: DiskRequest {
+        let disk = ContainerDisk {
+            device: DiskConfig {
                 major: 4000,
                 minor: 7,
                 read_only: true,

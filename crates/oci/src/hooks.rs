@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::error::{Context, Error, Result};
 use oci_spec::runtime::Hook;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -23,7 +23,7 @@ const MAX_MESSAGE: usize = 1024;
 pub fn run(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value) -> Result<()> {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         let name = || format!("run hook #{index} ({kind}, {})", hook.path().display());
-        run_one(hook, state).map_err(|why| Failure::new(format!("cannot {}: {why}", name())))?;
+        run_one(hook, state).map_err(|why| Error::new(format!("cannot {}: {why}", name())))?;
     }
     Ok(())
 }
@@ -90,7 +90,7 @@ fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
 fn tempfile() -> Result<std::fs::File> {
     rustix::fs::memfd_create("hull-hook", rustix::fs::MemfdFlags::CLOEXEC)
         .map(std::fs::File::from)
-        .context(|| "keep what a hook writes".into())
+        .context(|| "keep what a hook writes")
 }
 
 fn tail(said: &mut std::fs::File) -> String {

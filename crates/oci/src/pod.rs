@@ -1,16 +1,14 @@
-//! Which pod a container belongs to: that of the container whose namespaces it joins, that which the engine names in
-//! an annotation, or one of its own.
+//! Which sandbox a container belongs to: that of the container whose namespaces it joins, that of the
+//! pod which the engine names in an annotation, or one of its own.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::Path;
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::PodPaths;
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::store::{SandboxPath, keepers};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::guest_spec::{Network, Plan};
-use crate::keeper::POD_VARIABLE;
 
 /// Annotations by which engines name the pod of a container: podman and CRI-O, containerd.
 const POD_NAMES: [&str; 2] = [
@@ -25,7 +23,7 @@ const NAME_LENGTH: usize = 32;
 #[derive(Debug)]
 pub struct Found {
     /// Where it is.
-    pub paths: PodPaths,
+    pub path: SandboxPath,
     /// Other containers may be in it.
     pub shared: bool,
 }
@@ -50,22 +48,24 @@ pub fn find(
     plan: &mut Plan,
     annotations: &HashMap<String, String>,
 ) -> Result<Found> {
-    let mut joined: Option<PodPaths> = None;
+    let mut joined: Option<SandboxPath> = None;
     let mut joins = Vec::new();
     for (kind, pid) in std::mem::take(&mut plan.joins) {
-        let Some(pod) = of_keeper(pid) else {
+        let Some(keeper) = keepers::find(run, pid) else {
             if kind == "network" {
                 // A namespace of the host's, in which the keeper is then.
                 continue;
             }
-            return Err(Failure::new(format!(
-                "not supported: the {kind} namespace of process {pid} of the host: the container runs under another kernel"
+            return Err(Error::unsupported(format_args!(
+                "the {kind} namespace of process {pid} of the host: the container runs under \
+                 another kernel"
             ))
             .hint("namespaces of another container that runs with hull can be joined"));
         };
+        let pod = keeper.sandbox;
         if joined.as_ref().is_some_and(|joined| *joined != pod) {
-            return Err(Failure::new(
-                "not supported: namespaces of containers in different machines",
+            return Err(Error::unsupported(
+                "namespaces of containers in different machines",
             ));
         }
         joined = Some(pod);
@@ -74,15 +74,15 @@ pub fn find(
     let named = POD_NAMES.iter().find_map(|name| annotations.get(*name));
     let found = match (joined, named) {
         (Some(pod), _) => Found {
-            paths: pod,
+            path: pod,
             shared: true,
         },
         (None, Some(name)) => Found {
-            paths: PodPaths::new(run, &format!("pod-{}", usable(name)?)),
+            path: SandboxPath::new(run, &format!("pod-{}", usable(name)?)),
             shared: true,
         },
         (None, None) => Found {
-            paths: PodPaths::new(run, &own_name(id)?),
+            path: SandboxPath::new(run, &own_name(id)?),
             shared: false,
         },
     };
@@ -97,33 +97,19 @@ pub fn find(
     Ok(found)
 }
 
-/// The pod of a keeper; `None` for any other process.
-pub fn of_keeper(pid: i32) -> Option<PodPaths> {
-    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
-    let prefix = format!("{POD_VARIABLE}=");
-    environment.split(|byte| *byte == 0).find_map(|variable| {
-        let value = variable.strip_prefix(prefix.as_bytes())?;
-        let path = Path::new(std::str::from_utf8(value).ok()?);
-        Some(PodPaths {
-            all: path.parent()?.to_owned(),
-            id: path.file_name()?.to_str()?.to_owned(),
-        })
-    })
-}
-
 fn usable(name: &str) -> Result<&str> {
     let short = name.get(..NAME_LENGTH).unwrap_or(name);
     if crate::container::is_valid_id(short) {
         Ok(short)
     } else {
-        Err(Failure::new(format!("invalid name of a pod: {name:?}")))
+        Err(Error::new(format!("invalid name of a pod: {name:?}")))
     }
 }
 
 /// A name that no other pod has.
 fn own_name(id: &str) -> Result<String> {
     let mut bytes = [0u8; 8];
-    getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random numbers".into())?;
+    getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random numbers")?;
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("{}-{hex}", id.get(..12).unwrap_or(id)))
 }

@@ -1,6 +1,6 @@
 //! Signals as `runc kill` takes them.
 
-use hull_sandbox::{Failure, Result};
+use hull_sandbox::{Error, Result};
 
 /// The number of a signal given as a number, or by name in any case, with or without `SIG`.
 ///
@@ -10,7 +10,7 @@ use hull_sandbox::{Failure, Result};
 /// # Errors
 /// Runc's words: `unknown signal "X"`.
 pub fn parse(text: &str) -> Result<u32> {
-    let unknown = || Failure::new(format!("unknown signal {text:?}"));
+    let unknown = || Error::new(format!("unknown signal {text:?}"));
     let number = text.strip_prefix('+').unwrap_or(text);
     if number == "0" {
         return Ok(0);

@@ -2,11 +2,11 @@
 //!
 //! A figure that the guest does not report is left out, as runc leaves out what is zero, instead of being guessed.
 
-use hull_sandbox::wire::Stats;
+use hull_sandbox::metrics::Metrics;
 use serde_json::{Value, json};
 
 /// The event that `events --stats` prints.
-pub fn event(id: &str, stats: &Stats) -> Value {
+pub fn event(id: &str, stats: &Metrics) -> Value {
     json!({ "type": "stats", "id": id, "data": data(stats) })
 }
 
@@ -15,7 +15,7 @@ pub fn oom(id: &str) -> Value {
     json!({ "type": "oom", "id": id })
 }
 
-fn data(stats: &Stats) -> Value {
+fn data(stats: &Metrics) -> Value {
     // Without a limit the guest says 0, and runc the largest number.
     let memory_limit = match stats.memory_limit {
         0 => u64::MAX,
@@ -56,7 +56,7 @@ fn nanoseconds(microseconds: u64) -> u64 {
 }
 
 /// Of all devices together: the guest's have numbers that mean nothing on the host.
-fn block_io(stats: &Stats) -> Value {
+fn block_io(stats: &Metrics) -> Value {
     if stats.io_read_bytes == 0 && stats.io_write_bytes == 0 {
         return json!({});
     }
@@ -69,7 +69,7 @@ fn block_io(stats: &Stats) -> Value {
 }
 
 /// All interfaces but the loopback one, as one.
-fn network(stats: &Stats) -> Value {
+fn network(stats: &Metrics) -> Value {
     let (received, sent) = (stats.network_receive_bytes, stats.network_transmit_bytes);
     if received == 0 && sent == 0 {
         return Value::Null;
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn figures_have_runcs_names_and_units() {
-        let stats = Stats {
+        let stats = Metrics {
             cpu_usage_us: 30,
             cpu_user_us: 20,
             cpu_system_us: 10,
@@ -98,7 +98,7 @@ mod tests {
             io_write_bytes: 8,
             network_receive_bytes: 1,
             network_transmit_bytes: 2,
-            ..Stats::default()
+            ..Metrics::default()
         };
         let event = event("c1", &stats);
         assert_eq!(event["type"], "stats");
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn nothing_known_is_nothing_said() {
-        let event = event("c1", &Stats::default());
+        let event = event("c1", &Metrics::default());
         let data = &event["data"];
         assert_eq!(data["memory"]["usage"]["limit"], u64::MAX);
         assert_eq!(data["blkio"], json!({}));
@@ -130,9 +130,9 @@ mod tests {
 
     #[test]
     fn large_figures_do_not_wrap() {
-        let stats = Stats {
+        let stats = Metrics {
             cpu_usage_us: u64::MAX,
-            ..Stats::default()
+            ..Metrics::default()
         };
         assert_eq!(
             event("c1", &stats)["data"]["cpu"]["usage"]["total"],

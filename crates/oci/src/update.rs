@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::Read;
 
-use hull_sandbox::{Failure, Result};
+use hull_sandbox::{Error, Result};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 use serde::Deserialize;
 
@@ -58,8 +58,8 @@ fn given(flag: &Option<String>) -> Option<&str> {
     flag.as_deref().filter(|text| !text.is_empty())
 }
 
-fn invalid(flag: &str, why: impl std::fmt::Display) -> Failure {
-    Failure::new(format!("invalid value for {flag}: {why}"))
+fn invalid(flag: &str, why: impl std::fmt::Display) -> Error {
+    Error::new(format!("invalid value for {flag}: {why}"))
 }
 
 /// A number in decimal.
@@ -170,12 +170,12 @@ impl Limits {
     /// One of them is given.
     pub fn refused(&self) -> Result<()> {
         if given(&self.l3_cache_schema).is_some() {
-            return Err(Failure::new(
+            return Err(Error::new(
                 "Intel RDT/CAT: l3 cache schema is not enabled",
             ));
         }
         if given(&self.mem_bw_schema).is_some() {
-            return Err(Failure::new(
+            return Err(Error::new(
                 "Intel RDT/MBA: memory bandwidth schema is not enabled",
             ));
         }
@@ -204,7 +204,7 @@ pub fn read(source: &str) -> Result<LinuxResources> {
         return from_json(std::io::stdin().lock(), "standard input");
     }
     let file = File::open(source)
-        .map_err(|error| Failure::new(format!("cannot open {source}: {error}")))?;
+        .map_err(|error| Error::new(format!("cannot open {source}: {error}")))?;
     from_json(file, source)
 }
 
@@ -214,7 +214,7 @@ fn from_json(reader: impl Read, source: &str) -> Result<LinuxResources> {
     // An object: the library would take a list for one too.
     serde_json::Map::deserialize(&mut json)
         .and_then(|object| serde_json::from_value(object.into()))
-        .map_err(|error| Failure::new(format!("cannot read resources from {source}: {error}")))
+        .map_err(|error| Error::new(format!("cannot read resources from {source}: {error}")))
 }
 
 /// Adds to a change what the kernel wants to be told together with it, from the limits that hold: a quota and its
@@ -243,12 +243,12 @@ pub fn complete(change: &mut LinuxResources, current: &LinuxResources) {
 pub fn merge(current: &LinuxResources, change: &LinuxResources) -> Result<LinuxResources> {
     let json = |resources: &LinuxResources| {
         serde_json::to_value(resources)
-            .map_err(|error| Failure::new(format!("cannot write resources: {error}")))
+            .map_err(|error| Error::new(format!("cannot write resources: {error}")))
     };
     let mut merged = json(current)?;
     overlay(&mut merged, json(change)?);
     serde_json::from_value(merged)
-        .map_err(|error| Failure::new(format!("cannot merge resources: {error}")))
+        .map_err(|error| Error::new(format!("cannot merge resources: {error}")))
 }
 
 fn overlay(under: &mut serde_json::Value, over: serde_json::Value) {

@@ -1,36 +1,37 @@
-//! Machines and the containers in them: life cycle, state on disk, shares, streams, clean-up.
+//! A sandbox as a library: one guest with one or more containers in it, from the start of its
+//! machine to its end.
 //!
-//! Two sides live here. The *sandbox process* owns a machine and everything that belongs to it, and outlives the
-//! command that started it; there is one for each container of hull's own, and one for each [`pod`] of an engine. The
-//! *client* is how commands find and ask sandbox processes. They meet in [`wire`] and in the files of [`paths`], and for
-//! pods in [`pod::wire`].
+//! [`Sandbox`] boots a machine, [`Container`] and [`Process`] are what runs in it, [`Event`]s tell
+//! what happens. The front ends (`hull`, `hull-oci`, the containerd shim) make the same calls, in
+//! this process or through [`control`] in that of [`role`]. What there is on disk is in [`store`].
 //!
-//! Called by `cli` and `oci` (and later by the containerd shim). This crate never touches guest
-//! memory and never parses what a guest wrote, but for the agent's bounded protobuf answers.
+//! This crate prints nothing and has no effects on the process that uses it: no session, working
+//! directory, umask or runtime of its own; only [`role`] and [`rootless`], which are processes of
+//! hull's own, have. It never touches guest memory, and of what a guest wrote it parses only the
+//! agent's bounded protobuf answers.
 
-mod attachment;
-pub mod client;
-pub mod detached;
-pub mod device_process;
+pub mod config;
+mod container;
+pub mod control;
 pub mod error;
+pub mod events;
+mod guest;
 pub mod log;
-pub mod names;
-pub mod paths;
-pub mod pod;
-pub mod process;
-pub mod record;
-pub mod request;
+pub mod metrics;
+mod network;
+mod process;
+pub mod role;
 pub mod rootless;
+mod sandbox;
+pub mod shares;
 pub mod signals;
-pub mod spec;
+pub mod store;
 pub mod timings;
-pub mod wire;
 
-pub use error::{Failure, Result};
+pub use container::Container;
+pub use error::{Context, Error, ErrorKind, Result};
+pub use events::{Event, EventKind};
 pub use hull_devices::net::filter::LinkLocal;
-pub use paths::{ContainerPaths, Paths};
-pub use record::{Exit, Record, State};
-pub use request::{
-    AttachRequest, CniRequest, MachineRequest, NameRequest, NetworkLimits, NetworkRequest,
-    OwnNetwork, PastaRequest, RunRequest, Volume,
-};
+pub use network::undo as undo_network;
+pub use process::Process;
+pub use sandbox::{Hold, Reason, Sandbox, SandboxExit};

@@ -4,10 +4,18 @@
 //! (u32), all big endian, then the bytes exactly as the container wrote them. When the file has reached half of
 //! its limit it becomes `log.1` and a new one begins, so at least half of the limit is always there.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::OFlags;
+
+use crate::store::{Directory, unix_time_ns};
+
+/// Name of the file in a container's directory.
+pub const FILE: &str = "log";
+
+/// Name of the older part of a log.
+const ROTATED: &str = "log.1";
 
 const HEAD: usize = 13;
 
@@ -38,7 +46,7 @@ pub struct Entry {
 /// Appends to a log.
 #[derive(Debug)]
 pub struct Writer {
-    path: PathBuf,
+    directory: Directory,
     file: File,
     size: u64,
     limit: u64,
@@ -49,10 +57,10 @@ impl Writer {
     ///
     /// # Errors
     /// The file cannot be made.
-    pub fn create(path: &Path, limit: u64) -> io::Result<Self> {
+    pub fn create(directory: Directory, limit: u64) -> io::Result<Self> {
         Ok(Self {
-            path: path.to_owned(),
-            file: File::create(path)?,
+            file: create(&directory)?,
+            directory,
             size: 0,
             limit,
         })
@@ -64,13 +72,11 @@ impl Writer {
     /// The disk is full; the entry is then lost, the log stays readable.
     pub fn append(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
         if self.size > self.limit / 2 {
-            fs::rename(&self.path, rotated(&self.path))?;
-            self.file = File::create(&self.path)?;
+            self.directory.rename(FILE, ROTATED)?;
+            self.file = create(&self.directory)?;
             self.size = 0;
         }
-        let time = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        let time = unix_time_ns();
         let length = u32::try_from(bytes.len()).map_err(|_| ErrorKind::InvalidInput)?;
         let mut entry = Vec::with_capacity(HEAD + bytes.len());
         entry.extend_from_slice(&time.to_be_bytes());
@@ -88,15 +94,18 @@ impl Writer {
     }
 }
 
-/// The older part of a log.
-pub fn rotated(path: &Path) -> PathBuf {
-    path.with_extension("1")
+fn create(directory: &Directory) -> io::Result<File> {
+    directory.open_file(FILE, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)
+}
+
+fn open(directory: &Directory, name: &str) -> io::Result<BufReader<File>> {
+    Ok(BufReader::new(directory.open_file(name, OFlags::RDONLY)?))
 }
 
 /// Reads a log from its beginning; can be asked again when it has grown.
 #[derive(Debug)]
 pub struct Reader {
-    path: PathBuf,
+    directory: Directory,
     parts: Vec<BufReader<File>>,
 }
 
@@ -105,15 +114,12 @@ impl Reader {
     ///
     /// # Errors
     /// There is none.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let mut parts = vec![BufReader::new(File::open(path)?)];
-        if let Ok(old) = File::open(rotated(path)) {
-            parts.push(BufReader::new(old));
+    pub fn open(directory: Directory) -> io::Result<Self> {
+        let mut parts = vec![open(&directory, FILE)?];
+        if let Ok(old) = open(&directory, ROTATED) {
+            parts.push(old);
         }
-        Ok(Self {
-            path: path.to_owned(),
-            parts,
-        })
+        Ok(Self { directory, parts })
     }
 
     /// The next entry; `None` when there is no whole one yet.
@@ -140,7 +146,7 @@ impl Reader {
                 {
                     return Ok(Some(entry));
                 }
-                self.parts = vec![BufReader::new(File::open(&self.path)?)];
+                self.parts = vec![open(&self.directory, FILE)?];
                 continue;
             }
             return Ok(None);
@@ -152,11 +158,10 @@ impl Reader {
         let Some(part) = self.parts.last() else {
             return Ok(true);
         };
-        match fs::metadata(&self.path) {
-            Ok(there) => Ok(there.ino() == part.get_ref().metadata()?.ino()),
+        match self.directory.inode(FILE)? {
+            Some(there) => Ok(there == part.get_ref().metadata()?.ino()),
             // Between rename and create, or removed: nothing newer to read.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
-            Err(error) => Err(error),
+            None => Ok(true),
         }
     }
 }
@@ -210,15 +215,22 @@ fn read_up_to(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
+
+    fn in_(directory: &Path) -> Directory {
+        Directory::open(directory).unwrap()
+    }
 
     #[test]
     fn what_is_written_is_read_back_in_order_with_its_stream() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
-        let mut writer = Writer::create(&path, 1 << 20).unwrap();
+        let path = directory.path();
+        let mut writer = Writer::create(in_(path), 1 << 20).unwrap();
         writer.append(Stream::Output, b"one").unwrap();
-        let mut reader = Reader::open(&path).unwrap();
+        let mut reader = Reader::open(in_(path)).unwrap();
         assert_eq!(reader.next_entry().unwrap().unwrap().bytes, b"one");
         assert_eq!(reader.next_entry().unwrap(), None);
         writer.append(Stream::Error, b"\xff\x00").unwrap();
@@ -232,31 +244,32 @@ mod tests {
     #[test]
     fn the_size_on_disk_is_bounded_and_a_follower_misses_nothing() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
-        let mut writer = Writer::create(&path, 4096).unwrap();
-        let mut reader = Reader::open(&path).unwrap();
+        let path = directory.path();
+        let mut writer = Writer::create(in_(path), 4096).unwrap();
+        let mut reader = Reader::open(in_(path)).unwrap();
         for i in 0..1000u32 {
             writer.append(Stream::Output, &i.to_be_bytes()).unwrap();
             let entry = reader.next_entry().unwrap().unwrap();
             assert_eq!(entry.bytes, i.to_be_bytes());
         }
-        let size = fs::metadata(&path).unwrap().len() + fs::metadata(rotated(&path)).unwrap().len();
+        let size = fs::metadata(path.join(FILE)).unwrap().len()
+            + fs::metadata(path.join(ROTATED)).unwrap().len();
         assert!(size <= 4096 + 2 * 17, "{size}");
     }
 
     #[test]
     fn half_an_entry_is_not_shown() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
-        let mut writer = Writer::create(&path, 4096).unwrap();
+        let path = directory.path();
+        let mut writer = Writer::create(in_(path), 4096).unwrap();
         writer.append(Stream::Output, b"whole").unwrap();
         fs::OpenOptions::new()
             .append(true)
-            .open(&path)
+            .open(path.join(FILE))
             .unwrap()
             .write_all(&[0; 10])
             .unwrap();
-        let mut reader = Reader::open(&path).unwrap();
+        let mut reader = Reader::open(in_(path)).unwrap();
         assert!(reader.next_entry().unwrap().is_some());
         assert_eq!(reader.next_entry().unwrap(), None);
     }

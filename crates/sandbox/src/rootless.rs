@@ -16,7 +16,7 @@ use rustix::thread::{
     Gid, Uid, UnshareFlags, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
 };
 
-use crate::error::{Context, Failure, Result};
+use crate::error::{Context, Error, Result};
 
 /// As many ids as images use: 0 to 65535.
 const IDS: u32 = 1 << 16;
@@ -58,12 +58,12 @@ pub fn enter() -> Result<()> {
     }
     let mapped = helper.wait().context(doing)?;
     entered.map_err(|error| {
-        Failure::new(format!("cannot make a user namespace: {error}"))
+        Error::new(format!("cannot make a user namespace: {error}"))
             .hint("the administrator can allow it: sysctl user.max_user_namespaces=10000")
     })?;
     if !mapped.success() {
         let why = said.lines().last().unwrap_or("it failed").trim().to_owned();
-        let failure = Failure::new(format!("cannot map subordinate ids: {why}"));
+        let failure = Error::new(format!("cannot map subordinate ids: {why}"));
         return Err(match said.contains("not found") {
             true => failure.hint("apt-get install uidmap"),
             false => failure,
@@ -93,7 +93,7 @@ fn map(own: u32, file: &str, name: &str, uid: u32) -> Result<String> {
         0 => "no".to_owned(),
         few => format!("only {few}"),
     };
-    Err(Failure::new(format!(
+    Err(Error::new(format!(
         "permission denied: {name} is not root and has {has} subordinate ids in {file}"
     ))
     .hint(format!(

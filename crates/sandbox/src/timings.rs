@@ -1,6 +1,8 @@
 //! Where the time of a start goes: what `hull run --timings` prints.
 //!
-//! Times are taken from the host's monotonic clock, which the command and the sandbox process share.
+//! Times are taken from the host's monotonic clock, which front end and sandbox process share.
+
+use std::sync::{Mutex, PoisonError};
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -10,20 +12,15 @@ use serde::{Deserialize, Serialize};
 pub struct Step {
     /// What was done.
     pub name: String,
-    /// Microseconds from the beginning of the command to the beginning of the step.
-    pub begin_us: u64,
-    /// Microseconds that the step took.
-    pub took_us: u64,
+    /// When it began: monotonic clock, nanoseconds.
+    pub begin_ns: u64,
+    /// How long it took, nanoseconds.
+    pub took_ns: u64,
 }
 
-/// The steps of one start, in the order in which they ended.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Timings {
-    /// Monotonic clock at time zero, nanoseconds.
-    pub began_ns: u64,
-    /// The steps.
-    pub steps: Vec<Step>,
-}
+/// The steps of one start, in the order in which they ended. Several tasks may add to it.
+#[derive(Debug, Default)]
+pub struct Timings(Mutex<Vec<Step>>);
 
 /// The monotonic clock, nanoseconds.
 pub fn now_ns() -> u64 {
@@ -33,20 +30,31 @@ pub fn now_ns() -> u64 {
 }
 
 impl Timings {
-    /// Timings with their zero at `began_ns`.
-    pub fn since(began_ns: u64) -> Self {
-        Self {
-            began_ns,
-            steps: Vec::new(),
-        }
+    /// Keeps a step that began at `begin_ns` and ends now.
+    pub fn step(&self, name: &str, begin_ns: u64) {
+        let step = Step {
+            name: name.into(),
+            begin_ns,
+            took_ns: now_ns().saturating_sub(begin_ns),
+        };
+        self.steps_mut().push(step);
     }
 
-    /// Keeps a step that began at `begin_ns` and ends now.
-    pub fn step(&mut self, name: &str, begin_ns: u64) {
-        self.steps.push(Step {
-            name: name.into(),
-            begin_us: begin_ns.saturating_sub(self.began_ns) / 1000,
-            took_us: now_ns().saturating_sub(begin_ns) / 1000,
-        });
+    /// Measures something.
+    pub async fn measure<T>(&self, name: &str, work: impl Future<Output = T>) -> T {
+        let begin = now_ns();
+        let result = work.await;
+        self.step(name, begin);
+        result
+    }
+
+    /// The steps so far.
+    pub fn steps(&self) -> Vec<Step> {
+        self.steps_mut().clone()
+    }
+
+    fn steps_mut(&self) -> std::sync::MutexGuard<'_, Vec<Step>> {
+        // A list of steps is valid at any time.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

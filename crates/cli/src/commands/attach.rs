@@ -1,13 +1,14 @@
 //! `hull attach`.
 
-use hull_sandbox::wire::Request;
-use hull_sandbox::{State, client};
+use hull_engine::attach::{Attachment, Options};
+use hull_engine::container;
+use hull_engine::values::{self, DetachKeys};
+use hull_sandbox::control::protocol::{AttachRequest, Request};
+use hull_sandbox::store::State;
 
 use super::config_for_root;
 use super::run::finish;
-use crate::attach::{Attachment, Options};
-use crate::error::{Error, Result, WRONG_CONTAINER};
-use crate::values::{self, DetachKeys};
+use crate::error::{Error, Result};
 
 /// Arguments of `attach`.
 #[derive(Debug, clap::Args)]
@@ -26,30 +27,30 @@ pub struct Args {
 /// Carries input and output until the container ends or the user goes.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
-    let paths = config.paths();
-    let (record, container) = client::find(&paths, &args.container)?;
-    let problem = match record.state {
+    let container = container::find(&config.paths(), &args.container)?;
+    let details = &container.record.details;
+    let problem = match container.status.state {
         State::Stopped => Some("a stopped container: start another with hull run"),
         State::Paused => Some("a paused container: hull unpause comes first"),
-        State::Creating | State::Running => None,
+        State::Creating | State::Created | State::Running => None,
     };
     if let Some(problem) = problem {
-        return Err(Error::new(format!("cannot attach to {problem}")).status(WRONG_CONTAINER));
+        return Err(Error::wrong_state(format!("cannot attach to {problem}")));
     }
-    let input = record.stdin && !args.no_stdin;
-    if record.terminal && input {
+    let input = details.stdin && !args.no_stdin;
+    if details.terminal && input {
         super::run::check_terminal()?;
     }
     let attachment = Attachment::prepare(Options {
         input,
-        terminal: record.terminal,
-        forward_signals: Some(container.socket()),
+        terminal: details.terminal,
+        forward_signals: true,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;
-    let request = Request::Attach {
-        stdin: input,
-        size: attachment.size(),
-    };
-    let (_, stream) = client::ask(&record, &container, &request)?;
-    finish(attachment.carry(stream)?, &record.name)
+    let client = container::connect(&container)?;
+    let streams = client.streams(&Request::Attach(AttachRequest {
+        container: container.record.id.clone(),
+        options: attachment.request(),
+    }))?;
+    finish(attachment.carry(client, streams)?, &details.name)
 }

@@ -8,11 +8,11 @@ use hull_network::cni;
 use rustix::fs::{StatVfsMountFlags, statfs};
 use serde::Serialize;
 
-use crate::config::Config;
+use hull_engine::config::Config;
 use crate::error::Result;
-use crate::guest::GuestFiles;
+use hull_engine::guest_files::GuestFiles;
 use crate::output::{self, Colours};
-use crate::values::Network;
+use hull_engine::values::Network;
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
@@ -198,7 +198,7 @@ fn machines(config: &Config, report: &Report) -> Vec<Finding> {
             State::Missing { why, hint } => Finding::note(what, why.as_str(), hint.clone()),
         });
     }
-    let wanted: Option<Kind> = crate::values::enum_name(config.machine).parse().ok();
+    let wanted: Option<Kind> = hull_engine::values::enum_name(config.machine).parse().ok();
     findings.push(match (&report.auto, wanted) {
         (_, Some(kind)) => {
             let works = match kind {
@@ -259,7 +259,7 @@ fn guest_files(guest: &GuestFiles) -> Vec<Finding> {
             ),
             Err(error) => Finding::note(
                 what,
-                error.message(),
+                error.message,
                 Some("make kernels in hull's source directory".to_owned()),
             ),
         });
@@ -268,7 +268,7 @@ fn guest_files(guest: &GuestFiles) -> Vec<Finding> {
         Ok(path) => Finding::ok("initramfs", path.display().to_string()),
         Err(error) => Finding::error(
             "initramfs",
-            error.message(),
+            error.message,
             "make guest in hull's source directory",
         ),
     });
@@ -337,12 +337,10 @@ fn network(config: &Config) -> Finding {
             _ => Finding::ok(what, "default, by pasta"),
         };
     }
-    let checked = crate::network::list(name, true).and_then(|list| {
-        let plugins = cni::Runner::default().require(&list);
-        plugins.map_err(crate::network::failure)
-    });
+    let checked = hull_engine::network::list(name, true)
+        .and_then(|list| Ok(cni::Runner::default().require(&list)?));
     if let Err(error) = checked {
-        return Finding::error(what, error.message(), remedy(error.hint_text()));
+        return Finding::error(what, error.message, remedy(error.hint.as_deref()));
     }
     if !Path::new("/dev/net/tun").exists() {
         return Finding::error(

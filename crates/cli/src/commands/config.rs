@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::config::{self, Config};
+use hull_engine::config::{self, Config};
 use crate::error::Result;
 use crate::output;
 

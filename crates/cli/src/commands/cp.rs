@@ -6,12 +6,12 @@ use std::io::IsTerminal;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::wire::Request;
-use hull_sandbox::{ContainerPaths, Record, client};
+use hull_engine::container::{self, Container};
+use hull_engine::copy::{self, ArchiveReader, ArchiveWriter, EntryKind};
 
 use super::config_for_root;
-use crate::copy::{self, ArchiveReader, ArchiveWriter, EntryKind};
-use crate::error::{Context, Error, Result, WRONG_CONTAINER};
+use crate::error::{self, Context, Error, Result, WRONG_CONTAINER};
+use crate::output;
 
 /// Arguments of `cp`.
 #[derive(Debug, clap::Args)]
@@ -72,30 +72,32 @@ pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     let outcome = match (Side::parse(&args.source), Side::parse(&args.destination)) {
         (Side::Container(name, from), to @ (Side::Host(_) | Side::Stream)) => {
-            client::find(&paths, &name)
-                .map_err(Error::from)
-                .and_then(|(record, container)| copy_out(&record, &container, &from, &to, &args))
+            container::find(&paths, &name)
+                .and_then(|container| copy_out(&container, &from, &to, &args))
         }
         (from @ (Side::Host(_) | Side::Stream), Side::Container(name, to)) => {
-            client::find(&paths, &name)
-                .map_err(Error::from)
-                .and_then(|(record, container)| copy_in(&record, &container, &from, &to, &args))
+            container::find(&paths, &name)
+                .and_then(|container| copy_in(&container, &from, &to, &args))
         }
         (Side::Container(..), Side::Container(..)) => {
             return Err(
-                Error::new("not supported: a copy from one container to another")
+                Error::unsupported("a copy from one container to another")
                     .hint("hull cp CONTAINER:PATH - | hull cp - CONTAINER:DIRECTORY"),
             );
         }
         _ => {
-            return Err(Error::new("neither side of the copy is in a container")
+            return Err(Error::invalid("neither side of the copy is in a container")
                 .hint("hull cp CONTAINER:PATH DEST, or hull cp SOURCE CONTAINER:PATH"));
         }
     };
     // As with Docker, whatever goes wrong with a copy is 1: the statuses of commands do not apply.
-    outcome
-        .map(|()| 0)
-        .map_err(|error| error.always_status(WRONG_CONTAINER))
+    Ok(match outcome {
+        Ok(()) => 0,
+        Err(error) => {
+            error::print(&error);
+            WRONG_CONTAINER
+        }
+    })
 }
 
 /// Whether `path` asks for what is in a directory instead of the directory: it ends with `/.`.
@@ -118,30 +120,28 @@ fn plain(path: &[u8]) -> &[u8] {
     }
 }
 
-fn ask_for_archive(
-    record: &Record,
-    container: &ContainerPaths,
-    path: &[u8],
-    follow: bool,
-) -> Result<ArchiveReader> {
-    let request = Request::CopyOut {
-        path: path.to_vec(),
-        follow,
-    };
-    let (_, stream) = client::ask(record, container, &request)?;
-    Ok(ArchiveReader::new(stream))
+/// A path of the container's, which travels as text.
+fn utf8(path: &[u8]) -> Result<String> {
+    String::from_utf8(path.to_vec()).map_err(|_| {
+        let shown = String::from_utf8_lossy(path);
+        Error::unsupported(format_args!("the path {shown:?} is not UTF-8"))
+    })
+}
+
+fn ask_for_archive(container: &Container, path: &[u8], follow: bool) -> Result<ArchiveReader> {
+    let client = container::connect(container)?;
+    ArchiveReader::ask(client, &container.record.id, utf8(path)?, follow)
 }
 
 fn copy_out(
-    record: &Record,
-    container: &ContainerPaths,
+    container: &Container,
     from: &[u8],
     to: &Side,
     args: &Args,
 ) -> Result<()> {
     let shown = String::from_utf8_lossy(from).into_owned();
-    let what = || format!("cannot copy {shown} from container {}", record.name);
-    let mut archive = ask_for_archive(record, container, plain(from), args.follow_link)?;
+    let what = || format!("cannot copy {shown} from container {}", container.record.details.name);
+    let mut archive = ask_for_archive(container, plain(from), args.follow_link)?;
     let Side::Host(to) = to else {
         let stdout = std::io::stdout();
         if stdout.is_terminal() {
@@ -166,23 +166,29 @@ fn copy_out(
             Err(_) => Ok(to.clone()),
         }
     };
-    copy::unpack(archive, &place, args.archive).map_err(|error| error.while_doing(what()))
+    let left_out = copy::unpack(archive, &place, args.archive)
+        .map_err(|error| error.while_doing(what()))?;
+    for name in left_out {
+        let name = output::printable(&name);
+        output::note(format!(
+            "note: {name} is left out: it is a device or of an unknown type"
+        ));
+    }
+    Ok(())
 }
 
 fn copy_in(
-    record: &Record,
-    container: &ContainerPaths,
+    container: &Container,
     from: &Side,
     to: &[u8],
     args: &Args,
 ) -> Result<()> {
     let shown = String::from_utf8_lossy(to).into_owned();
     let open = |directory: &[u8]| -> Result<ArchiveWriter> {
-        let path = directory.to_vec();
-        let (_, stream) = client::ask(record, container, &Request::CopyIn { path })?;
-        Ok(ArchiveWriter::new(stream))
+        let client = container::connect(container)?;
+        ArchiveWriter::ask(client, &container.record.id, utf8(directory)?)
     };
-    let what = || format!("cannot copy to {shown} in container {}", record.name);
+    let what = || format!("cannot copy to {shown} in container {}", container.record.details.name);
     let Side::Host(from) = from else {
         let mut writer = open(plain(to))?;
         writer
@@ -194,7 +200,7 @@ fn copy_in(
         true => std::fs::metadata(from),
         false => std::fs::symlink_metadata(from),
     };
-    let metadata = metadata.context(|| format!("cannot copy {}", from.display()))?;
+    let metadata = metadata.context(|| format!("copy {}", from.display()))?;
     let contents = metadata.is_dir() && names_contents(from.as_os_str().as_bytes());
     let own_name = Path::new(OsStr::from_bytes(plain(from.as_os_str().as_bytes())))
         .canonicalize()
@@ -204,7 +210,7 @@ fn copy_in(
         .and_then(|path| path.file_name().map(OsStr::to_owned))
         .unwrap_or_else(|| OsString::from("."));
     // What is there tells where it goes: asked for as an archive, of which only the beginning is read.
-    let there = ask_for_archive(record, container, plain(to), true)?
+    let there = ask_for_archive(container, plain(to), true)?
         .first_kind()
         .ok();
     let wants_directory = to.ends_with(b"/") || names_contents(to);

@@ -1,17 +1,18 @@
 //! `hull exec`.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use hull_sandbox::wire::{ExecRequest, Request};
-use hull_sandbox::{State, client};
+use hull_engine::attach::{Attachment, Options};
+use hull_engine::container;
+use hull_engine::exec::{ExecOptions, process};
+use hull_engine::values::{self, DetachKeys};
+use hull_sandbox::control::protocol::Request;
+use hull_sandbox::store::State;
 
 use super::config_for_root;
 use super::run::{check_terminal, finish, gather_environment};
-use crate::attach::{Attachment, Options};
-use crate::error::{Error, Result, WRONG_CONTAINER};
-use crate::values::{self, DetachKeys};
+use crate::error::{Error, Result};
 
 /// Arguments of `exec`.
 #[derive(Debug, clap::Args)]
@@ -54,38 +55,43 @@ pub fn execute(args: Args) -> Result<u8> {
     let name = name.to_string_lossy();
     let command: Vec<OsString> = words.collect();
     if command.is_empty() {
-        return Err(Error::new("no command was given").hint("hull exec CONTAINER COMMAND [ARG]..."));
+        return Err(
+            Error::invalid("no command was given").hint("hull exec CONTAINER COMMAND [ARG]...")
+        );
     }
     let environment = gather_environment(&args.env_file, &args.env)?;
     if !args.detach && args.interactive && args.tty {
         check_terminal()?;
     }
-    let (record, container) = client::find(&config.paths(), &name)?;
-    if record.state == State::Paused {
-        return Err(Error::new(format!("container {name} is paused"))
-            .hint(format!("hull unpause {name}"))
-            .status(WRONG_CONTAINER));
+    let container = container::find_any(&config.paths(), &name)?;
+    if container.state() == State::Paused {
+        return Err(Error::wrong_state(format!("container {name} is paused"))
+            .hint(format!("hull unpause {name}")));
     }
     let attachment = Attachment::prepare(Options {
         input: args.interactive,
         terminal: args.tty,
         // As with Docker, a signal ends the command that stands for the process, not the process.
-        forward_signals: None,
+        forward_signals: false,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;
-    let request = Request::Exec(ExecRequest {
-        command: command.into_iter().map(OsString::into_vec).collect(),
-        environment: environment.into_iter().map(OsString::into_vec).collect(),
-        directory: args.workdir,
-        user: args.user,
-        stdin: args.interactive && !args.detach,
-        terminal: args.tty,
-        detach: args.detach,
-        size: attachment.size(),
-    });
-    let (_, stream) = client::ask(&record, &container, &request)?;
+    let client = container.connect()?;
+    let process = process(
+        &container,
+        &ExecOptions {
+            command,
+            environment,
+            directory: args.workdir,
+            user: args.user,
+            stdin: args.interactive,
+            terminal: args.tty,
+            detach: args.detach,
+            size: attachment.size(),
+        },
+    )?;
+    let streams = client.streams(&Request::Exec(Box::new(process)))?;
     if args.detach {
         return Ok(0);
     }
-    finish(attachment.carry(stream)?, &record.name)
+    finish(attachment.carry(client, streams)?, container.name())
 }

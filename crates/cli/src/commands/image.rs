@@ -8,12 +8,14 @@ use hull_image::{Import, ImportSource, Listed, Reference, Removed};
 use serde_json::{Value, json};
 
 use super::{config_for_root, for_each};
-use crate::config::Config;
-use crate::error::{Context, Error, Result, WRONG_CONTAINER};
+use hull_engine::config::Config;
+use hull_engine::error::of_image;
+
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::images;
 use crate::output::{self, Table};
-use crate::time;
-use crate::values::Pull;
+use hull_engine::time;
+use hull_engine::values::Pull;
 
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
@@ -92,10 +94,10 @@ enum Command {
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let paths = config.paths();
-    let container_exists = |id: &str| paths.container(id).run.exists();
+    let container_exists = |id: &str| paths.container(id).exists();
     match args.command {
         Command::Pull { quiet, image } => {
-            let image = images::obtain(&config, &image.parse()?, Pull::Always, quiet)?;
+            let image = images::obtain(&config, &image.parse().map_err(of_image)?, Pull::Always, quiet)?;
             if !quiet && let Some(digest) = image.digest {
                 output::note(format!("digest: {digest}"));
             }
@@ -112,7 +114,7 @@ pub fn execute(args: Args) -> Result<u8> {
             no_trunc,
             json,
         } => {
-            let list = images::store(&config)?.list()?;
+            let list = images::store(&config)?.list().map_err(of_image)?;
             if quiet {
                 let mut ids: Vec<String> = list
                     .iter()
@@ -133,19 +135,18 @@ pub fn execute(args: Args) -> Result<u8> {
         } => {
             let store = images::store(&config)?;
             return for_each(&names, |name| {
-                let removed = store
-                    .remove(&name.parse()?, force, &container_exists)
-                    .map_err(|error| Error::from(error).status(WRONG_CONTAINER))?;
-                report(&removed)
+                // Whatever keeps an image from being removed is a state of it, for Docker: 1.
+                let wrong = |error| of_image(error).kind(ErrorKind::WrongState);
+                let reference = name.parse().map_err(of_image)?;
+                let removed = store.remove(&reference, force, &container_exists);
+                report(&removed.map_err(wrong)?)
             });
         }
         Command::Inspect { images: names } => {
             let mut objects = Vec::new();
             let outcome = for_each(&names, |name| {
                 let object = inspect_object(&config, name)?.ok_or_else(|| {
-                    Error::new(format!("no such image: {name}"))
-                        .hint("hull image ls")
-                        .status(WRONG_CONTAINER)
+                    Error::not_found(format!("no such image: {name}")).hint("hull image ls")
                 })?;
                 objects.push(object);
                 Ok(())
@@ -154,7 +155,8 @@ pub fn execute(args: Args) -> Result<u8> {
             return outcome;
         }
         Command::Prune { all, force: _ } => {
-            let removed = images::store(&config)?.prune(all, &container_exists)?;
+            let store = images::store(&config)?;
+            let removed = store.prune(all, &container_exists).map_err(of_image)?;
             report(&removed)?;
             let note = if removed.layers_kept {
                 "; more when the running pulls have ended"
@@ -177,7 +179,7 @@ fn import(
     changes: Vec<String>,
     message: Option<String>,
 ) -> Result<()> {
-    let name = match name.map(str::parse).transpose()? {
+    let name = match name.map(str::parse).transpose().map_err(of_image)? {
         None => None,
         Some(Reference::Registry(name)) => Some(name),
         Some(other) => {
@@ -196,10 +198,12 @@ fn import(
                 ),
             );
         }
-        let reference: Reference = text.parse()?;
+        let reference: Reference = text.parse().map_err(of_image)?;
         let image = images::obtain(config, &reference, Pull::Missing, false)?;
         if let Some(name) = name {
-            images::store(config)?.tag(&reference, &name)?;
+            images::store(config)?
+                .tag(&reference, &name)
+                .map_err(of_image)?;
         }
         return output::print(format!("{}\n", image.id));
     }
@@ -211,7 +215,7 @@ fn import(
     } else if path.is_dir() {
         ImportSource::Directory(path.to_owned())
     } else {
-        let file = File::open(path).context(|| format!("cannot import {}", path.display()))?;
+        let file = File::open(path).context(|| format!("import {}", path.display()))?;
         ImportSource::Archive(Box::new(file))
     };
     let import = Import {
@@ -220,7 +224,9 @@ fn import(
         message,
         created: None,
     };
-    let image = images::store(config)?.import(&text, files, &import, &())?;
+    let image = images::store(config)?
+        .import(&text, files, &import, &())
+        .map_err(of_image)?;
     output::print(format!("{}\n", image.id))
 }
 
@@ -242,7 +248,7 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
     let image = match store.inspect(&reference) {
         Ok(image) => image,
         Err(error) if error.is_not_found() => return Ok(None),
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(of_image(error)),
     };
     let mut object = json!({
         "id": image.id,
@@ -256,7 +262,7 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
     // A plain directory has none.
     if let Ok(document) = store.raw_config(&image) {
         object["document"] = serde_json::from_slice(&document)
-            .context(|| format!("cannot read the configuration of image {name}"))?;
+            .context(|| format!("read the configuration of image {name}"))?;
     }
     Ok(Some(object))
 }

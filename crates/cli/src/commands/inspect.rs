@@ -1,11 +1,13 @@
 //! `hull inspect`.
 
-use hull_sandbox::{ContainerPaths, Record, client};
+use hull_engine::config::Config;
+use hull_engine::container::{self, Any};
+use hull_engine::time;
 use serde_json::{Value, json};
 
-use super::{config_for_root, for_each, from_seconds};
-use crate::error::{Context, Error, Result, WRONG_CONTAINER};
-use crate::{output, time};
+use super::{config_for_root, for_each, from_ns};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::output;
 
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
@@ -18,50 +20,72 @@ pub struct Args {
 /// Prints one JSON array with an object for each container or image.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
-    let paths = config.paths();
     let mut objects = Vec::new();
     let outcome = for_each(&args.names, |name| {
-        objects.push(match client::find(&paths, name) {
-            Ok((record, container)) => container_object(&record, &container)?,
-            Err(failure) if failure.code != i32::from(WRONG_CONTAINER) => {
-                return Err(failure.into());
-            }
-            Err(failure) => match super::image::inspect_object(&config, name)? {
-                Some(object) => object,
-                None => {
-                    return Err(Error::new(format!("no such container or image: {name}"))
-                        .hint("hull ps -a; hull image ls")
-                        .status(u8::try_from(failure.code).unwrap_or(WRONG_CONTAINER)));
-                }
-            },
-        });
+        objects.push(object(&config, name)?);
         Ok(())
     });
     output::print_json(&objects)?;
     outcome
 }
 
-/// The record with times in words, the files of the container, and its OCI spec.
-fn container_object(record: &Record, container: &ContainerPaths) -> Result<Value> {
-    let mut object = serde_json::to_value(record).context(|| "cannot write JSON")?;
-    let text = |seconds: u64| json!(time::format_rfc3339(from_seconds(seconds)));
-    object["created"] = text(record.created);
-    if let Some(started) = record.started {
+fn object(config: &Config, name: &str) -> Result<Value> {
+    match container::find_any(&config.paths(), name) {
+        Ok(container) => container_object(&container),
+        Err(error) if error.kind != ErrorKind::NotFound => Err(error),
+        Err(_) => super::image::inspect_object(config, name)?.ok_or_else(|| {
+            Error::not_found(format!("no such container or image: {name}"))
+                .hint("hull ps -a --all-engines; hull image ls")
+        }),
+    }
+}
+
+/// Record and status in one object, with times in words, the files of the container, and its OCI
+/// configuration.
+fn container_object(container: &Any) -> Result<Value> {
+    let (record, status) = match container {
+        Any::Own(own) => (
+            serde_json::to_value(&own.record).context(|| "write JSON")?,
+            &own.status,
+        ),
+        Any::Engine(other) => (
+            serde_json::to_value(&other.stored.record).context(|| "write JSON")?,
+            &other.stored.status,
+        ),
+    };
+    let text = |nanoseconds: u64| json!(time::format_rfc3339(from_ns(nanoseconds)));
+    let mut object = record["details"].clone();
+    for name in ["id", "engine", "command"] {
+        object[name] = record[name].clone();
+    }
+    object["created"] = text(record["created_ns"].as_u64().unwrap_or_default());
+    object["state"] = json!(status.state);
+    object["addresses"] = json!(status.addresses);
+    object["processes"] = json!(status.processes);
+    if let Some(started) = status.started_ns {
         object["started"] = text(started);
     }
-    if let Some(exit) = &record.exit {
-        object["exit"]["at"] = text(exit.at);
+    if let Some(exit) = &status.exit {
+        object["exit"] = json!(exit);
+        object["exit"]["at"] = text(exit.at_ns);
     }
+    let directory = container.directory().path();
     object["files"] = json!({
-        "state": container.state(),
-        "console": container.console(),
-        "messages": container.diagnostics(),
-        "log": container.log(),
+        "directory": directory,
+        "state": directory.join("record.json"),
+        "log": directory.join("log"),
     });
-    // There is none yet while the container is being made.
-    if let Ok(spec) = std::fs::read(container.spec()) {
-        object["spec"] = serde_json::from_slice(&spec)
-            .context(|| format!("cannot read {}", container.spec().display()))?;
+    if let Some(sandbox) = &record["sandbox"].as_object()
+        && let Ok(path) = serde_json::from_value::<hull_sandbox::store::SandboxPath>(
+            Value::Object((*sandbox).clone()),
+        )
+    {
+        object["files"]["console"] = json!(path.console());
+        object["files"]["messages"] = json!(path.diagnostics());
+    }
+    // There is none yet while the container is being created.
+    if let Ok(spec) = container.config() {
+        object["spec"] = spec;
     }
     Ok(object)
 }

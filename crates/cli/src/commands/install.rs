@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::engines::{self, Change, Engine};
+use hull_engine::install::{self, Change, Engine};
 use crate::error::Result;
 use crate::output::{self, Colours};
 
@@ -40,7 +40,7 @@ struct Common {
 
 /// Tells an engine about hull-oci.
 pub fn execute(args: Args) -> Result<u8> {
-    let runtime = engines::runtime()?;
+    let runtime = install::runtime()?;
     let change = args
         .engine
         .install(&args.common.root, &runtime, args.default)?;

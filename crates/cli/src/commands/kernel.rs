@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use hull_machine::Kind;
 use serde::Serialize;
 
-use crate::config::Config;
+use hull_engine::config::Config;
 use crate::error::{Context, Result};
-use crate::guest::{GuestFiles, kernel_file};
+use hull_engine::guest_files::{GuestFiles, kernel_file};
 use crate::output::{self, Table};
 
 /// Arguments of `kernel`.
@@ -119,7 +119,7 @@ fn installed(guest: &GuestFiles) -> Result<Vec<Kernel>> {
 
 fn kernel(kind: Kind, path: &Path) -> Result<Kernel> {
     let information = GuestFiles::information(path)?;
-    let metadata = std::fs::metadata(path).context(|| format!("cannot read {}", path.display()))?;
+    let metadata = std::fs::metadata(path).context(|| format!("read {}", path.display()))?;
     let machines = match kind {
         Kind::Uml => vec!["uml".to_owned()],
         _ => vec!["qemu".to_owned()],

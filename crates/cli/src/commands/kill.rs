@@ -1,11 +1,11 @@
 //! `hull kill`.
 
-use hull_sandbox::client;
-use hull_sandbox::wire::Request;
+use hull_engine::{container, values};
+use hull_sandbox::control::protocol::Request;
 
 use super::{config_for_root, for_each};
 use crate::error::Result;
-use crate::{output, values};
+use crate::output;
 
 /// Arguments of `kill`.
 #[derive(Debug, clap::Args)]
@@ -21,13 +21,13 @@ pub struct Args {
 /// Sends a signal to the init process of each container.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
-    let request = Request::Signal {
-        signal: args.signal,
-        all: false,
-    };
     for_each(&args.containers, |name| {
-        let (record, container) = client::find(&paths, name)?;
-        client::ask(&record, &container, &request)?;
+        let container = container::find(&paths, name)?;
+        container::connect(&container)?.do_(&Request::Signal {
+            container: container.record.id.clone(),
+            signal: args.signal,
+            all: false,
+        })?;
         output::print(format!("{name}\n"))
     })
 }

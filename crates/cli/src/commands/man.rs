@@ -19,10 +19,10 @@ pub struct Args {
 pub fn execute(args: Args) -> Result<u8> {
     let directory = &args.directory;
     std::fs::create_dir_all(directory)
-        .context(|| format!("cannot create {}", directory.display()))?;
+        .context(|| format!("create {}", directory.display()))?;
     for grammar in [Hull::command(), oci::grammar()] {
         clap_mangen::generate_to(grammar, directory)
-            .context(|| format!("cannot write manual pages to {}", directory.display()))?;
+            .context(|| format!("write manual pages to {}", directory.display()))?;
     }
     Ok(0)
 }

@@ -5,6 +5,7 @@ pub mod check;
 pub mod completions;
 pub mod config;
 pub mod cp;
+pub mod events;
 pub mod exec;
 pub mod image;
 pub mod inspect;
@@ -25,8 +26,8 @@ pub mod wait;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
-use crate::config::Config;
-use crate::error::{Error, Result};
+use hull_engine::config::Config;
+use crate::error::{self, Result};
 
 /// Turns a function on the raw text of a value into a value parser.
 pub fn raw<T: Clone + Send + Sync + 'static>(
@@ -35,20 +36,16 @@ pub fn raw<T: Clone + Send + Sync + 'static>(
     OsStringValueParser::new().try_map(move |text| parse(&text))
 }
 
-/// Does something with each of several containers or images. A failure is reported at once and does not keep the
-/// others from their turn.
+/// Does something with each of several containers or images. A failure is reported at once and does
+/// not keep the others from their turn; the exit status.
 pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) -> Result<u8> {
     let mut status = 0;
     for name in names {
         if let Err(error) = action(name) {
-            error.print();
-            status = error.exit_status().max(status);
+            status = error::fail(&error).max(status);
         }
     }
-    match status {
-        0 => Ok(0),
-        status => Err(Error::printed(status)),
-    }
+    Ok(status)
 }
 
 /// The configuration, for a command that needs the rights of root: who is not root gets them in a user namespace.
@@ -56,12 +53,12 @@ pub fn config_for_root() -> Result<Config> {
     let config = Config::load()?;
     if config.without_root {
         hull_sandbox::rootless::enter()?;
-        crate::home::secure(&config.run_dir)?;
+        hull_engine::home::secure(&config.run_dir)?;
     }
     Ok(config)
 }
 
-/// Unix seconds as the clock of this program counts.
-pub fn from_seconds(seconds: u64) -> crate::time::UnixNanos {
-    i128::from(seconds) * 1_000_000_000
+/// Nanoseconds since 1970 as the clock of this program counts.
+pub fn from_ns(nanoseconds: u64) -> hull_engine::time::UnixNanos {
+    i128::from(nanoseconds)
 }

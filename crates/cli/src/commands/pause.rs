@@ -1,10 +1,11 @@
 //! `hull pause` and `hull unpause`.
 
-use hull_sandbox::wire::Request;
-use hull_sandbox::{State, client};
+use hull_engine::container;
+use hull_sandbox::control::protocol::Request;
+use hull_sandbox::store::State;
 
 use super::{config_for_root, for_each};
-use crate::error::{Error, Result, WRONG_CONTAINER};
+use crate::error::{Error, Result};
 use crate::output;
 
 /// Arguments of `pause` and `unpause`.
@@ -19,21 +20,19 @@ pub struct Args {
 pub fn execute(args: Args, freeze: bool) -> Result<u8> {
     let paths = config_for_root()?.paths();
     for_each(&args.containers, |name| {
-        let (record, container) = client::find(&paths, name)?;
-        let problem = match (freeze, record.state) {
+        let container = container::find(&paths, name)?;
+        let problem = match (freeze, container.status.state) {
             (true, State::Paused) => Some("is already paused"),
             (false, State::Running) => Some("is not paused"),
             _ => None,
         };
         if let Some(problem) = problem {
-            return Err(Error::new(format!("container {name} {problem}")).status(WRONG_CONTAINER));
+            return Err(Error::wrong_state(format!("container {name} {problem}")));
         }
-        let request = if freeze {
-            Request::Pause
-        } else {
-            Request::Resume
-        };
-        client::ask(&record, &container, &request)?;
+        container::connect(&container)?.do_(&Request::Freeze {
+            container: container.record.id.clone(),
+            frozen: freeze,
+        })?;
         output::print(format!("{name}\n"))
     })
 }

@@ -2,14 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use hull_engine::container::{self, Container, EngineContainer};
+use hull_engine::time;
 use hull_network::cni::PortMapping;
-use hull_sandbox::{Record, State, names};
+use hull_sandbox::store::{Exit, State, Status};
 use serde::Serialize;
 
-use super::{config_for_root, from_seconds};
+use super::{config_for_root, from_ns};
 use crate::error::Result;
 use crate::output::{self, Table};
-use crate::time;
 
 /// Arguments of `ps`.
 #[derive(Debug, clap::Args)]
@@ -20,6 +21,9 @@ pub struct Args {
     /// Show only containers that match; may be given several times
     #[arg(short, long = "filter", value_name = "KEY=VALUE", value_parser = Filter::parse)]
     filters: Vec<Filter>,
+    /// Show containers of podman, Docker and other engines that run with hull, too
+    #[arg(long)]
+    all_engines: bool,
     /// Show ids only
     #[arg(short, long)]
     quiet: bool,
@@ -79,29 +83,27 @@ impl Filter {
         })
     }
 
-    fn matches(&self, record: &Record) -> bool {
+    fn matches(&self, row: &Row) -> bool {
         match self {
-            Filter::Id(id) => record.id.starts_with(id.as_str()),
-            Filter::Name(name) => record.name.contains(name.as_str()),
-            Filter::Status(state) => docker_state(record.state) == *state,
-            Filter::Label(name, value) => record
+            Filter::Id(id) => row.id.starts_with(id.as_str()),
+            Filter::Name(name) => row.name.contains(name.as_str()),
+            Filter::Status(state) => docker_state(row.status.state) == *state,
+            Filter::Label(name, value) => row
                 .labels
                 .get(name)
                 .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
             Filter::Ancestor(image) => {
-                let digest = record
-                    .image_id
-                    .strip_prefix("sha256:")
-                    .unwrap_or(&record.image_id);
-                let image_without_tag = record.image.split(':').next();
-                record.image == *image
+                let digest = row.image_id.strip_prefix("sha256:").unwrap_or(&row.image_id);
+                let image_without_tag = row.image.split(':').next();
+                row.image == *image
                     || image_without_tag == Some(image)
                     || (image.len() >= 4
                         && digest.starts_with(image.strip_prefix("sha256:").unwrap_or(image)))
             }
             Filter::Exited(status) => {
-                record.state == State::Stopped
-                    && record
+                row.status.state == State::Stopped
+                    && row
+                        .status
                         .exit
                         .as_ref()
                         .is_some_and(|exit| exit.status == *status)
@@ -121,7 +123,7 @@ impl Filter {
 /// Docker's word for a state.
 fn docker_state(state: State) -> &'static str {
     match state {
-        State::Creating => "created",
+        State::Creating | State::Created => "created",
         State::Running => "running",
         State::Paused => "paused",
         State::Stopped => "exited",
@@ -129,17 +131,105 @@ fn docker_state(state: State) -> &'static str {
 }
 
 /// State and times in words: `Up 5 minutes`, `Exited (0) 2 hours ago`.
-pub fn status(record: &Record) -> String {
-    let since =
-        |seconds: Option<u64>| time::human_age(from_seconds(seconds.unwrap_or(record.created)));
-    match (record.state, &record.exit) {
-        (State::Creating, _) => "Created".to_owned(),
-        (State::Running, _) => format!("Up {}", since(record.started)),
-        (State::Paused, _) => format!("Up {} (Paused)", since(record.started)),
+fn in_words(row: &Row) -> String {
+    let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(row.created_ns)));
+    let status = &row.status;
+    match (status.state, &status.exit) {
+        (State::Creating | State::Created, _) => "Created".to_owned(),
+        (State::Running, _) => format!("Up {}", since(status.started_ns)),
+        (State::Paused, _) => format!("Up {} (Paused)", since(status.started_ns)),
         (State::Stopped, Some(exit)) => {
-            format!("Exited ({}) {} ago", exit.status, since(Some(exit.at)))
+            format!("Exited ({}) {} ago", exit.status, since(Some(exit.at_ns)))
         }
         (State::Stopped, None) => "Exited".to_owned(),
+    }
+}
+
+/// What is shown of one container, of whatever engine.
+#[derive(Debug, Default)]
+struct Row {
+    id: String,
+    name: String,
+    engine: String,
+    image: String,
+    image_id: String,
+    command: Vec<String>,
+    created_ns: u64,
+    status: RowStatus,
+    machine: String,
+    labels: std::collections::BTreeMap<String, String>,
+    volumes: Vec<String>,
+    network: String,
+    ports: Vec<PortMapping>,
+}
+
+/// A status, with a default for tests.
+#[derive(Debug)]
+struct RowStatus(Status);
+
+impl Default for RowStatus {
+    fn default() -> Self {
+        Self(Status::new(State::Stopped))
+    }
+}
+
+impl std::ops::Deref for RowStatus {
+    type Target = Status;
+
+    fn deref(&self) -> &Status {
+        &self.0
+    }
+}
+
+impl Row {
+    fn own(container: Container) -> Self {
+        let record = container.record;
+        let details = record.details;
+        Self {
+            id: record.id,
+            name: details.name,
+            engine: record.engine,
+            image: details.image,
+            image_id: details.image_id,
+            command: record.command,
+            created_ns: record.created_ns,
+            status: RowStatus(container.status),
+            machine: details.machine,
+            labels: details.labels,
+            volumes: details.volumes,
+            network: details.network,
+            ports: details.ports,
+        }
+    }
+
+    fn of_engine(container: EngineContainer) -> Self {
+        let record = container.stored.record;
+        let annotation = |names: &[&str]| {
+            let annotations = &record.details["annotations"];
+            let found = names.iter().find_map(|name| annotations[*name].as_str());
+            found.unwrap_or_default().to_owned()
+        };
+        Self {
+            name: annotation(&[
+                "io.kubernetes.cri-o.Name",
+                "io.kubernetes.cri.container-name",
+            ]),
+            image: annotation(&[
+                "io.kubernetes.cri-o.ImageName",
+                "io.kubernetes.cri.image-name",
+                "org.opencontainers.image.ref.name",
+            ]),
+            id: record.id,
+            engine: record.engine,
+            command: record.command,
+            created_ns: record.created_ns,
+            status: RowStatus(container.stored.status),
+            ..Self::default()
+        }
+    }
+
+    fn short_id(&self) -> &str {
+        self.id.get(..12).unwrap_or(&self.id)
     }
 }
 
@@ -148,14 +238,15 @@ pub fn status(record: &Record) -> String {
 struct Listed<'a> {
     id: &'a str,
     name: &'a str,
+    engine: &'a str,
     image: &'a str,
     command: &'a [String],
     created: String,
     state: &'static str,
     status: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    exit: Option<&'a hull_sandbox::Exit>,
-    machine: String,
+    exit: Option<&'a Exit>,
+    machine: &'a str,
     labels: &'a std::collections::BTreeMap<String, String>,
     volumes: &'a [String],
     network: &'a str,
@@ -166,63 +257,75 @@ struct Listed<'a> {
 /// Lists containers, newest first.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
-    crate::reservation::sweep(&paths);
+    container::sweep(&paths);
     let all = args.all || args.filters.iter().any(Filter::wants_stopped);
-    let mut records = Vec::new();
-    for (id, record) in names::list(&paths)? {
-        match record {
-            Ok(record) => records.push(record),
-            Err(failure) => {
+    let mut rows = Vec::new();
+    for container in container::list(&paths)? {
+        match container {
+            Ok(container) => rows.push(Row::own(container)),
+            Err((id, error)) => {
                 let short = id.get(..12).unwrap_or(&id).to_owned();
-                output::note(format!("warning: container {short}: {failure}"));
+                output::note(format!("warning: container {short}: {error}"));
             }
         }
     }
-    records.retain(|record| {
-        (all || record.state != State::Stopped && record.state != State::Creating)
-            && args.filters.iter().all(|filter| filter.matches(record))
+    if args.all_engines {
+        for container in container::engines(&paths) {
+            match container {
+                Ok(container) => rows.push(Row::of_engine(container)),
+                Err(error) => output::note(format!("warning: {error}")),
+            }
+        }
+        rows.sort_by_key(|row| std::cmp::Reverse(row.created_ns));
+    }
+    rows.retain(|row| {
+        let state = row.status.state;
+        let up = matches!(state, State::Running | State::Paused);
+        (all || up) && args.filters.iter().all(|filter| filter.matches(row))
     });
     if args.quiet {
-        let id = |record: &Record| match args.no_trunc {
-            true => record.id.clone(),
-            false => record.short_id().to_owned(),
+        let id = |row: &Row| match args.no_trunc {
+            true => row.id.clone(),
+            false => row.short_id().to_owned(),
         };
-        let ids: Vec<String> = records.iter().map(|record| id(record) + "\n").collect();
+        let ids: Vec<String> = rows.iter().map(|row| id(row) + "\n").collect();
         output::print(ids.concat())?;
     } else if args.json {
-        let listed: Vec<Listed<'_>> = records.iter().map(listed).collect();
+        let listed: Vec<Listed<'_>> = rows.iter().map(listed).collect();
         output::print_json(&listed)?;
     } else {
-        table(&records, args.no_trunc).print()?;
+        table(&rows, args.no_trunc, args.all_engines).print()?;
     }
     Ok(0)
 }
 
-fn listed(record: &Record) -> Listed<'_> {
+fn listed(row: &Row) -> Listed<'_> {
     Listed {
-        id: &record.id,
-        name: &record.name,
-        image: &record.image,
-        command: &record.command,
-        created: time::format_rfc3339(from_seconds(record.created)),
-        state: docker_state(record.state),
-        status: status(record),
-        exit: record.exit.as_ref(),
-        machine: record.machine.to_string(),
-        labels: &record.labels,
-        volumes: &record.volumes,
-        network: &record.network,
-        addresses: &record.addresses,
-        ports: &record.ports,
+        id: &row.id,
+        name: &row.name,
+        engine: &row.engine,
+        image: &row.image,
+        command: &row.command,
+        created: time::format_rfc3339(from_ns(row.created_ns)),
+        state: docker_state(row.status.state),
+        status: in_words(row),
+        exit: row.status.exit.as_ref(),
+        machine: &row.machine,
+        labels: &row.labels,
+        volumes: &row.volumes,
+        network: &row.network,
+        addresses: &row.status.addresses,
+        ports: &row.ports,
     }
 }
 
-/// As Docker shows published ports: `0.0.0.0:8080->80/tcp`. Those of a container that does not run lead nowhere.
-fn ports(record: &Record) -> String {
-    if record.state == State::Stopped {
+/// As Docker shows published ports: `0.0.0.0:8080->80/tcp`. Those of a container that does not run
+/// lead nowhere.
+fn ports(row: &Row) -> String {
+    if row.status.state == State::Stopped {
         return String::new();
     }
-    let shown = record.ports.iter().map(|port| {
+    let shown = row.ports.iter().map(|port| {
         let address = port.host_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let outside = SocketAddr::new(address, port.host_port);
         format!(
@@ -234,7 +337,7 @@ fn ports(record: &Record) -> String {
     shown.collect::<Vec<_>>().join(", ")
 }
 
-fn table(records: &[Record], no_trunc: bool) -> Table {
+fn table(rows: &[Row], no_trunc: bool, engines: bool) -> Table {
     let mut table = Table::new(&[
         "CONTAINER ID",
         "IMAGE",
@@ -242,52 +345,51 @@ fn table(records: &[Record], no_trunc: bool) -> Table {
         "CREATED",
         "STATUS",
         "PORTS",
-        "MACHINE",
+        if engines { "ENGINE" } else { "MACHINE" },
         "NAMES",
     ]);
-    for record in records {
-        let command = record.command.join(" ");
+    for row in rows {
+        let command = row.command.join(" ");
         let (id, command) = match no_trunc {
-            true => (record.id.as_str(), command),
-            false => (record.short_id(), output::shorten(&command, 20)),
+            true => (row.id.as_str(), command),
+            false => (row.short_id(), output::shorten(&command, 20)),
         };
         table.row([
             id.to_owned(),
-            record.image.clone(),
+            row.image.clone(),
             format!("\"{command}\""),
-            format!("{} ago", time::human_age(from_seconds(record.created))),
-            status(record),
-            ports(record),
-            record.machine.to_string(),
-            record.name.clone(),
+            format!("{} ago", time::human_age(from_ns(row.created_ns))),
+            in_words(row),
+            ports(row),
+            match engines {
+                true => row.engine.clone(),
+                false => row.machine.clone(),
+            },
+            row.name.clone(),
         ]);
     }
     table
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    pub fn record() -> Record {
-        serde_json::from_value(serde_json::json!({
-            "version": hull_sandbox::record::VERSION,
-            "id": "ab".repeat(32),
-            "name": "web",
-            "image": "busybox:1",
-            "image_id": "sha256:0123456789",
-            "command": ["sleep", "a long time with many words"],
-            "created": 0,
-            "state": "stopped",
-            "exit": {"status": 3, "at": 60},
-            "machine": serde_json::to_value(hull_machine::Kind::Uml).unwrap(),
-            "kernel": "/k", "memory": 1, "cpus": 1, "terminal": false, "stdin": false,
-            "auto_remove": false, "stop_signal": "TERM", "network": "none",
-            "labels": {"a": "b"}, "volumes": [],
-            "processes": {"sandbox": 0, "devices": 0, "machine": 0}, "layers": []
-        }))
-        .unwrap()
+    fn row() -> Row {
+        let mut status = Status::new(State::Stopped);
+        status.exit = Some(Exit::now(3));
+        Row {
+            id: "ab".repeat(32),
+            name: "web".into(),
+            image: "busybox:1".into(),
+            image_id: "sha256:0123456789".into(),
+            command: vec!["sleep".into(), "a long time with many words".into()],
+            status: RowStatus(status),
+            machine: "uml".into(),
+            labels: [("a".to_owned(), "b".to_owned())].into(),
+            ..Row::default()
+        }
     }
 
     #[test]
@@ -310,7 +412,7 @@ pub(super) mod tests {
             ("exited=0", false),
         ] {
             assert_eq!(
-                Filter::parse(filter).unwrap().matches(&record()),
+                Filter::parse(filter).unwrap().matches(&row()),
                 matches,
                 "{filter}"
             );
@@ -322,7 +424,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_row() {
-        let text = table(&[record()], false).render();
+        let text = table(&[row()], false, false).render();
         let row = text.lines().nth(1).unwrap();
         assert!(
             row.starts_with("abababababab   busybox:1   \"sleep a long time w…\""),

@@ -1,9 +1,9 @@
 //! `hull rm`.
 
-use hull_sandbox::{client, names};
+use hull_engine::{container, names};
 
 use super::{config_for_root, for_each};
-use crate::error::{Result, WRONG_CONTAINER};
+use crate::error::{ErrorKind, Result};
 use crate::output;
 
 /// Arguments of `rm`.
@@ -23,12 +23,10 @@ pub fn execute(args: Args) -> Result<u8> {
     for_each(&args.containers, |name| {
         let id = match names::find(&paths, name) {
             Ok(id) => id,
-            Err(failure) if args.force && failure.code == i32::from(WRONG_CONTAINER) => {
-                return Ok(());
-            }
-            Err(failure) => return Err(failure.into()),
+            Err(error) if args.force && error.kind == ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
         };
-        client::remove(&paths, &id, args.force)?;
+        container::remove(&paths, &id, args.force)?;
         output::print(format!("{name}\n"))
     })
 }

@@ -1,39 +1,23 @@
-//! `hull run`: arguments to a request, the request to a sandbox process, and then the caller's side of the
-//! container until it ends. What the other attached commands share with it is here too.
+//! `hull run`: the grammar of its options, and the caller's side of the container until it ends.
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 
-use hull_machine::Kind;
-use hull_sandbox::spec::seccomp::{Profile, Seccomp};
-use hull_sandbox::spec::{self, ContainerOptions};
-use hull_sandbox::timings::{Timings, now_ns};
-use hull_sandbox::wire::{Reply, Request};
-use hull_sandbox::{
-    AttachRequest, MachineRequest, NetworkRequest, Paths, RunRequest, client, names,
-};
+use hull_engine::attach::{Attachment, Options, Outcome};
+use hull_engine::config::Config;
+use hull_engine::network::NetworkOptions;
+use hull_engine::publish::{self, HostAddress, Ports};
+use hull_engine::run::{self, Run, RunOptions, Started, sandbox_timings};
+use hull_engine::values::{self, DetachKeys, Machine, Network, Pull, SecurityOption, Ulimit};
+use hull_engine::volumes::{self, Tmpfs, Volume};
+use hull_sandbox::timings::{Step, Timings, now_ns};
 
 use super::config_for_root;
-use crate::attach::{Attachment, Options, Outcome};
-use crate::config::Config;
-use crate::error::{Context, Error, Result};
-use crate::guest::GuestFiles;
-use crate::mounts::{self, Tmpfs, Volume};
-use crate::network::NetworkArgs;
+use crate::error::{self, Context, Error, Result};
 use crate::output::Table;
-use crate::reservation::Reservation;
-use crate::values::{self, DetachKeys, Machine, Pull, SecurityOption, Ulimit};
 use crate::{images, output};
-
-static BEGAN: OnceLock<u64> = OnceLock::new();
-
-/// Remembers when this process began, for `--timings`.
-pub fn set_beginning(began_ns: u64) {
-    BEGAN.get_or_init(|| began_ns);
-}
 
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
@@ -65,10 +49,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     env_file: Vec<PathBuf>,
     /// Show a host directory or file in the container
-    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]", value_parser = super::raw(mounts::volume))]
+    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]", value_parser = super::raw(volumes::volume))]
     volume: Vec<Volume>,
     /// Mount a file system in memory
-    #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = mounts::tmpfs)]
+    #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = volumes::tmpfs)]
     tmpfs: Vec<Tmpfs>,
     /// Working directory inside the container
     #[arg(short, long, value_name = "DIR", value_parser = values::directory)]
@@ -151,417 +135,236 @@ pub struct Args {
     words: Vec<OsString>,
 }
 
+/// Options of a container's network.
+#[derive(Debug, clap::Args)]
+struct NetworkArgs {
+    /// Network: default, none, the name of one in /etc/cni/net.d, or container:NAME to be in another
+    /// container's machine
+    #[arg(long, alias = "net", value_name = "NETWORK", value_parser = values::network)]
+    network: Option<Network>,
+    /// Let a port of the host lead to a port of the container
+    #[arg(short, long, value_name = "[[ADDRESS:]HOST_PORT:]PORT[/udp]", value_parser = publish::publish)]
+    publish: Vec<Ports>,
+    /// Most bytes per second that the container sends, and receives, like 10m
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    network_rate: Option<u64>,
+    /// Name server, in place of the host's
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::dns)]
+    dns: Vec<IpAddr>,
+    /// Domain in which short names are searched, or . for none
+    #[arg(long, value_name = "DOMAIN", value_parser = publish::dns_search)]
+    dns_search: Vec<String>,
+    /// Option of the resolver, like ndots:2
+    #[arg(long, value_name = "OPTION", alias = "dns-opt", value_parser = publish::dns_option)]
+    dns_option: Vec<String>,
+    /// Give an address a name; host-gateway is the host's own
+    #[arg(long, value_name = "NAME:ADDRESS", value_parser = publish::add_host)]
+    add_host: Vec<(String, HostAddress)>,
+    /// Hardware address of the network interface
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::mac_address)]
+    mac_address: Option<[u8; 6]>,
+    /// Address in the network
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::ip)]
+    ip: Option<Ipv4Addr>,
+    /// IPv6 address in the network
+    #[arg(long, value_name = "ADDRESS", value_parser = publish::ip6)]
+    ip6: Option<Ipv6Addr>,
+}
+
+impl From<NetworkArgs> for NetworkOptions {
+    fn from(args: NetworkArgs) -> Self {
+        Self {
+            network: args.network,
+            publish: args.publish,
+            rate: args.network_rate,
+            dns: args.dns,
+            dns_search: args.dns_search,
+            dns_option: args.dns_option,
+            add_host: args.add_host,
+            mac_address: args.mac_address,
+            ip: args.ip,
+            ip6: args.ip6,
+        }
+    }
+}
+
+/// How the command goes on, beside what the container is.
+struct Caller {
+    detach: bool,
+    timings: bool,
+    pull: Option<Pull>,
+    detach_keys: Option<DetachKeys>,
+}
+
+impl Args {
+    fn split(self) -> Result<(RunOptions, Caller)> {
+        let caller = Caller {
+            detach: self.detach,
+            timings: self.timings,
+            pull: self.pull,
+            detach_keys: self.detach_keys,
+        };
+        let environment = gather_environment(&self.env_file, &self.env)?;
+        let mut words = self.words.into_iter();
+        let image = words.next().unwrap_or_default();
+        let image = image.into_string().map_err(|text| {
+            Error::invalid(format!("invalid image reference {text:?}: not UTF-8"))
+        })?;
+        let options = RunOptions {
+            image,
+            command: words.collect(),
+            interactive: self.interactive,
+            terminal: self.tty,
+            remove: self.rm,
+            name: self.name,
+            environment,
+            volumes: self.volume,
+            tmpfs: self.tmpfs,
+            directory: self.workdir,
+            user: self.user,
+            entrypoint: self.entrypoint,
+            hostname: self.hostname,
+            init: self.init,
+            stop_signal: self.stop_signal,
+            labels: self.label,
+            memory: self.memory,
+            cpus_milli: self.cpus,
+            pids_limit: self.pids_limit,
+            ulimits: self.ulimit,
+            shm_size: self.shm_size,
+            read_only: self.read_only,
+            cap_add: self.cap_add,
+            cap_drop: self.cap_drop,
+            security: self.security_opt,
+            sysctl: self.sysctl,
+            network: self.network.into(),
+            machine: self.machine,
+            kernel: self.kernel,
+        };
+        Ok((options, caller))
+    }
+}
+
 /// Runs a container.
-pub fn execute(args: Args) -> Result<u8> {
-    let began_ns = *BEGAN.get_or_init(now_ns);
-    let mut timings = Timings::since(began_ns);
-    let show = args.timings;
-    let outcome = start(args, began_ns, &mut timings);
-    match outcome {
-        Ok(started) => {
-            if show {
-                print_timings(&timings);
-            }
-            started.finish()
-        }
-        Err(error) => {
-            // A guest that did not come up: where the time went is part of the answer.
-            if show || error.has_console() {
-                print_timings(&timings);
-            }
-            Err(error)
-        }
-    }
-}
-
-/// A container that runs, and who stands for it.
-enum Started {
-    Detached(String),
-    Attached {
-        name: String,
-        attachment: Attachment,
-        stream: UnixStream,
-    },
-    Interrupted(i32),
-}
-
-impl Started {
-    fn finish(self) -> Result<u8> {
-        match self {
-            Started::Detached(id) => {
-                output::print(format!("{id}\n"))?;
-                Ok(0)
-            }
-            Started::Attached {
-                name,
-                attachment,
-                stream,
-            } => finish(attachment.carry(stream)?, &name),
-            Started::Interrupted(signal) => Ok(status_of_signal(signal)),
-        }
-    }
-}
-
-fn start(args: Args, began_ns: u64, timings: &mut Timings) -> Result<Started> {
+pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
-    let paths = config.paths();
-    let environment = gather_environment(&args.env_file, &args.env)?;
-    if !args.detach && args.interactive && args.tty {
-        check_terminal()?;
-    }
-    check(&args, &paths)?;
-    let network = args.network.request(&config)?;
-    timings.step("arguments", began_ns);
-
-    let begin = now_ns();
-    let image = args.words.first().cloned().unwrap_or_default();
-    let image = image
-        .into_string()
-        .map_err(|text| Error::new(format!("invalid image reference {text:?}: not UTF-8")))?;
-    let image = images::obtain(
-        &config,
-        &image.parse()?,
-        args.pull.unwrap_or(config.pull),
-        false,
-    )?;
-    timings.step("image", begin);
-
-    let begin = now_ns();
-    let host = machine_of(&args, &config, &network, &paths)?;
-    let (choice, initramfs) = match &host {
-        Some(host) => (host.machine.choice.clone(), host.machine.initramfs.clone()),
-        None => {
-            let guest = GuestFiles::locate(&config)?;
-            let choice = guest.choose(&config, args.machine, args.kernel.as_deref())?;
-            (choice, guest.initramfs()?)
+    let (options, caller) = args.split()?;
+    let timings = Timings::default();
+    let started = start(&options, &caller, &config, began_ns, &timings);
+    let (started, attachment) = match started {
+        Ok(Some(started)) => started,
+        Ok(None) => return Ok(0),
+        Err(Failed::Interrupted(signal)) => return Ok(status_of_signal(signal)),
+        Err(Failed::Error(error)) => {
+            if caller.timings {
+                print_timings(began_ns, timings.steps());
+            }
+            return Err(error);
         }
     };
-    let mut request = request(
-        &args,
-        &config,
-        network,
-        environment,
-        &image,
-        &choice,
-        &initramfs,
-    )?;
-    if let Some(host) = host {
-        request.spec.set_hostname(host.spec.hostname().clone());
-        request.machine = host.machine;
+    let Started {
+        id,
+        name,
+        client,
+        streams,
+    } = started;
+    if caller.timings {
+        let mut steps = timings.steps();
+        steps.extend(sandbox_timings(&client));
+        print_timings(began_ns, steps);
     }
-    let attachment = match args.detach {
+    match attachment {
+        Some(attachment) => finish(attachment.carry(client, streams)?, &name),
+        None => {
+            output::print(format!("{id}\n"))?;
+            Ok(0)
+        }
+    }
+}
+
+enum Failed {
+    Interrupted(i32),
+    Error(Error),
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+fn start(
+    options: &RunOptions,
+    caller: &Caller,
+    config: &Config,
+    began_ns: u64,
+    timings: &Timings,
+) -> Result<Option<(Started, Option<Attachment>)>, Failed> {
+    if !caller.detach && options.interactive && options.terminal {
+        check_terminal()?;
+    }
+    let run = Run::prepare(options, config, began_ns, timings)?;
+    let begin = now_ns();
+    let reference = options
+        .image
+        .parse()
+        .map_err(hull_engine::error::of_image)?;
+    let pull = caller.pull.unwrap_or(config.pull);
+    let image = images::obtain(config, &reference, pull, false)?;
+    timings.step("image", begin);
+    let attachment = match caller.detach {
         true => None,
         false => Some(Attachment::prepare(Options {
-            input: args.interactive,
-            terminal: args.tty,
-            forward_signals: Some(paths.container(&request.id).socket()),
-            detach_keys: args
+            input: options.interactive,
+            terminal: options.terminal,
+            forward_signals: true,
+            detach_keys: caller
                 .detach_keys
                 .clone()
                 .unwrap_or(config.detach_keys.clone()),
         })?),
     };
-    let first = match &attachment {
-        None => Request::Started,
-        Some(attachment) => Request::Attach {
-            stdin: args.interactive,
-            size: attachment.size(),
-        },
-    };
-    notices(&config, &choice);
-    let reservation = Reservation::make(&paths, &request.id, args.name.as_deref())?;
-    request.name = reservation.name().to_owned();
+    notice(config, &run);
     // Until the container is there to be seen, this process keeps its image from being removed.
-    let _hold = images::store(&config)?.hold(&image, &request.id)?;
-    timings.step("request", begin);
-
-    let stream = client::launch(&paths, &request, &first)?;
-    let reply = match &attachment {
-        None => client::read_reply(&stream).map(Ok).map_err(Error::from),
-        Some(attachment) => attachment.wait_for_reply(&stream),
-    };
-    let reply = match reply {
-        Ok(Ok(reply)) => reply,
-        Ok(Err(signal)) => {
-            // Interrupted before the container ran: nothing of it is to stay.
-            drop(stream);
-            client::remove(&paths, &request.id, true)?;
-            return Ok(Started::Interrupted(signal));
-        }
-        Err(error) => {
-            if args.rm {
-                // A sandbox process that was killed could not do it. The error that is reported says why.
-                let _ = client::remove(&paths, &request.id, true);
-            }
-            return Err(error);
-        }
-    };
-    if let Reply::Started(steps) = reply {
-        timings.steps.extend(steps.steps);
+    let hold = images::store(config)?
+        .hold(&image, run.id())
+        .map_err(hull_engine::error::of_image)?;
+    let outcome = run.start(&image, attachment.as_ref());
+    drop(hold);
+    match outcome? {
+        run::Outcome::Started(started) => Ok(Some((*started, attachment))),
+        run::Outcome::Interrupted(signal) => Err(Failed::Interrupted(signal)),
     }
-    Ok(match attachment {
-        None => Started::Detached(request.id),
-        Some(attachment) => Started::Attached {
-            name: request.name,
-            attachment,
-            stream,
-        },
-    })
 }
 
-/// What was asked for the container whose machine this one joins, if it joins one.
-fn machine_of(
-    args: &Args,
-    config: &Config,
-    network: &NetworkRequest,
-    paths: &Paths,
-) -> Result<Option<RunRequest>> {
-    let Some(AttachRequest::Container { id }) = &network.attach else {
-        return Ok(None);
-    };
-    let given = [
-        (args.hostname.is_some(), "--hostname"),
-        (args.machine.is_some(), "--machine"),
-        (args.kernel.is_some(), "--kernel"),
-        (
-            args.sysctl.iter().any(|(name, _)| name.starts_with("net.")),
-            "--sysctl net.…",
-        ),
-    ];
-    if let Some((_, option)) = given.into_iter().find(|(given, _)| *given) {
-        return Err(Error::new(format!(
-            "{option}: the container is in the machine of another one (--network container:…)"
-        )));
-    }
-    let (_, host) = client::machine_of(paths, id)?;
-    if config.hardware_isolation && !host.machine.choice.hardware {
-        let kind = host.machine.choice.kind;
-        return Err(hull_machine::Error::NotHardware { kind }.into());
-    }
-    if args
-        .memory
-        .is_some_and(|memory| memory > host.machine.memory)
-    {
-        return Err(Error::new(format!(
-            "--memory: the machine of container {} has {} MiB",
-            host.name,
-            host.machine.memory >> 20
-        )));
-    }
-    Ok(Some(host))
-}
-
-/// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.
-const LONGEST_SOCKET: usize = 107;
-
-/// What can be found wrong before an image is pulled.
-fn check(args: &Args, paths: &Paths) -> Result<()> {
-    mounts::check_distinct(&args.volume, &args.tmpfs).map_err(Error::new)?;
-    spec::capabilities(&args.cap_add, &args.cap_drop)?;
-    seccomp(&args.security_opt)?;
-    let longest = paths
-        .container(&"0".repeat(64))
-        .devices()
-        .join("entropy.sock");
-    let excess = longest.as_os_str().len().saturating_sub(LONGEST_SOCKET);
-    if excess > 0 {
-        return Err(Error::new(format!(
-            "run_dir {} is too long for the sockets in it, by {excess} characters",
-            paths.run().display()
-        ))
-        .hint("set a shorter run_dir in the configuration"));
-    }
-    for volume in &args.volume {
-        let source = volume.source.display();
-        match std::fs::metadata(&volume.source) {
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(
-                    Error::new(format!("host path {source} of a volume does not exist"))
-                        .hint(format!("mkdir -p {source}")),
-                );
-            }
-            Err(error) => {
-                return Err(error)
-                    .context(|| format!("cannot read the host path {source} of a volume"));
-            }
-        }
-    }
-    if let Some(milli) = args.cpus {
-        let available = std::thread::available_parallelism().map_or(1, usize::from);
-        if milli > available as u64 * 1000 {
-            return Err(Error::new(format!(
-                "--cpus: {} CPUs are asked for, and there are {available}",
-                milli as f64 / 1000.0
-            )));
-        }
-    }
-    if let Some(name) = &args.name
-        && let Ok(id) = names::find(paths, name)
-        && id != *name
-        && paths.names().join(name).symlink_metadata().is_ok()
-    {
-        return Err(Error::new(format!(
-            "the container name {name:?} is in use by container {}",
-            id.get(..12).unwrap_or(&id)
-        ))
-        .hint(format!("hull rm {name}, or choose another --name")));
-    }
-    Ok(())
-}
-
-/// Everything but the name of the request.
-fn request(
-    args: &Args,
-    config: &Config,
-    network: NetworkRequest,
-    environment: Vec<OsString>,
-    image: &hull_image::Image,
-    choice: &hull_machine::Choice,
-    initramfs: &Path,
-) -> Result<RunRequest> {
-    let id = names::new_id()?;
-    let no_zero = |limit: u64| (limit > 0).then_some(limit);
-    let memory = args.memory.and_then(no_zero);
-    let cpus_milli = args.cpus.and_then(no_zero);
-    let pids_limit = args.pids_limit.unwrap_or(config.pids_limit);
-    let volumes: Vec<hull_sandbox::Volume> = args
-        .volume
-        .iter()
-        .map(|volume| hull_sandbox::Volume {
-            source: volume.source.clone(),
-            target: volume.destination.clone(),
-            read_only: volume.read_only,
-        })
-        .collect();
-    let options = ContainerOptions {
-        command: args.words.iter().skip(1).cloned().collect(),
-        entrypoint: args.entrypoint.clone(),
-        environment,
-        directory: args.workdir.clone(),
-        user: args.user.clone(),
-        hostname: args
-            .hostname
-            .clone()
-            .unwrap_or_else(|| id.get(..12).unwrap_or(&id).to_owned()),
-        terminal: args.tty,
-        read_only: args.read_only,
-        tmpfs: args
-            .tmpfs
-            .iter()
-            .map(|tmpfs| (tmpfs.destination.clone(), tmpfs.options.clone()))
-            .collect(),
-        volumes: volumes.clone(),
-        capabilities_add: args.cap_add.clone(),
-        capabilities_drop: args.cap_drop.clone(),
-        sysctl: args.sysctl.iter().cloned().collect(),
-        ulimits: args
-            .ulimit
-            .iter()
-            .map(|limit| (limit.name.clone(), limit.soft, limit.hard))
-            .collect(),
-        shm_size: args.shm_size.and_then(no_zero).unwrap_or(config.shm_size),
-        init: args.init,
-        memory,
-        cpus_milli,
-        pids_limit: (pids_limit > 0).then_some(pids_limit),
-        seccomp: seccomp(&args.security_opt)?,
-        has_32_bits: choice.kind != Kind::Uml,
-        no_new_privileges: no_new_privileges(&args.security_opt),
-    };
-    let built = spec::build(&options, &image.config)?;
-    let mut labels = image.config.labels.clone();
-    labels.extend(args.label.iter().cloned());
-    let cpus = match (choice.kind, cpus_milli) {
-        // A user-mode kernel has one processor; a limit above it is kept all the same.
-        (Kind::Uml, _) => 1,
-        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
-        (_, None) => config.cpus,
-    };
-    Ok(RunRequest {
-        id,
-        name: String::new(),
-        image: args
-            .words
-            .first()
-            .map(|word| word.to_string_lossy().into_owned())
-            .unwrap_or_default(),
-        image_id: image.id.clone(),
-        layers: image.layers.clone(),
-        spec: built.spec,
-        raw_args: built.raw_args,
-        raw_env: built.raw_env,
-        volumes,
-        machine: MachineRequest {
-            choice: choice.clone(),
-            initramfs: initramfs.to_owned(),
-            memory: memory.map_or(config.memory, MachineRequest::memory_for),
-            cpus,
-            nets: network.attach.is_some().into(),
-        },
-        auto_remove: args.rm,
-        stdin: args.interactive,
-        stop_signal: args
-            .stop_signal
-            .clone()
-            .or_else(|| image.config.stop_signal.clone())
-            .unwrap_or_else(|| "TERM".to_owned()),
-        network,
-        names: args.network.names(),
-        labels,
-        log_size: config.log_size,
-        began_ns: *BEGAN.get_or_init(now_ns),
-    })
-}
-
-/// The filter that the options ask for; the last one counts.
-fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
-    let mut seccomp = Seccomp::Default;
-    for option in options {
-        match option {
-            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
-            SecurityOption::Seccomp(file) => {
-                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
-            }
-            SecurityOption::NoNewPrivileges(_) => {}
-        }
-    }
-    Ok(seccomp)
-}
-
-fn no_new_privileges(options: &[SecurityOption]) -> bool {
-    let said = options.iter().rev().find_map(|option| match option {
-        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
-        _ => None,
-    });
-    said.unwrap_or(false)
-}
-
-/// What the user has to know before the first container.
-fn notices(config: &Config, choice: &hull_machine::Choice) {
-    // Said to people, once: in the standard error of a script's container it would only be in the way.
+/// What the user has to know before the first container: told to people, once. In the standard error
+/// of a script's container it would only be in the way.
+fn notice(config: &Config, run: &Run<'_>) {
     let told = config.data_dir.join("isolation-notice");
-    if !choice.hardware
-        && std::io::stderr().is_terminal()
+    if !std::io::stderr().is_terminal() || told.exists() {
+        return;
+    }
+    if let Ok(choice) = run.choose()
+        && !choice.hardware
         && std::fs::File::create_new(told).is_ok()
     {
         output::note(format!(
-            "note: machine {} isolates by a kernel of its own, not by hardware; `hull check` says more (shown once)",
+            "note: machine {} isolates by a kernel of its own, not by hardware; \
+             `hull check` says more (shown once)",
             choice.kind
         ));
     }
 }
 
-fn print_timings(timings: &Timings) {
-    let mut steps: Vec<_> = timings.steps.iter().collect();
-    steps.sort_by_key(|step| step.begin_us);
-    let milliseconds = |micros: u64| format!("{:9.2}", micros as f64 / 1000.0);
+fn print_timings(began_ns: u64, mut steps: Vec<Step>) {
+    steps.sort_by_key(|step| step.begin_ns);
+    let milliseconds = |nanos: u64| format!("{:9.2}", nanos as f64 / 1e6);
     let mut table = Table::new(&["STEP", " BEGIN ms", "  TOOK ms"]);
     for step in steps {
         table.row([
             step.name.clone(),
-            milliseconds(step.begin_us),
-            milliseconds(step.took_us),
+            milliseconds(step.begin_ns.saturating_sub(began_ns)),
+            milliseconds(step.took_ns),
         ]);
     }
     output::note(table.render().trim_end());
@@ -572,21 +375,20 @@ pub fn gather_environment(files: &[PathBuf], given: &[OsString]) -> Result<Vec<O
     let mut variables = Vec::new();
     for file in files {
         let text = std::fs::read(file)
-            .context(|| format!("cannot read the environment file {}", file.display()))?;
-        variables.extend(values::environment_file(file, &text).map_err(Error::new)?);
+            .context(|| format!("read the environment file {}", file.display()))?;
+        variables.extend(values::environment_file(file, &text).map_err(Error::invalid)?);
     }
     for variable in given {
-        variables.extend(values::environment(variable).map_err(Error::new)?);
+        variables.extend(values::environment(variable).map_err(Error::invalid)?);
     }
     Ok(variables)
 }
 
 /// Refuses a container's terminal whose input would come from somewhere else, in Docker's words.
 pub fn check_terminal() -> Result<()> {
-    if rustix::termios::isatty(std::io::stdin()) {
-        Ok(())
-    } else {
-        Err(Error::new("the input device is not a TTY").hint("leave out -t, or -i"))
+    match rustix::termios::isatty(std::io::stdin()) {
+        true => Ok(()),
+        false => Err(Error::invalid("the input device is not a TTY").hint("leave out -t, or -i")),
     }
 }
 
@@ -599,7 +401,7 @@ pub fn finish(outcome: Outcome, name: &str) -> Result<u8> {
     Ok(match outcome {
         Outcome::Exited(exit) => {
             if let Some(reason) = exit.reason {
-                Error::new(format!("container {name}: {reason}")).print();
+                error::print(&Error::new(format!("container {name}: {reason}")));
             }
             u8::try_from(exit.status).unwrap_or(u8::MAX)
         }

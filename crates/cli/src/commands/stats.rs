@@ -3,12 +3,15 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use hull_sandbox::wire::{Reply, Request, Stats};
-use hull_sandbox::{Paths, Record, State, client, names};
+use hull_engine::Paths;
+use hull_engine::container::{self, Any};
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::metrics::Metrics;
+use hull_sandbox::store::State;
 use serde::Serialize;
 
 use super::config_for_root;
-use super::wait::unexpected_reply;
 use crate::error::{Error, Result};
 use crate::output::{self, Table, binary_size, decimal_size, percent};
 
@@ -24,14 +27,18 @@ pub struct Args {
     /// Print JSON, one line each time
     #[arg(long)]
     json: bool,
+    /// Also containers of podman, Docker and other engines, when no names are given
+    #[arg(long)]
+    all_engines: bool,
     /// Names or ids; without any, all running containers
     #[arg(value_name = "CONTAINER")]
     containers: Vec<String>,
 }
 
 struct Sample {
-    record: Record,
-    stats: Stats,
+    id: String,
+    name: String,
+    stats: Metrics,
     taken: Instant,
 }
 
@@ -39,10 +46,10 @@ struct Sample {
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     let clear = !args.no_stream && !args.json && std::io::stdout().is_terminal();
-    let mut before = sample(&paths, &args.containers)?;
+    let mut before = sample(&paths, &args)?;
     loop {
         std::thread::sleep(INTERVAL);
-        let now = sample(&paths, &args.containers)?;
+        let now = sample(&paths, &args)?;
         let rows: Vec<Figures<'_>> = now.iter().map(|sample| figures(sample, &before)).collect();
         if args.json {
             let mut line = serde_json::to_string(&rows)
@@ -61,36 +68,40 @@ pub fn execute(args: Args) -> Result<u8> {
     }
 }
 
-fn sample(paths: &Paths, containers: &[String]) -> Result<Vec<Sample>> {
-    let mut samples = Vec::new();
-    if containers.is_empty() {
-        for (_, record) in names::list(paths)? {
-            // A container that ends while it is looked at is simply not shown.
-            if let Ok(record) = record
-                && matches!(record.state, State::Running | State::Paused)
-                && let Ok(sample) = sample_one(paths, record)
-            {
-                samples.push(sample);
-            }
-        }
-    } else {
-        for name in containers {
-            let (record, _) = client::find(paths, name)?;
-            samples.push(sample_one(paths, record)?);
-        }
+fn sample(paths: &Paths, args: &Args) -> Result<Vec<Sample>> {
+    if !args.containers.is_empty() {
+        return args
+            .containers
+            .iter()
+            .map(|name| sample_one(&container::find_any(paths, name)?))
+            .collect();
     }
-    Ok(samples)
+    let own = container::list(paths)?.into_iter().flatten();
+    let mut all: Vec<Any> = own.map(|own| Any::Own(Box::new(own))).collect();
+    if args.all_engines {
+        let engines = container::engines(paths).into_iter().flatten();
+        all.extend(engines.map(|other| Any::Engine(Box::new(other))));
+    }
+    // A container that ends while it is looked at is simply not shown.
+    Ok(all
+        .iter()
+        .filter(|container| matches!(container.state(), State::Running | State::Paused))
+        .filter_map(|container| sample_one(container).ok())
+        .collect())
 }
 
-fn sample_one(paths: &Paths, record: Record) -> Result<Sample> {
-    let container = paths.container(&record.id);
-    match client::ask(&record, &container, &Request::Stats)? {
-        (Reply::Stats(stats), _) => Ok(Sample {
-            record,
-            stats,
+fn sample_one(container: &Any) -> Result<Sample> {
+    let request = Request::Metrics {
+        container: container.id().to_owned(),
+    };
+    match container.connect()?.ask(&request, &[])?.message {
+        Reply::Metrics(metrics) => Ok(Sample {
+            id: container.id().to_owned(),
+            name: container.name().to_owned(),
+            stats: *metrics,
             taken: Instant::now(),
         }),
-        _ => Err(unexpected_reply()),
+        other => Err(unexpected(&other)),
     }
 }
 
@@ -105,13 +116,13 @@ struct Figures<'a> {
     memory_used: u64,
     host_memory_total: u64,
     #[serde(flatten)]
-    stats: &'a Stats,
+    stats: &'a Metrics,
 }
 
 fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
     let previous = before
         .iter()
-        .find(|other| other.record.id == sample.record.id);
+        .find(|other| other.id == sample.id);
     let cpu_percent = previous.map_or(0.0, |previous| {
         let used = sample
             .stats
@@ -122,8 +133,8 @@ fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
     });
     let stats = &sample.stats;
     Figures {
-        id: &sample.record.id,
-        name: &sample.record.name,
+        id: &sample.id,
+        name: &sample.name,
         cpu_percent,
         memory_used: stats
             .memory_usage
@@ -183,13 +194,14 @@ mod tests {
     fn processor_share_and_memory() {
         let taken = Instant::now();
         let sample = |cpu_usage_us, taken| Sample {
-            record: super::super::ps::tests::record(),
-            stats: Stats {
+            id: "c".into(),
+            name: "c".into(),
+            stats: Metrics {
                 cpu_usage_us,
                 memory_usage: 30 << 20,
                 memory_inactive_file: 10 << 20,
                 guest_memory_total: 80 << 20,
-                ..Stats::default()
+                ..Metrics::default()
             },
             taken,
         };

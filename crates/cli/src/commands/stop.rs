@@ -1,7 +1,10 @@
 //! `hull stop`.
 
-use hull_sandbox::wire::Request;
-use hull_sandbox::{Record, State, client};
+use hull_engine::container::{self, Container};
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::signals;
+use hull_sandbox::store::State;
 
 use super::{config_for_root, for_each};
 use crate::error::Result;
@@ -29,24 +32,34 @@ pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let paths = config.paths();
     let seconds = args.time.unwrap_or(config.stop_timeout);
-    let request = Request::Stop {
-        signal: None,
-        timeout_ms: match u64::try_from(seconds) {
-            Ok(seconds) => seconds.saturating_mul(1000),
-            Err(_) => u64::MAX,
-        },
+    let timeout_ms = match u64::try_from(seconds) {
+        Ok(seconds) => seconds.saturating_mul(1000),
+        Err(_) => u64::MAX,
     };
     for_each(&args.containers, |name| {
-        let (record, container) = client::find(&paths, name)?;
-        if record.state != State::Stopped
-            && let Err(failure) = client::ask(&record, &container, &request)
+        let container = container::find(&paths, name)?;
+        if container.status.state != State::Stopped
+            && let Err(error) = stop(&container, timeout_ms)
         {
             // Ended by itself in between, and perhaps removed: that is what was asked for.
-            let stopped = Record::load(&container).map(|record| record.state == State::Stopped);
-            if !stopped.unwrap_or(!container.run.exists()) {
-                return Err(failure.into());
+            let now = container::load(&paths, &container.record.id)?;
+            if now.is_some_and(|container| container.status.state != State::Stopped) {
+                return Err(error);
             }
         }
         output::print(format!("{name}\n"))
     })
+}
+
+fn stop(container: &Container, timeout_ms: u64) -> Result<()> {
+    const SIGTERM: u32 = 15;
+    let request = Request::Stop {
+        container: container.record.id.clone(),
+        signal: signals::parse(&container.record.details.stop_signal).unwrap_or(SIGTERM),
+        timeout_ms,
+    };
+    match container::connect(container)?.ask(&request, &[])?.message {
+        Reply::Ended(_) => Ok(()),
+        other => Err(unexpected(&other)),
+    }
 }

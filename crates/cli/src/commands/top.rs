@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use hull_sandbox::client;
-use hull_sandbox::wire::{Reply, Request};
+use hull_engine::{container, time};
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
 
-use super::wait::unexpected_reply;
-use super::{config_for_root, from_seconds};
+use super::config_for_root;
 use crate::error::Result;
 use crate::output::{self, Table};
-use crate::time;
 
 /// Arguments of `top`.
 #[derive(Debug, clap::Args)]
@@ -25,10 +24,13 @@ pub struct Args {
 /// Lists the processes of a container. Process ids are those that the container sees.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
-    let (record, container) = client::find(&paths, &args.container)?;
-    let (Reply::Processes(processes), _) = client::ask(&record, &container, &Request::Processes)?
-    else {
-        return Err(unexpected_reply());
+    let container = container::find_any(&paths, &args.container)?;
+    let request = Request::Processes {
+        container: container.id().to_owned(),
+    };
+    let processes = match container.connect()?.ask(&request, &[])?.message {
+        Reply::Processes(processes) => processes,
+        other => return Err(unexpected(&other)),
     };
     if args.json {
         output::print_json(&processes)?;
@@ -67,7 +69,7 @@ pub fn execute(args: Args) -> Result<u8> {
 
 /// Hours and minutes, UTC.
 fn clock(seconds: u64) -> String {
-    time::format_rfc3339(from_seconds(seconds))
+    time::format_rfc3339(i128::from(seconds) * 1_000_000_000)
         .get(11..16)
         .unwrap_or_default()
         .to_owned()

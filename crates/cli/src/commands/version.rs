@@ -3,9 +3,9 @@
 use hull_machine::Kind;
 use serde_json::json;
 
-use crate::config::Config;
+use hull_engine::config::Config;
 use crate::error::Result;
-use crate::guest::GuestFiles;
+use hull_engine::guest_files::GuestFiles;
 use crate::output;
 
 /// Arguments of `version`.

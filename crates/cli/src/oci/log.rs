@@ -4,8 +4,7 @@ use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 
-use hull_sandbox::Failure;
-use hull_sandbox::error::{Context, Result};
+use hull_sandbox::error::{Context, Error, Result};
 
 use super::arguments::{Global, LogFormat};
 
@@ -42,7 +41,7 @@ pub fn warn(message: &str) {
 }
 
 /// Says why the command failed: in the log, and always on standard error too, for people.
-pub fn fatal(failure: &Failure) {
+pub fn fatal(failure: &Error) {
     let message = failure.message.trim_end().replace('\n', " ");
     let logged = LOG.get().is_some_and(|log| log.file.is_some());
     if logged {
@@ -68,7 +67,7 @@ pub fn fatal(failure: &Failure) {
 }
 
 fn write(level: &str, message: &str) {
-    let time = hull_oci::time::now();
+    let time = hull_engine::time::format_rfc3339(hull_engine::time::now());
     let log = LOG.get();
     let line = match log.map(|log| log.format) {
         Some(LogFormat::Json) => {

@@ -12,21 +12,18 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use hull_machine::Kind;
 use hull_oci::commands::{self, CreateOptions, ExecOptions, Settings};
 use hull_oci::container::Root;
-use hull_oci::{features, signal, stats, template, update};
-use hull_sandbox::{Failure, MachineRequest, Result};
+use hull_oci::{default_spec, features, signal, stats, update};
+use hull_sandbox::config::MachineConfig;
+use hull_sandbox::{Error, Result};
 use serde_json::{Value, json};
 
-use crate::config::Config;
-use crate::error::Error;
-use crate::guest::GuestFiles;
+use hull_engine::config::Config;
+use crate::error::codes;
+use hull_engine::guest_files::GuestFiles;
 use crate::output::Table;
 use arguments::{Command, Format, HullOci};
-
-/// Exit status when a process could not be executed in a container: runc's.
-const EXEC_FAILED: u8 = 255;
 
 /// Where the state of containers is unless `--root` says otherwise.
 const DEFAULT_ROOT: &str = "/run/hull-oci";
@@ -58,19 +55,26 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
             log::fatal(&failure);
-            ExitCode::from(if is_exec { EXEC_FAILED } else { 1 })
+            let codes = codes(failure.kind);
+            ExitCode::from(if is_exec { codes.oci_exec } else { 1 })
         }
     }
 }
 
+/// What a command needs. The configuration only decides about new containers: a damaged one must not
+/// keep those that there are from being ended.
 fn settings(global: &arguments::Global) -> Result<Settings> {
     if !rustix::process::geteuid().is_root() {
         return Err(
-            Failure::new("permission denied: hull-oci must be run as root")
+            Error::new("permission denied: hull-oci must be run as root")
                 .hint("containers without root are not supported yet"),
         );
     }
-    let config = Config::load().map_err(failure)?;
+    let loaded = Config::load();
+    let config = match &loaded {
+        Ok(config) => config.clone(),
+        Err(_) => Config::defaults()?,
+    };
     Ok(Settings {
         root: Root {
             path: global
@@ -81,34 +85,31 @@ fn settings(global: &arguments::Global) -> Result<Settings> {
         run_directory: config.run_dir.clone(),
         systemd_cgroup: global.systemd_cgroup,
         network: config.network_limits(false),
-        machine: Box::new(move |memory, cpus_milli| machine(&config, memory, cpus_milli)),
+        machine: Box::new(move |memory, cpus_milli| machine(&loaded, memory, cpus_milli)),
         warn: log::warn,
     })
 }
 
-fn failure(error: Error) -> Failure {
-    error.into()
+/// The same for a command that creates a container.
+fn settings_to_create(global: &arguments::Global) -> Result<Settings> {
+    Config::load()?;
+    settings(global)
 }
 
 /// The machine for a container with these limits, by the configuration.
 fn machine(
-    config: &Config,
+    config: &Result<Config>,
     memory: Option<u64>,
     cpus_milli: Option<u64>,
-) -> Result<MachineRequest> {
-    let guest = GuestFiles::locate(config).map_err(failure)?;
-    let choice = guest.choose(config, None, None).map_err(failure)?;
-    let cpus = match (choice.kind, cpus_milli) {
-        // A user-mode kernel has one processor; a limit above it is kept all the same.
-        (Kind::Uml, _) => 1,
-        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
-        (_, None) => config.cpus,
-    };
-    Ok(MachineRequest {
+) -> Result<MachineConfig> {
+    let config = config.as_ref().map_err(Error::clone)?;
+    let guest = GuestFiles::locate(config)?;
+    let choice = guest.choose(config, None, None)?;
+    Ok(MachineConfig {
+        initramfs: guest.initramfs()?,
+        memory: memory.map_or(config.memory, MachineConfig::memory_for),
+        cpus: hull_engine::run::cpus(&choice, cpus_milli, config),
         choice,
-        initramfs: guest.initramfs().map_err(failure)?,
-        memory: memory.map_or(config.memory, MachineRequest::memory_for),
-        cpus,
         // `create` knows.
         nets: 0,
     })
@@ -116,15 +117,16 @@ fn machine(
 
 fn execute(arguments: HullOci) -> Result<u8> {
     let settings = || settings(&arguments.global);
+    let to_create = || settings_to_create(&arguments.global);
     let done = |result: Result<()>| result.map(|()| 0);
     match arguments.command {
         Command::Create(args) => done(commands::create(
-            &settings()?,
+            &to_create()?,
             &create_options(args.bundle, &args.id),
         )),
         Command::Run(args) => {
             let options = create_options(args.bundle, &args.id);
-            commands::run(&settings()?, &options, args.detach, args.keep).map(status)
+            commands::run(&to_create()?, &options, args.detach, args.keep).map(status)
         }
         Command::Start(args) => done(commands::start(&settings()?, &args.id)),
         Command::State(args) => print_json(&commands::state(&settings()?, &args.id)?),
@@ -175,8 +177,8 @@ fn execute(arguments: HullOci) -> Result<u8> {
         Command::Events(args) => events(&settings()?, &args),
         Command::Spec(args) => write_spec(&args),
         Command::Features => print_json(&features::features()),
-        Command::Checkpoint(_) | Command::Restore(_) => Err(Failure::new(
-            "not supported: checkpoint and restore of a container in a machine",
+        Command::Checkpoint(_) | Command::Restore(_) => Err(Error::unsupported(
+            "checkpoint and restore of a container in a machine",
         )),
     }
 }
@@ -216,7 +218,7 @@ fn exec_options(args: arguments::Exec) -> ExecOptions {
 }
 
 fn print(text: String) -> Result<u8> {
-    crate::output::print(text).map(|()| 0).map_err(failure)
+    crate::output::print(text).map(|()| 0)
 }
 
 fn print_json(value: &Value) -> Result<u8> {
@@ -244,10 +246,10 @@ fn print_processes(pids: &[i32], arguments: &[String]) -> Result<u8> {
     let output = std::process::Command::new("ps")
         .args(&arguments)
         .output()
-        .map_err(|error| Failure::new(format!("cannot execute ps: {error}")))?;
+        .map_err(|error| Error::new(format!("cannot execute ps: {error}")))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        return Err(Failure::new(format!("ps failed: {}", said.trim())));
+        return Err(Error::new(format!("ps failed: {}", said.trim())));
     }
     let text = String::from_utf8_lossy(&output.stdout);
     let mut lines = text.lines();
@@ -255,7 +257,7 @@ fn print_processes(pids: &[i32], arguments: &[String]) -> Result<u8> {
     let column = head
         .split_whitespace()
         .position(|name| name == "PID")
-        .ok_or_else(|| Failure::new("cannot find the PID column in what ps printed"))?;
+        .ok_or_else(|| Error::new("cannot find the PID column in what ps printed"))?;
     let is_ours = |line: &&str| {
         line.split_whitespace()
             .nth(column)
@@ -269,11 +271,11 @@ fn print_processes(pids: &[i32], arguments: &[String]) -> Result<u8> {
 /// Prints figures, once or again and again until the container ends.
 fn events(settings: &Settings, args: &arguments::Events) -> Result<u8> {
     if args.interval.is_zero() {
-        return Err(Failure::new("duration interval must be greater than 0"));
+        return Err(Error::new("duration interval must be greater than 0"));
     }
     let mut kills = None;
     loop {
-        let figures = match commands::stats(settings, &args.id) {
+        let figures = match commands::metrics(settings, &args.id) {
             Ok(figures) => figures,
             // It has ended while it was watched.
             Err(_) if kills.is_some() => return Ok(0),
@@ -299,11 +301,11 @@ fn write_spec(args: &arguments::Spec) -> Result<u8> {
     let path = args.bundle.join("config.json");
     let mut file = std::fs::File::create_new(&path).map_err(|error| match error.kind() {
         std::io::ErrorKind::AlreadyExists => {
-            Failure::new(format!("file {} exists. Remove it first", path.display()))
+            Error::new(format!("file {} exists. Remove it first", path.display()))
         }
-        _ => Failure::new(format!("cannot create {}: {error}", path.display())),
+        _ => Error::new(format!("cannot create {}: {error}", path.display())),
     })?;
-    writeln!(file, "{:#}", template::spec(args.rootless))
-        .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))?;
+    writeln!(file, "{:#}", default_spec::spec(args.rootless))
+        .map_err(|error| Error::new(format!("cannot write {}: {error}", path.display())))?;
     Ok(0)
 }

@@ -2,7 +2,7 @@
 //!
 //! Pure. The specification speaks cgroup v1; for v2 it is converted as runc does.
 
-use hull_sandbox::{Failure, Result};
+use hull_sandbox::{Error, Result};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
 /// One limit.
@@ -68,7 +68,7 @@ impl List {
 
     fn memory(&mut self, memory: &LinuxMemory, overhead: u64) -> Result<()> {
         const SWAP: &str = "linux.resources.memory.swap";
-        let invalid = |why| Err(Failure::new(format!("cannot set {SWAP}: {why}")));
+        let invalid = |why| Err(Error::new(format!("cannot set {SWAP}: {why}")));
         let maximum = memory.limit().filter(|limit| *limit != 0);
         // Without memory's limit, swap's goes as well.
         let both = match (memory.swap().filter(|swap| *swap != 0), maximum) {
@@ -276,7 +276,7 @@ fn cpu_weight(shares: u64) -> u64 {
 fn io_weight(field: &str, weight: u16) -> Result<u64> {
     match weight {
         10..=1000 => Ok(1 + (u64::from(weight) - 10) * 9999 / 990),
-        _ => Err(Failure::new(format!(
+        _ => Err(Error::new(format!(
             "cannot set {field}: {weight} is not between 10 and 1000"
         ))),
     }

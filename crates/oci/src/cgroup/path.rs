@@ -4,7 +4,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use hull_sandbox::{Failure, Result};
+use hull_sandbox::{Error, Result};
 
 /// Which group, the same in each hierarchy. The paths are relative and have no `..`.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub(super) fn location(cgroups_path: Option<&Path>, id: &str, systemd: bool) -> 
     let path = given.unwrap_or(Path::new(id));
     let clean = clean(path);
     if clean.as_os_str().is_empty() {
-        return Err(Failure::new(format!(
+        return Err(Error::new(format!(
             "cannot use linux.cgroupsPath {}: it names no group of its own",
             path.display()
         )));
@@ -76,7 +76,7 @@ fn systemd_path(path: &Path) -> Result<PathBuf> {
     let parts: Vec<_> = text.split(':').collect();
     let &[slice, prefix, name] = &parts[..] else {
         // runc's words.
-        return Err(Failure::new(format!(
+        return Err(Error::new(format!(
             "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got {path:?} instead"
         )));
     };
@@ -85,7 +85,7 @@ fn systemd_path(path: &Path) -> Result<PathBuf> {
         false => format!("{prefix}-{name}.scope"),
     };
     if name.is_empty() || unit.contains('/') {
-        return Err(Failure::new(format!("invalid unit name: {unit}")));
+        return Err(Error::new(format!("invalid unit name: {unit}")));
     }
     let slice = match slice {
         "" => "system.slice",
@@ -96,7 +96,7 @@ fn systemd_path(path: &Path) -> Result<PathBuf> {
 
 /// `a-b.slice` is within `a.slice`; `-.slice` is the root.
 fn expand_slice(slice: &str) -> Result<PathBuf> {
-    let invalid = || Failure::new(format!("invalid slice name: {slice}"));
+    let invalid = || Error::new(format!("invalid slice name: {slice}"));
     let stem = slice.strip_suffix(".slice").ok_or_else(invalid)?;
     let mut path = PathBuf::new();
     if stem == "-" {

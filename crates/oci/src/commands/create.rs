@@ -1,26 +1,31 @@
 //! `create` and `run`.
 //!
-//! The machine boots while hooks run and shares are opened. Until the keeper has the connection to the pod, everything
-//! hangs on this process: when it dies, the keeper and the container in the guest go with it, and what remains is a
-//! directory that reads as stopped, for `delete` to remove.
+//! The machine boots while hooks run and shares are opened. Until the keeper has the connection to the
+//! sandbox, everything hangs on this process: when it dies, the keeper and the container in the guest
+//! go with it, and what remains is a directory that reads as stopped, for `delete` to remove.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use hull_network::Namespace;
-use hull_sandbox::detached::{self, Attributes};
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::client::{self, Connection, join_or_launch};
-use hull_sandbox::pod::wire::{self, MAX_SHARES, Received, Reply, Request};
-use hull_sandbox::pod::{PodPaths, PodRequest, Status};
-use hull_sandbox::request::MAX_NETS;
+use hull_sandbox::config::{
+    ContainerConfig, EndPolicy, MAX_NETS, NetworkConfig, NetworkSource, RawArgs, SandboxConfig,
+    Stdio,
+};
+use hull_sandbox::control::client::Client;
+use hull_sandbox::control::launch::{join_or_launch, launch};
+use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
+use hull_sandbox::error::{Context, Error, ErrorKind, Result};
+use hull_sandbox::shares::{self, ReadOnly};
+use hull_sandbox::store::{ProcessId, SandboxPath, State, keepers, roots};
 use oci_spec::runtime::LinuxResources;
+use serde_json::value::to_raw_value;
 
-use super::{OVERHEAD, Settings, in_runcs_words, life, refuse_descriptors, write_pid_file};
+use super::{OVERHEAD, Settings, life, refuse_descriptors, with_runc_wording, write_pid_file};
 use crate::bundle::Bundle;
 use crate::cgroup::{Groups, Place};
-use crate::container::{Container, Record, process_started, state};
+use crate::container::{Container, Record, new_record, state};
 use crate::guest_spec::{HostShare, Network, Plan};
 use crate::keeper::{self, Keeper, Kept, Mode, World};
 use crate::{console, disks, hooks, pod};
@@ -77,13 +82,13 @@ fn make(settings: &Settings, options: &CreateOptions, detach: bool) -> Result<Ke
     let container = settings.root.claim(&options.id)?;
     let mut making = Making {
         settings,
-        record: Record::new(&container, &bundle),
+        record: new_record(&container, &bundle, &settings.root.path),
         container,
-        own_pod: false,
+        own_sandbox: false,
     };
     making
         .make(&bundle, options, detach)
-        .map_err(in_runcs_words)
+        .map_err(with_runc_wording)
         .inspect_err(|_| making.undo())
 }
 
@@ -91,18 +96,22 @@ struct Making<'a> {
     settings: &'a Settings,
     container: Container,
     record: Record,
-    /// The pod is this container's alone.
-    own_pod: bool,
+    /// The sandbox is this container's alone.
+    own_sandbox: bool,
 }
 
 impl Making<'_> {
     fn make(&mut self, bundle: &Bundle, options: &CreateOptions, detach: bool) -> Result<Kept> {
+        self.container.store(&self.record)?;
+        if let Err(error) = roots::register(&self.settings.run_directory, &self.settings.root.path) {
+            (self.settings.warn)(&error.message);
+        }
         let mut plan = Plan::new(&self.container.id, bundle)?;
         check_terminal(&plan, options, detach)?;
         for note in &plan.notes {
             (self.settings.warn)(note);
         }
-        let config = serde_json::to_vec(&bundle.config).context(|| "keep config.json".into())?;
+        let config = serde_json::to_vec(&bundle.config).context(|| "keep config.json")?;
         self.container.store_config(&config)?;
 
         let linux = bundle.spec.linux().as_ref();
@@ -118,43 +127,45 @@ impl Making<'_> {
             &mut plan,
             &bundle.annotations,
         )?;
-        self.own_pod = !found.shared;
+        self.own_sandbox = !found.shared;
         let has_network = found.has_network(&plan);
-        let paths = found.paths;
-        (self.record.pods, self.record.pod) = (paths.all.clone(), paths.id.clone());
-        // Whoever dies from here on: `delete` knows what there may be.
-        self.record.groups = place.groups();
+        let path = found.path;
+        self.record.sandbox = Some(path.clone());
+        // From here on a crash is recoverable: `delete` finds these from the record.
+        self.record.details.groups = place.groups();
         self.container.store(&self.record)?;
         // When that fails, none of them is ours.
-        self.record.groups = Groups::default();
-        self.record.groups = place.make(resources, OVERHEAD)?;
+        self.record.details.groups = Groups::default();
+        self.record.details.groups = place.make(resources, OVERHEAD)?;
 
         let memory = memory_limit(resources);
-        self.record.memory = memory.unwrap_or_default();
+        self.record.details.memory = memory.unwrap_or_default();
         let settings = self.settings;
         let hostname: String = self.container.id.chars().take(12).collect();
-        let cgroups = self.record.groups.directories.clone();
-        let request = || {
+        let cgroups = self.record.details.groups.directories.clone();
+        let config = || {
             let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
             let mut machine = (settings.machine)(memory, processors(resources))?;
             machine.nets = nets(&plan.network, bundle);
-            let request = PodRequest {
+            let config = SandboxConfig {
                 machine,
                 hostname: hostname.clone(),
                 cgroups: cgroups.clone(),
                 disks: plan.disks.iter().map(|disk| disk.device).collect(),
+                end: EndPolicy::LastContainer,
+                began_ns: 0,
             };
-            Ok((request, disks))
+            Ok((config, disks))
         };
-        let mut connection = match self.own_pod {
+        let mut client = match self.own_sandbox {
             true => {
-                let (request, disks): (_, Vec<_>) = request()?;
-                client::launch(&paths, &request, &disks)?
+                let (config, disks): (_, Vec<_>) = config()?;
+                launch(&path, &config, &disks)?
             }
-            false => join_or_launch(&paths, request)?,
+            false => join_or_launch(&path, config)?,
         };
         // The machine boots meanwhile.
-        let keeper = self.start_keeper(bundle, &plan, options, detach, &paths)?;
+        let keeper = self.start_keeper(&plan, options, detach, &path)?;
         self.run_hooks(bundle, keeper.pid())?;
         let slave = match (&options.console_socket, plan.terminal) {
             (Some(socket), true) => Some(console::send_master(socket, plan.console_size)?),
@@ -167,15 +178,15 @@ impl Making<'_> {
         };
         let mut tries = 0;
         let streams = loop {
-            match self.create(&connection, &plan, keeper.pid(), namespace.as_ref())? {
+            match self.create(&client, &plan, keeper.pid(), namespace.as_ref())? {
                 Some(streams) => break streams,
                 None if tries < MAX_RETRIES => {
                     tries += 1;
-                    drop(connection);
-                    client::wait_for_end(&paths)?;
-                    connection = join_or_launch(&paths, request)?;
+                    drop(client);
+                    path.wait_for_end()?;
+                    client = join_or_launch(&path, config)?;
                 }
-                None => return Err(Failure::new("the sandbox process ends again and again")),
+                None => return Err(Error::new("the sandbox process ends again and again")),
             }
         };
         let mode = match (plan.terminal, &slave) {
@@ -183,18 +194,17 @@ impl Making<'_> {
             (true, Some(_)) => Mode::Terminal,
             (true, None) => Mode::OwnTerminal,
         };
-        let kept = keeper.keep(mode, connection, streams, slave)?;
+        let kept = keeper.keep(mode, client, streams, slave)?;
         write_pid_file(options.pid_file.as_deref(), kept.pid())?;
         Ok(kept)
     }
 
     fn start_keeper(
         &mut self,
-        bundle: &Bundle,
         plan: &Plan,
         options: &CreateOptions,
         detach: bool,
-        paths: &PodPaths,
+        sandbox: &SandboxPath,
     ) -> Result<Keeper> {
         let network = match &plan.network {
             Network::New => None,
@@ -210,29 +220,20 @@ impl Making<'_> {
         let root = plan
             .shares
             .first()
-            .ok_or_else(|| Failure::new("the container has no root file system"))?;
+            .ok_or_else(|| Error::new("the container has no root file system"))?;
         let world = World {
             namespaces: plan.namespaces.clone(),
             network,
             root: open(root)?,
         };
-        let args = bundle
-            .spec
-            .process()
-            .as_ref()
-            .and_then(|process| process.args().clone())
-            .unwrap_or_default();
         let session = detach || options.console_socket.is_some();
-        let keeper = keeper::spawn(
-            paths,
-            &args,
-            Some(&world),
-            &self.record.groups.directories,
-            session,
-        )?;
-        self.record.keeper = keeper.pid();
-        self.record.keeper_started = process_started(keeper.pid()).unwrap_or_default();
+        let groups = &self.record.details.groups.directories;
+        let keeper = keeper::spawn(&self.record.command, Some(&world), groups, session)?;
+        let process = ProcessId::of(keeper.pid()).unwrap_or_default();
+        self.record.details.keeper = process;
         self.container.store(&self.record)?;
+        let run = &self.settings.run_directory;
+        keepers::register(run, process, sandbox, &self.container.id)?;
         Ok(keeper)
     }
 
@@ -240,83 +241,111 @@ impl Making<'_> {
         let Some(hooks) = bundle.spec.hooks() else {
             return Ok(());
         };
-        let state = state(&self.record, Status::Creating, pid);
+        let state = state(&self.record, State::Creating, pid);
         #[allow(deprecated)] // Engines use it: Docker sets up its network so.
         hooks::run("prestart", hooks.prestart().as_ref(), &state)?;
         hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state)
     }
 
-    /// Asks for the container; its streams. `None` when the pod is ending.
+    /// Asks for the container; its streams. `None` when the sandbox is ending.
     fn create(
         &self,
-        connection: &Connection,
+        client: &Client,
         plan: &Plan,
         keeper: i32,
         namespace: Option<&OwnedFd>,
     ) -> Result<Option<Vec<OwnedFd>>> {
-        if let Some(namespace) = namespace {
-            let request = Request::Network(self.settings.network);
-            if self
-                .ask(connection, &request, &[namespace.as_fd()])?
-                .is_none()
-            {
+        let mut asked = 0;
+        let told = (|| {
+            if let Some(namespace) = namespace {
+                let request = Request::Network(NetworkConfig {
+                    source: NetworkSource::Namespace,
+                    limits: self.settings.network,
+                    owner: None,
+                });
+                client.tell(&request, &[namespace.as_fd()])?;
+                asked += 1;
+            }
+            for shares in plan.shares.chunks(MAX_SHARES) {
+                let mounts = shares.iter().map(open).collect::<Result<Vec<_>>>()?;
+                let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
+                let request = Request::AddShares {
+                    shares: shares.iter().map(|share| share.share.clone()).collect(),
+                };
+                client.tell(&request, &fds)?;
+                asked += 1;
+            }
+            client.tell(
+                &self.request(plan, keeper)?,
+                &[self.container.directory.as_fd()],
+            )
+        })();
+        match told {
+            Err(error) if self.is_ending(&error) => return Ok(None),
+            told => told?,
+        }
+        for _ in 0..asked {
+            if self.answer(client)?.is_none() {
                 return Ok(None);
             }
         }
-        for shares in plan.shares.chunks(MAX_SHARES) {
-            let mounts = shares.iter().map(open).collect::<Result<Vec<_>>>()?;
-            let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
-            let request = Request::AddShares {
-                container: self.container.id.clone(),
-                shares: shares.iter().map(|share| share.share.clone()).collect(),
-            };
-            if self.ask(connection, &request, &fds)?.is_none() {
-                return Ok(None);
-            }
-        }
-        let request = Request::Create(wire::CreateRequest {
-            container: self.container.id.clone(),
-            spec: plan.spec.clone(),
-            keeper,
-            terminal: plan.terminal,
-            network: plan.sysctl.clone(),
-            joins: plan.joins.clone(),
-            disks: plan.disks.clone(),
-        });
-        let directory = self.container.open()?;
-        let received = self.ask(connection, &request, &[directory.as_fd()])?;
-        Ok(received.map(|received| received.fds))
+        Ok(self.answer(client)?.map(|received| received.fds))
     }
 
-    /// Asks; `None` when the pod is ending, or has ended before it saw the question.
-    fn ask(
-        &self,
-        connection: &Connection,
-        request: &Request,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<Option<Received<Reply>>> {
-        match connection.ask(request, fds) {
+    fn request(&self, plan: &Plan, keeper: i32) -> Result<Request> {
+        Ok(Request::Create(Box::new(CreateRequest {
+            container: ContainerConfig {
+                id: self.container.id.clone(),
+                spec: to_raw_value(&plan.spec).context(|| "encode the spec")?,
+                raw: RawArgs::default(),
+                stdio: Stdio::Handover {
+                    terminal: plan.terminal,
+                    stdin: true,
+                },
+                start: false,
+                keeper: Some(keeper),
+                sysctl: plan.sysctl.clone(),
+                joins: plan.joins.clone(),
+                disks: plan.disks.clone(),
+                volatile: false,
+                removal: None,
+            },
+            attach: None,
+        })))
+    }
+
+    /// The next answer; `None` when the sandbox is ending, or has ended before it saw the question.
+    fn answer(&self, client: &Client) -> Result<Option<Received<Reply>>> {
+        match client.receive() {
             Ok(Received {
                 message: Reply::Ending,
                 ..
             }) => Ok(None),
-            Err(failure) if !self.own_pod && client::is_gone(&failure) => Ok(None),
+            Err(error) if self.is_ending(&error) => Ok(None),
             answer => answer.map(Some),
         }
     }
 
-    /// Leaves nothing behind. By now the keeper is dead and the connection closed, on which the container hung.
+    fn is_ending(&self, error: &Error) -> bool {
+        !self.own_sandbox && error.kind == ErrorKind::Gone
+    }
+
+    /// Leaves nothing behind. By now the keeper is dead and the connection closed, on which the
+    /// container hung.
     fn undo(&self) {
         let warn = |result: Result<()>| {
-            if let Err(failure) = result {
-                (self.settings.warn)(&failure.message);
+            if let Err(error) = result {
+                (self.settings.warn)(&error.message);
             }
         };
-        if self.own_pod {
-            let paths = self.record.pod_paths();
-            warn(client::wait_for_end(&paths).and_then(|()| client::sweep(&paths)));
+        if self.own_sandbox
+            && let Some(path) = &self.record.sandbox
+        {
+            warn(path.wait_for_end().and_then(|()| path.sweep()));
         }
-        warn(self.record.groups.remove());
+        let details = &self.record.details;
+        keepers::forget(&self.settings.run_directory, details.keeper);
+        warn(details.groups.remove());
         warn(self.container.remove());
     }
 }
@@ -362,10 +391,10 @@ fn processors(resources: Option<&LinuxResources>) -> Option<u64> {
 fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<()> {
     // In runc's words.
     match (plan.terminal, &options.console_socket) {
-        (true, None) if detach => Err(Failure::new(
+        (true, None) if detach => Err(Error::new(
             "cannot allocate tty if hull-oci will detach without setting console socket",
         )),
-        (false, Some(_)) => Err(Failure::new(
+        (false, Some(_)) => Err(Error::new(
             "cannot use console socket if hull-oci will not detach or allocate tty",
         )),
         _ => Ok(()),
@@ -374,17 +403,9 @@ fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<
 
 /// A detached mount of what is to be shared.
 fn open(share: &HostShare) -> Result<OwnedFd> {
-    let doing = || format!("share {}", share.source.display());
-    let mount = detached::copy(&share.source, share.recursive).context(doing)?;
-    let mut attributes = Attributes {
-        read_only: false,
-        no_devices: true,
-        no_suid: true,
+    let read_only = match share.read_only {
+        true => ReadOnly::Top,
+        false => ReadOnly::No,
     };
-    detached::set(mount.as_fd(), attributes).context(doing)?;
-    if share.read_only {
-        attributes.read_only = true;
-        detached::set_top(mount.as_fd(), attributes).context(doing)?;
-    }
-    Ok(mount)
+    shares::host(&share.source, share.recursive, read_only)
 }

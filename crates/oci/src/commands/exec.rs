@@ -3,13 +3,16 @@
 use std::fs;
 use std::path::PathBuf;
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::Status;
-use hull_sandbox::pod::wire::{self, Request};
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::config::{ProcessConfig, RawArgs, Stdio};
+use hull_sandbox::control::protocol::Request;
+use hull_sandbox::store::State;
+use serde_json::value::to_raw_value;
 use serde_json::{Value, json};
 
 use super::life::load;
-use super::{Settings, in_runcs_words, refuse_descriptors, write_pid_file};
+use super::{Settings, refuse_descriptors, with_runc_wording, write_pid_file};
+use crate::container::connect;
 use crate::console;
 use crate::keeper::{self, Mode};
 
@@ -55,16 +58,16 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     let (container, record, status) = load(settings, &options.id)?;
     // In runc's words.
     match status {
-        Status::Stopped => {
-            return Err(Failure::new("cannot exec in a stopped container"));
+        State::Stopped => {
+            return Err(Error::wrong_state("cannot exec in a stopped container"));
         }
-        Status::Paused => return Err(Failure::new("cannot exec in a paused container")),
-        Status::Created => {
-            return Err(Failure::new(
+        State::Paused => return Err(Error::wrong_state("cannot exec in a paused container")),
+        State::Created => {
+            return Err(Error::wrong_state(
                 "cannot exec in a container that was not started",
             ));
         }
-        Status::Running | Status::Creating => {}
+        State::Running | State::Creating => {}
     }
     let mut process = match &options.process {
         Some(path) => {
@@ -83,12 +86,12 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     }
     let terminal = process["terminal"].as_bool().unwrap_or_default();
     if terminal && options.detach && options.console_socket.is_none() {
-        return Err(Failure::new(
+        return Err(Error::new(
             "cannot allocate tty if hull-oci will detach without setting console socket",
         ));
     }
     if !terminal && options.console_socket.is_some() {
-        return Err(Failure::new(
+        return Err(Error::new(
             "cannot use console socket if hull-oci will not detach or allocate tty",
         ));
     }
@@ -99,34 +102,31 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
         .filter_map(|arg| arg.as_str().map(str::to_owned))
         .collect();
     if args.is_empty() {
-        return Err(Failure::new("process args cannot be empty"));
+        return Err(Error::new("process args cannot be empty"));
     }
-    let connection = record.connect()?;
+    let client = connect(&record)?;
+    let text = to_raw_value(&process).context(|| "encode the process")?;
     let ask = |keeper: i32| {
-        let request = Request::Exec(wire::ExecRequest {
+        let request = Request::Exec(Box::new(ProcessConfig {
             container: options.id.clone(),
-            process: process.clone(),
-            keeper,
-            terminal,
-        });
-        connection
-            .ask(&request, &[])
-            .map(|received| received.fds)
-            .map_err(in_runcs_words)
+            process: text.clone(),
+            raw: RawArgs::default(),
+            stdio: Stdio::Handover {
+                terminal,
+                stdin: true,
+            },
+            keeper: Some(keeper),
+            size: None,
+        }));
+        client.streams(&request).map_err(with_runc_wording)
     };
     if !options.detach && options.console_socket.is_none() {
         let own = std::process::id().cast_signed();
         let streams = ask(own)?;
         write_pid_file(options.pid_file.as_deref(), own)?;
-        return keeper::keep_here(terminal, &connection, streams);
+        return keeper::keep_here(terminal, &client, streams);
     }
-    let keeper = keeper::spawn(
-        &record.pod_paths(),
-        &args,
-        None,
-        &record.groups.directories,
-        true,
-    )?;
+    let keeper = keeper::spawn(&args, None, &record.details.groups.directories, true)?;
     let streams = ask(keeper.pid())?;
     let slave = match &options.console_socket {
         Some(socket) => Some(console::send_master(socket, size(&process))?),
@@ -136,7 +136,7 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
         Some(_) => Mode::Terminal,
         None => Mode::Pipes,
     };
-    let mut kept = keeper.keep(mode, connection, streams, slave)?;
+    let mut kept = keeper.keep(mode, client, streams, slave)?;
     write_pid_file(options.pid_file.as_deref(), kept.pid())?;
     if options.detach { Ok(0) } else { kept.wait() }
 }
@@ -155,7 +155,7 @@ fn size(process: &Value) -> Option<(u16, u16)> {
 fn from_options(init: &Value, options: &ExecOptions) -> Result<Value> {
     let mut process = init.clone();
     let Some(object) = process.as_object_mut() else {
-        return Err(Failure::new("the container's config.json has no process"));
+        return Err(Error::new("the container's config.json has no process"));
     };
     object.insert("args".into(), json!(options.args));
     object.insert("terminal".into(), json!(options.tty));

@@ -1,29 +1,29 @@
 //! `start`, `kill`, `pause`, `resume`, `update`, `delete`.
 
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::Status;
-use hull_sandbox::pod::client::{self, Connection};
-use hull_sandbox::pod::wire::{Reply, Request};
+use hull_sandbox::control::client::Client;
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::error::{Context, Error, ErrorKind, Result};
+use hull_sandbox::store::{State, keepers};
 use oci_spec::runtime::{Hooks, LinuxMemory, LinuxResources};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
+use serde_json::value::to_raw_value;
 
-use super::{OVERHEAD, Settings, in_runcs_words};
+use super::{OVERHEAD, Settings, with_runc_wording};
 use crate::cgroup::Place;
-use crate::container::{Container, Record, state};
-use crate::{guest_spec, hooks, pod, update};
+use crate::container::{Container, Record, connect, recovered_record, state};
+use crate::{guest_spec, hooks, update};
 
 /// How long a sandbox process may take to end a container before it is killed itself: longer than a guest may take to
 /// write its files back.
-const DELETE_TIME: Duration = Duration::from_secs(20);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a keeper may live on when its process has ended: it writes what is left of the output.
-const KEEPER_TIME: Timespec = Timespec {
+const KEEPER_EXIT_GRACE: Timespec = Timespec {
     tv_sec: 2,
     tv_nsec: 0,
 };
@@ -32,17 +32,17 @@ const KEEPER_TIME: Timespec = Timespec {
 const HAND_OVER_ROUNDS: usize = 10;
 
 /// The container, its record and its status.
-pub(super) fn load(settings: &Settings, id: &str) -> Result<(Container, Record, Status)> {
+pub(super) fn load(settings: &Settings, id: &str) -> Result<(Container, Record, State)> {
     let container = settings.root.find(id)?;
     let record = container.record()?;
-    let status = container.status(&record).status;
+    let status = container.status(&record)?.state;
     Ok((container, record, status))
 }
 
 fn hooks_of(container: &Container) -> Result<Option<Hooks>> {
     match container.config()?.get("hooks") {
         None | Some(Value::Null) => Ok(None),
-        Some(hooks) => serde_json::from_value(hooks.clone()).context(|| "read hooks".into()),
+        Some(hooks) => serde_json::from_value(hooks.clone()).context(|| "read hooks"),
     }
 }
 
@@ -54,15 +54,15 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
     let (container, record, status) = load(settings, id)?;
     // In runc's words.
     match status {
-        Status::Created => {}
-        Status::Stopped => {
-            return Err(Failure::new("cannot start a container that has stopped"));
+        State::Created => {}
+        State::Stopped => {
+            return Err(Error::wrong_state("cannot start a container that has stopped"));
         }
-        Status::Running | Status::Paused => {
-            return Err(Failure::new("cannot start an already running container"));
+        State::Running | State::Paused => {
+            return Err(Error::wrong_state("cannot start an already running container"));
         }
-        Status::Creating => {
-            return Err(Failure::new(
+        State::Creating => {
+            return Err(Error::wrong_state(
                 "cannot start a container that is being created",
             ));
         }
@@ -70,12 +70,11 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
     let request = Request::Start {
         container: id.to_owned(),
     };
-    record
-        .connect()?
-        .ask(&request, &[])
-        .map_err(in_runcs_words)?;
+    connect(&record)?
+        .do_(&request)
+        .map_err(with_runc_wording)?;
     if let Some(hooks) = hooks_of(&container)? {
-        let state = state(&record, Status::Running, record.keeper);
+        let state = state(&record, State::Running, record.details.keeper.pid);
         // The specification: the failure of such a hook is logged, and life goes on. So below.
         hooks::run_all(
             "poststart",
@@ -93,11 +92,11 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
 /// It does not run.
 pub fn kill(settings: &Settings, id: &str, signal: u32, all: bool) -> Result<()> {
     let (_, record, status) = load(settings, id)?;
-    if status == Status::Stopped {
+    if status == State::Stopped {
         return match all {
             // As runc: there is nothing that could be left of it.
             true => Ok(()),
-            false => Err(Failure::new("container not running")),
+            false => Err(Error::wrong_state("container not running")),
         };
     }
     let request = Request::Signal {
@@ -105,7 +104,7 @@ pub fn kill(settings: &Settings, id: &str, signal: u32, all: bool) -> Result<()>
         signal,
         all,
     };
-    record.connect()?.ask(&request, &[]).map(drop)
+    connect(&record)?.do_(&request)
 }
 
 /// Freezes a container.
@@ -126,14 +125,14 @@ pub fn resume(settings: &Settings, id: &str) -> Result<()> {
 
 fn freeze(settings: &Settings, id: &str, frozen: bool) -> Result<()> {
     let (_, record, status) = load(settings, id)?;
-    if status == Status::Stopped {
-        return Err(Failure::new("container not running"));
+    if status == State::Stopped {
+        return Err(Error::wrong_state("container not running"));
     }
     let request = Request::Freeze {
         container: id.to_owned(),
         frozen,
     };
-    record.connect()?.ask(&request, &[]).map(drop)
+    connect(&record)?.do_(&request)
 }
 
 /// Changes limits, in the guest and on the host.
@@ -142,16 +141,16 @@ fn freeze(settings: &Settings, id: &str, frozen: bool) -> Result<()> {
 /// It does not run, or a limit cannot be set.
 pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Result<()> {
     let (container, mut record, status) = load(settings, id)?;
-    if status == Status::Stopped {
-        return Err(Failure::new("container not running"));
+    if status == State::Stopped {
+        return Err(Error::wrong_state("container not running"));
     }
-    let current = match &record.resources {
+    let current = match &record.details.resources {
         Some(current) => current.clone(),
         None => resources_of(&container)?,
     };
     let mut resources = resources.clone();
     update::complete(&mut resources, &current);
-    let mut guest = serde_json::to_value(&resources).context(|| "encode linux.resources".into())?;
+    let mut guest = serde_json::to_value(&resources).context(|| "encode linux.resources")?;
     if let Some(guest) = guest.as_object_mut() {
         for note in guest_spec::not_applied(guest) {
             (settings.warn)(&note);
@@ -160,11 +159,12 @@ pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Resu
     }
     let request = Request::Update {
         container: id.to_owned(),
-        resources: guest,
+        resources: to_raw_value(&guest).context(|| "encode linux.resources")?,
     };
-    record.connect()?.ask(&request, &[])?;
-    record.groups.apply(&resources, wall(&record, &resources))?;
-    record.resources = Some(update::merge(&current, &resources)?);
+    connect(&record)?.do_(&request)?;
+    let wall = wall(&record, &resources);
+    record.details.groups.apply(&resources, wall)?;
+    record.details.resources = Some(update::merge(&current, &resources)?);
     container.store(&record)
 }
 
@@ -172,7 +172,7 @@ fn resources_of(container: &Container) -> Result<LinuxResources> {
     match container.config()?["linux"].get("resources") {
         None | Some(Value::Null) => Ok(LinuxResources::default()),
         Some(resources) => {
-            serde_json::from_value(resources.clone()).context(|| "read resources".into())
+            serde_json::from_value(resources.clone()).context(|| "read resources")
         }
     }
 }
@@ -186,7 +186,7 @@ fn wall(record: &Record, resources: &LinuxResources) -> u64 {
         .and_then(LinuxMemory::limit)
         .and_then(|limit| u64::try_from(limit).ok())
         .unwrap_or(u64::MAX);
-    let machine = record.memory.saturating_add(OVERHEAD);
+    let machine = record.details.memory.saturating_add(OVERHEAD);
     machine.saturating_sub(limit).max(OVERHEAD)
 }
 
@@ -204,29 +204,35 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
         Err(_) if force => what_is_left(settings, &container),
         record => record?,
     };
-    let status = container.status(&record).status;
-    if !force && !matches!(status, Status::Stopped | Status::Created) {
-        return Err(Failure::new(format!(
+    let status = match container.status(&record) {
+        Ok(status) => status.state,
+        // What cannot be read cannot keep it from being removed.
+        Err(_) if force => State::Stopped,
+        Err(error) => return Err(error),
+    };
+    if !force && !matches!(status, State::Stopped | State::Created) {
+        return Err(Error::wrong_state(format!(
             "cannot delete container {id} that is not stopped: {status}"
         )));
     }
-    end_in_pod(&record)?;
+    end_in_sandbox(&record)?;
     end_keeper(&record);
-    if !record.pod.is_empty() {
-        client::sweep(&record.pod_paths())?;
+    keepers::forget(&settings.run_directory, record.details.keeper);
+    if let Some(sandbox) = &record.sandbox {
+        sandbox.sweep()?;
     }
     // What cannot be read cannot have been run.
     if let Ok(Some(hooks)) = hooks_of(&container) {
-        let state = state(&record, Status::Stopped, 0);
+        let state = state(&record, State::Stopped, 0);
         hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
     }
     hand_over(settings, &record)?;
-    record.groups.remove()?;
+    record.details.groups.remove()?;
     container.remove()
 }
 
-/// A record of what can be found of a container without its own: its groups from its configuration, its pod from the
-/// processes in them.
+/// A record of what can be found of a container without its own: its groups from its configuration, its
+/// sandbox from the keepers among the processes in them.
 fn what_is_left(settings: &Settings, container: &Container) -> Record {
     let place = container.config().ok().and_then(|config| {
         let path = config["linux"]["cgroupsPath"].as_str().map(Path::new);
@@ -236,70 +242,64 @@ fn what_is_left(settings: &Settings, container: &Container) -> Record {
     let pids = groups.processes().unwrap_or_default();
     let kept = pids
         .into_iter()
-        .find_map(|pid| Some((pid, pod::of_keeper(pid)?)));
-    Record::recovered(container, groups, kept)
+        .find_map(|pid| keepers::find(&settings.run_directory, pid))
+        .map(|keeper| (keeper.process, keeper.sandbox));
+    recovered_record(container, groups, kept)
 }
 
-/// The machine of a pod is in the groups of the container that it was started for. When that goes before others, it
-/// moves to the groups of one that stays.
+/// The machine of a pod is in the groups of the container that it was started for. When that goes
+/// before others, it moves to the groups of one that stays.
 fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
-    if record.pod.is_empty() || !client::is_alive(&record.pod_paths()) {
+    if !record.sandbox_lives() {
         return Ok(());
     }
     let heir = settings.root.list()?.into_iter().find_map(|container| {
         let other = container.record().ok()?;
-        let in_pod = other.pods == record.pods && other.pod == record.pod;
-        let stays = in_pod && container.id != record.id;
-        (stays && container.status(&other).status != Status::Stopped).then_some(other)
+        let stays = other.sandbox == record.sandbox && container.id != record.id;
+        let lives = || container.status(&other).is_ok_and(|status| status.state.is_alive());
+        (stays && lives()).then_some(other)
     });
     let Some(heir) = heir else { return Ok(()) };
     for _ in 0..HAND_OVER_ROUNDS {
-        let pids = record.groups.processes()?;
+        let pids = record.details.groups.processes()?;
         if pids.is_empty() {
             break;
         }
         for pid in pids {
             // One that has just ended; any other is found again, and at last by the removal.
-            let _ = heir.groups.join(pid);
+            let _ = heir.details.groups.join(pid);
         }
     }
     Ok(())
 }
 
-/// Ends the container in its pod; waits for the pod when that ends with it.
-fn end_in_pod(record: &Record) -> Result<()> {
-    if record.pod.is_empty() {
-        return Ok(());
-    }
-    let paths = record.pod_paths();
-    // One that cannot be reached has ended, or is about to.
-    let Ok(Some(connection)) = Connection::open(&paths) else {
+/// Ends the container in its sandbox; waits for the sandbox when that ends with it.
+fn end_in_sandbox(record: &Record) -> Result<()> {
+    let Some(sandbox) = &record.sandbox else {
         return Ok(());
     };
-    let doing = || "ask the sandbox process".to_owned();
-    rustix::net::sockopt::set_socket_timeout(
-        connection.as_fd(),
-        rustix::net::sockopt::Timeout::Recv,
-        Some(DELETE_TIME),
-    )
-    .context(doing)?;
+    // One that cannot be reached has ended, or is about to.
+    let Ok(Some(client)) = Client::open(sandbox) else {
+        return Ok(());
+    };
+    client.set_timeout(DELETE_TIMEOUT)?;
     let request = Request::Delete {
         container: record.id.clone(),
     };
-    match connection.ask(&request, &[]) {
+    match client.ask(&request, &[]) {
         Ok(received) => {
-            drop(connection);
+            drop(client);
             if matches!(received.message, Reply::Ending) {
-                client::wait_for_end(&paths)?;
+                sandbox.wait_for_end()?;
             }
         }
-        // It has ended meanwhile, or does not know the container, or does not answer.
-        Err(failure) if failure.message.contains("does not exist") => {}
+        Err(error) if error.kind == ErrorKind::NotFound => {}
+        // It has ended meanwhile, or does not answer.
         Err(_) => {
-            drop(connection);
+            drop(client);
             // Its machine and devices die with it.
-            client::kill(&paths)?;
-            client::wait_for_end(&paths)?;
+            sandbox.kill()?;
+            sandbox.wait_for_end()?;
         }
     }
     Ok(())
@@ -307,21 +307,22 @@ fn end_in_pod(record: &Record) -> Result<()> {
 
 /// The keeper ends when it has carried everything; one that does not is stuck with a reader that does not read.
 fn end_keeper(record: &Record) {
-    if !record.keeper_lives() {
+    let keeper = record.details.keeper;
+    if !keeper.lives() {
         return;
     }
     let Some(pidfd) =
-        Pid::from_raw(record.keeper).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+        Pid::from_raw(keeper.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
     else {
         return;
     };
     // It may have ended, and its id be another's, between the question and the descriptor.
-    if !record.keeper_lives() {
+    if !keeper.lives() {
         return;
     }
     let ended = poll(
         &mut [PollFd::new(&pidfd, PollFlags::IN)],
-        Some(&KEEPER_TIME),
+        Some(&KEEPER_EXIT_GRACE),
     );
     if !matches!(ended, Ok(1)) {
         let _ = pidfd_send_signal(&pidfd, Signal::KILL);

@@ -14,18 +14,18 @@ mod query;
 
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure, Result};
-use hull_sandbox::{MachineRequest, NetworkLimits};
+use hull_sandbox::config::{MachineConfig, NetworkLimits};
+use hull_sandbox::error::{Context, Error, ErrorKind, Result};
 
 pub use create::{CreateOptions, create, run};
 pub use exec::{ExecOptions, exec};
 pub use life::{delete, kill, pause, resume, start, update};
-pub use query::{Listed, list, processes, state, stats};
+pub use query::{Listed, list, metrics, processes, state};
 
 use crate::container::Root;
 
 /// See [`Settings::machine`].
-pub type MachineMaker = Box<dyn Fn(Option<u64>, Option<u64>) -> Result<MachineRequest>>;
+pub type MachineMaker = Box<dyn Fn(Option<u64>, Option<u64>) -> Result<MachineConfig>>;
 
 /// What holds for every command.
 pub struct Settings {
@@ -49,13 +49,13 @@ pub struct Settings {
 const OVERHEAD: u64 = 128 << 20;
 
 /// A command that was not found or cannot be executed, in the words that engines look for.
-fn in_runcs_words(mut failure: Failure) -> Failure {
-    let words: &[&str] = match failure.code {
-        EXIT_NOT_FOUND => &[
+fn with_runc_wording(mut failure: Error) -> Error {
+    let words: &[&str] = match failure.kind {
+        ErrorKind::CommandNotFound => &[
             "executable file not found in $PATH",
             "no such file or directory",
         ],
-        EXIT_NOT_EXECUTABLE => &["permission denied"],
+        ErrorKind::NotExecutable => &["permission denied"],
         _ => return failure,
     };
     let lower = failure.message.to_lowercase();
@@ -79,7 +79,7 @@ fn refuse_descriptors(count: u32) -> Result<()> {
     if count == 0 {
         return Ok(());
     }
-    Err(Failure::new(
-        "not supported: --preserve-fds: descriptors of the host's kernel mean nothing to the guest's",
+    Err(Error::unsupported(
+        "--preserve-fds: descriptors of the host's kernel mean nothing to the guest's",
     ))
 }

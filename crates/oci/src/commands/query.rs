@@ -1,9 +1,10 @@
 //! `state`, `list`, `ps`, `events`.
 
-use hull_sandbox::error::{Failure, Result};
-use hull_sandbox::pod::Status;
-use hull_sandbox::pod::wire::{Reply, Request};
-use hull_sandbox::wire::Stats;
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::error::{Error, Result};
+use hull_sandbox::metrics::Metrics;
+use hull_sandbox::store::State;
 use serde_json::Value;
 
 use super::Settings;
@@ -17,8 +18,8 @@ use crate::container;
 pub fn state(settings: &Settings, id: &str) -> Result<Value> {
     let (_, record, status) = load(settings, id)?;
     let pid = match status {
-        Status::Stopped => 0,
-        _ => record.keeper,
+        State::Stopped => 0,
+        _ => record.details.keeper.pid,
     };
     Ok(container::state(&record, status, pid))
 }
@@ -36,7 +37,7 @@ pub fn list(settings: &Settings) -> Result<Vec<Listed>> {
         match state(settings, &container.id) {
             Ok(state) => listed.push(state),
             // One that is just being removed.
-            Err(_) if !container.directory.exists() => {}
+            Err(_) if !container.directory.is_there() => {}
             Err(failure) => (settings.warn)(&failure.message),
         }
     }
@@ -49,36 +50,32 @@ pub fn list(settings: &Settings) -> Result<Vec<Listed>> {
 /// It does not run.
 pub fn processes(settings: &Settings, id: &str) -> Result<Vec<i32>> {
     let (_, record, status) = load(settings, id)?;
-    if status == Status::Stopped {
+    if status == State::Stopped {
         return Ok(Vec::new());
     }
     let request = Request::Keepers {
         container: id.to_owned(),
     };
-    match record.connect()?.ask(&request, &[])?.message {
+    match container::connect(&record)?.ask(&request, &[])?.message {
         Reply::Keepers(pids) => Ok(pids),
         other => Err(unexpected(&other)),
     }
 }
 
-/// Figures of a container.
+/// Metrics of a container.
 ///
 /// # Errors
 /// It does not run.
-pub fn stats(settings: &Settings, id: &str) -> Result<Stats> {
+pub fn metrics(settings: &Settings, id: &str) -> Result<Metrics> {
     let (_, record, status) = load(settings, id)?;
-    if status == Status::Stopped {
-        return Err(Failure::new(format!("container {id} is not running")));
+    if status == State::Stopped {
+        return Err(Error::wrong_state(format!("container {id} is not running")));
     }
-    let request = Request::Stats {
+    let request = Request::Metrics {
         container: id.to_owned(),
     };
-    match record.connect()?.ask(&request, &[])?.message {
-        Reply::Stats(stats) => Ok(*stats),
+    match container::connect(&record)?.ask(&request, &[])?.message {
+        Reply::Metrics(metrics) => Ok(*metrics),
         other => Err(unexpected(&other)),
     }
-}
-
-fn unexpected(reply: &Reply) -> Failure {
-    Failure::new(format!("the sandbox process answered {reply:?}"))
 }

@@ -6,8 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use hull_sandbox::error::Result;
-use hull_sandbox::pod::DiskRequest;
-use hull_sandbox::pod::wire::Disk;
+use hull_sandbox::config::{ContainerDisk, DiskConfig};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 use serde_json::{Value, json};
 
@@ -135,8 +134,8 @@ fn add_disk(plan: &mut Plan, (major, minor): (u32, u32), read_only: bool, path: 
         .find(|device| (device.major, device.minor) == (major, minor));
     match known {
         Some(device) => device.read_only &= read_only,
-        None => plan.disks.push(Disk {
-            device: DiskRequest {
+        None => plan.disks.push(ContainerDisk {
+            device: DiskConfig {
                 major,
                 minor,
                 read_only,
@@ -300,7 +299,7 @@ mod tests {
             let [disk] = plan.disks.as_slice() else {
                 panic!("{:?}", plan.disks)
             };
-            let device = DiskRequest {
+            let device = DiskConfig {
                 major,
                 minor,
                 read_only,

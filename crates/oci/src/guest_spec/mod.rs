@@ -11,8 +11,8 @@ mod namespaces;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use hull_sandbox::error::{Failure, Result};
-use hull_sandbox::pod::wire::{Disk, Share};
+use hull_sandbox::error::{Error, Result};
+use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
 use serde_json::Value;
 
 use crate::bundle::Bundle;
@@ -30,7 +30,7 @@ pub struct Plan {
     /// What it sees of the host; the root file system first.
     pub shares: Vec<HostShare>,
     /// Block devices of the host that the machine has as disks, each once.
-    pub disks: Vec<Disk>,
+    pub disks: Vec<ContainerDisk>,
     /// The network namespace that the spec asks for.
     pub network: Network,
     /// New namespaces that the keeper has on the host, as the spec has them.
@@ -60,8 +60,8 @@ pub struct HostShare {
     pub read_only: bool,
 }
 
-fn refused(what: impl std::fmt::Display, why: impl std::fmt::Display) -> Failure {
-    Failure::new(format!("not supported: {what}: {why}"))
+fn refused(what: impl std::fmt::Display, why: impl std::fmt::Display) -> Error {
+    Error::unsupported(format_args!("{what}: {why}"))
 }
 
 impl Plan {
@@ -134,7 +134,8 @@ impl Plan {
         let share = Share {
             name: share_name(id, "root"),
             is_file: false,
-            is_root: true,
+            // `docker cp` and the like write to it from the host.
+            writers: Writers::HostRarely,
         };
         self.spec["root"]["path"] = Value::String(share.path());
         self.shares.push(HostShare {
@@ -233,9 +234,4 @@ pub fn for_guest(resources: &mut serde_json::Map<String, Value>) {
         cpu.remove("realtimeRuntime");
         cpu.remove("realtimePeriod");
     }
-}
-
-/// Name of a share of this container: no other of the pod has it, and it does not begin with a dot.
-fn share_name(id: &str, what: &str) -> String {
-    format!("c-{id}-{what}")
 }

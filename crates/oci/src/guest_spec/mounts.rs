@@ -6,12 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::wire::{self, Share};
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::config::{self, Share, Writers, share_name};
 use serde_json::{Value, json};
 
 use super::devices::guest_device;
-use super::{HostShare, Plan, refused, share_name};
+use super::{HostShare, Plan, refused};
 use crate::bundle::Bundle;
 
 /// File systems that the guest's kernel makes of nothing.
@@ -92,11 +92,11 @@ fn one(
         source => bundle.path.join(source),
     };
     let found = fs::metadata(&source).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => Failure::new(format!(
+        ErrorKind::NotFound => Error::new(format!(
             "cannot mount {destination}: stat {}: no such file or directory",
             source.display()
         )),
-        _ => Failure::new(format!(
+        _ => Error::new(format!(
             "cannot mount {destination}: cannot use {}: {error}",
             source.display()
         )),
@@ -142,7 +142,7 @@ fn one(
     let share = Share {
         name: share_name(id, &index.to_string()),
         is_file: !found.is_dir(),
-        is_root: false,
+        writers: Writers::Anyone,
     };
     mount["source"] = json!(share.path());
     plan.shares.push(HostShare {
@@ -185,7 +185,7 @@ fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
     Ok(json!({
         "destination": "/dev/shm",
         "type": "bind",
-        "source": wire::shared_memory(identity(&path, &found)),
+        "source": config::shared_memory(identity(&path, &found)),
         "options": options,
     }))
 }

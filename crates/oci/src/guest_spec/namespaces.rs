@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Failure, Result};
+use hull_sandbox::error::{Error, Result};
 use serde_json::Value;
 
 use super::{Plan, refused};
@@ -84,7 +84,7 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
     Ok(())
 }
 
-fn no_network() -> Failure {
+fn no_network() -> Error {
     refused(
         "linux.namespaces without a network namespace",
         "a guest has a network of its own and cannot use the host's",

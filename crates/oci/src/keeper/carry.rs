@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread::JoinHandle;
 
-use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::error::{Context, Error, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -37,9 +37,9 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
     let mut next = || {
         streams
             .next()
-            .ok_or_else(|| Failure::new("the keeper got too few streams"))
+            .ok_or_else(|| Error::new("the keeper got too few streams"))
     };
-    let standard = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().context(|| "take a stream".into());
+    let standard = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().context(|| "take a stream");
     if mode == Mode::Pipes {
         let (input, output, error) = (next()?, next()?, next()?);
         thread(standard(io::stdin().as_fd())?, input, End::Shutdown)?;
@@ -63,21 +63,21 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
             let slave = next()?;
             // Its size's changes and its hang-up are told to this process then.
             rustix::process::ioctl_tiocsctty(&slave)
-                .context(|| "take control of the terminal".into())?;
+                .context(|| "take control of the terminal")?;
             // An engine may wait for the end of what it gave as standard output.
             rustix::stdio::dup2_stdin(&slave)
                 .and_then(|()| rustix::stdio::dup2_stdout(&slave))
                 .and_then(|()| rustix::stdio::dup2_stderr(&slave))
-                .context(|| "leave the standard streams".into())?;
+                .context(|| "leave the standard streams")?;
             (standard(slave.as_fd())?, slave)
         }
     };
-    let before = tcgetattr(&terminal).context(|| "read the terminal's attributes".into())?;
+    let before = tcgetattr(&terminal).context(|| "read the terminal's attributes")?;
     let mut raw = before.clone();
     raw.make_raw();
     // The terminal that cooks is the one in the guest.
     tcsetattr(&terminal, OptionalActions::Now, &raw)
-        .context(|| "set the terminal's attributes".into())?;
+        .context(|| "set the terminal's attributes")?;
     let input = standard(terminal.as_fd())?;
     let writing = standard(stream.as_fd())?;
     thread(input, writing, End::Shutdown)?;
@@ -127,7 +127,7 @@ fn thread(from: OwnedFd, to: OwnedFd, end: End) -> Result<JoinHandle<()>> {
                 let _ = shutdown(&to, Shutdown::Write);
             }
         })
-        .context(|| "start a thread".into())
+        .context(|| "start a thread")
 }
 
 /// Writes to what somebody else may have made non-blocking.

@@ -30,7 +30,7 @@ unsafe extern "C" fn release(info: *mut dl_phdr_info, _size: size_t, _data: *mut
         let end = start.wrapping_add(header.p_memsz as usize);
         let start = start & !(page - 1);
         // SAFETY: the range is mapped from a file, privately and never written: a page that is dropped comes back as it
-        // was. Failure changes nothing.
+        // was. Error changes nothing.
         unsafe {
             libc::madvise(
                 start as *mut c_void,

@@ -20,16 +20,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
-use hull_sandbox::error::{Context, Failure, Result};
-use hull_sandbox::pod::PodPaths;
-use hull_sandbox::pod::client::Connection;
-use hull_sandbox::pod::wire::{Received, Reply, pair, receive, send};
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::control::client::Client;
+use hull_sandbox::control::protocol::{Received, Reply, pair, receive, send};
 use serde::{Deserialize, Serialize};
 
 pub use process::{keep_here, run};
-
-/// Environment variable of a keeper: the directory of the pod that its container is in.
-pub const POD_VARIABLE: &str = "HULL_POD";
 
 /// Environment variable that makes this executable a keeper: its arguments are the container's. Says whether it
 /// is to leave its caller's session.
@@ -52,7 +48,7 @@ pub fn is_wanted() -> Option<bool> {
 enum Order {
     /// Enter namespaces. Beside it the network's, if it exists, and the root file system.
     Enter(Vec<Namespace>),
-    /// Carry. Beside it: the connection to the pod, the streams, and the slave of a terminal.
+    /// Carry. Beside it: the connection to the sandbox, the streams, and the slave of a terminal.
     Keep(Mode),
 }
 
@@ -113,7 +109,6 @@ pub struct World {
 /// # Errors
 /// The process cannot be started, or its namespaces cannot be entered.
 pub fn spawn(
-    pod: &PodPaths,
     arguments: &[String],
     world: Option<&World>,
     cgroups: &[std::path::PathBuf],
@@ -128,7 +123,6 @@ pub fn spawn(
     command
         .env_clear()
         .env(ROLE_VARIABLE, if session { SESSION } else { FOREGROUND })
-        .env(POD_VARIABLE, pod.files().run)
         .current_dir("/");
     inherit(&mut command, theirs)?;
     let child = match world {
@@ -200,7 +194,7 @@ impl Keeper {
     }
 
     fn order(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let gone = || Failure::new("the keeper has ended: it was killed, or it broke down");
+        let gone = || Error::new("the keeper has ended: it was killed, or it broke down");
         send(&self.channel, order, fds).map_err(|_| gone())?;
         match receive::<Reply>(&self.channel) {
             Ok(Some(Received {
@@ -212,7 +206,7 @@ impl Keeper {
         }
     }
 
-    /// Gives it the connection to the pod, the streams of its process, and the slave of a terminal. From now on it
+    /// Gives it the connection to the sandbox, the streams of its process, and the slave of a terminal. From now on it
     /// stands for the process; the process lives as long as this connection.
     ///
     /// # Errors
@@ -220,11 +214,11 @@ impl Keeper {
     pub fn keep(
         mut self,
         mode: Mode,
-        connection: Connection,
+        client: Client,
         streams: Vec<OwnedFd>,
         slave: Option<OwnedFd>,
     ) -> Result<Kept> {
-        let connection = OwnedFd::from(connection);
+        let connection = OwnedFd::from(client);
         let fds: Vec<_> = std::iter::once(connection.as_fd())
             .chain(streams.iter().map(AsFd::as_fd))
             .chain(slave.iter().map(AsFd::as_fd))
@@ -261,7 +255,7 @@ impl Kept {
             .0
             .child
             .wait()
-            .context(|| "wait for the keeper".into())?;
+            .context(|| "wait for the keeper")?;
         Ok(status
             .code()
             .unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))

@@ -2,10 +2,11 @@
 
 use std::os::fd::OwnedFd;
 
-use hull_sandbox::error::{Context, EXIT_HULL, Failure, Result};
-use hull_sandbox::pod::client::Connection;
-use hull_sandbox::pod::wire::{Received, Reply, Request, receive, send};
-use hull_sandbox::wire::Size;
+use hull_sandbox::config::TerminalSize;
+use hull_sandbox::control::client::Client;
+use hull_sandbox::control::protocol::{Received, Reply, Request, receive, send};
+use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::store::EXIT_SANDBOX_FAILED;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -22,7 +23,7 @@ pub fn run(session: bool) -> ! {
     let status = match take_channel().and_then(|channel| obey(channel, session)) {
         Ok(status) => status,
         // Nobody is left to tell.
-        Err(_) => EXIT_HULL,
+        Err(_) => EXIT_SANDBOX_FAILED,
     };
     std::process::exit(status)
 }
@@ -33,7 +34,7 @@ fn take_channel() -> Result<OwnedFd> {
     // SAFETY: `spawn` put the channel there, and nothing else in this process owns that number.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
     rustix::io::fcntl_setfd(&channel, rustix::io::FdFlags::CLOEXEC)
-        .context(|| "take over the channel".into())?;
+        .context(|| "take over the channel")?;
     Ok(channel)
 }
 
@@ -45,9 +46,9 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
     let signals = block_signals()?;
     loop {
         let Some(Received { message, fds }) =
-            receive::<Order>(&channel).context(|| "read an order".into())?
+            receive::<Order>(&channel).context(|| "read an order")?
         else {
-            return Ok(EXIT_HULL);
+            return Ok(EXIT_SANDBOX_FAILED);
         };
         match message {
             Order::Enter(namespaces) => {
@@ -55,18 +56,18 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
                     Ok(()) => Reply::Ok,
                     Err(failure) => Reply::Failed(failure),
                 };
-                send(&channel, &reply, &[]).context(|| "answer".into())?;
+                send(&channel, &reply, &[]).context(|| "answer")?;
             }
             Order::Keep(mode) => {
                 let mut fds = fds.into_iter();
-                let missing = || Failure::new("the keeper got no connection");
-                let connection = Connection::from(fds.next().ok_or_else(missing)?);
+                let missing = || Error::new("the keeper got no connection");
+                let connection = Client::from(fds.next().ok_or_else(missing)?);
                 let carried = carry(mode, fds.collect());
                 let reply = match &carried {
                     Ok(_) => Reply::Ok,
                     Err(failure) => Reply::Failed(failure.clone()),
                 };
-                send(&channel, &reply, &[]).context(|| "answer".into())?;
+                send(&channel, &reply, &[]).context(|| "answer")?;
                 drop(channel);
                 memory::release_code();
                 return Ok(wait_for_end(&connection, &signals, carried?));
@@ -88,13 +89,13 @@ fn block_signals() -> Result<SignalFd> {
     ] {
         set.remove(own);
     }
-    set.thread_block().context(|| "block signals".into())?;
+    set.thread_block().context(|| "block signals")?;
     SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-        .context(|| "watch signals".into())
+        .context(|| "watch signals")
 }
 
 /// Passes signals on until the process has ended; its status.
-fn wait_for_end(connection: &Connection, signals: &SignalFd, carried: Carried) -> i32 {
+fn wait_for_end(connection: &Client, signals: &SignalFd, carried: Carried) -> i32 {
     if let Some(terminal) = carried.terminal() {
         resize(connection, terminal);
     }
@@ -121,14 +122,14 @@ fn wait_for_end(connection: &Connection, signals: &SignalFd, carried: Carried) -
             }) => break exit.status,
             Ok(_) => {}
             // The sandbox process was killed, and with it everything.
-            Err(_) => break EXIT_HULL,
+            Err(_) => break EXIT_SANDBOX_FAILED,
         }
     };
     carried.finish();
     status
 }
 
-fn pass_on(connection: &Connection, signal: u32, terminal: Option<&OwnedFd>) {
+fn pass_on(connection: &Client, signal: u32, terminal: Option<&OwnedFd>) {
     if signal == Signal::SIGWINCH as u32 {
         if let Some(terminal) = terminal {
             resize(connection, terminal);
@@ -139,7 +140,7 @@ fn pass_on(connection: &Connection, signal: u32, terminal: Option<&OwnedFd>) {
         return;
     }
     // A process that has just ended cannot be told, and need not be.
-    let _ = connection.tell(&Request::Forward(signal));
+    let _ = connection.tell(&Request::Forward(signal), &[]);
 }
 
 /// Whether a signal is about this process's own children, input and output, and not about the process in the guest.
@@ -165,7 +166,7 @@ pub fn pass_signals(keeper: i32) -> Result<()> {
     let before = SigSet::thread_get_mask().context(doing)?;
     let signals = block_signals()?;
     let pidfd = rustix::process::Pid::from_raw(keeper)
-        .ok_or_else(|| Failure::new("the keeper has no process id"))
+        .ok_or_else(|| Error::new("the keeper has no process id"))
         .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).context(doing))?;
     loop {
         let mut ready = [
@@ -194,17 +195,17 @@ pub fn pass_signals(keeper: i32) -> Result<()> {
     }
 }
 
-fn resize(connection: &Connection, terminal: &OwnedFd) {
+fn resize(connection: &Client, terminal: &OwnedFd) {
     if let Ok(size) = tcgetwinsize(terminal)
         && size.ws_row > 0
         && size.ws_col > 0
     {
-        let size = Size {
+        let size = TerminalSize {
             rows: size.ws_row,
             columns: size.ws_col,
         };
         // As above.
-        let _ = connection.tell(&Request::Resize(size));
+        let _ = connection.tell(&Request::Resize(size), &[]);
     }
 }
 
@@ -212,7 +213,7 @@ fn resize(connection: &Connection, terminal: &OwnedFd) {
 ///
 /// # Errors
 /// The streams cannot be carried.
-pub fn keep_here(terminal: bool, connection: &Connection, streams: Vec<OwnedFd>) -> Result<i32> {
+pub fn keep_here(terminal: bool, connection: &Client, streams: Vec<OwnedFd>) -> Result<i32> {
     let mode = if terminal {
         Mode::OwnTerminal
     } else {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command};
 
-use hull_sandbox::error::{Context, Failure, Result};
+use hull_sandbox::error::{Context, Error, Result};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
@@ -27,7 +27,7 @@ pub fn spawn(command: &mut Command) -> Result<Child> {
     let child = command.spawn();
     // Hooks, which this process starts too, belong into its own.
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)).context(doing)?;
-    child.context(|| "start the keeper".into())
+    child.context(|| "start the keeper")
 }
 
 /// Enters namespaces: the network's among `fds` when it is not to be made, then the root file system there.
@@ -39,11 +39,11 @@ pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
     let mut fds = fds.into_iter();
     let mut next = || {
         fds.next()
-            .ok_or_else(|| Failure::new("the keeper got no namespace"))
+            .ok_or_else(|| Error::new("the keeper got no namespace"))
     };
     if !namespaces.contains(&Namespace::Network) {
         move_into_link_name_space(next()?.as_fd(), Some(LinkNameSpaceType::Network))
-            .context(|| "join the network namespace".into())?;
+            .context(|| "join the network namespace")?;
     }
     let flag = |namespace: &Namespace| match namespace {
         Namespace::Cgroup => UnshareFlags::NEWCGROUP,
@@ -60,10 +60,10 @@ pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
         });
     let unshare = |flags| {
         // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is never given.
-        unsafe { unshare_unsafe(flags) }.context(|| "make namespaces".into())
+        unsafe { unshare_unsafe(flags) }.context(|| "make namespaces")
     };
     unshare(new)?;
-    enter_root(&next()?).context(|| "enter the container's root file system".into())?;
+    enter_root(&next()?).context(|| "enter the container's root file system")?;
     if namespaces.contains(&Namespace::User) {
         unshare(UnshareFlags::NEWUSER)?;
     }

@@ -1,0 +1,220 @@
+//! `hull events`.
+
+use std::path::Path;
+
+use hull_engine::time::{self, UnixNanos};
+use hull_sandbox::events::{Event, EventKind, EventLog};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::inotify;
+
+use super::{config_for_root, from_ns};
+use crate::error::{Context, Error, Result};
+use crate::output;
+
+/// Arguments of `events`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Show only events that match: type=NAME, container=ID, sandbox=ID; may be given several times
+    #[arg(short, long = "filter", value_name = "KEY=VALUE", value_parser = Filter::parse)]
+    filters: Vec<Filter>,
+    /// How each event is printed
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    format: Format,
+    /// Begin with events since a time (2026-11-21T10:00:00) or of a time (42m)
+    #[arg(long, value_name = "TIME", value_parser = time::parse_since)]
+    since: Option<UnixNanos>,
+    /// End at a time, or when all events up to now are shown ("now")
+    #[arg(long, value_name = "TIME", value_parser = until)]
+    until: Option<UnixNanos>,
+}
+
+/// How events are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// A line for people.
+    Text,
+    /// A line of JSON.
+    Json,
+}
+
+/// One condition of `--filter`. Several of one key are alternatives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Filter {
+    Type(String),
+    Container(String),
+    Sandbox(String),
+}
+
+impl Filter {
+    fn parse(text: &str) -> std::result::Result<Filter, String> {
+        let wrong = || format!("invalid filter {text:?}: give type=, container= or sandbox=");
+        let (key, value) = text.split_once('=').ok_or_else(wrong)?;
+        let value = value.to_owned();
+        Ok(match key {
+            "type" | "event" => Filter::Type(value),
+            "container" => Filter::Container(value),
+            "sandbox" => Filter::Sandbox(value),
+            _ => return Err(wrong()),
+        })
+    }
+
+    fn matches(&self, event: &Event) -> bool {
+        match self {
+            Filter::Type(name) => event.kind.name() == name,
+            Filter::Container(id) => !id.is_empty() && event.kind.container().starts_with(id),
+            Filter::Sandbox(id) => event.sandbox.starts_with(id),
+        }
+    }
+}
+
+fn all_match(filters: &[Filter], event: &Event) -> bool {
+    let key = |filter: &Filter| std::mem::discriminant(filter);
+    filters.iter().all(|filter| {
+        let mut same = filters.iter().filter(|other| key(other) == key(filter));
+        same.any(|filter| filter.matches(event))
+    })
+}
+
+fn until(text: &str) -> std::result::Result<UnixNanos, String> {
+    match text {
+        "now" => Ok(time::now()),
+        _ => time::parse_since(text),
+    }
+}
+
+/// Prints events until interrupted, or until a time.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = config_for_root()?;
+    std::fs::create_dir_all(&config.run_dir)
+        .context(|| format!("create {}", config.run_dir.display()))?;
+    let log = EventLog::new(&config.run_dir);
+    // Watched before it is read: nothing that is written in between is missed.
+    let watch = watch(&config.run_dir)?;
+    let since = args.since.unwrap_or_else(time::now);
+    let mut reader = log.reader();
+    loop {
+        while let Some(event) = reader.next_event().context(|| "read the log of events")? {
+            let at = from_ns(event.time_ns);
+            if args.until.is_some_and(|until| at > until) {
+                return Ok(0);
+            }
+            if at >= since && all_match(&args.filters, &event) {
+                output::print(line(&event, args.format)?)?;
+            }
+        }
+        if !wait(&watch, args.until)? {
+            return Ok(0);
+        }
+    }
+}
+
+fn watch(directory: &Path) -> Result<rustix::fd::OwnedFd> {
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)
+        .context(|| "watch files")?;
+    let events =
+        inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
+    inotify::add_watch(&watch, directory, events)
+        .context(|| format!("watch {}", directory.display()))?;
+    Ok(watch)
+}
+
+/// Waits for more; false when the time is up.
+fn wait(watch: &rustix::fd::OwnedFd, until: Option<UnixNanos>) -> Result<bool> {
+    let left = match until {
+        None => None,
+        Some(until) => match until - time::now() {
+            left if left <= 0 => return Ok(false),
+            left => Some(rustix::event::Timespec {
+                tv_sec: i64::try_from(left / 1_000_000_000).unwrap_or(i64::MAX),
+                tv_nsec: (left % 1_000_000_000) as _,
+            }),
+        },
+    };
+    let stdout = std::io::stdout();
+    let mut descriptors = [
+        PollFd::new(watch, PollFlags::IN),
+        // Only its end is of interest, which is always reported.
+        PollFd::new(&stdout, PollFlags::empty()),
+    ];
+    match poll(&mut descriptors, left.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error).context(|| "wait for events"),
+    }
+    let closed = PollFlags::ERR | PollFlags::HUP;
+    if descriptors[1].revents().intersects(closed) {
+        return Ok(false);
+    }
+    // What changed does not matter: the events only have to be taken.
+    let mut events = [0u8; 4096];
+    while rustix::io::read(watch, &mut events).is_ok_and(|length| length > 0) {}
+    Ok(true)
+}
+
+fn line(event: &Event, format: Format) -> Result<String> {
+    if format == Format::Json {
+        let text = serde_json::to_string(event)
+            .map_err(|error| Error::new(format!("cannot write JSON: {error}")))?;
+        return Ok(text + "\n");
+    }
+    let at = time::format_rfc3339(from_ns(event.time_ns));
+    let mut line = format!("{at} {}", event.kind.name());
+    match event.kind.container() {
+        "" => line.push_str(&format!(" sandbox={}", event.sandbox)),
+        container => line.push_str(&format!(" container={container}")),
+    }
+    match &event.kind {
+        EventKind::ExecAdded { exec, .. } | EventKind::ExecStarted { exec, .. } => {
+            line.push_str(&format!(" exec={exec}"));
+        }
+        EventKind::Exited { exec, exit, .. } => {
+            if !exec.is_empty() {
+                line.push_str(&format!(" exec={exec}"));
+            }
+            line.push_str(&format!(" status={}", exit.status));
+            if exit.oom_killed {
+                line.push_str(" oom_killed");
+            }
+        }
+        EventKind::GuestFailed { reason } => line.push_str(&format!(" reason={reason:?}")),
+        _ => {}
+    }
+    Ok(output::printable(&line) + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn started(container: &str) -> Event {
+        let container = container.to_owned();
+        Event::now("s1", EventKind::Started { container })
+    }
+
+    #[test]
+    fn filters_of_one_key_are_alternatives() {
+        let filter = |text: &str| Filter::parse(text).unwrap();
+        let event = started("abc");
+        for (filters, matches) in [
+            (vec![], true),
+            (vec!["type=started"], true),
+            (vec!["type=exited", "type=started"], true),
+            (vec!["type=started", "container=ab"], true),
+            (vec!["type=started", "container=x"], false),
+            (vec!["sandbox=s1"], true),
+        ] {
+            let parsed: Vec<Filter> = filters.iter().map(|text| filter(text)).collect();
+            assert_eq!(all_match(&parsed, &event), matches, "{filters:?}");
+        }
+        assert!(Filter::parse("colour=red").is_err());
+    }
+
+    #[test]
+    fn lines_are_for_people_or_programs() {
+        let event = started("abc");
+        let text = line(&event, Format::Text).unwrap();
+        assert!(text.ends_with("Z started container=abc\n"), "{text}");
+        let json = line(&event, Format::Json).unwrap();
+        assert!(json.contains(r#""container":"abc""#), "{json}");
+    }
+}

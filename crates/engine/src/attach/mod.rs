@@ -1,0 +1,562 @@
+//! Carries bytes between a process in a container and the caller's standard input and output: the
+//! attached forms of run, exec and attach. One thread, one poll loop, bounded memory: output is read
+//! only when the last was written out, input only when the last was sent.
+//!
+//! The process's streams are descriptors that the sandbox handed over; its end, signals and the size
+//! of its terminal travel on the control connection that keeps it.
+
+mod keys;
+mod signals;
+mod terminal;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use hull_sandbox::config::TerminalSize;
+use hull_sandbox::control::client::{Client, gone};
+use hull_sandbox::control::protocol::{AttachOptions, Received, Reply, Request};
+use hull_sandbox::store::Exit;
+use nix::sys::signal::Signal;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::FileType;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+
+use self::keys::KeyWatch;
+use self::signals::Signals;
+use self::terminal::RawMode;
+use crate::error::{Context, Error, Result};
+use crate::values::DetachKeys;
+
+pub use self::signals::unblock_all;
+
+/// Most bytes carried at once.
+const PIECE: usize = 64 * 1024;
+
+/// What the caller's side of an attachment is like.
+#[derive(Debug)]
+pub struct Options {
+    /// Send the caller's standard input.
+    pub input: bool,
+    /// The process has a terminal.
+    pub terminal: bool,
+    /// Pass signals for this command on to the process.
+    pub forward_signals: bool,
+    /// Bytes that detach, typed one after the other.
+    pub detach_keys: DetachKeys,
+}
+
+/// How an attachment ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The process ended.
+    Exited(Exit),
+    /// The user typed the detach keys; the process goes on.
+    Detached,
+    /// A signal ended this command, not the process.
+    Interrupted(i32),
+    /// Nobody reads our output any more; the process goes on.
+    OutputClosed,
+}
+
+/// An attachment that is set up: signals taken, terminal raw where it has to be.
+#[derive(Debug)]
+pub struct Attachment {
+    options: Options,
+    signals: Signals,
+    raw: Option<RawMode>,
+}
+
+impl Attachment {
+    /// Takes the signals. Before any thread is started, and before the process can end.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn prepare(options: Options) -> Result<Attachment> {
+        let mut wanted = vec![Signal::SIGWINCH];
+        if options.forward_signals && !options.terminal {
+            wanted.extend(signals::FORWARDED);
+        } else if options.terminal {
+            // Not passed on, but the terminal has to be restored before they end us.
+            wanted.extend([Signal::SIGTERM, Signal::SIGHUP]);
+        }
+        Ok(Attachment {
+            options,
+            signals: Signals::take(&wanted)?,
+            raw: None,
+        })
+    }
+
+    /// Size of the caller's terminal, for a process that has one.
+    pub fn size(&self) -> Option<TerminalSize> {
+        if !self.options.terminal {
+            return None;
+        }
+        let size = terminal::size(io::stdout()).or_else(|| terminal::size(io::stdin()));
+        size.map(|(rows, columns)| TerminalSize { rows, columns })
+    }
+
+    /// How the sandbox is asked to attach us.
+    pub fn request(&self) -> AttachOptions {
+        AttachOptions {
+            stdin: self.options.input,
+            size: self.size(),
+        }
+    }
+
+    /// Waits for the next answer; a signal that comes before it is returned instead.
+    ///
+    /// # Errors
+    /// What the sandbox answered.
+    pub fn receive(&self, client: &Client) -> Result<std::result::Result<Received<Reply>, i32>> {
+        loop {
+            let mut descriptors = [
+                PollFd::new(client, PollFlags::IN),
+                PollFd::new(&self.signals, PollFlags::IN),
+            ];
+            poll_until_ready(&mut descriptors)?;
+            let (answered, signalled) = (
+                !descriptors[0].revents().is_empty(),
+                !descriptors[1].revents().is_empty(),
+            );
+            if signalled
+                && let Some(signal) = self.signals.next()
+                && signal != Signal::SIGWINCH
+            {
+                return Ok(Err(signal as i32));
+            }
+            if answered {
+                return client.receive().map(Ok);
+            }
+        }
+    }
+
+    /// Carries bytes until the process ends or the user goes. `streams` are a terminal, or input (if
+    /// the process has one), output and error.
+    ///
+    /// # Errors
+    /// The sandbox has ended, or the caller's streams cannot be used.
+    pub fn carry(mut self, client: Client, streams: Vec<OwnedFd>) -> Result<Outcome> {
+        let stdin = io::stdin();
+        if self.options.terminal && self.options.input && rustix::termios::isatty(&stdin) {
+            self.raw = Some(
+                RawMode::enable(stdin.as_fd()).context(|| "set the terminal to raw mode")?,
+            );
+        }
+        let mut pump = Pump::new(client, streams, &self.options)?;
+        if let Some(size) = self.size() {
+            pump.tell(&Request::Resize(size));
+        }
+        loop {
+            if let Some(outcome) = pump.step(&self)? {
+                return Ok(outcome);
+            }
+        }
+    }
+}
+
+fn poll_until_ready(descriptors: &mut [PollFd<'_>]) -> Result<()> {
+    loop {
+        match poll(descriptors, None) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context(|| "wait for input and output"),
+        }
+    }
+}
+
+/// One of the caller's outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Output,
+    Error,
+}
+
+impl Target {
+    fn name(self) -> &'static str {
+        match self {
+            Target::Output => "standard output",
+            Target::Error => "standard error",
+        }
+    }
+
+    fn write(self, bytes: &[u8]) -> rustix::io::Result<usize> {
+        match self {
+            Target::Output => rustix::io::write(io::stdout(), bytes),
+            Target::Error => rustix::io::write(io::stderr(), bytes),
+        }
+    }
+}
+
+/// One stream of the process on its way to one of the caller's outputs.
+#[derive(Debug)]
+struct OutputStream {
+    /// Gone at its end.
+    from: Option<OwnedFd>,
+    target: Target,
+    /// Most bytes that a write takes without blocking, once poll says that it takes any.
+    chunk: usize,
+    /// Nobody reads it: what comes is discarded.
+    closed: bool,
+    buffer: Vec<u8>,
+    written: usize,
+}
+
+impl OutputStream {
+    fn new(from: OwnedFd, target: Target) -> Self {
+        let (stdout, stderr) = (io::stdout(), io::stderr());
+        let descriptor = match target {
+            Target::Output => stdout.as_fd(),
+            Target::Error => stderr.as_fd(),
+        };
+        Self {
+            from: Some(from),
+            target,
+            chunk: chunk(descriptor),
+            closed: false,
+            buffer: Vec::new(),
+            written: 0,
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        self.written < self.buffer.len()
+    }
+
+    fn is_done(&self) -> bool {
+        self.from.is_none() && !self.is_pending()
+    }
+
+    /// Reads what has come.
+    fn read(&mut self) {
+        let Some(from) = &self.from else { return };
+        self.buffer.resize(PIECE, 0);
+        self.written = 0;
+        let length = match recv(from, &mut self.buffer[..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => {
+                self.from = None;
+                0
+            }
+            Ok((_, length)) => length,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            // The machine has gone; why is on the control connection.
+            Err(_) => {
+                self.from = None;
+                0
+            }
+        };
+        self.buffer.truncate(length);
+    }
+
+    /// Writes a piece; false when nobody reads the caller's standard output any more.
+    fn write(&mut self) -> Result<bool> {
+        let end = self.buffer.len().min(self.written.saturating_add(self.chunk));
+        let bytes = &self.buffer[self.written..end];
+        if self.closed {
+            self.written = self.buffer.len();
+            return Ok(true);
+        }
+        match self.target.write(bytes) {
+            Ok(written) => self.written += written,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            // EIO is what a terminal says that was closed.
+            Err(Errno::PIPE | Errno::IO) if self.target == Target::Error => self.closed = true,
+            Err(Errno::PIPE | Errno::IO) => return Ok(false),
+            Err(error) => {
+                return Err(error).context(|| format!("write to {}", self.target.name()));
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn chunk(descriptor: BorrowedFd<'_>) -> usize {
+    let kind = rustix::fs::fstat(descriptor).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    match kind {
+        // A pipe that is ready has room for a page; terminals and sockets promise less, or nothing.
+        Ok(FileType::Fifo) => 4096,
+        Ok(FileType::RegularFile) => usize::MAX,
+        Ok(FileType::CharacterDevice) if !rustix::termios::isatty(descriptor) => usize::MAX,
+        _ => 512,
+    }
+}
+
+/// The caller's input on its way to the process.
+#[derive(Debug, Default)]
+struct InputStream {
+    /// Gone when the process reads no more.
+    to: Option<OwnedFd>,
+    reading: bool,
+    buffer: Vec<u8>,
+    sent: usize,
+}
+
+impl InputStream {
+    fn is_pending(&self) -> bool {
+        self.to.is_some() && self.sent < self.buffer.len()
+    }
+
+    /// Sends what the process takes.
+    fn send(&mut self) {
+        while self.is_pending() {
+            let Some(to) = &self.to else { return };
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match send(to, &self.buffer[self.sent..], flags) {
+                Ok(length) => self.sent += length,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(_) => {
+                    self.to = None;
+                    self.reading = false;
+                }
+            }
+        }
+        if !self.reading {
+            self.end();
+        }
+    }
+
+    /// There is no more input.
+    fn end(&mut self) {
+        if let Some(to) = self.to.take() {
+            // The other end may be closed already.
+            let _ = shutdown(&to, Shutdown::Write);
+        }
+    }
+}
+
+struct Pump {
+    client: Client,
+    keys: KeyWatch,
+    input: InputStream,
+    outputs: Vec<OutputStream>,
+    exit: Option<Exit>,
+}
+
+#[derive(Clone, Copy)]
+enum Ready {
+    Signals,
+    Control,
+    Input,
+    Send,
+    Read(usize),
+    Write(usize),
+}
+
+impl Pump {
+    fn new(client: Client, streams: Vec<OwnedFd>, options: &Options) -> Result<Pump> {
+        let few = || Error::new("the sandbox handed over too few streams");
+        let mut streams = streams.into_iter().rev();
+        let (to, outputs) = if options.terminal {
+            let terminal = streams.next().ok_or_else(few)?;
+            let to = terminal.try_clone().context(|| "share a stream")?;
+            (Some(to), vec![OutputStream::new(terminal, Target::Output)])
+        } else {
+            let error = streams.next().ok_or_else(few)?;
+            let output = streams.next().ok_or_else(few)?;
+            let outputs = vec![
+                OutputStream::new(output, Target::Output),
+                OutputStream::new(error, Target::Error),
+            ];
+            (streams.next(), outputs)
+        };
+        let mut input = InputStream {
+            to,
+            reading: options.input,
+            ..InputStream::default()
+        };
+        if !options.input && !options.terminal {
+            input.end();
+        }
+        Ok(Pump {
+            client,
+            keys: KeyWatch::new(options),
+            input,
+            outputs,
+            exit: None,
+        })
+    }
+
+    /// Sends what is not answered. A sandbox that has gone shows on the connection.
+    fn tell(&self, request: &Request) {
+        let _ = self.client.tell(request, &[]);
+    }
+
+    /// Waits until something can be done, and does it.
+    fn step(&mut self, attachment: &Attachment) -> Result<Option<Outcome>> {
+        if let Some(exit) = &self.exit
+            && self.outputs.iter().all(OutputStream::is_done)
+        {
+            return Ok(Some(Outcome::Exited(exit.clone())));
+        }
+        for tag in self.wait(attachment)? {
+            match tag {
+                Ready::Signals => {
+                    if let Some(outcome) = self.take_signals(attachment) {
+                        return Ok(Some(outcome));
+                    }
+                }
+                Ready::Control => self.receive()?,
+                Ready::Input => {
+                    if self.read_input()? {
+                        return Ok(Some(Outcome::Detached));
+                    }
+                    self.input.send();
+                }
+                Ready::Send => self.input.send(),
+                Ready::Read(index) => self.outputs[index].read(),
+                Ready::Write(index) => {
+                    if !self.outputs[index].write()? {
+                        return Ok(Some(Outcome::OutputClosed));
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// What can be done now.
+    fn wait(&self, attachment: &Attachment) -> Result<Vec<Ready>> {
+        let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+        // Only what is wanted: poll would report the hang-up of any other again and again.
+        let mut wanted = Vec::with_capacity(6);
+        let signals = PollFd::new(&attachment.signals, PollFlags::IN);
+        wanted.push((Ready::Signals, signals));
+        if self.exit.is_none() {
+            wanted.push((Ready::Control, PollFd::new(&self.client, PollFlags::IN)));
+        }
+        match &self.input.to {
+            Some(to) if self.input.is_pending() => {
+                wanted.push((Ready::Send, PollFd::new(to, PollFlags::OUT)));
+            }
+            Some(_) if self.input.reading && self.exit.is_none() => {
+                wanted.push((Ready::Input, PollFd::new(&stdin, PollFlags::IN)));
+            }
+            _ => {}
+        }
+        for (index, output) in self.outputs.iter().enumerate() {
+            if output.is_pending() {
+                let fd = match output.target {
+                    Target::Output => PollFd::new(&stdout, PollFlags::OUT),
+                    Target::Error => PollFd::new(&stderr, PollFlags::OUT),
+                };
+                wanted.push((Ready::Write(index), fd));
+            } else if let Some(from) = &output.from {
+                wanted.push((Ready::Read(index), PollFd::new(from, PollFlags::IN)));
+            }
+        }
+        let (tags, mut descriptors): (Vec<Ready>, Vec<PollFd<'_>>) = wanted.into_iter().unzip();
+        poll_until_ready(&mut descriptors)?;
+        Ok(std::iter::zip(tags, &descriptors)
+            .filter(|(_, descriptor)| !descriptor.revents().is_empty())
+            .map(|(tag, _)| tag)
+            .collect())
+    }
+
+    /// Reads what the sandbox reports: the end of the process.
+    fn receive(&mut self) -> Result<()> {
+        match self.client.receive()?.message {
+            Reply::Exited(exit) => {
+                self.exit = Some(exit);
+                Ok(())
+            }
+            Reply::Ending => Err(gone()),
+            other => Err(hull_sandbox::control::client::unexpected(&other)),
+        }
+    }
+
+    /// Reads the caller's input; true when the user typed the detach keys.
+    fn read_input(&mut self) -> Result<bool> {
+        let mut buffer = vec![0; PIECE / 2];
+        let input = &mut self.input;
+        (input.buffer, input.sent) = (Vec::new(), 0);
+        match rustix::io::read(io::stdin(), &mut buffer[..]) {
+            // EIO is the end of a terminal that was closed.
+            Ok(0) | Err(Errno::IO) => {
+                input.reading = false;
+                input.buffer = self.keys.rest();
+                Ok(false)
+            }
+            Ok(length) => {
+                let (typed, detached) = self.keys.filter(&buffer[..length]);
+                input.buffer = typed;
+                Ok(detached)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(error) => Err(error).context(|| "read standard input"),
+        }
+    }
+
+    fn take_signals(&mut self, attachment: &Attachment) -> Option<Outcome> {
+        while let Some(signal) = attachment.signals.next() {
+            if signal == Signal::SIGWINCH {
+                if let Some(size) = attachment.size() {
+                    self.tell(&Request::Resize(size));
+                }
+            } else if attachment.options.terminal {
+                return Some(Outcome::Interrupted(signal as i32));
+            } else {
+                self.tell(&Request::Forward(signal as u32));
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::unix::net::UnixStream;
+
+    use hull_sandbox::control::protocol::{pair, send};
+
+    use super::*;
+
+    fn options(terminal: bool) -> Options {
+        Options {
+            input: false,
+            terminal,
+            forward_signals: false,
+            detach_keys: DetachKeys(vec![16, 17]),
+        }
+    }
+
+    fn pump(streams: usize) -> (Pump, OwnedFd, Vec<UnixStream>) {
+        let (ours, sandbox) = pair().unwrap();
+        let (near, far): (Vec<_>, Vec<_>) =
+            (0..streams).map(|_| UnixStream::pair().unwrap()).unzip();
+        let near = near.into_iter().map(OwnedFd::from).collect();
+        let pump = Pump::new(Client::from(ours), near, &options(streams == 1)).unwrap();
+        (pump, sandbox, far)
+    }
+
+    #[test]
+    fn the_end_counts_when_all_output_is_written() {
+        let (mut pump, sandbox, far) = pump(2);
+        send(&sandbox, &Reply::Exited(Exit::now(3)), &[]).unwrap();
+        pump.receive().unwrap();
+        assert!(!pump.outputs.iter().all(OutputStream::is_done));
+        drop(far);
+        for output in &mut pump.outputs {
+            output.read();
+        }
+        assert!(pump.outputs.iter().all(OutputStream::is_done));
+        assert_eq!(pump.exit.unwrap().status, 3);
+    }
+
+    #[test]
+    fn a_sandbox_process_that_is_gone_is_an_error() {
+        let (mut pump, sandbox, _far) = pump(3);
+        drop(sandbox);
+        let error = pump.receive().unwrap_err();
+        assert_eq!(error.kind, crate::error::ErrorKind::Gone);
+    }
+
+    #[test]
+    fn too_few_streams_are_an_error() {
+        let (ours, _sandbox) = pair().unwrap();
+        let (near, _far) = UnixStream::pair().unwrap();
+        let pump = Pump::new(Client::from(ours), vec![near.into()], &options(false));
+        assert!(pump.is_err());
+    }
+}

@@ -1,0 +1,428 @@
+//! Containers of hull's own, and those of engines on the same host: found, listed, asked, removed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hull_network::cni::PortMapping;
+use hull_sandbox::control::client::{self, Client};
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::store::{
+    CONFIG_FILE, Directory, Exit, Record, SANDBOX_KILLED, State, Stored, remove_all, roots,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::names;
+use crate::paths::Paths;
+
+/// The engine of hull's own containers, as records name it.
+pub const ENGINE: &str = "hull";
+
+/// How long a sandbox process may take to remove a container before it is killed itself.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What hull knows of a container of its own, beside what every record has.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Details {
+    /// Unique name.
+    pub name: String,
+    /// Image reference as given.
+    pub image: String,
+    /// Digest of the image's configuration.
+    pub image_id: String,
+    /// Host name.
+    pub hostname: String,
+    /// Machine kind.
+    pub machine: String,
+    /// Its isolation is the hardware's.
+    pub hardware: bool,
+    /// Kernel file.
+    pub kernel: String,
+    /// Memory of the guest, bytes.
+    pub memory: u64,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Its init has a terminal.
+    pub terminal: bool,
+    /// Its init's standard input is open.
+    pub stdin: bool,
+    /// Removed when it ends.
+    pub auto_remove: bool,
+    /// Signal that `stop` sends first.
+    pub stop_signal: String,
+    /// Name of the network; `none` for loopback only, `container:ID` for another one's.
+    pub network: String,
+    /// Ports of the host that lead to ports of the container.
+    pub ports: Vec<PortMapping>,
+    /// Labels of image and command line.
+    pub labels: BTreeMap<String, String>,
+    /// Volumes, as given.
+    pub volumes: Vec<String>,
+    /// Layers that make up the root file system, topmost first.
+    pub layers: Vec<PathBuf>,
+    /// Exact environment of its init, when that of its configuration is not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub raw_env: Vec<Vec<u8>>,
+}
+
+/// A container with what is known of it.
+pub type Container = Stored<Details>;
+
+/// A container of any engine on this host.
+#[derive(Debug)]
+pub enum Any {
+    /// hull's own.
+    Own(Box<Container>),
+    /// An engine's.
+    Engine(Box<EngineContainer>),
+}
+
+/// A container of an engine.
+#[derive(Debug)]
+pub struct EngineContainer {
+    /// What hull knows of it.
+    pub stored: Stored<Value>,
+    /// The engine's directory of containers.
+    pub root: PathBuf,
+}
+
+impl Any {
+    /// Its id, for its engine.
+    pub fn id(&self) -> &str {
+        match self {
+            Any::Own(own) => &own.record.id,
+            Any::Engine(other) => &other.stored.record.id,
+        }
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> &str {
+        match self {
+            Any::Own(own) => &own.record.details.name,
+            Any::Engine(other) => &other.stored.record.id,
+        }
+    }
+
+    /// How far it is.
+    pub fn state(&self) -> State {
+        match self {
+            Any::Own(own) => own.status.state,
+            Any::Engine(other) => other.stored.status.state,
+        }
+    }
+
+    /// The engine's name.
+    pub fn engine(&self) -> &str {
+        match self {
+            Any::Own(own) => &own.record.engine,
+            Any::Engine(other) => &other.stored.record.engine,
+        }
+    }
+
+    /// Its directory.
+    pub fn directory(&self) -> &Directory {
+        match self {
+            Any::Own(own) => &own.directory,
+            Any::Engine(other) => &other.stored.directory,
+        }
+    }
+
+    /// Connects to its sandbox.
+    ///
+    /// # Errors
+    /// `WrongState` when it does not run.
+    pub fn connect(&self) -> Result<Client> {
+        match self {
+            Any::Own(own) => connect(own),
+            Any::Engine(other) => connect_to(&other.stored, &other.stored.record.id),
+        }
+    }
+
+    /// Its OCI configuration, as its front end wrote it.
+    ///
+    /// # Errors
+    /// There is none, or it is damaged.
+    pub fn config(&self) -> Result<Value> {
+        config(self.directory())
+    }
+}
+
+/// The OCI configuration of a container.
+///
+/// # Errors
+/// There is none, or it is damaged.
+pub fn config(directory: &Directory) -> Result<Value> {
+    let path = directory.path().join(CONFIG_FILE);
+    let text = directory
+        .read(CONFIG_FILE)?
+        .ok_or_else(|| Error::not_found(format!("there is no {}", path.display())))?;
+    serde_json::from_slice(&text).context(|| format!("read {}", path.display()))
+}
+
+/// The container of hull's own with this name, id, or beginning of an id.
+///
+/// # Errors
+/// `NotFound`; its files are damaged, or a newer hull's.
+pub fn find(paths: &Paths, text: &str) -> Result<Container> {
+    let id = names::find(paths, text)?;
+    load(paths, &id)?.ok_or_else(|| names::no_such(text))
+}
+
+/// The container of this id, unless it is just being created or removed.
+///
+/// # Errors
+/// Its files are damaged, or a newer hull's.
+pub fn load(paths: &Paths, id: &str) -> Result<Option<Container>> {
+    let loaded = Container::load(&paths.container(id))?;
+    // A directory that a killed command left.
+    Ok(loaded.filter(|container| !is_reservation(container)))
+}
+
+/// The same, also among the containers of engines.
+///
+/// # Errors
+/// `NotFound`, or several engines have one.
+pub fn find_any(paths: &Paths, text: &str) -> Result<Any> {
+    let missing = match find(paths, text) {
+        Ok(own) => return Ok(Any::Own(Box::new(own))),
+        Err(error) if error.kind == ErrorKind::NotFound => error,
+        Err(error) => return Err(error),
+    };
+    let mut found: Vec<EngineContainer> = engines(paths)
+        .into_iter()
+        .filter_map(Result::ok)
+        .filter(|other| {
+            let id = &other.stored.record.id;
+            id == text || (text.len() >= 3 && id.starts_with(text))
+        })
+        .collect();
+    if let Some(exact) = found.iter().position(|other| other.stored.record.id == text) {
+        found.swap(0, exact);
+        found.truncate(1);
+    }
+    match found.len() {
+        0 => Err(missing),
+        1 => Ok(Any::Engine(Box::new(found.remove(0)))),
+        several => Err(Error::invalid(format!(
+            "{text:?} is the beginning of {several} container ids of engines"
+        ))
+        .hint("hull ps --all-engines --no-trunc")),
+    }
+}
+
+/// All containers of hull's own, newest first. One that cannot be read comes as its id and the
+/// reason; it does not hide the others.
+///
+/// # Errors
+/// The directory of containers cannot be read.
+pub fn list(paths: &Paths) -> Result<Vec<Result<Container, (String, Error)>>> {
+    let mut all = Vec::new();
+    for id in names::ids(paths)? {
+        match load(paths, &id) {
+            Ok(Some(container)) => all.push(Ok(container)),
+            // One that is just being created, or just being removed, has nothing to show.
+            Ok(None) => {}
+            Err(_) if !paths.container(&id).exists() => {}
+            Err(error) => all.push(Err((id, error))),
+        }
+    }
+    all.sort_by_key(|one| {
+        std::cmp::Reverse(one.as_ref().map_or(0, |container| container.record.created_ns))
+    });
+    Ok(all)
+}
+
+/// All containers of engines that run with hull.
+pub fn engines(paths: &Paths) -> Vec<Result<EngineContainer>> {
+    let mut all = Vec::new();
+    for root in roots::list(paths.run()) {
+        for entry in fs::read_dir(&root).into_iter().flatten().flatten() {
+            match Stored::load(&entry.path()) {
+                Ok(Some(stored)) => all.push(Ok(EngineContainer {
+                    stored,
+                    root: root.clone(),
+                })),
+                Ok(None) => {}
+                Err(_) if !entry.path().exists() => {}
+                Err(error) => all.push(Err(error)),
+            }
+        }
+    }
+    all
+}
+
+/// Connects to the sandbox of a container.
+///
+/// # Errors
+/// `WrongState` when it does not run.
+pub fn connect(container: &Container) -> Result<Client> {
+    connect_to(container, &container.record.details.name)
+}
+
+fn connect_to<D: Serialize + serde::de::DeserializeOwned>(
+    stored: &Stored<D>,
+    name: &str,
+) -> Result<Client> {
+    let client = match (stored.status.state, &stored.record.sandbox) {
+        (State::Stopped, _) | (_, None) => None,
+        (_, Some(sandbox)) => Client::open(sandbox)?,
+    };
+    client.ok_or_else(|| not_running(name, stored.status.state))
+}
+
+/// A container that would have to run.
+pub fn not_running(name: &str, state: State) -> Error {
+    Error::wrong_state(format!("container {name} is not running: it is {state}"))
+}
+
+/// How a container has ended, if it has.
+pub fn ended(container: &Container) -> Option<Exit> {
+    match container.status.state {
+        State::Stopped => container.status.exit.clone(),
+        _ => None,
+    }
+}
+
+/// Waits until a container has ended; one that has ended already is no error.
+///
+/// # Errors
+/// There is none, or its end cannot be learned.
+pub fn wait(paths: &Paths, name: &str) -> Result<Exit> {
+    let container = find(paths, name)?;
+    if let Some(exit) = ended(&container) {
+        return Ok(exit);
+    }
+    let asked = connect(&container).and_then(|client| {
+        let request = Request::Wait {
+            container: container.record.id.clone(),
+        };
+        match client.ask(&request, &[])?.message {
+            Reply::Ended(exit) => Ok(exit),
+            other => Err(client::unexpected(&other)),
+        }
+    });
+    asked.or_else(|error| {
+        // It may have ended, or been killed, between the look and the question.
+        let exit = load(paths, &container.record.id)?.as_ref().and_then(ended);
+        exit.ok_or(error)
+    })
+}
+
+/// Whether a container is what a command left that was killed before its sandbox knew of it.
+pub fn is_reservation(container: &Container) -> bool {
+    container.status.state == State::Stopped
+        && container.status.exit.is_none()
+        && container.status.started_ns.is_none()
+}
+
+/// Removes what killed commands left: names and directories of containers that never were.
+pub fn sweep(paths: &Paths) {
+    for id in names::ids(paths).unwrap_or_default() {
+        let path = paths.container(&id);
+        let left = match Container::load(&path) {
+            Ok(Some(container)) => is_reservation(&container),
+            // Between the directory and its record there are microseconds of a command that lives.
+            Ok(None) => is_old(&path),
+            Err(_) => false,
+        };
+        if left && let Err(error) = erase(paths, &id, None) {
+            tracing::debug!("{error}");
+        }
+    }
+}
+
+/// Whether a directory without a record was made longer ago than a command takes to write one.
+fn is_old(path: &Path) -> bool {
+    const OLD: Duration = Duration::from_secs(60);
+    fs::metadata(path)
+        .and_then(|metadata| metadata.modified())
+        .ok()
+        .and_then(|time| time.elapsed().ok())
+        .is_some_and(|age| age > OLD)
+}
+
+/// Removes a container and everything of it. A running one only by `force`; it is killed first.
+///
+/// # Errors
+/// `WrongState` when it runs and `force` is not given; its files cannot be removed.
+pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
+    let loaded = Container::load(&paths.container(id));
+    if let Ok(Some(container)) = &loaded {
+        let state = container.status.state;
+        let name = &container.record.details.name;
+        if state != State::Stopped && !force {
+            return Err(Error::wrong_state(format!("container {name} is {state}"))
+                .hint("stop it first, or hull rm -f"));
+        }
+        if state != State::Stopped {
+            end(&container.record, id)?;
+        }
+        sweep_sandbox(&container.record)?;
+    } else if let Err(error) = &loaded
+        && !force
+    {
+        return Err(error.clone());
+    }
+    let name = loaded.ok().flatten().map(|container| container.record.details.name);
+    erase(paths, id, name.as_deref())
+}
+
+/// Ends a container in its sandbox: by asking, else by force. Returns when it has ended.
+fn end(record: &Record<Details>, id: &str) -> Result<()> {
+    let Some(sandbox) = &record.sandbox else {
+        return Ok(());
+    };
+    let asked = Client::open(sandbox).and_then(|client| {
+        let Some(client) = client else { return Ok(None) };
+        client.set_timeout(REMOVE_TIMEOUT)?;
+        let request = Request::Delete {
+            container: id.to_owned(),
+        };
+        Ok(Some(client.ask(&request, &[])?.message))
+    });
+    match asked {
+        // The sandbox ends with it.
+        Ok(Some(Reply::Ending)) => sandbox.wait_for_end(),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
+        Err(error) => {
+            tracing::debug!("{error}");
+            sandbox.kill()?;
+            sandbox.wait_for_end()
+        }
+    }
+}
+
+/// Removes what a killed sandbox left on the host.
+fn sweep_sandbox(record: &Record<Details>) -> Result<()> {
+    match &record.sandbox {
+        Some(sandbox) => sandbox.sweep(),
+        None => Ok(()),
+    }
+}
+
+/// Removes the files of a container that does not live.
+pub(crate) fn erase(paths: &Paths, id: &str, name: Option<&str>) -> Result<()> {
+    let path = paths.container(id);
+    match Directory::open(&path) {
+        Ok(directory) => hull_sandbox::undo_network(&directory)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).context(|| format!("open {}", path.display())),
+    }
+    let removed = remove_all(&path);
+    // The name is free, whatever else is left.
+    match name {
+        Some(name) => names::release(paths, name, id),
+        None => names::release_all_of(paths, id),
+    }
+    removed
+}
+
+/// Whether a container's sandbox was killed.
+pub fn was_killed(exit: &Exit) -> bool {
+    exit.reason.as_deref() == Some(SANDBOX_KILLED)
+}

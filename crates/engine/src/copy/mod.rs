@@ -1,0 +1,358 @@
+//! Archives on their way into and out of containers, for `cp`: the streams they travel on, and with
+//! `pack` and `unpack` the host's side of them.
+
+mod pack;
+mod unpack;
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use hull_image::unpack::tar_reader::TarReader;
+use hull_sandbox::control::client::{Client, unexpected};
+use hull_sandbox::control::protocol::{CopyRequest, Reply, Request};
+
+pub use hull_image::unpack::tar_reader::Kind as EntryKind;
+pub use pack::pack;
+pub use unpack::unpack;
+
+use crate::error::{Context, Error, Result};
+
+/// Bytes of an archive that are buffered.
+const CHUNK: usize = 64 * 1024;
+
+/// A copy that has begun: an archive on a stream, and its result on the control connection.
+struct Copy {
+    stream: UnixStream,
+    client: Client,
+}
+
+impl Copy {
+    fn begin(client: Client, request: CopyRequest) -> Result<Self> {
+        let mut streams = client.streams(&Request::Copy(request))?.into_iter();
+        let stream = streams
+            .next()
+            .ok_or_else(|| Error::new("the sandbox handed over no stream"))?;
+        Ok(Self {
+            stream: stream.into(),
+            client,
+        })
+    }
+
+    /// Waits for the guest's result.
+    fn result(&self) -> Result<()> {
+        match self.client.receive()?.message {
+            Reply::Ok => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// An archive that a container sends.
+pub struct ArchiveReader {
+    copy: Copy,
+    /// The container has closed it.
+    ended: bool,
+}
+
+impl From<Copy> for ArchiveReader {
+    fn from(copy: Copy) -> Self {
+        Self { copy, ended: false }
+    }
+}
+
+impl ArchiveReader {
+    /// Asks for the archive of a path in a container.
+    ///
+    /// # Errors
+    /// The container does not run.
+    pub fn ask(client: Client, container: &str, path: String, follow: bool) -> Result<Self> {
+        let request = CopyRequest {
+            container: container.to_owned(),
+            path,
+            follow,
+            into: false,
+        };
+        Ok(Copy::begin(client, request)?.into())
+    }
+
+    /// The kind of the first entry, which is what the path named that was asked for.
+    ///
+    /// # Errors
+    /// There is no such path, or the archive is damaged.
+    pub fn first_kind(self) -> Result<EntryKind> {
+        let mut archive = TarReader::new(self);
+        let entry = archive.next();
+        match entry {
+            Ok(Some(entry)) => Ok(entry.kind),
+            Ok(None) => match archive.get_mut().copy.result() {
+                Ok(()) => Err(Error::new("the archive is empty")),
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(archive.get_mut().explain(&error)),
+        }
+    }
+
+    /// Writes the archive as it is.
+    ///
+    /// # Errors
+    /// The guest's error, or that of the output.
+    pub fn copy_to(&mut self, to: &mut impl Write) -> Result<()> {
+        match io::copy(self, to).and_then(|_| to.flush()) {
+            Ok(()) => self.copy.result(),
+            Err(error) => Err(Error::from_chain(&error)),
+        }
+    }
+
+    /// The guest's error says more than that the archive ended early.
+    fn explain(&mut self, error: &(dyn std::error::Error + 'static)) -> Error {
+        // What is still to come is of no use, and the guest may be waiting for us to take it.
+        let _ = self.copy.stream.shutdown(Shutdown::Both);
+        match self.copy.result() {
+            Ok(()) => Error::from_chain(error),
+            Err(error) => error,
+        }
+    }
+}
+
+impl Read for ArchiveReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.copy.stream.read(buffer)?;
+        self.ended |= length == 0 && !buffer.is_empty();
+        Ok(length)
+    }
+}
+
+/// An archive that a container takes.
+pub struct ArchiveWriter(Copy);
+
+impl ArchiveWriter {
+    /// Asks for an archive to be unpacked in a directory of a container.
+    ///
+    /// # Errors
+    /// The container does not run.
+    pub fn ask(client: Client, container: &str, directory: String) -> Result<Self> {
+        let request = CopyRequest {
+            container: container.to_owned(),
+            path: directory,
+            follow: false,
+            into: true,
+        };
+        Copy::begin(client, request).map(Self)
+    }
+
+    /// Passes on an archive as it is.
+    ///
+    /// # Errors
+    /// The archive cannot be read.
+    pub fn copy_from(&mut self, from: &mut impl Read) -> Result<()> {
+        match io::copy(from, self) {
+            // The guest takes no more: why is learned by `finish`.
+            Err(error) if is_closed(&error) => Ok(()),
+            copied => copied.map(|_| ()).context(|| "pass on the archive"),
+        }
+    }
+
+    /// Says that the archive is complete, and waits for the guest's result.
+    ///
+    /// # Errors
+    /// The guest's error.
+    pub fn finish(self) -> Result<()> {
+        // A guest that has failed meanwhile reads no more, and has said why.
+        let _ = self.0.stream.shutdown(Shutdown::Write);
+        self.0.result()
+    }
+}
+
+fn is_closed(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}
+
+impl Write for ArchiveWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::ffi::OsStr;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
+
+    use hull_sandbox::control::protocol::{pair, send};
+
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A copy, with the sandbox's ends of its stream and of its control connection.
+    fn copy() -> (Copy, UnixStream, OwnedFd) {
+        let (stream, theirs) = UnixStream::pair().unwrap();
+        let (ours, sandbox) = pair().unwrap();
+        let client = Client::from(ours);
+        (Copy { stream, client }, theirs, sandbox)
+    }
+
+    /// What a guest would send.
+    fn sent(archive: Vec<u8>) -> ArchiveReader {
+        let (copy, mut theirs, sandbox) = copy();
+        std::thread::spawn(move || {
+            // A reader that has seen enough goes away.
+            let _ = theirs.write_all(&archive);
+            drop(theirs);
+            send(&sandbox, &Reply::Ok, &[]).unwrap();
+        });
+        copy.into()
+    }
+
+    fn entry(
+        archive: &mut tar::Builder<Vec<u8>>,
+        kind: tar::EntryType,
+        name: &str,
+        link: &str,
+        data: &[u8],
+    ) {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o4755);
+        header.set_size(data.len() as u64);
+        if link.is_empty() {
+            // Written raw: the names are what an honest archiver would refuse.
+            let bytes = header.as_gnu_mut().unwrap();
+            bytes.name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_cksum();
+            archive.append(&header, data).unwrap();
+        } else {
+            archive.append_link(&mut header, name, link).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_tree_goes_out_and_in_unchanged() {
+        let directory = tempfile::tempdir().unwrap();
+        let source = directory.path().join("source");
+        std::fs::create_dir_all(source.join("sub")).unwrap();
+        std::fs::write(source.join("sub/file"), vec![7; 100_000]).unwrap();
+        std::os::unix::fs::symlink("sub/file", source.join("link")).unwrap();
+        let (copy, mut theirs, sandbox) = copy();
+        let reader = std::thread::spawn(move || {
+            let mut archive = Vec::new();
+            theirs.read_to_end(&mut archive).unwrap();
+            send(&sandbox, &Reply::Ok, &[]).unwrap();
+            archive
+        });
+        let mut writer = ArchiveWriter(copy);
+        pack(&mut writer, &source, OsStr::new("name"), false, false).unwrap();
+        writer.finish().unwrap();
+        let archive = reader.join().unwrap();
+
+        assert_eq!(
+            sent(archive.clone()).first_kind().unwrap(),
+            EntryKind::Directory
+        );
+        let copy = directory.path().join("copy");
+        let place = |kind, name: &OsStr| {
+            assert_eq!((kind, name), (EntryKind::Directory, OsStr::new("name")));
+            Ok(copy.clone())
+        };
+        unpack(sent(archive), &place, false).unwrap();
+        assert_eq!(
+            std::fs::read(copy.join("sub/file")).unwrap(),
+            vec![7; 100_000]
+        );
+        assert_eq!(
+            copy.join("link").read_link().unwrap(),
+            Path::new("sub/file")
+        );
+        assert_eq!(
+            copy.join("sub").metadata().unwrap().mtime(),
+            source.join("sub").metadata().unwrap().mtime()
+        );
+    }
+
+    #[test]
+    fn a_guest_cannot_write_elsewhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let outside = directory.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        let copy = directory.path().join("copy");
+        let place = |_, _: &OsStr| Ok(copy.clone());
+
+        let mut archive = tar::Builder::new(Vec::new());
+        entry(&mut archive, tar::EntryType::Directory, "d/", "", b"");
+        entry(
+            &mut archive,
+            tar::EntryType::Symlink,
+            "d/link",
+            outside.to_str().unwrap(),
+            b"",
+        );
+        entry(
+            &mut archive,
+            tar::EntryType::Regular,
+            "d/link/file",
+            "",
+            b"x",
+        );
+        assert!(unpack(sent(archive.into_inner().unwrap()), &place, false).is_err());
+
+        let mut archive = tar::Builder::new(Vec::new());
+        entry(&mut archive, tar::EntryType::Directory, "d/", "", b"");
+        entry(
+            &mut archive,
+            tar::EntryType::Regular,
+            "d/../../outside/file",
+            "",
+            b"x",
+        );
+        let error = unpack(sent(archive.into_inner().unwrap()), &place, false).unwrap_err();
+        assert!(
+            error.message.contains("leads outside"),
+            "{}",
+            error.message
+        );
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn no_set_user_id_bits_and_no_devices() {
+        let directory = tempfile::tempdir().unwrap();
+        let copy = directory.path().join("copy");
+        let mut archive = tar::Builder::new(Vec::new());
+        entry(&mut archive, tar::EntryType::Directory, "d/", "", b"");
+        entry(&mut archive, tar::EntryType::Regular, "d/program", "", b"x");
+        entry(&mut archive, tar::EntryType::Char, "d/device", "", b"");
+        entry(
+            &mut archive,
+            tar::EntryType::Link,
+            "d/other",
+            "d/program",
+            b"",
+        );
+        let place = |_, _: &OsStr| Ok(copy.clone());
+        unpack(sent(archive.into_inner().unwrap()), &place, false).unwrap();
+        let program = copy.join("program").metadata().unwrap();
+        assert_eq!(program.permissions().mode() & 0o7777, 0o755);
+        assert_eq!(program.nlink(), 2);
+        assert!(!copy.join("device").exists());
+    }
+
+    #[test]
+    fn the_guests_error_is_the_one_that_is_told() {
+        let (copy, theirs, sandbox) = copy();
+        let failed = Reply::Failed(Error::new("no such file: /x"));
+        send(&sandbox, &failed, &[]).unwrap();
+        drop(theirs);
+        let error = ArchiveReader::from(copy).first_kind().unwrap_err();
+        assert_eq!(error.message, "no such file: /x");
+    }
+}

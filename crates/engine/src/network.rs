@@ -1,0 +1,297 @@
+//! The network of `hull run`: from options to what the sandbox is asked for.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use hull_network::cni::{self, List, PortMapping};
+use hull_network::ports::{self, Published, Reservation};
+use hull_sandbox::LinkLocal;
+use hull_sandbox::config::{CniConfig, NetworkLimits, NetworkSource, OwnNetwork, PastaConfig};
+
+use crate::config::Config;
+use crate::container;
+use crate::dns::DnsConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::publish::{HostAddress, Ports};
+use crate::values::Network;
+
+/// Where leases of hull's own network are kept: not below `run_dir`, because its bridge is the
+/// host's, whatever the state directory is.
+const LEASES: &str = "/run/hull/networks";
+
+/// What a user asks for.
+#[derive(Debug, Clone, Default)]
+pub struct NetworkOptions {
+    /// The network; the configuration's when absent.
+    pub network: Option<Network>,
+    /// Published ports.
+    pub publish: Vec<Ports>,
+    /// Most bytes per second in each direction.
+    pub rate: Option<u64>,
+    /// Name servers.
+    pub dns: Vec<IpAddr>,
+    /// Domains to search.
+    pub dns_search: Vec<String>,
+    /// Options of the resolver.
+    pub dns_option: Vec<String>,
+    /// Further names.
+    pub add_host: Vec<(String, HostAddress)>,
+    /// Hardware address.
+    pub mac_address: Option<[u8; 6]>,
+    /// IPv4 address.
+    pub ip: Option<Ipv4Addr>,
+    /// IPv6 address.
+    pub ip6: Option<Ipv6Addr>,
+}
+
+/// What the sandbox is asked for.
+#[derive(Debug)]
+pub struct Plan {
+    /// Name of the network, for people: `none`, `container:ID`, or a network's.
+    pub name: String,
+    /// How it is attached.
+    pub attach: Attach,
+    /// Limits on its frames.
+    pub limits: NetworkLimits,
+}
+
+/// How a container is attached to a network.
+#[derive(Debug)]
+pub enum Attach {
+    /// Not at all: loopback only.
+    None,
+    /// The sandbox attaches it. With the sockets that hold published ports.
+    Source(Box<NetworkSource>, Vec<OwnedFd>),
+    /// It is in the sandbox of another container, which is this one.
+    Container(String),
+}
+
+impl Plan {
+    /// Ports of the host that lead to ports of the container.
+    pub fn ports(&self) -> &[PortMapping] {
+        match &self.attach {
+            Attach::Source(source, _) => match &**source {
+                NetworkSource::Cni(cni) => &cni.ports,
+                NetworkSource::Pasta(pasta) => &pasta.ports,
+                NetworkSource::Namespace => &[],
+            },
+            Attach::None | Attach::Container(_) => &[],
+        }
+    }
+}
+
+impl NetworkOptions {
+    /// Plans the network of the container `id`, checked as far as can be before it is made; published
+    /// ports are bound from here on.
+    ///
+    /// # Errors
+    /// Options that contradict each other or the network; there is no such network or container; a
+    /// port is taken.
+    pub fn plan(&self, id: &str, config: &Config) -> Result<Plan> {
+        let network = self.network.as_ref().unwrap_or(&config.network);
+        let mut limits = config.network_limits(true);
+        limits.rate = self.rate.unwrap_or(0);
+        let mut name = network.to_string();
+        let attach = match network {
+            Network::None => {
+                self.refuse_without_network()?;
+                Attach::None
+            }
+            Network::Container(other) => {
+                self.refuse_of_another_container(other)?;
+                let other = container::find(&config.paths(), other)?;
+                // A name may become another container's.
+                name = format!("container:{}", other.record.id);
+                Attach::Container(other.record.id)
+            }
+            Network::Named(named) if config.without_root => {
+                if limits.link_local == LinkLocal::None {
+                    // Pasta speaks for the host from such an address.
+                    limits.link_local = LinkLocal::Ipv6;
+                }
+                self.refuse_without_root(named)?;
+                // Pasta binds them itself.
+                let ports = self.ports(config)?.mappings;
+                let mac = self.mac_address;
+                let pasta = NetworkSource::Pasta(PastaConfig { ports, mac });
+                Attach::Source(Box::new(pasta), Vec::new())
+            }
+            Network::Named(named) => {
+                let (cni, sockets) = self.cni(id, named, config)?;
+                Attach::Source(Box::new(NetworkSource::Cni(cni)), sockets)
+            }
+        };
+        Ok(Plan {
+            name,
+            attach,
+            limits,
+        })
+    }
+
+    /// The first option that is given of those that are about a network of the container's own.
+    fn about_own_network(&self) -> Option<&'static str> {
+        first([
+            (!self.publish.is_empty(), "--publish"),
+            (self.rate.is_some(), "--network-rate"),
+            (self.mac_address.is_some(), "--mac-address"),
+            (self.ip.is_some(), "--ip"),
+            (self.ip6.is_some(), "--ip6"),
+        ])
+    }
+
+    /// Options that mean nothing without a network.
+    fn refuse_without_network(&self) -> Result<()> {
+        match self.about_own_network() {
+            Some(option) => Err(Error::invalid(format!(
+                "{option}: the container has no network (--network none)"
+            ))
+            .hint("--network default gives it one")),
+            None => Ok(()),
+        }
+    }
+
+    /// Options that another container has decided about.
+    fn refuse_of_another_container(&self, name: &str) -> Result<()> {
+        let given = first([
+            (!self.dns.is_empty(), "--dns"),
+            (!self.dns_search.is_empty(), "--dns-search"),
+            (!self.dns_option.is_empty(), "--dns-option"),
+            (!self.add_host.is_empty(), "--add-host"),
+        ]);
+        match self.about_own_network().or(given) {
+            Some(option) => Err(Error::invalid(format!(
+                "{option}: the container has the network of container {name}"
+            ))
+            .hint(format!("{option} belongs to hull run of {name}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn refuse_without_root(&self, name: &str) -> Result<()> {
+        if name != cni::DEFAULT_NAME {
+            let message = format!(
+                "not supported without root: network {name}: its plugins change the host's network"
+            );
+            return Err(Error::with_kind(ErrorKind::Unsupported, message)
+                .hint("--network default"));
+        }
+        match first([(self.ip.is_some(), "--ip"), (self.ip6.is_some(), "--ip6")]) {
+            Some(option) => Err(Error::with_kind(
+                ErrorKind::Unsupported,
+                format!(
+                    "not supported without root: {option}: the container has the host's addresses"
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The ports to be published, bound.
+    fn ports(&self, config: &Config) -> Result<Reservation> {
+        let mut published: Vec<Published> = self
+            .publish
+            .iter()
+            .flat_map(|ports| &ports.0)
+            .cloned()
+            .collect();
+        if !config.publish_address.is_unspecified() {
+            for port in &mut published {
+                port.host_ip.get_or_insert(config.publish_address);
+            }
+        }
+        ports::reserve(&published).map_err(|error| {
+            let own = Error::new(error.to_string());
+            match config.without_root && error.is_denied() {
+                true => own.hint(
+                    "ports from 1024 on are for everybody; others the administrator can allow: \
+                     sysctl net.ipv4.ip_unprivileged_port_start=80",
+                ),
+                false => own,
+            }
+        })
+    }
+
+    fn cni(&self, id: &str, name: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
+        let reserved = self.ports(config)?;
+        let list = list(name, !reserved.mappings.is_empty())?;
+        let own = match name {
+            cni::DEFAULT_NAME => Some(OwnNetwork {
+                bridge: cni::DEFAULT_BRIDGE.to_owned(),
+                subnets: subnets()?,
+            }),
+            _ => None,
+        };
+        let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
+        let cni = CniConfig {
+            id: id.to_owned(),
+            list,
+            own,
+            ports: reserved.mappings,
+            ips: addresses
+                .into_iter()
+                .flatten()
+                .map(|ip| cni::Address { ip, prefix: None })
+                .collect(),
+            mac: self.mac_address,
+        };
+        Ok((cni, reserved.sockets))
+    }
+
+    /// What the container finds names by.
+    pub fn dns(&self) -> DnsConfig {
+        DnsConfig {
+            servers: self.dns.clone(),
+            search: self.dns_search.clone(),
+            options: self.dns_option.clone(),
+            hosts: self
+                .add_host
+                .iter()
+                .map(|(name, address)| {
+                    let address = match address {
+                        HostAddress::Ip(address) => Some(*address),
+                        HostAddress::Gateway => None,
+                    };
+                    (name.clone(), address)
+                })
+                .collect(),
+        }
+    }
+}
+
+fn first<const N: usize>(given: [(bool, &'static str); N]) -> Option<&'static str> {
+    given
+        .into_iter()
+        .find_map(|(given, option)| given.then_some(option))
+}
+
+/// The subnets of hull's own network: one of IPv4, and one of IPv6 where the host has that.
+fn subnets() -> Result<Vec<cni::Address>> {
+    let mut subnets = vec![cni::DEFAULT_IPV4];
+    if Path::new("/proc/net/if_inet6").exists() {
+        subnets.push(cni::DEFAULT_IPV6);
+    }
+    let parse = |text: &str| {
+        text.parse()
+            .map_err(|why| Error::new(format!("{text}: {why}")))
+    };
+    subnets.into_iter().map(parse).collect()
+}
+
+/// The plugins of a network: the host's configuration of this name, or hull's own, with or without
+/// `published` ports.
+///
+/// # Errors
+/// There is no such configuration, or it is not one.
+pub fn list(name: &str, published: bool) -> Result<List> {
+    if name != cni::DEFAULT_NAME {
+        return Ok(List::load(&[cni::CONFIGURATION_DIRECTORY], name)?);
+    }
+    let subnets = subnets()?;
+    let [ipv4, ipv6 @ ..] = subnets.as_slice() else {
+        return Err(Error::new("hull's own network has no subnet"));
+    };
+    let (ipv6, leases) = (ipv6.first().copied(), Path::new(LEASES));
+    let bridge = cni::DEFAULT_BRIDGE;
+    Ok(cni::default_network(*ipv4, ipv6, bridge, leases, published)?)
+}

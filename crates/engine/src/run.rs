@@ -1,0 +1,791 @@
+//! `hull run`: from options to a container that runs.
+//!
+//! The machine boots while the root file system is mounted and plugins attach the network: the
+//! sandbox is launched as soon as it is known what machine it is, and everything that belongs to the
+//! container follows on the same connection. Until the container is there, this process holds all of
+//! it: when it is killed, the sandbox ends by itself, and what remains is a directory and a name that
+//! the next command sweeps.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use hull_image::Image;
+use hull_machine::Choice;
+use hull_sandbox::config::{
+    ContainerConfig, EndPolicy, MachineConfig, NetworkAddresses, NetworkConfig, Removal,
+    SandboxConfig, Share, Stdio, Writers, share_name,
+};
+use hull_sandbox::control::client::{Client, unexpected};
+use hull_sandbox::control::launch::launch;
+use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
+use hull_sandbox::shares::{self, Overlay, ReadOnly};
+use hull_sandbox::store::{CONFIG_FILE, Directory, Record, SandboxPath, State};
+use hull_sandbox::timings::{Step, Timings, now_ns};
+use serde_json::value::{RawValue, to_raw_value};
+
+use crate::attach::Attachment;
+use crate::config::Config;
+use crate::container::{self, Container, Details, ENGINE};
+use crate::dns::{self, DnsConfig};
+use crate::error::{Context, Error, Result};
+use crate::guest_files::GuestFiles;
+use crate::names;
+use crate::network::{Attach, NetworkOptions, Plan};
+use crate::paths::Paths;
+use crate::spec::seccomp::{Profile, Seccomp};
+use crate::spec::{self, ContainerOptions, Layout};
+use crate::values::{Machine, SecurityOption, Ulimit};
+use crate::volumes::{self, Tmpfs, Volume};
+
+/// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.
+const LONGEST_SOCKET: usize = 107;
+
+/// Digits of a container's id that are its sandbox's: paths of sockets are short.
+const SANDBOX_DIGITS: usize = 24;
+
+/// Random names that are tried.
+const NAME_ATTEMPTS: u32 = 10;
+
+/// What a user asks for.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// Image reference as given.
+    pub image: String,
+    /// Arguments after the image.
+    pub command: Vec<OsString>,
+    /// Keep standard input open.
+    pub interactive: bool,
+    /// With a terminal.
+    pub terminal: bool,
+    /// Remove the container when it ends.
+    pub remove: bool,
+    /// Name; a random one when absent.
+    pub name: Option<String>,
+    /// `NAME=VALUE`, in order.
+    pub environment: Vec<OsString>,
+    /// Host directories and files.
+    pub volumes: Vec<Volume>,
+    /// File systems in memory.
+    pub tmpfs: Vec<Tmpfs>,
+    /// Working directory.
+    pub directory: Option<String>,
+    /// `user[:group]`.
+    pub user: Option<String>,
+    /// Replaces the image's entry point.
+    pub entrypoint: Option<OsString>,
+    /// Host name.
+    pub hostname: Option<String>,
+    /// Run an init process.
+    pub init: bool,
+    /// Signal that `stop` sends first.
+    pub stop_signal: Option<String>,
+    /// Labels.
+    pub labels: Vec<(String, String)>,
+    /// Memory limit, bytes; 0 for none.
+    pub memory: Option<u64>,
+    /// Processors, in thousandths; 0 for no limit.
+    pub cpus_milli: Option<u64>,
+    /// Most processes.
+    pub pids_limit: Option<i64>,
+    /// Resource limits of processes.
+    pub ulimits: Vec<Ulimit>,
+    /// Size of /dev/shm, bytes.
+    pub shm_size: Option<u64>,
+    /// The root file system is read-only.
+    pub read_only: bool,
+    /// Capabilities to add.
+    pub cap_add: Vec<String>,
+    /// Capabilities to drop.
+    pub cap_drop: Vec<String>,
+    /// Security options.
+    pub security: Vec<SecurityOption>,
+    /// Kernel parameters.
+    pub sysctl: Vec<(String, String)>,
+    /// The network.
+    pub network: NetworkOptions,
+    /// Machine kind.
+    pub machine: Option<Machine>,
+    /// Guest kernel.
+    pub kernel: Option<PathBuf>,
+}
+
+/// A container that runs.
+#[derive(Debug)]
+pub struct Started {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The connection that is attached to it.
+    pub client: Client,
+    /// The streams of its init, when they were asked for.
+    pub streams: Vec<OwnedFd>,
+}
+
+/// How a start went.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The container runs.
+    Started(Box<Started>),
+    /// A signal came before that; nothing of the container is left.
+    Interrupted(i32),
+}
+
+/// A `hull run` before its image is there.
+#[derive(Debug)]
+pub struct Run<'a> {
+    options: &'a RunOptions,
+    config: &'a Config,
+    paths: Paths,
+    id: String,
+    network: Plan,
+    /// When the command began: monotonic clock, nanoseconds.
+    began_ns: u64,
+    timings: &'a Timings,
+}
+
+/// What the container is in.
+struct Place {
+    machine: MachineConfig,
+    sandbox: SandboxPath,
+    hostname: String,
+    /// The container whose machine this is, when it is another one's.
+    host: Option<Container>,
+}
+
+impl<'a> Run<'a> {
+    /// Checks what can be found wrong before an image is pulled, and binds published ports.
+    ///
+    /// # Errors
+    /// Options that make no sense, or contradict each other or the host.
+    pub fn prepare(
+        options: &'a RunOptions,
+        config: &'a Config,
+        began_ns: u64,
+        timings: &'a Timings,
+    ) -> Result<Self> {
+        let paths = config.paths();
+        check(options, &paths)?;
+        let id = names::new_id()?;
+        let network = options.network.plan(&id, config)?;
+        timings.step("arguments", began_ns);
+        Ok(Self {
+            options,
+            config,
+            paths,
+            id,
+            network,
+            began_ns,
+            timings,
+        })
+    }
+
+    /// The new container's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The machine that the container is to have.
+    ///
+    /// # Errors
+    /// No kind of machine works here, or not the one that was asked for.
+    pub fn choose(&self) -> Result<Choice> {
+        let guest = GuestFiles::locate(self.config)?;
+        let kernel = self.options.kernel.as_deref();
+        guest.choose(self.config, self.options.machine, kernel)
+    }
+
+    /// Starts the container. With an attachment, its streams come with it.
+    ///
+    /// # Errors
+    /// Anything that keeps it from running; then nothing of it is left.
+    pub fn start(self, image: &Image, attachment: Option<&Attachment>) -> Result<Outcome> {
+        let begin = now_ns();
+        let place = self.place()?;
+        let record = self.record(image, &place);
+        let directory = self.reserve(record)?;
+        self.timings.step("request", begin);
+        let started = self.create(image, &place, &directory, attachment);
+        let erase = || container::remove(&self.paths, &self.id, true);
+        match started {
+            Ok(Outcome::Interrupted(signal)) => {
+                // Nothing of it is to stay.
+                erase()?;
+                Ok(Outcome::Interrupted(signal))
+            }
+            Ok(started) => Ok(started),
+            Err(error) => {
+                if let Err(error) = erase() {
+                    tracing::warn!("{error}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Decides about the machine.
+    fn place(&self) -> Result<Place> {
+        let own_hostname = || {
+            let own = self.id.get(..12).unwrap_or(&self.id).to_owned();
+            self.options.hostname.clone().unwrap_or(own)
+        };
+        let Attach::Container(id) = &self.network.attach else {
+            let digits = self.id.get(..SANDBOX_DIGITS).unwrap_or(&self.id);
+            return Ok(Place {
+                machine: self.machine()?,
+                sandbox: SandboxPath::new(self.paths.run(), digits),
+                hostname: own_hostname(),
+                host: None,
+            });
+        };
+        let host = container::find(&self.paths, id)?;
+        let details = &host.record.details;
+        self.check_host(&host)?;
+        Ok(Place {
+            machine: self.machine_of(details)?,
+            sandbox: host.record.sandbox()?.clone(),
+            hostname: details.hostname.clone(),
+            host: Some(host),
+        })
+    }
+
+    fn machine(&self) -> Result<MachineConfig> {
+        let choice = self.choose()?;
+        let limit = self.options.memory.filter(|limit| *limit > 0);
+        Ok(MachineConfig {
+            initramfs: GuestFiles::locate(self.config)?.initramfs()?,
+            memory: limit.map_or(self.config.memory, MachineConfig::memory_for),
+            cpus: cpus(&choice, self.options.cpus_milli, self.config),
+            nets: matches!(self.network.attach, Attach::Source(..)).into(),
+            choice,
+        })
+    }
+
+    /// The machine of another container, as far as the record of this one says what it is.
+    fn machine_of(&self, details: &Details) -> Result<MachineConfig> {
+        let kind = details
+            .machine
+            .parse()
+            .map_err(|_| Error::new(format!("unknown machine kind {:?}", details.machine)))?;
+        Ok(MachineConfig {
+            choice: Choice {
+                kind,
+                kernel: PathBuf::from(&details.kernel),
+                hardware: details.hardware,
+                why: String::new(),
+            },
+            initramfs: PathBuf::new(),
+            memory: details.memory,
+            cpus: details.cpus,
+            nets: 0,
+        })
+    }
+
+    /// Whether this container can be in the machine of another one.
+    fn check_host(&self, host: &Container) -> Result<()> {
+        let options = self.options;
+        let given = [
+            (options.hostname.is_some(), "--hostname"),
+            (options.machine.is_some(), "--machine"),
+            (options.kernel.is_some(), "--kernel"),
+            (
+                options
+                    .sysctl
+                    .iter()
+                    .any(|(name, _)| hull_sandbox::config::is_network_sysctl(name)),
+                "--sysctl net.…",
+            ),
+        ];
+        if let Some((_, option)) = given.into_iter().find(|(given, _)| *given) {
+            return Err(Error::invalid(format!(
+                "{option}: the container is in the machine of another one \
+                 (--network container:…)"
+            )));
+        }
+        let details = &host.record.details;
+        if !matches!(host.status.state, State::Running | State::Paused) {
+            return Err(container::not_running(&details.name, host.status.state));
+        }
+        if self.config.hardware_isolation && !details.hardware {
+            let kind = self.machine_of(details)?.choice.kind;
+            return Err(hull_machine::Error::NotHardware { kind }.into());
+        }
+        if options.memory.is_some_and(|memory| memory > details.memory) {
+            return Err(Error::invalid(format!(
+                "--memory: the machine of container {} has {} MiB",
+                details.name,
+                details.memory >> 20
+            )));
+        }
+        Ok(())
+    }
+
+    fn record(&self, image: &Image, place: &Place) -> Record<Details> {
+        let options = self.options;
+        let mut labels = image.config.labels.clone();
+        labels.extend(options.labels.iter().cloned());
+        let mut record = Record::new(
+            &self.id,
+            ENGINE,
+            Details {
+                name: options.name.clone().unwrap_or_default(),
+                image: options.image.clone(),
+                image_id: image.id.clone(),
+                hostname: place.hostname.clone(),
+                machine: place.machine.choice.kind.to_string(),
+                hardware: place.machine.choice.hardware,
+                kernel: place.machine.choice.kernel.display().to_string(),
+                memory: place.machine.memory,
+                cpus: place.machine.cpus,
+                terminal: options.terminal,
+                stdin: options.interactive,
+                auto_remove: options.remove,
+                stop_signal: options
+                    .stop_signal
+                    .clone()
+                    .or_else(|| image.config.stop_signal.clone())
+                    .unwrap_or_else(|| "TERM".to_owned()),
+                network: self.network.name.clone(),
+                ports: self.network.ports().to_vec(),
+                labels,
+                volumes: options.volumes.iter().map(Volume::to_string).collect(),
+                layers: image.layers.clone(),
+                raw_env: Vec::new(),
+            },
+        );
+        record.sandbox = Some(place.sandbox.clone());
+        record
+    }
+
+    /// Makes the container's directory and takes its name. What a killed command left of either is
+    /// in nobody's way.
+    fn reserve(&self, mut record: Record<Details>) -> Result<Directory> {
+        let path = self.paths.container(&self.id);
+        let directory =
+            Directory::create_new(&path).context(|| format!("create {}", path.display()))?;
+        let claimed = self.claim(&mut record, &directory);
+        if let Err(error) = claimed {
+            if let Err(error) = container::erase(&self.paths, &self.id, None) {
+                tracing::warn!("{error}");
+            }
+            return Err(error);
+        }
+        Ok(directory)
+    }
+
+    fn claim(&self, record: &mut Record<Details>, directory: &Directory) -> Result<()> {
+        let given = self.options.name.as_deref();
+        let mut attempt = 0;
+        loop {
+            let name = match given {
+                Some(name) => name.to_owned(),
+                None => names::random(attempt)?,
+            };
+            record.details.name.clone_from(&name);
+            record.write(directory)?;
+            match names::claim(&self.paths, &name, &self.id) {
+                Ok(()) => return Ok(()),
+                Err(_) if attempt == 0 => container::sweep(&self.paths),
+                Err(_) if given.is_none() && attempt < NAME_ATTEMPTS => {}
+                Err(error) => return Err(error),
+            }
+            attempt += 1;
+        }
+    }
+
+    /// Launches the sandbox and creates the container in it.
+    fn create(
+        &self,
+        image: &Image,
+        place: &Place,
+        directory: &Directory,
+        attachment: Option<&Attachment>,
+    ) -> Result<Outcome> {
+        let client = match &place.host {
+            Some(host) => container::connect(host)?,
+            None => launch(&place.sandbox, &self.sandbox(place), &[])?,
+        };
+        let wait = |client: &Client| match attachment {
+            Some(attachment) => attachment.receive(client),
+            None => client.receive().map(Ok),
+        };
+        self.request_network(&client, directory)?;
+
+        // Meanwhile the machine boots, and plugins are at work.
+        let begin = now_ns();
+        let built = self.spec(image, place)?;
+        let shares = self.shares(image, place, directory)?;
+        self.timings.step("mount the root file system", begin);
+
+        let begin = now_ns();
+        let mut addresses = None;
+        if let Attach::Source(..) = &self.network.attach {
+            match wait(&client)? {
+                Ok(Received {
+                    message: Reply::Network(network),
+                    ..
+                }) => addresses = Some(network),
+                Ok(other) => return Err(unexpected(&other.message)),
+                Err(signal) => return Ok(Outcome::Interrupted(signal)),
+            }
+            self.timings.step("wait for the network", begin);
+        }
+        if place.host.is_none() {
+            let dns = self.options.network.dns();
+            self.write_etc(directory, &place.hostname, &dns, addresses.as_ref())?;
+        }
+
+        let begin = now_ns();
+        let (spec, config) = built;
+        directory.write(CONFIG_FILE, spec.get().as_bytes())?;
+        if !config.raw.env.is_empty() {
+            self.keep_raw_environment(&config.raw.env)?;
+        }
+        let messages = send_shares(&client, shares)?;
+        let request = Request::Create(Box::new(CreateRequest {
+            container: ContainerConfig { spec, ..config },
+            attach: attachment.map(Attachment::request),
+        }));
+        client.tell(&request, &[directory.as_fd()])?;
+        for _ in 0..messages {
+            match wait(&client)? {
+                Ok(Received {
+                    message: Reply::Ok, ..
+                }) => {}
+                Ok(other) => return Err(self.ending(&other.message)),
+                Err(signal) => return Ok(Outcome::Interrupted(signal)),
+            }
+        }
+        let streams = match wait(&client)? {
+            Ok(Received {
+                message: Reply::Streams,
+                fds,
+            }) => fds,
+            Ok(other) => return Err(self.ending(&other.message)),
+            Err(signal) => return Ok(Outcome::Interrupted(signal)),
+        };
+        self.timings.step("create and start the container", begin);
+        let name = Container::load(&self.paths.container(&self.id))?
+            .map(|container| container.record.details.name)
+            .unwrap_or_default();
+        Ok(Outcome::Started(Box::new(Started {
+            id: self.id.clone(),
+            name,
+            client,
+            streams,
+        })))
+    }
+
+    /// Writes down the exact environment, for further processes.
+    fn keep_raw_environment(&self, env: &[Vec<u8>]) -> Result<()> {
+        if let Some(mut container) = Container::load(&self.paths.container(&self.id))? {
+            container.record.details.raw_env = env.to_vec();
+            container.record.write(&container.directory)?;
+        }
+        Ok(())
+    }
+
+    /// The machine of another container ends just now.
+    fn ending(&self, reply: &Reply) -> Error {
+        match (reply, &self.network.attach) {
+            (Reply::Ending, Attach::Container(id)) => Error::wrong_state(format!(
+                "container {} is not running: its machine is ending",
+                id.get(..12).unwrap_or(id)
+            )),
+            _ => unexpected(reply),
+        }
+    }
+
+    fn sandbox(&self, place: &Place) -> SandboxConfig {
+        SandboxConfig {
+            machine: place.machine.clone(),
+            hostname: self.id.get(..12).unwrap_or_default().to_owned(),
+            cgroups: Vec::new(),
+            disks: Vec::new(),
+            end: EndPolicy::LastContainer,
+            began_ns: self.began_ns,
+        }
+    }
+
+    fn request_network(&self, client: &Client, directory: &Directory) -> Result<()> {
+        let Attach::Source(source, sockets) = &self.network.attach else {
+            return Ok(());
+        };
+        let mut fds = Vec::new();
+        if let hull_sandbox::config::NetworkSource::Cni(_) = **source {
+            fds.push(directory.as_fd());
+            fds.extend(sockets.iter().map(AsFd::as_fd));
+        }
+        let request = Request::Network(NetworkConfig {
+            source: (**source).clone(),
+            limits: self.network.limits,
+            owner: Some(self.id.clone()),
+        });
+        client.tell(&request, &fds)
+    }
+
+    /// The shares of the container, with their mounts: root, etc, volumes.
+    fn shares(
+        &self,
+        image: &Image,
+        place: &Place,
+        directory: &Directory,
+    ) -> Result<Vec<(Share, OwnedFd)>> {
+        let root = shares::root(&Overlay {
+            layers: &image.layers,
+            upper: directory.path().join("upper"),
+            work: directory.path().join("work"),
+            volatile: self.options.remove,
+        })?;
+        // A container in the machine of another one has its names.
+        let etc = match &place.host {
+            Some(host) => host.path().join("etc"),
+            None => directory.path().join("etc"),
+        };
+        if place.host.is_none() {
+            Directory::create(&etc)?;
+        }
+        let mut shares = vec![
+            (self.share("root", false, Writers::Guest), root),
+            (
+                self.share("etc", false, Writers::Anyone),
+                shares::host(&etc, false, ReadOnly::No)?,
+            ),
+        ];
+        for (index, volume) in self.options.volumes.iter().enumerate() {
+            let read_only = match volume.read_only {
+                true => ReadOnly::Recursive,
+                false => ReadOnly::No,
+            };
+            let mount = shares::host(&volume.source, true, read_only)?;
+            shares.push((self.volume(index, volume)?, mount));
+        }
+        Ok(shares)
+    }
+
+    fn share(&self, what: &str, is_file: bool, writers: Writers) -> Share {
+        Share {
+            name: share_name(&self.id, what),
+            is_file,
+            writers,
+        }
+    }
+
+    fn volume(&self, index: usize, volume: &Volume) -> Result<Share> {
+        let metadata = std::fs::metadata(&volume.source)
+            .context(|| format!("share {}", volume.source.display()))?;
+        let what = format!("volume{index}");
+        Ok(self.share(&what, !metadata.is_dir(), Writers::Anyone))
+    }
+
+    fn write_etc(
+        &self,
+        directory: &Directory,
+        hostname: &str,
+        dns: &DnsConfig,
+        network: Option<&NetworkAddresses>,
+    ) -> Result<()> {
+        let etc = Directory::create(&directory.path().join("etc"))?;
+        dns::write(&etc, hostname, dns, (&self.network.name, network))
+    }
+
+    /// The spec, and the rest of the container's configuration.
+    fn spec(&self, image: &Image, place: &Place) -> Result<(Box<RawValue>, ContainerConfig)> {
+        let options = self.options;
+        let layout = Layout {
+            root: self.share("root", false, Writers::Guest).path(),
+            etc: self.share("etc", false, Writers::Anyone).path(),
+            volumes: options
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(index, volume)| Ok(self.volume(index, volume)?.path()))
+                .collect::<Result<_>>()?,
+        };
+        let no_zero = |limit: u64| (limit > 0).then_some(limit);
+        let pids_limit = options.pids_limit.unwrap_or(self.config.pids_limit);
+        let container = ContainerOptions {
+            command: options.command.clone(),
+            entrypoint: options.entrypoint.clone(),
+            environment: options.environment.clone(),
+            directory: options.directory.clone(),
+            user: options.user.clone(),
+            hostname: place.hostname.clone(),
+            terminal: options.terminal,
+            read_only: options.read_only,
+            tmpfs: options
+                .tmpfs
+                .iter()
+                .map(|tmpfs| (tmpfs.destination.clone(), tmpfs.options.clone()))
+                .collect(),
+            volumes: options.volumes.clone(),
+            capabilities_add: options.cap_add.clone(),
+            capabilities_drop: options.cap_drop.clone(),
+            sysctl: options.sysctl.iter().cloned().collect(),
+            ulimits: options
+                .ulimits
+                .iter()
+                .map(|limit| (limit.name.clone(), limit.soft, limit.hard))
+                .collect(),
+            shm_size: options
+                .shm_size
+                .and_then(no_zero)
+                .unwrap_or(self.config.shm_size),
+            init: options.init,
+            memory: options.memory.and_then(no_zero),
+            cpus_milli: options.cpus_milli.and_then(no_zero),
+            pids_limit: (pids_limit > 0).then_some(pids_limit),
+            seccomp: seccomp(&options.security)?,
+            has_32_bits: place.machine.choice.kind != hull_machine::Kind::Uml,
+            no_new_privileges: no_new_privileges(&options.security),
+        };
+        let built = spec::build(&container, &image.config, &layout)?;
+        let text = to_raw_value(&built.spec).context(|| "encode the spec")?;
+        let writes = options.volumes.iter().any(|volume| !volume.read_only);
+        let config = ContainerConfig {
+            id: self.id.clone(),
+            spec: RawValue::NULL.to_owned(),
+            raw: built.raw,
+            stdio: Stdio::Hub {
+                terminal: options.terminal,
+                stdin: options.interactive,
+                log_limit: self.config.log_size,
+            },
+            start: true,
+            keeper: None,
+            sysctl: built.network_sysctl,
+            joins: Vec::new(),
+            disks: Vec::new(),
+            volatile: options.remove && !writes,
+            removal: options.remove.then(|| Removal {
+                directory: self.paths.container(&self.id),
+                links: self.names(),
+            }),
+        };
+        Ok((text, config))
+    }
+
+    /// The links that lead to the container.
+    fn names(&self) -> Vec<PathBuf> {
+        let record = Container::load(&self.paths.container(&self.id));
+        record
+            .ok()
+            .flatten()
+            .map(|container| self.paths.names().join(&container.record.details.name))
+            .into_iter()
+            .collect()
+    }
+}
+
+/// Sends the shares, without waiting for the answers; how many there will be.
+fn send_shares(client: &Client, mut shares: Vec<(Share, OwnedFd)>) -> Result<usize> {
+    let mut messages = 0;
+    while !shares.is_empty() {
+        let rest = shares.split_off(shares.len().min(MAX_SHARES));
+        let (descriptions, mounts): (Vec<_>, Vec<_>) = shares.into_iter().unzip();
+        let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
+        let request = Request::AddShares {
+            shares: descriptions,
+        };
+        client.tell(&request, &fds)?;
+        messages += 1;
+        shares = rest;
+    }
+    Ok(messages)
+}
+
+/// Where the time went in the sandbox, after a start or a failed one.
+pub fn sandbox_timings(client: &Client) -> Vec<Step> {
+    match client.ask(&Request::Timings, &[]) {
+        Ok(Received {
+            message: Reply::Timings(steps),
+            ..
+        }) => steps,
+        // It has ended: nobody knows.
+        _ => Vec::new(),
+    }
+}
+
+/// Virtual processors of a machine for a container with a limit, in thousandths.
+pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> u32 {
+    match (choice.kind, milli.filter(|milli| *milli > 0)) {
+        // A user-mode kernel has one processor; a limit above it is kept all the same.
+        (hull_machine::Kind::Uml, _) => 1,
+        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
+        (_, None) => config.cpus,
+    }
+}
+
+/// The system call filter that the options ask for; the last one counts.
+fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
+    let mut seccomp = Seccomp::Default;
+    for option in options {
+        match option {
+            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
+            SecurityOption::Seccomp(file) => {
+                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
+            }
+            SecurityOption::NoNewPrivileges(_) => {}
+        }
+    }
+    Ok(seccomp)
+}
+
+fn no_new_privileges(options: &[SecurityOption]) -> bool {
+    let said = options.iter().rev().find_map(|option| match option {
+        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
+        _ => None,
+    });
+    said.unwrap_or(false)
+}
+
+/// What can be found wrong before an image is pulled.
+fn check(options: &RunOptions, paths: &Paths) -> Result<()> {
+    volumes::check_distinct(&options.volumes, &options.tmpfs).map_err(Error::invalid)?;
+    spec::capabilities(&options.cap_add, &options.cap_drop)?;
+    seccomp(&options.security)?;
+    check_length(paths.run())?;
+    for volume in &options.volumes {
+        let source = volume.source.display();
+        match std::fs::metadata(&volume.source) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::invalid(format!(
+                    "host path {source} of a volume does not exist"
+                ))
+                .hint(format!("mkdir -p {source}")));
+            }
+            Err(error) => {
+                return Err(error).context(|| format!("read the host path {source} of a volume"));
+            }
+        }
+    }
+    if let Some(milli) = options.cpus_milli {
+        let available = std::thread::available_parallelism().map_or(1, usize::from);
+        if milli > available as u64 * 1000 {
+            return Err(Error::invalid(format!(
+                "--cpus: {} CPUs are asked for, and there are {available}",
+                milli as f64 / 1000.0
+            )));
+        }
+    }
+    match &options.name {
+        Some(name) => names::check_free(paths, name),
+        None => Ok(()),
+    }
+}
+
+fn check_length(run: &Path) -> Result<()> {
+    let longest = SandboxPath::new(run, &"0".repeat(SANDBOX_DIGITS))
+        .devices()
+        .join("entropy.sock");
+    match longest.as_os_str().len().saturating_sub(LONGEST_SOCKET) {
+        0 => Ok(()),
+        excess => Err(Error::invalid(format!(
+            "run_dir {} is too long for the sockets in it, by {excess} characters",
+            run.display()
+        ))
+        .hint("set a shorter run_dir in the configuration")),
+    }
+}

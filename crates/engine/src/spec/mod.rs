@@ -1,0 +1,615 @@
+//! From an image's configuration and the options of `run` to the OCI spec that the agent receives.
+//!
+//! Pure: looks at nothing but its arguments. User names are left to the agent, which resolves them
+//! inside the container: `process.user.username` carries `user[:group]` as given, and the numbers are
+//! then ignored.
+
+pub mod seccomp;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use hull_image::ImageConfig;
+use hull_sandbox::config::{RawArgs, is_network_sysctl};
+use serde_json::{Value, json};
+
+use crate::dns;
+use crate::error::{Error, Result};
+use crate::volumes::Volume;
+use seccomp::Seccomp;
+
+/// What `run` can ask for beyond the image's own wishes.
+#[derive(Debug, Clone, Default)]
+pub struct ContainerOptions {
+    /// Arguments after the image; replaces the image's command.
+    pub command: Vec<OsString>,
+    /// Replaces the image's entry point; empty string clears it.
+    pub entrypoint: Option<OsString>,
+    /// `NAME=VALUE`, in order; later wins over earlier and over the image.
+    pub environment: Vec<OsString>,
+    /// Working directory.
+    pub directory: Option<String>,
+    /// `user[:group]`, names or numbers.
+    pub user: Option<String>,
+    /// Host name inside.
+    pub hostname: String,
+    /// With a terminal.
+    pub terminal: bool,
+    /// Root file system is read-only.
+    pub read_only: bool,
+    /// Directory and mount options, as `--tmpfs DIR[:OPTIONS]`.
+    pub tmpfs: Vec<(PathBuf, Vec<String>)>,
+    /// Shared with the host.
+    pub volumes: Vec<Volume>,
+    /// Capabilities to add, upper case without `CAP_`, or `ALL`.
+    pub capabilities_add: Vec<String>,
+    /// Capabilities to drop, likewise.
+    pub capabilities_drop: Vec<String>,
+    /// Kernel parameters.
+    pub sysctl: BTreeMap<String, String>,
+    /// Resource limits: name without `RLIMIT_`, upper case; soft; hard.
+    pub ulimits: Vec<(String, u64, u64)>,
+    /// Size of /dev/shm, bytes.
+    pub shm_size: u64,
+    /// Run an init process that forwards signals and reaps.
+    pub init: bool,
+    /// Memory limit, bytes.
+    pub memory: Option<u64>,
+    /// Processors, in thousandths.
+    pub cpus_milli: Option<u64>,
+    /// Most processes.
+    pub pids_limit: Option<i64>,
+    /// Which system calls are let through.
+    pub seccomp: Seccomp,
+    /// The guest's kernel executes programs of 32 bits.
+    pub has_32_bits: bool,
+    /// Programs cannot bring privileges along.
+    pub no_new_privileges: bool,
+}
+
+/// Docker's default capabilities (moby, oci/caps/defaults.go): what root in a container may do.
+const DEFAULT_CAPABILITIES: [&str; 14] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FSETID",
+    "FOWNER",
+    "MKNOD",
+    "NET_RAW",
+    "SETGID",
+    "SETUID",
+    "SETFCAP",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "SYS_CHROOT",
+    "KILL",
+    "AUDIT_WRITE",
+];
+
+/// All capabilities of the kernel (linux/capability.h), in its order.
+const ALL_CAPABILITIES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// Docker's default search path for images that have none (moby, oci/defaults.go).
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Where the agent's own executable appears in a container that wants an init process. It lies in the
+/// container's /dev, which is a file system of its own, so the image is not changed.
+pub const INIT_PATH: &str = "/dev/hull-init";
+
+/// Paths that a container must not read, or not write: Docker's lists (moby, oci/defaults.go).
+const MASKED_PATHS: [&str; 9] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+const READ_ONLY_PATHS: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// Where the guest finds what the host shares with it.
+#[derive(Debug, Clone, Default)]
+pub struct Layout {
+    /// The root file system.
+    pub root: String,
+    /// The directory with hosts, hostname and resolv.conf.
+    pub etc: String,
+    /// Each volume, in the order of the options.
+    pub volumes: Vec<String>,
+}
+
+/// The spec of a container.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// The spec. Arguments and environment that are not UTF-8 are approximated in it.
+    pub spec: Value,
+    /// Those exactly, when the spec's are not.
+    pub raw: RawArgs,
+    /// Kernel parameters of the guest's own network, which are not in the spec.
+    pub network_sysctl: BTreeMap<String, String>,
+}
+
+/// The arguments of init, from options and image, by Docker's rules: a new entry point forgets the image's command.
+///
+/// # Errors
+/// Neither names a command.
+pub fn command(options: &ContainerOptions, image: &ImageConfig) -> Result<Vec<OsString>> {
+    let of_image = |list: &[String]| list.iter().map(OsString::from).collect::<Vec<_>>();
+    let mut command = match &options.entrypoint {
+        Some(text) if text.is_empty() => Vec::new(),
+        Some(text) => vec![text.clone()],
+        None => of_image(&image.entrypoint),
+    };
+    if options.command.is_empty() && options.entrypoint.is_none() {
+        command.extend(of_image(&image.cmd));
+    } else {
+        command.extend(options.command.iter().cloned());
+    }
+    if command.is_empty() {
+        return Err(
+            Error::new("no command: the image has none, and none was given")
+                .hint("hull run IMAGE COMMAND [ARG…]"),
+        );
+    }
+    Ok(command)
+}
+
+/// The environment of init: image, then Docker's additions, then options; later values replace earlier ones.
+pub fn environment(options: &ContainerOptions, image: &ImageConfig) -> Vec<OsString> {
+    let mut all: Vec<Vec<u8>> = vec![
+        DEFAULT_PATH.into(),
+        format!("HOSTNAME={}", options.hostname).into_bytes(),
+    ];
+    if options.terminal {
+        all.push(b"TERM=xterm".to_vec());
+    }
+    all.extend(
+        image
+            .env
+            .iter()
+            .map(|variable| variable.clone().into_bytes()),
+    );
+    all.extend(
+        options
+            .environment
+            .iter()
+            .map(|variable| variable.clone().into_vec()),
+    );
+    keep_last_of_each(&mut all);
+    all.into_iter().map(OsString::from_vec).collect()
+}
+
+/// Of `NAME=VALUE`s with the same name keeps the last, in the place of the first.
+pub fn keep_last_of_each(variables: &mut Vec<Vec<u8>>) {
+    fn name(variable: &[u8]) -> &[u8] {
+        variable
+            .split(|byte| *byte == b'=')
+            .next()
+            .unwrap_or(variable)
+    }
+    let mut merged: Vec<Vec<u8>> = Vec::with_capacity(variables.len());
+    for variable in variables.drain(..) {
+        match merged.iter().position(|old| name(old) == name(&variable)) {
+            Some(index) => merged[index] = variable,
+            None => merged.push(variable),
+        }
+    }
+    *variables = merged;
+}
+
+/// Texts for JSON, and the exact bytes when some of them are not UTF-8.
+fn for_json(list: Vec<OsString>) -> (Vec<String>, Vec<Vec<u8>>) {
+    let texts: Vec<String> = list
+        .iter()
+        .map(|text| text.to_string_lossy().into_owned())
+        .collect();
+    let exact = list.iter().all(|text| text.to_str().is_some());
+    let raw = if exact {
+        Vec::new()
+    } else {
+        list.into_iter().map(OsString::into_vec).collect()
+    };
+    (texts, raw)
+}
+
+/// The capabilities of init, with `CAP_`, by Docker's rules for `--cap-add` and `--cap-drop`.
+///
+/// # Errors
+/// There is no capability of a given name.
+pub fn capabilities(add: &[String], drop: &[String]) -> Result<Vec<String>> {
+    let known = |name: &String| -> Result<String> {
+        let short = name.to_ascii_uppercase();
+        let short = short.strip_prefix("CAP_").unwrap_or(&short).to_owned();
+        if short == "ALL" || ALL_CAPABILITIES.contains(&short.as_str()) {
+            Ok(short)
+        } else {
+            Err(Error::new(format!("unknown capability {name:?}"))
+                .hint("man 7 capabilities lists them; ALL means all"))
+        }
+    };
+    let add: Vec<String> = add.iter().map(known).collect::<Result<_>>()?;
+    let drop: Vec<String> = drop.iter().map(known).collect::<Result<_>>()?;
+    let all = |list: &[String]| list.iter().any(|name| name == "ALL");
+    let has = |list: &[String], name: &str| list.iter().any(|other| other == name);
+    Ok(ALL_CAPABILITIES
+        .into_iter()
+        .filter(|name| {
+            if all(&add) {
+                !has(&drop, name)
+            } else if all(&drop) {
+                has(&add, name)
+            } else {
+                (DEFAULT_CAPABILITIES.contains(name) && !has(&drop, name)) || has(&add, name)
+            }
+        })
+        .map(|name| format!("CAP_{name}"))
+        .collect())
+}
+
+/// The whole spec.
+///
+/// # Errors
+/// No command, or an option that names something that does not exist.
+pub fn build(
+    options: &ContainerOptions,
+    image: &ImageConfig,
+    layout: &Layout,
+) -> Result<Built> {
+    let mut command = command(options, image)?;
+    if options.init {
+        command.splice(0..0, [OsString::from(INIT_PATH), "--".into()]);
+    }
+    let (command, raw_args) = for_json(command);
+    let (environment, raw_env) = for_json(environment(options, image));
+    let user = options.user.as_deref().unwrap_or(&image.user);
+    let directory = match options.directory.as_deref().unwrap_or(&image.workdir) {
+        "" => "/",
+        directory => directory,
+    };
+    if !directory.starts_with('/') {
+        return Err(Error::new(format!(
+            "working directory {directory:?} is not an absolute path"
+        )));
+    }
+    let capabilities = capabilities(&options.capabilities_add, &options.capabilities_drop)?;
+    let rlimits: Vec<Value> = options
+        .ulimits
+        .iter()
+        .map(|(name, soft, hard)| json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard}))
+        .collect();
+
+    // Those of a network belong to the guest's own, which is the container's.
+    let (network_sysctl, sysctl): (BTreeMap<_, _>, BTreeMap<_, _>) = options
+        .sysctl
+        .clone()
+        .into_iter()
+        .partition(|(name, _)| is_network_sysctl(name));
+
+    let mut spec = json!({
+        "ociVersion": "1.2.0",
+        "root": { "path": layout.root, "readonly": options.read_only },
+        "hostname": options.hostname,
+        "process": {
+            "terminal": options.terminal,
+            "user": user_object(user),
+            "args": command,
+            "env": environment,
+            "cwd": directory,
+            "capabilities": {
+                "bounding": capabilities,
+                "effective": capabilities,
+                "permitted": capabilities,
+            },
+            "rlimits": rlimits,
+            "noNewPrivileges": options.no_new_privileges,
+        },
+        "mounts": mounts(options, layout),
+        "linux": {
+            "namespaces": [
+                {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"},
+            ],
+            "sysctl": sysctl,
+            "resources": resources(options),
+            "maskedPaths": MASKED_PATHS,
+            "readonlyPaths": READ_ONLY_PATHS,
+        },
+    });
+    let filter = &options.seccomp;
+    if let Some(filter) = filter.for_capabilities(&capabilities, options.has_32_bits) {
+        spec["linux"]["seccomp"] = filter;
+    }
+    Ok(Built {
+        spec,
+        raw: RawArgs {
+            args: raw_args,
+            env: raw_env,
+        },
+        network_sysctl,
+    })
+}
+
+/// The OCI user object. Names cannot be looked up here: see the head of this module.
+pub fn user_object(user: &str) -> Value {
+    let mut object = json!({"uid": 0, "gid": 0});
+    if !user.is_empty() {
+        object["username"] = json!(user);
+    }
+    object
+}
+
+fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
+    let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": source, "options": options});
+    let shm_size = format!("size={}", options.shm_size);
+    let mut mounts = vec![
+        standard("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        standard(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        standard(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        ),
+        standard(
+            "/sys",
+            "sysfs",
+            "sysfs",
+            &["nosuid", "noexec", "nodev", "ro"],
+        ),
+        standard(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["ro", "nosuid", "noexec", "nodev"],
+        ),
+        standard(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ),
+        standard(
+            "/dev/shm",
+            "tmpfs",
+            "shm",
+            &["nosuid", "noexec", "nodev", "mode=1777", &shm_size],
+        ),
+    ];
+    if options.init {
+        mounts.push(standard(INIT_PATH, "bind", "/init", &["bind", "ro"]));
+    }
+    // As Docker: no set-user-id programs, devices or execution in a --tmpfs unless asked for.
+    mounts.extend(options.tmpfs.iter().map(|(directory, given)| {
+        let mut all: Vec<String> = ["nosuid", "nodev", "noexec"].map(String::from).to_vec();
+        for option in given {
+            let positive = option.strip_prefix("no").unwrap_or(option);
+            all.retain(|old| old != positive && old.strip_prefix("no") != Some(positive));
+            all.push(option.clone());
+        }
+        json!({"destination": directory, "type": "tmpfs", "source": "tmpfs", "options": all})
+    }));
+    // Before the volumes: a user may want to replace them.
+    mounts.extend(dns::FILES.iter().map(|name| {
+        json!({
+            "destination": format!("/etc/{name}"),
+            "type": "bind",
+            "source": format!("{}/{name}", layout.etc),
+            "options": ["bind", "rprivate"],
+        })
+    }));
+    let volumes = options.volumes.iter().zip(&layout.volumes);
+    mounts.extend(volumes.map(|(volume, source)| {
+        let access = if volume.read_only { "ro" } else { "rw" };
+        json!({
+            "destination": volume.destination,
+            "type": "bind",
+            "source": source,
+            "options": ["rbind", "rprivate", access],
+        })
+    }));
+    mounts
+}
+
+fn resources(options: &ContainerOptions) -> Value {
+    let mut resources = json!({});
+    if let Some(limit) = options.memory {
+        // No swap in the guest: a limit that memory and swap share is the limit itself.
+        resources["memory"] = json!({"limit": limit, "swap": limit});
+    }
+    if let Some(milli) = options.cpus_milli {
+        // Period in microseconds: the kernel's own default (kernel/sched/fair.c).
+        resources["cpu"] = json!({"period": 100_000, "quota": milli * 100});
+    }
+    if let Some(limit) = options.pids_limit {
+        resources["pids"] = json!({"limit": limit});
+    }
+    resources
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn image() -> ImageConfig {
+        ImageConfig {
+            entrypoint: vec!["/entry".into()],
+            cmd: vec!["one".into()],
+            env: vec!["PATH=/bin".into(), "A=image".into()],
+            user: "nobody".into(),
+            workdir: "/work".into(),
+            ..Default::default()
+        }
+    }
+
+    fn words<T: for<'a> From<&'a str>>(list: &[&str]) -> Vec<T> {
+        list.iter().map(|word| T::from(*word)).collect()
+    }
+
+    #[test]
+    fn entry_point_and_command_combine_as_dockers() {
+        let cases: [(Option<&str>, &[&str], &[&str]); 5] = [
+            (None, &[], &["/entry", "one"]),
+            (None, &["two"], &["/entry", "two"]),
+            (Some("/other"), &[], &["/other"]),
+            (Some("/other"), &["two"], &["/other", "two"]),
+            (Some(""), &["two"], &["two"]),
+        ];
+        for (entrypoint, given, expected) in cases {
+            let options = ContainerOptions {
+                entrypoint: entrypoint.map(Into::into),
+                command: words(given),
+                ..Default::default()
+            };
+            assert_eq!(
+                command(&options, &image()).unwrap(),
+                expected,
+                "{options:?}"
+            );
+        }
+        let none = command(&ContainerOptions::default(), &ImageConfig::default());
+        assert!(none.unwrap_err().message.contains("no command"));
+    }
+
+    #[test]
+    fn the_environment_of_the_command_line_wins_over_the_images() {
+        let options = ContainerOptions {
+            environment: words(&["A=command", "B=x=y"]),
+            hostname: "box".into(),
+            ..Default::default()
+        };
+        let environment = environment(&options, &image());
+        assert_eq!(
+            environment,
+            ["PATH=/bin", "HOSTNAME=box", "A=command", "B=x=y"]
+        );
+    }
+
+    #[test]
+    fn capabilities_are_added_and_dropped_as_dockers() {
+        let caps = |add: &[&str], drop: &[&str]| capabilities(&words(add), &words(drop)).unwrap();
+        assert_eq!(caps(&[], &[]).len(), 14);
+        assert_eq!(caps(&[], &["ALL"]), [""; 0]);
+        assert_eq!(caps(&["ALL"], &[]).len(), 41);
+        assert_eq!(
+            caps(&["net_bind_service"], &["all"]),
+            ["CAP_NET_BIND_SERVICE"]
+        );
+        assert!(!caps(&[], &["CAP_CHOWN"]).contains(&"CAP_CHOWN".to_owned()));
+        assert!(caps(&["SYS_PTRACE"], &[]).contains(&"CAP_SYS_PTRACE".to_owned()));
+        let error = capabilities(&words(&["FLY"]), &[]).unwrap_err();
+        assert!(error.message.contains("unknown capability \"FLY\""));
+    }
+
+    #[test]
+    fn arguments_that_are_not_utf8_are_kept_exactly() {
+        let options = ContainerOptions {
+            command: vec![OsString::from_vec(vec![0xff, b'x'])],
+            ..Default::default()
+        };
+        let built = build(&options, &image(), &Layout::default()).unwrap();
+        assert_eq!(built.raw.args, [b"/entry".to_vec(), vec![0xff, b'x']]);
+        assert_eq!(built.raw.env, Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn limits_reach_the_spec() {
+        let options = ContainerOptions {
+            memory: Some(64 << 20),
+            cpus_milli: Some(1500),
+            pids_limit: Some(10),
+            ..Default::default()
+        };
+        let spec = build(&options, &image(), &Layout::default()).unwrap().spec;
+        let resources = &spec["linux"]["resources"];
+        assert_eq!(resources["memory"]["limit"], 64 << 20);
+        assert_eq!(resources["cpu"]["quota"], 150_000);
+        assert_eq!(resources["pids"]["limit"], 10);
+        assert_eq!(spec["process"]["user"]["username"], "nobody");
+        assert_eq!(spec["process"]["cwd"], "/work");
+    }
+
+    #[test]
+    fn tmpfs_is_not_executable_unless_asked_for() {
+        let options = ContainerOptions {
+            tmpfs: vec![
+                ("/a".into(), vec![]),
+                ("/b".into(), words(&["exec", "size=1m"])),
+            ],
+            ..Default::default()
+        };
+        let mounts = mounts(&options, &Layout::default());
+        let of = |path: &str| {
+            let found = mounts
+                .iter()
+                .find(|mount| mount["destination"] == path)
+                .unwrap();
+            found["options"].as_array().unwrap().clone()
+        };
+        assert_eq!(of("/a"), ["nosuid", "nodev", "noexec"]);
+        assert_eq!(of("/b"), ["nosuid", "nodev", "exec", "size=1m"]);
+    }
+}

@@ -1,0 +1,8 @@
+//! The control protocol: how other processes reach a sandbox, whichever front end they are.
+
+pub mod client;
+pub mod launch;
+pub mod protocol;
+mod server;
+
+pub(crate) use server::serve;

@@ -1,0 +1,63 @@
+//! From a started machine to an agent that is configured, and how long anything may take.
+
+use std::time::Duration;
+
+use hull_machine::Kind;
+use hull_protocol::AGENT_PORT;
+use hull_protocol::agent as proto;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::agent::Agent;
+use super::devices::Incoming;
+use crate::error::{Context, Error, Result};
+
+/// Longest boot. Emulation on a busy host needs its time; beyond this nothing comes any more.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How long a guest may take to write its file systems back when its container has ended.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The death of a process may be reported this long after the errors that it causes.
+pub const EXIT_GRACE: Duration = Duration::from_millis(50);
+
+/// The end of a machine may be reported this long after the loss of its agent.
+pub const MACHINE_EXIT_GRACE: Duration = Duration::from_millis(500);
+
+/// Waits until the agent dials home.
+///
+/// # Errors
+/// The device process has ended.
+pub async fn agent_dials(mut incoming: Incoming) -> Result<Agent> {
+    loop {
+        match incoming.recv().await {
+            Some((AGENT_PORT, stream)) => return Agent::new(stream),
+            Some(_) => {}
+            None => return Err(Error::guest("the device process has ended")),
+        }
+    }
+}
+
+/// What a booted guest is told before its first container.
+///
+/// # Errors
+/// The host has no random numbers.
+pub fn configuration(
+    kind: Kind,
+    hostname: &str,
+) -> Result<proto::ConfigureRequest> {
+    let mut entropy = vec![0; 64];
+    getrandom(&mut entropy[..], GetRandomFlags::empty()).context(|| "get random numbers")?;
+    // A user-mode kernel has the host's clock.
+    let clock_ns = match kind {
+        Kind::Uml => 0,
+        _ => std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or_default()),
+    };
+    Ok(proto::ConfigureRequest {
+        hostname: hostname.into(),
+        clock_ns,
+        entropy,
+        ..Default::default()
+    })
+}

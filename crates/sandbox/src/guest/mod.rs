@@ -1,0 +1,22 @@
+//! A guest from its start to its end: its processes on the host, its boot, its agent and its
+//! devices, and the streams of processes in it.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `supervise` | device process and machine, and which of them failed first |
+//! | `boot` | from a started machine to an agent that answers |
+//! | `devices` | shares, net devices and vsock streams |
+//! | `agent` | calls into the guest |
+//! | `streams` | the streams of one process |
+//! | `hub` | the streams of an init that has a log and several clients |
+
+pub(crate) mod agent;
+pub(crate) mod boot;
+pub(crate) mod devices;
+pub(crate) mod hub;
+pub(crate) mod streams;
+pub(crate) mod supervise;
+pub(crate) mod watch;
+
+pub(crate) use agent::Agent;
+pub(crate) use devices::Devices;

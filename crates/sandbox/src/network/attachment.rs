@@ -1,0 +1,210 @@
+//! A network namespace of hull's own, attached to a network: by CNI plugins, which make things
+//! outside of it that have to be undone, or by pasta, of which nothing remains.
+//!
+//! The sandbox keeps the namespace, which nothing else holds: it is gone with the sandbox process.
+//! What plugins made outside of it, leases and rules of packet filters, is written down before it is
+//! made, in the directory of the container that it is for, and [`undo`] takes it back: the sandbox
+//! when that container ends, or, when its process was killed, who removes the container.
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use hull_network::cni::{Attachment, Record, Runner};
+use hull_network::pasta::Pasta;
+use hull_network::{Namespace, Netlink, forwarding, masquerade};
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::task::JoinHandle;
+
+use crate::config::{CniConfig, NetworkAddresses, PastaConfig};
+use crate::error::{Context, Error, Result};
+use crate::store::Directory;
+
+/// The interface's name, in the namespace and in the guest.
+const INTERFACE: &str = "eth0";
+
+/// The file with what plugins made, or are about to make, as long as it is not undone.
+const FILE: &str = "network.json";
+
+/// A namespace that is attached to a network. Dropping it detaches nothing: see [`Attached::detach`].
+#[derive(Debug)]
+pub struct Attached {
+    /// The namespace. It lives as long as something holds it.
+    pub namespace: Namespace,
+    /// What the network gave it.
+    pub addresses: NetworkAddresses,
+    /// Sockets that keep others from the published ports, on which nothing is received.
+    ports: Vec<OwnedFd>,
+    /// Where it is written down what plugins are to undo.
+    undo: Option<Directory>,
+    /// Holds pasta until it is aborted.
+    pasta: Option<JoinHandle<()>>,
+}
+
+/// Attaches a new namespace by plugins, which are stopped when `cancelled` is done.
+///
+/// # Errors
+/// A plugin fails: then everything is undone, or what is not stays written down for [`undo`].
+pub async fn by_plugins(
+    config: CniConfig,
+    ports: Vec<OwnedFd>,
+    directory: Directory,
+    cancelled: impl Future<Output = ()>,
+) -> Result<Attached> {
+    let cancel = eventfd(0, EventfdFlags::CLOEXEC).context(|| "create an event")?;
+    let cancel = Arc::new(cancel);
+    let undo = directory.try_clone()?;
+    let mut task = {
+        let cancel = cancel.clone();
+        tokio::task::spawn_blocking(move || run_plugins(&config, &directory, cancel))
+    };
+    let done = tokio::select! {
+        done = &mut task => done,
+        () = cancelled => {
+            if let Err(error) = rustix::io::write(&*cancel, &1u64.to_ne_bytes()) {
+                tracing::error!("cannot end network plugins: {error}");
+            }
+            task.await
+        }
+    };
+    let (namespace, addresses) = done.context(|| "attach the network")??;
+    Ok(Attached {
+        namespace,
+        addresses,
+        ports,
+        undo: Some(undo),
+        pasta: None,
+    })
+}
+
+/// Blocks as long as plugins take, or until `cancel` is readable.
+fn run_plugins(
+    config: &CniConfig,
+    directory: &Directory,
+    cancel: Arc<OwnedFd>,
+) -> Result<(Namespace, NetworkAddresses)> {
+    let namespace = Namespace::new()?;
+    let attachment = Attachment {
+        container_id: config.id.clone(),
+        netns: format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            namespace.as_fd().as_raw_fd()
+        )
+        .into(),
+        ifname: INTERFACE.into(),
+        port_mappings: config.ports.clone(),
+        ips: config.ips.clone(),
+        mac: config.mac,
+        ..Attachment::default()
+    };
+    let runner = Runner {
+        cancel: Some(cancel),
+        ..Runner::default()
+    };
+    let mut record = Record::new(config.list.clone(), attachment)?;
+    // What is not there cannot undo anything either.
+    runner.require(&config.list)?;
+    if let Some(own) = &config.own {
+        for subnet in &own.subnets {
+            let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
+            let prefix = subnet.prefix.unwrap_or(all);
+            masquerade::ensure(config.list.name(), &own.bridge, subnet.ip, prefix)?;
+        }
+        let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
+        forwarding::ensure(&own.bridge, ipv6)?;
+    }
+    let keep = |record: &Record| {
+        let text = serde_json::to_vec(record).context(|| "encode the network's record")?;
+        directory.write(FILE, &text)
+    };
+    keep(&record)?;
+    let result = record.add_and_keep(&runner, &mut |record| {
+        keep(record).map_err(|error| error.message)
+    })?;
+    let addresses = NetworkAddresses {
+        addresses: result.ips.iter().map(|ip| ip.address.ip).collect(),
+        gateways: result.ips.iter().filter_map(|ip| ip.gateway).collect(),
+    };
+    Ok((namespace, addresses))
+}
+
+/// Attaches a new namespace to the host's network as an ordinary program is.
+///
+/// # Errors
+/// There is no pasta, or it fails.
+pub async fn by_pasta(config: &PastaConfig) -> Result<Attached> {
+    let namespace = Namespace::new()?;
+    let pasta = Pasta::start(&namespace, &config.ports, config.mac)?;
+    pasta.ready().await?;
+    let netlink = Netlink::open(&namespace)?;
+    let interfaces = netlink.describe().await?.interfaces;
+    let addresses = interfaces
+        .iter()
+        .flat_map(|interface| &interface.addresses)
+        .map(|address| address.address)
+        .filter(|address| !is_link_local(address))
+        .collect();
+    Ok(Attached {
+        namespace,
+        addresses: NetworkAddresses {
+            addresses,
+            gateways: Vec::new(),
+        },
+        // Pasta has them.
+        ports: Vec::new(),
+        undo: None,
+        pasta: Some(tokio::spawn(keep(pasta))),
+    })
+}
+
+/// Keeps pasta running, and says so if it ends by itself.
+async fn keep(pasta: Pasta) {
+    let said = pasta.ended().await;
+    tracing::error!("the network is gone: pasta has ended: {said}");
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+impl Attached {
+    /// Lets go of published ports, and has plugins undo what they made. What they cannot is tried
+    /// again by the removal of the container.
+    pub async fn detach(self) {
+        drop(self.ports);
+        if let Some(pasta) = self.pasta {
+            pasta.abort();
+            // It was aborted.
+            let _ = pasta.await;
+        }
+        if let Some(directory) = self.undo {
+            match tokio::task::spawn_blocking(move || undo(&directory)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!("{error}"),
+                Err(error) => tracing::error!("cannot detach the network: {error}"),
+            }
+        }
+        // Plugins know it by this process's descriptor.
+        drop(self.namespace);
+    }
+}
+
+/// Undoes what is written down of an attachment in a container's directory, if anything is.
+///
+/// # Errors
+/// A plugin fails, or the record cannot be read; it may be tried again.
+pub fn undo(directory: &Directory) -> Result<()> {
+    let Some(text) = directory.read(FILE)? else {
+        return Ok(());
+    };
+    let record: Record = serde_json::from_slice(&text).map_err(|error| {
+        let path = directory.path().join(FILE);
+        Error::new(format!("cannot understand {}: {error}", path.display()))
+    })?;
+    record.del(&Runner::default())?;
+    directory.remove_file(FILE)
+}

@@ -1,0 +1,298 @@
+//! The network of a sandbox: at most one network namespace of the host, which the guest's own
+//! network is made of.
+//!
+//! It is connected as soon as a front end names it, while the guest boots; the guest is told before
+//! the first container is created, and from then on the namespace is followed, and relays carry what
+//! concerns its loopback interface.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `attachment` | a namespace of hull's own, attached by plugins or pasta |
+//! | `mirror` | interfaces of the namespace, brought into the guest |
+//! | `loopback` | what engines have and expect on the namespace's loopback interface |
+
+mod attachment;
+mod loopback;
+mod mirror;
+
+use std::os::fd::OwnedFd;
+
+use hull_network::Namespace;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+pub use attachment::undo;
+pub(crate) use mirror::Nets;
+
+use crate::config::{NetworkAddresses, NetworkConfig, NetworkSource};
+use crate::error::{Error, Result};
+use crate::guest::Agent;
+use crate::sandbox::{Ready, Sandbox};
+use crate::store::Directory;
+use attachment::Attached;
+use loopback::{Forwarder, Resolver};
+use mirror::Network;
+
+/// How far the network of a sandbox is.
+#[derive(Debug, Default)]
+pub(crate) enum Stage {
+    /// No namespace was named.
+    #[default]
+    None,
+    /// Connected; the guest does not know yet.
+    Connected(Connected),
+    /// The guest has it, and gets what changes.
+    Followed(Followed),
+}
+
+/// A namespace that is connected with the machine.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    network: Box<Network>,
+    forwarder: Option<Forwarder>,
+    /// hull's own attachment; absent where an engine has set up the namespace.
+    attached: Option<Attached>,
+    owner: Option<String>,
+    /// Docker's name server may be in it.
+    has_resolver: bool,
+}
+
+/// A task that follows a namespace.
+#[derive(Debug)]
+pub(crate) struct Followed {
+    namespace: Namespace,
+    task: JoinHandle<()>,
+    end: oneshot::Sender<()>,
+    /// Requests to look for a name server.
+    probes: Option<mpsc::Sender<oneshot::Sender<()>>>,
+    forwarder: Option<Forwarder>,
+    attached: Option<Attached>,
+    owner: Option<String>,
+}
+
+impl Sandbox {
+    /// Connects the sandbox with a network, while its guest boots. A namespace that is connected
+    /// already is fine. `fds` are those that the source asks for.
+    ///
+    /// # Errors
+    /// `Unsupported` when another namespace is connected, or this one is another sandbox's; a plugin
+    /// fails; the sandbox ends.
+    pub async fn connect_network(
+        &self,
+        config: NetworkConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<NetworkAddresses> {
+        let mut stage = self.0.network.lock().await;
+        let mut fds = fds.into_iter();
+        let missing = || Error::invalid("a descriptor of the network did not come");
+        let attached = match config.source {
+            NetworkSource::Namespace => {
+                let namespace = Namespace::try_from(fds.next().ok_or_else(missing)?)?;
+                let same = match &*stage {
+                    Stage::None => {
+                        *stage = Stage::Connected(Connected {
+                            forwarder: Forwarder::open(&namespace),
+                            network: self.open_network(namespace, config.limits).await?,
+                            attached: None,
+                            owner: config.owner,
+                            has_resolver: true,
+                        });
+                        true
+                    }
+                    Stage::Connected(connected) => connected.network.is_of(&namespace)?,
+                    Stage::Followed(followed) => followed.namespace.is_same(&namespace)?,
+                };
+                return match same {
+                    true => Ok(NetworkAddresses::default()),
+                    false => Err(Error::unsupported(
+                        "two network namespaces for containers of one machine",
+                    )
+                    .hint("let the container join the network of another one in its pod")),
+                };
+            }
+            _ if !matches!(*stage, Stage::None) => {
+                return Err(Error::wrong_state("the sandbox has a network already"));
+            }
+            NetworkSource::Cni(cni) => {
+                let directory = Directory::from_fd(fds.next().ok_or_else(missing)?, "");
+                attachment::by_plugins(cni, fds.collect(), directory, self.is_down()).await?
+            }
+            NetworkSource::Pasta(pasta) => {
+                let attached = attachment::by_pasta(&pasta).await?;
+                let addresses = attached.addresses.clone();
+                // What the host sends to itself comes by the namespace's loopback interface.
+                let forwarder = match pasta.ports.is_empty() {
+                    true => None,
+                    false => Forwarder::open(&attached.namespace),
+                };
+                let network = self
+                    .open_network(attached.namespace.clone(), config.limits)
+                    .await;
+                return self
+                    .attached(&mut stage, network, attached, forwarder, config.owner)
+                    .await
+                    .map(|()| addresses);
+            }
+        };
+        let addresses = attached.addresses.clone();
+        let network = self
+            .open_network(attached.namespace.clone(), config.limits)
+            .await;
+        self.attached(&mut stage, network, attached, None, config.owner)
+            .await
+            .map(|()| addresses)
+    }
+
+    async fn attached(
+        &self,
+        stage: &mut Stage,
+        network: Result<Box<Network>>,
+        attached: Attached,
+        forwarder: Option<Forwarder>,
+        owner: Option<String>,
+    ) -> Result<()> {
+        let network = match network {
+            Ok(network) => network,
+            Err(error) => {
+                attached.detach().await;
+                return Err(error);
+            }
+        };
+        self.set_addresses(attached.addresses.addresses.clone());
+        *stage = Stage::Connected(Connected {
+            network,
+            forwarder,
+            attached: Some(attached),
+            owner,
+            has_resolver: false,
+        });
+        Ok(())
+    }
+
+    async fn open_network(
+        &self,
+        namespace: Namespace,
+        limits: crate::config::NetworkLimits,
+    ) -> Result<Box<Network>> {
+        let network = Network::open(namespace, self.0.nets.clone(), limits).await?;
+        Ok(Box::new(network))
+    }
+
+    /// Tells the guest about the network, before its first container.
+    ///
+    /// # Errors
+    /// The agent cannot set it up.
+    pub(crate) async fn configure_network(&self, ready: &Ready) -> Result<()> {
+        let mut stage = self.0.network.lock().await;
+        let Stage::Connected(connected) = &mut *stage else {
+            return Ok(());
+        };
+        connected.network.configure(&ready.agent).await?;
+        if let Stage::Connected(connected) = std::mem::take(&mut *stage) {
+            *stage = Stage::Followed(connected.follow(ready).await);
+        }
+        Ok(())
+    }
+
+    /// Looks once more for a name server in the namespace: before a container starts.
+    pub(crate) async fn look_for_resolver(&self) {
+        let probes = match &*self.0.network.lock().await {
+            Stage::Followed(Followed {
+                probes: Some(probes),
+                ..
+            }) => probes.clone(),
+            _ => return,
+        };
+        let (probe, done) = oneshot::channel();
+        // A namespace that is not followed any more has none.
+        if probes.send(probe).await.is_ok() {
+            let _ = done.await;
+        }
+    }
+
+    /// Takes the network down when the container has ended that it is for. Containers that are left
+    /// have loopback only, as Docker's.
+    pub(crate) async fn release_network_of(&self, container: &str, agent: &Agent) {
+        let owner = match &*self.0.network.lock().await {
+            Stage::None => return,
+            Stage::Connected(Connected { owner, .. }) | Stage::Followed(Followed { owner, .. }) => {
+                owner.clone()
+            }
+        };
+        if owner.as_deref() != Some(container) {
+            return;
+        }
+        self.disconnect_network().await;
+        if let Err(error) = agent.set_network(&Default::default()).await {
+            tracing::warn!("the guest keeps its interfaces: {error}");
+        }
+    }
+
+    /// Leaves the namespace as it was before, and detaches it if hull has attached it.
+    pub(crate) async fn disconnect_network(&self) {
+        let stage = std::mem::take(&mut *self.0.network.lock().await);
+        let attached = match stage {
+            Stage::None => None,
+            Stage::Connected(mut connected) => {
+                end_forwarding(connected.forwarder);
+                connected.network.disconnect().await;
+                connected.attached
+            }
+            Stage::Followed(followed) => {
+                end_forwarding(followed.forwarder);
+                // It may have ended by itself.
+                let _ = followed.end.send(());
+                let _ = followed.task.await;
+                followed.attached
+            }
+        };
+        if let Some(attached) = attached {
+            attached.detach().await;
+        }
+    }
+}
+
+impl Connected {
+    /// Follows the namespace from now on.
+    async fn follow(self, ready: &Ready) -> Followed {
+        let Self {
+            mut network,
+            forwarder,
+            attached,
+            owner,
+            has_resolver,
+        } = self;
+        let namespace = network.namespace().clone();
+        let (devices, agent) = (&ready.devices, &ready.agent);
+        let mut probes = None;
+        if has_resolver {
+            let resolver = Resolver::new(namespace.clone(), devices.clone(), agent.clone());
+            let (sender, requests) = mpsc::channel(1);
+            network.look_for(resolver, requests).await;
+            probes = Some(sender);
+        }
+        if let Some(forwarder) = &forwarder {
+            forwarder.start(devices, agent);
+        }
+        let (end, ended) = oneshot::channel();
+        let ended = async {
+            // Also when the sender is dropped.
+            let _ = ended.await;
+        };
+        Followed {
+            namespace,
+            task: tokio::spawn(network.follow(agent.clone(), ended)),
+            end,
+            probes,
+            forwarder,
+            attached,
+            owner,
+        }
+    }
+}
+
+fn end_forwarding(forwarder: Option<Forwarder>) {
+    if let Some(forwarder) = forwarder {
+        forwarder.end();
+    }
+}

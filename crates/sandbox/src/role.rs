@@ -1,0 +1,117 @@
+//! The sandbox process: a sandbox with a control socket, in a process of its own.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::config::SandboxConfig;
+use crate::control::protocol::{Received, Reply, receive, send};
+use crate::control::serve;
+use crate::error::{Context, Error, Result};
+use crate::events::EventLog;
+use crate::sandbox::{Reason, Sandbox};
+use crate::store::{SandboxDir, SandboxPath};
+
+/// The hidden subcommand that is a sandbox process.
+pub const ROLE: &str = "sandbox-process";
+
+/// Runs a sandbox process to its end. `first` is the connection of who started it: its first message
+/// is the configuration, with the lock of the sandbox's directory, its listening socket and its disks.
+///
+/// Called in a process of its own, with one thread, by the hidden subcommand [`ROLE`].
+///
+/// # Errors
+/// What went wrong before the machine was started; it was also sent on `first`.
+pub fn run(path: &SandboxPath, first: OwnedFd) -> Result<()> {
+    // A process group leader cannot become a session leader: it is one already then.
+    let _ = rustix::process::setsid();
+    let Some(Received {
+        message: config,
+        fds,
+    }) = receive::<SandboxConfig>(&first).context(|| "read the configuration")?
+    else {
+        return Err(Error::new("nobody asks for a sandbox"));
+    };
+    let mut fds = fds.into_iter();
+    let (Some(lock), Some(listener)) = (fds.next(), fds.next()) else {
+        return Err(Error::invalid("the sandbox's lock and socket did not come"));
+    };
+    let dir = SandboxDir::adopt(path, File::from(lock))?;
+    enter_mount_namespace()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "start the event loop")?;
+    runtime.block_on(async {
+        let sandbox = match Sandbox::boot(config, dir, fds.collect()).await {
+            Ok(sandbox) => sandbox,
+            Err(error) => {
+                // Who started it may have gone; the log has it, too.
+                let _ = send(&first, &Reply::Failed(error.clone()), &[]);
+                return Err(error);
+            }
+        };
+        tokio::spawn(end_when_told(sandbox.clone()));
+        let logging = tokio::spawn(log_events(sandbox.clone()));
+        serve(&sandbox, first, listener).await?;
+        // The last events are those of the end.
+        let _ = logging.await;
+        Ok(())
+    })
+}
+
+/// Gives this process a mount namespace of its own. Must be called while it has one thread.
+#[allow(unsafe_code)]
+fn enter_mount_namespace() -> Result<()> {
+    // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context(|| "create a mount namespace")?;
+    // What the host mounts later still appears here (volumes), what is mounted here stays here.
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .context(|| "make the mount namespace private")
+}
+
+/// Ends the sandbox on SIGTERM.
+async fn end_when_told(sandbox: Sandbox) {
+    match signal(SignalKind::terminate()) {
+        Ok(mut signal) => {
+            signal.recv().await;
+            sandbox.shutdown(Reason::Terminated);
+        }
+        Err(error) => tracing::error!("cannot listen for SIGTERM: {error}"),
+    }
+}
+
+/// Writes the sandbox's events to the log of the host until it has ended.
+async fn log_events(sandbox: Sandbox) {
+    let mut events = sandbox.events();
+    let Some(run) = sandbox.path().sandboxes.parent() else {
+        return;
+    };
+    let log = EventLog::new(run);
+    loop {
+        let event = tokio::select! {
+            biased;
+            event = events.recv() => event,
+            _ = sandbox.gone() => match events.try_recv() {
+                Ok(event) => Ok(event),
+                Err(_) => return,
+            },
+        };
+        match event {
+            Ok(event) => {
+                if let Err(error) = log.append(&event) {
+                    tracing::warn!("cannot write {}: {error}", log.path().display());
+                }
+            }
+            Err(RecvError::Lagged(missed)) => tracing::warn!("{missed} events are not logged"),
+            Err(RecvError::Closed) => return,
+        }
+    }
+}

@@ -1,0 +1,679 @@
+//! A sandbox: one guest and the containers in it, from the start of its machine to the moment when
+//! nothing of it is left on the host.
+//!
+//! [`Sandbox::boot`] starts the machine and returns; the guest boots while the caller opens shares
+//! and sets up networks. What needs the guest waits for it. A task of the sandbox's own watches the
+//! machine and takes everything down in one place, whatever ends it: see [`Stage`].
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, broadcast, watch};
+
+use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
+use crate::container::Container;
+use crate::error::{Context, Error, Result};
+use crate::events::{Event, EventKind};
+use crate::guest::boot::{self, BOOT_TIMEOUT, EXIT_GRACE, SHUTDOWN_TIMEOUT};
+use crate::guest::devices::Incoming;
+use crate::guest::supervise::{Disk, Guest};
+use crate::guest::{Agent, Devices};
+use crate::metrics::HostMemory;
+use crate::network::{self, Nets};
+use crate::shares;
+use crate::store::{EXIT_SANDBOX_FAILED, HostProcesses, SandboxDir, SandboxPath};
+use crate::timings::{Step, Timings, now_ns};
+
+/// How long an engine may take to read what its last container wrote.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long leaving a network may take: plugins have timeouts of their own, well below.
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long containers may take to write down how they have ended.
+const CONCLUDE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Events that a slow receiver may be behind before it misses some.
+const EVENTS_AHEAD: usize = 1024;
+
+/// A sandbox. A handle: clones are the same sandbox, and dropping all of them does not end it.
+#[derive(Debug, Clone)]
+pub struct Sandbox(pub(crate) Arc<Inner>);
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    dir: SandboxDir,
+    /// Where shares are added, also while the guest still boots.
+    pub devices: Arc<Devices>,
+    /// The machine's disks, in the order of their serial numbers.
+    pub disks: Vec<DiskConfig>,
+    pub network: tokio::sync::Mutex<network::Stage>,
+    pub nets: Nets,
+    pub processes: HostProcesses,
+    stage: watch::Sender<Stage>,
+    /// Somebody wants the end of the sandbox, whatever runs in it.
+    abort: watch::Sender<Option<Down>>,
+    /// A container is removed by force: its output need not be read.
+    pub unread: watch::Sender<bool>,
+    containers: Mutex<Containers>,
+    addresses: Mutex<Vec<IpAddr>>,
+    changed: Notify,
+    events: broadcast::Sender<Event>,
+    pub timings: Timings,
+    end: EndPolicy,
+}
+
+/// How far a sandbox is.
+///
+/// ```text
+/// Booting → Ready ─→ Down → Gone
+///         ↘────────↗
+/// ```
+#[derive(Debug, Clone)]
+pub(crate) enum Stage {
+    /// The guest comes up.
+    Booting,
+    /// The guest answers.
+    Ready(Ready),
+    /// The machine is no more: containers write down how they have ended.
+    Down(Down),
+    /// Nothing of the sandbox is left on the host.
+    Gone(Down),
+}
+
+/// A guest that has come up.
+#[derive(Clone, Debug)]
+pub(crate) struct Ready {
+    pub agent: Agent,
+    pub devices: Arc<Devices>,
+}
+
+/// Why a machine is no more.
+#[derive(Debug, Clone)]
+pub(crate) struct Down {
+    /// For people.
+    pub reason: String,
+    /// Exit status of containers that it took along.
+    pub status: i32,
+    /// What calls that need the guest fail with.
+    pub error: Error,
+}
+
+impl Down {
+    fn broken(reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        Self {
+            error: Error::guest(reason.clone()),
+            reason,
+            status: EXIT_SANDBOX_FAILED,
+        }
+    }
+
+    fn because(reason: &Reason) -> Self {
+        let text = reason.to_string();
+        Self {
+            status: match reason {
+                Reason::Terminated => 128 + 15,
+                Reason::Removed | Reason::Unresponsive => 128 + 9,
+            },
+            error: Error::wrong_state(text.clone()),
+            reason: text,
+        }
+    }
+
+    fn ended() -> Self {
+        let reason = "the sandbox has ended";
+        Self {
+            reason: reason.into(),
+            status: EXIT_SANDBOX_FAILED,
+            error: Error::wrong_state(reason),
+        }
+    }
+}
+
+/// Why a sandbox is shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// Its process was told to end.
+    Terminated,
+    /// A container of it is removed, and its guest does not answer.
+    Removed,
+    /// A container did not react to SIGKILL.
+    Unresponsive,
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Reason::Terminated => "the sandbox process was told to end",
+            Reason::Removed => "it was removed",
+            Reason::Unresponsive => "it did not react to SIGKILL, so its machine was ended",
+        })
+    }
+}
+
+/// How a sandbox has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxExit {
+    /// Why, for people.
+    pub reason: String,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Containers {
+    pub by_id: BTreeMap<String, Arc<Container>>,
+    /// Containers that have not ended.
+    pub alive: usize,
+    /// Containers that have not written down how they have ended.
+    pub unconcluded: usize,
+    /// Those who may still bring a container.
+    pub holds: usize,
+    /// There was a container: from now on the sandbox ends with the last one.
+    pub used: bool,
+    /// A container wrote what has to survive.
+    pub kept: bool,
+    /// No further container is created.
+    pub ending: bool,
+}
+
+/// Keeps a sandbox that has had no container yet from ending.
+#[derive(Debug)]
+pub struct Hold(Sandbox);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.change(|containers| containers.holds -= 1);
+    }
+}
+
+impl Sandbox {
+    /// Starts the machine of a sandbox, whose guest then boots. `disks` are the opened block devices
+    /// of the configuration's disks. Must be called on a tokio runtime with I/O and time.
+    ///
+    /// # Errors
+    /// A process of the machine cannot be started, or a control group cannot be joined.
+    pub async fn boot(
+        config: SandboxConfig,
+        dir: SandboxDir,
+        disks: Vec<OwnedFd>,
+    ) -> Result<Sandbox> {
+        let path = dir.path().clone();
+        let begin = now_ns();
+        let disks = with_files(&config.disks, disks)?;
+        let (guest, incoming) = Guest::start(&path, &config.machine, disks)?;
+        join_cgroups(&config.cgroups, &guest)?;
+        let (devices, machine) = guest.pids();
+        let sandbox = Sandbox(Arc::new(Inner {
+            devices: guest.control.clone(),
+            disks: config.disks.clone(),
+            network: tokio::sync::Mutex::default(),
+            nets: guest.nets.clone(),
+            processes: HostProcesses {
+                sandbox: std::process::id().cast_signed(),
+                devices,
+                machine,
+            },
+            stage: watch::Sender::new(Stage::Booting),
+            abort: watch::Sender::new(None),
+            unread: watch::Sender::new(false),
+            containers: Mutex::default(),
+            addresses: Mutex::default(),
+            changed: Notify::new(),
+            events: broadcast::Sender::new(EVENTS_AHEAD),
+            timings: Timings::default(),
+            end: config.end,
+            dir,
+        }));
+        let timings = &sandbox.0.timings;
+        if config.began_ns > 0 {
+            timings.step("start the sandbox process", config.began_ns);
+        }
+        timings.step("start device process and machine", begin);
+        // Until the caller has said what it wants.
+        let hold = sandbox.hold();
+        tokio::spawn(run(sandbox.clone(), guest, incoming, config));
+        drop(hold);
+        Ok(sandbox)
+    }
+
+    /// Where it is on the host.
+    pub fn path(&self) -> &SandboxPath {
+        self.0.dir.path()
+    }
+
+    /// Its events from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.0.events.subscribe()
+    }
+
+    /// Where the time of its start went so far.
+    pub fn timings(&self) -> Vec<Step> {
+        self.0.timings.steps()
+    }
+
+    /// Its host processes.
+    pub fn processes(&self) -> HostProcesses {
+        self.0.processes
+    }
+
+    /// What it costs the host in memory.
+    pub fn host_memory(&self) -> HostMemory {
+        HostMemory::measure(&self.0.processes)
+    }
+
+    /// Keeps it from ending for lack of containers as long as the result lives.
+    pub fn hold(&self) -> Hold {
+        self.change(|containers| containers.holds += 1);
+        Hold(self.clone())
+    }
+
+    /// Adds directories and files of the host for a container that is to be created.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when not as many mounts as shares come; the host's kernel or the fs device
+    /// refuses one. Those before it are there.
+    pub async fn add_shares(&self, shares: &[Share], mounts: Vec<OwnedFd>) -> Result<()> {
+        if shares.len() != mounts.len() {
+            return Err(Error::invalid("as many mounts as shares must come"));
+        }
+        for (share, mount) in shares.iter().zip(mounts) {
+            let added = shares::add(&self.0.devices, self.path(), share, mount).await;
+            if let Err(error) = added {
+                return Err(self.cause_of(error).await);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes shares away that no container uses.
+    pub async fn remove_shares(&self, names: &[String]) {
+        shares::remove(&self.0.devices, self.path(), names).await;
+    }
+
+    /// All containers that were not deleted.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        self.lock().by_id.values().cloned().collect()
+    }
+
+    /// The container of this id.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        self.lock()
+            .by_id
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::not_found(format!("container {id:?} does not exist")))
+    }
+
+    /// Ends the sandbox by force, with all that is in it. Returns at once: see [`Sandbox::ended`].
+    pub fn shutdown(&self, reason: Reason) {
+        self.0.abort.send_if_modified(|abort| {
+            let first = abort.is_none();
+            if first {
+                *abort = Some(Down::because(&reason));
+            }
+            first
+        });
+    }
+
+    /// Whether no further container is created.
+    pub fn is_ending(&self) -> bool {
+        self.lock().ending
+    }
+
+    /// Lets a sandbox end that nobody has anything to do with but `holds` of its own: it was started
+    /// by a process that was killed before there was a container. Whether it ends.
+    pub fn end_if_unused(&self, holds: usize) -> bool {
+        let ending = {
+            let mut containers = self.lock();
+            let others = containers.holds > holds;
+            if containers.alive == 0 && (containers.used || !others) {
+                containers.ending = true;
+            }
+            containers.ending
+        };
+        self.0.changed.notify_waiters();
+        ending
+    }
+
+    /// Waits until nothing of the sandbox is left on the host.
+    pub async fn ended(&self) -> SandboxExit {
+        let down = self.gone().await;
+        SandboxExit {
+            reason: down.reason,
+        }
+    }
+
+    /// The guest, as soon as it has come up.
+    ///
+    /// # Errors
+    /// Why it is not there.
+    pub(crate) async fn ready(&self) -> Result<Ready> {
+        let mut stage = self.0.stage.subscribe();
+        let stage = stage.wait_for(|stage| !matches!(stage, Stage::Booting));
+        match stage.await.as_deref() {
+            Ok(Stage::Ready(ready)) => Ok(ready.clone()),
+            Ok(Stage::Down(down) | Stage::Gone(down)) => Err(down.error.clone()),
+            // The sender lives as long as the sandbox.
+            Ok(Stage::Booting) | Err(_) => Err(Error::guest("the guest did not come up")),
+        }
+    }
+
+    /// The guest, if it is there now.
+    pub(crate) fn ready_now(&self) -> Option<Ready> {
+        match &*self.0.stage.borrow() {
+            Stage::Ready(ready) => Some(ready.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits for the end of the machine.
+    pub(crate) async fn down(&self) -> Down {
+        let mut stage = self.0.stage.subscribe();
+        let stage = stage.wait_for(|stage| matches!(stage, Stage::Down(_) | Stage::Gone(_)));
+        match stage.await.as_deref() {
+            Ok(Stage::Down(down) | Stage::Gone(down)) => down.clone(),
+            _ => Down::ended(),
+        }
+    }
+
+    /// The same, or until somebody wants that end.
+    pub(crate) async fn is_down(&self) {
+        tokio::select! {
+            _ = self.down() => {}
+            _ = self.aborted() => {}
+            () = self.is_ending_now() => {}
+        }
+    }
+
+    async fn is_ending_now(&self) {
+        loop {
+            let changed = self.0.changed.notified();
+            if self.lock().ending {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Whether the machine is no more.
+    pub(crate) fn is_down_now(&self) -> bool {
+        matches!(*self.0.stage.borrow(), Stage::Down(_) | Stage::Gone(_))
+    }
+
+    pub(crate) fn ends_with_last_container(&self) -> bool {
+        self.0.end == EndPolicy::LastContainer
+    }
+
+    /// Waits until nothing is left of the sandbox.
+    pub(crate) async fn gone(&self) -> Down {
+        let mut stage = self.0.stage.subscribe();
+        let stage = stage.wait_for(|stage| matches!(stage, Stage::Gone(_)));
+        match stage.await.as_deref() {
+            Ok(Stage::Gone(down)) => down.clone(),
+            _ => Down::ended(),
+        }
+    }
+
+    async fn aborted(&self) -> Down {
+        let mut abort = self.0.abort.subscribe();
+        let down = match abort.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(down)) => Some(down.clone()),
+            // The sender lives as long as the sandbox.
+            _ => None,
+        };
+        match down {
+            Some(down) => down,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Waits until nobody wants the output of containers any more.
+    async fn is_unread(&self) {
+        // The sender lives as long as the sandbox.
+        let _ = self.0.unread.subscribe().wait_for(|unread| *unread).await;
+    }
+
+    /// Waits until the sandbox has no reason to go on, after which no container is created any more.
+    async fn done(&self) {
+        loop {
+            let changed = self.0.changed.notified();
+            {
+                let mut containers = self.lock();
+                let done = match self.0.end {
+                    EndPolicy::LastContainer => {
+                        containers.alive == 0 && (containers.used || containers.holds == 0)
+                    }
+                    EndPolicy::Explicit => false,
+                };
+                if done || containers.ending {
+                    containers.ending = true;
+                    return;
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until all containers have written down how they have ended.
+    async fn concluded(&self) {
+        loop {
+            let changed = self.0.changed.notified();
+            if self.lock().unconcluded == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// A process that died is the cause of what failed at the same time.
+    async fn cause_of(&self, error: Error) -> Error {
+        match tokio::time::timeout(EXIT_GRACE, self.down()).await {
+            Ok(down) => {
+                let message = format!("{}: {}", error.message, down.reason);
+                Error { message, ..down.error }
+            }
+            Err(_) => error,
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Containers> {
+        // Nothing panics while it is held.
+        let containers = &self.0.containers;
+        containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is known of containers, and tells those who wait for it.
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Containers) -> T) -> T {
+        let result = change(&mut self.lock());
+        self.0.changed.notify_waiters();
+        result
+    }
+
+    pub(crate) fn emit(&self, kind: EventKind) {
+        // Without receivers nobody wants to know.
+        let _ = self.0.events.send(Event::now(&self.path().id, kind));
+    }
+
+    pub(crate) fn set_addresses(&self, addresses: Vec<IpAddr>) {
+        *self.addresses_mut() = addresses;
+    }
+
+    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
+        self.addresses_mut().clone()
+    }
+
+    fn addresses_mut(&self) -> MutexGuard<'_, Vec<IpAddr>> {
+        // A list is valid at any time.
+        let addresses = &self.0.addresses;
+        addresses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The machine's disks with their files.
+fn with_files(disks: &[DiskConfig], files: Vec<OwnedFd>) -> Result<Vec<Disk>> {
+    if files.len() != disks.len() {
+        return Err(Error::invalid("as many descriptors as disks must come"));
+    }
+    let disk = |(config, file): (&DiskConfig, OwnedFd)| Disk {
+        file,
+        read_only: config.read_only,
+    };
+    Ok(disks.iter().zip(files).map(disk).collect())
+}
+
+/// Puts the sandbox's processes into control groups. The kernel waits there until no processor is in
+/// the middle of a fork, 10 ms and more: the guest boots meanwhile, and has no further processes on
+/// the host yet.
+fn join_cgroups(directories: &[PathBuf], guest: &Guest) -> Result<()> {
+    let (devices, machine) = guest.pids();
+    let own = std::process::id().cast_signed();
+    for directory in directories {
+        for pid in [machine, devices, own] {
+            fs::write(directory.join("cgroup.procs"), pid.to_string())
+                .context(|| format!("join the control group {}", directory.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// From a started machine to the moment when nothing is left.
+async fn run(sandbox: Sandbox, guest: Guest, incoming: Incoming, config: SandboxConfig) {
+    let down = match booted(&sandbox, &guest, incoming, &config).await {
+        Ok(ready) => {
+            let agent = ready.agent.clone();
+            sandbox.0.stage.send_replace(Stage::Ready(ready));
+            tokio::select! {
+                biased;
+                reason = guest.broke_down() => Down::broken(reason),
+                down = sandbox.aborted() => down,
+                () = sandbox.done() => {
+                    // Beside the end of the guest, which does not need the network for that.
+                    tokio::join!(write_back(&sandbox, &guest, &agent), disconnected(&sandbox));
+                    Down::ended()
+                }
+            }
+        }
+        Err(down) => down,
+    };
+    sandbox.change(|containers| containers.ending = true);
+    if down.status == EXIT_SANDBOX_FAILED && down.error.kind == crate::error::ErrorKind::GuestFailed
+    {
+        tracing::error!("{}", down.reason);
+        sandbox.emit(EventKind::GuestFailed {
+            reason: down.reason.clone(),
+        });
+    }
+    drop(guest);
+    disconnected(&sandbox).await;
+    sandbox.0.stage.send_replace(Stage::Down(down.clone()));
+    if tokio::time::timeout(CONCLUDE_TIMEOUT, sandbox.concluded())
+        .await
+        .is_err()
+    {
+        tracing::error!("a container does not write down how it has ended");
+    }
+    sandbox.0.dir.release();
+    sandbox.0.stage.send_replace(Stage::Gone(down));
+}
+
+/// Waits until the guest has come up and is configured.
+async fn booted(
+    sandbox: &Sandbox,
+    guest: &Guest,
+    incoming: Incoming,
+    config: &SandboxConfig,
+) -> Result<Ready, Down> {
+    let failed = |reason: &str| {
+        let message = format!("the guest did not come up: {reason}");
+        Error::guest(message).console(guest.console_tail())
+    };
+    let boot = async {
+        let timings = &sandbox.0.timings;
+        let agent = timings
+            .measure(
+                "boot the guest until the agent dials",
+                boot::agent_dials(incoming),
+            )
+            .await?;
+        let configuration =
+            boot::configuration(config.machine.choice.kind, &config.hostname)?;
+        timings
+            .measure("configure the guest", agent.configure(&configuration))
+            .await?;
+        Ok::<_, Error>(agent)
+    };
+    let error = tokio::select! {
+        biased;
+        booted = boot => match booted {
+            Ok(agent) => {
+                return Ok(Ready { agent, devices: guest.control.clone() });
+            }
+            // A process that died is the cause of whatever else failed.
+            Err(error) => match tokio::time::timeout(EXIT_GRACE, guest.broke_down()).await {
+                Ok(reason) => failed(&format!("{reason} ({error})")),
+                Err(_) => failed(&error.message),
+            },
+        },
+        reason = guest.broke_down() => failed(&reason),
+        down = sandbox.aborted() => {
+            return Err(Down {
+                error: Error::wrong_state(format!("the start was given up: {}", down.reason)),
+                ..down
+            });
+        }
+        () = sandbox.done() => return Err(Down::ended()),
+        () = tokio::time::sleep(BOOT_TIMEOUT) => {
+            failed(&format!("not within {} s", BOOT_TIMEOUT.as_secs()))
+        }
+    };
+    Err(Down {
+        reason: error.message.clone(),
+        status: EXIT_SANDBOX_FAILED,
+        error,
+    })
+}
+
+/// What containers wrote to streams goes to those who read it, and what they wrote to files to the
+/// host.
+async fn write_back(sandbox: &Sandbox, guest: &Guest, agent: &Agent) {
+    // What the guest has not written back yet is lost with it: only containers that go away without
+    // a trace, and wrote to nothing else, can do without.
+    if !sandbox.lock().kept {
+        return;
+    }
+    tokio::select! {
+        drained = tokio::time::timeout(DRAIN_TIMEOUT, guest.control.drain()) => {
+            if !matches!(drained, Ok(Ok(()))) {
+                tracing::warn!("output of a container is lost: nobody has read it");
+            }
+        }
+        () = sandbox.is_unread() => {}
+        _ = guest.broke_down() => return,
+        _ = sandbox.aborted() => return,
+    }
+    tokio::select! {
+        result = agent.shutdown(SHUTDOWN_TIMEOUT) => {
+            if let Err(error) = result {
+                tracing::debug!("shutdown: {error}");
+            }
+        }
+        _ = guest.broke_down() => {}
+        _ = sandbox.aborted() => {}
+    }
+}
+
+/// Leaves the network, if that was not done.
+async fn disconnected(sandbox: &Sandbox) {
+    let leaving = sandbox.disconnect_network();
+    if tokio::time::timeout(DISCONNECT_TIMEOUT, leaving).await.is_err() {
+        tracing::error!("the network is not left in time");
+    }
+}

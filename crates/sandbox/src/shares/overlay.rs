@@ -1,0 +1,243 @@
+//! The root file system of a container from an image's layers: an overlay, mounted nowhere.
+//!
+//! Layers are named by descriptors (`/proc/self/fd/N`), so that an image may have as many layers as
+//! the kernel takes, whatever their paths are. Linux 6.5 mounts an overlay without a place
+//! (`fsopen`, "lowerdir+"); before, it is mounted for a moment in a mount namespace that only one
+//! thread is in.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_change,
+    unmount,
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use super::detached;
+use crate::error::{Context, Error, Result};
+use crate::rootless;
+
+/// Longest string of options that mount(2) takes: one page, with its terminating zero.
+const MAX_OPTIONS: usize = 4095;
+
+/// The parts of a root file system.
+#[derive(Debug, Clone)]
+pub struct Overlay<'a> {
+    /// Lower directories, topmost first.
+    pub layers: &'a [PathBuf],
+    /// Upper directory; created, with the attributes of the topmost layer.
+    pub upper: PathBuf,
+    /// Work directory of the overlay, on the same file system; created.
+    pub work: PathBuf,
+    /// Nothing of it has to survive a power failure.
+    pub volatile: bool,
+}
+
+/// A detached mount of a container's root file system.
+///
+/// # Errors
+/// A layer is gone, the upper directory's file system cannot be an upper layer, or the disk is full.
+pub fn root(overlay: &Overlay<'_>) -> Result<OwnedFd> {
+    for directory in [&overlay.upper, &overlay.work] {
+        fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
+    }
+    // The root of an overlay has the attributes of its upper directory.
+    if let Some(top) = overlay.layers.first() {
+        copy_attributes(top, &overlay.upper)?;
+    }
+    let opened = Opened::new(overlay)?;
+    let doing = || "mount the container's root file system";
+    match opened.without_place(overlay.volatile) {
+        // The overlay of an older kernel knows no "lowerdir+".
+        Err(error) if error == rustix::io::Errno::INVAL => {
+            opened.in_a_thread(overlay.volatile).context(doing)
+        }
+        mounted => mounted.context(doing),
+    }
+}
+
+fn copy_attributes(from: &Path, to: &Path) -> Result<()> {
+    use std::os::unix::fs::{MetadataExt, chown};
+    let there = fs::metadata(from).context(|| format!("read layer {}", from.display()))?;
+    chown(to, Some(there.uid()), Some(there.gid()))
+        .and_then(|()| fs::set_permissions(to, Permissions::from_mode(there.mode() & 0o7777)))
+        .context(|| format!("prepare {}", to.display()))
+}
+
+/// The directories, open.
+struct Opened {
+    layers: Vec<OwnedFd>,
+    upper: OwnedFd,
+    work: OwnedFd,
+}
+
+fn named(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+impl Opened {
+    fn new(overlay: &Overlay<'_>) -> Result<Self> {
+        let open = |path: &Path| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, Mode::empty())
+                .context(|| format!("open {}", path.display()))
+        };
+        Ok(Self {
+            layers: overlay
+                .layers
+                .iter()
+                .map(|layer| open(layer))
+                .collect::<Result<_>>()?,
+            upper: open(&overlay.upper)?,
+            work: open(&overlay.work)?,
+        })
+    }
+
+    /// `EINVAL` where the kernel cannot do it.
+    fn without_place(&self, volatile: bool) -> rustix::io::Result<OwnedFd> {
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        let context = context.as_fd();
+        for layer in &self.layers {
+            fsconfig_set_string(context, "lowerdir+", named(layer))?;
+        }
+        fsconfig_set_string(context, "upperdir", named(&self.upper))?;
+        fsconfig_set_string(context, "workdir", named(&self.work))?;
+        for name in ["index", "metacopy"] {
+            fsconfig_set_string(context, name, "off")?;
+        }
+        for flag in flags(volatile) {
+            fsconfig_set_flag(context, flag)?;
+        }
+        fsconfig_create(context)?;
+        fsmount(
+            context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID,
+        )
+    }
+
+    /// Mounts it on the work directory, which is of no other use, where nobody but one thread sees it.
+    fn in_a_thread(&self, volatile: bool) -> io::Result<OwnedFd> {
+        let options = self.options(volatile)?;
+        std::thread::scope(|scope| {
+            let mounting = scope.spawn(|| {
+                own_namespace()?;
+                let place = named(&self.upper);
+                mount(
+                    "overlay",
+                    &place,
+                    "overlay",
+                    MountFlags::NODEV | MountFlags::NOSUID,
+                    Some(options.as_c_str()),
+                )?;
+                // The descriptor is below the mount: the path leads onto it.
+                let path = fs::read_link(&place)?;
+                let mounted = detached::copy(&path, false);
+                unmount(&path, UnmountFlags::DETACH)?;
+                mounted
+            });
+            mounting
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+        })
+    }
+
+    fn options(&self, volatile: bool) -> io::Result<std::ffi::CString> {
+        let layers: Vec<String> = self.layers.iter().map(named).collect();
+        let mut options = format!(
+            "lowerdir={},upperdir={},workdir={},index=off,metacopy=off",
+            layers.join(":"),
+            named(&self.upper),
+            named(&self.work)
+        );
+        for flag in flags(volatile) {
+            options.push(',');
+            options.push_str(flag);
+        }
+        if options.len() > MAX_OPTIONS {
+            let count = layers.len();
+            return Err(io::Error::other(Error::unsupported(format_args!(
+                "{count} layers before Linux 6.5"
+            ))));
+        }
+        Ok(std::ffi::CString::new(options)?)
+    }
+}
+
+fn flags(volatile: bool) -> Vec<&'static str> {
+    let mut flags = Vec::new();
+    if volatile {
+        flags.push("volatile");
+    }
+    if rootless::in_user_namespace() {
+        // What hides lower directories is in attributes that can be set there.
+        flags.push("userxattr");
+    }
+    flags
+}
+
+#[allow(unsafe_code)]
+fn own_namespace() -> io::Result<()> {
+    // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    Ok(mount_change("/", private)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Layers whose names hold what separates options, each with a file of its own and one of all.
+    fn layers(parent: &Path, count: usize) -> Vec<PathBuf> {
+        (0..count)
+            .map(|index| {
+                let layer = parent.join(format!("layer:{index},\\"));
+                fs::create_dir_all(&layer).unwrap();
+                fs::write(layer.join(format!("own{index}")), "").unwrap();
+                fs::write(layer.join("all"), index.to_string()).unwrap();
+                layer
+            })
+            .collect()
+    }
+
+    fn read(mount: &OwnedFd, name: &str) -> io::Result<String> {
+        fs::read_to_string(format!("{}/{name}", named(mount)))
+    }
+
+    #[test]
+    fn an_overlay_shows_all_layers_and_is_attached_nowhere() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        // Not on an overlay itself: /tmp may be one in a container.
+        let parent = tempfile::tempdir_in("/dev/shm").unwrap();
+        let layers = layers(parent.path(), 60);
+        let overlay = Overlay {
+            layers: &layers,
+            upper: parent.path().join("upper"),
+            work: parent.path().join("work"),
+            volatile: false,
+        };
+        let mount = root(&overlay).unwrap();
+        assert_eq!(read(&mount, "all").unwrap(), "0");
+        assert_eq!(read(&mount, "own59").unwrap(), "");
+        fs::write(format!("{}/new", named(&mount)), "x").unwrap();
+        assert_eq!(fs::read_to_string(overlay.upper.join("new")).unwrap(), "x");
+        drop(mount);
+
+        let mount = Opened::new(&overlay).unwrap().in_a_thread(false).unwrap();
+        assert_eq!(read(&mount, "all").unwrap(), "0");
+        assert_eq!(read(&mount, "new").unwrap(), "x");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(parent.path().to_str().unwrap()), "{mounts}");
+    }
+}
