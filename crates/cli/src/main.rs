@@ -9,6 +9,7 @@ mod cli;
 mod commands;
 mod config;
 mod copy;
+mod device_process;
 mod engines;
 mod error;
 mod guest;

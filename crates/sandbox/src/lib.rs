@@ -11,7 +11,6 @@
 mod attachment;
 pub mod client;
 pub mod detached;
-pub mod device_process;
 pub mod error;
 pub mod log;
 pub mod names;
@@ -27,7 +26,7 @@ pub mod timings;
 pub mod wire;
 
 pub use error::{Failure, Result};
-pub use hull_devices::net::filter::LinkLocal;
+pub use hull_device_control::LinkLocal;
 pub use paths::{ContainerPaths, Paths};
 pub use record::{Exit, Record, State};
 pub use request::{

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use hull_devices::net::filter::LinkLocal;
+use hull_device_control::LinkLocal;
 use hull_network::cni::PortMapping;
 use serde::{Deserialize, Serialize};
 

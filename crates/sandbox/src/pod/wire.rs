@@ -1,22 +1,15 @@
 //! What travels between a pod's sandbox process and those who ask it.
 //!
-//! A connection is a SEQPACKET socket. Each message is JSON with descriptors beside it; a long one is a file in memory
-//! instead, which is then the first of the descriptors. Every request is answered by one reply, in order; a connection
+//! A connection is a socket of [`hull_ipc`]. Every request is answered by one reply, in order; a connection
 //! that has made a process (`Create`, `Exec`) is its keeper's from then on, and later gets [`Reply::Exited`]. When
 //! it is closed before, the process is killed.
 
-use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Seek, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::AsFd;
 
+use hull_ipc::Limits;
+pub use hull_ipc::{Received, pair, send};
 use hull_protocol::{SHARED_MEMORY_SOURCE, SHARES_DIR};
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
-    sendmsg, socketpair,
-};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -25,15 +18,6 @@ use crate::error::Failure;
 use crate::record::Exit;
 use crate::request::NetworkLimits;
 use crate::wire::{Size, Stats};
-
-/// Longest message that is sent as it is.
-const MAX_INLINE: usize = 16 << 10;
-
-/// Longest message at all: a spec of 10 MB must pass.
-const MAX_MESSAGE: u64 = 64 << 20;
-
-/// Most descriptors beside one message, the memory file included: the kernel's limit (SCM_MAX_FD, net/scm.h).
-const MAX_FDS: usize = 253;
 
 /// Most directories and files of one [`Request::AddShares`].
 pub const MAX_SHARES: usize = 200;
@@ -201,133 +185,12 @@ pub enum Reply {
     Ending,
 }
 
-/// A message and what came beside it.
-#[derive(Debug)]
-pub struct Received<M> {
-    /// The message.
-    pub message: M,
-    /// The descriptors.
-    pub fds: Vec<OwnedFd>,
-}
-
-/// Two connected sockets for messages.
+/// Receives one message; `None` when the peer has closed. Both ends have the same privileges.
 ///
 /// # Errors
-/// The kernel's.
-pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let flags = SocketFlags::CLOEXEC;
-    Ok(socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        flags,
-        None,
-    )?)
-}
-
-/// Sends one message. `WouldBlock` on a non-blocking socket means that nothing was sent.
-///
-/// # Errors
-/// The socket's, or no memory for a long message.
-pub fn send<M: Serialize>(
-    socket: impl AsFd,
-    message: &M,
-    fds: &[BorrowedFd<'_>],
-) -> io::Result<()> {
-    let text = serde_json::to_vec(message)?;
-    let file;
-    let mut all = Vec::with_capacity(fds.len() + 1);
-    let inline: &[u8] = if text.len() <= MAX_INLINE {
-        &text
-    } else {
-        file = memory_file(&text)?;
-        all.push(file.as_fd());
-        // Not JSON: the message is in the file.
-        b"@"
-    };
-    all.extend_from_slice(fds);
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !all.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&all)) {
-        return Err(invalid(format!("{} descriptors are too many", all.len())));
-    }
-    rustix::io::retry_on_intr(|| {
-        sendmsg(
-            socket.as_fd(),
-            &[IoSlice::new(inline)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )
-    })?;
-    Ok(())
-}
-
-fn memory_file(text: &[u8]) -> io::Result<File> {
-    let mut file = File::from(memfd_create("hull-message", MemfdFlags::CLOEXEC)?);
-    file.write_all(text)?;
-    file.rewind()?;
-    Ok(file)
-}
-
-/// Receives one message; `None` when the other side has closed.
-///
-/// # Errors
-/// The socket's; `InvalidData` for what cannot be understood.
+/// As [`hull_ipc::receive`].
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<Received<M>>> {
-    let mut text = vec![0; MAX_INLINE];
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::io::retry_on_intr(|| {
-        recvmsg(
-            socket.as_fd(),
-            &mut [IoSliceMut::new(&mut text)],
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        )
-    });
-    let received = match received {
-        Ok(received) => received,
-        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let mut fds = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
-    }
-    if received.bytes == 0 {
-        return Ok(None);
-    }
-    if received
-        .flags
-        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-    {
-        return Err(invalid("a message was cut".into()));
-    }
-    text.truncate(received.bytes);
-    if text == b"@" {
-        if fds.is_empty() {
-            return Err(invalid("a long message came without its file".into()));
-        }
-        let mut file = File::from(fds.remove(0));
-        file.rewind()?;
-        text.clear();
-        if Read::by_ref(&mut file)
-            .take(MAX_MESSAGE)
-            .read_to_end(&mut text)? as u64
-            == MAX_MESSAGE
-        {
-            return Err(invalid(format!(
-                "a message is longer than {MAX_MESSAGE} bytes"
-            )));
-        }
-    }
-    let message = serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
-    Ok(Some(Received { message, fds }))
-}
-
-fn invalid(message: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, message)
+    hull_ipc::receive(socket, Limits::default())
 }
 
 #[cfg(test)]
@@ -343,43 +206,13 @@ mod tests {
     }
 
     #[test]
-    fn short_and_long_messages_arrive_with_their_descriptors() {
-        let (a, b) = pair().unwrap();
-        let (near, far) = pair().unwrap();
-        for padding in [0, MAX_INLINE, 10 << 20] {
-            send(&a, &create(padding), &[near.as_fd(), far.as_fd()]).unwrap();
-            let received = receive::<Request>(&b).unwrap().unwrap();
-            assert_eq!(received.fds.len(), 2);
-            match received.message {
-                Request::Update { resources, .. } => {
-                    assert_eq!(resources["padding"].as_str().unwrap().len(), padding);
-                }
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    #[test]
     fn as_many_descriptors_as_shares_pass() {
         let (a, b) = pair().unwrap();
         let fds = vec![a.as_fd(); MAX_SHARES];
-        send(&a, &create(MAX_INLINE), &fds).unwrap();
+        send(&a, &create(hull_ipc::MAX_INLINE), &fds).unwrap();
         assert_eq!(
             receive::<Request>(&b).unwrap().unwrap().fds.len(),
             MAX_SHARES
         );
-    }
-
-    #[test]
-    fn the_end_is_no_message_and_nonsense_is_an_error() {
-        let (a, b) = pair().unwrap();
-        rustix::io::write(&a, b"{").unwrap();
-        rustix::io::write(&a, b"@").unwrap();
-        for _ in 0..2 {
-            let error = receive::<Request>(&b).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        }
-        drop(a);
-        assert!(receive::<Request>(&b).unwrap().is_none());
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hull_devices::device_process::disk_serial;
+use hull_device_control::disk_serial;
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 use tokio::sync::watch;

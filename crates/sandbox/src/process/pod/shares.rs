@@ -9,7 +9,7 @@ use crate::paths::ContainerPaths;
 use crate::pod::wire::Share;
 use crate::process::devices::Devices;
 use crate::process::mounts;
-use hull_devices::control::Cache;
+use hull_device_control::Cache;
 
 /// Adds one share.
 ///
@@ -35,7 +35,8 @@ pub async fn add(
     };
     devices
         .add_share(&share.name, directory.as_fd(), cache)
-        .await
+        .await?;
+    Ok(())
 }
 
 /// Takes shares away again.

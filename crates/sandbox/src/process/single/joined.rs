@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_devices::control::Cache;
+use hull_device_control::Cache;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 

@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_devices::control::Cache;
+use hull_device_control::Cache;
 use hull_network::Namespace;
 use hull_protocol::agent as proto;
 use tokio::net::{UnixListener, UnixStream};
