@@ -23,7 +23,11 @@ fuzz_target!(|data: &[u8]| {
         let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a non-blocking socket");
         let payload = &data[..data.len().min(u16::MAX.into())];
-        let mut head = Vec::from(u32::try_from(payload.len()).unwrap_or_default().to_be_bytes());
+        let mut head = Vec::from(
+            u32::try_from(payload.len())
+                .unwrap_or_default()
+                .to_be_bytes(),
+        );
         // Stream 1, a response, no flags: so that the fuzzer gets past the frame more often than by chance.
         head.extend([0, 0, 0, 1, 2, 0]);
         let framed = data.first().is_some_and(|first| first % 2 == 0);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use hull_devices::control::Cache;
+use hull_device_control::Cache;
 use hull_devices::device::{Device, EventRegistry, Memory, Queues, Ring};
 use hull_devices::fs::{Fs, Shares};
 use hull_fuzz::{AVAILABLE, FuzzRing, Input, QUEUE, descriptor, memory};

@@ -103,9 +103,7 @@ fuzz_target!(|data: &[u8]| {
     let events = EventRegistry::new().expect("epoll");
     device.register(events.clone()).expect("epoll");
     for port in 0..4 {
-        handle
-            .listen(port, Box::new(|| ()))
-            .expect("an empty channel");
+        handle.listen(port, Box::new(|done| done.expect("an empty channel")));
     }
     let mut guest = Guest::new(device, events);
     let mut streams: Vec<UnixStream> = Vec::new();

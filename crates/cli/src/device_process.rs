@@ -1,25 +1,28 @@
-//! The device process, from its first instruction: into the jail, then the devices.
+//! The role `device-process`: confines itself, then runs the devices of one guest.
 //!
-//! Called by the hidden subcommand `device-process`, in the namespaces that `process::guest` started it in.
+//! Started by a sandbox process in namespaces of its own, with the control socket inherited.
 
-use hull_devices::device_process::{self, DeviceProcessOptions};
+use hull_devices::device_process;
 use hull_machine::jail::{self, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
 
 use crate::error::{Context, Result};
 
-/// Most descriptors: the fs device holds some for files that the guest has open.
+/// Most descriptors: the fs device holds one for each file that the guest knows.
 const OPEN_FILES: u64 = 1 << 20;
 
-/// Confines the process and runs the devices until the sandbox process closes the control socket.
+/// Runs the devices until the sandbox process closes the control socket.
 ///
 /// # Errors
-/// The jail cannot be set up, or a device cannot.
-pub fn run(options: DeviceProcessOptions) -> Result<()> {
+/// The process was not started by a sandbox, cannot be confined, or a device cannot be set up.
+pub fn run() -> Result<()> {
+    let running = || "run the devices";
+    let control = device_process::take_control_socket().context(running)?;
     jail::enter(
         "the device process",
         &Confinement {
             role: Role::Device,
-            // It acts for the users of the guest, and so begins as root, with the capabilities for just that.
+            // It acts for the users of the guest. So it begins as root, with the capabilities for
+            // just that.
             uid: 0,
             gid: 0,
             capabilities: FS_DEVICE_CAPABILITIES,
@@ -31,5 +34,5 @@ pub fn run(options: DeviceProcessOptions) -> Result<()> {
         },
     )
     .context(|| "confine the device process")?;
-    device_process::run(options).context(|| "run the devices")
+    device_process::run(control).context(running)
 }

@@ -8,8 +8,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use hull_devices::transport::vhost_user::FrontEnd;
-
 use hull_sandbox::role;
 use hull_sandbox::store::SandboxPath;
 
@@ -39,7 +37,7 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     }
     let outcome = match arguments.get(1)?.to_str()? {
         role::ROLE => sandbox_process(&arguments[2..]),
-        "device-process" => device_process(&arguments[2..]),
+        "device-process" => device_process(),
         _ => return None,
     };
     Some(match outcome {
@@ -135,83 +133,11 @@ fn connection_on_stdin() -> Result<UnixStream> {
     Ok(UnixStream::from(connection))
 }
 
-/// `device-process --control-fd N --fs-fd N --vsock-fd N --entropy-fd N [--net-fd SOCKET:MAC[:qemu]]… [--disk-fd SOCKET:FILE[:ro]]…`
-/// with hardware addresses as 12 hexadecimal digits.
-fn device_process(arguments: &[OsString]) -> Result<()> {
+/// `device-process`, with its control socket as descriptor 3.
+fn device_process() -> Result<()> {
     hull_engine::attach::unblock_all();
     log_to_stderr();
-    let options = device_process_options(arguments)?;
-    hull_sandbox::device_process::run(options)
-}
-
-fn device_process_options(
-    arguments: &[OsString],
-) -> Result<hull_devices::device_process::DeviceProcessOptions> {
-    let mut options = hull_devices::device_process::DeviceProcessOptions {
-        control_fd: -1,
-        ..Default::default()
-    };
-    let mut pairs = Pairs {
-        rest: arguments.iter(),
-    };
-    while let Some((name, value)) = pairs.next()? {
-        let wrong = || {
-            Error::new(format!(
-                "internal command: --{name} {value:?} is no descriptor"
-            ))
-        };
-        let text = value.to_str().ok_or_else(wrong)?;
-        let number = || text.parse().map_err(|_| wrong());
-        match name {
-            "control-fd" => options.control_fd = number()?,
-            "fs-fd" => options.fs_fd = Some(number()?),
-            "vsock-fd" => options.vsock_fd = Some(number()?),
-            "net-fd" => {
-                let (fd, mac) = text.split_once(':').ok_or_else(wrong)?;
-                let (mac, front_end) = match mac.strip_suffix(":qemu") {
-                    Some(mac) => (mac, FrontEnd::QemuNet),
-                    None => (mac, FrontEnd::Usual),
-                };
-                let mac = u64::from_str_radix(mac, 16).map_err(|_| wrong())?;
-                let [_, _, mac @ ..] = mac.to_be_bytes();
-                options
-                    .nets
-                    .push(hull_devices::device_process::NetDeviceOptions {
-                        socket_fd: fd.parse().map_err(|_| wrong())?,
-                        mac,
-                        front_end,
-                    });
-            }
-            "entropy-fd" => options.entropy_fd = Some(number()?),
-            "disk-fd" => {
-                let mut parts = text.split(':');
-                let mut descriptor = || {
-                    parts
-                        .next()
-                        .and_then(|part| part.parse().ok())
-                        .ok_or_else(wrong)
-                };
-                let (socket_fd, file_fd) = (descriptor()?, descriptor()?);
-                let read_only = match (parts.next(), parts.next()) {
-                    (None, _) => false,
-                    (Some("ro"), None) => true,
-                    _ => return Err(wrong()),
-                };
-                options
-                    .disks
-                    .push(hull_devices::device_process::DiskOptions {
-                        socket_fd,
-                        file_fd,
-                        read_only,
-                    });
-            }
-            _ => return Err(unknown(name)),
-        }
-    }
-    match options.control_fd {
-        -1 => Err(missing("control-fd")),
-        _ => Ok(options),
-    }
+    crate::device_process::run()
 }
 
 /// Messages of the host processes go to their standard error, which is the container's `sandbox.log`.
@@ -252,32 +178,5 @@ mod tests {
     fn names_of_engines_are_answered() {
         assert!(dispatch(&words("/usr/bin/hull-oci --version")).is_some());
         assert!(dispatch(&words("containerd-shim-hull-v2")).is_some());
-    }
-
-    #[test]
-    fn descriptors_of_a_device_process() {
-        let options = device_process_options(&words(
-            "--control-fd 3 --fs-fd 4 --vsock-fd 5 --entropy-fd 6 --disk-fd 7:8 --disk-fd 9:10:ro",
-        ))
-        .unwrap();
-        assert_eq!((options.control_fd, options.fs_fd), (3, Some(4)));
-        assert_eq!((options.vsock_fd, options.entropy_fd), (Some(5), Some(6)));
-        let disks: Vec<_> = options
-            .disks
-            .iter()
-            .map(|disk| (disk.socket_fd, disk.file_fd, disk.read_only))
-            .collect();
-        assert_eq!(disks, [(7, 8, false), (9, 10, true)]);
-        for wrong in [
-            "",
-            "--fs-fd 4",
-            "--control-fd x",
-            "--control-fd",
-            "--bogus 3",
-            "--control-fd 3 --disk-fd 4",
-            "--control-fd 3 --disk-fd 4:5:rw",
-        ] {
-            assert!(device_process_options(&words(wrong)).is_err(), "{wrong}");
-        }
     }
 }

@@ -7,6 +7,7 @@
 
 mod cli;
 mod commands;
+mod device_process;
 mod error;
 mod images;
 mod internal;

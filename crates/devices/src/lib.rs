@@ -1,15 +1,14 @@
 //! Virtio back ends of a sandbox, and the process they run in.
 //!
 //! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`]) implements [`device::Device`] and knows no transport;
-//! [`transport`] drives it. [`device_process`] is the process that holds all back ends of one sandbox, jailed by
-//! its parent; [`control`] is how the sandbox talks to it.
+//! [`transport`] drives it. [`device_process`] is the process that holds all back ends of one sandbox, jailed and
+//! served over the protocol of `hull_device_control`.
 //!
 //! The process parses bytes that a guest wrote. It opens nothing but descriptors that were handed to it and
 //! what lies beneath them.
 
 pub mod block;
 mod buffers;
-pub mod control;
 pub mod device;
 pub mod device_process;
 pub mod entropy;

@@ -1,14 +1,11 @@
 //! Terminals: a pair on the host, whose master goes to the engine over its console socket.
 
-use std::io::IoSlice;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::error::{Context, Result};
 use rustix::fs::{Mode, OFlags};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -36,14 +33,7 @@ pub fn send_master(socket: &Path, size: Option<(u16, u16)>) -> Result<OwnedFd> {
     }
     let sending = || format!("send the terminal to {}", socket.display());
     let stream = UnixStream::connect(socket).context(sending)?;
-    let fds = [master.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(Error::new("cannot send the terminal: no room"));
-    }
     // Its name goes along, as with runc.
-    let text = IoSlice::new(name.as_bytes());
-    sendmsg(&stream, &[text], &mut ancillary, SendFlags::NOSIGNAL).context(sending)?;
+    hull_ipc::packet::send(&stream, name.as_bytes(), &[master.as_fd()]).context(sending)?;
     Ok(slave)
 }

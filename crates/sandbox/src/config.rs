@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use hull_devices::net::filter::LinkLocal;
+use hull_device_control::LinkLocal;
 use hull_network::cni::PortMapping;
 use hull_protocol::{SHARED_MEMORY_SOURCE, SHARES_DIR};
 use serde::{Deserialize, Serialize};

@@ -172,6 +172,17 @@ fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
         || error.downcast_ref::<rustix::io::Errno>() == Some(&rustix::io::Errno::NOSPC)
 }
 
+impl From<hull_device_control::Error> for Error {
+    fn from(error: hull_device_control::Error) -> Self {
+        let kind = match &error {
+            hull_device_control::Error::Gone { .. } => ErrorKind::GuestFailed,
+            hull_device_control::Error::Refused { .. }
+            | hull_device_control::Error::Host { .. } => ErrorKind::Host,
+        };
+        Self::from_chain(&error).kind(kind)
+    }
+}
+
 impl From<hull_network::Error> for Error {
     fn from(error: hull_network::Error) -> Self {
         Self::hinted(&error, error.hint())

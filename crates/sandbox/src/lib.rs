@@ -31,7 +31,7 @@ pub mod timings;
 pub use container::Container;
 pub use error::{Context, Error, ErrorKind, Result};
 pub use events::{Event, EventKind};
-pub use hull_devices::net::filter::LinkLocal;
+pub use hull_device_control::LinkLocal;
 pub use network::undo as undo_network;
 pub use process::Process;
 pub use sandbox::{Hold, Reason, Sandbox, SandboxExit};

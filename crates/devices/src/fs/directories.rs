@@ -4,13 +4,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use hull_device_control::Cache;
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::nodes::{ShareId, device_of, stat_at, stat_fd};
 use super::server::{Handle, Server};
 use super::wire::{self, Header, Input, Reply, dirent_size};
-use crate::control::Cache;
 
 /// The largest reply.
 const MAX_REPLY: usize = 256 << 10;

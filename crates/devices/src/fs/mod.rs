@@ -39,12 +39,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
+use hull_device_control::Cache;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::buffers::Buffers;
-use crate::control::Cache;
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
 use server::{Outcome, Server};
 use work::{Job, Workers};

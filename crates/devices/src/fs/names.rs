@@ -4,13 +4,13 @@ use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use hull_device_control::Cache;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::nodes::{ShareId, stat_fd};
 use super::server::{Handle, OpenFile, Server, descriptor_name, write_entry};
 use super::wire::{self, Header, Input, Reply};
-use crate::control::Cache;
 
 /// What the guest may choose of how a file is opened. `O_DIRECT` is left out: its rules on addresses are those of the
 /// host's storage, which the guest cannot know.

@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hull_device_control::Cache;
 use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
@@ -24,7 +25,6 @@ use super::slab::Slab;
 use super::wire::{self, Attributes, Header, Input, Reply, init};
 use super::work::Work;
 use crate::buffers::Buffers;
-use crate::control::Cache;
 
 /// The longest body of a message besides the data of a write: the largest extended attribute and its name.
 const MAX_BODY: usize = 68 << 10;

@@ -16,7 +16,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use serde::{Deserialize, Serialize};
+use hull_device_control::{LinkLocal, Policy};
 
 const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
@@ -40,31 +40,6 @@ const LINK_ADDRESSES: [u8; 2] = [1, 2];
 /// Extension headers that are looked behind.
 const MAX_EXTENSIONS: usize = 8;
 
-/// Who a guest is on its link.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Policy {
-    /// Its hardware address.
-    pub mac: [u8; 6],
-    /// Its network addresses.
-    pub addresses: Vec<IpAddr>,
-    /// Which link-local addresses it may reach.
-    pub link_local: LinkLocal,
-}
-
-/// Link-local addresses that a guest may reach beyond what neighbours need: hosts, and clouds, have services there.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LinkLocal {
-    /// None.
-    #[default]
-    None,
-    /// Those of IPv6: whoever stands in for the host may speak from one.
-    Ipv6,
-    /// All.
-    All,
-}
-
 type Verdict = Result<(), &'static str>;
 
 fn bytes<const N: usize>(frame: &[u8], at: usize) -> Result<[u8; N], &'static str> {
@@ -82,10 +57,19 @@ fn v6(frame: &[u8], at: usize) -> Result<Ipv6Addr, &'static str> {
     Ok(Ipv6Addr::from(bytes::<16>(frame, at)?))
 }
 
-impl Policy {
+/// Checks frames against a [`Policy`].
+#[derive(Debug)]
+pub struct Filter(Policy);
+
+impl Filter {
+    /// A filter for the guest that `policy` describes.
+    pub fn new(policy: Policy) -> Self {
+        Self(policy)
+    }
+
     /// Whether a frame may pass, by its first bytes (all of it, if it is short).
     pub fn check(&self, frame: &[u8]) -> Verdict {
-        if bytes::<6>(frame, 6)? != self.mac {
+        if bytes::<6>(frame, 6)? != self.0.mac {
             return Err("not from the guest's hardware address");
         }
         let packet = frame.get(14..).unwrap_or_default();
@@ -98,7 +82,7 @@ impl Policy {
     }
 
     fn owns(&self, address: IpAddr) -> bool {
-        self.addresses.contains(&address)
+        self.0.addresses.contains(&address)
     }
 
     /// RFC 826, for Ethernet and IPv4.
@@ -106,7 +90,7 @@ impl Policy {
         if bytes::<6>(packet, 0)? != [0, 1, 8, 0, 6, 4] {
             return Err("ARP for something else than Ethernet and IPv4");
         }
-        if bytes::<6>(packet, 8)? != self.mac {
+        if bytes::<6>(packet, 8)? != self.0.mac {
             return Err("ARP for another's hardware address");
         }
         let sender = v4(packet, 14)?;
@@ -124,7 +108,7 @@ impl Policy {
         if !self.owns(v4(packet, 12)?.into()) {
             return Err("IPv4 from another's address");
         }
-        match self.link_local == LinkLocal::All || !v4(packet, 16)?.is_link_local() {
+        match self.0.link_local == LinkLocal::All || !v4(packet, 16)?.is_link_local() {
             true => Ok(()),
             false => Err("IPv4 to a link-local address"),
         }
@@ -150,7 +134,7 @@ impl Policy {
         if protocol == ICMPV6 {
             return self.discovery(packet, message);
         }
-        match self.link_local != LinkLocal::None || !destination.is_unicast_link_local() {
+        match self.0.link_local != LinkLocal::None || !destination.is_unicast_link_local() {
             true => Ok(()),
             false => Err("IPv6 to a link-local address"),
         }
@@ -183,7 +167,7 @@ impl Policy {
             if length == 0 {
                 return Err("option without a length");
             }
-            if LINK_ADDRESSES.contains(&kind) && bytes::<6>(packet, at + 2)? != self.mac {
+            if LINK_ADDRESSES.contains(&kind) && bytes::<6>(packet, at + 2)? != self.0.mac {
                 return Err("neighbour discovery for another's hardware address");
             }
             at += usize::from(length) * 8;
@@ -312,7 +296,7 @@ mod tests {
                 &[ICMPV6, 0, 5, 2, 0, 0, 0, 0, 143, 0, 0, 0],
             ),
         ] {
-            assert_eq!(policy().check(&good), Ok(()), "{good:02x?}");
+            assert_eq!(Filter::new(policy()).check(&good), Ok(()), "{good:02x?}");
         }
     }
 
@@ -350,11 +334,14 @@ mod tests {
             ipv6("fe80::2", "ff02::1", ICMPV6, &[REDIRECT; 40]),
             ipv6("fd00::2", "ff02::1", HOP_BY_HOP, &endless),
         ] {
-            assert!(policy().check(&bad).is_err(), "{bad:02x?}");
+            assert!(Filter::new(policy()).check(&bad).is_err(), "{bad:02x?}");
         }
         let mut allowed = policy();
         allowed.link_local = LinkLocal::All;
-        assert_eq!(allowed.check(&ipv4("10.0.0.2", "169.254.169.254")), Ok(()));
+        assert_eq!(
+            Filter::new(allowed.clone()).check(&ipv4("10.0.0.2", "169.254.169.254")),
+            Ok(())
+        );
     }
 
     #[test]
@@ -372,7 +359,7 @@ mod tests {
         for sample in samples {
             for length in 0..sample.len() {
                 // It must say something.
-                let _ = policy().check(&sample[..length]);
+                let _ = Filter::new(policy()).check(&sample[..length]);
             }
         }
     }

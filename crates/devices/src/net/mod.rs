@@ -36,13 +36,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
+use hull_device_control::NetOptions;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -52,7 +52,7 @@ use virtio_bindings::virtio_net::{
 
 use crate::buffers::{Buffers, Span};
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
-use filter::Policy;
+use filter::Filter;
 use load::Load;
 use rate::Bucket;
 use tap::Tap;
@@ -81,18 +81,6 @@ const BUDGET: usize = 256;
 const TAP: u64 = 0;
 const WAKE: u64 = 1;
 const TIMER: u64 = 2;
-
-/// What holds for the frames of one device.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetOptions {
-    /// What the guest may send; anything, without.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub policy: Option<Policy>,
-    /// Most bytes per second in each direction; 0 for no limit.
-    #[serde(default)]
-    pub rate: u64,
-}
 
 /// Takes the answer to a wish, on the device's thread or the caller's own. Called exactly once, unless the device ends
 /// before.
@@ -171,7 +159,7 @@ struct Link {
     tap: Tap,
     /// The tap's readiness is waited for.
     watched: bool,
-    policy: Option<Policy>,
+    filter: Option<Filter>,
     buckets: Option<[Bucket; 2]>,
 }
 
@@ -244,7 +232,7 @@ impl Net {
         let link = self.link.insert(Link {
             tap,
             watched: true,
-            policy: None,
+            filter: None,
             buckets: None,
         });
         link.apply(options);
@@ -460,7 +448,7 @@ impl Net {
 
 impl Link {
     fn apply(&mut self, options: NetOptions) {
-        self.policy = options.policy;
+        self.filter = options.policy.map(Filter::new);
         self.buckets = (options.rate > 0).then(|| [(); 2].map(|()| Bucket::new(options.rate)));
     }
 
@@ -488,8 +476,8 @@ impl Link {
         let mut start = [0; HEADER + LOOK];
         let looked = frame.copy_to(&mut start);
         let start = &start[..looked];
-        if let Some(policy) = &self.policy
-            && let Err(reason) = policy.check(&start[HEADER..])
+        if let Some(filter) = &self.filter
+            && let Err(reason) = filter.check(&start[HEADER..])
         {
             tracing::debug!(reason, "frame dropped");
             return;

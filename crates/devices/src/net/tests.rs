@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::filter::LinkLocal;
 use super::*;
 use crate::testing::{Descriptor, Driver, NEXT, WRITE, hostile_chains};
+use hull_device_control::{LinkLocal, Policy};
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const BUFFERS: u64 = 0x10_0000;

@@ -1,21 +1,20 @@
-//! Puts the messages of QEMU's net device in order.
+//! A relay that puts the messages of QEMU's net device in order.
 //!
-//! QEMU (7.2 to 10 at least) enables the rings of a vhost-user net device (VHOST_USER_SET_VRING_ENABLE) before it tells which
-//! features it takes (VHOST_USER_SET_FEATURES), which the protocol forbids and the vhost-user library refuses. [`straighten`]
-//! goes between: it keeps back what is enabled too early until the features have passed. Everything else passes
-//! as it is, with its descriptors; kicks and memory do not come this way.
+//! QEMU (7.2 to 10 at least) enables the rings of a vhost-user net device
+//! (VHOST_USER_SET_VRING_ENABLE) before it sets features (VHOST_USER_SET_FEATURES). The protocol
+//! forbids that and the vhost-user library refuses it. [`defer_early_enable`] relays between the
+//! two and holds early enable messages back until the features have passed. Everything else is
+//! forwarded unchanged, with its descriptors; kicks and memory do not pass through the relay.
 //!
-//! The front end may be hostile: messages are bounded, and whatever is wrong ends the connection.
+//! The front end may be hostile: messages are bounded, and a malformed one ends the connection.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind,
-    connect, getsockname, listen, recvmsg, sendmsg, shutdown, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    getsockname, listen, shutdown, socket_with,
 };
 
 // docs/interop/vhost-user.rst of QEMU: numbers of messages, and the header of three little-endian words: number, flags,
@@ -33,9 +32,9 @@ const MAX_FDS: usize = 8;
 /// Rings that may be enabled too early.
 const MAX_EARLY: usize = 16;
 
-/// A listening socket on which one front end appears, whose messages come in order: those of the front end that connects
-/// to `socket`, also a listening one.
-pub fn straighten(socket: OwnedFd) -> io::Result<OwnedFd> {
+/// Relays between the front end that connects to `socket`, a listening socket, and the listening
+/// socket that is returned, on which the same front end appears with its messages in order.
+pub fn defer_early_enable(socket: OwnedFd) -> io::Result<OwnedFd> {
     let kind = |flags| socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let listener = kind(SocketFlags::CLOEXEC)?;
     // The kernel finds a name, in this process's own network namespace.
@@ -171,54 +170,28 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Message>> {
 fn fill(socket: &OwnedFd, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     let mut filled = 0;
     while filled < buffer.len() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = rustix::io::retry_on_intr(|| {
-            recvmsg(
-                socket,
-                &mut [IoSliceMut::new(&mut buffer[filled..])],
-                &mut ancillary,
-                RecvFlags::CMSG_CLOEXEC,
-            )
-        })?;
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                fds.extend(rights);
-            }
-        }
-        if received.bytes == 0 {
-            return match filled {
-                0 => Ok(false),
-                _ => Err(invalid("a message is cut")),
-            };
-        }
-        if fds.len() > MAX_FDS {
+        let rest = &mut buffer[filled..];
+        let packet = hull_ipc::packet::receive(socket, rest, MAX_FDS - fds.len())?;
+        if packet.truncated {
             return Err(invalid("too many descriptors"));
         }
-        filled += received.bytes;
+        fds.extend(packet.fds);
+        filled += match packet.length {
+            0 if filled == 0 => return Ok(false),
+            0 => return Err(invalid("a message is cut")),
+            length => length,
+        };
     }
     Ok(true)
 }
 
 fn send(socket: &OwnedFd, message: &Message) -> io::Result<()> {
-    let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(invalid("too many descriptors"));
-    }
+    let mut fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
     let mut sent = 0;
     while sent < message.bytes.len() {
-        sent += rustix::io::retry_on_intr(|| {
-            sendmsg(
-                socket,
-                &[IoSlice::new(&message.bytes[sent..])],
-                &mut ancillary,
-                SendFlags::NOSIGNAL,
-            )
-        })?;
-        // Once.
-        ancillary.clear();
+        sent += hull_ipc::packet::send(socket, &message.bytes[sent..], &fds)?;
+        // They went with the first byte.
+        fds.clear();
     }
     Ok(())
 }
@@ -253,7 +226,7 @@ mod tests {
         bind(&public, &SocketAddrUnix::new_unnamed()).unwrap();
         listen(&public, 1).unwrap();
         let name = SocketAddrUnix::try_from(getsockname(&public).unwrap()).unwrap();
-        let private = straighten(public).unwrap();
+        let private = defer_early_enable(public).unwrap();
         let front = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
         connect(&front, &name).unwrap();
         let back = accept_with(&private, flags).unwrap();

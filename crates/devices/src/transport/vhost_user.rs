@@ -53,13 +53,13 @@ pub enum Error {
     },
 }
 
-/// Who the front end is, as far as it matters.
+/// The order in which a front end configures a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrontEnd {
-    /// One that keeps to the protocol.
-    Usual,
-    /// QEMU's net device, which enables rings too early.
-    QemuNet,
+    /// As the protocol says.
+    InOrder,
+    /// QEMU's net device enables rings before it has set features.
+    EarlyEnable,
 }
 
 /// Waits for a front end on `socket` (a listening socket) and serves `device` to it until it goes away.
@@ -85,8 +85,8 @@ pub fn serve(
             .map_err(setup)?;
     }
     let socket = match front_end {
-        FrontEnd::Usual => socket,
-        FrontEnd::QemuNet => early_enable::straighten(socket).map_err(setup)?,
+        FrontEnd::InOrder => socket,
+        FrontEnd::EarlyEnable => early_enable::defer_early_enable(socket).map_err(setup)?,
     };
     let mut listener = Listener::from(UnixListener::from(socket));
     let outcome = daemon.start(&mut listener).and_then(|()| daemon.wait());

@@ -257,7 +257,9 @@ const PORTS: Ports = Ports {
 /// A guest with a connection that it asked for itself.
 fn connected() -> (Guest, UnixStream) {
     let mut guest = Guest::new().ready();
-    guest.handle.listen(PORTS.host, Box::new(|| ())).unwrap();
+    guest
+        .handle
+        .listen(PORTS.host, Box::new(|done| done.unwrap()));
     guest.run();
     guest.send(guest_packet(PORTS, op::REQUEST), &[], &[]);
     let incoming = guest.incoming.try_recv().unwrap();

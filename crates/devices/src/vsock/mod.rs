@@ -96,11 +96,9 @@ pub type IncomingSink = Box<dyn FnMut(Incoming) + Send>;
 /// the device ends before.
 pub type Connected = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
 
-/// Takes the news that [`Handle::listen`] is in force, on the device's thread.
-pub type Listening = Box<dyn FnOnce() + Send>;
-
-/// Takes the news that [`Handle::drain`] waits for, on the device's thread.
-pub type Drained = Box<dyn FnOnce() + Send>;
+/// Called when a command has been carried out, on the device's thread, or on the caller's when the
+/// device takes no commands.
+pub type Done = Box<dyn FnOnce(Result<(), Busy>) + Send>;
 
 enum Command {
     Connect {
@@ -110,10 +108,10 @@ enum Command {
     },
     Listen {
         port: u32,
-        done: Listening,
+        done: Done,
     },
     Drain {
-        done: Drained,
+        done: Done,
     },
 }
 
@@ -147,14 +145,20 @@ impl Handle {
     }
 
     /// Lets the guest connect to `port` of the host, from the moment that `done` is called on.
-    pub fn listen(&self, port: u32, done: Listening) -> Result<(), Busy> {
-        self.command(Command::Listen { port, done })
-            .map_err(|_| Busy)
+    pub fn listen(&self, port: u32, done: Done) {
+        self.simple_command(Command::Listen { port, done });
     }
 
-    /// Waits until everything that the guest has sent so far is with the host's ends, however slowly they are read.
-    pub fn drain(&self, done: Drained) -> Result<(), Busy> {
-        self.command(Command::Drain { done }).map_err(|_| Busy)
+    /// Waits until everything that the guest has sent so far is in the host's ends, however slowly
+    /// they are read.
+    pub fn drain(&self, done: Done) {
+        self.simple_command(Command::Drain { done });
+    }
+
+    fn simple_command(&self, command: Command) {
+        if let Err(Command::Listen { done, .. } | Command::Drain { done }) = self.command(command) {
+            done(Err(Busy));
+        }
     }
 
     /// Passes a command on, or gives it back.
@@ -215,7 +219,7 @@ pub struct Vsock {
     kicks: Kicks<2>,
     taken: Taken,
     /// Who waits until the host has taken everything.
-    draining: Vec<Drained>,
+    draining: Vec<Done>,
 }
 
 /// Packets that were taken from the driver, which it was not told yet.
@@ -276,7 +280,7 @@ impl Vsock {
                 } => self.muxer.connect(done, ports, Socket::new(stream), now),
                 Command::Listen { port, done } => {
                     self.muxer.listen(port);
-                    done();
+                    done(Ok(()));
                 }
                 Command::Drain { done } => self.draining.push(done),
             }
@@ -307,7 +311,7 @@ impl Vsock {
             queues.notify(TX)?;
         }
         if !self.draining.is_empty() && !self.muxer.has_backlog() {
-            self.draining.drain(..).for_each(|done| done());
+            self.draining.drain(..).for_each(|done| done(Ok(())));
         }
         self.settle(now)
     }

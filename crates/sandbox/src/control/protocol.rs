@@ -1,8 +1,7 @@
 //! The control protocol of a sandbox.
 //!
-//! A connection is a SEQPACKET socket. Each message is JSON with descriptors beside it; a long one
-//! is a file in memory instead, which is then the first of the descriptors. The first message of a
-//! client is [`Request::Hello`]; it need not wait for the answer. Every request is answered by one
+//! A connection is a socket of [`hull_ipc`]: messages of JSON with descriptors beside them. The first
+//! message of a client is [`Request::Hello`]; it need not wait for the answer. Every request is answered by one
 //! reply, in order, but for those that say otherwise.
 //!
 //! A connection that has created a process (`Create`, `Exec`, `Attach`) keeps it from then on:
@@ -13,19 +12,13 @@
 //! name; fields that the other side does not know are ignored; a call that this hull does not know is
 //! answered `Unsupported`.
 
-use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Seek, Write};
-use std::mem::MaybeUninit;
+use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
-    sendmsg, socketpair,
-};
+use hull_ipc::Limits;
+pub use hull_ipc::{Received, pair, send};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -44,16 +37,6 @@ pub const VERSION: u32 = 1;
 
 /// Oldest version of a client that is answered.
 pub const OLDEST: u32 = 1;
-
-/// Longest message that is sent as it is.
-const MAX_INLINE: usize = 16 << 10;
-
-/// Longest message at all: a spec of 10 MB must pass.
-const MAX_MESSAGE: u64 = 64 << 20;
-
-/// Most descriptors beside one message, the memory file included: the kernel's limit (SCM_MAX_FD,
-/// net/scm.h).
-const MAX_FDS: usize = 253;
 
 /// Most directories and files of one [`Request::AddShares`].
 pub const MAX_SHARES: usize = 200;
@@ -321,127 +304,12 @@ pub fn parse(message: &RawValue) -> Result<Request, Error> {
     })
 }
 
-/// A message and what came beside it.
-#[derive(Debug)]
-pub struct Received<M> {
-    /// The message.
-    pub message: M,
-    /// The descriptors.
-    pub fds: Vec<OwnedFd>,
-}
-
-/// Two connected sockets for messages.
-pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let flags = SocketFlags::CLOEXEC;
-    Ok(socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        flags,
-        None,
-    )?)
-}
-
-/// Sends one message. `WouldBlock` on a non-blocking socket means that nothing was sent.
-pub fn send<M: Serialize>(
-    socket: impl AsFd,
-    message: &M,
-    fds: &[BorrowedFd<'_>],
-) -> io::Result<()> {
-    let text = serde_json::to_vec(message)?;
-    let file;
-    let mut all = Vec::with_capacity(fds.len() + 1);
-    let inline: &[u8] = if text.len() <= MAX_INLINE {
-        &text
-    } else {
-        file = memory_file(&text)?;
-        all.push(file.as_fd());
-        // Not JSON: the message is in the file.
-        b"@"
-    };
-    all.extend_from_slice(fds);
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !all.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&all)) {
-        return Err(invalid(format!("{} descriptors are too many", all.len())));
-    }
-    rustix::io::retry_on_intr(|| {
-        sendmsg(
-            socket.as_fd(),
-            &[IoSlice::new(inline)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )
-    })?;
-    Ok(())
-}
-
-fn memory_file(text: &[u8]) -> io::Result<File> {
-    let mut file = File::from(memfd_create("hull-message", MemfdFlags::CLOEXEC)?);
-    file.write_all(text)?;
-    file.rewind()?;
-    Ok(file)
-}
-
 /// Receives one message; `None` when the other side has closed.
 ///
 /// # Errors
 /// `InvalidData` for what cannot be understood, or an error of the socket.
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<Received<M>>> {
-    let mut text = vec![0; MAX_INLINE];
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::io::retry_on_intr(|| {
-        recvmsg(
-            socket.as_fd(),
-            &mut [IoSliceMut::new(&mut text)],
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        )
-    });
-    let received = match received {
-        Ok(received) => received,
-        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let mut fds = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
-    }
-    if received.bytes == 0 {
-        return Ok(None);
-    }
-    if received
-        .flags
-        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-    {
-        return Err(invalid("a message was cut".into()));
-    }
-    text.truncate(received.bytes);
-    if text == b"@" {
-        if fds.is_empty() {
-            return Err(invalid("a long message came without its file".into()));
-        }
-        let mut file = File::from(fds.remove(0));
-        file.rewind()?;
-        text.clear();
-        if Read::by_ref(&mut file)
-            .take(MAX_MESSAGE)
-            .read_to_end(&mut text)? as u64
-            == MAX_MESSAGE
-        {
-            return Err(invalid(format!(
-                "a message is longer than {MAX_MESSAGE} bytes"
-            )));
-        }
-    }
-    let message = serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
-    Ok(Some(Received { message, fds }))
-}
-
-fn invalid(message: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, message)
+    hull_ipc::receive(socket, Limits::default())
 }
 
 #[cfg(test)]
@@ -449,45 +317,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::error::ErrorKind;
-
-    fn long(padding: usize) -> serde_json::Value {
-        serde_json::json!({"padding": "x".repeat(padding)})
-    }
-
-    #[test]
-    fn short_and_long_messages_arrive_with_their_descriptors() {
-        let (a, b) = pair().unwrap();
-        let (near, far) = pair().unwrap();
-        for padding in [0, MAX_INLINE, 10 << 20] {
-            send(&a, &long(padding), &[near.as_fd(), far.as_fd()]).unwrap();
-            let received = receive::<serde_json::Value>(&b).unwrap().unwrap();
-            assert_eq!(received.fds.len(), 2);
-            let text = received.message["padding"].as_str().unwrap();
-            assert_eq!(text.len(), padding);
-        }
-    }
-
-    #[test]
-    fn as_many_descriptors_as_shares_pass() {
-        let (a, b) = pair().unwrap();
-        let fds = vec![a.as_fd(); MAX_SHARES];
-        send(&a, &long(MAX_INLINE), &fds).unwrap();
-        let received = receive::<serde_json::Value>(&b).unwrap().unwrap();
-        assert_eq!(received.fds.len(), MAX_SHARES);
-    }
-
-    #[test]
-    fn the_end_is_no_message_and_nonsense_is_an_error() {
-        let (a, b) = pair().unwrap();
-        rustix::io::write(&a, b"{").unwrap();
-        rustix::io::write(&a, b"@").unwrap();
-        for _ in 0..2 {
-            let error = receive::<Request>(&b).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        }
-        drop(a);
-        assert!(receive::<Request>(&b).unwrap().is_none());
-    }
 
     fn read(text: &str) -> Result<Request, Error> {
         parse(&RawValue::from_string(text.to_owned()).unwrap())

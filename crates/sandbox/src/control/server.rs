@@ -7,22 +7,21 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hull_ipc::{Limits, Socket};
 use hull_protocol::STREAM_PORT;
 use rustix::net::{SocketFlags, accept_with};
 use serde_json::value::RawValue;
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
 use super::protocol::{
     AttachOptions, CopyRequest, CreateRequest, Hello, Listed, OLDEST, Received, Reply, Request,
-    parse, receive, send,
+    parse,
 };
 use crate::config::{ProcessConfig, Share};
 use crate::container::{Container, has_ended};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::guest::watch;
 use crate::process::Process;
 use crate::sandbox::{Hold, Sandbox};
 use crate::store::{Directory, Exit};
@@ -51,8 +50,7 @@ struct Connections(Arc<std::sync::Mutex<Vec<JoinHandle<()>>>>);
 
 impl Connections {
     fn spawn(&self, sandbox: &Sandbox, socket: OwnedFd) -> Result<()> {
-        rustix::io::ioctl_fionbio(&socket, true).context(|| "prepare a connection")?;
-        let socket = watch::watch(socket, Interest::READABLE | Interest::WRITABLE)?;
+        let socket = Socket::new(socket).context(|| "watch a connection")?;
         let connection = Connection {
             sandbox: sandbox.clone(),
             socket,
@@ -89,7 +87,7 @@ impl Connections {
 }
 
 async fn accept(listener: OwnedFd, sandbox: Sandbox, connections: Connections) {
-    let listener = match watch::watch(listener, Interest::READABLE) {
+    let listener = match hull_ipc::watch(listener, Interest::READABLE) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!("{error}"),
     };
@@ -112,7 +110,7 @@ async fn accept(listener: OwnedFd, sandbox: Sandbox, connections: Connections) {
 
 struct Connection {
     sandbox: Sandbox,
-    socket: AsyncFd<OwnedFd>,
+    socket: Socket,
     hold: Hold,
     greeted: bool,
     /// Shares added for a container that is not there yet.
@@ -207,10 +205,7 @@ impl Connection {
     }
 
     async fn receive(&self) -> Option<Received<Box<RawValue>>> {
-        let received = self
-            .socket
-            .async_io(Interest::READABLE, |socket| receive(socket))
-            .await;
+        let received = self.socket.receive(Limits::default()).await;
         received.unwrap_or_else(|error| {
             tracing::warn!("a request cannot be read: {error}");
             None
@@ -220,10 +215,7 @@ impl Connection {
     /// False when the other side has gone.
     async fn send(&self, reply: &Reply, fds: &[OwnedFd]) -> bool {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        let sent = self
-            .socket
-            .async_io(Interest::WRITABLE, |socket| send(socket, reply, &fds))
-            .await;
+        let sent = self.socket.send(reply, &fds).await;
         if let Err(error) = &sent {
             tracing::debug!("cannot answer: {error}");
         }

@@ -8,7 +8,7 @@ use hull_protocol::agent as proto;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::agent::Agent;
-use super::devices::Incoming;
+use super::Incoming;
 use crate::error::{Context, Error, Result};
 
 /// Longest boot. Emulation on a busy host needs its time; beyond this nothing comes any more.

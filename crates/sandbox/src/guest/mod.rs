@@ -5,18 +5,15 @@
 //! | --- | --- |
 //! | `supervise` | device process and machine, and which of them failed first |
 //! | `boot` | from a started machine to an agent that answers |
-//! | `devices` | shares, net devices and vsock streams |
 //! | `agent` | calls into the guest |
 //! | `streams` | the streams of one process |
 //! | `hub` | the streams of an init that has a log and several clients |
 
 pub(crate) mod agent;
 pub(crate) mod boot;
-pub(crate) mod devices;
 pub(crate) mod hub;
 pub(crate) mod streams;
 pub(crate) mod supervise;
-pub(crate) mod watch;
 
 pub(crate) use agent::Agent;
-pub(crate) use devices::Devices;
+pub(crate) use hull_device_control::{DeviceControl as Devices, Incoming};

@@ -1,6 +1,5 @@
 //! Starts the processes of a guest, its devices and its machine, and notices when one of them ends.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,27 +8,24 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use hull_device_control::{CONTROL_FD, DeviceConfig, DeviceType, MAX_DISKS, Setup};
 use hull_machine::exit::{self, Status};
 use hull_machine::jail::{self, JailSpec, Started};
 use hull_machine::{ConsoleRing, Kind, MachineSpec};
-use hull_protocol::net_device_mac;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use hull_protocol::{AGENT_PORT, net_device_mac};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::devices::{Devices, Incoming};
-use super::watch::watch;
+use super::{Devices, Incoming};
+use hull_ipc::watch;
 use crate::error::{Context, Error, Result};
 use crate::config::MachineConfig;
 use crate::network::Nets;
 use crate::rootless;
 use crate::store::SandboxPath;
 
-/// Sockets of the devices that every machine has, in the order of their descriptors in the device process.
-const SOCKETS: [&str; 3] = ["fs", "vsock", "entropy"];
-
-/// Descriptor of the control socket in the device process; those of [`SOCKETS`] follow.
-const CONTROL_FD: i32 = 3;
+/// Devices that every machine has.
+const FIXED_DEVICES: usize = 3;
 
 /// User ids of jailed processes begin here, above what distributions and container engines hand out. Each
 /// sandbox adds the process id of its sandbox process, which no other has as long as it lives.
@@ -46,9 +42,6 @@ const AFTERMATH: Duration = Duration::from_millis(20);
 
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
-
-/// Most disks of a machine: each takes two descriptors of the device process among those that it inherits.
-const MAX_DISKS: usize = 16;
 
 /// Most net devices of a machine whose kernel finds them only when it boots, which takes longer with each.
 const MAX_NETS_AT_BOOT: u8 = 4;
@@ -135,10 +128,9 @@ impl Guest {
     ) -> Result<(Self, Incoming)> {
         let jail_uid = jail_uid();
         let nets = net_devices(request, disks.len());
-        let (devices, control) =
+        let (devices, control, incoming) =
             start_devices(&paths.devices(), request.choice.kind, nets, &disks)?;
         let devices = Watched::new(devices)?;
-        let (control, incoming) = Devices::new(control)?;
         let control = Arc::new(control);
 
         let (ring, console_write) =
@@ -265,20 +257,20 @@ fn net_devices(request: &MachineConfig, disks: usize) -> u8 {
     let Some(most) = request.choice.kind.most_devices() else {
         return request.nets;
     };
-    let room = most.saturating_sub(SOCKETS.len() + disks);
+    let room = most.saturating_sub(FIXED_DEVICES + disks);
     u8::try_from(room)
         .unwrap_or(u8::MAX)
         .min(request.nets)
         .min(MAX_NETS_AT_BOOT)
 }
 
-/// Makes the sockets between machine and devices, and starts the device process on them.
+/// Creates the sockets between machine and devices, starts the device process, and configures it.
 fn start_devices(
     directory: &Path,
     kind: Kind,
     nets: u8,
     disks: &[Disk],
-) -> Result<(Started, OwnedFd)> {
+) -> Result<(Started, Devices, Incoming)> {
     let doing = || "start the device process".to_owned();
     if disks.len() > MAX_DISKS {
         return Err(Error::unsupported(format_args!(
@@ -286,74 +278,49 @@ fn start_devices(
             disks.len()
         )));
     }
+    let mut devices = vec![DeviceConfig::Fs, DeviceConfig::Vsock, DeviceConfig::Entropy];
+    devices.extend((0..nets).map(|index| DeviceConfig::Net {
+        mac: net_device_mac(index),
+        early_enable: kind == Kind::Qemu,
+    }));
+    devices.extend(disks.iter().map(|disk| DeviceConfig::Disk {
+        read_only: disk.read_only,
+    }));
+
     fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
-    let listen = |name: &str| {
-        let path = directory.join(format!("{name}.sock"));
-        UnixListener::bind(&path).context(|| format!("create {}", path.display()))
-    };
-    let listeners = SOCKETS
-        .iter()
-        .map(|name| listen(name))
+    let setup = Setup { devices };
+    let listeners = setup
+        .names()
+        .map(|name| {
+            let path = directory.join(format!("{name}.sock"));
+            UnixListener::bind(&path).context(|| format!("create {}", path.display()))
+        })
         .collect::<Result<Vec<_>>>()?;
-    let net_listeners = (0..nets)
-        .map(|index| listen(&format!("net{index}")))
-        .collect::<Result<Vec<_>>>()?;
-    let disk_listeners = (0..disks.len())
-        .map(|index| listen(&format!("disk{index}")))
-        .collect::<Result<Vec<_>>>()?;
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .context(doing)?;
+    let mut files = disks.iter().map(|disk| disk.file.as_fd());
+    let mut descriptors = Vec::new();
+    for (device, listener) in setup.devices.iter().zip(&listeners) {
+        descriptors.push(listener.as_fd());
+        if device.device_type() == DeviceType::Disk {
+            descriptors.extend(files.next());
+        }
+    }
+
+    let (ours, theirs) = hull_ipc::pair().context(doing)?;
     let executable = File::open("/proc/self/exe").context(doing)?;
     let stderr = io::stderr();
-
-    let mut argv: Vec<OsString> = vec!["hull".into(), "device-process".into()];
-    let mut fds = vec![(stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)];
-    argv.extend(["--control-fd".into(), CONTROL_FD.to_string().into()]);
-    for ((name, listener), fd) in SOCKETS.iter().zip(&listeners).zip(CONTROL_FD + 1..) {
-        fds.push((listener.as_fd(), fd));
-        argv.extend([format!("--{name}-fd").into(), fd.to_string().into()]);
-    }
-    let mut next = CONTROL_FD + 1 + listeners.len() as i32;
-    let front_end = match kind {
-        Kind::Qemu => ":qemu",
-        _ => "",
-    };
-    for (index, listener) in (0..nets).zip(&net_listeners) {
-        fds.push((listener.as_fd(), next));
-        let mac: String = net_device_mac(index)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        argv.extend(["--net-fd".into(), format!("{next}:{mac}{front_end}").into()]);
-        next += 1;
-    }
-    for (disk, listener) in disks.iter().zip(&disk_listeners) {
-        let (socket, file) = (next, next + 1);
-        next += 2;
-        fds.extend([(listener.as_fd(), socket), (disk.file.as_fd(), file)]);
-        let read_only = if disk.read_only { ":ro" } else { "" };
-        argv.extend([
-            "--disk-fd".into(),
-            format!("{socket}:{file}{read_only}").into(),
-        ]);
-    }
     let started = jail::spawn(JailSpec {
         name: "the device process",
         executable: executable.as_fd(),
-        argv,
+        argv: vec!["hull".into(), "device-process".into()],
         env: Vec::new(),
-        fds,
+        fds: vec![(stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
         fixed_addresses: false,
         // The executable is our own: it confines itself, first thing.
         confinement: None,
     })
     .context(doing)?;
-    Ok((started, ours))
+    let (control, incoming) = Devices::start(ours, &setup, &descriptors, &[AGENT_PORT])?;
+    Ok((started, control, incoming))
 }
 
 /// Carries the guest's console to its ring until the machine ends.

@@ -11,8 +11,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use hull_devices::net::NetOptions;
-use hull_devices::net::filter::Policy;
+use hull_device_control::{NetOptions, Policy};
 use hull_machine::Kind;
 use hull_network::{
     Description, Interface, Monitor, Namespace, Netlink, Tap, TapOptions, mirror as tc_mirror, tap,

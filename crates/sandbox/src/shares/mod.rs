@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use hull_devices::control::Cache;
+use hull_device_control::Cache;
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
@@ -76,9 +76,9 @@ pub(crate) async fn add(
         Writers::HostRarely => Cache::Brief,
         Writers::Anyone => Cache::Shared,
     };
-    devices
+    Ok(devices
         .add_share(&share.name, directory.as_fd(), cache)
-        .await
+        .await?)
 }
 
 /// Takes shares away again.

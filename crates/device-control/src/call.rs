@@ -1,0 +1,104 @@
+//! Requests to a running device process, and its events.
+
+use serde::{Deserialize, Serialize};
+
+use crate::net::NetOptions;
+
+/// One request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the sandbox; the reply carries it.
+    pub id: u64,
+    /// What to do.
+    pub call: Call,
+}
+
+/// What the sandbox can ask for. At most one descriptor is beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Call {
+    /// Adds a directory to the root of the fs device. The descriptor is the directory (`O_PATH`);
+    /// whether it is read-only is a property of the host mount that it is on.
+    AddShare {
+        /// Name of the directory in the device's root.
+        name: String,
+        /// How much the guest may cache.
+        cache: Cache,
+    },
+    /// Removes a share. Files in it that the guest still has open fail with ESTALE.
+    RemoveShare {
+        /// Its name.
+        name: String,
+    },
+    /// Attaches a tap, the descriptor, to a net device. It replaces one that was attached before.
+    AttachNet {
+        /// Number of the device.
+        device: u8,
+        /// Options for its frames.
+        options: NetOptions,
+    },
+    /// Changes the options of a net device that has a tap.
+    ChangeNet {
+        /// Number of the device.
+        device: u8,
+        /// The new options.
+        options: NetOptions,
+    },
+    /// Detaches the tap of a net device.
+    DetachNet {
+        /// Number of the device.
+        device: u8,
+    },
+    /// Opens a vsock connection to the guest. The descriptor is one end of a connected stream
+    /// socket, whose other end becomes the host's side of the connection. Answered when the guest
+    /// has accepted or refused, or has not answered within the connection timeout.
+    Connect {
+        /// Port that the guest listens on.
+        guest_port: u32,
+        /// Port that the guest sees as its peer's.
+        host_port: u32,
+    },
+    /// Answered when everything that the guest has sent over vsock is in the host's ends of its
+    /// connections.
+    Drain,
+    /// Lets the guest connect to this port of the host. All others are refused.
+    Listen {
+        /// The port.
+        port: u32,
+    },
+}
+
+/// Who else changes the files of a share, which decides how long the guest may cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cache {
+    /// Normally only this guest: names and attributes stay valid for long.
+    Private,
+    /// Normally only this guest, and now and then the host on behalf of a user (`hull cp`): the
+    /// guest sees such a change after a second at most.
+    Brief,
+    /// The host or other guests, at any time: the guest looks a file up again at each use of its
+    /// name, and a directory after a short time.
+    Shared,
+}
+
+/// What the device process sends. At most one descriptor is beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Event {
+    /// The answer to a request.
+    Reply {
+        /// The request's.
+        id: u64,
+        /// Why it failed; `None` if it did not.
+        error: Option<String>,
+    },
+    /// The guest connected to a port of the host. The descriptor is the connection's stream.
+    Incoming {
+        /// Port of the host.
+        port: u32,
+        /// Port of the guest that it connected from.
+        guest_port: u32,
+    },
+}

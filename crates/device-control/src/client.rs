@@ -1,0 +1,427 @@
+//! The sandbox's end: shares, net devices and vsock connections of a running device process.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdStream;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hull_ipc::{Received, Socket};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{Cache, Call, EVENT_LIMITS, Event, NetOptions, Request, Setup};
+
+/// Id of requests whose answer is only logged.
+const UNANSWERED: u64 = 0;
+
+/// Host-side ports of streams begin here, above the fixed ones.
+const FIRST_STREAM_PORT: u32 = 0x1_0000;
+
+/// Connections of the guest that wait to be accepted. Further ones are closed.
+const MAX_INCOMING: usize = 4;
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The device process refused, or a device in it failed.
+    #[error("cannot {action}: {reason}")]
+    Refused {
+        /// What was asked for.
+        action: String,
+        /// The device process's words.
+        reason: String,
+    },
+    /// The request could not be sent, or a descriptor for it not be created.
+    #[error("cannot {action}: {reason}")]
+    Host {
+        /// What was asked for.
+        action: String,
+        /// The host's error.
+        reason: String,
+    },
+    /// There is no device process any more.
+    #[error("cannot {action}: the device process has ended")]
+    Gone {
+        /// What was asked for.
+        action: String,
+    },
+}
+
+impl Error {
+    fn host(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let action = action.into();
+        move |error| match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::Gone { action },
+            _ => Self::Host {
+                action,
+                reason: error.to_string(),
+            },
+        }
+    }
+}
+
+/// Requests that wait for their reply; `None` once the device process has ended.
+type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Option<String>>>>>>;
+
+/// Connections that the guest made to ports of the host: port and stream.
+pub type Incoming = mpsc::Receiver<(u32, OwnedFd)>;
+
+/// A running device process.
+#[derive(Debug)]
+pub struct DeviceControl {
+    socket: Arc<Socket>,
+    pending: Pending,
+    next_request: AtomicU64,
+    next_port: AtomicU32,
+}
+
+impl DeviceControl {
+    /// Takes over the control socket of a device process that has just been started: configures its
+    /// devices and lets the guest connect to `ports` of the host.
+    ///
+    /// Called within a runtime, and before there is a machine, which may boot faster than the
+    /// caller goes on. It does not wait for the device process.
+    ///
+    /// # Errors
+    /// The device process has ended, or the socket cannot be registered with the event loop.
+    pub fn start(
+        socket: OwnedFd,
+        setup: &Setup,
+        descriptors: &[BorrowedFd<'_>],
+        ports: &[u32],
+    ) -> Result<(Self, Incoming), Error> {
+        let configure = "configure the device process";
+        // The socket's buffer has room for these, and blocking is right if it had not.
+        hull_ipc::send(&socket, setup, descriptors).map_err(Error::host(configure))?;
+        for port in ports {
+            let listen = Request {
+                id: UNANSWERED,
+                call: Call::Listen { port: *port },
+            };
+            hull_ipc::send(&socket, &listen, &[]).map_err(Error::host(configure))?;
+        }
+        let socket = Arc::new(Socket::new(socket).map_err(Error::host(configure))?);
+        let pending = Pending::new(Mutex::new(Some(HashMap::new())));
+        let (sender, incoming) = mpsc::channel(MAX_INCOMING);
+        tokio::spawn(receive(socket.clone(), pending.clone(), sender));
+        let control = Self {
+            socket,
+            pending,
+            next_request: AtomicU64::new(UNANSWERED + 1),
+            next_port: AtomicU32::new(FIRST_STREAM_PORT),
+        };
+        Ok((control, incoming))
+    }
+
+    async fn call(
+        &self,
+        action: impl Into<String>,
+        call: Call,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
+        let action = action.into();
+        let id = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = oneshot::channel();
+        match &mut *lock(&self.pending) {
+            Some(pending) => pending.insert(id, sender),
+            None => return Err(Error::Gone { action }),
+        };
+        // Also when this future is dropped, before or after the request is sent.
+        let _forget = Forget {
+            pending: &self.pending,
+            id,
+        };
+        let request = Request { id, call };
+        if let Err(error) = self.socket.send(&request, fd.as_slice()).await {
+            return Err(Error::host(action)(error));
+        }
+        match answer.await {
+            Ok(None) => Ok(()),
+            Ok(Some(reason)) => Err(Error::Refused { action, reason }),
+            Err(_) => Err(Error::Gone { action }),
+        }
+    }
+
+    /// Adds a directory to the guest's shares.
+    ///
+    /// # Errors
+    /// There is a share of this name, the name or the directory cannot be used, or the device
+    /// process has ended.
+    pub async fn add_share(
+        &self,
+        name: &str,
+        directory: BorrowedFd<'_>,
+        cache: Cache,
+    ) -> Result<(), Error> {
+        let call = Call::AddShare {
+            name: name.into(),
+            cache,
+        };
+        let action = format!("share {name} with the guest");
+        self.call(action, call, Some(directory)).await
+    }
+
+    /// Removes a directory from the guest's shares.
+    ///
+    /// # Errors
+    /// There is no such share, or the device process has ended.
+    pub async fn remove_share(&self, name: &str) -> Result<(), Error> {
+        let call = Call::RemoveShare { name: name.into() };
+        let action = format!("remove share {name} from the guest");
+        self.call(action, call, None).await
+    }
+
+    /// Attaches a tap to a net device.
+    ///
+    /// # Errors
+    /// There is no such device, the tap cannot be used, or the device process has ended.
+    pub async fn attach_net(
+        &self,
+        device: u8,
+        tap: BorrowedFd<'_>,
+        options: NetOptions,
+    ) -> Result<(), Error> {
+        let call = Call::AttachNet { device, options };
+        self.call(format!("attach net device {device}"), call, Some(tap))
+            .await
+    }
+
+    /// Changes the options for the frames of a net device.
+    ///
+    /// # Errors
+    /// It has no tap, or the device process has ended.
+    pub async fn change_net(&self, device: u8, options: NetOptions) -> Result<(), Error> {
+        let call = Call::ChangeNet { device, options };
+        self.call(format!("change net device {device}"), call, None)
+            .await
+    }
+
+    /// Detaches the tap of a net device.
+    ///
+    /// # Errors
+    /// There is no such device, or the device process has ended.
+    pub async fn detach_net(&self, device: u8) -> Result<(), Error> {
+        let call = Call::DetachNet { device };
+        self.call(format!("detach net device {device}"), call, None)
+            .await
+    }
+
+    /// Waits until everything that the guest has sent is in the host's ends of its streams.
+    ///
+    /// # Errors
+    /// The device process has ended.
+    pub async fn drain(&self) -> Result<(), Error> {
+        self.call("wait for the guest's output", Call::Drain, None)
+            .await
+    }
+
+    /// Opens a stream to a port of the guest; returns the port by which the guest knows it, and
+    /// the host's end.
+    ///
+    /// # Errors
+    /// The guest refuses, or the device process has ended.
+    pub async fn connect(&self, guest_port: u32) -> Result<(u32, UnixStream), Error> {
+        let (host_port, stream) = self.open(guest_port).await?;
+        let stream = StdStream::from(stream);
+        let stream = stream
+            .set_nonblocking(true)
+            .and_then(|()| UnixStream::from_std(stream))
+            .map_err(Error::host("watch a stream to the guest"))?;
+        Ok((host_port, stream))
+    }
+
+    /// As [`DeviceControl::connect`], for a stream that another process will use: a blocking
+    /// socket.
+    ///
+    /// # Errors
+    /// As [`DeviceControl::connect`].
+    pub async fn open(&self, guest_port: u32) -> Result<(u32, OwnedFd), Error> {
+        let action = "open a stream to the guest";
+        let host_port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        let (ours, theirs) = StdStream::pair().map_err(Error::host(action))?;
+        let call = Call::Connect {
+            guest_port,
+            host_port,
+        };
+        self.call(action, call, Some(theirs.as_fd())).await?;
+        Ok((host_port, ours.into()))
+    }
+}
+
+/// Removes a request from those that wait.
+struct Forget<'a> {
+    pending: &'a Pending,
+    id: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = &mut *lock(self.pending) {
+            pending.remove(&self.id);
+        }
+    }
+}
+
+fn lock(
+    pending: &Pending,
+) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Option<String>>>>> {
+    // Nothing panics while it is held, and the map is valid at any time.
+    pending.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Receives what the device process sends until it ends.
+async fn receive(socket: Arc<Socket>, pending: Pending, incoming: mpsc::Sender<(u32, OwnedFd)>) {
+    loop {
+        match socket.receive::<Event>(EVENT_LIMITS).await {
+            Ok(Some(received)) => handle(received, &pending, &incoming),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                tracing::warn!("the device process sent an invalid message: {error}");
+            }
+            Ok(None) => break,
+            Err(error) => {
+                tracing::warn!("lost the device process: {error}");
+                break;
+            }
+        }
+    }
+    // Dropping the senders fails every request that waits; later ones are refused at once.
+    lock(&pending).take();
+}
+
+fn handle(received: Received<Event>, pending: &Pending, incoming: &mpsc::Sender<(u32, OwnedFd)>) {
+    match (received.message, received.fds.into_iter().next()) {
+        (Event::Reply { id, error }, _) => {
+            let caller = lock(pending)
+                .as_mut()
+                .and_then(|pending| pending.remove(&id));
+            match (caller, error) {
+                // The caller may have stopped waiting.
+                (Some(caller), error) => drop(caller.send(error)),
+                (None, Some(error)) => tracing::error!("the device process: {error}"),
+                (None, None) => {}
+            }
+        }
+        (Event::Incoming { port, .. }, Some(stream)) => {
+            // A guest that connects again and again must not fill this process.
+            if incoming.try_send((port, stream)).is_err() {
+                tracing::debug!("refused a further connection of the guest to port {port}");
+            }
+        }
+        (Event::Incoming { .. }, None) => {
+            tracing::warn!("the device process announced a connection without its stream");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{DeviceConfig, REQUEST_LIMITS, SETUP_LIMITS};
+
+    /// A control and the device process's end of it.
+    async fn started() -> (DeviceControl, Incoming, Socket) {
+        let (ours, theirs) = hull_ipc::pair().unwrap();
+        let theirs = Socket::new(theirs).unwrap();
+        let setup = Setup {
+            devices: vec![DeviceConfig::Fs],
+        };
+        let fds = [theirs.as_fd()];
+        let (control, incoming) = DeviceControl::start(ours, &setup, &fds, &[7]).unwrap();
+        let first = theirs
+            .receive::<Setup>(SETUP_LIMITS)
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!((first.message, first.fds.len()), (setup, 1));
+        let listen = request(&theirs).await;
+        assert_eq!(listen.message.call, Call::Listen { port: 7 });
+        (control, incoming, theirs)
+    }
+
+    async fn request(socket: &Socket) -> Received<Request> {
+        socket
+            .receive::<Request>(REQUEST_LIMITS)
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    async fn reply(socket: &Socket, id: u64, error: Option<&str>) {
+        let error = error.map(Into::into);
+        socket.send(&Event::Reply { id, error }, &[]).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn replies_reach_their_callers_in_any_order() {
+        let (control, _incoming, theirs) = started().await;
+        let device_process = async {
+            let first = request(&theirs).await;
+            let second = request(&theirs).await;
+            assert_eq!((first.fds.len(), second.fds.len()), (0, 0));
+            reply(&theirs, second.message.id, Some("no such share")).await;
+            reply(&theirs, first.message.id, None).await;
+        };
+        let (drained, removed, ()) =
+            tokio::join!(control.drain(), control.remove_share("x"), device_process);
+        assert_eq!(drained, Ok(()));
+        let refused = removed.unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "cannot remove share x from the guest: no such share"
+        );
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_device_process_fails_every_request() {
+        let (control, mut incoming, theirs) = started().await;
+        let ends = async {
+            request(&theirs).await;
+            drop(theirs);
+        };
+        let (drained, ()) = tokio::join!(control.drain(), ends);
+        assert!(matches!(drained, Err(Error::Gone { .. })));
+        assert!(matches!(control.drain().await, Err(Error::Gone { .. })));
+        assert!(incoming.recv().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn events_that_make_no_sense_are_skipped() {
+        let (control, mut incoming, theirs) = started().await;
+        theirs.send(&"nonsense", &[theirs.as_fd()]).await.unwrap();
+        theirs.send(&"x".repeat(100_000), &[]).await.unwrap();
+        reply(&theirs, 12345, None).await;
+        let port = Event::Incoming {
+            port: 7,
+            guest_port: 1,
+        };
+        theirs.send(&port, &[]).await.unwrap();
+        for _ in 0..2 * MAX_INCOMING {
+            theirs.send(&port, &[theirs.as_fd()]).await.unwrap();
+        }
+        let device_process = async {
+            let drain = request(&theirs).await;
+            reply(&theirs, drain.message.id, None).await;
+        };
+        let (drained, ()) = tokio::join!(control.drain(), device_process);
+        assert_eq!(drained, Ok(()));
+        for _ in 0..MAX_INCOMING {
+            assert_eq!(incoming.recv().await.unwrap().0, 7);
+        }
+        assert!(incoming.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_stops_waiting_leaves_nothing_behind() {
+        let (control, _incoming, theirs) = started().await;
+        let wait = tokio::time::timeout(Duration::from_millis(1), control.drain());
+        assert!(wait.await.is_err());
+        assert!(lock(&control.pending).as_ref().unwrap().is_empty());
+        // Its reply comes late.
+        reply(&theirs, request(&theirs).await.message.id, Some("late")).await;
+    }
+}

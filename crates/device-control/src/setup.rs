@@ -1,0 +1,310 @@
+//! The devices of a guest: what there is, and what each of them needs.
+
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+
+/// Most disks of a guest.
+pub const MAX_DISKS: usize = 16;
+
+/// Most net devices of a guest.
+pub const MAX_NETS: usize = 16;
+
+/// Fs, vsock and entropy, net devices, and disks with two descriptors each.
+pub(crate) const MAX_DESCRIPTORS: usize = 3 + MAX_NETS + 2 * MAX_DISKS;
+
+/// The serial number by which the guest knows the machine's disk `index`.
+pub fn disk_serial(index: usize) -> String {
+    format!("hull-disk{index}")
+}
+
+/// A type of device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceType {
+    /// Directories of the host.
+    Fs,
+    /// Byte streams to the host.
+    Vsock,
+    /// Random numbers.
+    Entropy,
+    /// A network interface.
+    Net,
+    /// A block device.
+    Disk,
+}
+
+impl DeviceType {
+    /// The device ID of the virtio specification, section 5.
+    pub const fn virtio_id(self) -> u32 {
+        match self {
+            Self::Net => 1,
+            Self::Disk => 2,
+            Self::Entropy => 4,
+            Self::Vsock => 19,
+            Self::Fs => 26,
+        }
+    }
+
+    /// Its name, in messages and names of threads.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fs => "fs",
+            Self::Vsock => "vsock",
+            Self::Entropy => "entropy",
+            Self::Net => "net",
+            Self::Disk => "disk",
+        }
+    }
+
+    /// The name of one of several devices of this type.
+    pub fn instance_name(self, number: u32) -> String {
+        format!("{}{number}", self.name())
+    }
+}
+
+/// One device of a guest. Its descriptors are, in this order: the listening vhost-user socket; for a
+/// disk, the file or block device, opened for what the guest may do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum DeviceConfig {
+    /// See [`DeviceType::Fs`].
+    Fs,
+    /// See [`DeviceType::Vsock`].
+    Vsock,
+    /// See [`DeviceType::Entropy`].
+    Entropy,
+    /// See [`DeviceType::Net`].
+    Net {
+        /// Hardware address that the driver finds.
+        mac: [u8; 6],
+        /// The front end is QEMU's net device, which enables rings before it has set features.
+        early_enable: bool,
+    },
+    /// See [`DeviceType::Disk`].
+    Disk {
+        /// The guest may only read.
+        read_only: bool,
+    },
+}
+
+impl DeviceConfig {
+    /// Its type.
+    pub const fn device_type(&self) -> DeviceType {
+        match self {
+            Self::Fs => DeviceType::Fs,
+            Self::Vsock => DeviceType::Vsock,
+            Self::Entropy => DeviceType::Entropy,
+            Self::Net { .. } => DeviceType::Net,
+            Self::Disk { .. } => DeviceType::Disk,
+        }
+    }
+}
+
+/// The first message to a device process: its devices. Net devices and disks are numbered in the
+/// order in which they appear.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Setup {
+    /// The devices.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// What one device was given.
+#[derive(Debug)]
+pub struct Resources {
+    /// Listening vhost-user socket.
+    pub socket: OwnedFd,
+    /// The file or block device of a disk.
+    pub file: Option<OwnedFd>,
+}
+
+/// Why a [`Setup`] is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidSetup {
+    /// More devices of a type than there may be.
+    #[error("a device process has {most} {} devices at most", .device.name())]
+    TooMany {
+        /// The type.
+        device: DeviceType,
+        /// How many there may be.
+        most: usize,
+    },
+    /// The descriptors are not those of the devices.
+    #[error("the devices need {needed} descriptors, and {given} were given")]
+    Descriptors {
+        /// How many the devices need.
+        needed: usize,
+        /// How many came with the message.
+        given: usize,
+    },
+}
+
+impl Setup {
+    /// The devices' names, in order: `fs`, `net0`, `net1`, `disk0`, ….
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let (mut nets, mut disks) = (0.., 0..);
+        self.devices.iter().map(move |device| {
+            let kind = device.device_type();
+            let number = match kind {
+                DeviceType::Net => nets.next(),
+                DeviceType::Disk => disks.next(),
+                DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy => None,
+            };
+            match number {
+                Some(number) => kind.instance_name(number),
+                None => kind.name().to_owned(),
+            }
+        })
+    }
+
+    /// Gives each device its descriptors.
+    ///
+    /// # Errors
+    /// [`InvalidSetup`]: there are too many devices of a type, or not as many descriptors as they
+    /// need.
+    pub fn assign(
+        self,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Vec<(DeviceConfig, Resources)>, InvalidSetup> {
+        self.check()?;
+        let (needed, given) = (self.descriptors(), descriptors.len());
+        let wrong = || InvalidSetup::Descriptors { needed, given };
+        if needed != given {
+            return Err(wrong());
+        }
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or_else(wrong);
+        self.devices
+            .into_iter()
+            .map(|device| {
+                let resources = Resources {
+                    socket: next()?,
+                    file: match device {
+                        DeviceConfig::Disk { .. } => Some(next()?),
+                        _ => None,
+                    },
+                };
+                Ok((device, resources))
+            })
+            .collect()
+    }
+
+    /// How many descriptors the devices need.
+    fn descriptors(&self) -> usize {
+        self.devices
+            .iter()
+            .map(|device| match device {
+                DeviceConfig::Disk { .. } => 2,
+                _ => 1,
+            })
+            .sum()
+    }
+
+    fn check(&self) -> Result<(), InvalidSetup> {
+        for (device, most) in [
+            (DeviceType::Fs, 1),
+            (DeviceType::Vsock, 1),
+            (DeviceType::Entropy, 1),
+            (DeviceType::Net, MAX_NETS),
+            (DeviceType::Disk, MAX_DISKS),
+        ] {
+            let count = self
+                .devices
+                .iter()
+                .filter(|config| config.device_type() == device)
+                .count();
+            if count > most {
+                return Err(InvalidSetup::TooMany { device, most });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::fd::{AsFd, AsRawFd};
+
+    use super::*;
+
+    fn descriptors(count: usize) -> Vec<OwnedFd> {
+        let (fd, _) = hull_ipc::pair().unwrap();
+        (0..count)
+            .map(|_| fd.as_fd().try_clone_to_owned().unwrap())
+            .collect()
+    }
+
+    const NET: DeviceConfig = DeviceConfig::Net {
+        mac: [2, 0, 0, 0, 0, 1],
+        early_enable: true,
+    };
+    const DISK: DeviceConfig = DeviceConfig::Disk { read_only: true };
+
+    #[test]
+    fn each_device_gets_its_descriptors_in_order() {
+        let setup = Setup {
+            devices: vec![DeviceConfig::Fs, DISK, NET, DISK],
+        };
+        let given = descriptors(6);
+        let numbers: Vec<_> = given.iter().map(AsRawFd::as_raw_fd).collect();
+        let assigned = setup.clone().assign(given).unwrap();
+        let seen: Vec<_> = assigned
+            .iter()
+            .flat_map(|(_, has)| [Some(&has.socket), has.file.as_ref()])
+            .flatten()
+            .map(AsRawFd::as_raw_fd)
+            .collect();
+        assert_eq!(seen, numbers);
+        let devices: Vec<_> = assigned.into_iter().map(|(device, _)| device).collect();
+        assert_eq!(devices, setup.devices);
+        let names: Vec<_> = setup.names().collect();
+        assert_eq!(names, ["fs", "disk0", "net0", "disk1"]);
+    }
+
+    #[test]
+    fn the_number_of_descriptors_must_be_right() {
+        for given in [0, 1, 2, 4] {
+            let setup = Setup {
+                devices: vec![DeviceConfig::Vsock, DISK],
+            };
+            assert_eq!(
+                setup.assign(descriptors(given)).unwrap_err(),
+                InvalidSetup::Descriptors { needed: 3, given }
+            );
+        }
+    }
+
+    #[test]
+    fn the_number_of_devices_is_bounded() {
+        for (device, most) in [(DeviceConfig::Fs, 1), (NET, MAX_NETS), (DISK, MAX_DISKS)] {
+            let setup = |count| Setup {
+                devices: vec![device.clone(); count],
+            };
+            let fine = setup(most);
+            let needed = fine.descriptors();
+            assert!(fine.assign(descriptors(needed)).is_ok());
+            let refused = setup(most + 1).assign(Vec::new()).unwrap_err();
+            assert!(matches!(refused, InvalidSetup::TooMany { .. }), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_largest_setup_fits_its_limits() {
+        let mut devices = vec![DeviceConfig::Fs, DeviceConfig::Vsock, DeviceConfig::Entropy];
+        devices.extend(vec![
+            DeviceConfig::Net {
+                mac: [255; 6],
+                early_enable: false,
+            };
+            MAX_NETS
+        ]);
+        devices.extend(vec![DeviceConfig::Disk { read_only: false }; MAX_DISKS]);
+        let setup = Setup { devices };
+        let text = serde_json::to_vec(&setup).unwrap();
+        assert!(text.len() <= crate::SETUP_LIMITS.bytes);
+        assert!(setup.descriptors() <= crate::SETUP_LIMITS.fds);
+        assert_eq!(serde_json::from_slice::<Setup>(&text).unwrap(), setup);
+    }
+}

@@ -1,0 +1,115 @@
+//! Requests of the sandbox: which device each of them goes to, and its reply.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hull_device_control::{Call, Event, Request};
+
+use super::{Ended, NetSlot, report};
+use crate::fs::Shares;
+use crate::vsock::Handle as VsockHandle;
+
+const NO_FS: &str = "this device process has no fs device";
+const NO_VSOCK: &str = "this device process has no vsock device";
+const NO_NET: &str = "this device process has no such net device";
+const NO_FD: &str = "no descriptor came with the request";
+const NO_TAP: &str = "no tap is attached";
+
+/// The devices that requests reach.
+#[derive(Default)]
+pub struct Targets {
+    pub shares: Option<Shares>,
+    pub vsock: Option<VsockHandle>,
+    pub nets: Vec<NetSlot>,
+    /// Number of disks.
+    pub disks: usize,
+}
+
+/// Sends the reply to one request.
+struct Reply {
+    id: u64,
+    control: Arc<OwnedFd>,
+}
+
+impl Reply {
+    fn send(self, result: Result<(), String>) {
+        let event = Event::Reply {
+            id: self.id,
+            error: result.err(),
+        };
+        report(&self.control, &event, None);
+    }
+
+    /// For a request that a device answers with a result.
+    fn on_result<E: std::fmt::Display>(self) -> Box<dyn FnOnce(Result<(), E>) + Send> {
+        Box::new(move |result| self.send(result.map_err(|error| error.to_string())))
+    }
+}
+
+/// Serves one request. The device that it is for replies, now or later.
+pub fn serve(
+    request: Request,
+    fd: Option<OwnedFd>,
+    control: &Arc<OwnedFd>,
+    targets: &mut Targets,
+    ended: &Arc<Ended>,
+) {
+    let reply = Reply {
+        id: request.id,
+        control: control.clone(),
+    };
+    let unavailable = |reason: &str| Err(reason.to_owned());
+    match request.call {
+        Call::AddShare { name, cache } => match (&targets.shares, fd) {
+            (Some(shares), Some(fd)) => shares.add(&name, fd, cache, reply.on_result()),
+            (None, _) => reply.send(unavailable(NO_FS)),
+            (_, None) => reply.send(unavailable(NO_FD)),
+        },
+        Call::RemoveShare { name } => match &targets.shares {
+            Some(shares) => shares.remove(&name, reply.on_result()),
+            None => reply.send(unavailable(NO_FS)),
+        },
+        Call::AttachNet { device, options } => {
+            match (targets.nets.get_mut(usize::from(device)), fd) {
+                (Some(net), Some(tap)) => match net.start(ended) {
+                    Ok(net) => net.attach(tap, options, reply.on_result()),
+                    Err(error) => reply.send(Err(error.to_string())),
+                },
+                (None, _) => reply.send(unavailable(NO_NET)),
+                (_, None) => reply.send(unavailable(NO_FD)),
+            }
+        }
+        Call::ChangeNet { device, options } => match targets.nets.get(usize::from(device)) {
+            Some(net) => match net.started() {
+                Some(net) => net.change(options, reply.on_result()),
+                None => reply.send(unavailable(NO_TAP)),
+            },
+            None => reply.send(unavailable(NO_NET)),
+        },
+        Call::DetachNet { device } => match targets.nets.get(usize::from(device)) {
+            Some(net) => match net.started() {
+                Some(net) => net.detach(reply.on_result()),
+                None => reply.send(Ok(())),
+            },
+            None => reply.send(unavailable(NO_NET)),
+        },
+        Call::Listen { port } => match &targets.vsock {
+            Some(vsock) => vsock.listen(port, reply.on_result()),
+            None => reply.send(unavailable(NO_VSOCK)),
+        },
+        Call::Drain => match &targets.vsock {
+            Some(vsock) => vsock.drain(reply.on_result()),
+            None => reply.send(unavailable(NO_VSOCK)),
+        },
+        Call::Connect {
+            guest_port,
+            host_port,
+        } => match (&targets.vsock, fd) {
+            (Some(vsock), Some(stream)) => {
+                vsock.connect(guest_port, host_port, stream, reply.on_result());
+            }
+            (None, _) => reply.send(unavailable(NO_VSOCK)),
+            (_, None) => reply.send(unavailable(NO_FD)),
+        },
+    }
+}

@@ -1,0 +1,335 @@
+//! The process that holds the devices of one guest: its threads, its control socket, its end.
+//!
+//! Its role calls [`take_control_socket`] first, confines itself, and then calls [`run`]. By then
+//! nothing is left of the host but `/proc` of its own pid namespace and the descriptors that come
+//! over the control socket. Each device has its own thread and front end; the first thread serves
+//! the control socket. The process ends when the sandbox closes the control socket or a front end
+//! disconnects.
+#![allow(unsafe_code)]
+
+mod calls;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hull_device_control::{
+    CONTROL_FD, DeviceConfig, DeviceType, Event, InvalidSetup, REQUEST_LIMITS, Request, Resources,
+    SETUP_LIMITS, Setup, disk_serial,
+};
+use hull_ipc::Received;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::net::SocketType;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::block::Block;
+use crate::device::Device;
+use crate::entropy::Entropy;
+use crate::fs::Fs;
+use crate::net::{Handle as NetHandle, Net};
+use crate::transport::vhost_user::{self, FrontEnd};
+use crate::vsock::Vsock;
+use calls::Targets;
+
+/// Why the process cannot run, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The process was not started by a sandbox.
+    #[error("descriptor {CONTROL_FD} is not a control socket")]
+    NoControlSocket,
+    /// The sandbox closed the control socket before it said which devices there are.
+    #[error("the sandbox has ended before it configured the devices")]
+    NoSetup,
+    /// The configuration makes no sense.
+    #[error("cannot set the devices up: {0}")]
+    Setup(#[from] InvalidSetup),
+    /// A call of the host failed.
+    #[error("cannot {action}: {source}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
+    /// A device's front end broke the protocol.
+    #[error(transparent)]
+    Transport(#[from] vhost_user::Error),
+}
+
+impl Error {
+    fn host(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { action, source }
+    }
+}
+
+/// Takes the inherited control socket, [`CONTROL_FD`]. Called once, before the process opens any
+/// descriptor of its own, which could get that number.
+///
+/// # Errors
+/// [`Error::NoControlSocket`] when the descriptor is not open, or not a socket for messages.
+pub fn take_control_socket() -> Result<OwnedFd, Error> {
+    // SAFETY: borrowed for the questions whether it is open and what it is.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
+    let socket_type = rustix::net::sockopt::socket_type(borrowed);
+    if socket_type != Ok(SocketType::SEQPACKET) {
+        return Err(Error::NoControlSocket);
+    }
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)
+        .map_err(|_| Error::NoControlSocket)?;
+    // SAFETY: it is open, and inherited, so nothing else in this process owns it; the caller calls
+    // this once.
+    Ok(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
+}
+
+/// Runs the devices that the sandbox asks for until it closes the control socket or a front end
+/// disconnects.
+///
+/// # Errors
+/// A device cannot be set up, its front end broke the protocol, or the control socket failed.
+pub fn run(control: OwnedFd) -> Result<(), Error> {
+    let devices = receive_setup(&control)?;
+    raise_descriptor_limit();
+    // The host must not judge the fs device's file accesses by groups that the guest's user lacks.
+    if let Err(error) = rustix::thread::set_thread_groups(&[]) {
+        tracing::debug!(%error, "cannot leave supplementary groups");
+    }
+    // The guest has applied its own umask.
+    rustix::process::umask(rustix::fs::Mode::empty());
+
+    let control = Arc::new(control);
+    let ended = Arc::new(Ended::new().map_err(Error::host("create an eventfd"))?);
+    let mut targets = Targets::default();
+    for (device, resources) in devices {
+        start_device(device, resources, &mut targets, &control, &ended)?;
+    }
+    serve_control(&control, &mut targets, &ended)
+}
+
+fn receive_setup(control: &OwnedFd) -> Result<Vec<(DeviceConfig, Resources)>, Error> {
+    let received = hull_ipc::receive::<Setup>(control, SETUP_LIMITS)
+        .map_err(Error::host("receive the configuration of the devices"))?;
+    let Received { message, fds } = received.ok_or(Error::NoSetup)?;
+    Ok(message.assign(fds)?)
+}
+
+fn start_device(
+    device: DeviceConfig,
+    resources: Resources,
+    targets: &mut Targets,
+    control: &Arc<OwnedFd>,
+    ended: &Arc<Ended>,
+) -> Result<(), Error> {
+    let kind = device.device_type();
+    let Resources { socket, file } = resources;
+    match device {
+        DeviceConfig::Fs => {
+            let (device, shares) = Fs::new().map_err(Error::host("create the fs device"))?;
+            targets.shares = Some(shares);
+            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
+        }
+        DeviceConfig::Vsock => {
+            let reports = control.clone();
+            let (device, handle) = Vsock::new(Box::new(move |incoming| {
+                let event = Event::Incoming {
+                    port: incoming.port,
+                    guest_port: incoming.guest_port,
+                };
+                report(&reports, &event, Some(incoming.stream.as_fd()));
+            }))
+            .map_err(Error::host("create the vsock device"))?;
+            targets.vsock = Some(handle);
+            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
+        }
+        DeviceConfig::Entropy => {
+            let device = Entropy::new().map_err(Error::host("create the entropy device"))?;
+            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
+        }
+        DeviceConfig::Net { mac, early_enable } => {
+            let mut slot = NetSlot::Idle {
+                socket,
+                mac,
+                front_end: match early_enable {
+                    true => FrontEnd::EarlyEnable,
+                    false => FrontEnd::InOrder,
+                },
+            };
+            if early_enable {
+                // QEMU's devices are there from boot.
+                slot.start(ended)?;
+            }
+            targets.nets.push(slot);
+            Ok(())
+        }
+        DeviceConfig::Disk { read_only } => {
+            // `Setup::assign` gives each disk its file.
+            let file = file.ok_or(Error::NoSetup)?;
+            let serial = disk_serial(targets.disks);
+            let device = Block::new(File::from(file), read_only, &serial)
+                .map_err(Error::host("measure a disk"))?;
+            targets.disks += 1;
+            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
+        }
+    }
+}
+
+/// A net device. One that nothing was ever attached to costs no thread.
+enum NetSlot {
+    Idle {
+        socket: OwnedFd,
+        mac: [u8; 6],
+        front_end: FrontEnd,
+    },
+    Started(NetHandle),
+    Failed,
+}
+
+impl NetSlot {
+    /// Starts the device, unless it runs already.
+    fn start(&mut self, ended: &Arc<Ended>) -> Result<&NetHandle, Error> {
+        if let Self::Idle { .. } = self
+            && let Self::Idle {
+                socket,
+                mac,
+                front_end,
+            } = std::mem::replace(self, Self::Failed)
+        {
+            let (device, handle) = Net::new(mac).map_err(Error::host("create a net device"))?;
+            start(DeviceType::Net, Box::new(device), socket, front_end, ended)?;
+            *self = Self::Started(handle);
+        }
+        self.started().ok_or(Error::Host {
+            action: "use a net device",
+            source: io::Error::other("it did not start"),
+        })
+    }
+
+    fn started(&self) -> Option<&NetHandle> {
+        match self {
+            Self::Started(handle) => Some(handle),
+            Self::Idle { .. } | Self::Failed => None,
+        }
+    }
+}
+
+/// Each inode that the guest knows holds a descriptor here.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// How device threads wake the first thread when they end.
+struct Ended {
+    event: OwnedFd,
+    result: Mutex<Option<Result<(), vhost_user::Error>>>,
+}
+
+impl Ended {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::CLOEXEC)?,
+            result: Mutex::new(None),
+        })
+    }
+
+    fn set(&self, result: Result<(), vhost_user::Error>) {
+        self.result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(result);
+        if let Err(error) = rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "cannot end the device process");
+        }
+    }
+
+    /// The result of the first thread that ended.
+    fn take(&self) -> Result<(), vhost_user::Error> {
+        self.result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .unwrap_or(Ok(()))
+    }
+}
+
+fn start(
+    kind: DeviceType,
+    device: Box<dyn Device>,
+    socket: OwnedFd,
+    front_end: FrontEnd,
+    ended: &Arc<Ended>,
+) -> Result<(), Error> {
+    let ended = ended.clone();
+    let name = kind.name();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            let result = vhost_user::serve(name, device, socket, front_end);
+            tracing::debug!(device = name, "front end has disconnected");
+            ended.set(result);
+        })
+        .map_err(Error::host("start a device thread"))?;
+    Ok(())
+}
+
+fn serve_control(
+    control: &Arc<OwnedFd>,
+    targets: &mut Targets,
+    ended: &Arc<Ended>,
+) -> Result<(), Error> {
+    loop {
+        let mut ready = [
+            PollFd::new(control, PollFlags::IN),
+            PollFd::new(&ended.event, PollFlags::IN),
+        ];
+        match poll(&mut ready, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::host("wait for the control socket")(error.into())),
+        }
+        if !ready[1].revents().is_empty() {
+            return Ok(ended.take()?);
+        }
+        if ready[0].revents().is_empty() {
+            continue;
+        }
+        match hull_ipc::receive::<Request>(control, REQUEST_LIMITS) {
+            Ok(Some(Received { message, fds })) => {
+                calls::serve(message, fds.into_iter().next(), control, targets, ended);
+            }
+            Ok(None) => return Ok(()),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock => {}
+                io::ErrorKind::InvalidData => {
+                    tracing::error!(%error, "ignored a request of the sandbox");
+                }
+                _ => return Err(Error::host("read the control socket")(error)),
+            },
+        }
+    }
+}
+
+/// Sends an event. When that fails the sandbox has ended, which the control loop notices itself.
+fn report(control: &OwnedFd, event: &Event, fd: Option<BorrowedFd<'_>>) {
+    loop {
+        match hull_ipc::send(control, event, fd.as_slice()) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // Only if the sandbox made the shared description non-blocking.
+                let mut ready = [PollFd::new(control, PollFlags::OUT)];
+                if poll(&mut ready, None).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "cannot report to the sandbox");
+                return;
+            }
+            Ok(()) => return,
+        }
+    }
+}

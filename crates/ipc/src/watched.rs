@@ -1,0 +1,101 @@
+//! The asynchronous half: a socket for messages in tokio's event loop.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::message::{self, Limits, Prepared, Received};
+use crate::sys::watch;
+
+/// One end of a connection. Several tasks may send; one receives.
+#[derive(Debug)]
+pub struct Socket(AsyncFd<OwnedFd>);
+
+impl Socket {
+    /// Takes over a socket and makes it non-blocking. Called within a runtime.
+    ///
+    /// # Errors
+    /// As [`watch`].
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        Ok(Self(watch(fd, Interest::READABLE | Interest::WRITABLE)?))
+    }
+
+    /// Sends one message. A future that is dropped has sent all of it or nothing.
+    ///
+    /// # Errors
+    /// As [`message::send`], without `WouldBlock`.
+    pub async fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let prepared = Prepared::new(message)?;
+        self.0
+            .async_io(Interest::WRITABLE, |socket| prepared.send(socket, fds))
+            .await
+    }
+
+    /// Receives one message; `None` when the peer has closed. A future that is dropped has
+    /// received nothing.
+    ///
+    /// # Errors
+    /// As [`message::receive`], without `WouldBlock`.
+    pub async fn receive<M: DeserializeOwned>(
+        &self,
+        limits: Limits,
+    ) -> io::Result<Option<Received<M>>> {
+        self.0
+            .async_io(Interest::READABLE, |socket| {
+                message::receive(socket, limits)
+            })
+            .await
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::pair;
+
+    #[tokio::test]
+    async fn messages_wait_for_room_and_for_each_other() {
+        let (a, b) = pair().unwrap();
+        let (a, b) = (Socket::new(a).unwrap(), Socket::new(b).unwrap());
+        const MESSAGES: usize = 1000;
+        let text = "x".repeat(message::MAX_INLINE);
+        let sender = async {
+            for _ in 0..MESSAGES {
+                a.send(&text, &[a.as_fd()]).await.unwrap();
+            }
+        };
+        let receiver = async {
+            for _ in 0..MESSAGES {
+                let received = b
+                    .receive::<String>(Limits::default())
+                    .await
+                    .unwrap()
+                    .unwrap();
+                assert_eq!(
+                    (received.message.len(), received.fds.len()),
+                    (text.len(), 1)
+                );
+            }
+        };
+        tokio::join!(sender, receiver);
+        drop(a);
+        assert!(
+            b.receive::<String>(Limits::default())
+                .await
+                .unwrap()
+                .is_none()
+        );
+    }
+}
