@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hull_machine::{Choice, ConsoleRing, Exit, Kind, MachineSpec, Requirements, choose, exit};
+use hull_machine::{Choice, ConsoleRing, Exit, Kind, MachineSpec, Requirements, choose};
 use rustix::event::{PollFd, PollFlags, poll};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -72,7 +72,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             )],
             None,
         )?;
-        let status = exit::reap(started.pidfd.as_fd())?.ok_or("still running")?;
+        let status = hull_jail::Status::reap(started.pidfd.as_fd())?.ok_or("still running")?;
         let ended = start.elapsed();
         all.push([jailed, marked.unwrap_or_default(), ended]);
         if round + 1 == times {

@@ -1,5 +1,6 @@
 //! Choosing a machine: the kind asked for, or the first that works here, with the reason in words.
-//! Called at the start of each `hull run`, so it looks at little; what takes time (KVM) is probed once and kept.
+//! Called at the start of each `hull run`, so it looks at little; what takes time (KVM) is probed
+//! once and kept.
 
 use std::path::PathBuf;
 

@@ -1,8 +1,8 @@
 //! What a guest kernel prints: read from a pipe, the last of it kept in a file, shown cleaned up.
 //!
-//! The sandbox owns a [`ConsoleRing`], waits for [`ConsoleRing::fd`] to be readable in its event loop, reads what is
-//! there and pushes it. Everything in it was written by a guest: no byte of it is interpreted, and people get to
-//! see it only through [`ConsoleRing::tail`].
+//! The sandbox owns a [`ConsoleRing`], waits for [`ConsoleRing::fd`] to be readable in its event
+//! loop, reads what is there and pushes it. Everything in it was written by a guest: no byte of it
+//! is interpreted, and people get to see it only through [`ConsoleRing::tail`].
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -28,7 +28,8 @@ pub struct ConsoleRing {
 }
 
 impl ConsoleRing {
-    /// Creates the ring's file and the pipe. The second value is the pipe's writing end, for the machine.
+    /// Creates the ring's file and the pipe. The second value is the pipe's writing end, for the
+    /// machine.
     pub fn create(file: &Path) -> io::Result<(Self, OwnedFd)> {
         let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         // Only this end: the machine's may block.
@@ -82,8 +83,8 @@ impl ConsoleRing {
         self.unwritten = (self.unwritten + bytes.len()).min(self.kept.len());
     }
 
-    /// Writes to the file what is new. The file is appended to until it holds twice the capacity and then
-    /// rewritten, so that a flood costs two writes per byte at most.
+    /// Writes to the file what is new. The file is appended to until it holds twice the capacity
+    /// and then rewritten, so that a flood costs two writes per byte at most.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.unwritten == 0 {
             return Ok(());
@@ -114,7 +115,8 @@ impl ConsoleRing {
     }
 }
 
-/// The last `lines` lines of a ring's file, cleaned up for people: for a console whose sandbox has ended.
+/// The last `lines` lines of a ring's file, cleaned up for people: for a console whose sandbox has
+/// ended.
 pub fn tail_of_file(file: &Path, lines: usize) -> io::Result<Vec<String>> {
     let file = File::open(file)?;
     let length = file.metadata()?.len();

@@ -1,35 +1,9 @@
 //! Why a machine ended, in one line. Called by crate sandbox once the machine's pidfd is readable.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
 
-use rustix::io::Errno;
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use hull_jail::{SignalName, Status};
 use serde::{Deserialize, Serialize};
-
-/// How a process ended, as its parent is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Status {
-    /// It ended itself with this exit code.
-    Code(i32),
-    /// This signal ended it.
-    Signal(i32),
-}
-
-/// Collects an ended child. `None` while it is running.
-pub fn reap(pidfd: BorrowedFd<'_>) -> Result<Option<Status>, Errno> {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-    let Some(status) = waitid(WaitId::PidFd(pidfd), options)? else {
-        return Ok(None);
-    };
-    Ok(Some(
-        match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => Status::Code(code),
-            (None, signal) => Status::Signal(signal.unwrap_or_default()),
-        },
-    ))
-}
 
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,7 +29,8 @@ pub enum Exit {
 
 impl Exit {
     /// Interprets how a machine process ended, with the last lines of its console (see
-    /// [`crate::ConsoleRing::tail`]). What the console says is the guest's word: it colours the reason, no more.
+    /// [`crate::ConsoleRing::tail`]). What the console says is the guest's word: it colours the
+    /// reason, no more.
     pub fn interpret(status: Status, console: &[String]) -> Self {
         let panic = console.iter().rev().find_map(|line| {
             line.split_once("Kernel panic - not syncing: ")
@@ -90,30 +65,6 @@ impl fmt::Display for Exit {
                 write!(f, "the machine process failed (exit code {code}): {said}")
             }
         }
-    }
-}
-
-/// A signal as people know it.
-struct SignalName(i32);
-
-impl fmt::Display for SignalName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.0 {
-            libc::SIGHUP => "SIGHUP",
-            libc::SIGINT => "SIGINT",
-            libc::SIGQUIT => "SIGQUIT",
-            libc::SIGILL => "SIGILL",
-            libc::SIGABRT => "SIGABRT",
-            libc::SIGBUS => "SIGBUS",
-            libc::SIGFPE => "SIGFPE",
-            libc::SIGKILL => "SIGKILL",
-            libc::SIGSEGV => "SIGSEGV",
-            libc::SIGPIPE => "SIGPIPE",
-            libc::SIGTERM => "SIGTERM",
-            libc::SIGSYS => "SIGSYS (a forbidden system call)",
-            number => return write!(f, "signal {number}"),
-        };
-        f.write_str(name)
     }
 }
 

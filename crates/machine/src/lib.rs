@@ -1,16 +1,17 @@
 //! Machines: what runs a guest kernel.
 //!
-//! One trait, [`Machine`], and its kinds: `uml` (a Linux kernel as an ordinary process) and `qemu`. [`choose()`] picks
-//! one by what [`probe()`] finds; [`jail`] is what the machine process and the device process run in; a
-//! [`ConsoleRing`] keeps what the guest kernel prints; [`exit`] says in one line why a machine ended.
+//! One trait, [`Machine`], and its kinds: `uml` (a Linux kernel as an ordinary process) and `qemu`.
+//! [`choose()`] picks one by what [`probe()`] finds; [`jail`] is what the machine process and the
+//! device process run in; a [`ConsoleRing`] keeps what the guest kernel prints; [`exit`] says in
+//! one line why a machine ended.
 //!
-//! Called by crate sandbox (start, console, exit) and crate cli (`hull check`). It never parses what a guest wrote,
-//! but for cleaning up console text before people see it, and knows nothing of containers or images.
+//! Called by crate sandbox (start, console, exit) and crate cli (`hull check`). It never parses
+//! what a guest wrote, but for cleaning up console text before people see it, and knows nothing of
+//! containers or images.
 
 pub mod choose;
 pub mod console;
 pub mod exit;
-pub mod jail;
 pub mod probe;
 mod qemu;
 mod uml;
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 pub use choose::{Choice, Requirements, choose};
 pub use console::ConsoleRing;
 pub use exit::Exit;
-pub use jail::Started;
+pub use hull_jail::Started;
 pub use probe::{Report, probe};
 
 /// The kinds of machine.
@@ -60,7 +61,8 @@ impl Kind {
         }
     }
 
-    /// What its guest's kernel is told to find net device `number`, if it does not have it since it booted.
+    /// What its guest's kernel is told to find net device `number`, if it does not have it since it
+    /// booted.
     pub fn plug(self, number: u8) -> Option<String> {
         match self {
             Self::Uml => Some(uml::device(&net_socket(number), NET)),
@@ -68,7 +70,8 @@ impl Kind {
         }
     }
 
-    /// How many devices it has room for, if that is few: vsock, fs and entropy, net devices and disks.
+    /// How many devices it has room for, if that is few: vsock, fs and entropy, net devices and
+    /// disks.
     pub fn most_devices(self) -> Option<usize> {
         match self {
             // As many transports as QEMU's microvm has without ACPI (hw/i386/microvm.c).
@@ -106,8 +109,9 @@ pub struct MachineSpec {
     pub memory: u64,
     /// Virtual processors.
     pub cpus: u32,
-    /// Directory with the sockets that the device process listens on: `fs.sock`, `vsock.sock`, `entropy.sock`,
-    /// `net0.sock` and `disk0.sock`, …; a device without a socket is left out. They, and it, are given to the jail's user.
+    /// Directory with the sockets that the device process listens on: `fs.sock`, `vsock.sock`,
+    /// `entropy.sock`, `net0.sock` and `disk0.sock`, …; a device without a socket is left out.
+    /// They, and it, are given to the jail's user.
     pub sockets: PathBuf,
     /// Hardware addresses of the net devices, which are at `net0.sock`, ….
     pub nets: Vec<[u8; 6]>,
@@ -125,8 +129,9 @@ pub trait Machine {
     /// Which.
     fn kind(&self) -> Kind;
 
-    /// Starts it, jailed; the guest kernel boots after this returns. `console` is the writing end of a pipe, which
-    /// gets everything the guest kernel prints and is closed when the machine has ended.
+    /// Starts it, jailed; the guest kernel boots after this returns. `console` is the writing end
+    /// of a pipe, which gets everything the guest kernel prints and is closed when the machine has
+    /// ended.
     fn start(&self, spec: &MachineSpec, console: OwnedFd) -> Result<Started, Error>;
 }
 
@@ -216,7 +221,7 @@ pub enum Error {
     },
     /// The jail could not be set up.
     #[error(transparent)]
-    Jail(#[from] jail::Error),
+    Jail(#[from] hull_jail::Error),
 }
 
 impl Error {

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::jail::{self, Bind, CapabilitySet, Confinement, JailSpec, Role, Root};
 use crate::{Error, Kind, MIN_MEMORY, Machine, MachineSpec, Started, device_sockets, open};
+use hull_jail::{self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root};
 
 /// The oldest version whose `microvm` takes vhost-user devices as used here.
 const OLDEST: (u32, u32) = (6, 2);
@@ -17,7 +17,8 @@ const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 /// Where its shared libraries are.
 const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
 
-/// Where its modules may be: it would look for them beside its executable, which the jail does not show.
+/// Where its modules may be: it would look for them beside its executable, which the jail does not
+/// show.
 #[cfg(target_arch = "x86_64")]
 const MODULES: [&str; 3] = [
     "/usr/lib/x86_64-linux-gnu/qemu",
@@ -161,7 +162,8 @@ impl Qemu {
             ..Root::default()
         };
         for library in LIBRARIES.map(Path::new) {
-            // With one /usr these are links, which have to be there too: the interpreter's path begins with one.
+            // With one /usr these are links, which have to be there too: the interpreter's path
+            // begins with one.
             match std::fs::read_link(library) {
                 Ok(to) => root.links.push((library.to_owned(), to)),
                 Err(_) if library.is_dir() => root.binds.push(bind(library, library, true)),
@@ -252,21 +254,24 @@ impl Qemu {
     }
 
     fn kernel_command_line(&self, cpus: u32) -> String {
-        // Warnings and what is worse. Restarting is how a guest without ACPI ends itself (see `-no-reboot`).
+        // Warnings and what is worse. Restarting is how a guest without ACPI ends itself (see
+        // `-no-reboot`).
         let mut line = String::from(
             "console=ttyS0 quiet loglevel=5 panic=-1 reboot=t no_timer_check acpi=off pci=off \
              dummy.numdummies=0",
         );
         if !self.kvm {
-            // An emulated guest reads the host's time stamp counter, but has no reference to measure it by that a
-            // busy host does not falsify: then it would be left with a clock of ten milliseconds.
+            // An emulated guest reads the host's time stamp counter, but has no reference to
+            // measure it by that a busy host does not falsify: then it would be left with a clock
+            // of ten milliseconds.
             if let Some(frequency) =
                 tsc_khz(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
             {
                 line.push_str(&format!(" tsc=reliable tsc_early_khz={frequency}"));
             }
             if cpus == 1 {
-                // Measuring the local timer takes a tenth of a second; the other one needs no measuring.
+                // Measuring the local timer takes a tenth of a second; the other one needs no
+                // measuring.
                 line.push_str(" nolapic_timer");
             }
         }
@@ -274,8 +279,8 @@ impl Qemu {
     }
 }
 
-/// Frequency of the host's time stamp counter. Its kernel shows it only as the speed of a delay loop, which is
-/// made from it: two loops per cycle.
+/// Frequency of the host's time stamp counter. Its kernel shows it only as the speed of a delay
+/// loop, which is made from it: two loops per cycle.
 fn tsc_khz(cpuinfo: &str) -> Option<u64> {
     let line = cpuinfo.lines().find(|line| line.starts_with("bogomips"))?;
     let bogomips: f64 = line.split_once(':')?.1.trim().parse().ok()?;

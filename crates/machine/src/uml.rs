@@ -1,5 +1,6 @@
-//! Machine kind `uml`: a Linux kernel built for user mode, an ordinary process that traces the processes of its
-//! guest. Needs no virtualization; it is not hardware isolation, so the jail around it matters most here.
+//! Machine kind `uml`: a Linux kernel built for user mode, an ordinary process that traces the
+//! processes of its guest. Needs no virtualization; it is not hardware isolation, so the jail
+//! around it matters most here.
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -9,12 +10,12 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Signal, WaitId, WaitIdOptions, waitid};
 
-use crate::jail::{self, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Tmp};
 use crate::{Error, Kind, MIN_MEMORY, Machine, MachineSpec, NET, Started, device_sockets, open};
+use hull_jail::{self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Tmp};
 
-/// Loops per tick of a processor at 5 GHz. Told, the kernel does not measure them, which takes 60 ms. They matter
-/// only to its busy waits, which drivers of hardware use: on a slower processor those last longer than asked, which
-/// is allowed; never shorter.
+/// Loops per tick of a processor at 5 GHz. Told, the kernel does not measure them, which takes 60
+/// ms. They matter only to its busy waits, which drivers of hardware use: on a slower processor
+/// those last longer than asked, which is allowed; never shorter.
 const LOOPS_PER_JIFFY: u64 = 50_000_000;
 
 /// What the jail's `/tmp` holds beside the guest's memory: the kernel's pid file and what it tests.
@@ -79,7 +80,8 @@ fn spawn(
     })
 }
 
-/// The version that a kernel says it is. It says so in a jail like a guest's, so this is also a trial of the jail.
+/// The version that a kernel says it is. It says so in a jail like a guest's, so this is also a
+/// trial of the jail.
 pub fn version(kernel: &Path) -> Result<String, String> {
     /// Nobody, by convention.
     const NOBODY: u32 = 65534;
@@ -164,9 +166,11 @@ fn command_line(spec: &MachineSpec, sockets: &[(String, u32)]) -> Vec<OsString> 
         "con=null".into(),
         "ssl=null".into(),
         "con0=fd:0,fd:1".into(),
-        // hull's guest kernel then leaves out its own tests of ptrace, which take 3 ms (probing is for `hull check`).
+        // hull's guest kernel then leaves out its own tests of ptrace, which take 3 ms (probing is
+        // for `hull check`).
         "ptrace=known-good".into(),
-        // Warnings and what is worse: each line costs two system calls and a wake-up of the sandbox process.
+        // Warnings and what is worse: each line costs two system calls and a wake-up of the sandbox
+        // process.
         "quiet".into(),
         "loglevel=5".into(),
         // No network interface that nobody asked for.

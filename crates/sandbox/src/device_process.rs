@@ -3,7 +3,7 @@
 //! Called by the hidden subcommand `device-process`, in the namespaces that `process::guest` started it in.
 
 use hull_devices::device_process::{self, DeviceProcessOptions};
-use hull_machine::jail::{self, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
+use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
 
 use crate::error::{Context, Result};
 

@@ -1,6 +1,8 @@
-//! What machines this host can run, and why not the others. For `hull check`, and for [`crate::choose()`].
+//! What machines this host can run, and why not the others. For `hull check`, and for
+//! [`crate::choose()`].
 //!
-//! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by tracing.
+//! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by
+//! tracing.
 
 mod kvm;
 
@@ -92,7 +94,8 @@ impl fmt::Display for KvmState {
     }
 }
 
-/// Tries everything. Takes a few tenths of a second, once per boot of the host; then a few milliseconds.
+/// Tries everything. Takes a few tenths of a second, once per boot of the host; then a few
+/// milliseconds.
 pub fn probe(requirements: &Requirements) -> Report {
     let qemu_version = qemu::find_program().and_then(|program| qemu::version(&program));
     Report {
@@ -170,7 +173,8 @@ pub fn kvm_cached(data_directory: &Path) -> KvmState {
         .ok()
         .and_then(|text| serde_json::from_slice::<Kept>(&text).ok());
     match kept {
-        // A device node can come and go, and permissions are the caller's: these are looked at each time.
+        // A device node can come and go, and permissions are the caller's: these are looked at each
+        // time.
         Some(kept) if kept.host == host && kvm::openable().is_ok() => kept.kvm,
         _ => {
             let kvm = kvm::probe();

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use hull_machine::exit::{self, Status};
-use hull_machine::jail::{self, JailSpec, Started};
+use hull_jail::{self as jail, JailSpec, Started, Status};
+use hull_machine::exit;
 use hull_machine::{ConsoleRing, Kind, MachineSpec};
 use hull_protocol::net_device_mac;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -25,14 +25,16 @@ use crate::paths::ContainerPaths;
 use crate::request::MachineRequest;
 use crate::rootless;
 
-/// Sockets of the devices that every machine has, in the order of their descriptors in the device process.
+/// Sockets of the devices that every machine has, in the order of their descriptors in the device
+/// process.
 const SOCKETS: [&str; 3] = ["fs", "vsock", "entropy"];
 
 /// Descriptor of the control socket in the device process; those of [`SOCKETS`] follow.
 const CONTROL_FD: i32 = 3;
 
-/// User ids of jailed processes begin here, above what distributions and container engines hand out. Each
-/// sandbox adds the process id of its sandbox process, which no other has as long as it lives.
+/// User ids of jailed processes begin here, above what distributions and container engines hand
+/// out. Each sandbox adds the process id of its sandbox process, which no other has as long as it
+/// lives.
 const FIRST_JAIL_UID: u32 = 0x7000_0000;
 
 /// In a user namespace with few ids, they are among so many of the highest ones.
@@ -47,10 +49,12 @@ const AFTERMATH: Duration = Duration::from_millis(20);
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
 
-/// Most disks of a machine: each takes two descriptors of the device process among those that it inherits.
+/// Most disks of a machine: each takes two descriptors of the device process among those that it
+/// inherits.
 const MAX_DISKS: usize = 16;
 
-/// Most net devices of a machine whose kernel finds them only when it boots, which takes longer with each.
+/// Most net devices of a machine whose kernel finds them only when it boots, which takes longer
+/// with each.
 const MAX_NETS_AT_BOOT: u8 = 4;
 
 /// A disk of a machine.
@@ -96,7 +100,7 @@ impl Watched {
         if let Err(error) = self.pidfd.readable().await {
             tracing::error!("cannot watch process {}: {error}", self.pid);
         }
-        if let Ok(Some(status)) = exit::reap(self.pidfd.as_fd()) {
+        if let Ok(Some(status)) = Status::reap(self.pidfd.as_fd()) {
             return Some(*self.status.get_or_init(|| status));
         }
         self.status.get().copied()
@@ -117,7 +121,8 @@ impl Drop for Guest {
         for process in [&self.machine, &self.devices] {
             use rustix::process::{WaitId, WaitIdOptions, waitid};
             let id = WaitId::PidFd(process.pidfd.as_fd());
-            // Nothing may run any more when the files are removed. SIGKILL does not keep us waiting.
+            // Nothing may run any more when the files are removed. SIGKILL does not keep us
+            // waiting.
             let _ = waitid(id, WaitIdOptions::EXITED);
         }
     }
@@ -184,8 +189,9 @@ impl Guest {
         (self.devices.pid, self.machine.pid)
     }
 
-    /// Waits until one of the processes ends; a line that says which and how. When both end, one has taken the other
-    /// along: a device process that ended by itself is the cause, because it only does so when something is wrong.
+    /// Waits until one of the processes ends; a line that says which and how. When both end, one
+    /// has taken the other along: a device process that ended by itself is the cause, because it
+    /// only does so when something is wrong.
     pub async fn broke_down(&self) -> String {
         tokio::select! {
             status = self.machine.ended() => {

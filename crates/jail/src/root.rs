@@ -1,7 +1,7 @@
-//! The root directory of a jail: a tmpfs of its own, empty but for what the [`Root`] names, and read-only.
+//! The root directory of a jail: a read-only tmpfs that holds only what the [`Root`] names.
 //!
-//! Prepared before the clone ([`Plan::new`], which may allocate and fail with a message), carried out after it
-//! ([`Plan::build`], system calls only).
+//! Prepared before the clone ([`Plan::new`], which may allocate and fail with a message), carried
+//! out after it ([`Plan::build`], system calls only).
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,9 +15,9 @@ use rustix::mount::{
     OpenTreeFlags, UnmountFlags,
 };
 
-use super::{Step, sys};
+use crate::{Step, sys};
 
-/// What a jail's root directory holds.
+/// The content of a jail's root directory.
 #[derive(Debug, Clone, Default)]
 pub struct Root {
     /// `/proc` of the jail's own pid namespace, processes only.
@@ -35,7 +35,7 @@ pub struct Root {
 /// The writable `/tmp` of a jail; a tmpfs, from which programs can be executed.
 #[derive(Debug, Clone, Copy)]
 pub struct Tmp {
-    /// Most bytes it can hold.
+    /// Its capacity in bytes.
     pub size: u64,
     /// Whether the host kernel may back it with huge pages.
     pub huge_pages: bool,
@@ -44,7 +44,7 @@ pub struct Tmp {
 /// A file or directory of the host that a jail sees.
 #[derive(Debug, Clone)]
 pub struct Bind {
-    /// Path on the host. Mounts below it come along.
+    /// Path on the host. Mounts below it are included.
     pub source: PathBuf,
     /// Absolute path in the jail.
     pub target: PathBuf,
@@ -52,7 +52,7 @@ pub struct Bind {
     pub executable: bool,
 }
 
-/// The steps that make a [`Root`].
+/// The steps that create a [`Root`].
 pub struct Plan {
     actions: Vec<Action>,
     device_nodes: bool,
@@ -83,7 +83,7 @@ enum Action {
 }
 
 impl Plan {
-    /// Works out the steps; looks at the sources of binds. The error names the path and what is wrong with it.
+    /// Plans the steps and examines the sources of binds. The error names the path.
     pub fn new(root: &Root, uid: u32, gid: u32) -> Result<Self, (PathBuf, Errno)> {
         let mut actions = Vec::new();
         if root.proc {
@@ -143,7 +143,8 @@ impl Plan {
         })
     }
 
-    /// Makes the calling process's root directory the planned one and lets go of every other mount.
+    /// Changes the root directory of the calling process to the planned one and detaches every
+    /// other mount.
     ///
     /// The process must be in a mount namespace of its own.
     pub fn build(&self) -> Result<(), (Step, Errno)> {
@@ -151,8 +152,9 @@ impl Plan {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change(c"/", private).map_err(at(Step::PrivateMounts))?;
 
-        // Attached on top of the old root: mounts can be attached below it only while it is in the namespace,
-        // and pivot_root wants a mount point. The old root stays reachable as this process's root until then.
+        // Attached on top of the old root: mounts can be attached below it only while it is in the
+        // namespace, and pivot_root wants a mount point. The old root stays reachable as this
+        // process's root until then.
         let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         if !self.device_nodes {
             attributes |= MountAttrFlags::MOUNT_ATTR_NODEV;
@@ -175,7 +177,8 @@ impl Plan {
         sys::set_mount_attributes(root.as_fd(), read_only, false)
             .map_err(at(Step::ReadOnlyRoot))?;
         rustix::process::fchdir(&root).map_err(at(Step::Root))?;
-        // Both names are the new root: the old one ends up mounted on top of it, and the unmount takes it away.
+        // Both names are the new root: the old one ends up mounted on top of it, and the unmount
+        // takes it away.
         rustix::process::pivot_root(c".", c".").map_err(at(Step::PivotRoot))?;
         rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(at(Step::OldRoot))?;
         rustix::process::chdir(c"/").map_err(at(Step::Root))
@@ -262,7 +265,7 @@ impl Plan {
         let options = [(c"size", size.as_c_str()), (c"mode", c"700")];
         let mount = match huge {
             None => mount_fs(c"tmpfs", &options, attributes)?,
-            // A kernel without huge pages refuses the option: then without.
+            // A kernel without huge pages refuses the option.
             Some(huge) => mount_fs(
                 c"tmpfs",
                 &[options[0], options[1], (c"huge", huge)],
@@ -300,7 +303,7 @@ fn attach(mount: &OwnedFd, directory: BorrowedFd<'_>, path: &std::ffi::CStr) -> 
     rustix::mount::move_mount(mount, c"", directory, path, flags)
 }
 
-/// Adds the steps that make every directory above `path`.
+/// Adds the steps that create every directory above `path`.
 fn parents(path: &Path, actions: &mut Vec<Action>) -> Result<(), (PathBuf, Errno)> {
     let mut above: Vec<&Path> = path.ancestors().skip(1).collect();
     above.pop();

@@ -1,20 +1,46 @@
-//! Guest kernels in the jail, with an initramfs of one tiny program, assembled here.
+//! Guest kernels in the jail, with an initramfs of one small program, assembled here. Needs root and
+//! a kernel in the cache of guest/kernel/build; a test that cannot run here prints the reason.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "../../jail/tests/jail/program.rs"]
+mod program;
 
 use std::fmt::Write;
-use std::os::fd::AsFd;
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hull_machine::exit::{self, Exit};
+use hull_jail::Status;
 use hull_machine::probe::State;
-use hull_machine::{Choice, ConsoleRing, Kind, MachineSpec, Requirements, Started};
+use hull_machine::{Choice, ConsoleRing, Exit, Kind, MachineSpec, Requirements, Started};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::Outcome;
+use program::{EXIT, PAUSE, executable};
 
-/// The newest guest kernel in the build's cache.
-fn kernel(kind: Kind) -> Result<PathBuf, &'static str> {
+/// The newest guest kernel in the build's cache. `None`, with the reason on standard error, where
+/// the test cannot run.
+fn kernel(kind: Kind) -> Option<PathBuf> {
+    let found = find_kernel(kind);
+    if let Err(why) = &found {
+        eprintln!("skipped: {why}");
+    }
+    found.ok()
+}
+
+fn find_kernel(kind: Kind) -> Result<PathBuf, &'static str> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("needs root");
+    }
+    if kind == Kind::Qemu {
+        Command::new("qemu-system-x86_64")
+            .arg("--version")
+            .stdout(Stdio::null())
+            .status()
+            .map_err(|_| "qemu is not installed")?;
+    }
     let cache = std::env::var_os("HULL_CACHE")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/hull")));
@@ -44,38 +70,6 @@ fn reboot(command: u32) -> Vec<u8> {
 
 const POWER_OFF: u32 = 0x4321_fedc;
 const RESTART: u32 = 0x0123_4567;
-/// exit(2), by which PID 1 makes a kernel panic: xor edi, edi; mov eax, 60; syscall
-pub const EXIT: [u8; 9] = [0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 0x05];
-/// pause(2) for ever: mov eax, 34; syscall; jmp back
-pub const PAUSE: [u8; 9] = [0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7];
-
-/// A static executable of `code`.
-pub fn executable(code: &[u8]) -> Vec<u8> {
-    const BASE: u64 = 0x40_0000;
-    const HEADERS: u64 = 64 + 56;
-    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    for half in [2u16, 62] {
-        elf.extend(half.to_le_bytes());
-    }
-    elf.extend(1u32.to_le_bytes());
-    for word in [BASE + HEADERS, 64, 0] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 1, 0, 0, 0] {
-        elf.extend(half.to_le_bytes());
-    }
-    // One segment: everything, readable and executable.
-    elf.extend(1u32.to_le_bytes());
-    elf.extend(5u32.to_le_bytes());
-    let size = HEADERS + code.len() as u64;
-    for word in [0, BASE, BASE, size, size, 0x1000] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend(code);
-    elf
-}
-
 /// An archive with `/init`.
 fn initramfs(code: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
@@ -147,11 +141,11 @@ fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machi
 
 impl Running {
     /// Waits for the end and says why.
-    fn end(&mut self, patience: Duration) -> Exit {
+    fn end(&mut self, timeout: Duration) -> Exit {
         let start = Instant::now();
         while self.console.drain().unwrap() {
             assert!(
-                start.elapsed() < patience,
+                start.elapsed() < timeout,
                 "still running: {:#?}",
                 self.console.tail(50)
             );
@@ -165,8 +159,8 @@ impl Running {
             )
             .unwrap();
         }
-        assert!(super::ends_within(self.started.pidfd.as_fd(), 5));
-        let status = exit::reap(self.started.pidfd.as_fd()).unwrap().unwrap();
+        assert!(ends_within(self.started.pidfd.as_fd(), 5));
+        let status = Status::reap(self.started.pidfd.as_fd()).unwrap().unwrap();
         Exit::interpret(status, &self.console.tail(50))
     }
 
@@ -212,91 +206,120 @@ fn gone(pid: i32) -> bool {
     true
 }
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const END_TIMEOUT: Duration = Duration::from_secs(20);
 
-pub fn uml_powers_off() -> Outcome {
-    let mut running = start(Kind::Uml, kernel(Kind::Uml)?, &reboot(POWER_OFF)).unwrap();
+#[test]
+fn a_user_mode_kernel_boots_and_powers_off() {
+    let Some(kernel) = kernel(Kind::Uml) else {
+        return;
+    };
+    let mut running = start(Kind::Uml, kernel, &reboot(POWER_OFF)).unwrap();
     assert_eq!(
-        running.end(PATIENCE),
+        running.end(END_TIMEOUT),
         Exit::PoweredOff,
         "{:#?}",
         running.console.tail(50)
     );
-    Ok(())
 }
 
-pub fn uml_panics() -> Outcome {
-    let mut running = start(Kind::Uml, kernel(Kind::Uml)?, &EXIT).unwrap();
-    let exit = running.end(PATIENCE);
+#[test]
+fn a_panic_ends_a_user_mode_kernel() {
+    let Some(kernel) = kernel(Kind::Uml) else {
+        return;
+    };
+    let mut running = start(Kind::Uml, kernel, &EXIT).unwrap();
+    let exit = running.end(END_TIMEOUT);
     assert_eq!(
         exit.to_string(),
         "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
     );
-    Ok(())
 }
 
-pub fn uml_killed() -> Outcome {
-    let mut running = start(Kind::Uml, kernel(Kind::Uml)?, &PAUSE).unwrap();
+#[test]
+fn killing_a_user_mode_kernel_ends_everything() {
+    let Some(kernel) = kernel(Kind::Uml) else {
+        return;
+    };
+    let mut running = start(Kind::Uml, kernel, &PAUSE).unwrap();
     let child = running.booted();
     // Long enough to have been idle.
     std::thread::sleep(Duration::from_millis(300));
     assert!(
-        !super::ends_within(running.started.pidfd.as_fd(), 0),
+        !ends_within(running.started.pidfd.as_fd(), 0),
         "{:#?}",
         running.console.tail(50)
     );
     let signal = rustix::process::Signal::KILL;
     rustix::process::pidfd_send_signal(&running.started.pidfd, signal).unwrap();
     assert_eq!(
-        running.end(PATIENCE).to_string(),
+        running.end(END_TIMEOUT).to_string(),
         "the machine process was killed by SIGKILL"
     );
     assert!(gone(child));
-    Ok(())
 }
 
-/// As the parent that gets killed: boots a guest and prints the pids.
-pub fn middle() {
+/// The parent that [`a_user_mode_kernel_dies_with_the_parent`] kills: boots a guest and prints the
+/// pids.
+#[test]
+#[ignore = "run by another test"]
+fn parent_of_a_user_mode_kernel() {
     let mut running = start(Kind::Uml, kernel(Kind::Uml).unwrap(), &PAUSE).unwrap();
     let child = running.booted();
-    println!("{} {child}", running.started.pid);
+    println!("\npids {} {child}", running.started.pid);
     std::thread::sleep(Duration::from_secs(30));
 }
 
-pub fn uml_dies_with_parent() -> Outcome {
-    kernel(Kind::Uml)?;
+#[test]
+fn a_user_mode_kernel_dies_with_the_parent() {
+    if kernel(Kind::Uml).is_none() {
+        return;
+    }
     let mut parent = Command::new("/proc/self/exe")
-        .args(["middle", "uml"])
+        .args([
+            "--exact",
+            "parent_of_a_user_mode_kernel",
+            "--ignored",
+            "--nocapture",
+        ])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut line = String::new();
-    let output = parent.stdout.take().unwrap();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line).unwrap();
+    let output = BufReader::new(parent.stdout.take().unwrap());
+    let line = output
+        .lines()
+        .map(Result::unwrap)
+        .find_map(|line| line.strip_prefix("pids ").map(str::to_owned))
+        .unwrap();
     parent.kill().unwrap();
     parent.wait().unwrap();
     for pid in line.split_whitespace() {
         assert!(gone(pid.parse().unwrap()), "{pid} survived");
     }
     assert_eq!(line.split_whitespace().count(), 2);
-    Ok(())
 }
 
-pub fn no_kernel() -> Outcome {
+#[test]
+fn a_file_that_is_no_kernel_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
     let missing = start(Kind::Uml, "/no/kernel".into(), &PAUSE).err().unwrap();
     let expect = "cannot use the guest kernel /no/kernel: No such file or directory (os error 2)";
     assert_eq!(missing.to_string(), expect);
-    let text = super::executable_file(b"hello");
+    let text = executable_file(b"hello");
     let wrong = start(Kind::Uml, text.to_path_buf(), &PAUSE).err().unwrap();
     assert_eq!(
         wrong.to_string(),
         "cannot start the guest kernel: executing it: Exec format error (os error 8)"
     );
-    Ok(())
 }
 
-pub fn probed() -> Outcome {
-    let kernel = kernel(Kind::Uml)?;
+#[test]
+fn the_probe_tries_the_kernel_in_a_jail() {
+    let Some(kernel) = kernel(Kind::Uml) else {
+        return;
+    };
     let data = tempfile::tempdir().unwrap();
     let probe = |kernel: PathBuf| {
         let requirements = Requirements {
@@ -311,40 +334,54 @@ pub fn probed() -> Outcome {
         State::Works { how } => assert!(how.starts_with("Linux "), "{how}"),
         State::Missing { why, .. } => panic!("{why}"),
     }
-    let other = super::executable_file(&executable(&EXIT));
+    let other = executable_file(&executable(&EXIT));
     match probe(other.to_path_buf()) {
         State::Missing { why, .. } => assert!(why.ends_with(" is not a user-mode kernel"), "{why}"),
         State::Works { how } => panic!("{how}"),
     }
-    Ok(())
 }
 
-fn qemu() -> Result<PathBuf, &'static str> {
-    let there = Command::new("qemu-system-x86_64")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status();
-    there.map_err(|_| "qemu is not installed")?;
-    kernel(Kind::Qemu)
-}
-
-pub fn qemu_restarts() -> Outcome {
-    let mut running = start(Kind::Qemu, qemu()?, &reboot(RESTART)).unwrap();
+#[test]
+fn qemu_boots_and_restarts() {
+    let Some(kernel) = kernel(Kind::Qemu) else {
+        return;
+    };
+    let mut running = start(Kind::Qemu, kernel, &reboot(RESTART)).unwrap();
     assert_eq!(
-        running.end(PATIENCE * 3),
+        running.end(END_TIMEOUT * 3),
         Exit::PoweredOff,
         "{:#?}",
         running.console.tail(50)
     );
-    Ok(())
 }
 
-pub fn qemu_panics() -> Outcome {
-    let mut running = start(Kind::Qemu, qemu()?, &EXIT).unwrap();
-    let exit = running.end(PATIENCE * 3);
+#[test]
+fn a_panic_ends_qemu() {
+    let Some(kernel) = kernel(Kind::Qemu) else {
+        return;
+    };
+    let mut running = start(Kind::Qemu, kernel, &EXIT).unwrap();
+    let exit = running.end(END_TIMEOUT * 3);
     assert_eq!(
         exit.to_string(),
         "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
     );
-    Ok(())
+}
+
+fn ends_within(pidfd: BorrowedFd<'_>, seconds: i64) -> bool {
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: 0,
+    };
+    let mut events = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    poll(&mut events, Some(&time)).unwrap() == 1
+}
+
+/// A file that may be executed.
+fn executable_file(content: &[u8]) -> tempfile::TempPath {
+    use std::os::unix::fs::PermissionsExt;
+    let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+    std::fs::write(&path, content).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    path
 }

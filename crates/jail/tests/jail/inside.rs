@@ -4,8 +4,8 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 
-use hull_machine::jail::{
-    self, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, Tmp,
+use hull_jail::{
+    self as jail, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, ThreadRole, Tmp,
 };
 
 fn confinement(role: Role) -> Confinement {
@@ -58,6 +58,19 @@ pub fn answer(question: &str, arguments: &[String]) -> ExitCode {
             assert!(plain.is_ok() && rustix::fs::stat("/").is_ok());
             let threads = std::thread::spawn(|| ()).join().is_ok();
             println!("threads: {}", if threads { "yes" } else { "no" });
+        }
+        "thread" => {
+            enter(&Confinement {
+                uid: 0,
+                gid: 0,
+                capabilities: FS_DEVICE_CAPABILITIES,
+                ..confinement(Role::Device)
+            });
+            let role = match arguments[0].as_str() {
+                "vcpu" => ThreadRole::Vcpu,
+                _ => ThreadRole::Io,
+            };
+            thread(role, &arguments[1]);
         }
         "call" => {
             enter(&confinement(Role::Qemu));
@@ -171,9 +184,63 @@ fn status() {
     }
 }
 
+/// Starts a thread of this role and reports what it and the rest of the process may do.
+fn thread(role: ThreadRole, question: &str) {
+    let print = |whose: &str, id: u32| {
+        let status = std::fs::read_to_string(format!("/proc/self/task/{id}/status")).unwrap();
+        for line in status.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            println!("{whose} {}", words.join(" "));
+        }
+    };
+    let (tell, told) = std::sync::mpsc::channel();
+    let (finish, finished) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let confined = scope.spawn(move || {
+            jail::restrict_thread("a test", role).unwrap();
+            if question == "mount" {
+                call("mount");
+            }
+            let opened =
+                rustix::fs::open("/", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
+            let large = vec![1u8; 1 << 20];
+            // SAFETY: the call fails, because there is no such descriptor.
+            let polled =
+                unsafe { libc::epoll_ctl(-1, libc::EPOLL_CTL_DEL, -1, std::ptr::null_mut()) };
+            assert_eq!(polled, -1);
+            let errno = std::io::Error::last_os_error().raw_os_error();
+            // SAFETY: takes no arguments.
+            let id = unsafe { libc::gettid() };
+            tell.send((id, opened.unwrap_err(), large.len() == 1 << 20, errno))
+                .unwrap();
+            finished.recv().unwrap();
+        });
+        if let Ok((id, opened, memory, polled)) = told.recv() {
+            println!("thread open: {opened}");
+            println!("thread memory: {}", if memory { "works" } else { "fails" });
+            let polled = match polled {
+                Some(libc::ENOSYS) => "ENOSYS",
+                Some(libc::EBADF) => "EBADF",
+                _ => "other",
+            };
+            println!("thread epoll_ctl: {polled}");
+            print("thread", id as u32);
+            print("process", std::process::id());
+            let opened = std::fs::File::open("/");
+            println!(
+                "process open: {}",
+                if opened.is_ok() { "works" } else { "fails" }
+            );
+            finish.send(()).unwrap();
+        }
+        confined.join().unwrap();
+    });
+}
+
 /// Makes one system call and prints what it fails with, if it lets us live.
 fn call(name: &str) {
-    // SAFETY: none of these calls can do anything to this process's memory: they fail, or the process ends.
+    // SAFETY: none of these calls can do anything to this process's memory: they fail, or the
+    // process ends.
     let result = unsafe {
         match name {
             "mount" => libc::syscall(libc::SYS_mount, 0, c"/".as_ptr(), 0, 0, 0),
