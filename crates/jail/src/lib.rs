@@ -36,7 +36,7 @@ use rustix::io::Errno;
 use rustix::process::{PidfdFlags, Resource, Rlimit, Signal};
 
 pub use filter::Role;
-pub use root::{Bind, Root, Tmp};
+pub use root::{Bind, Root, Source, Tmp};
 pub use rustix::thread::CapabilitySet;
 pub use status::{SignalName, Status};
 pub use thread::{ThreadRole, restrict_thread};

@@ -10,6 +10,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, Ruleset as Builder, RulesetAttr,
     RulesetCreated, RulesetCreatedAttr, Scope,
 };
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use crate::filter::Role;
@@ -64,7 +65,7 @@ impl Ruleset {
             if bind.executable {
                 access |= AccessFs::Execute;
             }
-            if bind.source.is_file() {
+            if bind.file_type() != Ok(FileType::Directory) {
                 access &= AccessFs::from_file(abi);
             }
             paths.push((bind.target.clone(), access));

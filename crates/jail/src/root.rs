@@ -15,10 +15,10 @@ use rustix::mount::{
     OpenTreeFlags, UnmountFlags,
 };
 
-use crate::{Step, sys};
+use crate::{FIRST_PRIVATE_FD, Step, sys};
 
 /// The content of a jail's root directory.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Root {
     /// `/proc` of the jail's own pid namespace, processes only.
     pub proc: bool,
@@ -42,14 +42,53 @@ pub struct Tmp {
 }
 
 /// A file or directory of the host that a jail sees.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Bind {
-    /// Path on the host. Mounts below it are included.
-    pub source: PathBuf,
+    /// The file or directory. Mounts below it are included.
+    pub source: Source,
     /// Absolute path in the jail.
     pub target: PathBuf,
     /// Whether programs can be executed (and libraries mapped) from it.
     pub executable: bool,
+}
+
+/// What a [`Bind`] shows.
+#[derive(Debug)]
+pub enum Source {
+    /// A path on the host.
+    Path(PathBuf),
+    /// A descriptor (`O_PATH` is enough) of a file that exists in the caller's mount namespace,
+    /// under whatever name.
+    Descriptor(OwnedFd),
+}
+
+impl From<PathBuf> for Source {
+    fn from(path: PathBuf) -> Self {
+        Self::Path(path)
+    }
+}
+
+impl From<&Path> for Source {
+    fn from(path: &Path) -> Self {
+        Self::Path(path.to_owned())
+    }
+}
+
+impl From<&str> for Source {
+    fn from(path: &str) -> Self {
+        Self::Path(path.into())
+    }
+}
+
+impl Bind {
+    /// The type of the file.
+    pub(crate) fn file_type(&self) -> Result<FileType, Errno> {
+        let stat = match &self.source {
+            Source::Path(path) => rustix::fs::stat(path)?,
+            Source::Descriptor(file) => rustix::fs::fstat(file)?,
+        };
+        Ok(FileType::from_raw_mode(stat.st_mode))
+    }
 }
 
 /// The steps that create a [`Root`].
@@ -67,7 +106,7 @@ enum Action {
         to: CString,
     },
     Bind {
-        source: CString,
+        source: Tree,
         target: CString,
         attributes: u64,
     },
@@ -80,6 +119,14 @@ enum Action {
         path: CString,
         number: u64,
     },
+}
+
+/// A tree of mounts to attach.
+enum Tree {
+    /// To be cloned from this path.
+    Path(CString),
+    /// Cloned already: only in the namespace of its mount can a descriptor's be.
+    Detached(OwnedFd),
 }
 
 impl Plan {
@@ -99,11 +146,14 @@ impl Plan {
             });
         }
         for bind in &root.binds {
-            let failed = |errno| (bind.source.clone(), errno);
-            let kind = rustix::fs::stat(&bind.source).map_err(failed)?.st_mode;
+            let failed = |errno| match &bind.source {
+                Source::Path(path) => (path.clone(), errno),
+                Source::Descriptor(_) => (bind.target.clone(), errno),
+            };
+            let kind = bind.file_type().map_err(failed)?;
             let target = relative(&bind.target)?;
             parents(&bind.target, &mut actions)?;
-            actions.push(if FileType::from_raw_mode(kind) == FileType::Directory {
+            actions.push(if kind == FileType::Directory {
                 Action::Directory(target.clone())
             } else {
                 Action::File(target.clone())
@@ -114,7 +164,11 @@ impl Plan {
             if !bind.executable {
                 attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
             }
-            let source = c_string(bind.source.as_os_str()).map_err(failed)?;
+            let source = match &bind.source {
+                Source::Path(path) => c_string(path.as_os_str()).map(Tree::Path),
+                Source::Descriptor(file) => clone_tree(file.as_fd()).map(Tree::Detached),
+            }
+            .map_err(failed)?;
             actions.push(Action::Bind {
                 source,
                 target,
@@ -207,15 +261,17 @@ impl Plan {
                 target,
                 attributes,
             } => {
-                let flags = OpenTreeFlags::OPEN_TREE_CLONE
-                    | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                    | OpenTreeFlags::AT_RECURSIVE;
-                rustix::mount::open_tree(CWD, source, flags)
-                    .and_then(|tree| {
-                        sys::set_mount_attributes(tree.as_fd(), *attributes, true)?;
-                        attach(&tree, root, target)
-                    })
-                    .map_err(|errno| (Step::Bind, errno))
+                let put = |tree: &OwnedFd| {
+                    sys::set_mount_attributes(tree.as_fd(), *attributes, true)?;
+                    attach(tree, root, target)
+                };
+                match source {
+                    Tree::Detached(tree) => put(tree),
+                    Tree::Path(path) => {
+                        rustix::mount::open_tree(CWD, path, CLONE).and_then(|tree| put(&tree))
+                    }
+                }
+                .map_err(|errno| (Step::Bind, errno))
             }
             Action::Proc => {
                 let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
@@ -277,6 +333,18 @@ impl Plan {
         rustix::fs::fchown(&mount_root(&mount)?, Some(uid), Some(gid))?;
         attach(&mount, root, c"tmp")
     }
+}
+
+const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE
+    .union(OpenTreeFlags::OPEN_TREE_CLOEXEC)
+    .union(OpenTreeFlags::AT_RECURSIVE);
+
+/// A detached clone of the mounts at and below a file. Its number is out of the range of inherited
+/// descriptors, which are placed before the jail is built.
+fn clone_tree(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let flags = CLONE | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = rustix::mount::open_tree(file, c"", flags)?;
+    rustix::io::fcntl_dupfd_cloexec(&tree, FIRST_PRIVATE_FD)
 }
 
 /// A readable descriptor of the top directory of a detached mount (fsmount gives an `O_PATH` one).

@@ -17,7 +17,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use hull_jail::{
-    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Started, Status, Tmp,
+    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Source, Started, Status,
+    Tmp,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -52,6 +53,10 @@ const TESTS: &[Test] = &[
     ("descriptors_arrive_at_their_numbers", descriptors_arrive),
     ("the_jail_is_set_up_in_time", set_up_in_time),
     ("a_thread_is_confined_further", a_thread_is_confined),
+    (
+        "a_socket_is_mounted_by_its_descriptor",
+        sockets_are_mounted_by_descriptor,
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -367,7 +372,7 @@ fn foreign(code: &[u8]) -> Started {
                     huge_pages: false,
                 }),
                 binds: vec![Bind {
-                    source: "/etc".into(),
+                    source: Source::Descriptor(open("/etc")),
                     target: "/some/where/etc".into(),
                     executable: false,
                 }],
@@ -472,6 +477,21 @@ fn descriptors_arrive() -> Outcome {
 
 fn inode(path: &str) -> u64 {
     rustix::fs::stat(path).unwrap().st_ino
+}
+
+fn sockets_are_mounted_by_descriptor() -> Outcome {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let user = Some(60_000);
+    std::os::unix::fs::chown(&path, user, user).unwrap();
+    let (answer, status) = ask("connect", &[path.to_str().unwrap()], &[]);
+    assert_eq!((answer.as_str(), status), ("connected", Status::Code(0)));
+    let (mut connection, _) = listener.accept().unwrap();
+    let mut sent = String::new();
+    connection.read_to_string(&mut sent).unwrap();
+    assert_eq!(sent, "hello");
+    Ok(())
 }
 
 fn failures_are_named() -> Outcome {

@@ -3,58 +3,24 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
 #[path = "../../jail/tests/jail/program.rs"]
 mod program;
 
-use std::fmt::Write;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hull_jail::Status;
 use hull_machine::probe::State;
-use hull_machine::{Choice, ConsoleRing, Exit, Kind, MachineSpec, Requirements, Started};
+use hull_machine::{
+    ConsoleRing, Exit, Host, Kind, Machine, MachineConfig, Process, Requirements, Wiring,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use common::{Archive, kernel};
 use program::{EXIT, PAUSE, executable};
-
-/// The newest guest kernel in the build's cache. `None`, with the reason on standard error, where
-/// the test cannot run.
-fn kernel(kind: Kind) -> Option<PathBuf> {
-    let found = find_kernel(kind);
-    if let Err(why) = &found {
-        eprintln!("skipped: {why}");
-    }
-    found.ok()
-}
-
-fn find_kernel(kind: Kind) -> Result<PathBuf, &'static str> {
-    if !rustix::process::geteuid().is_root() {
-        return Err("needs root");
-    }
-    if kind == Kind::Qemu {
-        Command::new("qemu-system-x86_64")
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status()
-            .map_err(|_| "qemu is not installed")?;
-    }
-    let cache = std::env::var_os("HULL_CACHE")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/hull")));
-    let prefix = format!("{}-", kind.kernel_architecture());
-    let directories = std::fs::read_dir(cache.ok_or("no cache directory")?.join("kernel"));
-    directories
-        .map_err(|_| "no guest kernel has been built")?
-        .filter_map(|entry| entry.ok())
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-        .map(|entry| entry.path().join("kernel"))
-        .filter(|path| path.is_file())
-        .max_by_key(|path| path.metadata().and_then(|found| found.modified()).ok())
-        .ok_or("no guest kernel has been built")
-}
 
 /// reboot(2) with a command.
 fn reboot(command: u32) -> Vec<u8> {
@@ -70,41 +36,8 @@ fn reboot(command: u32) -> Vec<u8> {
 
 const POWER_OFF: u32 = 0x4321_fedc;
 const RESTART: u32 = 0x0123_4567;
-/// An archive with `/init`.
-fn initramfs(code: &[u8]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    for (name, mode, data) in [
-        ("init", 0o100_755u32, executable(code)),
-        ("TRAILER!!!", 0, Vec::new()),
-    ] {
-        let mut header = String::from("070701");
-        for field in [
-            1,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            data.len() as u32,
-            0,
-            0,
-            0,
-            0,
-            name.len() as u32 + 1,
-            0,
-        ] {
-            write!(header, "{field:08x}").unwrap();
-        }
-        archive.extend(header.bytes().chain(name.bytes()).chain([0]));
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(data);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    archive
-}
-
 struct Running {
-    started: Started,
+    machine: Box<dyn Machine>,
     console: ConsoleRing,
     _directory: tempfile::TempDir,
 }
@@ -112,34 +45,39 @@ struct Running {
 fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machine::Error> {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
-    std::fs::write(path("initramfs"), initramfs(code)).unwrap();
-    std::fs::create_dir(path("sockets")).unwrap();
+    std::fs::write(
+        path("initramfs"),
+        Archive::default()
+            .add("init", 0o100_755, &executable(code))
+            .finish(),
+    )
+    .unwrap();
     let (console, write) = ConsoleRing::create(&path("console")).unwrap();
-    let choice = Choice {
-        kind,
-        hardware: false,
-        kernel: kernel.clone(),
-        why: String::new(),
-    };
-    let spec = MachineSpec {
+    let config = MachineConfig {
         kernel,
         initramfs: path("initramfs"),
         memory: 96 << 20,
-        cpus: 1,
-        sockets: path("sockets"),
-        nets: Vec::new(),
-        disks: 0,
-        jail_uid: 60_000,
+        vcpus: 1,
+        hardware: false,
     };
-    let started = choice.machine()?.start(&spec, write)?;
+    let wiring = Wiring {
+        console: write,
+        devices: Vec::new(),
+        uid: 60_000,
+    };
+    let machine = kind.backend()?.start(&config, wiring)?;
     Ok(Running {
-        started,
+        machine,
         console,
         _directory: directory,
     })
 }
 
 impl Running {
+    fn process(&self) -> &Process {
+        &self.machine.processes()[0]
+    }
+
     /// Waits for the end and says why.
     fn end(&mut self, timeout: Duration) -> Exit {
         let start = Instant::now();
@@ -159,14 +97,13 @@ impl Running {
             )
             .unwrap();
         }
-        assert!(ends_within(self.started.pidfd.as_fd(), 5));
-        let status = Status::reap(self.started.pidfd.as_fd()).unwrap().unwrap();
-        Exit::interpret(status, &self.console.tail(50))
+        assert!(ends_within(self.process().pidfd.as_fd(), 5));
+        self.machine.exit().unwrap()
     }
 
     /// The processes that the kernel started for its guest's.
     fn children(&self) -> Vec<i32> {
-        let path = format!("/proc/{0}/task/{0}/children", self.started.pid);
+        let path = format!("/proc/{0}/task/{0}/children", self.process().pid);
         let children = std::fs::read_to_string(path).unwrap_or_default();
         children
             .split_whitespace()
@@ -229,8 +166,9 @@ fn a_panic_ends_a_user_mode_kernel() {
     };
     let mut running = start(Kind::Uml, kernel, &EXIT).unwrap();
     let exit = running.end(END_TIMEOUT);
+    assert_eq!(exit, Exit::Panicked);
     assert_eq!(
-        exit.to_string(),
+        exit.describe(&running.console.tail(50)),
         "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
     );
 }
@@ -245,12 +183,12 @@ fn killing_a_user_mode_kernel_ends_everything() {
     // Long enough to have been idle.
     std::thread::sleep(Duration::from_millis(300));
     assert!(
-        !ends_within(running.started.pidfd.as_fd(), 0),
+        !ends_within(running.process().pidfd.as_fd(), 0),
         "{:#?}",
         running.console.tail(50)
     );
     let signal = rustix::process::Signal::KILL;
-    rustix::process::pidfd_send_signal(&running.started.pidfd, signal).unwrap();
+    rustix::process::pidfd_send_signal(&running.process().pidfd, signal).unwrap();
     assert_eq!(
         running.end(END_TIMEOUT).to_string(),
         "the machine process was killed by SIGKILL"
@@ -265,7 +203,7 @@ fn killing_a_user_mode_kernel_ends_everything() {
 fn parent_of_a_user_mode_kernel() {
     let mut running = start(Kind::Uml, kernel(Kind::Uml).unwrap(), &PAUSE).unwrap();
     let child = running.booted();
-    println!("\npids {} {child}", running.started.pid);
+    println!("\npids {} {child}", running.process().pid);
     std::thread::sleep(Duration::from_secs(30));
 }
 
@@ -324,9 +262,11 @@ fn the_probe_tries_the_kernel_in_a_jail() {
     let probe = |kernel: PathBuf| {
         let requirements = Requirements {
             hardware_isolation: false,
-            uml_kernel: Some(kernel),
-            native_kernel: None,
-            data_directory: data.path().to_owned(),
+            host: Host {
+                uml_kernel: Some(kernel),
+                native_kernel: None,
+                data_directory: data.path().to_owned(),
+            },
         };
         hull_machine::probe(&requirements).uml
     };
@@ -363,7 +303,7 @@ fn a_panic_ends_qemu() {
     let mut running = start(Kind::Qemu, kernel, &EXIT).unwrap();
     let exit = running.end(END_TIMEOUT * 3);
     assert_eq!(
-        exit.to_string(),
+        exit.describe(&running.console.tail(50)),
         "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
     );
 }

@@ -7,7 +7,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use hull_machine::Kind;
 use hull_sandbox::spec::seccomp::{Profile, Seccomp};
 use hull_sandbox::spec::{self, ContainerOptions};
 use hull_sandbox::timings::{Timings, now_ns};
@@ -421,6 +420,7 @@ fn request(
     initramfs: &Path,
 ) -> Result<RunRequest> {
     let id = names::new_id()?;
+    let features = choice.features()?;
     let no_zero = |limit: u64| (limit > 0).then_some(limit);
     let memory = args.memory.and_then(no_zero);
     let cpus_milli = args.cpus.and_then(no_zero);
@@ -466,18 +466,16 @@ fn request(
         cpus_milli,
         pids_limit: (pids_limit > 0).then_some(pids_limit),
         seccomp: seccomp(&args.security_opt)?,
-        has_32_bits: choice.kind != Kind::Uml,
+        has_32_bits: features.compat32,
         no_new_privileges: no_new_privileges(&args.security_opt),
     };
     let built = spec::build(&options, &image.config)?;
     let mut labels = image.config.labels.clone();
     labels.extend(args.label.iter().cloned());
-    let cpus = match (choice.kind, cpus_milli) {
-        // A user-mode kernel has one processor; a limit above it is kept all the same.
-        (Kind::Uml, _) => 1,
-        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
-        (_, None) => config.cpus,
-    };
+    // A limit above what the kind of machine has is kept all the same.
+    let cpus = features.vcpus(cpus_milli.map_or(config.cpus, |milli| {
+        u32::try_from(milli.div_ceil(1000)).unwrap_or(1)
+    }));
     Ok(RunRequest {
         id,
         name: String::new(),

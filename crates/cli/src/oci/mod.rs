@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use hull_machine::Kind;
 use hull_oci::commands::{self, CreateOptions, ExecOptions, Settings};
 use hull_oci::container::Root;
 use hull_oci::{features, signal, stats, template, update};
@@ -98,12 +97,13 @@ fn machine(
 ) -> Result<MachineRequest> {
     let guest = GuestFiles::locate(config).map_err(failure)?;
     let choice = guest.choose(config, None, None).map_err(failure)?;
-    let cpus = match (choice.kind, cpus_milli) {
-        // A user-mode kernel has one processor; a limit above it is kept all the same.
-        (Kind::Uml, _) => 1,
-        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
-        (_, None) => config.cpus,
-    };
+    // A limit above what the kind of machine has is kept all the same.
+    let cpus = choice
+        .features()
+        .map_err(|error| failure(error.into()))?
+        .vcpus(cpus_milli.map_or(config.cpus, |milli| {
+            u32::try_from(milli.div_ceil(1000)).unwrap_or(1)
+        }));
     Ok(MachineRequest {
         choice,
         initramfs: guest.initramfs().map_err(failure)?,

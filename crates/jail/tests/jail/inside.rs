@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hull_jail::{
-    self as jail, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, ThreadRole, Tmp,
+    self as jail, Bind, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, Source,
+    ThreadRole, Tmp,
 };
 
 fn confinement(role: Role) -> Confinement {
@@ -75,6 +76,25 @@ pub fn answer(question: &str, arguments: &[String]) -> ExitCode {
         "call" => {
             enter(&confinement(Role::Qemu));
             call(&arguments[0]);
+        }
+        "connect" => {
+            let socket = rustix::fs::open(
+                arguments[0].as_str(),
+                rustix::fs::OFlags::PATH,
+                rustix::fs::Mode::empty(),
+            );
+            // The name on the host is of no importance afterwards.
+            std::fs::rename(&arguments[0], format!("{}.other", arguments[0])).unwrap();
+            let mut confinement = confinement(Role::Uml);
+            confinement.root.binds.push(Bind {
+                source: Source::Descriptor(socket.unwrap()),
+                target: "/sockets/here".into(),
+                executable: false,
+            });
+            enter(&confinement);
+            let mut stream = std::os::unix::net::UnixStream::connect("/sockets/here").unwrap();
+            std::io::Write::write_all(&mut stream, b"hello").unwrap();
+            print!("connected");
         }
         "leak" => {
             let host = super::inherited(7);

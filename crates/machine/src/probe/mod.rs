@@ -1,5 +1,4 @@
-//! What machines this host can run, and why not the others. For `hull check`, and for
-//! [`crate::choose()`].
+//! What machines this host can run, and why not the others: for `hull check` and [`crate::choose()`].
 //!
 //! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by
 //! tracing.
@@ -12,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::choose::{Choice, Requirements, choose};
-use crate::{qemu, uml};
+use crate::{Backend, Kind, qemu, uml};
 
 /// Everything `hull check` says about machines.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -40,14 +39,14 @@ pub enum State {
     },
     /// It cannot.
     Missing {
-        /// What is in the way.
+        /// The reason.
         why: String,
-        /// What mends it, if anything does.
+        /// The remedy, if there is one.
         hint: Option<String>,
     },
 }
 
-/// What became of trying KVM.
+/// The result of trying KVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum KvmState {
@@ -67,7 +66,7 @@ pub enum KvmState {
     NoPermission,
     /// It cannot run guest code at all.
     Fails {
-        /// What failed.
+        /// The step that failed.
         why: String,
     },
 }
@@ -94,60 +93,46 @@ impl fmt::Display for KvmState {
     }
 }
 
-/// Tries everything. Takes a few tenths of a second, once per boot of the host; then a few
+/// A kind of machine that works.
+#[derive(Debug, Clone)]
+pub struct Works {
+    /// It uses hardware virtualization.
+    pub hardware: bool,
+    /// The guest kernel that it boots.
+    pub kernel: PathBuf,
+    /// What speaks for it, for people.
+    pub why: String,
+}
+
+/// Examines everything. Takes a few tenths of a second once per boot of the host, then a few
 /// milliseconds.
 pub fn probe(requirements: &Requirements) -> Report {
-    let qemu_version = qemu::find_program().and_then(|program| qemu::version(&program));
+    let host = &requirements.host;
     Report {
-        kvm: kvm_cached(&requirements.data_directory),
-        uml: probe_uml(requirements),
-        qemu: match &qemu_version {
-            Ok(version) => State::Works {
-                how: format!("QEMU {version}"),
-            },
-            Err(error) => State::Missing {
-                why: error.to_string(),
-                hint: error.hint(),
-            },
-        },
-        qemu_version: qemu_version.ok(),
+        kvm: kvm_cached(&host.data_directory),
+        uml: uml::Uml.diagnose(host),
+        qemu: qemu::Qemu.diagnose(host),
+        qemu_version: qemu::find_program()
+            .and_then(|program| qemu::version(&program))
+            .ok(),
         auto: choose(None, requirements).map_err(|error| error.to_string()),
     }
 }
 
-fn probe_uml(requirements: &Requirements) -> State {
-    let missing = |why: String, hint: Option<&str>| State::Missing {
-        why,
-        hint: hint.map(str::to_owned),
-    };
-    if let Some(why) = tracing_forbidden() {
-        return missing(why, Some("sysctl -w kernel.yama.ptrace_scope=1"));
+impl Report {
+    /// Whether a kind of machine can be used. `None`: it has no backend.
+    pub fn state(&self, kind: Kind) -> Option<&State> {
+        match kind {
+            Kind::Kvm => None,
+            Kind::Uml => Some(&self.uml),
+            Kind::Qemu => Some(&self.qemu),
+        }
     }
-    if !kvm::in_child(kvm::tracing_works) {
-        return missing(
-            "processes cannot be traced here (a system call filter of the host forbids ptrace)"
-                .into(),
-            None,
-        );
-    }
-    let build = Some("guest/kernel/build um");
-    match &requirements.uml_kernel {
-        Some(kernel) if !kernel.is_file() => missing(
-            format!("its guest kernel {} does not exist", kernel.display()),
-            build,
-        ),
-        // The trial needs root: without, it would say no more than that.
-        Some(kernel) if rustix::process::geteuid().is_root() => match uml::version(kernel) {
-            Ok(version) => State::Works {
-                how: format!("Linux {version}, no virtualization needed"),
-            },
-            Err(why) => missing(why, None),
-        },
-        Some(_) => State::Works {
-            how: "no virtualization needed".into(),
-        },
-        None => missing("there is no guest kernel for um".into(), build),
-    }
+}
+
+/// Whether a process can trace another one here, tried.
+pub(crate) fn tracing_works() -> bool {
+    kvm::in_child(kvm::tracing_works)
 }
 
 /// Why a process without privileges may not trace its own children, by the Yama security module.
@@ -158,7 +143,7 @@ pub fn tracing_forbidden() -> Option<String> {
         .then(|| format!("tracing processes is forbidden (kernel.yama.ptrace_scope = {scope})"))
 }
 
-/// A kept answer and what it holds for.
+/// A cached result and the host that it is valid for.
 #[derive(Serialize, Deserialize)]
 struct Kept {
     host: String,

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use hull_machine::Kind;
+use hull_machine::Features;
 use hull_protocol::AGENT_PORT;
 use hull_protocol::agent as proto;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -60,16 +60,15 @@ pub fn network_sysctls(sysctl: Option<&HashMap<String, String>>) -> BTreeMap<Str
 /// # Errors
 /// The host has no random numbers.
 pub fn configuration(
-    kind: Kind,
+    features: &Features,
     hostname: &str,
     sysctl: BTreeMap<String, String>,
 ) -> Result<proto::ConfigureRequest> {
     let mut entropy = vec![0; 64];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).context(|| "get random numbers".into())?;
-    // A user-mode kernel has the host's clock.
-    let clock_ns = match kind {
-        Kind::Uml => 0,
-        _ => std::time::SystemTime::now()
+    let clock_ns = match features.host_clock {
+        true => 0,
+        false => std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or_default()),
     };

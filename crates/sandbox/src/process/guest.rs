@@ -1,4 +1,4 @@
-//! Starts the processes of a guest, its devices and its machine, and notices when one of them ends.
+//! Starts the processes of a guest, its devices and its machine, watches them, and pauses them.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -6,19 +6,25 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hull_jail::{self as jail, JailSpec, Started, Status};
-use hull_machine::exit;
-use hull_machine::{ConsoleRing, Kind, MachineSpec};
+use hull_machine::{
+    ConsoleRing, DeviceConfig, DeviceWiring, Features, Machine, MachineConfig, NetDevices,
+    ProcessRole, Wiring,
+};
 use hull_protocol::net_device_mac;
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch as signal;
+use tokio::task::spawn_blocking;
 
 use super::devices::{Devices, Incoming};
 use super::network::Nets;
+use super::supervise::{Ends, Reason, Verdict, supervise};
 use super::watch::watch;
 use crate::error::{Context, Failure, Result};
 use crate::paths::ContainerPaths;
@@ -41,10 +47,14 @@ const FIRST_JAIL_UID: u32 = 0x7000_0000;
 const HIGHEST_IDS: u32 = 1024;
 
 /// How long a machine may take to end after it has closed its devices.
-const MACHINE_TIME: Duration = Duration::from_secs(2);
+const MACHINE_EXIT_GRACE: Duration = Duration::from_secs(2);
 
-/// How long the device process may take to end after the machine that it served.
-const AFTERMATH: Duration = Duration::from_millis(20);
+/// How long the device process may take to end after the machine that it served. A device process
+/// that ended before the machine, and so may be the cause, is noticed well within that.
+const DEVICE_EXIT_GRACE: Duration = Duration::from_millis(40);
+
+/// How long the end of the console may follow that of the machine, which held it open.
+const CONSOLE_EXIT_GRACE: Duration = Duration::from_millis(40);
 
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
@@ -69,41 +79,41 @@ pub struct Disk {
 /// The processes of a guest. Dropping it ends them.
 pub struct Guest {
     devices: Watched,
-    machine: Watched,
+    machine: Arc<tokio::sync::Mutex<Box<dyn Machine>>>,
+    /// The machine process.
+    machine_process: Watched,
+    ends: Mutex<Ends>,
     diagnostics: PathBuf,
     console: Arc<Mutex<ConsoleRing>>,
+    /// Becomes true when the console has been read to its end.
+    console_ended: signal::Receiver<bool>,
     /// The device process's control.
     pub control: Arc<Devices>,
     /// The machine's net devices.
     pub nets: Nets,
+    /// What the machine can do.
+    pub features: Features,
 }
 
+/// A process whose end is awaited.
 #[derive(Debug)]
 struct Watched {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
-    /// The kernel tells it once; several may ask.
-    status: OnceLock<Status>,
 }
 
 impl Watched {
-    fn new(started: Started) -> Result<Self> {
+    fn new(pid: i32, pidfd: OwnedFd) -> Result<Self> {
         Ok(Self {
-            pid: started.pid,
-            pidfd: watch(started.pidfd, Interest::READABLE)?,
-            status: OnceLock::new(),
+            pid,
+            pidfd: watch(pidfd, Interest::READABLE)?,
         })
     }
 
-    /// Waits for the end; how it ended, if that is not known already.
-    async fn ended(&self) -> Option<Status> {
+    async fn ended(&self) {
         if let Err(error) = self.pidfd.readable().await {
             tracing::error!("cannot watch process {}: {error}", self.pid);
         }
-        if let Ok(Some(status)) = Status::reap(self.pidfd.as_fd()) {
-            return Some(*self.status.get_or_init(|| status));
-        }
-        self.status.get().copied()
     }
 
     fn kill(&self) {
@@ -115,15 +125,18 @@ impl Watched {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        for process in [&self.machine, &self.devices] {
+        use rustix::process::{WaitId, WaitIdOptions, waitid};
+        for process in [&self.machine_process, &self.devices] {
             process.kill();
         }
-        for process in [&self.machine, &self.devices] {
-            use rustix::process::{WaitId, WaitIdOptions, waitid};
-            let id = WaitId::PidFd(process.pidfd.as_fd());
-            // Nothing may run any more when the files are removed. SIGKILL does not keep us
-            // waiting.
-            let _ = waitid(id, WaitIdOptions::EXITED);
+        // Nothing may run any more when the files are removed. SIGKILL takes effect soon. The
+        // machine is collected by its own handle.
+        let options = WaitIdOptions::EXITED;
+        for (process, options) in [
+            (&self.machine_process, options | WaitIdOptions::NOWAIT),
+            (&self.devices, options),
+        ] {
+            let _ = waitid(WaitId::PidFd(process.pidfd.as_fd()), options);
         }
     }
 }
@@ -139,46 +152,59 @@ impl Guest {
         disks: Vec<Disk>,
     ) -> Result<(Self, Incoming)> {
         let jail_uid = jail_uid();
-        let nets = net_devices(request, disks.len());
-        let (devices, control) =
-            start_devices(&paths.devices(), request.choice.kind, nets, &disks)?;
-        let devices = Watched::new(devices)?;
+        let backend = request.choice.backend()?;
+        let features = backend.features();
+        let nets = net_devices(request, &features, disks.len());
+        let (devices, control) = start_devices(&paths.devices(), features.net, nets, &disks)?;
+        let devices = Watched::new(devices.pid, devices.pidfd)?;
         let (control, incoming) = Devices::new(control)?;
         let control = Arc::new(control);
 
         let (ring, console_write) =
             ConsoleRing::create(&paths.console()).context(|| "create the console".into())?;
         let console = Arc::new(Mutex::new(ring));
-        tokio::spawn(read_console(console.clone()));
+        let (ended, console_ended) = signal::channel(false);
+        tokio::spawn(read_console(console.clone(), ended));
 
-        let spec = MachineSpec {
+        let config = MachineConfig {
             kernel: request.choice.kernel.clone(),
             initramfs: request.initramfs.clone(),
             memory: request.memory,
-            cpus: request.cpus,
-            sockets: paths.devices(),
-            nets: (0..nets).map(net_device_mac).collect(),
-            disks: disks.len() as u32,
-            jail_uid,
+            vcpus: request.cpus,
+            hardware: request.choice.hardware,
         };
-        let machine = request
-            .choice
-            .machine()
-            .and_then(|machine| machine.start(&spec, console_write))
-            .map_err(|error| machine_failure(&error))?;
+        let wiring = Wiring {
+            console: console_write,
+            devices: wire_devices(&paths.devices(), nets, disks.len())?,
+            uid: jail_uid,
+        };
+        let machine = backend.start(&config, wiring)?;
+        let process = machine
+            .processes()
+            .iter()
+            .find(|process| process.role == ProcessRole::Machine)
+            .ok_or_else(|| Failure::new("the machine has no process"))?;
+        let pidfd = process
+            .pidfd
+            .try_clone()
+            .context(|| "watch the machine".into())?;
         Ok((
             Self {
                 devices,
-                machine: Watched::new(machine)?,
+                machine_process: Watched::new(process.pid, pidfd)?,
+                machine: Arc::new(tokio::sync::Mutex::new(machine)),
+                ends: Mutex::default(),
                 diagnostics: paths.diagnostics(),
                 console,
+                console_ended,
                 nets: Nets {
                     control: control.clone(),
                     count: nets,
-                    kind: request.choice.kind,
+                    devices: features.net,
                     owner: jail_uid,
                 },
                 control,
+                features,
             },
             incoming,
         ))
@@ -186,56 +212,99 @@ impl Guest {
 
     /// Process ids of device process and machine process.
     pub fn pids(&self) -> (i32, i32) {
-        (self.devices.pid, self.machine.pid)
+        (self.devices.pid, self.machine_process.pid)
     }
 
-    /// Waits until one of the processes ends; a line that says which and how. When both end, one
-    /// has taken the other along: a device process that ended by itself is the cause, because it
-    /// only does so when something is wrong.
+    #[expect(dead_code, reason = "for the pause of a sandbox")]
+    /// Stops the guest: no code of it runs when this returns. Its devices go on.
+    ///
+    /// # Errors
+    /// It has ended, or does not stop in time; it runs on then.
+    pub async fn pause(&self) -> Result<()> {
+        self.operate(|machine| machine.pause()).await
+    }
+
+    #[expect(dead_code, reason = "for the pause of a sandbox")]
+    /// Lets a paused guest go on. Its monotonic clock goes on from where it stopped; its wall clock
+    /// is to be set through the agent afterwards ([`Features::host_clock`] or not).
+    ///
+    /// # Errors
+    /// It has ended, or does not answer in time.
+    pub async fn resume(&self) -> Result<()> {
+        self.operate(|machine| machine.resume()).await
+    }
+
+    /// Does something with the machine that takes time.
+    async fn operate(
+        &self,
+        operation: fn(&mut dyn Machine) -> std::result::Result<(), hull_machine::Error>,
+    ) -> Result<()> {
+        let machine = self.machine.clone();
+        spawn_blocking(move || operation(&mut **machine.blocking_lock()))
+            .await
+            .map_err(|error| Failure::new(format!("the operation was aborted: {error}")))?
+            .map_err(Failure::from)
+    }
+
+    /// Waits until one of the processes ends; the reason as one line.
     pub async fn broke_down(&self) -> String {
         tokio::select! {
-            status = self.machine.ended() => {
-                match tokio::time::timeout(AFTERMATH, self.devices.ended()).await {
-                    Ok(devices) => match self.devices_broke_down(devices) {
-                        Some(reason) => reason,
-                        None => self.machine_broke_down(status).await,
-                    },
-                    Err(_) => self.machine_broke_down(status).await,
+            () = self.machine_process.ended() => {}
+            () = self.devices.ended() => {}
+        }
+        let reason = self.reason().await;
+        if let Reason::Machine(_) = reason {
+            // The last lines of the guest's kernel are in the pipe.
+            let mut ended = self.console_ended.clone();
+            let end = ended.wait_for(|ended| *ended);
+            let _ = tokio::time::timeout(CONSOLE_EXIT_GRACE, end).await;
+        }
+        let diagnostics = last_error(&self.diagnostics);
+        reason.describe(&self.console_tail(), diagnostics.as_deref())
+    }
+
+    /// Why the guest ended, when one of its processes has.
+    async fn reason(&self) -> Reason {
+        let mut waited = false;
+        loop {
+            match supervise(&self.observe().await, waited) {
+                Verdict::Ended(reason) => return reason,
+                Verdict::WaitFor(ProcessRole::Machine) => {
+                    let end = self.machine_process.ended();
+                    waited = tokio::time::timeout(MACHINE_EXIT_GRACE, end).await.is_err();
                 }
-            }
-            status = self.devices.ended() => match self.devices_broke_down(status) {
-                Some(reason) => reason,
-                // It ends by itself when the machine has closed its sockets.
-                None => match tokio::time::timeout(MACHINE_TIME, self.machine.ended()).await {
-                    Ok(status) => self.machine_broke_down(status).await,
-                    Err(_) => "the machine has left its devices".into(),
+                Verdict::WaitFor(ProcessRole::Devices) => {
+                    let end = self.devices.ended();
+                    waited = tokio::time::timeout(DEVICE_EXIT_GRACE, end).await.is_err();
+                }
+                // Woken early.
+                Verdict::Running => tokio::select! {
+                    () = self.machine_process.ended() => {}
+                    () = self.devices.ended() => {}
                 },
             }
         }
     }
 
-    /// How the device process ended, unless that was for lack of a machine.
-    fn devices_broke_down(&self, status: Option<Status>) -> Option<String> {
-        match status {
-            Some(Status::Signal(signal)) => {
-                Some(format!("the device process was killed by signal {signal}"))
-            }
-            Some(Status::Code(0)) => None,
-            Some(Status::Code(code)) => {
-                let said = last_line(&self.diagnostics);
-                Some(format!("the device process ended with status {code}{said}"))
-            }
-            None => Some("the device process has ended".into()),
-        }
-    }
-
-    async fn machine_broke_down(&self, status: Option<Status>) -> String {
-        // What the guest's kernel had to say is still on its way through the pipe.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let Some(status) = status else {
-            return "the machine has ended".into();
+    /// Looks which processes have ended.
+    async fn observe(&self) -> Ends {
+        let machine = self.machine.lock().await.exit();
+        let mut ends = lock(&self.ends);
+        let devices = match ends.devices {
+            None => Status::reap(self.devices.pidfd.as_fd()).transpose(),
+            // Collected before: a process is only once.
+            known => known,
         };
-        exit::Exit::interpret(status, &self.console_tail()).to_string()
+        if ends.first.is_none() && (ends.machine.is_none() && ends.devices.is_none()) {
+            ends.first = match (&machine, &devices) {
+                (Some(_), None) => Some(ProcessRole::Machine),
+                (None, Some(_)) => Some(ProcessRole::Devices),
+                _ => None,
+            };
+        }
+        ends.machine = machine;
+        ends.devices = devices;
+        ends.clone()
     }
 
     /// The last lines of the guest's console, fit for a person's terminal.
@@ -244,21 +313,21 @@ impl Guest {
     }
 }
 
-/// The last thing that the host's own processes had to say, to be appended to a message.
-fn last_line(diagnostics: &Path) -> String {
+/// The last error that the host's own processes reported.
+fn last_error(diagnostics: &Path) -> Option<String> {
     let text = fs::read(diagnostics).unwrap_or_default();
-    String::from_utf8_lossy(&text)
-        .lines()
-        .rfind(|line| line.starts_with("error: "))
-        .map(|line| format!(": {}", super::agent::printable(line)))
-        .unwrap_or_default()
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().rfind(|line| line.starts_with("error: "))?;
+    Some(super::agent::printable(line))
 }
 
-fn machine_failure(error: &hull_machine::Error) -> Failure {
-    let failure = Failure::new(error.to_string());
-    match error.hint() {
-        Some(hint) => failure.hint(hint),
-        None => failure,
+impl From<hull_machine::Error> for Failure {
+    fn from(error: hull_machine::Error) -> Self {
+        let failure = Failure::new(error.to_string());
+        match error.hint() {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
     }
 }
 
@@ -275,21 +344,49 @@ fn jail_uid() -> u32 {
 }
 
 /// How many net devices a machine has beside its disks, of those that are asked for.
-fn net_devices(request: &MachineRequest, disks: usize) -> u8 {
-    let Some(most) = request.choice.kind.most_devices() else {
-        return request.nets;
+fn net_devices(request: &MachineRequest, features: &Features, disks: usize) -> u8 {
+    let room = match features.max_devices {
+        Some(most) => most.saturating_sub(SOCKETS.len() + disks),
+        None => usize::MAX,
     };
-    let room = most.saturating_sub(SOCKETS.len() + disks);
-    u8::try_from(room)
-        .unwrap_or(u8::MAX)
-        .min(request.nets)
-        .min(MAX_NETS_AT_BOOT)
+    let room = u8::try_from(room).unwrap_or(u8::MAX).min(request.nets);
+    match features.net {
+        NetDevices::AtBoot { .. } => room.min(MAX_NETS_AT_BOOT),
+        NetDevices::HotPlug { .. } => room,
+    }
+}
+
+/// The machine's ends of the sockets that [`start_devices`] creates. The vsock device is the first
+/// one: the agent connects over it.
+fn wire_devices(directory: &Path, nets: u8, disks: usize) -> Result<Vec<DeviceWiring>> {
+    let fixed = [
+        (DeviceConfig::Vsock, "vsock".to_owned()),
+        (DeviceConfig::Fs, "fs".to_owned()),
+        (DeviceConfig::Entropy, "entropy".to_owned()),
+    ];
+    let nets = (0..nets).map(|index| {
+        let mac = net_device_mac(index);
+        (DeviceConfig::Net { mac }, format!("net{index}"))
+    });
+    let disks = (0..disks).map(|index| (DeviceConfig::Block, format!("disk{index}")));
+    fixed
+        .into_iter()
+        .chain(nets)
+        .chain(disks)
+        .map(|(config, name)| {
+            let path = directory.join(format!("{name}.sock"));
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let socket = rustix::fs::open(&path, flags, Mode::empty())
+                .context(|| format!("open {}", path.display()))?;
+            Ok(DeviceWiring { config, socket })
+        })
+        .collect()
 }
 
 /// Makes the sockets between machine and devices, and starts the device process on them.
 fn start_devices(
     directory: &Path,
-    kind: Kind,
+    net: NetDevices,
     nets: u8,
     disks: &[Disk],
 ) -> Result<(Started, OwnedFd)> {
@@ -333,8 +430,10 @@ fn start_devices(
         argv.extend([format!("--{name}-fd").into(), fd.to_string().into()]);
     }
     let mut next = CONTROL_FD + 1 + listeners.len() as i32;
-    let front_end = match kind {
-        Kind::Qemu => ":qemu",
+    let front_end = match net {
+        NetDevices::AtBoot {
+            enables_rings_early: true,
+        } => ":qemu",
         _ => "",
     };
     for (index, listener) in (0..nets).zip(&net_listeners) {
@@ -370,8 +469,13 @@ fn start_devices(
     Ok((started, ours))
 }
 
-/// Carries the guest's console to its ring until the machine ends.
-async fn read_console(ring: Arc<Mutex<ConsoleRing>>) {
+/// Reads the guest's console into its ring until the machine ends, which `ended` is told.
+async fn read_console(ring: Arc<Mutex<ConsoleRing>>, ended: signal::Sender<bool>) {
+    read_to_end(ring).await;
+    ended.send_replace(true);
+}
+
+async fn read_to_end(ring: Arc<Mutex<ConsoleRing>>) {
     let pipe = match lock(&ring)
         .fd()
         .try_clone_to_owned()
@@ -400,7 +504,7 @@ async fn read_console(ring: Arc<Mutex<ConsoleRing>>) {
     }
 }
 
-fn lock(ring: &Mutex<ConsoleRing>) -> MutexGuard<'_, ConsoleRing> {
-    // A ring of bytes is valid at any time.
-    ring.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these hold is valid at any time.
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }

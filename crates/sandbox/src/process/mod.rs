@@ -6,7 +6,8 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | `guest` | device process and machine, and their deaths |
+//! | `guest` | device process and machine, and their end |
+//! | `supervise` | which of the two failed |
 //! | `boot` | from a started machine to an agent that answers |
 //! | `mounts` | root file systems and volumes on the host |
 //! | `devices` | shares, net devices and vsock streams |
@@ -33,4 +34,5 @@ pub mod pod;
 mod server;
 pub mod single;
 mod streams;
+mod supervise;
 mod watch;

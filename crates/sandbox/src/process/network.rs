@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use hull_devices::net::NetOptions;
 use hull_devices::net::filter::Policy;
-use hull_machine::Kind;
+use hull_machine::NetDevices;
 use hull_network::{
     Description, Interface, Monitor, Namespace, Netlink, Tap, TapOptions, mirror, tap,
 };
@@ -34,8 +34,8 @@ pub struct Nets {
     pub control: Arc<Devices>,
     /// How many there are.
     pub count: u8,
-    /// The machine.
-    pub kind: Kind,
+    /// How the guest gets them.
+    pub devices: NetDevices,
     /// The user that taps belong to.
     pub owner: u32,
 }
@@ -283,7 +283,8 @@ impl Network {
     pub async fn configure(&mut self, agent: &Agent) -> Result<()> {
         let request = self.message();
         // A guest that has devices since it booted hides those that nothing leads to.
-        let has_devices = (0..self.nets.count).any(|device| self.nets.kind.plug(device).is_none());
+        let has_devices =
+            self.nets.count > 0 && matches!(self.nets.devices, NetDevices::AtBoot { .. });
         let nothing = self.told.is_none() && request.interfaces.is_empty() && !has_devices;
         if nothing || self.told.as_ref() == Some(&request) {
             return Ok(());
@@ -373,7 +374,11 @@ impl Network {
                     ..Default::default()
                 })
                 .collect(),
-            plug: self.nets.kind.plug(cable.device).unwrap_or_default(),
+            plug: self
+                .nets
+                .devices
+                .hotplug_parameter(cable.device)
+                .unwrap_or_default(),
             ..Default::default()
         });
         let routes = self.description.routes.iter().map(|route| proto::Route {

@@ -297,8 +297,7 @@ async fn accept(listener: OwnedFd, pod: Arc<Pod>) {
 
 async fn boot(guest: &Guest, request: &PodRequest, incoming: Incoming) -> Result<Ready> {
     let agent = boot::agent_dials(incoming).await?;
-    let kind = request.machine.choice.kind;
-    let configuration = boot::configuration(kind, &request.hostname, BTreeMap::new())?;
+    let configuration = boot::configuration(&guest.features, &request.hostname, BTreeMap::new())?;
     agent.configure(&configuration).await?;
     Ok(Ready {
         agent,

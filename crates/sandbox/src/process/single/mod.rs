@@ -316,7 +316,7 @@ async fn boot(
     timings.step("boot the guest until the agent dials", booting);
 
     let begin = now_ns();
-    agent.configure(&configuration(request)?).await?;
+    agent.configure(&configuration(guest, request)?).await?;
     if let Some(mut network) = network {
         network.configure(&agent).await?;
         if let Some(forwarder) = &forwarder {
@@ -352,10 +352,10 @@ async fn boot(
     })
 }
 
-fn configuration(request: &RunRequest) -> Result<proto::ConfigureRequest> {
+fn configuration(guest: &Guest, request: &RunRequest) -> Result<proto::ConfigureRequest> {
     let linux = request.spec.linux().as_ref();
     boot::configuration(
-        request.machine.choice.kind,
+        &guest.features,
         request.id.get(..12).unwrap_or_default(),
         boot::network_sysctls(linux.and_then(|linux| linux.sysctl().as_ref())),
     )
