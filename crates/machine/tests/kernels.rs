@@ -1,5 +1,5 @@
-//! Guest kernels in the jail, with an initramfs of one small program, assembled here. Needs root and
-//! a kernel in the cache of guest/kernel/build; a test that cannot run here prints the reason.
+//! Guest kernels in the jail, with an initramfs of one small program, assembled here. Needs root
+//! and a kernel in the cache of guest/kernel/build; a test that cannot run here prints the reason.
 
 #![allow(clippy::unwrap_used)]
 

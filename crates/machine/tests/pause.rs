@@ -107,7 +107,12 @@ impl Guest {
         let start = Instant::now();
         while !condition(&self.printed.lock().unwrap()) {
             let printed = self.printed.lock().unwrap();
-            assert!(start.elapsed() < timeout, "{:#?}", printed.other);
+            let (now, slept) = (printed.now.len(), &printed.slept);
+            assert!(
+                start.elapsed() < timeout,
+                "{now} {slept:?} {:#?}",
+                printed.other
+            );
             drop(printed);
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -1,9 +1,9 @@
-//! Does KVM run guest code, or only pretend to?
+//! Whether KVM runs guest code on the processor.
 //!
 //! Some hosts have a `/dev/kvm` that accepts every call and then interprets guest kernel code a
-//! thousand times slower than the processor (KVM nested in a paravirtual one). So a guest is made
-//! that does nothing but count in 64-bit kernel mode, and its speed is measured. It runs in a
-//! forked child under an alarm, because a broken KVM may never come back.
+//! thousand times slower than the processor (KVM nested in a paravirtual one). So the probe creates
+//! a guest that counts in 64-bit kernel mode, and measures its speed. It runs in a forked child
+//! under an alarm, because KVM_RUN of a broken KVM may not return.
 
 #![allow(unsafe_code)]
 
@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use super::KvmState;
 
-/// Slower than this is interpreted. The processor makes thousands, an emulator with nested paging
-/// (the lab's) hundreds, an interpreter one or two.
+/// Million instructions per second; less is interpreted. A processor executes thousands, an
+/// emulator with nested paging hundreds, an interpreter one or two.
 const INTERPRETED_BELOW: u64 = 20;
 
 /// How long the guest counts.
 const MEASURED: Duration = Duration::from_millis(30);
 
-/// Whole seconds after which a probe that does not answer is killed.
-const PATIENCE: u32 = 3;
+/// Seconds after which a probe that does not answer is killed.
+const PROBE_TIMEOUT: u32 = 3;
 
 /// Whether `/dev/kvm` can be opened.
 pub fn openable() -> Result<(), KvmState> {
@@ -35,7 +35,7 @@ pub fn openable() -> Result<(), KvmState> {
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             Err(KvmState::NoPermission)
         }
-        // ENXIO, ENODEV: a node without a driver behind it.
+        // ENXIO, ENODEV: a device node without a driver.
         Err(_) => Err(KvmState::Absent),
     }
 }
@@ -51,7 +51,7 @@ pub fn probe() -> KvmState {
     });
     match answer {
         None => KvmState::Fails {
-            why: format!("guest code did not come back within {PATIENCE} s"),
+            why: format!("guest code did not come back within {PROBE_TIMEOUT} s"),
         },
         Some(answer) => match (answer.strip_prefix('!'), answer.parse::<u64>()) {
             (None, Ok(rate)) if rate >= INTERPRETED_BELOW => KvmState::Works {
@@ -112,7 +112,7 @@ fn fork_and_read(work: impl FnOnce() -> String) -> Option<String> {
             // SAFETY: the default action of the alarm's signal ends the process; `write` is open.
             unsafe {
                 libc::signal(libc::SIGALRM, libc::SIG_DFL);
-                libc::alarm(PATIENCE);
+                libc::alarm(PROBE_TIMEOUT);
                 let answer = work();
                 libc::write(write.as_raw_fd(), answer.as_ptr().cast(), answer.len());
                 libc::_exit(0)
@@ -264,6 +264,6 @@ mod tests {
         let start = Instant::now();
         let state = probe();
         println!("kvm: {state}");
-        assert!(start.elapsed() < Duration::from_secs(u64::from(PATIENCE) + 2));
+        assert!(start.elapsed() < Duration::from_secs(u64::from(PROBE_TIMEOUT) + 2));
     }
 }

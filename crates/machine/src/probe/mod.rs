@@ -1,4 +1,5 @@
-//! What machines this host can run, and why not the others: for `hull check` and [`crate::choose()`].
+//! What machines this host can run, and why not the others: for `hull check` and
+//! [`crate::choose()`].
 //!
 //! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by
 //! tracing.
@@ -32,12 +33,12 @@ pub struct Report {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum State {
-    /// It can.
+    /// It can be used.
     Works {
         /// How, in a few words.
         how: String,
     },
-    /// It cannot.
+    /// It cannot be used.
     Missing {
         /// The reason.
         why: String,
@@ -55,14 +56,14 @@ pub enum KvmState {
         /// Millions of instructions per second.
         million_per_second: u64,
     },
-    /// `/dev/kvm` accepts everything and then interprets guest kernel code.
+    /// `/dev/kvm` accepts every call and interprets guest kernel code.
     Pretends {
         /// Millions of instructions per second.
         million_per_second: u64,
     },
     /// There is no `/dev/kvm`.
     Absent,
-    /// `/dev/kvm` may not be opened.
+    /// The caller may not open `/dev/kvm`.
     NoPermission,
     /// It cannot run guest code at all.
     Fails {
@@ -100,7 +101,7 @@ pub struct Works {
     pub hardware: bool,
     /// The guest kernel that it boots.
     pub kernel: PathBuf,
-    /// What speaks for it, for people.
+    /// Its advantage, for people.
     pub why: String,
 }
 
@@ -145,28 +146,28 @@ pub fn tracing_forbidden() -> Option<String> {
 
 /// A cached result and the host that it is valid for.
 #[derive(Serialize, Deserialize)]
-struct Kept {
+struct Cached {
     host: String,
     kvm: KvmState,
 }
 
-/// The state of KVM: the answer kept for this boot of this host, else a new probe's.
+/// The state of KVM: the result cached for this boot of this host, otherwise that of a new probe.
 pub fn kvm_cached(data_directory: &Path) -> KvmState {
     let path = data_directory.join("probe.json");
     let host = host_identity();
-    let kept = std::fs::read(&path)
+    let cached = std::fs::read(&path)
         .ok()
-        .and_then(|text| serde_json::from_slice::<Kept>(&text).ok());
-    match kept {
-        // A device node can come and go, and permissions are the caller's: these are looked at each
-        // time.
-        Some(kept) if kept.host == host && kvm::openable().is_ok() => kept.kvm,
+        .and_then(|text| serde_json::from_slice::<Cached>(&text).ok());
+    match cached {
+        // The device node can appear and disappear, and permissions are the caller's: these are
+        // examined each time.
+        Some(cached) if cached.host == host && kvm::openable().is_ok() => cached.kvm,
         _ => {
             let kvm = kvm::probe();
             if !matches!(kvm, KvmState::Absent | KvmState::NoPermission) {
-                keep(
+                cache(
                     &path,
-                    &Kept {
+                    &Cached {
                         host,
                         kvm: kvm.clone(),
                     },
@@ -177,24 +178,24 @@ pub fn kvm_cached(data_directory: &Path) -> KvmState {
     }
 }
 
-fn keep(path: &Path, kept: &Kept) {
+fn cache(path: &Path, cached: &Cached) {
     let write = || -> std::io::Result<()> {
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory)?;
         }
         let new: PathBuf = path.with_extension(format!("json.{}", std::process::id()));
-        std::fs::write(&new, serde_json::to_vec(kept)?)?;
+        std::fs::write(&new, serde_json::to_vec(cached)?)?;
         std::fs::rename(new, path)
     };
     if let Err(error) = write() {
         tracing::warn!(
-            "cannot keep the answer of the KVM probe in {}: {error}",
+            "cannot cache the result of the KVM probe in {}: {error}",
             path.display()
         );
     }
 }
 
-/// This boot of this host: what an answer about KVM holds for.
+/// This boot of this host, for which a result about KVM is valid.
 fn host_identity() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
@@ -213,15 +214,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kept_answer_is_used_for_the_same_boot_only() {
+    fn a_cached_result_is_valid_for_the_same_boot_only() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("probe.json");
         let kvm = KvmState::Works {
             million_per_second: 123_456_789,
         };
-        keep(
+        cache(
             &path,
-            &Kept {
+            &Cached {
                 host: host_identity(),
                 kvm: kvm.clone(),
             },
@@ -229,9 +230,9 @@ mod tests {
         if kvm::openable().is_ok() {
             assert_eq!(kvm_cached(directory.path()), kvm);
         }
-        keep(
+        cache(
             &path,
-            &Kept {
+            &Cached {
                 host: "another".into(),
                 kvm: kvm.clone(),
             },

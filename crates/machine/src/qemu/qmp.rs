@@ -1,4 +1,5 @@
-//! The monitor of a QEMU: commands and answers in JSON, one per line (QEMU's docs/interop/qmp-spec).
+//! The monitor of a QEMU: commands and answers in JSON, one per line (QEMU's
+//! docs/interop/qmp-spec).
 //!
 //! QEMU handles what a guest writes, so its answers are not trusted: a line and an answer have a
 //! largest size, an answer has a deadline, and nothing of it but success or failure is used. The

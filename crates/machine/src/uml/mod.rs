@@ -266,8 +266,8 @@ fn spawn(
     })
 }
 
-/// The version that a kernel says it is. It says so in a jail like a guest's, so this is also a
-/// trial of the jail.
+/// The version that a kernel reports. It runs in a jail like that of a guest, so this tests the
+/// jail, too.
 fn version(kernel: &Path) -> Result<String, String> {
     /// Nobody, by convention.
     const NOBODY: u32 = 65534;
