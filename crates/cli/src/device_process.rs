@@ -3,7 +3,7 @@
 //! Started by a sandbox process in namespaces of its own, with the control socket inherited.
 
 use hull_devices::device_process;
-use hull_machine::jail::{self, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
+use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
 
 use crate::error::{Context, Result};
 

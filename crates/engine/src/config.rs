@@ -425,12 +425,7 @@ mod tests {
                 .starts_with("test.toml:1: ")
         );
         let error = parse("memroy = '1g'").unwrap_err();
-        assert!(
-            error
-                .hint
-                .unwrap()
-                .contains("did you mean \"memory\"")
-        );
+        assert!(error.hint.unwrap().contains("did you mean \"memory\""));
     }
 
     #[test]
@@ -444,11 +439,7 @@ mod tests {
         assert_eq!(load(None).unwrap().cpus, 2);
         assert_eq!(load(Some(Path::new(""))).unwrap().cpus, 2);
         let error = load(Some(&chosen)).unwrap_err();
-        assert!(
-            error.message.contains("chosen.toml"),
-            "{}",
-            error.message
-        );
+        assert!(error.message.contains("chosen.toml"), "{}", error.message);
         std::fs::write(&chosen, "memory = '1g'").unwrap();
         assert_eq!(load(Some(&chosen)).unwrap().cpus, 1);
 

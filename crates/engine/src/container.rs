@@ -200,7 +200,10 @@ pub fn find_any(paths: &Paths, text: &str) -> Result<Any> {
             id == text || (text.len() >= 3 && id.starts_with(text))
         })
         .collect();
-    if let Some(exact) = found.iter().position(|other| other.stored.record.id == text) {
+    if let Some(exact) = found
+        .iter()
+        .position(|other| other.stored.record.id == text)
+    {
         found.swap(0, exact);
         found.truncate(1);
     }
@@ -231,7 +234,10 @@ pub fn list(paths: &Paths) -> Result<Vec<Result<Container, (String, Error)>>> {
         }
     }
     all.sort_by_key(|one| {
-        std::cmp::Reverse(one.as_ref().map_or(0, |container| container.record.created_ns))
+        std::cmp::Reverse(
+            one.as_ref()
+                .map_or(0, |container| container.record.created_ns),
+        )
     });
     Ok(all)
 }
@@ -367,7 +373,10 @@ pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
     {
         return Err(error.clone());
     }
-    let name = loaded.ok().flatten().map(|container| container.record.details.name);
+    let name = loaded
+        .ok()
+        .flatten()
+        .map(|container| container.record.details.name);
     erase(paths, id, name.as_deref())
 }
 
@@ -377,7 +386,9 @@ fn end(record: &Record<Details>, id: &str) -> Result<()> {
         return Ok(());
     };
     let asked = Client::open(sandbox).and_then(|client| {
-        let Some(client) = client else { return Ok(None) };
+        let Some(client) = client else {
+            return Ok(None);
+        };
         client.set_timeout(REMOVE_TIMEOUT)?;
         let request = Request::Delete {
             container: id.to_owned(),

@@ -47,7 +47,10 @@ pub fn write(
         use std::os::unix::fs::PermissionsExt;
         let path = directory.path().join(file);
         if let Err(error) = fs::set_permissions(&path, fs::Permissions::from_mode(0o644)) {
-            return Err(Error::new(format!("cannot prepare {}: {error}", path.display())));
+            return Err(Error::new(format!(
+                "cannot prepare {}: {error}",
+                path.display()
+            )));
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hull_machine::{Choice, Kind, Requirements};
+use hull_machine::{Choice, Host, Kind, Requirements};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
@@ -55,8 +55,7 @@ impl GuestFiles {
 
     /// What a machine is chosen by: the given kernel, the configured one, or the installed ones.
     pub fn requirements(&self, config: &Config, given: Option<&Path>) -> Requirements {
-        let mut requirements = Requirements {
-            hardware_isolation: config.hardware_isolation,
+        let mut host = Host {
             uml_kernel: Some(self.kernel_path(Kind::Uml)),
             native_kernel: Some(self.kernel_path(Kind::Qemu)),
             data_directory: config.data_dir.clone(),
@@ -65,12 +64,15 @@ impl GuestFiles {
             let given = Some(given.to_owned());
             // A kernel fits one kind of machine only: auto must not try it with the other.
             if given.as_deref().is_some_and(is_user_mode_kernel) {
-                (requirements.uml_kernel, requirements.native_kernel) = (given, None);
+                (host.uml_kernel, host.native_kernel) = (given, None);
             } else {
-                (requirements.uml_kernel, requirements.native_kernel) = (None, given);
+                (host.uml_kernel, host.native_kernel) = (None, given);
             }
         }
-        requirements
+        Requirements {
+            hardware_isolation: config.hardware_isolation,
+            host,
+        }
     }
 
     /// Picks a machine and its kernel.
@@ -80,12 +82,7 @@ impl GuestFiles {
         machine: Option<Machine>,
         given: Option<&Path>,
     ) -> Result<Choice> {
-        let requested = match machine.unwrap_or(config.machine) {
-            Machine::Auto => None,
-            Machine::Kvm => Some(Kind::Kvm),
-            Machine::Qemu => Some(Kind::Qemu),
-            Machine::Uml => Some(Kind::Uml),
-        };
+        let requested = machine.unwrap_or(config.machine).kind();
         let given = given.or(config.kernel.as_deref());
         let given = match given {
             Some(path) => Some(kernel_file(path)?),
@@ -94,14 +91,14 @@ impl GuestFiles {
         if given.is_none() {
             // A missing kernel is better said here, where the command that builds it is known.
             match requested {
-                Some(Kind::Kvm) => {}
+                // One without a backend is refused whatever its kernel.
+                Some(kind) if kind.backend().is_err() => {}
                 Some(kind) => {
                     self.kernel(kind)?;
                 }
-                None if !self.kernel_path(Kind::Qemu).is_file() => {
-                    self.kernel(Kind::Uml)?;
+                None => {
+                    self.any_kernel()?;
                 }
-                None => {}
             }
         }
         let mut choice =
@@ -124,6 +121,19 @@ impl GuestFiles {
         .hint(
             "`make kernels` in hull's source directory builds it, or give one with --kernel FILE",
         ))
+    }
+
+    /// The kernel that `auto` would boot of those that are installed.
+    pub fn any_kernel(&self) -> Result<PathBuf> {
+        let kinds = hull_machine::kernels();
+        let mut kernels = kinds
+            .iter()
+            .flat_map(|(_, kinds)| kinds)
+            .map(|kind| self.kernel(*kind));
+        let first = kernels
+            .next()
+            .unwrap_or_else(|| Err(Error::new("hull is built without any machine")));
+        first.or_else(|error| kernels.find_map(Result::ok).ok_or(error))
     }
 
     /// The initramfs with the agent.
@@ -163,8 +173,7 @@ impl GuestFiles {
 
 /// A kernel that a user names: absolute, and a file.
 pub fn kernel_file(path: &Path) -> Result<PathBuf> {
-    let path =
-        std::path::absolute(path).context(|| format!("use kernel {}", path.display()))?;
+    let path = std::path::absolute(path).context(|| format!("use kernel {}", path.display()))?;
     match std::fs::metadata(&path) {
         Ok(file) if file.is_file() => Ok(path),
         Ok(_) => Err(Error::new(format!(
@@ -220,13 +229,19 @@ mod tests {
         std::fs::write(&path, b"\x7fELF and more").unwrap();
         let requirements = guest.requirements(&config, Some(&path));
         assert_eq!(
-            (requirements.uml_kernel, requirements.native_kernel),
+            (
+                requirements.host.uml_kernel,
+                requirements.host.native_kernel
+            ),
             (None, Some(path.clone()))
         );
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
         let requirements = guest.requirements(&config, Some(&path));
         assert_eq!(
-            (requirements.uml_kernel, requirements.native_kernel),
+            (
+                requirements.host.uml_kernel,
+                requirements.host.native_kernel
+            ),
             (Some(path), None)
         );
     }

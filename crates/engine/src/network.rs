@@ -173,8 +173,7 @@ impl NetworkOptions {
             let message = format!(
                 "not supported without root: network {name}: its plugins change the host's network"
             );
-            return Err(Error::with_kind(ErrorKind::Unsupported, message)
-                .hint("--network default"));
+            return Err(Error::with_kind(ErrorKind::Unsupported, message).hint("--network default"));
         }
         match first([(self.ip.is_some(), "--ip"), (self.ip6.is_some(), "--ip6")]) {
             Some(option) => Err(Error::with_kind(
@@ -293,5 +292,7 @@ pub fn list(name: &str, published: bool) -> Result<List> {
     };
     let (ipv6, leases) = (ipv6.first().copied(), Path::new(LEASES));
     let bridge = cni::DEFAULT_BRIDGE;
-    Ok(cni::default_network(*ipv4, ipv6, bridge, leases, published)?)
+    Ok(cni::default_network(
+        *ipv4, ipv6, bridge, leases, published,
+    )?)
 }

@@ -256,7 +256,7 @@ impl<'a> Run<'a> {
         Ok(MachineConfig {
             initramfs: GuestFiles::locate(self.config)?.initramfs()?,
             memory: limit.map_or(self.config.memory, MachineConfig::memory_for),
-            cpus: cpus(&choice, self.options.cpus_milli, self.config),
+            cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
             nets: matches!(self.network.attach, Attach::Source(..)).into(),
             choice,
         })
@@ -637,7 +637,7 @@ impl<'a> Run<'a> {
             cpus_milli: options.cpus_milli.and_then(no_zero),
             pids_limit: (pids_limit > 0).then_some(pids_limit),
             seccomp: seccomp(&options.security)?,
-            has_32_bits: place.machine.choice.kind != hull_machine::Kind::Uml,
+            has_32_bits: place.machine.choice.features()?.compat32,
             no_new_privileges: no_new_privileges(&options.security),
         };
         let built = spec::build(&container, &image.config, &layout)?;
@@ -707,14 +707,17 @@ pub fn sandbox_timings(client: &Client) -> Vec<Step> {
     }
 }
 
-/// Virtual processors of a machine for a container with a limit, in thousandths.
-pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> u32 {
-    match (choice.kind, milli.filter(|milli| *milli > 0)) {
-        // A user-mode kernel has one processor; a limit above it is kept all the same.
-        (hull_machine::Kind::Uml, _) => 1,
-        (_, Some(milli)) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
-        (_, None) => config.cpus,
-    }
+/// Virtual processors of a machine for a container with a limit, in thousandths. A limit above what
+/// the kind of machine has is kept all the same.
+///
+/// # Errors
+/// The kind of machine is not there.
+pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> Result<u32> {
+    let wanted = match milli.filter(|milli| *milli > 0) {
+        Some(milli) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
+        None => config.cpus,
+    };
+    Ok(choice.features()?.vcpus(wanted))
 }
 
 /// The system call filter that the options ask for; the last one counts.

@@ -21,6 +21,13 @@ pub enum Machine {
     Uml,
 }
 
+impl Machine {
+    /// The kind of machine that is requested; `None`: the first that works.
+    pub fn kind(self) -> Option<hull_machine::Kind> {
+        enum_name(self).parse().ok()
+    }
+}
+
 /// Network of a container as asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {

@@ -2,13 +2,14 @@
 //!
 //! `cargo run -p hull-machine --example boot -- uml|qemu KERNEL INITRAMFS MEMORY-MIB [TIMES [MARK]]`
 //!
-//! MARK is a text on the console whose first appearance is timed ("Run /init" if not given). The last console is printed.
+//! MARK is a text on the console whose first appearance is timed ("Run /init" if not given). The
+//! last console is printed.
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hull_machine::{Choice, ConsoleRing, Exit, Kind, MachineSpec, Requirements, choose, exit};
+use hull_machine::{ConsoleRing, Host, Kind, MachineConfig, Requirements, Wiring, choose};
 use rustix::event::{PollFd, PollFlags, poll};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -19,37 +20,37 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let times: usize = rest.first().map_or(Ok(1), |times| times.parse())?;
     let mark = rest.get(1).map_or("Run /init", String::as_str);
     let directory = tempfile::tempdir()?;
-    let sockets = directory.path().join("sockets");
-    std::fs::create_dir(&sockets)?;
     let kind: Kind = kind.parse()?;
     let kernel = PathBuf::from(kernel);
     let choice = choose(
         Some(kind),
         &Requirements {
             hardware_isolation: false,
-            uml_kernel: Some(kernel.clone()),
-            native_kernel: Some(kernel.clone()),
-            data_directory: std::env::temp_dir().join("hull-boot-example"),
+            host: Host {
+                uml_kernel: Some(kernel.clone()),
+                native_kernel: Some(kernel.clone()),
+                data_directory: std::env::temp_dir().join("hull-boot-example"),
+            },
         },
     )?;
-    // To try KVM where the probe calls it too slow.
-    let hardware = choice.hardware || std::env::var_os("BOOT_WITH_KVM").is_some();
-    let machine = Choice { hardware, ..choice }.machine()?;
-    let spec = MachineSpec {
+    let config = MachineConfig {
         kernel,
         initramfs: initramfs.into(),
         memory: memory.parse::<u64>()? << 20,
-        cpus: 1,
-        sockets,
-        nets: Vec::new(),
-        disks: 0,
-        jail_uid: 60_000,
+        vcpus: 1,
+        // To try KVM where the probe calls it too slow.
+        hardware: choice.hardware || std::env::var_os("BOOT_WITH_KVM").is_some(),
     };
     let mut all: Vec<[Duration; 3]> = Vec::new();
     for round in 0..times {
         let (mut ring, write) = ConsoleRing::create(&directory.path().join("console"))?;
         let start = Instant::now();
-        let started = machine.start(&spec, write)?;
+        let wiring = Wiring {
+            console: write,
+            devices: Vec::new(),
+            uid: 60_000,
+        };
+        let mut machine = choice.backend()?.start(&config, wiring)?;
         let jailed = start.elapsed();
         let mut marked = None;
         loop {
@@ -65,21 +66,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 break;
             }
         }
-        poll(
-            &mut [PollFd::from_borrowed_fd(
-                started.pidfd.as_fd(),
-                PollFlags::IN,
-            )],
-            None,
-        )?;
-        let status = exit::reap(started.pidfd.as_fd())?.ok_or("still running")?;
+        let pidfd = machine.processes()[0].pidfd.as_fd();
+        poll(&mut [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)], None)?;
+        let exit = machine.exit().ok_or("still running")?;
         let ended = start.elapsed();
         all.push([jailed, marked.unwrap_or_default(), ended]);
         if round + 1 == times {
             for line in ring.tail(500) {
                 println!("| {line}");
             }
-            println!("{status:?}: {}", Exit::interpret(status, &ring.tail(50)));
+            println!("{exit:?}: {}", exit.describe(&ring.tail(50)));
         }
     }
     for (index, what) in ["jailed", mark, "ended"].iter().enumerate() {

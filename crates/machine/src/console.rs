@@ -1,8 +1,8 @@
-//! What a guest kernel prints: read from a pipe, the last of it kept in a file, shown cleaned up.
+//! The console of a guest kernel: read from a pipe, its end kept in a file and shown cleaned.
 //!
-//! The sandbox owns a [`ConsoleRing`], waits for [`ConsoleRing::fd`] to be readable in its event loop, reads what is
-//! there and pushes it. Everything in it was written by a guest: no byte of it is interpreted, and people get to
-//! see it only through [`ConsoleRing::tail`].
+//! The sandbox owns a [`ConsoleRing`], waits in its event loop for [`ConsoleRing::fd`] to be
+//! readable, and calls [`ConsoleRing::drain`]. A guest wrote all of it: no byte is interpreted, and
+//! people see it only through [`ConsoleRing::tail`].
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,10 +13,10 @@ use std::path::Path;
 
 use rustix::pipe::PipeFlags;
 
-/// How much is kept.
+/// Bytes that are kept.
 pub const CAPACITY: usize = 64 << 10;
 
-/// The last of a console's output, in memory and in a file that outlives the machine.
+/// The end of a console's output, in memory and in a file that outlives the machine.
 pub struct ConsoleRing {
     pipe: OwnedFd,
     file: File,
@@ -28,10 +28,11 @@ pub struct ConsoleRing {
 }
 
 impl ConsoleRing {
-    /// Creates the ring's file and the pipe. The second value is the pipe's writing end, for the machine.
+    /// Creates the ring's file and the pipe. The second value is the pipe's writing end, for the
+    /// machine.
     pub fn create(file: &Path) -> io::Result<(Self, OwnedFd)> {
         let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-        // Only this end: the machine's may block.
+        // Only this end: that of the machine may block.
         rustix::io::ioctl_fionbio(&read, true)?;
         let ring = Self {
             pipe: read,
@@ -48,15 +49,15 @@ impl ConsoleRing {
         Ok((ring, write))
     }
 
-    /// The reading end of the pipe, non-blocking. At its end of file the machine is gone.
+    /// The reading end of the pipe, non-blocking. At its end of file the machine has ended.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.pipe.as_fd()
     }
 
-    /// Reads and keeps what is in the pipe now. `false`: the machine has closed its end.
+    /// Reads and keeps what is in the pipe. `false`: the machine has closed its end.
     pub fn drain(&mut self) -> io::Result<bool> {
         let mut buffer = [0; 4096];
-        // Bounded: a guest that prints faster than this reads shall not hold up the sandbox.
+        // Bounded: a guest that prints faster than this reads must not occupy the sandbox.
         for _ in 0..16 {
             match rustix::io::read(&self.pipe, &mut buffer) {
                 Ok(0) => {
@@ -73,7 +74,7 @@ impl ConsoleRing {
         Ok(true)
     }
 
-    /// Keeps `bytes`, forgetting the oldest when there are too many.
+    /// Keeps `bytes` and drops the oldest ones beyond the capacity.
     pub fn push(&mut self, bytes: &[u8]) {
         let bytes = &bytes[bytes.len().saturating_sub(CAPACITY)..];
         let excess = (self.kept.len() + bytes.len()).saturating_sub(CAPACITY);
@@ -82,8 +83,8 @@ impl ConsoleRing {
         self.unwritten = (self.unwritten + bytes.len()).min(self.kept.len());
     }
 
-    /// Writes to the file what is new. The file is appended to until it holds twice the capacity and then
-    /// rewritten, so that a flood costs two writes per byte at most.
+    /// Writes to the file what is new. The file is appended to until it holds twice the capacity
+    /// and then rewritten, so that a flood costs two writes per byte at most.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.unwritten == 0 {
             return Ok(());
@@ -107,14 +108,15 @@ impl ConsoleRing {
         Ok(())
     }
 
-    /// The last `lines` lines, cleaned up for people.
+    /// The last `lines` lines, cleaned.
     pub fn tail(&self, lines: usize) -> Vec<String> {
         let (first, second) = self.kept.as_slices();
         tail(&[first, second].concat(), lines)
     }
 }
 
-/// The last `lines` lines of a ring's file, cleaned up for people: for a console whose sandbox has ended.
+/// The last `lines` lines of a ring's file, cleaned up for people: for a console whose sandbox has
+/// ended.
 pub fn tail_of_file(file: &Path, lines: usize) -> io::Result<Vec<String>> {
     let file = File::open(file)?;
     let length = file.metadata()?.len();
@@ -127,7 +129,7 @@ pub fn tail_of_file(file: &Path, lines: usize) -> io::Result<Vec<String>> {
 /// The longest line that is shown, in characters.
 const LONGEST_LINE: usize = 400;
 
-/// The last lines of guest output, without anything a terminal would act on.
+/// The last lines of guest output, without characters that a terminal acts on.
 pub fn tail(bytes: &[u8], lines: usize) -> Vec<String> {
     let text = String::from_utf8_lossy(bytes);
     let mut shown: Vec<String> = text
@@ -144,7 +146,7 @@ pub fn tail(bytes: &[u8], lines: usize) -> Vec<String> {
 fn clean(line: &str) -> String {
     let visible = line.chars().map(|c| match c {
         '\t' => ' ',
-        // Controls, and what reorders or hides text.
+        // Control characters, and those that reorder or hide text.
         c if c.is_control() => '\u{fffd}',
         '\u{200b}'..='\u{200f}'
         | '\u{2028}'..='\u{202e}'

@@ -1,119 +1,79 @@
-//! Why a machine ended, in one line. Called by crate sandbox once the machine's pidfd is readable.
+//! Why a machine ended.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
 
+use hull_jail::{SignalName, Status};
 use rustix::io::Errno;
-use rustix::process::{WaitId, WaitIdOptions, waitid};
-use serde::{Deserialize, Serialize};
 
-/// How a process ended, as its parent is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Status {
-    /// It ended itself with this exit code.
-    Code(i32),
-    /// This signal ended it.
-    Signal(i32),
-}
-
-/// Collects an ended child. `None` while it is running.
-pub fn reap(pidfd: BorrowedFd<'_>) -> Result<Option<Status>, Errno> {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-    let Some(status) = waitid(WaitId::PidFd(pidfd), options)? else {
-        return Ok(None);
-    };
-    Ok(Some(
-        match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => Status::Code(code),
-            (None, signal) => Status::Signal(signal.unwrap_or_default()),
-        },
-    ))
-}
-
-/// Why a machine ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+/// Why a machine ended, judged by the exit status of its process alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest shut itself down.
+    /// The guest ended itself: it powered off, or restarted on a machine that does not restart.
     PoweredOff,
-    /// The guest kernel panicked.
-    Panicked(String),
-    /// The machine process was killed.
+    /// The guest kernel panicked. Not every kind can tell: see [`Exit::PoweredOff`].
+    Panicked,
+    /// A signal ended the machine process.
     Killed {
-        /// By this signal.
+        /// Its number.
         signal: i32,
     },
-    /// The machine process gave up.
+    /// The machine process failed.
     Failed {
         /// Its exit code.
         code: i32,
-        /// The last thing it said.
-        said: String,
+    },
+    /// The machine process has ended, and its status cannot be read.
+    Unknown {
+        /// The error of waiting for it.
+        errno: Errno,
     },
 }
 
 impl Exit {
-    /// Interprets how a machine process ended, with the last lines of its console (see
-    /// [`crate::ConsoleRing::tail`]). What the console says is the guest's word: it colours the reason, no more.
-    pub fn interpret(status: Status, console: &[String]) -> Self {
-        let panic = console.iter().rev().find_map(|line| {
-            line.split_once("Kernel panic - not syncing: ")
-                .map(|(_, why)| why.trim().to_owned())
-        });
-        if let Some(why) = panic {
-            return Self::Panicked(why);
-        }
-        let said = console.last().cloned().unwrap_or_default();
+    /// Interprets an exit status. `panicked`: the exit code of the kind by which it reports that
+    /// the guest kernel panicked.
+    pub(crate) fn interpret(status: Result<Status, Errno>, panicked: Option<i32>) -> Self {
         match status {
-            Status::Signal(signal) => Self::Killed { signal },
-            Status::Code(0) => Self::PoweredOff,
-            Status::Code(code) => Self::Failed { code, said },
+            Ok(Status::Signal(signal)) => Self::Killed { signal },
+            Ok(Status::Code(code)) if Some(code) == panicked => Self::Panicked,
+            Ok(Status::Code(0)) => Self::PoweredOff,
+            Ok(Status::Code(code)) => Self::Failed { code },
+            Err(errno) => Self::Unknown { errno },
+        }
+    }
+
+    /// The reason as one line, completed with the last lines of the console (see
+    /// [`crate::ConsoleRing::tail`]). The guest wrote the console, so it is only a hint for people:
+    /// it makes the text more precise where the status leaves the reason open.
+    pub fn describe(&self, console: &[String]) -> String {
+        let panic = || {
+            let mut lines = console.iter().rev();
+            lines.find_map(|line| Some(line.split_once("Kernel panic - not syncing: ")?.1.trim()))
+        };
+        match self {
+            Self::PoweredOff => match panic() {
+                Some(why) => format!("guest kernel panic: {why}"),
+                None => "the guest shut down".to_owned(),
+            },
+            Self::Panicked => match panic() {
+                Some(why) => format!("guest kernel panic: {why}"),
+                None => "guest kernel panic".to_owned(),
+            },
+            Self::Killed { signal } => {
+                format!("the machine process was killed by {}", SignalName(*signal))
+            }
+            Self::Failed { code } => match console.last() {
+                Some(last) => format!("the machine process failed (exit code {code}): {last}"),
+                None => format!("the machine process failed (exit code {code})"),
+            },
+            Self::Unknown { errno } => format!("the machine process has ended ({errno})"),
         }
     }
 }
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PoweredOff => f.write_str("the guest shut down"),
-            Self::Panicked(why) => write!(f, "guest kernel panic: {why}"),
-            Self::Killed { signal } => write!(
-                f,
-                "the machine process was killed by {}",
-                SignalName(*signal)
-            ),
-            Self::Failed { code, said } if said.is_empty() => {
-                write!(f, "the machine process failed (exit code {code})")
-            }
-            Self::Failed { code, said } => {
-                write!(f, "the machine process failed (exit code {code}): {said}")
-            }
-        }
-    }
-}
-
-/// A signal as people know it.
-struct SignalName(i32);
-
-impl fmt::Display for SignalName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.0 {
-            libc::SIGHUP => "SIGHUP",
-            libc::SIGINT => "SIGINT",
-            libc::SIGQUIT => "SIGQUIT",
-            libc::SIGILL => "SIGILL",
-            libc::SIGABRT => "SIGABRT",
-            libc::SIGBUS => "SIGBUS",
-            libc::SIGFPE => "SIGFPE",
-            libc::SIGKILL => "SIGKILL",
-            libc::SIGSEGV => "SIGSEGV",
-            libc::SIGPIPE => "SIGPIPE",
-            libc::SIGTERM => "SIGTERM",
-            libc::SIGSYS => "SIGSYS (a forbidden system call)",
-            number => return write!(f, "signal {number}"),
-        };
-        f.write_str(name)
+        f.write_str(&self.describe(&[]))
     }
 }
 
@@ -126,38 +86,48 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_on_the_console_is_the_reason_whatever_the_status() {
+    fn the_status_alone_decides() {
+        let interpret = |status| Exit::interpret(Ok(status), Some(127));
+        assert_eq!(interpret(Status::Code(0)), Exit::PoweredOff);
+        assert_eq!(interpret(Status::Code(127)), Exit::Panicked);
+        assert_eq!(interpret(Status::Code(1)), Exit::Failed { code: 1 });
+        assert_eq!(interpret(Status::Signal(9)), Exit::Killed { signal: 9 });
+        let code = Exit::interpret(Ok(Status::Code(127)), None);
+        assert_eq!(code, Exit::Failed { code: 127 });
+    }
+
+    #[test]
+    fn console_text_completes_the_reason_and_never_replaces_a_signal() {
         let console = lines(&[
             "[ 1.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009",
             "---[ end",
         ]);
-        for status in [Status::Code(0), Status::Signal(6)] {
-            let exit = Exit::interpret(status, &console);
+        for exit in [Exit::PoweredOff, Exit::Panicked] {
             assert_eq!(
-                exit.to_string(),
+                exit.describe(&console),
                 "guest kernel panic: Attempted to kill init! exitcode=0x00000009"
             );
         }
+        assert_eq!(
+            Exit::Killed { signal: 9 }.describe(&console),
+            "the machine process was killed by SIGKILL"
+        );
     }
 
     #[test]
     fn reasons_are_one_line() {
-        let uml = |status, console: &[&str]| Exit::interpret(status, &lines(console)).to_string();
         assert_eq!(
-            uml(Status::Code(0), &["Linux version 7"]),
+            Exit::PoweredOff.describe(&lines(&["Linux version 7"])),
             "the guest shut down"
         );
         assert_eq!(
-            uml(Status::Signal(9), &[]),
-            "the machine process was killed by SIGKILL"
-        );
-        assert_eq!(
-            uml(Status::Signal(31), &[]),
+            Exit::Killed { signal: 31 }.to_string(),
             "the machine process was killed by SIGSYS (a forbidden system call)"
         );
         assert_eq!(
-            uml(Status::Code(1), &["ptrace: Operation not permitted"]),
+            Exit::Failed { code: 1 }.describe(&lines(&["ptrace: Operation not permitted"])),
             "the machine process failed (exit code 1): ptrace: Operation not permitted"
         );
+        assert_eq!(Exit::Panicked.to_string(), "guest kernel panic");
     }
 }

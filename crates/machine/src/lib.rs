@@ -1,19 +1,25 @@
 //! Machines: what runs a guest kernel.
 //!
-//! One trait, [`Machine`], and its kinds: `uml` (a Linux kernel as an ordinary process) and `qemu`. [`choose()`] picks
-//! one by what [`probe()`] finds; [`jail`] is what the machine process and the device process run in; a
-//! [`ConsoleRing`] keeps what the guest kernel prints; [`exit`] says in one line why a machine ended.
+//! A kind of machine is a [`Backend`]: `uml` (a Linux kernel as an ordinary process) and `qemu`. A
+//! running one is a [`Machine`]. What differs between kinds is in [`Features`]; nothing outside
+//! this crate matches on the [`Kind`]. [`choose()`] picks one by what [`probe()`] finds, and a
+//! [`ConsoleRing`] keeps what the guest kernel prints.
 //!
-//! Called by crate sandbox (start, console, exit) and crate cli (`hull check`). It never parses what a guest wrote,
-//! but for cleaning up console text before people see it, and knows nothing of containers or images.
+//! Called by crate sandbox (start, pause, end) and by the commands (`hull check`). It parses two
+//! things that a guest or its machine wrote: console text, which is cleaned before people see it
+//! and decides nothing, and QEMU's answers, with bounds on size and time. It knows nothing of
+//! containers and images.
 
 pub mod choose;
 pub mod console;
-pub mod exit;
-pub mod jail;
+mod error;
+mod exit;
+mod features;
 pub mod probe;
+mod process;
 mod qemu;
 mod uml;
+mod wiring;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -21,14 +27,17 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-pub use choose::{Choice, Requirements, choose};
+pub use choose::{Choice, Host, Requirements, choose};
 pub use console::ConsoleRing;
+pub use error::Error;
 pub use exit::Exit;
-pub use jail::Started;
+pub use features::{Disks, Features, NetDevices};
+pub use hull_device_control::DeviceConfig;
 pub use probe::{Report, probe};
+pub use process::{Process, ProcessRole};
+pub use wiring::{DeviceWiring, Wiring};
 
 /// The kinds of machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -36,13 +45,16 @@ pub use probe::{Report, probe};
 pub enum Kind {
     /// hull's own virtual machine monitor, on hardware virtualization.
     Kvm,
-    /// QEMU's microvm, with KVM where it works and emulating where not.
-    Qemu,
     /// A user-mode Linux kernel: no virtualization needed.
     Uml,
+    /// QEMU's microvm, with KVM where it works, otherwise with emulation.
+    Qemu,
 }
 
 impl Kind {
+    /// All kinds, in the order in which `auto` tries them.
+    pub const ALL: [Self; 3] = [Self::Kvm, Self::Uml, Self::Qemu];
+
     /// Its name, as on the command line.
     pub fn name(self) -> &'static str {
         match self {
@@ -52,7 +64,7 @@ impl Kind {
         }
     }
 
-    /// The architecture of the guest kernel it runs, as `guest/kernel/build` names it.
+    /// The architecture of the guest kernel that it runs, as `guest/kernel/build` names it.
     pub fn kernel_architecture(self) -> &'static str {
         match self {
             Self::Uml => "um",
@@ -60,20 +72,15 @@ impl Kind {
         }
     }
 
-    /// What its guest's kernel is told to find net device `number`, if it does not have it since it booted.
-    pub fn plug(self, number: u8) -> Option<String> {
+    /// Its backend.
+    ///
+    /// # Errors
+    /// [`Error::KvmNotSupported`]: kind `kvm` has none yet.
+    pub fn backend(self) -> Result<&'static dyn Backend, Error> {
         match self {
-            Self::Uml => Some(uml::device(&net_socket(number), NET)),
-            Self::Kvm | Self::Qemu => None,
-        }
-    }
-
-    /// How many devices it has room for, if that is few: vsock, fs and entropy, net devices and disks.
-    pub fn most_devices(self) -> Option<usize> {
-        match self {
-            // As many transports as QEMU's microvm has without ACPI (hw/i386/microvm.c).
-            Self::Qemu => Some(8),
-            Self::Kvm | Self::Uml => None,
+            Self::Kvm => Err(Error::KvmNotSupported),
+            Self::Uml => Ok(&uml::Uml),
+            Self::Qemu => Ok(&qemu::Qemu),
         }
     }
 }
@@ -88,150 +95,183 @@ impl FromStr for Kind {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Kvm, Self::Qemu, Self::Uml]
+        Self::ALL
             .into_iter()
             .find(|kind| kind.name() == text)
             .ok_or_else(|| Error::UnknownKind(text.to_owned()))
     }
 }
 
+/// The guest kernels that machines run: each architecture with its kinds, those that have a
+/// backend.
+pub fn kernels() -> Vec<(&'static str, Vec<Kind>)> {
+    let mut kernels: Vec<(&'static str, Vec<Kind>)> = Vec::new();
+    for kind in Kind::ALL.into_iter().filter(|kind| kind.backend().is_ok()) {
+        let architecture = kind.kernel_architecture();
+        match kernels.iter_mut().find(|(other, _)| *other == architecture) {
+            Some((_, kinds)) => kinds.push(kind),
+            None => kernels.push((architecture, vec![kind])),
+        }
+    }
+    kernels
+}
+
+/// The least memory that a machine is started with; guest kernel and agent do not fit into less.
+pub const MIN_MEMORY: u64 = 48 << 20;
+
 /// What to start. The same for every pod of one size: it says nothing of containers.
 #[derive(Debug, Clone)]
-pub struct MachineSpec {
+pub struct MachineConfig {
     /// The guest kernel.
     pub kernel: PathBuf,
     /// The initramfs that holds the agent.
     pub initramfs: PathBuf,
     /// Guest memory in bytes.
     pub memory: u64,
-    /// Virtual processors.
-    pub cpus: u32,
-    /// Directory with the sockets that the device process listens on: `fs.sock`, `vsock.sock`, `entropy.sock`,
-    /// `net0.sock` and `disk0.sock`, …; a device without a socket is left out. They, and it, are given to the jail's user.
-    pub sockets: PathBuf,
-    /// Hardware addresses of the net devices, which are at `net0.sock`, ….
-    pub nets: Vec<[u8; 6]>,
-    /// How many disks there are.
-    pub disks: u32,
-    /// User and group of the machine process.
-    pub jail_uid: u32,
+    /// Number of virtual CPUs.
+    pub vcpus: u32,
+    /// Use hardware virtualization (see [`Choice::hardware`]).
+    pub hardware: bool,
 }
-
-/// The least memory a machine is started with; the guest kernel and the agent do not fit into less.
-pub const MIN_MEMORY: u64 = 48 << 20;
 
 /// A kind of machine.
-pub trait Machine {
-    /// Which.
+pub trait Backend: Sync {
+    /// Which kind.
     fn kind(&self) -> Kind;
 
-    /// Starts it, jailed; the guest kernel boots after this returns. `console` is the writing end of a pipe, which
-    /// gets everything the guest kernel prints and is closed when the machine has ended.
-    fn start(&self, spec: &MachineSpec, console: OwnedFd) -> Result<Started, Error>;
+    /// What it can do.
+    fn features(&self) -> Features;
+
+    /// Whether it works on this host. Cheap enough for each start: an answer that takes time to
+    /// find is cached.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotWork`] or [`Error::NoQemu`] with the reason.
+    fn probe(&self, host: &Host) -> Result<probe::Works, Error>;
+
+    /// Whether it works on this host, tried more thoroughly than for a start.
+    fn diagnose(&self, host: &Host) -> probe::State;
+
+    /// Starts a machine, jailed; the guest kernel boots after this returns.
+    ///
+    /// Call it from a thread that lives as long as the machine shall (see [`hull_jail::spawn`]).
+    ///
+    /// # Errors
+    /// The configuration is not one for this kind, a file cannot be used, or the jail cannot be
+    /// set up. No process is left behind.
+    fn start(&self, config: &MachineConfig, wiring: Wiring) -> Result<Box<dyn Machine>, Error>;
+
+    /// Starts a machine from a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] by kinds without [`Features::snapshot`].
+    fn restore(&self, snapshot: &Snapshot, wiring: Wiring) -> Result<Box<dyn Machine>, Error> {
+        let _ = (snapshot, wiring);
+        Err(self.kind().unsupported("restoring"))
+    }
 }
 
-/// What can go wrong when choosing or starting a machine.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No kind has this name.
-    #[error("no such kind of machine: \"{0}\"")]
-    UnknownKind(String),
-    /// Kind `kvm` does not exist yet.
-    #[error(
-        "machine kind kvm is not supported yet: hull's own virtual machine monitor is not built"
-    )]
-    KvmNotSupported,
-    /// QEMU is missing.
-    #[error("{program} is not installed")]
-    NoQemu {
-        /// The executable's name.
-        program: String,
-    },
-    /// QEMU is there but of no use.
-    #[error("cannot use {}: {why}", program.display())]
-    BadQemu {
-        /// Where it is.
-        program: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// A file the machine needs cannot be used.
-    #[error("cannot use the {what} {}: {errno}", path.display())]
-    File {
-        /// Guest kernel, initramfs, ….
-        what: &'static str,
-        /// Where it should be.
-        path: PathBuf,
-        /// What is wrong with it.
-        errno: Errno,
-    },
-    /// Too little memory to boot.
-    #[error("cannot start a machine with {} MiB of memory: at least {} MiB are needed", memory >> 20, MIN_MEMORY >> 20)]
-    Memory {
-        /// Bytes asked for.
-        memory: u64,
-    },
-    /// More processors than the kind has.
-    #[error("machine kind {kind} is not supported with {cpus} cpus: {why}")]
-    Cpus {
-        /// The kind.
-        kind: Kind,
-        /// How many were asked for.
-        cpus: u32,
-        /// What limits them.
-        why: &'static str,
-    },
-    /// More devices than the kind has room for.
-    #[error(
-        "not supported: {disks} disks: machine kind {kind} has room for {most} devices, and {count} are asked for"
-    )]
-    Devices {
-        /// The kind.
-        kind: Kind,
-        /// Disks among them.
-        disks: u32,
-        /// How many were asked for.
-        count: usize,
-        /// How many it takes.
-        most: usize,
-    },
-    /// No kind works here.
-    #[error("no machine works on this host: {0}")]
-    NoMachine(String),
-    /// The kind asked for does not work here.
-    #[error("machine kind {kind} does not work on this host: {why}")]
-    DoesNotWork {
-        /// The kind.
-        kind: Kind,
-        /// Why not.
-        why: String,
-    },
-    /// Hardware isolation is required and not to be had.
-    #[error(
-        "machine kind {kind} is not hardware isolation, which the configuration requires (isolation = \"hardware\")"
-    )]
-    NotHardware {
-        /// The kind.
-        kind: Kind,
-    },
-    /// The jail could not be set up.
-    #[error(transparent)]
-    Jail(#[from] jail::Error),
+/// A running machine. Dropping it ends it.
+///
+/// All methods are bounded in time and may block for that time.
+pub trait Machine: Send + fmt::Debug {
+    /// Which kind.
+    fn kind(&self) -> Kind;
+
+    /// Its processes. The device process of a kind without [`Features::own_devices`] is not among
+    /// them: its owner is the caller.
+    fn processes(&self) -> &[Process];
+
+    /// Stops the guest: when this returns, no guest code runs, neither kernel nor user space, until
+    /// [`Self::resume`]. Devices go on, and complete requests that they have. Without effect on a
+    /// paused machine.
+    ///
+    /// # Errors
+    /// [`Error::Operation`]: the machine has ended, or did not stop in time; then it runs on.
+    fn pause(&mut self) -> Result<(), Error>;
+
+    /// Lets the guest go on. Its monotonic clock goes on from where it stopped. Its wall clock is
+    /// late by the time of the pause, until the agent sets it. Without effect on a machine that is
+    /// not paused.
+    ///
+    /// # Errors
+    /// [`Error::Operation`]: the machine has ended, or did not answer in time.
+    fn resume(&mut self) -> Result<(), Error>;
+
+    /// Saves the state of a paused machine.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] by kinds without [`Features::snapshot`].
+    fn save(&mut self, to: &Snapshot) -> Result<(), Error> {
+        let _ = to;
+        Err(self.kind().unsupported("saving"))
+    }
+
+    /// Adds a device to the running machine. (A guest of a kind with [`NetDevices::HotPlug`] adds
+    /// the net devices of its [`Wiring`] itself.)
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] by kinds that cannot.
+    fn attach(&mut self, device: DeviceWiring) -> Result<(), Error> {
+        let _ = device;
+        Err(self.kind().unsupported("adding a device"))
+    }
+
+    /// Changes the size of the running machine.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] by kinds that cannot.
+    fn resize(&mut self, resize: Resize) -> Result<(), Error> {
+        let _ = resize;
+        Err(self.kind().unsupported("changing its size"))
+    }
+
+    /// Why it ended; `None` while it runs. Ask when the process is readable that has the role
+    /// [`ProcessRole::Machine`].
+    fn exit(&mut self) -> Option<Exit>;
 }
 
-impl Error {
-    /// What the user can do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::UnknownKind(_) => Some("one of auto, kvm, uml, qemu".into()),
-            Self::KvmNotSupported => Some("--machine auto picks one that works".into()),
-            Self::NoQemu { .. } => Some("apt-get install qemu-system-x86".into()),
-            Self::NoMachine(_) | Self::DoesNotWork { .. } => Some("hull check".into()),
-            Self::NotHardware { .. } => {
-                Some("isolation = \"any\" in the configuration allows it".into())
-            }
-            _ => None,
+impl Kind {
+    fn unsupported(self, operation: &'static str) -> Error {
+        Error::NotSupported {
+            kind: self,
+            operation,
         }
+    }
+}
+
+/// Where the state of a machine is saved and restored from.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Guest memory.
+    pub memory: OwnedFd,
+    /// The state of virtual CPUs and devices.
+    pub state: OwnedFd,
+}
+
+/// A change of a machine's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resize {
+    /// Guest memory in bytes.
+    Memory(u64),
+    /// Number of virtual CPUs.
+    Vcpus(u32),
+}
+
+/// Checks what is limited for every kind.
+fn check(kind: Kind, features: &Features, config: &MachineConfig) -> Result<(), Error> {
+    if config.memory < MIN_MEMORY {
+        return Err(Error::Memory {
+            memory: config.memory,
+        });
+    }
+    match features.max_vcpus {
+        Some(most) if config.vcpus > most => Err(Error::Vcpus {
+            kind,
+            vcpus: config.vcpus,
+            most,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -244,64 +284,4 @@ fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
             errno,
         }
     })
-}
-
-/// Virtio's type of a net device (5.1.1).
-const NET: u32 = 1;
-
-/// The socket of a net device.
-fn net_socket(number: u8) -> String {
-    format!("net{number}.sock")
-}
-
-/// The sockets of a machine's devices that exist, by virtio device type, given to the jail's user.
-fn device_sockets(spec: &MachineSpec) -> Result<Vec<(String, u32)>, Error> {
-    const FS: u32 = 26;
-    const VSOCK: u32 = 19;
-    const ENTROPY: u32 = 4;
-    const BLOCK: u32 = 2;
-    // The vsock device first: the agent dials home over it.
-    let mut devices: Vec<(String, u32)> = vec![
-        ("vsock.sock".into(), VSOCK),
-        ("fs.sock".into(), FS),
-        ("entropy.sock".into(), ENTROPY),
-    ];
-    devices.extend(
-        (0..)
-            .zip(&spec.nets)
-            .map(|(index, _)| (net_socket(index), NET)),
-    );
-    devices.extend((0..spec.disks).map(|index| (format!("disk{index}.sock"), BLOCK)));
-
-    give(&spec.sockets, spec.jail_uid).map_err(|errno| Error::File {
-        what: "socket directory",
-        path: spec.sockets.clone(),
-        errno,
-    })?;
-    let mut found = Vec::new();
-    for (name, device_type) in devices {
-        let path = spec.sockets.join(&name);
-        match give(&path, spec.jail_uid) {
-            Ok(()) => found.push((name, device_type)),
-            Err(Errno::NOENT) => {}
-            Err(errno) => {
-                return Err(Error::File {
-                    what: "device socket",
-                    path,
-                    errno,
-                });
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// Makes the jail's user the owner of a file of the sandbox.
-fn give(path: &Path, uid: u32) -> Result<(), Errno> {
-    let (user, group) = (
-        rustix::fs::Uid::from_raw(uid),
-        rustix::fs::Gid::from_raw(uid),
-    );
-    let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-    rustix::fs::chownat(rustix::fs::CWD, path, Some(user), Some(group), flags)
 }

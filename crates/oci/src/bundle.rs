@@ -57,9 +57,10 @@ impl Bundle {
         check_version(&version)?;
         let notes = leave_out_unknown_capabilities(&mut config);
         let spec: Spec = Spec::deserialize(&config).map_err(invalid)?;
-        let root = spec.root().as_ref().ok_or_else(|| {
-            Error::new(format!("cannot use {}: root is missing", file.display()))
-        })?;
+        let root = spec
+            .root()
+            .as_ref()
+            .ok_or_else(|| Error::new(format!("cannot use {}: root is missing", file.display())))?;
         let rootfs = path.join(root.path());
         match fs::metadata(&rootfs) {
             Ok(found) if found.is_dir() => {}

@@ -241,7 +241,14 @@ fn owner() -> String {
 impl Container {
     /// Whether there is a record: before, the container is somebody's that is just beginning.
     fn is_known(&self) -> bool {
-        matches!(self.record(), Ok(_) | Err(Error { kind: hull_sandbox::ErrorKind::Host, .. }))
+        matches!(
+            self.record(),
+            Ok(_)
+                | Err(Error {
+                    kind: hull_sandbox::ErrorKind::Host,
+                    ..
+                })
+        )
     }
 
     /// Its record.
@@ -357,9 +364,18 @@ mod tests {
     fn engines_are_told_by_what_they_leave() {
         let annotated = |key: &str| HashMap::from([(key.to_owned(), "x".to_owned())]);
         let root = Path::new("/run/hull");
-        assert_eq!(engine(&annotated("io.kubernetes.cri-o.SandboxID"), root), "cri-o");
-        assert_eq!(engine(&annotated("io.kubernetes.cri.sandbox-id"), root), "containerd");
-        assert_eq!(engine(&annotated("io.podman.annotations.init"), root), "podman");
+        assert_eq!(
+            engine(&annotated("io.kubernetes.cri-o.SandboxID"), root),
+            "cri-o"
+        );
+        assert_eq!(
+            engine(&annotated("io.kubernetes.cri.sandbox-id"), root),
+            "containerd"
+        );
+        assert_eq!(
+            engine(&annotated("io.podman.annotations.init"), root),
+            "podman"
+        );
         let docker = Path::new("/var/run/docker/runtime-hull/moby");
         assert_eq!(engine(&HashMap::new(), docker), "docker");
         assert_eq!(engine(&HashMap::new(), root), "oci");

@@ -7,8 +7,8 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::config::{ContainerDisk, DiskConfig};
+use hull_sandbox::error::{Context, Error, Result};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 
 /// Opens a disk for what the guest may do.

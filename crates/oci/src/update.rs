@@ -170,9 +170,7 @@ impl Limits {
     /// One of them is given.
     pub fn refused(&self) -> Result<()> {
         if given(&self.l3_cache_schema).is_some() {
-            return Err(Error::new(
-                "Intel RDT/CAT: l3 cache schema is not enabled",
-            ));
+            return Err(Error::new("Intel RDT/CAT: l3 cache schema is not enabled"));
         }
         if given(&self.mem_bw_schema).is_some() {
             return Err(Error::new(
@@ -203,8 +201,8 @@ pub fn read(source: &str) -> Result<LinuxResources> {
     if source == "-" {
         return from_json(std::io::stdin().lock(), "standard input");
     }
-    let file = File::open(source)
-        .map_err(|error| Error::new(format!("cannot open {source}: {error}")))?;
+    let file =
+        File::open(source).map_err(|error| Error::new(format!("cannot open {source}: {error}")))?;
     from_json(file, source)
 }
 

@@ -12,8 +12,8 @@ use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::control::protocol::AttachOptions;
 use crate::config::{ContainerConfig, DiskConfig, ProcessConfig, Removal, Stdio};
+use crate::control::protocol::AttachOptions;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::EventKind;
 use crate::guest::boot::MACHINE_EXIT_GRACE;
@@ -111,7 +111,9 @@ impl Sandbox {
         directory: Directory,
         shares: Vec<String>,
     ) -> Result<Process> {
-        let (process, _) = self.create_attached(config, directory, shares, None).await?;
+        let (process, _) = self
+            .create_attached(config, directory, shares, None)
+            .await?;
         Ok(process)
     }
 
@@ -527,7 +529,12 @@ impl Container {
         {
             tracing::debug!("cannot set the size of a terminal: {error}");
         }
-        Ok(Process::exec(self.clone(), exec, streams, config.stdio.terminal()))
+        Ok(Process::exec(
+            self.clone(),
+            exec,
+            streams,
+            config.stdio.terminal(),
+        ))
     }
 
     /// Attaches to the streams of an init that has a hub: a terminal, or input, output and error.
@@ -724,7 +731,10 @@ fn remove(id: &str, removal: &Removal) {
     for link in &removal.links {
         let leads_to_it = std::fs::read_link(link).is_ok_and(|to| to == Path::new(id));
         if leads_to_it && let Err(error) = std::fs::remove_file(link) {
-            errors.push(Error::new(format!("cannot remove {}: {error}", link.display())));
+            errors.push(Error::new(format!(
+                "cannot remove {}: {error}",
+                link.display()
+            )));
         }
     }
     for error in errors {

@@ -128,7 +128,10 @@ impl Error {
     }
 
     /// The same with a hint, if there is one.
-    pub fn hinted(error: &(dyn std::error::Error + 'static), hint: Option<impl Into<String>>) -> Self {
+    pub fn hinted(
+        error: &(dyn std::error::Error + 'static),
+        hint: Option<impl Into<String>>,
+    ) -> Self {
         let own = Self::from_chain(error);
         match hint {
             Some(hint) => own.hint(hint),

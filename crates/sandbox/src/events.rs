@@ -239,7 +239,10 @@ const MAX_LINE: u64 = 64 << 10;
 /// The next whole line; the reader stays where it is when there is only half of one.
 fn next_line(reader: &mut BufReader<File>) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    let read = reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)?;
+    let read = reader
+        .by_ref()
+        .take(MAX_LINE)
+        .read_until(b'\n', &mut line)?;
     if line.ends_with(b"\n") {
         return Ok(Some(line));
     }
@@ -300,6 +303,9 @@ mod tests {
         let event: Event = serde_json::from_str(text).unwrap();
         assert_eq!(event.kind, EventKind::Unknown);
         let text = serde_json::to_string(&self::event("c")).unwrap();
-        assert!(text.contains(r#""type":"started","container":"c""#), "{text}");
+        assert!(
+            text.contains(r#""type":"started","container":"c""#),
+            "{text}"
+        );
     }
 }

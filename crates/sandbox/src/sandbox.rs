@@ -20,7 +20,7 @@ use crate::container::Container;
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, EventKind};
 use crate::guest::boot::{self, BOOT_TIMEOUT, EXIT_GRACE, SHUTDOWN_TIMEOUT};
-use crate::guest::supervise::{Disk, Guest};
+use crate::guest::processes::{Disk, Guest, MachineHandle};
 use crate::guest::{Agent, Devices, Incoming};
 use crate::metrics::HostMemory;
 use crate::network::{self, Nets};
@@ -54,6 +54,9 @@ pub(crate) struct Inner {
     pub network: tokio::sync::Mutex<network::Stage>,
     pub nets: Nets,
     pub processes: HostProcesses,
+    machine: MachineHandle,
+    /// The guest's wall clock is the host's: nobody sets it.
+    host_clock: bool,
     stage: watch::Sender<Stage>,
     /// Somebody wants the end of the sandbox, whatever runs in it.
     abort: watch::Sender<Option<Down>>,
@@ -217,6 +220,8 @@ impl Sandbox {
                 devices,
                 machine,
             },
+            machine: guest.handle(),
+            host_clock: guest.features.host_clock,
             stage: watch::Sender::new(Stage::Booting),
             abort: watch::Sender::new(None),
             unread: watch::Sender::new(false),
@@ -263,6 +268,30 @@ impl Sandbox {
     /// What it costs the host in memory.
     pub fn host_memory(&self) -> HostMemory {
         HostMemory::measure(&self.0.processes)
+    }
+
+    /// Stops the guest and everything in it: no code of it runs when this returns. Processes on the
+    /// host that talk to it find that it does not answer.
+    ///
+    /// # Errors
+    /// Why the guest is not there, or does not stop.
+    pub async fn pause(&self) -> Result<()> {
+        self.ready().await?;
+        self.0.machine.pause().await
+    }
+
+    /// Lets a paused guest go on: its monotonic clock from where it stopped, its wall clock with the
+    /// time of now.
+    ///
+    /// # Errors
+    /// Why the guest is not there, or does not go on.
+    pub async fn resume(&self) -> Result<()> {
+        let ready = self.ready().await?;
+        self.0.machine.resume().await?;
+        match self.0.host_clock {
+            true => Ok(()),
+            false => ready.agent.set_clock(boot::wall_clock()).await,
+        }
     }
 
     /// Keeps it from ending for lack of containers as long as the result lives.
@@ -477,7 +506,10 @@ impl Sandbox {
         match tokio::time::timeout(EXIT_GRACE, self.down()).await {
             Ok(down) => {
                 let message = format!("{}: {}", error.message, down.reason);
-                Error { message, ..down.error }
+                Error {
+                    message,
+                    ..down.error
+                }
             }
             Err(_) => error,
         }
@@ -602,8 +634,7 @@ async fn booted(
                 boot::agent_dials(incoming),
             )
             .await?;
-        let configuration =
-            boot::configuration(config.machine.choice.kind, &config.hostname)?;
+        let configuration = boot::configuration(&guest.features, &config.hostname)?;
         timings
             .measure("configure the guest", agent.configure(&configuration))
             .await?;
@@ -672,7 +703,10 @@ async fn write_back(sandbox: &Sandbox, guest: &Guest, agent: &Agent) {
 /// Leaves the network, if that was not done.
 async fn disconnected(sandbox: &Sandbox) {
     let leaving = sandbox.disconnect_network();
-    if tokio::time::timeout(DISCONNECT_TIMEOUT, leaving).await.is_err() {
+    if tokio::time::timeout(DISCONNECT_TIMEOUT, leaving)
+        .await
+        .is_err()
+    {
         tracing::error!("the network is not left in time");
     }
 }

@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use hull_machine::probe::{KvmState, State};
-use hull_machine::{Choice, Kind, Report};
+use hull_machine::{Choice, Report};
 use hull_network::cni;
 use rustix::fs::{StatVfsMountFlags, statfs};
 use serde::Serialize;
 
-use hull_engine::config::Config;
 use crate::error::Result;
-use hull_engine::guest_files::GuestFiles;
 use crate::output::{self, Colours};
+use hull_engine::config::Config;
+use hull_engine::guest_files::GuestFiles;
 use hull_engine::values::Network;
 
 /// Arguments of `check`.
@@ -198,14 +198,10 @@ fn machines(config: &Config, report: &Report) -> Vec<Finding> {
             State::Missing { why, hint } => Finding::note(what, why.as_str(), hint.clone()),
         });
     }
-    let wanted: Option<Kind> = hull_engine::values::enum_name(config.machine).parse().ok();
+    let wanted = config.machine.kind();
     findings.push(match (&report.auto, wanted) {
         (_, Some(kind)) => {
-            let works = match kind {
-                Kind::Uml => matches!(report.uml, State::Works { .. }),
-                Kind::Qemu => matches!(report.qemu, State::Works { .. }),
-                Kind::Kvm => false,
-            };
+            let works = matches!(report.state(kind), Some(State::Works { .. }));
             match works {
                 true => Finding::ok("machine", format!("{kind}, as configured")),
                 false => Finding::error(
@@ -242,8 +238,13 @@ fn machines(config: &Config, report: &Report) -> Vec<Finding> {
 
 fn guest_files(guest: &GuestFiles) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for (what, kind) in [("kernel um", Kind::Uml), ("kernel native", Kind::Qemu)] {
-        let path = guest.kernel_path(kind);
+    for (architecture, kinds) in hull_machine::kernels() {
+        let what = match architecture == std::env::consts::ARCH {
+            true => "kernel native",
+            false => "kernel um",
+        };
+        let Some(kind) = kinds.first() else { continue };
+        let path = guest.kernel_path(*kind);
         findings.push(match GuestFiles::information(&path) {
             Ok(information) if path.is_file() => {
                 let version = match information.version.as_str() {

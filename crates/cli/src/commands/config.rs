@@ -2,9 +2,9 @@
 
 use serde_json::json;
 
-use hull_engine::config::{self, Config};
 use crate::error::Result;
 use crate::output;
+use hull_engine::config::{self, Config};
 
 /// Arguments of `config`.
 #[derive(Debug, clap::Args)]

@@ -80,10 +80,8 @@ pub fn execute(args: Args) -> Result<u8> {
                 .and_then(|container| copy_in(&container, &from, &to, &args))
         }
         (Side::Container(..), Side::Container(..)) => {
-            return Err(
-                Error::unsupported("a copy from one container to another")
-                    .hint("hull cp CONTAINER:PATH - | hull cp - CONTAINER:DIRECTORY"),
-            );
+            return Err(Error::unsupported("a copy from one container to another")
+                .hint("hull cp CONTAINER:PATH - | hull cp - CONTAINER:DIRECTORY"));
         }
         _ => {
             return Err(Error::invalid("neither side of the copy is in a container")
@@ -133,14 +131,14 @@ fn ask_for_archive(container: &Container, path: &[u8], follow: bool) -> Result<A
     ArchiveReader::ask(client, &container.record.id, utf8(path)?, follow)
 }
 
-fn copy_out(
-    container: &Container,
-    from: &[u8],
-    to: &Side,
-    args: &Args,
-) -> Result<()> {
+fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Result<()> {
     let shown = String::from_utf8_lossy(from).into_owned();
-    let what = || format!("cannot copy {shown} from container {}", container.record.details.name);
+    let what = || {
+        format!(
+            "cannot copy {shown} from container {}",
+            container.record.details.name
+        )
+    };
     let mut archive = ask_for_archive(container, plain(from), args.follow_link)?;
     let Side::Host(to) = to else {
         let stdout = std::io::stdout();
@@ -166,8 +164,8 @@ fn copy_out(
             Err(_) => Ok(to.clone()),
         }
     };
-    let left_out = copy::unpack(archive, &place, args.archive)
-        .map_err(|error| error.while_doing(what()))?;
+    let left_out =
+        copy::unpack(archive, &place, args.archive).map_err(|error| error.while_doing(what()))?;
     for name in left_out {
         let name = output::printable(&name);
         output::note(format!(
@@ -177,18 +175,18 @@ fn copy_out(
     Ok(())
 }
 
-fn copy_in(
-    container: &Container,
-    from: &Side,
-    to: &[u8],
-    args: &Args,
-) -> Result<()> {
+fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result<()> {
     let shown = String::from_utf8_lossy(to).into_owned();
     let open = |directory: &[u8]| -> Result<ArchiveWriter> {
         let client = container::connect(container)?;
         ArchiveWriter::ask(client, &container.record.id, utf8(directory)?)
     };
-    let what = || format!("cannot copy to {shown} in container {}", container.record.details.name);
+    let what = || {
+        format!(
+            "cannot copy to {shown} in container {}",
+            container.record.details.name
+        )
+    };
     let Side::Host(from) = from else {
         let mut writer = open(plain(to))?;
         writer

@@ -97,7 +97,12 @@ pub fn execute(args: Args) -> Result<u8> {
     let container_exists = |id: &str| paths.container(id).exists();
     match args.command {
         Command::Pull { quiet, image } => {
-            let image = images::obtain(&config, &image.parse().map_err(of_image)?, Pull::Always, quiet)?;
+            let image = images::obtain(
+                &config,
+                &image.parse().map_err(of_image)?,
+                Pull::Always,
+                quiet,
+            )?;
             if !quiet && let Some(digest) = image.digest {
                 output::note(format!("digest: {digest}"));
             }

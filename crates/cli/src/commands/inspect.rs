@@ -76,9 +76,9 @@ fn container_object(container: &Any) -> Result<Value> {
         "log": directory.join("log"),
     });
     if let Some(sandbox) = &record["sandbox"].as_object()
-        && let Ok(path) = serde_json::from_value::<hull_sandbox::store::SandboxPath>(
-            Value::Object((*sandbox).clone()),
-        )
+        && let Ok(path) = serde_json::from_value::<hull_sandbox::store::SandboxPath>(Value::Object(
+            (*sandbox).clone(),
+        ))
     {
         object["files"]["console"] = json!(path.console());
         object["files"]["messages"] = json!(path.diagnostics());

@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hull_engine::install::{self, Change, Engine};
 use crate::error::Result;
 use crate::output::{self, Colours};
+use hull_engine::install::{self, Change, Engine};
 
 /// Arguments of `install`.
 #[derive(Debug, clap::Args)]

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use hull_machine::Kind;
 use serde::Serialize;
 
-use hull_engine::config::Config;
 use crate::error::{Context, Result};
-use hull_engine::guest_files::{GuestFiles, kernel_file};
 use crate::output::{self, Table};
+use hull_engine::config::Config;
+use hull_engine::guest_files::{GuestFiles, kernel_file};
 
 /// Arguments of `kernel`.
 #[derive(Debug, clap::Args)]
@@ -59,9 +59,6 @@ struct Kernel {
     config_hash: String,
 }
 
-/// Kinds of machines with a kernel of their own.
-const KINDS: [Kind; 2] = [Kind::Uml, Kind::Qemu];
-
 /// Shows kernels.
 pub fn execute(args: Args) -> Result<u8> {
     let config = Config::load()?;
@@ -81,12 +78,15 @@ pub fn execute(args: Args) -> Result<u8> {
             json,
         } => {
             let kernels = if let Some(file) = file {
-                let mut kernel = kernel(Kind::Uml, &kernel_file(&file)?)?;
-                kernel.machines.clear();
-                kernel.architecture.clear();
-                vec![kernel]
+                vec![kernel("", &[], &kernel_file(&file)?)?]
             } else if let Some(kind) = machine {
-                vec![kernel(kind, &guest.kernel(kind)?)?]
+                let architecture = kind.kernel_architecture();
+                let kinds = hull_machine::kernels()
+                    .into_iter()
+                    .find(|(other, _)| *other == architecture)
+                    .map(|(_, kinds)| kinds)
+                    .unwrap_or_default();
+                vec![kernel(architecture, &kinds, &guest.kernel(kind)?)?]
             } else {
                 installed(&guest)?
             };
@@ -104,29 +104,26 @@ pub fn execute(args: Args) -> Result<u8> {
 /// The kernels that are there: one at least, or an error.
 fn installed(guest: &GuestFiles) -> Result<Vec<Kernel>> {
     let mut kernels = Vec::new();
-    for kind in KINDS {
-        let path = guest.kernel_path(kind);
+    for (architecture, kinds) in hull_machine::kernels() {
+        let Some(kind) = kinds.first() else { continue };
+        let path = guest.kernel_path(*kind);
         if path.is_file() {
-            kernels.push(kernel(kind, &path)?);
+            kernels.push(kernel(architecture, &kinds, &path)?);
         }
     }
     if kernels.is_empty() {
         // The same words as when a container wants one.
-        guest.kernel(Kind::Uml)?;
+        guest.any_kernel()?;
     }
     Ok(kernels)
 }
 
-fn kernel(kind: Kind, path: &Path) -> Result<Kernel> {
+fn kernel(architecture: &str, kinds: &[Kind], path: &Path) -> Result<Kernel> {
     let information = GuestFiles::information(path)?;
     let metadata = std::fs::metadata(path).context(|| format!("read {}", path.display()))?;
-    let machines = match kind {
-        Kind::Uml => vec!["uml".to_owned()],
-        _ => vec!["qemu".to_owned()],
-    };
     Ok(Kernel {
-        architecture: kind.kernel_architecture().to_owned(),
-        machines,
+        architecture: architecture.to_owned(),
+        machines: kinds.iter().map(|kind| kind.name().to_owned()).collect(),
         path: path.to_owned(),
         version: information.version,
         size: metadata.len(),

@@ -51,9 +51,7 @@ pub fn execute(args: Args) -> Result<u8> {
         Ok(reader) => Ok(Some(reader)),
         // Made when the container starts.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => {
-            Err(error).context(|| format!("read the output of container {name}"))
-        }
+        Err(error) => Err(error).context(|| format!("read the output of container {name}")),
     };
     let mut lines = Lines::new(args.since, args.timestamps);
     // Watched before it is read: nothing that is written in between is missed.

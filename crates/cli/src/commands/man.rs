@@ -18,8 +18,7 @@ pub struct Args {
 /// Writes a page for hull, one for hull-oci, and one for each of their commands.
 pub fn execute(args: Args) -> Result<u8> {
     let directory = &args.directory;
-    std::fs::create_dir_all(directory)
-        .context(|| format!("create {}", directory.display()))?;
+    std::fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
     for grammar in [Hull::command(), oci::grammar()] {
         clap_mangen::generate_to(grammar, directory)
             .context(|| format!("write manual pages to {}", directory.display()))?;

@@ -26,8 +26,8 @@ pub mod wait;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
-use hull_engine::config::Config;
 use crate::error::{self, Result};
+use hull_engine::config::Config;
 
 /// Turns a function on the raw text of a value into a value parser.
 pub fn raw<T: Clone + Send + Sync + 'static>(

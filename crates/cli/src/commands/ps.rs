@@ -93,7 +93,10 @@ impl Filter {
                 .get(name)
                 .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
             Filter::Ancestor(image) => {
-                let digest = row.image_id.strip_prefix("sha256:").unwrap_or(&row.image_id);
+                let digest = row
+                    .image_id
+                    .strip_prefix("sha256:")
+                    .unwrap_or(&row.image_id);
                 let image_without_tag = row.image.split(':').next();
                 row.image == *image
                     || image_without_tag == Some(image)

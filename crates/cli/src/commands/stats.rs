@@ -120,9 +120,7 @@ struct Figures<'a> {
 }
 
 fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
-    let previous = before
-        .iter()
-        .find(|other| other.id == sample.id);
+    let previous = before.iter().find(|other| other.id == sample.id);
     let cpu_percent = previous.map_or(0.0, |previous| {
         let used = sample
             .stats

@@ -1,12 +1,11 @@
 //! `hull version`.
 
-use hull_machine::Kind;
 use serde_json::json;
 
-use hull_engine::config::Config;
 use crate::error::Result;
-use hull_engine::guest_files::GuestFiles;
 use crate::output;
+use hull_engine::config::Config;
+use hull_engine::guest_files::GuestFiles;
 
 /// Arguments of `version`.
 #[derive(Debug, clap::Args)]
@@ -22,13 +21,14 @@ pub fn execute(args: Args) -> Result<u8> {
     let guest = GuestFiles::locate(&config)?;
     let host = rustix::system::uname();
     let mut kernels = Vec::new();
-    for kind in [Kind::Uml, Kind::Qemu] {
-        let path = guest.kernel_path(kind);
+    for (architecture, kinds) in hull_machine::kernels() {
+        let Some(kind) = kinds.first() else { continue };
+        let path = guest.kernel_path(*kind);
         let version = match path.is_file() {
             true => GuestFiles::information(&path)?.version,
             false => "not installed".to_owned(),
         };
-        kernels.push((kind.kernel_architecture(), version));
+        kernels.push((architecture, version));
     }
     let version = env!("CARGO_PKG_VERSION");
     if args.json {

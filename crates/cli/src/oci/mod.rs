@@ -19,11 +19,11 @@ use hull_sandbox::config::MachineConfig;
 use hull_sandbox::{Error, Result};
 use serde_json::{Value, json};
 
-use hull_engine::config::Config;
 use crate::error::codes;
-use hull_engine::guest_files::GuestFiles;
 use crate::output::Table;
 use arguments::{Command, Format, HullOci};
+use hull_engine::config::Config;
+use hull_engine::guest_files::GuestFiles;
 
 /// Where the state of containers is unless `--root` says otherwise.
 const DEFAULT_ROOT: &str = "/run/hull-oci";
@@ -108,7 +108,7 @@ fn machine(
     Ok(MachineConfig {
         initramfs: guest.initramfs()?,
         memory: memory.map_or(config.memory, MachineConfig::memory_for),
-        cpus: hull_engine::run::cpus(&choice, cpus_milli, config),
+        cpus: hull_engine::run::cpus(&choice, cpus_milli, config)?,
         choice,
         // `create` knows.
         nets: 0,

@@ -139,9 +139,8 @@ impl Attachment {
     pub fn carry(mut self, client: Client, streams: Vec<OwnedFd>) -> Result<Outcome> {
         let stdin = io::stdin();
         if self.options.terminal && self.options.input && rustix::termios::isatty(&stdin) {
-            self.raw = Some(
-                RawMode::enable(stdin.as_fd()).context(|| "set the terminal to raw mode")?,
-            );
+            self.raw =
+                Some(RawMode::enable(stdin.as_fd()).context(|| "set the terminal to raw mode")?);
         }
         let mut pump = Pump::new(client, streams, &self.options)?;
         if let Some(size) = self.size() {
@@ -250,7 +249,10 @@ impl OutputStream {
 
     /// Writes a piece; false when nobody reads the caller's standard output any more.
     fn write(&mut self) -> Result<bool> {
-        let end = self.buffer.len().min(self.written.saturating_add(self.chunk));
+        let end = self
+            .buffer
+            .len()
+            .min(self.written.saturating_add(self.chunk));
         let bytes = &self.buffer[self.written..end];
         if self.closed {
             self.written = self.buffer.len();

@@ -315,11 +315,7 @@ mod tests {
             b"x",
         );
         let error = unpack(sent(archive.into_inner().unwrap()), &place, false).unwrap_err();
-        assert!(
-            error.message.contains("leads outside"),
-            "{}",
-            error.message
-        );
+        assert!(error.message.contains("leads outside"), "{}", error.message);
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
     }
 

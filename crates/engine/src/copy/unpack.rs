@@ -26,11 +26,7 @@ pub type Place<'a> = dyn Fn(EntryKind, &OsStr) -> std::result::Result<PathBuf, S
 ///
 /// # Errors
 /// The guest's error, a name that leads outside, or the host's file system refuses.
-pub fn unpack(
-    archive: ArchiveReader,
-    place: &Place<'_>,
-    keep_owners: bool,
-) -> Result<Vec<String>> {
+pub fn unpack(archive: ArchiveReader, place: &Place<'_>, keep_owners: bool) -> Result<Vec<String>> {
     let mut archive = TarReader::new(archive);
     let mut target: Option<Target> = None;
     loop {
@@ -125,7 +121,10 @@ impl Target {
         })
     }
 
-    fn failed(&self, rest: &[&OsStr]) -> impl Fn(&(dyn std::error::Error + 'static)) -> Error + use<> {
+    fn failed(
+        &self,
+        rest: &[&OsStr],
+    ) -> impl Fn(&(dyn std::error::Error + 'static)) -> Error + use<> {
         let mut path = self.shown.clone();
         path.extend(rest);
         move |error| {

@@ -302,11 +302,7 @@ pub fn capabilities(add: &[String], drop: &[String]) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// No command, or an option that names something that does not exist.
-pub fn build(
-    options: &ContainerOptions,
-    image: &ImageConfig,
-    layout: &Layout,
-) -> Result<Built> {
+pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> Result<Built> {
     let mut command = command(options, image)?;
     if options.init {
         command.splice(0..0, [OsString::from(INIT_PATH), "--".into()]);

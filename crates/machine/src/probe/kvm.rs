@@ -1,9 +1,9 @@
-//! Does KVM run guest code, or only pretend to?
+//! Whether KVM runs guest code on the processor.
 //!
-//! Some hosts have a `/dev/kvm` that accepts every call and then interprets guest kernel code a thousand times slower
-//! than the processor (KVM nested in a paravirtual one). So a guest is made that does nothing but count in 64-bit
-//! kernel mode, and its speed is measured. It runs in a forked child under an alarm, because a broken KVM may never
-//! come back.
+//! Some hosts have a `/dev/kvm` that accepts every call and then interprets guest kernel code a
+//! thousand times slower than the processor (KVM nested in a paravirtual one). So the probe creates
+//! a guest that counts in 64-bit kernel mode, and measures its speed. It runs in a forked child
+//! under an alarm, because KVM_RUN of a broken KVM may not return.
 
 #![allow(unsafe_code)]
 
@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use super::KvmState;
 
-/// Slower than this is interpreted. The processor makes thousands, an emulator with nested paging (the lab's)
-/// hundreds, an interpreter one or two.
+/// Million instructions per second; less is interpreted. A processor executes thousands, an
+/// emulator with nested paging hundreds, an interpreter one or two.
 const INTERPRETED_BELOW: u64 = 20;
 
 /// How long the guest counts.
 const MEASURED: Duration = Duration::from_millis(30);
 
-/// Whole seconds after which a probe that does not answer is killed.
-const PATIENCE: u32 = 3;
+/// Seconds after which a probe that does not answer is killed.
+const PROBE_TIMEOUT: u32 = 3;
 
 /// Whether `/dev/kvm` can be opened.
 pub fn openable() -> Result<(), KvmState> {
@@ -35,7 +35,7 @@ pub fn openable() -> Result<(), KvmState> {
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             Err(KvmState::NoPermission)
         }
-        // ENXIO, ENODEV: a node without a driver behind it.
+        // ENXIO, ENODEV: a device node without a driver.
         Err(_) => Err(KvmState::Absent),
     }
 }
@@ -51,7 +51,7 @@ pub fn probe() -> KvmState {
     });
     match answer {
         None => KvmState::Fails {
-            why: format!("guest code did not come back within {PATIENCE} s"),
+            why: format!("guest code did not come back within {PROBE_TIMEOUT} s"),
         },
         Some(answer) => match (answer.strip_prefix('!'), answer.parse::<u64>()) {
             (None, Ok(rate)) if rate >= INTERPRETED_BELOW => KvmState::Works {
@@ -77,7 +77,8 @@ pub fn in_child(question: fn() -> bool) -> bool {
 
 /// Whether this process can trace a child as a user-mode kernel does.
 pub fn tracing_works() -> bool {
-    // SAFETY: a plain fork; the child makes system calls only and exits. The parent waits for that very child.
+    // SAFETY: a plain fork; the child makes system calls only and exits. The parent waits for that
+    // very child.
     unsafe {
         let child = libc::fork();
         if child == 0 {
@@ -103,14 +104,15 @@ pub fn tracing_works() -> bool {
 /// The text that `work` makes in a forked child; `None` when the alarm ended it.
 fn fork_and_read(work: impl FnOnce() -> String) -> Option<String> {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).ok()?;
-    // SAFETY: the child runs `work`, writes and exits without returning to the caller's code. Its memory is a copy;
-    // callers are single-threaded commands, and should a lock be held after all, the alarm ends the child.
+    // SAFETY: the child runs `work`, writes and exits without returning to the caller's code. Its
+    // memory is a copy; callers are single-threaded commands, and should a lock be held after all,
+    // the alarm ends the child.
     match unsafe { libc::fork() } {
         0 => {
             // SAFETY: the default action of the alarm's signal ends the process; `write` is open.
             unsafe {
                 libc::signal(libc::SIGALRM, libc::SIG_DFL);
-                libc::alarm(PATIENCE);
+                libc::alarm(PROBE_TIMEOUT);
                 let answer = work();
                 libc::write(write.as_raw_fd(), answer.as_ptr().cast(), answer.len());
                 libc::_exit(0)
@@ -138,7 +140,8 @@ mod platform {
     use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
     use kvm_ioctls::{Kvm, VcpuExit};
 
-    /// Iterations between two exits to this process. Interpreted, one takes a hundredth of a second.
+    /// Iterations between two exits to this process. Interpreted, one takes a hundredth of a
+    /// second.
     const LOOPS: u32 = 10_000;
     /// Guest memory: page tables in the first pages, then the code.
     const MEMORY: usize = 0x10000;
@@ -181,7 +184,8 @@ mod platform {
             memory_size: MEMORY as u64,
             userspace_addr: memory.0.as_ptr() as u64,
         };
-        // SAFETY: the memory outlives the virtual machine, and this process does not touch it from here on.
+        // SAFETY: the memory outlives the virtual machine, and this process does not touch it from
+        // here on.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("giving it memory"))?;
         let mut vcpu = vm.create_vcpu(0).map_err(failed("creating a processor"))?;
         let cpuid = kvm
@@ -260,6 +264,6 @@ mod tests {
         let start = Instant::now();
         let state = probe();
         println!("kvm: {state}");
-        assert!(start.elapsed() < Duration::from_secs(u64::from(PATIENCE) + 2));
+        assert!(start.elapsed() < Duration::from_secs(u64::from(PROBE_TIMEOUT) + 2));
     }
 }

@@ -1,6 +1,8 @@
-//! What machines this host can run, and why not the others. For `hull check`, and for [`crate::choose()`].
+//! What machines this host can run, and why not the others: for `hull check` and
+//! [`crate::choose()`].
 //!
-//! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by tracing.
+//! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by
+//! tracing.
 
 mod kvm;
 
@@ -10,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::choose::{Choice, Requirements, choose};
-use crate::{qemu, uml};
+use crate::{Backend, Kind, qemu, uml};
 
 /// Everything `hull check` says about machines.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -31,21 +33,21 @@ pub struct Report {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum State {
-    /// It can.
+    /// It can be used.
     Works {
         /// How, in a few words.
         how: String,
     },
-    /// It cannot.
+    /// It cannot be used.
     Missing {
-        /// What is in the way.
+        /// The reason.
         why: String,
-        /// What mends it, if anything does.
+        /// The remedy, if there is one.
         hint: Option<String>,
     },
 }
 
-/// What became of trying KVM.
+/// The result of trying KVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum KvmState {
@@ -54,18 +56,18 @@ pub enum KvmState {
         /// Millions of instructions per second.
         million_per_second: u64,
     },
-    /// `/dev/kvm` accepts everything and then interprets guest kernel code.
+    /// `/dev/kvm` accepts every call and interprets guest kernel code.
     Pretends {
         /// Millions of instructions per second.
         million_per_second: u64,
     },
     /// There is no `/dev/kvm`.
     Absent,
-    /// `/dev/kvm` may not be opened.
+    /// The caller may not open `/dev/kvm`.
     NoPermission,
     /// It cannot run guest code at all.
     Fails {
-        /// What failed.
+        /// The step that failed.
         why: String,
     },
 }
@@ -92,59 +94,46 @@ impl fmt::Display for KvmState {
     }
 }
 
-/// Tries everything. Takes a few tenths of a second, once per boot of the host; then a few milliseconds.
+/// A kind of machine that works.
+#[derive(Debug, Clone)]
+pub struct Works {
+    /// It uses hardware virtualization.
+    pub hardware: bool,
+    /// The guest kernel that it boots.
+    pub kernel: PathBuf,
+    /// Its advantage, for people.
+    pub why: String,
+}
+
+/// Examines everything. Takes a few tenths of a second once per boot of the host, then a few
+/// milliseconds.
 pub fn probe(requirements: &Requirements) -> Report {
-    let qemu_version = qemu::find_program().and_then(|program| qemu::version(&program));
+    let host = &requirements.host;
     Report {
-        kvm: kvm_cached(&requirements.data_directory),
-        uml: probe_uml(requirements),
-        qemu: match &qemu_version {
-            Ok(version) => State::Works {
-                how: format!("QEMU {version}"),
-            },
-            Err(error) => State::Missing {
-                why: error.to_string(),
-                hint: error.hint(),
-            },
-        },
-        qemu_version: qemu_version.ok(),
+        kvm: kvm_cached(&host.data_directory),
+        uml: uml::Uml.diagnose(host),
+        qemu: qemu::Qemu.diagnose(host),
+        qemu_version: qemu::find_program()
+            .and_then(|program| qemu::version(&program))
+            .ok(),
         auto: choose(None, requirements).map_err(|error| error.to_string()),
     }
 }
 
-fn probe_uml(requirements: &Requirements) -> State {
-    let missing = |why: String, hint: Option<&str>| State::Missing {
-        why,
-        hint: hint.map(str::to_owned),
-    };
-    if let Some(why) = tracing_forbidden() {
-        return missing(why, Some("sysctl -w kernel.yama.ptrace_scope=1"));
+impl Report {
+    /// Whether a kind of machine can be used. `None`: it has no backend.
+    pub fn state(&self, kind: Kind) -> Option<&State> {
+        match kind {
+            Kind::Kvm => None,
+            Kind::Uml => Some(&self.uml),
+            Kind::Qemu => Some(&self.qemu),
+        }
     }
-    if !kvm::in_child(kvm::tracing_works) {
-        return missing(
-            "processes cannot be traced here (a system call filter of the host forbids ptrace)"
-                .into(),
-            None,
-        );
-    }
-    let build = Some("guest/kernel/build um");
-    match &requirements.uml_kernel {
-        Some(kernel) if !kernel.is_file() => missing(
-            format!("its guest kernel {} does not exist", kernel.display()),
-            build,
-        ),
-        // The trial needs root: without, it would say no more than that.
-        Some(kernel) if rustix::process::geteuid().is_root() => match uml::version(kernel) {
-            Ok(version) => State::Works {
-                how: format!("Linux {version}, no virtualization needed"),
-            },
-            Err(why) => missing(why, None),
-        },
-        Some(_) => State::Works {
-            how: "no virtualization needed".into(),
-        },
-        None => missing("there is no guest kernel for um".into(), build),
-    }
+}
+
+/// Whether a process can trace another one here, tried.
+pub(crate) fn tracing_works() -> bool {
+    kvm::in_child(kvm::tracing_works)
 }
 
 /// Why a process without privileges may not trace its own children, by the Yama security module.
@@ -155,29 +144,30 @@ pub fn tracing_forbidden() -> Option<String> {
         .then(|| format!("tracing processes is forbidden (kernel.yama.ptrace_scope = {scope})"))
 }
 
-/// A kept answer and what it holds for.
+/// A cached result and the host that it is valid for.
 #[derive(Serialize, Deserialize)]
-struct Kept {
+struct Cached {
     host: String,
     kvm: KvmState,
 }
 
-/// The state of KVM: the answer kept for this boot of this host, else a new probe's.
+/// The state of KVM: the result cached for this boot of this host, otherwise that of a new probe.
 pub fn kvm_cached(data_directory: &Path) -> KvmState {
     let path = data_directory.join("probe.json");
     let host = host_identity();
-    let kept = std::fs::read(&path)
+    let cached = std::fs::read(&path)
         .ok()
-        .and_then(|text| serde_json::from_slice::<Kept>(&text).ok());
-    match kept {
-        // A device node can come and go, and permissions are the caller's: these are looked at each time.
-        Some(kept) if kept.host == host && kvm::openable().is_ok() => kept.kvm,
+        .and_then(|text| serde_json::from_slice::<Cached>(&text).ok());
+    match cached {
+        // The device node can appear and disappear, and permissions are the caller's: these are
+        // examined each time.
+        Some(cached) if cached.host == host && kvm::openable().is_ok() => cached.kvm,
         _ => {
             let kvm = kvm::probe();
             if !matches!(kvm, KvmState::Absent | KvmState::NoPermission) {
-                keep(
+                cache(
                     &path,
-                    &Kept {
+                    &Cached {
                         host,
                         kvm: kvm.clone(),
                     },
@@ -188,24 +178,24 @@ pub fn kvm_cached(data_directory: &Path) -> KvmState {
     }
 }
 
-fn keep(path: &Path, kept: &Kept) {
+fn cache(path: &Path, cached: &Cached) {
     let write = || -> std::io::Result<()> {
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory)?;
         }
         let new: PathBuf = path.with_extension(format!("json.{}", std::process::id()));
-        std::fs::write(&new, serde_json::to_vec(kept)?)?;
+        std::fs::write(&new, serde_json::to_vec(cached)?)?;
         std::fs::rename(new, path)
     };
     if let Err(error) = write() {
         tracing::warn!(
-            "cannot keep the answer of the KVM probe in {}: {error}",
+            "cannot cache the result of the KVM probe in {}: {error}",
             path.display()
         );
     }
 }
 
-/// This boot of this host: what an answer about KVM holds for.
+/// This boot of this host, for which a result about KVM is valid.
 fn host_identity() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
@@ -224,15 +214,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kept_answer_is_used_for_the_same_boot_only() {
+    fn a_cached_result_is_valid_for_the_same_boot_only() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("probe.json");
         let kvm = KvmState::Works {
             million_per_second: 123_456_789,
         };
-        keep(
+        cache(
             &path,
-            &Kept {
+            &Cached {
                 host: host_identity(),
                 kvm: kvm.clone(),
             },
@@ -240,9 +230,9 @@ mod tests {
         if kvm::openable().is_ok() {
             assert_eq!(kvm_cached(directory.path()), kvm);
         }
-        keep(
+        cache(
             &path,
-            &Kept {
+            &Cached {
                 host: "another".into(),
                 kvm: kvm.clone(),
             },

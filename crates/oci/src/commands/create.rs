@@ -103,7 +103,8 @@ struct Making<'a> {
 impl Making<'_> {
     fn make(&mut self, bundle: &Bundle, options: &CreateOptions, detach: bool) -> Result<Kept> {
         self.container.store(&self.record)?;
-        if let Err(error) = roots::register(&self.settings.run_directory, &self.settings.root.path) {
+        if let Err(error) = roots::register(&self.settings.run_directory, &self.settings.root.path)
+        {
             (self.settings.warn)(&error.message);
         }
         let mut plan = Plan::new(&self.container.id, bundle)?;

@@ -3,17 +3,17 @@
 use std::fs;
 use std::path::PathBuf;
 
-use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::config::{ProcessConfig, RawArgs, Stdio};
 use hull_sandbox::control::protocol::Request;
+use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::store::State;
 use serde_json::value::to_raw_value;
 use serde_json::{Value, json};
 
 use super::life::load;
 use super::{Settings, refuse_descriptors, with_runc_wording, write_pid_file};
-use crate::container::connect;
 use crate::console;
+use crate::container::connect;
 use crate::keeper::{self, Mode};
 
 /// What `exec` is told.

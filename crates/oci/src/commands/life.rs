@@ -56,10 +56,14 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
     match status {
         State::Created => {}
         State::Stopped => {
-            return Err(Error::wrong_state("cannot start a container that has stopped"));
+            return Err(Error::wrong_state(
+                "cannot start a container that has stopped",
+            ));
         }
         State::Running | State::Paused => {
-            return Err(Error::wrong_state("cannot start an already running container"));
+            return Err(Error::wrong_state(
+                "cannot start an already running container",
+            ));
         }
         State::Creating => {
             return Err(Error::wrong_state(
@@ -70,9 +74,7 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
     let request = Request::Start {
         container: id.to_owned(),
     };
-    connect(&record)?
-        .do_(&request)
-        .map_err(with_runc_wording)?;
+    connect(&record)?.do_(&request).map_err(with_runc_wording)?;
     if let Some(hooks) = hooks_of(&container)? {
         let state = state(&record, State::Running, record.details.keeper.pid);
         // The specification: the failure of such a hook is logged, and life goes on. So below.
@@ -171,9 +173,7 @@ pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Resu
 fn resources_of(container: &Container) -> Result<LinuxResources> {
     match container.config()?["linux"].get("resources") {
         None | Some(Value::Null) => Ok(LinuxResources::default()),
-        Some(resources) => {
-            serde_json::from_value(resources.clone()).context(|| "read resources")
-        }
+        Some(resources) => serde_json::from_value(resources.clone()).context(|| "read resources"),
     }
 }
 
@@ -256,7 +256,11 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
     let heir = settings.root.list()?.into_iter().find_map(|container| {
         let other = container.record().ok()?;
         let stays = other.sandbox == record.sandbox && container.id != record.id;
-        let lives = || container.status(&other).is_ok_and(|status| status.state.is_alive());
+        let lives = || {
+            container
+                .status(&other)
+                .is_ok_and(|status| status.state.is_alive())
+        };
         (stays && lives()).then_some(other)
     });
     let Some(heir) = heir else { return Ok(()) };

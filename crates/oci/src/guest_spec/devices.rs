@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use hull_sandbox::error::Result;
 use hull_sandbox::config::{ContainerDisk, DiskConfig};
+use hull_sandbox::error::Result;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 use serde_json::{Value, json};
 

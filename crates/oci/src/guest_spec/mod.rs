@@ -11,8 +11,8 @@ mod namespaces;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use hull_sandbox::error::{Error, Result};
 use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
+use hull_sandbox::error::{Error, Result};
 use serde_json::Value;
 
 use crate::bundle::Bundle;

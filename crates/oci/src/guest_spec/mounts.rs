@@ -6,8 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::config::{self, Share, Writers, share_name};
+use hull_sandbox::error::{Context, Error, Result};
 use serde_json::{Value, json};
 
 use super::devices::guest_device;

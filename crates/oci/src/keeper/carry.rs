@@ -62,8 +62,7 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
         _ => {
             let slave = next()?;
             // Its size's changes and its hang-up are told to this process then.
-            rustix::process::ioctl_tiocsctty(&slave)
-                .context(|| "take control of the terminal")?;
+            rustix::process::ioctl_tiocsctty(&slave).context(|| "take control of the terminal")?;
             // An engine may wait for the end of what it gave as standard output.
             rustix::stdio::dup2_stdin(&slave)
                 .and_then(|()| rustix::stdio::dup2_stdout(&slave))
@@ -76,8 +75,7 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
     let mut raw = before.clone();
     raw.make_raw();
     // The terminal that cooks is the one in the guest.
-    tcsetattr(&terminal, OptionalActions::Now, &raw)
-        .context(|| "set the terminal's attributes")?;
+    tcsetattr(&terminal, OptionalActions::Now, &raw).context(|| "set the terminal's attributes")?;
     let input = standard(terminal.as_fd())?;
     let writing = standard(stream.as_fd())?;
     thread(input, writing, End::Shutdown)?;

@@ -20,9 +20,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
-use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::control::client::Client;
 use hull_sandbox::control::protocol::{Received, Reply, pair, receive, send};
+use hull_sandbox::error::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
 pub use process::{keep_here, run};
@@ -251,11 +251,7 @@ impl Kept {
     pub fn wait(&mut self) -> Result<i32> {
         use std::os::unix::process::ExitStatusExt;
         process::pass_signals(self.pid())?;
-        let status = self
-            .0
-            .child
-            .wait()
-            .context(|| "wait for the keeper")?;
+        let status = self.0.child.wait().context(|| "wait for the keeper")?;
         Ok(status
             .code()
             .unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))

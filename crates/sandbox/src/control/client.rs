@@ -50,8 +50,8 @@ impl Client {
     pub fn open(path: &SandboxPath) -> Result<Option<Self>> {
         let doing = || format!("reach the sandbox process of {}", path.id);
         let flags = SocketFlags::CLOEXEC;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-            .context(doing)?;
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).context(doing)?;
         let address = SocketAddrUnix::new(path.socket()).context(doing)?;
         match connect(&socket, &address) {
             Ok(()) => Self::greet(socket).map(Some),

@@ -293,13 +293,11 @@ pub fn parse(message: &RawValue) -> Result<Request, Error> {
             .next()
     });
     Err(match name {
-        Some(name) if !NAMES.contains(&&*name) => {
-            Error::unsupported(format_args!(
-                "call {name:?}: this sandbox was started by {}",
-                Hello::own().build
-            ))
-            .hint("start the container anew to use what a newer hull can do")
-        }
+        Some(name) if !NAMES.contains(&&*name) => Error::unsupported(format_args!(
+            "call {name:?}: this sandbox was started by {}",
+            Hello::own().build
+        ))
+        .hint("start the container anew to use what a newer hull can do"),
         _ => Error::invalid(format!("cannot read a request: {error}")),
     })
 }
@@ -327,7 +325,10 @@ mod tests {
         let error = read(r#"{"levitate":{"container":"c"}}"#).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Unsupported);
         assert!(error.message.contains("levitate"), "{error}");
-        assert_eq!(read(r#""levitate""#).unwrap_err().kind, ErrorKind::Unsupported);
+        assert_eq!(
+            read(r#""levitate""#).unwrap_err().kind,
+            ErrorKind::Unsupported
+        );
         let error = read(r#"{"start":{}}"#).unwrap_err();
         assert_eq!(error.kind, ErrorKind::InvalidArgument);
         let request = read(r#"{"start":{"container":"c","gently":true}}"#).unwrap();

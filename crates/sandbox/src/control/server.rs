@@ -244,7 +244,9 @@ impl Connection {
 
     async fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Answer> {
         if !self.greeted && !matches!(request, Request::Hello(_)) {
-            return Err(Error::unsupported("a control connection without a greeting"));
+            return Err(Error::unsupported(
+                "a control connection without a greeting",
+            ));
         }
         let sandbox = self.sandbox.clone();
         let find = |container: &str| sandbox.container(container);
@@ -432,7 +434,9 @@ impl Connection {
     ) -> Result<Vec<OwnedFd>> {
         let streams = container.attach(options.stdin).await?;
         if let Some(size) = options.size
-            && let Err(error) = Process::init(container.clone(), Vec::new()).resize(size).await
+            && let Err(error) = Process::init(container.clone(), Vec::new())
+                .resize(size)
+                .await
         {
             tracing::debug!("cannot set the size of a terminal: {error}");
         }
@@ -458,7 +462,9 @@ impl Connection {
     async fn copy(&mut self, request: CopyRequest) {
         let copying = async {
             if !self.greeted {
-                return Err(Error::unsupported("a control connection without a greeting"));
+                return Err(Error::unsupported(
+                    "a control connection without a greeting",
+                ));
             }
             let container = self.sandbox.container(&request.container)?;
             let ready = container.sandbox().ready().await?;

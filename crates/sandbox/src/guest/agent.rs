@@ -137,6 +137,18 @@ impl Agent {
             .map_err(failure_of_existing)
     }
 
+    /// Sets the guest's wall clock, nanoseconds since 1970.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub async fn set_clock(&self, clock_ns: u64) -> Result<()> {
+        self.configure(&proto::ConfigureRequest {
+            clock_ns,
+            ..Default::default()
+        })
+        .await
+    }
+
     /// Makes the guest's network what the request says.
     pub async fn set_network(&self, request: &proto::SetNetworkRequest) -> Result<()> {
         self.client
@@ -229,7 +241,11 @@ impl Agent {
     }
 
     /// Changes limits of a container: an OCI `linux.resources` object.
-    pub async fn update(&self, container: &str, resources: &serde_json::value::RawValue) -> Result<()> {
+    pub async fn update(
+        &self,
+        container: &str,
+        resources: &serde_json::value::RawValue,
+    ) -> Result<()> {
         let request = proto::UpdateRequest {
             container_id: container.into(),
             resources_json: resources.get().as_bytes().to_vec(),

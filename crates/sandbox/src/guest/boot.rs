@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use hull_machine::Kind;
+use hull_machine::Features;
 use hull_protocol::AGENT_PORT;
 use hull_protocol::agent as proto;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::agent::Agent;
 use super::Incoming;
+use super::agent::Agent;
 use crate::error::{Context, Error, Result};
 
 /// Longest boot. Emulation on a busy host needs its time; beyond this nothing comes any more.
@@ -41,18 +41,12 @@ pub async fn agent_dials(mut incoming: Incoming) -> Result<Agent> {
 ///
 /// # Errors
 /// The host has no random numbers.
-pub fn configuration(
-    kind: Kind,
-    hostname: &str,
-) -> Result<proto::ConfigureRequest> {
+pub fn configuration(features: &Features, hostname: &str) -> Result<proto::ConfigureRequest> {
     let mut entropy = vec![0; 64];
     getrandom(&mut entropy[..], GetRandomFlags::empty()).context(|| "get random numbers")?;
-    // A user-mode kernel has the host's clock.
-    let clock_ns = match kind {
-        Kind::Uml => 0,
-        _ => std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or_default()),
+    let clock_ns = match features.host_clock {
+        true => 0,
+        false => wall_clock(),
     };
     Ok(proto::ConfigureRequest {
         hostname: hostname.into(),
@@ -60,4 +54,11 @@ pub fn configuration(
         entropy,
         ..Default::default()
     })
+}
+
+/// The time of now, nanoseconds since 1970.
+pub fn wall_clock() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or_default())
 }

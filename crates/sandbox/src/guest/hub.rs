@@ -108,7 +108,9 @@ impl Hub {
         let mut carriers = Vec::new();
         let mut spawn = |from: OwnedReadHalf, stream| {
             let hub = self.clone();
-            carriers.push(tokio::spawn(async move { hub.carry_one(from, stream).await }));
+            carriers.push(tokio::spawn(
+                async move { hub.carry_one(from, stream).await },
+            ));
         };
         if self.terminal {
             if let Some(terminal) = streams.next() {
@@ -305,8 +307,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let log = log::Writer::create(Directory::open(directory.path()).unwrap(), 1 << 20);
         let hub = Hub::new(log.unwrap(), false);
-        let (ours, guest): (Vec<_>, Vec<_>) =
-            (0..3).map(|_| StdStream::pair().unwrap()).unzip();
+        let (ours, guest): (Vec<_>, Vec<_>) = (0..3).map(|_| StdStream::pair().unwrap()).unzip();
         let streams = ours.into_iter().map(OwnedFd::from).collect();
         let carriers = hub.carry(streams).await.unwrap();
         Init {
@@ -338,7 +339,10 @@ mod tests {
         init.hub.finish().await;
         init.hub.drained().await;
         for client in &clients {
-            assert_eq!((read(&client[1]), read(&client[2])), ("out".into(), "err".into()));
+            assert_eq!(
+                (read(&client[1]), read(&client[2])),
+                ("out".into(), "err".into())
+            );
         }
         let late = init.hub.attach(false).await.unwrap();
         assert_eq!(read(&late[1]), "");
@@ -367,7 +371,11 @@ mod tests {
             output.write_all(&vec![b'x'; 8 << 20]).unwrap();
         });
         let wait = std::time::Duration::from_millis(200);
-        assert!(tokio::time::timeout(wait, init.carriers.done()).await.is_err());
+        assert!(
+            tokio::time::timeout(wait, init.carriers.done())
+                .await
+                .is_err()
+        );
         drop(client);
         init.carriers.done().await;
         written.await.unwrap();

@@ -3,7 +3,8 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | `supervise` | device process and machine, and which of them failed first |
+//! | `processes` | device process and machine: started, watched, paused |
+//! | `supervise` | which of them failed, judged by how they ended |
 //! | `boot` | from a started machine to an agent that answers |
 //! | `agent` | calls into the guest |
 //! | `streams` | the streams of one process |
@@ -12,8 +13,9 @@
 pub(crate) mod agent;
 pub(crate) mod boot;
 pub(crate) mod hub;
+pub(crate) mod processes;
 pub(crate) mod streams;
-pub(crate) mod supervise;
+mod supervise;
 
 pub(crate) use agent::Agent;
 pub(crate) use hull_device_control::{DeviceControl as Devices, Incoming};

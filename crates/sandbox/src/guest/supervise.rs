@@ -1,359 +1,219 @@
-//! Starts the processes of a guest, its devices and its machine, and notices when one of them ends.
+//! Which of a guest's two processes failed, judged by how they ended.
+//!
+//! Machine and devices end together: a machine without devices cannot go on, and the device process
+//! exits with code 0 when the machine closes its connections. So when one end has been seen, the
+//! other one is near, and which is the cause is in the exit statuses. [`supervise`] has no clock
+//! and no processes; [`super::processes`] watches those and waits where it is told to.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use hull_jail::{SignalName, Status};
+use hull_machine::{Exit, ProcessRole};
+use rustix::io::Errno;
 
-use hull_device_control::{CONTROL_FD, DeviceConfig, DeviceType, MAX_DISKS, Setup};
-use hull_machine::exit::{self, Status};
-use hull_machine::jail::{self, JailSpec, Started};
-use hull_machine::{ConsoleRing, Kind, MachineSpec};
-use hull_protocol::{AGENT_PORT, net_device_mac};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-
-use super::{Devices, Incoming};
-use hull_ipc::watch;
-use crate::error::{Context, Error, Result};
-use crate::config::MachineConfig;
-use crate::network::Nets;
-use crate::rootless;
-use crate::store::SandboxPath;
-
-/// Devices that every machine has.
-const FIXED_DEVICES: usize = 3;
-
-/// User ids of jailed processes begin here, above what distributions and container engines hand out. Each
-/// sandbox adds the process id of its sandbox process, which no other has as long as it lives.
-const FIRST_JAIL_UID: u32 = 0x7000_0000;
-
-/// In a user namespace with few ids, they are among so many of the highest ones.
-const HIGHEST_IDS: u32 = 1024;
-
-/// How long a machine may take to end after it has closed its devices.
-const MACHINE_TIME: Duration = Duration::from_secs(2);
-
-/// How long the device process may take to end after the machine that it served.
-const AFTERMATH: Duration = Duration::from_millis(20);
-
-/// Lines of the console that go with a failure.
-const CONSOLE_LINES: usize = 50;
-
-/// Most net devices of a machine whose kernel finds them only when it boots, which takes longer with each.
-const MAX_NETS_AT_BOOT: u8 = 4;
-
-/// A disk of a machine.
-#[derive(Debug)]
-pub struct Disk {
-    /// The block device, opened for what the guest may do.
-    pub file: OwnedFd,
-    /// The guest may only read.
-    pub read_only: bool,
+/// How the processes have ended, as far as that has been seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// The machine; `None` while it runs.
+    pub machine: Option<Exit>,
+    /// The device process; `None` while it runs. The error is that of waiting for it.
+    pub devices: Option<Result<Status, Errno>>,
+    /// Whose end was seen first, unless both were seen at once.
+    pub first: Option<ProcessRole>,
 }
 
-/// The processes of a guest. Dropping it ends them.
-pub struct Guest {
-    devices: Watched,
-    machine: Watched,
-    diagnostics: PathBuf,
-    console: Arc<Mutex<ConsoleRing>>,
-    /// The device process's control.
-    pub control: Arc<Devices>,
-    /// The machine's net devices.
-    pub nets: Nets,
+/// What is known of the end of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Both processes run.
+    Running,
+    /// The end of this process, if it follows, can change the reason.
+    WaitFor(ProcessRole),
+    /// This is the reason.
+    Ended(Reason),
 }
 
-#[derive(Debug)]
-struct Watched {
-    pid: i32,
-    pidfd: AsyncFd<OwnedFd>,
-    /// The kernel tells it once; several may ask.
-    status: OnceLock<Status>,
+/// Why a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// The machine ended.
+    Machine(Exit),
+    /// The device process failed.
+    Devices(Result<Status, Errno>),
+    /// The machine has closed the connections to its devices, and runs.
+    Detached,
 }
 
-impl Watched {
-    fn new(started: Started) -> Result<Self> {
-        Ok(Self {
-            pid: started.pid,
-            pidfd: watch(started.pidfd, Interest::READABLE)?,
-            status: OnceLock::new(),
-        })
-    }
-
-    /// Waits for the end; how it ended, if that is not known already.
-    async fn ended(&self) -> Option<Status> {
-        if let Err(error) = self.pidfd.readable().await {
-            tracing::error!("cannot watch process {}: {error}", self.pid);
+/// Judges what has been seen. `waited`: the process that [`Verdict::WaitFor`] named has had its
+/// time.
+pub fn supervise(ends: &Ends, waited: bool) -> Verdict {
+    let wait = |role, reason| match waited {
+        true => Verdict::Ended(reason),
+        false => Verdict::WaitFor(role),
+    };
+    match (&ends.machine, ends.devices) {
+        (None, None) => Verdict::Running,
+        // The regular end of a device process: the machine has left, or is about to end.
+        (None, Some(Ok(Status::Code(0)))) => wait(ProcessRole::Machine, Reason::Detached),
+        (Some(exit), Some(Ok(Status::Code(0)))) => Verdict::Ended(Reason::Machine(exit.clone())),
+        // A signal is not an effect of what the device process does.
+        (Some(exit @ Exit::Killed { .. }), devices)
+            if devices.is_none() || ends.first == Some(ProcessRole::Machine) =>
+        {
+            Verdict::Ended(Reason::Machine(exit.clone()))
         }
-        if let Ok(Some(status)) = exit::reap(self.pidfd.as_fd()) {
-            return Some(*self.status.get_or_init(|| status));
-        }
-        self.status.get().copied()
-    }
-
-    fn kill(&self) {
-        use rustix::process::{Signal, pidfd_send_signal};
-        // It may have ended already.
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        // It does not fail because a machine ended.
+        (_, Some(status)) => Verdict::Ended(Reason::Devices(status)),
+        // A guest that loses its devices ends in any of these ways.
+        (Some(exit), None) => wait(ProcessRole::Devices, Reason::Machine(exit.clone())),
     }
 }
 
-impl Drop for Guest {
-    fn drop(&mut self) {
-        for process in [&self.machine, &self.devices] {
-            process.kill();
-        }
-        for process in [&self.machine, &self.devices] {
-            use rustix::process::{WaitId, WaitIdOptions, waitid};
-            let id = WaitId::PidFd(process.pidfd.as_fd());
-            // Nothing may run any more when the files are removed. SIGKILL does not keep us waiting.
-            let _ = waitid(id, WaitIdOptions::EXITED);
-        }
-    }
-}
-
-impl Guest {
-    /// Starts the device process and the machine.
-    ///
-    /// # Errors
-    /// Either cannot be started.
-    pub fn start(
-        paths: &SandboxPath,
-        request: &MachineConfig,
-        disks: Vec<Disk>,
-    ) -> Result<(Self, Incoming)> {
-        let jail_uid = jail_uid();
-        let nets = net_devices(request, disks.len());
-        let (devices, control, incoming) =
-            start_devices(&paths.devices(), request.choice.kind, nets, &disks)?;
-        let devices = Watched::new(devices)?;
-        let control = Arc::new(control);
-
-        let (ring, console_write) =
-            ConsoleRing::create(&paths.console()).context(|| "create the console")?;
-        let console = Arc::new(Mutex::new(ring));
-        tokio::spawn(read_console(console.clone()));
-
-        let spec = MachineSpec {
-            kernel: request.choice.kernel.clone(),
-            initramfs: request.initramfs.clone(),
-            memory: request.memory,
-            cpus: request.cpus,
-            sockets: paths.devices(),
-            nets: (0..nets).map(net_device_mac).collect(),
-            disks: disks.len() as u32,
-            jail_uid,
-        };
-        let machine = request
-            .choice
-            .machine()
-            .and_then(|machine| machine.start(&spec, console_write))
-            .map_err(Error::from)?;
-        Ok((
-            Self {
-                devices,
-                machine: Watched::new(machine)?,
-                diagnostics: paths.diagnostics(),
-                console,
-                nets: Nets {
-                    control: control.clone(),
-                    count: nets,
-                    kind: request.choice.kind,
-                    owner: jail_uid,
-                },
-                control,
+impl Reason {
+    /// The reason as one line for people. `console`: the last lines of the guest's console;
+    /// `diagnostics`: the last message of the device process, if it left one.
+    pub fn describe(&self, console: &[String], diagnostics: Option<&str>) -> String {
+        match self {
+            Self::Machine(exit) => exit.describe(console),
+            Self::Devices(Ok(Status::Signal(signal))) => {
+                format!("the device process was killed by {}", SignalName(*signal))
+            }
+            Self::Devices(Ok(Status::Code(code))) => match diagnostics {
+                Some(message) => format!("the device process ended with status {code}: {message}"),
+                None => format!("the device process ended with status {code}"),
             },
-            incoming,
-        ))
+            Self::Devices(Err(errno)) => format!("the device process has ended ({errno})"),
+            Self::Detached => "the machine has left its devices".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KILLED: Exit = Exit::Killed { signal: 9 };
+    const FAILED: Exit = Exit::Failed { code: 1 };
+    const DONE: Result<Status, Errno> = Ok(Status::Code(0));
+    const BROKEN: Result<Status, Errno> = Ok(Status::Code(1));
+    const SHOT: Result<Status, Errno> = Ok(Status::Signal(9));
+    const LOST: Result<Status, Errno> = Err(Errno::CHILD);
+    const MACHINE: Option<ProcessRole> = Some(ProcessRole::Machine);
+    const DEVICES: Option<ProcessRole> = Some(ProcessRole::Devices);
+
+    fn ends(
+        machine: Option<Exit>,
+        devices: Option<Result<Status, Errno>>,
+        first: Option<ProcessRole>,
+    ) -> Ends {
+        Ends {
+            machine,
+            devices,
+            first,
+        }
     }
 
-    /// Process ids of device process and machine process.
-    pub fn pids(&self) -> (i32, i32) {
-        (self.devices.pid, self.machine.pid)
+    fn machine(exit: &Exit) -> Verdict {
+        Verdict::Ended(Reason::Machine(exit.clone()))
     }
 
-    /// Waits until one of the processes ends; a line that says which and how. When both end, one has taken the other
-    /// along: a device process that ended by itself is the cause, because it only does so when something is wrong.
-    pub async fn broke_down(&self) -> String {
-        tokio::select! {
-            status = self.machine.ended() => {
-                match tokio::time::timeout(AFTERMATH, self.devices.ended()).await {
-                    Ok(devices) => match self.devices_broke_down(devices) {
-                        Some(reason) => reason,
-                        None => self.machine_broke_down(status).await,
-                    },
-                    Err(_) => self.machine_broke_down(status).await,
+    fn devices(status: Result<Status, Errno>) -> Verdict {
+        Verdict::Ended(Reason::Devices(status))
+    }
+
+    #[test]
+    fn nothing_has_ended() {
+        for waited in [false, true] {
+            assert_eq!(supervise(&Ends::default(), waited), Verdict::Running);
+        }
+    }
+
+    #[test]
+    fn the_device_process_alone() {
+        for waited in [false, true] {
+            for status in [BROKEN, SHOT, LOST] {
+                let ends = ends(None, Some(status), DEVICES);
+                assert_eq!(supervise(&ends, waited), devices(status));
+            }
+        }
+        let ends = ends(None, Some(DONE), DEVICES);
+        let wait = Verdict::WaitFor(ProcessRole::Machine);
+        assert_eq!(supervise(&ends, false), wait);
+        assert_eq!(supervise(&ends, true), Verdict::Ended(Reason::Detached));
+    }
+
+    #[test]
+    fn the_machine_alone() {
+        let wait = Verdict::WaitFor(ProcessRole::Devices);
+        for exit in [
+            Exit::PoweredOff,
+            Exit::Panicked,
+            FAILED,
+            Exit::Unknown {
+                errno: Errno::CHILD,
+            },
+        ] {
+            let ends = ends(Some(exit.clone()), None, MACHINE);
+            assert_eq!(supervise(&ends, false), wait);
+            assert_eq!(supervise(&ends, true), machine(&exit));
+        }
+        // A signal needs no second opinion.
+        let ends = ends(Some(KILLED), None, MACHINE);
+        assert_eq!(supervise(&ends, false), machine(&KILLED));
+    }
+
+    #[test]
+    fn both_and_the_device_process_ended_regularly() {
+        for first in [MACHINE, DEVICES, None] {
+            for waited in [false, true] {
+                for exit in [Exit::PoweredOff, Exit::Panicked, FAILED, KILLED] {
+                    let ends = ends(Some(exit.clone()), Some(DONE), first);
+                    assert_eq!(supervise(&ends, waited), machine(&exit));
                 }
             }
-            status = self.devices.ended() => match self.devices_broke_down(status) {
-                Some(reason) => reason,
-                // It ends by itself when the machine has closed its sockets.
-                None => match tokio::time::timeout(MACHINE_TIME, self.machine.ended()).await {
-                    Ok(status) => self.machine_broke_down(status).await,
-                    Err(_) => "the machine has left its devices".into(),
-                },
+        }
+    }
+
+    #[test]
+    fn both_and_the_device_process_failed() {
+        for waited in [false, true] {
+            for status in [BROKEN, SHOT, LOST] {
+                for exit in [Exit::PoweredOff, Exit::Panicked, FAILED] {
+                    for first in [MACHINE, DEVICES, None] {
+                        let ends = ends(Some(exit.clone()), Some(status), first);
+                        assert_eq!(supervise(&ends, waited), devices(status));
+                    }
+                }
+                // Two independent causes: the first one.
+                for (first, verdict) in [
+                    (MACHINE, machine(&KILLED)),
+                    (DEVICES, devices(status)),
+                    (None, devices(status)),
+                ] {
+                    let ends = ends(Some(KILLED), Some(status), first);
+                    assert_eq!(supervise(&ends, waited), verdict);
+                }
             }
         }
     }
 
-    /// How the device process ended, unless that was for lack of a machine.
-    fn devices_broke_down(&self, status: Option<Status>) -> Option<String> {
-        match status {
-            Some(Status::Signal(signal)) => {
-                Some(format!("the device process was killed by signal {signal}"))
-            }
-            Some(Status::Code(0)) => None,
-            Some(Status::Code(code)) => {
-                let said = last_line(&self.diagnostics);
-                Some(format!("the device process ended with status {code}{said}"))
-            }
-            None => Some("the device process has ended".into()),
-        }
+    #[test]
+    fn reasons_are_described() {
+        let say = |reason: Reason| reason.describe(&[], Some("error: no"));
+        assert_eq!(
+            say(Reason::Machine(Exit::PoweredOff)),
+            "the guest shut down"
+        );
+        assert_eq!(
+            say(Reason::Devices(SHOT)),
+            "the device process was killed by SIGKILL"
+        );
+        assert_eq!(
+            say(Reason::Devices(BROKEN)),
+            "the device process ended with status 1: error: no"
+        );
+        assert_eq!(
+            Reason::Devices(BROKEN).describe(&[], None),
+            "the device process ended with status 1"
+        );
+        assert_eq!(say(Reason::Detached), "the machine has left its devices");
     }
-
-    async fn machine_broke_down(&self, status: Option<Status>) -> String {
-        // What the guest's kernel had to say is still on its way through the pipe.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let Some(status) = status else {
-            return "the machine has ended".into();
-        };
-        exit::Exit::interpret(status, &self.console_tail()).to_string()
-    }
-
-    /// The last lines of the guest's console, fit for a person's terminal.
-    pub fn console_tail(&self) -> Vec<String> {
-        lock(&self.console).tail(CONSOLE_LINES)
-    }
-}
-
-/// The last thing that the host's own processes had to say, to be appended to a message.
-fn last_line(diagnostics: &Path) -> String {
-    let text = fs::read(diagnostics).unwrap_or_default();
-    String::from_utf8_lossy(&text)
-        .lines()
-        .rfind(|line| line.starts_with("error: "))
-        .map(|line| format!(": {}", super::agent::printable(line)))
-        .unwrap_or_default()
-}
-
-/// The user of this sandbox's jailed processes.
-fn jail_uid() -> u32 {
-    let pid = std::process::id();
-    match rootless::in_user_namespace() {
-        false => FIRST_JAIL_UID.wrapping_add(pid),
-        // Not user 65534, whom images have; and not root.
-        true => rootless::top_id()
-            .saturating_sub(2 + pid % HIGHEST_IDS)
-            .max(1),
-    }
-}
-
-/// How many net devices a machine has beside its disks, of those that are asked for.
-fn net_devices(request: &MachineConfig, disks: usize) -> u8 {
-    let Some(most) = request.choice.kind.most_devices() else {
-        return request.nets;
-    };
-    let room = most.saturating_sub(FIXED_DEVICES + disks);
-    u8::try_from(room)
-        .unwrap_or(u8::MAX)
-        .min(request.nets)
-        .min(MAX_NETS_AT_BOOT)
-}
-
-/// Creates the sockets between machine and devices, starts the device process, and configures it.
-fn start_devices(
-    directory: &Path,
-    kind: Kind,
-    nets: u8,
-    disks: &[Disk],
-) -> Result<(Started, Devices, Incoming)> {
-    let doing = || "start the device process".to_owned();
-    if disks.len() > MAX_DISKS {
-        return Err(Error::unsupported(format_args!(
-            "{} disks: a machine has {MAX_DISKS} at most",
-            disks.len()
-        )));
-    }
-    let mut devices = vec![DeviceConfig::Fs, DeviceConfig::Vsock, DeviceConfig::Entropy];
-    devices.extend((0..nets).map(|index| DeviceConfig::Net {
-        mac: net_device_mac(index),
-        early_enable: kind == Kind::Qemu,
-    }));
-    devices.extend(disks.iter().map(|disk| DeviceConfig::Disk {
-        read_only: disk.read_only,
-    }));
-
-    fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
-    let setup = Setup { devices };
-    let listeners = setup
-        .names()
-        .map(|name| {
-            let path = directory.join(format!("{name}.sock"));
-            UnixListener::bind(&path).context(|| format!("create {}", path.display()))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let mut files = disks.iter().map(|disk| disk.file.as_fd());
-    let mut descriptors = Vec::new();
-    for (device, listener) in setup.devices.iter().zip(&listeners) {
-        descriptors.push(listener.as_fd());
-        if device.device_type() == DeviceType::Disk {
-            descriptors.extend(files.next());
-        }
-    }
-
-    let (ours, theirs) = hull_ipc::pair().context(doing)?;
-    let executable = File::open("/proc/self/exe").context(doing)?;
-    let stderr = io::stderr();
-    let started = jail::spawn(JailSpec {
-        name: "the device process",
-        executable: executable.as_fd(),
-        argv: vec!["hull".into(), "device-process".into()],
-        env: Vec::new(),
-        fds: vec![(stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
-        fixed_addresses: false,
-        // The executable is our own: it confines itself, first thing.
-        confinement: None,
-    })
-    .context(doing)?;
-    let (control, incoming) = Devices::start(ours, &setup, &descriptors, &[AGENT_PORT])?;
-    Ok((started, control, incoming))
-}
-
-/// Carries the guest's console to its ring until the machine ends.
-async fn read_console(ring: Arc<Mutex<ConsoleRing>>) {
-    let pipe = match lock(&ring)
-        .fd()
-        .try_clone_to_owned()
-        .context(|| "share the console's pipe")
-        .and_then(|pipe| watch(pipe, Interest::READABLE))
-    {
-        Ok(pipe) => pipe,
-        Err(error) => {
-            tracing::error!("cannot read the guest's console: {error}");
-            return;
-        }
-    };
-    loop {
-        let Ok(mut ready) = pipe.readable().await else {
-            return;
-        };
-        ready.clear_ready();
-        let mut ring = lock(&ring);
-        let open = ring.drain();
-        if let Err(error) = ring.flush() {
-            tracing::warn!("cannot keep the guest's console: {error}");
-        }
-        if !matches!(open, Ok(true)) {
-            return;
-        }
-    }
-}
-
-fn lock(ring: &Mutex<ConsoleRing>) -> MutexGuard<'_, ConsoleRing> {
-    // A ring of bytes is valid at any time.
-    ring.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use hull_device_control::{NetOptions, Policy};
-use hull_machine::Kind;
+use hull_machine::NetDevices;
 use hull_network::{
     Description, Interface, Monitor, Namespace, Netlink, Tap, TapOptions, mirror as tc_mirror, tap,
 };
@@ -31,8 +31,8 @@ pub struct Nets {
     pub control: Arc<Devices>,
     /// How many there are.
     pub count: u8,
-    /// The machine.
-    pub kind: Kind,
+    /// How the guest gets them.
+    pub devices: NetDevices,
     /// The user that taps belong to.
     pub owner: u32,
 }
@@ -77,12 +77,14 @@ impl Network {
     /// The namespace is the host's own, has more interfaces than the machine, or cannot be connected.
     pub async fn open(namespace: Namespace, nets: Nets, limits: NetworkLimits) -> Result<Self> {
         if namespace.is_callers_own()? {
-            return Err(Error::unsupported("the host's own network: its interfaces cannot be a guest's",
+            return Err(Error::unsupported(
+                "the host's own network: its interfaces cannot be a guest's",
             )
             .hint("give the container a network of its own, or none"));
         }
         if namespace.is_in_use()? {
-            return Err(Error::unsupported("a network namespace for two machines: another one is connected with it",
+            return Err(Error::unsupported(
+                "a network namespace for two machines: another one is connected with it",
             )
             .hint("containers of one pod share a machine and its network"));
         }
@@ -207,7 +209,11 @@ impl Network {
     }
 
     async fn add(&mut self, interface: Interface) -> Result<()> {
-        let taken: Vec<u8> = self.mirrors.values().map(|mirrored| mirrored.device).collect();
+        let taken: Vec<u8> = self
+            .mirrors
+            .values()
+            .map(|mirrored| mirrored.device)
+            .collect();
         let Some(device) = (0..self.nets.count).find(|device| !taken.contains(device)) else {
             return Err(Error::new("all net devices of the machine are in use"));
         };
@@ -278,7 +284,8 @@ impl Network {
     pub async fn configure(&mut self, agent: &Agent) -> Result<()> {
         let request = self.message();
         // A guest that has devices since it booted hides those that nothing leads to.
-        let has_devices = (0..self.nets.count).any(|device| self.nets.kind.plug(device).is_none());
+        let has_devices =
+            self.nets.count > 0 && matches!(self.nets.devices, NetDevices::AtBoot { .. });
         let nothing = self.told.is_none() && request.interfaces.is_empty() && !has_devices;
         if nothing || self.told.as_ref() == Some(&request) {
             return Ok(());
@@ -368,7 +375,11 @@ impl Network {
                     ..Default::default()
                 })
                 .collect(),
-            plug: self.nets.kind.plug(mirrored.device).unwrap_or_default(),
+            plug: self
+                .nets
+                .devices
+                .hotplug_parameter(mirrored.device)
+                .unwrap_or_default(),
             ..Default::default()
         });
         let routes = self.description.routes.iter().map(|route| proto::Route {

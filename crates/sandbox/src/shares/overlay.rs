@@ -238,6 +238,9 @@ mod tests {
         assert_eq!(read(&mount, "all").unwrap(), "0");
         assert_eq!(read(&mount, "new").unwrap(), "x");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(parent.path().to_str().unwrap()), "{mounts}");
+        assert!(
+            !mounts.contains(parent.path().to_str().unwrap()),
+            "{mounts}"
+        );
     }
 }

@@ -214,17 +214,16 @@ mod tests {
         let record = Record::new("c", "hull", Value::Null);
         let mut text = serde_json::to_value(&record).unwrap();
         text["flavour"] = "sweet".into();
-        directory
-            .write(FILE, text.to_string().as_bytes())
-            .unwrap();
+        directory.write(FILE, text.to_string().as_bytes()).unwrap();
         assert_eq!(Record::<Value>::read(&directory).unwrap().unwrap(), record);
         text["version"] = (VERSION + 1).into();
-        directory
-            .write(FILE, text.to_string().as_bytes())
-            .unwrap();
+        directory.write(FILE, text.to_string().as_bytes()).unwrap();
         let error = Stored::<Value>::load(&parent.path().join("c")).unwrap_err();
         assert_eq!(error.kind, crate::error::ErrorKind::Unsupported);
-        assert!(error.message.contains("record.json has version 2"), "{error}");
+        assert!(
+            error.message.contains("record.json has version 2"),
+            "{error}"
+        );
         directory.write(FILE, b"{").unwrap();
         let error = Stored::<Value>::load(&parent.path().join("c")).unwrap_err();
         assert!(error.message.contains("damaged"), "{error}");

@@ -1,6 +1,7 @@
-//! Landlock: a second fence, for the case that something reachable turns up in the jail after all.
+//! Landlock: a second layer, in case that something of the host is reachable in a jail after all.
 //!
-//! As much of it as the host's kernel knows is used; on a kernel without it the other fences stand alone.
+//! All access rights that the host's kernel supports are handled; a kernel without Landlock runs
+//! the jail without this layer.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -9,15 +10,16 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, Ruleset as Builder, RulesetAttr,
     RulesetCreated, RulesetCreatedAttr, Scope,
 };
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::filter::Role;
-use super::root::Root;
+use crate::filter::Role;
+use crate::root::Root;
 
-/// Rules made ready for [`Ruleset::restrict_self`].
+/// Rules prepared for [`Ruleset::restrict_self`].
 pub struct Ruleset {
     created: RulesetCreated,
-    /// What may be reached below the new root directory; opened only there.
+    /// Access rights of paths below the new root directory, which are opened there.
     paths: Vec<(PathBuf, BitFlags<AccessFs>)>,
 }
 
@@ -30,8 +32,8 @@ impl Ruleset {
             .and_then(|builder| builder.scope(Scope::from_all(abi)))
             .ok()?;
         if role == Role::Device {
-            // The fs device works below directories that are mounted nowhere and arrive later, so no rule can
-            // name them. Its root directory holds nothing but /proc.
+            // The fs device works below directories that are mounted nowhere and arrive later, so
+            // no rule can name them. Its root directory holds nothing but /proc.
             return Some(Self {
                 created: builder.create().ok()?,
                 paths: Vec::new(),
@@ -63,7 +65,7 @@ impl Ruleset {
             if bind.executable {
                 access |= AccessFs::Execute;
             }
-            if bind.source.is_file() {
+            if bind.file_type() != Ok(FileType::Directory) {
                 access &= AccessFs::from_file(abi);
             }
             paths.push((bind.target.clone(), access));

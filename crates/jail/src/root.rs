@@ -1,7 +1,7 @@
-//! The root directory of a jail: a tmpfs of its own, empty but for what the [`Root`] names, and read-only.
+//! The root directory of a jail: a read-only tmpfs that holds only what the [`Root`] names.
 //!
-//! Prepared before the clone ([`Plan::new`], which may allocate and fail with a message), carried out after it
-//! ([`Plan::build`], system calls only).
+//! Prepared before the clone ([`Plan::new`], which may allocate and fail with a message), carried
+//! out after it ([`Plan::build`], system calls only).
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,10 +15,10 @@ use rustix::mount::{
     OpenTreeFlags, UnmountFlags,
 };
 
-use super::{Step, sys};
+use crate::{FIRST_PRIVATE_FD, Step, sys};
 
-/// What a jail's root directory holds.
-#[derive(Debug, Clone, Default)]
+/// The content of a jail's root directory.
+#[derive(Debug, Default)]
 pub struct Root {
     /// `/proc` of the jail's own pid namespace, processes only.
     pub proc: bool,
@@ -35,24 +35,63 @@ pub struct Root {
 /// The writable `/tmp` of a jail; a tmpfs, from which programs can be executed.
 #[derive(Debug, Clone, Copy)]
 pub struct Tmp {
-    /// Most bytes it can hold.
+    /// Its capacity in bytes.
     pub size: u64,
     /// Whether the host kernel may back it with huge pages.
     pub huge_pages: bool,
 }
 
 /// A file or directory of the host that a jail sees.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Bind {
-    /// Path on the host. Mounts below it come along.
-    pub source: PathBuf,
+    /// The file or directory. Mounts below it are included.
+    pub source: Source,
     /// Absolute path in the jail.
     pub target: PathBuf,
     /// Whether programs can be executed (and libraries mapped) from it.
     pub executable: bool,
 }
 
-/// The steps that make a [`Root`].
+/// What a [`Bind`] shows.
+#[derive(Debug)]
+pub enum Source {
+    /// A path on the host.
+    Path(PathBuf),
+    /// A descriptor (`O_PATH` is enough) of a file that exists in the caller's mount namespace,
+    /// under whatever name.
+    Descriptor(OwnedFd),
+}
+
+impl From<PathBuf> for Source {
+    fn from(path: PathBuf) -> Self {
+        Self::Path(path)
+    }
+}
+
+impl From<&Path> for Source {
+    fn from(path: &Path) -> Self {
+        Self::Path(path.to_owned())
+    }
+}
+
+impl From<&str> for Source {
+    fn from(path: &str) -> Self {
+        Self::Path(path.into())
+    }
+}
+
+impl Bind {
+    /// The type of the file.
+    pub(crate) fn file_type(&self) -> Result<FileType, Errno> {
+        let stat = match &self.source {
+            Source::Path(path) => rustix::fs::stat(path)?,
+            Source::Descriptor(file) => rustix::fs::fstat(file)?,
+        };
+        Ok(FileType::from_raw_mode(stat.st_mode))
+    }
+}
+
+/// The steps that create a [`Root`].
 pub struct Plan {
     actions: Vec<Action>,
     device_nodes: bool,
@@ -67,7 +106,7 @@ enum Action {
         to: CString,
     },
     Bind {
-        source: CString,
+        source: Tree,
         target: CString,
         attributes: u64,
     },
@@ -82,8 +121,16 @@ enum Action {
     },
 }
 
+/// A tree of mounts to attach.
+enum Tree {
+    /// To be cloned from this path.
+    Path(CString),
+    /// Cloned already: only in the namespace of its mount can a descriptor's be.
+    Detached(OwnedFd),
+}
+
 impl Plan {
-    /// Works out the steps; looks at the sources of binds. The error names the path and what is wrong with it.
+    /// Plans the steps and examines the sources of binds. The error names the path.
     pub fn new(root: &Root, uid: u32, gid: u32) -> Result<Self, (PathBuf, Errno)> {
         let mut actions = Vec::new();
         if root.proc {
@@ -99,11 +146,14 @@ impl Plan {
             });
         }
         for bind in &root.binds {
-            let failed = |errno| (bind.source.clone(), errno);
-            let kind = rustix::fs::stat(&bind.source).map_err(failed)?.st_mode;
+            let failed = |errno| match &bind.source {
+                Source::Path(path) => (path.clone(), errno),
+                Source::Descriptor(_) => (bind.target.clone(), errno),
+            };
+            let kind = bind.file_type().map_err(failed)?;
             let target = relative(&bind.target)?;
             parents(&bind.target, &mut actions)?;
-            actions.push(if FileType::from_raw_mode(kind) == FileType::Directory {
+            actions.push(if kind == FileType::Directory {
                 Action::Directory(target.clone())
             } else {
                 Action::File(target.clone())
@@ -114,7 +164,11 @@ impl Plan {
             if !bind.executable {
                 attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
             }
-            let source = c_string(bind.source.as_os_str()).map_err(failed)?;
+            let source = match &bind.source {
+                Source::Path(path) => c_string(path.as_os_str()).map(Tree::Path),
+                Source::Descriptor(file) => clone_tree(file.as_fd()).map(Tree::Detached),
+            }
+            .map_err(failed)?;
             actions.push(Action::Bind {
                 source,
                 target,
@@ -143,7 +197,8 @@ impl Plan {
         })
     }
 
-    /// Makes the calling process's root directory the planned one and lets go of every other mount.
+    /// Changes the root directory of the calling process to the planned one and detaches every
+    /// other mount.
     ///
     /// The process must be in a mount namespace of its own.
     pub fn build(&self) -> Result<(), (Step, Errno)> {
@@ -151,8 +206,9 @@ impl Plan {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change(c"/", private).map_err(at(Step::PrivateMounts))?;
 
-        // Attached on top of the old root: mounts can be attached below it only while it is in the namespace,
-        // and pivot_root wants a mount point. The old root stays reachable as this process's root until then.
+        // Attached on top of the old root: mounts can be attached below it only while it is in the
+        // namespace, and pivot_root wants a mount point. The old root stays reachable as this
+        // process's root until then.
         let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         if !self.device_nodes {
             attributes |= MountAttrFlags::MOUNT_ATTR_NODEV;
@@ -175,7 +231,8 @@ impl Plan {
         sys::set_mount_attributes(root.as_fd(), read_only, false)
             .map_err(at(Step::ReadOnlyRoot))?;
         rustix::process::fchdir(&root).map_err(at(Step::Root))?;
-        // Both names are the new root: the old one ends up mounted on top of it, and the unmount takes it away.
+        // Both names are the new root: the old one ends up mounted on top of it, and the unmount
+        // takes it away.
         rustix::process::pivot_root(c".", c".").map_err(at(Step::PivotRoot))?;
         rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(at(Step::OldRoot))?;
         rustix::process::chdir(c"/").map_err(at(Step::Root))
@@ -204,15 +261,17 @@ impl Plan {
                 target,
                 attributes,
             } => {
-                let flags = OpenTreeFlags::OPEN_TREE_CLONE
-                    | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                    | OpenTreeFlags::AT_RECURSIVE;
-                rustix::mount::open_tree(CWD, source, flags)
-                    .and_then(|tree| {
-                        sys::set_mount_attributes(tree.as_fd(), *attributes, true)?;
-                        attach(&tree, root, target)
-                    })
-                    .map_err(|errno| (Step::Bind, errno))
+                let put = |tree: &OwnedFd| {
+                    sys::set_mount_attributes(tree.as_fd(), *attributes, true)?;
+                    attach(tree, root, target)
+                };
+                match source {
+                    Tree::Detached(tree) => put(tree),
+                    Tree::Path(path) => {
+                        rustix::mount::open_tree(CWD, path, CLONE).and_then(|tree| put(&tree))
+                    }
+                }
+                .map_err(|errno| (Step::Bind, errno))
             }
             Action::Proc => {
                 let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
@@ -262,7 +321,7 @@ impl Plan {
         let options = [(c"size", size.as_c_str()), (c"mode", c"700")];
         let mount = match huge {
             None => mount_fs(c"tmpfs", &options, attributes)?,
-            // A kernel without huge pages refuses the option: then without.
+            // A kernel without huge pages refuses the option.
             Some(huge) => mount_fs(
                 c"tmpfs",
                 &[options[0], options[1], (c"huge", huge)],
@@ -274,6 +333,18 @@ impl Plan {
         rustix::fs::fchown(&mount_root(&mount)?, Some(uid), Some(gid))?;
         attach(&mount, root, c"tmp")
     }
+}
+
+const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE
+    .union(OpenTreeFlags::OPEN_TREE_CLOEXEC)
+    .union(OpenTreeFlags::AT_RECURSIVE);
+
+/// A detached clone of the mounts at and below a file. Its number is out of the range of inherited
+/// descriptors, which are placed before the jail is built.
+fn clone_tree(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let flags = CLONE | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = rustix::mount::open_tree(file, c"", flags)?;
+    rustix::io::fcntl_dupfd_cloexec(&tree, FIRST_PRIVATE_FD)
 }
 
 /// A readable descriptor of the top directory of a detached mount (fsmount gives an `O_PATH` one).
@@ -300,7 +371,7 @@ fn attach(mount: &OwnedFd, directory: BorrowedFd<'_>, path: &std::ffi::CStr) -> 
     rustix::mount::move_mount(mount, c"", directory, path, flags)
 }
 
-/// Adds the steps that make every directory above `path`.
+/// Adds the steps that create every directory above `path`.
 fn parents(path: &Path, actions: &mut Vec<Action>) -> Result<(), (PathBuf, Errno)> {
     let mut above: Vec<&Path> = path.ancestors().skip(1).collect();
     above.pop();

@@ -1,4 +1,5 @@
-//! The jail from inside and outside, and guest kernels in it. Needs root; what cannot run here says why.
+//! The jail from inside and outside, and guest kernels in it. Needs root; what cannot run here says
+//! why.
 //!
 //! Not a libtest binary: it executes itself as the jailed process, which must have one thread.
 
@@ -6,8 +7,8 @@
 
 #[path = "jail/inside.rs"]
 mod inside;
-#[path = "jail/kernels.rs"]
-mod kernels;
+#[path = "jail/program.rs"]
+mod program;
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,9 +16,9 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use hull_machine::exit::{self, Status};
-use hull_machine::jail::{
-    self, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Started, Tmp,
+use hull_jail::{
+    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Source, Started, Status,
+    Tmp,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -51,23 +52,11 @@ const TESTS: &[Test] = &[
     ("foreign_executables_run_confined", foreign_executables),
     ("descriptors_arrive_at_their_numbers", descriptors_arrive),
     ("the_jail_is_set_up_in_time", set_up_in_time),
+    ("a_thread_is_confined_further", a_thread_is_confined),
     (
-        "a_user_mode_kernel_boots_and_powers_off",
-        kernels::uml_powers_off,
+        "a_socket_is_mounted_by_its_descriptor",
+        sockets_are_mounted_by_descriptor,
     ),
-    ("a_panic_ends_a_user_mode_kernel", kernels::uml_panics),
-    (
-        "killing_a_user_mode_kernel_ends_everything",
-        kernels::uml_killed,
-    ),
-    (
-        "a_user_mode_kernel_dies_with_the_parent",
-        kernels::uml_dies_with_parent,
-    ),
-    ("the_probe_tries_the_kernel_in_a_jail", kernels::probed),
-    ("what_is_no_kernel_is_refused", kernels::no_kernel),
-    ("qemu_boots_and_restarts", kernels::qemu_restarts),
-    ("a_panic_ends_qemu", kernels::qemu_panics),
 ];
 
 fn main() -> ExitCode {
@@ -79,7 +68,12 @@ fn main() -> ExitCode {
             _ => {}
         }
     }
-    if arguments.iter().any(|argument| argument == "--list") {
+    let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
+    if has("--list") {
+        // As libtest prints it; none of the tests is to be ignored.
+        for (name, _) in TESTS.iter().filter(|_| !has("--ignored")) {
+            println!("{name}: test");
+        }
         return ExitCode::SUCCESS;
     }
     let filter = arguments.iter().find(|argument| !argument.starts_with('-'));
@@ -108,8 +102,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Starts this executable in fresh namespaces; there it enters the jail that `question` is about and answers on
-/// standard output.
+/// Starts this executable in fresh namespaces; there it enters the jail that `question` is about
+/// and answers on standard output.
 fn start_inside(
     question: &str,
     arguments: &[&str],
@@ -156,7 +150,7 @@ fn ended(started: &Started, seconds: i64) -> Status {
         "{} is still running",
         started.pid
     );
-    exit::reap(started.pidfd.as_fd()).unwrap().unwrap()
+    Status::reap(started.pidfd.as_fd()).unwrap().unwrap()
 }
 
 fn ends_within(pidfd: BorrowedFd<'_>, seconds: i64) -> bool {
@@ -243,6 +237,31 @@ fn dangerous_calls_kill() -> Outcome {
     Ok(())
 }
 
+fn a_thread_is_confined() -> Outcome {
+    for (role, other) in [("vcpu", "ENOSYS"), ("io", "EBADF")] {
+        let (answer, status) = ask("thread", &[role, "look"], &[]);
+        assert_eq!(status, Status::Code(0), "{answer}");
+        for line in [
+            "thread CapEff: 0000000000000000",
+            "thread Seccomp_filters: 2",
+            "thread open: Function not implemented (os error 38)",
+            "thread memory: works",
+            "process open: works",
+            &format!("thread epoll_ctl: {other}"),
+        ] {
+            assert!(
+                answer.lines().any(|found| found == line),
+                "{role}: no \"{line}\" in:\n{answer}"
+            );
+        }
+        let kept = jail::FS_DEVICE_CAPABILITIES.bits();
+        assert!(answer.contains(&format!("process CapEff: {kept:016x}\n")));
+        let (answer, status) = ask("thread", &[role, "mount"], &[]);
+        assert_eq!(status, Status::Signal(libc::SIGSYS), "{role}: {answer}");
+    }
+    Ok(())
+}
+
 fn landlock_stops_leaks() -> Outcome {
     let host = open("/");
     let (answer, _) = ask("leak", &[], &[(host.as_fd(), 7)]);
@@ -295,12 +314,8 @@ fn die_with_the_parent() -> Outcome {
 /// A parent to be killed: starts a jailed process, prints the pids and waits.
 fn middle(kind: &str) -> ExitCode {
     let pids = match kind {
-        "uml" => {
-            kernels::middle();
-            return ExitCode::SUCCESS;
-        }
         "foreign" => {
-            vec![foreign(&kernels::PAUSE).pid]
+            vec![foreign(&program::PAUSE).pid]
         }
         "own-forking" => {
             let (started, read) = start_inside("sleep", &["fork"], &[]);
@@ -337,7 +352,7 @@ fn executable_file(content: &[u8]) -> tempfile::TempPath {
 
 /// Starts a static program of a few instructions, confined as a user-mode kernel is.
 fn foreign(code: &[u8]) -> Started {
-    let file = executable_file(&kernels::executable(code));
+    let file = executable_file(&program::executable(code));
     let executable = open(file.to_str().unwrap());
     jail::spawn(JailSpec {
         name: "a program",
@@ -357,7 +372,7 @@ fn foreign(code: &[u8]) -> Started {
                     huge_pages: false,
                 }),
                 binds: vec![Bind {
-                    source: "/etc".into(),
+                    source: Source::Descriptor(open("/etc")),
                     target: "/some/where/etc".into(),
                     executable: false,
                 }],
@@ -371,7 +386,7 @@ fn foreign(code: &[u8]) -> Started {
 }
 
 fn foreign_executables() -> Outcome {
-    let started = foreign(&kernels::PAUSE);
+    let started = foreign(&program::PAUSE);
     let proc = |name: &str| format!("/proc/{}/{name}", started.pid);
     let read = |name: &str| std::fs::read_to_string(proc(name)).unwrap();
     let status = read("status");
@@ -464,6 +479,21 @@ fn inode(path: &str) -> u64 {
     rustix::fs::stat(path).unwrap().st_ino
 }
 
+fn sockets_are_mounted_by_descriptor() -> Outcome {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let user = Some(60_000);
+    std::os::unix::fs::chown(&path, user, user).unwrap();
+    let (answer, status) = ask("connect", &[path.to_str().unwrap()], &[]);
+    assert_eq!((answer.as_str(), status), ("connected", Status::Code(0)));
+    let (mut connection, _) = listener.accept().unwrap();
+    let mut sent = String::new();
+    connection.read_to_string(&mut sent).unwrap();
+    assert_eq!(sent, "hello");
+    Ok(())
+}
+
 fn failures_are_named() -> Outcome {
     let executable = open("/etc/passwd");
     let spec = |confinement| JailSpec {
@@ -528,7 +558,7 @@ fn set_up_in_time() -> Outcome {
     let mut times: Vec<Duration> = Vec::new();
     for _ in 0..20 {
         let start = Instant::now();
-        let started = foreign(&kernels::EXIT);
+        let started = foreign(&program::EXIT);
         times.push(start.elapsed());
         assert_eq!(ended(&started, 5), Status::Code(0));
     }

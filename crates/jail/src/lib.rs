@@ -1,25 +1,29 @@
 //! The jail: what every process that parses guest-written bytes runs in.
 //!
-//! A jailed process has mount, pid, network, ipc and uts namespaces of its own, an empty read-only root directory
-//! but for what its [`Root`] names, a user of its own and no capabilities (the device process: the few of an fs
-//! device), no new privileges, Landlock, and a system call filter for its role. It dies with the process that
-//! started it, however that dies, and everything it started dies with it, because it is PID 1 of its namespace.
+//! A jailed process has mount, pid, network, ipc and uts namespaces of its own, an empty read-only
+//! root directory with nothing but what its [`Root`] names, a user of its own and no capabilities
+//! (the device process: the few that an fs device needs), no new privileges, Landlock, and a system
+//! call filter for its role. It dies with the process that started it, and every process that it
+//! started dies with it, because it is PID 1 of its namespace.
 //!
-//! Two ways in:
-//! - [`spawn`] starts a foreign executable (a guest kernel, QEMU) inside. With no [`Confinement`] it starts our own
-//!   executable in fresh namespaces, with nothing but the descriptors named;
-//! - [`enter`] is then the first thing that our own executable does there. It needs no interpreter and no
-//!   libraries in its empty root, because they are mapped by then.
+//! Three ways in:
+//! - [`spawn`] starts a foreign executable (a guest kernel, QEMU) inside. With no [`Confinement`]
+//!   it starts hull's own executable in fresh namespaces, with nothing but the descriptors named;
+//! - [`enter`] is then the first call of hull's own executable there. It needs no interpreter and
+//!   no libraries in its empty root, because they are mapped by then;
+//! - [`restrict_thread`] narrows one thread of such a process further: a virtual CPU, device I/O.
 //!
-//! Who calls it: the machines of this crate, and the sandbox for its device process. It never uses a container's
-//! or a guest's data for anything: all it is told comes from the sandbox.
+//! Called by the machines (crate machine) and by the sandbox for its device process. It never uses
+//! data of a container or a guest: all its input comes from the sandbox.
 
 mod calls;
 mod filter;
 mod privileges;
 mod restrict;
 mod root;
+mod status;
 mod sys;
+mod thread;
 
 use std::ffi::{CString, OsString};
 use std::io::Read;
@@ -32,8 +36,10 @@ use rustix::io::Errno;
 use rustix::process::{PidfdFlags, Resource, Rlimit, Signal};
 
 pub use filter::Role;
-pub use root::{Bind, Root, Tmp};
+pub use root::{Bind, Root, Source, Tmp};
 pub use rustix::thread::CapabilitySet;
+pub use status::{SignalName, Status};
+pub use thread::{ThreadRole, restrict_thread};
 
 /// Inherited descriptors get numbers below this; what the set-up itself needs lies above.
 const FIRST_PRIVATE_FD: RawFd = 64;
@@ -50,37 +56,37 @@ pub const FS_DEVICE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 
 /// A process to start in a jail.
 pub struct JailSpec<'a> {
-    /// What it is called in messages.
+    /// Its name in messages.
     pub name: &'a str,
-    /// The executable, opened (`O_PATH` will do).
+    /// The executable, opened (`O_PATH` is enough).
     pub executable: BorrowedFd<'a>,
-    /// Its arguments, the zeroth included.
+    /// Its arguments, including the zeroth.
     pub argv: Vec<OsString>,
     /// Its environment, complete.
     pub env: Vec<(OsString, OsString)>,
-    /// Descriptors it inherits, with the numbers they get there (below 64). Standard streams that are not named
-    /// are `/dev/null`; everything else is closed.
+    /// Descriptors it inherits, with the numbers they get there (below 64). Standard streams that
+    /// are not named are `/dev/null`; everything else is closed.
     pub fds: Vec<(BorrowedFd<'a>, RawFd)>,
-    /// Whether addresses are laid out the same at each start. A user-mode kernel wants it and would execute
-    /// itself again to get it.
+    /// Whether addresses are laid out the same at each start. A user-mode kernel wants it and would
+    /// execute itself again to get it.
     pub fixed_addresses: bool,
     /// What it is confined to. `None`: the executable is hull's own and calls [`enter`] itself.
     pub confinement: Option<Confinement>,
 }
 
-/// What a jailed process is left with, beside its namespaces.
+/// What a jailed process may use, beside its namespaces.
 pub struct Confinement {
     /// Which system calls it may make.
     pub role: Role,
-    /// Its user and group; it has no supplementary groups.
+    /// Its user.
     pub uid: u32,
-    /// Its group.
+    /// Its only group.
     pub gid: u32,
-    /// What it keeps of root's powers. Has an effect in [`enter`] only: nothing survives an exec.
+    /// The capabilities that it keeps. Used by [`enter`] only: none survives an exec.
     pub capabilities: CapabilitySet,
     /// Its root directory.
     pub root: Root,
-    /// Most descriptors it can have open.
+    /// RLIMIT_NOFILE.
     pub open_files: u64,
 }
 
@@ -89,7 +95,7 @@ pub struct Confinement {
 pub struct Started {
     /// Its pid, in the caller's pid namespace.
     pub pid: i32,
-    /// Readable once it has ended; to wait for it and to signal it.
+    /// Readable when it has ended; used to wait for it and to signal it.
     pub pidfd: OwnedFd,
 }
 
@@ -99,37 +105,37 @@ pub enum Error {
     /// An argument, an environment variable or a path cannot be passed on.
     #[error("cannot start {name}: {what} contains a zero byte")]
     ZeroByte {
-        /// Of which process.
+        /// Name of the process.
         name: String,
-        /// Where the zero byte is.
+        /// What contains the zero byte.
         what: &'static str,
     },
-    /// Something that the jail shall contain is not there.
+    /// A file for the jail's root directory cannot be used.
     #[error("cannot start {name}: cannot put {} into its jail: {errno}", path.display())]
     Content {
-        /// Of which process.
+        /// Name of the process.
         name: String,
         /// The path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error of the system call.
         errno: Errno,
     },
     /// A step of the set-up failed.
     #[error("cannot start {name}: {step}: {errno}")]
     Step {
-        /// Of which process.
+        /// Name of the process.
         name: String,
         /// The step.
         step: Step,
-        /// What the kernel said.
+        /// The error of the system call.
         errno: Errno,
     },
-    /// [`enter`] was called too late.
+    /// [`enter`] was called in a process with threads, which it would leave unconfined.
     #[error("cannot enter the jail of {name}: the process already has {threads} threads")]
     Threads {
-        /// Of which process.
+        /// Name of the process.
         name: String,
-        /// How many.
+        /// Number of threads.
         threads: usize,
     },
 }
@@ -171,11 +177,11 @@ steps! {
     Device = "making a device node",
     ReadOnlyRoot = "making the root directory read-only",
     PivotRoot = "changing the root directory",
-    OldRoot = "letting go of the old root directory",
+    OldRoot = "detaching the old root directory",
     BoundingSet = "limiting capabilities",
     User = "changing the user",
     Capabilities = "dropping capabilities",
-    DeathSignal = "tying its life to the parent's",
+    DeathSignal = "setting the parent death signal",
     Orphaned = "the parent has ended",
     Personality = "fixing the address layout",
     NoNewPrivileges = "forbidding new privileges",
@@ -186,7 +192,11 @@ steps! {
 
 /// Starts a process in a jail and waits until it executes (about a millisecond).
 ///
-/// Call it from a thread that lives as long as the jailed process shall: it dies with the thread.
+/// # Errors
+/// [`Error::ZeroByte`] and [`Error::Content`] before a process exists; [`Error::Step`] with the
+/// step that failed, after the process has been killed and collected.
+///
+/// The process dies with the thread that calls this, not only with the calling process.
 pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
     let name = spec.name.to_owned();
     let failed = |step| {
@@ -275,7 +285,8 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
     }
 }
 
-/// Confines the calling process, which [`spawn`] started without a confinement. What it opened before stays open.
+/// Confines the calling process, which [`spawn`] started without a confinement. Its open
+/// descriptors stay open.
 pub fn enter(name: &str, confinement: &Confinement) -> Result<(), Error> {
     // Capabilities, Landlock and the filter hold for the calling thread and those it starts later.
     let threads = std::fs::read_dir("/proc/self/task")
@@ -296,7 +307,7 @@ pub fn enter(name: &str, confinement: &Confinement) -> Result<(), Error> {
         })
 }
 
-/// A confinement with everything made ready that can be, so that applying it is system calls only.
+/// A confinement, prepared so that applying it takes system calls only, no allocation.
 struct Prepared {
     root: root::Plan,
     uid: u32,
@@ -371,7 +382,7 @@ impl Prepared {
     }
 }
 
-/// What the child needs between clone and exec.
+/// The data that the child uses between clone and exec.
 struct Child<'a> {
     executable: BorrowedFd<'a>,
     argv: sys::Strings,
@@ -383,7 +394,7 @@ struct Child<'a> {
 }
 
 impl Child<'_> {
-    /// Runs in the child: sets up and executes. Returns only what failed.
+    /// Runs in the child: sets up and executes. Returns only on failure, with the step that failed.
     fn run(mut self) -> (Step, Errno) {
         match self.set_up() {
             Err(failure) => failure,
@@ -399,14 +410,14 @@ impl Child<'_> {
         let at = |step| move |errno| (step, errno);
         rustix::process::setsid().map_err(at(Step::Session))?;
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-        // Before anything else that can block: from here on the parent's death is noticed.
+        // Before anything that can block: from here on the parent's death ends this process.
         die_with_parent(Some(self.parent))?;
         sys::reset_signals();
         if self.fixed_addresses {
             sys::set_personality(ADDR_NO_RANDOMIZE).map_err(at(Step::Personality))?;
         }
 
-        // A source may have the number of another's target, so all move away first.
+        // The number of a source may be the target of another, so all sources move first.
         for (fd, _) in &mut self.fds {
             *fd = sys::duplicate_above(*fd, FIRST_PRIVATE_FD).map_err(at(Step::Descriptors))?;
         }
@@ -421,8 +432,8 @@ impl Child<'_> {
     }
 }
 
-/// Has the kernel kill this process when its parent ends. A change of user takes that back, so it is done again
-/// after one. `parent` is a pidfd of the parent, to notice that it ended before this call.
+/// Sets the parent death signal. A change of user clears it, so it is set again after one. `parent`
+/// is a pidfd of the parent, to detect that it ended before this call.
 fn die_with_parent(parent: Option<BorrowedFd<'_>>) -> Result<(), (Step, Errno)> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|errno| (Step::DeathSignal, errno))?;

@@ -1,17 +1,17 @@
-//! Giving up root's powers: bounding set, groups, user, capabilities. Called by `jail` in the process to confine.
+//! Dropping privileges: bounding set, groups, user, capabilities. Called in the process to confine.
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
-use super::{Step, sys};
+use crate::{Step, sys};
 
 /// Becomes `uid`:`gid` without supplementary groups and with no capability outside `keep`.
 pub fn drop_to(uid: u32, gid: u32, keep: CapabilitySet) -> Result<(), (Step, Errno)> {
     let at = |step| move |errno| (step, errno);
     sys::limit_bounding_set(keep.bits()).map_err(at(Step::BoundingSet))?;
-    // User 0 is nothing special to exec any more, and no capability can be made ambient. What setuid does to
-    // capabilities stays as it is: the fs device changes its user for each request and relies on it.
+    // An exec as user 0 gains no capabilities, and none can become ambient. The effect of setuid on
+    // capabilities is unchanged: the fs device changes its user for each request and relies on it.
     let bits = CapabilitiesSecureBits::NO_ROOT
         | CapabilitiesSecureBits::NO_ROOT_LOCKED
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE

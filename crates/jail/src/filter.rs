@@ -1,12 +1,12 @@
 //! System call filters, one per role.
 //!
-//! Each is an allowlist (see [`super::calls`]). A call outside it fails with ENOSYS: the answer of an older
-//! kernel, which every library copes with, so that a new version of a library does not end a machine. Calls that
-//! nothing in a jail can have an honest use for (mounting, namespaces, modules, keys, another process's memory, …)
-//! kill the process instead: there, only an attacker asks.
+//! Each is an allowlist (see [`crate::calls`]). A call outside it fails with ENOSYS, the answer of
+//! an older kernel, which every library handles: a new version of a library does not end a machine.
+//! Calls that have no legitimate use in a jail (mounting, namespaces, modules, keys, another
+//! process's memory, …) kill the process instead.
 //!
-//! System calls that a guest's programs make never get here: the user-mode kernel intercepts them (PTRACE_SYSEMU)
-//! before the host's filter sees them.
+//! System calls of a guest's programs are not filtered: the user-mode kernel intercepts them
+//! (PTRACE_SYSEMU) before the host's filter sees them.
 
 use std::collections::BTreeMap;
 
@@ -14,12 +14,14 @@ use libc::c_long;
 use rustix::io::Errno;
 use seccompiler::{BpfProgram, sock_filter};
 
-use super::calls::{
-    COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, KVM, NAMESPACE_FLAGS, QEMU,
-    QEMU_IOCTLS, QEMU_PRCTLS, UML, UML_IOCTLS, UML_PRCTLS,
+use crate::calls::{
+    COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, IO, IO_IOCTLS, KVM, NAMESPACE_FLAGS,
+    QEMU, QEMU_IOCTLS, QEMU_PRCTLS, THREAD, THREAD_PRCTLS, UML, UML_IOCTLS, UML_PRCTLS,
+    VCPU_IOCTLS,
 };
+use crate::thread::ThreadRole;
 
-/// What a jailed process is, which decides what it may do.
+/// What a jailed process does, which decides what it may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// hull's device process: fs, vsock, entropy and block back ends.
@@ -40,6 +42,13 @@ impl Filter {
     pub fn of(role: Role) -> Self {
         Self {
             program: compile(&rules(role)),
+        }
+    }
+
+    /// The filter of a thread's role, to be added to that of its process.
+    pub fn of_thread(role: ThreadRole) -> Self {
+        Self {
+            program: compile(&thread_rules(role)),
         }
     }
 
@@ -72,47 +81,63 @@ enum Verdict {
     Without(u8, u32),
 }
 
-/// What happens to each system call; the rest is refused.
-fn rules(role: Role) -> BTreeMap<u32, Verdict> {
+type Rules = BTreeMap<u32, Verdict>;
+
+/// The rules of an allowlist; a call that they do not name is refused.
+fn allowlist(calls: &[&[c_long]], ioctls: &[u64], driver: Option<u8>, prctls: &[i32]) -> Rules {
+    let mut rules = Rules::new();
+    rules.extend(DANGEROUS.iter().map(|call| (*call as u32, Verdict::Kill)));
+    let allowed = calls.iter().copied().flatten();
+    rules.extend(allowed.map(|call| (*call as u32, Verdict::Allow)));
+    // Requests and options are ints: the kernel ignores the upper half of these arguments.
+    let requests = ioctls.iter().map(|request| *request as u32).collect();
+    rules.insert(libc::SYS_ioctl as u32, Verdict::Request(requests, driver));
+    rules.insert(
+        libc::SYS_prctl as u32,
+        Verdict::OneOf(0, prctls.iter().map(|option| *option as u32).collect()),
+    );
+    rules
+}
+
+fn rules(role: Role) -> Rules {
     let (calls, ioctls, prctls): (&[c_long], &[u64], &[i32]) = match role {
         Role::Device => (DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS),
         Role::Uml => (UML, UML_IOCTLS, UML_PRCTLS),
         Role::Qemu => (QEMU, QEMU_IOCTLS, QEMU_PRCTLS),
     };
-    let mut rules: BTreeMap<u32, Verdict> = BTreeMap::new();
-    rules.extend(DANGEROUS.iter().map(|call| (*call as u32, Verdict::Kill)));
-    rules.extend(
-        COMMON
-            .iter()
-            .chain(calls)
-            .map(|call| (*call as u32, Verdict::Allow)),
-    );
-    let mut put = |call: c_long, verdict| rules.insert(call as u32, verdict);
-    // Requests and options are ints: the kernel ignores the upper half of these arguments.
-    let requests = ioctls.iter().map(|request| *request as u32).collect();
     let driver = (role == Role::Qemu).then_some(KVM);
-    put(libc::SYS_ioctl, Verdict::Request(requests, driver));
-    put(
-        libc::SYS_prctl,
-        Verdict::OneOf(0, prctls.iter().map(|option| *option as u32).collect()),
-    );
-    put(
-        libc::SYS_socket,
-        Verdict::OneOf(0, vec![libc::AF_UNIX as u32]),
-    );
-    put(
-        libc::SYS_socketpair,
-        Verdict::OneOf(0, vec![libc::AF_UNIX as u32]),
-    );
-    // Threads and processes, but no namespaces. The flags of clone3 lie in memory, where a filter cannot look:
-    // it is refused, and C libraries fall back to clone.
+    let mut rules = allowlist(&[COMMON, calls], ioctls, driver, prctls);
+    let mut put = |call: c_long, verdict| rules.insert(call as u32, verdict);
+    let local = || Verdict::OneOf(0, vec![libc::AF_UNIX as u32]);
+    put(libc::SYS_socket, local());
+    put(libc::SYS_socketpair, local());
+    // Threads and processes, but no namespaces. The flags of clone3 lie in memory, where a filter
+    // cannot look: it is refused, and C libraries fall back to clone.
     put(libc::SYS_clone, Verdict::Without(0, NAMESPACE_FLAGS));
-    if role == Role::Uml {
-        // How a panicking user-mode kernel ends: it sends itself SIGABRT until that works. PID 1 of a namespace is
-        // immune to it, so it would never end; when the call fails, it exits.
-        put(libc::SYS_kill, Verdict::Not(1, libc::SIGABRT as u32));
+    match role {
+        // A panicking user-mode kernel sends itself SIGABRT until that works. PID 1 of a namespace
+        // is immune to it, so it would never end; when the call fails, it exits.
+        Role::Uml => {
+            put(libc::SYS_kill, Verdict::Not(1, libc::SIGABRT as u32));
+        }
+        // Threads add filters of their own (`restrict_thread`).
+        Role::Device => {
+            const SECCOMP_SET_MODE_FILTER: u32 = 1;
+            put(
+                libc::SYS_seccomp,
+                Verdict::OneOf(0, vec![SECCOMP_SET_MODE_FILTER]),
+            );
+        }
+        Role::Qemu => {}
     }
     rules
+}
+
+fn thread_rules(role: ThreadRole) -> Rules {
+    match role {
+        ThreadRole::Vcpu => allowlist(&[THREAD], VCPU_IOCTLS, None, THREAD_PRCTLS),
+        ThreadRole::Io => allowlist(&[THREAD, IO], IO_IOCTLS, None, THREAD_PRCTLS),
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -135,10 +160,11 @@ const ALLOW: u32 = 0x7fff_0000;
 const REFUSE: u32 = 0x0005_0000 | libc::ENOSYS as u32;
 const KILL: u32 = 0x8000_0000;
 
-/// A binary search for the call's number. The kernel walks the program once per system call there is when it is
-/// installed, and a list of comparisons takes it a millisecond.
-fn compile(rules: &BTreeMap<u32, Verdict>) -> BpfProgram {
-    // Ranges of numbers with one verdict: where each begins. Numbers of the x32 ABI lie above all of them.
+/// Compiles to a binary search for the call's number. The kernel walks the program once for each
+/// existing system call when it is installed, which takes a millisecond with a list of comparisons.
+fn compile(rules: &Rules) -> BpfProgram {
+    // Ranges of numbers with one verdict: where each begins. Numbers of the x32 ABI lie above all
+    // of them.
     let mut ranges: Vec<(u32, &Verdict)> = vec![(0, &Verdict::Refuse)];
     let mut begin = |number: u32, verdict| match ranges.last_mut() {
         Some(last) if last.1 == verdict => {}
@@ -277,41 +303,47 @@ mod tests {
 
     #[test]
     fn every_number_meets_its_verdict() {
-        for role in [Role::Device, Role::Uml, Role::Qemu] {
-            let rules = rules(role);
+        let processes = [Role::Device, Role::Uml, Role::Qemu];
+        let threads = [ThreadRole::Vcpu, ThreadRole::Io];
+        let all = processes
+            .map(|role| (format!("{role:?}"), rules(role)))
+            .into_iter()
+            .chain(threads.map(|role| (format!("{role:?}"), thread_rules(role))));
+        for (role, rules) in all {
             let program = compile(&rules);
-            assert!(program.len() < 4096, "{role:?}: {}", program.len());
+            assert!(program.len() < 4096, "{role}: {}", program.len());
             for number in (0..600).chain([0x4000_0000, 0x4000_0001, u32::MAX]) {
                 let answer = |arguments| run(&program, number, arguments);
                 match rules.get(&number).unwrap_or(&Verdict::Refuse) {
-                    Verdict::Allow => assert_eq!(answer([0; 6]), ALLOW, "{role:?} {number}"),
-                    Verdict::Refuse => assert_eq!(answer([0; 6]), REFUSE, "{role:?} {number}"),
-                    Verdict::Kill => assert_eq!(answer([0; 6]), KILL, "{role:?} {number}"),
+                    Verdict::Allow => assert_eq!(answer([0; 6]), ALLOW, "{role} {number}"),
+                    Verdict::Refuse => assert_eq!(answer([0; 6]), REFUSE, "{role} {number}"),
+                    Verdict::Kill => assert_eq!(answer([0; 6]), KILL, "{role} {number}"),
                     Verdict::OneOf(index, values) => {
                         for value in values {
                             let mut arguments = [0; 6];
                             arguments[usize::from(*index)] = u64::from(*value);
-                            assert_eq!(answer(arguments), ALLOW, "{role:?} {number} {value}");
+                            assert_eq!(answer(arguments), ALLOW, "{role} {number} {value}");
                         }
-                        assert_eq!(answer([0xdead_beef; 6]), REFUSE, "{role:?} {number}");
+                        assert_eq!(answer([0xdead_beef; 6]), REFUSE, "{role} {number}");
                     }
                     Verdict::Request(values, driver) => {
                         let request = |value: u32| answer([0, u64::from(value), 0, 0, 0, 0]);
                         for value in values {
-                            assert_eq!(request(*value), ALLOW, "{role:?} {value:#x}");
+                            assert_eq!(request(*value), ALLOW, "{role} {value:#x}");
                         }
-                        assert_eq!(request(0xdead_beef), REFUSE, "{role:?}");
+                        assert_eq!(request(0xdead_beef), REFUSE, "{role}");
                         let kvm = if driver.is_some() { ALLOW } else { REFUSE };
-                        assert_eq!(request(0x0000_ae80), kvm, "{role:?}");
+                        // KVM_CREATE_VM
+                        assert_eq!(request(0x0000_ae01), kvm, "{role}");
                     }
                     Verdict::Not(index, value) => {
                         let mut arguments = [0; 6];
-                        assert_eq!(answer(arguments), ALLOW, "{role:?} {number}");
+                        assert_eq!(answer(arguments), ALLOW, "{role} {number}");
                         arguments[usize::from(*index)] = u64::from(*value);
-                        assert_eq!(answer(arguments), REFUSE, "{role:?} {number}");
+                        assert_eq!(answer(arguments), REFUSE, "{role} {number}");
                     }
                     Verdict::Without(_, bits) => {
-                        assert_eq!(answer([0; 6]), ALLOW, "{role:?} {number}");
+                        assert_eq!(answer([0; 6]), ALLOW, "{role} {number}");
                         assert_eq!(answer([u64::from(bits & bits.wrapping_neg()); 6]), REFUSE);
                     }
                 }
@@ -325,5 +357,19 @@ mod tests {
         assert_eq!(rules(Role::Uml)[&ptrace], Verdict::Allow);
         assert_eq!(rules(Role::Qemu)[&ptrace], Verdict::Kill);
         assert_eq!(rules(Role::Device)[&ptrace], Verdict::Kill);
+    }
+
+    #[test]
+    fn a_thread_may_do_nothing_that_its_process_may_not() {
+        let process = rules(Role::Device);
+        for (call, verdict) in thread_rules(ThreadRole::Io) {
+            if verdict == Verdict::Allow {
+                assert_eq!(process.get(&call), Some(&Verdict::Allow), "{call}");
+            }
+        }
+        let vcpu = thread_rules(ThreadRole::Vcpu);
+        for call in [libc::SYS_openat, libc::SYS_connect, libc::SYS_clone] {
+            assert_eq!(vcpu.get(&(call as u32)), None);
+        }
     }
 }

@@ -4,8 +4,9 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 
-use hull_machine::jail::{
-    self, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, Tmp,
+use hull_jail::{
+    self as jail, Bind, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, Source,
+    ThreadRole, Tmp,
 };
 
 fn confinement(role: Role) -> Confinement {
@@ -59,9 +60,41 @@ pub fn answer(question: &str, arguments: &[String]) -> ExitCode {
             let threads = std::thread::spawn(|| ()).join().is_ok();
             println!("threads: {}", if threads { "yes" } else { "no" });
         }
+        "thread" => {
+            enter(&Confinement {
+                uid: 0,
+                gid: 0,
+                capabilities: FS_DEVICE_CAPABILITIES,
+                ..confinement(Role::Device)
+            });
+            let role = match arguments[0].as_str() {
+                "vcpu" => ThreadRole::Vcpu,
+                _ => ThreadRole::Io,
+            };
+            thread(role, &arguments[1]);
+        }
         "call" => {
             enter(&confinement(Role::Qemu));
             call(&arguments[0]);
+        }
+        "connect" => {
+            let socket = rustix::fs::open(
+                arguments[0].as_str(),
+                rustix::fs::OFlags::PATH,
+                rustix::fs::Mode::empty(),
+            );
+            // The name on the host is of no importance afterwards.
+            std::fs::rename(&arguments[0], format!("{}.other", arguments[0])).unwrap();
+            let mut confinement = confinement(Role::Uml);
+            confinement.root.binds.push(Bind {
+                source: Source::Descriptor(socket.unwrap()),
+                target: "/sockets/here".into(),
+                executable: false,
+            });
+            enter(&confinement);
+            let mut stream = std::os::unix::net::UnixStream::connect("/sockets/here").unwrap();
+            std::io::Write::write_all(&mut stream, b"hello").unwrap();
+            print!("connected");
         }
         "leak" => {
             let host = super::inherited(7);
@@ -171,9 +204,63 @@ fn status() {
     }
 }
 
+/// Starts a thread of this role and reports what it and the rest of the process may do.
+fn thread(role: ThreadRole, question: &str) {
+    let print = |whose: &str, id: u32| {
+        let status = std::fs::read_to_string(format!("/proc/self/task/{id}/status")).unwrap();
+        for line in status.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            println!("{whose} {}", words.join(" "));
+        }
+    };
+    let (tell, told) = std::sync::mpsc::channel();
+    let (finish, finished) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let confined = scope.spawn(move || {
+            jail::restrict_thread("a test", role).unwrap();
+            if question == "mount" {
+                call("mount");
+            }
+            let opened =
+                rustix::fs::open("/", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
+            let large = vec![1u8; 1 << 20];
+            // SAFETY: the call fails, because there is no such descriptor.
+            let polled =
+                unsafe { libc::epoll_ctl(-1, libc::EPOLL_CTL_DEL, -1, std::ptr::null_mut()) };
+            assert_eq!(polled, -1);
+            let errno = std::io::Error::last_os_error().raw_os_error();
+            // SAFETY: takes no arguments.
+            let id = unsafe { libc::gettid() };
+            tell.send((id, opened.unwrap_err(), large.len() == 1 << 20, errno))
+                .unwrap();
+            finished.recv().unwrap();
+        });
+        if let Ok((id, opened, memory, polled)) = told.recv() {
+            println!("thread open: {opened}");
+            println!("thread memory: {}", if memory { "works" } else { "fails" });
+            let polled = match polled {
+                Some(libc::ENOSYS) => "ENOSYS",
+                Some(libc::EBADF) => "EBADF",
+                _ => "other",
+            };
+            println!("thread epoll_ctl: {polled}");
+            print("thread", id as u32);
+            print("process", std::process::id());
+            let opened = std::fs::File::open("/");
+            println!(
+                "process open: {}",
+                if opened.is_ok() { "works" } else { "fails" }
+            );
+            finish.send(()).unwrap();
+        }
+        confined.join().unwrap();
+    });
+}
+
 /// Makes one system call and prints what it fails with, if it lets us live.
 fn call(name: &str) {
-    // SAFETY: none of these calls can do anything to this process's memory: they fail, or the process ends.
+    // SAFETY: none of these calls can do anything to this process's memory: they fail, or the
+    // process ends.
     let result = unsafe {
         match name {
             "mount" => libc::syscall(libc::SYS_mount, 0, c"/".as_ptr(), 0, 0, 0),

@@ -1,5 +1,5 @@
-//! The few system calls that no safe wrapper offers: cloning into new namespaces, executing a descriptor, and
-//! what the set-up between the two needs. Called by the other files of `jail` only; never used elsewhere.
+//! System calls without a safe wrapper: cloning into new namespaces, executing a descriptor, and
+//! those of the set-up between the two. Private to this crate.
 
 #![allow(unsafe_code)]
 
@@ -26,8 +26,9 @@ pub enum Clone {
 
 /// Forks into new mount, pid, network, ipc and uts namespaces.
 ///
-/// The child is a copy of the calling thread alone: until it executes something it must only make system calls
-/// (no allocation, no locks), because another thread may have held a lock at the moment of the copy.
+/// The child is a copy of the calling thread alone: until it executes something it must only make
+/// system calls (no allocation, no locks), because another thread may have held a lock at the
+/// moment of the copy.
 pub fn clone_into_namespaces() -> Result<Clone, Errno> {
     let mut pidfd: RawFd = -1;
     // SAFETY: all-zero is a valid value of this plain structure.
@@ -35,8 +36,8 @@ pub fn clone_into_namespaces() -> Result<Clone, Errno> {
     args.flags = (NAMESPACES | libc::CLONE_PIDFD) as u64;
     args.pidfd = ptr::from_mut(&mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
-    // SAFETY: `args` is valid for the call and describes a plain fork (no shared memory, no new stack), so both
-    // sides return here on their own copy of the stack.
+    // SAFETY: `args` is valid for the call and describes a plain fork (no shared memory, no new
+    // stack), so both sides return here on their own copy of the stack.
     let result =
         unsafe { libc::syscall(libc::SYS_clone3, ptr::from_ref(&args), size_of_val(&args)) };
     match result {
@@ -49,7 +50,8 @@ pub fn clone_into_namespaces() -> Result<Clone, Errno> {
     }
 }
 
-/// A list of C strings in the form that execve takes, made before the clone because the child must not allocate.
+/// A list of C strings in the form that execve takes, built before the clone because the child must
+/// not allocate.
 pub struct Strings {
     pointers: Vec<*const libc::c_char>,
     _owned: Vec<CString>,
@@ -70,7 +72,7 @@ impl Strings {
     }
 }
 
-/// Executes the file behind `program`. Returns only when that failed.
+/// Executes the file behind `program`. Returns only on failure.
 pub fn execute(program: BorrowedFd<'_>, argv: &Strings, env: &Strings) -> Errno {
     // SAFETY: both arrays end with a null pointer and their strings live as long as they do.
     unsafe {
@@ -105,7 +107,8 @@ pub fn place_descriptor(fd: RawFd, target: RawFd) -> Result<(), Errno> {
     check(unsafe { libc::dup2(fd, target) }.into())
 }
 
-/// Duplicates `fd` to a close-on-exec number of at least `lowest`, without taking ownership of the copy.
+/// Duplicates `fd` to a close-on-exec number of at least `lowest`, without taking ownership of the
+/// copy.
 pub fn duplicate_above(fd: RawFd, lowest: RawFd) -> Result<RawFd, Errno> {
     // SAFETY: creates a new descriptor; touches no existing one.
     let result = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest) };
@@ -113,7 +116,8 @@ pub fn duplicate_above(fd: RawFd, lowest: RawFd) -> Result<RawFd, Errno> {
     Ok(result)
 }
 
-/// Sets and clears attributes (`MOUNT_ATTR_*`) of the mount, or of the whole tree of mounts, behind `mount`.
+/// Sets and clears attributes (`MOUNT_ATTR_*`) of the mount, or of the whole tree of mounts, behind
+/// `mount`.
 pub fn set_mount_attributes(
     mount: BorrowedFd<'_>,
     attributes: u64,
@@ -133,7 +137,8 @@ pub fn set_mount_attributes(
         userns_fd: 0,
     };
     let recursion = if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is a C string, and the structure is the first version of the kernel's `struct mount_attr`.
+    // SAFETY: the path is a C string, and the structure is the first version of the kernel's
+    // `struct mount_attr`.
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -162,7 +167,7 @@ pub fn limit_bounding_set(keep: u64) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Sets the name of the machine in the caller's uts namespace.
+/// Sets the host name of the caller's uts namespace.
 pub fn set_host_name(name: &CStr) -> Result<(), Errno> {
     // SAFETY: the pointer is valid for the length given.
     check(unsafe { libc::sethostname(name.as_ptr(), name.count_bytes()) }.into())
@@ -176,12 +181,12 @@ pub fn set_personality(persona: u64) -> Result<(), Errno> {
 
 /// Gives every signal its default action and unblocks all of them: both survive exec otherwise.
 pub fn reset_signals() {
-    // The kernel's own structure, all zero: default action, no flags, no mask. Not the C library's function, which
-    // leaves out the signals that it keeps for itself.
+    // The kernel's own structure, all zero: default action, no flags, no mask. Not the C library's
+    // function, which leaves out the signals that it keeps for itself.
     let default = [0u64; 4];
     let none = 0u64;
-    // SAFETY: both pointers are valid for what the kernel reads from them. Failures are possible only for signals
-    // that cannot be changed (SIGKILL, SIGSTOP), which need no reset.
+    // SAFETY: both pointers are valid for what the kernel reads from them. Failures are possible
+    // only for signals that cannot be changed (SIGKILL, SIGSTOP), which need no reset.
     unsafe {
         for signal in 1..=64 {
             libc::syscall(

@@ -1,7 +1,7 @@
-//! The system calls of each role: what [`super::filter`] is made from.
+//! The system calls of each role: what [`crate::filter`] is made from.
 //!
-//! Found by running the role's programs under strace through their usual and unusual paths, and by reading the
-//! sources of the user-mode kernel.
+//! Found by running the role's programs under strace through their usual and unusual paths, and by
+//! reading the sources of the user-mode kernel.
 
 use libc::c_long;
 
@@ -163,6 +163,7 @@ pub const DEVICE: &[c_long] = &[
     libc::SYS_umask,
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,
+    // A thread drops its capabilities (`restrict_thread`).
     libc::SYS_capget,
     libc::SYS_capset,
 ];
@@ -173,7 +174,7 @@ const FS_IOC_FSGETXATTR: u64 = 0x801c_581f;
 const FS_IOC_FSSETXATTR: u64 = 0x401c_5820;
 const BLKGETSIZE64: u64 = 0x8008_1272;
 const BLKSSZGET: u64 = 0x1268;
-/// What whoever reads a tap copes with (linux/if_tun.h).
+/// Which offloads the reader of a tap handles (linux/if_tun.h).
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 
 pub const DEVICE_IOCTLS: &[u64] = &[
@@ -195,14 +196,15 @@ pub const DEVICE_PRCTLS: &[i32] = &[
     libc::PR_SET_PDEATHSIG,
     libc::PR_GET_DUMPABLE,
     libc::PR_CAPBSET_READ,
+    libc::PR_SET_NO_NEW_PRIVS,
     PR_SET_VMA,
 ];
 
 /// Names for anonymous memory, which C libraries give.
 const PR_SET_VMA: i32 = 0x5356_4d41;
 
-/// ptrace and execveat are how a user-mode kernel runs its guest's programs: each is a process of ours, started
-/// from a stub in a memory file and traced.
+/// ptrace and execveat are how a user-mode kernel runs its guest's programs: each is a process of
+/// ours, started from a stub in a memory file and traced.
 pub const UML: &[c_long] = &[
     libc::SYS_signalfd4,
     libc::SYS_ptrace,
@@ -307,7 +309,128 @@ pub const QEMU_PRCTLS: &[i32] = &[
     PR_SET_VMA,
 ];
 
-/// Calls that nothing in a jail can have an honest use for. A role that allows one of them is exempt from it.
+/// What every confined thread needs: memory, signals, time, and descriptors that it has.
+pub const THREAD: &[c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_ppoll,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_futex,
+    libc::SYS_rseq,
+    libc::SYS_membarrier,
+    libc::SYS_sched_yield,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+];
+
+/// Requests to the descriptor of a virtual CPU (linux/kvm.h): to run it, and to read and write its
+/// state.
+#[cfg(target_arch = "x86_64")]
+pub const VCPU_IOCTLS: &[u64] = &[
+    0x0000_ae80, // KVM_RUN
+    0x8090_ae81, // KVM_GET_REGS
+    0x4090_ae82, // KVM_SET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0x4138_ae84, // KVM_SET_SREGS
+    0xc008_ae88, // KVM_GET_MSRS
+    0x4008_ae89, // KVM_SET_MSRS
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0x4400_ae8f, // KVM_SET_LAPIC
+    0x4008_ae90, // KVM_SET_CPUID2
+    0xc008_ae91, // KVM_GET_CPUID2
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x4004_ae99, // KVM_SET_MP_STATE
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x4040_aea0, // KVM_SET_VCPU_EVENTS
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x4080_aea2, // KVM_SET_DEBUGREGS
+    0x0000_aea2, // KVM_SET_TSC_KHZ
+    0x0000_aea3, // KVM_GET_TSC_KHZ
+    0x9000_aea4, // KVM_GET_XSAVE
+    0x5000_aea5, // KVM_SET_XSAVE
+    0x8188_aea6, // KVM_GET_XCRS
+    0x4188_aea7, // KVM_SET_XCRS
+    0x0000_aead, // KVM_KVMCLOCK_CTRL
+    0x9000_aecf, // KVM_GET_XSAVE2
+];
+#[cfg(target_arch = "aarch64")]
+pub const VCPU_IOCTLS: &[u64] = &[
+    0x0000_ae80, // KVM_RUN
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x4004_ae99, // KVM_SET_MP_STATE
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x4040_aea0, // KVM_SET_VCPU_EVENTS
+    0x4010_aeab, // KVM_GET_ONE_REG
+    0x4010_aeac, // KVM_SET_ONE_REG
+    0x4020_aeae, // KVM_ARM_VCPU_INIT
+    0xc008_aeb0, // KVM_GET_REG_LIST
+];
+
+/// A thread of a device moves data between open descriptors and waits for them.
+pub const IO: &[c_long] = &[
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_dup,
+    libc::SYS_fcntl,
+    libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+];
+
+pub const IO_IOCTLS: &[u64] = &[libc::FIONBIO, libc::FIONREAD, BLKGETSIZE64, TUNSETOFFLOAD];
+
+/// Names of threads and of anonymous memory.
+pub const THREAD_PRCTLS: &[i32] = &[libc::PR_SET_NAME, libc::PR_GET_NAME, PR_SET_VMA];
+
+/// Calls that nothing in a jail can have an honest use for. A role that allows one of them is
+/// exempt from it.
 pub const DANGEROUS: &[c_long] = &[
     libc::SYS_mount,
     libc::SYS_umount2,

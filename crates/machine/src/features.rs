@@ -1,0 +1,85 @@
+//! What a kind of machine can do. Callers outside this crate ask for a feature, never for the kind.
+
+/// The abilities and limits of a kind of machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Features {
+    /// Most virtual CPUs, if there is a limit.
+    pub max_vcpus: Option<u32>,
+    /// Most devices, if there is a limit: fs, vsock and entropy, net devices and disks together.
+    pub max_devices: Option<usize>,
+    /// How a guest gets its net devices.
+    pub net: NetDevices,
+    /// How a guest gets its disks.
+    pub disks: Disks,
+    /// The machine can be paused and resumed.
+    pub pause: bool,
+    /// The machine can be saved and restored.
+    pub snapshot: bool,
+    /// The guest boots with the wall clock of the host. Otherwise the agent has to set it. After a
+    /// pause it has to be set in either case.
+    pub host_clock: bool,
+    /// Guest programs can make 32-bit system calls.
+    pub compat32: bool,
+    /// The devices are in the machine process. Otherwise a device process serves them over
+    /// vhost-user.
+    pub own_devices: bool,
+}
+
+impl Features {
+    /// The number of virtual CPUs to start for `wanted` ones.
+    pub fn vcpus(&self, wanted: u32) -> u32 {
+        self.max_vcpus
+            .map_or(wanted, |most| wanted.min(most))
+            .max(1)
+    }
+}
+
+/// How a guest gets its net devices.
+#[derive(Debug, Clone, Copy)]
+pub enum NetDevices {
+    /// All are there when it boots, which takes longer with each.
+    AtBoot {
+        /// The machine's vhost-user front end enables the rings of a net device before it has set
+        /// them up. The device process corrects the order.
+        enables_rings_early: bool,
+    },
+    /// A running guest probes a device when its kernel is given a parameter.
+    HotPlug {
+        /// The parameter for net device `number`.
+        parameter: fn(number: u8) -> String,
+    },
+}
+
+impl NetDevices {
+    /// Kernel parameter that makes a running guest probe net device `number`; `None` if devices
+    /// are enumerated at boot.
+    pub fn hotplug_parameter(&self, number: u8) -> Option<String> {
+        match self {
+            Self::AtBoot { .. } => None,
+            Self::HotPlug { parameter } => Some(parameter(number)),
+        }
+    }
+}
+
+/// How a guest gets its disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disks {
+    /// All are there when it boots.
+    AtBoot,
+    /// They can be added to a running guest.
+    HotPlug,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use crate::Kind;
+
+    #[test]
+    fn a_kind_with_one_cpu_starts_one_whatever_is_wanted() {
+        let uml = Kind::Uml.backend().unwrap().features();
+        assert_eq!((uml.vcpus(0), uml.vcpus(1), uml.vcpus(8)), (1, 1, 1));
+        let qemu = Kind::Qemu.backend().unwrap().features();
+        assert_eq!((qemu.vcpus(0), qemu.vcpus(8)), (1, 8));
+    }
+}

@@ -1,0 +1,78 @@
+//! The processes of a machine.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use hull_jail::{Started, Status};
+use rustix::io::Errno;
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
+
+/// What a process of a machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ProcessRole {
+    /// Runs the guest kernel.
+    Machine,
+    /// Serves the devices.
+    Devices,
+}
+
+/// A process of a machine.
+#[derive(Debug)]
+pub struct Process {
+    /// Its role.
+    pub role: ProcessRole,
+    /// Its pid, in the caller's pid namespace.
+    pub pid: i32,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+}
+
+/// A jailed machine process, which ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Jailed {
+    process: [Process; 1],
+    /// How it ended, once that is known: a process is collected once.
+    ended: Option<Result<Status, Errno>>,
+}
+
+impl Jailed {
+    pub(crate) fn new(started: Started) -> Self {
+        Self {
+            process: [Process {
+                role: ProcessRole::Machine,
+                pid: started.pid,
+                pidfd: started.pidfd,
+            }],
+            ended: None,
+        }
+    }
+
+    pub(crate) fn all(&self) -> &[Process] {
+        &self.process
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        let [process] = &self.process;
+        process
+    }
+
+    /// How it ended; `None` while it is running. The error is that of waiting for it.
+    pub(crate) fn ended(&mut self) -> Option<Result<Status, Errno>> {
+        if self.ended.is_none() {
+            self.ended = Status::reap(self.process().pidfd.as_fd()).transpose();
+        }
+        self.ended
+    }
+}
+
+impl Drop for Jailed {
+    fn drop(&mut self) {
+        if self.ended().is_some() {
+            return;
+        }
+        let pidfd = self.process().pidfd.as_fd();
+        // Fails if it has ended since.
+        let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        // Returns at once: nothing survives SIGKILL for long, not even a stopped process.
+        let _ = waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED);
+    }
+}

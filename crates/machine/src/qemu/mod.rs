@@ -1,0 +1,301 @@
+//! Machine kind `qemu`: QEMU's `microvm`, with KVM where it works, otherwise with emulation (TCG).
+
+mod command_line;
+mod qmp;
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hull_jail::{self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root};
+
+use crate::probe::{self, KvmState, State, Works};
+use crate::process::{Jailed, Process};
+use crate::wiring::place;
+use crate::{
+    Backend, Disks, Error, Exit, Features, Host, Kind, Machine, MachineConfig, NetDevices, Wiring,
+    check, open,
+};
+use command_line::{FIRMWARE, MONITOR_FD, command_line};
+use qmp::Monitor;
+
+/// The oldest version whose `microvm` takes vhost-user devices as used here.
+const OLDEST: (u32, u32) = (6, 2);
+
+/// Where its shared libraries are.
+const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
+
+/// Where its modules may be: it would look for them beside its executable, which the jail does not
+/// show.
+#[cfg(target_arch = "x86_64")]
+const MODULES: [&str; 3] = [
+    "/usr/lib/x86_64-linux-gnu/qemu",
+    "/usr/lib64/qemu",
+    "/usr/lib/qemu",
+];
+#[cfg(target_arch = "aarch64")]
+const MODULES: [&str; 3] = [
+    "/usr/lib/aarch64-linux-gnu/qemu",
+    "/usr/lib64/qemu",
+    "/usr/lib/qemu",
+];
+
+/// The backend.
+pub struct Qemu;
+
+impl Backend for Qemu {
+    fn kind(&self) -> Kind {
+        Kind::Qemu
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            max_vcpus: None,
+            // As many transports as QEMU's microvm has without ACPI (hw/i386/microvm.c).
+            max_devices: Some(8),
+            net: NetDevices::AtBoot {
+                enables_rings_early: true,
+            },
+            disks: Disks::AtBoot,
+            pause: true,
+            snapshot: false,
+            host_clock: false,
+            compat32: true,
+            own_devices: false,
+        }
+    }
+
+    fn probe(&self, host: &Host) -> Result<Works, Error> {
+        find_program()?;
+        let kernel = host.kernel(Kind::Qemu)?;
+        let kvm = probe::kvm_cached(&host.data_directory);
+        let hardware = matches!(kvm, KvmState::Works { .. });
+        let why = match hardware {
+            true => "KVM works",
+            false => "it can emulate, which needs no virtualization",
+        };
+        Ok(Works {
+            hardware,
+            kernel,
+            why: why.into(),
+        })
+    }
+
+    fn diagnose(&self, _host: &Host) -> State {
+        match find_program().and_then(|program| version(&program)) {
+            Ok(version) => State::Works {
+                how: format!("QEMU {version}"),
+            },
+            Err(error) => State::Missing {
+                why: error.to_string(),
+                hint: error.hint(),
+            },
+        }
+    }
+
+    fn start(&self, config: &MachineConfig, wiring: Wiring) -> Result<Box<dyn Machine>, Error> {
+        let features = self.features();
+        check(Kind::Qemu, &features, config)?;
+        let path = find_program()?;
+        let program = open("emulator", &path)?;
+        open("guest kernel", &config.kernel)?;
+        open("initramfs", &config.initramfs)?;
+        let Wiring {
+            console,
+            devices,
+            uid,
+        } = wiring;
+        let (devices, sockets) = place(Kind::Qemu, &features, devices, uid)?;
+        let (monitor, qemus_end) = Monitor::new().map_err(|error| Error::Operation {
+            operation: "start",
+            why: format!("a socket for its monitor: {error}"),
+        })?;
+        let started = jail::spawn(JailSpec {
+            name: "qemu",
+            executable: program.as_fd(),
+            argv: command_line(&program_name(), config, &devices),
+            env: MODULES
+                .into_iter()
+                .find(|directory| Path::new(directory).is_dir())
+                .map(|directory| ("QEMU_MODULE_DIR".into(), directory.into()))
+                .into_iter()
+                .collect(),
+            fds: vec![
+                (console.as_fd(), 1),
+                (console.as_fd(), 2),
+                (qemus_end.as_fd(), MONITOR_FD),
+            ],
+            fixed_addresses: false,
+            confinement: Some(Confinement {
+                role: Role::Qemu,
+                uid,
+                gid: uid,
+                capabilities: CapabilitySet::empty(),
+                root: root(config, sockets),
+                open_files: 1024,
+            }),
+        })?;
+        Ok(Box::new(QemuMachine {
+            jailed: Jailed::new(started),
+            monitor,
+            paused: false,
+        }))
+    }
+}
+
+/// A running QEMU.
+#[derive(Debug)]
+struct QemuMachine {
+    jailed: Jailed,
+    monitor: Monitor,
+    paused: bool,
+}
+
+impl Machine for QemuMachine {
+    fn kind(&self) -> Kind {
+        Kind::Qemu
+    }
+
+    fn processes(&self) -> &[Process] {
+        self.jailed.all()
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        if self.paused {
+            return Ok(());
+        }
+        // Virtual CPUs have stopped when the answer comes, and the guest's clocks with them.
+        self.execute("pause", "stop")?;
+        self.paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        if !self.paused {
+            return Ok(());
+        }
+        self.execute("resume", "cont")?;
+        self.paused = false;
+        Ok(())
+    }
+
+    fn exit(&mut self) -> Option<Exit> {
+        // Restarting is how a guest without ACPI ends itself, and how its kernel ends after a
+        // panic: the status is the same.
+        Some(Exit::interpret(self.jailed.ended()?, None))
+    }
+}
+
+impl QemuMachine {
+    fn execute(&mut self, operation: &'static str, command: &str) -> Result<(), Error> {
+        let failed = |why| Error::Operation { operation, why };
+        match self.exit() {
+            Some(exit) => Err(failed(exit.to_string())),
+            None => self.monitor.execute(command).map_err(failed),
+        }
+    }
+}
+
+/// The emulator's name for this architecture.
+fn program_name() -> String {
+    format!("qemu-system-{}", std::env::consts::ARCH)
+}
+
+/// Where the emulator for this architecture is.
+pub fn find_program() -> Result<PathBuf, Error> {
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/usr/local/bin".into());
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(program_name()))
+        .find(|program| program.is_absolute() && program.is_file())
+        .ok_or_else(|| Error::NoQemu {
+            program: program_name(),
+        })
+}
+
+/// Its version, or why it cannot be used.
+pub fn version(program: &Path) -> Result<String, Error> {
+    let bad = |why: String| Error::BadQemu {
+        program: program.to_owned(),
+        why,
+    };
+    let output = Command::new(program)
+        .arg("--version")
+        .output()
+        .map_err(|error| bad(error.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (version, number) =
+        parse_version(&text).ok_or_else(|| bad("it does not say its version".into()))?;
+    if number < OLDEST {
+        return Err(bad(format!(
+            "version {version} is older than {}.{}",
+            OLDEST.0, OLDEST.1
+        )));
+    }
+    Ok(version)
+}
+
+fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
+    let version = text
+        .split_once("version ")?
+        .1
+        .split([' ', '\n', '('])
+        .next()?;
+    let mut parts = version.split('.').map(str::parse);
+    let number = (parts.next()?.ok()?, parts.next()?.ok()?);
+    Some((version.to_owned(), number))
+}
+
+fn root(config: &MachineConfig, sockets: Vec<Bind>) -> Root {
+    let bind = |source: &Path, target: &Path, executable| Bind {
+        source: source.into(),
+        target: target.to_owned(),
+        executable,
+    };
+    let mut root = Root {
+        binds: sockets,
+        ..Root::default()
+    };
+    root.binds
+        .push(bind(&config.kernel, Path::new("/kernel"), false));
+    root.binds
+        .push(bind(&config.initramfs, Path::new("/initramfs"), false));
+    for library in LIBRARIES.map(Path::new) {
+        // With a merged /usr these are links, which are needed, too: the path of the interpreter
+        // begins with one.
+        match std::fs::read_link(library) {
+            Ok(to) => root.links.push((library.to_owned(), to)),
+            Err(_) if library.is_dir() => root.binds.push(bind(library, library, true)),
+            Err(_) => {}
+        }
+    }
+    for firmware in FIRMWARE.map(Path::new) {
+        if firmware.is_dir() {
+            root.binds.push(bind(firmware, firmware, false));
+        }
+    }
+    let cache = Path::new("/etc/ld.so.cache");
+    if cache.is_file() {
+        root.binds.push(bind(cache, cache, false));
+    }
+    if config.hardware {
+        root.devices
+            .push(("/dev/kvm".into(), rustix::fs::makedev(10, 232)));
+    }
+    root
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_understood() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright";
+        assert_eq!(parse_version(debian), Some(("7.2.22".into(), (7, 2))));
+        assert_eq!(
+            parse_version("QEMU emulator version 10.0\n"),
+            Some(("10.0".into(), (10, 0)))
+        );
+        assert_eq!(parse_version("hello"), None);
+    }
+}

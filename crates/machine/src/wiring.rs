@@ -1,0 +1,135 @@
+//! What a machine is connected with: its console and its devices, as descriptors.
+//!
+//! A foreign executable (a user-mode kernel, QEMU) is told on its command line where the socket of
+//! a device is, so each socket needs a name that the executable can open. The caller's name is not
+//! used: [`place`] has the jail mount the socket of each descriptor at a path that this module
+//! chooses, and the command line has that path. So the jail holds the sockets in the list and
+//! nothing else, and the directory that they were created in is not visible there.
+
+use std::os::fd::OwnedFd;
+
+use hull_device_control::DeviceConfig;
+use hull_jail::{Bind, Source};
+use rustix::fs::{AtFlags, Gid, Uid};
+
+use crate::{Error, Features, Kind};
+
+/// A device and its back end.
+#[derive(Debug)]
+pub struct DeviceWiring {
+    /// The device.
+    pub config: DeviceConfig,
+    /// The Unix socket in the file system that the device process listens on with vhost-user,
+    /// opened with `O_PATH`.
+    pub socket: OwnedFd,
+}
+
+/// The connections of a machine.
+///
+/// Guest memory is not among them. A user-mode kernel creates the file of its memory itself, in
+/// the `/tmp` of its jail, and maps it at offsets that it chooses; QEMU creates a memfd. Both hand
+/// it to the device process over vhost-user, and the sandbox process never maps it. A descriptor
+/// made by the caller is needed to restore a machine from one, which neither kind supports.
+#[derive(Debug)]
+pub struct Wiring {
+    /// The writing end of a pipe for all that the guest kernel and the machine process print. At
+    /// its end of file the machine has ended.
+    pub console: OwnedFd,
+    /// The devices. The guest probes them in this order, net devices and disks are numbered in it.
+    pub devices: Vec<DeviceWiring>,
+    /// User and group of the machine process.
+    pub uid: u32,
+}
+
+/// A device with the name of its socket in the jail.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub(crate) config: DeviceConfig,
+    pub(crate) name: String,
+}
+
+impl Placed {
+    /// Path of the socket in the jail.
+    pub(crate) fn path(&self) -> String {
+        socket_path(&self.name)
+    }
+}
+
+/// Path of a device's socket in the jail.
+pub(crate) fn socket_path(name: &str) -> String {
+    format!("/sockets/{name}")
+}
+
+/// Names devices by what they are and a number of their own.
+pub(crate) fn names(devices: impl IntoIterator<Item = DeviceConfig>) -> Vec<Placed> {
+    let mut placed: Vec<Placed> = Vec::new();
+    for config in devices {
+        let same = |other: &&Placed| other.config.device_type() == config.device_type();
+        let number = placed.iter().filter(same).count();
+        let name = format!("{}{number}", config.device_type().name());
+        placed.push(Placed { config, name });
+    }
+    placed
+}
+
+/// Gives the sockets to the machine's user and has the jail mount them.
+pub(crate) fn place(
+    kind: Kind,
+    features: &Features,
+    devices: Vec<DeviceWiring>,
+    uid: u32,
+) -> Result<(Vec<Placed>, Vec<Bind>), Error> {
+    let placed = names(devices.iter().map(|device| device.config.clone()));
+    if let Some(most) = features.max_devices
+        && placed.len() > most
+    {
+        let disk = |device: &&Placed| matches!(device.config, DeviceConfig::Disk { .. });
+        return Err(Error::Devices {
+            kind,
+            disks: placed.iter().filter(disk).count(),
+            count: placed.len(),
+            most,
+        });
+    }
+    let mut binds = Vec::new();
+    for (DeviceWiring { socket, .. }, device) in devices.into_iter().zip(&placed) {
+        let (user, group) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)));
+        rustix::fs::chownat(&socket, "", user, group, AtFlags::EMPTY_PATH).map_err(|errno| {
+            Error::Socket {
+                device: device.name.clone(),
+                errno,
+            }
+        })?;
+        binds.push(Bind {
+            source: Source::Descriptor(socket),
+            target: device.path().into(),
+            executable: false,
+        });
+    }
+    Ok((placed, binds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_of_one_kind_are_numbered() {
+        let net = |last| DeviceConfig::Net {
+            mac: [2, 0, 0, 0, 0, last],
+            early_enable: false,
+        };
+        let devices = [
+            DeviceConfig::Vsock,
+            net(1),
+            DeviceConfig::Disk { read_only: false },
+            net(2),
+            DeviceConfig::Disk { read_only: false },
+        ];
+        let names: Vec<String> = names(devices)
+            .into_iter()
+            .map(|device| device.name)
+            .collect();
+        assert_eq!(names, ["vsock0", "net0", "disk0", "net1", "disk1"]);
+    }
+}
