@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use hull_protocol::agent::ConfigureRequest;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Most entropy that is taken in one call.
 const ENTROPY_LIMIT: usize = 512;

@@ -19,8 +19,8 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 use ttrpc::Code;
 
-use crate::process::Reaper;
-use crate::status::{Failure, Result, words};
+use crate::processes::reaper::Reaper;
+use crate::rpc::status::{Failure, Result, words};
 
 /// Longest error that the child reports.
 const REPORT_LIMIT: usize = 2048;
@@ -59,7 +59,7 @@ pub async fn run(
     rustix::fs::fcntl_setfl(&stream, OFlags::empty())
         .map_err(|e| failed("set up a stream", e.into()))?;
 
-    let births = reaper.births();
+    let guard = reaper.spawn_guard();
     // SAFETY: the agent has one thread, so the child is a complete copy in which all of Rust may be used. It never
     // returns into the event loop: it exits, without running destructors.
     let child = unsafe { libc::fork() };
@@ -91,8 +91,8 @@ pub async fn run(
         _ => {}
     }
     drop((stream, reporter, root, user_namespace));
-    let mut exit = reaper.expect(child.unsigned_abs());
-    drop(births);
+    let mut exit = reaper.register(child.unsigned_abs(), None);
+    drop(guard);
     let status = match exit.wait_for(Option::is_some).await {
         Ok(exit) => exit.map_or(255, |exit| exit.status),
         Err(_closed) => 255,

@@ -14,7 +14,7 @@ use oci_spec::runtime::{
 };
 use ttrpc::Code;
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Where the kernel shows its disks.
 const DISKS: &str = "/sys/block";

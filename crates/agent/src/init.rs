@@ -59,7 +59,7 @@ pub fn set_up() -> io::Result<()> {
 fn named(what: &str, error: io::Error) -> io::Error {
     io::Error::new(
         error.kind(),
-        format!("cannot {what}: {}", crate::status::words(&error)),
+        format!("cannot {what}: {}", crate::rpc::status::words(&error)),
     )
 }
 

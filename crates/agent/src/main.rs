@@ -15,24 +15,18 @@ mod container;
 mod container_init;
 mod copy;
 mod disks;
-mod event;
+mod events;
 mod init;
+mod io;
 mod log;
 mod loopback;
+mod metrics;
 mod network;
-mod plumbing;
-mod process;
 mod processes;
-mod registry;
-mod relay;
-mod service;
+mod rpc;
 mod shared_memory;
-mod stats;
-mod status;
-mod streams;
-mod vsock;
+mod time;
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -44,10 +38,10 @@ use tokio::sync::Notify;
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
-use crate::process::Reaper;
-use crate::service::Service;
-use crate::streams::Streams;
-use crate::vsock::Connection;
+use crate::io::streams::Streams;
+use crate::io::vsock::{self, Connection};
+use crate::processes::reaper::Reaper;
+use crate::rpc::service::{self, Service};
 
 /// Where the C library enters. Rust's own `main` would first look after standard streams, signals and the stack:
 /// fifteen system calls that PID 1 of a guest has no use for.
@@ -91,7 +85,7 @@ fn start() {
 }
 
 /// Everything after the setting up.
-fn run(home: OwnedFd) -> io::Result<()> {
+fn run(home: OwnedFd) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -105,7 +99,7 @@ fn run(home: OwnedFd) -> io::Result<()> {
 struct Once(Option<Connection>);
 
 impl Stream for Once {
-    type Item = io::Result<Connection>;
+    type Item = std::io::Result<Connection>;
 
     fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         Poll::Ready(self.0.take().map(Ok))
@@ -113,19 +107,20 @@ impl Stream for Once {
 }
 
 /// Serves until the connection ends.
-async fn serve(home: OwnedFd) -> io::Result<()> {
+async fn serve(home: OwnedFd) -> std::io::Result<()> {
     let ended = Arc::new(Notify::new());
     let connection = Connection::new(home, ended.clone())?;
     let reaper = Reaper::default();
     let reaping = reaper.start()?;
     let streams = Streams::listen()?;
     let established = connection.established().await;
-    established.map_err(|error| io::Error::other(format!("cannot reach the host: {error}")))?;
+    established
+        .map_err(|error| std::io::Error::other(format!("cannot reach the host: {error}")))?;
 
     let mut server = Server::new()
         .add_listener(Listener::new(Once(Some(connection))))
         .register_service(service::methods(Service::new(streams, reaper)));
-    server.start().await.map_err(io::Error::other)?;
+    server.start().await.map_err(std::io::Error::other)?;
     tokio::select! {
         () = reaping => {}
         () = ended.notified() => {}

@@ -14,7 +14,7 @@ use hull_protocol::SHARED_MEMORY_SOURCE;
 use oci_spec::runtime::{Mount, Spec};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Where they are mounted.
 const DIRECTORY: &str = "/run/hull/shm";

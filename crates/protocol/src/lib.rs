@@ -11,10 +11,43 @@ mod generated {
 
 pub use generated::{agent, agent_ttrpc};
 
-/// vsock port of the host that the agent dials when it is ready. The connection is both the event "ready" and
-/// the channel on which the agent then serves [`agent_ttrpc`]: no listener, no second round trip, and after a
-/// restore from a snapshot the agent simply dials again.
+/// Version of this contract: counts the changes that an older peer cannot ignore. See "Versions" in
+/// `agent.proto`.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Oldest version of a host that the agent answers.
+pub const MIN_HOST_VERSION: u32 = 1;
+
+/// vsock port of the host that the agent dials when it is ready. The connection is both the event
+/// "ready" and the channel on which the agent then serves [`agent_ttrpc`]: no listener, no second
+/// round trip. When it ends, as after a restore from a snapshot, the agent dials again: see
+/// "Connections" in `agent.proto`.
 pub const AGENT_PORT: u32 = 1024;
+
+/// How long the agent dials without a host that calls before it powers the machine off. Long enough
+/// for a host process to be replaced on a busy machine. It is a guest without a host on a machine
+/// that nobody has ended: rare, since the process that starts a machine takes it along when it dies.
+pub const NO_HOST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Key of the ttrpc metadata under which a call that changes something has its id.
+pub const CALL_ID_KEY: &str = "hull-call-id";
+
+/// Longest id of a call, bytes.
+pub const MAX_CALL_ID: usize = 64;
+
+/// Most calls with an id that a host has in flight; answers to so many are kept by the agent.
+pub const MAX_CALLS: usize = 256;
+
+/// Events that the agent keeps.
+pub const EVENTS_KEPT: usize = 1024;
+
+/// Bytes that the agent keeps of each output that it has sent to the host, to send them again when
+/// the connection breaks: as many as the host's vsock device takes from the guest before it has
+/// passed them on (the largest `buf_alloc` that it announces).
+pub const STREAM_REPLAY: usize = 256 << 10;
+
+/// Bytes that the agent keeps of all outputs together that have ended, the latest ones.
+pub const ENDED_REPLAY: usize = 1 << 20;
 
 /// vsock port of the guest to which the host connects one stream each for stdin, stdout, stderr or a terminal.
 pub const STREAM_PORT: u32 = 1025;

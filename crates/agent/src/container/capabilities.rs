@@ -1,7 +1,8 @@
 //! The five capability sets of a process.
 //!
-//! [`super::process`] calls the three steps in order, around the change of user. Sets are bit masks, as the kernel
+//! [`super::process_plan`] calls the three steps in order, around the change of user. Sets are bit masks, as the kernel
 //! has them.
+#![allow(unsafe_code)]
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 use rustix::io::Errno;

@@ -2,6 +2,7 @@
 //!
 //! Runs in the clone, with its copy of the agent's memory; plans are made by the agent before. Every function here
 //! returns only to report an error.
+#![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -12,7 +13,7 @@ use super::clone::ChildGate;
 use super::error::{Context, CreateError, Result};
 use super::hooks::Hooks;
 use super::namespaces::Namespaces;
-use super::process::{self, ProcessPlan};
+use super::process_plan::{self, ProcessPlan};
 use super::rootfs::{self, RootfsPlan};
 use super::{ChildIo, devices, sys, terminal};
 
@@ -51,7 +52,7 @@ pub(super) fn run_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Creat
     }
 }
 
-type Prepared = (process::Executable, Option<String>);
+type Prepared = (process_plan::Executable, Option<String>);
 
 fn prepare_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Result<Prepared> {
     start()?;
@@ -107,7 +108,7 @@ fn prepare_exec(
     plan: &ExecPlan<'_>,
     io: &ChildIo,
     gate: &ChildGate,
-) -> Result<process::Executable> {
+) -> Result<process_plan::Executable> {
     start()?;
     sys::setns(plan.init, plan.namespaces).context(|| "cannot join the container's namespaces")?;
     if plan.namespaces & sys::CLONE_NEWUSER != 0 {
@@ -178,7 +179,7 @@ fn open_terminal(root: BorrowedFd<'_>, process: &ProcessPlan) -> Result<terminal
 fn set_streams(io: &ChildIo, terminal: Option<terminal::Terminal>, gate: &ChildGate) -> Result<()> {
     match (io, terminal) {
         (ChildIo::Pipes(stdio), _) => {
-            process::set_stdio(
+            process_plan::set_stdio(
                 stdio.stdin.as_fd(),
                 stdio.stdout.as_fd(),
                 stdio.stderr.as_fd(),
@@ -189,7 +190,7 @@ fn set_streams(io: &ChildIo, terminal: Option<terminal::Terminal>, gate: &ChildG
             let slave = sys::leak(terminal.slave);
             sys::leak(terminal.master);
             terminal::control(slave)?;
-            process::set_stdio(slave, slave, slave)?;
+            process_plan::set_stdio(slave, slave, slave)?;
         }
         (ChildIo::Terminal, None) => {
             return Err(CreateError::other(

@@ -1,6 +1,7 @@
 //! The clone, and the gate between the agent and it: see the table in [`super`].
 //!
 //! [`spawn`] is the only place where the process splits. Its child side never returns.
+#![allow(unsafe_code)]
 
 use std::cell::Cell;
 use std::io::{IoSlice, IoSliceMut};

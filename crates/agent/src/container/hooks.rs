@@ -3,6 +3,7 @@
 //!
 //! Runs in the child, which is the parent of the hook's process. A hook that fails or takes too long fails the
 //! container.
+#![allow(unsafe_code)]
 
 use std::ffi::{CString, c_char};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -177,7 +178,7 @@ impl HookPlan {
         arguments: &[*const c_char],
         environment: &[*const c_char],
     ) -> ! {
-        if sys::duplicate(stdin, 0, 0).is_ok() && super::process::reset_signals().is_ok() {
+        if sys::duplicate(stdin, 0, 0).is_ok() && super::process_plan::reset_signals().is_ok() {
             sys::execve(&self.path, arguments, environment);
         }
         sys::exit(127)

@@ -3,6 +3,7 @@
 //!
 //! From outside, because raising any of it takes privileges of the guest's own user namespace, which a container
 //! with a user namespace has left; and late, because the limits are the command's, not the preparation's.
+#![allow(unsafe_code)]
 
 use oci_spec::runtime::{
     IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType,

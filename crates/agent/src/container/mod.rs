@@ -21,7 +21,6 @@
 //! 7.3 panicked when it was tried, and a container that may trace processes must not find the agent behind one of its own.
 //!
 //! Nothing here touches the asynchronous runtime, and nothing here reads or writes the container's streams.
-#![allow(unsafe_code)]
 
 mod capabilities;
 mod cgroup;
@@ -36,7 +35,7 @@ mod mount_options;
 mod mounts;
 mod namespaces;
 mod paths;
-mod process;
+mod process_plan;
 mod rootfs;
 mod seccomp;
 mod sys;
@@ -59,7 +58,7 @@ use self::clone::{Place, Spawned};
 use self::error::Context;
 use self::limits::Limits;
 use self::namespaces::{Namespaces, outside_id};
-use self::process::ProcessPlan;
+use self::process_plan::ProcessPlan;
 use self::rootfs::RootfsPlan;
 use self::seccomp::Filter;
 
@@ -75,7 +74,7 @@ pub struct Stdio {
 
 /// Arguments and environment that JSON cannot say: when not empty, they replace the spec's.
 #[derive(Clone, Debug, Default)]
-pub struct Exact {
+pub struct RawArgs {
     /// Instead of `process.args`.
     pub arguments: Vec<Vec<u8>>,
     /// Instead of `process.env`.
@@ -157,7 +156,7 @@ impl Container {
     pub fn begin_create(
         id: &str,
         spec: &Spec,
-        exact: &Exact,
+        raw: &RawArgs,
         io: ChildIo,
     ) -> Result<(Container, PendingChild)> {
         let linux = spec
@@ -184,12 +183,7 @@ impl Container {
             .map(Arc::new);
         let plan = InitPlan {
             rootfs: RootfsPlan::new(spec, &namespaces, &group.path())?,
-            process: ProcessPlan::new(
-                process,
-                exact,
-                linux.personality().as_ref(),
-                seccomp.clone(),
-            )?,
+            process: ProcessPlan::new(process, raw, linux.personality().as_ref(), seccomp.clone())?,
             hooks: hooks::Hooks::new(id, spec)?,
             hostname: own_name("hostname", spec.hostname(), &namespaces)?,
             domainname: own_name("domainname", spec.domainname(), &namespaces)?,
@@ -236,7 +230,7 @@ impl Container {
     pub fn begin_exec(
         &self,
         process: &Process,
-        exact: &Exact,
+        raw: &RawArgs,
         io: ChildIo,
     ) -> Result<PendingChild> {
         if self.frozen.load(Ordering::Relaxed) {
@@ -247,7 +241,7 @@ impl Container {
         let plan = ExecPlan {
             process: ProcessPlan::new(
                 process,
-                exact,
+                raw,
                 self.personality.as_ref(),
                 self.seccomp.clone(),
             )?,

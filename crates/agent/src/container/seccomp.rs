@@ -4,6 +4,7 @@
 //! executed later in the container get the same program. libseccomp knows the numbers of the system calls; the program
 //! is made here (`program`), as libseccomp's own decides: a rule without conditions goes before those with, and system
 //! calls of architectures that the profile does not name end the thread.
+#![allow(unsafe_code)]
 
 mod numbers;
 mod program;

@@ -1,6 +1,7 @@
 //! System calls that rustix does not wrap, as thin functions: same names, same order, errors as `io::Result`.
 //!
 //! Called by the files of this module only. Decides nothing.
+#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
 use std::io;

@@ -4,7 +4,7 @@
 //!
 //! Each container is made by a process of its own (see [`in_own_process`]): the creator needs an agent with one
 //! thread, and test programs have several.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, unsafe_code)]
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -108,7 +108,7 @@ fn run(
         stderr: writer.try_clone().unwrap().into(),
         stdout: writer.into(),
     });
-    let (container, pending) = Container::begin_create("test", &spec, &Exact::default(), io)?;
+    let (container, pending) = Container::begin_create("test", &spec, &RawArgs::default(), io)?;
     let run = || {
         let child = pending.finish()?;
         rustix::io::write(&child.gate, b"x").unwrap();

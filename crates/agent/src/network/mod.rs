@@ -22,7 +22,7 @@ use hull_protocol::agent::SetNetworkRequest;
 use hull_protocol::net_device_mac;
 use ttrpc::Code;
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 use netlink::{Link, Requests, Socket};
 use parking::Parking;
 use plan::{Situation, plan};

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use hull_protocol::agent::{self, SetNetworkRequest};
 
 use super::netlink::{address, family};
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Bounds of a request, beside the number of devices.
 const MOST_ADDRESSES: usize = 64;

@@ -29,7 +29,7 @@ const ROOT: &str = "/sys/fs/cgroup";
 const ALWAYS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// How long the kernel may take to freeze or to end the processes of a group.
-const PATIENCE: Duration = Duration::from_secs(5);
+const CGROUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What is known of a group before it is made.
 #[derive(Debug)]
@@ -352,7 +352,7 @@ impl Cgroup {
             ),
             format_args!(
                 "the kernel did not manage to within {} seconds",
-                PATIENCE.as_secs()
+                CGROUP_TIMEOUT.as_secs()
             ),
         ))
     }
@@ -367,7 +367,7 @@ impl Cgroup {
             Mode::empty(),
         )
         .context(what)?;
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + CGROUP_TIMEOUT;
         loop {
             let mut buffer = [0; 256];
             let length = rustix::io::pread(&events, &mut buffer, 0).context(what)?;
@@ -417,7 +417,7 @@ impl Cgroup {
                 format_args!("cannot remove {}", self.path.display()),
                 format_args!(
                     "its processes did not end within {} seconds",
-                    PATIENCE.as_secs()
+                    CGROUP_TIMEOUT.as_secs()
                 ),
             ));
         }

@@ -14,7 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::Notify;
 
-use crate::event;
+use crate::io::reactor;
 
 const ADDRESS_LENGTH: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
@@ -106,7 +106,7 @@ impl Connection {
     /// it has broken.
     pub fn new(socket: OwnedFd, ended: Arc<Notify>) -> io::Result<Self> {
         Ok(Self {
-            socket: event::watch(socket, Interest::READABLE | Interest::WRITABLE)?,
+            socket: reactor::watch(socket, Interest::READABLE | Interest::WRITABLE)?,
             ended,
         })
     }

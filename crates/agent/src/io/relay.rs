@@ -19,8 +19,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use crate::event;
-use crate::process::Exit;
+use crate::io::reactor;
+use crate::processes::reaper::Exit;
 
 /// Largest piece moved at once: what a pipe holds.
 const PIECE: usize = 64 * 1024;
@@ -31,7 +31,7 @@ static SCRATCH: Mutex<[u8; PIECE]> = Mutex::new([0; PIECE]);
 
 /// How far the output of a process has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Output {
+pub enum Progress {
     /// There may be more.
     Flowing,
     /// The process has ended and all that it wrote itself has been passed on; but something else still holds the
@@ -62,7 +62,7 @@ impl Lazy {
         if let Self::Plain(_) = self
             && let Self::Plain(fd) = std::mem::replace(self, Self::Gone)
         {
-            *self = Self::Registered(event::watch(fd, interest)?);
+            *self = Self::Registered(reactor::watch(fd, interest)?);
         }
         match self {
             Self::Registered(fd) => Ok(fd),
@@ -100,7 +100,7 @@ pub async fn output(
     source: OwnedFd,
     sink: OwnedFd,
     mut exit: watch::Receiver<Option<Exit>>,
-    progress: watch::Sender<Output>,
+    progress: watch::Sender<Progress>,
 ) {
     let mut source = Lazy::Plain(source);
     let mut sink = Lazy::Plain(sink);
@@ -117,7 +117,7 @@ pub async fn output(
         // Fails only when the host has closed it already.
         let _ = rustix::net::shutdown(fd, Shutdown::Write);
     }
-    progress.send_replace(Output::Ended);
+    progress.send_replace(Progress::Ended);
 }
 
 async fn pump_output(
@@ -125,7 +125,7 @@ async fn pump_output(
     source: &mut Lazy,
     sink: &mut Lazy,
     exit: &mut watch::Receiver<Option<Exit>>,
-    progress: &watch::Sender<Output>,
+    progress: &watch::Sender<Progress>,
 ) -> io::Result<()> {
     tokio::select! {
         ready = source.ready(Interest::READABLE) => ready?,
@@ -136,7 +136,7 @@ async fn pump_output(
         match step(way, source, sink).await? {
             Step::Moved => {}
             Step::Empty if exited => {
-                progress.send_replace(Output::Drained);
+                progress.send_replace(Progress::Drained);
                 source.ready(Interest::READABLE).await?;
             }
             Step::Empty => {
@@ -321,14 +321,14 @@ mod tests {
         process: std::fs::File,
         host: UnixStream,
         exit: ExitSender,
-        progress: watch::Receiver<Output>,
+        progress: watch::Receiver<Progress>,
     }
 
     fn outgoing(way: Way) -> Outgoing {
         let (source, process) = pipe();
         let (sink, host) = stream();
         let (exit, exit_seen) = watch::channel(None);
-        let (progress, progress_seen) = watch::channel(Output::Flowing);
+        let (progress, progress_seen) = watch::channel(Progress::Flowing);
         tokio::spawn(output(way, unblocked(source), sink, exit_seen, progress));
         Outgoing {
             process: process.into(),
@@ -338,7 +338,7 @@ mod tests {
         }
     }
 
-    async fn reach(progress: &mut watch::Receiver<Output>, wanted: Output) {
+    async fn reach(progress: &mut watch::Receiver<Progress>, wanted: Progress) {
         progress.wait_for(|output| *output == wanted).await.unwrap();
     }
 
@@ -348,7 +348,7 @@ mod tests {
             let mut out = outgoing(Way::Splice);
             out.process.write_all(b"hello").unwrap();
             drop(out.process);
-            reach(&mut out.progress, Output::Ended).await;
+            reach(&mut out.progress, Progress::Ended).await;
             let mut text = String::new();
             out.host.read_to_string(&mut text).unwrap();
             assert_eq!(text, "hello");
@@ -378,7 +378,7 @@ mod tests {
                 host.read_to_end(&mut bytes).unwrap();
                 bytes
             });
-            reach(&mut out.progress, Output::Ended).await;
+            reach(&mut out.progress, Progress::Ended).await;
             writer.join().unwrap();
             let bytes = reader.join().unwrap();
             assert_eq!(bytes.len(), LENGTH);
@@ -392,15 +392,15 @@ mod tests {
             let mut out = outgoing(Way::Splice);
             out.process.write_all(b"mine").unwrap();
             tokio::task::yield_now().await;
-            assert_eq!(*out.progress.borrow(), Output::Flowing);
-            out.exit.send_replace(Some(Exit { status: 0 }));
-            reach(&mut out.progress, Output::Drained).await;
+            assert_eq!(*out.progress.borrow(), Progress::Flowing);
+            out.exit.send_replace(Some(Exit::UNKNOWN));
+            reach(&mut out.progress, Progress::Drained).await;
             let mut text = [0; 4];
             out.host.read_exact(&mut text).unwrap();
             assert_eq!(&text, b"mine");
             out.process.write_all(b"descendant's").unwrap();
             drop(out.process);
-            reach(&mut out.progress, Output::Ended).await;
+            reach(&mut out.progress, Progress::Ended).await;
             let mut rest = String::new();
             out.host.read_to_string(&mut rest).unwrap();
             assert_eq!(rest, "descendant's");
@@ -413,7 +413,7 @@ mod tests {
             let mut out = outgoing(Way::Splice);
             drop(out.host);
             out.process.write_all(b"x").unwrap();
-            reach(&mut out.progress, Output::Ended).await;
+            reach(&mut out.progress, Progress::Ended).await;
             assert_eq!(
                 out.process.write_all(b"x").unwrap_err().kind(),
                 io::ErrorKind::BrokenPipe
@@ -447,7 +447,7 @@ mod tests {
             let (exit, exit_seen) = watch::channel(None);
             let relay = tokio::spawn(input(Way::Splice, source, unblocked(sink), exit_seen));
             tokio::task::yield_now().await;
-            exit.send_replace(Some(Exit { status: 0 }));
+            exit.send_replace(Some(Exit::UNKNOWN));
             relay.await.unwrap();
             drop(process);
             assert_eq!(host.read(&mut [0; 1]).unwrap(), 0);

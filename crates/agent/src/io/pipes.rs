@@ -11,10 +11,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::container::{ChildIo, Stdio};
-use crate::process::Exit;
-use crate::relay::{self, Output, Way};
-use crate::status::{Failure, Result};
-use crate::streams::Streams;
+use crate::io::relay::{self, Progress, Way};
+use crate::io::streams::Streams;
+use crate::processes::reaper::Exit;
+use crate::rpc::status::{Failure, Result};
 
 /// The agent's side of the streams of a process that is being made.
 #[derive(Default)]
@@ -31,7 +31,7 @@ pub struct Plumbing {
 #[derive(Default)]
 pub struct Relays {
     /// How far each output has got.
-    pub outputs: Vec<watch::Receiver<Output>>,
+    pub outputs: Vec<watch::Receiver<Progress>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -133,7 +133,7 @@ impl Plumbing {
             outputs.push((duplicate(master)?, stream));
         }
         for (source, sink) in outputs {
-            let (progress, seen) = watch::channel(Output::Flowing);
+            let (progress, seen) = watch::channel(Progress::Flowing);
             relays.outputs.push(seen);
             relays.tasks.push(tokio::spawn(relay::output(
                 way,

@@ -24,15 +24,15 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::connection;
-use super::program::Translation;
-use crate::event;
-use crate::vsock::Connection;
+use super::dns_redirect::Translation;
+use crate::io::reactor;
+use crate::io::vsock::Connection;
 
 /// Most connections of programs that ask by TCP, each of which has one question at a time.
 const MAX_CONNECTIONS: usize = 16;
 
 /// How long a program that asks by TCP may take for a question, and to take its answer.
-const PATIENCE: Duration = Duration::from_secs(15);
+const TCP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Ports that are tried until one is free for both.
 const ATTEMPTS: usize = 8;
@@ -120,8 +120,8 @@ fn sockets() -> io::Result<(AsyncFd<OwnedFd>, AsyncFd<OwnedFd>, u16)> {
         match socket(SocketType::STREAM, port) {
             Ok(tcp) => {
                 listen(&tcp, MAX_CONNECTIONS as i32)?;
-                let udp = event::watch(udp, Interest::READABLE)?;
-                return Ok((udp, event::watch(tcp, Interest::READABLE)?, port));
+                let udp = reactor::watch(udp, Interest::READABLE)?;
+                return Ok((udp, reactor::watch(tcp, Interest::READABLE)?, port));
             }
             Err(error) if attempt == ATTEMPTS => return Err(error),
             Err(_taken) => attempt += 1,
@@ -231,7 +231,7 @@ async fn converse<W: AsyncWrite + Unpin>(questions: Arc<Questions<W>>, mut strea
             stream.read_exact(&mut question).await?;
             Ok::<_, io::Error>(question)
         };
-        let question = timeout(PATIENCE, question).await??;
+        let question = timeout(TCP_TIMEOUT, question).await??;
         let (asker, answer) = oneshot::channel();
         questions.ask(Asker::Tcp(asker), &question).await?;
         let answer = answer.await.map_err(io::Error::other)?;
@@ -240,7 +240,7 @@ async fn converse<W: AsyncWrite + Unpin>(questions: Arc<Questions<W>>, mut strea
         }
         let mut message = (answer.len() as u16).to_be_bytes().to_vec();
         message.extend(answer);
-        timeout(PATIENCE, stream.write_all(&message)).await?
+        timeout(TCP_TIMEOUT, stream.write_all(&message)).await?
     };
     // Whoever has asked enough, too slowly, or without an answer to be had: the connection ends.
     while turn().await.is_ok() {}

@@ -9,14 +9,16 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use crate::container::Container;
 use crate::disks::Disks;
-use crate::plumbing::Relays;
-use crate::process::Process;
+use crate::io::pipes::Relays;
+use crate::processes::oom::OomWatch;
+use crate::processes::process::Process;
+use crate::rpc::status::{Failure, Result};
 use crate::shared_memory::Memory;
-use crate::status::{Failure, Result};
 
 /// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make one every
 /// second for months.
@@ -53,6 +55,10 @@ pub struct Entry {
     pub cgroup: PathBuf,
     /// What it has of the machine.
     pub holds: Holds,
+    /// Its OOM kills.
+    pub oom: Arc<OomWatch>,
+    /// Reports them.
+    oom_task: JoinHandle<()>,
     container: Mutex<Option<Container>>,
     /// Unused as long as the container is created and not started.
     gate: Mutex<Option<OwnedFd>>,
@@ -181,6 +187,7 @@ impl Entry {
         container: Container,
         holds: Holds,
         init: Running,
+        oom: Arc<OomWatch>,
         gate: Option<OwnedFd>,
     ) -> Self {
         Self {
@@ -188,6 +195,8 @@ impl Entry {
             init,
             cgroup: container.cgroup().to_owned(),
             holds,
+            oom_task: tokio::spawn(oom.clone().run()),
+            oom,
             container: Mutex::new(Some(container)),
             gate: Mutex::new(gate),
             paused: Mutex::new(false),
@@ -304,8 +313,9 @@ impl Entry {
             .ok_or_else(|| Failure::no_process(&self.id, exec_id))
     }
 
-    /// Ends all relays.
-    pub fn abort_relays(&self) {
+    /// Ends all that runs for the container in the agent.
+    pub fn abort_tasks(&self) {
+        self.oom_task.abort();
         self.init.relays.abort();
         for running in lock(&self.execs).values().flatten() {
             running.relays.abort();

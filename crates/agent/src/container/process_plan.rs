@@ -4,6 +4,7 @@
 //! [`ProcessPlan`] is made by the agent. The child calls [`ProcessPlan::become_user`], waits at the gate, then calls
 //! [`ProcessPlan::execute`]. What needs privileges outside of the container's user namespace is set by the agent on
 //! the waiting child ([`super::limits`]).
+#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,7 +19,7 @@ use super::error::{Context, CreateError, Result, reason};
 use super::paths::{self, Missing};
 use super::seccomp::Filter;
 use super::users::{self, User};
-use super::{Exact, sys};
+use super::{RawArgs, sys};
 
 /// `umask` when the spec names none.
 const UMASK: u32 = 0o022;
@@ -60,13 +61,13 @@ pub(super) struct Executable {
 impl ProcessPlan {
     pub(super) fn new(
         process: &Process,
-        exact: &Exact,
+        raw: &RawArgs,
         personality: Option<&LinuxPersonality>,
         seccomp: Option<Arc<Filter>>,
     ) -> Result<ProcessPlan> {
-        let strings = |field: &str, strings: &Option<Vec<String>>, exact: &[Vec<u8>]| {
-            if !exact.is_empty() {
-                return exact
+        let strings = |field: &str, strings: &Option<Vec<String>>, raw: &[Vec<u8>]| {
+            if !raw.is_empty() {
+                return raw
                     .iter()
                     .map(|string| sys::c_string(field, string.clone()))
                     .collect();
@@ -77,7 +78,7 @@ impl ProcessPlan {
                 .map(|string| sys::c_string(field, string))
                 .collect::<Result<Vec<_>>>()
         };
-        let arguments = strings("process.args", process.args(), &exact.arguments)?;
+        let arguments = strings("process.args", process.args(), &raw.arguments)?;
         if arguments.is_empty() {
             return Err(CreateError::invalid("process.args", "is empty"));
         }
@@ -120,7 +121,7 @@ impl ProcessPlan {
             .collect();
         Ok(ProcessPlan {
             arguments,
-            environment: strings("process.env", process.env(), &exact.environment)?,
+            environment: strings("process.env", process.env(), &raw.environment)?,
             cwd: sys::c_path("process.cwd", process.cwd())?,
             name: user.username().clone().filter(|name| !name.is_empty()),
             uid: user.uid(),
@@ -479,7 +480,7 @@ mod tests {
     fn wrong_specs_are_named() {
         let plan = |json: &str| {
             let process: Process = serde_json::from_str(json).unwrap();
-            ProcessPlan::new(&process, &Exact::default(), None, None)
+            ProcessPlan::new(&process, &RawArgs::default(), None, None)
                 .unwrap_err()
                 .to_string()
         };

@@ -12,14 +12,14 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-use crate::{event, vsock};
+use crate::io::{reactor, vsock};
 
 /// How long a call waits for a stream it names. The host connects before it calls, so only a host in trouble
 /// is ever waited for.
-const PATIENCE: Duration = Duration::from_secs(10);
+const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection that no call has asked for in this time belongs to a call that never came.
-const FORGOTTEN: Duration = Duration::from_secs(60);
+const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Streams that have arrived and are not yet used.
 pub struct Streams {
@@ -33,7 +33,7 @@ impl Streams {
     /// Starts to listen.
     pub fn listen() -> io::Result<Self> {
         Ok(Self {
-            listener: event::watch(vsock::listen(STREAM_PORT)?, Interest::READABLE)?,
+            listener: reactor::watch(vsock::listen(STREAM_PORT)?, Interest::READABLE)?,
             arrived: Mutex::default(),
             changed: Notify::new(),
         })
@@ -44,14 +44,14 @@ impl Streams {
         if let Some(stream) = self.accept_until(port)? {
             return Ok(stream);
         }
-        tokio::time::timeout(PATIENCE, self.wait_for(port))
+        tokio::time::timeout(STREAM_TIMEOUT, self.wait_for(port))
             .await
             .unwrap_or_else(|_elapsed| {
                 Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     format!(
                         "no stream from host port {port} within {} seconds",
-                        PATIENCE.as_secs()
+                        STREAM_TIMEOUT.as_secs()
                     ),
                 ))
             })
@@ -81,7 +81,7 @@ impl Streams {
                 Ok((stream, peer)) if peer == port => return Ok(Some(stream)),
                 Ok((stream, peer)) => {
                     let now = Instant::now();
-                    arrived.retain(|_, (_, since)| now.duration_since(*since) < FORGOTTEN);
+                    arrived.retain(|_, (_, since)| now.duration_since(*since) < UNCLAIMED_TIMEOUT);
                     arrived.insert(peer, (stream, now));
                     self.changed.notify_waiters();
                 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use hull_protocol::agent::{ProcessInfo, ProcessesResponse};
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Lists the processes of a control group and of those below it. One that ends meanwhile is left out.
 pub fn list(cgroup: &Path) -> Result<ProcessesResponse> {

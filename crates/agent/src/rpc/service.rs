@@ -9,10 +9,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hull_protocol::agent::{
     ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest,
-    CreateContainerResponse, DeleteContainerRequest, Empty, ExecRequest, ExecResponse,
-    ForwardRequest, ProcessRequest, ProcessesResponse, ResizeTerminalRequest, ResolveRequest,
-    SetNetworkRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    CreateContainerResponse, DeleteContainerRequest, Empty, EventsRequest, EventsResponse,
+    ExecRequest, ExecResponse, ForwardRequest, ProcessRequest, ProcessesResponse,
+    ResizeTerminalRequest, ResolveRequest, SetNetworkRequest, SignalRequest, StartContainerRequest,
+    StatsResponse, UpdateRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
@@ -23,29 +23,34 @@ use tokio::io::Interest;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::{Child, Container, CreateError, Exact, PendingChild};
+use crate::container::{Child, Container, CreateError, PendingChild, RawArgs};
 use crate::disks::Disks;
+use crate::events::Events;
+use crate::io::pipes::Plumbing;
+use crate::io::reactor;
+use crate::io::streams::Streams;
 use crate::loopback::Loopback;
 use crate::network::Network;
-use crate::plumbing::Plumbing;
-use crate::process::{Process, Reaper};
-use crate::registry::{Entry, Holds, Registry, Running, State};
+use crate::processes::oom::OomWatch;
+use crate::processes::process::Process;
+use crate::processes::reaper::{Identity, Reaper};
+use crate::rpc::registry::{Entry, Holds, Registry, Running, State};
+use crate::rpc::status::{Failure, Result};
 use crate::shared_memory::SharedMemory;
-use crate::status::{Failure, Result};
-use crate::streams::Streams;
-use crate::{configure, copy, event, init, processes, stats};
+use crate::{configure, copy, init, metrics, processes};
 
 /// How long a forced deletion waits for the killed init to be gone.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the answer to Shutdown has to reach the host.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+const SHUTDOWN_REPLY_GRACE: Duration = Duration::from_millis(100);
 
 /// The service. One per guest.
 pub struct Service {
     registry: Registry,
     streams: Streams,
     reaper: Reaper,
+    events: Arc<Events>,
     shared_memory: SharedMemory,
     network: Mutex<Network>,
     loopback: Loopback,
@@ -76,6 +81,7 @@ impl Service {
             registry: Registry::default(),
             streams,
             reaper,
+            events: Arc::default(),
             shared_memory: SharedMemory::default(),
             network: Mutex::new(Network::hiding()),
             loopback: Loopback::default(),
@@ -98,16 +104,22 @@ impl Service {
             .unwrap_or(false);
         let (plumbing, io) = Plumbing::connect(&self.streams, &request.streams, terminal).await?;
 
-        let exact = Exact {
+        let raw = RawArgs {
             arguments: request.raw_args,
             environment: request.raw_env,
         };
-        let births = self.reaper.births();
-        let (container, pending) = Container::begin_create(id, &spec, &exact, io)?;
+        let guard = self.reaper.spawn_guard();
+        let (container, pending) = Container::begin_create(id, &spec, &raw, io)?;
+        let oom = OomWatch::new(id, container.cgroup(), self.events.clone());
+        let oom = Arc::new(oom);
         let mut unfinished = Unfinished(Some(container));
         let child = finish(pending).await?;
-        let (running, gate) = self.adopt(child, plumbing)?;
-        drop(births);
+        let identity = Identity {
+            oom: oom.clone(),
+            exec_id: String::new(),
+        };
+        let (running, gate) = self.adopt(child, plumbing, identity)?;
+        drop(guard);
 
         let pid = running.process.pid();
         let gate = if request.start {
@@ -117,7 +129,7 @@ impl Service {
             Some(gate)
         };
         if let Some(container) = unfinished.0.take() {
-            place.fill(Entry::new(id, container, holds, running, gate));
+            place.fill(Entry::new(id, container, holds, running, oom, gate));
         }
         Ok(CreateContainerResponse {
             pid,
@@ -142,15 +154,19 @@ impl Service {
         )
         .await?;
 
-        let exact = Exact {
+        let raw = RawArgs {
             arguments: request.raw_args,
             environment: request.raw_env,
         };
-        let births = self.reaper.births();
-        let pending = entry.with_container(|container| container.begin_exec(&spec, &exact, io))?;
+        let guard = self.reaper.spawn_guard();
+        let pending = entry.with_container(|container| container.begin_exec(&spec, &raw, io))?;
         let child = finish(pending).await?;
-        let (running, gate) = self.adopt(child, plumbing)?;
-        drop(births);
+        let identity = Identity {
+            oom: entry.oom.clone(),
+            exec_id: request.exec_id,
+        };
+        let (running, gate) = self.adopt(child, plumbing, identity)?;
+        drop(guard);
 
         let pid = running.process.pid();
         open_gate(gate).await?;
@@ -161,9 +177,14 @@ impl Service {
         })
     }
 
-    /// Makes a new child one of ours: its end will be noticed, its streams flow.
-    fn adopt(&self, child: Child, plumbing: Plumbing) -> Result<(Running, OwnedFd)> {
-        let exit = self.reaper.expect(child.pid);
+    /// Registers a new child and starts its relays.
+    fn adopt(
+        &self,
+        child: Child,
+        plumbing: Plumbing,
+        identity: Identity,
+    ) -> Result<(Running, OwnedFd)> {
+        let exit = self.reaper.register(child.pid, Some(identity));
         let relays = plumbing.start(child.terminal.as_ref(), &exit)?;
         let process = Process::new(
             child.pid,
@@ -183,7 +204,7 @@ impl Service {
         }
         if entry.state() != State::Stopped {
             entry.with_container(|container| container.kill_all(libc::SIGKILL))?;
-            if tokio::time::timeout(KILL_PATIENCE, entry.init.process.ended())
+            if tokio::time::timeout(KILL_TIMEOUT, entry.init.process.ended())
                 .await
                 .is_err()
             {
@@ -191,7 +212,7 @@ impl Service {
                     Code::INTERNAL,
                     format!(
                         "container {id:?} does not end: killed {} seconds ago",
-                        KILL_PATIENCE.as_secs()
+                        KILL_TIMEOUT.as_secs()
                     ),
                 ));
             }
@@ -202,7 +223,7 @@ impl Service {
             .ok_or_else(|| Failure::no_container(id))?;
         self.registry.remove(id);
         destroy(container);
-        entry.abort_relays();
+        entry.abort_tasks();
         Ok(())
     }
 
@@ -215,7 +236,8 @@ impl Service {
         };
         Ok(WaitResponse {
             exit_status: exit.status,
-            oom_killed: stats::oom_kills(&entry.cgroup) > 0,
+            oom_killed: exit.oom_killed || entry.oom.check() > 0,
+            exited_at_ns: exit.at_ns,
             ..Default::default()
         })
     }
@@ -331,7 +353,7 @@ impl Service {
 async fn finish(pending: PendingChild) -> Result<Child> {
     {
         let failed = |error: std::io::Error| Failure::internal("wait for a new process", &error);
-        let ready = event::watch_borrowed(pending.as_fd(), Interest::READABLE).map_err(failed)?;
+        let ready = reactor::watch_borrowed(pending.as_fd(), Interest::READABLE).map_err(failed)?;
         let _ = ready.readable().await.map_err(failed)?;
     }
     Ok(pending.finish()?)
@@ -345,7 +367,7 @@ async fn open_gate(gate: OwnedFd) -> Result<()> {
         Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {}
         Err(error) => return Err(failed(error.into())),
     }
-    let gate = event::watch(gate, Interest::READABLE).map_err(failed)?;
+    let gate = reactor::watch(gate, Interest::READABLE).map_err(failed)?;
     let mut message = [0; 4096];
     loop {
         let mut guard = gate.readable().await.map_err(failed)?;
@@ -424,6 +446,14 @@ impl Agent for Service {
         Ok(self.wait_for(&request).await?)
     }
 
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        request: EventsRequest,
+    ) -> ttrpc::Result<EventsResponse> {
+        Ok(self.events.after(request.after).await?)
+    }
+
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
         done(self.send_signal(&request))
     }
@@ -454,7 +484,7 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<StatsResponse> {
         let entry = self.registry.get(&request.container_id)?;
-        Ok(stats::read(&entry.cgroup, entry.init.process.pid()))
+        Ok(metrics::read(&entry.cgroup, entry.init.process.pid()))
     }
 
     async fn processes(
@@ -463,7 +493,7 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<ProcessesResponse> {
         let entry = self.registry.get(&request.container_id)?;
-        Ok(processes::list(&entry.cgroup)?)
+        Ok(processes::list::list(&entry.cgroup)?)
     }
 
     async fn copy_out(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
@@ -478,7 +508,7 @@ impl Agent for Service {
         init::quiesce();
         // The host has what it waits for, and may end the machine itself, which is quicker.
         tokio::spawn(async {
-            tokio::time::sleep(LAST_WORDS).await;
+            tokio::time::sleep(SHUTDOWN_REPLY_GRACE).await;
             init::power_off()
         });
         Ok(Empty::new())

@@ -1,0 +1,5 @@
+//! What the host calls: the methods of `agent.proto`, what they work on, and how they fail.
+
+pub mod registry;
+pub mod service;
+pub mod status;
