@@ -4,5 +4,6 @@
 pub mod pipes;
 pub mod reactor;
 pub mod relay;
+mod replay;
 pub mod streams;
 pub mod vsock;

@@ -1,50 +1,165 @@
-//! Connects a new process to the host's streams: takes the streams that a call names, makes the pipes between them
-//! and the process, and starts the relays. Called by `service` around the creation of a process.
+//! Connects a process to the host's streams: takes the streams that a call names, creates the pipes
+//! between them and the process, starts the relays, and attaches other streams to them. Called by
+//! `rpc::service`.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
-use hull_protocol::agent;
+use hull_protocol::agent::{self, ReattachStreamsRequest};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use ttrpc::Code;
 
 use crate::container::{ChildIo, Stdio};
-use crate::io::relay::{self, Progress, Way};
+use crate::io::relay::{EndedOutputs, Input, Output, Progress, Way};
 use crate::io::streams::Streams;
 use crate::processes::reaper::Exit;
 use crate::rpc::status::{Failure, Result};
 
-/// The agent's side of the streams of a process that is being made.
+/// The agent's side of the streams of a process that is being created.
 #[derive(Default)]
-pub struct Plumbing {
-    /// From the host, and where it goes.
-    input: Option<(OwnedFd, OwnedFd)>,
-    /// From the process, and where it goes.
-    outputs: Vec<(OwnedFd, OwnedFd)>,
+pub struct Pipes {
+    stdin: Option<Ends>,
+    stdout: Option<Ends>,
+    stderr: Option<Ends>,
     /// Both ways. The other end is there when the process is.
     terminal: Option<OwnedFd>,
 }
 
-/// Relays at work.
+/// What a relay connects.
+struct Ends {
+    stream: OwnedFd,
+    pipe: OwnedFd,
+}
+
+/// The relays of a process.
 #[derive(Default)]
 pub struct Relays {
-    /// How far each output has got.
-    pub outputs: Vec<watch::Receiver<Progress>>,
-    tasks: Vec<JoinHandle<()>>,
+    input: Option<Input>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
+    terminal: Option<Output>,
 }
 
 impl Relays {
+    /// How far each output has got.
+    pub fn progress(&self) -> Vec<watch::Receiver<Progress>> {
+        self.outputs().map(Output::progress).collect()
+    }
+
     /// Ends all of them; the host sees its streams closed.
-    pub fn abort(&self) {
-        for task in &self.tasks {
-            task.abort();
+    pub async fn close(&self) {
+        if let Some(input) = &self.input {
+            input.close().await;
         }
+        for output in self.outputs() {
+            output.close().await;
+        }
+    }
+
+    fn outputs(&self) -> impl Iterator<Item = &Output> {
+        let outputs = [&self.stdout, &self.stderr, &self.terminal];
+        outputs.into_iter().flatten()
+    }
+
+    /// Gives relays new streams, all or none; returns how many bytes of the input have been taken.
+    /// Must not be dropped before it returns: relays that it has stopped would not go on.
+    pub async fn reattach(
+        &self,
+        streams: &Streams,
+        request: &ReattachStreamsRequest,
+    ) -> Result<u64> {
+        let ports: &agent::Streams = &request.streams;
+        let input = match (ports.terminal, ports.stdin) {
+            (0, 0) => None,
+            (0, port) if self.terminal.is_none() => {
+                require("stdin", self.input.as_ref())?;
+                Some(take(streams, port).await?)
+            }
+            _ => None,
+        };
+        let mut outputs = Vec::new();
+        for (name, port, output, received) in [
+            (
+                "stdout",
+                ports.stdout,
+                &self.stdout,
+                request.stdout_received,
+            ),
+            (
+                "stderr",
+                ports.stderr,
+                &self.stderr,
+                request.stderr_received,
+            ),
+            (
+                "terminal",
+                ports.terminal,
+                &self.terminal,
+                request.terminal_received,
+            ),
+        ] {
+            if port != 0 {
+                let output = require(name, output.as_ref())?;
+                outputs.push((name, output, take(streams, port).await?, received));
+            }
+        }
+        let input = match (input, outputs.last()) {
+            (None, Some(("terminal", _, stream, _))) => Some(duplicate(stream)?),
+            (input, _) => input,
+        };
+
+        let mut stopped = Vec::new();
+        for (name, output, stream, received) in outputs {
+            stopped.push((name, output.stop().await, stream, received));
+        }
+        let missing = stopped
+            .iter()
+            .find(|(_, output, _, received)| !output.sendable_from().contains(received));
+        if let Some((name, output, _, received)) = missing {
+            let kept = output.sendable_from();
+            let failure = Failure::new(
+                Code::OUT_OF_RANGE,
+                format!(
+                    "cannot send {name} on from byte {received}: bytes {} to {} are kept",
+                    kept.start(),
+                    kept.end()
+                ),
+            );
+            for (_, output, _, _) in stopped {
+                output.resume();
+            }
+            return Err(failure);
+        }
+        for (_, output, stream, received) in stopped {
+            output.attach(stream, received);
+        }
+        let Some(relay) = &self.input else {
+            return Ok(0);
+        };
+        let relay = relay.stop().await;
+        let received = relay.received();
+        match input {
+            Some(stream) => relay.attach(stream),
+            None => relay.resume(),
+        }
+        Ok(received)
     }
 }
 
-impl Plumbing {
+/// A relay that the host names.
+fn require<'a, T>(name: &str, relay: Option<&'a T>) -> Result<&'a T> {
+    relay.ok_or_else(|| {
+        Failure::new(
+            Code::FAILED_PRECONDITION,
+            format!("the process was started without a {name} stream"),
+        )
+    })
+}
+
+impl Pipes {
     /// Takes the named streams. `terminal` is what the spec of the process says.
     pub async fn connect(
         streams: &Streams,
@@ -76,21 +191,23 @@ impl Plumbing {
                 "a terminal stream is named, but the process has no terminal",
             ));
         }
-        let mut plumbing = Self::default();
+        let mut pipes = Self::default();
         let stdin = match names.stdin {
             0 => null()?,
             port => {
                 let stream = take(streams, port).await?;
-                let (theirs, ours) = pipe()?;
-                unblock(&ours)?;
-                plumbing.input = Some((stream, ours));
+                let (theirs, pipe) = pipe()?;
+                unblock(&pipe)?;
+                pipes.stdin = Some(Ends { stream, pipe });
                 theirs
             }
         };
-        let stdout = plumbing.output(streams, names.stdout).await?;
-        let stderr = plumbing.output(streams, names.stderr).await?;
+        let (stdout, ends) = output(streams, names.stdout).await?;
+        pipes.stdout = ends;
+        let (stderr, ends) = output(streams, names.stderr).await?;
+        pipes.stderr = ends;
         Ok((
-            plumbing,
+            pipes,
             ChildIo::Pipes(Stdio {
                 stdin,
                 stdout,
@@ -99,57 +216,47 @@ impl Plumbing {
         ))
     }
 
-    async fn output(&mut self, streams: &Streams, port: u32) -> Result<OwnedFd> {
-        if port == 0 {
-            return null();
-        }
-        let stream = take(streams, port).await?;
-        let (ours, theirs) = pipe()?;
-        unblock(&ours)?;
-        self.outputs.push((ours, stream));
-        Ok(theirs)
-    }
-
-    /// Starts the relays of a process that has been made. `terminal` is its master, if it has one.
+    /// Starts the relays of a process that has been created. `terminal` is its master, if it has one.
     pub fn start(
         self,
         terminal: Option<&OwnedFd>,
         exit: &watch::Receiver<Option<Exit>>,
+        ended: &Arc<EndedOutputs>,
     ) -> Result<Relays> {
-        let mut relays = Relays::default();
-        let (mut input, mut outputs) = (self.input, self.outputs);
-        // Into or out of a pipe, unless there is a terminal.
-        let way = if terminal.is_some() {
-            Way::Copy
-        } else {
-            Way::Splice
-        };
+        let output = |source, sink| Output::start(source, sink, exit.clone(), ended.clone());
         if let (Some(master), Some(stream)) = (terminal, self.terminal) {
-            let duplicate = |fd: &OwnedFd| {
-                fd.try_clone()
-                    .map_err(|e| Failure::internal("duplicate a descriptor", &e))
-            };
-            input = Some((duplicate(&stream)?, duplicate(master)?));
-            outputs.push((duplicate(master)?, stream));
+            let (source, sink) = (duplicate(&stream)?, duplicate(master)?);
+            return Ok(Relays {
+                input: Some(Input::start(Way::Copy, source, sink, exit.clone())),
+                terminal: Some(output(duplicate(master)?, stream)),
+                ..Relays::default()
+            });
         }
-        for (source, sink) in outputs {
-            let (progress, seen) = watch::channel(Progress::Flowing);
-            relays.outputs.push(seen);
-            relays.tasks.push(tokio::spawn(relay::output(
-                way,
-                source,
-                sink,
-                exit.clone(),
-                progress,
-            )));
-        }
-        if let Some((source, sink)) = input {
-            relays
-                .tasks
-                .push(tokio::spawn(relay::input(way, source, sink, exit.clone())));
-        }
-        Ok(relays)
+        Ok(Relays {
+            input: self
+                .stdin
+                .map(|ends| Input::start(Way::Splice, ends.stream, ends.pipe, exit.clone())),
+            stdout: self.stdout.map(|ends| output(ends.pipe, ends.stream)),
+            stderr: self.stderr.map(|ends| output(ends.pipe, ends.stream)),
+            terminal: None,
+        })
     }
+}
+
+/// The process's end of an output, and the agent's if there is a stream.
+async fn output(streams: &Streams, port: u32) -> Result<(OwnedFd, Option<Ends>)> {
+    if port == 0 {
+        return Ok((null()?, None));
+    }
+    let stream = take(streams, port).await?;
+    let (pipe, theirs) = pipe()?;
+    unblock(&pipe)?;
+    Ok((theirs, Some(Ends { stream, pipe })))
+}
+
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd> {
+    fd.try_clone()
+        .map_err(|error| Failure::internal("duplicate a descriptor", &error))
 }
 
 async fn take(streams: &Streams, port: u32) -> Result<OwnedFd> {

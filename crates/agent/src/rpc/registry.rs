@@ -314,11 +314,12 @@ impl Entry {
     }
 
     /// Ends all that runs for the container in the agent.
-    pub fn abort_tasks(&self) {
+    pub async fn close_streams(&self) {
         self.oom_task.abort();
-        self.init.relays.abort();
-        for running in lock(&self.execs).values().flatten() {
-            running.relays.abort();
+        self.init.relays.close().await;
+        let execs: Vec<_> = lock(&self.execs).values().flatten().cloned().collect();
+        for running in execs {
+            running.relays.close().await;
         }
     }
 }

@@ -10,11 +10,13 @@ use async_trait::async_trait;
 use hull_protocol::agent::{
     ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest,
     CreateContainerResponse, DeleteContainerRequest, Empty, EventsRequest, EventsResponse,
-    ExecRequest, ExecResponse, ForwardRequest, ProcessRequest, ProcessesResponse,
-    ResizeTerminalRequest, ResolveRequest, SetNetworkRequest, SignalRequest, StartContainerRequest,
-    StatsResponse, UpdateRequest, WaitResponse,
+    ExecRequest, ExecResponse, ForwardRequest, HelloRequest, HelloResponse, ProcessRequest,
+    ProcessesResponse, ReattachStreamsRequest, ReattachStreamsResponse, ResizeTerminalRequest,
+    ResolveRequest, SetNetworkRequest, SignalRequest, StartContainerRequest, StatsResponse,
+    UpdateRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
+use hull_protocol::{MIN_HOST_VERSION, PROTOCOL_VERSION};
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
 use rustix::net::RecvFlags;
 use rustix::termios::Winsize;
@@ -23,19 +25,21 @@ use tokio::io::Interest;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
+use super::calls;
+use super::registry::{Entry, Holds, Registry, Running, State};
+use super::status::{Failure, Result};
 use crate::container::{Child, Container, CreateError, PendingChild, RawArgs};
 use crate::disks::Disks;
 use crate::events::Events;
-use crate::io::pipes::Plumbing;
+use crate::io::pipes::Pipes;
 use crate::io::reactor;
+use crate::io::relay::EndedOutputs;
 use crate::io::streams::Streams;
 use crate::loopback::Loopback;
 use crate::network::Network;
 use crate::processes::oom::OomWatch;
 use crate::processes::process::Process;
 use crate::processes::reaper::{Identity, Reaper};
-use crate::rpc::registry::{Entry, Holds, Registry, Running, State};
-use crate::rpc::status::{Failure, Result};
 use crate::shared_memory::SharedMemory;
 use crate::{configure, copy, init, metrics, processes};
 
@@ -48,9 +52,10 @@ const SHUTDOWN_REPLY_GRACE: Duration = Duration::from_millis(100);
 /// The service. One per guest.
 pub struct Service {
     registry: Registry,
-    streams: Streams,
+    streams: Arc<Streams>,
     reaper: Reaper,
     events: Arc<Events>,
+    ended_outputs: Arc<EndedOutputs>,
     shared_memory: SharedMemory,
     network: Mutex<Network>,
     loopback: Loopback,
@@ -76,12 +81,13 @@ fn destroy(container: Container) {
 
 impl Service {
     /// A service without containers.
-    pub fn new(streams: Streams, reaper: Reaper) -> Self {
+    pub fn new(streams: Arc<Streams>, reaper: Reaper) -> Self {
         Self {
             registry: Registry::default(),
             streams,
             reaper,
             events: Arc::default(),
+            ended_outputs: Arc::default(),
             shared_memory: SharedMemory::default(),
             network: Mutex::new(Network::hiding()),
             loopback: Loopback::default(),
@@ -102,7 +108,7 @@ impl Service {
             .as_ref()
             .and_then(ProcessSpec::terminal)
             .unwrap_or(false);
-        let (plumbing, io) = Plumbing::connect(&self.streams, &request.streams, terminal).await?;
+        let (pipes, io) = Pipes::connect(&self.streams, &request.streams, terminal).await?;
 
         let raw = RawArgs {
             arguments: request.raw_args,
@@ -118,7 +124,7 @@ impl Service {
             oom: oom.clone(),
             exec_id: String::new(),
         };
-        let (running, gate) = self.adopt(child, plumbing, identity)?;
+        let (running, gate) = self.adopt(child, pipes, identity)?;
         drop(guard);
 
         let pid = running.process.pid();
@@ -147,7 +153,7 @@ impl Service {
         entry.require(&[State::Running], "execute a command in")?;
         let place = entry.reserve_exec(&request.exec_id)?;
         let spec: ProcessSpec = parse("process", &request.process_json)?;
-        let (plumbing, io) = Plumbing::connect(
+        let (pipes, io) = Pipes::connect(
             &self.streams,
             &request.streams,
             spec.terminal().unwrap_or(false),
@@ -165,7 +171,7 @@ impl Service {
             oom: entry.oom.clone(),
             exec_id: request.exec_id,
         };
-        let (running, gate) = self.adopt(child, plumbing, identity)?;
+        let (running, gate) = self.adopt(child, pipes, identity)?;
         drop(guard);
 
         let pid = running.process.pid();
@@ -178,20 +184,15 @@ impl Service {
     }
 
     /// Registers a new child and starts its relays.
-    fn adopt(
-        &self,
-        child: Child,
-        plumbing: Plumbing,
-        identity: Identity,
-    ) -> Result<(Running, OwnedFd)> {
+    fn adopt(&self, child: Child, pipes: Pipes, identity: Identity) -> Result<(Running, OwnedFd)> {
         let exit = self.reaper.register(child.pid, Some(identity));
-        let relays = plumbing.start(child.terminal.as_ref(), &exit)?;
+        let relays = pipes.start(child.terminal.as_ref(), &exit, &self.ended_outputs)?;
         let process = Process::new(
             child.pid,
             child.pidfd,
             child.terminal,
             exit,
-            relays.outputs.clone(),
+            relays.progress(),
         );
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         Ok((Running::new(process, relays, sequence), child.gate))
@@ -223,7 +224,7 @@ impl Service {
             .ok_or_else(|| Failure::no_container(id))?;
         self.registry.remove(id);
         destroy(container);
-        entry.abort_tasks();
+        entry.close_streams().await;
         Ok(())
     }
 
@@ -240,6 +241,25 @@ impl Service {
             exited_at_ns: exit.at_ns,
             ..Default::default()
         })
+    }
+
+    async fn reattach(&self, request: ReattachStreamsRequest) -> Result<ReattachStreamsResponse> {
+        let entry = self.registry.get(&request.container_id)?;
+        let streams = self.streams.clone();
+        // On its own: it must not end half way when the call is dropped.
+        let reattached = tokio::spawn(async move {
+            let received = match request.exec_id.as_str() {
+                "" => entry.init.relays.reattach(&streams, &request).await?,
+                id => entry.exec(id)?.relays.reattach(&streams, &request).await?,
+            };
+            Ok(ReattachStreamsResponse {
+                input_received: received,
+                ..Default::default()
+            })
+        });
+        reattached
+            .await
+            .unwrap_or_else(|error| Err(Failure::internal("attach streams", &error.into())))
     }
 
     fn send_signal(&self, request: &SignalRequest) -> Result<()> {
@@ -391,8 +411,34 @@ fn done(result: Result<()>) -> ttrpc::Result<Empty> {
     Ok(result.map(|()| Empty::new())?)
 }
 
+/// Compares versions: see the head of `agent.proto`.
+fn hello(request: &HelloRequest) -> Result<HelloResponse> {
+    if request.protocol_version < MIN_HOST_VERSION {
+        return Err(Failure::new(
+            Code::FAILED_PRECONDITION,
+            format!(
+                "the host speaks version {} of the agent's protocol; this agent needs {MIN_HOST_VERSION} or newer",
+                request.protocol_version
+            ),
+        ));
+    }
+    const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+    let boot_id = std::fs::read_to_string(BOOT_ID)
+        .map_err(|error| Failure::internal("read the guest's boot id", &error))?;
+    Ok(HelloResponse {
+        protocol_version: PROTOCOL_VERSION,
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        boot_id: boot_id.trim_ascii_end().to_owned(),
+        ..Default::default()
+    })
+}
+
 #[async_trait]
 impl Agent for Service {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        Ok(hello(&request)?)
+    }
+
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> ttrpc::Result<Empty> {
         done(configure::apply(&request))
     }
@@ -452,6 +498,14 @@ impl Agent for Service {
         request: EventsRequest,
     ) -> ttrpc::Result<EventsResponse> {
         Ok(self.events.after(request.after).await?)
+    }
+
+    async fn reattach_streams(
+        &self,
+        _: &TtrpcContext,
+        request: ReattachStreamsRequest,
+    ) -> ttrpc::Result<ReattachStreamsResponse> {
+        Ok(self.reattach(request).await?)
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
@@ -517,5 +571,7 @@ impl Agent for Service {
 
 /// The service as ttrpc wants it.
 pub fn methods(service: Service) -> std::collections::HashMap<String, ttrpc::r#async::Service> {
-    hull_protocol::agent_ttrpc::create_agent(Arc::new(service))
+    let mut services = hull_protocol::agent_ttrpc::create_agent(Arc::new(service));
+    services.values_mut().for_each(calls::once);
+    services
 }
