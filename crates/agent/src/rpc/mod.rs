@@ -5,3 +5,6 @@ pub mod connection;
 pub mod registry;
 pub mod service;
 pub mod status;
+
+#[cfg(test)]
+mod tests;

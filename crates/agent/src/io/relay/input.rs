@@ -57,7 +57,7 @@ pub struct StoppedInput {
 impl Input {
     /// Passes on what the host sends to a process, from the stream `source` to `sink`. Ends when the
     /// host has half-closed the stream (the process then reads end of file from a pipe; a terminal
-    /// has none), when the process no longer reads, or when it has ended.
+    /// has none, and waits for another stream), when the process no longer reads, or when it has ended.
     pub fn start(
         way: Way,
         source: OwnedFd,
@@ -151,7 +151,8 @@ impl InputState {
         let (Some(source), Some(sink)) = (&mut self.source, &mut self.sink) else {
             return Err(Loss::Broken);
         };
-        let mut ready = false;
+        // A new stream has brought nothing yet. Later, an event may have been taken and not used.
+        let mut ready = matches!(source, Lazy::Registered(_));
         loop {
             // A busy source must not keep the others from their turn.
             tokio::task::coop::consume_budget().await;
@@ -172,6 +173,8 @@ impl InputState {
                 Way::Copy => copy_piece(source, &mut self.pending, &mut ready)?,
             };
             match moved {
+                // A terminal has no end of file: its input may go on with another connection.
+                Some(0) if self.way == Way::Copy => return Err(Loss::Broken),
                 Some(0) => return Ok(()),
                 Some(n) => self.received += n as u64,
                 None => {}

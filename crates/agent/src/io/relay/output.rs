@@ -200,10 +200,8 @@ impl OutputState {
     }
 
     async fn pump(&mut self) -> Result<(), Loss> {
-        if let Some(source) = &mut self.source
-            && !self.replay.has_unsent()
-            && self.exit.borrow().is_none()
-        {
+        // A new process has written nothing yet. Later, an event may have been taken and not used.
+        if let Some(source @ Lazy::Plain(_)) = &mut self.source {
             tokio::select! {
                 ready = source.ready(Interest::READABLE) => ready?,
                 _ = self.exit.changed() => {}
