@@ -48,7 +48,8 @@ pub struct InputState {
     exit: watch::Receiver<Option<Exit>>,
 }
 
-/// An input whose relay is stopped.
+/// An input whose relay is stopped, until it is attached or resumed.
+#[must_use]
 pub struct StoppedInput {
     input: Input,
     state: OwnedMutexGuard<InputState>,
@@ -102,6 +103,12 @@ impl StoppedInput {
     /// How many bytes have been taken from the host.
     pub fn received(&self) -> u64 {
         self.state.received
+    }
+
+    /// Whether the process's side has taken all of it.
+    #[cfg(test)]
+    pub fn is_taken(&self) -> bool {
+        self.state.pending.is_empty()
     }
 
     /// Goes on with another connection. It is closed when the input has ended.

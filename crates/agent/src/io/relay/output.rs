@@ -68,7 +68,8 @@ pub struct OutputState {
     ended: Arc<EndedOutputs>,
 }
 
-/// An output whose relay is stopped.
+/// An output whose relay is stopped, until it is attached or resumed.
+#[must_use]
 pub struct StoppedOutput {
     output: Output,
     state: OwnedMutexGuard<OutputState>,

@@ -326,10 +326,10 @@ fn input_goes_on_at_the_byte_that_the_agent_names() {
             });
             for _ in 0..20 {
                 let writer = std::thread::spawn({
-                    let from = input.stop().await;
-                    let received = from.received() as usize;
+                    let stopped = input.stop().await;
+                    let received = stopped.received() as usize;
                     let (source, next) = resettable();
-                    from.attach(source);
+                    stopped.attach(source);
                     reset(std::mem::replace(&mut host, next.try_clone().unwrap()));
                     move || {
                         let until = LENGTH.min(received + 150_000);
@@ -344,14 +344,26 @@ fn input_goes_on_at_the_byte_that_the_agent_names() {
                 host = resettable().1;
                 settle().await;
             }
-            let received = input.stop().await.received() as usize;
+            let stopped = input.stop().await;
+            let received = stopped.received() as usize;
             let (source, host) = resettable();
-            input.stop().await.attach(source);
+            stopped.attach(source);
             let writer = std::thread::spawn(move || {
                 (&host).write_all(&pattern(received..LENGTH)).unwrap();
             });
             while !reader.is_finished() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
+                // A terminal has no end of file: the pipe that stands for it is closed.
+                if way == Way::Copy && writer.is_finished() {
+                    let stopped = input.stop().await;
+                    match stopped.received() as usize {
+                        LENGTH if stopped.is_taken() => {
+                            drop(stopped);
+                            input.close().await;
+                        }
+                        _ => stopped.resume(),
+                    }
+                }
             }
             writer.join().unwrap();
             assert!(reader.join().unwrap() == pattern(0..LENGTH));

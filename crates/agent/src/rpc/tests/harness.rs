@@ -144,10 +144,8 @@ fn root(name: &str) -> PathBuf {
 /// Makes the agent's surroundings, starts it, and cleans up after it.
 fn supervise(group: &str, home: SocketAddr, streams: OwnedFd, dead: OwnedFd) {
     // SAFETY: takes flags only; this process has one thread.
-    assert_eq!(
-        unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) },
-        0
-    );
+    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) };
+    assert_eq!(unshared, 0);
     let private =
         rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).unwrap();
