@@ -174,11 +174,10 @@ fn parse_pressure(text: &str) -> Pressure {
         let kind = words.next();
         let mut parsed = PressureLine::new();
         for (key, value) in words.filter_map(|word| word.split_once('=')) {
-            let percent = || value.parse().unwrap_or(0.0);
             match key {
-                "avg10" => parsed.avg10 = percent(),
-                "avg60" => parsed.avg60 = percent(),
-                "avg300" => parsed.avg300 = percent(),
+                "avg10" => parsed.avg10 = hundredths(value),
+                "avg60" => parsed.avg60 = hundredths(value),
+                "avg300" => parsed.avg300 = hundredths(value),
                 "total" => {
                     parsed.total_ns = value.parse::<u64>().unwrap_or(0).saturating_mul(1000);
                 }
@@ -192,6 +191,15 @@ fn parse_pressure(text: &str) -> Pressure {
         }
     }
     pressure
+}
+
+/// A percentage that the kernel writes with two decimals.
+fn hundredths(percent: &str) -> u32 {
+    let (whole, decimals) = percent.split_once('.').unwrap_or((percent, "0"));
+    let parse = |digits: &str| digits.parse::<u32>().unwrap_or(0);
+    parse(whole)
+        .saturating_mul(100)
+        .saturating_add(parse(decimals).min(99))
 }
 
 /// The sizes of huge pages that the kernel has, as control groups name them.

@@ -138,9 +138,11 @@ none
 fn pressure_has_two_lines() {
     let pressure = parse_pressure(PRESSURE);
     let some: &PressureLine = &pressure.some;
-    assert_eq!((some.avg10, some.avg60, some.avg300), (1.53, 0.87, 0.22));
+    assert_eq!((some.avg10, some.avg60, some.avg300), (153, 87, 22));
     assert_eq!(some.total_ns, 1_327_043_000);
     assert_eq!(pressure.full.total_ns, 402_331_000);
+    assert_eq!((pressure.full.avg10, pressure.full.avg60), (0, 10));
+    assert_eq!(hundredths("100.00"), 10_000);
     assert!(parse_pressure("").some.is_none());
 }
 

@@ -67,13 +67,14 @@ pub struct Identity {
 
 impl Identity {
     /// Reports the exit; OOM kills first.
-    fn report(&self, exit: &mut Exit) {
+    fn report(&self, pid: u32, exit: &mut Exit) {
         exit.oom_killed = self.oom.check() > 0;
         let what = ProcessExit {
             container_id: self.oom.container_id().to_owned(),
             exec_id: self.exec_id.clone(),
             exit_status: exit.status,
             oom_killed: exit.oom_killed,
+            pid,
             ..Default::default()
         };
         self.oom.events().add(exit.at_ns, What::Exit(what));
@@ -136,7 +137,7 @@ impl Reaper {
         let mut table = lock(&self.table);
         let registered = Registered { exit, identity };
         match table.unclaimed.remove(&pid) {
-            Some(exit) => registered.ended(exit),
+            Some(exit) => registered.ended(pid, exit),
             None => drop(table.registered.insert(pid, registered)),
         }
         receiver
@@ -171,7 +172,7 @@ impl Reaper {
     fn ended(&self, pid: u32, exit: Exit) {
         let mut table = lock(&self.table);
         match table.registered.remove(&pid) {
-            Some(registered) => registered.ended(exit),
+            Some(registered) => registered.ended(pid, exit),
             None if table.spawning > 0 => drop(table.unclaimed.insert(pid, exit)),
             None => {}
         }
@@ -179,9 +180,9 @@ impl Reaper {
 }
 
 impl Registered {
-    fn ended(self, mut exit: Exit) {
+    fn ended(self, pid: u32, mut exit: Exit) {
         if let Some(identity) = &self.identity {
-            identity.report(&mut exit);
+            identity.report(pid, &mut exit);
         }
         self.exit.send_replace(Some(exit));
     }
