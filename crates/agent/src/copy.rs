@@ -1,8 +1,9 @@
 //! Copies files between a stream and a container, as seen from inside it. Called by `service`.
 //!
-//! The work is done by a forked child that has entered the container's root: every path in it, and every symbolic
-//! link on the way, means what it means to the container, volumes and all, and cannot lead out. It is in no
-//! namespace of the container, so nothing in there can see or stop it. The archive itself is `archive`'s matter.
+//! The work is done by a forked child that has entered the container's root: every path in it, and
+//! every symbolic link on the way, means what it means to the container, volumes and all, and
+//! cannot lead out. It is in no namespace of the container, so nothing in there can see or stop it.
+//! The archive itself is `archive`'s matter.
 
 #![allow(unsafe_code)]
 
@@ -60,8 +61,8 @@ pub async fn run(
         .map_err(|e| failed("set up a stream", e.into()))?;
 
     let guard = reaper.spawn_guard();
-    // SAFETY: the agent has one thread, so the child is a complete copy in which all of Rust may be used. It never
-    // returns into the event loop: it exits, without running destructors.
+    // SAFETY: the agent has one thread, so the child is a complete copy in which all of Rust may be
+    // used. It never returns into the event loop: it exits, without running destructors.
     let child = unsafe { libc::fork() };
     match child {
         -1 => return Err(failed("fork", io::Error::last_os_error())),
@@ -112,7 +113,8 @@ fn open_directory(path: &str) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?)
 }
 
-/// The user namespace of a process, if it is not the agent's: ids in archives are then the container's.
+/// The user namespace of a process, if it is not the agent's: ids in archives are then the
+/// container's.
 fn foreign_user_namespace(pid: u32) -> io::Result<Option<OwnedFd>> {
     let theirs = File::open(format!("/proc/{pid}/ns/user"))?;
     let ours = fs::metadata("/proc/self/ns/user")?;

@@ -1,8 +1,9 @@
-//! What the host is told without asking: exits and OOM kills, in order, in a ring of bounded length.
+//! What the host is told without asking: exits and OOM kills, in order, in a ring of bounded
+//! length.
 //!
-//! `processes` adds events, `rpc::service` answers the host's `Events` calls from here. The host names
-//! the last event that it has, so a connection that breaks costs nothing, and sequence numbers show it
-//! when the ring has lost what it has not seen.
+//! `processes` adds events, `rpc::service` answers the host's `Events` calls from here. The host
+//! names the last event that it has, so a connection that breaks costs nothing, and sequence
+//! numbers show it when the ring has lost what it has not seen.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

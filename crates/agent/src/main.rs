@@ -1,14 +1,14 @@
-//! The agent: PID 1 of every guest of hull. It prepares the guest, dials the host, and serves the calls
-//! of `agent.proto` on that connection: creates containers, connects their streams, reports how they
-//! end.
+//! The agent: PID 1 of every guest of hull. It prepares the guest, dials the host, and serves the
+//! calls of `agent.proto` on that connection: creates containers, connects their streams, reports
+//! how they end.
 //!
-//! Started by the guest's kernel as `/init`, alone in its initramfs. Never run on a host. It has one
-//! thread, so that `container` can clone processes straight from it; nothing here may start another
-//! one.
+//! Started by the guest's kernel as `/init`, alone in its initramfs. Never run on a host. It has
+//! one thread, so that `container` can clone processes straight from it; nothing here may start
+//! another one.
 //!
-//! When its connection ends, it dials again, and containers do not notice. It powers the machine off
-//! when the host says so, when no host answers for long, and when it cannot go on, which it says on the
-//! console; when it panics, the kernel ends the machine. The host sees each of these.
+//! When its connection ends, it dials again, and containers do not notice. It powers the machine
+//! off when the host says so, when no host answers for long, and when it cannot go on, which it
+//! says on the console; when it panics, the kernel ends the machine. The host sees each of these.
 
 #![cfg_attr(not(test), no_main)]
 
@@ -41,8 +41,8 @@ use crate::processes::reaper::Reaper;
 use crate::rpc::connection;
 use crate::rpc::service::Service;
 
-/// Where the C library enters. Rust's own `main` would first look after standard streams, signals and the stack:
-/// fifteen system calls that PID 1 of a guest has no use for.
+/// Where the C library enters. Rust's own `main` would first look after standard streams, signals
+/// and the stack: fifteen system calls that PID 1 of a guest has no use for.
 #[cfg(not(test))]
 #[allow(unsafe_code)] // The name is the C library's, and nothing else has it.
 #[unsafe(no_mangle)]
@@ -72,8 +72,8 @@ fn start() {
         log::critical!("{panic}");
         std::process::exit(101);
     }));
-    // Dialled before anything else: the host learns that the guest is there while the guest sets itself up. What
-    // the host sends meanwhile waits in the socket.
+    // Dialled before anything else: the host learns that the guest is there while the guest sets
+    // itself up. What the host sends meanwhile waits in the socket.
     let home = dial();
     if let Err(error) = init::set_up().and(home).and_then(run) {
         log::critical!("{error}");

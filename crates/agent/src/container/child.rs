@@ -1,7 +1,7 @@
 //! What a clone does to become a process of a container: the order of all steps.
 //!
-//! Runs in the clone, with its copy of the agent's memory; plans are made by the agent before. Every function here
-//! returns only to report an error.
+//! Runs in the clone, with its copy of the agent's memory; plans are made by the agent before.
+//! Every function here returns only to report an error.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -124,7 +124,8 @@ fn prepare_exec(
 }
 
 fn start() -> Result<()> {
-    // Processes of the container that see this one must not look into it while it is still the agent's.
+    // Processes of the container that see this one must not look into it while it is still the
+    // agent's.
     sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).context(|| "cannot protect the new process")?;
     rustix::process::setsid().context(|| "cannot start a session")?;
     // Modes of what is made for the container are exact.

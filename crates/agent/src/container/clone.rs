@@ -46,8 +46,8 @@ pub(super) enum Place<'a> {
     Of(BorrowedFd<'a>),
 }
 
-/// Clones the agent. `child` runs in the clone and ends by `execve`; if it returns, the clone reports the error
-/// and exits.
+/// Clones the agent. `child` runs in the clone and ends by `execve`; if it returns, the clone
+/// reports the error and exits.
 pub(super) fn spawn(
     place: &Place<'_>,
     cgroup: BorrowedFd<'_>,
@@ -105,8 +105,8 @@ fn run(gate: OwnedFd, child: impl FnOnce(&ChildGate) -> CreateError) -> ! {
     sys::exit(1)
 }
 
-/// In the process between the agent and a container that joins a user namespace: joins, clones the container's
-/// process as its own sibling, hands its pidfd over, and ends.
+/// In the process between the agent and a container that joins a user namespace: joins, clones the
+/// container's process as its own sibling, hands its pidfd over, and ends.
 fn run_between(
     namespaces: &Namespaces,
     gate: OwnedFd,

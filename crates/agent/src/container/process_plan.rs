@@ -1,9 +1,9 @@
-//! A process of a container, from its spec to `execve`: the same for the container's init and for processes
-//! executed later.
+//! A process of a container, from its spec to `execve`: the same for the container's init and for
+//! processes executed later.
 //!
-//! [`ProcessPlan`] is made by the agent. The child calls [`ProcessPlan::become_user`], waits at the gate, then calls
-//! [`ProcessPlan::execute`]. What needs privileges outside of the container's user namespace is set by the agent on
-//! the waiting child ([`super::limits`]).
+//! [`ProcessPlan`] is made by the agent. The child calls [`ProcessPlan::become_user`], waits at the
+//! gate, then calls [`ProcessPlan::execute`]. What needs privileges outside of the container's user
+//! namespace is set by the agent on the waiting child ([`super::limits`]).
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
@@ -136,8 +136,9 @@ impl ProcessPlan {
         })
     }
 
-    /// Goes to the working directory; with `make` it is made when it does not exist. In the container's root, as
-    /// root, and after all descriptors that lead outside are closed: a link like /proc/self/fd/N must find nothing.
+    /// Goes to the working directory; with `make` it is made when it does not exist. In the
+    /// container's root, as root, and after all descriptors that lead outside are closed: a link
+    /// like /proc/self/fd/N must find nothing.
     pub(super) fn enter_cwd(&self, make: bool) -> Result<()> {
         let what = || format!("cannot enter process.cwd {}", self.cwd.to_string_lossy());
         match rustix::process::chdir(&*self.cwd) {
@@ -151,7 +152,8 @@ impl ProcessPlan {
             }
             Err(error) => return Err(error).context(what),
         }
-        // With a shared PID namespace a link may lead into another process's root. The kernel tells.
+        // With a shared PID namespace a link may lead into another process's root. The kernel
+        // tells.
         if self.cwd.as_c_str() != c"/"
             && !rustix::process::getcwd(Vec::new())
                 .context(what)?
@@ -174,7 +176,8 @@ impl ProcessPlan {
             });
         };
         let user = users::find(name).map_err(|why| CreateError::invalid("process.user", why))?;
-        // The agent gave the streams to the user whose number it knew. /dev/stdout must open for this one.
+        // The agent gave the streams to the user whose number it knew. /dev/stdout must open for
+        // this one.
         for stream in 0..3 {
             // SAFETY: the three are open, and stay so while this process prepares itself.
             super::give(unsafe { BorrowedFd::borrow_raw(stream) }, user.uid);
@@ -294,8 +297,8 @@ impl ProcessPlan {
     }
 }
 
-/// Signals as a new process expects them. `clone3` has reset the agent's handlers; what is left is its mask, and
-/// SIGPIPE, the only signal that the agent ignores.
+/// Signals as a new process expects them. `clone3` has reset the agent's handlers; what is left is
+/// its mask, and SIGPIPE, the only signal that the agent ignores.
 pub(super) fn reset_signals() -> Result<()> {
     // SAFETY: an empty set is a valid set, and SIG_DFL is a valid disposition.
     let failed = unsafe {

@@ -216,7 +216,8 @@ impl Pipes {
         ))
     }
 
-    /// Starts the relays of a process that has been created. `terminal` is its master, if it has one.
+    /// Starts the relays of a process that has been created. `terminal` is its master, if it has
+    /// one.
     pub fn start(
         self,
         terminal: Option<&OwnedFd>,

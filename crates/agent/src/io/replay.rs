@@ -1,8 +1,8 @@
-//! The bytes of one output between the process and the host: read and not yet sent, and the last ones
-//! that were sent, kept to be sent again when the connection breaks with them on their way.
+//! The bytes of one output between the process and the host: read and not yet sent, and the last
+//! ones that were sent, kept to be sent again when the connection breaks with them on their way.
 //!
-//! A ring that knows the place of each byte in the stream. Called by `relay`, one per output. It takes
-//! memory as the output needs it, and at most [`MAX_SIZE`].
+//! A ring that knows the place of each byte in the stream. Called by `relay`, one per output. It
+//! takes memory as the output needs it, and at most [`MAX_SIZE`].
 
 use std::io::IoSliceMut;
 use std::os::fd::BorrowedFd;

@@ -1,5 +1,5 @@
-//! The host's streams: vsock connections to [`STREAM_PORT`] that a later call names by the port they come from.
-//! Called by `service`. What flows in them is `relay`'s matter.
+//! The host's streams: vsock connections to [`STREAM_PORT`] that a later call names by the port
+//! they come from. Called by `service`. What flows in them is `relay`'s matter.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,8 +14,8 @@ use tokio::sync::Notify;
 
 use crate::io::{reactor, vsock};
 
-/// How long a call waits for a stream it names. The host connects before it calls, so only a host in trouble
-/// is ever waited for.
+/// How long a call waits for a stream it names. The host connects before it calls, so only a host
+/// in trouble is ever waited for.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection that no call has asked for in this time belongs to a call that never came.
@@ -104,8 +104,8 @@ impl Streams {
         }
     }
 
-    /// Drops streams that have arrived and are broken, as all are when the device has reset them: their
-    /// ports may be those of other streams soon.
+    /// Drops streams that have arrived and are broken, as all are when the device has reset them:
+    /// their ports may be those of other streams soon.
     pub fn discard_broken(&self) -> io::Result<()> {
         // All that is pending arrives: no stream comes from port 0.
         let none = self.accept_until(0)?;

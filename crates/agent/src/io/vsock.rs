@@ -1,5 +1,5 @@
-//! vsock sockets: dialling the host, listening for its streams. All of them are non-blocking and close-on-exec.
-//! Called by `main` and `streams`. Knows nothing of what is sent.
+//! vsock sockets: dialling the host, listening for its streams. All of them are non-blocking and
+//! close-on-exec. Called by `main` and `streams`. Knows nothing of what is sent.
 
 #![allow(unsafe_code)]
 
@@ -45,8 +45,8 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Starts to connect and returns at once. The connection is established when the socket is writable, see
-/// [`Connection::established`].
+/// Starts to connect and returns at once. The connection is established when the socket is
+/// writable, see [`Connection::established`].
 pub fn dial(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     let address = address(cid, port);
@@ -79,7 +79,8 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Takes one pending connection and says from which port of the host it comes. `WouldBlock` when there is none.
+/// Takes one pending connection and says from which port of the host it comes. `WouldBlock` when
+/// there is none.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
     let mut peer = address(0, 0);
     let mut length = ADDRESS_LENGTH;
@@ -115,8 +116,8 @@ impl Link {
     }
 }
 
-/// A connected socket, for ttrpc and others that read and write. Its link says when it has ended, which
-/// ttrpc does not.
+/// A connected socket, for ttrpc and others that read and write. Its link says when it has ended,
+/// which ttrpc does not.
 pub struct Connection {
     socket: AsyncFd<OwnedFd>,
     link: Arc<Link>,

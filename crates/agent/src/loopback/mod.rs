@@ -1,12 +1,13 @@
-//! The guest's loopback interface, as far as it stands for that of the container's network namespace on the host, on
-//! which engines have and expect servers: `Forward` and `Resolve` of `agent.proto`. Called by `service`, which holds one
-//! [`Loopback`]; nothing here costs anything before the host asks for it.
+//! The guest's loopback interface, as far as it stands for that of the container's network
+//! namespace on the host, on which engines have and expect servers: `Forward` and `Resolve` of
+//! `agent.proto`. Called by `service`, which holds one [`Loopback`]; nothing here costs anything
+//! before the host asks for it.
 //!
 //! | module | what |
 //! | --- | --- |
 //! | `port_forward` | a connection made on the host, to a port here |
 //! | `dns_proxy` | questions asked here, to Docker's name server on the host |
-//! | `dns_redirect` | leads these questions to `dns_proxy`, whoever has port 53 |
+//! | `dns_redirect` | redirects these questions to `dns_proxy`; port 53 stays free for containers |
 
 mod dns_proxy;
 mod dns_redirect;

@@ -1,5 +1,5 @@
-//! One connection that is forwarded: to a server on the guest's loopback interface, and both ways from then on. Called by
-//! `Loopback`. Bounded in memory, and in time once one side has ended.
+//! One connection that is forwarded: to a server on the guest's loopback interface, and both ways
+//! from then on. Called by `Loopback`. Bounded in memory, and in time once one side has ended.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

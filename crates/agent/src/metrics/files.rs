@@ -1,4 +1,5 @@
-//! Reads the kernel's small text files through one buffer. Called by the other files of this module.
+//! Reads the kernel's small text files through one buffer. Called by the other files of this
+//! module.
 
 use std::os::fd::BorrowedFd;
 

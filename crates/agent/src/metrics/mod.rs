@@ -1,9 +1,9 @@
 //! Metrics of a container's control group and of the guest. Called by `rpc::service`.
 //!
 //! Everything comes from files of the kernel, each opened and read once per call and parsed in one
-//! pass. A file that cannot be read (a controller that this kernel lacks, a group that is just going
-//! away) leaves its fields unset. Nothing here grows with what a container does: lists have bounds,
-//! and a file that is longer than the buffer is cut at its last whole line.
+//! pass. A file that cannot be read (a controller that this kernel lacks, a group that is just
+//! going away) leaves its fields unset. Nothing here grows with what a container does: lists have
+//! bounds, and a file that is longer than the buffer is cut at its last whole line.
 
 mod files;
 mod memory;

@@ -1,6 +1,6 @@
-//! OOM kills of one container: watches memory.events of its control group. Called by `rpc::service`,
-//! which starts the watch with the container, and by `reaper`, for which a kill comes before the exit
-//! that it causes.
+//! OOM kills of one container: watches memory.events of its control group. Called by
+//! `rpc::service`, which starts the watch with the container, and by `reaper`, for which a kill
+//! comes before the exit that it causes.
 //!
 //! The kernel says with POLLPRI that the file has changed (`cgroup_file_notify`), and again only
 //! after it has been read.

@@ -1,11 +1,11 @@
 //! A process of a container, as the host calls it: signals, terminal, exit status.
 //!
-//! What `Wait` promises: it returns when the process has ended and its output has been handed to the
-//! host. Other processes may have inherited its output (`sh -c 'sleep 1000 &'`). When the process is
-//! the first of its PID namespace, the kernel ends them with it, and the output ends on its own. Else
-//! `Wait` gives them [`OUTPUT_GRACE`] from the moment at which everything that the process itself
-//! wrote has been passed on, and returns; the relays go on for as long as the host keeps the streams
-//! open. A host that does not read holds `Wait` up: nothing is ever dropped.
+//! What `Wait` promises: it returns when the process has ended and its output has been handed to
+//! the host. Other processes may have inherited its output (`sh -c 'sleep 1000 &'`). When the
+//! process is the first of its PID namespace, the kernel ends them with it, and the output ends on
+//! its own. Else `Wait` gives them [`OUTPUT_GRACE`] from the moment at which everything that the
+//! process itself wrote has been passed on, and returns; the relays go on for as long as the host
+//! keeps the streams open. A host that does not read holds `Wait` up: nothing is ever dropped.
 
 #![allow(unsafe_code)]
 

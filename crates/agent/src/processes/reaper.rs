@@ -1,7 +1,7 @@
 //! Collects every process of the guest that ends: PID 1 inherits all orphans.
 //!
-//! For a process that has been registered, its exit goes to those that wait for it, and, if it belongs
-//! to a container, into the events of the guest. Called by `rpc::service` and `copy`.
+//! For a process that has been registered, its exit goes to those that wait for it, and, if it
+//! belongs to a container, into the events of the guest. Called by `rpc::service` and `copy`.
 
 #![allow(unsafe_code)]
 
@@ -188,11 +188,11 @@ impl Registered {
     }
 }
 
-/// A descriptor that is readable when a child has ended. The signal is blocked from here on; whatever creates a child
-/// that executes something else unblocks it there.
+/// A descriptor that is readable when a child has ended. The signal is blocked from here on;
+/// whatever creates a child that executes something else unblocks it there.
 fn child_signals() -> io::Result<OwnedFd> {
-    // SAFETY: the set lives across the three calls, and the first one initializes it. signalfd returns a new
-    // descriptor that nobody else owns.
+    // SAFETY: the set lives across the three calls, and the first one initializes it. signalfd
+    // returns a new descriptor that nobody else owns.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);

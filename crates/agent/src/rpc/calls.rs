@@ -1,6 +1,6 @@
-//! Calls that change something and have an id: each is executed once, however often the host makes it
-//! over connections that break. See "Connections" in `agent.proto`. Called by ttrpc, between it and
-//! `service`.
+//! Calls that change something and have an id: each is executed once, however often the host makes
+//! it over connections that break. See "Connections" in `agent.proto`. Called by ttrpc, between it
+//! and `service`.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,5 @@
-//! The connection to the host, over and over: dials, serves, and dials again when it has ended. Called
-//! by `main`.
+//! The connection to the host, over and over: dials, serves, and dials again when it has ended.
+//! Called by `main`.
 //!
 //! A connection is served by ttrpc. What it has begun goes on when it ends: calls with an id
 //! (`calls`), processes and their streams.

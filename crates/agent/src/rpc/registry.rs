@@ -1,7 +1,8 @@
-//! The containers of this guest and their processes, by name. Called by `service`, which holds one registry.
+//! The containers of this guest and their processes, by name. Called by `service`, which holds one
+//! registry.
 //!
-//! A name is reserved before the thing is made, so that two calls cannot make the same one, and given back if
-//! that fails or is given up: nothing half done stays.
+//! A name is reserved before the thing is made, so that two calls cannot make the same one, and
+//! given back if that fails or is given up: nothing half done stays.
 
 use std::collections::HashMap;
 use std::collections::hash_map;
@@ -20,8 +21,8 @@ use crate::processes::process::Process;
 use crate::rpc::status::{Failure, Result};
 use crate::shared_memory::Memory;
 
-/// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make one every
-/// second for months.
+/// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make
+/// one every second for months.
 const ENDED_KEPT: usize = 256;
 
 /// `None`: the name is reserved.

@@ -1,5 +1,5 @@
-//! The calls of `agent.proto`. Each is answered by a few lines here, on top of the modules that do the work.
-//! Called by ttrpc, from `main`.
+//! The calls of `agent.proto`. Each is answered by a few lines here, on top of the modules that do
+//! the work. Called by ttrpc, from `main`.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -417,7 +417,8 @@ fn hello(request: &HelloRequest) -> Result<HelloResponse> {
         return Err(Failure::new(
             Code::FAILED_PRECONDITION,
             format!(
-                "the host speaks version {} of the agent's protocol; this agent needs {MIN_HOST_VERSION} or newer",
+                "the host speaks version {} of the agent's protocol, older than \
+                 {MIN_HOST_VERSION}, which this agent needs",
                 request.protocol_version
             ),
         ));

@@ -1,4 +1,5 @@
-//! Errors of the agent as the host sees them: a ttrpc status code and one line. See the head of `agent.proto`.
+//! Errors of the agent as the host sees them: a ttrpc status code and one line. See the head of
+//! `agent.proto`.
 
 use std::io;
 

@@ -1,8 +1,9 @@
-//! The whole agent, with real containers, and a host whose connections break. TCP stands for vsock: a
-//! stream has a port by which it is named, and a connection can be reset, with all that is on its way.
+//! The whole agent, with real containers, and a host whose connections break. TCP stands for vsock:
+//! a stream has a port by which it is named, and a connection can be reset, with all that is on its
+//! way.
 //!
-//! The agent is PID 1 of a PID namespace, with mounts and control groups of its own. That needs root,
-//! a kernel with cgroup v2, and busybox; where one is missing the tests say so and pass.
+//! The agent is PID 1 of a PID namespace, with mounts and control groups of its own. That needs
+//! root, a kernel with cgroup v2, and busybox; where one is missing the tests say so and pass.
 #![allow(clippy::unwrap_used, unsafe_code)]
 
 mod harness;

@@ -1,7 +1,8 @@
-//! The control group of one container: made and limited by the agent before the clone, so that the container's
-//! init is born in it.
+//! The control group of one container: made and limited by the agent before the clone, so that the
+//! container's init is born in it.
 //!
-//! cgroup v2 only. The agent itself stays in the root group, which may have both processes and children.
+//! cgroup v2 only. The agent itself stays in the root group, which may have both processes and
+//! children.
 
 mod device_program;
 mod resources;
@@ -151,7 +152,8 @@ impl CgroupPlan {
     }
 }
 
-/// The controllers that settings need, and those that are always there, as subtree_control takes them.
+/// The controllers that settings need, and those that are always there, as subtree_control takes
+/// them.
 fn controllers(settings: &[Setting]) -> Result<String> {
     let available = available_controllers()?;
     let has = |controller: &str| available.iter().any(|name| name == controller);
@@ -213,7 +215,8 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// The group below this one in which a process of the container is; None when it is in this one, or gone.
+    /// The group below this one in which a process of the container is; None when it is in this
+    /// one, or gone.
     pub(super) fn group_of(&self, pid: u32) -> Option<OwnedFd> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
@@ -315,7 +318,8 @@ impl Cgroup {
         std::fs::read_to_string(&path).context(|| format!("cannot read {}", path.display()))
     }
 
-    /// Gives the group to the owner of a user namespace, as far as the kernel says it is meant to be given.
+    /// Gives the group to the owner of a user namespace, as far as the kernel says it is meant to
+    /// be given.
     pub(super) fn delegate(&self, uid: u32) -> Result<()> {
         let files = std::fs::read_to_string("/sys/kernel/cgroup/delegate")
             .unwrap_or_else(|_| "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n".into());

@@ -1,5 +1,5 @@
-//! The bytes that ended outputs keep for connections that may still break, bounded over all of them.
-//! Called by `output`.
+//! The bytes that ended outputs keep for connections that may still break, bounded over all of
+//! them. Called by `output`.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

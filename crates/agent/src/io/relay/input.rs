@@ -56,9 +56,10 @@ pub struct StoppedInput {
 }
 
 impl Input {
-    /// Passes on what the host sends to a process, from the stream `source` to `sink`. Ends when the
-    /// host has half-closed the stream (the process then reads end of file from a pipe; a terminal
-    /// has none, and waits for another stream), when the process no longer reads, or when it has ended.
+    /// Passes on what the host sends to a process, from the stream `source` to `sink`. Ends when
+    /// the host has half-closed the stream (the process then reads end of file from a pipe; a
+    /// terminal has none, and waits for another stream), when the process no longer reads, or when
+    /// it has ended.
     pub fn start(
         way: Way,
         source: OwnedFd,

@@ -1,9 +1,10 @@
 //! Moves bytes between the host's streams and the pipes or the terminal of a process.
 //!
-//! `pipes` starts one [`Output`] or [`Input`] for each direction when a process has been created. Each
-//! has one task at most, which ends when its source ends, its sink is closed, or its connection
-//! breaks. There is no polling: a relay waits for its source, or, when the sink is full, for its sink
-//! only, so a slow reader on the host stops the writer in the container and nothing piles up.
+//! `pipes` starts one [`Output`] or [`Input`] for each direction when a process has been created.
+//! Each has one task at most, which ends when its source ends, its sink is closed, or its
+//! connection breaks. There is no polling: a relay waits for its source, or, when the sink is full,
+//! for its sink only, so a slow reader on the host stops the writer in the container and nothing
+//! piles up.
 //!
 //! # How a stream ends
 //!
@@ -14,8 +15,8 @@
 //! | ECONNRESET, ENOTCONN | the device has reset it | the relay stops until it is attached again |
 //!
 //! The state of a relay is behind a lock that its task holds as long as it runs, and is consistent
-//! whenever the task waits. So a relay is stopped by aborting its task, and its state changed when the
-//! lock is free: [`Output::stop`], [`Input::stop`]. Dropping what these return starts it again.
+//! whenever the task waits. So a relay is stopped by aborting its task, and its state changed when
+//! the lock is free: [`Output::stop`], [`Input::stop`]. Dropping what these return starts it again.
 
 mod ended;
 mod input;
@@ -37,8 +38,8 @@ pub use ended::EndedOutputs;
 pub use input::{Input, Way};
 pub use output::{Output, Progress};
 
-/// A descriptor that is registered with the event loop when it first has to be waited for. Most sinks
-/// never have to: they take at once the few lines that a short-lived command writes.
+/// A descriptor that is registered with the event loop when it first has to be waited for. Most
+/// sinks never have to: they take at once the few lines that a short-lived command writes.
 enum Lazy {
     Plain(OwnedFd),
     Registered(AsyncFd<OwnedFd>),

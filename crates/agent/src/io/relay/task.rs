@@ -1,5 +1,5 @@
-//! A state with a task that works on it, which can be stopped to change the state. Called by `input`
-//! and `output`.
+//! A state with a task that works on it, which can be stopped to change the state. Called by
+//! `input` and `output`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

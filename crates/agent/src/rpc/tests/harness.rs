@@ -97,8 +97,8 @@ impl Agent {
             process: 0,
             life: Some(life),
         };
-        // SAFETY: the child is alone in its memory, works there, and ends. That another thread may have
-        // held a lock of the allocator is what fork's handlers of the C library are for.
+        // SAFETY: the child is alone in its memory, works there, and ends. That another thread may
+        // have held a lock of the allocator is what fork's handlers of the C library are for.
         match unsafe { libc::fork() } {
             0 => {
                 agent.life = None;
