@@ -21,7 +21,7 @@ use rustix::pipe::PipeFlags;
 use ttrpc::Code;
 
 use crate::processes::reaper::Reaper;
-use crate::rpc::status::{Failure, Result, words};
+use crate::rpc::status::{Failure, Result, plain_text};
 
 /// Longest error that the child reports.
 const REPORT_LIMIT: usize = 2048;
@@ -153,7 +153,10 @@ impl Job<'_> {
                 | io::ErrorKind::InvalidData => Code::INVALID_ARGUMENT,
                 _ => Code::INTERNAL,
             };
-            Failure::new(code, format!("cannot {what} {path:?}: {}", words(&error)))
+            Failure::new(
+                code,
+                format!("cannot {what} {path:?}: {}", plain_text(&error)),
+            )
         })
     }
 

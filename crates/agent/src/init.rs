@@ -1,4 +1,4 @@
-//! What PID 1 owes a guest before and after everything else: file systems, limits, the loopback
+//! The duties of PID 1 before and after everything else: file systems, limits, the loopback
 //! interface, power.
 //!
 //! Called by `main`. Forks nothing and reads little: all of this is on the way of every start, and
@@ -43,8 +43,8 @@ const MOUNTS: &[(&str, &str, &str, MountFlags)] = &[
 
 /// Brings the guest from "the kernel started me" to "containers can be created".
 pub fn set_up() -> io::Result<()> {
-    // The kernel hands PID 1 whatever mask it has; files made here have the modes they are asked
-    // for.
+    // The mask that PID 1 gets from the kernel is not defined; files made here have the modes they
+    // are asked for.
     rustix::process::umask(Mode::empty());
     leave_initramfs().map_err(|error| named("switch the root file system", error))?;
     mount_dev().map_err(|error| named("mount /dev", error))?;
@@ -63,7 +63,7 @@ pub fn set_up() -> io::Result<()> {
 fn named(what: &str, error: io::Error) -> io::Error {
     io::Error::new(
         error.kind(),
-        format!("cannot {what}: {}", crate::rpc::status::words(&error)),
+        format!("cannot {what}: {}", crate::rpc::status::plain_text(&error)),
     )
 }
 
@@ -223,7 +223,7 @@ fn loopback_up() -> io::Result<()> {
 
 /// Kills every process, so that none can write any more, and syncs file systems.
 pub fn quiesce() {
-    // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory of ours.
+    // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory.
     unsafe { libc::kill(-1, libc::SIGKILL) };
     rustix::fs::sync();
 }

@@ -2,8 +2,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Nanoseconds since 1970 UTC; 0 before that. By the C library: rustix wants a vDSO, which user-mode
-/// Linux does not have.
+/// Nanoseconds since 1970 UTC; 0 before that. By the C library: rustix wants a vDSO, which
+/// user-mode Linux does not have.
 pub fn now_ns() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)

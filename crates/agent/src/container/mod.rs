@@ -57,7 +57,7 @@ use rustix::fs::{FileType, Uid};
 
 use self::cgroup::{Cgroup, CgroupPlan};
 use self::child::{ExecPlan, InitPlan};
-use self::clone::{Place, Spawned};
+use self::clone::{CloneTarget, Spawned};
 use self::error::Context;
 use self::limits::Limits;
 use self::namespaces::{Namespaces, outside_id};
@@ -259,9 +259,11 @@ impl Container {
         let limits = Limits::new(process, true)?;
         own_streams(&io, outside_id(&self.uid_map, plan.process.uid));
         let spawn = |cgroup: BorrowedFd<'_>| {
-            clone::spawn(&Place::Of(self.init.as_fd()), cgroup, |gate| {
-                child::run_exec(&plan, &io, gate)
-            })
+            clone::spawn(
+                &CloneTarget::NamespacesOf(self.init.as_fd()),
+                cgroup,
+                |gate| child::run_exec(&plan, &io, gate),
+            )
         };
         let spawned = match spawn(self.cgroup.directory()) {
             Ok(spawned) => spawned,
@@ -309,9 +311,11 @@ fn start_init(plan: &InitPlan, io: &ChildIo, cgroup: &Cgroup) -> Result<Spawned>
     if namespaces.has(sys::CLONE_NEWUSER) && namespaces.has(sys::CLONE_NEWCGROUP) {
         cgroup.delegate(outside_id(&namespaces.uid_map, 0))?;
     }
-    let spawned = clone::spawn(&Place::New(namespaces), cgroup.directory(), |gate| {
-        child::run_init(plan, io, gate)
-    })?;
+    let spawned = clone::spawn(
+        &CloneTarget::Planned(namespaces),
+        cgroup.directory(),
+        |gate| child::run_init(plan, io, gate),
+    )?;
     if namespaces.creates(sys::CLONE_NEWUSER) {
         let mapped = namespaces
             .write_maps(spawned.pid)

@@ -18,7 +18,7 @@ use crate::io::{reactor, vsock};
 /// in trouble is ever waited for.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection that no call has asked for in this time belongs to a call that never came.
+/// A connection that no call has named in this time is closed: its call has never come.
 const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Accepts a connection of a listener, and says which port it comes from.

@@ -74,7 +74,7 @@ pub async fn serve(
                 }
                 "the host has closed the connection".to_owned()
             }
-            Err(error) => super::status::words(&error),
+            Err(error) => super::status::plain_text(&error),
         };
         if heard.elapsed() >= NO_HOST_TIMEOUT {
             return Err(io::Error::other(format!(

@@ -1,8 +1,8 @@
 //! The containers of this guest and their processes, by name. Called by `service`, which holds one
 //! registry.
 //!
-//! A name is reserved before the thing is made, so that two calls cannot make the same one, and
-//! given back if that fails or is given up: nothing half done stays.
+//! A name is reserved before what it names is created, so that two calls cannot create the same,
+//! and released when that fails or is cancelled: nothing half done stays.
 
 use std::collections::HashMap;
 use std::collections::hash_map;
@@ -38,9 +38,9 @@ pub struct Running {
     sequence: u64,
 }
 
-/// What of the machine a container has as long as it is there.
+/// Resources of the machine that a container holds until it is deleted.
 #[derive(Debug, Default)]
-pub struct Holds {
+pub struct HeldResources {
     /// Its disks.
     pub disks: Disks,
     /// Memory that it shares with other containers.
@@ -54,8 +54,8 @@ pub struct Entry {
     pub init: Running,
     /// Its control group.
     pub cgroup: PathBuf,
-    /// What it has of the machine.
-    pub holds: Holds,
+    /// Its disks and shared memory.
+    pub resources: HeldResources,
     /// Its OOM kills.
     pub oom: Arc<OomWatch>,
     /// Reports them.
@@ -67,7 +67,7 @@ pub struct Entry {
     execs: Mutex<Slots<Running>>,
 }
 
-/// What a container is doing.
+/// The state of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Its init waits to execute its command.
@@ -102,7 +102,7 @@ pub struct Registry {
     containers: Mutex<Slots<Entry>>,
 }
 
-/// A name that is taken until this is dropped, or for good with `fill`.
+/// A name that is reserved until this is dropped, or taken with `fill`.
 pub struct Reservation<'a, T> {
     slots: &'a Mutex<Slots<T>>,
     name: String,
@@ -124,7 +124,7 @@ impl<'a, T> Reservation<'a, T> {
         }
     }
 
-    /// Puts the thing where its name is.
+    /// Enters what the name stands for.
     pub fn fill(mut self, value: T) -> Arc<T> {
         let value = Arc::new(value);
         lock(self.slots).insert(self.name.clone(), Some(value.clone()));
@@ -164,7 +164,7 @@ impl Registry {
             .ok_or_else(|| Failure::no_container(id))
     }
 
-    /// Forgets a container.
+    /// Removes a container.
     pub fn remove(&self, id: &str) {
         lock(&self.containers).remove(id);
     }
@@ -186,7 +186,7 @@ impl Entry {
     pub fn new(
         id: &str,
         container: Container,
-        holds: Holds,
+        resources: HeldResources,
         init: Running,
         oom: Arc<OomWatch>,
         gate: Option<OwnedFd>,
@@ -195,7 +195,7 @@ impl Entry {
             id: id.to_owned(),
             init,
             cgroup: container.cgroup().to_owned(),
-            holds,
+            resources,
             oom_task: tokio::spawn(oom.clone().run()),
             oom,
             container: Mutex::new(Some(container)),
@@ -205,7 +205,7 @@ impl Entry {
         }
     }
 
-    /// What it is doing.
+    /// Its state.
     pub fn state(&self) -> State {
         if self.init.process.exit().is_some() {
             State::Stopped
@@ -218,7 +218,7 @@ impl Entry {
         }
     }
 
-    /// Fails unless it is in one of the states in which one can do what `wanted` says.
+    /// Fails unless it is in one of the states in which `wanted` is possible.
     pub fn require(&self, states: &[State], wanted: &str) -> Result<()> {
         let state = self.state();
         if states.contains(&state) {
@@ -236,12 +236,12 @@ impl Entry {
             .ok_or_else(|| Failure::wrong_state(&self.id, "started", "start"))
     }
 
-    /// Remembers whether it is frozen.
+    /// Records whether it is frozen.
     pub fn set_paused(&self, paused: bool) {
         *lock(&self.paused) = paused;
     }
 
-    /// Does something with the container as the creator knows it.
+    /// Calls `f` with the container, unless it is being deleted.
     pub fn with_container<T>(
         &self,
         f: impl FnOnce(&Container) -> crate::container::Result<T>,

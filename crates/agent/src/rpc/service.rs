@@ -26,7 +26,7 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
 use super::calls;
-use super::registry::{Entry, Holds, Registry, Running, State};
+use super::registry::{Entry, HeldResources, Registry, Running, State};
 use super::status::{Failure, Result};
 use crate::container::{Child, Container, CreateError, PendingChild, RawArgs};
 use crate::disks::Disks;
@@ -62,7 +62,7 @@ pub struct Service {
     sequence: AtomicU64,
 }
 
-/// A container in the making: destroyed unless it gets its place in the registry.
+/// A container that is being created: destroyed unless it is entered in the registry.
 struct Unfinished(Option<Container>);
 
 impl Drop for Unfinished {
@@ -99,7 +99,7 @@ impl Service {
         let id = &request.container_id;
         let place = self.registry.reserve(id)?;
         let mut spec: Spec = parse("spec", &request.spec_json)?;
-        let holds = Holds {
+        let resources = HeldResources {
             disks: Disks::translate(&mut spec).await?,
             _memory: self.shared_memory.provide(&mut spec)?,
         };
@@ -135,7 +135,7 @@ impl Service {
             Some(gate)
         };
         if let Some(container) = unfinished.0.take() {
-            place.fill(Entry::new(id, container, holds, running, oom, gate));
+            place.fill(Entry::new(id, container, resources, running, oom, gate));
         }
         Ok(CreateContainerResponse {
             pid,
@@ -331,7 +331,7 @@ impl Service {
         let entry = self.registry.get(&request.container_id)?;
         entry.require(&[State::Created, State::Running, State::Paused], "update")?;
         let mut resources: LinuxResources = parse("resources", &request.resources_json)?;
-        entry.holds.disks.resources(&mut resources)?;
+        entry.resources.disks.resources(&mut resources)?;
         entry.with_container(|container| container.update(&resources))
     }
 
@@ -369,7 +369,7 @@ impl Service {
     }
 }
 
-/// Waits, without holding the others up, until a new process is ready to execute.
+/// Waits, without blocking other calls, until a new process is ready to execute.
 async fn finish(pending: PendingChild) -> Result<Child> {
     {
         let failed = |error: std::io::Error| Failure::internal("wait for a new process", &error);
@@ -383,7 +383,7 @@ async fn finish(pending: PendingChild) -> Result<Child> {
 async fn open_gate(gate: OwnedFd) -> Result<()> {
     let failed = |error: std::io::Error| Failure::internal("start a process", &error);
     match rustix::net::send(&gate, b"x", rustix::net::SendFlags::NOSIGNAL) {
-        // It has ended before: what it left to say can still be read.
+        // It has ended: the error that it has sent can still be read.
         Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {}
         Err(error) => return Err(failed(error.into())),
     }
