@@ -1,5 +1,5 @@
-//! Leaves the unwind tables out of the guest's executable: it aborts on panic, so nothing ever reads them, but they
-//! are a tenth of a file that every guest unpacks into its memory.
+//! Leaves the unwind tables out of the guest's executable: it aborts on panic, so nothing ever
+//! reads them, but they are a tenth of a file that every guest unpacks into its memory.
 
 use std::env;
 
@@ -9,7 +9,8 @@ fn main() {
     let is_static = set("CARGO_CFG_TARGET_FEATURE")
         .split(',')
         .any(|feature| feature == "crt-static");
-    // Build scripts are not told what happens on panic; the guest's profile is the one that is built for size.
+    // Build scripts are not told what happens on panic; the guest's profile is the one that is
+    // built for size.
     if is_static && set("OPT_LEVEL") == "z" {
         // Cargo sets it for every build script.
         let directory = set("CARGO_MANIFEST_DIR");

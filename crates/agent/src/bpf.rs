@@ -1,5 +1,6 @@
-//! eBPF programs: their instructions, loading and attaching them. Called by those who write programs, by hand: each needs
-//! a dozen instructions and no compiler.
+//! eBPF programs: their instructions, loading and attaching them. Called by `container::cgroup`
+//! and `loopback`, whose programs are written by hand: each needs a dozen instructions and no
+//! compiler.
 
 #![allow(unsafe_code)]
 
@@ -83,8 +84,8 @@ struct Link {
 
 /// A call of bpf(2).
 pub fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_long> {
-    // SAFETY: the attributes are the leading part of the union that the command reads, with their true size; the
-    // pointers in them are alive.
+    // SAFETY: the attributes are the leading part of the union that the command reads, with their
+    // true size; the pointers in them are alive.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -1,4 +1,5 @@
-//! What a booted machine is told about its pod: host name, clock, entropy, sysctls. Called by `service`.
+//! What a booted machine is told about its pod: host name, clock, entropy, sysctls. Called by
+//! `service`.
 
 #![allow(unsafe_code)]
 
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 use hull_protocol::agent::ConfigureRequest;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Most entropy that is taken in one call.
 const ENTROPY_LIMIT: usize = 512;
@@ -58,7 +59,8 @@ pub fn apply(request: &ConfigureRequest) -> Result<()> {
     Ok(())
 }
 
-/// Where a sysctl is. Dots separate; a slash in the name stands for a dot (as of a VLAN's interface), as for sysctl(8).
+/// Where a sysctl is. Dots separate; a slash in the name stands for a dot (as of a VLAN's
+/// interface), as for sysctl(8).
 fn sysctl_path(name: &str) -> Result<PathBuf> {
     let mut path = PathBuf::from("/proc/sys");
     for part in name.split('.') {
@@ -70,7 +72,8 @@ fn sysctl_path(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Mixes bytes into the kernel's pool and credits them in full: they come from the host's own generator.
+/// Mixes bytes into the kernel's pool and credits them in full: they come from the host's own
+/// generator.
 fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     /// `struct rand_pool_info` of linux/random.h with room for the most that is taken.
     #[repr(C)]

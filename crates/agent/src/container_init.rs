@@ -1,8 +1,8 @@
-//! The init process of a container that asks for one (`--init`): starts the command, forwards signals to it, reaps
-//! every orphan, and ends as the command ended.
+//! The init process of a container that asks for one (`--init`): starts the command, forwards
+//! signals to it, reaps every orphan, and ends as the command ended.
 //!
-//! The agent's own executable, seen in the container under the name [`NAME`]; `main` comes here before it does
-//! anything else. Runs with the container's rights and nothing more.
+//! The agent's own executable, seen in the container under the name [`NAME`]; `main` comes here
+//! before it does anything else. Runs with the container's rights and nothing more.
 #![allow(unsafe_code)]
 
 use std::ffi::OsString;
@@ -28,7 +28,8 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> i32 {
     let old = set_mask(&all);
     let mut command = Command::new(&program);
     command.args(arguments);
-    // A group of its own, in front if there is a terminal: signals from the keyboard reach it directly.
+    // A group of its own, in front if there is a terminal: signals from the keyboard reach it
+    // directly.
     command.process_group(0);
     // SAFETY: only system calls that are safe between fork and exec, on values copied before.
     unsafe {
@@ -60,9 +61,11 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> i32 {
                     return status;
                 }
             }
-            // A stopped init could not be continued from inside; the command stops itself by its terminal.
+            // A stopped init could not be continued from inside; the command stops itself by its
+            // terminal.
             libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU => {}
-            // SAFETY: kill has no memory effects. The child is not reaped yet, so its id is its own.
+            // SAFETY: kill has no memory effects. The child is not reaped yet, so its id is its
+            // own.
             signal => unsafe {
                 libc::kill(child, signal);
             },

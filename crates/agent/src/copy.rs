@@ -1,8 +1,9 @@
 //! Copies files between a stream and a container, as seen from inside it. Called by `service`.
 //!
-//! The work is done by a forked child that has entered the container's root: every path in it, and every symbolic
-//! link on the way, means what it means to the container, volumes and all, and cannot lead out. It is in no
-//! namespace of the container, so nothing in there can see or stop it. The archive itself is `archive`'s matter.
+//! The work is done by a forked child that has entered the container's root: every path in it, and
+//! every symbolic link on the way, means what it means to the container, volumes and all, and
+//! cannot lead out. It is in no namespace of the container, so nothing in there can see or stop it.
+//! The archive itself is `archive`'s matter.
 
 #![allow(unsafe_code)]
 
@@ -19,8 +20,8 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 use ttrpc::Code;
 
-use crate::process::Reaper;
-use crate::status::{Failure, Result, words};
+use crate::processes::reaper::Reaper;
+use crate::rpc::status::{Failure, Result, plain_text};
 
 /// Longest error that the child reports.
 const REPORT_LIMIT: usize = 2048;
@@ -59,9 +60,9 @@ pub async fn run(
     rustix::fs::fcntl_setfl(&stream, OFlags::empty())
         .map_err(|e| failed("set up a stream", e.into()))?;
 
-    let births = reaper.births();
-    // SAFETY: the agent has one thread, so the child is a complete copy in which all of Rust may be used. It never
-    // returns into the event loop: it exits, without running destructors.
+    let guard = reaper.spawn_guard();
+    // SAFETY: the agent has one thread, so the child is a complete copy in which all of Rust may be
+    // used. It never returns into the event loop: it exits, without running destructors.
     let child = unsafe { libc::fork() };
     match child {
         -1 => return Err(failed("fork", io::Error::last_os_error())),
@@ -91,8 +92,8 @@ pub async fn run(
         _ => {}
     }
     drop((stream, reporter, root, user_namespace));
-    let mut exit = reaper.expect(child.unsigned_abs());
-    drop(births);
+    let mut exit = reaper.register(child.unsigned_abs(), None);
+    drop(guard);
     let status = match exit.wait_for(Option::is_some).await {
         Ok(exit) => exit.map_or(255, |exit| exit.status),
         Err(_closed) => 255,
@@ -112,7 +113,8 @@ fn open_directory(path: &str) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?)
 }
 
-/// The user namespace of a process, if it is not the agent's: ids in archives are then the container's.
+/// The user namespace of a process, if it is not the agent's: ids in archives are then the
+/// container's.
 fn foreign_user_namespace(pid: u32) -> io::Result<Option<OwnedFd>> {
     let theirs = File::open(format!("/proc/{pid}/ns/user"))?;
     let ours = fs::metadata("/proc/self/ns/user")?;
@@ -151,7 +153,10 @@ impl Job<'_> {
                 | io::ErrorKind::InvalidData => Code::INVALID_ARGUMENT,
                 _ => Code::INTERNAL,
             };
-            Failure::new(code, format!("cannot {what} {path:?}: {}", words(&error)))
+            Failure::new(
+                code,
+                format!("cannot {what} {path:?}: {}", plain_text(&error)),
+            )
         })
     }
 

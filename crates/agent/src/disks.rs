@@ -1,8 +1,9 @@
 //! The machine's disks: which block device of the guest a block device of the host has become.
 //!
-//! A spec names devices by the host's numbers. The guest's kernel numbers its disks as it finds them, so the host says
-//! the serial number of each disk that a container may have, and `service` has the spec translated here before the
-//! container is made, and rules again when they change. Never opens a disk.
+//! A spec names devices by the host's numbers. The guest's kernel numbers its disks as it finds
+//! them, so the host says the serial number of each disk that a container may have, and `service`
+//! has the spec translated here before the container is made, and rules again when they change.
+//! Never opens a disk.
 
 use std::fs;
 use std::io;
@@ -14,7 +15,7 @@ use oci_spec::runtime::{
 };
 use ttrpc::Code;
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Where the kernel shows its disks.
 const DISKS: &str = "/sys/block";
@@ -23,7 +24,7 @@ const DISKS: &str = "/sys/block";
 const SERIALS: &str = "hull-disk";
 
 /// How long a disk that the machine was started with may take to be found.
-const PATIENCE: Duration = Duration::from_secs(2);
+const DISK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often it is looked for.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -79,8 +80,9 @@ impl Disks {
         }
     }
 
-    /// The rules with the guest's numbers. One that covers several disks by leaving a number open becomes one for each.
-    /// `majors` are those of all disks of the machine: by the host's numbers a container must not reach those of others.
+    /// The rules with the guest's numbers. One that covers several disks by leaving a number open
+    /// becomes one for each. `majors` are those of all disks of the machine: by the host's numbers
+    /// a container must not reach those of others.
     fn rules(&self, rules: &[LinuxDeviceCgroup], majors: &[i64]) -> Vec<LinuxDeviceCgroup> {
         let mut translated = Vec::with_capacity(rules.len());
         for rule in rules {
@@ -138,7 +140,7 @@ async fn find(wanted: &[HullDisk]) -> Result<Disks> {
             Ok(disks) => return Ok(disks),
             Err(missing) => missing,
         };
-        if waited >= PATIENCE {
+        if waited >= DISK_TIMEOUT {
             return Err(Failure::new(
                 Code::INTERNAL,
                 format!(

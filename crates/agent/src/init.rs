@@ -1,7 +1,8 @@
-//! What PID 1 owes a guest before and after everything else: file systems, limits, the loopback interface, power.
+//! The duties of PID 1 before and after everything else: file systems, limits, the loopback
+//! interface, power.
 //!
-//! Called by `main`. Forks nothing and reads little: all of this is on the way of every start, and on user-mode
-//! Linux a system call costs 20 µs.
+//! Called by `main`. Forks nothing and reads little: all of this is on the way of every start, and
+//! on user-mode Linux a system call costs 20 µs.
 
 #![allow(unsafe_code)]
 
@@ -27,10 +28,12 @@ const NOSUID: MountFlags = MountFlags::NOSUID;
 /// Flags of the kernel's own file systems.
 const PLAIN: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-/// What is mounted at boot, in this order: source, target, type, flags. `/dev` comes before, see [`mount_dev`].
+/// What is mounted at boot, in this order: source, target, type, flags. `/dev` comes before, see
+/// [`mount_dev`].
 ///
-/// It is little. `/run` and `/tmp` are in memory as they are; what only containers use (devpts, shm, mqueue) they mount
-/// themselves. What a container may do on its share is a matter of its spec, so that is mounted without restrictions.
+/// It is little. `/run` and `/tmp` are in memory as they are; what only containers use (devpts,
+/// shm, mqueue) they mount themselves. What a container may do on its share is a matter of its
+/// spec, so that is mounted without restrictions.
 const MOUNTS: &[(&str, &str, &str, MountFlags)] = &[
     ("proc", "/proc", "proc", PLAIN),
     ("sysfs", "/sys", "sysfs", PLAIN),
@@ -40,7 +43,8 @@ const MOUNTS: &[(&str, &str, &str, MountFlags)] = &[
 
 /// Brings the guest from "the kernel started me" to "containers can be created".
 pub fn set_up() -> io::Result<()> {
-    // The kernel hands PID 1 whatever mask it has; files made here have the modes they are asked for.
+    // The mask that PID 1 gets from the kernel is not defined; files made here have the modes they
+    // are asked for.
     rustix::process::umask(Mode::empty());
     leave_initramfs().map_err(|error| named("switch the root file system", error))?;
     mount_dev().map_err(|error| named("mount /dev", error))?;
@@ -59,7 +63,7 @@ pub fn set_up() -> io::Result<()> {
 fn named(what: &str, error: io::Error) -> io::Error {
     io::Error::new(
         error.kind(),
-        format!("cannot {what}: {}", crate::status::words(&error)),
+        format!("cannot {what}: {}", crate::rpc::status::plain_text(&error)),
     )
 }
 
@@ -75,8 +79,9 @@ fn mount_at(source: &str, target: &str, fstype: &str, flags: MountFlags) -> io::
     }
 }
 
-/// pivot_root, which every container needs, works from an initramfs only when the kernel has mounted it on
-/// something else. Kernels do so from 7.0 on; on older ones the agent moves to a root of its own first.
+/// pivot_root, which every container needs, works from an initramfs only when the kernel has
+/// mounted it on something else. Kernels do so from 7.0 on; on older ones the agent moves to a root
+/// of its own first.
 fn leave_initramfs() -> io::Result<()> {
     let kernel = rustix::system::uname();
     if kernel_major(kernel.release()) >= 7 {
@@ -165,8 +170,9 @@ fn mount_dev() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the groups of containers the controllers that each of them gets, while nobody waits for it. Only a head start:
-/// who makes a group makes sure of its controllers, and of those that it needs besides.
+/// Gives the groups of containers the controllers that each of them gets, while nobody waits for
+/// it. Only a head start: creating a group enables its controllers again, and those that it
+/// needs besides.
 fn enable_controllers() {
     let path = format!("{CGROUP_ROOT}/cgroup.subtree_control");
     let enabled = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
@@ -176,8 +182,9 @@ fn enable_controllers() {
     }
 }
 
-/// The agent has descriptors for many streams, and containers inherit the limit where their spec has none. Best
-/// effort: a guest where it fails works. (The OOM killer never takes PID 1, so there is nothing to protect.)
+/// The agent has descriptors for many streams, and containers inherit the limit where their spec
+/// has none. Best effort: a guest where it fails works. (The OOM killer never takes PID 1, so there
+/// is nothing to protect.)
 fn raise_limits() {
     let limit = Rlimit {
         current: Some(1 << 20),
@@ -216,7 +223,7 @@ fn loopback_up() -> io::Result<()> {
 
 /// Kills every process, so that none can write any more, and syncs file systems.
 pub fn quiesce() {
-    // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory of ours.
+    // SAFETY: kill with -1 reaches every process but PID 1 itself and touches no memory.
     unsafe { libc::kill(-1, libc::SIGKILL) };
     rustix::fs::sync();
 }
@@ -235,8 +242,8 @@ pub fn power_off() -> ! {
     panic!("cannot power the machine off: {error}");
 }
 
-/// A machine that cannot be switched off is restarted, and its monitor takes that for its end. Whoever starts such a
-/// machine also tells its kernel how to restart.
+/// A machine that cannot be switched off is restarted, which its monitor takes for its end. The
+/// command line of such a machine says how to restart (`reboot=`).
 fn how_to_end(command_line: &str) -> RebootCommand {
     let mut words = command_line.split_ascii_whitespace();
     match words.any(|word| word.starts_with("reboot=")) {

@@ -1,12 +1,13 @@
-//! The agent's own log lines. They go to the kernel's log, and so in order with the kernel's own lines to the
-//! console, which the host keeps. Called from everywhere in the agent; never by container processes.
+//! The agent's own log lines. They go to the kernel's log, and so in order with the kernel's own
+//! lines to the console, which the host keeps. Called from everywhere in the agent; never by
+//! container processes.
 
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// Urgency of a line, in the kernel's numbers. A guest boots with `quiet`: lines from `Warning` on stay in the
-/// kernel's ring, more urgent ones are also shown on the console.
+/// Urgency of a line, in the kernel's numbers. A guest boots with `quiet`: lines from `Warning` on
+/// stay in the kernel's ring, more urgent ones are also shown on the console.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// The agent cannot go on.

@@ -1,11 +1,14 @@
-//! The agent: PID 1 of every guest of hull. It prepares the guest, dials the host, and does on that connection what
-//! `agent.proto` says: creates containers, connects their streams, tells how they end.
+//! The agent: PID 1 of every guest of hull. It prepares the guest, dials the host, and serves the
+//! calls of `agent.proto` on that connection: creates containers, connects their streams, reports
+//! how they end.
 //!
-//! Started by the guest's kernel as `/init`, alone in its initramfs. Never run on a host. It has one thread, so that
-//! `container` can clone processes straight from it; nothing here may start another one.
+//! Started by the guest's kernel as `/init`, alone in its initramfs. Never run on a host. It has
+//! one thread, so that `container` can clone processes straight from it; nothing here may start
+//! another one.
 //!
-//! When the host closes the connection, the guest is over. When the agent cannot go on, it says so on the console and
-//! powers the machine off; when it panics, the kernel does so too. The host sees either.
+//! When its connection ends, it dials again, and containers do not notice. It powers the machine
+//! off when the host says so, when no host answers for long, and when it cannot go on, which it
+//! says on the console; when it panics, the kernel ends the machine. The host sees each of these.
 
 #![cfg_attr(not(test), no_main)]
 
@@ -15,42 +18,31 @@ mod container;
 mod container_init;
 mod copy;
 mod disks;
-mod event;
+mod events;
 mod init;
+mod io;
 mod log;
 mod loopback;
+mod metrics;
 mod network;
-mod plumbing;
-mod process;
 mod processes;
-mod registry;
-mod relay;
-mod service;
+mod rpc;
 mod shared_memory;
-mod stats;
-mod status;
-mod streams;
-mod vsock;
+mod time;
 
-use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use futures_core::Stream;
 use hull_protocol::{AGENT_PORT, HOST_CID};
-use tokio::sync::Notify;
-use ttrpc::r#async::Server;
-use ttrpc::r#async::transport::Listener;
 
-use crate::process::Reaper;
-use crate::service::Service;
-use crate::streams::Streams;
-use crate::vsock::Connection;
+use crate::io::streams::Streams;
+use crate::io::vsock;
+use crate::processes::reaper::Reaper;
+use crate::rpc::connection;
+use crate::rpc::service::Service;
 
-/// Where the C library enters. Rust's own `main` would first look after standard streams, signals and the stack:
-/// fifteen system calls that PID 1 of a guest has no use for.
+/// Where the C library enters. Rust's own `main` would first look after standard streams, signals
+/// and the stack: fifteen system calls that PID 1 of a guest has no use for.
 #[cfg(not(test))]
 #[allow(unsafe_code)] // The name is the C library's, and nothing else has it.
 #[unsafe(no_mangle)]
@@ -80,18 +72,22 @@ fn start() {
         log::critical!("{panic}");
         std::process::exit(101);
     }));
-    // Dialled before anything else: the host learns that the guest is there while the guest sets itself up. What
-    // the host sends meanwhile waits in the socket.
-    let home = vsock::dial(HOST_CID, AGENT_PORT);
-    match init::set_up().and(home).and_then(run) {
-        Ok(()) => log::info!("the host has closed the connection"),
-        Err(error) => log::critical!("{error}"),
+    // Dialled before anything else: the host learns that the guest is there while the guest sets
+    // itself up. What the host sends meanwhile waits in the socket.
+    let home = dial();
+    if let Err(error) = init::set_up().and(home).and_then(run) {
+        log::critical!("{error}");
     }
     init::power_off();
 }
 
-/// Everything after the setting up.
-fn run(home: OwnedFd) -> io::Result<()> {
+/// Begins to connect to the host.
+fn dial() -> std::io::Result<OwnedFd> {
+    vsock::dial(HOST_CID, AGENT_PORT)
+}
+
+/// Serves the host until there is none.
+fn run(home: OwnedFd) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -101,34 +97,13 @@ fn run(home: OwnedFd) -> io::Result<()> {
     runtime.block_on(serve(home))
 }
 
-/// The one connection that there ever is, for ttrpc, which expects many.
-struct Once(Option<Connection>);
-
-impl Stream for Once {
-    type Item = io::Result<Connection>;
-
-    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Poll::Ready(self.0.take().map(Ok))
-    }
-}
-
-/// Serves until the connection ends.
-async fn serve(home: OwnedFd) -> io::Result<()> {
-    let ended = Arc::new(Notify::new());
-    let connection = Connection::new(home, ended.clone())?;
+async fn serve(home: OwnedFd) -> std::io::Result<()> {
     let reaper = Reaper::default();
     let reaping = reaper.start()?;
-    let streams = Streams::listen()?;
-    let established = connection.established().await;
-    established.map_err(|error| io::Error::other(format!("cannot reach the host: {error}")))?;
-
-    let mut server = Server::new()
-        .add_listener(Listener::new(Once(Some(connection))))
-        .register_service(service::methods(Service::new(streams, reaper)));
-    server.start().await.map_err(io::Error::other)?;
+    let streams = Arc::new(Streams::listen()?);
+    let service = Service::new(streams.clone(), reaper);
     tokio::select! {
-        () = reaping => {}
-        () = ended.notified() => {}
+        () = reaping => Ok(()),
+        ended = connection::serve(service, &streams, home, dial) => match ended? {},
     }
-    Ok(())
 }

@@ -1,8 +1,10 @@
-//! Memory that containers of this guest share: what engines bind to /dev/shm of each container of a pod.
+//! Memory that containers of this guest share: what engines bind to /dev/shm of each container of a
+//! pod.
 //!
-//! The host cannot share memory with a guest, so it names the memory, and here is a tmpfs for each name, which is
-//! mounted once and bound by all containers that name it. It lives as long as one of them does: who has it holds it, and
-//! the last one to let go ends it. Called by `service` before a container is made.
+//! The host cannot share memory with a guest, so it names the memory, and here is a tmpfs for each
+//! name, which is mounted once and bound by all containers that name it. It lives as long as one of
+//! them does: each holds a reference, and the last one that is released unmounts it. Called by
+//! `service` before a container is made.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -14,7 +16,7 @@ use hull_protocol::SHARED_MEMORY_SOURCE;
 use oci_spec::runtime::{Mount, Spec};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Where they are mounted.
 const DIRECTORY: &str = "/run/hull/shm";
@@ -34,13 +36,14 @@ impl Drop for Memory {
         // Containers that are just ending may still have it.
         let unmounted = unmount(&self.path, UnmountFlags::DETACH).map_err(Into::into);
         if let Err(error) = unmounted.and_then(|()| fs::remove_dir(&self.path)) {
-            crate::log::error!("cannot let go of shared memory: {error}");
+            crate::log::error!("cannot release shared memory: {error}");
         }
     }
 }
 
 impl SharedMemory {
-    /// Provides what a spec's mounts name, and makes it their source. The container must hold what is returned.
+    /// Provides what a spec's mounts name, and makes it their source. The container must hold what
+    /// is returned.
     pub fn provide(&self, spec: &mut Spec) -> Result<Vec<Arc<Memory>>> {
         let mut held = Vec::new();
         for mount in spec.mounts_mut().into_iter().flatten() {

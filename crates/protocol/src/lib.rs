@@ -1,7 +1,7 @@
 //! The contract between the host and the agent in the guest: messages, service, ports, paths.
 //!
-//! Called by `sandbox` (client) and `agent` (server). Holds no behaviour: what is here is either generated
-//! from `proto/`, or a constant or a layout that both sides must agree on.
+//! Called by `sandbox` (client) and `agent` (server). Holds no behaviour: what is here is either
+//! generated from `proto/`, or a constant or a layout that both sides must agree on.
 
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, unused, unsafe_code)]
 #[rustfmt::skip]
@@ -11,33 +11,72 @@ mod generated {
 
 pub use generated::{agent, agent_ttrpc};
 
-/// vsock port of the host that the agent dials when it is ready. The connection is both the event "ready" and
-/// the channel on which the agent then serves [`agent_ttrpc`]: no listener, no second round trip, and after a
-/// restore from a snapshot the agent simply dials again.
+/// Version of this contract: counts the changes that an older peer cannot ignore. See "Versions" in
+/// `agent.proto`.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Oldest version of a host that the agent answers.
+pub const MIN_HOST_VERSION: u32 = 1;
+
+/// vsock port of the host that the agent dials when it is ready. The connection is both the event
+/// "ready" and the channel on which the agent then serves [`agent_ttrpc`]: no listener, no second
+/// round trip. When it ends, as after a restore from a snapshot, the agent dials again: see
+/// "Connections" in `agent.proto`.
 pub const AGENT_PORT: u32 = 1024;
 
-/// vsock port of the guest to which the host connects one stream each for stdin, stdout, stderr or a terminal.
+/// How long the agent dials without a host that calls before it powers the machine off. Long enough
+/// for a host process to be replaced on a busy machine. It is a guest without a host on a machine
+/// that nobody has ended: rare, since the process that starts a machine takes it along when it
+/// dies.
+pub const NO_HOST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Key of the ttrpc metadata under which a call that changes something has its id.
+pub const CALL_ID_KEY: &str = "hull-call-id";
+
+/// Longest id of a call, bytes.
+pub const MAX_CALL_ID: usize = 64;
+
+/// Most calls with an id that a host has in flight; answers to so many are kept by the agent.
+pub const MAX_CALLS: usize = 256;
+
+/// Events that the agent keeps.
+pub const EVENTS_KEPT: usize = 1024;
+
+/// Bytes that the agent keeps of each output that it has sent to the host, to send them again when
+/// the connection breaks: as many as the host's vsock device takes from the guest before it has
+/// passed them on (the largest `buf_alloc` that it announces).
+pub const STREAM_REPLAY: usize = 256 << 10;
+
+/// Bytes that the agent keeps of all outputs together that have ended, the latest ones.
+pub const ENDED_REPLAY: usize = 1 << 20;
+
+/// vsock port of the guest to which the host connects one stream each for stdin, stdout, stderr or
+/// a terminal.
 pub const STREAM_PORT: u32 = 1025;
 
 /// vsock context id of the host, as every guest sees it (`VMADDR_CID_HOST`, linux/vm_sockets.h).
 pub const HOST_CID: u32 = 2;
 
-/// vsock context id of the guest. Every machine has a vsock device to itself, so all can have the same one.
+/// vsock context id of the guest. Every machine has a vsock device to itself, so all can have the
+/// same one.
 pub const GUEST_CID: u32 = 3;
 
 /// Tag of the fs device that carries all shares of the pod.
 pub const SHARES_TAG: &str = "hull";
 
-/// Where the agent mounts the fs device. Each share is a directory in it, named as the host named it.
+/// Where the agent mounts the fs device. Each share is a directory in it, named as the host named
+/// it.
 pub const SHARES_DIR: &str = "/run/hull/shares";
 
-/// What the source of a bind mount in a container's spec begins with when it is memory that containers of the guest
-/// share. 16 hexadecimal digits follow: who names the same gets the same. The agent keeps it as a tmpfs, with the
-/// mount's options `size=`, `mode=`, `uid=` and `gid=`, as long as there is a container that has it.
+/// What the source of a bind mount in a container's spec begins with when it is memory that
+/// containers of the guest share. 16 hexadecimal digits follow: containers that name the same
+/// digits share it. The agent keeps it as a tmpfs, with the mount's options `size=`, `mode=`,
+/// `uid=` and `gid=`, as long as there is a container that has it.
 pub const SHARED_MEMORY_SOURCE: &str = "hull-shm:";
 
-/// Hardware address that net device `number` of a machine bears until the agent gives it the one of the interface
-/// that it stands for: locally administered, "hull", and the number, by which the agent knows it.
+/// Hardware address that net device `number` of a machine bears until the agent gives it the one of
+/// the interface that it stands for: locally administered, "hull", and the number, by which the
+/// agent knows it.
 pub const fn net_device_mac(number: u8) -> [u8; 6] {
     [0x02, b'h', b'u', b'l', b'l', number]
 }
@@ -45,16 +84,18 @@ pub const fn net_device_mac(number: u8) -> [u8; 6] {
 /// Most connections to ports of a guest that are forwarded at a time.
 pub const MAX_FORWARDS: usize = 256;
 
-/// Where Docker's name server is in a container's network namespace, and where the agent answers for it in a guest.
+/// Where Docker's name server is in a container's network namespace, and where the agent answers
+/// for it in a guest.
 pub const RESOLVER: std::net::SocketAddrV4 =
     std::net::SocketAddrV4::new(std::net::Ipv4Addr::new(127, 0, 0, 11), 53);
 
 /// Most questions that wait for their answers at a time.
 pub const MAX_QUESTIONS: u16 = 64;
 
-/// What stands before each message in the stream between the agent and the host's end of the name server: the agent's
-/// questions and the host's answers, DNS messages that neither looks into. The answer to a question has its slot and
-/// its transport; every question gets exactly one, which is empty when there is none to be had.
+/// What stands before each message in the stream between the agent and the host's end of the name
+/// server: the agent's questions and the host's answers, DNS messages that neither looks into. The
+/// answer to a question has its slot and its transport; every question gets exactly one, which is
+/// empty when there is none to be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NameHeader {
     /// Which question, of those that wait: below [`MAX_QUESTIONS`].

@@ -1,4 +1,5 @@
-//! `oci_spec::runtime` with `Spec` and `Process` replaced. These two read the same JSON and have the same accessors.
+//! `oci_spec::runtime` with `Spec` and `Process` replaced. These two read the same JSON and have
+//! the same accessors.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -46,11 +47,12 @@ pub struct Spec {
     hull_disks: Option<Vec<HullDisk>>,
 }
 
-/// Not the specification's: the host says which block devices that the spec names are disks of this machine.
+/// Not the specification's: the host says which block devices that the spec names are disks of this
+/// machine.
 ///
-/// `hullDisks: [{"major": 7, "minor": 3, "serial": "hull-disk0"}]`: wherever the spec has block device 7:3 of the host,
-/// in `linux.devices` and in `linux.resources.devices`, the disk of that serial number is meant, whose numbers only the
-/// guest's kernel knows.
+/// `hullDisks: [{"major": 7, "minor": 3, "serial": "hull-disk0"}]`: wherever the spec has block
+/// device 7:3 of the host, in `linux.devices` and in `linux.resources.devices`, the disk of that
+/// serial number is meant, whose numbers only the guest's kernel knows.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct HullDisk {
     major: i64,
@@ -117,7 +119,8 @@ impl Process {
     }
 }
 
-/// Processors that an executed process runs on. Lists of numbers and ranges, checked by who uses them.
+/// Processors that an executed process runs on. Lists of numbers and ranges, checked where they are
+/// used.
 #[derive(Debug, Deserialize)]
 pub struct ExecCpuAffinity {
     initial: Option<String>,

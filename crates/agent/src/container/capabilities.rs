@@ -1,7 +1,8 @@
 //! The five capability sets of a process.
 //!
-//! [`super::process`] calls the three steps in order, around the change of user. Sets are bit masks, as the kernel
-//! has them.
+//! [`super::process_plan`] calls the three steps in order, around the change of user. Sets are bit
+//! masks, as the kernel has them.
+#![allow(unsafe_code)]
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 use rustix::io::Errno;
@@ -67,7 +68,8 @@ fn number(capability: Capability) -> u32 {
     }
 }
 
-/// The highest number above. Higher ones of a newer kernel are dropped until the kernel knows no more.
+/// The highest number above. Higher ones of a newer kernel are dropped until the kernel knows no
+/// more.
 const LAST: u32 = 40;
 
 fn mask(set: &Option<Capabilities>) -> u64 {
@@ -96,8 +98,9 @@ impl CapabilitySets {
                 "names one that is not permitted",
             ));
         }
-        // Neither would it raise these, and runtimes before us went on without them: specs that engines write, and the
-        // one that runc writes, name ambient capabilities that are not inheritable.
+        // Neither would it raise these, and runtimes before us went on without them: specs that
+        // engines write, and the one that runc writes, name ambient capabilities that are not
+        // inheritable.
         sets.ambient &= sets.permitted & sets.inheritable;
         Ok(sets)
     }

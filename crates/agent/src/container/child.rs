@@ -1,7 +1,8 @@
 //! What a clone does to become a process of a container: the order of all steps.
 //!
-//! Runs in the clone, with its copy of the agent's memory; plans are made by the agent before. Every function here
-//! returns only to report an error.
+//! Runs in the clone, with its copy of the agent's memory; plans are made by the agent before.
+//! Every function here returns only to report an error.
+#![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -12,7 +13,7 @@ use super::clone::ChildGate;
 use super::error::{Context, CreateError, Result};
 use super::hooks::Hooks;
 use super::namespaces::Namespaces;
-use super::process::{self, ProcessPlan};
+use super::process_plan::{self, ProcessPlan};
 use super::rootfs::{self, RootfsPlan};
 use super::{ChildIo, devices, sys, terminal};
 
@@ -51,7 +52,7 @@ pub(super) fn run_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Creat
     }
 }
 
-type Prepared = (process::Executable, Option<String>);
+type Prepared = (process_plan::Executable, Option<String>);
 
 fn prepare_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Result<Prepared> {
     start()?;
@@ -107,7 +108,7 @@ fn prepare_exec(
     plan: &ExecPlan<'_>,
     io: &ChildIo,
     gate: &ChildGate,
-) -> Result<process::Executable> {
+) -> Result<process_plan::Executable> {
     start()?;
     sys::setns(plan.init, plan.namespaces).context(|| "cannot join the container's namespaces")?;
     if plan.namespaces & sys::CLONE_NEWUSER != 0 {
@@ -123,7 +124,8 @@ fn prepare_exec(
 }
 
 fn start() -> Result<()> {
-    // Processes of the container that see this one must not look into it while it is still the agent's.
+    // Processes of the container that see this one must not look into it while it is still the
+    // agent's.
     sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).context(|| "cannot protect the new process")?;
     rustix::process::setsid().context(|| "cannot start a session")?;
     // Modes of what is made for the container are exact.
@@ -178,7 +180,7 @@ fn open_terminal(root: BorrowedFd<'_>, process: &ProcessPlan) -> Result<terminal
 fn set_streams(io: &ChildIo, terminal: Option<terminal::Terminal>, gate: &ChildGate) -> Result<()> {
     match (io, terminal) {
         (ChildIo::Pipes(stdio), _) => {
-            process::set_stdio(
+            process_plan::set_stdio(
                 stdio.stdin.as_fd(),
                 stdio.stdout.as_fd(),
                 stdio.stderr.as_fd(),
@@ -189,7 +191,7 @@ fn set_streams(io: &ChildIo, terminal: Option<terminal::Terminal>, gate: &ChildG
             let slave = sys::leak(terminal.slave);
             sys::leak(terminal.master);
             terminal::control(slave)?;
-            process::set_stdio(slave, slave, slave)?;
+            process_plan::set_stdio(slave, slave, slave)?;
         }
         (ChildIo::Terminal, None) => {
             return Err(CreateError::other(

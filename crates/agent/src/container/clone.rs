@@ -1,6 +1,7 @@
 //! The clone, and the gate between the agent and it: see the table in [`super`].
 //!
 //! [`spawn`] is the only place where the process splits. Its child side never returns.
+#![allow(unsafe_code)]
 
 use std::cell::Cell;
 use std::io::{IoSlice, IoSliceMut};
@@ -37,18 +38,18 @@ pub(super) struct Spawned {
 /// The child's end of the gate.
 pub(super) struct ChildGate(Cell<BorrowedFd<'static>>);
 
-/// Where the clone is made.
-pub(super) enum Place<'a> {
+/// The namespaces of a clone.
+pub(super) enum CloneTarget<'a> {
     /// In new or joined namespaces.
-    New(&'a Namespaces),
+    Planned(&'a Namespaces),
     /// In the PID namespace of this process; the child joins the others itself.
-    Of(BorrowedFd<'a>),
+    NamespacesOf(BorrowedFd<'a>),
 }
 
-/// Clones the agent. `child` runs in the clone and ends by `execve`; if it returns, the clone reports the error
-/// and exits.
+/// Clones the agent. `child` runs in the clone and ends by `execve`; if it returns, the clone
+/// reports the error and exits.
 pub(super) fn spawn(
-    place: &Place<'_>,
+    target: &CloneTarget<'_>,
     cgroup: BorrowedFd<'_>,
     child: impl FnOnce(&ChildGate) -> CreateError,
 ) -> Result<Spawned> {
@@ -59,8 +60,8 @@ pub(super) fn spawn(
         None,
     )
     .context(|| "cannot make the gate")?;
-    let (visit, flags) = match place {
-        Place::New(namespaces) if namespaces.joins_user() => {
+    let (visit, flags) = match target {
+        CloneTarget::Planned(namespaces) if namespaces.joins_user() => {
             // SAFETY: the agent has one thread, and `run_between` does not return.
             return match unsafe { sys::clone3(0, Some(cgroup)) }.map_err(cannot_clone)? {
                 Cloned::Parent { pidfd, .. } => {
@@ -70,8 +71,8 @@ pub(super) fn spawn(
                 Cloned::Child => run_between(namespaces, theirs, child),
             };
         }
-        Place::New(namespaces) => (namespaces.visit()?, namespaces.at_clone()),
-        Place::Of(process) => (Visit::pid_namespace_of(*process)?, 0),
+        CloneTarget::Planned(namespaces) => (namespaces.visit()?, namespaces.at_clone()),
+        CloneTarget::NamespacesOf(process) => (Visit::pid_namespace_of(*process)?, 0),
     };
     // SAFETY: the agent has one thread, and `run` does not return.
     match unsafe { sys::clone3(flags, Some(cgroup)) }.map_err(cannot_clone)? {
@@ -104,8 +105,8 @@ fn run(gate: OwnedFd, child: impl FnOnce(&ChildGate) -> CreateError) -> ! {
     sys::exit(1)
 }
 
-/// In the process between the agent and a container that joins a user namespace: joins, clones the container's
-/// process as its own sibling, hands its pidfd over, and ends.
+/// In the process between the agent and a container that joins a user namespace: joins, clones the
+/// container's process as its own sibling, hands its pidfd over, and ends.
 fn run_between(
     namespaces: &Namespaces,
     gate: OwnedFd,

@@ -1,6 +1,7 @@
 //! Fills a tmpfs with a copy of the directory that it hides (mount option `tmpcopyup`).
 //!
-//! Runs in the child. Works on descriptors and follows no links; what is copied belongs to the image.
+//! Runs in the child. Works on descriptors and follows no links; what is copied belongs to the
+//! image.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,7 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timestamps, Uid};
 use rustix::io::{Errno, Result};
 
-/// Copies everything in the directory `from` to the directory `to`, and the directory's own owner and mode.
+/// Copies everything in the directory `from` to the directory `to`, and the directory's own owner
+/// and mode.
 pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let from = rustix::fs::openat(from, c".", flags, Mode::empty())?;

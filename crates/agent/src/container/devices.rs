@@ -1,7 +1,8 @@
-//! The device nodes of a container: the standard ones, those of the spec, and the links that programs expect.
+//! The device nodes of a container: the standard ones, those of the spec, and the links that
+//! programs expect.
 //!
-//! Planned by the agent, made by the child after the spec's mounts. In a user namespace nodes cannot be made, so the
-//! guest's own are bound there instead.
+//! Planned by the agent, made by the child after the spec's mounts. In a user namespace nodes
+//! cannot be made, so the guest's own are bound there instead.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -144,7 +145,8 @@ impl Devices {
     }
 }
 
-/// Binds a node of the guest (its path without the leading slash) to `name` in a directory of the container.
+/// Binds a node of the guest (its path without the leading slash) to `name` in a directory of the
+/// container.
 fn bind(directory: BorrowedFd<'_>, name: &CStr, guest: &CStr) -> rustix::io::Result<()> {
     let mut source = b"/".to_vec();
     source.extend(guest.to_bytes());

@@ -1,7 +1,7 @@
 //! What can go wrong while a container or a process in it is made.
 //!
-//! Used by every file of this module, on both sides of the gate: the child sends its error to the agent as bytes
-//! and exits. Never carries more than one line of text.
+//! Used by every file of this module, on both sides of the gate: the child sends its error to the
+//! agent as bytes and exits. Never carries more than one line of text.
 
 use std::fmt::Display;
 use std::io;

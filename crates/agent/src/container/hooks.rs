@@ -1,8 +1,10 @@
-//! Hooks that belong in the guest: `createContainer`, before the container's root is entered, and `startContainer`,
-//! in the container, right before its command. The other hooks of a spec belong to the host and are not run here.
+//! Hooks that belong in the guest: `createContainer`, before the container's root is entered, and
+//! `startContainer`, in the container, right before its command. The other hooks of a spec belong
+//! to the host and are not run here.
 //!
-//! Runs in the child, which is the parent of the hook's process. A hook that fails or takes too long fails the
-//! container.
+//! Runs in the child, which is the parent of the hook's process. A hook that fails or takes too
+//! long fails the container.
+#![allow(unsafe_code)]
 
 use std::ffi::{CString, c_char};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,6 +27,9 @@ struct HookPlan {
     environment: Vec<CString>,
     timeout: Option<Duration>,
 }
+
+/// Longest state that hooks read: with status and pid it fits the buffer of their pipe, 64 KiB.
+const MAX_STATE: usize = (64 << 10) - 128;
 
 /// All hooks of a container that run in the guest.
 #[derive(Debug, Default)]
@@ -97,15 +102,25 @@ impl Hooks {
             "bundle": spec.root().as_ref().map(|root| root.path()),
             "annotations": spec.annotations().clone().unwrap_or_default(),
         });
+        let state = state.to_string();
+        if state.len() > MAX_STATE {
+            return Err(CreateError::invalid(
+                "annotations",
+                format_args!(
+                    "hooks can read {MAX_STATE} bytes of state, not {}",
+                    state.len()
+                ),
+            ));
+        }
         Ok(Hooks {
             create_container,
             start_container,
-            state: state.to_string(),
+            state,
         })
     }
 
-    /// Runs in the new namespaces, with the agent's root. Returns the id of this process as the agent sees it, which
-    /// later hooks are told.
+    /// Runs in the new namespaces, with the agent's root. Returns the id of this process as the
+    /// agent sees it, which later hooks are told.
     pub(super) fn run_create_container(&self) -> Result<Option<String>> {
         if self.create_container.is_empty() && self.start_container.is_empty() {
             return Ok(None);
@@ -144,7 +159,7 @@ impl HookPlan {
             Cloned::Child => self.execute(reader.as_fd(), &arguments, &environment),
         };
         drop(reader);
-        // Shorter than a pipe's buffer in all but mad cases; a hook need not read it (the agent ignores SIGPIPE).
+        // Fits the pipe's buffer; a hook need not read it (the agent ignores SIGPIPE).
         let _ = rustix::io::write(&writer, state.as_bytes());
         drop(writer);
         let ended = self.wait(pidfd.as_fd()).context(what)?;
@@ -177,7 +192,7 @@ impl HookPlan {
         arguments: &[*const c_char],
         environment: &[*const c_char],
     ) -> ! {
-        if sys::duplicate(stdin, 0, 0).is_ok() && super::process::reset_signals().is_ok() {
+        if sys::duplicate(stdin, 0, 0).is_ok() && super::process_plan::reset_signals().is_ok() {
             sys::execve(&self.path, arguments, environment);
         }
         sys::exit(127)

@@ -1,8 +1,10 @@
-//! What the agent sets on a process that waits at its gate: resource limits, OOM score, scheduling, I/O priority,
-//! processors.
+//! What the agent sets on a process that waits at its gate: resource limits, OOM score, scheduling,
+//! I/O priority, processors.
 //!
-//! From outside, because raising any of it takes privileges of the guest's own user namespace, which a container
-//! with a user namespace has left; and late, because the limits are the command's, not the preparation's.
+//! From outside, because raising any of it takes privileges of the guest's own user namespace,
+//! which a container with a user namespace has left; and late, because the limits are the
+//! command's, not the preparation's.
+#![allow(unsafe_code)]
 
 use oci_spec::runtime::{
     IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType,
@@ -68,8 +70,8 @@ impl Limits {
             .map(io_priority)
             .transpose()?;
         if let Some(affinity) = process.exec_cpu_affinity().as_ref().filter(|_| executed) {
-            // The process is made in the container's control group, so there is no earlier moment for `initial`: it
-            // counts when nothing else is said.
+            // The process is made in the container's control group, so there is no earlier moment
+            // for `initial`: it counts when nothing else is said.
             let list = affinity
                 .cpu_affinity_final()
                 .as_ref()

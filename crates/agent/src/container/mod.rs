@@ -1,10 +1,11 @@
-//! Makes OCI containers, and more processes in them, for one kind of guest: the caller is its single-threaded
-//! PID 1, root, with cgroup v2 alone at /sys/fs/cgroup.
+//! Makes OCI containers, and more processes in them, for one kind of guest: the caller is its
+//! single-threaded PID 1, root, with cgroup v2 alone at /sys/fs/cgroup.
 //!
-//! The agent's service calls this. Because no other thread exists, the agent clones itself once per container and
-//! the clone, still running this code, makes itself the container's init: no re-execution, no helper process. The
-//! agent reads and checks the spec before the clone, into plans ([`child::InitPlan`]): every page that the clone touches
-//! for the first time costs it a page fault, and what is wrong with a spec is known before anything is made.
+//! The agent's service calls this. Because no other thread exists, the agent clones itself once per
+//! container and the clone, still running this code, makes itself the container's init: no
+//! re-execution, no helper process. The agent reads and checks the spec before the clone, into
+//! plans ([`child::InitPlan`]): every page that the clone touches for the first time costs it a
+//! page fault, and what is wrong with a spec is known before anything is made.
 //!
 //! Between agent and clone there is the *gate*, a pair of SEQPACKET sockets:
 //!
@@ -17,11 +18,12 @@
 //! | → agent | end of file | `execve` succeeded (or the process died) |
 //! | → agent, at any time | kind and text | failed; the child exits |
 //!
-//! The clone does not share the agent's memory (CLONE_VM), though that would save its page faults: user-mode Linux
-//! 7.3 panicked when it was tried, and a container that may trace processes must not find the agent behind one of its own.
+//! The clone does not share the agent's memory (CLONE_VM), though that would save its page faults:
+//! user-mode Linux 7.3 panicked when it was tried, and a container that may trace processes must
+//! not find the agent behind one of its own.
 //!
-//! Nothing here touches the asynchronous runtime, and nothing here reads or writes the container's streams.
-#![allow(unsafe_code)]
+//! Nothing here touches the asynchronous runtime, and nothing here reads or writes the container's
+//! streams.
 
 mod capabilities;
 mod cgroup;
@@ -36,7 +38,7 @@ mod mount_options;
 mod mounts;
 mod namespaces;
 mod paths;
-mod process;
+mod process_plan;
 mod rootfs;
 mod seccomp;
 mod sys;
@@ -55,11 +57,11 @@ use rustix::fs::{FileType, Uid};
 
 use self::cgroup::{Cgroup, CgroupPlan};
 use self::child::{ExecPlan, InitPlan};
-use self::clone::{Place, Spawned};
+use self::clone::{CloneTarget, Spawned};
 use self::error::Context;
 use self::limits::Limits;
 use self::namespaces::{Namespaces, outside_id};
-use self::process::ProcessPlan;
+use self::process_plan::ProcessPlan;
 use self::rootfs::RootfsPlan;
 use self::seccomp::Filter;
 
@@ -73,9 +75,10 @@ pub struct Stdio {
     pub stderr: OwnedFd,
 }
 
-/// Arguments and environment that JSON cannot say: when not empty, they replace the spec's.
+/// `argv` and `envp` that are not valid UTF-8, which JSON cannot hold: when not empty, they replace
+/// the spec's.
 #[derive(Clone, Debug, Default)]
-pub struct Exact {
+pub struct RawArgs {
     /// Instead of `process.args`.
     pub arguments: Vec<Vec<u8>>,
     /// Instead of `process.env`.
@@ -98,15 +101,16 @@ pub struct Child {
     pub pidfd: OwnedFd,
     /// Master of the terminal, with [`ChildIo::Terminal`]. Non-blocking.
     pub terminal: Option<OwnedFd>,
-    /// Write one byte to let the process execute its command. Then read once: end of file means that it does so,
-    /// a message is an error for [`CreateError::decode`]. Closing it unused ends the process.
+    /// Write one byte to let the process execute its command. Then read once: end of file means
+    /// that it does so, a message is an error for [`CreateError::decode`]. Closing it unused ends
+    /// the process.
     pub gate: OwnedFd,
 }
 
 /// A process that is still preparing itself. Dropping it ends the process.
 ///
-/// For callers that must not block (hooks and slow file systems take their time): wait until it is readable, then
-/// call [`PendingChild::finish`].
+/// For callers that must not block (hooks and slow file systems take their time): wait until it is
+/// readable, then call [`PendingChild::finish`].
 #[derive(Debug)]
 pub struct PendingChild {
     spawned: Spawned,
@@ -120,7 +124,8 @@ impl AsFd for PendingChild {
 }
 
 impl PendingChild {
-    /// The process, ready to execute; blocks until it is. On failure the process is dead and reaped.
+    /// The process, ready to execute; blocks until it is. On failure the process is dead and
+    /// reaped.
     pub fn finish(self) -> Result<Child> {
         let PendingChild { spawned, limits } = self;
         let ready = spawned
@@ -152,12 +157,13 @@ pub struct Container {
 }
 
 impl Container {
-    /// Starts to build a container, up to the point where its init waits at the gate. If [`PendingChild::finish`]
-    /// fails, the container must be given to [`Container::destroy`]; an error from here leaves nothing behind.
+    /// Starts to build a container, up to the point where its init waits at the gate. If
+    /// [`PendingChild::finish`] fails, the container must be given to [`Container::destroy`]; an
+    /// error from here leaves nothing behind.
     pub fn begin_create(
         id: &str,
         spec: &Spec,
-        exact: &Exact,
+        raw: &RawArgs,
         io: ChildIo,
     ) -> Result<(Container, PendingChild)> {
         let linux = spec
@@ -184,12 +190,7 @@ impl Container {
             .map(Arc::new);
         let plan = InitPlan {
             rootfs: RootfsPlan::new(spec, &namespaces, &group.path())?,
-            process: ProcessPlan::new(
-                process,
-                exact,
-                linux.personality().as_ref(),
-                seccomp.clone(),
-            )?,
+            process: ProcessPlan::new(process, raw, linux.personality().as_ref(), seccomp.clone())?,
             hooks: hooks::Hooks::new(id, spec)?,
             hostname: own_name("hostname", spec.hostname(), &namespaces)?,
             domainname: own_name("domainname", spec.domainname(), &namespaces)?,
@@ -199,7 +200,8 @@ impl Container {
         own_streams(&io, outside_id(&plan.namespaces.uid_map, plan.process.uid));
         let cgroup = group.create()?;
         let started = start_init(&plan, &io, &cgroup).and_then(|spawned| {
-            // The new process works on its file system meanwhile, and waits for that more than it computes.
+            // The new process works on its file system meanwhile, and waits for that more than it
+            // computes.
             let limited = cgroup.apply(&group).inspect_err(|_| spawned.kill());
             limited.map(|()| spawned)
         });
@@ -236,7 +238,7 @@ impl Container {
     pub fn begin_exec(
         &self,
         process: &Process,
-        exact: &Exact,
+        raw: &RawArgs,
         io: ChildIo,
     ) -> Result<PendingChild> {
         if self.frozen.load(Ordering::Relaxed) {
@@ -247,7 +249,7 @@ impl Container {
         let plan = ExecPlan {
             process: ProcessPlan::new(
                 process,
-                exact,
+                raw,
                 self.personality.as_ref(),
                 self.seccomp.clone(),
             )?,
@@ -257,13 +259,16 @@ impl Container {
         let limits = Limits::new(process, true)?;
         own_streams(&io, outside_id(&self.uid_map, plan.process.uid));
         let spawn = |cgroup: BorrowedFd<'_>| {
-            clone::spawn(&Place::Of(self.init.as_fd()), cgroup, |gate| {
-                child::run_exec(&plan, &io, gate)
-            })
+            clone::spawn(
+                &CloneTarget::NamespacesOf(self.init.as_fd()),
+                cgroup,
+                |gate| child::run_exec(&plan, &io, gate),
+            )
         };
         let spawned = match spawn(self.cgroup.directory()) {
             Ok(spawned) => spawned,
-            // A container that divides its group among groups of its own has no room in the group itself.
+            // A container that divides its group among groups of its own has no room in the group
+            // itself.
             Err(error) => match self.cgroup.group_of(self.init_pid) {
                 Some(group) => spawn(group.as_fd())?,
                 None => return Err(error),
@@ -294,7 +299,8 @@ impl Container {
         self.cgroup.path()
     }
 
-    /// Kills what still runs and removes the control group. The container's mounts end with its last process.
+    /// Kills what still runs and removes the control group. The container's mounts end with its
+    /// last process.
     pub fn destroy(self) -> Result<()> {
         self.cgroup.destroy()
     }
@@ -305,9 +311,11 @@ fn start_init(plan: &InitPlan, io: &ChildIo, cgroup: &Cgroup) -> Result<Spawned>
     if namespaces.has(sys::CLONE_NEWUSER) && namespaces.has(sys::CLONE_NEWCGROUP) {
         cgroup.delegate(outside_id(&namespaces.uid_map, 0))?;
     }
-    let spawned = clone::spawn(&Place::New(namespaces), cgroup.directory(), |gate| {
-        child::run_init(plan, io, gate)
-    })?;
+    let spawned = clone::spawn(
+        &CloneTarget::Planned(namespaces),
+        cgroup.directory(),
+        |gate| child::run_init(plan, io, gate),
+    )?;
     if namespaces.creates(sys::CLONE_NEWUSER) {
         let mapped = namespaces
             .write_maps(spawned.pid)
@@ -387,7 +395,7 @@ fn own_name(
     Ok(name)
 }
 
-/// Pipes belong to the container's user, who may want to open /dev/stdout.
+/// Pipes belong to the container's user, so that it can open /dev/stdout.
 fn own_streams(io: &ChildIo, uid: u32) {
     if let ChildIo::Pipes(stdio) = io {
         for stream in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
@@ -396,8 +404,8 @@ fn own_streams(io: &ChildIo, uid: u32) {
     }
 }
 
-/// Makes `uid` the owner of a stream that is the container's alone: a pipe or a terminal, not the guest's /dev/null.
-/// A stream that cannot be given away can still be used.
+/// Makes `uid` the owner of a stream that is the container's alone: a pipe or a terminal, not the
+/// guest's /dev/null. A stream that cannot be given away can still be used.
 fn give(stream: BorrowedFd<'_>, uid: u32) {
     const TERMINALS: u32 = 136;
     if uid == 0 {

@@ -1,7 +1,7 @@
 //! Reads the options of one mount in the spec.
 //!
-//! Pure: words in, flags out. An option is either known here, or it is left for the file system; which of the two
-//! an unknown word may be depends on the mount, so [`super::mounts`] decides that.
+//! Pure: words in, flags out. An option is either known here, or it is left for the file system;
+//! which of the two an unknown word may be depends on the mount, so [`super::mounts`] decides that.
 
 use libc::c_ulong;
 
@@ -191,7 +191,8 @@ impl MountOptions {
         }
     }
 
-    /// Flags that a bind mount cannot have of its own, because they belong to the whole file system.
+    /// Flags that a bind mount cannot have of its own, because they belong to the whole file
+    /// system.
     pub(super) fn filesystem_wide(&self) -> bool {
         self.flags
             & (libc::MS_SYNCHRONOUS

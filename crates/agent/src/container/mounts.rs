@@ -1,8 +1,8 @@
 //! The mounts of a spec, one by one.
 //!
-//! Planned by the agent, made by the child in its own mount namespace. A target is always a descriptor that was
-//! resolved inside the container's root, never a path; a bind mount is complete, with its attributes, before it
-//! appears anywhere.
+//! Planned by the agent, made by the child in its own mount namespace. A target is always a
+//! descriptor that was resolved inside the container's root, never a path; a bind mount is
+//! complete, with its attributes, before it appears anywhere.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -92,7 +92,8 @@ impl MountPlan {
                     format_args!("{} is not an absolute path", source.display()),
                 ));
             }
-            // The kernel ignores data of a bind mount, and engines pass what they were given for any kind.
+            // The kernel ignores data of a bind mount, and engines pass what they were given for
+            // any kind.
             if options.filesystem_wide() {
                 return Err(CreateError::unsupported(
                     field("options"),
@@ -155,7 +156,8 @@ impl MountPlan {
         self.destination.to_bytes() == b"dev" && matches!(self.kind, Kind::Bind { .. })
     }
 
-    /// Makes the mount. In the child, with the agent's root and no umask. Changes the working directory.
+    /// Makes the mount. In the child, with the agent's root and no umask. Changes the working
+    /// directory.
     pub(super) fn mount(&self, root: BorrowedFd<'_>) -> Result<()> {
         match &self.kind {
             Kind::Bind { source, recursive } => self.bind(root, source, *recursive),
@@ -220,7 +222,8 @@ impl MountPlan {
         data: &CStr,
     ) -> Result<()> {
         let found = if name == c"proc" || name == c"sysfs" {
-            // What the image holds there must not send these elsewhere: masking and sysctls rely on their place.
+            // What the image holds there must not send these elsewhere: masking and sysctls rely on
+            // their place.
             match paths::find_plain(root, &self.destination) {
                 Err(Errno::LOOP) => {
                     return Err(CreateError::invalid(
@@ -250,8 +253,8 @@ impl MountPlan {
             flags &= !libc::MS_RDONLY;
         }
         match sys::mount_here(source, name, flags, data) {
-            // In a user namespace that does not own the network namespace, which sysfs shows: the agent's shows the
-            // same.
+            // In a user namespace that does not own the network namespace, which sysfs shows: the
+            // agent's shows the same.
             Err(error) if name == c"sysfs" && error.raw_os_error() == Some(libc::EPERM) => {
                 return self.bind_own(c"/sys", target);
             }
@@ -279,7 +282,8 @@ impl MountPlan {
         self.set_attributes(mounted.as_fd(), &attributes)
     }
 
-    /// Mounts what the agent has at `source`, with everything in it: a user namespace may not look below.
+    /// Mounts what the agent has at `source`, with everything in it: a user namespace may not look
+    /// below.
     fn bind_own(&self, source: &CStr, target: BorrowedFd<'_>) -> Result<()> {
         let tree = detached(CWD, source, true).context(|| self.what())?;
         let attributes = MountAttributes {

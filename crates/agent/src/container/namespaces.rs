@@ -2,11 +2,13 @@
 //!
 //! Where each is made depends on the kernel's rules:
 //! - most new ones come with `clone3`;
-//! - a new cgroup namespace is rooted at the *caller's* control group, and a new time namespace takes its offsets
-//!   before anything is in it: the child makes both with `unshare` (it enters the time namespace when it executes);
-//! - existing ones are joined by the agent before it clones, which then returns to its own: only the agent has the
-//!   rights in both, and a PID namespace can only be given to children;
-//! - out of a joined user namespace nobody returns, so that needs a process in between ([`super::clone`]).
+//! - a new cgroup namespace is rooted at the *caller's* control group, and a new time namespace
+//!   takes its offsets before anything is in it: the child makes both with `unshare` (it enters the
+//!   time namespace when it executes);
+//! - existing ones are joined by the agent before it clones, which then returns to its own: only
+//!   the agent has the rights in both, and a PID namespace can only be given to children;
+//! - out of a joined user namespace nobody returns, so that needs a process in between
+//!   ([`super::clone`]).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -267,7 +269,8 @@ pub(super) fn outside_id(map: &[LinuxIdMapping], id: u32) -> u32 {
         .unwrap_or(id)
 }
 
-/// The agent is in other namespaces. Dropping this returns it to its own; where that fails it must not live on.
+/// The agent is in other namespaces. Dropping this returns it to its own; where that fails it must
+/// not live on.
 pub(super) struct Visit {
     own: Vec<(u64, OwnedFd)>,
 }

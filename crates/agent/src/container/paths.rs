@@ -1,8 +1,9 @@
-//! Paths inside a container's root, for the agent's use: whatever links an image holds, they lead nowhere else.
+//! Paths inside a container's root, for the agent's use: whatever links an image holds, they lead
+//! nowhere else.
 //!
-//! The kernel resolves ([`find`], RESOLVE_IN_ROOT). Only where something must be made on the way are the components
-//! walked here, with a descriptor for each directory: `..` goes back to the one before, links start over from the
-//! root, nothing is resolved twice.
+//! The kernel resolves ([`find`], RESOLVE_IN_ROOT). Only where something must be made on the way
+//! are the components walked here, with a descriptor for each directory: `..` goes back to the one
+//! before, links start over from the root, nothing is resolved twice.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
@@ -45,7 +46,8 @@ fn resolve(root: BorrowedFd<'_>, path: &CStr, flags: ResolveFlags) -> rustix::io
             Mode::empty(),
             flags,
         ) {
-            // Something was renamed or mounted meanwhile, and the kernel cannot tell whether `..` stayed inside.
+            // Something was renamed or mounted meanwhile, and the kernel cannot tell whether `..`
+            // stayed inside.
             Err(Errno::AGAIN) if attempts < 32 => attempts += 1,
             result => return result,
         }
@@ -85,7 +87,8 @@ fn make_last(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io:
     open(directory.as_fd(), name)
 }
 
-/// Opens the directory of `path` below `root`, made if need be, for a new entry with the name that is returned.
+/// Opens the directory of `path` below `root`, made if need be, for a new entry with the name that
+/// is returned.
 pub(super) fn parent(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<(OwnedFd, CString)> {
     let bytes = path.to_bytes();
     let (directory, name) = match bytes.iter().rposition(|byte| *byte == b'/') {

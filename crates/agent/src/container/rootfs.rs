@@ -1,7 +1,9 @@
-//! The file system that a container sees: its root, what is mounted in it, what is hidden or read-only in it.
+//! The file system that a container sees: its root, what is mounted in it, what is hidden or
+//! read-only in it.
 //!
-//! Planned by the agent. The child, in its own mount namespace, calls the steps of [`RootfsPlan`] in the order in
-//! which they are written here. Until [`RootfsPlan::pivot`] the agent's root is the root.
+//! Planned by the agent. The child, in its own mount namespace, calls the steps of [`RootfsPlan`]
+//! in the order in which they are written here. Until [`RootfsPlan::pivot`] the agent's root is the
+//! root.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::BorrowedFd;
@@ -35,7 +37,8 @@ pub(super) struct RootfsPlan {
     sysctls: Vec<(CString, String)>,
 }
 
-/// `path`, which the spec counts from the container's root, as the kernel wants it below a directory.
+/// `path`, which the spec counts from the container's root, as the kernel wants it below a
+/// directory.
 pub(super) fn inside(field: &str, path: &Path) -> Result<CString> {
     let mut bytes = Vec::with_capacity(path.as_os_str().len());
     for name in path.as_os_str().as_bytes().split(|byte| *byte == b'/') {
@@ -123,8 +126,8 @@ impl RootfsPlan {
             .is_some_and(|flags| flags & libc::MS_SHARED != 0)
     }
 
-    /// Takes a copy of the root directory's mounts and puts it over the agent's root. Mount events of this namespace
-    /// do not leave it from here on.
+    /// Takes a copy of the root directory's mounts and puts it over the agent's root. Mount events
+    /// of this namespace do not leave it from here on.
     pub(super) fn attach(&self) -> Result<BorrowedFd<'static>> {
         // The root itself may not be shared where pivot_root happens.
         let flags = if self.shared() {
@@ -186,7 +189,8 @@ impl RootfsPlan {
     pub(super) fn pivot(&self, root: BorrowedFd<'_>) -> Result<()> {
         let what = || "cannot enter the container's root";
         rustix::process::fchdir(root).context(what)?;
-        // With the same directory twice the old root ends up on top of the new one, and is taken off again.
+        // With the same directory twice the old root ends up on top of the new one, and is taken
+        // off again.
         rustix::process::pivot_root(c".", c".").context(what)?;
         rustix::mount::unmount(c".", UnmountFlags::DETACH).context(what)?;
         match self.propagation {
@@ -245,7 +249,8 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
     Ok(mounts::attach(null, place)?)
 }
 
-/// The file of a sysctl that belongs to one of the container's namespaces. Others would change the guest.
+/// The file of a sysctl that belongs to one of the container's namespaces. Others would change the
+/// guest.
 fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
     let invalid = |why: &str| CreateError::invalid("linux.sysctl", format_args!("{name:?} {why}"));
     // Whichever separator comes first is the separator: net.ipv4.conf.eth0/100.forwarding.

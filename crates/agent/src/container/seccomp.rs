@@ -1,9 +1,11 @@
 //! The seccomp filter of a container.
 //!
-//! The agent compiles it, once per container; the child only hands the finished program to the kernel. Processes
-//! executed later in the container get the same program. libseccomp knows the numbers of the system calls; the program
-//! is made here (`program`), as libseccomp's own decides: a rule without conditions goes before those with, and system
-//! calls of architectures that the profile does not name end the thread.
+//! The agent compiles it, once per container; the child only hands the finished program to the
+//! kernel. Processes executed later in the container get the same program. libseccomp knows the
+//! numbers of the system calls; the program is made here (`program`), as libseccomp's own decides:
+//! a rule without conditions goes before those with, and system calls of architectures that the
+//! profile does not name end the thread.
+#![allow(unsafe_code)]
 
 mod numbers;
 mod program;
@@ -188,8 +190,8 @@ impl Rule<'_> {
             .iter()
             .map(comparison)
             .collect::<Result<Vec<_>>>()?;
-        // As runc, whose libseccomp takes one comparison per argument in a rule: several of one argument mean any of
-        // them.
+        // As runc, whose libseccomp takes one comparison per argument in a rule: several of one
+        // argument mean any of them.
         let repeats = comparisons.iter().enumerate().any(|(position, one)| {
             comparisons[..position]
                 .iter()
@@ -213,8 +215,8 @@ impl Rule<'_> {
     }
 }
 
-/// That a rule is about a system call. Small, and hundreds of them in one piece: in a guest, memory that is touched first
-/// is dear.
+/// That a rule is about a system call. Small, and hundreds of them in one piece: in a guest, memory
+/// that is touched first is dear.
 struct Mention {
     number: u32,
     rule: u32,
@@ -228,7 +230,8 @@ fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Secti
     let mut mentions: Vec<Mention> = Vec::with_capacity(names);
     for (rule, position) in rules.iter().zip(0..) {
         for name in rule.names {
-            // Profiles name system calls of many kernels and architectures: one that is unknown here cannot be called.
+            // Profiles name system calls of many kernels and architectures: one that is unknown
+            // here cannot be called.
             numbers::each(architecture, name, |number, which| {
                 mentions.push(Mention {
                     number,
@@ -240,8 +243,9 @@ fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Secti
     }
     mentions.sort_unstable_by_key(|mention| (mention.number, mention.rule));
     let newer = if default & libc::SECCOMP_RET_ACTION_FULL == libc::SECCOMP_RET_ERRNO {
-        // System calls that were not there when the profile was written: as if they were not here either, so that
-        // programs take what was there instead. EPERM would end them. runc does the same.
+        // System calls that were not there when the profile was written: as if they were not here
+        // either, so that programs take what was there instead. EPERM would end them. runc does the
+        // same.
         libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32
     } else {
         default

@@ -1,6 +1,8 @@
-//! System calls that rustix does not wrap, as thin functions: same names, same order, errors as `io::Result`.
+//! System calls that rustix does not wrap, as thin functions: same names, same order, errors as
+//! `io::Result`.
 //!
 //! Called by the files of this module only. Decides nothing.
+#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
 use std::io;
@@ -75,12 +77,12 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     }
 }
 
-/// Clones this process, with `flags` for namespaces (and CLONE_PARENT), into `cgroup`. Signal handlers are reset in
-/// the child.
+/// Clones this process, with `flags` for namespaces (and CLONE_PARENT), into `cgroup`. Signal
+/// handlers are reset in the child.
 ///
 /// # Safety
-/// The process must have one thread. The child must end by `execve` or `_exit`, never by returning to code that
-/// belongs to the parent.
+/// The process must have one thread. The child must end by `execve` or `_exit`, never by returning
+/// to code that belongs to the parent.
 pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     let mut pidfd: RawFd = -1;
     let mut arguments = CloneArguments {
@@ -98,8 +100,8 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
         arguments.flags |= CLONE_INTO_CGROUP;
         arguments.cgroup = cgroup.as_raw_fd() as u64;
     }
-    // SAFETY: the arguments outlive the call; without CLONE_VM the child has its own copy of all memory. The rest is
-    // the caller's promise.
+    // SAFETY: the arguments outlive the call; without CLONE_VM the child has its own copy of all
+    // memory. The rest is the caller's promise.
     let pid = unsafe {
         check(libc::syscall(
             libc::SYS_clone3,
@@ -118,8 +120,8 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
     })
 }
 
-/// Moves the caller (for PID namespaces: its future children) into namespaces of `of`: one namespace, or those in
-/// `flags` of the process that a pidfd stands for.
+/// Moves the caller (for PID namespaces: its future children) into namespaces of `of`: one
+/// namespace, or those in `flags` of the process that a pidfd stands for.
 pub(super) fn setns(of: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
     // SAFETY: takes numbers only.
     check(unsafe { libc::syscall(libc::SYS_setns, of.as_raw_fd(), flags as libc::c_int) }).map(drop)
@@ -127,12 +129,13 @@ pub(super) fn setns(of: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
 
 /// Gives the caller new namespaces.
 pub(super) fn unshare(flags: u64) -> io::Result<()> {
-    // SAFETY: only namespace flags are passed by this module; none of them shares or unshares memory or descriptors.
+    // SAFETY: only namespace flags are passed by this module; none of them shares or unshares
+    // memory or descriptors.
     check(unsafe { libc::syscall(libc::SYS_unshare, flags as libc::c_int) }).map(drop)
 }
 
-/// Changes attributes of the mount at `path` (or of the mount that `at` is, when `path` is empty), or with
-/// `recursive` of all mounts below it too.
+/// Changes attributes of the mount at `path` (or of the mount that `at` is, when `path` is empty),
+/// or with `recursive` of all mounts below it too.
 pub(super) fn mount_setattr(
     at: BorrowedFd<'_>,
     path: &CStr,
@@ -184,7 +187,8 @@ pub(super) fn mount_here(
 
 /// Changes the propagation of the mount at `path`.
 pub(super) fn mount_propagation(path: &CStr, flags: libc::c_ulong) -> io::Result<()> {
-    // SAFETY: the path is valid for the call, the other strings are unused by the kernel for this operation.
+    // SAFETY: the path is valid for the call, the other strings are unused by the kernel for this
+    // operation.
     let result = unsafe {
         libc::mount(
             std::ptr::null(),
@@ -206,7 +210,8 @@ pub(super) fn duplicate(from: BorrowedFd<'_>, to: RawFd, flags: libc::c_int) -> 
 
 /// Closes every descriptor from `first` on.
 pub(super) fn close_from(first: u32) -> io::Result<()> {
-    // SAFETY: the caller's business; this module calls it in the child only, which drops no descriptor afterwards.
+    // SAFETY: the caller's business; this module calls it in the child only, which drops no
+    // descriptor afterwards.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) }).map(drop)
 }
 
@@ -226,8 +231,8 @@ pub(super) fn ioctl_number(
     check(unsafe { libc::syscall(libc::SYS_ioctl, fd.as_raw_fd(), request, argument) }).map(drop)
 }
 
-/// Lets a fresh descriptor of the child be closed by its `close_from` (or `execve`) instead of one by one: each
-/// `close` would cost as much as any other system call.
+/// Lets a fresh descriptor of the child be closed by its `close_from` (or `execve`) instead of one
+/// by one: each `close` would cost as much as any other system call.
 pub(super) fn leak(fd: OwnedFd) -> BorrowedFd<'static> {
     let raw = fd.as_raw_fd();
     std::mem::forget(fd);

@@ -1,10 +1,10 @@
-//! Whole containers, on the machine that runs the tests: they need root, and a cgroup v2 hierarchy with controllers
-//! at /sys/fs/cgroup, which most machines keep to themselves. Where either is missing they say so and pass; in a
-//! guest the end-to-end tests make the same containers.
+//! Whole containers, on the machine that runs the tests: they need root, and a cgroup v2 hierarchy
+//! with controllers at /sys/fs/cgroup, which most machines keep to themselves. Where either is
+//! missing they say so and pass; in a guest the end-to-end tests make the same containers.
 //!
-//! Each container is made by a process of its own (see [`in_own_process`]): the creator needs an agent with one
-//! thread, and test programs have several.
-#![allow(clippy::unwrap_used)]
+//! Each container is made by a process of its own (see [`in_own_process`]): the creator needs an
+//! agent with one thread, and test programs have several.
+#![allow(clippy::unwrap_used, unsafe_code)]
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -36,8 +36,8 @@ fn obstacle() -> Option<&'static str> {
 
 /// Runs `test` in a forked process with mounts of its own; false when it failed there.
 fn in_own_process(test: impl FnOnce()) -> bool {
-    // SAFETY: the child runs the test and ends. It is alone in its memory; that another thread may have held a lock
-    // of the allocator is what fork's handlers of the C library are for.
+    // SAFETY: the child runs the test and ends. It is alone in its memory; that another thread may
+    // have held a lock of the allocator is what fork's handlers of the C library are for.
     match unsafe { libc::fork() } {
         0 => {
             sys::unshare(sys::CLONE_NEWNS).unwrap();
@@ -108,7 +108,7 @@ fn run(
         stderr: writer.try_clone().unwrap().into(),
         stdout: writer.into(),
     });
-    let (container, pending) = Container::begin_create("test", &spec, &Exact::default(), io)?;
+    let (container, pending) = Container::begin_create("test", &spec, &RawArgs::default(), io)?;
     let run = || {
         let child = pending.finish()?;
         rustix::io::write(&child.gate, b"x").unwrap();

@@ -1,8 +1,8 @@
 //! Users by name: looks up `user[:group]` in the container's own /etc/passwd and /etc/group.
 //!
-//! Called in the new process when its root already is the container's, so that links in those files' paths cannot
-//! lead outside. The rules are Docker's: a number need not be in the files; without a group the user's own group
-//! and all groups that list it apply; with one, only that one.
+//! Called in the new process when its root already is the container's, so that links in those
+//! files' paths cannot lead outside. The rules are Docker's: a number need not be in the files;
+//! without a group the user's own group and all groups that list it apply; with one, only that one.
 
 use std::os::fd::BorrowedFd;
 
@@ -49,8 +49,8 @@ fn home_in(uid: u32, passwd: &str) -> String {
         .map_or_else(|| "/".into(), |fields| home(&fields))
 }
 
-/// A missing or unreadable file has no entries, as in an image without users. Whatever lies there must not block: a
-/// FIFO opens at once and reads as empty.
+/// A missing or unreadable file has no entries, as in an image without users. Whatever lies there
+/// must not block: a FIFO opens at once and reads as empty.
 fn read(path: &str) -> String {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut text = Vec::new();

@@ -1,8 +1,10 @@
-//! Packs a file tree into a tar archive, and unpacks one. Numeric owners, all mode bits, times (in seconds), symbolic
-//! and hard links, devices and FIFOs are kept; sockets, which mean nothing elsewhere, are left out.
+//! Packs a file tree into a tar archive, and unpacks one. Numeric owners, all mode bits, times (in
+//! seconds), symbolic and hard links, devices and FIFOs are kept; sockets, which mean nothing
+//! elsewhere, are left out.
 //!
-//! Runs in a process whose root is the container's, see the parent module. Trusts that root to hold symbolic links
-//! in, and nothing else: names in an archive cannot climb out of the directory it is unpacked into.
+//! Runs in a process whose root is the container's, see the parent module. Trusts that root to hold
+//! symbolic links in, and nothing else: names in an archive cannot climb out of the directory it is
+//! unpacked into.
 
 use std::collections::HashMap;
 use std::fs::{self, File, FileTimes, Metadata};
@@ -246,8 +248,8 @@ fn make_room(target: &Path) -> io::Result<()> {
     }
 }
 
-/// A name in an archive without what would lead out of the directory. `None` for the directory itself, which stays
-/// as it is.
+/// A name in an archive without what would lead out of the directory. `None` for the directory
+/// itself, which stays as it is.
 fn inside(name: &Path) -> io::Result<Option<PathBuf>> {
     let mut inside = PathBuf::new();
     for component in name.components() {

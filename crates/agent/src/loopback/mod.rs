@@ -1,16 +1,17 @@
-//! The guest's loopback interface, as far as it stands for that of the container's network namespace on the host, on
-//! which engines have and expect servers: `Forward` and `Resolve` of `agent.proto`. Called by `service`, which holds one
-//! [`Loopback`]; nothing here costs anything before the host asks for it.
+//! The guest's loopback interface, as far as it stands for that of the container's network
+//! namespace on the host, on which engines have and expect servers: `Forward` and `Resolve` of
+//! `agent.proto`. Called by `service`, which holds one [`Loopback`]; nothing here costs anything
+//! before the host asks for it.
 //!
 //! | module | what |
 //! | --- | --- |
-//! | `forward` | a connection made on the host, to a port here |
-//! | `names` | questions asked here, to Docker's name server on the host |
-//! | `program` | leads these questions to `names`, whoever has port 53 |
+//! | `port_forward` | a connection made on the host, to a port here |
+//! | `dns_proxy` | questions asked here, to Docker's name server on the host |
+//! | `dns_redirect` | redirects these questions to `dns_proxy`; port 53 stays free for containers |
 
-mod forward;
-mod names;
-mod program;
+mod dns_proxy;
+mod dns_redirect;
+mod port_forward;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,8 +20,8 @@ use hull_protocol::MAX_FORWARDS;
 use tokio::sync::Semaphore;
 use ttrpc::Code;
 
-use crate::status::{Failure, Result};
-use crate::vsock::Connection;
+use crate::io::vsock::Connection;
+use crate::rpc::status::{Failure, Result};
 
 /// See the module. One per guest.
 pub struct Loopback {
@@ -48,10 +49,10 @@ impl Loopback {
         })?;
         let doing = format!("connect to port {port} of the guest's loopback interface");
         let failed = |error| Failure::internal(&doing, &error);
-        let server = forward::connect(port, ipv6).await.map_err(failed)?;
+        let server = port_forward::connect(port, ipv6).await.map_err(failed)?;
         let host = connection(stream).map_err(failed)?;
         tokio::spawn(async move {
-            forward::carry(host, server).await;
+            port_forward::carry(host, server).await;
             drop(place);
         });
         Ok(())
@@ -60,7 +61,7 @@ impl Loopback {
     /// Begins to answer questions with what comes from a stream.
     pub fn resolve(&self, stream: OwnedFd) -> Result<()> {
         let failed = |error| Failure::internal("stand for the name server of the host", &error);
-        names::start(connection(stream).map_err(failed)?).map_err(failed)
+        dns_proxy::start(connection(stream).map_err(failed)?).map_err(failed)
     }
 }
 

@@ -1,12 +1,13 @@
-//! The guest's own network, made what it is on the host: `SetNetwork` of `agent.proto`. Called by `service`, which holds
-//! one [`Network`].
+//! The guest's own network, made what it is on the host: `SetNetwork` of `agent.proto`. Called by
+//! `service`, which holds one [`Network`].
 //!
-//! A request is checked whole (`wanted`), compared with what earlier calls brought (`plan`), and the differences are sent
-//! to the kernel in as few system calls as there can be (`step`, `netlink`). What it did not bring it does not touch,
-//! and it never touches the loopback interface.
+//! A request is checked whole (`wanted`), compared with what earlier calls brought (`plan`), and
+//! the differences are sent to the kernel in as few system calls as there can be (`step`,
+//! `netlink`). What it did not bring it does not touch, and it never touches the loopback
+//! interface.
 //!
-//! After a failure nothing is known for certain: the next call looks at the links again, takes away all that may be there,
-//! and says everything again. So a call can be repeated.
+//! After a failure nothing is known for certain: the next call looks at the links again, takes away
+//! all that may be there, and says everything again. So a call can be repeated.
 
 mod netlink;
 mod parking;
@@ -22,7 +23,7 @@ use hull_protocol::agent::SetNetworkRequest;
 use hull_protocol::net_device_mac;
 use ttrpc::Code;
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 use netlink::{Link, Requests, Socket};
 use parking::Parking;
 use plan::{Situation, plan};
@@ -61,8 +62,8 @@ pub struct Network {
     parking: Option<Parking>,
     /// The kernel knows IPv6.
     ipv6: bool,
-    /// This kernel wants links to be down when they are renamed or get another hardware address: those before 6.2, and some
-    /// drivers.
+    /// This kernel wants links to be down when they are renamed or get another hardware address:
+    /// those before 6.2, and some drivers.
     careful: bool,
 }
 
@@ -119,7 +120,8 @@ impl Network {
         }
     }
 
-    /// Plans and carries out. Whether all is as planned: a device that is not wanted any more may be otherwise.
+    /// Plans and carries out. Whether all is as planned: a device that is not wanted any more may
+    /// be otherwise.
     fn change(&mut self, socket: &Socket, wanted: &Wanted) -> std::result::Result<bool, Stopped> {
         let knows = |devices: &[Device], number| {
             devices
@@ -153,7 +155,7 @@ impl Network {
             return Err(Failure::new(Code::FAILED_PRECONDITION, message).into());
         }
         let mut leaving = self.brought.interfaces.iter();
-        let strays: Vec<(u32, Address)> =
+        let leftover_addresses: Vec<(u32, Address)> =
             match leaving.any(|old| wanted.interface(old.device).is_none()) {
                 // IPv6 addresses go with the link going down, but for a sysctl that keeps them.
                 true => socket
@@ -171,7 +173,7 @@ impl Network {
             devices: &devices,
             old: &old,
             new: wanted,
-            strays: &strays,
+            leftover_addresses: &leftover_addresses,
             settled: self.settled,
             careful: self.careful,
             ipv6: self.ipv6,

@@ -1,12 +1,14 @@
-//! As much of rtnetlink as a guest's network needs: requests are encoded into one buffer, sent in one piece, and the kernel's
-//! answers read. Called by the other files of `network`.
+//! As much of rtnetlink as a guest's network needs: requests are encoded into one buffer, sent in
+//! one piece, and the kernel's answers read. Called by the other files of `network`.
 //!
-//! The kernel works a piece off before `send` returns, one request after the other, whether or not one fails. Only the last
-//! one asks for an answer; failures answer unasked. So a piece costs two system calls if all goes well. Nothing here waits:
-//! an answer that is not there after sending never comes.
+//! The kernel works a piece off before `send` returns, one request after the other, whether or not
+//! one fails. Only the last one asks for an answer; failures answer unasked. So a piece costs two
+//! system calls if all goes well. Nothing here waits: an answer that is not there after sending
+//! never comes.
 //!
-//! It knows how messages look and nothing of what they are for. What the kernel says is read with bounds checked: who
-//! has CAP_NET_ADMIN in the guest can write to any netlink socket, though what does not come from the kernel is thrown away.
+//! It knows how messages look and nothing of what they are for. What the kernel says is read with
+//! bounds checked: a process with CAP_NET_ADMIN in the guest can write to any netlink socket,
+//! though what does not come from the kernel is thrown away.
 
 use std::io;
 use std::net::IpAddr;
@@ -46,8 +48,8 @@ const NLA_F_NESTED: u16 = 0x8000;
 const NLMSG_ERROR: u16 = libc::NLMSG_ERROR as u16;
 const NLMSG_DONE: u16 = libc::NLMSG_DONE as u16;
 
-/// Room for one answer: the kernel's pieces of a list are not larger than what the last call had room for, and the first one
-/// is smaller. Memory that is not written to costs nothing.
+/// Room for one answer: the kernel's pieces of a list are not larger than what the last call had
+/// room for, and the first one is smaller. Memory that is not written to costs nothing.
 const ANSWER_ROOM: usize = 32 * 1024;
 
 /// Requests that go to the kernel in one piece. Numbered from 0.
@@ -60,8 +62,8 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// Begins the next one: its type (`RTM_…`), flags (`NLM_F_…`) beside the one that every request has, and the
-    /// structure that messages of its kind begin with.
+    /// Begins the next one: its type (`RTM_…`), flags (`NLM_F_…`) beside the one that every request
+    /// has, and the structure that messages of its kind begin with.
     pub fn begin(&mut self, kind: u16, flags: i32, body: &[u8]) {
         self.last = self.bytes.len();
         let flags = (flags | libc::NLM_F_REQUEST) as u16;
@@ -169,7 +171,8 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-/// The attributes after a message's first structure, up to the first that is damaged: types and values.
+/// The attributes after a message's first structure, up to the first that is damaged: types and
+/// values.
 pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(half(bytes.get(..2)?)?);

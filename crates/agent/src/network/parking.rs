@@ -1,5 +1,6 @@
-//! Where net devices are that lead nowhere: a network namespace in which nobody is. A machine may have more devices than
-//! its pod has interfaces, for those that come later; programs in containers would find interfaces that are none.
+//! Where net devices are that lead nowhere: a network namespace in which nobody is. A machine may
+//! have more devices than its pod has interfaces, for those that come later; programs in containers
+//! would find interfaces that are none.
 //!
 //! Made when there is something to be put there, which most guests never have.
 

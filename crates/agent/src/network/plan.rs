@@ -1,8 +1,10 @@
-//! From a network that was wanted before to the one that is wanted now: which steps, in which order. Called by `mod`.
+//! From a network that was wanted before to the one that is wanted now: which steps, in which
+//! order. Called by `mod`.
 //!
 //! Pure: it compares. What the kernel does by itself along with a step is taken into account here:
 //! - A link that goes down loses its routes, neighbours and IPv6 addresses.
-//! - With an IPv4 address go the later ones of the same network, and with an address of either family, routes.
+//! - With an IPv4 address go the later ones of the same network, and with an address of either
+//!   family, routes.
 //! - With a link's hardware address go its neighbours.
 
 use std::collections::HashMap;
@@ -20,8 +22,8 @@ pub struct Situation<'a> {
     /// What earlier calls brought, or may have.
     pub old: &'a Wanted,
     pub new: &'a Wanted,
-    /// Addresses of links that are no longer wanted, whoever added them.
-    pub strays: &'a [(u32, Address)],
+    /// All addresses of links that are no longer wanted.
+    pub leftover_addresses: &'a [(u32, Address)],
     /// `old` is what there is. Else everything is said again.
     pub settled: bool,
     /// Links are renamed, and get another hardware address, only while they are down.
@@ -169,7 +171,7 @@ impl<'a> Situation<'a> {
                 ..of(device, what)
             });
         };
-        for (link, address) in self.strays {
+        for (link, address) in self.leftover_addresses {
             if *link == device.index {
                 push(What::RemoveAddress(address));
             }
@@ -220,8 +222,8 @@ impl<'a> Situation<'a> {
         steps.append(&mut late);
     }
 
-    /// What a device is called that no interface has: as at first after an interface has left it, else as it is. But
-    /// never as an interface, or another idle device.
+    /// What a device is called that no interface has: as at first after an interface has left it,
+    /// else as it is. But never as an interface, or another idle device.
     fn idle_name(&self, device: &Device, others: &[String]) -> String {
         let is_free = |name: &String| {
             !self
@@ -308,7 +310,7 @@ impl<'a> Situation<'a> {
                 }
             }
         }
-        for (link, address) in self.strays {
+        for (link, address) in self.leftover_addresses {
             let leaving = |device: &Device| device.index == *link && self.is_leaving(device);
             if self.devices.iter().any(leaving) {
                 addresses_go[usize::from(address.address.is_ipv6())] = true;
@@ -327,7 +329,8 @@ impl<'a> Situation<'a> {
             let had = same_routes || self.old.routes.contains(route);
             let lost = addresses_go[usize::from(route.destination.is_ipv6())];
             if !had || lost || !self.settled || route.device.is_some_and(is_anew) {
-                // Several with one key are each other's neighbours, and so are those of each link to what is on it.
+                // Several with one key are each other's neighbours, and so are those of each link
+                // to what is on it.
                 let replace = keys.get(&route.key()) == Some(&1) && !is_on_every_link(route);
                 steps.extend(self.with(route.device, What::AddRoute { route, replace }));
             }

@@ -1,5 +1,5 @@
-//! One thing that the kernel is asked for: how it is encoded, what it is called, which failures do not matter.
-//! Made by `plan`, carried out by `mod`.
+//! One thing that the kernel is asked for: how it is encoded, what it is called, which failures do
+//! not matter. Made by `plan`, carried out by `mod`.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,5 +1,6 @@
-//! Whole requests against the kernel of the machine that runs the tests, in a network namespace of each test's own. It needs
-//! root and veth links, which stand for the machine's net devices; without, the tests say so and pass.
+//! Whole requests against the kernel of the machine that runs the tests, in a network namespace of
+//! each test's own. It needs root and veth links, which stand for the machine's net devices;
+//! without, the tests say so and pass.
 #![allow(clippy::unwrap_used)]
 
 mod kernel;
@@ -377,7 +378,8 @@ fn a_first_name_that_somebody_took_is_not_had_back() {
     wanted.interfaces[0].name = "second".into();
     network.apply(&wanted).unwrap();
     assert!(kernel.link("second").unwrap().up);
-    // A name of somebody else's is refused by the kernel, and the call can be repeated with another one.
+    // A name of somebody else's is refused by the kernel, and the call can be repeated with another
+    // one.
     wanted.interfaces[0].name = "eth0".into();
     let failure = network.apply(&wanted).unwrap_err();
     assert_eq!(failure.message, "cannot rename second to eth0: File exists");

@@ -1,4 +1,5 @@
-//! A network as the host wants it: the request of `agent.proto`, checked whole. Called by the other files of `network`.
+//! A network as the host wants it: the request of `agent.proto`, checked whole. Called by the other
+//! files of `network`.
 //!
 //! Nothing here asks the kernel or changes anything.
 
@@ -9,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use hull_protocol::agent::{self, SetNetworkRequest};
 
 use super::netlink::{address, family};
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
 /// Bounds of a request, beside the number of devices.
 const MOST_ADDRESSES: usize = 64;
@@ -158,7 +159,8 @@ impl Wanted {
         addresses.chain(routes).chain(neighbours).next()
     }
 
-    /// What either of two networks has: all that there can be after one was half replaced by the other.
+    /// What either of two networks has: all that there can be after one was half replaced by the
+    /// other.
     pub fn join(&mut self, other: &Self) {
         for interface in &other.interfaces {
             let mine = self

@@ -1,9 +1,9 @@
-//! Which device nodes a container may make and open, as an eBPF program on its control group: cgroup v2 has no
-//! file for it.
+//! Which device nodes a container may make and open, as an eBPF program on its control group:
+//! cgroup v2 has no file for it.
 //!
-//! Rules are tried from the last to the first, as if each had been written after the ones before it; a request for
-//! several kinds of access at once needs all of them. What no rule speaks of is denied. The program is assembled
-//! here by hand.
+//! Rules are tried from the last to the first, as if each had been written after the ones before
+//! it; a request for several kinds of access at once needs all of them. What no rule speaks of is
+//! denied. The program is assembled here by hand.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -30,7 +30,8 @@ struct Rule {
     access: i32,
 }
 
-/// What every container may: make any node (opening it is another matter), and use the standard ones.
+/// What every container may: make any node (opening it is another matter), and use the standard
+/// ones.
 const STANDARD: [Rule; 10] = [
     Rule {
         allow: true,
@@ -192,8 +193,8 @@ impl DeviceProgram {
         Ok(DeviceProgram(assemble(&rules)))
     }
 
-    /// Puts the program on a control group; `replaces` is one that is there already. Returns the loaded program, or
-    /// None when there is nothing to forbid.
+    /// Puts the program on a control group; `replaces` is one that is there already. Returns the
+    /// loaded program, or None when there is nothing to forbid.
     pub(crate) fn attach(
         &self,
         cgroup: BorrowedFd<'_>,

@@ -1,7 +1,8 @@
-//! The control group of one container: made and limited by the agent before the clone, so that the container's
-//! init is born in it.
+//! The control group of one container: made and limited by the agent before the clone, so that the
+//! container's init is born in it.
 //!
-//! cgroup v2 only. The agent itself stays in the root group, which may have both processes and children.
+//! cgroup v2 only. The agent itself stays in the root group, which may have both processes and
+//! children.
 
 mod device_program;
 mod resources;
@@ -29,7 +30,7 @@ const ROOT: &str = "/sys/fs/cgroup";
 const ALWAYS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// How long the kernel may take to freeze or to end the processes of a group.
-const PATIENCE: Duration = Duration::from_secs(5);
+const CGROUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What is known of a group before it is made.
 #[derive(Debug)]
@@ -151,7 +152,8 @@ impl CgroupPlan {
     }
 }
 
-/// The controllers that settings need, and those that are always there, as subtree_control takes them.
+/// The controllers that settings need, and those that are always there, as subtree_control takes
+/// them.
 fn controllers(settings: &[Setting]) -> Result<String> {
     let available = available_controllers()?;
     let has = |controller: &str| available.iter().any(|name| name == controller);
@@ -213,7 +215,8 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// The group below this one in which a process of the container is; None when it is in this one, or gone.
+    /// The group below this one in which a process of the container is; None when it is in this
+    /// one, or gone.
     pub(super) fn group_of(&self, pid: u32) -> Option<OwnedFd> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
@@ -315,7 +318,8 @@ impl Cgroup {
         std::fs::read_to_string(&path).context(|| format!("cannot read {}", path.display()))
     }
 
-    /// Gives the group to the owner of a user namespace, as far as the kernel says it is meant to be given.
+    /// Gives the group to the owner of a user namespace, as far as the kernel says it is meant to
+    /// be given.
     pub(super) fn delegate(&self, uid: u32) -> Result<()> {
         let files = std::fs::read_to_string("/sys/kernel/cgroup/delegate")
             .unwrap_or_else(|_| "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n".into());
@@ -352,7 +356,7 @@ impl Cgroup {
             ),
             format_args!(
                 "the kernel did not manage to within {} seconds",
-                PATIENCE.as_secs()
+                CGROUP_TIMEOUT.as_secs()
             ),
         ))
     }
@@ -367,7 +371,7 @@ impl Cgroup {
             Mode::empty(),
         )
         .context(what)?;
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + CGROUP_TIMEOUT;
         loop {
             let mut buffer = [0; 256];
             let length = rustix::io::pread(&events, &mut buffer, 0).context(what)?;
@@ -417,7 +421,7 @@ impl Cgroup {
                 format_args!("cannot remove {}", self.path.display()),
                 format_args!(
                     "its processes did not end within {} seconds",
-                    PATIENCE.as_secs()
+                    CGROUP_TIMEOUT.as_secs()
                 ),
             ));
         }

@@ -1,7 +1,7 @@
 //! Turns the limits of a spec into files of a cgroup v2 directory and what is written to them.
 //!
-//! Pure. The spec speaks cgroup v1; what v2 has no counterpart for is an error by name. Device rules are not here
-//! ([`super::device_program`]).
+//! Pure. The spec speaks cgroup v1; what v2 has no counterpart for is an error by name. Device
+//! rules are not here ([`super::device_program`]).
 
 use std::borrow::Cow;
 
@@ -219,7 +219,8 @@ impl List {
                 limit(reservation),
             );
         }
-        // The spec counts memory and swap together, v2 counts swap alone. A guest without swap keeps every limit of it.
+        // The spec counts memory and swap together, v2 counts swap alone. A guest without swap
+        // keeps every limit of it.
         if let Some(both) = memory.swap().filter(|swap| *swap != 0) {
             const FIELD: &str = "linux.resources.memory.swap";
             let swap = match maximum {

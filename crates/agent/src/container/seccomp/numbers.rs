@@ -1,4 +1,5 @@
-//! The numbers of system calls and architectures: libseccomp's, and those that Debian's libseccomp does not know yet.
+//! The numbers of system calls and architectures: libseccomp's, and those that Debian's libseccomp
+//! does not know yet.
 
 use libseccomp::{ScmpArch, ScmpSyscall};
 
@@ -31,8 +32,8 @@ const NEWER: [&str; 22] = [
 ];
 const FIRST_NEWER: u32 = 451;
 
-/// System calls that 32-bit x86 has in two forms: the name, the number of its own if it has one, the one that it can
-/// also be called through, and as which of that one's.
+/// System calls that 32-bit x86 has in two forms: the name, the number of its own if it has one,
+/// the one that it can also be called through, and as which of that one's.
 const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u32); 32] = [
     ("socket", Some(359), SOCKETCALL, 1),
     ("bind", Some(361), SOCKETCALL, 2),
@@ -70,8 +71,8 @@ const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u32); 32] = [
 const SOCKETCALL: u32 = 102;
 const IPC: u32 = 117;
 
-/// Calls `found` for each number under which a system call can be called, and as which of that number's system calls if
-/// it stands for several.
+/// Calls `found` for each number under which a system call can be called, and as which of that
+/// number's system calls if it stands for several.
 pub(super) fn each(architecture: ScmpArch, name: &str, mut found: impl FnMut(u32, Option<u32>)) {
     if architecture == ScmpArch::X86
         && let Some((_, own, through, which)) =
@@ -103,7 +104,8 @@ pub(super) fn is(which: u32) -> Comparison {
 /// Whether programs of another architecture can be executed here.
 pub(super) fn is_executed(architecture: ScmpArch) -> bool {
     match (architecture, std::env::consts::ARCH) {
-        // Kernels that execute them can be told where their system calls are entered. User-mode kernels do not.
+        // Kernels that execute them can be told where their system calls are entered. User-mode
+        // kernels do not.
         (ScmpArch::X86, "x86_64") => {
             cfg!(test) || std::path::Path::new("/proc/sys/abi/vsyscall32").exists()
         }

@@ -1,9 +1,10 @@
 //! From decisions by system call number to a program for the kernel.
 //!
-//! Neighbours that are treated alike are one interval, and the program looks for the interval by halving: a profile of
-//! hundreds of system calls is about a hundred instructions, of which each system call executes a dozen. Where the
-//! kernel has no compiler for filters it interprets them, and where a page costs 50 µs to touch (user-mode Linux) the
-//! trees that libseccomp builds in memory cost more than the start of the container.
+//! Neighbours that are treated alike are one interval, and the program looks for the interval by
+//! halving: a profile of hundreds of system calls is about a hundred instructions, of which each
+//! system call executes a dozen. Where the kernel has no compiler for filters it interprets them,
+//! and where a page costs 50 µs to touch (user-mode Linux) the trees that libseccomp builds in
+//! memory cost more than the start of the container.
 
 use libc::sock_filter;
 
@@ -54,8 +55,8 @@ pub(super) enum Test {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Decision {
     Always(Answer),
-    /// The answer of the first case whose conditions all hold, else the profile's default. By index into the list
-    /// that the caller has.
+    /// The answer of the first case whose conditions all hold, else the profile's default. By index
+    /// into the list that the caller has.
     Cases(usize),
 }
 
@@ -130,7 +131,8 @@ fn search(
     search(section, above, default, program);
 }
 
-/// Answers when all conditions hold, and else goes on behind itself. At most 32 instructions: 6 arguments.
+/// Answers when all conditions hold, and else goes on behind itself. At most 32 instructions: 6
+/// arguments.
 fn one_case(case: &Case) -> Vec<sock_filter> {
     let mut code: Vec<Step> = Vec::new();
     for comparison in &case.conditions {

@@ -72,7 +72,7 @@ fn situation<'a>(devices: &'a [Device], old: &'a Wanted, new: &'a Wanted) -> Sit
         devices,
         old,
         new,
-        strays: &[],
+        leftover_addresses: &[],
         settled: true,
         careful: false,
         ipv6: true,
@@ -219,9 +219,9 @@ fn an_interface_that_goes_leaves_its_device_as_it_was() {
         ..Default::default()
     };
     let devices = brought(&old);
-    let strays = [(2, address("10.1.0.2/24")), (3, address("10.3.0.3/24"))];
+    let leftover_addresses = [(2, address("10.1.0.2/24")), (3, address("10.3.0.3/24"))];
     let situation = Situation {
-        strays: &strays,
+        leftover_addresses: &leftover_addresses,
         ..situation(&devices, &old, &new)
     };
     check(
@@ -290,7 +290,8 @@ fn idle_devices_make_way() {
             "set eth0 up",
         ],
     );
-    // A first name that an interface has meanwhile is not had back; a spare name that is wanted is not taken.
+    // A first name that an interface has meanwhile is not had back; a spare name that is wanted is
+    // not taken.
     let mut old = typical();
     old.interfaces[0].name = "hull0".into();
     let new = Wanted {

@@ -14,11 +14,12 @@ use super::super::wanted::{Address, Route};
 
 pub const MAC: [u8; 6] = [0x02, 0x42, 10, 1, 0, 2];
 
-/// A network namespace for this thread, with `devices` net devices: `eth0`, `eth1`, …, and what they are plugged into,
-/// `plug0`, ….
+/// A network namespace for this thread, with `devices` net devices: `eth0`, `eth1`, …, and what
+/// they are plugged into, `plug0`, ….
 #[allow(unsafe_code)]
 pub fn machine(devices: u8) -> Option<Socket> {
-    // SAFETY: takes a number; the thread gets a network namespace of its own, and nothing else changes.
+    // SAFETY: takes a number; the thread gets a network namespace of its own, and nothing else
+    // changes.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         let error = io::Error::last_os_error();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);

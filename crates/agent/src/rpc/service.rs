@@ -1,5 +1,5 @@
-//! The calls of `agent.proto`. Each is answered by a few lines here, on top of the modules that do the work.
-//! Called by ttrpc, from `main`.
+//! The calls of `agent.proto`. Each is answered by a few lines here, on top of the modules that do
+//! the work. Called by ttrpc, from `main`.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,12 +9,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hull_protocol::agent::{
     ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest,
-    CreateContainerResponse, DeleteContainerRequest, Empty, ExecRequest, ExecResponse,
-    ForwardRequest, ProcessRequest, ProcessesResponse, ResizeTerminalRequest, ResolveRequest,
-    SetNetworkRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    CreateContainerResponse, DeleteContainerRequest, Empty, EventsRequest, EventsResponse,
+    ExecRequest, ExecResponse, ForwardRequest, HelloRequest, HelloResponse, ProcessRequest,
+    ProcessesResponse, ReattachStreamsRequest, ReattachStreamsResponse, ResizeTerminalRequest,
+    ResolveRequest, SetNetworkRequest, SignalRequest, StartContainerRequest, StatsResponse,
+    UpdateRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
+use hull_protocol::{MIN_HOST_VERSION, PROTOCOL_VERSION};
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
 use rustix::net::RecvFlags;
 use rustix::termios::Winsize;
@@ -23,36 +25,44 @@ use tokio::io::Interest;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::{Child, Container, CreateError, Exact, PendingChild};
+use super::calls;
+use super::registry::{Entry, HeldResources, Registry, Running, State};
+use super::status::{Failure, Result};
+use crate::container::{Child, Container, CreateError, PendingChild, RawArgs};
 use crate::disks::Disks;
+use crate::events::Events;
+use crate::io::pipes::Pipes;
+use crate::io::reactor;
+use crate::io::relay::EndedOutputs;
+use crate::io::streams::Streams;
 use crate::loopback::Loopback;
 use crate::network::Network;
-use crate::plumbing::Plumbing;
-use crate::process::{Process, Reaper};
-use crate::registry::{Entry, Holds, Registry, Running, State};
+use crate::processes::oom::OomWatch;
+use crate::processes::process::Process;
+use crate::processes::reaper::{Identity, Reaper};
 use crate::shared_memory::SharedMemory;
-use crate::status::{Failure, Result};
-use crate::streams::Streams;
-use crate::{configure, copy, event, init, processes, stats};
+use crate::{configure, copy, init, metrics, processes};
 
 /// How long a forced deletion waits for the killed init to be gone.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the answer to Shutdown has to reach the host.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+const SHUTDOWN_REPLY_GRACE: Duration = Duration::from_millis(100);
 
 /// The service. One per guest.
 pub struct Service {
     registry: Registry,
-    streams: Streams,
+    streams: Arc<Streams>,
     reaper: Reaper,
+    events: Arc<Events>,
+    ended_outputs: Arc<EndedOutputs>,
     shared_memory: SharedMemory,
     network: Mutex<Network>,
     loopback: Loopback,
     sequence: AtomicU64,
 }
 
-/// A container in the making: destroyed unless it gets its place in the registry.
+/// A container that is being created: destroyed unless it is entered in the registry.
 struct Unfinished(Option<Container>);
 
 impl Drop for Unfinished {
@@ -71,11 +81,13 @@ fn destroy(container: Container) {
 
 impl Service {
     /// A service without containers.
-    pub fn new(streams: Streams, reaper: Reaper) -> Self {
+    pub fn new(streams: Arc<Streams>, reaper: Reaper) -> Self {
         Self {
             registry: Registry::default(),
             streams,
             reaper,
+            events: Arc::default(),
+            ended_outputs: Arc::default(),
             shared_memory: SharedMemory::default(),
             network: Mutex::new(Network::hiding()),
             loopback: Loopback::default(),
@@ -87,7 +99,7 @@ impl Service {
         let id = &request.container_id;
         let place = self.registry.reserve(id)?;
         let mut spec: Spec = parse("spec", &request.spec_json)?;
-        let holds = Holds {
+        let resources = HeldResources {
             disks: Disks::translate(&mut spec).await?,
             _memory: self.shared_memory.provide(&mut spec)?,
         };
@@ -96,18 +108,24 @@ impl Service {
             .as_ref()
             .and_then(ProcessSpec::terminal)
             .unwrap_or(false);
-        let (plumbing, io) = Plumbing::connect(&self.streams, &request.streams, terminal).await?;
+        let (pipes, io) = Pipes::connect(&self.streams, &request.streams, terminal).await?;
 
-        let exact = Exact {
+        let raw = RawArgs {
             arguments: request.raw_args,
             environment: request.raw_env,
         };
-        let births = self.reaper.births();
-        let (container, pending) = Container::begin_create(id, &spec, &exact, io)?;
+        let guard = self.reaper.spawn_guard();
+        let (container, pending) = Container::begin_create(id, &spec, &raw, io)?;
+        let oom = OomWatch::new(id, container.cgroup(), self.events.clone());
+        let oom = Arc::new(oom);
         let mut unfinished = Unfinished(Some(container));
         let child = finish(pending).await?;
-        let (running, gate) = self.adopt(child, plumbing)?;
-        drop(births);
+        let identity = Identity {
+            oom: oom.clone(),
+            exec_id: String::new(),
+        };
+        let (running, gate) = self.adopt(child, pipes, identity)?;
+        drop(guard);
 
         let pid = running.process.pid();
         let gate = if request.start {
@@ -117,7 +135,7 @@ impl Service {
             Some(gate)
         };
         if let Some(container) = unfinished.0.take() {
-            place.fill(Entry::new(id, container, holds, running, gate));
+            place.fill(Entry::new(id, container, resources, running, oom, gate));
         }
         Ok(CreateContainerResponse {
             pid,
@@ -135,22 +153,26 @@ impl Service {
         entry.require(&[State::Running], "execute a command in")?;
         let place = entry.reserve_exec(&request.exec_id)?;
         let spec: ProcessSpec = parse("process", &request.process_json)?;
-        let (plumbing, io) = Plumbing::connect(
+        let (pipes, io) = Pipes::connect(
             &self.streams,
             &request.streams,
             spec.terminal().unwrap_or(false),
         )
         .await?;
 
-        let exact = Exact {
+        let raw = RawArgs {
             arguments: request.raw_args,
             environment: request.raw_env,
         };
-        let births = self.reaper.births();
-        let pending = entry.with_container(|container| container.begin_exec(&spec, &exact, io))?;
+        let guard = self.reaper.spawn_guard();
+        let pending = entry.with_container(|container| container.begin_exec(&spec, &raw, io))?;
         let child = finish(pending).await?;
-        let (running, gate) = self.adopt(child, plumbing)?;
-        drop(births);
+        let identity = Identity {
+            oom: entry.oom.clone(),
+            exec_id: request.exec_id,
+        };
+        let (running, gate) = self.adopt(child, pipes, identity)?;
+        drop(guard);
 
         let pid = running.process.pid();
         open_gate(gate).await?;
@@ -161,16 +183,16 @@ impl Service {
         })
     }
 
-    /// Makes a new child one of ours: its end will be noticed, its streams flow.
-    fn adopt(&self, child: Child, plumbing: Plumbing) -> Result<(Running, OwnedFd)> {
-        let exit = self.reaper.expect(child.pid);
-        let relays = plumbing.start(child.terminal.as_ref(), &exit)?;
+    /// Registers a new child and starts its relays.
+    fn adopt(&self, child: Child, pipes: Pipes, identity: Identity) -> Result<(Running, OwnedFd)> {
+        let exit = self.reaper.register(child.pid, Some(identity));
+        let relays = pipes.start(child.terminal.as_ref(), &exit, &self.ended_outputs)?;
         let process = Process::new(
             child.pid,
             child.pidfd,
             child.terminal,
             exit,
-            relays.outputs.clone(),
+            relays.progress(),
         );
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         Ok((Running::new(process, relays, sequence), child.gate))
@@ -183,7 +205,7 @@ impl Service {
         }
         if entry.state() != State::Stopped {
             entry.with_container(|container| container.kill_all(libc::SIGKILL))?;
-            if tokio::time::timeout(KILL_PATIENCE, entry.init.process.ended())
+            if tokio::time::timeout(KILL_TIMEOUT, entry.init.process.ended())
                 .await
                 .is_err()
             {
@@ -191,7 +213,7 @@ impl Service {
                     Code::INTERNAL,
                     format!(
                         "container {id:?} does not end: killed {} seconds ago",
-                        KILL_PATIENCE.as_secs()
+                        KILL_TIMEOUT.as_secs()
                     ),
                 ));
             }
@@ -202,7 +224,7 @@ impl Service {
             .ok_or_else(|| Failure::no_container(id))?;
         self.registry.remove(id);
         destroy(container);
-        entry.abort_relays();
+        entry.close_streams().await;
         Ok(())
     }
 
@@ -215,9 +237,29 @@ impl Service {
         };
         Ok(WaitResponse {
             exit_status: exit.status,
-            oom_killed: stats::oom_kills(&entry.cgroup) > 0,
+            oom_killed: exit.oom_killed || entry.oom.check() > 0,
+            exited_at_ns: exit.at_ns,
             ..Default::default()
         })
+    }
+
+    async fn reattach(&self, request: ReattachStreamsRequest) -> Result<ReattachStreamsResponse> {
+        let entry = self.registry.get(&request.container_id)?;
+        let streams = self.streams.clone();
+        // On its own: it must not end half way when the call is dropped.
+        let reattached = tokio::spawn(async move {
+            let received = match request.exec_id.as_str() {
+                "" => entry.init.relays.reattach(&streams, &request).await?,
+                id => entry.exec(id)?.relays.reattach(&streams, &request).await?,
+            };
+            Ok(ReattachStreamsResponse {
+                input_received: received,
+                ..Default::default()
+            })
+        });
+        reattached
+            .await
+            .unwrap_or_else(|error| Err(Failure::internal("attach streams", &error.into())))
     }
 
     fn send_signal(&self, request: &SignalRequest) -> Result<()> {
@@ -289,7 +331,7 @@ impl Service {
         let entry = self.registry.get(&request.container_id)?;
         entry.require(&[State::Created, State::Running, State::Paused], "update")?;
         let mut resources: LinuxResources = parse("resources", &request.resources_json)?;
-        entry.holds.disks.resources(&mut resources)?;
+        entry.resources.disks.resources(&mut resources)?;
         entry.with_container(|container| container.update(&resources))
     }
 
@@ -327,11 +369,11 @@ impl Service {
     }
 }
 
-/// Waits, without holding the others up, until a new process is ready to execute.
+/// Waits, without blocking other calls, until a new process is ready to execute.
 async fn finish(pending: PendingChild) -> Result<Child> {
     {
         let failed = |error: std::io::Error| Failure::internal("wait for a new process", &error);
-        let ready = event::watch_borrowed(pending.as_fd(), Interest::READABLE).map_err(failed)?;
+        let ready = reactor::watch_borrowed(pending.as_fd(), Interest::READABLE).map_err(failed)?;
         let _ = ready.readable().await.map_err(failed)?;
     }
     Ok(pending.finish()?)
@@ -341,11 +383,11 @@ async fn finish(pending: PendingChild) -> Result<Child> {
 async fn open_gate(gate: OwnedFd) -> Result<()> {
     let failed = |error: std::io::Error| Failure::internal("start a process", &error);
     match rustix::net::send(&gate, b"x", rustix::net::SendFlags::NOSIGNAL) {
-        // It has ended before: what it left to say can still be read.
+        // It has ended: the error that it has sent can still be read.
         Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {}
         Err(error) => return Err(failed(error.into())),
     }
-    let gate = event::watch(gate, Interest::READABLE).map_err(failed)?;
+    let gate = reactor::watch(gate, Interest::READABLE).map_err(failed)?;
     let mut message = [0; 4096];
     loop {
         let mut guard = gate.readable().await.map_err(failed)?;
@@ -369,8 +411,35 @@ fn done(result: Result<()>) -> ttrpc::Result<Empty> {
     Ok(result.map(|()| Empty::new())?)
 }
 
+/// Compares versions: see the head of `agent.proto`.
+fn hello(request: &HelloRequest) -> Result<HelloResponse> {
+    if request.protocol_version < MIN_HOST_VERSION {
+        return Err(Failure::new(
+            Code::FAILED_PRECONDITION,
+            format!(
+                "the host speaks version {} of the agent's protocol, older than \
+                 {MIN_HOST_VERSION}, which this agent needs",
+                request.protocol_version
+            ),
+        ));
+    }
+    const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+    let boot_id = std::fs::read_to_string(BOOT_ID)
+        .map_err(|error| Failure::internal("read the guest's boot id", &error))?;
+    Ok(HelloResponse {
+        protocol_version: PROTOCOL_VERSION,
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        boot_id: boot_id.trim_ascii_end().to_owned(),
+        ..Default::default()
+    })
+}
+
 #[async_trait]
 impl Agent for Service {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        Ok(hello(&request)?)
+    }
+
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> ttrpc::Result<Empty> {
         done(configure::apply(&request))
     }
@@ -424,6 +493,22 @@ impl Agent for Service {
         Ok(self.wait_for(&request).await?)
     }
 
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        request: EventsRequest,
+    ) -> ttrpc::Result<EventsResponse> {
+        Ok(self.events.after(request.after).await?)
+    }
+
+    async fn reattach_streams(
+        &self,
+        _: &TtrpcContext,
+        request: ReattachStreamsRequest,
+    ) -> ttrpc::Result<ReattachStreamsResponse> {
+        Ok(self.reattach(request).await?)
+    }
+
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
         done(self.send_signal(&request))
     }
@@ -454,7 +539,7 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<StatsResponse> {
         let entry = self.registry.get(&request.container_id)?;
-        Ok(stats::read(&entry.cgroup, entry.init.process.pid()))
+        Ok(metrics::read(&entry.cgroup, entry.init.process.pid()))
     }
 
     async fn processes(
@@ -463,7 +548,7 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<ProcessesResponse> {
         let entry = self.registry.get(&request.container_id)?;
-        Ok(processes::list(&entry.cgroup)?)
+        Ok(processes::list::list(&entry.cgroup)?)
     }
 
     async fn copy_out(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
@@ -478,7 +563,7 @@ impl Agent for Service {
         init::quiesce();
         // The host has what it waits for, and may end the machine itself, which is quicker.
         tokio::spawn(async {
-            tokio::time::sleep(LAST_WORDS).await;
+            tokio::time::sleep(SHUTDOWN_REPLY_GRACE).await;
             init::power_off()
         });
         Ok(Empty::new())
@@ -487,5 +572,7 @@ impl Agent for Service {
 
 /// The service as ttrpc wants it.
 pub fn methods(service: Service) -> std::collections::HashMap<String, ttrpc::r#async::Service> {
-    hull_protocol::agent_ttrpc::create_agent(Arc::new(service))
+    let mut services = hull_protocol::agent_ttrpc::create_agent(Arc::new(service));
+    services.values_mut().for_each(calls::once);
+    services
 }

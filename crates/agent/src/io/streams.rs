@@ -1,9 +1,9 @@
-//! The host's streams: vsock connections to [`STREAM_PORT`] that a later call names by the port they come from.
-//! Called by `service`. What flows in them is `relay`'s matter.
+//! The host's streams: vsock connections to [`STREAM_PORT`] that a later call names by the port
+//! they come from. Called by `service`. What flows in them is `relay`'s matter.
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,18 +12,22 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-use crate::{event, vsock};
+use crate::io::{reactor, vsock};
 
-/// How long a call waits for a stream it names. The host connects before it calls, so only a host in trouble
-/// is ever waited for.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a call waits for a stream it names. The host connects before it calls, so only a host
+/// in trouble is ever waited for.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection that no call has asked for in this time belongs to a call that never came.
-const FORGOTTEN: Duration = Duration::from_secs(60);
+/// A connection that no call has named in this time is closed: its call has never come.
+const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Accepts a connection of a listener, and says which port it comes from.
+type Accept = fn(BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)>;
 
 /// Streams that have arrived and are not yet used.
 pub struct Streams {
     listener: AsyncFd<OwnedFd>,
+    accept: Accept,
     arrived: Mutex<HashMap<u32, (OwnedFd, Instant)>>,
     /// One waiter may accept the connection that another one waits for.
     changed: Notify,
@@ -32,8 +36,14 @@ pub struct Streams {
 impl Streams {
     /// Starts to listen.
     pub fn listen() -> io::Result<Self> {
+        Self::new(vsock::listen(STREAM_PORT)?, vsock::accept)
+    }
+
+    /// Takes what comes to a listener.
+    pub fn new(listener: OwnedFd, accept: Accept) -> io::Result<Self> {
         Ok(Self {
-            listener: event::watch(vsock::listen(STREAM_PORT)?, Interest::READABLE)?,
+            listener: reactor::watch(listener, Interest::READABLE)?,
+            accept,
             arrived: Mutex::default(),
             changed: Notify::new(),
         })
@@ -44,14 +54,14 @@ impl Streams {
         if let Some(stream) = self.accept_until(port)? {
             return Ok(stream);
         }
-        tokio::time::timeout(PATIENCE, self.wait_for(port))
+        tokio::time::timeout(STREAM_TIMEOUT, self.wait_for(port))
             .await
             .unwrap_or_else(|_elapsed| {
                 Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     format!(
                         "no stream from host port {port} within {} seconds",
-                        PATIENCE.as_secs()
+                        STREAM_TIMEOUT.as_secs()
                     ),
                 ))
             })
@@ -77,11 +87,11 @@ impl Streams {
             return Ok(Some(stream));
         }
         loop {
-            match vsock::accept(&self.listener) {
+            match (self.accept)(self.listener.as_fd()) {
                 Ok((stream, peer)) if peer == port => return Ok(Some(stream)),
                 Ok((stream, peer)) => {
                     let now = Instant::now();
-                    arrived.retain(|_, (_, since)| now.duration_since(*since) < FORGOTTEN);
+                    arrived.retain(|_, (_, since)| now.duration_since(*since) < UNCLAIMED_TIMEOUT);
                     arrived.insert(peer, (stream, now));
                     self.changed.notify_waiters();
                 }
@@ -92,6 +102,18 @@ impl Streams {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Drops streams that have arrived and are broken, as all are when the device has reset them:
+    /// their ports may be those of other streams soon.
+    pub fn discard_broken(&self) -> io::Result<()> {
+        // All that is pending arrives: no stream comes from port 0.
+        let none = self.accept_until(0)?;
+        debug_assert!(none.is_none(), "a stream from port 0");
+        let intact =
+            |stream: &OwnedFd| matches!(rustix::net::sockopt::socket_error(stream), Ok(Ok(())));
+        self.arrived().retain(|_, (stream, _)| intact(stream));
+        Ok(())
     }
 
     fn arrived(&self) -> MutexGuard<'_, HashMap<u32, (OwnedFd, Instant)>> {

@@ -1,9 +1,10 @@
-//! A process of a container, from its spec to `execve`: the same for the container's init and for processes
-//! executed later.
+//! A process of a container, from its spec to `execve`: the same for the container's init and for
+//! processes executed later.
 //!
-//! [`ProcessPlan`] is made by the agent. The child calls [`ProcessPlan::become_user`], waits at the gate, then calls
-//! [`ProcessPlan::execute`]. What needs privileges outside of the container's user namespace is set by the agent on
-//! the waiting child ([`super::limits`]).
+//! [`ProcessPlan`] is made by the agent. The child calls [`ProcessPlan::become_user`], waits at the
+//! gate, then calls [`ProcessPlan::execute`]. What needs privileges outside of the container's user
+//! namespace is set by the agent on the waiting child ([`super::limits`]).
+#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,7 +19,7 @@ use super::error::{Context, CreateError, Result, reason};
 use super::paths::{self, Missing};
 use super::seccomp::Filter;
 use super::users::{self, User};
-use super::{Exact, sys};
+use super::{RawArgs, sys};
 
 /// `umask` when the spec names none.
 const UMASK: u32 = 0o022;
@@ -60,13 +61,13 @@ pub(super) struct Executable {
 impl ProcessPlan {
     pub(super) fn new(
         process: &Process,
-        exact: &Exact,
+        raw: &RawArgs,
         personality: Option<&LinuxPersonality>,
         seccomp: Option<Arc<Filter>>,
     ) -> Result<ProcessPlan> {
-        let strings = |field: &str, strings: &Option<Vec<String>>, exact: &[Vec<u8>]| {
-            if !exact.is_empty() {
-                return exact
+        let strings = |field: &str, strings: &Option<Vec<String>>, raw: &[Vec<u8>]| {
+            if !raw.is_empty() {
+                return raw
                     .iter()
                     .map(|string| sys::c_string(field, string.clone()))
                     .collect();
@@ -77,7 +78,7 @@ impl ProcessPlan {
                 .map(|string| sys::c_string(field, string))
                 .collect::<Result<Vec<_>>>()
         };
-        let arguments = strings("process.args", process.args(), &exact.arguments)?;
+        let arguments = strings("process.args", process.args(), &raw.arguments)?;
         if arguments.is_empty() {
             return Err(CreateError::invalid("process.args", "is empty"));
         }
@@ -120,7 +121,7 @@ impl ProcessPlan {
             .collect();
         Ok(ProcessPlan {
             arguments,
-            environment: strings("process.env", process.env(), &exact.environment)?,
+            environment: strings("process.env", process.env(), &raw.environment)?,
             cwd: sys::c_path("process.cwd", process.cwd())?,
             name: user.username().clone().filter(|name| !name.is_empty()),
             uid: user.uid(),
@@ -135,8 +136,9 @@ impl ProcessPlan {
         })
     }
 
-    /// Goes to the working directory; with `make` it is made when it does not exist. In the container's root, as
-    /// root, and after all descriptors that lead outside are closed: a link like /proc/self/fd/N must find nothing.
+    /// Goes to the working directory; with `make` it is made when it does not exist. In the
+    /// container's root, as root, and after all descriptors that lead outside are closed: a link
+    /// like /proc/self/fd/N must find nothing.
     pub(super) fn enter_cwd(&self, make: bool) -> Result<()> {
         let what = || format!("cannot enter process.cwd {}", self.cwd.to_string_lossy());
         match rustix::process::chdir(&*self.cwd) {
@@ -150,7 +152,8 @@ impl ProcessPlan {
             }
             Err(error) => return Err(error).context(what),
         }
-        // With a shared PID namespace a link may lead into another process's root. The kernel tells.
+        // With a shared PID namespace a link may lead into another process's root. The kernel
+        // tells.
         if self.cwd.as_c_str() != c"/"
             && !rustix::process::getcwd(Vec::new())
                 .context(what)?
@@ -173,7 +176,8 @@ impl ProcessPlan {
             });
         };
         let user = users::find(name).map_err(|why| CreateError::invalid("process.user", why))?;
-        // The agent gave the streams to the user whose number it knew. /dev/stdout must open for this one.
+        // The agent gave the streams to the user whose number it knew. /dev/stdout must open for
+        // this one.
         for stream in 0..3 {
             // SAFETY: the three are open, and stay so while this process prepares itself.
             super::give(unsafe { BorrowedFd::borrow_raw(stream) }, user.uid);
@@ -293,8 +297,8 @@ impl ProcessPlan {
     }
 }
 
-/// Signals as a new process expects them. `clone3` has reset the agent's handlers; what is left is its mask, and
-/// SIGPIPE, the only signal that the agent ignores.
+/// Signals as a new process expects them. `clone3` has reset the agent's handlers; what is left is
+/// its mask, and SIGPIPE, the only signal that the agent ignores.
 pub(super) fn reset_signals() -> Result<()> {
     // SAFETY: an empty set is a valid set, and SIG_DFL is a valid disposition.
     let failed = unsafe {
@@ -479,7 +483,7 @@ mod tests {
     fn wrong_specs_are_named() {
         let plan = |json: &str| {
             let process: Process = serde_json::from_str(json).unwrap();
-            ProcessPlan::new(&process, &Exact::default(), None, None)
+            ProcessPlan::new(&process, &RawArgs::default(), None, None)
                 .unwrap_err()
                 .to_string()
         };

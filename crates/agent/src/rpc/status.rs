@@ -1,4 +1,5 @@
-//! Errors of the agent as the host sees them: a ttrpc status code and one line. See the head of `agent.proto`.
+//! Errors of the agent as the host sees them: a ttrpc status code and one line. See the head of
+//! `agent.proto`.
 
 use std::io;
 
@@ -55,16 +56,19 @@ impl Failure {
 
     /// Something else went wrong.
     pub fn internal(what: &str, error: &io::Error) -> Self {
-        Self::new(Code::INTERNAL, format!("cannot {what}: {}", words(error)))
+        Self::new(
+            Code::INTERNAL,
+            format!("cannot {what}: {}", plain_text(error)),
+        )
     }
 }
 
-/// What an error says to a person: without the number that the library adds to it.
-pub fn words(error: &io::Error) -> String {
+/// The text of an error without the number that the library adds to it.
+pub fn plain_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.split_once(" (os error ") {
-        Some((words, rest)) => format!(
-            "{words}{}",
+        Some((text, rest)) => format!(
+            "{text}{}",
             rest.split_once(')').map_or("", |(_, rest)| rest)
         ),
         None => text,
@@ -101,8 +105,8 @@ mod tests {
     #[test]
     fn an_error_says_no_number() {
         let error = io::Error::from_raw_os_error(libc::ENOENT);
-        assert_eq!(words(&error), "No such file or directory");
+        assert_eq!(plain_text(&error), "No such file or directory");
         let error = io::Error::other(format!("/a: {error} there"));
-        assert_eq!(words(&error), "/a: No such file or directory there");
+        assert_eq!(plain_text(&error), "/a: No such file or directory there");
     }
 }

@@ -1,10 +1,10 @@
-//! Leads what programs in the guest send to [`RESOLVER`] to another port of its address, where the agent listens: eBPF
-//! programs on the root of all control groups. Called by `names`.
+//! Leads what programs in the guest send to [`RESOLVER`] to another port of its address, where the
+//! agent listens: eBPF programs on the root of all control groups. Called by `dns_proxy`.
 //!
-//! Port 53 itself stays free, as it is with Docker on its own: a container may be a name server and bind every address.
-//! Docker uses the packet filter for that; here it would cost every packet of the guest its tracking. These programs run
-//! when a socket is connected, when a datagram is sent with an address, and when one is received and its sender is asked
-//! for.
+//! Port 53 itself stays free, as it is with Docker on its own: a container may be a name server and
+//! bind every address. Docker uses the packet filter for that; here it would cost every packet of
+//! the guest its tracking. These programs run when a socket is connected, when a datagram is sent
+//! with an address, and when one is received and its sender is asked for.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

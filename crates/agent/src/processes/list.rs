@@ -6,9 +6,10 @@ use std::path::Path;
 
 use hull_protocol::agent::{ProcessInfo, ProcessesResponse};
 
-use crate::status::{Failure, Result};
+use crate::rpc::status::{Failure, Result};
 
-/// Lists the processes of a control group and of those below it. One that ends meanwhile is left out.
+/// Lists the processes of a control group and of those below it. One that ends meanwhile is left
+/// out.
 pub fn list(cgroup: &Path) -> Result<ProcessesResponse> {
     let mut pids = Vec::new();
     collect(cgroup, &mut pids).map_err(|error| Failure::internal("list processes", &error))?;
@@ -63,7 +64,8 @@ fn describe(proc: &Path, pid: u32, boot: u64) -> Option<ProcessInfo> {
     let ticks = rustix::param::clock_ticks_per_second().max(1);
     Some(ProcessInfo {
         pid,
-        // From the root namespace inwards; the second one is that of the container, if it has its own.
+        // From the root namespace inwards; the second one is that of the container, if it has its
+        // own.
         container_pid: word(&status, "NSpid:", 1).unwrap_or(pid),
         parent_pid: stat.parent,
         // Real, effective, saved, file system.
@@ -81,7 +83,8 @@ fn describe(proc: &Path, pid: u32, boot: u64) -> Option<ProcessInfo> {
     })
 }
 
-/// The number at a place of the line that begins with `key`, or the last one when the line is shorter.
+/// The number at a place of the line that begins with `key`, or the last one when the line is
+/// shorter.
 fn word(status: &str, key: &str, place: usize) -> Option<u32> {
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -115,7 +118,8 @@ struct Stat {
 
 impl Stat {
     fn parse(text: &str) -> Option<Self> {
-        // The name is whatever the process says, parentheses and spaces included: it ends at the last one.
+        // The name is whatever the process says, parentheses and spaces included: it ends at the
+        // last one.
         let (_, rest) = text.split_once('(')?;
         let (name, rest) = rest.rsplit_once(')')?;
         let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
@@ -135,7 +139,8 @@ impl Stat {
         })
     }
 
-    /// Name of the controlling terminal, empty without one. Those of containers are all pseudo-terminals.
+    /// Name of the controlling terminal, empty without one. Those of containers are all
+    /// pseudo-terminals.
     fn terminal(&self) -> String {
         let major = (self.terminal >> 8) & 0xfff;
         let minor = (self.terminal & 0xff) | ((self.terminal >> 12) & 0xfff00);

@@ -1,12 +1,13 @@
-//! vsock sockets: dialling the host, listening for its streams. All of them are non-blocking and close-on-exec.
-//! Called by `main` and `streams`. Knows nothing of what is sent.
+//! vsock sockets: dialling the host, listening for its streams. All of them are non-blocking and
+//! close-on-exec. Called by `main` and `streams`. Knows nothing of what is sent.
 
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
@@ -14,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::Notify;
 
-use crate::event;
+use crate::io::reactor;
 
 const ADDRESS_LENGTH: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
@@ -44,8 +45,8 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Starts to connect and returns at once. The connection stands when the socket is writable, see
-/// [`Connection::established`].
+/// Starts to connect and returns at once. The connection is established when the socket is
+/// writable, see [`Connection::established`].
 pub fn dial(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     let address = address(cid, port);
@@ -78,14 +79,15 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Takes one pending connection and says from which port of the host it comes. `WouldBlock` when there is none.
-pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, u32)> {
+/// Takes one pending connection and says from which port of the host it comes. `WouldBlock` when
+/// there is none.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
     let mut peer = address(0, 0);
     let mut length = ADDRESS_LENGTH;
     // SAFETY: both pointers live across the call and the length says how much may be written.
     let fd = check(unsafe {
         libc::accept4(
-            listener.as_fd().as_raw_fd(),
+            listener.as_raw_fd(),
             (&raw mut peer).cast(),
             &raw mut length,
             libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
@@ -95,23 +97,48 @@ pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, u32)> {
     Ok((unsafe { OwnedFd::from_raw_fd(fd) }, peer.svm_port))
 }
 
-/// The socket that ttrpc is served on. It tells when it has ended: ttrpc itself does not.
+/// What is known about a connection outside of it.
+#[derive(Default)]
+pub struct Link {
+    ended: Notify,
+    received: AtomicBool,
+}
+
+impl Link {
+    /// Waits until the connection has ended or broken.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
+    }
+
+    /// Whether anything has come from the other side.
+    pub fn has_received(&self) -> bool {
+        self.received.load(Ordering::Relaxed)
+    }
+}
+
+/// A connected socket, for ttrpc and others that read and write. Its link says when it has ended,
+/// which ttrpc does not.
 pub struct Connection {
     socket: AsyncFd<OwnedFd>,
-    ended: Arc<Notify>,
+    link: Arc<Link>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.link.ended.notify_one();
+    }
 }
 
 impl Connection {
-    /// Takes over a socket that was dialled. `ended` is notified when the host has closed the connection or
-    /// it has broken.
-    pub fn new(socket: OwnedFd, ended: Arc<Notify>) -> io::Result<Self> {
+    /// Takes over a socket that was dialled or accepted.
+    pub fn new(socket: OwnedFd, link: Arc<Link>) -> io::Result<Self> {
         Ok(Self {
-            socket: event::watch(socket, Interest::READABLE | Interest::WRITABLE)?,
-            ended,
+            socket: reactor::watch(socket, Interest::READABLE | Interest::WRITABLE)?,
+            link,
         })
     }
 
-    /// Waits until the connection stands.
+    /// Waits until the connection is established.
     pub async fn established(&self) -> io::Result<()> {
         let _ = self.socket.writable().await?;
         rustix::net::sockopt::socket_error(&self.socket)??;
@@ -132,15 +159,17 @@ impl AsyncRead for Connection {
             });
             match received {
                 Ok(Ok(n)) => {
-                    if n == 0 && buf.remaining() > 0 {
-                        self.ended.notify_one();
+                    if n > 0 {
+                        self.link.received.store(true, Ordering::Relaxed);
+                    } else if buf.remaining() > 0 {
+                        self.link.ended.notify_one();
                     }
                     buf.advance(n);
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => {
-                    self.ended.notify_one();
+                    self.link.ended.notify_one();
                     return Poll::Ready(Err(error));
                 }
                 Err(_would_block) => {}
@@ -161,7 +190,7 @@ impl AsyncWrite for Connection {
                 Ok(Ok(n)) => return Poll::Ready(Ok(n)),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => {
-                    self.ended.notify_one();
+                    self.link.ended.notify_one();
                     return Poll::Ready(Err(error));
                 }
                 Err(_would_block) => {}

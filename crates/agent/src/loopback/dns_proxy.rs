@@ -1,8 +1,9 @@
-//! Stands in the guest for Docker's name server, which is in the container's network namespace on the host: questions that
-//! come here, by UDP or TCP, go to the host in one stream, and its answers back to who asked. Called by `Loopback`.
+//! Stands in the guest for Docker's name server, which is in the container's network namespace on
+//! the host: questions that come here, by UDP or TCP, go to the host in one stream, and its answers
+//! back to the program that asked. Called by `Loopback`.
 //!
-//! Messages are never looked into. At most [`MAX_QUESTIONS`] wait for their answers; then no further ones are read. The
-//! host answers each within its time, and so gives its place free.
+//! Messages are never looked into. At most [`MAX_QUESTIONS`] wait for their answers; then no
+//! further ones are read. The host answers each within its time, and so gives its place free.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -24,20 +25,20 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::connection;
-use super::program::Translation;
-use crate::event;
-use crate::vsock::Connection;
+use super::dns_redirect::Translation;
+use crate::io::reactor;
+use crate::io::vsock::Connection;
 
 /// Most connections of programs that ask by TCP, each of which has one question at a time.
 const MAX_CONNECTIONS: usize = 16;
 
 /// How long a program that asks by TCP may take for a question, and to take its answer.
-const PATIENCE: Duration = Duration::from_secs(15);
+const TCP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Ports that are tried until one is free for both.
 const ATTEMPTS: usize = 8;
 
-/// Who waits for an answer.
+/// A program that waits for an answer.
 enum Asker {
     Udp(SocketAddrV4),
     Tcp(oneshot::Sender<Vec<u8>>),
@@ -84,7 +85,7 @@ impl<W: AsyncWrite + Unpin> Questions<W> {
         self.host.lock().await.write_all(&message).await
     }
 
-    /// Who asked this, with the place free again.
+    /// Takes the program that asked, and frees its slot.
     fn asked(&self, slot: u16) -> Option<Asker> {
         let asker = self.waiting().get_mut(usize::from(slot))?.take()?;
         self.free.add_permits(1);
@@ -120,8 +121,8 @@ fn sockets() -> io::Result<(AsyncFd<OwnedFd>, AsyncFd<OwnedFd>, u16)> {
         match socket(SocketType::STREAM, port) {
             Ok(tcp) => {
                 listen(&tcp, MAX_CONNECTIONS as i32)?;
-                let udp = event::watch(udp, Interest::READABLE)?;
-                return Ok((udp, event::watch(tcp, Interest::READABLE)?, port));
+                let udp = reactor::watch(udp, Interest::READABLE)?;
+                return Ok((udp, reactor::watch(tcp, Interest::READABLE)?, port));
             }
             Err(error) if attempt == ATTEMPTS => return Err(error),
             Err(_taken) => attempt += 1,
@@ -155,7 +156,7 @@ async fn pass_answers<W: AsyncWrite + Unpin>(
         let mut answer = vec![0; header.length.into()];
         host.read_exact(&mut answer).await?;
         match questions.asked(header.slot) {
-            // One who has gone, or whose buffer is full, gets none, as in any network.
+            // A program that has gone, or whose buffer is full, gets none, as in any network.
             Some(Asker::Udp(asker)) if !answer.is_empty() => {
                 let _ = sendto(udp, &answer, SendFlags::DONTWAIT, &asker);
             }
@@ -183,7 +184,7 @@ async fn take_datagrams<W: AsyncWrite + Unpin>(
     }
 }
 
-/// One datagram, and who sent it.
+/// One datagram, and its sender.
 fn datagram(udp: &impl AsFd) -> Result<Option<(Vec<u8>, SocketAddrV4)>, Errno> {
     // Only what is received is touched.
     let mut buffer = [MaybeUninit::<u8>::uninit(); 1 << 16];
@@ -192,7 +193,7 @@ fn datagram(udp: &impl AsFd) -> Result<Option<(Vec<u8>, SocketAddrV4)>, Errno> {
     Ok(from.map(|from| (received.to_vec(), from)))
 }
 
-/// Takes connections of those who ask by TCP.
+/// Takes connections of programs that ask by TCP.
 async fn take_connections<W: AsyncWrite + Unpin + Send + 'static>(
     questions: &Arc<Questions<W>>,
     tcp: &AsyncFd<OwnedFd>,
@@ -231,7 +232,7 @@ async fn converse<W: AsyncWrite + Unpin>(questions: Arc<Questions<W>>, mut strea
             stream.read_exact(&mut question).await?;
             Ok::<_, io::Error>(question)
         };
-        let question = timeout(PATIENCE, question).await??;
+        let question = timeout(TCP_TIMEOUT, question).await??;
         let (asker, answer) = oneshot::channel();
         questions.ask(Asker::Tcp(asker), &question).await?;
         let answer = answer.await.map_err(io::Error::other)?;
@@ -240,9 +241,9 @@ async fn converse<W: AsyncWrite + Unpin>(questions: Arc<Questions<W>>, mut strea
         }
         let mut message = (answer.len() as u16).to_be_bytes().to_vec();
         message.extend(answer);
-        timeout(PATIENCE, stream.write_all(&message)).await?
+        timeout(TCP_TIMEOUT, stream.write_all(&message)).await?
     };
-    // Whoever has asked enough, too slowly, or without an answer to be had: the connection ends.
+    // Until the program ends the connection, is too slow, or cannot be answered.
     while turn().await.is_ok() {}
 }
 
@@ -257,7 +258,8 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
 
-    /// Serves, while a test is the host, on the stream, and asks at the address, both on another thread.
+    /// Serves, while a test is the host, on the stream, and asks at the address, both on another
+    /// thread.
     fn serving(test: impl FnOnce(UnixStream, SocketAddrV4) + Send + 'static) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -1,7 +1,8 @@
-//! The containers of this guest and their processes, by name. Called by `service`, which holds one registry.
+//! The containers of this guest and their processes, by name. Called by `service`, which holds one
+//! registry.
 //!
-//! A name is reserved before the thing is made, so that two calls cannot make the same one, and given back if
-//! that fails or is given up: nothing half done stays.
+//! A name is reserved before what it names is created, so that two calls cannot create the same,
+//! and released when that fails or is cancelled: nothing half done stays.
 
 use std::collections::HashMap;
 use std::collections::hash_map;
@@ -9,17 +10,19 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use crate::container::Container;
 use crate::disks::Disks;
-use crate::plumbing::Relays;
-use crate::process::Process;
+use crate::io::pipes::Relays;
+use crate::processes::oom::OomWatch;
+use crate::processes::process::Process;
+use crate::rpc::status::{Failure, Result};
 use crate::shared_memory::Memory;
-use crate::status::{Failure, Result};
 
-/// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make one every
-/// second for months.
+/// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make
+/// one every second for months.
 const ENDED_KEPT: usize = 256;
 
 /// `None`: the name is reserved.
@@ -35,9 +38,9 @@ pub struct Running {
     sequence: u64,
 }
 
-/// What of the machine a container has as long as it is there.
+/// Resources of the machine that a container holds until it is deleted.
 #[derive(Debug, Default)]
-pub struct Holds {
+pub struct HeldResources {
     /// Its disks.
     pub disks: Disks,
     /// Memory that it shares with other containers.
@@ -51,8 +54,12 @@ pub struct Entry {
     pub init: Running,
     /// Its control group.
     pub cgroup: PathBuf,
-    /// What it has of the machine.
-    pub holds: Holds,
+    /// Its disks and shared memory.
+    pub resources: HeldResources,
+    /// Its OOM kills.
+    pub oom: Arc<OomWatch>,
+    /// Reports them.
+    oom_task: JoinHandle<()>,
     container: Mutex<Option<Container>>,
     /// Unused as long as the container is created and not started.
     gate: Mutex<Option<OwnedFd>>,
@@ -60,7 +67,7 @@ pub struct Entry {
     execs: Mutex<Slots<Running>>,
 }
 
-/// What a container is doing.
+/// The state of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Its init waits to execute its command.
@@ -95,7 +102,7 @@ pub struct Registry {
     containers: Mutex<Slots<Entry>>,
 }
 
-/// A name that is taken until this is dropped, or for good with `fill`.
+/// A name that is reserved until this is dropped, or taken with `fill`.
 pub struct Reservation<'a, T> {
     slots: &'a Mutex<Slots<T>>,
     name: String,
@@ -117,7 +124,7 @@ impl<'a, T> Reservation<'a, T> {
         }
     }
 
-    /// Puts the thing where its name is.
+    /// Enters what the name stands for.
     pub fn fill(mut self, value: T) -> Arc<T> {
         let value = Arc::new(value);
         lock(self.slots).insert(self.name.clone(), Some(value.clone()));
@@ -157,7 +164,7 @@ impl Registry {
             .ok_or_else(|| Failure::no_container(id))
     }
 
-    /// Forgets a container.
+    /// Removes a container.
     pub fn remove(&self, id: &str) {
         lock(&self.containers).remove(id);
     }
@@ -179,15 +186,18 @@ impl Entry {
     pub fn new(
         id: &str,
         container: Container,
-        holds: Holds,
+        resources: HeldResources,
         init: Running,
+        oom: Arc<OomWatch>,
         gate: Option<OwnedFd>,
     ) -> Self {
         Self {
             id: id.to_owned(),
             init,
             cgroup: container.cgroup().to_owned(),
-            holds,
+            resources,
+            oom_task: tokio::spawn(oom.clone().run()),
+            oom,
             container: Mutex::new(Some(container)),
             gate: Mutex::new(gate),
             paused: Mutex::new(false),
@@ -195,7 +205,7 @@ impl Entry {
         }
     }
 
-    /// What it is doing.
+    /// Its state.
     pub fn state(&self) -> State {
         if self.init.process.exit().is_some() {
             State::Stopped
@@ -208,7 +218,7 @@ impl Entry {
         }
     }
 
-    /// Fails unless it is in one of the states in which one can do what `wanted` says.
+    /// Fails unless it is in one of the states in which `wanted` is possible.
     pub fn require(&self, states: &[State], wanted: &str) -> Result<()> {
         let state = self.state();
         if states.contains(&state) {
@@ -226,12 +236,12 @@ impl Entry {
             .ok_or_else(|| Failure::wrong_state(&self.id, "started", "start"))
     }
 
-    /// Remembers whether it is frozen.
+    /// Records whether it is frozen.
     pub fn set_paused(&self, paused: bool) {
         *lock(&self.paused) = paused;
     }
 
-    /// Does something with the container as the creator knows it.
+    /// Calls `f` with the container, unless it is being deleted.
     pub fn with_container<T>(
         &self,
         f: impl FnOnce(&Container) -> crate::container::Result<T>,
@@ -304,11 +314,13 @@ impl Entry {
             .ok_or_else(|| Failure::no_process(&self.id, exec_id))
     }
 
-    /// Ends all relays.
-    pub fn abort_relays(&self) {
-        self.init.relays.abort();
-        for running in lock(&self.execs).values().flatten() {
-            running.relays.abort();
+    /// Ends all that runs for the container in the agent.
+    pub async fn close_streams(&self) {
+        self.oom_task.abort();
+        self.init.relays.close().await;
+        let execs: Vec<_> = lock(&self.execs).values().flatten().cloned().collect();
+        for running in execs {
+            running.relays.close().await;
         }
     }
 }

@@ -1,5 +1,5 @@
-//! One connection that is forwarded: to a server on the guest's loopback interface, and both ways from then on. Called by
-//! `Loopback`. Bounded in memory, and in time once one side has ended.
+//! One connection that is forwarded: to a server on the guest's loopback interface, and both ways
+//! from then on. Called by `Loopback`. Bounded in memory, and in time once one side has ended.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,13 +13,13 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::time::timeout;
 
 use super::connection;
-use crate::vsock::Connection;
+use crate::io::vsock::Connection;
 
 /// How long a server may take to let itself be connected to.
-const CONNECT_TIME: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long nothing may move when one direction has ended: then the connection ends.
-const PATIENCE: Duration = Duration::from_secs(300);
+const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Largest piece moved at once.
 const PIECE: usize = 16 * 1024;
@@ -33,7 +33,7 @@ pub async fn connect(port: u16, ipv6: bool) -> io::Result<Connection> {
     if ipv6 {
         addresses.reverse();
     }
-    let dialled = timeout(CONNECT_TIME, async {
+    let dialled = timeout(CONNECT_TIMEOUT, async {
         match dial(addresses[0]).await {
             Ok(socket) => Ok(socket),
             // The first error is the one to be told.
@@ -94,7 +94,7 @@ async fn pass(
 async fn moving<T>(step: impl Future<Output = io::Result<T>>, half: &AtomicBool) -> io::Result<T> {
     let mut step = pin!(step);
     loop {
-        match timeout(PATIENCE, step.as_mut()).await {
+        match timeout(HALF_CLOSED_TIMEOUT, step.as_mut()).await {
             Ok(done) => return done,
             Err(_elapsed) if half.load(Ordering::Relaxed) => return Err(Errno::TIMEDOUT.into()),
             Err(_elapsed) => {}

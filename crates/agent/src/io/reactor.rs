@@ -10,7 +10,8 @@ use tokio::io::unix::AsyncFd;
 
 /// Registers a descriptor for as long as the result lives. Do not replace it there (`get_mut`).
 pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: the descriptor is open, and owned by the result, which nobody in the agent takes it out of.
+    // SAFETY: the descriptor is open, and owned by the result, which nobody in the agent takes it
+    // out of.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
@@ -19,6 +20,7 @@ pub fn watch_borrowed(
     fd: BorrowedFd<'_>,
     interest: Interest,
 ) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
-    // SAFETY: the descriptor is open for as long as it is borrowed, and so longer than the result lives.
+    // SAFETY: the descriptor is open for as long as it is borrowed, and so longer than the result
+    // lives.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

@@ -1,0 +1,246 @@
+//! From a process to the host. See the head of the module above.
+
+use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
+
+use rustix::io::Errno;
+use rustix::net::Shutdown;
+use tokio::io::Interest;
+use tokio::sync::{OwnedMutexGuard, watch};
+
+use super::ended::EndedOutputs;
+use super::task::Task;
+use super::{Lazy, Loss};
+use crate::io::replay::Replay;
+use crate::processes::reaper::Exit;
+
+/// How far the output of a process has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// There may be more.
+    Flowing,
+    /// The process has ended and all that it wrote itself has been passed on; but something else
+    /// still holds the other end.
+    Drained,
+    /// Nothing more can come.
+    Ended,
+}
+
+/// One output of a process.
+#[derive(Clone)]
+pub struct Output {
+    task: Arc<Task<OutputState>>,
+    progress: watch::Receiver<Progress>,
+}
+
+/// An output that does not live for this.
+pub struct WeakOutput(Weak<Task<OutputState>>);
+
+impl WeakOutput {
+    /// Whether it is still there.
+    pub fn is_alive(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// Whether it is this one.
+    pub fn is(&self, output: &Output) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&output.task))
+    }
+
+    /// Gives up the bytes that an ended output keeps, unless they are just being sent again.
+    pub fn forget(&self) {
+        if let Some(mut state) = self.0.upgrade().and_then(|task| task.idle()) {
+            state.replay.clear();
+        }
+    }
+}
+
+/// What the relay works on.
+pub struct OutputState {
+    /// A pipe or the master of a terminal. `None` when it has ended.
+    source: Option<Lazy>,
+    /// `None` when the connection has ended or is broken.
+    sink: Option<Lazy>,
+    replay: Replay,
+    exit: watch::Receiver<Option<Exit>>,
+    progress: watch::Sender<Progress>,
+    ended: Arc<EndedOutputs>,
+}
+
+/// An output whose relay is stopped, until it is attached or resumed.
+#[must_use]
+pub struct StoppedOutput {
+    output: Output,
+    state: OwnedMutexGuard<OutputState>,
+}
+
+impl Output {
+    /// Passes on what a process writes, from `source` to `sink`, which is half-closed after it.
+    pub fn start(
+        source: OwnedFd,
+        sink: OwnedFd,
+        exit: watch::Receiver<Option<Exit>>,
+        ended: Arc<EndedOutputs>,
+    ) -> Self {
+        let (progress, seen) = watch::channel(Progress::Flowing);
+        let output = Self {
+            task: Arc::new(Task::new(OutputState {
+                source: Some(Lazy::Plain(source)),
+                sink: Some(Lazy::Plain(sink)),
+                replay: Replay::default(),
+                exit,
+                progress,
+                ended,
+            })),
+            progress: seen,
+        };
+        if let Some(state) = output.task.idle() {
+            output.run(state);
+        }
+        output
+    }
+
+    /// How far it has got.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// Stops the relay, to attach another connection.
+    pub async fn stop(&self) -> StoppedOutput {
+        StoppedOutput {
+            output: self.clone(),
+            state: self.task.stop().await,
+        }
+    }
+
+    /// Ends it: what has not been passed on is lost.
+    pub async fn close(&self) {
+        let mut state = self.task.stop().await;
+        state.source = None;
+        state.sink = None;
+        state.replay.clear();
+        state.progress.send_replace(Progress::Ended);
+    }
+
+    pub(super) fn downgrade(&self) -> WeakOutput {
+        WeakOutput(Arc::downgrade(&self.task))
+    }
+
+    fn run(&self, mut state: OwnedMutexGuard<OutputState>) {
+        let output = self.clone();
+        self.task.start(async move {
+            let ended = state.relay().await;
+            if ended == Relayed::All {
+                state.replay.shrink();
+                let (kept, length) = (state.ended.clone(), state.replay.len());
+                drop(state);
+                kept.add(output, length);
+            }
+        });
+    }
+}
+
+impl StoppedOutput {
+    /// Places in the stream at which another connection can go on.
+    pub fn sendable_from(&self) -> RangeInclusive<u64> {
+        self.state.replay.sendable_from()
+    }
+
+    /// Goes on with another connection, at a place of [`StoppedOutput::sendable_from`].
+    pub fn attach(mut self, sink: OwnedFd, place: u64) {
+        self.state.sink = Some(Lazy::Plain(sink));
+        self.state.replay.rewind(place);
+        self.resume();
+    }
+
+    /// Goes on as before.
+    pub fn resume(self) {
+        self.output.run(self.state);
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Relayed {
+    /// All has been sent.
+    All,
+    /// The connection is broken: there may be another one.
+    UntilBroken,
+    /// The host takes no more.
+    Refused,
+}
+
+impl OutputState {
+    async fn relay(&mut self) -> Relayed {
+        let relayed = match self.pump().await {
+            Ok(()) => Relayed::All,
+            Err(Loss::Broken) => Relayed::UntilBroken,
+            Err(Loss::Closed) => Relayed::Refused,
+            Err(Loss::Failed(error)) => {
+                crate::log::error!("cannot pass output on: {error}");
+                Relayed::Refused
+            }
+        };
+        match relayed {
+            Relayed::All => {
+                if let Some(sink) = self.sink.take() {
+                    // Fails only when the host has closed it already.
+                    let _ = rustix::net::shutdown(sink.fd(), Shutdown::Write);
+                }
+                self.progress.send_replace(Progress::Ended);
+            }
+            Relayed::UntilBroken => self.sink = None,
+            Relayed::Refused => {
+                self.sink = None;
+                self.source = None;
+                self.replay.clear();
+                self.progress.send_replace(Progress::Ended);
+            }
+        }
+        relayed
+    }
+
+    async fn pump(&mut self) -> Result<(), Loss> {
+        // A new process has written nothing yet. Later, an event may have been taken and not used.
+        if let Some(source @ Lazy::Plain(_)) = &mut self.source {
+            tokio::select! {
+                ready = source.ready(Interest::READABLE) => ready?,
+                _ = self.exit.changed() => {}
+            }
+        }
+        loop {
+            // A busy source must not keep the others from their turn.
+            tokio::task::coop::consume_budget().await;
+            let sink = self.sink.as_mut().ok_or(Loss::Broken)?;
+            while self.replay.has_unsent() {
+                match self.replay.send_to(sink.fd()) {
+                    Ok(()) | Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => sink.ready(Interest::WRITABLE).await?,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            let Some(source) = &mut self.source else {
+                return Ok(());
+            };
+            // Asked before: the process writes nothing after its exit.
+            let exited = self.exit.borrow().is_some();
+            match self.replay.read_from(source.fd()) {
+                // The master of a terminal whose other side is closed says EIO.
+                Ok(0) | Err(Errno::IO) => self.source = None,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if exited => {
+                    self.progress.send_replace(Progress::Drained);
+                    source.ready(Interest::READABLE).await?;
+                }
+                Err(Errno::AGAIN) => {
+                    tokio::select! {
+                        ready = source.ready(Interest::READABLE) => ready?,
+                        // Read again, to see whether it is empty after the exit.
+                        _ = self.exit.changed() => {}
+                    }
+                }
+                Err(error) => return Err(Loss::Failed(error)),
+            }
+        }
+    }
+}
