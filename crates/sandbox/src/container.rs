@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +81,8 @@ pub struct Container {
     /// Processes that stand for its own on the host: the init's has the empty name.
     keepers: Mutex<BTreeMap<String, i32>>,
     execs: AtomicU32,
+    /// Processes killed for lack of memory that an event was sent for.
+    oom_kills: AtomicU64,
 }
 
 /// A place for a container that is being created: keeps the sandbox from ending.
@@ -178,6 +180,7 @@ impl Sandbox {
                     .collect(),
             ),
             execs: AtomicU32::new(1),
+            oom_kills: AtomicU64::new(0),
         });
         let (streams, carriers) = match &container.hub {
             Some(hub) => (Vec::new(), Some(hub.carry(streams).await?)),
@@ -338,6 +341,10 @@ async fn live(ready: Ready, container: Arc<Container>, mut carriers: Option<Carr
             () = leaving => {}
             _ = sandbox.down() => {}
         }
+    }
+    if exit.oom_killed {
+        // The event of the guest may not have come in time.
+        container.oom_killed(1);
     }
     sandbox.emit(EventKind::Exited {
         container: container.id.clone(),
@@ -637,8 +644,10 @@ impl Container {
     pub async fn metrics(&self) -> Result<Metrics> {
         self.require_alive("measure")?;
         let agent = self.sandbox.ready().await?.agent;
+        let (host_memory, host_cpu_ns) = self.sandbox.cost();
         Ok(Metrics {
-            host_memory: self.sandbox.host_memory(),
+            host_memory,
+            host_cpu_ns,
             ..agent.metrics(&self.id).await?
         })
     }
@@ -651,6 +660,15 @@ impl Container {
         self.require_alive("list the processes of")?;
         let agent = self.sandbox.ready().await?.agent;
         agent.processes(&self.id).await
+    }
+
+    /// The guest's kernel has killed so many processes of it in all for lack of memory, or more.
+    pub(crate) fn oom_killed(&self, total: u64) {
+        if self.oom_kills.fetch_max(total, Ordering::Relaxed) < total {
+            self.sandbox.emit(EventKind::Oom {
+                container: self.id.clone(),
+            });
+        }
     }
 
     /// Waits until it has ended and nothing of it is left but its directory.

@@ -13,6 +13,7 @@
 pub mod config;
 mod container;
 pub mod control;
+pub mod cost;
 pub mod error;
 pub mod events;
 mod guest;

@@ -1,61 +1,376 @@
-//! What a container uses in its guest, and what its sandbox costs the host.
-
-use std::collections::HashMap;
-use std::fs;
+//! What a container uses in its guest.
 
 use hull_protocol::agent as proto;
 use serde::{Deserialize, Serialize};
 
+use crate::cost::HostMemory;
 use crate::guest::agent::printable;
-use crate::store::HostProcesses;
 
-/// Metrics of one container: see `StatsResponse` in agent.proto for the meaning of each.
+/// Metrics of one container: those of `io.containerd.cgroups.v2.Metrics`, by the names of
+/// agent.proto, and what its sandbox costs the host. Sizes in bytes; what the guest kernel does not
+/// have is absent, a limit also when there is none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Metrics {
+    /// When these were read, nanoseconds since 1970 UTC by the guest's clock.
+    pub time_ns: u64,
+    /// Processors.
+    pub cpu: Cpu,
+    /// Memory.
+    pub memory: Memory,
+    /// Processes and threads.
+    pub pids: Pids,
+    /// Block devices.
+    pub io: Io,
+    /// Huge pages, by their size.
+    pub hugetlb: Vec<Hugetlb>,
+    /// Network interfaces but loopback.
+    pub network: Vec<Network>,
+    /// Memory of the guest as a whole.
+    pub guest_memory_total: u64,
+    /// Memory that the guest can still give out.
+    pub guest_memory_available: u64,
+    /// What the sandbox costs the host in memory.
+    pub host_memory: HostMemory,
+    /// Processor time of the sandbox's processes on the host, nanoseconds.
+    pub host_cpu_ns: u64,
+}
+
+/// See `CpuStats` in agent.proto.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 #[serde(default)]
-pub struct Metrics {
-    pub cpu_usage_us: u64,
-    pub cpu_user_us: u64,
-    pub cpu_system_us: u64,
-    pub cpu_throttled_us: u64,
-    pub memory_usage: u64,
-    pub memory_limit: u64,
-    pub memory_inactive_file: u64,
-    pub memory_peak: u64,
+pub struct Cpu {
+    pub usage_ns: u64,
+    pub user_ns: u64,
+    pub system_ns: u64,
+    pub periods: Option<u64>,
+    pub throttled_periods: Option<u64>,
+    pub throttled_ns: Option<u64>,
+    pub pressure: Option<Pressure>,
+}
+
+/// See `MemoryStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct Memory {
+    pub usage: u64,
+    pub limit: Option<u64>,
+    pub peak: Option<u64>,
+    pub swap_usage: Option<u64>,
+    pub swap_limit: Option<u64>,
+    pub swap_peak: Option<u64>,
+    pub low_events: u64,
+    pub high_events: u64,
+    pub max_events: u64,
+    pub oom_events: u64,
     pub oom_kills: u64,
-    pub pids_current: u64,
-    pub pids_limit: u64,
-    pub io_read_bytes: u64,
-    pub io_write_bytes: u64,
-    pub network_receive_bytes: u64,
-    pub network_transmit_bytes: u64,
-    pub guest_memory_total: u64,
-    pub guest_memory_available: u64,
-    /// What the sandbox costs the host.
-    pub host_memory: HostMemory,
+    /// Counters of memory.stat.
+    pub stat: MemoryStat,
+    pub pressure: Option<Pressure>,
+}
+
+/// See `MemoryStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct MemoryStat {
+    pub anon: u64,
+    pub file: u64,
+    pub kernel_stack: u64,
+    pub slab: u64,
+    pub sock: u64,
+    pub shmem: u64,
+    pub file_mapped: u64,
+    pub file_dirty: u64,
+    pub file_writeback: u64,
+    pub anon_thp: u64,
+    pub inactive_anon: u64,
+    pub active_anon: u64,
+    pub inactive_file: u64,
+    pub active_file: u64,
+    pub unevictable: u64,
+    pub slab_reclaimable: u64,
+    pub slab_unreclaimable: u64,
+    pub pgfault: u64,
+    pub pgmajfault: u64,
+    pub workingset_refault: u64,
+    pub workingset_activate: u64,
+    pub workingset_nodereclaim: u64,
+    pub pgrefill: u64,
+    pub pgscan: u64,
+    pub pgsteal: u64,
+    pub pgactivate: u64,
+    pub pgdeactivate: u64,
+    pub pglazyfree: u64,
+    pub pglazyfreed: u64,
+    pub thp_fault_alloc: u64,
+    pub thp_collapse_alloc: u64,
+}
+
+/// See `PidsStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct Pids {
+    pub current: u64,
+    pub limit: Option<u64>,
+}
+
+/// See `IoStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct Io {
+    /// The guest's devices: their numbers mean nothing on the host.
+    pub devices: Vec<IoDevice>,
+    pub pressure: Option<Pressure>,
+}
+
+/// See `IoDeviceStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct IoDevice {
+    pub major: u32,
+    pub minor: u32,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    pub reads: u64,
+    pub writes: u64,
+}
+
+/// See `HugetlbStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct Hugetlb {
+    pub page_size: String,
+    pub usage: u64,
+    pub limit: Option<u64>,
+    pub max_events: u64,
+}
+
+/// See `NetworkStats` in agent.proto.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct Network {
+    pub name: String,
+    pub receive_bytes: u64,
+    pub receive_packets: u64,
+    pub receive_errors: u64,
+    pub receive_dropped: u64,
+    pub transmit_bytes: u64,
+    pub transmit_packets: u64,
+    pub transmit_errors: u64,
+    pub transmit_dropped: u64,
+}
+
+/// Pressure stall information (PSI) of a resource.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pressure {
+    /// Some tasks are stalled.
+    pub some: PressureLine,
+    /// All are.
+    pub full: PressureLine,
+}
+
+/// Part of the last 10, 60 and 300 seconds in hundredths of a percent, and the time in all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+#[serde(default)]
+pub struct PressureLine {
+    pub avg10: u32,
+    pub avg60: u32,
+    pub avg300: u32,
+    pub total_ns: u64,
+}
+
+/// Most entries of a list that a guest reports: as many as the agent sends.
+const MAX_ENTRIES: usize = 64;
+
+impl Metrics {
+    /// Bytes that interfaces have received and sent.
+    pub fn network_bytes(&self) -> (u64, u64) {
+        self.network.iter().fold((0, 0), |(received, sent), one| {
+            (
+                received.saturating_add(one.receive_bytes),
+                sent.saturating_add(one.transmit_bytes),
+            )
+        })
+    }
+
+    /// Bytes that block devices have read and written.
+    pub fn io_bytes(&self) -> (u64, u64) {
+        self.io.devices.iter().fold((0, 0), |(read, written), one| {
+            (
+                read.saturating_add(one.read_bytes),
+                written.saturating_add(one.write_bytes),
+            )
+        })
+    }
 }
 
 impl From<proto::StatsResponse> for Metrics {
     fn from(stats: proto::StatsResponse) -> Self {
+        let hugetlb = stats.hugetlb.into_iter().take(MAX_ENTRIES);
+        let network = stats.network.into_iter().take(MAX_ENTRIES);
         Self {
-            cpu_usage_us: stats.cpu_usage_us,
-            cpu_user_us: stats.cpu_user_us,
-            cpu_system_us: stats.cpu_system_us,
-            cpu_throttled_us: stats.cpu_throttled_us,
-            memory_usage: stats.memory_usage,
-            memory_limit: stats.memory_limit,
-            memory_inactive_file: stats.memory_inactive_file,
-            memory_peak: stats.memory_peak,
-            oom_kills: stats.oom_kills,
-            pids_current: stats.pids_current,
-            pids_limit: stats.pids_limit,
-            io_read_bytes: stats.io_read_bytes,
-            io_write_bytes: stats.io_write_bytes,
-            network_receive_bytes: stats.network_receive_bytes,
-            network_transmit_bytes: stats.network_transmit_bytes,
+            time_ns: stats.time_ns,
+            cpu: stats.cpu.into_option().map(Cpu::from).unwrap_or_default(),
+            memory: stats
+                .memory
+                .into_option()
+                .map(Memory::from)
+                .unwrap_or_default(),
+            pids: stats
+                .pids
+                .into_option()
+                .map_or_else(Pids::default, |pids| Pids {
+                    current: pids.current,
+                    limit: pids.limit,
+                }),
+            io: stats.io.into_option().map(Io::from).unwrap_or_default(),
+            hugetlb: hugetlb.map(Hugetlb::from).collect(),
+            network: network.map(Network::from).collect(),
             guest_memory_total: stats.guest_memory_total,
             guest_memory_available: stats.guest_memory_available,
             host_memory: HostMemory::default(),
+            host_cpu_ns: 0,
+        }
+    }
+}
+
+impl From<proto::CpuStats> for Cpu {
+    fn from(cpu: proto::CpuStats) -> Self {
+        Self {
+            usage_ns: cpu.usage_ns,
+            user_ns: cpu.user_ns,
+            system_ns: cpu.system_ns,
+            periods: cpu.periods,
+            throttled_periods: cpu.throttled_periods,
+            throttled_ns: cpu.throttled_ns,
+            pressure: cpu.pressure.into_option().map(Pressure::from),
+        }
+    }
+}
+
+impl From<proto::MemoryStats> for Memory {
+    fn from(memory: proto::MemoryStats) -> Self {
+        Self {
+            usage: memory.usage,
+            limit: memory.limit,
+            peak: memory.peak,
+            swap_usage: memory.swap_usage,
+            swap_limit: memory.swap_limit,
+            swap_peak: memory.swap_peak,
+            low_events: memory.low_events,
+            high_events: memory.high_events,
+            max_events: memory.max_events,
+            oom_events: memory.oom_events,
+            oom_kills: memory.oom_kills,
+            stat: MemoryStat {
+                anon: memory.anon,
+                file: memory.file,
+                kernel_stack: memory.kernel_stack,
+                slab: memory.slab,
+                sock: memory.sock,
+                shmem: memory.shmem,
+                file_mapped: memory.file_mapped,
+                file_dirty: memory.file_dirty,
+                file_writeback: memory.file_writeback,
+                anon_thp: memory.anon_thp,
+                inactive_anon: memory.inactive_anon,
+                active_anon: memory.active_anon,
+                inactive_file: memory.inactive_file,
+                active_file: memory.active_file,
+                unevictable: memory.unevictable,
+                slab_reclaimable: memory.slab_reclaimable,
+                slab_unreclaimable: memory.slab_unreclaimable,
+                pgfault: memory.pgfault,
+                pgmajfault: memory.pgmajfault,
+                workingset_refault: memory.workingset_refault,
+                workingset_activate: memory.workingset_activate,
+                workingset_nodereclaim: memory.workingset_nodereclaim,
+                pgrefill: memory.pgrefill,
+                pgscan: memory.pgscan,
+                pgsteal: memory.pgsteal,
+                pgactivate: memory.pgactivate,
+                pgdeactivate: memory.pgdeactivate,
+                pglazyfree: memory.pglazyfree,
+                pglazyfreed: memory.pglazyfreed,
+                thp_fault_alloc: memory.thp_fault_alloc,
+                thp_collapse_alloc: memory.thp_collapse_alloc,
+            },
+            pressure: memory.pressure.into_option().map(Pressure::from),
+        }
+    }
+}
+
+impl From<proto::IoStats> for Io {
+    fn from(io: proto::IoStats) -> Self {
+        let devices = io.devices.into_iter().take(MAX_ENTRIES);
+        Self {
+            devices: devices
+                .map(|device| IoDevice {
+                    major: device.major,
+                    minor: device.minor,
+                    read_bytes: device.read_bytes,
+                    write_bytes: device.write_bytes,
+                    reads: device.reads,
+                    writes: device.writes,
+                })
+                .collect(),
+            pressure: io.pressure.into_option().map(Pressure::from),
+        }
+    }
+}
+
+impl From<proto::HugetlbStats> for Hugetlb {
+    fn from(pages: proto::HugetlbStats) -> Self {
+        Self {
+            page_size: printable(&pages.page_size),
+            usage: pages.usage,
+            limit: pages.limit,
+            max_events: pages.max_events,
+        }
+    }
+}
+
+impl From<proto::NetworkStats> for Network {
+    fn from(interface: proto::NetworkStats) -> Self {
+        Self {
+            name: printable(&interface.name),
+            receive_bytes: interface.receive_bytes,
+            receive_packets: interface.receive_packets,
+            receive_errors: interface.receive_errors,
+            receive_dropped: interface.receive_dropped,
+            transmit_bytes: interface.transmit_bytes,
+            transmit_packets: interface.transmit_packets,
+            transmit_errors: interface.transmit_errors,
+            transmit_dropped: interface.transmit_dropped,
+        }
+    }
+}
+
+impl From<proto::Pressure> for Pressure {
+    fn from(pressure: proto::Pressure) -> Self {
+        let line = |line: protobuf::MessageField<proto::PressureLine>| {
+            line.into_option()
+                .map(|line| PressureLine {
+                    avg10: line.avg10,
+                    avg60: line.avg60,
+                    avg300: line.avg300,
+                    total_ns: line.total_ns,
+                })
+                .unwrap_or_default()
+        };
+        Self {
+            some: line(pressure.some),
+            full: line(pressure.full),
         }
     }
 }
@@ -92,103 +407,5 @@ impl From<proto::ProcessInfo> for ProcessInfo {
             terminal: printable(&process.terminal),
             command: printable(&process.command),
         }
-    }
-}
-
-/// Proportional set size (PSS) of the host processes of one sandbox, bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostMemory {
-    /// The sandbox process.
-    pub sandbox: u64,
-    /// The device process.
-    pub devices: u64,
-    /// The machine: guest memory in use and what the machine itself needs.
-    pub machine: u64,
-}
-
-impl HostMemory {
-    /// All of it.
-    pub fn total(&self) -> u64 {
-        self.sandbox + self.devices + self.machine
-    }
-
-    /// Reads the proportional set size of every process of a sandbox. Processes that end meanwhile
-    /// count nothing.
-    pub fn measure(processes: &HostProcesses) -> Self {
-        let children = children_by_parent();
-        Self {
-            sandbox: resident(processes.sandbox),
-            devices: tree(processes.devices, &children),
-            machine: tree(processes.machine, &children),
-        }
-    }
-}
-
-/// A process and all its descendants.
-fn tree(root: i32, children: &HashMap<i32, Vec<i32>>) -> u64 {
-    let mut total = 0;
-    let mut waiting = vec![root];
-    while let Some(pid) = waiting.pop() {
-        if pid <= 0 {
-            continue;
-        }
-        total += resident(pid);
-        waiting.extend(children.get(&pid).into_iter().flatten());
-    }
-    total
-}
-
-fn children_by_parent() -> HashMap<i32, Vec<i32>> {
-    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
-    let Ok(entries) = fs::read_dir("/proc") else {
-        return children;
-    };
-    for pid in entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-    {
-        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
-            continue;
-        };
-        // The name in parentheses may hold anything: the fields begin after the last parenthesis.
-        let parent = stat
-            .rsplit_once(')')
-            .and_then(|(_, fields)| fields.split_whitespace().nth(1)?.parse().ok());
-        if let Some(parent) = parent {
-            children.entry(parent).or_default().push(pid);
-        }
-    }
-    children
-}
-
-/// Proportional set size of one process, bytes; 0 when it is gone.
-fn resident(pid: i32) -> u64 {
-    if pid <= 0 {
-        return 0;
-    }
-    let Ok(text) = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")) else {
-        return 0;
-    };
-    text.lines()
-        .find_map(|line| line.strip_prefix("Pss:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
-        .unwrap_or(0)
-        * 1024
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_costs_something_and_a_missing_one_nothing() {
-        let own = i32::try_from(std::process::id()).unwrap_or_default();
-        let memory = HostMemory::measure(&HostProcesses {
-            sandbox: own,
-            devices: 0,
-            machine: i32::MAX,
-        });
-        assert!(memory.sandbox > 100_000, "{memory:?}");
-        assert_eq!((memory.devices, memory.machine), (0, 0));
     }
 }

@@ -150,6 +150,9 @@ impl Process {
             down = sandbox.down() => Exit::because(down.status, down.reason),
         };
         self.container.forget_exec(&self.exec);
+        if exit.oom_killed {
+            self.container.oom_killed(1);
+        }
         sandbox.emit(EventKind::Exited {
             container: self.container.id().to_owned(),
             exec: self.exec.clone(),

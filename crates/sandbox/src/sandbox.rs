@@ -17,12 +17,12 @@ use tokio::sync::{Notify, broadcast, watch};
 
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
 use crate::container::Container;
+use crate::cost::{self, HostMemory};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, EventKind};
 use crate::guest::boot::{self, BOOT_TIMEOUT, EXIT_GRACE, SHUTDOWN_TIMEOUT};
 use crate::guest::processes::{Disk, Guest, MachineHandle};
-use crate::guest::{Agent, Devices, Incoming};
-use crate::metrics::HostMemory;
+use crate::guest::{Agent, Devices, Incoming, events};
 use crate::network::{self, Nets};
 use crate::shares;
 use crate::store::{EXIT_SANDBOX_FAILED, HostProcesses, SandboxDir, SandboxPath};
@@ -265,9 +265,9 @@ impl Sandbox {
         self.0.processes
     }
 
-    /// What it costs the host in memory.
-    pub fn host_memory(&self) -> HostMemory {
-        HostMemory::measure(&self.0.processes)
+    /// What it costs the host: memory, and processor time in nanoseconds.
+    pub fn cost(&self) -> (HostMemory, u64) {
+        cost::measure(&self.0.processes)
     }
 
     /// Stops the guest and everything in it: no code of it runs when this returns. Processes on the
@@ -292,6 +292,19 @@ impl Sandbox {
             true => Ok(()),
             false => ready.agent.set_clock(boot::wall_clock()).await,
         }
+    }
+
+    /// Ends the connection with the agent, which dials again: what a snapshot or the vsock device
+    /// does to it. Containers, processes and their streams go on. Returns the number of connections
+    /// so far.
+    ///
+    /// # Errors
+    /// Why the guest is not there.
+    pub async fn reconnect(&self) -> Result<u64> {
+        let agent = self.ready().await?.agent;
+        agent.cut();
+        agent.hello().await?;
+        Ok(agent.connections())
     }
 
     /// Keeps it from ending for lack of containers as long as the result lives.
@@ -581,6 +594,7 @@ async fn run(sandbox: Sandbox, guest: Guest, incoming: Incoming, config: Sandbox
         Ok(ready) => {
             let agent = ready.agent.clone();
             sandbox.0.stage.send_replace(Stage::Ready(ready));
+            tokio::spawn(events::follow(sandbox.clone(), agent.clone()));
             tokio::select! {
                 biased;
                 reason = guest.broke_down() => Down::broken(reason),
@@ -631,13 +645,15 @@ async fn booted(
         let agent = timings
             .measure(
                 "boot the guest until the agent dials",
-                boot::agent_dials(incoming),
+                Agent::dialled(incoming),
             )
             .await?;
         let configuration = boot::configuration(&guest.features, &config.hostname)?;
-        timings
-            .measure("configure the guest", agent.configure(&configuration))
-            .await?;
+        let configured = async {
+            // One after the other on the connection, without waiting in between.
+            tokio::try_join!(agent.hello(), agent.configure(&configuration))
+        };
+        timings.measure("configure the guest", configured).await?;
         Ok::<_, Error>(agent)
     };
     let error = tokio::select! {

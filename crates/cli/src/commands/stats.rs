@@ -124,9 +124,10 @@ fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
     let cpu_percent = previous.map_or(0.0, |previous| {
         let used = sample
             .stats
-            .cpu_usage_us
-            .saturating_sub(previous.stats.cpu_usage_us);
-        let time = sample.taken.duration_since(previous.taken).as_micros();
+            .cpu
+            .usage_ns
+            .saturating_sub(previous.stats.cpu.usage_ns);
+        let time = sample.taken.duration_since(previous.taken).as_nanos();
         used as f64 / time.max(1) as f64 * 100.0
     });
     let stats = &sample.stats;
@@ -135,8 +136,9 @@ fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
         name: &sample.name,
         cpu_percent,
         memory_used: stats
-            .memory_usage
-            .saturating_sub(stats.memory_inactive_file),
+            .memory
+            .usage
+            .saturating_sub(stats.memory.stat.inactive_file),
         host_memory_total: stats.host_memory.total(),
         stats,
     }
@@ -156,10 +158,9 @@ fn table(rows: &[Figures<'_>]) -> Table {
     ]);
     for row in rows {
         let stats = row.stats;
-        let limit = match stats.memory_limit {
-            0 => stats.guest_memory_total,
-            limit => limit,
-        };
+        let limit = stats.memory.limit.unwrap_or(stats.guest_memory_total);
+        let (received, sent) = stats.network_bytes();
+        let (read, written) = stats.io_bytes();
         table.row([
             row.id.get(..12).unwrap_or(row.id).to_owned(),
             row.name.to_owned(),
@@ -167,17 +168,9 @@ fn table(rows: &[Figures<'_>]) -> Table {
             format!("{} / {}", binary_size(row.memory_used), binary_size(limit)),
             percent(row.memory_used as f64, limit as f64),
             binary_size(row.host_memory_total),
-            format!(
-                "{} / {}",
-                decimal_size(stats.network_receive_bytes),
-                decimal_size(stats.network_transmit_bytes)
-            ),
-            format!(
-                "{} / {}",
-                decimal_size(stats.io_read_bytes),
-                decimal_size(stats.io_write_bytes)
-            ),
-            stats.pids_current.to_string(),
+            format!("{} / {}", decimal_size(received), decimal_size(sent)),
+            format!("{} / {}", decimal_size(read), decimal_size(written)),
+            stats.pids.current.to_string(),
         ]);
     }
     table
@@ -186,25 +179,36 @@ fn table(rows: &[Figures<'_>]) -> Table {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use hull_sandbox::metrics::{Cpu, Memory, MemoryStat};
+
     use super::*;
 
     #[test]
     fn processor_share_and_memory() {
         let taken = Instant::now();
-        let sample = |cpu_usage_us, taken| Sample {
+        let sample = |usage_ns, taken| Sample {
             id: "c".into(),
             name: "c".into(),
             stats: Metrics {
-                cpu_usage_us,
-                memory_usage: 30 << 20,
-                memory_inactive_file: 10 << 20,
+                cpu: Cpu {
+                    usage_ns,
+                    ..Cpu::default()
+                },
+                memory: Memory {
+                    usage: 30 << 20,
+                    stat: MemoryStat {
+                        inactive_file: 10 << 20,
+                        ..MemoryStat::default()
+                    },
+                    ..Memory::default()
+                },
                 guest_memory_total: 80 << 20,
                 ..Metrics::default()
             },
             taken,
         };
         let before = [sample(0, taken)];
-        let now = sample(500_000, taken + INTERVAL);
+        let now = sample(500_000_000, taken + INTERVAL);
         let row = figures(&now, &before);
         assert!((row.cpu_percent - 50.0).abs() < 0.01);
         let text = table(&[row]).render();

@@ -5,18 +5,16 @@
 //! acted upon.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdStream;
 use std::time::Duration;
 
 use hull_protocol::agent as proto;
 use hull_protocol::agent_ttrpc::AgentClient;
-use tokio::net::UnixStream;
-use ttrpc::r#async::Client;
-use ttrpc::r#async::transport::Socket;
+use ttrpc::context::Context as CallContext;
 
+use super::Incoming;
+use super::connection::{self, Connection, Failure, Repeat};
 use crate::config::{RawArgs, TerminalSize};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::{Metrics, ProcessInfo};
 use crate::store::Exit;
 
@@ -29,16 +27,10 @@ const SLOW_TIMEOUT: Duration = Duration::from_secs(300);
 /// Longest text of the agent that is passed on, bytes.
 const MAX_TEXT: usize = 4096;
 
-/// A connected agent.
-#[derive(Clone)]
+/// An agent that has dialled home. Clones are the same one.
+#[derive(Debug, Clone)]
 pub struct Agent {
-    client: AgentClient,
-}
-
-impl std::fmt::Debug for Agent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Agent").finish_non_exhaustive()
-    }
+    connection: Connection,
 }
 
 /// Streams of a process, by host port: see `Streams` in agent.proto.
@@ -66,18 +58,12 @@ impl StreamPorts {
     }
 }
 
-fn within(time: Duration) -> ttrpc::context::Context {
-    ttrpc::context::with_duration(time)
-}
-
-/// The agent's error. Its kind is that of the status code, which is a number: the text is only shown.
-fn failure(error: ttrpc::Error) -> Error {
-    let status = match error {
-        ttrpc::Error::RpcStatus(status) => status,
-        ttrpc::Error::Eof | ttrpc::Error::RemoteClosed | ttrpc::Error::LocalClosed => {
-            return Error::guest("the agent in the guest has ended");
-        }
-        other => return Error::guest(format!("cannot reach the agent in the guest: {other}")),
+/// The agent's error. Its kind is that of the status code, which is a number: the text is only
+/// shown.
+fn failure(failure: Failure) -> Error {
+    let status = match failure {
+        Failure::Status(status) => status,
+        Failure::Lost(error) => return error,
     };
     let kind = match status.code() {
         ttrpc::Code::DEADLINE_EXCEEDED => {
@@ -96,8 +82,8 @@ fn failure(error: ttrpc::Error) -> Error {
 
 /// The same for a call about a container or process that exists for the host: `NOT_FOUND` then says
 /// that it has ended.
-fn failure_of_existing(error: ttrpc::Error) -> Error {
-    let error = failure(error);
+fn failure_of_existing(lost: Failure) -> Error {
+    let error = failure(lost);
     match error.kind {
         ErrorKind::CommandNotFound => error.kind(ErrorKind::NotFound),
         _ => error,
@@ -113,28 +99,67 @@ pub fn printable(text: &str) -> String {
 }
 
 impl Agent {
-    /// Takes over the connection with which the agent dialled home.
+    /// Waits until the agent dials home.
     ///
     /// # Errors
-    /// The connection cannot be registered with the event loop.
-    pub fn new(stream: OwnedFd) -> Result<Self> {
-        let stream = StdStream::from(stream);
-        let stream = stream
-            .set_nonblocking(true)
-            .and_then(|()| UnixStream::from_std(stream))
-            .context(|| "watch the agent's connection")?;
+    /// `GuestFailed` when the device process ends before.
+    pub async fn dialled(incoming: Incoming) -> Result<Self> {
         Ok(Self {
-            client: AgentClient::new(Client::new(Socket::new(stream))),
+            connection: Connection::establish(incoming).await?,
         })
+    }
+
+    /// Ends its connection; it dials again.
+    pub fn cut(&self) {
+        self.connection.cut();
+    }
+
+    /// How many connections it has made.
+    pub fn connections(&self) -> u64 {
+        self.connection.count()
+    }
+
+    /// A call that changes something in the guest.
+    async fn change<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        timeout: Option<Duration>,
+        call: impl Fn(AgentClient, CallContext) -> F,
+    ) -> std::result::Result<T, Failure> {
+        self.connection.call(Repeat::ById, timeout, call).await
+    }
+
+    /// A call that only looks.
+    async fn look<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        timeout: Option<Duration>,
+        call: impl Fn(AgentClient, CallContext) -> F,
+    ) -> std::result::Result<T, Failure> {
+        self.connection.call(Repeat::Freely, timeout, call).await
+    }
+
+    /// Exchanges versions.
+    ///
+    /// # Errors
+    /// `GuestFailed` when the agent cannot be used.
+    pub async fn hello(&self) -> Result<()> {
+        let request = &connection::greeting();
+        let answer = self
+            .look(Some(CALL_TIMEOUT), |client, context| async move {
+                client.hello(context, request).await
+            })
+            .await
+            .map_err(failure_of_existing)?;
+        connection::check(&answer)
     }
 
     /// Gives the guest what belongs to its pod.
     pub async fn configure(&self, request: &proto::ConfigureRequest) -> Result<()> {
-        self.client
-            .configure(within(CALL_TIMEOUT), request)
-            .await
-            .map(drop)
-            .map_err(failure_of_existing)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.configure(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
     }
 
     /// Sets the guest's wall clock, nanoseconds since 1970.
@@ -151,11 +176,12 @@ impl Agent {
 
     /// Makes the guest's network what the request says.
     pub async fn set_network(&self, request: &proto::SetNetworkRequest) -> Result<()> {
-        self.client
-            .set_network(within(CALL_TIMEOUT), request)
-            .await
-            .map(drop)
-            .map_err(failure_of_existing)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.set_network(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
     }
 
     /// Connects a stream, by its host port, with a port of the guest's loopback interface.
@@ -163,23 +189,31 @@ impl Agent {
     /// # Errors
     /// Nobody listens there, or the agent's.
     pub async fn forward(&self, stream: u32, port: u16, ipv6: bool) -> Result<()> {
-        let request = proto::ForwardRequest {
+        let request = &proto::ForwardRequest {
             stream,
             port: port.into(),
             ipv6,
             ..Default::default()
         };
-        let forwarded = self.client.forward(within(CALL_TIMEOUT), &request).await;
+        let forwarded = self
+            .change(Some(CALL_TIMEOUT), |client, context| async move {
+                client.forward(context, request).await
+            })
+            .await;
         forwarded.map(drop).map_err(failure_of_existing)
     }
 
     /// Lets the agent stand for Docker's name server: questions come on a stream, by its host port.
     pub async fn resolve(&self, stream: u32) -> Result<()> {
-        let request = proto::ResolveRequest {
+        let request = &proto::ResolveRequest {
             stream,
             ..Default::default()
         };
-        let begun = self.client.resolve(within(CALL_TIMEOUT), &request).await;
+        let begun = self
+            .change(Some(CALL_TIMEOUT), |client, context| async move {
+                client.resolve(context, request).await
+            })
+            .await;
         begun.map(drop).map_err(failure_of_existing)
     }
 
@@ -197,7 +231,7 @@ impl Agent {
         streams: StreamPorts,
         start: bool,
     ) -> Result<u32> {
-        let request = proto::CreateContainerRequest {
+        let request = &proto::CreateContainerRequest {
             container_id: container.into(),
             spec_json,
             streams: streams.message(),
@@ -206,38 +240,41 @@ impl Agent {
             raw_env: raw.env,
             ..Default::default()
         };
-        self.client
-            .create_container(within(SLOW_TIMEOUT), &request)
-            .await
-            .map(|response| response.pid)
-            .map_err(failure)
+        self.change(Some(SLOW_TIMEOUT), |client, context| async move {
+            client.create_container(context, request).await
+        })
+        .await
+        .map(|response| response.pid)
+        .map_err(failure)
     }
 
     /// Lets the init of a created container run.
     pub async fn start(&self, container: &str) -> Result<()> {
-        let request = proto::StartContainerRequest {
+        let request = &proto::StartContainerRequest {
             container_id: container.into(),
             ..Default::default()
         };
-        self.client
-            .start_container(within(SLOW_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(failure)
+        self.change(Some(SLOW_TIMEOUT), |client, context| async move {
+            client.start_container(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure)
     }
 
     /// Forgets a container, which is killed if it has not ended.
     pub async fn delete(&self, container: &str) -> Result<()> {
-        let request = proto::DeleteContainerRequest {
+        let request = &proto::DeleteContainerRequest {
             container_id: container.into(),
             force: true,
             ..Default::default()
         };
-        self.client
-            .delete_container(within(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(failure_of_existing)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.delete_container(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
     }
 
     /// Changes limits of a container: an OCI `linux.resources` object.
@@ -246,25 +283,26 @@ impl Agent {
         container: &str,
         resources: &serde_json::value::RawValue,
     ) -> Result<()> {
-        let request = proto::UpdateRequest {
+        let request = &proto::UpdateRequest {
             container_id: container.into(),
             resources_json: resources.get().as_bytes().to_vec(),
             ..Default::default()
         };
-        self.client
-            .update(within(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(failure_of_existing)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.update(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
     }
 
     /// Sets kernel parameters of the guest itself.
     pub async fn set_sysctls(&self, sysctl: BTreeMap<String, String>) -> Result<()> {
-        let request = proto::ConfigureRequest {
+        let request = &proto::ConfigureRequest {
             sysctl: sysctl.into_iter().collect(),
             ..Default::default()
         };
-        self.configure(&request).await
+        self.configure(request).await
     }
 
     /// Starts a further process.
@@ -276,7 +314,7 @@ impl Agent {
         raw: RawArgs,
         streams: StreamPorts,
     ) -> Result<()> {
-        let request = proto::ExecRequest {
+        let request = &proto::ExecRequest {
             container_id: container.into(),
             exec_id: exec.into(),
             process_json,
@@ -285,11 +323,12 @@ impl Agent {
             raw_env: raw.env,
             ..Default::default()
         };
-        self.client
-            .exec(within(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(failure)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.exec(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure)
     }
 
     /// Waits for the end of a process; the empty exec id is init. Without a timeout.
@@ -297,14 +336,15 @@ impl Agent {
     /// # Errors
     /// `NotFound` when there is no such process any more; `GuestFailed` when the agent has ended.
     pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
-        let request = proto::ProcessRequest {
+        let request = &proto::ProcessRequest {
             container_id: container.into(),
             exec_id: exec.into(),
             ..Default::default()
         };
         let response = self
-            .client
-            .wait(ttrpc::context::Context::default(), &request)
+            .look(None, |client, context| async move {
+                client.wait(context, request).await
+            })
             .await
             .map_err(failure_of_existing)?;
         let oom_killed = response.oom_killed;
@@ -315,45 +355,69 @@ impl Agent {
         })
     }
 
+    /// Events after the one of this number, as soon as there are any.
+    ///
+    /// # Errors
+    /// `Unsupported` by an older agent; `GuestFailed` when it has ended.
+    pub async fn events(&self, after: u64) -> Result<proto::EventsResponse> {
+        let request = &proto::EventsRequest {
+            after,
+            ..Default::default()
+        };
+        self.look(None, |client, context| async move {
+            client.events(context, request).await
+        })
+        .await
+        .map_err(failure_of_existing)
+    }
+
     /// Sends a signal to a process, or to all of the container.
     pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
-        let request = proto::SignalRequest {
+        let request = &proto::SignalRequest {
             container_id: container.into(),
             exec_id: exec.into(),
             signal,
             all,
             ..Default::default()
         };
-        self.client
-            .signal(within(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(failure_of_existing)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.signal(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
     }
 
     /// Sets the size of a process's terminal.
     pub async fn resize(&self, container: &str, exec: &str, size: TerminalSize) -> Result<()> {
-        let request = proto::ResizeTerminalRequest {
+        let request = &proto::ResizeTerminalRequest {
             container_id: container.into(),
             exec_id: exec.into(),
             rows: size.rows.into(),
             columns: size.columns.into(),
             ..Default::default()
         };
-        self.client
-            .resize_terminal(within(CALL_TIMEOUT), &request)
-            .await
-            .map(drop)
-            .map_err(failure_of_existing)
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.resize_terminal(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
     }
 
     /// Freezes or thaws a container.
     pub async fn freeze(&self, container: &str, frozen: bool) -> Result<()> {
-        let request = container_request(container);
+        let request = &container_request(container);
         let answer = if frozen {
-            self.client.pause(within(CALL_TIMEOUT), &request).await
+            self.change(Some(CALL_TIMEOUT), |client, context| async move {
+                client.pause(context, request).await
+            })
+            .await
         } else {
-            self.client.resume(within(CALL_TIMEOUT), &request).await
+            self.change(Some(CALL_TIMEOUT), |client, context| async move {
+                client.resume(context, request).await
+            })
+            .await
         };
         answer.map(drop).map_err(failure_of_existing)
     }
@@ -363,11 +427,13 @@ impl Agent {
     /// # Errors
     /// `NotFound` when it has ended.
     pub async fn metrics(&self, container: &str) -> Result<Metrics> {
-        self.client
-            .stats(within(CALL_TIMEOUT), &container_request(container))
-            .await
-            .map(Metrics::from)
-            .map_err(failure_of_existing)
+        let request = &container_request(container);
+        self.look(Some(CALL_TIMEOUT), |client, context| async move {
+            client.stats(context, request).await
+        })
+        .await
+        .map(Metrics::from)
+        .map_err(failure_of_existing)
     }
 
     /// Processes of a container.
@@ -375,9 +441,11 @@ impl Agent {
     /// # Errors
     /// `NotFound` when it has ended.
     pub async fn processes(&self, container: &str) -> Result<Vec<ProcessInfo>> {
+        let request = &container_request(container);
         let response = self
-            .client
-            .processes(within(CALL_TIMEOUT), &container_request(container))
+            .look(Some(CALL_TIMEOUT), |client, context| async move {
+                client.processes(context, request).await
+            })
             .await
             .map_err(failure_of_existing)?;
         Ok(response
@@ -396,20 +464,21 @@ impl Agent {
         follow: bool,
         into: bool,
     ) -> Result<()> {
-        let request = proto::CopyRequest {
+        let request = &proto::CopyRequest {
             container_id: container.into(),
             path: path.into(),
             stream,
             follow,
             ..Default::default()
         };
-        // As long as the data takes: the client's going away ends it.
-        let context = ttrpc::context::Context::default();
-        let answer = if into {
-            self.client.copy_in(context, &request).await
-        } else {
-            self.client.copy_out(context, &request).await
-        };
+        // As long as the data takes. The end of the stream ends it.
+        let answer = self.change(None, |client, context| async move {
+            match into {
+                true => client.copy_in(context, request).await,
+                false => client.copy_out(context, request).await,
+            }
+        });
+        let answer = answer.await;
         answer.map(drop).map_err(failure_of_existing)
     }
 
@@ -418,8 +487,11 @@ impl Agent {
     /// # Errors
     /// The agent's; a guest that is already gone is one.
     pub async fn shutdown(&self, time: Duration) -> Result<()> {
-        self.client
-            .shutdown(within(time), &proto::Empty::default())
+        let request = &proto::Empty::default();
+        let call =
+            |client: AgentClient, context| async move { client.shutdown(context, request).await };
+        self.connection
+            .call(Repeat::Never, Some(time), call)
             .await
             .map(drop)
             .map_err(failure_of_existing)

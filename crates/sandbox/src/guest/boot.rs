@@ -3,13 +3,10 @@
 use std::time::Duration;
 
 use hull_machine::Features;
-use hull_protocol::AGENT_PORT;
 use hull_protocol::agent as proto;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::Incoming;
-use super::agent::Agent;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 
 /// Longest boot. Emulation on a busy host needs its time; beyond this nothing comes any more.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
@@ -22,20 +19,6 @@ pub const EXIT_GRACE: Duration = Duration::from_millis(50);
 
 /// The end of a machine may be reported this long after the loss of its agent.
 pub const MACHINE_EXIT_GRACE: Duration = Duration::from_millis(500);
-
-/// Waits until the agent dials home.
-///
-/// # Errors
-/// The device process has ended.
-pub async fn agent_dials(mut incoming: Incoming) -> Result<Agent> {
-    loop {
-        match incoming.recv().await {
-            Some((AGENT_PORT, stream)) => return Agent::new(stream),
-            Some(_) => {}
-            None => return Err(Error::guest("the device process has ended")),
-        }
-    }
-}
 
 /// What a booted guest is told before its first container.
 ///

@@ -7,11 +7,15 @@
 //! | `supervise` | which of them failed, judged by how they ended |
 //! | `boot` | from a started machine to an agent that answers |
 //! | `agent` | calls into the guest |
+//! | `connection` | the connection that they go over, which may break and come back |
+//! | `events` | what the agent reports by itself |
 //! | `streams` | the streams of one process |
 //! | `hub` | the streams of an init that has a log and several clients |
 
 pub(crate) mod agent;
 pub(crate) mod boot;
+mod connection;
+pub(crate) mod events;
 pub(crate) mod hub;
 pub(crate) mod processes;
 pub(crate) mod streams;
