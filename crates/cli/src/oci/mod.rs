@@ -281,10 +281,10 @@ fn events(settings: &Settings, args: &arguments::Events) -> Result<u8> {
             Err(_) if kills.is_some() => return Ok(0),
             Err(failure) => return Err(failure),
         };
-        if kills.is_some_and(|kills| figures.oom_kills > kills) {
+        if kills.is_some_and(|kills| figures.memory.oom_kills > kills) {
             print_line(&stats::oom(&args.id))?;
         }
-        kills = Some(figures.oom_kills);
+        kills = Some(figures.memory.oom_kills);
         print_line(&stats::event(&args.id, &figures))?;
         if args.stats {
             return Ok(0);
