@@ -6,6 +6,11 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 export PATH := $(HOME)/.cargo/bin:$(PATH)
+# Where rustup does not have the compiler of rust-toolchain.toml.
+toolchain := $(shell scripts/toolchain)
+ifneq ($(toolchain),)
+export RUSTUP_TOOLCHAIN := $(toolchain)
+endif
 
 PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
