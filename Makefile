@@ -26,7 +26,7 @@ ARCH := $(shell uname -m)
 run: setup-run stage ## run a container beside the host (builds all that is missing)
 	@scripts/demo
 
-test: setup-test stage kernel-$(ARCH) ## every check and every test
+test: setup-test dist ## every check and every test
 	@scripts/test
 
 bench: setup-bench stage kernel-$(ARCH) ## measure against runc; results in bench/results

@@ -41,14 +41,18 @@ fn in_manifests() -> BTreeMap<String, Vec<String>> {
 
 fn shown(dependencies: &BTreeMap<String, Vec<String>>) -> String {
     let line = |(name, others): (&String, &Vec<String>)| format!("{name} → {}", others.join(", "));
-    let lines = dependencies.iter().map(|entry| line(entry).trim_end().to_owned() + "\n");
+    let lines = dependencies
+        .iter()
+        .map(|entry| line(entry).trim_end().to_owned() + "\n");
     lines.collect()
 }
 
 #[test]
 fn the_picture_of_dependencies_is_the_manifests() {
     let page = std::fs::read_to_string(repository().join("ARCHITECTURE.md")).unwrap();
-    let block = page.split_once(FENCE).and_then(|(_, rest)| rest.split_once("```"));
+    let block = page
+        .split_once(FENCE)
+        .and_then(|(_, rest)| rest.split_once("```"));
     let (block, _) = block.expect("ARCHITECTURE.md has a block of dependencies");
     let expected = shown(&in_manifests());
     assert_eq!(block, expected, "ARCHITECTURE.md must say:\n{expected}");
@@ -69,6 +73,9 @@ fn guest_code_depends_on_no_crate_of_the_host() {
     }
     let guests = ["agent", "agent-spec", "protocol"];
     for name in &reached {
-        assert!(guests.contains(&name.as_str()), "the agent depends on {name}");
+        assert!(
+            guests.contains(&name.as_str()),
+            "the agent depends on {name}"
+        );
     }
 }

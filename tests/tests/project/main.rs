@@ -1,3 +1,5 @@
 //! What the project says of itself is true: pictures, pages, packages.
 
 mod architecture;
+mod book;
+mod package;
