@@ -6,6 +6,11 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 export PATH := $(HOME)/.cargo/bin:$(PATH)
+# Where rustup does not have the compiler of rust-toolchain.toml.
+toolchain := $(shell scripts/toolchain)
+ifneq ($(toolchain),)
+export RUSTUP_TOOLCHAIN := $(toolchain)
+endif
 
 PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
@@ -16,20 +21,19 @@ export CARGO_FLAGS
 
 ARCH := $(shell uname -m)
 
-.PHONY: run test bench build agent guest kernels kernel-um kernel-$(ARCH) stage install uninstall fuzz clean help
+.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage install uninstall fuzz clean help
 
 run: setup-run stage ## run a container beside the host (builds all that is missing)
 	@scripts/demo
 
-test: setup-test stage kernel-$(ARCH) ## every check and every test
+test: setup-test dist ## every check and every test
 	@scripts/test
 
 bench: setup-bench stage kernel-$(ARCH) ## measure against runc; results in bench/results
 	@scripts/bench
 
-build: ## the host's executable: target/release/hull
-	@scripts/timed hull '5 min' 'building hull' -- cargo build $(CARGO_FLAGS) --release -p hull-cli
-	@scripts/stage hull
+build: ## the host's executable
+	@file=$$(scripts/timed hull '5 min' 'building hull' -- scripts/build-hull) && scripts/stage hull "$$file"
 
 agent: ## the guest's executable and the initramfs that holds it
 	@file=$$(scripts/timed agent '3 min' 'building the agent' -- scripts/build-agent) && scripts/stage agent "$$file"
@@ -45,6 +49,9 @@ kernels: kernel-um kernel-$(ARCH) ## the guest kernels for all machine kinds
 guest: agent kernel-um ## all that runs in a guest, for machine kind uml
 
 stage: build agent kernel-um ## hull and its guest files, as an installation has them: target/stage
+
+dist: stage kernel-$(ARCH) ## a Debian package and a tarball, with checksums: target/dist
+	@scripts/dist
 
 install: stage ## into $(DESTDIR)$(PREFIX)
 	@scripts/install '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'

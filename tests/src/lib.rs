@@ -1,7 +1,7 @@
 //! What the end to end tests are written with: a [`Hull`] of their own, commands with a time limit, terminals,
 //! images and a registry that misbehaves on demand; engines, [`Podman`] and [`Docker`], that run their containers
-//! with hull; and [`Oci`], bundles with nothing between them and the runtime. The tests are in `tests/*.rs`, one file for each thing that a
-//! user does; a test's name says what that user can rely on.
+//! with hull; and [`Oci`], bundles with nothing between them and the runtime. The tests are in `tests/GROUP/*.rs`, one
+//! module for each thing that a user does; a test's name says what that user can rely on.
 //!
 //! The tests run the staged executable (`make stage`), never code of hull's crates. Each test is a process of its
 //! own (cargo-nextest does that): whatever a test's containers leave running is adopted by it and found.

@@ -1,0 +1,145 @@
+//! `hull cp`, both ways.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+use hull_tests::{Hull, on_every_machine};
+
+on_every_machine!(files_and_directories_are_copied_both_ways);
+
+fn files_and_directories_are_copied_both_ways(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let container = hull.sleeper();
+    let name = container.name.as_str();
+    let scratch = hull.scratch();
+    fs::create_dir_all(scratch.join("tree/sub")).unwrap();
+    fs::write(scratch.join("tree/sub/file"), "content\n").unwrap();
+    fs::set_permissions(
+        scratch.join("tree/sub/file"),
+        fs::Permissions::from_mode(0o751),
+    )
+    .unwrap();
+    symlink("sub/file", scratch.join("tree/link")).unwrap();
+    let source = scratch.join("tree");
+
+    hull.hull(["cp", source.to_str().unwrap(), &format!("{name}:/tmp/tree")])
+        .run()
+        .ok();
+    let script = "cat /tmp/tree/sub/file; stat -c %a /tmp/tree/sub/file; readlink /tmp/tree/link";
+    assert_eq!(container.sh(script).ok().text(), "content\n751\nsub/file");
+
+    container
+        .sh("echo more >>/tmp/tree/sub/file; chown 12:34 /tmp/tree/sub/file")
+        .ok();
+    let back = scratch.join("back");
+    hull.hull(["cp", &format!("{name}:/tmp/tree"), back.to_str().unwrap()])
+        .run()
+        .ok();
+    assert_eq!(
+        fs::read_to_string(back.join("sub/file")).unwrap(),
+        "content\nmore\n"
+    );
+    assert_eq!(
+        fs::metadata(back.join("sub/file")).unwrap().mode() & 0o777,
+        0o751
+    );
+    assert_eq!(
+        fs::read_link(back.join("link")).unwrap().to_str(),
+        Some("sub/file")
+    );
+}
+
+#[test]
+fn the_destination_is_named_by_dockers_rules() {
+    let hull = Hull::new();
+    let container = hull.sleeper();
+    let name = container.name.as_str();
+    let scratch = hull.scratch();
+    fs::write(scratch.join("file"), "x").unwrap();
+    let file = scratch.join("file");
+    let file = file.to_str().unwrap();
+    let copy = |to: &str| hull.hull(["cp", file, &format!("{name}:{to}")]).run();
+    copy("/tmp").ok();
+    copy("/tmp/renamed").ok();
+    copy("/tmp/").ok();
+    container.sh("cmp /tmp/file /tmp/renamed").ok();
+    copy("/no/such/place").fails(1, &["/no/such"]);
+    copy("/nowhere/").fails(1, &["/nowhere"]);
+    hull.hull(["cp", &format!("{name}:/no/file"), "/tmp/x"])
+        .run()
+        .fails(1, &["/no/file"]);
+    hull.hull(["cp", "/no/host/file", &format!("{name}:/tmp")])
+        .run()
+        .fails(1, &["/no/host/file"]);
+    hull.hull(["cp", file, "nobody:/tmp"])
+        .run()
+        .fails(1, &["no such container"]);
+    hull.hull(["cp", file, "/tmp/other"])
+        .run()
+        .fails(125, &["neither side"]);
+}
+
+#[test]
+fn an_archive_can_be_streamed_both_ways() {
+    let hull = Hull::new();
+    let container = hull.sleeper();
+    let name = container.name.as_str();
+    let archive = hull_tests::Archive::new()
+        .file("streamed", "by tar\n")
+        .bytes();
+    hull.hull(["cp", "-", &format!("{name}:/tmp")])
+        .input(archive)
+        .run()
+        .ok();
+    assert_eq!(
+        container.exec(&["cat", "/tmp/streamed"]).ok().text(),
+        "by tar"
+    );
+    let output = hull
+        .hull(["cp", &format!("{name}:/tmp/streamed"), "-"])
+        .run()
+        .ok();
+    let mut archive = tar::Archive::new(output.stdout.as_slice());
+    let entry = archive.entries().unwrap().next().unwrap().unwrap();
+    assert_eq!(entry.path().unwrap().to_str(), Some("streamed"));
+}
+
+#[test]
+fn links_planted_in_a_container_do_not_lead_the_copy_astray() {
+    let hull = Hull::new();
+    let container = hull.sleeper();
+    let name = container.name.as_str();
+    let target = hull.scratch().join("target");
+    fs::create_dir(&target).unwrap();
+    let outside = hull.scratch().join("outside");
+    fs::create_dir(&outside).unwrap();
+    // In the container the link leads to the container's own directory; on the host it must lead nowhere.
+    container
+        .sh(&format!(
+            "mkdir -p /tmp/t {0}; ln -s {0} /tmp/t/link; echo x >/tmp/t/file",
+            outside.display()
+        ))
+        .ok();
+    hull.hull(["cp", &format!("{name}:/tmp/t/."), target.to_str().unwrap()])
+        .run()
+        .ok();
+    container
+        .sh("rm /tmp/t/link; mkdir /tmp/t/link; echo gotcha >/tmp/t/link/file")
+        .ok();
+    // The second copy finds a link where the archive has a directory.
+    let _ = hull
+        .hull(["cp", &format!("{name}:/tmp/t/."), target.to_str().unwrap()])
+        .run();
+    assert!(!outside.join("file").exists());
+    // And into the container: a link to / there leads to the container's /, as a path inside would.
+    container.sh("ln -s / /tmp/root").ok();
+    let file = target.join("file");
+    hull.hull([
+        "cp",
+        file.to_str().unwrap(),
+        &format!("{name}:/tmp/root/copied"),
+    ])
+    .run()
+    .ok();
+    container.exec(&["cat", "/copied"]).ok();
+}

@@ -1,0 +1,83 @@
+//! Limits that hold: memory, processors, processes, and the size of the machine around them.
+
+use hull_tests::{Hull, on_every_machine};
+
+on_every_machine!(
+    a_container_that_takes_too_much_memory_is_killed_and_says_so,
+    limits_are_seen_inside
+);
+
+fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let container = hull.start(&["-m", "64m"], &["sh", "-c", "tail /dev/zero"]);
+    assert_eq!(container.wait(), 137);
+    assert_eq!(container.inspect()["exit"]["oom_killed"], true);
+    // Another one is not disturbed by its limit.
+    hull.run(&["-m", "64m"], &["true"]).ok();
+}
+
+fn limits_are_seen_inside(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max";
+    let output = hull
+        .sh(
+            &["-m", "100m", "--cpus", "0.5", "--pids-limit", "50"],
+            script,
+        )
+        .ok();
+    assert_eq!(output.text(), "104857600\n50000 100000\n50");
+}
+
+#[test]
+fn the_machine_is_as_big_as_the_limit_needs() {
+    let hull = Hull::new();
+    let total = |options: &[&str]| {
+        let text = hull
+            .sh(
+                options,
+                "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo",
+            )
+            .ok()
+            .text();
+        text.parse::<u64>().unwrap() >> 10
+    };
+    let usual = total(&[]);
+    assert!(
+        (220..=256).contains(&usual),
+        "{usual} MiB without an option"
+    );
+    let large = total(&["-m", "1g"]);
+    assert!(large >= 1000, "{large} MiB for a limit of 1 GiB");
+}
+
+#[test]
+fn a_fork_bomb_stops_at_the_limit() {
+    let hull = Hull::new();
+    let script = "i=0; while [ $i -lt 40 ]; do sleep 5 & i=$((i+1)); done 2>/dev/null; cat /sys/fs/cgroup/pids.current";
+    let container = hull.start(&["--pids-limit", "20"], &["sleep", "1000"]);
+    let _ = container.sh(&format!("{script} >/tmp/count"));
+    let stats = hull
+        .hull(["stats", "--no-stream", "--json", &container.name])
+        .run()
+        .ok()
+        .json();
+    assert!(stats[0]["pids_current"].as_u64().unwrap() <= 20, "{stats}");
+    assert_eq!(stats[0]["pids_limit"], 20);
+}
+
+#[test]
+fn half_a_processor_takes_twice_the_time() {
+    let hull = Hull::new();
+    let container = hull.start(&["--cpus", "0.5"], &["sh", "-c", "while :; do :; done"]);
+    let used = || {
+        let text = container
+            .sh("sed -n 's/^usage_usec //p' /sys/fs/cgroup/cpu.stat")
+            .ok()
+            .text();
+        text.parse::<f64>().unwrap()
+    };
+    let (before, begin) = (used(), std::time::Instant::now());
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let share = (used() - before) / begin.elapsed().as_micros() as f64;
+    assert!(share > 0.25 && share < 0.65, "{share:.2} of a processor");
+}

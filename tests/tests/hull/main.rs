@@ -1,0 +1,18 @@
+//! `hull`: a module for each thing that a user does.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod check_config;
+mod cp;
+mod crash;
+mod exec;
+mod images;
+mod install_engines;
+mod limits;
+mod processor;
+mod ps_logs;
+mod rootless;
+mod run;
+mod seccomp;
+mod terminal;
+mod volumes;

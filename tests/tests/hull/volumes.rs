@@ -1,0 +1,280 @@
+//! `hull run -v`: host directories and files in a container, and what the file system keeps of POSIX.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+use hull_tests::{Hull, Invocation, on_every_machine, posix_program, posix_results, repository};
+
+on_every_machine!(
+    a_directory_is_shared_both_ways,
+    a_read_only_directory_cannot_be_written
+);
+
+fn a_directory_is_shared_both_ways(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let directory = hull.scratch();
+    fs::write(directory.join("from-host"), "hello\n").unwrap();
+    let volume = format!("{}:/data", directory.display());
+    let output = hull
+        .sh(
+            &["-v", &volume],
+            "cat /data/from-host; echo back >/data/from-container",
+        )
+        .ok();
+    assert_eq!(output.text(), "hello");
+    assert_eq!(
+        fs::read_to_string(directory.join("from-container")).unwrap(),
+        "back\n"
+    );
+}
+
+fn a_read_only_directory_cannot_be_written(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let directory = hull.scratch();
+    fs::write(directory.join("file"), "kept").unwrap();
+    let volume = format!("{}:/data:ro", directory.display());
+    // Not even by a guest that remounts: it is the host that says no.
+    let script = "echo x >/data/file; rm /data/file; mkdir /data/new; mount -o remount,rw /data; mount -o remount,rw,bind /data
+                  echo x >/data/file; touch /data/other; chmod 777 /data/file; ls /data";
+    let output = hull.sh(&["-v", &volume, "--cap-add", "ALL"], script).ok();
+    assert_eq!(output.text(), "file", "{}", output.error());
+    assert_eq!(fs::read_to_string(directory.join("file")).unwrap(), "kept");
+    assert_eq!(
+        fs::metadata(directory.join("file"))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o644
+    );
+}
+
+#[test]
+fn a_single_file_can_be_shared() {
+    let hull = Hull::new();
+    let file = hull.scratch().join("file");
+    fs::write(&file, "content\n").unwrap();
+    let volume = format!("{}:/etc/one", file.display());
+    assert_eq!(
+        hull.sh(&["-v", &volume], "cat /etc/one; echo more >>/etc/one")
+            .ok()
+            .text(),
+        "content"
+    );
+    assert_eq!(fs::read_to_string(&file).unwrap(), "content\nmore\n");
+}
+
+#[test]
+fn a_container_with_a_single_file_leaves_nothing_behind() {
+    let hull = Hull::new();
+    let file = hull.scratch().join("file");
+    fs::write(&file, "content").unwrap();
+    let mount = format!("{}:/etc/file", file.display());
+    for command in ["true", "/nothing"] {
+        hull.run(&["--name", "same", "-v", &mount], &[command]);
+        hull.assert_clean();
+    }
+}
+
+#[test]
+fn what_the_host_changes_is_seen_at_once() {
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    let volume = format!("{}:/data", directory.display());
+    let container = hull.start(&["-v", &volume], &["sleep", "1000"]);
+    for content in ["first", "second, longer", "3"] {
+        fs::write(directory.join("file"), content).unwrap();
+        assert_eq!(container.sh("cat /data/file").ok().text(), content);
+    }
+    fs::remove_file(directory.join("file")).unwrap();
+    container.sh("cat /data/file").ends(1);
+}
+
+#[test]
+fn symbolic_links_in_a_share_never_lead_outside_it() {
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    fs::write(hull.path("secret"), "the host's").unwrap();
+    symlink(hull.path("secret"), directory.join("absolute")).unwrap();
+    symlink("../secret", directory.join("relative")).unwrap();
+    symlink("/", directory.join("root")).unwrap();
+    let volume = format!("{}:/data", directory.display());
+    // A link is followed in the container's tree, where there is no such file.
+    let script = format!(
+        "cat /data/absolute; cat /data/relative; cat /data/root{}; cat /data/../secret; echo end",
+        hull.path("secret").display()
+    );
+    assert_eq!(hull.sh(&["-v", &volume], &script).ok().text(), "end");
+}
+
+#[test]
+fn owners_modes_times_and_links_are_the_hosts() {
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    let volume = format!("{}:/data", directory.display());
+    let script = "cd /data; echo x >file; chown 1234:5678 file; chmod 2640 file; touch -d '2001-02-03 04:05:06' file
+                  ln file hard; ln -s file soft; mkfifo pipe; mknod device c 1 3; mkdir -m 1777 directory; stat -c %h file";
+    assert_eq!(hull.sh(&["-v", &volume], script).ok().text(), "2");
+    let file = fs::metadata(directory.join("file")).unwrap();
+    assert_eq!(
+        (file.uid(), file.gid(), file.mode() & 0o7777, file.nlink()),
+        (1234, 5678, 0o2640, 2)
+    );
+    assert_eq!(file.mtime(), 981_173_106);
+    assert_eq!(
+        fs::read_link(directory.join("soft")).unwrap().to_str(),
+        Some("file")
+    );
+    assert_eq!(
+        fs::metadata(directory.join("device")).unwrap().rdev(),
+        0x103
+    );
+    assert_eq!(
+        fs::metadata(directory.join("directory")).unwrap().mode() & 0o7777,
+        0o1777
+    );
+}
+
+#[test]
+fn another_user_inside_has_that_users_rights() {
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    fs::write(directory.join("private"), "roots").unwrap();
+    fs::set_permissions(directory.join("private"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::create_dir(directory.join("open")).unwrap();
+    fs::set_permissions(directory.join("open"), fs::Permissions::from_mode(0o777)).unwrap();
+    let volume = format!("{}:/data", directory.display());
+    let script = "cat /data/private 2>/dev/null || echo no; echo x >/data/open/mine && echo yes; touch /data/new 2>/dev/null || echo no";
+    assert_eq!(
+        hull.sh(&["-v", &volume, "-u", "nobody"], script)
+            .ok()
+            .text(),
+        "no\nyes\nno"
+    );
+    assert_eq!(
+        fs::metadata(directory.join("open/mine")).unwrap().uid(),
+        65534
+    );
+}
+
+#[test]
+fn ten_volumes_at_once() {
+    let hull = Hull::new();
+    let mut options = Vec::new();
+    for n in 0..10 {
+        let directory = hull.scratch().join(n.to_string());
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("number"), n.to_string()).unwrap();
+        options.extend([
+            "-v".to_owned(),
+            format!("{}:/data/{n}", directory.display()),
+        ]);
+    }
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    assert_eq!(
+        hull.sh(&options, "cat /data/*/number").ok().text(),
+        "0123456789"
+    );
+}
+
+#[test]
+fn names_may_be_any_bytes() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    fs::write(directory.join(OsStr::from_bytes(b"b\xff\n c")), "x").unwrap();
+    let volume = format!("{}:/data", directory.display());
+    let output = hull
+        .sh(
+            &["-v", &volume],
+            "cd /data; for f in *; do printf %s \"$f\"; cp \"$f\" copy-\"$f\"; done",
+        )
+        .ok();
+    assert_eq!(output.stdout, b"b\xff\n c");
+    assert!(
+        directory
+            .join(OsStr::from_bytes(b"copy-b\xff\n c"))
+            .exists()
+    );
+}
+
+#[test]
+fn a_big_file_keeps_its_content() {
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    let volume = format!("{}:/data", directory.display());
+    let script = "dd if=/dev/urandom of=/data/big bs=1M count=64 2>/dev/null; sync; sha256sum </data/big | cut -c 1-64";
+    let inside = hull.sh(&["-v", &volume], script).ok().text();
+    let outside = Invocation::new("sha256sum")
+        .arg(directory.join("big"))
+        .run()
+        .ok()
+        .text();
+    assert_eq!(inside, outside[..64]);
+}
+
+/// What differs from a native file system and is known to: one check to a line, with the reason.
+fn known_differences(kind: &str) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(repository().join("tests/posix/differences.txt")).unwrap();
+    text.lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .filter_map(|line| line.strip_prefix(kind)?.trim_start().split_once(": "))
+        .map(|(name, reason)| (name.to_owned(), reason.to_owned()))
+        .collect()
+}
+
+fn compare_with_native(kind: &str, options: &[&str], directory: &str) {
+    let hull = Hull::new();
+    let program = posix_program();
+    let native = hull.scratch().join("native");
+    fs::create_dir(&native).unwrap();
+    let expected = Invocation::new(&program).arg(&native).run().ok();
+    let mount = format!("{}:/checks:ro", program.display());
+    let volume = format!("{}:/volume", hull.scratch().display());
+    let mut all = vec!["-v", &mount, "-v", &volume, "--cap-add", "ALL"];
+    all.extend(options);
+    let found = hull
+        .sh(
+            &all,
+            &format!("mkdir -p {directory} && /checks {directory}"),
+        )
+        .ok();
+    let (expected, found) = (
+        posix_results(&expected.text()),
+        posix_results(&found.text()),
+    );
+    assert!(expected.len() > 100, "only {} checks", expected.len());
+    let known = known_differences(kind);
+    let mut surprises = Vec::new();
+    for (name, result) in &expected {
+        let other = found.get(name).map_or("missing", String::as_str);
+        match (result == other, known.contains_key(name)) {
+            (false, false) => {
+                surprises.push(format!("{name}: native {result}, in the container {other}"))
+            }
+            (true, true) => surprises.push(format!(
+                "{name}: no difference any more, but differences.txt has one"
+            )),
+            _ => {}
+        }
+    }
+    assert!(
+        surprises.is_empty(),
+        "{} of {} checks:\n{}",
+        surprises.len(),
+        expected.len(),
+        surprises.join("\n")
+    );
+}
+
+#[test]
+fn a_volume_passes_the_posix_checks_as_a_native_directory_does() {
+    compare_with_native("volume", &[], "/volume/checked");
+}
+
+#[test]
+fn the_root_file_system_passes_the_posix_checks_as_a_native_directory_does() {
+    compare_with_native("root", &[], "/checked");
+}

@@ -1,0 +1,10 @@
+//! Networks of `hull run`: the default one and others, ports, filters, traffic.
+#![allow(clippy::unwrap_used)]
+
+mod bridge;
+mod cni;
+mod container;
+mod filter;
+mod loopback;
+mod ports;
+mod traffic;

@@ -1,0 +1,14 @@
+//! `hull-oci`, with bundles and nothing between them and the runtime.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod crash;
+mod disks;
+mod exec;
+mod hooks;
+mod lifecycle;
+mod limits;
+mod network;
+mod network_crash;
+mod pods;
+mod validation;
