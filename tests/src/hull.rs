@@ -223,19 +223,13 @@ impl Hull {
     /// What is there of containers in the state and data directories.
     pub fn remains(&self) -> Vec<String> {
         let mut found = Vec::new();
-        for directory in [
-            self.path("run"),
-            self.path("run/names"),
-            self.path("data/containers"),
-        ] {
-            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                let is_container =
-                    name.len() == 64 || entry.path().parent().is_some_and(|p| p.ends_with("names"));
-                if is_container {
-                    found.push(entry.path().display().to_string());
-                }
-            }
+        for directory in ["run/sandboxes", "data/names", "data/containers"] {
+            let entries = fs::read_dir(self.path(directory)).into_iter().flatten();
+            found.extend(
+                entries
+                    .flatten()
+                    .map(|entry| entry.path().display().to_string()),
+            );
         }
         found
     }
@@ -261,12 +255,12 @@ impl Hull {
 
     /// What the host processes and the guest had to say, for the report of a failed test.
     fn show_diagnostics(&self) {
-        for entry in fs::read_dir(self.path("run"))
-            .into_iter()
-            .flatten()
+        let below = |directory| fs::read_dir(self.path(directory)).into_iter().flatten();
+        for entry in below("run/sandboxes")
+            .chain(below("data/containers"))
             .flatten()
         {
-            for file in ["state.json", "sandbox.log", "console"] {
+            for file in ["record.json", "status.json", "sandbox.log", "console"] {
                 let path = entry.path().join(file);
                 if let Ok(bytes) = fs::read(&path) {
                     let text = String::from_utf8_lossy(&bytes);
@@ -291,7 +285,7 @@ impl Drop for Hull {
         if failed {
             self.show_diagnostics();
         }
-        let ids: Vec<String> = fs::read_dir(self.path("run"))
+        let ids: Vec<String> = fs::read_dir(self.path("data/containers"))
             .into_iter()
             .flatten()
             .flatten()
@@ -357,6 +351,12 @@ impl Container<'_> {
     /// `hull VERB NAME`, run to its end.
     pub fn does(&self, verb: &str) -> Output {
         self.hull.hull([verb, &self.name]).run()
+    }
+
+    /// `hull rm -f NAME`.
+    #[track_caller]
+    pub fn is_removed_by_force(&self) {
+        self.hull.hull(["rm", "-f", &self.name]).run().ok();
     }
 
     /// What `hull inspect` says.

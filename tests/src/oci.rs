@@ -195,7 +195,7 @@ impl Oci {
             &[],
         );
         // Whatever its name is.
-        for place in [state, self.path("run/pods")] {
+        for place in [state, self.path("run/sandboxes")] {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
                 problems.push(entry.path().display().to_string());
             }
@@ -521,7 +521,10 @@ impl Init<'_> {
     /// The host processes of its machine, by what they are: `pod`, `devices`, `machine`.
     pub fn host_process(&self, which: &str) -> Option<Pid> {
         let words: &[&str] = match which {
-            "pod" => &["pod-process", self.oci.directory.path().to_str().unwrap()],
+            "pod" => &[
+                "sandbox-process",
+                self.oci.directory.path().to_str().unwrap(),
+            ],
             "devices" => &["device-process"],
             "machine" => &["linux mem=", "umid=hull"],
             other => panic!("no process is called {other}"),

@@ -81,11 +81,9 @@ impl Runtime {
         if self.is_hull() {
             below(&self.directory.join("run"), 2, &mut |path| {
                 let name = path.file_name().unwrap_or_default();
-                if name.len() == 64
-                    || path
-                        .parent()
-                        .is_some_and(|parent| parent.ends_with("names"))
-                {
+                let parent = path.parent();
+                let named = parent.is_some_and(|parent| parent.ends_with("sandboxes"));
+                if name.len() == 64 || named {
                     found.push(path.display().to_string());
                 }
             });
@@ -100,9 +98,16 @@ impl Runtime {
         show(&self.directory.join("calls"));
         below(&self.directory.join("run"), 3, &mut |path| {
             let name = path.file_name().unwrap_or_default();
-            if ["state.json", "sandbox.log", "console", "log", "oci.log"]
-                .iter()
-                .any(|file| name == *file)
+            if [
+                "record.json",
+                "status.json",
+                "sandbox.log",
+                "console",
+                "log",
+                "oci.log",
+            ]
+            .iter()
+            .any(|file| name == *file)
             {
                 show(path);
             }

@@ -252,14 +252,14 @@ fn a_damaged_state_file_is_named_and_rm_mends_it() {
     let container = hull.start(&[], &["true"]);
     container.wait();
     let id = container.inspect()["id"].as_str().unwrap().to_owned();
-    let state = hull.path("run").join(&id).join("state.json");
+    let state = hull.path("data/containers").join(&id).join("record.json");
     let whole = fs::read(&state).unwrap();
     fs::write(&state, &whole[..whole.len() / 2]).unwrap();
     let output = hull.hull(["ps", "-a"]).run().ok();
     assert!(output.error().contains("damaged"), "{}", output.error());
     hull.hull(["logs", &container.name])
         .run()
-        .fails(125, &["state.json", "damaged"])
+        .fails(125, &["record.json", "damaged"])
         .hint("hull rm -f");
     hull.hull(["rm", "-f", &container.name]).run().ok();
     hull.assert_clean();

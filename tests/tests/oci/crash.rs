@@ -125,7 +125,7 @@ fn a_create_that_is_killed_at_any_moment_leaves_nothing_but_what_delete_removes(
 fn a_process_killed_at_any_moment_of_create_leaves_nothing_but_what_delete_removes() {
     let oci = Oci::new();
     let bundle = oci.bundle();
-    for process in ["pod-process", "device-process", "linux mem="] {
+    for process in ["sandbox-process", "device-process", "linux mem="] {
         for wait in [10, 30, 60, 100] {
             let init = oci.init();
             let creating = oci.creating(&init, &bundle, &[]).start();
@@ -281,7 +281,7 @@ fn a_damaged_state_file_is_named_and_hides_no_other_container() {
     let oci = Oci::new();
     let bundle = oci.bundle();
     let (init, other) = (oci.start(&bundle), oci.start(&bundle));
-    let file = oci.path("state").join(&init.id).join("state.json");
+    let file = oci.path("state").join(&init.id).join("record.json");
     let whole = fs::read(&file).unwrap();
     for text in ["", "{", "[]", "{\"version\": 99}"] {
         fs::write(&file, text).unwrap();
@@ -298,7 +298,7 @@ fn a_container_with_a_damaged_or_lost_state_file_can_be_deleted_whole() {
     for damage in [Some("{"), None] {
         let oci = Oci::new();
         let init = oci.start(&oci.bundle());
-        let file = oci.path("state").join(&init.id).join("state.json");
+        let file = oci.path("state").join(&init.id).join("record.json");
         match damage {
             Some(text) => fs::write(&file, text).unwrap(),
             None => fs::remove_file(&file).unwrap(),
@@ -370,7 +370,7 @@ fn alone_two_hundred_lives_leave_nothing() {
         (
             mounts(),
             count("/proc/self/fd"),
-            count(oci.path("run/pods").to_str().unwrap()),
+            count(oci.path("run/sandboxes").to_str().unwrap()),
             count(oci.path("state").to_str().unwrap()),
             count("/dev/shm"),
             count("/run"),

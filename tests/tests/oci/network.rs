@@ -288,7 +288,7 @@ fn containers_of_a_pod_share_its_namespace() {
     let machines = descendants();
     let machines = machines
         .values()
-        .filter(|command| command.contains("pod-process"));
+        .filter(|command| command.contains("sandbox-process"));
     assert_eq!(machines.count(), 1);
     let addresses = |init: &Init<'_>| init.sh("ip -o addr").ok().text();
     assert_eq!(addresses(&one), addresses(&two));

@@ -14,7 +14,7 @@ const POD: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 
 /// What the sandbox process of the only pod has said.
 fn log(oci: &Oci) -> String {
-    let pods = fs::read_dir(oci.path("run/pods")).unwrap().flatten();
+    let pods = fs::read_dir(oci.path("run/sandboxes")).unwrap().flatten();
     pods.map(|pod| fs::read_to_string(pod.path().join("sandbox.log")).unwrap_or_default())
         .collect()
 }

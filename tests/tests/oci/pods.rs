@@ -28,7 +28,7 @@ fn machines() -> usize {
     let found = descendants();
     found
         .values()
-        .filter(|command| command.contains("pod-process"))
+        .filter(|command| command.contains("sandbox-process"))
         .count()
 }
 

@@ -345,7 +345,7 @@ fn podman_containers_can_join_the_network_of_another_one() {
         let found = descendants();
         found
             .values()
-            .filter(|command| command.contains("pod-process"))
+            .filter(|command| command.contains("sandbox-process"))
             .count()
     };
     let before = machines();
