@@ -83,7 +83,11 @@ fn main() -> ExitCode {
     }
     let mut failed = 0;
     for (name, test) in TESTS {
-        if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
+        let matches = |filter: &String| match has("--exact") {
+            true => name == filter,
+            false => name.contains(filter.as_str()),
+        };
+        if !filter.is_none_or(matches) {
             continue;
         }
         match std::panic::catch_unwind(test) {

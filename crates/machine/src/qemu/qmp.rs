@@ -257,4 +257,31 @@ mod tests {
             thread.join().unwrap();
         }
     }
+
+    proptest::proptest! {
+        /// Pieces of the protocol and other bytes, in any order: an answer or an error, at once,
+        /// because the connection ends with them.
+        #[test]
+        fn any_bytes_are_an_answer_or_an_error(pieces in proptest::collection::vec(
+            proptest::prop_oneof![
+                proptest::strategy::Just(GREETING.as_bytes().to_vec()),
+                proptest::strategy::Just(DONE.as_bytes().to_vec()),
+                proptest::strategy::Just(b"{\"event\": {}}\n".to_vec()),
+                proptest::strategy::Just(b"{\"error\": {\"desc\": 7}}\n".to_vec()),
+                proptest::collection::vec(proptest::arbitrary::any::<u8>(), 0..40),
+            ],
+            0..8,
+        )) {
+            let (mut monitor, theirs) = Monitor::new().unwrap();
+            let mut stream = UnixStream::from(theirs);
+            stream.write_all(&pieces.concat()).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let start = Instant::now();
+            let first = monitor.execute("stop");
+            let second = monitor.execute("cont");
+            proptest::prop_assert!(start.elapsed() < ANSWER_TIMEOUT);
+            // Nothing is accepted after an answer was missed.
+            proptest::prop_assert!(second.is_err() || first.is_ok() || monitor.stage == Stage::Ready);
+        }
+    }
 }
