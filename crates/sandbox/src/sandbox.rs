@@ -55,8 +55,6 @@ pub(crate) struct Inner {
     pub nets: Nets,
     pub processes: HostProcesses,
     machine: MachineHandle,
-    /// The guest's wall clock is the host's: nobody sets it.
-    host_clock: bool,
     stage: watch::Sender<Stage>,
     /// Somebody wants the end of the sandbox, whatever runs in it.
     abort: watch::Sender<Option<Down>>,
@@ -221,7 +219,6 @@ impl Sandbox {
                 machine,
             },
             machine: guest.handle(),
-            host_clock: guest.features.host_clock,
             stage: watch::Sender::new(Stage::Booting),
             abort: watch::Sender::new(None),
             unread: watch::Sender::new(false),
@@ -288,10 +285,7 @@ impl Sandbox {
     pub async fn resume(&self) -> Result<()> {
         let ready = self.ready().await?;
         self.0.machine.resume().await?;
-        match self.0.host_clock {
-            true => Ok(()),
-            false => ready.agent.set_clock(boot::wall_clock()).await,
-        }
+        ready.agent.set_clock(boot::wall_clock()).await
     }
 
     /// Ends the connection with the agent, which dials again: what a snapshot or the vsock device

@@ -15,10 +15,11 @@ pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The death of a process may be reported this long after the errors that it causes.
-pub const EXIT_GRACE: Duration = Duration::from_millis(50);
+pub const EXIT_GRACE: Duration = Duration::from_millis(300);
 
-/// The end of a machine may be reported this long after the loss of its agent.
-pub const MACHINE_EXIT_GRACE: Duration = Duration::from_millis(500);
+/// The end of a machine may be reported this long after the loss of its agent: networks are left
+/// before.
+pub const MACHINE_EXIT_GRACE: Duration = Duration::from_secs(5);
 
 /// What a booted guest is told before its first container.
 ///

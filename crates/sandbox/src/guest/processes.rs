@@ -105,8 +105,7 @@ impl MachineHandle {
     }
 
     /// Lets a paused guest go on. Its monotonic clock goes on from where it stopped; its wall clock
-    /// is to be set through the agent afterwards, unless it is the host's
-    /// ([`Features::host_clock`]).
+    /// is to be set through the agent afterwards.
     ///
     /// # Errors
     /// It has ended, or does not answer in time.
