@@ -217,6 +217,25 @@ impl DeviceControl {
             .await
     }
 
+    /// Resets the streams of one port of the host: both ends see a connection failure.
+    ///
+    /// # Errors
+    /// The device process has ended.
+    pub async fn cut_stream(&self, port: u32) -> Result<(), Error> {
+        let action = format!("cut the streams of host port {port}");
+        self.call(action, Call::CutStream { port }, None).await
+    }
+
+    /// Ends all streams and has the guest close its sockets. What the guest has sent before still
+    /// reaches the host's ends.
+    ///
+    /// # Errors
+    /// The device process has ended.
+    pub async fn reset_streams(&self) -> Result<(), Error> {
+        self.call("reset the streams of the guest", Call::ResetStreams, None)
+            .await
+    }
+
     /// Opens a stream to a port of the guest; returns the port by which the guest knows it, and
     /// the host's end.
     ///

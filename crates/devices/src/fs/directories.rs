@@ -30,7 +30,8 @@ impl Server {
                 Cache::Brief | Cache::Shared => 0,
             };
             let file = file.into();
-            (Handle::Directory { share, file }, flags)
+            let node = header.node;
+            (Handle::Directory { share, node, file }, flags)
         };
         let handle = self.add_handle(handle)?;
         reply.u64(handle);
@@ -53,7 +54,7 @@ impl Server {
             .min(MAX_REPLY)
             + wire::HEADER_OUT;
         let (share, file) = match self.handle_of(handle)? {
-            Handle::Directory { share, file } => (*share, file.clone()),
+            Handle::Directory { share, file, .. } => (*share, file.clone()),
             Handle::Root if header.node == wire::ROOT => {
                 self.list_shares(offset, reply, room, plus);
                 return Ok(());

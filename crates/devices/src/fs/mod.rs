@@ -29,6 +29,7 @@ mod names;
 mod nodes;
 mod server;
 mod slab;
+mod state;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -39,20 +40,21 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use hull_device_control::Cache;
+use hull_device_control::{Cache, DeviceType};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::buffers::Buffers;
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::state::{RestoreError, SaveError, SavedState};
 use server::{Outcome, Server};
 use work::{Job, Workers};
 
 /// The tag under which the guest mounts the device.
 pub const TAG: &str = "hull";
 
-/// For forgetting, and for everything else.
+/// The hiprio queue (FUSE_FORGET) and the request queue.
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const WAKE: u64 = 0;
 /// Commands that the device has not taken yet.
@@ -184,8 +186,8 @@ impl Fs {
 }
 
 impl Device for Fs {
-    fn device_type(&self) -> u32 {
-        virtio_bindings::virtio_ids::VIRTIO_ID_FS
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Fs
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -252,7 +254,22 @@ impl Device for Fs {
         Ok(())
     }
 
+    fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        self.workers.finish();
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        state::save(&mut self.server)
+    }
+
+    /// The shares must have been added before, under the names that they had.
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state::restore(&mut self.server, state)
+    }
+
     fn reset(&mut self) {
+        self.workers.discard();
         self.server.reset();
     }
 }

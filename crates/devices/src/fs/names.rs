@@ -285,14 +285,14 @@ impl Server {
             Ok(file) => {
                 let stat = stat_fd(&file)?;
                 let node = self.entry(share, header.node, name, &stat, reply)?;
-                let opened = self.opened(share, file, reply);
+                let opened = self.opened(share, node, flags, file, reply);
                 self.forget_unless(node, opened)
             }
             Err(Errno::EXIST) if !exclusive => {
                 let node = self.entry_at(share, &directory, header.node, name, reply)?;
                 let opened = self
                     .open_node(header, node, flags, kill)
-                    .and_then(|file| self.opened(share, file, reply));
+                    .and_then(|file| self.opened(share, node, flags, file, reply));
                 self.forget_unless(node, opened)
             }
             Err(error) => Err(error),
@@ -330,7 +330,7 @@ impl Server {
         let opened = self
             .nodes
             .pin(node, Some(path))
-            .and_then(|()| self.opened(share, file, reply));
+            .and_then(|()| self.opened(share, node, flags, file, reply));
         self.forget_unless(node, opened)
     }
 
@@ -343,7 +343,7 @@ impl Server {
         let (flags, kill) = (body.u32()?, body.u32()?);
         let share = self.nodes.share(header.node)?;
         let file = self.open_node(header, header.node, flags, kill)?;
-        self.opened(share, file, reply)
+        self.opened(share, header.node, flags, file, reply)
     }
 
     /// Opens a regular file, never anything else.
@@ -371,10 +371,19 @@ impl Server {
     }
 
     /// Writes `fuse_open_out` for a file that was just opened.
-    fn opened(&mut self, share: ShareId, file: OwnedFd, reply: &mut Reply) -> Result<(), Errno> {
+    fn opened(
+        &mut self,
+        share: ShareId,
+        node: u64,
+        flags: u32,
+        file: OwnedFd,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
         let cache = self.shares.get(&share).ok_or(Errno::STALE)?.cache;
         let handle = self.add_handle(Handle::File(OpenFile {
             share,
+            node,
+            flags: open_flags(flags) - OFlags::TRUNC,
             file: file.into(),
             can_poll: true,
         }))?;
@@ -386,6 +395,11 @@ impl Server {
         reply.u32(0);
         Ok(())
     }
+}
+
+/// How a file that was opened with `flags` is opened again.
+pub(super) fn reopen_flags(flags: OFlags) -> OFlags {
+    flags & (OPEN_FLAGS - OFlags::TRUNC)
 }
 
 fn permissions(mode: u32) -> Mode {

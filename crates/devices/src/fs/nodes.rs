@@ -23,6 +23,8 @@ use rustix::io::Errno;
 use super::slab::Slab;
 use super::wire;
 
+pub mod persist;
+
 /// Number of a share, never used again.
 pub type ShareId = u32;
 

@@ -40,9 +40,9 @@ pub struct Share {
     pub root: u64,
     pub cache: Cache,
     /// Number of the host's device that the root is on.
-    device: u64,
-    /// Tells its inode numbers from other shares'.
-    salt: u64,
+    pub(super) device: u64,
+    /// Distinguishes its inode numbers from those of other shares.
+    pub(super) salt: u64,
 }
 
 impl Share {
@@ -93,6 +93,7 @@ pub enum Handle {
     File(OpenFile),
     Directory {
         share: ShareId,
+        node: u64,
         file: Arc<OwnedFd>,
     },
     /// The device's root.
@@ -102,6 +103,9 @@ pub enum Handle {
 /// A file that the guest has open.
 pub struct OpenFile {
     pub share: ShareId,
+    pub node: u64,
+    /// With which it was opened, and would be opened again.
+    pub flags: OFlags,
     pub file: Arc<OwnedFd>,
     /// Whether reads can be tried without waiting (`RWF_NOWAIT`).
     pub can_poll: bool,
@@ -119,9 +123,9 @@ pub enum Outcome {
 pub struct Server {
     pub(super) nodes: Nodes,
     pub(super) shares: BTreeMap<ShareId, Share>,
-    next_share: ShareId,
+    pub(super) next_share: ShareId,
     pub(super) handles: Slab<Handle>,
-    handle_limit: usize,
+    pub(super) handle_limit: usize,
     pub(super) credentials: Credentials,
     umask: Option<u32>,
     /// `/proc/self/fd`, through which descriptors are opened anew.
@@ -174,14 +178,19 @@ impl Server {
             root,
             cache,
             device: device_of(&stat),
-            // The first share's numbers are the host's, for old programs that take no more than 32 bits.
-            salt: u64::from(id % (1 << 15)),
+            salt: Self::salt(id),
         };
         self.shares.insert(id, share);
         Ok(())
     }
 
-    /// Takes a share away, with every descriptor on it.
+    /// What distinguishes the inode numbers of a share. The first share's are the host's, for old
+    /// programs that take no more than 32 bits.
+    pub(super) fn salt(id: ShareId) -> u64 {
+        u64::from(id % (1 << 15))
+    }
+
+    /// Removes a share, and closes every descriptor on it.
     pub fn remove_share(&mut self, name: &str) -> Result<(), Errno> {
         let id = self
             .shares

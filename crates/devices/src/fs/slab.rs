@@ -14,6 +14,31 @@ impl<T> Slab<T> {
         }
     }
 
+    /// A table of values with their numbers, which must be in rising order and below `limit`.
+    pub fn from_entries(entries: impl IntoIterator<Item = (u32, T)>, limit: usize) -> Option<Self> {
+        let mut slab = Self::new();
+        for (index, value) in entries {
+            let index_usize = usize::try_from(index).ok()?;
+            if index_usize < slab.entries.len() || index_usize >= limit {
+                return None;
+            }
+            for free in slab.entries.len()..index_usize {
+                // Below `index`, which is a `u32`.
+                slab.free.push(free as u32);
+                slab.entries.push(None);
+            }
+            slab.entries.push(Some(value));
+        }
+        Some(slab)
+    }
+
+    /// All values with their numbers, in rising order.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        (0..)
+            .zip(&self.entries)
+            .filter_map(|(index, entry)| Some((index, entry.as_ref()?)))
+    }
+
     /// Number of values.
     pub fn len(&self) -> usize {
         self.entries.len() - self.free.len()

@@ -10,7 +10,7 @@
 //! common (`struct virtio_net_hdr_v1`, linux/virtio_net.h, 12 bytes): it tells which checksum is still to be computed and
 //! how a frame that is larger than the link's is to be cut. Both are left to whoever needs it: a frame of 64 KiB that
 //! one guest sends to another on the same host is never cut. What the guest may not have, the tap is told
-//! ([`Device::acked_features`]). There is no control queue and no link status: the agent sets addresses and MTU by itself.
+//! ([`Device::activate`]). There is no control queue and no link status: the agent sets addresses and MTU by itself.
 //!
 //! # What the guest can do
 //!
@@ -24,8 +24,8 @@
 //! [`Handle`], whose wishes go through a bounded channel.
 
 pub mod filter;
-mod load;
 pub mod rate;
+mod state;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -36,14 +36,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
-use hull_device_control::NetOptions;
+use hull_device_control::{DeviceType, NetOptions};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -51,9 +50,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use crate::buffers::{Buffers, Span};
-use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
+use crate::device::{
+    Device, DeviceError, EventFlags, EventRegistry, Memory, NotificationState, Queues,
+};
+use crate::state::{RestoreError, SaveError, SavedState};
 use filter::Filter;
-use load::Load;
 use rate::Bucket;
 use tap::Tap;
 
@@ -150,8 +151,7 @@ pub struct Net {
     wake: Arc<OwnedFd>,
     timer: OwnedFd,
     registry: Option<EventRegistry>,
-    kicks: Kicks<2>,
-    load: Load,
+    notifications: NotificationState<2>,
 }
 
 /// What leads to the host.
@@ -190,8 +190,7 @@ impl Net {
             wake: wake.clone(),
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             registry: None,
-            kicks: Kicks::default(),
-            load: Load::default(),
+            notifications: NotificationState::default(),
         };
         let handle = Handle {
             commands: sender,
@@ -256,7 +255,6 @@ impl Net {
         let now = Instant::now();
         let sent = self.send(queues, &memory, now)?;
         let received = self.receive(queues, &memory, now)?;
-        self.load.settle();
         if sent == Pause::Turn || received == Pause::Turn {
             signal(&self.wake);
         }
@@ -285,7 +283,7 @@ impl Net {
             if let Some(when) = self.link.as_mut().and_then(|link| link.wait(TX, now)) {
                 break Pause::Until(when);
             }
-            let Some(chain) = self.kicks.pop(queues, TX)? else {
+            let Some(chain) = self.notifications.pop(queues, TX)? else {
                 break Pause::Event;
             };
             let head = chain.head_index();
@@ -300,7 +298,7 @@ impl Net {
         if count > 0 {
             queues.notify(TX)?;
         }
-        self.load.add(count);
+        queues.add_processed(count);
         Ok(pause)
     }
 
@@ -351,7 +349,7 @@ impl Net {
         if count > 0 {
             queues.notify(RX)?;
         }
-        self.load.add(count);
+        queues.add_processed(count);
         // A tap that is not to be read now would wake this thread again and again.
         let stalled = self.waiting > 0 || matches!(pause, Pause::Until(_));
         self.watch(!stalled)?;
@@ -364,7 +362,7 @@ impl Net {
         let mut heads: Vec<(u16, Span<'_>)> = Vec::with_capacity(1);
         let mut room = 0;
         while room < self.waiting && heads.len() < MAX_CHAINS && (mergeable || heads.is_empty()) {
-            let Some(chain) = self.kicks.pop(queues, RX)? else {
+            let Some(chain) = self.notifications.pop(queues, RX)? else {
                 for _ in &heads {
                     queues.undo_pop(RX)?;
                 }
@@ -491,8 +489,8 @@ impl Link {
 }
 
 impl Device for Net {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_NET
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Net
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -521,7 +519,7 @@ impl Device for Net {
         self.mac.to_vec()
     }
 
-    fn acked_features(&mut self, features: u64) {
+    fn activate(&mut self, features: u64) {
         self.features = features;
         if let Some(link) = &self.link
             && let Err(error) = link.tap.set_offload(features)
@@ -538,7 +536,7 @@ impl Device for Net {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        self.kicks.came(queue);
+        self.notifications.on_kick(queue);
         self.work(queues)
     }
 
@@ -568,13 +566,24 @@ impl Device for Net {
         self.work(queues)
     }
 
-    fn is_streaming(&self) -> bool {
-        self.load.is_streaming()
+    /// A frame is sent in the event that it came in. One for the guest that waits for buffers
+    /// stays here.
+    fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        state::save(self)
+    }
+
+    /// The tap is attached afterwards ([`Handle::attach`]).
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state::restore(self, state)
     }
 
     fn reset(&mut self) {
         self.waiting = 0;
         self.features = 0;
-        self.kicks = Kicks::default();
+        self.notifications = NotificationState::default();
     }
 }

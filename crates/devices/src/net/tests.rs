@@ -39,7 +39,7 @@ fn attach(driver: &mut Driver<Net>, handle: &Handle, options: NetOptions) -> Own
 
 fn cable(features: u64, options: NetOptions) -> Cable {
     let (mut device, handle) = Net::new(MAC).unwrap();
-    device.acked_features(features);
+    device.activate(features);
     let mut driver = Driver::new(device);
     let host = attach(&mut driver, &handle, options);
     Cable {

@@ -8,8 +8,9 @@
 //! # Protocol
 //!
 //! Packets are a header of 44 bytes and data. The driver puts its packets into the tx queue and empty buffers for
-//! ours into the rx queue; the third queue would tell the driver that its context ID has changed, which never
-//! happens here. The host is context ID 2, the guest 3. What a connection is and which packets move it from state to
+//! ours into the rx queue. The event queue has one use: when the transport is reset (the host ends all connections,
+//! or the device is restored from a saved state, which has none), an event tells the driver to close its sockets.
+//! The host is context ID 2, the guest 3. What a connection is and which packets move it from state to
 //! state is on top of [`connection`]; credit is explained in [`credit`]; [`muxer`] holds all connections and their
 //! bounds. Only stream sockets are offered, not sequenced packets.
 //!
@@ -29,6 +30,7 @@ pub mod connection;
 pub mod credit;
 pub mod muxer;
 pub mod packet;
+mod state;
 pub mod stream;
 
 #[cfg(test)]
@@ -46,13 +48,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
+use hull_device_control::DeviceType;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
 
-use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
+use crate::device::{
+    Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, NotificationState, Queues,
+};
+use crate::state::{RestoreError, SaveError, SavedState};
 use connection::Ports;
 pub use muxer::ConnectError;
 use muxer::{Change, Host, Muxer, Token};
@@ -61,9 +67,13 @@ use stream::Socket;
 
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENTS: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 
-/// Wishes of the control thread that the device has not taken yet.
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+/// Commands of the control thread that the device has not taken yet.
 const MAX_COMMANDS: usize = 256;
 /// Packets per direction after which other events get their turn.
 const BUDGET: usize = 512;
@@ -113,6 +123,13 @@ enum Command {
     Drain {
         done: Done,
     },
+    Cut {
+        port: u32,
+        done: Done,
+    },
+    Reset {
+        done: Done,
+    },
 }
 
 /// The device takes no commands: it has not taken [`MAX_COMMANDS`] earlier ones yet, or has stopped.
@@ -155,8 +172,24 @@ impl Handle {
         self.simple_command(Command::Drain { done });
     }
 
+    /// Resets the connections of host port `port`, as if the network between had failed.
+    pub fn cut(&self, port: u32, done: Done) {
+        self.simple_command(Command::Cut { port, done });
+    }
+
+    /// Ends all connections and has the driver close its sockets. Ports stay listened on.
+    pub fn reset_transport(&self, done: Done) {
+        self.simple_command(Command::Reset { done });
+    }
+
     fn simple_command(&self, command: Command) {
-        if let Err(Command::Listen { done, .. } | Command::Drain { done }) = self.command(command) {
+        if let Err(
+            Command::Listen { done, .. }
+            | Command::Drain { done }
+            | Command::Cut { done, .. }
+            | Command::Reset { done },
+        ) = self.command(command)
+        {
             done(Err(Busy));
         }
     }
@@ -216,10 +249,12 @@ pub struct Vsock {
     timer: OwnedFd,
     timer_set: Option<Instant>,
     registry: Option<EventRegistry>,
-    kicks: Kicks<2>,
+    notifications: NotificationState<3>,
     taken: Taken,
-    /// Who waits until the host has taken everything.
+    /// Called when the host has taken everything.
     draining: Vec<Done>,
+    /// The driver is to be told that its connections are gone.
+    reset_event_pending: bool,
 }
 
 /// Packets that were taken from the driver, which it was not told yet.
@@ -258,9 +293,10 @@ impl Vsock {
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             timer_set: None,
             registry: None,
-            kicks: Kicks::default(),
+            notifications: NotificationState::default(),
             taken: Taken::default(),
             draining: Vec::new(),
+            reset_event_pending: false,
         };
         let handle = Handle {
             commands: sender,
@@ -283,6 +319,15 @@ impl Vsock {
                     done(Ok(()));
                 }
                 Command::Drain { done } => self.draining.push(done),
+                Command::Cut { port, done } => {
+                    self.muxer.cut(port);
+                    done(Ok(()));
+                }
+                Command::Reset { done } => {
+                    self.muxer.guest_gone();
+                    self.reset_event_pending = true;
+                    done(Ok(()));
+                }
             }
         }
     }
@@ -290,6 +335,9 @@ impl Vsock {
     /// Moves packets in both directions until nothing is left to do, or until it is others' turn.
     fn work(&mut self, queues: &mut Queues<'_>, now: Instant) -> Result<(), DeviceError> {
         let memory = queues.memory().clone();
+        if self.reset_event_pending {
+            self.send_reset_event(queues, &memory)?;
+        }
         let (mut received, mut sent) = (0, 0);
         loop {
             let before = (received, sent);
@@ -316,6 +364,30 @@ impl Vsock {
         self.settle(now)
     }
 
+    /// Sends VIRTIO_VSOCK_EVENT_TRANSPORT_RESET as soon as the driver has a buffer for it.
+    fn send_reset_event(
+        &mut self,
+        queues: &mut Queues<'_>,
+        memory: &Memory,
+    ) -> Result<(), DeviceError> {
+        while let Some(chain) = self.notifications.pop(queues, EVENTS)? {
+            let head = chain.head_index();
+            let event = TRANSPORT_RESET.to_le_bytes();
+            let sent = Slices::of_chain(memory, chain, true).is_some_and(|to| to.put(&event));
+            if !sent {
+                tracing::debug!(head, "vsock event buffer is too small");
+            }
+            let length = if sent { event.len() as u32 } else { 0 };
+            queues.add_used(EVENTS, head, length)?;
+            queues.notify(EVENTS)?;
+            if sent {
+                self.reset_event_pending = false;
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the driver's packets.
     fn take_packets(
         &mut self,
@@ -325,7 +397,7 @@ impl Vsock {
         now: Instant,
     ) -> Result<(), DeviceError> {
         while *count < BUDGET
-            && let Some(chain) = self.kicks.pop(queues, TX)?
+            && let Some(chain) = self.notifications.pop(queues, TX)?
         {
             let head = chain.head_index();
             let mut bytes = HEADER_SIZE;
@@ -353,7 +425,7 @@ impl Vsock {
     ) -> Result<(), DeviceError> {
         while *count < BUDGET
             && self.muxer.wants_transmit()
-            && let Some(chain) = self.kicks.pop(queues, RX)?
+            && let Some(chain) = self.notifications.pop(queues, RX)?
         {
             let head = chain.head_index();
             // A byte of data must fit as well, or a stream could never get on.
@@ -443,8 +515,8 @@ fn read_packet(memory: &Memory, chain: Chain) -> Option<(Header, Option<Slices<'
 }
 
 impl Device for Vsock {
-    fn device_type(&self) -> u32 {
-        virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Vsock
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -468,7 +540,7 @@ impl Device for Vsock {
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         // Or the queue is new: either way the next wait needs another request for kicks.
-        self.kicks.came(queue);
+        self.notifications.on_kick(queue);
         self.work(queues, Instant::now())
     }
 
@@ -496,8 +568,26 @@ impl Device for Vsock {
         self.work(queues, now)
     }
 
+    /// A packet is processed in the event that it came in; only the notification may be due.
+    fn quiesce(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        if self.taken.packets > 0 {
+            self.taken = Taken::default();
+            queues.notify(TX)?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        state::save(self)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state::restore(self, state)
+    }
+
     fn reset(&mut self) {
-        self.kicks = Kicks::default();
+        self.reset_event_pending = false;
+        self.notifications = NotificationState::default();
         self.taken = Taken::default();
         self.muxer.guest_gone();
         if let Err(error) = self.settle(Instant::now()) {

@@ -168,6 +168,24 @@ impl<H: Host> Muxer<H> {
         connections.any(|entry| entry.connection.backlog_len() > 0)
     }
 
+    /// The ports that the guest can connect to, in order.
+    pub fn listening(&self) -> Vec<u32> {
+        let mut ports: Vec<_> = self.listening.iter().copied().collect();
+        ports.sort_unstable();
+        ports
+    }
+
+    /// Resets every connection of host port `port`.
+    pub fn cut(&mut self, port: u32) {
+        for slot in 0..self.entries.len() as u32 {
+            let is_meant =
+                |entry: &mut Entry<H>| entry.named && entry.connection.ports().host == port;
+            if self.entry(slot).is_some_and(is_meant) {
+                self.conclude(slot, Verdict::Reset("cut by the host"));
+            }
+        }
+    }
+
     /// Lets the guest connect to `port` of the host.
     pub fn listen(&mut self, port: u32) {
         self.listening.insert(port);
