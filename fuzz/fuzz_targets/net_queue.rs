@@ -200,7 +200,7 @@ impl Guest {
         let (mut device, handle) = Net::new(MAC).expect("host resources");
         let events = EventRegistry::new().expect("epoll");
         device.register(events.clone()).expect("epoll");
-        device.acked_features(input.u64());
+        device.activate(input.u64());
         let event_index = input.u8();
         let ring =
             |index: u8| FuzzRing::new(u32::from(index) * 0x1000, event_index >> index & 1 != 0);
@@ -407,7 +407,7 @@ fuzz_target!(|data: &[u8]| {
                 }
             },
             14 => {
-                guest.device.acked_features(input.u64());
+                guest.device.activate(input.u64());
                 true
             }
             _ => {

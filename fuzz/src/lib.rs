@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hull_devices::device::{Chain, Memory, Ring};
+use hull_devices::state::QueueState;
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -126,5 +127,9 @@ impl Ring for FuzzRing {
 
     fn silence(&self, memory: &Memory) -> Result<(), Error> {
         self.queue().disable_notification(memory.as_ref())
+    }
+
+    fn state(&self) -> QueueState {
+        QueueState::from(&*self.queue())
     }
 }

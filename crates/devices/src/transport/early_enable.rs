@@ -26,11 +26,11 @@ const NEED_REPLY: u32 = 1 << 3;
 const REPLY: u32 = 1 << 2;
 
 /// Longer than any message of the protocol.
-const MAX_PAYLOAD: usize = 8 << 10;
+pub const MAX_PAYLOAD: usize = 8 << 10;
 /// Descriptors beside one message: one per memory region, of which there are at most eight.
 const MAX_FDS: usize = 8;
 /// Rings that may be enabled too early.
-const MAX_EARLY: usize = 16;
+pub const MAX_EARLY: usize = 16;
 
 /// Relays between the front end that connects to `socket`, a listening socket, and the listening
 /// socket that is returned, on which the same front end appears with its messages in order.
@@ -58,8 +58,11 @@ pub fn defer_early_enable(socket: OwnedFd) -> io::Result<OwnedFd> {
     Ok(listener)
 }
 
-/// Relays until one side closes.
-fn relay(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
+/// Relays between a front end and the library, two connected sockets, until one side closes.
+///
+/// # Errors
+/// A message is malformed, or a socket fails. Both sockets are shut down then.
+pub fn relay(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
     std::thread::scope(|scope| {
         let replies = scope.spawn(|| {
             let outcome = pass_replies(back, front);

@@ -1,7 +1,7 @@
 //! Transports, which drive a [`Device`](crate::device::Device): one module per way of reaching a
 //! guest's queues.
 
-mod early_enable;
+pub mod early_enable;
 mod load;
 mod placement;
 mod ring;
