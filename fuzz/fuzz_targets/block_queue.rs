@@ -1,5 +1,5 @@
-//! The block device against a guest that writes anything: requests that nearly make sense, nonsense,
-//! and broken descriptor chains.
+//! The block device against a guest that writes anything: requests that nearly make sense,
+//! nonsense, and broken descriptor chains.
 //!
 //! Looks for panics, for requests that never complete, for a disk that changes its size, and for a
 //! read-only disk that is written to.

@@ -1,10 +1,10 @@
-//! The net device against a guest that writes anything: its rings, its frames, its buffers, in any order, while the host
-//! sends frames, changes what holds for the guest's, and lets the tap go.
+//! The net device against a guest that writes anything: its rings, its frames, its buffers, in any
+//! order, while the host sends frames, changes what holds for the guest's, and lets the tap go.
 //!
-//! Looks for panics, for events that never come to rest, for buffers that are never given back, for frames that reach the
-//! host though its policy forbids them, and (by libFuzzer's own limit) for memory without bound. What the policy forbids
-//! is asked of its filter, and of a reader of IPv6 packets of this file's own, which believes what a credulous neighbour
-//! would.
+//! Looks for panics, for events that never come to rest, for buffers that are never given back, for
+//! frames that reach the host though its policy forbids them, and (by libFuzzer's own limit) for
+//! memory without bound. What the policy forbids is asked of its filter, and of a reader of IPv6
+//! packets of this file's own, which believes what a credulous neighbour would.
 #![no_main]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -54,7 +54,8 @@ fn policy(link_local: LinkLocal) -> Policy {
     }
 }
 
-/// What the host sees of a guest that a policy is for. A second opinion: written apart from the filter.
+/// What the host sees of a guest that a policy is for. A second opinion: written apart from the
+/// filter.
 fn must_not_pass(policy: &Policy, frame: &[u8]) -> Option<&'static str> {
     if frame.len() < ETHERNET || frame[6..12] != policy.mac {
         return Some("another's hardware address");

@@ -1,6 +1,8 @@
-//! What the fuzz targets of devices share: numbers out of the fuzzer's bytes, guest memory, queues in it.
+//! What the fuzz targets of devices share: numbers out of the fuzzer's bytes, guest memory, queues
+//! in it.
 //!
-//! The guest's side writes without checks of its own: whatever it writes, the device has to bear it.
+//! The guest's side writes without checks of its own: whatever it writes, the device has to bear
+//! it.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -66,8 +68,8 @@ pub fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> [u8; 16] 
     bytes
 }
 
-/// A queue, and how many chains were taken from it and given back: the guest can have its buffers in the rings
-/// themselves, so those tell nothing.
+/// A queue, and how many chains were taken from it and given back: the guest can have its buffers
+/// in the rings themselves, so those tell nothing.
 pub struct FuzzRing {
     queue: Mutex<Queue>,
     taken: AtomicUsize,

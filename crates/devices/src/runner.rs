@@ -14,9 +14,9 @@
 //!   any ── the device returns an error ─► Failed ── reset ─► Inactive
 //! ```
 //!
-//! Used by `transport::vhost_user`, and made for an in-process virtio-mmio transport. All calls come
-//! from one thread, or are made exclusive by the transport's lock. While a device is quiesced or has
-//! failed, the transport must not wait for [`DeviceRunner::events`], which stays readable.
+//! Used by `transport::vhost_user`, and made for an in-process virtio-mmio transport. All calls
+//! come from one thread, or are made exclusive by the transport's lock. While a device is quiesced
+//! or has failed, the transport must not wait for [`DeviceRunner::events`], which stays readable.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -1,6 +1,6 @@
 //! A table whose entries keep their number until they are removed.
 
-/// Values by number. Numbers of removed values are used again.
+/// Values by number. Numbers of removed values are reused.
 pub struct Slab<T> {
     entries: Vec<Option<T>>,
     free: Vec<u32>,
@@ -77,7 +77,7 @@ impl<T> Slab<T> {
         self.entries.iter_mut().flatten()
     }
 
-    /// Removes the values that `keep` says no to.
+    /// Keeps only the values for which `keep` is true.
     pub fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         for (index, entry) in self.entries.iter_mut().enumerate() {
             if entry.as_ref().is_some_and(|value| !keep(value)) {

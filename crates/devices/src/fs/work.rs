@@ -41,7 +41,7 @@ pub enum Work {
         mode: u32,
         offset: u64,
         length: u64,
-        /// Take set-id bits away as for an ordinary user of this group.
+        /// Clear set-id bits as for an unprivileged user of this group.
         ordinary: Option<u32>,
     },
     Copy {
@@ -50,10 +50,10 @@ pub enum Work {
         to: Arc<OwnedFd>,
         to_offset: u64,
         length: u64,
-        /// Take set-id bits away as for an ordinary user of this group.
+        /// Clear set-id bits as for an unprivileged user of this group.
         ordinary: Option<u32>,
     },
-    /// Runs until the other end says something or is dropped.
+    /// Runs until the other end sends or is dropped.
     #[cfg(test)]
     Wait(std::sync::mpsc::Receiver<()>),
 }
@@ -283,7 +283,7 @@ fn as_ordinary(gid: Option<u32>) -> Result<Option<Ordinary>, Errno> {
     }
 }
 
-/// `fallocate` with the guest's mode: newer modes than this code knows are the host kernel's to judge.
+/// `fallocate` with the guest's mode: the host kernel judges modes that this code does not know.
 fn allocate(file: &OwnedFd, mode: u32, offset: u64, length: u64) -> Result<(), Errno> {
     let offset = i64::try_from(offset).map_err(|_| Errno::FBIG)?;
     let length = i64::try_from(length).map_err(|_| Errno::FBIG)?;

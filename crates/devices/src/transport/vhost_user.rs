@@ -2,8 +2,8 @@
 //! vhost-user.
 //!
 //! [`serve`] owns one listening socket and serves exactly one front end on it. The device runs on a
-//! thread of its own; nothing else calls it. When the front end disconnects, or breaks the protocol,
-//! [`serve`] returns.
+//! thread of its own; nothing else calls it. When the front end disconnects, or breaks the
+//! protocol, [`serve`] returns.
 //!
 //! User-mode Linux reads the config space of its devices over vhost-user; QEMU's fs and vsock
 //! devices keep their own and never ask. Neither sends a device reset: they stop the rings, which
@@ -34,7 +34,8 @@ use super::vring::{AtomicMemory, Vring};
 use crate::device::{Device, DeviceError, Ring};
 use crate::runner::DeviceRunner;
 
-/// Front ends choose queue sizes themselves (user-mode Linux 256, QEMU up to 1024) and fail when one is refused.
+/// Front ends choose queue sizes themselves (user-mode Linux 256, QEMU up to 1024) and fail when
+/// one is refused.
 const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// Why a device is not served any longer.
