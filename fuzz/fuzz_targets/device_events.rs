@@ -3,6 +3,7 @@
 #![no_main]
 
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use hull_device_control::{DeviceControl, Setup};
@@ -14,7 +15,7 @@ const MESSAGES: usize = 32;
 /// Connections that wait to be taken.
 const MAX_INCOMING: usize = 4;
 
-/// One message of the device process: nearly right, or anything.
+/// One message of the device process, nearly right or anything, and how many descriptors go with it.
 fn message(input: &mut Input<'_>) -> (Vec<u8>, usize) {
     let choice = input.u8();
     let text = match choice % 4 {
@@ -52,6 +53,7 @@ fuzz_target!(|data: &[u8]| {
         .expect("an event loop");
     runtime.block_on(async {
         let (ours, theirs) = hull_ipc::pair().expect("a socket pair");
+        let (stream, _end) = UnixStream::pair().expect("a socket pair");
         let (control, mut incoming) =
             DeviceControl::start(ours, &Setup::default(), &[], &[]).expect("a control");
         let device_process = async move {
@@ -61,7 +63,11 @@ fuzz_target!(|data: &[u8]| {
                 }
                 let (text, fds) = message(&mut input);
                 if !text.is_empty() {
-                    let fds = vec![theirs.as_fd(); fds];
+                    let fd = match fds % 2 {
+                        0 => theirs.as_fd(),
+                        _ => stream.as_fd(),
+                    };
+                    let fds = vec![fd; fds];
                     hull_ipc::packet::send(&theirs, &text, &fds).expect("room in the socket");
                 }
                 tokio::task::yield_now().await;

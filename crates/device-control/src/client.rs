@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hull_ipc::{Received, Socket};
+use rustix::net::SocketType;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
@@ -322,16 +323,22 @@ fn handle(received: Received<Event>, pending: &Pending, incoming: &mpsc::Sender<
                 (None, None) => {}
             }
         }
-        (Event::Incoming { port, .. }, Some(stream)) => {
+        // Not any descriptor: the device process's own end of this socket, for one, would keep the
+        // connection open after its end.
+        (Event::Incoming { port, .. }, Some(stream)) if is_stream(&stream) => {
             // A guest that connects again and again must not fill this process.
             if incoming.try_send((port, stream)).is_err() {
                 tracing::debug!("refused a further connection of the guest to port {port}");
             }
         }
-        (Event::Incoming { .. }, None) => {
+        (Event::Incoming { .. }, _) => {
             tracing::warn!("the device process announced a connection without its stream");
         }
     }
+}
+
+fn is_stream(fd: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_type(fd) == Ok(SocketType::STREAM)
 }
 
 #[cfg(test)]
@@ -419,8 +426,10 @@ mod tests {
             guest_port: 1,
         };
         theirs.send(&port, &[]).await.unwrap();
+        theirs.send(&port, &[theirs.as_fd()]).await.unwrap();
+        let (stream, _end) = StdStream::pair().unwrap();
         for _ in 0..2 * MAX_INCOMING {
-            theirs.send(&port, &[theirs.as_fd()]).await.unwrap();
+            theirs.send(&port, &[stream.as_fd()]).await.unwrap();
         }
         let device_process = async {
             let drain = request(&theirs).await;
