@@ -1,5 +1,5 @@
-//! A hostile agent: whatever it sends on its connection, the sandbox process's calls end, with an error or with
-//! bounded values, and nothing panics.
+//! A hostile agent: whatever it sends on its connection, the sandbox process's calls end, with an
+//! error or with bounded values, and nothing panics.
 #![no_main]
 
 use std::io::Write;
@@ -28,7 +28,8 @@ fuzz_target!(|data: &[u8]| {
                 .unwrap_or_default()
                 .to_be_bytes(),
         );
-        // Stream 1, a response, no flags: so that the fuzzer gets past the frame more often than by chance.
+        // Stream 1, a response, no flags: so that the fuzzer gets past the frame more often than by
+        // chance.
         head.extend([0, 0, 0, 1, 2, 0]);
         let framed = data.first().is_some_and(|first| first % 2 == 0);
         // What does not fit into the socket is not sent: it is the fuzzer's loss.

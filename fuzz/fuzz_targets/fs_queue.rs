@@ -1,7 +1,8 @@
-//! The fs device against a guest that writes anything: FUSE messages that nearly make sense, nonsense, and broken
-//! descriptor chains, about a small tree with a link that leads out of it.
+//! The fs device against a guest that writes anything: FUSE messages that nearly make sense,
+//! nonsense, and broken descriptor chains, about a small tree with a link that leads out of it.
 //!
-//! Looks for panics, for requests that are never given back, and for a file outside the share that was changed.
+//! Looks for panics, for requests that are never given back, and for a file outside the share that
+//! was changed.
 #![no_main]
 
 use std::fs;

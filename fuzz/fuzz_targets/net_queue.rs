@@ -1,10 +1,10 @@
-//! The net device against a guest that writes anything: its rings, its frames, its buffers, in any order, while the host
-//! sends frames, changes what holds for the guest's, and lets the tap go.
+//! The net device against a guest that writes anything: its rings, its frames, its buffers, in any
+//! order, while the host sends frames, changes what holds for the guest's, and lets the tap go.
 //!
-//! Looks for panics, for events that never come to rest, for buffers that are never given back, for frames that reach the
-//! host though its policy forbids them, and (by libFuzzer's own limit) for memory without bound. What the policy forbids
-//! is asked of its filter, and of a reader of IPv6 packets of this file's own, which believes what a credulous neighbour
-//! would.
+//! Looks for panics, for events that never come to rest, for buffers that are never given back, for
+//! frames that reach the host though its policy forbids them, and (by libFuzzer's own limit) for
+//! memory without bound. What the policy forbids is asked of its filter, and of a reader of IPv6
+//! packets of this file's own, which believes what a credulous neighbour would.
 #![no_main]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -54,7 +54,8 @@ fn policy(link_local: LinkLocal) -> Policy {
     }
 }
 
-/// What the host sees of a guest that a policy is for. A second opinion: written apart from the filter.
+/// What the host sees of a guest that a policy is for. A second opinion: written apart from the
+/// filter.
 fn must_not_pass(policy: &Policy, frame: &[u8]) -> Option<&'static str> {
     if frame.len() < ETHERNET || frame[6..12] != policy.mac {
         return Some("another's hardware address");
@@ -200,7 +201,7 @@ impl Guest {
         let (mut device, handle) = Net::new(MAC).expect("host resources");
         let events = EventRegistry::new().expect("epoll");
         device.register(events.clone()).expect("epoll");
-        device.acked_features(input.u64());
+        device.activate(input.u64());
         let event_index = input.u8();
         let ring =
             |index: u8| FuzzRing::new(u32::from(index) * 0x1000, event_index >> index & 1 != 0);
@@ -407,7 +408,7 @@ fuzz_target!(|data: &[u8]| {
                 }
             },
             14 => {
-                guest.device.acked_features(input.u64());
+                guest.device.activate(input.u64());
                 true
             }
             _ => {

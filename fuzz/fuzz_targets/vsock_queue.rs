@@ -1,7 +1,8 @@
-//! The vsock device against a guest that writes anything: its rings, its packets, its buffers, in any order, while
-//! the host connects, writes, reads and closes.
+//! The vsock device against a guest that writes anything: its rings, its packets, its buffers, in
+//! any order, while the host connects, writes, reads and closes.
 //!
-//! Looks for panics, for events that never come to rest, and (by libFuzzer's own limit) for memory without bound.
+//! Looks for panics, for events that never come to rest, and (by libFuzzer's own limit) for memory
+//! without bound.
 #![no_main]
 
 use std::io::{Read, Write};

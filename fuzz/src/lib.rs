@@ -1,11 +1,14 @@
-//! What the fuzz targets of devices share: numbers out of the fuzzer's bytes, guest memory, queues in it.
+//! What the fuzz targets of devices share: numbers out of the fuzzer's bytes, guest memory, queues
+//! in it.
 //!
-//! The guest's side writes without checks of its own: whatever it writes, the device has to bear it.
+//! The guest's side writes without checks of its own: whatever it writes, the device has to bear
+//! it.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hull_devices::device::{Chain, Memory, Ring};
+use hull_devices::state::QueueState;
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -65,8 +68,8 @@ pub fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> [u8; 16] 
     bytes
 }
 
-/// A queue, and how many chains were taken from it and given back: the guest can have its buffers in the rings
-/// themselves, so those tell nothing.
+/// A queue, and how many chains were taken from it and given back: the guest can have its buffers
+/// in the rings themselves, so those tell nothing.
 pub struct FuzzRing {
     queue: Mutex<Queue>,
     taken: AtomicUsize,
@@ -126,5 +129,9 @@ impl Ring for FuzzRing {
 
     fn silence(&self, memory: &Memory) -> Result<(), Error> {
         self.queue().disable_notification(memory.as_ref())
+    }
+
+    fn state(&self) -> QueueState {
+        QueueState::from(&*self.queue())
     }
 }

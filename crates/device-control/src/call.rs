@@ -62,6 +62,13 @@ pub enum Call {
     /// Answered when everything that the guest has sent over vsock is in the host's ends of its
     /// connections.
     Drain,
+    /// Resets the vsock connections of one port of the host.
+    CutStream {
+        /// The port.
+        port: u32,
+    },
+    /// Ends all vsock connections and has the guest close its sockets (a transport reset).
+    ResetStreams,
     /// Lets the guest connect to this port of the host. All others are refused.
     Listen {
         /// The port.

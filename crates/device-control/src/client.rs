@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hull_ipc::{Received, Socket};
+use rustix::net::SocketType;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
@@ -217,6 +218,25 @@ impl DeviceControl {
             .await
     }
 
+    /// Resets the streams of one port of the host: both ends see a connection failure.
+    ///
+    /// # Errors
+    /// The device process has ended.
+    pub async fn cut_stream(&self, port: u32) -> Result<(), Error> {
+        let action = format!("cut the streams of host port {port}");
+        self.call(action, Call::CutStream { port }, None).await
+    }
+
+    /// Ends all streams and has the guest close its sockets. What the guest has sent before still
+    /// reaches the host's ends.
+    ///
+    /// # Errors
+    /// The device process has ended.
+    pub async fn reset_streams(&self) -> Result<(), Error> {
+        self.call("reset the streams of the guest", Call::ResetStreams, None)
+            .await
+    }
+
     /// Opens a stream to a port of the guest; returns the port by which the guest knows it, and
     /// the host's end.
     ///
@@ -303,16 +323,22 @@ fn handle(received: Received<Event>, pending: &Pending, incoming: &mpsc::Sender<
                 (None, None) => {}
             }
         }
-        (Event::Incoming { port, .. }, Some(stream)) => {
+        // Not any descriptor: the device process's own end of this socket, for one, would keep the
+        // connection open after its end.
+        (Event::Incoming { port, .. }, Some(stream)) if is_stream(&stream) => {
             // A guest that connects again and again must not fill this process.
             if incoming.try_send((port, stream)).is_err() {
                 tracing::debug!("refused a further connection of the guest to port {port}");
             }
         }
-        (Event::Incoming { .. }, None) => {
+        (Event::Incoming { .. }, _) => {
             tracing::warn!("the device process announced a connection without its stream");
         }
     }
+}
+
+fn is_stream(fd: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_type(fd) == Ok(SocketType::STREAM)
 }
 
 #[cfg(test)]
@@ -400,8 +426,10 @@ mod tests {
             guest_port: 1,
         };
         theirs.send(&port, &[]).await.unwrap();
+        theirs.send(&port, &[theirs.as_fd()]).await.unwrap();
+        let (stream, _end) = StdStream::pair().unwrap();
         for _ in 0..2 * MAX_INCOMING {
-            theirs.send(&port, &[theirs.as_fd()]).await.unwrap();
+            theirs.send(&port, &[stream.as_fd()]).await.unwrap();
         }
         let device_process = async {
             let drain = request(&theirs).await;

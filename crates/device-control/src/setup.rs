@@ -63,8 +63,8 @@ impl DeviceType {
     }
 }
 
-/// One device of a guest. Its descriptors are, in this order: the listening vhost-user socket; for a
-/// disk, the file or block device, opened for what the guest may do.
+/// One device of a guest. Its descriptors are, in this order: the listening vhost-user socket; for
+/// a disk, the file or block device, opened for what the guest may do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DeviceConfig {

@@ -1,21 +1,25 @@
 //! virtio-blk over one file or block device of the host.
 //!
-//! Driven by a transport as every [`Device`]; the file comes as an open descriptor. Requests are served in order, each
-//! to its end. A malformed request gets an error status where it has a place for one, else the device stops.
+//! The file comes as an open descriptor. Requests are served in order, each to its end. A malformed
+//! request gets an error status if it has a buffer for one; otherwise the device stops.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 
+use hull_device_control::DeviceType;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::buffers::{Buffers, Span};
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::state::{RestoreError, SaveError, SavedState};
 
 const SECTOR: u64 = 512;
 const QUEUE: usize = 0;
-/// Segments of one request; more than the driver's default of a queue's length makes no sense.
+/// Most segments of one request: a queue of the driver's default size without header and status.
 const MAX_SEGMENTS: u32 = 254;
 const MAX_DISCARD_SEGMENTS: u32 = 64;
 const MAX_DISCARD_SECTORS: u32 = 1 << 22;
@@ -41,22 +45,52 @@ const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
 
+/// Version of [`State`].
+const VERSION: u32 = 1;
+
+/// The saved state: what the driver has read of the disk's properties.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    sectors: u64,
+    block_size: u32,
+    read_only: bool,
+    serial: [u8; ID_LENGTH],
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let serial = String::from_utf8_lossy(&self.serial);
+        write!(
+            f,
+            "disk \"{}\" of {} sectors with blocks of {} bytes, {}",
+            serial.trim_end_matches('\0'),
+            self.sectors,
+            self.block_size,
+            if self.read_only {
+                "read-only"
+            } else {
+                "writable"
+            }
+        )
+    }
+}
+
 /// The device.
 pub struct Block {
     file: File,
     read_only: bool,
     sectors: u64,
-    /// What the disk reads and writes at once, bytes: tables of partitions are counted in it.
+    /// Logical block size in bytes, the unit of partition tables.
     block_size: u32,
     id: [u8; ID_LENGTH],
 }
 
 impl Block {
-    /// A disk of `file`'s size, rounded down to whole sectors. `id` is the serial number that the guest sees, cut to
-    /// 20 bytes.
+    /// A disk of `file`'s size, rounded down to whole sectors. `id` is the serial number that the
+    /// guest sees, truncated to 20 bytes.
     pub fn new(mut file: File, read_only: bool, id: &str) -> io::Result<Self> {
         let size = file.seek(SeekFrom::End(0))?;
-        // A file has none.
+        // A file has no such size.
         let block_size = rustix::fs::ioctl_blksszget(&file).unwrap_or(SECTOR as u32);
         let mut serial = [0; ID_LENGTH];
         for (to, from) in serial.iter_mut().zip(id.bytes()) {
@@ -71,6 +105,15 @@ impl Block {
         })
     }
 
+    fn state(&self) -> State {
+        State {
+            sectors: self.sectors,
+            block_size: self.block_size,
+            read_only: self.read_only,
+            serial: self.id,
+        }
+    }
+
     /// The byte position of `sector`, if `length` bytes from there are on the disk.
     fn position(&self, sector: u64, length: u64) -> Result<u64, Errno> {
         let start = sector.checked_mul(SECTOR).ok_or(Errno::INVAL)?;
@@ -81,7 +124,7 @@ impl Block {
         Ok(start)
     }
 
-    /// Serves one request; the answer is its status byte.
+    /// Serves one request; returns its status byte.
     fn execute(&self, header: [u8; HEADER], input: &mut Span<'_>, output: &mut Span<'_>) -> u8 {
         let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
         let mut sector = [0; 8];
@@ -162,8 +205,8 @@ impl Block {
 }
 
 impl Device for Block {
-    fn device_type(&self) -> u32 {
-        virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Disk
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -235,6 +278,29 @@ impl Device for Block {
     ) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    /// A request is finished in the event that it came in.
+    fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        SavedState::new(DeviceType::Disk, VERSION, self.state())
+    }
+
+    /// The restored disk must look like the saved one. Its content is not part of the state.
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        let (_, saved) = state.read::<State>(DeviceType::Disk, VERSION)?;
+        if saved != self.state() {
+            return Err(RestoreError::mismatch(
+                DeviceType::Disk,
+                format!("it was {saved}, and it is {} now", self.state()),
+            ));
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! A request's guest buffers: resolved, checked and bounded, with a cursor over each direction.
 //!
-//! [`Buffers::new`] turns a [`Chain`] into slices of guest memory, once: what the guest changes in its
-//! descriptors afterwards has no effect. Devices copy small parts out and in, and let the host kernel move bulk
-//! data between files and guest memory directly ([`Span::read_from`], [`Span::write_to`]).
+//! [`Buffers::new`] turns a [`Chain`] into slices of guest memory, once: what the guest changes in
+//! its descriptors afterwards has no effect. Devices copy small parts out and in, and let the host
+//! kernel move bulk data between files and guest memory directly ([`Span::read_from`],
+//! [`Span::write_to`]).
 #![allow(unsafe_code)]
 
 use std::io;
@@ -13,7 +14,7 @@ use vm_memory::{GuestMemory, VolatileSlice};
 
 use crate::device::{Chain, Memory};
 
-/// More descriptors than any honest request has: 1 MiB in single pages, and headers.
+/// More descriptors than any valid request has: 1 MiB in single pages, and headers.
 const MAX_SLICES: usize = 1024;
 /// The most `iovec`s that one system call takes (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
@@ -101,7 +102,8 @@ impl<'m> Span<'m> {
         self.consumed
     }
 
-    /// Cuts the span: what lies more than `length` bytes behind the cursor is gone from it, and returned.
+    /// Cuts the span: what lies more than `length` bytes behind the cursor is gone from it, and
+    /// returned.
     pub fn split_off(&mut self, length: usize) -> Span<'m> {
         let mut tail = Span {
             slices: self.slices.clone(),
@@ -155,8 +157,8 @@ impl<'m> Span<'m> {
             })
     }
 
-    /// Copies from the cursor into `bytes` and moves on; the number of bytes copied is less than asked for only at
-    /// the end.
+    /// Copies from the cursor into `bytes` and moves on; the number of bytes copied is less than
+    /// asked for only at the end.
     pub fn copy_to(&mut self, bytes: &mut [u8]) -> usize {
         let mut copied = 0;
         for piece in self.pieces(bytes.len()) {
@@ -187,7 +189,8 @@ impl<'m> Span<'m> {
         copied
     }
 
-    /// Reads up to `count` bytes of `file` at `position` into the span; less only at the end of the file or span.
+    /// Reads up to `count` bytes of `file` at `position` into the span; less only at the end of the
+    /// file or span.
     pub fn read_from(
         &mut self,
         file: BorrowedFd<'_>,
@@ -197,8 +200,8 @@ impl<'m> Span<'m> {
         partial(self.transfer(Transfer::Read, file, count, position))
     }
 
-    /// As [`Span::read_from`], but without waiting for storage: `EAGAIN` when it would have to wait, `EOPNOTSUPP` when
-    /// the file cannot tell. The span is not to be used any more then.
+    /// As [`Span::read_from`], but without waiting for storage: `EAGAIN` when it would have to
+    /// wait, `EOPNOTSUPP` when the file cannot tell. The span is not to be used any more then.
     pub fn read_cached(
         &mut self,
         file: BorrowedFd<'_>,
@@ -209,8 +212,8 @@ impl<'m> Span<'m> {
         end.map(|()| moved)
     }
 
-    /// Writes up to `count` bytes of the span to `file` at `position`; less only at the span's end, or when the host
-    /// takes no more (`RLIMIT_FSIZE`, no space).
+    /// Writes up to `count` bytes of the span to `file` at `position`; less only at the span's end,
+    /// or when the host takes no more (`RLIMIT_FSIZE`, no space).
     pub fn write_to(
         &mut self,
         file: BorrowedFd<'_>,
@@ -220,7 +223,8 @@ impl<'m> Span<'m> {
         partial(self.transfer(Transfer::Write, file, count, position))
     }
 
-    /// Writes `before` and all of the span with one call: a message. More pieces than one call takes are `EMSGSIZE`.
+    /// Writes `before` and all of the span with one call: a message. More pieces than one call
+    /// takes are `EMSGSIZE`.
     pub fn write_behind(&mut self, file: BorrowedFd<'_>, before: &[u8]) -> Result<usize, Errno> {
         let first = libc::iovec {
             iov_base: before.as_ptr().cast_mut().cast(),
@@ -235,8 +239,8 @@ impl<'m> Span<'m> {
             return Err(Errno::MSGSIZE);
         }
         let count = iovecs.len() as libc::c_int;
-        // SAFETY: the iovecs describe memory of ours and of the guest that outlives the call and is only read; the guest
-        // may change its own meanwhile, which is no matter to the kernel.
+        // SAFETY: the iovecs describe memory of ours and of the guest that outlives the call and is
+        // only read; the guest may change its own meanwhile, which does not affect the kernel.
         let written = unsafe { libc::writev(file.as_raw_fd(), iovecs.as_ptr(), count) };
         match usize::try_from(written) {
             Ok(written) => Ok(written),
@@ -244,7 +248,8 @@ impl<'m> Span<'m> {
         }
     }
 
-    /// Calls until all is moved, nothing is any more, or it fails: the bytes moved, and how it ended.
+    /// Calls until everything is moved, nothing more moves, or it fails; returns the bytes moved
+    /// and the outcome.
     fn transfer(
         &mut self,
         how: Transfer,
@@ -297,8 +302,8 @@ impl Transfer {
     fn call(self, file: BorrowedFd<'_>, iovecs: &[libc::iovec], position: i64) -> isize {
         let file = file.as_raw_fd();
         let (pieces, count) = (iovecs.as_ptr(), iovecs.len() as libc::c_int);
-        // SAFETY: the iovecs describe guest memory that outlives the call; the guest may change it meanwhile, which is
-        // no matter to the kernel, and nothing here keeps references into it.
+        // SAFETY: the iovecs describe guest memory that outlives the call; the guest may change it
+        // meanwhile, which does not affect the kernel, and nothing here keeps references into it.
         unsafe {
             match self {
                 Self::Read => libc::preadv64(file, pieces, count, position),
@@ -309,7 +314,7 @@ impl Transfer {
     }
 }
 
-/// What was moved before an error counts; the error shows again when more is asked for.
+/// Bytes moved before an error count; the error is reported by the next call.
 fn partial((moved, end): (usize, Result<(), Errno>)) -> Result<usize, Errno> {
     match end {
         Err(error) if moved == 0 => Err(error),

@@ -1,28 +1,35 @@
 //! What a virtio device is to the rest of hull, and what it may touch.
 //!
-//! A device implements [`Device`] and knows no transport: it sees its queues through [`Queues`], guest memory
-//! through [`Memory`], and waits for host descriptors through [`EventRegistry`]. A transport (vhost-user here,
-//! virtio-mmio in the built-in VMM) owns one thread per device, calls the device from that thread only, and
-//! offers each virtqueue as a [`Ring`].
+//! A device implements [`Device`] and knows no transport: it sees its queues through [`Queues`],
+//! guest memory through [`Memory`], and waits for host descriptors through [`EventRegistry`]. A
+//! transport (vhost-user here, virtio-mmio in the built-in VMM) owns one thread per device, drives
+//! the device through a [`DeviceRunner`] from that thread only, and offers each virtqueue as a
+//! [`Ring`].
 //!
-//! Everything read from queues and guest memory was written by the guest: nothing here panics on it, every
-//! loop over it is bounded, and a queue that breaks the rules ends the device with a [`DeviceError`].
+//! Everything read from queues and guest memory was written by the guest: nothing here panics on
+//! it, every loop over it is bounded, and a queue that breaks the rules ends the device with a
+//! [`DeviceError`].
+//!
+//! [`DeviceRunner`]: crate::runner::DeviceRunner
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use hull_device_control::DeviceType;
 use rustix::event::epoll;
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
+
+use crate::state::{QueueState, RestoreError, SaveError, SavedState};
 
 /// Guest memory as devices see it: one snapshot of the memory map, cheap to clone.
 pub type Memory = Arc<GuestMemoryMmap<()>>;
 
 /// One request of the driver: a chain of descriptors, read lazily from guest memory.
 ///
-/// Iterating it is bounded (loops, and lengths over 4 GiB in total, end the iteration), but each descriptor's
-/// address and length are still the guest's word and must be resolved through [`Memory`].
+/// Iterating it is bounded (loops, and lengths over 4 GiB in total, end the iteration), but each
+/// descriptor's address and length are untrusted and must be resolved through [`Memory`].
 pub type Chain = DescriptorChain<Memory>;
 
 /// Readiness of a host descriptor, `epoll` events.
@@ -36,7 +43,7 @@ pub enum DeviceError {
     Queue {
         /// Index of the queue.
         queue: usize,
-        /// What the queue's code says.
+        /// The error of the queue's code.
         source: virtio_queue::Error,
     },
     /// The device has no such queue.
@@ -55,36 +62,61 @@ pub enum DeviceError {
     Host {
         /// What was tried.
         action: &'static str,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
 }
 
 /// One virtio device. All state is owned by the one thread that runs it; nothing is shared.
+///
+/// # Lifecycle
+///
+/// [`DeviceRunner`](crate::runner::DeviceRunner) makes these calls in this order and no other:
+///
+/// ```text
+///   register ─► activate ─► queue_event, host_event ─► quiesce ─► (save) ─► queue_event, …
+///                  ▲                 │                    │
+///                  └───── reset ◄────┴────────────────────┘
+///
+///   another instance:  register ─► restore ─► activate ─► queue_event, …
+/// ```
+///
+/// [`Device::host_event`] also comes before `activate`: the queues are empty then.
+///
+/// A request is *in flight* from the moment the device pops it until it adds it to the used ring.
 pub trait Device: Send + 'static {
-    /// The virtio device ID: 26 fs, 19 vsock, 4 rng, 2 block, 1 net.
-    fn device_type(&self) -> u32;
+    /// Its type.
+    fn device_type(&self) -> DeviceType;
 
     /// Maximum size of each queue, a power of two; the number of queues is the length.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Device-specific feature bits. The transport adds VERSION_1, RING_EVENT_IDX and RING_INDIRECT_DESC.
+    /// Device-specific feature bits. The transport adds VERSION_1, RING_EVENT_IDX and
+    /// RING_INDIRECT_DESC.
     fn features(&self) -> u64;
 
     /// The config space, little endian.
     fn config(&self) -> Vec<u8>;
 
-    /// What the driver took of [`Device::features`], as soon as it has; before any event that depends on it.
-    fn acked_features(&mut self, _features: u64) {}
+    /// Whether [`Device::config`] has changed since the last call. Asked after each event; the
+    /// transport then notifies the driver, if it can.
+    fn config_changed(&mut self) -> bool {
+        false
+    }
 
-    /// Called once, on the device's thread or before it starts, before any event. The device adds the host
-    /// descriptors it wants events of and keeps `events` for later changes.
+    /// Called once, on the device's thread or before it starts, before any event. The device adds
+    /// the host descriptors that it waits for and keeps `events` for later changes.
     fn register(&mut self, events: EventRegistry) -> io::Result<()>;
 
-    /// The driver kicked `queue`, or the transport wants it looked at (after it was enabled). May be spurious.
+    /// The driver has accepted `features` of [`Device::features`]. Called before any event that
+    /// depends on them; again after a reset, and when a front end changes them while it sets up.
+    fn activate(&mut self, _features: u64) {}
+
+    /// The driver notified `queue`, or the transport wants it checked (after it was enabled, or
+    /// after a quiesce or restore). May be spurious.
     ///
-    /// The driver kicks again only after [`Queues::rearm`] said that nothing is left, so a device loops:
-    /// pop until empty, rearm, and start over when rearm reports more.
+    /// The driver notifies again only after [`Queues::rearm`] reported an empty queue. So a device
+    /// pops until the queue is empty, rearms, and starts over when rearm reports more.
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError>;
 
     /// A registered descriptor is ready. May be spurious.
@@ -95,46 +127,79 @@ pub trait Device: Send + 'static {
         queues: &mut Queues<'_>,
     ) -> Result<(), DeviceError>;
 
-    /// So much comes at once that the device had better run beside the guest than in turns with it.
-    fn is_streaming(&self) -> bool {
-        false
+    /// Finishes every request in flight and sends notifications that were held back. When this
+    /// returns, the device does not touch guest memory until the next event.
+    fn quiesce(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError>;
+
+    /// The device's own state, without its queues. Only while it is quiesced.
+    ///
+    /// # Errors
+    /// [`SaveError::NotSupported`], unless the device says otherwise; or what in its state keeps it
+    /// from being saved, by name.
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        Err(SaveError::NotSupported(self.device_type()))
     }
 
-    /// The driver reset the device: forget its requests and the state it negotiated.
-    fn reset(&mut self) {}
+    /// Takes over what [`Device::save`] of another instance returned. The host's side of it (the
+    /// directories of shares, taps, disks) must be there already or comes later; each device says
+    /// which.
+    ///
+    /// # Errors
+    /// [`RestoreError`]: the device does not support it, the state is of another device or a newer
+    /// version, or the host's side does not match. The device is unusable then.
+    fn restore(&mut self, _state: &SavedState) -> Result<(), RestoreError> {
+        Err(RestoreError::NotSupported(self.device_type()))
+    }
+
+    /// The driver reset the device. It drops what it negotiated and every request: those in flight
+    /// are finished or discarded before this returns, and none completes or touches guest memory
+    /// later.
+    fn reset(&mut self);
 }
 
-/// One virtqueue, as a transport offers it. Shared so that a device's own worker threads can complete requests.
+/// One virtqueue, as a transport offers it. Shared, so that a device's worker threads can complete
+/// requests.
 pub trait Ring: Send + Sync {
-    /// The next chain that the driver made available; `None` when there is none or the queue is not set up.
+    /// The next chain that the driver made available; `None` when there is none or the queue is
+    /// not set up.
     fn pop(&self, memory: &Memory) -> Result<Option<Chain>, virtio_queue::Error>;
 
-    /// Takes back the last [`Ring::pop`], as if it had not happened. Only right after it.
+    /// Undoes the last [`Ring::pop`]. Only right after it.
     fn undo_pop(&self);
 
-    /// Hands a chain back to the driver, `len` bytes written to it.
+    /// Adds a chain to the used ring, with `len` bytes written to it. Ignored when the queue is not
+    /// set up any more.
     fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), virtio_queue::Error>;
 
-    /// Tells the driver about used chains, if it wants to hear of them (EVENT_IDX).
+    /// Notifies the driver of used chains, if it asked for it (EVENT_IDX).
     fn notify(&self, memory: &Memory) -> Result<(), virtio_queue::Error>;
 
-    /// Asks the driver for kicks again. True when chains came in meanwhile, which may not be kicked for.
+    /// Asks the driver for notifications again. True when chains arrived meanwhile, for which there
+    /// may be no notification.
     fn rearm(&self, memory: &Memory) -> Result<bool, virtio_queue::Error>;
 
-    /// Asks the driver not to kick while the device is at work on the queue anyway (only a hint).
+    /// Asks the driver for no notifications while the device works on the queue anyway (a hint).
     fn silence(&self, memory: &Memory) -> Result<(), virtio_queue::Error>;
+
+    /// The ring's addresses and indices, to be saved. Only while the device is quiesced.
+    fn state(&self) -> QueueState;
 }
 
 /// A device's queues and guest memory, during one event.
 pub struct Queues<'a> {
     rings: &'a [Arc<dyn Ring>],
     memory: Memory,
+    processed: usize,
 }
 
 impl<'a> Queues<'a> {
     /// A view of `rings` over `memory`; for transports and tests.
     pub fn new(rings: &'a [Arc<dyn Ring>], memory: Memory) -> Self {
-        Self { rings, memory }
+        Self {
+            rings,
+            memory,
+            processed: 0,
+        }
     }
 
     /// Number of queues.
@@ -154,11 +219,10 @@ impl<'a> Queues<'a> {
 
     /// The next available chain of `queue`.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, DeviceError> {
-        let memory = self.memory.clone();
-        self.on(queue, |ring| ring.pop(&memory))
+        self.on(queue, |ring, memory| ring.pop(memory))
     }
 
-    /// The next available chain of `queue`; when there is none, the driver is asked to kick.
+    /// The next available chain of `queue`; when there is none, the driver is asked to notify.
     pub fn pop_or_rearm(&mut self, queue: usize) -> Result<Option<Chain>, DeviceError> {
         loop {
             let chain = self.pop(queue)?;
@@ -168,96 +232,105 @@ impl<'a> Queues<'a> {
         }
     }
 
-    /// Takes back the last [`Queues::pop`] of `queue`.
+    /// Undoes the last [`Queues::pop`] of `queue`.
     pub fn undo_pop(&mut self, queue: usize) -> Result<(), DeviceError> {
         self.ring(queue)?.undo_pop();
         Ok(())
     }
 
-    /// Hands the chain that starts at `head` back to the driver, `len` bytes written.
+    /// Completes the chain that starts at `head`, with `len` bytes written.
     pub fn add_used(&mut self, queue: usize, head: u16, len: u32) -> Result<(), DeviceError> {
-        let memory = self.memory.clone();
-        self.on(queue, |ring| ring.add_used(&memory, head, len))
+        self.on(queue, |ring, memory| ring.add_used(memory, head, len))
     }
 
-    /// Tells the driver about used chains of `queue`, if it asked to be told. Call once per batch.
+    /// Notifies the driver of used chains of `queue`, if it asked for it. Call once per batch.
     pub fn notify(&mut self, queue: usize) -> Result<(), DeviceError> {
-        let memory = self.memory.clone();
-        self.on(queue, |ring| ring.notify(&memory))
+        self.on(queue, |ring, memory| ring.notify(memory))
     }
 
-    /// Asks for kicks on `queue` again; true when there is more to pop already.
+    /// Asks for notifications of `queue` again; true when there is more to pop already.
     pub fn rearm(&mut self, queue: usize) -> Result<bool, DeviceError> {
-        let memory = self.memory.clone();
-        self.on(queue, |ring| ring.rearm(&memory))
+        self.on(queue, |ring, memory| ring.rearm(memory))
     }
 
-    /// Asks the driver not to kick `queue` while the device is popping from it.
+    /// Asks for no notifications of `queue` while the device pops from it.
     pub fn silence(&mut self, queue: usize) -> Result<(), DeviceError> {
-        let memory = self.memory.clone();
-        self.on(queue, |ring| ring.silence(&memory))
+        self.on(queue, |ring, memory| ring.silence(memory))
+    }
+
+    /// Reports `count` units of bulk traffic (frames), from which a transport may decide where the
+    /// device's thread runs.
+    pub fn add_processed(&mut self, count: usize) {
+        self.processed = self.processed.saturating_add(count);
+    }
+
+    /// What [`Queues::add_processed`] was told in this event.
+    pub fn processed(&self) -> usize {
+        self.processed
     }
 
     fn on<T>(
         &self,
         queue: usize,
-        call: impl FnOnce(&dyn Ring) -> Result<T, virtio_queue::Error>,
+        call: impl FnOnce(&dyn Ring, &Memory) -> Result<T, virtio_queue::Error>,
     ) -> Result<T, DeviceError> {
-        call(self.ring(queue)?.as_ref()).map_err(|source| DeviceError::Queue { queue, source })
+        call(self.ring(queue)?.as_ref(), &self.memory)
+            .map_err(|source| DeviceError::Queue { queue, source })
     }
 }
 
-/// Which of a device's `N` first queues the driver was asked to kick, and has not kicked since: asked once is enough, and
-/// while the device is at work on a queue it is asked not to.
+/// Suppression of driver notifications on a device's `N` first queues: they are enabled once when a
+/// queue is empty, and disabled while the device works on it.
 #[derive(Debug)]
-pub struct Kicks<const N: usize>([bool; N]);
+pub struct NotificationState<const N: usize>([bool; N]);
 
-impl<const N: usize> Default for Kicks<N> {
+impl<const N: usize> Default for NotificationState<N> {
     fn default() -> Self {
         Self([false; N])
     }
 }
 
-impl<const N: usize> Kicks<N> {
-    /// The next chain of `queue`. When there is none, the driver is asked to kick.
+impl<const N: usize> NotificationState<N> {
+    /// The next chain of `queue`. When there is none, the driver is asked to notify.
     pub fn pop(
         &mut self,
         queues: &mut Queues<'_>,
         queue: usize,
     ) -> Result<Option<Chain>, DeviceError> {
-        let asked = self
+        let enabled = self
             .0
             .get_mut(queue)
             .ok_or(DeviceError::NoSuchQueue(queue))?;
         loop {
             if let Some(chain) = queues.pop(queue)? {
-                if std::mem::take(asked) {
+                if std::mem::take(enabled) {
                     queues.silence(queue)?;
                 }
                 return Ok(Some(chain));
             }
-            if *asked {
+            if *enabled {
                 return Ok(None);
             }
-            *asked = true;
+            *enabled = true;
             if !queues.rearm(queue)? {
                 return Ok(None);
             }
         }
     }
 
-    /// The driver has kicked, maybe for what is popped by now: then it must be asked again.
-    pub fn came(&mut self, queue: usize) {
-        if let Some(asked) = self.0.get_mut(queue) {
-            *asked = false;
+    /// The driver has notified `queue`, possibly for chains that are popped by now: notifications
+    /// must be enabled again.
+    pub fn on_kick(&mut self, queue: usize) {
+        if let Some(enabled) = self.0.get_mut(queue) {
+            *enabled = false;
         }
     }
 }
 
-/// Where a device says which host descriptors it waits for. Clones mean the same registry.
+/// The host descriptors that a device waits for. Clones are the same registry.
 ///
-/// It is an `epoll` instance of the device's own; the transport waits for it together with the queues' kicks.
-/// Events are level-triggered unless [`EventFlags::ET`] is asked for.
+/// It is an `epoll` instance of the device's own; the transport waits for it together with the
+/// queues' notifications. Events are level-triggered unless [`EventFlags::ET`] is asked for.
 #[derive(Clone, Debug)]
 pub struct EventRegistry {
     epoll: Arc<OwnedFd>,

@@ -1,30 +1,40 @@
 //! virtio-rng: random bytes for the guest, from the host's generator.
 //!
-//! Driven by a transport as every [`Device`]. It gives at most [`MAX_REQUEST`] bytes per request and
-//! [`RATE`] bytes a second, so that a guest cannot spend host processor time here without bound; a
-//! guest's own generator needs a few hundred bytes in its life.
+//! It gives at most [`MAX_REQUEST`] bytes per request and [`RATE`] bytes a second, so that a guest
+//! cannot use host CPU time here without bound. A guest's own generator needs a few hundred bytes
+//! in total.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use hull_device_control::DeviceType;
 use rustix::event::epoll::EventFlags as Interest;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use std::os::fd::OwnedFd;
+use serde::{Deserialize, Serialize};
 use vm_memory::Bytes;
 
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::state::{RestoreError, SaveError, SavedState};
 
 /// The most bytes that one request gets; a driver asks again for more.
 const MAX_REQUEST: usize = 4096;
-/// Bytes a second over time.
+/// Bytes a second, on average.
 const RATE: u64 = 1 << 20;
 /// Bytes that may be given at once after a pause.
 const BURST: u64 = 64 << 10;
 const TIMER: u64 = 0;
 const QUEUE: usize = 0;
+
+/// Version of [`State`].
+const VERSION: u32 = 1;
+
+/// The saved state.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {}
 
 /// The device.
 pub struct Entropy {
@@ -34,7 +44,7 @@ pub struct Entropy {
 }
 
 impl Entropy {
-    /// A device with its full burst to give.
+    /// A device with a full burst.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             timer: timerfd_create(
@@ -59,7 +69,7 @@ impl Entropy {
         }
     }
 
-    /// Come back when there is a budget again.
+    /// Sets the timer for when there is a budget again.
     fn sleep(&self) -> Result<(), DeviceError> {
         let pause = Duration::from_micros(MAX_REQUEST as u64 * 1_000_000 / RATE);
         let when = Itimerspec {
@@ -133,8 +143,8 @@ fn fill(mut bytes: &mut [u8]) -> Result<(), DeviceError> {
 }
 
 impl Device for Entropy {
-    fn device_type(&self) -> u32 {
-        virtio_bindings::virtio_ids::VIRTIO_ID_RNG
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Entropy
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -172,6 +182,23 @@ impl Device for Entropy {
             }),
         }
     }
+
+    /// A request is finished in the event that it came in, or stays in its queue.
+    fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// It has no state worth saving: a restored device begins with a full burst.
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        SavedState::new(DeviceType::Entropy, VERSION, State {})
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state.read::<State>(DeviceType::Entropy, VERSION)?;
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
 }
 
 #[cfg(test)]

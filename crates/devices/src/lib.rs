@@ -1,11 +1,12 @@
 //! Virtio back ends of a sandbox, and the process they run in.
 //!
-//! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`]) implements [`device::Device`] and knows no transport;
-//! [`transport`] drives it. [`device_process`] is the process that holds all back ends of one sandbox, jailed and
-//! served over the protocol of `hull_device_control`.
+//! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`]) implements [`device::Device`]
+//! and knows no transport; a [`transport`] drives it through a [`runner`]. [`state`] is its saved
+//! form. [`device_process`] is the process that holds all back ends of one guest, jailed, and
+//! controlled over the protocol of [`hull_device_control`].
 //!
-//! The process parses bytes that a guest wrote. It opens nothing but descriptors that were handed to it and
-//! what lies beneath them.
+//! The process parses bytes that a guest wrote. It opens nothing but descriptors that were handed
+//! to it and what is beneath them.
 
 pub mod block;
 mod buffers;
@@ -13,7 +14,11 @@ pub mod device;
 pub mod device_process;
 pub mod entropy;
 pub mod fs;
+#[cfg(test)]
+mod lifecycle_tests;
 pub mod net;
+pub mod runner;
+pub mod state;
 #[cfg(test)]
 mod testing;
 pub mod transport;

@@ -1,4 +1,4 @@
-//! A driver for tests: guest memory, virtqueues in it, and requests made by hand, honest or not.
+//! Guests for tests: guest memory, virtqueues in it, and requests made by hand, honest or not.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{Arc, Mutex};
@@ -8,6 +8,7 @@ use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::device::{Chain, Device, DeviceError, EventRegistry, Memory, Queues, Ring};
+use crate::state::QueueState;
 
 pub const MEMORY: usize = 4 << 20;
 pub const NEXT: u16 = 1;
@@ -20,11 +21,16 @@ const BUFFERS: u64 = 0x10_0000;
 /// Address, length, flags, next.
 pub type Descriptor = (u64, u32, u16, u16);
 
-struct TestRing(Mutex<Queue>);
+/// A queue without a transport.
+pub struct TestRing(pub Mutex<Queue>);
 
 impl Ring for TestRing {
     fn pop(&self, memory: &Memory) -> Result<Option<Chain>, Error> {
-        Ok(self.0.lock().unwrap().iter(memory.clone())?.next())
+        let mut queue = self.0.lock().unwrap();
+        if !queue.ready() {
+            return Ok(None);
+        }
+        Ok(queue.iter(memory.clone())?.next())
     }
 
     fn undo_pop(&self) {
@@ -40,27 +46,35 @@ impl Ring for TestRing {
     }
 
     fn rearm(&self, memory: &Memory) -> Result<bool, Error> {
-        self.0.lock().unwrap().enable_notification(memory.as_ref())
+        let mut queue = self.0.lock().unwrap();
+        if !queue.ready() {
+            return Ok(false);
+        }
+        queue.enable_notification(memory.as_ref())
     }
 
-    fn silence(&self, _memory: &Memory) -> Result<(), Error> {
-        Ok(())
+    fn silence(&self, memory: &Memory) -> Result<(), Error> {
+        self.0.lock().unwrap().disable_notification(memory.as_ref())
+    }
+
+    fn state(&self) -> QueueState {
+        QueueState::from(&*self.0.lock().unwrap())
     }
 }
 
-pub struct Driver<D> {
-    pub device: D,
+/// Guest memory with virtqueues in it, and the driver's side of them.
+pub struct Guest {
     pub memory: Memory,
-    events: EventRegistry,
     rings: Vec<Arc<dyn Ring>>,
     available: Vec<u16>,
     used: Vec<u16>,
 }
 
-impl<D: Device> Driver<D> {
-    pub fn new(mut device: D) -> Self {
+impl Guest {
+    /// As many queues as there are sizes; all have `QUEUE_SIZE` entries.
+    pub fn new(sizes: &[u16]) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-        let count = device.queue_sizes().len();
+        let count = sizes.len();
         let rings = (0..count).map(|index| {
             let mut queue = Queue::new(QUEUE_SIZE).unwrap();
             let base = u32::try_from(Self::base(index)).unwrap();
@@ -70,17 +84,28 @@ impl<D: Device> Driver<D> {
             queue.set_ready(true);
             Arc::new(TestRing(Mutex::new(queue))) as Arc<dyn Ring>
         });
-        let rings = rings.collect();
-        let events = EventRegistry::new().unwrap();
-        device.register(events.clone()).unwrap();
         Self {
-            device,
+            rings: rings.collect(),
             memory: Arc::new(memory),
-            events,
-            rings,
             available: vec![0; count],
             used: vec![0; count],
         }
+    }
+
+    pub fn rings(&self) -> &[Arc<dyn Ring>] {
+        &self.rings
+    }
+
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Replaces the device's side of the queues by one that goes on from `states`.
+    pub fn restore_rings(&mut self, states: &[QueueState]) {
+        self.rings = states
+            .iter()
+            .map(|state| Arc::new(TestRing(Mutex::new((*state).try_into().unwrap()))) as _)
+            .collect();
     }
 
     fn base(queue: usize) -> u64 {
@@ -89,13 +114,23 @@ impl<D: Device> Driver<D> {
 
     /// Writes descriptors from number 0 on, and makes the chain at 0 available.
     pub fn offer(&mut self, queue: usize, descriptors: &[Descriptor]) {
+        self.offer_at(queue, 0, descriptors);
+    }
+
+    /// Writes descriptors from number `head` on, which name each other by their distance from it,
+    /// and makes the chain available.
+    pub fn offer_at(&mut self, queue: usize, head: u16, descriptors: &[Descriptor]) {
         let base = Self::base(queue);
-        self.write_table(base, descriptors);
+        let placed: Vec<Descriptor> = descriptors
+            .iter()
+            .map(|(address, length, flags, next)| (*address, *length, *flags, next + head))
+            .collect();
+        self.write_table(base + u64::from(head) * 16, &placed);
         let available = &mut self.available[queue];
         let slot = base + 0x1004 + u64::from(*available % QUEUE_SIZE) * 2;
         *available = available.wrapping_add(1);
         let index = *available;
-        self.memory.write_obj(0u16, GuestAddress(slot)).unwrap();
+        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
         let address = GuestAddress(base + 0x1002);
         self.memory.write_obj(index, address).unwrap();
     }
@@ -115,9 +150,80 @@ impl<D: Device> Driver<D> {
         }
     }
 
+    /// The next used chain, if there is one: head and length.
+    pub fn next_used(&mut self, queue: usize) -> Option<(u16, u32)> {
+        let base = Self::base(queue) + 0x2000;
+        let index: u16 = self.memory.read_obj(GuestAddress(base + 2)).unwrap();
+        let used = &mut self.used[queue];
+        if *used == index {
+            return None;
+        }
+        let slot = base + 4 + u64::from(*used % QUEUE_SIZE) * 8;
+        *used = used.wrapping_add(1);
+        let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
+        let length = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
+        Some((u16::try_from(head).unwrap(), length))
+    }
+
+    /// The length of the next used chain, if there is one.
+    pub fn used(&mut self, queue: usize) -> Option<u32> {
+        self.next_used(queue).map(|(_, length)| length)
+    }
+
+    /// The heads of all chains that were used since the last call.
+    pub fn all_used(&mut self, queue: usize) -> Vec<u16> {
+        std::iter::from_fn(|| self.next_used(queue))
+            .map(|(head, _)| head)
+            .collect()
+    }
+}
+
+/// A device in a guest, called without a runner.
+pub struct Driver<D> {
+    pub device: D,
+    guest: Guest,
+    events: EventRegistry,
+}
+
+impl<D> std::ops::Deref for Driver<D> {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+impl<D> std::ops::DerefMut for Driver<D> {
+    fn deref_mut(&mut self) -> &mut Guest {
+        &mut self.guest
+    }
+}
+
+impl<D: Device> Driver<D> {
+    pub fn new(device: D) -> Self {
+        let guest = Guest::new(device.queue_sizes());
+        Self::in_guest(device, guest)
+    }
+
+    /// A device that takes over a guest from another one.
+    pub fn in_guest(mut device: D, guest: Guest) -> Self {
+        let events = EventRegistry::new().unwrap();
+        device.register(events.clone()).unwrap();
+        Self {
+            device,
+            guest,
+            events,
+        }
+    }
+
+    /// The guest, without the device.
+    pub fn into_guest(self) -> Guest {
+        self.guest
+    }
+
     /// Has the device look at a queue and at its host descriptors.
     pub fn run(&mut self, queue: usize) -> Result<(), DeviceError> {
-        let mut queues = Queues::new(&self.rings, self.memory.clone());
+        let mut queues = Queues::new(&self.guest.rings, self.guest.memory.clone());
         self.device.queue_event(queue, &mut queues)?;
         self.host_events()
     }
@@ -129,7 +235,7 @@ impl<D: Device> Driver<D> {
 
     /// Delivers the events of the device's host descriptors.
     pub fn host_events(&mut self) -> Result<(), DeviceError> {
-        let mut queues = Queues::new(&self.rings, self.memory.clone());
+        let mut queues = Queues::new(&self.guest.rings, self.guest.memory.clone());
         let mut ready = Vec::new();
         self.events.poll(&mut ready).unwrap();
         for (token, flags) in ready {
@@ -138,17 +244,10 @@ impl<D: Device> Driver<D> {
         Ok(())
     }
 
-    /// The length of the next used chain, if there is one.
-    pub fn used(&mut self, queue: usize) -> Option<u32> {
-        let base = Self::base(queue) + 0x2000;
-        let index: u16 = self.memory.read_obj(GuestAddress(base + 2)).unwrap();
-        let used = &mut self.used[queue];
-        if *used == index {
-            return None;
-        }
-        let slot = base + 4 + u64::from(*used % QUEUE_SIZE) * 8;
-        *used = used.wrapping_add(1);
-        Some(self.memory.read_obj(GuestAddress(slot + 4)).unwrap())
+    /// Finishes what is in flight.
+    pub fn quiesce(&mut self) -> Result<(), DeviceError> {
+        let mut queues = Queues::new(&self.guest.rings, self.guest.memory.clone());
+        self.device.quiesce(&mut queues)
     }
 
     /// One honest request with an answer of at most `room` bytes; waits for it.

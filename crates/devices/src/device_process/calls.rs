@@ -101,6 +101,14 @@ pub fn serve(
             Some(vsock) => vsock.drain(reply.on_result()),
             None => reply.send(unavailable(NO_VSOCK)),
         },
+        Call::CutStream { port } => match &targets.vsock {
+            Some(vsock) => vsock.cut(port, reply.on_result()),
+            None => reply.send(unavailable(NO_VSOCK)),
+        },
+        Call::ResetStreams => match &targets.vsock {
+            Some(vsock) => vsock.reset_transport(reply.on_result()),
+            None => reply.send(unavailable(NO_VSOCK)),
+        },
         Call::Connect {
             guest_port,
             host_port,

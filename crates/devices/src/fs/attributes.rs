@@ -74,7 +74,7 @@ impl Server {
     ) -> Result<(), Errno> {
         let handle = named_handle(body)?;
         if header.node == wire::ROOT {
-            // It has no time of birth to tell.
+            // It has no time of birth.
             return Err(Errno::NOSYS);
         }
         let stat = self.status(header.node, handle)?;
@@ -139,12 +139,12 @@ impl Server {
         let kind = self.nodes.kind(header.node)?;
         let fd = self.nodes.open(header.node)?;
 
-        // No change at all is a `chown` too, which touches the time of change and set-id bits. The guest's kernel lets
-        // everybody do that.
+        // No change at all is a `chown` too, which touches the time of change and set-id bits. The
+        // guest's kernel lets everybody do that.
         let known =
             fattr::MODE | fattr::UID | fattr::GID | fattr::SIZE | fattr::ATIME | fattr::MTIME;
         let touch = valid & known == 0 && (header.uid == 0 || stat_fd(&fd)?.stx_uid == header.uid);
-        // Ownership first: it takes set-id bits away that the mode may set again.
+        // Ownership first: changing it clears set-id bits that the mode may set again.
         if valid & (fattr::UID | fattr::GID) != 0 || touch {
             let uid = (valid & fattr::UID != 0).then(|| id(uid)).transpose()?;
             let gid = (valid & fattr::GID != 0).then(|| id(gid)).transpose()?;
@@ -242,12 +242,14 @@ impl Server {
         Ok(())
     }
 
-    /// The path by which the extended attributes of a node are reached: the calls that take descriptors refuse
-    /// those opened as paths. It leads to the very file, also when that is a symbolic link.
+    /// The path by which the extended attributes of a node are reached: the calls that take
+    /// descriptors refuse those opened as paths. It leads to the very file, also when that is a
+    /// symbolic link.
     fn xattr_path(&mut self, node: u64) -> Result<(std::sync::Arc<OwnedFd>, String), Errno> {
         use std::os::fd::AsRawFd;
         if node == wire::ROOT {
-            // It has none, and the guest asks it for access control lists whenever a user passes through.
+            // It has none, and the guest asks for access control lists whenever a user traverses
+            // it.
             return Err(Errno::NODATA);
         }
         let fd = self.nodes.open(node)?;
@@ -346,7 +348,7 @@ fn named_handle(body: &mut Input<'_>) -> Result<Option<u64>, Errno> {
     Ok((flags & wire::GETATTR_FH != 0).then_some(handle))
 }
 
-/// A user or group number; the one that means "none" to the host is no such number.
+/// A user or group number; -1, which means "none" to the host, is not one.
 fn id(id: u32) -> Result<u32, Errno> {
     if id == u32::MAX {
         Err(Errno::INVAL)

@@ -1,8 +1,10 @@
-//! Acting for the guest's user on the host: file ownership, and the set-id bits that a write takes away.
+//! Acting for the guest's user on the host: file ownership, and the set-id bits that a write
+//! clears.
 //!
-//! The guest's kernel has checked permissions already; the host must not check them again with what it knows less of
-//! (supplementary groups, capabilities of user namespaces). So the thread keeps its file capabilities while
-//! its file-system user and group, which new files get, are the guest's.
+//! The guest's kernel has checked permissions already; the host must not check them again, because
+//! it does not know supplementary groups and capabilities in user namespaces. So the thread keeps
+//! its file capabilities while its file-system user and group, which new files get, are the
+//! guest's.
 //!
 //! All of this is per thread. Each change is undone when its guard is dropped.
 #![allow(unsafe_code)]
@@ -37,8 +39,8 @@ impl Credentials {
         Ok(Some(guard))
     }
 
-    /// Until the guard is dropped, the host takes set-user-ID and set-group-ID bits away where it would for an
-    /// ordinary user of group `gid`.
+    /// Until the guard is dropped, the host clears set-user-ID and set-group-ID bits as for an
+    /// unprivileged user of group `gid`.
     pub fn ordinary(&self, gid: u32) -> Result<Option<Ordinary>, Errno> {
         let Some(sets) = self.sets else {
             return Ok(None);
@@ -60,7 +62,8 @@ pub struct Assumed;
 
 impl Drop for Assumed {
     fn drop(&mut self) {
-        // Always allowed: 0 is the thread's real user and group. Capabilities come back with the user.
+        // Always allowed: 0 is the thread's real user and group. Capabilities come back with the
+        // user.
         for call in [libc::SYS_setfsuid, libc::SYS_setfsgid] {
             if set_fs_id(call, 0).is_err() {
                 tracing::error!("cannot return to user 0");
@@ -83,13 +86,13 @@ impl Drop for Ordinary {
     }
 }
 
-/// `setfsuid` or `setfsgid`, which say only on the next call whether they worked.
+/// `setfsuid` or `setfsgid`, which report only on the next call whether they worked.
 fn set_fs_id(call: libc::c_long, id: u32) -> Result<(), Errno> {
     if id == u32::MAX {
         return Err(Errno::INVAL);
     }
-    // SAFETY: these calls take a number and touch no memory. They are made directly because they must change this
-    // thread only.
+    // SAFETY: these calls take a number and touch no memory. They are made directly because they
+    // must change this thread only.
     let current = unsafe {
         libc::syscall(call, id);
         libc::syscall(call, u32::MAX)

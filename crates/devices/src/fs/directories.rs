@@ -1,4 +1,4 @@
-//! Reading directories, with what the guest wants to know of each entry at once if it asks so.
+//! Reading directories, with the attributes of each entry if the guest asks for them.
 
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use super::nodes::{ShareId, device_of, stat_at, stat_fd};
 use super::server::{Handle, Server};
 use super::wire::{self, Header, Input, Reply, dirent_size};
 
-/// The largest reply.
+/// The longest reply.
 const MAX_REPLY: usize = 256 << 10;
 /// The most that is read from the host at once, and the least: the longest entry fits.
 const READ: std::ops::RangeInclusive<usize> = 512..=32 << 10;
@@ -30,7 +30,8 @@ impl Server {
                 Cache::Brief | Cache::Shared => 0,
             };
             let file = file.into();
-            (Handle::Directory { share, file }, flags)
+            let node = header.node;
+            (Handle::Directory { share, node, file }, flags)
         };
         let handle = self.add_handle(handle)?;
         reply.u64(handle);
@@ -53,7 +54,7 @@ impl Server {
             .min(MAX_REPLY)
             + wire::HEADER_OUT;
         let (share, file) = match self.handle_of(handle)? {
-            Handle::Directory { share, file } => (*share, file.clone()),
+            Handle::Directory { share, file, .. } => (*share, file.clone()),
             Handle::Root if header.node == wire::ROOT => {
                 self.list_shares(offset, reply, room, plus);
                 return Ok(());
@@ -78,7 +79,7 @@ impl Server {
         let before_name = if plus { wire::ENTRY_OUT } else { 0 };
         let device = device_of(&stat_fd(file)?);
         rustix::fs::seek(file, SeekFrom::Start(offset))?;
-        // About as much as fills the reply: what is read beyond is read again by the next call.
+        // About as much as fills the reply: entries beyond are read again by the next call.
         let expected = if plus { room / 5 } else { room };
         let mut space =
             vec![MaybeUninit::<u8>::uninit(); expected.clamp(*READ.start(), *READ.end())];
@@ -86,7 +87,7 @@ impl Server {
         while let Some(entry) = entries.next() {
             let entry = match entry {
                 Ok(entry) => entry,
-                // What is in the reply already is good.
+                // The entries that are in the reply already are valid.
                 Err(_) if reply.len() > wire::HEADER_OUT => break,
                 Err(error) => return Err(error),
             };
@@ -103,8 +104,8 @@ impl Server {
                     stat_at(file, name).and_then(|stat| self.entry(share, node, name, &stat, reply))
                 };
                 if looked_up.is_err() {
-                    // The guest takes the name and looks it up itself if it cares. An entry is written in whole or not
-                    // at all.
+                    // The guest gets the name only and looks it up when it needs to. An entry is
+                    // written in whole or not at all.
                     reply.zeros(wire::ENTRY_OUT);
                 }
             }
@@ -130,7 +131,7 @@ impl Server {
             if reply.len() + before_name + dirent_size(name.len()) > room {
                 return;
             }
-            // Without a node: shares are looked up, always.
+            // Without a node: shares are always looked up.
             reply.zeros(before_name);
             let kind = dirent_type(FileType::Directory);
             reply.dirent(inode, index as u64 + 1, kind, name.as_bytes());
@@ -138,7 +139,7 @@ impl Server {
     }
 }
 
-/// The type of a file as directory entries tell it (`DT_REG` and so on).
+/// The type of a file in a directory entry (`DT_REG` and so on).
 fn dirent_type(kind: FileType) -> u32 {
     (kind.as_raw_mode() & 0o170000) >> 12
 }

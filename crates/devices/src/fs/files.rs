@@ -1,4 +1,4 @@
-//! Operations on what is open: reading, writing, and the rest of a file's life.
+//! Operations on open files.
 
 use std::os::fd::AsFd;
 
@@ -10,7 +10,7 @@ use super::wire::{self, Header, Input, Reply};
 use super::work::Work;
 use crate::buffers::{Buffers, Span};
 
-/// Reads from this size on are left to the workers where the host cannot tell whether they are quick.
+/// Reads of this size or more go to the workers where the host cannot tell whether they block.
 const BULK: usize = 32 << 10;
 /// Size of `fuse_read_in` and `fuse_write_in`.
 const TRANSFER_IN: usize = 40;
@@ -28,8 +28,8 @@ impl Server {
         let open = self.file_of(handle)?;
         let mut data = buffers.writable.split_off(wire::HEADER_OUT);
         let count = (size as usize).min(data.remaining());
-        // What is in the host's cache is read at once. What is not would keep this thread from other requests. Where
-        // the host cannot tell (overlayfs), only small reads are taken to be quick.
+        // Data in the host's page cache is read at once; other reads would block this thread. Where
+        // the host cannot tell (overlayfs), only small reads are done here.
         let mut read = Err(Errno::OPNOTSUPP);
         if open.can_poll {
             read = data.read_cached(open.file.as_fd(), count, offset);
@@ -101,7 +101,8 @@ impl Server {
     }
 
     pub(super) fn syncfs(&mut self, header: &Header) -> Result<Work, Errno> {
-        // The guest has one file system for all shares: it names the root and means every share's.
+        // The guest has one file system for all shares: the root means the file systems of all of
+        // them.
         let roots: Vec<u64> = if header.node == wire::ROOT {
             self.shares.values().map(|share| share.root).collect()
         } else {
@@ -129,7 +130,7 @@ impl Server {
             mode,
             offset,
             length,
-            // Here FUSE has no word for it: every user but root is taken to be an ordinary one.
+            // FUSE has no flag for it here: every user but root counts as unprivileged.
             ordinary: (header.uid != 0).then_some(header.gid),
         })
     }
@@ -161,10 +162,10 @@ impl Server {
         let position = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
             Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-            // The guest knows all others itself.
+            // The guest handles all others itself.
             _ => return Err(Errno::INVAL),
         };
-        // The position of the host's descriptor means nothing: every other access says where.
+        // The position of the host's descriptor is not used: every other access is positional.
         reply.u64(rustix::fs::seek(&self.file_of(handle)?.file, position)?);
         Ok(())
     }

@@ -1,25 +1,26 @@
 //! virtio-fs (virtio ID 26): directories of the host in the guest, by FUSE messages.
 //!
-//! The device's root holds the *shares*, one directory each; they are added and removed while the guest runs. In the
-//! guest all of them are one file system, of tag [`TAG`]; inode numbers are told apart by a share's number in their
-//! highest bits. (FUSE could make each share a mount of its own there. But Linux 7.3 forgets on such mounts that the
-//! server takes set-id bits away, and asks for capabilities at each write; and it does not survive unmounting
-//! one while a request for it is under way.)
+//! The device's root holds the *shares*, one directory each; they are added and removed while the
+//! guest runs. In the guest all of them are one file system, of tag [`TAG`]; the highest bits of an
+//! inode number are the share's number. (FUSE could make each share a mount of its own (submounts).
+//! But on these Linux 7.3 forgets HANDLE_KILLPRIV, asks for capabilities at each write, and crashes
+//! when one is unmounted with a request in flight.)
 //!
 //! # Rules
 //!
-//! - Nothing outside a share is ever reached: every step takes one name, links are not followed, `..` is refused.
-//!   Whether a share is read-only is the host mount's affair.
-//! - Only regular files and directories are opened, nothing that could block or act.
-//! - The guest's kernel checks permissions, the host does not again: see [`credentials`].
-//! - What the guest can make this process hold is bounded: files it knows ([`nodes`]), files it has open, the length of
-//!   each message. Memory and descriptors of a fresh device are a few.
-//! - A message that makes no sense is answered with an error; what has no room for an answer is ignored.
+//! - Nothing outside a share is ever reached: every step takes one name, links are not followed,
+//!   `..` is refused. Whether a share is read-only is a property of the host mount.
+//! - Only regular files and directories are opened: no device, pipe or socket.
+//! - The guest's kernel checks permissions; the host does not check them again: see
+//!   [`credentials`].
+//! - What the guest can make this process hold is bounded: files it knows ([`nodes`]), files it has
+//!   open, the length of each message.
+//! - An invalid message is answered with an error; one without room for an answer is ignored.
 //!
 //! # Who calls
 //!
-//! A transport drives [`Fs`] through [`Device`] on one thread, which owns all state. [`Shares`] is how other threads
-//! add and remove shares. Slow operations go to [`work`].
+//! A transport drives [`Fs`] through [`Device`] on one thread, which owns all state. Other threads
+//! add and remove shares through [`Shares`]. Slow operations go to [`work`].
 
 mod attributes;
 mod credentials;
@@ -29,6 +30,7 @@ mod names;
 mod nodes;
 mod server;
 mod slab;
+mod state;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -39,20 +41,21 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use hull_device_control::Cache;
+use hull_device_control::{Cache, DeviceType};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::buffers::Buffers;
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::state::{RestoreError, SaveError, SavedState};
 use server::{Outcome, Server};
 use work::{Job, Workers};
 
 /// The tag under which the guest mounts the device.
 pub const TAG: &str = "hull";
 
-/// For forgetting, and for everything else.
+/// The hiprio queue (FUSE_FORGET) and the request queue.
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const WAKE: u64 = 0;
 /// Commands that the device has not taken yet.
@@ -61,16 +64,16 @@ const MAX_COMMANDS: usize = 256;
 /// Why a share was not added or removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ShareError {
-    /// There is one of this name.
+    /// There is a share of this name.
     #[error("there is a share of this name already")]
     Exists,
-    /// There is none of this name.
+    /// There is no share of this name.
     #[error("there is no share of this name")]
     Missing,
     /// Not a name that a directory can have, or one that begins with a dot.
     #[error("not a usable name")]
     Name,
-    /// What was given is not a directory.
+    /// The descriptor is not a directory.
     #[error("not a directory")]
     NotDirectory,
     /// The device has not taken earlier commands yet, or has stopped.
@@ -93,7 +96,7 @@ impl From<Errno> for ShareError {
     }
 }
 
-/// Takes the answer to a command, on the device's thread or the caller's own.
+/// Called with the result of a command, on the device's thread or the caller's own.
 pub type Done = Box<dyn FnOnce(Result<(), ShareError>) + Send>;
 
 enum Change {
@@ -120,7 +123,7 @@ impl Shares {
         self.command(name, Change::Add(directory, cache), done);
     }
 
-    /// Takes a share away, and closes every descriptor on it before `done` is called.
+    /// Removes a share, and closes every descriptor on it before `done` is called.
     pub fn remove(&self, name: &str, done: Done) {
         self.command(name, Change::Remove, done);
     }
@@ -134,7 +137,7 @@ impl Shares {
         match self.commands.try_send(command) {
             Ok(()) => {
                 if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
-                    // It is readable already then.
+                    // It fails only when it is readable already.
                     tracing::debug!(%error, "fs event descriptor");
                 }
             }
@@ -154,8 +157,8 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// A device without shares, and the handle that adds them. How many files it keeps open goes by the process's
-    /// limit of open files now.
+    /// A device without shares, and the handle that adds them. The process's limit of open files,
+    /// at this time, decides how many files it keeps open.
     pub fn new() -> io::Result<(Self, Shares)> {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         let server = Server::new(usize::try_from(limit).unwrap_or(usize::MAX).min(1 << 20))?;
@@ -184,8 +187,8 @@ impl Fs {
 }
 
 impl Device for Fs {
-    fn device_type(&self) -> u32 {
-        virtio_bindings::virtio_ids::VIRTIO_ID_FS
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Fs
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -252,7 +255,22 @@ impl Device for Fs {
         Ok(())
     }
 
+    fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        self.workers.finish();
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        state::save(&mut self.server)
+    }
+
+    /// The shares must have been added before, under the names that they had.
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state::restore(&mut self.server, state)
+    }
+
     fn reset(&mut self) {
+        self.workers.discard();
         self.server.reset();
     }
 }

@@ -1,4 +1,4 @@
-//! Operations on names: finding, making, moving and removing files.
+//! Operations on names: lookup, create, rename, remove.
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
@@ -12,8 +12,8 @@ use super::nodes::{ShareId, stat_fd};
 use super::server::{Handle, OpenFile, Server, descriptor_name, write_entry};
 use super::wire::{self, Header, Input, Reply};
 
-/// What the guest may choose of how a file is opened. `O_DIRECT` is left out: its rules on addresses are those of the
-/// host's storage, which the guest cannot know.
+/// The open flags that the guest may choose. `O_DIRECT` is left out: its rules on addresses are
+/// those of the host's storage, which the guest cannot know.
 const OPEN_FLAGS: OFlags = OFlags::ACCMODE
     .union(OFlags::APPEND)
     .union(OFlags::TRUNC)
@@ -43,7 +43,7 @@ impl Server {
                 if share.cache == Cache::Shared {
                     return Err(Errno::NOENT);
                 }
-                // An entry without a node: the guest may remember that there is nothing.
+                // An entry without a node: the guest may cache that the name does not exist.
                 reply.u64(0);
                 reply.u64(0);
                 reply.u64(share.attribute_validity().as_secs());
@@ -65,13 +65,13 @@ impl Server {
         // Its node is there already; this counts the lookup.
         let known = self.nodes.remember(&stat, id, wire::ROOT, c"")?;
         let share = self.shares.get(&id).ok_or(Errno::STALE)?;
-        // Asked for each time: another share may come to have this name.
+        // Looked up each time: another share may get this name.
         let (attributes, never) = (share.attributes(&stat), Duration::ZERO);
         write_entry(reply, known, &attributes, never, never);
         Ok(())
     }
 
-    /// Replies with what `name` stands for now; its node.
+    /// Replies with the current entry of `name`; returns its node.
     fn entry_at(
         &mut self,
         share: ShareId,
@@ -84,7 +84,8 @@ impl Server {
         self.entry(share, parent, name, &stat, reply)
     }
 
-    /// Runs `make`, which makes `name` in a directory for the guest's user, and replies with what is there then.
+    /// Runs `make`, which creates `name` in a directory as the guest's user, and replies with its
+    /// entry.
     fn make(
         &mut self,
         header: &Header,
@@ -277,7 +278,7 @@ impl Server {
         self.set_umask(umask);
         let made = {
             let _assumed = self.credentials.assume(header.uid, header.gid)?;
-            // Exclusively, so that nothing that is there is opened, whatever it is.
+            // Exclusively, so that no existing file is opened.
             let how = open_flags(flags) | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             rustix::fs::openat(&directory, name, how - OFlags::TRUNC, permissions(mode))
         };
@@ -285,21 +286,22 @@ impl Server {
             Ok(file) => {
                 let stat = stat_fd(&file)?;
                 let node = self.entry(share, header.node, name, &stat, reply)?;
-                let opened = self.opened(share, file, reply);
+                let opened = self.opened(share, node, flags, file, reply);
                 self.forget_unless(node, opened)
             }
             Err(Errno::EXIST) if !exclusive => {
                 let node = self.entry_at(share, &directory, header.node, name, reply)?;
                 let opened = self
                     .open_node(header, node, flags, kill)
-                    .and_then(|file| self.opened(share, file, reply));
+                    .and_then(|file| self.opened(share, node, flags, file, reply));
                 self.forget_unless(node, opened)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Takes back the lookup that an entry counted when the rest of the operation failed: the guest gets no entry then.
+    /// Undoes the lookup that an entry counted when the rest of the operation failed, because the
+    /// guest gets no entry then.
     fn forget_unless(&mut self, node: u64, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_err() {
             self.nodes.forget(node, 1);
@@ -324,13 +326,13 @@ impl Server {
             rustix::fs::openat(&directory, c".", how, permissions(mode))?
         };
         let stat = stat_fd(&file)?;
-        // It has no place: the descriptor is all there is.
+        // It has no place: it is reached by its descriptor only.
         let path = self.reopen(&file, OFlags::PATH)?;
         let node = self.entry(share, header.node, c"", &stat, reply)?;
         let opened = self
             .nodes
             .pin(node, Some(path))
-            .and_then(|()| self.opened(share, file, reply));
+            .and_then(|()| self.opened(share, node, flags, file, reply));
         self.forget_unless(node, opened)
     }
 
@@ -343,7 +345,7 @@ impl Server {
         let (flags, kill) = (body.u32()?, body.u32()?);
         let share = self.nodes.share(header.node)?;
         let file = self.open_node(header, header.node, flags, kill)?;
-        self.opened(share, file, reply)
+        self.opened(share, header.node, flags, file, reply)
     }
 
     /// Opens a regular file, never anything else.
@@ -371,10 +373,19 @@ impl Server {
     }
 
     /// Writes `fuse_open_out` for a file that was just opened.
-    fn opened(&mut self, share: ShareId, file: OwnedFd, reply: &mut Reply) -> Result<(), Errno> {
+    fn opened(
+        &mut self,
+        share: ShareId,
+        node: u64,
+        flags: u32,
+        file: OwnedFd,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
         let cache = self.shares.get(&share).ok_or(Errno::STALE)?.cache;
         let handle = self.add_handle(Handle::File(OpenFile {
             share,
+            node,
+            flags: open_flags(flags) - OFlags::TRUNC,
             file: file.into(),
             can_poll: true,
         }))?;
@@ -386,6 +397,11 @@ impl Server {
         reply.u32(0);
         Ok(())
     }
+}
+
+/// How a file that was opened with `flags` is opened again.
+pub(super) fn reopen_flags(flags: OFlags) -> OFlags {
+    flags & (OPEN_FLAGS - OFlags::TRUNC)
 }
 
 fn permissions(mode: u32) -> Mode {

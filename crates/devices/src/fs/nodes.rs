@@ -1,14 +1,15 @@
-//! The files that the guest knows ("nodes"): what they are on the host, and how to get hold of them.
+//! The files that the guest knows ("nodes"): their identity on the host, and how to open them.
 //!
-//! A node is a host file, known by share, mount, device, inode and kind. (Not by its time of birth, which changes
-//! when overlayfs copies a file up.) Where the guest found it (its
-//! parent node and name) is kept up to date through the guest's own renames. A descriptor (`O_PATH`) is opened
-//! when one is needed and kept in a bounded cache: a guest may know far more files than a process may
-//! have open. A closed node is opened again by its place, step by step from a parent that is open, and must prove to be
-//! the same file; otherwise the answer is `ESTALE`, on which the guest looks the name up again.
+//! A node is a host file, known by share, mount, device, inode and kind. (Not by its time of birth,
+//! which changes when overlayfs copies a file up.) Where the guest found it (its parent node and
+//! name) is kept up to date through the guest's own renames. A descriptor (`O_PATH`) is opened when
+//! one is needed and kept in a bounded cache: a guest may know far more files than a process may
+//! have open. A closed node is reopened by its place, step by step from a parent that is open, and
+//! must be the same file; otherwise the answer is `ESTALE`, on which the guest looks the name up
+//! again.
 //!
-//! A node whose place is about to vanish (the guest removes or replaces the name) is opened before and kept open for
-//! as long as the guest knows it.
+//! A node whose place is about to disappear (the guest removes or replaces the name) is opened
+//! before and kept open for as long as the guest knows it.
 //!
 //! Nothing here follows a symbolic link or takes more than one step of a path at a time.
 
@@ -23,14 +24,17 @@ use rustix::io::Errno;
 use super::slab::Slab;
 use super::wire;
 
-/// Number of a share, never used again.
+pub mod persist;
+
+/// Number of a share, never reused.
 pub type ShareId = u32;
 
 /// The most nodes there can be; a guest of 32 GiB does not keep so many in its caches.
 const MAX_NODES: usize = 8 << 20;
-/// Steps from a node to one that is open; more are a loop, or a path that the host could not walk either.
+/// Steps from a node to one that is open; more are a loop, or a path that the host could not walk
+/// either.
 const MAX_DEPTH: usize = 4096;
-/// Node numbers start behind the root's.
+/// Node numbers start after the root's.
 const FIRST: u64 = wire::ROOT + 1;
 
 /// Which host file a node is.
@@ -57,18 +61,18 @@ impl Key {
 
 struct Node {
     key: Key,
-    /// What the guest has to forget.
+    /// Number of lookups that the guest has to forget.
     lookups: u64,
-    /// Nodes whose place is in this one, and the share whose root it is.
+    /// Number of nodes whose place is in this one, plus one if it is the root of a share.
     holders: u32,
     parent: u64,
     name: CString,
     fd: Option<Arc<OwnedFd>>,
-    /// The place is not to be relied on: the descriptor stays.
+    /// The place is not reliable: the descriptor stays open.
     pinned: bool,
     /// Used since the cache was last swept over it.
     recent: bool,
-    /// Tells users of one number apart.
+    /// Distinguishes nodes that had the same number.
     generation: u64,
 }
 
@@ -76,8 +80,8 @@ struct Node {
 pub struct Nodes {
     nodes: Slab<Node>,
     by_key: HashMap<Key, u32>,
-    /// Nodes with a descriptor that is not pinned, in the order in which the sweep comes to them. May name nodes that
-    /// have gone since.
+    /// Nodes with a descriptor that is not pinned, in the order in which the sweep comes to them.
+    /// May name nodes that have gone since.
     cached: VecDeque<u32>,
     cache_limit: usize,
     pinned: usize,
@@ -85,7 +89,7 @@ pub struct Nodes {
     generation: u64,
 }
 
-/// What [`Nodes::remember`] tells of a node.
+/// What [`Nodes::remember`] returns of a node.
 #[derive(Debug, Clone, Copy)]
 pub struct Known {
     pub id: u64,
@@ -93,7 +97,7 @@ pub struct Known {
 }
 
 impl Nodes {
-    /// An empty table that keeps about `cache_limit` descriptors for speed and at most `pin_limit` by need.
+    /// An empty table that caches about `cache_limit` descriptors and pins at most `pin_limit`.
     pub fn new(cache_limit: usize, pin_limit: usize) -> Self {
         Self {
             nodes: Slab::new(),
@@ -106,7 +110,8 @@ impl Nodes {
         }
     }
 
-    /// The node of the file `name` in `parent` whose status is `stat`, and one more lookup of it by the guest.
+    /// The node of the file `name` in `parent` whose status is `stat`, and one more lookup of it by
+    /// the guest.
     pub fn remember(
         &mut self,
         stat: &Statx,
@@ -252,7 +257,7 @@ impl Nodes {
         }
     }
 
-    /// Closes descriptors that were not used lately until `target` are left.
+    /// Closes descriptors that were not used recently until `target` are left.
     fn shrink(&mut self, target: usize) {
         // Each is passed over at most once, so this ends.
         let mut chances = self.cached.len();
@@ -296,7 +301,7 @@ impl Nodes {
         }
     }
 
-    /// Keeps a node open from now on, with `fd` if it is given.
+    /// Keeps a node open, with `fd` if it is given.
     pub fn pin(&mut self, id: u64, fd: Option<OwnedFd>) -> Result<(), Errno> {
         if self.get(id).ok_or(Errno::STALE)?.pinned {
             return Ok(());
@@ -315,8 +320,8 @@ impl Nodes {
         Ok(())
     }
 
-    /// The guest is about to take `name` out of `parent`, whose file has the status `stat`. The node that was pinned for
-    /// that, if any.
+    /// The guest is about to take `name` out of `parent`, whose file has the status `stat`. The
+    /// node that was pinned for that, if any.
     pub fn leaving(
         &mut self,
         share: ShareId,
@@ -332,12 +337,13 @@ impl Nodes {
         }
         match self.pin(id, None) {
             Ok(()) => Some(id),
-            // The guest may lose sight of a file that it has removed; that must not keep it from removing files.
+            // The guest may lose access to a file that it has removed; that must not keep it from
+            // removing files.
             Err(_) => None,
         }
     }
 
-    /// Undoes [`Nodes::pin`]: the node's place is good after all.
+    /// Undoes [`Nodes::pin`]: the node's place is reliable after all.
     pub fn unpin(&mut self, id: u64) {
         let Some(index) = Self::index(id) else {
             return;
@@ -372,7 +378,7 @@ impl Nodes {
             id: FIRST + u64::from(index),
             generation: node.generation,
         };
-        // The root of a share is nowhere, also when the host has a way around to it.
+        // The root of a share has no place, even if the host's mounts lead back to it.
         if node.parent == wire::ROOT {
             return Ok(known);
         }
@@ -413,7 +419,7 @@ impl Nodes {
         self.drop_unused(id);
     }
 
-    /// Drops a node that nobody needs, and then its parents.
+    /// Drops a node that is not used, and then its parents.
     fn drop_unused(&mut self, mut id: u64) {
         while let Some(index) = Self::index(id)
             && let Some(node) = self.nodes.get(index)
@@ -490,7 +496,7 @@ pub fn stat_at(directory: impl AsFd, name: &CStr) -> Result<Statx, Errno> {
     rustix::fs::statx(directory, name, flags, STATUS)
 }
 
-/// A descriptor of `name` in `directory` that stands for it but does not open it.
+/// An `O_PATH` descriptor of `name` in `directory`.
 fn open_path(directory: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(directory, name, flags, Mode::empty())

@@ -1,7 +1,7 @@
-//! Answers FUSE messages: decoding, which operation, encoding. The operations themselves are in [`names`], [`files`],
+//! Serves FUSE messages: decoding, dispatch, encoding. The operations are in [`names`], [`files`],
 //! [`attributes`] and [`directories`], as further methods of [`Server`].
 //!
-//! One thread owns all of it. Operations that may take long are not executed but handed back as [`Work`] for the
+//! One thread owns all of it. Operations that may take long are returned as [`Work`] for the
 //! device's workers.
 //!
 //! [`names`]: super::names
@@ -26,12 +26,14 @@ use super::wire::{self, Attributes, Header, Input, Reply, init};
 use super::work::Work;
 use crate::buffers::Buffers;
 
-/// The longest body of a message besides the data of a write: the largest extended attribute and its name.
+/// The longest body of a message besides the data of a write: the largest extended attribute and
+/// its name.
 const MAX_BODY: usize = 68 << 10;
 /// Bytes of one read or write.
 const MAX_TRANSFER: u32 = 1 << 20;
 const PAGE: u32 = 4096;
-/// Shorter than what could tell the difference: to start a program takes longer. Long enough for many files.
+/// Short: starting a program takes longer, so it sees what the host has changed before. Long enough
+/// for many files of one directory.
 const MOMENT: Duration = Duration::from_millis(10);
 
 /// A directory of the host in the device's root.
@@ -40,19 +42,19 @@ pub struct Share {
     pub root: u64,
     pub cache: Cache,
     /// Number of the host's device that the root is on.
-    device: u64,
-    /// Tells its inode numbers from other shares'.
-    salt: u64,
+    pub(super) device: u64,
+    /// Distinguishes its inode numbers from those of other shares.
+    pub(super) salt: u64,
 }
 
 impl Share {
-    /// An inode number for the guest, which sees one device where the host has several: numbers of other shares and of
-    /// other devices within a share must not look like those of the same file.
+    /// An inode number for the guest, which sees one device where the host has several: numbers of
+    /// other shares and of other devices within a share must not look like those of the same file.
     pub fn inode(&self, device: u64, inode: u64) -> u64 {
         let foreign = if device == self.device {
             0
         } else {
-            // Any number that differs from device to device, and is not 0.
+            // A hash of the device number that is not 0.
             device.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52 | 1
         };
         inode ^ (self.salt ^ foreign) << 48
@@ -66,10 +68,10 @@ impl Share {
         }
     }
 
-    /// How long the guest may take a name in it for true, for a file of this mode.
+    /// Cache validity of a name, for a file of this mode.
     ///
-    /// What the host may change is asked for each time it is used by name. But not each directory on the way to it:
-    /// that would be a request for every part of every path.
+    /// A file that the host may change is looked up each time it is used by name. Directories on
+    /// its path are not: that would be a request for every component of every path.
     pub fn name_validity(&self, mode: u32) -> Duration {
         match self.cache {
             Cache::Shared if mode & 0o170000 != 0o040000 => Duration::ZERO,
@@ -77,8 +79,8 @@ impl Share {
         }
     }
 
-    /// How long the guest may take attributes for true. A name that is asked for brings them along, so in a share that
-    /// the host may change this is about directories and about files that are open.
+    /// Cache validity of attributes. A lookup returns them as well, so in a share that the host may
+    /// change this matters for directories and open files only.
     pub fn attribute_validity(&self) -> Duration {
         match self.cache {
             Cache::Private => Duration::from_secs(86_400),
@@ -93,6 +95,7 @@ pub enum Handle {
     File(OpenFile),
     Directory {
         share: ShareId,
+        node: u64,
         file: Arc<OwnedFd>,
     },
     /// The device's root.
@@ -102,6 +105,9 @@ pub enum Handle {
 /// A file that the guest has open.
 pub struct OpenFile {
     pub share: ShareId,
+    pub node: u64,
+    /// With which it was opened, and would be opened again.
+    pub flags: OFlags,
     pub file: Arc<OwnedFd>,
     /// Whether reads can be tried without waiting (`RWF_NOWAIT`).
     pub can_poll: bool,
@@ -119,24 +125,25 @@ pub enum Outcome {
 pub struct Server {
     pub(super) nodes: Nodes,
     pub(super) shares: BTreeMap<ShareId, Share>,
-    next_share: ShareId,
+    pub(super) next_share: ShareId,
     pub(super) handles: Slab<Handle>,
-    handle_limit: usize,
+    pub(super) handle_limit: usize,
     pub(super) credentials: Credentials,
     umask: Option<u32>,
-    /// `/proc/self/fd`, through which descriptors are opened anew.
+    /// `/proc/self/fd`, through which descriptors are reopened.
     pub(super) descriptors: OwnedFd,
     body: Vec<u8>,
     reply: Reply,
 }
 
 impl Server {
-    /// A file system without shares, for a process that may have `descriptor_limit` descriptors open.
+    /// A file system without shares, for a process that may have `descriptor_limit` descriptors
+    /// open.
     pub fn new(descriptor_limit: usize) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Self {
-            // An eighth for speed, an eighth for files without a name, most for what the guest has open, and an eighth for
-            // the rest of the process.
+            // An eighth for the cache, an eighth for files without a name, an eighth for the rest
+            // of the process, and the others for files that the guest has open.
             nodes: Nodes::new((descriptor_limit / 8).min(8 << 10), descriptor_limit / 8),
             handle_limit: descriptor_limit / 8 * 5,
             shares: BTreeMap::new(),
@@ -150,7 +157,8 @@ impl Server {
         })
     }
 
-    /// Adds a directory to the root. A name that is taken is an error (`EEXIST`), as is a bad one (`EINVAL`).
+    /// Adds a directory to the root. A name that is taken is an error (`EEXIST`), as is a bad one
+    /// (`EINVAL`).
     pub fn add_share(&mut self, name: &str, directory: OwnedFd, cache: Cache) -> Result<(), Errno> {
         if name.is_empty()
             || name.len() > 255
@@ -174,14 +182,19 @@ impl Server {
             root,
             cache,
             device: device_of(&stat),
-            // The first share's numbers are the host's, for old programs that take no more than 32 bits.
-            salt: u64::from(id % (1 << 15)),
+            salt: Self::salt(id),
         };
         self.shares.insert(id, share);
         Ok(())
     }
 
-    /// Takes a share away, with every descriptor on it.
+    /// What distinguishes the inode numbers of a share. The first share's are the host's, for old
+    /// programs that take no more than 32 bits.
+    pub(super) fn salt(id: ShareId) -> u64 {
+        u64::from(id % (1 << 15))
+    }
+
+    /// Removes a share, and closes every descriptor on it.
     pub fn remove_share(&mut self, name: &str) -> Result<(), Errno> {
         let id = self
             .shares
@@ -190,7 +203,8 @@ impl Server {
             .ok_or(Errno::NOENT)?;
         self.shares.remove(&id);
         self.nodes.remove_share(id);
-        // The guest's handles stay known, so that their numbers are not given out again, but lead nowhere.
+        // The guest's handles keep their numbers, so that these are not reused, but refer to no
+        // file.
         for handle in self.handles.iter_mut() {
             match handle {
                 Handle::File(OpenFile { share, .. }) | Handle::Directory { share, .. }
@@ -204,7 +218,7 @@ impl Server {
         Ok(())
     }
 
-    /// The driver has gone; a next one starts from nothing.
+    /// The driver has reset the device: the next one starts without files.
     pub fn reset(&mut self) {
         self.handles = Slab::new();
         self.nodes.clear();
@@ -247,7 +261,7 @@ impl Server {
             wire::WRITE => return self.write(header, buffers, reply),
             _ => {}
         }
-        // Without room for an answer only messages that have none are obeyed.
+        // Without room for an answer, only messages that have none are served.
         let one_way = matches!(
             header.opcode,
             wire::FORGET | wire::BATCH_FORGET | wire::INTERRUPT
@@ -323,7 +337,8 @@ impl Server {
             wire::READDIR => self.readdir(header, body, reply, room, false),
             wire::READDIRPLUS => self.readdir(header, body, reply, room, true),
             wire::IOCTL => Err(Errno::NOTTY),
-            // Among them FLUSH, whose absence spares a round trip at each close: locks are the guest's own affair.
+            // Among them FLUSH, whose absence saves a round trip at each close: the guest keeps its
+            // own locks.
             _ => Err(Errno::NOSYS),
         }?;
         Ok(Answer::Reply)
@@ -336,7 +351,7 @@ impl Server {
         reply.u32(wire::MAJOR);
         reply.u32(wire::MINOR);
         if major != wire::MAJOR {
-            // The guest tries again with a version that both know.
+            // The guest tries again with a version that both support.
             return Ok(());
         }
         let mut offered = u64::from(flags);
@@ -361,7 +376,7 @@ impl Server {
         let agreed = wanted & offered;
         reply.u32(readahead);
         reply.u32(agreed as u32);
-        // Requests that nobody in the guest waits for: readahead and delayed writes.
+        // Limits of background requests: readahead and delayed writes.
         reply.u16(64);
         reply.u16(48);
         reply.u32(MAX_TRANSFER);
@@ -376,7 +391,7 @@ impl Server {
 
     fn batch_forget(&mut self, body: &mut Input<'_>) {
         let Ok(count) = body.u32() else { return };
-        // Padding; what is missing of it ends the loop below.
+        // Padding. If it is missing, the loop below ends at once.
         let _ = body.u32();
         // Ends with the body at the latest.
         for _ in 0..count {
@@ -393,10 +408,10 @@ impl Server {
         Ok((id, self.shares.get(&id).ok_or(Errno::STALE)?))
     }
 
-    /// A directory that the guest names as parent, to act in.
+    /// A directory of a share that the guest names as parent.
     pub(super) fn directory(&mut self, node: u64) -> Result<(ShareId, Arc<OwnedFd>), Errno> {
         if node == wire::ROOT {
-            // Shares come and go by the host's will only.
+            // Only the host adds and removes shares.
             return Err(Errno::ROFS);
         }
         if self.nodes.kind(node)? != rustix::fs::FileType::Directory {
@@ -405,7 +420,7 @@ impl Server {
         Ok((self.nodes.share(node)?, self.nodes.open(node)?))
     }
 
-    /// Opens what `fd` (`O_PATH`) stands for.
+    /// Opens the file that `fd` (`O_PATH`) refers to.
     pub(super) fn reopen(&self, fd: &OwnedFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let mut name = [0; 12];
         let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -434,8 +449,7 @@ impl Server {
         Ok(known.id)
     }
 
-    /// From now on new files get what `umask` leaves of their mode. The thread that serves this file system is the only
-    /// one of the process that makes files.
+    /// Sets the umask for new files. Only this thread of the process creates files.
     pub(super) fn set_umask(&mut self, umask: u32) {
         if self.umask != Some(umask) {
             rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
@@ -443,7 +457,7 @@ impl Server {
         }
     }
 
-    /// Adds a handle; its number.
+    /// Adds a handle; returns its number.
     pub(super) fn add_handle(&mut self, handle: Handle) -> Result<u64, Errno> {
         let limit = self.handle_limit;
         self.handles
@@ -492,7 +506,7 @@ fn send(
 ) -> Outcome {
     let bytes = reply.finish(unique, result);
     if bytes.len() > buffers.writable.remaining() {
-        // The driver gave less room than the answer takes: it gets an error instead.
+        // The answer does not fit: the driver gets an error instead.
         let bytes = reply.finish(unique, Err(Errno::INVAL));
         return Outcome::Done(buffers.writable.copy_from(bytes));
     }

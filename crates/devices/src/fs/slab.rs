@@ -1,6 +1,6 @@
 //! A table whose entries keep their number until they are removed.
 
-/// Values by number. Numbers of removed values are used again.
+/// Values by number. Numbers of removed values are reused.
 pub struct Slab<T> {
     entries: Vec<Option<T>>,
     free: Vec<u32>,
@@ -12,6 +12,31 @@ impl<T> Slab<T> {
             entries: Vec::new(),
             free: Vec::new(),
         }
+    }
+
+    /// A table of values with their numbers, which must be in rising order and below `limit`.
+    pub fn from_entries(entries: impl IntoIterator<Item = (u32, T)>, limit: usize) -> Option<Self> {
+        let mut slab = Self::new();
+        for (index, value) in entries {
+            let index_usize = usize::try_from(index).ok()?;
+            if index_usize < slab.entries.len() || index_usize >= limit {
+                return None;
+            }
+            for free in slab.entries.len()..index_usize {
+                // Below `index`, which is a `u32`.
+                slab.free.push(free as u32);
+                slab.entries.push(None);
+            }
+            slab.entries.push(Some(value));
+        }
+        Some(slab)
+    }
+
+    /// All values with their numbers, in rising order.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        (0..)
+            .zip(&self.entries)
+            .filter_map(|(index, entry)| Some((index, entry.as_ref()?)))
     }
 
     /// Number of values.
@@ -52,7 +77,7 @@ impl<T> Slab<T> {
         self.entries.iter_mut().flatten()
     }
 
-    /// Removes the values that `keep` says no to.
+    /// Keeps only the values for which `keep` is true.
     pub fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         for (index, entry) in self.entries.iter_mut().enumerate() {
             if entry.as_ref().is_some_and(|value| !keep(value)) {

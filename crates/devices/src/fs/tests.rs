@@ -16,6 +16,8 @@ use super::wire::{self, fattr};
 use super::*;
 use crate::testing::{Driver, hostile_chains};
 
+mod saving;
+
 const REQUESTS: usize = 1;
 const ROOM: usize = 64 << 10;
 

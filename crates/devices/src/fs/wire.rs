@@ -1,7 +1,8 @@
-//! The FUSE wire format (`linux/fuse.h`, 7.41): numbers, and bounded reading and writing of messages.
+//! The FUSE wire format (`linux/fuse.h`, 7.41): numbers, and bounded reading and writing of
+//! messages.
 //!
-//! Nothing here acts on files. What is read was written by the guest: every access is checked, and too short a
-//! message is `EINVAL`.
+//! Nothing here acts on files. What is read was written by the guest: every access is checked, and
+//! too short a message is `EINVAL`.
 
 use std::ffi::CStr;
 
@@ -137,7 +138,7 @@ impl Header {
     }
 }
 
-/// What `fuse_attr` tells of a file.
+/// The content of `fuse_attr`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attributes {
     pub inode: u64,
@@ -149,7 +150,7 @@ pub struct Attributes {
     pub links: u32,
     pub uid: u32,
     pub gid: u32,
-    /// What a device file stands for, encoded.
+    /// The encoded device number of a device file.
     pub device: u32,
     pub block_size: u32,
 }
@@ -200,7 +201,7 @@ impl<'a> Input<'a> {
         Ok(string)
     }
 
-    /// A string that is one name in a directory: no way up, sideways or down.
+    /// A string that is one name in a directory: not `.` or `..`, and without a slash.
     pub fn name(&mut self) -> Result<&'a CStr, Errno> {
         let name = self.string()?;
         match name.to_bytes() {
@@ -211,7 +212,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// A reply in the making; the header comes first and is filled in last.
+/// A reply under construction; the header comes first and is filled in last.
 #[derive(Default)]
 pub struct Reply(Vec<u8>);
 

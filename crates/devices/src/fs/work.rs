@@ -1,13 +1,15 @@
-//! Operations that may take long, on threads of their own: the device answers other requests meanwhile.
+//! Operations that may take long, on threads of their own: the device answers other requests
+//! meanwhile.
 //!
-//! Workers are started when there is work and none is free, up to [`MAX_WORKERS`], and stay. A worker knows nothing of
-//! the file system: it gets descriptors and completes the request itself.
+//! Workers are started when there is work and none is free, up to [`MAX_WORKERS`], and stay. A
+//! worker does not know the file system: it gets descriptors and completes the request itself. The
+//! device waits for all of them when it is quiesced ([`Workers::finish`]) or reset
+//! ([`Workers::discard`]).
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
@@ -39,7 +41,7 @@ pub enum Work {
         mode: u32,
         offset: u64,
         length: u64,
-        /// Take set-id bits away as for an ordinary user of this group.
+        /// Clear set-id bits as for an unprivileged user of this group.
         ordinary: Option<u32>,
     },
     Copy {
@@ -48,9 +50,12 @@ pub enum Work {
         to: Arc<OwnedFd>,
         to_offset: u64,
         length: u64,
-        /// Take set-id bits away as for an ordinary user of this group.
+        /// Clear set-id bits as for an unprivileged user of this group.
         ordinary: Option<u32>,
     },
+    /// Runs until the other end sends or is dropped.
+    #[cfg(test)]
+    Wait(std::sync::mpsc::Receiver<()>),
 }
 
 /// One request to be completed.
@@ -62,37 +67,66 @@ pub struct Job {
     pub work: Work,
 }
 
-/// The threads, and what waits for them.
+/// The threads, and the jobs that wait for them.
 pub struct Workers {
-    jobs: Sender<Job>,
-    queue: Arc<Mutex<Receiver<Job>>>,
-    /// Jobs that are waiting or being worked on.
-    pending: Arc<AtomicUsize>,
+    shared: Arc<Shared>,
     threads: usize,
+}
+
+/// What the threads share.
+#[derive(Default)]
+struct Shared {
+    jobs: Mutex<Jobs>,
+    /// There is a job, or no more will come.
+    available: Condvar,
+    /// No job waits or runs.
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct Jobs {
+    waiting: VecDeque<Job>,
+    running: usize,
+    closed: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        // Nothing panics while it is held, and a list of jobs is valid at any time.
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_until_idle(&self, jobs: MutexGuard<'_, Jobs>) {
+        let is_busy = |jobs: &mut Jobs| jobs.running > 0 || !jobs.waiting.is_empty();
+        drop(
+            self.idle
+                .wait_while(jobs, is_busy)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+    }
 }
 
 impl Workers {
     /// No threads yet.
     pub fn new() -> Self {
-        let (jobs, queue) = channel();
         Self {
-            jobs,
-            queue: Arc::new(Mutex::new(queue)),
-            pending: Arc::default(),
+            shared: Arc::default(),
             threads: 0,
         }
     }
 
-    /// Has a job done. How many there are at once is bounded by the queue they come from.
+    /// Has a job done. How many there are at once is bounded by the queue that they come from.
     pub fn submit(&mut self, job: Job) {
-        let pending = self.pending.fetch_add(1, Ordering::Relaxed) + 1;
+        let pending = {
+            let jobs = self.shared.lock();
+            jobs.waiting.len() + jobs.running + 1
+        };
         if pending > self.threads && self.threads < MAX_WORKERS {
-            let queue = self.queue.clone();
-            let pending = self.pending.clone();
+            let shared = self.shared.clone();
             let spawned = std::thread::Builder::new()
                 .name("fs-worker".into())
                 .stack_size(128 << 10)
-                .spawn(move || work(&queue, &pending));
+                .spawn(move || work(&shared));
             match spawned {
                 Ok(_) => self.threads += 1,
                 Err(error) => tracing::warn!(%error, "cannot start a file system worker"),
@@ -100,21 +134,52 @@ impl Workers {
         }
         if self.threads == 0 {
             finish(job);
-            self.pending.fetch_sub(1, Ordering::Relaxed);
             return;
         }
-        // The receiving end lives as long as `self`.
-        let _ = self.jobs.send(job);
+        self.shared.lock().waiting.push_back(job);
+        self.shared.available.notify_one();
+    }
+
+    /// Waits until every job is done and its request completed. Takes as long as the system calls
+    /// of the jobs.
+    pub fn finish(&self) {
+        self.shared.wait_until_idle(self.shared.lock());
+    }
+
+    /// Drops the jobs that wait, and waits for those that run, which write to guest memory.
+    pub fn discard(&self) {
+        let mut jobs = self.shared.lock();
+        jobs.waiting.clear();
+        self.shared.wait_until_idle(jobs);
     }
 }
 
-fn work(queue: &Mutex<Receiver<Job>>, pending: &AtomicUsize) {
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.available.notify_all();
+    }
+}
+
+/// A worker.
+fn work(shared: &Shared) {
+    let mut jobs = shared.lock();
     loop {
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        // The device has gone.
-        let Ok(job) = job else { return };
+        jobs = shared
+            .available
+            .wait_while(jobs, |jobs| jobs.waiting.is_empty() && !jobs.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(job) = jobs.waiting.pop_front() else {
+            return;
+        };
+        jobs.running += 1;
+        drop(jobs);
         finish(job);
-        pending.fetch_sub(1, Ordering::Relaxed);
+        jobs = shared.lock();
+        jobs.running -= 1;
+        if jobs.running == 0 && jobs.waiting.is_empty() {
+            shared.idle.notify_all();
+        }
     }
 }
 
@@ -153,6 +218,11 @@ pub fn execute(work: Work, buffers: &mut Buffers<'_>, unique: u64) -> usize {
             offset,
             count,
         } => data.read_from(file.as_fd(), count, offset),
+        #[cfg(test)]
+        Work::Wait(end) => {
+            let _ = end.recv();
+            Ok(0)
+        }
         Work::Sync { file, data_only } => if data_only {
             rustix::fs::fdatasync(&file)
         } else {
@@ -213,7 +283,7 @@ fn as_ordinary(gid: Option<u32>) -> Result<Option<Ordinary>, Errno> {
     }
 }
 
-/// `fallocate` with the guest's mode: newer modes than this code knows are the host kernel's to judge.
+/// `fallocate` with the guest's mode: the host kernel judges modes that this code does not know.
 fn allocate(file: &OwnedFd, mode: u32, offset: u64, length: u64) -> Result<(), Errno> {
     let offset = i64::try_from(offset).map_err(|_| Errno::FBIG)?;
     let length = i64::try_from(length).map_err(|_| Errno::FBIG)?;
@@ -223,5 +293,74 @@ fn allocate(file: &OwnedFd, mode: u32, offset: u64, length: u64) -> Result<(), E
         Ok(())
     } else {
         Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::testing::{Guest, WRITE};
+
+    /// A queue with as many requests, all popped, as jobs that run until their end is dropped.
+    fn jobs(guest: &mut Guest, count: u16) -> (Vec<Job>, Vec<Sender<()>>) {
+        (0..count)
+            .map(|head| {
+                guest.offer_at(0, head, &[(0x10_0000, 64, WRITE, 0)]);
+                let (sender, receiver) = channel();
+                let job = Job {
+                    ring: guest.rings()[0].clone(),
+                    memory: guest.memory().clone(),
+                    chain: guest.rings()[0].pop(guest.memory()).unwrap().unwrap(),
+                    unique: 1,
+                    work: Work::Wait(receiver),
+                };
+                (job, sender)
+            })
+            .unzip()
+    }
+
+    #[test]
+    fn finishing_waits_for_every_job() {
+        let mut guest = Guest::new(&[64]);
+        let (jobs, ends) = jobs(&mut guest, 20);
+        let mut workers = Workers::new();
+        jobs.into_iter().for_each(|job| workers.submit(job));
+        assert_eq!(guest.all_used(0).len(), 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                drop(ends);
+            });
+            workers.finish();
+        });
+        let mut heads = guest.all_used(0);
+        heads.sort_unstable();
+        assert_eq!(heads, (0..20).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn discarded_jobs_never_complete() {
+        let mut guest = Guest::new(&[64]);
+        let (jobs, ends) = jobs(&mut guest, 20);
+        let mut workers = Workers::new();
+        jobs.into_iter().for_each(|job| workers.submit(job));
+        while workers.shared.lock().running < MAX_WORKERS {
+            std::thread::yield_now();
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                drop(ends);
+            });
+            workers.discard();
+        });
+        // Those that ran have completed before `discard` returned; the others never will.
+        assert_eq!(guest.all_used(0).len(), MAX_WORKERS);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(guest.all_used(0).len(), 0);
     }
 }

@@ -1,18 +1,21 @@
-//! What a guest may send: frames that come from its own hardware and network addresses, and nothing that speaks for others.
+//! What a guest may send: frames from its own hardware and network addresses only.
 //!
-//! The guest shares a link with its neighbours and with the host, where one that uses another's address takes what is
-//! meant for that, or speaks in its name; and where routers are found by who says first that he is one. So with a
-//! [`Policy`] a frame passes if it is
+//! The guest shares a link with its neighbours and with the host. A guest that uses the address of
+//! another could receive its traffic or impersonate it, and one that advertises itself as a router
+//! could receive everybody's. So with a [`Policy`] a frame passes if it is
 //!
 //! - ARP with the guest's own addresses as the sender's,
 //! - IPv4 from one of its addresses,
-//! - IPv6 from one of its addresses, or from none as long as it asks for one; neighbour advertisements only for its own
-//!   addresses and with its own hardware address, and no router advertisements or redirects,
+//! - IPv6 from one of its addresses, or from none as long as it asks for one; neighbour
+//!   advertisements only for its own addresses and with its own hardware address, and no router
+//!   advertisements or redirects,
 //!
-//! and not meant for services on link-local addresses (169.254.0.0/16, and anything but ICMPv6 to fe80::/10), which on
-//! many hosts give away credentials to whoever asks. Other protocols, tags of VLANs among them, do not pass.
+//! and not meant for services on link-local addresses (169.254.0.0/16, and anything but ICMPv6 to
+//! fe80::/10), which on many clouds hand out credentials. Other protocols, VLAN tags among them, do
+//! not pass.
 //!
-//! Pure: bytes in, verdict out. They are the first of a frame, and a copy: the guest cannot change them any more.
+//! Pure: bytes in, verdict out. The bytes are a copy of the beginning of a frame, which the guest
+//! cannot change.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -29,7 +32,7 @@ const FRAGMENT: u8 = 44;
 const ICMPV6: u8 = 58;
 const DESTINATION: u8 = 60;
 
-// Messages of neighbour discovery (RFC 4861) that speak for somebody.
+// Messages of neighbour discovery (RFC 4861) that announce an address or a router.
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
@@ -37,7 +40,7 @@ const REDIRECT: u8 = 137;
 /// Option of neighbour discovery: a hardware address, of the source or target.
 const LINK_ADDRESSES: [u8; 2] = [1, 2];
 
-/// Extension headers that are looked behind.
+/// Most extension headers before the message.
 const MAX_EXTENSIONS: usize = 8;
 
 type Verdict = Result<(), &'static str>;
@@ -94,7 +97,7 @@ impl Filter {
             return Err("ARP for another's hardware address");
         }
         let sender = v4(packet, 14)?;
-        // Unspecified: a question whether somebody has an address (RFC 5227).
+        // Unspecified in a probe for an address in use (RFC 5227).
         match sender.is_unspecified() || self.owns(sender.into()) {
             true => Ok(()),
             false => Err("ARP for another's address"),
@@ -121,7 +124,8 @@ impl Filter {
         let (source, destination) = (v6(packet, 8)?, v6(packet, 24)?);
         let (protocol, message) = behind_extensions(packet)?;
         if source.is_unspecified() {
-            // As long as it has no address: is it somebody's (RFC 4862), and which groups it listens to (RFC 3590).
+            // Allowed without an address: duplicate address detection (RFC 4862) and multicast
+            // reports (RFC 3590).
             const LISTENING: [u8; 4] = [130, 131, 132, 143];
             let kind = bytes::<1>(packet, message)?[0];
             let asks = kind == NEIGHBOUR_SOLICITATION || kind == 133 || LISTENING.contains(&kind);
@@ -141,7 +145,7 @@ impl Filter {
     }
 
     fn discovery(&self, packet: &[u8], message: usize) -> Verdict {
-        // The rest of a fragment that is not the first has no message's head.
+        // A fragment other than the first has no message header.
         let kind = match packet.get(message) {
             Some(kind) => *kind,
             None => return Err("too short"),
@@ -176,7 +180,7 @@ impl Filter {
     }
 }
 
-/// The protocol behind IPv6's extension headers, and where its message begins.
+/// The protocol after IPv6's extension headers, and where its message begins.
 fn behind_extensions(packet: &[u8]) -> Result<(u8, usize), &'static str> {
     let mut next = bytes::<1>(packet, 6)?[0];
     let mut at = 40;
@@ -186,14 +190,14 @@ fn behind_extensions(packet: &[u8]) -> Result<(u8, usize), &'static str> {
                 8 + 8 * usize::from(bytes::<1>(packet, at + 1)?[0])
             }
             FRAGMENT => {
-                // Neighbour discovery is not fragmented (RFC 6980), and nobody believes it when it is.
+                // Neighbour discovery is not fragmented (RFC 6980); receivers ignore it when it is.
                 let [behind] = bytes::<1>(packet, at)?;
                 let offset = u16::from_be_bytes(bytes(packet, at + 2)?);
                 let whole = offset & !0x6 == 0;
                 if whole {
                     8
                 } else {
-                    // Nothing more is to be learnt; not looked at as discovery.
+                    // There is no message to examine as neighbour discovery.
                     return match behind {
                         ICMPV6 => Ok((FRAGMENT, at)),
                         other => Ok((other, at + 8)),

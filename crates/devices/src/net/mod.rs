@@ -1,31 +1,34 @@
 //! The net device (virtio ID 1): Ethernet frames between a guest and a tap of the host.
 //!
-//! A machine boots with net devices that lead nowhere; when the pod's network is known, a tap is attached to one
-//! ([`Handle::attach`]), and taken away again when the interface behind it goes. Meanwhile what the guest sends is
-//! dropped.
+//! A machine boots with net devices that are not connected; when the sandbox's network is known, a
+//! tap is attached to one ([`Handle::attach`]), and detached when the interface behind it
+//! disappears. Frames that the guest sends without a tap are dropped.
 //!
 //! # Protocol
 //!
-//! Two queues, the driver's empty buffers and its frames. Before each frame is the header that taps and virtio have in
-//! common (`struct virtio_net_hdr_v1`, linux/virtio_net.h, 12 bytes): it tells which checksum is still to be computed and
-//! how a frame that is larger than the link's is to be cut. Both are left to whoever needs it: a frame of 64 KiB that
-//! one guest sends to another on the same host is never cut. What the guest may not have, the tap is told
-//! ([`Device::acked_features`]). There is no control queue and no link status: the agent sets addresses and MTU by itself.
+//! Two queues, the driver's empty buffers and its frames. Before each frame is the header that taps
+//! and virtio have in common (`struct virtio_net_hdr_v1`, linux/virtio_net.h, 12 bytes): it says
+//! which checksum is still to be computed and how a frame above the link's size is to be segmented.
+//! Both are left to the receiver that needs them: a frame of 64 KiB from one guest to another on
+//! the same host is never segmented. The tap is told which of these the guest does not support
+//! ([`Device::activate`]). There is no control queue and no link status: the agent sets addresses
+//! and MTU by itself.
 //!
 //! # What the guest can do
 //!
-//! Nothing in a frame is trusted. The tap's kernel side checks headers; [`filter`] lets through only frames that come from
-//! the guest's own addresses, where the host wants that; [`rate`] bounds bytes per second. A frame is at most 64 KiB, one is
-//! kept at a time, and a queue that is full makes the tap wait, not this process.
+//! Nothing in a frame is trusted. The tap's kernel side checks headers; [`filter`] passes only
+//! frames from the guest's own addresses, if the host asks for it; [`rate`] bounds bytes per
+//! second. A frame is at most 64 KiB, one is buffered at a time, and a full queue leaves frames in
+//! the tap, not in this process.
 //!
 //! # Who calls
 //!
-//! A transport drives [`Net`] through [`Device`] in one thread, which owns all state. The control thread holds a
-//! [`Handle`], whose wishes go through a bounded channel.
+//! A transport drives [`Net`] through [`Device`] in one thread, which owns all state. The control
+//! thread holds a [`Handle`], whose commands go through a bounded channel.
 
 pub mod filter;
-mod load;
 pub mod rate;
+mod state;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -36,14 +39,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
-use hull_device_control::NetOptions;
+use hull_device_control::{DeviceType, NetOptions};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -51,9 +53,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use crate::buffers::{Buffers, Span};
-use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
+use crate::device::{
+    Device, DeviceError, EventFlags, EventRegistry, Memory, NotificationState, Queues,
+};
+use crate::state::{RestoreError, SaveError, SavedState};
 use filter::Filter;
-use load::Load;
 use rate::Bucket;
 use tap::Tap;
 
@@ -68,22 +72,24 @@ const NUM_BUFFERS: usize = 10;
 const ETHERNET: usize = 14;
 /// The largest frame: an IP packet of 64 KiB behind an Ethernet header with a VLAN's tag.
 const MAX_FRAME: usize = 65535 + ETHERNET + 4;
-/// As much of a frame as [`filter`] looks at: Ethernet, IPv6, a few extension headers, neighbour discovery.
+/// How much of a frame [`filter`] examines: Ethernet, IPv6, a few extension headers, neighbour
+/// discovery.
 const LOOK: usize = 192;
-/// Buffers that one frame is spread over: twice what the largest needs in the Linux driver's of 1.5 KiB.
+/// Most buffers for one frame: twice what the largest frame needs of the Linux driver's 1.5 KiB
+/// buffers.
 const MAX_CHAINS: usize = 96;
 
-/// Wishes of the control thread that the device has not taken yet.
+/// Commands of the control thread that the device has not taken yet.
 const MAX_COMMANDS: usize = 64;
-/// Frames per direction after which other events get their turn.
+/// Frames per direction after which other events are served.
 const BUDGET: usize = 256;
 
 const TAP: u64 = 0;
 const WAKE: u64 = 1;
 const TIMER: u64 = 2;
 
-/// Takes the answer to a wish, on the device's thread or the caller's own. Called exactly once, unless the device ends
-/// before.
+/// Called with the result of a command, on the device's thread or the caller's own, exactly once
+/// unless the device ends before.
 pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 enum Command {
@@ -100,18 +106,18 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Attaches a tap: a non-blocking descriptor with headers of 12 bytes (`IFF_VNET_HDR`, `TUNSETVNETHDRSZ`). One that
-    /// was attached before is let go.
+    /// Attaches a tap: a non-blocking descriptor with headers of 12 bytes (`IFF_VNET_HDR`,
+    /// `TUNSETVNETHDRSZ`). It replaces one that was attached before.
     pub fn attach(&self, tap: OwnedFd, options: NetOptions, done: Done) {
         self.command(Command::Attach(tap, options, done));
     }
 
-    /// Changes what holds for frames from now on.
+    /// Changes the options for frames.
     pub fn change(&self, options: NetOptions, done: Done) {
         self.command(Command::Change(options, done));
     }
 
-    /// Lets the tap go.
+    /// Detaches the tap.
     pub fn detach(&self, done: Done) {
         self.command(Command::Detach(done));
     }
@@ -143,39 +149,40 @@ pub struct Net {
     mac: [u8; 6],
     features: u64,
     link: Option<Link>,
-    /// A frame for the guest, with its header; the one that waits for buffers, if `waiting` is not 0.
+    /// A frame for the guest, with its header; the one that waits for buffers, if `waiting` is not
+    /// 0.
     frame: Vec<u8>,
     waiting: usize,
     commands: Receiver<Command>,
     wake: Arc<OwnedFd>,
     timer: OwnedFd,
     registry: Option<EventRegistry>,
-    kicks: Kicks<2>,
-    load: Load,
+    notifications: NotificationState<2>,
 }
 
-/// What leads to the host.
+/// The connection to the host.
 struct Link {
     tap: Tap,
-    /// The tap's readiness is waited for.
+    /// The tap is registered for readiness events.
     watched: bool,
     filter: Option<Filter>,
     buckets: Option<[Bucket; 2]>,
 }
 
-/// Why a direction stops for now.
+/// Why a direction pauses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pause {
-    /// Nothing there, or no buffers: an event will come.
+    /// No frames or no buffers: an event will follow.
     Event,
-    /// Others' turn.
+    /// The budget is used up.
     Turn,
-    /// Until the rate allows more.
+    /// Rate limited until then.
     Until(Instant),
 }
 
 impl Net {
-    /// A device without a tap, and the handle to attach one with. `mac` is the hardware address that the driver finds.
+    /// A device without a tap, and the handle to attach one with. `mac` is the hardware address
+    /// that the driver finds.
     pub fn new(mac: [u8; 6]) -> io::Result<(Self, Handle)> {
         let (sender, commands) = sync_channel(MAX_COMMANDS);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
@@ -190,8 +197,7 @@ impl Net {
             wake: wake.clone(),
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             registry: None,
-            kicks: Kicks::default(),
-            load: Load::default(),
+            notifications: NotificationState::default(),
         };
         let handle = Handle {
             commands: sender,
@@ -250,13 +256,12 @@ impl Net {
         self.frame = Vec::new();
     }
 
-    /// Moves frames in both directions until nothing is left to do, or until it is others' turn.
+    /// Moves frames in both directions until nothing is left to do or the budget is used up.
     fn work(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         let memory = queues.memory().clone();
         let now = Instant::now();
         let sent = self.send(queues, &memory, now)?;
         let received = self.receive(queues, &memory, now)?;
-        self.load.settle();
         if sent == Pause::Turn || received == Pause::Turn {
             signal(&self.wake);
         }
@@ -270,7 +275,7 @@ impl Net {
         Ok(())
     }
 
-    /// Takes the guest's frames.
+    /// Sends the guest's frames.
     fn send(
         &mut self,
         queues: &mut Queues<'_>,
@@ -285,7 +290,7 @@ impl Net {
             if let Some(when) = self.link.as_mut().and_then(|link| link.wait(TX, now)) {
                 break Pause::Until(when);
             }
-            let Some(chain) = self.kicks.pop(queues, TX)? else {
+            let Some(chain) = self.notifications.pop(queues, TX)? else {
                 break Pause::Event;
             };
             let head = chain.head_index();
@@ -300,11 +305,11 @@ impl Net {
         if count > 0 {
             queues.notify(TX)?;
         }
-        self.load.add(count);
+        queues.add_processed(count);
         Ok(pause)
     }
 
-    /// Gives the guest its frames.
+    /// Delivers frames to the guest.
     fn receive(
         &mut self,
         queues: &mut Queues<'_>,
@@ -332,7 +337,7 @@ impl Net {
                     Err(Errno::AGAIN) => break Pause::Event,
                     Err(Errno::INTR) => continue,
                     gone => {
-                        // Its interface was removed, with its namespace mostly.
+                        // The interface was removed, usually with its namespace.
                         tracing::debug!(?gone, "the tap is gone");
                         self.detach();
                         break Pause::Event;
@@ -351,20 +356,21 @@ impl Net {
         if count > 0 {
             queues.notify(RX)?;
         }
-        self.load.add(count);
-        // A tap that is not to be read now would wake this thread again and again.
+        queues.add_processed(count);
+        // A readable tap that is not read would keep waking this thread.
         let stalled = self.waiting > 0 || matches!(pause, Pause::Until(_));
         self.watch(!stalled)?;
         Ok(pause)
     }
 
-    /// Puts the waiting frame into the driver's buffers. False when there are not enough: then it asked for more.
+    /// Puts the waiting frame into the driver's buffers. False when there are not enough; the
+    /// driver has been asked to notify then.
     fn deliver(&mut self, queues: &mut Queues<'_>, memory: &Memory) -> Result<bool, DeviceError> {
         let mergeable = self.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let mut heads: Vec<(u16, Span<'_>)> = Vec::with_capacity(1);
         let mut room = 0;
         while room < self.waiting && heads.len() < MAX_CHAINS && (mergeable || heads.is_empty()) {
-            let Some(chain) = self.kicks.pop(queues, RX)? else {
+            let Some(chain) = self.notifications.pop(queues, RX)? else {
                 for _ in &heads {
                     queues.undo_pop(RX)?;
                 }
@@ -380,7 +386,7 @@ impl Net {
                 Err(error) => {
                     tracing::debug!(head, %error, "useless net buffer given back");
                     queues.add_used(RX, head, 0)?;
-                    // Those before it cannot be put back over it.
+                    // The chains before it cannot be put back past it.
                     for (head, _) in heads.drain(..) {
                         queues.add_used(RX, head, 0)?;
                     }
@@ -415,7 +421,8 @@ impl Net {
         if link.watched == wanted {
             return Ok(());
         }
-        // Not by an empty interest: that its other end is gone would be told all the same, again and again.
+        // Not by an empty interest: a hang-up is reported regardless, and would keep waking this
+        // thread.
         let changed = match wanted {
             true => registry.add(&link.tap, TAP, EventFlags::IN),
             false => registry.remove(&link.tap),
@@ -433,7 +440,7 @@ impl Net {
             it_interval: Timespec::default(),
             it_value: Timespec {
                 tv_sec: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
-                // Zero would switch the timer off.
+                // Zero would disarm the timer.
                 tv_nsec: after.subsec_nanos().max(1).into(),
             },
         };
@@ -472,7 +479,7 @@ impl Link {
             tracing::debug!(length, "frame of an impossible length dropped");
             return;
         }
-        // What is looked at is what is sent: the guest may change its memory meanwhile.
+        // The bytes that were checked are the bytes that are sent: the guest may change its memory.
         let mut start = [0; HEADER + LOOK];
         let looked = frame.copy_to(&mut start);
         let start = &start[..looked];
@@ -484,15 +491,15 @@ impl Link {
         }
         self.spend(TX, length);
         if let Err(error) = frame.write_behind(self.tap.as_fd(), start) {
-            // A header that the kernel does not take, or no memory for the frame: frames may be lost.
+            // The kernel refused the header, or has no memory for the frame. Frames may be lost.
             tracing::debug!(%error, "frame dropped");
         }
     }
 }
 
 impl Device for Net {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_NET
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Net
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -516,12 +523,13 @@ impl Device for Net {
         .fold(0, |features, bit| features | 1 << bit)
     }
 
-    /// `struct virtio_net_config`: the hardware address; what follows goes with features that are not offered.
+    /// `struct virtio_net_config`: the hardware address; the other fields belong to features that
+    /// are not offered.
     fn config(&self) -> Vec<u8> {
         self.mac.to_vec()
     }
 
-    fn acked_features(&mut self, features: u64) {
+    fn activate(&mut self, features: u64) {
         self.features = features;
         if let Some(link) = &self.link
             && let Err(error) = link.tap.set_offload(features)
@@ -538,7 +546,7 @@ impl Device for Net {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        self.kicks.came(queue);
+        self.notifications.on_kick(queue);
         self.work(queues)
     }
 
@@ -568,13 +576,24 @@ impl Device for Net {
         self.work(queues)
     }
 
-    fn is_streaming(&self) -> bool {
-        self.load.is_streaming()
+    /// A frame is sent in the event that it came in. One for the guest that waits for buffers
+    /// stays here.
+    fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        state::save(self)
+    }
+
+    /// The tap is attached afterwards ([`Handle::attach`]).
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state::restore(self, state)
     }
 
     fn reset(&mut self) {
         self.waiting = 0;
         self.features = 0;
-        self.kicks = Kicks::default();
+        self.notifications = NotificationState::default();
     }
 }

@@ -1,13 +1,14 @@
-//! How many bytes per second: a bucket that fills with time and that each frame takes from.
+//! A rate limit in bytes per second: a token bucket.
 
 use std::time::{Duration, Instant};
 
-/// How long a pause may be made up for at once.
+/// The time whose worth of bytes may be sent at once after a pause.
 const BURST: Duration = Duration::from_millis(50);
-/// The least that the bucket holds: a frame of the largest kind.
+/// Smallest size of the bucket: one frame of the largest size.
 const LEAST: u64 = 64 << 10;
 
-/// One direction's bucket. It may be overdrawn by one frame, so that frames larger than what is in it pass at last.
+/// One direction's bucket. It may be overdrawn by one frame, so that frames larger than its content
+/// pass eventually.
 #[derive(Debug)]
 pub struct Bucket {
     /// Bytes per second; not 0.
@@ -47,7 +48,7 @@ impl Bucket {
         let missing = 1 + u128::from(self.content.unsigned_abs());
         let nanoseconds = (missing * 1_000_000_000).div_ceil(u128::from(self.rate));
         let pause = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
-        // A day is for ever, and a clock that can be added to.
+        // At most a day, so that the addition cannot overflow.
         Some(now + pause.min(Duration::from_secs(86400)))
     }
 

@@ -1,4 +1,4 @@
-//! The tap: a descriptor that frames are read from and written to, each behind its header.
+//! The tap: a descriptor that frames are read from and written to, each after its header.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -13,31 +13,32 @@ use virtio_bindings::virtio_net::{
 /// `_IOW('T', 208, unsigned int)` of linux/if_tun.h.
 pub const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 
-// linux/if_tun.h: what whoever reads the tap copes with.
+// linux/if_tun.h: what the reader of the tap supports.
 const TUN_F_CSUM: u32 = 0x01;
 const TUN_F_TSO4: u32 = 0x02;
 const TUN_F_TSO6: u32 = 0x04;
 const TUN_F_TSO_ECN: u32 = 0x08;
 
-/// An attached tap, or a socket that keeps the borders of messages, as one end of a cable.
+/// An attached tap, or a socket that preserves message boundaries, as one end of a cable.
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
 }
 
 impl Tap {
-    /// Takes it over. It must not block: nothing else runs on this thread.
+    /// Takes it over and makes it non-blocking.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
         Ok(Self { fd })
     }
 
-    /// Tells the host's kernel what the guest's driver copes with, by the features that it took.
+    /// Tells the host's kernel which offloads the guest's driver supports, from the features that
+    /// it accepted.
     pub fn set_offload(&self, features: u64) -> io::Result<()> {
         let has = |bit: u32| features & 1 << bit != 0;
         let mut offload = 0;
-        // The kernel wants checksums before anything that builds on them.
+        // The kernel requires checksum offload for segmentation offload.
         if has(VIRTIO_NET_F_GUEST_CSUM) {
             offload |= TUN_F_CSUM;
             for (feature, flag) in [
@@ -62,7 +63,7 @@ impl Tap {
         };
         if done < 0 {
             let error = io::Error::last_os_error();
-            // A socket has no such wish: whoever is at its other end takes what comes.
+            // A socket has no such setting.
             if error.raw_os_error() != Some(libc::ENOTTY) {
                 return Err(error);
             }

@@ -1,4 +1,5 @@
-//! The device with a driver made by hand, and a socket in the tap's place, whose other end is the host.
+//! The device with a driver made by hand, and a socket in the tap's place, whose other end is the
+//! host.
 #![allow(clippy::unwrap_used)]
 
 use std::os::fd::OwnedFd;
@@ -39,7 +40,7 @@ fn attach(driver: &mut Driver<Net>, handle: &Handle, options: NetOptions) -> Own
 
 fn cable(features: u64, options: NetOptions) -> Cable {
     let (mut device, handle) = Net::new(MAC).unwrap();
-    device.acked_features(features);
+    device.activate(features);
     let mut driver = Driver::new(device);
     let host = attach(&mut driver, &handle, options);
     Cable {
@@ -93,7 +94,8 @@ impl Cable {
         self.driver.host_events().unwrap();
     }
 
-    /// The guest offers `count` buffers of one size. Each offer writes descriptor 0, so they are used one at a time.
+    /// The guest offers `count` buffers of one size. Each offer writes descriptor 0, so they are
+    /// used one at a time.
     fn offer(&mut self, size: u32) {
         let descriptors: [Descriptor; 1] = [(BUFFERS, size, WRITE, 0)];
         self.driver.offer(RX, &descriptors);
@@ -264,7 +266,8 @@ fn a_rate_makes_the_guest_wait_and_loses_nothing() {
     let total = 16;
     for _ in 0..total {
         cable.send(&sent);
-        // The chain is at the same descriptors each time: it must be used before it is offered again.
+        // The chain is at the same descriptors each time: it must be used before it is offered
+        // again.
         while cable.driver.used(TX).is_none() {
             std::thread::sleep(Duration::from_millis(1));
             cable.driver.host_events().unwrap();

@@ -17,8 +17,8 @@ use rustix::net::{
     getsockname, listen, shutdown, socket_with,
 };
 
-// docs/interop/vhost-user.rst of QEMU: numbers of messages, and the header of three little-endian words: number, flags,
-// length of what follows.
+// docs/interop/vhost-user.rst of QEMU: numbers of messages, and the header of three little-endian
+// words: number, flags, length of what follows.
 const SET_FEATURES: u32 = 2;
 const SET_VRING_ENABLE: u32 = 18;
 const HEADER: usize = 12;
@@ -26,18 +26,18 @@ const NEED_REPLY: u32 = 1 << 3;
 const REPLY: u32 = 1 << 2;
 
 /// Longer than any message of the protocol.
-const MAX_PAYLOAD: usize = 8 << 10;
+pub const MAX_PAYLOAD: usize = 8 << 10;
 /// Descriptors beside one message: one per memory region, of which there are at most eight.
 const MAX_FDS: usize = 8;
-/// Rings that may be enabled too early.
-const MAX_EARLY: usize = 16;
+/// Most rings that may be enabled too early.
+pub const MAX_EARLY: usize = 16;
 
 /// Relays between the front end that connects to `socket`, a listening socket, and the listening
 /// socket that is returned, on which the same front end appears with its messages in order.
 pub fn defer_early_enable(socket: OwnedFd) -> io::Result<OwnedFd> {
     let kind = |flags| socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let listener = kind(SocketFlags::CLOEXEC)?;
-    // The kernel finds a name, in this process's own network namespace.
+    // The kernel chooses an abstract name, in this process's network namespace.
     bind(&listener, &SocketAddrUnix::new_unnamed())?;
     listen(&listener, 1)?;
     let name = SocketAddrUnix::try_from(getsockname(&listener)?)?;
@@ -58,8 +58,11 @@ pub fn defer_early_enable(socket: OwnedFd) -> io::Result<OwnedFd> {
     Ok(listener)
 }
 
-/// Relays until one side closes.
-fn relay(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
+/// Relays between a front end and the library, two connected sockets, until one side closes.
+///
+/// # Errors
+/// A message is malformed, or a socket fails. Both sockets are shut down then.
+pub fn relay(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
     std::thread::scope(|scope| {
         let replies = scope.spawn(|| {
             let outcome = pass_replies(back, front);
@@ -125,7 +128,7 @@ fn pass_requests(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// "Done", for a message that is kept.
+/// A reply of success, for a message that is held back.
 fn answer(message: &Message) -> Message {
     let mut bytes = Vec::with_capacity(HEADER + 8);
     bytes.extend(message.word(0).to_le_bytes());
@@ -219,7 +222,7 @@ mod tests {
         }
     }
 
-    /// What a front end that connects, and the back end behind, have.
+    /// The sockets of a front end and of the library.
     fn joined() -> (OwnedFd, OwnedFd) {
         let flags = SocketFlags::CLOEXEC;
         let public = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();

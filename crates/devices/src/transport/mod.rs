@@ -1,6 +1,9 @@
-//! What drives a [`Device`](crate::device::Device): one module per way of reaching a guest's queues.
+//! Transports, which drive a [`Device`](crate::device::Device): one module per way of reaching a
+//! guest's queues.
 
-mod early_enable;
+pub mod early_enable;
+mod load;
 mod placement;
+mod ring;
 pub mod vhost_user;
 mod vring;

@@ -1,40 +1,41 @@
-//! On which processor of the host a device's thread runs.
+//! The host CPU that a device's thread runs on.
 //!
-//! When a guest waits for a device, and the device for the guest, they never run at the same time. On one processor the
-//! turns between them are context switches; on two, each is an interrupt to a processor that has often gone to sleep,
-//! which takes several times as long. The host's scheduler cannot know that and wakes a thread where nothing runs.
-//! So hull's user-mode kernel says in its kicks where it runs ([`cpu_of_kick`]), and the thread comes there; when it says
-//! nothing, because others of its processes could run meanwhile, the thread may run anywhere again.
+//! A guest that waits for a device, and the device, never run at the same time. On one CPU the
+//! switches between them are context switches; on two, each is an interrupt to a CPU that is often
+//! idle, which takes several times as long. The host's scheduler cannot know that and wakes the
+//! thread on an idle CPU. So hull's user-mode kernel names its CPU in its kicks ([`cpu_of_kick`]),
+//! and the thread is pinned there. A kick without a CPU, because other processes of the guest could
+//! run meanwhile, unpins it.
 //!
-//! A device to which much comes at once ([`Device::is_streaming`]) is not waited for: beside the guest, both get further.
+//! A device with bulk traffic ([`Load`]) is not pinned: it and the guest run in parallel.
 //!
-//! [`Device::is_streaming`]: crate::device::Device::is_streaming
+//! A kick is a hint from the guest: a CPU outside the thread's own set is ignored.
 //!
-//! What the guest says is only a wish: a processor outside the thread's own set is ignored.
+//! [`Load`]: super::load::Load
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-/// The processor that a kick names, if it names one: the value that was added to the event counter is 1 for the kick
-/// itself, and above 16 bits the number of the processor, plus 1.
+/// The CPU that a kick names, if any. The value that was added to the event counter is 1 for the
+/// kick itself, and above 16 bits the number of the CPU, plus 1.
 pub fn cpu_of_kick(value: u64) -> Option<usize> {
     let (kicks, sum) = (value & 0xffff, value >> 16);
-    // Several kicks add up; from one place, mostly.
+    // Several kicks add up; they mostly come from one CPU.
     if kicks == 0 || sum % kicks != 0 {
         return None;
     }
     usize::try_from((sum / kicks).checked_sub(1)?).ok()
 }
 
-/// Where the calling thread runs; always used by the same thread.
+/// The calling thread's CPU; always used by the same thread.
 pub struct Placement {
-    /// Where it may run, as it was found.
+    /// Its CPU set before it was first pinned.
     anywhere: Option<CpuSet>,
-    /// Where it is kept now.
+    /// The CPU it is pinned to.
     at: Option<usize>,
 }
 
 impl Placement {
-    /// Of a thread that may run where it may run.
+    /// A thread that is not pinned.
     pub fn new() -> Self {
         Self {
             anywhere: None,
@@ -42,7 +43,7 @@ impl Placement {
         }
     }
 
-    /// Keeps the calling thread on `cpu`, or lets it run anywhere. Where this is not possible it changes nothing.
+    /// Pins the calling thread to `cpu`, or unpins it. Does nothing when that is not possible.
     pub fn follow(&mut self, cpu: Option<usize>) {
         if cpu == self.at {
             return;
@@ -64,7 +65,7 @@ impl Placement {
         };
         match sched_setaffinity(None, &wanted) {
             Ok(()) => self.at = cpu,
-            Err(error) => tracing::debug!(%error, "cannot choose a processor"),
+            Err(error) => tracing::debug!(%error, "cannot choose a CPU"),
         }
     }
 }
@@ -76,11 +77,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kick_names_a_processor_or_none() {
+    fn a_kick_names_a_cpu_or_none() {
         assert_eq!(cpu_of_kick(1), None);
         assert_eq!(cpu_of_kick(1 + (1 << 16)), Some(0));
         assert_eq!(cpu_of_kick(1 + (8 << 16)), Some(7));
-        // Two kicks from one processor, and from two.
+        // Two kicks from one CPU, and from two.
         assert_eq!(cpu_of_kick(2 + (6 << 16)), Some(2));
         assert_eq!(cpu_of_kick(2 + (5 << 16)), None);
         for absurd in [0, 1 << 16, u64::MAX] {
@@ -89,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_follows_and_is_let_go() {
+    fn a_thread_is_pinned_and_unpinned() {
         std::thread::spawn(|| {
             let before = sched_getaffinity(None).unwrap();
             let cpu = (0..CpuSet::MAX_CPU)
@@ -99,7 +100,7 @@ mod tests {
             placement.follow(Some(cpu));
             let now = sched_getaffinity(None).unwrap();
             assert!(now.is_set(cpu) && now.count() == 1);
-            // Nothing that exists, and nothing that fits into a set.
+            // A CPU that does not exist, and one that does not fit into a set.
             for absurd in [CpuSet::MAX_CPU - 1, usize::MAX] {
                 placement.follow(Some(absurd));
                 assert!(sched_getaffinity(None).unwrap() == now);

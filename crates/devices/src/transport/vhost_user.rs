@@ -1,23 +1,25 @@
-//! Drives a device for a front end in another process (QEMU, user-mode Linux) that speaks vhost-user.
+//! Drives a device for a front end in another process (QEMU, user-mode Linux) that speaks
+//! vhost-user.
 //!
-//! [`serve`] owns one listening socket and serves exactly one front end on it. The device runs on a thread of
-//! its own; it is called from nowhere else. When the front end goes away, or breaks the protocol, [`serve`] returns.
+//! [`serve`] owns one listening socket and serves exactly one front end on it. The device runs on a
+//! thread of its own; nothing else calls it. When the front end disconnects, or breaks the
+//! protocol, [`serve`] returns.
 //!
-//! Both front ends read the config space of `virtio_uml` devices over vhost-user; QEMU's fs and vsock devices
-//! keep their own and never ask. Device reset is what each front end makes of it: stopping the rings.
+//! User-mode Linux reads the config space of its devices over vhost-user; QEMU's fs and vsock
+//! devices keep their own and never ask. Neither sends a device reset: they stop the rings, which
+//! waits for the requests in flight.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Error as VhostError, Listener};
-use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringT};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -25,11 +27,15 @@ use vmm_sys_util::event::{
 };
 
 use super::early_enable;
+use super::load::Load;
 use super::placement::{Placement, cpu_of_kick};
+use super::ring::VhostRing;
 use super::vring::{AtomicMemory, Vring};
-use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, Queues, Ring};
+use crate::device::{Device, DeviceError, Ring};
+use crate::runner::DeviceRunner;
 
-/// Front ends choose queue sizes themselves (user-mode Linux 256, QEMU up to 1024) and fail when one is refused.
+/// Front ends choose queue sizes themselves (user-mode Linux 256, QEMU up to 1024) and fail when
+/// one is refused.
 const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// Why a device is not served any longer.
@@ -40,7 +46,7 @@ pub enum Error {
     Setup {
         /// The device's name.
         device: &'static str,
-        /// The host's answer.
+        /// The host's error.
         source: io::Error,
     },
     /// The front end broke the protocol.
@@ -62,7 +68,8 @@ pub enum FrontEnd {
     EarlyEnable,
 }
 
-/// Waits for a front end on `socket` (a listening socket) and serves `device` to it until it goes away.
+/// Waits for a front end on `socket` (a listening socket) and serves `device` to it until it
+/// disconnects.
 pub fn serve(
     name: &'static str,
     device: Box<dyn Device>,
@@ -73,15 +80,15 @@ pub fn serve(
         device: name,
         source,
     };
-    let events = EventRegistry::new().map_err(setup)?;
-    let backend = Arc::new(Adapter::new(name, device, events.clone()).map_err(setup)?);
+    let backend = Arc::new(Adapter::new(name, device).map_err(setup)?);
     let memory = AtomicMemory::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new(name.to_owned(), backend.clone(), memory)
         .map_err(|error| setup(io::Error::other(error.to_string())))?;
     let handlers = daemon.get_epoll_handlers();
+    let events = backend.lock().runner.events().as_raw_fd();
     for handler in &handlers {
         handler
-            .register_listener(events_fd(&events), EventSet::IN, backend.host_token())
+            .register_listener(events, EventSet::IN, backend.host_token())
             .map_err(setup)?;
     }
     let socket = match front_end {
@@ -105,53 +112,49 @@ pub fn serve(
     }
 }
 
-fn events_fd(events: &EventRegistry) -> std::os::fd::RawFd {
-    use std::os::fd::AsFd;
-    events.as_fd().as_raw_fd()
-}
-
 /// What the vhost-user library calls, from its threads.
 struct Adapter {
     name: &'static str,
     queue_sizes: Vec<u16>,
     features: u64,
-    config: Vec<u8>,
-    events: EventRegistry,
+    rings: Vec<Arc<VhostRing>>,
+    config: Mutex<Vec<u8>>,
     memory: Mutex<Option<AtomicMemory>>,
-    /// Only the device's thread takes this lock; and reset and the choice of features, with all rings stopped.
+    /// Taken by the device's thread for each event; by the protocol's thread for features and
+    /// reset only.
     state: Mutex<State>,
-    broken: AtomicBool,
+    failed: AtomicBool,
 }
 
 struct State {
-    device: Box<dyn Device>,
-    rings: Vec<Arc<dyn Ring>>,
-    ready: Vec<(u64, EventFlags)>,
+    runner: DeviceRunner,
     placement: Placement,
+    load: Load,
 }
 
 impl Adapter {
-    fn new(
-        name: &'static str,
-        mut device: Box<dyn Device>,
-        events: EventRegistry,
-    ) -> io::Result<Self> {
-        device.register(events.clone())?;
+    fn new(name: &'static str, device: Box<dyn Device>) -> io::Result<Self> {
+        let runner = DeviceRunner::new(device)?;
+        let device = runner.device();
+        let queue_sizes = device.queue_sizes().to_vec();
         Ok(Self {
             name,
-            queue_sizes: device.queue_sizes().to_vec(),
             features: device.features(),
-            config: device.config(),
-            events,
+            rings: queue_sizes.iter().map(|_| Arc::default()).collect(),
+            queue_sizes,
+            config: Mutex::new(device.config()),
             memory: Mutex::new(None),
             state: Mutex::new(State {
-                device,
-                rings: Vec::new(),
-                ready: Vec::new(),
+                runner,
                 placement: Placement::new(),
+                load: Load::default(),
             }),
-            broken: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
         })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The event number of the device's own descriptors; the library takes 0..=queues for itself.
@@ -160,56 +163,42 @@ impl Adapter {
     }
 
     fn dispatch(&self, event: u16, vrings: &[Vring]) -> Result<(), DeviceError> {
+        for (ring, vring) in self.rings.iter().zip(vrings) {
+            ring.bind(vring);
+        }
+        // The front end sets memory before it makes a ring ready, on another thread. So a ring that
+        // becomes ready during this event must not be read with the memory from before; its first
+        // kick is still to come.
         let memory = {
             let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
             memory.as_ref().map(|memory| memory.memory().into_inner())
         };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         let State {
-            device,
-            rings,
-            ready,
+            runner,
             placement,
+            load,
         } = &mut *state;
-        if rings.is_empty() {
-            rings.extend(
-                vrings
-                    .iter()
-                    .map(|vring| Arc::new(SharedVring(vring.clone())) as Arc<dyn Ring>),
-            );
-        }
-        // The front end tells of its memory before it makes a ring ready, on another thread: a ring that becomes ready
-        // while this event is dealt with must not be read with the memory of before. Its first kick is still to come.
-        let idle: Vec<Arc<dyn Ring>>;
-        let mut queues = match memory {
-            Some(memory) => Queues::new(rings, memory),
-            None => {
-                idle = vrings
-                    .iter()
-                    .map(|_| Arc::new(Idle) as Arc<dyn Ring>)
-                    .collect();
-                Queues::new(&idle, Arc::new(GuestMemoryMmap::new()))
+        runner.set_memory(memory);
+        let outcome = if u64::from(event) == self.host_token() {
+            let outcome = runner.host_events()?;
+            load.record(outcome.processed);
+            if load.is_bulk() {
+                placement.follow(None);
             }
-        };
-        if u64::from(event) != self.host_token() {
+            outcome
+        } else {
             if let Some(vring) = vrings.get(usize::from(event)) {
                 let cpu = cpu_of_kick(vring.last_kick());
-                placement.follow(cpu.filter(|_| !device.is_streaming()));
+                placement.follow(cpu.filter(|_| !load.is_bulk()));
             }
-            return device.queue_event(usize::from(event), &mut queues);
-        }
-        ready.clear();
-        self.events
-            .poll(ready)
-            .map_err(|source| DeviceError::Host {
-                action: "wait for host descriptors",
-                source,
-            })?;
-        for (token, flags) in ready.drain(..) {
-            device.host_event(token, flags, &mut queues)?;
-        }
-        if device.is_streaming() {
-            placement.follow(None);
+            let outcome = runner.queue_event(usize::from(event))?;
+            load.record(outcome.processed);
+            outcome
+        };
+        if outcome.config_changed {
+            // The front ends offer no notification for it: the driver sees it when it reads again.
+            *self.config.lock().unwrap_or_else(PoisonError::into_inner) = runner.device().config();
         }
         Ok(())
     }
@@ -241,8 +230,8 @@ impl VhostUserBackend for Adapter {
     }
 
     fn acked_features(&self, features: u64) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.device.acked_features(features);
+        let rings = self.rings.iter().map(|ring| ring.clone() as Arc<dyn Ring>);
+        self.lock().runner.activate(features, rings.collect());
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -251,20 +240,22 @@ impl VhostUserBackend for Adapter {
             | VhostUserProtocolFeatures::REPLY_ACK
     }
 
+    /// The library has stopped the rings before.
     fn reset_device(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.device.reset();
+        self.lock().runner.reset();
     }
 
     fn set_event_idx(&self, _enabled: bool) {}
 
-    /// The front end's range must be answered in full; what lies behind the config space reads as zero.
+    /// The front end's range must be answered in full; what is behind the config space reads as
+    /// zero.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         (0..size as usize)
             .map(|index| {
                 let position = offset.saturating_add(index);
-                self.config.get(position).copied().unwrap_or(0)
+                config.get(position).copied().unwrap_or(0)
             })
             .collect()
     }
@@ -285,102 +276,18 @@ impl VhostUserBackend for Adapter {
         vrings: &[Vring],
         _thread: usize,
     ) -> io::Result<()> {
-        if self.broken.load(Ordering::Relaxed) {
+        if self.failed.load(Ordering::Relaxed) {
             return Ok(());
         }
         match self.dispatch(event, vrings) {
             Ok(()) => Ok(()),
             Err(error) => {
                 tracing::error!(device = self.name, %error, "device stopped");
-                self.broken.store(true, Ordering::Relaxed);
-                // Ends the device's thread: nothing more is to be done on it, and a ready descriptor would spin.
+                self.failed.store(true, Ordering::Relaxed);
+                self.rings.iter().for_each(|ring| ring.abandon());
+                // Ends the device's thread: a ready descriptor would keep it busy for nothing.
                 Err(io::Error::other(error.to_string()))
             }
         }
-    }
-}
-
-/// A vring as devices see it as long as there is no guest memory.
-struct Idle;
-
-impl Ring for Idle {
-    fn pop(&self, _: &Memory) -> Result<Option<Chain>, virtio_queue::Error> {
-        Ok(None)
-    }
-
-    fn undo_pop(&self) {}
-
-    fn add_used(&self, _: &Memory, _: u16, _: u32) -> Result<(), virtio_queue::Error> {
-        Ok(())
-    }
-
-    fn notify(&self, _: &Memory) -> Result<(), virtio_queue::Error> {
-        Ok(())
-    }
-
-    fn rearm(&self, _: &Memory) -> Result<bool, virtio_queue::Error> {
-        Ok(false)
-    }
-
-    fn silence(&self, _: &Memory) -> Result<(), virtio_queue::Error> {
-        Ok(())
-    }
-}
-
-/// A vring as devices see it.
-struct SharedVring(Vring);
-
-impl Ring for SharedVring {
-    fn pop(&self, memory: &Memory) -> Result<Option<Chain>, virtio_queue::Error> {
-        let mut vring = self.0.get_mut();
-        if !vring.is_enabled() {
-            return Ok(None);
-        }
-        let queue = vring.get_queue_mut();
-        if !queue.ready() {
-            return Ok(None);
-        }
-        Ok(queue.iter(memory.clone())?.next())
-    }
-
-    fn undo_pop(&self) {
-        self.0.get_mut().get_queue_mut().go_to_previous_position();
-    }
-
-    fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), virtio_queue::Error> {
-        let mut vring = self.0.get_mut();
-        vring.get_queue_mut().add_used(memory.as_ref(), head, len)
-    }
-
-    fn notify(&self, memory: &Memory) -> Result<(), virtio_queue::Error> {
-        let mut vring = self.0.get_mut();
-        if !vring.get_queue().ready() {
-            return Ok(());
-        }
-        if vring.get_queue_mut().needs_notification(memory.as_ref())?
-            && let Err(error) = vring.signal_used_queue()
-            && error.kind() != io::ErrorKind::WouldBlock
-        {
-            // A full pipe or counter means that a notification is on its way already; a broken one that the front
-            // end is going away, which its socket tells.
-            tracing::debug!(%error, "cannot notify the driver");
-        }
-        Ok(())
-    }
-
-    fn rearm(&self, memory: &Memory) -> Result<bool, virtio_queue::Error> {
-        let mut vring = self.0.get_mut();
-        if !vring.get_queue().ready() || !vring.is_enabled() {
-            return Ok(false);
-        }
-        vring.get_queue_mut().enable_notification(memory.as_ref())
-    }
-
-    fn silence(&self, memory: &Memory) -> Result<(), virtio_queue::Error> {
-        let mut vring = self.0.get_mut();
-        if !vring.get_queue().ready() {
-            return Ok(());
-        }
-        vring.get_queue_mut().disable_notification(memory.as_ref())
     }
 }

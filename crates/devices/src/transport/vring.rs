@@ -1,13 +1,16 @@
-//! The vhost-user library's queue, with one thing more: it tells what was written to the kick descriptor.
+//! The vhost-user library's queue, with two additions: it reports what was written to the kick
+//! descriptor, and stopping it waits for the requests in flight.
 //!
-//! The library calls it from its threads; [`vhost_user`](super::vhost_user) asks for the last kick.
+//! The library calls it from its threads, through [`VringT`]; the device through
+//! [`VhostRing`](super::ring::VhostRing).
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
@@ -16,17 +19,128 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub type AtomicMemory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
+/// How long a ring that is stopped waits for its requests in flight. They are system calls of the
+/// fs device, which end unless the host's storage hangs.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// One queue. Clones are the same queue.
 #[derive(Clone)]
 pub struct Vring {
     inner: VringMutex<AtomicMemory>,
     kick: Arc<AtomicU64>,
+    in_flight: Arc<InFlight>,
+}
+
+/// Whether requests can be popped and completed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Both.
+    Running,
+    /// The front end stops the ring: those in flight complete.
+    Stopping,
+    /// Neither.
+    Stopped,
+    /// Neither, ever again: the device has failed, or requests in flight did not complete in time.
+    Abandoned,
+}
+
+/// The requests of one queue that were popped and not completed. Its lock is taken after that of
+/// the queue.
+struct InFlight {
+    state: Mutex<(Stage, usize)>,
+    none_left: Condvar,
+}
+
+impl InFlight {
+    fn lock(&self) -> MutexGuard<'_, (Stage, usize)> {
+        // Nothing panics while it is held.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Vring {
     /// What the last kick added to the event counter.
     pub fn last_kick(&self) -> u64 {
         self.kick.load(Ordering::Relaxed)
+    }
+
+    /// Whether requests can be popped; if so, counts the one that the caller, who holds the
+    /// queue's lock, is about to pop. It calls [`Vring::put_back`] if there is none.
+    pub fn begin_pop(&self) -> bool {
+        let mut state = self.in_flight.lock();
+        if state.0 == Stage::Running {
+            state.1 = state.1.saturating_add(1);
+        }
+        state.0 == Stage::Running
+    }
+
+    /// Whether requests can be popped.
+    pub fn is_running(&self) -> bool {
+        self.in_flight.lock().0 == Stage::Running
+    }
+
+    /// A request is not in flight any more, or was not there.
+    pub fn put_back(&self) {
+        let mut state = self.in_flight.lock();
+        state.1 = state.1.saturating_sub(1);
+        if state.1 == 0 {
+            self.in_flight.none_left.notify_all();
+        }
+    }
+
+    /// Whether requests in flight can be completed. The caller holds the queue's lock.
+    pub fn can_complete(&self) -> bool {
+        matches!(self.in_flight.lock().0, Stage::Running | Stage::Stopping)
+    }
+
+    /// The device has failed: its requests in flight never complete.
+    pub fn abandon(&self) {
+        self.in_flight.lock().0 = Stage::Abandoned;
+        self.in_flight.none_left.notify_all();
+    }
+
+    /// Waits for the requests in flight. Then none completes any more, until the next start.
+    fn stop(&self) {
+        let mut state = self.in_flight.lock();
+        if state.0 != Stage::Running {
+            return;
+        }
+        state.0 = Stage::Stopping;
+        // One that is popped at this moment is counted.
+        let (state, timeout) = self
+            .in_flight
+            .none_left
+            .wait_timeout_while(state, STOP_TIMEOUT, |(stage, count)| {
+                *stage == Stage::Stopping && *count > 0
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(state);
+        // No completion is halfway through while the queue is locked.
+        let _queue = self.inner.get_ref();
+        let mut state = self.in_flight.lock();
+        if timeout.timed_out() {
+            tracing::error!(
+                requests = state.1,
+                "requests in flight did not complete in {STOP_TIMEOUT:?}: their queue stays stopped"
+            );
+            state.0 = Stage::Abandoned;
+        } else if state.0 == Stage::Stopping {
+            state.0 = Stage::Stopped;
+        }
+    }
+
+    fn start(&self) {
+        let mut state = self.in_flight.lock();
+        if state.0 == Stage::Stopped {
+            state.0 = Stage::Running;
+        }
+    }
+
+    /// Notifies the driver of what was completed without a notification.
+    fn flush(&self) {
+        if let Err(error) = self.inner.signal_used_queue() {
+            tracing::debug!(%error, "cannot notify the driver");
+        }
     }
 }
 
@@ -43,6 +157,10 @@ impl VringT<AtomicMemory> for Vring {
         Ok(Self {
             inner: VringMutex::new(memory, max_queue_size)?,
             kick: Arc::default(),
+            in_flight: Arc::new(InFlight {
+                state: Mutex::new((Stage::Running, 0)),
+                none_left: Condvar::new(),
+            }),
         })
     }
 
@@ -54,7 +172,7 @@ impl VringT<AtomicMemory> for Vring {
             let mut value = [0; 8];
             match rustix::io::read(kick, &mut value) {
                 Ok(_) => {}
-                // Somebody else's counter is as good as read, as it is for the library.
+                // Nothing to read: the library takes that for a kick, too.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -93,6 +211,13 @@ impl VringT<AtomicMemory> for Vring {
     }
 
     fn set_enabled(&self, enabled: bool) {
+        match enabled {
+            true => self.start(),
+            false => {
+                self.stop();
+                self.flush();
+            }
+        }
         self.inner.set_enabled(enabled);
     }
 
@@ -124,7 +249,15 @@ impl VringT<AtomicMemory> for Vring {
         self.inner.set_queue_event_idx(enabled);
     }
 
+    /// The library calls this first when the front end stops the ring (GET_VRING_BASE).
     fn set_queue_ready(&self, ready: bool) {
+        match ready {
+            true => self.start(),
+            false => {
+                self.stop();
+                self.flush();
+            }
+        }
         self.inner.set_queue_ready(ready);
     }
 

@@ -1,43 +1,49 @@
-//! One stream between a guest socket and a host stream: a state machine over packets and host events.
+//! One stream between a guest socket and a host stream: a state machine over packets and host
+//! events.
 //!
 //! # The protocol, as far as a connection is concerned
 //!
-//! A connection is named by its host port and its guest port. Packets of the guest come to [`Connection::handle`],
-//! readiness of the host stream to [`Connection::host_ready`], and whenever the guest has a receive buffer to fill,
-//! [`Connection::transmit`] makes the next packet. The phases:
+//! A connection is named by its host port and its guest port. Packets of the guest come to
+//! [`Connection::handle`], readiness of the host stream to [`Connection::host_ready`], and whenever
+//! the guest has a receive buffer to fill, [`Connection::transmit`] makes the next packet. The
+//! phases:
 //!
 //! ```text
-//!   host connects                                   guest connects (REQUEST)
-//!        │ sends REQUEST                                  │ sends RESPONSE
-//!        ▼            RESPONSE comes                      ▼
-//!    Connecting ────────────────────────────────────►   Open ───── RST, or SHUTDOWN(both), comes ─────┐
-//!        │                                                │                                           │
-//!        │ RST comes, or time-out                         │ both directions are over:                 │
-//!        ▼                                                │ sends SHUTDOWN(both)                      ▼
-//!      gone                                               ▼                              Draining, until what the
-//!                              gone ◄── RST comes ──── Closing                           guest has sent is written
-//!                              or SHUTDOWN(both), or time-out                            to the host; then gone
+//!   host connects                              guest connects (REQUEST)
+//!        │ sends REQUEST                             │ sends RESPONSE
+//!        ▼            RESPONSE arrives               ▼
+//!    Connecting ──────────────────────────────────► Open ── RST or SHUTDOWN(both) arrives ──┐
+//!        │                                           │                                      │
+//!        │ RST arrives, or timeout                   │ both directions are over:            │
+//!        ▼                                           │ sends SHUTDOWN(both)                 ▼
+//!      gone                                          ▼                            Draining, until
+//!                         gone ◄── RST arrives ── Closing                         the guest's data
+//!                         or SHUTDOWN(both), or timeout                           is written to the
+//!                                                                                 host; then gone
 //! ```
 //!
 //! In `Open` each direction ends on its own:
 //!
 //! | direction | ends by | then |
 //! | --- | --- | --- |
-//! | host to guest | end of file of the host stream | SHUTDOWN(send) goes out: `Ended` |
-//! | host to guest | SHUTDOWN(receive) of the guest | the host stream is shut down for reading: `Refused` |
-//! | guest to host | SHUTDOWN(send) of the guest | `Flushing` until the backlog is written, then the host stream is shut down for writing: `Ended` |
-//! | guest to host | the host stream takes no more bytes | SHUTDOWN(receive) goes out, what comes is dropped: `Refused` |
+//! | to guest | end of file of the host stream | SHUTDOWN(send) is sent: `Ended` |
+//! | to guest | SHUTDOWN(receive) of the guest | host stream shut down for reading: `Refused` |
+//! | to host | SHUTDOWN(send) of the guest | `Flushing` the backlog, then as below: `Ended` |
+//! | to host | the backlog is written | host stream shut down for writing: `Ended` |
+//! | to host | the host stream takes no more | SHUTDOWN(receive) is sent: `Refused` |
 //!
-//! A SHUTDOWN(both) of the guest is answered with RST at once; the guest's ports are free again then, so a Draining
-//! connection has no ports. Any packet that does not fit the phase, and data beyond the credit, is answered with RST
-//! and ends the connection; bytes received before that are still written to the host.
+//! A SHUTDOWN(both) of the guest is answered with RST at once; the guest's ports are free again
+//! then, so a Draining connection has no ports. Any packet that does not fit the phase, and data
+//! beyond the credit, is answered with RST and ends the connection; bytes received before that are
+//! still written to the host.
 //!
 //! # Back-pressure
 //!
-//! Guest to host, data that the host stream does not take at once waits in the backlog, which the [`Grant`] bounds;
-//! the guest's credit comes back as the backlog drains. Host to guest, nothing is read from the host stream before
-//! there is both credit ([`Allowance`]) and a receive buffer, and it is read into that buffer. [`Connection::interest`]
-//! says which events of the host stream can lead to progress now; no other is waited for.
+//! Guest to host, data that the host stream does not take at once waits in the backlog, which the
+//! [`Grant`] bounds; the guest's credit comes back as the backlog drains. Host to guest, nothing is
+//! read from the host stream before there is both credit ([`Allowance`]) and a receive buffer, and
+//! it is read into that buffer. [`Connection::interest`] says which events of the host stream can
+//! lead to progress now; no other is waited for.
 
 use std::collections::VecDeque;
 use std::io;
@@ -55,11 +61,12 @@ use super::packet::{
 use super::stream::HostStream;
 
 /// How long the guest may take to answer a REQUEST.
-pub const CONNECT_TIME: Duration = Duration::from_secs(10);
-/// How long a REQUEST may wait for the guest to offer a buffer for it, which it does once it has booted.
-pub const BOOT_TIME: Duration = Duration::from_secs(60);
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a REQUEST may wait for the guest to offer a buffer for it, which it does once it has
+/// booted.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest may take to confirm the end of a connection.
-pub const LINGER_TIME: Duration = Duration::from_secs(4);
+pub const LINGER_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// A backlog keeps at most this much capacity when it is empty.
 const IDLE_BACKLOG: usize = 16 << 10;
@@ -88,14 +95,14 @@ impl Ports {
     }
 }
 
-/// What becomes of a connection after an event.
+/// What happens to a connection after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It goes on.
     Keep,
     /// The guest has accepted it.
     Accepted,
-    /// It is over, and the guest must be told with RST.
+    /// It is over, and RST must be sent to the guest.
     Reset(&'static str),
     /// It is over, and the guest knows.
     Over(&'static str),
@@ -158,7 +165,7 @@ impl<S: HostStream> Connection<S> {
     /// A connection that the host asks for.
     pub fn outgoing(ports: Ports, stream: S, buffer: u32, now: Instant) -> Self {
         let mut connection = Self::new(ports, stream, buffer, Phase::Connecting, op::REQUEST);
-        connection.deadline = Some(now + BOOT_TIME);
+        connection.deadline = Some(now + BOOT_TIMEOUT);
         connection
     }
 
@@ -258,7 +265,7 @@ impl<S: HostStream> Connection<S> {
                     _ => Verdict::Keep,
                 }
             }
-            // Sent before our SHUTDOWN came in: nobody is left to take it.
+            // Sent before our SHUTDOWN arrived: there is no receiver any more.
             (Phase::Closing, op::RW | op::CREDIT_UPDATE | op::CREDIT_REQUEST) => Verdict::Keep,
             (Phase::Open | Phase::Closing, _) => {
                 Verdict::Reset("the guest sent a packet that has no place here")
@@ -311,11 +318,12 @@ impl<S: HostStream> Connection<S> {
         }
         if let Some(op) = self.pending.opening.take() {
             if op == op::REQUEST {
-                self.deadline = Some(now + CONNECT_TIME);
+                self.deadline = Some(now + CONNECT_TIMEOUT);
             }
             return Some(self.header(op));
         }
-        // Set only when there is nothing left to send, or nothing will be taken: it need not wait for data.
+        // Set only when there is nothing left to send, or nothing will be taken: it need not wait
+        // for data.
         if let Some(header) = self.shutdown_packet() {
             return Some(header);
         }
@@ -341,10 +349,11 @@ impl<S: HostStream> Connection<S> {
         None
     }
 
-    /// The events of the host stream that can lead to progress; `None` when none can, not even its hang-up.
+    /// The events of the host stream that can lead to progress; `None` when none can, not even its
+    /// hang-up.
     ///
-    /// Hang-up is reported whether asked for or not, so a stream that could hang up without consequence now must
-    /// not be waited for at all.
+    /// Hang-up is reported whether asked for or not, so a stream that could hang up without
+    /// consequence now must not be waited for at all.
     pub fn interest(&self) -> Option<EventFlags> {
         let mut interest = EventFlags::empty();
         if !self.backlog.is_empty() {
@@ -360,13 +369,14 @@ impl<S: HostStream> Connection<S> {
                     return None;
                 }
             }
-            // Waits for the hang-up only, which tells the guest that its bytes have no reader any more.
+            // Waits for the hang-up only, which tells the guest that its bytes have no reader any
+            // more.
             Phase::Open => {}
         }
         Some(interest)
     }
 
-    /// Time is up for whatever the connection was waiting for.
+    /// The connection's deadline has passed.
     pub fn expire(&mut self, now: Instant) -> Verdict {
         match self.deadline {
             Some(deadline) if deadline <= now => match self.phase {
@@ -377,8 +387,8 @@ impl<S: HostStream> Connection<S> {
         }
     }
 
-    /// The guest has no part in this connection any more. True when bytes of it still have to go to the host, for
-    /// which the connection must be kept, nameless; false when it can be dropped.
+    /// The guest has no part in this connection any more. True when bytes of it still have to go to
+    /// the host, for which the connection must be kept, nameless; false when it can be dropped.
     pub fn leave_guest(&mut self) -> bool {
         let was_open = self.phase == Phase::Open;
         self.pending = Pending::default();
@@ -394,12 +404,13 @@ impl<S: HostStream> Connection<S> {
         drains
     }
 
-    /// Gives up what the guest has sent and the host has not taken.
+    /// Discards what the guest has sent and the host has not taken.
     pub fn discard(&mut self) {
         self.refuse_host();
     }
 
-    /// Takes the host's end out, to be dropped. What was written to it will be followed by an orderly end.
+    /// Takes the host's end out, to be dropped. What was written to it will be followed by an
+    /// orderly end.
     pub fn release(&mut self) -> Option<S> {
         let mut stream = self.stream.take()?;
         if self.to_guest != ToGuest::Ended {
@@ -411,7 +422,7 @@ impl<S: HostStream> Connection<S> {
     fn take_credit(&mut self, header: &Header) {
         self.allowance.update(header.buf_alloc, header.fwd_cnt);
         self.grant.limit(header.buf_alloc);
-        // A smaller buffer of the guest may make news of what was too little to tell.
+        // With a smaller buffer of the guest, an update may be worth sending that was not before.
         self.pending.credit_update |= self.grant.worth_announcing();
     }
 
@@ -446,7 +457,8 @@ impl<S: HostStream> Connection<S> {
         Some(header)
     }
 
-    /// Reads from the host into the guest's buffer. `None` when there was nothing to read, or only the end.
+    /// Reads from the host into the guest's buffer. `None` when there was nothing to read, or only
+    /// the end.
     fn read(&mut self, room: &Slices<'_>, now: Instant) -> Option<u32> {
         let limit = room.len().min(self.allowance.available() as usize);
         let mut into = room.clone();
@@ -457,8 +469,8 @@ impl<S: HostStream> Connection<S> {
         match self.stream.as_mut()?.receive(into.pieces()) {
             Ok(0) => self.host_ended(now),
             Ok(count) => {
-                // The socket's queue is empty when it gave less than was asked for. If that should be wrong once,
-                // its readiness is level-triggered.
+                // The socket's queue is empty when it gave less than was asked for. If that should
+                // be wrong once, its readiness is level-triggered.
                 self.readable = count >= limit;
                 // `count` is at most the allowance, a `u32`.
                 let count = count.min(limit) as u32;
@@ -483,7 +495,8 @@ impl<S: HostStream> Connection<S> {
         self.close_when_over(now);
     }
 
-    /// The host takes no more bytes. What it has not taken is lost, as with any pipe whose reader is gone.
+    /// The host takes no more bytes. What it has not taken is lost, as with any pipe whose reader
+    /// is gone.
     fn refuse_host(&mut self) {
         self.forwarded(self.backlog.len());
         self.backlog = VecDeque::new();
@@ -616,7 +629,7 @@ impl<S: HostStream> Connection<S> {
         Verdict::Keep
     }
 
-    /// Starts the farewell once no byte can flow in either direction any more.
+    /// Starts closing once no byte can flow in either direction any more.
     fn close_when_over(&mut self, now: Instant) {
         if self.phase == Phase::Open
             && self.to_guest != ToGuest::Flowing
@@ -624,7 +637,7 @@ impl<S: HostStream> Connection<S> {
         {
             self.phase = Phase::Closing;
             self.pending.shutdown = true;
-            self.deadline = Some(now + LINGER_TIME);
+            self.deadline = Some(now + LINGER_TIMEOUT);
         }
     }
 }

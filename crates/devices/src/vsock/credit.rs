@@ -1,10 +1,11 @@
 //! Credit-based flow control of one connection: two counters pairs, one per direction.
 //!
-//! Each side tells the other, in the header of every packet, how large its receive buffer is (`buf_alloc`) and how
-//! many bytes have left that buffer so far (`fwd_cnt`). The sender knows how many bytes it has sent, so what may be
-//! sent is `buf_alloc - (sent - fwd_cnt)`. All counters are `u32` and wrap. [`Allowance`] is what the guest allows
-//! us, [`Grant`] what we allow the guest; [`super::connection`] is the only user. Nothing here does I/O, and the
-//! guest's numbers are never trusted further than to decide how much may be written into buffers it gave us.
+//! Each side says, in the header of every packet, how large its receive buffer is (`buf_alloc`) and
+//! how many bytes have left that buffer so far (`fwd_cnt`). The sender knows how many bytes it has
+//! sent, so what may be sent is `buf_alloc - (sent - fwd_cnt)`. All counters are `u32` and wrap.
+//! [`Allowance`] is what the guest allows us, [`Grant`] what we allow the guest;
+//! [`super::connection`] is the only user. Nothing here does I/O, and the guest's numbers are never
+//! trusted further than to decide how much may be written into buffers it gave us.
 
 /// What the guest allows us to send to it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -15,11 +16,11 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// Takes the guest's newest numbers.
+    /// Takes the guest's latest numbers.
     ///
-    /// `fwd_cnt` counts only when it lies between the last known one and what was really sent. Anything else is an
-    /// older packet that was overtaken (the Linux driver may queue packets of two threads in the other order), or a
-    /// lie; both are ignored, which can only make us send less.
+    /// `fwd_cnt` counts only when it lies between the last known one and what was really sent.
+    /// Anything else is an older packet that was overtaken (the Linux driver may reorder packets of
+    /// two threads), or invalid; both are ignored, which can only make us send less.
     pub fn update(&mut self, buf_alloc: u32, fwd_cnt: u32) {
         self.buf_alloc = buf_alloc;
         if self.sent.wrapping_sub(fwd_cnt) <= self.in_flight() {
@@ -27,7 +28,8 @@ impl Allowance {
         }
     }
 
-    /// Bytes that may be sent now. Zero when the guest has shrunk its buffer below what is on its way.
+    /// Bytes that may be sent now. Zero when the guest has shrunk its buffer below what is on its
+    /// way.
     pub fn available(&self) -> u32 {
         self.buf_alloc.saturating_sub(self.in_flight())
     }
@@ -52,7 +54,7 @@ pub struct Grant {
     size: u32,
     received: u32,
     forwarded: u32,
-    told: u32,
+    announced: u32,
     /// The guest's own buffer: more than that it does not let be on its way either.
     peer_window: u32,
 }
@@ -64,7 +66,7 @@ impl Grant {
             size,
             received: 0,
             forwarded: 0,
-            told: 0,
+            announced: 0,
             peer_window: u32::MAX,
         }
     }
@@ -74,8 +76,8 @@ impl Grant {
         self.size
     }
 
-    /// Accounts for `count` bytes that came in. False, and nothing is accounted, when the guest had no credit for
-    /// them.
+    /// Accounts for `count` bytes that came in. False, and nothing is accounted, when the guest had
+    /// no credit for them.
     #[must_use]
     pub fn accept(&mut self, count: u32) -> bool {
         if count > self.size - self.held() {
@@ -93,21 +95,22 @@ impl Grant {
 
     /// The `buf_alloc` and `fwd_cnt` for the header of a packet that goes out now.
     pub fn announce(&mut self) -> (u32, u32) {
-        self.told = self.forwarded;
+        self.announced = self.forwarded;
         (self.size, self.forwarded)
     }
 
-    /// Takes the size of the guest's own buffer. Linux sends no more than that ahead, whatever it was granted.
+    /// Takes the size of the guest's own buffer. Linux sends no more than that ahead, whatever its
+    /// grant.
     pub fn limit(&mut self, buf_alloc: u32) {
         self.peer_window = buf_alloc;
     }
 
-    /// Whether the guest should be told even if no other packet goes out: it believes that half of what it may send
-    /// ahead or more is occupied which is free. Earlier would cost the guest an interrupt per packet; later it would
-    /// wait for ever.
+    /// Whether to send an update even if no other packet goes out: when the guest counts half or
+    /// more of what it may send ahead as occupied although it is free. Earlier would cost the guest
+    /// an interrupt per packet; later it would wait for ever.
     pub fn worth_announcing(&self) -> bool {
-        let news = self.forwarded.wrapping_sub(self.told);
-        news > 0 && news >= self.size.min(self.peer_window).div_ceil(2)
+        let unannounced = self.forwarded.wrapping_sub(self.announced);
+        unannounced > 0 && unannounced >= self.size.min(self.peer_window).div_ceil(2)
     }
 
     /// Bytes in the buffer: never more than the size.

@@ -7,15 +7,16 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::connection::Ports;
 use super::muxer::ConnectError;
 use super::packet::{HEADER_SIZE, Header, op};
 use super::testing::guest_packet;
-use super::{Handle, Incoming, RX, TX, Vsock};
-use crate::device::{Chain, Device, DeviceError, EventRegistry, Memory, Queues, Ring};
+use super::{EVENTS, Handle, Incoming, RX, TX, Vsock};
+use crate::device::{Device, DeviceError, EventRegistry, Memory, Queues, Ring};
+use crate::testing::TestRing;
 
 const MEMORY: usize = 1 << 20;
 const SIZE: u16 = 16;
@@ -24,42 +25,6 @@ const BUFFERS: u64 = 0x2_0000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
-
-struct TestRing(Mutex<Queue>);
-
-impl Ring for TestRing {
-    fn pop(&self, memory: &Memory) -> Result<Option<Chain>, virtio_queue::Error> {
-        let mut queue = self.0.lock().unwrap();
-        if !queue.ready() {
-            return Ok(None);
-        }
-        Ok(queue.iter(memory.clone())?.next())
-    }
-
-    fn undo_pop(&self) {
-        self.0.lock().unwrap().go_to_previous_position();
-    }
-
-    fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), virtio_queue::Error> {
-        self.0.lock().unwrap().add_used(memory.as_ref(), head, len)
-    }
-
-    fn notify(&self, _: &Memory) -> Result<(), virtio_queue::Error> {
-        Ok(())
-    }
-
-    fn rearm(&self, memory: &Memory) -> Result<bool, virtio_queue::Error> {
-        let mut queue = self.0.lock().unwrap();
-        if !queue.ready() {
-            return Ok(false);
-        }
-        queue.enable_notification(memory.as_ref())
-    }
-
-    fn silence(&self, memory: &Memory) -> Result<(), virtio_queue::Error> {
-        self.0.lock().unwrap().disable_notification(memory.as_ref())
-    }
-}
 
 /// The device with a driver that writes the rings itself.
 struct Guest {
@@ -143,7 +108,7 @@ impl Guest {
 
     /// Makes a chain of pieces available, from the first descriptor on.
     fn offer(&mut self, queue: usize, pieces: &[(u64, u32)]) {
-        let write = if queue == RX { WRITE } else { 0 };
+        let write = if queue == TX { 0 } else { WRITE };
         for (index, (addr, len)) in pieces.iter().enumerate() {
             let next = if index + 1 < pieces.len() { NEXT } else { 0 };
             self.describe(
@@ -270,6 +235,61 @@ fn connected() -> (Guest, UnixStream) {
         (op::RESPONSE, 40, 50)
     );
     (guest, UnixStream::from(incoming.stream))
+}
+
+/// The guest connects again, to the same port.
+fn connect_again(guest: &mut Guest) -> UnixStream {
+    let ports = Ports {
+        guest: PORTS.guest + 1,
+        ..PORTS
+    };
+    guest.send(guest_packet(ports, op::REQUEST), &[], &[]);
+    let stream = guest.incoming.try_recv().unwrap().stream;
+    assert_eq!(guest.receive(&[4096]).unwrap().0.op, op::RESPONSE);
+    UnixStream::from(stream)
+}
+
+#[test]
+fn a_cut_connection_ends_on_both_sides_and_no_other_does() {
+    let (mut guest, mut stream) = connected();
+    guest.send(guest_packet(PORTS, op::RW), b"sent before", &[]);
+    guest.handle.cut(99, Box::new(|done| done.unwrap()));
+    guest.run();
+    guest.send(guest_packet(PORTS, op::RW), b", and after", &[]);
+    guest.handle.cut(PORTS.host, Box::new(|done| done.unwrap()));
+    guest.run();
+    let (answer, _) = guest.receive(&[4096]).unwrap();
+    assert_eq!((answer.op, answer.dst_port), (op::RST, PORTS.guest));
+    let mut all = String::new();
+    stream.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "sent before, and after");
+    connect_again(&mut guest).write_all(b"x").unwrap();
+    assert_eq!(guest.receive(&[4096]).unwrap().1, b"x");
+}
+
+#[test]
+fn a_transport_reset_ends_all_connections_and_tells_the_driver() {
+    let (mut guest, mut stream) = connected();
+    guest.send(guest_packet(PORTS, op::RW), b"sent before", &[]);
+    guest.handle.reset_transport(Box::new(|done| done.unwrap()));
+    guest.run();
+    let mut all = String::new();
+    stream.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "sent before");
+    // The event waits for a buffer.
+    guest.memory.write_obj(7u64, GuestAddress(BUFFERS)).unwrap();
+    guest.offer(EVENTS, &[(BUFFERS, 4)]);
+    guest.kick(EVENTS);
+    assert_eq!(guest.used(EVENTS), [(0, 4)]);
+    let event: u64 = guest.memory.read_obj(GuestAddress(BUFFERS)).unwrap();
+    assert_eq!(event, 0);
+    // The old connection is unknown, and the port is listened on still.
+    guest.send(guest_packet(PORTS, op::RW), b"late", &[]);
+    assert_eq!(guest.receive(&[4096]).unwrap().0.op, op::RST);
+    connect_again(&mut guest);
+    guest.offer(EVENTS, &[(BUFFERS, 4)]);
+    guest.kick(EVENTS);
+    assert_eq!(guest.used(EVENTS), []);
 }
 
 #[test]

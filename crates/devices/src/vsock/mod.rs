@@ -1,34 +1,38 @@
 //! The vsock device (virtio ID 19): byte streams between host and guest, without a network.
 //!
-//! The host's end of every stream is one end of a `SOCK_STREAM` unix socketpair. Streams come about in two ways:
-//! the host asks for one ([`Handle::connect`]), giving the socket; or the guest connects to a port that the host
-//! listens on ([`Handle::listen`]), and a fresh socket is handed out as [`Incoming`]. Any other port is
-//! refused.
+//! The host's end of every stream is one end of a `SOCK_STREAM` unix socketpair. Streams are
+//! created in two ways: the host asks for one ([`Handle::connect`]) and provides the socket; or the
+//! guest connects to a port that the host listens on ([`Handle::listen`]), and a new socket is
+//! handed out as [`Incoming`]. Any other port is refused.
 //!
 //! # Protocol
 //!
-//! Packets are a header of 44 bytes and data. The driver puts its packets into the tx queue and empty buffers for
-//! ours into the rx queue; the third queue would tell the driver that its context ID has changed, which never
-//! happens here. The host is context ID 2, the guest 3. What a connection is and which packets move it from state to
-//! state is on top of [`connection`]; credit is explained in [`credit`]; [`muxer`] holds all connections and their
-//! bounds. Only stream sockets are offered, not sequenced packets.
+//! Packets are a header of 44 bytes and data. The driver puts its packets into the tx queue and
+//! empty buffers for ours into the rx queue. The event queue has one use: when the transport is
+//! reset (the host ends all connections, or the device is restored from a saved state, which has
+//! none), an event tells the driver to close its sockets. The host is context ID 2, the guest 3.
+//! What a connection is and which packets move it from state to state is on top of [`connection`];
+//! credit is explained in [`credit`]; [`muxer`] holds all connections and their bounds. Only stream
+//! sockets are offered, not sequenced packets.
 //!
-//! The tx queue is never left waiting for a host stream: what a stream does not take at once goes to the
-//! connection's backlog, and the guest's credit bounds that. The rx queue is filled straight from the host streams.
+//! The tx queue is never left waiting for a host stream: what a stream does not take at once goes
+//! to the connection's backlog, and the guest's credit bounds that. The rx queue is filled straight
+//! from the host streams.
 //!
 //! # Who calls
 //!
-//! A transport drives [`Vsock`] through [`Device`] in one thread, which owns all state. The control thread holds a
-//! [`Handle`], whose wishes go through a bounded channel, and learns results through callbacks. Wishes from before
-//! the driver is up are kept and carried out then.
+//! A transport drives [`Vsock`] through [`Device`] in one thread, which owns all state. The control
+//! thread holds a [`Handle`], whose commands go through a bounded channel, and gets results through
+//! callbacks. Commands from before the driver is up are kept and executed then.
 //!
-//! What the guest does wrong costs it the packet or the connection, at worst its device, and shows up in the log at
-//! debug level only: it could fill any other.
+//! An error of the guest costs it the packet or the connection, at worst its device. It is logged
+//! at debug level only, because the guest could flood the log.
 
 pub mod connection;
 pub mod credit;
 pub mod muxer;
 pub mod packet;
+mod state;
 pub mod stream;
 
 #[cfg(test)]
@@ -46,13 +50,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
+use hull_device_control::DeviceType;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
 
-use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Kicks, Memory, Queues};
+use crate::device::{
+    Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, NotificationState, Queues,
+};
+use crate::state::{RestoreError, SaveError, SavedState};
 use connection::Ports;
 pub use muxer::ConnectError;
 use muxer::{Change, Host, Muxer, Token};
@@ -61,18 +69,23 @@ use stream::Socket;
 
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENTS: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 
-/// Wishes of the control thread that the device has not taken yet.
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+/// Commands of the control thread that the device has not taken yet.
 const MAX_COMMANDS: usize = 256;
-/// Packets per direction after which other events get their turn.
+/// Packets per direction after which other events are served.
 const BUDGET: usize = 512;
 
-// Every packet that is taken could interrupt the guest only to have its memory freed. Instead a few small ones wait
-// for each other. Not large ones: the Linux driver counts them against the sender's socket, which then sleeps on.
-const TAKEN_PACKETS: usize = 8;
-const TAKEN_BYTES: usize = 16 << 10;
-const TAKEN_TIME: Duration = Duration::from_millis(5);
+// A notification per packet would interrupt the guest only to free the packet's memory. Instead a
+// few small packets share one. Large packets do not wait: the Linux driver counts them against the
+// sending socket, which would block.
+const UNNOTIFIED_PACKETS: usize = 8;
+const UNNOTIFIED_BYTES: usize = 16 << 10;
+const NOTIFY_DELAY: Duration = Duration::from_millis(5);
 
 // Connections' tokens have their slot, a small number, in the lower half: these cannot be one.
 const WAKE: u64 = u32::MAX as u64;
@@ -89,11 +102,11 @@ pub struct Incoming {
     pub stream: OwnedFd,
 }
 
-/// Takes new connections, on the device's thread: while it blocks, so does the device.
+/// Receives new connections, on the device's thread: while it blocks, so does the device.
 pub type IncomingSink = Box<dyn FnMut(Incoming) + Send>;
 
-/// Takes the answer to [`Handle::connect`], on the device's thread or the caller's own. Called exactly once, unless
-/// the device ends before.
+/// Called with the result of [`Handle::connect`], on the device's thread or the caller's own,
+/// exactly once unless the device ends before.
 pub type Connected = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
 
 /// Called when a command has been carried out, on the device's thread, or on the caller's when the
@@ -113,9 +126,17 @@ enum Command {
     Drain {
         done: Done,
     },
+    Cut {
+        port: u32,
+        done: Done,
+    },
+    Reset {
+        done: Done,
+    },
 }
 
-/// The device takes no commands: it has not taken [`MAX_COMMANDS`] earlier ones yet, or has stopped.
+/// The device takes no commands: it has not taken [`MAX_COMMANDS`] earlier ones yet, or has
+/// stopped.
 #[derive(Debug, thiserror::Error)]
 #[error("the vsock device does not take commands")]
 pub struct Busy;
@@ -128,8 +149,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Connects `stream`, one end of a stream socket, to `guest_port` of the guest, with `host_port` as source.
-    /// `done` is told how that went, within a minute at most.
+    /// Connects `stream`, one end of a stream socket, to `guest_port` of the guest, with
+    /// `host_port` as source. `done` is called with the result, within a minute at most.
     pub fn connect(&self, guest_port: u32, host_port: u32, stream: OwnedFd, done: Connected) {
         let ports = Ports {
             host: host_port,
@@ -155,13 +176,29 @@ impl Handle {
         self.simple_command(Command::Drain { done });
     }
 
+    /// Resets the connections of host port `port`, as if the network between had failed.
+    pub fn cut(&self, port: u32, done: Done) {
+        self.simple_command(Command::Cut { port, done });
+    }
+
+    /// Ends all connections and has the driver close its sockets. Ports stay listened on.
+    pub fn reset_transport(&self, done: Done) {
+        self.simple_command(Command::Reset { done });
+    }
+
     fn simple_command(&self, command: Command) {
-        if let Err(Command::Listen { done, .. } | Command::Drain { done }) = self.command(command) {
+        if let Err(
+            Command::Listen { done, .. }
+            | Command::Drain { done }
+            | Command::Cut { done, .. }
+            | Command::Reset { done },
+        ) = self.command(command)
+        {
             done(Err(Busy));
         }
     }
 
-    /// Passes a command on, or gives it back.
+    /// Queues a command, or returns it.
     fn command(&self, command: Command) -> Result<(), Command> {
         self.commands
             .try_send(command)
@@ -180,7 +217,7 @@ fn signal(wake: &OwnedFd) {
     }
 }
 
-/// What the connections see of the rest of the process.
+/// The host's side of the multiplexer.
 struct ControlSide {
     incoming: IncomingSink,
 }
@@ -216,37 +253,40 @@ pub struct Vsock {
     timer: OwnedFd,
     timer_set: Option<Instant>,
     registry: Option<EventRegistry>,
-    kicks: Kicks<2>,
-    taken: Taken,
-    /// Who waits until the host has taken everything.
+    notifications: NotificationState<3>,
+    unnotified: Unnotified,
+    /// Called when the host has taken everything.
     draining: Vec<Done>,
+    /// The driver is to be notified that its connections are gone.
+    reset_event_pending: bool,
 }
 
-/// Packets that were taken from the driver, which it was not told yet.
+/// Packets that were taken from the driver, for which it was not notified yet.
 #[derive(Debug, Default)]
-struct Taken {
+struct Unnotified {
     packets: usize,
     bytes: usize,
-    /// When it must be told at last.
+    /// When it must be notified.
     deadline: Option<Instant>,
 }
 
-impl Taken {
+impl Unnotified {
     fn add(&mut self, bytes: usize, now: Instant) {
         self.packets += 1;
         self.bytes += bytes;
-        self.deadline.get_or_insert(now + TAKEN_TIME);
+        self.deadline.get_or_insert(now + NOTIFY_DELAY);
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        self.packets >= TAKEN_PACKETS
-            || self.bytes >= TAKEN_BYTES
+        self.packets >= UNNOTIFIED_PACKETS
+            || self.bytes >= UNNOTIFIED_BYTES
             || self.deadline.is_some_and(|deadline| deadline <= now)
     }
 }
 
 impl Vsock {
-    /// A device, and the handle to make wishes with. `incoming` is called on the thread that runs the device.
+    /// A device, and the handle to control it. `incoming` is called on the thread that runs the
+    /// device.
     pub fn new(incoming: IncomingSink) -> io::Result<(Self, Handle)> {
         let (sender, commands) = sync_channel(MAX_COMMANDS);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
@@ -258,9 +298,10 @@ impl Vsock {
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             timer_set: None,
             registry: None,
-            kicks: Kicks::default(),
-            taken: Taken::default(),
+            notifications: NotificationState::default(),
+            unnotified: Unnotified::default(),
             draining: Vec::new(),
+            reset_event_pending: false,
         };
         let handle = Handle {
             commands: sender,
@@ -269,7 +310,7 @@ impl Vsock {
         Ok((device, handle))
     }
 
-    /// Carries out what the control thread wishes.
+    /// Executes the commands of the control thread.
     fn take_commands(&mut self, now: Instant) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
@@ -283,13 +324,25 @@ impl Vsock {
                     done(Ok(()));
                 }
                 Command::Drain { done } => self.draining.push(done),
+                Command::Cut { port, done } => {
+                    self.muxer.cut(port);
+                    done(Ok(()));
+                }
+                Command::Reset { done } => {
+                    self.muxer.guest_gone();
+                    self.reset_event_pending = true;
+                    done(Ok(()));
+                }
             }
         }
     }
 
-    /// Moves packets in both directions until nothing is left to do, or until it is others' turn.
+    /// Moves packets in both directions until nothing is left to do or the budget is used up.
     fn work(&mut self, queues: &mut Queues<'_>, now: Instant) -> Result<(), DeviceError> {
         let memory = queues.memory().clone();
+        if self.reset_event_pending {
+            self.send_reset_event(queues, &memory)?;
+        }
         let (mut received, mut sent) = (0, 0);
         loop {
             let before = (received, sent);
@@ -306,14 +359,38 @@ impl Vsock {
         if sent > 0 {
             queues.notify(RX)?;
         }
-        if self.taken.is_due(now) {
-            self.taken = Taken::default();
+        if self.unnotified.is_due(now) {
+            self.unnotified = Unnotified::default();
             queues.notify(TX)?;
         }
         if !self.draining.is_empty() && !self.muxer.has_backlog() {
             self.draining.drain(..).for_each(|done| done(Ok(())));
         }
         self.settle(now)
+    }
+
+    /// Sends VIRTIO_VSOCK_EVENT_TRANSPORT_RESET as soon as the driver has a buffer for it.
+    fn send_reset_event(
+        &mut self,
+        queues: &mut Queues<'_>,
+        memory: &Memory,
+    ) -> Result<(), DeviceError> {
+        while let Some(chain) = self.notifications.pop(queues, EVENTS)? {
+            let head = chain.head_index();
+            let event = TRANSPORT_RESET.to_le_bytes();
+            let sent = Slices::of_chain(memory, chain, true).is_some_and(|to| to.put(&event));
+            if !sent {
+                tracing::debug!(head, "vsock event buffer is too small");
+            }
+            let length = if sent { event.len() as u32 } else { 0 };
+            queues.add_used(EVENTS, head, length)?;
+            queues.notify(EVENTS)?;
+            if sent {
+                self.reset_event_pending = false;
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the driver's packets.
@@ -325,7 +402,7 @@ impl Vsock {
         now: Instant,
     ) -> Result<(), DeviceError> {
         while *count < BUDGET
-            && let Some(chain) = self.kicks.pop(queues, TX)?
+            && let Some(chain) = self.notifications.pop(queues, TX)?
         {
             let head = chain.head_index();
             let mut bytes = HEADER_SIZE;
@@ -336,7 +413,7 @@ impl Vsock {
                 }
                 None => tracing::debug!(head, "vsock packet without a header dropped"),
             }
-            self.taken.add(bytes, now);
+            self.unnotified.add(bytes, now);
             queues.add_used(TX, head, 0)?;
             *count += 1;
         }
@@ -353,10 +430,10 @@ impl Vsock {
     ) -> Result<(), DeviceError> {
         while *count < BUDGET
             && self.muxer.wants_transmit()
-            && let Some(chain) = self.kicks.pop(queues, RX)?
+            && let Some(chain) = self.notifications.pop(queues, RX)?
         {
             let head = chain.head_index();
-            // A byte of data must fit as well, or a stream could never get on.
+            // A byte of data must fit as well, or a stream could not make progress.
             let buffer =
                 Slices::of_chain(memory, chain, true).filter(|buffer| buffer.len() > HEADER_SIZE);
             let len = match buffer {
@@ -384,11 +461,12 @@ impl Vsock {
         room.skip(HEADER_SIZE);
         let header = self.muxer.transmit(&room, now)?;
         buffer.put(&header.to_bytes());
-        // A header and at most 4 GiB less one byte of credit; a chain is not longer than that either.
+        // A header and at most 4 GiB less one byte of credit; a chain is not longer than that
+        // either.
         Some((HEADER_SIZE as u32).saturating_add(header.len))
     }
 
-    /// Waits for what can lead to progress from here on.
+    /// Registers for the events that can lead to progress now.
     fn settle(&mut self, now: Instant) -> Result<(), DeviceError> {
         let Some(registry) = &self.registry else {
             return Ok(());
@@ -399,7 +477,7 @@ impl Vsock {
                 Change::Modify(flags) => registry.modify(stream, token, flags),
                 Change::Remove => registry.remove(stream),
             });
-        let deadlines = [self.muxer.deadline(), self.taken.deadline];
+        let deadlines = [self.muxer.deadline(), self.unnotified.deadline];
         if let Some(first) = deadlines.into_iter().flatten().min()
             && self.timer_set.is_none_or(|set| first < set)
         {
@@ -418,7 +496,7 @@ impl Vsock {
             it_interval: Timespec::default(),
             it_value: Timespec {
                 tv_sec: after.as_secs() as _,
-                // Zero would switch the timer off.
+                // Zero would disarm the timer.
                 tv_nsec: after.subsec_nanos().max(1).into(),
             },
         };
@@ -427,8 +505,8 @@ impl Vsock {
     }
 }
 
-/// A packet of the driver: its header, and its data unless the chain is too short for what the header says. `None`
-/// when there is not even a header.
+/// A packet of the driver: its header, and its data unless the chain is too short for what the
+/// header says. `None` when there is not even a header.
 fn read_packet(memory: &Memory, chain: Chain) -> Option<(Header, Option<Slices<'_>>)> {
     let mut data = Slices::of_chain(memory, chain, false)?;
     let mut bytes = [0; HEADER_SIZE];
@@ -443,8 +521,8 @@ fn read_packet(memory: &Memory, chain: Chain) -> Option<(Header, Option<Slices<'
 }
 
 impl Device for Vsock {
-    fn device_type(&self) -> u32 {
-        virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Vsock
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -467,8 +545,8 @@ impl Device for Vsock {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        // Or the queue is new: either way the next wait needs another request for kicks.
-        self.kicks.came(queue);
+        // The queue may also be new. In both cases notifications must be enabled again.
+        self.notifications.on_kick(queue);
         self.work(queues, Instant::now())
     }
 
@@ -496,9 +574,27 @@ impl Device for Vsock {
         self.work(queues, now)
     }
 
+    /// A packet is processed in the event that it came in; only the notification may be due.
+    fn quiesce(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        if self.unnotified.packets > 0 {
+            self.unnotified = Unnotified::default();
+            queues.notify(TX)?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<SavedState, SaveError> {
+        state::save(self)
+    }
+
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        state::restore(self, state)
+    }
+
     fn reset(&mut self) {
-        self.kicks = Kicks::default();
-        self.taken = Taken::default();
+        self.reset_event_pending = false;
+        self.notifications = NotificationState::default();
+        self.unnotified = Unnotified::default();
         self.muxer.guest_gone();
         if let Err(error) = self.settle(Instant::now()) {
             tracing::warn!(%error, "reset of the vsock device");

@@ -1,14 +1,15 @@
-//! All connections of the device: finds the one a packet is for, and picks whose turn it is to fill the guest's
-//! next receive buffer.
+//! All connections of the device: finds the connection of a packet, and picks the one that fills
+//! the guest's next receive buffer.
 //!
 //! Pure: it knows packets and streams, no queues and no descriptors. The device feeds it packets
-//! ([`Muxer::receive`]), stream events ([`Muxer::host_ready`]), the host's wishes ([`Muxer::connect`],
-//! [`Muxer::listen`]) and receive buffers ([`Muxer::transmit`]), and after each round lets it say which stream events
-//! it wants next ([`Muxer::settle`]).
+//! ([`Muxer::receive`]), stream events ([`Muxer::host_ready`]), the host's commands
+//! ([`Muxer::connect`], [`Muxer::listen`]) and receive buffers ([`Muxer::transmit`]), and after
+//! each round asks which stream events to wait for ([`Muxer::settle`]).
 //!
-//! Bounds, whatever the guest does: [`MAX_CONNECTIONS`] connections, each with one place in the ready queue and a
-//! backlog within its grant, all grants together within [`MAX_GRANTED`]; [`MAX_RESETS`] waiting RST packets, beyond
-//! which they are dropped (an honest guest then runs into its own time-out).
+//! Bounds, whatever the guest does: [`MAX_CONNECTIONS`] connections, each with one place in the
+//! ready queue and a backlog within its grant, all grants together within [`MAX_GRANTED`];
+//! [`MAX_RESETS`] waiting RST packets, beyond which they are dropped (a guest that waits for one
+//! then times out).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -33,10 +34,10 @@ pub const MAX_GRANTED: u64 = LARGE_GRANTED + MAX_CONNECTIONS as u64 * SMALL_BUFF
 /// What is granted in large buffers.
 const LARGE_GRANTED: u64 = 32 << 20;
 
-/// Why a connection that the host asked for did not come about.
+/// Why a connection that the host asked for failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
-    /// The device has not taken earlier wishes yet, or has stopped.
+    /// The device has not taken earlier commands yet, or has stopped.
     #[error("cannot connect to vsock port {guest_port}: the device does not take commands")]
     Busy {
         /// Port of the guest.
@@ -44,7 +45,8 @@ pub enum ConnectError {
     },
     /// See [`MAX_CONNECTIONS`].
     #[error(
-        "cannot connect to vsock port {guest_port}: the device has {MAX_CONNECTIONS} connections already"
+        "cannot connect to vsock port {guest_port}: the device has {MAX_CONNECTIONS} connections \
+         already"
     )]
     TooMany {
         /// Port of the guest.
@@ -52,7 +54,8 @@ pub enum ConnectError {
     },
     /// There is such a connection already.
     #[error(
-        "cannot connect to vsock port {guest_port}: host port {host_port} is connected to it already"
+        "cannot connect to vsock port {guest_port}: host port {host_port} is connected to it \
+         already"
     )]
     InUse {
         /// Port of the guest.
@@ -70,7 +73,7 @@ pub enum ConnectError {
     },
 }
 
-/// What the multiplexer needs of its surroundings.
+/// What the multiplexer needs from the host.
 pub trait Host {
     /// The host's end of a connection.
     type Stream: HostStream;
@@ -81,8 +84,8 @@ pub trait Host {
     /// Answers [`Muxer::connect`], exactly once per request.
     fn connected(&mut self, request: Self::Request, result: Result<(), ConnectError>);
 
-    /// The guest connects to a port that is listened on: makes a stream and hands its other end on. `None` when that
-    /// is not possible; the guest is refused then.
+    /// The guest connects to a port that is listened on: makes a stream and hands its other end on.
+    /// `None` when that is not possible; the guest is refused then.
     fn incoming(&mut self, host_port: u32, guest_port: u32) -> Option<Self::Stream>;
 }
 
@@ -113,10 +116,10 @@ pub enum Change {
 
 struct Entry<H: Host> {
     connection: Connection<H::Stream>,
-    /// Who asked for it, until that is answered.
+    /// The request for it, until it is answered.
     request: Option<H::Request>,
     generation: u32,
-    /// Whether `by_ports` leads here.
+    /// Whether it is in `by_ports`.
     named: bool,
     queued: bool,
     touched: bool,
@@ -162,10 +165,28 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Whether the host has still to take something that the guest has sent.
+    /// Whether something that the guest has sent is not in the host's ends yet.
     pub fn has_backlog(&self) -> bool {
         let mut connections = self.entries.iter().flatten();
         connections.any(|entry| entry.connection.backlog_len() > 0)
+    }
+
+    /// The ports that the guest can connect to, in order.
+    pub fn listening(&self) -> Vec<u32> {
+        let mut ports: Vec<_> = self.listening.iter().copied().collect();
+        ports.sort_unstable();
+        ports
+    }
+
+    /// Resets every connection of host port `port`.
+    pub fn cut(&mut self, port: u32) {
+        for slot in 0..self.entries.len() as u32 {
+            let is_meant =
+                |entry: &mut Entry<H>| entry.named && entry.connection.ports().host == port;
+            if self.entry(slot).is_some_and(is_meant) {
+                self.conclude(slot, Verdict::Reset("cut by the host"));
+            }
+        }
     }
 
     /// Lets the guest connect to `port` of the host.
@@ -173,7 +194,7 @@ impl<H: Host> Muxer<H> {
         self.listening.insert(port);
     }
 
-    /// Connects `stream` to `ports.guest` of the guest; [`Host::connected`] tells how it went.
+    /// Connects `stream` to `ports.guest` of the guest; [`Host::connected`] gets the result.
     pub fn connect(
         &mut self,
         request: H::Request,
@@ -199,8 +220,8 @@ impl<H: Host> Muxer<H> {
         self.host.connected(request, Err(refusal));
     }
 
-    /// A packet of the guest. `data` is what the header's `len` covers, or `None` when the packet was shorter than
-    /// that.
+    /// A packet of the guest. `data` is what the header's `len` covers, or `None` when the packet
+    /// was shorter than that.
     pub fn receive(&mut self, header: &Header, data: Option<Slices<'_>>, now: Instant) {
         if header.src_cid != GUEST_CID || header.dst_cid != HOST_CID {
             tracing::debug!(?header, "vsock packet between others dropped");
@@ -274,7 +295,7 @@ impl<H: Host> Muxer<H> {
         self.deadline
     }
 
-    /// Ends what has waited too long.
+    /// Ends connections that have waited too long.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline.is_none_or(|deadline| deadline > now) {
             return;
@@ -288,8 +309,8 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// The driver has reset the device: all its sockets are gone. Requests that it has not seen yet, and listening
-    /// ports, stay.
+    /// The driver has reset the device: all its sockets are gone. Requests that it has not seen
+    /// yet, and listening ports, stay.
     pub fn guest_gone(&mut self) {
         self.resets.clear();
         for slot in 0..self.entries.len() as u32 {
@@ -300,7 +321,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Says what is to be waited for from now on. When `apply` fails, the connection is reset.
+    /// Reports changes of what to wait for. When `apply` fails, the connection is reset.
     pub fn settle(&mut self, mut apply: impl FnMut(&H::Stream, Token, Change) -> io::Result<()>) {
         while let Some(slot) = self.touched.pop() {
             let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
@@ -440,7 +461,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Carries out what an event means for a connection, and notes what the connection wants next.
+    /// Applies the verdict on a connection, and notes what the connection needs next.
     fn conclude(&mut self, slot: u32, verdict: Verdict) {
         let Some(entry) = self.entries.get_mut(slot as usize).and_then(Option::as_mut) else {
             return;
@@ -474,7 +495,8 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Ends the guest's part of a connection, and the connection itself unless bytes of it still go to the host.
+    /// Ends the guest's part of a connection, and the connection itself unless bytes of it still go
+    /// to the host.
     fn finish(&mut self, slot: u32, reason: &'static str) {
         let Some(entry) = self.entries.get_mut(slot as usize).and_then(Option::as_mut) else {
             return;

@@ -1,11 +1,12 @@
-//! Tests of the multiplexer and its connections: what each packet and event does, as tables and stories.
+//! Tests of the multiplexer and its connections: what each packet and event does, as tables and
+//! stories.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
 
-use super::connection::{BOOT_TIME, CONNECT_TIME, LINGER_TIME, Ports};
+use super::connection::{BOOT_TIMEOUT, CONNECT_TIMEOUT, LINGER_TIMEOUT, Ports};
 use super::muxer::{ConnectError, LARGE_BUFFER, MAX_CONNECTIONS, MAX_GRANTED, MAX_RESETS};
 use super::packet::{Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::testing::*;
@@ -423,14 +424,14 @@ fn time_is_bounded() {
     world
         .muxer
         .connect(1, PORTS, MockStream(pipe(100)), world.now);
-    world.now += CONNECT_TIME + Duration::from_secs(1);
+    world.now += CONNECT_TIMEOUT + Duration::from_secs(1);
     world.muxer.expire(world.now);
     assert!(
         world.notes.borrow().answers.is_empty(),
         "the guest may still boot"
     );
     assert_eq!(world.ops(), [op::REQUEST]);
-    world.now += CONNECT_TIME;
+    world.now += CONNECT_TIMEOUT;
     world.muxer.expire(world.now);
     assert!(matches!(
         world.notes.borrow().answers[..],
@@ -442,7 +443,7 @@ fn time_is_bounded() {
     world
         .muxer
         .connect(1, PORTS, MockStream(pipe(100)), world.now);
-    world.now += BOOT_TIME;
+    world.now += BOOT_TIMEOUT;
     world.muxer.expire(world.now);
     assert_eq!(
         world.notes.borrow().answers.len(),
@@ -457,7 +458,7 @@ fn time_is_bounded() {
     world.send(shutdown(SHUTDOWN_SEND), Vec::new());
     world.packets();
     assert_eq!(world.muxer.count(), 1);
-    world.now += LINGER_TIME;
+    world.now += LINGER_TIMEOUT;
     world.muxer.expire(world.now);
     assert_eq!(world.ops(), [op::RST]);
     assert_eq!(world.muxer.count(), 0);

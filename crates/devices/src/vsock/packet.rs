@@ -1,8 +1,10 @@
-//! vsock packets: the header as plain values, and a packet's place in guest memory as a list of slices.
+//! vsock packets: the header as plain values, and a packet's place in guest memory as a list of
+//! slices.
 //!
-//! The header is copied out of guest memory once, so nothing can change between check and use. Data stays where it
-//! is: [`Slices`] says where, whatever the descriptors look like (header and data merged in one, apart, or data in
-//! many as the driver does for zero-copy sends). Used by the device and the multiplexer; no I/O here.
+//! The header is copied out of guest memory once, so nothing can change between check and use. Data
+//! stays where it is: [`Slices`] says where, whatever the descriptors look like (header and data
+//! merged in one, apart, or data in many as the driver does for zero-copy sends). Used by the
+//! device and the multiplexer; no I/O here.
 
 use vm_memory::{GuestMemory, VolatileSlice};
 
@@ -31,7 +33,7 @@ pub mod op {
     pub const SHUTDOWN: u16 = 4;
     /// Carries data.
     pub const RW: u16 = 5;
-    /// Tells the sender's credit, which is in every header.
+    /// Carries nothing but the sender's credit, which is in every header.
     pub const CREDIT_UPDATE: u16 = 6;
     /// Asks for a `CREDIT_UPDATE`.
     pub const CREDIT_REQUEST: u16 = 7;
@@ -117,8 +119,8 @@ pub struct Slices<'a> {
 }
 
 impl<'a> Slices<'a> {
-    /// What the chain's descriptors cover. `None` when the chain is malformed: it mixes directions, points outside
-    /// of guest memory, or has absurdly many pieces.
+    /// What the chain's descriptors cover. `None` when the chain is malformed: it mixes directions,
+    /// points outside of guest memory, or has too many pieces.
     pub fn of_chain(memory: &'a Memory, chain: Chain, writable: bool) -> Option<Self> {
         let mut slices = Self::default();
         for descriptor in chain {
@@ -194,7 +196,8 @@ impl<'a> Slices<'a> {
         });
     }
 
-    /// Copies the first bytes out and drops them; false, with nothing dropped, when there are fewer.
+    /// Copies the first bytes out and drops them; false, with nothing dropped, when there are
+    /// fewer.
     pub fn take(&mut self, bytes: &mut [u8]) -> bool {
         if self.len < bytes.len() {
             return false;

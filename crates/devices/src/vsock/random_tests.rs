@@ -1,5 +1,5 @@
-//! Tests of the multiplexer with whole worlds at random: honest ones in which no byte may get lost, hostile ones in
-//! which nothing may break.
+//! Tests of the multiplexer with whole worlds at random: honest ones in which no byte may get lost,
+//! hostile ones in which nothing may break.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;

@@ -1,7 +1,9 @@
-//! The host's end of a connection: what the multiplexer needs of it, and the socket that does it.
+//! The host's end of a connection: what the multiplexer needs of it, and its implementation for
+//! sockets.
 //!
-//! [`Socket`] wraps one end of a `SOCK_STREAM` socketpair. It never blocks and never raises `SIGPIPE`, whatever the
-//! descriptor's own flags are. Data goes straight between guest memory and the socket.
+//! [`Socket`] wraps one end of a `SOCK_STREAM` socketpair. It never blocks and never raises
+//! `SIGPIPE`, whatever the descriptor's own flags are. Data goes straight between guest memory and
+//! the socket.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -18,15 +20,17 @@ pub trait HostStream {
     /// Writes from `from`, as `writev(2)`; may write less than all.
     fn send(&mut self, from: &[VolatileSlice<'_, ()>]) -> io::Result<usize>;
 
-    /// Closes one or both directions. Failure means the other side is gone, which reads and writes tell as well.
+    /// Closes one or both directions. Failure means the other side is gone, which reads and writes
+    /// report as well.
     fn shutdown(&mut self, how: Shutdown);
 
-    /// Last call before the stream is dropped: the other end shall see an orderly end after what was written to it,
-    /// even if it wrote bytes that nobody has read.
+    /// Last call before the stream is dropped: the other end must see end of file after what was
+    /// written to it, even if it wrote bytes that were not read.
     fn finish(&mut self);
 }
 
-/// More reads than a socket's buffer can need; a bound only so that `finish` ends whatever the kernel says.
+/// More reads than a socket's buffer can need; a bound only so that `finish` ends whatever the
+/// kernel says.
 const MAX_DISCARDS: usize = 256;
 
 /// A connected stream socket.
@@ -58,7 +62,8 @@ impl AsFd for Socket {
     }
 }
 
-/// The kernel's form of a scatter list. The pointers stay valid as long as the slices they come from.
+/// The kernel's form of a scatter list. The pointers stay valid as long as the slices they come
+/// from.
 fn io_vectors(slices: &[VolatileSlice<'_, ()>]) -> Vec<libc::iovec> {
     slices
         .iter()
@@ -81,9 +86,9 @@ fn transfer(
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len() as _;
     loop {
-        // SAFETY: `message` points to `vectors`, which outlives the call, and these point to memory that `slices`
-        // keeps mapped, of the lengths given. The guest may change that memory at any time; only the kernel
-        // accesses it here, and no Rust reference to it exists.
+        // SAFETY: `message` points to `vectors`, which outlives the call, and these point to memory
+        // that `slices` keeps mapped, of the lengths given. The guest may change that memory at any
+        // time; only the kernel accesses it here, and no Rust reference to it exists.
         let count = unsafe { call(fd.as_raw_fd(), &raw mut message) };
         match usize::try_from(count) {
             Ok(count) => return Ok(count),
@@ -100,14 +105,14 @@ fn transfer(
 /// # Safety
 /// As `recvmsg(2)`.
 unsafe fn receive_now(fd: libc::c_int, message: *mut libc::msghdr) -> libc::ssize_t {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds the contract of the system call.
     unsafe { libc::recvmsg(fd, message, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC) }
 }
 
 /// # Safety
 /// As `sendmsg(2)`.
 unsafe fn send_now(fd: libc::c_int, message: *mut libc::msghdr) -> libc::ssize_t {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds the contract of the system call.
     unsafe { libc::sendmsg(fd, message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) }
 }
 
@@ -132,8 +137,9 @@ impl HostStream for Socket {
     }
 
     fn finish(&mut self) {
-        // A unix socket that is closed with unread bytes gives its peer ECONNRESET in place of end of file. After
-        // the shutdown no more can arrive, so this ends when the socket's buffer is empty.
+        // A unix socket that is closed with unread bytes gives its peer ECONNRESET in place of end
+        // of file. After the shutdown no more can arrive, so this ends when the socket's buffer is
+        // empty.
         self.shutdown(Shutdown::Both);
         let mut scratch = vec![0; 16 << 10];
         for _ in 0..MAX_DISCARDS {

@@ -1,6 +1,8 @@
-//! A small world for tests: streams made of queues, a guest that keeps the protocol, and a level-triggered poll.
+//! A small world for tests: streams made of queues, a guest that keeps the protocol, and a
+//! level-triggered poll.
 //!
-//! Bytes are positions' patterns, so a lost, repeated or reordered byte is seen where it arrives. Only tests use this.
+//! Bytes are positions' patterns, so a lost, repeated or reordered byte is seen where it arrives.
+//! Only tests use this.
 #![allow(clippy::unwrap_used)]
 
 use std::cell::RefCell;
