@@ -249,7 +249,7 @@ mod tests {
     const SECCOMP: &str = include_str!("../../agent/src/container/seccomp.rs");
     const HOOK_SOURCE: &str = include_str!("../../agent/src/container/hooks.rs");
     const CONTAINER: &str = include_str!("../../agent/src/container/mod.rs");
-    const PROCESS: &str = include_str!("../../agent/src/container/process.rs");
+    const PROCESS: &str = include_str!("../../agent/src/container/process_plan.rs");
 
     /// The text between the first `start` and the next `end`.
     fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {

@@ -25,9 +25,8 @@ pub const MIN_HOST_VERSION: u32 = 1;
 pub const AGENT_PORT: u32 = 1024;
 
 /// How long the agent dials without a host that calls before it powers the machine off. Long enough
-/// for a host process to be replaced on a busy machine. It is a guest without a host on a machine
-/// that nobody has ended: rare, since the process that starts a machine takes it along when it
-/// dies.
+/// for a host process to be replaced on a busy machine; short enough that a machine does not stay
+/// for long when nothing on the host has ended it.
 pub const NO_HOST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Key of the ttrpc metadata under which a call that changes something has its id.

@@ -46,7 +46,7 @@ impl Stream for Dialled {
 /// Serves the host on the connections that `dial` begins; the first one is `dialled` already.
 ///
 /// # Errors
-/// No host has called for [`NO_HOST_TIMEOUT`], or there is no socket to dial with.
+/// No host has called for [`NO_HOST_TIMEOUT`].
 pub async fn serve(
     service: Service,
     streams: &Streams,
@@ -59,16 +59,22 @@ pub async fn serve(
         .register_service(service::methods(service));
     server.start().await.map_err(io::Error::other)?;
 
-    let mut socket = dialled;
+    let mut socket = Ok(dialled);
     let mut heard = Instant::now();
     let mut pause = Duration::ZERO;
     loop {
-        let ended = match establish(socket).await {
+        let established = match socket {
+            Ok(socket) => establish(socket).await,
+            Err(error) => Err(error),
+        };
+        let ended = match established {
             Ok((connection, link)) => {
                 let taken = incoming.send(connection).await;
                 taken.map_err(|_| io::Error::other("the server has ended"))?;
+                let began = Instant::now();
                 link.ended().await;
-                if link.has_received() {
+                // What is accepted and closed at once is no host: it would be dialled in a loop.
+                if link.has_received() || began.elapsed() >= LONGEST_PAUSE {
                     heard = Instant::now();
                     pause = Duration::ZERO;
                 }
@@ -82,10 +88,12 @@ pub async fn serve(
                 NO_HOST_TIMEOUT.as_secs()
             )));
         }
-        streams.discard_broken()?;
+        if let Err(error) = streams.discard_broken() {
+            crate::log::error!("cannot take streams: {error}");
+        }
         tokio::time::sleep(pause).await;
         pause = (2 * pause).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-        socket = dial()?;
+        socket = dial();
     }
 }
 
