@@ -359,13 +359,13 @@ mod tests {
         ] {
             let error = crate::error::from_usage(&parse(line).unwrap_err());
             assert!(
-                error.message().starts_with(message),
+                error.message.starts_with(message),
                 "{line}: {}",
-                error.message()
+                error.message
             );
-            assert!(!error.message().contains('\n'), "{line}");
-            assert_eq!(error.exit_status(), 125, "{line}");
-            assert!(error.hint_text().is_some(), "{line}");
+            assert!(!error.message.contains('\n'), "{line}");
+            assert_eq!(crate::error::codes(error.kind).hull, 125, "{line}");
+            assert!(error.hint.is_some(), "{line}");
         }
     }
 

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 
 use crate::container::{self, Container};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::time::{self, UnixNanos};
 
 /// Cuts entries into lines: which are shown, and what they begin with.
@@ -105,7 +105,7 @@ impl Follower {
     /// Watches a container.
     ///
     /// # Errors
-    /// The kernel has no watches left.
+    /// The kernel has no watches left, or the container's sandbox refuses to be asked.
     pub fn new(container: &Container) -> Result<Follower> {
         let directory = container.directory.path();
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)
@@ -121,17 +121,18 @@ impl Follower {
             };
             client.tell(&request, &[]).map(|()| client)
         });
-        Ok(Follower {
-            watch,
-            // One that cannot be asked has ended.
-            end: end.ok(),
-        })
+        let end = match end {
+            Ok(client) => Some(client),
+            Err(error) if is_end(&error) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Follower { watch, end })
     }
 
     /// Waits for new output.
     ///
     /// # Errors
-    /// The descriptors cannot be polled.
+    /// The descriptors cannot be polled, or the container's sandbox refuses to be asked.
     pub fn wait(&self, stdout: BorrowedFd<'_>) -> Result<Followed> {
         let Some(end) = &self.end else {
             return Ok(Followed::Ended);
@@ -167,11 +168,17 @@ impl Follower {
         if !end.is_greeted() {
             return match end.wait_for_greeting() {
                 Ok(()) => Ok(false),
-                Err(_) => Ok(true),
+                Err(error) if is_end(&error) => Ok(true),
+                Err(error) => Err(error),
             };
         }
         Ok(true)
     }
+}
+
+/// Whether a container has ended that cannot be asked.
+fn is_end(error: &Error) -> bool {
+    matches!(error.kind, ErrorKind::Gone | ErrorKind::WrongState)
 }
 
 #[cfg(test)]

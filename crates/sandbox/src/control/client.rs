@@ -149,12 +149,16 @@ impl Client {
     /// Sends a request whose answer is read later, or that is not answered.
     ///
     /// # Errors
-    /// `Gone`.
+    /// `Gone`, or why the sandbox has refused our greeting.
     pub fn tell(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<()> {
         send(&self.socket, request, fds).map_err(|error| match error.kind() {
             // Too much at once, or too many descriptors.
             IoErrorKind::InvalidData | IoErrorKind::InvalidInput => {
                 Error::invalid(error.to_string())
+            }
+            // One that refuses our greeting says why before it closes the connection.
+            IoErrorKind::BrokenPipe | IoErrorKind::ConnectionReset => {
+                self.wait_for_greeting().err().unwrap_or_else(gone)
             }
             _ => gone(),
         })

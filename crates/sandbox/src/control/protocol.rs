@@ -302,12 +302,17 @@ pub fn parse(message: &RawValue) -> Result<Request, Error> {
     })
 }
 
-/// Receives one message; `None` when the other side has closed.
+/// Receives one message; `None` when the other side has closed and all that it sent was received.
 ///
 /// # Errors
 /// `InvalidData` for what cannot be understood, or an error of the socket.
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<Received<M>>> {
-    hull_ipc::receive(socket, Limits::default())
+    match hull_ipc::receive(&socket, Limits::default())? {
+        // The other side may have closed with messages of ours unread: the kernel reports that
+        // once, and before the messages that it still has for us.
+        None => hull_ipc::receive(&socket, Limits::default()),
+        received => Ok(received),
+    }
 }
 
 #[cfg(test)]
