@@ -7,7 +7,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use hull_sandbox::process::agent::{Agent, printable};
+use hull_protocol::AGENT_PORT;
+use hull_sandbox::{Agent, printable};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -38,10 +39,16 @@ fuzz_target!(|data: &[u8]| {
         }
         let _ = theirs.write(payload);
         drop(theirs);
-        let agent = Agent::new(OwnedFd::from(ours)).expect("an agent");
+        // One connection, and then there is no device process any more.
+        let (sender, incoming) = tokio::sync::mpsc::channel(1);
+        sender
+            .try_send((AGENT_PORT, OwnedFd::from(ours)))
+            .expect("room for one");
+        drop(sender);
+        let agent = Agent::dialled(incoming).await.expect("an agent");
         let calls = async {
             match data.first().unwrap_or(&0) / 2 % 3 {
-                0 => drop(agent.stats("c").await),
+                0 => drop(agent.metrics("c").await),
                 1 => drop(agent.processes("c").await),
                 _ => drop(agent.wait("c", "").await),
             }

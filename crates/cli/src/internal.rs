@@ -140,7 +140,7 @@ fn device_process() -> Result<()> {
     crate::device_process::run()
 }
 
-/// Messages of the host processes go to their standard error, which is the container's `sandbox.log`.
+/// Messages of the host processes go to their standard error, which is the sandbox's `sandbox.log`.
 fn log_to_stderr() {
     let level = std::env::var("HULL_LOG")
         .ok()

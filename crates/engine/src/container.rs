@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hull_network::cni::PortMapping;
+use hull_sandbox::control;
 use hull_sandbox::control::client::{self, Client};
 use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::store::{
-    CONFIG_FILE, Directory, Exit, Record, SANDBOX_KILLED, State, Stored, remove_all, roots,
+    CONFIG_FILE, Directory, Exit, SANDBOX_KILLED, State, Stored, remove_all, roots,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,9 +21,6 @@ use crate::paths::Paths;
 
 /// The engine of hull's own containers, as records name it.
 pub const ENGINE: &str = "hull";
-
-/// How long a sandbox process may take to remove a container before it is killed itself.
-const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What hull knows of a container of its own, beside what every record has.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -341,8 +339,12 @@ pub fn sweep(paths: &Paths) {
     }
 }
 
-/// Whether a directory without a record was made longer ago than a command takes to write one.
+/// Whether a directory without a record was made longer ago than a command takes to write one. One
+/// with a writable layer is another hull's, and is left alone.
 fn is_old(path: &Path) -> bool {
+    if path.join("upper").exists() {
+        return false;
+    }
     const OLD: Duration = Duration::from_secs(60);
     fs::metadata(path)
         .and_then(|metadata| metadata.modified())
@@ -364,10 +366,9 @@ pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
             return Err(Error::wrong_state(format!("container {name} is {state}"))
                 .hint("stop it first, or hull rm -f"));
         }
-        if state != State::Stopped {
-            end(&container.record, id)?;
+        if let Some(sandbox) = &container.record.sandbox {
+            control::remove(sandbox, id)?;
         }
-        sweep_sandbox(&container.record)?;
     } else if let Err(error) = &loaded
         && !force
     {
@@ -378,42 +379,6 @@ pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
         .flatten()
         .map(|container| container.record.details.name);
     erase(paths, id, name.as_deref())
-}
-
-/// Ends a container in its sandbox: by asking, else by force. Returns when it has ended.
-fn end(record: &Record<Details>, id: &str) -> Result<()> {
-    let Some(sandbox) = &record.sandbox else {
-        return Ok(());
-    };
-    let asked = Client::open(sandbox).and_then(|client| {
-        let Some(client) = client else {
-            return Ok(None);
-        };
-        client.set_timeout(REMOVE_TIMEOUT)?;
-        let request = Request::Delete {
-            container: id.to_owned(),
-        };
-        Ok(Some(client.ask(&request, &[])?.message))
-    });
-    match asked {
-        // The sandbox ends with it.
-        Ok(Some(Reply::Ending)) => sandbox.wait_for_end(),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
-        Err(error) => {
-            tracing::debug!("{error}");
-            sandbox.kill()?;
-            sandbox.wait_for_end()
-        }
-    }
-}
-
-/// Removes what a killed sandbox left on the host.
-fn sweep_sandbox(record: &Record<Details>) -> Result<()> {
-    match &record.sandbox {
-        Some(sandbox) => sandbox.sweep(),
-        None => Ok(()),
-    }
 }
 
 /// Removes the files of a container that does not live.

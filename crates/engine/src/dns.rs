@@ -9,7 +9,7 @@ use hull_sandbox::config::NetworkAddresses;
 use hull_sandbox::store::Directory;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 
 /// What becomes a container's `resolv.conf` and `hosts`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,16 +42,28 @@ pub fn write(
     directory.write(hosts, text.as_bytes())?;
     directory.write(name, format!("{hostname}\n").as_bytes())?;
     directory.write(resolv, resolv_file(config, network.1).as_bytes())?;
-    // Users of the container read them.
+    make_readable(directory)
+}
+
+/// Copies them to a container that shares the network of another one: they are its own from then on,
+/// and stay when the other one is removed.
+///
+/// # Errors
+/// A file cannot be copied.
+pub fn copy(from: &Directory, to: &Directory) -> Result<()> {
     for file in FILES {
-        use std::os::unix::fs::PermissionsExt;
+        to.write(file, &from.read(file)?.unwrap_or_default())?;
+    }
+    make_readable(to)
+}
+
+/// Users of the container read them.
+fn make_readable(directory: &Directory) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    for file in FILES {
         let path = directory.path().join(file);
-        if let Err(error) = fs::set_permissions(&path, fs::Permissions::from_mode(0o644)) {
-            return Err(Error::new(format!(
-                "cannot prepare {}: {error}",
-                path.display()
-            )));
-        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
+            .context(|| format!("prepare {}", path.display()))?;
     }
     Ok(())
 }

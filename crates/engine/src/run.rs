@@ -203,7 +203,7 @@ impl<'a> Run<'a> {
     pub fn start(self, image: &Image, attachment: Option<&Attachment>) -> Result<Outcome> {
         let begin = now_ns();
         let place = self.place()?;
-        let record = self.record(image, &place);
+        let record = self.record(image, &place)?;
         let directory = self.reserve(record)?;
         self.timings.step("request", begin);
         let started = self.create(image, &place, &directory, attachment);
@@ -321,8 +321,9 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn record(&self, image: &Image, place: &Place) -> Record<Details> {
+    fn record(&self, image: &Image, place: &Place) -> Result<Record<Details>> {
         let options = self.options;
+        let command = spec::command(options.entrypoint.as_ref(), &options.command, &image.config)?;
         let mut labels = image.config.labels.clone();
         labels.extend(options.labels.iter().cloned());
         let mut record = Record::new(
@@ -355,7 +356,11 @@ impl<'a> Run<'a> {
             },
         );
         record.sandbox = Some(place.sandbox.clone());
-        record
+        record.command = command
+            .iter()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
+        Ok(record)
     }
 
     /// Makes the container's directory and takes its name. What a killed command left of either is
@@ -538,13 +543,12 @@ impl<'a> Run<'a> {
             work: directory.path().join("work"),
             volatile: self.options.remove,
         })?;
-        // A container in the machine of another one has its names.
-        let etc = match &place.host {
-            Some(host) => host.path().join("etc"),
-            None => directory.path().join("etc"),
-        };
-        if place.host.is_none() {
-            Directory::create(&etc)?;
+        let etc = directory.path().join("etc");
+        let own = Directory::create(&etc)?;
+        if let Some(host) = &place.host {
+            let path = host.path().join("etc");
+            let theirs = Directory::open(&path).context(|| format!("open {}", path.display()))?;
+            dns::copy(&theirs, &own)?;
         }
         let mut shares = vec![
             (self.share("root", false, Writers::Guest), root),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ pub struct Container {
     terminal: bool,
     hub: Option<Arc<Hub>>,
     removal: Option<Removal>,
+    /// Somebody deletes it.
+    deleted: AtomicBool,
     /// It is removed by force: its output need not be read.
     unread: watch::Sender<bool>,
     /// Processes that stand for its own on the host: the init's has the empty name.
@@ -171,6 +173,7 @@ impl Sandbox {
             terminal: config.stdio.terminal(),
             hub,
             removal: config.removal,
+            deleted: AtomicBool::new(false),
             unread: watch::Sender::new(false),
             keepers: Mutex::new(
                 config
@@ -352,6 +355,9 @@ async fn live(ready: Ready, container: Arc<Container>, mut carriers: Option<Carr
         exit: exit.clone(),
     });
     container.conclude(&exit);
+    if container.removal.is_some() || container.deleted.load(Ordering::Relaxed) {
+        container.forget();
+    }
     container.stage.send_replace(Stage::Ending(exit.clone()));
     sandbox.change(|containers| containers.unconcluded -= 1);
     if sandbox.is_down_now() {
@@ -687,6 +693,7 @@ impl Container {
     /// # Errors
     /// None today; the sandbox is ended when its guest does not react.
     pub async fn delete(&self) -> Result<()> {
+        self.deleted.store(true, Ordering::Relaxed);
         if self.state() != State::Stopped {
             // Nobody wants to know any more what it has said.
             self.unread.send_replace(true);
@@ -699,13 +706,20 @@ impl Container {
                 self.ended().await;
             }
         }
-        self.sandbox.change(|containers| {
-            containers.by_id.remove(&self.id);
-        });
-        self.sandbox.emit(EventKind::Deleted {
-            container: self.id.clone(),
-        });
+        self.forget();
         Ok(())
+    }
+
+    /// The sandbox has it no more, once.
+    fn forget(&self) {
+        let known = self
+            .sandbox
+            .change(|containers| containers.by_id.remove(&self.id));
+        if known.is_some() {
+            self.sandbox.emit(EventKind::Deleted {
+                container: self.id.clone(),
+            });
+        }
     }
 
     async fn end_by_force(&self) {

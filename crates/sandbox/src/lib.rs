@@ -32,6 +32,8 @@ pub mod timings;
 pub use container::Container;
 pub use error::{Context, Error, ErrorKind, Result};
 pub use events::{Event, EventKind};
+#[cfg(fuzzing)]
+pub use guest::agent::{Agent, printable};
 pub use hull_device_control::LinkLocal;
 pub use network::undo as undo_network;
 pub use process::Process;

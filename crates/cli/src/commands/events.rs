@@ -4,6 +4,7 @@ use std::path::Path;
 
 use hull_engine::time::{self, UnixNanos};
 use hull_sandbox::events::{Event, EventKind, EventLog};
+use hull_sandbox::store::Directory;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 
@@ -85,8 +86,7 @@ fn until(text: &str) -> std::result::Result<UnixNanos, String> {
 /// Prints events until interrupted, or until a time.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
-    std::fs::create_dir_all(&config.run_dir)
-        .context(|| format!("create {}", config.run_dir.display()))?;
+    Directory::create(&config.run_dir)?;
     let log = EventLog::new(&config.run_dir);
     // Watched before it is read: nothing that is written in between is missed.
     let watch = watch(&config.run_dir)?;

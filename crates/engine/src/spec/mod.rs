@@ -185,17 +185,21 @@ pub struct Built {
 ///
 /// # Errors
 /// Neither names a command.
-pub fn command(options: &ContainerOptions, image: &ImageConfig) -> Result<Vec<OsString>> {
+pub fn command(
+    entrypoint: Option<&OsString>,
+    given: &[OsString],
+    image: &ImageConfig,
+) -> Result<Vec<OsString>> {
     let of_image = |list: &[String]| list.iter().map(OsString::from).collect::<Vec<_>>();
-    let mut command = match &options.entrypoint {
+    let mut command = match entrypoint {
         Some(text) if text.is_empty() => Vec::new(),
         Some(text) => vec![text.clone()],
         None => of_image(&image.entrypoint),
     };
-    if options.command.is_empty() && options.entrypoint.is_none() {
+    if given.is_empty() && entrypoint.is_none() {
         command.extend(of_image(&image.cmd));
     } else {
-        command.extend(options.command.iter().cloned());
+        command.extend(given.iter().cloned());
     }
     if command.is_empty() {
         return Err(
@@ -303,7 +307,7 @@ pub fn capabilities(add: &[String], drop: &[String]) -> Result<Vec<String>> {
 /// # Errors
 /// No command, or an option that names something that does not exist.
 pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> Result<Built> {
-    let mut command = command(options, image)?;
+    let mut command = command(options.entrypoint.as_ref(), &options.command, image)?;
     if options.init {
         command.splice(0..0, [OsString::from(INIT_PATH), "--".into()]);
     }
@@ -515,18 +519,11 @@ mod tests {
             (Some(""), &["two"], &["two"]),
         ];
         for (entrypoint, given, expected) in cases {
-            let options = ContainerOptions {
-                entrypoint: entrypoint.map(Into::into),
-                command: words(given),
-                ..Default::default()
-            };
-            assert_eq!(
-                command(&options, &image()).unwrap(),
-                expected,
-                "{options:?}"
-            );
+            let entrypoint = entrypoint.map(OsString::from);
+            let command = command(entrypoint.as_ref(), &words(given), &image()).unwrap();
+            assert_eq!(command, expected, "{entrypoint:?} {given:?}");
         }
-        let none = command(&ContainerOptions::default(), &ImageConfig::default());
+        let none = command(None, &[], &ImageConfig::default());
         assert!(none.unwrap_err().message.contains("no command"));
     }
 

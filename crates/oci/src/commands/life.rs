@@ -1,11 +1,10 @@
 //! `start`, `kill`, `pause`, `resume`, `update`, `delete`.
 
 use std::path::Path;
-use std::time::Duration;
 
-use hull_sandbox::control::client::Client;
-use hull_sandbox::control::protocol::{Reply, Request};
-use hull_sandbox::error::{Context, Error, ErrorKind, Result};
+use hull_sandbox::control;
+use hull_sandbox::control::protocol::Request;
+use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::store::{State, keepers};
 use oci_spec::runtime::{Hooks, LinuxMemory, LinuxResources};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,10 +16,6 @@ use super::{OVERHEAD, Settings, with_runc_wording};
 use crate::cgroup::Place;
 use crate::container::{Container, Record, connect, recovered_record, state};
 use crate::{guest_spec, hooks, update};
-
-/// How long a sandbox process may take to end a container before it is killed itself: longer than a guest may take to
-/// write its files back.
-const DELETE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a keeper may live on when its process has ended: it writes what is left of the output.
 const KEEPER_EXIT_GRACE: Timespec = Timespec {
@@ -215,12 +210,11 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
             "cannot delete container {id} that is not stopped: {status}"
         )));
     }
-    end_in_sandbox(&record)?;
+    if let Some(sandbox) = &record.sandbox {
+        control::remove(sandbox, &record.id)?;
+    }
     end_keeper(&record);
     keepers::forget(&settings.run_directory, record.details.keeper);
-    if let Some(sandbox) = &record.sandbox {
-        sandbox.sweep()?;
-    }
     // What cannot be read cannot have been run.
     if let Ok(Some(hooks)) = hooks_of(&container) {
         let state = state(&record, State::Stopped, 0);
@@ -272,38 +266,6 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
         for pid in pids {
             // One that has just ended; any other is found again, and at last by the removal.
             let _ = heir.details.groups.join(pid);
-        }
-    }
-    Ok(())
-}
-
-/// Ends the container in its sandbox; waits for the sandbox when that ends with it.
-fn end_in_sandbox(record: &Record) -> Result<()> {
-    let Some(sandbox) = &record.sandbox else {
-        return Ok(());
-    };
-    // One that cannot be reached has ended, or is about to.
-    let Ok(Some(client)) = Client::open(sandbox) else {
-        return Ok(());
-    };
-    client.set_timeout(DELETE_TIMEOUT)?;
-    let request = Request::Delete {
-        container: record.id.clone(),
-    };
-    match client.ask(&request, &[]) {
-        Ok(received) => {
-            drop(client);
-            if matches!(received.message, Reply::Ending) {
-                sandbox.wait_for_end()?;
-            }
-        }
-        Err(error) if error.kind == ErrorKind::NotFound => {}
-        // It has ended meanwhile, or does not answer.
-        Err(_) => {
-            drop(client);
-            // Its machine and devices die with it.
-            sandbox.kill()?;
-            sandbox.wait_for_end()?;
         }
     }
     Ok(())

@@ -5,4 +5,7 @@ pub mod launch;
 pub mod protocol;
 mod server;
 
+mod remove;
+
+pub use remove::remove;
 pub(crate) use server::serve;

@@ -13,7 +13,6 @@
 //! answered `Unsupported`.
 
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -271,9 +270,6 @@ pub struct Listed {
     pub directory: PathBuf,
     /// How far it is.
     pub status: Status,
-    /// Addresses of the sandbox.
-    #[serde(default)]
-    pub addresses: Vec<IpAddr>,
 }
 
 /// Reads a request; what a newer hull may ask is `Unsupported`.

@@ -327,7 +327,6 @@ impl Connection {
                         id: container.id().to_owned(),
                         directory: container.directory().path().to_owned(),
                         status: container.status(),
-                        addresses: Vec::new(),
                     })
                     .collect(),
             )),

@@ -7,8 +7,8 @@
 //! | `forward` | connections made in the namespace to 127.0.0.1 and ::1: port-forward, probes | the port in the guest |
 //! | `resolver` | questions asked in the guest of 127.0.0.11 | Docker's name server in the namespace |
 //!
-//! Called by `pod::network` and `single`. Everything that comes from the guest is passed on as it is, bounded in size, number and time;
-//! nothing is read of it but the heads of messages.
+//! Called by `network`. Everything that comes from the guest is passed on as it is, bounded in size,
+//! number and time; nothing is read of it but the heads of messages.
 
 mod forward;
 mod resolver;
