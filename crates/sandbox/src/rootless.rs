@@ -28,7 +28,8 @@ const LEAST_IDS: u32 = 4096;
 /// uidmap) may do that for subordinate ids, but only from outside of the namespace.
 const MAP_IDS: &str = r#"read -r go || exit; newuidmap $PPID $1 && exec newgidmap $PPID $2"#;
 
-/// Makes this process root of a user namespace of its own. Call it before there are threads.
+/// Makes this process root of a user namespace of its own, and of a mount namespace, without which
+/// it could mount nothing. Call it before there are threads.
 ///
 /// # Errors
 /// The person has no subordinate ids, or the host allows no such namespace.
@@ -46,7 +47,7 @@ pub fn enter() -> Result<()> {
         .spawn()
         .context(doing)?;
     // SAFETY: only UnshareFlags::FILES would be unsound.
-    let entered = unsafe { unshare_unsafe(UnshareFlags::NEWUSER) };
+    let entered = unsafe { unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) };
     if let Some(mut go) = helper.stdin.take()
         && entered.is_ok()
     {

@@ -43,8 +43,8 @@ fn stats_show_what_is_used_inside_and_what_it_costs_outside(machine: &'static st
         .json();
     let stats = &stats[0];
     assert_eq!(stats["name"], container.name.as_str());
-    assert_eq!(stats["memory_limit"], 128 << 20);
-    assert_eq!(stats["pids_current"], 1);
+    assert_eq!(stats["memory"]["limit"], 128 << 20);
+    assert_eq!(stats["pids"]["current"], 1);
     let host = stats["host_memory_total"].as_u64().unwrap();
     let parts: u64 = ["sandbox", "devices", "machine"]
         .iter()

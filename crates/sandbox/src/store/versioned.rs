@@ -27,7 +27,7 @@ pub fn read<T: DeserializeOwned>(
     let path = directory.path().join(name);
     let damaged = |error: serde_json::Error| {
         Error::new(format!("state file {} is damaged: {error}", path.display()))
-            .hint("removing the container by force removes the file")
+            .hint("hull rm -f, or the engine's own way to remove the container, removes it too")
     };
     let head: Head = serde_json::from_slice(&text).map_err(damaged)?;
     if head.version > known {
