@@ -79,6 +79,8 @@ impl Runtime {
         }
         // Machines have names of their own.
         if self.is_hull() {
+            // Which directories engines keep state in is known as long as these are there.
+            found.retain(|path| !path.contains("/run/roots/"));
             below(&self.directory.join("run"), 2, &mut |path| {
                 let name = path.file_name().unwrap_or_default();
                 let parent = path.parent();

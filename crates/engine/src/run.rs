@@ -19,6 +19,7 @@ use hull_sandbox::config::{
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
 use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
+use hull_sandbox::rootless;
 use hull_sandbox::shares::{self, Overlay, ReadOnly};
 use hull_sandbox::store::{CONFIG_FILE, Directory, Record, SandboxPath, State};
 use hull_sandbox::timings::{Step, Timings, now_ns};
@@ -420,6 +421,7 @@ impl<'a> Run<'a> {
         // Meanwhile the machine boots, and plugins are at work.
         let begin = now_ns();
         let built = self.spec(image, place)?;
+        rootless::enter_mounts()?;
         let shares = self.shares(image, place, directory)?;
         self.timings.step("mount the root file system", begin);
 

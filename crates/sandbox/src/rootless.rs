@@ -28,8 +28,7 @@ const LEAST_IDS: u32 = 4096;
 /// uidmap) may do that for subordinate ids, but only from outside of the namespace.
 const MAP_IDS: &str = r#"read -r go || exit; newuidmap $PPID $1 && exec newgidmap $PPID $2"#;
 
-/// Makes this process root of a user namespace of its own, and of a mount namespace, without which
-/// it could mount nothing. Call it before there are threads.
+/// Makes this process root of a user namespace of its own. Call it before there are threads.
 ///
 /// # Errors
 /// The person has no subordinate ids, or the host allows no such namespace.
@@ -47,7 +46,7 @@ pub fn enter() -> Result<()> {
         .spawn()
         .context(doing)?;
     // SAFETY: only UnshareFlags::FILES would be unsound.
-    let entered = unsafe { unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) };
+    let entered = unsafe { unshare_unsafe(UnshareFlags::NEWUSER) };
     if let Some(mut go) = helper.stdin.take()
         && entered.is_ok()
     {
@@ -73,6 +72,19 @@ pub fn enter() -> Result<()> {
     let root = || "become root of the user namespace".to_owned();
     set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).context(root)?;
     set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).context(root)
+}
+
+/// In a user namespace: gives this thread a mount namespace that belongs to it, so that it may mount.
+/// The path of this process's own executable may not be known from then on.
+///
+/// # Errors
+/// The host allows no such namespace.
+pub fn enter_mounts() -> Result<()> {
+    if !in_user_namespace() {
+        return Ok(());
+    }
+    // SAFETY: only UnshareFlags::FILES would be unsound.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context(|| "create a mount namespace")
 }
 
 /// A map of ids for newuidmap: the person is root, and the subordinate ids of a file are the next ones.
