@@ -56,7 +56,8 @@ fn start(dir: SandboxDir, config: &SandboxConfig, disks: &[OwnedFd]) -> Result<C
         .args(["--id", &path.id])
         .current_dir("/")
         .env_clear()
-        .envs(std::env::vars_os().filter(|(name, _)| name == "HULL_LOG"))
+        // Where programs are that it starts (QEMU, pasta, plugins' own), and how much it logs.
+        .envs(std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "HULL_LOG"))
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::from(diagnostics))
