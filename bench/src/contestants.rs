@@ -1,5 +1,5 @@
-//! Those who are measured: runc and hull's machine kinds, each with the same root file systems; how each runs a
-//! command, keeps a container and executes in it.
+//! Those who are measured: runc and hull's machine kinds, each with the same root file systems; how
+//! each runs a command, keeps a container and executes in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -202,7 +202,8 @@ impl Setup {
         Ok(bundle)
     }
 
-    /// A command that runs `arguments` in a new container, to its end, and removes it. What can be prepared has been.
+    /// A command that runs `arguments` in a new container, to its end, and removes it. What can be
+    /// prepared has been.
     pub fn once(&self, contestant: Contestant, arguments: &[&str]) -> Result<Command> {
         let mut command = match contestant {
             Contestant::Runc => {
@@ -412,7 +413,8 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Copies a program to `to`, and the libraries that it is linked with to where they are on the host.
+/// Copies a program to `to`, and the libraries that it is linked with to where they are on the
+/// host.
 fn copy_with_libraries(program: &Path, root: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     let name = program.file_name().context("a program has a name")?;

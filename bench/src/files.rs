@@ -1,6 +1,6 @@
-//! Files in a directory of the host (`-v DIRECTORY:/work`): the fs device against the same directory through runc, which
-//! is the host's own: an ext4 made for it. The host's cache is warm; the guest's is cold, for each measurement has a container of
-//! its own.
+//! Files in a directory of the host (`-v DIRECTORY:/work`): the fs device against the same
+//! directory through runc, which is the host's own: an ext4 made for it. The host's cache is warm;
+//! the guest's is cold, for each measurement has a container of its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -62,9 +62,10 @@ const JOBS: [(&str, &str, &[&str]); 4] = [
     ),
 ];
 
-/// A new ext4 with a journal, in a file, mounted until this is dropped. The host's own file system may be anything: ext4
-/// without a journal looks at every inode that was deleted in the last minutes before it takes a new one, which makes
-/// each who unpacks pay for what was removed after those before.
+/// A new ext4 with a journal, in a file, mounted until this is dropped. The host's own file system
+/// may be anything: ext4 without a journal looks at every inode that was deleted in the last
+/// minutes before it takes a new one, which makes each who unpacks pay for what was removed after
+/// those before.
 struct Disk {
     mounted: PathBuf,
 }

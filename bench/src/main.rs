@@ -1,11 +1,12 @@
 //! `make bench`: hull beside runc, on one machine, in one run.
 //!
-//! Everything is measured in rounds, and in each round every contestant has its turn, so that a machine that is busy for
-//! a while is busy for all. What is shown is the median, with the number of rounds. The first round warms the caches
-//! and does not count.
+//! Everything is measured in rounds, and in each round every contestant has its turn, so that a
+//! machine that is busy for a while is busy for all. What is shown is the median, with the number
+//! of rounds. The first round warms the caches and does not count.
 //!
-//! Calls the staged `hull`, `runc`, `fio`, `iperf3` and `wrk` as a user would, and knows nothing of hull's inside. Results:
-//! a table on standard output; the same, as JSON with every single value and as a picture, in `bench/results`.
+//! Calls the staged `hull`, `runc`, `fio`, `iperf3` and `wrk` as a user would, and knows nothing of
+//! hull's inside. Results: a table on standard output; the same, as JSON with every single value
+//! and as a picture, in `bench/results`.
 
 mod contestants;
 mod files;

@@ -104,7 +104,8 @@ pub fn cpu(options: &Options, setup: &Setup, results: &mut Results) -> Result<()
             }
             let container = setup.start(contestant, Root::Tools, None)?;
             for (name, work, _, factor) in works {
-                // 200,000 calls in seconds, times five, is microseconds for one; a thousand forks, milliseconds.
+                // 200,000 calls in seconds, times five, is microseconds for one; a thousand forks,
+                // milliseconds.
                 for seconds in container.seconds(&["work", work])? {
                     results.add(name, contestant, seconds * factor);
                 }

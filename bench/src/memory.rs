@@ -1,4 +1,5 @@
-//! What an idle container costs the host: the proportional memory of all its processes, split by process.
+//! What an idle container costs the host: the proportional memory of all its processes, split by
+//! process.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -36,7 +37,8 @@ pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Resul
                 for container in &containers {
                     let roots = container.processes()?;
                     for (role, pid) in &roots {
-                        // The sandbox process is the parent of the others: they are counted by themselves.
+                        // The sandbox process is the parent of the others: they are counted by
+                        // themselves.
                         let others: Vec<i64> = roots
                             .iter()
                             .map(|(_, other)| *other)

@@ -1,8 +1,9 @@
-//! A container's network: both contestants as OCI runtimes, in network namespaces that are made alike (`place`), with the
-//! same servers. runc's container is in its namespace; hull's guest is behind it. "In" is towards the container.
+//! A container's network: both contestants as OCI runtimes, in network namespaces that are made
+//! alike (`place`), with the same servers. runc's container is in its namespace; hull's guest is
+//! behind it. "In" is towards the container.
 //!
-//! All traffic is between namespaces of the bench's own, for a few seconds each. Servers and clients end by themselves
-//! after a while, should the bench be killed.
+//! All traffic is between namespaces of the bench's own, for a few seconds each. Servers and
+//! clients end by themselves after a while, should the bench be killed.
 
 mod place;
 
@@ -322,7 +323,8 @@ fn number(value: &Value) -> Result<f64> {
         .with_context(|| format!("iperf3 did not say a number, but {value}"))
 }
 
-/// Requests per second, and the median and the 99th percentile of latency in milliseconds, as wrk prints them.
+/// Requests per second, and the median and the 99th percentile of latency in milliseconds, as wrk
+/// prints them.
 fn wrk(text: &str) -> Result<[f64; 3]> {
     let value = |key: &str| {
         let word = text
@@ -415,7 +417,8 @@ fn oci_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<
     Ok(())
 }
 
-/// What `--network default` adds to `hull run`, its plugins included: on a host that is a namespace of the bench's own.
+/// What `--network default` adds to `hull run`, its plugins included: on a host that is a namespace
+/// of the bench's own.
 fn run_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let names = ["--network none", "--network default", "added by it"]
         .map(|what| format!("network: run --rm IMAGE true, {what}"));

@@ -67,7 +67,8 @@ fn start(setup: &Setup, contestant: Contestant, bundle: &Path, id: &str) -> Resu
     call(setup.oci(contestant).args(["start", id]))
 }
 
-/// Runs a command that must succeed. Without a pipe for errors: the container would have it, too, and keep it open.
+/// Runs a command that must succeed. Without a pipe for errors: the container would have it, too,
+/// and keep it open.
 pub fn call(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("{command:?}"))?;
     if !status.success() {

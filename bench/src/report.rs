@@ -1,4 +1,5 @@
-//! What was measured: every value, the table of medians with ratios to runc, and the file they are kept in.
+//! What was measured: every value, the table of medians with ratios to runc, and the file they are
+//! kept in.
 
 use std::fs;
 use std::process::Command;
@@ -231,7 +232,8 @@ impl Results {
         text
     }
 
-    /// Writes `bench/results/latest.{json,md,svg}`. A run of a part, or a quick one, is kept apart from whole ones.
+    /// Writes `bench/results/latest.{json,md,svg}`. A run of a part, or a quick one, is kept apart
+    /// from whole ones.
     pub fn store(&self, options: &Options) -> Result<()> {
         let directory = options.repository.join("bench/results");
         fs::create_dir_all(&directory)?;

@@ -1,4 +1,5 @@
-//! The picture: for each line of the table a group of bars, one for each contestant, drawn to the group's longest.
+//! The picture: for each line of the table a group of bars, one for each contestant, drawn to the
+//! group's longest.
 
 use crate::report::{Better, Results, Row, number};
 

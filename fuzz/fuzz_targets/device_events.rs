@@ -15,7 +15,8 @@ const MESSAGES: usize = 32;
 /// Connections that wait to be taken.
 const MAX_INCOMING: usize = 4;
 
-/// One message of the device process, nearly right or anything, and how many descriptors go with it.
+/// One message of the device process, nearly right or anything, and how many descriptors go with
+/// it.
 fn message(input: &mut Input<'_>) -> (Vec<u8>, usize) {
     let choice = input.u8();
     let text = match choice % 4 {

@@ -1,4 +1,5 @@
-//! Commands that cannot hang a test: each has a time limit, and what it printed until then is shown.
+//! Commands that cannot hang a test: each has a time limit, and what it printed until then is
+//! shown.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -70,7 +71,8 @@ impl Invocation {
         self
     }
 
-    /// Puts its standard output and standard error in files, which whatever it leaves running may keep open.
+    /// Puts its standard output and standard error in files, which whatever it leaves running may
+    /// keep open.
     pub fn output_to(mut self, stdout: &Path, stderr: &Path) -> Self {
         self.output = Some((stdout.to_owned(), stderr.to_owned()));
         self
@@ -358,8 +360,8 @@ impl Output {
         self
     }
 
-    /// Asserts that hull failed with this status and said so as it should: one line that begins with `error: ` and
-    /// contains each of `parts`, at most one line more with a hint.
+    /// Asserts that hull failed with this status and said so as it should: one line that begins
+    /// with `error: ` and contains each of `parts`, at most one line more with a hint.
     #[track_caller]
     pub fn fails(self, status: i32, parts: &[&str]) -> Output {
         let output = self.ends(status);

@@ -1,6 +1,7 @@
-//! A dockerd of the test's own, with a containerd of its own: state, images and sockets in a temporary directory. It has no
-//! bridge and no packet filter, or, in a network namespace that is a host of its own, all that Docker does. Both are
-//! ended at the end, with a check that nothing is left.
+//! A dockerd of the test's own, with a containerd of its own: state, images and sockets in a
+//! temporary directory. It has no bridge and no packet filter, or, in a network namespace that is a
+//! host of its own, all that Docker does. Both are ended at the end, with a check that nothing is
+//! left.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -34,7 +35,8 @@ impl Docker {
         Docker::on(None)
     }
 
-    /// With networks: bridges, addresses translated, names resolved. Its host's network is a namespace.
+    /// With networks: bridges, addresses translated, names resolved. Its host's network is a
+    /// namespace.
     pub fn with_networks() -> Docker {
         Docker::on(Some(Netns::new()))
     }
@@ -121,7 +123,8 @@ impl Docker {
                 configuration.as_object_mut().unwrap().remove(key);
             }
         }
-        // Old ones keep a key in /etc/docker, and can be told otherwise; new ones do not know the word.
+        // Old ones keep a key in /etc/docker, and can be told otherwise; new ones do not know the
+        // word.
         let version = Invocation::new(program("dockerd"))
             .arg("--version")
             .run()
@@ -419,7 +422,8 @@ impl Docker {
     }
 }
 
-/// Debian's programs come before those that somebody else put on the machine: client and daemon of one version.
+/// Debian's programs come before those that somebody else put on the machine: client and daemon of
+/// one version.
 fn program(name: &str) -> PathBuf {
     ["/usr/bin", "/usr/sbin"]
         .iter()

@@ -1,5 +1,5 @@
-//! A hull of the test's own: configuration, state and images in a temporary directory, and containers that are
-//! removed at the end, with a check that nothing of them is left.
+//! A hull of the test's own: configuration, state and images in a temporary directory, and
+//! containers that are removed at the end, with a check that nothing of them is left.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -61,7 +61,8 @@ impl Hull {
         })
     }
 
-    /// On another kind of machine, with the image `busybox`; containers have a network unless a test says otherwise.
+    /// On another kind of machine, with the image `busybox`; containers have a network unless a
+    /// test says otherwise.
     pub fn networked(machine: &'static str) -> Hull {
         Hull::with(Options {
             machine,
@@ -70,8 +71,8 @@ impl Hull {
         })
     }
 
-    /// On user-mode Linux, called by a person who is not root, with the image `busybox`; containers have a network unless a
-    /// test says otherwise.
+    /// On user-mode Linux, called by a person who is not root, with the image `busybox`; containers
+    /// have a network unless a test says otherwise.
     pub fn without_root() -> Hull {
         Hull::with(Options {
             configuration: "network = \"default\"".into(),
@@ -80,7 +81,8 @@ impl Hull {
         })
     }
 
-    /// With options. Without a word about networks containers have none: plugins take longer than most tests.
+    /// With options. Without a word about networks containers have none: plugins take longer than
+    /// most tests.
     pub fn with(options: Options) -> Hull {
         assert!(
             rustix::process::geteuid().is_root(),
@@ -167,7 +169,8 @@ impl Hull {
             .limit(self.limit())
     }
 
-    /// `hull run --rm [OPTIONS] busybox COMMAND`, run to its end. What comes after `busybox` is `command`.
+    /// `hull run --rm [OPTIONS] busybox COMMAND`, run to its end. What comes after `busybox` is
+    /// `command`.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
         self.hull(["run", "--rm"])
             .args(options)

@@ -57,12 +57,14 @@ pub fn descendants() -> BTreeMap<i32, String> {
         .collect()
 }
 
-/// Waits until nothing runs below this process; what is left after two seconds is killed and returned.
+/// Waits until nothing runs below this process; what is left after two seconds is killed and
+/// returned.
 pub fn leaked_processes() -> Vec<String> {
     leaked_processes_except(Duration::from_secs(2), &[])
 }
 
-/// Waits until nothing runs below this process but `except`; what is left in the end is killed and returned.
+/// Waits until nothing runs below this process but `except`; what is left in the end is killed and
+/// returned.
 pub fn leaked_processes_except(limit: Duration, except: &[i32]) -> Vec<String> {
     let begin = Instant::now();
     loop {
@@ -87,7 +89,8 @@ pub fn leaked_processes_except(limit: Duration, except: &[i32]) -> Vec<String> {
     }
 }
 
-/// Takes the exit status of adopted processes. All commands of the test have ended when this is called.
+/// Takes the exit status of adopted processes. All commands of the test have ended when this is
+/// called.
 fn reap() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }

@@ -1,10 +1,12 @@
-//! What the end to end tests are written with: a [`Hull`] of their own, commands with a time limit, terminals,
-//! images and a registry that misbehaves on demand; engines, [`Podman`] and [`Docker`], that run their containers
-//! with hull; and [`Oci`], bundles with nothing between them and the runtime. The tests are in `tests/GROUP/*.rs`, one
-//! module for each thing that a user does; a test's name says what that user can rely on.
+//! What the end to end tests are written with: a [`Hull`] of their own, commands with a time limit,
+//! terminals, images and a registry that misbehaves on demand; engines, [`Podman`] and [`Docker`],
+//! that run their containers with hull; and [`Oci`], bundles with nothing between them and the
+//! runtime. The tests are in `tests/GROUP/*.rs`, one module for each thing that a user does; a
+//! test's name says what that user can rely on.
 //!
-//! The tests run the staged executable (`make stage`), never code of hull's crates. Each test is a process of its
-//! own (cargo-nextest does that): whatever a test's containers leave running is adopted by it and found.
+//! The tests run the staged executable (`make stage`), never code of hull's crates. Each test is a
+//! process of its own (cargo-nextest does that): whatever a test's containers leave running is
+//! adopted by it and found.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test stops where it goes wrong
 
 mod command;
@@ -73,7 +75,8 @@ pub fn guest_files() -> PathBuf {
         .join("share/hull")
 }
 
-/// Says, where `make test` collects it, that this machine cannot do what a test needs. The caller returns.
+/// Says, where `make test` collects it, that this machine cannot do what a test needs. The caller
+/// returns.
 pub fn left_out(reason: &str) {
     let name = std::thread::current().name().unwrap_or("?").to_owned();
     let line = format!("{name}: {reason}\n");
@@ -104,7 +107,8 @@ pub fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bo
     begin.elapsed()
 }
 
-/// Makes each of the named functions, which take a machine kind, a test on user-mode Linux and one on QEMU.
+/// Makes each of the named functions, which take a machine kind, a test on user-mode Linux and one
+/// on QEMU.
 #[macro_export]
 macro_rules! on_every_machine {
     ($($name:ident),+ $(,)?) => {

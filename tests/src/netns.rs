@@ -1,5 +1,6 @@
-//! Network namespaces of a test's own: what an engine hands a runtime, and the world around it; or a whole host for an
-//! engine that changes interfaces and packet filters. Nothing of them is left, whatever becomes of the test.
+//! Network namespaces of a test's own: what an engine hands a runtime, and the world around it; or
+//! a whole host for an engine that changes interfaces and packet filters. Nothing of them is left,
+//! whatever becomes of the test.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -79,7 +80,8 @@ impl Netns {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// A new one on a link with the host, on which both have an address: the namespace, the host's address, and its own.
+    /// A new one on a link with the host, on which both have an address: the namespace, the host's
+    /// address, and its own.
     pub fn beside_the_host() -> (Netns, Ipv4Addr, Ipv4Addr) {
         let netns = Netns::new();
         // Of networks that are for measurements, and nobody's (RFC 2544).
@@ -130,7 +132,8 @@ impl Netns {
         names.collect()
     }
 
-    /// What there is beside what a test or an engine has put there: taps, queueing disciplines that redirect, filters.
+    /// What there is beside what a test or an engine has put there: taps, queueing disciplines that
+    /// redirect, filters.
     pub fn traces(&self) -> Vec<String> {
         let mut found = Vec::new();
         for line in self.ip("-o -d link show").lines() {

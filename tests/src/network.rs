@@ -1,5 +1,5 @@
-//! What tests of networks are written with: small clients and servers of the test's own, networks of `/etc/cni/net.d`, and
-//! what plugins left on the host for a container of `hull run`.
+//! What tests of networks are written with: small clients and servers of the test's own, networks
+//! of `/etc/cni/net.d`, and what plugins left on the host for a container of `hull run`.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -29,7 +29,8 @@ pub fn has_ipv6() -> bool {
     Path::new("/proc/net/if_inet6").exists()
 }
 
-/// A number that this test has for itself while it runs, and again with the next call: below 10,000.
+/// A number that this test has for itself while it runs, and again with the next call: below
+/// 10,000.
 pub fn number() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = (id() % 1000) as u16 * 10;
@@ -38,7 +39,8 @@ pub fn number() -> u16 {
     first + next
 }
 
-/// A port that nobody uses, with as many after it that nobody uses either: not one of those that the kernel gives away.
+/// A port that nobody uses, with as many after it that nobody uses either: not one of those that
+/// the kernel gives away.
 pub fn free_ports(count: u16) -> u16 {
     // Tests that run side by side have process ids that are near each other.
     static NEXT: AtomicU16 = AtomicU16::new(0);
@@ -241,7 +243,8 @@ fn leases_below(directory: &Path, text: &str) -> Vec<String> {
     found
 }
 
-/// What there is of a container's network on the host while it runs, to see whether it is gone later.
+/// What there is of a container's network on the host while it runs, to see whether it is gone
+/// later.
 #[derive(Debug)]
 pub struct Traces {
     id: String,
@@ -426,7 +429,8 @@ impl Drop for CniNetwork {
     }
 }
 
-/// Nothing is left: the kernel takes its time to remove the interfaces of a namespace whose last process was killed.
+/// Nothing is left: the kernel takes its time to remove the interfaces of a namespace whose last
+/// process was killed.
 #[track_caller]
 fn assert_none(left: impl Fn() -> Vec<String>) {
     let begin = Instant::now();

@@ -1,6 +1,6 @@
-//! Bundles with nothing between them and the runtime: the command line of `hull-oci` as engines and people call it. The
-//! test is the engine: it gets the keepers as its children, as a subreaper does. Everything is removed at the end, with
-//! a check that nothing is left.
+//! Bundles with nothing between them and the runtime: the command line of `hull-oci` as engines and
+//! people call it. The test is the engine: it gets the keepers as its children, as a subreaper
+//! does. Everything is removed at the end, with a check that nothing is left.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -158,7 +158,8 @@ impl Oci {
         (UnixListener::bind(&path).unwrap(), path)
     }
 
-    /// `run`, with the terminal on a console socket: the container, in the background, and its terminal.
+    /// `run`, with the terminal on a console socket: the container, in the background, and its
+    /// terminal.
     pub fn run_on_console(&self, bundle: &Bundle) -> (Init<'_>, Console) {
         let init = self.init();
         let (listener, path) = self.console_socket();
@@ -426,8 +427,8 @@ impl Init<'_> {
             .ok();
     }
 
-    /// Waits until what a script prints is as wanted: what happens on the host is in the guest within a second, and a look
-    /// into the guest takes a moment, too.
+    /// Waits until what a script prints is as wanted: what happens on the host is in the guest
+    /// within a second, and a look into the guest takes a moment, too.
     #[track_caller]
     pub fn prints(&self, script: &str, wanted: impl Fn(&str) -> bool) {
         let limit = Duration::from_secs(2);
@@ -494,7 +495,8 @@ impl Init<'_> {
         end_of(self.keeper())
     }
 
-    /// Waits until there is nothing to be seen of it but a directory, removes that twice, and asserts that nothing is left.
+    /// Waits until there is nothing to be seen of it but a directory, removes that twice, and
+    /// asserts that nothing is left.
     #[track_caller]
     pub fn is_gone_after_delete(&self) {
         eventually("stopped, or not there", SOON, || {
@@ -506,7 +508,8 @@ impl Init<'_> {
         self.oci.assert_clean();
     }
 
-    /// The same for one that may be alive and well, because what was to be killed had ended already.
+    /// The same for one that may be alive and well, because what was to be killed had ended
+    /// already.
     #[track_caller]
     pub fn is_gone_after_a_kill(&self) {
         eventually("a stage that lasts", SOON, || {

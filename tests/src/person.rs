@@ -1,5 +1,5 @@
-//! A person who is not root and runs hull: an entry among the host's users and ranges of subordinate ids, in a mount namespace
-//! of each command's own. The host's files stay as they are.
+//! A person who is not root and runs hull: an entry among the host's users and ranges of
+//! subordinate ids, in a mount namespace of each command's own. The host's files stay as they are.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};

@@ -1,5 +1,5 @@
-//! A podman of the test's own: images, containers, locks and configuration in a temporary directory; everything is
-//! removed at the end, with a check that nothing is left.
+//! A podman of the test's own: images, containers, locks and configuration in a temporary
+//! directory; everything is removed at the end, with a check that nothing is left.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -21,8 +21,9 @@ pub struct Podman {
     next: AtomicU32,
 }
 
-/// What a podman with networks takes for its host: interfaces and packet filters of its own, and the directories in which all
-/// podmans of a host keep namespaces, and which addresses and names are taken.
+/// What a podman with networks takes for its host: interfaces and packet filters of its own, and
+/// the directories in which all podmans of a host keep namespaces, and which addresses and names
+/// are taken.
 struct Host {
     netns: Netns,
     /// Keeps the mount namespace.
@@ -94,8 +95,9 @@ impl Podman {
             .tempdir_in("/tmp")
             .unwrap();
         let runtime = Runtime::in_directory(directory.path());
-        // The limits: what podman asks for itself needs CAP_SYS_RESOURCE, and `kube play` of 4.3 takes the lower for the
-        // upper. The locks: in a file, the usual shared memory is one for all podmans of a machine.
+        // The limits: what podman asks for itself needs CAP_SYS_RESOURCE, and `kube play` of 4.3
+        // takes the lower for the upper. The locks: in a file, the usual shared memory is one for
+        // all podmans of a machine.
         let configuration = "[containers]\n\
              default_ulimits = [\"nofile=4096:4096\", \"nproc=4096:4096\"]\n\
              netns = \"none\"\n\
@@ -339,8 +341,8 @@ impl Podman {
             let interfaces = interfaces.iter().filter(|name| *name != "lo");
             problems.extend(interfaces.map(|name| format!("interface {name}")));
         }
-        // podman itself keeps its layers' directory mounted on itself, and forgets the control group of a pod in
-        // hierarchies without controllers.
+        // podman itself keeps its layers' directory mounted on itself, and forgets the control
+        // group of a pod in hierarchies without controllers.
         let own = self.path("root/overlay").display().to_string();
         problems.retain(|problem| {
             let of_layers =

@@ -1,4 +1,5 @@
-//! The POSIX file-system checks of `tests/posix/checks.c`: built once, static, for the host and for a container.
+//! The POSIX file-system checks of `tests/posix/checks.c`: built once, static, for the host and for
+//! a container.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
-//! A registry in this process that serves what it is given and misbehaves on demand. It counts what it is asked.
+//! A registry in this process that serves what it is given and misbehaves on demand. It counts what
+//! it is asked.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};

@@ -1,4 +1,5 @@
-//! The OCI runtime that engines and the validation suite are tested with, and what it may leave behind.
+//! The OCI runtime that engines and the validation suite are tested with, and what it may leave
+//! behind.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,8 +8,9 @@ use std::time::Duration;
 
 use crate::{executable, installed, leaks};
 
-/// An OCI runtime with state of the test's own: `hull-oci` beside the staged `hull`. While a test is written,
-/// `HULL_TEST_RUNTIME=runc` shows whether it asks for something that a known runtime gives.
+/// An OCI runtime with state of the test's own: `hull-oci` beside the staged `hull`. While a test
+/// is written, `HULL_TEST_RUNTIME=runc` shows whether it asks for something that a known runtime
+/// gives.
 pub struct Runtime {
     /// What engines are given to call: a script that leads to the runtime.
     pub path: PathBuf,
@@ -36,8 +38,9 @@ impl Runtime {
             ),
         )
         .unwrap();
-        // Engines choose the environment of their runtime themselves, so the configuration goes in a script. runc knows
-        // nothing of it: it gets a directory for its state, unless the engine says one.
+        // Engines choose the environment of their runtime themselves, so the configuration goes in
+        // a script. runc knows nothing of it: it gets a directory for its state, unless the engine
+        // says one.
         let state = if runtime.is_hull() {
             String::new()
         } else {
@@ -61,8 +64,8 @@ impl Runtime {
         !["runc", "crun"].contains(&self.program.file_name().unwrap().to_str().unwrap())
     }
 
-    /// What is left of containers, by anything that bears one of their ids: state, control groups. `beside` are
-    /// further directories in which engines let the runtime keep state.
+    /// What is left of containers, by anything that bears one of their ids: state, control groups.
+    /// `beside` are further directories in which engines let the runtime keep state.
     pub fn remains(&self, ids: &[String], beside: &[PathBuf]) -> Vec<String> {
         let mut found = Vec::new();
         let mut places = vec![self.directory.join("run"), self.directory.join("data")];

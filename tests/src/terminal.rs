@@ -1,5 +1,5 @@
-//! A person at a terminal: a command on a pseudo-terminal of its own, as its session's controlling terminal; or an
-//! engine that has the master of a container's terminal.
+//! A person at a terminal: a command on a pseudo-terminal of its own, as its session's controlling
+//! terminal; or an engine that has the master of a container's terminal.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
@@ -109,7 +109,8 @@ impl Terminal {
         tcsetwinsize(self.master.as_ref().unwrap(), size(rows, columns)).unwrap();
     }
 
-    /// Whether the terminal echoes what is typed, as it does before and after a command that takes it over.
+    /// Whether the terminal echoes what is typed, as it does before and after a command that takes
+    /// it over.
     pub fn echoes(&self) -> bool {
         tcgetattr(self.slave.as_ref().unwrap())
             .unwrap()
@@ -119,7 +120,8 @@ impl Terminal {
 
     /// Closes the window.
     pub fn hang_up(&mut self) {
-        // The reading thread's copy keeps the terminal alive, so its end is told as the kernel would.
+        // The reading thread's copy keeps the terminal alive, so its end is told as the kernel
+        // would.
         let session = rustix::process::Pid::from_child(&self.child);
         self.slave = None;
         self.master = None;

@@ -1,8 +1,9 @@
-//! Network namespaces of the bench's own: one that stands for the host, with a bridge, and for each container one that
-//! hangs on it by a veth pair, as an engine makes it. The machine's own network is not touched.
+//! Network namespaces of the bench's own: one that stands for the host, with a bridge, and for each
+//! container one that hangs on it by a veth pair, as an engine makes it. The machine's own network
+//! is not touched.
 //!
-//! A namespace lives as long as the process that holds it, which dies with the bench, however that ends; interfaces,
-//! addresses and whatever else was made in it go with it.
+//! A namespace lives as long as the process that holds it, which dies with the bench, however that
+//! ends; interfaces, addresses and whatever else was made in it go with it.
 
 use std::cell::Cell;
 use std::io::{BufRead, BufReader};

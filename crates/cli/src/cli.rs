@@ -1,5 +1,5 @@
-//! The grammar of the command line: names, meanings and short forms are Docker's. Each command's own arguments are
-//! in its file under `commands`.
+//! The grammar of the command line: names, meanings and short forms are Docker's. Each command's
+//! own arguments are in its file under `commands`.
 
 use clap::{Parser, Subcommand};
 

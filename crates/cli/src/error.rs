@@ -1,5 +1,6 @@
-//! What a user sees when a command fails: one line that says what, on what and why, a second one that
-//! says what to do, and the exit status. Only `main` and commands that go on after an error print one.
+//! What a user sees when a command fails: one line that says what, on what and why, a second one
+//! that says what to do, and the exit status. Only `main` and commands that go on after an error
+//! print one.
 
 use std::io::{IsTerminal, Write};
 

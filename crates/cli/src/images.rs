@@ -1,5 +1,5 @@
-//! Images for commands: opens the store, obtains an image by reference, shows a pull's progress: bars when a person
-//! watches standard error, one line at the end otherwise.
+//! Images for commands: opens the store, obtains an image by reference, shows a pull's progress:
+//! bars when a person watches standard error, one line at the end otherwise.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -54,7 +54,8 @@ struct State {
 
 impl Progress for Shown {
     fn event(&self, event: Event<'_>) {
-        // A thread that panicked while it held the lock has left nothing half done that matters here.
+        // A thread that panicked while it held the lock has left nothing half done that matters
+        // here.
         let mut state = self
             .state
             .lock()

@@ -1,5 +1,6 @@
-//! The roles of the executable that no person calls: sandbox process and device process, and the names that belong
-//! to container engines. Looked at before anything else, because a sandbox process is part of every start.
+//! The roles of the executable that no person calls: sandbox process and device process, and the
+//! names that belong to container engines. Looked at before anything else, because a sandbox
+//! process is part of every start.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -105,8 +106,8 @@ fn sandbox_process(arguments: &[OsString]) -> Result<()> {
     role::run(&path, connection_on_stdin()?.into())
 }
 
-/// Closes what an engine or a shell left open in who started this process: somebody may wait for its end, and this
-/// process lives on. Called before this process opens anything.
+/// Closes what an engine or a shell left open in who started this process: somebody may wait for
+/// its end, and this process lives on. Called before this process opens anything.
 fn close_inherited() {
     let Ok(open) = std::fs::read_dir("/proc/self/fd") else {
         return;

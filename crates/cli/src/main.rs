@@ -1,6 +1,6 @@
 //! The `hull` command. Finds out in which of its roles the executable was called, and in the role
-//! that people use turns arguments into calls of the other crates and prints what comes back. It has
-//! no logic of its own.
+//! that people use turns arguments into calls of the other crates and prints what comes back. It
+//! has no logic of its own.
 //!
 //! Its start is part of the start of every container: nothing is read, allocated or started here
 //! before a command needs it.

@@ -1,5 +1,6 @@
-//! Output for people and for programs: tables, sizes, JSON, colours. Used by every command that prints.
-//! Colours only for terminals; text of a guest or a registry never brings control characters along.
+//! Output for people and for programs: tables, sizes, JSON, colours. Used by every command that
+//! prints. Colours only for terminals; text of a guest or a registry never brings control
+//! characters along.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -54,7 +55,8 @@ impl Table {
     }
 }
 
-/// Writes to standard output and flushes. A closed pipe ends the command without a message, as it ends `ls`.
+/// Writes to standard output and flushes. A closed pipe ends the command without a message, as it
+/// ends `ls`.
 pub fn print(text: impl AsRef<[u8]>) -> Result<()> {
     let mut stdout = io::stdout().lock();
     stdout

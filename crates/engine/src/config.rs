@@ -1,7 +1,9 @@
-//! The configuration file: read, checked, and remembered with the place of each value. Commands read it when they
-//! need a value; the sandbox process gets its values from the command and never reads the file.
+//! The configuration file: read, checked, and remembered with the place of each value. Commands
+//! read it when they need a value; the sandbox process gets its values from the command and never
+//! reads the file.
 //!
-//! `config/default.toml` documents every key and is itself the source of the defaults, so the two cannot differ.
+//! `config/default.toml` documents every key and is itself the source of the defaults, so the two
+//! cannot differ.
 
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr};
@@ -80,8 +82,8 @@ pub struct Origin {
 }
 
 impl Config {
-    /// Reads the configuration in force: that of the file which HULL_CONFIG names, or of the system's, and after that,
-    /// without root, of the person's own.
+    /// Reads the configuration in force: that of the file which HULL_CONFIG names, or of the
+    /// system's, and after that, without root, of the person's own.
     pub fn load() -> Result<Config> {
         let chosen = std::env::var_os("HULL_CONFIG");
         Config::load_from(chosen, Path::new(SYSTEM_FILE), Home::of_caller()?)
@@ -172,7 +174,8 @@ impl Config {
         Ok(config)
     }
 
-    /// Sets every key of `text`; without a path it is the default file, which brings the keys into being.
+    /// Sets every key of `text`; without a path it is the default file, which brings the keys into
+    /// being.
     fn apply(&mut self, text: &str, path: Option<&Path>) -> Result<()> {
         let place = |at: usize| match path {
             Some(path) => {
@@ -443,7 +446,8 @@ mod tests {
         std::fs::write(&chosen, "memory = '1g'").unwrap();
         assert_eq!(load(Some(&chosen)).unwrap().cpus, 1);
 
-        // Without root: the system's file holds but for directories, the person's own goes before it.
+        // Without root: the system's file holds but for directories, the person's own goes before
+        // it.
         let home = || Home {
             config: directory.path().join("own.toml"),
             data: "/home/ann/data".into(),

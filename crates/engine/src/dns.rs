@@ -1,5 +1,5 @@
-//! hosts, hostname and resolv.conf of a container, as Docker makes them: written when its network is
-//! known, into a directory that is shared with the guest.
+//! hosts, hostname and resolv.conf of a container, as Docker makes them: written when its network
+//! is known, into a directory that is shared with the guest.
 
 use std::fs;
 use std::net::IpAddr;
@@ -30,7 +30,8 @@ pub const FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 /// Writes them. `network`: the name of the network and what it gave the container.
 ///
 /// # Errors
-/// A name is to be the host's, and the host has no address in the network; a file cannot be written.
+/// A name is to be the host's, and the host has no address in the network; a file cannot be
+/// written.
 pub fn write(
     directory: &Directory,
     hostname: &str,
@@ -45,8 +46,8 @@ pub fn write(
     make_readable(directory)
 }
 
-/// Copies them to a container that shares the network of another one: they are its own from then on,
-/// and stay when the other one is removed.
+/// Copies them to a container that shares the network of another one: they are its own from then
+/// on, and stay when the other one is removed.
 ///
 /// # Errors
 /// A file cannot be copied.

@@ -1,5 +1,5 @@
-//! Where the guest's files are: kernels and the initramfs with the agent. Looked up by `run`, `check` and `kernel`;
-//! never reads a kernel itself.
+//! Where the guest's files are: kernels and the initramfs with the agent. Looked up by `run`,
+//! `check` and `kernel`; never reads a kernel itself.
 
 use std::path::{Path, PathBuf};
 
@@ -184,8 +184,8 @@ pub fn kernel_file(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Whether a kernel is one for kind `uml`: an executable of the host. Others are not marked executable, or are
-/// compressed.
+/// Whether a kernel is one for kind `uml`: an executable of the host. Others are not marked
+/// executable, or are compressed.
 fn is_user_mode_kernel(path: &Path) -> bool {
     use std::io::Read;
     use std::os::unix::fs::PermissionsExt;

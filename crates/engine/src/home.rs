@@ -1,5 +1,5 @@
-//! The directories of a person who is not root (XDG base directory specification): where the configuration, images and the
-//! state of containers are then.
+//! The directories of a person who is not root (XDG base directory specification): where the
+//! configuration, images and the state of containers are then.
 
 use std::env::var_os;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -57,8 +57,8 @@ fn without_session(uid: u32) -> PathBuf {
     }
 }
 
-/// Makes the directory of containers' state, unless it is there, and sees to it that nobody else can change what is in it: it
-/// may be in one where everybody can make files.
+/// Makes the directory of containers' state, unless it is there, and sees to it that nobody else
+/// can change what is in it: it may be in one where everybody can make files.
 pub fn secure(directory: &Path) -> Result<()> {
     let doing = || format!("cannot use {}", directory.display());
     let made = std::fs::DirBuilder::new()

@@ -1,11 +1,12 @@
-//! What `hull run` means: from options and an image to a container in a sandbox of its own, and what
-//! people do with it afterwards.
+//! What `hull run` means: from options and an image to a container in a sandbox of its own, and
+//! what people do with it afterwards.
 //!
-//! Containers of hull's own are in `DATA/containers`, each with a directory of its own that survives
-//! a reboot; names are links beside them. This crate reads the configuration, writes records, and
-//! asks sandboxes through their control protocol; it knows no grammar of a command line and prints
-//! nothing but what a container writes. Called by `cli`. It never touches guest memory and reads
-//! nothing that a guest wrote, but for archives that are copied out of a container.
+//! Containers of hull's own are in `DATA/containers`, each with a directory of its own that
+//! survives a reboot; names are links beside them. This crate reads the configuration, writes
+//! records, and asks sandboxes through their control protocol; it knows no grammar of a command
+//! line and prints nothing but what a container writes. Called by `cli`. It never touches guest
+//! memory and reads nothing that a guest wrote, but for archives that are copied out of a
+//! container.
 
 pub mod attach;
 pub mod config;

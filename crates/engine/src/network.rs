@@ -82,8 +82,8 @@ impl Plan {
 }
 
 impl NetworkOptions {
-    /// Plans the network of the container `id`, checked as far as can be before it is made; published
-    /// ports are bound from here on.
+    /// Plans the network of the container `id`, checked as far as can be before it is made;
+    /// published ports are bound from here on.
     ///
     /// # Errors
     /// Options that contradict each other or the network; there is no such network or container; a

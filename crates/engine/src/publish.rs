@@ -1,8 +1,9 @@
-//! Options of a container's network: `--publish`, `--add-host`, `--dns`, `--dns-search`, `--dns-option`, `--mac-address`,
-//! `--ip` and `--ip6`. Functions of one value return it checked, or one line that names the value and says what is wrong.
-//! Called by the argument parser.
+//! Options of a container's network: `--publish`, `--add-host`, `--dns`, `--dns-search`,
+//! `--dns-option`, `--mac-address`, `--ip` and `--ip6`. Functions of one value return it checked,
+//! or one line that names the value and says what is wrong. Called by the argument parser.
 //!
-//! Forwards nothing: which port leads where is carried out by plugins of the network (crate `network`, module `cni`).
+//! Forwards nothing: which port leads where is carried out by plugins of the network (crate
+//! `network`, module `cni`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -19,10 +20,11 @@ pub const HOST_GATEWAY: &str = "host-gateway";
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ports(pub Vec<Published>);
 
-/// Reads `[[IP:][HOST_PORT|HOST_RANGE]:]CONTAINER_PORT|RANGE[/tcp|udp|sctp]`. An IPv6 address is written in brackets;
-/// Docker takes it without them, too.
+/// Reads `[[IP:][HOST_PORT|HOST_RANGE]:]CONTAINER_PORT|RANGE[/tcp|udp|sctp]`. An IPv6 address is
+/// written in brackets; Docker takes it without them, too.
 ///
-/// Ranges are of the same length, or there is one container port: then it gets the first free host port of its range.
+/// Ranges are of the same length, or there is one container port: then it gets the first free host
+/// port of its range.
 pub fn publish(text: &str) -> Result<Ports, String> {
     let wrong = |why: String| format!("invalid published port {text:?}: {why}");
     let (rest, protocol) = match text.rsplit_once('/') {

@@ -1,10 +1,10 @@
 //! `hull run`: from options to a container that runs.
 //!
 //! The machine boots while the root file system is mounted and plugins attach the network: the
-//! sandbox is launched as soon as it is known what machine it is, and everything that belongs to the
-//! container follows on the same connection. Until the container is there, this process holds all of
-//! it: when it is killed, the sandbox ends by itself, and what remains is a directory and a name that
-//! the next command sweeps.
+//! sandbox is launched as soon as it is known what machine it is, and everything that belongs to
+//! the container follows on the same connection. Until the container is there, this process holds
+//! all of it: when it is killed, the sandbox ends by itself, and what remains is a directory and a
+//! name that the next command sweeps.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,4 +1,5 @@
-//! Times as Docker writes and reads them: RFC 3339, durations, ages for people. UTC only; no time-zone files.
+//! Times as Docker writes and reads them: RFC 3339, durations, ages for people. UTC only; no
+//! time-zone files.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -54,7 +55,8 @@ pub fn format_rfc3339(time: UnixNanos) -> String {
     )
 }
 
-/// Reads RFC 3339, also without seconds, time of day or zone (then UTC), as `docker logs --since` does.
+/// Reads RFC 3339, also without seconds, time of day or zone (then UTC), as `docker logs --since`
+/// does.
 pub fn parse_rfc3339(text: &str) -> Option<UnixNanos> {
     let field = |text: &str, length: usize| -> Option<i64> {
         let digits = text.len() == length && text.bytes().all(|b| b.is_ascii_digit());

@@ -1,6 +1,7 @@
-//! What option values look like: sizes, processors, names, signals, environment, limits. Each function takes the
-//! text of one value and returns it checked, or one line that names the value and says what is wrong with it.
-//! Called by the argument parser and by the configuration; touches nothing outside of its argument.
+//! What option values look like: sizes, processors, names, signals, environment, limits. Each
+//! function takes the text of one value and returns it checked, or one line that names the value
+//! and says what is wrong with it. Called by the argument parser and by the configuration; touches
+//! nothing outside of its argument.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -108,7 +109,8 @@ pub enum SecurityOption {
     NoNewPrivileges(bool),
 }
 
-/// `seccomp=unconfined`, `seccomp=FILE`, `no-new-privileges[=true|false]`; Docker takes a colon, too.
+/// `seccomp=unconfined`, `seccomp=FILE`, `no-new-privileges[=true|false]`; Docker takes a colon,
+/// too.
 pub fn security_option(text: &str) -> Result<SecurityOption, String> {
     let (name, value) = match text.split_once(['=', ':']) {
         Some((name, value)) => (name, Some(value)),
@@ -246,8 +248,8 @@ pub fn directory(text: &str) -> Result<String, String> {
     }
 }
 
-/// `NAME=VALUE`, or `NAME` for the caller's own value. `None` when the caller has no such variable: as with
-/// Docker, the container then has none either.
+/// `NAME=VALUE`, or `NAME` for the caller's own value. `None` when the caller has no such variable:
+/// as with Docker, the container then has none either.
 pub fn environment(text: &OsStr) -> Result<Option<OsString>, String> {
     let bytes = text.as_bytes();
     if bytes.is_empty() || bytes[0] == b'=' {
@@ -264,7 +266,8 @@ pub fn environment(text: &OsStr) -> Result<Option<OsString>, String> {
     }))
 }
 
-/// Reads the text of an environment file: one `NAME=VALUE` or `NAME` a line, `#` comments, no quoting.
+/// Reads the text of an environment file: one `NAME=VALUE` or `NAME` a line, `#` comments, no
+/// quoting.
 pub fn environment_file(path: &Path, text: &[u8]) -> Result<Vec<OsString>, String> {
     let mut variables = Vec::new();
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
@@ -422,7 +425,8 @@ pub fn tail(text: &str) -> Result<Tail, String> {
         .map_err(|_| format!("invalid number of lines {text:?}: give a number or \"all\""))
 }
 
-/// The candidate that differs from `word` in the fewest letters, when it is near enough to have been meant.
+/// The candidate that differs from `word` in the fewest letters, when it is near enough to have
+/// been meant.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .into_iter()

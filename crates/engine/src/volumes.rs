@@ -1,5 +1,5 @@
-//! `--volume` and `--tmpfs`: what a container sees at which path. Checks the notation; whether a host
-//! path exists is checked by `run` itself, so that the error can say what to do.
+//! `--volume` and `--tmpfs`: what a container sees at which path. Checks the notation; whether a
+//! host path exists is checked by `run` itself, so that the error can say what to do.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -52,8 +52,8 @@ pub fn volume(text: &OsStr) -> Result<Volume, String> {
         match option {
             b"ro" => read_only = true,
             b"rw" => read_only = false,
-            // Labels of SELinux, copying into new volumes and caching on other systems: nothing to do for a host
-            // path here. Private propagation is what a guest has.
+            // Labels of SELinux, copying into new volumes and caching on other systems: nothing to
+            // do for a host path here. Private propagation is what a guest has.
             b"z" | b"Z" | b"nocopy" | b"consistent" | b"cached" | b"delegated" | b"private"
             | b"rprivate" => {}
             b"shared" | b"rshared" | b"slave" | b"rslave" => {

@@ -1,6 +1,7 @@
 //! The configuration of an image: what `hull run` takes from it, and how it is read and written.
 //!
-//! Called when an image is installed (parse), on every start (from the record), and by `import` (write).
+//! Called when an image is installed (parse), on every start (from the record), and by `import`
+//! (write).
 
 use std::collections::BTreeMap;
 
@@ -62,7 +63,8 @@ impl ImageConfig {
         }
     }
 
-    /// Refuses an image for another machine. One that does not say what it is for is taken for ours.
+    /// Refuses an image for another machine. One that does not say what it is for is taken for
+    /// ours.
     pub(crate) fn check_platform(&self, reference: &str, ours: &Platform) -> Result<()> {
         let fits = (self.os.is_empty() || self.os == ours.os)
             && (self.architecture.is_empty() || self.architecture == ours.architecture);

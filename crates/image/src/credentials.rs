@@ -1,7 +1,8 @@
 //! Credentials for registries, as Docker keeps them.
 //!
-//! Called by the registry source, once per pull. Reads `$DOCKER_CONFIG/config.json` or `~/.docker/config.json` and runs
-//! the credential helpers that it names; writes nothing, and never shows a secret in a message.
+//! Called by the registry source, once per pull. Reads `$DOCKER_CONFIG/config.json` or
+//! `~/.docker/config.json` and runs the credential helpers that it names; writes nothing, and never
+//! shows a secret in a message.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Write};

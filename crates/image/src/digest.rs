@@ -1,7 +1,7 @@
 //! Content digests, and readers and writers that compute them on the way.
 //!
-//! Called by everything in this crate that touches stored or fetched bytes. Knows only `sha256`, the one
-//! algorithm that registries use; another one is refused by name when it is parsed.
+//! Called by everything in this crate that touches stored or fetched bytes. Knows only `sha256`,
+//! the one algorithm that registries use; another one is refused by name when it is parsed.
 
 use std::fmt;
 use std::io::{self, Read};

@@ -1,7 +1,8 @@
-//! Manifests, manifest lists and platforms: what is read of them, and which of several fits this machine.
+//! Manifests, manifest lists and platforms: what is read of them, and which of several fits this
+//! machine.
 //!
-//! Called by the sources of images (registry, layout, archive). Everything here comes from strangers: sizes and
-//! counts are checked, unknown fields are ignored as the formats ask for.
+//! Called by the sources of images (registry, layout, archive). Everything here comes from
+//! strangers: sizes and counts are checked, unknown fields are ignored as the formats ask for.
 
 use serde::{Deserialize, Serialize};
 
@@ -173,7 +174,8 @@ pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
         .map_err(|error| invalid("index", error))
 }
 
-/// A manifest for an image that comes without one: its layers are plain archives of the given digests and sizes.
+/// A manifest for an image that comes without one: its layers are plain archives of the given
+/// digests and sizes.
 pub(crate) fn synthesize(
     config: &[u8],
     layers: &[(Digest, u64)],

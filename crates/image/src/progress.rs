@@ -1,7 +1,7 @@
 //! What a pull reports while it works, so that a command line can draw bars.
 //!
-//! The store calls it, from several threads at once; the callee must be quick and must not call the store.
-//! An image that is already here reports nothing.
+//! The store calls it, from several threads at once; the callee must be quick and must not call the
+//! store. An image that is already here reports nothing.
 
 use crate::digest::Digest;
 

@@ -1,7 +1,8 @@
 //! What a user writes to name an image, parsed once and shown always the same way.
 //!
-//! Called by the command line (to parse) and by the store (to look up and to pull). Parsing touches neither
-//! the network nor the store; only `oci:`, `docker-archive:` and `rootfs:` paths are made absolute.
+//! Called by the command line (to parse) and by the store (to look up and to pull). Parsing touches
+//! neither the network nor the store; only `oci:`, `docker-archive:` and `rootfs:` paths are made
+//! absolute.
 
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -20,8 +21,8 @@ const MAX_NAME: usize = 255;
 pub enum Reference {
     /// An image of a registry, or a local one that bears such a name.
     Registry(RegistryReference),
-    /// A local image by its whole id: 64 hexadecimal digits, perhaps with `sha256:` before them. (The first digits
-    /// of an id could be a name; the store looks for both.)
+    /// A local image by its whole id: 64 hexadecimal digits, perhaps with `sha256:` before them.
+    /// (The first digits of an id could be a name; the store looks for both.)
     Id(Digest),
     /// `oci:DIR[:TAG]`, an OCI image layout.
     OciLayout {
@@ -75,7 +76,8 @@ impl Reference {
         }
     }
 
-    /// The short name that people know: no default registry, `library/` or `latest` is not left out.
+    /// The short name that people know: no default registry, `library/` or `latest` is not left
+    /// out.
     pub fn familiar(&self) -> String {
         let text = self.to_string();
         match text.strip_prefix("docker.io/") {
@@ -175,8 +177,8 @@ impl FromStr for Reference {
     }
 }
 
-/// Splits `PATH[:TAG]`. A path that exists with its colons is a path; else what follows the first colon is the
-/// tag, which for archives may be a name with a tag (`FILE:name:tag`).
+/// Splits `PATH[:TAG]`. A path that exists with its colons is a path; else what follows the first
+/// colon is the tag, which for archives may be a name with a tag (`FILE:name:tag`).
 fn split_path(text: &str) -> (&str, Option<String>) {
     if Path::new(text).exists() {
         return (text, None);
@@ -265,7 +267,8 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
     })
 }
 
-/// Docker's rule: the first part is a host when it has a dot or a colon, is `localhost`, or has capitals.
+/// Docker's rule: the first part is a host when it has a dot or a colon, is `localhost`, or has
+/// capitals.
 fn is_host(part: &str) -> bool {
     part == "localhost"
         || part.contains(['.', ':', '['])

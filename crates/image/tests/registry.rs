@@ -288,7 +288,8 @@ fn a_corrupt_manifest_and_config() {
     here.assert_empty();
 }
 
-/// A registry of our own: `answer` gets each request's text and the connection, which is closed afterwards; its port.
+/// A registry of our own: `answer` gets each request's text and the connection, which is closed
+/// afterwards; its port.
 fn made_up_registry(answer: impl Fn(&str, &mut TcpStream) + Send + 'static) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -1,4 +1,5 @@
-//! The store without a registry: layouts, archives, imports, names, holds, removal, and all of it at once.
+//! The store without a registry: layouts, archives, imports, names, holds, removal, and all of it
+//! at once.
 
 #![allow(clippy::unwrap_used)]
 

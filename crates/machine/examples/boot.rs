@@ -1,6 +1,7 @@
 //! Boots a guest kernel a number of times, without devices, and says how long each took.
 //!
-//! `cargo run -p hull-machine --example boot -- uml|qemu KERNEL INITRAMFS MEMORY-MIB [TIMES [MARK]]`
+//! `cargo run -p hull-machine --example boot -- uml|qemu KERNEL INITRAMFS MEMORY-MIB [TIMES
+//! [MARK]]`
 //!
 //! MARK is a text on the console whose first appearance is timed ("Run /init" if not given). The
 //! last console is printed.

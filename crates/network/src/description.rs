@@ -1,7 +1,9 @@
-//! What is in a namespace, as far as a guest needs it. Made by [`Netlink::describe`](crate::Netlink::describe); the
-//! sandbox process sends it to the guest's agent, and compares two of them to see whether there is something to send.
+//! What is in a namespace, as far as a guest needs it. Made by
+//! [`Netlink::describe`](crate::Netlink::describe); the sandbox process sends it to the guest's
+//! agent, and compares two of them to see whether there is something to send.
 //!
-//! The rules of what belongs to it are in `netlink::reading`. Here are only the words, and the order of routes.
+//! The rules of what belongs to it are in `netlink::reading`. Here are only the words, and the
+//! order of routes.
 
 use std::net::IpAddr;
 
@@ -48,9 +50,10 @@ pub struct Address {
     pub scope: u8,
     /// Other end of a point-to-point link.
     pub peer: Option<IpAddr>,
-    /// The guest is to add the address without a route to its network (IFA_F_NOPREFIXROUTE): the host has no such route,
-    /// because somebody took it away (the CNI plugin ptp does) or changed it, and then it is among the routes. False
-    /// when the route is the one that a kernel makes by itself: then it is not among the routes.
+    /// The guest is to add the address without a route to its network (IFA_F_NOPREFIXROUTE): the
+    /// host has no such route, because somebody took it away (the CNI plugin ptp does) or changed
+    /// it, and then it is among the routes. False when the route is the one that a kernel makes by
+    /// itself: then it is not among the routes.
     pub no_prefix_route: bool,
 }
 
@@ -128,9 +131,10 @@ impl Route {
     }
 }
 
-/// Puts routes in an order in which the kernel takes them: a gateway must be reachable when a route names it. So
-/// first what is on the link (the default route, too, if it is), then what is behind a gateway, a default route last.
-/// Among these the narrower come first. The order does not depend on that in which the kernel lists them.
+/// Puts routes in an order in which the kernel takes them: a gateway must be reachable when a route
+/// names it. So first what is on the link (the default route, too, if it is), then what is behind a
+/// gateway, a default route last. Among these the narrower come first. The order does not depend on
+/// that in which the kernel lists them.
 pub fn order(routes: &mut [Route]) {
     routes.sort_by_cached_key(|route| {
         (

@@ -1,4 +1,5 @@
-//! The error of this crate: one line that says what failed, on what, and why; and what to do about it.
+//! The error of this crate: one line that says what failed, on what, and why; and what to do about
+//! it.
 
 use std::io;
 use std::net::{IpAddr, SocketAddrV4};
@@ -185,7 +186,8 @@ impl Error {
         }
     }
 
-    /// The interface, or its tap, went away while something was done to it: whoever follows changes needs no other word.
+    /// The interface, or its tap, went away while something was done to it: whoever follows changes
+    /// needs no other word.
     pub fn is_gone(&self) -> bool {
         matches!(
             self,

@@ -1,14 +1,18 @@
-//! A way through a packet filter that forwards nothing by itself, as Docker's and many administrators' do: whatever comes
-//! from a bridge of hull's own may pass, and to it answers, and what published ports lead there. The rules are iptables',
-//! because an acceptance counts only in the table that would drop otherwise. They are for the bridge, whatever containers there
-//! are, and stay as it does:
+//! A way through a packet filter that forwards nothing by itself, as Docker's and many
+//! administrators' do: whatever comes from a bridge of hull's own may pass, and to it answers, and
+//! what published ports lead there. The rules are iptables', because an acceptance counts only in
+//! the table that would drop otherwise. They are for the bridge, whatever containers there are, and
+//! stay as it does:
 //!
 //! ```text
-//! FORWARD → HULL-FORWARD: → HULL-USER; -i BRIDGE ACCEPT; -o BRIDGE ctstate RELATED,ESTABLISHED,DNAT ACCEPT
+//! FORWARD → HULL-FORWARD: → HULL-USER
+//!                         -i BRIDGE ACCEPT
+//!                         -o BRIDGE ctstate RELATED,ESTABLISHED,DNAT ACCEPT
 //! ```
 //!
-//! HULL-USER is the administrator's: empty, and left alone. Plugin `firewall` says something like it for each container, with 17
-//! runs of iptables at its start and 7 at its end, and lets nobody in through published ports.
+//! HULL-USER is the administrator's: empty, and left alone. Plugin `firewall` says something like
+//! it for each container, with 17 runs of iptables at its start and 7 at its end, and lets nobody
+//! in through published ports.
 
 use std::time::Duration;
 
@@ -30,7 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub fn ensure(bridge: &str, ipv6: bool) -> Result<()> {
     let families = [(Family::V4, ""), (Family::V6, "6")];
     for (family, number) in families.into_iter().take(1 + usize::from(ipv6)) {
-        // What iptables has said to nf_tables shows at once; what its predecessor keeps, it has to be asked for.
+        // What iptables has said to nf_tables shows at once; what its predecessor keeps, it has to
+        // be asked for.
         if are_there(family) {
             continue;
         }

@@ -1,7 +1,7 @@
 //! The `hosts` file of a container, made as Docker makes it.
 //!
-//! Called by whoever writes a container's `/etc`. Names are taken as they are: whoever got them from a user has checked them.
-//! Reads and writes no file.
+//! Called by whoever writes a container's `/etc`. Names are taken as they are: whoever got them
+//! from a user has checked them. Reads and writes no file.
 
 use std::net::IpAddr;
 
@@ -16,9 +16,10 @@ const LOCAL: &str = "127.0.0.1\tlocalhost\n\
 /// What it begins with where there is no IPv6, not even loopback.
 const LOCAL_WITHOUT_IPV6: &str = "127.0.0.1\tlocalhost\n";
 
-/// The container's file: `addresses` are its own, under `hostname` (which may have a domain: then its first part is a
-/// name of its own) and `aliases`; `extra` are names of others (`--add-host`), in the order in which they were given.
-/// Without an address, as without a network, its name leads to loopback, so that programs that look themselves up find something.
+/// The container's file: `addresses` are its own, under `hostname` (which may have a domain: then
+/// its first part is a name of its own) and `aliases`; `extra` are names of others (`--add-host`),
+/// in the order in which they were given. Without an address, as without a network, its name leads
+/// to loopback, so that programs that look themselves up find something.
 pub fn generate(
     hostname: &str,
     aliases: &[String],

@@ -1,14 +1,14 @@
-//! Connects an interface with a tap: every packet that one receives is sent by the other, so that the guest behind the tap
-//! is what the interface's peer talks to. Called by the sandbox process.
+//! Connects an interface with a tap: every packet that one receives is sent by the other, so that
+//! the guest behind the tap is what the interface's peer talks to. Called by the sandbox process.
 //!
-//! Done by the kernel's traffic control, packet by packet, whatever the protocol: an `ingress` qdisc on both, and in each
-//! one filter that redirects (Kata calls it "tcfilter"). No packet is ever seen by hull, and the host's own network
-//! stack in the namespace receives nothing any more.
+//! Done by the kernel's traffic control, packet by packet, whatever the protocol: an `ingress`
+//! qdisc on both, and in each one filter that redirects (Kata calls it "tcfilter"). No packet is
+//! ever seen by hull, and the host's own network stack in the namespace receives nothing any more.
 //!
-//! The qdisc of the tap goes away with the tap. That of the interface stays when the sandbox process is killed, with a
-//! filter that leads nowhere: [`connect`] replaces it. An interface has one such qdisc only, so one that is already
-//! there is shared if it has no filters, and nothing is changed if it has: no order of the two programs' filters would do
-//! what both want.
+//! The qdisc of the tap goes away with the tap. That of the interface stays when the sandbox
+//! process is killed, with a filter that leads nowhere: [`connect`] replaces it. An interface has
+//! one such qdisc only, so one that is already there is shared if it has no filters, and nothing is
+//! changed if it has: no order of the two programs' filters would do what both want.
 
 use std::io;
 
@@ -40,9 +40,10 @@ pub async fn connect(netlink: &Netlink, interface: &Interface, tap: u32) -> Resu
     connected.map_err(failed)
 }
 
-/// Makes exceptions for name servers: their answers to ports of [`sockets::OWN_PORTS`](crate::sockets::OWN_PORTS) go to
-/// the host's own stack in the namespace, and what neighbours say of their hardware addresses goes to both. So a server
-/// in the namespace, as Docker's for names, can ask others although the interface is a guest's. What was made before
+/// Makes exceptions for name servers: their answers to ports of
+/// [`sockets::OWN_PORTS`](crate::sockets::OWN_PORTS) go to the host's own stack in the namespace,
+/// and what neighbours say of their hardware addresses goes to both. So a server in the namespace,
+/// as Docker's for names, can ask others although the interface is a guest's. What was made before
 /// is replaced.
 pub async fn admit_answers(netlink: &Netlink, interface: &Interface, tap: u32) -> Result<()> {
     let failed = redirect_failed(interface, "make an exception for name servers");
@@ -101,7 +102,8 @@ const fn answer(offset: u8) -> Key {
     key(offset, 0xffff_0000 | first, 53 << 16 | first)
 }
 
-/// Ends what [`connect`] did to the interface. The tap is left to whoever closes it. What is gone already is fine.
+/// Ends what [`connect`] did to the interface. The tap is left to whoever closes it. What is gone
+/// already is fine.
 pub async fn disconnect(netlink: &Netlink, interface: &Interface) -> Result<()> {
     let index = interface.index;
     let Some((qdisc, filters)) = look(netlink, index, interface).await? else {
@@ -119,8 +121,8 @@ pub async fn disconnect(netlink: &Netlink, interface: &Interface) -> Result<()> 
     }
 }
 
-/// Makes sure that the interface with this index, which is `interface` or its tap, has a qdisc without filters. True if
-/// there was none, and it was made.
+/// Makes sure that the interface with this index, which is `interface` or its tap, has a qdisc
+/// without filters. True if there was none, and it was made.
 async fn prepare(netlink: &Netlink, index: u32, interface: &Interface) -> Result<bool> {
     let Some((qdisc, filters)) = look(netlink, index, interface).await? else {
         let added = netlink.add_ingress_qdisc(index).await;

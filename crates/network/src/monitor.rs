@@ -1,6 +1,7 @@
-//! Tells that something changed in a namespace: interfaces, addresses, routes or neighbours. Called by the sandbox
-//! process, which then describes the namespace anew and compares. Never says what changed, and parses nothing: who looks
-//! afterwards sees everything, also what was lost because too much happened at once.
+//! Tells that something changed in a namespace: interfaces, addresses, routes or neighbours. Called
+//! by the sandbox process, which then describes the namespace anew and compares. Never says what
+//! changed, and parses nothing: who looks afterwards sees everything, also what was lost because
+//! too much happened at once.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::namespace::Namespace;
 use crate::sys;
 
-/// Notifications read before [`Monitor::changed`] answers, even when there are more: the next call has these.
+/// Notifications read before [`Monitor::changed`] answers, even when there are more: the next call
+/// has these.
 const AT_ONCE: usize = 4096;
 
 /// Multicast groups of linux/rtnetlink.h: links, neighbours, addresses and routes of both families.
@@ -25,7 +27,8 @@ const GROUPS: u32 = (libc::RTMGRP_LINK
     | libc::RTMGRP_IPV6_IFADDR
     | libc::RTMGRP_IPV6_ROUTE) as u32;
 
-/// Sees changes of a namespace from the moment it is opened on. So it is opened before the namespace is described.
+/// Sees changes of a namespace from the moment it is opened on. So it is opened before the
+/// namespace is described.
 #[derive(Debug)]
 pub struct Monitor {
     socket: AsyncFd<OwnedFd>,

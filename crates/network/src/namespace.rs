@@ -1,9 +1,10 @@
-//! Network namespaces as descriptors: opening and making them, and doing something inside one. Called by the sandbox
-//! process, and by everything in this crate that must be *in* a namespace for a moment.
+//! Network namespaces as descriptors: opening and making them, and doing something inside one.
+//! Called by the sandbox process, and by everything in this crate that must be *in* a namespace for
+//! a moment.
 //!
-//! A thread of its own enters the namespace and ends ([`Namespace::run_in`]): the namespace of the calling thread never
-//! changes, whatever fails. What was opened inside, a socket or a tun device, stays in the namespace when it is used
-//! outside.
+//! A thread of its own enters the namespace and ends ([`Namespace::run_in`]): the namespace of the
+//! calling thread never changes, whatever fails. What was opened inside, a socket or a tun device,
+//! stays in the namespace when it is used outside.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,8 +45,8 @@ impl Namespace {
         Self::checked(fd, what)
     }
 
-    /// Opens the namespace of a process. Who needs to know that it is still that process holds a pidfd and looks at it
-    /// afterwards.
+    /// Opens the namespace of a process. Who needs to know that it is still that process holds a
+    /// pidfd and looks at it afterwards.
     pub fn of_process(pid: i32) -> Result<Self> {
         Self::open(format!("/proc/{pid}/ns/net"))
     }
@@ -55,8 +56,8 @@ impl Namespace {
         Self::open(OWN)
     }
 
-    /// Makes a namespace with nothing in it but `lo`, which is up. It is mounted nowhere: it goes away with its last
-    /// descriptor, process and socket.
+    /// Makes a namespace with nothing in it but `lo`, which is up. It is mounted nowhere: it goes
+    /// away with its last descriptor, process and socket.
     pub fn new() -> Result<Self> {
         let made = on_a_thread(|| {
             sys::leave_network_namespace()?;
@@ -68,8 +69,8 @@ impl Namespace {
         Self::checked(fd, || OWN.to_owned())
     }
 
-    /// Runs `what` on a thread of its own that is in this namespace, and waits for it. The thread has no asynchronous
-    /// runtime.
+    /// Runs `what` on a thread of its own that is in this namespace, and waits for it. The thread
+    /// has no asynchronous runtime.
     pub fn run_in<T: Send>(&self, what: impl FnOnce() -> T + Send) -> Result<T> {
         let entered = on_a_thread(|| {
             move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))?;
@@ -106,8 +107,8 @@ impl Namespace {
         Ok(self.identity()? == other.identity()?)
     }
 
-    /// Whether it is the one that the calling thread is in: for a sandbox process, that of the host, which is not to be
-    /// touched.
+    /// Whether it is the one that the calling thread is in: for a sandbox process, that of the
+    /// host, which is not to be touched.
     pub fn is_callers_own(&self) -> Result<bool> {
         let own = stat(OWN).map_err(|errno| Error::Open {
             what: OWN.to_owned(),

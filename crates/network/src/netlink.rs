@@ -1,9 +1,9 @@
-//! Speaks netlink (rtnetlink(7)) in a namespace, with the crate `rtnetlink`. This file and those below it are the only
-//! ones that know that crate: its interface changes often.
+//! Speaks netlink (rtnetlink(7)) in a namespace, with the crate `rtnetlink`. This file and those
+//! below it are the only ones that know that crate: its interface changes often.
 //!
-//! The socket is made inside the namespace and stays there; it is used from the caller's runtime. Every request is
-//! answered by the kernel, and each answer is waited for. What the kernel says and this crate does not understand is
-//! left out, never guessed.
+//! The socket is made inside the namespace and stays there; it is used from the caller's runtime.
+//! Every request is answered by the kernel, and each answer is waited for. What the kernel says and
+//! this crate does not understand is left out, never guessed.
 
 mod reading;
 mod traffic;
@@ -37,8 +37,8 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// Opens a socket in the namespace. A task of the calling tokio runtime serves it until the last clone of this is
-    /// dropped; without a runtime this fails.
+    /// Opens a socket in the namespace. A task of the calling tokio runtime serves it until the
+    /// last clone of this is dropped; without a runtime this fails.
     pub fn open(namespace: &Namespace) -> Result<Self> {
         let read = |why| Error::Read {
             what: "interfaces",
@@ -76,7 +76,8 @@ impl Netlink {
             LinkAttribute::TxQueueLen(queue_length),
         ];
         self.set_link(index, LinkFlags::empty(), attributes).await?;
-        // With no link-local address there is no duplicate address detection and no router solicitation.
+        // With no link-local address there is no duplicate address detection and no router
+        // solicitation.
         let quiet =
             LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
                 In6AddrGenMode::None,
@@ -96,8 +97,8 @@ impl Netlink {
         addresses: impl Iterator<Item = (IpAddr, u8)>,
     ) -> io::Result<()> {
         const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
-        // The kernel gives a new namespace's interfaces the first numbers that are free; this one is chosen, so that it need
-        // not be asked for.
+        // The kernel gives a new namespace's interfaces the first numbers that are free; this one
+        // is chosen, so that it need not be asked for.
         const INDEX: u32 = 1000;
         // The other end has no place that matters either.
         let mut veth = rtnetlink::LinkVeth::new(name, "other").build();
@@ -154,7 +155,8 @@ impl Netlink {
         Err(lost())
     }
 
-    /// Lists everything of a kind. A list during which something changed may be wrong: it is made anew, for some time.
+    /// Lists everything of a kind. A list during which something changed may be wrong: it is made
+    /// anew, for some time.
     async fn dump(&self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
         let mut attempts = 0;
         loop {

@@ -1,10 +1,10 @@
-//! A network without root: *pasta* (package passt), a process that gives a network namespace an interface with the host's own
-//! addresses, and makes of each connection that goes through it one of its own sockets on the host. To the host it is an
-//! ordinary program of the person who runs it.
+//! A network without root: *pasta* (package passt), a process that gives a network namespace an
+//! interface with the host's own addresses, and makes of each connection that goes through it one
+//! of its own sockets on the host. To the host it is an ordinary program of the person who runs it.
 //!
-//! [`Pasta::start`] starts it for a namespace, [`Pasta::ready`] waits until everything is there. It ends when the
-//! [`Pasta`] is dropped, and with the thread that started it, however that ends. What it is to a guest is what any namespace
-//! is: it is described and connected like those of engines.
+//! [`Pasta::start`] starts it for a namespace, [`Pasta::ready`] waits until everything is there. It
+//! ends when the [`Pasta`] is dropped, and with the thread that started it, however that ends. What
+//! it is to a guest is what any namespace is: it is described and connected like those of engines.
 
 use std::fmt::Write as _;
 use std::io::{self, Read};
@@ -40,8 +40,9 @@ pub struct Pasta {
 }
 
 impl Pasta {
-    /// Starts it for a namespace. Ports of the host lead to ports of the namespace, where they come by its interface, or for what
-    /// the host sends to itself, by its loopback interface. Call it on a thread that lives as long as the network shall.
+    /// Starts it for a namespace. Ports of the host lead to ports of the namespace, where they come
+    /// by its interface, or for what the host sends to itself, by its loopback interface. Call it
+    /// on a thread that lives as long as the network shall.
     ///
     /// # Errors
     /// It is not installed, or a port's protocol is not among those it knows.

@@ -1,7 +1,7 @@
 //! Ports of the host that are published: found, and occupied for as long as they are.
 //!
-//! Called by whoever reads what a user wants published, and by the sandbox process, which holds the ports while its container
-//! runs. Forwards nothing: that is what plugins do (module `cni`).
+//! Called by whoever reads what a user wants published, and by the sandbox process, which holds the
+//! ports while its container runs. Forwards nothing: that is what plugins do (module `cni`).
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -38,12 +38,13 @@ pub struct Published {
     pub protocol: Protocol,
 }
 
-/// Host ports that nobody else can take while this lives: sockets that are bound to them. They receive nothing, because
-/// packets are led to the container before, and what is not led there is refused.
+/// Host ports that nobody else can take while this lives: sockets that are bound to them. They
+/// receive nothing, because packets are led to the container before, and what is not led there is
+/// refused.
 ///
-/// Whoever drops it before the container ends (or hands over nothing to the process that stays) lets others take the
-/// ports, hull's own containers included: rules of packet filters do not occupy a port. Then a port that was free here
-/// may be another's a moment later.
+/// Whoever drops it before the container ends (or hands over nothing to the process that stays)
+/// lets others take the ports, hull's own containers included: rules of packet filters do not
+/// occupy a port. Then a port that was free here may be another's a moment later.
 #[derive(Debug, Default)]
 pub struct Reservation {
     /// In the order of what was published.
@@ -178,8 +179,8 @@ fn bound(address: SocketAddr, protocol: Protocol) -> Result<(OwnedFd, u16), Errn
     let socket = match protocol {
         Protocol::Tcp => open(SocketType::STREAM, None)?,
         Protocol::Udp => open(SocketType::DGRAM, None)?,
-        // Few kernels have it. Without it nobody on this host can take the port but by its packet filter, so a TCP port of
-        // the same number, which is a port of its own, stands for it.
+        // Few kernels have it. Without it nobody on this host can take the port but by its packet
+        // filter, so a TCP port of the same number, which is a port of its own, stands for it.
         Protocol::Sctp => match open(SocketType::STREAM, Some(rustix::net::ipproto::SCTP)) {
             Ok(socket) => socket,
             Err(Errno::PROTONOSUPPORT) => open(SocketType::STREAM, None)?,

@@ -1,11 +1,12 @@
-//! Connections to the loopback address of a namespace, led to who serves them: engines dial 127.0.0.1 in a pod's network
-//! namespace, but the servers listen on the loopback address of a guest. Called by the sandbox process, which carries
-//! what comes to the guest.
+//! Connections to the loopback address of a namespace, led to who serves them: engines dial
+//! 127.0.0.1 in a pod's network namespace, but the servers listen on the loopback address of a
+//! guest. Called by the sandbox process, which carries what comes to the guest.
 //!
-//! For each address a socket listens in the namespace, on a port that is free, and the kernel leads connections to *any* other port of
-//! 127.0.0.1 or ::1 to it ([`crate::nftables`]); which one was meant the kernel tells. Other addresses of 127.0.0.0/8 are
-//! left alone: dockerd has its name server on one. Only what processes in the namespace open themselves is led so; packets
-//! that come through its interfaces never are.
+//! For each address a socket listens in the namespace, on a port that is free, and the kernel leads
+//! connections to *any* other port of 127.0.0.1 or ::1 to it ([`crate::nftables`]); which one was
+//! meant the kernel tells. Other addresses of 127.0.0.0/8 are left alone: dockerd has its name
+//! server on one. Only what processes in the namespace open themselves is led so; packets that come
+//! through its interfaces never are.
 
 use std::future::poll_fn;
 use std::io;
@@ -115,8 +116,9 @@ impl Redirect {
         ports.collect()
     }
 
-    /// Leads no further connections here, for a process that is about to end. Dropping does the same, but waits until the
-    /// kernel has freed the rules, 10 ms and more: here this is left to the end of the process.
+    /// Leads no further connections here, for a process that is about to end. Dropping does the
+    /// same, but waits until the kernel has freed the rules, 10 ms and more: here this is left to
+    /// the end of the process.
     pub fn end(&self) {
         let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut rules) = rules.take() {

@@ -1,8 +1,8 @@
-//! The `resolv.conf` of a container, made as Docker makes it: from the host's, without name servers that the container cannot
-//! reach, and from what was asked for.
+//! The `resolv.conf` of a container, made as Docker makes it: from the host's, without name servers
+//! that the container cannot reach, and from what was asked for.
 //!
-//! Called by whoever writes a container's `/etc`. Text in, text out: reads and writes no file, and never invents a name server:
-//! without one that is left, there is none.
+//! Called by whoever writes a container's `/etc`. Text in, text out: reads and writes no file, and
+//! never invents a name server: without one that is left, there is none.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -22,7 +22,8 @@ pub struct Options {
     pub options: Vec<String>,
 }
 
-/// The content of a `resolv.conf`, as far as it is understood: comments, `sortlist` and unknown words are not.
+/// The content of a `resolv.conf`, as far as it is understood: comments, `sortlist` and unknown
+/// words are not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolv {
     /// Name servers as written, which may have a zone.
@@ -67,16 +68,17 @@ impl Resolv {
     }
 }
 
-/// Whether all name servers of the host's file are the host's own, so that the container's come from [`SYSTEMD_FILE`], if there
-/// is one. Not so when it has no server: then the host resolves nothing either.
+/// Whether all name servers of the host's file are the host's own, so that the container's come
+/// from [`SYSTEMD_FILE`], if there is one. Not so when it has no server: then the host resolves
+/// nothing either.
 pub fn only_loopback(host: &str) -> bool {
     let servers = Resolv::parse(host).servers;
     !servers.is_empty() && servers.iter().all(|server| is_loopback(server))
 }
 
-/// The container's. `host` is the text of the host's file, of [`SYSTEMD_FILE`] if [`only_loopback`] says so; `ipv6` is
-/// whether the container has an address with which IPv6 servers of the host can be reached. Servers that were asked for are
-/// taken as they are.
+/// The container's. `host` is the text of the host's file, of [`SYSTEMD_FILE`] if [`only_loopback`]
+/// says so; `ipv6` is whether the container has an address with which IPv6 servers of the host can
+/// be reached. Servers that were asked for are taken as they are.
 pub fn generate(host: &str, asked: &Options, ipv6: bool) -> Resolv {
     let mut all = Resolv::parse(host);
     if asked.servers.is_empty() {

@@ -1,5 +1,6 @@
-//! Sockets that speak from inside a namespace with what listens on its loopback interface. Called by the sandbox process,
-//! for the name server that dockerd has there. What is sent and received is the caller's.
+//! Sockets that speak from inside a namespace with what listens on its loopback interface. Called
+//! by the sandbox process, for the name server that dockerd has there. What is sent and received is
+//! the caller's.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket as StdUdpSocket};
@@ -22,7 +23,8 @@ pub fn listens(namespace: &Namespace, address: Ipv4Addr) -> Result<bool> {
     Ok(text.lines().filter_map(local).any(|local| local == address))
 }
 
-/// The local address in a line of /proc/net/udp: `  sl  local_address rem_address …`, as `0B00007F:0035`.
+/// The local address in a line of /proc/net/udp: ` sl local_address rem_address …`, as
+/// `0B00007F:0035`.
 fn local(line: &str) -> Option<Ipv4Addr> {
     let (address, _port) = line.split_ascii_whitespace().nth(1)?.split_once(':')?;
     let address = u32::from_str_radix(address, 16).ok()?;
@@ -30,15 +32,17 @@ fn local(line: &str) -> Option<Ipv4Addr> {
     Some(address.to_ne_bytes().into())
 }
 
-/// Ports for sockets of a namespace whose interfaces are a guest's: answers to these are the namespace's own
-/// ([`mirror::admit_answers`](crate::mirror::admit_answers)). All that have the first one's bits, and beyond those that
-/// kernels choose from on their own (32768 to 60999), so that a guest hardly uses them for questions.
+/// Ports for sockets of a namespace whose interfaces are a guest's: answers to these are the
+/// namespace's own ([`mirror::admit_answers`](crate::mirror::admit_answers)). All that have the
+/// first one's bits, and beyond those that kernels choose from on their own (32768 to 60999), so
+/// that a guest hardly uses them for questions.
 pub const OWN_PORTS: RangeInclusive<u16> = 0xfe00..=0xffff;
 
 /// Where a kernel is told from which ports it chooses.
 const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 
-/// Lets the kernel choose ports in the namespace from these, as it writes them: `32768 60999`. What was there before.
+/// Lets the kernel choose ports in the namespace from these, as it writes them: `32768 60999`. What
+/// was there before.
 pub fn choose_ports(namespace: &Namespace, range: &str) -> Result<String> {
     let change = || {
         let before = std::fs::read_to_string(PORT_RANGE)?;
@@ -49,8 +53,9 @@ pub fn choose_ports(namespace: &Namespace, range: &str) -> Result<String> {
     changed.map_err(|why| Error::Ports { why })
 }
 
-/// An address of the loopback network that no other socket had lately. Where packets are led to another address, the
-/// kernel remembers for a while what it did with those of an earlier socket, and there are not many ports.
+/// An address of the loopback network that no other socket had lately. Where packets are led to
+/// another address, the kernel remembers for a while what it did with those of an earlier socket,
+/// and there are not many ports.
 fn source() -> Ipv4Addr {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();

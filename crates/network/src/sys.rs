@@ -1,5 +1,6 @@
-//! The few calls that no safe wrapper offers: ioctls of namespaces, interfaces and the tun driver, leaving a
-//! namespace, waiting for a descriptor, and a child that ends with its parent. Called by `namespace`, `tap`, `monitor` and `pasta` only; never used elsewhere.
+//! The few calls that no safe wrapper offers: ioctls of namespaces, interfaces and the tun driver,
+//! leaving a namespace, waiting for a descriptor, and a child that ends with its parent. Called by
+//! `namespace`, `tap`, `monitor` and `pasta` only; never used elsewhere.
 
 #![allow(unsafe_code)]
 
@@ -23,7 +24,8 @@ pub fn namespace_kind(namespace: impl AsFd) -> io::Result<i32> {
     check(unsafe { libc::ioctl(namespace.as_fd().as_raw_fd(), NS_GET_NSTYPE as _) })
 }
 
-/// Moves the calling thread into a new network namespace. The thread must be one that nobody else uses.
+/// Moves the calling thread into a new network namespace. The thread must be one that nobody else
+/// uses.
 pub fn leave_network_namespace() -> io::Result<()> {
     // SAFETY: only UnshareFlags::FILES would be unsound.
     Ok(unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?)
@@ -64,8 +66,9 @@ pub fn set_up(interface: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the open tun device a tap in the namespace that it was opened in, and returns the tap's name. A `%d` in `name`
-/// becomes the first number that is free. Packets have a `struct virtio_net_hdr` before them.
+/// Makes the open tun device a tap in the namespace that it was opened in, and returns the tap's
+/// name. A `%d` in `name` becomes the first number that is free. Packets have a `struct
+/// virtio_net_hdr` before them.
 pub fn become_tap(tun: impl AsFd, name: &str) -> io::Result<String> {
     let mut request = request(name)?;
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as _;
@@ -81,7 +84,8 @@ pub fn become_tap(tun: impl AsFd, name: &str) -> io::Result<String> {
     String::from_utf8(name).map_err(io::Error::other)
 }
 
-/// Sets how long the header before each packet is, and that its fields are little endian, as in virtio 1.
+/// Sets how long the header before each packet is, and that its fields are little endian, as in
+/// virtio 1.
 pub fn set_header(tap: impl AsFd, length: i32) -> io::Result<()> {
     let fd = tap.as_fd().as_raw_fd();
     let yes: libc::c_int = 1;

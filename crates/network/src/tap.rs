@@ -1,8 +1,9 @@
-//! Taps: the interfaces of a namespace whose other end is a descriptor, for the device process. Called by the sandbox
-//! process.
+//! Taps: the interfaces of a namespace whose other end is a descriptor, for the device process.
+//! Called by the sandbox process.
 //!
-//! A tap is not persistent. It goes away when its descriptor is closed everywhere, so nothing remains of it whoever is
-//! killed. Nobody but the guest speaks on it: it has no address, not even a link-local one.
+//! A tap is not persistent. It goes away when its descriptor is closed everywhere, so nothing
+//! remains of it whoever is killed. Nobody but the guest speaks on it: it has no address, not even
+//! a link-local one.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -50,11 +51,13 @@ impl Default for TapOptions {
     }
 }
 
-/// A tap, up, with one queue. Each packet has [`HEADER_LENGTH`] bytes of virtio header, little endian, before it.
-/// Offloads are off until the device process sets them (TUNSETOFFLOAD needs no capability).
+/// A tap, up, with one queue. Each packet has [`HEADER_LENGTH`] bytes of virtio header, little
+/// endian, before it. Offloads are off until the device process sets them (TUNSETOFFLOAD needs no
+/// capability).
 #[derive(Debug)]
 pub struct Tap {
-    /// What the device process reads and writes; does not block. The tap lasts as long as it is open somewhere.
+    /// What the device process reads and writes; does not block. The tap lasts as long as it is
+    /// open somewhere.
     pub fd: OwnedFd,
     /// Its name in the namespace.
     pub name: String,

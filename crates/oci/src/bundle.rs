@@ -144,8 +144,9 @@ fn read(file: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Any 1.x is accepted: later minor versions add fields, and those that hull does not know are refused by the agent
-/// where the specification says so. A version before 1.0.0 is another specification.
+/// Any 1.x is accepted: later minor versions add fields, and those that hull does not know are
+/// refused by the agent where the specification says so. A version before 1.0.0 is another
+/// specification.
 fn check_version(version: &str) -> Result<()> {
     let unknown = || {
         Error::new(format!(

@@ -1,21 +1,25 @@
-//! Control groups on the host, for the host processes of a container: sandbox process, devices, machine, keeper.
+//! Control groups on the host, for the host processes of a container: sandbox process, devices,
+//! machine, keeper.
 //!
-//! Limits hold in the guest, field by field. The group out here is what engines read their statistics from (podman and
-//! Docker look up the group of the keeper), and an outer wall around everything that the container costs. So it knows
-//! only what a wall needs: memory and swap, processor time, cpusets, block I/O. pids, devices, hugetlb, rdma, network,
-//! memory.reservation and `unified` are the guest's alone.
+//! Limits hold in the guest, field by field. The group out here is what engines read their
+//! statistics from (podman and Docker look up the group of the keeper), and an outer wall around
+//! everything that the container costs. So it knows only what a wall needs: memory and swap,
+//! processor time, cpusets, block I/O. pids, devices, hugetlb, rdma, network, memory.reservation
+//! and `unified` are the guest's alone.
 //!
-//! - cgroup v1, hybrid and v2 are one code: a group has one directory per hierarchy, and a limit is written to the
-//!   first directory that has a file for it ([`limits`]). Where the directories are is [`path`]'s.
-//! - A hierarchy that cannot be written (read-only, not ours) is left out, as one that is not mounted: an error only
-//!   if a limit needs it.
-//! - systemd style paths get the directories that systemd would make, made by hand. A scope can be asked of
-//!   systemd only with a process that is to be in it, and there is none yet when limits must be known to hold. The
-//!   price: systemd knows no such unit (`systemctl status` does not show it), and does not keep controllers
-//!   enabled in its slices for it when it is reloaded.
+//! - cgroup v1, hybrid and v2 are one code: a group has one directory per hierarchy, and a limit is
+//!   written to the first directory that has a file for it ([`limits`]). Where the directories are
+//!   is [`path`]'s.
+//! - A hierarchy that cannot be written (read-only, not ours) is left out, as one that is not
+//!   mounted: an error only if a limit needs it.
+//! - systemd style paths get the directories that systemd would make, made by hand. A scope can be
+//!   asked of systemd only with a process that is to be in it, and there is none yet when limits
+//!   must be known to hold. The price: systemd knows no such unit (`systemctl status` does not show
+//!   it), and does not keep controllers enabled in its slices for it when it is reloaded.
 //!
-//! Own code because cgroups-rs 0.5 brings zbus and its executors in any case (about 90 packages), and finds its mounts
-//! by itself, so that no test can replace them, and leaves behind what it made when it fails half-way.
+//! Own code because cgroups-rs 0.5 brings zbus and its executors in any case (about 90 packages),
+//! and finds its mounts by itself, so that no test can replace them, and leaves behind what it made
+//! when it fails half-way.
 
 mod directory;
 mod limits;
@@ -35,14 +39,16 @@ use path::{Hierarchy, Location};
 
 /// How long [`Groups::remove`] waits for ended processes to leave: as long as runc does.
 const LEAVING: Duration = Duration::from_secs(1);
-/// Attempts to move a process that the kernel has not finished making (EINVAL), [`JOIN_PAUSE`] apart: as runc does.
+/// Attempts to move a process that the kernel has not finished making (EINVAL), [`JOIN_PAUSE`]
+/// apart: as runc does.
 const JOIN_ATTEMPTS: u32 = 5;
 const JOIN_PAUSE: Duration = Duration::from_millis(30);
 
 /// The control groups of one container: the same group in each hierarchy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Groups {
-    /// Absolute: one directory with v2, one per hierarchy otherwise. Empty where no hierarchy can be written.
+    /// Absolute: one directory with v2, one per hierarchy otherwise. Empty where no hierarchy can
+    /// be written.
     pub directories: Vec<PathBuf>,
 }
 
@@ -56,10 +62,11 @@ pub struct Place {
 impl Place {
     /// Finds the place; makes nothing.
     ///
-    /// `cgroups_path` is `linux.cgroupsPath`: an absolute path is below the mount of each hierarchy, a relative one
-    /// below the group of the caller (with v2 beside it, because a group with processes gives none below it its
-    /// controllers), without one the group is named by `id`. With `systemd` it is `slice:prefix:name`, by
-    /// default `system.slice:hull:ID`. `..` goes no higher than the mount or the caller's group.
+    /// `cgroups_path` is `linux.cgroupsPath`: an absolute path is below the mount of each
+    /// hierarchy, a relative one below the group of the caller (with v2 beside it, because a group
+    /// with processes gives none below it its controllers), without one the group is named by `id`.
+    /// With `systemd` it is `slice:prefix:name`, by default `system.slice:hull:ID`. `..` goes no
+    /// higher than the mount or the caller's group.
     pub fn find(cgroups_path: Option<&Path>, id: &str, systemd: bool) -> Result<Place> {
         let location = path::location(cgroups_path, id, systemd)?;
         let read = |path: &str| std::fs::read_to_string(path).context(|| format!("read {path}"));
@@ -71,7 +78,8 @@ impl Place {
         })
     }
 
-    /// The groups that [`Place::make`] will make at most: to be remembered before there is something to be removed.
+    /// The groups that [`Place::make`] will make at most: to be remembered before there is
+    /// something to be removed.
     pub fn groups(&self) -> Groups {
         let directory = |hierarchy: &Hierarchy| hierarchy.directory(&self.location);
         Groups {
@@ -112,14 +120,17 @@ impl Place {
 }
 
 impl Groups {
-    /// Sets the limits that `resources` names; those that it does not name stay. `overhead` as in [`Place::make`].
+    /// Sets the limits that `resources` names; those that it does not name stay. `overhead` as in
+    /// [`Place::make`].
     ///
-    /// Memory is never limited to less than is in use and cannot be reclaimed: the machine would be killed for
-    /// what its guest may keep. The wall stays where it was then, and the limit still holds in the guest.
+    /// Memory is never limited to less than is in use and cannot be reclaimed: the machine would be
+    /// killed for what its guest may keep. The wall stays where it was then, and the limit still
+    /// holds in the guest.
     pub fn apply(&self, resources: &LinuxResources, overhead: u64) -> Result<()> {
         let settings = limits::settings(resources, overhead, self.quota_in_force())?;
-        // The kernel compares some limits with each other (memory with memory and swap, period with quota), so that the
-        // right order depends on the values in force: what was refused may be right when the others are set.
+        // The kernel compares some limits with each other (memory with memory and swap, period with
+        // quota), so that the right order depends on the values in force: what was refused may be
+        // right when the others are set.
         let mut refused = Vec::new();
         let mut kept = false;
         for setting in &settings {
@@ -155,8 +166,8 @@ impl Groups {
         Ok(())
     }
 
-    /// Removes the groups and those below them, but none above, as runc does. Kills nothing: waits a second at most for
-    /// processes that are about to end. What is not there is fine.
+    /// Removes the groups and those below them, but none above, as runc does. Kills nothing: waits
+    /// a second at most for processes that are about to end. What is not there is fine.
     pub fn remove(&self) -> Result<()> {
         let deadline = Instant::now() + LEAVING;
         let mut failed = None;

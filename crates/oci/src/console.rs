@@ -9,7 +9,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-/// Makes a terminal of this size (rows, columns) and sends its master to whoever listens on `socket`; the slave.
+/// Makes a terminal of this size (rows, columns) and sends its master to whoever listens on
+/// `socket`; the slave.
 ///
 /// # Errors
 /// Nobody listens there, or there are no more terminals.

@@ -31,8 +31,8 @@ const READONLY_PATHS: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
-/// A specification to start from, for the root file system `rootfs` beside it. With `rootless` root in the container is
-/// the calling user outside of it, and there are no limits.
+/// A specification to start from, for the root file system `rootfs` beside it. With `rootless` root
+/// in the container is the calling user outside of it, and there are no limits.
 pub fn spec(rootless: bool) -> Value {
     let mut namespaces = vec!["pid", "network", "ipc", "uts", "mount", "cgroup"];
     let mut linux = json!({ "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS });
@@ -75,7 +75,10 @@ pub fn spec(rootless: bool) -> Value {
 }
 
 fn mounts(rootless: bool) -> Value {
-    let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": source, "options": options });
+    let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
+        let options = Value::from(options);
+        json!({"destination": destination, "type": kind, "source": source, "options": options})
+    };
     let mut terminals = vec![
         "nosuid",
         "noexec",

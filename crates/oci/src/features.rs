@@ -1,9 +1,9 @@
 //! What hull-oci says of itself: the features document of the OCI runtime specification.
 //!
-//! It is an answer about the build, not about the machine it runs on: engines ask once and remember. What the guest
-//! does is listed here again, because guest code is no dependency of the host's; a test reads the agent's sources and
-//! fails when the two part ways. A feature is listed only when a container gets it: what is read and then refused by
-//! name is not.
+//! It is an answer about the build, not about the machine it runs on: engines ask once and
+//! remember. What the guest does is listed here again, because guest code is no dependency of the
+//! host's; a test reads the agent's sources and fails when the two part ways. A feature is listed
+//! only when a container gets it: what is read and then refused by name is not.
 
 use serde_json::{Value, json};
 
@@ -22,7 +22,8 @@ const HOOKS: &[&str] = &[
     "poststop",
 ];
 
-/// Options of mounts that belong to no file system in particular. `remount`, `idmap` and `ridmap` are refused.
+/// Options of mounts that belong to no file system in particular. `remount`, `idmap` and `ridmap`
+/// are refused.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
@@ -135,7 +136,8 @@ const CAPABILITIES: &[&str] = &[
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// What a seccomp rule can do. User notification (`SCMP_ACT_NOTIFY`) is refused: who listens is on the host.
+/// What a seccomp rule can do. User notification (`SCMP_ACT_NOTIFY`) is refused: who listens is on
+/// the host.
 const SECCOMP_ACTIONS: &[&str] = &[
     "SCMP_ACT_ALLOW",
     "SCMP_ACT_ERRNO",
@@ -158,8 +160,8 @@ const SECCOMP_OPERATORS: &[&str] = &[
     "SCMP_CMP_NE",
 ];
 
-/// Architectures that a filter can name. Those that the guest's kernel cannot execute are skipped in a filter;
-/// big-endian ones and those that libseccomp has no numbers for are refused.
+/// Architectures that a filter can name. Those that the guest's kernel cannot execute are skipped
+/// in a filter; big-endian ones and those that libseccomp has no numbers for are refused.
 const SECCOMP_ARCHITECTURES: &[&str] = &[
     "SCMP_ARCH_AARCH64",
     "SCMP_ARCH_ARM",
@@ -183,7 +185,8 @@ const SECCOMP_FLAGS: &[&str] = &[
 /// The flag that is known and refused, as user notification is.
 const SECCOMP_FLAG_REFUSED: &str = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
 
-/// Annotations of a configuration that decide in whose machine a container runs: who may set them may join a pod.
+/// Annotations of a configuration that decide in whose machine a container runs: who may set them
+/// may join a pod.
 const UNSAFE_ANNOTATIONS: &[&str] = &[
     "io.kubernetes.cri-o.ContainerType",
     "io.kubernetes.cri-o.SandboxID",
@@ -280,7 +283,8 @@ mod tests {
         text
     }
 
-    /// The variants of an enumeration that the agent's source names, each with the text up to the next one.
+    /// The variants of an enumeration that the agent's source names, each with the text up to the
+    /// next one.
     fn variants<'a>(source: &'a str, prefix: &str) -> Vec<(String, &'a str)> {
         let source = source.split("#[cfg(test)]").next().unwrap();
         let variants = source.split(prefix).skip(1);

@@ -1,6 +1,7 @@
-//! The hooks that run on the host: `prestart` and `createRuntime` while a container is created, `poststart` after its
-//! start, `poststop` after its deletion. They read the container's state on standard input, and find its network
-//! namespace by the process id in it, which is the keeper's. The other two kinds belong to the guest.
+//! The hooks that run on the host: `prestart` and `createRuntime` while a container is created,
+//! `poststart` after its start, `poststop` after its deletion. They read the container's state on
+//! standard input, and find its network namespace by the process id in it, which is the keeper's.
+//! The other two kinds belong to the guest.
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -59,7 +60,8 @@ fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
             command.env(name, value);
         }
     }
-    // What it writes is of interest only when it fails, and goes to a file without a name: it must not stall.
+    // What it writes is of interest only when it fails, and goes to a file without a name: it must
+    // not stall.
     let mut said = tempfile().map_err(|failure| failure.message)?;
     let shared = |file: &std::fs::File| file.try_clone().map_err(|error| error.to_string());
     let mut child = command

@@ -1,5 +1,5 @@
-//! Which sandbox a container belongs to: that of the container whose namespaces it joins, that of the
-//! pod which the engine names in an annotation, or one of its own.
+//! Which sandbox a container belongs to: that of the container whose namespaces it joins, that of
+//! the pod which the engine names in an annotation, or one of its own.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -29,8 +29,9 @@ pub struct Found {
 }
 
 impl Found {
-    /// Whether the guest's own network is to be made of the container's namespace on the host. One that joins another's
-    /// network gets what that has, and one that is new among others is the guest's business.
+    /// Whether the guest's own network is to be made of the container's namespace on the host. One
+    /// that joins another's network gets what that has, and one that is new among others is the
+    /// guest's business.
     pub fn has_network(&self, plan: &Plan) -> bool {
         let joins = plan.joins.iter().any(|(kind, _)| kind == "network");
         let is_new_among_others = self.shared && plan.network == Network::New;
@@ -88,7 +89,8 @@ pub fn find(
     };
     let network = serde_json::json!({"type": "network", "path": ""});
     let joins_network = joins.iter().any(|(kind, _)| kind == "network");
-    // In a machine of its own the container has the guest's own network; where others may be, one that is new is new.
+    // In a machine of its own the container has the guest's own network; where others may be, one
+    // that is new is new.
     let has_own = joins_network || (found.shared && plan.network == Network::New);
     if has_own && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() {
         namespaces.push(network);

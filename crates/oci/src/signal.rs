@@ -4,8 +4,8 @@ use hull_sandbox::{Error, Result};
 
 /// The number of a signal given as a number, or by name in any case, with or without `SIG`.
 ///
-/// Zero is one: `kill` with it only asks whether there is a process. Beyond runc, real-time signals have names too
-/// (`RTMIN+3`).
+/// Zero is one: `kill` with it only asks whether there is a process. Beyond runc, real-time signals
+/// have names too (`RTMIN+3`).
 ///
 /// # Errors
 /// Runc's words: `unknown signal "X"`.

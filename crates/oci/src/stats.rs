@@ -1,6 +1,7 @@
 //! The lines that `events` prints: field names and units are runc's, which engines decode.
 //!
-//! A figure that the guest does not report is left out, as runc leaves out what is zero, instead of being guessed.
+//! A figure that the guest does not report is left out, as runc leaves out what is zero, instead of
+//! being guessed.
 
 use hull_sandbox::metrics::{IoDevice, Metrics, Network, Pressure, PressureLine};
 use serde_json::{Value, json};

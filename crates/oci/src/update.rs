@@ -1,6 +1,7 @@
 //! What `update` changes: from runc's flags, or its JSON, to the resources of the specification.
 //!
-//! Pure but for [`read`]. Which of them hold in the guest and which on the host is not decided here.
+//! Pure but for [`read`]. Which of them hold in the guest and which on the host is not decided
+//! here.
 
 use std::fs::File;
 use std::io::Read;
@@ -116,7 +117,8 @@ impl Limits {
     /// What the flags change; what they do not name is absent.
     ///
     /// # Errors
-    /// A value that is none, in runc's words as far as they are words; a flag of [`Limits::refused`].
+    /// A value that is none, in runc's words as far as they are words; a flag of
+    /// [`Limits::refused`].
     pub fn resources(&self) -> Result<LinuxResources> {
         self.refused()?;
         let mut resources = LinuxResources::default();
@@ -164,7 +166,8 @@ impl Limits {
         Ok(memory)
     }
 
-    /// Flags that ask for what no guest has. They do so beside `--resources` too, which hides all others.
+    /// Flags that ask for what no guest has. They do so beside `--resources` too, which hides all
+    /// others.
     ///
     /// # Errors
     /// One of them is given.
@@ -215,8 +218,8 @@ fn from_json(reader: impl Read, source: &str) -> Result<LinuxResources> {
         .map_err(|error| Error::new(format!("cannot read resources from {source}: {error}")))
 }
 
-/// Adds to a change what the kernel wants to be told together with it, from the limits that hold: a quota and its
-/// period are one setting, and so are a limit of memory and one of memory and swap.
+/// Adds to a change what the kernel wants to be told together with it, from the limits that hold: a
+/// quota and its period are one setting, and so are a limit of memory and one of memory and swap.
 pub fn complete(change: &mut LinuxResources, current: &LinuxResources) {
     if let Some(cpu) = change.cpu_mut() {
         let old = current.cpu().as_ref();

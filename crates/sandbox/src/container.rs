@@ -102,9 +102,9 @@ impl Drop for Slot<'_> {
 }
 
 impl Sandbox {
-    /// Creates a container whose init waits to be started, or runs at once. `directory` is where its
-    /// status and log are written; `shares` are those that were added for it, and go with it. With
-    /// [`Stdio::Handover`] its streams are with the process.
+    /// Creates a container whose init waits to be started, or runs at once. `directory` is where
+    /// its status and log are written; `shares` are those that were added for it, and go with it.
+    /// With [`Stdio::Handover`] its streams are with the process.
     ///
     /// # Errors
     /// `Exists`; `WrongState` when the sandbox is ending; `CommandNotFound` and `NotExecutable` for

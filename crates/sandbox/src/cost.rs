@@ -29,8 +29,8 @@ impl HostMemory {
     }
 }
 
-/// Reads memory and processor time of every process of a sandbox. Processes that end meanwhile count
-/// nothing.
+/// Reads memory and processor time of every process of a sandbox. Processes that end meanwhile
+/// count nothing.
 pub(crate) fn measure(processes: &HostProcesses) -> (HostMemory, u64) {
     let table = ProcessTable::read();
     let memory = |root| table.tree(root).map(resident).sum();

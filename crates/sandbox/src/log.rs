@@ -1,8 +1,9 @@
 //! The output of a container on disk: what `logs` shows.
 //!
-//! A log is a sequence of entries: nanoseconds since 1970 (u64), stream (u8: 1 output, 2 error output), length
-//! (u32), all big endian, then the bytes exactly as the container wrote them. When the file has reached half of
-//! its limit it becomes `log.1` and a new one begins, so at least half of the limit is always there.
+//! A log is a sequence of entries: nanoseconds since 1970 (u64), stream (u8: 1 output, 2 error
+//! output), length (u32), all big endian, then the bytes exactly as the container wrote them. When
+//! the file has reached half of its limit it becomes `log.1` and a new one begins, so at least half
+//! of the limit is always there.
 
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read, Write};

@@ -19,8 +19,9 @@ use crate::store::{SandboxDir, SandboxPath};
 /// The hidden subcommand that is a sandbox process.
 pub const ROLE: &str = "sandbox-process";
 
-/// Runs a sandbox process to its end. `first` is the connection of who started it: its first message
-/// is the configuration, with the lock of the sandbox's directory, its listening socket and its disks.
+/// Runs a sandbox process to its end. `first` is the connection of who started it: its first
+/// message is the configuration, with the lock of the sandbox's directory, its listening socket and
+/// its disks.
 ///
 /// Called in a process of its own, with one thread, by the hidden subcommand [`ROLE`].
 ///

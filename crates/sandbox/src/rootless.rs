@@ -1,9 +1,11 @@
-//! hull without root: a user namespace in which the person who calls is root, with the subordinate ids that the
-//! administrator gave (/etc/subuid, /etc/subgid) for everybody else. [`enter`] makes one and puts the process in it; all
-//! further processes are started from there, and do what they do with root's rights.
+//! hull without root: a user namespace in which the person who calls is root, with the subordinate
+//! ids that the administrator gave (/etc/subuid, /etc/subgid) for everybody else. [`enter`] makes
+//! one and puts the process in it; all further processes are started from there, and do what they
+//! do with root's rights.
 //!
-//! Called by commands, first thing; what differs in a user namespace asks [`in_user_namespace`] and [`top_id`]. Two commands
-//! of a person are in two namespaces with the same ids, so files and processes of one are the other's.
+//! Called by commands, first thing; what differs in a user namespace asks [`in_user_namespace`] and
+//! [`top_id`]. Two commands of a person are in two namespaces with the same ids, so files and
+//! processes of one are the other's.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -24,8 +26,9 @@ const IDS: u32 = 1 << 16;
 /// With fewer there is none to spare for a jailed process, and few images are usable.
 const LEAST_IDS: u32 = 4096;
 
-/// Waits until its standard input says something, and then maps ids of its parent. newuidmap and newgidmap (package
-/// uidmap) may do that for subordinate ids, but only from outside of the namespace.
+/// Waits until its standard input says something, and then maps ids of its parent. newuidmap and
+/// newgidmap (package uidmap) may do that for subordinate ids, but only from outside of the
+/// namespace.
 const MAP_IDS: &str = r#"read -r go || exit; newuidmap $PPID $1 && exec newgidmap $PPID $2"#;
 
 /// Makes this process root of a user namespace of its own. Call it before there are threads.
@@ -74,8 +77,8 @@ pub fn enter() -> Result<()> {
     set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).context(root)
 }
 
-/// In a user namespace: gives this thread a mount namespace that belongs to it, so that it may mount.
-/// The path of this process's own executable may not be known from then on.
+/// In a user namespace: gives this thread a mount namespace that belongs to it, so that it may
+/// mount. The path of this process's own executable may not be known from then on.
 ///
 /// # Errors
 /// The host allows no such namespace.
@@ -87,7 +90,8 @@ pub fn enter_mounts() -> Result<()> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context(|| "create a mount namespace")
 }
 
-/// A map of ids for newuidmap: the person is root, and the subordinate ids of a file are the next ones.
+/// A map of ids for newuidmap: the person is root, and the subordinate ids of a file are the next
+/// ones.
 fn map(own: u32, file: &str, name: &str, uid: u32) -> Result<String> {
     let text = fs::read_to_string(file).unwrap_or_default();
     let mut map = format!("0 {own} 1");
@@ -139,7 +143,8 @@ fn user_name(uid: u32) -> String {
         .unwrap_or_else(|| uid.to_string())
 }
 
-/// The ids of this process's user namespace, of users or groups: the first one in it, and how many, for each range.
+/// The ids of this process's user namespace, of users or groups: the first one in it, and how many,
+/// for each range.
 fn own_ids(map: &str) -> Vec<(u32, u32)> {
     let map = fs::read_to_string(Path::new("/proc/self").join(map)).unwrap_or_default();
     parse_own_ids(&map)

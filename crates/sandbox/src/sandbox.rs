@@ -192,8 +192,8 @@ impl Drop for Hold {
 }
 
 impl Sandbox {
-    /// Starts the machine of a sandbox, whose guest then boots. `disks` are the opened block devices
-    /// of the configuration's disks. Must be called on a tokio runtime with I/O and time.
+    /// Starts the machine of a sandbox, whose guest then boots. `disks` are the opened block
+    /// devices of the configuration's disks. Must be called on a tokio runtime with I/O and time.
     ///
     /// # Errors
     /// A process of the machine cannot be started, or a control group cannot be joined.
@@ -277,8 +277,8 @@ impl Sandbox {
         self.0.machine.pause().await
     }
 
-    /// Lets a paused guest go on: its monotonic clock from where it stopped, its wall clock with the
-    /// time of now.
+    /// Lets a paused guest go on: its monotonic clock from where it stopped, its wall clock with
+    /// the time of now.
     ///
     /// # Errors
     /// Why the guest is not there, or does not go on.
@@ -363,8 +363,8 @@ impl Sandbox {
         self.lock().ending
     }
 
-    /// Lets a sandbox end that nobody has anything to do with but `holds` of its own: it was started
-    /// by a process that was killed before there was a container. Whether it ends.
+    /// Lets a sandbox end that nobody has anything to do with but `holds` of its own: it was
+    /// started by a process that was killed before there was a container. Whether it ends.
     pub fn end_if_unused(&self, holds: usize) -> bool {
         let ending = {
             let mut containers = self.lock();
@@ -476,7 +476,8 @@ impl Sandbox {
         let _ = self.0.unread.subscribe().wait_for(|unread| *unread).await;
     }
 
-    /// Waits until the sandbox has no reason to go on, after which no container is created any more.
+    /// Waits until the sandbox has no reason to go on, after which no container is created any
+    /// more.
     async fn done(&self) {
         loop {
             let changed = self.0.changed.notified();
@@ -567,9 +568,9 @@ fn with_files(disks: &[DiskConfig], files: Vec<OwnedFd>) -> Result<Vec<Disk>> {
     Ok(disks.iter().zip(files).map(disk).collect())
 }
 
-/// Puts the sandbox's processes into control groups. The kernel waits there until no processor is in
-/// the middle of a fork, 10 ms and more: the guest boots meanwhile, and has no further processes on
-/// the host yet.
+/// Puts the sandbox's processes into control groups. The kernel waits there until no processor is
+/// in the middle of a fork, 10 ms and more: the guest boots meanwhile, and has no further processes
+/// on the host yet.
 fn join_cgroups(directories: &[PathBuf], guest: &Guest) -> Result<()> {
     let (devices, machine) = guest.pids();
     let own = std::process::id().cast_signed();

@@ -256,8 +256,8 @@ fn docker_stats_show_memory_and_processes() {
     assert_eq!(words[0], name, "{stats}");
     assert_ne!(words[1], "0", "{stats}");
     assert_ne!(words[2], "0B", "{stats}");
-    // What Docker shows is the host's control group: with a machine around it, the wall is wider than the limit, which
-    // holds inside.
+    // What Docker shows is the host's control group: with a machine around it, the wall is wider
+    // than the limit, which holds inside.
     let wall = if docker.runtime.is_hull() {
         "256MiB"
     } else {

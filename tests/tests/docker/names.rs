@@ -1,5 +1,6 @@
-//! Names in Docker's user-defined networks, which a name server of Docker's own knows: dockerd has it on the loopback
-//! interface of each container's network namespace, and a guest has another loopback interface.
+//! Names in Docker's user-defined networks, which a name server of Docker's own knows: dockerd has
+//! it on the loopback interface of each container's network namespace, and a guest has another
+//! loopback interface.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! What a user gets wrong: each mistake has its own message on one line, the right exit status, and leaves nothing.
+//! What a user gets wrong: each mistake has its own message on one line, the right exit status, and
+//! leaves nothing.
 
 use std::fs;
 

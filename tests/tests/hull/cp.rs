@@ -113,7 +113,8 @@ fn links_planted_in_a_container_do_not_lead_the_copy_astray() {
     fs::create_dir(&target).unwrap();
     let outside = hull.scratch().join("outside");
     fs::create_dir(&outside).unwrap();
-    // In the container the link leads to the container's own directory; on the host it must lead nowhere.
+    // In the container the link leads to the container's own directory; on the host it must lead
+    // nowhere.
     container
         .sh(&format!(
             "mkdir -p /tmp/t {0}; ln -s {0} /tmp/t/link; echo x >/tmp/t/file",

@@ -1,5 +1,5 @@
-//! What is killed at the wrong moment: within a second the container is seen as stopped with the reason, and
-//! `hull rm` leaves nothing.
+//! What is killed at the wrong moment: within a second the container is seen as stopped with the
+//! reason, and `hull rm` leaves nothing.
 
 use std::time::Duration;
 

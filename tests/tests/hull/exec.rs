@@ -1,4 +1,5 @@
-//! `hull exec`, `hull top`, `hull pause` and `hull unpause`: a running container and those who look into it.
+//! `hull exec`, `hull top`, `hull pause` and `hull unpause`: a running container and those who look
+//! into it.
 
 use std::time::Duration;
 

@@ -61,7 +61,10 @@ fn a_fork_bomb_stops_at_the_limit() {
         .run()
         .ok()
         .json();
-    assert!(stats[0]["pids"]["current"].as_u64().unwrap() <= 20, "{stats}");
+    assert!(
+        stats[0]["pids"]["current"].as_u64().unwrap() <= 20,
+        "{stats}"
+    );
     assert_eq!(stats[0]["pids"]["limit"], 20);
 }
 

@@ -1,4 +1,5 @@
-//! What containers do and did: `ps`, `logs`, `inspect`, `wait`, `stop`, `kill`, `rm`, `stats`, `attach`.
+//! What containers do and did: `ps`, `logs`, `inspect`, `wait`, `stop`, `kill`, `rm`, `stats`,
+//! `attach`.
 
 use std::time::{Duration, Instant};
 

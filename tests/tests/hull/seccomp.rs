@@ -1,4 +1,5 @@
-//! The system call filter of `hull run`: what it keeps from containers, and that it is in nobody's way.
+//! The system call filter of `hull run`: what it keeps from containers, and that it is in nobody's
+//! way.
 
 use std::collections::BTreeMap;
 use std::fs;

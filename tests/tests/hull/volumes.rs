@@ -1,4 +1,5 @@
-//! `hull run -v`: host directories and files in a container, and what the file system keeps of POSIX.
+//! `hull run -v`: host directories and files in a container, and what the file system keeps of
+//! POSIX.
 
 use std::collections::BTreeMap;
 use std::fs;

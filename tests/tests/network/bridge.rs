@@ -209,7 +209,8 @@ fn the_files_of_the_resolver_can_be_written_by_the_container() {
 fn a_container_has_the_addresses_that_it_asks_for() {
     let hull = Hull::networked("uml");
     let number = number();
-    // The next containers without a wish get the addresses after these, so they are far from those of another test.
+    // The next containers without a wish get the addresses after these, so they are far from those
+    // of another test.
     let ip = format!(
         "10.87.{}.{}",
         100 + number / 10 % 100,

@@ -1,4 +1,5 @@
-//! Networks of `/etc/cni/net.d`, plugins that fail, and what a container's network leaves on the host: nothing.
+//! Networks of `/etc/cni/net.d`, plugins that fail, and what a container's network leaves on the
+//! host: nothing.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};

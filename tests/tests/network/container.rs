@@ -1,4 +1,5 @@
-//! `hull run --network container:NAME`: containers that share the network, and the machine, of another one.
+//! `hull run --network container:NAME`: containers that share the network, and the machine, of
+//! another one.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};

@@ -1,4 +1,5 @@
-//! A guest cannot speak for others: what `network_filter` keeps from leaving it, and what it lets through.
+//! A guest cannot speak for others: what `network_filter` keeps from leaving it, and what it lets
+//! through.
 
 use hull_tests::network::{CniNetwork, GATEWAY, GATEWAY6, has_ipv6, number, unanswered};
 use hull_tests::{Container, Hull, Options, on_every_machine};

@@ -1,5 +1,6 @@
-//! The loopback interface of an engine's network namespace and that of the guest: an engine that dials 127.0.0.1 in the
-//! namespace of a pod, as for `kubectl port-forward`, reaches the servers of its containers.
+//! The loopback interface of an engine's network namespace and that of the guest: an engine that
+//! dials 127.0.0.1 in the namespace of a pod, as for `kubectl port-forward`, reaches the servers of
+//! its containers.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -1,4 +1,5 @@
-//! Published ports (`hull run -p`): who reaches a container through the host, and what happens when a port is taken.
+//! Published ports (`hull run -p`): who reaches a container through the host, and what happens when
+//! a port is taken.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Duration;

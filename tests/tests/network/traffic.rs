@@ -28,8 +28,9 @@ fn gateways() -> Vec<IpAddr> {
     all
 }
 
-/// Keeps the checksum of what comes to port 5000. The server says nothing, and its own end comes last: a fifo that it has
-/// open itself does not end, and `nc` at the other end goes when it hears an end.
+/// Keeps the checksum of what comes to port 5000. The server says nothing, and its own end comes
+/// last: a fifo that it has open itself does not end, and `nc` at the other end goes when it hears
+/// an end.
 const SERVER: &str = "rm -f /dev/shm/fifo; mkfifo /dev/shm/fifo; \
     nc -l -p 5000 0<>/dev/shm/fifo | sha256sum >/sum.new; mv /sum.new /sum";
 

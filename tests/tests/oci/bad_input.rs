@@ -1,4 +1,5 @@
-//! What is wrong with a bundle or a command: one line in runc's words, runc's exit status, and nothing left behind.
+//! What is wrong with a bundle or a command: one line in runc's words, runc's exit status, and
+//! nothing left behind.
 
 use std::fs;
 use std::time::Duration;

@@ -1,5 +1,6 @@
-//! What is killed at the wrong moment, at each stage of a container's life: soon `state` says stopped or that there is no
-//! such container, `delete --force` succeeds, and again, and nothing is left.
+//! What is killed at the wrong moment, at each stage of a container's life: soon `state` says
+//! stopped or that there is no such container, `delete --force` succeeds, and again, and nothing is
+//! left.
 
 use std::fs;
 use std::path::{Path, PathBuf};

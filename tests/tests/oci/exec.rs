@@ -1,4 +1,5 @@
-//! Further processes with `hull-oci exec`, and what `hull-oci` tells of a container: ps, list, state, events, features.
+//! Further processes with `hull-oci exec`, and what `hull-oci` tells of a container: ps, list,
+//! state, events, features.
 
 use std::fs;
 use std::process::{Child, Stdio};

@@ -1,5 +1,5 @@
-//! A bundle's life with `hull-oci`, as runc's users lead it: create, start, state, kill, delete, run, and the process
-//! of the host that stands for the container.
+//! A bundle's life with `hull-oci`, as runc's users lead it: create, start, state, kill, delete,
+//! run, and the process of the host that stands for the container.
 
 use std::fs::{self, File};
 use std::time::Duration;

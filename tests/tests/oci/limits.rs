@@ -1,4 +1,5 @@
-//! Limits of a bundle, each shown to hold, and `hull-oci update`, which changes them while the container runs.
+//! Limits of a bundle, each shown to hold, and `hull-oci update`, which changes them while the
+//! container runs.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
-//! Network namespaces that an engine has set up, with `hull-oci`: what is in them is in the guest, and follows.
+//! Network namespaces that an engine has set up, with `hull-oci`: what is in them is in the guest,
+//! and follows.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;

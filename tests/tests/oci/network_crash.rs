@@ -1,5 +1,5 @@
-//! Network namespaces of engines, and what can go wrong with them: interfaces that go, too many of them, namespaces that are
-//! somebody else's, crashes.
+//! Network namespaces of engines, and what can go wrong with them: interfaces that go, too many of
+//! them, namespaces that are somebody else's, crashes.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};

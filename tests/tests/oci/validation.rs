@@ -1,13 +1,13 @@
-//! The OCI validation suite of runtime-tools (`scripts/oci-validation`): what runc passes, hull-oci passes.
-//! `docs/oci-validation.md` says what each program asks, and why some can pass nowhere.
+//! The OCI validation suite of runtime-tools (`scripts/oci-validation`): what runc passes, hull-oci
+//! passes. `docs/oci-validation.md` says what each program asks, and why some can pass nowhere.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use hull_tests::{Invocation, Runtime, adopt_orphans, leaked_processes, repository};
 
-/// Programs that a container manager on the host cannot pass and hull has to, because its guest can do what the host
-/// cannot: docs/oci-validation.md.
+/// Programs that a container manager on the host cannot pass and hull has to, because its guest can
+/// do what the host cannot: docs/oci-validation.md.
 const AND_THESE: &[&str] = &[
     "linux_rootfs_propagation",
     "linux_seccomp",
@@ -16,7 +16,8 @@ const AND_THESE: &[&str] = &[
     "process_capabilities",
 ];
 
-/// Programs that runc passes, and that look at the host for what hull has in the guest: docs/oci-validation.md.
+/// Programs that runc passes, and that look at the host for what hull has in the guest:
+/// docs/oci-validation.md.
 const NOT_FOR_HULL: &[&str] = &[
     "delete_resources",
     "linux_cgroups_pids",
@@ -40,15 +41,17 @@ macro_rules! programs {
 }
 
 programs! {
-    config_updates_without_affect create default delete delete_only_create_resources delete_resources hooks hooks_stdin
-    hostname kill kill_no_effect killsig linux_cgroups_blkio linux_cgroups_cpus linux_cgroups_devices
-    linux_cgroups_hugetlb linux_cgroups_memory linux_cgroups_network linux_cgroups_pids linux_cgroups_relative_blkio
+    config_updates_without_affect create default delete delete_only_create_resources
+    delete_resources hooks hooks_stdin hostname kill kill_no_effect killsig linux_cgroups_blkio
+    linux_cgroups_cpus linux_cgroups_devices linux_cgroups_hugetlb linux_cgroups_memory
+    linux_cgroups_network linux_cgroups_pids linux_cgroups_relative_blkio
     linux_cgroups_relative_cpus linux_cgroups_relative_devices linux_cgroups_relative_hugetlb
-    linux_cgroups_relative_memory linux_cgroups_relative_network linux_cgroups_relative_pids linux_devices
-    linux_masked_paths linux_mount_label linux_ns_itype linux_ns_nopath linux_ns_path linux_ns_path_type
-    linux_process_apparmor_profile linux_readonly_paths linux_rootfs_propagation linux_seccomp linux_sysctl
-    linux_uid_mappings misc_props mounts pidfile poststart poststart_fail poststop poststop_fail prestart prestart_fail
-    process process_capabilities process_capabilities_fail process_oom_score_adj process_rlimits process_rlimits_fail
+    linux_cgroups_relative_memory linux_cgroups_relative_network linux_cgroups_relative_pids
+    linux_devices linux_masked_paths linux_mount_label linux_ns_itype linux_ns_nopath linux_ns_path
+    linux_ns_path_type linux_process_apparmor_profile linux_readonly_paths linux_rootfs_propagation
+    linux_seccomp linux_sysctl linux_uid_mappings misc_props mounts pidfile poststart poststart_fail
+    poststop poststop_fail prestart prestart_fail process process_capabilities
+    process_capabilities_fail process_oom_score_adj process_rlimits process_rlimits_fail
     process_user root_readonly_true start state
 }
 

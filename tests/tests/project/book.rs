@@ -1,4 +1,5 @@
-//! The book in `docs/` is true: its commands work, and the page of the configuration is what hull prints.
+//! The book in `docs/` is true: its commands work, and the page of the configuration is what hull
+//! prints.
 
 use std::fs;
 use std::path::Path;
@@ -29,7 +30,8 @@ fn commands(page: &str) -> Vec<String> {
     commands
 }
 
-/// Runs the commands of a page, each of which must succeed, with directories, networks and processes of their own.
+/// Runs the commands of a page, each of which must succeed, with directories, networks and
+/// processes of their own.
 fn works(page: &str) {
     let directory = tempfile::Builder::new()
         .prefix("h")

@@ -78,7 +78,8 @@ impl Spec {
     accessors! {
         version: String, root: Option<Root>, mounts: Option<Vec<Mount>>, process: Option<Process>,
         hostname: Option<String>, domainname: Option<String>, hooks: Option<Hooks>,
-        annotations: Option<HashMap<String, String>>, linux: Option<Linux>, solaris: Option<IgnoredAny>,
+        annotations: Option<HashMap<String, String>>, linux: Option<Linux>,
+        solaris: Option<IgnoredAny>,
         windows: Option<IgnoredAny>, vm: Option<IgnoredAny>, zos: Option<IgnoredAny>,
         hull_disks: Option<Vec<HullDisk>>;
     }
@@ -109,7 +110,8 @@ pub struct Process {
 
 impl Process {
     accessors! {
-        user: User, args: Option<Vec<String>>, command_line: Option<String>, env: Option<Vec<String>>,
+        user: User, args: Option<Vec<String>>, command_line: Option<String>,
+        env: Option<Vec<String>>,
         cwd: PathBuf, capabilities: Option<LinuxCapabilities>, rlimits: Option<Vec<PosixRlimit>>,
         apparmor_profile: Option<String>, selinux_label: Option<String>,
         io_priority: Option<LinuxIOPriority>, scheduler: Option<Scheduler>,
@@ -181,7 +183,8 @@ mod tests {
             ours.process().as_ref().unwrap(),
             theirs.process().as_ref().unwrap(),
         );
-        same!(ours, theirs, terminal console_size user args command_line env cwd capabilities rlimits
+        same!(ours, theirs, terminal console_size user args command_line env cwd capabilities
+            rlimits
             no_new_privileges apparmor_profile oom_score_adj selinux_label io_priority scheduler);
         let ours = ours.exec_cpu_affinity().as_ref().unwrap();
         assert_eq!(

@@ -151,7 +151,8 @@ fn privileges() -> Finding {
             "the administrator: sysctl kernel.apparmor_restrict_unprivileged_userns=0, or sudo hull …",
         );
     }
-    // What the sandbox process cannot do without: mounts and namespaces, files of other users, users of its own.
+    // What the sandbox process cannot do without: mounts and namespaces, files of other users,
+    // users of its own.
     let needed = [
         (21, "SYS_ADMIN"),
         (0, "CHOWN"),

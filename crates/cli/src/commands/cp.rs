@@ -1,5 +1,5 @@
-//! `hull cp`: which side is the container, and where things go by Docker's rules. The archives themselves are
-//! handled in `copy`.
+//! `hull cp`: which side is the container, and where things go by Docker's rules. The archives
+//! themselves are handled in `copy`.
 
 use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
@@ -207,7 +207,8 @@ fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result
         .or_else(|| Some(from.clone()))
         .and_then(|path| path.file_name().map(OsStr::to_owned))
         .unwrap_or_else(|| OsString::from("."));
-    // What is there tells where it goes: asked for as an archive, of which only the beginning is read.
+    // What is there tells where it goes: asked for as an archive, of which only the beginning is
+    // read.
     let there = ask_for_archive(container, plain(to), true)?
         .first_kind()
         .ok();

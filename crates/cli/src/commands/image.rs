@@ -40,13 +40,15 @@ enum Command {
     },
     /// Make an image of an archive or directory of a root file system, or take in a complete one
     Import {
-        /// Apply an instruction of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR
+        /// Apply an instruction of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL,
+        /// USER, VOLUME, WORKDIR
         #[arg(short, long, value_name = "INSTRUCTION")]
         change: Vec<String>,
         /// A comment for the image's history
         #[arg(short, long, value_name = "TEXT")]
         message: Option<String>,
-        /// Archive (plain, gzip, zstd; - for standard input), directory, `oci:DIR` or `docker-archive:FILE`
+        /// Archive (plain, gzip, zstd; - for standard input), directory, `oci:DIR` or
+        /// `docker-archive:FILE`
         source: OsString,
         /// Name for the image
         name: Option<String>,

@@ -1,5 +1,5 @@
-//! `hull install` and `hull uninstall`: shows what changes in an engine's configuration, does it, and says what to do
-//! next.
+//! `hull install` and `hull uninstall`: shows what changes in an engine's configuration, does it,
+//! and says what to do next.
 
 use std::path::{Path, PathBuf};
 

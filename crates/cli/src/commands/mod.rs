@@ -48,7 +48,8 @@ pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) ->
     Ok(status)
 }
 
-/// The configuration, for a command that needs the rights of root: who is not root gets them in a user namespace.
+/// The configuration, for a command that needs the rights of root: who is not root gets them in a
+/// user namespace.
 pub fn config_for_root() -> Result<Config> {
     let config = Config::load()?;
     if config.without_root {

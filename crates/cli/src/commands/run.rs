@@ -101,8 +101,8 @@ pub struct Args {
     /// Drop a Linux capability, or ALL
     #[arg(long, value_name = "NAME")]
     cap_drop: Vec<String>,
-    /// seccomp=FILE for a system call filter in place of the usual one, seccomp=unconfined for none;
-    /// no-new-privileges
+    /// seccomp=FILE for a system call filter in place of the usual one, seccomp=unconfined for
+    /// none; no-new-privileges
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = values::security_option)]
     security_opt: Vec<SecurityOption>,
     /// Set a kernel parameter in the container
@@ -138,8 +138,8 @@ pub struct Args {
 /// Options of a container's network.
 #[derive(Debug, clap::Args)]
 struct NetworkArgs {
-    /// Network: default, none, the name of one in /etc/cni/net.d, or container:NAME to be in another
-    /// container's machine
+    /// Network: default, none, the name of one in /etc/cni/net.d, or container:NAME to be in
+    /// another container's machine
     #[arg(long, alias = "net", value_name = "NETWORK", value_parser = values::network)]
     network: Option<Network>,
     /// Let a port of the host lead to a port of the container
@@ -337,8 +337,8 @@ fn start(
     }
 }
 
-/// What the user has to know before the first container: told to people, once. In the standard error
-/// of a script's container it would only be in the way.
+/// What the user has to know before the first container: told to people, once. In the standard
+/// error of a script's container it would only be in the way.
 fn notice(config: &Config, run: &Run<'_>) {
     let told = config.data_dir.join("isolation-notice");
     if !std::io::stderr().is_terminal() || told.exists() {

@@ -36,7 +36,8 @@ pub fn execute(args: Args) -> Result<u8> {
         output::print_json(&processes)?;
         return Ok(0);
     }
-    // Parents are numbered in the guest's root namespace: the container's number is that of the parent's row.
+    // Parents are numbered in the guest's root namespace: the container's number is that of the
+    // parent's row.
     let inside = |pid: u32| {
         let parent = processes.iter().find(|process| process.pid == pid);
         parent.map_or(0, |process| process.container_pid)

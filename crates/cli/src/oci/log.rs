@@ -1,4 +1,5 @@
-//! Where `hull-oci` says what goes wrong: the file that an engine names, in the form that it parses, and standard error.
+//! Where `hull-oci` says what goes wrong: the file that an engine names, in the form that it
+//! parses, and standard error.
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -76,7 +77,8 @@ fn write(level: &str, message: &str) {
         }
         _ => format!("time={time:?} level={level} msg={message:?}\n"),
     };
-    // In one write, so that lines of several commands do not mix. A full disk is not this command's failure.
+    // In one write, so that lines of several commands do not mix. A full disk is not this command's
+    // failure.
     let _ = match log.and_then(|log| log.file.as_ref()) {
         Some(mut file) => file.write_all(line.as_bytes()),
         None => std::io::stderr().lock().write_all(line.as_bytes()),

@@ -1,5 +1,6 @@
-//! The executable under the name `hull-oci`: runc's command line, for engines. Arguments go to crate `oci`, answers to
-//! standard output, errors to the log in the form that engines parse and to standard error.
+//! The executable under the name `hull-oci`: runc's command line, for engines. Arguments go to
+//! crate `oci`, answers to standard output, errors to the log in the form that engines parse and to
+//! standard error.
 
 mod arguments;
 mod log;
@@ -61,8 +62,8 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-/// What a command needs. The configuration only decides about new containers: a damaged one must not
-/// keep those that there are from being ended.
+/// What a command needs. The configuration only decides about new containers: a damaged one must
+/// not keep those that there are from being ended.
 fn settings(global: &arguments::Global) -> Result<Settings> {
     if !rustix::process::geteuid().is_root() {
         return Err(

@@ -609,7 +609,8 @@ proptest! {
         guest.mkdir(root, "d").unwrap();
         guest.call(wire::OPENDIR, root, &[0; 8]).unwrap();
         for (opcode, node, mut body, shape) in messages {
-            if matches!(opcode, wire::FORGET | wire::BATCH_FORGET | wire::INTERRUPT | wire::DESTROY) {
+            let unanswered = [wire::FORGET, wire::BATCH_FORGET, wire::INTERRUPT, wire::DESTROY];
+            if unanswered.contains(&opcode) {
                 let message = guest.message(opcode, node, &body);
                 guest.driver.request(0, &message, 0);
                 continue;

@@ -9,17 +9,17 @@
 //! phases:
 //!
 //! ```text
-//!   host connects                              guest connects (REQUEST)
-//!        │ sends REQUEST                             │ sends RESPONSE
-//!        ▼            RESPONSE arrives               ▼
-//!    Connecting ──────────────────────────────────► Open ── RST or SHUTDOWN(both) arrives ──┐
-//!        │                                           │                                      │
-//!        │ RST arrives, or timeout                   │ both directions are over:            │
-//!        ▼                                           │ sends SHUTDOWN(both)                 ▼
-//!      gone                                          ▼                            Draining, until
-//!                         gone ◄── RST arrives ── Closing                         the guest's data
-//!                         or SHUTDOWN(both), or timeout                           is written to the
-//!                                                                                 host; then gone
+//!   host connects                        guest connects (REQUEST)
+//!        │ sends REQUEST                       │ sends RESPONSE
+//!        ▼         RESPONSE arrives            ▼
+//!    Connecting ────────────────────────────► Open ── RST or SHUTDOWN(both) arrives ──┐
+//!        │                                     │                                      │
+//!        │ RST arrives, or timeout             │ both directions are over:            │
+//!        ▼                                     │ sends SHUTDOWN(both)                 ▼
+//!      gone                                    ▼                            Draining, until
+//!                   gone ◄── RST arrives ── Closing                         the guest's data
+//!                   or SHUTDOWN(both), or timeout                           is written to the
+//!                                                                           host; then gone
 //! ```
 //!
 //! In `Open` each direction ends on its own:

@@ -492,7 +492,8 @@ proptest! {
     #[test]
     fn hostile_rings(
         descriptors in proptest::collection::vec(
-            (0..3usize, 0..SIZE, 0..(MEMORY as u64 + 100), 0..70_000u32, 0..8u16, 0..SIZE + 2), 1..60),
+            (0..3usize, 0..SIZE, 0..(MEMORY as u64 + 100), 0..70_000u32, 0..8u16, 0..SIZE + 2),
+            1..60),
         memory in proptest::collection::vec((0..MEMORY as u64 - 64, any::<[u8; 16]>()), 0..60),
     ) {
         let (mut guest, mut stream) = connected();

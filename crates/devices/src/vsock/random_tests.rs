@@ -218,7 +218,8 @@ proptest! {
         quiesce(&mut world, &mut all);
         for both in &mut all {
             let guest = &both.guest;
-            let knows = guest.peer_shutdown & SHUTDOWN_SEND != 0 || guest.my_shutdown & SHUTDOWN_RECEIVE != 0;
+            let knows = guest.peer_shutdown & SHUTDOWN_SEND != 0
+                || guest.my_shutdown & SHUTDOWN_RECEIVE != 0;
             prop_assert!(guest.dead || knows, "the guest must see the host's end");
             both.guest.close(&mut world);
         }
@@ -244,7 +245,8 @@ proptest! {
     ) {
         let mut world = World::new(3000);
         world.muxer.listen(1);
-        for (number, (op, host, guest, buf_alloc, fwd_cnt, len, what)) in steps.into_iter().enumerate() {
+        let steps = steps.into_iter().enumerate();
+        for (number, (op, host, guest, buf_alloc, fwd_cnt, len, what)) in steps {
             let ports = Ports { host, guest };
             let mut header = guest_packet(ports, op);
             (header.buf_alloc, header.fwd_cnt, header.flags) = (buf_alloc, fwd_cnt, buf_alloc);

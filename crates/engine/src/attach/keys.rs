@@ -19,8 +19,8 @@ impl KeyWatch {
         KeyWatch { keys, typed: 0 }
     }
 
-    /// The bytes to pass on, and whether the keys are complete. The beginning of the keys is held back until the
-    /// next key shows that it was none.
+    /// The bytes to pass on, and whether the keys are complete. The beginning of the keys is held
+    /// back until the next key shows that it was none.
     pub fn filter(&mut self, input: &[u8]) -> (Vec<u8>, bool) {
         let mut output = Vec::with_capacity(input.len());
         for byte in input {

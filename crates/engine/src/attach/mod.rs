@@ -1,9 +1,9 @@
 //! Carries bytes between a process in a container and the caller's standard input and output: the
-//! attached forms of run, exec and attach. One thread, one poll loop, bounded memory: output is read
-//! only when the last was written out, input only when the last was sent.
+//! attached forms of run, exec and attach. One thread, one poll loop, bounded memory: output is
+//! read only when the last was written out, input only when the last was sent.
 //!
-//! The process's streams are descriptors that the sandbox handed over; its end, signals and the size
-//! of its terminal travel on the control connection that keeps it.
+//! The process's streams are descriptors that the sandbox handed over; its end, signals and the
+//! size of its terminal travel on the control connection that keeps it.
 
 mod keys;
 mod signals;
@@ -131,8 +131,8 @@ impl Attachment {
         }
     }
 
-    /// Carries bytes until the process ends or the user goes. `streams` are a terminal, or input (if
-    /// the process has one), output and error.
+    /// Carries bytes until the process ends or the user goes. `streams` are a terminal, or input
+    /// (if the process has one), output and error.
     ///
     /// # Errors
     /// The sandbox has ended, or the caller's streams cannot be used.

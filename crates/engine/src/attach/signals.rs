@@ -1,5 +1,5 @@
-//! Signals as a descriptor that can be polled beside others. Used while a command stands for a container's process:
-//! a signal for the command is then one for the container.
+//! Signals as a descriptor that can be polled beside others. Used while a command stands for a
+//! container's process: a signal for the command is then one for the container.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -25,8 +25,8 @@ pub const FORWARDED: [Signal; 6] = [
 ];
 
 impl Signals {
-    /// Takes these signals for this process. Every thread that is started later inherits it; none may have been
-    /// started before.
+    /// Takes these signals for this process. Every thread that is started later inherits it; none
+    /// may have been started before.
     pub fn take(signals: &[Signal]) -> Result<Signals> {
         let mut set = SigSet::empty();
         for signal in signals {

@@ -1,5 +1,5 @@
-//! The caller's terminal: raw mode that is always undone, and its size. Used by the attached forms of run, exec
-//! and attach. Never reads or writes the terminal's data.
+//! The caller's terminal: raw mode that is always undone, and its size. Used by the attached forms
+//! of run, exec and attach. Never reads or writes the terminal's data.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

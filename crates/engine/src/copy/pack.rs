@@ -9,8 +9,9 @@ use std::path::Path;
 use super::{ArchiveWriter, CHUNK};
 use crate::error::{Context, Result};
 
-/// Writes a host file or directory, with all that is in it, under `name`; `.` stands for the contents alone.
-/// With `keep_owners` not set, everything belongs to root in the container, as with Docker.
+/// Writes a host file or directory, with all that is in it, under `name`; `.` stands for the
+/// contents alone. With `keep_owners` not set, everything belongs to root in the container, as with
+/// Docker.
 pub fn pack(
     to: &mut ArchiveWriter,
     source: &Path,

@@ -1,5 +1,5 @@
-//! An archive of a container on the host. A guest made it: every name is looked up part by part below one directory,
-//! no symbolic link is followed, no set-user-id bit and no device is made.
+//! An archive of a container on the host. A guest made it: every name is looked up part by part
+//! below one directory, no symbolic link is followed, no set-user-id bit and no device is made.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -21,8 +21,8 @@ const MAX_LEFT_OUT: usize = 20;
 /// Decides where the first entry goes, from its kind and name; the others go below it.
 pub type Place<'a> = dyn Fn(EntryKind, &OsStr) -> std::result::Result<PathBuf, String> + 'a;
 
-/// Unpacks the archive of one file or directory on the host; the names of what was left out, because
-/// it is a device or of an unknown type.
+/// Unpacks the archive of one file or directory on the host; the names of what was left out,
+/// because it is a device or of an unknown type.
 ///
 /// # Errors
 /// The guest's error, a name that leads outside, or the host's file system refuses.
@@ -137,7 +137,8 @@ impl Target {
         }
     }
 
-    /// The directory that holds an entry, which is made when it is missing, and the entry's name in it.
+    /// The directory that holds an entry, which is made when it is missing, and the entry's name in
+    /// it.
     fn parent(&self, rest: &[&OsStr]) -> std::result::Result<(OwnedFd, OsString), Errno> {
         let mut names: Vec<&OsStr> = self.name.iter().map(OsString::as_os_str).collect();
         names.extend(rest);
@@ -185,7 +186,8 @@ impl Target {
                     self.own(&parent, &name, entry)
                         .map_err(|error| failed(&error))?;
                 }
-                // A bounded number of descriptors: deep trees give up the times of some directories.
+                // A bounded number of descriptors: deep trees give up the times of some
+                // directories.
                 if self.directories.len() < 512 {
                     self.directories.push((directory, times));
                 }

@@ -1,5 +1,5 @@
-//! Engines that read a directory of files: hull has a file of its own there. Whether it is still as hull wrote it shows
-//! when it is written again from what it says.
+//! Engines that read a directory of files: hull has a file of its own there. Whether it is still as
+//! hull wrote it shows when it is written again from what it says.
 
 use std::fs;
 use std::io::ErrorKind;

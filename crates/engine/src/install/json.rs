@@ -1,7 +1,8 @@
 //! Adding members to JSON objects and taking them out again, with every other byte left as it is.
 //!
-//! An object that was empty is filled without space between the braces and what is in them, one that did not exist is
-//! written with it: so what is emptied again shows whether it was there before.
+//! An object that was empty is filled without space between the braces and what is in them, one
+//! that did not exist is written with it: so what is emptied again shows whether it was there
+//! before.
 
 use std::ops::Range;
 
@@ -76,7 +77,8 @@ impl Object {
         !text[self.span.start + 1..].starts_with([' ', '\n'])
     }
 
-    /// Adds a member at the end. Of `value`, which may have several lines, only the first is not indented.
+    /// Adds a member at the end. Of `value`, which may have several lines, only the first is not
+    /// indented.
     pub(super) fn add(&self, text: &str, name: &str, value: &str) -> String {
         let mut text = text.to_owned();
         let name = serde_json::Value::from(name);
@@ -97,7 +99,8 @@ impl Object {
         text
     }
 
-    /// Takes a member out. `None` when nothing is left of an object that was not there before: then it goes itself.
+    /// Takes a member out. `None` when nothing is left of an object that was not there before: then
+    /// it goes itself.
     pub(super) fn without(&self, text: &str, name: &str) -> Option<String> {
         let position = self.members.iter().position(|member| member.name == name)?;
         let mut text = text.to_owned();

@@ -1,8 +1,9 @@
-//! Telling engines about `hull-oci`: which file gets which lines, and how to take exactly these back. Called by
-//! `hull install` and `hull uninstall`; prints nothing. The files of one engine are in the module of its name.
+//! Telling engines about `hull-oci`: which file gets which lines, and how to take exactly these
+//! back. Called by `hull install` and `hull uninstall`; prints nothing. The files of one engine are
+//! in the module of its name.
 //!
-//! A change is worked out completely before anything is written, and a file is written beside its place and renamed
-//! into it: what is there is the old text or the new one.
+//! A change is worked out completely before anything is written, and a file is written beside its
+//! place and renamed into it: what is there is the old text or the new one.
 
 mod crio;
 mod docker;
@@ -51,7 +52,8 @@ pub struct Change {
 }
 
 impl Engine {
-    /// The change that makes `runtime` known, below `root` in place of `/`; `None` when it is known already.
+    /// The change that makes `runtime` known, below `root` in place of `/`; `None` when it is known
+    /// already.
     pub fn install(self, root: &Path, runtime: &str, default: bool) -> Result<Option<Change>> {
         match self {
             Engine::Podman => drop_in::install(&podman::PODMAN, root, runtime, default),
@@ -209,8 +211,8 @@ impl Change {
         Ok(())
     }
 
-    /// What changes, line by line: the lines that go with `-`, those that come with `+`, those around them with a
-    /// space.
+    /// What changes, line by line: the lines that go with `-`, those that come with `+`, those
+    /// around them with a space.
     pub fn lines(&self) -> Vec<String> {
         let before: Vec<&str> = self.before.as_deref().unwrap_or_default().lines().collect();
         let after: Vec<&str> = self.after.as_deref().unwrap_or_default().lines().collect();

@@ -1,4 +1,5 @@
-//! podman and buildah read every file of `containers.conf.d` after `containers.conf`, in the order of their names.
+//! podman and buildah read every file of `containers.conf.d` after `containers.conf`, in the order
+//! of their names.
 
 use super::RUNTIME;
 use super::drop_in::{DropIn, quoted, text};

@@ -1,4 +1,5 @@
-//! Names for containers that were given none, in Docker's style: an adjective and a thing of the sea.
+//! Names for containers that were given none, in Docker's style: an adjective and a thing of the
+//! sea.
 
 use crate::error::{Context, Result};
 

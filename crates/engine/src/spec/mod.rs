@@ -1,8 +1,8 @@
 //! From an image's configuration and the options of `run` to the OCI spec that the agent receives.
 //!
 //! Pure: looks at nothing but its arguments. User names are left to the agent, which resolves them
-//! inside the container: `process.user.username` carries `user[:group]` as given, and the numbers are
-//! then ignored.
+//! inside the container: `process.user.username` carries `user[:group]` as given, and the numbers
+//! are then ignored.
 
 pub mod seccomp;
 
@@ -135,8 +135,8 @@ const ALL_CAPABILITIES: [&str; 41] = [
 /// Docker's default search path for images that have none (moby, oci/defaults.go).
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Where the agent's own executable appears in a container that wants an init process. It lies in the
-/// container's /dev, which is a file system of its own, so the image is not changed.
+/// Where the agent's own executable appears in a container that wants an init process. It lies in
+/// the container's /dev, which is a file system of its own, so the image is not changed.
 pub const INIT_PATH: &str = "/dev/hull-init";
 
 /// Paths that a container must not read, or not write: Docker's lists (moby, oci/defaults.go).
@@ -181,7 +181,8 @@ pub struct Built {
     pub network_sysctl: BTreeMap<String, String>,
 }
 
-/// The arguments of init, from options and image, by Docker's rules: a new entry point forgets the image's command.
+/// The arguments of init, from options and image, by Docker's rules: a new entry point forgets the
+/// image's command.
 ///
 /// # Errors
 /// Neither names a command.
@@ -210,7 +211,8 @@ pub fn command(
     Ok(command)
 }
 
-/// The environment of init: image, then Docker's additions, then options; later values replace earlier ones.
+/// The environment of init: image, then Docker's additions, then options; later values replace
+/// earlier ones.
 pub fn environment(options: &ContainerOptions, image: &ImageConfig) -> Vec<OsString> {
     let mut all: Vec<Vec<u8>> = vec![
         DEFAULT_PATH.into(),
@@ -390,7 +392,10 @@ pub fn user_object(user: &str) -> Value {
 }
 
 fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
-    let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": source, "options": options});
+    let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| {
+        let options = Value::from(options);
+        json!({"destination": destination, "type": kind, "source": source, "options": options})
+    };
     let shm_size = format!("size={}", options.shm_size);
     let mut mounts = vec![
         standard("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),

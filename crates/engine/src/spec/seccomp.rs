@@ -1,10 +1,12 @@
-//! The system call filter of containers that `hull run` starts, and the reading of profiles that users bring.
+//! The system call filter of containers that `hull run` starts, and the reading of profiles that
+//! users bring.
 //!
-//! The guest's kernel is the container's own, and the machine's wall is behind it. The filter keeps the way to that
-//! kernel narrow all the same: what containers do not use, programs in them cannot attack. It allows by name and
-//! refuses everything else, with EPERM; what only makes sense with a capability is allowed with the capability. The
-//! agent leaves out names that the guest's kernel does not know, and answers ENOSYS for system calls newer than all
-//! that a profile names, as if the kernel did not have them.
+//! The guest's kernel is the container's own, and the machine's wall is behind it. The filter keeps
+//! the way to that kernel narrow all the same: what containers do not use, programs in them cannot
+//! attack. It allows by name and refuses everything else, with EPERM; what only makes sense with a
+//! capability is allowed with the capability. The agent leaves out names that the guest's kernel
+//! does not know, and answers ENOSYS for system calls newer than all that a profile names, as if
+//! the kernel did not have them.
 
 use std::path::Path;
 
@@ -33,7 +35,8 @@ const CLONE_NEW: u64 = 0x7e02_0000;
 const AF_VSOCK: u64 = 40;
 const FAMILY_BITS: u32 = 6;
 
-/// The execution domains of programs as they are: PER_LINUX, PER_LINUX32, both with UNAME26, and the question.
+/// The execution domains of programs as they are: PER_LINUX, PER_LINUX32, both with UNAME26, and
+/// the question.
 const PERSONALITIES: [u64; 5] = [0, 8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
 /// What every container may call.
@@ -47,7 +50,8 @@ const ALLOWED: &[&str] = &[
      truncate readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir rename renameat \
      renameat2 link linkat symlink symlinkat unlink unlinkat mknod mknodat chmod fchmod fchmodat fchmodat2 chown \
      fchown lchown fchownat umask utime utimes futimesat utimensat name_to_handle_at file_getattr file_setattr",
-    // Attributes of files, and being told of changes. fanotify_mark needs a descriptor of fanotify_init.
+    // Attributes of files, and being told of changes. fanotify_mark needs a descriptor of
+    // fanotify_init.
     "setxattr lsetxattr fsetxattr setxattrat getxattr lgetxattr fgetxattr getxattrat listxattr llistxattr \
      flistxattr listxattrat removexattr lremovexattr fremovexattr removexattrat inotify_init inotify_init1 \
      inotify_add_watch inotify_rm_watch fanotify_mark",
@@ -66,8 +70,8 @@ const ALLOWED: &[&str] = &[
      getsid setsid pidfd_open pidfd_send_signal prctl arch_prctl set_tid_address set_thread_area get_thread_area \
      modify_ldt set_robust_list get_robust_list rseq rseq_slice_yield restart_syscall getpriority setpriority \
      ioprio_get ioprio_set getrlimit setrlimit prlimit64 getrusage times getcpu",
-    // Looking into one's own processes. The kernel asks for the right to, and since 4.8 a tracer cannot undo this
-    // filter.
+    // Looking into one's own processes. The kernel asks for the right to, and since 4.8 a tracer
+    // cannot undo this filter.
     "ptrace process_vm_readv process_vm_writev",
     // Scheduling.
     "sched_yield sched_getaffinity sched_setaffinity sched_getattr sched_setattr sched_getparam sched_setparam \
@@ -84,7 +88,8 @@ const ALLOWED: &[&str] = &[
     // Time; setting the clock needs a capability, here and of the kernel.
     "time gettimeofday nanosleep alarm getitimer setitimer clock_gettime clock_getres clock_nanosleep \
      timer_create timer_settime timer_gettime timer_getoverrun timer_delete adjtimex clock_adjtime",
-    // Sockets: socket is below, with conditions. socketcall would go around them; 32-bit C libraries need it no more.
+    // Sockets: socket is below, with conditions. socketcall would go around them; 32-bit C
+    // libraries need it no more.
     "socketpair bind listen accept accept4 connect shutdown getsockname getpeername getsockopt setsockopt sendto \
      sendmsg sendmmsg recvfrom recvmsg recvmmsg",
     // Messages, semaphores and shared memory, in the container's own namespace.
@@ -94,7 +99,8 @@ const ALLOWED: &[&str] = &[
     "uname sysinfo getrandom",
 ];
 
-/// What programs of 32 bits have besides: wider forms of what has got too narrow, and what 64 bits have never had.
+/// What programs of 32 bits have besides: wider forms of what has got too narrow, and what 64 bits
+/// have never had.
 const ALLOWED_32: &str = "fcntl64 _llseek ftruncate64 fadvise64_64 arm_fadvise64_64 sync_file_range2 arm_sync_file_range sendfile64 \
      stat64 lstat64 fstat64 fstatat64 oldstat oldlstat oldfstat statfs64 fstatfs64 truncate64 readdir chown32 \
      fchown32 lchown32 utimensat_time64 _newselect pselect6_time64 ppoll_time64 timerfd_settime64 \
@@ -134,13 +140,14 @@ const WITH_CAPABILITY: &[(&[&str], &str)] = &[
     (&["SYS_TTY_CONFIG"], "vhangup"),
 ];
 
-// Refused to all, by not being named: the kernel's key rings, which know no namespaces (add_key, request_key, keyctl);
-// what attacks on kernels are made with and programs do without (io_uring_*, userfaultfd); another kernel, swap
-// (kexec_*, swapon, swapoff); what is obsolete (uselib, ustat, sysfs, _sysctl, nfsservctl, lookup_dcookie, vm86, …).
+// Refused to all, by not being named: the kernel's key rings, which know no namespaces (add_key,
+// request_key, keyctl); what attacks on kernels are made with and programs do without (io_uring_*,
+// userfaultfd); another kernel, swap (kexec_*, swapon, swapoff); what is obsolete (uselib, ustat,
+// sysfs, _sysctl, nfsservctl, lookup_dcookie, vm86, …).
 
 impl Seccomp {
-    /// `linux.seccomp` of a process with these capabilities (`CAP_…`), on a kernel that executes programs of 32 bits or
-    /// does not.
+    /// `linux.seccomp` of a process with these capabilities (`CAP_…`), on a kernel that executes
+    /// programs of 32 bits or does not.
     pub(super) fn for_capabilities(
         &self,
         capabilities: &[String],
@@ -199,8 +206,9 @@ fn default_filter(capabilities: &[String], has_32_bits: bool) -> Value {
     for persona in PERSONALITIES {
         allow_if("personality", 0, "SCMP_CMP_EQ", persona, 0);
     }
-    // Not the machine's line to its host. The kernel looks at 32 bits of the argument and a comparison at 64, so "not
-    // equal" would be said of a family with something above: hence bit by bit, any that is not as in AF_VSOCK.
+    // Not the machine's line to its host. The kernel looks at 32 bits of the argument and a
+    // comparison at 64, so "not equal" would be said of a family with something above: hence bit by
+    // bit, any that is not as in AF_VSOCK.
     for bit in 0..FAMILY_BITS {
         let mask = 1 << bit;
         allow_if("socket", 0, "SCMP_CMP_MASKED_EQ", mask, !AF_VSOCK & mask);
@@ -209,7 +217,8 @@ fn default_filter(capabilities: &[String], has_32_bits: bool) -> Value {
         allowed.extend(["clone", "clone3"]);
     } else {
         allow_if("clone", 0, "SCMP_CMP_MASKED_EQ", CLONE_NEW, 0);
-        // Its flags are in memory, where a filter cannot look. C libraries take clone when there is no clone3.
+        // Its flags are in memory, where a filter cannot look. C libraries take clone when there is
+        // no clone3.
         rules.push(json!({
             "names": ["clone3"],
             "action": "SCMP_ACT_ERRNO",
@@ -225,7 +234,8 @@ fn default_filter(capabilities: &[String], has_32_bits: bool) -> Value {
     })
 }
 
-/// A profile in Docker's form: the specification's, with rules for some architectures, capabilities and kernels only.
+/// A profile in Docker's form: the specification's, with rules for some architectures, capabilities
+/// and kernels only.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Profile {
@@ -307,8 +317,8 @@ impl Condition {
 }
 
 impl Rule {
-    /// By Docker's rules: included by all that is asked for, excluded by any. Guest kernels are newer than all kernels
-    /// that profiles ask for.
+    /// By Docker's rules: included by all that is asked for, excluded by any. Guest kernels are
+    /// newer than all kernels that profiles ask for.
     fn holds(&self, capabilities: &[String]) -> bool {
         let included = self.includes.as_ref().is_none_or(|includes| {
             includes.is_for_this_architecture() != Some(false)

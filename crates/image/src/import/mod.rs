@@ -31,8 +31,8 @@ pub enum Source<'a> {
 pub struct Import {
     /// Its name; it may have none.
     pub name: Option<RegistryReference>,
-    /// Instructions as in a Dockerfile: `CMD`, `ENTRYPOINT`, `ENV`, `EXPOSE`, `LABEL`, `STOPSIGNAL`, `USER`, `VOLUME`,
-    /// `WORKDIR`.
+    /// Instructions as in a Dockerfile: `CMD`, `ENTRYPOINT`, `ENV`, `EXPOSE`, `LABEL`,
+    /// `STOPSIGNAL`, `USER`, `VOLUME`, `WORKDIR`.
     pub changes: Vec<String>,
     /// A comment for its history.
     pub message: Option<String>,

@@ -1,5 +1,5 @@
-//! A pipe between two threads. Unlike one of the operating system it never raises a signal: who writes to a reader that
-//! went away gets an error.
+//! A pipe between two threads. Unlike one of the operating system it never raises a signal: who
+//! writes to a reader that went away gets an error.
 
 use std::io::{self, Read, Write};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};

@@ -1,7 +1,8 @@
 //! Packs a directory into a tar archive, always in the same order and form.
 //!
-//! Called by `import`. Never follows a symbolic link and never leaves the file system that the directory is on: a
-//! mounted `proc` is an empty directory in the archive. Sockets are left out, as they mean nothing without their process.
+//! Called by `import`. Never follows a symbolic link and never leaves the file system that the
+//! directory is on: a mounted `proc` is an empty directory in the archive. Sockets are left out, as
+//! they mean nothing without their process.
 
 use std::collections::HashMap;
 use std::ffi::OsString;

@@ -1,7 +1,8 @@
 //! `docker-archive:FILE[:TAG]`: what `docker save` writes, old and new style, plain or compressed.
 //!
-//! Called by the store. The archive is read twice: once for the list of its members, then each layer at its place. A
-//! compressed archive is uncompressed into an unnamed temporary file of the store first.
+//! Called by the store. The archive is read twice: once for the list of its members, then each
+//! layer at its place. A compressed archive is uncompressed into an unnamed temporary file of the
+//! store first.
 
 use std::collections::HashMap;
 use std::fs::File;

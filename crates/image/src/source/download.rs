@@ -1,8 +1,8 @@
 //! Fetches one layer archive into the store's blobs, continuing what an earlier attempt left.
 //!
-//! Called by the registry source. The archive grows in `HEX.part`, which is locked meanwhile, and gets its final name
-//! only when its digest is right and it is on the disk. A second process that wants it waits for the lock and then
-//! finds the archive, or the layer made of it.
+//! Called by the registry source. The archive grows in `HEX.part`, which is locked meanwhile, and
+//! gets its final name only when its digest is right and it is on the disk. A second process that
+//! wants it waits for the lock and then finds the archive, or the layer made of it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -97,7 +97,8 @@ pub(super) async fn layer(
     part.complete(&blob)
 }
 
-/// Opens and locks the growing archive. `None` when it is not the one at `path` any more: look again.
+/// Opens and locks the growing archive. `None` when it is not the one at `path` any more: look
+/// again.
 async fn lock_part(path: &Path, waiting: impl FnOnce()) -> Result<Option<File>> {
     let failed = |doing| move |error: io::Error| Error::io(doing, path, error);
     let file = OpenOptions::new()
@@ -181,7 +182,8 @@ impl Part {
             match ended {
                 Ended::NothingLeft => return Err(truncated(self.hasher.length())),
                 Ended::Complete if !grown => return Err(truncated(self.hasher.length())),
-                // Answers that break off where the last one did: the registry has no more, whatever it announces.
+                // Answers that break off where the last one did: the registry has no more, whatever
+                // it announces.
                 Ended::Cut if fruitless >= ATTEMPTS => return Err(truncated(self.hasher.length())),
                 Ended::Failed(error) if fruitless >= ATTEMPTS => return Err(error),
                 Ended::Failed(_) | Ended::Cut => {
@@ -289,8 +291,8 @@ impl Part {
 }
 
 impl Store {
-    /// Whether the layer is there under its diff id. (If it is only there under a chain id, its archive is fetched
-    /// once more than necessary.)
+    /// Whether the layer is there under its diff id. (If it is only there under a chain id, its
+    /// archive is fetched once more than necessary.)
     fn has_layer(&self, diff_id: &Digest) -> bool {
         self.root().join("layers").join(diff_id.hex()).exists()
     }

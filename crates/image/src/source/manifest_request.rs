@@ -1,7 +1,7 @@
 //! Asks a registry for a manifest and reads no more of the answer than a manifest may have.
 //!
-//! Called by the registry source. The registry client reads a manifest of any length into memory, so this request is
-//! made here; the client only says how to authenticate.
+//! Called by the registry source. The registry client reads a manifest of any length into memory,
+//! so this request is made here; the client only says how to authenticate.
 
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
@@ -91,7 +91,8 @@ impl Manifests {
         reference: &Reference,
         auth: &RegistryAuth,
     ) -> RequestBuilder {
-        // A registry that gives no token will answer the request itself as it likes, with a better reason.
+        // A registry that gives no token will answer the request itself as it likes, with a better
+        // reason.
         let ask = || async {
             let answer = client.auth(reference, auth, RegistryOperation::Pull).await;
             answer.ok().flatten()

@@ -1,8 +1,8 @@
 //! Images from a registry.
 //!
-//! Called by the store. One thread talks to the registry (the only asynchronous code of this crate) and puts layer
-//! archives into the store's blobs, several at once; the caller's thread unpacks them in order while others still
-//! arrive.
+//! Called by the store. One thread talks to the registry (the only asynchronous code of this crate)
+//! and puts layer archives into the store's blobs, several at once; the caller's thread unpacks
+//! them in order while others still arrive.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -182,8 +182,8 @@ impl<'a> Session<'a> {
         };
         if name.is_local() {
             config.protocol = ClientProtocol::Http;
-            // No proxy stands between this machine and itself, whatever the environment says: an exception for
-            // every host needs a proxy to be an exception from.
+            // No proxy stands between this machine and itself, whatever the environment says: an
+            // exception for every host needs a proxy to be an exception from.
             config.http_proxy = Some("http://localhost".to_owned());
             config.no_proxy = Some("*".to_owned());
         }
@@ -320,7 +320,8 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// A manifest and its digest, computed here. When the reference is one by digest, they must be the same.
+    /// A manifest and its digest, computed here. When the reference is one by digest, they must be
+    /// the same.
     async fn manifest(&self, reference: &oci_client::Reference) -> Result<(Digest, Vec<u8>)> {
         let bytes = self
             .manifests
@@ -475,8 +476,8 @@ fn root_cause(error: &dyn std::error::Error) -> String {
     cause.to_string()
 }
 
-/// Chooses the cryptography of TLS for this process. `false` when there are no certificates to trust, which the HTTP
-/// client would answer with a panic, even where no TLS is spoken.
+/// Chooses the cryptography of TLS for this process. `false` when there are no certificates to
+/// trust, which the HTTP client would answer with a panic, even where no TLS is spoken.
 fn tls_ready() -> bool {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {

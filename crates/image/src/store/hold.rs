@@ -1,8 +1,9 @@
 //! Says that a container needs an image, so that nobody removes it.
 //!
-//! Called by the sandbox. A hold is a file that lists the layers. It counts while the process that made it lives (it
-//! keeps the file locked) and while the container exists (whoever removes images knows which do). So neither a killed
-//! process nor a reboot leaves images that cannot be removed, and nothing has to run to keep one.
+//! Called by the sandbox. A hold is a file that lists the layers. It counts while the process that
+//! made it lives (it keeps the file locked) and while the container exists (whoever removes images
+//! knows which do). So neither a killed process nor a reboot leaves images that cannot be removed,
+//! and nothing has to run to keep one.
 
 use std::fs::File;
 use std::io::Write;
@@ -26,8 +27,8 @@ pub(super) struct HoldRecord {
     pub layers: Vec<String>,
 }
 
-/// Keeps an image while this value, or the container, exists. Dropping it leaves the file: the container may go on
-/// without this process.
+/// Keeps an image while this value, or the container, exists. Dropping it leaves the file: the
+/// container may go on without this process.
 #[derive(Debug)]
 pub struct Hold {
     path: PathBuf,
@@ -42,8 +43,9 @@ impl Hold {
 }
 
 impl Store {
-    /// Holds an image for the container `id`. `None` for an image that is not in the store (`rootfs:`). Fails with
-    /// [`Error::Damaged`] when it was removed since it was resolved: resolve it again.
+    /// Holds an image for the container `id`. `None` for an image that is not in the store
+    /// (`rootfs:`). Fails with [`Error::Damaged`] when it was removed since it was resolved:
+    /// resolve it again.
     pub fn hold(&self, image: &Image, id: &str) -> Result<Option<Hold>> {
         let Some(manifest) = image.digest else {
             return Ok(None);
@@ -55,7 +57,8 @@ impl Store {
             .filter_map(|diff| diff.parent()?.file_name()?.to_str().map(str::to_owned))
             .collect();
         let record = HoldRecord { manifest, layers };
-        // Removing takes this lock exclusively: either it sees the hold, or the layers are seen missing here.
+        // Removing takes this lock exclusively: either it sees the hold, or the layers are seen
+        // missing here.
         let _lock = self.lock(FlockOperation::LockShared)?;
         let hold = write_locked(&path, &record)?;
         let gone = image.layers.iter().find(|path| !path.exists());
@@ -92,8 +95,8 @@ impl Store {
         ))
     }
 
-    /// All holds that still count, with the ids of their containers. Those that do not are removed. The caller has
-    /// the exclusive lock.
+    /// All holds that still count, with the ids of their containers. Those that do not are removed.
+    /// The caller has the exclusive lock.
     pub(super) fn live_holds(
         &self,
         exists: &dyn Fn(&str) -> bool,
@@ -109,7 +112,8 @@ impl Store {
             };
             let path = dir.join(&name);
             if exists(id) || is_locked(&path) {
-                // A hold that cannot be read holds nothing that could be named; the container exists, though.
+                // A hold that cannot be read holds nothing that could be named; the container
+                // exists, though.
                 let record = read_json(&path)?;
                 live.extend(record.map(|record| (id.to_owned(), record)));
             } else {
@@ -128,8 +132,8 @@ fn is_locked(path: &std::path::Path) -> bool {
         .is_err_and(|error| error == rustix::io::Errno::WOULDBLOCK)
 }
 
-/// Writes a hold and keeps it locked. It means nothing after a reboot, so nobody waits for the disk; and who reads it has
-/// the exclusive lock, so nobody sees half of it.
+/// Writes a hold and keeps it locked. It means nothing after a reboot, so nobody waits for the
+/// disk; and who reads it has the exclusive lock, so nobody sees half of it.
 fn write_locked(path: &std::path::Path, record: &HoldRecord) -> Result<OwnedFd> {
     let content = serde_json::to_vec(record).map_err(|error| Error::CorruptStore {
         path: path.to_owned(),

@@ -1,6 +1,7 @@
 //! Puts an image into the store: its layers one on the other, then its record, then its name.
 //!
-//! Called by the sources (registry, layout, archive, import), which only say what the image is made of.
+//! Called by the sources (registry, layout, archive, import), which only say what the image is made
+//! of.
 
 use std::io::Read;
 
@@ -39,7 +40,8 @@ pub(crate) struct PlannedLayer {
 /// The archive of a layer.
 pub(crate) struct LayerStream {
     pub reader: Box<dyn Read>,
-    /// What the bytes of `reader` must be, when that is known. (The uncompressed archive is checked always.)
+    /// What the bytes of `reader` must be, when that is known. (The uncompressed archive is checked
+    /// always.)
     pub digest: Option<Digest>,
     pub size: Option<u64>,
 }
@@ -71,8 +73,9 @@ impl Store {
             .collect()
     }
 
-    /// Makes what is missing. `open` gives the archive of layer `index` and is called, in ascending order, only for
-    /// layers that must be made. The caller holds the lock of [`Store::begin_work`].
+    /// Makes what is missing. `open` gives the archive of layer `index` and is called, in ascending
+    /// order, only for layers that must be made. The caller holds the lock of
+    /// [`Store::begin_work`].
     pub(crate) fn install(
         &self,
         plan: &Plan,

@@ -1,7 +1,7 @@
 //! Layer directories: found, or made once by whoever comes first.
 //!
-//! Called by the installation of an image. A layer is named by its diff id, so images share it; one that could be
-//! unpacked only with a view of the layers below it is named by its chain id instead.
+//! Called by the installation of an image. A layer is named by its diff id, so images share it; one
+//! that could be unpacked only with a view of the layers below it is named by its chain id instead.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,8 +86,8 @@ impl Store {
         Ok(None)
     }
 
-    /// Finds or makes a layer. `lower` are the directories below it, topmost first; `open` gives its archive and is
-    /// called only when the layer must be made.
+    /// Finds or makes a layer. `lower` are the directories below it, topmost first; `open` gives
+    /// its archive and is called only when the layer must be made.
     pub(crate) fn ensure_layer(
         &self,
         reference: &str,
@@ -119,7 +119,8 @@ impl Store {
         let made = self.make_layer(reference, layer, lower, &partial, &lock, open, progress);
         if made.is_err() {
             if let Ok(layers) = fs::open_dir(self.layers_dir()) {
-                // Best effort: the error that led here says more, and who comes next clears the directory.
+                // Best effort: the error that led here says more, and who comes next clears the
+                // directory.
                 let _ = fs::remove_all(layers.as_fd(), &partial);
             }
         } else {
@@ -272,8 +273,8 @@ fn no_space(error: Error, path: &Path) -> Error {
     }
 }
 
-/// Makes and locks the directory that a layer is unpacked into. `None` when it became somebody else's finished
-/// layer, or went away, before the lock was ours.
+/// Makes and locks the directory that a layer is unpacked into. `None` when it became somebody
+/// else's finished layer, or went away, before the lock was ours.
 fn lock_partial(path: &Path, waiting: impl FnOnce()) -> rustix::io::Result<Option<OwnedFd>> {
     match rustix::fs::mkdir(path, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}

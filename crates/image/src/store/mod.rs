@@ -1,6 +1,7 @@
 //! The store: which images are here, and where their parts are.
 //!
-//! Called by the command line and the sandbox, by several processes at once. The layout below the root:
+//! Called by the command line and the sandbox, by several processes at once. The layout below the
+//! root:
 //!
 //! | path | what |
 //! | --- | --- |
@@ -14,8 +15,8 @@
 //! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is made |
 //! | `busy` | shared while anything is fetched or unpacked; exclusive for removing unused layers |
 //!
-//! Locks are `flock`s: whoever is killed leaves none behind. What has its final name is complete and was flushed to
-//! the disk before it got it.
+//! Locks are `flock`s: whoever is killed leaves none behind. What has its final name is complete
+//! and was flushed to the disk before it got it.
 
 mod hold;
 mod install;
@@ -86,7 +87,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in `root`, which is made when it is missing (mode 0700: layers hold suid executables).
+    /// Opens the store in `root`, which is made when it is missing (mode 0700: layers hold suid
+    /// executables).
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
         let root = root.into();
         let store = Self {
@@ -129,8 +131,8 @@ impl Store {
 
     /// Makes an image usable: finds it here, or fetches and unpacks it, as `pull` says.
     ///
-    /// Blocks, for a registry perhaps for long; may be called from within a tokio runtime only where blocking is
-    /// allowed. A local image costs a handful of system calls.
+    /// Blocks, for a registry perhaps for long; may be called from within a tokio runtime only
+    /// where blocking is allowed. A local image costs a handful of system calls.
     pub fn resolve(
         &self,
         reference: &Reference,
@@ -201,7 +203,8 @@ impl Store {
             .transpose()
     }
 
-    /// Looks for a name, for a digest, and for the beginning of an id. Gives the manifest and the image's name.
+    /// Looks for a name, for a digest, and for the beginning of an id. Gives the manifest and the
+    /// image's name.
     fn locate(
         &self,
         reference: &Reference,

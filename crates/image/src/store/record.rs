@@ -1,6 +1,7 @@
 //! The small files that say what is in the store.
 //!
-//! Called by the other parts of the store only. Read on every start: they hold no more than a start or a list needs.
+//! Called by the other parts of the store only. Read on every start: they hold no more than a start
+//! or a list needs.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,7 +1,8 @@
 //! Removes names, images, and what no image and no container uses any more.
 //!
-//! Called by `hull image rm` and `prune`. Names and records go at once, under the exclusive lock; what they alone
-//! used is moved aside under the same lock and removed after it, so that nobody waits for a big tree.
+//! Called by `hull image rm` and `prune`. Names and records go at once, under the exclusive lock;
+//! what they alone used is moved aside under the same lock and removed after it, so that nobody
+//! waits for a big tree.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -22,9 +23,9 @@ use crate::unpack::fs;
 const TRASH: &str = "trash-";
 
 impl Store {
-    /// Removes a name, and the image when that was its last one. By id, removes the image with its name; with
-    /// several names, or with containers that use it, only when `force` is set. An image whose containers still use
-    /// it keeps its layers until they are gone.
+    /// Removes a name, and the image when that was its last one. By id, removes the image with its
+    /// name; with several names, or with containers that use it, only when `force` is set. An image
+    /// whose containers still use it keeps its layers until they are gone.
     ///
     /// `container_exists` says of a container's id whether it still exists.
     pub fn remove(
@@ -88,8 +89,8 @@ impl Store {
         Ok(removed)
     }
 
-    /// Removes images that no container uses: those without a name, with `all` also those that have one. And what was
-    /// left behind by interrupted pulls.
+    /// Removes images that no container uses: those without a name, with `all` also those that have
+    /// one. And what was left behind by interrupted pulls.
     pub fn prune(&self, all: bool, container_exists: &dyn Fn(&str) -> bool) -> Result<Removed> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let mut references = self.read_references()?;
@@ -179,7 +180,8 @@ impl Store {
         Ok(())
     }
 
-    /// Moves aside the layer directories that neither an image nor a container uses, finished or not.
+    /// Moves aside the layer directories that neither an image nor a container uses, finished or
+    /// not.
     fn trash_layers(
         &self,
         records: &[Record],

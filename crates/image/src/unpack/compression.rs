@@ -1,12 +1,14 @@
 //! Recognizes how an archive is compressed, by its first bytes, and uncompresses it.
 //!
-//! Called by the store and by `import`. Media types are not trusted here: Docker goes by content, too.
+//! Called by the store and by `import`. Media types are not trusted here: Docker goes by content,
+//! too.
 
 use std::io::{BufRead, Read};
 
 use super::{LayerError, TarError};
 
-/// Most memory that a zstd archive may ask for its window, as a power of two: what the format's own tools accept.
+/// Most memory that a zstd archive may ask for its window, as a power of two: what the format's own
+/// tools accept.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// The uncompressed bytes of `archive`.

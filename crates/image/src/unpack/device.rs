@@ -1,9 +1,11 @@
 //! Which device nodes an image may bring.
 //!
-//! Called by the writer. A node in a layer directory is a real device node of the host, and the file system device
-//! could be talked into opening it, so only those that give access to nothing are made.
+//! Called by the writer. A node in a layer directory is a real device node of the host, and the
+//! file system device could be talked into opening it, so only those that give access to nothing
+//! are made.
 
-/// Character devices that distributions put into the `/dev` of images: (major, first minor, last minor, names).
+/// Character devices that distributions put into the `/dev` of images: (major, first minor, last
+/// minor, names).
 const HARMLESS: &[(u32, u32, u32, &str)] = &[
     (1, 3, 3, "null"),
     (1, 5, 5, "zero"),

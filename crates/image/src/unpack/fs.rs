@@ -1,6 +1,7 @@
 //! Small file-system helpers over directory descriptors.
 //!
-//! Called by the unpacker and the store. None of them follows a symbolic link in the last part of a name.
+//! Called by the unpacker and the store. None of them follows a symbolic link in the last part of a
+//! name.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -13,8 +14,8 @@ use rustix::io::{Errno, Result};
 
 /// The attribute that makes a directory hide the lower ones.
 const OPAQUE: &str = "trusted.overlay.opaque";
-/// The same in a user namespace (overlayfs's option `userxattr`), where the other one cannot be set. Layers themselves
-/// cannot bring either.
+/// The same in a user namespace (overlayfs's option `userxattr`), where the other one cannot be
+/// set. Layers themselves cannot bring either.
 const OPAQUE_OF_USER: &str = "user.overlay.opaque";
 
 /// Opens a directory for reading.
@@ -44,7 +45,8 @@ pub(crate) fn open_in_root(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd>
     )
 }
 
-/// Opens the directory `path` below `root`; fails with `LOOP` when there is a symbolic link on the way.
+/// Opens the directory `path` below `root`; fails with `LOOP` when there is a symbolic link on the
+/// way.
 pub(crate) fn open_real(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
     open_below(
         root,
@@ -101,7 +103,8 @@ pub(crate) fn set_opaque(dir: BorrowedFd<'_>) -> Result<()> {
     }
 }
 
-/// The time stamps that set only the modification time (the access time follows it, to be deterministic).
+/// The time stamps that set only the modification time (the access time follows it, to be
+/// deterministic).
 pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
     let time = Timespec {
         tv_sec: seconds,
@@ -113,8 +116,8 @@ pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
     }
 }
 
-/// Removes what is at `name`, a directory with all that is in it. It may be arbitrarily deep: subdirectories are moved
-/// up before they are emptied, so neither stack nor descriptors run out.
+/// Removes what is at `name`, a directory with all that is in it. It may be arbitrarily deep:
+/// subdirectories are moved up before they are emptied, so neither stack nor descriptors run out.
 pub(crate) fn remove_all(
     parent: BorrowedFd<'_>,
     name: impl rustix::path::Arg + Copy,
@@ -152,7 +155,8 @@ pub(crate) fn remove_all(
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
-/// Empties the directory `name` in `top`: files are removed, directories that are not empty move to `top`.
+/// Empties the directory `name` in `top`: files are removed, directories that are not empty move to
+/// `top`.
 fn flatten(top: BorrowedFd<'_>, name: &std::ffi::CStr, moved: &mut u64) -> Result<()> {
     let dir = open_child_dir(top, name)?;
     for entry in Dir::read_from(&dir)? {

@@ -1,7 +1,8 @@
 //! The merged view of the layers below the one that is unpacked.
 //!
-//! Called by the writer for the few archives that are incomplete by themselves: parent directories that are not
-//! in the archive take owner and mode from below, and hard links may point to files below.
+//! Called by the writer for the few archives that are incomplete by themselves: parent directories
+//! that are not in the archive take owner and mode from below, and hard links may point to files
+//! below.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -38,7 +39,8 @@ impl<'a> Lower<'a> {
         self.used.get()
     }
 
-    /// What the merged view shows at `path` (its parts, without `.` and `..`). Symbolic links are not followed.
+    /// What the merged view shows at `path` (its parts, without `.` and `..`). Symbolic links are
+    /// not followed.
     pub(crate) fn lookup(&self, path: &[Vec<u8>]) -> Result<Option<Found>, Errno> {
         let Some((last, parents)) = path.split_last() else {
             return Ok(None);

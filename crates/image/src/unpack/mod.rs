@@ -2,22 +2,27 @@
 //!
 //! Called by the store (pull, import). A layer is data from strangers, so:
 //!
-//! - Every path is resolved by the kernel below the layer's directory (`openat2`, `RESOLVE_IN_ROOT`): a symbolic
-//!   link leads at most to the layer's own root, as it would in the container. The last part of a name is never
-//!   followed: what is there is replaced.
-//! - Names with `..` and absolute names are refused. Targets of symbolic links are only text and may be anything;
-//!   targets of hard links may begin with a slash (some tools write that), which means the layer's root.
-//! - Device nodes: the harmless pseudo devices that distributions put into `/dev` (null, zero, tty, …) are created,
-//!   block devices and all others are refused by name. A character device 0:0 is a whiteout, as in overlayfs.
+//! - Every path is resolved by the kernel below the layer's directory (`openat2`,
+//!   `RESOLVE_IN_ROOT`): a symbolic link leads at most to the layer's own root, as it would in the
+//!   container. The last part of a name is never followed: what is there is replaced.
+//! - Names with `..` and absolute names are refused. Targets of symbolic links are only text and
+//!   may be anything; targets of hard links may begin with a slash (some tools write that), which
+//!   means the layer's root.
+//! - Device nodes: the harmless pseudo devices that distributions put into `/dev` (null, zero, tty,
+//!   …) are created, block devices and all others are refused by name. A character device 0:0 is a
+//!   whiteout, as in overlayfs.
 //! - Extended attributes: `user.*`, `security.capability` and POSIX ACLs are kept. `trusted.*` and
 //!   `user.overlay.*` are dropped: in an overlay they would redirect directories.
-//! - The size of an unpacked layer is bounded by the disk; what is kept in memory is bounded by [`tar_reader`].
+//! - The size of an unpacked layer is bounded by the disk; what is kept in memory is bounded by
+//!   [`tar_reader`].
 //!
-//! Whiteouts (`.wh.name`) become character devices 0:0, opaque directories (`.wh..wh..opq`) get the attribute
-//! `trusted.overlay.opaque`. Both hide only what lower layers hold, wherever in the archive they are written.
+//! Whiteouts (`.wh.name`) become character devices 0:0, opaque directories (`.wh..wh..opq`) get the
+//! attribute `trusted.overlay.opaque`. Both hide only what lower layers hold, wherever in the
+//! archive they are written.
 //!
-//! The result depends on the archive alone. Only an archive that leaves out parent directories, or has hard links to
-//! files of lower layers, makes the unpacker look at those; it says so in [`Unpacked::used_lower`].
+//! The result depends on the archive alone. Only an archive that leaves out parent directories, or
+//! has hard links to files of lower layers, makes the unpacker look at those; it says so in
+//! [`Unpacked::used_lower`].
 
 mod attributes;
 pub(crate) mod compression;
@@ -147,8 +152,8 @@ pub struct Unpacked {
     pub used_lower: bool,
 }
 
-/// Unpacks the tar archive `archive` (not compressed) into the empty directory `root`. `lower` are the directories
-/// of the layers below it, topmost first.
+/// Unpacks the tar archive `archive` (not compressed) into the empty directory `root`. `lower` are
+/// the directories of the layers below it, topmost first.
 ///
 /// After an error `root` holds part of the layer; the caller removes it.
 pub(crate) fn unpack(

@@ -1,8 +1,8 @@
 //! A reader for the tar dialects that layers come in: ustar, GNU and PAX, with sparse files.
 //!
-//! Called by the unpacker, and for the outer archive of `docker-archive:`. It only reads: it decides nothing
-//! about names, which stay the bytes that the archive holds. What an archive can make it keep in memory is
-//! bounded: see the constants.
+//! Called by the unpacker, and for the outer archive of `docker-archive:`. It only reads: it
+//! decides nothing about names, which stay the bytes that the archive holds. What an archive can
+//! make it keep in memory is bounded: see the constants.
 
 mod pax;
 
@@ -111,7 +111,8 @@ pub struct Sparse {
     pub size: u64,
 }
 
-/// Reads entries one after the other; between two calls of [`TarReader::next`], reads the entry's data.
+/// Reads entries one after the other; between two calls of [`TarReader::next`], reads the entry's
+/// data.
 pub struct TarReader<R> {
     inner: R,
     position: u64,
@@ -140,7 +141,8 @@ impl<R: Read> TarReader<R> {
         self.position
     }
 
-    /// Bytes of the current entry's data and padding that are not yet read, for callers that can seek.
+    /// Bytes of the current entry's data and padding that are not yet read, for callers that can
+    /// seek.
     pub fn unread(&self) -> u64 {
         self.data_left + self.padding
     }
@@ -174,7 +176,8 @@ impl<R: Read> TarReader<R> {
                         .add_records(&records)
                         .map_err(|reason| self.malformed(start, reason))?;
                 }
-                // Global records say nothing about one file; Docker ignores them, too. 'V' is a volume label.
+                // Global records say nothing about one file; Docker ignores them, too. 'V' is a
+                // volume label.
                 b'g' | b'V' => self.begin_data(size),
                 b'L' => extensions.path = Some(until_nul(&self.read_extension(size)?).to_vec()),
                 b'K' => extensions.link = Some(until_nul(&self.read_extension(size)?).to_vec()),

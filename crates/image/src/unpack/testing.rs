@@ -127,7 +127,8 @@ impl Tar {
         self.raw(name, kind, "", b"")
     }
 
-    /// PAX records for the next entry. (What `meta` said before is for the entry, not for this header.)
+    /// PAX records for the next entry. (What `meta` said before is for the entry, not for this
+    /// header.)
     pub fn pax(mut self, records: &[(&str, &[u8])]) -> Self {
         let meta = self.next.clone();
         let mut data = Vec::new();

@@ -35,7 +35,8 @@ impl Tree {
     }
 }
 
-/// Unpacks as root, which these tests need: owners, devices and trusted attributes cannot be had otherwise.
+/// Unpacks as root, which these tests need: owners, devices and trusted attributes cannot be had
+/// otherwise.
 fn try_unpack(archive: Vec<u8>, lower: &[OwnedFd]) -> (Tree, Result<Unpacked, LayerError>) {
     assert!(
         rustix::process::geteuid().is_root(),

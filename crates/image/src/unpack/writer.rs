@@ -1,4 +1,5 @@
-//! Turns the entries of a layer into files below one directory. The rules are on top of the module above.
+//! Turns the entries of a layer into files below one directory. The rules are on top of the module
+//! above.
 
 mod parents;
 
@@ -34,9 +35,11 @@ const NO_TIME: (i64, u32) = (0, 0);
 pub(super) struct Writer<'a> {
     root: OwnedFd,
     lower: Lower<'a>,
-    /// The directory that the last file went into: neighbours in an archive are neighbours in a directory.
+    /// The directory that the last file went into: neighbours in an archive are neighbours in a
+    /// directory.
     last_parent: Option<Parent>,
-    /// Times of directories by their paths without symbolic links, set at the end because making entries changes them.
+    /// Times of directories by their paths without symbolic links, set at the end because making
+    /// entries changes them.
     dir_times: BTreeMap<Vec<u8>, (i64, u32)>,
     buffer: Vec<u8>,
     bytes: u64,
@@ -303,7 +306,8 @@ impl<'a> Writer<'a> {
         let made = Cell::new(true);
         self.replace(entry, parent, name, || {
             let node = rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device);
-            // In a user namespace there are no devices. A container does without: its /dev is made anew.
+            // In a user namespace there are no devices. A container does without: its /dev is made
+            // anew.
             made.set(!(node == Err(Errno::PERM) && kind == FileType::CharacterDevice));
             if made.get() { node } else { Ok(()) }
         })?;
@@ -385,7 +389,8 @@ impl<'a> Writer<'a> {
             .map_err(failed("link", &entry.path))
     }
 
-    /// Copies a regular file of a lower layer into this one, as overlayfs would before linking to it.
+    /// Copies a regular file of a lower layer into this one, as overlayfs would before linking to
+    /// it.
     fn copy_up(&mut self, entry: &Entry, target: &[&[u8]]) -> Result<bool, LayerError> {
         let path: Vec<Vec<u8>> = target.iter().map(|part| part.to_vec()).collect();
         let shown = &entry.link;

@@ -1,4 +1,5 @@
-//! What the tests of this crate share: OCI layouts made from nothing, a real registry, and a proxy that cuts lines.
+//! What the tests of this crate share: OCI layouts made from nothing, a real registry, and a proxy
+//! that cuts lines.
 //!
 //! A missing tool fails the test with its name.
 
@@ -78,7 +79,8 @@ impl Layout {
         }
     }
 
-    /// A layout with one image for this machine, tagged `latest`, of the given archives, lowest first.
+    /// A layout with one image for this machine, tagged `latest`, of the given archives, lowest
+    /// first.
     pub fn with(layers: &[Vec<u8>]) -> Self {
         let mut layout = Self::new();
         layout.image("latest", host_architecture(), layers);

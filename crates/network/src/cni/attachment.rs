@@ -1,4 +1,5 @@
-//! What is attached to a network: a namespace, its interface, and what plugins may be told about them.
+//! What is attached to a network: a namespace, its interface, and what plugins may be told about
+//! them.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -13,8 +14,8 @@ use serde_json::{Map, Value, json};
 pub struct Attachment {
     /// The container, unique on this host: letters, digits, `_`, `.` and `-`.
     pub container_id: String,
-    /// The network namespace. A path that outlives processes (a mount of the namespace) lets plugins clean up
-    /// more after a crash than `/proc/PID/ns/net`.
+    /// The network namespace. A path that outlives processes (a mount of the namespace) lets
+    /// plugins clean up more after a crash than `/proc/PID/ns/net`.
     pub netns: PathBuf,
     /// Name of the interface in the namespace.
     pub ifname: String,
@@ -249,7 +250,8 @@ impl Attachment {
             );
         }
         if !self.aliases.is_empty() {
-            // Not the list of CONVENTIONS.md: by network is what podman says and its plugin dnsname, the only one, reads.
+            // Not the list of CONVENTIONS.md: by network is what podman says and its plugin
+            // dnsname, the only one, reads.
             set("aliases", json!({ network: self.aliases }));
         }
         all
@@ -279,7 +281,8 @@ impl PortMapping {
             "containerPort": self.container_port,
             "protocol": self.protocol.name(),
         });
-        // An address that means all must be left out: portmap would compare packets with 0.0.0.0 itself.
+        // An address that means all must be left out: portmap would compare packets with 0.0.0.0
+        // itself.
         if let Some(ip) = self.host_ip.filter(|ip| !ip.is_unspecified()) {
             mapping["hostIP"] = json!(ip);
         }

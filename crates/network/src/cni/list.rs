@@ -16,7 +16,8 @@ pub const CONFIGURATION_DIRECTORY: &str = "/etc/cni/net.d";
 pub const DEFAULT_NAME: &str = "default";
 /// Bridge of hull's own network.
 pub const DEFAULT_BRIDGE: &str = "hull0";
-/// Addresses of hull's own network. Below podman's (10.88.0.0/16 and above), far from Docker's (172.17.0.0/16 and above).
+/// Addresses of hull's own network. Below podman's (10.88.0.0/16 and above), far from Docker's
+/// (172.17.0.0/16 and above).
 pub const DEFAULT_IPV4: &str = "10.87.0.0/16";
 /// Unique local addresses of hull's own network: `fd`, and `hul` in ASCII.
 pub const DEFAULT_IPV6: &str = "fd68:756c:6c00::/64";
@@ -83,8 +84,9 @@ pub(super) struct Plugin {
 }
 
 impl List {
-    /// Finds a network by name in directories, of which some may not exist. Files are read in the order of their names,
-    /// `*.conflist`, `*.conf` and `*.json`; the first of a name counts. Files of other networks may be broken.
+    /// Finds a network by name in directories, of which some may not exist. Files are read in the
+    /// order of their names, `*.conflist`, `*.conf` and `*.json`; the first of a name counts. Files
+    /// of other networks may be broken.
     pub fn load(directories: &[impl AsRef<Path>], name: &str) -> Result<List> {
         let mut known = Vec::new();
         let mut unreadable = Vec::new();
@@ -103,7 +105,8 @@ impl List {
         })
     }
 
-    /// The names of all networks, in the order of their files; whether they are valid shows when they are loaded.
+    /// The names of all networks, in the order of their files; whether they are valid shows when
+    /// they are loaded.
     pub fn names(directories: &[impl AsRef<Path>]) -> Result<Vec<String>> {
         let mut names = Vec::new();
         for path in files(directories, &["conflist", "conf", "json"])? {
@@ -201,11 +204,13 @@ impl TryFrom<Value> for List {
 
 impl From<List> for Value {
     fn from(list: List) -> Value {
+        let plugins = list.plugins.into_iter();
+        let plugins: Value = plugins.map(|plugin| Value::Object(plugin.config)).collect();
         json!({
             "cniVersion": list.version.name(),
             "name": list.name,
             "disableCheck": list.disable_check,
-            "plugins": list.plugins.into_iter().map(|plugin| Value::Object(plugin.config)).collect::<Value>(),
+            "plugins": plugins,
         })
     }
 }
@@ -245,11 +250,13 @@ impl Plugin {
     }
 }
 
-/// hull's own network: a bridge, addresses given out by `host-local`, and `published` ports. Leases of addresses are kept
-/// beneath `data_dir`. What gives containers the host's address outside, and lets them through a packet filter, is for the
-/// network, not for each container: [`crate::masquerade`], [`crate::forwarding`].
+/// hull's own network: a bridge, addresses given out by `host-local`, and `published` ports. Leases
+/// of addresses are kept beneath `data_dir`. What gives containers the host's address outside, and
+/// lets them through a packet filter, is for the network, not for each container:
+/// [`crate::masquerade`], [`crate::forwarding`].
 ///
-/// Version 0.4.0: the oldest in which plugins get their result back when they undo, so that any release of the plugins will do.
+/// Version 0.4.0: the oldest in which plugins get their result back when they undo, so that any
+/// release of the plugins will do.
 pub fn default_network(
     ipv4: Address,
     ipv6: Option<Address>,
@@ -317,7 +324,8 @@ fn place(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// The files of directories with one of these extensions, each directory's in the order of their names.
+/// The files of directories with one of these extensions, each directory's in the order of their
+/// names.
 fn files(directories: &[impl AsRef<Path>], extensions: &[&str]) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     for directory in directories {

@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 use super::attachment::{Address, Dns};
 use super::list::Version;
 
-/// The result of an attachment. Kept and given back to plugins as they wrote it, with fields that hull does not know.
+/// The result of an attachment. Kept and given back to plugins as they wrote it, with fields that
+/// hull does not know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub struct CniResult {
@@ -85,7 +86,8 @@ impl CniResult {
             .find(|interface| interface.name == ifname && interface.sandbox.is_some())
     }
 
-    /// Addresses of the interface of this name in the namespace; those of which no plugin said whose they are, are its.
+    /// Addresses of the interface of this name in the namespace; those of which no plugin said
+    /// whose they are, are its.
     pub fn addresses(&self, ifname: &str) -> impl Iterator<Item = &AssignedIp> {
         self.ips.iter().filter(move |ip| {
             match ip.interface.and_then(|index| self.interfaces.get(index)) {
@@ -95,8 +97,8 @@ impl CniResult {
         })
     }
 
-    /// A plugin may answer in another version than it was asked in. What differs between those that hull speaks is one
-    /// field, which older ones demand, and fields that older ones ignore.
+    /// A plugin may answer in another version than it was asked in. What differs between those that
+    /// hull speaks is one field, which older ones demand, and fields that older ones ignore.
     fn convert(&mut self, version: Version) -> Result<(), String> {
         match self.raw.get("cniVersion") {
             None => {}

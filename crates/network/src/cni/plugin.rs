@@ -47,7 +47,8 @@ pub struct Runner {
     pub directories: Vec<PathBuf>,
     /// How long each may take for each call.
     pub limit: Duration,
-    /// Readable as soon as nobody waits for the outcome any more: then the plugin at work is killed.
+    /// Readable as soon as nobody waits for the outcome any more: then the plugin at work is
+    /// killed.
     pub cancel: Option<Arc<OwnedFd>>,
 }
 
@@ -168,7 +169,8 @@ pub(super) fn failed(call: &Call<'_>, plugin: &Plugin, fault: Fault) -> Error {
     }
 }
 
-/// What the plugin reads: its configuration as written, without what is the runtime's and with what the runtime adds.
+/// What the plugin reads: its configuration as written, without what is the runtime's and with what
+/// the runtime adds.
 fn execution_config(call: &Call<'_>, plugin: &Plugin) -> Map<String, Value> {
     let mut config = plugin.config.clone();
     config.remove("capabilities");

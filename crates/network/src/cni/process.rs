@@ -1,4 +1,5 @@
-//! One process with text in and text out, bounded in time and in output. Called by [`super::plugin`] and by [`crate::forwarding`]; knows nothing of CNI.
+//! One process with text in and text out, bounded in time and in output. Called by
+//! [`super::plugin`] and by [`crate::forwarding`]; knows nothing of CNI.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -28,8 +29,9 @@ pub(crate) struct Output {
     pub stderr: Vec<u8>,
 }
 
-/// Runs `program` to its end with only these variables in its environment. When it takes longer than `limit`, or
-/// writes too much, or when `cancel` becomes readable, it is killed together with all that it started and that did not leave its process group.
+/// Runs `program` to its end with only these variables in its environment. When it takes longer
+/// than `limit`, or writes too much, or when `cancel` becomes readable, it is killed together with
+/// all that it started and that did not leave its process group.
 pub(crate) fn run(
     program: &Path,
     arguments: &[&str],
@@ -112,8 +114,8 @@ impl Running {
         }
     }
 
-    /// Reads until the process has ended, or does not in time, or need not any more. Does not wait for the ends of its streams:
-    /// something that it left behind may hold them.
+    /// Reads until the process has ended, or does not in time, or need not any more. Does not wait
+    /// for the ends of its streams: something that it left behind may hold them.
     fn listen(&mut self, deadline: Instant, cancel: Option<&OwnedFd>) -> io::Result<Heard> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -177,7 +179,8 @@ impl Drop for Running {
     }
 }
 
-/// Ends a process that was not waited for yet, so that its id, which is its group's, is nobody else's.
+/// Ends a process that was not waited for yet, so that its id, which is its group's, is nobody
+/// else's.
 fn kill(child: &mut Child) {
     let _ = kill_process_group(Pid::from_child(child), Signal::KILL);
     let _ = child.wait();
@@ -188,7 +191,8 @@ struct Stream {
     /// Until its end.
     fd: Option<OwnedFd>,
     kept: Vec<u8>,
-    /// Most that one look at it takes, so that a writer without end does not keep the reader from its clock.
+    /// Most that one look at it takes, so that a writer without end does not keep the reader from
+    /// its clock.
     most: usize,
 }
 

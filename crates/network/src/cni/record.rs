@@ -15,15 +15,16 @@ use super::plugin::{Call, Command, Runner, failed};
 use super::stand_in;
 use crate::namespace::Namespace;
 
-/// What must be known to undo an attachment. The caller keeps it (it is serializable) before [`Record::add`] and after;
-/// whichever of them survives a crash is enough for [`Record::del`].
+/// What must be known to undo an attachment. The caller keeps it (it is serializable) before
+/// [`Record::add`] and after; whichever of them survives a crash is enough for [`Record::del`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// The network, as it was when the attachment was made.
     pub list: List,
     /// What is attached.
     pub attachment: Attachment,
-    /// The namespace's device and inode: its path may since have become another's, like that of a process.
+    /// The namespace's device and inode: its path may since have become another's, like that of a
+    /// process.
     netns_identity: Option<(u64, u64)>,
     /// What came of it, or of the plugins that have run so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -31,7 +32,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// An attachment that is to be made. Nothing is done yet, but what can be known to be wrong is refused.
+    /// An attachment that is to be made. Nothing is done yet, but what can be known to be wrong is
+    /// refused.
     pub fn new(list: List, attachment: Attachment) -> Result<Record> {
         let refused = |why| Error::Refused {
             network: list.name().to_owned(),
@@ -59,13 +61,15 @@ impl Record {
         })
     }
 
-    /// Attaches: runs the plugins in order. When one fails, all are asked to undo, and the first error is returned.
+    /// Attaches: runs the plugins in order. When one fails, all are asked to undo, and the first
+    /// error is returned.
     pub fn add(&mut self, runner: &Runner) -> Result<&CniResult> {
         self.add_and_keep(runner, &mut |_| Ok(()))
     }
 
-    /// As [`Record::add`]; `keep` is called with the record after each plugin. Who keeps it each time, and not only
-    /// before and after, gives plugins that undo by addresses (`firewall`) what they need after a crash in between.
+    /// As [`Record::add`]; `keep` is called with the record after each plugin. Who keeps it each
+    /// time, and not only before and after, gives plugins that undo by addresses (`firewall`) what
+    /// they need after a crash in between.
     pub fn add_and_keep(
         &mut self,
         runner: &Runner,
@@ -130,8 +134,9 @@ impl Record {
         Ok(())
     }
 
-    /// Detaches, whatever of the attachment there is: nothing, a part, all; with the namespace or without it; once or
-    /// again. Unlike libcni it goes on when a plugin fails, so that as little as possible is left, and returns the first error.
+    /// Detaches, whatever of the attachment there is: nothing, a part, all; with the namespace or
+    /// without it; once or again. Unlike libcni it goes on when a plugin fails, so that as little
+    /// as possible is left, and returns the first error.
     ///
     /// When the namespace is gone, plugins see a stand-in with the same addresses.
     pub fn del(&self, runner: &Runner) -> Result<()> {
@@ -154,8 +159,8 @@ impl Record {
         outcome
     }
 
-    /// What takes the place of a namespace that is gone, if it had addresses. Without one (no permission to make it, say)
-    /// plugins do what they do without a namespace.
+    /// What takes the place of a namespace that is gone, if it had addresses. Without one (no
+    /// permission to make it, say) plugins do what they do without a namespace.
     fn stand_in(&self) -> Option<Namespace> {
         if self.living_netns().is_some() {
             return None;
@@ -185,7 +190,8 @@ impl Record {
         }
     }
 
-    /// The namespace, while it is the same: plugins must not clean up in another container's, nor in the host's.
+    /// The namespace, while it is the same: plugins must not clean up in another container's, nor
+    /// in the host's.
     fn living_netns(&self) -> Option<&Path> {
         let netns = self.attachment.netns.as_path();
         let found = identity(netns).ok()?;

@@ -1,9 +1,10 @@
 //! A namespace in place of one that is gone.
 //!
-//! Some plugins find out what they are to undo by looking at the container's interface: `bridge` takes its rules of address
-//! translation back for the addresses that it finds there, and leaves them for ever when there is no namespace. After a crash
-//! the namespace is gone, but its addresses are written down. So plugins get a new one, with an interface of the same
-//! name and the same addresses, which leads nowhere.
+//! Some plugins find out what they are to undo by looking at the container's interface: `bridge`
+//! takes its rules of address translation back for the addresses that it finds there, and leaves
+//! them for ever when there is no namespace. After a crash the namespace is gone, but its addresses
+//! are written down. So plugins get a new one, with an interface of the same name and the same
+//! addresses, which leads nowhere.
 
 use std::io;
 

@@ -1,4 +1,5 @@
-//! Lists, attachments and their undoing, with plugins that are small scripts, and with the real ones.
+//! Lists, attachments and their undoing, with plugins that are small scripts, and with the real
+//! ones.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;

@@ -1,13 +1,15 @@
-//! Describes a namespace: which of the kernel's interfaces, addresses, routes and neighbours a guest gets, and in which
-//! words. Called by [`Netlink::describe`] only; changes nothing.
+//! Describes a namespace: which of the kernel's interfaces, addresses, routes and neighbours a
+//! guest gets, and in which words. Called by [`Netlink::describe`] only; changes nothing.
 //!
-//! - Interfaces: Ethernet devices, but neither our taps nor loopback. Not those that another one of the namespace
-//!   has already taken the packets of (the ports of a bridge, the VLANs of a device).
-//! - Addresses: all but those that failed duplicate address detection, and those that came with router advertisements: the
-//!   guest hears these itself, and the host's kernel, which no longer does, lets them expire.
-//! - Routes: those of the main table. Not those that the guest's kernel makes by itself (to the networks of its
-//!   addresses), nor those learned from router advertisements or redirects. Of a multipath route, the first hop that
-//!   works: a guest that added every hop as a route of its own would be refused the second.
+//! - Interfaces: Ethernet devices, but neither our taps nor loopback. Not those that another one of
+//!   the namespace has already taken the packets of (the ports of a bridge, the VLANs of a device).
+//! - Addresses: all but those that failed duplicate address detection, and those that came with
+//!   router advertisements: the guest hears these itself, and the host's kernel, which no longer
+//!   does, lets them expire.
+//! - Routes: those of the main table. Not those that the guest's kernel makes by itself (to the
+//!   networks of its addresses), nor those learned from router advertisements or redirects. Of a
+//!   multipath route, the first hop that works: a guest that added every hop as a route of its own
+//!   would be refused the second.
 //! - Neighbours: permanent ones.
 
 use std::net::IpAddr;
@@ -34,8 +36,8 @@ use crate::description::{
 use crate::error::{Error, Result};
 use crate::tap;
 
-/// Devices that drivers of tunnels put into every namespace. Nobody asked for them: not worth a word while they are
-/// down.
+/// Devices that drivers of tunnels put into every namespace. Nobody asked for them: not worth a
+/// word while they are down.
 const UNASKED: [&str; 9] = [
     "erspan0", "gre0", "gretap0", "ip6_vti0", "ip6gre0", "ip6tnl0", "ip_vti0", "sit0", "tunl0",
 ];
@@ -386,8 +388,8 @@ fn add_route(described: &mut Description, message: RouteMessage) {
     });
 }
 
-/// Whether the kernel made the route for an address, or for the interface, and would make the same in a guest. Notes it
-/// at the address.
+/// Whether the kernel made the route for an address, or for the interface, and would make the same
+/// in a guest. Notes it at the address.
 fn is_own(route: &Route, interface: &mut Interface) -> bool {
     if route.gateway.is_some() {
         return false;

@@ -1,8 +1,8 @@
-//! Traffic control of interfaces: the ingress qdisc, the one filter in it that redirects, and those before it that make
-//! exceptions. Called by `mirror`, which decides; here are only the messages.
+//! Traffic control of interfaces: the ingress qdisc, the one filter in it that redirects, and those
+//! before it that make exceptions. Called by `mirror`, which decides; here are only the messages.
 //!
-//! Our filters are known by their priority and by their actions' cookie, so that leftovers of a killed sandbox process can
-//! be told from what another program put there.
+//! Our filters are known by their priority and by their actions' cookie, so that leftovers of a
+//! killed sandbox process can be told from what another program put there.
 
 use std::io;
 
@@ -25,7 +25,8 @@ const PRIORITY: u16 = 0x6875;
 /// Priority of our exceptions from it.
 const EXCEPTIONS: u16 = PRIORITY - 1;
 
-/// The qdisc itself is called `ffff:`; filters for what is received hang below this, both of `ingress` and of `clsact`.
+/// The qdisc itself is called `ffff:`; filters for what is received hang below this, both of
+/// `ingress` and of `clsact`.
 const RECEIVED: TcHandle = TcHandle {
     major: 0xffff,
     minor: TcHandle::MIN_INGRESS,
@@ -96,15 +97,17 @@ impl Netlink {
         Ok(Filters { ours, foreign })
     }
 
-    /// Redirects every packet that `from` receives to `to`, as if `to` sent it: whatever its protocol.
+    /// Redirects every packet that `from` receives to `to`, as if `to` sent it: whatever its
+    /// protocol.
     pub(crate) async fn add_redirect(&self, from: u32, to: u32) -> io::Result<()> {
         let action = send(to, TcMirrorActionType::EgressRedir, TcActionType::Stolen);
-        // Without a key everything matches; with one, packets that are too short to be compared would not.
+        // Without a key everything matches; with one, packets that are too short to be compared
+        // would not.
         self.add_filter(from, PRIORITY, &[], Some(action)).await
     }
 
-    /// Makes exceptions from [`Netlink::add_redirect`]: a packet that a list of keys fits to goes to the namespace's own
-    /// stack.
+    /// Makes exceptions from [`Netlink::add_redirect`]: a packet that a list of keys fits to goes
+    /// to the namespace's own stack.
     pub(crate) async fn add_exception(&self, from: u32, keys: &[Key]) -> io::Result<()> {
         self.add_filter(from, EXCEPTIONS, keys, None).await
     }
@@ -159,7 +162,8 @@ impl Netlink {
     }
 }
 
-/// Four bytes of a packet, from the beginning of what is in the frame: where, which bits, and what these are.
+/// Four bytes of a packet, from the beginning of what is in the frame: where, which bits, and what
+/// these are.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Key {
     pub offset: u8,

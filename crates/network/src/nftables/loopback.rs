@@ -1,13 +1,15 @@
-//! The table that leads connections to the loopback address elsewhere. Called by `redirect` only, in the namespace that is
-//! meant. For each family there is a table `hull` with one chain and one rule, in the words of nft:
+//! The table that leads connections to the loopback address elsewhere. Called by `redirect` only,
+//! in the namespace that is meant. For each family there is a table `hull` with one chain and one
+//! rule, in the words of nft:
 //!
 //! ```text
 //! table ip hull { flags owner; chain loopback { type nat hook output priority dstnat;
 //!     ip daddr 127.0.0.1 meta l4proto tcp tcp dport != PORT redirect to :PORT } }
 //! ```
 //!
-//! A table with an owner goes away with the socket that made it, and so with this process, however that ends. Kernels before
-//! 5.12 know no owners: there it is deleted in the end, and one that was left is replaced.
+//! A table with an owner goes away with the socket that made it, and so with this process, however
+//! that ends. Kernels before 5.12 know no owners: there it is deleted in the end, and one that was
+//! left is replaced.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,8 +29,8 @@ const HOOK_OUTPUT: u32 = 3;
 /// `NF_IP_PRI_NAT_DST`, the same for both families.
 const PRIORITY_DSTNAT: i32 = -100;
 
-/// The tables of a namespace, at most one for each family. Dropping it deletes them, and waits until the kernel has
-/// freed them.
+/// The tables of a namespace, at most one for each family. Dropping it deletes them, and waits
+/// until the kernel has freed them.
 #[derive(Debug)]
 pub struct Rules {
     socket: OwnedFd,

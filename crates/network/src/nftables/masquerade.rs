@@ -1,13 +1,14 @@
-//! The table that gives the containers of a network the host's address, for whom is outside of it. One for each network and
-//! family, whatever containers there are: it stays, as the network's bridge does. In the words of nft:
+//! The table that gives the containers of a network the host's address, for whom is outside of it.
+//! One for each network and family, whatever containers there are: it stays, as the network's
+//! bridge does. In the words of nft:
 //!
 //! ```text
 //! table ip hull-NETWORK { chain outside { type nat hook postrouting priority srcnat;
 //!     ip saddr SUBNET oifname != BRIDGE masquerade } }
 //! ```
 //!
-//! Plugin `bridge` can do the same with a chain for each container, which takes 12 runs of iptables at its start and 11 at its
-//! end.
+//! Plugin `bridge` can do the same with a chain for each container, which takes 12 runs of iptables
+//! at its start and 11 at its end.
 
 use std::net::IpAddr;
 
@@ -24,7 +25,8 @@ const HOOK_POSTROUTING: u32 = 4;
 /// `NF_IP_PRI_NAT_SRC`, the same for both families.
 const PRIORITY_SRCNAT: i32 = 100;
 
-/// Makes the table of a network for a subnet of its bridge, in the namespace of the calling thread, unless it is there.
+/// Makes the table of a network for a subnet of its bridge, in the namespace of the calling thread,
+/// unless it is there.
 ///
 /// # Errors
 /// The kernel has no nf_tables.

@@ -1,8 +1,9 @@
-//! Says to the kernel's packet filter (nf_tables) the few things that are asked of it: that connections to the loopback
-//! address lead to a port ([`loopback`]), and that a network's containers have the host's address outside
-//! ([`masquerade`]). Never calls `nft` or `iptables`.
+//! Says to the kernel's packet filter (nf_tables) the few things that are asked of it: that
+//! connections to the loopback address lead to a port ([`loopback`]), and that a network's
+//! containers have the host's address outside ([`masquerade`]). Never calls `nft` or `iptables`.
 //!
-//! The messages are those of linux/netfilter/nf_tables.h: a batch that is carried out whole or not at all.
+//! The messages are those of linux/netfilter/nf_tables.h: a batch that is carried out whole or not
+//! at all.
 
 pub mod loopback;
 pub mod masquerade;
@@ -31,7 +32,8 @@ fn socket() -> io::Result<OwnedFd> {
     Ok(socket_with(netlink, raw, flags, Some(NETFILTER))?)
 }
 
-/// The rules of a chain, in the calling thread's namespace, as the kernel tells them; none where there is no such chain.
+/// The rules of a chain, in the calling thread's namespace, as the kernel tells them; none where
+/// there is no such chain.
 pub fn rules(family: Family, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>>> {
     let zero_terminated = |name: &str| [name.as_bytes(), &[0]].concat();
     let mut question = Batch {
@@ -87,7 +89,8 @@ fn messages(mut datagram: &[u8]) -> Vec<(u16, &[u8])> {
     messages
 }
 
-/// Sends a batch, which the kernel carries out before it returns, and reads what it says: the first error, if any.
+/// Sends a batch, which the kernel carries out before it returns, and reads what it says: the first
+/// error, if any.
 fn exchange(socket: &OwnedFd, batch: &[u8]) -> Result<(), Errno> {
     let kernel = SocketAddrNetlink::new(0, 0);
     sendto(socket, batch, SendFlags::empty(), &kernel)?;

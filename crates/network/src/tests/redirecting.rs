@@ -1,4 +1,5 @@
-//! Connections to the loopback address of a namespace, with the kernel's packet filter; and sockets in a namespace.
+//! Connections to the loopback address of a namespace, with the kernel's packet filter; and sockets
+//! in a namespace.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};

@@ -1,4 +1,5 @@
-//! What the tests have in common: namespaces joined by veth pairs, frames, and the ends that send and receive them.
+//! What the tests have in common: namespaces joined by veth pairs, frames, and the ends that send
+//! and receive them.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -133,7 +134,8 @@ impl Place {
     }
 }
 
-/// Two namespaces, and `eth0` of the first is a veth whose peer is `peer` in the second. Both are up.
+/// Two namespaces, and `eth0` of the first is a veth whose peer is `peer` in the second. Both are
+/// up.
 pub async fn joined(test: &str) -> Option<(Place, Place)> {
     let (here, there) = (Place::new(test)?, Place::new(test)?);
     join(&here, "eth0", &there, "peer").await;
@@ -176,7 +178,8 @@ pub async fn drain(monitor: &Monitor) {
     }
 }
 
-/// An Ethernet frame to everybody, with this type and content, as long as the shortest that a network carries.
+/// An Ethernet frame to everybody, with this type and content, as long as the shortest that a
+/// network carries.
 pub fn frame(kind: &[u8], content: &str) -> Vec<u8> {
     let mut frame = vec![0xff; 6];
     frame.extend([0x02, 0, 0, 0, 0, 0x55]);

@@ -1,4 +1,5 @@
-//! The directories of control groups: made with what they need to take processes and limits, listed, removed.
+//! The directories of control groups: made with what they need to take processes and limits,
+//! listed, removed.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -45,7 +46,8 @@ pub(super) fn make(mount: &Path, directory: &Path, made: &mut Made) -> io::Resul
     Ok(rustix::fs::access(directory, Access::WRITE_OK)?)
 }
 
-/// v2: gives the groups below this one what it has itself. Where that is not allowed, limits will miss their files.
+/// v2: gives the groups below this one what it has itself. Where that is not allowed, limits will
+/// miss their files.
 fn enable_controllers(group: &Path) {
     let Ok(available) = std::fs::read_to_string(group.join("cgroup.controllers")) else {
         return;
@@ -80,8 +82,8 @@ fn inherit_cpuset(above: &Path, group: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// v2: bytes in use that reclaiming cannot free, beside `memory.max`. File pages can be; those of shared memory,
-/// which a machine's memory is, count as file pages and cannot.
+/// v2: bytes in use that reclaiming cannot free, beside `memory.max`. File pages can be; those of
+/// shared memory, which a machine's memory is, count as file pages and cannot.
 pub(super) fn held(maximum: &Path) -> u64 {
     let read = |file| std::fs::read_to_string(maximum.with_file_name(file)).unwrap_or_default();
     let current = read("memory.current").trim().parse().unwrap_or(0u64);

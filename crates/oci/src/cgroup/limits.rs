@@ -29,8 +29,9 @@ const CPU: [&str; 2] = ["cpu", "cpu"];
 const CPUSET: [&str; 2] = ["cpuset", "cpuset"];
 const BLOCK_IO: [&str; 2] = ["blkio", "io"];
 
-/// All limits that the host has a part in. Numbers that are 0 are how callers say nothing. `overhead`: bytes, added to
-/// those of memory. `quota_in_force`: the first word of `cpu.max`, which has the period in the same file.
+/// All limits that the host has a part in. Numbers that are 0 are how callers say nothing.
+/// `overhead`: bytes, added to those of memory. `quota_in_force`: the first word of `cpu.max`,
+/// which has the period in the same file.
 pub(super) fn settings(
     resources: &LinuxResources,
     overhead: u64,
@@ -257,8 +258,8 @@ fn or_max(number: i64) -> String {
     }
 }
 
-/// 2…262144 (default 1024) to 1…10000 (default 100), so that the ends and the defaults meet: a parabola of the
-/// logarithms, as runc since 1.3.2 (its issue 4896) and the agent have it.
+/// 2…262144 (default 1024) to 1…10000 (default 100), so that the ends and the defaults meet: a
+/// parabola of the logarithms, as runc since 1.3.2 (its issue 4896) and the agent have it.
 fn cpu_weight(shares: u64) -> u64 {
     match shares {
         ..=2 => 1,

@@ -1,4 +1,5 @@
-//! Where control groups are: the hierarchies of this host, and the group that `linux.cgroupsPath` names in each.
+//! Where control groups are: the hierarchies of this host, and the group that `linux.cgroupsPath`
+//! names in each.
 //!
 //! Pure: reads the texts of `/proc/self/mountinfo` and `/proc/self/cgroup`.
 
@@ -69,8 +70,8 @@ fn clean(path: &Path) -> PathBuf {
     clean
 }
 
-/// `slice:prefix:name` is the scope `prefix-name.scope`, or the slice `name` if it is called so, in `slice` or
-/// `system.slice`.
+/// `slice:prefix:name` is the scope `prefix-name.scope`, or the slice `name` if it is called so, in
+/// `slice` or `system.slice`.
 fn systemd_path(path: &Path) -> Result<PathBuf> {
     let text = path.to_str().unwrap_or_default();
     let parts: Vec<_> = text.split(':').collect();

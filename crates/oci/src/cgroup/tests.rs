@@ -1,4 +1,5 @@
-//! Against trees of plain files for both versions, and against the hierarchies of this machine where they are writable.
+//! Against trees of plain files for both versions, and against the hierarchies of this machine
+//! where they are writable.
 
 #![allow(clippy::unwrap_used)]
 

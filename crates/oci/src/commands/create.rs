@@ -1,8 +1,8 @@
 //! `create` and `run`.
 //!
-//! The machine boots while hooks run and shares are opened. Until the keeper has the connection to the
-//! sandbox, everything hangs on this process: when it dies, the keeper and the container in the guest
-//! go with it, and what remains is a directory that reads as stopped, for `delete` to remove.
+//! The machine boots while hooks run and shares are opened. Until the keeper has the connection to
+//! the sandbox, everything hangs on this process: when it dies, the keeper and the container in the
+//! guest go with it, and what remains is a directory that reads as stopped, for `delete` to remove.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -51,14 +51,14 @@ pub struct CreateOptions {
 /// Creates a container, whose init then waits for `start`.
 ///
 /// # Errors
-/// The bundle cannot be used, the machine does not come up, a hook fails, or the guest refuses; nothing of the
-/// container is left then.
+/// The bundle cannot be used, the machine does not come up, a hook fails, or the guest refuses;
+/// nothing of the container is left then.
 pub fn create(settings: &Settings, options: &CreateOptions) -> Result<()> {
     make(settings, options, true).map(drop)
 }
 
-/// Creates and starts a container. Unless `detach`ed, waits for its end, removes it (but for `keep`), and returns its
-/// exit status.
+/// Creates and starts a container. Unless `detach`ed, waits for its end, removes it (but for
+/// `keep`), and returns its exit status.
 ///
 /// # Errors
 /// As [`create`], and as `start`.
@@ -351,8 +351,8 @@ impl Making<'_> {
     }
 }
 
-/// How many network interfaces the machine is to have. Where an engine sets them up, or hooks will, more may come at any time;
-/// otherwise nobody knows of the namespace.
+/// How many network interfaces the machine is to have. Where an engine sets them up, or hooks will,
+/// more may come at any time; otherwise nobody knows of the namespace.
 fn nets(network: &Network, bundle: &Bundle) -> u8 {
     match network {
         Network::Path(_) => MAX_NETS,
@@ -361,7 +361,8 @@ fn nets(network: &Network, bundle: &Bundle) -> u8 {
     }
 }
 
-/// Whether there are hooks that run when the namespaces have been made, which is where engines set up networks.
+/// Whether there are hooks that run when the namespaces have been made, which is where engines set
+/// up networks.
 #[allow(deprecated)] // Docker uses prestart.
 fn has_network_hooks(bundle: &Bundle) -> bool {
     bundle.spec.hooks().as_ref().is_some_and(|hooks| {

@@ -172,8 +172,8 @@ fn resources_of(container: &Container) -> Result<LinuxResources> {
     }
 }
 
-/// What the host's processes may have beside a limit of memory: a machine keeps its size when the limit of what runs
-/// in it becomes lower.
+/// What the host's processes may have beside a limit of memory: a machine keeps its size when the
+/// limit of what runs in it becomes lower.
 fn wall(record: &Record, resources: &LinuxResources) -> u64 {
     let limit = resources
         .memory()
@@ -185,7 +185,8 @@ fn wall(record: &Record, resources: &LinuxResources) -> u64 {
     machine.saturating_sub(limit).max(OVERHEAD)
 }
 
-/// Removes a container and everything of it. One that runs only by `force`, which always succeeds and may be repeated.
+/// Removes a container and everything of it. One that runs only by `force`, which always succeeds
+/// and may be repeated.
 ///
 /// # Errors
 /// There is no such container, or it runs, without `force`; something of it cannot be removed.
@@ -225,8 +226,8 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     container.remove()
 }
 
-/// A record of what can be found of a container without its own: its groups from its configuration, its
-/// sandbox from the keepers among the processes in them.
+/// A record of what can be found of a container without its own: its groups from its configuration,
+/// its sandbox from the keepers among the processes in them.
 fn what_is_left(settings: &Settings, container: &Container) -> Record {
     let place = container.config().ok().and_then(|config| {
         let path = config["linux"]["cgroupsPath"].as_str().map(Path::new);
@@ -271,7 +272,8 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
     Ok(())
 }
 
-/// The keeper ends when it has carried everything; one that does not is stuck with a reader that does not read.
+/// The keeper ends when it has carried everything; one that does not is stuck with a reader that
+/// does not read.
 fn end_keeper(record: &Record) {
     let keeper = record.details.keeper;
     if !keeper.lives() {

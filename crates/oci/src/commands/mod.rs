@@ -35,8 +35,8 @@ pub struct Settings {
     pub run_directory: PathBuf,
     /// `cgroupsPath` is `slice:prefix:name`.
     pub systemd_cgroup: bool,
-    /// Makes a machine for a container with this memory limit in bytes and these processors in thousandths. Called
-    /// only when a machine is needed.
+    /// Makes a machine for a container with this memory limit in bytes and these processors in
+    /// thousandths. Called only when a machine is needed.
     pub machine: MachineMaker,
     /// What holds for networks that engines set up.
     pub network: NetworkLimits,
@@ -44,8 +44,8 @@ pub struct Settings {
     pub warn: fn(&str),
 }
 
-/// Bytes of host memory that a container's host processes may have beside its limit: the guest's kernel, the host
-/// processes themselves, and the cache of files that the guest reads.
+/// Bytes of host memory that a container's host processes may have beside its limit: the guest's
+/// kernel, the host processes themselves, and the cache of files that the guest reads.
 const OVERHEAD: u64 = 128 << 20;
 
 /// A command that was not found or cannot be executed, in the words that engines look for.

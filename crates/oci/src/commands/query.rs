@@ -27,7 +27,8 @@ pub fn state(settings: &Settings, id: &str) -> Result<Value> {
 /// A line of `list`.
 pub type Listed = Value;
 
-/// The states of all containers. One that cannot be read is named on `warn` and does not hide the others.
+/// The states of all containers. One that cannot be read is named on `warn` and does not hide the
+/// others.
 ///
 /// # Errors
 /// The state directory cannot be read.

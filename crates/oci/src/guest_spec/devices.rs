@@ -1,5 +1,5 @@
-//! Devices: the guest's own can be had, and block devices of the host, which become disks of the machine; other devices
-//! of the host cannot.
+//! Devices: the guest's own can be had, and block devices of the host, which become disks of the
+//! machine; other devices of the host cannot.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -14,7 +14,8 @@ use super::mounts::Bound;
 use super::{Plan, refused};
 use crate::bundle::Bundle;
 
-/// Character devices of the guest's kernel: numbers (Documentation/admin-guide/devices.txt of Linux) and path.
+/// Character devices of the guest's kernel: numbers (Documentation/admin-guide/devices.txt of
+/// Linux) and path.
 const GUEST_DEVICES: [(u32, u32, &str); 10] = [
     (1, 3, "/dev/null"),
     (1, 5, "/dev/zero"),
@@ -36,7 +37,8 @@ pub fn guest_device(numbers: (u32, u32)) -> Option<&'static str> {
         .map(|(.., path)| path)
 }
 
-/// Whether the host has a device with these numbers. A node of one that there is nowhere is just a node.
+/// Whether the host has a device with these numbers. A node of one that there is nowhere is just a
+/// node.
 fn is_of_host(kind: &str, (major, minor): (u32, u32)) -> bool {
     let kind = if kind == "b" { "block" } else { "char" };
     Path::new("/sys/dev")
@@ -72,7 +74,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
                 !everything
             }
             "c" | "u" => guest_device(numbers).is_some() || !is_of_host(kind, numbers),
-            // A named pipe, or a block device that there is not; what else there is the agent refuses.
+            // A named pipe, or a block device that there is not; what else there is the agent
+            // refuses.
             _ => true,
         };
         if own {
@@ -86,7 +89,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
                 "it is a device of the host, and the guest has no such device",
             ));
         }
-        // A privileged container gets every device that there is: in the guest that is every device of the guest.
+        // A privileged container gets every device that there is: in the guest that is every device
+        // of the guest.
     }
     for Bound {
         destination,
@@ -124,7 +128,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
     Ok(())
 }
 
-/// A disk of the machine for a block device of the host. Who has it by two names may write if one of them allows it.
+/// A disk of the machine for a block device of the host. Who has it by two names may write if one
+/// of them allows it.
 fn add_disk(plan: &mut Plan, (major, minor): (u32, u32), read_only: bool, path: &str) {
     let read_only = read_only || is_read_only(major, minor);
     let known = plan
@@ -167,8 +172,9 @@ fn covers(rule: Option<i64>, number: u32) -> bool {
     rule.is_none_or(|named| named < 0 || named == i64::from(number))
 }
 
-/// Whether some rule lets the container write to a block device. What the rules come to in their order, the guest's
-/// kernel sees to; a device that none of them opens for writing is not opened so on the host either.
+/// Whether some rule lets the container write to a block device. What the rules come to in their
+/// order, the guest's kernel sees to; a device that none of them opens for writing is not opened so
+/// on the host either.
 fn can_be_written(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32)) -> bool {
     rules.iter().any(|rule| {
         let access = rule.access().as_deref().unwrap_or_default();

@@ -1,8 +1,9 @@
 //! From a bundle's configuration to the one that the guest receives.
 //!
-//! What is of the host is taken out and done here (hooks, the network namespace, processors and disks that limits
-//! name), paths of the host become shares, and what can be honoured on neither side is refused by its name. The
-//! agent has the last word on everything that remains. docs/oci-spec.md has all of it, field by field.
+//! What is of the host is taken out and done here (hooks, the network namespace, processors and
+//! disks that limits name), paths of the host become shares, and what can be honoured on neither
+//! side is refused by its name. The agent has the last word on everything that remains.
+//! docs/oci-spec.md has all of it, field by field.
 
 mod devices;
 mod mounts;
@@ -68,7 +69,8 @@ impl Plan {
     /// Plans the container `id`.
     ///
     /// # Errors
-    /// The spec asks for something of the host that a guest cannot have, or names what is not there.
+    /// The spec asks for something of the host that a guest cannot have, or names what is not
+    /// there.
     pub fn new(id: &str, bundle: &Bundle) -> Result<Plan> {
         let mut plan = Plan {
             spec: bundle.config.clone(),
@@ -99,7 +101,8 @@ impl Plan {
 
     fn process(&mut self, bundle: &Bundle) {
         let Some(process) = bundle.spec.process() else {
-            // The specification lets it be absent until `start`; the agent says what it thinks of that.
+            // The specification lets it be absent until `start`; the agent says what it thinks of
+            // that.
             return;
         };
         self.terminal = process.terminal().unwrap_or_default();
@@ -108,8 +111,8 @@ impl Plan {
             Some((number(size.height())?, number(size.width())?))
         });
         let object = &mut self.spec["process"];
-        // Labels of the host's security modules: the guest's kernel has none, and what they keep a process from on the
-        // host is out of its reach.
+        // Labels of the host's security modules: the guest's kernel has none, and what they keep a
+        // process from on the host is out of its reach.
         for label in ["apparmorProfile", "selinuxLabel"] {
             if let Some(object) = object.as_object_mut()
                 && let Some(Value::String(value)) = object.remove(label)
@@ -147,7 +150,8 @@ impl Plan {
         });
     }
 
-    /// Limits on what is the host's hold on the host: its processors, memory nodes and disks are not the guest's.
+    /// Limits on what is the host's hold on the host: its processors, memory nodes and disks are
+    /// not the guest's.
     fn resources(&mut self) {
         let Some(resources) = self.spec["linux"]["resources"].as_object_mut() else {
             return;

@@ -161,9 +161,9 @@ fn on_tmpfs(path: &Path) -> Result<bool> {
     Ok(u64::try_from(found.f_type) == Ok(TMPFS))
 }
 
-/// Engines make the memory that processes share a tmpfs of the host and bind it. Memory that two kernels map is not
-/// shared memory: the guest has a tmpfs of the same size in its place, which is one for all containers of the guest that
-/// bind the same.
+/// Engines make the memory that processes share a tmpfs of the host and bind it. Memory that two
+/// kernels map is not shared memory: the guest has a tmpfs of the same size in its place, which is
+/// one for all containers of the guest that bind the same.
 fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
     let doing = || format!("use {}", source.display());
     let path = fs::canonicalize(source).context(doing)?;
@@ -190,8 +190,9 @@ fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
     }))
 }
 
-/// What tells a directory of the host from others, now and in the guest's time: its number alone may be another's by
-/// then, and its path as well. FNV-1a, which is the same in each version of hull.
+/// What tells a directory of the host from others, now and in the guest's time: its number alone
+/// may be another's by then, and its path as well. FNV-1a, which is the same in each version of
+/// hull.
 fn identity(path: &Path, found: &fs::Metadata) -> u64 {
     let numbers = [found.dev(), found.ino()].map(u64::to_le_bytes);
     path.as_os_str()

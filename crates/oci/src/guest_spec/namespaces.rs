@@ -1,8 +1,9 @@
 //! Namespaces: the network's on the host, the others in the guest.
 //!
-//! A namespace given by path is one of the host. What engines mean by it is in most cases the namespace of another
-//! container, which they know by the process that stands for it, `/proc/PID/ns/…`: a keeper. Those become joins,
-//! which the pod resolves. A network namespace by any other path is entered on the host, where its interfaces are.
+//! A namespace given by path is one of the host. What engines mean by it is in most cases the
+//! namespace of another container, which they know by the process that stands for it,
+//! `/proc/PID/ns/…`: a keeper. Those become joins, which the pod resolves. A network namespace by
+//! any other path is entered on the host, where its interfaces are.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,8 @@ pub enum Network {
     Path(PathBuf),
 }
 
-/// Annotations by which Kubernetes' engines mark containers whose pod's namespaces they have made on the host.
+/// Annotations by which Kubernetes' engines mark containers whose pod's namespaces they have made
+/// on the host.
 const POD_TYPES: [&str; 2] = [
     "io.kubernetes.cri-o.ContainerType",
     "io.kubernetes.cri.container-type",

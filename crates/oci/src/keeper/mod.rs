@@ -1,13 +1,15 @@
 //! The keeper: the host process that stands for one process of a container towards an engine.
 //!
-//! It is a child of the engine's subreaper, lives as long as the process in the guest, carries its streams, passes
-//! signals on, and exits with its status. Its namespaces on the host are the container's as far as the host has a part
-//! in them: the network namespace that engines fill and hooks look for, the root file system that they copy into and
-//! out of, and a process namespace in which there is nothing but it. In `ps` it looks like the process it stands for.
+//! It is a child of the engine's subreaper, lives as long as the process in the guest, carries its
+//! streams, passes signals on, and exits with its status. Its namespaces on the host are the
+//! container's as far as the host has a part in them: the network namespace that engines fill and
+//! hooks look for, the root file system that they copy into and out of, and a process namespace in
+//! which there is nothing but it. In `ps` it looks like the process it stands for.
 //!
-//! A keeper is started before its container: [`spawn`] makes it wait, hooks can find it by its process id, and
-//! [`Keeper::keep`] gives it streams to carry. There is one per container, so it is small: no runtime, one thread for
-//! each stream, and this executable's text, which all of hull's processes share.
+//! A keeper is started before its container: [`spawn`] makes it wait, hooks can find it by its
+//! process id, and [`Keeper::keep`] gives it streams to carry. There is one per container, so it is
+//! small: no runtime, one thread for each stream, and this executable's text, which all of hull's
+//! processes share.
 
 mod carry;
 mod memory;
@@ -27,13 +29,14 @@ use serde::{Deserialize, Serialize};
 
 pub use process::{keep_here, run};
 
-/// Environment variable that makes this executable a keeper: its arguments are the container's. Says whether it
-/// is to leave its caller's session.
+/// Environment variable that makes this executable a keeper: its arguments are the container's.
+/// Says whether it is to leave its caller's session.
 const ROLE_VARIABLE: &str = "HULL_KEEPER";
 const SESSION: &str = "session";
 const FOREGROUND: &str = "foreground";
 
-/// Whether this process was started as a keeper, and if so whether it is to leave its caller's session.
+/// Whether this process was started as a keeper, and if so whether it is to leave its caller's
+/// session.
 pub fn is_wanted() -> Option<bool> {
     match std::env::var_os(ROLE_VARIABLE) {
         Some(role) if role == SESSION => Some(true),
@@ -91,7 +94,8 @@ pub enum Namespace {
 /// What the host has of a container's world.
 #[derive(Debug)]
 pub struct World {
-    /// Namespaces to be made, as the spec has them: who looks at the keeper finds what the container was to have.
+    /// Namespaces to be made, as the spec has them: who looks at the keeper finds what the
+    /// container was to have.
     pub namespaces: Vec<Namespace>,
     /// Its network namespace, when it exists.
     pub network: Option<File>,
@@ -101,8 +105,9 @@ pub struct World {
 
 /// Starts a keeper, which inherits the standard streams.
 ///
-/// `arguments` are what `ps` shows: the command in the container. `world` is absent for a further process, which
-/// nobody looks at. `session` is false where the keeper shares its caller's terminal.
+/// `arguments` are what `ps` shows: the command in the container. `world` is absent for a further
+/// process, which nobody looks at. `session` is false where the keeper shares its caller's
+/// terminal.
 ///
 /// Must be called while this process has one thread.
 ///
@@ -164,7 +169,8 @@ fn inherit(command: &mut Command, channel: OwnedFd) -> Result<()> {
             if done < 0 {
                 return Err(io::Error::last_os_error());
             }
-            // Whatever an engine left open is not the keeper's: its other end would never see the end.
+            // Whatever an engine left open is not the keeper's: its other end would never see the
+            // end.
             let limit = libc::c_uint::MAX;
             let first = CHANNEL_FD as libc::c_uint + 1;
             if libc::close_range(first, limit, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) < 0 {
@@ -206,8 +212,9 @@ impl Keeper {
         }
     }
 
-    /// Gives it the connection to the sandbox, the streams of its process, and the slave of a terminal. From now on it
-    /// stands for the process; the process lives as long as this connection.
+    /// Gives it the connection to the sandbox, the streams of its process, and the slave of a
+    /// terminal. From now on it stands for the process; the process lives as long as this
+    /// connection.
     ///
     /// # Errors
     /// It has ended.

@@ -143,7 +143,8 @@ fn pass_on(connection: &Client, signal: u32, terminal: Option<&OwnedFd>) {
     let _ = connection.tell(&Request::Forward(signal), &[]);
 }
 
-/// Whether a signal is about this process's own children, input and output, and not about the process in the guest.
+/// Whether a signal is about this process's own children, input and output, and not about the
+/// process in the guest.
 fn is_own(signal: u32) -> bool {
     [
         Signal::SIGCHLD,
@@ -178,7 +179,8 @@ pub fn pass_signals(keeper: i32) -> Result<()> {
         }
         let ended = !ready[0].revents().is_empty();
         while let Ok(Some(signal)) = signals.read_signal() {
-            // What the kernel sends, the terminal's keys, the keeper gets too: it is in the same process group.
+            // What the kernel sends, the terminal's keys, the keeper gets too: it is in the same
+            // process group.
             let is_sent = signal.ssi_code <= 0;
             if is_sent
                 && !is_own(signal.ssi_signo)
@@ -209,7 +211,8 @@ fn resize(connection: &Client, terminal: &OwnedFd) {
     }
 }
 
-/// Keeps a process in this very process, on its own standard streams: a foreground `exec`. Returns its status.
+/// Keeps a process in this very process, on its own standard streams: a foreground `exec`. Returns
+/// its status.
 ///
 /// # Errors
 /// The streams cannot be carried.

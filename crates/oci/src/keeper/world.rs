@@ -30,7 +30,8 @@ pub fn spawn(command: &mut Command) -> Result<Child> {
     child.context(|| "start the keeper")
 }
 
-/// Enters namespaces: the network's among `fds` when it is not to be made, then the root file system there.
+/// Enters namespaces: the network's among `fds` when it is not to be made, then the root file
+/// system there.
 ///
 /// # Errors
 /// The kernel's.

@@ -84,8 +84,8 @@ impl Client {
         !self.greeting.get()
     }
 
-    /// Waits for the answer to our greeting: a sandbox that was just launched can be found by others
-    /// then.
+    /// Waits for the answer to our greeting: a sandbox that was just launched can be found by
+    /// others then.
     ///
     /// # Errors
     /// Why the sandbox did not start, or that it speaks an older protocol than this hull does.

@@ -1,16 +1,16 @@
 //! The control protocol of a sandbox.
 //!
-//! A connection is a socket of [`hull_ipc`]: messages of JSON with descriptors beside them. The first
-//! message of a client is [`Request::Hello`]; it need not wait for the answer. Every request is answered by one
-//! reply, in order, but for those that say otherwise.
+//! A connection is a socket of [`hull_ipc`]: messages of JSON with descriptors beside them. The
+//! first message of a client is [`Request::Hello`]; it need not wait for the answer. Every request
+//! is answered by one reply, in order, but for those that say otherwise.
 //!
 //! A connection that has created a process (`Create`, `Exec`, `Attach`) keeps it from then on:
 //! `Forward` and `Resize` are for that process, and [`Reply::Exited`] comes when it has ended. What
 //! happens to the process when the connection is closed before depends on its configuration.
 //!
 //! Compatibility (docs/compatibility.md): a client of an older version is answered, or refused by
-//! name; fields that the other side does not know are ignored; a call that this hull does not know is
-//! answered `Unsupported`.
+//! name; fields that the other side does not know are ignored; a call that this hull does not know
+//! is answered `Unsupported`.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,8 +1,8 @@
 //! The agent as the sandbox calls it: ttrpc with timeouts, and its errors as [`Error`]s.
 //!
-//! The guest may be hostile: every call is bounded in time but for `wait` and copies, which end with
-//! the machine at the latest, and what comes back is numbers and texts that are passed on, never
-//! acted upon.
+//! The guest may be hostile: every call is bounded in time but for `wait` and copies, which end
+//! with the machine at the latest, and what comes back is numbers and texts that are passed on,
+//! never acted upon.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::{Metrics, ProcessInfo};
 use crate::store::Exit;
 
-/// Bound of a call that the agent answers at once. An emulated guest on a busy host needs seconds at times.
+/// Bound of a call that the agent answers at once. An emulated guest on a busy host needs seconds
+/// at times.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Bound of a call that may run hooks, which have their own time.
@@ -217,8 +218,8 @@ impl Agent {
         begun.map(drop).map_err(failure_of_existing)
     }
 
-    /// Creates a container whose init waits to be started, or is started at once; the init's process
-    /// id in the guest.
+    /// Creates a container whose init waits to be started, or is started at once; the init's
+    /// process id in the guest.
     ///
     /// # Errors
     /// `CommandNotFound` and `NotExecutable` for its command; `InvalidArgument` for a spec that the

@@ -11,7 +11,8 @@ use crate::sandbox::Sandbox;
 /// Shortest time between two calls: a guest cannot keep the host busy with events.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Passes on that the guest's kernel killed processes for lack of memory, until the guest has ended.
+/// Passes on that the guest's kernel killed processes for lack of memory, until the guest has
+/// ended.
 ///
 /// Exits of processes come with their status from `Wait`, when all that they wrote has been read.
 pub async fn follow(sandbox: Sandbox, agent: Agent) {

@@ -1,9 +1,9 @@
 //! The streams of an init that nobody but the sandbox has: output goes to a log and to every client
 //! that is attached, input comes from clients.
 //!
-//! A client has one end of a socket for each stream. One that reads slowly slows the container down,
-//! as with Docker: nothing is lost and nothing piles up. One that has gone is forgotten at the next
-//! piece of output.
+//! A client has one end of a socket for each stream. One that reads slowly slows the container
+//! down, as with Docker: nothing is lost and nothing piles up. One that has gone is forgotten at
+//! the next piece of output.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -2,9 +2,9 @@
 //! outside of it that have to be undone, or by pasta, of which nothing remains.
 //!
 //! The sandbox keeps the namespace, which nothing else holds: it is gone with the sandbox process.
-//! What plugins made outside of it, leases and rules of packet filters, is written down before it is
-//! made, in the directory of the container that it is for, and [`undo`] takes it back: the sandbox
-//! when that container ends, or, when its process was killed, who removes the container.
+//! What plugins made outside of it, leases and rules of packet filters, is written down before it
+//! is made, in the directory of the container that it is for, and [`undo`] takes it back: the
+//! sandbox when that container ends, or, when its process was killed, who removes the container.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -26,7 +26,8 @@ const INTERFACE: &str = "eth0";
 /// The file with what plugins made, or are about to make, as long as it is not undone.
 const FILE: &str = "network.json";
 
-/// A namespace that is attached to a network. Dropping it detaches nothing: see [`Attached::detach`].
+/// A namespace that is attached to a network. Dropping it detaches nothing: see
+/// [`Attached::detach`].
 #[derive(Debug)]
 pub struct Attached {
     /// The namespace. It lives as long as something holds it.

@@ -2,9 +2,10 @@
 //!
 //! Each interface of the namespace is *mirrored*: a tap in the same namespace gets everything that
 //! the interface receives, and the other way round (crate network), and is attached to one of the
-//! machine's net devices. Addresses and routes go to the agent. [`Network::open`] does what needs no
-//! guest, while that boots; [`Network::configure`] tells the agent; [`Network::follow`] does both
-//! again whenever something has changed in the namespace. Nothing here reads what a guest sent.
+//! machine's net devices. Addresses and routes go to the agent. [`Network::open`] does what needs
+//! no guest, while that boots; [`Network::configure`] tells the agent; [`Network::follow`] does
+//! both again whenever something has changed in the namespace. Nothing here reads what a guest
+//! sent.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -74,7 +75,8 @@ impl Network {
     /// Connects the interfaces of a namespace with the machine's net devices.
     ///
     /// # Errors
-    /// The namespace is the host's own, has more interfaces than the machine, or cannot be connected.
+    /// The namespace is the host's own, has more interfaces than the machine, or cannot be
+    /// connected.
     pub async fn open(namespace: Namespace, nets: Nets, limits: NetworkLimits) -> Result<Self> {
         if namespace.is_callers_own()? {
             return Err(Error::unsupported(
@@ -177,7 +179,8 @@ impl Network {
         self.leave_out(excess)
     }
 
-    /// Interfaces that the machine has no devices for: at the start an error, later a warning, once.
+    /// Interfaces that the machine has no devices for: at the start an error, later a warning,
+    /// once.
     fn leave_out(&mut self, excess: Vec<String>) -> Result<()> {
         let of = |route: &Option<String>| route.as_ref().is_some_and(|name| excess.contains(name));
         self.description
@@ -295,7 +298,8 @@ impl Network {
         Ok(())
     }
 
-    /// Keeps the guest's network what the namespace is, until `end`: then the namespace is as it was before.
+    /// Keeps the guest's network what the namespace is, until `end`: then the namespace is as it
+    /// was before.
     pub async fn follow(mut self: Box<Self>, agent: Agent, end: impl Future<Output = ()>) {
         tokio::select! {
             () = self.follow_changes(&agent) => {}
@@ -316,7 +320,8 @@ impl Network {
         if let Some(resolver) = &self.resolver {
             resolver.leave();
         }
-        // Closing a tap waits for a grace period of the host's kernel (RCU), 20 ms: others wait for us.
+        // Closing a tap waits for a grace period of the host's kernel (RCU), 20 ms: others wait for
+        // us.
         let mirrors = std::mem::take(&mut self.mirrors);
         let closing = std::thread::Builder::new().spawn(move || drop(mirrors));
         if let Err(error) = closing {

@@ -2,8 +2,8 @@
 //! network is made of.
 //!
 //! It is connected as soon as a front end names it, while the guest boots; the guest is told before
-//! the first container is created, and from then on the namespace is followed, and relays carry what
-//! concerns its loopback interface.
+//! the first container is created, and from then on the namespace is followed, and relays carry
+//! what concerns its loopback interface.
 //!
 //! | module | what |
 //! | --- | --- |
@@ -75,8 +75,8 @@ impl Sandbox {
     /// already is fine. `fds` are those that the source asks for.
     ///
     /// # Errors
-    /// `Unsupported` when another namespace is connected, or this one is another sandbox's; a plugin
-    /// fails; the sandbox ends.
+    /// `Unsupported` when another namespace is connected, or this one is another sandbox's; a
+    /// plugin fails; the sandbox ends.
     pub async fn connect_network(
         &self,
         config: NetworkConfig,

@@ -1,5 +1,5 @@
-//! Detached mounts: copies of what the host has mounted, attached nowhere, which become shares of a guest. They
-//! vanish with their last descriptor. With mount_setattr(2), which no library here has.
+//! Detached mounts: copies of what the host has mounted, attached nowhere, which become shares of a
+//! guest. They vanish with their last descriptor. With mount_setattr(2), which no library here has.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -66,8 +66,8 @@ fn call(tree: BorrowedFd<'_>, attributes: Attributes, flags: libc::c_int) -> io:
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
-    // SAFETY: the descriptor is open for the length of the call, the path is an empty C string, and the kernel
-    // reads no more than the given size of the structure.
+    // SAFETY: the descriptor is open for the length of the call, the path is an empty C string, and
+    // the kernel reads no more than the given size of the structure.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

@@ -1,8 +1,8 @@
-//! What a guest sees of the host: detached mounts of root file systems, directories and files, which
-//! become shares of the fs device.
+//! What a guest sees of the host: detached mounts of root file systems, directories and files,
+//! which become shares of the fs device.
 //!
-//! A front end opens them ([`root`], [`host`]) and hands them to the sandbox by descriptor. They are
-//! attached nowhere, so they vanish with the last process that has them. What is read-only is a
+//! A front end opens them ([`root`], [`host`]) and hands them to the sandbox by descriptor. They
+//! are attached nowhere, so they vanish with the last process that has them. What is read-only is a
 //! read-only mount of the host's kernel: neither the guest nor a broken device process can write.
 
 mod detached;

@@ -42,7 +42,8 @@ pub struct Overlay<'a> {
 /// A detached mount of a container's root file system.
 ///
 /// # Errors
-/// A layer is gone, the upper directory's file system cannot be an upper layer, or the disk is full.
+/// A layer is gone, the upper directory's file system cannot be an upper layer, or the disk is
+/// full.
 pub fn root(overlay: &Overlay<'_>) -> Result<OwnedFd> {
     for directory in [&overlay.upper, &overlay.work] {
         fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
@@ -122,7 +123,8 @@ impl Opened {
         )
     }
 
-    /// Mounts it on the work directory, which is of no other use, where nobody but one thread sees it.
+    /// Mounts it on the work directory, which is of no other use, where nobody but one thread sees
+    /// it.
     fn in_a_thread(&self, volatile: bool) -> io::Result<OwnedFd> {
         let options = self.options(volatile)?;
         std::thread::scope(|scope| {

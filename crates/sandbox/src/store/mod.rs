@@ -10,15 +10,15 @@
 //! RUN/keepers/<pid>       which sandbox a keeper belongs to
 //! RUN/roots/<path>        where engines keep containers
 //! RUN/events              what has happened on this host: module `events`
-//! ROOT/<container>/       what there is; ROOT is DATA/containers for hull's own, `--root` for engines
+//! ROOT/<container>/       what there is; ROOT is DATA/containers or an engine's `--root`
 //!     config.json         the OCI configuration, in the front end's words
 //!     record.json         what is known from its creation on, by the front end
 //!     status.json         how far it is, by the sandbox
 //! ```
 //!
-//! A status that says "running" while nobody holds the sandbox's lock reads as stopped. Every
-//! file is written by rename, by one writer, and has a version: an older one is read, a newer one is
-//! a named error.
+//! A status that says "running" while nobody holds the sandbox's lock reads as stopped. Every file
+//! is written by rename, by one writer, and has a version: an older one is read, a newer one is a
+//! named error.
 
 mod directory;
 pub mod keepers;

@@ -1,5 +1,5 @@
-//! What is known of a container from its creation on: `record.json` in its directory. Written by the
-//! front end that creates the container; what only that front end knows is its own part of it.
+//! What is known of a container from its creation on: `record.json` in its directory. Written by
+//! the front end that creates the container; what only that front end knows is its own part of it.
 
 use std::path::{Path, PathBuf};
 
@@ -25,8 +25,8 @@ pub const CONFIG_FILE: &str = "config.json";
 /// Why a container has ended whose sandbox process is no more and left no word.
 pub const SANDBOX_KILLED: &str = "the sandbox process was killed";
 
-/// What is known of a container. `D` is what its front end adds: any JSON object to those who do not
-/// care.
+/// What is known of a container. `D` is what its front end adds: any JSON object to those who do
+/// not care.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record<D = Value> {
     /// Format of this file: [`VERSION`].

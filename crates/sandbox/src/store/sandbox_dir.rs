@@ -1,8 +1,8 @@
 //! The run-time directory of a sandbox: what says that it lives, and how it is reached.
 //!
-//! A sandbox is born with its lock held and its socket listening: both travel to the sandbox process
-//! in its first message, so that from the moment of its launch it is alive to all others, and gone
-//! when the launcher is killed before.
+//! A sandbox is born with its lock held and its socket listening: both travel to the sandbox
+//! process in its first message, so that from the moment of its launch it is alive to all others,
+//! and gone when the launcher is killed before.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};

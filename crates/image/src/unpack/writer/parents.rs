@@ -59,8 +59,8 @@ impl Writer<'_> {
         }
     }
 
-    /// Walks to `path` part by part: symbolic links of this layer and of lower ones are followed, below the root, and
-    /// missing directories are made. Gives the path without links.
+    /// Walks to `path` part by part: symbolic links of this layer and of lower ones are followed,
+    /// below the root, and missing directories are made. Gives the path without links.
     fn make_parents(
         &self,
         path: &[u8],

@@ -1,5 +1,5 @@
-//! The plugins that are installed. What they take for the host is a network namespace of the test's own, so that nothing is
-//! left on the host, whatever happens.
+//! The plugins that are installed. What they take for the host is a network namespace of the test's
+//! own, so that nothing is left on the host, whatever happens.
 
 use std::process::{Child, Command, Stdio};
 
@@ -216,7 +216,8 @@ fn hulls_own_network_with_real_plugins() {
     assert!(leases().is_empty(), "{:?}", leases());
     let links = namespace.ip("-o link");
     assert!(!links.contains("eth0"), "{links}");
-    // Masquerading of a container is undone by the addresses in its namespace: of "b", which went first, it stays.
+    // Masquerading of a container is undone by the addresses in its namespace: of "b", which went
+    // first, it stays.
     let left: Vec<String> = traces()
         .into_iter()
         .filter(|rule| !rule.contains(&format!("{container}-b")))

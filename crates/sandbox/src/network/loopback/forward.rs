@@ -1,8 +1,8 @@
-//! Carries connections that are made in a network namespace to 127.0.0.1 or ::1 into the guest. The rules
-//! are made while the guest boots, and connections are carried when it is there.
+//! Carries connections that are made in a network namespace to 127.0.0.1 or ::1 into the guest. The
+//! rules are made while the guest boots, and connections are carried when it is there.
 //!
-//! Whoever dials has been connected by the host's kernel before the guest is asked, so that a port at which nobody listens
-//! shows as a connection that is reset.
+//! Whoever dials has been connected by the host's kernel before the guest is asked, so that a port
+//! at which nobody listens shows as a connection that is reset.
 
 use std::io;
 use std::pin::pin;
@@ -35,8 +35,8 @@ pub struct Forwarder {
 }
 
 impl Forwarder {
-    /// Leads connections here; they wait until there is a guest. `None`, and a line in the log, where the host's kernel
-    /// cannot do it: everything else works without.
+    /// Leads connections here; they wait until there is a guest. `None`, and a line in the log,
+    /// where the host's kernel cannot do it: everything else works without.
     pub fn open(namespace: &Namespace) -> Option<Self> {
         match Redirect::open(namespace) {
             Ok(redirect) => Some(Self {

@@ -1,18 +1,21 @@
-//! Brings Docker's name server into the guest. In a network that a user has defined, a container's /etc/resolv.conf says
-//! 127.0.0.11; there dockerd listens, inside the container's network namespace. The agent takes the guest's questions
-//! ([`Agent::resolve`]) and they are asked here, each from a socket of its own in the namespace.
+//! Brings Docker's name server into the guest. In a network that a user has defined, a container's
+//! /etc/resolv.conf says 127.0.0.11; there dockerd listens, inside the container's network
+//! namespace. The agent takes the guest's questions ([`Agent::resolve`]) and they are asked here,
+//! each from a socket of its own in the namespace.
 //!
-//! dockerd begins to listen while its hook runs, which is before the guest is told of its network, or, when a container
-//! is connected to such a network later, before the interface for that appears. So it is looked for at these moments, and
-//! once more when a container starts: [`Resolver::look`]. It costs a tenth of a millisecond; without a name server
-//! that is all. Once begun it lasts: dockerd may end and come again.
+//! dockerd begins to listen while its hook runs, which is before the guest is told of its network,
+//! or, when a container is connected to such a network later, before the interface for that
+//! appears. So it is looked for at these moments, and once more when a container starts:
+//! [`Resolver::look`]. It costs a tenth of a millisecond; without a name server that is all. Once
+//! begun it lasts: dockerd may end and come again.
 //!
-//! dockerd asks other name servers for what it does not know, and from inside the namespace too, whose interfaces are the
-//! guest's. So what these answer is kept from the guest: in the namespace the kernel chooses ports of a range that guests
-//! hardly use, and answers to these ports are let through to it ([`mirror::admit_answers`]).
+//! dockerd asks other name servers for what it does not know, and from inside the namespace too,
+//! whose interfaces are the guest's. So what these answer is kept from the guest: in the namespace
+//! the kernel chooses ports of a range that guests hardly use, and answers to these ports are let
+//! through to it ([`mirror::admit_answers`]).
 //!
-//! Messages are opaque. At most [`MAX_QUESTIONS`] are asked at a time, each for at most [`ANSWER_TIME`]; beyond that nothing
-//! is read from the guest.
+//! Messages are opaque. At most [`MAX_QUESTIONS`] are asked at a time, each for at most
+//! [`ANSWER_TIME`]; beyond that nothing is read from the guest.
 
 use std::io;
 use std::sync::Arc;
@@ -59,8 +62,9 @@ impl Resolver {
         }
     }
 
-    /// Brings the name server into the guest if there is one and it is not there yet, and lets it ask others. `cables`: the
-    /// namespace's interfaces with their taps. What fails goes to the log: a container can do without.
+    /// Brings the name server into the guest if there is one and it is not there yet, and lets it
+    /// ask others. `cables`: the namespace's interfaces with their taps. What fails goes to the
+    /// log: a container can do without.
     pub async fn look(&mut self, netlink: &Netlink, cables: &[(&Interface, u32)]) {
         if self.serving.as_ref().is_none_or(JoinHandle::is_finished) {
             match sockets::listens(&self.namespace, *RESOLVER.ip()) {
@@ -182,7 +186,8 @@ async fn ask_by_udp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8
     socket.async_io(interest, || datagram(&socket)).await
 }
 
-/// What has come, if anything has. A buffer for the largest there can be is not kept for each question.
+/// What has come, if anything has. A buffer for the largest there can be is not kept for each
+/// question.
 fn datagram(socket: &UdpSocket) -> io::Result<Vec<u8>> {
     let mut buffer = [0; u16::MAX as usize];
     let (length, _) = recv(socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
@@ -213,8 +218,8 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
 
-    /// A namespace in which a question gets itself as answer, in capitals; by UDP when it begins with `slow`, after those
-    /// that came later.
+    /// A namespace in which a question gets itself as answer, in capitals; by UDP when it begins
+    /// with `slow`, after those that came later.
     fn namespace(test: &str) -> Option<Namespace> {
         let namespace = match Namespace::new() {
             Ok(namespace) => namespace,
