@@ -75,7 +75,7 @@ mod tests {
         fs::create_dir_all(&root).unwrap();
         register(run.path(), &root).unwrap();
         register(run.path(), &root).unwrap();
-        assert_eq!(list(run.path()), [root.clone()]);
+        assert_eq!(list(run.path()), std::slice::from_ref(&root));
         fs::remove_dir(&root).unwrap();
         assert!(list(run.path()).is_empty());
         assert!(register(run.path(), Path::new(&"x/".repeat(200))).is_err());

@@ -269,7 +269,7 @@ mod tests {
         assert!(!path.is_alive());
         let dir = SandboxDir::create(&path).unwrap();
         assert!(path.is_alive());
-        assert_eq!(living(run.path()).unwrap(), [path.clone()]);
+        assert_eq!(living(run.path()).unwrap(), std::slice::from_ref(&path));
         path.sweep().unwrap();
         assert!(path.directory().exists());
         dir.release();
