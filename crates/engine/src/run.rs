@@ -259,6 +259,7 @@ impl<'a> Run<'a> {
             memory: limit.map_or(self.config.memory, MachineConfig::memory_for),
             cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
             nets: matches!(self.network.attach, Attach::Source(..)).into(),
+            hull: None,
             choice,
         })
     }
@@ -280,6 +281,7 @@ impl<'a> Run<'a> {
             memory: details.memory,
             cpus: details.cpus,
             nets: 0,
+            hull: None,
         })
     }
 

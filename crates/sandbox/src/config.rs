@@ -32,6 +32,9 @@ pub struct MachineConfig {
     /// How many network interfaces it can have, at most [`MAX_NETS`]; fewer where the kind of
     /// machine has no room.
     pub nets: u8,
+    /// The executable `hull`, which is the device process; this process's own when absent.
+    #[serde(default)]
+    pub hull: Option<PathBuf>,
 }
 
 impl MachineConfig {
@@ -59,6 +62,20 @@ pub struct SandboxConfig {
     /// Monotonic clock of the host when the caller began, nanoseconds: time zero of the timings.
     #[serde(default)]
     pub began_ns: u64,
+}
+
+impl SandboxConfig {
+    /// A sandbox without control groups, disks and a name of its own.
+    pub fn new(machine: MachineConfig, end: EndPolicy) -> Self {
+        Self {
+            machine,
+            hostname: "hull".to_owned(),
+            cgroups: Vec::new(),
+            disks: Vec::new(),
+            end,
+            began_ns: 0,
+        }
+    }
 }
 
 /// When a sandbox ends by itself.
@@ -307,6 +324,25 @@ pub struct ContainerConfig {
     /// Remove it when it has ended.
     #[serde(default)]
     pub removal: Option<Removal>,
+}
+
+impl ContainerConfig {
+    /// A container that is started at once, with nobody at its streams and nothing beside its spec.
+    pub fn new(id: impl Into<String>, spec: Box<RawValue>) -> Self {
+        Self {
+            id: id.into(),
+            spec,
+            raw: RawArgs::default(),
+            stdio: Stdio::Null,
+            start: true,
+            keeper: None,
+            sysctl: BTreeMap::new(),
+            joins: Vec::new(),
+            disks: Vec::new(),
+            volatile: false,
+            removal: None,
+        }
+    }
 }
 
 /// What is removed with a container that removes itself.

@@ -113,6 +113,7 @@ fn machine(
         choice,
         // `create` knows.
         nets: 0,
+        hull: None,
     })
 }
 

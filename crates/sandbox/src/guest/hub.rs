@@ -69,9 +69,10 @@ pub struct Carriers(Vec<JoinHandle<()>>);
 impl Carriers {
     /// Waits until all that the init wrote has been passed on.
     pub async fn done(&mut self) {
-        for carrier in &mut self.0 {
+        while let Some(carrier) = self.0.last_mut() {
             // A carrier has no result.
             let _ = carrier.await;
+            self.0.pop();
         }
     }
 
@@ -345,6 +346,7 @@ mod tests {
             );
         }
         let late = init.hub.attach(false).await.unwrap();
+        init.hub.drained().await;
         assert_eq!(read(&late[1]), "");
     }
 

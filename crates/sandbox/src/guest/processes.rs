@@ -188,7 +188,7 @@ impl Guest {
         let features = backend.features();
         let nets = net_devices(request, &features, disks.len());
         let setup = setup(&features, nets, &disks)?;
-        let (devices, control, incoming) = start_devices(&path.devices(), &setup, &disks)?;
+        let (devices, control, incoming) = start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
         let devices = Watched::new(devices.pid, devices.pidfd)?;
         let control = Arc::new(control);
 
@@ -399,6 +399,7 @@ fn wire_devices(directory: &Path, setup: Setup) -> Result<Vec<DeviceWiring>> {
 /// Creates the sockets between machine and devices, starts the device process, and configures it.
 fn start_devices(
     directory: &Path,
+    hull: Option<&Path>,
     setup: &Setup,
     disks: &[Disk],
 ) -> Result<(Started, Devices, Incoming)> {
@@ -421,7 +422,8 @@ fn start_devices(
     }
 
     let (ours, theirs) = hull_ipc::pair().context(doing)?;
-    let executable = File::open("/proc/self/exe").context(doing)?;
+    let executable = hull.unwrap_or(Path::new("/proc/self/exe"));
+    let executable = File::open(executable).context(doing)?;
     let stderr = io::stderr();
     let started = jail::spawn(JailSpec {
         name: "the device process",

@@ -52,15 +52,31 @@ pub fn root(overlay: &Overlay<'_>) -> Result<OwnedFd> {
     if let Some(top) = overlay.layers.first() {
         copy_attributes(top, &overlay.upper)?;
     }
-    let opened = Opened::new(overlay)?;
-    let doing = || "mount the container's root file system";
-    match opened.without_place(overlay.volatile) {
+    match Opened::new(overlay)?.without_place(overlay.volatile) {
         // The overlay of an older kernel knows no "lowerdir+".
-        Err(error) if error == rustix::io::Errno::INVAL => {
-            opened.in_a_thread(overlay.volatile).context(doing)
-        }
-        mounted => mounted.context(doing),
+        Err(error) if error == rustix::io::Errno::INVAL => in_a_thread(overlay),
+        mounted => mounted.context(|| DOING),
     }
+}
+
+/// What fails when the kernel does not mount it.
+const DOING: &str = "mount the container's root file system";
+
+/// Mounts it on its upper directory, in a mount namespace that nobody but one thread is in.
+fn in_a_thread(overlay: &Overlay<'_>) -> Result<OwnedFd> {
+    std::thread::scope(|scope| {
+        let mounting = scope.spawn(|| {
+            own_namespace().context(|| "create a mount namespace")?;
+            // In that namespace: an overlay takes no directories of another one.
+            let opened = Opened::new(overlay)?;
+            opened
+                .on(&overlay.upper, overlay.volatile)
+                .context(|| DOING)
+        });
+        mounting
+            .join()
+            .unwrap_or_else(|_| Err(Error::new("the mounting thread panicked")))
+    })
 }
 
 fn copy_attributes(from: &Path, to: &Path) -> Result<()> {
@@ -123,31 +139,13 @@ impl Opened {
         )
     }
 
-    /// Mounts it on the work directory, which is of no other use, where nobody but one thread sees
-    /// it.
-    fn in_a_thread(&self, volatile: bool) -> io::Result<OwnedFd> {
+    fn on(&self, place: &Path, volatile: bool) -> io::Result<OwnedFd> {
         let options = self.options(volatile)?;
-        std::thread::scope(|scope| {
-            let mounting = scope.spawn(|| {
-                own_namespace()?;
-                let place = named(&self.upper);
-                mount(
-                    "overlay",
-                    &place,
-                    "overlay",
-                    MountFlags::NODEV | MountFlags::NOSUID,
-                    Some(options.as_c_str()),
-                )?;
-                // The descriptor is below the mount: the path leads onto it.
-                let path = fs::read_link(&place)?;
-                let mounted = detached::copy(&path, false);
-                unmount(&path, UnmountFlags::DETACH)?;
-                mounted
-            });
-            mounting
-                .join()
-                .unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
-        })
+        let flags = MountFlags::NODEV | MountFlags::NOSUID;
+        mount("overlay", place, "overlay", flags, Some(options.as_c_str()))?;
+        let mounted = detached::copy(place, false);
+        unmount(place, UnmountFlags::DETACH)?;
+        mounted
     }
 
     fn options(&self, volatile: bool) -> io::Result<std::ffi::CString> {
@@ -236,7 +234,7 @@ mod tests {
         assert_eq!(fs::read_to_string(overlay.upper.join("new")).unwrap(), "x");
         drop(mount);
 
-        let mount = Opened::new(&overlay).unwrap().in_a_thread(false).unwrap();
+        let mount = in_a_thread(&overlay).unwrap();
         assert_eq!(read(&mount, "all").unwrap(), "0");
         assert_eq!(read(&mount, "new").unwrap(), "x");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
