@@ -59,7 +59,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
             "root": {"path": share.path(), "readonly": true},
             "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"],
                 "args": ["sh", "-c", command]},
-            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}],
             "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
         }))?;
         let directory = Directory::create(&work.path().join(id))?;
