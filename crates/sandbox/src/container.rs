@@ -21,6 +21,7 @@ use crate::guest::hub::{Carriers, Hub};
 use crate::guest::streams;
 use crate::log;
 use crate::metrics::{Metrics, ProcessInfo};
+use crate::network;
 use crate::process::Process;
 use crate::sandbox::{Ready, Reason, Sandbox};
 use crate::store::{Directory, Exit, State, Status, remove_all, unix_time_ns};
@@ -468,7 +469,10 @@ impl Container {
     /// Leaves of a container that has ended what is to be left.
     fn conclude(&self, exit: &Exit) {
         if let Some(removal) = &self.removal {
-            return remove(&self.id, removal);
+            // Its removal by hand undoes what plugins could not.
+            if !network::is_attached(&self.directory) {
+                return remove(&self.id, removal);
+            }
         }
         let mut status = self.status();
         status.state = State::Stopped;

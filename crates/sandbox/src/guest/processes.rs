@@ -188,7 +188,8 @@ impl Guest {
         let features = backend.features();
         let nets = net_devices(request, &features, disks.len());
         let setup = setup(&features, nets, &disks)?;
-        let (devices, control, incoming) = start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
+        let (devices, control, incoming) =
+            start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
         let devices = Watched::new(devices.pid, devices.pidfd)?;
         let control = Arc::new(control);
 

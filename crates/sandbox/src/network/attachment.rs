@@ -194,6 +194,12 @@ impl Attached {
     }
 }
 
+/// Whether something is written down of an attachment that is to be undone.
+pub fn is_attached(directory: &Directory) -> bool {
+    // What cannot be read is not nothing.
+    !matches!(directory.read(FILE), Ok(None))
+}
+
 /// Undoes what is written down of an attachment in a container's directory, if anything is.
 ///
 /// # Errors

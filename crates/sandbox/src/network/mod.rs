@@ -21,6 +21,7 @@ use hull_network::Namespace;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+pub(crate) use attachment::is_attached;
 pub use attachment::undo;
 pub(crate) use mirror::Nets;
 
