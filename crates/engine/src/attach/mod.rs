@@ -125,8 +125,11 @@ impl Attachment {
             {
                 return Ok(Err(signal as i32));
             }
-            if answered {
-                return client.receive().map(Ok);
+            match answered {
+                // Its greeting comes first, and may be all that has come.
+                true if !client.is_greeted() => client.wait_for_greeting()?,
+                true => return client.receive().map(Ok),
+                false => {}
             }
         }
     }
