@@ -51,6 +51,22 @@ impl Socket {
             })
             .await
     }
+
+    /// Waits until the peer has closed, whatever it has sent before.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub async fn closed(&self) -> io::Result<()> {
+        // With a registration of its own: what it notices is still news to `receive`.
+        let copy = watch(self.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+        loop {
+            let mut ready = copy.readable().await?;
+            if ready.ready().is_read_closed() {
+                return Ok(());
+            }
+            ready.clear_ready();
+        }
+    }
 }
 
 impl AsFd for Socket {
@@ -64,6 +80,25 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::pair;
+
+    #[tokio::test]
+    async fn the_end_of_the_peer_is_noticed_behind_unread_messages() {
+        let (a, b) = pair().unwrap();
+        let (a, b) = (Socket::new(a).unwrap(), Socket::new(b).unwrap());
+        let wait = std::time::Duration::from_millis(20);
+        a.send(&"unread", &[]).await.unwrap();
+        assert!(tokio::time::timeout(wait, b.closed()).await.is_err());
+        drop(a);
+        b.closed().await.unwrap();
+        let received = b.receive::<String>(Limits::default()).await.unwrap();
+        assert_eq!(received.unwrap().message, "unread");
+        assert!(
+            b.receive::<String>(Limits::default())
+                .await
+                .unwrap()
+                .is_none()
+        );
+    }
 
     #[tokio::test]
     async fn messages_wait_for_room_and_for_each_other() {

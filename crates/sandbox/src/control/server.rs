@@ -54,7 +54,7 @@ impl Connections {
         let connection = Connection {
             sandbox: sandbox.clone(),
             socket,
-            hold: sandbox.hold(),
+            hold: Some(sandbox.hold()),
             greeted: false,
             shares: Vec::new(),
             kept: None,
@@ -111,7 +111,8 @@ async fn accept(listener: OwnedFd, sandbox: Sandbox, connections: Connections) {
 struct Connection {
     sandbox: Sandbox,
     socket: Socket,
-    hold: Hold,
+    /// Until nobody is at the other end any more.
+    hold: Option<Hold>,
     greeted: bool,
     /// Shares added for a container that is not there yet.
     shares: Vec<Share>,
@@ -254,7 +255,16 @@ impl Connection {
             Request::Hello(hello) => self.greet(&hello),
             Request::AddShares { shares } => self.add_shares(shares, fds).await,
             Request::Network(config) => {
-                let addresses = sandbox.connect_network(config, fds).await?;
+                let mut connecting = std::pin::pin!(sandbox.connect_network(config, fds));
+                let addresses = tokio::select! {
+                    addresses = &mut connecting => addresses?,
+                    _ = self.socket.closed() => {
+                        // Nobody waits for the network any more: if nobody else wants the sandbox,
+                        // it ends, and its plugins with it.
+                        self.hold = None;
+                        connecting.await?
+                    }
+                };
                 reply(Reply::Network(addresses))
             }
             Request::Create(request) => self.create(*request, fds).await,
