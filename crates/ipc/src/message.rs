@@ -122,7 +122,7 @@ pub fn send<M: Serialize>(
     Prepared::new(message)?.send(socket, fds)
 }
 
-/// Receives one message; `None` when the peer has closed.
+/// Receives one message; `None` when the peer has closed and all that it sent was received.
 ///
 /// # Errors
 /// `WouldBlock` on a non-blocking socket without a message. `InvalidData` for a message that is not
@@ -134,7 +134,14 @@ pub fn receive<M: DeserializeOwned>(
 ) -> io::Result<Option<Received<M>>> {
     let mut text = vec![0; limits.bytes.clamp(LONG_MESSAGE.len(), MAX_INLINE)];
     let with_file = usize::from(limits.bytes > MAX_INLINE);
-    let packet = match packet::receive(socket, &mut text, limits.fds.saturating_add(with_file)) {
+    let mut receive = || packet::receive(&socket, &mut text, limits.fds.saturating_add(with_file));
+    let received = match receive() {
+        // The peer has closed with messages of ours unread: the kernel reports that once, and
+        // before the messages that it still has for us.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => receive(),
+        received => received,
+    };
+    let packet = match received {
         Ok(packet) => packet,
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
         Err(error) => return Err(error),

@@ -175,8 +175,6 @@ impl Client {
 
     fn receive_one(&self) -> Result<Received<Reply>> {
         let received = match receive(&self.socket) {
-            // It has ended with our request unread.
-            Err(error) if error.kind() == IoErrorKind::ConnectionReset => return Err(gone()),
             Err(error) if error.kind() == IoErrorKind::WouldBlock => {
                 return Err(Error::guest("the sandbox process does not answer"));
             }

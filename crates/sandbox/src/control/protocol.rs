@@ -303,12 +303,7 @@ pub fn parse(message: &RawValue) -> Result<Request, Error> {
 /// # Errors
 /// `InvalidData` for what cannot be understood, or an error of the socket.
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<Received<M>>> {
-    match hull_ipc::receive(&socket, Limits::default())? {
-        // The other side may have closed with messages of ours unread: the kernel reports that
-        // once, and before the messages that it still has for us.
-        None => hull_ipc::receive(&socket, Limits::default()),
-        received => Ok(received),
-    }
+    hull_ipc::receive(socket, Limits::default())
 }
 
 #[cfg(test)]
