@@ -9,9 +9,7 @@ use hull_network::cni::PortMapping;
 use hull_sandbox::control;
 use hull_sandbox::control::client::{self, Client};
 use hull_sandbox::control::protocol::{Reply, Request};
-use hull_sandbox::store::{
-    CONFIG_FILE, Directory, Exit, SANDBOX_KILLED, State, Stored, remove_all, roots,
-};
+use hull_sandbox::store::{CONFIG_FILE, Directory, Exit, State, Stored, remove_all, roots};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -396,9 +394,4 @@ pub(crate) fn erase(paths: &Paths, id: &str, name: Option<&str>) -> Result<()> {
         None => names::release_all_of(paths, id),
     }
     removed
-}
-
-/// Whether a container's sandbox was killed.
-pub fn was_killed(exit: &Exit) -> bool {
-    exit.reason.as_deref() == Some(SANDBOX_KILLED)
 }

@@ -346,15 +346,7 @@ async fn live(ready: Ready, container: Arc<Container>, mut carriers: Option<Carr
             _ = sandbox.down() => {}
         }
     }
-    if exit.oom_killed {
-        // The event of the guest may not have come in time.
-        container.oom_killed(1);
-    }
-    sandbox.emit(EventKind::Exited {
-        container: container.id.clone(),
-        exec: String::new(),
-        exit: exit.clone(),
-    });
+    container.emit_exit("", &exit);
     container.conclude(&exit);
     if container.removal.is_some() || container.deleted.load(Ordering::Relaxed) {
         container.forget();
@@ -670,6 +662,19 @@ impl Container {
         self.require_alive("list the processes of")?;
         let agent = self.sandbox.ready().await?.agent;
         agent.processes(&self.id).await
+    }
+
+    /// A process of it has ended; its init has the empty name.
+    pub(crate) fn emit_exit(&self, exec: &str, exit: &Exit) {
+        if exit.oom_killed {
+            // The event of the guest may not have come in time.
+            self.oom_killed(1);
+        }
+        self.sandbox.emit(EventKind::Exited {
+            container: self.id.clone(),
+            exec: exec.to_owned(),
+            exit: exit.clone(),
+        });
     }
 
     /// The guest's kernel has killed so many processes of it in all for lack of memory, or more.

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use crate::store::HostProcesses;
+use crate::store::{HostProcesses, ProcessStat};
 
 /// Nanoseconds of one clock tick of /proc: `sysconf(_SC_CLK_TCK)` is 100 on all Linux machines that
 /// hull runs on.
@@ -86,17 +86,13 @@ impl ProcessTable {
     }
 }
 
-/// Parent and processor time of a process: /proc/pid/stat, proc_pid_stat(5).
+/// Parent and processor time of a process.
 fn entry(pid: i32) -> Option<Entry> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything: the fields begin after the last parenthesis, with
-    // the third.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let fields: Vec<&str> = fields.split_whitespace().collect();
-    let ticks = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    let stat = ProcessStat::read(pid)?;
+    let ticks = stat.number::<u64>(14)? + stat.number::<u64>(15)?;
     Some(Entry {
-        parent: fields.get(1)?.parse().ok()?,
-        cpu_ns: (ticks(14)? + ticks(15)?).saturating_mul(TICK_NS),
+        parent: stat.number(4)?,
+        cpu_ns: ticks.saturating_mul(TICK_NS),
     })
 }
 

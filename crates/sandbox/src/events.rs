@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::store::{Exit, unix_time_ns};
+use crate::store::{Exit, SandboxPath, unix_time_ns};
 
 /// Something that has happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +114,11 @@ pub struct EventLog {
 }
 
 impl EventLog {
+    /// The log of the host that a sandbox is on.
+    pub fn of(sandbox: &SandboxPath) -> Option<Self> {
+        sandbox.sandboxes.parent().map(Self::new)
+    }
+
     /// The log below hull's directory of run-time state.
     pub fn new(run: &Path) -> Self {
         Self {

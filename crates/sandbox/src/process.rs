@@ -6,7 +6,6 @@ use std::sync::Arc;
 use crate::config::TerminalSize;
 use crate::container::Container;
 use crate::error::Result;
-use crate::events::EventKind;
 use crate::guest::hub;
 use crate::store::Exit;
 
@@ -150,14 +149,7 @@ impl Process {
             down = sandbox.down() => Exit::because(down.status, down.reason),
         };
         self.container.forget_exec(&self.exec);
-        if exit.oom_killed {
-            self.container.oom_killed(1);
-        }
-        sandbox.emit(EventKind::Exited {
-            container: self.container.id().to_owned(),
-            exec: self.exec.clone(),
-            exit: exit.clone(),
-        });
+        self.container.emit_exit(&self.exec, &exit);
         exit
     }
 }

@@ -92,10 +92,9 @@ async fn end_when_told(sandbox: Sandbox) {
 /// Writes the sandbox's events to the log of the host until it has ended.
 async fn log_events(sandbox: Sandbox) {
     let mut events = sandbox.events();
-    let Some(run) = sandbox.path().sandboxes.parent() else {
+    let Some(log) = EventLog::of(sandbox.path()) else {
         return;
     };
-    let log = EventLog::new(run);
     loop {
         let event = tokio::select! {
             biased;

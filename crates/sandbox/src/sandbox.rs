@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use hull_protocol::AGENT_PORT;
 use tokio::sync::{Notify, broadcast, watch};
 
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
@@ -25,7 +26,7 @@ use crate::guest::processes::{Disk, Guest, MachineHandle};
 use crate::guest::{Agent, Devices, Incoming, events};
 use crate::network::{self, Nets};
 use crate::shares;
-use crate::store::{EXIT_SANDBOX_FAILED, HostProcesses, SandboxDir, SandboxPath};
+use crate::store::{EXIT_SANDBOX_FAILED, HostProcesses, SandboxDir, SandboxPath, unix_time_ns};
 use crate::timings::{Step, Timings, now_ns};
 
 /// How long an engine may take to read what its last container wrote.
@@ -285,7 +286,7 @@ impl Sandbox {
     pub async fn resume(&self) -> Result<()> {
         let ready = self.ready().await?;
         self.0.machine.resume().await?;
-        ready.agent.set_clock(boot::wall_clock()).await
+        ready.agent.set_clock(unix_time_ns()).await
     }
 
     /// Ends the connection with the agent, which dials again: what a snapshot or the vsock device
@@ -295,10 +296,10 @@ impl Sandbox {
     /// # Errors
     /// Why the guest is not there.
     pub async fn reconnect(&self) -> Result<u64> {
-        let agent = self.ready().await?.agent;
-        agent.cut();
-        agent.hello().await?;
-        Ok(agent.connections())
+        let ready = self.ready().await?;
+        ready.devices.cut_stream(AGENT_PORT).await?;
+        ready.agent.hello().await?;
+        Ok(ready.agent.connections())
     }
 
     /// Keeps it from ending for lack of containers as long as the result lives.

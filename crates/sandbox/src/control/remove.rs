@@ -43,12 +43,12 @@ pub fn remove(sandbox: &SandboxPath, container: &str) -> Result<()> {
         }
     };
     sandbox.sweep()?;
-    if let Some(run) = sandbox.sandboxes.parent()
+    if let Some(log) = EventLog::of(sandbox)
         && !told
     {
         let container = container.to_owned();
         let event = Event::now(&sandbox.id, EventKind::Deleted { container });
-        if let Err(error) = EventLog::new(run).append(&event) {
+        if let Err(error) = log.append(&event) {
             tracing::debug!("cannot log an event: {error}");
         }
     }

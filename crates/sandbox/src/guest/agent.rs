@@ -110,11 +110,6 @@ impl Agent {
         })
     }
 
-    /// Ends its connection; it dials again.
-    pub fn cut(&self) {
-        self.connection.cut();
-    }
-
     /// How many connections it has made.
     pub fn connections(&self) -> u64 {
         self.connection.count()

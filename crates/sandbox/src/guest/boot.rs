@@ -7,6 +7,7 @@ use hull_protocol::agent as proto;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::error::{Context, Result};
+use crate::store::unix_time_ns;
 
 /// Longest boot. Emulation on a busy host needs its time; beyond this nothing comes any more.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
@@ -30,7 +31,7 @@ pub fn configuration(features: &Features, hostname: &str) -> Result<proto::Confi
     getrandom(&mut entropy[..], GetRandomFlags::empty()).context(|| "get random numbers")?;
     let clock_ns = match features.host_clock {
         true => 0,
-        false => wall_clock(),
+        false => unix_time_ns(),
     };
     Ok(proto::ConfigureRequest {
         hostname: hostname.into(),
@@ -38,11 +39,4 @@ pub fn configuration(features: &Features, hostname: &str) -> Result<proto::Confi
         entropy,
         ..Default::default()
     })
-}
-
-/// The time of now, nanoseconds since 1970.
-pub fn wall_clock() -> u64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or_default())
 }

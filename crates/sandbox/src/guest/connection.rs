@@ -10,7 +10,6 @@ use std::time::Duration;
 use hull_protocol::agent as proto;
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, CALL_ID_KEY, MAX_CALLS, PROTOCOL_VERSION};
-use rustix::net::Shutdown;
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
@@ -75,8 +74,6 @@ struct Up {
     /// Counts connections.
     number: u64,
     client: AgentClient,
-    /// To end it.
-    socket: Arc<OwnedFd>,
 }
 
 impl std::fmt::Debug for State {
@@ -91,7 +88,6 @@ impl std::fmt::Debug for State {
 impl Up {
     fn new(number: u64, stream: OwnedFd) -> Result<Self> {
         let watching = || "watch the agent's connection";
-        let socket = Arc::new(stream.try_clone().context(watching)?);
         let stream = StdStream::from(stream);
         let stream = stream
             .set_nonblocking(true)
@@ -100,7 +96,6 @@ impl Up {
         Ok(Self {
             number,
             client: AgentClient::new(Client::new(Socket::new(stream))),
-            socket,
         })
     }
 }
@@ -165,14 +160,6 @@ impl Connection {
                 }
                 Err(error) => tracing::debug!("connection {last} of the agent: {error}"),
             }
-        }
-    }
-
-    /// Ends the connection. The agent dials again, and calls without an answer are made again.
-    pub fn cut(&self) {
-        if let State::Up(up) = &*self.0.state.borrow() {
-            // It may have broken.
-            let _ = rustix::net::shutdown(&*up.socket, Shutdown::Both);
         }
     }
 

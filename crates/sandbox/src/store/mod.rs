@@ -31,7 +31,8 @@ mod versioned;
 
 pub use directory::{Directory, remove_all};
 pub use process::ProcessId;
-pub use record::{CONFIG_FILE, Record, SANDBOX_KILLED, Stored};
+pub(crate) use process::ProcessStat;
+pub use record::{CONFIG_FILE, Record, Stored};
 pub use sandbox_dir::{SandboxDir, SandboxPath};
 pub use status::{EXIT_SANDBOX_FAILED, Exit, HostProcesses, State, Status, unix_time_ns};
 pub use versioned::read as read_versioned;

@@ -1,6 +1,7 @@
 //! Processes, told apart from later ones of the same id by the time of their start.
 
 use std::fs;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -33,17 +34,34 @@ impl ProcessId {
     }
 }
 
+/// When a process was started. One that has ended and was not waited for yet is not there any more.
 fn started(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything: the fields begin after the last parenthesis, with
-    // the third.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace();
-    // A process that has ended and was not waited for yet is not there any more.
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
+    let stat = ProcessStat::read(pid)?;
+    (!matches!(stat.field(3)?, "Z" | "X")).then(|| stat.number(22))?
+}
+
+/// What the kernel says of a process: /proc/pid/stat, proc_pid_stat(5).
+pub(crate) struct ProcessStat(String);
+
+impl ProcessStat {
+    /// `None` when there is no such process.
+    pub fn read(pid: i32) -> Option<Self> {
+        fs::read_to_string(format!("/proc/{pid}/stat"))
+            .ok()
+            .map(Self)
     }
-    fields.nth(18)?.parse().ok()
+
+    /// A field by its number in the manual, from the third on.
+    fn field(&self, number: usize) -> Option<&str> {
+        // The name in parentheses may hold anything: the third field comes after the last one.
+        let (_, fields) = self.0.rsplit_once(')')?;
+        fields.split_whitespace().nth(number.checked_sub(3)?)
+    }
+
+    /// The same for a field that is a number.
+    pub fn number<T: FromStr>(&self, number: usize) -> Option<T> {
+        self.field(number)?.parse().ok()
+    }
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ pub const FILE: &str = "record.json";
 pub const CONFIG_FILE: &str = "config.json";
 
 /// Why a container has ended whose sandbox process is no more and left no word.
-pub const SANDBOX_KILLED: &str = "the sandbox process was killed";
+const SANDBOX_KILLED: &str = "the sandbox process was killed";
 
 /// What is known of a container. `D` is what its front end adds: any JSON object to those who do
 /// not care.
