@@ -321,17 +321,28 @@ pub fn is_reservation(container: &Container) -> bool {
         && container.status.started_ns.is_none()
 }
 
-/// Removes what killed commands left: names and directories of containers that never were.
+/// Removes what killed commands left: names and directories of containers that were never created,
+/// and of sandboxes that were never started for them.
 pub fn sweep(paths: &Paths) {
     for id in names::ids(paths).unwrap_or_default() {
         let path = paths.container(&id);
-        let left = match Container::load(&path) {
-            Ok(Some(container)) => is_reservation(&container),
+        let loaded = Container::load(&path);
+        let left = match &loaded {
+            Ok(Some(container)) => is_reservation(container),
             // Between the directory and its record there are microseconds of a command that lives.
             Ok(None) => is_old(&path),
             Err(_) => false,
         };
-        if left && let Err(error) = erase(paths, &id, None) {
+        if !left {
+            continue;
+        }
+        // A sandbox that lives notices by itself that its command has gone.
+        let sandbox = loaded
+            .ok()
+            .flatten()
+            .and_then(|container| container.record.sandbox);
+        let swept = sandbox.map_or(Ok(()), |sandbox| sandbox.sweep());
+        if let Err(error) = swept.and_then(|()| erase(paths, &id, None)) {
             tracing::debug!("{error}");
         }
     }
@@ -394,4 +405,37 @@ pub(crate) fn erase(paths: &Paths, id: &str, name: Option<&str>) -> Result<()> {
         None => names::release_all_of(paths, id),
     }
     removed
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use hull_sandbox::store::{Record, SandboxDir, SandboxPath};
+
+    use super::*;
+
+    #[test]
+    fn a_command_that_was_killed_leaves_nothing_wherever_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths::new(directory.path().join("run"), directory.path().join("data"));
+        let id = "ab".repeat(32);
+        let sandbox = SandboxPath::new(paths.run(), "ab");
+        let mut record = Record::new(&id, ENGINE, Details::default());
+        record.sandbox = Some(sandbox.clone());
+        let left = Directory::create(&paths.container(&id)).unwrap();
+        record.write(&left).unwrap();
+        names::claim(&paths, "web", &id).unwrap();
+        drop(SandboxDir::create(&sandbox).unwrap());
+
+        // Its command lives: everything is in its hands.
+        sweep(&paths);
+        assert!(sandbox.directory().exists() && paths.container(&id).exists());
+
+        record.creator.started += 1;
+        record.write(&left).unwrap();
+        sweep(&paths);
+        assert!(!sandbox.directory().exists() && !paths.container(&id).exists());
+        names::check_free(&paths, "web").unwrap();
+        assert_eq!(fs::read_dir(paths.names()).unwrap().count(), 0);
+    }
 }

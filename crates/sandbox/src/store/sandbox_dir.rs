@@ -127,7 +127,7 @@ impl SandboxPath {
     /// # Errors
     /// The directory cannot be removed.
     pub fn sweep(&self) -> Result<()> {
-        if !self.directory().exists() {
+        if !self.directory().exists() && !self.launch_lock().exists() {
             return Ok(());
         }
         // Nobody starts it meanwhile.
@@ -285,6 +285,9 @@ mod tests {
         assert!(path.directory().exists());
         path.sweep().unwrap();
         assert!(!path.directory().exists());
+        // A launcher that was killed leaves its lock.
+        File::create(path.launch_lock()).unwrap();
+        path.sweep().unwrap();
         assert_eq!(fs::read_dir(sandboxes(run.path())).unwrap().count(), 0);
     }
 }
