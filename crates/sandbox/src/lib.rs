@@ -17,6 +17,8 @@ pub mod cost;
 pub mod error;
 pub mod events;
 mod guest;
+#[cfg(test)]
+mod lifecycle_tests;
 pub mod log;
 pub mod metrics;
 mod network;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::config::TerminalSize;
 use crate::container::Container;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::guest::hub;
 use crate::store::Exit;
 
@@ -95,10 +95,7 @@ impl Process {
     /// # Errors
     /// It has ended, or the guest is not there.
     pub async fn signal(&self, signal: u32) -> Result<()> {
-        let agent = self.container.sandbox().ready().await?.agent;
-        agent
-            .signal(self.container.id(), &self.exec, signal, false)
-            .await
+        self.send_signal(signal, false).await
     }
 
     /// Kills it; an init with all processes of its container.
@@ -107,9 +104,14 @@ impl Process {
     /// It has ended, or the guest is not there.
     pub async fn kill(&self) -> Result<()> {
         const SIGKILL: u32 = 9;
-        let agent = self.container.sandbox().ready().await?.agent;
-        agent
-            .signal(self.container.id(), &self.exec, SIGKILL, self.is_init())
+        self.send_signal(SIGKILL, self.is_init()).await
+    }
+
+    async fn send_signal(&self, signal: u32, all: bool) -> Result<()> {
+        let (id, exec) = (self.container.id(), &self.exec);
+        self.container
+            .sandbox()
+            .in_guest(async |guest| guest.agent.signal(id, exec, signal, all).await)
             .await
     }
 
@@ -118,8 +120,11 @@ impl Process {
     /// # Errors
     /// It has none, or has ended.
     pub async fn resize(&self, size: TerminalSize) -> Result<()> {
-        let agent = self.container.sandbox().ready().await?.agent;
-        agent.resize(self.container.id(), &self.exec, size).await
+        let (id, exec) = (self.container.id(), &self.exec);
+        self.container
+            .sandbox()
+            .in_guest(async |guest| guest.agent.resize(id, exec, size).await)
+            .await
     }
 
     /// Whether it has a terminal.
@@ -144,7 +149,8 @@ impl Process {
             ended = ended => match ended {
                 Ok(exit) => exit,
                 // The container has ended, and everything in it.
-                Err(_) => Exit::now(KILLED),
+                Err(error) if error.kind == ErrorKind::NotFound => Exit::now(KILLED),
+                Err(error) => sandbox.exit_without_answer(error).await,
             },
             down = sandbox.down() => Exit::because(down.status, down.reason),
         };

@@ -5,13 +5,14 @@
 //! and sets up networks. What needs the guest waits for it. A task of the sandbox's own watches the
 //! machine and takes everything down in one place, whatever ends it: see [`Stage`].
 
+mod run;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use hull_protocol::AGENT_PORT;
 use tokio::sync::{Notify, broadcast, watch};
@@ -19,24 +20,17 @@ use tokio::sync::{Notify, broadcast, watch};
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
 use crate::container::Container;
 use crate::cost::{self, HostMemory};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::{Event, EventKind};
-use crate::guest::boot::{self, BOOT_TIMEOUT, EXIT_GRACE, SHUTDOWN_TIMEOUT};
+use crate::guest::boot::{EXIT_GRACE, MACHINE_EXIT_GRACE};
 use crate::guest::processes::{Disk, Guest, MachineHandle};
-use crate::guest::{Agent, Devices, Incoming, events};
+use crate::guest::{Agent, Devices, Incoming};
 use crate::network::{self, Nets};
 use crate::shares;
-use crate::store::{EXIT_SANDBOX_FAILED, HostProcesses, SandboxDir, SandboxPath, unix_time_ns};
+use crate::store::{
+    EXIT_SANDBOX_FAILED, Exit, HostProcesses, SandboxDir, SandboxPath, unix_time_ns,
+};
 use crate::timings::{Step, Timings, now_ns};
-
-/// How long an engine may take to read what its last container wrote.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long leaving a network may take: plugins have timeouts of their own, well below.
-const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long containers may take to write down how they have ended.
-const CONCLUDE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Events that a slow receiver may be behind before it misses some.
 const EVENTS_AHEAD: usize = 1024;
@@ -203,11 +197,26 @@ impl Sandbox {
         dir: SandboxDir,
         disks: Vec<OwnedFd>,
     ) -> Result<Sandbox> {
-        let path = dir.path().clone();
+        let timings = Timings::default();
+        if config.began_ns > 0 {
+            timings.step("start the sandbox process", config.began_ns);
+        }
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
-        let (guest, incoming) = Guest::start(&path, &config.machine, disks)?;
+        let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
         join_cgroups(&config.cgroups, &guest)?;
+        timings.step("start device process and machine", begin);
+        Ok(Self::around(config, dir, guest, incoming, timings))
+    }
+
+    /// A sandbox whose guest has been started.
+    pub(crate) fn around(
+        config: SandboxConfig,
+        dir: SandboxDir,
+        guest: Guest,
+        incoming: Incoming,
+        timings: Timings,
+    ) -> Sandbox {
         let (devices, machine) = guest.pids();
         let sandbox = Sandbox(Arc::new(Inner {
             devices: guest.control.clone(),
@@ -227,20 +236,15 @@ impl Sandbox {
             addresses: Mutex::default(),
             changed: Notify::new(),
             events: broadcast::Sender::new(EVENTS_AHEAD),
-            timings: Timings::default(),
+            timings,
             end: config.end,
             dir,
         }));
-        let timings = &sandbox.0.timings;
-        if config.began_ns > 0 {
-            timings.step("start the sandbox process", config.began_ns);
-        }
-        timings.step("start device process and machine", begin);
         // Until the caller has said what it wants.
         let hold = sandbox.hold();
-        tokio::spawn(run(sandbox.clone(), guest, incoming, config));
+        tokio::spawn(run::run(sandbox.clone(), guest, incoming, config));
         drop(hold);
-        Ok(sandbox)
+        sandbox
     }
 
     /// Where it is on the host.
@@ -274,8 +278,7 @@ impl Sandbox {
     /// # Errors
     /// Why the guest is not there, or does not stop.
     pub async fn pause(&self) -> Result<()> {
-        self.ready().await?;
-        self.0.machine.pause().await
+        self.in_guest(async |_| self.0.machine.pause().await).await
     }
 
     /// Lets a paused guest go on: its monotonic clock from where it stopped, its wall clock with
@@ -284,9 +287,11 @@ impl Sandbox {
     /// # Errors
     /// Why the guest is not there, or does not go on.
     pub async fn resume(&self) -> Result<()> {
-        let ready = self.ready().await?;
-        self.0.machine.resume().await?;
-        ready.agent.set_clock(unix_time_ns()).await
+        self.in_guest(async |guest| {
+            self.0.machine.resume().await?;
+            guest.agent.set_clock(unix_time_ns()).await
+        })
+        .await
     }
 
     /// Ends the connection with the agent, which dials again: what a snapshot or the vsock device
@@ -296,10 +301,12 @@ impl Sandbox {
     /// # Errors
     /// Why the guest is not there.
     pub async fn reconnect(&self) -> Result<u64> {
-        let ready = self.ready().await?;
-        ready.devices.cut_stream(AGENT_PORT).await?;
-        ready.agent.hello().await?;
-        Ok(ready.agent.connections())
+        self.in_guest(async |guest| {
+            guest.devices.cut_stream(AGENT_PORT).await?;
+            guest.agent.hello().await?;
+            Ok(guest.agent.connections())
+        })
+        .await
     }
 
     /// Keeps it from ending for lack of containers as long as the result lives.
@@ -320,7 +327,8 @@ impl Sandbox {
         for (share, mount) in shares.iter().zip(mounts) {
             let added = shares::add(&self.0.devices, self.path(), share, mount).await;
             if let Err(error) = added {
-                return Err(self.cause_of(error).await);
+                // Shares are added while the guest boots: there may be no agent yet.
+                return Err(self.cause_of(error, async {}).await);
             }
         }
         Ok(())
@@ -510,17 +518,42 @@ impl Sandbox {
         }
     }
 
-    /// A process that died is the cause of what failed at the same time.
-    async fn cause_of(&self, error: Error) -> Error {
-        match tokio::time::timeout(EXIT_GRACE, self.down()).await {
-            Ok(down) => {
-                let message = format!("{}: {}", error.message, down.reason);
-                Error {
-                    message,
-                    ..down.error
-                }
-            }
+    /// Makes calls into the guest, as soon as it has come up. When it breaks down meanwhile, they
+    /// fail with the reason of that.
+    ///
+    /// # Errors
+    /// Why the guest is not there; those of the calls.
+    pub(crate) async fn in_guest<T>(
+        &self,
+        calls: impl AsyncFnOnce(Ready) -> Result<T>,
+    ) -> Result<T> {
+        let ready = self.ready().await?;
+        let agent = ready.agent.clone();
+        match calls(ready).await {
+            Err(error) => Err(self.cause_of(error, agent.gone()).await),
+            done => done,
+        }
+    }
+
+    /// The cause of an error. When its guest is `gone` at the same time, the end of that follows,
+    /// and says more.
+    async fn cause_of(&self, error: Error, gone: impl Future<Output = ()>) -> Error {
+        if error.kind != ErrorKind::GuestFailed
+            || tokio::time::timeout(EXIT_GRACE, gone).await.is_err()
+        {
+            return error;
+        }
+        match tokio::time::timeout(MACHINE_EXIT_GRACE, self.down()).await {
+            Ok(down) => down.error,
             Err(_) => error,
+        }
+    }
+
+    /// How a process has ended whose guest does not answer any more.
+    pub(crate) async fn exit_without_answer(&self, error: Error) -> Exit {
+        match tokio::time::timeout(MACHINE_EXIT_GRACE, self.down()).await {
+            Ok(down) => Exit::because(down.status, down.reason),
+            Err(_) => Exit::because(EXIT_SANDBOX_FAILED, error.message),
         }
     }
 
@@ -582,143 +615,4 @@ fn join_cgroups(directories: &[PathBuf], guest: &Guest) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// From a started machine to the moment when nothing is left.
-async fn run(sandbox: Sandbox, guest: Guest, incoming: Incoming, config: SandboxConfig) {
-    let down = match booted(&sandbox, &guest, incoming, &config).await {
-        Ok(ready) => {
-            let agent = ready.agent.clone();
-            sandbox.0.stage.send_replace(Stage::Ready(ready));
-            tokio::spawn(events::follow(sandbox.clone(), agent.clone()));
-            tokio::select! {
-                biased;
-                reason = guest.broke_down() => Down::broken(reason),
-                down = sandbox.aborted() => down,
-                () = sandbox.done() => {
-                    // Beside the end of the guest, which does not need the network for that.
-                    tokio::join!(write_back(&sandbox, &guest, &agent), disconnected(&sandbox));
-                    Down::ended()
-                }
-            }
-        }
-        Err(down) => down,
-    };
-    sandbox.change(|containers| containers.ending = true);
-    if down.status == EXIT_SANDBOX_FAILED && down.error.kind == crate::error::ErrorKind::GuestFailed
-    {
-        tracing::error!("{}", down.reason);
-        sandbox.emit(EventKind::GuestFailed {
-            reason: down.reason.clone(),
-        });
-    }
-    drop(guest);
-    disconnected(&sandbox).await;
-    sandbox.0.stage.send_replace(Stage::Down(down.clone()));
-    if tokio::time::timeout(CONCLUDE_TIMEOUT, sandbox.concluded())
-        .await
-        .is_err()
-    {
-        tracing::error!("a container does not write down how it has ended");
-    }
-    sandbox.0.dir.release();
-    sandbox.0.stage.send_replace(Stage::Gone(down));
-}
-
-/// Waits until the guest has come up and is configured.
-async fn booted(
-    sandbox: &Sandbox,
-    guest: &Guest,
-    incoming: Incoming,
-    config: &SandboxConfig,
-) -> Result<Ready, Down> {
-    let failed = |reason: &str| {
-        let message = format!("the guest did not come up: {reason}");
-        Error::guest(message).console(guest.console_tail())
-    };
-    let boot = async {
-        let timings = &sandbox.0.timings;
-        let agent = timings
-            .measure(
-                "boot the guest until the agent dials",
-                Agent::dialled(incoming),
-            )
-            .await?;
-        let configuration = boot::configuration(&guest.features, &config.hostname)?;
-        let configured = async {
-            // One after the other on the connection, without waiting in between.
-            tokio::try_join!(agent.hello(), agent.configure(&configuration))
-        };
-        timings.measure("configure the guest", configured).await?;
-        Ok::<_, Error>(agent)
-    };
-    let error = tokio::select! {
-        biased;
-        booted = boot => match booted {
-            Ok(agent) => {
-                return Ok(Ready { agent, devices: guest.control.clone() });
-            }
-            // A process that died is the cause of whatever else failed.
-            Err(error) => match tokio::time::timeout(EXIT_GRACE, guest.broke_down()).await {
-                Ok(reason) => failed(&format!("{reason} ({error})")),
-                Err(_) => failed(&error.message),
-            },
-        },
-        reason = guest.broke_down() => failed(&reason),
-        down = sandbox.aborted() => {
-            return Err(Down {
-                error: Error::wrong_state(format!("the start was given up: {}", down.reason)),
-                ..down
-            });
-        }
-        () = sandbox.done() => return Err(Down::ended()),
-        () = tokio::time::sleep(BOOT_TIMEOUT) => {
-            failed(&format!("not within {} s", BOOT_TIMEOUT.as_secs()))
-        }
-    };
-    Err(Down {
-        reason: error.message.clone(),
-        status: EXIT_SANDBOX_FAILED,
-        error,
-    })
-}
-
-/// What containers wrote to streams goes to those who read it, and what they wrote to files to the
-/// host.
-async fn write_back(sandbox: &Sandbox, guest: &Guest, agent: &Agent) {
-    // What the guest has not written back yet is lost with it: only containers that go away without
-    // a trace, and wrote to nothing else, can do without.
-    if !sandbox.lock().kept {
-        return;
-    }
-    tokio::select! {
-        drained = tokio::time::timeout(DRAIN_TIMEOUT, guest.control.drain()) => {
-            if !matches!(drained, Ok(Ok(()))) {
-                tracing::warn!("output of a container is lost: nobody has read it");
-            }
-        }
-        () = sandbox.is_unread() => {}
-        _ = guest.broke_down() => return,
-        _ = sandbox.aborted() => return,
-    }
-    tokio::select! {
-        result = agent.shutdown(SHUTDOWN_TIMEOUT) => {
-            if let Err(error) = result {
-                tracing::debug!("shutdown: {error}");
-            }
-        }
-        _ = guest.broke_down() => {}
-        _ = sandbox.aborted() => {}
-    }
-}
-
-/// Leaves the network, if that was not done.
-async fn disconnected(sandbox: &Sandbox) {
-    let leaving = sandbox.disconnect_network();
-    if tokio::time::timeout(DISCONNECT_TIMEOUT, leaving)
-        .await
-        .is_err()
-    {
-        tracing::error!("the network is not left in time");
-    }
 }

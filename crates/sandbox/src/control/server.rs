@@ -23,7 +23,7 @@ use crate::config::{ProcessConfig, Share};
 use crate::container::{Container, has_ended};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::process::Process;
-use crate::sandbox::{Hold, Sandbox};
+use crate::sandbox::{Hold, Ready, Sandbox};
 use crate::store::{Directory, Exit};
 
 /// How long a connection may take to take its last answer when the sandbox has ended.
@@ -476,11 +476,11 @@ impl Connection {
                 ));
             }
             let container = self.sandbox.container(&request.container)?;
-            let ready = container.sandbox().ready().await?;
-            let (port, stream) = ready.devices.open(STREAM_PORT).await?;
-            Ok((ready.agent, container, port, stream))
+            let opening = async |guest: Ready| Ok(guest.devices.open(STREAM_PORT).await?);
+            let (port, stream) = self.sandbox.in_guest(opening).await?;
+            Ok((container, port, stream))
         };
-        let (agent, container, port, stream) = match copying.await {
+        let (container, port, stream) = match copying.await {
             Ok(copying) => copying,
             Err(error) => {
                 self.send(&Reply::Failed(error), &[]).await;
@@ -490,13 +490,13 @@ impl Connection {
         if !self.send(&Reply::Streams, &[stream]).await {
             return;
         }
-        let copy = agent.copy(
-            container.id(),
-            &request.path,
-            port,
-            request.follow,
-            request.into,
-        );
+        let (id, path) = (container.id(), &request.path);
+        let copy = self.sandbox.in_guest(async |guest| {
+            let copying = guest
+                .agent
+                .copy(id, path, port, request.follow, request.into);
+            copying.await
+        });
         // When the client goes, the end of its stream ends the copy.
         let outcome = tokio::select! {
             outcome = copy => outcome,

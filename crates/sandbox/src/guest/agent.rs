@@ -67,9 +67,7 @@ fn failure(failure: Failure) -> Error {
         Failure::Lost(error) => return error,
     };
     let kind = match status.code() {
-        ttrpc::Code::DEADLINE_EXCEEDED => {
-            return Error::guest("the agent in the guest does not answer");
-        }
+        ttrpc::Code::DEADLINE_EXCEEDED => return connection::unanswered(),
         ttrpc::Code::NOT_FOUND => ErrorKind::CommandNotFound,
         ttrpc::Code::PERMISSION_DENIED => ErrorKind::NotExecutable,
         ttrpc::Code::ALREADY_EXISTS => ErrorKind::Exists,
@@ -108,6 +106,11 @@ impl Agent {
         Ok(Self {
             connection: Connection::establish(incoming).await?,
         })
+    }
+
+    /// Waits until it cannot come back: the device process has ended.
+    pub async fn gone(&self) {
+        self.connection.gone().await;
     }
 
     /// How many connections it has made.

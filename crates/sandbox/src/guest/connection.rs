@@ -144,7 +144,7 @@ impl Connection {
         }
         let mut last = 0;
         loop {
-            let up = self.newest(last).await.map_err(Failure::Lost)?;
+            let up = self.newest(last, deadline).await.map_err(Failure::Lost)?;
             last = up.number;
             if let Some(deadline) = deadline {
                 let left = deadline.saturating_duration_since(Instant::now());
@@ -155,6 +155,9 @@ impl Connection {
             match call(up.client, context.clone()).await {
                 Ok(answer) => return Ok(answer),
                 Err(ttrpc::Error::RpcStatus(status)) => return Err(Failure::Status(status)),
+                Err(_) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                    return Err(Failure::Lost(unanswered()));
+                }
                 Err(error) if repeat == Repeat::Never => {
                     return Err(Failure::Lost(Error::guest(format!("no answer: {error}"))));
                 }
@@ -171,24 +174,39 @@ impl Connection {
         }
     }
 
-    /// The first connection after the one of this number.
-    async fn newest(&self, after: u64) -> Result<Up> {
+    /// Waits until there will be no further connection: the device process has ended.
+    pub async fn gone(&self) {
         let mut state = self.0.state.clone();
+        // Its sender goes only after that.
+        let _ = state.wait_for(|state| matches!(state, State::Gone)).await;
+    }
+
+    /// The first connection after the one of this number.
+    async fn newest(&self, after: u64, deadline: Option<Instant>) -> Result<Up> {
+        let mut state = self.0.state.clone();
+        let redialled = Instant::now() + REDIAL_TIMEOUT;
+        let deadline = deadline.map_or(redialled, |deadline| deadline.min(redialled));
         let later = state.wait_for(|state| match state {
             State::Up(up) => up.number > after,
             State::Gone => true,
         });
-        match timeout_at(Instant::now() + REDIAL_TIMEOUT, later).await {
+        match timeout_at(deadline, later).await {
             Ok(Ok(state)) => match &*state {
                 State::Up(up) => Ok(up.clone()),
                 State::Gone => Err(Error::guest("the agent in the guest has ended")),
             },
             Ok(Err(_)) => Err(Error::guest("the agent in the guest has ended")),
+            Err(_) if deadline < redialled => Err(unanswered()),
             Err(_) => Err(Error::guest(
                 "the agent in the guest has closed its connection",
             )),
         }
     }
+}
+
+/// An answer has not come in time.
+pub fn unanswered() -> Error {
+    Error::guest("the agent in the guest does not answer")
 }
 
 /// The next connection to the agent's port.

@@ -86,6 +86,24 @@ pub struct Guest {
     pub features: Features,
 }
 
+/// What a guest consists of, started.
+pub struct Parts {
+    /// The device process.
+    pub devices: Started,
+    /// Its control.
+    pub control: Devices,
+    /// The machine.
+    pub machine: Box<dyn Machine>,
+    /// The reading side of its console.
+    pub console: ConsoleRing,
+    /// What it can do.
+    pub features: Features,
+    /// How many net devices it has.
+    pub nets: u8,
+    /// The user of its jailed processes.
+    pub uid: u32,
+}
+
 /// Pauses a machine, as long as there is one.
 pub struct MachineHandle(Weak<tokio::sync::Mutex<Box<dyn Machine>>>);
 
@@ -190,15 +208,9 @@ impl Guest {
         let setup = setup(&features, nets, &disks)?;
         let (devices, control, incoming) =
             start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
-        let devices = Watched::new(devices.pid, devices.pidfd)?;
-        let control = Arc::new(control);
 
-        let (ring, console_write) =
+        let (console, console_write) =
             ConsoleRing::create(&path.console()).context(|| "create the console")?;
-        let console = Arc::new(Mutex::new(ring));
-        let (ended, console_ended) = signal::channel(false);
-        tokio::spawn(read_console(console.clone(), ended));
-
         let config = MachineStart {
             kernel: request.choice.kernel.clone(),
             initramfs: request.initramfs.clone(),
@@ -211,33 +223,52 @@ impl Guest {
             devices: wire_devices(&path.devices(), setup)?,
             uid: jail_uid,
         };
-        let machine = backend.start(&config, wiring)?;
-        let process = machine
+        let parts = Parts {
+            machine: backend.start(&config, wiring)?,
+            devices,
+            control,
+            console,
+            features,
+            nets,
+            uid: jail_uid,
+        };
+        Ok((Self::watch(path, parts)?, incoming))
+    }
+
+    /// Watches processes that have been started.
+    ///
+    /// # Errors
+    /// The machine has no process, or no descriptors are left.
+    pub fn watch(path: &SandboxPath, parts: Parts) -> Result<Self> {
+        let control = Arc::new(parts.control);
+        let process = parts
+            .machine
             .processes()
             .iter()
             .find(|process| process.role == ProcessRole::Machine)
             .ok_or_else(|| Error::new("the machine has no process"))?;
         let pidfd = process.pidfd.try_clone().context(|| "watch the machine")?;
-        Ok((
-            Self {
-                devices,
-                machine_process: Watched::new(process.pid, pidfd)?,
-                machine: Arc::new(tokio::sync::Mutex::new(machine)),
-                ends: Mutex::default(),
-                diagnostics: path.diagnostics(),
-                console,
-                console_ended,
-                nets: Nets {
-                    control: control.clone(),
-                    count: nets,
-                    devices: features.net,
-                    owner: jail_uid,
-                },
-                control,
-                features,
+        let machine_process = Watched::new(process.pid, pidfd)?;
+        let console = Arc::new(Mutex::new(parts.console));
+        let (ended, console_ended) = signal::channel(false);
+        tokio::spawn(read_console(console.clone(), ended));
+        Ok(Self {
+            devices: Watched::new(parts.devices.pid, parts.devices.pidfd)?,
+            machine_process,
+            machine: Arc::new(tokio::sync::Mutex::new(parts.machine)),
+            ends: Mutex::default(),
+            diagnostics: path.diagnostics(),
+            console,
+            console_ended,
+            nets: Nets {
+                control: control.clone(),
+                count: parts.nets,
+                devices: parts.features.net,
+                owner: parts.uid,
             },
-            incoming,
-        ))
+            control,
+            features: parts.features,
+        })
     }
 
     /// Process ids of device process and machine process.
@@ -250,12 +281,22 @@ impl Guest {
         MachineHandle(Arc::downgrade(&self.machine))
     }
 
-    /// Waits until one of the processes ends; the reason as one line.
-    pub async fn broke_down(&self) -> String {
+    async fn first_end(&self) {
         tokio::select! {
             () = self.machine_process.ended() => {}
             () = self.devices.ended() => {}
         }
+    }
+
+    /// The same, when a process ends within this time.
+    pub async fn broke_down_within(&self, time: Duration) -> Option<String> {
+        tokio::time::timeout(time, self.first_end()).await.ok()?;
+        Some(self.broke_down().await)
+    }
+
+    /// Waits until one of the processes ends; the reason as one line.
+    pub async fn broke_down(&self) -> String {
+        self.first_end().await;
         let reason = self.reason().await;
         if let Reason::Machine(_) = reason {
             // The last lines of the guest's kernel are in the pipe.
@@ -282,10 +323,7 @@ impl Guest {
                     waited = tokio::time::timeout(DEVICE_EXIT_GRACE, end).await.is_err();
                 }
                 // Woken early.
-                Verdict::Running => tokio::select! {
-                    () = self.machine_process.ended() => {}
-                    () = self.devices.ended() => {}
-                },
+                Verdict::Running => self.first_end().await,
             }
         }
     }
