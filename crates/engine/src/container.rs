@@ -329,7 +329,7 @@ pub fn sweep(paths: &Paths) {
         let loaded = Container::load(&path);
         let left = match &loaded {
             Ok(Some(container)) => is_reservation(container),
-            // Between the directory and its record there are microseconds of a command that lives.
+            // Its removal was interrupted, or is under way.
             Ok(None) => is_old(&path),
             Err(_) => false,
         };
@@ -346,10 +346,15 @@ pub fn sweep(paths: &Paths) {
             tracing::debug!("{error}");
         }
     }
+    for path in paths.abandoned() {
+        if let Err(error) = remove_all(&path) {
+            tracing::debug!("{error}");
+        }
+    }
 }
 
-/// Whether a directory without a record was made longer ago than a command takes to write one. One
-/// with a writable layer is another hull's, and is left alone.
+/// Whether a directory without a record is older than a removal takes. One with a writable layer is
+/// another hull's, and is left alone.
 fn is_old(path: &Path) -> bool {
     if path.join("upper").exists() {
         return false;
@@ -431,9 +436,16 @@ mod tests {
         sweep(&paths);
         assert!(sandbox.directory().exists() && paths.container(&id).exists());
 
+        let staging = paths.staging(record.creator);
+        Directory::create(&staging).unwrap();
+        sweep(&paths);
+        assert!(staging.exists());
+
         record.creator.started += 1;
         record.write(&left).unwrap();
+        fs::rename(&staging, paths.staging(record.creator)).unwrap();
         sweep(&paths);
+        assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 0);
         assert!(!sandbox.directory().exists() && !paths.container(&id).exists());
         names::check_free(&paths, "web").unwrap();
         assert_eq!(fs::read_dir(paths.names()).unwrap().count(), 0);

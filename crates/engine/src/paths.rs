@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use hull_sandbox::store::ProcessId;
+
 /// The two directories everything lives under.
 ///
 /// ```text
@@ -11,6 +13,7 @@ use std::path::{Path, PathBuf};
 ///     log, log.1          its output
 ///     etc/                its hosts, hostname, resolv.conf
 ///     network.json        what network plugins are to undo
+/// DATA/containers/.<pid>-<start>   one that this process is about to create
 /// DATA/names/<name>       symbolic link to the id that has the name
 /// DATA/images/…           images and layers: see crate image
 /// ```
@@ -48,5 +51,30 @@ impl Paths {
     /// The directory of one container.
     pub fn container(&self, id: &str) -> PathBuf {
         self.containers().join(id)
+    }
+
+    /// Where a process prepares the directory of a container.
+    pub fn staging(&self, creator: ProcessId) -> PathBuf {
+        let ProcessId { pid, started } = creator;
+        self.containers().join(format!(".{pid}-{started}"))
+    }
+
+    /// The directories that processes were preparing which do not live any more.
+    pub fn abandoned(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.containers()).into_iter().flatten();
+        let is_abandoned = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let (pid, started) = name?.strip_prefix('.')?.split_once('-')?;
+            let creator = ProcessId {
+                pid: pid.parse().ok()?,
+                started: started.parse().ok()?,
+            };
+            (!creator.lives()).then_some(())
+        };
+        entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| is_abandoned(path).is_some())
+            .collect()
     }
 }

@@ -6,6 +6,9 @@
 //! all of it: when it is killed, the sandbox ends by itself, and what remains is a directory and a
 //! name that the next command sweeps.
 
+mod contents;
+mod place;
+
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -13,31 +16,29 @@ use std::path::{Path, PathBuf};
 use hull_image::Image;
 use hull_machine::Choice;
 use hull_sandbox::config::{
-    ContainerConfig, EndPolicy, MachineConfig, NetworkAddresses, NetworkConfig, Removal,
-    SandboxConfig, Share, Stdio, Writers, share_name,
+    ContainerConfig, EndPolicy, MachineConfig, NetworkConfig, SandboxConfig,
 };
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
-use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
+use hull_sandbox::control::protocol::{CreateRequest, Received, Reply, Request};
 use hull_sandbox::rootless;
-use hull_sandbox::shares::{self, Overlay, ReadOnly};
-use hull_sandbox::store::{CONFIG_FILE, Directory, Record, SandboxPath, State};
+use hull_sandbox::store::{CONFIG_FILE, Directory, Record, SandboxPath, remove_all};
 use hull_sandbox::timings::{Step, Timings, now_ns};
-use serde_json::value::{RawValue, to_raw_value};
 
+use self::contents::{seccomp, send_shares};
 use crate::attach::Attachment;
 use crate::config::Config;
 use crate::container::{self, Container, Details, ENGINE};
-use crate::dns::{self, DnsConfig};
 use crate::error::{Context, Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::names;
 use crate::network::{Attach, NetworkOptions, Plan};
 use crate::paths::Paths;
-use crate::spec::seccomp::{Profile, Seccomp};
-use crate::spec::{self, ContainerOptions, Layout};
+use crate::spec;
 use crate::values::{Machine, SecurityOption, Ulimit};
 use crate::volumes::{self, Tmpfs, Volume};
+
+pub use self::place::cpus;
 
 /// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.
 const LONGEST_SOCKET: usize = 107;
@@ -225,105 +226,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Decides about the machine.
-    fn place(&self) -> Result<Place> {
-        let own_hostname = || {
-            let own = self.id.get(..12).unwrap_or(&self.id).to_owned();
-            self.options.hostname.clone().unwrap_or(own)
-        };
-        let Attach::Container(id) = &self.network.attach else {
-            let digits = self.id.get(..SANDBOX_DIGITS).unwrap_or(&self.id);
-            return Ok(Place {
-                machine: self.machine()?,
-                sandbox: SandboxPath::new(self.paths.run(), digits),
-                hostname: own_hostname(),
-                host: None,
-            });
-        };
-        let host = container::find(&self.paths, id)?;
-        let details = &host.record.details;
-        self.check_host(&host)?;
-        Ok(Place {
-            machine: self.machine_of(details)?,
-            sandbox: host.record.sandbox()?.clone(),
-            hostname: details.hostname.clone(),
-            host: Some(host),
-        })
-    }
-
-    fn machine(&self) -> Result<MachineConfig> {
-        let choice = self.choose()?;
-        let limit = self.options.memory.filter(|limit| *limit > 0);
-        Ok(MachineConfig {
-            initramfs: GuestFiles::locate(self.config)?.initramfs()?,
-            memory: limit.map_or(self.config.memory, MachineConfig::memory_for),
-            cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
-            nets: matches!(self.network.attach, Attach::Source(..)).into(),
-            hull: None,
-            choice,
-        })
-    }
-
-    /// The machine of another container, as far as the record of this one says what it is.
-    fn machine_of(&self, details: &Details) -> Result<MachineConfig> {
-        let kind = details
-            .machine
-            .parse()
-            .map_err(|_| Error::new(format!("unknown machine kind {:?}", details.machine)))?;
-        Ok(MachineConfig {
-            choice: Choice {
-                kind,
-                kernel: PathBuf::from(&details.kernel),
-                hardware: details.hardware,
-                why: String::new(),
-            },
-            initramfs: PathBuf::new(),
-            memory: details.memory,
-            cpus: details.cpus,
-            nets: 0,
-            hull: None,
-        })
-    }
-
-    /// Whether this container can be in the machine of another one.
-    fn check_host(&self, host: &Container) -> Result<()> {
-        let options = self.options;
-        let given = [
-            (options.hostname.is_some(), "--hostname"),
-            (options.machine.is_some(), "--machine"),
-            (options.kernel.is_some(), "--kernel"),
-            (
-                options
-                    .sysctl
-                    .iter()
-                    .any(|(name, _)| hull_sandbox::config::is_network_sysctl(name)),
-                "--sysctl net.…",
-            ),
-        ];
-        if let Some((_, option)) = given.into_iter().find(|(given, _)| *given) {
-            return Err(Error::invalid(format!(
-                "{option}: the container is in the machine of another one \
-                 (--network container:…)"
-            )));
-        }
-        let details = &host.record.details;
-        if !matches!(host.status.state, State::Running | State::Paused) {
-            return Err(container::not_running(&details.name, host.status.state));
-        }
-        if self.config.hardware_isolation && !details.hardware {
-            let kind = self.machine_of(details)?.choice.kind;
-            return Err(hull_machine::Error::NotHardware { kind }.into());
-        }
-        if options.memory.is_some_and(|memory| memory > details.memory) {
-            return Err(Error::invalid(format!(
-                "--memory: the machine of container {} has {} MiB",
-                details.name,
-                details.memory >> 20
-            )));
-        }
-        Ok(())
-    }
-
     fn record(&self, image: &Image, place: &Place) -> Result<Record<Details>> {
         let options = self.options;
         let command = spec::command(options.entrypoint.as_ref(), &options.command, &image.config)?;
@@ -366,12 +268,18 @@ impl<'a> Run<'a> {
         Ok(record)
     }
 
-    /// Makes the container's directory and takes its name. What a killed command left of either is
-    /// in nobody's way.
+    /// Creates the container's directory and takes its name. What a killed command left of either
+    /// is in nobody's way.
     fn reserve(&self, mut record: Record<Details>) -> Result<Directory> {
+        // A directory of this name always has a record: whose it is can be told at any moment.
+        let staging = self.paths.staging(record.creator);
         let path = self.paths.container(&self.id);
-        let directory =
-            Directory::create_new(&path).context(|| format!("create {}", path.display()))?;
+        let doing = || format!("create {}", path.display());
+        let directory = Directory::create_new(&staging).context(doing)?;
+        let directory = record
+            .write(&directory)
+            .and_then(|()| directory.rename_to(&path).context(doing))
+            .inspect_err(|_| drop(remove_all(&staging)))?;
         let claimed = self.claim(&mut record, &directory);
         if let Err(error) = claimed {
             if let Err(error) = container::erase(&self.paths, &self.id, None) {
@@ -486,15 +394,6 @@ impl<'a> Run<'a> {
         })))
     }
 
-    /// Writes down the exact environment, for further processes.
-    fn keep_raw_environment(&self, env: &[Vec<u8>]) -> Result<()> {
-        if let Some(mut container) = Container::load(&self.paths.container(&self.id))? {
-            container.record.details.raw_env = env.to_vec();
-            container.record.write(&container.directory)?;
-        }
-        Ok(())
-    }
-
     /// The machine of another container ends just now.
     fn ending(&self, reply: &Reply) -> Error {
         match (reply, &self.network.attach) {
@@ -533,174 +432,6 @@ impl<'a> Run<'a> {
         });
         client.tell(&request, &fds)
     }
-
-    /// The shares of the container, with their mounts: root, etc, volumes.
-    fn shares(
-        &self,
-        image: &Image,
-        place: &Place,
-        directory: &Directory,
-    ) -> Result<Vec<(Share, OwnedFd)>> {
-        let root = shares::root(&Overlay {
-            layers: &image.layers,
-            upper: directory.path().join("upper"),
-            work: directory.path().join("work"),
-            volatile: self.options.remove,
-        })?;
-        let etc = directory.path().join("etc");
-        let own = Directory::create(&etc)?;
-        if let Some(host) = &place.host {
-            let path = host.path().join("etc");
-            let theirs = Directory::open(&path).context(|| format!("open {}", path.display()))?;
-            dns::copy(&theirs, &own)?;
-        }
-        let mut shares = vec![
-            (self.share("root", false, Writers::Guest), root),
-            (
-                self.share("etc", false, Writers::Anyone),
-                shares::host(&etc, false, ReadOnly::No)?,
-            ),
-        ];
-        for (index, volume) in self.options.volumes.iter().enumerate() {
-            let read_only = match volume.read_only {
-                true => ReadOnly::Recursive,
-                false => ReadOnly::No,
-            };
-            let mount = shares::host(&volume.source, true, read_only)?;
-            shares.push((self.volume(index, volume)?, mount));
-        }
-        Ok(shares)
-    }
-
-    fn share(&self, what: &str, is_file: bool, writers: Writers) -> Share {
-        Share {
-            name: share_name(&self.id, what),
-            is_file,
-            writers,
-        }
-    }
-
-    fn volume(&self, index: usize, volume: &Volume) -> Result<Share> {
-        let metadata = std::fs::metadata(&volume.source)
-            .context(|| format!("share {}", volume.source.display()))?;
-        let what = format!("volume{index}");
-        Ok(self.share(&what, !metadata.is_dir(), Writers::Anyone))
-    }
-
-    fn write_etc(
-        &self,
-        directory: &Directory,
-        hostname: &str,
-        dns: &DnsConfig,
-        network: Option<&NetworkAddresses>,
-    ) -> Result<()> {
-        let etc = Directory::create(&directory.path().join("etc"))?;
-        dns::write(&etc, hostname, dns, (&self.network.name, network))
-    }
-
-    /// The spec, and the rest of the container's configuration.
-    fn spec(&self, image: &Image, place: &Place) -> Result<(Box<RawValue>, ContainerConfig)> {
-        let options = self.options;
-        let layout = Layout {
-            root: self.share("root", false, Writers::Guest).path(),
-            etc: self.share("etc", false, Writers::Anyone).path(),
-            volumes: options
-                .volumes
-                .iter()
-                .enumerate()
-                .map(|(index, volume)| Ok(self.volume(index, volume)?.path()))
-                .collect::<Result<_>>()?,
-        };
-        let no_zero = |limit: u64| (limit > 0).then_some(limit);
-        let pids_limit = options.pids_limit.unwrap_or(self.config.pids_limit);
-        let container = ContainerOptions {
-            command: options.command.clone(),
-            entrypoint: options.entrypoint.clone(),
-            environment: options.environment.clone(),
-            directory: options.directory.clone(),
-            user: options.user.clone(),
-            hostname: place.hostname.clone(),
-            terminal: options.terminal,
-            read_only: options.read_only,
-            tmpfs: options
-                .tmpfs
-                .iter()
-                .map(|tmpfs| (tmpfs.destination.clone(), tmpfs.options.clone()))
-                .collect(),
-            volumes: options.volumes.clone(),
-            capabilities_add: options.cap_add.clone(),
-            capabilities_drop: options.cap_drop.clone(),
-            sysctl: options.sysctl.iter().cloned().collect(),
-            ulimits: options
-                .ulimits
-                .iter()
-                .map(|limit| (limit.name.clone(), limit.soft, limit.hard))
-                .collect(),
-            shm_size: options
-                .shm_size
-                .and_then(no_zero)
-                .unwrap_or(self.config.shm_size),
-            init: options.init,
-            memory: options.memory.and_then(no_zero),
-            cpus_milli: options.cpus_milli.and_then(no_zero),
-            pids_limit: (pids_limit > 0).then_some(pids_limit),
-            seccomp: seccomp(&options.security)?,
-            has_32_bits: place.machine.choice.features()?.compat32,
-            no_new_privileges: no_new_privileges(&options.security),
-        };
-        let built = spec::build(&container, &image.config, &layout)?;
-        let text = to_raw_value(&built.spec).context(|| "encode the spec")?;
-        let writes = options.volumes.iter().any(|volume| !volume.read_only);
-        let config = ContainerConfig {
-            id: self.id.clone(),
-            spec: RawValue::NULL.to_owned(),
-            raw: built.raw,
-            stdio: Stdio::Hub {
-                terminal: options.terminal,
-                stdin: options.interactive,
-                log_limit: self.config.log_size,
-            },
-            start: true,
-            keeper: None,
-            sysctl: built.network_sysctl,
-            joins: Vec::new(),
-            disks: Vec::new(),
-            volatile: options.remove && !writes,
-            removal: options.remove.then(|| Removal {
-                directory: self.paths.container(&self.id),
-                links: self.names(),
-            }),
-        };
-        Ok((text, config))
-    }
-
-    /// The links that lead to the container.
-    fn names(&self) -> Vec<PathBuf> {
-        let record = Container::load(&self.paths.container(&self.id));
-        record
-            .ok()
-            .flatten()
-            .map(|container| self.paths.names().join(&container.record.details.name))
-            .into_iter()
-            .collect()
-    }
-}
-
-/// Sends the shares, without waiting for the answers; how many there will be.
-fn send_shares(client: &Client, mut shares: Vec<(Share, OwnedFd)>) -> Result<usize> {
-    let mut messages = 0;
-    while !shares.is_empty() {
-        let rest = shares.split_off(shares.len().min(MAX_SHARES));
-        let (descriptions, mounts): (Vec<_>, Vec<_>) = shares.into_iter().unzip();
-        let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
-        let request = Request::AddShares {
-            shares: descriptions,
-        };
-        client.tell(&request, &fds)?;
-        messages += 1;
-        shares = rest;
-    }
-    Ok(messages)
 }
 
 /// Where the time went in the sandbox, after a start or a failed one.
@@ -713,42 +444,6 @@ pub fn sandbox_timings(client: &Client) -> Vec<Step> {
         // It has ended: nobody knows.
         _ => Vec::new(),
     }
-}
-
-/// Virtual processors of a machine for a container with a limit, in thousandths. A limit above what
-/// the kind of machine has is kept all the same.
-///
-/// # Errors
-/// The kind of machine is not there.
-pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> Result<u32> {
-    let wanted = match milli.filter(|milli| *milli > 0) {
-        Some(milli) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
-        None => config.cpus,
-    };
-    Ok(choice.features()?.vcpus(wanted))
-}
-
-/// The system call filter that the options ask for; the last one counts.
-fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
-    let mut seccomp = Seccomp::Default;
-    for option in options {
-        match option {
-            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
-            SecurityOption::Seccomp(file) => {
-                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
-            }
-            SecurityOption::NoNewPrivileges(_) => {}
-        }
-    }
-    Ok(seccomp)
-}
-
-fn no_new_privileges(options: &[SecurityOption]) -> bool {
-    let said = options.iter().rev().find_map(|option| match option {
-        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
-        _ => None,
-    });
-    said.unwrap_or(false)
 }
 
 /// What can be found wrong before an image is pulled.

@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use hull_protocol::AGENT_PORT;
 use tokio::sync::{Notify, broadcast, watch};
@@ -31,6 +32,9 @@ use crate::store::{
     EXIT_SANDBOX_FAILED, Exit, HostProcesses, SandboxDir, SandboxPath, unix_time_ns,
 };
 use crate::timings::{Step, Timings, now_ns};
+
+/// How long the end of a connection may take to be noticed.
+const UNUSED_GRACE: Duration = Duration::from_secs(1);
 
 /// Events that a slow receiver may be behind before it misses some.
 const EVENTS_AHEAD: usize = 1024;
@@ -373,18 +377,27 @@ impl Sandbox {
     }
 
     /// Lets a sandbox end that nobody has anything to do with but `holds` of its own: it was
-    /// started by a process that was killed before there was a container. Whether it ends.
-    pub fn end_if_unused(&self, holds: usize) -> bool {
-        let ending = {
-            let mut containers = self.lock();
-            let others = containers.holds > holds;
-            if containers.alive == 0 && (containers.used || !others) {
-                containers.ending = true;
+    /// started by a process that has gone before there was a container. Connections of such a
+    /// process may be noticed to be closed only within a moment. Whether it ends.
+    pub async fn end_if_unused(&self, holds: usize) -> bool {
+        let unused = async {
+            loop {
+                let changed = self.0.changed.notified();
+                {
+                    let mut containers = self.lock();
+                    if containers.alive == 0 && (containers.used || containers.holds <= holds) {
+                        containers.ending = true;
+                    }
+                    if containers.ending || containers.used {
+                        break containers.ending;
+                    }
+                }
+                changed.await;
             }
-            containers.ending
         };
+        let ending = tokio::time::timeout(UNUSED_GRACE, unused).await;
         self.0.changed.notify_waiters();
-        ending
+        ending.unwrap_or(false)
     }
 
     /// Waits until nothing of the sandbox is left on the host.

@@ -108,7 +108,8 @@ fn logs_keep_both_streams_apart_and_in_order() {
 #[test]
 fn logs_can_be_limited_and_followed() {
     let hull = Hull::new();
-    let script = "echo a; echo b; echo c; until [ -e /tmp/go ]; do sleep 0.05; done; echo d";
+    let script =
+        "echo a; echo b; echo c; until [ -e /tmp/go ]; do sleep 0.05; done; sleep 0.5; echo d";
     let container = hull.start(&[], &["sh", "-c", script]);
     let tail = |n: &str| {
         hull.hull(["logs", "--tail", n, &container.name])
@@ -149,7 +150,7 @@ fn wait_prints_the_exit_status_when_the_container_ends() {
         &[
             "sh",
             "-c",
-            "until [ -e /tmp/go ]; do sleep 0.05; done; exit 4",
+            "until [ -e /tmp/go ]; do sleep 0.05; done; sleep 0.5; exit 4",
         ],
     );
     let mut waiting = hull.hull(["wait", &container.name]).start();

@@ -94,7 +94,8 @@ fn podman_run_with_a_terminal_gives_the_container_one() {
 #[test]
 fn podman_run_detached_logs_and_wait() {
     let podman = Podman::new();
-    let script = "echo one; echo two >&2; until [ -e /tmp/go ]; do sleep 0.05; done; exit 4";
+    let script =
+        "echo one; echo two >&2; until [ -e /tmp/go ]; do sleep 0.05; done; sleep 0.5; exit 4";
     let name = podman.start(&[], &["sh", "-c", script]);
     assert_eq!(podman.state(&name), "running");
     eventually("both lines", Duration::from_secs(10), || {
@@ -112,7 +113,7 @@ fn podman_run_detached_logs_and_wait() {
 #[test]
 fn podman_logs_follows_to_the_end() {
     let podman = Podman::new();
-    let script = "echo a; until [ -e /tmp/go ]; do sleep 0.05; done; echo b";
+    let script = "echo a; until [ -e /tmp/go ]; do sleep 0.05; done; sleep 0.5; echo b";
     let name = podman.start(&[], &["sh", "-c", script]);
     let mut following = podman.podman(["logs", "-f", &name]).start();
     following.wait_for("a\n");
@@ -403,7 +404,7 @@ fn podman_run_passes_signals_on() {
 #[test]
 fn podman_run_detached_with_rm_removes_the_container_at_its_end() {
     let podman = Podman::new();
-    let script = "until [ -e /tmp/go ]; do sleep 0.05; done";
+    let script = "until [ -e /tmp/go ]; do sleep 0.05; done; sleep 0.5";
     let name = podman.start(&["--rm"], &["sh", "-c", script]);
     podman.exec(&name, &["touch", "/tmp/go"]).ok();
     eventually("it is gone", Duration::from_secs(20), || {

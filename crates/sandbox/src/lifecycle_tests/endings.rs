@@ -524,3 +524,38 @@ async fn a_container_whose_status_cannot_be_written_is_not_left_in_the_guest() {
     // Its id is free.
     world.create("c", true).await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_whose_starter_goes_before_there_is_a_container_ends_when_asked_to_delete_it() {
+    // Whether the starter's end is noticed by then, after a moment, or never.
+    for (leaves, ends) in [(Some(0), true), (Some(300), true), (None, false)] {
+        let world = World::boot(EndPolicy::LastContainer, Script::default()).await;
+        sleep(Duration::from_millis(200)).await;
+        let own = world.sandbox.hold();
+        if leaves == Some(0) {
+            world.release();
+        }
+        let began = world.now();
+        let asked = world.sandbox.end_if_unused(1);
+        let leaving = async {
+            if let Some(delay) = leaves {
+                sleep(Duration::from_millis(delay)).await;
+                world.release();
+            }
+        };
+        let (ending, ()) = tokio::join!(asked, leaving);
+        assert_eq!(ending, ends);
+        took(world.now() - began, leaves.unwrap_or(1000), 1).unwrap();
+        assert_eq!(world.sandbox.is_ending(), ends);
+        drop(own);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_with_containers_goes_on_when_asked_to_delete_another_one() {
+    let world = World::boot(EndPolicy::LastContainer, Script::default()).await;
+    world.create("c", true).await.unwrap();
+    let began = world.now();
+    assert!(!world.sandbox.end_if_unused(1).await);
+    took(world.now() - began, 0, 1).unwrap();
+}

@@ -58,6 +58,12 @@ impl Directory {
         Self::open(path)
     }
 
+    /// Moves it to another path of the same file system.
+    pub fn rename_to(self, path: &Path) -> io::Result<Self> {
+        fs::rename(&self.path, path)?;
+        Ok(Self::from_fd(self.fd, path))
+    }
+
     /// A directory that somebody else has opened.
     pub fn from_fd(fd: OwnedFd, path: impl Into<PathBuf>) -> Self {
         Self {

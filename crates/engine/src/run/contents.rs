@@ -1,0 +1,229 @@
+//! What a container is made of: its spec, its shares, and files of its own.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use hull_image::Image;
+use hull_sandbox::config::{
+    ContainerConfig, NetworkAddresses, Removal, Share, Stdio, Writers, share_name,
+};
+use hull_sandbox::control::client::Client;
+use hull_sandbox::control::protocol::{MAX_SHARES, Request};
+use hull_sandbox::shares::{self, Overlay, ReadOnly};
+use hull_sandbox::store::Directory;
+use serde_json::value::{RawValue, to_raw_value};
+
+use super::{Place, Run};
+use crate::container::Container;
+use crate::dns::{self, DnsConfig};
+use crate::error::{Context, Result};
+use crate::spec::seccomp::{Profile, Seccomp};
+use crate::spec::{self, ContainerOptions, Layout};
+use crate::values::SecurityOption;
+use crate::volumes::Volume;
+
+impl Run<'_> {
+    /// The shares of the container, with their mounts: root, etc, volumes.
+    pub(super) fn shares(
+        &self,
+        image: &Image,
+        place: &Place,
+        directory: &Directory,
+    ) -> Result<Vec<(Share, OwnedFd)>> {
+        let root = shares::root(&Overlay {
+            layers: &image.layers,
+            upper: directory.path().join("upper"),
+            work: directory.path().join("work"),
+            volatile: self.options.remove,
+        })?;
+        let etc = directory.path().join("etc");
+        let own = Directory::create(&etc)?;
+        if let Some(host) = &place.host {
+            let path = host.path().join("etc");
+            let theirs = Directory::open(&path).context(|| format!("open {}", path.display()))?;
+            dns::copy(&theirs, &own)?;
+        }
+        let mut shares = vec![
+            (self.share("root", false, Writers::Guest), root),
+            (
+                self.share("etc", false, Writers::Anyone),
+                shares::host(&etc, false, ReadOnly::No)?,
+            ),
+        ];
+        for (index, volume) in self.options.volumes.iter().enumerate() {
+            let read_only = match volume.read_only {
+                true => ReadOnly::Recursive,
+                false => ReadOnly::No,
+            };
+            let mount = shares::host(&volume.source, true, read_only)?;
+            shares.push((self.volume(index, volume)?, mount));
+        }
+        Ok(shares)
+    }
+
+    fn share(&self, what: &str, is_file: bool, writers: Writers) -> Share {
+        Share {
+            name: share_name(&self.id, what),
+            is_file,
+            writers,
+        }
+    }
+
+    fn volume(&self, index: usize, volume: &Volume) -> Result<Share> {
+        let metadata = std::fs::metadata(&volume.source)
+            .context(|| format!("share {}", volume.source.display()))?;
+        let what = format!("volume{index}");
+        Ok(self.share(&what, !metadata.is_dir(), Writers::Anyone))
+    }
+
+    pub(super) fn write_etc(
+        &self,
+        directory: &Directory,
+        hostname: &str,
+        dns: &DnsConfig,
+        network: Option<&NetworkAddresses>,
+    ) -> Result<()> {
+        let etc = Directory::create(&directory.path().join("etc"))?;
+        dns::write(&etc, hostname, dns, (&self.network.name, network))
+    }
+
+    /// The spec, and the rest of the container's configuration.
+    pub(super) fn spec(
+        &self,
+        image: &Image,
+        place: &Place,
+    ) -> Result<(Box<RawValue>, ContainerConfig)> {
+        let options = self.options;
+        let layout = Layout {
+            root: self.share("root", false, Writers::Guest).path(),
+            etc: self.share("etc", false, Writers::Anyone).path(),
+            volumes: options
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(index, volume)| Ok(self.volume(index, volume)?.path()))
+                .collect::<Result<_>>()?,
+        };
+        let no_zero = |limit: u64| (limit > 0).then_some(limit);
+        let pids_limit = options.pids_limit.unwrap_or(self.config.pids_limit);
+        let container = ContainerOptions {
+            command: options.command.clone(),
+            entrypoint: options.entrypoint.clone(),
+            environment: options.environment.clone(),
+            directory: options.directory.clone(),
+            user: options.user.clone(),
+            hostname: place.hostname.clone(),
+            terminal: options.terminal,
+            read_only: options.read_only,
+            tmpfs: options
+                .tmpfs
+                .iter()
+                .map(|tmpfs| (tmpfs.destination.clone(), tmpfs.options.clone()))
+                .collect(),
+            volumes: options.volumes.clone(),
+            capabilities_add: options.cap_add.clone(),
+            capabilities_drop: options.cap_drop.clone(),
+            sysctl: options.sysctl.iter().cloned().collect(),
+            ulimits: options
+                .ulimits
+                .iter()
+                .map(|limit| (limit.name.clone(), limit.soft, limit.hard))
+                .collect(),
+            shm_size: options
+                .shm_size
+                .and_then(no_zero)
+                .unwrap_or(self.config.shm_size),
+            init: options.init,
+            memory: options.memory.and_then(no_zero),
+            cpus_milli: options.cpus_milli.and_then(no_zero),
+            pids_limit: (pids_limit > 0).then_some(pids_limit),
+            seccomp: seccomp(&options.security)?,
+            has_32_bits: place.machine.choice.features()?.compat32,
+            no_new_privileges: no_new_privileges(&options.security),
+        };
+        let built = spec::build(&container, &image.config, &layout)?;
+        let text = to_raw_value(&built.spec).context(|| "encode the spec")?;
+        let writes = options.volumes.iter().any(|volume| !volume.read_only);
+        let config = ContainerConfig {
+            id: self.id.clone(),
+            spec: RawValue::NULL.to_owned(),
+            raw: built.raw,
+            stdio: Stdio::Hub {
+                terminal: options.terminal,
+                stdin: options.interactive,
+                log_limit: self.config.log_size,
+            },
+            start: true,
+            keeper: None,
+            sysctl: built.network_sysctl,
+            joins: Vec::new(),
+            disks: Vec::new(),
+            volatile: options.remove && !writes,
+            removal: options.remove.then(|| Removal {
+                directory: self.paths.container(&self.id),
+                links: self.names(),
+            }),
+        };
+        Ok((text, config))
+    }
+
+    /// The links that lead to the container.
+    fn names(&self) -> Vec<PathBuf> {
+        let record = Container::load(&self.paths.container(&self.id));
+        record
+            .ok()
+            .flatten()
+            .map(|container| self.paths.names().join(&container.record.details.name))
+            .into_iter()
+            .collect()
+    }
+
+    /// Writes down the exact environment, for further processes.
+    pub(super) fn keep_raw_environment(&self, env: &[Vec<u8>]) -> Result<()> {
+        if let Some(mut container) = Container::load(&self.paths.container(&self.id))? {
+            container.record.details.raw_env = env.to_vec();
+            container.record.write(&container.directory)?;
+        }
+        Ok(())
+    }
+}
+
+/// Sends the shares, without waiting for the answers; how many there will be.
+pub(super) fn send_shares(client: &Client, mut shares: Vec<(Share, OwnedFd)>) -> Result<usize> {
+    let mut messages = 0;
+    while !shares.is_empty() {
+        let rest = shares.split_off(shares.len().min(MAX_SHARES));
+        let (descriptions, mounts): (Vec<_>, Vec<_>) = shares.into_iter().unzip();
+        let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
+        let request = Request::AddShares {
+            shares: descriptions,
+        };
+        client.tell(&request, &fds)?;
+        messages += 1;
+        shares = rest;
+    }
+    Ok(messages)
+}
+
+/// The system call filter that the options ask for; the last one counts.
+pub(super) fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
+    let mut seccomp = Seccomp::Default;
+    for option in options {
+        match option {
+            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
+            SecurityOption::Seccomp(file) => {
+                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
+            }
+            SecurityOption::NoNewPrivileges(_) => {}
+        }
+    }
+    Ok(seccomp)
+}
+
+fn no_new_privileges(options: &[SecurityOption]) -> bool {
+    let said = options.iter().rev().find_map(|option| match option {
+        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
+        _ => None,
+    });
+    said.unwrap_or(false)
+}

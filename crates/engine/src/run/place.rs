@@ -1,0 +1,128 @@
+//! Which machine a container is in: one of its own, or another container's.
+
+use std::path::PathBuf;
+
+use hull_machine::Choice;
+use hull_sandbox::config::MachineConfig;
+use hull_sandbox::store::{SandboxPath, State};
+
+use super::{Place, Run, SANDBOX_DIGITS};
+use crate::config::Config;
+use crate::container::{self, Container, Details};
+use crate::error::{Error, Result};
+use crate::guest_files::GuestFiles;
+use crate::network::Attach;
+
+impl Run<'_> {
+    /// Decides about the machine.
+    pub(super) fn place(&self) -> Result<Place> {
+        let own_hostname = || {
+            let own = self.id.get(..12).unwrap_or(&self.id).to_owned();
+            self.options.hostname.clone().unwrap_or(own)
+        };
+        let Attach::Container(id) = &self.network.attach else {
+            let digits = self.id.get(..SANDBOX_DIGITS).unwrap_or(&self.id);
+            return Ok(Place {
+                machine: self.machine()?,
+                sandbox: SandboxPath::new(self.paths.run(), digits),
+                hostname: own_hostname(),
+                host: None,
+            });
+        };
+        let host = container::find(&self.paths, id)?;
+        let details = &host.record.details;
+        self.check_host(&host)?;
+        Ok(Place {
+            machine: self.machine_of(details)?,
+            sandbox: host.record.sandbox()?.clone(),
+            hostname: details.hostname.clone(),
+            host: Some(host),
+        })
+    }
+
+    fn machine(&self) -> Result<MachineConfig> {
+        let choice = self.choose()?;
+        let limit = self.options.memory.filter(|limit| *limit > 0);
+        Ok(MachineConfig {
+            initramfs: GuestFiles::locate(self.config)?.initramfs()?,
+            memory: limit.map_or(self.config.memory, MachineConfig::memory_for),
+            cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
+            nets: matches!(self.network.attach, Attach::Source(..)).into(),
+            hull: None,
+            choice,
+        })
+    }
+
+    /// The machine of another container, as far as the record of this one says what it is.
+    fn machine_of(&self, details: &Details) -> Result<MachineConfig> {
+        let kind = details
+            .machine
+            .parse()
+            .map_err(|_| Error::new(format!("unknown machine kind {:?}", details.machine)))?;
+        Ok(MachineConfig {
+            choice: Choice {
+                kind,
+                kernel: PathBuf::from(&details.kernel),
+                hardware: details.hardware,
+                why: String::new(),
+            },
+            initramfs: PathBuf::new(),
+            memory: details.memory,
+            cpus: details.cpus,
+            nets: 0,
+            hull: None,
+        })
+    }
+
+    /// Whether this container can be in the machine of another one.
+    fn check_host(&self, host: &Container) -> Result<()> {
+        let options = self.options;
+        let given = [
+            (options.hostname.is_some(), "--hostname"),
+            (options.machine.is_some(), "--machine"),
+            (options.kernel.is_some(), "--kernel"),
+            (
+                options
+                    .sysctl
+                    .iter()
+                    .any(|(name, _)| hull_sandbox::config::is_network_sysctl(name)),
+                "--sysctl net.…",
+            ),
+        ];
+        if let Some((_, option)) = given.into_iter().find(|(given, _)| *given) {
+            return Err(Error::invalid(format!(
+                "{option}: the container is in the machine of another one \
+                 (--network container:…)"
+            )));
+        }
+        let details = &host.record.details;
+        if !matches!(host.status.state, State::Running | State::Paused) {
+            return Err(container::not_running(&details.name, host.status.state));
+        }
+        if self.config.hardware_isolation && !details.hardware {
+            let kind = self.machine_of(details)?.choice.kind;
+            return Err(hull_machine::Error::NotHardware { kind }.into());
+        }
+        if options.memory.is_some_and(|memory| memory > details.memory) {
+            return Err(Error::invalid(format!(
+                "--memory: the machine of container {} has {} MiB",
+                details.name,
+                details.memory >> 20
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Virtual processors of a machine for a container with a limit, in thousandths. A limit above what
+/// the kind of machine has is kept all the same.
+///
+/// # Errors
+/// The kind of machine is not there.
+pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> Result<u32> {
+    let wanted = match milli.filter(|milli| *milli > 0) {
+        Some(milli) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
+        None => config.cpus,
+    };
+    Ok(choice.features()?.vcpus(wanted))
+}
