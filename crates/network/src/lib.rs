@@ -46,5 +46,5 @@ pub use error::{Error, Result};
 pub use monitor::Monitor;
 pub use namespace::{Identity, Namespace};
 pub use netlink::Netlink;
-pub use nftables::masquerade;
+pub use nftables::{guard, masquerade};
 pub use tap::{Tap, TapOptions};

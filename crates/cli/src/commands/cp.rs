@@ -118,6 +118,20 @@ fn plain(path: &[u8]) -> &[u8] {
     }
 }
 
+/// The name of what a path of the container leads to, without a look at the container; none for the
+/// root directory.
+fn last_name(path: &[u8]) -> Option<OsString> {
+    let mut names: Vec<&[u8]> = Vec::new();
+    for part in path.split(|byte| *byte == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => drop(names.pop()),
+            name => names.push(name),
+        }
+    }
+    names.pop().map(|name| OsString::from_vec(name.to_vec()))
+}
+
 /// A path of the container's, which travels as text.
 fn utf8(path: &[u8]) -> Result<String> {
     String::from_utf8(path.to_vec()).map_err(|_| {
@@ -151,17 +165,20 @@ fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Resul
             .map_err(|error| error.while_doing(what()));
     };
     let ends_as_directory = to.as_os_str().as_bytes().ends_with(b"/");
-    let place = move |kind: EntryKind, name: &OsStr| -> std::result::Result<PathBuf, String> {
+    // The name is the one that was asked for, whatever the guest calls it.
+    let name = last_name(from).filter(|_| !names_contents(from));
+    let place = |kind: EntryKind| -> std::result::Result<PathBuf, String> {
         let is_directory = kind == EntryKind::Directory;
-        match std::fs::metadata(to) {
-            Ok(there) if there.is_dir() && is_directory && names_contents(from) => Ok(to.clone()),
-            Ok(there) if there.is_dir() => Ok(to.join(name)),
-            Ok(_) if is_directory => Err(format!("{} is not a directory", to.display())),
-            Ok(_) => Ok(to.clone()),
-            Err(_) if ends_as_directory && !is_directory => {
+        match (std::fs::metadata(to), &name) {
+            (Ok(there), Some(name)) if there.is_dir() => Ok(to.join(name)),
+            (Ok(there), None) if there.is_dir() && is_directory => Ok(to.clone()),
+            (Ok(there), None) if there.is_dir() => Err(format!("{shown} is not a directory")),
+            (Ok(_), _) if is_directory => Err(format!("{} is not a directory", to.display())),
+            (Ok(_), _) => Ok(to.clone()),
+            (Err(_), _) if ends_as_directory && !is_directory => {
                 Err(format!("the directory {} does not exist", to.display()))
             }
-            Err(_) => Ok(to.clone()),
+            (Err(_), _) => Ok(to.clone()),
         }
     };
     let left_out =
@@ -263,6 +280,23 @@ mod tests {
             (":x", Side::Host(":x".into())),
         ] {
             assert_eq!(Side::parse(OsStr::new(text)), side, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_of_what_is_copied() {
+        for (path, name) in [
+            ("/log.txt", Some("log.txt")),
+            ("/var/log/", Some("log")),
+            ("/var/log/.", Some("log")),
+            ("/var/log/../spool", Some("spool")),
+            ("/var/log/..", Some("var")),
+            ("/", None),
+            ("/.", None),
+            ("/../..", None),
+        ] {
+            let name = name.map(OsString::from);
+            assert_eq!(last_name(path.as_bytes()), name, "{path}");
         }
     }
 

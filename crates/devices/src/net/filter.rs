@@ -14,6 +14,10 @@
 //! fe80::/10), which on many clouds hand out credentials. Other protocols, VLAN tags among them, do
 //! not pass.
 //!
+//! Without a policy, and with one, no frame passes that is for a loopback address
+//! ([`check_destination`]): a host delivers it to its own services where `route_localnet` is set, as
+//! plugins that publish ports do (CVE-2020-8558).
+//!
 //! Pure: bytes in, verdict out. The bytes are a copy of the beginning of a frame, which the guest
 //! cannot change.
 
@@ -24,6 +28,10 @@ use hull_device_control::{LinkLocal, Policy};
 const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
+/// Tags of virtual LANs (IEEE 802.1Q and 802.1ad): four bytes before the type of what follows.
+const TAGS: [u16; 2] = [0x8100, 0x88a8];
+/// Most tags before a packet that a host looks behind.
+const MAX_TAGS: usize = 2;
 
 // Next headers of IPv6 (IANA's registry of protocol numbers).
 const HOP_BY_HOP: u8 = 0;
@@ -58,6 +66,37 @@ fn v4(frame: &[u8], at: usize) -> Result<Ipv4Addr, &'static str> {
 
 fn v6(frame: &[u8], at: usize) -> Result<Ipv6Addr, &'static str> {
     Ok(Ipv6Addr::from(bytes::<16>(frame, at)?))
+}
+
+/// Whether a frame is for somebody else than the host's loopback interface. One that is too short
+/// to tell is dropped by the host.
+pub fn check_destination(frame: &[u8]) -> Verdict {
+    let mut at = 12;
+    let mut kind = u16::from_be_bytes(bytes(frame, at)?);
+    for _ in 0..MAX_TAGS {
+        if TAGS.contains(&kind) {
+            at += 4;
+            kind = u16::from_be_bytes(bytes(frame, at)?);
+        }
+    }
+    let packet = frame.get(at + 2..).unwrap_or_default();
+    let is_loopback = match kind {
+        IPV4 => {
+            // "This network" (0.0.0.0/8, RFC 1122) is the host itself to Linux.
+            let [first] = bytes::<1>(packet, 16)?;
+            first == 127 || first == 0
+        }
+        IPV6 => {
+            let destination = v6(packet, 24)?;
+            let mapped = destination.to_ipv4_mapped().is_some();
+            destination.is_loopback() || destination.is_unspecified() || mapped
+        }
+        _ => false,
+    };
+    match is_loopback {
+        true => Err("to a loopback address"),
+        false => Ok(()),
+    }
 }
 
 /// Checks frames against a [`Policy`].
@@ -253,6 +292,38 @@ mod tests {
         packet.extend(source.parse::<Ipv4Addr>().unwrap().octets());
         packet.extend(destination.parse::<Ipv4Addr>().unwrap().octets());
         frame(MAC, IPV4, &packet)
+    }
+
+    #[test]
+    fn nothing_is_for_the_hosts_loopback_interface() {
+        for destination in ["127.0.0.1", "127.255.0.9", "0.0.0.0", "0.1.2.3"] {
+            let plain = ipv4("10.0.0.2", destination);
+            check_destination(&plain).unwrap_err();
+            for tags in [&[0x81, 0, 0, 5][..], &[0x88, 0xa8, 0, 1, 0x81, 0, 0, 5]] {
+                let tagged = [&plain[..12], tags, &plain[12..]].concat();
+                check_destination(&tagged).unwrap_err();
+            }
+        }
+        for destination in ["::1", "::", "::ffff:127.0.0.1", "::ffff:10.0.0.1"] {
+            check_destination(&ipv6("fd00::2", destination, 17, &[0; 8])).unwrap_err();
+        }
+        for destination in [
+            "10.0.0.1",
+            "169.254.169.254",
+            "128.0.0.1",
+            "255.255.255.255",
+        ] {
+            check_destination(&ipv4("10.0.0.2", destination)).unwrap();
+        }
+        for destination in ["fd00::1", "fe80::1", "ff02::1", "::2"] {
+            check_destination(&ipv6("fd00::2", destination, 17, &[0; 8])).unwrap();
+        }
+        check_destination(&arp(MAC, "10.0.0.2")).unwrap();
+        // The host drops what is cut off.
+        for length in 0..14 {
+            check_destination(&vec![0; length]).ok();
+        }
+        check_destination(&ipv4("10.0.0.2", "127.0.0.1")[..30]).unwrap_err();
     }
 
     fn ipv6(source: &str, destination: &str, next: u8, payload: &[u8]) -> Vec<u8> {

@@ -483,9 +483,12 @@ impl Link {
         let mut start = [0; HEADER + LOOK];
         let looked = frame.copy_to(&mut start);
         let start = &start[..looked];
-        if let Some(filter) = &self.filter
-            && let Err(reason) = filter.check(&start[HEADER..])
-        {
+        let frame_start = &start[HEADER..];
+        let verdict = filter::check_destination(frame_start).and_then(|()| match &self.filter {
+            Some(filter) => filter.check(frame_start),
+            None => Ok(()),
+        });
+        if let Err(reason) = verdict {
             tracing::debug!(reason, "frame dropped");
             return;
         }

@@ -260,8 +260,8 @@ mod tests {
             EntryKind::Directory
         );
         let copy = directory.path().join("copy");
-        let place = |kind, name: &OsStr| {
-            assert_eq!((kind, name), (EntryKind::Directory, OsStr::new("name")));
+        let place = |kind| {
+            assert_eq!(kind, EntryKind::Directory);
             Ok(copy.clone())
         };
         unpack(sent(archive), &place, false).unwrap();
@@ -285,7 +285,7 @@ mod tests {
         let outside = directory.path().join("outside");
         std::fs::create_dir(&outside).unwrap();
         let copy = directory.path().join("copy");
-        let place = |_, _: &OsStr| Ok(copy.clone());
+        let place = |_| Ok(copy.clone());
 
         let mut archive = tar::Builder::new(Vec::new());
         entry(&mut archive, tar::EntryType::Directory, "d/", "", b"");
@@ -320,6 +320,59 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_names_nothing_on_the_host_and_changes_no_directory_that_was_there() {
+        use tar::EntryType::{Directory, Link, Regular};
+        let home = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(home.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        let kept = home.path().join("kept");
+        std::fs::create_dir(&kept).unwrap();
+        std::fs::set_permissions(&kept, std::fs::Permissions::from_mode(0o750)).unwrap();
+        let before = kept.metadata().unwrap().mtime();
+        let send = |entries: &[(tar::EntryType, &str, &str)], to: &Path| {
+            let mut archive = tar::Builder::new(Vec::new());
+            for (kind, name, link) in entries {
+                entry(&mut archive, *kind, name, link, b"");
+            }
+            unpack(
+                sent(archive.into_inner().unwrap()),
+                &|_| Ok(to.to_owned()),
+                false,
+            )
+        };
+        // Its name for a file is not used.
+        send(&[(Regular, ".bashrc", "")], &home.path().join("log.txt")).unwrap();
+        // Nor is more than was asked for.
+        for more in [".bashrc", "log.txt", "log.txt/x", "other"] {
+            let entries = [(Regular, "log.txt", ""), (Regular, more, "")];
+            let error = send(&entries, &home.path().join("log.txt")).unwrap_err();
+            assert!(error.message.contains("leads outside"), "{error}");
+        }
+        // A directory instead of a file goes below the name that was asked for.
+        let entries = [(Directory, ".", ""), (Regular, "./.bashrc", "")];
+        send(&entries, &home.path().join("as-directory")).unwrap();
+        for first in ["d", "d/e", ".", "../d"] {
+            let entries = [(Directory, first, ""), (Regular, "x", "")];
+            let sent = send(&entries, &kept);
+            assert_eq!(sent.is_ok(), first == ".", "{first}");
+        }
+        let entries = [(Directory, "d", ""), (Link, "d/hosts", "../../etc/hosts")];
+        send(&entries, &kept).unwrap_err();
+        // What was there is as it was.
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
+        assert_eq!((mode(home.path()), mode(&kept)), (0o700, 0o750));
+        assert!(kept.metadata().unwrap().mtime() >= before);
+        // A file is not written over a directory.
+        let error = send(&[(Regular, "x", "")], &kept).unwrap_err();
+        assert!(error.message.contains("is a directory"), "{error}");
+        let mut names: Vec<_> = std::fs::read_dir(home.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["as-directory", "kept", "log.txt"]);
+    }
+
+    #[test]
     fn no_set_user_id_bits_and_no_devices() {
         let directory = tempfile::tempdir().unwrap();
         let copy = directory.path().join("copy");
@@ -334,7 +387,7 @@ mod tests {
             "d/program",
             b"",
         );
-        let place = |_, _: &OsStr| Ok(copy.clone());
+        let place = |_| Ok(copy.clone());
         unpack(sent(archive.into_inner().unwrap()), &place, false).unwrap();
         let program = copy.join("program").metadata().unwrap();
         assert_eq!(program.permissions().mode() & 0o7777, 0o755);

@@ -1,5 +1,7 @@
-//! An archive of a container on the host. A guest made it: every name is looked up part by part
-//! below one directory, no symbolic link is followed, no set-user-id bit and no device is made.
+//! An archive of a container on the host. A guest made it: where it goes is decided by what was asked
+//! for, not by its names; every name is looked up part by part below that place, no symbolic link is
+//! followed, no set-user-id bit and no device is made, and a directory that was there before keeps
+//! its mode, owner and times.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -18,14 +20,14 @@ use crate::error::{Context, Error, Result};
 /// Names of left out entries that are kept: a guest may send any number.
 const MAX_LEFT_OUT: usize = 20;
 
-/// Decides where the first entry goes, from its kind and name; the others go below it.
-pub type Place<'a> = dyn Fn(EntryKind, &OsStr) -> std::result::Result<PathBuf, String> + 'a;
+/// Decides where the first entry goes, from its kind; the others go below it.
+pub type Place<'a> = dyn Fn(EntryKind) -> std::result::Result<PathBuf, String> + 'a;
 
 /// Unpacks the archive of one file or directory on the host; the names of what was left out,
 /// because it is a device or of an unknown type.
 ///
 /// # Errors
-/// The guest's error, a name that leads outside, or the host's file system refuses.
+/// The guest's error, an entry that is not below the first one, or the host's file system refuses.
 pub fn unpack(archive: ArchiveReader, place: &Place<'_>, keep_owners: bool) -> Result<Vec<String>> {
     let mut archive = TarReader::new(archive);
     let mut target: Option<Target> = None;
@@ -35,13 +37,16 @@ pub fn unpack(archive: ArchiveReader, place: &Place<'_>, keep_owners: bool) -> R
             Ok(None) => break,
             Err(error) => return Err(archive.get_mut().explain(&error)),
         };
-        let (first, rest) = split_name(&entry.path)?;
-        let target = match &mut target {
-            Some(target) => target,
-            None => target.insert(Target::new(
-                &place(entry.kind, first).map_err(Error::new)?,
-                keep_owners,
-            )?),
+        let (target, rest) = match &mut target {
+            Some(target) => {
+                let rest = target.label.below(&entry.path)?;
+                (target, rest)
+            }
+            None => {
+                let path = place(entry.kind).map_err(Error::new)?;
+                let new = Target::new(&path, &entry, keep_owners)?;
+                (target.insert(new), Vec::new())
+            }
         };
         if let Err(error) = target.add(&entry, &rest, &mut archive) {
             // An archive that ended early: the guest knows why.
@@ -58,27 +63,67 @@ pub fn unpack(archive: ArchiveReader, place: &Place<'_>, keep_owners: bool) -> R
     }
 }
 
-/// The first part of an entry's name, and the others.
-fn split_name(path: &[u8]) -> Result<(&OsStr, Vec<&OsStr>)> {
-    let mut parts = path
+/// The name of the first entry, which all others begin with. It means nothing on the host.
+struct Label {
+    /// None for the root directory of a container, which has no name of its own.
+    name: Option<OsString>,
+    /// Nothing is below an entry that is not a directory.
+    is_directory: bool,
+}
+
+impl Label {
+    fn of(entry: &Entry) -> Result<Self> {
+        match &parts(&entry.path)?[..] {
+            [] => Ok(None),
+            [name] => Ok(Some((*name).to_owned())),
+            _ => Err(outside(&entry.path)),
+        }
+        .map(|name| Self {
+            name,
+            is_directory: entry.kind == EntryKind::Directory,
+        })
+    }
+
+    /// The parts of a name below the first entry's.
+    fn below<'a>(&self, path: &'a [u8]) -> Result<Vec<&'a OsStr>> {
+        let mut rest = parts(path)?;
+        if let Some(name) = &self.name {
+            match rest.first() {
+                Some(first) if first == name => drop(rest.remove(0)),
+                _ => return Err(outside(path)),
+            }
+        }
+        match rest.is_empty() || !self.is_directory {
+            true => Err(outside(path)),
+            false => Ok(rest),
+        }
+    }
+}
+
+/// The parts of an entry's name.
+fn parts(path: &[u8]) -> Result<Vec<&OsStr>> {
+    let parts: Vec<&OsStr> = path
         .split(|byte| *byte == b'/')
         .filter(|part| !part.is_empty() && *part != b".")
-        .map(OsStr::from_bytes);
-    // The root directory of a container has no name of its own.
-    let first = parts.next().unwrap_or(OsStr::new("."));
-    let rest: Vec<&OsStr> = parts.collect();
-    if first == ".." || rest.iter().any(|part| *part == "..") {
-        let shown = String::from_utf8_lossy(path);
-        return Err(Error::new(format!(
-            "the guest sent an entry that leads outside: {shown:?}"
-        )));
+        .map(OsStr::from_bytes)
+        .collect();
+    match parts.iter().any(|part| *part == "..") {
+        true => Err(outside(path)),
+        false => Ok(parts),
     }
-    Ok((first, rest))
+}
+
+fn outside(path: &[u8]) -> Error {
+    let shown = String::from_utf8_lossy(path);
+    Error::new(format!(
+        "the guest sent an entry that leads outside: {shown:?}"
+    ))
 }
 
 /// Where an archive is unpacked.
 struct Target {
     root: OwnedFd,
+    label: Label,
     /// Name of the first entry below the root; none when the root itself stands for it.
     name: Option<OsString>,
     /// For messages.
@@ -91,7 +136,7 @@ struct Target {
 }
 
 impl Target {
-    fn new(path: &Path, keep_owners: bool) -> Result<Target> {
+    fn new(path: &Path, first: &Entry, keep_owners: bool) -> Result<Target> {
         let open = |path: &Path| {
             rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                 .context(|| format!("open {}", path.display()))
@@ -99,6 +144,9 @@ impl Target {
         let existing = std::fs::symlink_metadata(path)
             .is_ok_and(|there| !there.is_symlink() && there.is_dir())
             || path.file_name().is_none();
+        if existing && first.kind != EntryKind::Directory {
+            return Err(Error::new(format!("{} is a directory", path.display())));
+        }
         let (root, name) = match (existing, path.file_name()) {
             (false, Some(name)) => {
                 let parent = path
@@ -113,6 +161,7 @@ impl Target {
         };
         Ok(Target {
             root,
+            label: Label::of(first)?,
             name,
             shown: path.to_owned(),
             keep_owners,
@@ -176,7 +225,9 @@ impl Target {
         match entry.kind {
             EntryKind::Directory => {
                 match rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)) {
-                    Ok(()) | Err(Errno::EXIST) => {}
+                    Ok(()) => {}
+                    // Its owner on the host decides about it.
+                    Err(Errno::EXIST) if is_directory(&parent, &name) => return Ok(()),
                     Err(error) => return Err(failed(&error)),
                 }
                 let directory =
@@ -210,7 +261,7 @@ impl Target {
                 rustix::fs::symlinkat(link, &parent, &name).map_err(|error| failed(&error))?;
             }
             EntryKind::HardLink => {
-                let (_, link) = split_name(&entry.link)?;
+                let link = self.label.below(&entry.link)?;
                 let (from, of) = self.parent(&link).map_err(|error| failed(&error))?;
                 rustix::fs::linkat(&from, &of, &parent, &name, AtFlags::empty())
                     .map_err(|error| failed(&error))?;
@@ -254,6 +305,11 @@ impl Target {
         }
         Ok(self.left_out)
     }
+}
+
+fn is_directory(parent: &OwnedFd, name: &OsStr) -> bool {
+    rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 fn open_directory(parent: BorrowedFd<'_>, name: &OsStr) -> std::result::Result<OwnedFd, Errno> {

@@ -14,7 +14,7 @@ use std::net::IpAddr;
 
 use super::{
     ACK, APPEND, BASE_NETWORK, Batch, CREATE, EQUAL, EXCLUSIVE, KEY_OUT_NAME, NEW_RULE, NEW_TABLE,
-    NOT_EQUAL, REGISTER, exchange, socket,
+    NOT_EQUAL, exchange, socket,
 };
 use crate::error::Error;
 use crate::redirect::Family;
@@ -78,15 +78,7 @@ fn masquerading(network: &str, bridge: &str, subnet: IpAddr, prefix_length: u8) 
             expressions.payload(BASE_NETWORK, source, subnet.len() as u32);
             expressions.mask(&mask);
             expressions.compare(EQUAL, &subnet);
-            expressions.expression(b"meta\0", |meta| {
-                meta.number(1, REGISTER);
-                meta.number(2, KEY_OUT_NAME);
-            });
-            let mut name = [0; libc::IFNAMSIZ];
-            for (to, from) in name.iter_mut().zip(bridge.bytes()) {
-                *to = from;
-            }
-            expressions.compare(NOT_EQUAL, &name);
+            expressions.interface(KEY_OUT_NAME, NOT_EQUAL, bridge);
             expressions.expression(b"masq\0", |_| {});
         });
     });

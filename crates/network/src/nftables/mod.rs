@@ -1,10 +1,12 @@
-//! Says to the kernel's packet filter (nf_tables) the few things that are asked of it: that
-//! connections to the loopback address lead to a port ([`loopback`]), and that a network's
-//! containers have the host's address outside ([`masquerade`]). Never calls `nft` or `iptables`.
+//! Rules of the kernel's packet filter (nf_tables) that hull needs: connections to the loopback
+//! address lead to a port ([`loopback`]), a network's containers have the host's address outside
+//! ([`masquerade`]), and nothing from a bridge is for the host's loopback interface ([`guard`]).
+//! Never calls `nft` or `iptables`.
 //!
 //! The messages are those of linux/netfilter/nf_tables.h: a batch that is carried out whole or not
 //! at all.
 
+pub mod guard;
 pub mod loopback;
 pub mod masquerade;
 
@@ -154,6 +156,7 @@ const REGISTER: u32 = 1;
 const BASE_NETWORK: u32 = 1;
 const BASE_TRANSPORT: u32 = 2;
 const KEY_L4PROTO: u32 = 16;
+const KEY_IN_NAME: u32 = 6;
 const KEY_OUT_NAME: u32 = 7;
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
@@ -213,6 +216,18 @@ impl Batch {
 
     /// A chain that translates addresses.
     fn nat_chain(&mut self, table: &[u8], name: &[u8], family: Family, hook: u32, priority: i32) {
+        self.chain(b"nat\0", table, name, family, (hook, priority));
+    }
+
+    /// A chain of a type, at a hook and with a priority. It accepts what no rule of it drops.
+    fn chain(
+        &mut self,
+        kind: &[u8],
+        table: &[u8],
+        name: &[u8],
+        family: Family,
+        (hook, priority): (u32, i32),
+    ) {
         self.message(NEW_CHAIN, CREATE, family.number(), 0, |chain| {
             chain.bytes(1, table);
             chain.bytes(3, name);
@@ -221,7 +236,7 @@ impl Batch {
                 place.bytes(2, &priority.to_be_bytes());
             });
             chain.number(5, ACCEPT);
-            chain.bytes(7, b"nat\0");
+            chain.bytes(7, kind);
         });
     }
 }
@@ -279,6 +294,19 @@ impl Attributes<'_> {
             bitwise.nested(4, |data| data.bytes(1, mask));
             bitwise.nested(5, |data| data.bytes(1, &vec![0; mask.len()]));
         });
+    }
+
+    /// Goes on if the interface of this key is, or is not, the named one.
+    fn interface(&mut self, key: u32, how: u32, interface: &str) {
+        self.expression(b"meta\0", |meta| {
+            meta.number(1, REGISTER);
+            meta.number(2, key);
+        });
+        let mut name = [0; libc::IFNAMSIZ];
+        for (to, from) in name.iter_mut().zip(interface.bytes()) {
+            *to = from;
+        }
+        self.compare(how, &name);
     }
 
     /// Goes on if what was taken is, or is not, this.

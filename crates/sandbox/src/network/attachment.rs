@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use hull_network::cni::{Attachment, Record, Runner};
 use hull_network::pasta::Pasta;
-use hull_network::{Namespace, Netlink, forwarding, masquerade};
+use hull_network::{Namespace, Netlink, forwarding, guard, masquerade};
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::task::JoinHandle;
 
@@ -112,6 +112,7 @@ fn run_plugins(
             let prefix = subnet.prefix.unwrap_or(all);
             masquerade::ensure(config.list.name(), &own.bridge, subnet.ip, prefix)?;
         }
+        guard::ensure(config.list.name(), &own.bridge)?;
         let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
         forwarding::ensure(&own.bridge, ipv6)?;
     }
