@@ -144,3 +144,44 @@ fn links_planted_in_a_container_do_not_lead_the_copy_astray() {
     .ok();
     container.exec(&["cat", "/copied"]).ok();
 }
+
+#[test]
+fn what_is_copied_out_has_the_name_that_was_asked_for_and_changes_nothing_that_was_there() {
+    let hull = Hull::new();
+    let container = hull.sleeper();
+    let from = |path: &str| format!("{}:{path}", container.name);
+    container
+        .sh("mkdir -p /tmp/a/b && echo x >/tmp/a/b/file && ln -s b /tmp/a/link && chmod 777 /tmp/a")
+        .ok();
+    let home = hull.scratch().join("home");
+    fs::create_dir(&home).unwrap();
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o700)).unwrap();
+    let to = home.to_str().unwrap();
+    for path in ["/tmp/a/b/..", "/tmp/a/.", "/tmp/./a/link"] {
+        hull.hull(["cp", &from(path), to]).run().ok();
+    }
+    hull.hull(["cp", "-L", &from("/tmp/a/link"), &format!("{to}/followed")])
+        .run()
+        .ok();
+    let read = |path: &str| fs::read_to_string(home.join(path)).unwrap();
+    for path in ["a/b/file", "b/file", "followed/file"] {
+        assert_eq!(read(path), "x\n", "{path}");
+    }
+    assert_eq!(
+        fs::read_link(home.join("link")).unwrap().to_str(),
+        Some("b")
+    );
+    assert_eq!(fs::metadata(&home).unwrap().mode() & 0o7777, 0o700);
+    assert_eq!(fs::metadata(home.join("a")).unwrap().mode() & 0o7777, 0o777);
+
+    // The root directory has no name: what is in it goes where it is sent.
+    let root = hull.scratch().join("root");
+    fs::create_dir(&root).unwrap();
+    hull.hull(["cp", &from("/etc"), root.to_str().unwrap()])
+        .run()
+        .ok();
+    assert!(root.join("etc/passwd").is_file());
+    let whole = hull.scratch().join("whole");
+    hull.hull(["cp", &from("/"), whole.to_str().unwrap()]).run();
+    assert!(whole.join("etc/passwd").is_file() && whole.join("tmp/a/b/file").is_file());
+}

@@ -158,3 +158,32 @@ fn services_on_link_local_addresses_are_not_reached_unless_the_configuration_let
     let container = open.start(&["--network", &network.name], &["sleep", "1000"]);
     ping(&container, None, &service).ok();
 }
+
+#[test]
+fn a_guest_does_not_reach_the_loopback_addresses_of_the_host_with_or_without_the_filter() {
+    use std::net::{Ipv4Addr, TcpListener};
+    let listen = |address: Ipv4Addr| {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (listener, format!("{address} {port}"))
+    };
+    for hull in [Hull::networked("uml"), not_filtered()] {
+        // A published port makes the host deliver loopback addresses that come from the bridge.
+        let published = hull.start(&["-p", "127.0.0.1::80"], &["sleep", "1000"]);
+        let options = ["--sysctl", "net.ipv4.conf.all.route_localnet=1"];
+        let container = free(&hull, &options);
+        let (host, loopback) = (listen(GATEWAY), listen(Ipv4Addr::new(127, 0, 0, 9)));
+        let route = format!("ip route add 127.0.0.9/32 via {GATEWAY} dev eth0");
+        container
+            .sh(&format!("ip addr del 127.0.0.1/8 dev lo && {route}"))
+            .ok();
+        let connect = |to: &str| container.sh(&format!("nc -w 2 {to} </dev/null"));
+        connect(&host.1).ok();
+        host.0.accept().expect("the way to the host is open");
+        connect(&loopback.1).ends(1);
+        let nothing = loopback.0.accept().unwrap_err();
+        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+        published.is_removed_by_force();
+    }
+}

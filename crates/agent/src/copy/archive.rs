@@ -1,6 +1,6 @@
 //! Packs a file tree into a tar archive, and unpacks one. Numeric owners, all mode bits, times (in
 //! seconds), symbolic and hard links, devices and FIFOs are kept; sockets, which mean nothing
-//! elsewhere, are left out.
+//! elsewhere, are left out, and so is what is in file systems of the kernel's own (/proc, /sys).
 //!
 //! Runs in a process whose root is the container's, see the parent module. Trusts that root to hold
 //! symbolic links in, and nothing else: names in an archive cannot climb out of the directory it is
@@ -49,6 +49,7 @@ impl<W: Write> Packer<W> {
     fn append(&mut self, path: &Path, name: &Path, metadata: &Metadata) -> io::Result<()> {
         // A stack of its own: a tree may be deeper than the thread's.
         let mut waiting = vec![(path.to_owned(), name.to_owned(), Some(metadata.clone()))];
+        let mut first = true;
         while let Some((path, name, metadata)) = waiting.pop() {
             let metadata = match metadata {
                 Some(metadata) => metadata,
@@ -59,9 +60,14 @@ impl<W: Write> Packer<W> {
                     Err(error) => return Err(of(&path, error)),
                 },
             };
-            self.append_one(&path, &name, &metadata)
-                .map_err(|error| of(&path, error))?;
-            if metadata.is_dir() {
+            match self.append_one(&path, &name, &metadata) {
+                Ok(()) => {}
+                // Removed since it was looked at. The first one is what was asked for.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !first => continue,
+                Err(error) => return Err(of(&path, error)),
+            }
+            first = false;
+            if metadata.is_dir() && !is_kernels_own(&path) {
                 let mut entries = fs::read_dir(&path)
                     .and_then(Iterator::collect::<io::Result<Vec<_>>>)
                     .map_err(|e| of(&path, e))?;
@@ -114,6 +120,25 @@ impl<W: Write> Packer<W> {
         }
         self.archive.append_data(&mut header, name, io::empty())
     }
+}
+
+/// Whether a directory belongs to a file system whose files are the kernel's state, not data.
+fn is_kernels_own(path: &Path) -> bool {
+    // linux/magic.h
+    const PROC_SUPER_MAGIC: i64 = 0x9fa0;
+    const SYSFS_MAGIC: i64 = 0x6265_6572;
+    const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
+    const DEVPTS_SUPER_MAGIC: i64 = 0x1cd1;
+    const MQUEUE_MAGIC: i64 = 0x1980_0202;
+    const KERNELS: [i64; 5] = [
+        PROC_SUPER_MAGIC,
+        SYSFS_MAGIC,
+        CGROUP2_SUPER_MAGIC,
+        DEVPTS_SUPER_MAGIC,
+        MQUEUE_MAGIC,
+    ];
+    // One that cannot be asked is read, which says why.
+    rustix::fs::statfs(path).is_ok_and(|info| KERNELS.contains(&info.f_type))
 }
 
 /// Unpacks an archive into an existing directory.
