@@ -1,7 +1,7 @@
-//! Opens the block devices of the host that become disks of a machine.
+//! Opens block devices of the host that become disks of a machine.
 //!
-//! Called by `create`, before the machine is started: the descriptors go to the pod's sandbox
-//! process, and from there to its device process. Nothing here reads or writes a disk.
+//! Called by `create` before the machine is started: the descriptors are passed to the pod's
+//! sandbox process, and from there to its device process. Nothing here reads or writes a disk.
 
 use std::fs;
 use std::os::fd::OwnedFd;
