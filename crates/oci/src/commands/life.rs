@@ -44,8 +44,8 @@ fn hooks_of(container: &Container) -> Result<Option<Hooks>> {
 /// Lets the init of a created container run.
 ///
 /// # Errors
-/// `NotFound` if there is no such container; `WrongState` unless it is created; `CommandNotFound`
-/// or `NotExecutable` if its command cannot be executed.
+/// `NotFound` if there is no such container; `WrongState` if its state is not `created`;
+/// `CommandNotFound` or `NotExecutable` if its command cannot be executed.
 pub fn start(settings: &Settings, id: &str) -> Result<()> {
     let (container, record, status) = load(settings, id)?;
     // runc's messages.

@@ -10,7 +10,6 @@
 //! id, and [`Keeper::keep`] passes it the streams. There is one per container, so it is small: no
 //! async runtime, one thread per stream, and this executable's text, shared with all of hull's
 //! processes.
-//! processes share.
 
 mod carry;
 mod memory;
