@@ -1,5 +1,4 @@
-//! Commands that cannot hang a test: each has a time limit, and what it printed until then is
-//! shown.
+//! Commands that cannot hang a test: each has a time limit, after which its output is shown.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -21,12 +20,12 @@ pub struct Invocation {
     limit: Duration,
 }
 
-/// What a command left.
+/// Result of a command.
 #[derive(Debug)]
 pub struct Output {
-    /// The command, for messages.
+    /// The command line, for messages.
     pub what: String,
-    /// Exit status, 128 + n after signal n.
+    /// Exit status; 128 + n after signal n.
     pub status: i32,
     /// Standard output.
     pub stdout: Vec<u8>,
@@ -59,38 +58,38 @@ impl Invocation {
         self
     }
 
-    /// Sets a variable.
+    /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
         self
     }
 
-    /// Gives it this to read, and then the end.
+    /// Provides standard input: these bytes, then end of file.
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Some(bytes.into());
         self
     }
 
-    /// Puts its standard output and standard error in files, which whatever it leaves running may
-    /// keep open.
+    /// Redirects standard output and standard error to files, for commands that leave processes
+    /// running with them open.
     pub fn output_to(mut self, stdout: &Path, stderr: &Path) -> Self {
         self.output = Some((stdout.to_owned(), stderr.to_owned()));
         self
     }
 
-    /// Sets how long it may take.
+    /// Sets the time limit.
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
-    /// Changes what else there is to a command.
+    /// Modifies the underlying command.
     pub fn with(mut self, change: impl FnOnce(&mut Command)) -> Self {
         change(&mut self.command);
         self
     }
 
-    /// The same command as an argument of another one.
+    /// The same command, run by another one.
     pub fn under(self, wrapper: &[&str]) -> Invocation {
         let mut command = Command::new(wrapper[0]);
         command
@@ -105,12 +104,12 @@ impl Invocation {
         Invocation { command, ..self }
     }
 
-    /// The command itself, and its time limit.
+    /// The underlying command and its time limit.
     pub fn into_parts(self) -> (Command, Duration) {
         (self.command, self.limit)
     }
 
-    /// Runs it to its end.
+    /// Runs the command until it exits.
     pub fn run(self) -> Output {
         let input = self.input.clone();
         let mut running = self.start_with(if input.is_some() {
@@ -120,13 +119,13 @@ impl Invocation {
         });
         if let Some(input) = input {
             let mut stdin = running.stdin.take().unwrap();
-            // A command that does not read all of it is not this function's business.
+            // A command need not read all of it.
             std::thread::spawn(move || drop(stdin.write_all(&input)));
         }
         running.finish()
     }
 
-    /// Starts it, with its standard input in the test's hands.
+    /// Starts the command; the test controls its standard input.
     pub fn start(self) -> Running {
         self.start_with(Stdio::piped())
     }
@@ -164,7 +163,7 @@ impl Invocation {
     }
 }
 
-/// A command that runs.
+/// A running command.
 pub struct Running {
     what: String,
     child: Child,
@@ -203,7 +202,7 @@ impl Running {
         }
     }
 
-    /// Its standard output until now.
+    /// Its standard output so far.
     pub fn so_far(&self) -> String {
         String::from_utf8_lossy(&self.stdout.so_far()).into_owned()
     }
@@ -218,12 +217,12 @@ impl Running {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// Whether it runs still.
+    /// Whether it is still running.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Waits for its end.
+    /// Waits until it exits.
     pub fn finish(mut self) -> Output {
         use std::os::unix::process::ExitStatusExt;
         let status = loop {
@@ -264,21 +263,21 @@ impl Running {
     }
 }
 
-/// Whether a line tells how a pull goes on.
+/// Whether a line reports the progress of a pull.
 fn is_progress(line: &str) -> bool {
     let layer = line.split(": ").next().unwrap_or_default();
     line.starts_with("pulling ")
         || layer.len() == 12 && layer.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Where output goes.
+/// Destination of output.
 enum Collected {
-    /// Read by a thread, so that neither pipe ever fills.
+    /// Read by a thread, so that no pipe fills up.
     Read {
         bytes: Arc<Mutex<Vec<u8>>>,
         reader: JoinHandle<()>,
     },
-    /// Here.
+    /// Written to this file.
     File(PathBuf),
 }
 
@@ -321,7 +320,7 @@ impl Collected {
 }
 
 impl Output {
-    /// Standard output as text, without the last line's end.
+    /// Standard output as text, without trailing newlines.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout)
             .trim_end_matches('\n')
@@ -360,8 +359,8 @@ impl Output {
         self
     }
 
-    /// Asserts that hull failed with this status and said so as it should: one line that begins
-    /// with `error: ` and contains each of `parts`, at most one line more with a hint.
+    /// Asserts that hull failed with this status and reported it properly: one line that starts
+    /// with `error: ` and contains each of `parts`, and at most one more line, a hint.
     #[track_caller]
     pub fn fails(self, status: i32, parts: &[&str]) -> Output {
         let output = self.ends(status);
@@ -388,7 +387,7 @@ impl Output {
         output
     }
 
-    /// Asserts that there is a hint that contains `part`.
+    /// Asserts that there is a hint containing `part`.
     #[track_caller]
     pub fn hint(self, part: &str) -> Output {
         let error = self.error();

@@ -1,7 +1,6 @@
-//! A dockerd of the test's own, with a containerd of its own: state, images and sockets in a
-//! temporary directory. It has no bridge and no packet filter, or, in a network namespace that is a
-//! host of its own, all that Docker does. Both are ended at the end, with a check that nothing is
-//! left.
+//! A private dockerd with its own containerd: state, images and sockets are in a temporary
+//! directory. It has no bridge and no packet filter; or, in a network namespace that acts as its
+//! host, all of Docker's networking. On drop, both are stopped, with a check that nothing is left.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -15,16 +14,17 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{Invocation, Netns, Output, Runtime, busybox_archive, leaks, runtime};
 
-/// A Docker of the test's own.
+/// A private Docker.
 pub struct Docker {
     directory: tempfile::TempDir,
-    /// What it runs containers with.
+    /// The runtime of its containers.
     pub runtime: Runtime,
-    /// Below which its containers' control groups are.
+    /// Parent of its containers' control groups.
     parent: String,
     containerd: Option<Child>,
     daemon: Option<Child>,
-    /// Where both run, if they have networks. After them: it is deleted when they have ended.
+    /// The host of both, if they have networks. Dropped after them: it can be deleted when they
+    /// have exited.
     host: Option<Netns>,
     next: AtomicU32,
 }
@@ -35,8 +35,7 @@ impl Docker {
         Docker::on(None)
     }
 
-    /// With networks: bridges, addresses translated, names resolved. Its host's network is a
-    /// namespace.
+    /// With networks: bridges, NAT and name resolution, in a network namespace as its host.
     pub fn with_networks() -> Docker {
         Docker::on(Some(Netns::new()))
     }
@@ -44,7 +43,7 @@ impl Docker {
     fn on(host: Option<Netns>) -> Docker {
         runtime::needs(&["dockerd", "containerd"]);
         leaks::adopt_orphans();
-        // Paths of sockets are at most 108 bytes long.
+        // A socket's path has at most 107 bytes.
         let directory = tempfile::Builder::new()
             .prefix("d")
             .rand_bytes(5)
@@ -74,7 +73,7 @@ impl Docker {
 
     fn start_containerd(&mut self) {
         let path = |name: &str| self.path(name).display().to_string();
-        // `opt` would make a directory in /opt.
+        // `opt` would create a directory in /opt.
         let configuration = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\n\
              disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\"]\n\
@@ -97,7 +96,7 @@ impl Docker {
         });
     }
 
-    /// Starts dockerd, again after [`Docker::kill_daemon`].
+    /// Starts dockerd; also after [`Docker::kill_daemon`].
     pub fn start_daemon(&mut self) {
         let mut configuration = serde_json::json!({
             "runtimes": {"hull": {"path": self.runtime.path}},
@@ -123,8 +122,8 @@ impl Docker {
                 configuration.as_object_mut().unwrap().remove(key);
             }
         }
-        // Old ones keep a key in /etc/docker, and can be told otherwise; new ones do not know the
-        // word.
+        // Old versions keep a key in /etc/docker unless told otherwise; new ones do not know the
+        // option.
         let version = Invocation::new(program("dockerd"))
             .arg("--version")
             .run()
@@ -142,7 +141,7 @@ impl Docker {
         });
     }
 
-    /// Waits until `is_up`; fails at once when the daemon ends.
+    /// Waits until `is_up`; fails at once if the daemon exits.
     fn comes_up(&mut self, what: &str, is_up: impl Fn(&Docker) -> bool) {
         let begin = Instant::now();
         while !is_up(self) {
@@ -160,12 +159,12 @@ impl Docker {
         }
     }
 
-    /// Kills dockerd as a crash would; containers and containerd are left alone.
+    /// Kills dockerd, as in a crash; containers and containerd keep running.
     pub fn kill_daemon(&mut self) {
         end(&mut self.daemon, Signal::KILL);
     }
 
-    /// Where it has networks, if it has.
+    /// Its host, if it has networks.
     pub fn host(&self) -> &Netns {
         self.host.as_ref().expect("a Docker with networks")
     }
@@ -196,19 +195,19 @@ impl Docker {
         self.directory.path().join(name)
     }
 
-    /// A directory of the test's own, gone at its end.
+    /// A temporary directory of the test.
     pub fn scratch(&self) -> PathBuf {
         let path = self.path("scratch");
         fs::create_dir_all(&path).unwrap();
         path
     }
 
-    /// A name that nothing else bears.
+    /// A unique name.
     pub fn unique(&self, prefix: &str) -> String {
         format!("{prefix}-{}", self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// `docker run --rm [OPTIONS] busybox COMMAND`, run to its end.
+    /// `docker run --rm [OPTIONS] busybox COMMAND`, run until it exits.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
         self.docker(["run", "--rm"])
             .args(network(options))
@@ -218,12 +217,12 @@ impl Docker {
             .run()
     }
 
-    /// A shell script in a new container, run to its end.
+    /// A shell script in a new container, run until it exits.
     pub fn sh(&self, options: &[&str], script: &str) -> Output {
         self.run(options, &["sh", "-c", script])
     }
 
-    /// A container with `docker run -d`; its name.
+    /// Starts a container with `docker run -d`; returns its name.
     pub fn start(&self, options: &[&str], command: &[&str]) -> String {
         let name = self.unique("c");
         self.docker(["run", "-d", "--name", &name])
@@ -236,7 +235,8 @@ impl Docker {
         name
     }
 
-    /// A container that runs a shell script until it is told otherwise; it has printed `ready`.
+    /// Starts a container with a shell script that keeps running, and waits until it prints
+    /// `ready`.
     pub fn ready(&self, options: &[&str], script: &str) -> String {
         let name = self.start(options, &["sh", "-c", script]);
         crate::eventually("ready", Duration::from_secs(20), || {
@@ -245,7 +245,7 @@ impl Docker {
         name
     }
 
-    /// A container that does nothing and ends when it is told to; its name.
+    /// Starts an idle container, which stops when asked to; returns its name.
     pub fn sleeper(&self, options: &[&str]) -> String {
         self.start(
             options,
@@ -253,12 +253,12 @@ impl Docker {
         )
     }
 
-    /// `docker VERB NAME`, run to its end.
+    /// `docker VERB NAME`, run until it exits.
     pub fn does(&self, verb: &str, name: &str) -> Output {
         self.docker([verb, name]).run()
     }
 
-    /// `docker exec NAME COMMAND`, run to its end.
+    /// `docker exec NAME COMMAND`, run until it exits.
     pub fn exec(&self, name: &str, command: &[&str]) -> Output {
         self.docker(["exec", name]).args(command).run()
     }
@@ -268,12 +268,12 @@ impl Docker {
         self.exec(name, &["sh", "-c", script])
     }
 
-    /// What a container has printed on its standard output.
+    /// Standard output of a container.
     pub fn logs(&self, name: &str) -> String {
         self.does("logs", name).ok().text()
     }
 
-    /// Something of a container, as a Go template.
+    /// Part of a container's `docker inspect`, as a Go template.
     pub fn inspect(&self, name: &str, template: &str) -> String {
         self.docker(["inspect", "--format", template, name])
             .run()
@@ -286,12 +286,13 @@ impl Docker {
         self.inspect(name, "{{.State.Status}}")
     }
 
-    /// Waits for the end of a container; its exit status.
+    /// Waits until a container exits; returns its exit status.
     pub fn wait(&self, name: &str) -> i32 {
         self.does("wait", name).ok().text().parse().unwrap()
     }
 
-    /// Removes all containers and asserts that they have left nothing, while the daemons run on.
+    /// Removes all containers and asserts that nothing is left of them, while the daemons keep
+    /// running.
     #[track_caller]
     pub fn assert_clean(&self) {
         self.remove_all();
@@ -304,7 +305,7 @@ impl Docker {
         assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
     }
 
-    /// Not through `Invocation`: a panic here would hide the first one.
+    /// Not with `Invocation`: a panic here would hide the first one.
     fn remove_all(&self) {
         let socket = format!("unix://{}", self.socket());
         let docker = |arguments: &[&str]| {
@@ -333,7 +334,7 @@ impl Docker {
         let beside = [self.path("exec"), self.path("containerd-state")];
         let mut problems =
             runtime::problems(&self.runtime, directory, &self.ids(), &beside, daemons);
-        // dockerd itself keeps its directory mounted on itself.
+        // dockerd itself bind mounts its directory onto itself.
         let own = self.path("docker").display().to_string();
         problems.retain(|problem| {
             !(problem.starts_with("mount ") && problem.split(' ').nth(5) == Some(own.as_str()))
@@ -360,7 +361,7 @@ impl Docker {
         problems
     }
 
-    /// Ids of all containers that there ever were, as the runtime was told them.
+    /// Ids of all containers so far, as passed to the runtime.
     fn ids(&self) -> Vec<String> {
         let calls = fs::read_to_string(self.path("calls")).unwrap_or_default();
         let mut ids: Vec<String> = calls
@@ -392,7 +393,7 @@ impl Drop for Docker {
         end(&mut self.daemon, Signal::TERM);
         end(&mut self.containerd, Signal::TERM);
         let problems = self.problems(&[]);
-        // Left when dockerd was killed.
+        // Remains after dockerd is killed.
         let _ = unmount(self.path("docker"), UnmountFlags::DETACH);
         for controller in fs::read_dir("/sys/fs/cgroup")
             .into_iter()
@@ -422,8 +423,8 @@ impl Docker {
     }
 }
 
-/// Debian's programs come before those that somebody else put on the machine: client and daemon of
-/// one version.
+/// Prefers Debian's programs to others on the machine, so that client and daemon have the same
+/// version.
 fn program(name: &str) -> PathBuf {
     ["/usr/bin", "/usr/sbin"]
         .iter()
@@ -432,7 +433,7 @@ fn program(name: &str) -> PathBuf {
         .unwrap_or_else(|| name.into())
 }
 
-/// `--network none`, unless the test wants another one.
+/// `--network none`, unless the test sets another one.
 fn network(options: &[&str]) -> &'static [&'static str] {
     if options.contains(&"--network") {
         &[]
@@ -451,7 +452,7 @@ fn spawn(mut command: Command, log: &Path) -> Child {
         .unwrap()
 }
 
-/// Ends a daemon: with the signal, and by force when that does not help.
+/// Stops a daemon with the signal, then with SIGKILL.
 fn end(daemon: &mut Option<Child>, signal: Signal) {
     let Some(mut child) = daemon.take() else {
         return;

@@ -1,5 +1,5 @@
-//! A hull of the test's own: configuration, state and images in a temporary directory, and
-//! containers that are removed at the end, with a check that nothing of them is left.
+//! A private hull: configuration, state and images are in a temporary directory. On drop, its
+//! containers are removed, with a check that nothing is left.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -15,37 +15,37 @@ use serde_json::Value;
 
 use crate::{Invocation, Lack, Output, Person, executable, leaks, network, repository};
 
-/// How a [`Hull`] differs from the usual one.
+/// Differences from the default [`Hull`].
 #[derive(Default)]
 pub struct Options {
-    /// Machine kind; `uml` when empty.
+    /// Machine kind; `uml` if empty.
     pub machine: &'static str,
-    /// Further lines of the configuration file.
+    /// More lines for the configuration file.
     pub configuration: String,
-    /// No image in the store, instead of `busybox`.
+    /// Without the image `busybox`.
     pub without_image: bool,
-    /// hull is called by a person who is not root, and lacks this.
+    /// Call hull as a user without root, and without this.
     pub person: Option<Lack>,
 }
 
-/// A hull of the test's own.
+/// A private hull.
 pub struct Hull {
     directory: tempfile::TempDir,
     /// Machine kind of its containers.
     pub machine: &'static str,
     next: AtomicU32,
     leaks_expected: bool,
-    /// Who calls it, if not root.
+    /// The calling user, if not root.
     pub person: Option<Person>,
 }
 
 impl Hull {
-    /// On user-mode Linux, with the image `busybox`.
+    /// With user-mode Linux and the image `busybox`.
     pub fn new() -> Hull {
         Hull::with(Options::default())
     }
 
-    /// On another kind of machine, with the image `busybox`.
+    /// With another machine kind and the image `busybox`.
     pub fn on(machine: &'static str) -> Hull {
         Hull::with(Options {
             machine,
@@ -53,7 +53,7 @@ impl Hull {
         })
     }
 
-    /// On user-mode Linux, with no image.
+    /// With user-mode Linux and no image.
     pub fn empty() -> Hull {
         Hull::with(Options {
             without_image: true,
@@ -61,8 +61,7 @@ impl Hull {
         })
     }
 
-    /// On another kind of machine, with the image `busybox`; containers have a network unless a
-    /// test says otherwise.
+    /// With another machine kind and the image `busybox`; containers have a network by default.
     pub fn networked(machine: &'static str) -> Hull {
         Hull::with(Options {
             machine,
@@ -71,8 +70,8 @@ impl Hull {
         })
     }
 
-    /// On user-mode Linux, called by a person who is not root, with the image `busybox`; containers
-    /// have a network unless a test says otherwise.
+    /// With user-mode Linux and the image `busybox`, called by a user without root; containers have
+    /// a network by default.
     pub fn without_root() -> Hull {
         Hull::with(Options {
             configuration: "network = \"default\"".into(),
@@ -81,15 +80,15 @@ impl Hull {
         })
     }
 
-    /// With options. Without a word about networks containers have none: plugins take longer than
-    /// most tests.
+    /// With options. Unless configured, containers have no network: plugins take longer than most
+    /// tests.
     pub fn with(options: Options) -> Hull {
         assert!(
             rustix::process::geteuid().is_root(),
             "tests make namespaces and users of their own: they run as root"
         );
         leaks::adopt_orphans();
-        // Paths of sockets are at most 108 bytes long.
+        // A socket's path has at most 107 bytes.
         let directory = tempfile::Builder::new()
             .prefix("h")
             .rand_bytes(5)
@@ -133,9 +132,9 @@ impl Hull {
         hull
     }
 
-    /// Makes the image of the tests under a name.
+    /// Imports the test image under a name.
     pub fn import_busybox(&self, name: &str) {
-        // Where a person can read it.
+        // Readable for users without root.
         let archive = self.path("busybox.tar");
         fs::copy(busybox_archive(), &archive).unwrap();
         self.hull(["image", "import", "--change", "CMD [\"sh\"]"])
@@ -145,7 +144,7 @@ impl Hull {
             .ok();
     }
 
-    /// A directory of the test's own, gone at its end.
+    /// A temporary directory of the test.
     pub fn scratch(&self) -> PathBuf {
         let path = self.path("scratch");
         fs::create_dir_all(&path).unwrap();
@@ -169,8 +168,7 @@ impl Hull {
             .limit(self.limit())
     }
 
-    /// `hull run --rm [OPTIONS] busybox COMMAND`, run to its end. What comes after `busybox` is
-    /// `command`.
+    /// `hull run --rm [OPTIONS] busybox COMMAND`, run until it exits.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
         self.hull(["run", "--rm"])
             .args(options)
@@ -179,12 +177,12 @@ impl Hull {
             .run()
     }
 
-    /// A shell script in a new container, run to its end.
+    /// A shell script in a new container, run until it exits.
     pub fn sh(&self, options: &[&str], script: &str) -> Output {
         self.run(options, &["sh", "-c", script])
     }
 
-    /// A container with `hull run -d`.
+    /// Starts a container with `hull run -d`.
     pub fn start(&self, options: &[&str], command: &[&str]) -> Container<'_> {
         let name = self.unique("c");
         self.hull(["run", "-d", "--name", &name])
@@ -196,17 +194,17 @@ impl Hull {
         Container { hull: self, name }
     }
 
-    /// A container that lives until it is told otherwise.
+    /// Starts a container that keeps running.
     pub fn sleeper(&self) -> Container<'_> {
         self.start(&[], &["sleep", "1000"])
     }
 
-    /// A name that nothing else bears.
+    /// A unique name.
     pub fn unique(&self, prefix: &str) -> String {
         format!("{prefix}-{}", self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The handle of a container that was made by other means.
+    /// The handle of a container that was created otherwise.
     pub fn container(&self, name: &str) -> Container<'_> {
         Container {
             hull: self,
@@ -223,7 +221,7 @@ impl Hull {
             .collect()
     }
 
-    /// What is there of containers in the state and data directories.
+    /// What remains of containers in the state and data directories.
     pub fn remains(&self) -> Vec<String> {
         let mut found = Vec::new();
         for directory in ["run/sandboxes", "data/names", "data/containers"] {
@@ -237,7 +235,7 @@ impl Hull {
         found
     }
 
-    /// Asserts that no container has left anything.
+    /// Asserts that nothing is left of any container.
     #[track_caller]
     pub fn assert_clean(&self) {
         let problems = self.problems();
@@ -251,12 +249,12 @@ impl Hull {
         problems
     }
 
-    /// How long one command may take on this kind of machine.
+    /// Time limit of a command with this machine kind.
     fn limit(&self) -> Duration {
         Duration::from_secs(if self.machine == "qemu" { 60 } else { 30 })
     }
 
-    /// What the host processes and the guest had to say, for the report of a failed test.
+    /// Shows the logs of host processes and guests, for a failed test.
     fn show_diagnostics(&self) {
         let below = |directory| fs::read_dir(self.path(directory)).into_iter().flatten();
         for entry in below("run/sandboxes")
@@ -297,7 +295,7 @@ impl Drop for Hull {
             .collect();
         let mut problems = Vec::new();
         if !ids.is_empty() {
-            // Not through `Invocation`: a panic here would hide the first one.
+            // Not with `Invocation`: a panic here would hide the first one.
             let removing = self.hull(["rm", "-f"]).args(&ids);
             let removed = removing.into_parts().0.output();
             match removed {
@@ -323,7 +321,7 @@ impl Drop for Hull {
     }
 }
 
-/// A container of a [`Hull`]; removed with it.
+/// A container of a [`Hull`]; removed when that is dropped.
 pub struct Container<'a> {
     hull: &'a Hull,
     /// Its name.
@@ -331,12 +329,12 @@ pub struct Container<'a> {
 }
 
 impl Container<'_> {
-    /// `hull exec NAME COMMAND`, run to its end.
+    /// `hull exec NAME COMMAND`, run until it exits.
     pub fn exec(&self, command: &[&str]) -> Output {
         self.exec_with(&[], command)
     }
 
-    /// `hull exec OPTIONS NAME COMMAND`, run to its end.
+    /// `hull exec OPTIONS NAME COMMAND`, run until it exits.
     pub fn exec_with(&self, options: &[&str], command: &[&str]) -> Output {
         self.hull
             .hull(["exec"])
@@ -346,12 +344,12 @@ impl Container<'_> {
             .run()
     }
 
-    /// A shell script inside.
+    /// A shell script in the container.
     pub fn sh(&self, script: &str) -> Output {
         self.exec(&["sh", "-c", script])
     }
 
-    /// `hull VERB NAME`, run to its end.
+    /// `hull VERB NAME`, run until it exits.
     pub fn does(&self, verb: &str) -> Output {
         self.hull.hull([verb, &self.name]).run()
     }
@@ -362,13 +360,13 @@ impl Container<'_> {
         self.hull.hull(["rm", "-f", &self.name]).run().ok();
     }
 
-    /// What `hull inspect` says.
+    /// Output of `hull inspect`.
     pub fn inspect(&self) -> Value {
         let list = self.does("inspect").ok().json();
         list[0].clone()
     }
 
-    /// Its state, as `hull inspect` says.
+    /// Its state in `hull inspect`.
     pub fn state(&self) -> String {
         self.inspect()["state"]
             .as_str()
@@ -376,7 +374,7 @@ impl Container<'_> {
             .to_owned()
     }
 
-    /// Its addresses in its network, as it sees them itself.
+    /// The addresses of its network interface, as seen in the container.
     pub fn addresses(&self) -> Vec<IpAddr> {
         network::addresses(&self.sh("ip -o addr show dev eth0").ok().text())
     }
@@ -398,7 +396,7 @@ impl Container<'_> {
         kill_process(self.host_process(which), Signal::KILL).unwrap();
     }
 
-    /// Waits for its end with `hull wait`; the status that it prints.
+    /// Waits with `hull wait` until it exits; returns the status that it prints.
     pub fn wait(&self) -> i32 {
         self.does("wait")
             .ok()
@@ -408,7 +406,7 @@ impl Container<'_> {
     }
 }
 
-/// The image of the tests as an archive; made once by whoever comes first.
+/// The test image as an archive, created on first use.
 pub fn busybox_archive() -> &'static Path {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
     ARCHIVE.get_or_init(|| {

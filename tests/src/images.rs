@@ -1,4 +1,4 @@
-//! Images made by hand, good ones and all the bad ones: archives, layers, OCI layouts.
+//! Handmade images, valid and invalid: archives, layers, OCI layouts.
 
 use std::fs;
 use std::io::Write;
@@ -14,14 +14,14 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{hex}")
 }
 
-/// Compresses.
+/// Compresses bytes.
 pub fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
 }
 
-/// A tar archive, entry by entry. Paths are taken as they are, however wrong.
+/// A tar archive, entry by entry. Paths are written unchecked.
 pub struct Archive(tar::Builder<Vec<u8>>);
 
 impl Archive {
@@ -115,7 +115,7 @@ impl Archive {
         self
     }
 
-    /// Its bytes.
+    /// The archive's bytes.
     pub fn bytes(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
@@ -127,7 +127,7 @@ impl Default for Archive {
     }
 }
 
-/// An image: its manifest, configuration and layers as a registry keeps them.
+/// An image as a registry has it: manifest, configuration and layers.
 #[derive(Clone)]
 pub struct Image {
     /// Manifest, JSON.
@@ -144,12 +144,12 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 impl Image {
-    /// An image for this machine.
+    /// An image for this machine's architecture.
     pub fn new(layers: &[Vec<u8>]) -> Image {
         Image::for_architecture(architecture(), layers)
     }
 
-    /// An image for an architecture, as Go names it. Layers are archives.
+    /// An image for an architecture, by its Go name. Layers are archives.
     pub fn for_architecture(architecture: &str, layers: &[Vec<u8>]) -> Image {
         let uncompressed: Vec<String> = layers.iter().map(|layer| digest(layer)).collect();
         let config = json!({
@@ -167,7 +167,7 @@ impl Image {
         .described()
     }
 
-    /// Changes the configuration.
+    /// Modifies the configuration.
     pub fn with_config(mut self, change: impl FnOnce(&mut Value)) -> Image {
         let mut config: Value = serde_json::from_slice(&self.config).unwrap();
         change(&mut config);
@@ -197,12 +197,12 @@ impl Image {
     }
 }
 
-/// What refers to a blob.
+/// A descriptor of a blob.
 pub fn descriptor(media_type: &str, content: &[u8]) -> Value {
     json!({"mediaType": media_type, "digest": digest(content), "size": content.len()})
 }
 
-/// This machine's architecture as Go names it.
+/// This machine's architecture, by its Go name.
 pub fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -211,7 +211,7 @@ pub fn architecture() -> &'static str {
     }
 }
 
-/// A directory with images, in the form that the OCI agreed on.
+/// An OCI image layout.
 pub struct Layout;
 
 impl Layout {
@@ -236,7 +236,7 @@ impl Layout {
         .unwrap();
     }
 
-    /// Where a blob is in a layout.
+    /// The path of a blob in a layout.
     pub fn blob(directory: &Path, digest: &str) -> std::path::PathBuf {
         directory.join("blobs").join(digest.replace(':', "/"))
     }

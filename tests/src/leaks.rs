@@ -1,4 +1,4 @@
-//! Finds what a test's containers left behind: processes, mounts.
+//! Finds what a test's containers leave behind: processes, mounts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitOptions, getpid, set_child_subreaper, wait};
 
-/// Makes orphans children of this process, so that [`descendants`] finds them.
+/// Makes this process the parent of orphans, so that [`descendants`] finds them.
 pub fn adopt_orphans() {
     set_child_subreaper(Some(getpid())).unwrap();
 }
 
-/// Pid → command line of every process below this one that is not a zombie.
+/// Pid and command line of all descendants except zombies.
 pub fn descendants() -> BTreeMap<i32, String> {
     let mut parents = BTreeMap::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
@@ -22,7 +22,7 @@ pub fn descendants() -> BTreeMap<i32, String> {
         else {
             continue;
         };
-        // A process that ends meanwhile is none of ours to count.
+        // The process has exited meanwhile.
         let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
             continue;
         };
@@ -57,14 +57,13 @@ pub fn descendants() -> BTreeMap<i32, String> {
         .collect()
 }
 
-/// Waits until nothing runs below this process; what is left after two seconds is killed and
-/// returned.
+/// Waits until this process has no descendants; kills and returns those left after two seconds.
 pub fn leaked_processes() -> Vec<String> {
     leaked_processes_except(Duration::from_secs(2), &[])
 }
 
-/// Waits until nothing runs below this process but `except`; what is left in the end is killed and
-/// returned.
+/// Waits until this process has no descendants except `except`; kills and returns those left after
+/// `limit`.
 pub fn leaked_processes_except(limit: Duration, except: &[i32]) -> Vec<String> {
     let begin = Instant::now();
     loop {
@@ -89,8 +88,7 @@ pub fn leaked_processes_except(limit: Duration, except: &[i32]) -> Vec<String> {
     }
 }
 
-/// Takes the exit status of adopted processes. All commands of the test have ended when this is
-/// called.
+/// Reaps adopted processes. Called when all commands of the test have exited.
 fn reap() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
@@ -100,7 +98,7 @@ pub fn mounts_below(directory: &Path) -> Vec<String> {
     mounts_below_seen_by(std::process::id().cast_signed(), directory)
 }
 
-/// Mounts at or below a directory, in the mount namespace of a process.
+/// Mounts at or below a directory, in the mount namespace of another process.
 pub fn mounts_below_seen_by(process: i32, directory: &Path) -> Vec<String> {
     let directory = directory.to_str().unwrap();
     let mounts = std::fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap();

@@ -1,12 +1,12 @@
-//! What the end to end tests are written with: a [`Hull`] of their own, commands with a time limit,
-//! terminals, images and a registry that misbehaves on demand; engines, [`Podman`] and [`Docker`],
-//! that run their containers with hull; and [`Oci`], bundles with nothing between them and the
-//! runtime. The tests are in `tests/GROUP/*.rs`, one module for each thing that a user does; a
-//! test's name says what that user can rely on.
+//! Support for the end-to-end tests: a private [`Hull`], commands with a time limit, terminals,
+//! images, and a registry with faults on demand; the engines [`Podman`] and [`Docker`], which run
+//! their containers with hull; and [`Oci`], which calls the runtime directly with bundles. The
+//! tests are in `tests/GROUP/*.rs`, one module per task of a user; a test's name says what that
+//! user can rely on.
 //!
-//! The tests run the staged executable (`make stage`), never code of hull's crates. Each test is a
-//! process of its own (cargo-nextest does that): whatever a test's containers leave running is
-//! adopted by it and found.
+//! The tests run the staged executable (`make stage`), not code of hull's crates. cargo-nextest
+//! runs each test in its own process, which adopts and finds all processes that its containers
+//! leave running.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test stops where it goes wrong
 
 mod command;
@@ -49,14 +49,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The repository.
+/// The repository's root.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("tests/ is in the repository")
 }
 
-/// The staged executable, or the one that `HULL` names.
+/// The staged executable, or the one set by `HULL`.
 pub fn executable() -> PathBuf {
     let path = std::env::var_os("HULL")
         .map_or_else(|| repository().join("target/stage/bin/hull"), PathBuf::from);
@@ -64,7 +64,7 @@ pub fn executable() -> PathBuf {
     path
 }
 
-/// The guest's files beside the executable.
+/// The directory of the guest's files, beside the executable.
 pub fn guest_files() -> PathBuf {
     executable()
         .canonicalize()
@@ -75,8 +75,8 @@ pub fn guest_files() -> PathBuf {
         .join("share/hull")
 }
 
-/// Says, where `make test` collects it, that this machine cannot do what a test needs. The caller
-/// returns.
+/// Records, for `make test`, that this machine lacks what a test needs. The caller should then
+/// return.
 pub fn left_out(reason: &str) {
     let name = std::thread::current().name().unwrap_or("?").to_owned();
     let line = format!("{name}: {reason}\n");
@@ -97,7 +97,7 @@ pub fn installed(program: &str) -> bool {
     })
 }
 
-/// Waits until `condition` holds; panics with `what` when it does not in time.
+/// Waits until `condition` holds; panics with `what` if it does not in time.
 pub fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Duration {
     let begin = Instant::now();
     while !condition() {
@@ -107,8 +107,8 @@ pub fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bo
     begin.elapsed()
 }
 
-/// Makes each of the named functions, which take a machine kind, a test on user-mode Linux and one
-/// on QEMU.
+/// Generates for each of the named functions, which take a machine kind, a test with user-mode
+/// Linux and one with QEMU.
 #[macro_export]
 macro_rules! on_every_machine {
     ($($name:ident),+ $(,)?) => {
@@ -127,7 +127,7 @@ macro_rules! on_every_machine {
     };
 }
 
-/// Why machine kind qemu cannot be tested here, if it cannot.
+/// Why machine kind qemu cannot be tested here, or `None`.
 pub fn no_qemu() -> Option<String> {
     let architecture = std::env::consts::ARCH;
     let program = format!("qemu-system-{architecture}");

@@ -1,4 +1,4 @@
-//! Block devices of the host that a test may write to: loop devices on files of its own.
+//! Writable block devices for tests: loop devices on files of the test.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// A loop device, gone when dropped: declare it before what uses it.
+/// A loop device, detached on drop: declare it before its users.
 pub struct LoopDevice {
     /// Its node on the host.
     pub path: PathBuf,
@@ -18,7 +18,8 @@ pub struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// One with this content; `None`, with the reason said, where there are no loop devices.
+    /// A loop device with this content; `None`, with the reason reported, if there are no loop
+    /// devices.
     pub fn new(content: &[u8]) -> Option<LoopDevice> {
         let directory = tempfile::Builder::new()
             .prefix("l")
@@ -52,7 +53,7 @@ impl LoopDevice {
         })
     }
 
-    /// The file that it is on.
+    /// The backing file.
     pub fn file(&self) -> PathBuf {
         self.directory.path().join("file")
     }
@@ -62,7 +63,7 @@ impl LoopDevice {
         format!("{}:{}", self.major, self.minor)
     }
 
-    /// Whether it is on its file still.
+    /// Whether it is still attached to its file.
     fn attached(&self) -> bool {
         let backing = format!("/sys/dev/block/{}/loop/backing_file", self.numbers());
         fs::read_to_string(backing).is_ok_and(|path| Path::new(path.trim()) == self.file())
@@ -75,7 +76,7 @@ impl Drop for LoopDevice {
             .arg("--detach")
             .arg(&self.path)
             .output();
-        // It goes when nobody has it open any more.
+        // It is detached once it is no longer open.
         let begin = Instant::now();
         while self.attached() {
             if begin.elapsed() > Duration::from_secs(5) {

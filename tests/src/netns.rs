@@ -1,6 +1,6 @@
-//! Network namespaces of a test's own: what an engine hands a runtime, and the world around it; or
-//! a whole host for an engine that changes interfaces and packet filters. Nothing of them is left,
-//! whatever becomes of the test.
+//! Network namespaces of a test: as an engine passes them to a runtime, with the network around it;
+//! or as a host for an engine that changes interfaces and packet filters. They are deleted even if
+//! the test fails.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use crate::{Invocation, Output, runtime};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// A network namespace with a name, gone when dropped: declare it before what uses it.
+/// A named network namespace, deleted on drop: declare it before its users.
 pub struct Netns {
-    /// Its name, as `ip netns` says.
+    /// Its name, as in `ip netns`.
     pub name: String,
 }
 
 impl Netns {
-    /// A new one, in which only loopback is, and up.
+    /// A new namespace with only loopback, which is up.
     pub fn new() -> Netns {
         runtime::needs(&["ip", "tc"]);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -36,12 +36,12 @@ impl Netns {
         netns
     }
 
-    /// The file that stands for it.
+    /// Its path.
     pub fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.name)
     }
 
-    /// `ip …` in it, successful; what it prints.
+    /// Runs `ip …` in it, which must succeed; returns its output.
     #[track_caller]
     pub fn ip(&self, arguments: &str) -> String {
         let output = Invocation::new("ip")
@@ -51,7 +51,7 @@ impl Netns {
         output.ok().text()
     }
 
-    /// `tc …` in it, however it ends.
+    /// Runs `tc …` in it; may fail.
     pub fn tc(&self, arguments: &str) -> Output {
         Invocation::new("tc")
             .args(["-n", &self.name])
@@ -59,7 +59,7 @@ impl Netns {
             .run()
     }
 
-    /// A command in it, which sees the host's own `/sys`.
+    /// A command in it, with the host's `/sys`.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command
@@ -68,7 +68,7 @@ impl Netns {
         command
     }
 
-    /// Calls a function in it; sockets that it makes stay there.
+    /// Calls a function in it; sockets that it creates stay there.
     pub fn enter<T: Send>(&self, function: impl FnOnce() -> T + Send) -> T {
         let namespace = std::fs::File::open(self.path()).unwrap();
         let inside = || {
@@ -80,11 +80,10 @@ impl Netns {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// A new one on a link with the host, on which both have an address: the namespace, the host's
-    /// address, and its own.
+    /// A new namespace connected to the host, and the two addresses: the host's, and its own.
     pub fn beside_the_host() -> (Netns, Ipv4Addr, Ipv4Addr) {
         let netns = Netns::new();
-        // Of networks that are for measurements, and nobody's (RFC 2544).
+        // From the range reserved for benchmarks (RFC 2544).
         let first = u32::from(Ipv4Addr::new(198, 18, 0, 0)) + u32::from(number()) * 4;
         let [host, address] = [first + 1, first + 2].map(Ipv4Addr::from);
         let link = format!(
@@ -104,7 +103,7 @@ impl Netns {
         (netns, host, address)
     }
 
-    /// Joins it with another one: a veth pair, `name` here and `peer` there, both up.
+    /// Connects it to another one: a veth pair, `name` here and `peer` there, both up.
     pub fn join(&self, name: &str, other: &Netns, peer: &str) {
         self.ip(&format!(
             "link add {name} type veth peer name {peer} netns {}",
@@ -114,7 +113,7 @@ impl Netns {
         self.ip(&format!("link set {name} up"));
     }
 
-    /// Deletes it; whoever has it open still uses it.
+    /// Deletes its name; it exists as long as it is in use.
     pub fn delete(&self) {
         Invocation::new("ip")
             .args(["netns", "delete", &self.name])
@@ -132,8 +131,8 @@ impl Netns {
         names.collect()
     }
 
-    /// What there is beside what a test or an engine has put there: taps, queueing disciplines that
-    /// redirect, filters.
+    /// What hull adds to interfaces of a test or an engine: taps, redirecting queueing disciplines,
+    /// filters.
     pub fn traces(&self) -> Vec<String> {
         let mut found = Vec::new();
         for line in self.ip("-o -d link show").lines() {
@@ -164,7 +163,7 @@ impl Default for Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        // A test may have deleted it.
+        // A test may have deleted it already.
         if self.path().exists() {
             let deleted = Command::new("ip")
                 .args(["netns", "delete", &self.name])
@@ -176,16 +175,16 @@ impl Drop for Netns {
     }
 }
 
-/// A namespace for a container, with one interface, and the world at the other end of it.
+/// A namespace for a container with one interface, and a namespace at the other end of it.
 pub struct Link {
-    /// What an engine would hand over.
+    /// The namespace that an engine would pass.
     pub pod: Netns,
-    /// Where others are.
+    /// The namespace with its peers.
     pub world: Netns,
 }
 
 impl Link {
-    /// 192.0.2.1 and 2001:db8::1 are the world's, 192.0.2.2 and 2001:db8::2 the container's.
+    /// 192.0.2.1 and 2001:db8::1 are `world`'s, 192.0.2.2 and 2001:db8::2 are the container's.
     pub fn new() -> Link {
         let (pod, world) = (Netns::new(), Netns::new());
         pod.join("eth0", &world, "eth0");
@@ -197,7 +196,7 @@ impl Link {
         Link { pod, world }
     }
 
-    /// One more interface: `network` is the first three bytes of its addresses.
+    /// Adds an interface: `network` is the first three bytes of its addresses.
     pub fn add(&self, name: &str, network: &str) {
         self.pod.join(name, &self.world, name);
         self.world

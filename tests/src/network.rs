@@ -1,5 +1,5 @@
-//! What tests of networks are written with: small clients and servers of the test's own, networks
-//! of `/etc/cni/net.d`, and what plugins left on the host for a container of `hull run`.
+//! Support for network tests: small clients and servers, networks in `/etc/cni/net.d`, and what
+//! plugins leave on the host for a container of `hull run`.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -14,23 +14,22 @@ use serde_json::{Value, json};
 
 use crate::{Container, Invocation, Output, eventually};
 
-/// The host in network `default`.
+/// The host's address in network `default`.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 87, 0, 1);
-/// The host in network `default`.
+/// The host's IPv6 address in network `default`.
 pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd68, 0x756c, 0x6c00, 0, 0, 0, 0, 1);
 /// The bridge of network `default`.
 pub const BRIDGE: &str = "hull0";
 
-/// How long a peer may keep a test waiting.
+/// Timeout for a peer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Whether the host knows IPv6.
+/// Whether the host supports IPv6.
 pub fn has_ipv6() -> bool {
     Path::new("/proc/net/if_inet6").exists()
 }
 
-/// A number that this test has for itself while it runs, and again with the next call: below
-/// 10,000.
+/// A number below 10,000 that is unique to this call among concurrent tests.
 pub fn number() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = (id() % 1000) as u16 * 10;
@@ -39,10 +38,9 @@ pub fn number() -> u16 {
     first + next
 }
 
-/// A port that nobody uses, with as many after it that nobody uses either: not one of those that
-/// the kernel gives away.
+/// The first of `count` consecutive unused ports, outside of the kernel's ephemeral range.
 pub fn free_ports(count: u16) -> u16 {
-    // Tests that run side by side have process ids that are near each other.
+    // Concurrent tests have process ids close to each other.
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let next = NEXT.fetch_add(count, Ordering::Relaxed);
@@ -58,12 +56,12 @@ pub fn free_ports(count: u16) -> u16 {
     }
 }
 
-/// A port that nobody uses.
+/// An unused port.
 pub fn free_port() -> u16 {
     free_ports(1)
 }
 
-/// Connects, within a second or two; neither side can keep the test waiting for ever.
+/// Connects within a second or two; reads and writes have a timeout.
 pub fn connect(address: impl Into<SocketAddr>) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address.into(), Duration::from_secs(2))?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -71,7 +69,7 @@ pub fn connect(address: impl Into<SocketAddr>) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The body of what an HTTP server answers.
+/// The body of an HTTP server's response.
 pub fn get(address: impl Into<SocketAddr>) -> io::Result<String> {
     let mut stream = connect(address)?;
     stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n")?;
@@ -87,7 +85,7 @@ pub fn get(address: impl Into<SocketAddr>) -> io::Result<String> {
     }
 }
 
-/// Waits until an HTTP server answers this.
+/// Waits until an HTTP server responds with this.
 #[track_caller]
 pub fn answers(address: impl Into<SocketAddr>, wanted: &str) {
     let address = address.into();
@@ -104,12 +102,12 @@ pub fn answers(address: impl Into<SocketAddr>, wanted: &str) {
     panic!("not within {PATIENCE:?}: {what}: {last}");
 }
 
-/// A shell command that serves a text with HTTP, on port 80 of all addresses.
+/// A shell command that serves a text by HTTP on port 80 of all addresses.
 pub fn http_server(text: &str) -> String {
     format!("mkdir -p /srv; echo {text} >/srv/index.html; exec httpd -f -h /srv")
 }
 
-/// What comes back for a datagram within half a second.
+/// The reply to a datagram, within half a second.
 pub fn ask(address: impl Into<SocketAddr>, question: &[u8]) -> Option<Vec<u8>> {
     let address = address.into();
     let any: IpAddr = match address {
@@ -127,7 +125,7 @@ pub fn ask(address: impl Into<SocketAddr>, question: &[u8]) -> Option<Vec<u8>> {
     Some(answer)
 }
 
-/// Bytes in which nothing repeats.
+/// Pseudo-random bytes.
 pub fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ u64::from(id());
     let mut bytes = Vec::with_capacity(length + 8);
@@ -141,12 +139,12 @@ pub fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
-/// The first checksum that `sha256sum` has printed, as [`digest`](crate::digest) says it.
+/// The first checksum printed by `sha256sum`, in the format of [`digest`](crate::digest).
 pub fn digest_of(printed: &str) -> String {
     format!("sha256:{}", printed.split(' ').next().unwrap_or_default())
 }
 
-/// Sends bytes to a server that may not listen yet, and the end; waits until it has closed.
+/// Sends bytes and end of file to a server that may not listen yet; waits until it has closed.
 pub fn send(address: impl Into<SocketAddr>, bytes: &[u8]) {
     let address = address.into();
     let mut stream = None;
@@ -161,15 +159,15 @@ pub fn send(address: impl Into<SocketAddr>, bytes: &[u8]) {
     stream.read_to_end(&mut rest).unwrap();
 }
 
-/// A server that takes one connection and keeps what comes.
+/// A server that accepts one connection and collects what it receives.
 pub struct Receiver {
-    /// Where it listens, on all addresses of that family.
+    /// Its port, on all addresses.
     pub port: u16,
     bytes: JoinHandle<Vec<u8>>,
 }
 
 impl Receiver {
-    /// On any free port, of IPv4 and IPv6 where there is such.
+    /// On any free port, for IPv4 and, if available, IPv6.
     pub fn new() -> Receiver {
         let any: IpAddr = if has_ipv6() {
             Ipv6Addr::UNSPECIFIED.into()
@@ -188,7 +186,7 @@ impl Receiver {
         Receiver { port, bytes }
     }
 
-    /// What came, when all has.
+    /// The received bytes, once the connection is closed.
     pub fn finish(self) -> Vec<u8> {
         eventually("the end of what is sent", PATIENCE, || {
             self.bytes.is_finished()
@@ -203,7 +201,7 @@ impl Default for Receiver {
     }
 }
 
-/// The global addresses of an interface, by what `ip -o addr show` prints.
+/// The global addresses of an interface in the output of `ip -o addr show`.
 pub fn addresses(listed: &str) -> Vec<IpAddr> {
     let lines = listed.lines().filter(|line| line.contains("scope global"));
     let words = lines.filter_map(|line| {
@@ -214,7 +212,7 @@ pub fn addresses(listed: &str) -> Vec<IpAddr> {
     words.collect()
 }
 
-/// Lines of all packet filters of the host that contain a text.
+/// Rules of all packet filters on the host that contain a text.
 pub fn rules_with(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for program in ["iptables-save", "ip6tables-save"] {
@@ -225,7 +223,7 @@ pub fn rules_with(text: &str) -> Vec<String> {
     found
 }
 
-/// What plugins keep of a container as taken.
+/// Address leases of plugins that contain a text.
 pub fn leases_with(text: &str) -> Vec<String> {
     leases_below(Path::new("/run/hull/networks"), text)
 }
@@ -243,8 +241,7 @@ fn leases_below(directory: &Path, text: &str) -> Vec<String> {
     found
 }
 
-/// What there is of a container's network on the host while it runs, to see whether it is gone
-/// later.
+/// What a running container's network leaves on the host, to check later that it is gone.
 #[derive(Debug)]
 pub struct Traces {
     id: String,
@@ -254,11 +251,11 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// Those of a running container, on this bridge.
+    /// The traces of a running container on this bridge.
     pub fn of(container: &Container<'_>, bridge: &str) -> Traces {
         let id = container.inspect()["id"].as_str().unwrap().to_owned();
         let mac = container.sh("cat /sys/class/net/eth0/address").ok().text();
-        // The bridge learns where it is from what it sends.
+        // Sends something, so that the bridge learns its address.
         container
             .sh("ping -c 1 -W 5 $(ip route | sed -n 's/^default via \\([^ ]*\\) .*/\\1/p')")
             .ok();
@@ -291,7 +288,7 @@ impl Traces {
         traces
     }
 
-    /// What of it is there.
+    /// The traces that still exist.
     pub fn left(&self) -> Vec<String> {
         let mut found = leases_with(&self.id);
         found.extend(rules_with(&self.id));
@@ -309,7 +306,7 @@ impl Traces {
         found
     }
 
-    /// Asserts that nothing of it is there.
+    /// Asserts that no traces are left.
     #[track_caller]
     pub fn assert_gone(&self) {
         assert_none(|| self.left());
@@ -317,7 +314,7 @@ impl Traces {
 }
 
 impl Drop for Traces {
-    /// Takes away what a failed test has found: it would be there until the host's next start.
+    /// Removes leftovers after a failed test: they would stay until the host reboots.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
@@ -334,13 +331,13 @@ impl Drop for Traces {
     }
 }
 
-/// A network of `/etc/cni/net.d`, a bridge, gone when dropped: declare it before what uses it.
+/// A bridge network in `/etc/cni/net.d`, removed on drop: declare it before its users.
 pub struct CniNetwork {
     /// Its name.
     pub name: String,
     /// Name of its bridge.
     pub bridge: String,
-    /// The host in it; it is a /24, unless a test changes that.
+    /// The host's address in it; a /24, unless a test changes that.
     pub gateway: Ipv4Addr,
     file: PathBuf,
     made_directory: bool,
@@ -348,7 +345,7 @@ pub struct CniNetwork {
 }
 
 impl CniNetwork {
-    /// With a configuration that a test has changed: a bridge with addresses from host-local.
+    /// A bridge with addresses from host-local, in a configuration modified by the test.
     pub fn new(change: impl FnOnce(&mut Value)) -> CniNetwork {
         let number = number();
         let gateway = Ipv4Addr::new(10, 130 + (number / 256) as u8, (number % 256) as u8, 1);
@@ -385,14 +382,14 @@ impl CniNetwork {
         });
         change(&mut configuration);
         fs::create_dir_all(directory).unwrap();
-        // Whoever reads the directory meanwhile sees nothing half.
+        // Readers of the directory must never see a partial file.
         let new = network.file.with_extension("new");
         fs::write(&new, configuration.to_string()).unwrap();
         fs::rename(&new, &network.file).unwrap();
         network
     }
 
-    /// What is there of containers in it: leases, interfaces.
+    /// What remains of containers in it: leases, interfaces.
     pub fn traces(&self) -> Vec<String> {
         let mut found = Vec::new();
         let leases = fs::read_dir(self.leases.path().join(&self.name));
@@ -409,7 +406,7 @@ impl CniNetwork {
         found
     }
 
-    /// Asserts that nothing of containers is there.
+    /// Asserts that nothing of containers remains.
     #[track_caller]
     pub fn assert_clean(&self) {
         assert_none(|| self.traces());
@@ -422,15 +419,15 @@ impl Drop for CniNetwork {
         if self.made_directory {
             let _ = fs::remove_dir("/etc/cni/net.d");
         }
-        // No bridge where no container ever was.
+        // There is no bridge if no container was ever in it.
         let _ = Command::new("ip")
             .args(["link", "delete", &self.bridge])
             .output();
     }
 }
 
-/// Nothing is left: the kernel takes its time to remove the interfaces of a namespace whose last
-/// process was killed.
+/// Asserts that nothing is left, after a while: the kernel removes interfaces of a namespace
+/// asynchronously when its last process was killed.
 #[track_caller]
 fn assert_none(left: impl Fn() -> Vec<String>) {
     let begin = Instant::now();
@@ -442,7 +439,7 @@ fn assert_none(left: impl Fn() -> Vec<String>) {
     assert!(found.is_empty(), "left behind:\n{}", found.join("\n"));
 }
 
-/// Asserts that a ping gets no answer at all.
+/// Asserts that no ping was answered.
 #[track_caller]
 pub fn unanswered(output: &Output) {
     assert!(

@@ -1,6 +1,6 @@
-//! Bundles with nothing between them and the runtime: the command line of `hull-oci` as engines and
-//! people call it. The test is the engine: it gets the keepers as its children, as a subreaper
-//! does. Everything is removed at the end, with a check that nothing is left.
+//! Calls the runtime directly with bundles, with the command line that engines and users use. The
+//! test acts as the engine: as a subreaper, it gets the keepers as children. On drop, everything is
+//! removed, with a check that nothing is left.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -16,10 +16,10 @@ use crate::{
     Console, Invocation, Netns, Output, Runtime, busybox_archive, eventually, leaks, runtime,
 };
 
-/// How long something may take that is no more than the host's bookkeeping.
+/// Timeout for what only takes bookkeeping on the host.
 const SOON: Duration = Duration::from_secs(5);
 
-/// A runtime with a state directory of the test's own.
+/// A runtime with a private state directory.
 pub struct Oci {
     directory: tempfile::TempDir,
     /// The runtime.
@@ -28,11 +28,11 @@ pub struct Oci {
 }
 
 impl Oci {
-    /// With no container.
+    /// Without containers.
     pub fn new() -> Oci {
         runtime::needs(&[]);
         leaks::adopt_orphans();
-        // Paths of sockets are at most 108 bytes long.
+        // A socket's path has at most 107 bytes.
         let directory = tempfile::Builder::new()
             .prefix("o")
             .rand_bytes(5)
@@ -45,7 +45,7 @@ impl Oci {
         }
     }
 
-    /// With no container, on another kind of machine than the usual one.
+    /// Without containers, with another machine kind than the default.
     pub fn on(machine: &str) -> Oci {
         let oci = Oci::new();
         let file = oci.path("config.toml");
@@ -65,7 +65,7 @@ impl Oci {
         self.directory.path().join(name)
     }
 
-    /// A name that nothing else on this machine bears.
+    /// A name that is unique on this machine.
     pub fn unique(&self) -> String {
         let directory = self.directory.path().file_name().unwrap().to_str().unwrap();
         format!("{directory}-{}", self.next.fetch_add(1, Ordering::Relaxed))
@@ -82,7 +82,8 @@ impl Oci {
             .args(arguments)
     }
 
-    /// A bundle with busybox whose process sleeps: what `hull-oci spec` writes, without a terminal.
+    /// A bundle with busybox whose process sleeps, as `hull-oci spec` writes it but without a
+    /// terminal.
     pub fn bundle(&self) -> Bundle {
         let path = self.path(&format!("bundle-{}", self.unique()));
         fs::create_dir_all(path.join("rootfs")).unwrap();
@@ -107,7 +108,7 @@ impl Oci {
             .args(&["sleep", "1000"])
     }
 
-    /// `create`, successful.
+    /// `create`, which must succeed.
     #[track_caller]
     pub fn create(&self, bundle: &Bundle) -> Init<'_> {
         let init = self.init();
@@ -115,7 +116,7 @@ impl Oci {
         init
     }
 
-    /// `create` and `start`, successful.
+    /// `create` and `start`, which must succeed.
     #[track_caller]
     pub fn start(&self, bundle: &Bundle) -> Init<'_> {
         let init = self.create(bundle);
@@ -123,12 +124,12 @@ impl Oci {
         init
     }
 
-    /// `create`, however it ends.
+    /// `create`; may fail.
     pub fn creates(&self, init: &Init<'_>, bundle: &Bundle, options: &[&str]) -> Output {
         self.creating(init, bundle, options).run()
     }
 
-    /// `create`, to be run. What it prints comes into files: the keeper keeps them open.
+    /// An invocation of `create`. Its output goes to files, because the keeper keeps them open.
     pub fn creating(&self, init: &Init<'_>, bundle: &Bundle, options: &[&str]) -> Invocation {
         self.oci(["create", "--bundle"])
             .arg(&bundle.path)
@@ -139,12 +140,12 @@ impl Oci {
             .output_to(&init.file("out"), &init.file("err"))
     }
 
-    /// A container that is not there yet.
+    /// A container that does not exist yet.
     pub fn init(&self) -> Init<'_> {
         self.named(&self.unique())
     }
 
-    /// The container of this name.
+    /// The container with this id.
     pub fn named(&self, id: &str) -> Init<'_> {
         Init {
             oci: self,
@@ -152,14 +153,13 @@ impl Oci {
         }
     }
 
-    /// A socket that a runtime can send the master of a terminal to, and its path.
+    /// A console socket, and its path.
     pub fn console_socket(&self) -> (UnixListener, PathBuf) {
         let path = self.path(&format!("console-{}", self.unique()));
         (UnixListener::bind(&path).unwrap(), path)
     }
 
-    /// `run`, with the terminal on a console socket: the container, in the background, and its
-    /// terminal.
+    /// `run` with a console socket: returns the container, in the background, and its terminal.
     pub fn run_on_console(&self, bundle: &Bundle) -> (Init<'_>, Console) {
         let init = self.init();
         let (listener, path) = self.console_socket();
@@ -177,7 +177,7 @@ impl Oci {
         listed.lines().map(str::to_owned).collect()
     }
 
-    /// Asserts that nothing of any container is left.
+    /// Asserts that nothing is left of any container.
     #[track_caller]
     pub fn assert_clean(&self) {
         let problems = self.problems();
@@ -195,7 +195,7 @@ impl Oci {
             std::slice::from_ref(&state),
             &[],
         );
-        // Whatever its name is.
+        // Regardless of its name.
         for place in [state, self.path("run/sandboxes")] {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
                 problems.push(entry.path().display().to_string());
@@ -206,7 +206,7 @@ impl Oci {
         problems
     }
 
-    /// Not through `Invocation`: a panic here would hide the first one.
+    /// Not with `Invocation`: a panic here would hide the first one.
     fn remove_all(&self) -> Vec<String> {
         let mut problems = Vec::new();
         for entry in fs::read_dir(self.path("state"))
@@ -279,29 +279,29 @@ impl Oci {
 pub struct Bundle {
     /// Its directory.
     pub path: PathBuf,
-    /// What `config.json` says.
+    /// Contents of `config.json`.
     pub config: Value,
 }
 
 impl Bundle {
-    /// Changes the configuration, and the file.
+    /// Modifies the configuration and the file.
     pub fn with(mut self, change: impl FnOnce(&mut Value)) -> Bundle {
         change(&mut self.config);
         self.write(self.config.to_string());
         self
     }
 
-    /// The process's arguments.
+    /// Sets the process's arguments.
     pub fn args(self, arguments: &[&str]) -> Bundle {
         self.with(|config| config["process"]["args"] = json!(arguments))
     }
 
-    /// The process is a shell script.
+    /// Makes the process a shell script.
     pub fn sh(self, script: &str) -> Bundle {
         self.args(&["sh", "-c", script])
     }
 
-    /// Limits of `linux.resources` beside what is there.
+    /// Adds limits to `linux.resources`.
     pub fn resources(self, kind: &str, limits: Value) -> Bundle {
         self.with(|config| config["linux"]["resources"][kind] = limits)
     }
@@ -311,7 +311,7 @@ impl Bundle {
         self.with(|config| config["mounts"].as_array_mut().unwrap().push(mount))
     }
 
-    /// Is in the network namespace that a path leads to, and may ping.
+    /// Uses the network namespace at a path, with permission to ping.
     pub fn at_network(self, path: &str) -> Bundle {
         let bundle = self.with(|config| {
             let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
@@ -324,12 +324,12 @@ impl Bundle {
         bundle.pinging()
     }
 
-    /// The same, by the namespace.
+    /// The same, for a [`Netns`].
     pub fn inside(self, netns: &Netns) -> Bundle {
         self.at_network(netns.path().to_str().unwrap())
     }
 
-    /// May ping.
+    /// Permits ping.
     pub fn pinging(self) -> Bundle {
         self.with(|config| {
             for set in ["bounding", "effective", "permitted"] {
@@ -339,7 +339,7 @@ impl Bundle {
         })
     }
 
-    /// Adds a hook that is a shell script.
+    /// Adds a shell script as a hook.
     pub fn hook(self, kind: &str, script: &str) -> Bundle {
         self.with(|config| {
             let hooks = &mut config["hooks"][kind];
@@ -350,18 +350,18 @@ impl Bundle {
         })
     }
 
-    /// Writes a text as `config.json`.
+    /// Writes `config.json`.
     pub fn write(&self, text: impl AsRef<[u8]>) {
         fs::write(self.path.join("config.json"), text).unwrap();
     }
 
-    /// A path below its root file system.
+    /// A path in its root file system.
     pub fn root(&self, path: &str) -> PathBuf {
         self.path.join("rootfs").join(path)
     }
 }
 
-/// A container and what stands for it on the host.
+/// A container and its keeper.
 pub struct Init<'a> {
     oci: &'a Oci,
     /// Its id.
@@ -373,12 +373,12 @@ impl Init<'_> {
         self.oci.path(&format!("{}.{extension}", self.id))
     }
 
-    /// Where `create` writes the process id.
+    /// The file to which `create` writes the process id.
     pub fn pid_file(&self) -> PathBuf {
         self.file("pid")
     }
 
-    /// The process of the host that stands for the container.
+    /// The keeper of the container.
     pub fn keeper(&self) -> Pid {
         pid_in(&self.pid_file())
     }
@@ -407,17 +407,17 @@ impl Init<'_> {
             .args(command)
     }
 
-    /// The same, run to its end.
+    /// The same, run until it exits.
     pub fn exec(&self, options: &[&str], command: &[&str]) -> Output {
         self.executing(options, command).run()
     }
 
-    /// A shell script inside.
+    /// A shell script in the container.
     pub fn sh(&self, script: &str) -> Output {
         self.exec(&[], &["sh", "-c", script])
     }
 
-    /// A shell script that goes on inside.
+    /// Starts a shell script in the container that keeps running.
     pub fn goes_on(&self, script: &str) {
         let name = self.oci.unique();
         let [stdout, stderr] = ["out", "err"].map(|end| self.oci.path(&format!("{name}.{end}")));
@@ -427,8 +427,8 @@ impl Init<'_> {
             .ok();
     }
 
-    /// Waits until what a script prints is as wanted: what happens on the host is in the guest
-    /// within a second, and a look into the guest takes a moment, too.
+    /// Waits until a script prints what is wanted: changes on the host reach the guest within a
+    /// second, and running the script takes a moment too.
     #[track_caller]
     pub fn prints(&self, script: &str, wanted: impl Fn(&str) -> bool) {
         let limit = Duration::from_secs(2);
@@ -444,18 +444,18 @@ impl Init<'_> {
         panic!("not within {limit:?}: {script}: {last}");
     }
 
-    /// Whether a ping from inside gets an answer.
+    /// Whether a ping from the container is answered.
     pub fn pings(&self, address: &str) -> bool {
         self.sh(&format!("ping -c 1 -W 2 {address}")).status == 0
     }
 
-    /// Asserts that a ping from inside gets an answer.
+    /// Asserts that a ping from the container is answered.
     #[track_caller]
     pub fn reaches(&self, address: &str) {
         self.sh(&format!("ping -c 1 -W 5 {address}")).ok();
     }
 
-    /// What `state` prints.
+    /// Output of `state`.
     pub fn state(&self) -> Value {
         self.does("state").ok().json()
     }
@@ -471,17 +471,17 @@ impl Init<'_> {
         eventually(status, SOON, || self.status() == status);
     }
 
-    /// What its process has written on its standard output.
+    /// Its process's standard output so far.
     pub fn output(&self) -> String {
         fs::read_to_string(self.file("out")).unwrap()
     }
 
-    /// What its process has written on its standard error.
+    /// Its process's standard error so far.
     pub fn error(&self) -> String {
         fs::read_to_string(self.file("err")).unwrap()
     }
 
-    /// Waits until its process has written a text.
+    /// Waits until its process has printed a text.
     #[track_caller]
     pub fn says(&self, text: &str) {
         eventually(text, Duration::from_secs(20), || {
@@ -489,14 +489,13 @@ impl Init<'_> {
         });
     }
 
-    /// Waits for the end of the process that stands for it, which is this one's child; its status.
+    /// Waits until its keeper, a child of this process, exits; returns the status.
     #[track_caller]
     pub fn ends(&self) -> i32 {
         end_of(self.keeper())
     }
 
-    /// Waits until there is nothing to be seen of it but a directory, removes that twice, and
-    /// asserts that nothing is left.
+    /// Waits until it is stopped or gone, deletes it twice, and asserts that nothing is left.
     #[track_caller]
     pub fn is_gone_after_delete(&self) {
         eventually("stopped, or not there", SOON, || {
@@ -508,7 +507,7 @@ impl Init<'_> {
         self.oci.assert_clean();
     }
 
-    /// The same for one that may be alive and well, because what was to be killed had ended
+    /// The same for a container that may be running, because the process to kill had exited
     /// already.
     #[track_caller]
     pub fn is_gone_after_a_kill(&self) {
@@ -521,7 +520,7 @@ impl Init<'_> {
         self.oci.assert_clean();
     }
 
-    /// The host processes of its machine, by what they are: `pod`, `devices`, `machine`.
+    /// A host process of its machine: `pod`, `devices`, `machine`.
     pub fn host_process(&self, which: &str) -> Option<Pid> {
         let words: &[&str] = match which {
             "pod" => &[
@@ -539,7 +538,7 @@ impl Init<'_> {
         found.next().and_then(|(pid, _)| Pid::from_raw(*pid))
     }
 
-    /// Kills one of its host processes: one of those, or `keeper`.
+    /// Kills a host process: one of those, or `keeper`.
     pub fn kill_host_process(&self, which: &str) {
         let pid = match which {
             "keeper" => self.keeper(),
@@ -557,7 +556,7 @@ pub fn pid_in(file: &Path) -> Pid {
     Pid::from_raw(text.parse().unwrap()).unwrap()
 }
 
-/// Waits for the end of an adopted child; its status, 128 + n after signal n.
+/// Waits until an adopted child exits; returns its status, 128 + n after signal n.
 #[track_caller]
 pub fn end_of(child: Pid) -> i32 {
     let mut status = 0;

@@ -1,5 +1,5 @@
-//! A person who is not root and runs hull: an entry among the host's users and ranges of
-//! subordinate ids, in a mount namespace of each command's own. The host's files stay as they are.
+//! A user without root who runs hull: an entry among the host's users and subordinate id ranges, in
+//! a private mount namespace for each command. The host's files are not changed.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -10,7 +10,7 @@ use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 use crate::{executable, runtime};
 
-/// What a person may lack.
+/// What such a user may lack.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lack {
     /// Nothing.
@@ -18,24 +18,24 @@ pub enum Lack {
     Nothing,
     /// Subordinate ids.
     SubordinateIds,
-    /// The right to make taps.
+    /// Permission to create taps.
     Taps,
     /// Pasta.
     Pasta,
 }
 
-/// The person.
+/// A user without root.
 pub struct Person {
     /// User and group id.
     pub uid: u32,
-    /// The first of the subordinate ids, of which there are 65,536.
+    /// The first of 65,536 subordinate ids.
     pub first_subordinate: u32,
     wrapper: PathBuf,
     executable: PathBuf,
 }
 
 impl Person {
-    /// One whose files are in a directory, which becomes the person's own.
+    /// Creates a user and makes them the owner of `directory`.
     pub fn new(directory: &Path, lack: Lack) -> Person {
         runtime::needs(&["unshare", "setpriv", "newuidmap", "pasta"]);
         let uid = 200_000 + id() % 10_000;
@@ -43,7 +43,7 @@ impl Person {
         let file = |name: &str, text: String| {
             let path = directory.join(name);
             fs::write(&path, text).unwrap();
-            // Whatever the umask is: setuid programs read them.
+            // Regardless of the umask: setuid programs read them.
             fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
             path.display().to_string()
         };
@@ -103,7 +103,7 @@ impl Person {
         }
     }
 
-    /// What lets a command be the person's.
+    /// Command prefix that runs a command as this user.
     pub fn wrapper(&self) -> Vec<&str> {
         let script = self.wrapper.to_str().expect("a path of the test's own");
         vec![
@@ -116,12 +116,12 @@ impl Person {
         ]
     }
 
-    /// hull, where the person finds it.
+    /// The hull executable, where the user can access it.
     pub fn executable(&self) -> &Path {
         &self.executable
     }
 
-    /// Whether a user of the host is this person, or one of the person's subordinate ids.
+    /// Whether a uid is this user's or one of its subordinate ids.
     pub fn owns(&self, uid: u32) -> bool {
         let subordinate = self.first_subordinate..self.first_subordinate + 65_536;
         uid == self.uid || subordinate.contains(&uid)

@@ -1,5 +1,5 @@
-//! A podman of the test's own: images, containers, locks and configuration in a temporary
-//! directory; everything is removed at the end, with a check that nothing is left.
+//! A private podman: images, containers, locks and configuration are in a temporary directory. On
+//! drop, everything is removed, with a check that nothing is left.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -12,21 +12,20 @@ use std::time::Duration;
 
 use crate::{Invocation, Netns, Output, Runtime, busybox_archive, leaks, runtime};
 
-/// A podman of the test's own.
+/// A private podman.
 pub struct Podman {
     directory: tempfile::TempDir,
-    /// What it runs containers with.
+    /// The runtime of its containers.
     pub runtime: Runtime,
     host: Option<Host>,
     next: AtomicU32,
 }
 
-/// What a podman with networks takes for its host: interfaces and packet filters of its own, and
-/// the directories in which all podmans of a host keep namespaces, and which addresses and names
-/// are taken.
+/// The host of a podman with networks: private interfaces and packet filters, and private
+/// directories in which all podmans of a host keep namespaces and allocated addresses and names.
 struct Host {
     netns: Netns,
-    /// Keeps the mount namespace.
+    /// Keeps the mount namespace alive.
     holder: Child,
 }
 
@@ -70,7 +69,7 @@ impl Podman {
         Podman::with(None)
     }
 
-    /// With networks, on a host of its own ([`Podman::host`]), and the image `busybox`.
+    /// With networks, on a private host ([`Podman::host`]), and the image `busybox`.
     pub fn with_networks() -> Podman {
         runtime::needs(&["nsenter", "unshare"]);
         for program in ["netavark", "aardvark-dns"] {
@@ -88,16 +87,16 @@ impl Podman {
     fn with(host: Option<Host>) -> Podman {
         runtime::needs(&["podman", "conmon"]);
         leaks::adopt_orphans();
-        // Paths of sockets are at most 108 bytes long.
+        // A socket's path has at most 107 bytes.
         let directory = tempfile::Builder::new()
             .prefix("p")
             .rand_bytes(5)
             .tempdir_in("/tmp")
             .unwrap();
         let runtime = Runtime::in_directory(directory.path());
-        // The limits: what podman asks for itself needs CAP_SYS_RESOURCE, and `kube play` of 4.3
-        // takes the lower for the upper. The locks: in a file, the usual shared memory is one for
-        // all podmans of a machine.
+        // Limits: podman's defaults need CAP_SYS_RESOURCE, and `kube play` of 4.3 takes the soft
+        // limit for the hard one. Locks: in a file, because all podmans of a machine share the
+        // default shared memory.
         let configuration = "[containers]\n\
              default_ulimits = [\"nofile=4096:4096\", \"nproc=4096:4096\"]\n\
              netns = \"none\"\n\
@@ -138,7 +137,7 @@ impl Podman {
             .limit(Duration::from_secs(60))
     }
 
-    /// `buildah …`, on the same images.
+    /// `buildah …`, with the same images.
     pub fn buildah(&self, arguments: &[&str]) -> Invocation {
         runtime::needs(&["buildah"]);
         Invocation::new("buildah")
@@ -151,7 +150,7 @@ impl Podman {
             .limit(Duration::from_secs(60))
     }
 
-    /// What is the host of its networks.
+    /// The host of its networks.
     pub fn host(&self) -> &Netns {
         &self.host.as_ref().expect("a podman with networks").netns
     }
@@ -184,7 +183,7 @@ impl Podman {
 
     fn environment(&self, command: &mut Command) {
         command
-            // conmon leaves a file there when memory ran out.
+            // conmon leaves a file there after an OOM kill.
             .current_dir(self.directory.path())
             .env("CONTAINERS_CONF", self.path("containers.conf"))
             .env("CONTAINERS_STORAGE_CONF", self.path("storage.conf"))
@@ -198,19 +197,19 @@ impl Podman {
         self.directory.path().join(name)
     }
 
-    /// A directory of the test's own, gone at its end.
+    /// A temporary directory of the test.
     pub fn scratch(&self) -> PathBuf {
         let path = self.path("scratch");
         fs::create_dir_all(&path).unwrap();
         path
     }
 
-    /// A name that nothing else bears.
+    /// A unique name.
     pub fn unique(&self, prefix: &str) -> String {
         format!("{prefix}-{}", self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// `podman run --rm [OPTIONS] busybox COMMAND`, run to its end.
+    /// `podman run --rm [OPTIONS] busybox COMMAND`, run until it exits.
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
         self.podman(["run", "--rm"])
             .args(network(options))
@@ -220,12 +219,12 @@ impl Podman {
             .run()
     }
 
-    /// A shell script in a new container, run to its end.
+    /// A shell script in a new container, run until it exits.
     pub fn sh(&self, options: &[&str], script: &str) -> Output {
         self.run(options, &["sh", "-c", script])
     }
 
-    /// A container with `podman run -d`; its name.
+    /// Starts a container with `podman run -d`; returns its name.
     pub fn start(&self, options: &[&str], command: &[&str]) -> String {
         let name = self.unique("c");
         self.podman(["run", "-d", "--name", &name])
@@ -238,7 +237,8 @@ impl Podman {
         name
     }
 
-    /// A container that runs a shell script until it is told otherwise; it has printed `ready`.
+    /// Starts a container with a shell script that keeps running, and waits until it prints
+    /// `ready`.
     pub fn ready(&self, options: &[&str], script: &str) -> String {
         let name = self.start(options, &["sh", "-c", script]);
         crate::eventually("ready", Duration::from_secs(20), || {
@@ -247,7 +247,7 @@ impl Podman {
         name
     }
 
-    /// A container that does nothing and ends when it is told to; its name.
+    /// Starts an idle container, which stops when asked to; returns its name.
     pub fn sleeper(&self, options: &[&str]) -> String {
         self.start(
             options,
@@ -255,12 +255,12 @@ impl Podman {
         )
     }
 
-    /// `podman VERB NAME`, run to its end.
+    /// `podman VERB NAME`, run until it exits.
     pub fn does(&self, verb: &str, name: &str) -> Output {
         self.podman([verb, name]).run()
     }
 
-    /// `podman exec NAME COMMAND`, run to its end.
+    /// `podman exec NAME COMMAND`, run until it exits.
     pub fn exec(&self, name: &str, command: &[&str]) -> Output {
         self.podman(["exec", name]).args(command).run()
     }
@@ -270,12 +270,12 @@ impl Podman {
         self.exec(name, &["sh", "-c", script])
     }
 
-    /// What a container has printed on its standard output.
+    /// Standard output of a container.
     pub fn logs(&self, name: &str) -> String {
         self.does("logs", name).ok().text()
     }
 
-    /// Something of a container, as a Go template.
+    /// Part of a container's `podman inspect`, as a Go template.
     pub fn inspect(&self, name: &str, template: &str) -> String {
         self.podman(["inspect", "--format", template, name])
             .run()
@@ -288,12 +288,12 @@ impl Podman {
         self.inspect(name, "{{.State.Status}}")
     }
 
-    /// Waits for the end of a container; its exit status.
+    /// Waits until a container exits; returns its exit status.
     pub fn wait(&self, name: &str) -> i32 {
         self.does("wait", name).ok().text().parse().unwrap()
     }
 
-    /// Removes all containers and pods and asserts that they have left nothing.
+    /// Removes all containers and pods and asserts that nothing is left of them.
     #[track_caller]
     pub fn assert_clean(&self) {
         let mut problems = self.remove_all();
@@ -302,7 +302,7 @@ impl Podman {
         assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
     }
 
-    /// Not through `Invocation`: a panic here would hide the first one.
+    /// Not with `Invocation`: a panic here would hide the first one.
     fn remove_all(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut all: Vec<&[&str]> = vec![
@@ -336,13 +336,13 @@ impl Podman {
         let mut problems = runtime::problems(&self.runtime, directory, &self.ids(), &[], except);
         if let Some(host) = &self.host {
             problems.extend(leaks::mounts_below_seen_by(host.pid(), directory));
-            // A bridge goes with the last container in its network.
+            // A bridge is removed with the last container in its network.
             let interfaces = host.netns.interfaces();
             let interfaces = interfaces.iter().filter(|name| *name != "lo");
             problems.extend(interfaces.map(|name| format!("interface {name}")));
         }
-        // podman itself keeps its layers' directory mounted on itself, and forgets the control
-        // group of a pod in hierarchies without controllers.
+        // podman itself bind mounts its layers' directory onto itself, and does not remove a pod's
+        // control group in hierarchies without controllers.
         let own = self.path("root/overlay").display().to_string();
         problems.retain(|problem| {
             let of_layers =
@@ -356,7 +356,7 @@ impl Podman {
         problems
     }
 
-    /// Ids of all containers and pods that there ever were, as podman's events tell.
+    /// Ids of all containers and pods so far, from podman's event log.
     fn ids(&self) -> Vec<String> {
         let events = fs::read_to_string(self.path("tmp/events/events.log")).unwrap_or_default();
         let ids: BTreeSet<String> = events
@@ -400,7 +400,7 @@ impl Drop for Podman {
     }
 }
 
-/// `--network none`, unless the test wants another one, or that of a pod.
+/// `--network none`, unless the test sets another network or a pod.
 fn network(options: &[&str]) -> &'static [&'static str] {
     let own = ["--network", "--pod"];
     if options.iter().any(|option| own.contains(option)) {

@@ -1,5 +1,5 @@
-//! The POSIX file-system checks of `tests/posix/checks.c`: built once, static, for the host and for
-//! a container.
+//! The POSIX file-system checks of `tests/posix/checks.c`: built once, statically linked, for the
+//! host and for containers.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ pub fn program() -> PathBuf {
     built("posix-checks", "posix/checks.c")
 }
 
-/// Name of each check → what happened.
+/// Result of each check, by name.
 pub fn posix_results(output: &str) -> BTreeMap<String, String> {
     output
         .lines()

@@ -1,4 +1,4 @@
-//! Programs in C that run in containers: built once, static.
+//! C programs that run in containers: built once, statically linked.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{Invocation, repository};
 
-/// The program of a source file in this repository's `tests`.
+/// Builds a source file of this repository's `tests`; returns the program's path.
 pub(crate) fn built(name: &str, source: &str) -> PathBuf {
     let directory = repository().join("target/e2e");
     std::fs::create_dir_all(&directory).unwrap();
@@ -29,27 +29,27 @@ pub(crate) fn built(name: &str, source: &str) -> PathBuf {
     program
 }
 
-/// Looks after its vector registers (`tests/processor/registers.c`).
+/// Checks that its vector registers keep their values (`tests/processor/registers.c`).
 pub fn registers_program() -> PathBuf {
     built("registers", "processor/registers.c")
 }
 
-/// Asks or answers in POSIX shared memory (`tests/memory/shared.c`).
+/// Requests or replies in POSIX shared memory (`tests/memory/shared.c`).
 pub fn shared_memory_program() -> PathBuf {
     built("shared-memory", "memory/shared.c")
 }
 
-/// Sends back what it gets (`tests/network/tcp-echo.c`).
+/// TCP echo server (`tests/network/tcp-echo.c`).
 pub fn tcp_echo_program() -> PathBuf {
     built("tcp-echo", "network/tcp-echo.c")
 }
 
-/// Sends back what it gets, to many at a time (`tests/network/many-echo.c`).
+/// TCP echo server for many concurrent connections (`tests/network/many-echo.c`).
 pub fn many_echo_program() -> PathBuf {
     built("many-echo", "network/many-echo.c")
 }
 
-/// Answers datagrams (`tests/network/udp-echo.c`).
+/// UDP echo server (`tests/network/udp-echo.c`).
 pub fn udp_echo_program() -> PathBuf {
     built("udp-echo", "network/udp-echo.c")
 }

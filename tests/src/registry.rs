@@ -1,5 +1,4 @@
-//! A registry in this process that serves what it is given and misbehaves on demand. It counts what
-//! it is asked.
+//! A registry in this process that serves given images, with faults on demand, and counts requests.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -10,24 +9,24 @@ use std::time::Duration;
 use crate::digest;
 use crate::images::{INDEX, Image, MANIFEST, descriptor};
 
-/// How it misbehaves.
+/// A fault of the registry. Strings match paths that contain them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Answers requests whose path contains this with this status.
+    /// Responds with this status.
     Status(String, u16),
-    /// Sends other bytes of the same length for paths that contain this.
+    /// Sends different bytes of the same length.
     OtherBytes(String),
-    /// Breaks off in the middle of the body for paths that contain this, the first time only.
+    /// Closes the connection in the middle of the body, the first time only.
     BreakOffOnce(String),
-    /// Breaks off in the middle of the body for paths that contain this, always.
+    /// Closes the connection in the middle of the body, always.
     BreakOff(String),
-    /// Waits before each answer.
+    /// Delays each response.
     Slow(Duration),
 }
 
 #[derive(Default)]
 struct State {
-    /// Path → media type, content.
+    /// Media type and content, by path.
     content: HashMap<String, (String, Vec<u8>)>,
     faults: Vec<Fault>,
     requests: Vec<String>,
@@ -41,7 +40,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// An empty one; it serves until the test's process ends.
+    /// An empty registry; it serves until the test's process exits.
     pub fn new() -> Registry {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("localhost:{}", listener.local_addr().unwrap().port());
@@ -50,14 +49,14 @@ impl Registry {
         std::thread::spawn(move || {
             for connection in listener.incoming().flatten() {
                 let state = shared.clone();
-                // A client that goes away is part of the game.
+                // Clients may disconnect.
                 std::thread::spawn(move || drop(serve(connection, &state)));
             }
         });
         Registry { address, state }
     }
 
-    /// Serves an image; the reference under which it can be pulled.
+    /// Serves an image; returns its reference for pulls.
     pub fn push(&self, name: &str, tag: &str, image: &Image) -> String {
         let mut state = self.state.lock().unwrap();
         for blob in image.blobs() {
@@ -97,17 +96,17 @@ impl Registry {
         format!("{}/{name}:{tag}", self.address)
     }
 
-    /// Misbehaves from now on.
+    /// Injects a fault from now on.
     pub fn fault(&self, fault: Fault) {
         self.state.lock().unwrap().faults.push(fault);
     }
 
-    /// Behaves again.
+    /// Removes all faults.
     pub fn mend(&self) {
         self.state.lock().unwrap().faults.clear();
     }
 
-    /// How often something whose path contains `part` was fetched.
+    /// How often a path that contains `part` was fetched.
     pub fn fetched(&self, part: &str) -> usize {
         let state = self.state.lock().unwrap();
         state

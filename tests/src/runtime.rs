@@ -1,5 +1,5 @@
-//! The OCI runtime that engines and the validation suite are tested with, and what it may leave
-//! behind.
+//! The OCI runtime that engines and the validation suite are tested with, and detection of what it
+//! leaves behind.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use crate::{executable, installed, leaks};
 
-/// An OCI runtime with state of the test's own: `hull-oci` beside the staged `hull`. While a test
-/// is written, `HULL_TEST_RUNTIME=runc` shows whether it asks for something that a known runtime
-/// gives.
+/// An OCI runtime with private state: `hull-oci` beside the staged `hull`. While writing a test,
+/// `HULL_TEST_RUNTIME=runc` shows whether it passes with a known runtime.
 pub struct Runtime {
-    /// What engines are given to call: a script that leads to the runtime.
+    /// The script that engines call, which executes the runtime.
     pub path: PathBuf,
-    /// The runtime itself.
+    /// The runtime's executable.
     pub program: PathBuf,
     directory: PathBuf,
 }
@@ -38,9 +37,8 @@ impl Runtime {
             ),
         )
         .unwrap();
-        // Engines choose the environment of their runtime themselves, so the configuration goes in
-        // a script. runc knows nothing of it: it gets a directory for its state, unless the engine
-        // says one.
+        // A script passes the configuration, because engines set the environment of their runtime.
+        // runc gets a state directory instead, unless the engine sets one.
         let state = if runtime.is_hull() {
             String::new()
         } else {
@@ -59,13 +57,13 @@ impl Runtime {
         runtime
     }
 
-    /// Whether containers run in machines of their own.
+    /// Whether the runtime is hull.
     pub fn is_hull(&self) -> bool {
         !["runc", "crun"].contains(&self.program.file_name().unwrap().to_str().unwrap())
     }
 
-    /// What is left of containers, by anything that bears one of their ids: state, control groups.
-    /// `beside` are further directories in which engines let the runtime keep state.
+    /// What is left of containers: state and control groups with one of their ids in the path.
+    /// `beside`: more directories in which engines let the runtime keep state.
     pub fn remains(&self, ids: &[String], beside: &[PathBuf]) -> Vec<String> {
         let mut found = Vec::new();
         let mut places = vec![self.directory.join("run"), self.directory.join("data")];
@@ -80,9 +78,10 @@ impl Runtime {
                 }
             });
         }
-        // Machines have names of their own.
+        // Machines have other names than containers.
         if self.is_hull() {
-            // Which directories engines keep state in is known as long as these are there.
+            // `roots` lists the directories in which engines keep state; it stays while those
+            // exist.
             found.retain(|path| !path.contains("/run/roots/"));
             below(&self.directory.join("run"), 2, &mut |path| {
                 let name = path.file_name().unwrap_or_default();
@@ -98,7 +97,7 @@ impl Runtime {
         found
     }
 
-    /// What the runtime was asked to do and had to say, for the report of a failed test.
+    /// Shows the runtime's calls and logs, for a failed test.
     pub fn show_diagnostics(&self) {
         show(&self.directory.join("calls"));
         below(&self.directory.join("run"), 3, &mut |path| {
@@ -130,7 +129,7 @@ pub(crate) fn show(path: &Path) {
     }
 }
 
-/// What an engine's containers left: processes, mounts, and what bears one of their ids.
+/// What an engine's containers left: processes, mounts, and paths with one of their ids.
 pub(crate) fn problems(
     runtime: &Runtime,
     directory: &Path,
@@ -144,10 +143,10 @@ pub(crate) fn problems(
     problems
 }
 
-/// Why an engine cannot be tested here: a program of it is missing.
+/// Checks that an engine can be tested here.
 ///
 /// # Panics
-/// Always, when one is missing: `make test` installs them.
+/// Without root, or if one of the programs is missing: `make test` installs them.
 pub(crate) fn needs(programs: &[&str]) {
     assert!(
         rustix::process::geteuid().is_root(),
@@ -174,7 +173,7 @@ fn program() -> PathBuf {
         .unwrap_or_else(|| panic!("HULL_TEST_RUNTIME: no {}", Path::new(&name).display()))
 }
 
-/// Calls `visit` for everything below a directory, down to a depth. Links are not followed.
+/// Calls `visit` for everything below a directory, up to a depth. Does not follow symbolic links.
 fn below(directory: &Path, depth: u32, visit: &mut dyn FnMut(&Path)) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();

@@ -1,5 +1,5 @@
-//! A person at a terminal: a command on a pseudo-terminal of its own, as its session's controlling
-//! terminal; or an engine that has the master of a container's terminal.
+//! Simulated terminals: a command on a pty that is its session's controlling terminal; or the
+//! master of a container's terminal, as an engine has it.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
@@ -20,11 +20,11 @@ use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::Invocation;
 
-/// A command on a terminal.
+/// A command on a pty.
 pub struct Terminal {
     what: String,
     master: Option<File>,
-    /// Kept open to look at the terminal's modes.
+    /// Kept open to read the terminal's modes.
     slave: Option<OwnedFd>,
     child: Child,
     output: Arc<Mutex<Vec<u8>>>,
@@ -33,7 +33,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Starts a command on a terminal of this size.
+    /// Starts a command on a terminal of this size (rows, columns).
     pub fn start(invocation: Invocation, rows: u16, columns: u16) -> Terminal {
         let master =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
@@ -44,7 +44,7 @@ impl Terminal {
         let slave = rustix::fs::open(name.as_c_str(), flags, Mode::empty()).unwrap();
         tcsetwinsize(&master, size(rows, columns)).unwrap();
 
-        // A session of its own, whose controlling terminal is its standard input.
+        // A new session, whose controlling terminal is its standard input.
         let (mut command, limit) = invocation
             .under(&["setsid", "--ctty", "--wait"])
             .into_parts();
@@ -70,7 +70,7 @@ impl Terminal {
         }
     }
 
-    /// Types.
+    /// Types input.
     pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
         self.master
             .as_mut()
@@ -79,11 +79,11 @@ impl Terminal {
             .unwrap();
     }
 
-    /// Waits until the screen has shown `text`.
+    /// Waits until `text` was shown.
     pub fn wait_for(&mut self, text: &str) {
         while !self.screen().contains(text) {
             if self.began.elapsed() > self.limit || self.child.try_wait().unwrap().is_some() {
-                // What was written last may be under way still.
+                // The last output may still be in transit.
                 std::thread::sleep(Duration::from_millis(200));
                 if self.screen().contains(text) {
                     return;
@@ -99,18 +99,17 @@ impl Terminal {
         }
     }
 
-    /// Everything shown until now.
+    /// All output so far.
     pub fn screen(&self) -> String {
         String::from_utf8_lossy(&self.output.lock().unwrap()).into_owned()
     }
 
-    /// Changes the size of the window.
+    /// Changes the terminal's size.
     pub fn resize(&self, rows: u16, columns: u16) {
         tcsetwinsize(self.master.as_ref().unwrap(), size(rows, columns)).unwrap();
     }
 
-    /// Whether the terminal echoes what is typed, as it does before and after a command that takes
-    /// it over.
+    /// Whether the terminal echoes input, as it does before and after a command that uses raw mode.
     pub fn echoes(&self) -> bool {
         tcgetattr(self.slave.as_ref().unwrap())
             .unwrap()
@@ -118,17 +117,16 @@ impl Terminal {
             .contains(LocalModes::ECHO)
     }
 
-    /// Closes the window.
+    /// Hangs up the terminal.
     pub fn hang_up(&mut self) {
-        // The reading thread's copy keeps the terminal alive, so its end is told as the kernel
-        // would.
+        // The reading thread's copy keeps the terminal alive, so send SIGHUP as the kernel would.
         let session = rustix::process::Pid::from_child(&self.child);
         self.slave = None;
         self.master = None;
         let _ = rustix::process::kill_process_group(session, rustix::process::Signal::HUP);
     }
 
-    /// Waits for the end of the command; its exit status.
+    /// Waits until the command exits; returns its exit status.
     pub fn wait(&mut self) -> i32 {
         use std::os::unix::process::ExitStatusExt;
         loop {
@@ -151,17 +149,17 @@ impl Terminal {
     }
 }
 
-/// The master of a terminal, as a runtime sends it to an engine's console socket.
+/// The master of a terminal that a runtime sent to a console socket.
 pub struct Console {
     master: File,
     output: Arc<Mutex<Vec<u8>>>,
-    /// Tells the reading thread to let go of the terminal.
+    /// Tells the reading thread to release the terminal.
     closing: Arc<AtomicBool>,
     reader: JoinHandle<()>,
 }
 
 impl Console {
-    /// Waits for a runtime that sends a master.
+    /// Waits for a runtime to send a master.
     pub fn receive(listener: &UnixListener) -> Console {
         listener.set_nonblocking(true).unwrap();
         let mut accepted = None;
@@ -207,7 +205,7 @@ impl Console {
                         Ok(0) => continue,
                         _ => match master.read(&mut chunk) {
                             Ok(n @ 1..) => output.lock().unwrap().extend_from_slice(&chunk[..n]),
-                            // EIO when nobody has the terminal any more.
+                            // EIO once the terminal has no users.
                             _ => return,
                         },
                     }
@@ -222,23 +220,23 @@ impl Console {
         }
     }
 
-    /// Closes the window.
+    /// Hangs up the terminal.
     pub fn hang_up(self) {
         self.closing.store(true, Ordering::Relaxed);
         self.reader.join().unwrap();
     }
 
-    /// Types.
+    /// Types input.
     pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
         self.master.write_all(bytes.as_ref()).unwrap();
     }
 
-    /// Everything shown until now.
+    /// All output so far.
     pub fn screen(&self) -> String {
         String::from_utf8_lossy(&self.output.lock().unwrap()).into_owned()
     }
 
-    /// Waits until the screen has shown `text`.
+    /// Waits until `text` was shown.
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
         let begin = Instant::now();
@@ -252,20 +250,20 @@ impl Console {
         }
     }
 
-    /// Changes the size of the window.
+    /// Changes the terminal's size.
     pub fn resize(&self, rows: u16, columns: u16) {
         tcsetwinsize(&self.master, size(rows, columns)).unwrap();
     }
 }
 
-/// Reads what a terminal shows.
+/// Collects a terminal's output.
 fn collect(master: &File) -> Arc<Mutex<Vec<u8>>> {
     let output = Arc::new(Mutex::new(Vec::new()));
     let into = output.clone();
     let mut reader = master.try_clone().unwrap();
     std::thread::spawn(move || {
         let mut chunk = vec![0; 64 << 10];
-        // Ends with EIO when nobody has the terminal any more.
+        // Ends with EIO once the terminal has no users.
         while let Ok(n @ 1..) = reader.read(&mut chunk) {
             into.lock().unwrap().extend_from_slice(&chunk[..n]);
         }

@@ -1,5 +1,5 @@
-//! The grammar of the command line: names, meanings and short forms are Docker's. Each command's
-//! own arguments are in its file under `commands`.
+//! The grammar of the command line: names, meanings and short forms as in Docker. Each command's
+//! arguments are in its file under `commands`.
 
 use clap::{Parser, Subcommand};
 
@@ -81,7 +81,8 @@ pub enum Command {
 }
 
 impl Command {
-    /// Does it; the exit status. `began_ns`: monotonic clock when this process began, nanoseconds.
+    /// Executes the command and returns the exit status. `began_ns`: when this process started,
+    /// CLOCK_MONOTONIC.
     pub fn execute(self, began_ns: u64) -> Result<u8> {
         match self {
             Command::Run(args) => run::execute(*args, began_ns),
@@ -127,7 +128,7 @@ mod tests {
         Hull::try_parse_from(line.split_whitespace()).map(|hull| hull.command)
     }
 
-    /// What the parsed arguments look like: the tests look at a few words of it.
+    /// The parsed arguments, formatted for comparison with a few expected parts.
     fn shown(line: &str) -> String {
         format!(
             "{:?}",

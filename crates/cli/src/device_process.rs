@@ -1,19 +1,20 @@
 //! The role `device-process`: confines itself, then runs the devices of one guest.
 //!
-//! Started by a sandbox process in namespaces of its own, with the control socket inherited.
+//! Started by a sandbox process in new namespaces, with the control socket inherited.
 
 use hull_devices::device_process;
 use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
 
 use crate::error::{Context, Result};
 
-/// Most descriptors: the fs device holds one for each file that the guest knows.
+/// Maximum of open files: the fs device holds one for each file that the guest knows.
 const OPEN_FILES: u64 = 1 << 20;
 
 /// Runs the devices until the sandbox process closes the control socket.
 ///
 /// # Errors
-/// The process was not started by a sandbox, cannot be confined, or a device cannot be set up.
+/// The control socket was not inherited, the process cannot be confined, or a device cannot be set
+/// up.
 pub fn run() -> Result<()> {
     let running = || "run the devices";
     let control = device_process::take_control_socket().context(running)?;
@@ -21,8 +22,8 @@ pub fn run() -> Result<()> {
         "the device process",
         &Confinement {
             role: Role::Device,
-            // It acts for the users of the guest. So it begins as root, with the capabilities for
-            // just that.
+            // It acts for the guest's users, so it starts as root, with only the capabilities for
+            // that.
             uid: 0,
             gid: 0,
             capabilities: FS_DEVICE_CAPABILITIES,

@@ -1,28 +1,27 @@
-//! What a user sees when a command fails: one line that says what, on what and why, a second one
-//! that says what to do, and the exit status. Only `main` and commands that go on after an error
-//! print one.
+//! How a failed command is reported: a line with what failed, on what and why, a second line with a
+//! hint, and the exit status. Only `main`, and commands that continue after an error, print errors.
 
 use std::io::{IsTerminal, Write};
 
 pub use hull_sandbox::error::{Context, Error, ErrorKind, Result};
 
-/// Exit status when hull itself failed before or around the container's process: Docker's.
+/// Exit status if hull itself failed before or around the container's process, as in Docker.
 pub const HULL_FAILED: u8 = 125;
 
-/// Exit status when what a command names is not there or not in the right state: Docker's.
+/// Exit status if the object of a command does not exist or is in the wrong state, as in Docker.
 pub const WRONG_CONTAINER: u8 = 1;
 
-/// Exit status when a process could not be executed in a container: `runc exec`'s.
+/// Exit status if a process could not be executed in a container, as of `runc exec`.
 const RUNC_EXEC_FAILED: u8 = 255;
 
-/// What the front ends end with for an error of each kind: the one table of codes.
+/// Exit codes of the front ends for each kind of error: the only such table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Codes {
-    /// `hull run`: everything that kept the container from running is hull's failure.
+    /// `hull run`: any failure before the container runs is hull's failure.
     pub run: u8,
     /// Other commands of `hull`.
     pub hull: u8,
-    /// `hull-oci exec`; other commands of `hull-oci` end with 1.
+    /// `hull-oci exec`; other commands of `hull-oci` exit with 1.
     pub oci_exec: u8,
     /// gRPC status of the containerd shim (google/rpc/code.proto).
     #[allow(dead_code)] // the shim's, which is not there yet; here so that there is one table
@@ -50,7 +49,7 @@ pub fn codes(kind: ErrorKind) -> Codes {
     }
 }
 
-/// Prints an error on standard error; colours only for a terminal.
+/// Prints an error to standard error, with colours only on a terminal.
 pub fn print(error: &Error) {
     let stderr = std::io::stderr();
     let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -69,17 +68,17 @@ pub fn print(error: &Error) {
             text.push_str(&format!("  {}\n", one_line(line)));
         }
     }
-    // Nobody is left to tell when standard error is closed.
+    // If standard error is closed, there is nowhere to report to.
     let _ = stderr.lock().write_all(text.as_bytes());
 }
 
-/// Prints an error of a command of `hull`; its exit status.
+/// Prints an error of a command of `hull`; returns its exit status.
 pub fn fail(error: &Error) -> u8 {
     print(error);
     codes(error.kind).hull
 }
 
-/// Turns a usage error of the argument parser into an error of this kind.
+/// Converts a usage error of clap.
 pub fn from_usage(error: &clap::Error) -> Error {
     let text = error.render().to_string();
     let mut message = String::new();
@@ -97,7 +96,7 @@ pub fn from_usage(error: &clap::Error) -> Error {
             message.push_str(line.strip_prefix("error: ").unwrap_or(line));
         }
     }
-    // The value parsers' own messages name the value already.
+    // Errors of value parsers contain the value already.
     if error.kind() == clap::error::ErrorKind::ValueValidation
         && let Some(clap::error::ContextValue::String(argument)) =
             error.get(clap::error::ContextKind::InvalidArg)
@@ -114,7 +113,7 @@ pub fn from_usage(error: &clap::Error) -> Error {
     Error::invalid(message).hint(hint)
 }
 
-/// The nearest command, or where the help is.
+/// Suggests the nearest command, or the help.
 fn usage_hint(error: &clap::Error) -> String {
     use clap::CommandFactory;
     let hull = crate::cli::Hull::command();
@@ -138,7 +137,7 @@ fn usage_hint(error: &clap::Error) -> String {
     }
 }
 
-/// Messages may carry text of a guest or a registry: no control characters of theirs reach the
+/// Messages may contain text of a guest or a registry: control characters must not reach the
 /// terminal.
 fn one_line(text: &str) -> String {
     text.trim_end()

@@ -1,5 +1,5 @@
-//! Images for commands: opens the store, obtains an image by reference, shows a pull's progress:
-//! bars when a person watches standard error, one line at the end otherwise.
+//! Images for commands: opens the store, obtains an image by reference, shows the progress of a
+//! pull: bars if standard error is a terminal, otherwise one line at the end.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -14,12 +14,12 @@ use hull_engine::error::of_image;
 use crate::error::Result;
 use hull_engine::values::Pull;
 
-/// Opens the store of images.
+/// Opens the image store.
 pub fn store(config: &Config) -> Result<Store> {
     Store::open(config.data_dir.join("images")).map_err(of_image)
 }
 
-/// Makes the image of a reference usable.
+/// Makes the referenced image available, pulling it according to `pull`.
 pub fn obtain(config: &Config, reference: &Reference, pull: Pull, quiet: bool) -> Result<Image> {
     let pull = match pull {
         Pull::Always => hull_image::Pull::Always,
@@ -54,8 +54,7 @@ struct State {
 
 impl Progress for Shown {
     fn event(&self, event: Event<'_>) {
-        // A thread that panicked while it held the lock has left nothing half done that matters
-        // here.
+        // A thread that panicked with the lock held leaves the state usable.
         let mut state = self
             .state
             .lock()
@@ -77,7 +76,7 @@ impl Progress for Shown {
             }
             Event::Finished => {
                 state.layers.clear();
-                // What was only read from a local file is not worth a line.
+                // Reading a local file is not reported.
                 let fetched = !["oci:", "docker-archive:"]
                     .iter()
                     .any(|local| state.reference.starts_with(local));

@@ -1,6 +1,6 @@
-//! The roles of the executable that no person calls: sandbox process and device process, and the
-//! names that belong to container engines. Looked at before anything else, because a sandbox
-//! process is part of every start.
+//! The internal roles of the executable, sandbox process and device process, and the names that
+//! container engines call. Checked first, because starting a sandbox process is part of every
+//! container's start.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -14,13 +14,13 @@ use hull_sandbox::store::SandboxPath;
 
 use crate::error::{self, Context, Error, HULL_FAILED, Result};
 
-/// The name under which container engines call the OCI runtime.
+/// The name by which container engines call the OCI runtime.
 const OCI_NAME: &str = "hull-oci";
 
-/// The name that belongs to containerd.
+/// The name by which containerd calls its shim.
 const SHIM_NAME: &str = "containerd-shim-hull-v2";
 
-/// Does the work of another role, if the arguments ask for one.
+/// Runs another role if the name or the arguments select one.
 pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     if let Some(session) = hull_oci::keeper::is_wanted() {
         hull_oci::keeper::run(session);
@@ -50,7 +50,7 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     })
 }
 
-/// Takes `--name value` pairs apart.
+/// Parses `--name value` pairs.
 struct Pairs<'a> {
     rest: std::slice::Iter<'a, OsString>,
 }
@@ -81,10 +81,10 @@ fn missing(name: &str) -> Error {
     Error::new(format!("internal command: no --{name}"))
 }
 
-/// `sandbox-process --directory DIR --id ID`, with the connection of who started it as standard
+/// `sandbox-process --directory DIR --id ID`, with the starting command's connection as standard
 /// input.
 fn sandbox_process(arguments: &[OsString]) -> Result<()> {
-    // The command that started us blocked signals for its own purposes.
+    // The command that started this process blocked signals for its own purposes.
     hull_engine::attach::unblock_all();
     close_inherited();
     log_to_stderr();
@@ -106,8 +106,8 @@ fn sandbox_process(arguments: &[OsString]) -> Result<()> {
     role::run(&path, connection_on_stdin()?.into())
 }
 
-/// Closes what an engine or a shell left open in who started this process: somebody may wait for
-/// its end, and this process lives on. Called before this process opens anything.
+/// Closes descriptors inherited from an engine or a shell: a reader may wait for end of file, and
+/// this process outlives the command. Must be called before this process opens anything.
 fn close_inherited() {
     let Ok(open) = std::fs::read_dir("/proc/self/fd") else {
         return;
@@ -118,12 +118,12 @@ fn close_inherited() {
         .filter(|fd| *fd > 2)
         .collect();
     for fd in inherited {
-        // One of them was the directory's own, which is closed by now.
+        // One of them belonged to the directory itself and is closed already.
         let _ = nix::unistd::close(fd);
     }
 }
 
-/// Moves the connection away from standard input, so that closing it closes it.
+/// Moves the connection to another descriptor than standard input, so that dropping it closes it.
 fn connection_on_stdin() -> Result<UnixStream> {
     let connection = std::io::stdin()
         .as_fd()
@@ -134,14 +134,14 @@ fn connection_on_stdin() -> Result<UnixStream> {
     Ok(UnixStream::from(connection))
 }
 
-/// `device-process`, with its control socket as descriptor 3.
+/// `device-process`; its control socket is descriptor 3.
 fn device_process() -> Result<()> {
     hull_engine::attach::unblock_all();
     log_to_stderr();
     crate::device_process::run()
 }
 
-/// Messages of the host processes go to their standard error, which is the sandbox's `sandbox.log`.
+/// Log messages of the host processes go to standard error, which is the sandbox's `sandbox.log`.
 fn log_to_stderr() {
     let level = std::env::var("HULL_LOG")
         .ok()

@@ -1,8 +1,7 @@
-//! The `hull` command. Finds out in which of its roles the executable was called, and in the role
-//! that people use turns arguments into calls of the other crates and prints what comes back. It
-//! has no logic of its own.
+//! The `hull` command. Dispatches on the role of the executable; as the command for users, parses
+//! arguments, calls the other crates and prints their results. It has no logic of its own.
 //!
-//! Its start is part of the start of every container: nothing is read, allocated or started here
+//! Its startup is part of every container's start: nothing is read, allocated or started here
 //! before a command needs it.
 
 mod cli;
@@ -35,7 +34,7 @@ fn main() -> ExitCode {
                 (output::print(error.render().to_string()).map(|()| 0), false)
             }
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                // As with Docker: help without having asked for it is a usage error.
+                // As in Docker: help printed without being requested is a usage error.
                 output::note(error.render().to_string().trim_end());
                 (Ok(error::HULL_FAILED), false)
             }

@@ -1,6 +1,6 @@
-//! Output for people and for programs: tables, sizes, JSON, colours. Used by every command that
-//! prints. Colours only for terminals; text of a guest or a registry never brings control
-//! characters along.
+//! Output for users and programs: tables, sizes, JSON, colours. Used by every command that prints.
+//! Colours only on terminals; control characters in text of a guest or a registry are never
+//! printed.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
 
-/// Rows under a heading, columns as wide as their widest cell.
+/// A table with a heading; columns are as wide as their widest cell.
 #[derive(Debug)]
 pub struct Table {
     rows: Vec<Vec<String>>,
@@ -22,7 +22,7 @@ impl Table {
         }
     }
 
-    /// Adds a row; it has as many cells as the heading.
+    /// Adds a row with as many cells as the heading.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.rows
             .push(cells.iter().map(|cell| printable(cell)).collect());
@@ -55,8 +55,8 @@ impl Table {
     }
 }
 
-/// Writes to standard output and flushes. A closed pipe ends the command without a message, as it
-/// ends `ls`.
+/// Writes to standard output and flushes. A closed pipe ends the process without a message, as
+/// SIGPIPE would.
 pub fn print(text: impl AsRef<[u8]>) -> Result<()> {
     let mut stdout = io::stdout().lock();
     stdout
@@ -66,16 +66,16 @@ pub fn print(text: impl AsRef<[u8]>) -> Result<()> {
         .context(|| "write to standard output")
 }
 
-/// Ends the process when `error` says that nobody reads our output any more.
+/// Exits if `error` is a closed pipe.
 fn closed_pipe_ends(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::BrokenPipe {
-        // What a shell reports for a process that SIGPIPE ended.
+        // The status that a shell reports after SIGPIPE.
         std::process::exit(141);
     }
     Err(error)
 }
 
-/// Writes a line for people to standard error. When that is closed, nobody is there to miss it.
+/// Writes a line for the user to standard error. Errors are ignored.
 pub fn note(text: impl AsRef<str>) {
     let line = format!("{}\n", text.as_ref());
     let _ = io::stderr().lock().write_all(line.as_bytes());
@@ -89,14 +89,14 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     print(text)
 }
 
-/// `text` without control characters, so that it can be shown on a terminal.
+/// Replaces control characters in `text`, so that it can be shown on a terminal.
 pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 
-/// At most `length` characters of `text`; the last one says that there was more.
+/// At most `length` characters of `text`; the last one marks truncation.
 pub fn shorten(text: &str, length: usize) -> String {
     if text.chars().count() <= length {
         return text.to_owned();
@@ -106,12 +106,12 @@ pub fn shorten(text: &str, length: usize) -> String {
     short
 }
 
-/// A size in powers of 1000, three digits: `4.27MB`. Docker's form for images.
+/// A size in powers of 1000, three digits: `4.27MB`. Docker's format for images.
 pub fn decimal_size(bytes: u64) -> String {
     size(bytes, 1000.0, &["B", "kB", "MB", "GB", "TB", "PB", "EB"], 3)
 }
 
-/// A size in powers of 1024, four digits: `15.62MiB`. Docker's form for memory.
+/// A size in powers of 1024, four digits: `15.62MiB`. Docker's format for memory.
 pub fn binary_size(bytes: u64) -> String {
     size(
         bytes,
@@ -136,7 +136,7 @@ fn size(bytes: u64, base: f64, units: &[&str], digits: usize) -> String {
     format!("{text}{}", units[unit])
 }
 
-/// A share of a whole: `12.50%`.
+/// A percentage: `12.50%`.
 pub fn percent(part: f64, whole: f64) -> String {
     let share = if whole > 0.0 {
         part / whole * 100.0
@@ -146,27 +146,27 @@ pub fn percent(part: f64, whole: f64) -> String {
     format!("{share:.2}%")
 }
 
-/// Marks for people; they vanish when standard output is not a terminal.
+/// Colours for text; none if standard output is not a terminal.
 #[derive(Clone, Copy, Debug)]
 pub struct Colours(bool);
 
 impl Colours {
-    /// Colours as standard output bears them.
+    /// Colours, if standard output supports them.
     pub fn for_stdout() -> Colours {
         Colours(io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none())
     }
 
-    /// Something good.
+    /// Success.
     pub fn good(self, text: &str) -> String {
         self.paint("32", text)
     }
 
-    /// Something to know about.
+    /// Warning.
     pub fn warning(self, text: &str) -> String {
         self.paint("33", text)
     }
 
-    /// Something broken.
+    /// Error.
     pub fn bad(self, text: &str) -> String {
         self.paint("1;31", text)
     }

@@ -1,4 +1,4 @@
-//! A bundle: the directory with `config.json`, read and checked as far as the host is concerned.
+//! A bundle: the directory with `config.json`; read, and checked as far as the host is concerned.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -24,19 +24,20 @@ pub struct Bundle {
     pub version: String,
     /// `annotations`.
     pub annotations: HashMap<String, String>,
-    /// The configuration, in the words of the specification.
+    /// The configuration, parsed.
     pub spec: Spec,
-    /// The same as it is written, for the guest.
+    /// The configuration as raw JSON, for the guest.
     pub config: Value,
-    /// What the user should know: what was left out.
+    /// Warnings for the user: what was ignored.
     pub notes: Vec<String>,
 }
 
 impl Bundle {
-    /// Reads and checks a bundle. Errors are worded as runc's where engines and people know them.
+    /// Reads and checks a bundle. Error messages that engines and users know are runc's.
     ///
     /// # Errors
-    /// There is no configuration, it is none, or it asks for what cannot be.
+    /// `config.json` is missing, not valid, or of another version than 1.x; the root file system is
+    /// not a directory, or is the host's `/`.
     pub fn load(path: &Path) -> Result<Bundle> {
         let path = fs::canonicalize(path).context(|| format!("use bundle {}", path.display()))?;
         let file = path.join("config.json");
@@ -99,7 +100,7 @@ impl Bundle {
     }
 }
 
-/// The specification: a capability that the runtime does not know is a warning.
+/// The specification requires only a warning for a capability that the runtime does not know.
 fn leave_out_unknown_capabilities(config: &mut Value) -> Vec<String> {
     let mut unknown = BTreeSet::new();
     let sets = config
@@ -144,9 +145,8 @@ fn read(file: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Any 1.x is accepted: later minor versions add fields, and those that hull does not know are
-/// refused by the agent where the specification says so. A version before 1.0.0 is another
-/// specification.
+/// Any 1.x is accepted: later minor versions add fields, and the agent refuses those that it does
+/// not know where the specification requires that. Versions before 1.0.0 are incompatible.
 fn check_version(version: &str) -> Result<()> {
     let unknown = || {
         Error::new(format!(

@@ -1,25 +1,24 @@
 //! Control groups on the host, for the host processes of a container: sandbox process, devices,
 //! machine, keeper.
 //!
-//! Limits hold in the guest, field by field. The group out here is what engines read their
-//! statistics from (podman and Docker look up the group of the keeper), and an outer wall around
-//! everything that the container costs. So it knows only what a wall needs: memory and swap,
-//! processor time, cpusets, block I/O. pids, devices, hugetlb, rdma, network, memory.reservation
-//! and `unified` are the guest's alone.
+//! Limits are enforced in the guest, field by field. The host's group is what engines read
+//! statistics from (podman and Docker look up the keeper's group), and an outer limit on everything
+//! that the container costs. So it has only memory and swap, processor time, cpusets and block I/O;
+//! pids, devices, hugetlb, rdma, network, memory.reservation and `unified` are left to the guest.
 //!
-//! - cgroup v1, hybrid and v2 are one code: a group has one directory per hierarchy, and a limit is
-//!   written to the first directory that has a file for it ([`limits`]). Where the directories are
-//!   is [`path`]'s.
-//! - A hierarchy that cannot be written (read-only, not ours) is left out, as one that is not
-//!   mounted: an error only if a limit needs it.
-//! - systemd style paths get the directories that systemd would make, made by hand. A scope can be
-//!   asked of systemd only with a process that is to be in it, and there is none yet when limits
-//!   must be known to hold. The price: systemd knows no such unit (`systemctl status` does not show
-//!   it), and does not keep controllers enabled in its slices for it when it is reloaded.
+//! - cgroup v1, hybrid and v2 share one implementation: a group has one directory per hierarchy,
+//!   and a limit is written to the first directory that has a file for it ([`limits`]). [`path`]
+//!   finds the directories.
+//! - A hierarchy that is not writable is skipped like one that is not mounted: an error only if a
+//!   limit needs it.
+//! - For systemd style paths, the directories that systemd would create are created directly.
+//!   systemd creates a scope only with a process to put in it, and there is none yet when limits
+//!   are set. The price: systemd does not know the unit (`systemctl status` does not show it), and
+//!   does not keep controllers enabled in its slices for it when it is reloaded.
 //!
-//! Own code because cgroups-rs 0.5 brings zbus and its executors in any case (about 90 packages),
-//! and finds its mounts by itself, so that no test can replace them, and leaves behind what it made
-//! when it fails half-way.
+//! Not cgroups-rs (0.5): it depends on zbus and its executors (about 90 packages), finds its mounts
+//! by itself, so that tests cannot replace them, and leaves directories behind when it fails
+//! half-way.
 
 mod directory;
 mod limits;
@@ -37,22 +36,22 @@ use serde::{Deserialize, Serialize};
 use directory::{Made, held, is_denied, is_gone, make, remove, tree, write};
 use path::{Hierarchy, Location};
 
-/// How long [`Groups::remove`] waits for ended processes to leave: as long as runc does.
+/// How long [`Groups::remove`] waits for dying processes to leave; runc waits as long.
 const LEAVING: Duration = Duration::from_secs(1);
-/// Attempts to move a process that the kernel has not finished making (EINVAL), [`JOIN_PAUSE`]
-/// apart: as runc does.
+/// Attempts to move a process that is not fully set up yet (EINVAL), [`JOIN_PAUSE`] apart; as in
+/// runc.
 const JOIN_ATTEMPTS: u32 = 5;
 const JOIN_PAUSE: Duration = Duration::from_millis(30);
 
 /// The control groups of one container: the same group in each hierarchy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Groups {
-    /// Absolute: one directory with v2, one per hierarchy otherwise. Empty where no hierarchy can
-    /// be written.
+    /// Absolute paths: one directory with v2, one per hierarchy otherwise. Empty if no hierarchy is
+    /// writable.
     pub directories: Vec<PathBuf>,
 }
 
-/// Where the control groups of one container are to be.
+/// Where the control groups of a container are created.
 #[derive(Debug)]
 pub struct Place {
     hierarchies: Vec<Hierarchy>,
@@ -60,13 +59,13 @@ pub struct Place {
 }
 
 impl Place {
-    /// Finds the place; makes nothing.
+    /// Finds the place; creates nothing.
     ///
     /// `cgroups_path` is `linux.cgroupsPath`: an absolute path is below the mount of each
-    /// hierarchy, a relative one below the group of the caller (with v2 beside it, because a group
-    /// with processes gives none below it its controllers), without one the group is named by `id`.
-    /// With `systemd` it is `slice:prefix:name`, by default `system.slice:hull:ID`. `..` goes no
-    /// higher than the mount or the caller's group.
+    /// hierarchy, a relative one below the caller's group (with v2 beside it, because a group with
+    /// processes cannot enable controllers for its children); without a path, the group is named
+    /// `id`. With `systemd` it is `slice:prefix:name`, by default `system.slice:hull:ID`. `..` does
+    /// not lead above the mount or the caller's group.
     pub fn find(cgroups_path: Option<&Path>, id: &str, systemd: bool) -> Result<Place> {
         let location = path::location(cgroups_path, id, systemd)?;
         let read = |path: &str| std::fs::read_to_string(path).context(|| format!("read {path}"));
@@ -78,8 +77,7 @@ impl Place {
         })
     }
 
-    /// The groups that [`Place::make`] will make at most: to be remembered before there is
-    /// something to be removed.
+    /// All groups that [`Place::make`] may create, to be recorded before it is called.
     pub fn groups(&self) -> Groups {
         let directory = |hierarchy: &Hierarchy| hierarchy.directory(&self.location);
         Groups {
@@ -87,9 +85,10 @@ impl Place {
         }
     }
 
-    /// Makes the groups with their limits. Nothing stays behind when it fails.
+    /// Creates the groups with their limits. Leaves nothing behind on failure.
     ///
-    /// `overhead`: bytes that the machine needs beside the container, added to memory limits.
+    /// `overhead`: bytes that the machine needs in addition to the container, added to memory
+    /// limits.
     pub fn make(&self, resources: Option<&LinuxResources>, overhead: u64) -> Result<Groups> {
         let mut groups = Groups::default();
         let mut made = Made::default();
@@ -120,17 +119,17 @@ impl Place {
 }
 
 impl Groups {
-    /// Sets the limits that `resources` names; those that it does not name stay. `overhead` as in
+    /// Sets the limits that `resources` names and keeps the others. `overhead` as in
     /// [`Place::make`].
     ///
     /// Memory is never limited to less than is in use and cannot be reclaimed: the machine would be
-    /// killed for what its guest may keep. The wall stays where it was then, and the limit still
-    /// holds in the guest.
+    /// killed for memory that its guest may keep. The host's limit then stays as it was, and the
+    /// new one holds only in the guest.
     pub fn apply(&self, resources: &LinuxResources, overhead: u64) -> Result<()> {
         let settings = limits::settings(resources, overhead, self.quota_in_force())?;
         // The kernel compares some limits with each other (memory with memory and swap, period with
-        // quota), so that the right order depends on the values in force: what was refused may be
-        // right when the others are set.
+        // quota), so the right order depends on the values in force: a refused value may be
+        // accepted after the others are set.
         let mut refused = Vec::new();
         let mut kept = false;
         for setting in &settings {
@@ -150,7 +149,7 @@ impl Groups {
         Ok(())
     }
 
-    /// Moves a process, with all its threads. Its children follow only if they are made later.
+    /// Moves a process with all its threads. Only children that it creates later follow.
     pub fn join(&self, pid: i32) -> Result<()> {
         for directory in &self.directories {
             let mut attempts = 1;
@@ -166,14 +165,14 @@ impl Groups {
         Ok(())
     }
 
-    /// Removes the groups and those below them, but none above, as runc does. Kills nothing: waits
-    /// a second at most for processes that are about to end. What is not there is fine.
+    /// Removes the groups and their descendants but not their parents, as runc does. Kills nothing:
+    /// waits up to a second for dying processes. Missing groups are not an error.
     pub fn remove(&self) -> Result<()> {
         let deadline = Instant::now() + LEAVING;
         let mut failed = None;
         for directory in &self.directories {
             match remove(directory, deadline) {
-                // Then it was not made here either.
+                // Read-only: the group was not created here.
                 Err(error) if error.raw_os_error() == Some(libc::EROFS) => {}
                 Err(error) => {
                     failed.get_or_insert((directory, error));
@@ -194,7 +193,7 @@ impl Groups {
         })
     }
 
-    /// The processes in the groups and below, in ascending order.
+    /// The processes in the groups and their descendants, in ascending order.
     pub fn processes(&self) -> Result<Vec<i32>> {
         let mut pids = Vec::new();
         for directory in &self.directories {
@@ -262,7 +261,7 @@ impl Groups {
         }
     }
 
-    /// Why no file was found for a limit.
+    /// The error for a limit that no group has a file for.
     fn missing(&self, setting: &limits::Setting) -> Error {
         let [old, new] = setting.controllers;
         let field = setting.field;
@@ -273,7 +272,8 @@ impl Groups {
                     name = new;
                     text.split_whitespace().any(|word| word == new)
                 }
-                // Beside v1, v2 has what v1 does not; its files would have been found.
+                // Hybrid: v2 has only the controllers that v1 does not, and their files would have
+                // been found.
                 Ok(_) => false,
                 Err(_) => std::fs::read_dir(directory).is_ok_and(|entries| {
                     entries.flatten().any(|entry| {
@@ -296,17 +296,18 @@ impl Groups {
     }
 }
 
-/// Not [`Context`]: "no space left" speaks of cpusets and numbers of groups here, not of disks.
+/// Without [`Context`]: its hint for "no space left" is about disks; here the error is about
+/// cpusets and the number of groups.
 fn failed(doing: &str, directory: &Path, error: impl Display) -> Error {
     Error::new(format!("cannot {doing} {}: {error}", directory.display()))
 }
 
-/// What became of a limit.
+/// Result of writing a limit.
 enum Written {
     Yes,
-    /// More memory is in use.
+    /// More memory than that is in use.
     InUse,
-    /// The value does not fit others, or is wrong.
+    /// The value is invalid, or conflicts with other limits.
     No(Error),
 }
 

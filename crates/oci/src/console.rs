@@ -1,4 +1,4 @@
-//! Terminals: a pair on the host, whose master goes to the engine over its console socket.
+//! Terminals: a pty on the host, whose master is sent to the engine's console socket.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,11 +9,10 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-/// Makes a terminal of this size (rows, columns) and sends its master to whoever listens on
-/// `socket`; the slave.
+/// Opens a pty of this size (rows, columns), sends its master to `socket`, and returns its slave.
 ///
 /// # Errors
-/// Nobody listens there, or there are no more terminals.
+/// Nothing listens on the socket, or no pty is available.
 pub fn send_master(socket: &Path, size: Option<(u16, u16)>) -> Result<OwnedFd> {
     let doing = || "make a terminal".to_owned();
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -34,7 +33,7 @@ pub fn send_master(socket: &Path, size: Option<(u16, u16)>) -> Result<OwnedFd> {
     }
     let sending = || format!("send the terminal to {}", socket.display());
     let stream = UnixStream::connect(socket).context(sending)?;
-    // Its name goes along, as with runc.
+    // The message is the pty's name, as with runc.
     hull_ipc::packet::send(&stream, name.as_bytes(), &[master.as_fd()]).context(sending)?;
     Ok(slave)
 }

@@ -1,5 +1,5 @@
-//! The containers of one state directory (`--root`): a directory each, which belongs to the command
-//! that creates it. What is in it: see `hull_sandbox::store`.
+//! The containers of a state directory (`--root`), one directory each, owned by the command that
+//! creates it. For their contents see `hull_sandbox::store`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -20,14 +20,14 @@ use crate::cgroup::Groups;
 /// A state directory.
 #[derive(Debug, Clone)]
 pub struct Root {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
 }
 
-/// What is known of a container from its creation on.
+/// Record of a container, written when it is created.
 pub type Record = store::Record<Details>;
 
-/// What `hull-oci` knows of a container, beside what every record has.
+/// What `hull-oci` records of a container in addition to the common fields.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Details {
@@ -39,15 +39,15 @@ pub struct Details {
     pub rootfs: PathBuf,
     /// The user who created it.
     pub owner: String,
-    /// The bundle's.
+    /// The bundle's annotations.
     pub annotations: HashMap<String, String>,
     /// Its keeper.
     pub keeper: ProcessId,
     /// Its control groups on the host.
     pub groups: Groups,
-    /// The limit of memory that it was created with, bytes; 0 for none.
+    /// Memory limit at creation, bytes; 0 if none.
     pub memory: u64,
-    /// Limits as they are since the last `update`; the configuration's when absent.
+    /// Limits since the last `update`; if absent, the configuration's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resources: Option<LinuxResources>,
 }
@@ -61,7 +61,7 @@ pub struct Container {
     pub id: String,
 }
 
-/// Whether a text may be an id, by runc's rules.
+/// Whether an id is valid, by runc's rules.
 pub fn is_valid_id(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= 200
@@ -83,10 +83,11 @@ fn check_id(id: &str) -> Result<()> {
 }
 
 impl Root {
-    /// Makes the directory of a new container.
+    /// Creates the directory of a new container.
     ///
     /// # Errors
-    /// `InvalidArgument` for a bad id, `Exists`, or the directory cannot be created.
+    /// `InvalidArgument` if the id is invalid; `Exists` if it is taken; `Host` if the directory
+    /// cannot be created.
     pub fn claim(&self, id: &str) -> Result<Container> {
         check_id(id)?;
         let path = self.path.join(id);
@@ -102,10 +103,10 @@ impl Root {
         }
     }
 
-    /// The container of this id. The words of the error are runc's.
+    /// Opens a container by id. The error messages are runc's.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `InvalidArgument` if the id is invalid; `NotFound` if there is no such container.
     pub fn find(&self, id: &str) -> Result<Container> {
         check_id(id)?;
         match Directory::open(&self.path.join(id)) {
@@ -117,7 +118,7 @@ impl Root {
         }
     }
 
-    /// All containers, by id.
+    /// All containers, sorted by id.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -145,7 +146,7 @@ fn does_not_exist() -> Error {
     Error::not_found("container does not exist")
 }
 
-/// A record of a container that is being created.
+/// The record of a new container.
 pub fn new_record(container: &Container, bundle: &crate::bundle::Bundle, root: &Path) -> Record {
     let mut record = Record::new(
         &container.id,
@@ -168,7 +169,8 @@ pub fn new_record(container: &Container, bundle: &crate::bundle::Bundle, root: &
     record
 }
 
-/// A record of a container whose own is not there or damaged: what `delete` needs to remove it.
+/// A record in place of one that is missing or damaged: what `delete` needs to remove the
+/// container.
 pub fn recovered_record(
     container: &Container,
     groups: Groups,
@@ -188,7 +190,7 @@ pub fn recovered_record(
     record
 }
 
-/// The engine, by what it leaves in a bundle or where it keeps containers.
+/// Identifies the engine by its annotations in the bundle or by its state directory.
 fn engine(annotations: &HashMap<String, String>, root: &Path) -> &'static str {
     let has = |prefix: &str| annotations.keys().any(|key| key.starts_with(prefix));
     let root = root.to_string_lossy();
@@ -205,10 +207,10 @@ fn engine(annotations: &HashMap<String, String>, root: &Path) -> &'static str {
     }
 }
 
-/// The sandbox that a container is in.
+/// The sandbox of a container.
 ///
 /// # Errors
-/// `WrongState` when it was never in one; the words are runc's.
+/// `WrongState` if it never had one; the message is runc's.
 pub fn sandbox(record: &Record) -> Result<&SandboxPath> {
     record.sandbox.as_ref().ok_or_else(not_running)
 }
@@ -216,7 +218,7 @@ pub fn sandbox(record: &Record) -> Result<&SandboxPath> {
 /// Connects to the sandbox of a container.
 ///
 /// # Errors
-/// `WrongState` when that is no more; the words are runc's.
+/// `WrongState` if the sandbox has ended; the message is runc's.
 pub fn connect(record: &Record) -> Result<Client> {
     Client::open(sandbox(record)?)?.ok_or_else(not_running)
 }
@@ -239,7 +241,8 @@ fn owner() -> String {
 }
 
 impl Container {
-    /// Whether there is a record: before, the container is somebody's that is just beginning.
+    /// Whether there is a record, readable or not; without one, a command is still creating the
+    /// container.
     fn is_known(&self) -> bool {
         matches!(
             self.record(),
@@ -251,10 +254,10 @@ impl Container {
         )
     }
 
-    /// Its record.
+    /// Reads the record.
     ///
     /// # Errors
-    /// `NotFound` when there is none yet; it is damaged, or a newer hull's.
+    /// `NotFound` if there is none yet; `Host` if it is damaged or was written by a newer hull.
     pub fn record(&self) -> Result<Record> {
         Record::read(&self.directory)?.ok_or_else(does_not_exist)
     }
@@ -262,23 +265,23 @@ impl Container {
     /// Writes the record.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn store(&self, record: &Record) -> Result<()> {
         record.write(&self.directory)
     }
 
-    /// Keeps the bundle's configuration.
+    /// Stores the bundle's configuration.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn store_config(&self, config: &[u8]) -> Result<()> {
         self.directory.write(CONFIG_FILE, config)
     }
 
-    /// The configuration as it was when the container was created.
+    /// The configuration at creation.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The file is missing, cannot be read, or is not JSON.
     pub fn config(&self) -> Result<Value> {
         let path = self.directory.path().join(CONFIG_FILE);
         let text = self
@@ -288,10 +291,10 @@ impl Container {
         serde_json::from_slice(&text).context(|| format!("read {}", path.display()))
     }
 
-    /// How far it is, corrected when its sandbox was killed.
+    /// Its status; stopped if the sandbox was killed.
     ///
     /// # Errors
-    /// The status is damaged, or a newer hull's.
+    /// The status is damaged, or was written by a newer hull.
     pub fn status(&self, record: &Record) -> Result<Status> {
         record.status(&self.directory)
     }
@@ -299,7 +302,7 @@ impl Container {
     /// Removes its directory.
     ///
     /// # Errors
-    /// It cannot be removed.
+    /// A file in it cannot be removed.
     pub fn remove(&self) -> Result<()> {
         remove_all(self.directory.path())
     }

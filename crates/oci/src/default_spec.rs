@@ -1,13 +1,13 @@
-//! The config.json that `spec` writes: a shell in a terminal, to be edited.
+//! The config.json that `spec` writes: a shell in a terminal, as a template.
 
 use serde_json::{Value, json};
 
 use crate::features::OCI_VERSION;
 
-/// What the shell may do as root.
+/// Capabilities of the shell.
 const CAPABILITIES: [&str; 3] = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
 
-/// What of the kernel a container has no business to look at.
+/// Kernel files that are hidden from the container.
 const MASKED_PATHS: [&str; 11] = [
     "/proc/acpi",
     "/proc/asound",
@@ -22,7 +22,7 @@ const MASKED_PATHS: [&str; 11] = [
     "/sys/firmware",
 ];
 
-/// What of the kernel a container must not change.
+/// Kernel files that the container must not change.
 const READONLY_PATHS: [&str; 5] = [
     "/proc/bus",
     "/proc/fs",
@@ -31,8 +31,8 @@ const READONLY_PATHS: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
-/// A specification to start from, for the root file system `rootfs` beside it. With `rootless` root
-/// in the container is the calling user outside of it, and there are no limits.
+/// A specification template, for the root file system `rootfs` beside it. With `rootless`, root in
+/// the container maps to the calling user, and there are no limits.
 pub fn spec(rootless: bool) -> Value {
     let mut namespaces = vec!["pid", "network", "ipc", "uts", "mount", "cgroup"];
     let mut linux = json!({ "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS });
@@ -87,7 +87,7 @@ fn mounts(rootless: bool) -> Value {
         "mode=0620",
     ];
     if !rootless {
-        // The group of terminals is not mapped for a single user.
+        // A single user has no mapping for the tty group.
         terminals.push("gid=5");
     }
     let tmpfs = ["nosuid", "strictatime", "mode=755", "size=65536k"];

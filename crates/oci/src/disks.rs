@@ -1,7 +1,7 @@
-//! Opens the block devices of the host that become disks of a machine.
+//! Opens block devices of the host that become disks of a machine.
 //!
-//! Called by `create`, before the machine is started: the descriptors go to the pod's sandbox
-//! process, and from there to its device process. Nothing here reads or writes a disk.
+//! Called by `create` before the machine is started: the descriptors are passed to the pod's
+//! sandbox process, and from there to its device process. Nothing here reads or writes a disk.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -11,10 +11,10 @@ use hull_sandbox::config::{ContainerDisk, DiskConfig};
 use hull_sandbox::error::{Context, Error, Result};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 
-/// Opens a disk for what the guest may do.
+/// Opens a disk with the access that the guest may have.
 ///
 /// # Errors
-/// There is no node of it in /dev, or the host's kernel refuses.
+/// The device is unknown to the kernel, has no node in /dev, or cannot be opened.
 pub fn open(disk: &ContainerDisk) -> Result<OwnedFd> {
     let DiskConfig {
         major,
@@ -28,7 +28,7 @@ pub fn open(disk: &ContainerDisk) -> Result<OwnedFd> {
             && stat.st_rdev == rustix::fs::makedev(major, minor)
     };
     let other = || Error::new(format!("cannot {}: it is not its node", doing()));
-    // Opening can have effects, and another thing of this name can keep us waiting.
+    // Checked before opening, which can have side effects, and blocks on some file types.
     if !is_it(&rustix::fs::stat(&node).context(doing)?) {
         return Err(other());
     }
@@ -43,7 +43,7 @@ pub fn open(disk: &ContainerDisk) -> Result<OwnedFd> {
     }
 }
 
-/// Where the host has the device, as its kernel names it.
+/// Path of the device's node on the host, from the kernel's name for it.
 fn node(major: u32, minor: u32) -> Result<PathBuf> {
     let doing = || format!("open block device {major}:{minor}");
     let text = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"));

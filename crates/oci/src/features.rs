@@ -1,18 +1,18 @@
-//! What hull-oci says of itself: the features document of the OCI runtime specification.
+//! The features document of the OCI runtime specification.
 //!
-//! It is an answer about the build, not about the machine it runs on: engines ask once and
-//! remember. What the guest does is listed here again, because guest code is no dependency of the
-//! host's; a test reads the agent's sources and fails when the two part ways. A feature is listed
-//! only when a container gets it: what is read and then refused by name is not.
+//! It describes the build, not the machine it runs on: engines query it once and cache it. Features
+//! of the guest are repeated here, because the host does not depend on guest code; a test compares
+//! them with the agent's sources. Only features that a container can use are listed, not those that
+//! are refused by name.
 
 use serde_json::{Value, json};
 
-/// Lowest version of the specification that is accepted.
+/// Lowest accepted version of the specification.
 pub const OCI_VERSION_MIN: &str = "1.0.0";
-/// Version of the specification that is implemented, and that `state` and `spec` name.
+/// Implemented version of the specification, which `state` and `spec` report.
 pub const OCI_VERSION: &str = "1.2.1";
 
-/// Hooks, in the order of a container's life.
+/// Hooks, in the order of a container's lifecycle.
 const HOOKS: &[&str] = &[
     "prestart",
     "createRuntime",
@@ -22,8 +22,8 @@ const HOOKS: &[&str] = &[
     "poststop",
 ];
 
-/// Options of mounts that belong to no file system in particular. `remount`, `idmap` and `ridmap`
-/// are refused.
+/// Mount options that are independent of the file system. `remount`, `idmap` and `ridmap` are
+/// refused.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
@@ -86,12 +86,12 @@ const MOUNT_OPTIONS: &[&str] = &[
     "unbindable",
 ];
 
-/// Kinds of namespaces.
+/// Namespace types.
 const NAMESPACES: &[&str] = &[
     "cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts",
 ];
 
-/// All capabilities of the kernel, in its order.
+/// All of the kernel's capabilities, in its order.
 const CAPABILITIES: &[&str] = &[
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -136,8 +136,8 @@ const CAPABILITIES: &[&str] = &[
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// What a seccomp rule can do. User notification (`SCMP_ACT_NOTIFY`) is refused: who listens is on
-/// the host.
+/// Seccomp actions. User notification (`SCMP_ACT_NOTIFY`) is refused: its listener would be on the
+/// host.
 const SECCOMP_ACTIONS: &[&str] = &[
     "SCMP_ACT_ALLOW",
     "SCMP_ACT_ERRNO",
@@ -149,7 +149,7 @@ const SECCOMP_ACTIONS: &[&str] = &[
     "SCMP_ACT_TRAP",
 ];
 
-/// How a seccomp rule compares arguments.
+/// Seccomp comparison operators.
 const SECCOMP_OPERATORS: &[&str] = &[
     "SCMP_CMP_EQ",
     "SCMP_CMP_GE",
@@ -160,8 +160,8 @@ const SECCOMP_OPERATORS: &[&str] = &[
     "SCMP_CMP_NE",
 ];
 
-/// Architectures that a filter can name. Those that the guest's kernel cannot execute are skipped
-/// in a filter; big-endian ones and those that libseccomp has no numbers for are refused.
+/// Architectures that a filter can name. Those that the guest's kernel cannot execute are skipped;
+/// big-endian ones and those unknown to libseccomp are refused.
 const SECCOMP_ARCHITECTURES: &[&str] = &[
     "SCMP_ARCH_AARCH64",
     "SCMP_ARCH_ARM",
@@ -175,18 +175,17 @@ const SECCOMP_ARCHITECTURES: &[&str] = &[
     "SCMP_ARCH_X86_64",
 ];
 
-/// Flags of a seccomp filter that are set.
+/// Supported seccomp filter flags.
 const SECCOMP_FLAGS: &[&str] = &[
     "SECCOMP_FILTER_FLAG_LOG",
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
     "SECCOMP_FILTER_FLAG_TSYNC",
 ];
 
-/// The flag that is known and refused, as user notification is.
+/// A flag that is known but refused, because it applies to user notification.
 const SECCOMP_FLAG_REFUSED: &str = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
 
-/// Annotations of a configuration that decide in whose machine a container runs: who may set them
-/// may join a pod.
+/// Annotations that select the machine of a container: a user who may set them can join a pod.
 const UNSAFE_ANNOTATIONS: &[&str] = &[
     "io.kubernetes.cri-o.ContainerType",
     "io.kubernetes.cri-o.SandboxID",
@@ -209,7 +208,7 @@ pub fn features() -> Value {
         "linux": {
             "namespaces": NAMESPACES,
             "capabilities": CAPABILITIES,
-            // The host's: in the guest there is cgroup v2 alone, and no RDMA.
+            // On the host: the guest has only cgroup v2, and no RDMA.
             "cgroup": {
                 "v1": true,
                 "v2": true,
@@ -283,8 +282,7 @@ mod tests {
         text
     }
 
-    /// The variants of an enumeration that the agent's source names, each with the text up to the
-    /// next one.
+    /// The variants of an enum named in the agent's source, each with the text up to the next one.
     fn variants<'a>(source: &'a str, prefix: &str) -> Vec<(String, &'a str)> {
         let source = source.split("#[cfg(test)]").next().unwrap();
         let variants = source.split(prefix).skip(1);

@@ -1,7 +1,7 @@
 //! The hooks that run on the host: `prestart` and `createRuntime` while a container is created,
-//! `poststart` after its start, `poststop` after its deletion. They read the container's state on
-//! standard input, and find its network namespace by the process id in it, which is the keeper's.
-//! The other two kinds belong to the guest.
+//! `poststart` after its start, `poststop` after its deletion. They read the container's state from
+//! standard input; the process id in it, the keeper's, leads to the network namespace. The other
+//! two kinds run in the guest.
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -14,10 +14,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 
-/// Most of what a failed hook wrote that is repeated, bytes.
+/// How much of a failed hook's output is repeated in the error, bytes.
 const MAX_MESSAGE: usize = 1024;
 
-/// Runs hooks in their order; the first that fails ends it.
+/// Runs hooks in order and stops at the first failure.
 ///
 /// # Errors
 /// A hook cannot be executed, exits with another status than 0, or takes longer than its timeout.
@@ -29,7 +29,7 @@ pub fn run(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Runs hooks in their order, also after one that failed; what went wrong is said.
+/// Runs hooks in order, also after a failure; reports failures with `warn`.
 pub fn run_all(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value, warn: fn(&str)) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         if let Err(why) = run_one(hook, state) {
@@ -60,8 +60,8 @@ fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
             command.env(name, value);
         }
     }
-    // What it writes is of interest only when it fails, and goes to a file without a name: it must
-    // not stall.
+    // Its output is only used if it fails. An unlinked file, because a full pipe would block the
+    // hook.
     let mut said = tempfile().map_err(|failure| failure.message)?;
     let shared = |file: &std::fs::File| file.try_clone().map_err(|error| error.to_string());
     let mut child = command
@@ -71,7 +71,7 @@ fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
         .spawn()
         .map_err(|error| error.to_string())?;
     if let Some(mut stdin) = child.stdin.take() {
-        // Shorter than a pipe's buffer in all but mad cases; a hook need not read it.
+        // Normally fits the pipe buffer (64 KiB); the hook need not read it.
         let _ = stdin.write_all(state.to_string().as_bytes());
     }
     if !ends_within(child.id(), timeout) {
@@ -101,13 +101,13 @@ fn tail(said: &mut std::fs::File) -> String {
     let start = length.saturating_sub(MAX_MESSAGE as u64);
     let mut text = Vec::new();
     if said.seek(SeekFrom::Start(start)).is_ok() {
-        // What cannot be read is not repeated.
+        // Without the output if it cannot be read.
         let _ = said.take(MAX_MESSAGE as u64).read_to_end(&mut text);
     }
     String::from_utf8_lossy(&text).trim().replace('\n', " ")
 }
 
-/// False when the time is up.
+/// False if the timeout expired first.
 fn ends_within(pid: u32, timeout: Option<Duration>) -> bool {
     let Some(timeout) = timeout else { return true };
     let pidfd =
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_hook_reads_the_state_and_has_its_own_environment_only() {
-        // `read` fails at the end of a line without its end, but reads it.
+        // `read` fails on a last line without newline, but sets the variable.
         sh(
             r#"read -r line || :; [ "$line" = '{"id":"c1","pid":42}' ] && [ "$A" = b ] && [ -z "$HOME" ]"#,
             "",

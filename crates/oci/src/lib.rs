@@ -1,14 +1,12 @@
-//! The OCI runtime that container engines call: from a bundle to a container in a machine, and
-//! back.
+//! The OCI runtime that container engines call: runs a bundle as a container in a machine.
 //!
-//! Each command of the OCI command line is a function of [`commands`]; the argument grammar and the
-//! printing are `cli`'s. What the specification says of the host happens here (hooks, control
-//! groups, the process that stands for the container); what it says of the container is handed to
-//! the guest by [`guest_spec`], which refuses by name what can be honoured on neither side.
-//! Machines are the business of `sandbox`.
+//! Each command of the OCI command line is a function of [`commands`]; argument parsing and output
+//! are in `cli`. What the specification requires on the host is done here (hooks, control groups,
+//! the process that represents the container); the rest is passed to the guest by [`guest_spec`],
+//! which refuses by name what neither side supports. `sandbox` manages the machines.
 //!
-//! Called by `cli` under the name `hull-oci`. Never touches guest memory, and reads nothing that a
-//! guest wrote.
+//! Called by `cli` under the name `hull-oci`. Never accesses guest memory, and parses nothing that
+//! a guest wrote.
 
 pub mod bundle;
 pub mod cgroup;

@@ -1,5 +1,5 @@
-//! Which sandbox a container belongs to: that of the container whose namespaces it joins, that of
-//! the pod which the engine names in an annotation, or one of its own.
+//! Selects a container's sandbox: that of the container whose namespaces it joins, that of the pod
+//! named in an annotation of the engine, or a new one.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,28 +10,28 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::guest_spec::{Network, Plan};
 
-/// Annotations by which engines name the pod of a container: podman and CRI-O, containerd.
+/// Annotations that name a container's pod: of podman and CRI-O, and of containerd.
 const POD_NAMES: [&str; 2] = [
     "io.kubernetes.cri-o.SandboxID",
     "io.kubernetes.cri.sandbox-id",
 ];
 
-/// Most of a pod's name that becomes part of a path: sockets in it have 107 bytes in all.
+/// How much of a pod's name becomes part of a path: a socket's path has at most 107 bytes.
 const NAME_LENGTH: usize = 32;
 
-/// A pod to be joined or started.
+/// The sandbox to join or start.
 #[derive(Debug)]
 pub struct Found {
-    /// Where it is.
+    /// Its directory.
     pub path: SandboxPath,
     /// Other containers may be in it.
     pub shared: bool,
 }
 
 impl Found {
-    /// Whether the guest's own network is to be made of the container's namespace on the host. One
-    /// that joins another's network gets what that has, and one that is new among others is the
-    /// guest's business.
+    /// Whether the guest's own network mirrors the container's network namespace on the host. A
+    /// container that joins another's network uses that one's; a new namespace in a shared sandbox
+    /// is the guest's alone.
     pub fn has_network(&self, plan: &Plan) -> bool {
         let joins = plan.joins.iter().any(|(kind, _)| kind == "network");
         let is_new_among_others = self.shared && plan.network == Network::New;
@@ -39,10 +39,11 @@ impl Found {
     }
 }
 
-/// Finds the pod, and drops from the plan what its joins need not say.
+/// Finds the sandbox. Removes from the plan joins of a network namespace that is not a container's.
 ///
 /// # Errors
-/// The namespaces of two pods are to be joined, or of a process that is no container's.
+/// `Unsupported` if the namespaces belong to different machines, or to a process that is not
+/// hull's.
 pub fn find(
     run: &Path,
     id: &str,
@@ -54,7 +55,7 @@ pub fn find(
     for (kind, pid) in std::mem::take(&mut plan.joins) {
         let Some(keeper) = keepers::find(run, pid) else {
             if kind == "network" {
-                // A namespace of the host's, in which the keeper is then.
+                // A network namespace of the host: the keeper enters it.
                 continue;
             }
             return Err(Error::unsupported(format_args!(
@@ -89,8 +90,8 @@ pub fn find(
     };
     let network = serde_json::json!({"type": "network", "path": ""});
     let joins_network = joins.iter().any(|(kind, _)| kind == "network");
-    // In a machine of its own the container has the guest's own network; where others may be, one
-    // that is new is new.
+    // In a machine of its own the container uses the guest's own network; in a shared one, a new
+    // namespace is created.
     let has_own = joins_network || (found.shared && plan.network == Network::New);
     if has_own && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() {
         namespaces.push(network);
@@ -108,7 +109,7 @@ fn usable(name: &str) -> Result<&str> {
     }
 }
 
-/// A name that no other pod has.
+/// A unique name.
 fn own_name(id: &str) -> Result<String> {
     let mut bytes = [0u8; 8];
     getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random numbers")?;

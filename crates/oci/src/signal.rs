@@ -1,21 +1,21 @@
-//! Signals as `runc kill` takes them.
+//! Signals as `runc kill` accepts them.
 
 use hull_sandbox::{Error, Result};
 
-/// The number of a signal given as a number, or by name in any case, with or without `SIG`.
+/// Parses a signal: a number, or a name in any case, with or without `SIG`.
 ///
-/// Zero is one: `kill` with it only asks whether there is a process. Beyond runc, real-time signals
+/// 0 is valid: `kill` then only checks that the process exists. Unlike in runc, real-time signals
 /// have names too (`RTMIN+3`).
 ///
 /// # Errors
-/// Runc's words: `unknown signal "X"`.
+/// `unknown signal "X"`, as runc reports it.
 pub fn parse(text: &str) -> Result<u32> {
     let unknown = || Error::new(format!("unknown signal {text:?}"));
     let number = text.strip_prefix('+').unwrap_or(text);
     if number == "0" {
         return Ok(0);
     }
-    // A number has no SIG before it.
+    // SIG followed by a number is invalid.
     let only_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     if text
         .get(..3)

@@ -1,7 +1,6 @@
-//! The lines that `events` prints: field names and units are runc's, which engines decode.
+//! The lines that `events` prints: field names and units are those that engines expect from runc.
 //!
-//! A figure that the guest does not report is left out, as runc leaves out what is zero, instead of
-//! being guessed.
+//! Metrics that the guest does not report are left out, as runc leaves out zeros.
 
 use hull_sandbox::metrics::{IoDevice, Metrics, Network, Pressure, PressureLine};
 use serde_json::{Value, json};
@@ -11,7 +10,7 @@ pub fn event(id: &str, stats: &Metrics) -> Value {
     json!({ "type": "stats", "id": id, "data": data(stats) })
 }
 
-/// The event of a process that the kernel killed for lack of memory.
+/// The event of an OOM kill.
 pub fn oom(id: &str) -> Value {
     json!({ "type": "oom", "id": id })
 }
@@ -34,7 +33,7 @@ fn data(stats: &Metrics) -> Value {
         },
         "memory": {
             "usage": {
-                // Without a limit runc says the largest number.
+                // runc reports the largest number if there is no limit.
                 "limit": memory.limit.unwrap_or(u64::MAX),
                 "usage": memory.usage,
                 "max": memory.peak.unwrap_or(0),
@@ -45,7 +44,7 @@ fn data(stats: &Metrics) -> Value {
                 "usage": memory.swap_usage.unwrap_or(0),
                 "failcnt": 0,
             },
-            // The guest's kernel counts what is its own as the container's.
+            // Included in the container's memory by the guest's kernel.
             "kernel": { "limit": 0, "failcnt": 0 },
             "kernelTCP": { "limit": 0, "failcnt": 0 },
             "raw": memory.stat,
@@ -59,7 +58,7 @@ fn data(stats: &Metrics) -> Value {
     })
 }
 
-/// Pressure in percent and microseconds.
+/// Pressure, in percent and microseconds.
 fn pressure(pressure: Option<&Pressure>) -> Value {
     let percent = |hundredths: u32| f64::from(hundredths) / 100.0;
     let line = |line: &PressureLine| {
@@ -76,7 +75,7 @@ fn pressure(pressure: Option<&Pressure>) -> Value {
     }
 }
 
-/// By device, with the guest's numbers, which mean nothing on the host.
+/// Per device, with the guest's device numbers, which mean nothing on the host.
 fn block_io(stats: &Metrics) -> Value {
     if stats.io.devices.is_empty() {
         return json!({ "psi": pressure(stats.io.pressure.as_ref()) });
@@ -103,7 +102,7 @@ fn block_io(stats: &Metrics) -> Value {
     })
 }
 
-/// By size of the pages.
+/// Per page size.
 fn hugetlb(stats: &Metrics) -> Value {
     let sizes = stats.hugetlb.iter().map(|pages| {
         let usage = json!({ "usage": pages.usage, "failcnt": pages.max_events });
@@ -112,7 +111,7 @@ fn hugetlb(stats: &Metrics) -> Value {
     Value::Object(sizes.collect())
 }
 
-/// All interfaces but the loopback one.
+/// All interfaces except loopback.
 fn network(stats: &Metrics) -> Value {
     if stats.network.is_empty() {
         return Value::Null;

@@ -1,7 +1,6 @@
-//! What `update` changes: from runc's flags, or its JSON, to the resources of the specification.
+//! Converts runc's `update` flags or JSON to the resources of the specification.
 //!
-//! Pure but for [`read`]. Which of them hold in the guest and which on the host is not decided
-//! here.
+//! Pure except for [`read`]. Callers decide which of them apply in the guest and which on the host.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,17 +9,17 @@ use hull_sandbox::{Error, Result};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 use serde::Deserialize;
 
-/// Longest JSON that is read.
+/// Longest accepted JSON, bytes.
 const MAX_JSON: u64 = 1 << 20;
 
-/// The flags of `update`, as given. An empty one counts as not given, as with runc.
+/// The flags of `update`, unparsed. An empty value counts as not given, as in runc.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
     /// `--blkio-weight`: 10 to 1000; 0 changes nothing.
     pub blkio_weight: Option<String>,
     /// `--cpu-period`, microseconds.
     pub cpu_period: Option<String>,
-    /// `--cpu-quota`, microseconds in a period; -1 lifts it.
+    /// `--cpu-quota`, microseconds per period; -1 for no limit.
     pub cpu_quota: Option<String>,
     /// `--cpu-burst`, microseconds.
     pub cpu_burst: Option<String>,
@@ -36,13 +35,13 @@ pub struct Limits {
     pub cpu_rt_runtime: Option<String>,
     /// `--cpu-idle`, 0 or 1.
     pub cpu_idle: Option<String>,
-    /// `--memory`: bytes, or with a unit; -1 lifts it.
+    /// `--memory`: bytes, or with a unit; -1 for no limit.
     pub memory: Option<String>,
     /// `--memory-reservation`, likewise.
     pub memory_reservation: Option<String>,
     /// `--memory-swap`, memory and swap together, likewise.
     pub memory_swap: Option<String>,
-    /// `--pids-limit`; 0 changes nothing, -1 lifts it.
+    /// `--pids-limit`; 0 changes nothing, -1 for no limit.
     pub pids_limit: Option<String>,
     /// `--kernel-memory`: ignored, with a warning.
     pub kernel_memory: Option<String>,
@@ -54,7 +53,7 @@ pub struct Limits {
     pub mem_bw_schema: Option<String>,
 }
 
-/// The value of a flag that says something.
+/// The value of a flag, unless empty.
 fn given(flag: &Option<String>) -> Option<&str> {
     flag.as_deref().filter(|text| !text.is_empty())
 }
@@ -63,7 +62,7 @@ fn invalid(flag: &str, why: impl std::fmt::Display) -> Error {
     Error::new(format!("invalid value for {flag}: {why}"))
 }
 
-/// A number in decimal.
+/// A decimal number.
 fn number<T: std::str::FromStr<Err = std::num::ParseIntError>>(
     flag: &str,
     text: &Option<String>,
@@ -76,7 +75,7 @@ fn number<T: std::str::FromStr<Err = std::num::ParseIntError>>(
         .transpose()
 }
 
-/// A size with a unit; -1 is none at all.
+/// A size with a unit; -1 for no limit.
 fn size(flag: &str, text: &Option<String>) -> Result<Option<i64>> {
     given(text)
         .map(|text| match text {
@@ -86,7 +85,7 @@ fn size(flag: &str, text: &Option<String>) -> Result<Option<i64>> {
         .transpose()
 }
 
-/// `512`, `512b`, `512k`, `1.5 GiB`: units are powers of 1024 in any case.
+/// `512`, `512b`, `512k`, `1.5 GiB`: units are always powers of 1024.
 fn bytes(text: &str) -> Option<i64> {
     let end = text
         .rfind(|letter: char| letter.is_ascii_digit())
@@ -109,15 +108,15 @@ fn bytes(text: &str) -> Option<i64> {
     }
     let whole = whole.parse::<i64>().ok()?.checked_mul(1 << shift)?;
     let fraction = format!("0.{fraction}").parse::<f64>().ok()?;
-    // Below one unit, so the conversion is exact enough and cannot overflow.
+    // Below one unit, so the conversion is precise enough and cannot overflow.
     whole.checked_add((fraction * (1i64 << shift) as f64) as i64)
 }
 
 impl Limits {
-    /// What the flags change; what they do not name is absent.
+    /// Resources with the flags that were given set.
     ///
     /// # Errors
-    /// A value that is none, in runc's words as far as they are words; a flag of
+    /// A value is invalid (runc's message where it has a readable one), or a flag is one of
     /// [`Limits::refused`].
     pub fn resources(&self) -> Result<LinuxResources> {
         self.refused()?;
@@ -166,11 +165,10 @@ impl Limits {
         Ok(memory)
     }
 
-    /// Flags that ask for what no guest has. They do so beside `--resources` too, which hides all
-    /// others.
+    /// Refuses flags that no guest supports, also beside `--resources`, which overrides all others.
     ///
     /// # Errors
-    /// One of them is given.
+    /// `--l3-cache-schema` or `--mem-bw-schema` is given.
     pub fn refused(&self) -> Result<()> {
         if given(&self.l3_cache_schema).is_some() {
             return Err(Error::new("Intel RDT/CAT: l3 cache schema is not enabled"));
@@ -183,7 +181,7 @@ impl Limits {
         Ok(())
     }
 
-    /// What to warn of: flags that runc still takes and does nothing with.
+    /// Warnings for flags that runc accepts and ignores.
     pub fn warnings(&self) -> Vec<String> {
         [
             ("kernel-memory", &self.kernel_memory),
@@ -196,10 +194,10 @@ impl Limits {
     }
 }
 
-/// The resources in a file, or with `-` on standard input: `--resources`.
+/// Reads resources from the file given by `--resources`, or from standard input for `-`.
 ///
 /// # Errors
-/// The file's; what is in it is not resources.
+/// The file cannot be read, or is not valid JSON for resources.
 pub fn read(source: &str) -> Result<LinuxResources> {
     if source == "-" {
         return from_json(std::io::stdin().lock(), "standard input");
@@ -209,17 +207,17 @@ pub fn read(source: &str) -> Result<LinuxResources> {
     from_json(file, source)
 }
 
-/// The first JSON value is taken, and what follows it is left, as runc does.
+/// Reads the first JSON value and ignores the rest, as runc does.
 fn from_json(reader: impl Read, source: &str) -> Result<LinuxResources> {
     let mut json = serde_json::Deserializer::from_reader(reader.take(MAX_JSON));
-    // An object: the library would take a list for one too.
+    // Require an object: serde would also accept a list.
     serde_json::Map::deserialize(&mut json)
         .and_then(|object| serde_json::from_value(object.into()))
         .map_err(|error| Error::new(format!("cannot read resources from {source}: {error}")))
 }
 
-/// Adds to a change what the kernel wants to be told together with it, from the limits that hold: a
-/// quota and its period are one setting, and so are a limit of memory and one of memory and swap.
+/// Completes a change with current limits that the kernel needs together with it: quota and period
+/// form one setting, as do the limits of memory and of memory plus swap.
 pub fn complete(change: &mut LinuxResources, current: &LinuxResources) {
     if let Some(cpu) = change.cpu_mut() {
         let old = current.cpu().as_ref();
@@ -231,7 +229,7 @@ pub fn complete(change: &mut LinuxResources, current: &LinuxResources) {
     if let Some(memory) = change.memory_mut() {
         let old = current.memory().as_ref();
         if memory.limit() == Some(-1) && memory.swap().is_none() {
-            // No limit of memory is no limit of both.
+            // No memory limit implies no limit on memory plus swap.
             memory.set_swap(Some(-1));
         } else if memory.limit().is_some() || memory.swap().is_some() {
             memory.set_limit(memory.limit().or(old.and_then(LinuxMemory::limit)));
@@ -240,7 +238,7 @@ pub fn complete(change: &mut LinuxResources, current: &LinuxResources) {
     }
 }
 
-/// The limits that hold after a change: `current` with everything replaced that `change` names.
+/// The limits after a change: those of `change`, otherwise those of `current`.
 pub fn merge(current: &LinuxResources, change: &LinuxResources) -> Result<LinuxResources> {
     let json = |resources: &LinuxResources| {
         serde_json::to_value(resources)

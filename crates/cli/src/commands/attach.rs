@@ -24,7 +24,7 @@ pub struct Args {
     container: String,
 }
 
-/// Carries input and output until the container ends or the user goes.
+/// Copies input and output until the container exits or the user detaches.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let container = container::find(&config.paths(), &args.container)?;

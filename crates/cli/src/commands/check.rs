@@ -1,4 +1,4 @@
-//! `hull check`: can this host run containers, and if not, what mends it.
+//! `hull check`: whether this host can run containers, and if not, how to fix it.
 
 use std::path::Path;
 
@@ -26,22 +26,22 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Level {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Something does not work, and containers run without it.
+    /// Something does not work, but containers run without it.
     Note,
     /// `hull run` cannot work.
     Error,
 }
 
-/// One thing that was looked at.
+/// A result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
     what: &'static str,
     level: Level,
     /// What was found.
     found: String,
-    /// What mends it.
+    /// How to fix it.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
 }
@@ -73,7 +73,7 @@ impl Finding {
     }
 }
 
-/// All of it, for programs.
+/// All results, for JSON output.
 #[derive(Serialize)]
 struct Checked<'a> {
     ready: bool,
@@ -82,11 +82,11 @@ struct Checked<'a> {
     machines: &'a Report,
 }
 
-/// Looks at everything that `hull run` needs. Exit status 0 only when it can work.
+/// Checks everything that `hull run` needs. Returns exit status 0 only if it can work.
 pub fn execute(args: Args) -> Result<u8> {
     let config = Config::load()?;
     let guest = GuestFiles::locate(&config)?;
-    // First, because what follows looks with the rights that it brings.
+    // First, because the other checks need the privileges that it acquires.
     let mut findings = vec![privileges()];
     let report = hull_machine::probe(&guest.requirements(&config, None));
     findings.extend(machines(&config, &report));
@@ -119,7 +119,7 @@ pub fn execute(args: Args) -> Result<u8> {
 fn render(findings: &[Finding], ready: bool, colours: Colours) -> String {
     let mut text = String::new();
     for finding in findings {
-        // Padded before it is painted: the paint has no width.
+        // Padded before colouring, because escape sequences have no width.
         let mark = match finding.level {
             Level::Ok => colours.good("ok   "),
             Level::Note => colours.warning("note "),
@@ -151,8 +151,8 @@ fn privileges() -> Finding {
             "the administrator: sysctl kernel.apparmor_restrict_unprivileged_userns=0, or sudo hull …",
         );
     }
-    // What the sandbox process cannot do without: mounts and namespaces, files of other users,
-    // users of its own.
+    // The sandbox process needs these for mounts and namespaces, for files of other users, and for
+    // creating users.
     let needed = [
         (21, "SYS_ADMIN"),
         (0, "CHOWN"),
@@ -279,7 +279,7 @@ fn guest_files(guest: &GuestFiles) -> Vec<Finding> {
 
 fn control_groups() -> Finding {
     let what = "control groups";
-    // Magic numbers of the file systems (linux/magic.h).
+    // File system magic numbers (linux/magic.h).
     const CGROUP2: i64 = 0x6367_7270;
     const TMPFS: i64 = 0x0102_1994;
     let kind = |path: &str| statfs(path).map(|found| found.f_type).unwrap_or(0);
@@ -311,7 +311,7 @@ fn overlay() -> Finding {
     }
 }
 
-/// Whether a container without `--network` can have what the configuration gives it.
+/// Whether a container without `--network` can have the configured network.
 fn network(config: &Config) -> Finding {
     let what = "network";
     let Network::Named(name) = &config.network else {
@@ -361,7 +361,7 @@ fn network(config: &Config) -> Finding {
     }
 }
 
-/// Whether there is a program of this name.
+/// Whether a program of this name is installed.
 fn installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -369,14 +369,14 @@ fn installed(program: &str) -> bool {
         .any(|directory| directory.join(program).exists())
 }
 
-/// Whether taps can be made.
+/// Whether taps can be created.
 fn accessible_tun() -> rustix::io::Result<()> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map(drop)
 }
 
-/// Whether a directory, or what it will be made in, can be written to.
+/// Whether a directory, or the parent in which it will be created, is writable.
 fn writable(what: &'static str, directory: &Path) -> Finding {
     let existing = directory
         .ancestors()

@@ -17,7 +17,7 @@ pub struct Args {
     name: Name,
 }
 
-/// The names that people type.
+/// Commands with completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Name {
     /// The command.

@@ -17,7 +17,7 @@ pub struct Args {
     json: bool,
 }
 
-/// Prints what is in force and where each value comes from, as a file that could be used.
+/// Prints the effective values and where each comes from, as a valid configuration file.
 pub fn execute(args: Args) -> Result<u8> {
     if args.default {
         output::print(config::DEFAULT)?;
@@ -36,7 +36,7 @@ pub fn execute(args: Args) -> Result<u8> {
     let lines: Vec<(String, &str)> = config
         .origins
         .iter()
-        // A value may span lines in its file.
+        // A value may span several lines in its file.
         .map(|origin| {
             (
                 origin

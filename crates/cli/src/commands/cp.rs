@@ -1,5 +1,5 @@
-//! `hull cp`: which side is the container, and where things go by Docker's rules. The archives
-//! themselves are handled in `copy`.
+//! `hull cp`: determines which side is the container, and targets by Docker's rules. `copy` handles
+//! the archives.
 
 use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
@@ -44,7 +44,7 @@ enum Side {
 }
 
 impl Side {
-    /// As Docker reads it: `NAME:PATH`, unless it begins like a path.
+    /// Docker's syntax: `NAME:PATH`, unless it starts like a path.
     fn parse(text: &OsStr) -> Side {
         let bytes = text.as_bytes();
         if bytes == b"-" {
@@ -88,7 +88,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 .hint("hull cp CONTAINER:PATH DEST, or hull cp SOURCE CONTAINER:PATH"));
         }
     };
-    // As with Docker, whatever goes wrong with a copy is 1: the statuses of commands do not apply.
+    // As in Docker, all errors exit with 1: the usual exit codes do not apply.
     Ok(match outcome {
         Ok(()) => 0,
         Err(error) => {
@@ -98,12 +98,12 @@ pub fn execute(args: Args) -> Result<u8> {
     })
 }
 
-/// Whether `path` asks for what is in a directory instead of the directory: it ends with `/.`.
+/// Whether `path` means the contents of a directory instead of the directory: it ends in `/.`.
 fn names_contents(path: &[u8]) -> bool {
     path.ends_with(b"/.") || path == b"."
 }
 
-/// `path` without what Docker gives a meaning to at its end.
+/// `path` without a suffix that has a meaning for Docker.
 fn plain(path: &[u8]) -> &[u8] {
     let mut path = path;
     loop {
@@ -224,8 +224,8 @@ fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result
         .or_else(|| Some(from.clone()))
         .and_then(|path| path.file_name().map(OsStr::to_owned))
         .unwrap_or_else(|| OsString::from("."));
-    // What is there tells where it goes: asked for as an archive, of which only the beginning is
-    // read.
+    // The target's type decides where the copy goes: request it as an archive and read only its
+    // beginning.
     let there = ask_for_archive(container, plain(to), true)?
         .first_kind()
         .ok();
@@ -245,7 +245,7 @@ fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result
                 what()
             )));
         }
-        // A file to be replaced, or a name that is free: it goes into the parent under that name.
+        // A file to replace, or a new name in its parent directory.
         _ => split(plain(to)),
     };
     let mut writer = open(&directory)?;
@@ -254,7 +254,7 @@ fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result
     writer.finish().map_err(|error| error.while_doing(what()))
 }
 
-/// Parent and last part of an absolute path.
+/// Parent and last component of an absolute path.
 fn split(path: &[u8]) -> (Vec<u8>, OsString) {
     let slash = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
     let parent = if slash == 0 { b"/" } else { &path[..slash] };

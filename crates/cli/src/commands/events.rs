@@ -83,12 +83,12 @@ fn until(text: &str) -> std::result::Result<UnixNanos, String> {
     }
 }
 
-/// Prints events until interrupted, or until a time.
+/// Prints events until interrupted, or until a given time.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     Directory::create(&config.run_dir)?;
     let log = EventLog::new(&config.run_dir);
-    // Watched before it is read: nothing that is written in between is missed.
+    // Watch before reading, so that no event is missed.
     let watch = watch(&config.run_dir)?;
     let since = args.since.unwrap_or_else(time::now);
     let mut reader = log.reader();
@@ -118,7 +118,7 @@ fn watch(directory: &Path) -> Result<rustix::fd::OwnedFd> {
     Ok(watch)
 }
 
-/// Waits for more; false when the time is up.
+/// Waits for more events; false if the time is reached.
 fn wait(watch: &rustix::fd::OwnedFd, until: Option<UnixNanos>) -> Result<bool> {
     let left = match until {
         None => None,
@@ -133,7 +133,7 @@ fn wait(watch: &rustix::fd::OwnedFd, until: Option<UnixNanos>) -> Result<bool> {
     let stdout = std::io::stdout();
     let mut descriptors = [
         PollFd::new(watch, PollFlags::IN),
-        // Only its end is of interest, which is always reported.
+        // Only hang-up is of interest, which poll always reports.
         PollFd::new(&stdout, PollFlags::empty()),
     ];
     match poll(&mut descriptors, left.as_ref()) {
@@ -144,7 +144,7 @@ fn wait(watch: &rustix::fd::OwnedFd, until: Option<UnixNanos>) -> Result<bool> {
     if descriptors[1].revents().intersects(closed) {
         return Ok(false);
     }
-    // What changed does not matter: the events only have to be taken.
+    // Drain inotify; what changed does not matter.
     let mut events = [0u8; 4096];
     while rustix::io::read(watch, &mut events).is_ok_and(|length| length > 0) {}
     Ok(true)

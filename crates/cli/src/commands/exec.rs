@@ -47,7 +47,7 @@ pub struct Args {
     words: Vec<OsString>,
 }
 
-/// Starts a process in a running container and stands for it until it ends.
+/// Starts a process in a running container and forwards its streams until it exits.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let mut words = args.words.into_iter();
@@ -71,7 +71,7 @@ pub fn execute(args: Args) -> Result<u8> {
     let attachment = Attachment::prepare(Options {
         input: args.interactive,
         terminal: args.tty,
-        // As with Docker, a signal ends the command that stands for the process, not the process.
+        // As in Docker, signals end this command, not the process.
         forward_signals: false,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;

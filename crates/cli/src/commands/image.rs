@@ -1,4 +1,4 @@
-//! `hull image`: pull, import, list, remove and look at images.
+//! `hull image`: pulls, imports, lists, removes and inspects images.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -142,7 +142,7 @@ pub fn execute(args: Args) -> Result<u8> {
         } => {
             let store = images::store(&config)?;
             return for_each(&names, |name| {
-                // Whatever keeps an image from being removed is a state of it, for Docker: 1.
+                // As in Docker, any reason that prevents an image's removal exits with 1.
                 let wrong = |error| of_image(error).kind(ErrorKind::WrongState);
                 let reference = name.parse().map_err(of_image)?;
                 let removed = store.remove(&reference, force, &container_exists);
@@ -246,7 +246,7 @@ fn report(removed: &Removed) -> Result<()> {
     output::print(untagged.chain(deleted).collect::<String>())
 }
 
-/// All that is known of an image; `None` when there is none of this name.
+/// Details of an image; `None` if there is none of this name.
 pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
     let Ok(reference) = name.parse::<Reference>() else {
         return Ok(None);
@@ -266,7 +266,7 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
         "config": image.config,
         "layers": image.layers,
     });
-    // A plain directory has none.
+    // A plain directory has no configuration.
     if let Ok(document) = store.raw_config(&image) {
         object["document"] = serde_json::from_slice(&document)
             .context(|| format!("read the configuration of image {name}"))?;
@@ -292,7 +292,7 @@ fn listed_object(image: &Listed) -> Value {
     })
 }
 
-/// Name and tag as people know them: without the default registry.
+/// Name and tag in the familiar form: without the default registry.
 fn name_and_tag(reference: Option<&str>) -> (String, String) {
     let none = || "<none>".to_owned();
     let Some(reference) = reference else {

@@ -17,7 +17,7 @@ pub struct Args {
     names: Vec<String>,
 }
 
-/// Prints one JSON array with an object for each container or image.
+/// Prints a JSON array with an object for each container or image.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let mut objects = Vec::new();
@@ -40,8 +40,8 @@ fn object(config: &Config, name: &str) -> Result<Value> {
     }
 }
 
-/// Record and status in one object, with times in words, the files of the container, and its OCI
-/// configuration.
+/// Record and status in one object, with formatted times, the paths of the container's files, and
+/// its OCI configuration.
 fn container_object(container: &Any) -> Result<Value> {
     let (record, status) = match container {
         Any::Own(own) => (
@@ -83,7 +83,7 @@ fn container_object(container: &Any) -> Result<Value> {
         object["files"]["console"] = json!(path.console());
         object["files"]["messages"] = json!(path.diagnostics());
     }
-    // There is none yet while the container is being created.
+    // Missing while the container is being created.
     if let Ok(spec) = container.config() {
         object["spec"] = spec;
     }

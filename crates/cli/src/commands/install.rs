@@ -1,5 +1,5 @@
-//! `hull install` and `hull uninstall`: shows what changes in an engine's configuration, does it,
-//! and says what to do next.
+//! `hull install` and `hull uninstall`: shows the change of an engine's configuration, applies it,
+//! and prints what to do next.
 
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ struct Common {
     root: PathBuf,
 }
 
-/// Tells an engine about hull-oci.
+/// Registers hull-oci with an engine.
 pub fn execute(args: Args) -> Result<u8> {
     let runtime = install::runtime()?;
     let change = args
@@ -48,7 +48,7 @@ pub fn execute(args: Args) -> Result<u8> {
     perform(change, &args.common, "is installed already", next)
 }
 
-/// Takes it back.
+/// Reverts `install`.
 pub fn uninstall(args: UninstallArgs) -> Result<u8> {
     let change = args.engine.uninstall(&args.common.root)?;
     let next = args.engine.next(None);
@@ -65,7 +65,7 @@ fn perform(change: Option<Change>, common: &Common, nothing: &str, next: &[&str]
         return Ok(0);
     }
     change.apply()?;
-    // Elsewhere nothing runs that could be told.
+    // With another root, no running engine is affected.
     if common.root == Path::new("/") && !next.is_empty() {
         let lines: Vec<String> = next.iter().map(|line| format!("  {line}\n")).collect();
         output::print(format!("next:\n{}", lines.concat()))?;

@@ -1,4 +1,4 @@
-//! `hull kernel`: the guest kernels that are there.
+//! `hull kernel`: the installed guest kernels.
 
 use std::path::{Path, PathBuf};
 
@@ -46,7 +46,7 @@ fn machine_kind(text: &str) -> std::result::Result<Kind, String> {
         .map_err(|_| format!("unknown machine kind {text:?}: uml or qemu"))
 }
 
-/// What is shown of a kernel.
+/// A kernel in the output.
 #[derive(Debug, Serialize)]
 struct Kernel {
     /// `um`, or the architecture of the host.
@@ -101,7 +101,7 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
-/// The kernels that are there: one at least, or an error.
+/// The installed kernels; an error if there are none.
 fn installed(guest: &GuestFiles) -> Result<Vec<Kernel>> {
     let mut kernels = Vec::new();
     for (architecture, kinds) in hull_machine::kernels() {
@@ -112,7 +112,7 @@ fn installed(guest: &GuestFiles) -> Result<Vec<Kernel>> {
         }
     }
     if kernels.is_empty() {
-        // The same words as when a container wants one.
+        // The same error as when a container needs a kernel.
         guest.any_kernel()?;
     }
     Ok(kernels)

@@ -33,7 +33,7 @@ pub struct Args {
     container: String,
 }
 
-/// Prints what a container has written, each stream to its own.
+/// Prints a container's output, each stream to its own.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     let container = match container::find_any(&paths, &args.container)? {
@@ -49,12 +49,12 @@ pub fn execute(args: Args) -> Result<u8> {
     let name = &container.record.details.name;
     let open = || match Reader::open(container.directory.try_clone()?) {
         Ok(reader) => Ok(Some(reader)),
-        // Made when the container starts.
+        // Created when the container starts.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).context(|| format!("read the output of container {name}")),
     };
     let mut lines = Lines::new(args.since, args.timestamps);
-    // Watched before it is read: nothing that is written in between is missed.
+    // Watch before reading, so that no output is missed.
     let follower = match args.follow && container.status.state != State::Stopped {
         true => Some(Follower::new(&container)?),
         false => None,
@@ -79,7 +79,7 @@ pub fn execute(args: Args) -> Result<u8> {
             match entry.stream {
                 Stream::Output => crate::output::print(&text)?,
                 Stream::Error => {
-                    // A closed standard error is not worth losing the rest for.
+                    // If standard error is closed, still print the rest.
                     let _ = stderr.lock().write_all(&text);
                 }
             }
@@ -92,7 +92,7 @@ pub fn execute(args: Args) -> Result<u8> {
             match follower.wait(stdout.as_fd())? {
                 Followed::More => pass(&mut reader)?,
                 Followed::Ended => break,
-                // As a program that SIGPIPE ends.
+                // As if SIGPIPE had ended this process.
                 Followed::Unread => return Ok(141),
             }
         }

@@ -15,7 +15,7 @@ pub struct Args {
     directory: PathBuf,
 }
 
-/// Writes a page for hull, one for hull-oci, and one for each of their commands.
+/// Writes manual pages for hull, hull-oci, and each of their commands.
 pub fn execute(args: Args) -> Result<u8> {
     let directory = &args.directory;
     std::fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;

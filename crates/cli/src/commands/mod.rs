@@ -1,4 +1,4 @@
-//! The commands, one file each: its arguments, and what it does with them.
+//! The commands, one file each with its arguments and implementation.
 
 pub mod attach;
 pub mod check;
@@ -29,15 +29,15 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use crate::error::{self, Result};
 use hull_engine::config::Config;
 
-/// Turns a function on the raw text of a value into a value parser.
+/// Creates a value parser from a function on the raw text of a value.
 pub fn raw<T: Clone + Send + Sync + 'static>(
     parse: fn(&std::ffi::OsStr) -> std::result::Result<T, String>,
 ) -> impl TypedValueParser<Value = T> {
     OsStringValueParser::new().try_map(move |text| parse(&text))
 }
 
-/// Does something with each of several containers or images. A failure is reported at once and does
-/// not keep the others from their turn; the exit status.
+/// Calls `action` for each of several containers or images. Reports failures at once and continues;
+/// returns the exit status.
 pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) -> Result<u8> {
     let mut status = 0;
     for name in names {
@@ -48,8 +48,7 @@ pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) ->
     Ok(status)
 }
 
-/// The configuration, for a command that needs the rights of root: who is not root gets them in a
-/// user namespace.
+/// The configuration, for a command that needs root; other users become root in a user namespace.
 pub fn config_for_root() -> Result<Config> {
     let config = Config::load()?;
     if config.without_root {
@@ -59,7 +58,7 @@ pub fn config_for_root() -> Result<Config> {
     Ok(config)
 }
 
-/// Nanoseconds since 1970 as the clock of this program counts.
+/// Converts nanoseconds since 1970 to this program's time type.
 pub fn from_ns(nanoseconds: u64) -> hull_engine::time::UnixNanos {
     i128::from(nanoseconds)
 }

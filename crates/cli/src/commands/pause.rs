@@ -16,7 +16,7 @@ pub struct Args {
     containers: Vec<String>,
 }
 
-/// Freezes each container, or lets it go on.
+/// Pauses or resumes each container.
 pub fn execute(args: Args, freeze: bool) -> Result<u8> {
     let paths = config_for_root()?.paths();
     for_each(&args.containers, |name| {

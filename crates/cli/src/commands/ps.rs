@@ -114,7 +114,7 @@ impl Filter {
         }
     }
 
-    /// Whether one asks for containers that `ps` hides by default.
+    /// Whether the filter selects containers that `ps` hides by default.
     fn wants_stopped(&self) -> bool {
         matches!(
             self,
@@ -123,7 +123,7 @@ impl Filter {
     }
 }
 
-/// Docker's word for a state.
+/// Docker's name for a state.
 fn docker_state(state: State) -> &'static str {
     match state {
         State::Creating | State::Created => "created",
@@ -133,7 +133,7 @@ fn docker_state(state: State) -> &'static str {
     }
 }
 
-/// State and times in words: `Up 5 minutes`, `Exited (0) 2 hours ago`.
+/// Status as text: `Up 5 minutes`, `Exited (0) 2 hours ago`.
 fn in_words(row: &Row) -> String {
     let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(row.created_ns)));
     let status = &row.status;
@@ -148,7 +148,7 @@ fn in_words(row: &Row) -> String {
     }
 }
 
-/// What is shown of one container, of whatever engine.
+/// What is shown of a container, of any engine.
 #[derive(Debug, Default)]
 struct Row {
     id: String,
@@ -236,7 +236,7 @@ impl Row {
     }
 }
 
-/// One container in `ps --json`.
+/// A container in `ps --json`.
 #[derive(Serialize)]
 struct Listed<'a> {
     id: &'a str,
@@ -322,8 +322,7 @@ fn listed(row: &Row) -> Listed<'_> {
     }
 }
 
-/// As Docker shows published ports: `0.0.0.0:8080->80/tcp`. Those of a container that does not run
-/// lead nowhere.
+/// Published ports in Docker's format: `0.0.0.0:8080->80/tcp`. Empty for a stopped container.
 fn ports(row: &Row) -> String {
     if row.status.state == State::Stopped {
         return String::new();

@@ -17,7 +17,7 @@ pub struct Args {
     containers: Vec<String>,
 }
 
-/// Removes containers and everything of them.
+/// Removes containers and all their resources.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     for_each(&args.containers, |name| {

@@ -1,4 +1,4 @@
-//! `hull run`: the grammar of its options, and the caller's side of the container until it ends.
+//! `hull run`: the grammar of its options, and the caller's side of the container until it exits.
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -188,7 +188,7 @@ impl From<NetworkArgs> for NetworkOptions {
     }
 }
 
-/// How the command goes on, beside what the container is.
+/// Options of this command that are not the container's.
 struct Caller {
     detach: bool,
     timings: bool,
@@ -325,7 +325,7 @@ fn start(
         })?),
     };
     notice(config, &run);
-    // Until the container is there to be seen, this process keeps its image from being removed.
+    // Keeps the image from being removed until the container is registered.
     let hold = images::store(config)?
         .hold(&image, run.id())
         .map_err(hull_engine::error::of_image)?;
@@ -337,8 +337,8 @@ fn start(
     }
 }
 
-/// What the user has to know before the first container: told to people, once. In the standard
-/// error of a script's container it would only be in the way.
+/// Tells the user once, before the first container, how it is isolated. Only on a terminal: scripts
+/// would find it in their container's standard error.
 fn notice(config: &Config, run: &Run<'_>) {
     let told = config.data_dir.join("isolation-notice");
     if !std::io::stderr().is_terminal() || told.exists() {
@@ -370,7 +370,7 @@ fn print_timings(began_ns: u64, mut steps: Vec<Step>) {
     output::note(table.render().trim_end());
 }
 
-/// The environment of files and options, options last.
+/// The environment from files and options; options come last.
 pub fn gather_environment(files: &[PathBuf], given: &[OsString]) -> Result<Vec<OsString>> {
     let mut variables = Vec::new();
     for file in files {
@@ -384,7 +384,7 @@ pub fn gather_environment(files: &[PathBuf], given: &[OsString]) -> Result<Vec<O
     Ok(variables)
 }
 
-/// Refuses a container's terminal whose input would come from somewhere else, in Docker's words.
+/// Refuses a terminal for the container if standard input is not one, with Docker's message.
 pub fn check_terminal() -> Result<()> {
     match rustix::termios::isatty(std::io::stdin()) {
         true => Ok(()),
@@ -396,7 +396,7 @@ fn status_of_signal(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(u8::MAX)
 }
 
-/// What the command does when its attachment has ended. The number is the exit status.
+/// Reports the outcome of an attachment and returns the exit status.
 pub fn finish(outcome: Outcome, name: &str) -> Result<u8> {
     Ok(match outcome {
         Outcome::Exited(exit) => {
@@ -410,7 +410,7 @@ pub fn finish(outcome: Outcome, name: &str) -> Result<u8> {
             0
         }
         Outcome::Interrupted(signal) => status_of_signal(signal),
-        // As a program that SIGPIPE ends.
+        // As if SIGPIPE had ended this process.
         Outcome::OutputClosed => status_of_signal(nix::sys::signal::Signal::SIGPIPE as i32),
     })
 }

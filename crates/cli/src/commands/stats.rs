@@ -1,4 +1,4 @@
-//! `hull stats`: what containers use inside, beside what their machines cost the host.
+//! `hull stats`: what containers use in the guest, and what their machines cost the host.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use super::config_for_root;
 use crate::error::{Error, Result};
 use crate::output::{self, Table, binary_size, decimal_size, percent};
 
-/// Time between two looks: the processor share is what was used in between.
+/// Time between samples: the CPU share is what was used in between.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Arguments of `stats`.
@@ -42,7 +42,7 @@ struct Sample {
     taken: Instant,
 }
 
-/// Prints figures of containers once or until interrupted.
+/// Prints metrics of containers once, or until interrupted.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     let clear = !args.no_stream && !args.json && std::io::stdout().is_terminal();
@@ -82,7 +82,7 @@ fn sample(paths: &Paths, args: &Args) -> Result<Vec<Sample>> {
         let engines = container::engines(paths).into_iter().flatten();
         all.extend(engines.map(|other| Any::Engine(Box::new(other))));
     }
-    // A container that ends while it is looked at is simply not shown.
+    // A container that exits meanwhile is not shown.
     Ok(all
         .iter()
         .filter(|container| matches!(container.state(), State::Running | State::Paused))
@@ -105,14 +105,14 @@ fn sample_one(container: &Any) -> Result<Sample> {
     }
 }
 
-/// What is printed of one container.
+/// Metrics of a container in the output.
 #[derive(Serialize)]
 struct Figures<'a> {
     id: &'a str,
     name: &'a str,
-    /// Share of one processor, percent.
+    /// Share of one CPU, percent.
     cpu_percent: f64,
-    /// Without page cache that can be dropped, as Docker counts.
+    /// Without reclaimable page cache, as in Docker.
     memory_used: u64,
     host_memory_total: u64,
     #[serde(flatten)]

@@ -27,7 +27,7 @@ pub struct Args {
     containers: Vec<String>,
 }
 
-/// Sends the stop signal, then SIGKILL; prints the name of each container when it has ended.
+/// Sends the stop signal, then SIGKILL; prints the name of each container when it has exited.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let paths = config.paths();
@@ -41,7 +41,7 @@ pub fn execute(args: Args) -> Result<u8> {
         if container.status.state != State::Stopped
             && let Err(error) = stop(&container, timeout_ms)
         {
-            // Ended by itself in between, and perhaps removed: that is what was asked for.
+            // Exited by itself meanwhile, and may have been removed: the goal is reached.
             let now = container::load(&paths, &container.record.id)?;
             if now.is_some_and(|container| container.status.state != State::Stopped) {
                 return Err(error);

@@ -21,7 +21,7 @@ pub struct Args {
     container: String,
 }
 
-/// Lists the processes of a container. Process ids are those that the container sees.
+/// Lists the processes of a container, with process ids as seen in the container.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     let container = container::find_any(&paths, &args.container)?;
@@ -36,8 +36,8 @@ pub fn execute(args: Args) -> Result<u8> {
         output::print_json(&processes)?;
         return Ok(0);
     }
-    // Parents are numbered in the guest's root namespace: the container's number is that of the
-    // parent's row.
+    // Parents have process ids of the guest's root namespace; the parent's row has its id in the
+    // container.
     let inside = |pid: u32| {
         let parent = processes.iter().find(|process| process.pid == pid);
         parent.map_or(0, |process| process.container_pid)
@@ -68,7 +68,7 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
-/// Hours and minutes, UTC.
+/// Hours and minutes in UTC.
 fn clock(seconds: u64) -> String {
     time::format_rfc3339(i128::from(seconds) * 1_000_000_000)
         .get(11..16)

@@ -14,7 +14,7 @@ pub struct Args {
     containers: Vec<String>,
 }
 
-/// Prints the exit code of each container when it has ended.
+/// Prints the exit code of each container when it has exited.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     for_each(&args.containers, |name| {

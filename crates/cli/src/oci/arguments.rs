@@ -1,4 +1,4 @@
-//! The grammar of `hull-oci`: runc's names, meanings and short forms.
+//! The grammar of `hull-oci`: names, meanings and short forms as in runc.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -308,7 +308,7 @@ pub struct Events {
     pub id: String,
 }
 
-/// A time as Go writes it: `5s`, `100ms`, `1m30s`.
+/// A duration in Go's format: `5s`, `100ms`, `1m30s`.
 fn duration(text: &str) -> Result<Duration, String> {
     let invalid = || format!("{text:?} is not a time such as 5s, 100ms or 1m30s");
     let mut rest = text;

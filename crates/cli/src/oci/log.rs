@@ -1,5 +1,5 @@
-//! Where `hull-oci` says what goes wrong: the file that an engine names, in the form that it
-//! parses, and standard error.
+//! The log of `hull-oci`: the file that the engine names, in the format that it parses, and
+//! standard error.
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -16,7 +16,7 @@ struct Log {
 
 static LOG: OnceLock<Log> = OnceLock::new();
 
-/// Opens the log. Until then, and without one, everything goes to standard error.
+/// Opens the log. Before that, and without a log file, messages go to standard error.
 pub fn open(global: &Global) -> Result<()> {
     let file = match &global.log {
         None => None,
@@ -36,12 +36,12 @@ pub fn open(global: &Global) -> Result<()> {
     Ok(())
 }
 
-/// Says what the user should know.
+/// Logs a warning.
 pub fn warn(message: &str) {
     write("warning", message);
 }
 
-/// Says why the command failed: in the log, and always on standard error too, for people.
+/// Logs why the command failed, always on standard error as well.
 pub fn fatal(failure: &Error) {
     let message = failure.message.trim_end().replace('\n', " ");
     let logged = LOG.get().is_some_and(|log| log.file.is_some());
@@ -63,7 +63,7 @@ pub fn fatal(failure: &Error) {
             text.push_str(&format!("  {line}\n"));
         }
     }
-    // Nobody is left to tell when standard error is closed.
+    // If standard error is closed, there is nowhere to report to.
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
@@ -77,8 +77,8 @@ fn write(level: &str, message: &str) {
         }
         _ => format!("time={time:?} level={level} msg={message:?}\n"),
     };
-    // In one write, so that lines of several commands do not mix. A full disk is not this command's
-    // failure.
+    // A single write, so that lines of concurrent commands do not mix. A full disk does not make
+    // the command fail.
     let _ = match log.and_then(|log| log.file.as_ref()) {
         Some(mut file) => file.write_all(line.as_bytes()),
         None => std::io::stderr().lock().write_all(line.as_bytes()),

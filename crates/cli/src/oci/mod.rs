@@ -1,6 +1,5 @@
-//! The executable under the name `hull-oci`: runc's command line, for engines. Arguments go to
-//! crate `oci`, answers to standard output, errors to the log in the form that engines parse and to
-//! standard error.
+//! The executable as `hull-oci`: runc's command line, for engines. Passes arguments to crate `oci`,
+//! prints results to standard output, and logs errors in the format that engines parse.
 
 mod arguments;
 mod log;
@@ -26,7 +25,7 @@ use arguments::{Command, Format, HullOci};
 use hull_engine::config::Config;
 use hull_engine::guest_files::GuestFiles;
 
-/// Where the state of containers is unless `--root` says otherwise.
+/// Default of `--root`.
 const DEFAULT_ROOT: &str = "/run/hull-oci";
 
 /// The grammar, for manual pages and completion.
@@ -34,12 +33,13 @@ pub fn grammar() -> clap::Command {
     HullOci::command()
 }
 
-/// Does what the arguments say.
+/// Executes the command line.
 pub fn main(arguments: &[OsString]) -> ExitCode {
     let arguments = match HullOci::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(error) => {
-            // Help and version go to standard output; nobody is left to tell when that is closed.
+            // Help and version go to standard output; if it is closed, there is nowhere to report
+            // to.
             let _ = error.print();
             return match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
@@ -62,8 +62,8 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-/// What a command needs. The configuration only decides about new containers: a damaged one must
-/// not keep those that there are from being ended.
+/// Settings of a command. The configuration matters only for new containers: existing ones can be
+/// stopped even if it is invalid.
 fn settings(global: &arguments::Global) -> Result<Settings> {
     if !rustix::process::geteuid().is_root() {
         return Err(
@@ -91,13 +91,13 @@ fn settings(global: &arguments::Global) -> Result<Settings> {
     })
 }
 
-/// The same for a command that creates a container.
+/// Settings of a command that creates a container.
 fn settings_to_create(global: &arguments::Global) -> Result<Settings> {
     Config::load()?;
     settings(global)
 }
 
-/// The machine for a container with these limits, by the configuration.
+/// Configures the machine for a container with these limits.
 fn machine(
     config: &Result<Config>,
     memory: Option<u64>,
@@ -111,7 +111,7 @@ fn machine(
         memory: memory.map_or(config.memory, MachineConfig::memory_for),
         cpus: hull_engine::run::cpus(&choice, cpus_milli, config)?,
         choice,
-        // `create` knows.
+        // Set by `create`.
         nets: 0,
         hull: None,
     })
@@ -185,7 +185,7 @@ fn execute(arguments: HullOci) -> Result<u8> {
     }
 }
 
-/// An exit status, of which 8 bits reach whoever waits.
+/// An exit status; the parent process receives only its low 8 bits.
 fn status(status: i32) -> u8 {
     u8::try_from(status & 0xff).unwrap_or(u8::MAX)
 }
@@ -239,7 +239,7 @@ fn table(listed: &[Value]) -> String {
     table.render()
 }
 
-/// The lines of the host's `ps` that are about these processes, as runc shows them.
+/// Prints the lines of the host's `ps` for these processes, as runc does.
 fn print_processes(pids: &[i32], arguments: &[String]) -> Result<u8> {
     let arguments: Vec<&str> = match arguments {
         [] => vec!["-ef"],
@@ -270,7 +270,7 @@ fn print_processes(pids: &[i32], arguments: &[String]) -> Result<u8> {
     print(format!("{}\n", shown.join("\n")))
 }
 
-/// Prints figures, once or again and again until the container ends.
+/// Prints metrics, once or repeatedly until the container exits.
 fn events(settings: &Settings, args: &arguments::Events) -> Result<u8> {
     if args.interval.is_zero() {
         return Err(Error::new("duration interval must be greater than 0"));
@@ -279,7 +279,7 @@ fn events(settings: &Settings, args: &arguments::Events) -> Result<u8> {
     loop {
         let figures = match commands::metrics(settings, &args.id) {
             Ok(figures) => figures,
-            // It has ended while it was watched.
+            // The container exited meanwhile.
             Err(_) if kills.is_some() => return Ok(0),
             Err(failure) => return Err(failure),
         };

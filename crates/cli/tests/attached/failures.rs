@@ -1,4 +1,4 @@
-//! What a user sees of a sandbox that refuses, speaks another version, or dies.
+//! What a user sees if a sandbox refuses, has another protocol version, or dies.
 
 use std::process::{Child, Output};
 
@@ -20,7 +20,7 @@ fn assert_fails(output: &Output, code: i32, text: &str) {
 #[test]
 fn a_sandbox_process_that_dies_is_an_error_of_hull() {
     let gone = "error: the sandbox process has ended: it was killed, or it broke down\n";
-    // Before it greets, before it answers, and while the process runs.
+    // Before its greeting, before its answer, and while the process runs.
     for stage in 0..3 {
         let Some(fake) = Fake::new(false) else { return };
         let child = fake.hull("exec web true").spawn().unwrap();
@@ -60,7 +60,7 @@ fn failures_keep_their_words_and_status() {
 #[test]
 fn what_a_sandbox_cannot_do_is_said_in_one_clear_line() {
     let Some(fake) = Fake::new(false) else { return };
-    // As a sandbox answers that an older hull has started.
+    // The answer of a sandbox that an older hull started.
     let error = Error::unsupported("call \"exec\": this sandbox was started by hull 0.0.9");
     let failed = Reply::Failed(error.hint("start the container anew"));
     let text = "error: not supported: call \"exec\": this sandbox was started by hull 0.0.9\n\
@@ -87,12 +87,12 @@ fn every_kind_of_failure_has_its_status() {
         ("guest_failed", 125),
         ("gone", 125),
         ("host", 125),
-        // A kind that only a newer hull knows.
+        // A kind added by a newer hull.
         ("out_of_tea", 125),
     ] {
         let child = fake.hull("exec web x").spawn().unwrap();
         let (_, connection) = fake.exec();
-        // The words are the guest's: what controls a terminal does not reach it.
+        // The message comes from the guest: control characters must not reach the terminal.
         let reply = json!({"failed": {"kind": kind, "message": "a\nb\u{1b}[31mc"}});
         send(&connection.socket, &reply, &[]).unwrap();
         let output = child.wait_with_output().unwrap();
@@ -121,7 +121,7 @@ fn a_sandbox_of_a_newer_hull_is_used() {
     let child = fake.hull("exec web true").spawn().unwrap();
     let connection = fake.accept();
     connection.take_greeting();
-    // What a newer hull adds to its answers is ignored.
+    // Additions of a newer hull to its replies are ignored.
     let hello = json!({"hello": {"version": VERSION + 7, "build": "hull 99", "mood": "calm"}});
     send(&connection.socket, &hello, &[]).unwrap();
     connection.request();
@@ -154,7 +154,7 @@ fn a_sandbox_that_is_too_old_is_named() {
     }
 }
 
-/// Refuses the greeting as a sandbox does that no longer answers this version.
+/// Refuses the greeting, as a sandbox that no longer supports this version.
 fn refuse(connection: Connection) -> &'static str {
     let error = Error::unsupported("hull 0.1.0 speaks version 1, hull 99 answers 7 and later");
     connection.answer(&Reply::Failed(error.hint("update hull")));
@@ -170,7 +170,7 @@ fn a_sandbox_that_refuses_this_hull_says_so_whether_or_not_it_reads_on() {
         let child: Child = fake.hull(line).spawn().unwrap();
         let connection = fake.accept();
         connection.take_greeting();
-        // The first request is there already, and stays unread when the connection is closed.
+        // The first request has arrived, and stays unread when the connection is closed.
         connection.wait_for_request();
         let mut text = "";
         while_stopped(&child, || text = refuse(connection));
@@ -183,7 +183,7 @@ fn a_sandbox_that_refuses_this_hull_before_the_first_request_says_so() {
     let Some(fake) = Fake::new(false) else { return };
     let config = std::fs::read(fake.config()).unwrap();
     std::fs::remove_file(fake.config()).unwrap();
-    // Read between the greeting and the request: holds the command there.
+    // Read between the greeting and the request: the command blocks there.
     mknodat(
         CWD,
         fake.config(),

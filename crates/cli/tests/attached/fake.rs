@@ -1,5 +1,5 @@
-//! The sandbox process that the tests play: a container's files, the control socket, and the
-//! sandbox's ends of connections and streams.
+//! A fake sandbox process: a container's files, the control socket, and the sandbox's ends of
+//! connections and streams.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,10 +22,10 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
-/// How long anything that must happen is waited for.
+/// Timeout for anything that must happen.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A container that only one test knows, and the sandbox that it is in.
+/// A container of one test, and its sandbox.
 pub struct Fake {
     pub directory: tempfile::TempDir,
     pub id: String,
@@ -84,7 +84,7 @@ impl Fake {
         self.paths.container(&self.id).join(CONFIG_FILE)
     }
 
-    /// A command of hull, words separated by spaces.
+    /// A hull command, with arguments separated by spaces.
     pub fn hull(&self, line: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hull"));
         command
@@ -97,12 +97,13 @@ impl Fake {
         command
     }
 
-    /// Lets go of the lock and of the socket, as a sandbox process that is killed; what is left.
+    /// Releases the lock and the socket, as if the sandbox process was killed; returns the
+    /// directory.
     pub fn die(self) -> tempfile::TempDir {
         self.directory
     }
 
-    /// The next connection, before any greeting.
+    /// Accepts the next connection, before any greeting.
     pub fn accept(&self) -> Connection {
         wait_for(&self.listener);
         let socket = accept_with(&self.listener, SocketFlags::CLOEXEC).unwrap();
@@ -110,14 +111,14 @@ impl Fake {
         Connection { socket }
     }
 
-    /// The next connection, greeted, and its first request.
+    /// Accepts the next connection, answers the greeting and reads the first request.
     pub fn request(&self) -> (Request, Connection) {
         let connection = self.accept();
         connection.greet(Hello::own());
         (connection.request(), connection)
     }
 
-    /// The next connection and the process that it asks to execute.
+    /// The next connection and its `Exec` request.
     pub fn exec(&self) -> (ProcessConfig, Connection) {
         let (request, connection) = self.request();
         let Request::Exec(process) = request else {
@@ -128,7 +129,7 @@ impl Fake {
     }
 }
 
-/// What commands read of a container's own process.
+/// The part of a container's configuration that commands read.
 const CONFIG: &str = r#"{"ociVersion": "1.2.0", "process": {
     "args": ["sh"], "env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}}}"#;
 
@@ -140,7 +141,7 @@ fn listen(path: &SandboxPath) -> OwnedFd {
     listener
 }
 
-/// Waits until there is something to accept or to receive.
+/// Waits until the socket is readable.
 fn wait_for(socket: impl AsFd) {
     let timeout = Timespec::try_from(TIMEOUT).unwrap();
     let mut sockets = [PollFd::new(&socket, PollFlags::IN)];
@@ -168,19 +169,19 @@ impl Connection {
         assert_eq!(hello, Hello::own());
     }
 
-    /// The next request; `None` when the client has gone.
+    /// Reads the next request; `None` if the client has closed the connection.
     pub fn next(&self) -> Option<Request> {
         let received = receive::<Request>(&self.socket).unwrap()?;
         assert!(received.fds.is_empty());
         Some(received.message)
     }
 
-    /// The next request.
+    /// Reads the next request.
     pub fn request(&self) -> Request {
         self.next().unwrap()
     }
 
-    /// Waits until the next request is there, and leaves it unread.
+    /// Waits for the next request without reading it.
     pub fn wait_for_request(&self) {
         wait_for(&self.socket);
     }
@@ -189,7 +190,7 @@ impl Connection {
         send(&self.socket, reply, &[]).unwrap();
     }
 
-    /// Answers with streams; the process's ends of them.
+    /// Answers with streams; returns the sandbox's ends.
     pub fn hand_over<const N: usize>(&self) -> [UnixStream; N] {
         let pairs = [(); N].map(|()| UnixStream::pair().unwrap());
         let theirs: Vec<_> = pairs.iter().map(|(_, theirs)| theirs.as_fd()).collect();
@@ -200,7 +201,7 @@ impl Connection {
         })
     }
 
-    /// Says that the process has ended by itself.
+    /// Reports that the process has exited by itself.
     pub fn exit(&self, status: i32) {
         self.answer(&Reply::Exited(Exit::now(status)));
     }
@@ -214,7 +215,7 @@ pub fn kill(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
-/// Does something that a command sees only when all of it is done.
+/// Performs actions that the command then observes all at once.
 pub fn while_stopped(child: &Child, act: impl FnOnce()) {
     kill(child, Signal::STOP);
     let (_, status) = waitpid(Some(Pid::from_child(child)), WaitOptions::UNTRACED)
@@ -237,7 +238,7 @@ pub fn resident(child: &Child) -> usize {
         .unwrap()
 }
 
-/// Input that never ends.
+/// Endless input.
 pub fn zeros() -> File {
     File::open("/dev/zero").unwrap()
 }

@@ -1,5 +1,5 @@
-//! The caller's side of a container, against a sandbox process that this test plays: what goes over
-//! the connection, and what a user sees of it. No machine is started. Needs root, as hull does.
+//! The caller's side of a container, against a fake sandbox process: what is sent over the
+//! connection, and what a user sees. No machine is started. Needs root, as hull does.
 #![allow(clippy::unwrap_used)]
 
 mod failures;
@@ -197,7 +197,7 @@ fn a_closed_output_ends_the_command() {
         (output.status.code(), stderr(&output).as_str()),
         (Some(141), "")
     );
-    // How the sandbox learns that nobody wants the output any more.
+    // Closing the connection tells the sandbox that the output is no longer read.
     assert!(connection.next().is_none());
 }
 
@@ -218,7 +218,7 @@ fn signals_reach_the_container_even_when_it_reads_no_input() {
         (fake.id.clone(), options)
     );
     let [_input, output, error] = connection.hand_over();
-    // Its input is never read: the stream is full by now.
+    // Its input is never read, so the stream is full by now.
     std::thread::sleep(Duration::from_millis(300));
     for (signal, number) in [(Signal::INT, 2), (Signal::USR1, 10)] {
         kill(&child, signal);
@@ -241,14 +241,14 @@ fn a_signal_ends_exec_and_not_its_process() {
     let [_output, _error] = connection.hand_over();
     kill(&child, Signal::TERM);
     child.wait_with_output().unwrap();
-    // No signal for the process comes before the end of the connection.
+    // No signal is sent to the process before the connection is closed.
     assert!(connection.next().is_none());
 }
 
 #[test]
 fn logs_are_followed_to_the_end() {
     let ended = Reply::Ended(Exit::now(0));
-    // The container's end is an answer, and so is the end of the sandbox process.
+    // Both the container's end and the sandbox process's end complete it.
     for answer in [None, Some(ended)] {
         let Some(fake) = Fake::new(false) else { return };
         let mut log = Writer::create(fake.container(), 1 << 20).unwrap();

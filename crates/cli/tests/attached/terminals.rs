@@ -12,7 +12,7 @@ use rustix::termios::{self, LocalModes, Winsize};
 
 use crate::fake::{Connection, Fake, kill, stderr, while_stopped};
 
-/// A terminal: what a user holds, and what the command gets.
+/// A pty: the user's master, and the slave for the command.
 fn terminal() -> (File, OwnedFd) {
     let controller = pty::openpt(pty::OpenptFlags::RDWR | pty::OpenptFlags::NOCTTY).unwrap();
     pty::grantpt(&controller).unwrap();
@@ -41,7 +41,7 @@ fn size(rows: u16, columns: u16) -> TerminalSize {
     TerminalSize { rows, columns }
 }
 
-/// Expects the next request to be a new size.
+/// Reads a resize request.
 fn resized(connection: &Connection) -> TerminalSize {
     match connection.request() {
         Request::Resize(size) => size,
@@ -93,7 +93,7 @@ fn a_terminal_is_raw_while_attached_and_its_size_follows() {
         (Some(0), "read escape sequence\n")
     );
     assert!(!is_raw());
-    // The keys did not reach the container, and nothing but the connection ended.
+    // The keys did not reach the container, and only the connection ended.
     assert_eq!(stream.read(&mut typed).unwrap(), 0);
     assert!(connection.next().is_none());
 }
@@ -174,7 +174,7 @@ fn an_end_counts_that_crosses_a_change_of_size() {
     let (config, connection) = fake.exec();
     assert_eq!(config.size, Some(size(24, 80)));
     let [stream] = connection.hand_over();
-    // The size that the command sends is never read: the connection is closed before.
+    // The size that the command sends is never read: the connection is closed first.
     connection.wait_for_request();
     while_stopped(&child, || {
         drop(stream);

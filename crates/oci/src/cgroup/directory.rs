@@ -1,5 +1,4 @@
-//! The directories of control groups: made with what they need to take processes and limits,
-//! listed, removed.
+//! The directories of control groups: created ready for processes and limits, listed, removed.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -8,25 +7,25 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Access;
 
-/// Pause between two attempts to remove.
+/// Pause between two attempts to remove a group.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
 /// The controllers of v2 that statistics and limits need.
 const WANTED: [&str; 5] = ["cpuset", "cpu", "io", "memory", "pids"];
 
-/// Directories made so far, removed again unless they are to stay.
+/// Directories created so far; removed when dropped.
 #[derive(Default)]
 pub(super) struct Made(pub(super) Vec<PathBuf>);
 
 impl Drop for Made {
     fn drop(&mut self) {
         for directory in self.0.iter().rev() {
-            // Who else uses it by now keeps it.
+            // Fails if it is in use by now.
             let _ = rustix::fs::rmdir(directory);
         }
     }
 }
 
-/// Makes a group and those above it, so that processes can join and limits can be set.
+/// Creates a group and its missing parents, so that processes can join and limits can be set.
 pub(super) fn make(mount: &Path, directory: &Path, made: &mut Made) -> io::Result<()> {
     let mut group = mount.to_owned();
     for name in directory.strip_prefix(mount).unwrap_or(directory) {
@@ -42,12 +41,12 @@ pub(super) fn make(mount: &Path, directory: &Path, made: &mut Made) -> io::Resul
             inherit_cpuset(&above, &group)?;
         }
     }
-    // It may have been there, in a hierarchy that is read-only.
+    // It may have existed, in a hierarchy that is read-only.
     Ok(rustix::fs::access(directory, Access::WRITE_OK)?)
 }
 
-/// v2: gives the groups below this one what it has itself. Where that is not allowed, limits will
-/// miss their files.
+/// v2: enables all available controllers for children. Where that fails, a limit will not find its
+/// file.
 fn enable_controllers(group: &Path) {
     let Ok(available) = std::fs::read_to_string(group.join("cgroup.controllers")) else {
         return;
@@ -59,14 +58,15 @@ fn enable_controllers(group: &Path) {
         .collect();
     let file = group.join("cgroup.subtree_control");
     if !words.is_empty() && write(&file, &words.join(" ")).is_err() {
-        // All or nothing is the kernel's rule; one that is refused is not to keep the others out.
+        // The kernel accepts all or none: enable one by one, so that one refusal does not block the
+        // others.
         for word in words {
             let _ = write(&file, &word);
         }
     }
 }
 
-/// v1: a new cpuset is empty, and an empty one takes no process.
+/// v1: a new cpuset is empty, and an empty cpuset accepts no processes.
 fn inherit_cpuset(above: &Path, group: &Path) -> io::Result<()> {
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let path = group.join(file);
@@ -82,8 +82,8 @@ fn inherit_cpuset(above: &Path, group: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// v2: bytes in use that reclaiming cannot free, beside `memory.max`. File pages can be; those of
-/// shared memory, which a machine's memory is, count as file pages and cannot.
+/// v2: bytes in use that cannot be reclaimed; `maximum` is the group's `memory.max`. File pages can
+/// be reclaimed, except shared memory, which includes the machine's.
 pub(super) fn held(maximum: &Path) -> u64 {
     let read = |file| std::fs::read_to_string(maximum.with_file_name(file)).unwrap_or_default();
     let current = read("memory.current").trim().parse().unwrap_or(0u64);
@@ -98,7 +98,7 @@ pub(super) fn held(maximum: &Path) -> u64 {
     current.saturating_sub(value("file").saturating_sub(value("shmem")))
 }
 
-/// Removes a group with those below it, waiting for processes to leave until `deadline`.
+/// Removes a group and its descendants, waiting for processes to leave until `deadline`.
 pub(super) fn remove(directory: &Path, deadline: Instant) -> io::Result<()> {
     loop {
         let mut result = Ok(());
@@ -115,7 +115,7 @@ pub(super) fn remove(directory: &Path, deadline: Instant) -> io::Result<()> {
     }
 }
 
-/// A group and those below it, children first; empty when it is not there.
+/// A group and its descendants, children first; empty if it does not exist.
 pub(super) fn tree(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match std::fs::read_dir(directory) {
         Err(error) if is_gone(&error) => return Ok(Vec::new()),
@@ -135,12 +135,12 @@ pub(super) fn tree(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(groups)
 }
 
-/// Not there, or (ENODEV) removed since it was opened.
+/// It does not exist, or (ENODEV) was removed after it was opened.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
-/// This hierarchy is not for us.
+/// The hierarchy is not writable for this process.
 pub(super) fn is_denied(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -148,7 +148,7 @@ pub(super) fn is_denied(error: &io::Error) -> bool {
     )
 }
 
-/// One write, without making the file.
+/// A single write; does not create the file.
 pub(super) fn write(path: &Path, value: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).truncate(true).open(path)?;
     file.write_all(value.as_bytes())

@@ -1,6 +1,7 @@
-//! Turns the limits of a specification into files of control groups and what is written to them.
+//! Translates the limits of a specification to cgroup files and their contents.
 //!
-//! Pure. The specification speaks cgroup v1; for v2 it is converted as runc does.
+//! Pure functions. The specification uses cgroup v1 terms; values for v2 are converted as runc
+//! does.
 
 use hull_sandbox::{Error, Result};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
@@ -12,9 +13,9 @@ pub(super) struct Setting {
     pub(super) field: &'static str,
     /// The controller's name in v1 and in v2, for errors.
     pub(super) controllers: [&'static str; 2],
-    /// Files and what to write, to the first that exists.
+    /// Files and their contents; the first file that exists is written.
     pub(super) ways: Vec<(&'static str, String)>,
-    /// Nothing is lost where no file exists.
+    /// Not an error if no file exists.
     pub(super) optional: bool,
 }
 
@@ -29,9 +30,8 @@ const CPU: [&str; 2] = ["cpu", "cpu"];
 const CPUSET: [&str; 2] = ["cpuset", "cpuset"];
 const BLOCK_IO: [&str; 2] = ["blkio", "io"];
 
-/// All limits that the host has a part in. Numbers that are 0 are how callers say nothing.
-/// `overhead`: bytes, added to those of memory. `quota_in_force`: the first word of `cpu.max`,
-/// which has the period in the same file.
+/// All limits that apply on the host. Callers pass 0 for "not given". `overhead`: bytes, added to
+/// memory limits. `quota_in_force`: first field of `cpu.max`, which also holds the period.
 pub(super) fn settings(
     resources: &LinuxResources,
     overhead: u64,
@@ -71,7 +71,7 @@ impl List {
         const SWAP: &str = "linux.resources.memory.swap";
         let invalid = |why| Err(Error::new(format!("cannot set {SWAP}: {why}")));
         let maximum = memory.limit().filter(|limit| *limit != 0);
-        // Without memory's limit, swap's goes as well.
+        // No memory limit implies no swap limit.
         let both = match (memory.swap().filter(|swap| *swap != 0), maximum) {
             (None, Some(..0)) => Some(-1),
             (both, _) => both,
@@ -94,7 +94,7 @@ impl List {
             return Ok(());
         };
         let mut ways = vec![("memory.memsw.limit_in_bytes", wall(both).to_string())];
-        // v2 counts swap alone.
+        // v2 limits swap alone.
         match (both, maximum) {
             (..0, _) => ways.push(("memory.swap.max", or_max(-1))),
             (_, Some(..0)) => return invalid("limited while memory is not"),
@@ -108,7 +108,7 @@ impl List {
             field: SWAP,
             controllers: MEMORY,
             ways,
-            // Hosts without swap accounting are common, and memory's own limit stands.
+            // Hosts without swap accounting are common, and the memory limit still holds.
             optional: true,
         });
         Ok(())
@@ -233,7 +233,7 @@ impl List {
                 format!("{}:{}", device.major(), device.minor()),
                 device.rate(),
             );
-            // 0 lifts the limit; v2 wants the word.
+            // 0 means no limit, which v2 spells "max".
             let word = match rate {
                 0 => "max".into(),
                 rate => rate.to_string(),
@@ -250,7 +250,7 @@ impl List {
     }
 }
 
-/// -1 is how the specification says "none", v2 wants the word.
+/// The specification's -1 for "no limit" is "max" in v2.
 fn or_max(number: i64) -> String {
     match number {
         ..0 => "max".into(),
@@ -258,8 +258,8 @@ fn or_max(number: i64) -> String {
     }
 }
 
-/// 2…262144 (default 1024) to 1…10000 (default 100), so that the ends and the defaults meet: a
-/// parabola of the logarithms, as runc since 1.3.2 (its issue 4896) and the agent have it.
+/// 2…262144 (default 1024) to 1…10000 (default 100), mapping ends and defaults to each other: a
+/// parabola of the logarithms, as in runc since 1.3.2 (runc issue 4896) and in the agent.
 fn cpu_weight(shares: u64) -> u64 {
     match shares {
         ..=2 => 1,
@@ -267,13 +267,13 @@ fn cpu_weight(shares: u64) -> u64 {
         shares => {
             let logarithm = (shares as f64).log2();
             let exponent = (logarithm * logarithm + 125.0 * logarithm) / 612.0 - 7.0 / 34.0;
-            // Rounded up, unless it is only the arithmetic that is off.
+            // Round up, except for floating-point error.
             (10f64.powf(exponent) - 1e-6).ceil() as u64
         }
     }
 }
 
-/// 10…1000 to 1…10000, in a straight line.
+/// 10…1000 to 1…10000, linearly.
 fn io_weight(field: &str, weight: u16) -> Result<u64> {
     match weight {
         10..=1000 => Ok(1 + (u64::from(weight) - 10) * 9999 / 990),
@@ -288,7 +288,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// `file=value` of all ways, those of one setting joined by `|`.
+    /// `file=value` of each setting, alternatives joined by `|`.
     fn read(json: &str, overhead: u64) -> Result<Vec<String>, String> {
         let resources: LinuxResources = serde_json::from_str(json).unwrap();
         let settings = settings(&resources, overhead, Some("7000".into()));

@@ -1,27 +1,27 @@
 //! Where control groups are: the hierarchies of this host, and the group that `linux.cgroupsPath`
 //! names in each.
 //!
-//! Pure: reads the texts of `/proc/self/mountinfo` and `/proc/self/cgroup`.
+//! Pure: parses the contents of `/proc/self/mountinfo` and `/proc/self/cgroup`.
 
 use std::path::{Component, Path, PathBuf};
 
 use hull_sandbox::{Error, Result};
 
-/// Which group, the same in each hierarchy. The paths are relative and have no `..`.
+/// A group, the same in each hierarchy. Paths are relative, without `..`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Location {
     /// Below the mount.
     Mount(PathBuf),
-    /// Below the group of the caller.
+    /// Below the caller's group.
     Caller(PathBuf),
 }
 
-/// One tree of groups.
+/// A hierarchy of control groups.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Hierarchy {
-    /// Absolute.
+    /// Mount point, absolute.
     pub(super) mount: PathBuf,
-    /// What a [`Location::Caller`] is below: relative to the mount.
+    /// Parent of [`Location::Caller`], relative to the mount.
     pub(super) caller: PathBuf,
 }
 
@@ -34,7 +34,7 @@ impl Hierarchy {
     }
 }
 
-/// What `linux.cgroupsPath` means.
+/// Interprets `linux.cgroupsPath`.
 pub(super) fn location(cgroups_path: Option<&Path>, id: &str, systemd: bool) -> Result<Location> {
     let given = cgroups_path.filter(|path| !path.as_os_str().is_empty());
     if systemd {
@@ -55,7 +55,7 @@ pub(super) fn location(cgroups_path: Option<&Path>, id: &str, systemd: bool) -> 
     })
 }
 
-/// Without root, `.` and `..`, which goes nowhere above the beginning.
+/// Makes a path relative, without `.` and `..`; `..` stops at the root.
 fn clean(path: &Path) -> PathBuf {
     let mut clean = PathBuf::new();
     for component in path.components() {
@@ -70,13 +70,13 @@ fn clean(path: &Path) -> PathBuf {
     clean
 }
 
-/// `slice:prefix:name` is the scope `prefix-name.scope`, or the slice `name` if it is called so, in
-/// `slice` or `system.slice`.
+/// `slice:prefix:name` is the scope `prefix-name.scope`, or the slice `name` if it ends in
+/// `.slice`; in `slice`, by default `system.slice`.
 fn systemd_path(path: &Path) -> Result<PathBuf> {
     let text = path.to_str().unwrap_or_default();
     let parts: Vec<_> = text.split(':').collect();
     let &[slice, prefix, name] = &parts[..] else {
-        // runc's words.
+        // runc's message.
         return Err(Error::new(format!(
             "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got {path:?} instead"
         )));
@@ -115,10 +115,10 @@ fn expand_slice(slice: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The hierarchies that are mounted and that this process is in.
+/// The hierarchies that are mounted and that the calling process is in.
 pub(super) fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
     let mut mounts: Vec<_> = mountinfo.lines().filter_map(Mount::parse).collect();
-    // Of several mounts of one hierarchy, the one where everybody looks.
+    // Of several mounts of one hierarchy, prefer the usual place.
     mounts.sort_by_key(|mount| !mount.point.starts_with("/sys/fs/cgroup"));
     let only_v2 = own
         .lines()
@@ -164,7 +164,7 @@ impl<'a> Mount<'a> {
         })
     }
 
-    /// Whether a line of /proc/self/cgroup (`number:controllers:group`) speaks of this hierarchy.
+    /// Whether a line of /proc/self/cgroup (`number:controllers:group`) is about this hierarchy.
     fn is_of(&self, line: &str) -> bool {
         let controllers = line.split(':').nth(1).unwrap_or_default();
         match controllers {

@@ -1,5 +1,5 @@
-//! Against trees of plain files for both versions, and against the hierarchies of this machine
-//! where they are writable.
+//! On trees of plain files for both versions, and on this machine's hierarchies where they are
+//! writable.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +12,7 @@ fn resources(json: &str) -> LinuxResources {
     serde_json::from_str(json).unwrap()
 }
 
-/// A directory with these files.
+/// Creates a directory with these files.
 fn group(directory: &Path, files: &[(&str, &str)]) {
     std::fs::create_dir_all(directory).unwrap();
     for (file, text) in files {
@@ -35,7 +35,7 @@ fn below(path: &str) -> Location {
     Location::Mount(path.into())
 }
 
-/// Makes groups below these mounts.
+/// Creates groups below these mounts.
 fn make(
     hierarchies: &[Hierarchy],
     location: Location,
@@ -69,7 +69,7 @@ fn v1_limits_find_their_hierarchies() {
     group(&memory, &[]);
     group(&cpu, &[]);
     group(&cpuset, &[("cpuset.cpus", "0-3\n"), ("cpuset.mems", "0\n")]);
-    // What the kernel makes with a directory.
+    // The files that the kernel creates in a new group.
     group(
         &memory.join("p/c"),
         &[
@@ -173,7 +173,7 @@ fn a_wall_is_not_put_through_a_running_machine() {
             ("memory.stat", "anon 100\nfile 2800\nshmem 1800\n"),
         ],
     );
-    // 3000 in use, of which 1000 are pages of files.
+    // 3000 in use, of which 1000 are file pages.
     groups
         .apply(&resources(r#"{"memory":{"limit":1900}}"#), 99)
         .unwrap();
@@ -220,7 +220,7 @@ fn a_missing_controller_is_an_error_for_who_needs_it_and_leaves_nothing() {
             assert_eq!(names(&v2), ["cgroup.controllers", "cgroup.subtree_control"]);
         }
     }
-    // Swap alone is set where there is something to set.
+    // Swap alone is set if there is a file for it.
     let swap = resources(r#"{"memory":{"swap":1000}}"#);
     let groups = make(&[hierarchy(&v1)], below("there/a"), Some(&swap), 0).unwrap();
     groups.remove().unwrap();
@@ -262,7 +262,7 @@ fn removes_what_is_below_but_not_what_is_above() {
     assert_eq!(again.directories, groups.directories);
 }
 
-/// Ends the process and removes the groups whatever a test came to.
+/// Kills the process and removes the groups, also when the test fails.
 struct Cleanup(Child, Groups);
 
 impl Drop for Cleanup {
@@ -303,7 +303,7 @@ fn on_this_machine() {
         .count();
     assert_eq!(moved, groups.directories.len(), "{own}");
 
-    // Raising and lowering both, where the kernel minds the order.
+    // Raise and lower both: the kernel checks their order.
     const MIB: u64 = 1 << 20;
     if groups.find("memory.limit_in_bytes").is_some() || groups.find("memory.max").is_some() {
         for mib in [64, 256, 32] {
@@ -316,7 +316,7 @@ fn on_this_machine() {
                 .unwrap();
             assert_eq!(read(file).trim(), (limit + MIB).to_string());
         }
-        // Memory is charged to the group from now on: the wall stays above what a process keeps.
+        // Memory is charged to the group from now on: the limit stays above what a process keeps.
         drop(stdin);
         let deadline = Instant::now() + Duration::from_secs(10);
         while !read(format!("/proc/{pid}/cmdline")).starts_with("sleep") {

@@ -1,8 +1,8 @@
 //! `create` and `run`.
 //!
 //! The machine boots while hooks run and shares are opened. Until the keeper has the connection to
-//! the sandbox, everything hangs on this process: when it dies, the keeper and the container in the
-//! guest go with it, and what remains is a directory that reads as stopped, for `delete` to remove.
+//! the sandbox, everything depends on this process: if it dies, the keeper and the container in the
+//! guest die too, and a directory remains that reads as stopped, for `delete` to remove.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,38 +30,38 @@ use crate::guest_spec::{HostShare, Network, Plan};
 use crate::keeper::{self, Keeper, Kept, Mode, World};
 use crate::{console, disks, hooks, pod};
 
-/// How often a pod that is just ending is waited for.
+/// How often to retry when the pod is just ending.
 const MAX_RETRIES: usize = 10;
 
-/// What `create` and `run` are told.
+/// Options of `create` and `run`.
 #[derive(Debug, Default)]
 pub struct CreateOptions {
     /// The new container's id.
     pub id: String,
     /// Directory of the bundle.
     pub bundle: PathBuf,
-    /// Who gets the master of the terminal.
+    /// Socket that receives the terminal's master.
     pub console_socket: Option<PathBuf>,
-    /// Where the keeper's process id is written.
+    /// File that receives the keeper's process id.
     pub pid_file: Option<PathBuf>,
-    /// Descriptors to pass on.
+    /// Number of descriptors to pass on; refused unless 0.
     pub preserve_fds: u32,
 }
 
 /// Creates a container, whose init then waits for `start`.
 ///
 /// # Errors
-/// The bundle cannot be used, the machine does not come up, a hook fails, or the guest refuses;
-/// nothing of the container is left then.
+/// The bundle is invalid, a limit cannot be set, a hook fails, the machine does not boot, or the
+/// guest refuses the container. Nothing of the container remains.
 pub fn create(settings: &Settings, options: &CreateOptions) -> Result<()> {
     make(settings, options, true).map(drop)
 }
 
-/// Creates and starts a container. Unless `detach`ed, waits for its end, removes it (but for
-/// `keep`), and returns its exit status.
+/// Creates and starts a container. Unless `detach` is set, waits for it to exit, removes it (unless
+/// `keep` is set), and returns its exit status.
 ///
 /// # Errors
-/// As [`create`], and as `start`.
+/// Those of [`create`] and of `start`.
 pub fn run(settings: &Settings, options: &CreateOptions, detach: bool, keep: bool) -> Result<i32> {
     let mut made = make(settings, options, detach)?;
     let started = life::start(settings, &options.id).and_then(|()| match detach {
@@ -70,7 +70,7 @@ pub fn run(settings: &Settings, options: &CreateOptions, detach: bool, keep: boo
     });
     if started.is_err() || (!detach && !keep) {
         let deleted = life::delete(settings, &options.id, true);
-        // The first error is the one to tell.
+        // Report the first error.
         return started.and_then(|status| deleted.map(|()| status));
     }
     started
@@ -96,7 +96,7 @@ struct Making<'a> {
     settings: &'a Settings,
     container: Container,
     record: Record,
-    /// The sandbox is this container's alone.
+    /// No other container can be in the sandbox.
     own_sandbox: bool,
 }
 
@@ -135,7 +135,7 @@ impl Making<'_> {
         // From here on a crash is recoverable: `delete` finds these from the record.
         self.record.details.groups = place.groups();
         self.container.store(&self.record)?;
-        // When that fails, none of them is ours.
+        // If this fails, the groups are not this container's.
         self.record.details.groups = Groups::default();
         self.record.details.groups = place.make(resources, OVERHEAD)?;
 
@@ -172,7 +172,7 @@ impl Making<'_> {
             (Some(socket), true) => Some(console::send_master(socket, plan.console_size)?),
             _ => None,
         };
-        // Engines have filled it by now.
+        // Engines have configured it by now.
         let namespace = match has_network {
             true => Some(keeper.network_namespace()?),
             false => None,
@@ -210,7 +210,7 @@ impl Making<'_> {
         let network = match &plan.network {
             Network::New => None,
             Network::Path(path) => {
-                // One that is none is found out here, where its path is known.
+                // An invalid one is reported here, where its path is known.
                 let namespace = Namespace::open(path)?;
                 let namespace = namespace.as_fd().try_clone_to_owned();
                 Some(File::from(
@@ -248,7 +248,7 @@ impl Making<'_> {
         hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state)
     }
 
-    /// Asks for the container; its streams. `None` when the sandbox is ending.
+    /// Requests the container and returns its streams; `None` if the sandbox is ending.
     fn create(
         &self,
         client: &Client,
@@ -315,7 +315,8 @@ impl Making<'_> {
         })))
     }
 
-    /// The next answer; `None` when the sandbox is ending, or has ended before it saw the question.
+    /// Receives the next reply; `None` if the sandbox is ending, or ended before it read the
+    /// request.
     fn answer(&self, client: &Client) -> Result<Option<Received<Reply>>> {
         match client.receive() {
             Ok(Received {
@@ -331,8 +332,8 @@ impl Making<'_> {
         !self.own_sandbox && error.kind == ErrorKind::Gone
     }
 
-    /// Leaves nothing behind. By now the keeper is dead and the connection closed, on which the
-    /// container hung.
+    /// Removes everything that was created. By now the keeper is dead and the connection closed, so
+    /// the container in the guest ends as well.
     fn undo(&self) {
         let warn = |result: Result<()>| {
             if let Err(error) = result {
@@ -351,8 +352,8 @@ impl Making<'_> {
     }
 }
 
-/// How many network interfaces the machine is to have. Where an engine sets them up, or hooks will,
-/// more may come at any time; otherwise nobody knows of the namespace.
+/// Number of network interfaces for the machine. Where an engine or hooks set them up, they may be
+/// added at any time; otherwise nothing outside knows the namespace.
 fn nets(network: &Network, bundle: &Bundle) -> u8 {
     match network {
         Network::Path(_) => MAX_NETS,
@@ -361,8 +362,7 @@ fn nets(network: &Network, bundle: &Bundle) -> u8 {
     }
 }
 
-/// Whether there are hooks that run when the namespaces have been made, which is where engines set
-/// up networks.
+/// Whether any hooks run after the namespaces are created, which is where engines set up networks.
 #[allow(deprecated)] // Docker uses prestart.
 fn has_network_hooks(bundle: &Bundle) -> bool {
     bundle.spec.hooks().as_ref().is_some_and(|hooks| {
@@ -373,25 +373,25 @@ fn has_network_hooks(bundle: &Bundle) -> bool {
     })
 }
 
-/// The limit of memory, bytes.
+/// Memory limit, bytes.
 fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
     let limit = resources?.memory().as_ref()?.limit()?;
     u64::try_from(limit).ok().filter(|limit| *limit > 0)
 }
 
-/// The limit of processors, in thousandths.
+/// CPU limit, thousandths of a CPU.
 fn processors(resources: Option<&LinuxResources>) -> Option<u64> {
     let cpu = resources?.cpu().as_ref()?;
     let quota = u64::try_from(cpu.quota()?)
         .ok()
         .filter(|quota| *quota > 0)?;
-    // The kernel's own default (kernel/sched/fair.c), microseconds.
+    // The kernel's default (kernel/sched/fair.c), microseconds.
     let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
     Some(quota.saturating_mul(1000) / period)
 }
 
 fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<()> {
-    // In runc's words.
+    // runc's messages.
     match (plan.terminal, &options.console_socket) {
         (true, None) if detach => Err(Error::new(
             "cannot allocate tty if hull-oci will detach without setting console socket",
@@ -403,7 +403,7 @@ fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<
     }
 }
 
-/// A detached mount of what is to be shared.
+/// Opens a detached mount of a share's source.
 fn open(share: &HostShare) -> Result<OwnedFd> {
     let read_only = match share.read_only {
         true => ReadOnly::Top,

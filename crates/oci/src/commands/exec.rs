@@ -16,16 +16,16 @@ use crate::console;
 use crate::container::connect;
 use crate::keeper::{self, Mode};
 
-/// What `exec` is told.
+/// Options of `exec`.
 #[derive(Debug, Default)]
 pub struct ExecOptions {
     /// The container.
     pub id: String,
-    /// File with an OCI process object; the other wishes below are for when there is none.
+    /// File with an OCI process object; the options from `args` on apply only without it.
     pub process: Option<PathBuf>,
     /// Arguments.
     pub args: Vec<String>,
-    /// `NAME=VALUE`, added to the container's.
+    /// `NAME=VALUE`, added to the container's environment.
     pub env: Vec<String>,
     /// Working directory.
     pub cwd: Option<String>,
@@ -33,30 +33,31 @@ pub struct ExecOptions {
     pub user: Option<(u32, Option<u32>)>,
     /// Additional groups.
     pub additional_gids: Vec<u32>,
-    /// Capabilities to add, with `CAP_`.
+    /// Capabilities to add, with the prefix `CAP_`.
     pub capabilities: Vec<String>,
-    /// No new privileges.
+    /// Set no_new_privs.
     pub no_new_privileges: bool,
-    /// With a terminal.
+    /// Allocate a terminal.
     pub tty: bool,
-    /// Return when it has started.
+    /// Return once the process has started.
     pub detach: bool,
-    /// Who gets the master of the terminal.
+    /// Socket that receives the terminal's master.
     pub console_socket: Option<PathBuf>,
-    /// Where the keeper's process id is written.
+    /// File that receives the keeper's process id.
     pub pid_file: Option<PathBuf>,
-    /// Descriptors to pass on.
+    /// Number of descriptors to pass on; refused unless 0.
     pub preserve_fds: u32,
 }
 
-/// Executes a further process in a container; its exit status, or 0 when detached.
+/// Executes another process in a container. Returns its exit status, or 0 if detached.
 ///
 /// # Errors
-/// The container does not run, or the command cannot be executed.
+/// `NotFound` if the container does not exist; `WrongState` if it is not running; `CommandNotFound`
+/// or `NotExecutable` if the command cannot be executed.
 pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     refuse_descriptors(options.preserve_fds)?;
     let (container, record, status) = load(settings, &options.id)?;
-    // In runc's words.
+    // runc's messages.
     match status {
         State::Stopped => {
             return Err(Error::wrong_state("cannot exec in a stopped container"));
@@ -77,7 +78,7 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
         None => from_options(&container.config()?["process"], options)?,
     };
     if let Some(object) = process.as_object_mut() {
-        // See `guest_spec`: policies of the host's kernel.
+        // See `guest_spec`: these are policies of the host's kernel.
         object.remove("apparmorProfile");
         object.remove("selinuxLabel");
         if options.process.is_some() && options.tty {
@@ -151,7 +152,7 @@ fn size(process: &Value) -> Option<(u16, u16)> {
     Some((number("height")?, number("width")?))
 }
 
-/// The container's own process with what the options change.
+/// The container's init process, modified by the options.
 fn from_options(init: &Value, options: &ExecOptions) -> Result<Value> {
     let mut process = init.clone();
     let Some(object) = process.as_object_mut() else {

@@ -17,13 +17,13 @@ use crate::cgroup::Place;
 use crate::container::{Container, Record, connect, recovered_record, state};
 use crate::{guest_spec, hooks, update};
 
-/// How long a keeper may live on when its process has ended: it writes what is left of the output.
+/// How long a keeper may outlive its process to write the remaining output.
 const KEEPER_EXIT_GRACE: Timespec = Timespec {
     tv_sec: 2,
     tv_nsec: 0,
 };
 
-/// How often a machine's processes are looked for that are born while others are moved.
+/// Most passes over a machine's processes while moving them, as new ones may be forked meanwhile.
 const HAND_OVER_ROUNDS: usize = 10;
 
 /// The container, its record and its status.
@@ -44,10 +44,11 @@ fn hooks_of(container: &Container) -> Result<Option<Hooks>> {
 /// Lets the init of a created container run.
 ///
 /// # Errors
-/// It was started before, or its command cannot be executed.
+/// `NotFound` if there is no such container; `WrongState` if its state is not `created`;
+/// `CommandNotFound` or `NotExecutable` if its command cannot be executed.
 pub fn start(settings: &Settings, id: &str) -> Result<()> {
     let (container, record, status) = load(settings, id)?;
-    // In runc's words.
+    // runc's messages.
     match status {
         State::Created => {}
         State::Stopped => {
@@ -72,7 +73,8 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
     connect(&record)?.do_(&request).map_err(with_runc_wording)?;
     if let Some(hooks) = hooks_of(&container)? {
         let state = state(&record, State::Running, record.details.keeper.pid);
-        // The specification: the failure of such a hook is logged, and life goes on. So below.
+        // The specification: failures of such hooks are logged and otherwise ignored. The same for
+        // poststop.
         hooks::run_all(
             "poststart",
             hooks.poststart().as_ref(),
@@ -86,12 +88,12 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
 /// Sends a signal to a container's init, or to all its processes.
 ///
 /// # Errors
-/// It does not run.
+/// `NotFound` if there is no such container; `WrongState` if it has stopped, unless `all` is set.
 pub fn kill(settings: &Settings, id: &str, signal: u32, all: bool) -> Result<()> {
     let (_, record, status) = load(settings, id)?;
     if status == State::Stopped {
         return match all {
-            // As runc: there is nothing that could be left of it.
+            // As in runc: no process can be left.
             true => Ok(()),
             false => Err(Error::wrong_state("container not running")),
         };
@@ -104,18 +106,18 @@ pub fn kill(settings: &Settings, id: &str, signal: u32, all: bool) -> Result<()>
     connect(&record)?.do_(&request)
 }
 
-/// Freezes a container.
+/// Pauses a container.
 ///
 /// # Errors
-/// It does not run.
+/// `NotFound` if there is no such container; `WrongState` if it is not running.
 pub fn pause(settings: &Settings, id: &str) -> Result<()> {
     freeze(settings, id, true)
 }
 
-/// Thaws a container.
+/// Resumes a container.
 ///
 /// # Errors
-/// It is not frozen.
+/// `NotFound` if there is no such container; `WrongState` if it is not paused.
 pub fn resume(settings: &Settings, id: &str) -> Result<()> {
     freeze(settings, id, false)
 }
@@ -135,7 +137,8 @@ fn freeze(settings: &Settings, id: &str, frozen: bool) -> Result<()> {
 /// Changes limits, in the guest and on the host.
 ///
 /// # Errors
-/// It does not run, or a limit cannot be set.
+/// `NotFound` if there is no such container; `WrongState` if it has stopped; otherwise a limit
+/// cannot be set.
 pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Result<()> {
     let (container, mut record, status) = load(settings, id)?;
     if status == State::Stopped {
@@ -172,8 +175,8 @@ fn resources_of(container: &Container) -> Result<LinuxResources> {
     }
 }
 
-/// What the host's processes may have beside a limit of memory: a machine keeps its size when the
-/// limit of what runs in it becomes lower.
+/// What the host's processes may use in addition to the memory limit: a machine keeps its size when
+/// its container's limit is lowered.
 fn wall(record: &Record, resources: &LinuxResources) -> u64 {
     let limit = resources
         .memory()
@@ -185,24 +188,25 @@ fn wall(record: &Record, resources: &LinuxResources) -> u64 {
     machine.saturating_sub(limit).max(OVERHEAD)
 }
 
-/// Removes a container and everything of it. One that runs only by `force`, which always succeeds
-/// and may be repeated.
+/// Removes a container and all its resources. With `force`, also one that is running, damaged or
+/// missing.
 ///
 /// # Errors
-/// There is no such container, or it runs, without `force`; something of it cannot be removed.
+/// Without `force`: `NotFound` if there is no such container, `WrongState` if it is running. A
+/// resource of the container cannot be removed.
 pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     let container = match settings.root.find(id) {
         Err(_) if force && crate::container::is_valid_id(id) => return Ok(()),
         found => found?,
     };
     let record = match container.record() {
-        // Killed before there was more than the directory, or damaged.
+        // Killed right after the directory was created, or damaged.
         Err(_) if force => what_is_left(settings, &container),
         record => record?,
     };
     let status = match container.status(&record) {
         Ok(status) => status.state,
-        // What cannot be read cannot keep it from being removed.
+        // An unreadable status must not prevent removal.
         Err(_) if force => State::Stopped,
         Err(error) => return Err(error),
     };
@@ -216,7 +220,7 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     }
     end_keeper(&record);
     keepers::forget(&settings.run_directory, record.details.keeper);
-    // What cannot be read cannot have been run.
+    // A container whose configuration is unreadable has never run.
     if let Ok(Some(hooks)) = hooks_of(&container) {
         let state = state(&record, State::Stopped, 0);
         hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
@@ -226,8 +230,8 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     container.remove()
 }
 
-/// A record of what can be found of a container without its own: its groups from its configuration,
-/// its sandbox from the keepers among the processes in them.
+/// Recovers a record: control groups from the configuration, the sandbox from keepers among the
+/// processes in them.
 fn what_is_left(settings: &Settings, container: &Container) -> Record {
     let place = container.config().ok().and_then(|config| {
         let path = config["linux"]["cgroupsPath"].as_str().map(Path::new);
@@ -242,8 +246,8 @@ fn what_is_left(settings: &Settings, container: &Container) -> Record {
     recovered_record(container, groups, kept)
 }
 
-/// The machine of a pod is in the groups of the container that it was started for. When that goes
-/// before others, it moves to the groups of one that stays.
+/// A pod's machine is in the groups of the container that it was started for. If that container is
+/// deleted before others, the machine moves to the groups of a remaining one.
 fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
     if !record.sandbox_lives() {
         return Ok(());
@@ -265,14 +269,15 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
             break;
         }
         for pid in pids {
-            // One that has just ended; any other is found again, and at last by the removal.
+            // The process may just have ended; otherwise it is found in the next pass, or by the
+            // removal.
             let _ = heir.details.groups.join(pid);
         }
     }
     Ok(())
 }
 
-/// The keeper ends when it has carried everything; one that does not is stuck with a reader that
+/// A keeper exits when it has written all output; one that does not is blocked by a reader that
 /// does not read.
 fn end_keeper(record: &Record) {
     let keeper = record.details.keeper;
@@ -284,7 +289,7 @@ fn end_keeper(record: &Record) {
     else {
         return;
     };
-    // It may have ended, and its id be another's, between the question and the descriptor.
+    // The process id may have been reused before the pidfd was opened.
     if !keeper.lives() {
         return;
     }

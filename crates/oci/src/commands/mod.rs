@@ -1,4 +1,4 @@
-//! The commands of the OCI command line, without their arguments' grammar and their printing.
+//! The commands of the OCI command line, without argument parsing and output.
 //!
 //! | module | commands |
 //! | --- | --- |
@@ -27,28 +27,28 @@ use crate::container::Root;
 /// See [`Settings::machine`].
 pub type MachineMaker = Box<dyn Fn(Option<u64>, Option<u64>) -> Result<MachineConfig>>;
 
-/// What holds for every command.
+/// Settings of all commands.
 pub struct Settings {
-    /// Where the state of containers is.
+    /// Directory of container state.
     pub root: Root,
-    /// hull's directory of run-time state, where machines have theirs.
+    /// hull's runtime directory, which has the state of machines.
     pub run_directory: PathBuf,
-    /// `cgroupsPath` is `slice:prefix:name`.
+    /// `cgroupsPath` has the form `slice:prefix:name`.
     pub systemd_cgroup: bool,
-    /// Makes a machine for a container with this memory limit in bytes and these processors in
-    /// thousandths. Called only when a machine is needed.
+    /// Configures a machine for a container with this memory limit (bytes) and this CPU limit
+    /// (thousandths of a CPU). Called only if a machine is needed.
     pub machine: MachineMaker,
-    /// What holds for networks that engines set up.
+    /// Limits for networks that engines set up.
     pub network: NetworkLimits,
-    /// Says what the user should know and what does not keep a command from its end.
+    /// Reports a problem that does not make the command fail.
     pub warn: fn(&str),
 }
 
-/// Bytes of host memory that a container's host processes may have beside its limit: the guest's
-/// kernel, the host processes themselves, and the cache of files that the guest reads.
+/// Bytes of host memory that a container's host processes may use in addition to its limit: for the
+/// guest's kernel, the host processes themselves, and the page cache of files that the guest reads.
 const OVERHEAD: u64 = 128 << 20;
 
-/// A command that was not found or cannot be executed, in the words that engines look for.
+/// Adds the text that engines look for when a command was not found or cannot be executed.
 fn with_runc_wording(mut failure: Error) -> Error {
     let words: &[&str] = match failure.kind {
         ErrorKind::CommandNotFound => &[
@@ -67,7 +67,7 @@ fn with_runc_wording(mut failure: Error) -> Error {
 
 fn write_pid_file(path: Option<&Path>, pid: i32) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
-    // Whoever waits for the file must not read half of it.
+    // Readers must never see a partial file.
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}.new"));
     std::fs::write(&new, pid.to_string())

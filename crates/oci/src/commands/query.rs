@@ -11,10 +11,10 @@ use super::Settings;
 use super::life::load;
 use crate::container;
 
-/// The state of a container, as the specification writes it.
+/// The OCI state of a container.
 ///
 /// # Errors
-/// There is no such container.
+/// `NotFound` if there is no such container.
 pub fn state(settings: &Settings, id: &str) -> Result<Value> {
     let (_, record, status) = load(settings, id)?;
     let pid = match status {
@@ -24,11 +24,11 @@ pub fn state(settings: &Settings, id: &str) -> Result<Value> {
     Ok(container::state(&record, status, pid))
 }
 
-/// A line of `list`.
+/// An entry of `list`.
 pub type Listed = Value;
 
-/// The states of all containers. One that cannot be read is named on `warn` and does not hide the
-/// others.
+/// The states of all containers. Containers that cannot be read are reported with `warn` and left
+/// out.
 ///
 /// # Errors
 /// The state directory cannot be read.
@@ -37,7 +37,7 @@ pub fn list(settings: &Settings) -> Result<Vec<Listed>> {
     for container in settings.root.list()? {
         match state(settings, &container.id) {
             Ok(state) => listed.push(state),
-            // One that is just being removed.
+            // It was removed meanwhile.
             Err(_) if !container.directory.is_there() => {}
             Err(failure) => (settings.warn)(&failure.message),
         }
@@ -45,10 +45,11 @@ pub fn list(settings: &Settings) -> Result<Vec<Listed>> {
     Ok(listed)
 }
 
-/// Process ids on the host that stand for a container's processes: its keepers.
+/// Process ids of a container's keepers, which represent its processes on the host; none if it has
+/// stopped.
 ///
 /// # Errors
-/// It does not run.
+/// `NotFound` if there is no such container; `WrongState` if its sandbox has ended.
 pub fn processes(settings: &Settings, id: &str) -> Result<Vec<i32>> {
     let (_, record, status) = load(settings, id)?;
     if status == State::Stopped {
@@ -66,7 +67,7 @@ pub fn processes(settings: &Settings, id: &str) -> Result<Vec<i32>> {
 /// Metrics of a container.
 ///
 /// # Errors
-/// It does not run.
+/// `NotFound` if there is no such container; `WrongState` if it has stopped.
 pub fn metrics(settings: &Settings, id: &str) -> Result<Metrics> {
     let (_, record, status) = load(settings, id)?;
     if status == State::Stopped {

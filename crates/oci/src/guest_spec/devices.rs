@@ -1,5 +1,5 @@
-//! Devices: the guest's own can be had, and block devices of the host, which become disks of the
-//! machine; other devices of the host cannot.
+//! Devices: those of the guest's kernel are available; block devices of the host become disks of
+//! the machine; other devices of the host are refused.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -14,8 +14,8 @@ use super::mounts::Bound;
 use super::{Plan, refused};
 use crate::bundle::Bundle;
 
-/// Character devices of the guest's kernel: numbers (Documentation/admin-guide/devices.txt of
-/// Linux) and path.
+/// Character devices of the guest's kernel: numbers (Linux, Documentation/admin-guide/devices.txt)
+/// and path.
 const GUEST_DEVICES: [(u32, u32, &str); 10] = [
     (1, 3, "/dev/null"),
     (1, 5, "/dev/zero"),
@@ -37,8 +37,8 @@ pub fn guest_device(numbers: (u32, u32)) -> Option<&'static str> {
         .map(|(.., path)| path)
 }
 
-/// Whether the host has a device with these numbers. A node of one that there is nowhere is just a
-/// node.
+/// Whether the host has a device with these numbers. A node for a device that does not exist is
+/// harmless.
 fn is_of_host(kind: &str, (major, minor): (u32, u32)) -> bool {
     let kind = if kind == "b" { "block" } else { "char" };
     Path::new("/sys/dev")
@@ -60,7 +60,7 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
                 .unwrap_or(u32::MAX)
         };
         let kind = device["type"].as_str().unwrap_or_default();
-        // Every container has a terminal multiplexer and a console of its own.
+        // Every container has its own /dev/ptmx and /dev/console.
         let path = device["path"].as_str().unwrap_or_default();
         if path == "/dev/ptmx" || path == "/dev/console" {
             continue;
@@ -74,8 +74,7 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
                 !everything
             }
             "c" | "u" => guest_device(numbers).is_some() || !is_of_host(kind, numbers),
-            // A named pipe, or a block device that there is not; what else there is the agent
-            // refuses.
+            // A FIFO, or a block device that does not exist; the agent refuses anything else.
             _ => true,
         };
         if own {
@@ -89,8 +88,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
                 "it is a device of the host, and the guest has no such device",
             ));
         }
-        // A privileged container gets every device that there is: in the guest that is every device
-        // of the guest.
+        // A privileged container's spec lists all devices of the host; it gets all devices of the
+        // guest instead.
     }
     for Bound {
         destination,
@@ -128,8 +127,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
     Ok(())
 }
 
-/// A disk of the machine for a block device of the host. Who has it by two names may write if one
-/// of them allows it.
+/// Adds a disk to the machine for a block device of the host. A device listed twice is writable if
+/// one of the entries is.
 fn add_disk(plan: &mut Plan, (major, minor): (u32, u32), read_only: bool, path: &str) {
     let read_only = read_only || is_read_only(major, minor);
     let known = plan
@@ -150,7 +149,7 @@ fn add_disk(plan: &mut Plan, (major, minor): (u32, u32), read_only: bool, path: 
     }
 }
 
-/// Whether the host's kernel takes no writes to this block device from anybody.
+/// Whether the block device is read-only on the host.
 fn is_read_only(major: u32, minor: u32) -> bool {
     fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
         .is_ok_and(|text| text.trim() == "1")
@@ -167,14 +166,13 @@ fn rules(bundle: &Bundle) -> Vec<LinuxDeviceCgroup> {
         .unwrap_or_default()
 }
 
-/// Whether a rule is about this number, or about any.
+/// Whether a rule matches this number; without a number, or with a negative one, it matches all.
 fn covers(rule: Option<i64>, number: u32) -> bool {
     rule.is_none_or(|named| named < 0 || named == i64::from(number))
 }
 
-/// Whether some rule lets the container write to a block device. What the rules come to in their
-/// order, the guest's kernel sees to; a device that none of them opens for writing is not opened so
-/// on the host either.
+/// Whether any rule allows writing to a block device. The guest's kernel evaluates the rules in
+/// their order; a device that no rule allows writing to is opened read-only on the host.
 fn can_be_written(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32)) -> bool {
     rules.iter().any(|rule| {
         let access = rule.access().as_deref().unwrap_or_default();
@@ -189,7 +187,7 @@ fn can_be_written(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32)) -> bo
     })
 }
 
-/// Whether a rule lets the container use every device: what engines make of `--privileged`.
+/// Whether a rule allows all devices, as engines write for `--privileged`.
 fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
     let wild = |number: Option<i64>| number.is_none_or(|number| number < 0);
     rule.allow()
@@ -211,7 +209,7 @@ mod tests {
 
     use super::*;
 
-    /// The numbers of a device that this host has and guests have not.
+    /// The numbers of a device of this host that guests do not have.
     fn of_host() -> (u32, u32) {
         fs::read_dir("/sys/dev/char")
             .unwrap()
@@ -224,7 +222,7 @@ mod tests {
             .unwrap()
     }
 
-    /// The numbers of a block device that this host has and can write to, with its node in /dev.
+    /// The numbers of a writable block device of this host, with its node in /dev.
     fn disk() -> Option<(u32, u32, std::path::PathBuf)> {
         let found = fs::read_dir("/sys/dev/block").ok()?.find_map(|entry| {
             let path = entry.ok()?.path();
@@ -241,7 +239,7 @@ mod tests {
         found
     }
 
-    /// The plan of a container with these devices, mounts and rules.
+    /// The plan for a container with these devices, mounts and rules.
     fn with(devices: Value, mounts: Value, rules: Value) -> Result<Plan> {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("rootfs")).unwrap();
@@ -342,7 +340,7 @@ mod tests {
             assert!(device["fileMode"].is_u64());
             let read_only = options.as_array().unwrap().len() == 2;
             assert_eq!(plan.disks[0].device.read_only, read_only);
-            // By name and not in silence: nobody but the user has put it there.
+            // Refused by name rather than dropped: only the user can have asked for it.
             let error = with(
                 Value::Null,
                 mounts,

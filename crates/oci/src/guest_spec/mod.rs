@@ -1,9 +1,8 @@
-//! From a bundle's configuration to the one that the guest receives.
+//! Translates a bundle's configuration to the guest's.
 //!
-//! What is of the host is taken out and done here (hooks, the network namespace, processors and
-//! disks that limits name), paths of the host become shares, and what can be honoured on neither
-//! side is refused by its name. The agent has the last word on everything that remains.
-//! docs/oci-spec.md has all of it, field by field.
+//! Parts that apply to the host are removed and handled here (hooks, the network namespace, limits
+//! on processors and disks), host paths become shares, and what neither side supports is refused by
+//! name. The agent checks everything that remains. docs/oci-spec.md lists all fields.
 
 mod devices;
 mod mounts;
@@ -20,44 +19,44 @@ use crate::bundle::Bundle;
 use crate::keeper::Namespace;
 pub use namespaces::Network;
 
-/// Longest spec for the guest, bytes: a message to the agent has 4 MiB at most.
+/// Longest spec for the guest, bytes: the agent accepts messages up to 4 MiB.
 const MAX_SPEC: usize = (4 << 20) - (64 << 10);
 
-/// What a container needs of the host, and what the guest is told.
+/// What a container needs from the host, and its spec for the guest.
 #[derive(Debug)]
 pub struct Plan {
     /// The spec for the guest.
     pub spec: Value,
-    /// What it sees of the host; the root file system first.
+    /// Shares of host files; the root file system is the first.
     pub shares: Vec<HostShare>,
-    /// Block devices of the host that the machine has as disks, each once.
+    /// Block devices of the host that become disks of the machine, without duplicates.
     pub disks: Vec<ContainerDisk>,
     /// The network namespace that the spec asks for.
     pub network: Network,
-    /// New namespaces that the keeper has on the host, as the spec has them.
+    /// New namespaces that the spec asks for and the keeper creates on the host.
     pub namespaces: Vec<Namespace>,
-    /// Namespaces of other processes that are to be joined: kind and process id on the host.
+    /// Namespaces of other processes to join: type and process id on the host.
     pub joins: Vec<(String, i32)>,
     /// Kernel parameters of the guest's own network.
     pub sysctl: BTreeMap<String, String>,
     /// Init has a terminal.
     pub terminal: bool,
-    /// Rows and columns of the terminal at first.
+    /// Initial size of the terminal: rows, columns.
     pub console_size: Option<(u16, u16)>,
-    /// What the user should know: a wish that is fulfilled in another way.
+    /// Warnings for the user: settings that are not applied.
     pub notes: Vec<String>,
 }
 
-/// A directory or file of the host to be shared.
+/// A directory or file of the host to share.
 #[derive(Debug)]
 pub struct HostShare {
     /// What the guest sees.
     pub share: Share,
-    /// Where it is on the host.
+    /// Path on the host.
     pub source: PathBuf,
-    /// With what is mounted below it.
+    /// Include mounts below it.
     pub recursive: bool,
-    /// The host enforces it.
+    /// Read-only, enforced by the host.
     pub read_only: bool,
 }
 
@@ -69,8 +68,8 @@ impl Plan {
     /// Plans the container `id`.
     ///
     /// # Errors
-    /// The spec asks for something of the host that a guest cannot have, or names what is not
-    /// there.
+    /// `Unsupported` if the spec asks for something of the host that a guest cannot have; `Host` if
+    /// a path that it names does not exist or cannot be read.
     pub fn new(id: &str, bundle: &Bundle) -> Result<Plan> {
         let mut plan = Plan {
             spec: bundle.config.clone(),
@@ -84,7 +83,7 @@ impl Plan {
             console_size: None,
             notes: bundle.notes.clone(),
         };
-        // The pod's to write: see `Request::Create`.
+        // Written only by the sandbox: see `Request::Create`.
         if let Some(spec) = plan.spec.as_object_mut() {
             spec.remove("hullDisks");
         }
@@ -101,8 +100,7 @@ impl Plan {
 
     fn process(&mut self, bundle: &Bundle) {
         let Some(process) = bundle.spec.process() else {
-            // The specification lets it be absent until `start`; the agent says what it thinks of
-            // that.
+            // The specification allows it to be absent until `start`; the agent decides.
             return;
         };
         self.terminal = process.terminal().unwrap_or_default();
@@ -111,8 +109,8 @@ impl Plan {
             Some((number(size.height())?, number(size.width())?))
         });
         let object = &mut self.spec["process"];
-        // Labels of the host's security modules: the guest's kernel has none, and what they keep a
-        // process from on the host is out of its reach.
+        // Labels of the host's security modules: the guest's kernel has none, and the host
+        // resources they protect are out of its reach.
         for label in ["apparmorProfile", "selinuxLabel"] {
             if let Some(object) = object.as_object_mut()
                 && let Some(Value::String(value)) = object.remove(label)
@@ -145,13 +143,12 @@ impl Plan {
             share,
             source: bundle.rootfs.clone(),
             recursive: true,
-            // The agent makes it so when it has made what is mounted on it.
+            // The agent makes it read-only after mounting onto it.
             read_only: false,
         });
     }
 
-    /// Limits on what is the host's hold on the host: its processors, memory nodes and disks are
-    /// not the guest's.
+    /// Limits on processors, memory nodes and disks apply on the host: they are not the guest's.
     fn resources(&mut self) {
         let Some(resources) = self.spec["linux"]["resources"].as_object_mut() else {
             return;
@@ -167,7 +164,7 @@ impl Plan {
                 return;
             }
         }
-        // The state that hooks are told has them; nobody else in the guest asks.
+        // Only the state passed to hooks contains them.
         if let Some(spec) = self.spec.as_object_mut() {
             spec.remove("annotations");
         }
@@ -185,7 +182,7 @@ impl Plan {
     }
 }
 
-/// What `linux.resources` names that holds on neither side, in words for the log.
+/// Warnings for settings of `linux.resources` that are applied on neither side.
 pub fn not_applied(resources: &serde_json::Map<String, Value>) -> Vec<String> {
     const FIELDS: [(&str, &str, &str); 6] = [
         (
@@ -219,22 +216,22 @@ pub fn not_applied(resources: &serde_json::Map<String, Value>) -> Vec<String> {
         .into_iter()
         .filter(|(group, field, _)| {
             let value = resources.get(*group).and_then(|group| group.get(field));
-            // What engines write for "nothing".
+            // Engines write null or 0 for "not set".
             !matches!(value, None | Some(Value::Null)) && value != Some(&Value::from(0))
         })
         .map(|(group, field, why)| format!("linux.resources.{group}.{field} is not applied: {why}"))
         .collect()
 }
 
-/// Takes out of `linux.resources` what holds on the host.
+/// Removes from `linux.resources` what applies on the host.
 pub fn for_guest(resources: &mut serde_json::Map<String, Value>) {
     resources.remove("blockIO");
-    // Set by the host's kernel on packets of the host's interfaces.
+    // Applies to packets on the host's interfaces.
     resources.remove("network");
     if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
         cpu.remove("cpus");
         cpu.remove("mems");
-        // Runtime of the real-time scheduler: of the group on the host that the machine is in.
+        // The real-time scheduler's runtime applies to the host's group with the machine in it.
         cpu.remove("realtimeRuntime");
         cpu.remove("realtimePeriod");
     }

@@ -1,4 +1,4 @@
-//! The mounts of a spec: which are the guest's own, which become shares of the host.
+//! The mounts of a spec: mounts of the guest, and shares of the host.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -14,7 +14,7 @@ use super::devices::guest_device;
 use super::{HostShare, Plan, refused};
 use crate::bundle::Bundle;
 
-/// File systems that the guest's kernel makes of nothing.
+/// File systems that need no source on the host.
 const OWN: [&str; 12] = [
     "proc",
     "sysfs",
@@ -30,20 +30,20 @@ const OWN: [&str; 12] = [
     "tracefs",
 ];
 
-/// A block device that is to be bound.
+/// A block device to be bind mounted.
 #[derive(Debug)]
 pub(super) struct Bound {
-    /// Where the container has it.
+    /// Path in the container.
     pub(super) destination: String,
-    /// Where it is on the host.
+    /// Path on the host.
     pub(super) source: PathBuf,
-    /// What the host knows of the node.
+    /// Metadata of the node on the host.
     pub(super) node: fs::Metadata,
-    /// The mount is.
+    /// The mount is read-only.
     pub(super) read_only: bool,
 }
 
-/// Plans the mounts. Returns the block devices among them, which are no mounts in the guest.
+/// Plans the mounts. Returns the block devices among them, which the guest does not mount.
 pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<Vec<Bound>> {
     let Some(mounts) = plan.spec["mounts"].as_array_mut() else {
         return Ok(Vec::new());
@@ -60,7 +60,7 @@ pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<Vec<Bou
     Ok(devices)
 }
 
-/// Plans a mount; that of a block device is returned and left alone.
+/// Plans one mount. The mount of a block device is returned unchanged.
 fn one(
     plan: &mut Plan,
     id: &str,
@@ -107,7 +107,7 @@ fn one(
         return Ok(None);
     }
     if source.starts_with("/sys/fs/cgroup") {
-        // The container's groups are the guest's.
+        // The container's control groups are in the guest.
         *mount = json!({
             "destination": destination,
             "type": "cgroup",
@@ -161,9 +161,9 @@ fn on_tmpfs(path: &Path) -> Result<bool> {
     Ok(u64::try_from(found.f_type) == Ok(TMPFS))
 }
 
-/// Engines make the memory that processes share a tmpfs of the host and bind it. Memory that two
-/// kernels map is not shared memory: the guest has a tmpfs of the same size in its place, which is
-/// one for all containers of the guest that bind the same.
+/// Engines create a tmpfs on the host for shared memory, and bind it. Two kernels cannot share such
+/// memory, so the guest gets a tmpfs of the same size, one for all its containers that bind the
+/// same source.
 fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
     let doing = || format!("use {}", source.display());
     let path = fs::canonicalize(source).context(doing)?;
@@ -190,9 +190,8 @@ fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
     }))
 }
 
-/// What tells a directory of the host from others, now and in the guest's time: its number alone
-/// may be another's by then, and its path as well. FNV-1a, which is the same in each version of
-/// hull.
+/// Identifies a directory of the host while the guest runs: its inode number alone may be reused
+/// meanwhile, and so may its path. FNV-1a, which does not change between versions of hull.
 fn identity(path: &Path, found: &fs::Metadata) -> u64 {
     let numbers = [found.dev(), found.ino()].map(u64::to_le_bytes);
     path.as_os_str()
@@ -283,7 +282,7 @@ mod tests {
         assert_ne!(a["source"], b["source"]);
         let winding = paths[1].join("../a");
         assert_eq!(of(&winding, json!(["bind", "ro"]))["source"], a["source"]);
-        // Another directory at the same place is other memory.
+        // Another directory at the same path is different memory.
         fs::rename(&paths[0], directory.path().join("c")).unwrap();
         fs::rename(&paths[1], &paths[0]).unwrap();
         assert_ne!(of(&paths[0], json!(["bind"]))["source"], a["source"]);

@@ -1,9 +1,9 @@
 //! Namespaces: the network's on the host, the others in the guest.
 //!
-//! A namespace given by path is one of the host. What engines mean by it is in most cases the
-//! namespace of another container, which they know by the process that stands for it,
-//! `/proc/PID/ns/…`: a keeper. Those become joins, which the pod resolves. A network namespace by
-//! any other path is entered on the host, where its interfaces are.
+//! A namespace given by path is one of the host. Engines usually mean that of another container and
+//! name it by the process that represents it, `/proc/PID/ns/…`: a keeper. Those become joins, which
+//! `pod` resolves. A network namespace with any other path is entered on the host, where its
+//! interfaces are.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,17 +15,16 @@ use super::{Plan, refused};
 use crate::bundle::Bundle;
 use crate::keeper::Namespace;
 
-/// The network namespace of the host that goes with a container.
+/// A container's network namespace on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
     /// A new one.
     New,
-    /// This one.
+    /// An existing one.
     Path(PathBuf),
 }
 
-/// Annotations by which Kubernetes' engines mark containers whose pod's namespaces they have made
-/// on the host.
+/// Annotations of Kubernetes engines, on containers whose pod has its namespaces on the host.
 const POD_TYPES: [&str; 2] = [
     "io.kubernetes.cri-o.ContainerType",
     "io.kubernetes.cri.container-type",
@@ -56,7 +55,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
                 _ => None,
             });
             if kind == "network" {
-                // The guest's own network is the container's: it has the machine's interfaces.
+                // The container uses the guest's initial network namespace, which has the machine's
+                // interfaces.
                 network = Some(Network::New);
             } else {
                 kept.push(namespace);
@@ -72,7 +72,7 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
             plan.joins.push((kind, pid));
             kept.push(namespace);
         } else if in_pod && matches!(kind.as_str(), "ipc" | "uts") {
-            // Made on the host for the whole pod: in the guest that is the machine's own.
+            // Created on the host for the whole pod: in the guest, the machine's own is used.
         } else {
             return Err(refused(
                 format_args!("linux.namespaces: {kind} namespace {}", path.display()),
@@ -94,14 +94,14 @@ fn no_network() -> Error {
     .hint("give the container a network namespace: --network bridge or none instead of host")
 }
 
-/// The process of `/proc/PID/ns/…`.
+/// The process id in `/proc/PID/ns/…`.
 fn process_of(path: &Path) -> Option<i32> {
     let mut parts = path.strip_prefix("/proc").ok()?.iter();
     let pid = parts.next()?.to_str()?.parse().ok()?;
     (parts.next()? == "ns").then_some(pid)
 }
 
-/// These belong to the network namespace, which is the guest's own.
+/// Moves out the parameters of the network namespace, which in the guest is the initial one.
 fn network_parameters(plan: &mut Plan) {
     let Some(sysctl) = plan.spec["linux"]["sysctl"].as_object_mut() else {
         return;

@@ -1,4 +1,4 @@
-//! Carrying the streams of one process: a thread for each, which reads and writes.
+//! Copies the streams of one process, with a thread for each.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -12,26 +12,26 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use super::Mode;
 
-/// Bytes carried at once. Each of a keeper's threads has a buffer.
+/// Size of a thread's buffer, bytes.
 const PIECE: usize = 16 << 10;
 
-/// Stack of a thread that carries: its buffer is on the heap.
+/// Stack of such a thread; its buffer is on the heap.
 const STACK: usize = 32 << 10;
 
-/// What carries the streams of one process.
+/// The streams being copied.
 pub struct Carried {
-    /// Threads that carry output: waited for at the end.
+    /// Threads for output, joined at the end.
     outputs: Vec<JoinHandle<()>>,
-    /// The terminal, when there is one.
+    /// The terminal, if there is one.
     terminal: Option<OwnedFd>,
-    /// What the terminal was like before.
+    /// The terminal's attributes before.
     before: Option<Termios>,
 }
 
-/// Begins to carry.
+/// Starts to copy.
 ///
 /// # Errors
-/// Streams are missing, or the terminal cannot be set up.
+/// A stream is missing, or the terminal cannot be set up.
 pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
     let mut streams = streams.into_iter();
     let mut next = || {
@@ -61,9 +61,9 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
         ),
         _ => {
             let slave = next()?;
-            // Its size's changes and its hang-up are told to this process then.
+            // So that this process is notified of resizes and hang-up.
             rustix::process::ioctl_tiocsctty(&slave).context(|| "take control of the terminal")?;
-            // An engine may wait for the end of what it gave as standard output.
+            // The engine may wait for end of file on what it passed as standard output.
             rustix::stdio::dup2_stdin(&slave)
                 .and_then(|()| rustix::stdio::dup2_stdout(&slave))
                 .and_then(|()| rustix::stdio::dup2_stderr(&slave))
@@ -74,7 +74,7 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
     let before = tcgetattr(&terminal).context(|| "read the terminal's attributes")?;
     let mut raw = before.clone();
     raw.make_raw();
-    // The terminal that cooks is the one in the guest.
+    // The terminal in the guest does the line editing.
     tcsetattr(&terminal, OptionalActions::Now, &raw).context(|| "set the terminal's attributes")?;
     let input = standard(terminal.as_fd())?;
     let writing = standard(stream.as_fd())?;
@@ -87,10 +87,10 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
     })
 }
 
-/// What follows the end of what is carried.
+/// What to do at the end of a stream.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// The reader is told.
+    /// Shut down the other side.
     Shutdown,
     /// Nothing.
     Nothing,
@@ -107,7 +107,7 @@ fn thread(from: OwnedFd, to: OwnedFd, end: End) -> Result<JoinHandle<()>> {
                     Ok(0) => break,
                     Ok(length) => {
                         if write_all(&mut to, &buffer[..length]).is_err() {
-                            // Nobody reads any more: the writer is to know.
+                            // Nothing reads any more: notify the writer.
                             let _ = shutdown(&from, Shutdown::Read);
                             return;
                         }
@@ -116,7 +116,7 @@ fn thread(from: OwnedFd, to: OwnedFd, end: End) -> Result<JoinHandle<()>> {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         wait(&from, PollFlags::IN);
                     }
-                    // A terminal that was hung up.
+                    // The terminal was hung up.
                     Err(_) => break,
                 }
             }
@@ -128,7 +128,7 @@ fn thread(from: OwnedFd, to: OwnedFd, end: End) -> Result<JoinHandle<()>> {
         .context(|| "start a thread")
 }
 
-/// Writes to what somebody else may have made non-blocking.
+/// Writes to a descriptor that other processes may have made non-blocking.
 fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
@@ -142,24 +142,24 @@ fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 fn wait(fd: &File, what: PollFlags) {
-    // Whatever it says, the next call says more.
+    // On error, the next read or write reports it.
     let _ = poll(&mut [PollFd::new(fd, what)], None);
 }
 
 impl Carried {
-    /// The terminal, when there is one.
+    /// The terminal, if there is one.
     pub fn terminal(&self) -> Option<&OwnedFd> {
         self.terminal.as_ref()
     }
 
-    /// Waits until all output is written, and leaves the terminal as it was.
+    /// Waits until all output is written, and restores the terminal.
     pub fn finish(self) {
         for output in self.outputs {
-            // A thread that panicked has carried what it could.
+            // If a thread panicked, the remaining output is lost.
             let _ = output.join();
         }
         if let (Some(terminal), Some(before)) = (&self.terminal, &self.before) {
-            // It may be gone.
+            // The terminal may be gone.
             let _ = tcsetattr(terminal, OptionalActions::Drain, before);
         }
     }

@@ -1,21 +1,21 @@
-//! What a keeper that waits holds of memory. It is one process for each container and does nothing
-//! for most of its life, but the kernel maps pages of code around each that is executed, and they
-//! count as its own where no other process has them.
+//! Memory of a waiting keeper. There is one process per container and it is mostly idle, but the
+//! kernel maps code pages around each one that is executed, and they count as the keeper's if no
+//! other process has them mapped.
 #![allow(unsafe_code)]
 
 use libc::{c_int, c_void, dl_iterate_phdr, dl_phdr_info, size_t};
 
-/// Unmaps code and constants: what is executed next comes back from the page cache.
+/// Unmaps code and constants; they are paged in again from the page cache when used.
 pub fn release_code() {
-    // SAFETY: the function is called with valid descriptions of what is loaded, during this call
-    // only.
+    // SAFETY: the callback is called with valid descriptions of loaded objects, only during this
+    // call.
     unsafe { dl_iterate_phdr(Some(release), std::ptr::null_mut()) };
 }
 
-/// Unmaps what is never written of one loaded object.
+/// Unmaps the read-only segments of a loaded object.
 unsafe extern "C" fn release(info: *mut dl_phdr_info, _size: size_t, _data: *mut c_void) -> c_int {
     let page = rustix::param::page_size();
-    // SAFETY: the loader describes an object, with as many headers as it says.
+    // SAFETY: the loader's description of the object is valid, with `dlpi_phnum` headers.
     let (base, headers) = unsafe {
         let info = &*info;
         (
@@ -30,8 +30,8 @@ unsafe extern "C" fn release(info: *mut dl_phdr_info, _size: size_t, _data: *mut
         let start = base.wrapping_add(header.p_vaddr as usize);
         let end = start.wrapping_add(header.p_memsz as usize);
         let start = start & !(page - 1);
-        // SAFETY: the range is mapped from a file, privately and never written: a page that is
-        // dropped comes back as it was. Error changes nothing.
+        // SAFETY: the range is a private file mapping that is never written: a dropped page is read
+        // again unchanged. Errors are harmless.
         unsafe {
             libc::madvise(
                 start as *mut c_void,

@@ -1,15 +1,15 @@
-//! The keeper: the host process that stands for one process of a container towards an engine.
+//! The keeper: the host process that represents one process of a container to an engine.
 //!
-//! It is a child of the engine's subreaper, lives as long as the process in the guest, carries its
-//! streams, passes signals on, and exits with its status. Its namespaces on the host are the
-//! container's as far as the host has a part in them: the network namespace that engines fill and
-//! hooks look for, the root file system that they copy into and out of, and a process namespace in
-//! which there is nothing but it. In `ps` it looks like the process it stands for.
+//! It is a child of the engine's subreaper, lives as long as the process in the guest, copies its
+//! streams, forwards signals, and exits with its status. On the host it has the container's
+//! namespaces that matter there: the network namespace that engines and hooks configure, the root
+//! file system that they copy to and from, and a pid namespace with no other process. In `ps` it
+//! looks like the process it represents.
 //!
-//! A keeper is started before its container: [`spawn`] makes it wait, hooks can find it by its
-//! process id, and [`Keeper::keep`] gives it streams to carry. There is one per container, so it is
-//! small: no runtime, one thread for each stream, and this executable's text, which all of hull's
-//! processes share.
+//! A keeper is started before its container: [`spawn`] makes it wait, hooks find it by its process
+//! id, and [`Keeper::keep`] passes it the streams. There is one per container, so it is small: no
+//! async runtime, one thread per stream, and this executable's text, shared with all of hull's
+//! processes.
 
 mod carry;
 mod memory;
@@ -29,14 +29,13 @@ use serde::{Deserialize, Serialize};
 
 pub use process::{keep_here, run};
 
-/// Environment variable that makes this executable a keeper: its arguments are the container's.
-/// Says whether it is to leave its caller's session.
+/// Environment variable that makes this executable a keeper, whose arguments are the container's.
+/// Its value tells whether to leave the caller's session.
 const ROLE_VARIABLE: &str = "HULL_KEEPER";
 const SESSION: &str = "session";
 const FOREGROUND: &str = "foreground";
 
-/// Whether this process was started as a keeper, and if so whether it is to leave its caller's
-/// session.
+/// Whether this process was started as a keeper; if so, whether it leaves its caller's session.
 pub fn is_wanted() -> Option<bool> {
     match std::env::var_os(ROLE_VARIABLE) {
         Some(role) if role == SESSION => Some(true),
@@ -45,25 +44,27 @@ pub fn is_wanted() -> Option<bool> {
     }
 }
 
-/// What a keeper is told.
+/// A request to a keeper.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Order {
-    /// Enter namespaces. Beside it the network's, if it exists, and the root file system.
+    /// Enter namespaces. Descriptors: the network namespace, if it exists, and the root file
+    /// system.
     Enter(Vec<Namespace>),
-    /// Carry. Beside it: the connection to the sandbox, the streams, and the slave of a terminal.
+    /// Copy streams. Descriptors: the connection to the sandbox, the streams, and a terminal's
+    /// slave.
     Keep(Mode),
 }
 
-/// How streams are carried.
+/// How streams are copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// Standard input, output and error.
     Pipes,
-    /// One stream; the terminal is a slave whose master the engine has.
+    /// One stream; the terminal is a pty's slave whose master the engine has.
     Terminal,
-    /// One stream; the terminal is the caller's own, on standard input.
+    /// One stream; the terminal is the caller's, on standard input.
     OwnTerminal,
 }
 
@@ -75,29 +76,28 @@ pub struct Keeper {
     kept: bool,
 }
 
-/// Namespaces that a keeper has of its own beside those that every one has.
+/// New namespaces of a keeper in addition to those that every keeper has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Namespace {
-    /// Of control groups.
+    /// Control groups.
     Cgroup,
-    /// Of System V and POSIX message queues.
+    /// System V IPC and POSIX message queues.
     Ipc,
-    /// Of users: in a new one without any, a keeper has no rights on the host any more.
+    /// Users: without id mappings, the keeper has no privileges on the host.
     User,
-    /// Of the host name.
+    /// Host name.
     Uts,
-    /// Of the network.
+    /// Network.
     Network,
 }
 
-/// What the host has of a container's world.
+/// The container's namespaces and root file system on the host.
 #[derive(Debug)]
 pub struct World {
-    /// Namespaces to be made, as the spec has them: who looks at the keeper finds what the
-    /// container was to have.
+    /// Namespaces to create, as in the spec: tools that inspect the keeper find what was asked for.
     pub namespaces: Vec<Namespace>,
-    /// Its network namespace, when it exists.
+    /// An existing network namespace.
     pub network: Option<File>,
     /// A detached mount of its root file system.
     pub root: OwnedFd,
@@ -105,14 +105,14 @@ pub struct World {
 
 /// Starts a keeper, which inherits the standard streams.
 ///
-/// `arguments` are what `ps` shows: the command in the container. `world` is absent for a further
-/// process, which nobody looks at. `session` is false where the keeper shares its caller's
+/// `arguments` are shown by `ps`: the command in the container. `world` is `None` for `exec`, where
+/// nothing uses the keeper's namespaces. `session` is false if the keeper shares its caller's
 /// terminal.
 ///
-/// Must be called while this process has one thread.
+/// The calling process must have only one thread.
 ///
 /// # Errors
-/// The process cannot be started, or its namespaces cannot be entered.
+/// The process cannot be started, join `cgroups`, or enter its namespaces.
 pub fn spawn(
     arguments: &[String],
     world: Option<&World>,
@@ -151,12 +151,12 @@ pub fn spawn(
     Ok(keeper)
 }
 
-/// The number of the channel in the keeper.
+/// The channel's descriptor in the keeper.
 const CHANNEL_FD: i32 = 3;
 
 #[allow(unsafe_code)]
 fn inherit(command: &mut Command, channel: OwnedFd) -> Result<()> {
-    // SAFETY: between fork and exec only system calls on numbers are made.
+    // SAFETY: only async-signal-safe system calls between fork and exec.
     unsafe {
         command.pre_exec(move || {
             use std::os::fd::AsRawFd;
@@ -169,8 +169,8 @@ fn inherit(command: &mut Command, channel: OwnedFd) -> Result<()> {
             if done < 0 {
                 return Err(io::Error::last_os_error());
             }
-            // Whatever an engine left open is not the keeper's: its other end would never see the
-            // end.
+            // Close descriptors that the engine left open: the keeper would keep their other ends
+            // from seeing the end of the stream.
             let limit = libc::c_uint::MAX;
             let first = CHANNEL_FD as libc::c_uint + 1;
             if libc::close_range(first, limit, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) < 0 {
@@ -188,10 +188,10 @@ impl Keeper {
         self.child.id().cast_signed()
     }
 
-    /// Its network namespace.
+    /// Opens its network namespace.
     ///
     /// # Errors
-    /// It has ended.
+    /// The keeper has ended.
     pub fn network_namespace(&self) -> Result<OwnedFd> {
         let path = format!("/proc/{}/ns/net", self.pid());
         File::open(&path)
@@ -212,12 +212,11 @@ impl Keeper {
         }
     }
 
-    /// Gives it the connection to the sandbox, the streams of its process, and the slave of a
-    /// terminal. From now on it stands for the process; the process lives as long as this
-    /// connection.
+    /// Passes it the connection to the sandbox, the streams of its process, and a terminal's slave.
+    /// From now on it represents the process, which lives as long as this connection.
     ///
     /// # Errors
-    /// It has ended.
+    /// The keeper has ended, or cannot set up the streams.
     pub fn keep(
         mut self,
         mode: Mode,
@@ -239,22 +238,22 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if !self.kept {
-            // It may have ended by itself.
+            // It may have exited already.
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }
 }
 
-/// A keeper that carries; it goes on when this is dropped.
+/// A keeper that copies streams; it continues when this is dropped.
 #[derive(Debug)]
 pub struct Kept(Keeper);
 
 impl Kept {
-    /// Waits for its end, and passes on to it the signals that come meanwhile; its exit status.
+    /// Waits for it to exit, forwards signals meanwhile, and returns its exit status.
     ///
     /// # Errors
-    /// It cannot be waited for.
+    /// Signals cannot be blocked, or waiting fails.
     pub fn wait(&mut self) -> Result<i32> {
         use std::os::unix::process::ExitStatusExt;
         process::pass_signals(self.pid())?;

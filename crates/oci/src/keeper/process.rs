@@ -1,4 +1,4 @@
-//! What a keeper does, from its start to its end.
+//! The keeper's own process.
 
 use std::os::fd::OwnedFd;
 
@@ -16,13 +16,13 @@ use rustix::termios::tcgetwinsize;
 use super::carry::{Carried, carry};
 use super::{CHANNEL_FD, Mode, Order, memory, world};
 
-/// What the keeper's process does, from its start to its end. `session`: it leaves its caller's.
+/// Main function of a keeper's process. `session`: leave the caller's session.
 ///
-/// Called when [`super::is_wanted`] says so, before anything else.
+/// Called first in `main` if [`super::is_wanted`] returns a value.
 pub fn run(session: bool) -> ! {
     let status = match take_channel().and_then(|channel| obey(channel, session)) {
         Ok(status) => status,
-        // Nobody is left to tell.
+        // The caller is gone: there is nothing to report to.
         Err(_) => EXIT_SANDBOX_FAILED,
     };
     std::process::exit(status)
@@ -31,7 +31,7 @@ pub fn run(session: bool) -> ! {
 #[allow(unsafe_code)]
 fn take_channel() -> Result<OwnedFd> {
     use std::os::fd::FromRawFd;
-    // SAFETY: `spawn` put the channel there, and nothing else in this process owns that number.
+    // SAFETY: `spawn` put the channel there, and nothing else in this process owns the descriptor.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
     rustix::io::fcntl_setfd(&channel, rustix::io::FdFlags::CLOEXEC)
         .context(|| "take over the channel")?;
@@ -40,7 +40,7 @@ fn take_channel() -> Result<OwnedFd> {
 
 fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
     if session {
-        // A leader of a process group cannot; a keeper is none.
+        // Fails only for the leader of a process group, which a keeper is not.
         let _ = rustix::process::setsid();
     }
     let signals = block_signals()?;
@@ -76,10 +76,10 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
     }
 }
 
-/// All signals that can be: they are the process's in the guest.
+/// Blocks all signals, to forward them to the process in the guest.
 fn block_signals() -> Result<SignalFd> {
     let mut set = SigSet::all();
-    // A fault is the keeper's own.
+    // Faults of the keeper itself.
     for own in [
         Signal::SIGSEGV,
         Signal::SIGBUS,
@@ -94,7 +94,7 @@ fn block_signals() -> Result<SignalFd> {
         .context(|| "watch signals")
 }
 
-/// Passes signals on until the process has ended; its status.
+/// Forwards signals until the process has exited; returns its status.
 fn wait_for_end(connection: &Client, signals: &SignalFd, carried: Carried) -> i32 {
     if let Some(terminal) = carried.terminal() {
         resize(connection, terminal);
@@ -121,7 +121,7 @@ fn wait_for_end(connection: &Client, signals: &SignalFd, carried: Carried) -> i3
                 ..
             }) => break exit.status,
             Ok(_) => {}
-            // The sandbox process was killed, and with it everything.
+            // The sandbox process was killed, and the container with it.
             Err(_) => break EXIT_SANDBOX_FAILED,
         }
     };
@@ -139,12 +139,11 @@ fn pass_on(connection: &Client, signal: u32, terminal: Option<&OwnedFd>) {
     if is_own(signal) {
         return;
     }
-    // A process that has just ended cannot be told, and need not be.
+    // Fails if the process has just exited.
     let _ = connection.tell(&Request::Forward(signal), &[]);
 }
 
-/// Whether a signal is about this process's own children, input and output, and not about the
-/// process in the guest.
+/// Whether a signal concerns this process's own children and I/O, not the process in the guest.
 fn is_own(signal: u32) -> bool {
     [
         Signal::SIGCHLD,
@@ -158,10 +157,10 @@ fn is_own(signal: u32) -> bool {
     .any(|own| *own as u32 == signal)
 }
 
-/// Passes signals that this process gets on to a keeper, its child, until that has ended.
+/// Forwards signals of this process to its child, a keeper, until that exits.
 ///
 /// # Errors
-/// The kernel's.
+/// Signals cannot be blocked, or the keeper's pidfd cannot be opened.
 pub fn pass_signals(keeper: i32) -> Result<()> {
     let doing = || "wait for the keeper".to_owned();
     let before = SigSet::thread_get_mask().context(doing)?;
@@ -179,19 +178,19 @@ pub fn pass_signals(keeper: i32) -> Result<()> {
         }
         let ended = !ready[0].revents().is_empty();
         while let Ok(Some(signal)) = signals.read_signal() {
-            // What the kernel sends, the terminal's keys, the keeper gets too: it is in the same
+            // Signals from the kernel (terminal keys) reach the keeper anyway: it is in the same
             // process group.
             let is_sent = signal.ssi_code <= 0;
             if is_sent
                 && !is_own(signal.ssi_signo)
                 && let Ok(number) = Signal::try_from(signal.ssi_signo.cast_signed())
             {
-                // One that has just ended need not be told.
+                // Fails if it has just exited.
                 let _ = kill(nix::unistd::Pid::from_raw(keeper), number);
             }
         }
         if ended {
-            // Hooks, which may follow, inherit it.
+            // Restored because hooks that run later inherit it.
             return before.thread_set_mask().context(doing);
         }
     }
@@ -206,16 +205,16 @@ fn resize(connection: &Client, terminal: &OwnedFd) {
             rows: size.ws_row,
             columns: size.ws_col,
         };
-        // As above.
+        // Fails if the process has just exited.
         let _ = connection.tell(&Request::Resize(size), &[]);
     }
 }
 
-/// Keeps a process in this very process, on its own standard streams: a foreground `exec`. Returns
-/// its status.
+/// Acts as the keeper of a process in this process, with its standard streams: for a foreground
+/// `exec`. Returns the exit status.
 ///
 /// # Errors
-/// The streams cannot be carried.
+/// The streams cannot be set up.
 pub fn keep_here(terminal: bool, connection: &Client, streams: Vec<OwnedFd>) -> Result<i32> {
     let mode = if terminal {
         Mode::OwnTerminal

@@ -14,10 +14,11 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 use super::Namespace;
 
-/// Starts a process that is the first one of a new process namespace.
+/// Starts a process as the first one in a new pid namespace.
 ///
 /// # Errors
-/// The kernel's.
+/// The namespace cannot be created (`EPERM` without `CAP_SYS_ADMIN`), or the process cannot be
+/// started.
 #[allow(unsafe_code)]
 pub fn spawn(command: &mut Command) -> Result<Child> {
     let doing = || "make a process namespace".to_owned();
@@ -25,16 +26,17 @@ pub fn spawn(command: &mut Command) -> Result<Child> {
     // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.context(doing)?;
     let child = command.spawn();
-    // Hooks, which this process starts too, belong into its own.
+    // Hooks, also started by this process, run in its own pid namespace.
     move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)).context(doing)?;
     child.context(|| "start the keeper")
 }
 
-/// Enters namespaces: the network's among `fds` when it is not to be made, then the root file
-/// system there.
+/// Enters namespaces. `fds`: an existing network namespace if `namespaces` does not have a new one,
+/// then the root file system.
 ///
 /// # Errors
-/// The kernel's.
+/// A namespace cannot be joined or created (`EPERM` without `CAP_SYS_ADMIN`), or the root file
+/// system cannot be entered.
 #[allow(unsafe_code)]
 pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
     let mut fds = fds.into_iter();
@@ -51,7 +53,7 @@ pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
         Namespace::Ipc => UnshareFlags::NEWIPC,
         Namespace::Uts => UnshareFlags::NEWUTS,
         Namespace::Network => UnshareFlags::NEWNET,
-        // Below: in it, nothing else could be done.
+        // Last: without mappings, nothing else is permitted in it.
         Namespace::User => UnshareFlags::empty(),
     };
     let new = namespaces
@@ -71,7 +73,8 @@ pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
     Ok(())
 }
 
-/// Makes a detached mount the root, with nothing of the host in it but a view of this process.
+/// Makes a detached mount the root. Nothing of the host remains visible, except a proc of this pid
+/// namespace.
 fn enter_root(root: &OwnedFd) -> rustix::io::Result<()> {
     mount_change(
         "/",
@@ -87,14 +90,14 @@ fn enter_root(root: &OwnedFd) -> rustix::io::Result<()> {
             | MountAttrFlags::MOUNT_ATTR_NOEXEC
             | MountAttrFlags::MOUNT_ATTR_RDONLY,
     )?;
-    // Any directory will do: it is covered for the moment in which the root changes.
+    // Any directory works: it is covered only until the root changes.
     let from = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(root, "", CWD, "/proc", from)?;
     rustix::process::fchdir(root)?;
     rustix::process::pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     rustix::process::chdir("/")?;
-    // What the image has there may be a link, or nothing.
+    // The image's /proc may be a symlink, or missing.
     let found = openat2(
         root,
         "proc",
