@@ -76,7 +76,7 @@ impl Reference {
         }
     }
 
-    /// The short name for display: without the default registry, `library/` and `latest`.
+    /// The short name for display: without `docker.io/` and `library/`, but with `:latest`.
     pub fn familiar(&self) -> String {
         let text = self.to_string();
         match text.strip_prefix("docker.io/") {
