@@ -29,17 +29,17 @@ pub enum TarError {
     /// It is not a tar archive, or damaged.
     #[error("archive is damaged at byte {position}: {reason}")]
     Malformed {
-        /// Where in the uncompressed archive.
+        /// Offset in the uncompressed archive.
         position: u64,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// The archive exceeds a limit of this reader.
     #[error("archive exceeds a limit at byte {position}: {reason}")]
     Limit {
-        /// Where in the uncompressed archive.
+        /// Offset in the uncompressed archive.
         position: u64,
-        /// Which.
+        /// The limit.
         reason: String,
     },
 }
