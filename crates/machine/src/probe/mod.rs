@@ -65,7 +65,7 @@ pub enum KvmState {
     Absent,
     /// The caller may not open `/dev/kvm`.
     NoPermission,
-    /// It cannot run guest code at all.
+    /// KVM cannot run guest code at all.
     Fails {
         /// The step that failed.
         why: String,

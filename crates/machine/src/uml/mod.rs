@@ -26,9 +26,9 @@ use crate::{
 };
 use clock::PausedTime;
 
-/// Loops per tick of a processor at 5 GHz. With this parameter the kernel does not measure them,
-/// which takes 60 ms. They matter only to busy waits, which drivers of hardware use: on a slower
-/// processor those take longer than requested, which is allowed; never shorter.
+/// Loops per jiffy of a 5 GHz processor. With this parameter the kernel skips the calibration,
+/// which takes 60 ms. It affects only busy waits of hardware drivers: on a slower processor those
+/// take longer than requested, which is allowed, but never shorter.
 const LOOPS_PER_JIFFY: u64 = 50_000_000;
 
 /// Capacity of the jail's `/tmp` in addition to the guest's memory, for the kernel's pid file and
