@@ -22,7 +22,7 @@ pub struct PausedTime {
 }
 
 impl PausedTime {
-    /// Creates the file. The second value is for the kernel, which can read it only.
+    /// Creates the file. Returns also a read-only descriptor for the kernel.
     ///
     /// # Errors
     /// EMFILE, ENOMEM; ENOENT without /proc.
