@@ -76,7 +76,7 @@ pub enum Call {
     },
 }
 
-/// Who else changes the files of a share, which determines how long the guest may cache.
+/// Which other writers a share has, which determines how long the guest may cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cache {

@@ -8,11 +8,11 @@
 //! | `references.json` | name → manifest digest; replaced by rename, under the exclusive lock |
 //! | `images/HEX.json` | one record per image (by manifest digest): all that a start needs |
 //! | `blobs/sha256/HEX` | manifests and configurations; layer archives only while a pull lasts |
-//! | `blobs/sha256/HEX.part` | a layer archive that is arriving; locked by who writes it |
+//! | `blobs/sha256/HEX.part` | a layer archive being downloaded; locked by its writer |
 //! | `layers/HEX/diff` | a layer, ready to be a lower directory; `layer.json` beside it |
-//! | `layers/HEX.partial` | a layer that is being unpacked; locked by who does it |
+//! | `layers/HEX.partial` | a layer being unpacked; locked by its writer |
 //! | `holds/ID.json` | a container that uses layers, see [`Hold`] |
-//! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is made |
+//! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is created |
 //! | `busy` | shared while anything is fetched or unpacked; exclusive for removing unused layers |
 //!
 //! Locks are `flock`s, so a killed process leaves none behind. A file with its final name is

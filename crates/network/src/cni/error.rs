@@ -40,7 +40,7 @@ pub enum Error {
     Invalid {
         /// A file, or the name of a network.
         place: String,
-        /// What is wrong with it.
+        /// The reason.
         why: String,
     },
     /// The attachment is not possible; no plugin was run.
