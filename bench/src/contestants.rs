@@ -1,5 +1,5 @@
-//! Those who are measured: runc and hull's machine kinds, each with the same root file systems; how
-//! each runs a command, keeps a container and executes in it.
+//! The contestants: runc and hull's machine kinds, each with the same root file systems; how each
+//! runs a command, keeps a container and executes in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 
 use crate::Options;
 
-/// Longest time for one piece of work, seconds: emulation may take for ever.
+/// Timeout of one measurement in seconds: emulation may take very long.
 const LIMIT: &str = "180";
 
-/// One who is measured.
+/// A contestant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contestant {
     /// runc, on the host's kernel.
@@ -24,7 +24,7 @@ pub enum Contestant {
 }
 
 impl Contestant {
-    /// The heading of its column.
+    /// Heading of its column.
     pub fn name(self) -> String {
         match self {
             Contestant::Runc => "runc".to_owned(),
@@ -32,13 +32,13 @@ impl Contestant {
         }
     }
 
-    /// Emulation takes long: fewer rounds of it tell as much.
+    /// Emulation is slow: fewer rounds suffice.
     pub fn is_slow(self) -> bool {
         self == Contestant::Hull("qemu")
     }
 }
 
-/// Which root file system a container gets.
+/// Root file system of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Root {
     /// Busybox and nothing else.
@@ -47,9 +47,9 @@ pub enum Root {
     Tools,
 }
 
-/// What all measurements share; removed at the end.
+/// Shared by all measurements; removed at the end.
 pub struct Setup {
-    /// A directory on the disk that the containers' files are on.
+    /// A directory on the disk of the containers' files.
     pub directory: PathBuf,
     /// Machine kinds of hull that work here.
     pub machines: Vec<&'static str>,
@@ -66,7 +66,7 @@ pub struct Running<'a> {
 }
 
 impl Setup {
-    /// Makes root file systems, images and the configuration.
+    /// Creates root file systems, images and the configuration.
     pub fn prepare(options: &Options) -> Result<Setup> {
         let repository = &options.repository;
         let directory = repository.join("target/bench");
@@ -93,7 +93,7 @@ impl Setup {
             hull: repository.join("target/stage/bin/hull"),
             next: AtomicU32::new(0),
         };
-        // Sockets have short paths: state goes elsewhere than data.
+        // Socket paths must be short: state is separate from data.
         for machine in ["uml", "qemu"] {
             let configuration = format!(
                 "run_dir = \"/run/hull-bench\"\ndata_dir = {:?}\nmachine = {machine:?}\n",
@@ -173,7 +173,7 @@ impl Setup {
         command
     }
 
-    /// A name that nothing else bears.
+    /// A unique name.
     pub fn unique(&self) -> String {
         format!(
             "bench-{}-{}",
@@ -182,7 +182,8 @@ impl Setup {
         )
     }
 
-    /// A bundle: runc's own specification, without a terminal and without limits that need rights.
+    /// A bundle: runc's default specification, without a terminal and without limits that need
+    /// privileges.
     pub fn bundle(&self, root: Root, arguments: &[&str], volume: Option<&Path>) -> Result<PathBuf> {
         let bundle = self.directory.join("bundles").join(self.unique());
         fs::create_dir_all(&bundle)?;
@@ -202,8 +203,8 @@ impl Setup {
         Ok(bundle)
     }
 
-    /// A command that runs `arguments` in a new container, to its end, and removes it. What can be
-    /// prepared has been.
+    /// A command that runs `arguments` in a new container, to its end, and removes it. Prepares as
+    /// much as possible in advance.
     pub fn once(&self, contestant: Contestant, arguments: &[&str]) -> Result<Command> {
         let mut command = match contestant {
             Contestant::Runc => {
@@ -220,7 +221,7 @@ impl Setup {
         Ok(command)
     }
 
-    /// `hull run` of `arguments`, to their end, with a network.
+    /// `hull run` with `arguments` and a network.
     pub fn hull_run(&self, machine: &str, network: &str, arguments: &[&str]) -> Command {
         let mut command = self.hull(machine);
         command
@@ -230,7 +231,7 @@ impl Setup {
         command
     }
 
-    /// Starts a container that sleeps; `volume` is at `/work`.
+    /// Starts a container that sleeps; `volume` is mounted at `/work`.
     pub fn start(
         &self,
         contestant: Contestant,
@@ -258,7 +259,7 @@ impl Setup {
                 command
             }
         };
-        // A container of runc keeps what it is given: a pipe for errors would never end.
+        // A container of runc inherits the descriptors: a pipe for errors would never end.
         let status = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -282,7 +283,7 @@ impl Drop for Setup {
 }
 
 impl Running<'_> {
-    /// A command that executes `arguments` in it.
+    /// A command that executes `arguments` in the container.
     pub fn exec(&self, arguments: &[&str]) -> Command {
         let mut command = match self.contestant {
             Contestant::Runc => Command::new("runc"),
@@ -296,7 +297,7 @@ impl Running<'_> {
         command
     }
 
-    /// What `arguments`, executed in it, print; nothing when that takes longer than [`LIMIT`].
+    /// Output of `arguments`, executed in the container; `None` after [`LIMIT`].
     pub fn output(&self, arguments: &[&str]) -> Result<Option<String>> {
         let exec = self.exec(arguments);
         let output = Command::new("timeout")
@@ -323,7 +324,7 @@ impl Running<'_> {
         Ok(Some(String::from_utf8(output.stdout)?))
     }
 
-    /// The seconds that the program in `bench/guest` prints, one for each line.
+    /// The seconds printed by the program in `bench/guest`, one per line.
     pub fn seconds(&self, arguments: &[&str]) -> Result<Vec<f64>> {
         let text = self.output(arguments)?.unwrap_or_default();
         text.lines()
@@ -335,7 +336,7 @@ impl Running<'_> {
             .collect()
     }
 
-    /// Host processes by role: `hull inspect` and `runc state` name them.
+    /// Host processes by role, from `hull inspect` and `runc state`.
     pub fn processes(&self) -> Result<Vec<(&'static str, i64)>> {
         let find = |value: &Value, key: &str| {
             value[key]
@@ -413,8 +414,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Copies a program to `to`, and the libraries that it is linked with to where they are on the
-/// host.
+/// Copies a program to `to`, and its shared libraries to the same paths as on the host.
 fn copy_with_libraries(program: &Path, root: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     let name = program.file_name().context("a program has a name")?;

@@ -1,6 +1,6 @@
 //! Files in a directory of the host (`-v DIRECTORY:/work`): the fs device against the same
-//! directory through runc, which is the host's own: an ext4 made for it. The host's cache is warm;
-//! the guest's is cold, for each measurement has a container of its own.
+//! directory through runc, which is the host's own, on an ext4 created for it. The host's cache is
+//! warm; the guest's is cold, as each measurement uses a new container.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,12 +13,12 @@ use crate::contestants::{Contestant, Root, Running, Setup, run};
 use crate::report::{Better, Results};
 use crate::{Options, all};
 
-/// Files of the tree that is unpacked.
+/// Number of files in the tree that is unpacked.
 const TREE: usize = 20_000;
-/// Files written, looked at, read and removed as git does.
+/// Number of files written, stat'ed, read and removed as git does.
 const SMALL: usize = 5_000;
 
-/// fio's jobs: row, unit, what is added to the usual arguments.
+/// fio's jobs: row, unit, additional arguments.
 const JOBS: [(&str, &str, &[&str]); 4] = [
     (
         "files: sequential read, 1 GiB",
@@ -62,10 +62,9 @@ const JOBS: [(&str, &str, &[&str]); 4] = [
     ),
 ];
 
-/// A new ext4 with a journal, in a file, mounted until this is dropped. The host's own file system
-/// may be anything: ext4 without a journal looks at every inode that was deleted in the last
-/// minutes before it takes a new one, which makes each who unpacks pay for what was removed after
-/// those before.
+/// A new ext4 with a journal, in a file, mounted until this is dropped. Independent of the host's
+/// file system: ext4 without a journal checks every recently deleted inode before it allocates one,
+/// so each unpacking would pay for the removals before it.
 struct Disk {
     mounted: PathBuf,
 }
@@ -93,7 +92,7 @@ impl Drop for Disk {
     }
 }
 
-/// Measures.
+/// Runs the measurements.
 pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let disk = Disk::new(&setup.directory)?;
     let work = disk.mounted.clone();
@@ -146,7 +145,7 @@ pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Resul
             fs::remove_dir_all(&tree)?;
             let seconds =
                 fresh()?.seconds(&["work", "small", "/work/small", &SMALL.to_string()])?;
-            // One that was given up leaves its files.
+            // A run that timed out leaves its files.
             let _ = fs::remove_dir_all(work.join("small"));
             for (name, seconds) in small.iter().zip(seconds) {
                 results.add(name, contestant, seconds);
@@ -174,7 +173,7 @@ fn fio(
     let Some(text) = container.output(&command)? else {
         return Ok(None);
     };
-    // fio may remark something before its JSON.
+    // fio may print messages before its JSON.
     let begin = text
         .find('{')
         .with_context(|| format!("{}: fio printed no JSON: {text}", contestant.name()))?;
@@ -192,7 +191,7 @@ fn fio(
     Ok(Some(if unit == "IOPS" { value } else { value / 1e6 }))
 }
 
-/// An archive of files of this machine, as they are: names, sizes, directories.
+/// Creates an archive of this machine's files: real names, sizes, directories.
 fn archive(work: &Path) -> Result<usize> {
     let script = format!(
         "find /usr/include /usr/share /usr/lib/python3 /usr/src -xdev -type f -size -200k 2>/dev/null | LC_ALL=C sort | \

@@ -1,12 +1,12 @@
 //! `make bench`: hull beside runc, on one machine, in one run.
 //!
-//! Everything is measured in rounds, and in each round every contestant has its turn, so that a
-//! machine that is busy for a while is busy for all. What is shown is the median, with the number
-//! of rounds. The first round warms the caches and does not count.
+//! Everything is measured in rounds, with a turn for every contestant in each, so that a
+//! temporarily busy machine affects all. The result is the median, with the number of rounds. The
+//! first round warms the caches and does not count.
 //!
-//! Calls the staged `hull`, `runc`, `fio`, `iperf3` and `wrk` as a user would, and knows nothing of
-//! hull's inside. Results: a table on standard output; the same, as JSON with every single value
-//! and as a picture, in `bench/results`.
+//! Calls the staged `hull`, `runc`, `fio`, `iperf3` and `wrk` like a user, independent of hull's
+//! internals. Results: a table on standard output; and with every single value as JSON and as a
+//! picture, in `bench/results`.
 
 mod contestants;
 mod files;
@@ -24,26 +24,26 @@ use anyhow::{Context, Result, bail};
 use crate::contestants::{Contestant, Setup};
 use crate::report::Results;
 
-/// What the command line asks for.
+/// Options of the command line.
 pub struct Options {
-    /// Fewer rounds: to see that all works, not for numbers to be shown.
+    /// Fewer rounds: to test the bench, not for publishable numbers.
     pub quick: bool,
-    /// Groups to measure; all when empty.
+    /// Groups to measure; all if empty.
     pub only: Vec<String>,
-    /// Kinds of machine to measure; all that work when empty.
+    /// Kinds of machine to measure; all that work if empty.
     pub machines: Vec<String>,
     /// The repository.
     pub repository: PathBuf,
 }
 
 impl Options {
-    /// Rounds, fewer when quick.
+    /// Number of rounds, fewer if quick.
     pub fn rounds(&self, usual: usize) -> usize {
         if self.quick { usual.min(2) } else { usual }
     }
 }
 
-/// The groups, in the order in which they are measured.
+/// The groups, in the order of measurement.
 const GROUPS: [&str; 7] = ["start", "exec", "oci", "memory", "cpu", "files", "network"];
 
 fn main() -> Result<()> {
@@ -110,7 +110,7 @@ fn options() -> Result<Options> {
     Ok(options)
 }
 
-/// All contestants of a measurement, runc first: it is what the others are compared with.
+/// All contestants of a measurement, runc first, as the reference.
 pub fn all(setup: &Setup) -> Vec<Contestant> {
     let mut all = vec![Contestant::Runc];
     all.extend(

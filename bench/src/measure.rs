@@ -1,4 +1,4 @@
-//! Times: starting, starting ten at once, executing, computing.
+//! Times: start, ten parallel starts, exec, computing.
 
 use std::process::Child;
 use std::time::Instant;
@@ -9,10 +9,10 @@ use crate::contestants::{Root, Setup};
 use crate::report::{Better, Results};
 use crate::{Options, all};
 
-/// How many are started at once.
+/// Number of parallel starts.
 const AT_ONCE: usize = 10;
 
-/// `run --rm IMAGE true`, alone and ten at once.
+/// `run --rm IMAGE true`, one and ten in parallel.
 pub fn start(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let name = "start: run --rm IMAGE true";
     results.row(name, "ms", Better::Lower);
@@ -87,7 +87,7 @@ pub fn exec(options: &Options, setup: &Setup, results: &mut Results) -> Result<(
     Ok(())
 }
 
-/// What the processor, and the way into the kernel, cost.
+/// Costs of the processor and of system calls.
 pub fn cpu(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let works = [
         ("cpu: integer loop", "cpu", "s", 1.0),
@@ -104,8 +104,8 @@ pub fn cpu(options: &Options, setup: &Setup, results: &mut Results) -> Result<()
             }
             let container = setup.start(contestant, Root::Tools, None)?;
             for (name, work, _, factor) in works {
-                // 200,000 calls in seconds, times five, is microseconds for one; a thousand forks,
-                // milliseconds.
+                // Seconds for 200,000 calls times five are microseconds per call; for a thousand
+                // forks, seconds are milliseconds per fork.
                 for seconds in container.seconds(&["work", work])? {
                     results.add(name, contestant, seconds * factor);
                 }

@@ -1,4 +1,4 @@
-//! What an idle container costs the host: the proportional memory of all its processes, split by
+//! Memory of an idle container on the host: the proportional set size of all its processes, by
 //! process.
 
 use std::collections::BTreeMap;
@@ -30,15 +30,15 @@ pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Resul
                 for _ in 0..count {
                     containers.push(setup.start(contestant, Root::Busybox, None)?);
                 }
-                // What a start leaves to be done later is done.
+                // Wait for deferred work of the start.
                 sleep(Duration::from_secs(2));
                 let children = children()?;
                 let mut sums: BTreeMap<&str, f64> = BTreeMap::new();
                 for container in &containers {
                     let roots = container.processes()?;
                     for (role, pid) in &roots {
-                        // The sandbox process is the parent of the others: they are counted by
-                        // themselves.
+                        // The sandbox process is the parent of the others, which are counted
+                        // separately.
                         let others: Vec<i64> = roots
                             .iter()
                             .map(|(_, other)| *other)
@@ -64,7 +64,7 @@ pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Resul
     Ok(())
 }
 
-/// Megabytes (10⁶) of a process and all below it but `others`.
+/// Megabytes (10⁶) of a process and its descendants except `others`.
 fn tree(pid: i64, children: &BTreeMap<i64, Vec<i64>>, others: &[i64]) -> Result<f64> {
     let mut sum = proportional(pid)?;
     for child in children
@@ -78,7 +78,7 @@ fn tree(pid: i64, children: &BTreeMap<i64, Vec<i64>>, others: &[i64]) -> Result<
     Ok(sum)
 }
 
-/// Megabytes of one process, its part of shared pages included.
+/// Megabytes of one process, including its share of shared pages.
 pub fn proportional(pid: i64) -> Result<f64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     // A process that has just ended, or is a zombie, has no memory.

@@ -1,9 +1,9 @@
-//! A container's network: both contestants as OCI runtimes, in network namespaces that are made
-//! alike (`place`), with the same servers. runc's container is in its namespace; hull's guest is
+//! A container's network: both contestants as OCI runtimes, in network namespaces with the same
+//! setup (`place`), with the same servers. runc's container is in its namespace; hull's guest is
 //! behind it. "In" is towards the container.
 //!
-//! All traffic is between namespaces of the bench's own, for a few seconds each. Servers and
-//! clients end by themselves after a while, should the bench be killed.
+//! All traffic is between the bench's own namespaces, for a few seconds each. Servers and clients
+//! exit by themselves after a while, in case the bench is killed.
 
 mod place;
 
@@ -22,26 +22,26 @@ use crate::oci::call;
 use crate::report::{Better, Results};
 use crate::{Options, all};
 
-/// Ports of the container's servers; iperf3 has one of its own.
+/// Ports of the container's servers, besides iperf3's.
 const HTTP: &str = "8080";
 const CLOSING: &str = "8081";
-/// Longest life of the container's servers, seconds.
+/// Maximum lifetime of the container's servers in seconds.
 const LIFE: &str = "180";
-/// What is offered with UDP, Mbit/s, and bytes of one datagram: one that is not fragmented.
+/// UDP rate in Mbit/s, and the size of a datagram, which is not fragmented.
 const UDP_RATE: &str = "200M";
 const UDP_LENGTH: &str = "1448";
-/// Connections at once for the highest rate of requests; clients that connect.
+/// Numbers of parallel connections for the highest request rate; clients that connect.
 const AT_ONCE: [&str; 2] = ["1", "16"];
 const CLIENTS: &str = "8";
 
-/// Directions, and what iperf3 calls them.
+/// Directions, and iperf3's options for them.
 const DIRECTIONS: [(&str, &[&str]); 2] = [("in", &[]), ("out", &["-R"])];
 const STREAMS: [(&str, &str); 2] = [("1 stream", "1"), ("8 streams", "8")];
 
-/// Measures.
+/// Runs the measurements.
 pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     traffic_rows(results);
-    // Seconds for each.
+    // Seconds for each measurement.
     let seconds = if options.quick { "2" } else { "5" };
     for round in 0..options.rounds(3) {
         for contestant in all(setup) {
@@ -137,7 +137,7 @@ impl<'a> Server<'a> {
         Ok(server)
     }
 
-    /// Runs a command where clients are; what it prints.
+    /// Runs a command in the clients' namespace; returns its output.
     fn on_host(&self, command: &mut Command) -> Result<String> {
         let output = self
             .host
@@ -154,7 +154,7 @@ impl<'a> Server<'a> {
         Ok(text)
     }
 
-    /// The clients of `bench/guest/net.c`.
+    /// Runs the clients of `bench/guest/net.c`.
     fn client(&self, arguments: &[&str]) -> Result<String> {
         let program = self.setup.root(Root::Tools).join("bin/net");
         self.on_host(Command::new(program).args(arguments))
@@ -165,13 +165,13 @@ impl<'a> Server<'a> {
         command
             .args(["60", "iperf3", "--json", "-c", &self.pod.address])
             .args(arguments);
-        // The server may not listen yet, or still be busy with the client before.
+        // The server may not listen yet, or still be busy with the previous client.
         let mut tries = 0;
         loop {
             let failure = match self.on_host(&mut command) {
                 Ok(text) => {
                     let answer: Value = serde_json::from_str(&text)?;
-                    // It does not always say so by its exit code.
+                    // Some failures are not in its exit code.
                     match answer.get("error") {
                         None => return Ok(answer),
                         Some(error) => anyhow!("iperf3: {error}"),
@@ -187,7 +187,7 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Seconds of processor time that the container's processes have taken on the host.
+    /// Processor time of the container's processes on the host, in seconds.
     fn cpu(&self) -> Result<f64> {
         let own = |group: &str, file: &str| {
             fs::read_to_string(format!("/sys/fs/cgroup/{group}{}/{file}", self.id)).ok()
@@ -214,7 +214,7 @@ impl Drop for Server<'_> {
     }
 }
 
-/// Seconds that the machine's processors have been busy.
+/// Busy time of the machine's processors, in seconds.
 fn busy() -> Result<f64> {
     let text = fs::read_to_string("/proc/stat")?;
     let ticks: Vec<f64> = text
@@ -225,7 +225,7 @@ fn busy() -> Result<f64> {
         .skip(1)
         .map(str::parse)
         .collect::<Result<_, _>>()?;
-    // user, nice, system; not idle and iowait; irq, softirq.
+    // user, nice, system, irq, softirq; without idle and iowait.
     let sum: f64 = [0, 1, 2, 5, 6]
         .iter()
         .filter_map(|column| ticks.get(*column))
@@ -233,7 +233,7 @@ fn busy() -> Result<f64> {
     Ok(sum / 100.0)
 }
 
-/// One container's turn.
+/// The measurements of one container.
 struct Measuring<'a> {
     server: &'a Server<'a>,
     results: &'a mut Results,
@@ -323,8 +323,8 @@ fn number(value: &Value) -> Result<f64> {
         .with_context(|| format!("iperf3 did not say a number, but {value}"))
 }
 
-/// Requests per second, and the median and the 99th percentile of latency in milliseconds, as wrk
-/// prints them.
+/// Requests per second, and the median and the 99th percentile of latency in milliseconds, from the
+/// output of wrk.
 fn wrk(text: &str) -> Result<[f64; 3]> {
     let value = |key: &str| {
         let word = text
@@ -345,12 +345,12 @@ fn wrk(text: &str) -> Result<[f64; 3]> {
     Ok([value("Requests/sec:")?.parse()?, time("50%")?, time("99%")?])
 }
 
-/// A bundle in a pod's namespace, or in an empty one that the runtime makes.
+/// A bundle in a pod's namespace, or in an empty one that the runtime creates.
 fn bundle(setup: &Setup, id: &str, pod: Option<&Pod>, command: &str) -> Result<PathBuf> {
     let bundle = setup.bundle(Root::Tools, &["sh", "-c", command], None)?;
     let path = bundle.join("config.json");
     let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
-    // Where the processor time is read.
+    // The cgroup whose processor time is read.
     spec["linux"]["cgroupsPath"] = json!(format!("/{id}"));
     if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut()
         && let Some(pod) = pod
@@ -361,7 +361,7 @@ fn bundle(setup: &Setup, id: &str, pod: Option<&Pod>, command: &str) -> Result<P
             }
         }
     }
-    // iperf3 maps a file of what it sends.
+    // iperf3 maps a file with its data.
     if let Some(mounts) = spec["mounts"].as_array_mut() {
         mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}));
     }
@@ -379,7 +379,7 @@ fn delete(setup: &Setup, contestant: Contestant, id: &str) -> Result<()> {
     call(setup.oci(contestant).args(["delete", "--force", id]))
 }
 
-/// What a network adds to `create`, `start` and `delete`: in each round without one, and with one.
+/// Cost of a network for `create`, `start` and `delete`: each round without and with one.
 fn oci_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let names = ["without a network", "with a network", "added by it"]
         .map(|what| format!("network: create, start, delete, {what}"));
@@ -399,7 +399,7 @@ fn oci_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<
                 let bundle = bundle(setup, &id, pod.as_ref(), "exit 0")?;
                 let begin = Instant::now();
                 let started = start(setup, contestant, &id, &bundle);
-                // One that was only created goes, too.
+                // Also deletes a container that did not start.
                 delete(setup, contestant, &id)?;
                 started?;
                 *took = begin.elapsed().as_secs_f64() * 1e3;
@@ -407,7 +407,7 @@ fn oci_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<
             if round > 0 {
                 results.add(&names[0], contestant, took[0]);
                 results.add(&names[1], contestant, took[1]);
-                // A ratio of two differences, of which one is about nothing, says nothing.
+                // The ratio of two differences, one of them about zero, is meaningless.
                 if contestant != Contestant::Runc {
                     results.add(&names[2], contestant, took[1] - took[0]);
                 }
@@ -417,8 +417,8 @@ fn oci_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<
     Ok(())
 }
 
-/// What `--network default` adds to `hull run`, its plugins included: on a host that is a namespace
-/// of the bench's own.
+/// Cost of `--network default` for `hull run`, including its plugins, on a host that is one of the
+/// bench's own namespaces.
 fn run_start(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let names = ["--network none", "--network default", "added by it"]
         .map(|what| format!("network: run --rm IMAGE true, {what}"));

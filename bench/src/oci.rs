@@ -1,4 +1,4 @@
-//! The OCI runtime's command line, as engines call it.
+//! The OCI runtime's command line, as called by engines.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,7 +12,7 @@ use crate::memory::proportional;
 use crate::report::{Better, Results};
 use crate::{Options, all};
 
-/// `create`, `start` and `delete`, and what the process costs that stands for a container.
+/// `create`, `start` and `delete`, and the memory of a container's keeper.
 pub fn measure(options: &Options, setup: &Setup, results: &mut Results) -> Result<()> {
     let name = "oci: create, start, delete";
     results.row(name, "ms", Better::Lower);
@@ -67,8 +67,8 @@ fn start(setup: &Setup, contestant: Contestant, bundle: &Path, id: &str) -> Resu
     call(setup.oci(contestant).args(["start", id]))
 }
 
-/// Runs a command that must succeed. Without a pipe for errors: the container would have it, too,
-/// and keep it open.
+/// Runs a command that must succeed. Without a pipe for errors: the container would inherit it and
+/// keep it open.
 pub fn call(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("{command:?}"))?;
     if !status.success() {

@@ -1,5 +1,4 @@
-//! What was measured: every value, the table of medians with ratios to runc, and the file they are
-//! kept in.
+//! The results: every value, the table of medians with ratios to runc, and the result files.
 
 use std::fs;
 use std::process::Command;
@@ -10,7 +9,7 @@ use serde::Serialize;
 use crate::contestants::{Contestant, Setup};
 use crate::{Options, all, svg};
 
-/// Which values are good ones.
+/// Which values are better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Better {
@@ -20,20 +19,20 @@ pub enum Better {
     Higher,
 }
 
-/// One line of the table.
+/// A row of the table.
 #[derive(Debug, Serialize)]
 pub struct Row {
-    /// What was measured.
+    /// Name of the measurement.
     pub name: String,
-    /// Of the values.
+    /// Unit of the values.
     pub unit: String,
-    /// Which values are good.
+    /// Which values are better.
     pub better: Better,
     /// For each contestant, in the order of [`Results::contestants`].
     pub values: Vec<Vec<f64>>,
 }
 
-/// All that was measured in one run, and where.
+/// Results of one run, and the machine.
 #[derive(Debug, Serialize)]
 pub struct Results {
     /// Day of the run.
@@ -42,7 +41,7 @@ pub struct Results {
     pub machine: Vec<(String, String)>,
     /// Headings of the columns.
     pub contestants: Vec<String>,
-    /// The lines.
+    /// The rows.
     pub rows: Vec<Row>,
 }
 
@@ -70,7 +69,7 @@ fn median(values: &[f64]) -> Option<f64> {
     })
 }
 
-/// Three significant digits, and no more digits than that after the point.
+/// Three significant digits, and at most three decimals.
 pub fn number(value: f64) -> String {
     let digits = if value >= 100.0 {
         0
@@ -85,7 +84,7 @@ pub fn number(value: f64) -> String {
 }
 
 impl Results {
-    /// Empty ones, with what is known of the machine.
+    /// Empty results with a description of the machine.
     pub fn new(setup: &Setup) -> Result<Results> {
         let line = |program: &str, arguments: &[&str]| -> String {
             let output = Command::new(program).args(arguments).output();
@@ -106,7 +105,7 @@ impl Results {
             .context("no MemTotal")?
             .parse()?;
         let load = fs::read_to_string("/proc/loadavg")?;
-        // The version; what follows it names somebody's build.
+        // Only the version; the rest names a distribution's build.
         let release = line("uname", &["-r"]);
         let release = release.split('-').next().unwrap_or_default().to_owned();
         let machine = vec![
@@ -144,7 +143,7 @@ impl Results {
         })
     }
 
-    /// Adds a line.
+    /// Adds a row.
     pub fn row(&mut self, name: &str, unit: &str, better: Better) {
         let values = vec![Vec::new(); self.contestants.len()];
         self.rows.push(Row {
@@ -155,7 +154,7 @@ impl Results {
         });
     }
 
-    /// Adds a value to a line that is there.
+    /// Adds a value to an existing row.
     pub fn add(&mut self, name: &str, contestant: Contestant, value: f64) {
         let column = self
             .contestants
@@ -173,7 +172,7 @@ impl Results {
         }
     }
 
-    /// The table, as Markdown: it can be read as it is, and goes into the README as it is.
+    /// The table as Markdown: readable as it is, and used in the README.
     pub fn table(&self) -> String {
         let mut lines = vec![vec!["".to_owned(), "unit".to_owned()]];
         lines[0].extend(self.contestants.iter().cloned());
@@ -232,8 +231,8 @@ impl Results {
         text
     }
 
-    /// Writes `bench/results/latest.{json,md,svg}`. A run of a part, or a quick one, is kept apart
-    /// from whole ones.
+    /// Writes `bench/results/latest.{json,md,svg}`. A partial or quick run is stored separately, as
+    /// `partial`.
     pub fn store(&self, options: &Options) -> Result<()> {
         let directory = options.repository.join("bench/results");
         fs::create_dir_all(&directory)?;

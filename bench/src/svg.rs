@@ -1,4 +1,4 @@
-//! The picture: for each line of the table a group of bars, one for each contestant, drawn to the
+//! The picture: for each row of the table a group of bars, one for each contestant, scaled to the
 //! group's longest.
 
 use crate::report::{Better, Results, Row, number};
@@ -8,10 +8,10 @@ const BARS: f64 = 420.0;
 const WIDTH: f64 = 900.0;
 const BAR: f64 = 12.0;
 const GAP: f64 = 12.0;
-/// Seen alike by people who see colours differently.
+/// Distinguishable for colour-blind readers.
 const COLOURS: [&str; 3] = ["#888888", "#0072b2", "#e69f00"];
 
-/// Draws.
+/// Draws the picture.
 pub fn draw(results: &Results) -> String {
     let mut body = String::new();
     let mut y = 64.0;

@@ -1,9 +1,9 @@
-//! Network namespaces of the bench's own: one that stands for the host, with a bridge, and for each
-//! container one that hangs on it by a veth pair, as an engine makes it. The machine's own network
-//! is not touched.
+//! The bench's own network namespaces: one that stands for the host, with a bridge, and one for
+//! each container, attached to the bridge by a veth pair, as engines do. The machine's own network
+//! is not changed.
 //!
 //! A namespace lives as long as the process that holds it, which dies with the bench, however that
-//! ends; interfaces, addresses and whatever else was made in it go with it.
+//! ends; its interfaces, addresses and so on go with it.
 
 use std::cell::Cell;
 use std::io::{BufRead, BufReader};
@@ -20,7 +20,7 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// A new one, with nothing but a loopback interface.
+    /// A new namespace with only a loopback interface.
     pub fn new() -> Result<Self> {
         let mut holder = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "unshare", "--net", "--"])
@@ -40,12 +40,12 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Where others find it.
+    /// Path of the namespace.
     pub fn path(&self) -> PathBuf {
         format!("/proc/{}/ns/net", self.holder.id()).into()
     }
 
-    /// The same command inside it.
+    /// Wraps a command to run inside the namespace.
     pub fn enter(&self, command: &Command) -> Command {
         let mut inside = Command::new("nsenter");
         inside
@@ -74,9 +74,9 @@ impl Drop for Namespace {
     }
 }
 
-/// What stands for the host: a namespace with a bridge.
+/// Stands for the host: a namespace with a bridge.
 pub struct Host {
-    /// Where clients run.
+    /// Namespace of the clients.
     pub namespace: Namespace,
     pods: Cell<u8>,
 }
@@ -85,12 +85,12 @@ pub struct Host {
 pub struct Pod {
     /// The namespace.
     pub namespace: Namespace,
-    /// Its address.
+    /// Its IP address.
     pub address: String,
 }
 
 impl Host {
-    /// A new one.
+    /// A new namespace with a bridge.
     pub fn new() -> Result<Self> {
         let namespace = Namespace::new()?;
         namespace.ip("link add br0 type bridge")?;
@@ -102,7 +102,7 @@ impl Host {
         })
     }
 
-    /// Another container's namespace: at most 250 for one host.
+    /// A new namespace for a container: at most 250 for one host.
     pub fn pod(&self) -> Result<Pod> {
         let number = self.pods.get() + 1;
         self.pods.set(number);

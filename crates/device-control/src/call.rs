@@ -4,17 +4,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::net::NetOptions;
 
-/// One request.
+/// A request to the device process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// Chosen by the sandbox; the reply carries it.
+    /// Chosen by the sandbox; repeated in the reply.
     pub id: u64,
-    /// What to do.
+    /// The operation.
     pub call: Call,
 }
 
-/// What the sandbox can ask for. At most one descriptor is beside it.
+/// Operations that the sandbox can request. Each has at most one descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Call {
@@ -28,10 +28,10 @@ pub enum Call {
     },
     /// Removes a share. Files in it that the guest still has open fail with ESTALE.
     RemoveShare {
-        /// Its name.
+        /// Name of the share.
         name: String,
     },
-    /// Attaches a tap, the descriptor, to a net device. It replaces one that was attached before.
+    /// Attaches a tap, the descriptor, to a net device. Replaces an earlier one.
     AttachNet {
         /// Number of the device.
         device: u8,
@@ -76,32 +76,32 @@ pub enum Call {
     },
 }
 
-/// Who else changes the files of a share, which decides how long the guest may cache.
+/// Which other writers a share has, which determines how long the guest may cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cache {
-    /// Normally only this guest: names and attributes stay valid for long.
+    /// Usually only this guest: names and attributes stay valid for long.
     Private,
-    /// Normally only this guest, and now and then the host on behalf of a user (`hull cp`): the
-    /// guest sees such a change after a second at most.
+    /// Usually only this guest, and occasionally the host on behalf of a user (`hull cp`): the
+    /// guest sees such a change within a second.
     Brief,
-    /// The host or other guests, at any time: the guest looks a file up again at each use of its
+    /// The host or other guests, at any time: the guest looks up a file again at each use of its
     /// name, and a directory after a short time.
     Shared,
 }
 
-/// What the device process sends. At most one descriptor is beside it.
+/// Messages from the device process. Each has at most one descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Event {
     /// The answer to a request.
     Reply {
-        /// The request's.
+        /// Id of the request.
         id: u64,
-        /// Why it failed; `None` if it did not.
+        /// Reason of a failure; `None` on success.
         error: Option<String>,
     },
-    /// The guest connected to a port of the host. The descriptor is the connection's stream.
+    /// The guest connected to a port of the host. The descriptor is the stream of the connection.
     Incoming {
         /// Port of the host.
         port: u32,

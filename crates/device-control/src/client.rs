@@ -14,38 +14,38 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{Cache, Call, EVENT_LIMITS, Event, NetOptions, Request, Setup};
 
-/// Id of requests whose answer is only logged.
+/// Id of requests whose errors are only logged.
 const UNANSWERED: u64 = 0;
 
-/// Host-side ports of streams begin here, above the fixed ones.
+/// First host-side port of streams, above the fixed ones.
 const FIRST_STREAM_PORT: u32 = 0x1_0000;
 
-/// Connections of the guest that wait to be accepted. Further ones are closed.
+/// Limit of the guest's connections that wait to be accepted. Further ones are closed.
 const MAX_INCOMING: usize = 4;
 
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The device process refused, or a device in it failed.
+    /// The device process rejected the request, or a device failed.
     #[error("cannot {action}: {reason}")]
     Refused {
-        /// What was asked for.
+        /// The requested operation.
         action: String,
-        /// The device process's words.
+        /// The reason from the device process.
         reason: String,
     },
-    /// The request could not be sent, or a descriptor for it not be created.
+    /// The request could not be sent, or its descriptor could not be created.
     #[error("cannot {action}: {reason}")]
     Host {
-        /// What was asked for.
+        /// The requested operation.
         action: String,
         /// The host's error.
         reason: String,
     },
-    /// There is no device process any more.
+    /// The device process has ended.
     #[error("cannot {action}: the device process has ended")]
     Gone {
-        /// What was asked for.
+        /// The requested operation.
         action: String,
     },
 }
@@ -66,7 +66,7 @@ impl Error {
 /// Requests that wait for their reply; `None` once the device process has ended.
 type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Option<String>>>>>>;
 
-/// Connections that the guest made to ports of the host: port and stream.
+/// The guest's connections to ports of the host: port and stream.
 pub type Incoming = mpsc::Receiver<(u32, OwnedFd)>;
 
 /// A running device process.
@@ -79,14 +79,15 @@ pub struct DeviceControl {
 }
 
 impl DeviceControl {
-    /// Takes over the control socket of a device process that has just been started: configures its
-    /// devices and lets the guest connect to `ports` of the host.
+    /// Takes the control socket of a device process that was just started: configures its devices
+    /// and lets the guest connect to `ports` of the host.
     ///
-    /// Called within a runtime, and before there is a machine, which may boot faster than the
-    /// caller goes on. It does not wait for the device process.
+    /// Called within a runtime, and before the machine is started, which may boot faster than the
+    /// caller continues. Does not wait for the device process.
     ///
     /// # Errors
-    /// The device process has ended, or the socket cannot be registered with the event loop.
+    /// `Gone` if the device process has ended, `Host` if the socket cannot be registered with the
+    /// event loop.
     pub fn start(
         socket: OwnedFd,
         setup: &Setup,
@@ -94,7 +95,7 @@ impl DeviceControl {
         ports: &[u32],
     ) -> Result<(Self, Incoming), Error> {
         let configure = "configure the device process";
-        // The socket's buffer has room for these, and blocking is right if it had not.
+        // The socket's buffer has room for these; otherwise blocking is fine.
         hull_ipc::send(&socket, setup, descriptors).map_err(Error::host(configure))?;
         for port in ports {
             let listen = Request {
@@ -129,7 +130,7 @@ impl DeviceControl {
             Some(pending) => pending.insert(id, sender),
             None => return Err(Error::Gone { action }),
         };
-        // Also when this future is dropped, before or after the request is sent.
+        // Also if this future is dropped, before or after the request is sent.
         let _forget = Forget {
             pending: &self.pending,
             id,
@@ -148,8 +149,8 @@ impl DeviceControl {
     /// Adds a directory to the guest's shares.
     ///
     /// # Errors
-    /// There is a share of this name, the name or the directory cannot be used, or the device
-    /// process has ended.
+    /// `Refused` if a share with this name exists, or the name or the directory cannot be used;
+    /// `Gone` if the device process has ended.
     pub async fn add_share(
         &self,
         name: &str,
@@ -167,7 +168,7 @@ impl DeviceControl {
     /// Removes a directory from the guest's shares.
     ///
     /// # Errors
-    /// There is no such share, or the device process has ended.
+    /// `Refused` if there is no such share; `Gone` if the device process has ended.
     pub async fn remove_share(&self, name: &str) -> Result<(), Error> {
         let call = Call::RemoveShare { name: name.into() };
         let action = format!("remove share {name} from the guest");
@@ -177,7 +178,8 @@ impl DeviceControl {
     /// Attaches a tap to a net device.
     ///
     /// # Errors
-    /// There is no such device, the tap cannot be used, or the device process has ended.
+    /// `Refused` if there is no such device, or the tap cannot be used; `Gone` if the device
+    /// process has ended.
     pub async fn attach_net(
         &self,
         device: u8,
@@ -192,7 +194,7 @@ impl DeviceControl {
     /// Changes the options for the frames of a net device.
     ///
     /// # Errors
-    /// It has no tap, or the device process has ended.
+    /// `Refused` if it has no tap; `Gone` if the device process has ended.
     pub async fn change_net(&self, device: u8, options: NetOptions) -> Result<(), Error> {
         let call = Call::ChangeNet { device, options };
         self.call(format!("change net device {device}"), call, None)
@@ -202,7 +204,7 @@ impl DeviceControl {
     /// Detaches the tap of a net device.
     ///
     /// # Errors
-    /// There is no such device, or the device process has ended.
+    /// `Refused` if there is no such device; `Gone` if the device process has ended.
     pub async fn detach_net(&self, device: u8) -> Result<(), Error> {
         let call = Call::DetachNet { device };
         self.call(format!("detach net device {device}"), call, None)
@@ -212,7 +214,7 @@ impl DeviceControl {
     /// Waits until everything that the guest has sent is in the host's ends of its streams.
     ///
     /// # Errors
-    /// The device process has ended.
+    /// `Gone` if the device process has ended.
     pub async fn drain(&self) -> Result<(), Error> {
         self.call("wait for the guest's output", Call::Drain, None)
             .await
@@ -221,27 +223,28 @@ impl DeviceControl {
     /// Resets the streams of one port of the host: both ends see a connection failure.
     ///
     /// # Errors
-    /// The device process has ended.
+    /// `Gone` if the device process has ended.
     pub async fn cut_stream(&self, port: u32) -> Result<(), Error> {
         let action = format!("cut the streams of host port {port}");
         self.call(action, Call::CutStream { port }, None).await
     }
 
-    /// Ends all streams and has the guest close its sockets. What the guest has sent before still
-    /// reaches the host's ends.
+    /// Ends all streams and makes the guest close its sockets. Data that the guest has sent before
+    /// still reaches the host's ends.
     ///
     /// # Errors
-    /// The device process has ended.
+    /// `Gone` if the device process has ended.
     pub async fn reset_streams(&self) -> Result<(), Error> {
         self.call("reset the streams of the guest", Call::ResetStreams, None)
             .await
     }
 
-    /// Opens a stream to a port of the guest; returns the port by which the guest knows it, and
-    /// the host's end.
+    /// Opens a stream to a port of the guest; returns the port that the guest sees as its peer's,
+    /// and the host's end.
     ///
     /// # Errors
-    /// The guest refuses, or the device process has ended.
+    /// `Refused` if the guest refuses or does not answer; `Host` if the stream cannot be created;
+    /// `Gone` if the device process has ended.
     pub async fn connect(&self, guest_port: u32) -> Result<(u32, UnixStream), Error> {
         let (host_port, stream) = self.open(guest_port).await?;
         let stream = StdStream::from(stream);
@@ -252,7 +255,7 @@ impl DeviceControl {
         Ok((host_port, stream))
     }
 
-    /// As [`DeviceControl::connect`], for a stream that another process will use: a blocking
+    /// Like [`DeviceControl::connect`], for a stream that another process will use: a blocking
     /// socket.
     ///
     /// # Errors
@@ -270,7 +273,7 @@ impl DeviceControl {
     }
 }
 
-/// Removes a request from those that wait.
+/// Removes a request from the pending ones.
 struct Forget<'a> {
     pending: &'a Pending,
     id: u64,
@@ -287,11 +290,11 @@ impl Drop for Forget<'_> {
 fn lock(
     pending: &Pending,
 ) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Option<String>>>>> {
-    // Nothing panics while it is held, and the map is valid at any time.
+    // Nothing panics while it is held, and the map is always valid.
     pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Receives what the device process sends until it ends.
+/// Receives events from the device process until it ends.
 async fn receive(socket: Arc<Socket>, pending: Pending, incoming: mpsc::Sender<(u32, OwnedFd)>) {
     loop {
         match socket.receive::<Event>(EVENT_LIMITS).await {
@@ -306,7 +309,7 @@ async fn receive(socket: Arc<Socket>, pending: Pending, incoming: mpsc::Sender<(
             }
         }
     }
-    // Dropping the senders fails every request that waits; later ones are refused at once.
+    // Dropping the senders fails all pending requests; later ones fail at once.
     lock(&pending).take();
 }
 
@@ -323,10 +326,10 @@ fn handle(received: Received<Event>, pending: &Pending, incoming: &mpsc::Sender<
                 (None, None) => {}
             }
         }
-        // Not any descriptor: the device process's own end of this socket, for one, would keep the
-        // connection open after its end.
+        // Must be a stream: the device process's own end of this socket, for example, would keep
+        // the connection open after its end.
         (Event::Incoming { port, .. }, Some(stream)) if is_stream(&stream) => {
-            // A guest that connects again and again must not fill this process.
+            // A guest that keeps connecting must not exhaust this process.
             if incoming.try_send((port, stream)).is_err() {
                 tracing::debug!("refused a further connection of the guest to port {port}");
             }
@@ -349,7 +352,7 @@ mod tests {
     use super::*;
     use crate::{DeviceConfig, REQUEST_LIMITS, SETUP_LIMITS};
 
-    /// A control and the device process's end of it.
+    /// A control and the device process's end.
     async fn started() -> (DeviceControl, Incoming, Socket) {
         let (ours, theirs) = hull_ipc::pair().unwrap();
         let theirs = Socket::new(theirs).unwrap();
@@ -449,7 +452,7 @@ mod tests {
         let wait = tokio::time::timeout(Duration::from_millis(1), control.drain());
         assert!(wait.await.is_err());
         assert!(lock(&control.pending).as_ref().unwrap().is_empty());
-        // Its reply comes late.
+        // The reply comes late.
         reply(&theirs, request(&theirs).await.message.id, Some("late")).await;
     }
 }

@@ -8,15 +8,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetOptions {
-    /// What the guest may send; without a policy, anything.
+    /// What the guest may send; anything if unset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<Policy>,
-    /// Most bytes per second in each direction; 0 for no limit.
+    /// Limit of bytes per second in each direction; 0 for none.
     #[serde(default)]
     pub rate: u64,
 }
 
-/// The addresses of a guest on its link: it may not send from any other.
+/// Addresses of a guest on its link: it may not send from others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
@@ -24,20 +24,20 @@ pub struct Policy {
     pub mac: [u8; 6],
     /// Its network addresses.
     pub addresses: Vec<IpAddr>,
-    /// Which link-local addresses it may reach.
+    /// Link-local addresses that it may reach.
     pub link_local: LinkLocal,
 }
 
-/// Link-local addresses that a guest may reach beyond what neighbour discovery needs. Hosts and
-/// clouds offer services on them.
+/// Link-local addresses that a guest may reach in addition to neighbour discovery. Hosts and clouds
+/// offer services on them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LinkLocal {
-    /// None.
+    /// No addresses.
     #[default]
     None,
-    /// Those of IPv6: a stand-in for the host (pasta) may answer from one.
+    /// IPv6 addresses: a proxy for the host (pasta) may answer from one.
     Ipv6,
-    /// All.
+    /// All addresses.
     All,
 }

@@ -1,4 +1,4 @@
-//! The devices of a guest: what there is, and what each of them needs.
+//! Configuration of a guest's devices, and their descriptors.
 
 use std::os::fd::OwnedFd;
 
@@ -13,7 +13,7 @@ pub const MAX_NETS: usize = 16;
 /// Fs, vsock and entropy, net devices, and disks with two descriptors each.
 pub(crate) const MAX_DESCRIPTORS: usize = 3 + MAX_NETS + 2 * MAX_DISKS;
 
-/// The serial number by which the guest knows the machine's disk `index`.
+/// The serial number of the machine's disk `index` in the guest.
 pub fn disk_serial(index: usize) -> String {
     format!("hull-disk{index}")
 }
@@ -46,7 +46,7 @@ impl DeviceType {
         }
     }
 
-    /// Its name, in messages and names of threads.
+    /// Its name, for messages and thread names.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Fs => "fs",
@@ -57,14 +57,14 @@ impl DeviceType {
         }
     }
 
-    /// The name of one of several devices of this type.
+    /// The name of a device of this type with a number.
     pub fn instance_name(self, number: u32) -> String {
         format!("{}{number}", self.name())
     }
 }
 
-/// One device of a guest. Its descriptors are, in this order: the listening vhost-user socket; for
-/// a disk, the file or block device, opened for what the guest may do.
+/// A device of a guest. Its descriptors are, in this order: the listening vhost-user socket; for a
+/// disk, the file or block device, opened with the guest's access mode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DeviceConfig {
@@ -76,7 +76,7 @@ pub enum DeviceConfig {
     Entropy,
     /// See [`DeviceType::Net`].
     Net {
-        /// Hardware address that the driver finds.
+        /// Hardware address that the driver reads.
         mac: [u8; 6],
         /// The front end is QEMU's net device, which enables rings before it has set features.
         early_enable: bool,
@@ -89,7 +89,7 @@ pub enum DeviceConfig {
 }
 
 impl DeviceConfig {
-    /// Its type.
+    /// Type of the device.
     pub const fn device_type(&self) -> DeviceType {
         match self {
             Self::Fs => DeviceType::Fs,
@@ -101,8 +101,8 @@ impl DeviceConfig {
     }
 }
 
-/// The first message to a device process: its devices. Net devices and disks are numbered in the
-/// order in which they appear.
+/// The first message to a device process: its devices. Net devices and disks are numbered in order
+/// of appearance.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setup {
@@ -110,7 +110,7 @@ pub struct Setup {
     pub devices: Vec<DeviceConfig>,
 }
 
-/// What one device was given.
+/// The descriptors of a device.
 #[derive(Debug)]
 pub struct Resources {
     /// Listening vhost-user socket.
@@ -119,23 +119,23 @@ pub struct Resources {
     pub file: Option<OwnedFd>,
 }
 
-/// Why a [`Setup`] is refused.
+/// Why a [`Setup`] is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidSetup {
-    /// More devices of a type than there may be.
+    /// Too many devices of a type.
     #[error("a device process has {most} {} devices at most", .device.name())]
     TooMany {
         /// The type.
         device: DeviceType,
-        /// How many there may be.
+        /// The limit.
         most: usize,
     },
-    /// The descriptors are not those of the devices.
+    /// The number of descriptors is wrong.
     #[error("the devices need {needed} descriptors, and {given} were given")]
     Descriptors {
-        /// How many the devices need.
+        /// Number that the devices need.
         needed: usize,
-        /// How many came with the message.
+        /// Number received.
         given: usize,
     },
 }
@@ -158,11 +158,11 @@ impl Setup {
         })
     }
 
-    /// Gives each device its descriptors.
+    /// Assigns the descriptors to the devices.
     ///
     /// # Errors
-    /// [`InvalidSetup`]: there are too many devices of a type, or not as many descriptors as they
-    /// need.
+    /// [`InvalidSetup`] if there are too many devices of a type, or the number of descriptors is
+    /// wrong.
     pub fn assign(
         self,
         descriptors: Vec<OwnedFd>,
@@ -190,7 +190,7 @@ impl Setup {
             .collect()
     }
 
-    /// How many descriptors the devices need.
+    /// Number of descriptors that the devices need.
     fn descriptors(&self) -> usize {
         self.devices
             .iter()

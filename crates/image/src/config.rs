@@ -1,4 +1,4 @@
-//! The configuration of an image: what `hull run` takes from it, and how it is read and written.
+//! The configuration of an image: the part that `hull run` uses, its parser and its writer.
 //!
 //! Called when an image is installed (parse), on every start (from the record), and by `import`
 //! (write).
@@ -11,7 +11,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Platform;
 
-/// What an image says about the containers made of it.
+/// An image's defaults for its containers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageConfig {
@@ -42,19 +42,19 @@ pub struct ImageConfig {
     /// `VOLUME`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<String>,
-    /// As Go names it.
+    /// Go's name of the architecture.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub architecture: String,
-    /// As Go names it.
+    /// Go's name of the operating system.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub os: String,
-    /// Of the architecture.
+    /// Variant of the architecture.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
 }
 
 impl ImageConfig {
-    /// What the image is for.
+    /// The platform that the image is for.
     pub fn platform(&self) -> Platform {
         Platform {
             os: self.os.clone(),
@@ -63,8 +63,7 @@ impl ImageConfig {
         }
     }
 
-    /// Refuses an image for another machine. One that does not say what it is for is taken for
-    /// ours.
+    /// Rejects an image for another platform. Missing fields match any platform.
     pub(crate) fn check_platform(&self, reference: &str, ours: &Platform) -> Result<()> {
         let fits = (self.os.is_empty() || self.os == ours.os)
             && (self.architecture.is_empty() || self.architecture == ours.architecture);
@@ -87,7 +86,7 @@ pub(crate) struct Document {
     pub created: Option<String>,
 }
 
-/// The document as it is in an image. Docker writes `null` for empty lists and maps.
+/// The document as stored in an image. Docker writes `null` for empty lists and maps.
 #[derive(Deserialize, Serialize, Default)]
 struct Raw {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -147,7 +146,7 @@ struct RawConfig {
     volumes: BTreeMap<String, Empty>,
 }
 
-/// The `{}` that Docker puts behind each key of a set.
+/// The `{}` that Docker writes as the value of each key of a set.
 #[derive(Default, Serialize)]
 struct Empty {}
 
@@ -176,14 +175,14 @@ struct RawHistory {
     comment: Option<String>,
 }
 
-/// `null` is the same as nothing.
+/// Reads `null` as the default.
 fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
-/// Reads a configuration of an image with `layers` layers.
+/// Parses the configuration of an image with `layers` layers.
 pub(crate) fn parse(reference: &str, bytes: &[u8], layers: usize) -> Result<Document> {
     let invalid = |reason: String| Error::Invalid {
         reference: reference.to_owned(),
@@ -218,7 +217,7 @@ pub(crate) fn parse(reference: &str, bytes: &[u8], layers: usize) -> Result<Docu
     })
 }
 
-/// Writes the configuration document of an image with the given layers.
+/// Serializes the configuration document of an image with the given layers.
 pub(crate) fn write(
     config: &ImageConfig,
     diff_ids: Vec<Digest>,

@@ -1,8 +1,8 @@
-//! Credentials for registries, as Docker keeps them.
+//! Registry credentials from Docker's configuration.
 //!
 //! Called by the registry source, once per pull. Reads `$DOCKER_CONFIG/config.json` or
-//! `~/.docker/config.json` and runs the credential helpers that it names; writes nothing, and never
-//! shows a secret in a message.
+//! `~/.docker/config.json` and runs the credential helpers named there; writes nothing, and never
+//! includes a secret in a message.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Write};
@@ -16,10 +16,10 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 
-/// Docker's name for its own registry in `config.json`.
+/// Key of Docker Hub in `config.json`.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
-/// Where credentials come from.
+/// Source of credentials.
 #[derive(Clone)]
 pub struct Credentials(Kind);
 
@@ -30,7 +30,7 @@ enum Kind {
     Fixed(String, String),
 }
 
-/// Credentials for one registry, and how to speak of them.
+/// Credentials for one registry, and their description for messages.
 pub(crate) struct Found {
     pub auth: RegistryAuth,
     pub description: String,
@@ -62,7 +62,7 @@ struct Helped {
 }
 
 impl Credentials {
-    /// Those of Docker's configuration.
+    /// Credentials from Docker's configuration.
     pub fn docker() -> Self {
         let dir = match std::env::var_os("DOCKER_CONFIG").filter(|dir| !dir.is_empty()) {
             Some(dir) => Some(PathBuf::from(dir)),
@@ -73,17 +73,17 @@ impl Credentials {
         })
     }
 
-    /// Those of a file like Docker's `config.json`, which may be missing.
+    /// Credentials from a file like Docker's `config.json`, which may be missing.
     pub fn docker_config(file: impl Into<PathBuf>) -> Self {
         Self(Kind::Docker(file.into()))
     }
 
-    /// None.
+    /// No credentials.
     pub fn anonymous() -> Self {
         Self(Kind::Anonymous)
     }
 
-    /// The same for every registry.
+    /// The same credentials for every registry.
     pub fn basic(user: impl Into<String>, password: impl Into<String>) -> Self {
         Self(Kind::Fixed(user.into(), password.into()))
     }
@@ -176,7 +176,7 @@ fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
     )))
 }
 
-/// Keys may be hosts, or URLs as old versions of Docker wrote them.
+/// Keys can be hosts, or URLs as written by old versions of Docker.
 fn by_host<'m, T>(map: &'m HashMap<String, T>, registry: &str) -> Option<&'m T> {
     let host = |key: &str| -> String {
         let key = key
@@ -215,7 +215,7 @@ fn ask_helper(name: &str, registry: &str) -> Result<Option<Found>, String> {
         .spawn()
         .map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A helper that does not read its input says why in its output.
+        // A helper that does not read its input reports the reason in its output.
         let _ = stdin.write_all(server.as_bytes());
     }
     let output = child.wait_with_output().map_err(failed)?;

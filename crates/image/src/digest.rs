@@ -1,7 +1,7 @@
-//! Content digests, and readers and writers that compute them on the way.
+//! Content digests, and readers that compute them on the fly.
 //!
-//! Called by everything in this crate that touches stored or fetched bytes. Knows only `sha256`,
-//! the one algorithm that registries use; another one is refused by name when it is parsed.
+//! Called by everything in this crate that stores or fetches content. Supports only `sha256`, the
+//! one algorithm that registries use; others are rejected by name when parsed.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -15,13 +15,13 @@ use sha2::Digest as _;
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
 
-/// Why a string is not a digest that can be used.
+/// Why a string is not a usable digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DigestError {
     /// Another algorithm than sha256.
     #[error("not supported: digest algorithm \"{0}\" (only sha256 is)")]
     Algorithm(String),
-    /// Not `sha256:` and 64 lower-case hexadecimal digits.
+    /// Not `sha256:` and 64 lowercase hexadecimal digits.
     #[error("invalid digest \"{0}\": expected sha256: and 64 hexadecimal digits")]
     Malformed(String),
 }
@@ -43,14 +43,14 @@ impl Digest {
         hex
     }
 
-    /// The first twelve digits, as people see them.
+    /// The first twelve digits, for display.
     pub fn short(&self) -> String {
         let mut hex = self.hex();
         hex.truncate(12);
         hex
     }
 
-    /// Parses 64 lower-case hexadecimal digits.
+    /// Parses 64 lowercase hexadecimal digits.
     pub fn from_hex(hex: &str) -> Option<Self> {
         if hex.len() != 64 {
             return None;
@@ -113,7 +113,7 @@ impl From<Digest> for String {
     }
 }
 
-/// Computes a digest piece by piece.
+/// Computes a digest incrementally.
 #[derive(Clone)]
 pub(crate) struct Hasher {
     state: sha2::Sha256,
@@ -142,7 +142,7 @@ impl Hasher {
     }
 }
 
-/// A reader that hashes what passes through it.
+/// A reader that hashes the bytes read.
 pub(crate) struct HashingReader<R> {
     inner: R,
     hasher: Hasher,
@@ -160,7 +160,7 @@ impl<R: Read> HashingReader<R> {
         self.hasher.length()
     }
 
-    /// Reads what is left, so that the digest covers the whole stream.
+    /// Reads the rest, so that the digest covers the whole stream.
     pub(crate) fn drain(&mut self) -> io::Result<()> {
         let mut buffer = vec![0; 64 * 1024];
         while self.read(&mut buffer)? > 0 {}

@@ -1,4 +1,4 @@
-//! Everything that can go wrong with an image, each with what failed, on what, and why.
+//! Errors of image operations: what failed, on what, and why.
 //!
 //! `Display` is the first line that a user sees, [`Error::hint`] the second.
 
@@ -11,22 +11,22 @@ use crate::unpack::LayerError;
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong.
+/// Why an image operation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The reference itself is malformed.
+    /// The reference is malformed.
     #[error("invalid image reference \"{reference}\": {reason}")]
     InvalidReference {
-        /// As written.
+        /// The reference as written.
         reference: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
-    /// Not in the local store, and nobody else was asked.
+    /// Not in the local store, and no registry was asked.
     #[error("image \"{reference}\" not found: no such reference in the local store{why_local}")]
     NotFound {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// Why no registry was asked: empty, or a clause that begins with a comma.
         why_local: &'static str,
@@ -34,21 +34,21 @@ pub enum Error {
     /// The registry does not have it.
     #[error("image \"{reference}\" not found: {local}registry {registry} answered {status}")]
     NotInRegistry {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// Host and port.
         registry: String,
         /// HTTP status.
         status: u16,
-        /// Empty, or that the local store was searched before.
+        /// Empty, or a note that the local store was searched before.
         local: &'static str,
     },
-    /// The registry wants other credentials.
+    /// The registry rejects the credentials.
     #[error(
         "image \"{reference}\" may not be pulled: registry {registry} answered {status} {credentials}"
     )]
     Unauthorized {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// Host and port.
         registry: String,
@@ -62,21 +62,21 @@ pub enum Error {
         "image \"{reference}\" cannot be pulled: registry {registry} cannot be reached: {reason}"
     )]
     Unreachable {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// Host and port.
         registry: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// The registry answered, but not with what was asked for.
+    /// The registry's answer is unusable.
     #[error("image \"{reference}\" cannot be pulled: registry {registry}: {reason}")]
     Registry {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// Host and port.
         registry: String,
-        /// What it answered.
+        /// The reason.
         reason: String,
     },
     /// Docker's credentials cannot be read, or a credential helper failed.
@@ -84,155 +84,155 @@ pub enum Error {
     Credentials {
         /// Host and port.
         registry: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// Content is not what its digest says.
+    /// Content does not match its digest.
     #[error(
         "{what} of image \"{reference}\" is corrupt: expected digest {expected}, its content has {actual}"
     )]
     WrongDigest {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// `manifest`, `config` or `layer`.
         what: &'static str,
-        /// What the manifest, config or reference says.
+        /// Digest in the manifest, config or reference.
         expected: Digest,
-        /// What was computed.
+        /// Computed digest.
         actual: Digest,
     },
-    /// Content ends early (or goes on too long).
+    /// Content is shorter (or longer) than announced.
     #[error("{what} {digest} of image \"{reference}\" is truncated: {actual} of {expected} bytes")]
     Truncated {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// `manifest`, `config` or `layer`.
         what: &'static str,
         /// Its digest.
         digest: Digest,
-        /// Bytes announced.
+        /// Announced size in bytes.
         expected: u64,
-        /// Bytes there.
+        /// Actual size in bytes.
         actual: u64,
     },
-    /// The image exists, but not for this machine.
+    /// The image exists, but not for this platform.
     #[error(
         "image \"{reference}\" is not available for {wanted}: it is for {}",
         list(available)
     )]
     WrongPlatform {
-        /// As written.
+        /// The reference as written.
         reference: String,
-        /// Ours.
+        /// This platform.
         wanted: String,
-        /// Those that exist.
+        /// Platforms that exist.
         available: Vec<String>,
     },
-    /// A manifest, index or configuration that makes no sense.
+    /// A manifest, index or configuration is invalid.
     #[error("invalid {what} of image \"{reference}\": {reason}")]
     Invalid {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// `manifest`, `index`, `config`, …
         what: &'static str,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// Known, and refused.
+    /// The image needs a feature that is not supported.
     #[error("image \"{reference}\": not supported: {what}")]
     Unsupported {
-        /// As written.
+        /// The reference as written.
         reference: String,
-        /// What it would need.
+        /// The feature.
         what: String,
     },
     /// A layer cannot be unpacked.
     #[error("layer {layer} of image \"{reference}\": {source}")]
     Layer {
-        /// As written.
+        /// The reference as written.
         reference: String,
         /// The layer's digest.
         layer: String,
-        /// Why.
+        /// The reason.
         source: LayerError,
     },
-    /// The directory, layout or archive that a reference names is not usable.
+    /// The directory, layout or archive of a reference is not usable.
     #[error("image \"{reference}\" cannot be read: {reason}")]
     Source {
-        /// As written.
+        /// The reference as written.
         reference: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// An id that begins several images.
+    /// Several images' ids start with this.
     #[error("image id \"{id}\" is ambiguous: {} images begin with it", count)]
     AmbiguousId {
-        /// As written.
+        /// The id as written.
         id: String,
         /// How many.
         count: usize,
     },
-    /// Containers need the image.
+    /// Containers use the image.
     #[error("image \"{reference}\" is in use by {}", list(containers))]
     InUse {
-        /// As written.
+        /// The reference as written.
         reference: String,
-        /// Their ids.
+        /// Ids of the containers.
         containers: Vec<String>,
     },
     /// Removing by id would remove several names at once.
     #[error("image {id} has several names: {}", list(names))]
     SeveralNames {
-        /// As written.
+        /// The id as written.
         id: String,
         /// The names.
         names: Vec<String>,
     },
-    /// The store lost a part of an image.
+    /// A part of an image is missing from the store.
     #[error("image \"{reference}\" is damaged: {what} is missing from the store")]
     Damaged {
-        /// As written.
+        /// The reference as written.
         reference: String,
-        /// The part.
+        /// The missing part.
         what: String,
     },
-    /// A file of the store makes no sense.
+    /// A file of the store is invalid.
     #[error("image store: {} is corrupt: {reason}", path.display())]
     CorruptStore {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A change for `import` that cannot be understood.
+    /// An invalid `--change` of `import`.
     #[error("invalid --change \"{change}\": {reason}")]
     InvalidChange {
-        /// As written.
+        /// The change as written.
         change: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
     /// The disk is full.
     #[error("no space left on device: cannot {doing} {}", path.display())]
     NoSpace {
-        /// What was done.
+        /// The operation.
         doing: &'static str,
-        /// Where.
+        /// Path of the file or directory.
         path: PathBuf,
     },
-    /// Another error of the operating system.
+    /// Another I/O error.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {
-        /// What was done.
+        /// The operation.
         doing: &'static str,
-        /// Where.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
 }
 
-/// Refuses content whose digest is another than the expected one.
+/// Rejects content that does not have the expected digest.
 pub(crate) fn check_digest(
     reference: &str,
     what: &'static str,
@@ -251,7 +251,7 @@ pub(crate) fn check_digest(
 }
 
 impl Error {
-    /// What the user can do about it, if anything is known.
+    /// What the user can do about it, if known.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::NotFound { .. } => "hull image ls".to_owned(),
@@ -279,7 +279,7 @@ impl Error {
         })
     }
 
-    /// Whether the image is simply not there, as opposed to there and unusable.
+    /// Whether the image does not exist, as opposed to being unusable.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. } | Self::NotInRegistry { .. })
     }

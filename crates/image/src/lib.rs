@@ -1,12 +1,12 @@
-//! Images: what a container's root file system is made of.
+//! Images: the sources of containers' root file systems.
 //!
-//! Called by the command line (`hull image …`) and by the engine (to start a container).
-//! Understands references as Docker does, pulls from registries, reads OCI layouts and docker
-//! archives, unpacks each layer once into a directory that can be a lower directory of an overlay,
-//! and removes what nobody uses. All of it works from several processes at once, and whatever is
-//! killed at whatever moment leaves nothing half usable behind.
+//! Called by the command line (`hull image …`) and by the engine (to start a container). Parses
+//! references as Docker does, pulls from registries, reads OCI layouts and docker archives, unpacks
+//! each layer once into a directory that can be a lower directory of an overlay, and removes unused
+//! ones. Safe to use from several processes at once; a kill at any moment leaves nothing half
+//! usable behind.
 //!
-//! It never mounts anything, never changes an image, and never runs anything that an image holds.
+//! Never mounts anything, never changes an image, and never runs anything from an image.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), hull_image::Error> {

@@ -1,17 +1,16 @@
-//! Manifests, manifest lists and platforms: what is read of them, and which of several fits this
-//! machine.
+//! Manifests, manifest lists and platforms: parsing, and choosing the manifest for this platform.
 //!
-//! Called by the sources of images (registry, layout, archive). Everything here comes from
-//! strangers: sizes and counts are checked, unknown fields are ignored as the formats ask for.
+//! Called by the sources of images (registry, layout, archive). The input is untrusted: sizes and
+//! counts are checked, unknown fields are ignored as the formats require.
 
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
-/// Largest manifest, manifest list or configuration that is read, as with other tools.
+/// Largest manifest, manifest list or configuration accepted, as in other tools.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
-/// Most layers an image may have: what overlayfs can stack.
+/// Most layers of an image: the limit of overlayfs.
 const MAX_LAYERS: usize = 500;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -22,16 +21,16 @@ const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
-/// What is asked of a registry.
+/// Media types requested from a registry.
 pub(crate) const ACCEPTED: &[&str] = &[OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
 
-/// An operating system and processor that an image is for.
+/// Operating system and processor of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {
-    /// As Go names it: `linux`.
+    /// Go's name of the operating system: `linux`.
     #[serde(default)]
     pub os: String,
-    /// As Go names it: `amd64`, `arm64`, …
+    /// Go's name of the architecture: `amd64`, `arm64`, …
     #[serde(default)]
     pub architecture: String,
     /// `v7`, `v8`, …
@@ -40,7 +39,7 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// Linux on this machine's processor.
+    /// Linux on this processor.
     pub fn host() -> Self {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -89,7 +88,7 @@ impl std::fmt::Display for Platform {
     }
 }
 
-/// Points to content.
+/// Refers to content.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Descriptor {
@@ -103,7 +102,7 @@ pub(crate) struct Descriptor {
     pub annotations: Option<std::collections::BTreeMap<String, String>>,
 }
 
-/// One image: configuration and layers, lowest first.
+/// A single image: configuration and layers, lowest first.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Manifest {
@@ -120,7 +119,7 @@ pub(crate) struct Index {
     pub manifests: Vec<Descriptor>,
 }
 
-/// What a manifest's bytes turn out to be.
+/// A parsed manifest or manifest list.
 pub(crate) enum Document {
     Manifest(Manifest),
     Index(Index),
@@ -139,7 +138,7 @@ struct Shape {
     fs_layers: Option<serde::de::IgnoredAny>,
 }
 
-/// Reads a manifest or a list of manifests.
+/// Parses a manifest or a manifest list.
 pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
     let invalid = |what, error: serde_json::Error| Error::Invalid {
         reference: reference.to_owned(),
@@ -174,7 +173,7 @@ pub(crate) fn parse(reference: &str, bytes: &[u8]) -> Result<Document> {
         .map_err(|error| invalid("index", error))
 }
 
-/// A manifest for an image that comes without one: its layers are plain archives of the given
+/// Creates a manifest for an image without one, whose layers are plain archives of the given
 /// digests and sizes.
 pub(crate) fn synthesize(
     config: &[u8],
@@ -251,7 +250,7 @@ fn is_layer(media_type: &str) -> bool {
 impl Index {
     /// The entry that fits `platform` best.
     pub(crate) fn choose(&self, reference: &str, platform: &Platform) -> Result<&Descriptor> {
-        // Attestations and the like stand in lists as images for the platform "unknown".
+        // Lists contain attestations and the like as images for the platform "unknown".
         let images = self.manifests.iter().filter(|entry| {
             matches!(
                 entry.media_type.as_str(),
@@ -275,7 +274,7 @@ impl Index {
                     }
                     platform.distance(theirs)
                 }
-                // It does not say; its configuration will.
+                // Decided by its configuration.
                 None => Some(3),
             };
             if let Some(distance) = distance

@@ -1,13 +1,13 @@
-//! What a pull reports while it works, so that a command line can draw bars.
+//! Progress reports of a pull, for progress bars.
 //!
-//! The store calls it, from several threads at once; the callee must be quick and must not call the
-//! store. An image that is already here reports nothing.
+//! Called by the store, from several threads at once; the callee must be quick and must not call
+//! the store. An image that is already present reports nothing.
 
 use crate::digest::Digest;
 
-/// Receives reports. `()` ignores them.
+/// Receives progress events. `()` ignores them.
 pub trait Progress: Sync {
-    /// Something happened.
+    /// An event.
     fn event(&self, event: Event<'_>);
 }
 
@@ -15,46 +15,46 @@ impl Progress for () {
     fn event(&self, _: Event<'_>) {}
 }
 
-/// One report.
+/// A progress event.
 #[derive(Debug, Clone, Copy)]
 pub enum Event<'a> {
-    /// The image is not here; it is being fetched. Sent once, first.
+    /// The image is missing and is being fetched. Sent once, first.
     Started {
         /// The image, as the user wrote it.
         reference: &'a str,
         /// How many layers it has.
         layers: usize,
     },
-    /// A layer moved on.
+    /// A layer's state changed.
     Layer {
-        /// The layer, by the digest that the manifest gives it.
+        /// Digest of the layer in the manifest.
         digest: &'a Digest,
-        /// What happens with it.
+        /// The layer's new state.
         state: LayerState,
     },
     /// The image is complete. Sent once, last; never after an error.
     Finished,
 }
 
-/// What happens with a layer.
+/// State of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerState {
-    /// It was unpacked here before.
+    /// It was unpacked before.
     Present,
-    /// Another process works on it; this one waits for the result.
+    /// Another process is creating it; this one waits.
     Waiting,
-    /// Bytes arrived.
+    /// The layer is being downloaded.
     Downloading {
-        /// So far, those of an interrupted pull included.
+        /// Bytes so far, including those of an interrupted pull.
         done: u64,
-        /// In all.
+        /// Size in bytes.
         total: u64,
     },
-    /// Files are written.
+    /// The layer is being unpacked.
     Unpacking {
         /// Bytes of the (compressed) layer read so far.
         done: u64,
-        /// In all; 0 when unknown.
+        /// Size in bytes; 0 if unknown.
         total: u64,
     },
     /// It is ready.

@@ -1,6 +1,6 @@
-//! What a user writes to name an image, parsed once and shown always the same way.
+//! Image references of users: parsed once and always displayed the same way.
 //!
-//! Called by the command line (to parse) and by the store (to look up and to pull). Parsing touches
+//! Called by the command line (to parse) and by the store (to look up and to pull). Parsing uses
 //! neither the network nor the store; only `oci:`, `docker-archive:` and `rootfs:` paths are made
 //! absolute.
 
@@ -11,7 +11,7 @@ use std::str::FromStr;
 use crate::digest::Digest;
 use crate::error::Error;
 
-/// The registry that a name without a registry means, as with Docker.
+/// The registry of names without one, as in Docker.
 const DEFAULT_REGISTRY: &str = "docker.io";
 /// Longest name that registries accept, without tag and digest.
 const MAX_NAME: usize = 255;
@@ -19,23 +19,23 @@ const MAX_NAME: usize = 255;
 /// Where an image comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reference {
-    /// An image of a registry, or a local one that bears such a name.
+    /// An image of a registry, or a local one with such a name.
     Registry(RegistryReference),
-    /// A local image by its whole id: 64 hexadecimal digits, perhaps with `sha256:` before them.
-    /// (The first digits of an id could be a name; the store looks for both.)
+    /// A local image by its full id: 64 hexadecimal digits, optionally prefixed with `sha256:`. (A
+    /// prefix of an id could be a name; the store looks for both.)
     Id(Digest),
     /// `oci:DIR[:TAG]`, an OCI image layout.
     OciLayout {
         /// The directory that holds `index.json`.
         dir: PathBuf,
-        /// Which image of the layout; needed only when it holds several.
+        /// Tag of the image; required only if the layout has several.
         tag: Option<String>,
     },
-    /// `docker-archive:FILE[:TAG]`, what `docker save` writes.
+    /// `docker-archive:FILE[:TAG]`, as written by `docker save`.
     DockerArchive {
         /// The archive.
         file: PathBuf,
-        /// Which image of the archive; needed only when it holds several.
+        /// Tag of the image; required only if the archive has several.
         tag: Option<String>,
     },
     /// `rootfs:DIR`, a plain directory that is used as it is and never changed.
@@ -45,7 +45,7 @@ pub enum Reference {
     },
 }
 
-/// The parts of a registry reference, defaults filled in.
+/// The parts of a registry reference, with defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistryReference {
     /// Host and, if given, port.
@@ -58,7 +58,7 @@ pub struct RegistryReference {
     written: String,
 }
 
-/// What names one image of a repository. A digest wins over a tag beside it, as with Docker.
+/// Selects an image of a repository. A digest takes precedence over a tag, as in Docker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Version {
     /// A tag, `latest` when none was written.
@@ -68,7 +68,7 @@ pub enum Version {
 }
 
 impl Reference {
-    /// What the user wrote, for messages about it.
+    /// The reference as the user wrote it, for messages.
     pub fn written(&self) -> String {
         match self {
             Self::Registry(reference) => reference.written.clone(),
@@ -76,8 +76,7 @@ impl Reference {
         }
     }
 
-    /// The short name that people know: no default registry, `library/` or `latest` is not left
-    /// out.
+    /// The short name for display: without `docker.io/` and `library/`, but with `:latest`.
     pub fn familiar(&self) -> String {
         let text = self.to_string();
         match text.strip_prefix("docker.io/") {
@@ -93,7 +92,7 @@ impl RegistryReference {
         format!("{}/{}", self.registry, self.repository)
     }
 
-    /// The digest, if the reference is one by digest.
+    /// The digest, if the reference has one.
     pub fn digest(&self) -> Option<&Digest> {
         match &self.version {
             Version::Digest(digest) => Some(digest),
@@ -101,7 +100,7 @@ impl RegistryReference {
         }
     }
 
-    /// Whether the registry runs on this machine, so that plain http is spoken with it.
+    /// Whether the registry runs on this machine, and plain HTTP is used.
     pub fn is_local(&self) -> bool {
         let host = match self.registry.strip_prefix('[') {
             Some(rest) => rest.split(']').next().unwrap_or(rest),
@@ -113,7 +112,7 @@ impl RegistryReference {
                 .is_ok_and(|address| address.is_loopback())
     }
 
-    /// What the user wrote.
+    /// The reference as the user wrote it.
     pub fn written(&self) -> &str {
         &self.written
     }
@@ -177,7 +176,7 @@ impl FromStr for Reference {
     }
 }
 
-/// Splits `PATH[:TAG]`. A path that exists with its colons is a path; else what follows the first
+/// Splits `PATH[:TAG]`. An existing path may contain colons; otherwise the text after the first
 /// colon is the tag, which for archives may be a name with a tag (`FILE:name:tag`).
 fn split_path(text: &str) -> (&str, Option<String>) {
     if Path::new(text).exists() {
@@ -190,7 +189,7 @@ fn split_path(text: &str) -> (&str, Option<String>) {
     }
 }
 
-/// Makes a path absolute by words alone, symbolic links are kept.
+/// Makes a path absolute lexically; symbolic links are kept.
 fn absolute(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() {
         return Err("the path is empty".to_owned());
@@ -200,7 +199,7 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
     for component in path.components() {
         match component {
             Component::ParentDir => {
-                // `x/..` is only `.` when x is no symbolic link: leave that to the kernel.
+                // `x/..` equals `.` only if x is not a symbolic link: leave that to the kernel.
                 return Ok(path);
             }
             other => clean.push(other),
@@ -224,7 +223,7 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
         ),
         None => (text, None),
     };
-    // A colon behind the last slash begins a tag; one before it belongs to a port.
+    // A colon after the last slash starts a tag; one before it belongs to a port.
     let (name, tag) = match rest.rfind(':') {
         Some(colon) if !rest[colon..].contains('/') && !rest[colon..].contains(']') => {
             (&rest[..colon], Some(&rest[colon + 1..]))
@@ -267,8 +266,8 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
     })
 }
 
-/// Docker's rule: the first part is a host when it has a dot or a colon, is `localhost`, or has
-/// capitals.
+/// Docker's rule: the first part is a host if it contains a dot, a colon or capitals, or is
+/// `localhost`.
 fn is_host(part: &str) -> bool {
     part == "localhost"
         || part.contains(['.', ':', '['])

@@ -1,7 +1,7 @@
 //! Messages with descriptors between hull's host processes.
 //!
 //! Used by `sandbox` and `oci` for the control protocol, by `device-control` and `devices` for the
-//! device process, and by `oci` to hand out terminals. It knows none of these protocols.
+//! device process, and by `oci` to pass terminals. It is independent of these protocols.
 //!
 //! # Format
 //!
@@ -10,16 +10,16 @@
 //! which is then the first of the descriptors, and the packet holds [`LONG_MESSAGE`] only.
 //! [`packet`] is the layer below: bytes and descriptors, on stream sockets as well.
 //!
-//! # What a peer can do
+//! # Untrusted peers
 //!
-//! A receiver says how much it accepts ([`Limits`]): bytes of JSON and number of descriptors. A
-//! message above these limits, or one that was truncated, is consumed and refused, and every
-//! descriptor that came with it is closed. A memory file is accepted only if it is sealed, so its
-//! length is known before it is read, and reading it neither blocks nor sees later changes.
+//! A receiver limits what it accepts ([`Limits`]): bytes of JSON and number of descriptors. A
+//! message above these limits, or one that was truncated, is consumed and rejected, and all its
+//! descriptors are closed. A memory file is accepted only if it is sealed, so its length is known
+//! before it is read, and reading it neither blocks nor sees later changes.
 //!
-//! The agent has its own few lines for the one descriptor that a container's first process hands
-//! to it (`agent/src/container/clone.rs`): guest code does not depend on host crates, and there the
-//! sender is a process under construction that must do nothing but plain system calls.
+//! The agent has a few lines of its own for the one descriptor that a container's first process
+//! passes to it (`agent/src/container/clone.rs`): guest code does not depend on host crates, and
+//! there the sender is a process under construction that may only make plain system calls.
 
 pub mod message;
 pub mod packet;
@@ -45,7 +45,7 @@ pub use watched::Socket;
 /// Two connected sockets for messages.
 ///
 /// # Errors
-/// `EMFILE` or `ENFILE` when there are too many open files.
+/// `EMFILE` or `ENFILE` if there are too many open files.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC;
     Ok(socketpair(

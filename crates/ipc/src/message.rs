@@ -11,31 +11,31 @@ use serde::de::DeserializeOwned;
 use crate::invalid;
 use crate::packet::{self, MAX_FDS};
 
-/// Longest message that is sent as it is.
+/// Longest message that is sent inline.
 pub const MAX_INLINE: usize = 16 << 10;
 
-/// Longest message at all: an OCI spec of 10 MB must pass.
+/// Longest message: an OCI spec of 10 MB must fit.
 pub const MAX_MESSAGE: usize = 64 << 20;
 
-/// Content of a packet whose message is in the memory file beside it. It is not JSON.
+/// Content of a packet whose message is in the attached memory file. It is not JSON.
 pub const LONG_MESSAGE: &[u8] = b"@";
 
-/// What a memory file must be sealed against before it is read.
+/// Required seals of a memory file.
 const SEALS: SealFlags = SealFlags::SHRINK
     .union(SealFlags::GROW)
     .union(SealFlags::WRITE);
 
-/// What a receiver accepts.
+/// Limits of a receiver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Length of a message, in bytes of JSON.
+    /// Length of a message in bytes of JSON.
     pub bytes: usize,
-    /// Descriptors beside a message.
+    /// Number of descriptors of a message.
     pub fds: usize,
 }
 
 impl Default for Limits {
-    /// The most that can be sent: for peers of the same privileges.
+    /// The maximum that can be sent: for peers with the same privileges.
     fn default() -> Self {
         Self {
             bytes: MAX_MESSAGE,
@@ -44,7 +44,7 @@ impl Default for Limits {
     }
 }
 
-/// A message and what came beside it.
+/// A message with its descriptors.
 #[derive(Debug)]
 pub struct Received<M> {
     /// The message.
@@ -53,7 +53,7 @@ pub struct Received<M> {
     pub fds: Vec<OwnedFd>,
 }
 
-/// A message that is ready to be sent, as often as that takes on a non-blocking socket.
+/// A message ready to be sent, with retries on a non-blocking socket.
 #[derive(Debug)]
 pub struct Prepared {
     text: Vec<u8>,
@@ -64,8 +64,8 @@ impl Prepared {
     /// Encodes a message.
     ///
     /// # Errors
-    /// `InvalidInput` for a message longer than [`MAX_MESSAGE`]; `OutOfMemory` or `StorageFull`
-    /// when there is no memory for the file of a long one.
+    /// `InvalidInput` if the message is longer than [`MAX_MESSAGE`]; `OutOfMemory` or `StorageFull`
+    /// if there is no memory for the file of a long one.
     pub fn new<M: Serialize>(message: &M) -> io::Result<Self> {
         let text = serde_json::to_vec(message)?;
         if text.len() <= MAX_INLINE {
@@ -90,7 +90,7 @@ impl Prepared {
         })
     }
 
-    /// Sends it with `fds` beside it.
+    /// Sends it with `fds`.
     ///
     /// # Errors
     /// As [`packet::send`].
@@ -104,7 +104,7 @@ impl Prepared {
                 packet::send(socket, &self.text, &all)?
             }
         };
-        // A packet is sent in whole or not at all.
+        // A packet is sent as a whole or not at all.
         debug_assert_eq!(sent, self.text.len());
         Ok(())
     }
@@ -122,12 +122,12 @@ pub fn send<M: Serialize>(
     Prepared::new(message)?.send(socket, fds)
 }
 
-/// Receives one message; `None` when the peer has closed and all that it sent was received.
+/// Receives one message; `None` if the peer has closed and all its messages were received.
 ///
 /// # Errors
-/// `WouldBlock` on a non-blocking socket without a message. `InvalidData` for a message that is not
-/// an `M`, exceeds `limits` or has an unusable memory file; it is consumed, what came beside it is
-/// closed, and the next one can be received.
+/// `WouldBlock` on a non-blocking socket without a message. `InvalidData` if the message is not an
+/// `M`, exceeds `limits` or has an invalid memory file; it is consumed, its descriptors are closed,
+/// and the next one can be received.
 pub fn receive<M: DeserializeOwned>(
     socket: impl AsFd,
     limits: Limits,
@@ -136,8 +136,8 @@ pub fn receive<M: DeserializeOwned>(
     let with_file = usize::from(limits.bytes > MAX_INLINE);
     let mut receive = || packet::receive(&socket, &mut text, limits.fds.saturating_add(with_file));
     let received = match receive() {
-        // The peer has closed with messages of ours unread: the kernel reports that once, and
-        // before the messages that it still has for us.
+        // The peer closed with messages of ours unread: the kernel reports that once, before the
+        // peer's remaining messages.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => receive(),
         received => received,
     };
@@ -176,7 +176,7 @@ pub fn receive<M: DeserializeOwned>(
 
 /// The content of a sealed memory file.
 fn read_memory_file(file: OwnedFd, max_bytes: usize) -> io::Result<Vec<u8>> {
-    // Other files have no seals: a pipe would block, a file system in user space take its time.
+    // Other files have no seals: a pipe would block, a FUSE file could be slow.
     let seals = fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
     if !seals.contains(SEALS) {
         return Err(invalid(
@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn only_sealed_memory_is_read() {
         let (a, b) = pair().unwrap();
-        // A pipe that nobody writes to, a file on disk, and memory that can still change.
+        // A pipe without a writer, a file on disk, and memory that can still change.
         let (pipe, _end) = rustix::pipe::pipe().unwrap();
         let disk = OwnedFd::from(File::open("/proc/self/exe").unwrap());
         let memory = memfd_create("unsealed", MemfdFlags::ALLOW_SEALING).unwrap();

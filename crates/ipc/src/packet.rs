@@ -12,13 +12,14 @@ use rustix::net::{
 /// Most descriptors beside one packet: the kernel's limit (`SCM_MAX_FD`, net/scm.h).
 pub const MAX_FDS: usize = 253;
 
-/// Sends `bytes` with `fds` beside them; returns how many bytes were sent.
+/// Sends `bytes` with `fds`; returns how many bytes were sent.
 ///
-/// On a stream socket that may be fewer than all of them; the descriptors go with the first byte.
+/// On a stream socket that may be fewer than all of them; the descriptors are sent with the first
+/// byte.
 ///
 /// # Errors
-/// `InvalidInput` for more than [`MAX_FDS`] descriptors. `WouldBlock` on a non-blocking socket
-/// means that nothing was sent. `BrokenPipe` when the peer has closed; no signal is raised.
+/// `InvalidInput` for more than [`MAX_FDS`] descriptors. `WouldBlock` on a non-blocking socket if
+/// nothing was sent. `BrokenPipe` if the peer has closed; no signal is raised.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if fds.len() > MAX_FDS {
         return Err(io::Error::new(
@@ -29,7 +30,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() {
-        // The buffer is made for exactly this one entry.
+        // The buffer has room for exactly this entry.
         ancillary.push(SendAncillaryMessage::ScmRights(fds));
     }
     Ok(rustix::io::retry_on_intr(|| {
@@ -42,23 +43,23 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
     })?)
 }
 
-/// What [`receive`] returns.
+/// A received packet.
 #[derive(Debug)]
 pub struct Packet {
-    /// Number of bytes that were written to the buffer. 0 when the peer has closed.
+    /// Number of bytes written to the buffer. 0 if the peer has closed.
     pub length: usize,
     /// The descriptors, close-on-exec.
     pub fds: Vec<OwnedFd>,
-    /// The packet was longer than the buffer, or had more descriptors than were accepted. The
-    /// surplus is gone: the kernel drops the bytes and closes the descriptors.
+    /// The packet was longer than the buffer, or had more descriptors than accepted. The kernel
+    /// drops the excess bytes and closes the excess descriptors.
     pub truncated: bool,
 }
 
 /// Receives into `buffer`, with at most `max_fds` descriptors.
 ///
 /// # Errors
-/// `WouldBlock` on a non-blocking socket without anything to receive. `ConnectionReset` when the
-/// peer has closed with unread bytes on its side.
+/// `WouldBlock` on a non-blocking socket without anything to receive. `ConnectionReset` if the peer
+/// has closed with unread bytes on its side.
 pub fn receive(socket: impl AsFd, buffer: &mut [u8], max_fds: usize) -> io::Result<Packet> {
     let max_fds = max_fds.min(MAX_FDS);
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(max_fds))];
@@ -80,7 +81,7 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8], max_fds: usize) -> io::Resu
     let mut truncated = received
         .flags
         .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
-    // The kernel fills the buffer's padding, which has room for one more.
+    // The kernel may use the buffer's padding for one more descriptor.
     if fds.len() > max_fds {
         fds.truncate(max_fds);
         truncated = true;
@@ -111,13 +112,13 @@ mod tests {
             assert!(packet.truncated, "{sent} sent, {accepted} accepted");
             assert_eq!(packet.fds.len(), accepted);
         }
-        // Only those that `accepted` keeps count: a hundred rounds leave nothing open.
+        // Only the accepted descriptors count: a hundred rounds leave none open.
         let before = open_descriptors();
         for _ in 0..100 {
             send(&a, b"x", &[a.as_fd(); 20]).unwrap();
             drop(receive(&b, &mut [0; 8], 3).unwrap());
         }
-        // Other tests of this process open a few meanwhile.
+        // Other tests of this process open some meanwhile.
         assert!(open_descriptors() < before + 50);
     }
 

@@ -1,4 +1,4 @@
-//! Descriptors in tokio's event loop that are neither sockets nor pipes of its own types.
+//! Registration of arbitrary descriptors with tokio's event loop.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -10,9 +10,10 @@ use tokio::io::unix::AsyncFd;
 /// Registers a descriptor with the event loop.
 ///
 /// # Errors
-/// `EPERM` for a file that cannot be polled (a regular file), `ENOSPC` at the limit of watches.
+/// `EPERM` for a file that cannot be polled (a regular file), `ENOSPC` at the limit of epoll
+/// watches.
 pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is the same open descriptor for as long as it lives, which is what
-    // `register_with_interest` asks for.
+    // SAFETY: an OwnedFd refers to the same open descriptor for as long as it lives, as
+    // `register_with_interest` requires.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }

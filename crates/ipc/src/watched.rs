@@ -1,4 +1,4 @@
-//! The asynchronous half: a socket for messages in tokio's event loop.
+//! The asynchronous part: a message socket in tokio's event loop.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::sys::watch;
 pub struct Socket(AsyncFd<OwnedFd>);
 
 impl Socket {
-    /// Takes over a socket and makes it non-blocking. Called within a runtime.
+    /// Takes a socket and makes it non-blocking. Called within a runtime.
     ///
     /// # Errors
     /// As [`watch`].
@@ -25,10 +25,10 @@ impl Socket {
         Ok(Self(watch(fd, Interest::READABLE | Interest::WRITABLE)?))
     }
 
-    /// Sends one message. A future that is dropped has sent all of it or nothing.
+    /// Sends one message. If the future is dropped, all or nothing was sent.
     ///
     /// # Errors
-    /// As [`message::send`], without `WouldBlock`.
+    /// As [`message::send`], except `WouldBlock`.
     pub async fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let prepared = Prepared::new(message)?;
         self.0
@@ -36,11 +36,11 @@ impl Socket {
             .await
     }
 
-    /// Receives one message; `None` when the peer has closed. A future that is dropped has
-    /// received nothing.
+    /// Receives one message; `None` if the peer has closed. If the future is dropped, nothing was
+    /// received.
     ///
     /// # Errors
-    /// As [`message::receive`], without `WouldBlock`.
+    /// As [`message::receive`], except `WouldBlock`.
     pub async fn receive<M: DeserializeOwned>(
         &self,
         limits: Limits,
@@ -52,12 +52,12 @@ impl Socket {
             .await
     }
 
-    /// Waits until the peer has closed, whatever it has sent before.
+    /// Waits until the peer has closed, ignoring unread messages.
     ///
     /// # Errors
-    /// No descriptors are left.
+    /// `EMFILE` if there are too many open files, or an error of [`watch`].
     pub async fn closed(&self) -> io::Result<()> {
-        // With a registration of its own: what it notices is still news to `receive`.
+        // A separate registration does not consume the readiness that `receive` waits for.
         let copy = watch(self.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
         loop {
             let mut ready = copy.readable().await?;

@@ -1,5 +1,5 @@
-//! Choosing a machine: the kind requested, or the first that works here, with the reason. Called at
-//! each start, so it examines little.
+//! Chooses a machine: the requested kind, or the first that works here, with the reason. Called at
+//! each start, so it checks little.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::probe::Works;
 use crate::{Backend, Error, Features, Kind};
 
-/// The host, as far as the choice depends on it.
+/// Properties of the host that the choice depends on.
 #[derive(Debug, Clone)]
 pub struct Host {
     /// The guest kernel for kind `uml`, if there is one.
@@ -46,7 +46,7 @@ impl Host {
     }
 }
 
-/// What a machine must have.
+/// Requirements for a machine.
 #[derive(Debug, Clone)]
 pub struct Requirements {
     /// Isolation by hardware virtualization.
@@ -60,16 +60,16 @@ pub struct Requirements {
 pub struct Choice {
     /// Its kind.
     pub kind: Kind,
-    /// It uses hardware virtualization.
+    /// Whether it uses hardware virtualization.
     pub hardware: bool,
     /// The guest kernel that it boots.
     pub kernel: PathBuf,
-    /// The reason for the choice, for people.
+    /// The reason for the choice, for display.
     pub why: String,
 }
 
 impl Choice {
-    /// What starts it.
+    /// The backend that starts it.
     ///
     /// # Errors
     /// As [`Kind::backend`]; never for a choice of [`choose`].
@@ -77,7 +77,7 @@ impl Choice {
         self.kind.backend()
     }
 
-    /// What it can do.
+    /// Features of its kind.
     ///
     /// # Errors
     /// As [`Self::backend`].
@@ -89,8 +89,8 @@ impl Choice {
 /// Chooses a machine. `requested` is `None` for `auto`: the first kind of [`Kind::ALL`] that works.
 ///
 /// # Errors
-/// The requested kind does not work here, or is not hardware isolation where that is required;
-/// [`Error::NoMachine`] when that is so of all.
+/// For a requested kind, the error of its probe, or [`Error::NotHardware`] if hardware isolation is
+/// required and missing; for `auto`, [`Error::NoMachine`] if no kind qualifies.
 pub fn choose(requested: Option<Kind>, requirements: &Requirements) -> Result<Choice, Error> {
     if let Some(kind) = requested {
         return Ok(attempt(kind, requirements)?.choice(kind, "asked for".into()));

@@ -1,8 +1,9 @@
-//! The console of a guest kernel: read from a pipe, its end kept in a file and shown cleaned.
+//! The console of a guest kernel: read from a pipe, its last part kept in a file, sanitized for
+//! display.
 //!
 //! The sandbox owns a [`ConsoleRing`], waits in its event loop for [`ConsoleRing::fd`] to be
-//! readable, and calls [`ConsoleRing::drain`]. A guest wrote all of it: no byte is interpreted, and
-//! people see it only through [`ConsoleRing::tail`].
+//! readable, and calls [`ConsoleRing::drain`]. The output is untrusted: it is never interpreted,
+//! and displayed only through [`ConsoleRing::tail`].
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,7 +14,7 @@ use std::path::Path;
 
 use rustix::pipe::PipeFlags;
 
-/// Bytes that are kept.
+/// Number of bytes kept.
 pub const CAPACITY: usize = 64 << 10;
 
 /// The end of a console's output, in memory and in a file that outlives the machine.
@@ -28,11 +29,11 @@ pub struct ConsoleRing {
 }
 
 impl ConsoleRing {
-    /// Creates the ring's file and the pipe. The second value is the pipe's writing end, for the
+    /// Creates the ring's file and the pipe. Returns the ring and the pipe's write end, for the
     /// machine.
     pub fn create(file: &Path) -> io::Result<(Self, OwnedFd)> {
         let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-        // Only this end: that of the machine may block.
+        // Only this end: the machine's may block.
         rustix::io::ioctl_fionbio(&read, true)?;
         let ring = Self {
             pipe: read,
@@ -49,15 +50,15 @@ impl ConsoleRing {
         Ok((ring, write))
     }
 
-    /// The reading end of the pipe, non-blocking. At its end of file the machine has ended.
+    /// The pipe's read end, non-blocking. At end of file the machine has ended.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.pipe.as_fd()
     }
 
-    /// Reads and keeps what is in the pipe. `false`: the machine has closed its end.
+    /// Reads and keeps the pipe's content. `false` if the machine has closed its end.
     pub fn drain(&mut self) -> io::Result<bool> {
         let mut buffer = [0; 4096];
-        // Bounded: a guest that prints faster than this reads must not occupy the sandbox.
+        // Bounded: a guest that prints faster than this reads must not block the sandbox.
         for _ in 0..16 {
             match rustix::io::read(&self.pipe, &mut buffer) {
                 Ok(0) => {
@@ -83,8 +84,8 @@ impl ConsoleRing {
         self.unwritten = (self.unwritten + bytes.len()).min(self.kept.len());
     }
 
-    /// Writes to the file what is new. The file is appended to until it holds twice the capacity
-    /// and then rewritten, so that a flood costs two writes per byte at most.
+    /// Writes new output to the file. The file is appended to until it reaches twice the capacity
+    /// and then rewritten, so each byte is written at most twice.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.unwritten == 0 {
             return Ok(());
@@ -108,15 +109,14 @@ impl ConsoleRing {
         Ok(())
     }
 
-    /// The last `lines` lines, cleaned.
+    /// The last `lines` lines, sanitized.
     pub fn tail(&self, lines: usize) -> Vec<String> {
         let (first, second) = self.kept.as_slices();
         tail(&[first, second].concat(), lines)
     }
 }
 
-/// The last `lines` lines of a ring's file, cleaned up for people: for a console whose sandbox has
-/// ended.
+/// The last `lines` lines of a ring's file, sanitized, for use after the sandbox has ended.
 pub fn tail_of_file(file: &Path, lines: usize) -> io::Result<Vec<String>> {
     let file = File::open(file)?;
     let length = file.metadata()?.len();
@@ -126,10 +126,10 @@ pub fn tail_of_file(file: &Path, lines: usize) -> io::Result<Vec<String>> {
     Ok(tail(&bytes, lines))
 }
 
-/// The longest line that is shown, in characters.
+/// Maximum length of a displayed line, in characters.
 const LONGEST_LINE: usize = 400;
 
-/// The last lines of guest output, without characters that a terminal acts on.
+/// The last lines of guest output, without characters that control a terminal.
 pub fn tail(bytes: &[u8], lines: usize) -> Vec<String> {
     let text = String::from_utf8_lossy(bytes);
     let mut shown: Vec<String> = text
@@ -146,7 +146,7 @@ pub fn tail(bytes: &[u8], lines: usize) -> Vec<String> {
 fn clean(line: &str) -> String {
     let visible = line.chars().map(|c| match c {
         '\t' => ' ',
-        // Control characters, and those that reorder or hide text.
+        // Control characters, and characters that reorder or hide text.
         c if c.is_control() => '\u{fffd}',
         '\u{200b}'..='\u{200f}'
         | '\u{2028}'..='\u{202e}'

@@ -1,4 +1,4 @@
-//! What can go wrong when choosing, starting or operating a machine.
+//! Errors of choosing, starting or operating a machine.
 
 use std::path::PathBuf;
 
@@ -6,10 +6,10 @@ use rustix::io::Errno;
 
 use crate::{Kind, MIN_MEMORY};
 
-/// An error of this crate. The text is for people; callers match the variant.
+/// An error of this crate. The text is for display; callers match the variant.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No kind has this name.
+    /// Unknown name of a kind.
     #[error("no such kind of machine: \"{0}\"")]
     UnknownKind(String),
     /// Kind `kvm` has no backend yet.
@@ -17,7 +17,7 @@ pub enum Error {
         "machine kind kvm is not supported yet: hull's own virtual machine monitor is not built"
     )]
     KvmNotSupported,
-    /// The kind cannot do this.
+    /// The kind does not support the operation.
     #[error("machine kind {kind} does not support {operation}")]
     NotSupported {
         /// The kind.
@@ -67,7 +67,7 @@ pub enum Error {
         /// Bytes requested.
         memory: u64,
     },
-    /// More virtual CPUs than the kind has.
+    /// More virtual CPUs than the kind supports.
     #[error("machine kind {kind} is not supported with {vcpus} cpus: it has {most} at most")]
     Vcpus {
         /// The kind.
@@ -77,7 +77,7 @@ pub enum Error {
         /// The limit.
         most: u32,
     },
-    /// More devices than the kind has room for.
+    /// More devices than the kind supports.
     #[error(
         "not supported: {disks} disks: machine kind {kind} has room for {most} devices, \
          and {count} are asked for"
@@ -85,7 +85,7 @@ pub enum Error {
     Devices {
         /// The kind.
         kind: Kind,
-        /// Disks among them.
+        /// Number of disks among them.
         disks: usize,
         /// Number requested.
         count: usize,
@@ -112,7 +112,7 @@ pub enum Error {
         /// The kind.
         kind: Kind,
     },
-    /// The machine did not stop, or not answer, in time.
+    /// The machine did not stop or answer in time.
     #[error("cannot {operation} the machine: {why}")]
     Operation {
         /// Pause, resume, ….

@@ -5,12 +5,12 @@ use std::fmt;
 use hull_jail::{SignalName, Status};
 use rustix::io::Errno;
 
-/// Why a machine ended, judged by the exit status of its process alone.
+/// Why a machine ended, according to the exit status of its process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest ended itself: it powered off, or restarted on a machine that does not restart.
+    /// The guest powered off, or rebooted on a machine that does not reboot.
     PoweredOff,
-    /// The guest kernel panicked. Not every kind can tell: see [`Exit::PoweredOff`].
+    /// The guest kernel panicked. Not every kind reports it: see [`Exit::PoweredOff`].
     Panicked,
     /// A signal ended the machine process.
     Killed {
@@ -22,7 +22,7 @@ pub enum Exit {
         /// Its exit code.
         code: i32,
     },
-    /// The machine process has ended, and its status cannot be read.
+    /// The exit status cannot be read.
     Unknown {
         /// The error of waiting for it.
         errno: Errno,
@@ -30,8 +30,8 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// Interprets an exit status. `panicked`: the exit code of the kind by which it reports that
-    /// the guest kernel panicked.
+    /// Interprets an exit status. `panicked` is the kind's exit code for a panic of the guest
+    /// kernel.
     pub(crate) fn interpret(status: Result<Status, Errno>, panicked: Option<i32>) -> Self {
         match status {
             Ok(Status::Signal(signal)) => Self::Killed { signal },
@@ -42,9 +42,9 @@ impl Exit {
         }
     }
 
-    /// The reason as one line, completed with the last lines of the console (see
-    /// [`crate::ConsoleRing::tail`]). The guest wrote the console, so it is only a hint for people:
-    /// it makes the text more precise where the status leaves the reason open.
+    /// The reason as one line, with details from the console's last lines (see
+    /// [`crate::ConsoleRing::tail`]). The guest controls the console, so this is only for display:
+    /// it adds detail where the status is ambiguous.
     pub fn describe(&self, console: &[String]) -> String {
         let panic = || {
             let mut lines = console.iter().rev();

@@ -1,26 +1,27 @@
-//! What a kind of machine can do. Callers outside this crate ask for a feature, never for the kind.
+//! Features of kinds of machines. Callers outside this crate check a feature, never the kind.
 
-/// The abilities and limits of a kind of machine.
+/// Abilities and limits of a kind of machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Features {
-    /// Most virtual CPUs, if there is a limit.
+    /// Maximum number of virtual CPUs, if limited.
     pub max_vcpus: Option<u32>,
-    /// Most devices, if there is a limit: fs, vsock and entropy, net devices and disks together.
+    /// Maximum number of devices, if limited: fs, vsock and entropy, net devices and disks
+    /// together.
     pub max_devices: Option<usize>,
     /// How a guest gets its net devices.
     pub net: NetDevices,
     /// How a guest gets its disks.
     pub disks: Disks,
-    /// The machine can be paused and resumed.
+    /// Whether the machine can be paused and resumed.
     pub pause: bool,
-    /// The machine can be saved and restored.
+    /// Whether the machine can be saved and restored.
     pub snapshot: bool,
-    /// The guest boots with the wall clock of the host. Otherwise the agent has to set it. After a
-    /// pause it has to be set in either case.
+    /// Whether the guest boots with the host's wall clock. Otherwise the agent has to set it. After
+    /// a pause it has to be set in either case.
     pub host_clock: bool,
-    /// Guest programs can make 32-bit system calls.
+    /// Whether guest programs can make 32-bit system calls.
     pub compat32: bool,
-    /// The devices are in the machine process. Otherwise a device process serves them over
+    /// Whether the devices are in the machine process. Otherwise a device process serves them over
     /// vhost-user.
     pub own_devices: bool,
 }
@@ -37,13 +38,13 @@ impl Features {
 /// How a guest gets its net devices.
 #[derive(Debug, Clone, Copy)]
 pub enum NetDevices {
-    /// All are there when it boots, which takes longer with each.
+    /// All are present at boot, each making it slower.
     AtBoot {
         /// The machine's vhost-user front end enables the rings of a net device before it has set
         /// them up. The device process corrects the order.
         enables_rings_early: bool,
     },
-    /// A running guest probes a device when its kernel is given a parameter.
+    /// A running guest probes a device when its kernel receives a parameter.
     HotPlug {
         /// The parameter for net device `number`.
         parameter: fn(number: u8) -> String,
@@ -64,7 +65,7 @@ impl NetDevices {
 /// How a guest gets its disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disks {
-    /// All are there when it boots.
+    /// All are present at boot.
     AtBoot,
     /// They can be added to a running guest.
     HotPlug,

@@ -1,14 +1,14 @@
-//! Machines: what runs a guest kernel.
+//! Machines, which run guest kernels.
 //!
 //! A kind of machine is a [`Backend`]: `uml` (a Linux kernel as an ordinary process) and `qemu`. A
-//! running one is a [`Machine`]. What differs between kinds is in [`Features`]; nothing outside
-//! this crate matches on the [`Kind`]. [`choose()`] picks one by what [`probe()`] finds, and a
-//! [`ConsoleRing`] keeps what the guest kernel prints.
+//! running one is a [`Machine`]. The differences between kinds are in [`Features`]; nothing outside
+//! this crate matches on the [`Kind`]. [`choose()`] picks one by the results of [`probe()`], and a
+//! [`ConsoleRing`] keeps the guest kernel's output.
 //!
 //! Called by crate sandbox (start, pause, end) and by the commands (`hull check`). It parses two
-//! things that a guest or its machine wrote: console text, which is cleaned before people see it
-//! and decides nothing, and QEMU's answers, with bounds on size and time. It knows nothing of
-//! containers and images.
+//! kinds of untrusted input: console text, which is sanitized before it is displayed and never
+//! acted on, and QEMU's answers, limited in size and time. It is independent of containers and
+//! images.
 
 pub mod choose;
 pub mod console;
@@ -55,7 +55,7 @@ impl Kind {
     /// All kinds, in the order in which `auto` tries them.
     pub const ALL: [Self; 3] = [Self::Kvm, Self::Uml, Self::Qemu];
 
-    /// Its name, as on the command line.
+    /// Name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",
@@ -64,7 +64,7 @@ impl Kind {
         }
     }
 
-    /// The architecture of the guest kernel that it runs, as `guest/kernel/build` names it.
+    /// The architecture of its guest kernel, as `guest/kernel/build` names it.
     pub fn kernel_architecture(self) -> &'static str {
         match self {
             Self::Uml => "um",
@@ -75,7 +75,7 @@ impl Kind {
     /// Its backend.
     ///
     /// # Errors
-    /// [`Error::KvmNotSupported`]: kind `kvm` has none yet.
+    /// [`Error::KvmNotSupported`] for kind `kvm`, which has none yet.
     pub fn backend(self) -> Result<&'static dyn Backend, Error> {
         match self {
             Self::Kvm => Err(Error::KvmNotSupported),
@@ -102,8 +102,7 @@ impl FromStr for Kind {
     }
 }
 
-/// The guest kernels that machines run: each architecture with its kinds, those that have a
-/// backend.
+/// The guest kernels of machines: each architecture with those of its kinds that have a backend.
 pub fn kernels() -> Vec<(&'static str, Vec<Kind>)> {
     let mut kernels: Vec<(&'static str, Vec<Kind>)> = Vec::new();
     for kind in Kind::ALL.into_iter().filter(|kind| kind.backend().is_ok()) {
@@ -116,10 +115,10 @@ pub fn kernels() -> Vec<(&'static str, Vec<Kind>)> {
     kernels
 }
 
-/// The least memory that a machine is started with; guest kernel and agent do not fit into less.
+/// The minimum memory of a machine; guest kernel and agent do not fit into less.
 pub const MIN_MEMORY: u64 = 48 << 20;
 
-/// What to start. The same for every pod of one size: it says nothing of containers.
+/// Configuration of a machine. The same for every pod of one size, independent of containers.
 #[derive(Debug, Clone)]
 pub struct MachineConfig {
     /// The guest kernel.
@@ -136,72 +135,71 @@ pub struct MachineConfig {
 
 /// A kind of machine.
 pub trait Backend: Sync {
-    /// Which kind.
+    /// The kind of machine.
     fn kind(&self) -> Kind;
 
-    /// What it can do.
+    /// Features and limits of the kind.
     fn features(&self) -> Features;
 
-    /// Whether it works on this host. Cheap enough for each start: an answer that takes time to
-    /// find is cached.
+    /// Whether it works on this host. Cheap enough for each start: slow results are cached.
     ///
     /// # Errors
     /// [`Error::DoesNotWork`] or [`Error::NoQemu`] with the reason.
     fn probe(&self, host: &Host) -> Result<probe::Works, Error>;
 
-    /// Whether it works on this host, tried more thoroughly than for a start.
+    /// Whether it works on this host, tested more thoroughly than for a start.
     fn diagnose(&self, host: &Host) -> probe::State;
 
     /// Starts a machine, jailed; the guest kernel boots after this returns.
     ///
-    /// Call it from a thread that lives as long as the machine shall (see [`hull_jail::spawn`]).
+    /// Call it from a thread that lives as long as the machine (see [`hull_jail::spawn`]).
     ///
     /// # Errors
-    /// The configuration is not one for this kind, a file cannot be used, or the jail cannot be
-    /// set up. No process is left behind.
+    /// The configuration is invalid for this kind, a file cannot be used, or the jail cannot be set
+    /// up. No process is left behind.
     fn start(&self, config: &MachineConfig, wiring: Wiring) -> Result<Box<dyn Machine>, Error>;
 
     /// Starts a machine from a snapshot.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] by kinds without [`Features::snapshot`].
+    /// [`Error::NotSupported`] for kinds without [`Features::snapshot`].
     fn restore(&self, snapshot: &Snapshot, wiring: Wiring) -> Result<Box<dyn Machine>, Error> {
         let _ = (snapshot, wiring);
         Err(self.kind().unsupported("restoring"))
     }
 }
 
-/// A running machine. Dropping it ends it.
+/// A running machine. Dropping it kills it.
 ///
-/// All methods are bounded in time and may block for that time.
+/// All methods have a timeout and may block that long.
 pub trait Machine: Send + fmt::Debug {
-    /// Which kind.
+    /// The kind of machine.
     fn kind(&self) -> Kind;
 
-    /// Its processes. The device process of a kind without [`Features::own_devices`] is not among
-    /// them: its owner is the caller.
+    /// Its processes. Excludes the device process of a kind without [`Features::own_devices`],
+    /// which the caller owns.
     fn processes(&self) -> &[Process];
 
     /// Stops the guest: when this returns, no guest code runs, neither kernel nor user space, until
-    /// [`Self::resume`]. Devices go on, and complete requests that they have. Without effect on a
+    /// [`Self::resume`]. Devices continue, and complete pending requests. Without effect on a
     /// paused machine.
     ///
     /// # Errors
-    /// [`Error::Operation`]: the machine has ended, or did not stop in time; then it runs on.
+    /// [`Error::Operation`] if the machine has ended, or does not stop in time; then it continues.
     fn pause(&mut self) -> Result<(), Error>;
 
-    /// Lets the guest go on. Its monotonic clock goes on from where it stopped. Its wall clock is
-    /// late by the time of the pause, until the agent sets it. Without effect on a machine that is
-    /// not paused.
+    /// Resumes the guest. Its monotonic clock continues from where it stopped. Its wall clock lags
+    /// by the time of the pause, until the agent sets it. Without effect on a machine that is not
+    /// paused.
     ///
     /// # Errors
-    /// [`Error::Operation`]: the machine has ended, or did not answer in time.
+    /// [`Error::Operation`] if the machine has ended, or does not answer in time.
     fn resume(&mut self) -> Result<(), Error>;
 
     /// Saves the state of a paused machine.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] by kinds without [`Features::snapshot`].
+    /// [`Error::NotSupported`] for kinds without [`Features::snapshot`].
     fn save(&mut self, to: &Snapshot) -> Result<(), Error> {
         let _ = to;
         Err(self.kind().unsupported("saving"))
@@ -211,7 +209,7 @@ pub trait Machine: Send + fmt::Debug {
     /// the net devices of its [`Wiring`] itself.)
     ///
     /// # Errors
-    /// [`Error::NotSupported`] by kinds that cannot.
+    /// [`Error::NotSupported`] for kinds that cannot.
     fn attach(&mut self, device: DeviceWiring) -> Result<(), Error> {
         let _ = device;
         Err(self.kind().unsupported("adding a device"))
@@ -220,14 +218,14 @@ pub trait Machine: Send + fmt::Debug {
     /// Changes the size of the running machine.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] by kinds that cannot.
+    /// [`Error::NotSupported`] for kinds that cannot.
     fn resize(&mut self, resize: Resize) -> Result<(), Error> {
         let _ = resize;
         Err(self.kind().unsupported("changing its size"))
     }
 
-    /// Why it ended; `None` while it runs. Ask when the process is readable that has the role
-    /// [`ProcessRole::Machine`].
+    /// Why it ended; `None` while it runs. Call it when the pidfd of [`ProcessRole::Machine`] is
+    /// readable.
     fn exit(&mut self) -> Option<Exit>;
 }
 
@@ -240,7 +238,7 @@ impl Kind {
     }
 }
 
-/// Where the state of a machine is saved and restored from.
+/// Files that a machine's state is saved to and restored from.
 #[derive(Debug)]
 pub struct Snapshot {
     /// Guest memory.
@@ -258,7 +256,7 @@ pub enum Resize {
     Vcpus(u32),
 }
 
-/// Checks what is limited for every kind.
+/// Checks the limits on the configuration.
 fn check(kind: Kind, features: &Features, config: &MachineConfig) -> Result<(), Error> {
     if config.memory < MIN_MEMORY {
         return Err(Error::Memory {
@@ -275,7 +273,7 @@ fn check(kind: Kind, features: &Features, config: &MachineConfig) -> Result<(), 
     }
 }
 
-/// Opens a file that a machine is started from.
+/// Opens a file needed to start a machine.
 fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
     rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         Error::File {

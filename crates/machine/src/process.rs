@@ -6,7 +6,7 @@ use hull_jail::{Started, Status};
 use rustix::io::Errno;
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
-/// What a process of a machine does.
+/// Role of a process of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProcessRole {
     /// Runs the guest kernel.
@@ -22,15 +22,15 @@ pub struct Process {
     pub role: ProcessRole,
     /// Its pid, in the caller's pid namespace.
     pub pid: i32,
-    /// Readable when it has ended.
+    /// Readable after it has ended.
     pub pidfd: OwnedFd,
 }
 
-/// A jailed machine process, which ends when this is dropped.
+/// A jailed machine process, which is killed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Jailed {
     process: [Process; 1],
-    /// How it ended, once that is known: a process is collected once.
+    /// Its exit status, once known: a process can be reaped only once.
     ended: Option<Result<Status, Errno>>,
 }
 
@@ -55,7 +55,7 @@ impl Jailed {
         process
     }
 
-    /// How it ended; `None` while it is running. The error is that of waiting for it.
+    /// Its exit status; `None` while it is running. The error is that of waiting for it.
     pub(crate) fn ended(&mut self) -> Option<Result<Status, Errno>> {
         if self.ended.is_none() {
             self.ended = Status::reap(self.process().pidfd.as_fd()).transpose();
@@ -70,9 +70,9 @@ impl Drop for Jailed {
             return;
         }
         let pidfd = self.process().pidfd.as_fd();
-        // Fails if it has ended since.
+        // Fails if it has ended meanwhile.
         let _ = pidfd_send_signal(pidfd, Signal::KILL);
-        // Returns at once: nothing survives SIGKILL for long, not even a stopped process.
+        // Returns quickly: SIGKILL also ends a stopped process.
         let _ = waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED);
     }
 }

@@ -1,10 +1,10 @@
-//! What a machine is connected with: its console and its devices, as descriptors.
+//! The connections of a machine: its console and its devices, as descriptors.
 //!
-//! A foreign executable (a user-mode kernel, QEMU) is told on its command line where the socket of
-//! a device is, so each socket needs a name that the executable can open. The caller's name is not
-//! used: [`place`] has the jail mount the socket of each descriptor at a path that this module
-//! chooses, and the command line has that path. So the jail holds the sockets in the list and
-//! nothing else, and the directory that they were created in is not visible there.
+//! A foreign executable (a user-mode kernel, QEMU) takes the socket of a device as a path on its
+//! command line, so each socket needs a path that the executable can open. The caller's path is not
+//! used: [`place`] has the jail mount the socket of each descriptor at a path chosen by this
+//! module. So the jail contains only these sockets, and the directory that they were created in is
+//! not visible there.
 
 use std::os::fd::OwnedFd;
 
@@ -19,23 +19,23 @@ use crate::{Error, Features, Kind};
 pub struct DeviceWiring {
     /// The device.
     pub config: DeviceConfig,
-    /// The Unix socket in the file system that the device process listens on with vhost-user,
-    /// opened with `O_PATH`.
+    /// The device process's listening vhost-user socket in the file system, opened with `O_PATH`.
     pub socket: OwnedFd,
 }
 
 /// The connections of a machine.
 ///
-/// Guest memory is not among them. A user-mode kernel creates the file of its memory itself, in
-/// the `/tmp` of its jail, and maps it at offsets that it chooses; QEMU creates a memfd. Both hand
-/// it to the device process over vhost-user, and the sandbox process never maps it. A descriptor
-/// made by the caller is needed to restore a machine from one, which neither kind supports.
+/// Guest memory is not among them. A user-mode kernel creates its memory file itself, in the `/tmp`
+/// of its jail, and maps it at offsets that it chooses; QEMU creates a memfd. Both pass it to the
+/// device process over vhost-user, and the sandbox process never maps it. Only restoring a machine
+/// would need a descriptor from the caller, which neither kind supports.
 #[derive(Debug)]
 pub struct Wiring {
-    /// The writing end of a pipe for all that the guest kernel and the machine process print. At
-    /// its end of file the machine has ended.
+    /// The write end of a pipe for the output of the guest kernel and the machine process. At end
+    /// of file the machine has ended.
     pub console: OwnedFd,
-    /// The devices. The guest probes them in this order, net devices and disks are numbered in it.
+    /// The devices. The guest probes them in this order, by which net devices and disks are
+    /// numbered.
     pub devices: Vec<DeviceWiring>,
     /// User and group of the machine process.
     pub uid: u32,
@@ -60,7 +60,7 @@ pub(crate) fn socket_path(name: &str) -> String {
     format!("/sockets/{name}")
 }
 
-/// Names devices by what they are and a number of their own.
+/// Names devices by type and a number per type.
 pub(crate) fn names(devices: impl IntoIterator<Item = DeviceConfig>) -> Vec<Placed> {
     let mut placed: Vec<Placed> = Vec::new();
     for config in devices {
@@ -72,7 +72,7 @@ pub(crate) fn names(devices: impl IntoIterator<Item = DeviceConfig>) -> Vec<Plac
     placed
 }
 
-/// Gives the sockets to the machine's user and has the jail mount them.
+/// Changes the owner of the sockets to the machine's user and has the jail mount them.
 pub(crate) fn place(
     kind: Kind,
     features: &Features,

@@ -1,13 +1,12 @@
-//! What is in a namespace, as far as a guest needs it. Made by
+//! The contents of a namespace, as far as a guest needs them. Created by
 //! [`Netlink::describe`](crate::Netlink::describe); the sandbox process sends it to the guest's
-//! agent, and compares two of them to see whether there is something to send.
+//! agent, and compares two of them to find out whether an update is needed.
 //!
-//! The rules of what belongs to it are in `netlink::reading`. Here are only the words, and the
-//! order of routes.
+//! `netlink::reading` decides what belongs to it. Here are only the types, and the order of routes.
 
 use std::net::IpAddr;
 
-/// A namespace as a guest is to have it. Two that are equal need nothing done in the guest.
+/// A namespace as the guest is to see it. If two are equal, the guest needs no update.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Description {
     /// In the order of their indices.
@@ -16,24 +15,24 @@ pub struct Description {
     pub routes: Vec<Route>,
     /// Permanent entries only.
     pub neighbours: Vec<Neighbour>,
-    /// What a guest cannot have, so that a person can be told.
+    /// What a guest cannot have, for reporting to the user.
     pub skipped: Vec<Skipped>,
 }
 
 /// An Ethernet device of the namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
-    /// Its number in the namespace: another interface never gets it as long as the namespace lives.
+    /// Its index, unique for the lifetime of the namespace.
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// What it is, as in `ip -d link`: `veth`, `macvlan`, …; empty for a device of hardware.
+    /// Its kind, as in `ip -d link`: `veth`, `macvlan`, …; empty for hardware devices.
     pub kind: String,
     /// Hardware address.
     pub mac: [u8; 6],
-    /// Largest packet.
+    /// MTU.
     pub mtu: u32,
-    /// Somebody set it up.
+    /// Whether it is set up (IFF_UP).
     pub up: bool,
     /// In the kernel's order: with IPv4 the primary address of a network comes before the others.
     pub addresses: Vec<Address>,
@@ -44,16 +43,15 @@ pub struct Interface {
 pub struct Address {
     /// The address.
     pub address: IpAddr,
-    /// Of the network that it is in; of the peer, if there is one.
+    /// Length of the prefix of its network, or of the peer's if there is one.
     pub prefix_length: u8,
     /// RT_SCOPE_* of linux/rtnetlink.h.
     pub scope: u8,
     /// Other end of a point-to-point link.
     pub peer: Option<IpAddr>,
-    /// The guest is to add the address without a route to its network (IFA_F_NOPREFIXROUTE): the
-    /// host has no such route, because somebody took it away (the CNI plugin ptp does) or changed
-    /// it, and then it is among the routes. False when the route is the one that a kernel makes by
-    /// itself: then it is not among the routes.
+    /// The guest must add the address without a route to its network (IFA_F_NOPREFIXROUTE): the
+    /// host's was removed (as the CNI plugin ptp does), or changed and is then listed among the
+    /// routes. False if the host has the route that a kernel adds by itself, which is not listed.
     pub no_prefix_route: bool,
 }
 
@@ -62,7 +60,7 @@ pub struct Address {
 pub struct Route {
     /// Name of one of the interfaces; none if `kind` is not [`RouteKind::Unicast`].
     pub interface: Option<String>,
-    /// Where it leads to: `0.0.0.0` or `::` for a default route. Its family is the route's.
+    /// Destination: `0.0.0.0` or `::` for a default route. Its family is the route's.
     pub destination: IpAddr,
     /// 0 for a default route.
     pub prefix_length: u8,
@@ -74,9 +72,9 @@ pub struct Route {
     pub metric: u32,
     /// RT_SCOPE_* of linux/rtnetlink.h.
     pub scope: u8,
-    /// The gateway is reached through the interface although no route says so.
+    /// The gateway is reachable through the interface although no route covers it.
     pub on_link: bool,
-    /// What becomes of packets.
+    /// What happens to packets.
     pub kind: RouteKind,
     /// Path MTU; 0 for none.
     pub mtu: u32,
@@ -86,13 +84,13 @@ pub struct Route {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum RouteKind {
-    /// Sends packets.
+    /// Forwards packets.
     Unicast = libc::RTN_UNICAST,
-    /// Drops them.
+    /// Drops packets.
     Blackhole = libc::RTN_BLACKHOLE,
-    /// Answers: unreachable.
+    /// Rejects packets: unreachable.
     Unreachable = libc::RTN_UNREACHABLE,
-    /// Answers: prohibited.
+    /// Rejects packets: prohibited.
     Prohibit = libc::RTN_PROHIBIT,
 }
 
@@ -101,7 +99,7 @@ pub enum RouteKind {
 pub struct Neighbour {
     /// Name of one of the interfaces.
     pub interface: String,
-    /// Its address.
+    /// Its IP address.
     pub address: IpAddr,
     /// Its hardware address.
     pub mac: [u8; 6],
@@ -112,7 +110,7 @@ pub struct Neighbour {
 pub struct Skipped {
     /// Name of an interface, or "route 192.0.2.0/24".
     pub name: String,
-    /// Why not: completes "NAME is left out: …".
+    /// The reason: completes "NAME is left out: …".
     pub why: String,
 }
 
@@ -125,16 +123,16 @@ impl Route {
         }
     }
 
-    /// It leads everywhere.
+    /// Whether it matches every destination.
     pub fn is_default(&self) -> bool {
         self.prefix_length == 0
     }
 }
 
-/// Puts routes in an order in which the kernel takes them: a gateway must be reachable when a route
-/// names it. So first what is on the link (the default route, too, if it is), then what is behind a
-/// gateway, a default route last. Among these the narrower come first. The order does not depend on
-/// that in which the kernel lists them.
+/// Sorts routes so that the kernel accepts them one after the other: a gateway must be reachable
+/// when a route names it. On-link routes (also a default route) come first, then routes through a
+/// gateway, a default route last. Within these, longer prefixes come first. The result does not
+/// depend on the kernel's order.
 pub fn order(routes: &mut [Route]) {
     routes.sort_by_cached_key(|route| {
         (

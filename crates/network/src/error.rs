@@ -1,79 +1,78 @@
-//! The error of this crate: one line that says what failed, on what, and why; and what to do about
-//! it.
+//! The error of this crate: one line that says what failed, on what, and why, and a hint.
 
 use std::io;
 use std::net::{IpAddr, SocketAddrV4};
 
-/// What went wrong.
+/// Why an operation on a network failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no network namespace to be had there.
+    /// The network namespace cannot be opened.
     #[error("cannot open network namespace {what}: {why}")]
     Open {
         /// Its path.
         what: String,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// It is something else: a file, or a namespace of another kind.
+    /// The file is not a network namespace: another file, or a namespace of another kind.
     #[error("{what} is not a network namespace")]
     NotANetworkNamespace {
         /// Its path, or "a descriptor".
         what: String,
     },
-    /// A new namespace could not be made.
+    /// A new namespace could not be created.
     #[error("cannot make a network namespace: {0}")]
     NewNamespace(io::Error),
     /// A thread could not enter the namespace.
     #[error("cannot enter a network namespace: {0}")]
     Enter(io::Error),
-    /// What is in the namespace could not be read.
+    /// The contents of the namespace could not be read.
     #[error("cannot read the {what} of a network namespace: {why}")]
     Read {
         /// "interfaces", "routes", …
         what: &'static str,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// Changes in the namespace cannot be seen.
+    /// The namespace cannot be watched for changes.
     #[error("cannot watch a network namespace: {0}")]
     Watch(io::Error),
-    /// A tap could not be made.
+    /// A tap could not be created.
     #[error("cannot make a tap for interface {interface}: {step}: {why}")]
     Tap {
-        /// The interface that it was for.
+        /// The interface it was for.
         interface: String,
         /// The call that failed.
         step: &'static str,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// An interface could not be changed.
+    /// An attribute of an interface could not be set.
     #[error("cannot set the {what} of interface {interface}: {why}")]
     Set {
         /// "MTU".
         what: &'static str,
-        /// Its name.
+        /// Name of the interface.
         interface: String,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// Packets could not be redirected, or redirecting could not be ended.
+    /// Redirecting packets could not be started or ended.
     #[error("cannot redirect packets of interface {interface}: {step}: {why}")]
     Redirect {
-        /// Its name.
+        /// Name of the interface.
         interface: String,
-        /// What failed.
+        /// The step that failed.
         step: &'static str,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// Somebody else decides about the packets that the interface receives.
+    /// Another program filters the packets that the interface receives.
     #[error(
         "cannot redirect packets of interface {interface}: its {qdisc} qdisc has filters of another program"
     )]
     Occupied {
-        /// Its name.
+        /// Name of the interface.
         interface: String,
         /// "ingress" or "clsact".
         qdisc: String,
@@ -83,43 +82,43 @@ pub enum Error {
     Loopback {
         /// The address.
         address: IpAddr,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// Containers of a network cannot be given the host's address.
+    /// Masquerading cannot be set up for a network.
     #[error("cannot let network {network} out: {why}")]
     Masquerade {
-        /// Its name.
+        /// Name of the network.
         network: String,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// A packet filter cannot be told to let a network's packets pass.
+    /// A network's packets cannot be allowed through the packet filter.
     #[error("cannot let packets of {bridge} pass the packet filter: {why}")]
     Forward {
         /// The network's bridge.
         bridge: String,
-        /// What iptables said.
+        /// Error from iptables.
         why: String,
     },
-    /// The kernel cannot be told which ports to choose.
+    /// The port range of a namespace cannot be set.
     #[error("cannot choose the ports of a network namespace: {why}")]
     Ports {
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
-    /// There is no network without root.
+    /// The rootless network failed.
     #[error("{why}")]
     Pasta {
-        /// What pasta said, or why it was not asked.
+        /// Error from pasta, or why it was not started.
         why: String,
     },
-    /// There is no socket to be had in the namespace.
+    /// A socket cannot be opened in the namespace.
     #[error("cannot speak with {to} in a network namespace: {why}")]
     Socket {
-        /// Whom it was for.
+        /// The address it was for.
         to: SocketAddrV4,
-        /// The kernel's.
+        /// Error from the kernel.
         why: io::Error,
     },
 }
@@ -128,7 +127,7 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// What to do about it. One line.
+    /// What to do about it, in one line.
     pub fn hint(&self) -> Option<&'static str> {
         let errno = self.errno();
         if matches!(errno, Some(libc::EPERM | libc::EACCES)) {
@@ -186,8 +185,7 @@ impl Error {
         }
     }
 
-    /// The interface, or its tap, went away while something was done to it: whoever follows changes
-    /// needs no other word.
+    /// The interface, or its tap, went away during the operation: the monitor reports that too.
     pub fn is_gone(&self) -> bool {
         matches!(
             self,

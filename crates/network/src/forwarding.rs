@@ -1,8 +1,7 @@
-//! A way through a packet filter that forwards nothing by itself, as Docker's and many
-//! administrators' do: whatever comes from a bridge of hull's own may pass, and to it answers, and
-//! what published ports lead there. The rules are iptables', because an acceptance counts only in
-//! the table that would drop otherwise. They are for the bridge, whatever containers there are, and
-//! stay as it does:
+//! iptables FORWARD rules for hull's bridges where the policy is DROP, as with Docker and many
+//! administrators: accepts everything from such a bridge, and to it answers and connections to
+//! published ports. The rules use iptables because an acceptance counts only in the table that
+//! would drop otherwise. They are per bridge, not per container, and stay as long as it does:
 //!
 //! ```text
 //! FORWARD → HULL-FORWARD: → HULL-USER
@@ -10,9 +9,9 @@
 //!                         -o BRIDGE ctstate RELATED,ESTABLISHED,DNAT ACCEPT
 //! ```
 //!
-//! HULL-USER is the administrator's: empty, and left alone. Plugin `firewall` says something like
-//! it for each container, with 17 runs of iptables at its start and 7 at its end, and lets nobody
-//! in through published ports.
+//! HULL-USER is the administrator's: created empty, never changed. Plugin `firewall` adds similar
+//! rules for each container, with 17 runs of iptables at its start and 7 at its end, but does not
+//! admit connections to published ports.
 
 use std::time::Duration;
 
@@ -24,18 +23,17 @@ use crate::redirect::Family;
 const CHAIN: &str = "HULL-FORWARD";
 const OF_THE_ADMINISTRATOR: &str = "HULL-USER";
 
-/// How long one run of iptables may take; it waits for others.
+/// Timeout of one run of iptables, which waits for concurrent ones.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Makes the rules for a bridge, in the namespace of the calling process, unless they are there.
+/// Creates the rules for a bridge, in the namespace of the calling process, unless they exist.
 ///
 /// # Errors
-/// There is no iptables, or what it says.
+/// `Forward` if iptables is not installed, or fails.
 pub fn ensure(bridge: &str, ipv6: bool) -> Result<()> {
     let families = [(Family::V4, ""), (Family::V6, "6")];
     for (family, number) in families.into_iter().take(1 + usize::from(ipv6)) {
-        // What iptables has said to nf_tables shows at once; what its predecessor keeps, it has to
-        // be asked for.
+        // Rules of iptables-nft show in nf_tables; for those of iptables-legacy it has to be run.
         if are_there(family) {
             continue;
         }
@@ -59,7 +57,7 @@ pub fn ensure(bridge: &str, ipv6: bool) -> Result<()> {
     Ok(())
 }
 
-/// Whether nf_tables has the jump, and the rules that it leads to.
+/// Whether nf_tables has the jump to our chain, and the chain's rules.
 fn are_there(family: Family) -> bool {
     let rules = |chain| nftables::rules(family, "filter", chain).unwrap_or_default();
     let name = CHAIN.as_bytes();
@@ -67,7 +65,7 @@ fn are_there(family: Family) -> bool {
     rules("FORWARD").iter().any(leads_there) && rules(CHAIN).len() >= 3
 }
 
-/// What iptables-restore is told: all of it, or nothing.
+/// Input of iptables-restore, which applies all of it or nothing.
 fn rules(bridge: &str, has_jump: bool, has_user: bool) -> String {
     let mut text = format!("*filter\n:{CHAIN} - [0:0]\n");
     if !has_user {
@@ -83,7 +81,7 @@ fn rules(bridge: &str, has_jump: bool, has_user: bool) -> String {
     text + "COMMIT\n"
 }
 
-/// One run of iptables: that it cannot be, or how it ended.
+/// Runs iptables. The outer error is that it cannot be run, the inner one that it failed.
 fn run(
     program: &str,
     arguments: &[&str],

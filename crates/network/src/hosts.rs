@@ -1,11 +1,11 @@
-//! The `hosts` file of a container, made as Docker makes it.
+//! The `hosts` file of a container, built as Docker does.
 //!
-//! Called by whoever writes a container's `/etc`. Names are taken as they are: whoever got them
-//! from a user has checked them. Reads and writes no file.
+//! Called when a container's `/etc` is written. Names must have been validated. Reads and writes no
+//! file.
 
 use std::net::IpAddr;
 
-/// What every container's file begins with.
+/// The start of every container's file.
 const LOCAL: &str = "127.0.0.1\tlocalhost\n\
     ::1\tlocalhost ip6-localhost ip6-loopback\n\
     fe00::\tip6-localnet\n\
@@ -13,13 +13,13 @@ const LOCAL: &str = "127.0.0.1\tlocalhost\n\
     ff02::1\tip6-allnodes\n\
     ff02::2\tip6-allrouters\n";
 
-/// What it begins with where there is no IPv6, not even loopback.
+/// The start without IPv6, not even on loopback.
 const LOCAL_WITHOUT_IPV6: &str = "127.0.0.1\tlocalhost\n";
 
-/// The container's file: `addresses` are its own, under `hostname` (which may have a domain: then
-/// its first part is a name of its own) and `aliases`; `extra` are names of others (`--add-host`),
-/// in the order in which they were given. Without an address, as without a network, its name leads
-/// to loopback, so that programs that look themselves up find something.
+/// Generates the container's file: `addresses` are its own, with the names `hostname` (and its
+/// first part, if it has a domain) and `aliases`; `extra` are other hosts (`--add-host`), in the
+/// order given. Without an address, its name resolves to loopback, so that programs can look
+/// themselves up.
 pub fn generate(
     hostname: &str,
     aliases: &[String],

@@ -1,8 +1,8 @@
-//! Networks of machines. An engine, or a CNI plugin, hands over a network namespace that is set up:
+//! Networks of machines. An engine or a CNI plugin supplies a configured network namespace:
 //! interfaces with addresses and routes. A guest's kernel cannot see it, so each interface gets a
 //! *tap* beside it in the same namespace, and the host's kernel redirects every packet from one to
-//! the other ([`mirror`]). The tap's descriptor goes to the device process; what the guest has to
-//! know, addresses and routes, goes to its agent ([`Description`]).
+//! the other ([`mirror`]). The tap's descriptor goes to the device process; addresses and routes go
+//! to the guest's agent ([`Description`]).
 //!
 //! ```text
 //!             network namespace                          machine
@@ -12,13 +12,13 @@
 //!
 //! Called by crate `sandbox`, in the sandbox process: [`Namespace`] is opened, [`Monitor`] watches
 //! it, [`Netlink`] describes it; for each [`Interface`] there is a [`Tap`] and a
-//! [`mirror::connect`]. When the monitor says so, the namespace is described again, and what
-//! differs is followed. Loopback interfaces are not mirrored: [`redirect`] and [`sockets`] are for
-//! the relays between that of the namespace and that of the guest.
+//! [`mirror::connect`]. When the monitor reports a change, the namespace is described again and the
+//! differences are applied. Loopback interfaces are not mirrored: [`redirect`] and [`sockets`]
+//! serve the relays between the namespace's loopback interface and the guest's.
 //!
 //! Never sees a packet, never calls `ip` or `tc`, never changes the namespace of the caller's
-//! threads. Whether a namespace is the host's own, where nothing is to be touched, is the caller's
-//! question ([`Namespace::is_callers_own`]).
+//! threads. The caller checks that a namespace is not the host's own, which must not be changed
+//! ([`Namespace::is_callers_own`]).
 
 pub mod cni;
 pub mod description;

@@ -1,14 +1,14 @@
 //! Connects an interface with a tap: every packet that one receives is sent by the other, so that
-//! the guest behind the tap is what the interface's peer talks to. Called by the sandbox process.
+//! the interface's peer communicates with the guest behind the tap. Called by the sandbox process.
 //!
-//! Done by the kernel's traffic control, packet by packet, whatever the protocol: an `ingress`
-//! qdisc on both, and in each one filter that redirects (Kata calls it "tcfilter"). No packet is
-//! ever seen by hull, and the host's own network stack in the namespace receives nothing any more.
+//! Done by the kernel's traffic control, for every protocol: an `ingress` qdisc on both, each with
+//! one filter that redirects (Kata calls it "tcfilter"). Packets never pass through hull, and the
+//! host's own network stack in the namespace receives none.
 //!
-//! The qdisc of the tap goes away with the tap. That of the interface stays when the sandbox
-//! process is killed, with a filter that leads nowhere: [`connect`] replaces it. An interface has
-//! one such qdisc only, so one that is already there is shared if it has no filters, and nothing is
-//! changed if it has: no order of the two programs' filters would do what both want.
+//! The tap's qdisc goes away with the tap. The interface's stays when the sandbox process is
+//! killed, with a filter that leads nowhere: [`connect`] replaces it. An interface has only one
+//! such qdisc, so an existing one is shared if it has no filters; if it has, [`connect`] fails: no
+//! order of the two programs' filters would serve both.
 
 use std::io;
 
@@ -20,18 +20,18 @@ use crate::sockets::OWN_PORTS;
 /// The kind of qdisc that we add.
 const OURS: &str = "ingress";
 
-/// Connects the interface with the tap, both ways. What was connected with it before no longer is.
+/// Connects the interface with the tap, both ways. Replaces an earlier connection.
 pub async fn connect(netlink: &Netlink, interface: &Interface, tap: u32) -> Result<()> {
     prepare(netlink, tap, interface).await?;
     let made = prepare(netlink, interface.index, interface).await?;
     let failed = redirect_failed(interface, "add the filter");
-    // Of the tap first: when the guest is heard, it also hears.
+    // The tap's first: when the guest's packets get out, answers also get in.
     let mut connected = netlink.add_redirect(tap, interface.index).await;
     if connected.is_ok() {
         connected = netlink.add_redirect(interface.index, tap).await;
     }
     if connected.is_err() {
-        // The first error is the one to be told.
+        // Report the first error.
         let _ = netlink.delete_redirect(tap).await;
         if made {
             let _ = netlink.delete_ingress_qdisc(interface.index).await;
@@ -42,9 +42,8 @@ pub async fn connect(netlink: &Netlink, interface: &Interface, tap: u32) -> Resu
 
 /// Makes exceptions for name servers: their answers to ports of
 /// [`sockets::OWN_PORTS`](crate::sockets::OWN_PORTS) go to the host's own stack in the namespace,
-/// and what neighbours say of their hardware addresses goes to both. So a server in the namespace,
-/// as Docker's for names, can ask others although the interface is a guest's. What was made before
-/// is replaced.
+/// and ARP and neighbour advertisements go to both. So a server in the namespace, such as Docker's
+/// for names, can query others although the interface is a guest's. Replaces earlier exceptions.
 pub async fn admit_answers(netlink: &Netlink, interface: &Interface, tap: u32) -> Result<()> {
     let failed = redirect_failed(interface, "make an exception for name servers");
     let admit = async {
@@ -68,13 +67,13 @@ const fn key(offset: u8, mask: u32, value: u32) -> Key {
     }
 }
 
-/// A reply of ARP (RFC 826), and a neighbour advertisement (RFC 4861).
+/// An ARP reply (RFC 826), and a neighbour advertisement (RFC 4861).
 const NEIGHBOURS: [&[Key]; 2] = [
     &[key(0, !0, 0x0001_0800), key(4, !0, 0x0604_0002)],
     &[IPV6, next_header(58), key(40, 0xff00_0000, 136 << 24)],
 ];
 
-/// From port 53 to one of our own ports, by UDP and TCP.
+/// From port 53 to one of our own ports, over UDP and TCP.
 const ANSWERS: [&[Key]; 4] = [
     &[IPV4, WHOLE, protocol(17), answer(20)],
     &[IPV4, WHOLE, protocol(6), answer(20)],
@@ -102,8 +101,8 @@ const fn answer(offset: u8) -> Key {
     key(offset, 0xffff_0000 | first, 53 << 16 | first)
 }
 
-/// Ends what [`connect`] did to the interface. The tap is left to whoever closes it. What is gone
-/// already is fine.
+/// Undoes [`connect`] on the interface. The tap is left to the owner of its descriptor. Succeeds if
+/// the interface or the filter is already gone.
 pub async fn disconnect(netlink: &Netlink, interface: &Interface) -> Result<()> {
     let index = interface.index;
     let Some((qdisc, filters)) = look(netlink, index, interface).await? else {
@@ -121,8 +120,8 @@ pub async fn disconnect(netlink: &Netlink, interface: &Interface) -> Result<()> 
     }
 }
 
-/// Makes sure that the interface with this index, which is `interface` or its tap, has a qdisc
-/// without filters. True if there was none, and it was made.
+/// Ensures that the interface with this index, which is `interface` or its tap, has a qdisc without
+/// filters. True if the qdisc was created.
 async fn prepare(netlink: &Netlink, index: u32, interface: &Interface) -> Result<bool> {
     let Some((qdisc, filters)) = look(netlink, index, interface).await? else {
         let added = netlink.add_ingress_qdisc(index).await;
@@ -142,7 +141,7 @@ async fn prepare(netlink: &Netlink, index: u32, interface: &Interface) -> Result
     Ok(false)
 }
 
-/// The qdisc for received packets, and which filters are in it.
+/// The qdisc for received packets, and which filters it has.
 async fn look(
     netlink: &Netlink,
     index: u32,

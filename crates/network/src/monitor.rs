@@ -1,7 +1,6 @@
-//! Tells that something changed in a namespace: interfaces, addresses, routes or neighbours. Called
-//! by the sandbox process, which then describes the namespace anew and compares. Never says what
-//! changed, and parses nothing: who looks afterwards sees everything, also what was lost because
-//! too much happened at once.
+//! Notifies of changes in a namespace: interfaces, addresses, routes or neighbours. Called by the
+//! sandbox process, which then describes the namespace again and compares. Parses nothing and does
+//! not report what changed, so lost notifications do not matter.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,8 +14,8 @@ use crate::error::{Error, Result};
 use crate::namespace::Namespace;
 use crate::sys;
 
-/// Notifications read before [`Monitor::changed`] answers, even when there are more: the next call
-/// has these.
+/// Notifications read before [`Monitor::changed`] returns, even if there are more: the next call
+/// reads those.
 const AT_ONCE: usize = 4096;
 
 /// Multicast groups of linux/rtnetlink.h: links, neighbours, addresses and routes of both families.
@@ -27,22 +26,24 @@ const GROUPS: u32 = (libc::RTMGRP_LINK
     | libc::RTMGRP_IPV6_IFADDR
     | libc::RTMGRP_IPV6_ROUTE) as u32;
 
-/// Sees changes of a namespace from the moment it is opened on. So it is opened before the
-/// namespace is described.
+/// Reports changes of a namespace since [`Monitor::open`]. Open it before describing the namespace.
 #[derive(Debug)]
 pub struct Monitor {
     socket: AsyncFd<OwnedFd>,
 }
 
 impl Monitor {
-    /// Begins to watch.
+    /// Starts watching.
+    ///
+    /// # Errors
+    /// `Watch` if the socket cannot be opened; `Enter` if the namespace cannot be entered.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn open(namespace: &Namespace) -> Result<Self> {
         let socket = namespace.run_in(|| -> io::Result<OwnedFd> {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            // No protocol is NETLINK_ROUTE.
+            // Protocol 0 is NETLINK_ROUTE.
             let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
             bind(&socket, &SocketAddrNetlink::new(0, GROUPS))?;
             Ok(socket)
@@ -51,7 +52,7 @@ impl Monitor {
         Ok(Self { socket })
     }
 
-    /// Waits for a change, if there was none since the last call. Any number of changes is one.
+    /// Waits for a change since the last call. Several changes count as one.
     ///
     /// May be dropped while it waits, and called again.
     pub async fn changed(&self) -> Result<()> {
@@ -59,7 +60,7 @@ impl Monitor {
             let mut ready = self.socket.readable().await.map_err(Error::Watch)?;
             let mut changed = false;
             for _ in 0..AT_ONCE {
-                // What does not fit is cut off: nobody reads it.
+                // The rest of the message is cut off: it is not needed.
                 let received = ready
                     .try_io(|socket| Ok(recv(socket, &mut [0; 16], RecvFlags::empty()).map(drop)?));
                 match received.map(|received| received.map_err(|error| error.raw_os_error())) {

@@ -1,9 +1,9 @@
-//! Network namespaces as descriptors: opening and making them, and doing something inside one.
-//! Called by the sandbox process, and by everything in this crate that must be *in* a namespace for
+//! Network namespaces as descriptors: opening and creating them, and running code inside one.
+//! Called by the sandbox process, and by the parts of this crate that must be *in* a namespace for
 //! a moment.
 //!
-//! A thread of its own enters the namespace and ends ([`Namespace::run_in`]): the namespace of the
-//! calling thread never changes, whatever fails. What was opened inside, a socket or a tun device,
+//! A dedicated thread enters the namespace and ends ([`Namespace::run_in`]): the namespace of the
+//! calling thread never changes, even on failure. A socket or tun device that was opened inside
 //! stays in the namespace when it is used outside.
 
 use std::io;
@@ -21,11 +21,11 @@ use crate::sys;
 /// The namespace of the thread that reads it.
 const OWN: &str = "/proc/thread-self/ns/net";
 
-/// A network namespace, kept alive as long as this is. Cheap to clone.
+/// A network namespace, which lives at least as long as this. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Namespace(Arc<OwnedFd>);
 
-/// Which namespace: two that are equal are the same.
+/// Identifies a namespace: equal identities are the same namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
     device: u64,
@@ -36,7 +36,7 @@ impl Namespace {
     /// Opens the namespace at `path`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let what = || path.as_ref().display().to_string();
-        // O_NONBLOCK: whatever is there, opening it does not wait.
+        // O_NONBLOCK: opening never waits, whatever the path is.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let fd = open(path.as_ref(), flags, Mode::empty()).map_err(|errno| Error::Open {
             what: what(),
@@ -45,18 +45,18 @@ impl Namespace {
         Self::checked(fd, what)
     }
 
-    /// Opens the namespace of a process. Who needs to know that it is still that process holds a
-    /// pidfd and looks at it afterwards.
+    /// Opens the namespace of a process. To detect that the pid was reused, hold a pidfd and check
+    /// it afterwards.
     pub fn of_process(pid: i32) -> Result<Self> {
         Self::open(format!("/proc/{pid}/ns/net"))
     }
 
-    /// The calling thread's.
+    /// Opens the calling thread's namespace.
     pub fn own() -> Result<Self> {
         Self::open(OWN)
     }
 
-    /// Makes a namespace with nothing in it but `lo`, which is up. It is mounted nowhere: it goes
+    /// Creates a namespace that contains only `lo`, which is up. It is mounted nowhere: it goes
     /// away with its last descriptor, process and socket.
     pub fn new() -> Result<Self> {
         let made = on_a_thread(|| {
@@ -69,8 +69,8 @@ impl Namespace {
         Self::checked(fd, || OWN.to_owned())
     }
 
-    /// Runs `what` on a thread of its own that is in this namespace, and waits for it. The thread
-    /// has no asynchronous runtime.
+    /// Runs `what` on a thread of its own in this namespace, and waits for it. The thread has no
+    /// asynchronous runtime.
     pub fn run_in<T: Send>(&self, what: impl FnOnce() -> T + Send) -> Result<T> {
         let entered = on_a_thread(|| {
             move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))?;
@@ -79,7 +79,7 @@ impl Namespace {
         entered.and_then(|entered| entered).map_err(Error::Enter)
     }
 
-    /// Whether another machine is connected with it: there are taps of one that lives.
+    /// Whether another machine is connected to it: it contains taps of a live one.
     pub fn is_in_use(&self) -> Result<bool> {
         let text = self.devices()?;
         Ok(names(&text).any(|name| name.starts_with(crate::tap::PREFIX)))
@@ -93,7 +93,7 @@ impl Namespace {
         })
     }
 
-    /// Which namespace it is.
+    /// Identity of the namespace.
     pub fn identity(&self) -> Result<Identity> {
         let stat = fstat(&self.0).map_err(|errno| Error::Open {
             what: "by its descriptor".to_owned(),
@@ -107,8 +107,8 @@ impl Namespace {
         Ok(self.identity()? == other.identity()?)
     }
 
-    /// Whether it is the one that the calling thread is in: for a sandbox process, that of the
-    /// host, which is not to be touched.
+    /// Whether it is the calling thread's namespace: for a sandbox process that of the host, which
+    /// must not be changed.
     pub fn is_callers_own(&self) -> Result<bool> {
         let own = stat(OWN).map_err(|errno| Error::Open {
             what: OWN.to_owned(),
@@ -117,7 +117,7 @@ impl Namespace {
         Ok(self.identity()? == Identity::of(&own))
     }
 
-    /// `fd`, if it is a network namespace. An ioctl is tried on nothing but a namespace.
+    /// Returns `fd` if it is a network namespace. The ioctl is tried on namespaces only.
     fn checked(fd: OwnedFd, what: impl Fn() -> String) -> Result<Self> {
         let is_namespace = fstatfs(&fd).is_ok_and(|fs| fs.f_type == libc::NSFS_MAGIC)
             && sys::namespace_kind(&fd).is_ok_and(|kind| kind == libc::CLONE_NEWNET);
@@ -128,7 +128,7 @@ impl Namespace {
     }
 }
 
-/// The interfaces in a text of `/proc/net/dev`.
+/// The interface names in a text of `/proc/net/dev`.
 fn names(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .filter_map(|line| line.split_once(':'))
@@ -158,7 +158,7 @@ impl Identity {
     }
 }
 
-/// Runs `what` on a thread that ends with it. A panic there is one here.
+/// Runs `what` on a temporary thread. Its panic is propagated.
 fn on_a_thread<T: Send>(what: impl FnOnce() -> T + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let builder = thread::Builder::new().name("netns".to_owned());

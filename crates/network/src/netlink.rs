@@ -1,9 +1,9 @@
-//! Speaks netlink (rtnetlink(7)) in a namespace, with the crate `rtnetlink`. This file and those
-//! below it are the only ones that know that crate: its interface changes often.
+//! Netlink (rtnetlink(7)) in a namespace, through the crate `rtnetlink`. Only this file and those
+//! below it use that crate: its interface changes often.
 //!
-//! The socket is made inside the namespace and stays there; it is used from the caller's runtime.
-//! Every request is answered by the kernel, and each answer is waited for. What the kernel says and
-//! this crate does not understand is left out, never guessed.
+//! The socket is created inside the namespace and stays there; it is used from the caller's
+//! runtime. Every request is acknowledged by the kernel, and the caller waits for that. Attributes
+//! that this crate does not understand are ignored.
 
 mod reading;
 mod traffic;
@@ -27,7 +27,7 @@ use crate::namespace::Namespace;
 
 pub(crate) use traffic::{Filters, Key};
 
-/// Attempts to list something that changes while it is listed.
+/// Attempts to list objects that change during the dump.
 const DUMP_ATTEMPTS: u32 = 8;
 
 /// A netlink socket in a namespace. Cheap to clone.
@@ -38,7 +38,7 @@ pub struct Netlink {
 
 impl Netlink {
     /// Opens a socket in the namespace. A task of the calling tokio runtime serves it until the
-    /// last clone of this is dropped; without a runtime this fails.
+    /// last clone of this is dropped; fails without a runtime.
     pub fn open(namespace: &Namespace) -> Result<Self> {
         let read = |why| Error::Read {
             what: "interfaces",
@@ -47,24 +47,24 @@ impl Netlink {
         let runtime =
             tokio::runtime::Handle::try_current().map_err(|error| read(io::Error::other(error)))?;
         let connection = namespace.run_in(|| {
-            // The socket registers itself with the runtime.
+            // The socket registers with the runtime.
             let _inside = runtime.enter();
             rtnetlink::new_connection()
         })?;
         let (mut connection, handle, _) = connection.map_err(read)?;
-        // Without these a lost connection looks like a request that succeeded.
+        // Without these a lost connection looks like a successful request.
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
         runtime.spawn(connection);
         Ok(Self { handle })
     }
 
-    /// What is in the namespace, as far as a guest needs it.
+    /// Describes the contents of the namespace, as far as a guest needs them.
     pub async fn describe(&self) -> Result<Description> {
         reading::describe(self).await
     }
 
-    /// Makes a tap ready: its MTU, its queue, no link-local address, up.
+    /// Sets up a tap: MTU, queue length, no link-local address, up.
     pub(crate) async fn prepare_tap(
         &self,
         index: u32,
@@ -83,24 +83,23 @@ impl Netlink {
                 In6AddrGenMode::None,
             )])]);
         match self.set_link(index, LinkFlags::empty(), vec![quiet]).await {
-            // A kernel without IPv6 has nothing to be quiet about.
+            // A kernel without IPv6 assigns no such address.
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
             result => result?,
         }
         self.set_link(index, LinkFlags::Up, Vec::new()).await
     }
 
-    /// Makes an interface that leads nowhere, with addresses.
+    /// Creates an unconnected interface with addresses.
     pub(crate) async fn add_loose_end(
         &self,
         name: &str,
         addresses: impl Iterator<Item = (IpAddr, u8)>,
     ) -> io::Result<()> {
         const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
-        // The kernel gives a new namespace's interfaces the first numbers that are free; this one
-        // is chosen, so that it need not be asked for.
+        // A new namespace's interfaces get the lowest free indices; a chosen one needs no lookup.
         const INDEX: u32 = 1000;
-        // The other end has no place that matters either.
+        // The peer is not used.
         let mut veth = rtnetlink::LinkVeth::new(name, "other").build();
         veth.header.index = INDEX;
         self.request(RouteNetlinkMessage::NewLink(veth), NEW)
@@ -135,7 +134,7 @@ impl Netlink {
         self.request(RouteNetlinkMessage::SetLink(message), 0).await
     }
 
-    /// Asks for something to be done, and waits until it is. The error is the kernel's.
+    /// Sends a request and waits for its acknowledgement. The error is the kernel's.
     pub(crate) async fn request(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         let mut message = NetlinkMessage::from(message);
         message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
@@ -155,8 +154,8 @@ impl Netlink {
         Err(lost())
     }
 
-    /// Lists everything of a kind. A list during which something changed may be wrong: it is made
-    /// anew, for some time.
+    /// Lists all objects of a kind. A list that changed during the dump may be inconsistent: it is
+    /// retried up to [`DUMP_ATTEMPTS`] times.
     async fn dump(&self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
         let mut attempts = 0;
         loop {
@@ -197,7 +196,7 @@ impl Netlink {
     }
 }
 
-/// An error as netlink writes it: a negative errno.
+/// The error for netlink's code, a negative errno.
 fn from_code(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code.saturating_neg())
 }

@@ -1,10 +1,10 @@
-//! A network without root: *pasta* (package passt), a process that gives a network namespace an
-//! interface with the host's own addresses, and makes of each connection that goes through it one
-//! of its own sockets on the host. To the host it is an ordinary program of the person who runs it.
+//! Networking without root: *pasta* (package passt), a process that gives a network namespace an
+//! interface with the host's own addresses, and turns each connection through it into one of its
+//! own sockets on the host. To the host it is an ordinary program of the user.
 //!
-//! [`Pasta::start`] starts it for a namespace, [`Pasta::ready`] waits until everything is there. It
-//! ends when the [`Pasta`] is dropped, and with the thread that started it, however that ends. What
-//! it is to a guest is what any namespace is: it is described and connected like those of engines.
+//! [`Pasta::start`] starts it for a namespace, [`Pasta::ready`] waits until it is set up. It ends
+//! when the [`Pasta`] is dropped, and with the thread that started it, however that ends. For a
+//! guest the namespace is like any other: it is described and mirrored.
 
 use std::fmt::Write as _;
 use std::io::{self, Read};
@@ -27,25 +27,25 @@ use crate::sys;
 /// The interface's name in the namespace.
 const INTERFACE: &str = "eth0";
 
-/// How much is read of what it says before it gives up.
+/// Most bytes read of its output.
 const MOST_SAID: u64 = 4 << 10;
 
 /// A running pasta.
 #[derive(Debug)]
 pub struct Pasta {
     child: Child,
-    /// It writes its process id here when it is ready, and closes it when it ends.
+    /// pasta writes its pid here when it is ready, and closes it when it ends.
     ready: AsyncFd<OwnedFd>,
     said: OwnedFd,
 }
 
 impl Pasta {
-    /// Starts it for a namespace. Ports of the host lead to ports of the namespace, where they come
-    /// by its interface, or for what the host sends to itself, by its loopback interface. Call it
-    /// on a thread that lives as long as the network shall.
+    /// Starts pasta for a namespace. Host ports are forwarded to its interface; connections from
+    /// the host itself, to its loopback interface. The calling thread must live as long as the
+    /// network.
     ///
     /// # Errors
-    /// It is not installed, or a port's protocol is not among those it knows.
+    /// `Pasta` if it is not installed or cannot be started, or cannot forward a port.
     pub fn start(
         namespace: &Namespace,
         ports: &[PortMapping],
@@ -59,7 +59,7 @@ impl Pasta {
         };
         let (ready, ready_write) = pipe_with(PipeFlags::CLOEXEC).map_err(|why| at(why.into()))?;
         let (said, said_write) = pipe_with(PipeFlags::CLOEXEC).map_err(|why| at(why.into()))?;
-        // What nobody reads any more must not stop it.
+        // pasta must not block on output that is no longer read.
         for fd in [said.as_fd(), said_write.as_fd(), ready.as_fd()] {
             fcntl_getfl(fd)
                 .and_then(|flags| fcntl_setfl(fd, flags | OFlags::NONBLOCK))
@@ -69,7 +69,7 @@ impl Pasta {
         command
             .args(["--foreground", "--quiet", "--config-net", "--no-map-gw"])
             .args(["--ns-ifname", INTERFACE])
-            // Nothing of the host's own loopback interface is to be reached from the namespace.
+            // The host's own loopback interface must not be reachable from the namespace.
             .args(["--tcp-ns", "none", "--udp-ns", "none"])
             .args(["--netns", "/proc/self/fd/0", "--pid", "/proc/self/fd/1"])
             .args(port_options(ports)?)
@@ -83,7 +83,7 @@ impl Pasta {
         }
         sys::die_with_thread(&mut command);
         let child = command.spawn().map_err(at)?;
-        // The ends that the child has.
+        // Closes the child's ends.
         drop(command);
         let ready = sys::when_readable(ready).map_err(at)?;
         Ok(Self { child, ready, said })
@@ -92,7 +92,7 @@ impl Pasta {
     /// Waits until the namespace's interface is set up and ports are bound.
     ///
     /// # Errors
-    /// It gave up: what it said.
+    /// `Pasta` with its output if it ended.
     pub async fn ready(&self) -> Result<()> {
         match self.heard().await {
             Ok(length) if length > 0 => Ok(()),
@@ -102,24 +102,24 @@ impl Pasta {
         }
     }
 
-    /// Waits for its end; what it said.
+    /// Waits for its end; returns its output.
     pub async fn ended(&self) -> String {
-        // It writes nothing any more.
+        // It writes no more after its pid.
         let _ = self.heard().await;
         self.last_words()
     }
 
-    /// Waits for its process id, or its end: how many bytes came.
+    /// Waits for its pid, or its end; returns the number of bytes read.
     async fn heard(&self) -> io::Result<usize> {
         let read = |fd: &OwnedFd| Ok(rustix::io::read(fd, &mut [0; 64])?);
         self.ready.async_io(Interest::READABLE, read).await
     }
 
-    /// What it said last, but for what it says of the system's log.
+    /// Its last output, without messages about the system log.
     fn last_words(&self) -> String {
         let mut said = Vec::new();
         if let Ok(copy) = self.said.try_clone() {
-            // It does not block.
+            // The pipe does not block.
             let _ = std::fs::File::from(copy)
                 .take(MOST_SAID)
                 .read_to_end(&mut said);
@@ -135,7 +135,7 @@ impl Pasta {
 
 impl Drop for Pasta {
     fn drop(&mut self) {
-        // It may have ended.
+        // It may have ended already.
         let _ = self.child.kill();
         if let Ok(ended) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) {
             let _ = poll(&mut [PollFd::new(&ended, PollFlags::IN)], None);
@@ -160,7 +160,7 @@ fn port_options(ports: &[PortMapping]) -> Result<Vec<String>> {
                         why: format!("not supported: {name} on address {address}"),
                     });
                 }
-                // Writing to a string does not fail.
+                // Writing to a string cannot fail.
                 let _ = write!(value, "{address}/");
             }
             let _ = write!(value, "{}:{}", port.host_port, port.container_port);

@@ -1,7 +1,7 @@
-//! Ports of the host that are published: found, and occupied for as long as they are.
+//! Published ports of the host: found, and reserved for as long as they are published.
 //!
-//! Called by whoever reads what a user wants published, and by the sandbox process, which holds the
-//! ports while its container runs. Forwards nothing: that is what plugins do (module `cni`).
+//! Called when a user's publish options are read, and by the sandbox process, which holds the ports
+//! while its container runs. Forwards nothing: plugins do (module `cni`).
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -14,42 +14,40 @@ use rustix::net::{
 
 use crate::cni::{PortMapping, Protocol};
 
-/// Which port of the host.
+/// A port of the host to publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostPort {
-    /// Any that is free.
+    /// Any free port.
     Any,
     /// This one.
     One(u16),
-    /// The first free one from the first to the last.
+    /// The first free port of a range, both ends included.
     OneOf(u16, u16),
 }
 
 /// One container port that is reached through the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
-    /// Only on this address of the host.
+    /// Restricted to this address of the host.
     pub host_ip: Option<IpAddr>,
-    /// On the host.
+    /// Port of the host.
     pub host_port: HostPort,
-    /// In the container.
+    /// Port of the container.
     pub container_port: u16,
-    /// Of both.
+    /// Protocol of both ports.
     pub protocol: Protocol,
 }
 
-/// Host ports that nobody else can take while this lives: sockets that are bound to them. They
-/// receive nothing, because packets are led to the container before, and what is not led there is
-/// refused.
+/// Reserves host ports while it lives, with sockets bound to them. The sockets receive nothing:
+/// packets are redirected to the container before, and others are refused.
 ///
-/// Whoever drops it before the container ends (or hands over nothing to the process that stays)
-/// lets others take the ports, hull's own containers included: rules of packet filters do not
-/// occupy a port. Then a port that was free here may be another's a moment later.
+/// When this is dropped before the container ends (or not handed to the process that stays), others
+/// can take the ports, including hull's own containers: packet filter rules do not occupy a port.
 #[derive(Debug, Default)]
 pub struct Reservation {
-    /// In the order of what was published.
+    /// In the order of the published ports.
     pub mappings: Vec<PortMapping>,
-    /// May be handed to another process.
+    /// Can be passed to another process.
     pub sockets: Vec<OwnedFd>,
 }
 
@@ -70,19 +68,19 @@ impl PortError {
         }
     }
 
-    /// Whether the caller's rights are what lacks.
+    /// Whether the caller lacks the privilege.
     pub fn is_denied(&self) -> bool {
         matches!(self.error, Errno::ACCESS | Errno::PERM)
     }
 }
 
-/// Finds the host's ports and occupies them; all or none.
+/// Finds the host's ports and reserves them; all or none.
 ///
 /// # Errors
-/// One cannot be bound.
+/// [`PortError`] if a port is taken, its address is not the host's, or the caller may not bind it.
 pub fn reserve(published: &[Published]) -> Result<Reservation, PortError> {
     let mut all = Reservation::default();
-    // Ports with a number first, so that no other gets one of them by chance.
+    // Fixed ports first, so that they are not taken by chance for others.
     let mut order: Vec<(usize, &Published)> = published.iter().enumerate().collect();
     order.sort_by_key(|(_, one)| match one.host_port {
         HostPort::One(_) => 0,
@@ -96,7 +94,7 @@ pub fn reserve(published: &[Published]) -> Result<Reservation, PortError> {
         if let HostPort::One(port) = one.host_port
             && !seen.insert((port, same))
         {
-            // Said twice is said once.
+            // A duplicate.
             continue;
         }
         let (host_port, mut sockets) = reserve_one(one)?;
@@ -115,7 +113,7 @@ pub fn reserve(published: &[Published]) -> Result<Reservation, PortError> {
 }
 
 fn reserve_one(one: &Published) -> Result<(u16, Vec<OwnedFd>), PortError> {
-    /// A port may be free for one family of addresses and taken for the other.
+    /// A port may be free for one address family and taken for the other.
     const TRIES: u32 = 32;
     let name = one.protocol.name();
     let cannot = |port: String, error: Errno| {
@@ -144,7 +142,7 @@ fn reserve_one(one: &Published) -> Result<(u16, Vec<OwnedFd>), PortError> {
     }
 }
 
-/// Binds sockets to a port of all addresses that are meant; 0 is any, the same for all of them.
+/// Binds sockets to a port of all requested addresses; 0 is any, the same for all of them.
 fn occupy(one: &Published, port: u16) -> Result<(u16, Vec<OwnedFd>), Errno> {
     match one.host_ip {
         Some(ip) => {
@@ -179,8 +177,8 @@ fn bound(address: SocketAddr, protocol: Protocol) -> Result<(OwnedFd, u16), Errn
     let socket = match protocol {
         Protocol::Tcp => open(SocketType::STREAM, None)?,
         Protocol::Udp => open(SocketType::DGRAM, None)?,
-        // Few kernels have it. Without it nobody on this host can take the port but by its packet
-        // filter, so a TCP port of the same number, which is a port of its own, stands for it.
+        // Few kernels have SCTP. Without it no program can bind the port, only packet filters can
+        // use it, so a TCP socket with the same number stands in.
         Protocol::Sctp => match open(SocketType::STREAM, Some(rustix::net::ipproto::SCTP)) {
             Ok(socket) => socket,
             Err(Errno::PROTONOSUPPORT) => open(SocketType::STREAM, None)?,

@@ -1,12 +1,12 @@
-//! Connections to the loopback address of a namespace, led to who serves them: engines dial
-//! 127.0.0.1 in a pod's network namespace, but the servers listen on the loopback address of a
-//! guest. Called by the sandbox process, which carries what comes to the guest.
+//! Redirects connections to the loopback address of a namespace: engines dial 127.0.0.1 in a pod's
+//! network namespace, but the servers listen on the loopback address of a guest. Called by the
+//! sandbox process, which relays the connections to the guest.
 //!
-//! For each address a socket listens in the namespace, on a port that is free, and the kernel leads
-//! connections to *any* other port of 127.0.0.1 or ::1 to it ([`crate::nftables`]); which one was
-//! meant the kernel tells. Other addresses of 127.0.0.0/8 are left alone: dockerd has its name
-//! server on one. Only what processes in the namespace open themselves is led so; packets that come
-//! through its interfaces never are.
+//! For each address a socket listens in the namespace, on a free port, and the kernel redirects
+//! connections to *any* other port of 127.0.0.1 or ::1 to it ([`crate::nftables`]); the kernel
+//! reports the original port. Other addresses of 127.0.0.0/8 are left alone: dockerd has its name
+//! server on one. Only connections opened by processes in the namespace are redirected, never
+//! packets that arrive through its interfaces.
 
 use std::future::poll_fn;
 use std::io;
@@ -48,10 +48,10 @@ impl Family {
     }
 }
 
-/// Connections to the loopback addresses of a namespace come here for as long as this lives.
+/// Receives connections to the loopback addresses of a namespace for as long as this lives.
 #[derive(Debug)]
 pub struct Redirect {
-    // Before the listeners, so that nothing is led to a port that nobody listens on.
+    // Before the listeners, so that nothing is redirected to a port without a listener.
     rules: Mutex<Option<Rules>>,
     listeners: Vec<Listener>,
 }
@@ -66,7 +66,7 @@ struct Listener {
 /// A connection that was opened to a loopback address.
 #[derive(Debug)]
 pub struct Accepted {
-    /// Our end.
+    /// Our end of the connection.
     pub stream: TcpStream,
     /// The address that it was opened to.
     pub family: Family,
@@ -75,7 +75,11 @@ pub struct Accepted {
 }
 
 impl Redirect {
-    /// Begins to lead connections here: to 127.0.0.1, and to ::1 where there is IPv6.
+    /// Starts to redirect connections: to 127.0.0.1, and to ::1 where there is IPv6.
+    ///
+    /// # Errors
+    /// `Loopback` if the rules or the socket for 127.0.0.1 cannot be created; `Enter` if the
+    /// namespace cannot be entered.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -110,20 +114,20 @@ impl Redirect {
         })
     }
 
-    /// The ports that connections are led to.
+    /// The ports that connections are redirected to.
     pub fn ports(&self) -> Vec<u16> {
         let ports = self.listeners.iter().map(|listener| listener.port);
         ports.collect()
     }
 
-    /// Leads no further connections here, for a process that is about to end. Dropping does the
-    /// same, but waits until the kernel has freed the rules, 10 ms and more: here this is left to
-    /// the end of the process.
+    /// Stops redirecting, in a process that is about to end. Dropping does the same, but waits
+    /// until the kernel has freed the rules, 10 ms and more: here this is left to the end of the
+    /// process.
     pub fn end(&self) {
         let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut rules) = rules.take() {
             rules.delete();
-            // It is the closing of its socket that waits.
+            // Closing its socket is what waits.
             std::mem::forget(rules);
         }
     }
@@ -153,14 +157,14 @@ impl Redirect {
                         port,
                     });
                 }
-                // Opened to our own port, or gone again.
+                // The client connected to our own port, or has disconnected.
                 _ => {}
             }
         }
     }
 }
 
-/// A socket in the namespace of the calling thread, and its port, to which connections are led.
+/// A listening socket in the calling thread's namespace with its redirection, and its port.
 fn listen(rules: &mut Rules, family: Family) -> io::Result<(StdListener, u16)> {
     let listener = StdListener::bind((family.loopback(), 0))?;
     listener.set_nonblocking(true)?;

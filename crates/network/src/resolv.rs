@@ -1,32 +1,31 @@
-//! The `resolv.conf` of a container, made as Docker makes it: from the host's, without name servers
-//! that the container cannot reach, and from what was asked for.
+//! The `resolv.conf` of a container, built as Docker does: from the host's, without name servers
+//! that the container cannot reach, and from the user's options.
 //!
-//! Called by whoever writes a container's `/etc`. Text in, text out: reads and writes no file, and
-//! never invents a name server: without one that is left, there is none.
+//! Called when a container's `/etc` is written. Text in, text out: reads and writes no file. Never
+//! adds a default name server: if none remains, the file has none.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 /// The file that the host's programs read.
 pub const HOST_FILE: &str = "/etc/resolv.conf";
-/// Where systemd-resolved, whose own address is loopback, writes the servers that it asks itself.
+/// Where systemd-resolved, whose own address is loopback, lists its upstream servers.
 pub const SYSTEMD_FILE: &str = "/run/systemd/resolve/resolv.conf";
 
-/// What was asked for. What is empty is taken from the host.
+/// The user's options. Empty ones are taken from the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// `--dns`.
     pub servers: Vec<IpAddr>,
-    /// `--dns-search`; a single `.` is none at all.
+    /// `--dns-search`; a single `.` means none.
     pub search: Vec<String>,
     /// `--dns-option`.
     pub options: Vec<String>,
 }
 
-/// The content of a `resolv.conf`, as far as it is understood: comments, `sortlist` and unknown
-/// words are not.
+/// The content of a `resolv.conf`. Comments, `sortlist` and unknown keywords are dropped.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolv {
-    /// Name servers as written, which may have a zone.
+    /// Name servers as written, possibly with a zone.
     pub servers: Vec<String>,
     /// Domains to search: those of the last `search` or `domain`, as resolvers read it.
     pub search: Vec<String>,
@@ -53,7 +52,7 @@ impl Resolv {
         all
     }
 
-    /// As a file.
+    /// The text of the file.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for server in &self.servers {
@@ -68,17 +67,17 @@ impl Resolv {
     }
 }
 
-/// Whether all name servers of the host's file are the host's own, so that the container's come
-/// from [`SYSTEMD_FILE`], if there is one. Not so when it has no server: then the host resolves
-/// nothing either.
+/// Whether all name servers of the host's file are loopback addresses, so that the container's come
+/// from [`SYSTEMD_FILE`], if there is one. False without any server: then the host resolves nothing
+/// either.
 pub fn only_loopback(host: &str) -> bool {
     let servers = Resolv::parse(host).servers;
     !servers.is_empty() && servers.iter().all(|server| is_loopback(server))
 }
 
-/// The container's. `host` is the text of the host's file, of [`SYSTEMD_FILE`] if [`only_loopback`]
-/// says so; `ipv6` is whether the container has an address with which IPv6 servers of the host can
-/// be reached. Servers that were asked for are taken as they are.
+/// Generates the container's. `host` is the text of the host's file, or of [`SYSTEMD_FILE`] if
+/// [`only_loopback`] says so; `ipv6` is whether the container has an address that can reach IPv6
+/// servers of the host. Servers in `asked` are taken as they are.
 pub fn generate(host: &str, asked: &Options, ipv6: bool) -> Resolv {
     let mut all = Resolv::parse(host);
     if asked.servers.is_empty() {
@@ -99,26 +98,26 @@ pub fn generate(host: &str, asked: &Options, ipv6: bool) -> Resolv {
 }
 
 fn is_loopback(server: &str) -> bool {
-    // A zone says nothing about it: ::1%lo.
+    // The zone does not matter: ::1%lo.
     let address = server.split('%').next().unwrap_or_default();
     address
         .parse()
         .is_ok_and(|ip: IpAddr| ip.to_canonical().is_loopback())
 }
 
-/// Whether a container reaches a name server that the host uses.
+/// Whether a container can reach a name server that the host uses.
 fn is_reachable(server: &str, ipv6: bool) -> bool {
     match server.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
         Ok(IpAddr::V4(ip)) => !ip.is_loopback() && !ip.is_unspecified(),
         Ok(IpAddr::V6(ip)) => {
             ipv6 && !ip.is_loopback() && !ip.is_unspecified() && !is_link_local(ip)
         }
-        // With a zone, which names an interface of the host; or no address at all.
+        // An address with a zone, which names an interface of the host, or not an address.
         Err(_) => false,
     }
 }
 
-/// Means a machine on one of the host's links, and nothing elsewhere.
+/// Such an address is valid only on one of the host's links.
 fn is_link_local(ip: Ipv6Addr) -> bool {
     ip.segments()[0] & 0xffc0 == 0xfe80
 }

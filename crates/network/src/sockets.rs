@@ -1,6 +1,6 @@
-//! Sockets that speak from inside a namespace with what listens on its loopback interface. Called
-//! by the sandbox process, for the name server that dockerd has there. What is sent and received is
-//! the caller's.
+//! Sockets inside a namespace that connect to services on its loopback interface. Called by the
+//! sandbox process, for the name server that dockerd has there. What is sent and received is up to
+//! the caller.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket as StdUdpSocket};
@@ -28,21 +28,21 @@ pub fn listens(namespace: &Namespace, address: Ipv4Addr) -> Result<bool> {
 fn local(line: &str) -> Option<Ipv4Addr> {
     let (address, _port) = line.split_ascii_whitespace().nth(1)?.split_once(':')?;
     let address = u32::from_str_radix(address, 16).ok()?;
-    // As it is in memory.
+    // In memory order.
     Some(address.to_ne_bytes().into())
 }
 
-/// Ports for sockets of a namespace whose interfaces are a guest's: answers to these are the
-/// namespace's own ([`mirror::admit_answers`](crate::mirror::admit_answers)). All that have the
-/// first one's bits, and beyond those that kernels choose from on their own (32768 to 60999), so
-/// that a guest hardly uses them for questions.
+/// Ports for sockets of a namespace whose interfaces are mirrored: answers to these go to the
+/// namespace's own stack ([`mirror::admit_answers`](crate::mirror::admit_answers)). All ports that
+/// share the first one's bits, above the range from which kernels choose by default (32768 to
+/// 60999), so that a guest hardly uses them for queries.
 pub const OWN_PORTS: RangeInclusive<u16> = 0xfe00..=0xffff;
 
-/// Where a kernel is told from which ports it chooses.
+/// The kernel's range of ephemeral ports.
 const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 
-/// Lets the kernel choose ports in the namespace from these, as it writes them: `32768 60999`. What
-/// was there before.
+/// Sets the namespace's range of ephemeral ports, in the kernel's format: `32768 60999`. Returns
+/// the previous range.
 pub fn choose_ports(namespace: &Namespace, range: &str) -> Result<String> {
     let change = || {
         let before = std::fs::read_to_string(PORT_RANGE)?;
@@ -53,16 +53,15 @@ pub fn choose_ports(namespace: &Namespace, range: &str) -> Result<String> {
     changed.map_err(|why| Error::Ports { why })
 }
 
-/// An address of the loopback network that no other socket had lately. Where packets are led to
-/// another address, the kernel remembers for a while what it did with those of an earlier socket,
-/// and there are not many ports.
+/// An address of the loopback network that no recent socket had. Where packets are redirected,
+/// connection tracking remembers earlier sockets for a while, and there are few ports.
 fn source() -> Ipv4Addr {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     Ipv4Addr::new(127, 104, high, low)
 }
 
-/// A UDP socket in the namespace that speaks with one address only.
+/// A UDP socket in the namespace, connected to one address.
 ///
 /// # Panics
 /// Outside of a tokio runtime.

@@ -1,6 +1,6 @@
-//! The few calls that no safe wrapper offers: ioctls of namespaces, interfaces and the tun driver,
+//! The calls that have no safe wrapper: ioctls of namespaces, interfaces and the tun driver,
 //! leaving a namespace, waiting for a descriptor, and a child that ends with its parent. Called by
-//! `namespace`, `tap`, `monitor` and `pasta` only; never used elsewhere.
+//! `namespace`, `tap`, `monitor` and `pasta` only.
 
 #![allow(unsafe_code)]
 
@@ -18,20 +18,19 @@ use tokio::io::unix::AsyncFd;
 /// `NS_GET_NSTYPE` of linux/nsfs.h: the CLONE_* flag of a namespace.
 const NS_GET_NSTYPE: u32 = 0xb703;
 
-/// Which kind of namespace a descriptor of nsfs is: a CLONE_* flag.
+/// Kind of the namespace that a descriptor of nsfs refers to: a CLONE_* flag.
 pub fn namespace_kind(namespace: impl AsFd) -> io::Result<i32> {
     // SAFETY: this request takes no argument and writes no memory.
     check(unsafe { libc::ioctl(namespace.as_fd().as_raw_fd(), NS_GET_NSTYPE as _) })
 }
 
-/// Moves the calling thread into a new network namespace. The thread must be one that nobody else
-/// uses.
+/// Moves the calling thread, which the caller must own, into a new network namespace.
 pub fn leave_network_namespace() -> io::Result<()> {
     // SAFETY: only UnshareFlags::FILES would be unsound.
     Ok(unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?)
 }
 
-/// Has the kernel kill what `command` starts when the calling thread ends.
+/// Makes the kernel kill the process that `command` starts when the calling thread ends.
 pub fn die_with_thread(command: &mut Command) {
     let parent = std::process::id();
     let tie = move || {
@@ -66,9 +65,9 @@ pub fn set_up(interface: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the open tun device a tap in the namespace that it was opened in, and returns the tap's
-/// name. A `%d` in `name` becomes the first number that is free. Packets have a `struct
-/// virtio_net_hdr` before them.
+/// Turns the open tun device into a tap in the namespace where it was opened, and returns the tap's
+/// name. A `%d` in `name` becomes the first free number. Packets are preceded by a `struct
+/// virtio_net_hdr`.
 pub fn become_tap(tun: impl AsFd, name: &str) -> io::Result<String> {
     let mut request = request(name)?;
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as _;
@@ -84,7 +83,7 @@ pub fn become_tap(tun: impl AsFd, name: &str) -> io::Result<String> {
     String::from_utf8(name).map_err(io::Error::other)
 }
 
-/// Sets how long the header before each packet is, and that its fields are little endian, as in
+/// Sets the length of the header before each packet, and that its fields are little endian, as in
 /// virtio 1.
 pub fn set_header(tap: impl AsFd, length: i32) -> io::Result<()> {
     let fd = tap.as_fd().as_raw_fd();
@@ -122,13 +121,13 @@ pub fn set_group(tap: impl AsFd, group: u32) -> io::Result<()> {
     check(result).map(drop)
 }
 
-/// Lets the runtime wait until there is something to read.
+/// Registers the descriptor with the runtime for reading.
 pub fn when_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open, and the same, for as long as the AsyncFd owns it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
-/// An ifreq with this name and nothing else.
+/// An ifreq with this name; its other fields are zero.
 fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: all-zero is a valid value of this plain structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

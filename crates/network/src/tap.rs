@@ -1,9 +1,9 @@
-//! Taps: the interfaces of a namespace whose other end is a descriptor, for the device process.
-//! Called by the sandbox process.
+//! Taps: interfaces of a namespace whose other end is a descriptor, for the device process. Called
+//! by the sandbox process.
 //!
-//! A tap is not persistent. It goes away when its descriptor is closed everywhere, so nothing
-//! remains of it whoever is killed. Nobody but the guest speaks on it: it has no address, not even
-//! a link-local one.
+//! A tap is not persistent: it goes away when its descriptor is closed everywhere, so it cannot
+//! leak when processes are killed. Only the guest sends on it: the tap has no address, not even a
+//! link-local one.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use crate::namespace::Namespace;
 use crate::netlink::Netlink;
 use crate::sys;
 
-/// Names of taps begin with it. An interface of this name and of kind `tun` is one of ours.
+/// Prefix of tap names. An interface of this name and of kind `tun` is one of ours.
 pub(crate) const PREFIX: &str = "hulltap";
 
 /// Length of the `struct virtio_net_hdr_mrg_rxbuf` before each packet.
@@ -27,15 +27,15 @@ pub const HEADER_LENGTH: usize = 12;
 /// The largest MTU that the tun driver takes: 65,535 bytes with an Ethernet header.
 const MAX_MTU: u32 = 65_535 - 14;
 
-/// What [`Error::Tap`] says when the tun driver is not there.
+/// `step` of [`Error::Tap`] when the tun driver is missing.
 pub(crate) const OPEN: &str = "open /dev/net/tun";
 
-/// How a tap is to be.
+/// Options for creating a tap.
 #[derive(Debug, Clone)]
 pub struct TapOptions {
-    /// The user that the tap belongs to: the device process's.
+    /// User that owns the tap: that of the device process.
     pub owner: Option<u32>,
-    /// Its group.
+    /// Group of the tap.
     pub group: Option<u32>,
     /// Packets that wait for the device process before the kernel drops some.
     pub queue_length: u32,
@@ -56,7 +56,7 @@ impl Default for TapOptions {
 /// capability).
 #[derive(Debug)]
 pub struct Tap {
-    /// What the device process reads and writes; does not block. The tap lasts as long as it is
+    /// Read and written by the device process; does not block. The tap lasts as long as this is
     /// open somewhere.
     pub fd: OwnedFd,
     /// Its name in the namespace.
@@ -66,7 +66,7 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Makes a tap in `namespace`, which is `netlink`'s, to stand for `interface`, with its MTU.
+    /// Creates a tap for `interface`, with its MTU, in `namespace`, to which `netlink` belongs.
     pub async fn create(
         namespace: &Namespace,
         netlink: &Netlink,
@@ -87,7 +87,7 @@ impl Tap {
     }
 }
 
-/// Gives a tap the MTU of its interface, which has changed.
+/// Sets a tap's MTU to that of its interface, which has changed.
 pub async fn set_mtu(netlink: &Netlink, tap: u32, interface: &Interface) -> Result<()> {
     netlink
         .set_mtu(tap, interface.mtu.min(MAX_MTU))
@@ -99,7 +99,7 @@ pub async fn set_mtu(netlink: &Netlink, tap: u32, interface: &Interface) -> Resu
         })
 }
 
-/// Makes a tap in the namespace of the calling thread. It is down, and gone if anything fails.
+/// Creates a tap in the namespace of the calling thread. It is down, and removed on failure.
 fn make(options: &TapOptions) -> Result<Tap, (&'static str, io::Error)> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let fd = open("/dev/net/tun", flags, Mode::empty()).map_err(|errno| (OPEN, errno.into()))?;

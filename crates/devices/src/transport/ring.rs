@@ -2,11 +2,12 @@
 
 use std::io;
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 
 use vhost_user_backend::VringT;
 use virtio_queue::{Error, QueueOwnedT, QueueT};
 
-use super::vring::Vring;
+use super::vring::{TooMany, Vring};
 use crate::device::{Chain, Memory, Ring};
 use crate::state::QueueState;
 
@@ -34,8 +35,22 @@ impl Ring for VhostRing {
             return Ok(None);
         };
         let mut vring = ring.get_mut();
-        if !vring.is_enabled() || !vring.get_queue().ready() || !ring.begin_pop() {
+        if !vring.is_enabled() || !vring.get_queue().ready() {
             return Ok(None);
+        }
+        match ring.begin_pop(vring.get_queue().size()) {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            // One more is fine as long as it is not there.
+            Err(TooMany) => {
+                let available = vring
+                    .get_queue()
+                    .avail_idx(memory.as_ref(), Ordering::Acquire)?;
+                return match available.0 == vring.get_queue().next_avail() {
+                    true => Ok(None),
+                    false => Err(Error::InvalidAvailRingIndex),
+                };
+            }
         }
         let chain = vring
             .get_queue_mut()
@@ -181,6 +196,23 @@ mod tests {
         vring.set_enabled(true);
         assert_eq!(pop(&ring, &guest), Some(2));
         assert_eq!(guest.all_used(0), [1]);
+    }
+
+    #[test]
+    fn a_driver_cannot_have_more_requests_in_flight_than_its_queue_has_entries() {
+        let (mut guest, _vring, ring) = ring(64);
+        for head in 0..64 {
+            assert_eq!(pop(&ring, &guest), Some(head));
+        }
+        assert_eq!(pop(&ring, &guest), None);
+        // A head that has not come back is made available again.
+        guest.offer_at(0, 7, &[(0x10_0000, 16, WRITE, 0)]);
+        for _ in 0..2 {
+            let refused = ring.pop(guest.memory()).map(drop).unwrap_err();
+            assert!(matches!(refused, Error::InvalidAvailRingIndex), "{refused}");
+        }
+        ring.add_used(guest.memory(), 7, 1).unwrap();
+        assert_eq!(pop(&ring, &guest), Some(7));
     }
 
     #[test]

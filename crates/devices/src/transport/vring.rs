@@ -31,6 +31,10 @@ pub struct Vring {
     in_flight: Arc<InFlight>,
 }
 
+/// A driver makes more requests available than its queue has entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TooMany;
+
 /// Whether requests can be popped and completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -66,12 +70,21 @@ impl Vring {
 
     /// Whether requests can be popped; if so, counts the one that the caller, who holds the
     /// queue's lock, is about to pop. It calls [`Vring::put_back`] if there is none.
-    pub fn begin_pop(&self) -> bool {
+    ///
+    /// # Errors
+    /// [`TooMany`] if as many are in flight as the queue has entries: a driver that makes more
+    /// available has made one available twice (virtio 1.2, 2.7.13), and could grow the device's
+    /// memory without bound.
+    pub fn begin_pop(&self, queue_size: u16) -> Result<bool, TooMany> {
         let mut state = self.in_flight.lock();
-        if state.0 == Stage::Running {
-            state.1 = state.1.saturating_add(1);
+        if state.0 != Stage::Running {
+            return Ok(false);
         }
-        state.0 == Stage::Running
+        if state.1 >= usize::from(queue_size) {
+            return Err(TooMany);
+        }
+        state.1 += 1;
+        Ok(true)
     }
 
     /// Whether requests can be popped.

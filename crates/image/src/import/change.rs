@@ -1,6 +1,6 @@
 //! The instructions of `--change`, as in a Dockerfile.
 //!
-//! Called by `import`. Variables are not expanded: there is nothing to take them from.
+//! Called by `import`. Variables are not expanded: none are defined.
 
 use std::path::Path;
 
@@ -135,7 +135,7 @@ fn words(line: &str) -> Result<Vec<String>, String> {
             (None | Some('"'), '\\') => {
                 let escaped = characters.next().ok_or("it ends with a backslash")?;
                 let word = word.get_or_insert_default();
-                // Between double quotes a backslash is only special before what is.
+                // In double quotes a backslash escapes special characters only.
                 if quote.is_some() && !matches!(escaped, '"' | '\\' | '$') {
                     word.push('\\');
                 }

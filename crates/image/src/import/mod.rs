@@ -1,4 +1,4 @@
-//! Makes an image of one layer out of an archive or a directory, as `docker import` does.
+//! Creates an image with one layer from an archive or a directory, as `docker import` does.
 //!
 //! Called by `hull image import`.
 
@@ -18,30 +18,30 @@ use crate::progress::{Event, Progress};
 use crate::reference::RegistryReference;
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Store};
 
-/// What an image is made of.
+/// Source of an imported image.
 pub enum Source<'a> {
     /// A tar archive, plain or compressed with gzip or zstd.
     Archive(Box<dyn Read + 'a>),
-    /// A directory, without what is mounted in it.
+    /// A directory, without file systems mounted in it.
     Directory(PathBuf),
 }
 
-/// How an image is made.
+/// Properties of an imported image.
 #[derive(Debug, Clone, Default)]
 pub struct Import {
-    /// Its name; it may have none.
+    /// Its name, if any.
     pub name: Option<RegistryReference>,
     /// Instructions as in a Dockerfile: `CMD`, `ENTRYPOINT`, `ENV`, `EXPOSE`, `LABEL`,
     /// `STOPSIGNAL`, `USER`, `VOLUME`, `WORKDIR`.
     pub changes: Vec<String>,
     /// A comment for its history.
     pub message: Option<String>,
-    /// RFC 3339; now when it is missing.
+    /// RFC 3339; `None` for now.
     pub created: Option<String>,
 }
 
 impl Store {
-    /// Makes an image. `what` names the source in messages.
+    /// Creates an image. `what` names the source in messages.
     pub fn import(
         &self,
         what: &str,
@@ -101,7 +101,7 @@ impl Store {
             }],
         };
         let mut open = |_| -> Result<LayerStream> {
-            // It was made above, and nobody removes it while work goes on.
+            // It was created above, and is not removed while the work lock is held.
             Err(Error::Damaged {
                 reference: what.to_owned(),
                 what: format!("layer {diff_id}"),
@@ -110,7 +110,7 @@ impl Store {
         self.install(&plan, &mut open, progress)
     }
 
-    /// One thread packs, the other unpacks: the layer is what the archive says, in every detail.
+    /// One thread packs, the other unpacks: so the layer corresponds exactly to the archive.
     fn import_directory(&self, what: &str, dir: &Path) -> Result<(Digest, u64)> {
         let failed = |reason: String| Error::Source {
             reference: what.to_owned(),
@@ -121,7 +121,7 @@ impl Store {
             let packer = scope.spawn(move || tree::pack(dir, writer));
             let unpacked = self.import_layer(what, BufReader::new(reader));
             match packer.join() {
-                // A broken pipe only says that unpacking failed.
+                // A broken pipe is only a consequence of failed unpacking.
                 Ok(Err(error)) if unpacked.is_ok() || !error.is_broken_pipe() => {
                     Err(failed(error.to_string()))
                 }
@@ -132,7 +132,7 @@ impl Store {
     }
 }
 
-/// A time as in `2026-11-21T23:00:00Z`.
+/// Formats a time as `2026-11-21T23:00:00Z`.
 fn rfc3339(time: SystemTime) -> String {
     let seconds = time
         .duration_since(UNIX_EPOCH)

@@ -1,10 +1,10 @@
-//! A pipe between two threads. Unlike one of the operating system it never raises a signal: who
-//! writes to a reader that went away gets an error.
+//! A pipe between two threads. Unlike one of the operating system it never raises a signal: writing
+//! fails with an error when the reader is gone.
 
 use std::io::{self, Read, Write};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-/// How many pieces may wait to be read.
+/// Number of buffered chunks.
 const DEPTH: usize = 16;
 
 pub(super) struct Writer(SyncSender<Vec<u8>>);
@@ -30,7 +30,7 @@ pub(super) fn pipe() -> (Writer, Reader) {
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // An empty piece would read as the end.
+        // An empty chunk would be read as the end.
         if !bytes.is_empty() {
             self.0
                 .send(bytes.to_vec())

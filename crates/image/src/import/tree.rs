@@ -1,8 +1,8 @@
-//! Packs a directory into a tar archive, always in the same order and form.
+//! Packs a directory into a tar archive, deterministically.
 //!
-//! Called by `import`. Never follows a symbolic link and never leaves the file system that the
-//! directory is on: a mounted `proc` is an empty directory in the archive. Sockets are left out, as
-//! they mean nothing without their process.
+//! Called by `import`. Never follows a symbolic link and never leaves the file system of the
+//! directory: a mounted `proc` is an empty directory in the archive. Sockets are omitted: they are
+//! useless without their process.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -24,7 +24,7 @@ pub(super) struct PackError {
 }
 
 impl PackError {
-    /// Whether the reader went away, which has a reason of its own.
+    /// Whether the reader is gone, which has its own reason.
     pub(super) fn is_broken_pipe(&self) -> bool {
         self.source.kind() == io::ErrorKind::BrokenPipe
     }
@@ -33,7 +33,7 @@ impl PackError {
 struct Packer<W: Write> {
     archive: Builder<W>,
     device: u64,
-    /// Files with several names, by device and inode.
+    /// First path of files with several links, by device and inode.
     linked: HashMap<(u64, u64), PathBuf>,
 }
 
@@ -56,7 +56,7 @@ pub(super) fn pack(root: &Path, output: impl Write) -> Result<(), PackError> {
     packer
         .add(root, Path::new("./"), &metadata)
         .map_err(failed)?;
-    // Depth first, with a list of what is to do instead of recursion: trees may be deep.
+    // Depth first, with a list instead of recursion: trees may be deep.
     let mut todo = children(root, Path::new(""))?;
     while let Some((path, name)) = todo.pop() {
         let failed = |source| PackError {
@@ -76,7 +76,7 @@ pub(super) fn pack(root: &Path, output: impl Write) -> Result<(), PackError> {
         .map_err(failed)
 }
 
-/// What is in a directory, last name first.
+/// The entries of a directory, last name first.
 fn children(dir: &Path, name: &Path) -> Result<Vec<(PathBuf, PathBuf)>, PackError> {
     let failed = |source| PackError {
         path: dir.to_owned(),
@@ -133,7 +133,7 @@ impl<W: Write> Packer<W> {
         if kind.is_file() {
             header.set_entry_type(EntryType::Regular);
             header.set_size(metadata.len());
-            // Exactly as long as announced, even when somebody writes to it meanwhile.
+            // Exactly as long as announced, even if the file is modified meanwhile.
             let data = File::open(path)?.chain(io::repeat(0)).take(metadata.len());
             return self.archive.append_data(&mut header, name, data);
         }
@@ -152,7 +152,7 @@ impl<W: Write> Packer<W> {
     }
 }
 
-/// The attributes of a file as PAX records. The unpacker decides which of them an image may have.
+/// A file's extended attributes as PAX records. The unpacker decides which of them are allowed.
 fn xattrs(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut names = vec![0u8; 64 * 1024];
     let length = match rustix::fs::llistxattr(path, &mut names[..]) {

@@ -1,8 +1,7 @@
-//! `docker-archive:FILE[:TAG]`: what `docker save` writes, old and new style, plain or compressed.
+//! `docker-archive:FILE[:TAG]`: archives of `docker save`, old and new style, plain or compressed.
 //!
-//! Called by the store. The archive is read twice: once for the list of its members, then each
-//! layer at its place. A compressed archive is uncompressed into an unnamed temporary file of the
-//! store first.
+//! Called by the store. The archive is read twice: once to list its members, then each layer at its
+//! offset. A compressed archive is first uncompressed into an unnamed temporary file of the store.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,7 +20,7 @@ use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Stamp, Store};
 use crate::unpack::compression::uncompress;
 use crate::unpack::tar_reader::{Kind, TarReader};
 
-/// Most members of an archive.
+/// Limit of an archive's members.
 const MAX_MEMBERS: usize = 100_000;
 
 /// One image of `manifest.json`.
@@ -34,7 +33,7 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// Where a member's bytes are.
+/// Location of a member's bytes.
 #[derive(Clone, Copy)]
 struct Member {
     offset: u64,
@@ -45,11 +44,11 @@ struct Archive<'a> {
     written: &'a str,
     file: File,
     members: HashMap<Vec<u8>, Member>,
-    /// Old archives say with a link that two images share a layer.
+    /// Old archives use a link if two images share a layer.
     links: HashMap<Vec<u8>, Vec<u8>>,
 }
 
-/// Makes an image of an archive usable.
+/// Installs an image of an archive.
 pub(crate) fn resolve(
     store: &Store,
     reference: &Reference,
@@ -128,7 +127,7 @@ pub(crate) fn resolve(
             .map_err(|error| failed(error.to_string()))?;
         file.seek(SeekFrom::Start(offset))
             .map_err(|error| failed(error.to_string()))?;
-        // The bytes may be compressed, and only the digest of what is in them is known.
+        // The layer may be compressed, and only the digest of the uncompressed archive is known.
         Ok(LayerStream {
             reader: Box::new(file.take(size)),
             digest: None,
@@ -165,7 +164,7 @@ impl<'a> Archive<'a> {
                             size: entry.stored,
                         },
                     );
-                    // Not read but skipped; whether it is all there shows when it is read.
+                    // Skip without reading; truncation is detected when the member is read.
                     let unread = i64::try_from(reader.unread()).unwrap_or(i64::MAX);
                     reader
                         .get_mut()
@@ -254,7 +253,7 @@ impl<'a> Archive<'a> {
     }
 }
 
-/// Whether what the user wrote means the name in the archive: the same name, or only its tag.
+/// Whether the user's reference matches the name in the archive: the same name, or only its tag.
 fn same_name(known: &str, wanted: &str) -> bool {
     let full = |name: &str| {
         name.parse::<Reference>()
@@ -265,7 +264,7 @@ fn same_name(known: &str, wanted: &str) -> bool {
         || known.rsplit_once(':').is_some_and(|(_, tag)| tag == wanted)
 }
 
-/// Takes `.` and `..` out of a member's name.
+/// Resolves `.` and `..` in a member's name.
 fn normalize(name: &[u8]) -> Vec<u8> {
     let mut parts: Vec<&[u8]> = Vec::new();
     for part in name.split(|&byte| byte == b'/') {
@@ -280,7 +279,7 @@ fn normalize(name: &[u8]) -> Vec<u8> {
     parts.join(&b'/')
 }
 
-/// The archive itself, or what is in it when it is compressed.
+/// The archive itself, or its uncompressed content.
 fn plain(written: &str, store: &Store, mut file: File) -> Result<File> {
     let failed = |reason: String| Error::Source {
         reference: written.to_owned(),

@@ -1,8 +1,8 @@
-//! Fetches one layer archive into the store's blobs, continuing what an earlier attempt left.
+//! Downloads one layer archive into the store's blobs, resuming an earlier attempt.
 //!
 //! Called by the registry source. The archive grows in `HEX.part`, which is locked meanwhile, and
-//! gets its final name only when its digest is right and it is on the disk. A second process that
-//! wants it waits for the lock and then finds the archive, or the layer made of it.
+//! gets its final name only when its digest is verified and it is flushed to disk. A second process
+//! that wants it waits for the lock and then finds the archive, or the layer created from it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -23,30 +23,30 @@ use crate::manifest::Descriptor;
 use crate::progress::{Event, LayerState, Progress};
 use crate::store::{PlannedLayer, Store, flock};
 
-/// Attempts without a single new byte before giving up.
+/// Attempts without any progress before giving up.
 const ATTEMPTS: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
-/// A locked, growing archive.
+/// A locked, incomplete archive.
 struct Part {
     file: File,
     path: PathBuf,
     hasher: Hasher,
 }
 
-/// How one request ended.
+/// Outcome of one request.
 enum Ended {
-    /// The registry sent all that it has.
+    /// The registry sent everything.
     Complete,
-    /// The connection could not be made, or the registry is in trouble: worth another attempt.
+    /// The connection failed, or the registry had an error: retried.
     Failed(Error),
-    /// The answer broke off: worth another attempt.
+    /// The response broke off: retried.
     Cut,
-    /// The registry has nothing behind what is here.
+    /// The registry has no bytes beyond those already here.
     NothingLeft,
 }
 
-/// Makes sure that a layer's archive is in the store, or the layer itself.
+/// Ensures that a layer's archive, or the layer itself, is in the store.
 pub(super) async fn layer(
     session: &Session<'_>,
     store: &Store,
@@ -66,7 +66,7 @@ pub(super) async fn layer(
         if blob.exists() {
             return Ok(());
         }
-        // In this order: whoever makes the layer removes its archive only afterwards.
+        // Check the layer second: its archive is removed only after the layer is complete.
         if store.has_layer(&planned.diff_id) {
             let _ = std::fs::remove_file(&path);
             return Ok(());
@@ -97,8 +97,7 @@ pub(super) async fn layer(
     part.complete(&blob)
 }
 
-/// Opens and locks the growing archive. `None` when it is not the one at `path` any more: look
-/// again.
+/// Opens and locks the incomplete archive. `None` if `path` refers to another file by then: retry.
 async fn lock_part(path: &Path, waiting: impl FnOnce()) -> Result<Option<File>> {
     let failed = |doing| move |error: io::Error| Error::io(doing, path, error);
     let file = OpenOptions::new()
@@ -135,7 +134,7 @@ impl Part {
         move |error| Error::io(doing, &path, error)
     }
 
-    /// Hashes what is here already.
+    /// Hashes the existing bytes.
     fn read_start(&mut self, size: u64) -> Result<()> {
         let length = self.file.metadata().map_err(self.io("look at"))?.len();
         if length > size {
@@ -182,8 +181,8 @@ impl Part {
             match ended {
                 Ended::NothingLeft => return Err(truncated(self.hasher.length())),
                 Ended::Complete if !grown => return Err(truncated(self.hasher.length())),
-                // Answers that break off where the last one did: the registry has no more, whatever
-                // it announces.
+                // Responses that break off at the same offset: the registry has no more, whatever
+                // length it announces.
                 Ended::Cut if fruitless >= ATTEMPTS => return Err(truncated(self.hasher.length())),
                 Ended::Failed(error) if fruitless >= ATTEMPTS => return Err(error),
                 Ended::Failed(_) | Ended::Cut => {
@@ -195,14 +194,14 @@ impl Part {
         }
         let actual = self.hasher.clone().finish();
         if resumed && actual != descriptor.digest {
-            // Perhaps only the old beginning is bad.
+            // Only the bytes of the earlier attempt may be bad.
             self.restart()?;
             return Box::pin(self.fetch(session, descriptor, report)).await;
         }
         check_digest(session.name.written(), "layer", descriptor.digest, actual)
     }
 
-    /// One request, from where the archive ends.
+    /// Sends one request, starting at the archive's end.
     async fn request(
         &mut self,
         session: &Session<'_>,
@@ -218,7 +217,7 @@ impl Part {
         let mut stream = match response {
             Ok(BlobResponse::Partial(stream)) => stream.stream,
             Ok(BlobResponse::Full(stream)) => {
-                // It does not do ranges.
+                // The registry does not support ranges.
                 self.restart()?;
                 stream.stream
             }
@@ -247,7 +246,7 @@ impl Part {
         while let Some(chunk) = stream.next().await {
             let chunk = match chunk {
                 Ok(chunk) => chunk,
-                // The client's own check of the digest; ours comes when all is here.
+                // The client's own digest check; ours follows when all bytes are here.
                 Err(_) if self.hasher.length() == descriptor.size => break,
                 Err(error) => {
                     tracing::debug!(%error, layer = %digest, "answer broke off");
@@ -291,8 +290,8 @@ impl Part {
 }
 
 impl Store {
-    /// Whether the layer is there under its diff id. (If it is only there under a chain id, its
-    /// archive is fetched once more than necessary.)
+    /// Whether the layer exists under its diff id. (If it only exists under a chain id, its archive
+    /// is downloaded unnecessarily.)
     fn has_layer(&self, diff_id: &Digest) -> bool {
         self.root().join("layers").join(diff_id.hex()).exists()
     }

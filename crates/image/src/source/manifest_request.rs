@@ -1,7 +1,7 @@
-//! Asks a registry for a manifest and reads no more of the answer than a manifest may have.
+//! Requests a manifest from a registry, reading no more than a manifest's maximum size.
 //!
-//! Called by the registry source. The registry client reads a manifest of any length into memory,
-//! so this request is made here; the client only says how to authenticate.
+//! Called by the registry source. The registry client reads manifests of any length into memory, so
+//! the request is sent here; the client is only used to authenticate.
 
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
@@ -13,13 +13,13 @@ use super::registry::{CONNECT_TIMEOUT, READ_TIMEOUT, USER_AGENT};
 use crate::digest::Digest;
 use crate::manifest::{ACCEPTED, MAX_DOCUMENT};
 
-/// Why there is no manifest.
+/// Why a manifest could not be fetched.
 pub(super) enum Failure {
-    /// As the registry client would say it.
+    /// An error in the registry client's terms.
     Client(OciDistributionError),
-    /// More bytes than [`MAX_DOCUMENT`].
+    /// More than [`MAX_DOCUMENT`] bytes.
     TooLarge,
-    /// The registry says itself that the content has another digest.
+    /// The registry reports another digest of the content.
     Announced { expected: Digest, actual: Digest },
 }
 
@@ -29,16 +29,16 @@ impl From<reqwest::Error> for Failure {
     }
 }
 
-/// Requests to one registry.
+/// Sends requests to one registry.
 pub(super) struct Manifests {
     http: reqwest::Client,
     local: bool,
-    /// The registry's token, if it gives one; asked for once.
+    /// The registry's token, if it issues one; requested once.
     token: OnceCell<Option<String>>,
 }
 
 impl Manifests {
-    /// For a registry on this machine (`local`), or another one.
+    /// `local` is whether the registry runs on this machine.
     pub fn new(local: bool) -> reqwest::Result<Self> {
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
@@ -91,8 +91,7 @@ impl Manifests {
         reference: &Reference,
         auth: &RegistryAuth,
     ) -> RequestBuilder {
-        // A registry that gives no token will answer the request itself as it likes, with a better
-        // reason.
+        // Without a token the request itself fails, with a better reason.
         let ask = || async {
             let answer = client.auth(reference, auth, RegistryOperation::Pull).await;
             answer.ok().flatten()
@@ -105,7 +104,7 @@ impl Manifests {
     }
 }
 
-/// The whole body, whatever length is announced.
+/// Reads the whole body, regardless of the announced length.
 async fn read(mut response: Response) -> Result<Vec<u8>, Failure> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
@@ -117,7 +116,7 @@ async fn read(mut response: Response) -> Result<Vec<u8>, Failure> {
     Ok(body)
 }
 
-/// What another status than 200 means.
+/// Maps a status other than 200 to an error.
 fn refusal(status: StatusCode, body: &[u8], url: String) -> OciDistributionError {
     if status == StatusCode::UNAUTHORIZED {
         return OciDistributionError::UnauthorizedError { url };

@@ -1,5 +1,5 @@
-//! Where images come from. Each source finds manifest, configuration and layers, and leaves the
-//! rest to the store.
+//! Sources of images. Each finds manifest, configuration and layers, and leaves the rest to the
+//! store.
 
 pub(crate) mod docker_archive;
 mod download;

@@ -1,6 +1,6 @@
-//! `oci:DIR[:TAG]`: an image in an OCI image layout, as skopeo, umoci and buildah write it.
+//! `oci:DIR[:TAG]`: an image in an OCI image layout, as written by skopeo, umoci and buildah.
 //!
-//! Called by the store. The layout is read, never changed, and not needed any more afterwards.
+//! Called by the store. The layout is only read, and not needed afterwards.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -16,7 +16,7 @@ use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Store};
 
 /// The annotation that names an image in `index.json`.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
-/// How deep lists of manifests may be nested.
+/// Most levels of nested manifest lists.
 const MAX_NESTING: usize = 4;
 
 struct Layout<'a> {
@@ -24,7 +24,7 @@ struct Layout<'a> {
     dir: &'a Path,
 }
 
-/// Makes an image of a layout usable.
+/// Installs an image of a layout.
 pub(crate) fn resolve(
     store: &Store,
     reference: &Reference,
@@ -97,7 +97,7 @@ impl Layout<'_> {
         }
     }
 
-    /// The entry of `index.json` that is meant.
+    /// The requested entry of `index.json`.
     fn find(&self, tag: Option<&str>) -> Result<Descriptor> {
         let path = self.dir.join("index.json");
         let mut file = File::open(&path).map_err(|error| match error.kind() {
@@ -135,7 +135,7 @@ impl Layout<'_> {
                     ))
                 }),
             (None, all) => {
-                // Several, and none is named: as with registries, "latest" is meant.
+                // Several entries and no tag: "latest", as with registries.
                 let latest = all
                     .iter()
                     .find(|entry| name(entry).as_deref() == Some("latest"));
@@ -151,7 +151,7 @@ impl Layout<'_> {
         }
     }
 
-    /// Follows lists of manifests to the one for our platform.
+    /// Resolves manifest lists to the manifest for our platform.
     fn manifest(
         &self,
         store: &Store,
@@ -171,7 +171,7 @@ impl Layout<'_> {
         )))
     }
 
-    /// A small blob, its digest checked.
+    /// Reads a small blob and checks its digest.
     fn document(&self, what: &'static str, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let mut file = self.open(what, &descriptor.digest)?;
         let bytes = self.read_bounded(&mut file, &self.blob(&descriptor.digest))?;

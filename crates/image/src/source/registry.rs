@@ -1,8 +1,8 @@
 //! Images from a registry.
 //!
 //! Called by the store. One thread talks to the registry (the only asynchronous code of this crate)
-//! and puts layer archives into the store's blobs, several at once; the caller's thread unpacks
-//! them in order while others still arrive.
+//! and downloads layer archives into the store's blobs, several at once; the caller's thread
+//! unpacks them in order while others still download.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -25,24 +25,24 @@ use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
 
-/// How many layers arrive at once.
+/// Number of parallel downloads.
 const PARALLEL: usize = 3;
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest silence of a registry that is sending something.
+/// Timeout while a registry sends a response.
 pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) const USER_AGENT: &str = concat!("hull/", env!("CARGO_PKG_VERSION"));
 
-/// What the registry's thread tells the unpacking one.
+/// From the registry's thread to the unpacking thread.
 enum Message {
-    /// All of it is here already.
+    /// The image is already complete.
     Present(Box<Image>, Named),
-    /// What the image is made of.
+    /// The parts of the image.
     Plan(Box<Plan>),
     /// The archive of a layer is in the store.
     Arrived(usize),
 }
 
-/// A registry, asked for one image.
+/// A connection to a registry for one image.
 pub(super) struct Session<'a> {
     pub client: oci_client::Client,
     pub reference: oci_client::Reference,
@@ -50,11 +50,11 @@ pub(super) struct Session<'a> {
     manifests: Manifests,
     auth: RegistryAuth,
     credentials: String,
-    /// What to say before "registry X answered 404".
+    /// Prefix of "registry X answered 404".
     local: &'static str,
 }
 
-/// Fetches what is missing of an image, and makes it usable.
+/// Downloads the missing parts of an image, and installs it.
 pub(crate) fn pull(
     store: &Store,
     name: &RegistryReference,
@@ -75,10 +75,10 @@ pub(crate) fn pull(
             runtime.block_on(session.fetch(store, &sender, progress))
         });
         let installed = install(store, &receiver, progress);
-        // Lets the fetcher end when the installation failed.
+        // Lets the fetcher end if the installation failed.
         drop(receiver);
         match (installed, fetcher.join()) {
-            // What ended the channel early is the reason.
+            // The fetcher's error closed the channel early.
             (_, Ok(Err(error))) => Err(error),
             (Some(result), _) => result,
             (None, _) => Err(Error::Registry {
@@ -90,7 +90,7 @@ pub(crate) fn pull(
     })
 }
 
-/// Unpacks what arrives. `None` when the other side gave up.
+/// Unpacks downloaded layers. `None` if the fetcher gave up.
 fn install(
     store: &Store,
     messages: &Receiver<Message>,
@@ -108,7 +108,7 @@ fn install(
     let mut gave_up = false;
     let mut open = |index: usize| {
         let digest = plan.layers[index].digest;
-        // The same archive arrives only once, for the first layer that it is.
+        // An archive is downloaded only once, for the first layer that uses it.
         let first = plan
             .layers
             .iter()
@@ -129,7 +129,7 @@ fn install(
         let path = store.blob_path(&digest);
         let file = File::open(&path).map_err(|error| Error::io("open", &path, error))?;
         let size = file.metadata().ok().map(|metadata| metadata.len());
-        // Its digest was checked when it arrived.
+        // The digest was checked by the download.
         Ok(LayerStream {
             reader: Box::new(file),
             digest: None,
@@ -138,7 +138,7 @@ fn install(
     };
     let result = store.install(&plan, &mut open, progress);
     if result.is_ok() || matches!(result, Err(Error::NoSpace { .. })) {
-        // Unpacked, or in the way: the archives are not needed any more.
+        // The layers are unpacked, or failed: the archives are not needed any more.
         for layer in &plan.layers {
             let _ = std::fs::remove_file(store.blob_path(&layer.digest));
         }
@@ -182,8 +182,8 @@ impl<'a> Session<'a> {
         };
         if name.is_local() {
             config.protocol = ClientProtocol::Http;
-            // No proxy stands between this machine and itself, whatever the environment says: an
-            // exception for every host needs a proxy to be an exception from.
+            // Never use a proxy for this machine, whatever the environment says: `no_proxy` takes
+            // effect only with a proxy.
             config.http_proxy = Some("http://localhost".to_owned());
             config.no_proxy = Some("*".to_owned());
         }
@@ -202,7 +202,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Finds out what the image is made of, then fetches the layers that are not here.
+    /// Finds the parts of the image, then downloads the missing layers.
     async fn fetch(
         &self,
         store: &Store,
@@ -214,7 +214,7 @@ impl<'a> Session<'a> {
             image
                 .config
                 .check_platform(self.name.written(), store.platform())?;
-            // Nobody listens when the other side failed, which then has the reason.
+            // The receiver is gone only if the other side failed, which reports the reason.
             let _ = messages.send(Message::Present(Box::new(image), named));
             return Ok(());
         }
@@ -299,7 +299,7 @@ impl<'a> Session<'a> {
         let written = self.name.written();
         let config = self.config(&manifest.config).await?;
         let document = config::parse(written, &config, manifest.layers.len())?;
-        // Before anything big is fetched.
+        // Before anything large is downloaded.
         document.config.check_platform(written, store.platform())?;
         let layers = manifest
             .layers
@@ -320,8 +320,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// A manifest and its digest, computed here. When the reference is one by digest, they must be
-    /// the same.
+    /// A manifest and its computed digest, which must match the reference's if that has one.
     async fn manifest(&self, reference: &oci_client::Reference) -> Result<(Digest, Vec<u8>)> {
         let bytes = self
             .manifests
@@ -360,7 +359,7 @@ impl<'a> Session<'a> {
             .stream;
         let mut bytes = Vec::new();
         while let Some(chunk) = stream.next().await {
-            // The client checks the digest at the end of the stream; here it is checked for itself.
+            // The client reports a digest mismatch at the end of the stream; ours is checked later.
             let Ok(chunk) = chunk else { break };
             bytes.extend_from_slice(&chunk);
             if bytes.len() as u64 > descriptor.size {
@@ -389,7 +388,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Sorts the client's errors into ours.
+    /// Maps the client's errors to ours.
     pub(super) fn error(
         &self,
         what: &'static str,
@@ -467,7 +466,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The innermost reason: the outer ones only say that a request failed.
+/// The innermost cause: the outer ones only say that a request failed.
 fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(inner) = cause.source() {
@@ -476,12 +475,12 @@ fn root_cause(error: &dyn std::error::Error) -> String {
     cause.to_string()
 }
 
-/// Chooses the cryptography of TLS for this process. `false` when there are no certificates to
-/// trust, which the HTTP client would answer with a panic, even where no TLS is spoken.
+/// Selects the TLS provider of this process. `false` if there are no trusted certificates, in which
+/// case the HTTP client would panic, even without TLS.
 fn tls_ready() -> bool {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
-        // Fails when the process has chosen already, which is as good.
+        // Fails if the process has a provider already, which is fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
     !rustls_native_certs::load_native_certs().certs.is_empty()

@@ -1,6 +1,6 @@
-//! `rootfs:DIR`: a directory that is used as it is.
+//! `rootfs:DIR`: a directory as an image.
 //!
-//! Called by the store. The directory is one lower layer of an overlay, so it is never changed.
+//! Called by the store. The directory becomes a lower layer of an overlay, so it is never changed.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::config::ImageConfig;
 use crate::error::{Error, Result};
 use crate::store::Image;
 
-/// The image that a directory is.
+/// The image for a directory.
 pub(crate) fn image(reference: &str, dir: &Path) -> Result<Image> {
     let failed = |reason: String| Error::Source {
         reference: reference.to_owned(),

@@ -1,9 +1,9 @@
-//! Says that a container needs an image, so that nobody removes it.
+//! Marks an image as needed by a container, so that it is not removed.
 //!
-//! Called by the sandbox. A hold is a file that lists the layers. It counts while the process that
-//! made it lives (it keeps the file locked) and while the container exists (whoever removes images
-//! knows which do). So neither a killed process nor a reboot leaves images that cannot be removed,
-//! and nothing has to run to keep one.
+//! Called by the sandbox. A hold is a file that lists the layers. It is valid while the process
+//! that created it lives (it keeps the file locked) or the container exists (known to the code that
+//! removes images). So neither a killed process nor a reboot leaves images that cannot be removed,
+//! and no process has to run to keep one.
 
 use std::fs::File;
 use std::io::Write;
@@ -21,14 +21,14 @@ use crate::error::{Error, Result};
 /// `holds/ID.json`
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct HoldRecord {
-    /// The image.
+    /// Manifest digest of the image.
     pub manifest: Digest,
     /// Names of its layer directories.
     pub layers: Vec<String>,
 }
 
 /// Keeps an image while this value, or the container, exists. Dropping it leaves the file: the
-/// container may go on without this process.
+/// container may continue without this process.
 #[derive(Debug)]
 pub struct Hold {
     path: PathBuf,
@@ -36,7 +36,7 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// The container is gone.
+    /// Deletes the hold, as the container is gone.
     pub fn release(self) -> Result<()> {
         remove_file(&self.path)
     }
@@ -44,8 +44,11 @@ impl Hold {
 
 impl Store {
     /// Holds an image for the container `id`. `None` for an image that is not in the store
-    /// (`rootfs:`). Fails with [`Error::Damaged`] when it was removed since it was resolved:
-    /// resolve it again.
+    /// (`rootfs:`).
+    ///
+    /// # Errors
+    /// `Damaged` if the image was removed since it was resolved: resolve it again. `Io` if `id` is
+    /// not a valid file name or the hold cannot be written.
     pub fn hold(&self, image: &Image, id: &str) -> Result<Option<Hold>> {
         let Some(manifest) = image.digest else {
             return Ok(None);
@@ -57,8 +60,8 @@ impl Store {
             .filter_map(|diff| diff.parent()?.file_name()?.to_str().map(str::to_owned))
             .collect();
         let record = HoldRecord { manifest, layers };
-        // Removing takes this lock exclusively: either it sees the hold, or the layers are seen
-        // missing here.
+        // Removal takes this lock exclusively: either it sees the hold, or the check below finds
+        // the layers missing.
         let _lock = self.lock(FlockOperation::LockShared)?;
         let hold = write_locked(&path, &record)?;
         let gone = image.layers.iter().find(|path| !path.exists());
@@ -73,7 +76,7 @@ impl Store {
         Ok(Some(Hold { path, _lock: hold }))
     }
 
-    /// The container `id` is gone, whoever held its image.
+    /// Deletes the hold of container `id`, which is gone, whichever process created it.
     pub fn release(&self, id: &str) -> Result<()> {
         remove_file(&self.hold_path(id)?)
     }
@@ -95,8 +98,8 @@ impl Store {
         ))
     }
 
-    /// All holds that still count, with the ids of their containers. Those that do not are removed.
-    /// The caller has the exclusive lock.
+    /// All valid holds, with the ids of their containers. Deletes the others. The caller holds the
+    /// exclusive lock.
     pub(super) fn live_holds(
         &self,
         exists: &dyn Fn(&str) -> bool,
@@ -112,8 +115,6 @@ impl Store {
             };
             let path = dir.join(&name);
             if exists(id) || is_locked(&path) {
-                // A hold that cannot be read holds nothing that could be named; the container
-                // exists, though.
                 let record = read_json(&path)?;
                 live.extend(record.map(|record| (id.to_owned(), record)));
             } else {
@@ -125,15 +126,15 @@ impl Store {
     }
 }
 
-/// Whether a living process keeps the file locked.
+/// Whether a live process keeps the file locked.
 fn is_locked(path: &std::path::Path) -> bool {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive))
         .is_err_and(|error| error == rustix::io::Errno::WOULDBLOCK)
 }
 
-/// Writes a hold and keeps it locked. It means nothing after a reboot, so nobody waits for the
-/// disk; and who reads it has the exclusive lock, so nobody sees half of it.
+/// Writes a hold and keeps it locked. It is not needed after a reboot, so it is not flushed to
+/// disk; readers hold the exclusive lock, so they cannot see a partial file.
 fn write_locked(path: &std::path::Path, record: &HoldRecord) -> Result<OwnedFd> {
     let content = serde_json::to_vec(record).map_err(|error| Error::CorruptStore {
         path: path.to_owned(),

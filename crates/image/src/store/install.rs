@@ -1,7 +1,6 @@
-//! Puts an image into the store: its layers one on the other, then its record, then its name.
+//! Installs an image into the store: its layers from the bottom up, then its record, then its name.
 //!
-//! Called by the sources (registry, layout, archive, import), which only say what the image is made
-//! of.
+//! Called by the sources (registry, layout, archive, import), which supply the image's parts.
 
 use std::io::Read;
 
@@ -15,11 +14,11 @@ use crate::digest::Digest;
 use crate::error::Result;
 use crate::progress::{Event, Progress};
 
-/// What an image is made of. Digests of manifest and configuration are checked already.
+/// The parts of an image. Digests of manifest and configuration are already verified.
 pub(crate) struct Plan {
-    /// As the user wrote it, for messages.
+    /// The user's reference, for messages.
     pub written: String,
-    /// The name it gets; `None` for none.
+    /// Name for the image, if any.
     pub name: Option<String>,
     pub named: Named,
     pub manifest: Vec<u8>,
@@ -40,8 +39,7 @@ pub(crate) struct PlannedLayer {
 /// The archive of a layer.
 pub(crate) struct LayerStream {
     pub reader: Box<dyn Read>,
-    /// What the bytes of `reader` must be, when that is known. (The uncompressed archive is checked
-    /// always.)
+    /// Digest of the bytes of `reader`, if known. (The uncompressed archive is always checked.)
     pub digest: Option<Digest>,
     pub size: Option<u64>,
 }
@@ -65,7 +63,7 @@ impl Plan {
 }
 
 impl Store {
-    /// Which layers of a plan must still be made.
+    /// Which layers of a plan are missing.
     pub(crate) fn missing_layers(&self, plan: &Plan) -> Result<Vec<bool>> {
         plan.layer_ids()
             .iter()
@@ -73,8 +71,8 @@ impl Store {
             .collect()
     }
 
-    /// Makes what is missing. `open` gives the archive of layer `index` and is called, in ascending
-    /// order, only for layers that must be made. The caller holds the lock of
+    /// Installs what is missing. `open` returns the archive of layer `index` and is called, in
+    /// ascending order, only for missing layers. The caller holds the lock of
     /// [`Store::begin_work`].
     pub(crate) fn install(
         &self,

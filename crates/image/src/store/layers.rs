@@ -1,7 +1,7 @@
-//! Layer directories: found, or made once by whoever comes first.
+//! Layer directories: each is found, or created once by the first process that needs it.
 //!
 //! Called by the installation of an image. A layer is named by its diff id, so images share it; one
-//! that could be unpacked only with a view of the layers below it is named by its chain id instead.
+//! whose unpacking depended on the layers below is named by its chain id instead.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,29 +25,29 @@ struct LayerRecord {
     diff_id: Digest,
     bytes: u64,
     entries: u64,
-    /// Nothing of the layers below shows through.
+    /// Whether the layers below are hidden.
     #[serde(default)]
     opaque: bool,
 }
 
-/// A layer that is ready.
+/// A complete layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReadyLayer {
     /// Name of its directory.
     pub name: String,
     /// Bytes in its files.
     pub bytes: u64,
-    /// Nothing of the layers below shows through.
+    /// Whether the layers below are hidden.
     pub opaque: bool,
 }
 
-/// A layer to be made.
+/// Identifies a layer to be created.
 pub(crate) struct LayerId {
-    /// What it is known by in messages and progress: the digest that the manifest gives it.
+    /// Digest in the manifest, for messages and progress.
     pub digest: Digest,
     /// Digest of its uncompressed archive.
     pub diff_id: Digest,
-    /// Digest of the whole stack up to it.
+    /// Digest of the stack up to this layer.
     pub chain_id: Digest,
 }
 
@@ -56,7 +56,7 @@ impl LayerId {
         self.diff_id.hex()
     }
 
-    /// Differs from a diff id also for the lowest layer, whose chain id is its diff id.
+    /// The suffix tells it from the lowest layer's diff id, which equals its chain id.
     fn by_chain_id(&self) -> String {
         format!("{}-chain", self.chain_id.hex())
     }
@@ -71,7 +71,7 @@ pub(crate) fn chain_id(below: Option<&Digest>, diff_id: &Digest) -> Digest {
 }
 
 impl Store {
-    /// A layer that was made before.
+    /// Finds an existing layer.
     pub(crate) fn find_layer(&self, layer: &LayerId) -> Result<Option<ReadyLayer>> {
         for name in [layer.by_diff_id(), layer.by_chain_id()] {
             let path = self.layers_dir().join(&name).join("layer.json");
@@ -86,8 +86,8 @@ impl Store {
         Ok(None)
     }
 
-    /// Finds or makes a layer. `lower` are the directories below it, topmost first; `open` gives
-    /// its archive and is called only when the layer must be made.
+    /// Finds or creates a layer. `lower` are the directories below it, topmost first; `open`
+    /// returns its archive and is called only if the layer must be created.
     pub(crate) fn ensure_layer(
         &self,
         reference: &str,
@@ -119,7 +119,7 @@ impl Store {
         let made = self.make_layer(reference, layer, lower, &partial, &lock, open, progress);
         if made.is_err() {
             if let Ok(layers) = fs::open_dir(self.layers_dir()) {
-                // Best effort: the error that led here says more, and who comes next clears the
+                // Best effort: the original error matters more, and the next attempt clears the
                 // directory.
                 let _ = fs::remove_all(layers.as_fd(), &partial);
             }
@@ -158,7 +158,7 @@ impl Store {
         self.complete(partial, &diff, layer.diff_id, unpacked, name)
     }
 
-    /// Makes a layer of an archive whose digest is not known yet. Gives its digest and its length.
+    /// Creates a layer from an archive of unknown digest. Returns its digest and length.
     pub(crate) fn import_layer(&self, what: &str, archive: impl BufRead) -> Result<(Digest, u64)> {
         let partial = self
             .layers_dir()
@@ -171,7 +171,7 @@ impl Store {
             }
         };
         let made = self.make_imported(what, archive, &partial, &lock);
-        // What is left after an error, or of a layer that was here already; best effort.
+        // Leftovers of an error, or of a layer that existed already; best effort.
         if let Ok(layers) = fs::open_dir(self.layers_dir()) {
             let _ = fs::remove_all(layers.as_fd(), &partial);
         }
@@ -214,7 +214,7 @@ impl Store {
         Ok((diff_id, length))
     }
 
-    /// Gives an unpacked layer its final name.
+    /// Renames an unpacked layer to its final name.
     fn complete(
         &self,
         partial: &Path,
@@ -234,7 +234,7 @@ impl Store {
         rustix::fs::syncfs(diff).map_err(failed("flush"))?;
         let path = self.layers_dir().join(&name);
         match std::fs::rename(partial, &path) {
-            // Somebody imported the same at the same time.
+            // Another process imported the same layer.
             Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
             result => result.map_err(|error| Error::io("complete", &path, error))?,
         }
@@ -247,22 +247,22 @@ impl Store {
     }
 }
 
-/// Clears the directory of a layer to be, and opens what will be its root, twice.
+/// Clears a partial layer's directory, and opens its new root, twice.
 fn prepare(partial: &Path, lock: &OwnedFd) -> Result<(OwnedFd, OwnedFd)> {
     let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
-    // Whoever was here before was interrupted.
+    // Leftovers of an interrupted attempt.
     for rest in ["diff", "layer.json", "layer.json.tmp"] {
         fs::remove_all(lock.as_fd(), rest).map_err(failed("clear"))?;
     }
     rustix::fs::mkdirat(lock, "diff", Mode::RWXU).map_err(failed("create"))?;
     let diff = fs::open_child_dir(lock.as_fd(), "diff").map_err(failed("open"))?;
-    // Without an entry for the root, this is what Docker makes.
+    // Docker's default if the archive has no entry for the root.
     rustix::fs::fchmod(&diff, Mode::from_raw_mode(0o755)).map_err(failed("set the mode of"))?;
     let root = rustix::io::fcntl_dupfd_cloexec(&diff, 0).map_err(failed("open"))?;
     Ok((diff, root))
 }
 
-/// A full disk is not the layer's fault.
+/// Reports a full disk as such, not as an error of the layer.
 fn no_space(error: Error, path: &Path) -> Error {
     match error {
         Error::Layer { source, .. } if source.is_full() => Error::NoSpace {
@@ -273,8 +273,8 @@ fn no_space(error: Error, path: &Path) -> Error {
     }
 }
 
-/// Makes and locks the directory that a layer is unpacked into. `None` when it became somebody
-/// else's finished layer, or went away, before the lock was ours.
+/// Creates and locks the directory to unpack a layer into. `None` if it was completed or removed by
+/// another process before we had the lock.
 fn lock_partial(path: &Path, waiting: impl FnOnce()) -> rustix::io::Result<Option<OwnedFd>> {
     match rustix::fs::mkdir(path, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
@@ -300,7 +300,7 @@ fn lock_partial(path: &Path, waiting: impl FnOnce()) -> rustix::io::Result<Optio
     }
 }
 
-/// Unpacks an archive, checking its digests on the way.
+/// Unpacks an archive and verifies its digests.
 fn unpack_stream(
     reference: &str,
     layer: &LayerId,
@@ -317,11 +317,11 @@ fn unpack_stream(
         total,
         progress,
     };
-    // One byte more than announced is enough to see that there is more.
+    // One byte more than announced detects excess data.
     let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
     let mut archive = BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
     let result = unpack_archive(&mut archive, layer, root, lower);
-    // A damaged archive fails in many ways; that it is damaged says more than what came of it.
+    // A damaged archive fails in many ways; report the damage rather than its consequence.
     let writing = matches!(result, Err(LayerError::Write { .. }));
     if let (Some(expected), false) = (stream.digest, writing) {
         let mut archive = archive.into_inner();
@@ -370,7 +370,7 @@ fn unpack_archive(
     }
 }
 
-/// Reports how far a layer is read.
+/// Reports the progress of reading a layer.
 struct ProgressReader<'a, R> {
     inner: R,
     digest: Digest,

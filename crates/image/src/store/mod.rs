@@ -1,4 +1,4 @@
-//! The store: which images are here, and where their parts are.
+//! The store: which images exist, and where their parts are.
 //!
 //! Called by the command line and the sandbox, by several processes at once. The layout below the
 //! root:
@@ -8,15 +8,15 @@
 //! | `references.json` | name → manifest digest; replaced by rename, under the exclusive lock |
 //! | `images/HEX.json` | one record per image (by manifest digest): all that a start needs |
 //! | `blobs/sha256/HEX` | manifests and configurations; layer archives only while a pull lasts |
-//! | `blobs/sha256/HEX.part` | a layer archive that is arriving; locked by who writes it |
+//! | `blobs/sha256/HEX.part` | a layer archive being downloaded; locked by its writer |
 //! | `layers/HEX/diff` | a layer, ready to be a lower directory; `layer.json` beside it |
-//! | `layers/HEX.partial` | a layer that is being unpacked; locked by who does it |
+//! | `layers/HEX.partial` | a layer being unpacked; locked by its writer |
 //! | `holds/ID.json` | a container that uses layers, see [`Hold`] |
-//! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is made |
+//! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is created |
 //! | `busy` | shared while anything is fetched or unpacked; exclusive for removing unused layers |
 //!
-//! Locks are `flock`s: whoever is killed leaves none behind. What has its final name is complete
-//! and was flushed to the disk before it got it.
+//! Locks are `flock`s, so a killed process leaves none behind. A file with its final name is
+//! complete and was flushed to disk before.
 
 mod hold;
 mod install;
@@ -48,19 +48,19 @@ use crate::reference::{Reference, RegistryReference};
 use crate::source;
 use crate::unpack::fs;
 
-/// When a registry is asked.
+/// When to ask a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Pull {
-    /// Each time; what is here already is not fetched again.
+    /// Each time; existing layers are not downloaded again.
     Always,
-    /// When the image is not here.
+    /// If the image is missing.
     #[default]
     Missing,
     /// Never.
     Never,
 }
 
-/// An image, ready to be used.
+/// An image that is ready for use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     /// Digest of its configuration, as in Docker; for `rootfs:` the reference itself.
@@ -69,17 +69,17 @@ pub struct Image {
     pub reference: String,
     /// Digest of its manifest; `None` for `rootfs:`.
     pub digest: Option<Digest>,
-    /// What it says about containers made of it.
+    /// Its defaults for containers.
     pub config: ImageConfig,
     /// Read-only lower directories, topmost first.
     pub layers: Vec<PathBuf>,
-    /// When it was made, as RFC 3339.
+    /// When it was created, as RFC 3339.
     pub created: Option<String>,
     /// Bytes in the files of all its layers.
     pub size: u64,
 }
 
-/// The store below one directory. Cheap to make; holds no descriptors.
+/// The store below one directory. Cheap to create; holds no descriptors.
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
@@ -87,7 +87,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in `root`, which is made when it is missing (mode 0700: layers hold suid
+    /// Opens the store in `root`, which is created if missing (mode 0700: layers contain suid
     /// executables).
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
         let root = root.into();
@@ -95,20 +95,20 @@ impl Store {
             root,
             platform: Platform::host(),
         };
-        // The last of them: when it is there, all are.
+        // The file created last: if it exists, the others do.
         if !store.root.join("busy").exists() {
             store.create()?;
         }
         Ok(store)
     }
 
-    /// Takes images for another platform than this machine's.
+    /// Uses images for another platform than this machine's.
     pub fn with_platform(mut self, platform: Platform) -> Self {
         self.platform = platform;
         self
     }
 
-    /// Where the store is.
+    /// Root directory of the store.
     pub fn root(&self) -> &Path {
         &self.root
     }
@@ -129,10 +129,10 @@ impl Store {
         Ok(())
     }
 
-    /// Makes an image usable: finds it here, or fetches and unpacks it, as `pull` says.
+    /// Makes an image available: finds it here, or downloads and unpacks it, according to `pull`.
     ///
-    /// Blocks, for a registry perhaps for long; may be called from within a tokio runtime only
-    /// where blocking is allowed. A local image costs a handful of system calls.
+    /// Blocks, possibly for long with a registry; may be called from within a tokio runtime only
+    /// where blocking is allowed. A local image takes a few system calls.
     pub fn resolve(
         &self,
         reference: &Reference,
@@ -161,7 +161,7 @@ impl Store {
                             return Ok(image);
                         }
                         Ok(None) => {}
-                        // What is damaged here can be had again.
+                        // A damaged image can be downloaded again.
                         Err(Error::Damaged { .. }) if pull == Pull::Missing => {}
                         Err(error) => return Err(error),
                     }
@@ -174,7 +174,7 @@ impl Store {
         }
     }
 
-    /// An image that is here. Asks nobody else.
+    /// Finds a local image. Never asks a registry.
     pub fn inspect(&self, reference: &Reference) -> Result<Image> {
         match reference {
             Reference::Rootfs { dir } => source::rootfs::image(&reference.written(), dir),
@@ -185,7 +185,7 @@ impl Store {
         }
     }
 
-    /// The raw configuration document of an image that is here, for `inspect`.
+    /// The raw configuration document of a local image, for `inspect`.
     pub fn raw_config(&self, image: &Image) -> Result<Vec<u8>> {
         let blob = image.id.parse::<Digest>().map(|id| self.blob_path(&id));
         let path = blob.map_err(|_| Error::Unsupported {
@@ -203,8 +203,7 @@ impl Store {
             .transpose()
     }
 
-    /// Looks for a name, for a digest, and for the beginning of an id. Gives the manifest and the
-    /// image's name.
+    /// Looks up a name, a digest, or a prefix of an id. Returns the manifest and the image's name.
     fn locate(
         &self,
         reference: &Reference,
@@ -262,7 +261,7 @@ impl Store {
         }
     }
 
-    /// The image of a manifest, with the paths of its layers, which must be there.
+    /// The image of a manifest, with the paths of its layers, which must exist.
     pub(crate) fn image(&self, manifest: &Digest, reference: &str) -> Result<Image> {
         let damaged = |what: String| Error::Damaged {
             reference: reference.to_owned(),
@@ -293,12 +292,12 @@ impl Store {
         })
     }
 
-    /// What is stored under a name.
+    /// The entry of a name.
     pub(crate) fn named(&self, key: &str) -> Result<Option<Named>> {
         Ok(self.read_references()?.names.remove(key))
     }
 
-    /// Lets a name mean an image that is here.
+    /// Assigns a name to a local image.
     pub(crate) fn set_name(&self, key: &str, named: Named) -> Result<()> {
         let _lock = self.lock(FlockOperation::LockExclusive)?;
         let mut references = self.read_references()?;
@@ -309,7 +308,7 @@ impl Store {
         self.write_references(&references)
     }
 
-    /// Gives an image that is here a further name, as `docker tag` does.
+    /// Adds a name to a local image, as `docker tag` does.
     pub fn tag(&self, reference: &Reference, name: &RegistryReference) -> Result<()> {
         let image = self.inspect(reference)?;
         let manifest = image.digest.ok_or_else(|| Error::Unsupported {
@@ -352,9 +351,9 @@ impl Store {
         self.root.join("layers").join(name).join("diff")
     }
 
-    /// A file without a name, on the disk of the store.
+    /// An unnamed file, on the store's disk.
     pub(crate) fn temporary_file(&self) -> Result<File> {
-        // Not O_TMPFILE, which not every file system has.
+        // Not O_TMPFILE, which not every file system supports.
         let path = self.root.join(format!("tmp-{}", std::process::id()));
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::TRUNC;
         rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
@@ -369,14 +368,15 @@ impl Store {
             .map_err(|error| Error::io("open", path, error))
     }
 
-    /// Takes the lock on names and records; it lasts as long as what is returned.
+    /// Takes the lock on names and records, until the returned value is dropped.
     fn lock(&self, operation: FlockOperation) -> Result<FileLock> {
         let fd = self.open_lock_file("lock")?;
         flock(&fd, operation).map_err(|error| Error::io("lock", self.root.join("lock"), error))?;
         Ok(FileLock { _fd: fd })
     }
 
-    /// Says that layers are being made, so that nobody removes those that no image uses yet.
+    /// Marks that layers are being created, so that layers not yet used by an image are not
+    /// removed.
     pub(crate) fn begin_work(&self) -> Result<FileLock> {
         let fd = self.open_lock_file("busy")?;
         flock(&fd, FlockOperation::LockShared)
@@ -385,13 +385,13 @@ impl Store {
     }
 }
 
-/// A lock that is given back when this is dropped, or when the process ends in whatever way.
+/// A lock that is released when this is dropped, or when the process ends in any way.
 #[derive(Debug)]
 pub(crate) struct FileLock {
     _fd: std::os::fd::OwnedFd,
 }
 
-/// `flock` that is not disturbed by signals.
+/// `flock`, retried after signals.
 pub(crate) fn flock(fd: impl AsFd, operation: FlockOperation) -> rustix::io::Result<()> {
     loop {
         match rustix::fs::flock(fd.as_fd(), operation) {
@@ -401,7 +401,7 @@ pub(crate) fn flock(fd: impl AsFd, operation: FlockOperation) -> rustix::io::Res
     }
 }
 
-/// Replaces a file by one with new content: all or nothing, also when the machine dies.
+/// Replaces a file's content atomically, even if the machine crashes.
 pub(crate) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
     let temporary = path.with_added_extension("tmp");
     let write = || -> io::Result<()> {
@@ -419,7 +419,7 @@ pub(crate) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
             None => Ok(()),
         });
     if result.is_err() {
-        // Best effort: the error that led here says more.
+        // Best effort: the original error matters more.
         let _ = std::fs::remove_file(&temporary);
     }
     result

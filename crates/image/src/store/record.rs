@@ -1,6 +1,6 @@
-//! The small files that say what is in the store.
+//! The small files that describe the store's contents.
 //!
-//! Called by the other parts of the store only. Read on every start: they hold no more than a start
+//! Called by the other parts of the store only. Read on every start: they contain only what a start
 //! or a list needs.
 
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
-/// Version of all files here.
+/// Version of all these files.
 const FORMAT: u32 = 1;
 
 /// `references.json`
@@ -26,20 +26,20 @@ pub(crate) struct References {
     pub names: BTreeMap<String, Named>,
 }
 
-/// What a name means.
+/// Target of a name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Named {
-    /// The image.
+    /// Manifest digest of the image.
     pub manifest: Digest,
     /// The manifest list that it was chosen from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<Digest>,
-    /// The state of the archive that it was read from.
+    /// Identity of the archive that it was read from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stamp: Option<Stamp>,
 }
 
-/// Tells whether a file is still the one that was read.
+/// Detects whether a file has changed since it was read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
     pub device: u64,
@@ -63,16 +63,16 @@ pub(crate) struct Record {
     pub size: u64,
 }
 
-/// One line of a list of images.
+/// An image in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
-    /// Name with all defaults, `None` for an image whose name now means another one.
+    /// Name with all defaults; `None` if its name was reassigned to another image.
     pub reference: Option<String>,
     /// Digest of the configuration.
     pub id: Digest,
     /// Digest of the manifest.
     pub digest: Digest,
-    /// When it was made, as RFC 3339.
+    /// When it was created, as RFC 3339.
     pub created: Option<String>,
     /// Bytes in the files of all its layers.
     pub size: u64,
@@ -80,16 +80,16 @@ pub struct Listed {
     pub labels: BTreeMap<String, String>,
 }
 
-/// What was removed.
+/// Result of a removal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Names that are gone.
+    /// Names that were removed.
     pub untagged: Vec<String>,
-    /// Ids of images that are gone.
+    /// Ids of images that were removed.
     pub images: Vec<String>,
-    /// Bytes in the files of layers that are gone.
+    /// Bytes in the files of removed layers.
     pub bytes: u64,
-    /// Layers that no image uses but that stay for now, as something is being pulled.
+    /// Whether unused layers were kept, because a pull is running.
     pub layers_kept: bool,
 }
 
@@ -134,7 +134,7 @@ impl Stamp {
     }
 }
 
-/// Reads and parses a file of the store; `None` when it is not there.
+/// Reads and parses a file of the store; `None` if it does not exist.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let mut content = Vec::new();
     match File::open(path) {
@@ -181,7 +181,7 @@ impl Store {
         Ok(references)
     }
 
-    /// The caller has the exclusive lock.
+    /// The caller holds the exclusive lock.
     pub(crate) fn write_references(&self, references: &References) -> Result<()> {
         write_json(&self.references_path(), references)
     }
@@ -195,7 +195,7 @@ impl Store {
         Ok(record)
     }
 
-    /// All records, in the order of their digests.
+    /// All records, ordered by digest.
     pub(crate) fn records(&self) -> Result<Vec<Record>> {
         let dir = self.root.join("images");
         let mut digests = Vec::new();
@@ -207,7 +207,7 @@ impl Store {
             digests.extend(hex.and_then(Digest::from_hex));
         }
         digests.sort_unstable();
-        // One that vanishes meanwhile was removed by somebody else.
+        // Skips records that were removed meanwhile.
         digests
             .iter()
             .filter_map(|digest| self.read_record(digest).transpose())

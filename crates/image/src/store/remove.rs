@@ -1,8 +1,8 @@
-//! Removes names, images, and what no image and no container uses any more.
+//! Removes names, images, and data that neither an image nor a container uses any more.
 //!
-//! Called by `hull image rm` and `prune`. Names and records go at once, under the exclusive lock;
-//! what they alone used is moved aside under the same lock and removed after it, so that nobody
-//! waits for a big tree.
+//! Called by `hull image rm` and `prune`. Names and records are removed at once, under the
+//! exclusive lock; layers that only they used are moved aside under the same lock and deleted after
+//! it, so that nobody waits for a big tree.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -19,15 +19,15 @@ use crate::error::{Error, Result};
 use crate::reference::Reference;
 use crate::unpack::fs;
 
-/// Directories on their way out.
+/// Prefix of directories that are being deleted.
 const TRASH: &str = "trash-";
 
 impl Store {
-    /// Removes a name, and the image when that was its last one. By id, removes the image with its
-    /// name; with several names, or with containers that use it, only when `force` is set. An image
-    /// whose containers still use it keeps its layers until they are gone.
+    /// Removes a name, and the image if that was its last one. By id, removes the image with its
+    /// name; with several names, or with containers that use it, only if `force` is set. An image
+    /// in use by containers keeps its layers until they are gone.
     ///
-    /// `container_exists` says of a container's id whether it still exists.
+    /// `container_exists` reports whether the container with an id still exists.
     pub fn remove(
         &self,
         reference: &Reference,
@@ -42,7 +42,7 @@ impl Store {
         let (manifest, names) = match references.names.get(&key) {
             Some(named) => (named.manifest, vec![key]),
             None => {
-                // Also one whose layers are lost: that is a reason to remove it.
+                // Also works for an image that lost layers, so that it can be removed.
                 let found = self.locate(reference, &references)?;
                 let (manifest, _) = found.ok_or_else(|| Error::NotFound {
                     reference: written.clone(),
@@ -89,8 +89,8 @@ impl Store {
         Ok(removed)
     }
 
-    /// Removes images that no container uses: those without a name, with `all` also those that have
-    /// one. And what was left behind by interrupted pulls.
+    /// Removes images that no container uses: those without a name, with `all` also those with one.
+    /// Also removes leftovers of interrupted pulls.
     pub fn prune(&self, all: bool, container_exists: &dyn Fn(&str) -> bool) -> Result<Removed> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let mut references = self.read_references()?;
@@ -134,14 +134,14 @@ impl Store {
         }
     }
 
-    /// Removes what nothing refers to any more.
+    /// Removes unreferenced blobs and layers.
     fn collect(
         &self,
         lock: FileLock,
         holds: &[(String, HoldRecord)],
         removed: &mut Removed,
     ) -> Result<()> {
-        // A pull's layers and blobs are not referred to until it ends.
+        // A pull's layers and blobs are not referenced until it ends.
         let busy = self.open_lock_file("busy")?;
         match super::flock(&busy, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -154,7 +154,7 @@ impl Store {
         let records = self.records()?;
         self.collect_blobs(&records)?;
         let trash = self.trash_layers(&records, holds, removed)?;
-        // Nobody can find the trash, so nobody has to wait.
+        // The trash is unreachable, so nobody has to wait.
         drop((lock, busy));
         let layers = self.layers_dir();
         let dir = fs::open_dir(&layers).map_err(|error| Error::io("open", &layers, error))?;
@@ -180,7 +180,7 @@ impl Store {
         Ok(())
     }
 
-    /// Moves aside the layer directories that neither an image nor a container uses, finished or
+    /// Moves aside the layer directories that neither an image nor a container uses, complete or
     /// not.
     fn trash_layers(
         &self,
@@ -198,7 +198,7 @@ impl Store {
         for name in self.names_in(&dir)? {
             let path = dir.join(&name);
             if name.starts_with(TRASH) {
-                // Somebody was interrupted while removing it, or is still at it.
+                // Its deletion was interrupted, or is still running.
                 trash.push(path);
             } else if !used.contains(&name) {
                 removed.bytes += layer_bytes(&path);

@@ -1,6 +1,4 @@
-//! Owner, mode and extended attributes of what a layer creates.
-//!
-//! Called by the writer.
+//! Owner, mode, time and extended attributes of a layer's files. Called by the writer.
 
 use std::os::fd::BorrowedFd;
 
@@ -10,7 +8,7 @@ use rustix::io::Errno;
 use super::tar_reader::Entry;
 use super::{LayerError, fs};
 
-/// Owner, mode, time and attributes of something new.
+/// Owner, mode, time and extended attributes of a new file.
 pub(super) struct Attributes<'e> {
     pub uid: u32,
     pub gid: u32,
@@ -19,7 +17,7 @@ pub(super) struct Attributes<'e> {
     pub xattrs: &'e [(Vec<u8>, Vec<u8>)],
 }
 
-/// An operating-system error becomes one of the layer, naming entry and action.
+/// Wraps an I/O error as an error of the layer, with entry and action.
 pub(super) fn failed<'e>(
     doing: &'static str,
     entry: &'e [u8],
@@ -31,7 +29,7 @@ pub(super) fn failed<'e>(
     }
 }
 
-/// A name for people: bytes that are no text, and control characters, are escaped.
+/// A name for messages: invalid UTF-8 and control characters are escaped.
 pub(super) fn show(name: &[u8]) -> String {
     String::from_utf8_lossy(name)
         .chars()
@@ -44,7 +42,7 @@ pub(super) fn mode_of(bits: u32) -> Mode {
     Mode::from_raw_mode(bits & 0o7777)
 }
 
-/// Which extended attributes an image may set; see the module above.
+/// Whether an image may set this extended attribute; see the parent module.
 fn xattr_allowed(name: &[u8]) -> bool {
     match name {
         b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => true,
@@ -64,7 +62,7 @@ impl<'e> Attributes<'e> {
     }
 }
 
-/// Owner first: changing it takes away suid bits and capabilities.
+/// Sets the owner first, as that clears suid bits and capabilities.
 pub(super) fn set_attributes(
     file: BorrowedFd<'_>,
     entry: &[u8],
@@ -81,7 +79,7 @@ pub(super) fn set_attributes(
     {
         match rustix::fs::fsetxattr(file, name.as_slice(), value, XattrFlags::empty()) {
             Ok(()) => {}
-            // A file system without them: the file is still worth having, as with Docker.
+            // The file system has no extended attributes: keep the file without, as Docker does.
             Err(Errno::NOTSUP) => {
                 tracing::debug!(
                     entry = show(entry),

@@ -1,4 +1,4 @@
-//! Recognizes how an archive is compressed, by its first bytes, and uncompresses it.
+//! Detects an archive's compression from its first bytes, and uncompresses it.
 //!
 //! Called by the store and by `import`. Media types are not trusted here: Docker goes by content,
 //! too.
@@ -7,11 +7,10 @@ use std::io::{BufRead, Read};
 
 use super::{LayerError, TarError};
 
-/// Most memory that a zstd archive may ask for its window, as a power of two: what the format's own
-/// tools accept.
+/// Largest window of a zstd archive, as a power of two: the limit of the format's own tools.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// The uncompressed bytes of `archive`.
+/// The uncompressed content of `archive`.
 pub(crate) fn uncompress<'a>(
     mut archive: impl BufRead + 'a,
 ) -> Result<Box<dyn Read + 'a>, LayerError> {

@@ -1,10 +1,9 @@
-//! Which device nodes an image may bring.
+//! Device nodes that an image may contain.
 //!
-//! Called by the writer. A node in a layer directory is a real device node of the host, and the
-//! file system device could be talked into opening it, so only those that give access to nothing
-//! are made.
+//! Called by the writer. A node in a layer directory is a real device node of the host, which the
+//! file system device might be tricked into opening, so only harmless ones are created.
 
-/// Character devices that distributions put into the `/dev` of images: (major, first minor, last
+/// Character devices that distributions include in the `/dev` of images: (major, first minor, last
 /// minor, names).
 const HARMLESS: &[(u32, u32, u32, &str)] = &[
     (1, 3, 3, "null"),

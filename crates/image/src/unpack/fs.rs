@@ -1,7 +1,7 @@
 //! Small file-system helpers over directory descriptors.
 //!
-//! Called by the unpacker and the store. None of them follows a symbolic link in the last part of a
-//! name.
+//! Called by the unpacker and the store. None of them follows a symbolic link in the last
+//! component.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -12,10 +12,10 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, Result};
 
-/// The attribute that makes a directory hide the lower ones.
+/// The attribute that marks a directory as opaque: it hides the lower ones.
 const OPAQUE: &str = "trusted.overlay.opaque";
-/// The same in a user namespace (overlayfs's option `userxattr`), where the other one cannot be
-/// set. Layers themselves cannot bring either.
+/// Its counterpart in a user namespace (overlayfs option `userxattr`), where the other cannot be
+/// set. Images cannot set either.
 const OPAQUE_OF_USER: &str = "user.overlay.opaque";
 
 /// Opens a directory for reading.
@@ -45,8 +45,7 @@ pub(crate) fn open_in_root(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd>
     )
 }
 
-/// Opens the directory `path` below `root`; fails with `LOOP` when there is a symbolic link on the
-/// way.
+/// Opens the directory `path` below `root`; fails with `LOOP` if a component is a symbolic link.
 pub(crate) fn open_real(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
     open_below(
         root,
@@ -60,14 +59,14 @@ fn open_below(root: BorrowedFd<'_>, path: &[u8], resolve: ResolveFlags) -> Resul
     loop {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
-            // Something was renamed meanwhile, somewhere; the kernel asks to try again.
+            // A concurrent rename somewhere; the kernel asks for a retry.
             Err(Errno::AGAIN) => {}
             result => return result,
         }
     }
 }
 
-/// What is at `name`, if anything.
+/// Stat of `name`, if it exists.
 pub(crate) fn stat(parent: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Stat>> {
     match rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
@@ -76,17 +75,17 @@ pub(crate) fn stat(parent: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Stat>> 
     }
 }
 
-/// The type of what a stat describes.
+/// The file type of a stat.
 pub(crate) fn file_type(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
-/// Whether a stat describes a whiteout of overlayfs.
+/// Whether a stat is that of an overlayfs whiteout.
 pub(crate) fn is_whiteout(stat: &Stat) -> bool {
     file_type(stat) == FileType::CharacterDevice && stat.st_rdev == 0
 }
 
-/// Whether a directory hides the lower ones.
+/// Whether a directory is opaque.
 pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
     [OPAQUE, OPAQUE_OF_USER].into_iter().any(|name| {
         let mut value = [0u8; 1];
@@ -94,7 +93,7 @@ pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
     })
 }
 
-/// Makes a directory hide the lower ones.
+/// Marks a directory as opaque.
 pub(crate) fn set_opaque(dir: BorrowedFd<'_>) -> Result<()> {
     let set = |name| rustix::fs::fsetxattr(dir, name, b"y", XattrFlags::empty());
     match set(OPAQUE) {
@@ -103,8 +102,7 @@ pub(crate) fn set_opaque(dir: BorrowedFd<'_>) -> Result<()> {
     }
 }
 
-/// The time stamps that set only the modification time (the access time follows it, to be
-/// deterministic).
+/// Time stamps with this modification time, which is also the access time, to be deterministic.
 pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
     let time = Timespec {
         tv_sec: seconds,
@@ -116,8 +114,8 @@ pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
     }
 }
 
-/// Removes what is at `name`, a directory with all that is in it. It may be arbitrarily deep:
-/// subdirectories are moved up before they are emptied, so neither stack nor descriptors run out.
+/// Removes `name`, recursively. The tree may be arbitrarily deep: subdirectories are moved up
+/// before they are emptied, so neither stack nor descriptors run out.
 pub(crate) fn remove_all(
     parent: BorrowedFd<'_>,
     name: impl rustix::path::Arg + Copy,
@@ -155,8 +153,7 @@ pub(crate) fn remove_all(
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
-/// Empties the directory `name` in `top`: files are removed, directories that are not empty move to
-/// `top`.
+/// Empties the directory `name` in `top`: removes files, and moves non-empty directories to `top`.
 fn flatten(top: BorrowedFd<'_>, name: &std::ffi::CStr, moved: &mut u64) -> Result<()> {
     let dir = open_child_dir(top, name)?;
     for entry in Dir::read_from(&dir)? {
@@ -185,7 +182,7 @@ fn flatten(top: BorrowedFd<'_>, name: &std::ffi::CStr, moved: &mut u64) -> Resul
     rustix::fs::unlinkat(top, name, AtFlags::REMOVEDIR)
 }
 
-/// Flushes a directory's names to the disk.
+/// Flushes a directory's entries to disk.
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {
     rustix::fs::fsync(open_dir(path)?)
 }

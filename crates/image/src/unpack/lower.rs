@@ -1,8 +1,7 @@
-//! The merged view of the layers below the one that is unpacked.
+//! The merged view of the layers below the one being unpacked.
 //!
-//! Called by the writer for the few archives that are incomplete by themselves: parent directories
-//! that are not in the archive take owner and mode from below, and hard links may point to files
-//! below.
+//! Called by the writer for the few incomplete archives: parent directories missing in the archive
+//! take owner and mode from lower layers, and hard links may refer to lower files.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,11 +17,11 @@ pub(crate) struct Lower<'a> {
     used: Cell<bool>,
 }
 
-/// Something that a lower layer holds.
+/// An entry of a lower layer.
 pub(crate) struct Found {
     /// The directory it is in.
     pub parent: OwnedFd,
-    /// What it is.
+    /// Its stat.
     pub stat: Stat,
 }
 
@@ -34,13 +33,13 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// Whether any lookup asked the layers.
+    /// Whether any lookup accessed the layers.
     pub(crate) fn used(&self) -> bool {
         self.used.get()
     }
 
-    /// What the merged view shows at `path` (its parts, without `.` and `..`). Symbolic links are
-    /// not followed.
+    /// Looks up `path` (its components, without `.` and `..`) in the merged view. Symbolic links
+    /// are not followed.
     pub(crate) fn lookup(&self, path: &[Vec<u8>]) -> Result<Option<Found>, Errno> {
         let Some((last, parents)) = path.split_last() else {
             return Ok(None);

@@ -1,27 +1,26 @@
 //! Unpacks one layer into one directory that can be a lower directory of an overlay.
 //!
-//! Called by the store (pull, import). A layer is data from strangers, so:
+//! Called by the store (pull, import). A layer is untrusted data, so:
 //!
 //! - Every path is resolved by the kernel below the layer's directory (`openat2`,
 //!   `RESOLVE_IN_ROOT`): a symbolic link leads at most to the layer's own root, as it would in the
-//!   container. The last part of a name is never followed: what is there is replaced.
-//! - Names with `..` and absolute names are refused. Targets of symbolic links are only text and
-//!   may be anything; targets of hard links may begin with a slash (some tools write that), which
-//!   means the layer's root.
-//! - Device nodes: the harmless pseudo devices that distributions put into `/dev` (null, zero, tty,
-//!   …) are created, block devices and all others are refused by name. A character device 0:0 is a
-//!   whiteout, as in overlayfs.
+//!   container. The last component of a name is never followed: an existing file is replaced.
+//! - Names with `..` and absolute names are rejected. Targets of symbolic links are text and may be
+//!   anything; targets of hard links may begin with a slash (some tools write that), which means
+//!   the layer's root.
+//! - Device nodes: the harmless pseudo devices that distributions include in `/dev` (null, zero,
+//!   tty, …) are created, block devices and all others are rejected by name. A character device 0:0
+//!   is a whiteout, as in overlayfs.
 //! - Extended attributes: `user.*`, `security.capability` and POSIX ACLs are kept. `trusted.*` and
 //!   `user.overlay.*` are dropped: in an overlay they would redirect directories.
-//! - The size of an unpacked layer is bounded by the disk; what is kept in memory is bounded by
-//!   [`tar_reader`].
+//! - The size of an unpacked layer is limited by the disk; memory is limited by [`tar_reader`].
 //!
 //! Whiteouts (`.wh.name`) become character devices 0:0, opaque directories (`.wh..wh..opq`) get the
-//! attribute `trusted.overlay.opaque`. Both hide only what lower layers hold, wherever in the
-//! archive they are written.
+//! attribute `trusted.overlay.opaque`. Both hide only entries of lower layers, regardless of their
+//! order in the archive.
 //!
-//! The result depends on the archive alone. Only an archive that leaves out parent directories, or
-//! has hard links to files of lower layers, makes the unpacker look at those; it says so in
+//! The result depends only on the archive, unless that omits parent directories or has hard links
+//! to files of lower layers. Then the unpacker accesses the lower layers, and sets
 //! [`Unpacked::used_lower`].
 
 mod attributes;
@@ -44,41 +43,41 @@ use tar_reader::TarReader;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayerError {
-    /// The archive itself.
+    /// The archive is unreadable.
     #[error("{0}")]
     Tar(#[from] TarError),
-    /// A name with `..` in it.
+    /// A name contains `..`.
     #[error("entry \"{entry}\" leads outside of the layer")]
     Escapes {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
     },
-    /// A name that begins with a slash.
+    /// A name begins with a slash.
     #[error("entry \"{entry}\" has an absolute name")]
     Absolute {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
     },
-    /// A hard link to something outside.
+    /// A hard link's target is outside of the layer.
     #[error("hard link \"{entry}\" to \"{target}\" leads outside of the layer")]
     LinkEscapes {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
-        /// Where it leads.
+        /// Target of the link.
         target: String,
     },
-    /// A hard link to something that is not there.
+    /// A hard link's target does not exist.
     #[error("hard link \"{entry}\" to \"{target}\", which neither this layer nor a lower one has")]
     LinkTarget {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
-        /// Where it leads.
+        /// Target of the link.
         target: String,
     },
     /// A device node of a real device.
     #[error("entry \"{entry}\" is {kind} device {major}:{minor}, which images may not bring")]
     Device {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
         /// `block` or `character`.
         kind: &'static str,
@@ -87,26 +86,26 @@ pub enum LayerError {
         /// Minor number.
         minor: u32,
     },
-    /// A whiteout of nothing.
+    /// An invalid whiteout.
     #[error("entry \"{entry}\" is no valid whiteout")]
     Whiteout {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
     },
-    /// A file below something that is no directory, or a loop of symbolic links.
+    /// The parent is not a directory, or a loop of symbolic links.
     #[error("entry \"{entry}\": {parent} is no directory")]
     Parent {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
-        /// What should be a directory.
+        /// The parent.
         parent: String,
     },
-    /// Empty or overlong names, entry types that layers do not have.
+    /// An empty or overlong name, or an entry type that layers cannot contain.
     #[error("entry \"{entry}\": {reason}")]
     Entry {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
     /// The digest of the uncompressed archive is not the one in the image's configuration.
@@ -114,22 +113,22 @@ pub enum LayerError {
         "its uncompressed content has digest {actual}, the image's configuration says {expected}"
     )]
     DiffId {
-        /// As configured.
+        /// Digest in the configuration.
         expected: crate::Digest,
-        /// As computed.
+        /// Computed digest.
         actual: crate::Digest,
     },
-    /// A compression that is not known.
+    /// An unsupported compression.
     #[error("not supported: {0}")]
     Unsupported(String),
     /// Writing failed.
     #[error("cannot {doing} \"{entry}\": {source}")]
     Write {
-        /// Its name.
+        /// Name of the entry.
         entry: String,
-        /// What was done.
+        /// The operation.
         doing: &'static str,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
 }
@@ -141,21 +140,21 @@ impl LayerError {
     }
 }
 
-/// What was unpacked.
+/// Result of unpacking.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Unpacked {
     /// Bytes in files.
     pub bytes: u64,
-    /// Entries in the archive.
+    /// Number of entries in the archive.
     pub entries: u64,
-    /// Whether lower layers had a say in the result, so that it fits only on top of them.
+    /// Whether lower layers influenced the result, so that it is valid only on top of them.
     pub used_lower: bool,
 }
 
-/// Unpacks the tar archive `archive` (not compressed) into the empty directory `root`. `lower` are
+/// Unpacks the tar archive `archive` (uncompressed) into the empty directory `root`. `lower` are
 /// the directories of the layers below it, topmost first.
 ///
-/// After an error `root` holds part of the layer; the caller removes it.
+/// On failure `root` contains part of the layer; the caller removes it.
 pub(crate) fn unpack(
     archive: impl Read,
     root: OwnedFd,

@@ -1,8 +1,7 @@
-//! A reader for the tar dialects that layers come in: ustar, GNU and PAX, with sparse files.
+//! A reader for the tar dialects of layers: ustar, GNU and PAX, with sparse files.
 //!
-//! Called by the unpacker, and for the outer archive of `docker-archive:`. It only reads: it
-//! decides nothing about names, which stay the bytes that the archive holds. What an archive can
-//! make it keep in memory is bounded: see the constants.
+//! Called by the unpacker, and for the outer archive of `docker-archive:`. Does not interpret
+//! names, which are passed on as bytes. Its memory usage is limited: see the constants.
 
 mod pax;
 
@@ -15,13 +14,13 @@ const BLOCK: usize = 512;
 const MAX_EXTENSION: u64 = 1 << 20;
 /// Most extension headers before one entry.
 const MAX_EXTENSIONS_IN_A_ROW: usize = 16;
-/// Most pieces of one sparse file.
+/// Most segments of a sparse file.
 const MAX_SEGMENTS: usize = 1 << 18;
 
-/// Why an archive cannot be read on.
+/// Why an archive cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TarError {
-    /// The stream under it failed.
+    /// The underlying stream failed.
     #[error("cannot read the archive: {0}")]
     Io(io::Error),
     /// It ends inside an entry.
@@ -30,17 +29,17 @@ pub enum TarError {
     /// It is not a tar archive, or damaged.
     #[error("archive is damaged at byte {position}: {reason}")]
     Malformed {
-        /// Where in the uncompressed archive.
+        /// Offset in the uncompressed archive.
         position: u64,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// A bound of this reader.
+    /// The archive exceeds a limit of this reader.
     #[error("archive exceeds a limit at byte {position}: {reason}")]
     Limit {
-        /// Where in the uncompressed archive.
+        /// Offset in the uncompressed archive.
         position: u64,
-        /// Which.
+        /// The limit.
         reason: String,
     },
 }
@@ -54,7 +53,7 @@ impl From<io::Error> for TarError {
     }
 }
 
-/// What an entry is.
+/// Type of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A regular file.
@@ -71,14 +70,14 @@ pub enum Kind {
     Directory,
     /// A named pipe.
     Fifo,
-    /// A type that layers do not have.
+    /// A type that layers cannot contain.
     Other(u8),
 }
 
-/// One entry's header, extensions applied.
+/// Header of an entry, with extensions applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// What it is.
+    /// Type of the entry.
     pub kind: Kind,
     /// Its name as written.
     pub path: Vec<u8>,
@@ -92,22 +91,22 @@ pub struct Entry {
     pub gid: u32,
     /// Seconds and nanoseconds since 1970.
     pub mtime: (i64, u32),
-    /// Bytes that follow in the archive.
+    /// Size of its data in the archive.
     pub stored: u64,
     /// Device numbers.
     pub device: (u32, u32),
     /// Extended attributes.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Where the stored bytes belong, if the file has holes.
+    /// Layout of the data, if the file has holes.
     pub sparse: Option<Sparse>,
 }
 
 /// Layout of a sparse file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sparse {
-    /// Offset and length of each piece, ascending.
+    /// Offset and length of each segment, ascending.
     pub segments: Vec<(u64, u64)>,
-    /// Length of the file with its holes.
+    /// Size of the file including holes.
     pub size: u64,
 }
 
@@ -131,23 +130,22 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// Gives the stream back.
+    /// Returns the stream.
     pub fn into_inner(self) -> R {
         self.inner
     }
 
-    /// Byte of the archive that is read next.
+    /// Offset of the next byte in the archive.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Bytes of the current entry's data and padding that are not yet read, for callers that can
-    /// seek.
+    /// Unread bytes of the current entry's data and padding, for callers that can seek.
     pub fn unread(&self) -> u64 {
         self.data_left + self.padding
     }
 
-    /// The caller moved the stream over [`TarReader::unread`] bytes by itself.
+    /// Tells that the caller moved the stream forward by [`TarReader::unread`] bytes.
     pub fn skipped(&mut self) {
         self.position += self.unread();
         (self.data_left, self.padding) = (0, 0);
@@ -176,7 +174,7 @@ impl<R: Read> TarReader<R> {
                         .add_records(&records)
                         .map_err(|reason| self.malformed(start, reason))?;
                 }
-                // Global records say nothing about one file; Docker ignores them, too. 'V' is a
+                // Global records do not concern a single file; Docker ignores them, too. 'V' is a
                 // volume label.
                 b'g' | b'V' => self.begin_data(size),
                 b'L' => extensions.path = Some(until_nul(&self.read_extension(size)?).to_vec()),
@@ -244,7 +242,7 @@ impl<R: Read> TarReader<R> {
             ),
             _ => (0, 0),
         };
-        // Only files have data; some writers put a link's or directory's size there nevertheless.
+        // Only files have data, although some writers set a size for links and directories.
         let stored = match kind {
             Kind::File | Kind::Other(_) => extensions.size.unwrap_or(size),
             _ => 0,
@@ -298,7 +296,7 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// One header block whose checksum fits; `None` at a zero block or at the end of the stream.
+    /// Reads a header block and verifies its checksum; `None` at a zero block or at the end.
     fn read_header(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
         let start = self.position;
         let mut header = [0; BLOCK];
@@ -383,7 +381,7 @@ impl<R: Read> TarReader<R> {
         Ok(Sparse { segments, size })
     }
 
-    /// The map of a PAX sparse file: in the records (0.0, 0.1) or in front of the data (1.0).
+    /// The map of a PAX sparse file: in the records (0.0, 0.1) or before the data (1.0).
     fn pax_sparse(
         &mut self,
         start: u64,
@@ -474,7 +472,7 @@ impl<R: Read> Read for TarReader<R> {
 }
 
 impl Sparse {
-    /// The pieces must ascend, fit into the file, and be as long together as what is stored.
+    /// Checks that segments ascend, fit into the file, and have the length of the stored data.
     fn check(&self, stored: u64) -> Result<(), &'static str> {
         if self.size > i64::MAX as u64 {
             return Err("sparse size");
@@ -500,7 +498,7 @@ impl Sparse {
 /// Name of a ustar header: prefix and name.
 fn header_path(header: &[u8; BLOCK]) -> Vec<u8> {
     let name = until_nul(&header[..100]);
-    // GNU headers ("ustar  ") use the prefix's place for other things.
+    // GNU headers ("ustar  ") use these bytes for other fields.
     let prefix = match &header[257..263] {
         b"ustar\0" => until_nul(&header[345..500]),
         _ => &[],
@@ -520,7 +518,7 @@ fn until_nul(bytes: &[u8]) -> &[u8] {
     &bytes[..end]
 }
 
-/// An octal field, or a binary one when its first bit is set. Not negative.
+/// A nonnegative octal field, or a binary one if its first bit is set.
 fn number(field: &[u8]) -> Option<u64> {
     u64::try_from(signed_number(field)?).ok()
 }
@@ -528,7 +526,7 @@ fn number(field: &[u8]) -> Option<u64> {
 fn signed_number(field: &[u8]) -> Option<i64> {
     let first = *field.first()?;
     if first & 0x80 != 0 {
-        // Two's complement, big endian, the topmost bit only marks it as binary.
+        // Two's complement, big endian; the topmost bit only marks it as binary.
         let negative = first & 0x40 != 0;
         let mut value: i128 = i128::from(first & 0x3f) - if negative { 0x40 } else { 0 };
         for &byte in &field[1..] {

@@ -126,7 +126,7 @@ fn damage_is_named() {
     );
     assert!(error(b"not a tar archive at all").contains("truncated"));
     assert!(error(&[b'x'; 1024]).contains("bad size") || error(&[b'x'; 1024]).contains("checksum"));
-    // Without the two zero blocks at its end, an archive is as good.
+    // An archive without the two zero blocks at its end is valid.
     assert_eq!(entries(&Tar::new().file("a", b"").cut()).unwrap().len(), 1);
 }
 
@@ -252,7 +252,7 @@ fn sparse_maps_that_lie_are_refused() {
     assert!(error(&archive).contains("exceeds a limit"));
 }
 
-/// Whatever the bytes, the reader ends without a panic.
+/// The reader never panics on damaged input.
 #[test]
 fn random_damage_never_panics() {
     let mut data = b"2\n512\n3\n2000\n2\n".to_vec();
@@ -277,7 +277,7 @@ fn random_damage_never_panics() {
             state ^= state << 17;
             let at = (state % bad.len() as u64) as usize;
             bad[at] = (state >> 32) as u8;
-            // Most changes would fail at the checksum and go no further.
+            // Most changes would only fail the checksum.
             let header = at / 512 * 512;
             Tar::seal(&mut bad[header..header + 512]);
         }

@@ -1,14 +1,14 @@
-//! Builds tar archives for tests, also ones that no honest tool would write.
+//! Builds tar archives for tests, including malformed ones.
 
 #![allow(dead_code, clippy::unwrap_used)] // each test binary uses a part
 
-/// An archive in the making.
+/// An archive under construction.
 pub struct Tar {
     bytes: Vec<u8>,
     next: Meta,
 }
 
-/// What the next entry gets besides name and content.
+/// Metadata of the next entry.
 #[derive(Clone)]
 pub struct Meta {
     pub mode: u32,
@@ -48,7 +48,7 @@ impl Tar {
         self
     }
 
-    /// One header and its data, as given.
+    /// Appends a header and its data, as given.
     pub fn raw(
         mut self,
         name: impl AsRef<[u8]>,
@@ -61,7 +61,7 @@ impl Tar {
         self.data(data)
     }
 
-    /// Only a header, that announces `size` bytes.
+    /// Appends a header only, which announces `size` bytes.
     pub fn header_only(mut self, name: &str, kind: u8, size: u64) -> Self {
         let header = self.header(name.as_bytes(), kind, b"", size);
         self.bytes.extend(header);
@@ -127,7 +127,7 @@ impl Tar {
         self.raw(name, kind, "", b"")
     }
 
-    /// PAX records for the next entry. (What `meta` said before is for the entry, not for this
+    /// Appends PAX records for the next entry. (The last `meta` applies to the entry, not to this
     /// header.)
     pub fn pax(mut self, records: &[(&str, &[u8])]) -> Self {
         let meta = self.next.clone();
@@ -147,13 +147,13 @@ impl Tar {
         self
     }
 
-    /// The archive with its end.
+    /// The archive with its end blocks.
     pub fn finish(mut self) -> Vec<u8> {
         self.bytes.extend([0; 1024]);
         self.bytes
     }
 
-    /// The archive without its end.
+    /// The archive without its end blocks.
     pub fn cut(self) -> Vec<u8> {
         self.bytes
     }

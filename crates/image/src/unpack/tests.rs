@@ -35,8 +35,7 @@ impl Tree {
     }
 }
 
-/// Unpacks as root, which these tests need: owners, devices and trusted attributes cannot be had
-/// otherwise.
+/// Unpacks as root, which these tests need for owners, devices and trusted attributes.
 fn try_unpack(archive: Vec<u8>, lower: &[OwnedFd]) -> (Tree, Result<Unpacked, LayerError>) {
     assert!(
         rustix::process::geteuid().is_root(),
@@ -572,7 +571,7 @@ fn an_archive_that_is_complete_does_not_look_below() {
     assert!(!result.unwrap().used_lower);
 }
 
-/// Everything below a directory: names, types, modes, owners, times, contents, links.
+/// All files below a directory: names, types, modes, owners, times, contents, links.
 fn snapshot(dir: &Path) -> Vec<String> {
     let mut lines = Vec::new();
     let mut todo = vec![dir.to_owned()];
@@ -604,7 +603,7 @@ fn snapshot(dir: &Path) -> Vec<String> {
     lines
 }
 
-/// Any sequence of entries leaves what is outside as it was, and gives the same twice.
+/// Any sequence of entries leaves files outside unchanged, and gives the same result twice.
 #[test]
 fn random_archives_stay_inside_and_are_deterministic() {
     const NAMES: &[&str] = &[

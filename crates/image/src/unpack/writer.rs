@@ -1,5 +1,4 @@
-//! Turns the entries of a layer into files below one directory. The rules are on top of the module
-//! above.
+//! Creates a layer's entries below one directory. The rules are described in the parent module.
 
 mod parents;
 
@@ -25,20 +24,19 @@ use super::{LayerError, Unpacked, fs};
 const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
-/// As many as the kernel follows.
+/// The kernel's limit.
 const MAX_LINKS: usize = 40;
-/// PATH_MAX of Linux, with the final zero.
+/// PATH_MAX of Linux, with the final NUL.
 const MAX_PATH: usize = 4096;
-/// Directories and whiteouts that the archive has no entry for are dated so, to be deterministic.
+/// Time of directories and whiteouts without an entry in the archive, to be deterministic.
 const NO_TIME: (i64, u32) = (0, 0);
 
 pub(super) struct Writer<'a> {
     root: OwnedFd,
     lower: Lower<'a>,
-    /// The directory that the last file went into: neighbours in an archive are neighbours in a
-    /// directory.
+    /// Cache of the last file's directory: consecutive entries are often in the same directory.
     last_parent: Option<Parent>,
-    /// Times of directories by their paths without symbolic links, set at the end because making
+    /// Times of directories by their paths without symbolic links; set at the end because creating
     /// entries changes them.
     dir_times: BTreeMap<Vec<u8>, (i64, u32)>,
     buffer: Vec<u8>,
@@ -46,7 +44,7 @@ pub(super) struct Writer<'a> {
     entries: u64,
 }
 
-/// The parts of a name, `.` and doubled slashes left out; `None` when there is a `..`.
+/// The components of a name, without `.` and empty ones; `None` if one is `..`.
 fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
     let parts: Vec<_> = path
         .split(|&byte| byte == b'/')
@@ -72,7 +70,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Adds one entry; `data` gives its stored bytes.
+    /// Creates one entry; `data` yields its stored bytes.
     pub(super) fn add(&mut self, entry: &Entry, data: &mut impl Read) -> Result<(), LayerError> {
         self.entries += 1;
         let shown = || show(&entry.path);
@@ -120,7 +118,7 @@ impl<'a> Writer<'a> {
         result
     }
 
-    /// Sets what must come last, and gives the sums.
+    /// Sets the directories' times, and returns the totals.
     pub(super) fn finish(self) -> Result<Unpacked, LayerError> {
         for (path, time) in self.dir_times {
             let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
@@ -133,7 +131,7 @@ impl<'a> Writer<'a> {
             match dir {
                 Ok(dir) => rustix::fs::futimens(&dir, &fs::times(time))
                     .map_err(failed("set the time of", &path))?,
-                // It was replaced later on.
+                // It was replaced later in the archive.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
                 Err(error) => return Err(failed("open", &path)(error)),
             }
@@ -207,7 +205,7 @@ impl<'a> Writer<'a> {
             .map_err(failed("set the time of", &entry.path))
     }
 
-    /// A new regular file, in place of whatever was there.
+    /// A new regular file, replacing an existing entry.
     fn create(
         &mut self,
         entry: &Entry,
@@ -306,8 +304,8 @@ impl<'a> Writer<'a> {
         let made = Cell::new(true);
         self.replace(entry, parent, name, || {
             let node = rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device);
-            // In a user namespace there are no devices. A container does without: its /dev is made
-            // anew.
+            // Devices cannot be created in a user namespace. Containers do not need them: their
+            // /dev is set up anew.
             made.set(!(node == Err(Errno::PERM) && kind == FileType::CharacterDevice));
             if made.get() { node } else { Ok(()) }
         })?;
@@ -324,7 +322,7 @@ impl<'a> Writer<'a> {
             AtFlags::SYMLINK_NOFOLLOW,
         )
         .map_err(failed("set the owner of", &entry.path))?;
-        // The name is ours and nothing else runs here, so it cannot have become a symbolic link.
+        // We created the name and nothing else runs here, so it cannot have become a symbolic link.
         rustix::fs::chmodat(parent, name, mode_of(entry.mode), AtFlags::empty())
             .map_err(failed("set the mode of", &entry.path))?;
         rustix::fs::utimensat(
@@ -389,8 +387,7 @@ impl<'a> Writer<'a> {
             .map_err(failed("link", &entry.path))
     }
 
-    /// Copies a regular file of a lower layer into this one, as overlayfs would before linking to
-    /// it.
+    /// Copies a regular file of a lower layer into this one, as overlayfs would before linking it.
     fn copy_up(&mut self, entry: &Entry, target: &[&[u8]]) -> Result<bool, LayerError> {
         let path: Vec<Vec<u8>> = target.iter().map(|part| part.to_vec()).collect();
         let shown = &entry.link;
@@ -443,7 +440,7 @@ impl<'a> Writer<'a> {
             return set_opaque(dir.as_fd(), &entry.path);
         }
         if name.starts_with(WHITEOUT_META) {
-            // Bookkeeping of aufs, where this notation comes from.
+            // Metadata of aufs, where this notation comes from.
             return Ok(());
         }
         match &name[WHITEOUT.len()..] {
@@ -454,7 +451,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Hides `name` of the lower layers. What this layer itself has there stays.
+    /// Hides `name` of the lower layers. Entries of this layer stay.
     fn hide(&mut self, entry: &Entry, parent_path: &[u8], name: &[u8]) -> Result<(), LayerError> {
         let parent = self.parent(parent_path, &entry.path)?;
         let existing = fs::stat(parent.as_fd(), name).map_err(failed("look at", &entry.path))?;
@@ -489,7 +486,7 @@ impl<'a> Writer<'a> {
             .map_err(failed("set the time of", &entry.path))
     }
 
-    /// Makes something new at `name`, removing what was there.
+    /// Creates an entry at `name`, removing an existing one.
     fn replace(
         &mut self,
         entry: &Entry,

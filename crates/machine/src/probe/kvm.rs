@@ -13,14 +13,14 @@ use std::time::Duration;
 
 use super::KvmState;
 
-/// Million instructions per second; less is interpreted. A processor executes thousands, an
+/// Million instructions per second below which KVM interprets. A processor executes thousands, an
 /// emulator with nested paging hundreds, an interpreter one or two.
 const INTERPRETED_BELOW: u64 = 20;
 
-/// How long the guest counts.
+/// Duration of the measurement.
 const MEASURED: Duration = Duration::from_millis(30);
 
-/// Seconds after which a probe that does not answer is killed.
+/// Timeout in seconds after which the probe is killed.
 const PROBE_TIMEOUT: u32 = 3;
 
 /// Whether `/dev/kvm` can be opened.
@@ -75,7 +75,7 @@ pub fn in_child(question: fn() -> bool) -> bool {
     fork_and_read(|| if question() { "y".into() } else { "n".into() }).as_deref() == Some("y")
 }
 
-/// Whether this process can trace a child as a user-mode kernel does.
+/// Whether this process can trace a child, as a user-mode kernel does.
 pub fn tracing_works() -> bool {
     // SAFETY: a plain fork; the child makes system calls only and exits. The parent waits for that
     // very child.
@@ -101,7 +101,7 @@ pub fn tracing_works() -> bool {
     }
 }
 
-/// The text that `work` makes in a forked child; `None` when the alarm ended it.
+/// Runs `work` in a forked child and returns its text; `None` if the alarm killed it.
 fn fork_and_read(work: impl FnOnce() -> String) -> Option<String> {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).ok()?;
     // SAFETY: the child runs `work`, writes and exits without returning to the caller's code. Its
@@ -125,7 +125,7 @@ fn fork_and_read(work: impl FnOnce() -> String) -> Option<String> {
                 .take(4096)
                 .read_to_string(&mut answer);
             let mut status = 0;
-            // SAFETY: waits for the child just made.
+            // SAFETY: waits for the child just forked.
             unsafe { libc::waitpid(child, &mut status, 0) };
             (read.is_ok() && !libc::WIFSIGNALED(status)).then_some(answer)
         }
@@ -140,8 +140,7 @@ mod platform {
     use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
     use kvm_ioctls::{Kvm, VcpuExit};
 
-    /// Iterations between two exits to this process. Interpreted, one takes a hundredth of a
-    /// second.
+    /// Iterations between two exits to this process. Interpreted, they take ten milliseconds.
     const LOOPS: u32 = 10_000;
     /// Guest memory: page tables in the first pages, then the code.
     const MEMORY: usize = 0x10000;
@@ -160,7 +159,7 @@ mod platform {
     #[repr(C, align(4096))]
     struct Memory([u8; MEMORY]);
 
-    /// Millions of instructions per second in 64-bit kernel mode.
+    /// Measures millions of instructions per second in 64-bit kernel mode.
     pub fn measure(during: Duration) -> Result<u64, String> {
         let failed = |what: &'static str| move |error| format!("{what}: {error}");
         let kvm = Kvm::new().map_err(failed("opening /dev/kvm"))?;
@@ -184,7 +183,7 @@ mod platform {
             memory_size: MEMORY as u64,
             userspace_addr: memory.0.as_ptr() as u64,
         };
-        // SAFETY: the memory outlives the virtual machine, and this process does not touch it from
+        // SAFETY: the memory outlives the virtual machine, and this process does not access it from
         // here on.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("giving it memory"))?;
         let mut vcpu = vm.create_vcpu(0).map_err(failed("creating a processor"))?;
@@ -229,7 +228,7 @@ mod platform {
             Ok(other) => Err(format!("unexpected exit: {other:?}")),
             Err(error) => Err(format!("running guest code: {error}")),
         };
-        // The first round sets up what KVM sets up lazily.
+        // The first round includes KVM's lazy setup.
         round()?;
         let (start, mut rounds) = (Instant::now(), 0u64);
         while start.elapsed() < during {

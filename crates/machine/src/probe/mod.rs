@@ -1,8 +1,8 @@
-//! What machines this host can run, and why not the others: for `hull check` and
+//! Reports which machines this host can run, and why not the others: for `hull check` and
 //! [`crate::choose()`].
 //!
-//! "Works" is tried, not assumed: KVM by running guest code and timing it (see [`kvm`]), tracing by
-//! tracing.
+//! Everything is tested, not assumed: KVM by running and timing guest code (see [`kvm`]), tracing
+//! by tracing.
 
 mod kvm;
 
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::choose::{Choice, Requirements, choose};
 use crate::{Backend, Kind, qemu, uml};
 
-/// Everything `hull check` says about machines.
+/// The report on machines for `hull check`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// Hardware virtualization.
@@ -23,9 +23,9 @@ pub struct Report {
     pub uml: State,
     /// QEMU.
     pub qemu: State,
-    /// QEMU's version, where it is installed.
+    /// QEMU's version, if installed.
     pub qemu_version: Option<String>,
-    /// What `auto` picks.
+    /// The choice of `auto`.
     pub auto: Result<Choice, String>,
 }
 
@@ -35,7 +35,7 @@ pub struct Report {
 pub enum State {
     /// It can be used.
     Works {
-        /// How, in a few words.
+        /// Details, in a few words.
         how: String,
     },
     /// It cannot be used.
@@ -47,7 +47,7 @@ pub enum State {
     },
 }
 
-/// The result of trying KVM.
+/// Result of probing KVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum KvmState {
@@ -65,7 +65,7 @@ pub enum KvmState {
     Absent,
     /// The caller may not open `/dev/kvm`.
     NoPermission,
-    /// It cannot run guest code at all.
+    /// KVM cannot run guest code at all.
     Fails {
         /// The step that failed.
         why: String,
@@ -97,15 +97,15 @@ impl fmt::Display for KvmState {
 /// A kind of machine that works.
 #[derive(Debug, Clone)]
 pub struct Works {
-    /// It uses hardware virtualization.
+    /// Whether it uses hardware virtualization.
     pub hardware: bool,
     /// The guest kernel that it boots.
     pub kernel: PathBuf,
-    /// Its advantage, for people.
+    /// Its advantage, for display.
     pub why: String,
 }
 
-/// Examines everything. Takes a few tenths of a second once per boot of the host, then a few
+/// Probes everything. Takes a few tenths of a second once per boot of the host, then a few
 /// milliseconds.
 pub fn probe(requirements: &Requirements) -> Report {
     let host = &requirements.host;
@@ -121,7 +121,7 @@ pub fn probe(requirements: &Requirements) -> Report {
 }
 
 impl Report {
-    /// Whether a kind of machine can be used. `None`: it has no backend.
+    /// State of a kind. `None` if it has no backend.
     pub fn state(&self, kind: Kind) -> Option<&State> {
         match kind {
             Kind::Kvm => None,
@@ -131,12 +131,12 @@ impl Report {
     }
 }
 
-/// Whether a process can trace another one here, tried.
+/// Tests whether a process can trace another one here.
 pub(crate) fn tracing_works() -> bool {
     kvm::in_child(kvm::tracing_works)
 }
 
-/// Why a process without privileges may not trace its own children, by the Yama security module.
+/// Why the Yama security module forbids an unprivileged process to trace its own children.
 pub fn tracing_forbidden() -> Option<String> {
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?;
     let scope: u32 = scope.trim().parse().ok()?;
@@ -144,7 +144,7 @@ pub fn tracing_forbidden() -> Option<String> {
         .then(|| format!("tracing processes is forbidden (kernel.yama.ptrace_scope = {scope})"))
 }
 
-/// A cached result and the host that it is valid for.
+/// A cached result and the host boot that it is valid for.
 #[derive(Serialize, Deserialize)]
 struct Cached {
     host: String,
@@ -159,8 +159,8 @@ pub fn kvm_cached(data_directory: &Path) -> KvmState {
         .ok()
         .and_then(|text| serde_json::from_slice::<Cached>(&text).ok());
     match cached {
-        // The device node can appear and disappear, and permissions are the caller's: these are
-        // examined each time.
+        // The device node can appear and disappear, and permissions depend on the caller: these are
+        // checked each time.
         Some(cached) if cached.host == host && kvm::openable().is_ok() => cached.kvm,
         _ => {
             let kvm = kvm::probe();
@@ -195,7 +195,7 @@ fn cache(path: &Path, cached: &Cached) {
     }
 }
 
-/// This boot of this host, for which a result about KVM is valid.
+/// Identifies this boot of this host, for which a KVM result is valid.
 fn host_identity() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");

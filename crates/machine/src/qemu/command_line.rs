@@ -1,4 +1,4 @@
-//! QEMU's command line and that of the kernel it boots.
+//! The command lines of QEMU and of the kernel it boots.
 
 use std::ffi::OsString;
 
@@ -7,13 +7,13 @@ use hull_device_control::DeviceConfig;
 
 use crate::wiring::Placed;
 
-/// The descriptor of QEMU's end of its monitor.
+/// QEMU's end of the monitor connection.
 pub const MONITOR_FD: i32 = 3;
 
-/// Where distributions put QEMU's firmware, beside its own directory.
+/// Firmware directories of distributions, in addition to QEMU's own.
 pub const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 
-/// The arguments, including the zeroth.
+/// The arguments, including `argv[0]`.
 pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -> Vec<OsString> {
     let mut line: Vec<OsString> = vec![program.into()];
     let mut add = |arguments: &[&str]| line.extend(arguments.iter().map(OsString::from));
@@ -30,7 +30,7 @@ pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -
         false => ("tcg,thread=multi", "max"),
     };
     add(&["-accel", accelerator, "-cpu", processor]);
-    // The firmware starts the kernel itself, without option ROMs, which takes 30 ms less.
+    // The firmware starts the kernel itself, without option ROMs, which saves 30 ms.
     add(&[
         "-M",
         "microvm,acpi=off,x-option-roms=off,memory-backend=memory",
@@ -40,7 +40,7 @@ pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -
         format!("{}K", config.memory >> 10),
     );
     add(&["-smp", &vcpus, "-m", &memory]);
-    // Shared with the device process.
+    // Memory is shared with the device process.
     let backend = format!(
         "memory-backend-memfd,id=memory,size={},share=on",
         config.memory
@@ -70,7 +70,7 @@ pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -
             DeviceConfig::Entropy => "vhost-user-rng",
             DeviceConfig::Disk { .. } => "vhost-user-blk,num-queues=1",
             DeviceConfig::Net { mac, .. } => {
-                // QEMU does not ask the device process for the address.
+                // QEMU does not read the address from the device process.
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
                 add(&[
                     "-netdev",
@@ -91,28 +91,28 @@ fn cpuinfo() -> String {
 }
 
 fn kernel_command_line(config: &MachineConfig, cpuinfo: &str) -> String {
-    // Warnings and errors. Restarting is how a guest without ACPI ends itself (see `-no-reboot`).
+    // Only warnings and errors. A guest without ACPI ends by rebooting (see `-no-reboot`).
     let mut line = String::from(
         "console=ttyS0 quiet loglevel=5 panic=-1 reboot=t no_timer_check acpi=off pci=off \
          dummy.numdummies=0",
     );
     if !config.hardware {
-        // An emulated guest reads the host's time stamp counter, but has no reference to measure it
-        // by that a busy host does not falsify: it would get a clock of ten milliseconds.
+        // An emulated guest reads the host's time stamp counter, but on a busy host it cannot
+        // calibrate it reliably: it would fall back to a clock with a resolution of ten
+        // milliseconds.
         if let Some(frequency) = tsc_khz(cpuinfo) {
             line.push_str(&format!(" tsc=reliable tsc_early_khz={frequency}"));
         }
         if config.vcpus == 1 {
-            // Measuring the local timer takes a tenth of a second; the other one needs no
-            // measuring.
+            // Calibrating the local timer takes a tenth of a second; the other one needs none.
             line.push_str(" nolapic_timer");
         }
     }
     line
 }
 
-/// Frequency of the host's time stamp counter. Its kernel shows it only as the speed of a delay
-/// loop, which is made from it: two loops per cycle.
+/// Frequency of the host's time stamp counter, derived from the speed of the delay loop that the
+/// kernel reports: two loops per cycle.
 fn tsc_khz(cpuinfo: &str) -> Option<u64> {
     let line = cpuinfo.lines().find(|line| line.starts_with("bogomips"))?;
     let bogomips: f64 = line.split_once(':')?.1.trim().parse().ok()?;

@@ -19,14 +19,14 @@ use crate::{
 use command_line::{FIRMWARE, MONITOR_FD, command_line};
 use qmp::Monitor;
 
-/// The oldest version whose `microvm` takes vhost-user devices as used here.
+/// The oldest version whose `microvm` supports vhost-user devices as used here.
 const OLDEST: (u32, u32) = (6, 2);
 
-/// Where its shared libraries are.
+/// Directories of its shared libraries.
 const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
 
-/// Where its modules may be: it would look for them beside its executable, which the jail does not
-/// show.
+/// Candidate directories of its modules: it would look for them beside its executable, which is not
+/// visible in the jail.
 #[cfg(target_arch = "x86_64")]
 const MODULES: [&str; 3] = [
     "/usr/lib/x86_64-linux-gnu/qemu",
@@ -51,7 +51,7 @@ impl Backend for Qemu {
     fn features(&self) -> Features {
         Features {
             max_vcpus: None,
-            // As many transports as QEMU's microvm has without ACPI (hw/i386/microvm.c).
+            // The number of virtio-mmio transports of microvm without ACPI (hw/i386/microvm.c).
             max_devices: Some(8),
             net: NetDevices::AtBoot {
                 enables_rings_early: true,
@@ -164,7 +164,7 @@ impl Machine for QemuMachine {
         if self.paused {
             return Ok(());
         }
-        // Virtual CPUs have stopped when the answer comes, and the guest's clocks with them.
+        // QEMU answers after the virtual CPUs and the guest's clocks have stopped.
         self.execute("pause", "stop")?;
         self.paused = true;
         Ok(())
@@ -180,8 +180,8 @@ impl Machine for QemuMachine {
     }
 
     fn exit(&mut self) -> Option<Exit> {
-        // Restarting is how a guest without ACPI ends itself, and how its kernel ends after a
-        // panic: the status is the same.
+        // A guest without ACPI ends by rebooting, as does its kernel after a panic: the status is
+        // the same.
         Some(Exit::interpret(self.jailed.ended()?, None))
     }
 }
@@ -201,7 +201,7 @@ fn program_name() -> String {
     format!("qemu-system-{}", std::env::consts::ARCH)
 }
 
-/// Where the emulator for this architecture is.
+/// Path of the emulator for this architecture.
 pub fn find_program() -> Result<PathBuf, Error> {
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/usr/local/bin".into());
     std::env::split_paths(&path)
@@ -260,8 +260,8 @@ fn root(config: &MachineConfig, sockets: Vec<Bind>) -> Root {
     root.binds
         .push(bind(&config.initramfs, Path::new("/initramfs"), false));
     for library in LIBRARIES.map(Path::new) {
-        // With a merged /usr these are links, which are needed, too: the path of the interpreter
-        // begins with one.
+        // With a merged /usr these are links, which are also needed: the interpreter's path begins
+        // with one.
         match std::fs::read_link(library) {
             Ok(to) => root.links.push((library.to_owned(), to)),
             Err(_) if library.is_dir() => root.binds.push(bind(library, library, true)),

@@ -1,9 +1,8 @@
-//! The monitor of a QEMU: commands and answers in JSON, one per line (QEMU's
-//! docs/interop/qmp-spec).
+//! QEMU's monitor: commands and answers in JSON, one per line (QEMU's docs/interop/qmp-spec).
 //!
-//! QEMU handles what a guest writes, so its answers are not trusted: a line and an answer have a
-//! largest size, an answer has a deadline, and nothing of it but success or failure is used. The
-//! text of a failure is shown to people, cleaned.
+//! QEMU processes guest input, so its answers are not trusted: lines and answers are limited in
+//! size, answers have a deadline, and only their success or failure is used. Error texts are
+//! displayed, sanitized.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -12,31 +11,30 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// How long QEMU may take for the answer to a command. It completes the requests of its disks
-/// before it stops.
+/// Timeout of a command. QEMU completes its disks' requests before it stops.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Most bytes read for one answer. Before it come the events since the last one, which QEMU
-/// limits to a few a second.
+/// Most bytes read for one answer. These include the events since the last one, which QEMU limits
+/// to a few a second.
 const MAX_ANSWER: usize = 4 << 20;
 
 /// Longest line.
 const MAX_LINE: usize = 64 << 10;
 
-/// Longest text of a failure that is shown.
+/// Maximum length of a displayed error text.
 const MAX_TEXT: usize = 200;
 
 type Message = serde_json::Map<String, Value>;
 
-/// What QEMU answers to a command: done, or why not.
+/// QEMU's answer to a command: success, or the reason of a failure.
 type Answer = Result<(), String>;
 
-/// A connection to a monitor.
+/// Connection to a monitor.
 #[derive(Debug)]
 pub struct Monitor {
     stream: UnixStream,
     stage: Stage,
-    /// Bytes of a line that is not complete.
+    /// An incomplete line.
     partial: Vec<u8>,
 }
 
@@ -51,7 +49,7 @@ enum Stage {
 }
 
 impl Monitor {
-    /// A monitor, and QEMU's end of its connection.
+    /// Creates a monitor and QEMU's end of its connection.
     ///
     /// # Errors
     /// EMFILE.
@@ -65,10 +63,11 @@ impl Monitor {
         Ok((monitor, theirs.into()))
     }
 
-    /// Executes a command without arguments. The connection is set up by the first one.
+    /// Executes a command without arguments. The first one sets up the connection.
     ///
     /// # Errors
-    /// The reason: QEMU refuses, does not answer in time, sends something else, or has ended.
+    /// The reason: QEMU rejects the command, does not answer in time, sends invalid data, or has
+    /// ended.
     pub fn execute(&mut self, command: &str) -> Result<(), String> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         let stage = std::mem::replace(&mut self.stage, Stage::Broken);
@@ -98,7 +97,7 @@ impl Monitor {
             .map_err(|error| failure(&error))
     }
 
-    /// Reads messages until `wanted` has a result for one; the others are events.
+    /// Reads messages until `wanted` returns a result for one; others are events.
     fn expect(
         &mut self,
         deadline: Instant,
@@ -146,7 +145,7 @@ impl Monitor {
     }
 }
 
-/// The answer to a command, if a message is one.
+/// The answer in a message, if it is one.
 fn answer(message: &Message) -> Option<Answer> {
     if message.contains_key("return") {
         return Some(Ok(()));
@@ -182,7 +181,7 @@ mod tests {
     use std::io::{BufRead, BufReader};
     use std::thread::JoinHandle;
 
-    /// A monitor whose QEMU sends `first`, then for each command it reads one of `answers`.
+    /// A monitor whose QEMU sends `first`, then one of `answers` per command.
     fn monitor(first: &str, answers: &[&str]) -> (Monitor, JoinHandle<Vec<String>>) {
         let (monitor, theirs) = Monitor::new().unwrap();
         let mut stream = UnixStream::from(theirs);
@@ -191,7 +190,7 @@ mod tests {
         let thread = std::thread::spawn(move || {
             let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
             let mut got = Vec::new();
-            // The other side may have closed the connection because of what it got.
+            // The monitor may have closed the connection because of invalid data.
             let _ = stream.write_all(first.as_bytes());
             for answer in answers {
                 match commands.next() {
@@ -259,8 +258,8 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Pieces of the protocol and other bytes, in any order: an answer or an error, at once,
-        /// because the connection ends with them.
+        /// Parts of the protocol and other bytes, in any order: an answer or an error, without
+        /// delay, because the connection ends after them.
         #[test]
         fn any_bytes_are_an_answer_or_an_error(pieces in proptest::collection::vec(
             proptest::prop_oneof![

@@ -1,10 +1,9 @@
-//! The time that a user-mode kernel was paused: a number that the kernel subtracts from the host's
-//! monotonic clock, which is its own (guest/kernel/patches/um-paused-time.patch).
+//! The total pause time of a user-mode kernel: a number that the kernel subtracts from the host's
+//! monotonic clock, on which its own is based (guest/kernel/patches/um-paused-time.patch).
 //!
-//! The number is in a file that the kernel maps, read-only, and is written while the kernel is
-//! stopped. So there is no moment at which the guest can see a clock that is not yet corrected,
-//! which a message or a signal would leave: a timer that expired during the pause is handled
-//! before them.
+//! The number is in a file that the kernel maps read-only, and is written while the kernel is
+//! stopped. So the guest never sees an uncorrected clock. With a message or a signal it could: a
+//! timer that expired during the pause would be handled first.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 
-/// Size of the file: it is mapped, so a page.
+/// Size of the file: a page, as it is mapped.
 const SIZE: u64 = 4096;
 
 /// The file and its content.
@@ -23,7 +22,7 @@ pub struct PausedTime {
 }
 
 impl PausedTime {
-    /// Creates the file. The second value is for the kernel, which can read it only.
+    /// Creates the file. Returns also a read-only descriptor for the kernel.
     ///
     /// # Errors
     /// EMFILE, ENOMEM; ENOENT without /proc.
@@ -45,14 +44,14 @@ impl PausedTime {
         ))
     }
 
-    /// Adds a pause. The kernel must be stopped: it reads while this writes otherwise.
+    /// Adds a pause. The kernel must be stopped: otherwise it could read during the write.
     ///
     /// # Errors
-    /// Those of pwrite; the number is then as before.
+    /// Those of pwrite; the number is then unchanged.
     pub fn add(&mut self, pause: Duration) -> Result<(), Errno> {
         let pause = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
         let nanoseconds = self.nanoseconds.saturating_add(pause);
-        // Shorter than eight bytes it cannot be: the file has a page and cannot shrink.
+        // Cannot be a short write: the file has a page and cannot shrink.
         rustix::io::pwrite(&self.file, &nanoseconds.to_ne_bytes(), 0)?;
         self.nanoseconds = nanoseconds;
         Ok(())

@@ -1,6 +1,6 @@
-//! Machine kind `uml`: a Linux kernel built for user mode, an ordinary process that traces the
-//! processes of its guest. Needs no virtualization; it is not hardware isolation, so the jail
-//! around it matters most here.
+//! Machine kind `uml`: a Linux kernel built for user mode, an ordinary process that traces its
+//! guest's processes. Needs no virtualization; it is not hardware isolation, so the jail matters
+//! most here.
 
 mod clock;
 mod pause;
@@ -26,20 +26,20 @@ use crate::{
 };
 use clock::PausedTime;
 
-/// Loops per tick of a processor at 5 GHz. With this parameter the kernel does not measure them,
-/// which takes 60 ms. They matter only to busy waits, which drivers of hardware use: on a slower
-/// processor those take longer than requested, which is allowed; never shorter.
+/// Loops per jiffy of a 5 GHz processor. With this parameter the kernel skips the calibration,
+/// which takes 60 ms. It affects only busy waits of hardware drivers: on a slower processor those
+/// take longer than requested, which is allowed, but never shorter.
 const LOOPS_PER_JIFFY: u64 = 50_000_000;
 
-/// Capacity of the jail's `/tmp` beside the guest's memory, for the pid file of the kernel and
-/// what it tests.
+/// Capacity of the jail's `/tmp` in addition to the guest's memory, for the kernel's pid file and
+/// test files.
 const TMP_SLACK: u64 = 1 << 20;
 
-/// Exit code of a kernel that panicked. It would abort; the jail forbids that, because PID 1 of a
-/// namespace ignores SIGABRT, and then it exits (arch/um/os-Linux/util.c, uml_abort).
+/// Exit code of a kernel that panicked. Its abort has no effect in the jail, because PID 1 of a
+/// namespace ignores SIGABRT, so it exits (arch/um/os-Linux/util.c, uml_abort).
 const PANICKED: i32 = 127;
 
-/// The descriptor of the file with the time that the machine was paused.
+/// The descriptor of the paused-time file.
 const PAUSED_TIME_FD: i32 = 3;
 
 /// The backend.
@@ -52,7 +52,7 @@ impl Backend for Uml {
 
     fn features(&self) -> Features {
         Features {
-            // Ptrace mode has one.
+            // Ptrace mode supports one.
             max_vcpus: Some(1),
             max_devices: None,
             net: NetDevices::HotPlug {
@@ -103,7 +103,7 @@ impl Backend for Uml {
                 format!("its guest kernel {} does not exist", kernel.display()),
                 build,
             ),
-            // The trial needs root.
+            // The test needs root.
             Some(kernel) if rustix::process::geteuid().is_root() => match version(kernel) {
                 Ok(version) => State::Works {
                     how: format!("Linux {version}, no virtualization needed"),
@@ -227,7 +227,7 @@ fn hotplug_parameter(number: u8) -> String {
     device(&socket_path(&format!("net{number}")), DeviceType::Net)
 }
 
-/// A device as the kernel's parameter `virtio_uml.device` names it.
+/// A device as in the kernel parameter `virtio_uml.device`.
 fn device(socket: &str, device_type: DeviceType) -> String {
     format!("{socket}:{}", device_type.virtio_id())
 }
@@ -246,7 +246,7 @@ fn spawn(
         name: "the guest kernel",
         executable: kernel.as_fd(),
         argv,
-        // Where it creates the file of the guest's memory and its pid file.
+        // Directory for the guest's memory file and the kernel's pid file.
         env: vec![
             ("TMPDIR".into(), "/tmp".into()),
             ("HOME".into(), "/tmp".into()),
@@ -264,8 +264,7 @@ fn spawn(
     })
 }
 
-/// The version that a kernel reports. It runs in a jail like that of a guest, so this tests the
-/// jail, too.
+/// The version that a kernel reports. It runs in a jail like a guest's, which tests the jail, too.
 fn version(kernel: &Path) -> Result<String, String> {
     /// Nobody, by convention.
     const NOBODY: u32 = 65534;
@@ -284,7 +283,7 @@ fn version(kernel: &Path) -> Result<String, String> {
         spawn(&file, argv, root, NOBODY, &write, None).map_err(|error| error.to_string())?;
     drop(write);
     let mut reported = String::new();
-    // Bounded: the file may be any program.
+    // Bounded: the file could be any program.
     let _ = std::fs::File::from(read)
         .take(1024)
         .read_to_string(&mut reported);
@@ -323,12 +322,12 @@ fn root(config: &MachineConfig, mut binds: Vec<Bind>) -> Root {
         });
     };
     bind(&config.initramfs, "/initramfs");
-    // Where it finds the features of the processor, to show them to the guest.
+    // The kernel reads the processor's features there, to show them to the guest.
     bind(Path::new("/proc/cpuinfo"), "/proc/cpuinfo");
     Root {
         tmp: Some(Tmp {
             size: config.memory.saturating_add(TMP_SLACK),
-            // They would make a start some milliseconds quicker and an idle guest 6 MB larger.
+            // They would save some milliseconds of a start and make an idle guest 6 MB larger.
             huge_pages: false,
         }),
         binds,
@@ -343,24 +342,24 @@ fn command_line(config: &MachineConfig, devices: &[Placed]) -> Vec<OsString> {
         "initrd=/initramfs".into(),
         format!("lpj={LOOPS_PER_JIFFY}"),
         format!("paused-time={PAUSED_TIME_FD}"),
-        // The console reads nothing and prints to the pipe; other terminal lines lead nowhere.
+        // The console reads nothing and prints to the pipe; other terminal lines are disabled.
         "con=null".into(),
         "ssl=null".into(),
         "con0=fd:0,fd:1".into(),
-        // hull's guest kernel then leaves out its own tests of ptrace, which take 3 ms (`hull
-        // check` tries it).
+        // hull's guest kernel then skips its own ptrace tests, which take 3 ms (`hull check` runs
+        // them).
         "ptrace=known-good".into(),
         // Warnings and errors: each line costs two system calls and a wake-up of the sandbox
         // process.
         "quiet".into(),
         "loglevel=5".into(),
-        // No network interface that nobody asked for.
+        // No dummy network interface.
         "dummy.numdummies=0".into(),
-        // A guest that panics ends at once.
+        // A panic ends the guest at once.
         "panic=-1".into(),
         "umid=hull".into(),
     ];
-    // Net devices are added when they have an interface to stand for ([`hotplug_parameter`]).
+    // Net devices are added with their interfaces ([`hotplug_parameter`]).
     let at_boot = devices
         .iter()
         .filter(|device| !matches!(device.config, DeviceConfig::Net { .. }));

@@ -1,15 +1,15 @@
-//! Stopping a user-mode kernel and the processes of its guest.
+//! Stops a user-mode kernel and its guest's processes.
 //!
-//! The kernel runs guest user space in processes that it traces, and one of them can be computing
-//! while the kernel waits for it. So the kernel is stopped first, with SIGSTOP: from then on it
-//! starts nothing. A traced process that still runs gets SIGALRM, the signal with which the kernel
-//! itself interrupts it when a time slice ends: it enters a ptrace stop and stays there, because
-//! nothing continues it, and to the resumed kernel it looks like the end of a time slice. A process
-//! that is not traced yet runs code of the kernel that starts it; it ends up waiting for the kernel
-//! and gets no signal, because it is not prepared for one.
+//! The kernel runs guest user space in processes that it traces, one of which can be computing
+//! while the kernel waits for it. So the kernel is stopped first, with SIGSTOP: then it starts
+//! nothing. A traced process that still runs gets SIGALRM, with which the kernel itself interrupts
+//! it at the end of a time slice: it enters a ptrace stop and stays there, because nothing
+//! continues it. To the resumed kernel this looks like the end of a time slice. A process that is
+//! not traced yet runs the kernel's startup code; it ends up waiting for the kernel and gets no
+//! signal, because it cannot handle one.
 //!
-//! Neither a pidfd nor a signal reports that another process's child has stopped, so their states
-//! are read from /proc until all have stopped, or [`STOP_TIMEOUT`] is over.
+//! Neither a pidfd nor a signal reports that another process's child has stopped, so process states
+//! are polled from /proc until all have stopped, or [`STOP_TIMEOUT`] has passed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,30 +22,30 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::process::Process;
 
-/// How long all processes of a machine may take to stop.
+/// Timeout for stopping all processes of a machine.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Time between two looks at the states of processes that are about to stop.
+/// Interval of polling process states.
 const INTERVAL: Duration = Duration::from_micros(200);
 
-/// A kernel that has stopped.
+/// A stopped kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct Stopped {
-    /// When it was seen to be: the guest's clock has not gone beyond this.
+    /// When it was seen stopped: the guest's clock has not advanced beyond this.
     at: Instant,
 }
 
 impl Stopped {
-    /// For how long it has been.
+    /// Time since it stopped.
     pub fn elapsed(self) -> Duration {
         self.at.elapsed()
     }
 }
 
-/// Stops a kernel and everything below it.
+/// Stops a kernel and all its descendants.
 ///
 /// # Errors
-/// The reason, and since when the kernel may have been stopped: the caller resumes it.
+/// The reason, and since when the kernel may have been stopped: the caller must resume it.
 pub fn stop(kernel: &Process) -> Result<Stopped, (Stopped, String)> {
     let deadline = Instant::now() + STOP_TIMEOUT;
     let failed = |why| (Stopped { at: Instant::now() }, why);
@@ -69,7 +69,7 @@ pub fn stop(kernel: &Process) -> Result<Stopped, (Stopped, String)> {
         for pid in &processes {
             all &= interrupt(*pid).map_err(|errno| (stopped, errno.to_string()))?;
         }
-        // Seen twice alike: a process that started another one meanwhile is not overlooked.
+        // The same set twice: no process that was started meanwhile is missed.
         if all && processes == before {
             return Ok(stopped);
         }
@@ -86,14 +86,14 @@ pub fn stop(kernel: &Process) -> Result<Stopped, (Stopped, String)> {
 /// Resumes a kernel, which continues the processes of its guest itself.
 ///
 /// # Errors
-/// ESRCH: it has ended.
+/// ESRCH if it has ended.
 pub fn resume(kernel: &Process) -> Result<(), Errno> {
     pidfd_send_signal(&kernel.pidfd, Signal::CONT)
 }
 
-/// Interrupts a process below the kernel if it runs. `true`: it does not.
+/// Interrupts a descendant of the kernel if it runs. `true` if it does not run.
 fn interrupt(pid: i32) -> Result<bool, Errno> {
-    // Opened before it is looked at: then the signal goes to the process that was.
+    // Opened before reading its state, so that the signal cannot go to another process.
     let Some(id) = Pid::from_raw(pid) else {
         return Ok(true);
     };
@@ -124,7 +124,7 @@ fn interrupt(pid: i32) -> Result<bool, Errno> {
 /// A thread, as /proc shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Task {
-    /// The letter of its state.
+    /// State letter of /proc.
     state: char,
     traced: bool,
     parent: i32,
@@ -166,7 +166,7 @@ impl Task {
     }
 }
 
-/// All processes below one.
+/// All descendants of a process.
 fn descendants(root: i32) -> io::Result<BTreeSet<i32>> {
     let mut found = BTreeSet::new();
     let mut waiting = vec![root];
@@ -193,7 +193,7 @@ fn children(pid: i32) -> io::Result<Vec<i32>> {
                 text.split_whitespace()
                     .filter_map(|pid| pid.parse::<i32>().ok()),
             ),
-            // Without CONFIG_PROC_CHILDREN, or the thread has ended: the long way finds them, too.
+            // No CONFIG_PROC_CHILDREN, or the thread has ended: the slow search covers both.
             Err(error) if is_gone(&error) => return children_by_parent(pid),
             Err(error) => return Err(error),
         }
@@ -220,7 +220,7 @@ fn children_by_parent(pid: i32) -> io::Result<Vec<i32>> {
     Ok(found)
 }
 
-/// Whether an error says that the process or thread has ended.
+/// Whether an error means that the process or thread has ended.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

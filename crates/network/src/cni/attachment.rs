@@ -1,4 +1,4 @@
-//! What is attached to a network: a namespace, its interface, and what plugins may be told about
+//! Parameters of an attachment: a namespace, its interface, and what plugins can be told about
 //! them.
 
 use std::fmt;
@@ -9,50 +9,50 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-/// One interface of one container. Serializable, so that it can be kept in a [`super::Record`].
+/// One interface of one container. Serializable, to be stored in a [`super::Record`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Attachment {
     /// The container, unique on this host: letters, digits, `_`, `.` and `-`.
     pub container_id: String,
-    /// The network namespace. A path that outlives processes (a mount of the namespace) lets
-    /// plugins clean up more after a crash than `/proc/PID/ns/net`.
+    /// The network namespace. With a persistent path (a mount of the namespace) plugins can clean
+    /// up more after a crash than with `/proc/PID/ns/net`.
     pub netns: PathBuf,
     /// Name of the interface in the namespace.
     pub ifname: String,
-    /// Ports of the host that lead to ports of the container. (Capability `portMappings`)
+    /// Ports of the host forwarded to the container. (Capability `portMappings`)
     #[serde(default)]
     pub port_mappings: Vec<PortMapping>,
-    /// Addresses asked for, with or without a prefix. (Capability `ips`)
+    /// Requested addresses, with or without a prefix. (Capability `ips`)
     #[serde(default)]
     pub ips: Vec<Address>,
-    /// Hardware address asked for. (Capability `mac`)
+    /// Requested hardware address. (Capability `mac`)
     #[serde(default)]
     pub mac: Option<[u8; 6]>,
-    /// Name servers asked for; its domain is not passed on. (Capability `dns`)
+    /// Requested name servers; the domain is not passed on. (Capability `dns`)
     #[serde(default)]
     pub dns: Option<Dns>,
     /// Further names of the container in this network. (Capability `aliases`)
     #[serde(default)]
     pub aliases: Vec<String>,
-    /// Other capabilities by their name, like `bandwidth`.
+    /// Other capabilities by name, such as `bandwidth`.
     #[serde(default)]
     pub capabilities: Map<String, Value>,
-    /// Told to every plugin as `CNI_ARGS`.
+    /// Passed to every plugin as `CNI_ARGS`.
     #[serde(default)]
     pub args: Vec<(String, String)>,
 }
 
-/// A port of the host that leads to a port of the container.
+/// A port of the host that is forwarded to a port of the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortMapping {
-    /// Only on this address of the host; `None` is all.
+    /// Restricted to this address of the host; `None` means all.
     #[serde(default)]
     pub host_ip: Option<IpAddr>,
-    /// On the host.
+    /// Port of the host.
     pub host_port: u16,
-    /// In the container.
+    /// Port of the container.
     pub container_port: u16,
-    /// Of both.
+    /// Protocol of both ports.
     pub protocol: Protocol,
 }
 
@@ -70,7 +70,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// In small letters, as CNI wants it.
+    /// Lowercase name, as in CNI.
     pub fn name(self) -> &'static str {
         match self {
             Protocol::Tcp => "tcp",
@@ -79,7 +79,7 @@ impl Protocol {
         }
     }
 
-    /// By its name, in any letters.
+    /// Parses the name, ignoring case.
     pub fn parse(text: &str) -> Option<Protocol> {
         [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
             .into_iter()
@@ -91,7 +91,7 @@ impl Protocol {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Dns {
-    /// Addresses of servers, the first one first.
+    /// Addresses of the servers, in order of preference.
     #[serde(deserialize_with = "null_is_empty")]
     pub nameservers: Vec<String>,
     /// The local domain, or empty.
@@ -115,20 +115,20 @@ fn null_is_empty<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Address {
-    /// The address itself, whatever the prefix.
+    /// The IP address.
     pub ip: IpAddr,
-    /// Bits of the network.
+    /// Prefix length of the network.
     pub prefix: Option<u8>,
 }
 
 impl Address {
-    /// The prefix; without one all bits of the address.
+    /// The prefix length; all bits of the address if not set.
     pub fn prefix_len(&self) -> u8 {
         self.prefix.unwrap_or(most(self.ip))
     }
 }
 
-/// Bits of an address.
+/// Number of bits of an address.
 fn most(ip: IpAddr) -> u8 {
     if ip.is_ipv4() { 32 } else { 128 }
 }
@@ -188,7 +188,7 @@ impl From<Address> for String {
 }
 
 impl Attachment {
-    /// What is wrong with it by the rules of the specification, whatever the network.
+    /// Checks it against the specification, independent of the network.
     pub(super) fn check(&self) -> Result<(), String> {
         if !is_identifier(&self.container_id) {
             return Err(format!("invalid container id {:?}", self.container_id));
@@ -215,7 +215,7 @@ impl Attachment {
         }
     }
 
-    /// What plugins can be told, by capability.
+    /// `runtimeConfig` for plugins, by capability.
     pub(super) fn capability_arguments(&self, network: &str) -> Map<String, Value> {
         let mut all = self.capabilities.clone();
         let mut set = |name: &str, value: Value| all.insert(name.to_owned(), value);
@@ -250,14 +250,14 @@ impl Attachment {
             );
         }
         if !self.aliases.is_empty() {
-            // Not the list of CONVENTIONS.md: by network is what podman says and its plugin
-            // dnsname, the only one, reads.
+            // Not the list of CONVENTIONS.md: keyed by network, as podman passes it and its plugin
+            // dnsname, the only one, reads it.
             set("aliases", json!({ network: self.aliases }));
         }
         all
     }
 
-    /// Capabilities without which the container would not get what was asked for.
+    /// Capabilities that the attachment depends on.
     pub(super) fn needed_capabilities(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         [
             (
@@ -281,8 +281,7 @@ impl PortMapping {
             "containerPort": self.container_port,
             "protocol": self.protocol.name(),
         });
-        // An address that means all must be left out: portmap would compare packets with 0.0.0.0
-        // itself.
+        // The unspecified address must be left out: portmap would match packets against 0.0.0.0.
         if let Some(ip) = self.host_ip.filter(|ip| !ip.is_unspecified()) {
             mapping["hostIP"] = json!(ip);
         }
@@ -290,7 +289,7 @@ impl PortMapping {
     }
 }
 
-/// A container id or a network's name.
+/// Whether it is valid as a container id or a network's name.
 pub(super) fn is_identifier(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphanumeric())
         && text
@@ -298,7 +297,7 @@ pub(super) fn is_identifier(text: &str) -> bool {
             .all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
 }
 
-/// A name that the kernel takes for an interface.
+/// Whether the kernel accepts it as an interface name.
 pub(super) fn is_interface_name(text: &str) -> bool {
     !text.is_empty()
         && text.len() <= 15

@@ -1,4 +1,4 @@
-//! Everything that can go wrong with a network, each with what failed, on what, and why.
+//! Errors of CNI networks: what failed, on what, and why.
 //!
 //! `Display` is the first line that a user sees, [`Error::hint`] the second.
 
@@ -13,42 +13,42 @@ use super::plugin::Command;
 /// Result of this module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong.
+/// Why a network operation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// No file describes this network.
     #[error("network {name:?} not found: {}", alternatives(known, unreadable))]
     NotFound {
-        /// As asked for.
+        /// The requested name.
         name: String,
-        /// The networks that there are.
+        /// The networks that exist.
         known: Vec<String>,
-        /// What is wrong with files that could not be read: the network may be one of these.
+        /// Errors of unreadable files, which may describe the network.
         unreadable: Vec<String>,
     },
     /// A file or directory of configurations cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Unreadable {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The I/O error.
         source: io::Error,
     },
-    /// A configuration is not what the specification says.
+    /// A configuration violates the specification.
     #[error("invalid network configuration {place}: {why}")]
     Invalid {
         /// A file, or the name of a network.
         place: String,
-        /// What is wrong with it.
+        /// The reason.
         why: String,
     },
-    /// The attachment is not possible; no plugin was asked.
+    /// The attachment is not possible; no plugin was run.
     #[error("network {network:?}: {why}")]
     Refused {
         /// The network's name.
         network: String,
-        /// What is wrong.
+        /// The reason.
         why: String,
     },
     /// A plugin is not installed.
@@ -61,7 +61,7 @@ pub enum Error {
         network: String,
         /// The plugin's type.
         plugin: String,
-        /// Where it was searched.
+        /// Where it was searched for.
         directories: Vec<PathBuf>,
     },
     /// A plugin failed.
@@ -74,17 +74,17 @@ pub enum Error {
         network: String,
         /// The plugin's type.
         plugin: String,
-        /// What it was to do.
+        /// The operation.
         command: Command,
-        /// How it failed.
+        /// How the plugin failed.
         fault: Fault,
     },
-    /// Attaching failed, and so did undoing what had been done of it.
+    /// Attaching failed, and so did the cleanup.
     #[error("{error}; it could not be undone: {undo}")]
     NotUndone {
         /// Why attaching failed.
         error: Box<Error>,
-        /// Why undoing failed.
+        /// Why the cleanup failed.
         undo: Box<Error>,
     },
 }
@@ -95,29 +95,29 @@ pub enum Error {
 pub enum Fault {
     /// It cannot be executed.
     Start(io::Error),
-    /// It said what is wrong, in the form of the specification.
+    /// It reported an error in the specification's format.
     Answer {
-        /// Below 100 those of the specification, else the plugin's own.
+        /// Below 100 a code of the specification, otherwise the plugin's own.
         code: u64,
         /// Short; one line.
         message: String,
         /// Long, or empty; one line.
         details: String,
     },
-    /// It ended without saying why in that form.
+    /// It failed without such a report.
     Died {
         /// How it ended.
         status: ExitStatus,
-        /// The last lines of what it said instead; one line.
+        /// The last lines of its output, as one line.
         said: String,
     },
-    /// It had not ended in time, and was killed with all that it had started.
+    /// It exceeded the timeout, and was killed with its process group.
     Hung(Duration),
-    /// Nobody waited for it any more, and it was killed.
+    /// The caller cancelled, and it was killed.
     Cancelled,
-    /// It wrote more than a result can be, and was killed.
+    /// It wrote more than the limit, and was killed.
     TooMuchOutput,
-    /// It succeeded, but its result is none.
+    /// It succeeded with an invalid result.
     BadResult(String),
 }
 
@@ -127,7 +127,7 @@ impl Error {
         const INSTALL: &str = "apt-get install containernetworking-plugins";
         match self {
             Error::NoPlugin { .. } => Some(INSTALL),
-            // A plugin that misses another one, for instance that which gives out addresses.
+            // A plugin that misses another one, such as its IPAM plugin.
             Error::Plugin {
                 fault: Fault::Answer {
                     message, details, ..
@@ -143,7 +143,7 @@ impl Error {
         }
     }
 
-    /// The code with which a plugin said what is wrong: below 100 those of the specification.
+    /// The error code that a plugin reported: below 100 those of the specification.
     pub fn code(&self) -> Option<u64> {
         match self {
             Error::Plugin {
@@ -209,7 +209,7 @@ fn during(command: &Command) -> &'static str {
     }
 }
 
-/// Foreign text as part of one line: without line ends and control characters, and not without end.
+/// A plugin's text as one line: without line ends and control characters, truncated.
 pub(super) fn one_line(text: &str) -> String {
     const MOST: usize = 1000;
     let words: Vec<&str> = text

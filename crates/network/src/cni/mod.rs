@@ -1,14 +1,14 @@
 //! CNI: attaches network namespaces to networks by running plugins, as containerd, podman and
 //! cnitool do.
 //!
-//! Called by whoever owns a network namespace and can keep a small file: a [`List`] says which
-//! plugins make up a network, an [`Attachment`] what is attached to it, and a [`Record`] is both
-//! together with what came of it. It is kept before the first plugin runs, so that [`Record::del`]
-//! can undo everything, also after a crash in the middle.
+//! Called by owners of a network namespace that can store a small file: a [`List`] names the
+//! plugins of a network, an [`Attachment`] has the parameters, and a [`Record`] is both together
+//! with the result. It is stored before the first plugin runs, so that [`Record::del`] can remove
+//! everything, also after a crash in between.
 //!
-//! Blocks the calling thread, at most for the [`Runner`]'s limit with each plugin. Never touches an
-//! interface of a container or a packet filter itself: plugins do. Keeps nothing on disk;
-//! `/var/lib/cni` is not read.
+//! Blocks the calling thread, at most for the [`Runner`]'s limit with each plugin. Never changes a
+//! container's interface or a packet filter itself: plugins do. Stores nothing on disk; does not
+//! read `/var/lib/cni`.
 //!
 //! Versions 0.3.1, 0.4.0, 1.0.0 and 1.1.0 of the specification, <https://www.cni.dev/docs/spec/>; of the last one not GC and STATUS.
 

@@ -1,4 +1,4 @@
-//! What plugins answer: the result of the specification, read and as it was given.
+//! Results of plugins: parsed, and as the plugin wrote them.
 
 use std::net::IpAddr;
 
@@ -8,13 +8,13 @@ use serde_json::{Map, Value, json};
 use super::attachment::{Address, Dns};
 use super::list::Version;
 
-/// The result of an attachment. Kept and given back to plugins as they wrote it, with fields that
-/// hull does not know.
+/// The result of an attachment. Stored and passed back to plugins as they wrote it, including
+/// fields unknown to hull.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub struct CniResult {
     raw: Value,
-    /// Of the namespace, and what belongs to them on the host.
+    /// Interfaces in the namespace, and their counterparts on the host.
     pub interfaces: Vec<Interface>,
     /// Addresses of these interfaces.
     pub ips: Vec<AssignedIp>,
@@ -24,45 +24,45 @@ pub struct CniResult {
     pub dns: Dns,
 }
 
-/// An interface that a plugin made.
+/// An interface that a plugin created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
     /// Its name.
     pub name: String,
-    /// Its hardware address, when it has one of six bytes.
+    /// Its hardware address, if that has six bytes.
     pub mac: Option<[u8; 6]>,
-    /// Its largest packet, when the plugin says so (since 1.1.0).
+    /// Its MTU, if reported (since 1.1.0).
     pub mtu: Option<u32>,
     /// The network namespace's path; `None` for interfaces of the host.
     pub sandbox: Option<String>,
 }
 
-/// An address that a plugin gave.
+/// An address that a plugin assigned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AssignedIp {
-    /// With the prefix of its network.
+    /// Address with the prefix of its network.
     pub address: Address,
-    /// The way out, for a default route.
+    /// Gateway for a default route.
     pub gateway: Option<IpAddr>,
-    /// Index of the interface, when the plugin says so.
+    /// Index of the interface, if reported.
     pub interface: Option<usize>,
 }
 
 /// A route that a plugin set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Where to.
+    /// Destination.
     pub destination: Address,
     /// Next hop; `None` is the gateway of the address of the same family.
     pub gateway: Option<IpAddr>,
-    /// Largest packet on it (since 1.1.0).
+    /// MTU of the route (since 1.1.0).
     pub mtu: Option<u32>,
     /// Metric (since 1.1.0).
     pub priority: Option<u32>,
 }
 
 impl CniResult {
-    /// Reads what a plugin wrote, made one of the list's version.
+    /// Parses a plugin's output, and converts it to the list's version.
     pub(super) fn read(output: &[u8], version: Version) -> Result<CniResult, String> {
         if output.trim_ascii().is_empty() {
             return Err("it is empty".to_owned());
@@ -74,20 +74,20 @@ impl CniResult {
         Ok(result)
     }
 
-    /// As the plugin wrote it.
+    /// The plugin's JSON, with the list's version.
     pub fn as_json(&self) -> &Value {
         &self.raw
     }
 
-    /// The interface of this name in the namespace.
+    /// The interface with this name in the namespace.
     pub fn interface(&self, ifname: &str) -> Option<&Interface> {
         self.interfaces
             .iter()
             .find(|interface| interface.name == ifname && interface.sandbox.is_some())
     }
 
-    /// Addresses of the interface of this name in the namespace; those of which no plugin said
-    /// whose they are, are its.
+    /// Addresses of the interface with this name in the namespace, including those without a
+    /// reported interface.
     pub fn addresses(&self, ifname: &str) -> impl Iterator<Item = &AssignedIp> {
         self.ips.iter().filter(move |ip| {
             match ip.interface.and_then(|index| self.interfaces.get(index)) {
@@ -97,8 +97,9 @@ impl CniResult {
         })
     }
 
-    /// A plugin may answer in another version than it was asked in. What differs between those that
-    /// hull speaks is one field, which older ones demand, and fields that older ones ignore.
+    /// Converts a result that a plugin wrote in another version than requested. The supported
+    /// versions differ in one field, which older ones require, and in fields that older ones
+    /// ignore.
     fn convert(&mut self, version: Version) -> Result<(), String> {
         match self.raw.get("cniVersion") {
             None => {}
@@ -168,7 +169,7 @@ fn each<T>(
     }
 }
 
-/// A string; absent, null and empty are all none, as with the plugins' own library.
+/// A string; absent, null and empty are all `None`, as in the plugins' own library.
 fn text<'a>(value: &'a Value, key: &str) -> Result<Option<&'a str>, String> {
     match value.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -213,7 +214,7 @@ fn assigned_ip(value: &Value) -> Result<AssignedIp, String> {
     Ok(AssignedIp {
         address: address(value, "address")?,
         gateway: ip(value, "gateway")?,
-        // Some plugins write -1 for "of none".
+        // Some plugins write -1 for no interface.
         interface: value
             .get("interface")
             .and_then(Value::as_u64)

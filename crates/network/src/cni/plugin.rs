@@ -1,4 +1,4 @@
-//! One call of one plugin: what it is told and how its answer is understood.
+//! One call of one plugin: its input and how its answer is read.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
@@ -15,22 +15,22 @@ use super::list::{List, Plugin};
 use super::outcome::CniResult;
 use super::process::{self, Output};
 
-/// Where plugins are, when nobody says otherwise: upstream's place, Debian's, Fedora's.
+/// Default plugin directories: upstream's, Debian's, Fedora's.
 pub const PLUGIN_DIRECTORIES: [&str; 3] = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"];
 
-/// What a plugin is to do.
+/// Operation of a plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Attach.
     Add,
-    /// Say whether the attachment is as it was made.
+    /// Check that the attachment is as it was created.
     Check,
-    /// Undo an attachment, or what there is of it.
+    /// Remove an attachment, also a partial one.
     Del,
 }
 
 impl Command {
-    /// As plugins know it.
+    /// The value of `CNI_COMMAND`.
     pub fn name(self) -> &'static str {
         match self {
             Command::Add => "ADD",
@@ -43,12 +43,11 @@ impl Command {
 /// How plugins are run.
 #[derive(Clone, Debug)]
 pub struct Runner {
-    /// Where they are searched, in this order.
+    /// Directories searched for plugins, in this order.
     pub directories: Vec<PathBuf>,
-    /// How long each may take for each call.
+    /// Timeout of each call.
     pub limit: Duration,
-    /// Readable as soon as nobody waits for the outcome any more: then the plugin at work is
-    /// killed.
+    /// Cancels when it becomes readable: the running plugin is killed.
     pub cancel: Option<Arc<OwnedFd>>,
 }
 
@@ -62,7 +61,7 @@ impl Default for Runner {
     }
 }
 
-/// One call.
+/// Parameters of one call.
 pub(super) struct Call<'a> {
     pub list: &'a List,
     pub attachment: &'a Attachment,
@@ -73,7 +72,7 @@ pub(super) struct Call<'a> {
 }
 
 impl Runner {
-    /// The plugin's executable.
+    /// Finds the plugin's executable.
     pub(super) fn find(&self, list: &List, plugin: &Plugin) -> Result<PathBuf> {
         self.directories
             .iter()
@@ -86,14 +85,14 @@ impl Runner {
             })
     }
 
-    /// Fails with the first plugin of a network that is not installed.
+    /// Fails if a plugin of the network is not installed: `NoPlugin` for the first one.
     pub fn require(&self, list: &List) -> Result<()> {
         list.plugins
             .iter()
             .try_for_each(|plugin| self.find(list, plugin).map(drop))
     }
 
-    /// Runs one plugin. The result is the one of [`Command::Add`], and of no meaning otherwise.
+    /// Runs one plugin. The output is meaningful for [`Command::Add`] only.
     pub(super) fn call(&self, call: &Call<'_>, plugin: &Plugin) -> Result<Vec<u8>> {
         let Call {
             list,
@@ -169,8 +168,8 @@ pub(super) fn failed(call: &Call<'_>, plugin: &Plugin, fault: Fault) -> Error {
     }
 }
 
-/// What the plugin reads: its configuration as written, without what is the runtime's and with what
-/// the runtime adds.
+/// The plugin's input: its configuration as written, without the runtime's fields and with the
+/// fields that the runtime adds.
 fn execution_config(call: &Call<'_>, plugin: &Plugin) -> Map<String, Value> {
     let mut config = plugin.config.clone();
     config.remove("capabilities");
@@ -187,7 +186,7 @@ fn execution_config(call: &Call<'_>, plugin: &Plugin) -> Map<String, Value> {
     config
 }
 
-/// The error that a failed plugin wrote, or what it left instead.
+/// The error that a failed plugin wrote, or its last output.
 fn fault(output: &Output) -> Fault {
     #[derive(Deserialize)]
     struct Answer {
@@ -204,7 +203,7 @@ fn fault(output: &Output) -> Fault {
             details: one_line(&answer.details),
         },
         _ => {
-            // Some write plain text, and some to the wrong stream.
+            // Some plugins write plain text, some of them to stdout.
             let said = [&output.stderr, &output.stdout].map(|text| last_lines(text));
             let said = said
                 .into_iter()
@@ -218,7 +217,7 @@ fn fault(output: &Output) -> Fault {
     }
 }
 
-/// The last lines of what a plugin said, as one line.
+/// The last lines of a plugin's output, joined into one.
 fn last_lines(text: &[u8]) -> String {
     const MOST: usize = 3;
     let text = String::from_utf8_lossy(text);
@@ -230,7 +229,7 @@ fn last_lines(text: &[u8]) -> String {
     lines[lines.len().saturating_sub(MOST)..].join("; ")
 }
 
-/// The caller's `PATH`, and where `iptables` is when a user's `PATH` does not say so.
+/// The caller's `PATH`, plus the usual directories of `iptables`.
 fn search_path() -> OsString {
     let own = std::env::var_os("PATH").unwrap_or_default();
     let mut directories: Vec<PathBuf> = std::env::split_paths(&own)

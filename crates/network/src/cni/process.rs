@@ -1,5 +1,5 @@
-//! One process with text in and text out, bounded in time and in output. Called by
-//! [`super::plugin`] and by [`crate::forwarding`]; knows nothing of CNI.
+//! Runs one process with text in and text out, with a timeout and limited output. Called by
+//! [`super::plugin`] and by [`crate::forwarding`]; independent of CNI.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -16,22 +16,21 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::error::Fault;
 
-/// Most output that is read; results are some kilobytes.
+/// Limit of standard output; results are a few kilobytes.
 const MOST_OUTPUT: usize = 1 << 20;
 /// How much of the end of standard error is kept.
 const KEPT_ERRORS: usize = 4 << 10;
 
-/// What a process left.
+/// Exit status and output of a process.
 pub(crate) struct Output {
     pub status: ExitStatus,
     pub stdout: Vec<u8>,
-    /// The end of it.
+    /// Its last part.
     pub stderr: Vec<u8>,
 }
 
-/// Runs `program` to its end with only these variables in its environment. When it takes longer
-/// than `limit`, or writes too much, or when `cancel` becomes readable, it is killed together with
-/// all that it started and that did not leave its process group.
+/// Runs `program` to its end with only these environment variables. If it runs longer than `limit`,
+/// or writes too much, or when `cancel` becomes readable, its process group is killed.
 pub(crate) fn run(
     program: &Path,
     arguments: &[&str],
@@ -52,18 +51,18 @@ pub(crate) fn run(
     }
 }
 
-/// What became of a process.
+/// Why listening to a process ended.
 enum Heard {
     End,
-    /// It takes too long.
+    /// Timeout.
     Nothing,
     Cancelled,
 }
 
-/// A process that is killed with its group when this is dropped, unless it has ended.
+/// A process that is killed with its group when this is dropped, unless it was reaped.
 struct Running {
     child: Child,
-    /// Readable when it has ended.
+    /// The process's pidfd.
     ended: OwnedFd,
     stdout: Stream,
     stderr: Stream,
@@ -77,7 +76,7 @@ impl Running {
         environment: &[(&str, &OsStr)],
         input: &[u8],
     ) -> io::Result<Running> {
-        // Not a pipe: whoever writes into one waits for a reader, or is killed by its absence.
+        // Not a pipe: writing would block until the process reads, or fail if it does not.
         let mut stdin = File::from(memfd_create("cni-config", MemfdFlags::CLOEXEC)?);
         stdin.write_all(input)?;
         io::Seek::rewind(&mut stdin)?;
@@ -85,7 +84,7 @@ impl Running {
             .args(arguments)
             .env_clear()
             .envs(environment.iter().copied())
-            // The caller's own may be gone, or keep something from being unmounted.
+            // The caller's directory may be gone, and using it may block an unmount.
             .current_dir("/")
             .stdin(Stdio::from(OwnedFd::from(stdin)))
             .stdout(Stdio::piped())
@@ -114,8 +113,8 @@ impl Running {
         }
     }
 
-    /// Reads until the process has ended, or does not in time, or need not any more. Does not wait
-    /// for the ends of its streams: something that it left behind may hold them.
+    /// Reads until the process has ended, the timeout, or cancellation. Does not wait for the end
+    /// of its streams: processes that it left behind may hold them.
     fn listen(&mut self, deadline: Instant, cancel: Option<&OwnedFd>) -> io::Result<Heard> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -179,20 +178,19 @@ impl Drop for Running {
     }
 }
 
-/// Ends a process that was not waited for yet, so that its id, which is its group's, is nobody
-/// else's.
+/// Kills a process that was not reaped yet, so that its pid, and so its group's id, cannot have
+/// been reused.
 fn kill(child: &mut Child) {
     let _ = kill_process_group(Pid::from_child(child), Signal::KILL);
     let _ = child.wait();
 }
 
-/// One of the process's outputs.
+/// Standard output or error of the process.
 struct Stream {
-    /// Until its end.
+    /// `None` after its end.
     fd: Option<OwnedFd>,
     kept: Vec<u8>,
-    /// Most that one look at it takes, so that a writer without end does not keep the reader from
-    /// its clock.
+    /// Limit of one read, so that endless output does not delay the timeout.
     most: usize,
 }
 
@@ -208,7 +206,7 @@ impl Stream {
         })
     }
 
-    /// Takes what is there, at most a little more than `most`.
+    /// Reads what is available, at most a little more than `most`.
     fn read(&mut self) -> io::Result<()> {
         let Some(fd) = &self.fd else {
             return Ok(());

@@ -1,4 +1,4 @@
-//! An attachment from the moment before it is made until it is undone.
+//! An attachment, from before it is created until it is removed.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -15,25 +15,24 @@ use super::plugin::{Call, Command, Runner, failed};
 use super::stand_in;
 use crate::namespace::Namespace;
 
-/// What must be known to undo an attachment. The caller keeps it (it is serializable) before
-/// [`Record::add`] and after; whichever of them survives a crash is enough for [`Record::del`].
+/// What is needed to remove an attachment. The caller stores it (it is serializable) before
+/// [`Record::add`] and after; either version is enough for [`Record::del`] after a crash.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// The network, as it was when the attachment was made.
+    /// The network, as it was when the attachment was created.
     pub list: List,
-    /// What is attached.
+    /// Parameters of the attachment.
     pub attachment: Attachment,
-    /// The namespace's device and inode: its path may since have become another's, like that of a
-    /// process.
+    /// Device and inode of the namespace: its path (of a process, say) may since refer to
+    /// another one.
     netns_identity: Option<(u64, u64)>,
-    /// What came of it, or of the plugins that have run so far.
+    /// Result of the plugins that have run so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<CniResult>,
 }
 
 impl Record {
-    /// An attachment that is to be made. Nothing is done yet, but what can be known to be wrong is
-    /// refused.
+    /// A new attachment. Runs no plugin yet, but validates what it can.
     pub fn new(list: List, attachment: Attachment) -> Result<Record> {
         let refused = |why| Error::Refused {
             network: list.name().to_owned(),
@@ -61,25 +60,25 @@ impl Record {
         })
     }
 
-    /// Attaches: runs the plugins in order. When one fails, all are asked to undo, and the first
-    /// error is returned.
+    /// Attaches: runs the plugins in order. If one fails, runs all with DEL and returns the first
+    /// error.
     pub fn add(&mut self, runner: &Runner) -> Result<&CniResult> {
         self.add_and_keep(runner, &mut |_| Ok(()))
     }
 
-    /// As [`Record::add`]; `keep` is called with the record after each plugin. Who keeps it each
-    /// time, and not only before and after, gives plugins that undo by addresses (`firewall`) what
-    /// they need after a crash in between.
+    /// Like [`Record::add`]; `keep` is called with the record after each plugin. Storing it each
+    /// time gives plugins that clean up by address (`firewall`) what they need after a crash in
+    /// between.
     pub fn add_and_keep(
         &mut self,
         runner: &Runner,
         keep: &mut dyn FnMut(&Record) -> Result<(), String>,
     ) -> Result<&CniResult> {
-        // What is not installed shows before anything is done.
+        // Report a missing plugin before doing anything.
         runner.require(&self.list)?;
         self.result = None;
         if let Err(error) = self.add_each(runner, keep) {
-            // What nobody waits for any more is undone all the same.
+            // The cleanup runs also after cancellation.
             let runner = Runner {
                 cancel: None,
                 ..runner.clone()
@@ -118,7 +117,7 @@ impl Record {
         Ok(())
     }
 
-    /// Asks the plugins whether all is as they made it; those that cannot say are not asked.
+    /// Runs CHECK of the plugins, unless the list's version or settings exclude it.
     pub fn check(&self, runner: &Runner) -> Result<()> {
         if self.list.version < Version::V0_4_0 || self.list.disable_check {
             return Ok(());
@@ -134,9 +133,9 @@ impl Record {
         Ok(())
     }
 
-    /// Detaches, whatever of the attachment there is: nothing, a part, all; with the namespace or
-    /// without it; once or again. Unlike libcni it goes on when a plugin fails, so that as little
-    /// as possible is left, and returns the first error.
+    /// Detaches; works on a complete, partial or missing attachment, with or without the namespace,
+    /// and repeatedly. Unlike libcni it continues when a plugin fails, so that as little as
+    /// possible is left, and returns the first error.
     ///
     /// When the namespace is gone, plugins see a stand-in with the same addresses.
     pub fn del(&self, runner: &Runner) -> Result<()> {
@@ -159,8 +158,8 @@ impl Record {
         outcome
     }
 
-    /// What takes the place of a namespace that is gone, if it had addresses. Without one (no
-    /// permission to make it, say) plugins do what they do without a namespace.
+    /// Replacement for a namespace that is gone, if it had addresses. If it cannot be created (for
+    /// example without permission), plugins run without a namespace.
     fn stand_in(&self) -> Option<Namespace> {
         if self.living_netns().is_some() {
             return None;
@@ -190,8 +189,8 @@ impl Record {
         }
     }
 
-    /// The namespace, while it is the same: plugins must not clean up in another container's, nor
-    /// in the host's.
+    /// The namespace, if its path still refers to it: plugins must not clean up in another
+    /// container's, nor in the host's.
     fn living_netns(&self) -> Option<&Path> {
         let netns = self.attachment.netns.as_path();
         let found = identity(netns).ok()?;

@@ -1,10 +1,9 @@
-//! A namespace in place of one that is gone.
+//! Replacement for a network namespace that is gone.
 //!
-//! Some plugins find out what they are to undo by looking at the container's interface: `bridge`
-//! takes its rules of address translation back for the addresses that it finds there, and leaves
-//! them for ever when there is no namespace. After a crash the namespace is gone, but its addresses
-//! are written down. So plugins get a new one, with an interface of the same name and the same
-//! addresses, which leads nowhere.
+//! Some plugins look at the container's interface to find out what to remove: `bridge` deletes its
+//! masquerading rules for the addresses found there, and leaks them without a namespace. After a
+//! crash the namespace is gone, but its addresses are recorded. So plugins get a new one, with an
+//! unconnected interface of the same name and addresses.
 
 use std::io;
 
@@ -12,7 +11,7 @@ use super::attachment::Address;
 use crate::namespace::Namespace;
 use crate::netlink::Netlink;
 
-/// Makes one. Blocks; on a thread of its own, because the caller's may be a runtime's.
+/// Creates the namespace. Blocks; uses its own thread, because the caller's may be in a runtime.
 pub(super) fn make(interface: &str, addresses: &[Address]) -> io::Result<Namespace> {
     std::thread::scope(|scope| {
         let made = scope.spawn(|| made_here(interface, addresses)).join();

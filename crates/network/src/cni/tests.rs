@@ -1,5 +1,4 @@
-//! Lists, attachments and their undoing, with plugins that are small scripts, and with the real
-//! ones.
+//! Lists, attachments and their removal, with plugins that are small scripts, and with real ones.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
@@ -15,7 +14,7 @@ mod lists;
 mod plugins;
 mod real;
 
-/// A directory of scripts that are plugins, and the files in which they say how they were called.
+/// A directory with scripts as plugins, and the files that record their calls.
 struct House {
     directory: tempfile::TempDir,
     runner: Runner,
@@ -36,7 +35,8 @@ impl House {
         self.directory.path().join(name)
     }
 
-    /// A plugin that notes its call, keeps its input as `NAME.COMMAND`, and goes on with `script`.
+    /// A plugin that records its call, saves its input as `NAME.COMMAND`, and continues with
+    /// `script`.
     fn plugin(&self, name: &str, script: &str) {
         let house = self.directory.path().display();
         let text = format!(
@@ -61,7 +61,7 @@ impl House {
     }
 }
 
-/// What a plugin answers that gives an address.
+/// Script: the answer of a plugin that assigns an address.
 const ANSWER: &str = r#"[ "$CNI_COMMAND" != ADD ] || echo '{"cniVersion": "1.0.0", "ips": [{"address": "10.1.0.2/24"}], "own": 7}'"#;
 
 fn list(plugins: Value) -> List {

@@ -1,15 +1,15 @@
-//! Describes a namespace: which of the kernel's interfaces, addresses, routes and neighbours a
-//! guest gets, and in which words. Called by [`Netlink::describe`] only; changes nothing.
+//! Describes a namespace: which of its interfaces, addresses, routes and neighbours a guest gets,
+//! and how they are represented. Called by [`Netlink::describe`] only; changes nothing.
 //!
 //! - Interfaces: Ethernet devices, but neither our taps nor loopback. Not those that another one of
 //!   the namespace has already taken the packets of (the ports of a bridge, the VLANs of a device).
-//! - Addresses: all but those that failed duplicate address detection, and those that came with
-//!   router advertisements: the guest hears these itself, and the host's kernel, which no longer
+//! - Addresses: all but those that failed duplicate address detection, and those learned from
+//!   router advertisements: the guest receives these itself, and the host's kernel, which no longer
 //!   does, lets them expire.
-//! - Routes: those of the main table. Not those that the guest's kernel makes by itself (to the
+//! - Routes: those of the main table. Not those that the guest's kernel adds by itself (to the
 //!   networks of its addresses), nor those learned from router advertisements or redirects. Of a
-//!   multipath route, the first hop that works: a guest that added every hop as a route of its own
-//!   would be refused the second.
+//!   multipath route, the first hop that works: the kernel would reject a second hop added as a
+//!   route of its own.
 //! - Neighbours: permanent ones.
 
 use std::net::IpAddr;
@@ -36,8 +36,7 @@ use crate::description::{
 use crate::error::{Error, Result};
 use crate::tap;
 
-/// Devices that drivers of tunnels put into every namespace. Nobody asked for them: not worth a
-/// word while they are down.
+/// Devices that tunnel drivers put into every namespace. Not reported while they are down.
 const UNASKED: [&str; 9] = [
     "erspan0", "gre0", "gretap0", "ip6_vti0", "ip6gre0", "ip6tnl0", "ip_vti0", "sit0", "tunl0",
 ];
@@ -113,7 +112,7 @@ async fn list(
     listed.map_err(|why| Error::Read { what, why })
 }
 
-/// What is needed of the kernel's words about an interface.
+/// The fields needed from the kernel's link message.
 #[derive(Default)]
 struct Link {
     index: u32,
@@ -125,13 +124,13 @@ struct Link {
     mtu: u32,
     /// Index of the bridge, bond or VRF that it is a port of.
     controller: Option<u32>,
-    /// Index of the device that it is made from, or of its peer.
+    /// Index of the device that it is based on, or of its peer.
     parent: Option<u32>,
-    /// That one is in another namespace.
+    /// The parent is in another namespace.
     parent_elsewhere: bool,
 }
 
-/// Why an interface is not for a guest.
+/// Whether an interface is for a guest, or why not.
 enum WhyNot {
     Wanted,
     Unasked,
@@ -224,7 +223,8 @@ impl Link {
     }
 }
 
-/// An address, if it is for a guest. Whether its route is there is known when the routes are read.
+/// An address, if it is for a guest. Whether its prefix route exists is known after reading the
+/// routes.
 fn address(message: &AddressMessage, interface_is_up: bool) -> Option<Address> {
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
     let (mut local, mut other) = (None, None);
@@ -259,7 +259,7 @@ fn address(message: &AddressMessage, interface_is_up: bool) -> Option<Address> {
     })
 }
 
-/// What is needed of the kernel's words about a route, or a hop of it.
+/// The fields needed from the kernel's route message, or from a hop of it.
 #[derive(Default)]
 struct Parts {
     interface: Option<u32>,
@@ -304,7 +304,7 @@ impl Parts {
     }
 }
 
-/// Adds a route, if it is for a guest, or notes that it is an address's own.
+/// Adds a route, if it is for a guest, or records that it is an address's prefix route.
 fn add_route(described: &mut Description, message: RouteMessage) {
     let header = message.header;
     let mut parts = Parts::default();
@@ -357,7 +357,7 @@ fn add_route(described: &mut Description, message: RouteMessage) {
         mtu: parts.mtu,
     };
     if kind == RouteKind::Unicast {
-        // Those of other devices need no word: the device has had one.
+        // Routes of other devices are not reported: the device was.
         let Some(interface) = described
             .interfaces
             .iter_mut()
@@ -388,8 +388,8 @@ fn add_route(described: &mut Description, message: RouteMessage) {
     });
 }
 
-/// Whether the kernel made the route for an address, or for the interface, and would make the same
-/// in a guest. Notes it at the address.
+/// Whether the kernel added the route for an address or the interface, and would do so in a guest.
+/// If for an address, records it there.
 fn is_own(route: &Route, interface: &mut Interface) -> bool {
     if route.gateway.is_some() {
         return false;

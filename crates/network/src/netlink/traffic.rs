@@ -1,8 +1,8 @@
-//! Traffic control of interfaces: the ingress qdisc, the one filter in it that redirects, and those
-//! before it that make exceptions. Called by `mirror`, which decides; here are only the messages.
+//! Traffic control of interfaces: the ingress qdisc, its filter that redirects, and the exceptions
+//! before that. Called by `mirror`, which decides; only the messages are here.
 //!
-//! Our filters are known by their priority and by their actions' cookie, so that leftovers of a
-//! killed sandbox process can be told from what another program put there.
+//! Our filters are identified by their priority and their actions' cookie, so that leftovers of a
+//! killed sandbox process can be distinguished from other programs' filters.
 
 use std::io;
 
@@ -16,28 +16,28 @@ use rtnetlink::packet_route::tc::{
 
 use super::Netlink;
 
-/// In the actions of our filters. At most 16 bytes.
+/// Cookie in the actions of our filters. At most 16 bytes.
 const COOKIE: &[u8] = b"hull mirror";
 
-/// Priority of our filter: a number that nobody else is likely to choose ("hu").
+/// Priority of our filter: a number that others are unlikely to choose ("hu").
 const PRIORITY: u16 = 0x6875;
 
 /// Priority of our exceptions from it.
 const EXCEPTIONS: u16 = PRIORITY - 1;
 
-/// The qdisc itself is called `ffff:`; filters for what is received hang below this, both of
-/// `ingress` and of `clsact`.
+/// The qdisc itself is `ffff:`; filters for received packets are attached below this, in both
+/// `ingress` and `clsact`.
 const RECEIVED: TcHandle = TcHandle {
     major: 0xffff,
     minor: TcHandle::MIN_INGRESS,
 };
 
-/// What filters an interface has for packets that it receives.
+/// Which filters an interface has for received packets.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Filters {
-    /// One that redirects for us.
+    /// Our redirecting filter.
     pub ours: bool,
-    /// Others.
+    /// Other programs' filters.
     pub foreign: bool,
 }
 
@@ -45,7 +45,7 @@ impl Netlink {
     /// Kind of the qdisc that has the filters for received packets: `ingress` or `clsact`, or none.
     pub(crate) async fn ingress_qdisc(&self, index: u32) -> io::Result<Option<String>> {
         let message = RouteNetlinkMessage::GetQueueDiscipline(about(index));
-        // The kernel lists those of all interfaces.
+        // The kernel lists the qdiscs of all interfaces.
         let listed = self.dump(message).await?;
         Ok(listed.into_iter().find_map(|listed| match listed {
             RouteNetlinkMessage::NewQueueDiscipline(qdisc)
@@ -87,32 +87,30 @@ impl Netlink {
             match cookie(&filter) {
                 _ if is_u32 && priority(&filter) == EXCEPTIONS => ours = true,
                 Some(COOKIE) if at_our_priority => ours = true,
-                // The hash table that the kernel makes for filters of a priority.
+                // The hash table that the kernel creates for filters of a priority.
                 None if at_our_priority && !has_selector(&filter) => tables = true,
                 _ => foreign = true,
             }
         }
-        // A table without a filter of ours is nobody's that we know.
+        // A table without a filter of ours is another program's.
         foreign |= tables && !ours;
         Ok(Filters { ours, foreign })
     }
 
-    /// Redirects every packet that `from` receives to `to`, as if `to` sent it: whatever its
-    /// protocol.
+    /// Redirects every packet that `from` receives to `to`, which sends it, for every protocol.
     pub(crate) async fn add_redirect(&self, from: u32, to: u32) -> io::Result<()> {
         let action = send(to, TcMirrorActionType::EgressRedir, TcActionType::Stolen);
-        // Without a key everything matches; with one, packets that are too short to be compared
-        // would not.
+        // Without a key everything matches; a key would not match packets too short for it.
         self.add_filter(from, PRIORITY, &[], Some(action)).await
     }
 
-    /// Makes exceptions from [`Netlink::add_redirect`]: a packet that a list of keys fits to goes
-    /// to the namespace's own stack.
+    /// Makes an exception from [`Netlink::add_redirect`]: packets that match all keys go to the
+    /// namespace's own stack.
     pub(crate) async fn add_exception(&self, from: u32, keys: &[Key]) -> io::Result<()> {
         self.add_filter(from, EXCEPTIONS, keys, None).await
     }
 
-    /// The same, and `to` gets it as well.
+    /// Like [`Netlink::add_exception`], and `to` sends a copy.
     pub(crate) async fn add_copy(&self, from: u32, to: u32, keys: &[Key]) -> io::Result<()> {
         let action = send(to, TcMirrorActionType::EgressMirror, TcActionType::Pipe);
         self.add_filter(from, EXCEPTIONS, keys, Some(action)).await
@@ -146,7 +144,7 @@ impl Netlink {
         self.delete_exceptions(from).await?;
         let message = RouteNetlinkMessage::DelTrafficFilter(our_filter(from, PRIORITY));
         match self.request(message, 0).await {
-            // Whoever was killed had only made exceptions.
+            // A killed process had added only exceptions.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             deleted => deleted,
         }
@@ -162,8 +160,7 @@ impl Netlink {
     }
 }
 
-/// Four bytes of a packet, from the beginning of what is in the frame: where, which bits, and what
-/// these are.
+/// Matches four bytes of a packet at `offset` from the start of the frame's payload.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Key {
     pub offset: u8,
@@ -180,7 +177,7 @@ impl From<Key> for TcU32Key {
     }
 }
 
-/// The action that lets `to` send a packet.
+/// The action that sends a packet through `to`.
 fn send(to: u32, how: TcMirrorActionType, then: TcActionType) -> TcAction {
     let mut mirror = TcMirror::default();
     mirror.generic.action = then;
@@ -211,7 +208,7 @@ fn ingress(index: u32) -> TcMessage {
     message
 }
 
-/// All filters of one of our priorities below the qdisc.
+/// Selects all filters of one of our priorities below the qdisc.
 fn our_filter(index: u32, priority: u16) -> TcMessage {
     let mut message = about(index);
     message.header.parent = RECEIVED;

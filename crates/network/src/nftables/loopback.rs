@@ -1,15 +1,15 @@
-//! The table that leads connections to the loopback address elsewhere. Called by `redirect` only,
-//! in the namespace that is meant. For each family there is a table `hull` with one chain and one
-//! rule, in the words of nft:
+//! The table that redirects connections to the loopback address. Called by `redirect` only, in the
+//! target namespace. For each family there is a table `hull` with one chain and one rule, in nft's
+//! syntax:
 //!
 //! ```text
 //! table ip hull { flags owner; chain loopback { type nat hook output priority dstnat;
 //!     ip daddr 127.0.0.1 meta l4proto tcp tcp dport != PORT redirect to :PORT } }
 //! ```
 //!
-//! A table with an owner goes away with the socket that made it, and so with this process, however
-//! that ends. Kernels before 5.12 know no owners: there it is deleted in the end, and one that was
-//! left is replaced.
+//! A table with an owner goes away with the socket that created it, and so with this process,
+//! however that ends. Kernels before 5.12 do not support owners: there the table is deleted at the
+//! end, and a leftover one is replaced.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -38,7 +38,7 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// With no table yet, in the namespace of the calling thread.
+    /// Without tables yet, in the namespace of the calling thread.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             socket: socket()?,
@@ -46,10 +46,10 @@ impl Rules {
         })
     }
 
-    /// Leads connections to the family's loopback address to `port`.
+    /// Redirects connections to the family's loopback address to `port`.
     pub fn redirect(&mut self, family: Family, port: u16) -> io::Result<()> {
         match exchange(&self.socket, &redirecting(family, port, true)) {
-            // Does not know the flag.
+            // The kernel does not know the owner flag.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => return self.redirect_unowned(family, port),
             made => made?,
         }
@@ -63,7 +63,7 @@ impl Rules {
         Ok(())
     }
 
-    /// Deletes the tables, and waits for nothing.
+    /// Deletes the tables without waiting for the kernel to free them.
     pub fn delete(&mut self) {
         for family in self.made.drain(..) {
             let mut batch = Batch::new();
@@ -81,13 +81,13 @@ impl Drop for Rules {
     }
 }
 
-/// The batch that makes a family's table.
+/// The batch that creates a family's table.
 fn redirecting(family: Family, port: u16, owned: bool) -> Vec<u8> {
     let mut batch = Batch::new();
     if owned {
         batch.table(TABLE, NEW_TABLE, family, FLAG_OWNER, CREATE | EXCLUSIVE);
     } else {
-        // Made unless it is there, so that it can be deleted whether it was or not.
+        // Create it if missing, so that the deletion always succeeds.
         batch.table(TABLE, NEW_TABLE, family, 0, CREATE);
         batch.table(TABLE, DELETE_TABLE, family, 0, 0);
         batch.table(TABLE, NEW_TABLE, family, 0, CREATE);
@@ -188,11 +188,11 @@ mod tests {
             let mut next = Rules::new()?;
             next.redirect_unowned(family, port)?;
             assert!(connect());
-            // As if it had been killed.
+            // As if the process had been killed.
             left.made.clear();
             drop(next);
             assert!(!connect());
-            // The same for the kernel that runs here.
+            // With the running kernel's features.
             let mut new = Rules::new()?;
             new.redirect(family, port)?;
             assert!(connect());

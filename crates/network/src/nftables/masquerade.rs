@@ -1,6 +1,6 @@
-//! The table that gives the containers of a network the host's address, for whom is outside of it.
-//! One for each network and family, whatever containers there are: it stays, as the network's
-//! bridge does. In the words of nft:
+//! The table that masquerades a network's containers: outside the network they have the host's
+//! address. One for each network and family, not per container: it stays as long as the network's
+//! bridge. In nft's syntax:
 //!
 //! ```text
 //! table ip hull-NETWORK { chain outside { type nat hook postrouting priority srcnat;
@@ -25,11 +25,11 @@ const HOOK_POSTROUTING: u32 = 4;
 /// `NF_IP_PRI_NAT_SRC`, the same for both families.
 const PRIORITY_SRCNAT: i32 = 100;
 
-/// Makes the table of a network for a subnet of its bridge, in the namespace of the calling thread,
-/// unless it is there.
+/// Creates the table of a network for a subnet of its bridge, in the namespace of the calling
+/// thread, unless it exists.
 ///
 /// # Errors
-/// The kernel has no nf_tables.
+/// `Masquerade` if the kernel has no nf_tables, or rejects the table.
 pub fn ensure(network: &str, bridge: &str, subnet: IpAddr, prefix_length: u8) -> Result<(), Error> {
     let made = socket().and_then(|socket| {
         Ok(exchange(
@@ -47,7 +47,7 @@ pub fn ensure(network: &str, bridge: &str, subnet: IpAddr, prefix_length: u8) ->
     }
 }
 
-/// The batch that makes it, or nothing when it is there.
+/// The batch that creates it, or nothing if it exists.
 fn masquerading(network: &str, bridge: &str, subnet: IpAddr, prefix_length: u8) -> Vec<u8> {
     let (family, source, subnet) = match subnet {
         IpAddr::V4(subnet) => (Family::V4, 12, subnet.octets().to_vec()),

@@ -1,10 +1,9 @@
-//! Rules of the kernel's packet filter (nf_tables) that hull needs: connections to the loopback
-//! address lead to a port ([`loopback`]), a network's containers have the host's address outside
-//! ([`masquerade`]), and nothing from a bridge is for the host's loopback interface ([`guard`]).
-//! Never calls `nft` or `iptables`.
+//! Configures the kernel's packet filter (nf_tables): redirects connections to the loopback address
+//! to a port ([`loopback`]), gives a network's containers the host's address outside
+//! ([`masquerade`]), and drops what comes from a bridge for the host's loopback interface
+//! ([`guard`]). Never calls `nft` or `iptables`.
 //!
-//! The messages are those of linux/netfilter/nf_tables.h: a batch that is carried out whole or not
-//! at all.
+//! The messages are those of linux/netfilter/nf_tables.h: a batch is applied whole or not at all.
 
 pub mod guard;
 pub mod loopback;
@@ -21,10 +20,10 @@ use rustix::net::{
 
 use crate::redirect::Family;
 
-/// Most bytes of answers read at once; each is an error with the head of a message.
+/// Most bytes of replies read at once; each is an error with the head of a message.
 const ANSWERS: usize = 4096;
 
-/// As much as the kernel tells of a dump at once.
+/// The most that the kernel returns of a dump at once.
 const DUMPED: usize = 64 << 10;
 
 /// A socket to the packet filter of the calling thread's namespace.
@@ -34,7 +33,7 @@ fn socket() -> io::Result<OwnedFd> {
     Ok(socket_with(netlink, raw, flags, Some(NETFILTER))?)
 }
 
-/// The rules of a chain, in the calling thread's namespace, as the kernel tells them; none where
+/// The rules of a chain, in the calling thread's namespace, in the kernel's encoding; empty if
 /// there is no such chain.
 pub fn rules(family: Family, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>>> {
     let zero_terminated = |name: &str| [name.as_bytes(), &[0]].concat();
@@ -52,7 +51,7 @@ pub fn rules(family: Family, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>
     let mut rules = Vec::new();
     let mut answers = vec![0; DUMPED];
     loop {
-        // The kernel has the next piece when it is asked.
+        // The kernel has the next part ready when it is read.
         let (length, _) = recv(&socket, &mut answers[..], RecvFlags::DONTWAIT)?;
         for (kind, content) in messages(&answers[..length]) {
             match kind {
@@ -73,7 +72,7 @@ pub fn rules(family: Family, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>
     }
 }
 
-/// The messages of a datagram: what they are, and what follows their heads.
+/// The messages of a datagram: type, and content after the header.
 fn messages(mut datagram: &[u8]) -> Vec<(u16, &[u8])> {
     let mut messages = Vec::new();
     while let Some((length, rest)) = datagram.split_first_chunk() {
@@ -91,8 +90,8 @@ fn messages(mut datagram: &[u8]) -> Vec<(u16, &[u8])> {
     messages
 }
 
-/// Sends a batch, which the kernel carries out before it returns, and reads what it says: the first
-/// error, if any.
+/// Sends a batch, which the kernel applies before the call returns, and reads its replies: the
+/// first error, if any.
 fn exchange(socket: &OwnedFd, batch: &[u8]) -> Result<(), Errno> {
     let kernel = SocketAddrNetlink::new(0, 0);
     sendto(socket, batch, SendFlags::empty(), &kernel)?;
@@ -116,7 +115,7 @@ fn exchange(socket: &OwnedFd, batch: &[u8]) -> Result<(), Errno> {
     }
 }
 
-/// The codes of the answers in a datagram: 0, or an errno below it.
+/// The codes of the replies in a datagram: 0, or a negative errno.
 fn codes(datagram: &[u8]) -> Vec<i32> {
     messages(datagram)
         .into_iter()
@@ -214,7 +213,7 @@ impl Batch {
         });
     }
 
-    /// A chain that translates addresses.
+    /// A chain of type nat.
     fn nat_chain(&mut self, table: &[u8], name: &[u8], family: Family, hook: u32, priority: i32) {
         self.chain(b"nat\0", table, name, family, (hook, priority));
     }
@@ -275,7 +274,7 @@ impl Attributes<'_> {
         });
     }
 
-    /// Takes a part of the packet.
+    /// Loads a part of the packet into the register.
     fn payload(&mut self, base: u32, offset: u32, length: u32) {
         self.expression(b"payload\0", |payload| {
             payload.number(1, REGISTER);
@@ -285,7 +284,7 @@ impl Attributes<'_> {
         });
     }
 
-    /// Keeps those bits of what was taken.
+    /// Masks the register.
     fn mask(&mut self, mask: &[u8]) {
         self.expression(b"bitwise\0", |bitwise| {
             bitwise.number(1, REGISTER);
@@ -309,7 +308,7 @@ impl Attributes<'_> {
         self.compare(how, &name);
     }
 
-    /// Goes on if what was taken is, or is not, this.
+    /// Continues if the register compares so with `with`.
     fn compare(&mut self, how: u32, with: &[u8]) {
         self.expression(b"cmp\0", |compare| {
             compare.number(1, REGISTER);
@@ -339,7 +338,7 @@ mod tests {
             let expected: &[i32] = if length < 20 { &[] } else { &[-1] };
             assert_eq!(codes(&answer(-1)[..length]), expected);
         }
-        // A length of nothing does not keep the reader for ever.
+        // A zero length does not loop forever.
         assert!(codes(&[0; 64]).is_empty());
         assert!(codes(&[0xff; 64]).is_empty());
     }

@@ -1,4 +1,4 @@
-//! Descriptions: what engines set up comes out in a guest's words.
+//! Descriptions: what engines configure is described for a guest.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -54,7 +54,7 @@ async fn add(place: &Place, route: RouteMessage) {
     routes.add(route).execute().await.unwrap();
 }
 
-/// As `ip address add` with flags.
+/// Like `ip address add` with flags.
 async fn add_flagged(place: &Place, index: u32, address: &str, length: u8, flags: AddressFlags) {
     let addresses = place.engine.address();
     let mut request = addresses.add(index, ip(address), length);
@@ -206,7 +206,7 @@ async fn a_network_without_its_route() {
     let Some((here, _there)) = joined("a_network_without_its_route").await else {
         return;
     };
-    // As the CNI plugin ptp does: the address's own route is replaced by one through the gateway.
+    // Like the CNI plugin ptp: the address's own route is replaced by one through the gateway.
     let index = here.index("eth0");
     here.add_address(index, "10.22.0.5/16").await;
     let builder = || RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index);
@@ -265,7 +265,7 @@ async fn peers_and_many_hops() {
         .attributes
         .push(AddressAttribute::Address(ip("10.0.0.2")));
     request.execute().await.unwrap();
-    // One of the two hops leads to an interface that is gone for guests.
+    // One of the two hops is on an interface that guests do not get.
     join(&here, "tun0", &there, "peer1").await;
     here.add_address(here.index("tun0"), "10.1.0.1/24").await;
     let hop = |index: u32, gateway: &str| {

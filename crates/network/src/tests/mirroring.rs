@@ -1,4 +1,4 @@
-//! Taps and mirroring: frames come out at the other end, both ways, and nothing is left.
+//! Taps and mirroring: frames arrive at the other end, both ways, and nothing is left over.
 
 use std::net::UdpSocket;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::{Error, Interface, Tap, TapOptions, mirror, sockets, tap};
 const ARP: &[u8] = &[0x08, 0x06];
 const IP4: &[u8] = &[0x08, 0x00];
 const UNKNOWN: &[u8] = &[0x88, 0xb5];
-/// VLAN 5, and IPv4 in it.
+/// VLAN 5, with IPv4 inside.
 const VLAN: &[u8] = &[0x81, 0x00, 0x00, 0x05, 0x08, 0x00];
 
 async fn tap(place: &Place, interface: &Interface) -> Tap {
@@ -25,7 +25,7 @@ async fn tap(place: &Place, interface: &Interface) -> Tap {
         .unwrap()
 }
 
-/// Says why not, if there are no taps here.
+/// True, with a message, if taps cannot be created here.
 fn no_taps(test: &str) -> bool {
     let opened = std::fs::File::open("/dev/net/tun");
     if let Err(error) = &opened {
@@ -68,7 +68,7 @@ async fn frames_go_both_ways() {
         .await
         .unwrap();
     assert_carries(&tap, &there, "connected");
-    // Shorter than anything that could be compared.
+    // Too short to match any key.
     let mut short = frame(UNKNOWN, "");
     short.truncate(14);
     write(&tap.fd, &short);
@@ -110,7 +110,7 @@ async fn a_tap_is_quiet_and_not_described() {
     assert_eq!(tap.name, "hulltap0");
     assert_eq!(here.index(&tap.name), tap.index);
     assert_eq!(here.interface().await.name, "eth0");
-    // What the host's stack had to say would be read here.
+    // Answers of the host's stack would be read here.
     assert!(is_silent(&tap.fd, NEVER * 8));
     let attribute = |name: &str| {
         let path = format!("/sys/class/net/{}/{name}", tap.name);
@@ -169,7 +169,7 @@ async fn an_interface_that_goes_away() {
         .unwrap();
     let monitor = here.monitor();
     drain(&monitor).await;
-    // As `podman network disconnect` does: the pair is deleted from its other end.
+    // Like `podman network disconnect`: the pair is deleted from its other end.
     there.delete(there.index("peer")).await;
     changed(&monitor).await.unwrap();
     assert_eq!(here.describe().await.interfaces, []);
@@ -180,7 +180,7 @@ async fn an_interface_that_goes_away() {
         .await
         .unwrap_err();
     assert!(error.is_gone(), "{error}");
-    // One that comes later gets the same tap.
+    // An interface added later gets the same tap.
     super::support::join(&here, "eth0", &there, "peer").await;
     let eth0 = here.interface().await;
     mirror::connect(&here.netlink, &eth0, tap.index)
@@ -204,7 +204,7 @@ async fn leftovers_are_replaced() {
         .await
         .unwrap();
     let name = first.name.clone();
-    // As when everybody who had it was killed.
+    // As if all processes with its descriptor had been killed.
     drop(first);
     assert!(here.find(&name).is_err(), "the tap is gone");
     let qdisc = here.netlink.ingress_qdisc(eth0.index).await.unwrap();
@@ -215,7 +215,7 @@ async fn leftovers_are_replaced() {
         .await
         .unwrap();
     assert_carries(&second, &there, "after a crash");
-    // A second tap takes over from a first that lives.
+    // A second tap replaces a live first one.
     let third = tap(&here, &eth0).await;
     mirror::connect(&here.netlink, &eth0, third.index)
         .await
@@ -223,7 +223,7 @@ async fn leftovers_are_replaced() {
     assert_carries(&third, &there, "taken over");
 }
 
-/// Adds a qdisc of this kind for received packets, as another program would.
+/// Adds a qdisc of this kind for received packets, like another program.
 async fn add_qdisc(place: &Place, index: u32, kind: &str) {
     let mut message = TcMessage::with_index(index as i32);
     message.header.parent = TcHandle::INGRESS;
@@ -257,7 +257,7 @@ async fn the_qdiscs_of_others() {
         mirror::disconnect(&here.netlink, &eth0).await.unwrap();
         let left = here.netlink.ingress_qdisc(eth0.index).await.unwrap();
         assert_eq!(left.as_deref(), (kind == "clsact").then_some("clsact"));
-        // Somebody's filter decides: it is not taken away, nor passed by.
+        // Another program's filter is in place: it is neither removed nor bypassed.
         if left.is_none() {
             add_qdisc(&here, eth0.index, kind).await;
         }
@@ -291,7 +291,7 @@ async fn nothing_remains() {
     mirror::connect(&here.netlink, &eth0, tap.index)
         .await
         .unwrap();
-    // Whoever holds the descriptor last, as a device process does, is who lets the tap go.
+    // The tap exists until the last descriptor, such as a device process's, is closed.
     let Tap { fd, name, .. } = tap;
     let copy = fd.try_clone().unwrap();
     drop(fd);
@@ -299,7 +299,7 @@ async fn nothing_remains() {
     drop(copy);
     assert!(here.find(&name).is_err());
     assert_eq!(here.interface().await, eth0);
-    // Its pair goes away with the other namespace: nothing of this one has held it.
+    // The pair goes away with the other namespace: nothing holds this one.
     drop(here);
     let end = std::time::Instant::now() + SOON;
     while there.find("peer").is_ok() {
@@ -345,7 +345,7 @@ async fn answers_of_name_servers_reach_the_namespace_itself() {
     let asks = |from: &UdpSocket, whom: &UdpSocket| {
         from.connect(whom.local_addr().unwrap()).unwrap();
         from.send(b"?").unwrap();
-        // What waited for a hardware address came later.
+        // Packets queued for address resolution arrived late.
         let of = from.local_addr().unwrap();
         while let Ok((_, asker)) = whom.recv_from(&mut [0; 1]) {
             if asker == of {
@@ -355,7 +355,7 @@ async fn answers_of_name_servers_reach_the_namespace_itself() {
         }
         false
     };
-    // Not even its hardware address is learnt: nothing is received.
+    // Not even its hardware address is learned: nothing is received.
     let own = client(*sockets::OWN_PORTS.start());
     names.set_read_timeout(Some(NEVER)).unwrap();
     assert!(!asks(&own, &names));
@@ -373,7 +373,7 @@ async fn answers_of_name_servers_reach_the_namespace_itself() {
     assert!(!asks(&client(40000), &names), "to its own ports only");
     assert!(asks(&client(*sockets::OWN_PORTS.end()), &names));
 
-    // What the kernel chooses by itself is one of them.
+    // The kernel chooses its ephemeral ports from these.
     let (first, last) = sockets::OWN_PORTS.into_inner();
     let range = format!("{first} {last}");
     let before = sockets::choose_ports(&here.namespace, &range).unwrap();

@@ -1,4 +1,4 @@
-//! Namespaces: what is one, which one it is, and that nobody's own changes.
+//! Namespaces: what counts as one, identities, and that the caller's never changes.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use super::support::{NEVER, Place, changed, drain};
 use crate::{Error, Namespace};
 
-/// What the calling thread is in.
+/// The calling thread's namespace.
 fn own() -> std::path::PathBuf {
     std::fs::read_link("/proc/thread-self/ns/net").unwrap()
 }
@@ -100,7 +100,7 @@ async fn many_changes_are_one() {
     drain(&monitor).await;
     let nothing = tokio::time::timeout(NEVER, monitor.changed()).await;
     assert!(nothing.is_err(), "nothing changed any more");
-    // More than the socket holds: what is lost is a change, too.
+    // More than the socket holds: lost notifications count as a change.
     let index = place.index("eth0");
     for number in 0..600 {
         place

@@ -11,7 +11,7 @@ use super::support::{Place, SOON, has_ipv6};
 use crate::redirect::{Family, Redirect};
 use crate::{Namespace, sockets};
 
-/// Connects inside, says something and returns the answer.
+/// Connects inside, sends a message and returns the answer.
 fn asking(namespace: &Namespace, to: SocketAddr) -> JoinHandle<std::io::Result<String>> {
     let namespace = namespace.clone();
     let dial = move || {
@@ -25,7 +25,7 @@ fn asking(namespace: &Namespace, to: SocketAddr) -> JoinHandle<std::io::Result<S
     thread::spawn(move || namespace.run_in(dial).unwrap())
 }
 
-/// Opens it, or says that this machine's kernel cannot.
+/// Opens the redirect, or reports that the kernel does not support it.
 fn redirect(test: &str, place: &Place) -> Option<Redirect> {
     match Redirect::open(&place.namespace) {
         Ok(redirect) => Some(redirect),
@@ -37,7 +37,7 @@ fn redirect(test: &str, place: &Place) -> Option<Redirect> {
     }
 }
 
-/// Takes a connection, and answers with the port that it was opened to.
+/// Accepts a connection, and answers with the port that it was opened to.
 async fn answer(redirect: &Redirect, family: Family) {
     let accepted = redirect.accept().await.unwrap();
     assert_eq!(accepted.family, family);
@@ -99,7 +99,7 @@ async fn other_addresses_and_other_protocols_are_left_alone() {
     });
     assert_eq!(datagram.unwrap(), 1);
 
-    // Our own port does not lead to itself: that connection is closed, the next one is served.
+    // Our own port is not redirected to itself: that connection is closed, the next one is served.
     let own = (Ipv4Addr::LOCALHOST, redirect.ports()[0]).into();
     let to_ourselves = asking(&place.namespace, own);
     let asked = asking(&place.namespace, ([127, 0, 0, 1], 7).into());
@@ -118,7 +118,7 @@ async fn when_it_ends_the_namespace_is_as_before() {
         let Some(redirect) = redirect(test, &place) else {
             return;
         };
-        // A second one at the same time is refused: there is one machine for a namespace.
+        // A second one at the same time is refused: a namespace has one machine.
         assert!(Redirect::open(&place.namespace).is_err());
         match turn {
             0 => drop(redirect),

@@ -1,5 +1,5 @@
-//! What the tests have in common: namespaces joined by veth pairs, frames, and the ends that send
-//! and receive them.
+//! Shared test code: namespaces joined by veth pairs, frames, and sockets that send and receive
+//! them.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -14,12 +14,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::tap::HEADER_LENGTH;
 use crate::{Description, Interface, Monitor, Namespace, Netlink, Result};
 
-/// How long something that must come is waited for.
+/// How long to wait for an expected event.
 pub const SOON: Duration = Duration::from_secs(5);
-/// How long something that must not come is waited for.
+/// How long to wait for an event that must not happen.
 pub const NEVER: Duration = Duration::from_millis(200);
 
-/// A namespace, its netlink socket, and one for what engines do.
+/// A namespace, its netlink socket, and one for an engine's changes.
 pub struct Place {
     pub namespace: Namespace,
     pub netlink: Netlink,
@@ -27,7 +27,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// A new namespace, or none, which is told, if this machine lets nobody make one.
+    /// A new namespace, or `None`, with a message, if this machine does not allow it.
     pub fn new(test: &str) -> Option<Self> {
         let namespace = match Namespace::new() {
             Ok(namespace) => namespace,
@@ -58,14 +58,14 @@ impl Place {
         self.netlink.describe().await.unwrap()
     }
 
-    /// The only interface.
+    /// The namespace's only interface.
     pub async fn interface(&self) -> Interface {
         let mut interfaces = self.describe().await.interfaces;
         assert_eq!(interfaces.len(), 1, "{interfaces:?}");
         interfaces.remove(0)
     }
 
-    /// Sets one up, and returns its index.
+    /// Sets an interface up, and returns its index.
     pub async fn up(&self, name: &str) -> u32 {
         let message = LinkUnspec::new_with_name(name).up().build();
         self.set(message).await;
@@ -128,14 +128,13 @@ impl Place {
         self.namespace.run_in(find).unwrap()
     }
 
-    /// A socket that sends and receives frames of an interface.
+    /// A socket that sends and receives the interface's frames.
     pub fn packets(&self, index: u32) -> OwnedFd {
         self.namespace.run_in(|| packet_socket(index)).unwrap()
     }
 }
 
-/// Two namespaces, and `eth0` of the first is a veth whose peer is `peer` in the second. Both are
-/// up.
+/// Two namespaces; `eth0` of the first is a veth whose peer is `peer` in the second. Both are up.
 pub async fn joined(test: &str) -> Option<(Place, Place)> {
     let (here, there) = (Place::new(test)?, Place::new(test)?);
     join(&here, "eth0", &there, "peer").await;
@@ -151,7 +150,7 @@ pub async fn join(here: &Place, name: &str, there: &Place, peer: &str) {
         .await;
     here.up(name).await;
     there.up(peer).await;
-    // The kernel adds link-local addresses when it has noticed that both are up.
+    // The kernel adds link-local addresses some time after both are up.
     let end = Instant::now() + SOON;
     while has_ipv6() && !(here.has_link_local(name).await && there.has_link_local(peer).await) {
         assert!(Instant::now() < end, "no link-local addresses");
@@ -159,27 +158,26 @@ pub async fn join(here: &Place, name: &str, there: &Place, peer: &str) {
     }
 }
 
-/// Whether the host's kernel knows IPv6.
+/// Whether the host's kernel supports IPv6.
 pub fn has_ipv6() -> bool {
     std::fs::exists("/proc/thread-self/net/if_inet6").unwrap()
 }
 
-/// Waits until the monitor says so.
+/// Waits until the monitor reports a change.
 pub async fn changed(monitor: &Monitor) -> Result<()> {
     tokio::time::timeout(SOON, monitor.changed())
         .await
         .expect("no change was noticed")
 }
 
-/// Takes all changes that happened until now.
+/// Consumes all changes so far.
 pub async fn drain(monitor: &Monitor) {
     while let Ok(changed) = tokio::time::timeout(NEVER, monitor.changed()).await {
         changed.unwrap();
     }
 }
 
-/// An Ethernet frame to everybody, with this type and content, as long as the shortest that a
-/// network carries.
+/// A broadcast Ethernet frame with this type and content, padded to the minimum length.
 pub fn frame(kind: &[u8], content: &str) -> Vec<u8> {
     let mut frame = vec![0xff; 6];
     frame.extend([0x02, 0, 0, 0, 0, 0x55]);
@@ -196,19 +194,19 @@ pub fn write(tap: &OwnedFd, frame: &[u8]) {
     assert_eq!(rustix::io::write(tap, &packet).unwrap(), packet.len());
 }
 
-/// Whether a tap has this frame within the time. Others are passed over.
+/// Whether a tap receives this frame within the time. Ignores others.
 pub fn read(tap: &OwnedFd, frame: &[u8], within: Duration) -> bool {
     receive(tap, within, |packet| {
         packet.get(HEADER_LENGTH..) == Some(frame)
     })
 }
 
-/// Whether a packet socket has this frame within the time. Others are passed over.
+/// Whether a packet socket receives this frame within the time. Ignores others.
 pub fn hear(socket: &OwnedFd, frame: &[u8], within: Duration) -> bool {
     receive(socket, within, |packet| packet == frame)
 }
 
-/// Whether nothing at all comes within the time.
+/// Whether nothing is received within the time.
 pub fn is_silent(from: &OwnedFd, within: Duration) -> bool {
     !receive(from, within, |_| true)
 }

@@ -1,8 +1,8 @@
-//! PAX extension headers: records that override the fields of the header behind them.
+//! PAX extension headers: records that override the fields of the next header.
 //!
-//! Called by the reader above.
+//! Called by the parent module.
 
-/// What extension headers say about the next entry.
+/// Overrides for the next entry from extension headers.
 #[derive(Default)]
 pub(super) struct Extensions {
     pub path: Option<Vec<u8>>,
@@ -54,7 +54,7 @@ impl Extensions {
             return Ok(());
         }
         if value.is_empty() {
-            // An empty value takes back what an earlier record said.
+            // An empty value cancels an earlier record.
             match key {
                 b"path" => self.path = None,
                 b"linkpath" => self.link = None,
@@ -118,7 +118,7 @@ fn decimal(digits: &[u8]) -> Option<u64> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// `SECONDS[.FRACTION]`, perhaps negative.
+/// `SECONDS[.FRACTION]`, possibly negative.
 fn pax_time(text: &[u8]) -> Option<(i64, u32)> {
     let text = std::str::from_utf8(text).ok()?;
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));

@@ -1,6 +1,6 @@
-//! The directories that entries go into: found, or made when the archive has no entry for them.
+//! Parent directories of entries: found, or created if the archive has no entry for them.
 //!
-//! Called by the writer above.
+//! Called by the parent module.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,11 +12,11 @@ use super::super::attributes::{Attributes, failed, set_attributes, set_opaque, s
 use super::super::{LayerError, fs};
 use super::{MAX_LINKS, NO_TIME, Writer};
 
-/// The directory that an entry goes into.
+/// The parent directory of an entry.
 pub(super) struct Parent {
-    /// As the archive calls it.
+    /// Path in the archive.
     pub written: Vec<u8>,
-    /// Without symbolic links.
+    /// Path without symbolic links.
     pub real: Vec<u8>,
     pub dir: OwnedFd,
 }
@@ -28,7 +28,7 @@ impl AsFd for Parent {
 }
 
 impl Writer<'_> {
-    /// The directory that an entry goes into, made if the archive had no entry for it.
+    /// The parent directory of an entry, created if the archive had no entry for it.
     pub(super) fn parent(&mut self, path: &[u8], entry: &[u8]) -> Result<Parent, LayerError> {
         if let Some(last) = self.last_parent.take()
             && last.written == path
@@ -59,8 +59,8 @@ impl Writer<'_> {
         }
     }
 
-    /// Walks to `path` part by part: symbolic links of this layer and of lower ones are followed,
-    /// below the root, and missing directories are made. Gives the path without links.
+    /// Walks to `path` by components: follows symbolic links of this layer and of lower ones, below
+    /// the root, and creates missing directories. Returns the path without links.
     fn make_parents(
         &self,
         path: &[u8],
@@ -153,7 +153,7 @@ impl Writer<'_> {
         Ok(done.join(&b'/'))
     }
 
-    /// Makes a directory that the archive has no entry for.
+    /// Creates a directory that the archive has no entry for.
     fn make_dir(
         &self,
         parent: BorrowedFd<'_>,

@@ -1,4 +1,4 @@
-//! Running plugins, with scripts in their place.
+//! Running plugins, with scripts as plugins.
 
 use super::*;
 
@@ -82,7 +82,7 @@ fn the_environment_is_the_specifications_and_nothing_else() {
     let mut record = Record::new(list(json!([{ "type": "one" }])), attachment).unwrap();
     record.add(&house.runner).unwrap();
     let text = fs::read_to_string(house.path("env")).unwrap();
-    // A shell sets two of its own.
+    // The shell sets two variables itself.
     let mut lines: Vec<&str> = text
         .lines()
         .filter(|line| !line.starts_with("PWD=") && !line.starts_with("_="))
@@ -306,10 +306,10 @@ fn a_namespace_that_is_gone_or_another_is_not_touched() {
     record.add(&house.runner).unwrap();
     record.del(&house.runner).unwrap();
     assert_eq!(seen(), format!("<{}>\n", netns.display()));
-    // While the first one is still there, so that their inodes differ.
+    // Created while the first exists, so that their inodes differ.
     fs::write(house.path("another"), "").unwrap();
     fs::rename(house.path("another"), &netns).unwrap();
-    // Where one can be made, plugins get a stand-in.
+    // Where namespaces can be created, plugins get a stand-in.
     let is_another = |seen: &str| seen == "<>\n" || seen.starts_with("</proc/");
     record.del(&house.runner).unwrap();
     assert!(is_another(&seen()), "{}", seen());

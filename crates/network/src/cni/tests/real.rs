@@ -1,5 +1,5 @@
-//! The plugins that are installed. What they take for the host is a network namespace of the test's
-//! own, so that nothing is left on the host, whatever happens.
+//! Tests of the installed plugins. A network namespace of the test stands for the host's, so that
+//! nothing is left on the host.
 
 use std::process::{Child, Command, Stdio};
 
@@ -55,7 +55,7 @@ fn output(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// What all tables of the packet filters say of a container.
+/// Packet filter rules of all tables that concern a container.
 fn rules_of(words: &[&str]) -> Vec<String> {
     let all = ["iptables-save", "ip6tables-save"].map(|program| output(&mut Command::new(program)));
     let lines = all.iter().flat_map(|text| text.lines());
@@ -93,7 +93,7 @@ fn can_run() -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Runs a test of this executable again, in a network namespace that is to be the host's.
+/// Runs a test of this executable again, in a network namespace that stands for the host's.
 fn run_inside(variable: &str, test: &str) {
     let status = Command::new("unshare")
         .args([
@@ -204,7 +204,7 @@ fn hulls_own_network_with_real_plugins() {
     other.list.disable_check = false;
     other.check(&runner).unwrap();
     assert_eq!(leases().len(), 4);
-    // Of one whose namespace is gone, and of which no result was kept.
+    // A record without a result, whose namespace is gone.
     let forgotten = Record::new(list, attach(second.path(), "b")).unwrap();
     drop(second);
     forgotten.del(&runner).unwrap();
@@ -216,15 +216,15 @@ fn hulls_own_network_with_real_plugins() {
     assert!(leases().is_empty(), "{:?}", leases());
     let links = namespace.ip("-o link");
     assert!(!links.contains("eth0"), "{links}");
-    // Masquerading of a container is undone by the addresses in its namespace: of "b", which went
-    // first, it stays.
+    // Masquerading is removed by the addresses in the container's namespace: rules of "b", whose
+    // namespace went first, remain.
     let left: Vec<String> = traces()
         .into_iter()
         .filter(|rule| !rule.contains(&format!("{container}-b")))
         .collect();
     assert!(left.is_empty(), "{left:#?}");
 
-    // A plugin that fails after others have done their work.
+    // A plugin that fails after others have succeeded.
     let house = House::new();
     house.plugin(
         "late",
