@@ -72,6 +72,8 @@ struct Node {
     pinned: bool,
     /// Used since the cache was last swept over it.
     recent: bool,
+    /// It is in [`Nodes::cached`].
+    queued: bool,
     /// Distinguishes nodes that had the same number.
     generation: u64,
 }
@@ -161,6 +163,7 @@ impl Nodes {
             fd: None,
             pinned: false,
             recent: false,
+            queued: false,
             generation,
         };
         let index = self.nodes.insert(node, MAX_NODES).ok_or(Errno::NFILE)?;
@@ -244,17 +247,31 @@ impl Nodes {
 
     /// Keeps a descriptor that was opened for a node.
     fn cache(&mut self, id: u64, fd: Arc<OwnedFd>) {
+        if let Some(node) = self.get_mut(id) {
+            node.fd = Some(fd);
+            node.recent = true;
+            self.enqueue(id);
+        }
+    }
+
+    /// Lets the sweep come to a node. However often that is called, for whatever nodes, the queue
+    /// is bounded.
+    fn enqueue(&mut self, id: u64) {
         if self.cached.len() >= self.cache_limit {
             self.shrink(self.cache_limit - 1);
         }
-        let Some(index) = Self::index(id) else {
-            return;
-        };
-        if let Some(node) = self.nodes.get_mut(index) {
-            node.fd = Some(fd);
-            node.recent = true;
+        if let Some(index) = Self::index(id)
+            && let Some(node) = self.nodes.get_mut(index)
+            && !std::mem::replace(&mut node.queued, true)
+        {
             self.cached.push_back(index);
         }
+    }
+
+    /// How long the queue of the sweep is.
+    #[cfg(test)]
+    pub fn queue_length(&self) -> usize {
+        self.cached.len()
     }
 
     /// Closes descriptors that were not used recently until `target` are left.
@@ -268,12 +285,14 @@ impl Nodes {
             let Some(node) = self.nodes.get_mut(index) else {
                 continue;
             };
+            node.queued = false;
             if node.pinned || node.fd.is_none() {
                 continue;
             }
             if node.recent && chances > 0 {
                 chances -= 1;
                 node.recent = false;
+                node.queued = true;
                 self.cached.push_back(index);
                 continue;
             }
@@ -354,7 +373,7 @@ impl Nodes {
         {
             node.pinned = false;
             self.pinned -= 1;
-            self.cached.push_back(index);
+            self.enqueue(id);
         }
     }
 

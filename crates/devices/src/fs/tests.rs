@@ -376,6 +376,29 @@ fn more_files_are_known_than_can_be_open() {
 }
 
 #[test]
+fn what_a_guest_fails_to_remove_leaves_nothing_in_the_device() {
+    let (device, shares) = Fs::new().unwrap();
+    let server = Server::new(256).unwrap();
+    let (mut guest, root) = Guest::with((Fs { server, ..device }, shares), Cache::Private);
+    for index in 0..40 {
+        let full = guest.mkdir(root, &format!("full{index}")).unwrap();
+        guest.create(full.node, "file").unwrap();
+    }
+    for round in 0..50 {
+        for index in 0..40 {
+            let name = format!("full{index}");
+            let refused = guest.named(wire::RMDIR, root, &[], &name);
+            assert_eq!(refused, Err(libc::ENOTEMPTY));
+            let elsewhere = (root, "full0");
+            let refused = guest.rename((root, &name), elsewhere);
+            assert!(refused.is_err() || index == 0, "{refused:?}");
+        }
+        let queued = guest.driver.device.server.nodes.queue_length();
+        assert!(queued <= 100, "{queued} in round {round}");
+    }
+}
+
+#[test]
 fn removed_files_with_other_names_are_found() {
     let (device, shares) = Fs::new().unwrap();
     let server = Server::new(64).unwrap();

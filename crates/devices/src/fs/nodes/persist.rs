@@ -198,6 +198,7 @@ impl Nodes {
             fd: None,
             pinned: false,
             recent: false,
+            queued: false,
             generation: saved.generation,
         };
         if saved.is_root {
