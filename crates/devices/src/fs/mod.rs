@@ -45,6 +45,7 @@ use hull_device_control::{Cache, DeviceType};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 
 use crate::buffers::Buffers;
 use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
@@ -212,6 +213,8 @@ impl Device for Fs {
     }
 
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        let memory = queues.memory().iter().map(|region| region.len()).sum();
+        self.server.nodes.bound(memory);
         while let Some(chain) = queues.pop_or_rearm(queue)? {
             let head = chain.head_index();
             let memory = queues.memory().clone();

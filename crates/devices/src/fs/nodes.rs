@@ -29,8 +29,14 @@ pub mod persist;
 /// Number of a share, never reused.
 pub type ShareId = u32;
 
-/// The most nodes there can be; a guest of 32 GiB does not keep so many in its caches.
+/// The most nodes there can be, however much memory the guest has: some 4 GiB of host memory.
 const MAX_NODES: usize = 8 << 20;
+/// The least that a guest may have.
+const MIN_NODES: usize = 64 << 10;
+/// Guest memory that Linux needs for an inode and a dentry of its fuse client at least, bytes
+/// (`struct fuse_inode` and `struct dentry`, fs/fuse/fuse_i.h and linux/dcache.h): a guest that
+/// keeps more nodes has not kept them in its caches.
+const GUEST_BYTES_PER_NODE: u64 = 1 << 10;
 /// Steps from a node to one that is open; more are a loop, or a path that the host could not walk
 /// either.
 const MAX_DEPTH: usize = 4096;
@@ -88,6 +94,7 @@ pub struct Nodes {
     cache_limit: usize,
     pinned: usize,
     pin_limit: usize,
+    node_limit: usize,
     generation: u64,
 }
 
@@ -108,8 +115,15 @@ impl Nodes {
             cache_limit: cache_limit.max(16),
             pinned: 0,
             pin_limit,
+            node_limit: MAX_NODES,
             generation: 0,
         }
+    }
+
+    /// Bounds the number of nodes by the guest's memory, bytes.
+    pub fn bound(&mut self, guest_memory: u64) {
+        let nodes = usize::try_from(guest_memory / GUEST_BYTES_PER_NODE).unwrap_or(MAX_NODES);
+        self.node_limit = nodes.clamp(MIN_NODES, MAX_NODES);
     }
 
     /// The node of the file `name` in `parent` whose status is `stat`, and one more lookup of it by
@@ -166,7 +180,10 @@ impl Nodes {
             queued: false,
             generation,
         };
-        let index = self.nodes.insert(node, MAX_NODES).ok_or(Errno::NFILE)?;
+        let index = self
+            .nodes
+            .insert(node, self.node_limit)
+            .ok_or(Errno::NFILE)?;
         self.by_key.insert(key, index);
         self.hold(parent);
         Ok(Known {
@@ -519,4 +536,24 @@ pub fn stat_at(directory: impl AsFd, name: &CStr) -> Result<Statx, Errno> {
 fn open_path(directory: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(directory, name, flags, Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_has_as_many_nodes_as_it_can_keep_in_its_caches() {
+        let mut nodes = Nodes::new(0, 0);
+        for (memory, limit) in [
+            (0, MIN_NODES),
+            (48 << 20, MIN_NODES),
+            (256 << 20, 256 << 10),
+            (32 << 30, MAX_NODES),
+            (u64::MAX, MAX_NODES),
+        ] {
+            nodes.bound(memory);
+            assert_eq!(nodes.node_limit, limit, "{memory}");
+        }
+    }
 }
