@@ -30,8 +30,15 @@ const UNREAD_GRACE: Duration = Duration::from_secs(1);
 /// How long the guest may take to end a container that is removed by force.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a container may take to end after SIGKILL.
+/// How long a container that is stopped may take to end after SIGKILL.
 const KILL_GRACE: Duration = Duration::from_secs(2);
+
+/// How long the init of a container that was only sent SIGKILL may live. More than for a stop: it
+/// may be in the middle of something that the kernel does not interrupt.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long what a killed container wrote may stay unread.
+const KILLED_DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How far a container is, beside what [`State`] says of it.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,6 +74,8 @@ pub struct Container {
     directory: Directory,
     shares: Vec<String>,
     stage: watch::Sender<Stage>,
+    /// Its init has ended, as far as the guest says; what it wrote may still be on its way.
+    exited: watch::Sender<bool>,
     started_ns: Mutex<Option<u64>>,
     /// Process id of its init, in the guest.
     init: u32,
@@ -266,9 +275,50 @@ impl Container {
     /// `WrongState` when it does not run.
     pub async fn signal(&self, signal: u32, all: bool) -> Result<()> {
         self.require_alive("signal")?;
+        if signal == SIGKILL {
+            self.expect_end();
+        }
         self.sandbox
             .in_guest(async |guest| guest.agent.signal(&self.id, "", signal, all).await)
             .await
+    }
+
+    /// After SIGKILL the container ends, whatever its guest does: at the latest with its machine.
+    fn expect_end(&self) {
+        let sandbox = self.sandbox.clone();
+        let (mut exited, mut stage) = (self.exited.subscribe(), self.stage.subscribe());
+        let id = self.id.clone();
+        tokio::spawn(async move {
+            let is_over = |stage: &Stage| stage.state() == State::Stopped;
+            let exited = async {
+                tokio::select! {
+                    _ = exited.wait_for(|exited| *exited) => {}
+                    _ = stage.wait_for(is_over) => {}
+                }
+            };
+            let in_time = tokio::time::timeout(KILL_TIMEOUT, exited).await.is_ok();
+            let mut over = async |time| {
+                let over = stage.wait_for(is_over);
+                tokio::time::timeout(time, over).await.is_ok()
+            };
+            if in_time && over(KILLED_DRAIN_TIMEOUT).await {
+                return;
+            }
+            if in_time
+                && let Some(ready) = sandbox.ready_now()
+                && let Ok(Ok(())) =
+                    tokio::time::timeout(DELETE_TIMEOUT, ready.agent.delete(&id)).await
+                && over(UNREAD_GRACE).await
+            {
+                return;
+            }
+            sandbox.shutdown(Reason::Unresponsive);
+        });
+    }
+
+    /// Its init has ended, as the guest says.
+    pub(crate) fn init_has_exited(&self) {
+        self.exited.send_replace(true);
     }
 
     /// Sends the stop signal, and SIGKILL when it has not ended in time; the machine is ended when

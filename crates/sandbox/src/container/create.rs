@@ -119,6 +119,7 @@ impl Sandbox {
             directory,
             shares,
             stage: watch::Sender::new(Stage::Created),
+            exited: watch::Sender::new(false),
             started_ns: Mutex::new(None),
             init,
             terminal: config.stdio.terminal(),

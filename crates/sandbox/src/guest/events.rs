@@ -11,8 +11,8 @@ use crate::sandbox::Sandbox;
 /// Shortest time between two calls: a guest cannot keep the host busy with events.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Passes on that the guest's kernel killed processes for lack of memory, until the guest has
-/// ended.
+/// Passes on that the guest's kernel killed processes for lack of memory, and that inits have
+/// exited, until the guest has ended.
 ///
 /// Exits of processes come with their status from `Wait`, when all that they wrote has been read.
 pub async fn follow(sandbox: Sandbox, agent: Agent) {
@@ -33,10 +33,18 @@ pub async fn follow(sandbox: Sandbox, agent: Agent) {
         };
         for event in events {
             after = event.sequence.max(after);
-            if let Some(What::Oom(oom)) = event.what
-                && let Ok(container) = sandbox.container(&oom.container_id)
-            {
-                container.oom_killed(oom.total);
+            match event.what {
+                Some(What::Oom(oom)) => {
+                    if let Ok(container) = sandbox.container(&oom.container_id) {
+                        container.oom_killed(oom.total);
+                    }
+                }
+                Some(What::Exit(exit)) if exit.exec_id.is_empty() => {
+                    if let Ok(container) = sandbox.container(&exit.container_id) {
+                        container.init_has_exited();
+                    }
+                }
+                _ => {}
             }
         }
         tokio::time::sleep(PAUSE).await;

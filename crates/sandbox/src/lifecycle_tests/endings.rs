@@ -167,6 +167,56 @@ async fn stop_ends_a_container_within_its_timeout_and_two_seconds_whatever_the_g
     .await;
 }
 
+/// A container that is sent SIGKILL.
+#[derive(Debug)]
+struct Kill {
+    silent: &'static [&'static str],
+    reactions: &'static [(u32, u64)],
+    reason: Option<&'static str>,
+    took: u64,
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_killed_container_is_dead_whatever_its_guest_says() {
+    let case = |silent, reactions, reason, took| Kill {
+        silent,
+        reactions,
+        reason,
+        took,
+    };
+    let cases = [
+        case(&[][..], &[(9, 1)][..], None, 1),
+        case(&[], &[(9, 9000)], None, 9000),
+        // It does not react, or the agent does not.
+        case(&[], &[], Some(UNRESPONSIVE), 10_000),
+        case(&["signal"], &[], Some(UNRESPONSIVE), 10_000),
+        case(&["signal", "wait"], &[(9, 1)], Some(UNRESPONSIVE), 10_000),
+        // It says that the init has exited, and not that this was all.
+        case(&["wait"], &[(9, 1)], Some(UNRESPONSIVE), 61_000),
+        case(&["wait", "delete"], &[(9, 1)], Some(UNRESPONSIVE), 65_000),
+    ];
+    each(&cases, async |case| {
+        let script = Script {
+            silent: case.silent.to_vec(),
+            reactions: case.reactions.to_vec(),
+            tick: 20,
+            ..Script::default()
+        };
+        let world = World::boot(EndPolicy::LastContainer, script).await;
+        let container = world.create("c", true).await.unwrap();
+        world.release();
+        let began = world.now();
+        let killing = container.clone();
+        tokio::spawn(async move { killing.signal(9, false).await });
+        let ended = timeout(FOREVER, container.ended()).await;
+        let exit = ended.map_err(|_| "never")?;
+        took(world.now() - began, case.took, 20)?;
+        same("told", told(exit), expected(137, case.reason))?;
+        same("its processes are gone", world.guest.is_gone(), true)
+    })
+    .await;
+}
+
 /// A container that is deleted.
 #[derive(Debug)]
 struct Delete {

@@ -196,6 +196,8 @@ pub struct FakeGuest {
     machine: Puppet,
     devices: Puppet,
     processes: Mutex<Processes>,
+    /// What the agent reports.
+    events: watch::Sender<Vec<proto::Event>>,
     links: Mutex<Vec<StdStream>>,
     dialled: mpsc::UnboundedSender<StdStream>,
     accepted: mpsc::UnboundedSender<UnixStream>,
@@ -241,11 +243,31 @@ impl FakeGuest {
     /// Ends a process in the guest.
     pub fn exits(&self, container: &str, exec: &str, status: i32) {
         let key = (container.to_owned(), exec.to_owned());
-        if let Some(process) = self.processes.lock().unwrap().get(&key) {
-            process.send_if_modified(|exit| {
-                let first = exit.is_none();
-                exit.get_or_insert(status);
-                first
+        let first = self
+            .processes
+            .lock()
+            .unwrap()
+            .get(&key)
+            .is_some_and(|process| {
+                process.send_if_modified(|exit| {
+                    let first = exit.is_none();
+                    exit.get_or_insert(status);
+                    first
+                })
+            });
+        if first {
+            self.events.send_modify(|events| {
+                let exit = proto::ProcessExit {
+                    container_id: container.to_owned(),
+                    exec_id: exec.to_owned(),
+                    exit_status: status,
+                    ..Default::default()
+                };
+                events.push(proto::Event {
+                    sequence: events.len() as u64 + 1,
+                    what: Some(proto::event::What::Exit(exit)),
+                    ..Default::default()
+                });
             });
         }
     }
@@ -370,9 +392,15 @@ impl Agent for Service {
     async fn events(
         &self,
         _: &TtrpcContext,
-        _: proto::EventsRequest,
+        request: proto::EventsRequest,
     ) -> Answer<proto::EventsResponse> {
-        std::future::pending().await
+        let mut events = self.0.events.subscribe();
+        let after = usize::try_from(request.after).unwrap();
+        let events = events.wait_for(|events| events.len() > after).await;
+        Ok(proto::EventsResponse {
+            events: events.unwrap()[after..].to_vec(),
+            ..Default::default()
+        })
     }
 
     async fn signal(
@@ -460,6 +488,7 @@ impl World {
         let (accepted, connections) = mpsc::unbounded_channel();
         let guest = Arc::new(FakeGuest {
             processes: Mutex::default(),
+            events: watch::Sender::default(),
             links: Mutex::default(),
             script,
             machine,
