@@ -18,7 +18,7 @@ pub enum Level {
     Info = 6,
 }
 
-/// Writes one line. A line that cannot be written is lost: there is nowhere else to say so.
+/// Writes one line. A line that cannot be written is lost.
 pub fn write(level: Level, message: fmt::Arguments<'_>) {
     // The kernel takes one record per write and cuts what is longer than about a kilobyte.
     let line = record(level, &message.to_string());
