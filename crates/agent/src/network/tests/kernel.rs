@@ -250,7 +250,7 @@ impl Kernel<'_> {
         neighbours
     }
 
-    /// What a container does by itself.
+    /// A change made by a container.
     pub fn add(&self, name: &str, what: What<'_>) {
         let step = Step {
             link: self.link(name).unwrap().index,
