@@ -280,7 +280,7 @@ impl Reply {
         self.zeros(dirent_size(name.len()) - DIRENT - name.len());
     }
 
-    /// Fills in the header; the bytes to send.
+    /// Fills in the header; returns the bytes to send.
     pub fn finish(&mut self, unique: u64, result: Result<(), Errno>) -> &[u8] {
         let header = match result {
             Ok(()) => header_out(self.0.len(), 0, unique),

@@ -34,13 +34,14 @@ pub struct Vring {
 /// Whether requests can be popped and completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Both.
+    /// Requests are popped and completed.
     Running,
     /// The front end stops the ring: those in flight complete.
     Stopping,
-    /// Neither.
+    /// Requests are neither popped nor completed.
     Stopped,
-    /// Neither, ever again: the device has failed, or requests in flight did not complete in time.
+    /// As `Stopped`, permanently: the device has failed, or requests in flight did not complete in
+    /// time.
     Abandoned,
 }
 
@@ -64,7 +65,7 @@ impl Vring {
         self.kick.load(Ordering::Relaxed)
     }
 
-    /// Whether requests can be popped; if so, counts the one that the caller, who holds the
+    /// Whether requests can be popped; if so, counts the one that the caller, which holds the
     /// queue's lock, is about to pop. It calls [`Vring::put_back`] if there is none.
     pub fn begin_pop(&self) -> bool {
         let mut state = self.in_flight.lock();
@@ -136,7 +137,7 @@ impl Vring {
         }
     }
 
-    /// Notifies the driver of what was completed without a notification.
+    /// Notifies the driver of completions without a notification.
     fn flush(&self) {
         if let Err(error) = self.inner.signal_used_queue() {
             tracing::debug!(%error, "cannot notify the driver");
@@ -172,7 +173,7 @@ impl VringT<AtomicMemory> for Vring {
             let mut value = [0; 8];
             match rustix::io::read(kick, &mut value) {
                 Ok(_) => {}
-                // Nothing to read: the library takes that for a kick, too.
+                // Nothing to read: the library treats that as a kick, too.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
