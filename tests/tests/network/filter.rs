@@ -1,4 +1,4 @@
-//! A guest cannot speak for others: what `network_filter` keeps from leaving it, and what it lets
+//! A guest cannot impersonate others: what `network_filter` keeps from leaving it, and what it lets
 //! through.
 
 use hull_tests::network::{CniNetwork, GATEWAY, GATEWAY6, has_ipv6, number, unanswered};
@@ -20,7 +20,7 @@ fn ping(container: &Container<'_>, from: Option<&str>, to: &str) -> hull_tests::
     container.sh(&format!("ping -c 2 -i 0.3 -W 1 {from} {to}"))
 }
 
-/// Addresses of network `default` that no plugin gives to anybody soon.
+/// Addresses of network `default` that no plugin assigns soon.
 fn foreign() -> (String, String) {
     let number = number();
     (

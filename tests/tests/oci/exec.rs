@@ -1,4 +1,4 @@
-//! Further processes with `hull-oci exec`, and what `hull-oci` tells of a container: ps, list,
+//! Further processes with `hull-oci exec`, and what `hull-oci` reports of a container: ps, list,
 //! state, events, features.
 
 use std::fs;
