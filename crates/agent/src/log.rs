@@ -45,7 +45,7 @@ fn record(level: Level, message: &str) -> String {
     line
 }
 
-/// Logs a line that says the agent cannot go on.
+/// Logs why the agent cannot go on.
 macro_rules! critical {
     ($($arg:tt)*) => { $crate::log::write($crate::log::Level::Critical, format_args!($($arg)*)) };
 }

@@ -70,8 +70,8 @@ pub enum DeviceError {
 /// One virtio device. All state is owned by the one thread that runs it; nothing is shared.
 ///
 /// # Lifecycle
-/// [`DeviceRunner`](crate::runner::DeviceRunner) makes these calls, in this order only:
-/// [`DeviceRunner`](crate::runner::DeviceRunner) makes these calls in this order and no other:
+///
+/// [`DeviceRunner`](crate::runner::DeviceRunner) makes these calls in this order only:
 ///
 /// ```text
 ///   register ─► activate ─► queue_event, host_event ─► quiesce ─► (save) ─► queue_event, …

@@ -605,11 +605,11 @@ fn stages_are_kept() {
     assert_eq!(bench.runner.save(), Err(SaveError::NotQuiesced));
     bench.runner.quiesce().unwrap();
     let saved = bench.runner.save().unwrap();
-    // Not over a device that has run.
+    // A device that has run is not restored.
     let rings = bench.guest.rings().to_vec();
     let again = bench.runner.restore(&saved, rings.clone());
     assert_eq!(again, Err(RestoreError::NotFresh));
-    // Not of another type, of another number of queues, or from the future.
+    // Nor from a state of another type, of another number of queues, or of a newer version.
     let other = BlockSubject(tempfile::tempfile().unwrap()).device();
     let mut other = DeviceRunner::new(other).unwrap();
     let refused = other.restore(&saved, rings.clone()).unwrap_err();

@@ -308,7 +308,7 @@ pub fn hostile_chains() -> Vec<Vec<Descriptor>> {
         vec![(BUFFERS, u32::MAX, 0, 0)],
         vec![(BUFFERS, 64, NEXT, 1), (BUFFERS, u32::MAX, WRITE, 0)],
         vec![(BUFFERS, u32::MAX, NEXT, 1), (BUFFERS, u32::MAX, WRITE, 0)],
-        // The wrong way around.
+        // Writable before readable.
         vec![(BUFFERS, 64, WRITE | NEXT, 1), (BUFFERS, 64, 0, 0)],
         // Tables: of an invalid length, of themselves, outside of memory.
         vec![(BUFFERS, 17, INDIRECT, 0)],

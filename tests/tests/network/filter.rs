@@ -52,7 +52,7 @@ fn a_guest_cannot_use_another_address(machine: &'static str) {
         ping(&container, Some(&own.to_string()), &GATEWAY6.to_string()).ok();
         unanswered(&ping(&container, Some(&ip6), &GATEWAY6.to_string()));
     }
-    // Its own still works.
+    // The guest's own address still works.
     let own = own.iter().find(|address| address.is_ipv4()).unwrap();
     ping(&container, Some(&own.to_string()), &GATEWAY.to_string()).ok();
 }

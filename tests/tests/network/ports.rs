@@ -190,7 +190,7 @@ fn a_port_that_is_taken_is_named_and_nothing_is_left() {
         let rules = rules_with(&format!("--dport {port} "));
         assert!(rules.is_empty(), "{rules:?}");
     }
-    // The other protocol is not taken.
+    // The other protocol's port is free.
     hull.run(&["-p", &format!("{published}/udp")], &["true"])
         .ok();
     drop(taken);
@@ -205,7 +205,7 @@ fn two_containers_cannot_have_one_port() {
     let published = format!("{port}:80");
     let first = web_server(&hull, &["-p", &published], "first");
     answers((LOOPBACK, port), "first");
-    // Nor on one address of it.
+    // Nor on one of the host's addresses.
     for other in [published.clone(), format!("127.0.0.1:{port}:80")] {
         let output = hull.run(&["-p", &other], &["true"]);
         output.fails(125, &["publish", &port.to_string(), "already"]);

@@ -152,7 +152,7 @@ fn podman_containers_find_each_other_by_name() {
     assert!(reaches(&podman, &one, &two));
     let unknown = podman.exec(&one, &["ping", "-c", "1", "no-such-name"]);
     assert_ne!(unknown.status, 0);
-    // The other network knows nothing of them.
+    // The other network does not know them.
     let other = podman.sleeper(NETWORK);
     assert!(!reaches(&podman, &other, &one));
     podman
@@ -271,7 +271,7 @@ fn podman_connects_and_disconnects_networks_of_a_running_container() {
     fetches(&podman, &other, &name, "movable");
     let address = addresses_of(&podman, &name, "eth1")[0];
     podman.host().enter(|| answers((address, 80), "movable"));
-    // The first one goes on.
+    // The first network still works.
     let address = address_of(&podman, &name);
     podman.host().enter(|| answers((address, 80), "movable"));
 

@@ -243,7 +243,7 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
             c"nr_blocks=1,nr_inodes=1",
         );
     }
-    // The agent's: the container's may be anything.
+    // The agent's /dev/null: the container's may be anything.
     let null = sys::leak(mounts::detached(CWD, c"/dev/null", false)?);
     Ok(mounts::attach(null, place)?)
 }

@@ -203,7 +203,7 @@ pub(super) fn mount_propagation(path: &CStr, flags: libc::c_ulong) -> io::Result
 
 /// Duplicates `from` as `to`. They must differ.
 pub(super) fn duplicate(from: BorrowedFd<'_>, to: RawFd, flags: libc::c_int) -> io::Result<()> {
-    // SAFETY: whatever was open as `to` is not used again: this module calls it in the child only.
+    // SAFETY: the former `to` is not used again: this module calls it in the child only.
     let result = unsafe { libc::dup3(from.as_raw_fd(), to, flags) };
     check(result.into()).map(drop)
 }

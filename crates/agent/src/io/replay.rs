@@ -195,7 +195,7 @@ mod tests {
                 send_all(&mut replay, &sink);
                 assert_eq!(reader.join().unwrap(), pattern(place..length));
             }
-            // And it goes on from there.
+            // It continues from there.
             pass(&mut replay, 1000, 100);
         }
     }

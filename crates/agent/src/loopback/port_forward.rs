@@ -182,7 +182,7 @@ mod tests {
             let (mut stream, _) = server.accept().unwrap();
             drop(host);
             let talking = std::thread::spawn(move || {
-                // Until it is noticed that nobody listens any more.
+                // Until writing fails because the reader is gone.
                 while stream.write_all(&[0; 4096]).is_ok() {}
             });
             carrier.await.unwrap();

@@ -152,7 +152,7 @@ fn a_route_s_fields_all_arrive() {
         "{routes}"
     );
     assert!(routes.contains("eth1\t0001010A"), "{routes}");
-    // And all of them go.
+    // Then all of them go.
     network.apply(&request(&wanted.interfaces, &[])).unwrap();
     assert_eq!(kernel.routes(), [""; 0]);
 }
@@ -285,7 +285,7 @@ fn interfaces_swap_their_names_and_keep_the_rest() {
         for neighbour in &mut wanted.neighbours {
             swap(&mut neighbour.interface);
         }
-        // And one gets another hardware address.
+        // Then one gets another hardware address.
         wanted.interfaces[0].mac = vec![2, 7, 7, 7, 7, 7];
         network.apply(&wanted).unwrap();
         assert_eq!(kernel.link("eth1").unwrap().mac, Some([2, 7, 7, 7, 7, 7]));

@@ -193,7 +193,7 @@ impl Registered {
 /// that creates a child for another executable unblocks it there.
 fn child_signals() -> io::Result<OwnedFd> {
     // SAFETY: the set lives across the three calls, and the first one initializes it. signalfd
-    // returns a new descriptor that nobody else owns.
+    // returns a new descriptor without another owner.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);

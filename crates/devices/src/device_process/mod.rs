@@ -319,7 +319,7 @@ fn report(control: &OwnedFd, event: &Event, fd: Option<BorrowedFd<'_>>) {
     loop {
         match hull_ipc::send(control, event, fd.as_slice()) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                // Only if the sandbox made the shared description non-blocking.
+                // Only if the sandbox has set the shared description non-blocking.
                 let mut ready = [PollFd::new(control, PollFlags::OUT)];
                 if poll(&mut ready, None).is_err() {
                     return;

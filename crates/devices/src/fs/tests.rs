@@ -251,7 +251,7 @@ fn files_are_made_written_read_and_removed() {
     assert_eq!(guest.getattr(file.node), Ok(file.inode));
     let on_host = guest.directory.path().join("file");
     assert_eq!(fs::read(&on_host).unwrap()[3..], data);
-    // By workers.
+    // Done by workers.
     let mut body = handle.to_le_bytes().to_vec();
     body.extend([0; 8]);
     assert_eq!(guest.call(wire::FSYNC, file.node, &body), Ok(vec![]));

@@ -54,7 +54,7 @@ pub const SYNCFS: u32 = 50;
 pub const TMPFILE: u32 = 51;
 pub const STATX: u32 = 52;
 
-/// Bits of the INIT reply, the two words as one.
+/// Bits of the INIT reply, both 32-bit fields as one number.
 pub mod init {
     pub const ASYNC_READ: u64 = 1 << 0;
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;

@@ -108,7 +108,7 @@ impl Token {
 pub enum Change {
     /// Not waited for until now.
     Add(EventFlags),
-    /// Waited for with other events until now.
+    /// Other events were waited for until now.
     Modify(EventFlags),
     /// No longer waited for.
     Remove,

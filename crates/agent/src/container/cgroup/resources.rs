@@ -96,7 +96,7 @@ pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
             return Err(without_counterpart("linux.resources.network.priorities"));
         }
     }
-    // Last, because it may refine what the fields above say.
+    // Last, because it may refine the fields above.
     for (file, value) in resources.unified().iter().flatten() {
         const FIELD: &str = "linux.resources.unified";
         if file.contains('/')
@@ -315,7 +315,7 @@ impl List {
         devices: &Option<Vec<LinuxThrottleDevice>>,
     ) {
         for device in devices.iter().flatten() {
-            // The spec's 0 lifts the limit; v2 expects the word.
+            // The spec's 0 lifts the limit; v2 expects `max`.
             let rate = if device.rate() == 0 {
                 "max".into()
             } else {

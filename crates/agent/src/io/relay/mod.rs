@@ -69,7 +69,7 @@ impl Lazy {
         }
     }
 
-    /// Waits until the descriptor may be ready, after an operation said that it would block.
+    /// Waits until the descriptor may be ready, after an operation would have blocked.
     async fn ready(&mut self, interest: Interest) -> io::Result<()> {
         // Registration reports what is ready already.
         self.registered(interest)?

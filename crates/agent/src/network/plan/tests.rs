@@ -1,4 +1,4 @@
-//! Which steps lead from one network to another, in words.
+//! The steps from one network to another, as text.
 #![allow(clippy::unwrap_used)]
 use super::super::wanted::Neighbour;
 use super::*;
