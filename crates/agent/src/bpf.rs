@@ -32,9 +32,9 @@ pub mod code {
     pub const EXIT: u8 = 0x95;
 }
 
-/// Register of what a program returns.
+/// Register of a program's return value.
 pub const RESULT: u8 = 0;
-/// Register of what a program is given.
+/// Register of a program's argument.
 pub const CONTEXT: u8 = 1;
 
 /// An instruction.
@@ -56,7 +56,7 @@ pub fn instruction(
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_LINK_CREATE: libc::c_int = 28;
 
-/// What BPF_PROG_LOAD reads, as far as it is used.
+/// Attributes of BPF_PROG_LOAD, up to the last one in use.
 #[repr(C)]
 struct Load {
     program_type: u32,
@@ -73,7 +73,7 @@ struct Load {
     attach_type: u32,
 }
 
-/// What BPF_LINK_CREATE reads.
+/// Attributes of BPF_LINK_CREATE.
 #[repr(C)]
 struct Link {
     program: RawFd,
@@ -82,7 +82,7 @@ struct Link {
     flags: u32,
 }
 
-/// A call of bpf(2).
+/// Calls bpf(2).
 pub fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_long> {
     // SAFETY: the attributes are the leading part of the union that the command reads, with their
     // true size; the pointers in them are alive.
@@ -101,7 +101,7 @@ pub fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_long> 
     }
 }
 
-/// Loads a program to be attached as `attach_type`. Of the name 15 bytes are kept.
+/// Loads a program to be attached as `attach_type`. The name is cut to 15 bytes.
 pub fn load(
     program_type: u32,
     attach_type: u32,
@@ -127,7 +127,7 @@ pub fn load(
         attach_type,
     };
     let fd = bpf(BPF_PROG_LOAD, &attributes)?;
-    // SAFETY: a new descriptor that nobody else knows of; the kernel opens it close-on-exec.
+    // SAFETY: a new descriptor without another owner; the kernel opens it close-on-exec.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
@@ -144,6 +144,6 @@ pub fn link(
         flags: 0,
     };
     let fd = bpf(BPF_LINK_CREATE, &attributes)?;
-    // SAFETY: a new descriptor that nobody else knows of; the kernel opens it close-on-exec.
+    // SAFETY: a new descriptor without another owner; the kernel opens it close-on-exec.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }

@@ -1,4 +1,4 @@
-//! What a booted machine is told about its pod: host name, clock, entropy, sysctls. Called by
+//! Applies the pod's settings to a booted guest: host name, clock, entropy, sysctls. Called by
 //! `service`.
 
 #![allow(unsafe_code)]
@@ -13,12 +13,12 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::rpc::status::{Failure, Result};
 
-/// Most entropy that is taken in one call.
+/// Most entropy accepted in one call.
 const ENTROPY_LIMIT: usize = 512;
 
-/// Applies a request; what it leaves empty stays as it is.
+/// Applies a request. Empty fields change nothing.
 pub fn apply(request: &ConfigureRequest) -> Result<()> {
-    // Checked first: a request is refused whole.
+    // Checked first, so that a rejected request changes nothing.
     if request.entropy.len() > ENTROPY_LIMIT {
         return Err(Failure::invalid(format!(
             "invalid entropy: {} bytes, at most {ENTROPY_LIMIT} are taken",
@@ -59,8 +59,8 @@ pub fn apply(request: &ConfigureRequest) -> Result<()> {
     Ok(())
 }
 
-/// Where a sysctl is. Dots separate; a slash in the name stands for a dot (as of a VLAN's
-/// interface), as for sysctl(8).
+/// Path of a sysctl. Dots separate; a slash in the name stands for a dot (as in a VLAN interface's
+/// name), as in sysctl(8).
 fn sysctl_path(name: &str) -> Result<PathBuf> {
     let mut path = PathBuf::from("/proc/sys");
     for part in name.split('.') {
@@ -75,7 +75,7 @@ fn sysctl_path(name: &str) -> Result<PathBuf> {
 /// Mixes bytes into the kernel's pool and credits them in full: they come from the host's own
 /// generator.
 fn add_entropy(bytes: &[u8]) -> io::Result<()> {
-    /// `struct rand_pool_info` of linux/random.h with room for the most that is taken.
+    /// `struct rand_pool_info` of linux/random.h with the largest buffer.
     #[repr(C)]
     struct RandPoolInfo {
         entropy_count: libc::c_int,

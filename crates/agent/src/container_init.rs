@@ -1,15 +1,15 @@
 //! The init process of a container that asks for one (`--init`): starts the command, forwards
-//! signals to it, reaps every orphan, and ends as the command ended.
+//! signals to it, reaps every orphan, and exits with the command's status.
 //!
-//! The agent's own executable, seen in the container under the name [`NAME`]; `main` comes here
-//! before it does anything else. Runs with the container's rights and nothing more.
+//! The agent's own executable, seen in the container under the name [`NAME`]; `main` branches to
+//! here before anything else. Runs with the container's rights and nothing more.
 #![allow(unsafe_code)]
 
 use std::ffi::OsString;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 
-/// Last part of the name under which the executable is this program.
+/// File name under which the executable is this program.
 pub const NAME: &str = "hull-init";
 
 /// Exit statuses as a shell's: not executable, not found.
@@ -28,8 +28,8 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> i32 {
     let old = set_mask(&all);
     let mut command = Command::new(&program);
     command.args(arguments);
-    // A group of its own, in front if there is a terminal: signals from the keyboard reach it
-    // directly.
+    // A process group of its own, in the foreground if there is a terminal: signals from the
+    // keyboard reach it directly.
     command.process_group(0);
     // SAFETY: only system calls that are safe between fork and exec, on values copied before.
     unsafe {
@@ -61,8 +61,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> i32 {
                     return status;
                 }
             }
-            // A stopped init could not be continued from inside; the command stops itself by its
-            // terminal.
+            // A stopped init could not be continued from inside; the terminal stops the command.
             libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU => {}
             // SAFETY: kill has no memory effects. The child is not reaped yet, so its id is its
             // own.
@@ -73,7 +72,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> i32 {
     }
 }
 
-/// Reaps everything that has ended; the exit status, when the command was among it.
+/// Reaps everything that has ended; returns the command's exit status if that was among it.
 fn reap(child: i32) -> Option<i32> {
     let mut ended = None;
     loop {
@@ -101,7 +100,7 @@ fn all_signals() -> libc::sigset_t {
     }
 }
 
-/// Sets the mask of blocked signals; the old one.
+/// Sets the mask of blocked signals; returns the old one.
 fn set_mask(mask: &libc::sigset_t) -> libc::sigset_t {
     // SAFETY: both pointers are to live values; all zeroes is a valid set.
     unsafe {

@@ -3,7 +3,7 @@
 //! The work is done by a forked child that has entered the container's root: every path in it, and
 //! every symbolic link on the way, means what it means to the container, volumes and all, and
 //! cannot lead out. It is in no namespace of the container, so nothing in there can see or stop it.
-//! The archive itself is `archive`'s matter.
+//! `archive` handles the format.
 
 #![allow(unsafe_code)]
 
@@ -26,7 +26,7 @@ use crate::rpc::status::{Failure, Result, plain_text};
 /// Longest error that the child reports.
 const REPORT_LIMIT: usize = 2048;
 
-/// Which way files go.
+/// Direction of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the container to the stream.
@@ -56,7 +56,7 @@ pub async fn run(
         .map_err(|e| failed("open the container's user namespace", e))?;
     let (report, reporter) =
         rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed("make a pipe", e.into()))?;
-    // The child waits for its stream as any program does.
+    // The child uses blocking I/O.
     rustix::fs::fcntl_setfl(&stream, OFlags::empty())
         .map_err(|e| failed("set up a stream", e.into()))?;
 
@@ -81,7 +81,7 @@ pub async fn run(
             let status = match job.work() {
                 Ok(()) => 0,
                 Err(failure) => {
-                    // Nobody listens if this fails; the status says enough.
+                    // If this fails, the exit status has to do.
                     let _ = File::from(job.reporter).write_all(&encode(&failure));
                     1
                 }
@@ -121,7 +121,7 @@ fn foreign_user_namespace(pid: u32) -> io::Result<Option<OwnedFd>> {
     Ok((theirs.metadata()?.ino() != ours.ino()).then(|| theirs.into()))
 }
 
-/// What the child does.
+/// The child's work.
 struct Job<'a> {
     root: OwnedFd,
     user_namespace: Option<OwnedFd>,
@@ -170,7 +170,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// The agent's descriptors would keep the streams and pipes of others open.
+    /// The agent's descriptors would keep other streams and pipes open.
     fn close_others(&self) {
         let mut kept: Vec<u32> = [
             Some(&self.root),

@@ -1,8 +1,8 @@
-//! The machine's disks: which block device of the guest a block device of the host has become.
+//! The machine's disks: maps block devices of the host to those of the guest.
 //!
 //! A spec names devices by the host's numbers. The guest's kernel numbers its disks as it finds
-//! them, so the host says the serial number of each disk that a container may have, and `service`
-//! has the spec translated here before the container is made, and rules again when they change.
+//! them, so the host passes the serial number of each disk that a container may have; `service` has
+//! the spec translated here before the container is created, and rules again when they change.
 //! Never opens a disk.
 
 use std::fs;
@@ -20,24 +20,24 @@ use crate::rpc::status::{Failure, Result};
 /// Where the kernel shows its disks.
 const DISKS: &str = "/sys/block";
 
-/// What the serial numbers of the machine's disks begin with.
+/// Prefix of the serial numbers of the machine's disks.
 const SERIALS: &str = "hull-disk";
 
-/// How long a disk that the machine was started with may take to be found.
+/// How long a disk that the machine was started with may take to appear.
 const DISK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often it is looked for.
+/// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Major and minor.
 type Numbers = (i64, i64);
 
-/// The disks of one container: its numbers on the host, and those in the guest.
+/// The disks of one container: their numbers on the host and in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Disks(Vec<(Numbers, Numbers)>);
 
 impl Disks {
-    /// Finds the disks that a spec names, and gives its devices and rules their numbers.
+    /// Finds the disks that a spec names, and puts their numbers into its devices and rules.
     pub async fn translate(spec: &mut Spec) -> Result<Disks> {
         let disks = match spec.hull_disks().as_deref().unwrap_or_default() {
             [] => Disks::default(),
@@ -55,12 +55,12 @@ impl Disks {
         Ok(disks)
     }
 
-    /// Gives the rules about block devices the guest's numbers.
+    /// Puts the guest's numbers into the rules about block devices.
     pub fn resources(&self, resources: &mut LinuxResources) -> Result<()> {
         let Some(rules) = resources.devices_mut() else {
             return Ok(());
         };
-        // Almost always there is none, and nothing to look up.
+        // Usually there are none, and nothing to look up.
         if rules.iter().any(names_block_device) {
             let all = list(Path::new(DISKS))
                 .map_err(|error| Failure::internal("look for the machine's disks", &error))?;
@@ -80,9 +80,9 @@ impl Disks {
         }
     }
 
-    /// The rules with the guest's numbers. One that covers several disks by leaving a number open
-    /// becomes one for each. `majors` are those of all disks of the machine: by the host's numbers
-    /// a container must not reach those of others.
+    /// The rules with the guest's numbers. A rule that covers several disks by leaving a number
+    /// open becomes one for each. `majors` are those of all disks of the machine: a container must
+    /// not reach the disks of others by the host's numbers.
     fn rules(&self, rules: &[LinuxDeviceCgroup], majors: &[i64]) -> Vec<LinuxDeviceCgroup> {
         let mut translated = Vec::with_capacity(rules.len());
         for rule in rules {
@@ -100,7 +100,7 @@ impl Disks {
             blocks.set_typ(Some(LinuxDeviceType::B));
             let exact = (major.zip(minor))
                 .is_some_and(|numbers| self.0.iter().any(|(host, _)| *host == numbers));
-            // What the guest has under these numbers by itself, loop devices for one.
+            // Devices that the guest has under these numbers by itself, such as loop devices.
             if !exact && major.is_some_and(|major| !majors.contains(&major)) {
                 translated.push(blocks.clone());
             }
@@ -116,7 +116,7 @@ impl Disks {
     }
 }
 
-/// A number that a rule names; -1 stands for any, as none does.
+/// A number of a rule; `None` if it matches any (-1 or left out).
 fn named(number: Option<i64>) -> Option<i64> {
     number.filter(|number| *number != -1)
 }
@@ -173,7 +173,7 @@ fn resolve<'a>(
         .map(Disks)
 }
 
-/// Serial and numbers of the machine's disks that the kernel has found.
+/// Serial and device numbers of the machine's disks that the kernel has found.
 fn list(directory: &Path) -> io::Result<Vec<(String, Numbers)>> {
     let mut disks = Vec::new();
     for entry in fs::read_dir(directory)? {
@@ -204,7 +204,7 @@ mod tests {
         serde_json::from_str(json).unwrap()
     }
 
-    /// Two disks of the host's, in a guest with a third one that is another container's.
+    /// Two disks of the host, in a guest with a third one of another container.
     fn translated(json: &str) -> Vec<String> {
         let disks = Disks(vec![((7, 3), (254, 0)), ((8, 16), (254, 16))]);
         disks
@@ -238,7 +238,7 @@ mod tests {
                 r#"[{"allow":true,"type":"b","major":8,"minor":-1,"access":"rw"}]"#,
                 &["+b 8:* rw", "+b 254:16 rw"],
             ),
-            // What was a device of the host's is not another container's disk.
+            // A device of the host does not become another container's disk.
             (
                 r#"[{"allow":true,"type":"b","major":254,"minor":32,"access":"rw"},
                     {"allow":true,"type":"b","major":254,"access":"rw"}]"#,

@@ -1,9 +1,8 @@
-//! What the host is told without asking: exits and OOM kills, in order, in a ring of bounded
-//! length.
+//! Exits and OOM kills for the host, in order, in a ring of bounded length.
 //!
 //! `processes` adds events, `rpc::service` answers the host's `Events` calls from here. The host
-//! names the last event that it has, so a connection that breaks costs nothing, and sequence
-//! numbers show it when the ring has lost what it has not seen.
+//! names the last event that it has, so a broken connection loses nothing, and sequence numbers
+//! show when the ring has lost events that it has not seen.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -65,7 +64,7 @@ impl Ring {
 }
 
 impl Events {
-    /// Adds an event that happened at a time.
+    /// Adds an event with its time.
     pub fn add(&self, time_ns: u64, what: What) {
         {
             let mut ring = self.lock();
@@ -84,10 +83,10 @@ impl Events {
         self.added.notify_waiters();
     }
 
-    /// The events after one, as soon as there are any.
+    /// Waits for events after the one of this number.
     ///
     /// # Errors
-    /// OUT_OF_RANGE for an event that has not happened.
+    /// `OUT_OF_RANGE` if that event has not happened.
     pub async fn after(&self, after: u64) -> Result<EventsResponse> {
         loop {
             // Created before the ring is read, so that no event is missed in between.

@@ -28,12 +28,12 @@ const NOSUID: MountFlags = MountFlags::NOSUID;
 /// Flags of the kernel's own file systems.
 const PLAIN: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-/// What is mounted at boot, in this order: source, target, type, flags. `/dev` comes before, see
+/// Mounted at boot, in this order: source, target, type, flags. `/dev` comes before, see
 /// [`mount_dev`].
 ///
-/// It is little. `/run` and `/tmp` are in memory as they are; what only containers use (devpts,
-/// shm, mqueue) they mount themselves. What a container may do on its share is a matter of its
-/// spec, so that is mounted without restrictions.
+/// Few, because `/run` and `/tmp` are in memory anyway, and what only containers use (devpts, shm,
+/// mqueue) they mount themselves. The share is mounted without restrictions: those of a container
+/// come from its spec.
 const MOUNTS: &[(&str, &str, &str, MountFlags)] = &[
     ("proc", "/proc", "proc", PLAIN),
     ("sysfs", "/sys", "sysfs", PLAIN),
@@ -43,8 +43,8 @@ const MOUNTS: &[(&str, &str, &str, MountFlags)] = &[
 
 /// Brings the guest from "the kernel started me" to "containers can be created".
 pub fn set_up() -> io::Result<()> {
-    // The mask that PID 1 gets from the kernel is not defined; files made here have the modes they
-    // are asked for.
+    // The mask that PID 1 gets from the kernel is not defined; files created here have the modes
+    // that they are given.
     rustix::process::umask(Mode::empty());
     leave_initramfs().map_err(|error| named("switch the root file system", error))?;
     mount_dev().map_err(|error| named("mount /dev", error))?;
@@ -70,7 +70,7 @@ fn named(what: &str, error: io::Error) -> io::Error {
 fn mount_at(source: &str, target: &str, fstype: &str, flags: MountFlags) -> io::Result<()> {
     let attempt = || mount(source, target, fstype, flags, None);
     match attempt() {
-        // Making the directory only when it is missing saves a call where the initramfs has it.
+        // Creating the directory only when it is missing saves a call where the initramfs has it.
         Err(Errno::NOENT) => {
             fs::create_dir_all(target)?;
             Ok(attempt()?)
@@ -79,9 +79,9 @@ fn mount_at(source: &str, target: &str, fstype: &str, flags: MountFlags) -> io::
     }
 }
 
-/// pivot_root, which every container needs, works from an initramfs only when the kernel has
-/// mounted it on something else. Kernels do so from 7.0 on; on older ones the agent moves to a root
-/// of its own first.
+/// pivot_root, which every container needs, works from an initramfs only if the kernel has mounted
+/// it on something else, as kernels do from 7.0 on; on older ones the agent moves to a root of its
+/// own first.
 fn leave_initramfs() -> io::Result<()> {
     let kernel = rustix::system::uname();
     if kernel_major(kernel.release()) >= 7 {
@@ -170,9 +170,8 @@ fn mount_dev() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the groups of containers the controllers that each of them gets, while nobody waits for
-/// it. Only a head start: creating a group enables its controllers again, and those that it
-/// needs besides.
+/// Enables the controllers of containers' groups while nothing waits for it. Only a head start:
+/// creating a group enables them again, and others that it needs.
 fn enable_controllers() {
     let path = format!("{CGROUP_ROOT}/cgroup.subtree_control");
     let enabled = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
@@ -182,9 +181,9 @@ fn enable_controllers() {
     }
 }
 
-/// The agent has descriptors for many streams, and containers inherit the limit where their spec
-/// has none. Best effort: a guest where it fails works. (The OOM killer never takes PID 1, so there
-/// is nothing to protect.)
+/// The agent has descriptors for many streams, and containers inherit the limit unless their spec
+/// has one. Best effort: the guest works without. (The OOM killer never takes PID 1, so that needs
+/// no protection.)
 fn raise_limits() {
     let limit = Rlimit {
         current: Some(1 << 20),
@@ -242,8 +241,8 @@ pub fn power_off() -> ! {
     panic!("cannot power the machine off: {error}");
 }
 
-/// A machine that cannot be switched off is restarted, which its monitor takes for its end. The
-/// command line of such a machine says how to restart (`reboot=`).
+/// A machine that cannot be switched off is restarted, which its monitor takes as its end. Its
+/// kernel command line says how to restart (`reboot=`).
 fn how_to_end(command_line: &str) -> RebootCommand {
     let mut words = command_line.split_ascii_whitespace();
     match words.any(|word| word.starts_with("reboot=")) {

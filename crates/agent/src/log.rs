@@ -18,7 +18,7 @@ pub enum Level {
     Info = 6,
 }
 
-/// Writes one line. A line that cannot be written is lost: there is nowhere else to say so.
+/// Writes one line. A line that cannot be written is lost.
 pub fn write(level: Level, message: fmt::Arguments<'_>) {
     // The kernel takes one record per write and cuts what is longer than about a kilobyte.
     let line = record(level, &message.to_string());
@@ -45,7 +45,7 @@ fn record(level: Level, message: &str) -> String {
     line
 }
 
-/// Logs a line that says the agent cannot go on.
+/// Logs why the agent cannot go on.
 macro_rules! critical {
     ($($arg:tt)*) => { $crate::log::write($crate::log::Level::Critical, format_args!($($arg)*)) };
 }

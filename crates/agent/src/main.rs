@@ -7,8 +7,9 @@
 //! another one.
 //!
 //! When its connection ends, it dials again, and containers do not notice. It powers the machine
-//! off when the host says so, when no host answers for long, and when it cannot go on, which it
-//! says on the console; when it panics, the kernel ends the machine. The host sees each of these.
+//! off when the host asks for it, when no host answers for long, and when it cannot go on, which it
+//! reports on the console; when it panics, the kernel ends the machine. The host sees each of
+//! these.
 
 #![cfg_attr(not(test), no_main)]
 
@@ -72,7 +73,7 @@ fn start() {
         log::critical!("{panic}");
         std::process::exit(101);
     }));
-    // Dialled before anything else: the host learns that the guest is there while the guest sets
+    // Dialled before anything else: the host learns that the guest is up while the guest sets
     // itself up. What the host sends meanwhile waits in the socket.
     let home = dial();
     if let Err(error) = init::set_up().and(home).and_then(run) {
@@ -81,17 +82,17 @@ fn start() {
     init::power_off();
 }
 
-/// Begins to connect to the host.
+/// Starts connecting to the host.
 fn dial() -> std::io::Result<OwnedFd> {
     vsock::dial(HOST_CID, AGENT_PORT)
 }
 
-/// Serves the host until there is none.
+/// Serves the host until none answers any more.
 fn run(home: OwnedFd) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
-        // Room for events is touched when it is made.
+        // Memory for events is touched when it is allocated.
         .max_io_events_per_tick(64)
         .build()?;
     runtime.block_on(serve(home))

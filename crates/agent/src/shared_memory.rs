@@ -3,8 +3,8 @@
 //!
 //! The host cannot share memory with a guest, so it names the memory, and here is a tmpfs for each
 //! name, which is mounted once and bound by all containers that name it. It lives as long as one of
-//! them does: each holds a reference, and the last one that is released unmounts it. Called by
-//! `service` before a container is made.
+//! them does: each holds a reference, and dropping the last one unmounts it. Called by `service`
+//! before a container is created.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -25,7 +25,7 @@ const DIRECTORY: &str = "/run/hull/shm";
 #[derive(Debug, Default)]
 pub struct SharedMemory(Mutex<HashMap<String, Weak<Memory>>>);
 
-/// A tmpfs that some containers have. Dropping it takes it out of the guest.
+/// A tmpfs that some containers use. Dropping it unmounts it.
 #[derive(Debug)]
 pub struct Memory {
     path: PathBuf,
@@ -33,7 +33,7 @@ pub struct Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // Containers that are just ending may still have it.
+        // Containers that are just ending may still use it.
         let unmounted = unmount(&self.path, UnmountFlags::DETACH).map_err(Into::into);
         if let Err(error) = unmounted.and_then(|()| fs::remove_dir(&self.path)) {
             crate::log::error!("cannot release shared memory: {error}");
@@ -42,8 +42,8 @@ impl Drop for Memory {
 }
 
 impl SharedMemory {
-    /// Provides what a spec's mounts name, and makes it their source. The container must hold what
-    /// is returned.
+    /// Provides the memory that a spec's mounts name, and makes it their source. The container must
+    /// hold the result.
     pub fn provide(&self, spec: &mut Spec) -> Result<Vec<Arc<Memory>>> {
         let mut held = Vec::new();
         for mount in spec.mounts_mut().into_iter().flatten() {

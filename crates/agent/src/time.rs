@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Nanoseconds since 1970 UTC; 0 before that. By the C library: rustix wants a vDSO, which
+/// Nanoseconds since 1970 UTC; 0 before that. From the C library: rustix needs a vDSO, which
 /// user-mode Linux does not have.
 pub fn now_ns() -> u64 {
     SystemTime::now()

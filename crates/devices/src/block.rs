@@ -90,7 +90,7 @@ impl Block {
     /// guest sees, truncated to 20 bytes.
     pub fn new(mut file: File, read_only: bool, id: &str) -> io::Result<Self> {
         let size = file.seek(SeekFrom::End(0))?;
-        // A file has no such size.
+        // A regular file has no such size.
         let block_size = rustix::fs::ioctl_blksszget(&file).unwrap_or(SECTOR as u32);
         let mut serial = [0; ID_LENGTH];
         for (to, from) in serial.iter_mut().zip(id.bytes()) {
@@ -124,7 +124,7 @@ impl Block {
         Ok(start)
     }
 
-    /// Serves one request; returns its status byte.
+    /// Serves one request and returns its status byte.
     fn execute(&self, header: [u8; HEADER], input: &mut Span<'_>, output: &mut Span<'_>) -> u8 {
         let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
         let mut sector = [0; 8];
@@ -279,7 +279,7 @@ impl Device for Block {
         Ok(())
     }
 
-    /// A request is finished in the event that it came in.
+    /// A request is finished in the event in which it arrived.
     fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
@@ -323,7 +323,7 @@ mod tests {
         header
     }
 
-    /// Runs a request; its data and status.
+    /// Runs a request; returns its data and status.
     fn call(
         driver: &mut Driver<Block>,
         kind: u32,

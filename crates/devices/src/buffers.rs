@@ -22,13 +22,13 @@ const MAX_IOVECS: usize = 1024;
 /// Why a chain has no usable buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadChain {
-    /// An address or length that is not guest memory.
+    /// An address or length outside guest memory.
     #[error("buffer is outside guest memory")]
     OutOfRange,
     /// More parts than [`MAX_SLICES`].
     #[error("too many buffers")]
     TooMany,
-    /// A buffer to read from behind one to write to.
+    /// A readable buffer behind a writable one.
     #[error("readable buffer behind a writable one")]
     Order,
 }
@@ -72,7 +72,7 @@ impl<'m> Buffers<'m> {
 /// Guest memory in one direction, consumed from the front.
 pub struct Span<'m> {
     slices: Vec<VolatileSlice<'m>>,
-    /// The slice that the cursor is in, and how far.
+    /// Index of the cursor's slice, and the position in it.
     slice: usize,
     offset: usize,
     remaining: usize,
@@ -102,8 +102,7 @@ impl<'m> Span<'m> {
         self.consumed
     }
 
-    /// Cuts the span: what lies more than `length` bytes behind the cursor is gone from it, and
-    /// returned.
+    /// Splits off and returns what lies more than `length` bytes behind the cursor.
     pub fn split_off(&mut self, length: usize) -> Span<'m> {
         let mut tail = Span {
             slices: self.slices.clone(),
@@ -157,8 +156,8 @@ impl<'m> Span<'m> {
             })
     }
 
-    /// Copies from the cursor into `bytes` and moves on; the number of bytes copied is less than
-    /// asked for only at the end.
+    /// Copies from the cursor into `bytes` and moves on; copies less than asked for only at the
+    /// end.
     pub fn copy_to(&mut self, bytes: &mut [u8]) -> usize {
         let mut copied = 0;
         for piece in self.pieces(bytes.len()) {
@@ -200,8 +199,8 @@ impl<'m> Span<'m> {
         partial(self.transfer(Transfer::Read, file, count, position))
     }
 
-    /// As [`Span::read_from`], but without waiting for storage: `EAGAIN` when it would have to
-    /// wait, `EOPNOTSUPP` when the file cannot tell. The span is not to be used any more then.
+    /// As [`Span::read_from`], but without waiting for storage: `EAGAIN` if it would have to wait,
+    /// `EOPNOTSUPP` if the file cannot tell. The span must not be used after such an error.
     pub fn read_cached(
         &mut self,
         file: BorrowedFd<'_>,
@@ -223,8 +222,8 @@ impl<'m> Span<'m> {
         partial(self.transfer(Transfer::Write, file, count, position))
     }
 
-    /// Writes `before` and all of the span with one call: a message. More pieces than one call
-    /// takes are `EMSGSIZE`.
+    /// Writes `before` and all of the span with one call, as one message. `EMSGSIZE` if there are
+    /// more pieces than one call takes.
     pub fn write_behind(&mut self, file: BorrowedFd<'_>, before: &[u8]) -> Result<usize, Errno> {
         let first = libc::iovec {
             iov_base: before.as_ptr().cast_mut().cast(),
@@ -239,8 +238,9 @@ impl<'m> Span<'m> {
             return Err(Errno::MSGSIZE);
         }
         let count = iovecs.len() as libc::c_int;
-        // SAFETY: the iovecs describe memory of ours and of the guest that outlives the call and is
-        // only read; the guest may change its own meanwhile, which does not affect the kernel.
+        // SAFETY: the iovecs describe memory of this process and of the guest that outlives the
+        // call and is only read; the guest may change its own meanwhile, which does not affect the
+        // kernel.
         let written = unsafe { libc::writev(file.as_raw_fd(), iovecs.as_ptr(), count) };
         match usize::try_from(written) {
             Ok(written) => Ok(written),
@@ -248,8 +248,8 @@ impl<'m> Span<'m> {
         }
     }
 
-    /// Calls until everything is moved, nothing more moves, or it fails; returns the bytes moved
-    /// and the outcome.
+    /// Repeats until everything is moved, nothing more moves, or it fails; returns the bytes moved
+    /// and the result.
     fn transfer(
         &mut self,
         how: Transfer,
@@ -292,7 +292,7 @@ impl<'m> Span<'m> {
 #[derive(Clone, Copy)]
 enum Transfer {
     Read,
-    /// Of what is in the page cache only.
+    /// Reads what is in the page cache only.
     ReadCached,
     Write,
 }
@@ -314,7 +314,7 @@ impl Transfer {
     }
 }
 
-/// Bytes moved before an error count; the error is reported by the next call.
+/// Bytes moved before an error take precedence; the next call reports the error.
 fn partial((moved, end): (usize, Result<(), Errno>)) -> Result<usize, Errno> {
     match end {
         Err(error) if moved == 0 => Err(error),

@@ -1,4 +1,4 @@
-//! What a virtio device is to the rest of hull, and what it may touch.
+//! The interface between virtio devices and the rest of hull.
 //!
 //! A device implements [`Device`] and knows no transport: it sees its queues through [`Queues`],
 //! guest memory through [`Memory`], and waits for host descriptors through [`EventRegistry`]. A
@@ -35,7 +35,7 @@ pub type Chain = DescriptorChain<Memory>;
 /// Readiness of a host descriptor, `epoll` events.
 pub use rustix::event::epoll::EventFlags;
 
-/// Why a device cannot go on. The transport logs it and stops this device, no other.
+/// Why a device stopped. The transport logs it and stops this device, no other.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The driver broke the rules of the virtqueue itself.
@@ -71,7 +71,7 @@ pub enum DeviceError {
 ///
 /// # Lifecycle
 ///
-/// [`DeviceRunner`](crate::runner::DeviceRunner) makes these calls in this order and no other:
+/// [`DeviceRunner`](crate::runner::DeviceRunner) makes these calls in this order only:
 ///
 /// ```text
 ///   register ─► activate ─► queue_event, host_event ─► quiesce ─► (save) ─► queue_event, …
@@ -85,7 +85,7 @@ pub enum DeviceError {
 ///
 /// A request is *in flight* from the moment the device pops it until it adds it to the used ring.
 pub trait Device: Send + 'static {
-    /// Its type.
+    /// The device's virtio type.
     fn device_type(&self) -> DeviceType;
 
     /// Maximum size of each queue, a power of two; the number of queues is the length.
@@ -109,7 +109,7 @@ pub trait Device: Send + 'static {
     fn register(&mut self, events: EventRegistry) -> io::Result<()>;
 
     /// The driver has accepted `features` of [`Device::features`]. Called before any event that
-    /// depends on them; again after a reset, and when a front end changes them while it sets up.
+    /// depends on them; again after a reset, and when a front end changes them during setup.
     fn activate(&mut self, _features: u64) {}
 
     /// The driver notified `queue`, or the transport wants it checked (after it was enabled, or
@@ -134,15 +134,15 @@ pub trait Device: Send + 'static {
     /// The device's own state, without its queues. Only while it is quiesced.
     ///
     /// # Errors
-    /// [`SaveError::NotSupported`], unless the device says otherwise; or what in its state keeps it
-    /// from being saved, by name.
+    /// [`SaveError::NotSupported`] by default; [`SaveError::State`] names the state that cannot be
+    /// saved.
     fn save(&mut self) -> Result<SavedState, SaveError> {
         Err(SaveError::NotSupported(self.device_type()))
     }
 
-    /// Takes over what [`Device::save`] of another instance returned. The host's side of it (the
-    /// directories of shares, taps, disks) must be there already or comes later; each device says
-    /// which.
+    /// Takes over what [`Device::save`] of another instance returned. The host's side of it
+    /// (directories of shares, taps, disks) must be there already or is attached later, depending
+    /// on the device.
     ///
     /// # Errors
     /// [`RestoreError`]: the device does not support it, the state is of another device or a newer
@@ -151,34 +151,34 @@ pub trait Device: Send + 'static {
         Err(RestoreError::NotSupported(self.device_type()))
     }
 
-    /// The driver reset the device. It drops what it negotiated and every request: those in flight
-    /// are finished or discarded before this returns, and none completes or touches guest memory
-    /// later.
+    /// The driver reset the device, which drops what it negotiated and every request: those in
+    /// flight are finished or discarded before this returns, and none completes or touches guest
+    /// memory later.
     fn reset(&mut self);
 }
 
 /// One virtqueue, as a transport offers it. Shared, so that a device's worker threads can complete
 /// requests.
 pub trait Ring: Send + Sync {
-    /// The next chain that the driver made available; `None` when there is none or the queue is
-    /// not set up.
+    /// The next chain that the driver made available; `None` if there is none or the queue is not
+    /// set up.
     fn pop(&self, memory: &Memory) -> Result<Option<Chain>, virtio_queue::Error>;
 
     /// Undoes the last [`Ring::pop`]. Only right after it.
     fn undo_pop(&self);
 
-    /// Adds a chain to the used ring, with `len` bytes written to it. Ignored when the queue is not
-    /// set up any more.
+    /// Adds a chain to the used ring, with `len` bytes written to it. Ignored if the queue is no
+    /// longer set up.
     fn add_used(&self, memory: &Memory, head: u16, len: u32) -> Result<(), virtio_queue::Error>;
 
-    /// Notifies the driver of used chains, if it asked for it (EVENT_IDX).
+    /// Notifies the driver of used chains, if it asked for notifications (EVENT_IDX).
     fn notify(&self, memory: &Memory) -> Result<(), virtio_queue::Error>;
 
-    /// Asks the driver for notifications again. True when chains arrived meanwhile, for which there
+    /// Enables the driver's notifications again. True if chains arrived meanwhile, for which there
     /// may be no notification.
     fn rearm(&self, memory: &Memory) -> Result<bool, virtio_queue::Error>;
 
-    /// Asks the driver for no notifications while the device works on the queue anyway (a hint).
+    /// Disables the driver's notifications while the device works on the queue anyway (a hint).
     fn silence(&self, memory: &Memory) -> Result<(), virtio_queue::Error>;
 
     /// The ring's addresses and indices, to be saved. Only while the device is quiesced.
@@ -222,7 +222,7 @@ impl<'a> Queues<'a> {
         self.on(queue, |ring, memory| ring.pop(memory))
     }
 
-    /// The next available chain of `queue`; when there is none, the driver is asked to notify.
+    /// The next available chain of `queue`; if there is none, enables the driver's notifications.
     pub fn pop_or_rearm(&mut self, queue: usize) -> Result<Option<Chain>, DeviceError> {
         loop {
             let chain = self.pop(queue)?;
@@ -243,17 +243,18 @@ impl<'a> Queues<'a> {
         self.on(queue, |ring, memory| ring.add_used(memory, head, len))
     }
 
-    /// Notifies the driver of used chains of `queue`, if it asked for it. Call once per batch.
+    /// Notifies the driver of used chains of `queue`, if it asked for notifications. Call once per
+    /// batch.
     pub fn notify(&mut self, queue: usize) -> Result<(), DeviceError> {
         self.on(queue, |ring, memory| ring.notify(memory))
     }
 
-    /// Asks for notifications of `queue` again; true when there is more to pop already.
+    /// Enables notifications of `queue` again; true if there is more to pop already.
     pub fn rearm(&mut self, queue: usize) -> Result<bool, DeviceError> {
         self.on(queue, |ring, memory| ring.rearm(memory))
     }
 
-    /// Asks for no notifications of `queue` while the device pops from it.
+    /// Disables notifications of `queue` while the device pops from it.
     pub fn silence(&mut self, queue: usize) -> Result<(), DeviceError> {
         self.on(queue, |ring, memory| ring.silence(memory))
     }
@@ -264,7 +265,7 @@ impl<'a> Queues<'a> {
         self.processed = self.processed.saturating_add(count);
     }
 
-    /// What [`Queues::add_processed`] was told in this event.
+    /// Sum of [`Queues::add_processed`] in this event.
     pub fn processed(&self) -> usize {
         self.processed
     }
@@ -279,8 +280,8 @@ impl<'a> Queues<'a> {
     }
 }
 
-/// Suppression of driver notifications on a device's `N` first queues: they are enabled once when a
-/// queue is empty, and disabled while the device works on it.
+/// Suppression of driver notifications on a device's first `N` queues: enabled once when a queue is
+/// empty, and disabled while the device works on it.
 #[derive(Debug)]
 pub struct NotificationState<const N: usize>([bool; N]);
 
@@ -291,7 +292,7 @@ impl<const N: usize> Default for NotificationState<N> {
 }
 
 impl<const N: usize> NotificationState<N> {
-    /// The next chain of `queue`. When there is none, the driver is asked to notify.
+    /// The next chain of `queue`. If there is none, enables the driver's notifications.
     pub fn pop(
         &mut self,
         queues: &mut Queues<'_>,
@@ -330,7 +331,7 @@ impl<const N: usize> NotificationState<N> {
 /// The host descriptors that a device waits for. Clones are the same registry.
 ///
 /// It is an `epoll` instance of the device's own; the transport waits for it together with the
-/// queues' notifications. Events are level-triggered unless [`EventFlags::ET`] is asked for.
+/// queues' notifications. Events are level-triggered unless [`EventFlags::ET`] is set.
 #[derive(Clone, Debug)]
 pub struct EventRegistry {
     epoll: Arc<OwnedFd>,
@@ -350,13 +351,13 @@ impl EventRegistry {
         Ok(epoll::add(&self.epoll, fd, data, interest)?)
     }
 
-    /// Changes what is waited for on `fd`.
+    /// Changes the events waited for on `fd`.
     pub fn modify(&self, fd: impl AsFd, token: u64, interest: EventFlags) -> io::Result<()> {
         let data = epoll::EventData::new_u64(token);
         Ok(epoll::modify(&self.epoll, fd, data, interest)?)
     }
 
-    /// Stops waiting for `fd`. An event of it that was fetched before may still be delivered.
+    /// Stops waiting for `fd`. An event that was fetched before may still be delivered.
     pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
         Ok(epoll::delete(&self.epoll, fd)?)
     }

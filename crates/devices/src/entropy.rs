@@ -183,12 +183,12 @@ impl Device for Entropy {
         }
     }
 
-    /// A request is finished in the event that it came in, or stays in its queue.
+    /// A request is finished in the event in which it arrived, or stays in its queue.
     fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }
 
-    /// It has no state worth saving: a restored device begins with a full burst.
+    /// Saves no state: a restored device starts with a full burst.
     fn save(&mut self) -> Result<SavedState, SaveError> {
         SavedState::new(DeviceType::Entropy, VERSION, State {})
     }

@@ -5,8 +5,8 @@
 //! form. [`device_process`] is the process that holds all back ends of one guest, jailed, and
 //! controlled over the protocol of [`hull_device_control`].
 //!
-//! The process parses bytes that a guest wrote. It opens nothing but descriptors that were handed
-//! to it and what is beneath them.
+//! The process parses data from the guest. It opens nothing but descriptors that it was given and
+//! what is beneath them.
 
 pub mod block;
 mod buffers;

@@ -1,6 +1,6 @@
 //! Every device is run, quiesced with requests in flight, saved, restored into a fresh one, and run
-//! on: each request completes exactly once. And it is reset with requests in flight: none completes
-//! afterwards.
+//! on: each request completes exactly once. It is also reset with requests in flight: none
+//! completes afterwards.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
@@ -32,7 +32,7 @@ const BUFFERS: u64 = 0x10_0000;
 const BUFFER: u64 = 0x4000;
 /// Where the answer is within a request's buffer.
 const ANSWER: u64 = 0x2000;
-/// How long a completion that must not come is waited for.
+/// How long to wait for a completion that must not come.
 const SILENCE: Duration = Duration::from_millis(20);
 
 /// One device to be tested.
@@ -121,7 +121,7 @@ impl Bench {
     }
 }
 
-/// What is in which slot of the queue.
+/// Contents of the queue's slots.
 #[derive(Default)]
 struct Track {
     slots: [Option<u16>; REQUESTS as usize],
@@ -141,7 +141,7 @@ impl Track {
         }
     }
 
-    /// Takes what has completed.
+    /// Takes completed requests.
     fn take(&mut self, bench: &mut Bench, subject: &mut dyn Subject) -> usize {
         let completed = bench.completed(subject.queue());
         let count = completed.len();
@@ -190,7 +190,7 @@ fn run(subject: &mut dyn Subject) {
             states[queue].next_available, states[queue].next_used,
             "requests are in flight"
         );
-        // Every other round it goes on itself.
+        // Every other round it resumes itself.
         if round % 2 == 0 {
             let saved = bench.runner.save().unwrap();
             let text = serde_json::to_string(&saved).unwrap();
@@ -213,7 +213,7 @@ fn run(subject: &mut dyn Subject) {
     assert_eq!(bench.completed(queue).len(), 0, "after the reset");
     assert!(before <= usize::from(REQUESTS));
 
-    // And it works again.
+    // Then it works again.
     let mut guest = Guest::new(bench.runner.device().queue_sizes());
     std::mem::swap(&mut guest, &mut bench.guest);
     let features = bench.runner.device().features();
@@ -315,7 +315,7 @@ fn block() {
 
 struct NetSubject {
     handle: Option<NetHandle>,
-    /// What leads to the host, one socket for each device.
+    /// The host's side, one socket for each device.
     hosts: Vec<OwnedFd>,
 }
 
@@ -431,7 +431,7 @@ fn a_restored_vsock_device_reports_a_transport_reset() {
         };
         assert_eq!(bench.completed(EVENTS), [(0, expected)]);
     }
-    // Once.
+    // The event comes once.
     bench.offer(EVENTS, 1, (Vec::new(), 4));
     bench.runner.queue_event(EVENTS).unwrap();
     assert_eq!(bench.completed(EVENTS), []);
@@ -495,7 +495,7 @@ impl Subject for FsSubject {
         self.handle = number(&answer, FUSE_OUT + FUSE_ENTRY);
     }
 
-    /// Writes at once, and by workers what takes longer.
+    /// Writes at once, and slower requests by workers.
     fn request(&mut self, index: u16) -> (Vec<u8>, u32) {
         let mut body = self.handle.to_le_bytes().to_vec();
         let offset = u64::from(index) * 16;
@@ -543,7 +543,7 @@ fn fs() {
     });
 }
 
-/// A device that says nothing about saving.
+/// A device that does not implement saving.
 struct Unsaved(Entropy);
 
 impl Device for Unsaved {
@@ -605,11 +605,11 @@ fn stages_are_kept() {
     assert_eq!(bench.runner.save(), Err(SaveError::NotQuiesced));
     bench.runner.quiesce().unwrap();
     let saved = bench.runner.save().unwrap();
-    // Not over a device that has run.
+    // A device that has run is not restored.
     let rings = bench.guest.rings().to_vec();
     let again = bench.runner.restore(&saved, rings.clone());
     assert_eq!(again, Err(RestoreError::NotFresh));
-    // Not of another type, of another number of queues, or from the future.
+    // Nor from a state of another type, of another number of queues, or of a newer version.
     let other = BlockSubject(tempfile::tempfile().unwrap()).device();
     let mut other = DeviceRunner::new(other).unwrap();
     let refused = other.restore(&saved, rings.clone()).unwrap_err();

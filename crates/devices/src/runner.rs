@@ -14,9 +14,10 @@
 //!   any ── the device returns an error ─► Failed ── reset ─► Inactive
 //! ```
 //!
-//! Used by `transport::vhost_user`, and made for an in-process virtio-mmio transport. All calls
-//! come from one thread, or are made exclusive by the transport's lock. While a device is quiesced
-//! or has failed, the transport must not wait for [`DeviceRunner::events`], which stays readable.
+//! Used by `transport::vhost_user`, and intended for an in-process virtio-mmio transport, too. All
+//! calls come from one thread, or are made exclusive by the transport's lock. While a device is
+//! quiesced or has failed, the transport must not wait for [`DeviceRunner::events`], which stays
+//! readable.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -43,7 +44,7 @@ enum Stage {
     Failed,
 }
 
-/// What an event has led to, beside used chains.
+/// Result of an event, besides used chains.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// The config space has changed: the driver is to be notified.
@@ -59,7 +60,7 @@ pub struct DeviceRunner {
     memory: Option<Memory>,
     stage: Stage,
     ready: Vec<(u64, EventFlags)>,
-    /// Empty queues, for as long as there is no driver or no memory.
+    /// Empty queues, used while there is no driver or no memory.
     idle: Vec<Arc<dyn Ring>>,
 }
 
@@ -67,7 +68,7 @@ impl DeviceRunner {
     /// A runner of a fresh device.
     ///
     /// # Errors
-    /// There are too many open files, or the device cannot register its descriptors.
+    /// If there are too many open files, or the device cannot register its descriptors.
     pub fn new(mut device: Box<dyn Device>) -> io::Result<Self> {
         let events = EventRegistry::new()?;
         device.register(events.clone())?;
@@ -82,7 +83,7 @@ impl DeviceRunner {
         })
     }
 
-    /// The device, to be asked for its type, queues, features and config space.
+    /// The device, for its type, queues, features and config space.
     pub fn device(&self) -> &dyn Device {
         self.device.as_ref()
     }
@@ -112,7 +113,7 @@ impl DeviceRunner {
     /// The driver notified `queue`. Ignored unless the device is active.
     ///
     /// # Errors
-    /// The device has failed; nothing is done for it from then on.
+    /// The device's error. It has failed then; further calls are ignored.
     pub fn queue_event(&mut self, queue: usize) -> Result<Outcome, DeviceError> {
         match self.stage {
             Stage::Active(_) => self.run(|device, queues, _| device.queue_event(queue, queues)),
@@ -143,8 +144,8 @@ impl DeviceRunner {
     }
 
     /// Finishes the requests in flight and stops: until [`DeviceRunner::resume`], the device does
-    /// not touch guest memory and no request completes. Returns the queues' states; none when there
-    /// is no driver.
+    /// not touch guest memory and no request completes. Returns the queues' states; empty without a
+    /// driver.
     ///
     /// # Errors
     /// As [`DeviceRunner::queue_event`].
@@ -169,7 +170,7 @@ impl DeviceRunner {
         }
     }
 
-    /// Goes on after [`DeviceRunner::quiesce`], with what the driver made available meanwhile.
+    /// Resumes after [`DeviceRunner::quiesce`], with what the driver made available meanwhile.
     ///
     /// # Errors
     /// As [`DeviceRunner::queue_event`].
@@ -185,7 +186,7 @@ impl DeviceRunner {
         self.check_queues()
     }
 
-    /// Has the device look at every queue: notifications of the driver may have been missed.
+    /// Has the device check every queue: notifications of the driver may have been missed.
     fn check_queues(&mut self) -> Result<Outcome, DeviceError> {
         let mut all = Outcome::default();
         for queue in 0..self.device.queue_sizes().len() {

@@ -5,8 +5,8 @@
 //! (`fs/state.rs`, `vsock/state.rs`, …) and has a version of its own; [`VERSION`] is that of the
 //! types here.
 //!
-//! A saved state comes from a file of the host, which is trusted to be what it says but not to be
-//! undamaged: restoring never panics and refuses what makes no sense.
+//! A saved state comes from a file of the host, which is trusted but may be damaged: restoring
+//! never panics and rejects what is invalid.
 
 use hull_device_control::DeviceType;
 use serde::de::DeserializeOwned;
@@ -99,7 +99,7 @@ impl From<&Queue> for QueueState {
 impl TryFrom<QueueState> for Queue {
     type Error = virtio_queue::Error;
 
-    /// A queue that goes on where the saved one stopped.
+    /// A queue that continues where the saved one stopped.
     fn try_from(state: QueueState) -> Result<Self, Self::Error> {
         Self::try_from(virtio_queue::QueueState {
             max_size: state.max_size,
@@ -127,7 +127,7 @@ impl SavedState {
     /// Encodes `content`, the state of a device of this type, of the given version.
     ///
     /// # Errors
-    /// [`SaveError::Encode`] when it has no JSON form.
+    /// [`SaveError::Encode`] if it has no JSON form.
     pub fn new(
         device: DeviceType,
         version: u32,
@@ -150,7 +150,7 @@ impl SavedState {
     }
 
     /// Decodes the state of a device of this type, whose code reads versions up to `supported`;
-    /// returns the version it has, too.
+    /// also returns its version.
     ///
     /// # Errors
     /// [`RestoreError`]: it is of another type of device, of a newer version, or damaged.
@@ -189,7 +189,7 @@ pub enum SaveError {
     State {
         /// The device.
         device: DeviceType,
-        /// What it is, by name.
+        /// The part that cannot be saved.
         reason: String,
     },
     /// Its state cannot be encoded.
@@ -200,7 +200,7 @@ pub enum SaveError {
         /// The encoder's error.
         reason: String,
     },
-    /// It is running.
+    /// The device is not quiesced.
     #[error("a device must be quiesced before it is saved")]
     NotQuiesced,
 }
@@ -218,7 +218,7 @@ pub enum RestoreError {
     Type {
         /// The device.
         device: DeviceType,
-        /// The type that the state is of.
+        /// Type of the saved device.
         saved: DeviceType,
     },
     /// The state was saved by a newer hull.
@@ -242,7 +242,7 @@ pub enum RestoreError {
         /// What is wrong.
         reason: String,
     },
-    /// It has run already.
+    /// The device has been activated already.
     #[error("only a device that has not been activated can be restored")]
     NotFresh,
 }

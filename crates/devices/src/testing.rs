@@ -1,4 +1,4 @@
-//! Guests for tests: guest memory, virtqueues in it, and requests made by hand, honest or not.
+//! Guests for tests: guest memory, virtqueues in it, and handwritten requests, honest or not.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{Arc, Mutex};
@@ -100,7 +100,7 @@ impl Guest {
         &self.memory
     }
 
-    /// Replaces the device's side of the queues by one that goes on from `states`.
+    /// Replaces the device's side of the queues by one that continues from `states`.
     pub fn restore_rings(&mut self, states: &[QueueState]) {
         self.rings = states
             .iter()
@@ -221,7 +221,7 @@ impl<D: Device> Driver<D> {
         self.guest
     }
 
-    /// Has the device look at a queue and at its host descriptors.
+    /// Has the device check a queue and its host descriptors.
     pub fn run(&mut self, queue: usize) -> Result<(), DeviceError> {
         let mut queues = Queues::new(&self.guest.rings, self.guest.memory.clone());
         self.device.queue_event(queue, &mut queues)?;
@@ -258,7 +258,7 @@ impl<D: Device> Driver<D> {
             .unwrap();
         let length = u32::try_from(input.len()).unwrap();
         let room = u32::try_from(room).unwrap();
-        // In two parts each, so that parts are crossed.
+        // Each in two parts, so that boundaries are crossed.
         let half = length / 2;
         let mut descriptors = vec![
             (BUFFERS, half, NEXT, 1),
@@ -287,16 +287,16 @@ impl<D: Device> Driver<D> {
     }
 }
 
-/// Chains that no honest driver makes.
+/// Chains that no honest driver creates.
 pub fn hostile_chains() -> Vec<Vec<Descriptor>> {
     let memory = MEMORY as u64;
     vec![
         // Loops.
         vec![(BUFFERS, 16, NEXT, 0)],
         vec![(BUFFERS, 16, NEXT, 1), (BUFFERS, 16, WRITE | NEXT, 0)],
-        // A next one that is not there.
+        // A missing next descriptor.
         vec![(BUFFERS, 16, NEXT, 999)],
-        // Nothing.
+        // An empty buffer.
         vec![(BUFFERS, 0, 0, 0)],
         vec![(BUFFERS, 0, WRITE, 0)],
         // Outside of memory, at its end, around the end of all addresses.
@@ -304,13 +304,13 @@ pub fn hostile_chains() -> Vec<Vec<Descriptor>> {
         vec![(memory - 8, 16, NEXT, 1), (BUFFERS, 100, WRITE, 0)],
         vec![(u64::MAX - 8, 16, NEXT, 1), (BUFFERS, 100, WRITE, 0)],
         vec![(BUFFERS, 64, NEXT, 1), (u64::MAX - 8, 100, WRITE, 0)],
-        // More than there is.
+        // More than exists.
         vec![(BUFFERS, u32::MAX, 0, 0)],
         vec![(BUFFERS, 64, NEXT, 1), (BUFFERS, u32::MAX, WRITE, 0)],
         vec![(BUFFERS, u32::MAX, NEXT, 1), (BUFFERS, u32::MAX, WRITE, 0)],
-        // The wrong way around.
+        // Writable before readable.
         vec![(BUFFERS, 64, WRITE | NEXT, 1), (BUFFERS, 64, 0, 0)],
-        // Tables: of a length that is none, of themselves, outside of memory.
+        // Tables: of an invalid length, of themselves, outside of memory.
         vec![(BUFFERS, 17, INDIRECT, 0)],
         vec![(0x1000, 32, INDIRECT, 0)],
         vec![(memory, 32, INDIRECT, 0)],

@@ -50,7 +50,7 @@ fn docker_run_with_a_terminal_gives_the_container_one() {
         .limit(Duration::from_secs(30));
     let mut terminal = Terminal::start(invocation, 33, 101);
     terminal.wait_for("# ");
-    // The client tells the size after the start.
+    // The client sends the size after the start.
     terminal.write("until [ \"$(stty size)\" = '33 101' ]; do sleep 0.1; done; echo siz''ed\n");
     terminal.wait_for("sized");
     terminal.resize(44, 102);
@@ -87,7 +87,7 @@ fn docker_exec_returns_the_commands_status() {
     docker.exec(&name, &["true"]).ends(0);
     docker.exec_sh(&name, "exit 9").ends(9);
     docker.exec(&name, &["/etc/passwd"]).ends(126);
-    // Docker 20.10 takes what runc 1.1 says of a missing command for one that cannot be executed.
+    // Docker 20.10 takes runc 1.1's message about a missing command as one that cannot be executed.
     let status = docker.exec(&name, &["no-such-command"]).status;
     assert!([126, 127].contains(&status), "{status}");
     docker.exec_sh(&name, "kill -9 $$").ends(137);
@@ -256,8 +256,8 @@ fn docker_stats_show_memory_and_processes() {
     assert_eq!(words[0], name, "{stats}");
     assert_ne!(words[1], "0", "{stats}");
     assert_ne!(words[2], "0B", "{stats}");
-    // What Docker shows is the host's control group: with a machine around it, the wall is wider
-    // than the limit, which holds inside.
+    // Docker shows the host's control group: with a machine around the container, its limit is
+    // wider than the one that holds inside.
     let wall = if docker.runtime.is_hull() {
         "256MiB"
     } else {
@@ -270,7 +270,7 @@ fn docker_stats_show_memory_and_processes() {
 fn docker_top_lists_a_process() {
     let docker = Docker::new();
     let name = docker.sleeper(&[]);
-    // Docker asks the host's ps for what the runtime names: the processes, or what stands for them.
+    // Docker asks the host's ps about the processes that the runtime lists.
     let table = docker.does("top", &name).ok().text();
     assert!(
         table.contains("PID") && table.lines().count() > 1,
@@ -349,7 +349,7 @@ fn docker_volumes_limits_and_options_hold() {
 #[test]
 fn docker_privileged_sees_everything_in_the_guest_and_nothing_of_the_host() {
     let docker = Docker::new();
-    // Docker asks for all capabilities there are, of which a host's root may lack some.
+    // Docker asks for all existing capabilities, of which a host's root may lack some.
     if !docker.runtime.is_hull() {
         return left_out("a privileged container of this runtime sees the host");
     }

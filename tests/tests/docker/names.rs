@@ -1,5 +1,5 @@
-//! Names in Docker's user-defined networks, which a name server of Docker's own knows: dockerd has
-//! it on the loopback interface of each container's network namespace, and a guest has another
+//! Names in Docker's user-defined networks, which Docker's own name server knows: dockerd runs it
+//! on the loopback interface of each container's network namespace, and a guest has another
 //! loopback interface.
 
 use std::net::{Ipv4Addr, UdpSocket};
@@ -10,7 +10,7 @@ use hull_tests::{Docker, eventually};
 /// How long Docker may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What `nslookup` says about a name: the addresses it has.
+/// The addresses that `nslookup` prints for a name.
 fn lookup(docker: &Docker, container: &str, name: &str) -> String {
     docker
         .exec_sh(container, &format!("nslookup {name} 2>&1"))
@@ -36,11 +36,11 @@ fn containers_of_a_docker_network_find_each_other_by_name() {
     assert!(found.contains(&address), "{found}");
     let said = docker.exec_sh(&client, &format!("nc {web} 80 </dev/null"));
     assert_eq!(said.ok().text(), "hello from web");
-    // One that comes later, by an alias.
+    // A container that comes later, by an alias.
     let late = docker.sleeper(&["--network", "net", "--network-alias", "alias"]);
     let address = docker.inspect(&late, "{{.NetworkSettings.Networks.net.IPAddress}}");
     assert!(lookup(&docker, &client, "alias").contains(&address));
-    // By TCP.
+    // Over TCP.
     let question = dns_question(&["alias"]);
     let octal: String = (question.len() as u16)
         .to_be_bytes()
@@ -90,7 +90,7 @@ fn names_outside_of_a_docker_network_are_resolved_too() {
 fn a_container_is_a_name_server_itself_in_a_docker_network() {
     let docker = Docker::with_networks();
     docker.docker(["network", "create", "net"]).run().ok();
-    // Port 53 of every address is its own, and Docker's name server answers nevertheless.
+    // It binds port 53 of every address, and Docker's name server answers nevertheless.
     let server = docker.ready(
         &["--network", "net", "--network-alias", "ns"],
         "nc -ll -p 53 -e echo mine & sleep 1; echo ready; wait",
@@ -135,7 +135,7 @@ fn dns_question(labels: &[&str]) -> Vec<u8> {
     message
 }
 
-/// The answer: this address, or that there is none, if it is asked for an address of another kind.
+/// The answer: this address, or none if the question is for an address of another kind.
 fn dns_answer(question: &[u8], address: Ipv4Addr) -> Vec<u8> {
     let end = 12 + question[12..].iter().position(|byte| *byte == 0).unwrap() + 5;
     let asks_ipv4 = question[end - 4..end] == [0, 1, 0, 1];

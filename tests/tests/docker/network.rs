@@ -21,13 +21,13 @@ fn server(docker: &Docker, options: &[&str], text: &str) -> String {
     docker.ready(options, &script)
 }
 
-/// What a server says to a container.
+/// A container gets this answer from a server.
 #[track_caller]
 fn fetches(docker: &Docker, client: &str, host: IpAddr, wanted: &str) {
     let url = format!("http://{host}/index.html");
     let what = format!("{wanted:?} from {url}");
     eventually(&what, Duration::from_secs(20), || {
-        // One that began before the interface was there must not use up the time.
+        // A request sent before the interface was there must not use up the time.
         let output = docker.exec(client, &["timeout", "5", "wget", "-q", "-O", "-", &url]);
         output.text() == wanted
     });

@@ -1,5 +1,5 @@
-//! What a user gets wrong: each mistake has its own message on one line, the right exit status, and
-//! leaves nothing.
+//! Mistakes of users: each has its own message on one line, the right exit status, and leaves
+//! nothing.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! What is killed at the wrong moment: within a second the container is seen as stopped with the
+//! Processes killed at the wrong moment: within a second the container is seen as stopped with the
 //! reason, and `hull rm` leaves nothing.
 
 use std::time::Duration;
@@ -11,7 +11,7 @@ on_every_machine!(
     a_killed_sandbox_process_stops_the_container_with_a_reason,
 );
 
-/// `hull run` of a container that lives on; it has begun.
+/// `hull run` of a container that keeps running; it has started.
 fn in_the_foreground(hull: &Hull, name: &str) -> Running {
     let script = "echo up; sleep 1000";
     let mut running = hull
@@ -167,7 +167,7 @@ fn a_sandbox_killed_at_any_moment_of_the_start_leaves_nothing_that_rm_does_not_r
             }
         }
         if starting.so_far().is_empty() {
-            // Too early for there to be a sandbox process: the command itself then.
+            // Too early: no sandbox process exists yet. Kill the command itself then.
             std::thread::sleep(Duration::from_millis(500));
             let _ = rustix::process::kill_process(starting.pid(), rustix::process::Signal::KILL);
         }

@@ -1,5 +1,4 @@
-//! `hull exec`, `hull top`, `hull pause` and `hull unpause`: a running container and those who look
-//! into it.
+//! `hull exec`, `hull top`, `hull pause` and `hull unpause`.
 
 use std::time::Duration;
 

@@ -9,7 +9,7 @@ use hull_tests::{
     eventually, installed, left_out,
 };
 
-/// Busybox in one layer, a file of its own and a whiteout in a second one.
+/// Busybox in one layer; a file and a whiteout in a second one.
 fn two_layers() -> Image {
     let second = Archive::new().file("second", "layer two\n");
     on_busybox(second.file("etc/.wh.group", ""))
@@ -50,13 +50,13 @@ fn pull(hull: &Hull, reference: &str) -> Output {
     hull.hull(["image", "pull", reference]).run()
 }
 
-/// Runs an image to see its second layer's file.
+/// Runs an image and prints its second layer's file.
 fn second(hull: &Hull, reference: &str) -> Output {
     hull.hull(["run", "--rm", reference, "cat", "/second"])
         .run()
 }
 
-/// The ids of the images that are there.
+/// The ids of all images.
 fn images(hull: &Hull) -> String {
     hull.hull(["image", "ls", "-q"]).run().ok().text()
 }
@@ -298,7 +298,7 @@ fn layers_that_lead_outside_are_refused_and_leave_nothing() {
         let reference = format!("oci:{}", directory.display());
         pull(&hull, &reference).fails(125, &["layer", why]);
     }
-    // A link out of the layer is a link like any other; what is written through it is not.
+    // A link out of the layer is allowed; writing through it is not.
     let through = Archive::new()
         .symlink("door", outside_name)
         .file("door/file", "x")

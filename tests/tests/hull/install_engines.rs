@@ -8,7 +8,7 @@ use std::time::Duration;
 use hull_tests::{Docker, Invocation, Podman, Runtime, eventually, executable};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A hull elsewhere, beside whose executable is the runtime of the test's own.
+/// A hull elsewhere, with the test's own runtime beside its executable.
 fn installation(directory: &Path, runtime: &Runtime) -> PathBuf {
     let bin = directory.join("bin");
     fs::create_dir_all(&bin).unwrap();
@@ -178,7 +178,7 @@ fn what_goes_wrong_is_one_line_and_nothing_is_written() {
         "{error}"
     );
     assert_eq!(error.lines().count(), 2, "{error}");
-    // Somebody without root's rights.
+    // A user without root's rights.
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let denied = hull(&program, &["install", "podman"], &root)
         .under(&[

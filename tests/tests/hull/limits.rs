@@ -12,7 +12,7 @@ fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'stati
     let container = hull.start(&["-m", "64m"], &["sh", "-c", "tail /dev/zero"]);
     assert_eq!(container.wait(), 137);
     assert_eq!(container.inspect()["exit"]["oom_killed"], true);
-    // Another one is not disturbed by its limit.
+    // Another container is not disturbed by its limit.
     hull.run(&["-m", "64m"], &["true"]).ok();
 }
 

@@ -1,4 +1,4 @@
-//! `hull`: a module for each thing that a user does.
+//! `hull`: a module for each task of a user.
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;

@@ -1,4 +1,4 @@
-//! What programs find of the processor: its registers are theirs.
+//! The processor as programs see it: its registers are theirs.
 #![cfg(target_arch = "x86_64")]
 
 use hull_tests::{Hull, on_every_machine, registers_program};

@@ -1,4 +1,4 @@
-//! hull called by a person who is not root.
+//! hull called by a user who is not root.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -154,9 +154,9 @@ fn what_a_container_writes_into_a_directory_is_the_persons() {
         .ok();
     let owner = |name: &str| fs::metadata(volume.join(name)).unwrap().uid();
     assert_eq!(owner("a"), person.uid);
-    // User 0 is the person, user 1 the first of the subordinate ids.
+    // User 0 is the caller, user 1 the first of the subordinate ids.
     assert_eq!(owner("b"), person.first_subordinate + 6);
-    // What the person may not read, nobody in the container may.
+    // What the caller may not read, no user in the container may.
     let secret = hull.path("secret");
     fs::write(&secret, "secret").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
@@ -182,7 +182,7 @@ fn a_container_reaches_others_through_the_host() {
         // Pasta of 2023 loses the end of a connection that both sides end at once.
         let script = format!("sleep 1 | nc {address} {port}");
         assert_eq!(container.sh(&script).ok().text(), "hello");
-        // It is the host that asks.
+        // The host asks.
         assert_eq!(answering.join().unwrap(), IpAddr::V4(host));
     }
     // It has the host's addresses, and finds itself by name.
@@ -242,7 +242,7 @@ fn a_published_udp_port_is_reached_from_outside() {
     let (outside, host, _) = Netns::beside_the_host();
     let hull = Hull::without_root();
     let port = free_port();
-    // Where the person can read it.
+    // Where the caller can read it.
     let program = hull.path("udp-echo");
     fs::copy(udp_echo_program(), &program).unwrap();
     let mount = format!("{}:/udp-echo:ro", program.display());
@@ -355,7 +355,7 @@ fn state_is_not_kept_where_others_can_change_it() {
     let state = runtime.join("hull");
     fs::create_dir_all(&state).unwrap();
     let person = hull.person.as_ref().unwrap();
-    // Another's, and one that everybody may write to.
+    // Owned by another user, and writable by everybody.
     for (owner, mode) in [(0, 0o755), (person.uid, 0o777)] {
         chown(&state, Some(owner), Some(owner)).unwrap();
         fs::set_permissions(&state, fs::Permissions::from_mode(mode)).unwrap();

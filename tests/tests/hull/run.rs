@@ -423,7 +423,7 @@ fn a_reader_that_sleeps_holds_the_container_up_and_loses_nothing() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    // Long enough for all of it to be written, if nothing held it up.
+    // Long enough to write all of it, if nothing blocks it.
     std::thread::sleep(Duration::from_secs(3));
     let memory = |which: &str| {
         let pid = hull.container("slow").host_process(which).as_raw_nonzero();

@@ -1,5 +1,5 @@
-//! The system call filter of `hull run`: what it keeps from containers, and that it is in nobody's
-//! way.
+//! The system call filter of `hull run`: what it keeps from containers, and that it does not
+//! disturb programs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +9,7 @@ use serde_json::json;
 
 on_every_machine!(the_filter_refuses_what_containers_do_not_use);
 
-/// `tests/seccomp/calls.c` in a container: what became of each system call.
+/// Runs `tests/seccomp/calls.c` in a container: the result of each system call.
 fn calls(hull: &Hull, options: &[&str]) -> BTreeMap<String, String> {
     let program = hull.scratch().join("calls");
     if !program.exists() {
@@ -25,7 +25,7 @@ fn calls(hull: &Hull, options: &[&str]) -> BTreeMap<String, String> {
     posix_results(&hull.run(&all, &["/calls"]).ok().text())
 }
 
-/// Which calls the filter has refused, and the one that it says is not there.
+/// The calls that the filter has refused, and the one that it reports as missing.
 fn refused(results: &BTreeMap<String, String>) -> Vec<&str> {
     results
         .iter()
@@ -53,7 +53,7 @@ fn the_filter_refuses_what_containers_do_not_use(machine: &'static str) {
             "unshare",
         ]
     );
-    // So that C libraries take the older clone, and programs what they know besides.
+    // So that C libraries fall back to the older clone, and programs to what they know besides.
     assert_eq!(results["clone3"], "ENOSYS");
     assert_eq!(results["unknown"], "ENOSYS");
     for name in [

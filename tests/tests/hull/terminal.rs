@@ -1,4 +1,4 @@
-//! A person at a terminal: `-t`, resizing, Ctrl-C, detaching, a window that is closed.
+//! A user at a terminal: `-t`, resizing, Ctrl-C, detaching, a window that is closed.
 
 use hull_tests::{Hull, Terminal, on_every_machine};
 
@@ -39,7 +39,7 @@ fn a_window_that_changes_its_size_is_noticed_inside() {
     assert_eq!(terminal.wait(), 137);
 }
 
-/// Presses Ctrl-C while a command that notices runs, with these options of `run`.
+/// Presses Ctrl-C while a command runs that notices it, with these options of `run`.
 fn ctrl_c_is_noticed(options: &[&str]) {
     let hull = Hull::new();
     let script = "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done";
@@ -117,7 +117,7 @@ fn a_closed_window_ends_hull_and_leaves_the_container_running() {
     terminal.hang_up();
     terminal.wait();
     let container = hull.container("left");
-    // As with Docker: the terminal of the container is there still.
+    // As with Docker: the container's terminal still exists.
     assert_eq!(container.state(), "running");
     container.exec(&["true"]).ok();
 }

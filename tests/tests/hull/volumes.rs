@@ -35,7 +35,7 @@ fn a_read_only_directory_cannot_be_written(machine: &'static str) {
     let directory = hull.scratch();
     fs::write(directory.join("file"), "kept").unwrap();
     let volume = format!("{}:/data:ro", directory.display());
-    // Not even by a guest that remounts: it is the host that says no.
+    // Not even by a guest that remounts: the host refuses.
     let script = "echo x >/data/file; rm /data/file; mkdir /data/new; mount -o remount,rw /data; mount -o remount,rw,bind /data
                   echo x >/data/file; touch /data/other; chmod 777 /data/file; ls /data";
     let output = hull.sh(&["-v", &volume, "--cap-add", "ALL"], script).ok();
@@ -216,7 +216,7 @@ fn a_big_file_keeps_its_content() {
     assert_eq!(inside, outside[..64]);
 }
 
-/// What differs from a native file system and is known to: one check to a line, with the reason.
+/// Known differences from a native file system: one check to a line, with the reason.
 fn known_differences(kind: &str) -> BTreeMap<String, String> {
     let text = fs::read_to_string(repository().join("tests/posix/differences.txt")).unwrap();
     text.lines()

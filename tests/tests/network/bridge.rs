@@ -1,4 +1,4 @@
-//! The network of `hull run`: addresses, names, who reaches whom, and what is refused.
+//! The network of `hull run`: addresses, names, reachability, and what is refused.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -23,7 +23,7 @@ fn port_80(address: IpAddr) -> SocketAddr {
     (address, 80).into()
 }
 
-/// An answer to a ping from inside.
+/// Pings from inside, and expects an answer.
 fn pings(container: &Container<'_>, address: impl ToString) {
     container
         .exec(&["ping", "-c", "1", "-W", "5", &address.to_string()])
@@ -117,7 +117,7 @@ fn a_container_asks_the_name_server_that_it_was_given() {
         let mut answer = question[..length].to_vec();
         answer[2..4].copy_from_slice(&[0x81, 0x80]);
         answer[6..8].copy_from_slice(&[0, 1]);
-        // Whatever else came after the question.
+        // Ignores what came after the question.
         let end = 12 + answer[12..].iter().position(|byte| *byte == 0).unwrap() + 5;
         answer.truncate(end);
         answer[8..12].fill(0);
@@ -200,7 +200,7 @@ fn the_files_of_the_resolver_can_be_written_by_the_container() {
         .sh("tail -n 1 /etc/hosts; cat /etc/resolv.conf")
         .ok();
     assert_eq!(read.text(), "192.0.2.10 other\nnameserver 192.0.2.11");
-    // Another one is not disturbed.
+    // Another container is not disturbed.
     let text = hull.sh(&[], "cat /etc/hosts").ok().text();
     assert!(!text.contains("192.0.2.10"), "{text}");
 }
@@ -209,7 +209,7 @@ fn the_files_of_the_resolver_can_be_written_by_the_container() {
 fn a_container_has_the_addresses_that_it_asks_for() {
     let hull = Hull::networked("uml");
     let number = number();
-    // The next containers without a wish get the addresses after these, so they are far from those
+    // The next containers without `--ip` get the addresses after these, so they are far from those
     // of another test.
     let ip = format!(
         "10.87.{}.{}",
@@ -237,7 +237,7 @@ fn a_container_has_the_addresses_that_it_asks_for() {
     assert_eq!(found, wanted);
     pings(&container, GATEWAY);
 
-    // Nobody else can have it.
+    // No other container can have it.
     let output = hull.run(&["--ip", &ip], &["true"]);
     output.fails(125, &["network \"default\"", "bridge", &ip]);
     pings(&container, GATEWAY);
@@ -356,7 +356,7 @@ fn a_network_can_be_chosen_in_the_configuration() {
     let container = hull.sleeper();
     assert_eq!(container.inspect()["network"], network.name.as_str());
     pings(&container, network.gateway);
-    // An option wins.
+    // An option takes precedence.
     let output = hull.sh(&["--network", "none"], "ls /sys/class/net").ok();
     assert_eq!(output.text(), "lo");
 }
@@ -420,12 +420,12 @@ fn the_order_in_which_containers_come_and_go_does_not_matter() {
     });
 }
 
-/// A host that is not this one, on a link of its own with it.
+/// Another host, on a link of its own with this one.
 struct Outside {
     netns: Netns,
-    /// Its address.
+    /// Address of that host.
     address: IpAddr,
-    /// This host's.
+    /// Address of this host.
     host: IpAddr,
 }
 

@@ -30,7 +30,7 @@ fn nothing_of_a_network_is_left_however_a_container_ends(machine: &'static str) 
             "kill" => {
                 container.does("kill").ok();
                 container.wait();
-                // Before anybody removes it.
+                // Before the container is removed.
                 traces.assert_gone();
             }
             process => container.kill_host_process(process),
@@ -70,7 +70,7 @@ fn a_container_whose_command_is_not_there_leaves_nothing() {
 
 #[test]
 fn what_a_killed_container_left_is_removed_with_it() {
-    // Not before: what is there of it on the host belongs to a container that can be looked at.
+    // Not before: its resources on the host belong to a container that can be inspected.
     let network = CniNetwork::new(|_| {});
     let hull = Hull::new();
     let container = hull.start(&["--network", &network.name], &["sleep", "1000"]);
@@ -250,7 +250,7 @@ fn a_plugin_that_hangs_is_ended_and_named() {
 fn a_network_that_cannot_be_undone_keeps_its_container_until_rm_has_undone_it() {
     let scratch = tempfile::tempdir_in("/tmp").unwrap();
     let broken = scratch.path().join("broken");
-    // What comes from the plugin before it goes on as it is.
+    // Passes the result of the plugin before it on.
     let pass = "import json, sys; print(json.dumps(json.load(sys.stdin)[\"prevResult\"]))";
     let script = format!(
         "[ $CNI_COMMAND != ADD ] || exec python3 -c '{pass}'\n\
@@ -302,12 +302,12 @@ impl Plugin {
         Plugin { name, file }
     }
 
-    /// One that does this to attach, and has nothing to undo.
+    /// A plugin that runs this to attach, and has nothing to undo.
     fn that_adds(script: &str) -> Plugin {
         Plugin::new(&format!("[ $CNI_COMMAND = ADD ] || exit 0\n{script}"))
     }
 
-    /// A bridge, and then this.
+    /// A bridge, and then this plugin.
     fn network(&self) -> CniNetwork {
         CniNetwork::new(|configuration| {
             let plugins = configuration["plugins"].as_array_mut().unwrap();

@@ -10,7 +10,7 @@ use hull_tests::{Container, Hull, eventually, on_every_machine};
 
 on_every_machine!(containers_share_addresses_and_loopback_and_end_alone);
 
-/// What joins a container.
+/// The option with which a container joins this one's network.
 fn of(container: &Container<'_>) -> String {
     format!("container:{}", container.name)
 }
@@ -30,7 +30,7 @@ fn containers_share_addresses_and_loopback_and_end_alone(machine: &'static str) 
     let hull = Hull::networked(machine);
     let port = free_port();
     let first = hull.start(&["-p", &format!("{port}:80")], &["sleep", "1000"]);
-    // Who publishes the port, and who listens at it.
+    // One container publishes the port, the other listens on it.
     let second = joined(&hull, &first, &[], &http_server("of the second"));
     answers((IpAddr::V4(Ipv4Addr::LOCALHOST), port), "of the second");
     let fetch = "wget -q -O - http://127.0.0.1/index.html";
@@ -109,7 +109,7 @@ fn whoever_joins_one_that_has_joined_is_in_the_same_machine() {
     assert_eq!(third.state(), "running");
 }
 
-/// How a container is made to end.
+/// A way to end a container.
 type End = fn(&Container<'_>);
 
 #[test]
@@ -145,7 +145,7 @@ fn a_sandbox_that_breaks_down_ends_all_its_containers_with_a_reason() {
     }
 }
 
-/// How the container whose network it is goes away.
+/// The container whose network is shared ends in this way.
 fn however_it_goes(goes: End) {
     let hull = Hull::networked("uml");
     let first = hull.sleeper();

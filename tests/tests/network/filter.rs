@@ -1,4 +1,4 @@
-//! A guest cannot speak for others: what `network_filter` keeps from leaving it, and what it lets
+//! A guest cannot impersonate others: what `network_filter` keeps from leaving it, and what it lets
 //! through.
 
 use hull_tests::network::{CniNetwork, GATEWAY, GATEWAY6, has_ipv6, number, unanswered};
@@ -20,7 +20,7 @@ fn ping(container: &Container<'_>, from: Option<&str>, to: &str) -> hull_tests::
     container.sh(&format!("ping -c 2 -i 0.3 -W 1 {from} {to}"))
 }
 
-/// Addresses of network `default` that no plugin gives to anybody soon.
+/// Addresses of network `default` that no plugin assigns soon.
 fn foreign() -> (String, String) {
     let number = number();
     (
@@ -52,7 +52,7 @@ fn a_guest_cannot_use_another_address(machine: &'static str) {
         ping(&container, Some(&own.to_string()), &GATEWAY6.to_string()).ok();
         unanswered(&ping(&container, Some(&ip6), &GATEWAY6.to_string()));
     }
-    // Its own still works.
+    // The guest's own address still works.
     let own = own.iter().find(|address| address.is_ipv4()).unwrap();
     ping(&container, Some(&own.to_string()), &GATEWAY.to_string()).ok();
 }

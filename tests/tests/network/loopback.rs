@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
-/// A container whose network namespace an engine has made.
+/// A container whose network namespace was created by an engine.
 fn inside(bundle: Bundle, netns: &Netns) -> Bundle {
     bundle.with(|config| {
         for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
@@ -28,7 +28,7 @@ fn inside(bundle: Bundle, netns: &Netns) -> Bundle {
     })
 }
 
-/// A container with a server on port 8080 that sends back what it gets.
+/// A container with an echo server on port 8080.
 fn echo<'a>(oci: &'a Oci, netns: &Netns) -> Init<'a> {
     let bundle = inside(oci.bundle(), netns).args(&["/tcp-echo", "8080"]);
     std::fs::copy(tcp_echo_program(), bundle.root("tcp-echo")).unwrap();
@@ -46,7 +46,7 @@ fn dial(netns: &Netns, address: IpAddr, port: u16) -> std::io::Result<TcpStream>
     Ok(stream)
 }
 
-/// Sends it all, while it reads, and returns what came back.
+/// Sends all of it while reading, and returns what came back.
 fn exchange(mut stream: TcpStream, message: &[u8]) -> Vec<u8> {
     let mut sending = stream.try_clone().unwrap();
     std::thread::scope(|scope| {
@@ -60,7 +60,7 @@ fn exchange(mut stream: TcpStream, message: &[u8]) -> Vec<u8> {
     })
 }
 
-/// How a connection ends at which nobody listens: before it stands or after.
+/// How a connection fails if nothing listens: before or after it is established.
 fn refusal(netns: &Netns, port: u16) -> ErrorKind {
     match dial(netns, V4, port) {
         Ok(mut stream) => stream.read(&mut [0; 1]).unwrap_err().kind(),
@@ -118,7 +118,7 @@ fn a_hundred_connections_at_once() {
             });
         }
     });
-    // Many more than can be carried at a time, and most of them nobody takes.
+    // Many more than can be carried at a time, and most of them are never accepted.
     let many: Vec<_> = (0..400).map(|_| dial(&netns, V4, 8081)).collect();
     drop(many);
     let stream = dial(&netns, V4, 8080).unwrap();
@@ -186,7 +186,7 @@ fn containers_of_a_pod_are_reached_by_their_ports_and_nothing_stays_behind() {
     one.delete().ok();
     assert_eq!(refusal(&netns, 8080), ErrorKind::ConnectionReset);
     two.delete().ok();
-    // Nobody is there any more, and the namespace is as it was.
+    // The container is gone, and the namespace is as it was.
     assert_eq!(refusal(&netns, 8080), ErrorKind::ConnectionRefused);
     let server = netns.enter(|| TcpListener::bind((V4, 8080)).unwrap());
     dial(&netns, V4, 8080).unwrap();

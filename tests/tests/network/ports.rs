@@ -1,5 +1,5 @@
-//! Published ports (`hull run -p`): who reaches a container through the host, and what happens when
-//! a port is taken.
+//! Published ports (`hull run -p`): from where a container is reached through the host, and what
+//! happens if a port is taken.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Duration;
@@ -17,7 +17,7 @@ fn web_server<'a>(hull: &'a Hull, options: &[&str], text: &str) -> Container<'a>
     hull.start(options, &["sh", "-c", &http_server(text)])
 }
 
-/// Nobody answers there.
+/// Nothing answers there.
 #[track_caller]
 fn silent(address: impl Into<SocketAddr>) {
     let address = address.into();
@@ -91,7 +91,7 @@ fn ports_are_published_on_the_address_of_the_configuration() {
 fn ports_of_udp_are_published_apart_from_those_of_tcp() {
     let hull = Hull::networked("uml");
     let port = free_port();
-    // The same number of the host's, led to two ports.
+    // One number on the host, for two ports of the container.
     let options = [
         "-p",
         &format!("{port}:4000/udp"),
@@ -146,7 +146,7 @@ fn one_port_takes_the_first_free_one_of_a_range() {
 fn a_port_without_a_number_on_the_host_gets_a_free_one() {
     let hull = Hull::networked("uml");
     let container = web_server(&hull, &["-p", "80"], "somewhere");
-    // The packet filter knows.
+    // The packet filter has the rule.
     let destination = format!("--to-destination {}:80", container.address());
     let rules = rules_with(&destination);
     let port = rules
@@ -190,7 +190,7 @@ fn a_port_that_is_taken_is_named_and_nothing_is_left() {
         let rules = rules_with(&format!("--dport {port} "));
         assert!(rules.is_empty(), "{rules:?}");
     }
-    // The other protocol is not taken.
+    // The other protocol's port is free.
     hull.run(&["-p", &format!("{published}/udp")], &["true"])
         .ok();
     drop(taken);
@@ -205,7 +205,7 @@ fn two_containers_cannot_have_one_port() {
     let published = format!("{port}:80");
     let first = web_server(&hull, &["-p", &published], "first");
     answers((LOOPBACK, port), "first");
-    // Nor on one address of it.
+    // Nor on one of the host's addresses.
     for other in [published.clone(), format!("127.0.0.1:{port}:80")] {
         let output = hull.run(&["-p", &other], &["true"]);
         output.fails(125, &["publish", &port.to_string(), "already"]);
@@ -244,7 +244,7 @@ fn a_port_is_free_again_after_the_end() {
                 drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
             }
             "exit" => {
-                // Which may end before this.
+                // The container may end before this command.
                 container.sh("echo word >/end");
                 assert_eq!(container.wait(), 0);
             }
@@ -280,7 +280,7 @@ fn containers_reach_others_and_are_reached_where_the_host_forwards_nothing_by_it
     let port = free_port();
     let publish = format!("{port}:80");
     let server = http_server("published");
-    // Rules that are there are left alone, and made again when somebody has taken them away.
+    // Existing rules are left alone, and created again after they have been removed.
     for round in 0..3 {
         if round == 2 {
             let mut flush = host.command("iptables");

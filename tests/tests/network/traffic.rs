@@ -1,4 +1,4 @@
-//! What a network of `hull run` carries: much, many, large, at a time, and no more than it may.
+//! Traffic on a network of `hull run`: much, many at a time, large, and within its limits.
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
@@ -28,13 +28,13 @@ fn gateways() -> Vec<IpAddr> {
     all
 }
 
-/// Keeps the checksum of what comes to port 5000. The server says nothing, and its own end comes
-/// last: a fifo that it has open itself does not end, and `nc` at the other end goes when it hears
-/// an end.
+/// Computes the checksum of what comes to port 5000. The server sends nothing and closes last: a
+/// fifo that it has open itself does not end, and `nc` at the other end exits when it receives an
+/// end.
 const SERVER: &str = "rm -f /dev/shm/fifo; mkfifo /dev/shm/fifo; \
     nc -l -p 5000 0<>/dev/shm/fifo | sha256sum >/sum.new; mv /sum.new /sum";
 
-/// Waits for that.
+/// Waits for the checksum.
 const SUM: &str = "until test -e /sum; do sleep 0.05; done; cat /sum; rm /sum";
 
 /// Sends bytes from the host to port 5000 of a container; the checksum of what arrived there.
@@ -44,7 +44,7 @@ fn sends_to(container: &Container<'_>, address: IpAddr, bytes: &[u8]) -> String 
     digest_of(&container.sh(SUM).ok().text())
 }
 
-/// Lets a container make bytes and send them to the host; whether all arrived.
+/// Lets a container generate bytes and send them to the host; checks that all arrived.
 #[track_caller]
 fn receives_from(container: &Container<'_>, host: IpAddr, length: usize) {
     let receiver = Receiver::new();
@@ -61,7 +61,7 @@ fn receives_from(container: &Container<'_>, host: IpAddr, length: usize) {
 fn much_arrives_whole_in_both_directions(machine: &'static str) {
     let hull = Hull::networked(machine);
     let container = hull.sleeper();
-    // IPv4 and IPv6 differ in their heads only.
+    // IPv4 and IPv6 differ in their headers only.
     let length = |address: &IpAddr| if address.is_ipv4() { MUCH } else { MUCH / 5 };
     for address in container.addresses() {
         let bytes = noise(length(&address));
@@ -183,7 +183,7 @@ fn a_guest_has_the_mtu_of_its_network() {
     let arrived = sends_to(&container, container.address(), &bytes);
     assert_eq!(arrived, digest(&bytes));
     receives_from(&container, host, 5_000_000);
-    // Without a word about it, it is Ethernet's.
+    // The default is Ethernet's.
     let options = ["--network", "default"];
     let mtu = hull.run(&options, &["cat", "/sys/class/net/eth0/mtu"]).ok();
     assert_eq!(mtu.text(), "1500");
@@ -192,7 +192,7 @@ fn a_guest_has_the_mtu_of_its_network() {
 #[test]
 fn a_rate_is_not_exceeded() {
     const LENGTH: usize = 3_000_000;
-    // What may come at once, and how inexactly a guest's and the host's clocks agree, is left out.
+    // The burst, and inaccuracy between a guest's and the host's clocks, are left out.
     let least = Duration::from_millis(1500);
     let hull = Hull::networked("uml");
     let container = hull.start(&["--network-rate", "1m"], &["sleep", "1000"]);

@@ -1,5 +1,5 @@
-//! What is wrong with a bundle or a command: one line in runc's words, runc's exit status, and
-//! nothing left behind.
+//! Errors in a bundle or a command: one line with runc's message, runc's exit status, and nothing
+//! left behind.
 
 use std::fs;
 use std::time::Duration;
@@ -7,14 +7,14 @@ use std::time::Duration;
 use hull_tests::{Bundle, Oci};
 use serde_json::json;
 
-/// `create` of a bundle fails with these words and leaves nothing.
+/// `create` of a bundle fails with this message and leaves nothing.
 #[track_caller]
 fn refused(oci: &Oci, bundle: &Bundle, words: &[&str]) {
     let init = oci.init();
     oci.creates(&init, bundle, &[]).fails(1, words);
     init.does("state").fails(1, &["container does not exist"]);
     assert!(!init.pid_file().exists());
-    // `run` is no better.
+    // `run` fails as well.
     oci.oci(["run", "--bundle"])
         .arg(&bundle.path)
         .arg(oci.unique())
@@ -111,7 +111,7 @@ fn a_missing_root_or_mount_source_is_named() {
     assert!(!bundle.root("data").exists());
 }
 
-/// One that a guest has nothing like: the control of loop devices, the host's memory, KVM.
+/// A device that a guest has nothing like: the control of loop devices, the host's memory, KVM.
 fn character_device_of_the_host() -> (u32, u32) {
     let known = [(10, 237), (1, 1), (10, 232), (10, 144)];
     let there =
@@ -278,7 +278,7 @@ fn what_a_container_cannot_have_from_its_caller_is_refused() {
 #[test]
 fn a_configuration_of_ten_megabytes_works_or_is_one_error() {
     let oci = Oci::new();
-    // Annotations are the host's business only.
+    // Annotations are for the host only.
     let bundle = oci.bundle().sh("echo works").with(|config| {
         for number in 0..1000 {
             config["annotations"][format!("org.example.{number}")] = json!("x".repeat(10_000));
@@ -293,7 +293,7 @@ fn a_configuration_of_ten_megabytes_works_or_is_one_error() {
         .run()
         .ok();
     assert_eq!(output.text(), "works");
-    // What all of it belongs to the guest.
+    // This goes to the guest, and is too large for it.
     let bundle = oci.bundle().with(|config| {
         let env: Vec<String> = (0..10_000)
             .map(|number| format!("V{number}={}", "x".repeat(1000)))
@@ -301,7 +301,7 @@ fn a_configuration_of_ten_megabytes_works_or_is_one_error() {
         config["process"]["env"] = json!(env);
     });
     refused(&oci, &bundle, &["not supported", "config.json", "bytes"]);
-    // More than is read at all.
+    // Larger than the limit for reading.
     bundle.write(vec![b' '; 40 << 20]);
     refused(&oci, &bundle, &["longer than 32 MiB"]);
 }

@@ -1,6 +1,6 @@
-//! What is killed at the wrong moment, at each stage of a container's life: soon `state` says
-//! stopped or that there is no such container, `delete --force` succeeds, and again, and nothing is
-//! left.
+//! Processes killed at the wrong moment, at each stage of a container's lifecycle: soon `state`
+//! reports stopped or that there is no such container, `delete --force` succeeds, and again, and
+//! nothing is left.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 /// The host processes of a container.
 const PROCESSES: [&str; 4] = ["keeper", "pod", "devices", "machine"];
 
-/// How long those who wait may wait for what a killed process does not tell any more.
+/// How long others may wait for a process that has been killed.
 const SOON: Duration = Duration::from_secs(10);
 
-/// A hook that says so when it has begun, and waits to be told to go on.
+/// A hook that reports when it has started, and waits for permission to continue.
 struct Block {
     begun: PathBuf,
     go: PathBuf,
@@ -44,7 +44,7 @@ impl Block {
         eventually("the hook has begun", SOON, || self.begun.exists());
     }
 
-    /// The process that stands for the container, as the hook was told.
+    /// The process that stands for the container, as passed to the hook.
     fn keeper(&self) -> Pid {
         let text = fs::read_to_string(&self.begun).unwrap();
         Pid::from_raw(text.trim().parse().unwrap()).unwrap()
@@ -59,7 +59,7 @@ fn kill(pid: Pid) {
     kill_process(pid, Signal::KILL).unwrap();
 }
 
-/// The runtime's own process below a script that has become it.
+/// Kills the runtime's own process below a script that has become it.
 fn kill_command(running: &Running) {
     kill(running.pid());
 }
@@ -313,7 +313,7 @@ fn a_container_with_a_damaged_or_lost_state_file_can_be_deleted_whole() {
 
 #[test]
 fn a_create_that_fails_at_once_leaves_nothing() {
-    // While the sandbox process has hardly begun.
+    // While the sandbox process has barely started.
     let oci = Oci::new();
     let bundle = oci.bundle().with(|config| {
         for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
@@ -332,7 +332,7 @@ fn a_create_that_fails_at_once_leaves_nothing() {
     }
 }
 
-/// What of the machine's memory is free or can be freed, MiB.
+/// The machine's available memory, MiB.
 fn available() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap();
     let line = text.lines().find(|line| line.starts_with("MemAvailable:"));
@@ -393,7 +393,7 @@ fn alone_two_hundred_lives_leave_nothing() {
     println!(
         "MiB available: {memory} before, {memory_after} after; groups: {cgroups}, {cgroups_after}"
     );
-    // Others use this machine too: what a life would leak is 200 times as much here.
+    // Others use this machine too: a leak per cycle is 200 times as large here.
     assert!(
         memory_after + 300 > memory,
         "{memory} MiB, {memory_after} MiB"

@@ -14,14 +14,14 @@ hull_tests::on_every_machine!(
     several_block_devices_are_not_mixed_up,
 );
 
-/// Bytes that say of each sector which it is, and on which disk.
+/// Bytes that identify each sector and its disk.
 fn content(name: &str) -> Vec<u8> {
     (0..SIZE / 512)
         .flat_map(|sector| format!("{name:<255} {sector:<255}\n").into_bytes())
         .collect()
 }
 
-/// The container has the device at a path, and is allowed this access to it.
+/// The container has the device at a path, with this access to it.
 fn with(bundle: Bundle, disk: &LoopDevice, path: &str, access: &str) -> Bundle {
     let (major, minor) = (disk.major, disk.minor);
     bundle.with(|config| {
@@ -46,7 +46,7 @@ fn with(bundle: Bundle, disk: &LoopDevice, path: &str, access: &str) -> Bundle {
     })
 }
 
-/// A shell script fails in the container, with these words.
+/// A shell script fails in the container, with this message.
 #[track_caller]
 fn cannot(init: &Init<'_>, script: &str, words: &str) {
     let output = init.sh(script);
@@ -82,7 +82,7 @@ fn a_block_device_is_read_and_written_at_the_path_asked_for(machine: &str) {
         init.sh("stat -c '%F %a %u:%g' /dev/xvda").ok().text(),
         "block special file 640 0:6"
     );
-    // All of what the host has there.
+    // All of the host's content.
     assert_eq!(
         init.sh("md5sum </dev/xvda | cut -c 1-32").ok().text(),
         sum(&content("host"))
@@ -99,7 +99,7 @@ fn a_block_device_is_read_and_written_at_the_path_asked_for(machine: &str) {
     // The host sees it while the container runs, on the device and in the file below it.
     assert!(fs::read(&disk.path).unwrap() == expected, "on the device");
     assert!(fs::read(disk.file()).unwrap() == expected, "in the file");
-    // There is no more of it than there is.
+    // It is no larger than on the host.
     cannot(
         &init,
         "dd if=/new of=/dev/xvda bs=512 seek=8192 count=1",
@@ -237,7 +237,7 @@ fn a_block_device_can_be_bound_like_a_file() {
     cannot(&init, "echo no >/dev/xvda", "");
     init.delete().ok();
     assert_eq!(fs::read(disk.file()).unwrap()[..8], *b"written\n");
-    // A privileged container has nothing of the host.
+    // A privileged container has no device of the host.
     let bundle = bound(&["rbind"], "rwm").with(|config| {
         config["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
     });

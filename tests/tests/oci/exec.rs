@@ -1,4 +1,4 @@
-//! Further processes with `hull-oci exec`, and what `hull-oci` tells of a container: ps, list,
+//! Further processes with `hull-oci exec`, and what `hull-oci` reports of a container: ps, list,
 //! state, events, features.
 
 use std::fs;
@@ -367,7 +367,7 @@ fn errors_are_logged_in_the_form_that_engines_parse() {
     );
 }
 
-/// `run`, in the foreground, whose output nobody reads yet.
+/// `run`, in the foreground, whose output is not read yet.
 fn run_into_a_pipe(oci: &Oci, bundle: &Bundle, id: &str) -> Child {
     let bundle = bundle.path.to_str().unwrap();
     let (mut command, _) = oci.oci(["run", "--bundle", bundle, id]).into_parts();

@@ -1,5 +1,5 @@
-//! Hooks of a bundle: where and when they run, what they are told, and what becomes of the
-//! container when one fails.
+//! Hooks of a bundle: where and when they run, what they receive, and what happens to the container
+//! when one fails.
 
 use std::fs;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! A bundle's life with `hull-oci`, as runc's users lead it: create, start, state, kill, delete,
+//! Lifecycle of a bundle with `hull-oci`, as of runc's users: create, start, state, kill, delete,
 //! run, and the process of the host that stands for the container.
 
 use std::fs::{self, File};
@@ -202,7 +202,7 @@ fn kill_takes_names_and_numbers_and_may_go_to_all_processes() {
     init.says("got 12\n");
     init.does("kill").ok();
     init.says("got 15\n");
-    // Nothing but a question.
+    // Signal 0 only checks.
     init.kill("0").ok();
     let mut further = init
         .executing(&[], &["sh", "-c", "echo on; exec sleep 1000"])
@@ -327,7 +327,7 @@ fn what_an_engine_left_open_is_closed_in_what_lives_on() {
         .run()
         .ok();
     init.does("start").ok();
-    // The end of the file, and not that there is nothing to be read yet.
+    // The end of the file, not just nothing to read yet.
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }
 

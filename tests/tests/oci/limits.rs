@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use hull_tests::{Init, Oci, eventually};
 use serde_json::{Value, json};
 
-/// Forks until it may not any more; how many there were.
+/// Forks until that is refused, at most 60 times.
 const FORK_UNTIL_REFUSED: &str =
     "i=0; while [ $i -lt 60 ]; do sleep 1000 </dev/null >/dev/null 2>&1 & i=$((i+1)); done; :";
 
@@ -248,7 +248,7 @@ fn update_changes_limits_while_the_container_runs_and_they_hold() {
     // A machine keeps its size, and its wall with it.
     assert!(host(&init, "memory.limit_in_bytes", "memory.max") <= before);
     init.sh("tail /dev/zero").ends(137);
-    // What was killed has not given everything back at once, and others would be killed for it.
+    // Killed processes have not released all memory at once, and others would be killed for it.
     init.sh("until [ $(cat /sys/fs/cgroup/memory.current) -lt 20000000 ]; do sleep 0.05; done")
         .ok();
     init.sh(FORK_UNTIL_REFUSED);

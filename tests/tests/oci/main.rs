@@ -1,4 +1,4 @@
-//! `hull-oci`, with bundles and nothing between them and the runtime.
+//! `hull-oci` with bundles, without an engine.
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;

@@ -1,5 +1,5 @@
-//! Network namespaces that an engine has set up, with `hull-oci`: what is in them is in the guest,
-//! and follows.
+//! Network namespaces that an engine has set up, with `hull-oci`: the guest has their contents, and
+//! follows changes.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
@@ -193,21 +193,21 @@ fn changes_of_the_namespace_follow(machine: &'static str) {
     init.prints("ip -o link", |text| text.contains("02:42:c0:00:02:99"));
     init.reaches("192.0.2.1");
 
-    // Another one comes, carries, and goes.
+    // Another interface comes, carries traffic, and goes.
     link.add("net1", "198.51.100");
     init.prints("ip -o addr", |text| text.contains(" 198.51.100.2/24"));
     init.reaches("198.51.100.1");
     link.pod.ip("link delete net1");
     init.prints("ls /sys/class/net", |text| !text.contains("net1"));
     init.reaches("192.0.2.1");
-    // And one of the same name.
+    // One of the same name.
     link.add("net1", "203.0.113");
     init.prints("ip -o addr", |text| {
         text.contains(" 203.0.113.2/24") && !text.contains("198.51.100.2")
     });
     init.reaches("203.0.113.1");
 
-    // All of them.
+    // All of them go.
     link.pod.ip("link delete net1");
     link.pod.ip("link delete eth0");
     init.prints("ip -o addr", |text| {

@@ -1,5 +1,5 @@
 //! Network namespaces of engines, and what can go wrong with them: interfaces that go, too many of
-//! them, namespaces that are somebody else's, crashes.
+//! them, namespaces of others, crashes.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -12,7 +12,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 const WORLD: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 const POD: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 
-/// What the sandbox process of the only pod has said.
+/// Log of the only pod's sandbox process.
 fn log(oci: &Oci) -> String {
     let pods = fs::read_dir(oci.path("run/sandboxes")).unwrap().flatten();
     pods.map(|pod| fs::read_to_string(pod.path().join("sandbox.log")).unwrap_or_default())
@@ -78,7 +78,7 @@ fn more_interfaces_than_the_machine_has_are_told_and_the_others_are_not_disturbe
     for address in ["192.0.2.1", "198.51.100.1"] {
         init.reaches(address);
     }
-    // There is a place for it when another one goes.
+    // There is room for it once another one is gone.
     link.pod.ip("link delete net1");
     init.prints("ip -o addr", |text| text.contains(" 198.18.8.2/24"));
     init.reaches("198.18.8.1");
@@ -100,13 +100,13 @@ fn changes_follow_while_there_are_more_interfaces_than_the_machine_has() {
 #[test]
 fn the_hosts_own_network_is_refused_by_name() {
     let oci = Oci::new();
-    // However it is named.
+    // By any path.
     let file = oci.path("netns");
     fs::write(&file, "").unwrap();
     mount("/proc/self/ns/net", &file, "", MountFlags::BIND, None).unwrap();
     let own = format!("/proc/{}/ns/net", std::process::id());
     let mut paths = vec!["/proc/self/ns/net", own.as_str(), file.to_str().unwrap()];
-    // Not where process 1 is somebody else's.
+    // Not if process 1 belongs to another user.
     if fs::File::open("/proc/1/ns/net").is_ok() {
         paths.push("/proc/1/ns/net");
     }
@@ -205,7 +205,7 @@ fn nothing_is_left_in_the_namespace() {
         }
         oci.assert_clean();
         assert_eq!(link.pod.traces(), [""; 0], "after {end}");
-        // What is there works as it did before.
+        // The existing ones work as before.
         let address: IpAddr = "198.51.100.2".parse().unwrap();
         let server = link
             .pod

@@ -11,7 +11,8 @@ fn in_pod(bundle: Bundle, pod: &str) -> Bundle {
     bundle.with(|config| config["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!(pod))
 }
 
-/// The container joins namespaces of another one by the process that stands for that on the host.
+/// The container joins namespaces of another one, through the process that stands for that one on
+/// the host.
 fn joining(bundle: Bundle, other: &Init<'_>, kinds: &[(&str, &str)]) -> Bundle {
     let pid = other.keeper().as_raw_nonzero();
     bundle.with(|config| {
@@ -58,7 +59,7 @@ fn containers_of_a_pod_share_one_machine() {
     assert_eq!(one.ends(), 137);
     one.does("delete").ok();
     assert_eq!(two.sh("echo still").ok().text(), "still");
-    // The machine ends with the last one.
+    // The machine ends with its last container.
     two.delete().ok();
     assert_eq!(machines(), 0);
     oci.assert_clean();
@@ -145,7 +146,7 @@ fn a_pod_whose_machine_is_killed_stops_all_its_containers() {
     oci.assert_clean();
 }
 
-/// A tmpfs of the host, as engines make one for the memory of a pod; unmounted when dropped.
+/// A tmpfs of the host, as engines create for the memory of a pod; unmounted when dropped.
 struct HostMemory(tempfile::TempDir);
 
 impl HostMemory {
@@ -196,13 +197,13 @@ fn containers_of_a_pod_share_memory() {
     let (one, two) = (oci.start(&bundle()), oci.start(&bundle()));
     one.sh("echo seen >/dev/shm/file").ok();
     assert_eq!(two.sh("cat /dev/shm/file").ok().text(), "seen");
-    // Mapped: what one stores the other loads.
+    // Mapped: one stores, the other loads.
     let asking = one.executing(&[], &["shared", "ask"]).start();
     two.sh("until test -e /dev/shm/question; do sleep 0.01; done; shared answer")
         .ok();
     asking.finish().ok();
 
-    // Others have not: in the same pod with other memory, and in another pod.
+    // Others do not share it: in the same pod with other memory, and in another pod.
     let apart = oci.start(&in_pod(other.bound(oci.bundle()), &pod));
     let outside = oci.start(&memory.bound(oci.bundle()));
     let own = oci.start(&in_pod(oci.bundle(), &pod));
@@ -231,7 +232,7 @@ fn shared_memory_is_as_large_as_the_hosts() {
         ))
     };
     write(&one, "half", 600).ok();
-    // Both have it together.
+    // Both share its size limit.
     let full = write(&two, "other", 600);
     assert_ne!(full.status, 0);
     assert!(full.error().contains("No space left"), "{}", full.error());

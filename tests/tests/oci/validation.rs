@@ -1,5 +1,6 @@
-//! The OCI validation suite of runtime-tools (`scripts/oci-validation`): what runc passes, hull-oci
-//! passes. `docs/oci-validation.md` says what each program asks, and why some can pass nowhere.
+//! The OCI validation suite of runtime-tools (`scripts/oci-validation`): hull-oci passes what runc
+//! passes. `docs/oci-validation.md` explains what each program checks, and why some can pass
+//! nowhere.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,7 +17,7 @@ const AND_THESE: &[&str] = &[
     "process_capabilities",
 ];
 
-/// Programs that runc passes, and that look at the host for what hull has in the guest:
+/// Programs that runc passes, and that check on the host what hull has in the guest:
 /// docs/oci-validation.md.
 const NOT_FOR_HULL: &[&str] = &[
     "delete_resources",
@@ -27,7 +28,7 @@ const NOT_FOR_HULL: &[&str] = &[
     "mounts",
 ];
 
-/// Programs that are in a race with what they look at: one of five runs has to pass.
+/// Programs that race with what they check: one of five runs has to pass.
 const RACES: &[&str] = &["killsig"];
 
 /// Each of the named programs becomes a test.
@@ -74,7 +75,7 @@ fn suite() -> Invocation {
     Invocation::new(repository().join("scripts/oci-validation")).limit(Duration::from_secs(280))
 }
 
-/// Runs a program of the suite; whether it passes, and all that it printed.
+/// Runs a program of the suite; returns whether it passes, and its output.
 fn run(program: &str, runtime: &str, logs: &str) -> (bool, String) {
     let line = suite()
         .args(["--log", logs, runtime, program])
@@ -90,7 +91,7 @@ fn run(program: &str, runtime: &str, logs: &str) -> (bool, String) {
     (line.split('\t').nth(1) == Some("pass"), shown)
 }
 
-/// The same, more than once for a program that is in a race.
+/// As [`run`], but several times for a program that races.
 fn run_fairly(program: &str, runtime: &str, logs: &str) -> (bool, String) {
     let tries = if RACES.contains(&program) { 5 } else { 1 };
     let mut last = (false, String::new());

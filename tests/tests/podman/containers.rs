@@ -339,7 +339,7 @@ fn podman_cp_copies_into_and_out_of_a_running_container() {
 fn podman_top_lists_the_processes_of_the_container() {
     let podman = Podman::new();
     let name = podman.ready(&[], "echo ready; sleep 1234 & wait");
-    // podman asks the container's own `ps` when it is given ps' options.
+    // podman runs the container's own `ps` if it is given options for ps.
     let output = podman
         .podman(["top", &name, "-o", "pid,args"])
         .run()
@@ -347,7 +347,7 @@ fn podman_top_lists_the_processes_of_the_container() {
         .text();
     assert!(output.contains("sleep 1234"), "{output}");
     assert!(!output.contains("agent"), "{output}");
-    // Without, it looks at the host's processes, of which a machine shows one.
+    // Without, it looks at the host's processes, of which a machine has one.
     let output = podman.does("top", &name).ok().text();
     assert!(output.lines().count() > 1, "{output}");
 }

@@ -27,7 +27,7 @@ fn server(podman: &Podman, options: &[&str], text: &str) -> String {
     podman.ready(options, &script)
 }
 
-/// What a server says to a container.
+/// A container gets this answer from a server.
 #[track_caller]
 fn fetches(podman: &Podman, client: &str, host: &str, wanted: &str) {
     let url = format!("http://{host}/index.html");
@@ -152,7 +152,7 @@ fn podman_containers_find_each_other_by_name() {
     assert!(reaches(&podman, &one, &two));
     let unknown = podman.exec(&one, &["ping", "-c", "1", "no-such-name"]);
     assert_ne!(unknown.status, 0);
-    // The other network knows nothing of them.
+    // The other network does not know them.
     let other = podman.sleeper(NETWORK);
     assert!(!reaches(&podman, &other, &one));
     podman
@@ -254,7 +254,7 @@ fn podman_connects_and_disconnects_networks_of_a_running_container() {
     let change = |verb: &str, network: &str| {
         podman.podman(["network", verb, network, &name]).run().ok();
     };
-    // Also of an interface that is not there.
+    // Of all interfaces, whichever exist.
     let count = || {
         let listed = podman.exec_sh(&name, "ip -o addr").ok().text();
         addresses(&listed).len()
@@ -271,7 +271,7 @@ fn podman_connects_and_disconnects_networks_of_a_running_container() {
     fetches(&podman, &other, &name, "movable");
     let address = addresses_of(&podman, &name, "eth1")[0];
     podman.host().enter(|| answers((address, 80), "movable"));
-    // The first one goes on.
+    // The first network still works.
     let address = address_of(&podman, &name);
     podman.host().enter(|| answers((address, 80), "movable"));
 
@@ -360,7 +360,7 @@ fn podman_containers_can_join_the_network_of_another_one() {
     assert_eq!(address_of(&podman, &owner), address_of(&podman, &web));
     fetches(&podman, &owner, "127.0.0.1", "guest");
     podman.host().enter(|| answers((LOOPBACK, 8080), "guest"));
-    // Not with the other one, on which it depends.
+    // Not together with the other one, which it depends on.
     podman.podman(["rm", "-f", "-t", "0", &web]).run().ok();
 }
 

@@ -1,4 +1,4 @@
-//! podman with hull as its runtime: what the options of `podman run` do.
+//! podman with hull as its runtime: the effects of options of `podman run`.
 
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
@@ -121,7 +121,7 @@ fn podman_capabilities_can_be_added_and_dropped() {
 #[test]
 fn podman_ulimits_are_set() {
     let podman = Podman::new();
-    // The last one: podman asks for more than root has here, unless it is told a number.
+    // The last option: without a number podman asks for more than root has here.
     let options = [
         "--ulimit",
         "nofile=100:200",
@@ -141,7 +141,7 @@ fn podman_memory_limits_bite() {
     let podman = Podman::new();
     let options = ["-m", "64m", "--memory-swap", "64m"];
     podman.sh(&options, "exec tail /dev/zero").ends(137);
-    // Another one is not disturbed by its limit.
+    // Another container is not disturbed by its limit.
     podman.run(&options, &["true"]).ok();
 }
 
@@ -289,7 +289,7 @@ fn podman_usual_containers_have_the_usual_devices_only() {
 #[test]
 fn podman_usual_containers_cannot_look_at_what_is_masked() {
     let podman = Podman::new();
-    // Which of them there are is the kernel's affair.
+    // Which of them exist depends on the kernel.
     let script = "for file in /proc/kcore /proc/keys /proc/latency_stats /proc/timer_list /proc/sched_debug; do \
                   [ ! -e $file ] || cat $file; done; \
                   for dir in /proc/acpi /proc/scsi /sys/firmware; do [ ! -e $dir ] || ls $dir; done";
@@ -340,7 +340,7 @@ fn podman_privileged_sees_everything_in_the_guest_and_nothing_of_the_host() {
     let host = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let output = podman.sh(&["--privileged"], "cat /proc/sys/kernel/random/boot_id");
     assert_ne!(output.ok().text(), host.trim());
-    // What it turns off is its own.
+    // It turns off its own only.
     let panic = || std::fs::read_to_string("/proc/sys/kernel/panic_on_oops").unwrap();
     let before = panic();
     let other = if before.trim() == "1" { "0" } else { "1" };

@@ -102,7 +102,7 @@ fn podman_containers_of_a_pod_end_alone_and_the_pod_as_a_whole() {
     podman.does("stop", &one).ok();
     podman.does("rm", &one).ok();
     podman.exec(&two, &["true"]).ok();
-    // One that comes later is in the same machine.
+    // A later container is in the same machine.
     let three = podman.sleeper(&["--pod", &pod]);
     let machine = |name: &str| podman.exec(name, &["cat", BOOT_ID]).ok().text();
     assert_eq!(machine(&two), machine(&three));

@@ -1,13 +1,13 @@
-//! ARCHITECTURE.md's list of dependencies is the manifests'.
+//! ARCHITECTURE.md's list of dependencies equals that of the manifests.
 
 use std::collections::BTreeMap;
 
 use hull_tests::{Invocation, repository};
 
-/// What begins the block with a line for each crate: `name → name, name`.
+/// Start of the block with a line for each crate: `name → name, name`.
 const FENCE: &str = "```dependencies\n";
 
-/// The crates below `crates/`, each with those that it depends on, without the prefix `hull-`.
+/// The crates below `crates/`, each with its dependencies, without the prefix `hull-`.
 fn in_manifests() -> BTreeMap<String, Vec<String>> {
     let metadata = Invocation::new("cargo")
         .args(["metadata", "--no-deps", "--offline", "--format-version=1"])

@@ -1,5 +1,5 @@
-//! The book in `docs/` is true: its commands work, and the page of the configuration is what hull
-//! prints.
+//! The book in `docs/` is correct: its commands work, and the page of the configuration is hull's
+//! output.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hull_tests::{Invocation, busybox_archive, executable, repository};
 
-/// Begins a block whose lines with `$ ` are commands.
+/// Starts a block whose lines with `$ ` are commands.
 const FENCE: &str = "```console";
 
 /// The commands of a page, in their order.
@@ -93,7 +93,7 @@ macro_rules! pages {
             $(#[test] fn $name() { super::works(concat!(stringify!($name), ".md")); })+
         }
 
-        /// The pages that have commands.
+        /// The pages with commands.
         const PAGES: &[&str] = &[$(concat!(stringify!($name), ".md")),+];
     };
 }

@@ -1,4 +1,4 @@
-//! What the project says of itself is true: pictures, pages, packages.
+//! The project's documents and packages are correct: pictures, pages, packages.
 #![allow(clippy::unwrap_used)]
 
 mod architecture;

@@ -1,4 +1,4 @@
-//! What `make dist` gives to others.
+//! The packages of `make dist`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -146,7 +146,7 @@ fn packages_made_twice_have_the_same_bytes() {
             .limit(Duration::from_secs(300))
             .run()
             .ok();
-        // Files get the time of now, were it not set.
+        // Without a fixed time, files would get the current one.
         std::thread::sleep(Duration::from_millis(1100));
         fs::read_to_string(output.join("SHA256SUMS")).unwrap()
     });

@@ -2,8 +2,8 @@
 //! and it looks like that one: [`runtime`] holds its types, all but `Spec` and `Process`, which are
 //! our own.
 //!
-//! `oci-spec` checks `execCPUAffinity` with a regular expression, and reads what belongs to other
+//! `oci-spec` checks `execCPUAffinity` with a regular expression, and parses what belongs to other
 //! operating systems. Both are a third of an executable that every guest unpacks into its memory;
-//! the agent uses neither. Only reads: nothing here writes a spec.
+//! the agent uses neither. Read-only: nothing here writes a spec.
 
 pub mod runtime;

@@ -26,7 +26,7 @@ macro_rules! accessors {
     };
 }
 
-/// What `config.json` holds.
+/// Contents of `config.json`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Spec {
@@ -47,12 +47,12 @@ pub struct Spec {
     hull_disks: Option<Vec<HullDisk>>,
 }
 
-/// Not the specification's: the host says which block devices that the spec names are disks of this
+/// Not part of the OCI specification: names the block devices of the spec that are disks of this
 /// machine.
 ///
-/// `hullDisks: [{"major": 7, "minor": 3, "serial": "hull-disk0"}]`: wherever the spec has block
-/// device 7:3 of the host, in `linux.devices` and in `linux.resources.devices`, the disk of that
-/// serial number is meant, whose numbers only the guest's kernel knows.
+/// `hullDisks: [{"major": 7, "minor": 3, "serial": "hull-disk0"}]`: block device 7:3 of the host,
+/// in `linux.devices` and `linux.resources.devices`, means the disk of that serial number, whose
+/// device number only the guest's kernel knows.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct HullDisk {
     major: i64,
@@ -65,12 +65,12 @@ impl HullDisk {
 }
 
 impl Spec {
-    /// The field `linux`, to be changed.
+    /// Mutable access to `linux`.
     pub fn linux_mut(&mut self) -> Option<&mut Linux> {
         self.linux.as_mut()
     }
 
-    /// The field `mounts`, to be changed.
+    /// Mutable access to `mounts`.
     pub fn mounts_mut(&mut self) -> Option<&mut Vec<Mount>> {
         self.mounts.as_mut()
     }
@@ -85,7 +85,7 @@ impl Spec {
     }
 }
 
-/// What the spec says of one process.
+/// One process of the spec.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Process {
@@ -121,8 +121,7 @@ impl Process {
     }
 }
 
-/// Processors that an executed process runs on. Lists of numbers and ranges, checked where they are
-/// used.
+/// CPUs that an executed process runs on. Lists of numbers and ranges, checked where they are used.
 #[derive(Debug, Deserialize)]
 pub struct ExecCpuAffinity {
     initial: Option<String>,
@@ -139,7 +138,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// Everything that the library's types can hold, read by both.
+    /// A spec with every field that the library supports, parsed by both.
     #[test]
     fn a_spec_is_read_as_the_library_reads_it() {
         let json = serde_json::json!({

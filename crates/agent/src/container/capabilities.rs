@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::error::{Context, CreateError, Result};
 use super::sys;
 
-/// The sets that the process ends up with.
+/// The final sets of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct CapabilitySets {
     bounding: u64,
@@ -68,8 +68,8 @@ fn number(capability: Capability) -> u32 {
     }
 }
 
-/// The highest number above. Higher ones of a newer kernel are dropped until the kernel knows no
-/// more.
+/// The highest number above. A newer kernel's higher ones are dropped, up to the first that the
+/// kernel does not know.
 const LAST: u32 = 40;
 
 fn mask(set: &Option<Capabilities>) -> u64 {
@@ -79,7 +79,7 @@ fn mask(set: &Option<Capabilities>) -> u64 {
 }
 
 impl CapabilitySets {
-    /// No capabilities in the spec means none at all.
+    /// Without capabilities in the spec, all sets are empty.
     pub(super) fn new(spec: Option<&LinuxCapabilities>) -> Result<CapabilitySets> {
         let Some(spec) = spec else {
             return Ok(CapabilitySets::default());
@@ -98,14 +98,13 @@ impl CapabilitySets {
                 "names one that is not permitted",
             ));
         }
-        // Neither would it raise these, and runtimes before us went on without them: specs that
-        // engines write, and the one that runc writes, name ambient capabilities that are not
-        // inheritable.
+        // It would refuse these as well, but other runtimes drop them silently: specs of engines,
+        // and of `runc spec`, have ambient capabilities that are not inheritable.
         sets.ambient &= sets.permitted & sets.inheritable;
         Ok(sets)
     }
 
-    /// First step, with all capabilities: what no program may ever gain again.
+    /// First step, with all capabilities: drops what no program may ever gain again.
     pub(super) fn drop_bounding(&self) -> Result<()> {
         for number in 0..64 {
             if self.bounding & 1 << number != 0 {
@@ -113,7 +112,7 @@ impl CapabilitySets {
             }
             match sys::prctl(libc::PR_CAPBSET_DROP, number, 0) {
                 Ok(()) => {}
-                // The kernel knows no more of them.
+                // The kernel has no capability of this number.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                     if number > u64::from(LAST) {
                         break;
@@ -127,7 +126,7 @@ impl CapabilitySets {
         Ok(())
     }
 
-    /// Before the change of user, so that the permitted set survives it.
+    /// Before the change of user: lets the permitted set survive it.
     pub(super) fn keep_over_setuid() -> Result<()> {
         sys::prctl(libc::PR_SET_KEEPCAPS, 1, 0).context(|| "cannot keep capabilities over setuid")
     }
@@ -135,7 +134,7 @@ impl CapabilitySets {
     /// Last step.
     pub(super) fn apply(&self) -> Result<()> {
         capset(self).context(|| "cannot set process.capabilities")?;
-        // The ambient set is empty: nothing above the agent has one, and setuid clears it.
+        // The ambient set is empty: the agent has none, and setuid clears it.
         for number in (0..=LAST).filter(|number| self.ambient & 1 << number != 0) {
             sys::prctl(
                 libc::PR_CAP_AMBIENT,

@@ -1,7 +1,7 @@
-//! What a clone does to become a process of a container: the order of all steps.
+//! Steps by which a clone becomes a process of a container, in order.
 //!
-//! Runs in the clone, with its copy of the agent's memory; plans are made by the agent before.
-//! Every function here returns only to report an error.
+//! Runs in the clone, with its copy of the agent's memory; the agent has built the plans before.
+//! [`run_init`] and [`run_exec`] return only on failure.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -17,7 +17,7 @@ use super::process_plan::{self, ProcessPlan};
 use super::rootfs::{self, RootfsPlan};
 use super::{ChildIo, devices, sys, terminal};
 
-/// Everything about a container that its init must know.
+/// Everything that a container's init needs.
 pub(super) struct InitPlan {
     pub(super) namespaces: Namespaces,
     pub(super) rootfs: RootfsPlan,
@@ -27,10 +27,10 @@ pub(super) struct InitPlan {
     pub(super) domainname: Option<String>,
 }
 
-/// Everything about a process executed in a container that it must know.
+/// Everything that a process executed in a container needs.
 pub(super) struct ExecPlan<'a> {
     pub(super) process: ProcessPlan,
-    /// The container's init, and the namespaces it has of its own.
+    /// The container's init, and which namespaces of its own it has.
     pub(super) init: BorrowedFd<'a>,
     pub(super) namespaces: u64,
 }
@@ -124,16 +124,16 @@ fn prepare_exec(
 }
 
 fn start() -> Result<()> {
-    // Processes of the container that see this one must not look into it while it is still the
+    // Processes of the container that see this one must not inspect it while it is still the
     // agent's.
     sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).context(|| "cannot protect the new process")?;
     rustix::process::setsid().context(|| "cannot start a session")?;
-    // Modes of what is made for the container are exact.
+    // Modes of files created for the container are exact.
     rustix::process::umask(Mode::empty());
     Ok(())
 }
 
-/// The root of the user namespace, which this process is in as somebody unknown.
+/// Becomes root of the user namespace; the process's ids are not mapped in it so far.
 fn become_root() -> Result<()> {
     let what = || "cannot become root of the user namespace";
     let (uid, gid) = (rustix::fs::Uid::ROOT, rustix::fs::Gid::ROOT);

@@ -1,6 +1,6 @@
-//! The clone, and the gate between the agent and it: see the table in [`super`].
+//! The clone, and the gate between it and the agent: see the table in [`super`].
 //!
-//! [`spawn`] is the only place where the process splits. Its child side never returns.
+//! [`spawn`] is the only place where the agent clones itself. Its child side never returns.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -24,10 +24,10 @@ const TERMINAL: &[u8] = b"T";
 const READY: &[u8] = b"R";
 const SIBLING: u8 = b'P';
 
-/// Where the child keeps its end of the gate once its streams are in place.
+/// Descriptor of the child's end of the gate once its streams are in place.
 const GATE: u32 = 3;
 
-/// A clone, seen from the agent.
+/// The agent's side of a clone.
 #[derive(Debug)]
 pub(super) struct Spawned {
     pub(super) pid: u32,
@@ -95,7 +95,7 @@ fn cannot_clone(error: std::io::Error) -> CreateError {
     )
 }
 
-/// In the clone.
+/// Runs in the clone.
 fn run(gate: OwnedFd, child: impl FnOnce(&ChildGate) -> CreateError) -> ! {
     // A panic must not unwind into the agent's code: there is a copy of all of it below this frame.
     let _bomb = Bomb;
@@ -105,8 +105,8 @@ fn run(gate: OwnedFd, child: impl FnOnce(&ChildGate) -> CreateError) -> ! {
     sys::exit(1)
 }
 
-/// In the process between the agent and a container that joins a user namespace: joins, clones the
-/// container's process as its own sibling, hands its pidfd over, and ends.
+/// Runs in the process between the agent and a container that joins a user namespace: joins, clones
+/// the container's process as its own sibling, hands its pidfd over, and exits.
 fn run_between(
     namespaces: &Namespaces,
     gate: OwnedFd,
@@ -157,7 +157,7 @@ fn sibling(gate: OwnedFd, between: OwnedFd) -> Result<Spawned> {
     }
 }
 
-/// Ends the process when it is dropped: nothing of the agent may run in a clone.
+/// Ends the process when dropped: nothing of the agent may run in a clone.
 struct Bomb;
 
 impl Drop for Bomb {
@@ -177,7 +177,7 @@ impl ChildGate {
         self.send(TERMINAL, Some(master))
     }
 
-    /// Says that all is prepared, and waits for the permission to execute.
+    /// Reports that all is prepared, and waits for the permission to execute.
     pub(super) fn pass(&self) -> Result<()> {
         // Plain write and read: a seccomp filter is more likely to let these through.
         rustix::io::write(self.0.get(), READY)
@@ -215,7 +215,7 @@ impl ChildGate {
     }
 
     fn report(&self, error: &CreateError) {
-        // Without a listener there is nobody to tell.
+        // If the agent is gone, the error is lost.
         let _ = rustix::io::write(self.0.get(), &error.encode());
     }
 
@@ -233,7 +233,7 @@ impl ChildGate {
 }
 
 impl Spawned {
-    /// Tells the child that its ids are mapped.
+    /// Notifies the child that its ids are mapped.
     pub(super) fn maps_written(&self) -> Result<()> {
         rustix::net::send(&self.gate, MAPPED, SendFlags::NOSIGNAL)
             .map(drop)
@@ -254,7 +254,7 @@ impl Spawned {
         }
     }
 
-    /// What became of a child that closed the gate without a word.
+    /// The error of a child that closed the gate without a message.
     fn died(&self) -> CreateError {
         let status = rustix::process::waitid(
             WaitId::PidFd(self.pidfd.as_fd()),
@@ -270,21 +270,21 @@ impl Spawned {
         CreateError::other("cannot prepare the new process", why)
     }
 
-    /// Ends the child and waits for its end.
+    /// Kills the child and reaps it.
     pub(super) fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
         reap(self.pidfd.as_fd());
     }
 }
 
-/// Fails only when somebody else has reaped it already.
+/// Fails only if the process has been reaped elsewhere.
 fn reap(pidfd: BorrowedFd<'_>) {
     while let Err(Errno::INTR) =
         rustix::process::waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED)
     {}
 }
 
-/// One message of the gate; empty at its end.
+/// Receives one message of the gate; empty at its end.
 fn receive(gate: BorrowedFd<'_>) -> Result<(Vec<u8>, Option<OwnedFd>)> {
     let mut message = vec![0; MESSAGE_LIMIT + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -307,7 +307,7 @@ fn receive(gate: BorrowedFd<'_>) -> Result<(Vec<u8>, Option<OwnedFd>)> {
     Ok((message, descriptor))
 }
 
-/// The caller may have made its end non-blocking.
+/// Waits for a message: the caller may have made its end non-blocking.
 fn wait_readable(gate: BorrowedFd<'_>) -> Result<()> {
     let mut poll = [rustix::event::PollFd::new(
         &gate,

@@ -1,7 +1,6 @@
 //! Fills a tmpfs with a copy of the directory that it hides (mount option `tmpcopyup`).
 //!
-//! Runs in the child. Works on descriptors and follows no links; what is copied belongs to the
-//! image.
+//! Runs in the child. Works on descriptors and follows no links: the content comes from the image.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};

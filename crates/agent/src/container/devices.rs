@@ -1,8 +1,8 @@
 //! The device nodes of a container: the standard ones, those of the spec, and the links that
 //! programs expect.
 //!
-//! Planned by the agent, made by the child after the spec's mounts. In a user namespace nodes
-//! cannot be made, so the guest's own are bound there instead.
+//! Planned by the agent, created by the child after the spec's mounts. A user namespace cannot
+//! create nodes, so the guest's own are bound there instead.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -34,26 +34,26 @@ const LINKS: [(&CStr, &CStr); 5] = [
     (c"ptmx", c"pts/ptmx"),
 ];
 
-/// What to make in a container.
+/// Nodes and links to create in a container.
 #[derive(Debug)]
 pub(super) struct Devices {
-    /// False when /dev comes from outside and has all of it.
+    /// False if /dev comes from outside and is complete.
     standard: bool,
-    /// Bind instead of make.
+    /// Bind the guest's nodes instead of creating nodes.
     bind: bool,
     nodes: Vec<Node>,
 }
 
 #[derive(Debug)]
 struct Node {
-    /// Below the container's root.
+    /// Relative to the container's root.
     path: CString,
     kind: FileType,
     number: u64,
     mode: Mode,
     uid: u32,
     gid: u32,
-    /// The guest's node of it, likewise without the leading slash.
+    /// The guest's node, likewise without the leading slash.
     guest: CString,
 }
 
@@ -71,7 +71,7 @@ impl Devices {
         })
     }
 
-    /// Makes them all. In the child, with the agent's root and no umask.
+    /// Creates them all. Runs in the child, as the agent's root and without umask.
     pub(super) fn make(&self, root: BorrowedFd<'_>) -> Result<()> {
         if self.standard {
             let dev = paths::find_or_make(root, c"dev", || Ok(Missing::Directory))
@@ -156,7 +156,7 @@ fn bind(directory: BorrowedFd<'_>, name: &CStr, guest: &CStr) -> rustix::io::Res
     mounts::attach(node.as_fd(), target)
 }
 
-/// A file to mount something on.
+/// Creates a file to mount something on.
 fn file(directory: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<BorrowedFd<'static>> {
     match rustix::fs::mknodat(
         directory,
@@ -189,7 +189,7 @@ fn links(dev: BorrowedFd<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Makes the terminal `slave` /dev/console too.
+/// Binds the terminal `slave` at /dev/console, too.
 pub(super) fn bind_console(root: BorrowedFd<'_>, slave: BorrowedFd<'_>) -> Result<()> {
     let what = || "cannot make /dev/console";
     let dev = paths::find_or_make(root, c"dev", || Ok(Missing::Directory)).context(what)?;
@@ -243,7 +243,7 @@ impl Node {
     }
 }
 
-/// The guest's node of a disk: the container may have it by any name.
+/// Path of a disk's node in the guest, which may differ from that in the container.
 fn disk_node(number: u64) -> Option<CString> {
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let link = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;

@@ -1,7 +1,7 @@
-//! What can go wrong while a container or a process in it is made.
+//! Errors of creating a container or a process in it.
 //!
 //! Used by every file of this module, on both sides of the gate: the child sends its error to the
-//! agent as bytes and exits. Never carries more than one line of text.
+//! agent as bytes and exits. A message is one line.
 
 use std::fmt::Display;
 use std::io;
@@ -9,7 +9,8 @@ use std::io;
 /// Longest message that crosses the gate; longer ones are cut.
 pub(super) const MESSAGE_LIMIT: usize = 2048;
 
-/// Why a container or process could not be made. Each message says what failed, on what, and why.
+/// Why a container or process could not be created. Each message says what failed, on what, and
+/// why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CreateError {
     /// The command does not exist in the container.
@@ -18,13 +19,13 @@ pub enum CreateError {
     /// The command exists and cannot be executed.
     #[error("{0}")]
     NotExecutable(String),
-    /// The spec asks for something wrong, or for something this agent does not do.
+    /// The spec is invalid, or asks for something that this agent does not support.
     #[error("{0}")]
     InvalidSpec(String),
     /// The container's init has ended.
     #[error("{0}")]
     NotRunning(String),
-    /// Everything else: mostly a system call that failed.
+    /// Everything else, mostly a failed system call.
     #[error("{0}")]
     Other(String),
 }
@@ -33,12 +34,12 @@ pub enum CreateError {
 pub type Result<T> = std::result::Result<T, CreateError>;
 
 impl CreateError {
-    /// The spec is wrong at `field`.
+    /// The spec is invalid at `field`.
     pub(super) fn invalid(field: impl Display, why: impl Display) -> Self {
         CreateError::InvalidSpec(format!("invalid spec: {field}: {why}"))
     }
 
-    /// The spec is right, and asks for what this agent does not do.
+    /// The spec is valid, and asks for something that this agent does not support.
     pub(super) fn unsupported(field: impl Display, why: impl Display) -> Self {
         CreateError::InvalidSpec(format!("not supported: {field}: {why}"))
     }
@@ -48,7 +49,7 @@ impl CreateError {
         CreateError::Other(format!("{what}: {why}"))
     }
 
-    /// As it crosses the gate: a byte for the kind, then the message.
+    /// Encodes it for the gate: a byte for the kind, then the message.
     pub(super) fn encode(&self) -> Vec<u8> {
         let (kind, message) = match self {
             CreateError::CommandNotFound(message) => (b'c', message),
@@ -64,7 +65,7 @@ impl CreateError {
         bytes
     }
 
-    /// The error in a message read from [`super::Child::gate`].
+    /// Decodes a message read from [`super::Child::gate`].
     pub fn decode(bytes: &[u8]) -> Self {
         let text = |rest: &[u8]| String::from_utf8_lossy(rest).replace('\n', " ");
         match bytes.split_first() {
@@ -78,9 +79,9 @@ impl CreateError {
     }
 }
 
-/// Puts "what, on what" before an error of the system.
+/// Adds "what, on what" in front of a system error.
 pub(super) trait Context<T> {
-    /// `what` is only called on failure.
+    /// Calls `what` on failure only.
     fn context<D: Display>(self, what: impl FnOnce() -> D) -> Result<T>;
 }
 
@@ -90,7 +91,7 @@ impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// The system's words for an error, without the "(os error N)" that says nothing to a person.
+/// Text of a system error, without its "(os error N)".
 pub(super) fn reason(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or(&text);

@@ -28,7 +28,7 @@ struct HookPlan {
     timeout: Option<Duration>,
 }
 
-/// Longest state that hooks read: with status and pid it fits the buffer of their pipe, 64 KiB.
+/// Longest state passed to hooks: with status and pid it fits the pipe buffer, 64 KiB.
 const MAX_STATE: usize = (64 << 10) - 128;
 
 /// All hooks of a container that run in the guest.
@@ -36,7 +36,7 @@ const MAX_STATE: usize = (64 << 10) - 128;
 pub(super) struct Hooks {
     create_container: Vec<HookPlan>,
     start_container: Vec<HookPlan>,
-    /// JSON of what hooks read about the container: status and pid are added in front.
+    /// JSON state for hooks, to which status and pid are added in front.
     state: String,
 }
 
@@ -119,8 +119,8 @@ impl Hooks {
         })
     }
 
-    /// Runs in the new namespaces, with the agent's root. Returns the id of this process as the
-    /// agent sees it, which later hooks are told.
+    /// Runs in the new namespaces, as the agent's root. Returns this process's id as the agent sees
+    /// it, for later hooks.
     pub(super) fn run_create_container(&self) -> Result<Option<String>> {
         if self.create_container.is_empty() && self.start_container.is_empty() {
             return Ok(None);
@@ -159,7 +159,7 @@ impl HookPlan {
             Cloned::Child => self.execute(reader.as_fd(), &arguments, &environment),
         };
         drop(reader);
-        // Fits the pipe's buffer; a hook need not read it (the agent ignores SIGPIPE).
+        // Fits the pipe buffer; a hook need not read it (the agent ignores SIGPIPE).
         let _ = rustix::io::write(&writer, state.as_bytes());
         drop(writer);
         let ended = self.wait(pidfd.as_fd()).context(what)?;
@@ -198,7 +198,7 @@ impl HookPlan {
         sys::exit(127)
     }
 
-    /// False when the time is up.
+    /// False on timeout.
     fn wait(&self, pidfd: BorrowedFd<'_>) -> rustix::io::Result<bool> {
         let end = self.timeout.map(|timeout| Instant::now() + timeout);
         loop {

@@ -1,9 +1,9 @@
-//! What the agent sets on a process that waits at its gate: resource limits, OOM score, scheduling,
-//! I/O priority, processors.
+//! Settings that the agent applies to a process waiting at its gate: resource limits, OOM score,
+//! scheduling, I/O priority, CPU affinity.
 //!
-//! From outside, because raising any of it takes privileges of the guest's own user namespace,
-//! which a container with a user namespace has left; and late, because the limits are the
-//! command's, not the preparation's.
+//! From outside, because raising them takes privileges in the guest's own user namespace, which a
+//! container with a user namespace has left; and late, because they are for the command, not for
+//! its preparation.
 #![allow(unsafe_code)]
 
 use oci_spec::runtime::{
@@ -17,7 +17,7 @@ use rustix::thread::CpuSet;
 use super::error::{Context, CreateError, Result, reason};
 use super::sys;
 
-/// What one process is limited to.
+/// Limits of one process.
 #[derive(Debug, Default)]
 pub(super) struct Limits {
     rlimits: Vec<(PosixRlimitType, libc::rlimit64)>,
@@ -44,7 +44,8 @@ struct SchedulerAttributes {
 }
 
 impl Limits {
-    /// `executed`: not the container's init, which alone execCPUAffinity is not for.
+    /// `executed`: the process is not the container's init, to which execCPUAffinity does not
+    /// apply.
     pub(super) fn new(process: &Process, executed: bool) -> Result<Limits> {
         let mut limits = Limits {
             oom_score_adj: process.oom_score_adj(),
@@ -70,8 +71,8 @@ impl Limits {
             .map(io_priority)
             .transpose()?;
         if let Some(affinity) = process.exec_cpu_affinity().as_ref().filter(|_| executed) {
-            // The process is made in the container's control group, so there is no earlier moment
-            // for `initial`: it counts when nothing else is said.
+            // The process starts in the container's control group, so there is no earlier moment
+            // for `initial`: it applies only without `final`.
             let list = affinity
                 .cpu_affinity_final()
                 .as_ref()
@@ -81,10 +82,10 @@ impl Limits {
         Ok(limits)
     }
 
-    /// Sets all of it on `pid`.
+    /// Applies all of it to `pid`.
     pub(super) fn apply(&self, pid: u32) -> Result<()> {
         for (kind, value) in &self.rlimits {
-            // SAFETY: the new limit is valid for the call, the old one is not asked for.
+            // SAFETY: the new limit is valid for the call, the old one is not requested.
             let result = unsafe {
                 libc::prlimit64(
                     pid as libc::pid_t,

@@ -1,11 +1,11 @@
-//! Makes OCI containers, and more processes in them, for one kind of guest: the caller is its
+//! Creates OCI containers, and more processes in them, for one kind of guest: the caller is its
 //! single-threaded PID 1, root, with cgroup v2 alone at /sys/fs/cgroup.
 //!
 //! The agent's service calls this. Because no other thread exists, the agent clones itself once per
 //! container and the clone, still running this code, makes itself the container's init: no
-//! re-execution, no helper process. The agent reads and checks the spec before the clone, into
+//! re-execution, no helper process. The agent parses and checks the spec before the clone, into
 //! plans ([`child::InitPlan`]): every page that the clone touches for the first time costs it a
-//! page fault, and what is wrong with a spec is known before anything is made.
+//! page fault, and errors in a spec are found before anything is created.
 //!
 //! Between agent and clone there is the *gate*, a pair of SEQPACKET sockets:
 //!
@@ -85,7 +85,7 @@ pub struct RawArgs {
     pub environment: Vec<Vec<u8>>,
 }
 
-/// Where a new process reads and writes.
+/// Streams of a new process.
 pub enum ChildIo {
     /// Three descriptors. The spec's `process.terminal` must be false.
     Pipes(Stdio),
@@ -101,9 +101,9 @@ pub struct Child {
     pub pidfd: OwnedFd,
     /// Master of the terminal, with [`ChildIo::Terminal`]. Non-blocking.
     pub terminal: Option<OwnedFd>,
-    /// Write one byte to let the process execute its command. Then read once: end of file means
-    /// that it does so, a message is an error for [`CreateError::decode`]. Closing it unused ends
-    /// the process.
+    /// Write one byte to let the process execute its command, then read once: end of file means
+    /// that it does, a message is an error for [`CreateError::decode`]. Closing it unused ends the
+    /// process.
     pub gate: OwnedFd,
 }
 
@@ -141,13 +141,13 @@ impl PendingChild {
     }
 }
 
-/// A container whose init has been made.
+/// A container whose init has been created.
 #[derive(Debug)]
 pub struct Container {
-    /// Its init.
+    /// pidfd of its init.
     init: OwnedFd,
     init_pid: u32,
-    /// CLONE_NEW* of the namespaces that it has of its own.
+    /// CLONE_NEW* flags of the namespaces that it has of its own.
     namespaces: u64,
     uid_map: Vec<LinuxIdMapping>,
     cgroup: Cgroup,
@@ -157,7 +157,7 @@ pub struct Container {
 }
 
 impl Container {
-    /// Starts to build a container, up to the point where its init waits at the gate. If
+    /// Starts to create a container, up to the point where its init waits at the gate. If
     /// [`PendingChild::finish`] fails, the container must be given to [`Container::destroy`]; an
     /// error from here leaves nothing behind.
     pub fn begin_create(
@@ -200,15 +200,14 @@ impl Container {
         own_streams(&io, outside_id(&plan.namespaces.uid_map, plan.process.uid));
         let cgroup = group.create()?;
         let started = start_init(&plan, &io, &cgroup).and_then(|spawned| {
-            // The new process works on its file system meanwhile, and waits for that more than it
-            // computes.
+            // The new process sets up its file system meanwhile, which is mostly waiting.
             let limited = cgroup.apply(&group).inspect_err(|_| spawned.kill());
             limited.map(|()| spawned)
         });
         let spawned = match started {
             Ok(spawned) => spawned,
             Err(error) => {
-                // The first error is the one to tell.
+                // The first error is the one to report.
                 let _ = cgroup.destroy();
                 return Err(error);
             }
@@ -234,7 +233,7 @@ impl Container {
         Ok((container, PendingChild { spawned, limits }))
     }
 
-    /// Starts to make another process in the running container, up to its gate.
+    /// Starts to create another process in the running container, up to its gate.
     pub fn begin_exec(
         &self,
         process: &Process,
@@ -242,7 +241,7 @@ impl Container {
         io: ChildIo,
     ) -> Result<PendingChild> {
         if self.frozen.load(Ordering::Relaxed) {
-            // A clone would be born frozen.
+            // A clone would start frozen.
             return Err(CreateError::NotRunning("container is paused".into()));
         }
         check_terminal(process, &io)?;
@@ -267,8 +266,8 @@ impl Container {
         };
         let spawned = match spawn(self.cgroup.directory()) {
             Ok(spawned) => spawned,
-            // A container that divides its group among groups of its own has no room in the group
-            // itself.
+            // A container that has divided its group into subgroups cannot have processes in the
+            // group itself.
             Err(error) => match self.cgroup.group_of(self.init_pid) {
                 Some(group) => spawn(group.as_fd())?,
                 None => return Err(error),
@@ -277,12 +276,12 @@ impl Container {
         Ok(PendingChild { spawned, limits })
     }
 
-    /// Changes limits while the container runs. What `resources` does not name stays as it is.
+    /// Changes limits while the container runs. What `resources` does not name stays unchanged.
     pub fn update(&self, resources: &LinuxResources) -> Result<()> {
         self.cgroup.update(resources)
     }
 
-    /// Freezes or thaws every process of the container; returns when the kernel says it is so.
+    /// Freezes or thaws every process of the container; returns when the kernel has confirmed it.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
         self.cgroup.freeze(frozen)?;
         self.frozen.store(frozen, Ordering::Relaxed);
@@ -325,7 +324,7 @@ fn start_init(plan: &InitPlan, io: &ChildIo, cgroup: &Cgroup) -> Result<Spawned>
     Ok(spawned)
 }
 
-/// What is for other systems, or for hardware and policies that no guest has.
+/// Rejects what is for other systems, or for hardware and policies that no guest has.
 fn refuse_foreign(spec: &Spec, linux: &Linux) -> Result<()> {
     let given = |text: &Option<String>| text.as_deref().is_some_and(|text| !text.is_empty());
     let refused = [
@@ -382,7 +381,7 @@ fn check_terminal(process: &Process, io: &ChildIo) -> Result<()> {
     Ok(())
 }
 
-/// A name that would be the whole guest's without a UTS namespace.
+/// A host or domain name; without a UTS namespace it would be the whole guest's.
 fn own_name(
     field: &'static str,
     name: &Option<String>,
@@ -395,7 +394,7 @@ fn own_name(
     Ok(name)
 }
 
-/// Pipes belong to the container's user, so that it can open /dev/stdout.
+/// Gives pipes to the container's user, so that it can open /dev/stdout.
 fn own_streams(io: &ChildIo, uid: u32) {
     if let ChildIo::Pipes(stdio) = io {
         for stream in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
@@ -404,8 +403,8 @@ fn own_streams(io: &ChildIo, uid: u32) {
     }
 }
 
-/// Makes `uid` the owner of a stream that is the container's alone: a pipe or a terminal, not the
-/// guest's /dev/null. A stream that cannot be given away can still be used.
+/// Makes `uid` the owner of a stream that belongs to the container alone: a pipe or a terminal, not
+/// the guest's /dev/null. A stream whose owner cannot be changed still works.
 fn give(stream: BorrowedFd<'_>, uid: u32) {
     const TERMINALS: u32 = 136;
     if uid == 0 {

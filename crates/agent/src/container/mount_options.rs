@@ -1,7 +1,7 @@
-//! Reads the options of one mount in the spec.
+//! Parses the options of one mount in the spec.
 //!
-//! Pure: words in, flags out. An option is either known here, or it is left for the file system;
-//! which of the two an unknown word may be depends on the mount, so [`super::mounts`] decides that.
+//! Pure. An option is either known here or passed to the file system; whether an unknown one is
+//! allowed depends on the mount, so [`super::mounts`] decides that.
 
 use libc::c_ulong;
 
@@ -13,14 +13,14 @@ use super::sys::{
 
 const MS_NOSYMFOLLOW: c_ulong = 256;
 
-/// What the options of one mount say.
+/// Parsed options of one mount.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct MountOptions {
     /// For `mount(2)` of a new file system.
     pub(super) flags: c_ulong,
-    /// The same wishes as attributes of this one mount: for bind mounts.
+    /// The same flags as attributes of this one mount: for bind mounts.
     pub(super) attributes: MountAttributes,
-    /// Wishes for this mount and all below it (`rro`, …).
+    /// Attributes of this mount and all below it (`rro`, …).
     pub(super) recursive: MountAttributes,
     /// MS_SHARED, MS_PRIVATE, …, with MS_REC, in order.
     pub(super) propagation: Vec<c_ulong>,
@@ -32,13 +32,13 @@ pub(super) struct MountOptions {
     pub(super) data: String,
 }
 
-/// Where a word belongs.
+/// Meaning of an option.
 enum Word {
-    /// A mount flag, and whether the word sets it; its attribute, if it can be one.
+    /// A mount flag, and whether the option sets it; its attribute, if it has one.
     Flag(c_ulong, bool, Option<(u64, bool)>),
     /// Access times: the mount flag, and the value of the attribute field.
     Times(c_ulong, u64),
-    /// Takes that way of keeping access times back.
+    /// Clears that mode of access times.
     NoTimes(c_ulong),
 }
 
@@ -123,7 +123,7 @@ impl MountAttributes {
 }
 
 impl MountOptions {
-    /// Reads options in order; later ones win.
+    /// Parses options in order; later ones win.
     pub(super) fn parse<'a>(options: impl IntoIterator<Item = &'a str>) -> MountOptions {
         let mut parsed = MountOptions::default();
         for option in options {
@@ -191,8 +191,8 @@ impl MountOptions {
         }
     }
 
-    /// Flags that a bind mount cannot have of its own, because they belong to the whole file
-    /// system.
+    /// Whether there are flags that a bind mount cannot have of its own, because they belong to the
+    /// whole file system.
     pub(super) fn filesystem_wide(&self) -> bool {
         self.flags
             & (libc::MS_SYNCHRONOUS

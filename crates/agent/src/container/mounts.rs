@@ -1,6 +1,6 @@
 //! The mounts of a spec, one by one.
 //!
-//! Planned by the agent, made by the child in its own mount namespace. A target is always a
+//! Planned by the agent, mounted by the child in its own mount namespace. A target is always a
 //! descriptor that was resolved inside the container's root, never a path; a bind mount is
 //! complete, with its attributes, before it appears anywhere.
 
@@ -23,7 +23,7 @@ use super::{copy_up, rootfs};
 /// One mount.
 #[derive(Debug)]
 pub(super) struct MountPlan {
-    /// Below the container's root.
+    /// Relative to the container's root.
     destination: CString,
     kind: Kind,
     options: MountOptions,
@@ -42,9 +42,9 @@ enum Kind {
     },
 }
 
-/// What a mount may need to know of the container.
+/// Properties of the container that mounts depend on.
 pub(super) struct Surroundings<'a> {
-    /// The container's control group, and whether it is the root of what the container sees.
+    /// The container's control group, and whether it is the root of the container's view.
     pub(super) cgroup: &'a Path,
     pub(super) cgroup_namespace: bool,
 }
@@ -92,8 +92,8 @@ impl MountPlan {
                     format_args!("{} is not an absolute path", source.display()),
                 ));
             }
-            // The kernel ignores data of a bind mount, and engines pass what they were given for
-            // any kind.
+            // The kernel ignores data of a bind mount, and engines pass options of any type of
+            // mount.
             if options.filesystem_wide() {
                 return Err(CreateError::unsupported(
                     field("options"),
@@ -118,7 +118,7 @@ impl MountPlan {
                     data: CString::default(),
                 }
             } else {
-                // Without a namespace the whole hierarchy would show.
+                // Without a namespace the whole hierarchy would be visible.
                 Kind::Bind {
                     source: sys::c_path("linux.cgroupsPath", surroundings.cgroup)?,
                     recursive: false,
@@ -151,12 +151,12 @@ impl MountPlan {
         })
     }
 
-    /// The image's own directory of devices is replaced by another one that must not be filled.
+    /// Whether this replaces the image's /dev by another one, which must not be filled.
     pub(super) fn is_bound_dev(&self) -> bool {
         self.destination.to_bytes() == b"dev" && matches!(self.kind, Kind::Bind { .. })
     }
 
-    /// Makes the mount. In the child, with the agent's root and no umask. Changes the working
+    /// Mounts it. Runs in the child, as the agent's root and without umask. Changes the working
     /// directory.
     pub(super) fn mount(&self, root: BorrowedFd<'_>) -> Result<()> {
         match &self.kind {
@@ -222,8 +222,7 @@ impl MountPlan {
         data: &CStr,
     ) -> Result<()> {
         let found = if name == c"proc" || name == c"sysfs" {
-            // What the image holds there must not send these elsewhere: masking and sysctls rely on
-            // their place.
+            // Links in the image must not redirect these: masking and sysctls rely on their place.
             match paths::find_plain(root, &self.destination) {
                 Err(Errno::LOOP) => {
                     return Err(CreateError::invalid(
@@ -253,8 +252,8 @@ impl MountPlan {
             flags &= !libc::MS_RDONLY;
         }
         match sys::mount_here(source, name, flags, data) {
-            // In a user namespace that does not own the network namespace, which sysfs shows: the
-            // agent's shows the same.
+            // A user namespace that does not own the network namespace cannot mount sysfs, which
+            // shows the latter: the agent's shows the same.
             Err(error) if name == c"sysfs" && error.raw_os_error() == Some(libc::EPERM) => {
                 return self.bind_own(c"/sys", target);
             }
@@ -282,12 +281,12 @@ impl MountPlan {
         self.set_attributes(mounted.as_fd(), &attributes)
     }
 
-    /// Mounts what the agent has at `source`, with everything in it: a user namespace may not look
-    /// below.
+    /// Binds the agent's mount at `source` with everything below it: a user namespace may not
+    /// uncover what mounts hide.
     fn bind_own(&self, source: &CStr, target: BorrowedFd<'_>) -> Result<()> {
         let tree = detached(CWD, source, true).context(|| self.what())?;
         let attributes = MountAttributes {
-            // When a file was read last cannot be changed on what somebody else has mounted.
+            // Access times cannot be changed on a mount that another user namespace owns.
             set: self.options.attributes.set & !sys::MOUNT_ATTR_ATIME,
             ..Default::default()
         };
@@ -323,7 +322,7 @@ fn is_directory(fd: BorrowedFd<'_>) -> bool {
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
-/// A copy of the mount at `path` that is mounted nowhere.
+/// A copy of the mount at `path`, attached nowhere.
 pub(super) fn detached(
     at: BorrowedFd<'_>,
     path: &CStr,
@@ -336,13 +335,13 @@ pub(super) fn detached(
     rustix::mount::open_tree(at, path, flags)
 }
 
-/// Mounts what [`detached`] returned.
+/// Attaches what [`detached`] returned.
 pub(super) fn attach(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     rustix::mount::move_mount(tree, c"", target, c"", flags)
 }
 
-/// The flags of a word for linux.rootfsPropagation.
+/// The flags of a value of linux.rootfsPropagation.
 pub(super) fn root_propagation(word: &str) -> Result<Option<c_ulong>> {
     if word.is_empty() {
         return Ok(None);

@@ -1,13 +1,13 @@
-//! Which namespaces a container gets: new ones, ones that exist, or the agent's.
+//! Which namespaces a container gets: new, existing, or the agent's.
 //!
-//! Where each is made depends on the kernel's rules:
+//! Where each is created depends on the kernel's rules:
 //! - most new ones come with `clone3`;
 //! - a new cgroup namespace is rooted at the *caller's* control group, and a new time namespace
-//!   takes its offsets before anything is in it: the child makes both with `unshare` (it enters the
-//!   time namespace when it executes);
+//!   takes its offsets before anything is in it: the child creates both with `unshare` (it enters
+//!   the time namespace when it executes);
 //! - existing ones are joined by the agent before it clones, which then returns to its own: only
-//!   the agent has the rights in both, and a PID namespace can only be given to children;
-//! - out of a joined user namespace nobody returns, so that needs a process in between
+//!   the agent has the rights in both, and a PID namespace applies to new children only;
+//! - no process returns from a joined user namespace, so that needs a process in between
 //!   ([`super::clone`]).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,9 +21,9 @@ use super::sys;
 /// The namespaces of one container.
 #[derive(Debug, Default)]
 pub(super) struct Namespaces {
-    /// CLONE_NEW* of those that are made.
+    /// CLONE_NEW* flags of the new ones.
     pub(super) new: u64,
-    /// Those joined by path, with their CLONE_NEW*.
+    /// Those joined by path, with their CLONE_NEW* flags.
     joined: Vec<(u64, OwnedFd)>,
     pub(super) uid_map: Vec<LinuxIdMapping>,
     pub(super) gid_map: Vec<LinuxIdMapping>,
@@ -103,7 +103,7 @@ impl Namespaces {
                 }
             }
         }
-        // The user namespace is left for last: after it, the right to join the others may be gone.
+        // The user namespace comes last: after it, the right to join the others may be gone.
         namespaces
             .joined
             .sort_by_key(|(flag, _)| *flag == sys::CLONE_NEWUSER);
@@ -168,12 +168,12 @@ impl Namespaces {
         Ok(())
     }
 
-    /// The container gets a new one of these.
+    /// Whether the container gets a new one of this kind.
     pub(super) fn creates(&self, flag: u64) -> bool {
         self.new & flag != 0
     }
 
-    /// The container has one of its own, new or joined.
+    /// Whether the container has one of its own, new or joined.
     pub(super) fn has(&self, flag: u64) -> bool {
         self.all() & flag != 0
     }
@@ -185,19 +185,19 @@ impl Namespaces {
             .fold(self.new, |all, (flag, _)| all | flag)
     }
 
-    /// Those that come with `clone3`.
+    /// Those created by `clone3`.
     pub(super) fn at_clone(&self) -> u64 {
         self.new & !(sys::CLONE_NEWCGROUP | sys::CLONE_NEWTIME)
     }
 
-    /// The clone must be made from inside a joined user namespace.
+    /// Whether the clone must be created inside a joined user namespace.
     pub(super) fn joins_user(&self) -> bool {
         self.joined
             .last()
             .is_some_and(|(flag, _)| *flag == sys::CLONE_NEWUSER)
     }
 
-    /// Joins those given by path, for good.
+    /// Joins those given by path, permanently.
     pub(super) fn join(&self) -> Result<()> {
         for (flag, fd) in &self.joined {
             sys::setns(fd.as_fd(), *flag)
@@ -206,7 +206,7 @@ impl Namespaces {
         Ok(())
     }
 
-    /// Joins those given by path until the answer is dropped.
+    /// Joins those given by path until the result is dropped.
     pub(super) fn visit(&self) -> Result<Visit> {
         let mut visit = Visit {
             own: Vec::with_capacity(self.joined.len()),
@@ -217,7 +217,7 @@ impl Namespaces {
         Ok(visit)
     }
 
-    /// Makes what `clone3` could not. In the child, still with the agent's /proc.
+    /// Creates those that `clone3` cannot. Runs in the child, still with the agent's /proc.
     pub(super) fn make_rest(&self) -> Result<()> {
         if self.creates(sys::CLONE_NEWCGROUP) {
             sys::unshare(sys::CLONE_NEWCGROUP).context(|| "cannot make a cgroup namespace")?;
@@ -261,7 +261,7 @@ impl Namespaces {
     }
 }
 
-/// What `id`, as the container counts, is outside of its user namespace.
+/// Maps an id of the container to the one outside of its user namespace.
 pub(super) fn outside_id(map: &[LinuxIdMapping], id: u32) -> u32 {
     map.iter()
         .find(|range| id >= range.container_id() && id - range.container_id() < range.size())
@@ -269,14 +269,13 @@ pub(super) fn outside_id(map: &[LinuxIdMapping], id: u32) -> u32 {
         .unwrap_or(id)
 }
 
-/// The agent is in other namespaces. Dropping this returns it to its own; where that fails it must
-/// not live on.
+/// The agent is in other namespaces. Dropping this returns it to its own, and aborts if that fails.
 pub(super) struct Visit {
     own: Vec<(u64, OwnedFd)>,
 }
 
 impl Visit {
-    /// Enters the PID namespace of a process: for the children made meanwhile.
+    /// Enters the PID namespace of a process, for children created meanwhile.
     pub(super) fn pid_namespace_of(process: BorrowedFd<'_>) -> Result<Visit> {
         let mut visit = Visit {
             own: Vec::with_capacity(1),
@@ -305,7 +304,7 @@ impl Drop for Visit {
     fn drop(&mut self) {
         for (flag, own) in self.own.drain(..).rev() {
             if sys::setns(own.as_fd(), flag).is_err() {
-                // The agent would act in the container's world from here on.
+                // From here on the agent would act in the container's namespaces.
                 std::process::abort();
             }
         }

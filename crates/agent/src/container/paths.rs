@@ -1,7 +1,6 @@
-//! Paths inside a container's root, for the agent's use: whatever links an image holds, they lead
-//! nowhere else.
+//! Paths inside a container's root, for the agent: links in an image never lead out of it.
 //!
-//! The kernel resolves ([`find`], RESOLVE_IN_ROOT). Only where something must be made on the way
+//! The kernel resolves ([`find`], RESOLVE_IN_ROOT). Only where something must be created on the way
 //! are the components walked here, with a descriptor for each directory: `..` goes back to the one
 //! before, links start over from the root, nothing is resolved twice.
 
@@ -15,19 +14,19 @@ use rustix::io::Errno;
 /// As many links as the kernel follows.
 const LINK_LIMIT: usize = 40;
 
-/// What to make at the end of a path, if nothing is there.
+/// What to create at the end of a path, if nothing is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Missing {
     Directory,
     File,
 }
 
-/// Opens `path` below `root` as a place (O_PATH).
+/// Opens `path` below `root` with O_PATH.
 pub(super) fn find(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<OwnedFd> {
     resolve(root, path, ResolveFlags::IN_ROOT)
 }
 
-/// As [`find`], through no link at all.
+/// As [`find`], but fails on any link.
 pub(super) fn find_plain(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<OwnedFd> {
     resolve(
         root,
@@ -54,7 +53,7 @@ fn resolve(root: BorrowedFd<'_>, path: &CStr, flags: ResolveFlags) -> rustix::io
     }
 }
 
-/// As [`find`]; makes what is missing: directories on the way, and `missing` at the end.
+/// As [`find`]; creates what is missing: directories on the way, and `missing` at the end.
 pub(super) fn find_or_make(
     root: BorrowedFd<'_>,
     path: &CStr,
@@ -87,8 +86,8 @@ fn make_last(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io:
     open(directory.as_fd(), name)
 }
 
-/// Opens the directory of `path` below `root`, made if need be, for a new entry with the name that
-/// is returned.
+/// Opens the directory of `path` below `root`, created if missing, for a new entry with the name
+/// that is returned.
 pub(super) fn parent(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<(OwnedFd, CString)> {
     let bytes = path.to_bytes();
     let (directory, name) = match bytes.iter().rposition(|byte| *byte == b'/') {
@@ -166,7 +165,7 @@ fn walk(root: BorrowedFd<'_>, path: &[u8], missing: Missing) -> rustix::io::Resu
     }
 }
 
-/// One component, not followed, across mount points.
+/// Opens one component, not followed, across mount points.
 fn open(directory: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<OwnedFd> {
     rustix::fs::openat(
         directory,

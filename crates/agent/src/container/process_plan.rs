@@ -1,7 +1,7 @@
 //! A process of a container, from its spec to `execve`: the same for the container's init and for
 //! processes executed later.
 //!
-//! [`ProcessPlan`] is made by the agent. The child calls [`ProcessPlan::become_user`], waits at the
+//! The agent builds the [`ProcessPlan`]. The child calls [`ProcessPlan::become_user`], waits at the
 //! gate, then calls [`ProcessPlan::execute`]. What needs privileges outside of the container's user
 //! namespace is set by the agent on the waiting child ([`super::limits`]).
 #![allow(unsafe_code)]
@@ -30,13 +30,13 @@ const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:
 const PER_LINUX: libc::c_ulong = 0;
 const PER_LINUX32: libc::c_ulong = 8;
 
-/// What a process is to be, checked and converted.
+/// A process to be, checked and converted.
 #[derive(Debug)]
 pub(super) struct ProcessPlan {
     arguments: Vec<CString>,
     environment: Vec<CString>,
     pub(super) cwd: CString,
-    /// `user[:group]` to be looked up in the container; the three below are then not used.
+    /// `user[:group]` to be looked up in the container, instead of the three fields below.
     name: Option<String>,
     /// User id as the spec gives it.
     pub(super) uid: u32,
@@ -50,7 +50,7 @@ pub(super) struct ProcessPlan {
     seccomp: Option<Arc<Filter>>,
 }
 
-/// What is left to hand to the kernel. The pointers are to the plan's strings, and to `_home`.
+/// Arguments of `execve`. The pointers are to the plan's strings, and to `_home`.
 pub(super) struct Executable {
     path: CString,
     arguments: Vec<*const c_char>,
@@ -136,9 +136,9 @@ impl ProcessPlan {
         })
     }
 
-    /// Goes to the working directory; with `make` it is made when it does not exist. In the
-    /// container's root, as root, and after all descriptors that lead outside are closed: a link
-    /// like /proc/self/fd/N must find nothing.
+    /// Changes to the working directory; with `make` it is created if missing. Runs in the
+    /// container's root, as root, after all descriptors that lead outside are closed: a link like
+    /// /proc/self/fd/N must find nothing.
     pub(super) fn enter_cwd(&self, make: bool) -> Result<()> {
         let what = || format!("cannot enter process.cwd {}", self.cwd.to_string_lossy());
         match rustix::process::chdir(&*self.cwd) {
@@ -152,8 +152,8 @@ impl ProcessPlan {
             }
             Err(error) => return Err(error).context(what),
         }
-        // With a shared PID namespace a link may lead into another process's root. The kernel
-        // tells.
+        // With a shared PID namespace a link may lead into another process's root; getcwd then
+        // returns a path without a leading slash.
         if self.cwd.as_c_str() != c"/"
             && !rustix::process::getcwd(Vec::new())
                 .context(what)?
@@ -165,7 +165,7 @@ impl ProcessPlan {
         Ok(())
     }
 
-    /// The user to become. In the container's root.
+    /// The user to become. Runs in the container's root.
     fn user(&self) -> Result<User> {
         let Some(name) = &self.name else {
             return Ok(User {
@@ -176,8 +176,8 @@ impl ProcessPlan {
             });
         };
         let user = users::find(name).map_err(|why| CreateError::invalid("process.user", why))?;
-        // The agent gave the streams to the user whose number it knew. /dev/stdout must open for
-        // this one.
+        // The agent gave the streams to the spec's numeric user. /dev/stdout must open for this
+        // one.
         for stream in 0..3 {
             // SAFETY: the three are open, and stay so while this process prepares itself.
             super::give(unsafe { BorrowedFd::borrow_raw(stream) }, user.uid);
@@ -185,7 +185,7 @@ impl ProcessPlan {
         Ok(user)
     }
 
-    /// HOME is expected to exist, and no spec has to name it: an entry for it, if there is none.
+    /// An entry for HOME, if the environment has none: programs expect it.
     fn home(&self, user: &User) -> Option<CString> {
         if self
             .environment
@@ -198,11 +198,11 @@ impl ProcessPlan {
             Some(home) => home.clone(),
             None => users::home_of(user.uid),
         };
-        // A NUL byte in passwd makes no home.
+        // A home with a NUL byte is ignored.
         CString::new(format!("HOME={home}")).ok()
     }
 
-    /// Gives up what the process must not have, and finds its command as it will be allowed to.
+    /// Drops what the process must not have, and looks its command up with the remaining rights.
     pub(super) fn become_user(&self) -> Result<Executable> {
         if let Some(personality) = self.personality {
             // SAFETY: takes a number.
@@ -248,7 +248,7 @@ impl ProcessPlan {
         self.seccomp.as_ref().map_or(Ok(()), |filter| filter.load())
     }
 
-    /// The command's path, looked up as a shell would.
+    /// Looks up the command's path as a shell would.
     fn find_command(&self) -> Result<CString> {
         let name = self.arguments[0].to_bytes();
         let path = self
@@ -259,7 +259,7 @@ impl ProcessPlan {
         find_command(name, path.unwrap_or(DEFAULT_PATH), &mut examine)
     }
 
-    /// Becomes the command. Returns only on failure.
+    /// Executes the command. Returns only on failure.
     pub(super) fn execute(&self, executable: &Executable) -> CreateError {
         if self.no_new_privileges
             && let Err(error) = self.load_seccomp()
@@ -297,7 +297,7 @@ impl ProcessPlan {
     }
 }
 
-/// Signals as a new process expects them. `clone3` has reset the agent's handlers; what is left is
+/// Resets signals to what a new process expects. `clone3` has reset the agent's handlers; left are
 /// its mask, and SIGPIPE, the only signal that the agent ignores.
 pub(super) fn reset_signals() -> Result<()> {
     // SAFETY: an empty set is a valid set, and SIG_DFL is a valid disposition.
@@ -331,12 +331,12 @@ fn persona(personality: &LinuxPersonality) -> Result<libc::c_ulong> {
     })
 }
 
-/// What lies at a path.
+/// What is at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Found {
     Nothing,
     Executable,
-    /// Something, and why it cannot be executed.
+    /// Something that cannot be executed, and why.
     Other(&'static str),
 }
 
@@ -346,7 +346,7 @@ fn examine(path: &CStr) -> Found {
         Ok(()) => true,
         Err(Errno::ACCESS) => return Found::Other("permission denied"),
         Err(Errno::LOOP) => return Found::Other("too many levels of symbolic links"),
-        // A seccomp filter does not let the question through. Execution will tell.
+        // A seccomp filter forbids the check; `execve` decides.
         Err(Errno::PERM | Errno::NOSYS) => false,
         Err(_) => return Found::Nothing,
     };

@@ -2,8 +2,8 @@
 //! read-only in it.
 //!
 //! Planned by the agent. The child, in its own mount namespace, calls the steps of [`RootfsPlan`]
-//! in the order in which they are written here. Until [`RootfsPlan::pivot`] the agent's root is the
-//! root.
+//! in the order in which they are written here. Until [`RootfsPlan::pivot`] the root is the
+//! agent's.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::BorrowedFd;
@@ -23,7 +23,7 @@ use super::namespaces::Namespaces;
 use super::paths;
 use super::sys::{self, MOUNT_ATTR_RDONLY, MountAttributes};
 
-/// What the child does to the file system.
+/// The child's work on the file system.
 #[derive(Debug)]
 pub(super) struct RootfsPlan {
     path: CString,
@@ -33,12 +33,11 @@ pub(super) struct RootfsPlan {
     devices: Devices,
     masked: Vec<CString>,
     readonly_paths: Vec<CString>,
-    /// Files below /proc/sys, and what is written to them.
+    /// Files below /proc/sys, and the values written to them.
     sysctls: Vec<(CString, String)>,
 }
 
-/// `path`, which the spec counts from the container's root, as the kernel wants it below a
-/// directory.
+/// Makes `path`, which is absolute in the container's root, relative to a directory.
 pub(super) fn inside(field: &str, path: &Path) -> Result<CString> {
     let mut bytes = Vec::with_capacity(path.as_os_str().len());
     for name in path.as_os_str().as_bytes().split(|byte| *byte == b'/') {
@@ -126,10 +125,10 @@ impl RootfsPlan {
             .is_some_and(|flags| flags & libc::MS_SHARED != 0)
     }
 
-    /// Takes a copy of the root directory's mounts and puts it over the agent's root. Mount events
-    /// of this namespace do not leave it from here on.
+    /// Copies the mounts of the root directory and attaches the copy over the agent's root. From
+    /// here on mount events do not leave this namespace.
     pub(super) fn attach(&self) -> Result<BorrowedFd<'static>> {
-        // The root itself may not be shared where pivot_root happens.
+        // pivot_root refuses a shared root mount.
         let flags = if self.shared() {
             libc::MS_PRIVATE
         } else {
@@ -159,7 +158,7 @@ impl RootfsPlan {
         Ok(root)
     }
 
-    /// Makes the spec's mounts and the devices.
+    /// Creates the spec's mounts and the devices.
     pub(super) fn fill(&self, root: BorrowedFd<'_>) -> Result<()> {
         self.mounts.iter().try_for_each(|mount| mount.mount(root))?;
         self.devices.make(root)
@@ -185,12 +184,12 @@ impl RootfsPlan {
         Ok(())
     }
 
-    /// Makes the container's root the root, and lets go of the agent's.
+    /// Makes the container's root the root, and detaches the agent's.
     pub(super) fn pivot(&self, root: BorrowedFd<'_>) -> Result<()> {
         let what = || "cannot enter the container's root";
         rustix::process::fchdir(root).context(what)?;
-        // With the same directory twice the old root ends up on top of the new one, and is taken
-        // off again.
+        // With the same directory twice the old root ends up on top of the new one, and is
+        // unmounted again.
         rustix::process::pivot_root(c".", c".").context(what)?;
         rustix::mount::unmount(c".", UnmountFlags::DETACH).context(what)?;
         match self.propagation {
@@ -236,7 +235,7 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(place)?.st_mode);
     if kind == FileType::Directory {
         rustix::process::fchdir(place)?;
-        // One inode is the directory itself.
+        // The one inode is the directory itself.
         return sys::mount_here(
             c"tmpfs",
             c"tmpfs",
@@ -244,16 +243,16 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
             c"nr_blocks=1,nr_inodes=1",
         );
     }
-    // The agent's own: the container's may be anything.
+    // The agent's /dev/null: the container's may be anything.
     let null = sys::leak(mounts::detached(CWD, c"/dev/null", false)?);
     Ok(mounts::attach(null, place)?)
 }
 
 /// The file of a sysctl that belongs to one of the container's namespaces. Others would change the
-/// guest.
+/// guest and are rejected.
 fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
     let invalid = |why: &str| CreateError::invalid("linux.sysctl", format_args!("{name:?} {why}"));
-    // Whichever separator comes first is the separator: net.ipv4.conf.eth0/100.forwarding.
+    // The separator that comes first counts: net.ipv4.conf.eth0/100.forwarding.
     let slashes = name
         .find(['.', '/'])
         .is_some_and(|at| name.as_bytes()[at] == b'/');
@@ -302,7 +301,7 @@ fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
     sys::c_string("linux.sysctl", format!("/proc/sys/{path}"))
 }
 
-/// Opens the root directory as a place.
+/// Opens the root directory with O_PATH.
 pub(super) fn current_root() -> Result<BorrowedFd<'static>> {
     rustix::fs::openat(
         CWD,

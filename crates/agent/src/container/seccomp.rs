@@ -1,10 +1,10 @@
 //! The seccomp filter of a container.
 //!
-//! The agent compiles it, once per container; the child only hands the finished program to the
+//! The agent compiles it, once per container; the child only passes the finished program to the
 //! kernel. Processes executed later in the container get the same program. libseccomp knows the
-//! numbers of the system calls; the program is made here (`program`), as libseccomp's own decides:
-//! a rule without conditions goes before those with, and system calls of architectures that the
-//! profile does not name end the thread.
+//! numbers of the system calls; the program is generated here (`program`) with libseccomp's
+//! semantics: a rule without conditions precedes those with, and system calls of architectures that
+//! the profile does not name end the thread.
 #![allow(unsafe_code)]
 
 mod numbers;
@@ -65,7 +65,7 @@ fn comparison(argument: &LinuxSeccompArg) -> Result<Comparison> {
         LinuxSeccompOperator::ScmpCmpGe => Test::AtLeast(value),
         LinuxSeccompOperator::ScmpCmpGt => Test::Above(value),
         LinuxSeccompOperator::ScmpCmpMaskedEq => {
-            // The spec has the mask in `value` and what it is compared with in `valueTwo`.
+            // The spec has the mask in `value` and the operand in `valueTwo`.
             Test::Masked(value, argument.value_two().unwrap_or(0))
         }
     };
@@ -76,7 +76,7 @@ fn comparison(argument: &LinuxSeccompArg) -> Result<Comparison> {
 }
 
 impl Filter {
-    /// Compiles what the spec says.
+    /// Compiles the profile of a spec.
     pub(super) fn new(spec: &LinuxSeccomp) -> Result<Filter> {
         if spec
             .listener_path()
@@ -146,7 +146,8 @@ impl Filter {
         Ok(Filter { program, flags })
     }
 
-    /// Puts the filter on the calling process, for good. Needs CAP_SYS_ADMIN or no_new_privs.
+    /// Installs the filter on the calling process, permanently. Needs CAP_SYS_ADMIN or
+    /// no_new_privs.
     pub(super) fn load(&self) -> Result<()> {
         let program = libc::sock_fprog {
             len: self.program.len() as libc::c_ushort,
@@ -174,7 +175,7 @@ impl Filter {
 struct Rule<'a> {
     names: &'a [String],
     answer: Answer,
-    /// Any of these, each of them conditions that must all hold.
+    /// Alternatives, each a list of conditions that must all hold.
     alternatives: Vec<Vec<Comparison>>,
 }
 
@@ -190,8 +191,8 @@ impl Rule<'_> {
             .iter()
             .map(comparison)
             .collect::<Result<Vec<_>>>()?;
-        // As runc, whose libseccomp takes one comparison per argument in a rule: several of one
-        // argument mean any of them.
+        // As runc, whose libseccomp takes one comparison per argument in a rule: several on one
+        // argument are alternatives.
         let repeats = comparisons.iter().enumerate().any(|(position, one)| {
             comparisons[..position]
                 .iter()
@@ -203,7 +204,7 @@ impl Rule<'_> {
             vec![comparisons]
         };
         Ok(Rule {
-            // What only repeats the default says nothing, also where another rule says something.
+            // A rule that only repeats the default has no effect, even beside other rules.
             names: if answer == default {
                 &[]
             } else {
@@ -215,12 +216,12 @@ impl Rule<'_> {
     }
 }
 
-/// That a rule is about a system call. Small, and hundreds of them in one piece: in a guest, memory
-/// that is touched first is dear.
+/// A rule's reference to a system call. Small, and hundreds of them in one allocation: in a guest,
+/// the first touch of memory is expensive.
 struct Mention {
     number: u32,
     rule: u32,
-    /// As which of `number`'s system calls, if it stands for several.
+    /// Which of `number`'s system calls, if it multiplexes several.
     which: Option<u32>,
 }
 
@@ -243,9 +244,8 @@ fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Secti
     }
     mentions.sort_unstable_by_key(|mention| (mention.number, mention.rule));
     let newer = if default & libc::SECCOMP_RET_ACTION_FULL == libc::SECCOMP_RET_ERRNO {
-        // System calls that were not there when the profile was written: as if they were not here
-        // either, so that programs take what was there instead. EPERM would end them. runc does the
-        // same.
+        // System calls newer than the profile: ENOSYS, so that programs fall back to older ones.
+        // EPERM would end them. As runc.
         libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32
     } else {
         default
@@ -283,7 +283,7 @@ fn section(architecture: ScmpArch, rules: &[Rule<'_>], default: Answer) -> Secti
     }
 }
 
-/// What the rules say of one number: one answer, or cases.
+/// The decision for one number: one answer, or cases.
 fn decision(mentions: &[Mention], rules: &[Rule<'_>]) -> std::result::Result<Answer, Vec<Case>> {
     let mut cases = Vec::new();
     for mention in mentions {
@@ -293,7 +293,7 @@ fn decision(mentions: &[Mention], rules: &[Rule<'_>]) -> std::result::Result<Ans
                 None if conditions.is_empty() => return Ok(rule.answer),
                 None => conditions.clone(),
                 Some(which) if conditions.is_empty() => vec![numbers::is(which)],
-                // What it is called through has arguments of its own.
+                // The multiplexing system call has arguments of its own.
                 Some(_) => continue,
             };
             cases.push(Case {

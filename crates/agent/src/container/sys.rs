@@ -1,7 +1,7 @@
 //! System calls that rustix does not wrap, as thin functions: same names, same order, errors as
 //! `io::Result`.
 //!
-//! Called by the files of this module only. Decides nothing.
+//! Called by the files of this module only. No policy here.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
@@ -26,7 +26,7 @@ pub(super) const MOUNT_ATTR_RDONLY: u64 = 0x1;
 pub(super) const MOUNT_ATTR_NOSUID: u64 = 0x2;
 pub(super) const MOUNT_ATTR_NODEV: u64 = 0x4;
 pub(super) const MOUNT_ATTR_NOEXEC: u64 = 0x8;
-/// The three ways of keeping access times are one field: 0 is relatime.
+/// The three modes of access times are one field: 0 is relatime.
 pub(super) const MOUNT_ATTR_ATIME: u64 = 0x70;
 pub(super) const MOUNT_ATTR_RELATIME: u64 = 0x00;
 pub(super) const MOUNT_ATTR_NOATIME: u64 = 0x10;
@@ -101,7 +101,7 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
         arguments.cgroup = cgroup.as_raw_fd() as u64;
     }
     // SAFETY: the arguments outlive the call; without CLONE_VM the child has its own copy of all
-    // memory. The rest is the caller's promise.
+    // memory. The caller upholds the rest.
     let pid = unsafe {
         check(libc::syscall(
             libc::SYS_clone3,
@@ -112,7 +112,7 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
     if pid == 0 {
         return Ok(Cloned::Child);
     }
-    // SAFETY: the kernel stored a new descriptor there, and nobody else knows of it.
+    // SAFETY: the kernel stored a new descriptor there, which has no other owner.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     Ok(Cloned::Parent {
         pid: pid as u32,
@@ -120,22 +120,22 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
     })
 }
 
-/// Moves the caller (for PID namespaces: its future children) into namespaces of `of`: one
-/// namespace, or those in `flags` of the process that a pidfd stands for.
+/// Moves the caller (for PID namespaces: its future children) into the namespace `of`, or, if `of`
+/// is a pidfd, into those in `flags` of its process.
 pub(super) fn setns(of: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
     // SAFETY: takes numbers only.
     check(unsafe { libc::syscall(libc::SYS_setns, of.as_raw_fd(), flags as libc::c_int) }).map(drop)
 }
 
-/// Gives the caller new namespaces.
+/// Moves the caller into new namespaces.
 pub(super) fn unshare(flags: u64) -> io::Result<()> {
     // SAFETY: only namespace flags are passed by this module; none of them shares or unshares
     // memory or descriptors.
     check(unsafe { libc::syscall(libc::SYS_unshare, flags as libc::c_int) }).map(drop)
 }
 
-/// Changes attributes of the mount at `path` (or of the mount that `at` is, when `path` is empty),
-/// or with `recursive` of all mounts below it too.
+/// Changes attributes of the mount at `path` (or of the mount `at`, when `path` is empty), with
+/// `recursive` also of all mounts below it.
 pub(super) fn mount_setattr(
     at: BorrowedFd<'_>,
     path: &CStr,
@@ -201,17 +201,16 @@ pub(super) fn mount_propagation(path: &CStr, flags: libc::c_ulong) -> io::Result
     check(result.into()).map(drop)
 }
 
-/// Makes `to` another descriptor of what `from` is. They must differ.
+/// Duplicates `from` as `to`. They must differ.
 pub(super) fn duplicate(from: BorrowedFd<'_>, to: RawFd, flags: libc::c_int) -> io::Result<()> {
-    // SAFETY: whatever was open as `to` is not used again: this module calls it in the child only.
+    // SAFETY: the former `to` is not used again: this module calls it in the child only.
     let result = unsafe { libc::dup3(from.as_raw_fd(), to, flags) };
     check(result.into()).map(drop)
 }
 
 /// Closes every descriptor from `first` on.
 pub(super) fn close_from(first: u32) -> io::Result<()> {
-    // SAFETY: the caller's business; this module calls it in the child only, which drops no
-    // descriptor afterwards.
+    // SAFETY: only the child calls this, and it drops no descriptor afterwards.
     check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) }).map(drop)
 }
 
@@ -231,8 +230,8 @@ pub(super) fn ioctl_number(
     check(unsafe { libc::syscall(libc::SYS_ioctl, fd.as_raw_fd(), request, argument) }).map(drop)
 }
 
-/// Lets a fresh descriptor of the child be closed by its `close_from` (or `execve`) instead of one
-/// by one: each `close` would cost as much as any other system call.
+/// Leaves a fresh descriptor of the child to its `close_from` (or `execve`): closing each would
+/// cost a system call.
 pub(super) fn leak(fd: OwnedFd) -> BorrowedFd<'static> {
     let raw = fd.as_raw_fd();
     std::mem::forget(fd);
@@ -259,7 +258,7 @@ pub(super) fn exit(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-/// Pointers to strings, ended by a null pointer, for [`execve`]. Valid as long as `strings`.
+/// A null-terminated array of pointers to strings, for [`execve`]. Valid as long as `strings`.
 pub(super) fn pointers<'a>(strings: impl Iterator<Item = &'a CString>) -> Vec<*const c_char> {
     strings
         .map(|string| string.as_ptr())
@@ -288,13 +287,13 @@ pub(super) fn write_file<P: rustix::path::Arg>(
     }
 }
 
-/// A path or word of the spec as the kernel wants it.
+/// Converts a path or word of the spec to a C string.
 pub(super) fn c_string(field: &str, value: impl AsRef<[u8]>) -> super::Result<CString> {
     CString::new(value.as_ref())
         .map_err(|_| super::CreateError::invalid(field, "contains a NUL byte"))
 }
 
-/// As [`c_string`], of a path.
+/// As [`c_string`], for a path.
 pub(super) fn c_path(field: &str, path: &Path) -> super::Result<CString> {
     use std::os::unix::ffi::OsStrExt;
     c_string(field, path.as_os_str().as_bytes())

@@ -1,7 +1,7 @@
 //! The terminal of a process, opened in the container's own devpts.
 //!
-//! Runs in the child. What lies at /dev/pts in a container is the container's: everything is
-//! checked on the opened descriptor, and the other end comes from the kernel, not from a path.
+//! Runs in the child. The container controls what is at its /dev/pts: everything is checked on the
+//! opened descriptor, and the slave comes from the kernel, not from a path.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 

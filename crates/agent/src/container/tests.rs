@@ -1,8 +1,9 @@
 //! Whole containers, on the machine that runs the tests: they need root, and a cgroup v2 hierarchy
 //! with controllers at /sys/fs/cgroup, which most machines keep to themselves. Where either is
-//! missing they say so and pass; in a guest the end-to-end tests make the same containers.
+//! missing the tests report it and pass; the end-to-end tests create the same containers in a
+//! guest.
 //!
-//! Each container is made by a process of its own (see [`in_own_process`]): the creator needs an
+//! Each container is created by a process of its own (see [`in_own_process`]): the creator needs an
 //! agent with one thread, and test programs have several.
 #![allow(clippy::unwrap_used, unsafe_code)]
 
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 
-/// Says why whole containers cannot be made here.
+/// Why whole containers cannot be created here.
 fn obstacle() -> Option<&'static str> {
     if !rustix::process::geteuid().is_root() {
         return Some("not root");
@@ -47,7 +48,7 @@ fn in_own_process(test: impl FnOnce()) -> bool {
         }
         child => {
             let mut status = 0;
-            // SAFETY: waits for the child that was just made.
+            // SAFETY: waits for the child that was just created.
             unsafe { libc::waitpid(child, &raw mut status, 0) };
             status == 0
         }

@@ -10,13 +10,13 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 use super::sys;
 
-/// Longest part of a file that is looked at, bytes: a container's files are not ours.
+/// Most bytes read of a file: a container's files are not trusted.
 const MAX_FILE: usize = 4 << 20;
 
 /// Largest user or group id: the last 32-bit value means "no change" to the kernel.
 const MAX_ID: u32 = u32::MAX - 1;
 
-/// What a user comes down to.
+/// A resolved user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// User id.
@@ -29,10 +29,7 @@ pub struct User {
     pub home: Option<String>,
 }
 
-/// Looks up `user[:group]`.
-///
-/// # Errors
-/// A name that is in neither file, in one line.
+/// Looks up `user[:group]`. An error is one line of text.
 pub fn find(text: &str) -> Result<User, String> {
     find_in(text, &read("/etc/passwd"), &read("/etc/group"))
 }
@@ -49,7 +46,7 @@ fn home_in(uid: u32, passwd: &str) -> String {
         .map_or_else(|| "/".into(), |fields| home(&fields))
 }
 
-/// A missing or unreadable file has no entries, as in an image without users. Whatever lies there
+/// A missing or unreadable file has no entries, as in an image without users. Whatever is there
 /// must not block: a FIFO opens at once and reads as empty.
 fn read(path: &str) -> String {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -66,7 +63,7 @@ fn fill(file: BorrowedFd<'_>, text: &mut Vec<u8>) -> rustix::io::Result<()> {
     while text.len() < MAX_FILE {
         let count = rustix::io::read(file, &mut buffer)?;
         text.extend(&buffer[..count]);
-        // A file gives all it has: no further call to hear that there is nothing more.
+        // A short read is the end of the file: saves another call.
         if count < buffer.len() {
             break;
         }

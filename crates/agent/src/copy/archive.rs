@@ -2,9 +2,9 @@
 //! seconds), symbolic and hard links, devices and FIFOs are kept; sockets, which mean nothing
 //! elsewhere, are left out, and so is what is in file systems of the kernel's own (/proc, /sys).
 //!
-//! Runs in a process whose root is the container's, see the parent module. Trusts that root to hold
-//! symbolic links in, and nothing else: names in an archive cannot climb out of the directory it is
-//! unpacked into.
+//! Runs in a process whose root is the container's, see the parent module. Relies on that root to
+//! confine symbolic links, and on nothing else: names in an archive cannot climb out of the
+//! directory it is unpacked into.
 
 use std::collections::HashMap;
 use std::fs::{self, File, FileTimes, Metadata};
@@ -40,14 +40,14 @@ pub fn pack(path: &Path, follow: bool, stream: impl Write) -> io::Result<()> {
 
 struct Packer<W: Write> {
     archive: Builder<W>,
-    /// Names of files that have several, by device and inode.
+    /// Names of files with several links, by device and inode.
     linked: HashMap<(u64, u64), PathBuf>,
 }
 
 impl<W: Write> Packer<W> {
     /// Appends what is at `path` and, for a directory, all that is in it.
     fn append(&mut self, path: &Path, name: &Path, metadata: &Metadata) -> io::Result<()> {
-        // A stack of its own: a tree may be deeper than the thread's.
+        // An explicit stack: a tree may be too deep for recursion.
         let mut waiting = vec![(path.to_owned(), name.to_owned(), Some(metadata.clone()))];
         let mut first = true;
         while let Some((path, name, metadata)) = waiting.pop() {
@@ -105,7 +105,7 @@ impl<W: Write> Packer<W> {
             let size = metadata.len();
             header.set_size(size);
             let file = File::open(path)?;
-            // A file that shrinks meanwhile is filled up: the header has gone out already.
+            // A file that shrinks meanwhile is padded: its header has been sent already.
             let content = BufReader::with_capacity(PIECE, file)
                 .take(size)
                 .chain(io::repeat(0))
@@ -149,7 +149,7 @@ pub fn unpack(directory: &Path, stream: impl Read) -> io::Result<()> {
     let mut archive = Archive::new(BufReader::with_capacity(PIECE, stream));
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(true);
-    // Unpacking into a directory changes its time: those are set at the end.
+    // Unpacking into a directory changes its time: times are set at the end.
     let mut directories = Vec::new();
     for entry in archive.entries()? {
         let mut entry = entry?;
@@ -163,7 +163,7 @@ pub fn unpack(directory: &Path, stream: impl Read) -> io::Result<()> {
             directories.push((target, modified(entry.header())));
         }
     }
-    // What follows the end of the archive belongs to it: a sender blocks until it is read.
+    // What follows the end of the archive belongs to the stream: a sender blocks until it is read.
     io::copy(&mut archive.into_inner(), &mut io::sink())?;
     for (directory, time) in directories.iter().rev() {
         File::open(directory)
@@ -186,7 +186,7 @@ fn unpack_one<R: Read>(
     match kind {
         EntryType::Directory => {
             match fs::create_dir(target) {
-                // A link to a directory is as good as one.
+                // A link to a directory is accepted as well.
                 Err(error)
                     if error.kind() == io::ErrorKind::AlreadyExists
                         && fs::metadata(target)?.is_dir() => {}
@@ -251,7 +251,7 @@ fn unpack_one<R: Read>(
             make_room(target)?;
             entry.unpack(target).map(|_| ())
         }
-        // Of the whole archive, and of nothing that a file system has.
+        // Global headers describe no file.
         EntryType::XGlobalHeader => Ok(()),
         other => Err(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -273,8 +273,8 @@ fn make_room(target: &Path) -> io::Result<()> {
     }
 }
 
-/// A name in an archive without what would lead out of the directory. `None` for the directory
-/// itself, which stays as it is.
+/// A name in an archive, relative to the directory; an error if it leads out. `None` for the
+/// directory itself, which is left unchanged.
 fn inside(name: &Path) -> io::Result<Option<PathBuf>> {
     let mut inside = PathBuf::new();
     for component in name.components() {

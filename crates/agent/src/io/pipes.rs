@@ -24,11 +24,11 @@ pub struct Pipes {
     stdin: Option<Ends>,
     stdout: Option<Ends>,
     stderr: Option<Ends>,
-    /// Both ways. The other end is there when the process is.
+    /// Both directions. The slave exists once the process does.
     terminal: Option<OwnedFd>,
 }
 
-/// What a relay connects.
+/// The two descriptors of a relay.
 struct Ends {
     stream: OwnedFd,
     pipe: OwnedFd,
@@ -44,12 +44,12 @@ pub struct Relays {
 }
 
 impl Relays {
-    /// How far each output has got.
+    /// Progress of each output.
     pub fn progress(&self) -> Vec<watch::Receiver<Progress>> {
         self.outputs().map(Output::progress).collect()
     }
 
-    /// Ends all of them; the host sees its streams closed.
+    /// Closes all of them; the host sees its streams closed.
     pub async fn close(&self) {
         if let Some(input) = &self.input {
             input.close().await;
@@ -65,7 +65,7 @@ impl Relays {
     }
 
     /// Gives relays new streams, all or none; returns how many bytes of the input have been taken.
-    /// Must not be dropped before it returns: relays that it has stopped would not go on.
+    /// Must run to its end: relays that it has stopped would stay stopped.
     pub async fn reattach(
         &self,
         streams: &Streams,
@@ -160,7 +160,7 @@ fn require<'a, T>(name: &str, relay: Option<&'a T>) -> Result<&'a T> {
 }
 
 impl Pipes {
-    /// Takes the named streams. `terminal` is what the spec of the process says.
+    /// Takes the named streams. `terminal` is as in the spec of the process.
     pub async fn connect(
         streams: &Streams,
         names: &agent::Streams,
@@ -244,7 +244,7 @@ impl Pipes {
     }
 }
 
-/// The process's end of an output, and the agent's if there is a stream.
+/// The process's end of an output, and the agent's ends if there is a stream.
 async fn output(streams: &Streams, port: u32) -> Result<(OwnedFd, Option<Ends>)> {
     if port == 0 {
         return Ok((null()?, None));
@@ -272,13 +272,13 @@ fn null() -> Result<OwnedFd> {
         .map_err(|error| Failure::internal("open /dev/null", &error.into()))
 }
 
-/// Reading end, writing end.
+/// Reading end and writing end.
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
         .map_err(|error| Failure::internal("make a pipe", &error.into()))
 }
 
-/// Only the agent's end: the process expects its own to block.
+/// Makes the agent's end non-blocking; the process expects its own to block.
 fn unblock(fd: impl AsFd) -> Result<()> {
     rustix::fs::fcntl_setfl(fd, OFlags::NONBLOCK)
         .map_err(|error| Failure::internal("set up a pipe", &io::Error::from(error)))

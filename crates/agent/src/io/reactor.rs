@@ -8,10 +8,10 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Registers a descriptor for as long as the result lives. Do not replace it there (`get_mut`).
+/// Registers a descriptor for the lifetime of the result. Do not replace it there (`get_mut`).
 pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: the descriptor is open, and owned by the result, which nobody in the agent takes it
-    // out of.
+    // SAFETY: the descriptor is open, and owned by the result, out of which the agent never takes
+    // it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 

@@ -11,7 +11,7 @@ use hull_protocol::STREAM_REPLAY;
 use rustix::io::Result;
 use rustix::net::SendFlags;
 
-/// Most bytes that are read at once: what a pipe holds.
+/// Most bytes that are read at once: the capacity of a pipe.
 const PIECE: usize = 64 << 10;
 
 /// First size: enough for the few lines of a short-lived command.
@@ -96,7 +96,7 @@ impl Replay {
         self.sent = self.end;
     }
 
-    /// Drops what need not be kept, and grows when that leaves little.
+    /// Drops what need not be kept, and grows if that frees too little.
     fn make_room(&mut self) {
         self.start = self
             .start
@@ -195,7 +195,7 @@ mod tests {
                 send_all(&mut replay, &sink);
                 assert_eq!(reader.join().unwrap(), pattern(place..length));
             }
-            // And it goes on from there.
+            // It continues from there.
             pass(&mut replay, 1000, 100);
         }
     }

@@ -1,5 +1,5 @@
 //! The host's streams: vsock connections to [`STREAM_PORT`] that a later call names by the port
-//! they come from. Called by `service`. What flows in them is `relay`'s matter.
+//! they come from. Called by `service`. `relay` moves their bytes.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,10 +18,10 @@ use crate::io::{reactor, vsock};
 /// in trouble is ever waited for.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection that no call has named in this time is closed: its call has never come.
+/// A connection that no call has named in this time is closed.
 const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Accepts a connection of a listener, and says which port it comes from.
+/// Accepts a connection of a listener, and returns the port it comes from.
 type Accept = fn(BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)>;
 
 /// Streams that have arrived and are not yet used.
@@ -39,7 +39,7 @@ impl Streams {
         Self::new(vsock::listen(STREAM_PORT)?, vsock::accept)
     }
 
-    /// Takes what comes to a listener.
+    /// Accepts connections of a listener.
     pub fn new(listener: OwnedFd, accept: Accept) -> io::Result<Self> {
         Ok(Self {
             listener: reactor::watch(listener, Interest::READABLE)?,
@@ -105,7 +105,7 @@ impl Streams {
     }
 
     /// Drops streams that have arrived and are broken, as all are when the device has reset them:
-    /// their ports may be those of other streams soon.
+    /// their ports may soon be used by other streams.
     pub fn discard_broken(&self) -> io::Result<()> {
         // All that is pending arrives: no stream comes from port 0.
         let none = self.accept_until(0)?;

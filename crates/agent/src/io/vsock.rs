@@ -79,7 +79,7 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Takes one pending connection and says from which port of the host it comes. `WouldBlock` when
+/// Accepts one pending connection and returns the host's port that it comes from. `WouldBlock` if
 /// there is none.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
     let mut peer = address(0, 0);
@@ -93,11 +93,11 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
             libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
         )
     })?;
-    // SAFETY: accept4 returned a new descriptor that nobody else owns.
+    // SAFETY: accept4 returned a new descriptor without another owner.
     Ok((unsafe { OwnedFd::from_raw_fd(fd) }, peer.svm_port))
 }
 
-/// What is known about a connection outside of it.
+/// State of a connection, as seen from outside of it.
 #[derive(Default)]
 pub struct Link {
     ended: Notify,
@@ -116,8 +116,8 @@ impl Link {
     }
 }
 
-/// A connected socket, for ttrpc and others that read and write. Its link says when it has ended,
-/// which ttrpc does not.
+/// A connected socket, for ttrpc and others that read and write. Its link reports when it has
+/// ended, which ttrpc does not.
 pub struct Connection {
     socket: AsyncFd<OwnedFd>,
     link: Arc<Link>,

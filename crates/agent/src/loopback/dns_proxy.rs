@@ -2,8 +2,8 @@
 //! the host: questions that come here, by UDP or TCP, go to the host in one stream, and its answers
 //! back to the program that asked. Called by `Loopback`.
 //!
-//! Messages are never looked into. At most [`MAX_QUESTIONS`] wait for their answers; then no
-//! further ones are read. The host answers each within its time, and so gives its place free.
+//! Messages are not parsed. At most [`MAX_QUESTIONS`] wait for their answers; then no further ones
+//! are read. The host answers each within a time limit, which frees its slot.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -35,7 +35,7 @@ const MAX_CONNECTIONS: usize = 16;
 /// How long a program that asks by TCP may take for a question, and to take its answer.
 const TCP_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Ports that are tried until one is free for both.
+/// Ports tried until one is free for both.
 const ATTEMPTS: usize = 8;
 
 /// A program that waits for an answer.
@@ -44,7 +44,7 @@ enum Asker {
     Tcp(oneshot::Sender<Vec<u8>>),
 }
 
-/// Questions on their way.
+/// Questions in flight.
 struct Questions<W> {
     host: tokio::sync::Mutex<W>,
     waiting: Mutex<Vec<Option<Asker>>>,
@@ -66,7 +66,7 @@ impl<W: AsyncWrite + Unpin> Questions<W> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the host, as soon as there is a place.
+    /// Asks the host, as soon as there is a free slot.
     async fn ask(&self, asker: Asker, question: &[u8]) -> io::Result<()> {
         let length = u16::try_from(question.len()).map_err(io::Error::other)?;
         let place = self.free.acquire().await.map_err(io::Error::other)?;
@@ -78,7 +78,7 @@ impl<W: AsyncWrite + Unpin> Questions<W> {
             waiting[slot] = Some(asker);
             slot as u16
         };
-        // Given back when the answer comes.
+        // Released when the answer comes.
         place.forget();
         let mut message = NameHeader { slot, tcp, length }.encode().to_vec();
         message.extend(question);
@@ -93,7 +93,7 @@ impl<W: AsyncWrite + Unpin> Questions<W> {
     }
 }
 
-/// Begins to listen, and answers until the host ends its stream.
+/// Starts listening, and answers until the host ends its stream.
 pub fn start(host: Connection) -> io::Result<()> {
     let (udp, tcp, port) = sockets()?;
     let translation = Translation::begin(port)?;
@@ -106,7 +106,7 @@ pub fn start(host: Connection) -> io::Result<()> {
     Ok(())
 }
 
-/// Sockets for both protocols on a port that both have, and the port.
+/// Sockets for both protocols on a port that is free for both, and the port.
 fn sockets() -> io::Result<(AsyncFd<OwnedFd>, AsyncFd<OwnedFd>, u16)> {
     let socket = |kind, port| -> io::Result<OwnedFd> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -166,7 +166,7 @@ async fn pass_answers<W: AsyncWrite + Unpin>(
     }
 }
 
-/// Takes questions that come by UDP.
+/// Receives questions over UDP.
 async fn take_datagrams<W: AsyncWrite + Unpin>(
     questions: &Questions<W>,
     udp: &AsyncFd<OwnedFd>,
@@ -177,7 +177,7 @@ async fn take_datagrams<W: AsyncWrite + Unpin>(
             Ok(Some((question, asker))) => questions.ask(Asker::Udp(asker), &question).await?,
             Ok(None) => {}
             Err(Errno::AGAIN) => ready.clear_ready(),
-            // Of an earlier answer that nobody took.
+            // An earlier answer was refused.
             Err(Errno::INTR | Errno::CONNREFUSED) => {}
             Err(error) => return Err(error.into()),
         }
@@ -186,14 +186,14 @@ async fn take_datagrams<W: AsyncWrite + Unpin>(
 
 /// One datagram, and its sender.
 fn datagram(udp: &impl AsFd) -> Result<Option<(Vec<u8>, SocketAddrV4)>, Errno> {
-    // Only what is received is touched.
+    // Only the received part is touched.
     let mut buffer = [MaybeUninit::<u8>::uninit(); 1 << 16];
     let ((received, _), _, from) = recvfrom(udp, &mut buffer[..], RecvFlags::empty())?;
     let from = from.and_then(|from| SocketAddrV4::try_from(from).ok());
     Ok(from.map(|from| (received.to_vec(), from)))
 }
 
-/// Takes connections of programs that ask by TCP.
+/// Accepts connections of programs that ask over TCP.
 async fn take_connections<W: AsyncWrite + Unpin + Send + 'static>(
     questions: &Arc<Questions<W>>,
     tcp: &AsyncFd<OwnedFd>,
@@ -215,7 +215,7 @@ async fn take_connections<W: AsyncWrite + Unpin + Send + 'static>(
             Ok(stream) => {
                 conversations.spawn(converse(questions.clone(), stream));
             }
-            // It has gone again; or there are no descriptors, which passes.
+            // The connection is gone again; or there are no descriptors, which passes.
             Err(error) => {
                 crate::log::info!("a question by TCP was not taken: {error}");
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -258,8 +258,8 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
 
-    /// Serves, while a test is the host, on the stream, and asks at the address, both on another
-    /// thread.
+    /// Runs the proxy while a test on another thread is the host, on the stream, and asks at the
+    /// address.
     fn serving(test: impl FnOnce(UnixStream, SocketAddrV4) + Send + 'static) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -360,7 +360,7 @@ mod tests {
                 .unwrap();
             assert!(host.read(&mut [0; 1]).is_err(), "no place for one more");
             host.set_read_timeout(Some(SOON)).unwrap();
-            // An answer that nobody waits for, and one that is empty.
+            // An answer to no question, and an empty one.
             answer(&mut host, first.0, &[]);
             answer(&mut host, first.0, b"again");
             let (last, text) = question(&mut host);

@@ -1,10 +1,10 @@
-//! Leads what programs in the guest send to [`RESOLVER`] to another port of its address, where the
-//! agent listens: eBPF programs on the root of all control groups. Called by `dns_proxy`.
+//! Redirects what programs in the guest send to [`RESOLVER`] to another port of its address, where
+//! the agent listens: eBPF programs on the root of all control groups. Called by `dns_proxy`.
 //!
 //! Port 53 itself stays free, as it is with Docker on its own: a container may be a name server and
-//! bind every address. Docker uses the packet filter for that; here it would cost every packet of
-//! the guest its tracking. These programs run when a socket is connected, when a datagram is sent
-//! with an address, and when one is received and its sender is asked for.
+//! bind every address. Docker uses the packet filter for that; here it would cost connection
+//! tracking for every packet of the guest. These programs run when a socket is connected, when a
+//! datagram is sent with an address, and when one is received and its sender is asked for.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,13 +30,13 @@ const PORT: i16 = 24;
 /// Working register.
 const VALUE: u8 = 2;
 
-/// In force as long as it lives.
+/// In force while it exists.
 pub struct Translation {
     _links: [OwnedFd; 3],
 }
 
 impl Translation {
-    /// Leads what is sent to [`RESOLVER`] to `port` of its address.
+    /// Redirects what is sent to [`RESOLVER`] to `port` of its address.
     pub fn begin(port: u16) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let groups = rustix::fs::open(GROUPS, flags, Mode::empty())?;
@@ -60,7 +60,7 @@ impl Translation {
     }
 }
 
-/// The program that makes one port of [`RESOLVER`]'s address another one.
+/// The program that rewrites one port of [`RESOLVER`]'s address to another.
 fn translate(from: u16, to: u16) -> [Instruction; 8] {
     let address = u32::from_ne_bytes(RESOLVER.ip().octets()).cast_signed();
     let in_network_order = |port: u16| i32::from(port.to_be());
@@ -71,7 +71,7 @@ fn translate(from: u16, to: u16) -> [Instruction; 8] {
         instruction(code::JUMP_NOT_EQUAL, VALUE, 0, 2, in_network_order(from)),
         instruction(code::MOVE, VALUE, 0, 0, in_network_order(to)),
         instruction(code::STORE_WORD, CONTEXT, VALUE, PORT, 0),
-        // Go on with it. Programs that are told of a received datagram may return nothing else.
+        // Proceed. Programs for received datagrams may return nothing else.
         instruction(code::MOVE, RESULT, 0, 0, 1),
         instruction(code::EXIT, 0, 0, 0, 0),
     ]

@@ -37,7 +37,7 @@ impl Default for Loopback {
 }
 
 impl Loopback {
-    /// Connects a stream with a port here; returns when it is.
+    /// Connects a stream to a port here; returns when connected.
     pub async fn forward(&self, stream: OwnedFd, port: u32, ipv6: bool) -> Result<()> {
         let port = u16::try_from(port)
             .ok()
@@ -58,14 +58,14 @@ impl Loopback {
         Ok(())
     }
 
-    /// Begins to answer questions with what comes from a stream.
+    /// Starts answering questions over a stream.
     pub fn resolve(&self, stream: OwnedFd) -> Result<()> {
         let failed = |error| Failure::internal("stand for the name server of the host", &error);
         dns_proxy::start(connection(stream).map_err(failed)?).map_err(failed)
     }
 }
 
-/// A connected socket, to be read and written.
+/// A connected socket, ready for reading and writing.
 fn connection(socket: OwnedFd) -> std::io::Result<Connection> {
     Connection::new(socket, Arc::default())
 }

@@ -15,16 +15,16 @@ use tokio::time::timeout;
 use super::connection;
 use crate::io::vsock::Connection;
 
-/// How long a server may take to let itself be connected to.
+/// Time limit for connecting to a server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long nothing may move when one direction has ended: then the connection ends.
+/// How long a connection may be idle once one direction has ended.
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Largest piece moved at once.
 const PIECE: usize = 16 * 1024;
 
-/// Connects to a port: of ::1 or 127.0.0.1, or of the other one if there is nobody.
+/// Connects to a port: of ::1 or 127.0.0.1, or of the other one if nothing listens.
 pub async fn connect(port: u16, ipv6: bool) -> io::Result<Connection> {
     let mut addresses: [SocketAddr; 2] = [
         (Ipv4Addr::LOCALHOST, port).into(),
@@ -36,7 +36,7 @@ pub async fn connect(port: u16, ipv6: bool) -> io::Result<Connection> {
     let dialled = timeout(CONNECT_TIMEOUT, async {
         match dial(addresses[0]).await {
             Ok(socket) => Ok(socket),
-            // The first error is the one to be told.
+            // The first error is the one to report.
             Err(error) => dial(addresses[1]).await.map_err(|_| error),
         }
     });
@@ -61,12 +61,12 @@ async fn dial(address: SocketAddr) -> io::Result<Connection> {
     Ok(socket)
 }
 
-/// Passes on both ways until both have ended, or one has failed.
+/// Relays both directions until both have ended, or one has failed.
 pub async fn carry(one: Connection, other: Connection) {
     let (from_one, to_one) = split(one);
     let (from_other, to_other) = split(other);
     let half = AtomicBool::new(false);
-    // A failure is the peers' business: they see a connection that ends.
+    // A failure is for the peers: they see a connection that ends.
     let _ = tokio::try_join!(
         pass(from_one, to_other, &half),
         pass(from_other, to_one, &half)
@@ -90,7 +90,7 @@ async fn pass(
     to.shutdown().await
 }
 
-/// Waits for a step: for ever while both directions are open.
+/// Waits for a step: without limit while both directions are open.
 async fn moving<T>(step: impl Future<Output = io::Result<T>>, half: &AtomicBool) -> io::Result<T> {
     let mut step = pin!(step);
     loop {
@@ -119,7 +119,7 @@ mod tests {
         runtime.block_on(async { timeout(Duration::from_secs(20), test).await.unwrap() })
     }
 
-    /// What `connect` leads to.
+    /// Connects to the port of `server`.
     async fn reach(server: &TcpListener, ipv6: bool) -> io::Result<Connection> {
         connect(server.local_addr().unwrap().port(), ipv6).await
     }
@@ -182,7 +182,7 @@ mod tests {
             let (mut stream, _) = server.accept().unwrap();
             drop(host);
             let talking = std::thread::spawn(move || {
-                // Until it is noticed that nobody listens any more.
+                // Until writing fails because the reader is gone.
                 while stream.write_all(&[0; 4096]).is_ok() {}
             });
             carrier.await.unwrap();

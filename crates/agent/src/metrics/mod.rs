@@ -25,7 +25,7 @@ use self::files::{Files, entries, number};
 /// Most block devices of one group that are reported.
 const MAX_IO_DEVICES: usize = 64;
 
-/// Most sizes of huge pages.
+/// Most sizes of huge pages that are reported.
 const MAX_PAGE_SIZES: usize = 8;
 
 /// All metrics of a container. `pid` is a process in its network namespace.

@@ -209,7 +209,7 @@ fn a_group_with_all_controllers() {
     assert!(stats.io.pressure.full.is_some() && stats.memory.pressure.some.is_some());
     assert!(stats.hugetlb.is_empty());
     assert!(stats.time_ns > 1_600_000_000_000_000_000);
-    // What older hosts read.
+    // For older hosts.
     assert_eq!(
         (stats.cpu_usage_us, stats.cpu_throttled_us),
         (8_361_251, 2_713_406)

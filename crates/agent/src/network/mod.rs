@@ -1,13 +1,12 @@
-//! The guest's own network, made what it is on the host: `SetNetwork` of `agent.proto`. Called by
+//! Configures the guest's network as it is on the host: `SetNetwork` of `agent.proto`. Called by
 //! `service`, which holds one [`Network`].
 //!
-//! A request is checked whole (`wanted`), compared with what earlier calls brought (`plan`), and
-//! the differences are sent to the kernel in as few system calls as there can be (`step`,
-//! `netlink`). What it did not bring it does not touch, and it never touches the loopback
-//! interface.
+//! A request is checked whole (`wanted`), compared with the result of earlier calls (`plan`), and
+//! the differences are sent to the kernel in as few system calls as possible (`step`, `netlink`).
+//! It changes nothing that it did not configure, and never the loopback interface.
 //!
-//! After a failure nothing is known for certain: the next call looks at the links again, takes away
-//! all that may be there, and says everything again. So a call can be repeated.
+//! After a failure the state is unknown: the next call reads the links again, removes all that may
+//! be there, and configures everything anew. So a call can be repeated.
 
 mod netlink;
 mod parking;
@@ -30,13 +29,13 @@ use plan::{Situation, plan};
 use step::{Step, What};
 use wanted::{Address, Interface, Wanted};
 
-/// The parameter of a user-mode kernel that adds a device to it.
+/// Parameter of a user-mode kernel that adds a device to it.
 const PLUG: &str = "/sys/module/virtio_uml/parameters/device";
 
-/// Requests sent in one piece. If all fail, the answers must fit into the socket's buffer.
+/// Requests per batch. If all fail, the answers must fit into the socket's buffer.
 const PIECE: usize = 64;
 
-/// A net device of the machine, and what its link is like.
+/// A net device of the machine, and the state of its link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Device {
     number: u8,
@@ -49,20 +48,20 @@ struct Device {
     up: bool,
 }
 
-/// What earlier calls brought. `Default` is nothing.
+/// Result of earlier calls. `Default` is nothing.
 #[derive(Default)]
 pub struct Network {
     devices: Vec<Device>,
     brought: Wanted,
-    /// `devices` and `brought` are what there is.
+    /// `devices` and `brought` are up to date.
     settled: bool,
     /// Devices without an interface are hidden.
     hides: bool,
-    /// Where they are, once there are some.
+    /// Where they are hidden, once there are some.
     parking: Option<Parking>,
     /// The kernel knows IPv6.
     ipv6: bool,
-    /// This kernel wants links to be down when they are renamed or get another hardware address:
+    /// This kernel renames links, or changes their hardware address, only while they are down:
     /// those before 6.2, and some drivers.
     careful: bool,
 }
@@ -85,7 +84,7 @@ fn cannot<'a>(what: &'a str) -> impl Fn(io::Error) -> Failure + 'a {
 }
 
 impl Network {
-    /// One that hides devices as long as no interface of the host stands behind them.
+    /// A network that hides devices while no interface of the host is behind them.
     pub fn hiding() -> Self {
         Self {
             hides: true,
@@ -120,8 +119,8 @@ impl Network {
         }
     }
 
-    /// Plans and carries out. Whether all is as planned: a device that is not wanted any more may
-    /// be otherwise.
+    /// Plans and carries out. Returns whether all is as planned: a device that is no longer wanted
+    /// may not be.
     fn change(&mut self, socket: &Socket, wanted: &Wanted) -> std::result::Result<bool, Stopped> {
         let knows = |devices: &[Device], number| {
             devices
@@ -157,7 +156,7 @@ impl Network {
         let mut leaving = self.brought.interfaces.iter();
         let leftover_addresses: Vec<(u32, Address)> =
             match leaving.any(|old| wanted.interface(old.device).is_none()) {
-                // IPv6 addresses go with the link going down, but for a sysctl that keeps them.
+                // IPv6 addresses go when the link goes down, unless a sysctl keeps them.
                 true => socket
                     .addresses(libc::AF_UNSPEC as u8)
                     .map_err(cannot("list network addresses"))?
@@ -190,7 +189,7 @@ impl Network {
         outcome
     }
 
-    /// Brings devices that are hidden, or that the kernel does not know yet.
+    /// Adds devices that are hidden, or that the kernel does not know yet.
     fn fetch(&self, interfaces: &[&Interface]) -> Result<()> {
         let mut hidden = Vec::new();
         if let Some(parking) = &self.parking {
@@ -209,7 +208,7 @@ impl Network {
         Ok(())
     }
 
-    /// Puts devices away that no interface needs.
+    /// Hides devices that no interface needs.
     fn hide(&mut self, socket: &Socket) -> io::Result<()> {
         let brought = &self.brought;
         let idle = |device: &Device| brought.interface(device.number).is_none();
@@ -228,7 +227,7 @@ impl Network {
         Ok(())
     }
 
-    /// Learns which link is which device, and what each is like.
+    /// Updates which link is which device, and the state of each.
     fn look(&mut self, links: Vec<Link>) {
         self.ipv6 = links.iter().any(|link| link.ipv6);
         self.devices.retain_mut(|device| {
@@ -241,7 +240,7 @@ impl Network {
             }
             link.is_some()
         });
-        // The address that a link was made with cannot be taken by another one.
+        // Another link cannot take a permanent address, so those come first.
         let made = links.iter().map(|link| (link, link.permanent_mac));
         let has = links.iter().map(|link| (link, link.mac));
         for (link, mac) in made.chain(has) {
@@ -265,7 +264,7 @@ impl Network {
         }
     }
 
-    /// Notes what steps have made of the devices.
+    /// Records the effect of steps on the devices.
     fn note(&mut self, steps: &[Step<'_>]) {
         for step in steps {
             let Some(device) = self
@@ -287,7 +286,7 @@ impl Network {
     }
 }
 
-/// Carries steps out, up to the piece in which one fails. Whether all is as planned.
+/// Carries out steps, up to the batch in which one fails. Returns whether all is as planned.
 fn run(socket: &Socket, steps: &[Step<'_>]) -> std::result::Result<bool, Stopped> {
     let mut complete = true;
     for piece in steps.chunks(PIECE) {

@@ -1,14 +1,14 @@
-//! As much of rtnetlink as a guest's network needs: requests are encoded into one buffer, sent in
-//! one piece, and the kernel's answers read. Called by the other files of `network`.
+//! As much of rtnetlink as a guest's network needs: encodes requests into one buffer, sends them in
+//! one batch, and reads the kernel's answers. Called by the other files of `network`.
 //!
-//! The kernel works a piece off before `send` returns, one request after the other, whether or not
-//! one fails. Only the last one asks for an answer; failures answer unasked. So a piece costs two
-//! system calls if all goes well. Nothing here waits: an answer that is not there after sending
+//! The kernel processes a batch before `send` returns, one request after the other, whether or not
+//! one fails. Only the last one asks for an answer; failures are reported anyway. So a batch costs
+//! two system calls if all goes well. Nothing here waits: an answer that is not there after sending
 //! never comes.
 //!
-//! It knows how messages look and nothing of what they are for. What the kernel says is read with
-//! bounds checked: a process with CAP_NET_ADMIN in the guest can write to any netlink socket,
-//! though what does not come from the kernel is thrown away.
+//! It knows the format of messages, not their purpose. Answers are read with bounds checked: a
+//! process with CAP_NET_ADMIN in the guest can write to any netlink socket, though what does not
+//! come from the kernel is dropped.
 
 use std::io;
 use std::net::IpAddr;
@@ -48,22 +48,22 @@ const NLA_F_NESTED: u16 = 0x8000;
 const NLMSG_ERROR: u16 = libc::NLMSG_ERROR as u16;
 const NLMSG_DONE: u16 = libc::NLMSG_DONE as u16;
 
-/// Room for one answer: the kernel's pieces of a list are not larger than what the last call had
-/// room for, and the first one is smaller. Memory that is not written to costs nothing.
+/// Room for one answer: the kernel's pieces of a list are no larger than the room of the previous
+/// call, and the first one is smaller. Memory that is not written to costs nothing.
 const ANSWER_ROOM: usize = 32 * 1024;
 
-/// Requests that go to the kernel in one piece. Numbered from 0.
+/// Requests sent to the kernel in one batch, numbered from 0.
 #[derive(Default)]
 pub struct Requests {
     bytes: Vec<u8>,
-    /// Where the last one begins.
+    /// Start of the last one.
     last: usize,
     count: u32,
 }
 
 impl Requests {
-    /// Begins the next one: its type (`RTM_…`), flags (`NLM_F_…`) beside the one that every request
-    /// has, and the structure that messages of its kind begin with.
+    /// Starts the next one: its type (`RTM_…`), flags (`NLM_F_…`) besides NLM_F_REQUEST, and the
+    /// structure that messages of its kind begin with.
     pub fn begin(&mut self, kind: u16, flags: i32, body: &[u8]) {
         self.last = self.bytes.len();
         let flags = (flags | libc::NLM_F_REQUEST) as u16;
@@ -87,7 +87,7 @@ impl Requests {
         self.set_length();
     }
 
-    /// Adds an attribute that is made of attributes.
+    /// Adds an attribute that contains attributes.
     pub fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
         let start = self.bytes.len();
         self.attribute(kind | NLA_F_NESTED, &[]);
@@ -109,7 +109,7 @@ impl Requests {
         self.bytes[self.last..self.last + 4].copy_from_slice(&length.to_ne_bytes());
     }
 
-    /// Has the kernel answer the last one even if it succeeds.
+    /// Requests an answer to the last one even if it succeeds.
     fn ask_for_end(&mut self) {
         if let Some([low, high]) = self.bytes.get_mut(self.last + 6..self.last + 8) {
             let flags = u16::from_ne_bytes([*low, *high]) | libc::NLM_F_ACK as u16;
@@ -127,7 +127,7 @@ pub fn link_body(index: u32, flags: i32, change: i32) -> [u8; 16] {
     body
 }
 
-/// `struct ifaddrmsg`, with its flags left to an attribute.
+/// `struct ifaddrmsg`; the flags go into an attribute.
 pub fn address_body(family: u8, prefix: u8, scope: u8, index: u32) -> [u8; 8] {
     let mut body = [family, prefix, 0, scope, 0, 0, 0, 0];
     body[4..8].copy_from_slice(&index.to_ne_bytes());
@@ -183,7 +183,7 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// Four bytes as the kernel's u32.
+/// Four bytes as a u32 in the kernel's byte order.
 pub fn number(bytes: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
@@ -199,11 +199,11 @@ pub struct Link {
     pub name: String,
     pub mtu: u32,
     pub up: bool,
-    /// Unless it is of another kind than Ethernet's.
+    /// `None` if the link is not Ethernet.
     pub mac: Option<[u8; 6]>,
-    /// The one that it was made with.
+    /// The permanent address.
     pub permanent_mac: Option<[u8; 6]>,
-    /// It takes part in IPv6.
+    /// IPv6 is enabled on it.
     pub ipv6: bool,
 }
 
@@ -261,15 +261,15 @@ fn parse_address(payload: &[u8]) -> Option<(u32, Address, u32)> {
 pub struct Socket(OwnedFd);
 
 impl Socket {
-    /// Of the caller's network namespace.
+    /// Opens a socket in the caller's network namespace.
     pub fn open() -> io::Result<Self> {
-        // No protocol is NETLINK_ROUTE.
+        // Protocol 0 is NETLINK_ROUTE.
         let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
         let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
         Ok(Self(socket))
     }
 
-    /// Has the kernel carry out requests. Which of them failed, by number, in their order.
+    /// Has the kernel carry out requests. Returns which of them failed, by number, in order.
     pub fn change(&self, mut requests: Requests) -> io::Result<Vec<(usize, Errno)>> {
         let mut failures = Vec::new();
         if requests.count == 0 {
@@ -295,7 +295,7 @@ impl Socket {
         }
     }
 
-    /// Asks for a list and shows each message of it: the type, and what follows the header.
+    /// Requests a list and passes on each message of it: the type, and what follows the header.
     pub fn list(&self, kind: u16, body: &[u8], each: &mut dyn FnMut(u16, &[u8])) -> io::Result<()> {
         let mut requests = Requests::default();
         requests.begin(kind, libc::NLM_F_DUMP, body);
@@ -347,7 +347,7 @@ impl Socket {
         }
     }
 
-    /// Reads one piece of an answer of the kernel's.
+    /// Reads one piece of an answer of the kernel.
     fn receive(&self, answer: &mut Vec<u8>) -> io::Result<()> {
         loop {
             answer.clear();
@@ -371,7 +371,7 @@ impl Socket {
     }
 }
 
-/// What a message of type NLMSG_ERROR says: none is success.
+/// The error in a message of type NLMSG_ERROR; `None` is success.
 fn error_of(message: &Message<'_>) -> io::Result<Option<Errno>> {
     let code = message.payload.get(..4).and_then(number);
     match code.map(|code| code as i32) {

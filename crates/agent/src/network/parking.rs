@@ -1,8 +1,8 @@
-//! Where net devices are that lead nowhere: a network namespace in which nobody is. A machine may
-//! have more devices than its pod has interfaces, for those that come later; programs in containers
-//! would find interfaces that are none.
+//! Where unused net devices are: a network namespace without processes. A machine may have more
+//! devices than its pod has interfaces, for later ones; programs in containers would see interfaces
+//! that lead nowhere.
 //!
-//! Made when there is something to be put there, which most guests never have.
+//! Created when there is something to put there, which most guests never have.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,10 +16,10 @@ use super::netlink::{IFLA_IFNAME, Requests, Socket, link_body};
 /// `IFLA_NET_NS_FD` of linux/if_link.h.
 const IFLA_NET_NS_FD: u16 = 28;
 
-/// The namespace, and the way back.
+/// The namespace, and the guest's own for the way back.
 pub struct Parking {
     namespace: OwnedFd,
-    /// In it.
+    /// Socket in the namespace.
     socket: Socket,
     root: OwnedFd,
 }
@@ -29,7 +29,7 @@ fn own_namespace() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open("/proc/self/ns/net", flags, Mode::empty())?)
 }
 
-/// Moves a link by its index. In between it has a name that is free wherever it comes to.
+/// Moves a link by its index. On the way it has a name that is free in both namespaces.
 fn encode(requests: &mut Requests, index: u32, number: u8, to: &OwnedFd) {
     requests.begin(libc::RTM_NEWLINK, 0, &link_body(index, 0, 0));
     requests.attribute(IFLA_NET_NS_FD, &to.as_raw_fd().to_ne_bytes());
@@ -45,7 +45,7 @@ fn carry_out(socket: &Socket, requests: Requests) -> io::Result<()> {
 }
 
 impl Parking {
-    /// Makes it. The agent has one thread, which is back where it was afterwards.
+    /// Creates it. Afterwards the agent's only thread is back in its own namespace.
     #[allow(unsafe_code)]
     pub fn new() -> io::Result<Self> {
         let root = own_namespace()?;
@@ -61,7 +61,7 @@ impl Parking {
         })
     }
 
-    /// Takes devices in: number and index in the guest's own namespace, which `socket` is in.
+    /// Takes devices in: number and index in the guest's own namespace, to which `socket` belongs.
     pub fn take(
         &self,
         socket: &Socket,
@@ -74,7 +74,7 @@ impl Parking {
         carry_out(socket, requests)
     }
 
-    /// Gives devices back, of those with these numbers that are here; which.
+    /// Gives those of these devices back that are here; returns their numbers.
     pub fn give(&self, numbers: &[u8]) -> io::Result<Vec<u8>> {
         let mut requests = Requests::default();
         let mut given = Vec::new();

@@ -1,7 +1,6 @@
-//! From a network that was wanted before to the one that is wanted now: which steps, in which
-//! order. Called by `mod`.
+//! Computes the steps from one network to another, in their order. Called by `mod`.
 //!
-//! Pure: it compares. What the kernel does by itself along with a step is taken into account here:
+//! Pure. Side effects of steps in the kernel are taken into account:
 //! - A link that goes down loses its routes, neighbours and IPv6 addresses.
 //! - With an IPv4 address go the later ones of the same network, and with an address of either
 //!   family, routes.
@@ -15,16 +14,16 @@ use super::Device;
 use super::step::{Step, What};
 use super::wanted::{Address, IPV6_MIN_MTU, Interface, Route, Wanted};
 
-/// What a plan is made from.
+/// Input of a plan.
 pub struct Situation<'a> {
     /// All devices of the machine that are known.
     pub devices: &'a [Device],
-    /// What earlier calls brought, or may have.
+    /// Result, or possible result, of earlier calls.
     pub old: &'a Wanted,
     pub new: &'a Wanted,
     /// All addresses of links that are no longer wanted.
     pub leftover_addresses: &'a [(u32, Address)],
-    /// `old` is what there is. Else everything is said again.
+    /// `old` is up to date. Otherwise everything is configured anew.
     pub settled: bool,
     /// Links are renamed, and get another hardware address, only while they are down.
     pub careful: bool,
@@ -32,17 +31,17 @@ pub struct Situation<'a> {
     pub ipv6: bool,
 }
 
-/// What happens to an interface that stays or comes.
+/// Change of an interface that stays or comes.
 struct Change<'a> {
     device: &'a Device,
     old: Option<&'a Interface>,
     new: &'a Interface,
-    /// It is down for a moment, and loses what a link loses then.
+    /// The link goes down for a moment, and loses what a link loses then.
     restarted: bool,
 }
 
 impl Change<'_> {
-    /// Nothing of it can be trusted to be there.
+    /// Nothing of it can be assumed to be there.
     fn is_anew(&self, settled: bool) -> bool {
         self.old.is_none() || self.restarted || !settled
     }
@@ -101,12 +100,13 @@ impl<'a> Situation<'a> {
     }
 
     fn needs_restart(&self, device: &Device, new: &Interface) -> bool {
-        // Only a link that is down can be kept from making an address when IPv6 comes to it.
+        // Only a link that is down can be kept from generating an address when IPv6 is enabled on
+        // it.
         let ipv6_comes = self.ipv6 && device.mtu < IPV6_MIN_MTU && new.mtu >= IPV6_MIN_MTU;
         ipv6_comes || self.careful && (device.name != new.name || device.mac != new.mac)
     }
 
-    /// Addresses of an interface that it had and shall not have any more.
+    /// Addresses that an interface had and must not have any more.
     fn removed_addresses(&self, change: &Change<'a>) -> impl Iterator<Item = &'a Address> {
         let new = change.new;
         change
@@ -116,7 +116,7 @@ impl<'a> Situation<'a> {
             .filter(|address| !new.addresses.contains(address))
     }
 
-    /// A step for a route or a neighbour; none when its device is unknown.
+    /// A step for a route or a neighbour; `None` if its device is unknown.
     fn with(&self, number: Option<u8>, what: What<'a>) -> Option<Step<'a>> {
         let (mut link, mut name) = (0, "");
         if let Some(number) = number {
@@ -135,9 +135,9 @@ impl<'a> Situation<'a> {
         })
     }
 
-    /// What goes from interfaces that stay. In the order opposite to that of coming.
+    /// Removes what goes from interfaces that stay, in the reverse order of adding.
     fn remove(&self, changes: &[Change<'a>], steps: &mut Vec<Step<'a>>) {
-        // A link that is set down loses its routes and neighbours without being told.
+        // A link that is set down loses its routes and neighbours by itself.
         let stays = |device: u8| self.new.interface(device).is_some();
         if self.old.neighbours != self.new.neighbours {
             for old in &self.old.neighbours {
@@ -163,7 +163,7 @@ impl<'a> Situation<'a> {
         }
     }
 
-    /// Takes everything from a device, so that another interface can have it. Its name comes later.
+    /// Takes everything from a device, so that another interface can have it. The name comes later.
     fn remove_interface(&self, device: &'a Device, steps: &mut Vec<Step<'a>>) {
         let mut push = |what| {
             steps.push(Step {
@@ -222,8 +222,8 @@ impl<'a> Situation<'a> {
         steps.append(&mut late);
     }
 
-    /// What a device is called that no interface has: as at first after an interface has left it,
-    /// else as it is. But never as an interface, or another idle device.
+    /// Name of a device without an interface: its first one after an interface has left it, else
+    /// its current one. But never that of an interface, or of another idle device.
     fn idle_name(&self, device: &Device, others: &[String]) -> String {
         let is_free = |name: &String| {
             !self
@@ -245,7 +245,7 @@ impl<'a> Situation<'a> {
             .map_or_else(|| self.spare_name(device), String::clone)
     }
 
-    /// A name that nobody has or wants, the same each time.
+    /// An unused name, the same each time.
     fn spare_name(&self, device: &Device) -> String {
         let number = device.number;
         let is_taken = |name: &String| {
@@ -262,7 +262,7 @@ impl<'a> Situation<'a> {
         name
     }
 
-    /// Hardware address, MTU, and up.
+    /// Sets hardware address and MTU, and brings the link up.
     fn set_up(&self, change: &Change<'a>, steps: &mut Vec<Step<'a>>) {
         let Change { device, new, .. } = *change;
         let mut push = |what| {
@@ -277,7 +277,7 @@ impl<'a> Situation<'a> {
         if device.mtu != new.mtu {
             push(What::Mtu(new.mtu));
         }
-        // The kernel forgets it with IPv6 as a whole.
+        // The kernel drops the setting when IPv6 goes from the link.
         let ipv6_comes = change.is_anew(self.settled) || device.mtu < IPV6_MIN_MTU;
         if self.ipv6 && new.mtu >= IPV6_MIN_MTU && ipv6_comes {
             push(What::NoLinkLocal);
@@ -287,7 +287,7 @@ impl<'a> Situation<'a> {
         }
     }
 
-    /// What comes, and what has gone along with something else.
+    /// Adds what is new, and what was lost as a side effect.
     fn add(&self, changes: &[Change<'a>], steps: &mut Vec<Step<'a>>) {
         // By family: IPv4, IPv6.
         let mut addresses_go = [false; 2];
@@ -329,8 +329,8 @@ impl<'a> Situation<'a> {
             let had = same_routes || self.old.routes.contains(route);
             let lost = addresses_go[usize::from(route.destination.is_ipv6())];
             if !had || lost || !self.settled || route.device.is_some_and(is_anew) {
-                // Several with one key are each other's neighbours, and so are those of each link
-                // to what is on it.
+                // Routes with one key coexist, and so do the routes of each link to the same
+                // link-local or multicast destination.
                 let replace = keys.get(&route.key()) == Some(&1) && !is_on_every_link(route);
                 steps.extend(self.with(route.device, What::AddRoute { route, replace }));
             }

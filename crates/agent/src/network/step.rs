@@ -1,5 +1,5 @@
-//! One thing that the kernel is asked for: how it is encoded, what it is called, which failures do
-//! not matter. Made by `plan`, carried out by `mod`.
+//! One request to the kernel: its encoding, its name, and which failures do not matter. Created by
+//! `plan`, carried out by `mod`.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -17,14 +17,14 @@ const RTNH_F_ONLINK: u32 = 4;
 const RTA_VIA: u16 = 18;
 const RTAX_MTU: u16 = 2;
 
-/// What it is done to, and what.
+/// A change, and the link that it applies to.
 #[derive(Debug)]
 pub struct Step<'a> {
     /// The link's index; 0 for a route without one.
     pub link: u32,
-    /// The link's name to a person; empty for a route without one.
+    /// The link's name in messages; empty for a route without a link.
     pub name: &'a str,
-    /// The link is no longer wanted: it may even be gone.
+    /// The link is no longer wanted, and may be gone.
     pub leaving: bool,
     pub what: What<'a>,
 }
@@ -36,14 +36,14 @@ pub enum What<'a> {
     Rename(String),
     Mac([u8; 6]),
     Mtu(u32),
-    /// The kernel shall make no IPv6 address by itself when the link comes up.
+    /// No automatic IPv6 address when the link comes up.
     NoLinkLocal,
     RemoveAddress(&'a Address),
     AddAddress(&'a Address),
     RemoveRoute(&'a Route),
     AddRoute {
         route: &'a Route,
-        /// Whatever else has the same destination and metric gives way. Else it is put beside.
+        /// Replaces routes with the same destination and metric. Otherwise added beside them.
         replace: bool,
     },
     RemoveNeighbour(&'a Neighbour),
@@ -87,7 +87,7 @@ impl Step<'_> {
             What::AddAddress(address) => {
                 let flags = NLM_F_CREATE | NLM_F_REPLACE;
                 self.encode_address(requests, libc::RTM_NEWADDR, flags, address);
-                // The host has the address already: nobody else does.
+                // The host has the address already: no duplicate detection.
                 let mut flags = libc::IFA_F_NODAD;
                 if address.no_prefix_route {
                     flags |= netlink::IFA_F_NOPREFIXROUTE;
@@ -103,7 +103,7 @@ impl Step<'_> {
             What::AddRoute { route, replace } => {
                 let flags = match (*replace, route.destination) {
                     (true, _) => NLM_F_CREATE | NLM_F_REPLACE,
-                    // To IPv6 the flag means a route with several ways.
+                    // For IPv6 the flag means a route with several next hops.
                     (false, IpAddr::V6(_)) => NLM_F_CREATE,
                     (false, IpAddr::V4(_)) => NLM_F_CREATE | NLM_F_APPEND,
                 };
@@ -203,15 +203,15 @@ impl Step<'_> {
         requests.address(libc::NDA_DST, neighbour.address);
     }
 
-    /// It is as wanted although the kernel refused.
+    /// Whether the result is as wanted although the kernel refused.
     pub fn tolerates(&self, error: Errno) -> bool {
         if self.leaving && error == Errno::NODEV {
             return true;
         }
         match &self.what {
-            // Its first name is somebody else's by now. It keeps the one it has.
+            // Another link has its first name by now. It keeps the one it has.
             What::Rename(_) => self.leaving && error == Errno::EXIST,
-            // Gone already. The third: with IPv6 as a whole.
+            // Gone already; NXIO if IPv6 is gone from the link.
             What::RemoveAddress(_) => {
                 matches!(error, Errno::ADDRNOTAVAIL | Errno::NODEV | Errno::NXIO)
             }
@@ -223,7 +223,7 @@ impl Step<'_> {
         }
     }
 
-    /// The kernel may refuse it while the link is up.
+    /// Whether the kernel may accept it while the link is down.
     pub fn is_busy(&self, error: Errno) -> bool {
         error == Errno::BUSY && matches!(self.what, What::Rename(_) | What::Mac(_))
     }
@@ -254,7 +254,7 @@ impl fmt::Display for Step<'_> {
     }
 }
 
-/// A hardware address as people write it.
+/// A hardware address in the usual notation.
 struct Mac<'a>(&'a [u8; 6]);
 
 impl fmt::Display for Mac<'_> {

@@ -1,6 +1,6 @@
 //! Whole requests against the kernel of the machine that runs the tests, in a network namespace of
 //! each test's own. It needs root and veth links, which stand for the machine's net devices;
-//! without, the tests say so and pass.
+//! without, the tests report it and pass.
 #![allow(clippy::unwrap_used)]
 
 mod kernel;
@@ -29,7 +29,7 @@ fn a_device_becomes_an_interface_with_everything() {
 
     let link = kernel.link("net7").unwrap();
     assert_eq!((link.mac, link.mtu, link.up), (Some(MAC), 1400, true));
-    // No link-local address that nobody asked for, and nothing waits for duplicates to be found.
+    // No link-local address that was not asked for, and no waiting for duplicate detection.
     assert_eq!(kernel.addresses("net7"), ["10.1.0.2/24", "fd00::2/64"]);
     let routes = [
         "default/0 dev net7 metric 1024 via fd00::1",
@@ -141,7 +141,7 @@ fn a_route_s_fields_all_arrive() {
         "type 8 10.8.0.0/16",
     ];
     assert_eq!(kernel.routes(), expected);
-    // In doubt everything is said again, and is as it was.
+    // If in doubt, everything is configured anew, and is as it was.
     network.settled = false;
     network.apply(&wanted).unwrap();
     assert_eq!(kernel.routes(), expected);
@@ -152,7 +152,7 @@ fn a_route_s_fields_all_arrive() {
         "{routes}"
     );
     assert!(routes.contains("eth1\t0001010A"), "{routes}");
-    // And all of them go.
+    // Then all of them go.
     network.apply(&request(&wanted.interfaces, &[])).unwrap();
     assert_eq!(kernel.routes(), [""; 0]);
 }
@@ -233,7 +233,7 @@ fn only_what_changed_changes_and_what_containers_added_stays() {
     assert_eq!(kernel.neighbours("eth0"), ["10.1.0.1", "10.77.0.1"]);
     assert_eq!(kernel.link("eth0").unwrap().mtu, 1400);
 
-    // Already gone, by a container's hand.
+    // Already gone, removed by a container.
     kernel.add(
         "eth0",
         What::RemoveNeighbour(&network.brought.neighbours[0]),
@@ -255,7 +255,7 @@ fn only_what_changed_changes_and_what_containers_added_stays() {
 
 #[test]
 fn interfaces_swap_their_names_and_keep_the_rest() {
-    // As newer kernels do it, and as older ones want it.
+    // As for newer kernels, and as for older ones.
     for careful in [false, true] {
         let Some(socket) = machine(2) else { return };
         let kernel = Kernel(&socket);
@@ -285,7 +285,7 @@ fn interfaces_swap_their_names_and_keep_the_rest() {
         for neighbour in &mut wanted.neighbours {
             swap(&mut neighbour.interface);
         }
-        // And one gets another hardware address.
+        // Then one gets another hardware address.
         wanted.interfaces[0].mac = vec![2, 7, 7, 7, 7, 7];
         network.apply(&wanted).unwrap();
         assert_eq!(kernel.link("eth1").unwrap().mac, Some([2, 7, 7, 7, 7, 7]));
@@ -378,7 +378,7 @@ fn a_first_name_that_somebody_took_is_not_had_back() {
     wanted.interfaces[0].name = "second".into();
     network.apply(&wanted).unwrap();
     assert!(kernel.link("second").unwrap().up);
-    // A name of somebody else's is refused by the kernel, and the call can be repeated with another
+    // The kernel refuses a name that another link has, and the call can be repeated with another
     // one.
     wanted.interfaces[0].name = "eth0".into();
     let failure = network.apply(&wanted).unwrap_err();
@@ -411,7 +411,7 @@ fn a_failure_names_what_failed_and_the_call_can_be_repeated() {
             "cannot add route 10.0.0.0/8 via 10.66.0.1 dev eth0: Network is unreachable"
         );
     }
-    // The host thinks again, and nothing of what it gave up stays.
+    // The host changes its mind, and nothing of what it gave up stays.
     network.apply(&typical()).unwrap();
     assert_eq!(kernel.addresses("eth0"), ["10.1.0.2/24", "fd00::2/64"]);
     assert_eq!(

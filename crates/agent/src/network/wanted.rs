@@ -12,7 +12,7 @@ use hull_protocol::agent::{self, SetNetworkRequest};
 use super::netlink::{address, family};
 use crate::rpc::status::{Failure, Result};
 
-/// Bounds of a request, beside the number of devices.
+/// Limits of a request, besides the number of devices.
 const MOST_ADDRESSES: usize = 64;
 const MOST_ROUTES: usize = 1024;
 const MOST_NEIGHBOURS: usize = 1024;
@@ -29,7 +29,7 @@ const IPV6_DEFAULT_METRIC: u32 = 1024;
 const RTN_UNICAST: u32 = 1;
 const RTN_PROHIBIT: u32 = 8;
 
-/// All of it. `Default` is nothing.
+/// The network. `Default` is nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     pub interfaces: Vec<Interface>,
@@ -44,7 +44,7 @@ pub struct Interface {
     pub mac: [u8; 6],
     pub mtu: u32,
     pub addresses: Vec<Address>,
-    /// What makes the kernel find the device, if it does not have it yet.
+    /// Parameter that adds the device to the kernel, if it is not there yet.
     pub plug: Option<String>,
 }
 
@@ -54,7 +54,7 @@ pub struct Address {
     pub prefix: u8,
     pub scope: u8,
     pub peer: Option<IpAddr>,
-    /// The kernel shall make no route to its network.
+    /// The kernel adds no route to the address's network.
     pub no_prefix_route: bool,
 }
 
@@ -83,7 +83,7 @@ pub struct Neighbour {
 }
 
 impl Wanted {
-    /// Understands a request, or says what is wrong with it.
+    /// Checks and converts a request, or says what is wrong with it.
     pub fn check(request: &SetNetworkRequest) -> Result<Self> {
         let mut wanted = Self::default();
         for interface in &request.interfaces {
@@ -127,14 +127,14 @@ impl Wanted {
         Ok(wanted)
     }
 
-    /// The interface that a device is given to.
+    /// The interface on a device.
     pub fn interface(&self, device: u8) -> Option<&Interface> {
         self.interfaces
             .iter()
             .find(|interface| interface.device == device)
     }
 
-    /// Something that needs IPv6, in words.
+    /// The first part that needs IPv6, for messages.
     pub fn first_ipv6(&self) -> Option<String> {
         let addresses = self.interfaces.iter().flat_map(|interface| {
             let named = |address| format!("address {address} of interface {:?}", interface.name);
@@ -159,8 +159,7 @@ impl Wanted {
         addresses.chain(routes).chain(neighbours).next()
     }
 
-    /// What either of two networks has: all that there can be after one was half replaced by the
-    /// other.
+    /// Union of two networks: all that there can be after one was half replaced by the other.
     pub fn join(&mut self, other: &Self) {
         for interface in &other.interfaces {
             let mine = self
@@ -256,7 +255,7 @@ impl Wanted {
     }
 }
 
-/// Adds what is missing.
+/// Adds elements that are missing.
 fn extend<T: Clone + PartialEq>(list: &mut Vec<T>, more: &[T]) {
     for item in more {
         if !list.contains(item) {
@@ -304,7 +303,7 @@ fn check_interface(interface: &agent::Interface) -> Result<Interface> {
     })
 }
 
-/// What the kernel allows, and nothing that it takes for a pattern.
+/// Accepts what the kernel allows and does not treat as a pattern.
 fn check_name(name: &str) -> std::result::Result<(), &'static str> {
     let forbidden = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '%');
     if name.is_empty() || name.len() > LONGEST_NAME {
@@ -329,7 +328,7 @@ fn check_address(address: &agent::Address) -> std::result::Result<Address, Strin
         address: own,
         prefix: checked_prefix(own, address.prefix_length)?,
         scope: checked_scope(address.scope)?,
-        // The kernel makes no difference.
+        // To the kernel these are the same.
         peer: peer.filter(|peer| *peer != own),
         no_prefix_route: address.no_prefix_route,
     })
@@ -384,17 +383,17 @@ fn too_many(what: &str, number: usize, most: usize) -> Failure {
     invalid(format!("{number} {what}, at most {most} are taken"))
 }
 
-/// A device that this machine does not have.
+/// The error for a device that this machine does not have.
 pub fn no_device(number: u32) -> Failure {
     invalid(format!("this machine has no net device {number}"))
 }
 
-/// An address of a request in words, whatever it is.
+/// An address of a request, valid or not, for messages.
 fn raw_address(bytes: &[u8]) -> String {
     address(bytes).map_or_else(|| format!("{bytes:?}"), |address| address.to_string())
 }
 
-/// A route of a request in words, whatever it is.
+/// A route of a request, valid or not, for messages.
 fn raw_route(route: &agent::Route) -> String {
     match route.destination.is_empty() {
         true => "default".into(),
@@ -407,13 +406,13 @@ fn raw_route(route: &agent::Route) -> String {
 }
 
 impl Address {
-    /// The kernel takes both for one: a link cannot have them together.
+    /// Whether the kernel treats both as one: a link cannot have them together.
     fn is_same(&self, other: &Self) -> bool {
         self.address == other.address
             && (self.address.is_ipv6() || (self.prefix, self.peer) == (other.prefix, other.peer))
     }
 
-    /// The address of all hosts of the network, if it has one.
+    /// Broadcast address of the network, if it has one.
     pub fn broadcast(&self) -> Option<Ipv4Addr> {
         match self.address {
             IpAddr::V4(address) if self.prefix < 31 && self.peer.is_none() => {
@@ -444,7 +443,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Without the interface, of which it knows only the device.
+/// Without the interface: the route knows its device only.
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {

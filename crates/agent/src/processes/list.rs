@@ -28,7 +28,7 @@ pub fn list(cgroup: &Path) -> Result<ProcessesResponse> {
 fn collect(group: &Path, pids: &mut Vec<u32>) -> io::Result<()> {
     let listed = match fs::read_to_string(group.join("cgroup.procs")) {
         Ok(listed) => listed,
-        // The group has gone, or is one of threads: its processes are listed above.
+        // The group is gone, or is a threaded one: its processes are listed above.
         Err(error)
             if matches!(
                 error.raw_os_error(),
@@ -104,7 +104,7 @@ fn command(arguments: &[u8], name: &str) -> String {
     }
 }
 
-/// What is of interest in /proc/PID/stat, see proc_pid_stat(5).
+/// Fields of /proc/PID/stat, see proc_pid_stat(5).
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     name: String,
@@ -118,8 +118,7 @@ struct Stat {
 
 impl Stat {
     fn parse(text: &str) -> Option<Self> {
-        // The name is whatever the process says, parentheses and spaces included: it ends at the
-        // last one.
+        // The name is up to the process, parentheses and spaces included: it ends at the last one.
         let (_, rest) = text.split_once('(')?;
         let (name, rest) = rest.rsplit_once(')')?;
         let fields: Vec<&str> = rest.split_ascii_whitespace().collect();

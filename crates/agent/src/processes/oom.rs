@@ -2,7 +2,7 @@
 //! `rpc::service`, which starts the watch with the container, and by `reaper`, for which a kill
 //! comes before the exit that it causes.
 //!
-//! The kernel says with POLLPRI that the file has changed (`cgroup_file_notify`), and again only
+//! The kernel reports with POLLPRI that the file has changed (`cgroup_file_notify`), and again only
 //! after it has been read.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,7 +21,7 @@ use crate::io::reactor;
 /// Longer than any memory.events.
 const BUFFER: usize = 512;
 
-/// What is known about the OOM kills of a container.
+/// OOM kills of a container.
 pub struct OomWatch {
     container_id: String,
     /// memory.events; `None` when the kernel does not have it.
@@ -72,7 +72,7 @@ impl OomWatch {
 
     fn read(&self) -> Option<u64> {
         let mut buffer = [0; BUFFER];
-        // From the beginning: that also lets the kernel notify again.
+        // From the beginning: that also re-enables the notification.
         let length = rustix::io::pread(self.file.as_ref()?, &mut buffer, 0).ok()?;
         let text = std::str::from_utf8(&buffer[..length]).ok()?;
         text.lines()

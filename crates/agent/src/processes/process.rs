@@ -1,11 +1,11 @@
 //! A process of a container, as the host calls it: signals, terminal, exit status.
 //!
-//! What `Wait` promises: it returns when the process has ended and its output has been handed to
+//! What `Wait` guarantees: it returns when the process has ended and its output has been handed to
 //! the host. Other processes may have inherited its output (`sh -c 'sleep 1000 &'`). When the
 //! process is the first of its PID namespace, the kernel ends them with it, and the output ends on
 //! its own. Else `Wait` gives them [`OUTPUT_GRACE`] from the moment at which everything that the
 //! process itself wrote has been passed on, and returns; the relays go on for as long as the host
-//! keeps the streams open. A host that does not read holds `Wait` up: nothing is ever dropped.
+//! keeps the streams open. A host that does not read holds `Wait` up: no output is ever dropped.
 
 #![allow(unsafe_code)]
 
@@ -19,7 +19,7 @@ use super::reaper::Exit;
 use crate::io::relay::Progress;
 
 /// How long `Wait` waits for the end of output that descendants of an ended process hold open. As
-/// Docker's.
+/// in Docker.
 const OUTPUT_GRACE: Duration = Duration::from_secs(2);
 
 /// A container's init or a process that was executed in it.

@@ -1,7 +1,7 @@
 //! Collects every process of the guest that ends: PID 1 inherits all orphans.
 //!
-//! For a process that has been registered, its exit goes to those that wait for it, and, if it
-//! belongs to a container, into the events of the guest. Called by `rpc::service` and `copy`.
+//! The exit of a registered process goes to those that wait for it, and, if it belongs to a
+//! container, into the events of the guest. Called by `rpc::service` and `copy`.
 
 #![allow(unsafe_code)]
 
@@ -32,7 +32,7 @@ pub struct Exit {
 }
 
 impl Exit {
-    /// Of a process whose exit status cannot be had.
+    /// Exit of a process whose status is not available.
     pub const UNKNOWN: Self = Self {
         status: 255,
         oom_killed: false,
@@ -52,14 +52,14 @@ fn exit_status(status: WaitStatus) -> i32 {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code & 0xff,
         (None, Some(signal)) => 128 + signal,
-        // wait was asked for ended processes only.
+        // wait returns ended processes only.
         (None, None) => Exit::UNKNOWN.status,
     }
 }
 
 /// The process of a container as events name it.
 pub struct Identity {
-    /// Its container's.
+    /// OOM watch of its container.
     pub oom: Arc<OomWatch>,
     /// Empty for the container's init.
     pub exec_id: String,
@@ -90,10 +90,10 @@ pub struct Reaper {
 #[derive(Default)]
 struct Table {
     registered: HashMap<u32, Registered>,
-    /// Calls that are creating a process right now. Until it is registered it may end, and be
-    /// collected.
+    /// Calls that are creating a process right now, which may end and be collected before it is
+    /// registered.
     spawning: usize,
-    /// What was collected meanwhile.
+    /// Exits collected meanwhile.
     unclaimed: HashMap<u32, Exit>,
 }
 
@@ -123,7 +123,7 @@ fn lock(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
 }
 
 impl Reaper {
-    /// To be held from before a child is created until it is registered.
+    /// Hold it from before a child is created until it is registered.
     pub fn spawn_guard(&self) -> SpawnGuard {
         lock(&self.table).spawning += 1;
         SpawnGuard {
@@ -143,7 +143,7 @@ impl Reaper {
         receiver
     }
 
-    /// Starts to collect. Returns only what is left to run for ever.
+    /// Starts collecting; the result must be run for ever.
     pub fn start(&self) -> io::Result<impl Future<Output = ()> + use<>> {
         let signals = reactor::watch(child_signals()?, Interest::READABLE)?;
         let reaper = self.clone();
@@ -153,7 +153,8 @@ impl Reaper {
                     Ok(mut guard) => guard.clear_ready(),
                     Err(error) => panic!("cannot wait for child processes: {error}"),
                 }
-                // The signal says "one or more have ended". It is taken; its content is not needed.
+                // The signal means "one or more have ended". It is taken; its content is not
+                // needed.
                 let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
                 while rustix::io::read(signals.get_ref(), &mut record).is_ok() {}
                 reaper.collect();
@@ -162,7 +163,7 @@ impl Reaper {
     }
 
     fn collect(&self) {
-        // Fails with ECHILD when there are no children, and says None when none has ended.
+        // ECHILD if there are no children, None if none has ended.
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let pid = pid.as_raw_nonzero().get().unsigned_abs();
             self.ended(pid, Exit::now(exit_status(status)));
@@ -188,11 +189,11 @@ impl Registered {
     }
 }
 
-/// A descriptor that is readable when a child has ended. The signal is blocked from here on;
-/// whatever creates a child that executes something else unblocks it there.
+/// A descriptor that is readable when a child has ended. The signal is blocked from here on; code
+/// that creates a child for another executable unblocks it there.
 fn child_signals() -> io::Result<OwnedFd> {
     // SAFETY: the set lives across the three calls, and the first one initializes it. signalfd
-    // returns a new descriptor that nobody else owns.
+    // returns a new descriptor without another owner.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);

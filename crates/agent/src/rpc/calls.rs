@@ -1,4 +1,4 @@
-//! Calls that change something and have an id: each is executed once, however often the host makes
+//! Calls that change something and have an id: each is executed once, however often the host sends
 //! it over connections that break. See "Connections" in `agent.proto`. Called by ttrpc, between it
 //! and `service`.
 
@@ -19,7 +19,7 @@ const REPEATABLE: [&str; 5] = ["Hello", "Wait", "Events", "Stats", "Processes"];
 
 type Answer = ttrpc::Result<Response>;
 
-/// Makes the methods of a service that change something executed once per id.
+/// Makes a service execute the calls of its changing methods once per id.
 pub fn once(service: &mut Service) {
     let calls = Arc::new(Calls::default());
     for (name, method) in std::mem::take(&mut service.methods) {
@@ -53,7 +53,7 @@ impl MethodHandler for Once {
             Begun::Known(answer) => answer,
             Begun::New(answer) => {
                 let (method, calls) = (self.method.clone(), self.calls.clone());
-                // On its own: it goes on when the connection ends, and this future with it.
+                // A task of its own: it goes on when the connection ends, and this future with it.
                 tokio::spawn(async move {
                     let answer = execute(method.as_ref(), context, request).await;
                     calls.end(&id, answer);
@@ -63,13 +63,13 @@ impl MethodHandler for Once {
         };
         match answer.wait_for(Option::is_some).await {
             Ok(answer) => answer.clone().unwrap_or(Err(ttrpc::Error::LocalClosed)),
-            // An answer is dropped only after it has been there.
+            // The sender is dropped only after it has sent an answer.
             Err(_closed) => Err(ttrpc::Error::LocalClosed),
         }
     }
 }
 
-/// Executes a call within its time, which ttrpc bounds only as long as there is a connection.
+/// Executes a call with its timeout, which ttrpc enforces only while there is a connection.
 async fn execute(
     method: &(dyn MethodHandler + Send + Sync),
     context: TtrpcContext,
@@ -86,7 +86,7 @@ async fn execute(
     }
 }
 
-/// The calls that are executed, and the last ones that have been answered.
+/// The calls in execution, and the last ones that have been answered.
 #[derive(Default)]
 struct Calls {
     table: Mutex<Table>,

@@ -1,7 +1,6 @@
-//! The connection to the host, over and over: dials, serves, and dials again when it has ended.
-//! Called by `main`.
+//! The connection to the host: dials, serves, and dials again when it has ended. Called by `main`.
 //!
-//! A connection is served by ttrpc. What it has begun goes on when it ends: calls with an id
+//! A connection is served by ttrpc. What was started on it goes on when it ends: calls with an id
 //! (`calls`), processes and their streams.
 
 use std::convert::Infallible;
@@ -43,10 +42,10 @@ impl Stream for Dialled {
     }
 }
 
-/// Serves the host on the connections that `dial` begins; the first one is `dialled` already.
+/// Serves the host on the connections that `dial` starts; the first one is `dialled` already.
 ///
 /// # Errors
-/// No host has called for [`NO_HOST_TIMEOUT`].
+/// If the server cannot start or ends, or no host has called for [`NO_HOST_TIMEOUT`].
 pub async fn serve(
     service: Service,
     streams: &Streams,
@@ -73,7 +72,8 @@ pub async fn serve(
                 taken.map_err(|_| io::Error::other("the server has ended"))?;
                 let began = Instant::now();
                 link.ended().await;
-                // What is accepted and closed at once is no host: it would be dialled in a loop.
+                // What is accepted and closed at once is no host; without a pause it would be
+                // redialled in a loop.
                 if link.has_received() || began.elapsed() >= LONGEST_PAUSE {
                     heard = Instant::now();
                     pause = Duration::ZERO;

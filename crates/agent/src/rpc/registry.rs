@@ -1,8 +1,8 @@
 //! The containers of this guest and their processes, by name. Called by `service`, which holds one
 //! registry.
 //!
-//! A name is reserved before what it names is created, so that two calls cannot create the same,
-//! and released when that fails or is cancelled: nothing half done stays.
+//! A name is reserved before its container or process is created, so that two calls cannot create
+//! the same, and released when that fails or is cancelled: nothing half created stays.
 
 use std::collections::HashMap;
 use std::collections::hash_map;
@@ -21,8 +21,8 @@ use crate::processes::process::Process;
 use crate::rpc::status::{Failure, Result};
 use crate::shared_memory::Memory;
 
-/// Records of ended exec processes that a container keeps for late callers of Wait. Probes can make
-/// one every second for months.
+/// Records of ended exec processes that a container keeps for late callers of Wait. Probes can
+/// create one every second for months.
 const ENDED_KEPT: usize = 256;
 
 /// `None`: the name is reserved.
@@ -34,34 +34,34 @@ pub struct Running {
     pub process: Process,
     /// Its streams.
     pub relays: Relays,
-    /// Order in which processes were made.
+    /// Order in which processes were created.
     sequence: u64,
 }
 
 /// Resources of the machine that a container holds until it is deleted.
 #[derive(Debug, Default)]
 pub struct HeldResources {
-    /// Its disks.
+    /// The container's disks.
     pub disks: Disks,
-    /// Memory that it shares with other containers.
+    /// Memory shared with other containers.
     pub _memory: Vec<Arc<Memory>>,
 }
 
 /// A container that has been created.
 pub struct Entry {
     id: String,
-    /// Its first process.
+    /// The container's init.
     pub init: Running,
-    /// Its control group.
+    /// The container's control group.
     pub cgroup: PathBuf,
-    /// Its disks and shared memory.
+    /// Disks and shared memory.
     pub resources: HeldResources,
-    /// Its OOM kills.
+    /// OOM kills.
     pub oom: Arc<OomWatch>,
-    /// Reports them.
+    /// Reports the OOM kills.
     oom_task: JoinHandle<()>,
     container: Mutex<Option<Container>>,
-    /// Unused as long as the container is created and not started.
+    /// `None` once the container has been started.
     gate: Mutex<Option<OwnedFd>>,
     paused: Mutex<bool>,
     execs: Mutex<Slots<Running>>,
@@ -205,7 +205,7 @@ impl Entry {
         }
     }
 
-    /// Its state.
+    /// The container's state.
     pub fn state(&self) -> State {
         if self.init.process.exit().is_some() {
             State::Stopped
@@ -314,7 +314,7 @@ impl Entry {
             .ok_or_else(|| Failure::no_process(&self.id, exec_id))
     }
 
-    /// Ends all that runs for the container in the agent.
+    /// Ends the container's relays, and the reports of its OOM kills.
     pub async fn close_streams(&self) {
         self.oom_task.abort();
         self.init.relays.close().await;

@@ -46,7 +46,7 @@ use crate::{configure, copy, init, metrics, processes};
 /// How long a forced deletion waits for the killed init to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the answer to Shutdown has to reach the host.
+/// How long the reply to Shutdown may take to reach the host.
 const SHUTDOWN_REPLY_GRACE: Duration = Duration::from_millis(100);
 
 /// The service. One per guest.
@@ -246,7 +246,7 @@ impl Service {
     async fn reattach(&self, request: ReattachStreamsRequest) -> Result<ReattachStreamsResponse> {
         let entry = self.registry.get(&request.container_id)?;
         let streams = self.streams.clone();
-        // On its own: it must not end half way when the call is dropped.
+        // A task of its own: it must not end half way when the call is dropped.
         let reattached = tokio::spawn(async move {
             let received = match request.exec_id.as_str() {
                 "" => entry.init.relays.reattach(&streams, &request).await?,
@@ -383,7 +383,7 @@ async fn finish(pending: PendingChild) -> Result<Child> {
 async fn open_gate(gate: OwnedFd) -> Result<()> {
     let failed = |error: std::io::Error| Failure::internal("start a process", &error);
     match rustix::net::send(&gate, b"x", rustix::net::SendFlags::NOSIGNAL) {
-        // It has ended: the error that it has sent can still be read.
+        // The process has ended: the error that it has sent can still be read.
         Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {}
         Err(error) => return Err(failed(error.into())),
     }
@@ -561,7 +561,7 @@ impl Agent for Service {
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         init::quiesce();
-        // The host has what it waits for, and may end the machine itself, which is quicker.
+        // The host has its reply, and may end the machine itself, which is quicker.
         tokio::spawn(async {
             tokio::time::sleep(SHUTDOWN_REPLY_GRACE).await;
             init::power_off()

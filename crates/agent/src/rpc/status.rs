@@ -7,7 +7,7 @@ use ttrpc::{Code, Error};
 
 use crate::container::CreateError;
 
-/// What a call fails with.
+/// Result of a call.
 pub type Result<T> = std::result::Result<T, Failure>;
 
 /// A status code with its line.
@@ -15,7 +15,7 @@ pub type Result<T> = std::result::Result<T, Failure>;
 pub struct Failure {
     /// As in the head of `agent.proto`.
     pub code: Code,
-    /// What, on what, why.
+    /// What failed, on what, and why.
     pub message: String,
 }
 
@@ -63,7 +63,7 @@ impl Failure {
     }
 }
 
-/// The text of an error without the number that the library adds to it.
+/// Text of a system error, without its "(os error N)".
 pub fn plain_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.split_once(" (os error ") {
@@ -90,7 +90,7 @@ impl From<CreateError> for Failure {
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
-        // The contract says one line.
+        // The protocol requires one line.
         Error::RpcStatus(ttrpc::get_status(
             failure.code,
             failure.message.replace('\n', " "),

@@ -1,9 +1,9 @@
 //! The whole agent, with real containers, and a host whose connections break. TCP stands for vsock:
-//! a stream has a port by which it is named, and a connection can be reset, with all that is on its
-//! way.
+//! a stream has a port by which it is named, and a connection can be reset, losing all that is on
+//! its way.
 //!
 //! The agent is PID 1 of a PID namespace, with mounts and control groups of its own. That needs
-//! root, a kernel with cgroup v2, and busybox; where one is missing the tests say so and pass.
+//! root, a kernel with cgroup v2, and busybox; where one is missing the tests report it and pass.
 #![allow(clippy::unwrap_used, unsafe_code)]
 
 mod harness;
@@ -154,7 +154,7 @@ struct Echo {
 }
 
 impl Echo {
-    /// Attaches new streams, and says from where on the input is to be sent.
+    /// Attaches new streams, and returns the position from which the input is to be sent.
     async fn reattach(&self, ports: StreamPorts) -> usize {
         let mut request = ReattachStreamsRequest::new();
         request.container_id = "c1".into();
@@ -259,7 +259,7 @@ fn a_terminal_is_attached_again() {
         assert_eq!(terminal.read(1).await, b"\n");
         let (mut sent, mut received) = (0, 1);
         for round in 1..30 {
-            // All of it: of two users of one socket only one would be told that TCP has reset it.
+            // All of it: of two users of one socket only one would get TCP's reset.
             let piece = pattern(sent..sent + round * 331);
             terminal.send(&piece).await;
             let mut echo = Vec::new();
@@ -323,7 +323,7 @@ fn what_cannot_be_attached_is_refused_by_name() {
         let refused = attach("e1", 0, true).await.err();
         assert_eq!(refused, Some(Code::FAILED_PRECONDITION));
         assert_eq!(attach("e2", 0, false).await.err(), Some(Code::NOT_FOUND));
-        // Refusals have changed nothing: the old stream is the process's still.
+        // Refusals have changed nothing: the process still has the old stream.
         let mut again = attach("e1", 2, false).await.unwrap();
         assert_eq!(again.read(100).await, b"llo\n");
         assert_eq!(output.read_to_end().await, b"");

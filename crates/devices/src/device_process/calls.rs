@@ -40,13 +40,13 @@ impl Reply {
         report(&self.control, &event, None);
     }
 
-    /// For a request that a device answers with a result.
+    /// For a request to which a device replies with a result.
     fn on_result<E: std::fmt::Display>(self) -> Box<dyn FnOnce(Result<(), E>) + Send> {
         Box::new(move |result| self.send(result.map_err(|error| error.to_string())))
     }
 }
 
-/// Serves one request. The device that it is for replies, now or later.
+/// Serves one request. Its device replies, now or later.
 pub fn serve(
     request: Request,
     fd: Option<OwnedFd>,

@@ -38,10 +38,10 @@ pub enum Error {
     /// The process was not started by a sandbox.
     #[error("descriptor {CONTROL_FD} is not a control socket")]
     NoControlSocket,
-    /// The sandbox closed the control socket before it said which devices there are.
+    /// The sandbox closed the control socket before it configured the devices.
     #[error("the sandbox has ended before it configured the devices")]
     NoSetup,
-    /// The configuration makes no sense.
+    /// The configuration is invalid.
     #[error("cannot set the devices up: {0}")]
     Setup(#[from] InvalidSetup),
     /// A call of the host failed.
@@ -66,10 +66,9 @@ impl Error {
 /// Takes the inherited control socket, [`CONTROL_FD`]. Called once, before the process opens any
 /// descriptor of its own, which could get that number.
 ///
-/// # Errors
-/// [`Error::NoControlSocket`] when the descriptor is not open, or not a socket for messages.
+/// [`Error::NoControlSocket`] if the descriptor is not open, or not a socket for messages.
 pub fn take_control_socket() -> Result<OwnedFd, Error> {
-    // SAFETY: borrowed for the questions whether it is open and what it is.
+    // SAFETY: borrowed only to find out whether it is open and what it is.
     let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
     let socket_type = rustix::net::sockopt::socket_type(borrowed);
     if socket_type != Ok(SocketType::SEQPACKET) {
@@ -77,7 +76,7 @@ pub fn take_control_socket() -> Result<OwnedFd, Error> {
     }
     rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)
         .map_err(|_| Error::NoControlSocket)?;
-    // SAFETY: it is open, and inherited, so nothing else in this process owns it; the caller calls
+    // SAFETY: it is open, and inherited, so it has no other owner in this process; the caller calls
     // this once.
     Ok(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
 }
@@ -90,7 +89,8 @@ pub fn take_control_socket() -> Result<OwnedFd, Error> {
 pub fn run(control: OwnedFd) -> Result<(), Error> {
     let devices = receive_setup(&control)?;
     raise_descriptor_limit();
-    // The host must not judge the fs device's file accesses by groups that the guest's user lacks.
+    // The host must not decide on the fs device's file accesses by groups that the guest's user
+    // lacks.
     if let Err(error) = rustix::thread::set_thread_groups(&[]) {
         tracing::debug!(%error, "cannot leave supplementary groups");
     }
@@ -155,7 +155,7 @@ fn start_device(
                 },
             };
             if early_enable {
-                // QEMU's devices are there from boot.
+                // QEMU's devices are present from boot.
                 slot.start(ended)?;
             }
             targets.nets.push(slot);
@@ -173,7 +173,7 @@ fn start_device(
     }
 }
 
-/// A net device. One that nothing was ever attached to costs no thread.
+/// A net device. It has no thread until something is attached to it.
 enum NetSlot {
     Idle {
         socket: OwnedFd,
@@ -185,7 +185,7 @@ enum NetSlot {
 }
 
 impl NetSlot {
-    /// Starts the device, unless it runs already.
+    /// Starts the device if it is not running.
     fn start(&mut self, ended: &Arc<Ended>) -> Result<&NetHandle, Error> {
         if let Self::Idle { .. } = self
             && let Self::Idle {
@@ -212,7 +212,7 @@ impl NetSlot {
     }
 }
 
-/// Each inode that the guest knows holds a descriptor here.
+/// Each inode that the guest knows holds a descriptor in this process.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -314,12 +314,12 @@ fn serve_control(
     }
 }
 
-/// Sends an event. When that fails the sandbox has ended, which the control loop notices itself.
+/// Sends an event. On failure the sandbox has ended, which the control loop notices itself.
 fn report(control: &OwnedFd, event: &Event, fd: Option<BorrowedFd<'_>>) {
     loop {
         match hull_ipc::send(control, event, fd.as_slice()) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                // Only if the sandbox made the shared description non-blocking.
+                // Only if the sandbox has set the shared description non-blocking.
                 let mut ready = [PollFd::new(control, PollFlags::OUT)];
                 if poll(&mut ready, None).is_err() {
                     return;

@@ -1,4 +1,4 @@
-//! Operations on what is known of a file: status, ownership, times, extended attributes.
+//! Operations on a file's metadata: status, ownership, times, extended attributes.
 
 use std::os::fd::OwnedFd;
 
@@ -74,7 +74,7 @@ impl Server {
     ) -> Result<(), Errno> {
         let handle = named_handle(body)?;
         if header.node == wire::ROOT {
-            // It has no time of birth.
+            // It has no creation time.
             return Err(Errno::NOSYS);
         }
         let stat = self.status(header.node, handle)?;
@@ -139,8 +139,8 @@ impl Server {
         let kind = self.nodes.kind(header.node)?;
         let fd = self.nodes.open(header.node)?;
 
-        // No change at all is a `chown` too, which touches the time of change and set-id bits. The
-        // guest's kernel lets everybody do that.
+        // Even a `chown` without a change touches the time of change and set-id bits. The guest's
+        // kernel lets every user do that.
         let known =
             fattr::MODE | fattr::UID | fattr::GID | fattr::SIZE | fattr::ATIME | fattr::MTIME;
         let touch = valid & known == 0 && (header.uid == 0 || stat_fd(&fd)?.stx_uid == header.uid);
@@ -242,9 +242,8 @@ impl Server {
         Ok(())
     }
 
-    /// The path by which the extended attributes of a node are reached: the calls that take
-    /// descriptors refuse those opened as paths. It leads to the very file, also when that is a
-    /// symbolic link.
+    /// The path for access to a node's extended attributes: the calls that take descriptors refuse
+    /// those opened with O_PATH. It leads to the file itself, even if that is a symbolic link.
     fn xattr_path(&mut self, node: u64) -> Result<(std::sync::Arc<OwnedFd>, String), Errno> {
         use std::os::fd::AsRawFd;
         if node == wire::ROOT {
@@ -333,14 +332,14 @@ impl Server {
     }
 }
 
-/// `fuse_getxattr_out`: the answer to a question with size 0.
+/// `fuse_getxattr_out`: the answer to a request of size 0.
 fn write_size(size: usize, reply: &mut Reply) {
     // At most MAX_XATTR.
     reply.u32(size as u32);
     reply.u32(0);
 }
 
-/// What `GETATTR` and `STATX` begin with: the handle, if the guest names one.
+/// Start of `GETATTR` and `STATX`: the handle, if the guest names one.
 fn named_handle(body: &mut Input<'_>) -> Result<Option<u64>, Errno> {
     let flags = body.u32()?;
     body.u32()?;
@@ -348,7 +347,7 @@ fn named_handle(body: &mut Input<'_>) -> Result<Option<u64>, Errno> {
     Ok((flags & wire::GETATTR_FH != 0).then_some(handle))
 }
 
-/// A user or group number; -1, which means "none" to the host, is not one.
+/// A user or group number; rejects -1, which means "no change" to the host.
 fn id(id: u32) -> Result<u32, Errno> {
     if id == u32::MAX {
         Err(Errno::INVAL)

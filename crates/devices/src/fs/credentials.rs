@@ -91,7 +91,7 @@ fn set_fs_id(call: libc::c_long, id: u32) -> Result<(), Errno> {
     if id == u32::MAX {
         return Err(Errno::INVAL);
     }
-    // SAFETY: these calls take a number and touch no memory. They are made directly because they
+    // SAFETY: these calls take a number and touch no memory. They bypass libc because they
     // must change this thread only.
     let current = unsafe {
         libc::syscall(call, id);

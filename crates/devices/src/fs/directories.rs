@@ -14,7 +14,7 @@ use super::wire::{self, Header, Input, Reply, dirent_size};
 
 /// The longest reply.
 const MAX_REPLY: usize = 256 << 10;
-/// The most that is read from the host at once, and the least: the longest entry fits.
+/// Least and most bytes read from the host at once: the longest entry fits.
 const READ: std::ops::RangeInclusive<usize> = 512..=32 << 10;
 
 impl Server {
@@ -104,8 +104,8 @@ impl Server {
                     stat_at(file, name).and_then(|stat| self.entry(share, node, name, &stat, reply))
                 };
                 if looked_up.is_err() {
-                    // The guest gets the name only and looks it up when it needs to. An entry is
-                    // written in whole or not at all.
+                    // The guest gets the name only and looks it up when needed. An entry is written
+                    // in whole or not at all.
                     reply.zeros(wire::ENTRY_OUT);
                 }
             }

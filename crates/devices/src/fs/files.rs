@@ -101,8 +101,8 @@ impl Server {
     }
 
     pub(super) fn syncfs(&mut self, header: &Header) -> Result<Work, Errno> {
-        // The guest has one file system for all shares: the root means the file systems of all of
-        // them.
+        // The guest has one file system for all shares: the root stands for the file systems of all
+        // of them.
         let roots: Vec<u64> = if header.node == wire::ROOT {
             self.shares.values().map(|share| share.root).collect()
         } else {
@@ -162,7 +162,7 @@ impl Server {
         let position = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
             Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-            // The guest handles all others itself.
+            // The guest handles all other modes itself.
             _ => return Err(Errno::INVAL),
         };
         // The position of the host's descriptor is not used: every other access is positional.

@@ -17,7 +17,7 @@
 //!   open, the length of each message.
 //! - An invalid message is answered with an error; one without room for an answer is ignored.
 //!
-//! # Who calls
+//! # Threads
 //!
 //! A transport drives [`Fs`] through [`Device`] on one thread, which owns all state. Other threads
 //! add and remove shares through [`Shares`]. Slow operations go to [`work`].
@@ -65,10 +65,10 @@ const MAX_COMMANDS: usize = 256;
 /// Why a share was not added or removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ShareError {
-    /// There is a share of this name.
+    /// A share of this name exists.
     #[error("there is a share of this name already")]
     Exists,
-    /// There is no share of this name.
+    /// No share has this name.
     #[error("there is no share of this name")]
     Missing,
     /// Not a name that a directory can have, or one that begins with a dot.
@@ -250,7 +250,7 @@ impl Device for Fs {
         _queues: &mut Queues<'_>,
     ) -> Result<(), DeviceError> {
         let mut count = [0; 8];
-        // Spurious when it fails.
+        // On failure the event was spurious.
         let _ = rustix::io::read(&self.wake, &mut count);
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command);
@@ -267,7 +267,7 @@ impl Device for Fs {
         state::save(&mut self.server)
     }
 
-    /// The shares must have been added before, under the names that they had.
+    /// The shares must have been added before, under their saved names.
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
         state::restore(&mut self.server, state)
     }

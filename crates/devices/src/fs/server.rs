@@ -32,8 +32,8 @@ const MAX_BODY: usize = 68 << 10;
 /// Bytes of one read or write.
 const MAX_TRANSFER: u32 = 1 << 20;
 const PAGE: u32 = 4096;
-/// Short: starting a program takes longer, so it sees what the host has changed before. Long enough
-/// for many files of one directory.
+/// Short: starting a program takes longer, so it sees earlier changes by the host. Long enough for
+/// many files of one directory.
 const MOMENT: Duration = Duration::from_millis(10);
 
 /// A directory of the host in the device's root.
@@ -106,7 +106,7 @@ pub enum Handle {
 pub struct OpenFile {
     pub share: ShareId,
     pub node: u64,
-    /// With which it was opened, and would be opened again.
+    /// Flags with which it was opened, and would be opened again.
     pub flags: OFlags,
     pub file: Arc<OwnedFd>,
     /// Whether reads can be tried without waiting (`RWF_NOWAIT`).
@@ -115,13 +115,13 @@ pub struct OpenFile {
 
 /// How a message is answered.
 pub enum Outcome {
-    /// With this many bytes written.
+    /// Answered, with this many bytes written.
     Done(usize),
-    /// By a worker, later.
+    /// Answered later, by a worker.
     Later { unique: u64, work: Work },
 }
 
-/// All of the file system's state.
+/// State of the file system.
 pub struct Server {
     pub(super) nodes: Nodes,
     pub(super) shares: BTreeMap<ShareId, Share>,
@@ -188,8 +188,8 @@ impl Server {
         Ok(())
     }
 
-    /// What distinguishes the inode numbers of a share. The first share's are the host's, for old
-    /// programs that take no more than 32 bits.
+    /// The salt of a share's inode numbers. The first share's are the host's, for old programs that
+    /// take no more than 32 bits.
     pub(super) fn salt(id: ShareId) -> u64 {
         u64::from(id % (1 << 15))
     }
@@ -261,7 +261,7 @@ impl Server {
             wire::WRITE => return self.write(header, buffers, reply),
             _ => {}
         }
-        // Without room for an answer, only messages that have none are served.
+        // Without room for an answer, only messages without an answer are served.
         let one_way = matches!(
             header.opcode,
             wire::FORGET | wire::BATCH_FORGET | wire::INTERRUPT
@@ -337,8 +337,8 @@ impl Server {
             wire::READDIR => self.readdir(header, body, reply, room, false),
             wire::READDIRPLUS => self.readdir(header, body, reply, room, true),
             wire::IOCTL => Err(Errno::NOTTY),
-            // Among them FLUSH, whose absence saves a round trip at each close: the guest keeps its
-            // own locks.
+            // Including FLUSH: without it the guest keeps its own locks and saves a round trip at
+            // each close.
             _ => Err(Errno::NOSYS),
         }?;
         Ok(Answer::Reply)
@@ -488,13 +488,13 @@ impl Server {
 
 /// How an operation is answered.
 pub enum Answer {
-    /// With the reply.
+    /// Sends the reply.
     Reply,
-    /// With this many bytes, which are in place already.
+    /// Sends this many bytes, which are in place already.
     Data(usize),
-    /// Not now.
+    /// Answers later.
     Later(Work),
-    /// Not at all.
+    /// Sends no answer.
     None,
 }
 

@@ -14,7 +14,7 @@ impl<T> Slab<T> {
         }
     }
 
-    /// A table of values with their numbers, which must be in rising order and below `limit`.
+    /// A table of values with their numbers, which must ascend and be below `limit`.
     pub fn from_entries(entries: impl IntoIterator<Item = (u32, T)>, limit: usize) -> Option<Self> {
         let mut slab = Self::new();
         for (index, value) in entries {
@@ -32,7 +32,7 @@ impl<T> Slab<T> {
         Some(slab)
     }
 
-    /// All values with their numbers, in rising order.
+    /// All values with their numbers, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
         (0..)
             .zip(&self.entries)

@@ -56,7 +56,8 @@ enum Open {
 /// The state of a file system without requests in flight.
 ///
 /// # Errors
-/// A file or directory that is open has no name any more, or the host has moved it.
+/// [`SaveError::State`] if an open file or directory has no name any more, or the host has moved
+/// it.
 pub fn save(server: &mut Server) -> Result<SavedState, SaveError> {
     let mut handles = Vec::new();
     for (number, handle) in server.handles.iter() {

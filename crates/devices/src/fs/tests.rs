@@ -1,4 +1,5 @@
-//! The fs device by its messages: what an honest guest gets, and what a hostile one does not.
+//! Tests of the fs device by its messages: what an honest guest gets, and what a hostile one does
+//! not.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
@@ -31,7 +32,7 @@ struct Guest {
 
 type Answer = Result<Vec<u8>, i32>;
 
-/// What an entry tells of a file.
+/// A file as described by an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
     node: u64,
@@ -250,13 +251,13 @@ fn files_are_made_written_read_and_removed() {
     assert_eq!(guest.getattr(file.node), Ok(file.inode));
     let on_host = guest.directory.path().join("file");
     assert_eq!(fs::read(&on_host).unwrap()[3..], data);
-    // By workers.
+    // Done by workers.
     let mut body = handle.to_le_bytes().to_vec();
     body.extend([0; 8]);
     assert_eq!(guest.call(wire::FSYNC, file.node, &body), Ok(vec![]));
     guest.named(wire::UNLINK, root, &[], "file").unwrap();
     assert!(!on_host.exists());
-    // What has no name any more is there as long as it is known.
+    // A removed file exists as long as it is known.
     assert_eq!(guest.getattr(file.node), Ok(file.inode));
     assert_eq!(guest.read(handle, 3, 1).unwrap(), data[..1]);
     guest.forget(file.node, 1);
@@ -298,7 +299,7 @@ fn only_files_and_directories_are_opened() {
         assert_eq!(guest.open(fifo.node, flags), Err(libc::EACCES));
     }
     assert_eq!(guest.create(root, "fifo").unwrap_err(), libc::EACCES);
-    // And not when one takes the place of a file behind the guest's back either.
+    // Also when another file takes its place behind the guest's back.
     let (file, _) = guest.create(root, "file").unwrap();
     fs::remove_file(guest.directory.path().join("file")).unwrap();
     fs::rename(
@@ -327,7 +328,7 @@ fn directories_are_listed_in_pieces_of_any_size() {
         guest.list(wire::ROOT, false, 4096).unwrap(),
         [".", "..", "s"]
     );
-    // Too small for anything is the end.
+    // Room for no entry looks like the end.
     assert_eq!(guest.list(root, true, 10).unwrap(), Vec::<String>::new());
 }
 
@@ -475,7 +476,7 @@ fn files_belong_to_the_guests_user() {
     }
     let (mut guest, root) = Guest::new(Cache::Private);
     (guest.uid, guest.gid) = (1234, 4321);
-    // The guest's kernel decides what its users may: here, make files in a directory of root's.
+    // The guest's kernel decides what its users may do: here, create files in a directory of root.
     let (file, handle) = guest.create(root, "file").unwrap();
     guest.mkdir(root, "directory").unwrap();
     let target = guest
@@ -487,7 +488,7 @@ fn files_belong_to_the_guests_user() {
         let found = fs::symlink_metadata(on_host.join(name)).unwrap();
         assert_eq!((found.uid(), found.gid()), (1234, 4321), "{name}");
     }
-    // Its writes take set-id bits away, root's do not.
+    // A user's writes clear set-id bits, root's do not.
     let program = on_host.join("file");
     for (flags, mode) in [(0u32, 0o6755), (wire::WRITE_KILL_SUIDGID, 0o755)] {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o6755)).unwrap();
@@ -500,7 +501,7 @@ fn files_belong_to_the_guests_user() {
         let found = fs::metadata(&program).unwrap();
         assert_eq!(found.permissions().mode() & 0o7777, mode);
     }
-    // And then the thread is root's again.
+    // Then the thread is root again.
     guest.uid = 0;
     guest.gid = 0;
     guest.mkdir(root, "roots").unwrap();
@@ -558,7 +559,7 @@ fn nonsense_is_answered_with_errors() {
     assert_eq!(guest.call(wire::READ, 0, &[0; 39]), Err(libc::EINVAL));
     assert_eq!(guest.read(handle + 1, 0, 1), Err(libc::EBADF));
     assert_eq!(guest.read(u64::MAX, 0, 1), Err(libc::EBADF));
-    // More to write than there is.
+    // More data announced than sent.
     let mut body = handle.to_le_bytes().to_vec();
     body.extend(0u64.to_le_bytes());
     body.extend(100u32.to_le_bytes());

@@ -54,7 +54,7 @@ pub const SYNCFS: u32 = 50;
 pub const TMPFILE: u32 = 51;
 pub const STATX: u32 = 52;
 
-/// Bits of the INIT reply, the two words as one.
+/// Bits of the INIT reply, both 32-bit fields as one number.
 pub mod init {
     pub const ASYNC_READ: u64 = 1 << 0;
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
@@ -280,7 +280,7 @@ impl Reply {
         self.zeros(dirent_size(name.len()) - DIRENT - name.len());
     }
 
-    /// Fills in the header; the bytes to send.
+    /// Fills in the header; returns the bytes to send.
     pub fn finish(&mut self, unique: u64, result: Result<(), Errno>) -> &[u8] {
         let header = match result {
             Ok(()) => header_out(self.0.len(), 0, unique),

@@ -7,10 +7,10 @@
 //! # Protocol
 //!
 //! Two queues, the driver's empty buffers and its frames. Before each frame is the header that taps
-//! and virtio have in common (`struct virtio_net_hdr_v1`, linux/virtio_net.h, 12 bytes): it says
-//! which checksum is still to be computed and how a frame above the link's size is to be segmented.
-//! Both are left to the receiver that needs them: a frame of 64 KiB from one guest to another on
-//! the same host is never segmented. The tap is told which of these the guest does not support
+//! and virtio have in common (`struct virtio_net_hdr_v1`, linux/virtio_net.h, 12 bytes): which
+//! checksum is still to be computed, and how a frame above the link's size is to be segmented. Both
+//! are left to the receiver that needs them: a frame of 64 KiB from one guest to another on the
+//! same host is never segmented. The tap is configured with what the guest supports
 //! ([`Device::activate`]). There is no control queue and no link status: the agent sets addresses
 //! and MTU by itself.
 //!
@@ -21,7 +21,7 @@
 //! second. A frame is at most 64 KiB, one is buffered at a time, and a full queue leaves frames in
 //! the tap, not in this process.
 //!
-//! # Who calls
+//! # Threads
 //!
 //! A transport drives [`Net`] through [`Device`] in one thread, which owns all state. The control
 //! thread holds a [`Handle`], whose commands go through a bounded channel.
@@ -137,7 +137,7 @@ impl Handle {
     }
 }
 
-/// Makes the event descriptor readable. It can only fail when it is readable already.
+/// Makes the event descriptor readable. Fails only if it is readable already.
 fn signal(wake: &OwnedFd) {
     if let Err(error) = rustix::io::write(wake, &1u64.to_ne_bytes()) {
         tracing::debug!(%error, "net event descriptor");
@@ -174,7 +174,7 @@ struct Link {
 enum Pause {
     /// No frames or no buffers: an event will follow.
     Event,
-    /// The budget is used up.
+    /// The budget is exhausted.
     Turn,
     /// Rate limited until then.
     Until(Instant),
@@ -256,7 +256,7 @@ impl Net {
         self.frame = Vec::new();
     }
 
-    /// Moves frames in both directions until nothing is left to do or the budget is used up.
+    /// Moves frames in both directions until nothing is left to do or the budget is exhausted.
     fn work(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         let memory = queues.memory().clone();
         let now = Instant::now();
@@ -363,8 +363,8 @@ impl Net {
         Ok(pause)
     }
 
-    /// Puts the waiting frame into the driver's buffers. False when there are not enough; the
-    /// driver has been asked to notify then.
+    /// Puts the waiting frame into the driver's buffers. False if there are not enough; the
+    /// driver's notifications are enabled then.
     fn deliver(&mut self, queues: &mut Queues<'_>, memory: &Memory) -> Result<bool, DeviceError> {
         let mergeable = self.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let mut heads: Vec<(u16, Span<'_>)> = Vec::with_capacity(1);
@@ -379,7 +379,7 @@ impl Net {
             let head = chain.head_index();
             match Buffers::new(memory, chain) {
                 Ok(buffers) => {
-                    // The driver must give the header's room in one piece of the first.
+                    // The driver must provide the header's room in one piece of the first.
                     room += buffers.writable.remaining();
                     heads.push((head, buffers.writable));
                 }
@@ -405,7 +405,7 @@ impl Net {
         for (head, mut span) in heads {
             let copied = match fits {
                 true => span.copy_from(rest),
-                // A frame that its buffers are too small for is lost.
+                // A frame that does not fit its buffers is lost.
                 false => 0,
             };
             rest = &rest[copied..];
@@ -579,8 +579,8 @@ impl Device for Net {
         self.work(queues)
     }
 
-    /// A frame is sent in the event that it came in. One for the guest that waits for buffers
-    /// stays here.
+    /// A guest's frame is sent in the event in which it arrived. One for the guest that waits for
+    /// buffers stays here.
     fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// The time whose worth of bytes may be sent at once after a pause.
+/// After a pause, the bytes of this time may be sent at once.
 const BURST: Duration = Duration::from_millis(50);
 /// Smallest size of the bucket: one frame of the largest size.
 const LEAST: u64 = 64 << 10;
@@ -19,7 +19,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// A full one.
+    /// A full bucket.
     pub fn new(rate: u64) -> Self {
         let burst = u128::from(rate) * BURST.as_millis() / 1000;
         let size = u64::try_from(burst).unwrap_or(u64::MAX).max(LEAST);

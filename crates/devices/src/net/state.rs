@@ -1,9 +1,9 @@
 //! The saved state of a net device.
 //!
-//! What leads to the host is not part of it: the tap, its options, and a frame that was read from
-//! it and waits for the guest's buffers. A restored machine may be in another network, so its owner
-//! attaches a tap anew, and frames of the old network do not reach it; losing a frame is what
-//! networks do.
+//! The connection to the host is not part of it: the tap, its options, and a frame that was read
+//! from it and waits for the guest's buffers. A restored machine may be in another network, so its
+//! owner attaches a new tap, and frames of the old network do not reach it; networks may lose
+//! frames.
 
 use hull_device_control::DeviceType;
 use serde::{Deserialize, Serialize};

@@ -26,15 +26,14 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Takes it over and makes it non-blocking.
+    /// Takes the descriptor over and makes it non-blocking.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
         Ok(Self { fd })
     }
 
-    /// Tells the host's kernel which offloads the guest's driver supports, from the features that
-    /// it accepted.
+    /// Sets, from the features that the guest's driver accepted, which offloads it supports.
     pub fn set_offload(&self, features: u64) -> io::Result<()> {
         let has = |bit: u32| features & 1 << bit != 0;
         let mut offload = 0;

@@ -1,4 +1,4 @@
-//! The device with a driver made by hand, and a socket in the tap's place, whose other end is the
+//! The device with a handwritten driver, and a socket in the tap's place, whose other end is the
 //! host.
 #![allow(clippy::unwrap_used)]
 
@@ -163,7 +163,7 @@ fn a_large_frame_is_spread_over_buffers_once_there_are_enough() {
             assert_eq!(cable.driver.used(RX), Some(length));
         }
     }
-    // All are the same memory here: the last part is what is seen.
+    // All buffers are the same memory here: the last part is what is seen.
     let last: u8 = cable.driver.memory.read_obj(GuestAddress(BUFFERS)).unwrap();
     assert_eq!(last, frame(MAC, 5000)[4500]);
 }

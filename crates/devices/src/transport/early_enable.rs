@@ -32,8 +32,8 @@ const MAX_FDS: usize = 8;
 /// Most rings that may be enabled too early.
 pub const MAX_EARLY: usize = 16;
 
-/// Relays between the front end that connects to `socket`, a listening socket, and the listening
-/// socket that is returned, on which the same front end appears with its messages in order.
+/// Relays between the front end that connects to `socket`, a listening socket, and the returned
+/// listening socket, on which the same front end appears with its messages in order.
 pub fn defer_early_enable(socket: OwnedFd) -> io::Result<OwnedFd> {
     let kind = |flags| socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let listener = kind(SocketFlags::CLOEXEC)?;
@@ -61,7 +61,7 @@ pub fn defer_early_enable(socket: OwnedFd) -> io::Result<OwnedFd> {
 /// Relays between a front end and the library, two connected sockets, until one side closes.
 ///
 /// # Errors
-/// A message is malformed, or a socket fails. Both sockets are shut down then.
+/// If a message is malformed, or a socket fails. Both sockets are shut down then.
 pub fn relay(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
     std::thread::scope(|scope| {
         let replies = scope.spawn(|| {
@@ -128,7 +128,7 @@ fn pass_requests(front: &OwnedFd, back: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// A reply of success, for a message that is held back.
+/// The reply of success to a message that is held back.
 fn answer(message: &Message) -> Message {
     let mut bytes = Vec::with_capacity(HEADER + 8);
     bytes.extend(message.word(0).to_le_bytes());
@@ -169,7 +169,7 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Message>> {
     Ok(Some(message))
 }
 
-/// Fills a buffer; false when the other side closed before its first byte.
+/// Fills a buffer; false if the other side closed before its first byte.
 fn fill(socket: &OwnedFd, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     let mut filled = 0;
     while filled < buffer.len() {

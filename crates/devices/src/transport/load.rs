@@ -20,7 +20,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// An event is over in which `frames` were processed.
+    /// Records an event in which `frames` were processed.
     pub fn record(&mut self, frames: usize) {
         let frames = u32::try_from(frames).unwrap_or(MAX_FRAMES).min(MAX_FRAMES);
         self.average = self.average - self.average / WEIGHT + frames * ONE / WEIGHT;
@@ -56,7 +56,7 @@ mod tests {
         let mut load = Load::default();
         assert!(!after(&mut load, 1, 16));
         assert!(after(&mut load, 10, 16));
-        // Fewer frames keep it going, single ones do not.
+        // A few frames keep it going, single ones do not.
         assert!(after(&mut load, 1000, 3));
         assert!(!after(&mut load, 100, 1));
     }

@@ -28,9 +28,9 @@ pub fn cpu_of_kick(value: u64) -> Option<usize> {
 
 /// The calling thread's CPU; always used by the same thread.
 pub struct Placement {
-    /// Its CPU set before it was first pinned.
+    /// The thread's CPU set before it was first pinned.
     anywhere: Option<CpuSet>,
-    /// The CPU it is pinned to.
+    /// The CPU that the thread is pinned to.
     at: Option<usize>,
 }
 
@@ -43,7 +43,7 @@ impl Placement {
         }
     }
 
-    /// Pins the calling thread to `cpu`, or unpins it. Does nothing when that is not possible.
+    /// Pins the calling thread to `cpu`, or unpins it. Does nothing if that is not possible.
     pub fn follow(&mut self, cpu: Option<usize>) {
         if cpu == self.at {
             return;

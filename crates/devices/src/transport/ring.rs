@@ -11,7 +11,7 @@ use super::vring::{TooMany, Vring};
 use crate::device::{Chain, Memory, Ring};
 use crate::state::QueueState;
 
-/// One queue. The library shows it with the first event; until then it is empty.
+/// One queue. The library provides it with the first event; until then it is empty.
 #[derive(Default)]
 pub struct VhostRing(OnceLock<Vring>);
 
@@ -98,7 +98,7 @@ impl Ring for VhostRing {
             && let Err(error) = vring.signal_used_queue()
             && error.kind() != io::ErrorKind::WouldBlock
         {
-            // A full pipe or counter means that a notification is on its way already; a broken one
+            // A full pipe or counter means that a notification is pending already; a broken one
             // that the front end is disconnecting, which its socket reports.
             tracing::debug!(%error, "cannot notify the driver");
         }
@@ -114,7 +114,7 @@ impl Ring for VhostRing {
             return Ok(false);
         }
         let more = vring.get_queue_mut().enable_notification(memory.as_ref())?;
-        // Of a ring that is being stopped nothing is popped.
+        // Nothing is popped from a ring that is being stopped.
         Ok(more && ring.is_running())
     }
 

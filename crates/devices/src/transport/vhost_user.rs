@@ -38,7 +38,7 @@ use crate::runner::DeviceRunner;
 /// one is refused.
 const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// Why a device is not served any longer.
+/// Why a device is no longer served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A host call failed while setting the device up.
@@ -62,7 +62,7 @@ pub enum Error {
 /// The order in which a front end configures a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrontEnd {
-    /// As the protocol says.
+    /// As the protocol requires.
     InOrder,
     /// QEMU's net device enables rings before it has set features.
     EarlyEnable,
@@ -197,7 +197,7 @@ impl Adapter {
             outcome
         };
         if outcome.config_changed {
-            // The front ends offer no notification for it: the driver sees it when it reads again.
+            // The front ends support no notification for it: the driver sees it on its next read.
             *self.config.lock().unwrap_or_else(PoisonError::into_inner) = runner.device().config();
         }
         Ok(())
@@ -285,7 +285,7 @@ impl VhostUserBackend for Adapter {
                 tracing::error!(device = self.name, %error, "device stopped");
                 self.failed.store(true, Ordering::Relaxed);
                 self.rings.iter().for_each(|ring| ring.abandon());
-                // Ends the device's thread: a ready descriptor would keep it busy for nothing.
+                // Ends the device's thread: a ready descriptor would keep it busy.
                 Err(io::Error::other(error.to_string()))
             }
         }

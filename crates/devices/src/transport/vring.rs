@@ -38,13 +38,14 @@ pub struct TooMany;
 /// Whether requests can be popped and completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Both.
+    /// Requests are popped and completed.
     Running,
     /// The front end stops the ring: those in flight complete.
     Stopping,
-    /// Neither.
+    /// Requests are neither popped nor completed.
     Stopped,
-    /// Neither, ever again: the device has failed, or requests in flight did not complete in time.
+    /// As `Stopped`, permanently: the device has failed, or requests in flight did not complete in
+    /// time.
     Abandoned,
 }
 
@@ -68,7 +69,7 @@ impl Vring {
         self.kick.load(Ordering::Relaxed)
     }
 
-    /// Whether requests can be popped; if so, counts the one that the caller, who holds the
+    /// Whether requests can be popped; if so, counts the one that the caller, which holds the
     /// queue's lock, is about to pop. It calls [`Vring::put_back`] if there is none.
     ///
     /// # Errors
@@ -149,7 +150,7 @@ impl Vring {
         }
     }
 
-    /// Notifies the driver of what was completed without a notification.
+    /// Notifies the driver of completions without a notification.
     fn flush(&self) {
         if let Err(error) = self.inner.signal_used_queue() {
             tracing::debug!(%error, "cannot notify the driver");
@@ -185,7 +186,7 @@ impl VringT<AtomicMemory> for Vring {
             let mut value = [0; 8];
             match rustix::io::read(kick, &mut value) {
                 Ok(_) => {}
-                // Nothing to read: the library takes that for a kick, too.
+                // Nothing to read: the library treats that as a kick, too.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

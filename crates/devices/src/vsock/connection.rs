@@ -5,7 +5,7 @@
 //!
 //! A connection is named by its host port and its guest port. Packets of the guest come to
 //! [`Connection::handle`], readiness of the host stream to [`Connection::host_ready`], and whenever
-//! the guest has a receive buffer to fill, [`Connection::transmit`] makes the next packet. The
+//! the guest has a receive buffer to fill, [`Connection::transmit`] creates the next packet. The
 //! phases:
 //!
 //! ```text
@@ -71,7 +71,7 @@ pub const LINGER_TIMEOUT: Duration = Duration::from_secs(4);
 /// A backlog keeps at most this much capacity when it is empty.
 const IDLE_BACKLOG: usize = 16 << 10;
 
-/// What names a connection.
+/// Name of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ports {
     /// Port of the host's end.
@@ -98,7 +98,7 @@ impl Ports {
 /// What happens to a connection after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes on.
+    /// It continues.
     Keep,
     /// The guest has accepted it.
     Accepted,
@@ -196,7 +196,7 @@ impl<S: HostStream> Connection<S> {
         }
     }
 
-    /// The connection's name.
+    /// Ports of the connection.
     pub fn ports(&self) -> Ports {
         self.ports
     }
@@ -311,7 +311,8 @@ impl<S: HostStream> Connection<S> {
         }
     }
 
-    /// Makes the next packet for the guest: its data, if any, into `room`, its header returned.
+    /// Creates the next packet for the guest: writes its data, if any, to `room` and returns its
+    /// header.
     pub fn transmit(&mut self, room: &Slices<'_>, now: Instant) -> Option<Header> {
         if !self.wants_transmit() {
             return None;
@@ -376,7 +377,7 @@ impl<S: HostStream> Connection<S> {
         Some(interest)
     }
 
-    /// The connection's deadline has passed.
+    /// Ends the connection if its deadline has passed.
     pub fn expire(&mut self, now: Instant) -> Verdict {
         match self.deadline {
             Some(deadline) if deadline <= now => match self.phase {
@@ -409,8 +410,7 @@ impl<S: HostStream> Connection<S> {
         self.refuse_host();
     }
 
-    /// Takes the host's end out, to be dropped. What was written to it will be followed by an
-    /// orderly end.
+    /// Takes the host's end out, to be dropped. An orderly end follows what was written to it.
     pub fn release(&mut self) -> Option<S> {
         let mut stream = self.stream.take()?;
         if self.to_guest != ToGuest::Ended {
@@ -469,8 +469,8 @@ impl<S: HostStream> Connection<S> {
         match self.stream.as_mut()?.receive(into.pieces()) {
             Ok(0) => self.host_ended(now),
             Ok(count) => {
-                // The socket's queue is empty when it gave less than was asked for. If that should
-                // be wrong once, its readiness is level-triggered.
+                // The socket's queue is empty if it gave less than requested. If not, its readiness
+                // is level-triggered.
                 self.readable = count >= limit;
                 // `count` is at most the allowance, a `u32`.
                 let count = count.min(limit) as u32;

@@ -1,11 +1,11 @@
-//! Credit-based flow control of one connection: two counters pairs, one per direction.
+//! Credit-based flow control of one connection: two pairs of counters, one per direction.
 //!
-//! Each side says, in the header of every packet, how large its receive buffer is (`buf_alloc`) and
-//! how many bytes have left that buffer so far (`fwd_cnt`). The sender knows how many bytes it has
-//! sent, so what may be sent is `buf_alloc - (sent - fwd_cnt)`. All counters are `u32` and wrap.
-//! [`Allowance`] is what the guest allows us, [`Grant`] what we allow the guest;
-//! [`super::connection`] is the only user. Nothing here does I/O, and the guest's numbers are never
-//! trusted further than to decide how much may be written into buffers it gave us.
+//! Each side announces, in the header of every packet, the size of its receive buffer (`buf_alloc`)
+//! and how many bytes have left that buffer so far (`fwd_cnt`). The sender knows how many bytes it
+//! has sent, so what may be sent is `buf_alloc - (sent - fwd_cnt)`. All counters are `u32` and
+//! wrap. [`Allowance`] is what the guest allows us, [`Grant`] what we allow the guest;
+//! [`super::connection`] is the only user. Nothing here does I/O, and the guest's numbers are only
+//! trusted to decide how much may be written into buffers it provides.
 
 /// What the guest allows us to send to it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,8 +28,7 @@ impl Allowance {
         }
     }
 
-    /// Bytes that may be sent now. Zero when the guest has shrunk its buffer below what is on its
-    /// way.
+    /// Bytes that may be sent now. Zero if the guest has shrunk its buffer below what is in flight.
     pub fn available(&self) -> u32 {
         self.buf_alloc.saturating_sub(self.in_flight())
     }
@@ -55,7 +54,7 @@ pub struct Grant {
     received: u32,
     forwarded: u32,
     announced: u32,
-    /// The guest's own buffer: more than that it does not let be on its way either.
+    /// The guest's own buffer, which also limits what the guest has in flight.
     peer_window: u32,
 }
 
@@ -76,8 +75,8 @@ impl Grant {
         self.size
     }
 
-    /// Accounts for `count` bytes that came in. False, and nothing is accounted, when the guest had
-    /// no credit for them.
+    /// Accounts for received `count` bytes. False, and nothing is accounted, if the guest had no
+    /// credit for them.
     #[must_use]
     pub fn accept(&mut self, count: u32) -> bool {
         if count > self.size - self.held() {
@@ -99,7 +98,7 @@ impl Grant {
         (self.size, self.forwarded)
     }
 
-    /// Takes the size of the guest's own buffer. Linux sends no more than that ahead, whatever its
+    /// Sets the size of the guest's own buffer. Linux sends no more than that ahead, whatever its
     /// grant.
     pub fn limit(&mut self, buf_alloc: u32) {
         self.peer_window = buf_alloc;

@@ -1,4 +1,4 @@
-//! Tests of the device through its queues, with a driver made by hand and real sockets.
+//! Tests of the device through its queues, with a handwritten driver and real sockets.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
@@ -123,7 +123,7 @@ impl Guest {
         self.publish(queue, 0);
     }
 
-    /// What the device has handed back since the last time: head and length.
+    /// Used chains since the last call: head and length.
     fn used(&mut self, queue: usize) -> Vec<(u32, u32)> {
         let ring = queue as u64 * 0x1000 + 0x800;
         let end: u16 = self.memory.read_obj(GuestAddress(ring + 2)).unwrap();
@@ -150,7 +150,7 @@ impl Guest {
         self.try_run().unwrap();
     }
 
-    /// Lets the device handle what its descriptors report, until they are quiet.
+    /// Lets the device handle its ready descriptors, until none is ready.
     fn try_run(&mut self) -> Result<(), DeviceError> {
         for _ in 0..1000 {
             let mut ready = Vec::new();
@@ -488,7 +488,7 @@ fn a_sleeping_reader_holds_the_guest_back() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Rings full of anything: no panic, and the device comes to rest.
+    /// Rings with random contents: no panic, and the device comes to rest.
     #[test]
     fn hostile_rings(
         descriptors in proptest::collection::vec(
@@ -505,7 +505,7 @@ proptest! {
             guest.describe(queue, index, addr, len, flags, next);
             guest.publish(queue, next % SIZE);
             if guest.try_kick(queue).and_then(|()| guest.try_run()).is_err() {
-                // A ring that breaks the rules stops the device, and that is that.
+                // A ring that breaks the rules stops the device.
                 break;
             }
         }

@@ -11,15 +11,15 @@
 //! empty buffers for ours into the rx queue. The event queue has one use: when the transport is
 //! reset (the host ends all connections, or the device is restored from a saved state, which has
 //! none), an event tells the driver to close its sockets. The host is context ID 2, the guest 3.
-//! What a connection is and which packets move it from state to state is on top of [`connection`];
-//! credit is explained in [`credit`]; [`muxer`] holds all connections and their bounds. Only stream
-//! sockets are offered, not sequenced packets.
+//! Connections and the packets that change their state are explained in [`connection`], credit in
+//! [`credit`]; [`muxer`] holds all connections and their bounds. Only stream sockets are offered,
+//! not sequenced packets.
 //!
 //! The tx queue is never left waiting for a host stream: what a stream does not take at once goes
 //! to the connection's backlog, and the guest's credit bounds that. The rx queue is filled straight
 //! from the host streams.
 //!
-//! # Who calls
+//! # Threads
 //!
 //! A transport drives [`Vsock`] through [`Device`] in one thread, which owns all state. The control
 //! thread holds a [`Handle`], whose commands go through a bounded channel, and gets results through
@@ -109,7 +109,7 @@ pub type IncomingSink = Box<dyn FnMut(Incoming) + Send>;
 /// exactly once unless the device ends before.
 pub type Connected = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
 
-/// Called when a command has been carried out, on the device's thread, or on the caller's when the
+/// Called when a command has been carried out, on the device's thread, or on the caller's if the
 /// device takes no commands.
 pub type Done = Box<dyn FnOnce(Result<(), Busy>) + Send>;
 
@@ -165,7 +165,7 @@ impl Handle {
         }
     }
 
-    /// Lets the guest connect to `port` of the host, from the moment that `done` is called on.
+    /// Lets the guest connect to `port` of the host from the call of `done` on.
     pub fn listen(&self, port: u32, done: Done) {
         self.simple_command(Command::Listen { port, done });
     }
@@ -210,7 +210,7 @@ impl Handle {
     }
 }
 
-/// Makes the event descriptor readable. It can only fail when it is readable already.
+/// Makes the event descriptor readable. Fails only if it is readable already.
 fn signal(wake: &OwnedFd) {
     if let Err(error) = rustix::io::write(wake, &1u64.to_ne_bytes()) {
         tracing::debug!(%error, "vsock event descriptor");
@@ -261,7 +261,7 @@ pub struct Vsock {
     reset_event_pending: bool,
 }
 
-/// Packets that were taken from the driver, for which it was not notified yet.
+/// Packets taken from the driver for which it has not been notified yet.
 #[derive(Debug, Default)]
 struct Unnotified {
     packets: usize,
@@ -337,7 +337,7 @@ impl Vsock {
         }
     }
 
-    /// Moves packets in both directions until nothing is left to do or the budget is used up.
+    /// Moves packets in both directions until nothing is left to do or the budget is exhausted.
     fn work(&mut self, queues: &mut Queues<'_>, now: Instant) -> Result<(), DeviceError> {
         let memory = queues.memory().clone();
         if self.reset_event_pending {
@@ -420,7 +420,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Fills the driver's buffers as long as there is something for them.
+    /// Fills the driver's buffers while there is something for them.
     fn fill_buffers(
         &mut self,
         queues: &mut Queues<'_>,
@@ -455,7 +455,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Puts the next packet into `buffer`. `None` when there was none after all.
+    /// Puts the next packet into `buffer`. `None` if there was none after all.
     fn fill(&mut self, buffer: Slices<'_>, now: Instant) -> Option<u32> {
         let mut room = buffer.clone();
         room.skip(HEADER_SIZE);
@@ -574,7 +574,7 @@ impl Device for Vsock {
         self.work(queues, now)
     }
 
-    /// A packet is processed in the event that it came in; only the notification may be due.
+    /// A packet is processed in the event in which it arrived; only the notification may be due.
     fn quiesce(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         if self.unnotified.packets > 0 {
             self.unnotified = Unnotified::default();

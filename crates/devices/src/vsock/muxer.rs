@@ -52,7 +52,7 @@ pub enum ConnectError {
         /// Port of the guest.
         guest_port: u32,
     },
-    /// There is such a connection already.
+    /// Such a connection exists already.
     #[error(
         "cannot connect to vsock port {guest_port}: host port {host_port} is connected to it \
          already"
@@ -84,8 +84,8 @@ pub trait Host {
     /// Answers [`Muxer::connect`], exactly once per request.
     fn connected(&mut self, request: Self::Request, result: Result<(), ConnectError>);
 
-    /// The guest connects to a port that is listened on: makes a stream and hands its other end on.
-    /// `None` when that is not possible; the guest is refused then.
+    /// The guest connects to a port that is listened on: creates a stream and hands its other end
+    /// on. `None` if that is not possible; the guest is refused then.
     fn incoming(&mut self, host_port: u32, guest_port: u32) -> Option<Self::Stream>;
 }
 
@@ -103,12 +103,12 @@ impl Token {
     }
 }
 
-/// A change of what is waited for on a stream.
+/// A change of the events waited for on a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Not waited for until now.
     Add(EventFlags),
-    /// Waited for with other events until now.
+    /// Other events were waited for until now.
     Modify(EventFlags),
     /// No longer waited for.
     Remove,
@@ -165,7 +165,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Whether something that the guest has sent is not in the host's ends yet.
+    /// Whether bytes of the guest wait for the host's ends.
     pub fn has_backlog(&self) -> bool {
         let mut connections = self.entries.iter().flatten();
         connections.any(|entry| entry.connection.backlog_len() > 0)
@@ -266,7 +266,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Whether [`Muxer::transmit`] may have a packet. It may turn out to have none.
+    /// Whether [`Muxer::transmit`] may have a packet. It may have none after all.
     pub fn wants_transmit(&self) -> bool {
         !self.resets.is_empty() || !self.ready.is_empty()
     }
@@ -321,7 +321,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Reports changes of what to wait for. When `apply` fails, the connection is reset.
+    /// Passes changes of what to wait for to `apply`. If that fails, the connection is reset.
     pub fn settle(&mut self, mut apply: impl FnMut(&H::Stream, Token, Change) -> io::Result<()>) {
         while let Some(slot) = self.touched.pop() {
             let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
@@ -461,7 +461,7 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Applies the verdict on a connection, and notes what the connection needs next.
+    /// Applies the verdict on a connection, and records what the connection needs next.
     fn conclude(&mut self, slot: u32, verdict: Verdict) {
         let Some(entry) = self.entries.get_mut(slot as usize).and_then(Option::as_mut) else {
             return;

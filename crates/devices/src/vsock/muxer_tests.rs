@@ -1,5 +1,5 @@
-//! Tests of the multiplexer and its connections: what each packet and event does, as tables and
-//! stories.
+//! Tests of the multiplexer and its connections: the effect of each packet and event, as tables and
+//! sequences.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;

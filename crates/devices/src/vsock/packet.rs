@@ -2,7 +2,7 @@
 //! slices.
 //!
 //! The header is copied out of guest memory once, so nothing can change between check and use. Data
-//! stays where it is: [`Slices`] says where, whatever the descriptors look like (header and data
+//! stays where it is: [`Slices`] locates it, whatever the descriptors look like (header and data
 //! merged in one, apart, or data in many as the driver does for zero-copy sends). Used by the
 //! device and the multiplexer; no I/O here.
 
@@ -29,7 +29,7 @@ pub mod op {
     pub const RESPONSE: u16 = 2;
     /// Refuses, aborts, or confirms the end of a connection.
     pub const RST: u16 = 3;
-    /// Says that the sender will not send, or not receive, any more.
+    /// Announces that the sender will not send, or not receive, any more.
     pub const SHUTDOWN: u16 = 4;
     /// Carries data.
     pub const RW: u16 = 5;

@@ -1,5 +1,5 @@
-//! Tests of the multiplexer with whole worlds at random: honest ones in which no byte may get lost,
-//! hostile ones in which nothing may break.
+//! Tests of the multiplexer in random scenarios: honest ones in which no byte may get lost, hostile
+//! ones in which nothing may break.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::muxer::{LARGE_BUFFER, MAX_GRANTED};
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND, Slices, op};
 use super::testing::*;
 
-/// What may happen to one of a few connections.
+/// An event of one of a few connections.
 #[derive(Clone, Debug)]
 enum Step {
     HostWrites(usize),
@@ -66,7 +66,7 @@ impl Both {
         self.written += count;
     }
 
-    /// As much as the credit allows.
+    /// Writes as much as the credit allows.
     fn guest_write(&mut self, world: &mut World) {
         let before = self.guest.sent;
         self.guest.write(world, self.wanted);
@@ -130,7 +130,7 @@ fn quiesce(world: &mut World, all: &mut [Both]) {
         if !ready && !progress {
             return;
         }
-        // Level-triggered events that lead nowhere would come again for ever.
+        // Level-triggered events without effect would repeat for ever.
         idle_polls = if progress { 0 } else { idle_polls + 1 };
         assert!(idle_polls < 3, "busy polling: {:?}", world.registered);
     }
@@ -211,7 +211,7 @@ proptest! {
                 prop_assert_eq!(both.guest.consumed, both.written, "host to guest, connection {}", index);
             }
         }
-        // Now both sides say good-bye.
+        // Now both sides close.
         for both in &mut all {
             both.pipe.borrow_mut().host_shut_write = true;
         }

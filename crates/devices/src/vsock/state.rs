@@ -1,8 +1,8 @@
 //! The saved state of a vsock device.
 //!
-//! Connections are not part of it: their host ends are sockets of processes that are not there when
-//! the device is restored. A restored device has none, and tells the driver so with a transport
-//! reset event, on which it closes every connected socket; sockets that listen stay. Packets of old
+//! Connections are not part of it: their host ends are sockets of processes that are gone when the
+//! device is restored. A restored device has none, and notifies the driver with a transport reset
+//! event, on which it closes every connected socket; sockets that listen stay. Packets of old
 //! connections that are still in the tx queue are answered with RST.
 
 use hull_device_control::DeviceType;

@@ -1,8 +1,8 @@
-//! A small world for tests: streams made of queues, a guest that keeps the protocol, and a
+//! A small world for tests: streams backed by queues, a guest that keeps the protocol, and a
 //! level-triggered poll.
 //!
-//! Bytes are positions' patterns, so a lost, repeated or reordered byte is seen where it arrives.
-//! Only tests use this.
+//! Each byte depends on its position, so a lost, repeated or reordered byte is seen where it
+//! arrives. Only tests use this.
 #![allow(clippy::unwrap_used)]
 
 use std::cell::RefCell;
@@ -54,7 +54,7 @@ impl Pipe {
             || ((self.host_shut_write || self.device_shut_read) && self.device_shut_write)
     }
 
-    /// What poll says to the device, which is told of a hang-up always.
+    /// Result of poll for the device; a hang-up is always reported.
     pub fn ready(&self, interest: EventFlags) -> EventFlags {
         let mut ready = EventFlags::empty();
         ready.set(EventFlags::IN, self.device_readable());
@@ -132,7 +132,7 @@ impl Drop for MockStream {
     }
 }
 
-/// What the device's surroundings have noted.
+/// Calls of the device to its host, and settings of the host.
 #[derive(Debug, Default)]
 pub struct Notes {
     pub answers: Vec<(usize, Result<(), ConnectError>)>,
@@ -342,7 +342,7 @@ impl GuestSocket {
 
     /// Sends up to `count` bytes, as many as the credit allows.
     pub fn write(&mut self, world: &mut World, count: usize) {
-        // Linux lets no more be on its way than its own receive buffer holds.
+        // Linux sends no more ahead than its own receive buffer holds.
         let window = self.peer_alloc.min(self.buffer as u32);
         let in_flight = (self.sent as u32).wrapping_sub(self.peer_fwd);
         let count = count.min(window.saturating_sub(in_flight) as usize);
@@ -356,7 +356,7 @@ impl GuestSocket {
         world.send(self.header(op::RW), data);
     }
 
-    /// The application sets the size of its buffer, of which Linux tells the peer.
+    /// The application sets the size of its buffer, which Linux announces to the peer.
     pub fn resize(&mut self, world: &mut World, buffer: usize) {
         if self.connected && !self.dead {
             // What it holds must still fit.

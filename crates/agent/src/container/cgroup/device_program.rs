@@ -1,9 +1,9 @@
-//! Which device nodes a container may make and open, as an eBPF program on its control group:
+//! Which device nodes a container may create and open, as an eBPF program on its control group:
 //! cgroup v2 has no file for it.
 //!
 //! Rules are tried from the last to the first, as if each had been written after the ones before
-//! it; a request for several kinds of access at once needs all of them. What no rule speaks of is
-//! denied. The program is assembled here by hand.
+//! it; a request for several kinds of access needs all of them. What no rule matches is denied. The
+//! program is assembled here by hand.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -20,7 +20,7 @@ const READ: i32 = 2;
 const WRITE: i32 = 4;
 const ALL: i32 = MKNOD | READ | WRITE;
 
-/// One line of the list.
+/// One rule of the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rule {
     allow: bool,
@@ -30,8 +30,8 @@ struct Rule {
     access: i32,
 }
 
-/// What every container may: make any node (opening it is another matter), and use the standard
-/// ones.
+/// Allowed to every container: creating any node (opening it is another matter), and using the
+/// standard ones.
 const STANDARD: [Rule; 10] = [
     Rule {
         allow: true,
@@ -120,14 +120,14 @@ impl Rule {
 }
 
 const KIND: u8 = 2;
-/// The access that no rule has granted yet.
+/// Register: the access that no rule has granted yet.
 const WANTED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 
-/// The program for a list of rules, or None when everything is allowed.
+/// The program for a list of rules; `None` if everything is allowed.
 fn assemble(rules: &[Rule]) -> Option<Vec<Instruction>> {
-    // Nothing before a rule that decides everything can matter.
+    // Rules before one that decides everything have no effect.
     let start = rules.iter().rposition(Rule::matches_all);
     let decided = start.map(|start| rules[start].allow);
     let rules = &rules[start.map_or(0, |start| start + 1)..];
@@ -181,20 +181,20 @@ fn assemble_rule(rule: &Rule, program: &mut Vec<Instruction>) {
     program.append(&mut consequence);
 }
 
-/// An access list, ready to be put on a control group.
+/// An access list, compiled for a control group.
 #[derive(Debug)]
 pub(crate) struct DeviceProgram(Option<Vec<Instruction>>);
 
 impl DeviceProgram {
-    /// For the list of a spec. The standard nodes are allowed in any case.
+    /// Compiles the list of a spec. The standard nodes are always allowed.
     pub(crate) fn new(list: &[LinuxDeviceCgroup]) -> Result<DeviceProgram> {
         let mut rules = list.iter().map(Rule::read).collect::<Result<Vec<Rule>>>()?;
         rules.extend(STANDARD);
         Ok(DeviceProgram(assemble(&rules)))
     }
 
-    /// Puts the program on a control group; `replaces` is one that is there already. Returns the
-    /// loaded program, or None when there is nothing to forbid.
+    /// Attaches the program to a control group, in place of `replaces`. Returns the loaded program;
+    /// `None` if nothing is forbidden.
     pub(crate) fn attach(
         &self,
         cgroup: BorrowedFd<'_>,
@@ -226,7 +226,7 @@ const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_F_REPLACE: u32 = 4;
 
-/// What BPF_PROG_ATTACH and BPF_PROG_DETACH read.
+/// Attributes of BPF_PROG_ATTACH and BPF_PROG_DETACH.
 #[repr(C)]
 struct Attachment {
     target: RawFd,

@@ -1,5 +1,5 @@
-//! The control group of one container: made and limited by the agent before the clone, so that the
-//! container's init is born in it.
+//! The control group of one container. The agent creates it before the clone, so that the
+//! container's init starts in it.
 //!
 //! cgroup v2 only. The agent itself stays in the root group, which may have both processes and
 //! children.
@@ -32,10 +32,10 @@ const ALWAYS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 /// How long the kernel may take to freeze or to end the processes of a group.
 const CGROUP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is known of a group before it is made.
+/// A group to be created.
 #[derive(Debug)]
 pub(super) struct CgroupPlan {
-    /// Below the root.
+    /// Relative to the root group.
     path: PathBuf,
     settings: Vec<Setting>,
     devices: DeviceProgram,
@@ -46,7 +46,7 @@ pub(super) struct CgroupPlan {
 pub(super) struct Cgroup {
     path: PathBuf,
     directory: OwnedFd,
-    /// The program that is attached.
+    /// The attached device program.
     devices: Mutex<Option<OwnedFd>>,
 }
 
@@ -106,12 +106,12 @@ impl CgroupPlan {
         })
     }
 
-    /// Where the group will be.
+    /// Path of the group.
     pub(super) fn path(&self) -> PathBuf {
         Path::new(ROOT).join(&self.path)
     }
 
-    /// Makes the group, without its limits: [`Cgroup::apply`].
+    /// Creates the group without its limits; see [`Cgroup::apply`].
     pub(super) fn create(&self) -> Result<Cgroup> {
         let path = self.path();
         let mut parent =
@@ -152,8 +152,7 @@ impl CgroupPlan {
     }
 }
 
-/// The controllers that settings need, and those that are always there, as subtree_control takes
-/// them.
+/// Controllers that settings need, and those of [`ALWAYS`], in the format of subtree_control.
 fn controllers(settings: &[Setting]) -> Result<String> {
     let available = available_controllers()?;
     let has = |controller: &str| available.iter().any(|name| name == controller);
@@ -180,13 +179,13 @@ fn controllers(settings: &[Setting]) -> Result<String> {
         .collect())
 }
 
-/// Gives the children of a group these controllers.
+/// Enables controllers for the children of a group.
 fn enable(parent: BorrowedFd<'_>, controllers: &str) -> Result<()> {
     sys::write_file(parent, c"cgroup.subtree_control", controllers.as_bytes())
         .context(|| format!("cannot enable the controllers {controllers}"))
 }
 
-/// What the guest kernel has.
+/// Controllers of the guest's kernel.
 fn available_controllers() -> Result<&'static [String]> {
     static CONTROLLERS: OnceLock<Vec<String>> = OnceLock::new();
     if let Some(controllers) = CONTROLLERS.get() {
@@ -215,8 +214,8 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// The group below this one in which a process of the container is; None when it is in this
-    /// one, or gone.
+    /// The group below this one that a process of the container is in; `None` if it is in this one,
+    /// or gone.
     pub(super) fn group_of(&self, pid: u32) -> Option<OwnedFd> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
@@ -273,7 +272,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Changes what `resources` names.
+    /// Changes the limits in `resources`.
     pub(super) fn update(&self, resources: &LinuxResources) -> Result<()> {
         let plan = resources::settings(resources)?;
         let memory = resources.memory().as_ref();
@@ -300,7 +299,7 @@ impl Cgroup {
         }
     }
 
-    /// Later limits may need controllers that the group was not made with.
+    /// Enables controllers that later limits need, from the root group down to this one.
     fn enable_on_the_way(&self, settings: &[Setting]) -> Result<()> {
         let controllers = controllers(settings)?;
         let mut group = PathBuf::from(ROOT);
@@ -318,8 +317,8 @@ impl Cgroup {
         std::fs::read_to_string(&path).context(|| format!("cannot read {}", path.display()))
     }
 
-    /// Gives the group to the owner of a user namespace, as far as the kernel says it is meant to
-    /// be given.
+    /// Gives the group's delegatable files, as the kernel lists them, to the owner of a user
+    /// namespace.
     pub(super) fn delegate(&self, uid: u32) -> Result<()> {
         let files = std::fs::read_to_string("/sys/kernel/cgroup/delegate")
             .unwrap_or_else(|_| "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n".into());
@@ -336,7 +335,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Freezes or thaws, and waits until it is so.
+    /// Freezes or thaws, and waits until it is done.
     pub(super) fn freeze(&self, frozen: bool) -> Result<()> {
         let word = if frozen { "1" } else { "0" };
         sys::write_file(&self.directory, c"cgroup.freeze", word.as_bytes())
@@ -345,7 +344,7 @@ impl Cgroup {
             return Ok(());
         }
         if frozen {
-            // Half frozen is the worst of both.
+            // Do not leave it half frozen.
             let _ = sys::write_file(&self.directory, c"cgroup.freeze", b"0");
         }
         Err(CreateError::other(
@@ -361,7 +360,7 @@ impl Cgroup {
         ))
     }
 
-    /// Waits until cgroup.events says `key value`; false when it takes too long.
+    /// Waits until cgroup.events has `key value`; false on timeout.
     fn wait_for_event(&self, key: &str, value: &str) -> Result<bool> {
         let what = || format!("cannot watch {}/cgroup.events", self.path.display());
         let events = rustix::fs::openat(

@@ -1,7 +1,7 @@
-//! Turns the limits of a spec into files of a cgroup v2 directory and what is written to them.
+//! Converts the limits of a spec to files of a cgroup v2 directory and their values.
 //!
-//! Pure. The spec speaks cgroup v1; what v2 has no counterpart for is an error by name. Device
-//! rules are not here ([`super::device_program`]).
+//! Pure. The spec is written in terms of cgroup v1; a limit without a counterpart in v2 is an error
+//! that names it. Device rules are in [`super::device_program`].
 
 use std::borrow::Cow;
 
@@ -12,7 +12,7 @@ use crate::container::error::{CreateError, Result};
 /// One write to one file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
-    /// The field of the spec, for errors.
+    /// Field of the spec, for errors.
     pub(crate) field: &'static str,
     pub(crate) file: Cow<'static, str>,
     pub(crate) value: String,
@@ -22,15 +22,15 @@ pub(crate) struct Setting {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Absent {
-    /// The limit cannot be kept.
+    /// The limit cannot be set: an error.
     Fail,
-    /// The limit keeps itself.
+    /// The limit holds anyway.
     Ignore,
-    /// Another file says the same in other units.
+    /// Another file takes the same limit in other units.
     Write(&'static str, String),
 }
 
-/// All settings for `resources`, in the order in which they are to be written.
+/// All settings for `resources`, in the order of their writes.
 pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
     let mut list = List(Vec::new());
     if let Some(cpu) = resources.cpu() {
@@ -40,7 +40,7 @@ pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
         list.memory(memory)?;
     }
     if let Some(pids) = resources.pids() {
-        // 0 is how callers say "nothing".
+        // 0 means "no limit given".
         if pids.limit() != 0 {
             list.set(
                 "linux.resources.pids.limit",
@@ -96,7 +96,7 @@ pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
             return Err(without_counterpart("linux.resources.network.priorities"));
         }
     }
-    // Last, because it may refine what the fields above say.
+    // Last, because it may refine the fields above.
     for (file, value) in resources.unified().iter().flatten() {
         const FIELD: &str = "linux.resources.unified";
         if file.contains('/')
@@ -118,7 +118,7 @@ fn without_counterpart(field: &'static str) -> CreateError {
     CreateError::unsupported(field, "cgroup v2 has nothing like it")
 }
 
-/// -1 is how the spec says "none".
+/// The spec's -1 is "max".
 fn limit(number: i64) -> String {
     if number < 0 {
         "max".into()
@@ -219,8 +219,8 @@ impl List {
                 limit(reservation),
             );
         }
-        // The spec counts memory and swap together, v2 counts swap alone. A guest without swap
-        // keeps every limit of it.
+        // The spec counts memory and swap together, v2 counts swap alone. Without swap in the guest
+        // every limit of it holds.
         if let Some(both) = memory.swap().filter(|swap| *swap != 0) {
             const FIELD: &str = "linux.resources.memory.swap";
             let swap = match maximum {
@@ -315,7 +315,7 @@ impl List {
         devices: &Option<Vec<LinuxThrottleDevice>>,
     ) {
         for device in devices.iter().flatten() {
-            // The spec's 0 lifts the limit; v2 wants the word.
+            // The spec's 0 lifts the limit; v2 expects `max`.
             let rate = if device.rate() == 0 {
                 "max".into()
             } else {
@@ -341,12 +341,12 @@ fn checked_weight(field: &'static str, weight: u16) -> Result<u16> {
     }
 }
 
-/// 10…1000 to 1…10000, in a straight line.
+/// Maps 10…1000 to 1…10000 linearly.
 fn io_weight(weight: u16) -> u64 {
     1 + (u64::from(weight) - 10) * 9999 / 990
 }
 
-/// 2…262144 to 1…10000 so that the defaults, 1024 and 100, meet: a parabola of the logarithms.
+/// Maps 2…262144 to 1…10000 so that the defaults, 1024 and 100, meet: a parabola of the logarithms.
 fn cpu_weight(shares: u64) -> u64 {
     if shares <= 2 {
         return 1;
@@ -356,7 +356,7 @@ fn cpu_weight(shares: u64) -> u64 {
     }
     let logarithm = (shares as f64).log2();
     let exponent = (logarithm * logarithm + 125.0 * logarithm) / 612.0 - 7.0 / 34.0;
-    // Rounded up, unless it is only the arithmetic that is off.
+    // Rounded up, but not because of floating-point error.
     (10f64.powf(exponent) - 1e-6).ceil() as u64
 }
 

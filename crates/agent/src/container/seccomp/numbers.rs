@@ -32,8 +32,8 @@ const NEWER: [&str; 22] = [
 ];
 const FIRST_NEWER: u32 = 451;
 
-/// System calls that 32-bit x86 has in two forms: the name, the number of its own if it has one,
-/// the one that it can also be called through, and as which of that one's.
+/// System calls that 32-bit x86 has in two forms: name, own number if there is one, number of the
+/// multiplexing system call, and number within that.
 const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u32); 32] = [
     ("socket", Some(359), SOCKETCALL, 1),
     ("bind", Some(361), SOCKETCALL, 2),
@@ -71,8 +71,8 @@ const THROUGH_ANOTHER: [(&str, Option<u32>, u32, u32); 32] = [
 const SOCKETCALL: u32 = 102;
 const IPC: u32 = 117;
 
-/// Calls `found` for each number under which a system call can be called, and as which of that
-/// number's system calls if it stands for several.
+/// Calls `found` for each number of a system call, with the number within it if it multiplexes
+/// several.
 pub(super) fn each(architecture: ScmpArch, name: &str, mut found: impl FnMut(u32, Option<u32>)) {
     if architecture == ScmpArch::X86
         && let Some((_, own, through, which)) =
@@ -92,7 +92,7 @@ pub(super) fn each(architecture: ScmpArch, name: &str, mut found: impl FnMut(u32
     }
 }
 
-/// That a number stands for this one of its system calls.
+/// The condition that a multiplexing system call is this one of its calls.
 pub(super) fn is(which: u32) -> Comparison {
     Comparison {
         argument: 0,
@@ -104,8 +104,7 @@ pub(super) fn is(which: u32) -> Comparison {
 /// Whether programs of another architecture can be executed here.
 pub(super) fn is_executed(architecture: ScmpArch) -> bool {
     match (architecture, std::env::consts::ARCH) {
-        // Kernels that execute them can be told where their system calls are entered. User-mode
-        // kernels do not.
+        // Kernels that execute them have this sysctl. User-mode kernels do not.
         (ScmpArch::X86, "x86_64") => {
             cfg!(test) || std::path::Path::new("/proc/sys/abi/vsyscall32").exists()
         }

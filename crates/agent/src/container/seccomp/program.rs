@@ -1,10 +1,10 @@
 //! From decisions by system call number to a program for the kernel.
 //!
-//! Neighbours that are treated alike are one interval, and the program looks for the interval by
-//! halving: a profile of hundreds of system calls is about a hundred instructions, of which each
-//! system call executes a dozen. Where the kernel has no compiler for filters it interprets them,
-//! and where a page costs 50 µs to touch (user-mode Linux) the trees that libseccomp builds in
-//! memory cost more than the start of the container.
+//! Neighbours with the same decision form one interval, and the program finds the interval by
+//! binary search: a profile of hundreds of system calls takes about a hundred instructions, of
+//! which each system call executes a dozen. Where the kernel has no compiler for filters it
+//! interprets them, and where a page costs 50 µs to touch (user-mode Linux) the trees that
+//! libseccomp builds in memory cost more than the start of the container.
 
 use libc::sock_filter;
 
@@ -20,7 +20,7 @@ const IF_GREATER: u16 = 0x25;
 const IF_GREATER_OR_EQUAL: u16 = 0x35;
 const RETURN: u16 = 0x06;
 
-// Where `struct seccomp_data` has what is loaded (linux/seccomp.h); guests are little-endian.
+// Offsets in `struct seccomp_data` (linux/seccomp.h); guests are little-endian.
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const fn low(argument: u32) -> u32 {
@@ -30,7 +30,7 @@ const fn high(argument: u32) -> u32 {
     low(argument) + 4
 }
 
-/// What a filter answers (`SECCOMP_RET_*`).
+/// Return value of a filter (`SECCOMP_RET_*`).
 pub(super) type Answer = u32;
 
 /// A condition on an argument; all comparisons are of 64 unsigned bits.
@@ -42,7 +42,7 @@ pub(super) struct Comparison {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Test {
-    /// The bits of the first are as in the second.
+    /// The argument, masked with the first, is the second.
     Masked(u64, u64),
     Not(u64),
     Above(u64),
@@ -51,12 +51,12 @@ pub(super) enum Test {
     AtMost(u64),
 }
 
-/// What happens on a system call.
+/// Decision for a system call.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Decision {
     Always(Answer),
-    /// The answer of the first case whose conditions all hold, else the profile's default. By index
-    /// into the list that the caller has.
+    /// The answer of the first case whose conditions all hold, else the profile's default. An index
+    /// into the caller's list.
     Cases(usize),
 }
 
@@ -70,14 +70,14 @@ pub(super) struct Case {
 /// The decisions of one architecture.
 #[derive(Debug)]
 pub(super) struct Section {
-    /// As the kernel names it (`AUDIT_ARCH_*`).
+    /// `AUDIT_ARCH_*` of linux/audit.h.
     pub architecture: u32,
-    /// From which number on, ascending; the first is 0.
+    /// First number and decision of each interval, ascending; the first number is 0.
     pub intervals: Vec<(u32, Decision)>,
     pub cases: Vec<Vec<Case>>,
 }
 
-/// The program; `None` when it is longer than the kernel takes.
+/// Builds the program; `None` if it exceeds the kernel's limit.
 pub(super) fn program(
     sections: &[Section],
     default: Answer,
@@ -95,7 +95,7 @@ pub(super) fn program(
     (program.len() <= LONGEST).then_some(program)
 }
 
-/// Halves the intervals until one is left.
+/// Binary search for the interval.
 fn search(
     section: &Section,
     intervals: &[(u32, Decision)],
@@ -131,14 +131,14 @@ fn search(
     search(section, above, default, program);
 }
 
-/// Answers when all conditions hold, and else goes on behind itself. At most 32 instructions: 6
+/// Returns the answer if all conditions hold, else falls through. At most 32 instructions: 6
 /// arguments.
 fn one_case(case: &Case) -> Vec<sock_filter> {
     let mut code: Vec<Step> = Vec::new();
     for comparison in &case.conditions {
         let begin = code.len();
         steps(comparison, &mut code);
-        // What has decided that this condition holds goes on with the next one.
+        // When this condition holds, the next one is tested.
         let end = code.len();
         for step in &mut code[begin..end] {
             for target in [&mut step.yes, &mut step.no] {
@@ -165,7 +165,7 @@ fn one_case(case: &Case) -> Vec<sock_filter> {
     program
 }
 
-/// Where a step of a comparison leads.
+/// Target of a jump in a comparison.
 #[derive(Clone, Copy, Debug)]
 enum Target {
     Next,

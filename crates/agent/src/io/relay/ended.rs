@@ -15,14 +15,14 @@ pub struct EndedOutputs {
 }
 
 impl EndedOutputs {
-    /// Adds an output that keeps `length` bytes. The oldest ones give theirs up for it.
+    /// Adds an output that keeps `length` bytes. The oldest ones drop theirs to make room.
     pub(super) fn add(&self, output: Output, length: usize) {
         if length == 0 {
             return;
         }
         // Nothing panics while the lock is held; and a panic ends the machine anyway.
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        // One may end again, after it was attached again.
+        // An output may end again, after another attach.
         kept.retain(|(other, _)| other.is_alive() && !other.is(&output));
         kept.push_back((output.downgrade(), length));
         let mut total: usize = kept.iter().map(|(_, length)| length).sum();

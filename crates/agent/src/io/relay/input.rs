@@ -1,4 +1,4 @@
-//! From the host to a process. See the head of the module above.
+//! From the host to a process. See the parent module.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use super::task::Task;
 use super::{Lazy, Loss};
 use crate::processes::reaper::Exit;
 
-/// Most bytes that are moved at once inside the kernel: what a pipe holds.
+/// Most bytes that are spliced at once: the capacity of a pipe.
 const SPLICE_PIECE: usize = 64 << 10;
 
 /// Most bytes that are copied at once: more than a terminal takes.
 const COPY_PIECE: usize = 4 << 10;
 
-/// How bytes get from one descriptor to another.
+/// How bytes are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// Inside the kernel. One of the two is a pipe.
@@ -34,7 +34,7 @@ pub struct Input {
     task: Arc<Task<InputState>>,
 }
 
-/// What the relay works on.
+/// State of the relay.
 pub struct InputState {
     way: Way,
     /// `None` when the connection has ended or is broken.
@@ -90,7 +90,7 @@ impl Input {
         }
     }
 
-    /// Ends it.
+    /// Closes the input.
     pub async fn close(&self) {
         self.task.stop().await.close();
     }
@@ -112,13 +112,13 @@ impl StoppedInput {
         self.state.pending.is_empty()
     }
 
-    /// Goes on with another connection. It is closed when the input has ended.
+    /// Continues with another connection, which is closed if the input has ended.
     pub fn attach(mut self, source: OwnedFd) {
         self.state.source = self.state.sink.is_some().then_some(Lazy::Plain(source));
         self.resume();
     }
 
-    /// Goes on as before.
+    /// Continues as before.
     pub fn resume(self) {
         self.input.run(self.state);
     }
@@ -159,10 +159,10 @@ impl InputState {
         let (Some(source), Some(sink)) = (&mut self.source, &mut self.sink) else {
             return Err(Loss::Broken);
         };
-        // A new stream has brought nothing yet. Later, an event may have been taken and not used.
+        // A new stream has no bytes yet. Later, its last readiness event may not have been used up.
         let mut ready = matches!(source, Lazy::Registered(_));
         loop {
-            // A busy source must not keep the others from their turn.
+            // A busy source must not starve the others.
             tokio::task::coop::consume_budget().await;
             while !self.pending.is_empty() {
                 match rustix::io::write(sink.fd(), &self.pending) {
@@ -191,7 +191,8 @@ impl InputState {
     }
 }
 
-/// Moves one piece. Says how many bytes, 0 at the end, and whether the source may have more.
+/// Moves one piece. Returns the number of bytes, 0 at the end; clears `ready` if the source has no
+/// more.
 async fn splice_piece(
     source: &Lazy,
     sink: &mut Lazy,
@@ -204,7 +205,7 @@ async fn splice_piece(
         Err(Errno::AGAIN) => {}
         Err(error) => return Err(error.into()),
     }
-    // One of the two is not ready; which one, it does not say.
+    // One of the two is not ready; splice does not report which.
     let (readable, writable) = {
         let mut fds = [
             PollFd::from_borrowed_fd(source.fd(), PollFlags::IN),

@@ -8,7 +8,7 @@
 //!
 //! # How a stream ends
 //!
-//! | what the socket says | means | then |
+//! | result on the socket | means | then |
 //! | --- | --- | --- |
 //! | end of file | the host has half-closed it | input ends: the process reads end of file |
 //! | EPIPE | the host has closed it | output ends: the process gets SIGPIPE |
@@ -43,7 +43,7 @@ pub use output::{Output, Progress};
 enum Lazy {
     Plain(OwnedFd),
     Registered(AsyncFd<OwnedFd>),
-    /// Only while it changes from one into the other, and after that failed.
+    /// Only while one turns into the other, and after that has failed.
     Gone,
 }
 
@@ -52,7 +52,7 @@ impl Lazy {
         match self {
             Self::Plain(fd) => fd.as_fd(),
             Self::Registered(fd) => fd.get_ref().as_fd(),
-            // Not a descriptor that is ever open here: what uses it gets EBADF.
+            // Not an open descriptor: any use fails with EBADF.
             Self::Gone => rustix::fs::CWD,
         }
     }
@@ -69,7 +69,7 @@ impl Lazy {
         }
     }
 
-    /// Waits until the descriptor may be ready, after an operation said that it would block.
+    /// Waits until the descriptor may be ready, after an operation would have blocked.
     async fn ready(&mut self, interest: Interest) -> io::Result<()> {
         // Registration reports what is ready already.
         self.registered(interest)?
@@ -85,7 +85,7 @@ impl Lazy {
 enum Loss {
     /// The other side has closed it in order.
     Closed,
-    /// The connection is reset: see the module.
+    /// The connection has been reset; see the module.
     Broken,
     /// Anything else.
     Failed(Errno),

@@ -1,4 +1,4 @@
-//! From a process to the host. See the head of the module above.
+//! From a process to the host. See the parent module.
 
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
@@ -15,13 +15,13 @@ use super::{Lazy, Loss};
 use crate::io::replay::Replay;
 use crate::processes::reaper::Exit;
 
-/// How far the output of a process has got.
+/// Progress of a process's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// There may be more.
+    /// More may come.
     Flowing,
-    /// The process has ended and all that it wrote itself has been passed on; but something else
-    /// still holds the other end.
+    /// The process has ended and all its own output has been passed on, but another process still
+    /// holds the other end.
     Drained,
     /// Nothing more can come.
     Ended,
@@ -34,21 +34,21 @@ pub struct Output {
     progress: watch::Receiver<Progress>,
 }
 
-/// An output that does not live for this.
+/// A weak reference to an output.
 pub struct WeakOutput(Weak<Task<OutputState>>);
 
 impl WeakOutput {
-    /// Whether it is still there.
+    /// Whether the output still exists.
     pub fn is_alive(&self) -> bool {
         self.0.strong_count() > 0
     }
 
-    /// Whether it is this one.
+    /// Whether it refers to this output.
     pub fn is(&self, output: &Output) -> bool {
         std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&output.task))
     }
 
-    /// Gives up the bytes that an ended output keeps, unless they are just being sent again.
+    /// Drops the bytes that an ended output keeps, unless they are being sent again.
     pub fn forget(&self) {
         if let Some(mut state) = self.0.upgrade().and_then(|task| task.idle()) {
             state.replay.clear();
@@ -56,7 +56,7 @@ impl WeakOutput {
     }
 }
 
-/// What the relay works on.
+/// State of the relay.
 pub struct OutputState {
     /// A pipe or the master of a terminal. `None` when it has ended.
     source: Option<Lazy>,
@@ -101,7 +101,7 @@ impl Output {
         output
     }
 
-    /// How far it has got.
+    /// Progress of the output.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
     }
@@ -114,7 +114,7 @@ impl Output {
         }
     }
 
-    /// Ends it: what has not been passed on is lost.
+    /// Closes the output: what has not been passed on is lost.
     pub async fn close(&self) {
         let mut state = self.task.stop().await;
         state.source = None;
@@ -147,14 +147,14 @@ impl StoppedOutput {
         self.state.replay.sendable_from()
     }
 
-    /// Goes on with another connection, at a place of [`StoppedOutput::sendable_from`].
+    /// Continues with another connection, at a place of [`StoppedOutput::sendable_from`].
     pub fn attach(mut self, sink: OwnedFd, place: u64) {
         self.state.sink = Some(Lazy::Plain(sink));
         self.state.replay.rewind(place);
         self.resume();
     }
 
-    /// Goes on as before.
+    /// Continues as before.
     pub fn resume(self) {
         self.output.run(self.state);
     }
@@ -201,7 +201,8 @@ impl OutputState {
     }
 
     async fn pump(&mut self) -> Result<(), Loss> {
-        // A new process has written nothing yet. Later, an event may have been taken and not used.
+        // A new process has written nothing yet. Later, the last readiness event may not have been
+        // used up.
         if let Some(source @ Lazy::Plain(_)) = &mut self.source {
             tokio::select! {
                 ready = source.ready(Interest::READABLE) => ready?,
@@ -209,7 +210,7 @@ impl OutputState {
             }
         }
         loop {
-            // A busy source must not keep the others from their turn.
+            // A busy source must not starve the others.
             tokio::task::coop::consume_budget().await;
             let sink = self.sink.as_mut().ok_or(Loss::Broken)?;
             while self.replay.has_unsent() {
@@ -222,10 +223,10 @@ impl OutputState {
             let Some(source) = &mut self.source else {
                 return Ok(());
             };
-            // Asked before: the process writes nothing after its exit.
+            // Checked before reading: the process writes nothing after its exit.
             let exited = self.exit.borrow().is_some();
             match self.replay.read_from(source.fd()) {
-                // The master of a terminal whose other side is closed says EIO.
+                // The master of a terminal whose slave is closed fails with EIO.
                 Ok(0) | Err(Errno::IO) => self.source = None,
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if exited => {
@@ -235,7 +236,7 @@ impl OutputState {
                 Err(Errno::AGAIN) => {
                     tokio::select! {
                         ready = source.ready(Interest::READABLE) => ready?,
-                        // Read again, to see whether it is empty after the exit.
+                        // Read again after the exit: empty now means all is read.
                         _ = self.exit.changed() => {}
                     }
                 }

@@ -1,4 +1,4 @@
-//! Which steps lead from one network to another, in words.
+//! The steps from one network to another, as text.
 #![allow(clippy::unwrap_used)]
 use super::super::wanted::Neighbour;
 use super::*;
@@ -290,8 +290,8 @@ fn idle_devices_make_way() {
             "set eth0 up",
         ],
     );
-    // A first name that an interface has meanwhile is not had back; a spare name that is wanted is
-    // not taken.
+    // A first name that an interface has meanwhile is not restored; a spare name that is wanted is
+    // not used.
     let mut old = typical();
     old.interfaces[0].name = "hull0".into();
     let new = Wanted {

@@ -1,4 +1,4 @@
-//! A network namespace with net devices, requests for it, and what its kernel has, in words.
+//! A network namespace with net devices, requests for it, and the state of its kernel as text.
 
 use std::io;
 use std::net::IpAddr;
@@ -142,7 +142,7 @@ pub fn typical() -> SetNetworkRequest {
     )
 }
 
-/// What a kernel has, in words.
+/// The state of a kernel, as text.
 pub struct Kernel<'a>(pub &'a Socket);
 
 impl Kernel<'_> {
@@ -169,7 +169,7 @@ impl Kernel<'_> {
             .collect()
     }
 
-    /// Of the main table, but for those that the kernel made by itself.
+    /// Routes of the main table, without those that the kernel added by itself.
     pub fn routes(&self) -> Vec<String> {
         let mut routes = Vec::new();
         let mut each = |_: u16, payload: &[u8]| {
@@ -250,7 +250,7 @@ impl Kernel<'_> {
         neighbours
     }
 
-    /// What a container does by itself.
+    /// A change made by a container.
     pub fn add(&self, name: &str, what: What<'_>) {
         let step = Step {
             link: self.link(name).unwrap().index,

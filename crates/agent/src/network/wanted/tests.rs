@@ -1,4 +1,4 @@
-//! What is refused, and with which words.
+//! What is refused, and with which message.
 #![allow(clippy::unwrap_used)]
 use super::*;
 
@@ -29,7 +29,7 @@ fn route(destination: &str, prefix_length: u32, gateway: &str) -> agent::Route {
     }
 }
 
-/// A network that nothing is wrong with.
+/// A valid network.
 fn sound() -> SetNetworkRequest {
     let interface = |device: u32, name: &str| agent::Interface {
         device,

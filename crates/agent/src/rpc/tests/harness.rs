@@ -27,7 +27,7 @@ use crate::rpc::service::Service;
 /// How long a test may take.
 const TEST_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// What a stream holds on its way is at most as much as in a vsock device.
+/// A stream buffers at most as much as a vsock device does.
 const SOCKET_BUFFER: usize = 32 << 10;
 
 /// A name that no other test has.
@@ -37,7 +37,7 @@ fn unique_name() -> String {
     format!("hull-agent-test-{}-{number}", std::process::id())
 }
 
-/// Why there can be no agent here.
+/// Why no agent can run here.
 fn obstacle() -> Option<&'static str> {
     if !rustix::process::geteuid().is_root() {
         return Some("not root");
@@ -116,7 +116,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.life = None;
-        // SAFETY: waits for the child that was made above.
+        // SAFETY: waits for the child that was created above.
         unsafe { libc::waitpid(self.process, std::ptr::null_mut(), 0) };
         let _ = std::fs::remove_dir_all(&self.root);
     }
@@ -141,7 +141,7 @@ fn root(name: &str) -> PathBuf {
     path
 }
 
-/// Makes the agent's surroundings, starts it, and cleans up after it.
+/// Creates the agent's surroundings, starts it, and cleans up after it.
 fn supervise(group: &str, home: SocketAddr, streams: OwnedFd, dead: OwnedFd) {
     // SAFETY: takes flags only; this process has one thread.
     let unshared = unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID) };
@@ -162,7 +162,7 @@ fn supervise(group: &str, home: SocketAddr, streams: OwnedFd, dead: OwnedFd) {
         }
         child => {
             let mut status = 0;
-            // SAFETY: waits for the child that was just made. With it ends its whole namespace.
+            // SAFETY: waits for the child that was just created. With it ends its whole namespace.
             unsafe { libc::waitpid(child, &raw mut status, 0) };
             remove_groups(&Path::new("/sys/fs/cgroup").join(group));
             assert_eq!(status, 0, "the agent has failed");
@@ -564,7 +564,7 @@ pub fn exec_request(container: &str, exec: &str, script: &str, ports: StreamPort
     request
 }
 
-/// Bytes in which each place is told from its neighbours.
+/// Bytes in which each place differs from its neighbours.
 pub fn pattern(range: std::ops::Range<usize>) -> Vec<u8> {
     range.map(|place| b'a' + (place / 7 % 23) as u8).collect()
 }

@@ -102,7 +102,7 @@ impl Nodes {
         }
     }
 
-    /// Whether a node's file is where the guest knows it, so that it is found there again.
+    /// Whether a node's file is where the guest knows it, so that it would be found there again.
     pub fn is_at_its_place(&mut self, id: u64) -> bool {
         let Some(node) = self.get(id) else {
             return false;
@@ -138,7 +138,7 @@ impl Nodes {
     /// limits stay.
     ///
     /// # Errors
-    /// The saved table contradicts itself, or a root directory cannot be examined.
+    /// If the saved table contradicts itself, or a root directory cannot be examined.
     pub fn restore(
         &mut self,
         saved: SavedNodes,

@@ -1,4 +1,4 @@
-//! Saving the device, and going on with a fresh one over the same directories.
+//! Saving the device, and continuing with a fresh one over the same directories.
 
 use serde_json::{Value, json};
 
@@ -95,14 +95,14 @@ fn a_file_that_is_open_without_a_name_keeps_the_device_from_being_saved() {
         "the fs device cannot be saved: \"directory/file\" of share s is open and has been removed \
          or moved"
     );
-    // It goes on, and once the file is closed it can be saved.
+    // It continues, and once the file is closed it can be saved.
     assert_eq!(guest.write(handle, 0, b"x"), Ok(1));
     let mut release = handle.to_le_bytes().to_vec();
     release.extend([0; 16]);
     guest.call(wire::RELEASE, file.node, &release).unwrap();
     let mut guest = guest.save_and_restore();
     assert_eq!(guest.getattr(file.node), Err(libc::ESTALE));
-    // What the host takes away counts as well.
+    // What the host removes counts as well.
     let (_, _) = guest.create(directory, "other").unwrap();
     fs::remove_file(guest.directory.path().join("directory/other")).unwrap();
     assert!(guest.save().is_err());
