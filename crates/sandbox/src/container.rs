@@ -204,7 +204,8 @@ impl Container {
         Ok(())
     }
 
-    /// Executes a further process. With [`Stdio::Handover`] its streams are with the process.
+    /// Executes a further process. With [`Handover`](crate::config::Stdio::Handover), its streams
+    /// are with the process.
     ///
     /// # Errors
     /// `WrongState` when the container does not run; `CommandNotFound` and `NotExecutable`.

@@ -15,8 +15,8 @@
 //! not pass.
 //!
 //! Without a policy, and with one, no frame passes that is for a loopback address
-//! ([`check_destination`]): a host delivers it to its own services where `route_localnet` is set, as
-//! plugins that publish ports do (CVE-2020-8558).
+//! ([`check_destination`]): a host delivers it to its own services where `route_localnet` is set,
+//! as plugins that publish ports do (CVE-2020-8558).
 //!
 //! Pure: bytes in, verdict out. The bytes are a copy of the beginning of a frame, which the guest
 //! cannot change.

@@ -1,7 +1,7 @@
-//! An archive of a container on the host. A guest made it: where it goes is decided by what was asked
-//! for, not by its names; every name is looked up part by part below that place, no symbolic link is
-//! followed, no set-user-id bit and no device is made, and a directory that was there before keeps
-//! its mode, owner and times.
+//! An archive of a container on the host. A guest made it: where it goes is decided by what was
+//! asked for, not by its names; every name is looked up part by part below that place, no symbolic
+//! link is followed, no set-user-id bit and no device is made, and a directory that was there
+//! before keeps its mode, owner and times.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

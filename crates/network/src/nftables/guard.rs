@@ -1,7 +1,7 @@
 //! The table that keeps a network's containers from the host's loopback interface, where plugins
-//! that publish ports have set `route_localnet` for its bridge (CVE-2020-8558). The net device drops
-//! such frames of hull's own guests; this is for whatever else is on the bridge. It stays, as the
-//! network's bridge does. In the words of nft:
+//! that publish ports have set `route_localnet` for its bridge (CVE-2020-8558). The net device
+//! drops such frames of hull's own guests; this is for whatever else is on the bridge. It stays, as
+//! the network's bridge does. In the words of nft:
 //!
 //! ```text
 //! table ip hull-NETWORK-guard { chain inside { type filter hook prerouting priority raw;
