@@ -20,6 +20,7 @@ mod container_init;
 mod copy;
 mod disks;
 mod events;
+mod given_files;
 mod init;
 mod io;
 mod log;

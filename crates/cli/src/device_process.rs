@@ -3,7 +3,7 @@
 //! Started by a sandbox process in new namespaces, with the control socket inherited.
 
 use hull_devices::device_process;
-use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Role, Root};
+use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Limits, Role, Root};
 
 use crate::error::{Context, Result};
 
@@ -31,7 +31,7 @@ pub fn run() -> Result<()> {
                 proc: true,
                 ..Root::default()
             },
-            open_files: OPEN_FILES,
+            limits: Limits::open_files(OPEN_FILES),
         },
     )
     .context(|| "confine the device process")?;

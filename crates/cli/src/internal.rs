@@ -8,10 +8,12 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use hull_sandbox::role;
 use hull_sandbox::store::SandboxPath;
 
+use crate::bounded_log::BoundedLog;
 use crate::error::{self, Context, Error, HULL_FAILED, Result};
 
 /// The name by which container engines call the OCI runtime.
@@ -145,12 +147,11 @@ fn device_process() -> Result<()> {
 fn log_to_stderr() {
     let level = std::env::var("HULL_LOG")
         .ok()
-        .and_then(|level| level.parse().ok())
-        .unwrap_or(tracing::Level::WARN);
+        .and_then(|level| level.parse().ok());
     tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_max_level(level.unwrap_or(tracing::Level::WARN))
         .with_ansi(false)
-        .with_writer(std::io::stderr)
+        .with_writer(Arc::new(BoundedLog::new(level.is_some())))
         .init();
 }
 

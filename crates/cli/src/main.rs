@@ -4,6 +4,7 @@
 //! Its startup is part of every container's start: nothing is read, allocated or started here
 //! before a command needs it.
 
+mod bounded_log;
 mod cli;
 mod commands;
 mod device_process;

@@ -32,6 +32,9 @@ pub struct Details {
     pub image_id: String,
     /// Host name.
     pub hostname: String,
+    /// The container whose hosts, hostname and resolv.conf it has: itself, or the one whose network
+    /// it shares.
+    pub files_of: String,
     /// Machine kind.
     pub machine: String,
     /// Its isolation is the hardware's.
@@ -164,8 +167,47 @@ pub fn config(directory: &Directory) -> Result<Value> {
 /// # Errors
 /// `NotFound`; its files are damaged, or a newer hull's.
 pub fn find(paths: &Paths, text: &str) -> Result<Container> {
-    let id = names::find(paths, text)?;
+    let id = find_id(paths, text)?;
     load(paths, &id)?.ok_or_else(|| names::no_such(text))
+}
+
+/// Its id, also when its files are damaged.
+///
+/// # Errors
+/// `NotFound`, with whose container it is if an engine has one.
+pub fn find_id(paths: &Paths, text: &str) -> Result<String> {
+    names::find(paths, text).map_err(|error| match &of_engines(paths, text)[..] {
+        [other, ..] if error.kind == ErrorKind::NotFound => {
+            let program = match &other.stored.record.engine[..] {
+                "oci" => "hull-oci",
+                engine => engine,
+            };
+            error.hint(format!(
+                "it is a container of {program}, which decides about it"
+            ))
+        }
+        _ => error,
+    })
+}
+
+/// The containers of engines that have this id, or whose ids begin so.
+fn of_engines(paths: &Paths, text: &str) -> Vec<EngineContainer> {
+    let mut found: Vec<EngineContainer> = engines(paths)
+        .into_iter()
+        .filter_map(Result::ok)
+        .filter(|other| {
+            let id = &other.stored.record.id;
+            id == text || (text.len() >= 3 && id.starts_with(text))
+        })
+        .collect();
+    if let Some(exact) = found
+        .iter()
+        .position(|other| other.stored.record.id == text)
+    {
+        found.swap(0, exact);
+        found.truncate(1);
+    }
+    found
 }
 
 /// The container of this id, unless it is just being created or removed.
@@ -188,21 +230,7 @@ pub fn find_any(paths: &Paths, text: &str) -> Result<Any> {
         Err(error) if error.kind == ErrorKind::NotFound => error,
         Err(error) => return Err(error),
     };
-    let mut found: Vec<EngineContainer> = engines(paths)
-        .into_iter()
-        .filter_map(Result::ok)
-        .filter(|other| {
-            let id = &other.stored.record.id;
-            id == text || (text.len() >= 3 && id.starts_with(text))
-        })
-        .collect();
-    if let Some(exact) = found
-        .iter()
-        .position(|other| other.stored.record.id == text)
-    {
-        found.swap(0, exact);
-        found.truncate(1);
-    }
+    let mut found = of_engines(paths, text);
     match found.len() {
         0 => Err(missing),
         1 => Ok(Any::Engine(Box::new(found.remove(0)))),

@@ -1,15 +1,14 @@
-//! hosts, hostname and resolv.conf of a container, as Docker makes them: written when its network
-//! is known, into a directory that is shared with the guest.
+//! hosts, hostname and resolv.conf of a container, as Docker writes them: generated when its
+//! network is known, and given to the guest, where they live.
 
 use std::fs;
 use std::net::IpAddr;
 
 use hull_network::{hosts, resolv};
 use hull_sandbox::config::NetworkAddresses;
-use hull_sandbox::store::Directory;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 
 /// What becomes a container's `resolv.conf` and `hosts`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,46 +26,22 @@ pub struct DnsConfig {
 /// Names of the files.
 pub const FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 
-/// Writes them. `network`: the name of the network and what it gave the container.
+/// Their contents, by name. `network`: the name of the network and what it gave the container.
 ///
 /// # Errors
-/// A name is to be the host's, and the host has no address in the network; a file cannot be
-/// written.
-pub fn write(
-    directory: &Directory,
+/// `InvalidArgument` if a name is to be the host's, and the host has no address in the network.
+pub fn files(
     hostname: &str,
     config: &DnsConfig,
     network: (&str, Option<&NetworkAddresses>),
-) -> Result<()> {
-    let [hosts, name, resolv] = FILES;
-    let text = hosts_file(hostname, config, network)?;
-    directory.write(hosts, text.as_bytes())?;
-    directory.write(name, format!("{hostname}\n").as_bytes())?;
-    directory.write(resolv, resolv_file(config, network.1).as_bytes())?;
-    make_readable(directory)
-}
-
-/// Copies them to a container that shares the network of another one: they are its own from then
-/// on, and stay when the other one is removed.
-///
-/// # Errors
-/// A file cannot be copied.
-pub fn copy(from: &Directory, to: &Directory) -> Result<()> {
-    for file in FILES {
-        to.write(file, &from.read(file)?.unwrap_or_default())?;
-    }
-    make_readable(to)
-}
-
-/// Users of the container read them.
-fn make_readable(directory: &Directory) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    for file in FILES {
-        let path = directory.path().join(file);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
-            .context(|| format!("prepare {}", path.display()))?;
-    }
-    Ok(())
+) -> Result<Vec<(String, String)>> {
+    let contents = [
+        hosts_file(hostname, config, network)?,
+        format!("{hostname}\n"),
+        resolv_file(config, network.1),
+    ];
+    let named = FILES.into_iter().map(str::to_owned).zip(contents);
+    Ok(named.collect())
 }
 
 fn hosts_file(

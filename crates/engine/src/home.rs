@@ -2,7 +2,7 @@
 //! configuration, images and the state of containers are then.
 
 use std::env::var_os;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
@@ -72,5 +72,59 @@ pub fn secure(directory: &Path) -> Result<()> {
         true => Ok(()),
         false => Err(Error::new(format!("{}: others can write to it", doing()))
             .hint("XDG_RUNTIME_DIR, or run_dir in the configuration, can name another one")),
+    }
+}
+
+/// Closes a directory of hull's own to all other users, if it is there: what images and containers
+/// hold may be set-user-id programs of a guest's (CVE-2021-41091), and secrets.
+///
+/// # Errors
+/// `Host` if it belongs to another user, is not a directory, or its mode cannot be set.
+pub fn keep_private(directory: &Path) -> Result<()> {
+    let doing = || format!("cannot use {}", directory.display());
+    let found = match std::fs::symlink_metadata(directory) {
+        Ok(found) => found,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).context(doing),
+    };
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
+        return Err(
+            Error::new(format!("{}: it is not a directory of this user", doing()))
+                .hint("data_dir in the configuration can name another place"),
+        );
+    }
+    if found.mode() & 0o077 != 0 {
+        let private = std::fs::Permissions::from_mode(0o700);
+        std::fs::set_permissions(directory, private).context(doing)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_others_can_enter_is_closed_to_them() {
+        let data = tempfile::tempdir().unwrap();
+        let directory = data.path().join("containers");
+        keep_private(&directory).unwrap();
+        assert!(!directory.exists());
+        std::fs::create_dir(&directory).unwrap();
+        for mode in [0o755, 0o711, 0o770, 0o700] {
+            let open = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(&directory, open).unwrap();
+            keep_private(&directory).unwrap();
+            let now = std::fs::metadata(&directory).unwrap().mode();
+            assert_eq!(now & 0o7777, 0o700, "{mode:o}");
+        }
+        let link = data.path().join("link");
+        std::os::unix::fs::symlink(&directory, &link).unwrap();
+        let error = keep_private(&link).unwrap_err();
+        assert!(
+            error.message.contains("not a directory of this user"),
+            "{error}"
+        );
     }
 }

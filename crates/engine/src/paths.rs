@@ -11,7 +11,6 @@ use hull_sandbox::store::ProcessId;
 /// DATA/containers/<id>/   one container: config.json, record.json, status.json, and
 ///     upper, work         its writable layer
 ///     log, log.1          its output
-///     etc/                its hosts, hostname, resolv.conf
 ///     network.json        what network plugins are to undo
 /// DATA/containers/.<pid>-<start>   one that this process is about to create
 /// DATA/names/<name>       symbolic link to the id that has the name

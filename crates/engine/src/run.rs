@@ -29,6 +29,7 @@ use self::contents::{seccomp, send_shares};
 use crate::attach::Attachment;
 use crate::config::Config;
 use crate::container::{self, Container, Details, ENGINE};
+use crate::dns;
 use crate::error::{Context, Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::names;
@@ -152,6 +153,8 @@ struct Place {
     machine: MachineConfig,
     sandbox: SandboxPath,
     hostname: String,
+    /// The container whose hosts, hostname and resolv.conf it has.
+    files_of: String,
     /// The container whose machine this is, when it is another one's.
     host: Option<Container>,
 }
@@ -239,6 +242,7 @@ impl<'a> Run<'a> {
                 image: options.image.clone(),
                 image_id: image.id.clone(),
                 hostname: place.hostname.clone(),
+                files_of: place.files_of.clone(),
                 machine: place.machine.choice.kind.to_string(),
                 hardware: place.machine.choice.hardware,
                 kernel: place.machine.choice.kernel.display().to_string(),
@@ -332,7 +336,7 @@ impl<'a> Run<'a> {
         let begin = now_ns();
         let built = self.spec(image, place)?;
         rootless::enter_mounts()?;
-        let shares = self.shares(image, place, directory)?;
+        let shares = self.shares(image, directory)?;
         self.timings.step("mount the root file system", begin);
 
         let begin = now_ns();
@@ -348,20 +352,27 @@ impl<'a> Run<'a> {
             }
             self.timings.step("wait for the network", begin);
         }
-        if place.host.is_none() {
-            let dns = self.options.network.dns();
-            self.write_etc(directory, &place.hostname, &dns, addresses.as_ref())?;
-        }
-
         let begin = now_ns();
         let (spec, config) = built;
+        // Containers that share a network share these files.
+        let files = match place.host {
+            Some(_) => Vec::new(),
+            None => {
+                let network = (&self.network.name[..], addresses.as_ref());
+                dns::files(&place.hostname, &self.options.network.dns(), network)?
+            }
+        };
         directory.write(CONFIG_FILE, spec.get().as_bytes())?;
         if !config.raw.env.is_empty() {
             self.keep_raw_environment(&config.raw.env)?;
         }
         let messages = send_shares(&client, shares)?;
         let request = Request::Create(Box::new(CreateRequest {
-            container: ContainerConfig { spec, ..config },
+            container: ContainerConfig {
+                spec,
+                files,
+                ..config
+            },
             attach: attachment.map(Attachment::request),
         }));
         client.tell(&request, &[directory.as_fd()])?;

@@ -193,7 +193,6 @@ pub const DEVICE_IOCTLS: &[u64] = &[
 pub const DEVICE_PRCTLS: &[i32] = &[
     libc::PR_SET_NAME,
     libc::PR_GET_NAME,
-    libc::PR_SET_PDEATHSIG,
     libc::PR_GET_DUMPABLE,
     libc::PR_CAPBSET_READ,
     libc::PR_SET_NO_NEW_PRIVS,
@@ -251,6 +250,7 @@ pub const UML_IOCTLS: &[u64] = &[
     libc::FIONREAD,
 ];
 
+/// `PR_SET_PDEATHSIG` only to SIGKILL: see [`super::filter`].
 pub const UML_PRCTLS: &[i32] = &[
     libc::PR_SET_NAME,
     libc::PR_SET_PDEATHSIG,

@@ -75,6 +75,9 @@ enum Verdict {
     OneOf(u8, Vec<u32>),
     /// An ioctl, allowed if its request is one of these or belongs to this driver.
     Request(Vec<u32>, Option<u8>),
+    /// prctl with one of these options. The parent death signal can only be set to SIGKILL: a
+    /// process that clears it would outlive its sandbox.
+    Prctl(Vec<u32>),
     /// Allowed if the lower half of an argument is not this.
     Not(u8, u32),
     /// Allowed if the lower half of an argument has none of these bits.
@@ -94,7 +97,7 @@ fn allowlist(calls: &[&[c_long]], ioctls: &[u64], driver: Option<u8>, prctls: &[
     rules.insert(libc::SYS_ioctl as u32, Verdict::Request(requests, driver));
     rules.insert(
         libc::SYS_prctl as u32,
-        Verdict::OneOf(0, prctls.iter().map(|option| *option as u32).collect()),
+        Verdict::Prctl(prctls.iter().map(|option| *option as u32).collect()),
     );
     rules
 }
@@ -247,6 +250,28 @@ fn decide(verdict: &Verdict) -> BpfProgram {
             ]);
             program
         }
+        Verdict::Prctl(options) if !options.contains(&(libc::PR_SET_PDEATHSIG as u32)) => {
+            decide(&Verdict::OneOf(0, options.clone()))
+        }
+        Verdict::Prctl(options) => {
+            const DEATH_SIGNAL: u32 = libc::PR_SET_PDEATHSIG as u32;
+            let free = options.iter().filter(|option| **option != DEATH_SIGNAL);
+            let free: Vec<u32> = free.copied().collect();
+            let mut program = vec![argument(0)];
+            for (position, option) in free.iter().enumerate() {
+                // Over the other comparisons, the signal's three and the refusal.
+                let over = (free.len() - position + 3) as u8;
+                program.push(jump(IF_EQUAL, *option, over, 0));
+            }
+            program.extend([
+                jump(IF_EQUAL, DEATH_SIGNAL, 0, 2),
+                argument(1),
+                jump(IF_EQUAL, libc::SIGKILL as u32, 1, 0),
+                refuse,
+                allow,
+            ]);
+            program
+        }
         Verdict::Not(index, value) => {
             vec![
                 argument(*index),
@@ -325,6 +350,19 @@ mod tests {
                             assert_eq!(answer(arguments), ALLOW, "{role} {number} {value}");
                         }
                         assert_eq!(answer([0xdead_beef; 6]), REFUSE, "{role} {number}");
+                    }
+                    Verdict::Prctl(options) => {
+                        for option in 0..300 {
+                            for signal in [0, 9, 15, u64::from(u32::MAX)] {
+                                let is_signal = option == libc::PR_SET_PDEATHSIG as u32;
+                                let allowed =
+                                    options.contains(&option) && (!is_signal || signal == 9);
+                                let expected = if allowed { ALLOW } else { REFUSE };
+                                let arguments = [u64::from(option), signal, 0, 0, 0, 0];
+                                let answer = answer(arguments);
+                                assert_eq!(answer, expected, "{role} prctl {option} {signal}");
+                            }
+                        }
                     }
                     Verdict::Request(values, driver) => {
                         let request = |value: u32| answer([0, u64::from(value), 0, 0, 0, 0]);

@@ -86,9 +86,72 @@ pub struct Confinement {
     pub capabilities: CapabilitySet,
     /// Its root directory.
     pub root: Root,
-    /// RLIMIT_NOFILE.
-    pub open_files: u64,
+    /// Its resource limits.
+    pub limits: Limits,
 }
+
+/// Resource limits of a jailed process (setrlimit(2)). Beside these, none has core dumps, POSIX
+/// message queues, or more locked memory and queued signals than any of them needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Open files (RLIMIT_NOFILE), or what the host allows if that is less.
+    pub open_files: u64,
+    /// Processes and threads of its user (RLIMIT_NPROC). For one that has its user to itself: the
+    /// kernel does not limit root.
+    pub processes: Option<u64>,
+    /// Size of a file that it writes, bytes (RLIMIT_FSIZE).
+    pub file_size: Option<u64>,
+}
+
+impl Limits {
+    /// A number of open files, and no further limit.
+    pub fn open_files(open_files: u64) -> Self {
+        Self {
+            open_files,
+            processes: None,
+            file_size: None,
+        }
+    }
+
+    /// What is set: resource and limit.
+    fn all(self) -> [(Resource, Option<u64>); 7] {
+        [
+            // 1 and not 0: a core dump into a pipe ignores 0, and 1 forbids both.
+            (Resource::Core, Some(1)),
+            (Resource::Nofile, Some(self.open_files)),
+            (Resource::Nproc, self.processes),
+            (Resource::Fsize, self.file_size),
+            (Resource::Msgqueue, Some(0)),
+            (Resource::Memlock, Some(MAX_LOCKED)),
+            (Resource::Sigpending, Some(MAX_QUEUED_SIGNALS)),
+        ]
+    }
+
+    fn apply(self) -> Result<(), Errno> {
+        for (resource, limit) in self.all() {
+            let Some(limit) = limit else { continue };
+            let most = rustix::process::getrlimit(resource)
+                .maximum
+                .unwrap_or(u64::MAX);
+            let limit = Some(limit.min(most));
+            rustix::process::setrlimit(
+                resource,
+                Rlimit {
+                    current: limit,
+                    maximum: limit,
+                },
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Locked memory of a jailed process, bytes: the kernel's default before 5.16
+/// (include/uapi/linux/resource.h).
+const MAX_LOCKED: u64 = 64 << 10;
+
+/// Queued signals of a jailed process's user: user-mode kernels have a timer each, which takes one.
+const MAX_QUEUED_SIGNALS: u64 = 1024;
 
 /// A started process. Dropping it does not end the process.
 #[derive(Debug)]
@@ -314,7 +377,7 @@ struct Prepared {
     gid: u32,
     landlock: Option<restrict::Ruleset>,
     filter: filter::Filter,
-    open_files: u64,
+    limits: Limits,
 }
 
 impl Prepared {
@@ -328,7 +391,7 @@ impl Prepared {
             uid,
             gid,
             root,
-            open_files,
+            limits,
             ..
         } = confinement;
         let plan = root::Plan::new(root, *uid, *gid).map_err(|(path, errno)| Error::Content {
@@ -342,7 +405,7 @@ impl Prepared {
             gid: *gid,
             landlock: restrict::Ruleset::new(*role, root, executable),
             filter: filter::Filter::of(*role),
-            open_files: *open_files,
+            limits: *limits,
         })
     }
 
@@ -352,24 +415,7 @@ impl Prepared {
         parent: Option<BorrowedFd<'_>>,
     ) -> Result<(), (Step, Errno)> {
         let at = |step| move |errno| (step, errno);
-        // 1 and not 0: a core dump into a pipe ignores 0, and 1 forbids both.
-        rustix::process::setrlimit(
-            Resource::Core,
-            Rlimit {
-                current: Some(1),
-                maximum: Some(1),
-            },
-        )
-        .map_err(at(Step::Limits))?;
-        let most = rustix::process::getrlimit(Resource::Nofile)
-            .maximum
-            .unwrap_or(u64::MAX);
-        let open_files = Some(self.open_files.min(most));
-        let limit = Rlimit {
-            current: open_files,
-            maximum: open_files,
-        };
-        rustix::process::setrlimit(Resource::Nofile, limit).map_err(at(Step::Limits))?;
+        self.limits.apply().map_err(at(Step::Limits))?;
         sys::set_host_name(c"hull").map_err(at(Step::HostName))?;
         self.root.build()?;
         privileges::drop_to(self.uid, self.gid, capabilities)?;

@@ -17,8 +17,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use hull_jail::{
-    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Source, Started, Status,
-    Tmp,
+    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Limits, Role, Root, Source, Started,
+    Status, Tmp,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -383,7 +383,11 @@ fn foreign(code: &[u8]) -> Started {
                 links: vec![("/lib".into(), "usr/lib".into())],
                 ..Root::default()
             },
-            open_files: 64,
+            limits: Limits {
+                open_files: 64,
+                processes: Some(7),
+                file_size: Some(4096),
+            },
         }),
     })
     .unwrap()
@@ -421,11 +425,19 @@ fn foreign_executables() -> Outcome {
         ("program\0argument\0".into(), "A=b\0".into())
     );
     assert_eq!(read("personality").trim(), "00040000");
-    assert!(
-        read("limits")
-            .lines()
-            .any(|line| line.starts_with("Max open files            64 "))
-    );
+    let limits = read("limits");
+    for (resource, limit) in [
+        ("Max open files", "64"),
+        ("Max processes", "7"),
+        ("Max file size", "4096"),
+        ("Max msgqueue size", "0"),
+        ("Max core file size", "1"),
+    ] {
+        let line = limits.lines().find(|line| line.starts_with(resource));
+        let line = line.unwrap().trim_start_matches(resource);
+        let both: Vec<_> = line.split_whitespace().take(2).collect();
+        assert_eq!(both, [limit, limit], "{resource}");
+    }
     let mut root: Vec<_> = std::fs::read_dir(proc("root"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -528,7 +540,7 @@ fn failures_are_named() -> Outcome {
             binds,
             ..Root::default()
         },
-        open_files: 64,
+        limits: Limits::open_files(64),
     };
     let error = jail::spawn(spec(Some(confinement(vec![missing]))))
         .unwrap_err()

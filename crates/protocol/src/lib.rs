@@ -73,6 +73,11 @@ pub const SHARES_DIR: &str = "/run/hull/shares";
 /// `uid=` and `gid=`, as long as there is a container that has it.
 pub const SHARED_MEMORY_SOURCE: &str = "hull-shm:";
 
+/// What the source of a bind mount in a container's spec begins with when it is a file that the
+/// host gave a container with its creation. The container's id, a slash and the file's name follow.
+/// The agent keeps such files as long as there is a container that has one.
+pub const GIVEN_FILES_SOURCE: &str = "hull-file:";
+
 /// Hardware address that net device `number` of a machine bears until the agent gives it the one of
 /// the interface that it stands for: locally administered, "hull", and the number, by which the
 /// agent knows it.

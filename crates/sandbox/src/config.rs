@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use hull_device_control::LinkLocal;
 use hull_network::cni::PortMapping;
-use hull_protocol::{SHARED_MEMORY_SOURCE, SHARES_DIR};
+use hull_protocol::{GIVEN_FILES_SOURCE, SHARED_MEMORY_SOURCE, SHARES_DIR};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -239,6 +239,12 @@ pub fn shared_memory(identity: u64) -> String {
     format!("{SHARED_MEMORY_SOURCE}{identity:016x}")
 }
 
+/// The source of a bind mount that stands for a file which was given to a container with its
+/// creation ([`ContainerConfig::files`]).
+pub fn given_file(container: &str, name: &str) -> String {
+    format!("{GIVEN_FILES_SOURCE}{container}/{name}")
+}
+
 /// Whether a kernel parameter belongs to a network namespace, in either notation (`net.` or
 /// `net/`). The guest's own network has those of its containers.
 pub fn is_network_sysctl(name: &str) -> bool {
@@ -312,6 +318,10 @@ pub struct ContainerConfig {
     /// Kernel parameters of the guest's own network.
     #[serde(default)]
     pub sysctl: BTreeMap<String, String>,
+    /// Files that live in the guest: name and content. Mounts of the spec name them: see
+    /// [`given_file`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<(String, String)>,
     /// Namespaces of other containers of this sandbox: kind and process id of the owner's keeper.
     #[serde(default)]
     pub joins: Vec<(String, i32)>,
@@ -337,6 +347,7 @@ impl ContainerConfig {
             start: true,
             keeper: None,
             sysctl: BTreeMap::new(),
+            files: Vec::new(),
             joins: Vec::new(),
             disks: Vec::new(),
             volatile: false,

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod check_config;
+mod confinement;
 mod cp;
 mod crash;
 mod exec;

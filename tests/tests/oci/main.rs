@@ -10,5 +10,6 @@ mod lifecycle;
 mod limits;
 mod network;
 mod network_crash;
+mod people;
 mod pods;
 mod validation;

@@ -15,6 +15,7 @@ use ttrpc::Code;
 
 use crate::container::Container;
 use crate::disks::Disks;
+use crate::given_files::Files;
 use crate::io::pipes::Relays;
 use crate::processes::oom::OomWatch;
 use crate::processes::process::Process;
@@ -45,6 +46,8 @@ pub struct HeldResources {
     pub disks: Disks,
     /// Memory shared with other containers.
     pub _memory: Vec<Arc<Memory>>,
+    /// Files that the host gave it, or a container whose network it shares.
+    pub _files: Vec<Arc<Files>>,
 }
 
 /// A container that has been created.

@@ -31,6 +31,7 @@ use super::status::{Failure, Result};
 use crate::container::{Child, Container, CreateError, PendingChild, RawArgs};
 use crate::disks::Disks;
 use crate::events::Events;
+use crate::given_files::GivenFiles;
 use crate::io::pipes::Pipes;
 use crate::io::reactor;
 use crate::io::relay::EndedOutputs;
@@ -57,6 +58,7 @@ pub struct Service {
     events: Arc<Events>,
     ended_outputs: Arc<EndedOutputs>,
     shared_memory: SharedMemory,
+    given_files: GivenFiles,
     network: Mutex<Network>,
     loopback: Loopback,
     sequence: AtomicU64,
@@ -89,6 +91,7 @@ impl Service {
             events: Arc::default(),
             ended_outputs: Arc::default(),
             shared_memory: SharedMemory::default(),
+            given_files: GivenFiles::default(),
             network: Mutex::new(Network::hiding()),
             loopback: Loopback::default(),
             sequence: AtomicU64::new(0),
@@ -102,6 +105,7 @@ impl Service {
         let resources = HeldResources {
             disks: Disks::translate(&mut spec).await?,
             _memory: self.shared_memory.provide(&mut spec)?,
+            _files: self.given_files.provide(id, &request.files, &mut spec)?,
         };
         let terminal = spec
             .process()

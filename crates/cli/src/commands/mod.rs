@@ -55,6 +55,11 @@ pub fn config_for_root() -> Result<Config> {
         hull_sandbox::rootless::enter()?;
         hull_engine::home::secure(&config.run_dir)?;
     }
+    let paths = config.paths();
+    let images = config.data_dir.join("images");
+    for directory in [paths.containers(), paths.names(), images] {
+        hull_engine::home::keep_private(&directory)?;
+    }
     Ok(config)
 }
 

@@ -1,6 +1,6 @@
 //! `hull rm`.
 
-use hull_engine::{container, names};
+use hull_engine::container;
 
 use super::{config_for_root, for_each};
 use crate::error::{ErrorKind, Result};
@@ -21,7 +21,7 @@ pub struct Args {
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     for_each(&args.containers, |name| {
-        let id = match names::find(&paths, name) {
+        let id = match container::find_id(&paths, name) {
             Ok(id) => id,
             Err(error) if args.force && error.kind == ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error),

@@ -4,9 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use hull_image::Image;
-use hull_sandbox::config::{
-    ContainerConfig, NetworkAddresses, Removal, Share, Stdio, Writers, share_name,
-};
+use hull_sandbox::config::{ContainerConfig, Removal, Share, Stdio, Writers, share_name};
 use hull_sandbox::control::client::Client;
 use hull_sandbox::control::protocol::{MAX_SHARES, Request};
 use hull_sandbox::shares::{self, Overlay, ReadOnly};
@@ -15,7 +13,6 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::{Place, Run};
 use crate::container::Container;
-use crate::dns::{self, DnsConfig};
 use crate::error::{Context, Result};
 use crate::spec::seccomp::{Profile, Seccomp};
 use crate::spec::{self, ContainerOptions, Layout};
@@ -23,11 +20,10 @@ use crate::values::SecurityOption;
 use crate::volumes::Volume;
 
 impl Run<'_> {
-    /// The shares of the container, with their mounts: root, etc, volumes.
+    /// The shares of the container, with their mounts: root, volumes.
     pub(super) fn shares(
         &self,
         image: &Image,
-        place: &Place,
         directory: &Directory,
     ) -> Result<Vec<(Share, OwnedFd)>> {
         let root = shares::root(&Overlay {
@@ -36,20 +32,7 @@ impl Run<'_> {
             work: directory.path().join("work"),
             volatile: self.options.remove,
         })?;
-        let etc = directory.path().join("etc");
-        let own = Directory::create(&etc)?;
-        if let Some(host) = &place.host {
-            let path = host.path().join("etc");
-            let theirs = Directory::open(&path).context(|| format!("open {}", path.display()))?;
-            dns::copy(&theirs, &own)?;
-        }
-        let mut shares = vec![
-            (self.share("root", false, Writers::Guest), root),
-            (
-                self.share("etc", false, Writers::Anyone),
-                shares::host(&etc, false, ReadOnly::No)?,
-            ),
-        ];
+        let mut shares = vec![(self.share("root", false, Writers::Guest), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {
             let read_only = match volume.read_only {
                 true => ReadOnly::Recursive,
@@ -76,17 +59,6 @@ impl Run<'_> {
         Ok(self.share(&what, !metadata.is_dir(), Writers::Anyone))
     }
 
-    pub(super) fn write_etc(
-        &self,
-        directory: &Directory,
-        hostname: &str,
-        dns: &DnsConfig,
-        network: Option<&NetworkAddresses>,
-    ) -> Result<()> {
-        let etc = Directory::create(&directory.path().join("etc"))?;
-        dns::write(&etc, hostname, dns, (&self.network.name, network))
-    }
-
     /// The spec, and the rest of the container's configuration.
     pub(super) fn spec(
         &self,
@@ -96,7 +68,7 @@ impl Run<'_> {
         let options = self.options;
         let layout = Layout {
             root: self.share("root", false, Writers::Guest).path(),
-            etc: self.share("etc", false, Writers::Anyone).path(),
+            files_of: place.files_of.clone(),
             volumes: options
                 .volumes
                 .iter()
@@ -156,6 +128,8 @@ impl Run<'_> {
             start: true,
             keeper: None,
             sysctl: built.network_sysctl,
+            // Known when the network is.
+            files: Vec::new(),
             joins: Vec::new(),
             disks: Vec::new(),
             volatile: options.remove && !writes,

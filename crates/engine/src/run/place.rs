@@ -26,6 +26,7 @@ impl Run<'_> {
                 machine: self.machine()?,
                 sandbox: SandboxPath::new(self.paths.run(), digits),
                 hostname: own_hostname(),
+                files_of: self.id.clone(),
                 host: None,
             });
         };
@@ -36,6 +37,7 @@ impl Run<'_> {
             machine: self.machine_of(details)?,
             sandbox: host.record.sandbox()?.clone(),
             hostname: details.hostname.clone(),
+            files_of: details.files_of.clone(),
             host: Some(host),
         })
     }

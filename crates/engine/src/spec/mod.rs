@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use hull_image::ImageConfig;
-use hull_sandbox::config::{RawArgs, is_network_sysctl};
+use hull_sandbox::config::{RawArgs, given_file, is_network_sysctl};
 use serde_json::{Value, json};
 
 use crate::dns;
@@ -164,8 +164,8 @@ const READ_ONLY_PATHS: [&str; 5] = [
 pub struct Layout {
     /// The root file system.
     pub root: String,
-    /// The directory with hosts, hostname and resolv.conf.
-    pub etc: String,
+    /// The container to which hosts, hostname and resolv.conf were given.
+    pub files_of: String,
     /// Each volume, in the order of the options.
     pub volumes: Vec<String>,
 }
@@ -461,7 +461,7 @@ fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
         json!({
             "destination": format!("/etc/{name}"),
             "type": "bind",
-            "source": format!("{}/{name}", layout.etc),
+            "source": given_file(&layout.files_of, name),
             "options": ["bind", "rprivate"],
         })
     }));

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hull_jail::{
-    self as jail, Bind, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Role, Root, Source,
-    ThreadRole, Tmp,
+    self as jail, Bind, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Limits, Role, Root,
+    Source, ThreadRole, Tmp,
 };
 
 fn confinement(role: Role) -> Confinement {
@@ -23,7 +23,7 @@ fn confinement(role: Role) -> Confinement {
             }),
             ..Root::default()
         },
-        open_files: 100,
+        limits: Limits::open_files(100),
     }
 }
 

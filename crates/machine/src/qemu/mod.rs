@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hull_jail::{self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root};
+use hull_jail::{self as jail, Bind, CapabilitySet, Confinement, JailSpec, Limits, Role, Root};
 
 use crate::probe::{self, KvmState, State, Works};
 use crate::process::{Jailed, Process};
@@ -21,6 +21,10 @@ use qmp::Monitor;
 
 /// The oldest version whose `microvm` supports vhost-user devices as used here.
 const OLDEST: (u32, u32) = (6, 2);
+
+/// Threads of QEMU beside those of virtual processors: its pool for files has 64 at most
+/// (util/thread-pool.c), and each device few.
+const QEMU_THREADS: u64 = 128;
 
 /// Directories of its shared libraries.
 const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
@@ -132,7 +136,12 @@ impl Backend for Qemu {
                 gid: uid,
                 capabilities: CapabilitySet::empty(),
                 root: root(config, sockets),
-                open_files: 1024,
+                limits: Limits {
+                    open_files: 1024,
+                    processes: Some(QEMU_THREADS + u64::from(config.vcpus)),
+                    // What it writes goes through its devices.
+                    file_size: Some(config.memory),
+                },
             }),
         })?;
         Ok(Box::new(QemuMachine {

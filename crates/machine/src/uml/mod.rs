@@ -12,7 +12,7 @@ use std::path::Path;
 
 use hull_device_control::DeviceType;
 use hull_jail::{
-    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Role, Root, Started, Tmp,
+    self as jail, Bind, CapabilitySet, Confinement, JailSpec, Limits, Role, Root, Started, Tmp,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Signal, WaitId, WaitIdOptions, waitid};
@@ -34,6 +34,13 @@ const LOOPS_PER_JIFFY: u64 = 50_000_000;
 /// Capacity of the jail's `/tmp` in addition to the guest's memory, for the kernel's pid file and
 /// test files.
 const TMP_SLACK: u64 = 1 << 20;
+
+/// Guest memory that a process takes in the guest's kernel at least, bytes: its stack, its
+/// `task_struct`, and the first page tables. Each is a process of the host.
+const MEMORY_PER_PROCESS: u64 = 32 << 10;
+
+/// Processes and threads of a kernel beside those of its guest's programs.
+const KERNEL_PROCESSES: u64 = 256;
 
 /// Exit code of a kernel that panicked. Its abort has no effect in the jail, because PID 1 of a
 /// namespace ignores SIGABRT, so it exits (arch/um/os-Linux/util.c, uml_abort).
@@ -141,6 +148,7 @@ impl Backend for Uml {
             uid,
             &console,
             Some(reader.as_fd()),
+            limits(config.memory),
         )?;
         Ok(Box::new(UmlMachine {
             jailed: Jailed::new(started),
@@ -239,6 +247,7 @@ fn spawn(
     uid: u32,
     console: &OwnedFd,
     paused_time: Option<BorrowedFd<'_>>,
+    limits: Limits,
 ) -> Result<Started, jail::Error> {
     let mut fds = vec![(console.as_fd(), 1), (console.as_fd(), 2)];
     fds.extend(paused_time.map(|file| (file, PAUSED_TIME_FD)));
@@ -259,9 +268,19 @@ fn spawn(
             gid: uid,
             capabilities: CapabilitySet::empty(),
             root,
-            open_files: 1024,
+            limits,
         }),
     })
+}
+
+/// What the host gives a machine at most, whatever its kernel asks for.
+fn limits(memory: u64) -> Limits {
+    Limits {
+        open_files: 1024,
+        processes: Some(memory / MEMORY_PER_PROCESS + KERNEL_PROCESSES),
+        // Its largest file is the guest's memory.
+        file_size: Some(memory.saturating_add(TMP_SLACK)),
+    }
 }
 
 /// The version that a kernel reports. It runs in a jail like a guest's, which tests the jail, too.
@@ -279,8 +298,16 @@ fn version(kernel: &Path) -> Result<String, String> {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .map_err(|errno| format!("cannot create a pipe: {errno}"))?;
     let argv = vec!["linux".into(), "--version".into()];
-    let started =
-        spawn(&file, argv, root, NOBODY, &write, None).map_err(|error| error.to_string())?;
+    let started = spawn(
+        &file,
+        argv,
+        root,
+        NOBODY,
+        &write,
+        None,
+        Limits::open_files(64),
+    )
+    .map_err(|error| error.to_string())?;
     drop(write);
     let mut reported = String::new();
     // Bounded: the file could be any program.

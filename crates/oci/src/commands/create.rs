@@ -306,6 +306,7 @@ impl Making<'_> {
                 start: false,
                 keeper: Some(keeper),
                 sysctl: plan.sysctl.clone(),
+                files: Vec::new(),
                 joins: plan.joins.clone(),
                 disks: plan.disks.clone(),
                 volatile: false,

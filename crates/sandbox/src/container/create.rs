@@ -109,9 +109,14 @@ impl Sandbox {
             .measure("open streams", streams::open(&ready.devices, config.stdio))
             .await?;
         let spec = spec.get().as_bytes().to_vec();
-        let creating = ready
-            .agent
-            .create(&config.id, spec, config.raw, ports, config.start);
+        let creating = ready.agent.create(
+            &config.id,
+            spec,
+            config.raw,
+            config.files,
+            ports,
+            config.start,
+        );
         let init = timings.measure("create the container", creating).await?;
         let container = Arc::new(Container {
             id: config.id,

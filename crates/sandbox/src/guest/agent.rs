@@ -227,6 +227,7 @@ impl Agent {
         container: &str,
         spec_json: Vec<u8>,
         raw: RawArgs,
+        files: Vec<(String, String)>,
         streams: StreamPorts,
         start: bool,
     ) -> Result<u32> {
@@ -237,6 +238,7 @@ impl Agent {
             start,
             raw_args: raw.args,
             raw_env: raw.env,
+            files: files.into_iter().map(given_file).collect(),
             ..Default::default()
         };
         self.change(Some(SLOW_TIMEOUT), |client, context| async move {
@@ -494,6 +496,14 @@ impl Agent {
             .await
             .map(drop)
             .map_err(failure_of_existing)
+    }
+}
+
+fn given_file((name, content): (String, String)) -> proto::GivenFile {
+    proto::GivenFile {
+        name,
+        content: content.into_bytes(),
+        ..Default::default()
     }
 }
 

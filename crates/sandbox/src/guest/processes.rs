@@ -51,6 +51,10 @@ const DEVICE_EXIT_GRACE: Duration = Duration::from_millis(40);
 /// How long the end of the console may follow that of the machine, which held it open.
 const CONSOLE_EXIT_GRACE: Duration = Duration::from_millis(40);
 
+/// `oom_score_adj` of a guest's processes (proc_pid_oom_score_adj(5)): a fifth of the host's memory
+/// more than they use.
+const OOM_SCORE_ADJ: &str = "200";
+
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 50;
 
@@ -223,8 +227,13 @@ impl Guest {
             devices: wire_devices(&path.devices(), setup)?,
             uid: jail_uid,
         };
+        let machine = backend.start(&config, wiring)?;
+        let started = machine.processes().iter().map(|process| process.pid);
+        for pid in started.chain([devices.pid]) {
+            prefer_for_oom(pid);
+        }
         let parts = Parts {
-            machine: backend.start(&config, wiring)?,
+            machine,
             devices,
             control,
             console,
@@ -352,6 +361,15 @@ impl Guest {
     /// The last lines of the guest's console, fit for a person's terminal.
     pub fn console_tail(&self) -> Vec<String> {
         lock(&self.console).tail(CONSOLE_LINES)
+    }
+}
+
+/// When the host has no memory left, a guest goes before the host's own programs.
+fn prefer_for_oom(pid: i32) {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    // It may have ended.
+    if let Err(error) = fs::write(path, OOM_SCORE_ADJ) {
+        tracing::debug!("cannot set the OOM score of process {pid}: {error}");
     }
 }
 

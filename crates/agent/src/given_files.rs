@@ -1,0 +1,176 @@
+//! Files that the host gives containers when they are created: hosts, hostname, resolv.conf. They
+//! live in the guest, on a small tmpfs for each container they were given to, so that what a
+//! container writes to them costs nobody but the guest. Containers that share a network share them:
+//! each holds a reference, and dropping the last one unmounts the tmpfs. Called by `service` before
+//! a container is created.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use hull_protocol::GIVEN_FILES_SOURCE;
+use hull_protocol::agent::GivenFile;
+use oci_spec::runtime::{Mount, Spec};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::rpc::status::{Failure, Result};
+
+/// Where they are mounted.
+const DIRECTORY: &str = "/run/hull/files";
+
+/// Size and number of the files of a container: a resolver's files have a few kilobytes.
+const OPTIONS: &std::ffi::CStr = c"size=1m,nr_inodes=64,mode=0755";
+
+/// All given files of the guest, by the container that they were given to.
+#[derive(Debug, Default)]
+pub struct GivenFiles {
+    all: Mutex<HashMap<String, Weak<Files>>>,
+    /// Names directories.
+    next: AtomicU64,
+}
+
+/// The files of a container. Dropping them unmounts their file system.
+#[derive(Debug)]
+pub struct Files {
+    path: PathBuf,
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // Containers that are just ending may still use it.
+        let unmounted = unmount(&self.path, UnmountFlags::DETACH).map_err(Into::into);
+        if let Err(error) = unmounted.and_then(|()| fs::remove_dir(&self.path)) {
+            crate::log::error!("cannot release files of a container: {error}");
+        }
+    }
+}
+
+impl GivenFiles {
+    /// Provides the files that a spec's mounts name, and makes them their sources: those that come
+    /// with `container`, and those of others. The container must hold the result.
+    pub fn provide(
+        &self,
+        container: &str,
+        given: &[GivenFile],
+        spec: &mut Spec,
+    ) -> Result<Vec<Arc<Files>>> {
+        let mut held: Vec<Arc<Files>> = Vec::new();
+        if !given.is_empty() {
+            held.push(self.write(container, given)?);
+        }
+        for mount in spec.mounts_mut().into_iter().flatten() {
+            let Some((owner, file)) = name(mount)? else {
+                continue;
+            };
+            let files = self.of(&owner).ok_or_else(|| {
+                Failure::invalid(format!("container {owner} has no files to share"))
+            })?;
+            mount.set_source(Some(files.path.join(file)));
+            held.push(files);
+        }
+        Ok(held)
+    }
+
+    fn of(&self, owner: &str) -> Option<Arc<Files>> {
+        // Nothing panics while it is held.
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(owner).and_then(Weak::upgrade)
+    }
+
+    fn write(&self, owner: &str, given: &[GivenFile]) -> Result<Arc<Files>> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(DIRECTORY).join(number.to_string());
+        let failed =
+            |error: std::io::Error| Failure::internal("create a container's files", &error);
+        fs::create_dir_all(&path).map_err(failed)?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        if let Err(error) = mount("files", &path, "tmpfs", flags, OPTIONS) {
+            let _ = fs::remove_dir(&path);
+            return Err(failed(error.into()));
+        }
+        let files = Arc::new(Files { path });
+        for file in given {
+            if !is_name(&file.name) {
+                return Err(Failure::invalid(format!(
+                    "{:?} is no name of a file",
+                    file.name
+                )));
+            }
+            let path = files.path.join(&file.name);
+            fs::write(&path, &file.content).map_err(failed)?;
+            // Users of the container read it.
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).map_err(failed)?;
+        }
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, files| files.strong_count() > 0);
+        all.insert(owner.to_owned(), Arc::downgrade(&files));
+        Ok(files)
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text != "." && text != ".." && !text.contains('/')
+}
+
+/// The container and the file that a mount is of.
+fn name(mount: &Mount) -> Result<Option<(String, String)>> {
+    let source = mount.source().as_deref().and_then(Path::to_str);
+    let Some(named) = source.and_then(|source| source.strip_prefix(GIVEN_FILES_SOURCE)) else {
+        return Ok(None);
+    };
+    match named.rsplit_once('/') {
+        Some((owner, file)) if !owner.is_empty() && is_name(file) => {
+            Ok(Some((owner.to_owned(), file.to_owned())))
+        }
+        _ => Err(Failure::invalid(format!(
+            "invalid spec: mounts: {}: {named:?} is no file of a container",
+            mount.destination().display()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn of(source: &str) -> Mount {
+        let json = serde_json::json!({
+            "destination": "/etc/hosts",
+            "type": "bind",
+            "source": source,
+            "options": ["bind"],
+        });
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn a_mount_names_a_container_and_a_file() {
+        let named = name(&of("hull-file:abc/hosts")).unwrap();
+        assert_eq!(named, Some(("abc".to_owned(), "hosts".to_owned())));
+        assert_eq!(name(&of("/run/hull/shares/a/hosts")).unwrap(), None);
+        for source in [
+            "hull-file:",
+            "hull-file:abc",
+            "hull-file:/hosts",
+            "hull-file:abc/..",
+        ] {
+            let error = name(&of(source)).unwrap_err();
+            assert!(error.message.contains("/etc/hosts"), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_named_must_be_there() {
+        let spec =
+            serde_json::json!({"ociVersion": "1.2.0", "mounts": [of("hull-file:gone/hosts")]});
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        let error = GivenFiles::default()
+            .provide("c", &[], &mut spec)
+            .unwrap_err();
+        assert!(error.message.contains("gone"), "{error:?}");
+    }
+}
