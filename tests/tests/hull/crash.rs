@@ -81,6 +81,10 @@ fn a_guest_kernel_that_panics_stops_the_container_with_a_reason() {
             .is_some_and(|reason| reason.contains("panic")),
         "{exit}"
     );
+    // Its last words are kept until it is removed.
+    let console = container.inspect()["files"]["console"].clone();
+    let console = std::fs::read_to_string(console.as_str().unwrap()).unwrap();
+    assert!(console.contains("Kernel panic"), "{console}");
     container.does("rm").ok();
     hull.assert_clean();
 }

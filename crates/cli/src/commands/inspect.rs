@@ -3,6 +3,7 @@
 use hull_engine::config::Config;
 use hull_engine::container::{self, Any};
 use hull_engine::time;
+use hull_sandbox::store::{CONSOLE_FILE, MESSAGES_FILE};
 use serde_json::{Value, json};
 
 use super::{config_for_root, for_each, from_ns};
@@ -80,8 +81,17 @@ fn container_object(container: &Any) -> Result<Value> {
             (*sandbox).clone(),
         ))
     {
-        object["files"]["console"] = json!(path.console());
-        object["files"]["messages"] = json!(path.diagnostics());
+        // Kept with the container when its guest broke down.
+        let kept = |name: &str| container.directory().path().join(name);
+        for (key, own, name) in [
+            ("console", path.console(), CONSOLE_FILE),
+            ("messages", path.diagnostics(), MESSAGES_FILE),
+        ] {
+            let files = [own, kept(name)];
+            if let Some(file) = files.into_iter().find(|file| file.exists()) {
+                object["files"][key] = json!(file);
+            }
+        }
     }
     // Missing while the container is being created.
     if let Ok(spec) = container.config() {

@@ -183,9 +183,9 @@ impl<'a> Session<'a> {
         if name.is_local() {
             config.protocol = ClientProtocol::Http;
             // Never use a proxy for this machine, whatever the environment says: `no_proxy` takes
-            // effect only with a proxy.
+            // effect only with a proxy, and `*` matches names only, not addresses.
             config.http_proxy = Some("http://localhost".to_owned());
-            config.no_proxy = Some("*".to_owned());
+            config.no_proxy = Some("*,127.0.0.0/8,::1".to_owned());
         }
         let client =
             oci_client::Client::try_from(config).map_err(|error| failed(error.to_string()))?;

@@ -12,6 +12,7 @@ mod exec;
 mod life;
 mod query;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{MachineConfig, NetworkLimits};
@@ -70,9 +71,15 @@ fn write_pid_file(path: Option<&Path>, pid: i32) -> Result<()> {
     // Readers must never see a partial file.
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}.new"));
-    std::fs::write(&new, pid.to_string())
-        .and_then(|()| std::fs::rename(&new, path))
-        .context(|| format!("write {}", path.display()))
+    // One that is there was left by a command that was killed, or is a trap: a link to a file that
+    // is to be overwritten. The directory may be writable for others.
+    let _ = std::fs::remove_file(&new);
+    let create = || {
+        let mut file = std::fs::File::create_new(&new)?;
+        file.write_all(pid.to_string().as_bytes())?;
+        std::fs::rename(&new, path)
+    };
+    create().context(|| format!("write {}", path.display()))
 }
 
 fn refuse_descriptors(count: u32) -> Result<()> {
@@ -82,4 +89,25 @@ fn refuse_descriptors(count: u32) -> Result<()> {
     Err(Error::unsupported(
         "--preserve-fds: descriptors of the host's kernel mean nothing to the guest's",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_link_beside_the_pid_file_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let victim = directory.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, directory.path().join(".pid.new")).unwrap();
+        let path = directory.path().join("pid");
+        for pid in [7, 8] {
+            write_pid_file(Some(&path), pid).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), pid.to_string());
+        }
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
 }

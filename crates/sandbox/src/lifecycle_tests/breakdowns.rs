@@ -379,6 +379,10 @@ async fn breaks_down(phase: Phase, breakdown: &Breakdown) -> Result<(), String> 
     } else {
         check(status.is_none(), format!("written down: {status:?}"));
     }
+    // What helps to find out why is kept.
+    let kept = world.directory("c").join("console").exists();
+    let expected = phase.has_container() && !phase.has_ended() && phase != Phase::Deleting;
+    check(kept == expected, format!("the console is kept: {kept}"));
     match phase {
         // These wait for the end, and learn of it.
         Phase::Created | Phase::Running | Phase::Paused | Phase::Stopping | Phase::Executed => {

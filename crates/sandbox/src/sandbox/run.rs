@@ -1,6 +1,8 @@
 //! A sandbox from its started machine to the moment when nothing of it is left: the one task that
 //! watches the machine and takes everything down.
 
+use std::fs::File;
+use std::io::Read;
 use std::time::Duration;
 
 use super::{Down, Ready, Sandbox, Stage};
@@ -10,10 +12,13 @@ use crate::events::EventKind;
 use crate::guest::boot::{self, BOOT_TIMEOUT, EXIT_GRACE, SHUTDOWN_TIMEOUT};
 use crate::guest::processes::Guest;
 use crate::guest::{Agent, Incoming, events};
-use crate::store::EXIT_SANDBOX_FAILED;
+use crate::store::{CONSOLE_FILE, EXIT_SANDBOX_FAILED, MESSAGES_FILE};
 
 /// How long an engine may take to read what its last container wrote.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of console and messages that are kept of a guest that broke down.
+const MAX_DIAGNOSTICS: u64 = 1 << 20;
 
 /// How long leaving a network may take: plugins have timeouts of their own, well below.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -57,8 +62,40 @@ pub(super) async fn run(sandbox: Sandbox, guest: Guest, incoming: Incoming, conf
     {
         tracing::error!("a container does not write down how it has ended");
     }
+    if down.error.kind == ErrorKind::GuestFailed {
+        keep_diagnostics(&sandbox);
+    }
     sandbox.0.dir.release();
     sandbox.0.stage.send_replace(Stage::Gone(down));
+}
+
+/// Copies the guest's console and the messages of the host's processes to the directories of
+/// containers that stay: the sandbox's own goes with it.
+fn keep_diagnostics(sandbox: &Sandbox) {
+    let path = sandbox.path();
+    for (name, file) in [
+        (CONSOLE_FILE, path.console()),
+        (MESSAGES_FILE, path.diagnostics()),
+    ] {
+        let mut text = Vec::new();
+        let read = File::open(&file).and_then(|file| {
+            let mut file = file.take(MAX_DIAGNOSTICS);
+            file.read_to_end(&mut text)
+        });
+        if let Err(error) = read {
+            tracing::debug!("cannot read {}: {error}", file.display());
+            continue;
+        }
+        for container in sandbox.containers() {
+            let directory = container.directory();
+            // One that removes itself has gone.
+            if directory.is_there()
+                && let Err(error) = directory.write(name, &text)
+            {
+                tracing::debug!("{error}");
+            }
+        }
+    }
 }
 
 /// Waits until the guest has come up and is configured.

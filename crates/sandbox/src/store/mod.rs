@@ -14,6 +14,7 @@
 //!     config.json         the OCI configuration, in the front end's words
 //!     record.json         what is known from its creation on, by the front end
 //!     status.json         how far it is, by the sandbox
+//!     console, sandbox.log  copies of the sandbox's, when its guest broke down
 //! ```
 //!
 //! A status that says "running" while nobody holds the sandbox's lock reads as stopped. Every file
@@ -33,6 +34,6 @@ pub use directory::{Directory, remove_all};
 pub use process::ProcessId;
 pub(crate) use process::ProcessStat;
 pub use record::{CONFIG_FILE, Record, Stored};
-pub use sandbox_dir::{SandboxDir, SandboxPath};
+pub use sandbox_dir::{CONSOLE_FILE, MESSAGES_FILE, SandboxDir, SandboxPath};
 pub use status::{EXIT_SANDBOX_FAILED, Exit, HostProcesses, State, Status, unix_time_ns};
 pub use versioned::read as read_versioned;

@@ -20,6 +20,13 @@ use crate::error::{Context, Result};
 /// Longest id of a sandbox, bytes: sockets below its directory have 107 bytes for their whole path.
 pub const MAX_ID: usize = 64;
 
+/// Name of the ring buffer of a guest's console; of a copy of it in a container's directory when
+/// the guest broke down.
+pub const CONSOLE_FILE: &str = "console";
+
+/// Name of the file with messages of a sandbox's host processes; of its copy as well.
+pub const MESSAGES_FILE: &str = "sandbox.log";
+
 /// Where a sandbox is, whether or not it lives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SandboxPath {
@@ -55,12 +62,12 @@ impl SandboxPath {
 
     /// Ring buffer of the guest's console.
     pub fn console(&self) -> PathBuf {
-        self.directory().join("console")
+        self.directory().join(CONSOLE_FILE)
     }
 
     /// Messages of the sandbox's host processes.
     pub fn diagnostics(&self) -> PathBuf {
-        self.directory().join("sandbox.log")
+        self.directory().join(MESSAGES_FILE)
     }
 
     /// Sockets between machine and device process.
