@@ -291,12 +291,22 @@ impl Container {
         serde_json::from_slice(&text).context(|| format!("read {}", path.display()))
     }
 
-    /// Its status; stopped if the sandbox was killed.
+    /// Its status; stopped if the sandbox was killed, or the keeper: an engine that has seen the end
+    /// of the process that it knows deletes the container at once, while the guest still ends it.
     ///
     /// # Errors
     /// The status is damaged, or was written by a newer hull.
     pub fn status(&self, record: &Record) -> Result<Status> {
-        record.status(&self.directory)
+        let mut status = record.status(&self.directory)?;
+        let keeper = record.details.keeper;
+        let has_keeper = matches!(
+            status.state,
+            State::Created | State::Running | State::Paused
+        );
+        if has_keeper && keeper.pid > 0 && !keeper.lives() {
+            status.state = State::Stopped;
+        }
+        Ok(status)
     }
 
     /// Removes its directory.

@@ -401,3 +401,20 @@ fn alone_two_hundred_lives_leave_nothing() {
     assert!(cgroups_after < cgroups + 100, "{cgroups}, {cgroups_after}");
     assert!(count("/tmp") < tmp + 100);
 }
+
+#[test]
+fn an_engine_deletes_a_container_as_soon_as_its_process_has_died() {
+    let oci = Oci::new();
+    for _ in 0..5 {
+        let init = oci.start(&oci.bundle());
+        let keeper = init.keeper();
+        kill_process(keeper, Signal::KILL).unwrap();
+        let stat = format!("/proc/{}/stat", keeper.as_raw_nonzero());
+        eventually("the keeper is dead", SOON, || {
+            fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "))
+        });
+        // The guest may not have ended it yet.
+        assert_eq!(init.does("state").ok().json()["status"], "stopped");
+        init.does("delete").ok();
+    }
+}
