@@ -291,8 +291,9 @@ impl Container {
         serde_json::from_slice(&text).context(|| format!("read {}", path.display()))
     }
 
-    /// Its status; stopped if the sandbox was killed, or the keeper: an engine that has seen the end
-    /// of the process that it knows deletes the container at once, while the guest still ends it.
+    /// Its status; stopped if the sandbox was killed, or the keeper: an engine that has seen the
+    /// end of the process that it knows deletes the container at once, while the guest still ends
+    /// it.
     ///
     /// # Errors
     /// The status is damaged, or was written by a newer hull.
