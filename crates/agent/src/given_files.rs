@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use hull_protocol::GIVEN_FILES_SOURCE;
 use hull_protocol::agent::GivenFile;
 use oci_spec::runtime::{Mount, Spec};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::rpc::status::{Failure, Result};
+use crate::tmpfs::Tmpfs;
 
 /// Where they are mounted.
 const DIRECTORY: &str = "/run/hull/files";
@@ -27,25 +27,9 @@ const OPTIONS: &std::ffi::CStr = c"size=1m,nr_inodes=64,mode=0755";
 /// All given files of the guest, by the container that they were given to.
 #[derive(Debug, Default)]
 pub struct GivenFiles {
-    all: Mutex<HashMap<String, Weak<Files>>>,
+    all: Mutex<HashMap<String, Weak<Tmpfs>>>,
     /// Names directories.
     next: AtomicU64,
-}
-
-/// The files of a container. Dropping them unmounts their file system.
-#[derive(Debug)]
-pub struct Files {
-    path: PathBuf,
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        // Containers that are just ending may still use it.
-        let unmounted = unmount(&self.path, UnmountFlags::DETACH).map_err(Into::into);
-        if let Err(error) = unmounted.and_then(|()| fs::remove_dir(&self.path)) {
-            crate::log::error!("cannot release files of a container: {error}");
-        }
-    }
 }
 
 impl GivenFiles {
@@ -56,8 +40,8 @@ impl GivenFiles {
         container: &str,
         given: &[GivenFile],
         spec: &mut Spec,
-    ) -> Result<Vec<Arc<Files>>> {
-        let mut held: Vec<Arc<Files>> = Vec::new();
+    ) -> Result<Vec<Arc<Tmpfs>>> {
+        let mut held: Vec<Arc<Tmpfs>> = Vec::new();
         if !given.is_empty() {
             held.push(self.write(container, given)?);
         }
@@ -68,30 +52,24 @@ impl GivenFiles {
             let files = self.of(&owner).ok_or_else(|| {
                 Failure::invalid(format!("container {owner} has no files to share"))
             })?;
-            mount.set_source(Some(files.path.join(file)));
+            mount.set_source(Some(files.path().join(file)));
             held.push(files);
         }
         Ok(held)
     }
 
-    fn of(&self, owner: &str) -> Option<Arc<Files>> {
+    fn of(&self, owner: &str) -> Option<Arc<Tmpfs>> {
         // Nothing panics while it is held.
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.get(owner).and_then(Weak::upgrade)
     }
 
-    fn write(&self, owner: &str, given: &[GivenFile]) -> Result<Arc<Files>> {
+    fn write(&self, owner: &str, given: &[GivenFile]) -> Result<Arc<Tmpfs>> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = PathBuf::from(DIRECTORY).join(number.to_string());
         let failed =
             |error: std::io::Error| Failure::internal("create a container's files", &error);
-        fs::create_dir_all(&path).map_err(failed)?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        if let Err(error) = mount("files", &path, "tmpfs", flags, OPTIONS) {
-            let _ = fs::remove_dir(&path);
-            return Err(failed(error.into()));
-        }
-        let files = Arc::new(Files { path });
+        let files = Arc::new(Tmpfs::mount(path, "files", OPTIONS).map_err(failed)?);
         for file in given {
             if !is_name(&file.name) {
                 return Err(Failure::invalid(format!(
@@ -99,7 +77,7 @@ impl GivenFiles {
                     file.name
                 )));
             }
-            let path = files.path.join(&file.name);
+            let path = files.path().join(&file.name);
             fs::write(&path, &file.content).map_err(failed)?;
             // Users of the container read it.
             fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).map_err(failed)?;

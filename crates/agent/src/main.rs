@@ -31,6 +31,7 @@ mod processes;
 mod rpc;
 mod shared_memory;
 mod time;
+mod tmpfs;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

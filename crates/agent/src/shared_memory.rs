@@ -8,56 +8,39 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use hull_protocol::SHARED_MEMORY_SOURCE;
 use oci_spec::runtime::{Mount, Spec};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::rpc::status::{Failure, Result};
+use crate::tmpfs::Tmpfs;
 
 /// Where they are mounted.
 const DIRECTORY: &str = "/run/hull/shm";
 
 /// All shared memory of the guest, by its name.
 #[derive(Debug, Default)]
-pub struct SharedMemory(Mutex<HashMap<String, Weak<Memory>>>);
-
-/// A tmpfs that some containers use. Dropping it unmounts it.
-#[derive(Debug)]
-pub struct Memory {
-    path: PathBuf,
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // Containers that are just ending may still use it.
-        let unmounted = unmount(&self.path, UnmountFlags::DETACH).map_err(Into::into);
-        if let Err(error) = unmounted.and_then(|()| fs::remove_dir(&self.path)) {
-            crate::log::error!("cannot release shared memory: {error}");
-        }
-    }
-}
+pub struct SharedMemory(Mutex<HashMap<String, Weak<Tmpfs>>>);
 
 impl SharedMemory {
     /// Provides the memory that a spec's mounts name, and makes it their source. The container must
     /// hold the result.
-    pub fn provide(&self, spec: &mut Spec) -> Result<Vec<Arc<Memory>>> {
+    pub fn provide(&self, spec: &mut Spec) -> Result<Vec<Arc<Tmpfs>>> {
         let mut held = Vec::new();
         for mount in spec.mounts_mut().into_iter().flatten() {
             let Some(name) = name(mount)? else {
                 continue;
             };
             let memory = self.get(&name, &options(mount))?;
-            mount.set_source(Some(memory.path.clone()));
+            mount.set_source(Some(memory.path().to_owned()));
             held.push(memory);
         }
         Ok(held)
     }
 
-    fn get(&self, name: &str, options: &str) -> Result<Arc<Memory>> {
+    fn get(&self, name: &str, options: &str) -> Result<Arc<Tmpfs>> {
         // Nothing panics while it is held.
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(memory) = all.get(name).and_then(Weak::upgrade) {
@@ -68,15 +51,9 @@ impl SharedMemory {
         let failed = |error: std::io::Error| {
             Failure::internal(&format!("make shared memory ({options})"), &error)
         };
-        fs::create_dir_all(&path).map_err(failed)?;
         let data = CString::new(options)
             .map_err(|_| Failure::invalid("invalid options of shared memory"))?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        if let Err(error) = mount("shm", &path, "tmpfs", flags, data.as_c_str()) {
-            let _ = fs::remove_dir(&path);
-            return Err(failed(error.into()));
-        }
-        let memory = Arc::new(Memory { path });
+        let memory = Arc::new(Tmpfs::mount(path, "shm", &data).map_err(failed)?);
         all.insert(name.to_owned(), Arc::downgrade(&memory));
         Ok(memory)
     }

@@ -167,8 +167,11 @@ pub fn config(directory: &Directory) -> Result<Value> {
 /// # Errors
 /// `NotFound`; its files are damaged, or a newer hull's.
 pub fn find(paths: &Paths, text: &str) -> Result<Container> {
-    let id = find_id(paths, text)?;
-    load(paths, &id)?.ok_or_else(|| names::no_such(text))
+    load_named(paths, &find_id(paths, text)?, text)
+}
+
+fn load_named(paths: &Paths, id: &str, text: &str) -> Result<Container> {
+    load(paths, id)?.ok_or_else(|| names::no_such(text))
 }
 
 /// Its id, also when its files are damaged.
@@ -225,7 +228,9 @@ pub fn load(paths: &Paths, id: &str) -> Result<Option<Container>> {
 /// # Errors
 /// `NotFound`, or several engines have one.
 pub fn find_any(paths: &Paths, text: &str) -> Result<Any> {
-    let missing = match find(paths, text) {
+    // Without the hint of `find`, for which all containers of engines are read.
+    let own = names::find(paths, text).and_then(|id| load_named(paths, &id, text));
+    let missing = match own {
         Ok(own) => return Ok(Any::Own(Box::new(own))),
         Err(error) if error.kind == ErrorKind::NotFound => error,
         Err(error) => return Err(error),

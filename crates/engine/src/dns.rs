@@ -29,7 +29,7 @@ pub const FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 /// Their contents, by name. `network`: the name of the network and what it gave the container.
 ///
 /// # Errors
-/// `InvalidArgument` if a name is to be the host's, and the host has no address in the network.
+/// `Host` if a name is to be the host's, and the host has no address in the network.
 pub fn files(
     hostname: &str,
     config: &DnsConfig,

@@ -15,12 +15,11 @@ use ttrpc::Code;
 
 use crate::container::Container;
 use crate::disks::Disks;
-use crate::given_files::Files;
 use crate::io::pipes::Relays;
 use crate::processes::oom::OomWatch;
 use crate::processes::process::Process;
 use crate::rpc::status::{Failure, Result};
-use crate::shared_memory::Memory;
+use crate::tmpfs::Tmpfs;
 
 /// Records of ended exec processes that a container keeps for late callers of Wait. Probes can
 /// create one every second for months.
@@ -45,9 +44,9 @@ pub struct HeldResources {
     /// The container's disks.
     pub disks: Disks,
     /// Memory shared with other containers.
-    pub _memory: Vec<Arc<Memory>>,
+    pub _memory: Vec<Arc<Tmpfs>>,
     /// Files that the host gave it, or a container whose network it shares.
-    pub _files: Vec<Arc<Files>>,
+    pub _files: Vec<Arc<Tmpfs>>,
 }
 
 /// A container that has been created.

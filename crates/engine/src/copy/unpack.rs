@@ -227,7 +227,11 @@ impl Target {
                 match rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)) {
                     Ok(()) => {}
                     // Its owner on the host decides about it.
-                    Err(Errno::EXIST) if is_directory(&parent, &name) => return Ok(()),
+                    Err(Errno::EXIST) => {
+                        return open_directory(parent.as_fd(), &name)
+                            .map(drop)
+                            .map_err(|error| failed(&error));
+                    }
                     Err(error) => return Err(failed(&error)),
                 }
                 let directory =
@@ -305,11 +309,6 @@ impl Target {
         }
         Ok(self.left_out)
     }
-}
-
-fn is_directory(parent: &OwnedFd, name: &OsStr) -> bool {
-    rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
-        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 fn open_directory(parent: BorrowedFd<'_>, name: &OsStr) -> std::result::Result<OwnedFd, Errno> {

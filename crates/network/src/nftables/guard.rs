@@ -11,10 +11,7 @@
 //! Connections of the host to published ports on 127.0.0.1 are not concerned: what comes back on
 //! the bridge has the bridge's address until it is translated, which is later.
 
-use super::{
-    ACK, APPEND, BASE_NETWORK, Batch, CREATE, EQUAL, EXCLUSIVE, KEY_IN_NAME, NEW_RULE, NEW_TABLE,
-    exchange, socket,
-};
+use super::{BASE_NETWORK, Batch, CREATE, EQUAL, EXCLUSIVE, KEY_IN_NAME, NEW_TABLE};
 use crate::error::Error;
 use crate::redirect::Family;
 
@@ -37,14 +34,10 @@ const VERDICT_REGISTER: u32 = 0;
 /// # Errors
 /// [`Error::Masquerade`] if the kernel has no nf_tables.
 pub fn ensure(network: &str, bridge: &str) -> Result<(), Error> {
-    let created = socket().and_then(|socket| Ok(exchange(&socket, &guarding(network, bridge))?));
-    match created {
-        Err(why) if why.raw_os_error() != Some(libc::EEXIST) => Err(Error::Masquerade {
-            network: network.to_owned(),
-            why,
-        }),
-        _ => Ok(()),
-    }
+    super::ensure(&guarding(network, bridge)).map_err(|why| Error::Masquerade {
+        network: network.to_owned(),
+        why,
+    })
 }
 
 /// The batch that creates it, or nothing when it is there.
@@ -55,18 +48,13 @@ fn guarding(network: &str, bridge: &str) -> Vec<u8> {
     batch.table(&table, NEW_TABLE, family, 0, CREATE | EXCLUSIVE);
     let place = (HOOK_PREROUTING, PRIORITY_RAW);
     batch.chain(b"filter\0", &table, CHAIN, family, place);
-    let flags = CREATE | APPEND | ACK;
-    batch.message(NEW_RULE, flags, family.number(), 0, |rule| {
-        rule.bytes(1, &table);
-        rule.bytes(2, CHAIN);
-        rule.nested(4, |expressions| {
-            expressions.interface(KEY_IN_NAME, EQUAL, bridge);
-            expressions.payload(BASE_NETWORK, DESTINATION, 1);
-            expressions.compare(EQUAL, &[127]);
-            expressions.expression(b"immediate\0", |immediate| {
-                immediate.number(1, VERDICT_REGISTER);
-                immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, DROP)));
-            });
+    batch.rule(&table, CHAIN, family, |expressions| {
+        expressions.interface(KEY_IN_NAME, EQUAL, bridge);
+        expressions.payload(BASE_NETWORK, DESTINATION, 1);
+        expressions.compare(EQUAL, &[127]);
+        expressions.expression(b"immediate\0", |immediate| {
+            immediate.number(1, VERDICT_REGISTER);
+            immediate.nested(2, |data| data.nested(2, |verdict| verdict.number(1, DROP)));
         });
     });
     batch.end()

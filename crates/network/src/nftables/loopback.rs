@@ -17,8 +17,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::{
-    ACK, APPEND, BASE_NETWORK, BASE_TRANSPORT, Batch, CREATE, DELETE_TABLE, EQUAL, EXCLUSIVE,
-    FLAG_OWNER, KEY_L4PROTO, NEW_RULE, NEW_TABLE, NOT_EQUAL, REGISTER, exchange, socket,
+    ACK, BASE_NETWORK, BASE_TRANSPORT, Batch, CREATE, DELETE_TABLE, EQUAL, EXCLUSIVE, FLAG_OWNER,
+    KEY_L4PROTO, NEW_TABLE, NOT_EQUAL, REGISTER, exchange, socket,
 };
 use crate::redirect::Family;
 
@@ -97,26 +97,18 @@ fn redirecting(family: Family, port: u16, owned: bool) -> Vec<u8> {
         Family::V4 => (16, &[127, 0, 0, 1]),
         Family::V6 => (24, &std::net::Ipv6Addr::LOCALHOST.octets()),
     };
-    let flags = CREATE | APPEND | ACK;
-    batch.message(NEW_RULE, flags, family.number(), 0, |rule| {
-        rule.bytes(1, TABLE);
-        rule.bytes(2, CHAIN);
-        rule.nested(4, |expressions| {
-            expressions.payload(BASE_NETWORK, offset, address.len() as u32);
-            expressions.compare(EQUAL, address);
-            expressions.expression(b"meta\0", |meta| {
-                meta.number(1, REGISTER);
-                meta.number(2, KEY_L4PROTO);
-            });
-            expressions.compare(EQUAL, &[libc::IPPROTO_TCP as u8]);
-            expressions.payload(BASE_TRANSPORT, 2, 2);
-            expressions.compare(NOT_EQUAL, &port.to_be_bytes());
-            expressions.expression(b"immediate\0", |immediate| {
-                immediate.number(1, REGISTER);
-                immediate.nested(2, |data| data.bytes(1, &port.to_be_bytes()));
-            });
-            expressions.expression(b"redir\0", |redir| redir.number(1, REGISTER));
+    batch.rule(TABLE, CHAIN, family, |expressions| {
+        expressions.payload(BASE_NETWORK, offset, address.len() as u32);
+        expressions.compare(EQUAL, address);
+        expressions.meta(KEY_L4PROTO);
+        expressions.compare(EQUAL, &[libc::IPPROTO_TCP as u8]);
+        expressions.payload(BASE_TRANSPORT, 2, 2);
+        expressions.compare(NOT_EQUAL, &port.to_be_bytes());
+        expressions.expression(b"immediate\0", |immediate| {
+            immediate.number(1, REGISTER);
+            immediate.nested(2, |data| data.bytes(1, &port.to_be_bytes()));
         });
+        expressions.expression(b"redir\0", |redir| redir.number(1, REGISTER));
     });
     batch.end()
 }
@@ -129,7 +121,7 @@ mod tests {
 
     use super::*;
     use crate::Namespace;
-    use crate::nftables::{BATCH_BEGIN, BATCH_END, HEADER, NEW_CHAIN};
+    use crate::nftables::{BATCH_BEGIN, BATCH_END, HEADER, NEW_CHAIN, NEW_RULE};
 
     /// The messages of a batch: type, flags, what follows the header.
     fn messages(mut batch: &[u8]) -> Vec<(u16, u16, &[u8])> {

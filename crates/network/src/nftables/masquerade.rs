@@ -12,10 +12,7 @@
 
 use std::net::IpAddr;
 
-use super::{
-    ACK, APPEND, BASE_NETWORK, Batch, CREATE, EQUAL, EXCLUSIVE, KEY_OUT_NAME, NEW_RULE, NEW_TABLE,
-    NOT_EQUAL, exchange, socket,
-};
+use super::{BASE_NETWORK, Batch, CREATE, EQUAL, EXCLUSIVE, KEY_OUT_NAME, NEW_TABLE, NOT_EQUAL};
 use crate::error::Error;
 use crate::redirect::Family;
 
@@ -31,20 +28,12 @@ const PRIORITY_SRCNAT: i32 = 100;
 /// # Errors
 /// `Masquerade` if the kernel has no nf_tables, or rejects the table.
 pub fn ensure(network: &str, bridge: &str, subnet: IpAddr, prefix_length: u8) -> Result<(), Error> {
-    let made = socket().and_then(|socket| {
-        Ok(exchange(
-            &socket,
-            &masquerading(network, bridge, subnet, prefix_length),
-        )?)
-    });
-    match made {
-        Err(why) if why.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        Err(why) => Err(Error::Masquerade {
+    super::ensure(&masquerading(network, bridge, subnet, prefix_length)).map_err(|why| {
+        Error::Masquerade {
             network: network.to_owned(),
             why,
-        }),
-        Ok(()) => Ok(()),
-    }
+        }
+    })
 }
 
 /// The batch that creates it, or nothing if it exists.
@@ -70,17 +59,12 @@ fn masquerading(network: &str, bridge: &str, subnet: IpAddr, prefix_length: u8) 
     let mut batch = Batch::new();
     batch.table(&table, NEW_TABLE, family, 0, CREATE | EXCLUSIVE);
     batch.nat_chain(&table, CHAIN, family, HOOK_POSTROUTING, PRIORITY_SRCNAT);
-    let flags = CREATE | APPEND | ACK;
-    batch.message(NEW_RULE, flags, family.number(), 0, |rule| {
-        rule.bytes(1, &table);
-        rule.bytes(2, CHAIN);
-        rule.nested(4, |expressions| {
-            expressions.payload(BASE_NETWORK, source, subnet.len() as u32);
-            expressions.mask(&mask);
-            expressions.compare(EQUAL, &subnet);
-            expressions.interface(KEY_OUT_NAME, NOT_EQUAL, bridge);
-            expressions.expression(b"masq\0", |_| {});
-        });
+    batch.rule(&table, CHAIN, family, |expressions| {
+        expressions.payload(BASE_NETWORK, source, subnet.len() as u32);
+        expressions.mask(&mask);
+        expressions.compare(EQUAL, &subnet);
+        expressions.interface(KEY_OUT_NAME, NOT_EQUAL, bridge);
+        expressions.expression(b"masq\0", |_| {});
     });
     batch.end()
 }

@@ -238,6 +238,31 @@ impl Batch {
             chain.bytes(7, kind);
         });
     }
+
+    /// A rule at the end of a chain. The kernel answers to it, and so to all before it.
+    fn rule(
+        &mut self,
+        table: &[u8],
+        chain: &[u8],
+        family: Family,
+        expressions: impl FnOnce(&mut Attributes<'_>),
+    ) {
+        let flags = CREATE | APPEND | ACK;
+        self.message(NEW_RULE, flags, family.number(), 0, |rule| {
+            rule.bytes(1, table);
+            rule.bytes(2, chain);
+            rule.nested(4, expressions);
+        });
+    }
+}
+
+/// Applies a batch that creates a table, in the namespace of the calling thread, unless the table
+/// is there.
+fn ensure(batch: &[u8]) -> io::Result<()> {
+    match socket().and_then(|socket| Ok(exchange(&socket, batch)?)) {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        done => done,
+    }
 }
 
 /// Attributes (`struct nlattr`) at the end of a message.
@@ -295,12 +320,17 @@ impl Attributes<'_> {
         });
     }
 
-    /// Goes on if the interface of this key is, or is not, the named one.
-    fn interface(&mut self, key: u32, how: u32, interface: &str) {
+    /// Loads what the kernel knows of the packet by this key.
+    fn meta(&mut self, key: u32) {
         self.expression(b"meta\0", |meta| {
             meta.number(1, REGISTER);
             meta.number(2, key);
         });
+    }
+
+    /// Goes on if the interface of this key is, or is not, the named one.
+    fn interface(&mut self, key: u32, how: u32, interface: &str) {
+        self.meta(key);
         let mut name = [0; libc::IFNAMSIZ];
         for (to, from) in name.iter_mut().zip(interface.bytes()) {
             *to = from;
