@@ -13,7 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{Invocation, Lack, Output, Person, executable, leaks, network, repository};
+use crate::{Invocation, Lack, Output, Person, cgroup, executable, leaks, network, repository};
 
 /// Differences from the default [`Hull`].
 #[derive(Default)]
@@ -110,9 +110,10 @@ impl Hull {
             "network = \"none\""
         };
         let configuration = format!(
-            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\n{}\n{network}\n",
+            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\ncgroup_parent = {:?}\n{}\n{network}\n",
             directory.path().join("run"),
             directory.path().join("data"),
+            cgroup_parent(directory.path()),
             options.configuration
         );
         fs::write(directory.path().join("config.toml"), configuration).unwrap();
@@ -154,6 +155,11 @@ impl Hull {
     /// A file or directory below the test's directory: `run`, `data`, `config.toml`.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// The control group below which machines have theirs.
+    pub fn cgroup_parent(&self) -> String {
+        cgroup_parent(self.directory.path())
     }
 
     /// `hull …`.
@@ -246,6 +252,12 @@ impl Hull {
         let mut problems = leaks::leaked_processes();
         problems.extend(leaks::mounts_below(self.directory.path()));
         problems.extend(self.remains());
+        let groups = cgroup::below(&self.cgroup_parent());
+        problems.extend(
+            groups
+                .iter()
+                .map(|group| format!("control group {}", group.display())),
+        );
         problems
     }
 
@@ -309,6 +321,8 @@ impl Drop for Hull {
         }
         problems.extend(self.problems());
         problems.extend(ids.iter().flat_map(|id| network::leases_with(id)));
+        cgroup::remove(&self.cgroup_parent());
+        cgroup::remove(CGROUP_PARENTS);
         if !problems.is_empty() && !self.leaks_expected {
             let problems = problems.join("\n");
             if failed {
@@ -321,6 +335,14 @@ impl Drop for Hull {
     }
 }
 
+/// The group above those of all tests.
+const CGROUP_PARENTS: &str = "/hull-tests";
+
+fn cgroup_parent(directory: &Path) -> String {
+    let name = directory.file_name().unwrap_or_default();
+    format!("{CGROUP_PARENTS}/{}", name.to_string_lossy())
+}
+
 /// A container of a [`Hull`]; removed when that is dropped.
 pub struct Container<'a> {
     hull: &'a Hull,
@@ -329,6 +351,11 @@ pub struct Container<'a> {
 }
 
 impl Container<'_> {
+    /// The installation that it is of.
+    pub fn hull(&self) -> &Hull {
+        self.hull
+    }
+
     /// `hull exec NAME COMMAND`, run until it exits.
     pub fn exec(&self, command: &[&str]) -> Output {
         self.exec_with(&[], command)

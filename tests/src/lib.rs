@@ -9,6 +9,7 @@
 //! leave running.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test stops where it goes wrong
 
+pub mod cgroup;
 mod command;
 mod docker;
 mod hull;

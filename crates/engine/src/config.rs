@@ -58,6 +58,8 @@ pub struct Config {
     pub detach_keys: DetachKeys,
     /// Most output kept, bytes.
     pub log_size: u64,
+    /// The control group above those of machines; none are made without it.
+    pub cgroup_parent: Option<PathBuf>,
     /// Images and writable layers.
     pub data_dir: PathBuf,
     /// State of containers.
@@ -157,6 +159,7 @@ impl Config {
             stop_timeout: 0,
             detach_keys: DetachKeys::default(),
             log_size: 0,
+            cgroup_parent: None,
             data_dir: PathBuf::new(),
             run_dir: PathBuf::new(),
             guest_dir: None,
@@ -272,6 +275,7 @@ impl Config {
             "stop_timeout" => self.stop_timeout = integer(value, -1, 1 << 31)?,
             "detach_keys" => self.detach_keys = values::detach_keys(string(value)?)?,
             "log_size" => self.log_size = values::size(string(value)?)?,
+            "cgroup_parent" => self.cgroup_parent = path(value)?,
             "data_dir" => self.data_dir = path(value)?.ok_or("a directory is needed")?,
             "run_dir" => self.run_dir = path(value)?.ok_or("a directory is needed")?,
             "guest_dir" => self.guest_dir = path(value)?,
@@ -364,14 +368,14 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 18, "one origin for each key");
+        assert_eq!(config.origins.len(), 19, "one origin for each key");
         assert!(
             config
                 .origins
                 .iter()
                 .all(|origin| origin.place == "default")
         );
-        assert!(config.origins.len() <= 20);
+        assert!(config.origins.len() <= 24);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use hull_image::Image;
 use hull_machine::Choice;
 use hull_sandbox::config::{
-    ContainerConfig, EndPolicy, MachineConfig, NetworkConfig, SandboxConfig,
+    CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NetworkConfig, SandboxConfig,
 };
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
@@ -120,6 +120,8 @@ pub struct Started {
     pub id: String,
     /// Its name.
     pub name: String,
+    /// Its sandbox.
+    pub sandbox: SandboxPath,
     /// The connection that is attached to it.
     pub client: Client,
     /// The streams of its init, when they were asked for.
@@ -324,7 +326,7 @@ impl<'a> Run<'a> {
     ) -> Result<Outcome> {
         let client = match &place.host {
             Some(host) => container::connect(host)?,
-            None => launch(&place.sandbox, &self.sandbox(place), &[])?,
+            None => launch(&place.sandbox, &self.sandbox(place)?, &[])?,
         };
         let wait = |client: &Client| match attachment {
             Some(attachment) => attachment.receive(client),
@@ -400,6 +402,7 @@ impl<'a> Run<'a> {
         Ok(Outcome::Started(Box::new(Started {
             id: self.id.clone(),
             name,
+            sandbox: place.sandbox.clone(),
             client,
             streams,
         })))
@@ -416,15 +419,22 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn sandbox(&self, place: &Place) -> SandboxConfig {
-        SandboxConfig {
+    fn sandbox(&self, place: &Place) -> Result<SandboxConfig> {
+        let cgroup = match &self.config.cgroup_parent {
+            Some(parent) => CgroupConfig::Own {
+                parent: parent.clone(),
+            },
+            None => CgroupConfig::None,
+        };
+        Ok(SandboxConfig {
             machine: place.machine.clone(),
             hostname: self.id.get(..12).unwrap_or_default().to_owned(),
-            cgroups: Vec::new(),
+            cgroup,
+            bounds: place.machine.bounds()?,
             disks: Vec::new(),
             end: EndPolicy::LastContainer,
             began_ns: self.began_ns,
-        }
+        })
     }
 
     fn request_network(&self, client: &Client, directory: &Directory) -> Result<()> {
@@ -445,9 +455,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Where the time went in the sandbox, after a start or a failed one.
-pub fn sandbox_timings(client: &Client) -> Vec<Step> {
-    match client.ask(&Request::Timings, &[]) {
+/// Where the time went in the sandbox. Asked on a connection of its own: the next answer on the one
+/// that is attached may be the container's end.
+pub fn sandbox_timings(sandbox: &SandboxPath) -> Vec<Step> {
+    match Client::connect(sandbox).and_then(|client| client.ask(&Request::Timings, &[])) {
         Ok(Received {
             message: Reply::Timings(steps),
             ..

@@ -141,6 +141,9 @@ pub trait Backend: Sync {
     /// Features and limits of the kind.
     fn features(&self) -> Features;
 
+    /// The most processes and threads of the host that a machine may have.
+    fn max_processes(&self, memory: u64, vcpus: u32) -> u64;
+
     /// Whether it works on this host. Cheap enough for each start: slow results are cached.
     ///
     /// # Errors

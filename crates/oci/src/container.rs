@@ -15,7 +15,7 @@ use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cgroup::Groups;
+use hull_sandbox::cgroup::{Bounds, Groups};
 
 /// A state directory.
 #[derive(Debug, Clone)]
@@ -45,6 +45,9 @@ pub struct Details {
     pub keeper: ProcessId,
     /// Its control groups on the host.
     pub groups: Groups,
+    /// What the machine in its control groups may take of the host, if that is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bounds: Option<Bounds>,
     /// Memory limit at creation, bytes; 0 if none.
     pub memory: u64,
     /// Limits since the last `update`; if absent, the configuration's.

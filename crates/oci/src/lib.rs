@@ -9,7 +9,6 @@
 //! a guest wrote.
 
 pub mod bundle;
-pub mod cgroup;
 pub mod commands;
 mod console;
 pub mod container;

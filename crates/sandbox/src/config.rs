@@ -11,12 +11,27 @@ use hull_protocol::{GIVEN_FILES_SOURCE, SHARED_MEMORY_SOURCE, SHARES_DIR};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::cgroup::Bounds;
+use crate::error::Result;
+
 /// Most network interfaces of a machine.
 pub const MAX_NETS: u8 = 8;
 
 /// Memory that the guest's kernel and the agent need beside a container that may use all of its
 /// limit, bytes.
 const GUEST_OVERHEAD: u64 = 64 << 20;
+
+/// Memory of the host that a sandbox may take beside its guest's, bytes: its processes have some 20
+/// MiB, a device process for a guest with many open files more; the rest is page cache of files
+/// that the guest reads.
+const HOST_OVERHEAD: u64 = 64 << 20;
+
+/// Threads of the device process and of the sandbox process, with programs that they run for a
+/// moment: some 30 were seen.
+const HOST_PROCESSES: u64 = 256;
+
+/// Processors that devices may take beside the virtual processors: file server and network at once.
+const DEVICE_CPUS: u32 = 2;
 
 /// A machine to be started. Says nothing of containers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -42,6 +57,23 @@ impl MachineConfig {
     pub fn memory_for(limit: u64) -> u64 {
         limit.saturating_add(GUEST_OVERHEAD)
     }
+
+    /// The most that the host processes of a container with a memory limit may use beside that,
+    /// bytes.
+    pub const OVERHEAD: u64 = GUEST_OVERHEAD + HOST_OVERHEAD;
+
+    /// The most that this machine and its devices may take of the host.
+    ///
+    /// # Errors
+    /// The kind of machine is not in this build.
+    pub fn bounds(&self) -> Result<Bounds> {
+        let machine = self.choice.backend()?.max_processes(self.memory, self.cpus);
+        Ok(Bounds {
+            memory: Some(self.memory.saturating_add(HOST_OVERHEAD)),
+            processes: Some(machine.saturating_add(HOST_PROCESSES)),
+            cpus: Some(self.cpus.saturating_add(DEVICE_CPUS)),
+        })
+    }
 }
 
 /// A sandbox to be booted.
@@ -51,9 +83,12 @@ pub struct SandboxConfig {
     pub machine: MachineConfig,
     /// Host name of the guest itself; containers have their own.
     pub hostname: String,
-    /// Control group directories on the host that the sandbox's processes join.
+    /// Its control groups on the host.
     #[serde(default)]
-    pub cgroups: Vec<PathBuf>,
+    pub cgroup: CgroupConfig,
+    /// The most that its machine may take of the host; needs control groups.
+    #[serde(default)]
+    pub bounds: Bounds,
     /// The disks of the machine. Their opened block devices come beside, in this order.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -70,12 +105,31 @@ impl SandboxConfig {
         Self {
             machine,
             hostname: "hull".to_owned(),
-            cgroups: Vec::new(),
+            cgroup: CgroupConfig::None,
+            bounds: Bounds::default(),
             disks: Vec::new(),
             end,
             began_ns: 0,
         }
     }
+}
+
+/// The control groups of a sandbox on the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CgroupConfig {
+    /// It stays in the caller's.
+    #[default]
+    None,
+    /// All its processes join these directories, which somebody else has made.
+    Join(Vec<PathBuf>),
+    /// It makes and removes a group, named as itself, which machine and devices join. On a host
+    /// that does not allow it there is none.
+    Own {
+        /// The group above it, an absolute path below the mount of each hierarchy. Not used in a
+        /// user namespace: then it is beside the caller's group.
+        parent: PathBuf,
+    },
 }
 
 /// When a sandbox ends by itself.

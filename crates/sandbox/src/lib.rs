@@ -10,6 +10,7 @@
 //! hull's own, have. It never touches guest memory, and of what a guest wrote it parses only the
 //! agent's bounded protobuf answers.
 
+pub mod cgroup;
 pub mod config;
 mod container;
 pub mod control;

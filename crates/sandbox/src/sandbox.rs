@@ -8,20 +8,20 @@
 mod run;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hull_protocol::AGENT_PORT;
 use tokio::sync::{Notify, broadcast, watch};
+use tokio::task::JoinHandle;
 
+use crate::cgroup;
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
 use crate::container::Container;
 use crate::cost::{self, HostMemory};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::events::{Event, EventKind};
 use crate::guest::boot::{EXIT_GRACE, MACHINE_EXIT_GRACE};
 use crate::guest::processes::{Disk, Guest, MachineHandle};
@@ -195,7 +195,7 @@ impl Sandbox {
     /// devices of the configuration's disks. Must be called on a tokio runtime with I/O and time.
     ///
     /// # Errors
-    /// A process of the machine cannot be started, or a control group cannot be joined.
+    /// A process of the machine cannot be started.
     pub async fn boot(
         config: SandboxConfig,
         dir: SandboxDir,
@@ -208,17 +208,31 @@ impl Sandbox {
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
         let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
-        join_cgroups(&config.cgroups, &guest)?;
+        let (devices, machine) = guest.pids();
+        let members = cgroup::machine::Members {
+            machine,
+            devices,
+            sandbox: std::process::id().cast_signed(),
+        };
+        let (cgroup, bounds) = (config.cgroup.clone(), config.bounds);
+        let directory = dir.path().directory();
+        let confining = tokio::task::spawn_blocking(move || {
+            cgroup::machine::confine(&cgroup, &bounds, &directory, members)
+        });
         timings.step("start device process and machine", begin);
-        Ok(Self::around(config, dir, guest, incoming, timings))
+        Ok(Self::around(
+            config, dir, guest, incoming, confining, timings,
+        ))
     }
 
-    /// A sandbox whose guest has been started.
+    /// A sandbox whose guest has been started, and whose processes are being put into control
+    /// groups.
     pub(crate) fn around(
         config: SandboxConfig,
         dir: SandboxDir,
         guest: Guest,
         incoming: Incoming,
+        confining: JoinHandle<Result<()>>,
         timings: Timings,
     ) -> Sandbox {
         let (devices, machine) = guest.pids();
@@ -246,7 +260,13 @@ impl Sandbox {
         }));
         // Until the caller has said what it wants.
         let hold = sandbox.hold();
-        tokio::spawn(run::run(sandbox.clone(), guest, incoming, config));
+        tokio::spawn(run::run(
+            sandbox.clone(),
+            guest,
+            incoming,
+            confining,
+            config,
+        ));
         drop(hold);
         sandbox
     }
@@ -613,19 +633,4 @@ fn with_files(disks: &[DiskConfig], files: Vec<OwnedFd>) -> Result<Vec<Disk>> {
         read_only: config.read_only,
     };
     Ok(disks.iter().zip(files).map(disk).collect())
-}
-
-/// Puts the sandbox's processes into control groups. The kernel waits there until no processor is
-/// in the middle of a fork, 10 ms and more: the guest boots meanwhile, and has no further processes
-/// on the host yet.
-fn join_cgroups(directories: &[PathBuf], guest: &Guest) -> Result<()> {
-    let (devices, machine) = guest.pids();
-    let own = std::process::id().cast_signed();
-    for directory in directories {
-        for pid in [machine, devices, own] {
-            fs::write(directory.join("cgroup.procs"), pid.to_string())
-                .context(|| format!("join the control group {}", directory.display()))?;
-        }
-    }
-    Ok(())
 }

@@ -3,10 +3,12 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use hull_tests::{Hull, on_every_machine};
+use hull_tests::{Container, Hull, cgroup, left_out, on_every_machine};
 
 on_every_machine!(
     processes_of_a_machine_have_limits_of_their_own,
+    machine_and_devices_are_in_a_control_group_with_limits,
+    a_control_group_goes_with_its_sandbox_whatever_is_killed,
     directories_of_a_device_process_lead_nowhere_else,
 );
 
@@ -46,6 +48,68 @@ fn processes_of_a_machine_have_limits_of_their_own(machine: &'static str) {
         for field in ["NoNewPrivs:\t1", "Seccomp:\t2"] {
             assert!(status.contains(field), "{process}: {field}");
         }
+    }
+}
+
+/// The limits of the control groups of a host process: memory, swap, processes, processor time.
+fn limits(container: &Container<'_>, process: &str) -> [Option<String>; 4] {
+    let pid = container.host_process(process).as_raw_nonzero().get();
+    [
+        ("memory.limit_in_bytes", "memory.max"),
+        ("memory.memsw.limit_in_bytes", "memory.swap.max"),
+        ("pids.max", "pids.max"),
+        ("cpu.cfs_quota_us", "cpu.max"),
+    ]
+    .map(|(v1, v2)| {
+        let (file, text) = cgroup::file_of(pid, v1, v2)?;
+        let parent = format!("{}/", container.hull().cgroup_parent());
+        file.to_str()?.contains(&parent).then_some(text)
+    })
+}
+
+fn machine_and_devices_are_in_a_control_group_with_limits(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let container = hull.start(&["-m", "64m"], &["sleep", "1000"]);
+    let memory = container.inspect()["memory"].as_u64().expect("its memory");
+    if cgroup::below(&hull.cgroup_parent()).is_empty() {
+        return left_out("control groups cannot be made here");
+    }
+    for process in ["machine", "devices"] {
+        let [limit, swap, processes, quota] = limits(&container, process);
+        let limit: u64 = limit.expect("a limit of memory").parse().unwrap();
+        assert!(limit >= memory && limit <= memory + (64 << 20), "{limit}");
+        // Not all hosts count swap.
+        if let Some(swap) = swap {
+            assert!(swap.parse::<u64>().unwrap() <= 2 * limit, "{swap}");
+        }
+        let processes: u64 = processes.expect("a limit of processes").parse().unwrap();
+        assert!(processes < 8192, "{processes}");
+        assert!(!quota.expect("a limit of processors").starts_with("max"));
+    }
+    // What the guest runs is in it as well.
+    let pid = container.host_process("machine").as_raw_nonzero();
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    let group = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    for child in fs::read_to_string(children).unwrap().split_whitespace() {
+        let group = group(child);
+        assert!(group.contains(&hull.cgroup_parent()), "{group}");
+    }
+    let sandbox = container.host_process("sandbox").as_raw_nonzero();
+    assert_eq!(group(&sandbox.to_string()), group("self"));
+    container.does("kill").ok();
+    container.wait();
+    container.does("rm").ok();
+    assert!(cgroup::below(&hull.cgroup_parent()).is_empty());
+}
+
+fn a_control_group_goes_with_its_sandbox_whatever_is_killed(machine: &'static str) {
+    let hull = Hull::on(machine);
+    for process in ["sandbox", "machine", "devices"] {
+        let container = hull.sleeper();
+        container.kill_host_process(process);
+        container.wait();
+        container.does("rm").ok();
+        hull.assert_clean();
     }
 }
 

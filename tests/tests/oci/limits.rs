@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hull_tests::{Init, Oci, eventually};
+use hull_tests::{Init, Oci, cgroup, eventually};
 use serde_json::{Value, json};
 
 /// Forks until that is refused, at most 60 times.
@@ -19,22 +19,7 @@ fn guest(init: &Init<'_>, file: &str) -> String {
 
 /// A file of the container's control group on the host, version 1 or 2.
 fn host(init: &Init<'_>, v1: &str, v2: &str) -> Option<(PathBuf, String)> {
-    let keeper = init.keeper().as_raw_nonzero();
-    let groups = fs::read_to_string(format!("/proc/{keeper}/cgroup")).unwrap();
-    groups.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
-        let (mount, file) = match controllers {
-            "" => (PathBuf::from("/sys/fs/cgroup"), v2),
-            _ => (
-                PathBuf::from("/sys/fs/cgroup").join(controllers.trim_start_matches("name=")),
-                v1,
-            ),
-        };
-        let file = mount.join(path).join(file);
-        let text = fs::read_to_string(&file).ok()?;
-        Some((file, text.trim().to_owned()))
-    })
+    cgroup::file_of(init.keeper().as_raw_nonzero().get(), v1, v2)
 }
 
 /// The share of a processor that a container uses.
@@ -203,6 +188,26 @@ fn memory_and_processor_time_of_the_machine_are_limited_on_the_host() {
         let groups = |pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         assert_eq!(groups(pid), groups(keeper), "{process}");
     }
+}
+
+#[test]
+fn a_machine_without_limits_is_kept_within_its_size_on_the_host() {
+    let oci = Oci::new();
+    let init = oci.start(&oci.bundle());
+    let memory = init
+        .sh("sed -n 's/^MemTotal: *//p' /proc/meminfo")
+        .ok()
+        .text();
+    let memory: u64 = memory.trim_end_matches(" kB").trim().parse().unwrap();
+    let (_, limit) = host(&init, "memory.limit_in_bytes", "memory.max").unwrap();
+    let limit: u64 = limit.parse().unwrap();
+    assert!(limit >> 10 > memory, "{limit}, {memory} KiB");
+    assert!(
+        limit >> 10 < 2 * memory + (256 << 10),
+        "{limit}, {memory} KiB"
+    );
+    let (_, processes) = host(&init, "pids.max", "pids.max").unwrap();
+    assert!(processes.parse::<u64>().is_ok(), "{processes}");
 }
 
 #[test]

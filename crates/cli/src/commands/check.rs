@@ -5,6 +5,7 @@ use std::path::Path;
 use hull_machine::probe::{KvmState, State};
 use hull_machine::{Choice, Report};
 use hull_network::cni;
+use hull_sandbox::cgroup;
 use rustix::fs::{StatVfsMountFlags, statfs};
 use serde::Serialize;
 
@@ -91,7 +92,7 @@ pub fn execute(args: Args) -> Result<u8> {
     let report = hull_machine::probe(&guest.requirements(&config, None));
     findings.extend(machines(&config, &report));
     findings.extend(guest_files(&guest));
-    findings.push(control_groups());
+    findings.push(control_groups(&config));
     findings.push(overlay());
     findings.push(network(&config));
     for (what, directory) in [
@@ -277,20 +278,54 @@ fn guest_files(guest: &GuestFiles) -> Vec<Finding> {
     findings
 }
 
-fn control_groups() -> Finding {
+fn control_groups(config: &Config) -> Finding {
     let what = "control groups";
     // File system magic numbers (linux/magic.h).
     const CGROUP2: i64 = 0x6367_7270;
     const TMPFS: i64 = 0x0102_1994;
     let kind = |path: &str| statfs(path).map(|found| found.f_type).unwrap_or(0);
-    match (kind("/sys/fs/cgroup"), kind("/sys/fs/cgroup/unified")) {
-        (CGROUP2, _) => Finding::ok(what, "version 2"),
-        (TMPFS, CGROUP2) => Finding::ok(what, "version 1 with version 2 beside it"),
-        (TMPFS, _) => Finding::ok(what, "version 1"),
-        _ => Finding::note(
+    let found = match (kind("/sys/fs/cgroup"), kind("/sys/fs/cgroup/unified")) {
+        (CGROUP2, _) => "version 2",
+        (TMPFS, CGROUP2) => "version 1 with version 2 beside it",
+        (TMPFS, _) => "version 1",
+        _ => {
+            return Finding::note(
+                what,
+                "not mounted: limits of containers hold in their guests, not for the machines \
+                 themselves",
+                Some("mount -t cgroup2 none /sys/fs/cgroup".to_owned()),
+            );
+        }
+    };
+    let Some(parent) = &config.cgroup_parent else {
+        let found = format!("{found}; machines have none (cgroup_parent is empty)");
+        return Finding::note(what, found, None);
+    };
+    match cgroup::reach(parent) {
+        Ok(limits) if limits.len() == cgroup::LIMITS.len() => Finding::ok(
             what,
-            "not mounted: limits of containers hold in their guests, not for the machines themselves",
-            Some("mount -t cgroup2 none /sys/fs/cgroup".to_owned()),
+            format!("{found}; each machine is limited in {}", limits.join(", ")),
+        ),
+        Ok(limits) => {
+            let missing: Vec<_> = cgroup::LIMITS
+                .into_iter()
+                .filter(|name| !limits.contains(name))
+                .collect();
+            Finding::note(
+                what,
+                format!(
+                    "{found}; machines are not limited in {}",
+                    missing.join(", ")
+                ),
+                None,
+            )
+        }
+        Err(error) => Finding::note(
+            what,
+            format!("{found}; machines have none: {}", error.message),
+            config
+                .without_root
+                .then(|| "systemd-run --user --scope -p Delegate=yes hull run …".to_owned()),
         ),
     }
 }

@@ -265,12 +265,13 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let Started {
         id,
         name,
+        sandbox,
         client,
         streams,
     } = started;
     if caller.timings {
         let mut steps = timings.steps();
-        steps.extend(sandbox_timings(&client));
+        steps.extend(sandbox_timings(&sandbox));
         print_timings(began_ns, steps);
     }
     match attachment {

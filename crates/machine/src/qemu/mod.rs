@@ -69,6 +69,10 @@ impl Backend for Qemu {
         }
     }
 
+    fn max_processes(&self, _memory: u64, vcpus: u32) -> u64 {
+        QEMU_THREADS + u64::from(vcpus)
+    }
+
     fn probe(&self, host: &Host) -> Result<Works, Error> {
         find_program()?;
         let kernel = host.kernel(Kind::Qemu)?;
@@ -138,7 +142,7 @@ impl Backend for Qemu {
                 root: root(config, sockets),
                 limits: Limits {
                     open_files: 1024,
-                    processes: Some(QEMU_THREADS + u64::from(config.vcpus)),
+                    processes: Some(self.max_processes(config.memory, config.vcpus)),
                     // What it writes goes through its devices.
                     file_size: Some(config.memory),
                 },

@@ -74,6 +74,10 @@ impl Backend for Uml {
         }
     }
 
+    fn max_processes(&self, memory: u64, _vcpus: u32) -> u64 {
+        max_processes(memory)
+    }
+
     fn probe(&self, host: &Host) -> Result<Works, Error> {
         let kernel = host.kernel(Kind::Uml)?;
         if let Some(why) = probe::tracing_forbidden() {
@@ -273,11 +277,16 @@ fn spawn(
     })
 }
 
+/// Each process of the guest is one of the host's.
+fn max_processes(memory: u64) -> u64 {
+    memory / MEMORY_PER_PROCESS + KERNEL_PROCESSES
+}
+
 /// What the host gives a machine at most, whatever its kernel asks for.
 fn limits(memory: u64) -> Limits {
     Limits {
         open_files: 1024,
-        processes: Some(memory / MEMORY_PER_PROCESS + KERNEL_PROCESSES),
+        processes: Some(max_processes(memory)),
         // Its largest file is the guest's memory.
         file_size: Some(memory.saturating_add(TMP_SLACK)),
     }

@@ -4,14 +4,16 @@
 //! the sandbox, everything depends on this process: if it dies, the keeper and the container in the
 //! guest die too, and a directory remains that reads as stopped, for `delete` to remove.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use hull_network::Namespace;
+use hull_sandbox::cgroup::{Bounds, Groups, Place};
 use hull_sandbox::config::{
-    ContainerConfig, EndPolicy, MAX_NETS, NetworkConfig, NetworkSource, RawArgs, SandboxConfig,
-    Stdio,
+    CgroupConfig, ContainerConfig, EndPolicy, MAX_NETS, MachineConfig, NetworkConfig,
+    NetworkSource, RawArgs, SandboxConfig, Stdio,
 };
 use hull_sandbox::control::client::Client;
 use hull_sandbox::control::launch::{join_or_launch, launch};
@@ -22,9 +24,8 @@ use hull_sandbox::store::{ProcessId, SandboxPath, State, keepers, roots};
 use oci_spec::runtime::LinuxResources;
 use serde_json::value::to_raw_value;
 
-use super::{OVERHEAD, Settings, life, refuse_descriptors, with_runc_wording, write_pid_file};
+use super::{Settings, life, refuse_descriptors, with_runc_wording, write_pid_file};
 use crate::bundle::Bundle;
-use crate::cgroup::{Groups, Place};
 use crate::container::{Container, Record, new_record, state};
 use crate::guest_spec::{HostShare, Network, Plan};
 use crate::keeper::{self, Keeper, Kept, Mode, World};
@@ -32,6 +33,9 @@ use crate::{console, disks, hooks, pod};
 
 /// How often to retry when the pod is just ending.
 const MAX_RETRIES: usize = 10;
+
+/// Keepers in a container's control groups: one for each process that an engine started there.
+const KEEPERS: u64 = 4096;
 
 /// Options of `create` and `run`.
 #[derive(Debug, Default)]
@@ -137,21 +141,25 @@ impl Making<'_> {
         self.container.store(&self.record)?;
         // If this fails, the groups are not this container's.
         self.record.details.groups = Groups::default();
-        self.record.details.groups = place.make(resources, OVERHEAD)?;
+        self.record.details.groups = place.make(resources, MachineConfig::OVERHEAD)?;
 
         let memory = memory_limit(resources);
         self.record.details.memory = memory.unwrap_or_default();
         let settings = self.settings;
         let hostname: String = self.container.id.chars().take(12).collect();
         let cgroups = self.record.details.groups.directories.clone();
+        let bounds = Cell::new(None);
         let config = || {
             let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
             let mut machine = (settings.machine)(memory, processors(resources))?;
             machine.nets = nets(&plan.network, bundle);
+            let host_bounds = host_bounds(&machine, memory)?;
+            bounds.set(Some(host_bounds));
             let config = SandboxConfig {
                 machine,
                 hostname: hostname.clone(),
-                cgroups: cgroups.clone(),
+                cgroup: CgroupConfig::Join(cgroups.clone()),
+                bounds: host_bounds,
                 disks: plan.disks.iter().map(|disk| disk.device).collect(),
                 end: EndPolicy::LastContainer,
                 began_ns: 0,
@@ -165,6 +173,7 @@ impl Making<'_> {
             }
             false => join_or_launch(&path, config)?,
         };
+        self.record.details.bounds = bounds.get();
         // The machine boots meanwhile.
         let keeper = self.start_keeper(&plan, options, detach, &path)?;
         self.run_hooks(bundle, keeper.pid())?;
@@ -371,6 +380,19 @@ fn has_network_hooks(bundle: &Bundle) -> bool {
             .into_iter()
             .flatten()
             .any(|hooks| !hooks.is_empty())
+    })
+}
+
+/// The most that a machine may take of its host, beside the limits that the specification sets.
+fn host_bounds(machine: &MachineConfig, memory: Option<u64>) -> Result<Bounds> {
+    let bounds = machine.bounds()?;
+    Ok(Bounds {
+        memory: bounds.memory.filter(|_| memory.is_none()),
+        processes: bounds
+            .processes
+            .map(|processes| processes.saturating_add(KEEPERS)),
+        // The engine's to decide.
+        cpus: None,
     })
 }
 

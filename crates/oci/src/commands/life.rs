@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use hull_sandbox::cgroup::Place;
+use hull_sandbox::config::MachineConfig;
 use hull_sandbox::control;
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::error::{Context, Error, Result};
@@ -12,8 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 use serde_json::value::to_raw_value;
 
-use super::{OVERHEAD, Settings, with_runc_wording};
-use crate::cgroup::Place;
+use super::{Settings, with_runc_wording};
 use crate::container::{Container, Record, connect, recovered_record, state};
 use crate::{guest_spec, hooks, update};
 
@@ -184,8 +185,11 @@ fn wall(record: &Record, resources: &LinuxResources) -> u64 {
         .and_then(LinuxMemory::limit)
         .and_then(|limit| u64::try_from(limit).ok())
         .unwrap_or(u64::MAX);
-    let machine = record.details.memory.saturating_add(OVERHEAD);
-    machine.saturating_sub(limit).max(OVERHEAD)
+    let machine = record
+        .details
+        .memory
+        .saturating_add(MachineConfig::OVERHEAD);
+    machine.saturating_sub(limit).max(MachineConfig::OVERHEAD)
 }
 
 /// Removes a container and all its resources. With `force`, also one that is running, damaged or
@@ -260,9 +264,16 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
                 .status(&other)
                 .is_ok_and(|status| status.state.is_alive())
         };
-        (stays && lives()).then_some(other)
+        (stays && lives()).then_some((container, other))
     });
-    let Some(heir) = heir else { return Ok(()) };
+    let Some((container, mut heir)) = heir else {
+        return Ok(());
+    };
+    if let Some(bounds) = record.details.bounds {
+        heir.details.groups.bound(&bounds)?;
+        heir.details.bounds = Some(bounds);
+        container.store(&heir)?;
+    }
     for _ in 0..HAND_OVER_ROUNDS {
         let pids = record.details.groups.processes()?;
         if pids.is_empty() {

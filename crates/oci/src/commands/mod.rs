@@ -45,10 +45,6 @@ pub struct Settings {
     pub warn: fn(&str),
 }
 
-/// Bytes of host memory that a container's host processes may use in addition to its limit: for the
-/// guest's kernel, the host processes themselves, and the page cache of files that the guest reads.
-const OVERHEAD: u64 = 128 << 20;
-
 /// Adds the text that engines look for when a command was not found or cannot be executed.
 fn with_runc_wording(mut failure: Error) -> Error {
     let words: &[&str] = match failure.kind {

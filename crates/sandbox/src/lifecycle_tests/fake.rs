@@ -536,7 +536,14 @@ impl World {
         let watched = Guest::watch(&path, parts).unwrap();
         let config = SandboxConfig::new(machine_config(), end);
         let began = Instant::now();
-        let sandbox = Sandbox::around(config, dir, watched, incoming, Timings::default());
+        let sandbox = Sandbox::around(
+            config,
+            dir,
+            watched,
+            incoming,
+            tokio::spawn(async { Ok(()) }),
+            Timings::default(),
+        );
         if let Some(delay) = guest.script.dials {
             let guest = guest.clone();
             tokio::spawn(async move {

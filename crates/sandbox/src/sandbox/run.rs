@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::Read;
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
+
 use super::{Down, Ready, Sandbox, Stage};
 use crate::config::SandboxConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -27,8 +29,16 @@ const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 const CONCLUDE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// From a started machine to the moment when nothing is left.
-pub(super) async fn run(sandbox: Sandbox, guest: Guest, incoming: Incoming, config: SandboxConfig) {
-    let down = match booted(&sandbox, &guest, incoming, &config).await {
+pub(super) async fn run(
+    sandbox: Sandbox,
+    guest: Guest,
+    incoming: Incoming,
+    confining: JoinHandle<Result<()>>,
+    config: SandboxConfig,
+) {
+    let mut confining = Confining(Some(confining));
+    let booted = booted(&sandbox, &guest, incoming, &mut confining, &config).await;
+    let down = match booted {
         Ok(ready) => {
             let agent = ready.agent.clone();
             sandbox.0.stage.send_replace(Stage::Ready(ready));
@@ -65,8 +75,28 @@ pub(super) async fn run(sandbox: Sandbox, guest: Guest, incoming: Incoming, conf
     if down.error.kind == ErrorKind::GuestFailed {
         keep_diagnostics(&sandbox);
     }
+    // What is still being made would stay.
+    if let Err(error) = confining.done().await {
+        tracing::error!("{error}");
+    }
     sandbox.0.dir.release();
     sandbox.0.stage.send_replace(Stage::Gone(down));
+}
+
+/// The sandbox's processes are being put into control groups.
+struct Confining(Option<JoinHandle<Result<()>>>);
+
+impl Confining {
+    /// Waits until it is done. Says only once what went wrong.
+    async fn done(&mut self) -> Result<()> {
+        let Some(task) = &mut self.0 else {
+            return Ok(());
+        };
+        let result = task.await;
+        self.0 = None;
+        result
+            .unwrap_or_else(|error| Err(Error::new(format!("cannot join control groups: {error}"))))
+    }
 }
 
 /// Copies the guest's console and the messages of the host's processes to the directories of
@@ -103,6 +133,7 @@ async fn booted(
     sandbox: &Sandbox,
     guest: &Guest,
     incoming: Incoming,
+    confining: &mut Confining,
     config: &SandboxConfig,
 ) -> Result<Ready, Down> {
     let failed = |reason: &str| {
@@ -128,9 +159,11 @@ async fn booted(
     let error = tokio::select! {
         biased;
         booted = boot => match booted {
-            Ok(agent) => {
-                return Ok(Ready { agent, devices: guest.control.clone() });
-            }
+            // No container runs outside of the groups.
+            Ok(agent) => match confining.done().await {
+                Ok(()) => return Ok(Ready { agent, devices: guest.control.clone() }),
+                Err(error) => error,
+            },
             // A process that died is the cause of whatever else failed.
             Err(error) => match guest.broke_down_within(EXIT_GRACE).await {
                 Some(reason) if error.kind == ErrorKind::GuestFailed => failed(&reason),

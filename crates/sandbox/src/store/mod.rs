@@ -28,7 +28,7 @@ mod record;
 pub mod roots;
 pub mod sandbox_dir;
 mod status;
-mod versioned;
+pub(crate) mod versioned;
 
 pub use directory::{Directory, remove_all};
 pub use process::ProcessId;

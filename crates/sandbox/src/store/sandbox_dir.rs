@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Directory;
 use super::directory::remove_all;
+use crate::cgroup;
 use crate::error::{Context, Result};
 
 /// Longest id of a sandbox, bytes: sockets below its directory have 107 bytes for their whole path.
@@ -142,10 +143,16 @@ impl SandboxPath {
         self.sweep_locked()
     }
 
+    /// Removes its control groups and its directory, which says what those are.
+    fn remove(&self) -> Result<()> {
+        cgroup::machine::remove(&self.directory())?;
+        remove_all(&self.directory())
+    }
+
     pub(crate) fn sweep_locked(&self) -> Result<()> {
         match self.is_alive() {
             true => Ok(()),
-            false => remove_all(&self.directory()),
+            false => self.remove(),
         }
     }
 }
@@ -225,7 +232,7 @@ impl SandboxDir {
     /// Removes the directory and lets go of the lock: from then on the sandbox has ended to all.
     pub fn release(&self) {
         // While the lock is held nobody takes this directory for another sandbox's.
-        if let Err(error) = remove_all(&self.path.directory()) {
+        if let Err(error) = self.path.remove() {
             tracing::error!("{error}");
         }
         let lock = &self.lock;

@@ -1,10 +1,13 @@
-//! Control groups on the host, for the host processes of a container: sandbox process, devices,
-//! machine, keeper.
+//! Control groups on the host, for the host processes of a sandbox.
 //!
-//! Limits are enforced in the guest, field by field. The host's group is what engines read
-//! statistics from (podman and Docker look up the keeper's group), and an outer limit on everything
-//! that the container costs. So it has only memory and swap, processor time, cpusets and block I/O;
-//! pids, devices, hugetlb, rdma, network, memory.reservation and `unified` are left to the guest.
+//! Limits of containers are enforced in the guest, field by field. The host's group is an outer
+//! limit on everything that the sandbox costs:
+//! - An engine names the group of a container; it holds sandbox process, devices, machine and
+//!   keepers, and engines read statistics from it (podman and Docker look up the keeper's group).
+//!   It has the specification's memory and swap, processor time, cpusets and block I/O; pids,
+//!   devices, hugetlb, rdma, network, memory.reservation and `unified` are left to the guest.
+//! - hull's own sandboxes have a group each for machine and devices: see [`machine`].
+//! - Both keep the machine within [`Bounds`], where the specification has no limit of its own.
 //!
 //! - cgroup v1, hybrid and v2 share one implementation: a group has one directory per hierarchy,
 //!   and a limit is written to the first directory that has a file for it ([`limits`]). [`path`]
@@ -22,19 +25,23 @@
 
 mod directory;
 mod limits;
+pub(crate) mod machine;
 mod path;
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hull_sandbox::error::Context;
-use hull_sandbox::{Error, Result};
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
 use directory::{Made, held, is_denied, is_gone, make, remove, tree, write};
 use path::{Hierarchy, Location};
+
+use crate::error::{Context, Error, Result};
+
+pub use limits::Bounds;
+pub use machine::{LIMITS, reach};
 
 /// How long [`Groups::remove`] waits for dying processes to leave; runc waits as long.
 const LEAVING: Duration = Duration::from_secs(1);
@@ -75,6 +82,12 @@ impl Place {
             hierarchies,
             location,
         })
+    }
+
+    /// The place without hierarchies that have no controller for [`Bounds`].
+    fn for_machine(mut self) -> Self {
+        self.hierarchies = path::for_machine(self.hierarchies);
+        self
     }
 
     /// All groups that [`Place::make`] may create, to be recorded before it is called.
@@ -126,13 +139,29 @@ impl Groups {
     /// killed for memory that its guest may keep. The host's limit then stays as it was, and the
     /// new one holds only in the guest.
     pub fn apply(&self, resources: &LinuxResources, overhead: u64) -> Result<()> {
-        let settings = limits::settings(resources, overhead, self.quota_in_force())?;
+        self.set(&limits::settings(
+            resources,
+            overhead,
+            self.quota_in_force(),
+        )?)
+    }
+
+    /// Keeps the processes in the groups within bounds, as far as the host has controllers for
+    /// them.
+    ///
+    /// # Errors
+    /// The kernel refuses a limit.
+    pub fn bound(&self, bounds: &Bounds) -> Result<()> {
+        self.set(&limits::bounds(bounds))
+    }
+
+    fn set(&self, settings: &[limits::Setting]) -> Result<()> {
         // The kernel compares some limits with each other (memory with memory and swap, period with
         // quota), so the right order depends on the values in force: a refused value may be
         // accepted after the others are set.
         let mut refused = Vec::new();
         let mut kept = false;
-        for setting in &settings {
+        for setting in settings {
             match self.write(setting)? {
                 Written::Yes => {}
                 Written::InUse => kept = true,

@@ -3,8 +3,9 @@
 //! Pure functions. The specification uses cgroup v1 terms; values for v2 are converted as runc
 //! does.
 
-use hull_sandbox::{Error, Result};
+use crate::error::{Error, Result};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use serde::{Deserialize, Serialize};
 
 /// One limit.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,10 +26,76 @@ impl Setting {
     }
 }
 
+/// The most that a machine may take of its host, whatever its guest does. Each is set where the
+/// host has a controller for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Bounds {
+    /// Memory of all its processes, and page cache of files that they read, bytes. As much again in
+    /// swap.
+    pub memory: Option<u64>,
+    /// Processes and threads.
+    pub processes: Option<u64>,
+    /// Processors at once.
+    pub cpus: Option<u32>,
+}
+
 const MEMORY: [&str; 2] = ["memory", "memory"];
 const CPU: [&str; 2] = ["cpu", "cpu"];
 const CPUSET: [&str; 2] = ["cpuset", "cpuset"];
 const BLOCK_IO: [&str; 2] = ["blkio", "io"];
+const PIDS: [&str; 2] = ["pids", "pids"];
+
+/// The kernel's default period of CPU quotas (kernel/sched/fair.c), microseconds.
+const PERIOD: u64 = 100_000;
+
+/// The limits that keep a machine within bounds.
+pub(super) fn bounds(bounds: &Bounds) -> Vec<Setting> {
+    let mut list = List(Vec::new());
+    if let Some(memory) = bounds.memory {
+        list.add(
+            "the machine's memory",
+            MEMORY,
+            [
+                ("memory.limit_in_bytes", memory.to_string()),
+                ("memory.max", memory.to_string()),
+            ],
+        );
+        list.add(
+            "the machine's swap",
+            MEMORY,
+            [
+                (
+                    "memory.memsw.limit_in_bytes",
+                    memory.saturating_mul(2).to_string(),
+                ),
+                ("memory.swap.max", memory.to_string()),
+            ],
+        );
+    }
+    if let Some(processes) = bounds.processes {
+        list.add(
+            "the machine's processes",
+            PIDS,
+            [("pids.max", processes.to_string())],
+        );
+    }
+    if let Some(cpus) = bounds.cpus {
+        let quota = u64::from(cpus) * PERIOD;
+        list.add(
+            "the machine's processors",
+            CPU,
+            [
+                ("cpu.cfs_quota_us", quota.to_string()),
+                ("cpu.max", format!("{quota} {PERIOD}")),
+            ],
+        );
+    }
+    for setting in &mut list.0 {
+        setting.optional = true;
+    }
+    list.0
+}
 
 /// All limits that apply on the host. Callers pass 0 for "not given". `overhead`: bytes, added to
 /// memory limits. `quota_in_force`: first field of `cpu.max`, which also holds the period.
@@ -347,6 +414,31 @@ mod tests {
             assert!(message.starts_with("cannot set linux.resources.memory.swap: "));
             assert!(message.contains(why), "{message}");
         }
+    }
+
+    #[test]
+    fn a_machine_is_kept_within_bounds() {
+        let all = bounds(&Bounds {
+            memory: Some(1000),
+            processes: Some(7),
+            cpus: Some(3),
+        });
+        assert!(all.iter().all(|setting| setting.optional));
+        let ways: Vec<_> = all.into_iter().flat_map(|setting| setting.ways).collect();
+        let text = |(file, value): &(&str, String)| format!("{file}={value}");
+        assert_eq!(
+            ways.iter().map(text).collect::<Vec<_>>(),
+            [
+                "memory.limit_in_bytes=1000",
+                "memory.max=1000",
+                "memory.memsw.limit_in_bytes=2000",
+                "memory.swap.max=1000",
+                "pids.max=7",
+                "cpu.cfs_quota_us=300000",
+                "cpu.max=300000 100000",
+            ]
+        );
+        assert!(bounds(&Bounds::default()).is_empty());
     }
 
     #[test]

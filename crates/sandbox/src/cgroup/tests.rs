@@ -28,6 +28,7 @@ fn hierarchy(mount: &Path) -> Hierarchy {
     Hierarchy {
         mount: mount.to_owned(),
         caller: PathBuf::new(),
+        controllers: String::new(),
     }
 }
 
@@ -45,6 +46,7 @@ fn make(
     let copy = |hierarchy: &Hierarchy| Hierarchy {
         mount: hierarchy.mount.clone(),
         caller: hierarchy.caller.clone(),
+        controllers: hierarchy.controllers.clone(),
     };
     let place = Place {
         hierarchies: hierarchies.iter().map(copy).collect(),

@@ -5,7 +5,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use hull_sandbox::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A group, the same in each hierarchy. Paths are relative, without `..`.
 #[derive(Debug, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub(super) struct Hierarchy {
     pub(super) mount: PathBuf,
     /// Parent of [`Location::Caller`], relative to the mount.
     pub(super) caller: PathBuf,
+    /// Its controllers with v1 (`cpu,cpuacct`); empty with v2.
+    pub(super) controllers: String,
 }
 
 impl Hierarchy {
@@ -136,8 +138,26 @@ pub(super) fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
         if only_v2 {
             caller.pop();
         }
-        let mount = mount.point.to_owned();
-        hierarchies.push(Hierarchy { mount, caller });
+        hierarchies.push(Hierarchy {
+            mount: mount.point.to_owned(),
+            caller,
+            controllers: line.split(':').nth(1).unwrap_or_default().to_owned(),
+        });
+    }
+    hierarchies
+}
+
+/// Those that have a controller which limits a machine: with v1 the others only cost time.
+pub(super) fn for_machine(mut hierarchies: Vec<Hierarchy>) -> Vec<Hierarchy> {
+    const NEEDED: [&str; 3] = ["memory", "cpu", "pids"];
+    let is_needed = |hierarchy: &Hierarchy| {
+        let mut controllers = hierarchy.controllers.split(',');
+        controllers.any(|name| NEEDED.contains(&name))
+    };
+    if hierarchies.iter().any(is_needed) {
+        hierarchies.retain(is_needed);
+    } else {
+        hierarchies.retain(|hierarchy| hierarchy.controllers.is_empty());
     }
     hierarchies
 }
@@ -301,6 +321,25 @@ mod tests {
         assert_eq!(at("0::/\n"), [pair("/sys/fs/cgroup", "")]);
         // Outside of the control group namespace.
         assert_eq!(at("0::/../other/x\n"), [pair("/sys/fs/cgroup", "other")]);
+    }
+
+    #[test]
+    fn a_machine_has_groups_only_where_its_limits_are() {
+        let own = "6:freezer:/\n5:pids:/\n4:cpu,cpuacct:/\n3:name=systemd:/\n2:memory:/\n0::/\n";
+        let mountinfo: String = ["freezer", "pids", "cpu,cpuacct", "name=systemd", "memory"]
+            .iter()
+            .map(|name| format!("1 1 0:1 / /c/{name} rw - cgroup cgroup rw,{name}\n"))
+            .collect();
+        let v2 = "1 1 0:2 / /c/unified rw - cgroup2 cgroup2 rw\n";
+        let of = |mountinfo: &str| {
+            for_machine(hierarchies(mountinfo, own))
+                .into_iter()
+                .map(|hierarchy| hierarchy.controllers)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(of(&(mountinfo + v2)), ["pids", "cpu,cpuacct", "memory"]);
+        assert_eq!(of(v2), [""]);
+        assert!(of("").is_empty());
     }
 
     #[test]
