@@ -110,11 +110,11 @@ impl Hull {
             "network = \"none\""
         };
         let configuration = format!(
-            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\ncgroup_parent = {:?}\n{}\n{network}\n",
+            "machine = {machine:?}\nrun_dir = {:?}\ndata_dir = {:?}\n{}\n{network}\ncgroup_parent = {:?}\n",
             directory.path().join("run"),
             directory.path().join("data"),
+            options.configuration,
             cgroup_parent(directory.path()),
-            options.configuration
         );
         fs::write(directory.path().join("config.toml"), configuration).unwrap();
         let person = options
