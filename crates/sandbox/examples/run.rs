@@ -49,6 +49,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             name: share_name(id, "root"),
             is_file: false,
             writers: Writers::Guest,
+            sealed: false,
         };
         let mount = shares::host(rootfs, false, ReadOnly::Recursive)?;
         sandbox

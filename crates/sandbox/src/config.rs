@@ -254,6 +254,10 @@ pub struct Share {
     pub is_file: bool,
     /// Who else changes it.
     pub writers: Writers,
+    /// It becomes read-only when the guest has made the mount points of its container in it, before
+    /// that is started. Only for a share of a container that is created after it was added.
+    #[serde(default)]
+    pub sealed: bool,
 }
 
 /// Who changes the files of a share beside the guest: decides how long the guest may cache them.

@@ -21,7 +21,7 @@ use crate::cgroup;
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
 use crate::container::Container;
 use crate::cost::{self, HostMemory};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::{Event, EventKind};
 use crate::guest::boot::{EXIT_GRACE, MACHINE_EXIT_GRACE};
 use crate::guest::processes::{Disk, Guest, MachineHandle};
@@ -60,6 +60,8 @@ pub(crate) struct Inner {
     /// A container is removed by force: its output need not be read.
     pub unread: watch::Sender<bool>,
     containers: Mutex<Containers>,
+    /// The mounts of shares that become read-only with the creation of their container, by name.
+    unsealed: Mutex<BTreeMap<String, OwnedFd>>,
     addresses: Mutex<Vec<IpAddr>>,
     changed: Notify,
     events: broadcast::Sender<Event>,
@@ -251,6 +253,7 @@ impl Sandbox {
             abort: watch::Sender::new(None),
             unread: watch::Sender::new(false),
             containers: Mutex::default(),
+            unsealed: Mutex::default(),
             addresses: Mutex::default(),
             changed: Notify::new(),
             events: broadcast::Sender::new(EVENTS_AHEAD),
@@ -349,6 +352,10 @@ impl Sandbox {
             return Err(Error::invalid("as many mounts as shares must come"));
         }
         for (share, mount) in shares.iter().zip(mounts) {
+            if share.sealed {
+                let mount = mount.try_clone().context(|| "keep the mount of a share")?;
+                self.unsealed().insert(share.name.clone(), mount);
+            }
             let added = shares::add(&self.0.devices, self.path(), share, mount).await;
             if let Err(error) = added {
                 // Shares are added while the guest boots: there may be no agent yet.
@@ -360,7 +367,23 @@ impl Sandbox {
 
     /// Takes shares away that no container uses.
     pub async fn remove_shares(&self, names: &[String]) {
+        self.unsealed().retain(|name, _| !names.contains(name));
         shares::remove(&self.0.devices, self.path(), names).await;
+    }
+
+    /// The mounts of these shares that are to become read-only.
+    pub(crate) fn take_unsealed(&self, names: &[String]) -> Vec<OwnedFd> {
+        let mut unsealed = self.unsealed();
+        names
+            .iter()
+            .filter_map(|name| unsealed.remove(name))
+            .collect()
+    }
+
+    fn unsealed(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
+        // A map of descriptors is valid at any time.
+        let unsealed = &self.0.unsealed;
+        unsealed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All containers that were not deleted.

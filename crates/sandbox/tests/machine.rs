@@ -76,6 +76,7 @@ impl Booted {
             name: share_name(id, "root"),
             is_file: false,
             writers: Writers::Guest,
+            sealed: false,
         };
         let mount = shares::host(Path::new("/"), false, ReadOnly::Recursive).unwrap();
         let added = self

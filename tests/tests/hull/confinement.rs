@@ -3,12 +3,15 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
+use rustix::fs::StatVfsMountFlags;
+
 use hull_tests::{Container, Hull, cgroup, left_out, on_every_machine};
 
 on_every_machine!(
     processes_of_a_machine_have_limits_of_their_own,
     machine_and_devices_are_in_a_control_group_with_limits,
     a_control_group_goes_with_its_sandbox_whatever_is_killed,
+    a_read_only_root_is_read_only_for_the_device_process,
     directories_of_a_device_process_lead_nowhere_else,
 );
 
@@ -111,6 +114,33 @@ fn a_control_group_goes_with_its_sandbox_whatever_is_killed(machine: &'static st
         container.does("rm").ok();
         hull.assert_clean();
     }
+}
+
+fn a_read_only_root_is_read_only_for_the_device_process(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let image = hull.start(&["--read-only", "--tmpfs", "/new/tmp"], &["sleep", "1000"]);
+    image.sh("touch /x").ends(1);
+    image.sh("touch /new/tmp/x").ok();
+    assert!(!writes_to_the_root(&image));
+    assert!(writes_to_the_root(&hull.sleeper()), "of a plain container");
+}
+
+/// Whether a device process could write to the root file system of its container.
+fn writes_to_the_root(container: &Container<'_>) -> bool {
+    // OVERLAYFS_SUPER_MAGIC (linux/magic.h).
+    const OVERLAY: i64 = 0x794c_7630;
+    let pid = container.host_process("devices").as_raw_nonzero();
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let roots: Vec<_> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| rustix::fs::statfs(path).is_ok_and(|found| found.f_type == OVERLAY))
+        .collect();
+    assert!(!roots.is_empty(), "no root is held for {}", container.name);
+    roots.iter().any(|path| {
+        let flags = rustix::fs::statvfs(path).unwrap().f_flag;
+        !flags.contains(StatVfsMountFlags::RDONLY)
+    })
 }
 
 fn directories_of_a_device_process_lead_nowhere_else(machine: &'static str) {

@@ -32,7 +32,7 @@ impl Run<'_> {
             work: directory.path().join("work"),
             volatile: self.options.remove,
         })?;
-        let mut shares = vec![(self.share("root", false, Writers::Guest), root)];
+        let mut shares = vec![(self.root(), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {
             let read_only = match volume.read_only {
                 true => ReadOnly::Recursive,
@@ -49,6 +49,14 @@ impl Run<'_> {
             name: share_name(&self.id, what),
             is_file,
             writers,
+            sealed: false,
+        }
+    }
+
+    fn root(&self) -> Share {
+        Share {
+            sealed: self.options.read_only,
+            ..self.share("root", false, Writers::Guest)
         }
     }
 
@@ -67,7 +75,7 @@ impl Run<'_> {
     ) -> Result<(Box<RawValue>, ContainerConfig)> {
         let options = self.options;
         let layout = Layout {
-            root: self.share("root", false, Writers::Guest).path(),
+            root: self.root().path(),
             files_of: place.files_of.clone(),
             volumes: options
                 .volumes

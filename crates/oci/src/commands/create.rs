@@ -19,7 +19,7 @@ use hull_sandbox::control::client::Client;
 use hull_sandbox::control::launch::{join_or_launch, launch};
 use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
 use hull_sandbox::error::{Context, Error, ErrorKind, Result};
-use hull_sandbox::shares::{self, ReadOnly};
+use hull_sandbox::shares;
 use hull_sandbox::store::{ProcessId, SandboxPath, State, keepers, roots};
 use oci_spec::runtime::LinuxResources;
 use serde_json::value::to_raw_value;
@@ -428,9 +428,5 @@ fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<
 
 /// Opens a detached mount of a share's source.
 fn open(share: &HostShare) -> Result<OwnedFd> {
-    let read_only = match share.read_only {
-        true => ReadOnly::Top,
-        false => ReadOnly::No,
-    };
-    shares::host(&share.source, share.recursive, read_only)
+    shares::host(&share.source, share.recursive, share.read_only)
 }

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
 use hull_sandbox::error::{Error, Result};
+use hull_sandbox::shares::ReadOnly;
 use serde_json::Value;
 
 use crate::bundle::Bundle;
@@ -57,7 +58,7 @@ pub struct HostShare {
     /// Include mounts below it.
     pub recursive: bool,
     /// Read-only, enforced by the host.
-    pub read_only: bool,
+    pub read_only: ReadOnly,
 }
 
 fn refused(what: impl std::fmt::Display, why: impl std::fmt::Display) -> Error {
@@ -137,14 +138,15 @@ impl Plan {
             is_file: false,
             // `docker cp` and the like write to it from the host.
             writers: Writers::HostRarely,
+            sealed: self.spec["root"]["readonly"] == true,
         };
         self.spec["root"]["path"] = Value::String(share.path());
         self.shares.push(HostShare {
             share,
             source: bundle.rootfs.clone(),
             recursive: true,
-            // The agent makes it read-only after mounting onto it.
-            read_only: false,
+            // Sealed when the guest has mounted onto it.
+            read_only: ReadOnly::No,
         });
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{self, Share, Writers, share_name};
 use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::shares::ReadOnly;
 use serde_json::{Value, json};
 
 use super::devices::guest_device;
@@ -86,7 +87,12 @@ fn one(
             "its source is a device or a path of the host, and only bind mounts are shared with the guest",
         ));
     }
-    let read_only = options.contains(&"ro") || options.contains(&"rro");
+    let host_read_only = match (options.contains(&"ro"), options.contains(&"rro")) {
+        (_, true) => ReadOnly::Recursive,
+        (true, false) => ReadOnly::Top,
+        (false, false) => ReadOnly::No,
+    };
+    let read_only = host_read_only != ReadOnly::No;
     let source = match text("source") {
         source if source.is_empty() => return Ok(None),
         source => bundle.path.join(source),
@@ -143,13 +149,14 @@ fn one(
         name: share_name(id, &index.to_string()),
         is_file: !found.is_dir(),
         writers: Writers::Anyone,
+        sealed: false,
     };
     mount["source"] = json!(share.path());
     plan.shares.push(HostShare {
         share,
         source,
         recursive,
-        read_only,
+        read_only: host_read_only,
     });
     Ok(None)
 }
@@ -235,10 +242,13 @@ mod tests {
     #[test]
     fn binds_become_shares() {
         let mount = json!({"destination": "/a", "source": "/usr", "options": ["rbind", "ro"]});
-        let (planned, shares) = planned(&mount).unwrap();
-        assert_eq!(planned["source"], "/run/hull/shares/c-c1-0");
-        assert!(shares[0].recursive && shares[0].read_only && !shares[0].share.is_file);
+        let (plan, shares) = planned(&mount).unwrap();
+        assert_eq!(plan["source"], "/run/hull/shares/c-c1-0");
+        assert!(shares[0].recursive && !shares[0].share.is_file);
+        assert_eq!(shares[0].read_only, ReadOnly::Top);
         assert_eq!(shares[0].source, Path::new("/usr"));
+        let mount = json!({"destination": "/a", "source": "/usr", "options": ["rbind", "rro"]});
+        assert_eq!(planned(&mount).unwrap().1[0].read_only, ReadOnly::Recursive);
     }
 
     #[test]
@@ -246,7 +256,8 @@ mod tests {
         let mount = json!({"destination": "/a", "source": "file", "type": "bind"});
         let (planned, shares) = planned(&mount).unwrap();
         assert_eq!(planned["source"], "/run/hull/shares/c-c1-0/file");
-        assert!(shares[0].share.is_file && !shares[0].recursive && !shares[0].read_only);
+        assert!(shares[0].share.is_file && !shares[0].recursive);
+        assert_eq!(shares[0].read_only, ReadOnly::No);
     }
 
     #[test]

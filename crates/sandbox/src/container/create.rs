@@ -20,6 +20,7 @@ use crate::guest::streams;
 use crate::log;
 use crate::process::Process;
 use crate::sandbox::{Ready, Sandbox};
+use crate::shares;
 use crate::store::Directory;
 
 /// A place for a container that is being created: keeps the sandbox from ending.
@@ -109,15 +110,22 @@ impl Sandbox {
             .measure("open streams", streams::open(&ready.devices, config.stdio))
             .await?;
         let spec = spec.get().as_bytes().to_vec();
+        let unsealed = self.take_unsealed(&shares);
         let creating = ready.agent.create(
             &config.id,
             spec,
             config.raw,
             config.files,
             ports,
-            config.start,
+            config.start && unsealed.is_empty(),
         );
         let init = timings.measure("create the container", creating).await?;
+        if !unsealed.is_empty()
+            && let Err(error) = seal(&ready, &config.id, config.start, &unsealed).await
+        {
+            delete(&ready, &config.id).await;
+            return Err(error);
+        }
         let container = Arc::new(Container {
             id: config.id,
             sandbox: self.clone(),
@@ -145,10 +153,7 @@ impl Sandbox {
         let (streams, carriers) = match container.enter(streams, config.start).await {
             Ok(entered) => entered,
             Err(error) => {
-                // It is in the guest already.
-                if let Err(error) = ready.agent.delete(&container.id).await {
-                    tracing::debug!("{error}");
-                }
+                delete(&ready, &container.id).await;
                 return Err(error);
             }
         };
@@ -256,6 +261,26 @@ impl Sandbox {
             )),
             false => Ok(index),
         }
+    }
+}
+
+/// Makes the mounts of a container read-only, in which the guest has made its mount points, and
+/// starts it if that is wanted.
+async fn seal(ready: &Ready, container: &str, start: bool, mounts: &[OwnedFd]) -> Result<()> {
+    for mount in mounts {
+        shares::seal(mount)
+            .context(|| format!("make the root of container {} read-only", container))?;
+    }
+    match start {
+        true => ready.agent.start(container).await,
+        false => Ok(()),
+    }
+}
+
+/// Removes a container that is in the guest already, and of which nobody learns.
+async fn delete(ready: &Ready, container: &str) {
+    if let Err(error) = ready.agent.delete(container).await {
+        tracing::debug!("{error}");
     }
 }
 

@@ -81,6 +81,19 @@ pub(crate) async fn add(
         .await?)
 }
 
+/// Makes the top mount of a share read-only, whoever has it.
+///
+/// # Errors
+/// The kernel's: EBUSY when a file in it is open for writing.
+pub(crate) fn seal(mount: &OwnedFd) -> io::Result<()> {
+    let attributes = Attributes {
+        read_only: true,
+        no_devices: false,
+        no_suid: false,
+    };
+    detached::set_top(mount.as_fd(), attributes)
+}
+
 /// Takes shares away again.
 pub(crate) async fn remove(devices: &Devices, sandbox: &SandboxPath, shares: &[String]) {
     for name in shares {
