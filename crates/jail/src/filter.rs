@@ -16,8 +16,8 @@ use seccompiler::{BpfProgram, sock_filter};
 
 use crate::calls::{
     COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, IO, IO_IOCTLS, KVM, NAMESPACE_FLAGS,
-    QEMU, QEMU_IOCTLS, QEMU_PRCTLS, THREAD, THREAD_PRCTLS, UML, UML_IOCTLS, UML_PRCTLS,
-    VCPU_IOCTLS,
+    QEMU, QEMU_IOCTLS, QEMU_PRCTLS, SUPERVISOR_REFUSED, THREAD, THREAD_PRCTLS, UML, UML_IOCTLS,
+    UML_PRCTLS, VCPU_IOCTLS,
 };
 use crate::thread::ThreadRole;
 
@@ -41,14 +41,25 @@ impl Filter {
     /// The filter of a role.
     pub fn of(role: Role) -> Self {
         Self {
-            program: compile(&rules(role)),
+            program: compile(&rules(role), &Verdict::Refuse),
+        }
+    }
+
+    /// The filter of a process that starts jails: a list of what it may not call.
+    pub fn of_supervisor() -> Self {
+        let rules: Rules = SUPERVISOR_REFUSED
+            .iter()
+            .map(|call| (*call as u32, Verdict::Refuse))
+            .collect();
+        Self {
+            program: compile(&rules, &Verdict::Allow),
         }
     }
 
     /// The filter of a thread's role, to be added to that of its process.
     pub fn of_thread(role: ThreadRole) -> Self {
         Self {
-            program: compile(&thread_rules(role)),
+            program: compile(&thread_rules(role), &Verdict::Refuse),
         }
     }
 
@@ -159,16 +170,19 @@ const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const ARGUMENTS: u32 = 16;
 
+/// Numbers of the x32 ABI have this bit (__X32_SYSCALL_BIT, asm/unistd.h).
+const X32_BIT: u32 = 0x4000_0000;
+
 const ALLOW: u32 = 0x7fff_0000;
 const REFUSE: u32 = 0x0005_0000 | libc::ENOSYS as u32;
 const KILL: u32 = 0x8000_0000;
 
 /// Compiles to a binary search for the call's number. The kernel walks the program once for each
 /// existing system call when it is installed, which takes a millisecond with a list of comparisons.
-fn compile(rules: &Rules) -> BpfProgram {
-    // Ranges of numbers with one verdict: where each begins. Numbers of the x32 ABI lie above all
-    // of them.
-    let mut ranges: Vec<(u32, &Verdict)> = vec![(0, &Verdict::Refuse)];
+/// `otherwise` is for calls without a rule.
+fn compile(rules: &Rules, otherwise: &Verdict) -> BpfProgram {
+    // Ranges of numbers with one verdict: where each begins.
+    let mut ranges: Vec<(u32, &Verdict)> = vec![(0, otherwise)];
     let mut begin = |number: u32, verdict| match ranges.last_mut() {
         Some(last) if last.1 == verdict => {}
         Some(last) if last.0 == number => last.1 = verdict,
@@ -177,12 +191,13 @@ fn compile(rules: &Rules) -> BpfProgram {
     let mut next = 0;
     for (number, verdict) in rules {
         if *number != next {
-            begin(next, &Verdict::Refuse);
+            begin(next, otherwise);
         }
         begin(*number, verdict);
         next = number + 1;
     }
-    begin(next, &Verdict::Refuse);
+    begin(next, otherwise);
+    begin(X32_BIT, &Verdict::Refuse);
 
     let mut program = vec![
         instruction(LOAD, ARCHITECTURE),
@@ -327,6 +342,20 @@ mod tests {
     }
 
     #[test]
+    fn a_supervisor_may_call_all_but_what_is_refused() {
+        let program = Filter::of_supervisor().program;
+        for number in 0..600 {
+            let refused = SUPERVISOR_REFUSED.contains(&number.into());
+            let expected = if refused { REFUSE } else { ALLOW };
+            assert_eq!(run(&program, number, [0; 6]), expected, "{number}");
+        }
+        // The same calls have other numbers in the x32 ABI.
+        for number in [X32_BIT, X32_BIT + 101, u32::MAX] {
+            assert_eq!(run(&program, number, [0; 6]), REFUSE, "{number:#x}");
+        }
+    }
+
+    #[test]
     fn every_number_meets_its_verdict() {
         let processes = [Role::Device, Role::Uml, Role::Qemu];
         let threads = [ThreadRole::Vcpu, ThreadRole::Io];
@@ -335,7 +364,7 @@ mod tests {
             .into_iter()
             .chain(threads.map(|role| (format!("{role:?}"), thread_rules(role))));
         for (role, rules) in all {
-            let program = compile(&rules);
+            let program = compile(&rules, &Verdict::Refuse);
             assert!(program.len() < 4096, "{role}: {}", program.len());
             for number in (0..600).chain([0x4000_0000, 0x4000_0001, u32::MAX]) {
                 let answer = |arguments| run(&program, number, arguments);

@@ -13,6 +13,9 @@
 //!   no libraries in its empty root, because they are mapped by then;
 //! - [`restrict_thread`] narrows one thread of such a process further: a virtual CPU, device I/O.
 //!
+//! The process that starts jails is not in one; [`restrict_supervisor`] takes from it what it does
+//! not need any more.
+//!
 //! Called by the machines (crate machine) and by the sandbox for its device process. It never uses
 //! data of a container or a guest: all its input comes from the sandbox.
 
@@ -22,6 +25,7 @@ mod privileges;
 mod restrict;
 mod root;
 mod status;
+mod supervisor;
 mod sys;
 mod thread;
 
@@ -39,6 +43,7 @@ pub use filter::Role;
 pub use root::{Bind, Root, Source, Tmp};
 pub use rustix::thread::CapabilitySet;
 pub use status::{SignalName, Status};
+pub use supervisor::restrict_supervisor;
 pub use thread::{ThreadRole, restrict_thread};
 
 /// Inherited descriptors get numbers below this; what the set-up itself needs lies above.
@@ -351,16 +356,7 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
 /// Confines the calling process, which [`spawn`] started without a confinement. Its open
 /// descriptors stay open.
 pub fn enter(name: &str, confinement: &Confinement) -> Result<(), Error> {
-    // Capabilities, Landlock and the filter hold for the calling thread and those it starts later.
-    let threads = std::fs::read_dir("/proc/self/task")
-        .map(Iterator::count)
-        .unwrap_or(1);
-    if threads != 1 {
-        return Err(Error::Threads {
-            name: name.to_owned(),
-            threads,
-        });
-    }
+    check_single_thread(name)?;
     Prepared::new(name, confinement, None)?
         .apply(confinement.capabilities, None)
         .map_err(|(step, errno)| Error::Step {
@@ -368,6 +364,20 @@ pub fn enter(name: &str, confinement: &Confinement) -> Result<(), Error> {
             step,
             errno,
         })
+}
+
+/// Capabilities, Landlock and filters hold for the calling thread and those it starts later.
+fn check_single_thread(name: &str) -> Result<(), Error> {
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map(Iterator::count)
+        .unwrap_or(1);
+    match threads {
+        1 => Ok(()),
+        _ => Err(Error::Threads {
+            name: name.to_owned(),
+            threads,
+        }),
+    }
 }
 
 /// A confinement, prepared so that applying it takes system calls only, no allocation.

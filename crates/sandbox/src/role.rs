@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
+use hull_jail::CapabilitySet;
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::signal::unix::{SignalKind, signal};
@@ -13,6 +14,7 @@ use crate::control::protocol::{Received, Reply, receive, send};
 use crate::control::serve;
 use crate::error::{Context, Error, Result};
 use crate::events::EventLog;
+use crate::rootless;
 use crate::sandbox::{Reason, Sandbox};
 use crate::store::{SandboxDir, SandboxPath};
 
@@ -48,7 +50,8 @@ pub fn run(path: &SandboxPath, first: OwnedFd) -> Result<()> {
         .build()
         .context(|| "start the event loop")?;
     runtime.block_on(async {
-        let sandbox = match Sandbox::boot(config, dir, fds.collect()).await {
+        let booted = Sandbox::boot_then(config, dir, fds.collect(), restrict).await;
+        let sandbox = match booted {
             Ok(sandbox) => sandbox,
             Err(error) => {
                 // Who started it may have gone; the log has it, too.
@@ -76,6 +79,21 @@ fn enter_mount_namespace() -> Result<()> {
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .context(|| "make the mount namespace private")
+}
+
+/// Takes from this process what it needs no more when its machine runs.
+fn restrict() -> Result<()> {
+    let mut keep = CapabilitySet::SYS_ADMIN // mounts, network namespaces
+        | CapabilitySet::NET_ADMIN // taps, addresses, packet filters; also of plugins
+        | CapabilitySet::NET_RAW // iptables, of plugins
+        | CapabilitySet::SYS_PTRACE // what the machine's processes cost: their smaps_rollup
+        | CapabilitySet::KILL; // they have users of their own
+    if rootless::in_user_namespace() {
+        // pasta drops privileges by itself.
+        keep |= CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::SETPCAP;
+    }
+    hull_jail::restrict_supervisor("the sandbox process", keep)
+        .map_err(|error| Error::new(error.to_string()))
 }
 
 /// Ends the sandbox on SIGTERM.

@@ -203,6 +203,17 @@ impl Sandbox {
         dir: SandboxDir,
         disks: Vec<OwnedFd>,
     ) -> Result<Sandbox> {
+        Self::boot_then(config, dir, disks, || Ok(())).await
+    }
+
+    /// The same; `started` is called when the machine's processes have been started, and before
+    /// this one has further threads.
+    pub(crate) async fn boot_then(
+        config: SandboxConfig,
+        dir: SandboxDir,
+        disks: Vec<OwnedFd>,
+        started: impl FnOnce() -> Result<()>,
+    ) -> Result<Sandbox> {
         let timings = Timings::default();
         if config.began_ns > 0 {
             timings.step("start the sandbox process", config.began_ns);
@@ -210,6 +221,7 @@ impl Sandbox {
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
         let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
+        started()?;
         let (devices, machine) = guest.pids();
         let members = cgroup::machine::Members {
             machine,

@@ -2,55 +2,169 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use rustix::fs::StatVfsMountFlags;
 
 use hull_tests::{Container, Hull, cgroup, left_out, on_every_machine};
 
 on_every_machine!(
-    processes_of_a_machine_have_limits_of_their_own,
+    processes_are_confined_as_documented,
     machine_and_devices_are_in_a_control_group_with_limits,
     a_control_group_goes_with_its_sandbox_whatever_is_killed,
     a_read_only_root_is_read_only_for_the_device_process,
     directories_of_a_device_process_lead_nowhere_else,
 );
 
-fn processes_of_a_machine_have_limits_of_their_own(machine: &'static str) {
+/// The rows of the tables in docs/security.md about this process, one cell for each column: those
+/// of the first table, then those of the second.
+fn documented(process: &str) -> Vec<String> {
+    let page = fs::read_to_string(hull_tests::repository().join("docs/security.md")).unwrap();
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with(&format!("| `{process}` |")));
+    let cells = rows.flat_map(|row| row.trim_matches('|').split('|').skip(1));
+    cells
+        .map(|cell| cell.trim().trim_matches('`').to_owned())
+        .collect()
+}
+
+/// Names of the capabilities in a set, as in linux/capability.h.
+fn capabilities(set: &str) -> String {
+    const NAMES: [(u32, &str); 13] = [
+        (0, "chown"),
+        (1, "dac_override"),
+        (3, "fowner"),
+        (4, "fsetid"),
+        (5, "kill"),
+        (27, "mknod"),
+        (12, "net_admin"),
+        (13, "net_raw"),
+        (31, "setfcap"),
+        (6, "setgid"),
+        (7, "setuid"),
+        (21, "sys_admin"),
+        (19, "sys_ptrace"),
+    ];
+    let mut set = u64::from_str_radix(set, 16).unwrap();
+    let mut found = Vec::new();
+    for (number, name) in NAMES {
+        if set & (1 << number) != 0 {
+            found.push(name);
+            set &= !(1 << number);
+        }
+    }
+    assert_eq!(set, 0, "further capabilities");
+    match &found[..] {
+        [] => "none".to_owned(),
+        found => found.join(" "),
+    }
+}
+
+fn processes_are_confined_as_documented(machine: &'static str) {
     let hull = Hull::on(machine);
-    let container = hull.start(&["-m", "64m", "--pids-limit", "32"], &["sleep", "1000"]);
-    let memory = container.inspect()["memory"].as_u64();
-    for process in ["machine", "devices"] {
+    let volume = format!("{}:/v", hull.scratch().display());
+    let container = hull.start(&["-m", "64m", "-v", &volume], &["sleep", "1000"]);
+    container.sh("ls /v; echo x >/x").ok();
+    let memory = container.inspect()["memory"].as_u64().expect("its memory");
+    let own = |what: &str| fs::read_link(format!("/proc/self/ns/{what}")).unwrap();
+    for process in ["sandbox", "devices", "machine"] {
         let pid = container.host_process(process).as_raw_nonzero();
         let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
-        assert_eq!(read("oom_score_adj").trim(), "200", "{process}");
-        let limits = read("limits");
-        let limit = |resource: &str| -> Option<u64> {
-            let line = limits.lines().find(|line| line.starts_with(resource))?;
-            let value = line
-                .trim_start_matches(resource)
-                .split_whitespace()
-                .next()?;
-            value.parse().ok()
-        };
-        for (resource, most) in [
-            ("Max core file size", 1),
-            ("Max msgqueue size", 0),
-            ("Max locked memory", 64 << 10),
-            ("Max pending signals", 1024),
-        ] {
-            let limit = limit(resource).unwrap_or(u64::MAX);
-            assert!(limit <= most, "{process}: {resource}: {limit}");
-        }
-        if process == "machine" {
-            let processes = limit("Max processes").expect("a limit");
-            assert!(processes < 6000, "{processes} processes");
-            let size = limit("Max file size").expect("a limit");
-            assert!(size <= memory.unwrap_or(128 << 20) + (1 << 20), "{size}");
-        }
         let status = read("status");
-        for field in ["NoNewPrivs:\t1", "Seccomp:\t2"] {
-            assert!(status.contains(field), "{process}: {field}");
+        let status = |field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            line.unwrap_or_else(|| panic!("no {field}"))
+                .trim()
+                .to_owned()
+        };
+        let user = match status("Uid:").split_whitespace().next() {
+            Some("0") => "root",
+            Some(_) => "one of its own",
+            None => panic!("no user"),
+        };
+        assert_eq!(status("CapEff:"), status("CapBnd:"), "{process}");
+        let namespaces: Vec<_> = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"]
+            .into_iter()
+            .filter(|what| fs::read_link(format!("/proc/{pid}/ns/{what}")).unwrap() != own(what))
+            .collect();
+        let found = [
+            user.to_owned(),
+            capabilities(&status("CapEff:")),
+            ["no", "yes"][usize::from(status("NoNewPrivs:") == "1")].to_owned(),
+        ];
+        let documented = documented(process);
+        assert_eq!(documented[..3], found, "{process}");
+        assert_eq!(status("Seccomp:"), "2", "{process}");
+        assert_eq!(documented[4], namespaces.join(" "), "{process}");
+
+        let limits = read("limits");
+        let limit = |resource: &str| {
+            let line = limits.lines().find_map(|line| line.strip_prefix(resource));
+            let word = line.and_then(|line| line.split_whitespace().nth(1));
+            word.expect("a limit").to_owned()
+        };
+        for (resource, documented) in [
+            "Max core file size",
+            "Max open files",
+            "Max processes",
+            "Max file size",
+            "Max locked memory",
+            "Max pending signals",
+            "Max msgqueue size",
+        ]
+        .into_iter()
+        .zip(&documented[7..])
+        {
+            let limit = limit(resource);
+            let what = format!("{process}: {resource}: {limit}");
+            match &documented[..] {
+                "the caller's" | "the host's most" => {}
+                "by its size" if resource == "Max processes" => {
+                    assert!(limit.parse::<u64>().unwrap() < 6000, "{what}");
+                }
+                "by its size" => {
+                    assert!(
+                        limit.parse::<u64>().unwrap() <= memory + (1 << 20),
+                        "{what}"
+                    );
+                }
+                // Or what the host allows, if that is less.
+                "unlimited" => {}
+                most => assert!(
+                    limit.parse::<u64>().unwrap() <= most.parse().unwrap(),
+                    "{what}"
+                ),
+            }
         }
+        if process != "sandbox" {
+            assert_eq!(read("oom_score_adj").trim(), "200", "{process}");
+        }
+        check_open_files(&container, process);
+    }
+}
+
+/// No process holds other files of the host than documented.
+fn check_open_files(container: &Container<'_>, process: &str) {
+    let pid = container.host_process(process).as_raw_nonzero();
+    let below = container.hull().path("");
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        // Closed meanwhile.
+        let Ok(target) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        let target = target.to_str().unwrap();
+        let is_file = target.starts_with('/') && !target.ends_with("(deleted)");
+        let known = match process {
+            _ if !is_file => true,
+            _ if target == "/dev/null" || target == "/dev/net/tun" => true,
+            // Messages, and for QEMU what its jail holds.
+            "machine" => target.starts_with(below.to_str().unwrap()) || !Path::new(target).is_dir(),
+            "sandbox" => target.starts_with(below.to_str().unwrap()),
+            // Names in the container's file systems: see the test of its directories.
+            _ => true,
+        };
+        assert!(known, "{process} holds {target}");
     }
 }
 

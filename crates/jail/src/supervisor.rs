@@ -1,0 +1,42 @@
+//! A process that starts jails and stays outside of them: the sandbox process, once its machine
+//! runs. It still mounts, enters network namespaces and runs network plugins, so it keeps the
+//! capabilities for that and its file systems; it loses those with which a host is taken over, and
+//! the system calls that only serve that.
+//!
+//! Not Landlock: a process with rules about files may not mount at all, and plugins write where
+//! they like.
+
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::filter::Filter;
+use crate::{Error, Step, check_single_thread, sys};
+
+/// Restricts the calling process, and all that it starts from now on, to these capabilities.
+///
+/// # Errors
+/// [`Error::Threads`] if it has threads, which would keep theirs; [`Error::Step`].
+pub fn restrict_supervisor(name: &str, keep: CapabilitySet) -> Result<(), Error> {
+    let failed = |step| {
+        move |errno| Error::Step {
+            name: name.to_owned(),
+            step,
+            errno,
+        }
+    };
+    check_single_thread(name)?;
+    sys::limit_bounding_set(keep.bits()).map_err(failed(Step::BoundingSet))?;
+    let left = rustix::thread::capabilities(None)
+        .map_err(failed(Step::Capabilities))?
+        .permitted
+        & keep;
+    let sets = CapabilitySets {
+        effective: left,
+        permitted: left,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets).map_err(failed(Step::Capabilities))?;
+    rustix::thread::set_no_new_privs(true).map_err(failed(Step::NoNewPrivileges))?;
+    Filter::of_supervisor()
+        .install()
+        .map_err(failed(Step::Filter))
+}
