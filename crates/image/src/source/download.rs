@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use super::registry::Session;
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result, check_digest};
+use crate::limits::Disk;
 use crate::manifest::Descriptor;
 use crate::progress::{Event, LayerState, Progress};
 use crate::store::{PlannedLayer, Store, flock};
@@ -32,6 +33,7 @@ struct Part {
     file: File,
     path: PathBuf,
     hasher: Hasher,
+    disk: Disk,
 }
 
 /// Outcome of one request.
@@ -79,6 +81,7 @@ pub(super) async fn layer(
         file,
         path,
         hasher: Hasher::new(),
+        disk: store.disk()?,
     };
     if blob.exists() {
         return part.discard();
@@ -88,7 +91,10 @@ pub(super) async fn layer(
     if let Err(error) = fetched {
         if matches!(
             error,
-            Error::NoSpace { .. } | Error::WrongDigest { .. } | Error::Truncated { .. }
+            Error::NoSpace { .. }
+                | Error::Reserve { .. }
+                | Error::WrongDigest { .. }
+                | Error::Truncated { .. }
         ) {
             part.discard()?;
         }
@@ -263,6 +269,9 @@ impl Part {
                     ),
                 });
             }
+            self.disk
+                .bytes(chunk.len() as u64)
+                .map_err(|error| Error::disk("write", &self.path, error))?;
             self.file.write_all(&chunk).map_err(self.io("write"))?;
             self.hasher.update(&chunk);
             report(LayerState::Downloading {

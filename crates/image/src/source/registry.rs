@@ -137,7 +137,12 @@ fn install(
         })
     };
     let result = store.install(&plan, &mut open, progress);
-    if result.is_ok() || matches!(result, Err(Error::NoSpace { .. })) {
+    let refused = |error: &Error| match error {
+        Error::NoSpace { .. } | Error::Reserve { .. } => true,
+        Error::Layer { source, .. } => source.is_of_host(),
+        _ => false,
+    };
+    if result.as_ref().map_or_else(refused, |_| true) {
         // The layers are unpacked, or failed: the archives are not needed any more.
         for layer in &plan.layers {
             let _ = std::fs::remove_file(store.blob_path(&layer.digest));
@@ -219,6 +224,19 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let plan = self.plan(store, named, bytes, &manifest).await?;
+        let size = manifest
+            .layers
+            .iter()
+            .fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+        let limit = store.limits().size;
+        if size > limit {
+            return Err(Error::TooLarge {
+                reference: self.name.written().to_owned(),
+                what: "archives of layers",
+                size,
+                limit,
+            });
+        }
         let missing = store.missing_layers(&plan)?;
         progress.event(Event::Started {
             reference: self.name.written(),
