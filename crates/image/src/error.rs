@@ -58,6 +58,21 @@ pub enum Error {
         /// Which credentials were tried.
         credentials: String,
     },
+    /// The credentials were not sent, as the token service may not be the registry's.
+    #[error(
+        "image \"{reference}\" may not be pulled: registry {registry} answered {status} without \
+         credentials, which were not sent to its token service {realm} in another domain"
+    )]
+    CredentialsWithheld {
+        /// The reference as written.
+        reference: String,
+        /// Host and port.
+        registry: String,
+        /// HTTP status, 401 or 403.
+        status: u16,
+        /// Address of the token service, without a query.
+        realm: String,
+    },
     /// The registry cannot be reached.
     #[error(
         "image \"{reference}\" cannot be pulled: registry {registry} cannot be reached: {reason}"
@@ -284,6 +299,12 @@ impl Error {
                 format!("hull image ls; check the name and tag of \"{reference}\"")
             }
             Self::Unauthorized { registry, .. } => format!("docker login {registry}"),
+            Self::CredentialsWithheld {
+                registry, realm, ..
+            } => format!(
+                "is {realm} the token service of {registry}? Then pull the image by another tool, \
+                 and import it"
+            ),
             Self::Unreachable { registry, .. } => {
                 format!("is {registry} the right registry, and is the network up?")
             }

@@ -39,6 +39,15 @@ pub(crate) const MEMBERS: usize = 100_000;
 /// See [`MEMBERS`]: 160 bytes each; those of `docker save` have less than 80.
 pub(crate) const MEMBER_NAMES: usize = 16 << 20;
 
+/// Longest answer of a token service that is read. Tokens have 1 to 10 KiB.
+pub(crate) const TOKEN_ANSWER: u64 = 1 << 20;
+
+/// Longest body of an error that is read: one line of it is shown.
+pub(crate) const ERROR_BODY: u64 = 64 << 10;
+
+/// Most redirects of one request. Registries redirect to a mirror and that to a CDN.
+pub(crate) const REDIRECTS: usize = 5;
+
 /// Bytes written between two looks at the file system's free space: what a layer can take of the
 /// reserve.
 const CHECK_BYTES: u64 = 8 << 20;
