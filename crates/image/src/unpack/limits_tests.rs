@@ -4,6 +4,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
+use super::property_tests::peak;
 use super::testing::{Meta, Tar};
 use super::*;
 use crate::limits::{Limits, Reserve};
@@ -172,16 +173,6 @@ fn memory_does_not_grow_with_directories() {
     // 2000 paths of 3.8 kB have 7.6 MB.
     let grown = peak() - before;
     assert!(grown < 4 << 20, "{grown} bytes");
-}
-
-/// Most memory that this process (nextest runs each test in one) has had.
-fn peak() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
 #[test]

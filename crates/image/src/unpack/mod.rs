@@ -231,6 +231,8 @@ pub(crate) fn drain(mut archive: impl Read, budget: &mut Budget) -> Result<(), L
 #[cfg(test)]
 mod limits_tests;
 #[cfg(test)]
+mod property_tests;
+#[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
