@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::sync::Mutex;
 
-use hull_image::{Credentials, Event, Image, LayerState, Progress, Reference, Store};
+use hull_image::{Credentials, Event, Image, LayerState, Limits, Progress, Reference, Store};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use hull_engine::config::Config;
@@ -16,7 +16,9 @@ use hull_engine::values::Pull;
 
 /// Opens the image store.
 pub fn store(config: &Config) -> Result<Store> {
-    Store::open(config.data_dir.join("images")).map_err(of_image)
+    let limits = Limits::with(config.image_max_size, config.image_max_inodes);
+    let store = Store::open(config.data_dir.join("images")).map_err(of_image)?;
+    Ok(store.with_limits(limits))
 }
 
 /// Makes the referenced image available, pulling it according to `pull`.

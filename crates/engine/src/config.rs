@@ -48,6 +48,10 @@ pub struct Config {
     pub publish_address: IpAddr,
     /// When to ask registries.
     pub pull: Pull,
+    /// Most bytes of an image's layers, uncompressed; 0 is no limit.
+    pub image_max_size: u64,
+    /// Most files, directories and links of an image's layers; 0 is no limit.
+    pub image_max_inodes: u64,
     /// Size of /dev/shm, bytes.
     pub shm_size: u64,
     /// Most processes; 0 is no limit.
@@ -154,6 +158,8 @@ impl Config {
             link_local_services: false,
             publish_address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             pull: Pull::Missing,
+            image_max_size: 0,
+            image_max_inodes: 0,
             shm_size: 0,
             pids_limit: 0,
             stop_timeout: 0,
@@ -270,6 +276,10 @@ impl Config {
                     .map_err(|_| format!("{text:?} is not an address"))?;
             }
             "pull" => self.pull = choice(value)?,
+            "image_max_size" => self.image_max_size = values::size(string(value)?)?,
+            "image_max_inodes" => {
+                self.image_max_inodes = integer(value, 0, i64::MAX)?.unsigned_abs();
+            }
             "shm_size" => self.shm_size = values::size(string(value)?)?,
             "pids_limit" => self.pids_limit = integer(value, 0, i64::MAX)?,
             "stop_timeout" => self.stop_timeout = integer(value, -1, 1 << 31)?,
@@ -368,7 +378,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 19, "one origin for each key");
+        assert_eq!(config.origins.len(), 21, "one origin for each key");
         assert!(
             config
                 .origins

@@ -11,7 +11,6 @@ use std::process::{Command, Stdio};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use oci_client::secrets::RegistryAuth;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
@@ -30,23 +29,44 @@ enum Kind {
     Fixed(String, String),
 }
 
+/// How to authenticate to a registry.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum Auth {
+    /// Not at all.
+    Anonymous,
+    /// With a user and a password.
+    Basic(String, String),
+    /// With a token for the registry itself.
+    Bearer(String),
+}
+
+impl std::fmt::Debug for Auth {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Anonymous => "Auth(anonymous)",
+            Self::Basic(..) => "Auth(basic)",
+            Self::Bearer(_) => "Auth(bearer)",
+        })
+    }
+}
+
 /// Credentials for one registry, and their description for messages.
 pub(crate) struct Found {
-    pub auth: RegistryAuth,
+    pub auth: Auth,
     pub description: String,
 }
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
 struct Config {
-    auths: HashMap<String, Auth>,
+    auths: HashMap<String, Entry>,
     cred_helpers: HashMap<String, String>,
     creds_store: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
 #[serde(default)]
-struct Auth {
+struct Entry {
     auth: String,
     username: String,
     password: String,
@@ -90,7 +110,7 @@ impl Credentials {
 
     pub(crate) fn find(&self, registry: &str) -> Result<Found> {
         let anonymous = |why: &str| Found {
-            auth: RegistryAuth::Anonymous,
+            auth: Auth::Anonymous,
             description: format!("(no credentials were given: {why})"),
         };
         match &self.0 {
@@ -121,7 +141,7 @@ impl std::fmt::Debug for Credentials {
 fn basic(user: String, password: String, source: &str) -> Found {
     let description = format!("to the credentials of user \"{user}\" from {source}");
     Found {
-        auth: RegistryAuth::Basic(user, password),
+        auth: Auth::Basic(user, password),
         description,
     }
 }
@@ -149,7 +169,7 @@ fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
     if !entry.registrytoken.is_empty() {
         let description = format!("to the token from {source}");
         return Ok(Some(Found {
-            auth: RegistryAuth::Bearer(entry.registrytoken.clone()),
+            auth: Auth::Bearer(entry.registrytoken.clone()),
             description,
         }));
     }
@@ -249,7 +269,7 @@ mod tests {
 
     fn user(found: &Found) -> Option<(&str, &str)> {
         match &found.auth {
-            RegistryAuth::Basic(user, password) => Some((user, password)),
+            Auth::Basic(user, password) => Some((user, password)),
             _ => None,
         }
     }
@@ -273,10 +293,7 @@ mod tests {
             user(&find(config, "old.example").unwrap()),
             Some(("c", "d"))
         );
-        assert_eq!(
-            find(config, "ghcr.io").unwrap().auth,
-            RegistryAuth::Anonymous
-        );
+        assert_eq!(find(config, "ghcr.io").unwrap().auth, Auth::Anonymous);
         assert!(
             find(config, "docker.io")
                 .unwrap()
@@ -290,7 +307,7 @@ mod tests {
         let missing = Credentials::docker_config("/nonexistent/config.json")
             .find("x.org")
             .unwrap();
-        assert_eq!(missing.auth, RegistryAuth::Anonymous);
+        assert_eq!(missing.auth, Auth::Anonymous);
         for broken in [
             "{",
             r#"{"auths":{"x.org":{"auth":"%%%"}}}"#,

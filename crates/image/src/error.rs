@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::digest::Digest;
+use crate::limits::{DiskError, Low};
 use crate::unpack::LayerError;
 
 /// Result of this crate.
@@ -56,6 +57,21 @@ pub enum Error {
         status: u16,
         /// Which credentials were tried.
         credentials: String,
+    },
+    /// The credentials were not sent, as the token service may not be the registry's.
+    #[error(
+        "image \"{reference}\" may not be pulled: registry {registry} answered {status} without \
+         credentials, which were not sent to its token service {realm} in another domain"
+    )]
+    CredentialsWithheld {
+        /// The reference as written.
+        reference: String,
+        /// Host and port.
+        registry: String,
+        /// HTTP status, 401 or 403.
+        status: u16,
+        /// Address of the token service, without a query.
+        realm: String,
     },
     /// The registry cannot be reached.
     #[error(
@@ -146,6 +162,20 @@ pub enum Error {
         /// The feature.
         what: String,
     },
+    /// The image is larger than the configuration permits, as was seen before unpacking it.
+    #[error(
+        "image \"{reference}\" is too large: {what} of {size} bytes, at most {limit} are permitted"
+    )]
+    TooLarge {
+        /// The reference as written.
+        reference: String,
+        /// `archives of its layers`, …
+        what: &'static str,
+        /// Their size.
+        size: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// A layer cannot be unpacked.
     #[error("layer {layer} of image \"{reference}\": {source}")]
     Layer {
@@ -220,6 +250,16 @@ pub enum Error {
         /// Path of the file or directory.
         path: PathBuf,
     },
+    /// The rest of the disk is not for images.
+    #[error("no space left for images: cannot {doing} {}: {low}", path.display())]
+    Reserve {
+        /// The operation.
+        doing: &'static str,
+        /// Path of the file or directory.
+        path: PathBuf,
+        /// What is free, and what must stay free.
+        low: Low,
+    },
     /// Another I/O error.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {
@@ -259,6 +299,12 @@ impl Error {
                 format!("hull image ls; check the name and tag of \"{reference}\"")
             }
             Self::Unauthorized { registry, .. } => format!("docker login {registry}"),
+            Self::CredentialsWithheld {
+                registry, realm, ..
+            } => format!(
+                "is {realm} the token service of {registry}? Then pull the image by another tool, \
+                 and import it"
+            ),
             Self::Unreachable { registry, .. } => {
                 format!("is {registry} the right registry, and is the network up?")
             }
@@ -274,7 +320,16 @@ impl Error {
                 "remove the names one by one, or all of them with -f".to_owned()
             }
             Self::Damaged { reference, .. } => format!("hull image pull {reference}"),
-            Self::NoSpace { .. } => "hull image prune".to_owned(),
+            Self::NoSpace { .. } | Self::Reserve { .. } => "hull image prune".to_owned(),
+            Self::TooLarge { .. }
+            | Self::Layer {
+                source: LayerError::TooLarge { .. },
+                ..
+            } => "image_max_size in the configuration permits larger images".to_owned(),
+            Self::Layer {
+                source: LayerError::TooManyInodes { .. },
+                ..
+            } => "image_max_inodes in the configuration permits more files".to_owned(),
             _ => return None,
         })
     }
@@ -282,6 +337,17 @@ impl Error {
     /// Whether the image does not exist, as opposed to being unusable.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. } | Self::NotInRegistry { .. })
+    }
+
+    pub(crate) fn disk(doing: &'static str, path: impl AsRef<Path>, error: DiskError) -> Self {
+        match error {
+            DiskError::Low(low) => Self::Reserve {
+                doing,
+                path: path.as_ref().to_owned(),
+                low,
+            },
+            DiskError::Unknown(errno) => Self::io(doing, path, errno),
+        }
     }
 
     pub(crate) fn io(

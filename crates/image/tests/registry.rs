@@ -4,15 +4,14 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use common::{
-    Layout, Proxy, Recorder, Registry, Tar, free_port, host_architecture, names, noise, reference,
-    run,
+    Layout, Proxy, Recorder, Registry, Tar, begin_answer, free_port, host_architecture,
+    made_up_registry, names, noise, own_address, reference, run,
 };
 use hull_image::{Credentials, Digest, Error, Image, LayerState, Pull, Reference, Result, Store};
 use serde_json::json;
@@ -288,31 +287,6 @@ fn a_corrupt_manifest_and_config() {
     here.assert_empty();
 }
 
-/// A registry of our own: `answer` gets each request's text and the connection, which is closed
-/// afterwards; its port.
-fn made_up_registry(answer: impl Fn(&str, &mut TcpStream) + Send + 'static) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    // The thread ends with the test's process.
-    std::thread::spawn(move || {
-        for mut client in listener.incoming().flatten() {
-            // Requests without a body are small and come in one piece.
-            let mut request = [0; 4096];
-            let read = client.read(&mut request).unwrap_or(0);
-            answer(&String::from_utf8_lossy(&request[..read]), &mut client);
-        }
-    });
-    port
-}
-
-/// Sends the beginning of an answer: a status, and further header lines.
-fn begin_answer(client: &mut TcpStream, status: &str, headers: &str) {
-    let _ = write!(
-        client,
-        "HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n"
-    );
-}
-
 #[test]
 fn a_manifest_without_end() {
     for status in ["200 OK", "404 Not Found"] {
@@ -332,13 +306,12 @@ fn a_manifest_without_end() {
         let error = here
             .pull(&reference(&format!("localhost:{port}/endless")))
             .unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!(
-                "image \"localhost:{port}/endless\" cannot be pulled: registry localhost:{port}: \
-                 the manifest is larger than 4194304 bytes"
-            )
-        );
+        let expected = match status {
+            "200 OK" => "the manifest is larger than 4194304 bytes".to_owned(),
+            // Of an error's body, a part is enough.
+            _ => format!("registry localhost:{port} answered 404"),
+        };
+        assert!(error.to_string().ends_with(&expected), "{error}");
         // What was read, and what lay in the sockets' buffers.
         let sent = sent.recv_timeout(Duration::from_secs(10)).unwrap();
         assert!(sent < 32 << 20, "{sent}");
@@ -399,7 +372,7 @@ fn a_layer_that_the_registry_lost() {
     let here = Here::new();
     let error = here.pull(&registry.name("lost")).unwrap_err().to_string();
     assert!(
-        error.ends_with("it answered 404 to the request for the layer"),
+        error.contains("it answered 404 to the request for the layer: "),
         "{error}"
     );
     assert_eq!(
@@ -621,16 +594,6 @@ fn pull_with(here: &Here, name: &str, environment: &[(&str, &str)]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// An address of this machine that is not a loopback one, so that https is spoken with it.
-fn own_address() -> String {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-    // Nothing is sent: it only chooses a route.
-    socket
-        .connect("192.0.2.1:9")
-        .expect("this test needs a network address beside loopback");
-    socket.local_addr().unwrap().ip().to_string()
-}
-
 #[test]
 fn https_trusts_only_known_certificates() {
     let dir = tempfile::tempdir().unwrap();
@@ -817,13 +780,11 @@ fn a_full_disk() {
                 &(),
             )
             .unwrap_err();
-        assert!(matches!(error, Error::NoSpace { .. }), "{size}: {error}");
         assert!(
-            error
-                .to_string()
-                .starts_with("no space left on device: cannot "),
-            "{error}"
+            matches!(error, Error::NoSpace { .. } | Error::Reserve { .. }),
+            "{size}: {error}"
         );
+        assert!(error.to_string().starts_with("no space left "), "{error}");
         assert!(store.list().unwrap().is_empty());
         for dir in ["layers", "images", "blobs/sha256"] {
             assert_eq!(

@@ -10,8 +10,8 @@ use std::path::Path;
 
 use common::{Layout, Recorder, Tar, gzip, host_architecture, names, noise, reference, run};
 use hull_image::{
-    Credentials, Digest, Error, Image, Import, ImportSource, LayerState, Pull, Reference,
-    RegistryReference, Result, Store,
+    Credentials, Digest, Error, Image, Import, ImportSource, LayerState, Limits, Pull, Reference,
+    RegistryReference, Reserve, Result, Store,
 };
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -753,4 +753,55 @@ fn everything_at_once() {
     let store = Store::open(&root).unwrap();
     store.prune(true, &never).unwrap();
     assert_empty(&store);
+}
+
+#[test]
+fn images_over_a_limit_leave_nothing() {
+    let big = Tar::new()
+        .file("a", noise(50_000))
+        .file("b", noise(50_000))
+        .finish();
+    let low = Tar::new().file("low", b"x").finish();
+    let layout = Layout::with(&[low.clone(), big.clone()]);
+    let dir = tempfile::tempdir().unwrap();
+    let open = |limits| Store::open(dir.path()).unwrap().with_limits(limits);
+    let resolve = |store: &Store| get(store, &layout.reference());
+    let store = open(Limits::with(80_000, 0));
+    let error = resolve(&store).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .ends_with("the image has more than 80000 bytes uncompressed"),
+        "{error}"
+    );
+    assert!(error.hint().unwrap().contains("image_max_size"));
+    // The lower layer stays until `prune`, as after any other error.
+    assert_eq!(names(dir.path().join("layers")).len(), 1);
+    let store = open(Limits::with(0, 2));
+    let error = resolve(&store).unwrap_err();
+    assert!(
+        error.hint().unwrap().contains("image_max_inodes"),
+        "{error}"
+    );
+    let reserve = Reserve {
+        one_of: 1,
+        most_bytes: u64::MAX,
+        most_inodes: 0,
+    };
+    let store = open(Limits {
+        reserve,
+        ..Limits::default()
+    });
+    let error = resolve(&store).unwrap_err();
+    assert!(matches!(error, Error::Reserve { .. }), "{error}");
+    assert_eq!(error.hint().unwrap(), "hull image prune");
+    assert_eq!(names(dir.path().join("layers")).len(), 1);
+    assert!(store.list().unwrap().is_empty());
+    resolve(&open(Limits::default())).unwrap();
+    // Layers that exist count, too.
+    let more = Layout::with(&[big, low, Tar::new().file("new", b"x").finish()]);
+    let error = get(&open(Limits::with(80_000, 0)), &more.reference()).unwrap_err();
+    assert!(error.hint().unwrap().contains("image_max_size"), "{error}");
+    // An image that is installed stays usable.
+    resolve(&open(Limits::with(10, 0))).unwrap();
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -13,15 +13,13 @@ use serde::Deserialize;
 use crate::config;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::limits::{MEMBER_NAMES, MEMBERS};
 use crate::manifest::{self, MAX_DOCUMENT};
 use crate::progress::{Event, Progress};
 use crate::reference::Reference;
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Stamp, Store};
 use crate::unpack::compression::uncompress;
 use crate::unpack::tar_reader::{Kind, TarReader};
-
-/// Limit of an archive's members.
-const MAX_MEMBERS: usize = 100_000;
 
 /// One image of `manifest.json`.
 #[derive(Deserialize)]
@@ -144,11 +142,14 @@ impl<'a> Archive<'a> {
             reason,
         };
         let mut file = plain(written, store, file)?;
-        let (mut members, mut links) = (HashMap::new(), HashMap::new());
+        let (mut members, mut links, mut names) = (HashMap::new(), HashMap::new(), 0usize);
         let mut reader = TarReader::new(&mut file);
         while let Some(entry) = reader.next().map_err(|error| failed(error.to_string()))? {
-            if members.len() + links.len() >= MAX_MEMBERS {
-                return Err(failed(format!("it has more than {MAX_MEMBERS} members")));
+            names = names.saturating_add(entry.path.len() + entry.link.len());
+            if members.len() + links.len() >= MEMBERS || names > MEMBER_NAMES {
+                return Err(failed(format!(
+                    "it has more than {MEMBERS} members, or {MEMBER_NAMES} bytes of names"
+                )));
             }
             let name = entry
                 .path
@@ -294,8 +295,47 @@ fn plain(written: &str, store: &Store, mut file: File) -> Result<File> {
     let mut copy = store.temporary_file()?;
     let mut content =
         uncompress(BufReader::new(&mut file)).map_err(|error| failed(error.to_string()))?;
-    std::io::copy(&mut content, &mut copy)
-        .map_err(|error| Error::io("uncompress the archive into", store.root(), error))?;
+    copy_within_limits(written, store, &mut content, &mut copy)?;
     copy.rewind().map_err(|error| failed(error.to_string()))?;
     Ok(copy)
+}
+
+/// Copies uncompressed content into a file of the store: not more than an image may have, and not
+/// more than the file system has.
+fn copy_within_limits(
+    written: &str,
+    store: &Store,
+    content: &mut impl Read,
+    copy: &mut File,
+) -> Result<()> {
+    const DOING: &str = "uncompress the archive into";
+    let (limit, mut disk) = (store.limits().size, store.disk()?);
+    let mut buffer = vec![0; 256 * 1024];
+    let mut size = 0u64;
+    loop {
+        let read = match content.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                return Err(Error::Source {
+                    reference: written.to_owned(),
+                    reason: error.to_string(),
+                });
+            }
+        };
+        size = size.saturating_add(read as u64);
+        if size > limit {
+            return Err(Error::TooLarge {
+                reference: written.to_owned(),
+                what: "an archive",
+                size,
+                limit,
+            });
+        }
+        disk.bytes(read as u64)
+            .map_err(|error| Error::disk(DOING, store.root(), error))?;
+        copy.write_all(&buffer[..read])
+            .map_err(|error| Error::io(DOING, store.root(), error))?;
+    }
 }

@@ -10,15 +10,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use oci_client::client::BlobResponse;
-use oci_client::errors::OciDistributionError;
+use reqwest::StatusCode;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use super::http::Failure;
 use super::registry::Session;
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result, check_digest};
+use crate::limits::Disk;
 use crate::manifest::Descriptor;
 use crate::progress::{Event, LayerState, Progress};
 use crate::store::{PlannedLayer, Store, flock};
@@ -32,6 +32,7 @@ struct Part {
     file: File,
     path: PathBuf,
     hasher: Hasher,
+    disk: Disk,
 }
 
 /// Outcome of one request.
@@ -79,6 +80,7 @@ pub(super) async fn layer(
         file,
         path,
         hasher: Hasher::new(),
+        disk: store.disk()?,
     };
     if blob.exists() {
         return part.discard();
@@ -88,7 +90,10 @@ pub(super) async fn layer(
     if let Err(error) = fetched {
         if matches!(
             error,
-            Error::NoSpace { .. } | Error::WrongDigest { .. } | Error::Truncated { .. }
+            Error::NoSpace { .. }
+                | Error::Reserve { .. }
+                | Error::WrongDigest { .. }
+                | Error::Truncated { .. }
         ) {
             part.discard()?;
         }
@@ -208,48 +213,43 @@ impl Part {
         descriptor: &Descriptor,
         report: &impl Fn(LayerState),
     ) -> Result<Ended> {
-        let digest = descriptor.digest.to_string();
         let offset = self.hasher.length();
-        let response = session
-            .client
-            .pull_blob_stream_partial(&session.reference, digest.as_str(), offset, None)
-            .await;
-        let mut stream = match response {
-            Ok(BlobResponse::Partial(stream)) => stream.stream,
-            Ok(BlobResponse::Full(stream)) => {
-                // The registry does not support ranges.
-                self.restart()?;
-                stream.stream
-            }
-            Err(OciDistributionError::ServerError { code: 416, .. }) => {
-                return Ok(Ended::NothingLeft);
-            }
-            Err(OciDistributionError::RequestError(error))
-                if error.is_body() || error.is_decode() =>
-            {
+        let mut response = match session.http.blob(&descriptor.digest, offset).await {
+            Ok(response) => response,
+            Err(Failure::Status { status: 416, .. }) => return Ok(Ended::NothingLeft),
+            Err(Failure::Transport(error)) if error.is_body() || error.is_decode() => {
                 return Ok(Ended::Cut);
             }
-            Err(error) => {
-                let lasting = !matches!(
-                    &error,
-                    OciDistributionError::RequestError(_)
-                        | OciDistributionError::ServerError { code: 500.. | 429, .. }
+            Err(failure) => {
+                let passing = matches!(
+                    &failure,
+                    Failure::Transport(_)
+                        | Failure::Slow
+                        | Failure::Status {
+                            status: 500.. | 429,
+                            ..
+                        }
                 );
-                let error = session.error("layer", error);
-                return if lasting {
-                    Err(error)
-                } else {
+                let error = session.error("layer", failure).await;
+                return if passing {
                     Ok(Ended::Failed(error))
+                } else {
+                    Err(error)
                 };
             }
         };
-        while let Some(chunk) = stream.next().await {
-            let chunk = match chunk {
-                Ok(chunk) => chunk,
-                // The client's own digest check; ours follows when all bytes are here.
-                Err(_) if self.hasher.length() == descriptor.size => break,
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            // The registry does not support ranges.
+            self.restart()?;
+        }
+        loop {
+            let chunk = match response.chunk().await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => return Ok(Ended::Complete),
+                // The error of the connection's end does not matter.
+                Err(_) if self.hasher.length() == descriptor.size => return Ok(Ended::Complete),
                 Err(error) => {
-                    tracing::debug!(%error, layer = %digest, "answer broke off");
+                    tracing::debug!(%error, layer = %descriptor.digest, "answer broke off");
                     return Ok(Ended::Cut);
                 }
             };
@@ -258,11 +258,14 @@ impl Part {
                     reference: session.name.written().to_owned(),
                     what: "layer",
                     reason: format!(
-                        "{digest} is longer than the {} bytes announced",
-                        descriptor.size
+                        "{} is longer than the {} bytes announced",
+                        descriptor.digest, descriptor.size
                     ),
                 });
             }
+            self.disk
+                .bytes(chunk.len() as u64)
+                .map_err(|error| Error::disk("write", &self.path, error))?;
             self.file.write_all(&chunk).map_err(self.io("write"))?;
             self.hasher.update(&chunk);
             report(LayerState::Downloading {
@@ -270,7 +273,6 @@ impl Part {
                 total: descriptor.size,
             });
         }
-        Ok(Ended::Complete)
     }
 
     fn complete(self, blob: &Path) -> Result<()> {

@@ -3,7 +3,9 @@
 
 pub(crate) mod docker_archive;
 mod download;
-mod manifest_request;
+mod http;
 pub(crate) mod oci_layout;
+mod realm;
 pub(crate) mod registry;
 pub(crate) mod rootfs;
+mod token;

@@ -8,16 +8,13 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Once;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
 
 use futures_util::StreamExt;
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::secrets::RegistryAuth;
 
 use super::download;
-use super::manifest_request::{Failure, Manifests};
+use super::http::{Failure, Http};
 use crate::config;
-use crate::credentials::Credentials;
+use crate::credentials::{Credentials, Found};
 use crate::digest::Digest;
 use crate::error::{Error, Result, check_digest};
 use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
@@ -27,10 +24,6 @@ use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
 
 /// Number of parallel downloads.
 const PARALLEL: usize = 3;
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout while a registry sends a response.
-pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
-pub(super) const USER_AGENT: &str = concat!("hull/", env!("CARGO_PKG_VERSION"));
 
 /// From the registry's thread to the unpacking thread.
 enum Message {
@@ -44,11 +37,9 @@ enum Message {
 
 /// A connection to a registry for one image.
 pub(super) struct Session<'a> {
-    pub client: oci_client::Client,
-    pub reference: oci_client::Reference,
+    pub http: Http,
     pub name: &'a RegistryReference,
-    manifests: Manifests,
-    auth: RegistryAuth,
+    /// Which credentials are used.
     credentials: String,
     /// Prefix of "registry X answered 404".
     local: &'static str,
@@ -67,7 +58,7 @@ pub(crate) fn pull(
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(PARALLEL);
         let fetcher = scope.spawn(move || {
-            let session = Session::new(name, found.auth, found.description, pull)?;
+            let session = Session::new(name, found, pull)?;
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
@@ -137,7 +128,12 @@ fn install(
         })
     };
     let result = store.install(&plan, &mut open, progress);
-    if result.is_ok() || matches!(result, Err(Error::NoSpace { .. })) {
+    let refused = |error: &Error| match error {
+        Error::NoSpace { .. } | Error::Reserve { .. } => true,
+        Error::Layer { source, .. } => source.is_of_host(),
+        _ => false,
+    };
+    if result.as_ref().map_or_else(refused, |_| true) {
         // The layers are unpacked, or failed: the archives are not needed any more.
         for layer in &plan.layers {
             let _ = std::fs::remove_file(store.blob_path(&layer.digest));
@@ -147,19 +143,7 @@ fn install(
 }
 
 impl<'a> Session<'a> {
-    fn new(
-        name: &'a RegistryReference,
-        auth: RegistryAuth,
-        credentials: String,
-        pull: Pull,
-    ) -> Result<Self> {
-        let (registry, repository) = (name.registry.clone(), name.repository.clone());
-        let reference = match &name.version {
-            Version::Tag(tag) => oci_client::Reference::with_tag(registry, repository, tag.clone()),
-            Version::Digest(digest) => {
-                oci_client::Reference::with_digest(registry, repository, digest.to_string())
-            }
-        };
+    fn new(name: &'a RegistryReference, found: Found, pull: Pull) -> Result<Self> {
         let local = match pull {
             Pull::Always => "",
             _ => "no such reference in the local store, and ",
@@ -173,31 +157,10 @@ impl<'a> Session<'a> {
             let reason = "this machine has no CA certificates (package ca-certificates)";
             return Err(failed(reason.to_owned()));
         }
-        let mut config = ClientConfig {
-            protocol: ClientProtocol::Https,
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            read_timeout: Some(READ_TIMEOUT),
-            user_agent: USER_AGENT,
-            ..ClientConfig::default()
-        };
-        if name.is_local() {
-            config.protocol = ClientProtocol::Http;
-            // Never use a proxy for this machine, whatever the environment says: `no_proxy` takes
-            // effect only with a proxy, and `*` matches names only, not addresses.
-            config.http_proxy = Some("http://localhost".to_owned());
-            config.no_proxy = Some("*,127.0.0.0/8,::1".to_owned());
-        }
-        let client =
-            oci_client::Client::try_from(config).map_err(|error| failed(error.to_string()))?;
-        let manifests =
-            Manifests::new(name.is_local()).map_err(|error| failed(error.to_string()))?;
         Ok(Self {
-            client,
-            manifests,
-            reference,
+            http: Http::new(name, found.auth).map_err(failed)?,
             name,
-            auth,
-            credentials,
+            credentials: found.description,
             local,
         })
     }
@@ -219,6 +182,19 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let plan = self.plan(store, named, bytes, &manifest).await?;
+        let size = manifest
+            .layers
+            .iter()
+            .fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+        let limit = store.limits().size;
+        if size > limit {
+            return Err(Error::TooLarge {
+                reference: self.name.written().to_owned(),
+                what: "archives of layers",
+                size,
+                limit,
+            });
+        }
         let missing = store.missing_layers(&plan)?;
         progress.event(Event::Started {
             reference: self.name.written(),
@@ -254,7 +230,7 @@ impl<'a> Session<'a> {
     /// Finds the manifest for our platform.
     async fn choose(&self, store: &Store) -> Result<(Named, Vec<u8>, Manifest)> {
         let written = self.name.written();
-        let (digest, bytes) = self.manifest(&self.reference).await?;
+        let (digest, bytes) = self.manifest(&self.name.version).await?;
         let index = match manifest::parse(written, &bytes)? {
             Document::Manifest(manifest) => {
                 return Ok((
@@ -270,8 +246,7 @@ impl<'a> Session<'a> {
             Document::Index(index) => index,
         };
         let chosen = index.choose(written, store.platform())?.digest;
-        let reference = self.reference.clone_with_digest(chosen.to_string());
-        let (_, bytes) = self.manifest(&reference).await?;
+        let (_, bytes) = self.manifest(&Version::Digest(chosen)).await?;
         match manifest::parse(written, &bytes)? {
             Document::Manifest(manifest) => Ok((
                 Named {
@@ -320,26 +295,17 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// A manifest and its computed digest, which must match the reference's if that has one.
-    async fn manifest(&self, reference: &oci_client::Reference) -> Result<(Digest, Vec<u8>)> {
-        let bytes = self
-            .manifests
-            .get(&self.client, reference, &self.auth)
-            .await
-            .map_err(|failure| match failure {
-                Failure::Client(error) => self.error("manifest", error),
-                Failure::TooLarge => {
-                    self.failed(format!("the manifest is larger than {MAX_DOCUMENT} bytes"))
-                }
-                Failure::Announced { expected, actual } => Error::WrongDigest {
-                    reference: self.name.written().to_owned(),
-                    what: "manifest",
-                    expected,
-                    actual,
-                },
-            })?;
+    /// A manifest and its computed digest, which must match the wanted one if that is known.
+    async fn manifest(&self, version: &Version) -> Result<(Digest, Vec<u8>)> {
+        let (text, expected) = match version {
+            Version::Tag(tag) => (tag.clone(), None),
+            Version::Digest(digest) => (digest.to_string(), Some(*digest)),
+        };
+        let bytes = match self.http.manifest(&text).await {
+            Ok(bytes) => bytes,
+            Err(failure) => return Err(self.error("manifest", failure).await),
+        };
         let actual = Digest::of(&bytes);
-        let expected = reference.digest().and_then(|digest| digest.parse().ok());
         if let Some(expected) = expected {
             check_digest(self.name.written(), "manifest", expected, actual)?;
         }
@@ -350,22 +316,11 @@ impl<'a> Session<'a> {
         if descriptor.size > MAX_DOCUMENT {
             return Err(self.failed(format!("the config is larger than {MAX_DOCUMENT} bytes")));
         }
-        let digest = descriptor.digest.to_string();
-        let mut stream = self
-            .client
-            .pull_blob_stream(&self.reference, digest.as_str())
-            .await
-            .map_err(|error| self.error("config", error))?
-            .stream;
-        let mut bytes = Vec::new();
-        while let Some(chunk) = stream.next().await {
-            // The client reports a digest mismatch at the end of the stream; ours is checked later.
-            let Ok(chunk) = chunk else { break };
-            bytes.extend_from_slice(&chunk);
-            if bytes.len() as u64 > descriptor.size {
-                break;
-            }
-        }
+        let answer = self.http.small_blob(&descriptor.digest, descriptor.size);
+        let bytes = match answer.await {
+            Ok(bytes) => bytes,
+            Err(failure) => return Err(self.error("config", failure).await),
+        };
         if (bytes.len() as u64) < descriptor.size {
             return Err(Error::Truncated {
                 reference: self.name.written().to_owned(),
@@ -388,58 +343,34 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Maps the client's errors to ours.
-    pub(super) fn error(
-        &self,
-        what: &'static str,
-        error: oci_client::errors::OciDistributionError,
-    ) -> Error {
-        use oci_client::errors::{OciDistributionError as Client, OciErrorCode as Code};
-        match error {
-            Client::UnauthorizedError { .. } | Client::AuthenticationFailure(_) => {
-                self.status(what, 401, "")
+    /// The error of a failed request for `what`.
+    pub(super) async fn error(&self, what: &'static str, failure: Failure) -> Error {
+        let unreachable = |reason: String| Error::Unreachable {
+            reference: self.name.written().to_owned(),
+            registry: self.name.registry.clone(),
+            reason,
+        };
+        match failure {
+            Failure::Transport(error) if error.is_connect() || error.is_timeout() => {
+                unreachable(root_cause(&error))
             }
-            Client::RegistryError { envelope, .. } => {
-                let status = match envelope.errors.first().map(|error| &error.code) {
-                    Some(
-                        Code::ManifestUnknown
-                        | Code::NameUnknown
-                        | Code::BlobUnknown
-                        | Code::NotFound
-                        | Code::ManifestBlobUnknown,
-                    ) => 404,
-                    Some(Code::Unauthorized) => 401,
-                    Some(Code::Denied) => 403,
-                    _ => return self.failed(format!("{what}: {envelope}")),
-                };
-                self.status(what, status, "")
+            Failure::Transport(error) => self.failed(format!("{what}: {}", root_cause(&error))),
+            Failure::Slow => unreachable(format!("it takes too long to send the {what}")),
+            Failure::TooLarge => {
+                self.failed(format!("the {what} is larger than {MAX_DOCUMENT} bytes"))
             }
-            Client::ServerError { code, message, .. } => self.status(what, code, &message),
-            Client::RequestError(error) if error.is_connect() || error.is_timeout() => {
-                Error::Unreachable {
-                    reference: self.name.written().to_owned(),
-                    registry: self.name.registry.clone(),
-                    reason: root_cause(&error),
-                }
-            }
-            Client::RequestError(error) => self.failed(format!("{what}: {}", root_cause(&error))),
-            Client::DigestError(oci_client::errors::DigestError::VerificationError {
+            Failure::Announced { expected, actual } => Error::WrongDigest {
+                reference: self.name.written().to_owned(),
+                what,
                 expected,
                 actual,
-            }) => match (expected.parse(), actual.parse()) {
-                (Ok(expected), Ok(actual)) => Error::WrongDigest {
-                    reference: self.name.written().to_owned(),
-                    what,
-                    expected,
-                    actual,
-                },
-                _ => self.failed(format!("{what}: expected digest {expected}, got {actual}")),
             },
-            other => self.failed(format!("{what}: {other}")),
+            Failure::Refused(reason) => self.failed(reason),
+            Failure::Status { status, message } => self.status(what, status, &message).await,
         }
     }
 
-    fn status(&self, what: &'static str, status: u16, message: &str) -> Error {
+    async fn status(&self, what: &'static str, status: u16, message: &str) -> Error {
         let (reference, registry) = (self.name.written().to_owned(), self.name.registry.clone());
         match status {
             404 if what == "manifest" => Error::NotInRegistry {
@@ -448,15 +379,24 @@ impl<'a> Session<'a> {
                 status,
                 local: self.local,
             },
-            401 | 403 => Error::Unauthorized {
-                reference,
-                registry,
-                status,
-                credentials: self.credentials.clone(),
+            401 | 403 => match self.http.withheld().await {
+                Some(realm) => Error::CredentialsWithheld {
+                    reference,
+                    registry,
+                    status,
+                    realm,
+                },
+                None => Error::Unauthorized {
+                    reference,
+                    registry,
+                    status,
+                    credentials: self.credentials.clone(),
+                },
             },
             _ => {
                 let line = message.lines().next().unwrap_or("").trim();
-                let line: String = line.chars().take(200).collect();
+                let printable = |character: &char| !character.is_control();
+                let line: String = line.chars().filter(printable).take(200).collect();
                 let separator = if line.is_empty() { "" } else { ": " };
                 self.failed(format!(
                     "it answered {status} to the request for the {what}{separator}{line}"

@@ -12,6 +12,7 @@ use super::{Image, Store, write_file};
 use crate::config;
 use crate::digest::Digest;
 use crate::error::Result;
+use crate::limits::Budget;
 use crate::progress::{Event, Progress};
 
 /// The parts of an image. Digests of manifest and configuration are already verified.
@@ -86,10 +87,17 @@ impl Store {
             .check_platform(&plan.written, self.platform())?;
         let mut names: Vec<String> = Vec::new();
         let mut size = 0;
+        let mut budget = Budget::new(self.limits());
         for (index, layer) in plan.layer_ids().iter().enumerate() {
             let lower: Vec<String> = names.iter().rev().cloned().collect();
-            let ready =
-                self.ensure_layer(&plan.written, layer, &lower, || open(index), progress)?;
+            let ready = self.ensure_layer(
+                &plan.written,
+                layer,
+                &lower,
+                &mut budget,
+                || open(index),
+                progress,
+            )?;
             if ready.opaque {
                 names.clear();
                 size = 0;

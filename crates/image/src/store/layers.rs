@@ -16,8 +16,9 @@ use super::record::{read_json, write_json};
 use super::{Store, flock};
 use crate::digest::{Digest, HashingReader};
 use crate::error::{Error, Result, check_digest};
+use crate::limits::Budget;
 use crate::progress::{Event, LayerState, Progress};
-use crate::unpack::{LayerError, Unpacked, compression, fs, unpack};
+use crate::unpack::{LayerError, Unpacked, compression, drain, fs, unpack};
 
 /// `layers/HEX/layer.json`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,6 +38,8 @@ pub(crate) struct ReadyLayer {
     pub name: String,
     /// Bytes in its files.
     pub bytes: u64,
+    /// Number of its entries.
+    pub entries: u64,
     /// Whether the layers below are hidden.
     pub opaque: bool,
 }
@@ -79,6 +82,7 @@ impl Store {
                 return Ok(Some(ReadyLayer {
                     name,
                     bytes: record.bytes,
+                    entries: record.entries,
                     opaque: record.opaque,
                 }));
             }
@@ -87,12 +91,14 @@ impl Store {
     }
 
     /// Finds or creates a layer. `lower` are the directories below it, topmost first; `open`
-    /// returns its archive and is called only if the layer must be created.
+    /// returns its archive and is called only if the layer must be created. `budget` counts what
+    /// the image takes, with layers that exist.
     pub(crate) fn ensure_layer(
         &self,
         reference: &str,
         layer: &LayerId,
         lower: &[String],
+        budget: &mut Budget,
         open: impl FnOnce() -> Result<LayerStream>,
         progress: &dyn Progress,
     ) -> Result<ReadyLayer> {
@@ -107,6 +113,14 @@ impl Store {
             .join(format!("{}.partial", layer.by_diff_id()));
         let lock = loop {
             if let Some(ready) = self.find_layer(layer)? {
+                budget
+                    .take_bytes(ready.bytes)
+                    .and_then(|()| budget.take_inodes(ready.entries))
+                    .map_err(|source| Error::Layer {
+                        reference: reference.to_owned(),
+                        layer: layer.digest.to_string(),
+                        source,
+                    })?;
                 report(LayerState::Present);
                 return Ok(ready);
             }
@@ -116,7 +130,9 @@ impl Store {
                 Err(error) => return Err(Error::io("lock", &partial, error)),
             }
         };
-        let made = self.make_layer(reference, layer, lower, &partial, &lock, open, progress);
+        let made = self.make_layer(
+            reference, layer, lower, budget, &partial, &lock, open, progress,
+        );
         if made.is_err() {
             if let Ok(layers) = fs::open_dir(self.layers_dir()) {
                 // Best effort: the original error matters more, and the next attempt clears the
@@ -135,6 +151,7 @@ impl Store {
         reference: &str,
         layer: &LayerId,
         lower: &[String],
+        budget: &mut Budget,
         partial: &Path,
         lock: &OwnedFd,
         open: impl FnOnce() -> Result<LayerStream>,
@@ -148,7 +165,7 @@ impl Store {
                 fs::open_dir(&path).map_err(|error| Error::io("open", path, error))
             })
             .collect::<Result<Vec<_>>>()?;
-        let unpacked = unpack_stream(reference, layer, open()?, root, &lower, progress)
+        let unpacked = unpack_stream(reference, layer, open()?, root, &lower, budget, progress)
             .map_err(|error| no_space(error, partial))?;
         let name = if unpacked.used_lower {
             layer.by_chain_id()
@@ -198,10 +215,9 @@ impl Store {
             )
         };
         let mut content = HashingReader::new(compression::uncompress(archive).map_err(failed)?);
-        let unpacked = unpack(&mut content, root, &[]).map_err(failed)?;
-        content
-            .drain()
-            .map_err(|error| failed(crate::unpack::TarError::from(error).into()))?;
+        let mut budget = Budget::new(self.limits());
+        let unpacked = unpack(&mut content, root, &[], &mut budget).map_err(failed)?;
+        drain(&mut content, &mut budget).map_err(failed)?;
         let (length, diff_id) = (content.length(), content.finish());
         let id = LayerId {
             digest: diff_id,
@@ -242,6 +258,7 @@ impl Store {
         Ok(ReadyLayer {
             name,
             bytes: record.bytes,
+            entries: record.entries,
             opaque: record.opaque,
         })
     }
@@ -268,6 +285,14 @@ fn no_space(error: Error, path: &Path) -> Error {
         Error::Layer { source, .. } if source.is_full() => Error::NoSpace {
             doing: "unpack a layer into",
             path: path.to_owned(),
+        },
+        Error::Layer {
+            source: LayerError::Reserve(low),
+            ..
+        } => Error::Reserve {
+            doing: "unpack a layer into",
+            path: path.to_owned(),
+            low,
         },
         other => other,
     }
@@ -307,6 +332,7 @@ fn unpack_stream(
     stream: LayerStream,
     root: OwnedFd,
     lower: &[OwnedFd],
+    budget: &mut Budget,
     progress: &dyn Progress,
 ) -> Result<Unpacked> {
     let total = stream.size.unwrap_or(0);
@@ -320,10 +346,10 @@ fn unpack_stream(
     // One byte more than announced detects excess data.
     let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
     let mut archive = BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
-    let result = unpack_archive(&mut archive, layer, root, lower);
+    let result = unpack_archive(&mut archive, layer, root, lower, budget);
     // A damaged archive fails in many ways; report the damage rather than its consequence.
-    let writing = matches!(result, Err(LayerError::Write { .. }));
-    if let (Some(expected), false) = (stream.digest, writing) {
+    let of_host = result.as_ref().is_err_and(LayerError::is_of_host);
+    if let (Some(expected), false) = (stream.digest, of_host) {
         let mut archive = archive.into_inner();
         let drained = archive.drain();
         let (length, actual) = (archive.length(), archive.finish());
@@ -355,10 +381,11 @@ fn unpack_archive(
     layer: &LayerId,
     root: OwnedFd,
     lower: &[OwnedFd],
+    budget: &mut Budget,
 ) -> Result<Unpacked, LayerError> {
     let mut content = HashingReader::new(compression::uncompress(archive)?);
-    let unpacked = unpack(&mut content, root, lower)?;
-    content.drain().map_err(crate::unpack::TarError::from)?;
+    let unpacked = unpack(&mut content, root, lower, budget)?;
+    drain(&mut content, budget)?;
     let actual = content.finish();
     if actual == layer.diff_id {
         Ok(unpacked)

@@ -42,6 +42,7 @@ use crate::config::ImageConfig;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::limits::{Disk, Limits};
 use crate::manifest::Platform;
 use crate::progress::Progress;
 use crate::reference::{Reference, RegistryReference};
@@ -84,6 +85,7 @@ pub struct Image {
 pub struct Store {
     root: PathBuf,
     platform: Platform,
+    limits: Limits,
 }
 
 impl Store {
@@ -94,6 +96,7 @@ impl Store {
         let store = Self {
             root,
             platform: Platform::host(),
+            limits: Limits::default(),
         };
         // The file created last: if it exists, the others do.
         if !store.root.join("busy").exists() {
@@ -105,6 +108,12 @@ impl Store {
     /// Uses images for another platform than this machine's.
     pub fn with_platform(mut self, platform: Platform) -> Self {
         self.platform = platform;
+        self
+    }
+
+    /// Accepts images within these limits.
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
         self
     }
 
@@ -323,6 +332,17 @@ impl Store {
                 stamp: None,
             },
         )
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The free space of the store's file system.
+    pub(crate) fn disk(&self) -> Result<Disk> {
+        let root =
+            fs::open_dir(&self.root).map_err(|error| Error::io("open", &self.root, error))?;
+        Ok(Disk::new(root, self.limits.reserve))
     }
 
     pub(crate) fn platform(&self) -> &Platform {

@@ -114,6 +114,18 @@ pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
     }
 }
 
+/// The modification time of a directory, which may be open as a path only.
+pub(crate) fn dir_time(dir: BorrowedFd<'_>) -> Result<(i64, u32)> {
+    let stat = rustix::fs::fstat(dir)?;
+    // Below 1,000,000,000.
+    Ok((stat.st_mtime, stat.st_mtime_nsec as u32))
+}
+
+/// Sets the modification time of a directory, which may be open as a path only.
+pub(crate) fn set_dir_time(dir: BorrowedFd<'_>, time: (i64, u32)) -> Result<()> {
+    rustix::fs::utimensat(dir, ".", &times(time), AtFlags::SYMLINK_NOFOLLOW)
+}
+
 /// Removes `name`, recursively. The tree may be arbitrarily deep: subdirectories are moved up
 /// before they are emptied, so neither stack nor descriptors run out.
 pub(crate) fn remove_all(

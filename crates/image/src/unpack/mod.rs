@@ -13,7 +13,9 @@
 //!   is a whiteout, as in overlayfs.
 //! - Extended attributes: `user.*`, `security.capability` and POSIX ACLs are kept. `trusted.*` and
 //!   `user.overlay.*` are dropped: in an overlay they would redirect directories.
-//! - The size of an unpacked layer is limited by the disk; memory is limited by [`tar_reader`].
+//! - Bytes and entries are counted towards the image's limits before they are written, and a part
+//!   of the file system stays free ([`crate::Limits`]). Memory does not grow with the archive:
+//!   names, attributes and extension headers of one entry are bounded (`crate::limits`).
 //!
 //! Whiteouts (`.wh.name`) become character devices 0:0, opaque directories (`.wh..wh..opq`) get the
 //! attribute `trusted.overlay.opaque`. Both hide only entries of lower layers, regardless of their
@@ -36,6 +38,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 pub use tar_reader::TarError;
 
+use crate::limits::{Budget, DiskError, Low};
 use lower::Lower;
 use tar_reader::TarReader;
 
@@ -118,6 +121,21 @@ pub enum LayerError {
         /// Computed digest.
         actual: crate::Digest,
     },
+    /// The image has more bytes than the configuration permits.
+    #[error("the image has more than {limit} bytes uncompressed")]
+    TooLarge {
+        /// The limit.
+        limit: u64,
+    },
+    /// The image has more entries than the configuration permits.
+    #[error("the image has more than {limit} files, directories and links")]
+    TooManyInodes {
+        /// The limit.
+        limit: u64,
+    },
+    /// The file system of the store has too little left.
+    #[error("no space left on its file system: {0}")]
+    Reserve(Low),
     /// An unsupported compression.
     #[error("not supported: {0}")]
     Unsupported(String),
@@ -133,7 +151,29 @@ pub enum LayerError {
     },
 }
 
+impl From<DiskError> for LayerError {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::Low(low) => Self::Reserve(low),
+            DiskError::Unknown(errno) => {
+                attributes::failed("look at the free space for", b"/")(errno)
+            }
+        }
+    }
+}
+
 impl LayerError {
+    /// Whether it is about the host rather than the archive.
+    pub(crate) fn is_of_host(&self) -> bool {
+        matches!(
+            self,
+            Self::Write { .. }
+                | Self::TooLarge { .. }
+                | Self::TooManyInodes { .. }
+                | Self::Reserve(_)
+        )
+    }
+
     /// Whether the disk is full.
     pub(crate) fn is_full(&self) -> bool {
         matches!(self, Self::Write { source, .. } if crate::error::is_full(source))
@@ -152,23 +192,46 @@ pub struct Unpacked {
 }
 
 /// Unpacks the tar archive `archive` (uncompressed) into the empty directory `root`. `lower` are
-/// the directories of the layers below it, topmost first.
+/// the directories of the layers below it, topmost first. `budget` counts what the image takes.
 ///
 /// On failure `root` contains part of the layer; the caller removes it.
 pub(crate) fn unpack(
     archive: impl Read,
     root: OwnedFd,
     lower: &[OwnedFd],
+    budget: &mut Budget,
 ) -> Result<Unpacked, LayerError> {
     let lower = Lower::new(lower.iter().map(AsFd::as_fd).collect());
-    let mut writer = writer::Writer::new(root, lower);
+    let mut writer = writer::Writer::new(root, lower, budget)?;
     let mut reader = TarReader::new(archive);
+    let mut counted = 0u64;
     while let Some(entry) = reader.next()? {
+        // Its headers, and its data before that is written.
+        let end = reader.position().saturating_add(entry.stored);
+        writer.count_bytes(end.saturating_sub(counted))?;
+        counted = end;
         writer.add(&entry, &mut reader)?;
     }
     writer.finish()
 }
 
+/// Reads what follows the archive's end, which belongs to its digest and counts as the rest does.
+pub(crate) fn drain(mut archive: impl Read, budget: &mut Budget) -> Result<(), LayerError> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match archive.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(read) => budget.take_bytes(read as u64)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(TarError::from(error).into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod limits_tests;
+#[cfg(test)]
+mod property_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

@@ -1,19 +1,18 @@
 //! A reader for the tar dialects of layers: ustar, GNU and PAX, with sparse files.
 //!
 //! Called by the unpacker, and for the outer archive of `docker-archive:`. Does not interpret
-//! names, which are passed on as bytes. Its memory usage is limited: see the constants.
+//! names, which are passed on as bytes. Its memory usage is limited: see `crate::limits` and
+//! `MAX_SEGMENTS`.
 
 mod pax;
 
 use std::io::{self, Read};
 
-use pax::{Extensions, SparseRecords};
+use pax::{Extensions, RecordError, SparseRecords};
+
+use crate::limits::{ATTRIBUTES, EXTENSION_BYTES, EXTENSIONS};
 
 const BLOCK: usize = 512;
-/// Longest extension header (PAX records, GNU long name).
-const MAX_EXTENSION: u64 = 1 << 20;
-/// Most extension headers before one entry.
-const MAX_EXTENSIONS_IN_A_ROW: usize = 16;
 /// Most segments of a sparse file.
 const MAX_SEGMENTS: usize = 1 << 18;
 
@@ -160,19 +159,34 @@ impl<R: Read> TarReader<R> {
     #[allow(clippy::should_implement_trait)] // an iterator could not lend its data
     pub fn next(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extensions = Extensions::default();
-        for _ in 0..=MAX_EXTENSIONS_IN_A_ROW {
+        let mut extension_bytes = 0u64;
+        for _ in 0..=EXTENSIONS {
             self.skip_rest()?;
             let start = self.position;
             let Some(header) = self.read_header()? else {
                 return Ok(None);
             };
             let size = number(&header[124..136]).ok_or_else(|| self.malformed(start, "size"))?;
+            if matches!(header[156], b'x' | b'g' | b'V' | b'L' | b'K') {
+                extension_bytes = extension_bytes.saturating_add(size);
+                if extension_bytes > EXTENSION_BYTES {
+                    return Err(self.limit(format!(
+                        "extension headers of {extension_bytes} bytes before one entry \
+                         (at most {EXTENSION_BYTES})"
+                    )));
+                }
+            }
             match header[156] {
                 b'x' => {
                     let records = self.read_extension(size)?;
                     extensions
                         .add_records(&records)
-                        .map_err(|reason| self.malformed(start, reason))?;
+                        .map_err(|error| match error {
+                            RecordError::Malformed(what) => self.malformed(start, what),
+                            RecordError::Attributes => self.limit(format!(
+                                "extended attributes of more than {ATTRIBUTES} bytes for one entry"
+                            )),
+                        })?;
                 }
                 // Global records do not concern a single file; Docker ignores them, too. 'V' is a
                 // volume label.
@@ -182,9 +196,7 @@ impl<R: Read> TarReader<R> {
                 _ => return self.entry(start, &header, size, extensions).map(Some),
             }
         }
-        Err(self.limit(format!(
-            "more than {MAX_EXTENSIONS_IN_A_ROW} extension headers in a row"
-        )))
+        Err(self.limit(format!("more than {EXTENSIONS} extension headers in a row")))
     }
 
     fn entry(
@@ -259,7 +271,7 @@ impl<R: Read> TarReader<R> {
             mtime,
             stored,
             device,
-            xattrs: extensions.xattrs,
+            xattrs: extensions.xattrs.into_vec(),
             sparse: None,
         };
         if old_sparse {
@@ -336,10 +348,8 @@ impl<R: Read> TarReader<R> {
         Ok(true)
     }
 
+    /// The caller has checked the size.
     fn read_extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > MAX_EXTENSION {
-            return Err(self.limit(format!("extension header of {size} bytes")));
-        }
         self.begin_data(size);
         let mut bytes = Vec::new();
         self.read_to_end(&mut bytes)?;

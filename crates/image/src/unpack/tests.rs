@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::testing::{Meta, Tar};
 use super::*;
+use crate::limits::Limits;
 
 struct Tree(tempfile::TempDir);
 
@@ -42,7 +43,8 @@ fn try_unpack(archive: Vec<u8>, lower: &[OwnedFd]) -> (Tree, Result<Unpacked, La
         "this test must run as root"
     );
     let tree = Tree(tempfile::tempdir().unwrap());
-    let result = unpack(archive.as_slice(), tree.fd(), lower);
+    let mut budget = Budget::new(Limits::default());
+    let result = unpack(archive.as_slice(), tree.fd(), lower, &mut budget);
     (tree, result)
 }
 
@@ -674,7 +676,12 @@ fn random_archives_stay_inside_and_are_deterministic() {
             let root = outer.path().join(name);
             std::fs::create_dir(&root).unwrap();
             let fd = fs::open_dir(&root).unwrap();
-            let result = unpack(archive.as_slice(), fd, &[lower.fd()]);
+            let result = unpack(
+                archive.as_slice(),
+                fd,
+                &[lower.fd()],
+                &mut Budget::new(Limits::default()),
+            );
             let seen = if result.is_ok() {
                 snapshot(&root)
             } else {
@@ -711,7 +718,9 @@ fn truncated_and_compressed_archives() {
         assert_eq!(content, archive);
         let tree = Tree(tempfile::tempdir().unwrap());
         let half = compression::uncompress(&compressed[..compressed.len() / 2]).unwrap();
-        let error = unpack(half, tree.fd(), &[]).unwrap_err().to_string();
+        let error = unpack(half, tree.fd(), &[], &mut Budget::new(Limits::default()))
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("truncated") || error.contains("incomplete"),
             "{error}"

@@ -1,9 +1,13 @@
 //! Creates a layer's entries below one directory. The rules are described in the parent module.
+//!
+//! Times of directories: creating an entry changes the time of its directory. The time is read
+//! before the first entry of a run of entries in the same directory, and set again after the last
+//! one ([`Parent::leave`]). So the file system itself keeps the times, whatever the order of the
+//! archive, and memory does not grow with the number of directories.
 
 mod parents;
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,25 +24,23 @@ use super::device::is_harmless;
 use super::lower::Lower;
 use super::tar_reader::{Entry, Kind, TarError};
 use super::{LayerError, Unpacked, fs};
+use crate::limits::{Budget, Disk, PATH_DEPTH, PATH_LENGTH};
 
 const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
 /// The kernel's limit.
 const MAX_LINKS: usize = 40;
-/// PATH_MAX of Linux, with the final NUL.
-const MAX_PATH: usize = 4096;
 /// Time of directories and whiteouts without an entry in the archive, to be deterministic.
 const NO_TIME: (i64, u32) = (0, 0);
 
 pub(super) struct Writer<'a> {
     root: OwnedFd,
     lower: Lower<'a>,
-    /// Cache of the last file's directory: consecutive entries are often in the same directory.
+    /// The last entry's directory: consecutive entries are often in the same directory.
     last_parent: Option<Parent>,
-    /// Times of directories by their paths without symbolic links; set at the end because creating
-    /// entries changes them.
-    dir_times: BTreeMap<Vec<u8>, (i64, u32)>,
+    budget: &'a mut Budget,
+    disk: Disk,
     buffer: Vec<u8>,
     bytes: u64,
     entries: u64,
@@ -58,16 +60,29 @@ fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(root: OwnedFd, lower: Lower<'a>) -> Self {
-        Self {
+    pub(super) fn new(
+        root: OwnedFd,
+        lower: Lower<'a>,
+        budget: &'a mut Budget,
+    ) -> Result<Self, LayerError> {
+        let disk = rustix::io::fcntl_dupfd_cloexec(&root, 0).map_err(failed("open", b"/"))?;
+        let disk = Disk::new(disk, budget.reserve());
+        fs::set_dir_time(root.as_fd(), NO_TIME).map_err(failed("set the time of", b"/"))?;
+        Ok(Self {
             root,
             lower,
             last_parent: None,
-            dir_times: BTreeMap::from([(Vec::new(), NO_TIME)]),
+            budget,
+            disk,
             buffer: vec![0; 256 * 1024],
             bytes: 0,
             entries: 0,
-        }
+        })
+    }
+
+    /// Counts bytes of the archive towards the image's limit.
+    pub(super) fn count_bytes(&mut self, bytes: u64) -> Result<(), LayerError> {
+        self.budget.take_bytes(bytes)
     }
 
     /// Creates one entry; `data` yields its stored bytes.
@@ -78,8 +93,10 @@ impl<'a> Writer<'a> {
             entry: shown(),
             reason: reason.to_owned(),
         };
-        if entry.path.len() >= MAX_PATH || entry.link.len() >= MAX_PATH {
-            return Err(wrong("name is longer than 4095 bytes"));
+        self.budget.take_inodes(1)?;
+        self.disk.entry()?;
+        if entry.path.len() > PATH_LENGTH || entry.link.len() > PATH_LENGTH {
+            return Err(wrong(&format!("name is longer than {PATH_LENGTH} bytes")));
         }
         if entry.path.contains(&0) || entry.link.contains(&0) {
             return Err(wrong("name contains a zero byte"));
@@ -88,6 +105,9 @@ impl<'a> Writer<'a> {
         if entry.path.starts_with(b"/") && !parts.is_empty() {
             return Err(LayerError::Absolute { entry: shown() });
         }
+        if parts.len() > PATH_DEPTH {
+            return Err(wrong(&format!("name of more than {PATH_DEPTH} components")));
+        }
         let Some((name, parents)) = parts.split_last() else {
             return match entry.kind {
                 Kind::Directory => self.add_root(entry),
@@ -95,47 +115,28 @@ impl<'a> Writer<'a> {
             };
         };
         let parent_path = parents.join(&b'/');
-        if name.starts_with(WHITEOUT) {
-            return self.add_whiteout(entry, &parent_path, name);
-        }
         let parent = self.parent(&parent_path, &entry.path)?;
-        let result = match entry.kind {
-            Kind::Directory => self.add_dir(entry, &parent, name),
+        match entry.kind {
+            _ if name.starts_with(WHITEOUT) => self.add_whiteout(entry, parent.as_fd(), name),
+            Kind::Directory => self.add_dir(entry, parent.as_fd(), name),
             Kind::File => self.add_file(entry, parent.as_fd(), name, data),
             Kind::HardLink => self.add_hard_link(entry, parent.as_fd(), name),
             Kind::Symlink => self.add_symlink(entry, parent.as_fd(), name),
             Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
-                self.add_special(entry, parent.as_fd(), &parent_path, name)
+                self.add_special(entry, parent.as_fd(), name)
             }
             Kind::Other(kind) => Err(wrong(&format!(
                 "not supported: entry type {:?}",
                 char::from(kind)
             ))),
-        };
-        if entry.kind == Kind::File {
-            self.last_parent = Some(parent);
-        }
-        result
+        }?;
+        self.last_parent = Some(parent);
+        Ok(())
     }
 
-    /// Sets the directories' times, and returns the totals.
-    pub(super) fn finish(self) -> Result<Unpacked, LayerError> {
-        for (path, time) in self.dir_times {
-            let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
-                Some(slash) => (&path[..slash], &path[slash + 1..]),
-                None if path.is_empty() => (&b""[..], &b"."[..]),
-                None => (&b""[..], path.as_slice()),
-            };
-            let dir = fs::open_real(self.root.as_fd(), parent)
-                .and_then(|parent| fs::open_child_dir(parent.as_fd(), name));
-            match dir {
-                Ok(dir) => rustix::fs::futimens(&dir, &fs::times(time))
-                    .map_err(failed("set the time of", &path))?,
-                // It was replaced later in the archive.
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
-                Err(error) => return Err(failed("open", &path)(error)),
-            }
-        }
+    /// Completes the last directory, and returns the totals.
+    pub(super) fn finish(mut self) -> Result<Unpacked, LayerError> {
+        self.leave_parent()?;
         Ok(Unpacked {
             bytes: self.bytes,
             entries: self.entries,
@@ -144,14 +145,19 @@ impl<'a> Writer<'a> {
     }
 
     fn add_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
+        // It may be the root, whose old time must not be set again later.
+        self.leave_parent()?;
         let root = fs::open_child_dir(self.root.as_fd(), ".").map_err(failed("open", b"/"))?;
         set_attributes(root.as_fd(), &entry.path, &Attributes::of(entry))?;
-        self.dir_times.insert(Vec::new(), entry.mtime);
-        Ok(())
+        fs::set_dir_time(root.as_fd(), entry.mtime).map_err(failed("set the time of", b"/"))
     }
 
-    fn add_dir(&mut self, entry: &Entry, parent: &Parent, name: &[u8]) -> Result<(), LayerError> {
-        let (parent, parent_path) = (parent.as_fd(), &parent.real);
+    fn add_dir(
+        &mut self,
+        entry: &Entry,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+    ) -> Result<(), LayerError> {
         match fs::stat(parent, name).map_err(failed("look at", &entry.path))? {
             Some(stat) if fs::file_type(&stat) == FileType::Directory => {}
             existing => {
@@ -169,8 +175,7 @@ impl<'a> Writer<'a> {
         }
         let dir = fs::open_child_dir(parent, name).map_err(failed("open", &entry.path))?;
         set_attributes(dir.as_fd(), &entry.path, &Attributes::of(entry))?;
-        self.dir_times.insert(join(parent_path, name), entry.mtime);
-        Ok(())
+        fs::set_dir_time(dir.as_fd(), entry.mtime).map_err(failed("set the time of", &entry.path))
     }
 
     fn add_file(
@@ -241,6 +246,7 @@ impl<'a> Writer<'a> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(TarError::from(error).into()),
             };
+            self.disk.bytes(read as u64)?;
             file.write_all(&self.buffer[..read])
                 .map_err(|source| LayerError::Write {
                     entry: show(&entry.path),
@@ -275,14 +281,13 @@ impl<'a> Writer<'a> {
         &mut self,
         entry: &Entry,
         parent: BorrowedFd<'_>,
-        parent_path: &[u8],
         name: &[u8],
     ) -> Result<(), LayerError> {
         let (major, minor) = entry.device;
         let (kind, device) = match entry.kind {
             Kind::Fifo => (FileType::Fifo, 0),
             Kind::CharDevice if (major, minor) == (0, 0) => {
-                return self.hide(entry, parent_path, name);
+                return self.hide(entry, parent, name);
             }
             Kind::CharDevice if is_harmless(major, minor) => {
                 (FileType::CharacterDevice, rustix::fs::makedev(major, minor))
@@ -405,15 +410,15 @@ impl<'a> Writer<'a> {
             .map_err(failed("open", shown))?;
         let xattrs =
             read_xattrs(source.as_fd()).map_err(failed("read the attributes of", shown))?;
+        let size = u64::try_from(found.stat.st_size).unwrap_or(0);
+        self.budget.take_inodes(1)?;
+        self.budget.take_bytes(size)?;
+        // May be the directory of the link, too: this one is left first, that one last, with the
+        // time that was read before anything was created in it.
         let parent = self.parent(&parents.join(&b'/'), shown)?;
         let mut file = self.create(entry, parent.as_fd(), name)?;
         let mut source = File::from(source);
-        self.copy(
-            entry,
-            &mut source,
-            &mut file,
-            u64::try_from(found.stat.st_size).unwrap_or(0),
-        )?;
+        self.copy(entry, &mut source, &mut file, size)?;
         let attributes = Attributes {
             uid: found.stat.st_uid,
             gid: found.stat.st_gid,
@@ -424,19 +429,19 @@ impl<'a> Writer<'a> {
         set_attributes(file.as_fd(), shown, &attributes)?;
         rustix::fs::futimens(&file, &fs::times(attributes.mtime))
             .map_err(failed("set the time of", shown))?;
+        parent.leave().map_err(failed("set the time of", shown))?;
         Ok(true)
     }
 
     fn add_whiteout(
         &mut self,
         entry: &Entry,
-        parent_path: &[u8],
+        parent: BorrowedFd<'_>,
         name: &[u8],
     ) -> Result<(), LayerError> {
         if name == WHITEOUT_OPAQUE {
-            let parent = self.parent(parent_path, &entry.path)?;
-            let dir =
-                fs::open_child_dir(parent.as_fd(), ".").map_err(failed("open", parent_path))?;
+            let dir = fs::open_child_dir(parent, ".")
+                .map_err(failed("open the parent of", &entry.path))?;
             return set_opaque(dir.as_fd(), &entry.path);
         }
         if name.starts_with(WHITEOUT_META) {
@@ -447,25 +452,24 @@ impl<'a> Writer<'a> {
             b"" | b"." | b".." => Err(LayerError::Whiteout {
                 entry: show(&entry.path),
             }),
-            hidden => self.hide(entry, parent_path, hidden),
+            hidden => self.hide(entry, parent, hidden),
         }
     }
 
     /// Hides `name` of the lower layers. Entries of this layer stay.
-    fn hide(&mut self, entry: &Entry, parent_path: &[u8], name: &[u8]) -> Result<(), LayerError> {
-        let parent = self.parent(parent_path, &entry.path)?;
-        let existing = fs::stat(parent.as_fd(), name).map_err(failed("look at", &entry.path))?;
+    fn hide(&self, entry: &Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<(), LayerError> {
+        let existing = fs::stat(parent, name).map_err(failed("look at", &entry.path))?;
         match existing {
             None => {
                 let device = FileType::CharacterDevice;
-                rustix::fs::mknodat(&parent, name, device, Mode::empty(), 0)
+                rustix::fs::mknodat(parent, name, device, Mode::empty(), 0)
                     .map_err(failed("create", &entry.path))?;
                 let flags = AtFlags::SYMLINK_NOFOLLOW;
-                rustix::fs::utimensat(&parent, name, &fs::times(NO_TIME), flags)
+                rustix::fs::utimensat(parent, name, &fs::times(NO_TIME), flags)
                     .map_err(failed("set the time of", &entry.path))
             }
             Some(stat) if fs::file_type(&stat) == FileType::Directory => {
-                let dir = fs::open_child_dir(parent.as_fd(), name).map_err(failed("open", name))?;
+                let dir = fs::open_child_dir(parent, name).map_err(failed("open", name))?;
                 set_opaque(dir.as_fd(), &entry.path)
             }
             Some(_) => Ok(()),
@@ -506,13 +510,5 @@ impl<'a> Writer<'a> {
 
     fn remove(&self, entry: &Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<(), LayerError> {
         fs::remove_all(parent, name).map_err(failed("replace", &entry.path))
-    }
-}
-
-fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
-    if parent.is_empty() {
-        name.to_vec()
-    } else {
-        [parent, b"/", name].concat()
     }
 }

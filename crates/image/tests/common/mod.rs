@@ -3,7 +3,7 @@
 //!
 //! A missing tool fails the test with its name.
 
-#![allow(dead_code, clippy::unwrap_used)] // each test binary uses a part
+#![allow(dead_code, unused_imports, clippy::unwrap_used)] // each test binary uses a part
 
 #[path = "../../src/unpack/testing.rs"]
 pub mod testing;
@@ -434,4 +434,39 @@ pub fn names(dir: impl AsRef<Path>) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// A registry of our own: `answer` gets each request's text and the connection, which is closed
+/// afterwards; its port.
+pub fn made_up_registry(answer: impl Fn(&str, &mut TcpStream) + Send + 'static) -> u16 {
+    let listener = TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // The thread ends with the test's process.
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            // Requests without a body are small and come in one piece.
+            let mut request = [0; 4096];
+            let read = client.read(&mut request).unwrap_or(0);
+            answer(&String::from_utf8_lossy(&request[..read]), &mut client);
+        }
+    });
+    port
+}
+
+/// Sends the beginning of an answer: a status, and further header lines.
+pub fn begin_answer(client: &mut TcpStream, status: &str, headers: &str) {
+    let _ = write!(
+        client,
+        "HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n"
+    );
+}
+
+/// An address of this machine that is not a loopback one, so that https is spoken with it.
+pub fn own_address() -> String {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    // Nothing is sent: it only chooses a route.
+    socket
+        .connect("192.0.2.1:9")
+        .expect("this test needs a network address beside loopback");
+    socket.local_addr().unwrap().ip().to_string()
 }

@@ -2,6 +2,10 @@
 //!
 //! Called by the parent module.
 
+use std::collections::BTreeMap;
+
+use crate::limits::ATTRIBUTES;
+
 /// Overrides for the next entry from extension headers.
 #[derive(Default)]
 pub(super) struct Extensions {
@@ -11,8 +15,29 @@ pub(super) struct Extensions {
     pub uid: Option<u32>,
     pub gid: Option<u32>,
     pub mtime: Option<(i64, u32)>,
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: Xattrs,
     pub sparse: SparseRecords,
+}
+
+/// Extended attributes by name; not more than [`ATTRIBUTES`] bytes.
+#[derive(Default)]
+pub(super) struct Xattrs {
+    values: BTreeMap<Vec<u8>, Vec<u8>>,
+    bytes: usize,
+}
+
+/// Why records cannot be applied.
+pub(super) enum RecordError {
+    /// This part is malformed.
+    Malformed(&'static str),
+    /// The extended attributes are too large.
+    Attributes,
+}
+
+impl From<&'static str> for RecordError {
+    fn from(what: &'static str) -> Self {
+        Self::Malformed(what)
+    }
 }
 
 #[derive(Default)]
@@ -26,7 +51,7 @@ pub(super) struct SparseRecords {
 
 impl Extensions {
     /// Applies `LENGTH KEY=VALUE\n` records.
-    pub(super) fn add_records(&mut self, mut records: &[u8]) -> Result<(), &'static str> {
+    pub(super) fn add_records(&mut self, mut records: &[u8]) -> Result<(), RecordError> {
         const BAD: &str = "PAX record";
         while !records.is_empty() {
             let space = records
@@ -36,7 +61,7 @@ impl Extensions {
                 .ok_or(BAD)?;
             let length = decimal(&records[..space]).ok_or(BAD)? as usize;
             if length <= space + 1 || length > records.len() || records[length - 1] != b'\n' {
-                return Err(BAD);
+                return Err(BAD.into());
             }
             let record = &records[space + 1..length - 1];
             let equals = record.iter().position(|&byte| byte == b'=').ok_or(BAD)?;
@@ -46,12 +71,10 @@ impl Extensions {
         Ok(())
     }
 
-    fn add_record(&mut self, key: &[u8], value: &[u8]) -> Result<(), &'static str> {
+    fn add_record(&mut self, key: &[u8], value: &[u8]) -> Result<(), RecordError> {
         const XATTR: &[u8] = b"SCHILY.xattr.";
         if let Some(name) = key.strip_prefix(XATTR) {
-            self.xattrs.retain(|(known, _)| known != name);
-            self.xattrs.push((name.to_vec(), value.to_vec()));
-            return Ok(());
+            return self.xattrs.insert(name, value);
         }
         if value.is_empty() {
             // An empty value cancels an earlier record.
@@ -88,6 +111,29 @@ impl Extensions {
             }
         }
         Ok(())
+    }
+}
+
+impl Xattrs {
+    fn insert(&mut self, name: &[u8], value: &[u8]) -> Result<(), RecordError> {
+        // The record's bytes are in memory, so this is a small number.
+        let bytes = self.bytes + name.len() + value.len();
+        let replaced = self
+            .values
+            .get(name)
+            .map_or(0, |old| name.len() + old.len());
+        let bytes = bytes - replaced;
+        if bytes > ATTRIBUTES {
+            return Err(RecordError::Attributes);
+        }
+        self.bytes = bytes;
+        self.values.insert(name.to_vec(), value.to_vec());
+        Ok(())
+    }
+
+    /// Names and values, in the order of the names.
+    pub(super) fn into_vec(self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        self.values.into_iter().collect()
     }
 }
 

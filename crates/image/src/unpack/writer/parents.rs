@@ -11,14 +11,31 @@ use rustix::io::Errno;
 use super::super::attributes::{Attributes, failed, set_attributes, set_opaque, show};
 use super::super::{LayerError, fs};
 use super::{MAX_LINKS, NO_TIME, Writer};
+use crate::limits::{LOOKUP_STEPS, PATH_DEPTH};
 
 /// The parent directory of an entry.
 pub(super) struct Parent {
     /// Path in the archive.
-    pub written: Vec<u8>,
-    /// Path without symbolic links.
-    pub real: Vec<u8>,
-    pub dir: OwnedFd,
+    written: Vec<u8>,
+    dir: OwnedFd,
+    /// Its time before entries were created in it.
+    time: (i64, u32),
+}
+
+impl Parent {
+    fn enter(written: &[u8], dir: OwnedFd) -> rustix::io::Result<Self> {
+        let time = fs::dir_time(dir.as_fd())?;
+        Ok(Self {
+            written: written.to_vec(),
+            dir,
+            time,
+        })
+    }
+
+    /// Sets its time again, after entries were created in it.
+    pub(super) fn leave(self) -> rustix::io::Result<()> {
+        fs::set_dir_time(self.dir.as_fd(), self.time)
+    }
 }
 
 impl AsFd for Parent {
@@ -30,43 +47,38 @@ impl AsFd for Parent {
 impl Writer<'_> {
     /// The parent directory of an entry, created if the archive had no entry for it.
     pub(super) fn parent(&mut self, path: &[u8], entry: &[u8]) -> Result<Parent, LayerError> {
-        if let Some(last) = self.last_parent.take()
-            && last.written == path
+        if let Some(last) = &self.last_parent
+            && last.written != path
         {
+            self.leave_parent()?;
+        }
+        if let Some(last) = self.last_parent.take() {
             return Ok(last);
         }
-        match fs::open_real(self.root.as_fd(), path) {
-            Ok(dir) => Ok(Parent {
-                written: path.to_vec(),
-                real: path.to_vec(),
-                dir,
-            }),
+        let dir = match fs::open_real(self.root.as_fd(), path) {
+            Ok(dir) => Ok(dir),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
-                let mut made = Vec::new();
-                let real = self.make_parents(path, entry, &mut made)?;
-                for path in made {
-                    self.dir_times.entry(path).or_insert(NO_TIME);
-                }
-                let dir = fs::open_real(self.root.as_fd(), &real)
-                    .map_err(failed("open the parent of", entry))?;
-                Ok(Parent {
-                    written: path.to_vec(),
-                    real,
-                    dir,
-                })
+                let real = self.make_parents(path, entry)?;
+                fs::open_real(self.root.as_fd(), &real)
             }
-            Err(error) => Err(failed("open the parent of", entry)(error)),
-        }
+            Err(error) => Err(error),
+        };
+        dir.and_then(|dir| Parent::enter(path, dir))
+            .map_err(failed("open the parent of", entry))
+    }
+
+    /// Leaves the last entry's directory.
+    pub(super) fn leave_parent(&mut self) -> Result<(), LayerError> {
+        let Some(last) = self.last_parent.take() else {
+            return Ok(());
+        };
+        let path = last.written.clone();
+        last.leave().map_err(failed("set the time of", &path))
     }
 
     /// Walks to `path` by components: follows symbolic links of this layer and of lower ones, below
     /// the root, and creates missing directories. Returns the path without links.
-    fn make_parents(
-        &self,
-        path: &[u8],
-        entry: &[u8],
-        made: &mut Vec<Vec<u8>>,
-    ) -> Result<Vec<u8>, LayerError> {
+    fn make_parents(&mut self, path: &[u8], entry: &[u8]) -> Result<Vec<u8>, LayerError> {
         let split = |path: &[u8]| -> Vec<Vec<u8>> {
             path.split(|&byte| byte == b'/')
                 .map(<[u8]>::to_vec)
@@ -95,11 +107,17 @@ impl Writer<'_> {
             }
             Ok(())
         };
-        let open = |done: &[Vec<u8>]| {
-            fs::open_real(self.root.as_fd(), &done.join(&b'/'))
-                .map_err(failed("open the parent of", entry))
-        };
+        let mut steps = 0;
         while let Some(part) = todo.pop_front() {
+            steps += 1;
+            if steps > LOOKUP_STEPS || done.len() >= PATH_DEPTH {
+                return Err(LayerError::Entry {
+                    entry: show(entry),
+                    reason: format!(
+                        "its directory is more than {PATH_DEPTH} deep, or {LOOKUP_STEPS} steps away"
+                    ),
+                });
+            }
             match part.as_slice() {
                 b"" | b"." => continue,
                 b".." => {
@@ -108,7 +126,8 @@ impl Writer<'_> {
                 }
                 _ => {}
             }
-            let dir = open(&done)?;
+            let dir = fs::open_real(self.root.as_fd(), &done.join(&b'/'))
+                .map_err(failed("open the parent of", entry))?;
             let existing =
                 fs::stat(dir.as_fd(), &part).map_err(failed("look at the parent of", entry))?;
             match existing {
@@ -119,12 +138,16 @@ impl Writer<'_> {
                     follow(target.as_bytes(), &mut todo, &mut done)?;
                 }
                 Some(stat) if fs::is_whiteout(&stat) => {
-                    fs::remove_all(dir.as_fd(), part.as_slice())
+                    let around =
+                        Parent::enter(path, dir).map_err(failed("open the parent of", entry))?;
+                    fs::remove_all(around.as_fd(), part.as_slice())
                         .map_err(failed("replace the parent of", entry))?;
-                    let new = self.make_dir(dir.as_fd(), &part, None, entry)?;
+                    let new = self.make_dir(around.as_fd(), &part, None, entry)?;
+                    around
+                        .leave()
+                        .map_err(failed("set the time of the parent of", entry))?;
                     set_opaque(new.as_fd(), entry)?;
                     done.push(part);
-                    made.push(done.join(&b'/'));
                 }
                 Some(_) => return Err(no_dir(format!("\"{}\"", show(&part)))),
                 None => {
@@ -142,9 +165,13 @@ impl Writer<'_> {
                             let like = found
                                 .map(|found| found.stat)
                                 .filter(|stat| fs::file_type(stat) == FileType::Directory);
-                            self.make_dir(dir.as_fd(), &part, like, entry)?;
+                            let around = Parent::enter(path, dir)
+                                .map_err(failed("open the parent of", entry))?;
+                            self.make_dir(around.as_fd(), &part, like, entry)?;
+                            around
+                                .leave()
+                                .map_err(failed("set the time of the parent of", entry))?;
                             done.push(part);
-                            made.push(done.join(&b'/'));
                         }
                     }
                 }
@@ -155,12 +182,14 @@ impl Writer<'_> {
 
     /// Creates a directory that the archive has no entry for.
     fn make_dir(
-        &self,
+        &mut self,
         parent: BorrowedFd<'_>,
         name: &[u8],
         like: Option<rustix::fs::Stat>,
         entry: &[u8],
     ) -> Result<OwnedFd, LayerError> {
+        self.budget.take_inodes(1)?;
+        self.disk.entry()?;
         rustix::fs::mkdirat(parent, name, Mode::RWXU)
             .map_err(failed("create the parent of", entry))?;
         let dir = fs::open_child_dir(parent, name).map_err(failed("open the parent of", entry))?;
@@ -175,6 +204,8 @@ impl Writer<'_> {
             xattrs: &[],
         };
         set_attributes(dir.as_fd(), entry, &attributes)?;
+        fs::set_dir_time(dir.as_fd(), NO_TIME)
+            .map_err(failed("set the time of the parent of", entry))?;
         Ok(dir)
     }
 }
