@@ -197,6 +197,10 @@ mod tests {
             ("hull run --cpus 1.5 i", "cpus: Some(1500)"),
             ("hull run --pids-limit -1 i", "pids_limit: Some(-1)"),
             ("hull run --shm-size 1g i", "shm_size: Some(1073741824)"),
+            (
+                "hull run --storage-opt size=1g i",
+                "storage_opt: Some(1073741824)",
+            ),
             ("hull run --network none i", "network: Some(None)"),
             (
                 "hull run --network container:x i",

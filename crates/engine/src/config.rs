@@ -54,6 +54,8 @@ pub struct Config {
     pub image_max_inodes: u64,
     /// Size of /dev/shm, bytes.
     pub shm_size: u64,
+    /// Size of the writable layer, bytes; 0 is no limit.
+    pub storage_size: u64,
     /// Most processes; 0 is no limit.
     pub pids_limit: i64,
     /// Seconds between stop signal and SIGKILL.
@@ -161,6 +163,7 @@ impl Config {
             image_max_size: 0,
             image_max_inodes: 0,
             shm_size: 0,
+            storage_size: 0,
             pids_limit: 0,
             stop_timeout: 0,
             detach_keys: DetachKeys::default(),
@@ -281,6 +284,7 @@ impl Config {
                 self.image_max_inodes = integer(value, 0, i64::MAX)?.unsigned_abs();
             }
             "shm_size" => self.shm_size = values::size(string(value)?)?,
+            "storage_size" => self.storage_size = values::size(string(value)?)?,
             "pids_limit" => self.pids_limit = integer(value, 0, i64::MAX)?,
             "stop_timeout" => self.stop_timeout = integer(value, -1, 1 << 31)?,
             "detach_keys" => self.detach_keys = values::detach_keys(string(value)?)?,
@@ -378,7 +382,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 21, "one origin for each key");
+        assert_eq!(config.origins.len(), 22, "one origin for each key");
         assert!(
             config
                 .origins

@@ -389,7 +389,7 @@ pub fn sweep(paths: &Paths) {
 /// Whether a directory without a record is older than a removal takes. One with a writable layer is
 /// another hull's, and is left alone.
 fn is_old(path: &Path) -> bool {
-    if path.join("upper").exists() {
+    if path.join("upper").exists() || path.join("layer.img").exists() {
         return false;
     }
     const OLD: Duration = Duration::from_secs(60);

@@ -9,7 +9,8 @@ use hull_sandbox::store::ProcessId;
 /// ```text
 /// RUN/…                   what lives: see hull_sandbox::store
 /// DATA/containers/<id>/   one container: config.json, record.json, status.json, and
-///     upper, work         its writable layer
+///     upper, work         its writable layer; with a size of its own:
+///     layer.img, layer    a file system that holds those, and where it is mounted
 ///     log, log.1          its output
 ///     network.json        what network plugins are to undo
 /// DATA/containers/.<pid>-<start>   one that this process is about to create

@@ -95,6 +95,8 @@ pub struct RunOptions {
     pub ulimits: Vec<Ulimit>,
     /// Size of /dev/shm, bytes.
     pub shm_size: Option<u64>,
+    /// Size of the writable layer, bytes; 0 for no limit.
+    pub storage_size: Option<u64>,
     /// The root file system is read-only.
     pub read_only: bool,
     /// Capabilities to add.

@@ -159,6 +159,16 @@ pub fn size(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
+/// An option of the storage of a container: `size=SIZE`, bytes.
+pub fn storage_option(text: &str) -> Result<u64, String> {
+    match text.split_once('=') {
+        Some(("size", value)) => size(value),
+        _ => Err(format!(
+            "unknown storage option {text:?}: there is size=SIZE"
+        )),
+    }
+}
+
 /// A memory limit; Docker's least is 6 MB.
 pub fn memory(text: &str) -> Result<u64, String> {
     let bytes = size(text)?;

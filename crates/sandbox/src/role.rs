@@ -87,7 +87,10 @@ fn restrict() -> Result<()> {
         | CapabilitySet::NET_ADMIN // taps, addresses, packet filters; also of plugins
         | CapabilitySet::NET_RAW // iptables, of plugins
         | CapabilitySet::SYS_PTRACE // what the machine's processes cost: their smaps_rollup
-        | CapabilitySet::KILL; // they have users of their own
+        | CapabilitySet::KILL // they have users of their own
+        // Removes writable layers, whose files are anybody's (`--rm`).
+        | CapabilitySet::DAC_OVERRIDE
+        | CapabilitySet::FOWNER;
     if rootless::in_user_namespace() {
         // pasta drops privileges by itself.
         keep |= CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::SETPCAP;

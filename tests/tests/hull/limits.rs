@@ -1,10 +1,11 @@
 //! Limits that hold: memory, processors, processes, and the size of the machine around them.
 
-use hull_tests::{Hull, on_every_machine};
+use hull_tests::{Hull, LoopDevice, on_every_machine};
 
 on_every_machine!(
     a_container_that_takes_too_much_memory_is_killed_and_says_so,
-    limits_are_seen_inside
+    limits_are_seen_inside,
+    a_container_writes_no_more_to_its_root_than_its_size,
 );
 
 fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'static str) {
@@ -14,6 +15,38 @@ fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'stati
     assert_eq!(container.inspect()["exit"]["oom_killed"], true);
     // Another container is not disturbed by its limit.
     hull.run(&["-m", "64m"], &["true"]).ok();
+}
+
+fn a_container_writes_no_more_to_its_root_than_its_size(machine: &'static str) {
+    // It says why when there are none.
+    let Some(_) = LoopDevice::new(&[0; 4096]) else {
+        return;
+    };
+    let hull = Hull::on(machine);
+    let write = "dd if=/dev/zero of=/x bs=1M count=64 2>&1 | grep -c 'No space left'; \
+                 rm /x; echo y >/etc/motd; cat /etc/motd; ls /bin/sh";
+    let size = ["--storage-opt", "size=24m"];
+    assert_eq!(hull.sh(&size, write).ok().text(), "1\ny\n/bin/sh");
+    // One that stays keeps its layer, which goes with it; nothing is mounted or attached meanwhile.
+    let container = hull.start(&size, &["sh", "-c", "echo x >/x"]);
+    assert_eq!(container.wait(), 0);
+    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let file = hull.path("data/containers").join(&id).join("layer.img");
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), 24 << 20);
+    let attached = std::fs::read_dir("/sys/block")
+        .unwrap()
+        .flatten()
+        .any(|disk| {
+            let backing = disk.path().join("loop/backing_file");
+            std::fs::read_to_string(backing).is_ok_and(|path| path.contains(&id))
+        });
+    assert!(!attached, "{id}");
+    container.does("rm").ok();
+    assert!(!file.exists());
+    hull.run(&["--storage-opt", "size=1m"], &["true"])
+        .fails(125, &["too small", "8 MiB"]);
+    hull.run(&["--storage-opt", "inodes=1"], &["true"])
+        .fails(125, &["unknown storage option"]);
 }
 
 fn limits_are_seen_inside(machine: &'static str) {

@@ -92,6 +92,9 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = values::size)]
     shm_size: Option<u64>,
 
+    /// Most that can be written to the root file system, as size=SIZE
+    #[arg(long, value_name = "size=SIZE", value_parser = values::storage_option)]
+    storage_opt: Option<u64>,
     /// Make the root file system read-only
     #[arg(long)]
     read_only: bool,
@@ -232,6 +235,7 @@ impl Args {
             pids_limit: self.pids_limit,
             ulimits: self.ulimit,
             shm_size: self.shm_size,
+            storage_size: self.storage_opt,
             read_only: self.read_only,
             cap_add: self.cap_add,
             cap_drop: self.cap_drop,

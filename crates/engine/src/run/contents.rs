@@ -7,7 +7,7 @@ use hull_image::Image;
 use hull_sandbox::config::{ContainerConfig, Removal, Share, Stdio, Writers, share_name};
 use hull_sandbox::control::client::Client;
 use hull_sandbox::control::protocol::{MAX_SHARES, Request};
-use hull_sandbox::shares::{self, Overlay, ReadOnly};
+use hull_sandbox::shares::{self, Disk, Overlay, ReadOnly};
 use hull_sandbox::store::Directory;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -26,11 +26,22 @@ impl Run<'_> {
         image: &Image,
         directory: &Directory,
     ) -> Result<Vec<(Share, OwnedFd)>> {
+        let size = self
+            .options
+            .storage_size
+            .unwrap_or(self.config.storage_size);
+        let disk = (size > 0).then(|| Disk {
+            file: directory.path().join("layer.img"),
+            place: directory.path().join("layer"),
+            size,
+        });
+        let parent = disk.as_ref().map_or(directory.path(), |disk| &disk.place);
         let root = shares::root(&Overlay {
             layers: &image.layers,
-            upper: directory.path().join("upper"),
-            work: directory.path().join("work"),
+            upper: parent.join("upper"),
+            work: parent.join("work"),
             volatile: self.options.remove,
+            disk: disk.clone(),
         })?;
         let mut shares = vec![(self.root(), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {

@@ -6,6 +6,7 @@
 //! read-only mount of the host's kernel: neither the guest nor a broken device process can write.
 
 mod detached;
+mod disk;
 mod overlay;
 
 use std::fs::{self, File};
@@ -17,6 +18,7 @@ use hull_device_control::Cache;
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
+pub use disk::Disk;
 pub use overlay::{Overlay, root};
 
 use crate::config::{FILE_NAME, Share, Writers};

@@ -20,6 +20,7 @@ use rustix::mount::{
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::detached;
+use super::disk::Disk;
 use crate::error::{Context, Error, Result};
 use crate::rootless;
 
@@ -37,6 +38,8 @@ pub struct Overlay<'a> {
     pub work: PathBuf,
     /// Nothing of it has to survive a power failure.
     pub volatile: bool,
+    /// Upper and work directory are on this, below its place.
+    pub disk: Option<Disk>,
 }
 
 /// A detached mount of a container's root file system.
@@ -45,13 +48,16 @@ pub struct Overlay<'a> {
 /// A layer is gone, the upper directory's file system cannot be an upper layer, or the disk is
 /// full.
 pub fn root(overlay: &Overlay<'_>) -> Result<OwnedFd> {
-    for directory in [&overlay.upper, &overlay.work] {
-        fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
+    if let Some(disk) = &overlay.disk {
+        if rootless::in_user_namespace() {
+            return Err(Error::unsupported(
+                "a writable layer with a size, without root: it is a file system of its own",
+            ));
+        }
+        disk.prepare(overlay.volatile)?;
+        return in_a_thread(overlay);
     }
-    // The root of an overlay has the attributes of its upper directory.
-    if let Some(top) = overlay.layers.first() {
-        copy_attributes(top, &overlay.upper)?;
-    }
+    prepare(overlay)?;
     match Opened::new(overlay)?.without_place(overlay.volatile) {
         // The overlay of an older kernel knows no "lowerdir+".
         Err(error) if error == rustix::io::Errno::INVAL => in_a_thread(overlay),
@@ -62,16 +68,38 @@ pub fn root(overlay: &Overlay<'_>) -> Result<OwnedFd> {
 /// What fails when the kernel does not mount it.
 const DOING: &str = "mount the container's root file system";
 
-/// Mounts it on its upper directory, in a mount namespace that nobody but one thread is in.
+/// Creates the upper directory and that of the overlay's work.
+fn prepare(overlay: &Overlay<'_>) -> Result<()> {
+    for directory in [&overlay.upper, &overlay.work] {
+        fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
+    }
+    // The root of an overlay has the attributes of its upper directory.
+    match overlay.layers.first() {
+        Some(top) => copy_attributes(top, &overlay.upper),
+        None => Ok(()),
+    }
+}
+
+/// Mounts it in a mount namespace that nobody but one thread is in: with what its upper directory
+/// is on, and on that directory where the kernel needs a place.
 fn in_a_thread(overlay: &Overlay<'_>) -> Result<OwnedFd> {
     std::thread::scope(|scope| {
         let mounting = scope.spawn(|| {
             own_namespace().context(|| "create a mount namespace")?;
+            if let Some(disk) = &overlay.disk {
+                disk.mount()
+                    .context(|| format!("mount {}", disk.file.display()))?;
+                prepare(overlay)?;
+            }
             // In that namespace: an overlay takes no directories of another one.
             let opened = Opened::new(overlay)?;
-            opened
-                .on(&overlay.upper, overlay.volatile)
-                .context(|| DOING)
+            match opened.without_place(overlay.volatile) {
+                Err(error) if error == rustix::io::Errno::INVAL => {
+                    opened.on(&overlay.upper, overlay.volatile)
+                }
+                mounted => mounted.map_err(io::Error::from),
+            }
+            .context(|| DOING)
         });
         mounting
             .join()
@@ -226,6 +254,7 @@ mod tests {
             upper: parent.path().join("upper"),
             work: parent.path().join("work"),
             volatile: false,
+            disk: None,
         };
         let mount = root(&overlay).unwrap();
         assert_eq!(read(&mount, "all").unwrap(), "0");
