@@ -32,6 +32,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_device_control::{LinkLocal, Policy};
 
+/// How much of a frame is examined: Ethernet, IPv6, a few extension headers, neighbour discovery.
+pub const LOOK: usize = 192;
+
 const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
@@ -60,6 +63,14 @@ const LINK_ADDRESSES: [u8; 2] = [1, 2];
 const IPV6_HEADER: usize = 40;
 /// Most extension headers before the message.
 const MAX_EXTENSIONS: usize = 8;
+
+// The header that taps and virtio have in common (linux/virtio_net.h).
+const NEEDS_CHECKSUM: u8 = 1;
+const CHECKSUM_START: usize = 6;
+
+/// Of a frame that was examined as a whole: ARP, and ICMPv6, whose checksums no driver leaves to
+/// the host.
+const ALL: usize = usize::MAX;
 
 type Verdict = Result<(), &'static str>;
 
@@ -119,16 +130,29 @@ impl Filter {
         Self(policy)
     }
 
-    /// Whether a frame may pass, by its first bytes (all of it, if it is short).
-    pub fn check(&self, frame: &[u8]) -> Verdict {
+    /// Whether a frame may pass, by its header for the tap (`struct virtio_net_hdr_v1`) and its
+    /// first [`LOOK`] bytes (all of it, if it is shorter).
+    pub fn check(&self, header: &[u8], frame: &[u8]) -> Verdict {
+        let examined = self.examine(frame)?;
+        let ([flags], start) = (bytes(header, 0)?, bytes(header, CHECKSUM_START)?);
+        // The host adds such a checksum when the frame leaves by an interface that cannot: two
+        // bytes of the guest's choice, behind the place from which it is computed.
+        match flags & NEEDS_CHECKSUM != 0 && usize::from(u16::from_le_bytes(start)) < examined {
+            true => Err("a checksum would change what was examined"),
+            false => Ok(()),
+        }
+    }
+
+    /// Checks the frame; returns how many of its bytes must stay as they are for that to hold.
+    fn examine(&self, frame: &[u8]) -> Result<usize, &'static str> {
         if bytes::<6>(frame, 6)? != self.0.mac {
             return Err("not from the guest's hardware address");
         }
         let packet = frame.get(14..).unwrap_or_default();
         match u16::from_be_bytes(bytes(frame, 12)?) {
-            ARP => self.arp(packet),
-            IPV4 => self.ipv4(packet),
-            IPV6 => self.ipv6(packet),
+            ARP => self.arp(packet).map(|()| ALL),
+            IPV4 => Ok(14 + self.ipv4(packet)?),
+            IPV6 => Ok(self.ipv6(packet)?.saturating_add(14)),
             _ => Err("neither ARP nor IP"),
         }
     }
@@ -158,20 +182,24 @@ impl Filter {
         }
     }
 
-    fn ipv4(&self, packet: &[u8]) -> Verdict {
-        if bytes::<1>(packet, 0)?[0] >> 4 != 4 {
-            return Err("IPv4 of another version");
+    /// Returns the length of the header.
+    fn ipv4(&self, packet: &[u8]) -> Result<usize, &'static str> {
+        let [first] = bytes::<1>(packet, 0)?;
+        let length = 4 * usize::from(first & 0xf);
+        if first >> 4 != 4 || length < 20 {
+            return Err("IPv4 of another version, or with too short a header");
         }
         if !self.owns(v4(packet, 12)?.into()) {
             return Err("IPv4 from another's address");
         }
         match self.0.link_local == LinkLocal::All || !v4(packet, 16)?.is_link_local() {
-            true => Ok(()),
+            true => Ok(length),
             false => Err("IPv4 to a link-local address"),
         }
     }
 
-    fn ipv6(&self, packet: &[u8]) -> Verdict {
+    /// Returns how much was examined: the headers, or [`ALL`] of ICMPv6.
+    fn ipv6(&self, packet: &[u8]) -> Result<usize, &'static str> {
         if bytes::<1>(packet, 0)?[0] >> 4 != 6 {
             return Err("IPv6 of another version");
         }
@@ -195,10 +223,10 @@ impl Filter {
             return Err("IPv6 from another's address");
         }
         if protocol == ICMPV6 {
-            return self.discovery(packet, message);
+            return self.discovery(packet, message).map(|()| ALL);
         }
         match self.0.link_local != LinkLocal::None || !destination.is_unicast_link_local() {
-            true => Ok(()),
+            true => Ok(message),
             false => Err("IPv6 to a link-local address"),
         }
     }
@@ -225,8 +253,8 @@ impl Filter {
         // (0 with a jumbo payload's option) could hide them from here, and not from the receiver.
         // These messages are longer than the shortest frame, so there is no padding behind them.
         let length = usize::from(u16::from_be_bytes(bytes(packet, 4)?));
-        if packet.len() != IPV6_HEADER + length {
-            return Err("neighbour discovery of another length than its packet's");
+        if packet.len() != IPV6_HEADER + length || packet.len() + 14 >= LOOK {
+            return Err("neighbour discovery of a length that cannot be examined");
         }
         self.link_addresses(packet.get(options..).ok_or("too short")?)
     }

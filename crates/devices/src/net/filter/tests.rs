@@ -16,6 +16,13 @@ fn policy() -> Policy {
     }
 }
 
+/// A header that leaves nothing to the host.
+const PLAIN: [u8; 12] = [0; 12];
+
+fn check(frame: &[u8]) -> Verdict {
+    Filter::new(policy()).check(&PLAIN, frame)
+}
+
 fn frame(source: [u8; 6], kind: u16, packet: &[u8]) -> Vec<u8> {
     let mut frame = vec![0xff; 6];
     frame.extend(source);
@@ -132,7 +139,7 @@ fn what_the_guest_says_of_itself_passes() {
             &[ICMPV6, 0, 5, 2, 0, 0, 0, 0, 143, 0, 0, 0],
         ),
     ] {
-        assert_eq!(Filter::new(policy()).check(&good), Ok(()), "{good:02x?}");
+        assert_eq!(check(&good), Ok(()), "{good:02x?}");
     }
 }
 
@@ -170,12 +177,12 @@ fn what_speaks_for_others_does_not() {
         ipv6("fe80::2", "ff02::1", ICMPV6, &[REDIRECT; 40]),
         ipv6("fd00::2", "ff02::1", HOP_BY_HOP, &endless),
     ] {
-        assert!(Filter::new(policy()).check(&bad).is_err(), "{bad:02x?}");
+        assert!(check(&bad).is_err(), "{bad:02x?}");
     }
     let mut allowed = policy();
     allowed.link_local = LinkLocal::All;
     assert_eq!(
-        Filter::new(allowed.clone()).check(&ipv4("10.0.0.2", "169.254.169.254")),
+        Filter::new(allowed.clone()).check(&PLAIN, &ipv4("10.0.0.2", "169.254.169.254")),
         Ok(())
     );
 }
@@ -195,7 +202,7 @@ fn no_bytes_are_too_few() {
     for sample in samples {
         for length in 0..sample.len() {
             // It must say something.
-            let _ = Filter::new(policy()).check(&sample[..length]);
+            let _ = check(&sample[..length]);
         }
     }
 }
@@ -211,7 +218,7 @@ fn nobody_is_kept_from_an_address_by_questions_for_it() {
         ipv6("::", "ff02::1:ff00:1", ICMPV6, &of_another[..24]),
         ipv6("::", "ff02::1:ff00:1", ICMPV6, &link_local),
     ] {
-        assert!(Filter::new(policy()).check(&bad).is_err(), "{bad:02x?}");
+        assert!(check(&bad).is_err(), "{bad:02x?}");
     }
 }
 
@@ -233,17 +240,64 @@ fn options_of_neighbour_discovery_cannot_be_hidden_by_lengths() {
         frame
     };
     let plain = |message: &[u8]| ipv6("fd00::2", "ff02::1", ICMPV6, message);
-    assert_eq!(Filter::new(policy()).check(&plain(&own)), Ok(()));
+    assert_eq!(check(&plain(&own)), Ok(()));
     for message in [&stolen, &lie, &router_lie, &own] {
         for length in (0..message.len()).chain([message.len() + 1, message.len() + 8, 0xffff]) {
             let bad = with_length(plain(message), length);
-            assert!(Filter::new(policy()).check(&bad).is_err(), "{bad:02x?}");
+            assert!(check(&bad).is_err(), "{bad:02x?}");
         }
         let bad = with_length(jumbo(message), 0);
-        assert!(Filter::new(policy()).check(&bad).is_err(), "{bad:02x?}");
+        assert!(check(&bad).is_err(), "{bad:02x?}");
     }
-    assert!(Filter::new(policy()).check(&plain(&router_lie)).is_err());
+    assert!(check(&plain(&router_lie)).is_err());
     let mut long = own.clone();
     long[25] = 2;
-    assert!(Filter::new(policy()).check(&plain(&long)).is_err());
+    assert!(check(&plain(&long)).is_err());
+    // A lie behind the bytes that are examined.
+    let mut far = own;
+    far.resize(LOOK - 56, 0);
+    let units = (far.len() - 24) / 8;
+    far[24..26].copy_from_slice(&[14, units as u8]);
+    far.resize(LOOK - 54 + 6, 1);
+    assert!(check(&plain(&far)[..LOOK]).is_err());
+    assert!(check(&with_length(plain(&far), LOOK - 54)[..LOOK]).is_err());
+}
+
+#[test]
+fn a_checksum_that_the_host_adds_cannot_change_what_was_examined() {
+    let check_with = |start: u16, offset: u16, frame: &[u8]| {
+        let mut header = PLAIN;
+        header[0] = NEEDS_CHECKSUM;
+        header[6..8].copy_from_slice(&start.to_le_bytes());
+        header[8..10].copy_from_slice(&offset.to_le_bytes());
+        Filter::new(policy()).check(&header, frame)
+    };
+    let mut tcp = ipv4("10.0.0.2", "8.8.8.8");
+    tcp[14] = 0x45;
+    tcp.extend([0; 20]);
+    let tcp6 = ipv6("fd00::2", "2001:db8::1", 6, &[0; 20]);
+    let mut behind_options = vec![6, 0, 1, 4, 0, 0, 0, 0];
+    behind_options.extend([0; 20]);
+    let options6 = ipv6("fd00::2", "2001:db8::1", DESTINATION, &behind_options);
+    for (frame, transport) in [(&tcp, 34), (&tcp6, 54), (&options6, 62)] {
+        assert_eq!(check_with(transport, 16, frame), Ok(()));
+        // Of a packet within a tunnel.
+        assert_eq!(check_with(transport + 8, 6, frame), Ok(()));
+        for start in 0..transport {
+            check_with(start, 0, frame).unwrap_err();
+            check_with(start, 12, frame).unwrap_err();
+        }
+    }
+    tcp[14] = 0x4f;
+    check_with(34, 16, &tcp).unwrap_err();
+    let own = neighbour(NEIGHBOUR_ADVERTISEMENT, "fd00::2", 2, MAC);
+    for frame in [
+        arp(MAC, "10.0.0.2"),
+        ipv6("fd00::2", "ff02::1", ICMPV6, &own),
+    ] {
+        assert_eq!(check(&frame), Ok(()));
+        for start in 0..frame.len() {
+            check_with(u16::try_from(start).unwrap(), 2, &frame).unwrap_err();
+        }
+    }
 }
