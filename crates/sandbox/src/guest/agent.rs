@@ -89,12 +89,10 @@ fn failure_of_existing(lost: Failure) -> Error {
     }
 }
 
-/// A text of the guest's, fit for a person's terminal: bounded, and without control characters.
+/// Text of the guest for display on a terminal, at most [`MAX_TEXT`] characters.
 pub fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(MAX_TEXT)
-        .collect()
+    let shown: String = text.chars().take(MAX_TEXT).collect();
+    hull_machine::printable(&shown)
 }
 
 impl Agent {
