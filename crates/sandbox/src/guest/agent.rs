@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use hull_protocol::agent as proto;
-use hull_protocol::agent_ttrpc::AgentClient;
 use ttrpc::context::Context as CallContext;
 
 use super::Incoming;
+use super::answers::AnsweringClient;
 use super::connection::{self, Connection, Failure, Repeat};
 use crate::config::{RawArgs, TerminalSize};
 use crate::error::{Error, ErrorKind, Result};
@@ -120,7 +120,7 @@ impl Agent {
     async fn change<T, F: Future<Output = ttrpc::Result<T>>>(
         &self,
         timeout: Option<Duration>,
-        call: impl Fn(AgentClient, CallContext) -> F,
+        call: impl Fn(AnsweringClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         self.connection.call(Repeat::ById, timeout, call).await
     }
@@ -129,7 +129,7 @@ impl Agent {
     async fn look<T, F: Future<Output = ttrpc::Result<T>>>(
         &self,
         timeout: Option<Duration>,
-        call: impl Fn(AgentClient, CallContext) -> F,
+        call: impl Fn(AnsweringClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         self.connection.call(Repeat::Freely, timeout, call).await
     }
@@ -487,8 +487,9 @@ impl Agent {
     /// The agent's; a guest that is already gone is one.
     pub async fn shutdown(&self, time: Duration) -> Result<()> {
         let request = &proto::Empty::default();
-        let call =
-            |client: AgentClient, context| async move { client.shutdown(context, request).await };
+        let call = |client: AnsweringClient, context| async move {
+            client.shutdown(context, request).await
+        };
         self.connection
             .call(Repeat::Never, Some(time), call)
             .await
