@@ -11,7 +11,7 @@ use hull_protocol::agent as proto;
 use ttrpc::context::Context as CallContext;
 
 use super::Incoming;
-use super::answers::AnsweringClient;
+use super::answers::BoundedClient;
 use super::connection::{self, Connection, Failure, Repeat};
 use crate::config::{RawArgs, TerminalSize};
 use crate::error::{Error, ErrorKind, Result};
@@ -120,7 +120,7 @@ impl Agent {
     async fn change<T, F: Future<Output = ttrpc::Result<T>>>(
         &self,
         timeout: Option<Duration>,
-        call: impl Fn(AnsweringClient, CallContext) -> F,
+        call: impl Fn(BoundedClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         self.connection.call(Repeat::ById, timeout, call).await
     }
@@ -129,7 +129,7 @@ impl Agent {
     async fn look<T, F: Future<Output = ttrpc::Result<T>>>(
         &self,
         timeout: Option<Duration>,
-        call: impl Fn(AnsweringClient, CallContext) -> F,
+        call: impl Fn(BoundedClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         self.connection.call(Repeat::Freely, timeout, call).await
     }
@@ -487,9 +487,8 @@ impl Agent {
     /// The agent's; a guest that is already gone is one.
     pub async fn shutdown(&self, time: Duration) -> Result<()> {
         let request = &proto::Empty::default();
-        let call = |client: AnsweringClient, context| async move {
-            client.shutdown(context, request).await
-        };
+        let call =
+            |client: BoundedClient, context| async move { client.shutdown(context, request).await };
         self.connection
             .call(Repeat::Never, Some(time), call)
             .await

@@ -2,7 +2,7 @@
 //! message and a hundred times as many once it is decoded, and a message has up to 4 MiB: so its
 //! elements are counted before it is decoded.
 //!
-//! [`Envelopes`] examines ttrpc's own message around an answer, [`AnsweringClient`] the answer.
+//! [`Envelopes`] examines ttrpc's own message around an answer, [`BoundedClient`] the answer.
 
 use std::io;
 use std::pin::Pin;
@@ -237,9 +237,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Envelopes<S> {
 
 /// The agent's service, as the generated client, with bounded answers.
 #[derive(Clone)]
-pub struct AnsweringClient(Client);
+pub struct BoundedClient(Client);
 
-impl AnsweringClient {
+impl BoundedClient {
     /// On a connection of the agent.
     pub fn new(client: Client) -> Self {
         Self(client)
@@ -272,7 +272,7 @@ impl AnsweringClient {
 
 macro_rules! methods {
     ($($name:ident: $method:literal, $request:ident => $answer:ident;)*) => {
-        impl AnsweringClient {
+        impl BoundedClient {
             $(pub async fn $name(
                 &self,
                 context: CallContext,

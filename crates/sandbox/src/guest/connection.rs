@@ -17,7 +17,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context as CallContext;
 
 use super::Incoming;
-use super::answers::{AnsweringClient, Envelopes};
+use super::answers::{BoundedClient, Envelopes};
 use crate::error::{Context, Error, Result};
 
 /// How long the agent may take to dial again.
@@ -73,7 +73,7 @@ enum State {
 struct Up {
     /// Counts connections.
     number: u64,
-    client: AnsweringClient,
+    client: BoundedClient,
 }
 
 impl std::fmt::Debug for State {
@@ -95,7 +95,7 @@ impl Up {
             .context(watching)?;
         Ok(Self {
             number,
-            client: AnsweringClient::new(Client::new(Socket::new(Envelopes::new(stream)))),
+            client: BoundedClient::new(Client::new(Socket::new(Envelopes::new(stream)))),
         })
     }
 }
@@ -128,7 +128,7 @@ impl Connection {
         &self,
         repeat: Repeat,
         timeout: Option<Duration>,
-        call: impl Fn(AnsweringClient, CallContext) -> F,
+        call: impl Fn(BoundedClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let shared = &self.0;
@@ -248,7 +248,7 @@ async fn follow(mut incoming: Incoming, sender: watch::Sender<State>) {
 }
 
 /// Exchanges versions.
-async fn hello(client: &AnsweringClient) -> Result<()> {
+async fn hello(client: &BoundedClient) -> Result<()> {
     let answer = client
         .hello(CallContext::default(), &greeting())
         .await
