@@ -4,6 +4,8 @@
 //! The guest's side writes without checks of its own: whatever it writes, the device has to bear
 //! it.
 
+pub mod tar;
+
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

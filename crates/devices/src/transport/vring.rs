@@ -94,6 +94,12 @@ impl Vring {
         self.in_flight.lock().0 == Stage::Running
     }
 
+    /// How many requests are in flight.
+    #[cfg(fuzzing)]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.lock().1
+    }
+
     /// A request is not in flight any more, or was not there.
     pub fn put_back(&self) {
         let mut state = self.in_flight.lock();
