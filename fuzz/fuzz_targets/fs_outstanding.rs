@@ -15,7 +15,7 @@ use hull_devices::fs::Fs;
 use hull_devices::transport::ring::VhostRing;
 use hull_devices::transport::vring::{AtomicMemory, Vring};
 use hull_fuzz::tar::fresh;
-use hull_fuzz::{AVAILABLE, Input, QUEUE, descriptor, memory};
+use hull_fuzz::{AVAILABLE, Input, QUEUE, descriptor, finish_threads, memory};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress};
@@ -79,6 +79,7 @@ fn request(memory: &Memory, slot: u64, input: &mut Input<'_>) {
 }
 
 fuzz_target!(|data: &[u8]| {
+    finish_threads();
     let place = fresh("fs-outstanding");
     fs::create_dir(place.join("d")).expect("a directory");
     for name in ["a", "b", "d/a"] {
@@ -159,4 +160,6 @@ fuzz_target!(|data: &[u8]| {
     // Stopping waits for the requests in flight.
     vrings[REQUESTS].set_queue_ready(false);
     assert_eq!(vrings[REQUESTS].in_flight(), 0);
+    drop(device);
+    finish_threads();
 });

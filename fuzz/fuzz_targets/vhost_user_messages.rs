@@ -19,7 +19,7 @@ use hull_devices::entropy::Entropy;
 use hull_devices::fs::Fs;
 use hull_devices::net::Net;
 use hull_devices::transport::vhost_user::{FrontEnd, serve};
-use hull_fuzz::{Input, descriptor};
+use hull_fuzz::{Input, descriptor, finish_threads};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -210,6 +210,7 @@ impl Guest {
 }
 
 fuzz_target!(|data: &[u8]| {
+    finish_threads();
     let mut input = Input(data);
     let choice = input.u8();
     let (name, device) = device(choice);
@@ -245,4 +246,5 @@ fuzz_target!(|data: &[u8]| {
     ended
         .recv_timeout(Duration::from_secs(8))
         .expect("the device ends with its front end");
+    finish_threads();
 });

@@ -18,6 +18,7 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::Error;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+/// Guest memory that a front end can replace.
 pub type AtomicMemory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 /// How long a ring that is stopped waits for its requests in flight. They are system calls of the
