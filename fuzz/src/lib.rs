@@ -4,8 +4,11 @@
 //! The guest's side writes without checks of its own: whatever it writes, the device has to bear
 //! it.
 
+pub mod tar;
+
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use hull_devices::device::{Chain, Memory, Ring};
 use hull_devices::state::QueueState;
@@ -49,6 +52,18 @@ impl Input<'_> {
 
     pub fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.bytes())
+    }
+}
+
+/// Waits for the end of threads that a run has started: what they hold would look like leaks.
+pub fn finish_threads() {
+    static BEFORE: OnceLock<usize> = OnceLock::new();
+    let count = || std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    let before = *BEFORE.get_or_init(count);
+    let end = Instant::now() + Duration::from_secs(5);
+    while count() > before {
+        assert!(Instant::now() < end, "a thread does not end");
+        std::thread::yield_now();
     }
 }
 

@@ -3,6 +3,8 @@
 
 use std::io::{IsTerminal, Write};
 
+use hull_machine::printable;
+
 pub use hull_sandbox::error::{Context, Error, ErrorKind, Result};
 
 /// Exit status if hull itself failed before or around the container's process, as in Docker.
@@ -137,13 +139,9 @@ fn usage_hint(error: &clap::Error) -> String {
     }
 }
 
-/// Messages may contain text of a guest or a registry: control characters must not reach the
-/// terminal.
+/// Messages may contain text of a guest or a registry.
 fn one_line(text: &str) -> String {
-    text.trim_end()
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    printable(text.trim_end())
 }
 
 #[cfg(test)]
@@ -162,6 +160,6 @@ mod tests {
 
     #[test]
     fn a_message_is_one_line() {
-        assert_eq!(one_line("a\nb\x1b[31mc\n"), "a b [31mc");
+        assert_eq!(one_line("a\nb\x1b[31mc\n"), "a b\u{fffd}[31mc");
     }
 }

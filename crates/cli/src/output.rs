@@ -1,9 +1,10 @@
 //! Output for users and programs: tables, sizes, JSON, colours. Used by every command that prints.
-//! Colours only on terminals; control characters in text of a guest or a registry are never
-//! printed.
+//! Colours only on terminals; characters of a guest or a registry that control a terminal, or hide
+//! or reorder text, are never printed.
 
 use std::io::{self, IsTerminal, Write};
 
+pub use hull_machine::printable;
 use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
@@ -87,13 +88,6 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
         .map_err(|error| Error::new(format!("cannot write JSON: {error}")))?;
     text.push('\n');
     print(text)
-}
-
-/// Replaces control characters in `text`, so that it can be shown on a terminal.
-pub fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
 }
 
 /// At most `length` characters of `text`; the last one marks truncation.
@@ -188,10 +182,10 @@ mod tests {
     fn columns_line_up() {
         let mut table = Table::new(&["NAME", "STATUS"]);
         table.row(["a-long-name".into(), "Up".into()]);
-        table.row(["b".into(), "Exited\x1b[31m".into()]);
+        table.row(["b".into(), "Exited\x1b\u{202e}[31m".into()]);
         assert_eq!(
             table.render(),
-            "NAME          STATUS\na-long-name   Up\nb             Exited?[31m\n"
+            "NAME          STATUS\na-long-name   Up\nb             Exited\u{fffd}\u{fffd}[31m\n"
         );
     }
 

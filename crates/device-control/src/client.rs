@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use hull_ipc::{Received, Socket};
 use rustix::net::SocketType;
@@ -22,6 +23,13 @@ const FIRST_STREAM_PORT: u32 = 0x1_0000;
 
 /// Limit of the guest's connections that wait to be accepted. Further ones are closed.
 const MAX_INCOMING: usize = 4;
+
+/// How long a request may take. Devices reply at once unless the machine, which their threads also
+/// serve, stalls them.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the opening of a stream may take: longer than the vsock device waits for a guest that
+/// boots, after which it replies by itself.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +56,14 @@ pub enum Error {
         /// The requested operation.
         action: String,
     },
+    /// The device process has not replied. It may still do what was requested.
+    #[error("cannot {action}: the device process has not replied for {} s", .after.as_secs())]
+    TimedOut {
+        /// The requested operation.
+        action: String,
+        /// How long the caller has waited.
+        after: Duration,
+    },
 }
 
 impl Error {
@@ -69,7 +85,8 @@ type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Option<String>>>>>>
 /// The guest's connections to ports of the host: port and stream.
 pub type Incoming = mpsc::Receiver<(u32, OwnedFd)>;
 
-/// A running device process.
+/// A running device process. Every request but [`DeviceControl::drain`] fails with `TimedOut` when
+/// no reply comes.
 #[derive(Debug)]
 pub struct DeviceControl {
     socket: Arc<Socket>,
@@ -123,7 +140,30 @@ impl DeviceControl {
         call: Call,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), Error> {
-        let action = action.into();
+        self.call_within(CALL_TIMEOUT, action.into(), call, fd)
+            .await
+    }
+
+    async fn call_within(
+        &self,
+        after: Duration,
+        action: String,
+        call: Call,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
+        let answer = self.request(action.clone(), call, fd);
+        match tokio::time::timeout(after, answer).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::TimedOut { action, after }),
+        }
+    }
+
+    async fn request(
+        &self,
+        action: String,
+        call: Call,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         match &mut *lock(&self.pending) {
@@ -211,13 +251,14 @@ impl DeviceControl {
             .await
     }
 
-    /// Waits until everything that the guest has sent is in the host's ends of its streams.
+    /// Waits until everything that the guest has sent is in the host's ends of its streams. That
+    /// takes as long as their readers do: the caller bounds it.
     ///
     /// # Errors
     /// `Gone` if the device process has ended.
     pub async fn drain(&self) -> Result<(), Error> {
-        self.call("wait for the guest's output", Call::Drain, None)
-            .await
+        let action = "wait for the guest's output".into();
+        self.request(action, Call::Drain, None).await
     }
 
     /// Resets the streams of one port of the host: both ends see a connection failure.
@@ -268,7 +309,8 @@ impl DeviceControl {
             guest_port,
             host_port,
         };
-        self.call(action, call, Some(theirs.as_fd())).await?;
+        self.call_within(CONNECT_TIMEOUT, action.into(), call, Some(theirs.as_fd()))
+            .await?;
         Ok((host_port, ours.into()))
     }
 }
@@ -444,6 +486,35 @@ mod tests {
             assert_eq!(incoming.recv().await.unwrap().0, 7);
         }
         assert!(incoming.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn no_request_waits_for_ever() {
+        let (control, _incoming, theirs) = started().await;
+        // From here on, time passes when nothing else can happen.
+        tokio::time::pause();
+        let (tap, _end) = StdStream::pair().unwrap();
+        let failed = tokio::join!(
+            control.add_share("x", tap.as_fd(), Cache::Brief),
+            control.remove_share("x"),
+            control.attach_net(0, tap.as_fd(), NetOptions::default()),
+            control.change_net(0, NetOptions::default()),
+            control.detach_net(0),
+            control.cut_stream(7),
+            control.reset_streams(),
+            control.open(1),
+        );
+        for error in [
+            failed.0, failed.1, failed.2, failed.3, failed.4, failed.5, failed.6,
+        ] {
+            assert!(matches!(error, Err(Error::TimedOut { .. })), "{error:?}");
+        }
+        assert_eq!(
+            failed.7.unwrap_err().to_string(),
+            "cannot open a stream to the guest: the device process has not replied for 90 s"
+        );
+        assert!(lock(&control.pending).as_ref().unwrap().is_empty());
+        drop(theirs);
     }
 
     #[tokio::test]

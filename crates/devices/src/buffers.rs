@@ -6,6 +6,9 @@
 //! [`Span::write_to`]).
 #![allow(unsafe_code)]
 
+#[cfg(test)]
+mod chain_tests;
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 

@@ -23,6 +23,8 @@ mod config;
 mod credentials;
 mod digest;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod import;
 mod limits;
 mod manifest;

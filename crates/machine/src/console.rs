@@ -14,6 +14,8 @@ use std::path::Path;
 
 use rustix::pipe::PipeFlags;
 
+use crate::text::printable;
+
 /// Number of bytes kept.
 pub const CAPACITY: usize = 64 << 10;
 
@@ -144,21 +146,8 @@ pub fn tail(bytes: &[u8], lines: usize) -> Vec<String> {
 }
 
 fn clean(line: &str) -> String {
-    let visible = line.chars().map(|c| match c {
-        '\t' => ' ',
-        // Control characters, and characters that reorder or hide text.
-        c if c.is_control() => '\u{fffd}',
-        '\u{200b}'..='\u{200f}'
-        | '\u{2028}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}'
-        | '\u{feff}' => '\u{fffd}',
-        c => c,
-    });
-    visible
-        .take(LONGEST_LINE)
-        .collect::<String>()
-        .trim_end()
-        .to_owned()
+    let kept: String = line.chars().take(LONGEST_LINE).collect();
+    printable(&kept).trim_end().to_owned()
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod features;
 pub mod probe;
 mod process;
 mod qemu;
+mod text;
 mod uml;
 mod wiring;
 
@@ -37,6 +38,7 @@ pub use features::{Disks, Features, NetDevices};
 pub use hull_device_control::DeviceConfig;
 pub use probe::{Report, probe};
 pub use process::{Process, ProcessRole};
+pub use text::printable;
 pub use wiring::{DeviceWiring, Wiring};
 
 /// The kinds of machine.

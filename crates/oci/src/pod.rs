@@ -7,7 +7,9 @@ use std::path::Path;
 use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::store::{SandboxPath, keepers};
 use rustix::rand::{GetRandomFlags, getrandom};
+use sha2::{Digest, Sha256};
 
+use crate::container::is_valid_id;
 use crate::guest_spec::{Network, Plan};
 
 /// Annotations that name a container's pod: of podman and CRI-O, and of containerd.
@@ -16,8 +18,13 @@ const POD_NAMES: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
 ];
 
-/// How much of a pod's name becomes part of a path: a socket's path has at most 107 bytes.
+/// The longest name of a pod that is part of a path as it is: a socket's path has at most 107
+/// bytes.
 const NAME_LENGTH: usize = 32;
+/// How many characters of a longer one are, so that people recognize it, and how many bytes of its
+/// digest.
+const NAME_BEGIN: usize = 8;
+const DIGEST_LENGTH: usize = 16;
 
 /// The sandbox to join or start.
 #[derive(Debug)]
@@ -80,7 +87,7 @@ pub fn find(
             shared: true,
         },
         (None, Some(name)) => Found {
-            path: SandboxPath::new(run, &format!("pod-{}", usable(name)?)),
+            path: SandboxPath::new(run, &directory_name(name)?),
             shared: true,
         },
         (None, None) => Found {
@@ -100,13 +107,22 @@ pub fn find(
     Ok(found)
 }
 
-fn usable(name: &str) -> Result<&str> {
-    let short = name.get(..NAME_LENGTH).unwrap_or(name);
-    if crate::container::is_valid_id(short) {
-        Ok(short)
-    } else {
-        Err(Error::new(format!("invalid name of a pod: {name:?}")))
+/// A directory's name for a pod, which no other pod has.
+fn directory_name(pod: &str) -> Result<String> {
+    let begin = pod.get(..NAME_BEGIN).unwrap_or(pod);
+    if !is_valid_id(begin) || pod.len() <= NAME_LENGTH && !is_valid_id(pod) {
+        return Err(Error::new(format!("invalid name of a pod: {pod:?}")));
     }
+    if pod.len() <= NAME_LENGTH {
+        return Ok(format!("pod-{pod}"));
+    }
+    let digest = Sha256::digest(pod.as_bytes());
+    let hex: String = digest
+        .iter()
+        .take(DIGEST_LENGTH)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(format!("pods-{begin}-{hex}"))
 }
 
 /// A unique name.
@@ -115,4 +131,51 @@ fn own_name(id: &str) -> Result<String> {
     getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random numbers")?;
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("{}-{hex}", id.get(..12).unwrap_or(id)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn pods_with_names_that_begin_alike_share_nothing() {
+        let long = "0123456789abcdef".repeat(4);
+        let mut names = vec![long.clone()];
+        names.extend((0..64).map(|at| {
+            let mut other = long.clone().into_bytes();
+            other[at] = b'x';
+            String::from_utf8(other).unwrap()
+        }));
+        names.extend((1..64).map(|length| long[..length].to_owned()));
+        let mut directories: Vec<_> = names.iter().map(|n| directory_name(n).unwrap()).collect();
+        // A name that is another's directory.
+        directories.push(directory_name(&directories[0][5..]).unwrap());
+        directories.push(directory_name(&directories[0][4..]).unwrap());
+        for directory in &directories {
+            assert!(
+                is_valid_id(directory) && directory.len() <= 48,
+                "{directory}"
+            );
+        }
+        let count = directories.len();
+        directories.sort();
+        directories.dedup();
+        assert_eq!(directories.len(), count);
+    }
+
+    #[test]
+    fn a_short_name_is_seen_and_a_strange_one_refused() {
+        assert_eq!(directory_name("web").unwrap(), "pod-web");
+        for name in [
+            "",
+            "..",
+            "a/b",
+            "a b",
+            "ü",
+            "aaaaaaaü-0123456789abcdef0123456789abcdef",
+        ] {
+            directory_name(name).unwrap_err();
+        }
+    }
 }

@@ -178,7 +178,8 @@ fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
 impl From<hull_device_control::Error> for Error {
     fn from(error: hull_device_control::Error) -> Self {
         let kind = match &error {
-            hull_device_control::Error::Gone { .. } => ErrorKind::GuestFailed,
+            hull_device_control::Error::Gone { .. }
+            | hull_device_control::Error::TimedOut { .. } => ErrorKind::GuestFailed,
             hull_device_control::Error::Refused { .. }
             | hull_device_control::Error::Host { .. } => ErrorKind::Host,
         };

@@ -38,6 +38,8 @@ pub use events::{Event, EventKind};
 #[cfg(fuzzing)]
 pub use guest::agent::{Agent, printable};
 pub use hull_device_control::LinkLocal;
+#[cfg(fuzzing)]
+pub use network::relay_names;
 pub use network::undo as undo_network;
 pub use process::Process;
 pub use sandbox::{Hold, Reason, Sandbox, SandboxExit};

@@ -96,7 +96,7 @@ fn every_kind_of_failure_has_its_status() {
         let reply = json!({"failed": {"kind": kind, "message": "a\nb\u{1b}[31mc"}});
         send(&connection.socket, &reply, &[]).unwrap();
         let output = child.wait_with_output().unwrap();
-        assert_fails(&output, status, "error: a b [31mc\n");
+        assert_fails(&output, status, "error: a b\u{fffd}[31mc\n");
     }
 }
 

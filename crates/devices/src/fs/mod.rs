@@ -178,6 +178,13 @@ impl Fs {
         Ok((device, shares))
     }
 
+    /// Nodes, and how many of them wait for the sweep of descriptors.
+    #[cfg(fuzzing)]
+    pub fn nodes(&self) -> (usize, usize) {
+        let nodes = &self.server.nodes;
+        (nodes.count(), nodes.queue_length())
+    }
+
     fn obey(&mut self, command: Command) {
         let result = match command.change {
             Change::Add(directory, cache) => self.server.add_share(&command.name, directory, cache),

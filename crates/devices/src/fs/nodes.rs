@@ -285,8 +285,14 @@ impl Nodes {
         }
     }
 
+    /// How many nodes there are.
+    #[cfg(fuzzing)]
+    pub fn count(&self) -> usize {
+        self.nodes.len()
+    }
+
     /// How long the queue of the sweep is.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn queue_length(&self) -> usize {
         self.cached.len()
     }

@@ -57,7 +57,7 @@ use crate::device::{
     Device, DeviceError, EventFlags, EventRegistry, Memory, NotificationState, Queues,
 };
 use crate::state::{RestoreError, SaveError, SavedState};
-use filter::Filter;
+use filter::{Filter, LOOK};
 use rate::Bucket;
 use tap::Tap;
 
@@ -72,9 +72,6 @@ const NUM_BUFFERS: usize = 10;
 const ETHERNET: usize = 14;
 /// The largest frame: an IP packet of 64 KiB behind an Ethernet header with a VLAN's tag.
 const MAX_FRAME: usize = 65535 + ETHERNET + 4;
-/// How much of a frame [`filter`] examines: Ethernet, IPv6, a few extension headers, neighbour
-/// discovery.
-const LOOK: usize = 192;
 /// Most buffers for one frame: twice what the largest frame needs of the Linux driver's 1.5 KiB
 /// buffers.
 const MAX_CHAINS: usize = 96;
@@ -483,9 +480,9 @@ impl Link {
         let mut start = [0; HEADER + LOOK];
         let looked = frame.copy_to(&mut start);
         let start = &start[..looked];
-        let frame_start = &start[HEADER..];
+        let (header, frame_start) = start.split_at(HEADER);
         let verdict = filter::check_destination(frame_start).and_then(|()| match &self.filter {
-            Some(filter) => filter.check(frame_start),
+            Some(filter) => filter.check(header, frame_start),
             None => Ok(()),
         });
         if let Err(reason) = verdict {

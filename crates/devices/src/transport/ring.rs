@@ -143,6 +143,8 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use rustix::event::{EventfdFlags, eventfd};
+
     use super::*;
     use crate::testing::{Guest, WRITE};
     use crate::transport::vring::AtomicMemory;
@@ -225,6 +227,33 @@ mod tests {
         assert_eq!(pop(&ring, &guest), None);
         ring.add_used(guest.memory(), 0, 1).unwrap();
         assert!(guest.all_used(0).is_empty());
+    }
+
+    #[test]
+    fn descriptors_that_block_stall_nothing() {
+        let (mut guest, vring, ring) = ring(1);
+        // Blocking, empty and full.
+        let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let counter = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&counter, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let (_read_end, pipe) = rustix::pipe::pipe().unwrap();
+        let size = rustix::pipe::fcntl_getpipe_size(&pipe).unwrap();
+        rustix::io::write(&pipe, &vec![0; size]).unwrap();
+        vring.set_kick(Some(kick.into()));
+        let (sender, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            assert!(vring.read_kick().unwrap());
+            assert_eq!(pop(&ring, &guest), Some(0));
+            ring.add_used(guest.memory(), 0, 1).unwrap();
+            for call in [counter, pipe] {
+                vring.set_call(Some(call.into()));
+                ring.notify(guest.memory()).unwrap();
+                let full = vring.signal_used_queue().unwrap_err();
+                assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+            }
+            sender.send(guest.all_used(0)).unwrap();
+        });
+        assert_eq!(done.recv_timeout(Duration::from_secs(10)).unwrap(), [0]);
     }
 
     #[test]

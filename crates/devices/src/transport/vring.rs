@@ -1,5 +1,5 @@
-//! The vhost-user library's queue, with two additions: it reports what was written to the kick
-//! descriptor, and stopping it waits for the requests in flight.
+//! The vhost-user library's queue, with three additions: it reports what was written to the kick
+//! descriptor, stopping it waits for the requests in flight, and its descriptors do not block.
 //!
 //! The library calls it from its threads, through [`VringT`]; the device through
 //! [`VhostRing`](super::ring::VhostRing).
@@ -12,11 +12,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+/// Guest memory that a front end can replace.
 pub type AtomicMemory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 /// How long a ring that is stopped waits for its requests in flight. They are system calls of the
@@ -93,6 +95,12 @@ impl Vring {
         self.in_flight.lock().0 == Stage::Running
     }
 
+    /// How many requests are in flight.
+    #[cfg(fuzzing)]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.lock().1
+    }
+
     /// A request is not in flight any more, or was not there.
     pub fn put_back(&self) {
         let mut state = self.in_flight.lock();
@@ -154,6 +162,20 @@ impl Vring {
     fn flush(&self) {
         if let Err(error) = self.inner.signal_used_queue() {
             tracing::debug!(%error, "cannot notify the driver");
+        }
+    }
+}
+
+/// Makes a descriptor of the front end non-blocking: on an empty or full one, the device's thread
+/// would stall, and all that waits for it. The flag is the front end's, too, which can clear it;
+/// requests of the sandbox have a timeout for that.
+fn non_blocking(file: Option<File>) -> Option<File> {
+    let file = file?;
+    match fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags | OFlags::NONBLOCK)) {
+        Ok(()) => Some(file),
+        Err(error) => {
+            tracing::error!(%error, "a descriptor of a queue cannot be made non-blocking");
+            None
         }
     }
 }
@@ -276,14 +298,14 @@ impl VringT<AtomicMemory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        self.inner.set_kick(file);
+        self.inner.set_kick(non_blocking(file));
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.inner.set_call(file);
+        self.inner.set_call(non_blocking(file));
     }
 
     fn set_err(&self, file: Option<File>) {
-        self.inner.set_err(file);
+        self.inner.set_err(non_blocking(file));
     }
 }

@@ -62,6 +62,12 @@ impl From<Copy> for ArchiveReader {
 }
 
 impl ArchiveReader {
+    /// Of an archive and the connection on which the result comes, for the fuzz targets.
+    #[cfg(fuzzing)]
+    pub fn of(stream: UnixStream, client: Client) -> Self {
+        Copy { stream, client }.into()
+    }
+
     /// Asks for the archive of a path in a container.
     ///
     /// # Errors

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::text::printable;
+
 /// Timeout of a command. QEMU completes its disks' requests before it stops.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -155,9 +157,8 @@ fn answer(message: &Message) -> Option<Answer> {
         .get("desc")
         .and_then(Value::as_str)
         .unwrap_or("refused");
-    let shown = text.chars().take(MAX_TEXT);
-    let clean = shown.map(|c| if c.is_control() { ' ' } else { c });
-    Some(Err(clean.collect()))
+    let shown: String = text.chars().take(MAX_TEXT).collect();
+    Some(Err(printable(&shown)))
 }
 
 fn remaining(deadline: Instant) -> Result<Duration, String> {
@@ -227,7 +228,7 @@ mod tests {
     fn a_refusal_is_shown_clean_and_leaves_the_connection_usable() {
         let no = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\\u001b[2J\"}}\r\n";
         let (mut monitor, thread) = monitor(GREETING, &[DONE, no, DONE]);
-        assert_eq!(monitor.execute("stop"), Err("no [2J".into()));
+        assert_eq!(monitor.execute("stop"), Err("no\u{fffd}[2J".into()));
         assert_eq!(monitor.execute("stop"), Ok(()));
         thread.join().unwrap();
     }

@@ -74,6 +74,15 @@ impl CniResult {
         Ok(result)
     }
 
+    /// [`Self::read`] for the fuzz targets, for the list's version of this name.
+    ///
+    /// # Errors
+    /// No result, or no version.
+    #[cfg(fuzzing)]
+    pub fn read_for_fuzzing(output: &[u8], version: &str) -> Result<CniResult, String> {
+        Self::read(output, Version::read(version)?)
+    }
+
     /// The plugin's JSON, with the list's version.
     pub fn as_json(&self) -> &Value {
         &self.raw

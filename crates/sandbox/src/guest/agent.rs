@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use hull_protocol::agent as proto;
-use hull_protocol::agent_ttrpc::AgentClient;
 use ttrpc::context::Context as CallContext;
 
 use super::Incoming;
+use super::answers::BoundedClient;
 use super::connection::{self, Connection, Failure, Repeat};
 use crate::config::{RawArgs, TerminalSize};
 use crate::error::{Error, ErrorKind, Result};
@@ -89,12 +89,10 @@ fn failure_of_existing(lost: Failure) -> Error {
     }
 }
 
-/// A text of the guest's, fit for a person's terminal: bounded, and without control characters.
+/// Text of the guest for display on a terminal, at most [`MAX_TEXT`] characters.
 pub fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(MAX_TEXT)
-        .collect()
+    let shown: String = text.chars().take(MAX_TEXT).collect();
+    hull_machine::printable(&shown)
 }
 
 impl Agent {
@@ -122,7 +120,7 @@ impl Agent {
     async fn change<T, F: Future<Output = ttrpc::Result<T>>>(
         &self,
         timeout: Option<Duration>,
-        call: impl Fn(AgentClient, CallContext) -> F,
+        call: impl Fn(BoundedClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         self.connection.call(Repeat::ById, timeout, call).await
     }
@@ -131,7 +129,7 @@ impl Agent {
     async fn look<T, F: Future<Output = ttrpc::Result<T>>>(
         &self,
         timeout: Option<Duration>,
-        call: impl Fn(AgentClient, CallContext) -> F,
+        call: impl Fn(BoundedClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         self.connection.call(Repeat::Freely, timeout, call).await
     }
@@ -490,7 +488,7 @@ impl Agent {
     pub async fn shutdown(&self, time: Duration) -> Result<()> {
         let request = &proto::Empty::default();
         let call =
-            |client: AgentClient, context| async move { client.shutdown(context, request).await };
+            |client: BoundedClient, context| async move { client.shutdown(context, request).await };
         self.connection
             .call(Repeat::Never, Some(time), call)
             .await

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hull_protocol::agent as proto;
-use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, CALL_ID_KEY, MAX_CALLS, PROTOCOL_VERSION};
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
@@ -18,6 +17,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context as CallContext;
 
 use super::Incoming;
+use super::answers::{BoundedClient, Envelopes};
 use crate::error::{Context, Error, Result};
 
 /// How long the agent may take to dial again.
@@ -73,7 +73,7 @@ enum State {
 struct Up {
     /// Counts connections.
     number: u64,
-    client: AgentClient,
+    client: BoundedClient,
 }
 
 impl std::fmt::Debug for State {
@@ -95,7 +95,7 @@ impl Up {
             .context(watching)?;
         Ok(Self {
             number,
-            client: AgentClient::new(Client::new(Socket::new(stream))),
+            client: BoundedClient::new(Client::new(Socket::new(Envelopes::new(stream)))),
         })
     }
 }
@@ -128,7 +128,7 @@ impl Connection {
         &self,
         repeat: Repeat,
         timeout: Option<Duration>,
-        call: impl Fn(AgentClient, CallContext) -> F,
+        call: impl Fn(BoundedClient, CallContext) -> F,
     ) -> std::result::Result<T, Failure> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let shared = &self.0;
@@ -248,7 +248,7 @@ async fn follow(mut incoming: Incoming, sender: watch::Sender<State>) {
 }
 
 /// Exchanges versions.
-async fn hello(client: &AgentClient) -> Result<()> {
+async fn hello(client: &BoundedClient) -> Result<()> {
     let answer = client
         .hello(CallContext::default(), &greeting())
         .await

@@ -8,11 +8,13 @@
 //! | `boot` | from a started machine to an agent that answers |
 //! | `agent` | calls into the guest |
 //! | `connection` | the connection that they go over, which may break and come back |
+//! | `answers` | what an answer may cost, and the client that looks |
 //! | `events` | what the agent reports by itself |
 //! | `streams` | the streams of one process |
 //! | `hub` | the streams of an init that has a log and several clients |
 
 pub(crate) mod agent;
+mod answers;
 pub(crate) mod boot;
 mod connection;
 pub(crate) mod events;

@@ -23,6 +23,8 @@ use tokio::task::JoinHandle;
 
 pub(crate) use attachment::is_attached;
 pub use attachment::undo;
+#[cfg(fuzzing)]
+pub use loopback::relay_names;
 pub(crate) use mirror::Nets;
 
 use crate::config::{NetworkAddresses, NetworkConfig, NetworkSource};

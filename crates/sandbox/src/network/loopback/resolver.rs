@@ -130,7 +130,7 @@ impl Resolver {
 }
 
 /// Asks what comes until the guest ends its stream.
-async fn serve(
+pub async fn serve(
     namespace: Namespace,
     mut questions: impl AsyncRead + Unpin,
     answers: impl AsyncWrite + Unpin + Send + 'static,
