@@ -4,6 +4,7 @@
 use std::io::Read;
 use std::os::fd::OwnedFd;
 
+use crate::limits::{Budget, Limits};
 use crate::unpack::{LayerError, Unpacked};
 use crate::{ImageConfig, Result, config, manifest, unpack};
 
@@ -16,7 +17,7 @@ pub fn unpack_layer(
     root: OwnedFd,
     lower: &[OwnedFd],
 ) -> std::result::Result<Unpacked, LayerError> {
-    unpack::unpack(archive, root, lower)
+    unpack::unpack(archive, root, lower, &mut Budget::new(Limits::default()))
 }
 
 /// Parses a manifest or a list of them.
