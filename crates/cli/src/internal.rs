@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use hull_engine::unpacker;
 use hull_sandbox::role;
 use hull_sandbox::store::SandboxPath;
 
@@ -41,6 +42,7 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     let outcome = match arguments.get(1)?.to_str()? {
         role::ROLE => sandbox_process(&arguments[2..]),
         "device-process" => device_process(),
+        unpacker::ROLE => unpack_process(&arguments[2..]),
         _ => return None,
     };
     Some(match outcome {
@@ -141,6 +143,16 @@ fn device_process() -> Result<()> {
     hull_engine::attach::unblock_all();
     log_to_stderr();
     crate::device_process::run()
+}
+
+/// `unpack-process LOWER TASK`.
+fn unpack_process(arguments: &[OsString]) -> Result<()> {
+    hull_engine::attach::unblock_all();
+    let arguments: Option<Vec<String>> = arguments
+        .iter()
+        .map(|argument| argument.to_str().map(str::to_owned))
+        .collect();
+    unpacker::main(&arguments.ok_or_else(|| missing("task"))?)
 }
 
 /// Log messages of the host processes go to standard error, which is the sandbox's `sandbox.log`.

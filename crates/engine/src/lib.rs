@@ -26,6 +26,7 @@ pub mod publish;
 pub mod run;
 pub mod spec;
 pub mod time;
+pub mod unpacker;
 pub mod values;
 pub mod volumes;
 

@@ -7,6 +7,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::unpack::LayerError;
 
@@ -55,7 +56,7 @@ const CHECK_BYTES: u64 = 8 << 20;
 const CHECK_ENTRIES: u32 = 512;
 
 /// The bounds of an image that can be configured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Most bytes of an image: the sum of its uncompressed layer archives. Holes of sparse files
     /// take nothing. Large images of machine learning frameworks have 30 to 60 GB.
@@ -91,7 +92,7 @@ impl Limits {
 
 /// What images leave free on a file system, so that an image cannot stop the programs that share it
 /// (logs, databases, hull itself).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reserve {
     /// Part of its blocks and of its inodes, as 1 of this number.
     pub one_of: u64,
@@ -112,20 +113,40 @@ impl Default for Reserve {
     }
 }
 
-/// Counts what one image has taken of its limits.
-pub(crate) struct Budget {
-    limits: Limits,
+/// What one image has taken of its limits.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Used {
     size: u64,
     inodes: u64,
 }
 
+/// Counts what one image has taken of its limits.
+pub(crate) struct Budget {
+    limits: Limits,
+    used: Used,
+}
+
 impl Budget {
     pub(crate) fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            size: 0,
-            inodes: 0,
-        }
+        Self::restore((limits, Used::default()))
+    }
+
+    /// What [`Self::restore`] makes the same budget from.
+    pub(crate) fn state(&self) -> (Limits, Used) {
+        (self.limits, self.used)
+    }
+
+    pub(crate) fn restore((limits, used): (Limits, Used)) -> Self {
+        Self { limits, used }
+    }
+
+    pub(crate) fn used(&self) -> Used {
+        self.used
+    }
+
+    /// Takes over what another process has counted further.
+    pub(crate) fn set(&mut self, used: Used) {
+        self.used = used;
     }
 
     pub(crate) fn reserve(&self) -> Reserve {
@@ -134,8 +155,8 @@ impl Budget {
 
     /// Counts bytes of an archive, before they are written.
     pub(crate) fn take_bytes(&mut self, bytes: u64) -> Result<(), LayerError> {
-        self.size = self.size.saturating_add(bytes);
-        match self.size <= self.limits.size {
+        self.used.size = self.used.size.saturating_add(bytes);
+        match self.used.size <= self.limits.size {
             true => Ok(()),
             false => Err(LayerError::TooLarge {
                 limit: self.limits.size,
@@ -145,8 +166,8 @@ impl Budget {
 
     /// Counts entries, before they are created.
     pub(crate) fn take_inodes(&mut self, count: u64) -> Result<(), LayerError> {
-        self.inodes = self.inodes.saturating_add(count);
-        match self.inodes <= self.limits.inodes {
+        self.used.inodes = self.used.inodes.saturating_add(count);
+        match self.used.inodes <= self.limits.inodes {
             true => Ok(()),
             false => Err(LayerError::TooManyInodes {
                 limit: self.limits.inodes,

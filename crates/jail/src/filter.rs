@@ -17,7 +17,7 @@ use seccompiler::{BpfProgram, sock_filter};
 use crate::calls::{
     COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, IO, IO_IOCTLS, KVM, NAMESPACE_FLAGS,
     QEMU, QEMU_IOCTLS, QEMU_PRCTLS, SUPERVISOR_REFUSED, THREAD, THREAD_PRCTLS, UML, UML_IOCTLS,
-    UML_PRCTLS, VCPU_IOCTLS,
+    UML_PRCTLS, UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS, VCPU_IOCTLS,
 };
 use crate::thread::ThreadRole;
 
@@ -30,6 +30,8 @@ pub enum Role {
     Uml,
     /// QEMU, emulating or with KVM.
     Qemu,
+    /// hull unpacking a layer of an image.
+    Unpack,
 }
 
 /// A compiled filter.
@@ -118,6 +120,7 @@ fn rules(role: Role) -> Rules {
         Role::Device => (DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS),
         Role::Uml => (UML, UML_IOCTLS, UML_PRCTLS),
         Role::Qemu => (QEMU, QEMU_IOCTLS, QEMU_PRCTLS),
+        Role::Unpack => (UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS),
     };
     let driver = (role == Role::Qemu).then_some(KVM);
     let mut rules = allowlist(&[COMMON, calls], ioctls, driver, prctls);
@@ -143,6 +146,11 @@ fn rules(role: Role) -> Rules {
             );
         }
         Role::Qemu => {}
+        // It has no use for sockets.
+        Role::Unpack => {
+            put(libc::SYS_socket, Verdict::Kill);
+            put(libc::SYS_socketpair, Verdict::Kill);
+        }
     }
     rules
 }
@@ -357,7 +365,7 @@ mod tests {
 
     #[test]
     fn every_number_meets_its_verdict() {
-        let processes = [Role::Device, Role::Uml, Role::Qemu];
+        let processes = [Role::Device, Role::Uml, Role::Qemu, Role::Unpack];
         let threads = [ThreadRole::Vcpu, ThreadRole::Io];
         let all = processes
             .map(|role| (format!("{role:?}"), rules(role)))

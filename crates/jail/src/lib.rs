@@ -46,8 +46,9 @@ pub use status::{SignalName, Status};
 pub use supervisor::restrict_supervisor;
 pub use thread::{ThreadRole, restrict_thread};
 
-/// Inherited descriptors get numbers below this; what the set-up itself needs lies above.
-const FIRST_PRIVATE_FD: RawFd = 64;
+/// Inherited descriptors get numbers below this, enough for the layers of an image; what the set-up
+/// itself needs lies above, below the usual limit of 1024.
+const FIRST_PRIVATE_FD: RawFd = 576;
 
 /// The capabilities that the fs device needs to act for a guest that has users of its own.
 pub const FS_DEVICE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
@@ -59,6 +60,16 @@ pub const FS_DEVICE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
 
+/// The capabilities that unpacking a layer needs: to give files to other users, with device nodes,
+/// file capabilities, and attributes of overlayfs (`trusted.*`, for which it takes SYS_ADMIN).
+pub const UNPACK_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::SYS_ADMIN);
+
 /// A process to start in a jail.
 pub struct JailSpec<'a> {
     /// Its name in messages.
@@ -69,7 +80,7 @@ pub struct JailSpec<'a> {
     pub argv: Vec<OsString>,
     /// Its environment, complete.
     pub env: Vec<(OsString, OsString)>,
-    /// Descriptors it inherits, with the numbers they get there (below 64). Standard streams that
+    /// Descriptors it inherits, with the numbers they get there (below 576). Standard streams that
     /// are not named are `/dev/null`; everything else is closed.
     pub fds: Vec<(BorrowedFd<'a>, RawFd)>,
     /// Whether addresses are laid out the same at each start. A user-mode kernel wants it and would

@@ -31,9 +31,9 @@ impl Ruleset {
             .handle_access(AccessNet::from_all(abi))
             .and_then(|builder| builder.scope(Scope::from_all(abi)))
             .ok()?;
-        if role == Role::Device {
-            // The fs device works below directories that are mounted nowhere and arrive later, so
-            // no rule can name them. Its root directory holds nothing but /proc.
+        if matches!(role, Role::Device | Role::Unpack) {
+            // They work below directories that are mounted nowhere, and arrive later for the fs
+            // device, so no rule can name them. Their root directories hold nothing but /proc.
             return Some(Self {
                 created: builder.create().ok()?,
                 paths: Vec::new(),

@@ -3,13 +3,17 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::StatVfsMountFlags;
 
-use hull_tests::{Container, Hull, cgroup, left_out, on_every_machine};
+use hull_tests::{
+    Container, Hull, busybox_archive, cgroup, descendants, eventually, left_out, on_every_machine,
+};
 
 on_every_machine!(
     processes_are_confined_as_documented,
+    a_guest_keeps_its_programs_from_its_kernel,
     machine_and_devices_are_in_a_control_group_with_limits,
     a_control_group_goes_with_its_sandbox_whatever_is_killed,
     a_read_only_root_is_read_only_for_the_device_process,
@@ -61,87 +65,119 @@ fn capabilities(set: &str) -> String {
     }
 }
 
+/// Compares a process with the tables in docs/security.md. `memory` is that of its machine.
+fn is_confined_as_documented(process: &str, pid: i32, memory: u64) {
+    let own = |what: &str| fs::read_link(format!("/proc/self/ns/{what}")).unwrap();
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+    let status = read("status");
+    let status = |field: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        line.unwrap_or_else(|| panic!("no {field}"))
+            .trim()
+            .to_owned()
+    };
+    let user = match status("Uid:").split_whitespace().next() {
+        Some("0") => "root",
+        Some(_) => "one of its own",
+        None => panic!("no user"),
+    };
+    assert_eq!(status("CapEff:"), status("CapBnd:"), "{process}");
+    let namespaces: Vec<_> = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"]
+        .into_iter()
+        .filter(|what| fs::read_link(format!("/proc/{pid}/ns/{what}")).unwrap() != own(what))
+        .collect();
+    let found = [
+        user.to_owned(),
+        capabilities(&status("CapEff:")),
+        ["no", "yes"][usize::from(status("NoNewPrivs:") == "1")].to_owned(),
+    ];
+    let documented = documented(process);
+    assert_eq!(documented[..3], found, "{process}");
+    assert_eq!(status("Seccomp:"), "2", "{process}");
+    assert_eq!(documented[4], namespaces.join(" "), "{process}");
+
+    let limits = read("limits");
+    let limit = |resource: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(resource));
+        let word = line.and_then(|line| line.split_whitespace().nth(1));
+        word.expect("a limit").to_owned()
+    };
+    let resources = [
+        "Max core file size",
+        "Max open files",
+        "Max processes",
+        "Max file size",
+        "Max locked memory",
+        "Max pending signals",
+        "Max msgqueue size",
+    ];
+    for (resource, documented) in resources.into_iter().zip(&documented[7..]) {
+        let limit = limit(resource);
+        let what = format!("{process}: {resource}: {limit}");
+        let number = || limit.parse::<u64>().unwrap_or_else(|_| panic!("{what}"));
+        match &documented[..] {
+            "the caller's" | "the host's most" | "unlimited" => {}
+            "by its size" if resource == "Max processes" => assert!(number() < 6000, "{what}"),
+            "by its size" => assert!(number() <= memory + (1 << 20), "{what}"),
+            // Or what the host allows, if that is less.
+            most => assert!(number() <= most.parse().unwrap(), "{what}"),
+        }
+    }
+}
+
 fn processes_are_confined_as_documented(machine: &'static str) {
     let hull = Hull::on(machine);
     let volume = format!("{}:/v", hull.scratch().display());
     let container = hull.start(&["-m", "64m", "-v", &volume], &["sleep", "1000"]);
     container.sh("ls /v; echo x >/x").ok();
     let memory = container.inspect()["memory"].as_u64().expect("its memory");
-    let own = |what: &str| fs::read_link(format!("/proc/self/ns/{what}")).unwrap();
     for process in ["sandbox", "devices", "machine"] {
-        let pid = container.host_process(process).as_raw_nonzero();
-        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
-        let status = read("status");
-        let status = |field: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(field));
-            line.unwrap_or_else(|| panic!("no {field}"))
-                .trim()
-                .to_owned()
-        };
-        let user = match status("Uid:").split_whitespace().next() {
-            Some("0") => "root",
-            Some(_) => "one of its own",
-            None => panic!("no user"),
-        };
-        assert_eq!(status("CapEff:"), status("CapBnd:"), "{process}");
-        let namespaces: Vec<_> = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"]
-            .into_iter()
-            .filter(|what| fs::read_link(format!("/proc/{pid}/ns/{what}")).unwrap() != own(what))
-            .collect();
-        let found = [
-            user.to_owned(),
-            capabilities(&status("CapEff:")),
-            ["no", "yes"][usize::from(status("NoNewPrivs:") == "1")].to_owned(),
-        ];
-        let documented = documented(process);
-        assert_eq!(documented[..3], found, "{process}");
-        assert_eq!(status("Seccomp:"), "2", "{process}");
-        assert_eq!(documented[4], namespaces.join(" "), "{process}");
-
-        let limits = read("limits");
-        let limit = |resource: &str| {
-            let line = limits.lines().find_map(|line| line.strip_prefix(resource));
-            let word = line.and_then(|line| line.split_whitespace().nth(1));
-            word.expect("a limit").to_owned()
-        };
-        for (resource, documented) in [
-            "Max core file size",
-            "Max open files",
-            "Max processes",
-            "Max file size",
-            "Max locked memory",
-            "Max pending signals",
-            "Max msgqueue size",
-        ]
-        .into_iter()
-        .zip(&documented[7..])
-        {
-            let limit = limit(resource);
-            let what = format!("{process}: {resource}: {limit}");
-            match &documented[..] {
-                "the caller's" | "the host's most" => {}
-                "by its size" if resource == "Max processes" => {
-                    assert!(limit.parse::<u64>().unwrap() < 6000, "{what}");
-                }
-                "by its size" => {
-                    assert!(
-                        limit.parse::<u64>().unwrap() <= memory + (1 << 20),
-                        "{what}"
-                    );
-                }
-                // Or what the host allows, if that is less.
-                "unlimited" => {}
-                most => assert!(
-                    limit.parse::<u64>().unwrap() <= most.parse().unwrap(),
-                    "{what}"
-                ),
-            }
-        }
+        let pid = container.host_process(process).as_raw_nonzero().get();
+        is_confined_as_documented(process, pid, memory);
         if process != "sandbox" {
-            assert_eq!(read("oom_score_adj").trim(), "200", "{process}");
+            let adjustment = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+            assert_eq!(adjustment.trim(), "200", "{process}");
         }
         check_open_files(&container, process);
     }
+}
+
+#[test]
+fn a_layer_is_unpacked_by_a_process_confined_as_documented() {
+    let hull = Hull::on("uml");
+    let archive = fs::read(busybox_archive()).unwrap();
+    let (first, rest) = archive.split_at(archive.len() / 2);
+    let mut importing = hull.hull(["image", "import", "-", "slow"]).start();
+    importing.write(first);
+    let mut unpacking = None;
+    eventually("a process unpacks", Duration::from_secs(10), || {
+        unpacking = descendants()
+            .into_iter()
+            .find(|(_, command)| command.contains("unpack-process"));
+        // Confined, it has begun to unpack.
+        unpacking.as_ref().is_some_and(|(pid, _)| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"));
+            status.is_ok_and(|status| status.contains("Seccomp:\t2"))
+        })
+    });
+    let (pid, _) = unpacking.unwrap();
+    is_confined_as_documented("unpack", pid, 0);
+    // Nothing above the layer can be reached from there.
+    let root = fs::metadata(format!("/proc/{pid}/fd/3")).unwrap();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        // Closed meanwhile, or of /proc.
+        let Ok(target) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        if entry.path().is_dir() && !target.starts_with("/proc") {
+            let above = fs::metadata(entry.path().join("../".repeat(16))).unwrap();
+            assert_eq!((above.dev(), above.ino()), (root.dev(), root.ino()));
+        }
+    }
+    importing.write(rest);
+    importing.close_input();
+    importing.finish().ok();
+    hull.run(&[], &["true"]).ok();
 }
 
 /// No process holds other files of the host than documented.
@@ -166,6 +202,38 @@ fn check_open_files(container: &Container<'_>, process: &str) {
         };
         assert!(known, "{process} holds {target}");
     }
+}
+
+fn a_guest_keeps_its_programs_from_its_kernel(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let script = "cd /proc/sys; for p in kernel/kptr_restrict kernel/io_uring_disabled kernel/dmesg_restrict \
+                  kernel/yama/ptrace_scope fs/protected_symlinks fs/protected_hardlinks fs/protected_fifos \
+                  fs/protected_regular; do echo $p $(cat $p); done; \
+                  [ $(cat kernel/unprivileged_bpf_disabled) -gt 0 ] && echo no bpf; \
+                  grep -c '^0*[1-9a-f]' /proc/kallsyms; dmesg >/dev/null || echo no dmesg; \
+                  zcat /proc/config.gz | grep -E 'CONFIG_(SLAB_FREELIST_HARDENED|HARDENED_USERCOPY|INIT_ON_ALLOC_DEFAULT_ON|PANIC_ON_OOPS|LIST_HARDENED)='";
+    let found = hull.sh(&[], script).ok().text();
+    assert_eq!(
+        found.lines().collect::<Vec<_>>(),
+        [
+            "kernel/kptr_restrict 2",
+            "kernel/io_uring_disabled 1",
+            "kernel/dmesg_restrict 1",
+            "kernel/yama/ptrace_scope 1",
+            "fs/protected_symlinks 1",
+            "fs/protected_hardlinks 1",
+            "fs/protected_fifos 1",
+            "fs/protected_regular 2",
+            "no bpf",
+            "0",
+            "no dmesg",
+            "CONFIG_SLAB_FREELIST_HARDENED=y",
+            "CONFIG_INIT_ON_ALLOC_DEFAULT_ON=y",
+            "CONFIG_HARDENED_USERCOPY=y",
+            "CONFIG_LIST_HARDENED=y",
+            "CONFIG_PANIC_ON_OOPS=y",
+        ]
+    );
 }
 
 /// The limits of the control groups of a host process: memory, swap, processes, processor time.

@@ -18,7 +18,8 @@ use crate::digest::{Digest, HashingReader};
 use crate::error::{Error, Result, check_digest};
 use crate::limits::Budget;
 use crate::progress::{Event, LayerState, Progress};
-use crate::unpack::{LayerError, Unpacked, compression, drain, fs, unpack};
+use crate::unpack::process::{Content, apply};
+use crate::unpack::{LayerError, Unpacked, fs};
 
 /// `layers/HEX/layer.json`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -165,7 +166,8 @@ impl Store {
                 fs::open_dir(&path).map_err(|error| Error::io("open", path, error))
             })
             .collect::<Result<Vec<_>>>()?;
-        let unpacked = unpack_stream(reference, layer, open()?, root, &lower, budget, progress)
+        let unpacked = self
+            .unpack_stream(reference, layer, open()?, root, &lower, budget, progress)
             .map_err(|error| no_space(error, partial))?;
         let name = if unpacked.used_lower {
             layer.by_chain_id()
@@ -198,7 +200,7 @@ impl Store {
     fn make_imported(
         &self,
         what: &str,
-        archive: impl BufRead,
+        mut archive: impl BufRead,
         partial: &Path,
         lock: &OwnedFd,
     ) -> Result<(Digest, u64)> {
@@ -214,11 +216,12 @@ impl Store {
                 partial,
             )
         };
-        let mut content = HashingReader::new(compression::uncompress(archive).map_err(failed)?);
         let mut budget = Budget::new(self.limits());
-        let unpacked = unpack(&mut content, root, &[], &mut budget).map_err(failed)?;
-        drain(&mut content, &mut budget).map_err(failed)?;
-        let (length, diff_id) = (content.length(), content.finish());
+        let Content {
+            unpacked,
+            digest: diff_id,
+            length,
+        } = apply(&mut archive, root, &[], &mut budget, self.unpacker()).map_err(failed)?;
         let id = LayerId {
             digest: diff_id,
             diff_id,
@@ -325,74 +328,67 @@ fn lock_partial(path: &Path, waiting: impl FnOnce()) -> rustix::io::Result<Optio
     }
 }
 
-/// Unpacks an archive and verifies its digests.
-fn unpack_stream(
-    reference: &str,
-    layer: &LayerId,
-    stream: LayerStream,
-    root: OwnedFd,
-    lower: &[OwnedFd],
-    budget: &mut Budget,
-    progress: &dyn Progress,
-) -> Result<Unpacked> {
-    let total = stream.size.unwrap_or(0);
-    let reader = ProgressReader {
-        inner: stream.reader,
-        digest: layer.digest,
-        done: 0,
-        total,
-        progress,
-    };
-    // One byte more than announced detects excess data.
-    let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
-    let mut archive = BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
-    let result = unpack_archive(&mut archive, layer, root, lower, budget);
-    // A damaged archive fails in many ways; report the damage rather than its consequence.
-    let of_host = result.as_ref().is_err_and(LayerError::is_of_host);
-    if let (Some(expected), false) = (stream.digest, of_host) {
-        let mut archive = archive.into_inner();
-        let drained = archive.drain();
-        let (length, actual) = (archive.length(), archive.finish());
-        if let Some(size) = stream
-            .size
-            .filter(|&size| drained.is_ok() && size != length)
-        {
-            return Err(Error::Truncated {
-                reference: reference.to_owned(),
-                what: "layer",
-                digest: expected,
-                expected: size,
-                actual: length,
+impl Store {
+    /// Unpacks an archive and verifies its digests.
+    #[allow(clippy::too_many_arguments)] // one call, in the function above
+    fn unpack_stream(
+        &self,
+        reference: &str,
+        layer: &LayerId,
+        stream: LayerStream,
+        root: OwnedFd,
+        lower: &[OwnedFd],
+        budget: &mut Budget,
+        progress: &dyn Progress,
+    ) -> Result<Unpacked> {
+        let total = stream.size.unwrap_or(0);
+        let reader = ProgressReader {
+            inner: stream.reader,
+            digest: layer.digest,
+            done: 0,
+            total,
+            progress,
+        };
+        // One byte more than announced detects excess data.
+        let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
+        let mut archive =
+            BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
+        let result =
+            apply(&mut archive, root, lower, budget, self.unpacker()).and_then(|content| {
+                match content.digest == layer.diff_id {
+                    true => Ok(content.unpacked),
+                    false => Err(LayerError::DiffId {
+                        expected: layer.diff_id,
+                        actual: content.digest,
+                    }),
+                }
             });
+        // A damaged archive fails in many ways; report the damage rather than its consequence.
+        let of_host = result.as_ref().is_err_and(LayerError::is_of_host);
+        if let (Some(expected), false) = (stream.digest, of_host) {
+            let mut archive = archive.into_inner();
+            let drained = archive.drain();
+            let (length, actual) = (archive.length(), archive.finish());
+            if let Some(size) = stream
+                .size
+                .filter(|&size| drained.is_ok() && size != length)
+            {
+                return Err(Error::Truncated {
+                    reference: reference.to_owned(),
+                    what: "layer",
+                    digest: expected,
+                    expected: size,
+                    actual: length,
+                });
+            }
+            if drained.is_ok() {
+                check_digest(reference, "layer", expected, actual)?;
+            }
         }
-        if drained.is_ok() {
-            check_digest(reference, "layer", expected, actual)?;
-        }
-    }
-    result.map_err(|source| Error::Layer {
-        reference: reference.to_owned(),
-        layer: layer.digest.to_string(),
-        source,
-    })
-}
-
-fn unpack_archive(
-    archive: &mut impl std::io::BufRead,
-    layer: &LayerId,
-    root: OwnedFd,
-    lower: &[OwnedFd],
-    budget: &mut Budget,
-) -> Result<Unpacked, LayerError> {
-    let mut content = HashingReader::new(compression::uncompress(archive)?);
-    let unpacked = unpack(&mut content, root, lower, budget)?;
-    drain(&mut content, budget)?;
-    let actual = content.finish();
-    if actual == layer.diff_id {
-        Ok(unpacked)
-    } else {
-        Err(LayerError::DiffId {
-            expected: layer.diff_id,
-            actual,
+        result.map_err(|source| Error::Layer {
+            reference: reference.to_owned(),
+            layer: layer.digest.to_string(),
+            source,
         })
     }
 }

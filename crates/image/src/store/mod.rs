@@ -28,6 +28,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -48,6 +49,7 @@ use crate::progress::Progress;
 use crate::reference::{Reference, RegistryReference};
 use crate::source;
 use crate::unpack::fs;
+use crate::unpack::process::Unpacker;
 
 /// When to ask a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -86,6 +88,7 @@ pub struct Store {
     root: PathBuf,
     platform: Platform,
     limits: Limits,
+    unpacker: Option<Arc<dyn Unpacker>>,
 }
 
 impl Store {
@@ -97,6 +100,7 @@ impl Store {
             root,
             platform: Platform::host(),
             limits: Limits::default(),
+            unpacker: None,
         };
         // The file created last: if it exists, the others do.
         if !store.root.join("busy").exists() {
@@ -115,6 +119,16 @@ impl Store {
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
+    }
+
+    /// Unpacks layers in processes that are started so.
+    pub fn with_unpacker(mut self, unpacker: Arc<dyn Unpacker>) -> Self {
+        self.unpacker = Some(unpacker);
+        self
+    }
+
+    fn unpacker(&self) -> Option<&dyn Unpacker> {
+        self.unpacker.as_deref()
     }
 
     /// Root directory of the store.

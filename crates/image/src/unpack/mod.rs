@@ -30,11 +30,14 @@ pub(crate) mod compression;
 mod device;
 pub(crate) mod fs;
 pub(crate) mod lower;
+pub mod process;
 pub mod tar_reader;
 mod writer;
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+
+use serde::{Deserialize, Serialize};
 
 pub use tar_reader::TarError;
 
@@ -136,6 +139,19 @@ pub enum LayerError {
     /// The file system of the store has too little left.
     #[error("no space left on its file system: {0}")]
     Reserve(Low),
+    /// What the process that unpacks it found.
+    #[error("{message}")]
+    Reported {
+        /// One of the others.
+        message: String,
+        /// The disk is full.
+        full: bool,
+        /// It is about the host rather than the archive.
+        of_host: bool,
+    },
+    /// The process that unpacks it cannot be started, or ended without an answer.
+    #[error("the process that unpacks it: {0}")]
+    Process(String),
     /// An unsupported compression.
     #[error("not supported: {0}")]
     Unsupported(String),
@@ -171,17 +187,23 @@ impl LayerError {
                 | Self::TooLarge { .. }
                 | Self::TooManyInodes { .. }
                 | Self::Reserve(_)
+                | Self::Process(_)
+                | Self::Reported { of_host: true, .. }
         )
     }
 
     /// Whether the disk is full.
     pub(crate) fn is_full(&self) -> bool {
-        matches!(self, Self::Write { source, .. } if crate::error::is_full(source))
+        match self {
+            Self::Write { source, .. } => crate::error::is_full(source),
+            Self::Reported { full, .. } => *full,
+            _ => false,
+        }
     }
 }
 
 /// Result of unpacking.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unpacked {
     /// Bytes in files.
     pub bytes: u64,

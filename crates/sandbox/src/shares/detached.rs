@@ -19,6 +19,17 @@ pub fn copy(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(open_tree(CWD, path, flags)?)
 }
 
+/// A detached copy of an open directory, without what is mounted below it.
+///
+/// # Errors
+/// The kernel's.
+pub fn copy_of(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(open_tree(directory, c"", flags)?)
+}
+
 /// Attributes to be set on a mount.
 #[derive(Debug, Clone, Copy)]
 pub struct Attributes {

@@ -11,11 +11,11 @@ mod overlay;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use hull_device_control::Cache;
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 pub use disk::Disk;
@@ -56,6 +56,24 @@ pub fn host(path: &Path, recursive: bool, read_only: ReadOnly) -> Result<OwnedFd
         detached::set_top(mount.as_fd(), attributes).context(doing)?;
     }
     Ok(mount)
+}
+
+/// A detached mount of an open directory of the host, from which `..` leads nowhere, for a process
+/// that is to work below it.
+///
+/// # Errors
+/// The kernel's.
+pub fn directory(directory: BorrowedFd<'_>, read_only: bool) -> io::Result<OwnedFd> {
+    let mount = detached::copy_of(directory)?;
+    let attributes = Attributes {
+        read_only,
+        no_devices: true,
+        no_suid: true,
+    };
+    detached::set(mount.as_fd(), attributes)?;
+    // What open_tree gives can be looked up in, but not be changed itself.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(&mount, c".", flags, Mode::empty())?)
 }
 
 /// Adds one share to the guest.

@@ -1,0 +1,131 @@
+//! Unpacks layers of images in a process of its own, jailed: it parses what a registry sent.
+//!
+//! The process is this executable in the hidden role [`ROLE`]. Its archive is standard input, its
+//! answer standard output; the directories follow as descriptors.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use hull_image::unpack::process::{Job, Running, Unpacker, run};
+use hull_jail::{
+    self as jail, Confinement, JailSpec, Limits, Role, Root, Started, Status, UNPACK_CAPABILITIES,
+};
+use hull_sandbox::{rootless, shares};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::error::{Context, Error, Result};
+
+/// The hidden subcommand of the process.
+pub const ROLE: &str = "unpack-process";
+
+/// Number of the first directory, that of the layer; those of the layers below follow.
+const FIRST_DIRECTORY: RawFd = 3;
+
+/// Files that the process may have open, beside the directories.
+const OPEN_FILES: u64 = 1024;
+
+/// Starts jailed processes.
+#[derive(Debug)]
+pub struct Jailed;
+
+impl Unpacker for Jailed {
+    fn start(&self, job: Job<'_>) -> io::Result<Box<dyn Running>> {
+        rootless::enter_mounts().map_err(io::Error::other)?;
+        let root = shares::directory(job.root, false)?;
+        let lower = job
+            .lower
+            .iter()
+            .map(|lower| shares::directory(*lower, true))
+            .collect::<io::Result<Vec<_>>>()?;
+        let executable = File::open("/proc/self/exe")?;
+        let stderr = io::stderr();
+        let mut fds = vec![(job.archive, 0), (job.answer, 1), (stderr.as_fd(), 2)];
+        let directories = [&root].into_iter().chain(&lower);
+        fds.extend(directories.map(AsFd::as_fd).zip(FIRST_DIRECTORY..));
+        let started = jail::spawn(JailSpec {
+            name: "the process that unpacks a layer",
+            executable: executable.as_fd(),
+            argv: vec![
+                "hull".into(),
+                ROLE.into(),
+                lower.len().to_string().into(),
+                job.task.into(),
+            ],
+            env: Vec::new(),
+            fds,
+            fixed_addresses: false,
+            // The executable is our own: it confines itself, first thing.
+            confinement: None,
+        })
+        .map_err(io::Error::other)?;
+        Ok(Box::new(Process(started)))
+    }
+}
+
+struct Process(Started);
+
+impl Running for Process {
+    fn wait(self: Box<Self>) -> String {
+        let pidfd = self.0.pidfd.as_fd();
+        let mut events = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+        let waited = rustix::io::retry_on_intr(|| rustix::event::poll(&mut events, None));
+        match waited.and_then(|_| Status::reap(pidfd)) {
+            Ok(Some(status)) => format!("it ended with {status}"),
+            Ok(None) => "it does not end".to_owned(),
+            Err(errno) => format!("how it ended is not known: {errno}"),
+        }
+    }
+}
+
+/// The process: confines itself, and unpacks. `arguments` are the number of layers below and the
+/// task.
+///
+/// # Errors
+/// It was not started as [`Jailed`] does, or cannot be confined, or its answer not be written.
+pub fn main(arguments: &[String]) -> Result<()> {
+    let [lower, task] = arguments else {
+        return Err(Error::new("internal command: two arguments are needed"));
+    };
+    let lower: RawFd = lower
+        .parse()
+        .context(|| "read the number of lower directories")?;
+    let (root, lower) = take_directories(lower)?;
+    let open_files = OPEN_FILES.saturating_add(lower.len() as u64);
+    jail::enter(
+        "the process that unpacks a layer",
+        &Confinement {
+            role: Role::Unpack,
+            // What is unpacked belongs to the users that the archive names.
+            uid: 0,
+            gid: 0,
+            capabilities: UNPACK_CAPABILITIES,
+            root: Root {
+                proc: true,
+                ..Root::default()
+            },
+            limits: Limits::open_files(open_files),
+        },
+    )
+    .context(|| "confine the process that unpacks a layer")?;
+    run(task, io::stdin().lock(), io::stdout(), root, &lower).context(|| "unpack a layer")
+}
+
+/// The directories that this process has inherited.
+#[allow(unsafe_code)]
+fn take_directories(lower: RawFd) -> Result<(OwnedFd, Vec<OwnedFd>)> {
+    let take = |fd: RawFd| {
+        // SAFETY: only looked at.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        let found = rustix::fs::fstat(borrowed).context(|| "take over the directories")?;
+        if rustix::fs::FileType::from_raw_mode(found.st_mode) != rustix::fs::FileType::Directory {
+            return Err(Error::new("internal command: a directory is needed"));
+        }
+        // SAFETY: it is open, and was inherited for this: nobody else in this process has it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    let root = take(FIRST_DIRECTORY)?;
+    let first = FIRST_DIRECTORY + 1;
+    let end = first.saturating_add(lower);
+    Ok((root, (first..end).map(take).collect::<Result<_>>()?))
+}
