@@ -6,6 +6,8 @@ use std::io;
 
 /// Path below /proc/sys, and value. A few only: each costs a start 30 µs on user-mode Linux.
 const PARAMETERS: &[(&str, &str)] = &[
+    // A process traces its descendants only.
+    ("kernel/yama/ptrace_scope", "1"),
     // No addresses of the kernel in /proc, for anybody.
     ("kernel/kptr_restrict", "2"),
     // io_uring is for CAP_SYS_ADMIN: a large part of the kernel that few programs need, and that

@@ -53,6 +53,7 @@ pub fn set_up() -> io::Result<()> {
             .map_err(|error| named(&format!("mount {fstype} at {target}"), error))?;
     }
     enable_controllers();
+    crate::hardening::apply();
     raise_limits();
     if let Err(error) = loopback_up() {
         crate::log::error!("cannot bring the loopback interface up: {error}");

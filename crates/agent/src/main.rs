@@ -21,6 +21,7 @@ mod copy;
 mod disks;
 mod events;
 mod given_files;
+mod hardening;
 mod init;
 mod io;
 mod log;

@@ -64,6 +64,8 @@ pub struct Config {
     pub detach_keys: DetachKeys,
     /// Most output kept, bytes.
     pub log_size: u64,
+    /// Processors of one core run one machine at a time.
+    pub core_sched: bool,
     /// The control group above those of machines; none are made without it.
     pub cgroup_parent: Option<PathBuf>,
     /// Images and writable layers.
@@ -168,6 +170,7 @@ impl Config {
             stop_timeout: 0,
             detach_keys: DetachKeys::default(),
             log_size: 0,
+            core_sched: false,
             cgroup_parent: None,
             data_dir: PathBuf::new(),
             run_dir: PathBuf::new(),
@@ -267,11 +270,8 @@ impl Config {
                 }
             }
             "network_filter" => self.network_filter = choice(value)?,
-            "link_local_services" => {
-                self.link_local_services = value
-                    .as_bool()
-                    .ok_or_else(|| wrong_type(value, "true or false"))?;
-            }
+            "link_local_services" => self.link_local_services = boolean(value)?,
+            "core_sched" => self.core_sched = boolean(value)?,
             "publish_address" => {
                 let text = string(value)?;
                 self.publish_address = text
@@ -331,6 +331,12 @@ fn string<'a>(value: &'a DeValue<'_>) -> std::result::Result<&'a str, String> {
     value.as_str().ok_or_else(|| wrong_type(value, "a string"))
 }
 
+fn boolean(value: &DeValue<'_>) -> std::result::Result<bool, String> {
+    value
+        .as_bool()
+        .ok_or_else(|| wrong_type(value, "true or false"))
+}
+
 fn integer(value: &DeValue<'_>, least: i64, most: i64) -> std::result::Result<i64, String> {
     let number = value
         .as_integer()
@@ -382,7 +388,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 22, "one origin for each key");
+        assert_eq!(config.origins.len(), 23, "one origin for each key");
         assert!(
             config
                 .origins

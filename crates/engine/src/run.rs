@@ -433,6 +433,7 @@ impl<'a> Run<'a> {
             hostname: self.id.get(..12).unwrap_or_default().to_owned(),
             cgroup,
             bounds: place.machine.bounds()?,
+            core_scheduling: self.config.core_sched,
             disks: Vec::new(),
             end: EndPolicy::LastContainer,
             began_ns: self.began_ns,

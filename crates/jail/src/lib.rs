@@ -44,6 +44,7 @@ pub use root::{Bind, Root, Source, Tmp};
 pub use rustix::thread::CapabilitySet;
 pub use status::{SignalName, Status};
 pub use supervisor::restrict_supervisor;
+pub use sys::landlock_version;
 pub use thread::{ThreadRole, restrict_thread};
 
 /// Inherited descriptors get numbers below this, enough for the layers of an image; what the set-up

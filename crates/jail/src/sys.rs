@@ -167,6 +167,16 @@ pub fn limit_bounding_set(keep: u64) -> Result<(), Errno> {
     Ok(())
 }
 
+/// The version of Landlock's interface that the kernel has; `None` without Landlock.
+pub fn landlock_version() -> Option<u32> {
+    // LANDLOCK_CREATE_RULESET_VERSION (linux/landlock.h).
+    const VERSION: libc::c_long = 1;
+    let nothing = std::ptr::null::<libc::c_void>();
+    // SAFETY: with this flag the kernel reads no attributes.
+    let answer = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, nothing, 0, VERSION) };
+    u32::try_from(answer).ok()
+}
+
 /// Sets the host name of the caller's uts namespace.
 pub fn set_host_name(name: &CStr) -> Result<(), Errno> {
     // SAFETY: the pointer is valid for the length given.

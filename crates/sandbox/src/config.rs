@@ -89,6 +89,9 @@ pub struct SandboxConfig {
     /// The most that its machine may take of the host; needs control groups.
     #[serde(default)]
     pub bounds: Bounds,
+    /// Processors of one core run its machine and nothing else at the same time.
+    #[serde(default)]
+    pub core_scheduling: bool,
     /// The disks of the machine. Their opened block devices come beside, in this order.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -107,6 +110,7 @@ impl SandboxConfig {
             hostname: "hull".to_owned(),
             cgroup: CgroupConfig::None,
             bounds: Bounds::default(),
+            core_scheduling: false,
             disks: Vec::new(),
             end,
             began_ns: 0,

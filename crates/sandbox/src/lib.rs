@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod config;
 mod container;
 pub mod control;
+mod core_scheduling;
 pub mod cost;
 pub mod error;
 pub mod events;

@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use crate::cgroup;
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
 use crate::container::Container;
+use crate::core_scheduling;
 use crate::cost::{self, HostMemory};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::{Event, EventKind};
@@ -221,8 +222,11 @@ impl Sandbox {
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
         let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
-        started()?;
         let (devices, machine) = guest.pids();
+        if config.core_scheduling {
+            core_scheduling::isolate([devices, machine])?;
+        }
+        started()?;
         let members = cgroup::machine::Members {
             machine,
             devices,

@@ -8,7 +8,8 @@ use std::time::Duration;
 use rustix::fs::StatVfsMountFlags;
 
 use hull_tests::{
-    Container, Hull, busybox_archive, cgroup, descendants, eventually, left_out, on_every_machine,
+    Container, Hull, Options, busybox_archive, cgroup, descendants, eventually, left_out,
+    on_every_machine,
 };
 
 on_every_machine!(
@@ -139,6 +140,20 @@ fn processes_are_confined_as_documented(machine: &'static str) {
             assert_eq!(adjustment.trim(), "200", "{process}");
         }
         check_open_files(&container, process);
+    }
+}
+
+#[test]
+fn core_scheduling_is_set_or_the_start_fails_by_name() {
+    let hull = Hull::with(Options {
+        configuration: "core_sched = true".to_owned(),
+        ..Options::default()
+    });
+    let output = hull.run(&[], &["true"]);
+    if output.status != 0 {
+        output.fails(125, &["core_sched", "not supported", "CONFIG_SCHED_CORE"]);
+        hull.assert_clean();
+        left_out("the kernel of this machine has no core scheduling");
     }
 }
 

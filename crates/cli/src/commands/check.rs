@@ -93,6 +93,7 @@ pub fn execute(args: Args) -> Result<u8> {
     findings.extend(machines(&config, &report));
     findings.extend(guest_files(&guest));
     findings.push(control_groups(&config));
+    findings.push(jail());
     findings.push(overlay());
     findings.push(network(&config));
     for (what, directory) in [
@@ -326,6 +327,19 @@ fn control_groups(config: &Config) -> Finding {
             config
                 .without_root
                 .then(|| "systemd-run --user --scope -p Delegate=yes hull run …".to_owned()),
+        ),
+    }
+}
+
+fn jail() -> Finding {
+    let what = "jail";
+    let always = "namespaces, capabilities, system call filters";
+    match hull_jail::landlock_version() {
+        Some(version) => Finding::ok(what, format!("{always}, Landlock (version {version})")),
+        None => Finding::note(
+            what,
+            format!("{always}; the host's kernel has no Landlock, or does not use it"),
+            Some("a kernel since 5.13 with lsm=landlock,… on its command line".to_owned()),
         ),
     }
 }

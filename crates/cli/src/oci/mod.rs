@@ -86,6 +86,7 @@ fn settings(global: &arguments::Global) -> Result<Settings> {
         run_directory: config.run_dir.clone(),
         systemd_cgroup: global.systemd_cgroup,
         network: config.network_limits(false),
+        core_scheduling: config.core_sched,
         machine: Box::new(move |memory, cpus_milli| machine(&loaded, memory, cpus_milli)),
         warn: log::warn,
     })

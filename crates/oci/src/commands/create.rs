@@ -160,6 +160,7 @@ impl Making<'_> {
                 hostname: hostname.clone(),
                 cgroup: CgroupConfig::Join(cgroups.clone()),
                 bounds: host_bounds,
+                core_scheduling: settings.core_scheduling,
                 disks: plan.disks.iter().map(|disk| disk.device).collect(),
                 end: EndPolicy::LastContainer,
                 began_ns: 0,

@@ -41,6 +41,8 @@ pub struct Settings {
     pub machine: MachineMaker,
     /// Limits for networks that engines set up.
     pub network: NetworkLimits,
+    /// Processors of one core run one machine at a time.
+    pub core_scheduling: bool,
     /// Reports a problem that does not make the command fail.
     pub warn: fn(&str),
 }
