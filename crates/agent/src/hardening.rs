@@ -1,5 +1,6 @@
 //! Kernel parameters that keep programs of the guest from its kernel, set at boot: those for which
-//! the kernel's configuration has no option. Containers see them read-only.
+//! the kernel's configuration has no option. Containers see them read-only. io_uring is refused by
+//! the usual system call filter, and left to those who ask for another one.
 
 use std::fs;
 use std::io;
@@ -10,9 +11,6 @@ const PARAMETERS: &[(&str, &str)] = &[
     ("kernel/yama/ptrace_scope", "1"),
     // No addresses of the kernel in /proc, for anybody.
     ("kernel/kptr_restrict", "2"),
-    // io_uring is for CAP_SYS_ADMIN: a large part of the kernel that few programs need, and that
-    // the default system call filter does not allow anyway.
-    ("kernel/io_uring_disabled", "1"),
     // Constants in compiled filters are blinded.
     ("net/core/bpf_jit_harden", "2"),
     // Links, FIFOs and files of others in sticky directories: as on hosts with systemd, which
@@ -23,7 +21,7 @@ const PARAMETERS: &[(&str, &str)] = &[
     ("fs/protected_regular", "2"),
 ];
 
-/// Sets them. A kernel without one of them is as good as it gets; any other failure is logged.
+/// Sets them. Not all kernels have all of them; any other failure is logged.
 pub fn apply() {
     for (name, value) in PARAMETERS {
         match fs::write(format!("/proc/sys/{name}"), value) {

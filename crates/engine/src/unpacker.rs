@@ -11,7 +11,7 @@ use hull_image::unpack::process::{Job, Running, Unpacker, run};
 use hull_jail::{
     self as jail, Confinement, JailSpec, Limits, Role, Root, Started, Status, UNPACK_CAPABILITIES,
 };
-use hull_sandbox::{rootless, shares};
+use hull_sandbox::shares;
 use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Context, Error, Result};
@@ -31,16 +31,23 @@ pub struct Jailed;
 
 impl Unpacker for Jailed {
     fn start(&self, job: Job<'_>) -> io::Result<Box<dyn Running>> {
-        rootless::enter_mounts().map_err(io::Error::other)?;
-        let root = shares::directory(job.root, false)?;
+        let detached = |directory, read_only| {
+            shares::directory(directory, read_only).map_err(|error| {
+                io::Error::other(format!(
+                    "cannot make a mount of the layer's directory (Linux 5.12, CAP_SYS_ADMIN): \
+                     {error}"
+                ))
+            })
+        };
+        let root = detached(job.root, false)?;
         let lower = job
             .lower
             .iter()
-            .map(|lower| shares::directory(*lower, true))
+            .map(|lower| detached(*lower, true))
             .collect::<io::Result<Vec<_>>>()?;
         let executable = File::open("/proc/self/exe")?;
-        let stderr = io::stderr();
-        let mut fds = vec![(job.archive, 0), (job.answer, 1), (stderr.as_fd(), 2)];
+        // Not standard error: a terminal can be read from and written to.
+        let mut fds = vec![(job.archive, 0), (job.answer, 1)];
         let directories = [&root].into_iter().chain(&lower);
         fds.extend(directories.map(AsFd::as_fd).zip(FIRST_DIRECTORY..));
         let started = jail::spawn(JailSpec {

@@ -1,7 +1,8 @@
 //! A process that starts jails and stays outside of them: the sandbox process, once its machine
 //! runs. It still mounts, enters network namespaces and runs network plugins, so it keeps the
-//! capabilities for that and its file systems; it loses those with which a host is taken over, and
-//! the system calls that only serve that.
+//! capabilities for that and its file systems; the others it loses, with the system calls that a
+//! program needs only to take over a kernel. That makes an attack harder and does not end it: root
+//! with SYS_ADMIN has ways left, in the file systems of the host for one.
 //!
 //! Not Landlock: a process with rules about files may not mount at all, and plugins write where
 //! they like.

@@ -86,6 +86,7 @@ fn restrict() -> Result<()> {
     let mut keep = CapabilitySet::SYS_ADMIN // mounts, network namespaces
         | CapabilitySet::NET_ADMIN // taps, addresses, packet filters; also of plugins
         | CapabilitySet::NET_RAW // iptables, of plugins
+        | CapabilitySet::SYS_NICE // moves the machine's processes to cpusets
         | CapabilitySet::SYS_PTRACE // what the machine's processes cost: their smaps_rollup
         | CapabilitySet::KILL // they have users of their own
         // Removes writable layers, whose files are anybody's (`--rm`).

@@ -223,10 +223,10 @@ impl Sandbox {
         let disks = with_files(&config.disks, disks)?;
         let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
         let (devices, machine) = guest.pids();
+        started()?;
         if config.core_scheduling {
             core_scheduling::isolate([devices, machine])?;
         }
-        started()?;
         let members = cgroup::machine::Members {
             machine,
             devices,
@@ -368,14 +368,17 @@ impl Sandbox {
             return Err(Error::invalid("as many mounts as shares must come"));
         }
         for (share, mount) in shares.iter().zip(mounts) {
-            if share.sealed {
-                let mount = mount.try_clone().context(|| "keep the mount of a share")?;
-                self.unsealed().insert(share.name.clone(), mount);
-            }
+            let unsealed = match share.sealed {
+                true => Some(mount.try_clone().context(|| "keep the mount of a share")?),
+                false => None,
+            };
             let added = shares::add(&self.0.devices, self.path(), share, mount).await;
             if let Err(error) = added {
                 // Shares are added while the guest boots: there may be no agent yet.
                 return Err(self.cause_of(error, async {}).await);
+            }
+            if let Some(mount) = unsealed {
+                self.unsealed().insert(share.name.clone(), mount);
             }
         }
         Ok(())

@@ -326,7 +326,7 @@ fn control_groups(config: &Config) -> Finding {
             format!("{found}; machines have none: {}", error.message),
             config
                 .without_root
-                .then(|| "systemd-run --user --scope -p Delegate=yes hull run …".to_owned()),
+                .then(|| "systemd-run --user --scope hull run …".to_owned()),
         ),
     }
 }

@@ -76,7 +76,8 @@ fn registered_domain(host: &str) -> Option<&str> {
     let mut labels = host.rsplit('.');
     let (top, second) = (labels.next()?, labels.next()?);
     let mut length = top.len() + 1 + second.len();
-    if top.len() == 2 && CLASSES.contains(&second) {
+    // Shorter names than four letters below a country are mostly classes, too.
+    if top.len() == 2 && (CLASSES.contains(&second) || second.len() <= 3) {
         length += 1 + labels.next()?.len();
     }
     host.get(host.len() - length..)

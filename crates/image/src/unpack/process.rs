@@ -16,11 +16,14 @@ use super::{LayerError, TarError, Unpacked, compression, drain, unpack};
 use crate::digest::{Digest, HashingReader};
 use crate::limits::{Budget, Low, Used};
 
-/// Longest answer of the process, bytes. Names in errors have 4 KiB, four times that when escaped.
-const ANSWER: u64 = 64 << 10;
+/// Longest answer of the process, bytes: what the smallest pipe holds (PIPE_BUF), so that it can be
+/// written before anybody reads it.
+const ANSWER: usize = 4096;
 
-/// Most layers below one that the process is given; more are the archive's problem: overlayfs takes
-/// 500.
+/// Longest message in an answer, characters: those of JSON have up to six bytes.
+const MESSAGE: usize = 512;
+
+/// Most layers below one that the process is given: overlayfs takes 500 (OVL_MAX_STACK).
 pub const MAX_LOWER: usize = 500;
 
 /// What a process that unpacks a layer is given.
@@ -108,7 +111,7 @@ pub(crate) fn apply(
     let sent = send(archive, archive_in);
     let mut text = Vec::new();
     let read = std::fs::File::from(answer_out)
-        .take(ANSWER)
+        .take(ANSWER as u64)
         .read_to_end(&mut text);
     let ended = running.wait();
     // What keeps the archive from being read is the cause of all that follows.
@@ -185,7 +188,7 @@ fn here(
 pub fn run(
     task: &str,
     archive: impl Read,
-    answer: impl Write,
+    mut answer: impl Write,
     root: OwnedFd,
     lower: &[OwnedFd],
 ) -> io::Result<()> {
@@ -197,7 +200,7 @@ pub fn run(
             used: budget.used(),
         },
         Err(error) => Answer::Failed {
-            message: error.to_string(),
+            message: error.to_string().chars().take(MESSAGE).collect(),
             full: error.is_full(),
             of_host: error.is_of_host(),
             low: match error {
@@ -206,6 +209,7 @@ pub fn run(
             },
         },
     };
-    serde_json::to_writer(answer, &said)?;
-    Ok(())
+    let text = serde_json::to_vec(&said)?;
+    answer.write_all(&text)?;
+    answer.flush()
 }

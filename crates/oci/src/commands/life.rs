@@ -269,10 +269,14 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
     let Some((container, mut heir)) = heir else {
         return Ok(());
     };
-    if let Some(bounds) = record.details.bounds {
-        heir.details.groups.bound(&bounds)?;
+    if let Some(mut bounds) = record.details.bounds {
+        // A limit of the heir's own stays.
+        bounds.memory = bounds.memory.filter(|_| heir.details.memory == 0);
+        heir.details.groups.bound(&bounds);
         heir.details.bounds = Some(bounds);
-        container.store(&heir)?;
+        if let Err(error) = container.store(&heir) {
+            (settings.warn)(&error.message);
+        }
     }
     for _ in 0..HAND_OVER_ROUNDS {
         let pids = record.details.groups.processes()?;

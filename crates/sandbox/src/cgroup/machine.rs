@@ -1,5 +1,5 @@
 //! The control groups of a machine: made and joined while its guest boots. Moving a process waits
-//! until no processor is in the middle of a fork, 10 ms and more, which then costs nobody time.
+//! until no processor is in the middle of a fork, 10 ms and more, which a start does not wait for.
 //!
 //! The directories of a sandbox's own group are recorded in its run-time directory before they are
 //! made, and go with that: at the end of the sandbox, or when what a killed one left is swept.
@@ -15,7 +15,7 @@ use super::{Bounds, Groups, Place};
 use crate::config::CgroupConfig;
 use crate::error::{Context, Error, Result};
 use crate::rootless;
-use crate::store::{Directory, versioned};
+use crate::store::{Directory, ProcessStat, versioned};
 
 /// Name of the record in a sandbox's run-time directory.
 const FILE: &str = "cgroup.json";
@@ -64,7 +64,7 @@ pub(crate) fn confine(
             let groups = Groups {
                 directories: directories.clone(),
             };
-            groups.bound(bounds)?;
+            groups.bound(bounds);
             join(&groups, &[devices, own, machine])
                 .map_err(|(directory, error)| cannot_join(&directory, error))
         }
@@ -75,13 +75,14 @@ pub(crate) fn confine(
             let place = place(parent, Path::new(id))?;
             record(&directory, &place.groups())?;
             let groups = place.make(None, 0)?;
-            groups.bound(bounds)?;
+            groups.bound(bounds);
             match join(&groups, &[devices, machine]) {
                 Ok(()) => Ok(()),
                 // Without root: the groups are the user's, but the one above them is not.
+                // They are removed at the end of the sandbox.
                 Err((directory, error)) if is_denied(&error) => {
-                    tracing::debug!("{}", cannot_join(&directory, error).message);
-                    groups.remove()
+                    tracing::warn!("{}", cannot_join(&directory, error).message);
+                    Ok(())
                 }
                 Err((directory, error)) => Err(cannot_join(&directory, error)),
             }
@@ -128,8 +129,17 @@ fn place(parent: &Path, id: &Path) -> Result<Place> {
 
 /// Moves processes with all that they have started. What they start later follows by itself.
 fn join(groups: &Groups, pids: &[i32]) -> Result<(), (PathBuf, io::Error)> {
-    let mut waiting = pids.to_vec();
-    while let Some(pid) = waiting.pop() {
+    let mut waiting: Vec<_> = pids.iter().map(|pid| (*pid, None)).collect();
+    while let Some((pid, parent)) = waiting.pop() {
+        // Its number may be another process's by now.
+        let is_child = |parent| {
+            ProcessStat::read(pid)?
+                .number(4)
+                .map(|found: i32| found == parent)
+        };
+        if parent.is_some_and(|parent| is_child(parent) != Some(true)) {
+            continue;
+        }
         for directory in &groups.directories {
             match write(&directory.join("cgroup.procs"), &pid.to_string()) {
                 Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
@@ -140,7 +150,7 @@ fn join(groups: &Groups, pids: &[i32]) -> Result<(), (PathBuf, io::Error)> {
             }
         }
         // After it has moved: from now on it starts others in its groups.
-        waiting.extend(children(pid));
+        waiting.extend(children(pid).into_iter().map(|child| (child, Some(pid))));
     }
     Ok(())
 }

@@ -147,12 +147,14 @@ impl Groups {
     }
 
     /// Keeps the processes in the groups within bounds, as far as the host has controllers for
-    /// them.
-    ///
-    /// # Errors
-    /// The kernel refuses a limit.
-    pub fn bound(&self, bounds: &Bounds) -> Result<()> {
-        self.set(&limits::bounds(bounds))
+    /// them. What the kernel refuses is logged: a stricter limit of a group above, for example.
+    pub fn bound(&self, bounds: &Bounds) {
+        for setting in limits::bounds(bounds) {
+            match self.write(&setting) {
+                Ok(Written::No(error)) | Err(error) => tracing::warn!("{}", error.message),
+                Ok(Written::Yes | Written::InUse) => {}
+            }
+        }
     }
 
     fn set(&self, settings: &[limits::Setting]) -> Result<()> {

@@ -269,6 +269,7 @@ impl Sandbox {
 async fn seal(ready: &Ready, container: &str, start: bool, mounts: &[OwnedFd]) -> Result<()> {
     for mount in mounts {
         shares::seal(mount)
+            .await
             .context(|| format!("make the root of container {} read-only", container))?;
     }
     match start {
@@ -277,7 +278,7 @@ async fn seal(ready: &Ready, container: &str, start: bool, mounts: &[OwnedFd]) -
     }
 }
 
-/// Removes a container that is in the guest already, and of which nobody learns.
+/// Removes a container whose creation fails when it is in the guest already.
 async fn delete(ready: &Ready, container: &str) {
     if let Err(error) = ready.agent.delete(container).await {
         tracing::debug!("{error}");

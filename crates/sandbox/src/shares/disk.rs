@@ -52,9 +52,9 @@ struct LoopConfig {
 /// Where a writable layer with a size is.
 #[derive(Debug, Clone)]
 pub struct Disk {
-    /// The file, made when it is not there.
+    /// The file, created when it is not there.
     pub file: PathBuf,
-    /// Where it is mounted, seen by nobody; made when it is not there.
+    /// Where it is mounted, in a mount namespace that ends at once; created when it is not there.
     pub place: PathBuf,
     /// Its size, bytes.
     pub size: u64,
@@ -73,24 +73,41 @@ impl Disk {
             )));
         }
         fs::create_dir_all(&self.place).context(doing)?;
-        let new = OpenOptions::new()
+        if self.file.exists() {
+            return Ok(());
+        }
+        // It has its name when it is complete.
+        let unfinished = self.file.with_extension("new");
+        let made = self.make(&unfinished, volatile);
+        let named = made.and_then(|()| fs::rename(&unfinished, &self.file).context(doing));
+        if named.is_err() {
+            // The error that is reported is the one that made this necessary.
+            let _ = fs::remove_file(&unfinished);
+        }
+        named
+    }
+
+    fn make(&self, path: &Path, volatile: bool) -> Result<()> {
+        let doing = || format!("create {}", path.display());
+        let file = OpenOptions::new()
             .write(true)
-            .create_new(true)
+            .create(true)
+            .truncate(true)
             .mode(0o600)
-            .open(&self.file);
-        let file = match new {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
-            new => new.context(doing)?,
-        };
+            .open(path)
+            .context(doing)?;
         file.set_len(self.size).context(doing)?;
         let features = match volatile {
             true => "^has_journal,^resize_inode",
             false => "^resize_inode",
         };
+        let search = std::env::var("PATH").unwrap_or_default();
         let made = Command::new("mke2fs")
+            // Not in the path of everybody who may run it.
+            .env("PATH", format!("{search}:/usr/sbin:/sbin"))
             .args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", features])
             .args(["-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"])
-            .arg(&self.file)
+            .arg(path)
             .stdin(Stdio::null())
             .output();
         let output = match made {
@@ -106,7 +123,7 @@ impl Disk {
             true => Ok(()),
             false => Err(Error::new(format!(
                 "cannot make a file system in {}: {}",
-                self.file.display(),
+                path.display(),
                 String::from_utf8_lossy(&output.stderr).trim()
             ))),
         }
@@ -125,7 +142,10 @@ impl Disk {
 
 /// Attaches a file to a free loop device, which the kernel frees when nobody has it open.
 fn attach(file: &Path) -> io::Result<(File, PathBuf)> {
-    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let open = |path: &Path| {
+        let opened = OpenOptions::new().read(true).write(true).open(path);
+        opened.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    };
     let backing = open(file)?;
     let control = open(Path::new("/dev/loop-control"))?;
     let mut attempt = 0;

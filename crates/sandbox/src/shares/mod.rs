@@ -11,8 +11,9 @@ mod overlay;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use hull_device_control::Cache;
 use rustix::fs::{CWD, Mode, OFlags};
@@ -24,6 +25,7 @@ pub use overlay::{Overlay, root};
 use crate::config::{FILE_NAME, Share, Writers};
 use crate::error::{Context, Result};
 use crate::guest::Devices;
+use crate::rootless;
 use crate::store::SandboxPath;
 use detached::Attributes;
 
@@ -64,6 +66,30 @@ pub fn host(path: &Path, recursive: bool, read_only: ReadOnly) -> Result<OwnedFd
 /// # Errors
 /// The kernel's.
 pub fn directory(directory: BorrowedFd<'_>, read_only: bool) -> io::Result<OwnedFd> {
+    if !rootless::in_user_namespace() {
+        return detach_directory(directory, read_only);
+    }
+    // Mounts can be copied in a mount namespace that belongs to the user namespace only, and only
+    // those of it: the directory is looked up there again.
+    let path = fs::read_link(format!("/proc/self/fd/{}", directory.as_raw_fd()))?;
+    let found = rustix::fs::fstat(directory)?;
+    std::thread::scope(|scope| {
+        let detaching = scope.spawn(|| {
+            rootless::enter_mounts().map_err(io::Error::other)?;
+            let same = File::open(&path)?;
+            let there = rustix::fs::fstat(&same)?;
+            if (there.st_dev, there.st_ino) != (found.st_dev, found.st_ino) {
+                return Err(io::Error::other(format!("{} has moved", path.display())));
+            }
+            detach_directory(same.as_fd(), read_only)
+        });
+        detaching
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    })
+}
+
+fn detach_directory(directory: BorrowedFd<'_>, read_only: bool) -> io::Result<OwnedFd> {
     let mount = detached::copy_of(directory)?;
     let attributes = Attributes {
         read_only,
@@ -101,17 +127,29 @@ pub(crate) async fn add(
         .await?)
 }
 
-/// Makes the top mount of a share read-only, whoever has it.
+/// Makes the top mount of a share read-only, in all processes that have it.
 ///
 /// # Errors
-/// The kernel's: EBUSY when a file in it is open for writing.
-pub(crate) fn seal(mount: &OwnedFd) -> io::Result<()> {
+/// The kernel's: EBUSY when a file in it is open for writing, for longer than the guest takes to
+/// say that it has closed one.
+pub(crate) async fn seal(mount: &OwnedFd) -> io::Result<()> {
+    const ATTEMPTS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(5);
     let attributes = Attributes {
         read_only: true,
         no_devices: false,
         no_suid: false,
     };
-    detached::set_top(mount.as_fd(), attributes)
+    let mut attempt = 0;
+    loop {
+        match detached::set_top(mount.as_fd(), attributes) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && attempt < ATTEMPTS => {
+                attempt += 1;
+                tokio::time::sleep(PAUSE).await;
+            }
+            sealed => return sealed,
+        }
+    }
 }
 
 /// Takes shares away again.
