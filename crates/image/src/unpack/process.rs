@@ -20,6 +20,9 @@ use crate::limits::{Budget, Low, Used};
 /// written before anybody reads it.
 const ANSWER: usize = 4096;
 
+/// Size of the pipe for the archive, bytes: what any user may ask for (fs.pipe-max-size).
+const ARCHIVE_PIPE: usize = 1 << 20;
+
 /// Longest message in an answer, characters: those of JSON have up to six bytes.
 const MESSAGE: usize = 512;
 
@@ -98,6 +101,8 @@ pub(crate) fn apply(
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|errno: Errno| failed(errno.into()));
     let (archive_out, archive_in) = pipe()?;
     let (answer_out, answer_in) = pipe()?;
+    // Fewer switches between the two; the host may allow less.
+    let _ = rustix::pipe::fcntl_setpipe_size(&archive_in, ARCHIVE_PIPE);
     let running = unpacker
         .start(Job {
             task,
