@@ -88,6 +88,48 @@ fn a_token_without_end() {
 }
 
 #[test]
+fn a_token_that_ends_before_its_time_is_replaced() {
+    let tokens = std::sync::atomic::AtomicU32::new(0);
+    let (service, asked) = server(move |_, client| {
+        let number = tokens.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        begin_answer(client, "200 OK", "");
+        let _ = write!(client, "{{\"token\": \"t{number}\", \"expires_in\": 300}}");
+    });
+    let config = json!({"architecture": host_architecture(), "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": []}})
+    .to_string();
+    let digest = Digest::of(config.as_bytes());
+    let manifest = json!({"schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": digest.to_string(), "size": config.len()},
+        "layers": []})
+    .to_string();
+    let (port, requests) = server(move |request, client| {
+        let token = |name: &str| request.contains(&format!("Bearer {name}\r\n"));
+        let challenge =
+            format!("WWW-Authenticate: Bearer realm=\"http://localhost:{service}/token\"\r\n");
+        if request.starts_with("GET /v2/x/manifests/") && token("t0") {
+            begin_answer(client, "200 OK", "");
+            let _ = client.write_all(manifest.as_bytes());
+        } else if request.starts_with("GET /v2/x/blobs/") && token("t1") {
+            begin_answer(client, "200 OK", "");
+            let _ = client.write_all(config.as_bytes());
+        } else {
+            begin_answer(client, "401 Unauthorized", &challenge);
+        }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let name = reference(&format!("localhost:{port}/x"));
+    let credentials = Credentials::basic("user", "secret");
+    let pulled = store.resolve(&name, Pull::Missing, &credentials, &());
+    let requests: Vec<_> = requests.try_iter().collect();
+    assert_eq!(asked.try_iter().count(), 2, "{pulled:?} {requests:?}");
+    assert_eq!(pulled.unwrap().id, digest.to_string());
+}
+
+#[test]
 fn a_token_service_that_redirects() {
     let (other, stolen) = server(|_, client| begin_answer(client, "200 OK", ""));
     let (service, asked) = server(move |_, client| {

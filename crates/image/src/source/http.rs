@@ -156,8 +156,17 @@ impl Http {
             .registry
             .join(&format!("v2/{}/{path}", self.repository))
             .map_err(|error| Failure::Refused(format!("no URL: {error}")))?;
-        let authorization = whole(self.tokens.authorization(self)).await?;
-        let response = self.follow(url, headers, authorization).await?;
+        let (authorization, remembered) = whole(self.tokens.authorization(self)).await?;
+        let response = self.follow(url.clone(), headers, authorization).await?;
+        let response = match response.status() {
+            // Its token has ended before its time.
+            StatusCode::UNAUTHORIZED if remembered => {
+                self.tokens.forget().await;
+                let (authorization, _) = whole(self.tokens.authorization(self)).await?;
+                self.follow(url, headers, authorization).await?
+            }
+            _ => response,
+        };
         match response.status() {
             status if status.is_success() => Ok(response),
             status => Err(refusal(status, response).await),

@@ -81,18 +81,27 @@ impl Tokens {
         self.state.lock().await.withheld.clone()
     }
 
-    /// The header for a request to the registry. Requests that run at once wait for one token.
-    pub(super) async fn authorization(&self, http: &Http) -> Result<Option<HeaderValue>, Failure> {
+    /// The header for a request to the registry, and whether it is a token of an earlier request.
+    /// Requests that run at once wait for one token.
+    pub(super) async fn authorization(
+        &self,
+        http: &Http,
+    ) -> Result<(Option<HeaderValue>, bool), Failure> {
         let mut state = self.state.lock().await;
         if let Some(current) = &state.current
             && current.until.is_none_or(|until| Instant::now() < until)
         {
-            return Ok(current.authorization.clone());
+            return Ok((current.authorization.clone(), current.until.is_some()));
         }
         let current = self.obtain(http, &mut state.withheld).await?;
         let authorization = current.authorization.clone();
         state.current = Some(current);
-        Ok(authorization)
+        Ok((authorization, false))
+    }
+
+    /// Forgets the token.
+    pub(super) async fn forget(&self) {
+        self.state.lock().await.current = None;
     }
 
     async fn obtain(&self, http: &Http, withheld: &mut Option<String>) -> Result<Current, Failure> {
