@@ -125,6 +125,35 @@ pub const COMMON: &[c_long] = &[
     libc::SYS_time,
 ];
 
+/// To make files, and to change what is known of them.
+pub const FILES: &[c_long] = &[
+    libc::SYS_mknodat,
+    libc::SYS_mkdirat,
+    libc::SYS_unlinkat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_renameat2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_utimensat,
+    libc::SYS_copy_file_range,
+    libc::SYS_getxattr,
+    libc::SYS_lgetxattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_setxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_listxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_removexattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_umask,
+];
+
 /// The fs device does to files what a guest asks for, as the user the guest names.
 pub const DEVICE: &[c_long] = &[
     libc::SYS_accept4,
@@ -132,35 +161,10 @@ pub const DEVICE: &[c_long] = &[
     libc::SYS_bind,
     libc::SYS_listen,
     libc::SYS_connect,
-    libc::SYS_mknodat,
-    libc::SYS_mkdirat,
-    libc::SYS_unlinkat,
-    libc::SYS_symlinkat,
-    libc::SYS_linkat,
-    libc::SYS_renameat2,
-    libc::SYS_fchown,
-    libc::SYS_fchownat,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_utimensat,
-    libc::SYS_copy_file_range,
     libc::SYS_sync_file_range,
     libc::SYS_syncfs,
     libc::SYS_fadvise64,
     libc::SYS_flock,
-    libc::SYS_getxattr,
-    libc::SYS_lgetxattr,
-    libc::SYS_fgetxattr,
-    libc::SYS_setxattr,
-    libc::SYS_lsetxattr,
-    libc::SYS_fsetxattr,
-    libc::SYS_listxattr,
-    libc::SYS_llistxattr,
-    libc::SYS_flistxattr,
-    libc::SYS_removexattr,
-    libc::SYS_lremovexattr,
-    libc::SYS_fremovexattr,
-    libc::SYS_umask,
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,
     // A thread drops its capabilities (`restrict_thread`).
@@ -168,36 +172,8 @@ pub const DEVICE: &[c_long] = &[
     libc::SYS_capset,
 ];
 
-/// What an archive has names and attributes for.
-pub const UNPACK: &[c_long] = &[
-    libc::SYS_openat2,
-    libc::SYS_mknodat,
-    libc::SYS_mkdirat,
-    libc::SYS_unlinkat,
-    libc::SYS_symlinkat,
-    libc::SYS_linkat,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
-    libc::SYS_fchown,
-    libc::SYS_fchownat,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_utimensat,
-    libc::SYS_getxattr,
-    libc::SYS_lgetxattr,
-    libc::SYS_fgetxattr,
-    libc::SYS_setxattr,
-    libc::SYS_lsetxattr,
-    libc::SYS_fsetxattr,
-    libc::SYS_listxattr,
-    libc::SYS_llistxattr,
-    libc::SYS_flistxattr,
-    libc::SYS_removexattr,
-    libc::SYS_lremovexattr,
-    libc::SYS_fremovexattr,
-    libc::SYS_umask,
-    libc::SYS_copy_file_range,
-];
+/// Unpacking a layer, beside [`FILES`].
+pub const UNPACK: &[c_long] = &[libc::SYS_openat2, libc::SYS_renameat];
 
 pub const UNPACK_IOCTLS: &[u64] = &[libc::FIOCLEX];
 

@@ -15,9 +15,9 @@ use rustix::io::Errno;
 use seccompiler::{BpfProgram, sock_filter};
 
 use crate::calls::{
-    COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, IO, IO_IOCTLS, KVM, NAMESPACE_FLAGS,
-    QEMU, QEMU_IOCTLS, QEMU_PRCTLS, SUPERVISOR_REFUSED, THREAD, THREAD_PRCTLS, UML, UML_IOCTLS,
-    UML_PRCTLS, UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS, VCPU_IOCTLS,
+    COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, FILES, IO, IO_IOCTLS, KVM,
+    NAMESPACE_FLAGS, QEMU, QEMU_IOCTLS, QEMU_PRCTLS, SUPERVISOR_REFUSED, THREAD, THREAD_PRCTLS,
+    UML, UML_IOCTLS, UML_PRCTLS, UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS, VCPU_IOCTLS,
 };
 use crate::thread::ThreadRole;
 
@@ -116,14 +116,14 @@ fn allowlist(calls: &[&[c_long]], ioctls: &[u64], driver: Option<u8>, prctls: &[
 }
 
 fn rules(role: Role) -> Rules {
-    let (calls, ioctls, prctls): (&[c_long], &[u64], &[i32]) = match role {
-        Role::Device => (DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS),
-        Role::Uml => (UML, UML_IOCTLS, UML_PRCTLS),
-        Role::Qemu => (QEMU, QEMU_IOCTLS, QEMU_PRCTLS),
-        Role::Unpack => (UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS),
+    let (calls, ioctls, prctls): (&[&[c_long]], &[u64], &[i32]) = match role {
+        Role::Device => (&[COMMON, FILES, DEVICE], DEVICE_IOCTLS, DEVICE_PRCTLS),
+        Role::Uml => (&[COMMON, UML], UML_IOCTLS, UML_PRCTLS),
+        Role::Qemu => (&[COMMON, QEMU], QEMU_IOCTLS, QEMU_PRCTLS),
+        Role::Unpack => (&[COMMON, FILES, UNPACK], UNPACK_IOCTLS, UNPACK_PRCTLS),
     };
     let driver = (role == Role::Qemu).then_some(KVM);
-    let mut rules = allowlist(&[COMMON, calls], ioctls, driver, prctls);
+    let mut rules = allowlist(calls, ioctls, driver, prctls);
     let mut put = |call: c_long, verdict| rules.insert(call as u32, verdict);
     let local = || Verdict::OneOf(0, vec![libc::AF_UNIX as u32]);
     put(libc::SYS_socket, local());

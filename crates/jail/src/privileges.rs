@@ -24,14 +24,16 @@ pub fn drop_to(uid: u32, gid: u32, keep: CapabilitySet) -> Result<(), (Step, Err
         .and_then(|()| rustix::thread::set_thread_res_uid(uid, uid, uid))
         .map_err(at(Step::User))?;
 
-    let left = rustix::thread::capabilities(None)
-        .map_err(at(Step::Capabilities))?
-        .permitted
-        & keep;
+    keep_only(keep).map_err(at(Step::Capabilities))
+}
+
+/// Gives up all capabilities outside `keep`; none is inheritable.
+pub fn keep_only(keep: CapabilitySet) -> Result<(), Errno> {
+    let left = rustix::thread::capabilities(None)?.permitted & keep;
     let sets = CapabilitySets {
         effective: left,
         permitted: left,
         inheritable: CapabilitySet::empty(),
     };
-    rustix::thread::set_capabilities(None, sets).map_err(at(Step::Capabilities))
+    rustix::thread::set_capabilities(None, sets)
 }

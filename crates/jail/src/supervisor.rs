@@ -7,10 +7,10 @@
 //! Not Landlock: a process with rules about files may not mount at all, and plugins write where
 //! they like.
 
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::CapabilitySet;
 
 use crate::filter::Filter;
-use crate::{Error, Step, check_single_thread, sys};
+use crate::{Error, Step, check_single_thread, privileges, sys};
 
 /// Restricts the calling process, and all that it starts from now on, to these capabilities.
 ///
@@ -26,16 +26,7 @@ pub fn restrict_supervisor(name: &str, keep: CapabilitySet) -> Result<(), Error>
     };
     check_single_thread(name)?;
     sys::limit_bounding_set(keep.bits()).map_err(failed(Step::BoundingSet))?;
-    let left = rustix::thread::capabilities(None)
-        .map_err(failed(Step::Capabilities))?
-        .permitted
-        & keep;
-    let sets = CapabilitySets {
-        effective: left,
-        permitted: left,
-        inheritable: CapabilitySet::empty(),
-    };
-    rustix::thread::set_capabilities(None, sets).map_err(failed(Step::Capabilities))?;
+    privileges::keep_only(keep).map_err(failed(Step::Capabilities))?;
     rustix::thread::set_no_new_privs(true).map_err(failed(Step::NoNewPrivileges))?;
     Filter::of_supervisor()
         .install()

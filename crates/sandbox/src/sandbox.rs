@@ -222,20 +222,15 @@ impl Sandbox {
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
         let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
-        let (devices, machine) = guest.pids();
+        let processes = guest.processes();
         started()?;
         if config.core_scheduling {
-            core_scheduling::isolate([devices, machine])?;
+            core_scheduling::isolate([processes.devices, processes.machine])?;
         }
-        let members = cgroup::machine::Members {
-            machine,
-            devices,
-            sandbox: std::process::id().cast_signed(),
-        };
         let (cgroup, bounds) = (config.cgroup.clone(), config.bounds);
         let directory = dir.path().directory();
         let confining = tokio::task::spawn_blocking(move || {
-            cgroup::machine::confine(&cgroup, &bounds, &directory, members)
+            cgroup::machine::confine(&cgroup, &bounds, &directory, processes)
         });
         timings.step("start device process and machine", begin);
         Ok(Self::around(
@@ -253,17 +248,12 @@ impl Sandbox {
         confining: JoinHandle<Result<()>>,
         timings: Timings,
     ) -> Sandbox {
-        let (devices, machine) = guest.pids();
         let sandbox = Sandbox(Arc::new(Inner {
             devices: guest.control.clone(),
             disks: config.disks.clone(),
             network: tokio::sync::Mutex::default(),
             nets: guest.nets.clone(),
-            processes: HostProcesses {
-                sandbox: std::process::id().cast_signed(),
-                devices,
-                machine,
-            },
+            processes: guest.processes(),
             machine: guest.handle(),
             stage: watch::Sender::new(Stage::Booting),
             abort: watch::Sender::new(None),

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use rustix::fs::Access;
 use serde::{Deserialize, Serialize};
 
-use super::directory::{is_denied, is_gone, write};
-use super::{Bounds, Groups, Place};
+use super::directory::{is_denied, is_gone};
+use super::{Bounds, Groups, Place, limits};
 use crate::config::CgroupConfig;
 use crate::error::{Context, Error, Result};
 use crate::rootless;
-use crate::store::{Directory, ProcessStat, versioned};
+use crate::store::{Directory, HostProcesses, ProcessStat, versioned};
 
 /// Name of the record in a sandbox's run-time directory.
 const FILE: &str = "cgroup.json";
@@ -31,17 +31,6 @@ struct Made {
     groups: Groups,
 }
 
-/// The processes of a sandbox.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Members {
-    /// The machine's first process; those that it starts are in its groups too.
-    pub machine: i32,
-    /// The device process.
-    pub devices: i32,
-    /// The sandbox process.
-    pub sandbox: i32,
-}
-
 /// Puts the processes of a sandbox into control groups, and keeps them within bounds. Blocks.
 ///
 /// # Errors
@@ -51,13 +40,13 @@ pub(crate) fn confine(
     config: &CgroupConfig,
     bounds: &Bounds,
     sandbox: &Path,
-    members: Members,
+    processes: HostProcesses,
 ) -> Result<()> {
-    let Members {
+    let HostProcesses {
         machine,
         devices,
         sandbox: own,
-    } = members;
+    } = processes;
     match config {
         CgroupConfig::None => Ok(()),
         CgroupConfig::Join(directories) => {
@@ -66,7 +55,7 @@ pub(crate) fn confine(
             };
             groups.bound(bounds);
             join(&groups, &[devices, own, machine])
-                .map_err(|(directory, error)| cannot_join(&directory, error))
+                .map_err(|(directory, error)| cannot_join(directory, error))
         }
         CgroupConfig::Own { parent } => {
             let directory = Directory::open(sandbox)
@@ -81,10 +70,10 @@ pub(crate) fn confine(
                 // Without root: the groups are the user's, but the one above them is not.
                 // They are removed at the end of the sandbox.
                 Err((directory, error)) if is_denied(&error) => {
-                    tracing::warn!("{}", cannot_join(&directory, error).message);
+                    tracing::warn!("{}", cannot_join(directory, error).message);
                     Ok(())
                 }
-                Err((directory, error)) => Err(cannot_join(&directory, error)),
+                Err((directory, error)) => Err(cannot_join(directory, error)),
             }
         }
     }
@@ -128,7 +117,7 @@ fn place(parent: &Path, id: &Path) -> Result<Place> {
 }
 
 /// Moves processes with all that they have started. What they start later follows by itself.
-fn join(groups: &Groups, pids: &[i32]) -> Result<(), (PathBuf, io::Error)> {
+fn join<'a>(groups: &'a Groups, pids: &[i32]) -> Result<(), (&'a Path, io::Error)> {
     let mut waiting: Vec<_> = pids.iter().map(|pid| (*pid, None)).collect();
     while let Some((pid, parent)) = waiting.pop() {
         // Its number may be another process's by now.
@@ -140,14 +129,10 @@ fn join(groups: &Groups, pids: &[i32]) -> Result<(), (PathBuf, io::Error)> {
         if parent.is_some_and(|parent| is_child(parent) != Some(true)) {
             continue;
         }
-        for directory in &groups.directories {
-            match write(&directory.join("cgroup.procs"), &pid.to_string()) {
-                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
-                    return Err((directory.clone(), error));
-                }
-                // One that has ended is nobody's concern here.
-                _ => {}
-            }
+        match groups.move_in(pid) {
+            // It has ended.
+            Err((_, error)) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+            moved => moved?,
         }
         // After it has moved: from now on it starts others in its groups.
         waiting.extend(children(pid).into_iter().map(|child| (child, Some(pid))));
@@ -208,15 +193,31 @@ fn usable(groups: &Groups) -> Result<Vec<&'static str>> {
             return Err(cannot_join(first, error.into()));
         }
     }
-    let files: [&[&str]; 3] = [
-        &["memory.max", "memory.limit_in_bytes"],
-        &["pids.max"],
-        &["cpu.max", "cpu.cfs_quota_us"],
+    let none = Bounds::default();
+    let each = [
+        Bounds {
+            memory: Some(0),
+            ..none
+        },
+        Bounds {
+            processes: Some(0),
+            ..none
+        },
+        Bounds {
+            cpus: Some(0),
+            ..none
+        },
     ];
-    let can = |names: &[&str]| names.iter().any(|name| groups.find(name).is_some());
+    // That of swap, which comes after that of memory, is missing on many hosts.
+    let can = |bounds: &Bounds| {
+        let settings = limits::bounds(bounds);
+        settings
+            .first()
+            .is_some_and(|setting| groups.way(setting).is_some())
+    };
     Ok(LIMITS
         .into_iter()
-        .zip(files)
-        .filter_map(|(what, names)| can(names).then_some(what))
+        .zip(&each)
+        .filter_map(|(what, bounds)| can(bounds).then_some(what))
         .collect())
 }

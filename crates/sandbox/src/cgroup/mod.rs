@@ -29,6 +29,7 @@ pub(crate) mod machine;
 mod path;
 
 use std::fmt::Display;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -139,31 +140,13 @@ impl Groups {
     /// killed for memory that its guest may keep. The host's limit then stays as it was, and the
     /// new one holds only in the guest.
     pub fn apply(&self, resources: &LinuxResources, overhead: u64) -> Result<()> {
-        self.set(&limits::settings(
-            resources,
-            overhead,
-            self.quota_in_force(),
-        )?)
-    }
-
-    /// Keeps the processes in the groups within bounds, as far as the host has controllers for
-    /// them. What the kernel refuses is logged: a stricter limit of a group above, for example.
-    pub fn bound(&self, bounds: &Bounds) {
-        for setting in limits::bounds(bounds) {
-            match self.write(&setting) {
-                Ok(Written::No(error)) | Err(error) => tracing::warn!("{}", error.message),
-                Ok(Written::Yes | Written::InUse) => {}
-            }
-        }
-    }
-
-    fn set(&self, settings: &[limits::Setting]) -> Result<()> {
+        let settings = limits::settings(resources, overhead, self.quota_in_force())?;
         // The kernel compares some limits with each other (memory with memory and swap, period with
         // quota), so the right order depends on the values in force: a refused value may be
         // accepted after the others are set.
         let mut refused = Vec::new();
         let mut kept = false;
-        for setting in settings {
+        for setting in &settings {
             match self.write(setting)? {
                 Written::Yes => {}
                 Written::InUse => kept = true,
@@ -180,14 +163,32 @@ impl Groups {
         Ok(())
     }
 
+    /// Keeps the processes in the groups within bounds, as far as the host has controllers for
+    /// them. What the kernel refuses is logged: a stricter limit of a group above, for example.
+    pub fn bound(&self, bounds: &Bounds) {
+        for setting in limits::bounds(bounds) {
+            match self.write(&setting) {
+                Ok(Written::No(error)) | Err(error) => tracing::warn!("{}", error.message),
+                Ok(Written::Yes | Written::InUse) => {}
+            }
+        }
+    }
+
     /// Moves a process with all its threads. Only children that it creates later follow.
     pub fn join(&self, pid: i32) -> Result<()> {
+        self.move_in(pid).map_err(|(directory, error)| {
+            let doing = format!("move process {pid} to the control group");
+            failed(&doing, directory, error)
+        })
+    }
+
+    /// The same, with the directory that refuses the process.
+    fn move_in(&self, pid: i32) -> Result<(), (&Path, io::Error)> {
         for directory in &self.directories {
             let mut attempts = 1;
             while let Err(error) = write(&directory.join("cgroup.procs"), &pid.to_string()) {
                 if error.raw_os_error() != Some(libc::EINVAL) || attempts == JOIN_ATTEMPTS {
-                    let doing = format!("move process {pid} to the control group");
-                    return Err(failed(&doing, directory, error));
+                    return Err((directory, error));
                 }
                 attempts += 1;
                 std::thread::sleep(JOIN_PAUSE);
@@ -260,12 +261,14 @@ impl Groups {
             .find(|path| path.exists())
     }
 
+    /// The file that a limit is written to, and its content.
+    fn way<'a>(&self, setting: &'a limits::Setting) -> Option<(PathBuf, &'a str)> {
+        let mut ways = setting.ways.iter();
+        ways.find_map(|(file, value)| Some((self.find(file)?, &value[..])))
+    }
+
     fn write(&self, setting: &limits::Setting) -> Result<Written> {
-        let found = setting
-            .ways
-            .iter()
-            .find_map(|(file, value)| Some((self.find(file)?, value)));
-        let Some((path, value)) = found else {
+        let Some((path, value)) = self.way(setting) else {
             return match setting.optional {
                 true => Ok(Written::Yes),
                 false => Err(self.missing(setting)),

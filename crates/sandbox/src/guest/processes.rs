@@ -28,7 +28,7 @@ use crate::config::MachineConfig;
 use crate::error::{Context, Error, Result};
 use crate::network::Nets;
 use crate::rootless;
-use crate::store::SandboxPath;
+use crate::store::{HostProcesses, SandboxPath};
 
 /// Devices that every machine has: fs, vsock, entropy.
 const FIXED_DEVICES: usize = 3;
@@ -280,9 +280,13 @@ impl Guest {
         })
     }
 
-    /// Process ids of device process and machine process.
-    pub fn pids(&self) -> (i32, i32) {
-        (self.devices.pid, self.machine_process.pid)
+    /// The host's processes of its sandbox, of which this process is one.
+    pub fn processes(&self) -> HostProcesses {
+        HostProcesses {
+            sandbox: std::process::id().cast_signed(),
+            devices: self.devices.pid,
+            machine: self.machine_process.pid,
+        }
     }
 
     /// What pauses it.
