@@ -4,8 +4,11 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, id};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -29,23 +32,39 @@ pub fn has_ipv6() -> bool {
     Path::new("/proc/net/if_inet6").exists()
 }
 
+/// The number of one of `blocks` blocks of `what`, this process's own until it ends: a name in the
+/// abstract namespace is in use as long as its socket, in the same network namespace as ports are.
+fn block(what: &str, blocks: u32) -> u16 {
+    let first = id() % blocks;
+    let (number, socket) = (first..blocks)
+        .chain(0..first)
+        .find_map(|number| {
+            let name = format!("hull-tests-{what}-{number}");
+            let address = UnixAddr::from_abstract_name(name).unwrap();
+            Some((number, UnixListener::bind_addr(&address).ok()?))
+        })
+        .expect("a free block");
+    std::mem::forget(socket);
+    number as u16
+}
+
 /// A number below 10,000 that is unique to this call among concurrent tests.
 pub fn number() -> u16 {
+    static BLOCK: LazyLock<u16> = LazyLock::new(|| block("numbers", 1000));
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = (id() % 1000) as u16 * 10;
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
     assert!(next < 10, "no test needs so many");
-    first + next
+    *BLOCK * 10 + next
 }
 
 /// The first of `count` consecutive unused ports, outside of the kernel's ephemeral range.
 pub fn free_ports(count: u16) -> u16 {
-    // Concurrent tests have process ids close to each other.
+    static BLOCK: LazyLock<u16> = LazyLock::new(|| block("ports", 100));
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let next = NEXT.fetch_add(count, Ordering::Relaxed);
         assert!(next < 200, "no free port found");
-        let first = 12_000 + (id() % 100) as u16 * 200 + next;
+        let first = 12_000 + *BLOCK * 200 + next;
         let free = |port| {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
                 && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()

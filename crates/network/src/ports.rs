@@ -9,7 +9,8 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt,
+    AddressFamily, Shutdown, SocketFlags, SocketType, bind, getsockname, listen, shutdown,
+    socket_with, sockopt,
 };
 
 use crate::cni::{PortMapping, Protocol};
@@ -188,7 +189,27 @@ fn bound(address: SocketAddr, protocol: Protocol) -> Result<(OwnedFd, u16), Errn
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
-    bind(&socket, &address)?;
+    // The kernel chooses among ports without connections.
+    if address.port() != 0 && sockopt::socket_type(&socket)? == SocketType::STREAM {
+        bind_beside_ended_connections(&socket, &address)?;
+    } else {
+        bind(&socket, &address)?;
+    }
     let port = SocketAddr::try_from(getsockname(&socket)?).map(|address| address.port())?;
     Ok((socket, port))
+}
+
+/// Binds to a port that nobody listens on, also when connections of its last user are still in
+/// TIME_WAIT, which lasts 60 s. No other socket can bind the port afterwards.
+///
+/// `SO_REUSEADDR` allows the first; it also lets two sockets share a port until one of them listens
+/// (`inet_csk_bind_conflict`). So the socket listens, which only one can, and then closes without
+/// the option: from then on it conflicts with every other one, and connections are refused.
+fn bind_beside_ended_connections(socket: &OwnedFd, address: &SocketAddr) -> Result<(), Errno> {
+    sockopt::set_socket_reuseaddr(socket, true)?;
+    bind(socket, address)?;
+    listen(socket, 0)?;
+    sockopt::set_socket_reuseaddr(socket, false)?;
+    // A listening socket stops, and keeps a port that it was bound to by number.
+    shutdown(socket, Shutdown::Both)
 }

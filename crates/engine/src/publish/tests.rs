@@ -1,7 +1,8 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
-use std::net::{TcpListener, UdpSocket};
+use std::io::Read;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 
 use hull_network::ports::reserve;
 
@@ -134,6 +135,26 @@ fn ports_are_found_and_held() {
     reserve(&publish(&format!("127.0.0.1:{port}:80/udp")).unwrap().0).unwrap();
     drop(reserved);
     reserve(&again).unwrap();
+}
+
+#[test]
+fn connections_that_have_ended_do_not_occupy_a_port() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    let mut client = TcpStream::connect(address).unwrap();
+    // Who closes first keeps the connection in TIME_WAIT, here the side of the port.
+    drop(server.accept().unwrap());
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    drop((client, server));
+
+    let published = publish(&format!("{address}:80")).unwrap().0;
+    let reserved = reserve(&published).unwrap();
+    assert!(reserve(&published).is_err(), "held against containers");
+    assert!(TcpListener::bind(address).is_err(), "held against servers");
+    let error = TcpStream::connect(address).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+    drop(reserved);
+    reserve(&published).unwrap();
 }
 
 #[test]
