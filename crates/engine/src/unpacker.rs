@@ -9,7 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use hull_image::unpack::process::{Job, Running, Unpacker, run};
 use hull_jail::{
-    self as jail, Confinement, JailSpec, Limits, Role, Root, Started, Status, UNPACK_CAPABILITIES,
+    self as jail, Confinement, Directory, JailSpec, Limits, Role, Root, Started, Status,
+    UNPACK_CAPABILITIES,
 };
 use hull_sandbox::shares;
 use rustix::event::{PollFd, PollFlags};
@@ -97,30 +98,35 @@ pub fn main(arguments: &[String]) -> Result<()> {
     let lower: RawFd = lower
         .parse()
         .context(|| "read the number of lower directories")?;
-    let (root, lower) = take_directories(lower)?;
-    let open_files = OPEN_FILES.saturating_add(lower.len() as u64);
-    jail::enter(
-        "the process that unpacks a layer",
-        &Confinement {
-            role: Role::Unpack,
-            // What is unpacked belongs to the users that the archive names.
-            uid: 0,
-            gid: 0,
-            capabilities: UNPACK_CAPABILITIES,
-            root: Root {
-                proc: true,
-                ..Root::default()
-            },
-            limits: Limits::open_files(open_files),
+    let directories = take_directories(lower)?;
+    let open_files = OPEN_FILES.saturating_add(directories.len() as u64);
+    let confinement = Confinement {
+        role: Role::Unpack,
+        // What is unpacked belongs to the users that the archive names.
+        uid: 0,
+        gid: 0,
+        capabilities: UNPACK_CAPABILITIES,
+        root: Root {
+            proc: true,
+            directories,
+            ..Root::default()
         },
-    )
-    .context(|| "confine the process that unpacks a layer")?;
+        limits: Limits::open_files(open_files),
+    };
+    jail::enter("the process that unpacks a layer", &confinement)
+        .context(|| "confine the process that unpacks a layer")?;
+    let directories = confinement.root.directories.into_iter();
+    let mut directories = directories.map(|one| one.directory);
+    let root = directories
+        .next()
+        .ok_or_else(|| Error::new("internal command: the layer's directory is needed"))?;
+    let lower: Vec<OwnedFd> = directories.collect();
     run(task, io::stdin().lock(), io::stdout(), root, &lower).context(|| "unpack a layer")
 }
 
-/// The directories that this process has inherited.
+/// The directories that this process has inherited: the layer's, and those of the layers below.
 #[allow(unsafe_code)]
-fn take_directories(lower: RawFd) -> Result<(OwnedFd, Vec<OwnedFd>)> {
+fn take_directories(lower: RawFd) -> Result<Vec<Directory>> {
     let take = |fd: RawFd| {
         // SAFETY: only looked at.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -128,11 +134,12 @@ fn take_directories(lower: RawFd) -> Result<(OwnedFd, Vec<OwnedFd>)> {
         if rustix::fs::FileType::from_raw_mode(found.st_mode) != rustix::fs::FileType::Directory {
             return Err(Error::new("internal command: a directory is needed"));
         }
-        // SAFETY: it is open, and was inherited for this: nobody else in this process has it.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        Ok(Directory {
+            // SAFETY: it is open, and was inherited for this: nobody else in this process has it.
+            directory: unsafe { OwnedFd::from_raw_fd(fd) },
+            writable: fd == FIRST_DIRECTORY,
+        })
     };
-    let root = take(FIRST_DIRECTORY)?;
-    let first = FIRST_DIRECTORY + 1;
-    let end = first.saturating_add(lower);
-    Ok((root, (first..end).map(take).collect::<Result<_>>()?))
+    let end = FIRST_DIRECTORY.saturating_add(lower).saturating_add(1);
+    (FIRST_DIRECTORY..end).map(take).collect()
 }

@@ -1,10 +1,10 @@
 //! The jail: what every process that parses guest-written bytes runs in.
 //!
-//! A jailed process has mount, pid, network, ipc and uts namespaces of its own, an empty read-only
-//! root directory with nothing but what its [`Root`] names, a user of its own and no capabilities
-//! (the device process: the few that an fs device needs), no new privileges, Landlock, and a system
-//! call filter for its role. It dies with the process that started it, and every process that it
-//! started dies with it, because it is PID 1 of its namespace.
+//! A jailed process has mount, pid, network, ipc, uts and cgroup namespaces of its own, an empty
+//! read-only root directory with nothing but what its [`Root`] names, a user of its own and no
+//! capabilities (the device process: the few that an fs device needs), no new privileges, Landlock,
+//! and a system call filter for its role. It dies with the process that started it, and every
+//! process that it started dies with it, because it is PID 1 of its namespace.
 //!
 //! Three ways in:
 //! - [`spawn`] starts a foreign executable (a guest kernel, QEMU) inside. With no [`Confinement`]
@@ -40,7 +40,7 @@ use rustix::io::Errno;
 use rustix::process::{PidfdFlags, Resource, Rlimit, Signal};
 
 pub use filter::Role;
-pub use root::{Bind, Root, Source, Tmp};
+pub use root::{Bind, Directory, Root, Source, Tmp};
 pub use rustix::thread::CapabilitySet;
 pub use status::{SignalName, Status};
 pub use supervisor::restrict_supervisor;

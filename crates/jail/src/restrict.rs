@@ -31,9 +31,9 @@ impl Ruleset {
             .handle_access(AccessNet::from_all(abi))
             .and_then(|builder| builder.scope(Scope::from_all(abi)))
             .ok()?;
-        if matches!(role, Role::Device | Role::Unpack) {
-            // They work below directories that are mounted nowhere, and arrive later for the fs
-            // device, so no rule can name them. Their root directories hold nothing but /proc.
+        if role == Role::Device {
+            // It works below directories that arrive later, so no rule can name them. Its root
+            // directory holds nothing but /proc.
             return Some(Self {
                 created: builder.create().ok()?,
                 paths: Vec::new(),
@@ -49,6 +49,15 @@ impl Ruleset {
             created = created
                 .add_rule(PathBeneath::new(executable, access))
                 .ok()?;
+        }
+        for one in &root.directories {
+            let access = if one.writable {
+                AccessFs::from_all(abi) & !AccessFs::Execute & !AccessFs::IoctlDev
+            } else {
+                AccessFs::ReadFile | AccessFs::ReadDir
+            };
+            let rule = PathBeneath::new(&one.directory, access);
+            created = created.add_rule(rule).ok()?;
         }
         let mut paths = Vec::new();
         if root.tmp.is_some() {

@@ -30,6 +30,17 @@ pub struct Root {
     pub links: Vec<(PathBuf, PathBuf)>,
     /// Character devices, owned by the jail's user: (path in the jail, device number).
     pub devices: Vec<(PathBuf, u64)>,
+    /// Directories that are mounted nowhere, which the process has as descriptors.
+    pub directories: Vec<Directory>,
+}
+
+/// A directory that is mounted nowhere: the root of a detached mount.
+#[derive(Debug)]
+pub struct Directory {
+    /// The directory.
+    pub directory: OwnedFd,
+    /// Whether the process may change what is below it.
+    pub writable: bool,
 }
 
 /// The writable `/tmp` of a jail; a tmpfs, from which programs can be executed.

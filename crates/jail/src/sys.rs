@@ -14,7 +14,8 @@ const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET
     | libc::CLONE_NEWIPC
-    | libc::CLONE_NEWUTS;
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP;
 
 /// Which side of [`clone_into_namespaces`] this is.
 pub enum Clone {
@@ -24,7 +25,7 @@ pub enum Clone {
     Child,
 }
 
-/// Forks into new mount, pid, network, ipc and uts namespaces.
+/// Forks into new mount, pid, network, ipc, uts and cgroup namespaces.
 ///
 /// The child is a copy of the calling thread alone: until it executes something it must only make
 /// system calls (no allocation, no locks), because another thread may have held a lock at the

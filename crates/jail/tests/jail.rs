@@ -54,6 +54,10 @@ const TESTS: &[Test] = &[
     ("the_jail_is_set_up_in_time", set_up_in_time),
     ("a_thread_is_confined_further", a_thread_is_confined),
     (
+        "landlock_keeps_to_the_directories_named",
+        landlock_keeps_to_the_directories_named,
+    ),
+    (
         "a_socket_is_mounted_by_its_descriptor",
         sockets_are_mounted_by_descriptor,
     ),
@@ -274,6 +278,35 @@ fn landlock_stops_leaks() -> Outcome {
         "landlock: absent" => Err("this kernel has no landlock"),
         other => panic!("a leaked directory: {other}"),
     }
+}
+
+fn landlock_keeps_to_the_directories_named() -> Outcome {
+    let Some(_) = jail::landlock_version() else {
+        return Err("this kernel has no landlock");
+    };
+    let places = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    for place in &places {
+        std::fs::write(place.path().join("there"), "").unwrap();
+    }
+    let [layer, lower, host] = places
+        .each_ref()
+        .map(|place| detached_mount(place.path().to_str().unwrap()));
+    let descriptors = [(host.as_fd(), 7), (layer.as_fd(), 8), (lower.as_fd(), 9)];
+    let (answer, status) = ask("unpack", &[], &descriptors);
+    assert_eq!(status, Status::Code(0), "{answer}");
+    let expected = "layer: read Ok(()) write Ok(())\n\
+        lower: read Ok(()) write Err(Os { code: 13, kind: PermissionDenied, message: \"Permission denied\" })\n";
+    assert!(answer.starts_with(expected), "{answer}");
+    let denied = answer.lines().nth(2).unwrap();
+    assert_eq!(denied.matches("PermissionDenied").count(), 2, "{answer}");
+    Ok(())
+}
+
+/// A mount of a directory that no namespace has.
+fn detached_mount(directory: &str) -> OwnedFd {
+    use rustix::mount::{OpenTreeFlags, open_tree};
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(rustix::fs::CWD, directory, flags).unwrap()
 }
 
 fn die_with_the_parent() -> Outcome {

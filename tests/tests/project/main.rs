@@ -3,4 +3,5 @@
 
 mod architecture;
 mod book;
+mod bounds;
 mod package;

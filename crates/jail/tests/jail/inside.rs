@@ -1,12 +1,12 @@
 //! The jailed side of the tests: enters a jail, looks around, reports.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 
 use hull_jail::{
-    self as jail, Bind, CapabilitySet, Confinement, FS_DEVICE_CAPABILITIES, Limits, Role, Root,
-    Source, ThreadRole, Tmp,
+    self as jail, Bind, CapabilitySet, Confinement, Directory, FS_DEVICE_CAPABILITIES, Limits,
+    Role, Root, Source, ThreadRole, Tmp, UNPACK_CAPABILITIES,
 };
 
 fn confinement(role: Role) -> Confinement {
@@ -106,6 +106,40 @@ pub fn answer(question: &str, arguments: &[String]) -> ExitCode {
                 Err(errno) => println!("{errno}"),
                 Ok(_) if version < 0 => println!("landlock: absent"),
                 Ok(_) => println!("opened"),
+            }
+        }
+        "unpack" => {
+            let host = super::inherited(7);
+            let directory = |fd, writable| Directory {
+                directory: super::inherited(fd),
+                writable,
+            };
+            let mut confinement = confinement(Role::Unpack);
+            confinement.uid = 0;
+            confinement.gid = 0;
+            confinement.capabilities = UNPACK_CAPABILITIES;
+            confinement.root.tmp = None;
+            confinement.root.directories = vec![directory(8, true), directory(9, false)];
+            enter(&confinement);
+            let create = |at: &OwnedFd| {
+                use rustix::fs::{Mode, OFlags, mkdirat, openat};
+                let flags = OFlags::CREATE | OFlags::WRONLY;
+                openat(at, "file", flags, Mode::from_raw_mode(0o600))?;
+                mkdirat(at, "directory", Mode::from_raw_mode(0o700))
+            };
+            let look = |at: &OwnedFd| {
+                let flags = rustix::fs::OFlags::RDONLY;
+                rustix::fs::openat(at, "there", flags, rustix::fs::Mode::empty()).map(drop)
+            };
+            let [layer, lower] = confinement.root.directories.as_slice() else {
+                unreachable!()
+            };
+            for (name, at) in [
+                ("layer", &layer.directory),
+                ("lower", &lower.directory),
+                ("host", &host),
+            ] {
+                println!("{name}: read {:?} write {:?}", look(at), create(at));
             }
         }
         "sleep" => {
