@@ -190,10 +190,11 @@ impl Container {
     /// Lets the init of a created container run.
     ///
     /// # Errors
-    /// `WrongState` when it was started before; `CommandNotFound` and `NotExecutable`.
+    /// `WrongState` when it was started before; `CommandNotFound` and `NotExecutable`; the network
+    /// that an engine has set up since `create` cannot be the guest's.
     pub async fn start(&self) -> Result<()> {
         self.require(&[State::Created], "start")?;
-        self.sandbox.look_for_resolver().await;
+        self.sandbox.refresh_network().await?;
         self.sandbox
             .in_guest(async |guest| guest.agent.start(&self.id).await)
             .await?;

@@ -190,6 +190,46 @@ fn memory_and_processor_time_of_the_machine_are_limited_on_the_host() {
     }
 }
 
+/// What kubeadm's clusters and `podman --cgroup-manager systemd` write.
+#[test]
+fn systemds_notation_of_control_groups_is_understood() {
+    let oci = Oci::new();
+    for (options, within) in [
+        (
+            &["--systemd-cgroup"][..],
+            "/hulltest.slice/hulltest-a.slice/cri-containerd-{id}.scope",
+        ),
+        // A relative path as others, to runc as well.
+        (&[], "/hulltest-a.slice:cri-containerd:{id}"),
+    ] {
+        let init = oci.init();
+        let notation = format!("hulltest-a.slice:cri-containerd:{}", init.id);
+        let within = within.replace("{id}", &init.id);
+        let bundle = oci
+            .bundle()
+            .with(|config| config["linux"]["cgroupsPath"] = json!(notation));
+        let arguments: Vec<_> = options.iter().chain(&["run", "-d", "--bundle"]).collect();
+        oci.oci(arguments)
+            .arg(&bundle.path)
+            .arg("--pid-file")
+            .arg(init.pid_file())
+            .arg(&init.id)
+            .output_to(&oci.path("out"), &oci.path("err"))
+            .run()
+            .ok();
+        let of_host = fs::read_to_string(format!("/proc/{}/cgroup", init.keeper())).unwrap();
+        let groups = of_host.lines().filter(|line| line.ends_with(&within));
+        assert!(groups.count() > 0, "{within} of {of_host}");
+        // The guest's is the same: from outside its own namespace it shows.
+        let of_guest = init.sh("cat /proc/self/cgroup").ok().text();
+        assert_eq!(of_guest, "0::/");
+        init.is_gone_after_a_kill();
+    }
+    for slice in ["/hulltest.slice/hulltest-a.slice", "/hulltest.slice"] {
+        cgroup::remove(slice);
+    }
+}
+
 #[test]
 fn a_machine_without_limits_is_kept_within_its_size_on_the_host() {
     let oci = Oci::new();

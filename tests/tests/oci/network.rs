@@ -2,10 +2,9 @@
 //! follows changes.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
 
 use hull_tests::network::{Receiver, answers, http_server, noise, send};
-use hull_tests::{Bundle, Init, Link, Netns, Oci, descendants, digest, left_out};
+use hull_tests::{Bundle, Init, Invocation, Link, Netns, Oci, descendants, digest, left_out};
 use serde_json::json;
 
 hull_tests::on_every_machine!(
@@ -226,9 +225,34 @@ fn what_is_set_up_while_the_container_waits_for_its_start_is_there_when_it_start
     let oci = Oci::new();
     let init = oci.create(&oci.bundle().sh("ip -o addr; sleep 1000").inside(&link.pod));
     link.pod.ip("address add 192.0.2.6/24 dev eth0");
-    std::thread::sleep(Duration::from_millis(500));
     init.does("start").ok();
     init.says(" 192.0.2.6/24");
+}
+
+#[test]
+fn an_engine_can_fill_a_new_namespace_between_create_and_start() {
+    // As Docker does since version 28: no path, no hook, only the process id.
+    let world = Netns::new();
+    let oci = Oci::new();
+    let script = "ip -o addr; ping -c 1 -W 5 192.0.2.1; sleep 1000";
+    let init = oci.create(&oci.bundle().pinging().sh(script));
+    let pid = init.keeper();
+    world.ip(&format!(
+        "link add eth0 type veth peer name eth0 netns {pid}"
+    ));
+    world.ip("address add 192.0.2.1/24 dev eth0");
+    world.ip("link set eth0 up");
+    for command in ["address add 192.0.2.2/24 dev eth0", "link set eth0 up"] {
+        Invocation::new("nsenter")
+            .arg(format!("--net=/proc/{pid}/ns/net"))
+            .arg("ip")
+            .args(command.split(' '))
+            .run()
+            .ok();
+    }
+    init.does("start").ok();
+    init.says(" 192.0.2.2/24");
+    init.says("1 packets received");
 }
 
 #[test]

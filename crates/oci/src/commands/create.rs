@@ -126,6 +126,7 @@ impl Making<'_> {
             &self.container.id,
             self.settings.systemd_cgroup,
         )?;
+        plan.place(place.path());
         let found = pod::find(
             &self.settings.run_directory,
             &self.container.id,
@@ -152,7 +153,8 @@ impl Making<'_> {
         let config = || {
             let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
             let mut machine = (settings.machine)(memory, processors(resources))?;
-            machine.nets = nets(&plan.network, bundle);
+            // Hooks set up the network namespace, and engines do so until `start` or later.
+            machine.nets = MAX_NETS;
             let host_bounds = host_bounds(&machine, memory)?;
             bounds.set(Some(host_bounds));
             let config = SandboxConfig {
@@ -361,27 +363,6 @@ impl Making<'_> {
         warn(details.groups.remove());
         warn(self.container.remove());
     }
-}
-
-/// Number of network interfaces for the machine. Where an engine or hooks set them up, they may be
-/// added at any time; otherwise nothing outside knows the namespace.
-fn nets(network: &Network, bundle: &Bundle) -> u8 {
-    match network {
-        Network::Path(_) => MAX_NETS,
-        Network::New if has_network_hooks(bundle) => MAX_NETS,
-        Network::New => 0,
-    }
-}
-
-/// Whether any hooks run after the namespaces are created, which is where engines set up networks.
-#[allow(deprecated)] // Docker uses prestart.
-fn has_network_hooks(bundle: &Bundle) -> bool {
-    bundle.spec.hooks().as_ref().is_some_and(|hooks| {
-        [hooks.prestart(), hooks.create_runtime()]
-            .into_iter()
-            .flatten()
-            .any(|hooks| !hooks.is_empty())
-    })
 }
 
 /// The most that a machine may take of its host, beside the limits that the specification sets.

@@ -9,7 +9,7 @@ mod mounts;
 mod namespaces;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
 use hull_sandbox::error::{Error, Result};
@@ -97,6 +97,15 @@ impl Plan {
         plan.hooks();
         plan.check_length()?;
         Ok(plan)
+    }
+
+    /// Sets the container's control group in the guest, where no group is anybody else's and
+    /// systemd is not asked: the path that its group has on the host.
+    pub fn place(&mut self, group: &Path) {
+        if let Some(linux) = self.spec["linux"].as_object_mut() {
+            let path = format!("/{}", group.display());
+            linux.insert("cgroupsPath".to_owned(), Value::String(path));
+        }
     }
 
     fn process(&mut self, bundle: &Bundle) {

@@ -85,6 +85,13 @@ impl Place {
         })
     }
 
+    /// Path of the group, relative to the mount or to the caller's group.
+    pub fn path(&self) -> &Path {
+        match &self.location {
+            Location::Mount(path) | Location::Caller(path) => path,
+        }
+    }
+
     /// The place without hierarchies that have no controller for [`Bounds`].
     fn for_machine(mut self) -> Self {
         self.hierarchies = path::for_machine(self.hierarchies);

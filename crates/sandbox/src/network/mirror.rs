@@ -4,8 +4,9 @@
 //! the interface receives, and the other way round (crate network), and is attached to one of the
 //! machine's net devices. Addresses and routes go to the agent. [`Network::open`] does what needs
 //! no guest, while that boots; [`Network::configure`] tells the agent; [`Network::follow`] does
-//! both again whenever something has changed in the namespace. Nothing here reads what a guest
-//! sent.
+//! both again whenever something has changed in the namespace, and before a container starts: since
+//! version 28, Docker sets up a network between `create` and `start`. Nothing here reads what a
+//! guest sent.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -56,11 +57,11 @@ pub struct Network {
     told: Option<proto::SetNetworkRequest>,
     /// For a name server that may be in the namespace.
     resolver: Option<Resolver>,
-    probes: Option<ProbeRequests>,
+    requests: Option<Requests>,
 }
 
-/// Requests to look for Docker's name server in the namespace; each is acknowledged.
-pub type ProbeRequests = mpsc::Receiver<oneshot::Sender<()>>;
+/// Requests to bring into the guest what the namespace has by now; each is answered.
+pub type Requests = mpsc::Receiver<oneshot::Sender<Result<()>>>;
 
 /// What connects an interface with the guest.
 #[derive(Debug)]
@@ -104,15 +105,16 @@ impl Network {
             left_out: Vec::new(),
             told: None,
             resolver: None,
-            probes: None,
+            requests: None,
         };
         network.connect().await?;
         Ok(network)
     }
 
-    /// Looks for a name server now, whenever something has changed, and whenever it is requested.
-    pub async fn look_for(&mut self, resolver: Resolver, probes: ProbeRequests) {
-        (self.resolver, self.probes) = (Some(resolver), Some(probes));
+    /// An engine may set up the namespace at any time: looks for a name server now and whenever
+    /// something has changed, and takes requests.
+    pub async fn expect_changes(&mut self, resolver: Resolver, requests: Requests) {
+        (self.resolver, self.requests) = (Some(resolver), Some(requests));
         self.look().await;
     }
 
@@ -332,27 +334,29 @@ impl Network {
 
     async fn follow_changes(&mut self, agent: &Agent) {
         loop {
-            let changed = tokio::select! {
-                changed = self.monitor.changed() => changed,
-                probed = next_probe(&mut self.probes) => {
-                    self.look().await;
-                    // The requester may have gone.
-                    let _ = probed.send(());
-                    continue;
+            let request = tokio::select! {
+                changed = self.monitor.changed() => {
+                    if let Err(error) = changed {
+                        tracing::error!("changes of the network are not followed any more: {error}");
+                        return std::future::pending().await;
+                    }
+                    None
                 }
+                request = next_request(&mut self.requests) => Some(request),
             };
-            if let Err(error) = changed {
-                tracing::error!("changes of the network are not followed any more: {error}");
-                return std::future::pending().await;
-            }
             let followed = match self.connect().await {
                 Ok(()) => self.configure(agent).await,
                 Err(failure) => Err(failure),
             };
-            if let Err(failure) = followed {
-                tracing::error!("a change of the network does not reach the guest: {failure}");
-            }
             self.look().await;
+            match (request, followed) {
+                // The requester may have gone.
+                (Some(request), followed) => drop(request.send(followed)),
+                (None, Err(failure)) => {
+                    tracing::error!("a change of the network does not reach the guest: {failure}");
+                }
+                (None, Ok(())) => {}
+            }
         }
     }
 
@@ -423,10 +427,9 @@ impl Network {
     }
 }
 
-/// The next request to look for a name server.
-async fn next_probe(probes: &mut Option<ProbeRequests>) -> oneshot::Sender<()> {
-    if let Some(probes) = probes
-        && let Some(request) = probes.recv().await
+async fn next_request(requests: &mut Option<Requests>) -> oneshot::Sender<Result<()>> {
+    if let Some(requests) = requests
+        && let Some(request) = requests.recv().await
     {
         return request;
     }

@@ -56,8 +56,8 @@ pub(crate) struct Connected {
     /// hull's own attachment; absent where an engine has set up the namespace.
     attached: Option<Attached>,
     owner: Option<String>,
-    /// Docker's name server may be in it.
-    has_resolver: bool,
+    /// An engine may set it up further.
+    of_engine: bool,
 }
 
 /// A task that follows a namespace.
@@ -66,8 +66,8 @@ pub(crate) struct Followed {
     namespace: Namespace,
     task: JoinHandle<()>,
     end: oneshot::Sender<()>,
-    /// Requests to look for a name server.
-    probes: Option<mpsc::Sender<oneshot::Sender<()>>>,
+    /// Takes requests where an engine may set up the namespace further.
+    requests: Option<mpsc::Sender<oneshot::Sender<Result<()>>>>,
     forwarder: Option<Forwarder>,
     attached: Option<Attached>,
     owner: Option<String>,
@@ -98,7 +98,7 @@ impl Sandbox {
                             network: self.open_network(namespace, config.limits).await?,
                             attached: None,
                             owner: config.owner,
-                            has_resolver: true,
+                            of_engine: true,
                         });
                         true
                     }
@@ -167,7 +167,7 @@ impl Sandbox {
             forwarder,
             attached: Some(attached),
             owner,
-            has_resolver: false,
+            of_engine: false,
         });
         Ok(())
     }
@@ -197,19 +197,24 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Looks once more for a name server in the namespace: before a container starts.
-    pub(crate) async fn look_for_resolver(&self) {
-        let probes = match &*self.0.network.lock().await {
+    /// Brings into the guest what an engine has set up since its last look: before a container
+    /// starts.
+    ///
+    /// # Errors
+    /// The namespace has more interfaces than the machine, or cannot be connected.
+    pub(crate) async fn refresh_network(&self) -> Result<()> {
+        let requests = match &*self.0.network.lock().await {
             Stage::Followed(Followed {
-                probes: Some(probes),
+                requests: Some(requests),
                 ..
-            }) => probes.clone(),
-            _ => return,
+            }) => requests.clone(),
+            _ => return Ok(()),
         };
-        let (probe, done) = oneshot::channel();
-        // A namespace that is not followed any more has none.
-        if probes.send(probe).await.is_ok() {
-            let _ = done.await;
+        let (request, answer) = oneshot::channel();
+        // A namespace that is not followed any more has nothing new.
+        match requests.send(request).await {
+            Ok(()) => answer.await.unwrap_or(Ok(())),
+            Err(_) => Ok(()),
         }
     }
 
@@ -263,16 +268,16 @@ impl Connected {
             forwarder,
             attached,
             owner,
-            has_resolver,
+            of_engine,
         } = self;
         let namespace = network.namespace().clone();
         let (devices, agent) = (&ready.devices, &ready.agent);
-        let mut probes = None;
-        if has_resolver {
+        let mut requests = None;
+        if of_engine {
             let resolver = Resolver::new(namespace.clone(), devices.clone(), agent.clone());
-            let (sender, requests) = mpsc::channel(1);
-            network.look_for(resolver, requests).await;
-            probes = Some(sender);
+            let (sender, receiver) = mpsc::channel(1);
+            network.expect_changes(resolver, receiver).await;
+            requests = Some(sender);
         }
         if let Some(forwarder) = &forwarder {
             forwarder.start(devices, agent);
@@ -286,7 +291,7 @@ impl Connected {
             namespace,
             task: tokio::spawn(network.follow(agent.clone(), ended)),
             end,
-            probes,
+            requests,
             forwarder,
             attached,
             owner,

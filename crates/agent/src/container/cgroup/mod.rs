@@ -9,7 +9,6 @@ mod resources;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -78,20 +77,6 @@ impl CgroupPlan {
         }
         if relative.as_os_str().is_empty() {
             return Err(invalid("is the root of all groups"));
-        }
-        if path
-            .as_os_str()
-            .as_bytes()
-            .iter()
-            .filter(|byte| **byte == b':')
-            .count()
-            == 2
-            && path.is_relative()
-        {
-            return Err(CreateError::unsupported(
-                "linux.cgroupsPath",
-                format_args!("{} is systemd's notation", path.display()),
-            ));
         }
         let devices = resources
             .and_then(|resources| resources.devices().as_deref())
