@@ -21,7 +21,7 @@ export CARGO_FLAGS
 
 ARCH := $(shell uname -m)
 
-.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage install uninstall fuzz clean help
+.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage install uninstall strangers fuzz clean help
 
 run: setup-run stage ## run a container beside the host (builds all that is missing)
 	@scripts/demo
@@ -58,6 +58,9 @@ install: stage ## into $(DESTDIR)$(PREFIX)
 
 uninstall: ## what install put there, and nothing else
 	@scripts/install --remove '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'
+
+strangers: setup-test stage ## the tests of engines with the newest ones that Debian has
+	@scripts/test newest
 
 fuzz: ## each fuzz target for a minute (SECONDS_EACH=60)
 	@scripts/fuzz

@@ -115,15 +115,14 @@ impl Docker {
             "ip-forward": false,
             "ip-masq": false,
             "userland-proxy": false,
-            "oom-score-adjust": 0,
         });
         if self.host.is_some() {
             for key in ["bridge", "iptables", "ip6tables", "ip-forward", "ip-masq"] {
                 configuration.as_object_mut().unwrap().remove(key);
             }
         }
-        // Old versions keep a key in /etc/docker unless told otherwise; new ones do not know the
-        // option.
+        // Old versions keep a key in /etc/docker unless told otherwise, and want a privilege that
+        // they may not have; new ones do not know the options.
         let version = Invocation::new(program("dockerd"))
             .arg("--version")
             .run()
@@ -131,6 +130,7 @@ impl Docker {
             .text();
         if version.contains(" 20.10.") {
             configuration["deprecated-key-path"] = serde_json::json!(self.path("key.json"));
+            configuration["oom-score-adjust"] = serde_json::json!(0);
         }
         fs::write(self.path("daemon.json"), configuration.to_string()).unwrap();
         let mut command = self.on_its_host("dockerd");

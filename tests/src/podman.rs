@@ -185,6 +185,8 @@ impl Podman {
         command
             // conmon leaves a file there after an OOM kill.
             .current_dir(self.directory.path())
+            // Version 5 warns of hosts with version 1 of control groups.
+            .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
             .env("CONTAINERS_CONF", self.path("containers.conf"))
             .env("CONTAINERS_STORAGE_CONF", self.path("storage.conf"))
             .env("HOME", self.directory.path())

@@ -30,6 +30,31 @@ fn check_fails_where_run_cannot_work_and_names_the_remedy() {
 }
 
 #[test]
+fn check_starts_a_machine_and_says_why_it_does_not_come_up() {
+    let hull = Hull::new();
+    let text = hull.hull(["check"]).run().ok().text();
+    assert!(text.contains("a uml machine is up in "), "{text}");
+    hull.assert_clean();
+
+    // All files are there, and the guest has nothing to execute.
+    let guest = tempfile::tempdir().unwrap();
+    for file in ["kernel-um", "kernel-um.json"] {
+        let own = hull_tests::guest_files().join(file);
+        std::os::unix::fs::symlink(own, guest.path().join(file)).unwrap();
+    }
+    fs::write(guest.path().join("initramfs"), "").unwrap();
+    let hull = Hull::with(Options {
+        configuration: format!("guest_dir = {:?}", guest.path()),
+        without_image: true,
+        ..Options::default()
+    });
+    let text = hull.hull(["check"]).run().ends(1).text();
+    assert!(text.contains("ERROR start"), "{text}");
+    assert!(text.contains("guest"), "{text}");
+    hull.assert_clean();
+}
+
+#[test]
 fn auto_picks_a_machine_that_works() {
     let hull = Hull::new();
     let output = hull.run(&["--machine", "auto"], &["uname", "-s"]).ok();

@@ -154,12 +154,14 @@ pub enum Request {
     Containers,
     /// Answered by [`Reply::Timings`].
     Timings,
+    /// Answered by [`Reply::Ok`] when the guest has come up.
+    Ready,
     /// Answered by [`Reply::Ok`], and from then on by [`Reply::Event`] for each event.
     Events,
 }
 
 /// Names of all requests: what is not among them is a newer hull's.
-const NAMES: [&str; 22] = [
+const NAMES: [&str; 23] = [
     "hello",
     "add_shares",
     "network",
@@ -181,6 +183,7 @@ const NAMES: [&str; 22] = [
     "copy",
     "containers",
     "timings",
+    "ready",
     "events",
 ];
 

@@ -341,6 +341,10 @@ impl Connection {
                     .collect(),
             )),
             Request::Timings => reply(Reply::Timings(sandbox.timings())),
+            Request::Ready => {
+                sandbox.ready().await?;
+                ok()
+            }
             // Handled before.
             Request::Forward(_) | Request::Resize(_) | Request::Copy(_) | Request::Events => ok(),
         }
