@@ -213,7 +213,9 @@ impl NetworkOptions {
 
     fn cni(&self, id: &str, name: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
         let reserved = self.ports(config)?;
-        let list = list(name, !reserved.mappings.is_empty())?;
+        let mut list = list(name, !reserved.mappings.is_empty())?;
+        // The sandbox process serves these.
+        list.leave_out_ipv6_loopback();
         let own = match name {
             cni::DEFAULT_NAME => Some(OwnNetwork {
                 bridge: cni::DEFAULT_BRIDGE.to_owned(),
