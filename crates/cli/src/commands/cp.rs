@@ -141,8 +141,7 @@ fn utf8(path: &[u8]) -> Result<String> {
 }
 
 fn ask_for_archive(container: &Container, path: &[u8], follow: bool) -> Result<ArchiveReader> {
-    let client = container::connect(container)?;
-    ArchiveReader::ask(client, &container.record.id, utf8(path)?, follow)
+    ArchiveReader::ask(container, utf8(path)?, follow)
 }
 
 fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Result<()> {
@@ -195,8 +194,7 @@ fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Resul
 fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result<()> {
     let shown = String::from_utf8_lossy(to).into_owned();
     let open = |directory: &[u8]| -> Result<ArchiveWriter> {
-        let client = container::connect(container)?;
-        ArchiveWriter::ask(client, &container.record.id, utf8(directory)?)
+        ArchiveWriter::ask(container, utf8(directory)?)
     };
     let what = || {
         format!(

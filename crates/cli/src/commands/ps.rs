@@ -6,6 +6,7 @@ use hull_engine::container::{self, Container, EngineContainer};
 use hull_engine::time;
 use hull_network::cni::PortMapping;
 use hull_sandbox::store::{Exit, State, Status};
+use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
 use super::{config_for_root, from_ns};
@@ -36,10 +37,10 @@ pub struct Args {
 }
 
 /// One condition of `--filter`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Filter {
     Id(String),
-    Name(String),
+    Name(Regex),
     Status(&'static str),
     Label(String, Option<String>),
     Ancestor(String),
@@ -55,7 +56,7 @@ impl Filter {
         })?;
         Ok(match key {
             "id" => Filter::Id(value.to_owned()),
-            "name" => Filter::Name(value.trim_start_matches('/').to_owned()),
+            "name" => Filter::Name(name_pattern(text, value)?),
             "status" => {
                 let state = STATES.into_iter().find(|state| *state == value);
                 Filter::Status(state.ok_or_else(|| {
@@ -86,7 +87,10 @@ impl Filter {
     fn matches(&self, row: &Row) -> bool {
         match self {
             Filter::Id(id) => row.id.starts_with(id.as_str()),
-            Filter::Name(name) => row.name.contains(name.as_str()),
+            // Docker's names begin with a slash, with which and without which they are matched.
+            Filter::Name(name) => {
+                name.is_match(&row.name) || name.is_match(&format!("/{}", row.name))
+            }
             Filter::Status(state) => docker_state(row.status.state) == *state,
             Filter::Label(name, value) => row
                 .labels
@@ -121,6 +125,20 @@ impl Filter {
             Filter::Status("exited" | "created") | Filter::Exited(_)
         )
     }
+}
+
+/// The regular expression of a filter for names.
+fn name_pattern(filter: &str, pattern: &str) -> std::result::Result<Regex, String> {
+    const MOST_BYTES: usize = 1 << 20;
+    RegexBuilder::new(pattern)
+        .size_limit(MOST_BYTES)
+        .build()
+        .map_err(|error| {
+            let why = error.to_string();
+            let why = why.lines().last().unwrap_or_default().trim();
+            let why = why.strip_prefix("error: ").unwrap_or(why);
+            format!("invalid filter {filter:?}: no regular expression: {why}")
+        })
 }
 
 /// Docker's name for a state.
@@ -401,6 +419,12 @@ mod tests {
             ("id=ba", false),
             ("name=we", true),
             ("name=x", false),
+            ("name=^web$", true),
+            ("name=^/web$", true),
+            ("name=/we", true),
+            ("name=^we$", false),
+            ("name=^(web|db)$", true),
+            ("name=", true),
             ("status=exited", true),
             ("status=running", false),
             ("label=a", true),
@@ -419,7 +443,7 @@ mod tests {
                 "{filter}"
             );
         }
-        for filter in ["", "name", "size=1", "status=dead", "exited=x"] {
+        for filter in ["", "name", "size=1", "status=dead", "exited=x", "name=("] {
             assert!(Filter::parse(filter).is_err(), "{filter}");
         }
     }

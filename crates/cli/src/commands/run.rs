@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long)]
     rm: bool,
     /// Name of the container
-    #[arg(long, value_parser = values::container_name)]
+    #[arg(long, value_parser = values::or_empty(values::container_name))]
     name: Option<String>,
 
     /// Set an environment variable; without a value, the caller's own
@@ -55,16 +55,16 @@ pub struct Args {
     #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = volumes::tmpfs)]
     tmpfs: Vec<Tmpfs>,
     /// Working directory inside the container
-    #[arg(short, long, value_name = "DIR", value_parser = values::directory)]
+    #[arg(short, long, value_name = "DIR", value_parser = values::or_empty(values::directory))]
     workdir: Option<String>,
     /// User, and group, by name or number
-    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::user)]
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::or_empty(values::user))]
     user: Option<String>,
     /// Replace the image's entry point; "" for none
     #[arg(long, value_name = "COMMAND")]
     entrypoint: Option<OsString>,
     /// Host name of the container
-    #[arg(short = 'h', long, value_name = "NAME", value_parser = values::hostname)]
+    #[arg(short = 'h', long, value_name = "NAME", value_parser = values::or_empty(values::hostname))]
     hostname: Option<String>,
     /// Run an init process that passes on signals and reaps processes
     #[arg(long)]
@@ -77,10 +77,10 @@ pub struct Args {
     label: Vec<(String, String)>,
 
     /// Memory limit, like 512m
-    #[arg(short, long, value_name = "SIZE", value_parser = values::memory)]
+    #[arg(short, long, value_name = "SIZE", value_parser = values::memory, allow_negative_numbers = true)]
     memory: Option<u64>,
     /// Number of CPUs, like 1.5
-    #[arg(long, value_name = "NUMBER", value_parser = values::cpus)]
+    #[arg(long, value_name = "NUMBER", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
     /// Most processes at a time; -1 for no limit
     #[arg(long, value_name = "NUMBER", value_parser = values::pids_limit, allow_negative_numbers = true)]
@@ -219,14 +219,14 @@ impl Args {
             interactive: self.interactive,
             terminal: self.tty,
             remove: self.rm,
-            name: self.name,
+            name: given(self.name),
             environment,
             volumes: self.volume,
             tmpfs: self.tmpfs,
-            directory: self.workdir,
-            user: self.user,
+            directory: given(self.workdir),
+            user: given(self.user),
             entrypoint: self.entrypoint,
-            hostname: self.hostname,
+            hostname: given(self.hostname),
             init: self.init,
             stop_signal: self.stop_signal,
             labels: self.label,
@@ -247,6 +247,11 @@ impl Args {
         };
         Ok((options, caller))
     }
+}
+
+/// An empty text is as none.
+pub fn given(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
 }
 
 /// Runs a container.
