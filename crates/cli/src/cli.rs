@@ -394,7 +394,10 @@ mod tests {
             ("hull psuh x", "hull --help"),
             ("hull kil c", "hull --help"),
             ("hull image pul x", "did you mean hull image pull?"),
-            ("hull image load x", "hull image --help"),
+            (
+                "hull image load x",
+                "hull image import docker-archive:FILE NAME",
+            ),
             (
                 "hull run --memroy 1g i",
                 "did you mean --memory? hull run --help",

@@ -129,7 +129,7 @@ fn context(error: &clap::Error, kind: ContextKind) -> Option<&str> {
 /// What to say of a command or an option that hull does not have and other engines have.
 fn of_other_engines(error: &clap::Error, arguments: &[OsString]) -> Option<Error> {
     if let Some(word) = context(error, ContextKind::InvalidSubcommand) {
-        return familiar::missing_command(word);
+        return familiar::missing_command(word, arguments);
     }
     let is_run = arguments.get(1).is_some_and(|command| command == "run");
     if error.kind() == clap::error::ErrorKind::UnknownArgument && is_run {

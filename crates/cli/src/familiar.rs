@@ -382,9 +382,13 @@ fn takes_value(command: &Command, text: &str) -> bool {
 }
 
 /// What to say of a command that is not here, if it is known elsewhere.
-pub fn missing_command(word: &str) -> Option<Error> {
+pub fn missing_command(word: &str, arguments: &[OsString]) -> Option<Error> {
     let (_, instead) = COMMANDS.iter().find(|(name, _)| *name == word)?;
-    Some(Error::unsupported(format_args!("hull {word}")).hint(*instead))
+    let before = arguments.iter().skip(1).take_while(|given| *given != word);
+    let before: String = before
+        .map(|given| format!("{} ", given.to_string_lossy()))
+        .collect();
+    Some(Error::unsupported(format_args!("hull {before}{word}")).hint(*instead))
 }
 
 /// What to say of an option of `hull run` that is not here, if it is known elsewhere.

@@ -61,7 +61,10 @@ pub fn network(text: &str) -> Result<Network, String> {
         _ if is_name(text) => Ok(Network::Named(text.into())),
         _ => match text.strip_prefix("container:") {
             Some(container) if !container.is_empty() => Ok(Network::Container(container.into())),
-            _ => Err(format!("invalid network {text:?}")),
+            _ => Err(format!(
+                "invalid network {text:?}: give default, none, container:NAME or the name of one \
+                 in /etc/cni/net.d"
+            )),
         },
     }
 }
@@ -522,7 +525,8 @@ mod tests {
     #[test]
     fn processors() {
         assert_eq!(cpus("1.5"), Ok(1500));
-        for text in ["", "two", "0", "-1", "0.001", "inf", "NaN", "5000"] {
+        assert_eq!(cpus("0"), Ok(0), "no limit, as Docker");
+        for text in ["", "two", "-1", "0.001", "inf", "NaN", "5000"] {
             assert!(cpus(text).is_err(), "{text}");
         }
     }

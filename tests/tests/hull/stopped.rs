@@ -81,6 +81,28 @@ fn a_read_only_container_that_has_ended_takes_no_files() {
 }
 
 #[test]
+fn files_are_copied_from_and_to_a_container_that_has_ended_without_root() {
+    let hull = Hull::without_root();
+    let script = "echo data >/root/result; chown 5:6 /root/result";
+    hull.hull(["run", "--name", "job", "--network", "none", "busybox"])
+        .args(["sh", "-c", script])
+        .run()
+        .ok();
+    let listed = hull.hull(["cp", "job:/root/result", "-"]).run().ok();
+    let mut archive = tar::Archive::new(listed.stdout.as_slice());
+    let entry = archive.entries().unwrap().next().unwrap().unwrap();
+    assert_eq!(entry.header().uid().unwrap(), 5);
+    let archive = Archive::new().file("new", "new\n").bytes();
+    hull.hull(["cp", "-", "job:/root"])
+        .input(archive)
+        .run()
+        .ok();
+    let copied = hull.hull(["cp", "job:/root/new", "-"]).run().ok();
+    assert!(copied.text().contains("new"));
+    hull.hull(["rm", "job"]).run().ok();
+}
+
+#[test]
 fn nothing_planted_in_a_container_leads_a_copy_to_the_host() {
     let hull = Hull::new();
     let scratch = hull.scratch();

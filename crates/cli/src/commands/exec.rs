@@ -10,7 +10,7 @@ use hull_engine::values::{self, DetachKeys};
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::store::State;
 
-use super::config_for_root;
+use super::config_for_existing;
 use super::run::{check_terminal, finish, gather_environment, given};
 use crate::error::{Error, Result};
 
@@ -49,7 +49,7 @@ pub struct Args {
 
 /// Starts a process in a running container and forwards its streams until it exits.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = config_for_root()?;
+    let config = config_for_existing()?;
     let mut words = args.words.into_iter();
     let name = words.next().unwrap_or_default();
     let name = name.to_string_lossy();

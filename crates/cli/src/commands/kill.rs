@@ -3,7 +3,7 @@
 use hull_engine::{container, values};
 use hull_sandbox::control::protocol::Request;
 
-use super::{config_for_root, for_each_at_once};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::Result;
 
 const SIGKILL: u32 = 9;
@@ -28,7 +28,7 @@ pub struct Args {
 
 /// Sends a signal to the init process of each container; after SIGKILL it waits for the end.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     for_each_at_once(&args.containers, |name| {
         let container = container::find(&paths, name)?;
         let id = container.record.id.clone();

@@ -100,7 +100,20 @@ where
 
 /// The configuration, for a command that needs root; other users become root in a user namespace.
 pub fn config_for_root() -> Result<Config> {
-    let config = Config::load()?;
+    prepared(Config::load()?)
+}
+
+/// The same, for a command that looks at containers or ends them: a key that is wrong must not keep
+/// people from that.
+pub fn config_for_existing() -> Result<Config> {
+    let (config, wrong) = Config::load_for_existing()?;
+    for error in wrong {
+        output::note(format!("note: {}", error.message));
+    }
+    prepared(config)
+}
+
+fn prepared(config: Config) -> Result<Config> {
     if config.without_root {
         hull_sandbox::rootless::enter()?;
         hull_engine::home::secure(&config.run_dir)?;

@@ -9,7 +9,7 @@ use hull_sandbox::store::{Exit, State, Status};
 use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
-use super::{config_for_root, from_ns};
+use super::{config_for_existing, from_ns};
 use crate::error::Result;
 use crate::output::{self, Table};
 
@@ -58,7 +58,9 @@ impl Filter {
             "id" => Filter::Id(value.to_owned()),
             "name" => Filter::Name(name_pattern(text, value)?),
             "status" => {
-                let state = STATES.into_iter().find(|state| *state == value);
+                // As `hull inspect` and the OCI specification call it.
+                let wanted = if value == "stopped" { "exited" } else { value };
+                let state = STATES.into_iter().find(|state| *state == wanted);
                 Filter::Status(state.ok_or_else(|| {
                     format!(
                         "invalid filter {text:?}: {value:?} is none of {}",
@@ -277,7 +279,7 @@ struct Listed<'a> {
 
 /// Lists containers, newest first.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     container::sweep(&paths);
     let all = args.all || args.filters.iter().any(Filter::wants_stopped);
     let mut rows = Vec::new();
@@ -426,6 +428,7 @@ mod tests {
             ("name=^(web|db)$", true),
             ("name=", true),
             ("status=exited", true),
+            ("status=stopped", true),
             ("status=running", false),
             ("label=a", true),
             ("label=a=b", true),

@@ -2,7 +2,7 @@
 
 use hull_engine::container;
 
-use super::{config_for_root, for_each_at_once};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::{ErrorKind, Result};
 
 /// Arguments of `rm`.
@@ -18,7 +18,7 @@ pub struct Args {
 
 /// Removes containers and all their resources.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     for_each_at_once(&args.containers, |name| {
         let id = match container::find_id(&paths, name) {
             Ok(id) => id,

@@ -15,7 +15,7 @@ use hull_engine::volumes::{self, Tmpfs, Volume};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
 use super::config_for_root;
-use crate::error::{self, Context, Error, Result};
+use crate::error::{self, Context, Error, ErrorKind, Result};
 use crate::output::Table;
 use crate::{images, output};
 
@@ -268,7 +268,7 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
             if caller.timings {
                 print_timings(began_ns, timings.steps());
             }
-            return Err(error);
+            return Err(in_users_words(error, &options));
         }
     };
     let Started {
@@ -284,12 +284,62 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
         print_timings(began_ns, steps);
     }
     match attachment {
-        Some(attachment) => finish(attachment.carry(client, streams)?, &name),
+        Some(attachment) => {
+            let outcome = attachment.carry(client, streams)?;
+            if outcome == Outcome::OutputClosed {
+                output::note(format!(
+                    "note: nobody reads the output; container {name} runs on; hull stop {name}"
+                ));
+            }
+            finish(outcome, &name)
+        }
         None => {
             output::print(format!("{id}\n"))?;
             Ok(0)
         }
     }
+}
+
+/// The guest speaks of the specification; a person has given options.
+fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
+    let words = [
+        ("invalid spec: process.user", "--user"),
+        ("cannot enter process.cwd", "--workdir: cannot enter"),
+        ("cannot set process.rlimits RLIMIT_", "--ulimit "),
+        ("cannot set linux.resources.pids.limit", "--pids-limit"),
+        ("cannot set linux.resources.memory.limit", "--memory"),
+        ("cannot set linux.resources.cpu.quota", "--cpus"),
+        ("invalid spec: linux.sysctl", "--sysctl"),
+    ];
+    for (of_spec, of_option) in words {
+        if let Some(rest) = error.message.strip_prefix(of_spec) {
+            // Names of limits are written in small letters.
+            let rest = match (of_option.starts_with("--ulimit"), rest.split_once(':')) {
+                (true, Some((name, why))) => format!("{}:{why}", name.to_lowercase()),
+                _ => rest.to_owned(),
+            };
+            error.message = format!("{of_option}{rest}");
+            return error;
+        }
+    }
+    if let Some(rest) = error.message.strip_prefix("cannot bind /run/hull/shares/")
+        && let Some((share, rest)) = rest.split_once(" to ")
+        && let Some(index) = share.rsplit_once("-volume")
+        && let Ok(index) = index.1.trim_end_matches("/file").parse::<usize>()
+        && let Some(volume) = options.volumes.get(index)
+    {
+        error.message = format!("cannot mount {} at {rest}", volume.source.display());
+        return error;
+    }
+    let first = options.command.first().map(|word| word.to_string_lossy());
+    let never_ran = matches!(
+        error.kind,
+        ErrorKind::CommandNotFound | ErrorKind::NotExecutable
+    );
+    if never_ran && first.is_some_and(|word| word.starts_with('-')) {
+        return error.hint("options of hull run go before the image");
+    }
+    error
 }
 
 enum Failed {
@@ -420,6 +470,12 @@ pub fn finish(outcome: Outcome, name: &str) -> Result<u8> {
             0
         }
         Outcome::Interrupted(signal) => status_of_signal(signal),
+        Outcome::GaveUp(signal) => {
+            output::note(format!(
+                "note: container {name} does not end by this signal and runs on; hull stop {name}"
+            ));
+            status_of_signal(signal)
+        }
         // As if SIGPIPE had ended this process.
         Outcome::OutputClosed => status_of_signal(nix::sys::signal::Signal::SIGPIPE as i32),
     })

@@ -7,7 +7,7 @@ use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::signals;
 use hull_sandbox::store::State;
 
-use super::{config_for_root, for_each_at_once};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::Result;
 
 /// Arguments of `stop`.
@@ -30,7 +30,7 @@ pub struct Args {
 
 /// Sends the stop signal, then SIGKILL; prints the name of each container when it has exited.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = config_for_root()?;
+    let config = config_for_existing()?;
     let paths = config.paths();
     let seconds = args.time.unwrap_or(config.stop_timeout);
     let timeout_ms = match u64::try_from(seconds) {

@@ -2,7 +2,7 @@
 
 use hull_engine::container;
 
-use super::{config_for_root, for_each_at_once};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::Result;
 
 /// Arguments of `wait`.
@@ -15,7 +15,7 @@ pub struct Args {
 
 /// Prints the exit code of each container when it has exited.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     for_each_at_once(&args.containers, |name| {
         let exit = container::wait(&paths, name)?;
         Ok(Some(exit.status.to_string()))

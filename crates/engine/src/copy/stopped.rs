@@ -115,10 +115,15 @@ impl Job {
             volatile: false,
             disk: disk.clone(),
         };
-        for error in enter(&overlay, self.read_only, &self.mounted, path)? {
-            tracing::warn!("without a volume: {error}");
-        }
+        let missing = enter(&overlay, self.read_only, &self.mounted, path)?;
         let path = Path::new(&self.request.path);
+        // What is elsewhere can be had without a volume that is no more.
+        if let Some((_, error)) = missing
+            .into_iter()
+            .find(|(place, _)| path.starts_with(place))
+        {
+            return Err(error);
+        }
         let (copied, what) = match self.request.into {
             true => (archive::unpack(path, stream), "copy to"),
             false => (
@@ -129,6 +134,10 @@ impl Job {
         copied.map_err(|error: io::Error| {
             let told = Error::from_chain(&error);
             let why = told.message.split(" (os error").next().unwrap_or_default();
+            let why = match error.kind() {
+                io::ErrorKind::ReadOnlyFilesystem => "read-only file system",
+                _ => why,
+            };
             Error::with_kind(told.kind, format!("cannot {what} {path:?}: {why}"))
         })
     }

@@ -12,7 +12,7 @@ use rustix::mount::{MoveMountFlags, move_mount};
 use super::detached::{self, Attributes};
 use super::overlay::{Overlay, own_namespace, root};
 use super::{ReadOnly, host};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 
 /// A directory or file of the host in a container.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ pub fn enter(
     read_only: bool,
     mounted: &[Mounted],
     place: &Path,
-) -> Result<Vec<crate::Error>> {
+) -> Result<Vec<(PathBuf, Error)>> {
     const DOING: &str = "enter the container's root file system";
     // The thread has a root and a current directory of its own from here on, too.
     own_namespace().context(|| DOING)?;
@@ -45,7 +45,7 @@ pub fn enter(
     attach(&root, &hidden).context(|| DOING)?;
     let failed = mounted
         .iter()
-        .filter_map(|one| mount(one, &root).err())
+        .filter_map(|one| Some((one.destination.clone(), mount(one, &root).err()?)))
         .collect();
     if read_only {
         let attributes = Attributes {

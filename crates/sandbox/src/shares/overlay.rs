@@ -147,11 +147,18 @@ impl Opened {
             rustix::fs::open(path, flags, Mode::empty())
                 .context(|| format!("open {}", path.display()))
         };
+        let mut layers: Vec<OwnedFd> = distinct(overlay.layers)
+            .into_iter()
+            .map(open)
+            .collect::<Result<_>>()?;
+        if layers.is_empty() {
+            // An image without files: there is no overlay of nothing.
+            let empty = overlay.upper.with_file_name("empty");
+            fs::create_dir_all(&empty).context(|| format!("create {}", empty.display()))?;
+            layers.push(open(&empty)?);
+        }
         Ok(Self {
-            layers: distinct(overlay.layers)
-                .into_iter()
-                .map(open)
-                .collect::<Result<_>>()?,
+            layers,
             upper: open(&overlay.upper)?,
             work: open(&overlay.work)?,
         })
