@@ -345,7 +345,10 @@ mod tests {
                 "a value is required for '--memory <SIZE>' but none was supplied",
             ),
             ("hull kill -s NOPE c", "--signal: unknown signal \"NOPE\""),
-            ("hull stop -t x c", "--time: invalid digit found in string"),
+            (
+                "hull stop -t x c",
+                "--time: invalid number of seconds \"x\"",
+            ),
             ("hull logs --since x c", "--since: \"x\" is no time"),
             ("hull ps -f x", "--filter: invalid filter \"x\""),
             (
@@ -360,9 +363,18 @@ mod tests {
                 "hull install runc",
                 "invalid value 'runc' for '<ENGINE>' [possible values: podman, docker, crio]",
             ),
+            ("hull run -m -1 i", "--memory: invalid size \"-1\""),
+            (
+                "hull run --cpus -1 i",
+                "--cpus: invalid number of CPUs \"-1\"",
+            ),
+            ("hull kill -s -9 c", "--signal: unknown signal \"-9\""),
+            ("hull start c", "not supported: hull start"),
+            ("hull run --mount type=x i", "not supported: --mount"),
             ("hull frobnicate", "unrecognized subcommand 'frobnicate'"),
         ] {
-            let error = crate::error::from_usage(&parse(line).unwrap_err());
+            let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            let error = crate::error::from_usage(&parse(line).unwrap_err(), &words);
             assert!(
                 error.message.starts_with(message),
                 "{line}: {}",
@@ -371,6 +383,35 @@ mod tests {
             assert!(!error.message.contains('\n'), "{line}");
             assert_eq!(crate::error::codes(error.kind).hull, 125, "{line}");
             assert!(error.hint.is_some(), "{line}");
+        }
+    }
+
+    #[test]
+    fn hints_are_near_and_never_destructive() {
+        for (line, hint) in [
+            ("hull stat", "did you mean hull stats?"),
+            ("hull lgos c", "did you mean hull logs?"),
+            ("hull psuh x", "hull --help"),
+            ("hull kil c", "hull --help"),
+            ("hull image pul x", "did you mean hull image pull?"),
+            (
+                "hull image load x",
+                "hull image import docker-archive:FILE NAME",
+            ),
+            (
+                "hull run --memroy 1g i",
+                "did you mean --memory? hull run --help",
+            ),
+            ("hull run --whatever 1g i", "hull run --help"),
+            (
+                "hull run --ipc host i",
+                "a container has a kernel of its own",
+            ),
+        ] {
+            let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            let error = crate::error::from_usage(&parse(line).unwrap_err(), &words);
+            let told = error.hint.unwrap_or_default();
+            assert!(told.starts_with(hint), "{line}: {told}");
         }
     }
 

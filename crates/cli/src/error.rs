@@ -1,11 +1,15 @@
 //! How a failed command is reported: a line with what failed, on what and why, a second line with a
 //! hint, and the exit status. Only `main`, and commands that continue after an error, print errors.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 
+use clap::error::{ContextKind, ContextValue};
 use hull_machine::printable;
 
 pub use hull_sandbox::error::{Context, Error, ErrorKind, Result};
+
+use crate::familiar;
 
 /// Exit status if hull itself failed before or around the container's process, as in Docker.
 pub const HULL_FAILED: u8 = 125;
@@ -80,18 +84,19 @@ pub fn fail(error: &Error) -> u8 {
     codes(error.kind).hull
 }
 
-/// Converts a usage error of clap.
-pub fn from_usage(error: &clap::Error) -> Error {
+/// Converts a usage error of clap for these arguments.
+pub fn from_usage(error: &clap::Error, arguments: &[OsString]) -> Error {
+    if let Some(known) = of_other_engines(error, arguments) {
+        return known;
+    }
     let text = error.render().to_string();
     let mut message = String::new();
-    let mut hint = None;
     for line in text.lines().map(str::trim) {
         if line.starts_with("Usage:") || line.starts_with("For more information") {
             break;
         }
-        if let Some(tip) = line.strip_prefix("tip: ") {
-            hint.get_or_insert_with(|| tip.to_owned());
-        } else if !line.is_empty() {
+        // clap's tips are guesses that are often far off.
+        if !line.is_empty() && !line.starts_with("tip: ") {
             if !message.is_empty() {
                 message.push(' ');
             }
@@ -100,8 +105,7 @@ pub fn from_usage(error: &clap::Error) -> Error {
     }
     // Errors of value parsers contain the value already.
     if error.kind() == clap::error::ErrorKind::ValueValidation
-        && let Some(clap::error::ContextValue::String(argument)) =
-            error.get(clap::error::ContextKind::InvalidArg)
+        && let Some(argument) = context(error, ContextKind::InvalidArg)
         && let Some(cause) = std::error::Error::source(error)
     {
         let option = argument.split([' ', '[', '=']).next().unwrap_or(argument);
@@ -111,32 +115,69 @@ pub fn from_usage(error: &clap::Error) -> Error {
             cause.to_string()
         };
     }
-    let hint = hint.unwrap_or_else(|| usage_hint(error));
-    Error::invalid(message).hint(hint)
+    Error::invalid(message).hint(usage_hint(error, arguments))
 }
 
-/// Suggests the nearest command, or the help.
-fn usage_hint(error: &clap::Error) -> String {
+/// The word or option that an error is about.
+fn context(error: &clap::Error, kind: ContextKind) -> Option<&str> {
+    match error.get(kind)? {
+        ContextValue::String(word) => Some(word),
+        _ => None,
+    }
+}
+
+/// What to say of a command or an option that hull does not have and other engines have.
+fn of_other_engines(error: &clap::Error, arguments: &[OsString]) -> Option<Error> {
+    if let Some(word) = context(error, ContextKind::InvalidSubcommand) {
+        return familiar::missing_command(word, arguments);
+    }
+    let is_run = arguments.get(1).is_some_and(|command| command == "run");
+    if error.kind() == clap::error::ErrorKind::UnknownArgument && is_run {
+        let option = context(error, ContextKind::InvalidArg)?;
+        return familiar::missing_option(option.split('=').next().unwrap_or(option));
+    }
+    None
+}
+
+/// Suggests a command or option that differs in a letter or two, or the help.
+fn usage_hint(error: &clap::Error, arguments: &[OsString]) -> String {
     use clap::CommandFactory;
+    // Removes or ends something: not what somebody meant who typed another word.
+    const DESTRUCTIVE: [&str; 5] = ["kill", "rm", "stop", "prune", "uninstall"];
     let hull = crate::cli::Hull::command();
-    if let Some(clap::error::ContextValue::String(word)) =
-        error.get(clap::error::ContextKind::InvalidSubcommand)
-    {
-        let names = hull
+    let (mut command, mut path) = (&hull, "hull".to_owned());
+    for word in arguments.iter().skip(1) {
+        let Some(inner) = command.find_subcommand(word) else {
+            break;
+        };
+        command = inner;
+        path = format!("{path} {}", inner.get_name());
+    }
+    if let Some(word) = context(error, ContextKind::InvalidSubcommand) {
+        let names = command
             .get_subcommands()
-            .filter(|command| !command.is_hide_set());
-        let names = names.map(clap::Command::get_name);
+            .filter(|command| !command.is_hide_set())
+            .map(clap::Command::get_name)
+            .filter(|name| !DESTRUCTIVE.contains(name));
         if let Some(near) = hull_engine::values::nearest(word, names) {
-            return format!("did you mean hull {near}?");
+            return format!("did you mean {path} {near}?");
         }
     }
-    match std::env::args()
-        .nth(1)
-        .filter(|word| hull.find_subcommand(word).is_some())
+    if error.kind() == clap::error::ErrorKind::UnknownArgument
+        && let Some(option) = context(error, ContextKind::InvalidArg)
+            .and_then(|option| option.split('=').next())
+            .filter(|option| option.starts_with("--"))
     {
-        Some(command) => format!("hull {command} --help"),
-        None => "hull --help".to_owned(),
+        let names: Vec<String> = command
+            .get_arguments()
+            .filter_map(|argument| Some(format!("--{}", argument.get_long()?)))
+            .collect();
+        let names = names.iter().map(String::as_str);
+        if let Some(near) = hull_engine::values::nearest(option, names) {
+            return format!("did you mean {near}? {path} --help");
+        }
     }
+    format!("{path} --help")
 }
 
 /// Messages may contain text of a guest or a registry.

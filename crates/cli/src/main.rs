@@ -9,6 +9,7 @@ mod cli;
 mod commands;
 mod device_process;
 mod error;
+mod familiar;
 mod images;
 mod internal;
 mod oci;
@@ -25,7 +26,8 @@ fn main() -> ExitCode {
     if let Some(status) = internal::dispatch(&arguments) {
         return status;
     }
-    let (outcome, is_run) = match cli::Hull::try_parse_from(arguments) {
+    let arguments = familiar::rewrite(arguments);
+    let (outcome, is_run) = match cli::Hull::try_parse_from(&arguments) {
         Ok(hull) => {
             let is_run = matches!(hull.command, cli::Command::Run(_));
             (hull.command.execute(began_ns), is_run)
@@ -39,7 +41,7 @@ fn main() -> ExitCode {
                 output::note(error.render().to_string().trim_end());
                 (Ok(error::HULL_FAILED), false)
             }
-            _ => (Err(error::from_usage(&error)), false),
+            _ => (Err(error::from_usage(&error, &arguments)), false),
         },
     };
     ExitCode::from(match outcome {

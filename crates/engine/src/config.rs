@@ -78,6 +78,8 @@ pub struct Config {
     pub without_root: bool,
     /// Every key, in the order of the default file, with what it was set to and where.
     pub origins: Vec<Origin>,
+    /// Where errors of keys go that need not be right; `None` where all have to be.
+    wrong: Option<Vec<Error>>,
 }
 
 /// Where the value of one key comes from.
@@ -95,12 +97,36 @@ impl Config {
     /// Reads the configuration in force: that of the file which HULL_CONFIG names, or of the
     /// system's, and after that, without root, of the person's own.
     pub fn load() -> Result<Config> {
-        let chosen = std::env::var_os("HULL_CONFIG");
-        Config::load_from(chosen, Path::new(SYSTEM_FILE), Home::of_caller()?)
+        Ok(Config::load_all(None)?.0)
     }
 
-    fn load_from(chosen: Option<OsString>, system: &Path, home: Option<Home>) -> Result<Config> {
-        let mut config = Config::defaults()?;
+    /// For commands that start nothing: keys that are wrong, and do not say where files are, come
+    /// as errors beside the others.
+    ///
+    /// # Errors
+    /// The file cannot be read, is no TOML, or a wrong key says where files are.
+    pub fn load_for_existing() -> Result<(Config, Vec<Error>)> {
+        Config::load_all(Some(Vec::new()))
+    }
+
+    fn load_all(wrong: Option<Vec<Error>>) -> Result<(Config, Vec<Error>)> {
+        let chosen = std::env::var_os("HULL_CONFIG");
+        let home = Home::of_caller()?;
+        let mut config = Config::load_from(chosen, Path::new(SYSTEM_FILE), home, wrong)?;
+        let wrong = config.wrong.take().unwrap_or_default();
+        Ok((config, wrong))
+    }
+
+    fn load_from(
+        chosen: Option<OsString>,
+        system: &Path,
+        home: Option<Home>,
+        wrong: Option<Vec<Error>>,
+    ) -> Result<Config> {
+        let mut config = Config {
+            wrong,
+            ..Config::defaults()?
+        };
         let chosen = chosen.filter(|path| !path.is_empty()).map(PathBuf::from);
         if let Some(path) = chosen {
             config.move_home(home.as_ref());
@@ -177,6 +203,7 @@ impl Config {
             guest_dir: None,
             without_root: false,
             origins: Vec::new(),
+            wrong: None,
         };
         config.apply(DEFAULT, None)?;
         Ok(config)
@@ -209,9 +236,18 @@ impl Config {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let place = place(key.span().start);
-            let set = self.set(name, value);
-            if !set.map_err(|why| Error::new(format!("{place}: {name}: {why}")))? {
-                return Err(self.unknown_key(name, &place));
+            let failed = match self.set(name, value) {
+                Ok(true) => None,
+                Ok(false) => Some(self.unknown_key(name, &place)),
+                Err(why) => Some(Error::new(format!("{place}: {name}: {why}"))),
+            };
+            match (failed, &mut self.wrong) {
+                (Some(error), Some(wrong)) if !matches!(name, "data_dir" | "run_dir") => {
+                    wrong.push(error);
+                    continue;
+                }
+                (Some(error), _) => return Err(error),
+                (None, _) => {}
             }
             let value = text.get(value.span()).unwrap_or_default().to_owned();
             match self.origins.iter_mut().find(|origin| origin.key == name) {
@@ -380,6 +416,37 @@ mod tests {
     }
 
     #[test]
+    fn a_wrong_key_does_not_keep_from_what_exists() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.toml");
+        let load = |text: &str, wrong: Option<Vec<Error>>| {
+            std::fs::write(&path, text).unwrap();
+            Config::load_from(
+                Some(path.clone().into()),
+                Path::new("/nowhere"),
+                None,
+                wrong,
+            )
+        };
+        let text = "cpus = 2\nmemroy = '1g'\npids_limit = 'x'\ndata_dir = '/mine'";
+        assert!(load(text, None).is_err());
+        let config = load(text, Some(Vec::new())).unwrap();
+        assert_eq!(
+            (config.cpus, config.data_dir.as_path()),
+            (2, Path::new("/mine"))
+        );
+        let wrong: Vec<String> = config
+            .wrong
+            .unwrap()
+            .into_iter()
+            .map(|e| e.message)
+            .collect();
+        assert!(wrong[0].contains("unknown key \"memroy\""), "{wrong:?}");
+        assert_eq!(wrong.len(), 2);
+        assert!(load("data_dir = 1", Some(Vec::new())).is_err());
+    }
+
+    #[test]
     fn the_default_file_sets_every_key() {
         let config = Config::defaults().unwrap();
         assert_eq!(config.machine, Machine::Auto);
@@ -460,7 +527,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let system = directory.path().join("system.toml");
         let chosen = directory.path().join("chosen.toml");
-        let load = |chosen: Option<&Path>| Config::load_from(chosen.map(Into::into), &system, None);
+        let load =
+            |chosen: Option<&Path>| Config::load_from(chosen.map(Into::into), &system, None, None);
         assert_eq!(load(None).unwrap().cpus, 1);
         std::fs::write(&system, "cpus = 2").unwrap();
         assert_eq!(load(None).unwrap().cpus, 2);
@@ -478,7 +546,7 @@ mod tests {
             run: "/run/ann".into(),
         };
         let load = |chosen: Option<&Path>| {
-            Config::load_from(chosen.map(Into::into), &system, Some(home())).unwrap()
+            Config::load_from(chosen.map(Into::into), &system, Some(home()), None).unwrap()
         };
         std::fs::write(&system, "cpus = 2\nrun_dir = '/run/other'").unwrap();
         let config = load(None);

@@ -347,6 +347,21 @@ pub fn wait(paths: &Paths, name: &str) -> Result<Exit> {
     })
 }
 
+/// Waits for the end of a container that has been killed, on a connection to its sandbox.
+///
+/// # Errors
+/// The sandbox does not tell, and the container lives.
+pub fn wait_for_end(paths: &Paths, client: &Client, id: &str) -> Result<()> {
+    let container = id.to_owned();
+    match client.ask(&Request::Wait { container }, &[]) {
+        Ok(_) => Ok(()),
+        Err(error) => match load(paths, id)? {
+            Some(container) if container.status.state != State::Stopped => Err(error),
+            _ => Ok(()),
+        },
+    }
+}
+
 /// Whether a container is what a command left that was killed before its sandbox knew of it.
 pub fn is_reservation(container: &Container) -> bool {
     container.status.state == State::Stopped

@@ -175,13 +175,40 @@ impl GuestFiles {
 pub fn kernel_file(path: &Path) -> Result<PathBuf> {
     let path = std::path::absolute(path).context(|| format!("use kernel {}", path.display()))?;
     match std::fs::metadata(&path) {
-        Ok(file) if file.is_file() => Ok(path),
+        Ok(file) if file.is_file() => match may_be_kernel(&path) {
+            true => Ok(path),
+            false => Err(Error::new(format!(
+                "cannot use kernel {}: it is no kernel",
+                path.display()
+            ))),
+        },
         Ok(_) => Err(Error::new(format!(
             "cannot use kernel {}: it is not a file",
             path.display()
         ))),
         Err(error) => Err(error).context(|| format!("use kernel {}", path.display())),
     }
+}
+
+/// Whether a file begins as kernels do: an ELF executable, an x86 or arm64 image, a compressed one.
+/// One that cannot be read is left to those who say why.
+fn may_be_kernel(path: &Path) -> bool {
+    use std::io::Read;
+    let mut start = Vec::new();
+    let read = std::fs::File::open(path)
+        .and_then(|file| file.take(0x206).read_to_end(&mut start))
+        .is_ok();
+    let has = |offset: usize, magic: &[u8]| {
+        start
+            .get(offset..)
+            .is_some_and(|rest| rest.starts_with(magic))
+    };
+    !read
+        || has(0, b"\x7fELF")
+        || has(0, &[0x1f, 0x8b])
+        || has(0, b"MZ")
+        || has(0x202, b"HdrS")
+        || has(56, b"ARM\x64")
 }
 
 /// Whether a kernel is one for kind `uml`: an executable of the host. Others are not marked

@@ -30,7 +30,7 @@ impl Home {
                 .map(PathBuf::from)
                 .filter(|path| path.is_absolute())
         };
-        let home = absolute("HOME");
+        let home = absolute("HOME").or_else(|| of_password_file(uid.as_raw()));
         let below = |variable: &str, directory: &str| {
             absolute(variable)
                 .or_else(|| home.as_ref().map(|home| home.join(directory)))
@@ -46,6 +46,16 @@ impl Home {
             },
         }))
     }
+}
+
+/// A person's directory as /etc/passwd says it.
+fn of_password_file(uid: u32) -> Option<PathBuf> {
+    let text = std::fs::read_to_string("/etc/passwd").ok()?;
+    let line = text
+        .lines()
+        .find(|line| line.split(':').nth(2) == Some(&uid.to_string()))?;
+    let home = PathBuf::from(line.split(':').nth(5)?);
+    home.is_absolute().then_some(home)
 }
 
 /// What stands in for XDG_RUNTIME_DIR where nobody has logged in.

@@ -213,7 +213,9 @@ impl NetworkOptions {
 
     fn cni(&self, id: &str, name: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
         let reserved = self.ports(config)?;
-        let list = list(name, !reserved.mappings.is_empty())?;
+        let mut list = list(name, !reserved.mappings.is_empty())?;
+        // The sandbox process serves these.
+        list.leave_out_ipv6_loopback();
         let own = match name {
             cni::DEFAULT_NAME => Some(OwnNetwork {
                 bridge: cni::DEFAULT_BRIDGE.to_owned(),
@@ -222,6 +224,11 @@ impl NetworkOptions {
             _ => None,
         };
         let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
+        if let Some(own) = &own {
+            for address in addresses.into_iter().flatten() {
+                check_inside(address, &own.subnets)?;
+            }
+        }
         let cni = CniConfig {
             id: id.to_owned(),
             list,
@@ -264,6 +271,31 @@ fn first<const N: usize>(given: [(bool, &'static str); N]) -> Option<&'static st
         .find_map(|(given, option)| given.then_some(option))
 }
 
+/// Whether an address is in one of the subnets, as far as one is of its family.
+fn check_inside(address: IpAddr, subnets: &[cni::Address]) -> Result<()> {
+    let Some(subnet) = subnets
+        .iter()
+        .find(|subnet| subnet.ip.is_ipv4() == address.is_ipv4())
+    else {
+        return Ok(());
+    };
+    let bits = |ip: IpAddr| match ip {
+        // Its network is in the first bits, as that of IPv6.
+        IpAddr::V4(ip) => u128::from(u32::from(ip)) << 96,
+        IpAddr::V6(ip) => u128::from(ip),
+    };
+    let network = u32::from(subnet.prefix_len());
+    let differing = bits(address) ^ bits(subnet.ip);
+    let differs = differing.leading_zeros() < network;
+    let option = if address.is_ipv4() { "--ip" } else { "--ip6" };
+    match differs {
+        true => Err(Error::invalid(format!(
+            "{option}: {address} is not in {subnet}"
+        ))),
+        false => Ok(()),
+    }
+}
+
 /// The subnets of hull's own network: one of IPv4, and one of IPv6 where the host has that.
 fn subnets() -> Result<Vec<cni::Address>> {
     let mut subnets = vec![cni::DEFAULT_IPV4];
@@ -284,7 +316,14 @@ fn subnets() -> Result<Vec<cni::Address>> {
 /// There is no such configuration, or it is not one.
 pub fn list(name: &str, published: bool) -> Result<List> {
     if name != cni::DEFAULT_NAME {
-        return Ok(List::load(&[cni::CONFIGURATION_DIRECTORY], name)?);
+        let loaded = List::load(&[cni::CONFIGURATION_DIRECTORY], name);
+        return loaded.map_err(|error| {
+            let error = Error::from(error);
+            match error.hint {
+                None => error.hint("default and none are there without a file"),
+                Some(_) => error,
+            }
+        });
     }
     let subnets = subnets()?;
     let [ipv4, ipv6 @ ..] = subnets.as_slice() else {
@@ -295,4 +334,26 @@ pub fn list(name: &str, published: bool) -> Result<List> {
     Ok(cni::default_network(
         *ipv4, ipv6, bridge, leases, published,
     )?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_address_is_in_its_subnet_or_refused_by_name() {
+        let subnets = ["10.87.0.0/16", "fd68:756c:6c00::/64"].map(|text| text.parse().unwrap());
+        for (address, inside) in [
+            ("10.87.255.1", true),
+            ("10.88.0.1", false),
+            ("fd68:756c:6c00::9", true),
+            ("fd68:756c:6c00:1::9", false),
+        ] {
+            let checked = check_inside(address.parse().unwrap(), &subnets);
+            assert_eq!(checked.is_ok(), inside, "{address}: {checked:?}");
+        }
+        let error = check_inside("10.88.0.1".parse().unwrap(), &subnets).unwrap_err();
+        assert_eq!(error.message, "--ip: 10.88.0.1 is not in 10.87.0.0/16");
+    }
 }

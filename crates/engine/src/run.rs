@@ -507,7 +507,11 @@ fn check(options: &RunOptions, paths: &Paths) -> Result<()> {
     }
 }
 
-fn check_length(run: &Path) -> Result<()> {
+/// Whether the sockets of a sandbox can be in a directory of run-time state.
+///
+/// # Errors
+/// Its path is too long.
+pub fn check_length(run: &Path) -> Result<()> {
     let longest = SandboxPath::new(run, &"0".repeat(SANDBOX_DIGITS))
         .devices()
         .join("entropy.sock");

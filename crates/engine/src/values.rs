@@ -61,7 +61,10 @@ pub fn network(text: &str) -> Result<Network, String> {
         _ if is_name(text) => Ok(Network::Named(text.into())),
         _ => match text.strip_prefix("container:") {
             Some(container) if !container.is_empty() => Ok(Network::Container(container.into())),
-            _ => Err(format!("invalid network {text:?}")),
+            _ => Err(format!(
+                "invalid network {text:?}: give default, none, container:NAME or the name of one \
+                 in /etc/cni/net.d"
+            )),
         },
     }
 }
@@ -183,11 +186,27 @@ pub fn cpus(text: &str) -> Result<u64, String> {
     text.parse::<f64>()
         .ok()
         .filter(|number| number.is_finite() && *number <= 4096.0)
-        .filter(|number| *number >= 0.01)
+        .filter(|number| *number >= 0.01 || *number == 0.0)
         .map(|number| (number * 1e3).round() as u64)
         .ok_or_else(|| {
             format!("invalid number of CPUs {text:?}: give a number from 0.01, like 1.5")
         })
+}
+
+/// As Docker takes `--name "$NAME"`: an empty text is as none, and others are checked.
+pub fn or_empty(
+    check: fn(&str) -> Result<String, String>,
+) -> impl Fn(&str) -> Result<String, String> + Clone + Send + Sync {
+    move |text| match text {
+        "" => Ok(String::new()),
+        text => check(text),
+    }
+}
+
+/// A number of seconds; negative ones mean for ever.
+pub fn seconds(text: &str) -> Result<i64, String> {
+    text.parse()
+        .map_err(|_| format!("invalid number of seconds {text:?}"))
 }
 
 /// A limit on processes; 0 and -1 mean none.
@@ -442,7 +461,11 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         .into_iter()
         .map(|candidate| (edit_distance(word, candidate), candidate))
         .min_by_key(|(distance, _)| *distance)
-        .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()) / 2)
+        .filter(|(distance, candidate)| {
+            let letters = candidate.trim_start_matches('-').len();
+            // One that is wholly another word is no slip of the finger.
+            *distance <= 2 && distance * 3 <= letters
+        })
         .map(|(_, candidate)| candidate)
 }
 
@@ -502,7 +525,8 @@ mod tests {
     #[test]
     fn processors() {
         assert_eq!(cpus("1.5"), Ok(1500));
-        for text in ["", "two", "0", "-1", "0.001", "inf", "NaN", "5000"] {
+        assert_eq!(cpus("0"), Ok(0), "no limit, as Docker");
+        for text in ["", "two", "-1", "0.001", "inf", "NaN", "5000"] {
             assert!(cpus(text).is_err(), "{text}");
         }
     }

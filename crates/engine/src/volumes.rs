@@ -90,7 +90,8 @@ fn host_path(source: &[u8]) -> Result<PathBuf, String> {
     Ok(here.join(path))
 }
 
-fn container_path(path: &[u8]) -> Result<PathBuf, String> {
+/// A path in a container, without `.` and `..`.
+pub(crate) fn container_path(path: &[u8]) -> Result<PathBuf, String> {
     let path = Path::new(OsStr::from_bytes(path));
     if !path.is_absolute() {
         return Err("the path in the container must be absolute".to_owned());

@@ -172,6 +172,13 @@ impl FromStr for Reference {
         if let Some(digest) = Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)) {
             return Ok(Self::Id(digest));
         }
+        for scheme in ["http://", "https://", "docker://"] {
+            if let Some(rest) = text.strip_prefix(scheme) {
+                return Err(invalid(format!(
+                    "an image's name has no {scheme:?} before it: {rest}"
+                )));
+            }
+        }
         parse_registry(text).map(Self::Registry).map_err(invalid)
     }
 }
@@ -422,6 +429,7 @@ mod tests {
             ("a:b c", "no tag"),
             ("-a", "no part"),
             ("a..b/c", "no host name"),
+            ("http://localhost:5000/a", "has no \"http://\""),
             ("localhost:x/a", "no port"),
             ("localhost:99999/a", "no port"),
             ("[::g]/a", "no IPv6"),

@@ -305,8 +305,8 @@ fn hostile_layers_leave_nothing() {
             "entry \"../evil\" leads outside of the layer",
         ),
         (
-            Tar::new().file("/evil", b""),
-            "entry \"/evil\" has an absolute name",
+            Tar::new().file("/../evil", b""),
+            "entry \"/../evil\" leads outside of the layer",
         ),
         (
             Tar::new().device("dev/sda", b'4', 8, 0),
@@ -549,6 +549,16 @@ fn what_was_left_behind_is_cleared() {
     assert_eq!(names(store.root().join("layers")).len(), 1);
     assert_eq!(names(store.root().join("blobs/sha256")).len(), 2);
     assert_eq!(get(&store, &layout.reference()).unwrap(), image);
+}
+
+#[test]
+fn a_layer_whose_files_are_gone_is_unpacked_anew() {
+    let (_dir, store) = store();
+    let layout = Layout::with(&[Tar::new().file("f", b"x").finish()]);
+    let image = get(&store, &layout.reference()).unwrap();
+    std::fs::remove_dir_all(&image.layers[0]).unwrap();
+    assert_eq!(get(&store, &layout.reference()).unwrap(), image);
+    assert_eq!(names(&image.layers[0]), ["f"]);
 }
 
 #[test]

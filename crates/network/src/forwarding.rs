@@ -101,6 +101,7 @@ fn run(
         input.as_bytes(),
         PATIENCE,
         None,
+        None,
     )
     .map_err(|fault| format!("{program}: {fault}"))?;
     Ok(match output.status.success() {

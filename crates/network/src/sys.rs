@@ -1,6 +1,6 @@
 //! The calls that have no safe wrapper: ioctls of namespaces, interfaces and the tun driver,
-//! leaving a namespace, waiting for a descriptor, and a child that ends with its parent. Called by
-//! `namespace`, `tap`, `monitor` and `pasta` only.
+//! leaving a namespace, waiting for a descriptor, and a child that ends with its parent
+//! or inherits a descriptor. Called by `namespace`, `tap`, `monitor`, `pasta` and `cni` only.
 
 #![allow(unsafe_code)]
 
@@ -44,6 +44,17 @@ pub fn die_with_thread(command: &mut Command) {
     };
     // SAFETY: it makes system calls only: no allocation, no lock.
     unsafe { command.pre_exec(tie) };
+}
+
+/// Leaves a descriptor open in the process that `command` starts, and in those that it starts.
+pub fn inherit(command: &mut Command, descriptor: &OwnedFd) {
+    let number = descriptor.as_raw_fd();
+    let keep = move || {
+        // SAFETY: changes a flag of a descriptor of the new process, which has the parent's.
+        check(unsafe { libc::fcntl(number, libc::F_SETFD, 0) }).map(drop)
+    };
+    // SAFETY: it makes one system call only: no allocation, no lock.
+    unsafe { command.pre_exec(keep) };
 }
 
 /// Sets the interface up, in the calling thread's namespace.

@@ -18,6 +18,9 @@ pub const FILE: &str = "log";
 /// Name of the older part of a log.
 const ROTATED: &str = "log.1";
 
+/// Name of a file that is there when output was lost: the log had its size.
+const CUT: &str = "log.cut";
+
 const HEAD: usize = 13;
 
 /// Largest entry that a reader takes memory for. A writer never makes a larger one.
@@ -73,6 +76,10 @@ impl Writer {
     /// The disk is full; the entry is then lost, the log stays readable.
     pub fn append(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
         if self.size > self.limit / 2 {
+            if self.directory.inode(ROTATED)?.is_some() && self.directory.inode(CUT)?.is_none() {
+                self.directory
+                    .open_file(CUT, OFlags::WRONLY | OFlags::CREATE)?;
+            }
             self.directory.rename(FILE, ROTATED)?;
             self.file = create(&self.directory)?;
             self.size = 0;
@@ -93,6 +100,11 @@ impl Writer {
         self.size += entry.len() as u64;
         Ok(())
     }
+}
+
+/// Whether the beginning of a log was lost.
+pub fn is_cut(directory: &Directory) -> bool {
+    directory.inode(CUT).is_ok_and(|there| there.is_some())
 }
 
 fn create(directory: &Directory) -> io::Result<File> {

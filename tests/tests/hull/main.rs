@@ -15,5 +15,6 @@ mod ps_logs;
 mod rootless;
 mod run;
 mod seccomp;
+mod stopped;
 mod terminal;
 mod volumes;

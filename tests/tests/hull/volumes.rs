@@ -279,3 +279,90 @@ fn a_volume_passes_the_posix_checks_as_a_native_directory_does() {
 fn the_root_file_system_passes_the_posix_checks_as_a_native_directory_does() {
     compare_with_native("root", &[], "/checked");
 }
+
+/// A root file system with busybox and a link from /var/run to /run.
+fn small_root(hull: &Hull) -> std::path::PathBuf {
+    let root = hull.path("root");
+    for directory in ["bin", "proc", "sys", "dev", "tmp", "etc", "run", "var"] {
+        fs::create_dir_all(root.join(directory)).unwrap();
+    }
+    let archive = hull.path("busybox.tar");
+    let unpacked = std::process::Command::new("tar")
+        .args(["-xf", archive.to_str().unwrap(), "-C"])
+        .arg(&root)
+        .status()
+        .unwrap();
+    assert!(unpacked.success());
+    let _ = fs::remove_dir_all(root.join("var/run"));
+    let _ = fs::remove_file(root.join("var/run"));
+    symlink("/run", root.join("var/run")).unwrap();
+    root
+}
+
+#[test]
+fn a_mount_below_another_one_is_seen_in_any_order_of_the_options() {
+    let hull = Hull::new();
+    let root = format!("rootfs:{}", small_root(&hull).display());
+    let scratch = hull.scratch();
+    for name in ["a", "b", "c"] {
+        fs::create_dir(scratch.join(name)).unwrap();
+        fs::write(scratch.join(name).join("file"), format!("{name}\n")).unwrap();
+    }
+    let volume = |name: &str, place: &str| format!("{}:{place}", scratch.join(name).display());
+    let volumes = [
+        volume("a", "/run"),
+        volume("b", "/var/run/secrets/x:ro"),
+        volume("a", "/data"),
+        volume("c", "/data/sub"),
+    ];
+    let script = "cat /run/file /run/secrets/x/file /var/run/secrets/x/file /data/file \
+                  /data/sub/file; echo x >/data/t/x; ls /data/t";
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]] {
+        let mut run = hull.hull(["run", "--rm", "--tmpfs", "/data/t"]);
+        for index in order {
+            run = run.args(["-v", volumes[index].as_str()]);
+        }
+        let output = run.args([root.as_str(), "sh", "-c", script]).run().ok();
+        assert_eq!(output.text(), "a\nb\nb\na\nc\nx", "{order:?}");
+    }
+    assert!(!scratch.join("a/t/x").exists(), "that is in memory");
+}
+
+#[test]
+fn a_volume_of_an_image_is_writable_in_a_read_only_container() {
+    let hull = Hull::new();
+    let archive = hull.path("busybox.tar");
+    hull.hull(["image", "import", "-c", "VOLUME /var/data /etc /new/dir"])
+        .arg(archive)
+        .arg("declares")
+        .run()
+        .ok();
+    let script = "ls -d /var/data /new/dir && echo x >/new/dir/x && cat /etc/passwd | head -n 1 \
+                  && echo y >/etc/y && cat /etc/hosts >/dev/null; touch /z; true";
+    let run = |options: &[&str]| {
+        hull.hull(["run", "--rm"])
+            .args(options)
+            .args(["declares", "sh", "-c", script])
+            .run()
+            .ok()
+    };
+    let output = run(&["--read-only"]);
+    assert!(
+        output.text().starts_with("/new/dir\n/var/data\nroot:"),
+        "{}",
+        output.text()
+    );
+    assert!(
+        output.error().contains("/z: Read-only"),
+        "{}",
+        output.error()
+    );
+    // They are there otherwise, too.
+    let output = run(&[]);
+    assert!(
+        output.text().starts_with("/new/dir\n/var/data\nroot:"),
+        "{}",
+        output.text()
+    );
+    assert_eq!(output.error(), "");
+}

@@ -1,6 +1,7 @@
 //! Networks of `/etc/cni/net.d`, plugins that fail, and what a container's network leaves on the
 //! host: nothing.
 
+use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use hull_tests::network::{
     BRIDGE, CniNetwork, Traces, answers, free_port, http_server, leases_with,
 };
 use hull_tests::{Container, Hull, eventually, on_every_machine};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 on_every_machine!(nothing_of_a_network_is_left_however_a_container_ends);
@@ -280,6 +282,48 @@ fn a_network_that_cannot_be_undone_keeps_its_container_until_rm_has_undone_it() 
         network.assert_clean();
         hull.assert_clean();
     }
+}
+
+#[test]
+fn a_plugin_adds_nothing_after_the_sandbox_process_was_killed_and_its_work_undone() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name);
+    // It is at work, and so is a process that it has started, as iptables is.
+    let script = format!(
+        "cat >/dev/null; cd {}; case $CNI_COMMAND in ADD)\n\
+         echo $PPID >sandbox.new; mv sandbox.new sandbox\n\
+         sh -c 'sleep 1; echo child >>rules; sleep 0.2' & wait; echo plugin >>rules;;\n\
+         DEL) rm -f rules; echo $(cat rules 2>&1) >>deleted;; esac",
+        directory.path().display()
+    );
+    let plugin = Plugin::new(&script);
+    let network = plugin.network();
+    let hull = Hull::new();
+    let running = hull
+        .hull([
+            "run",
+            "--name",
+            "victim",
+            "--network",
+            &network.name,
+            "busybox",
+            "true",
+        ])
+        .start();
+    eventually("the plugin runs", Duration::from_secs(20), || {
+        file("sandbox").exists()
+    });
+    let pid = fs::read_to_string(file("sandbox")).unwrap();
+    let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    running.finish().ends(125);
+    let _ = hull.hull(["rm", "-f", "victim"]).run();
+    assert!(file("deleted").exists(), "its work is undone");
+    std::thread::sleep(Duration::from_secs(2));
+    let left = fs::read_to_string(file("rules")).unwrap_or_default();
+    assert_eq!(left, "", "nothing is added after that");
+    network.assert_clean();
+    hull.assert_clean();
 }
 
 /// A plugin that is a shell script, gone when dropped.

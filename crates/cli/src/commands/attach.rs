@@ -6,7 +6,7 @@ use hull_engine::values::{self, DetachKeys};
 use hull_sandbox::control::protocol::{AttachRequest, Request};
 use hull_sandbox::store::State;
 
-use super::config_for_root;
+use super::config_for_existing;
 use super::run::finish;
 use crate::error::{Error, Result};
 
@@ -26,7 +26,7 @@ pub struct Args {
 
 /// Copies input and output until the container exits or the user detaches.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = config_for_root()?;
+    let config = config_for_existing()?;
     let container = container::find(&config.paths(), &args.container)?;
     let details = &container.record.details;
     let problem = match container.status.state {

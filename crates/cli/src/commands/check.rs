@@ -107,6 +107,10 @@ pub fn execute(args: Args) -> Result<u8> {
     ] {
         findings.push(writable(what, directory));
     }
+    if let Err(error) = hull_engine::run::check_length(&config.run_dir) {
+        let remedy = error.hint.unwrap_or_default();
+        findings.push(Finding::error("run directory", error.message, remedy));
+    }
     findings.push(configuration(&config));
     // Last: it says in other words what the others have found.
     if findings.iter().all(|finding| finding.level != Level::Error) {

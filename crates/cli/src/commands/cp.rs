@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use hull_engine::container::{self, Container};
 use hull_engine::copy::{self, ArchiveReader, ArchiveWriter, EntryKind};
 
-use super::config_for_root;
+use super::config_for_existing;
 use crate::error::{self, Context, Error, Result, WRONG_CONTAINER};
 use crate::output;
 
@@ -26,6 +26,9 @@ pub struct Args {
     /// Keep owners as they are
     #[arg(short, long)]
     archive: bool,
+    /// Accepted for compatibility: nothing is printed
+    #[arg(short, long, hide = true)]
+    quiet: bool,
     /// From
     #[arg(allow_hyphen_values = true)]
     source: OsString,
@@ -69,7 +72,7 @@ impl Side {
 
 /// Copies.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     let outcome = match (Side::parse(&args.source), Side::parse(&args.destination)) {
         (Side::Container(name, from), to @ (Side::Host(_) | Side::Stream)) => {
             container::find(&paths, &name)
@@ -141,8 +144,7 @@ fn utf8(path: &[u8]) -> Result<String> {
 }
 
 fn ask_for_archive(container: &Container, path: &[u8], follow: bool) -> Result<ArchiveReader> {
-    let client = container::connect(container)?;
-    ArchiveReader::ask(client, &container.record.id, utf8(path)?, follow)
+    ArchiveReader::ask(container, utf8(path)?, follow)
 }
 
 fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Result<()> {
@@ -195,8 +197,7 @@ fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Resul
 fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result<()> {
     let shown = String::from_utf8_lossy(to).into_owned();
     let open = |directory: &[u8]| -> Result<ArchiveWriter> {
-        let client = container::connect(container)?;
-        ArchiveWriter::ask(client, &container.record.id, utf8(directory)?)
+        ArchiveWriter::ask(container, utf8(directory)?)
     };
     let what = || {
         format!(

@@ -10,8 +10,8 @@ use hull_engine::values::{self, DetachKeys};
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::store::State;
 
-use super::config_for_root;
-use super::run::{check_terminal, finish, gather_environment};
+use super::config_for_existing;
+use super::run::{check_terminal, finish, gather_environment, given};
 use crate::error::{Error, Result};
 
 /// Arguments of `exec`.
@@ -34,10 +34,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     env_file: Vec<PathBuf>,
     /// User, and group, by name or number
-    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::user)]
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::or_empty(values::user))]
     user: Option<String>,
     /// Working directory inside the container
-    #[arg(short, long, value_name = "DIR", value_parser = values::directory)]
+    #[arg(short, long, value_name = "DIR", value_parser = values::or_empty(values::directory))]
     workdir: Option<String>,
     /// Keys that detach and let the process run on
     #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
@@ -49,7 +49,7 @@ pub struct Args {
 
 /// Starts a process in a running container and forwards its streams until it exits.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = config_for_root()?;
+    let config = config_for_existing()?;
     let mut words = args.words.into_iter();
     let name = words.next().unwrap_or_default();
     let name = name.to_string_lossy();
@@ -81,8 +81,8 @@ pub fn execute(args: Args) -> Result<u8> {
         &ExecOptions {
             command,
             environment,
-            directory: args.workdir,
-            user: args.user,
+            directory: given(args.workdir),
+            user: given(args.user),
             stdin: args.interactive,
             terminal: args.tty,
             detach: args.detach,

@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use hull_image::{Import, ImportSource, Listed, Reference, Removed};
@@ -86,8 +87,8 @@ enum Command {
         /// Remove images with a name too
         #[arg(short, long)]
         all: bool,
-        /// Accepted for compatibility: there is no question to be answered
-        #[arg(short, long, hide = true)]
+        /// Do not ask on a terminal before images with a name are removed
+        #[arg(short, long)]
         force: bool,
     },
 }
@@ -161,8 +162,11 @@ pub fn execute(args: Args) -> Result<u8> {
             output::print_json(&objects)?;
             return outcome;
         }
-        Command::Prune { all, force: _ } => {
+        Command::Prune { all, force } => {
             let store = images::store(&config)?;
+            if all && !force && !agreed()? {
+                return Ok(0);
+            }
             let removed = store.prune(all, &container_exists).map_err(of_image)?;
             report(&removed)?;
             let note = if removed.layers_kept {
@@ -177,6 +181,25 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// Asks, on a terminal, whether images with a name are to be removed.
+fn agreed() -> Result<bool> {
+    let (stdin, stderr) = (std::io::stdin(), std::io::stderr());
+    if !stdin.is_terminal() || !stderr.is_terminal() {
+        return Ok(true);
+    }
+    // If standard error is closed, nobody sees the question.
+    let _ = write!(
+        stderr.lock(),
+        "This removes all images that no container uses, also those with a name. Go on? [y/N] "
+    );
+    let mut answer = String::new();
+    stdin
+        .lock()
+        .read_line(&mut answer)
+        .context(|| "read the answer")?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 fn import(

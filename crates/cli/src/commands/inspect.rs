@@ -6,7 +6,7 @@ use hull_engine::time;
 use hull_sandbox::store::{CONSOLE_FILE, MESSAGES_FILE};
 use serde_json::{Value, json};
 
-use super::{config_for_root, for_each, from_ns};
+use super::{config_for_existing, for_each, from_ns};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::output;
 
@@ -20,7 +20,7 @@ pub struct Args {
 
 /// Prints a JSON array with an object for each container or image.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = config_for_root()?;
+    let config = config_for_existing()?;
     let mut objects = Vec::new();
     let outcome = for_each(&args.names, |name| {
         objects.push(object(&config, name)?);

@@ -3,31 +3,45 @@
 use hull_engine::{container, values};
 use hull_sandbox::control::protocol::Request;
 
-use super::{config_for_root, for_each};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::Result;
-use crate::output;
+
+const SIGKILL: u32 = 9;
 
 /// Arguments of `kill`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Signal to send, by name or number
-    #[arg(short, long, value_name = "SIGNAL", default_value = "KILL", value_parser = values::signal)]
+    #[arg(
+        short,
+        long,
+        value_name = "SIGNAL",
+        default_value = "KILL",
+        value_parser = values::signal,
+        allow_negative_numbers = true
+    )]
     signal: u32,
     /// Names or ids
     #[arg(value_name = "CONTAINER", required = true)]
     containers: Vec<String>,
 }
 
-/// Sends a signal to the init process of each container.
+/// Sends a signal to the init process of each container; after SIGKILL it waits for the end.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
-    for_each(&args.containers, |name| {
+    let paths = config_for_existing()?.paths();
+    for_each_at_once(&args.containers, |name| {
         let container = container::find(&paths, name)?;
-        container::connect(&container)?.do_(&Request::Signal {
-            container: container.record.id.clone(),
+        let id = container.record.id.clone();
+        let client = container::connect(&container)?;
+        client.do_(&Request::Signal {
+            container: id.clone(),
             signal: args.signal,
             all: false,
         })?;
-        output::print(format!("{name}\n"))
+        if args.signal == SIGKILL {
+            // It can be removed, and its name is free if it was started with --rm.
+            container::wait_for_end(&paths, &client, &id)?;
+        }
+        Ok(Some(name.to_owned()))
     })
 }

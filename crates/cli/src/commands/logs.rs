@@ -7,11 +7,12 @@ use hull_engine::container::{self, Any};
 use hull_engine::log::{Followed, Follower, Lines};
 use hull_engine::time::{self, UnixNanos};
 use hull_engine::values;
-use hull_sandbox::log::{Entry, Reader, Stream};
+use hull_sandbox::log::{self, Entry, Reader, Stream};
 use hull_sandbox::store::State;
 
-use super::config_for_root;
+use super::config_for_existing;
 use crate::error::{Context, Error, Result};
+use crate::output;
 
 /// Arguments of `logs`.
 #[derive(Debug, clap::Args)]
@@ -35,7 +36,7 @@ pub struct Args {
 
 /// Prints a container's output, each stream to its own.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     let container = match container::find_any(&paths, &args.container)? {
         Any::Own(own) => *own,
         Any::Engine(other) => {
@@ -62,6 +63,12 @@ pub fn execute(args: Args) -> Result<u8> {
     let Some(mut reader) = open()? else {
         return Ok(0);
     };
+    if matches!(args.tail, values::Tail(None))
+        && args.since.is_none()
+        && log::is_cut(&container.directory)
+    {
+        output::note("note: the beginning is lost: the output is longer than log_size");
+    }
     if let values::Tail(Some(wanted)) = args.tail {
         let Some(mut counter) = open()? else {
             return Ok(0);
@@ -77,7 +84,7 @@ pub fn execute(args: Args) -> Result<u8> {
         while let Some(entry) = next(reader)? {
             let text = lines.format(&entry);
             match entry.stream {
-                Stream::Output => crate::output::print(&text)?,
+                Stream::Output => output::print(&text)?,
                 Stream::Error => {
                     // If standard error is closed, still print the rest.
                     let _ = stderr.lock().write_all(&text);

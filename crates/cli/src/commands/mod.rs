@@ -24,10 +24,18 @@ pub mod top;
 pub mod version;
 pub mod wait;
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use hull_engine::config::Config;
 
 use crate::error::{self, Result};
-use hull_engine::config::Config;
+use crate::output;
+
+/// Containers that one command works on at a time.
+const MOST_AT_ONCE: usize = 50;
 
 /// Creates a value parser from a function on the raw text of a value.
 pub fn raw<T: Clone + Send + Sync + 'static>(
@@ -48,9 +56,64 @@ pub fn for_each(names: &[String], mut action: impl FnMut(&str) -> Result<()>) ->
     Ok(status)
 }
 
+/// Calls `action` for several containers at once. What it returns is printed, and failures are
+/// reported, in the order of the names; returns the exit status.
+pub fn for_each_at_once<F>(names: &[String], action: F) -> Result<u8>
+where
+    F: Fn(&str) -> Result<Option<String>> + Sync,
+{
+    let next = AtomicUsize::new(0);
+    let (sender, done) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..names.len().min(MOST_AT_ONCE) {
+            let (next, action, sender) = (&next, &action, sender.clone());
+            scope.spawn(move || {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(name) = names.get(index) else { return };
+                    if sender.send((index, action(name))).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        let mut early = BTreeMap::new();
+        let (mut printed, mut status) = (0, 0);
+        for (index, outcome) in done {
+            early.insert(index, outcome);
+            while let Some(outcome) = early.remove(&printed) {
+                printed += 1;
+                let shown = match outcome {
+                    Ok(Some(line)) => output::print(format!("{line}\n")),
+                    Ok(None) => Ok(()),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = shown {
+                    status = error::fail(&error).max(status);
+                }
+            }
+        }
+        Ok(status)
+    })
+}
+
 /// The configuration, for a command that needs root; other users become root in a user namespace.
 pub fn config_for_root() -> Result<Config> {
-    let config = Config::load()?;
+    prepared(Config::load()?)
+}
+
+/// The same, for a command that looks at containers or ends them: a key that is wrong must not keep
+/// people from that.
+pub fn config_for_existing() -> Result<Config> {
+    let (config, wrong) = Config::load_for_existing()?;
+    for error in wrong {
+        output::note(format!("note: {}", error.message));
+    }
+    prepared(config)
+}
+
+fn prepared(config: Config) -> Result<Config> {
     if config.without_root {
         hull_sandbox::rootless::enter()?;
         hull_engine::home::secure(&config.run_dir)?;

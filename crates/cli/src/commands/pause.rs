@@ -4,7 +4,7 @@ use hull_engine::container;
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::store::State;
 
-use super::{config_for_root, for_each};
+use super::{config_for_existing, for_each};
 use crate::error::{Error, Result};
 use crate::output;
 
@@ -18,7 +18,7 @@ pub struct Args {
 
 /// Pauses or resumes each container.
 pub fn execute(args: Args, freeze: bool) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     for_each(&args.containers, |name| {
         let container = container::find(&paths, name)?;
         let problem = match (freeze, container.status.state) {

@@ -6,9 +6,10 @@ use hull_engine::container::{self, Container, EngineContainer};
 use hull_engine::time;
 use hull_network::cni::PortMapping;
 use hull_sandbox::store::{Exit, State, Status};
+use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
-use super::{config_for_root, from_ns};
+use super::{config_for_existing, from_ns};
 use crate::error::Result;
 use crate::output::{self, Table};
 
@@ -36,10 +37,10 @@ pub struct Args {
 }
 
 /// One condition of `--filter`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Filter {
     Id(String),
-    Name(String),
+    Name(Regex),
     Status(&'static str),
     Label(String, Option<String>),
     Ancestor(String),
@@ -55,9 +56,11 @@ impl Filter {
         })?;
         Ok(match key {
             "id" => Filter::Id(value.to_owned()),
-            "name" => Filter::Name(value.trim_start_matches('/').to_owned()),
+            "name" => Filter::Name(name_pattern(text, value)?),
             "status" => {
-                let state = STATES.into_iter().find(|state| *state == value);
+                // As `hull inspect` and the OCI specification call it.
+                let wanted = if value == "stopped" { "exited" } else { value };
+                let state = STATES.into_iter().find(|state| *state == wanted);
                 Filter::Status(state.ok_or_else(|| {
                     format!(
                         "invalid filter {text:?}: {value:?} is none of {}",
@@ -86,7 +89,10 @@ impl Filter {
     fn matches(&self, row: &Row) -> bool {
         match self {
             Filter::Id(id) => row.id.starts_with(id.as_str()),
-            Filter::Name(name) => row.name.contains(name.as_str()),
+            // Docker's names begin with a slash, with which and without which they are matched.
+            Filter::Name(name) => {
+                name.is_match(&row.name) || name.is_match(&format!("/{}", row.name))
+            }
             Filter::Status(state) => docker_state(row.status.state) == *state,
             Filter::Label(name, value) => row
                 .labels
@@ -121,6 +127,20 @@ impl Filter {
             Filter::Status("exited" | "created") | Filter::Exited(_)
         )
     }
+}
+
+/// The regular expression of a filter for names.
+fn name_pattern(filter: &str, pattern: &str) -> std::result::Result<Regex, String> {
+    const MOST_BYTES: usize = 1 << 20;
+    RegexBuilder::new(pattern)
+        .size_limit(MOST_BYTES)
+        .build()
+        .map_err(|error| {
+            let why = error.to_string();
+            let why = why.lines().last().unwrap_or_default().trim();
+            let why = why.strip_prefix("error: ").unwrap_or(why);
+            format!("invalid filter {filter:?}: no regular expression: {why}")
+        })
 }
 
 /// Docker's name for a state.
@@ -259,7 +279,7 @@ struct Listed<'a> {
 
 /// Lists containers, newest first.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     container::sweep(&paths);
     let all = args.all || args.filters.iter().any(Filter::wants_stopped);
     let mut rows = Vec::new();
@@ -401,7 +421,14 @@ mod tests {
             ("id=ba", false),
             ("name=we", true),
             ("name=x", false),
+            ("name=^web$", true),
+            ("name=^/web$", true),
+            ("name=/we", true),
+            ("name=^we$", false),
+            ("name=^(web|db)$", true),
+            ("name=", true),
             ("status=exited", true),
+            ("status=stopped", true),
             ("status=running", false),
             ("label=a", true),
             ("label=a=b", true),
@@ -419,7 +446,7 @@ mod tests {
                 "{filter}"
             );
         }
-        for filter in ["", "name", "size=1", "status=dead", "exited=x"] {
+        for filter in ["", "name", "size=1", "status=dead", "exited=x", "name=("] {
             assert!(Filter::parse(filter).is_err(), "{filter}");
         }
     }

@@ -2,9 +2,8 @@
 
 use hull_engine::container;
 
-use super::{config_for_root, for_each};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::{ErrorKind, Result};
-use crate::output;
 
 /// Arguments of `rm`.
 #[derive(Debug, clap::Args)]
@@ -19,14 +18,14 @@ pub struct Args {
 
 /// Removes containers and all their resources.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
-    for_each(&args.containers, |name| {
+    let paths = config_for_existing()?.paths();
+    for_each_at_once(&args.containers, |name| {
         let id = match container::find_id(&paths, name) {
             Ok(id) => id,
-            Err(error) if args.force && error.kind == ErrorKind::NotFound => return Ok(()),
+            Err(error) if args.force && error.kind == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
         container::remove(&paths, &id, args.force)?;
-        output::print(format!("{name}\n"))
+        Ok(Some(name.to_owned()))
     })
 }

@@ -15,7 +15,7 @@ use hull_engine::volumes::{self, Tmpfs, Volume};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
 use super::config_for_root;
-use crate::error::{self, Context, Error, Result};
+use crate::error::{self, Context, Error, ErrorKind, Result};
 use crate::output::Table;
 use crate::{images, output};
 
@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long)]
     rm: bool,
     /// Name of the container
-    #[arg(long, value_parser = values::container_name)]
+    #[arg(long, value_parser = values::or_empty(values::container_name))]
     name: Option<String>,
 
     /// Set an environment variable; without a value, the caller's own
@@ -55,16 +55,16 @@ pub struct Args {
     #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = volumes::tmpfs)]
     tmpfs: Vec<Tmpfs>,
     /// Working directory inside the container
-    #[arg(short, long, value_name = "DIR", value_parser = values::directory)]
+    #[arg(short, long, value_name = "DIR", value_parser = values::or_empty(values::directory))]
     workdir: Option<String>,
     /// User, and group, by name or number
-    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::user)]
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::or_empty(values::user))]
     user: Option<String>,
     /// Replace the image's entry point; "" for none
     #[arg(long, value_name = "COMMAND")]
     entrypoint: Option<OsString>,
     /// Host name of the container
-    #[arg(short = 'h', long, value_name = "NAME", value_parser = values::hostname)]
+    #[arg(short = 'h', long, value_name = "NAME", value_parser = values::or_empty(values::hostname))]
     hostname: Option<String>,
     /// Run an init process that passes on signals and reaps processes
     #[arg(long)]
@@ -77,10 +77,10 @@ pub struct Args {
     label: Vec<(String, String)>,
 
     /// Memory limit, like 512m
-    #[arg(short, long, value_name = "SIZE", value_parser = values::memory)]
+    #[arg(short, long, value_name = "SIZE", value_parser = values::memory, allow_negative_numbers = true)]
     memory: Option<u64>,
     /// Number of CPUs, like 1.5
-    #[arg(long, value_name = "NUMBER", value_parser = values::cpus)]
+    #[arg(long, value_name = "NUMBER", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
     /// Most processes at a time; -1 for no limit
     #[arg(long, value_name = "NUMBER", value_parser = values::pids_limit, allow_negative_numbers = true)]
@@ -219,14 +219,14 @@ impl Args {
             interactive: self.interactive,
             terminal: self.tty,
             remove: self.rm,
-            name: self.name,
+            name: given(self.name),
             environment,
             volumes: self.volume,
             tmpfs: self.tmpfs,
-            directory: self.workdir,
-            user: self.user,
+            directory: given(self.workdir),
+            user: given(self.user),
             entrypoint: self.entrypoint,
-            hostname: self.hostname,
+            hostname: given(self.hostname),
             init: self.init,
             stop_signal: self.stop_signal,
             labels: self.label,
@@ -249,6 +249,11 @@ impl Args {
     }
 }
 
+/// An empty text is as none.
+pub fn given(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
+}
+
 /// Runs a container.
 pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
@@ -263,7 +268,7 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
             if caller.timings {
                 print_timings(began_ns, timings.steps());
             }
-            return Err(error);
+            return Err(in_users_words(error, &options));
         }
     };
     let Started {
@@ -279,12 +284,62 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
         print_timings(began_ns, steps);
     }
     match attachment {
-        Some(attachment) => finish(attachment.carry(client, streams)?, &name),
+        Some(attachment) => {
+            let outcome = attachment.carry(client, streams)?;
+            if outcome == Outcome::OutputClosed {
+                output::note(format!(
+                    "note: nobody reads the output; container {name} runs on; hull stop {name}"
+                ));
+            }
+            finish(outcome, &name)
+        }
         None => {
             output::print(format!("{id}\n"))?;
             Ok(0)
         }
     }
+}
+
+/// The guest speaks of the specification; a person has given options.
+fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
+    let words = [
+        ("invalid spec: process.user", "--user"),
+        ("cannot enter process.cwd", "--workdir: cannot enter"),
+        ("cannot set process.rlimits RLIMIT_", "--ulimit "),
+        ("cannot set linux.resources.pids.limit", "--pids-limit"),
+        ("cannot set linux.resources.memory.limit", "--memory"),
+        ("cannot set linux.resources.cpu.quota", "--cpus"),
+        ("invalid spec: linux.sysctl", "--sysctl"),
+    ];
+    for (of_spec, of_option) in words {
+        if let Some(rest) = error.message.strip_prefix(of_spec) {
+            // Names of limits are written in small letters.
+            let rest = match (of_option.starts_with("--ulimit"), rest.split_once(':')) {
+                (true, Some((name, why))) => format!("{}:{why}", name.to_lowercase()),
+                _ => rest.to_owned(),
+            };
+            error.message = format!("{of_option}{rest}");
+            return error;
+        }
+    }
+    if let Some(rest) = error.message.strip_prefix("cannot bind /run/hull/shares/")
+        && let Some((share, rest)) = rest.split_once(" to ")
+        && let Some(index) = share.rsplit_once("-volume")
+        && let Ok(index) = index.1.trim_end_matches("/file").parse::<usize>()
+        && let Some(volume) = options.volumes.get(index)
+    {
+        error.message = format!("cannot mount {} at {rest}", volume.source.display());
+        return error;
+    }
+    let first = options.command.first().map(|word| word.to_string_lossy());
+    let never_ran = matches!(
+        error.kind,
+        ErrorKind::CommandNotFound | ErrorKind::NotExecutable
+    );
+    if never_ran && first.is_some_and(|word| word.starts_with('-')) {
+        return error.hint("options of hull run go before the image");
+    }
+    error
 }
 
 enum Failed {
@@ -415,6 +470,12 @@ pub fn finish(outcome: Outcome, name: &str) -> Result<u8> {
             0
         }
         Outcome::Interrupted(signal) => status_of_signal(signal),
+        Outcome::GaveUp(signal) => {
+            output::note(format!(
+                "note: container {name} does not end by this signal and runs on; hull stop {name}"
+            ));
+            status_of_signal(signal)
+        }
         // As if SIGPIPE had ended this process.
         Outcome::OutputClosed => status_of_signal(nix::sys::signal::Signal::SIGPIPE as i32),
     })

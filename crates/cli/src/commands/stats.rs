@@ -11,7 +11,7 @@ use hull_sandbox::metrics::Metrics;
 use hull_sandbox::store::State;
 use serde::Serialize;
 
-use super::config_for_root;
+use super::config_for_existing;
 use crate::error::{Error, Result};
 use crate::output::{self, Table, binary_size, decimal_size, percent};
 
@@ -44,7 +44,7 @@ struct Sample {
 
 /// Prints metrics of containers once, or until interrupted.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     let clear = !args.no_stream && !args.json && std::io::stdout().is_terminal();
     let mut before = sample(&paths, &args)?;
     loop {

@@ -1,14 +1,14 @@
 //! `hull stop`.
 
 use hull_engine::container::{self, Container};
+use hull_engine::values;
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::signals;
 use hull_sandbox::store::State;
 
-use super::{config_for_root, for_each};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::Result;
-use crate::output;
 
 /// Arguments of `stop`.
 #[derive(Debug, clap::Args)]
@@ -19,6 +19,7 @@ pub struct Args {
         long = "time",
         alias = "timeout",
         value_name = "SECONDS",
+        value_parser = values::seconds,
         allow_negative_numbers = true
     )]
     time: Option<i64>,
@@ -29,14 +30,14 @@ pub struct Args {
 
 /// Sends the stop signal, then SIGKILL; prints the name of each container when it has exited.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = config_for_root()?;
+    let config = config_for_existing()?;
     let paths = config.paths();
     let seconds = args.time.unwrap_or(config.stop_timeout);
     let timeout_ms = match u64::try_from(seconds) {
         Ok(seconds) => seconds.saturating_mul(1000),
         Err(_) => u64::MAX,
     };
-    for_each(&args.containers, |name| {
+    for_each_at_once(&args.containers, |name| {
         let container = container::find(&paths, name)?;
         if container.status.state != State::Stopped
             && let Err(error) = stop(&container, timeout_ms)
@@ -47,7 +48,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 return Err(error);
             }
         }
-        output::print(format!("{name}\n"))
+        Ok(Some(name.to_owned()))
     })
 }
 

@@ -6,7 +6,7 @@ use hull_engine::{container, time};
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
 
-use super::config_for_root;
+use super::config_for_existing;
 use crate::error::Result;
 use crate::output::{self, Table};
 
@@ -23,7 +23,7 @@ pub struct Args {
 
 /// Lists the processes of a container, with process ids as seen in the container.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
+    let paths = config_for_existing()?.paths();
     let container = container::find_any(&paths, &args.container)?;
     let request = Request::Processes {
         container: container.id().to_owned(),

@@ -17,7 +17,8 @@ pub struct Args {
 
 /// Prints the versions of hull and of the installed guest kernels.
 pub fn execute(args: Args) -> Result<u8> {
-    let config = Config::load()?;
+    // What is wrong in it is not what is asked for.
+    let (config, _) = Config::load_for_existing()?;
     let guest = GuestFiles::locate(&config)?;
     let host = rustix::system::uname();
     let mut kernels = Vec::new();

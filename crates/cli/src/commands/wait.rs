@@ -2,9 +2,8 @@
 
 use hull_engine::container;
 
-use super::{config_for_root, for_each};
+use super::{config_for_existing, for_each_at_once};
 use crate::error::Result;
-use crate::output;
 
 /// Arguments of `wait`.
 #[derive(Debug, clap::Args)]
@@ -16,9 +15,9 @@ pub struct Args {
 
 /// Prints the exit code of each container when it has exited.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_root()?.paths();
-    for_each(&args.containers, |name| {
+    let paths = config_for_existing()?.paths();
+    for_each_at_once(&args.containers, |name| {
         let exit = container::wait(&paths, name)?;
-        output::print(format!("{}\n", exit.status))
+        Ok(Some(exit.status.to_string()))
     })
 }

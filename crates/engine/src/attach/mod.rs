@@ -30,6 +30,10 @@ use crate::values::DetachKeys;
 
 pub use self::signals::unblock_all;
 
+/// So many SIGINT and SIGTERM end this command as well, as Docker's: a process that ignores them
+/// must not keep a terminal.
+const PATIENCE: u32 = 3;
+
 /// Most bytes carried at once.
 const PIECE: usize = 64 * 1024;
 
@@ -55,6 +59,8 @@ pub enum Outcome {
     Detached,
     /// A signal ended this command, not the process.
     Interrupted(i32),
+    /// So did one that came again and again while the process did not end.
+    GaveUp(i32),
     /// Nobody reads our output any more; the process goes on.
     OutputClosed,
 }
@@ -336,6 +342,8 @@ struct Pump {
     input: InputStream,
     outputs: Vec<OutputStream>,
     exit: Option<Exit>,
+    /// SIGINT and SIGTERM that have come.
+    interrupts: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -379,6 +387,7 @@ impl Pump {
             input,
             outputs,
             exit: None,
+            interrupts: 0,
         })
     }
 
@@ -502,6 +511,12 @@ impl Pump {
                 return Some(Outcome::Interrupted(signal as i32));
             } else {
                 self.tell(&Request::Forward(signal as u32));
+                if matches!(signal, Signal::SIGINT | Signal::SIGTERM) {
+                    self.interrupts += 1;
+                    if self.interrupts == PATIENCE {
+                        return Some(Outcome::GaveUp(signal as i32));
+                    }
+                }
             }
         }
         None

@@ -2,6 +2,7 @@
 //! `pack` and `unpack` the host's side of them.
 
 mod pack;
+mod stopped;
 mod unpack;
 
 use std::io::{self, Read, Write};
@@ -11,20 +12,32 @@ use std::os::unix::net::UnixStream;
 use hull_image::unpack::tar_reader::TarReader;
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::protocol::{CopyRequest, Reply, Request};
+use hull_sandbox::store::State;
 
 pub use hull_image::unpack::tar_reader::Kind as EntryKind;
 pub use pack::pack;
 pub use unpack::unpack;
 
+use self::stopped::Worker;
+use crate::container::{self, Container};
 use crate::error::{Context, Error, Result};
 
 /// Bytes of an archive that are buffered.
 const CHUNK: usize = 64 * 1024;
 
-/// A copy that has begun: an archive on a stream, and its result on the control connection.
+/// A copy that has begun: an archive on a stream, and where its result comes from.
 struct Copy {
+    // Closed first: the worker may wait for it.
     stream: UnixStream,
-    client: Client,
+    other: OtherSide,
+}
+
+/// What is at the other end of the stream.
+enum OtherSide {
+    /// A guest, whose result comes on the control connection.
+    Guest(Client),
+    /// A thread of this process.
+    Worker(Worker),
 }
 
 impl Copy {
@@ -35,15 +48,31 @@ impl Copy {
             .ok_or_else(|| Error::new("the sandbox handed over no stream"))?;
         Ok(Self {
             stream: stream.into(),
-            client,
+            other: OtherSide::Guest(client),
         })
     }
 
-    /// Waits for the guest's result.
-    fn result(&self) -> Result<()> {
-        match self.client.receive()?.message {
-            Reply::Ok => Ok(()),
-            other => Err(unexpected(&other)),
+    /// With a container, which is asked or, when it has stopped, entered.
+    fn with(container: &Container, request: CopyRequest) -> Result<Self> {
+        if container.status.state != State::Stopped {
+            return Self::begin(container::connect(container)?, request);
+        }
+        let (stream, theirs) = UnixStream::pair().context(|| "create a stream")?;
+        let worker = Worker::start(container, request, theirs)?;
+        Ok(Self {
+            stream,
+            other: OtherSide::Worker(worker),
+        })
+    }
+
+    /// Waits for the result of the other side.
+    fn result(&mut self) -> Result<()> {
+        match &mut self.other {
+            OtherSide::Guest(client) => match client.receive()?.message {
+                Reply::Ok => Ok(()),
+                other => Err(unexpected(&other)),
+            },
+            OtherSide::Worker(worker) => worker.result(),
         }
     }
 }
@@ -65,21 +94,22 @@ impl ArchiveReader {
     /// Of an archive and the connection on which the result comes, for the fuzz targets.
     #[cfg(fuzzing)]
     pub fn of(stream: UnixStream, client: Client) -> Self {
-        Copy { stream, client }.into()
+        let other = OtherSide::Guest(client);
+        Copy { stream, other }.into()
     }
 
-    /// Asks for the archive of a path in a container.
+    /// Asks for the archive of a path in a container, whether or not it runs.
     ///
     /// # Errors
-    /// The container does not run.
-    pub fn ask(client: Client, container: &str, path: String, follow: bool) -> Result<Self> {
+    /// The container is just being created, or its sandbox cannot be reached.
+    pub fn ask(container: &Container, path: String, follow: bool) -> Result<Self> {
         let request = CopyRequest {
-            container: container.to_owned(),
+            container: container.record.id.clone(),
             path,
             follow,
             into: false,
         };
-        Ok(Copy::begin(client, request)?.into())
+        Ok(Copy::with(container, request)?.into())
     }
 
     /// The kind of the first entry, which is what the path named that was asked for.
@@ -133,18 +163,18 @@ impl Read for ArchiveReader {
 pub struct ArchiveWriter(Copy);
 
 impl ArchiveWriter {
-    /// Asks for an archive to be unpacked in a directory of a container.
+    /// Asks for an archive to be unpacked in a directory of a container, whether or not it runs.
     ///
     /// # Errors
-    /// The container does not run.
-    pub fn ask(client: Client, container: &str, directory: String) -> Result<Self> {
+    /// The container is just being created, or its sandbox cannot be reached.
+    pub fn ask(container: &Container, directory: String) -> Result<Self> {
         let request = CopyRequest {
-            container: container.to_owned(),
+            container: container.record.id.clone(),
             path: directory,
             follow: false,
             into: true,
         };
-        Copy::begin(client, request).map(Self)
+        Copy::with(container, request).map(Self)
     }
 
     /// Passes on an archive as it is.
@@ -163,7 +193,7 @@ impl ArchiveWriter {
     ///
     /// # Errors
     /// The guest's error.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
         // A guest that has failed meanwhile reads no more, and has said why.
         let _ = self.0.stream.shutdown(Shutdown::Write);
         self.0.result()
@@ -205,7 +235,8 @@ mod tests {
         let (stream, theirs) = UnixStream::pair().unwrap();
         let (ours, sandbox) = pair().unwrap();
         let client = Client::from(ours);
-        (Copy { stream, client }, theirs, sandbox)
+        let other = OtherSide::Guest(client);
+        (Copy { stream, other }, theirs, sandbox)
     }
 
     /// What a guest would send.

@@ -5,7 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -327,13 +327,50 @@ fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
     }
 }
 
+/// Writes a file in which blocks of zeros take no place, as `cp` does.
+fn write_sparse(file: &mut File, data: &mut impl Read) -> io::Result<()> {
+    const BLOCK: usize = 4096;
+    let mut buffer = vec![0; 16 * BLOCK];
+    let mut size = 0u64;
+    loop {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match data.read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(length) => filled += length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if filled == 0 {
+            break;
+        }
+        let is_empty = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+        for run in buffer[..filled]
+            .chunks(BLOCK)
+            .collect::<Vec<_>>()
+            .chunk_by(|one, other| is_empty(one) == is_empty(other))
+        {
+            let length: usize = run.iter().map(|block| block.len()).sum();
+            if !run.first().is_some_and(|block| is_empty(block)) {
+                file.seek(SeekFrom::Start(size))?;
+                for block in run {
+                    file.write_all(block)?;
+                }
+            }
+            size = size.saturating_add(length as u64);
+        }
+    }
+    file.set_len(size)
+}
+
 fn write_data(
     file: &mut File,
     entry: &Entry,
     data: &mut TarReader<ArchiveReader>,
 ) -> io::Result<()> {
     let Some(sparse) = &entry.sparse else {
-        return io::copy(data, file).map(|_| ());
+        return write_sparse(file, data);
     };
     for (offset, length) in &sparse.segments {
         file.seek(SeekFrom::Start(*offset))?;

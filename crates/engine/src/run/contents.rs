@@ -43,6 +43,9 @@ impl Run<'_> {
             volatile: self.options.remove,
             disk: disk.clone(),
         })?;
+        for place in spec::image_volumes(&image.config) {
+            shares::create_directory(&root, &place)?;
+        }
         let mut shares = vec![(self.root(), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {
             let read_only = match volume.read_only {

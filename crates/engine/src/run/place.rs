@@ -47,7 +47,10 @@ impl Run<'_> {
         let limit = self.options.memory.filter(|limit| *limit > 0);
         Ok(MachineConfig {
             initramfs: GuestFiles::locate(self.config)?.initramfs()?,
-            memory: limit.map_or(self.config.memory, MachineConfig::memory_for),
+            memory: limit.map_or(self.config.memory, |limit| {
+                // A guest keeps a few bytes for each page that it is told it has.
+                MachineConfig::memory_for(limit).min(host_memory().max(self.config.memory))
+            }),
             cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
             nets: matches!(self.network.attach, Attach::Source(..)).into(),
             hull: None,
@@ -114,6 +117,15 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
+
+/// Memory of the host, bytes.
+fn host_memory() -> u64 {
+    let system = rustix::system::sysinfo();
+    let page = u64::from(system.mem_unit.max(1));
+    // Of a type that depends on the architecture.
+    #[allow(clippy::useless_conversion)]
+    u64::from(system.totalram).saturating_mul(page)
 }
 
 /// Virtual processors of a machine for a container with a limit, in thousandths. A limit above what

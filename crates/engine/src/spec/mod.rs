@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::dns;
 use crate::error::{Error, Result};
-use crate::volumes::Volume;
+use crate::volumes::{self, Volume};
 use seccomp::Seccomp;
 
 /// What `run` can ask for beyond the image's own wishes.
@@ -195,6 +195,8 @@ pub fn command(
     let mut command = match entrypoint {
         Some(text) if text.is_empty() => Vec::new(),
         Some(text) => vec![text.clone()],
+        // As Docker: how builds take away that of the image below.
+        None if image.entrypoint == [""] => Vec::new(),
         None => of_image(&image.entrypoint),
     };
     if given.is_empty() && entrypoint.is_none() {
@@ -357,7 +359,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
             "rlimits": rlimits,
             "noNewPrivileges": options.no_new_privileges,
         },
-        "mounts": mounts(options, layout),
+        "mounts": mounts(options, image, layout),
         "linux": {
             "namespaces": [
                 {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"},
@@ -391,7 +393,9 @@ pub fn user_object(user: &str) -> Value {
     object
 }
 
-fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
+/// The mounts: those of every container, then the user's, those that are nearer to the root first,
+/// as Docker, so that none hides another one whatever their order was.
+fn mounts(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> Vec<Value> {
     let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| {
         let options = Value::from(options);
         json!({"destination": destination, "type": kind, "source": source, "options": options})
@@ -447,35 +451,80 @@ fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
         mounts.push(standard(INIT_PATH, "bind", "/init", &["bind", "ro"]));
     }
     // As Docker: no set-user-id programs, devices or execution in a --tmpfs unless asked for.
-    mounts.extend(options.tmpfs.iter().map(|(directory, given)| {
+    let tmpfs = options.tmpfs.iter().map(|(directory, given)| {
         let mut all: Vec<String> = ["nosuid", "nodev", "noexec"].map(String::from).to_vec();
         for option in given {
             let positive = option.strip_prefix("no").unwrap_or(option);
             all.retain(|old| old != positive && old.strip_prefix("no") != Some(positive));
             all.push(option.clone());
         }
-        json!({"destination": directory, "type": "tmpfs", "source": "tmpfs", "options": all})
-    }));
-    // Before the volumes: a user may want to replace them.
-    mounts.extend(dns::FILES.iter().map(|name| {
+        let mount =
+            json!({"destination": directory, "type": "tmpfs", "source": "tmpfs", "options": all});
+        (directory.clone(), mount)
+    });
+    let mut of_user: Vec<(PathBuf, Value)> = tmpfs.collect();
+    of_user.extend(writable_volumes(options, image));
+    let files = dns::FILES.iter().map(|name| {
         json!({
             "destination": format!("/etc/{name}"),
             "type": "bind",
             "source": given_file(&layout.files_of, name),
             "options": ["bind", "rprivate"],
         })
-    }));
+    });
     let volumes = options.volumes.iter().zip(&layout.volumes);
-    mounts.extend(volumes.map(|(volume, source)| {
+    of_user.extend(volumes.map(|(volume, source)| {
         let access = if volume.read_only { "ro" } else { "rw" };
-        json!({
+        let mount = json!({
             "destination": volume.destination,
             "type": "bind",
             "source": source,
             "options": ["rbind", "rprivate", access],
-        })
+        });
+        (volume.destination.clone(), mount)
     }));
+    of_user.sort_by_key(|(destination, _)| destination.components().count());
+    // Before a volume that replaces them.
+    let replaces = |(destination, mount): &(PathBuf, Value)| {
+        mount["type"] == "bind" && destination.starts_with("/etc")
+    };
+    let before = of_user.iter().position(replaces).unwrap_or(of_user.len());
+    let mut of_user: Vec<Value> = of_user.into_iter().map(|(_, mount)| mount).collect();
+    of_user.splice(before..before, files);
+    mounts.append(&mut of_user);
     mounts
+}
+
+/// In a read-only root file system the volumes that an image declares are writable all the same:
+/// file systems in memory with what the image has there.
+fn writable_volumes(
+    options: &ContainerOptions,
+    image: &ImageConfig,
+) -> impl Iterator<Item = (PathBuf, Value)> {
+    let mut places: Vec<PathBuf> = match options.read_only {
+        true => image_volumes(image),
+        false => Vec::new(),
+    };
+    places.retain(|place| {
+        let mut given = options.tmpfs.iter().map(|(directory, _)| directory);
+        let mut volumes = options.volumes.iter().map(|volume| &volume.destination);
+        !given.any(|given| given == place) && !volumes.any(|given| given == place)
+    });
+    places.into_iter().map(|place| {
+        let mount = json!({
+            "destination": place,
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nodev", "tmpcopyup"],
+        });
+        (place, mount)
+    })
+}
+
+/// The volumes that an image declares.
+pub fn image_volumes(image: &ImageConfig) -> Vec<PathBuf> {
+    let place = |text: &String| volumes::container_path(text.as_bytes()).ok();
+    image.volumes.iter().filter_map(place).collect()
 }
 
 fn resources(options: &ContainerOptions) -> Value {
@@ -528,6 +577,12 @@ mod tests {
             let command = command(entrypoint.as_ref(), &words(given), &image()).unwrap();
             assert_eq!(command, expected, "{entrypoint:?} {given:?}");
         }
+        let image = ImageConfig {
+            entrypoint: vec![String::new()],
+            ..image()
+        };
+        assert_eq!(command(None, &[], &image).unwrap(), ["one"]);
+        assert_eq!(command(None, &words(&["two"]), &image).unwrap(), ["two"]);
         let none = command(None, &[], &ImageConfig::default());
         assert!(none.unwrap_err().message.contains("no command"));
     }
@@ -599,7 +654,7 @@ mod tests {
             ],
             ..Default::default()
         };
-        let mounts = mounts(&options, &Layout::default());
+        let mounts = mounts(&options, &image(), &Layout::default());
         let of = |path: &str| {
             let found = mounts
                 .iter()

@@ -18,7 +18,7 @@ use crate::manifest::{self, MAX_DOCUMENT};
 use crate::progress::{Event, Progress};
 use crate::reference::Reference;
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Stamp, Store};
-use crate::unpack::compression::uncompress;
+use crate::unpack::compression::{Compression, uncompress};
 use crate::unpack::tar_reader::{Kind, TarReader};
 
 /// One image of `manifest.json`.
@@ -289,7 +289,7 @@ fn plain(written: &str, store: &Store, mut file: File) -> Result<File> {
     let mut start = [0; 4];
     let read = std::os::unix::fs::FileExt::read_at(&file, &mut start, 0)
         .map_err(|error| failed(error.to_string()))?;
-    if !matches!(start[..read], [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd]) {
+    if Compression::of(&start[..read]).is_none() {
         return Ok(file);
     }
     let mut copy = store.temporary_file()?;

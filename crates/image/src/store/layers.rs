@@ -80,6 +80,15 @@ impl Store {
         for name in [layer.by_diff_id(), layer.by_chain_id()] {
             let path = self.layers_dir().join(&name).join("layer.json");
             if let Some(record) = read_json::<LayerRecord>(&path)? {
+                if !self.layer_diff(&name).exists() {
+                    // Damaged by others: it is unpacked anew, for which its name must be free.
+                    match std::fs::remove_file(&path) {
+                        Err(error) if error.kind() != ErrorKind::NotFound => {
+                            return Err(Error::io("remove", &path, error));
+                        }
+                        _ => continue,
+                    }
+                }
                 return Ok(Some(ReadyLayer {
                     name,
                     bytes: record.bytes,

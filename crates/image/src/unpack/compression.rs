@@ -10,6 +10,26 @@ use super::{LayerError, TarError};
 /// Largest window of a zstd archive, as a power of two: the limit of the format's own tools.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
+/// A compression that can be undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Gzip,
+    Zstd,
+}
+
+impl Compression {
+    /// That of an archive with these first bytes.
+    pub(crate) fn of(start: &[u8]) -> Option<Self> {
+        match start {
+            [0x1f, 0x8b, ..] => Some(Self::Gzip),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Self::Zstd),
+            // A frame to be skipped, as pzstd writes it first (RFC 8878, 3.1.2).
+            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
 /// The uncompressed content of `archive`.
 pub(crate) fn uncompress<'a>(
     mut archive: impl BufRead + 'a,
@@ -20,10 +40,11 @@ pub(crate) fn uncompress<'a>(
             other => break other.map_err(TarError::from)?,
         }
     };
-    if start.starts_with(&[0x1f, 0x8b]) {
+    let compression = Compression::of(start);
+    if compression == Some(Compression::Gzip) {
         return Ok(Box::new(flate2::bufread::MultiGzDecoder::new(archive)));
     }
-    if start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+    if compression == Some(Compression::Zstd) {
         let mut decoder =
             zstd::stream::read::Decoder::with_buffer(archive).map_err(TarError::from)?;
         decoder

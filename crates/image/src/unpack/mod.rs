@@ -58,12 +58,6 @@ pub enum LayerError {
         /// Name of the entry.
         entry: String,
     },
-    /// A name begins with a slash.
-    #[error("entry \"{entry}\" has an absolute name")]
-    Absolute {
-        /// Name of the entry.
-        entry: String,
-    },
     /// A hard link's target is outside of the layer.
     #[error("hard link \"{entry}\" to \"{target}\" leads outside of the layer")]
     LinkEscapes {

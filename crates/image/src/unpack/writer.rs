@@ -46,7 +46,8 @@ pub(super) struct Writer<'a> {
     entries: u64,
 }
 
-/// The components of a name, without `.` and empty ones; `None` if one is `..`.
+/// The components of a name, without `.` and empty ones, so that one that begins with a slash means
+/// what it means without, as with Docker; `None` if one is `..`.
 fn parts(path: &[u8]) -> Option<Vec<&[u8]>> {
     let parts: Vec<_> = path
         .split(|&byte| byte == b'/')
@@ -102,9 +103,6 @@ impl<'a> Writer<'a> {
             return Err(wrong("name contains a zero byte"));
         }
         let parts = parts(&entry.path).ok_or_else(|| LayerError::Escapes { entry: shown() })?;
-        if entry.path.starts_with(b"/") && !parts.is_empty() {
-            return Err(LayerError::Absolute { entry: shown() });
-        }
         if parts.len() > PATH_DEPTH {
             return Err(wrong(&format!("name of more than {PATH_DEPTH} components")));
         }

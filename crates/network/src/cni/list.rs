@@ -84,6 +84,18 @@ pub(super) struct Plugin {
 }
 
 impl List {
+    /// Has plugin `portmap` leave out connections to ::1, which it would lead to an address to
+    /// which nothing can come from ::1: they would hang. Conditions that are written stay as they
+    /// are.
+    pub fn leave_out_ipv6_loopback(&mut self) {
+        for plugin in &mut self.plugins {
+            if plugin.kind == "portmap" && !plugin.config.contains_key("conditionsV6") {
+                let condition = json!(["!", "-d", "::1"]);
+                plugin.config.insert("conditionsV6".to_owned(), condition);
+            }
+        }
+    }
+
     /// Finds a network by name in directories, of which some may not exist. Files are read in the
     /// order of their names, `*.conflist`, `*.conf` and `*.json`; the first of a name counts. Files
     /// of other networks may be broken.

@@ -49,6 +49,9 @@ pub struct Runner {
     pub limit: Duration,
     /// Cancels when it becomes readable: the running plugin is killed.
     pub cancel: Option<Arc<OwnedFd>>,
+    /// Inherited by plugins and by what they start. With a lock on it, others can tell when all of
+    /// them have ended, also when the caller was killed.
+    pub held: Option<Arc<OwnedFd>>,
 }
 
 impl Default for Runner {
@@ -57,6 +60,7 @@ impl Default for Runner {
             directories: PLUGIN_DIRECTORIES.map(PathBuf::from).to_vec(),
             limit: Duration::from_secs(30),
             cancel: None,
+            held: None,
         }
     }
 }
@@ -136,6 +140,7 @@ impl Runner {
             config.as_bytes(),
             self.limit,
             self.cancel.as_deref(),
+            self.held.as_deref(),
         );
         tracing::debug!(
             network = list.name(),

@@ -15,6 +15,7 @@ use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::error::Fault;
+use crate::sys;
 
 /// Limit of standard output; results are a few kilobytes.
 const MOST_OUTPUT: usize = 1 << 20;
@@ -30,7 +31,8 @@ pub(crate) struct Output {
 }
 
 /// Runs `program` to its end with only these environment variables. If it runs longer than `limit`,
-/// or writes too much, or when `cancel` becomes readable, its process group is killed.
+/// or writes too much, or when `cancel` becomes readable, its process group is killed. It is killed
+/// as well when the calling thread ends. It inherits `held`, and so do processes that it starts.
 pub(crate) fn run(
     program: &Path,
     arguments: &[&str],
@@ -38,10 +40,11 @@ pub(crate) fn run(
     input: &[u8],
     limit: Duration,
     cancel: Option<&OwnedFd>,
+    held: Option<&OwnedFd>,
 ) -> Result<Output, Fault> {
     let deadline = Instant::now() + limit;
     let mut running =
-        Running::start(program, arguments, environment, input).map_err(Fault::Start)?;
+        Running::start(program, arguments, environment, input, held).map_err(Fault::Start)?;
     match running.listen(deadline, cancel) {
         Ok(Heard::End) => running.end().map_err(Fault::Start),
         Ok(Heard::Nothing) => Err(Fault::Hung(limit)),
@@ -75,12 +78,14 @@ impl Running {
         arguments: &[&str],
         environment: &[(&str, &OsStr)],
         input: &[u8],
+        held: Option<&OwnedFd>,
     ) -> io::Result<Running> {
         // Not a pipe: writing would block until the process reads, or fail if it does not.
         let mut stdin = File::from(memfd_create("cni-config", MemfdFlags::CLOEXEC)?);
         stdin.write_all(input)?;
         io::Seek::rewind(&mut stdin)?;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(arguments)
             .env_clear()
             .envs(environment.iter().copied())
@@ -89,8 +94,12 @@ impl Running {
             .stdin(Stdio::from(OwnedFd::from(stdin)))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()?;
+            .process_group(0);
+        sys::die_with_thread(&mut command);
+        if let Some(held) = held {
+            sys::inherit(&mut command, held);
+        }
+        let mut child = command.spawn()?;
         let prepared = (|| {
             Ok((
                 pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?,

@@ -29,6 +29,9 @@ pub struct Record {
     /// Result of the plugins that have run so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<CniResult>,
+    /// All plugins have run. While this is false some may be running.
+    #[serde(default)]
+    pub attached: bool,
 }
 
 impl Record {
@@ -57,6 +60,7 @@ impl Record {
             attachment,
             netns_identity: Some(netns_identity),
             result: None,
+            attached: false,
         })
     }
 
@@ -76,7 +80,7 @@ impl Record {
     ) -> Result<&CniResult> {
         // Report a missing plugin before doing anything.
         runner.require(&self.list)?;
-        self.result = None;
+        (self.result, self.attached) = (None, false);
         if let Err(error) = self.add_each(runner, keep) {
             // The cleanup runs also after cancellation.
             let runner = Runner {
@@ -112,6 +116,7 @@ impl Record {
             let result = CniResult::read(&output, self.list.version)
                 .map_err(|why| failed(&call, plugin, Fault::BadResult(why)))?;
             self.result = Some(result);
+            self.attached = index + 1 == self.list.plugins.len();
             keep(self).map_err(|why| self.refused(why))?;
         }
         Ok(())

@@ -27,6 +27,7 @@ impl House {
             directories: vec![directory.path().to_owned()],
             limit: Duration::from_secs(10),
             cancel: None,
+            held: None,
         };
         House { directory, runner }
     }

@@ -8,14 +8,17 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use hull_network::cni::{Attachment, Record, Runner};
 use hull_network::pasta::Pasta;
 use hull_network::{Namespace, Netlink, forwarding, guard, masquerade};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{FlockOperation, flock};
 use tokio::task::JoinHandle;
 
+use super::published::Published;
 use crate::config::{CniConfig, NetworkAddresses, PastaConfig};
 use crate::error::{Context, Error, Result};
 use crate::store::Directory;
@@ -34,8 +37,8 @@ pub struct Attached {
     pub namespace: Namespace,
     /// What the network gave it.
     pub addresses: NetworkAddresses,
-    /// Sockets that keep others from the published ports, on which nothing is received.
-    ports: Vec<OwnedFd>,
+    /// Sockets that keep others from the published ports.
+    ports: Published,
     /// Where it is written down what plugins are to undo.
     undo: Option<Directory>,
     /// Holds pasta until it is aborted.
@@ -56,7 +59,7 @@ pub async fn by_plugins(
     let cancel = Arc::new(cancel);
     let undo = directory.try_clone()?;
     let mut task = {
-        let cancel = cancel.clone();
+        let (cancel, config) = (cancel.clone(), config.clone());
         tokio::task::spawn_blocking(move || run_plugins(&config, &directory, cancel))
     };
     let done = tokio::select! {
@@ -71,8 +74,8 @@ pub async fn by_plugins(
     let (namespace, addresses) = done.context(|| "attach the network")??;
     Ok(Attached {
         namespace,
+        ports: Published::new(ports, &config.ports, &addresses.addresses),
         addresses,
-        ports,
         undo: Some(undo),
         pasta: None,
     })
@@ -101,6 +104,7 @@ fn run_plugins(
     };
     let runner = Runner {
         cancel: Some(cancel),
+        held: Some(Arc::new(hold(directory)?)),
         ..Runner::default()
     };
     let mut record = Record::new(config.list.clone(), attachment)?;
@@ -131,6 +135,39 @@ fn run_plugins(
     Ok((namespace, addresses))
 }
 
+/// Takes the lock of a container's directory that its plugins inherit.
+fn hold(directory: &Directory) -> Result<OwnedFd> {
+    let doing = || format!("lock {}", directory.path().display());
+    let lock = directory.reopen().context(doing)?;
+    rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive)).context(doing)?;
+    Ok(lock)
+}
+
+/// Waits until no process of plugins has the lock of a container's directory. Plugins die with the
+/// sandbox process, but what they started, such as iptables, comes to its end.
+fn wait_for_plugins(directory: &Directory) -> Result<()> {
+    /// Some plugins start a process that stays.
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    let doing = || format!("lock {}", directory.path().display());
+    let lock = directory.reopen().context(doing)?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        return Ok(());
+    }
+    let (sender, free) = mpsc::channel();
+    std::thread::spawn(move || {
+        let taken = rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive));
+        // Nobody waits any more after the timeout.
+        let _ = sender.send(taken);
+    });
+    match free.recv_timeout(TIMEOUT) {
+        Ok(taken) => taken.context(doing),
+        Err(_) => {
+            tracing::debug!("processes of network plugins still run");
+            Ok(())
+        }
+    }
+}
+
 /// Attaches a new namespace to the host's network as an ordinary program is.
 ///
 /// # Errors
@@ -154,7 +191,7 @@ pub async fn by_pasta(config: &PastaConfig) -> Result<Attached> {
             gateways: Vec::new(),
         },
         // Pasta has them.
-        ports: Vec::new(),
+        ports: Published::default(),
         undo: None,
         pasta: Some(tokio::spawn(keep(pasta))),
     })
@@ -177,7 +214,7 @@ impl Attached {
     /// Lets go of published ports, and has plugins undo what they made. What they cannot is tried
     /// again by the removal of the container.
     pub async fn detach(self) {
-        drop(self.ports);
+        self.ports.end().await;
         if let Some(pasta) = self.pasta {
             pasta.abort();
             // It was aborted.
@@ -213,6 +250,10 @@ pub fn undo(directory: &Directory) -> Result<()> {
         let path = directory.path().join(FILE);
         Error::new(format!("cannot understand {}: {error}", path.display()))
     })?;
+    if !record.attached {
+        // What they add after DEL would stay.
+        wait_for_plugins(directory)?;
+    }
     record.del(&Runner::default())?;
     directory.remove_file(FILE)
 }

@@ -9,11 +9,13 @@
 //! | --- | --- |
 //! | `attachment` | a namespace of hull's own, attached by plugins or pasta |
 //! | `mirror` | interfaces of the namespace, brought into the guest |
+//! | `published` | published ports at ::1 |
 //! | `loopback` | what engines have and expect on the namespace's loopback interface |
 
 mod attachment;
 mod loopback;
 mod mirror;
+mod published;
 
 use std::os::fd::OwnedFd;
 

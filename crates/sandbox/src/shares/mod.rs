@@ -7,6 +7,7 @@
 
 mod detached;
 mod disk;
+mod enter;
 mod overlay;
 
 use std::fs::{self, File};
@@ -20,6 +21,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 pub use disk::Disk;
+pub use enter::{Mounted, create_directory, enter};
 pub use overlay::{Overlay, root};
 
 use crate::config::{FILE_NAME, Share, Writers};

@@ -5,6 +5,7 @@
 //! (`fsopen`, "lowerdir+"); before, it is mounted for a moment in a mount namespace that only one
 //! thread is in.
 
+use std::collections::HashSet;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -70,13 +71,15 @@ const DOING: &str = "mount the container's root file system";
 
 /// Creates the upper directory and that of the overlay's work.
 fn prepare(overlay: &Overlay<'_>) -> Result<()> {
+    let is_new = !overlay.upper.exists();
     for directory in [&overlay.upper, &overlay.work] {
         fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
     }
-    // The root of an overlay has the attributes of its upper directory.
+    // The root of an overlay has the attributes of its upper directory. The container may have
+    // changed them since.
     match overlay.layers.first() {
-        Some(top) => copy_attributes(top, &overlay.upper),
-        None => Ok(()),
+        Some(top) if is_new => copy_attributes(top, &overlay.upper),
+        _ => Ok(()),
     }
 }
 
@@ -115,6 +118,17 @@ fn copy_attributes(from: &Path, to: &Path) -> Result<()> {
         .context(|| format!("prepare {}", to.display()))
 }
 
+/// Each layer once, where it is topmost: the kernel refuses one that is there twice, and what is
+/// below shows nothing that the topmost one does not have.
+fn distinct(layers: &[PathBuf]) -> Vec<&Path> {
+    let mut seen = HashSet::new();
+    layers
+        .iter()
+        .map(PathBuf::as_path)
+        .filter(|layer| seen.insert(*layer))
+        .collect()
+}
+
 /// The directories, open.
 struct Opened {
     layers: Vec<OwnedFd>,
@@ -133,12 +147,18 @@ impl Opened {
             rustix::fs::open(path, flags, Mode::empty())
                 .context(|| format!("open {}", path.display()))
         };
+        let mut layers: Vec<OwnedFd> = distinct(overlay.layers)
+            .into_iter()
+            .map(open)
+            .collect::<Result<_>>()?;
+        if layers.is_empty() {
+            // An image without files: there is no overlay of nothing.
+            let empty = overlay.upper.with_file_name("empty");
+            fs::create_dir_all(&empty).context(|| format!("create {}", empty.display()))?;
+            layers.push(open(&empty)?);
+        }
         Ok(Self {
-            layers: overlay
-                .layers
-                .iter()
-                .map(|layer| open(layer))
-                .collect::<Result<_>>()?,
+            layers,
             upper: open(&overlay.upper)?,
             work: open(&overlay.work)?,
         })
@@ -210,8 +230,10 @@ fn flags(volatile: bool) -> Vec<&'static str> {
     flags
 }
 
+/// Gives the calling thread a mount namespace of its own, to which nothing propagates and from
+/// which nothing does.
 #[allow(unsafe_code)]
-fn own_namespace() -> io::Result<()> {
+pub(super) fn own_namespace() -> io::Result<()> {
     // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -271,5 +293,72 @@ mod tests {
             !mounts.contains(parent.path().to_str().unwrap()),
             "{mounts}"
         );
+    }
+
+    #[test]
+    fn an_image_may_have_a_layer_twice_and_more_than_a_hundred_layers() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let parent = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut all = layers(parent.path(), 127);
+        all.push(all[0].clone());
+        all.insert(5, all[100].clone());
+        let overlay = Overlay {
+            layers: &all,
+            upper: parent.path().join("upper"),
+            work: parent.path().join("work"),
+            volatile: false,
+            disk: None,
+        };
+        for mount in [root(&overlay).unwrap(), in_a_thread(&overlay).unwrap()] {
+            assert_eq!(read(&mount, "all").unwrap(), "0");
+            assert_eq!(read(&mount, "own126").unwrap(), "");
+            assert_eq!(read(&mount, "own100").unwrap(), "");
+        }
+    }
+
+    #[test]
+    fn a_thread_whose_root_is_a_containers_sees_nothing_else() {
+        use std::os::unix::fs::symlink;
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let parent = tempfile::tempdir_in("/dev/shm").unwrap();
+        let layers = layers(parent.path(), 2);
+        fs::create_dir(layers[0].join("dir")).unwrap();
+        symlink("/dir", layers[0].join("link")).unwrap();
+        let volume = parent.path().join("volume");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("file"), "of the host").unwrap();
+        let place = parent.path().to_owned();
+        let mounted = |source: &Path, destination: &str| super::super::Mounted {
+            source: source.to_owned(),
+            destination: destination.into(),
+            read_only: false,
+        };
+        let mounted = [
+            mounted(&volume, "/link"),
+            mounted(Path::new("/nowhere"), "/dir"),
+        ];
+        std::thread::spawn(move || {
+            let overlay = Overlay {
+                layers: &layers,
+                upper: place.join("upper"),
+                work: place.join("work"),
+                volatile: false,
+                disk: None,
+            };
+            let failed = super::super::enter(&overlay, true, &mounted, &place).unwrap();
+            assert_eq!(failed.len(), 1, "{failed:?}");
+            assert_eq!(fs::read_to_string("/all").unwrap(), "0");
+            assert_eq!(fs::read_to_string("/../dir/file").unwrap(), "of the host");
+            fs::write("/new", "").unwrap_err();
+        })
+        .join()
+        .unwrap();
+        assert!(volume.exists(), "others see nothing of it");
     }
 }

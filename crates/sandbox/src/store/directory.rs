@@ -141,6 +141,12 @@ impl Directory {
         Ok(File::from(file))
     }
 
+    /// Another descriptor of it, with locks of its own.
+    pub fn reopen(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(openat(&self.fd, ".", flags, Mode::empty())?)
+    }
+
     /// Renames a file in it.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(renameat(&self.fd, from, &self.fd, to)?)

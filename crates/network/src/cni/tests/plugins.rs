@@ -1,5 +1,9 @@
 //! Running plugins, with scripts as plugins.
 
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, flock};
+
 use super::*;
 
 #[test]
@@ -457,4 +461,22 @@ fn a_file_that_is_no_program() {
         error.starts_with("network \"x\": plugin one failed: Permission denied"),
         "{error}"
     );
+}
+
+#[test]
+fn a_lock_is_held_as_long_as_something_runs_that_a_plugin_has_started() {
+    let mut house = House::new();
+    house.plugin("one", &format!("(sleep 0.5) >/dev/null 2>&1 &\n{ANSWER}"));
+    let open = || std::os::fd::OwnedFd::from(fs::File::open(house.directory.path()).unwrap());
+    let held = open();
+    flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let other = open();
+    house.runner.held = Some(Arc::new(held));
+    let mut record = record(list(json!([{ "type": "one" }])));
+    assert!(!record.attached);
+    record.add(&house.runner).unwrap();
+    assert!(record.attached);
+    house.runner.held = None;
+    flock(&other, FlockOperation::NonBlockingLockExclusive).unwrap_err();
+    flock(&other, FlockOperation::LockExclusive).unwrap();
 }

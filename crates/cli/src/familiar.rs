@@ -1,0 +1,477 @@
+//! What people type who know Docker's or podman's command line: other names of commands, values of
+//! flags, and what hull does not have, with what there is instead.
+
+use std::ffi::{OsStr, OsString};
+
+use clap::{Arg, ArgAction, Command, CommandFactory};
+
+use crate::cli::Hull;
+use crate::error::Error;
+
+/// Commands that are elsewhere here.
+const ALIASES: [(&[&str], &[&str]); 11] = [
+    (&["images"], &["image", "ls"]),
+    (&["pull"], &["image", "pull"]),
+    (&["rmi"], &["image", "rm"]),
+    (&["import"], &["image", "import"]),
+    (&["ls"], &["ps"]),
+    (&["list"], &["ps"]),
+    (&["container", "ls"], &["ps"]),
+    (&["container", "list"], &["ps"]),
+    (&["container", "ps"], &["ps"]),
+    (&["image", "remove"], &["image", "rm"]),
+    (&["-v"], &["--version"]),
+];
+
+/// Commands that are not here, and what can be done instead.
+const COMMANDS: [(&str, &str); 41] = [
+    (
+        "start",
+        "a stopped container cannot be started again: hull run starts a new one, hull cp copies out of the old one",
+    ),
+    ("restart", "hull stop, then hull run starts a new one"),
+    ("create", "hull run -d creates a container and starts it"),
+    (
+        "build",
+        "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
+    ),
+    (
+        "buildx",
+        "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
+    ),
+    (
+        "builder",
+        "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
+    ),
+    (
+        "compose",
+        "hull-oci is a runtime for docker compose: hull install docker",
+    ),
+    ("load", "hull image import docker-archive:FILE NAME"),
+    (
+        "save",
+        "hull cp CONTAINER:/ - writes a container's files as an archive",
+    ),
+    ("push", "images are pushed by the tools that build them"),
+    (
+        "tag",
+        "hull image import docker-archive:FILE NAME gives an image a name",
+    ),
+    ("history", "hull image inspect shows an image's document"),
+    (
+        "login",
+        "hull uses what docker login or podman login stored: ~/.docker/config.json",
+    ),
+    (
+        "logout",
+        "hull uses what docker login or podman login stored: ~/.docker/config.json",
+    ),
+    ("search", "registries have a search on their web pages"),
+    ("commit", "hull cp CONTAINER:/ - | hull image import - NAME"),
+    ("export", "hull cp CONTAINER:/ - >FILE"),
+    (
+        "diff",
+        "hull cp CONTAINER:/ - | tar -t lists a container's files",
+    ),
+    ("port", "hull ps shows published ports"),
+    ("rename", "hull run --name gives a container its name"),
+    ("update", "limits are set by hull run"),
+    ("info", "hull check, hull version"),
+    (
+        "volume",
+        "volumes are directories of the host: hull run -v /DIR:/PATH",
+    ),
+    (
+        "network",
+        "networks are files in /etc/cni/net.d: hull run --network NAME",
+    ),
+    ("system", "hull image prune, hull stats, hull check"),
+    ("prune", "hull image prune removes images that nothing uses"),
+    ("context", "hull works on this host only"),
+    ("plugin", "there are no plugins"),
+    ("swarm", "hull works on this host only"),
+    ("node", "hull works on this host only"),
+    ("service", "hull works on this host only"),
+    ("stack", "hull works on this host only"),
+    ("secret", "hull run -v /FILE:/run/secrets/NAME:ro"),
+    ("manifest", "hull image inspect shows an image's document"),
+    (
+        "pod",
+        "hull run --network container:NAME puts a container into the machine of another one",
+    ),
+    (
+        "kube",
+        "hull-oci is a runtime for podman: hull install podman",
+    ),
+    (
+        "generate",
+        "systemd can run hull run --rm --name NAME IMAGE",
+    ),
+    (
+        "mount",
+        "hull cp copies from running and stopped containers",
+    ),
+    (
+        "unmount",
+        "hull cp copies from running and stopped containers",
+    ),
+    ("healthcheck", "hull exec runs a check in a container"),
+    ("checkpoint", "hull pause stops a container for a while"),
+];
+
+/// Options of `run` that are not here, and what can be done instead.
+const OPTIONS: [(&str, &str); 56] = [
+    (
+        "--mount",
+        "-v HOST:CONTAINER[:ro] for a directory of the host, --tmpfs DIR for one in memory",
+    ),
+    (
+        "--volumes-from",
+        "-v HOST:CONTAINER as for the other container",
+    ),
+    (
+        "--volume-driver",
+        "-v HOST:CONTAINER shows directories of the host",
+    ),
+    (
+        "--gpus",
+        "devices of the host are not passed on to machines",
+    ),
+    (
+        "--device",
+        "devices of the host are not passed on to machines",
+    ),
+    (
+        "--device-cgroup-rule",
+        "devices of the host are not passed on to machines",
+    ),
+    ("--group-add", "--user USER:GROUP sets the group"),
+    (
+        "--privileged",
+        "--cap-add ALL --security-opt seccomp=unconfined: the kernel is the container's own",
+    ),
+    (
+        "--ipc",
+        "a container has a kernel of its own; --network container:NAME shares a machine",
+    ),
+    (
+        "--pid",
+        "a container has a kernel of its own; --network container:NAME shares a machine",
+    ),
+    (
+        "--uts",
+        "a container has a kernel of its own; --hostname NAME",
+    ),
+    (
+        "--userns",
+        "a container has a kernel of its own, whose users are not the host's",
+    ),
+    ("--cgroupns", "a container has control groups of its own"),
+    ("--cgroup-parent", "cgroup_parent in hull's configuration"),
+    (
+        "--platform",
+        "machines have the host's architecture; leave it out",
+    ),
+    (
+        "--restart",
+        "let systemd run hull run --rm --name NAME IMAGE, with Restart=",
+    ),
+    ("--publish-all", "-p PORT for each port"),
+    ("-P", "-p PORT for each port"),
+    (
+        "--expose",
+        "all ports of a container can be reached in its network; leave it out",
+    ),
+    ("--link", "--add-host NAME:ADDRESS gives an address a name"),
+    (
+        "--network-alias",
+        "--add-host NAME:ADDRESS in the other container",
+    ),
+    ("--cidfile", "hull run -d prints the container's id"),
+    (
+        "--pidfile",
+        "hull inspect shows the processes of a container's machine",
+    ),
+    ("--domainname", "--hostname NAME.DOMAIN"),
+    ("--label-file", "--label KEY=VALUE for each label"),
+    ("--annotation", "--label KEY=VALUE"),
+    ("--stop-timeout", "hull stop -t SECONDS"),
+    ("--attach", "hull run shows all output; -i passes input on"),
+    ("-a", "hull run shows all output; -i passes input on"),
+    ("--sig-proxy", "signals are passed on"),
+    (
+        "--memory-swap",
+        "machines have no swap: --memory is the limit",
+    ),
+    (
+        "--memory-swappiness",
+        "machines have no swap: --memory is the limit",
+    ),
+    ("--memory-reservation", "--memory is the limit"),
+    ("--kernel-memory", "--memory is the limit"),
+    ("--oom-kill-disable", "--memory is the limit"),
+    ("--oom-score-adj", "--memory is the limit"),
+    ("--cpu-shares", "--cpus NUMBER"),
+    ("-c", "--cpus NUMBER"),
+    ("--cpu-quota", "--cpus NUMBER"),
+    ("--cpu-period", "--cpus NUMBER"),
+    ("--cpuset-cpus", "--cpus NUMBER"),
+    ("--cpuset-mems", "--cpus NUMBER"),
+    (
+        "--blkio-weight",
+        "--storage-opt size=SIZE limits what is written",
+    ),
+    ("--runtime", "--machine KIND"),
+    ("--isolation", "--machine KIND"),
+    (
+        "--log-driver",
+        "the output is kept for hull logs; log_size in the configuration",
+    ),
+    (
+        "--log-opt",
+        "the output is kept for hull logs; log_size in the configuration",
+    ),
+    ("--health-cmd", "hull exec runs a check in a container"),
+    ("--health-interval", "hull exec runs a check in a container"),
+    ("--health-retries", "hull exec runs a check in a container"),
+    ("--health-timeout", "hull exec runs a check in a container"),
+    (
+        "--no-healthcheck",
+        "there are no health checks; leave it out",
+    ),
+    ("--disable-content-trust", "give a digest: NAME@sha256:…"),
+    ("--replace", "hull rm -f NAME before it"),
+    ("--systemd", "the container's command is process 1"),
+    ("--quiet", "--pull missing is quiet when the image is there"),
+];
+
+/// The arguments in hull's own words.
+pub fn rewrite(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let is = |index: usize, word: &str| arguments.get(index).is_some_and(|given| given == word);
+    if is(1, "help") {
+        arguments.remove(1);
+        arguments.push("--help".into());
+        return arguments;
+    }
+    let alias = ALIASES.iter().find(|(typed, _)| {
+        let mut typed = typed.iter().enumerate();
+        typed.all(|(index, word)| is(index + 1, word))
+    });
+    if let Some((typed, meant)) = alias {
+        arguments.splice(1..=typed.len(), meant.iter().map(OsString::from));
+    } else if is(1, "container") && arguments.len() > 2 {
+        arguments.remove(1);
+    }
+    match arguments
+        .iter()
+        .any(|argument| flag_value(argument).is_some())
+    {
+        true => rewrite_flags(arguments),
+        false => arguments,
+    }
+}
+
+/// `--flag=VALUE` or `-f=VALUE` with a value that means yes or no: the flag, and which.
+fn flag_value(argument: &OsStr) -> Option<(&str, bool)> {
+    let (flag, value) = argument.to_str()?.split_once('=')?;
+    if !flag.starts_with('-') || flag.len() < 2 {
+        return None;
+    }
+    match value {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some((flag, true)),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some((flag, false)),
+        _ => None,
+    }
+}
+
+/// Flags that are given a value, as Docker takes them: with `true` they are given, with `false`
+/// they are not, also when they were before.
+fn rewrite_flags(arguments: Vec<OsString>) -> Vec<OsString> {
+    let hull = Hull::command();
+    let mut command = &hull;
+    let mut rewritten: Vec<OsString> = Vec::with_capacity(arguments.len());
+    let mut arguments = arguments.into_iter();
+    rewritten.extend(arguments.next());
+    while let Some(argument) = arguments.next() {
+        let text = argument.to_str().unwrap_or_default();
+        if text == "--" {
+            rewritten.push(argument);
+            break;
+        }
+        if !text.starts_with('-') || text == "-" {
+            let inner = command.find_subcommand(text);
+            let is_last =
+                inner.is_none() && command.get_positionals().any(Arg::is_trailing_var_arg_set);
+            rewritten.push(argument);
+            if is_last {
+                break;
+            }
+            command = inner.unwrap_or(command);
+            continue;
+        }
+        match flag_value(&argument) {
+            Some((flags, value)) => match given(command, flags, value) {
+                Some(given) if value => rewritten.extend(given),
+                // All but the last letter are given.
+                Some(mut given) => {
+                    let last = given.pop();
+                    rewritten.extend(given);
+                    rewritten.retain(|before| Some(before) != last.as_ref());
+                }
+                None => rewritten.push(argument),
+            },
+            None => {
+                let has_value = takes_value(command, text);
+                rewritten.push(argument);
+                if has_value {
+                    rewritten.extend(arguments.next());
+                }
+            }
+        }
+    }
+    rewritten.extend(arguments);
+    rewritten
+}
+
+/// The flags of `--flag` or `-abc` one by one, when all of them are flags of the command.
+fn given(command: &Command, flags: &str, _value: bool) -> Option<Vec<OsString>> {
+    let is_flag = |arg: &Arg| matches!(arg.get_action(), ArgAction::SetTrue);
+    if let Some(long) = flags.strip_prefix("--") {
+        let arg = command.get_arguments().find(|arg| has_long(arg, long))?;
+        return is_flag(arg).then(|| vec![flags.into()]);
+    }
+    flags
+        .chars()
+        .skip(1)
+        .map(|letter| {
+            let mut all = command.get_arguments();
+            let arg = all.find(|arg| arg.get_short() == Some(letter))?;
+            is_flag(arg).then(|| OsString::from(format!("-{letter}")))
+        })
+        .collect()
+}
+
+fn has_long(arg: &Arg, long: &str) -> bool {
+    arg.get_long() == Some(long)
+        || arg
+            .get_all_aliases()
+            .is_some_and(|aliases| aliases.contains(&long))
+}
+
+/// Whether the next argument is the value of this one.
+fn takes_value(command: &Command, text: &str) -> bool {
+    if text.contains('=') {
+        return false;
+    }
+    let mut all = command.get_arguments();
+    if let Some(long) = text.strip_prefix("--") {
+        return all
+            .find(|arg| has_long(arg, long))
+            .is_some_and(|arg| arg.get_action().takes_values());
+    }
+    let letters: Vec<char> = text.chars().skip(1).collect();
+    for (index, letter) in letters.iter().enumerate() {
+        let mut all = command.get_arguments();
+        match all.find(|arg| arg.get_short() == Some(*letter)) {
+            Some(arg) if arg.get_action().takes_values() => return index + 1 == letters.len(),
+            Some(_) => {}
+            None => return false,
+        }
+    }
+    false
+}
+
+/// What to say of a command that is not here, if it is known elsewhere.
+pub fn missing_command(word: &str, arguments: &[OsString]) -> Option<Error> {
+    let (_, instead) = COMMANDS.iter().find(|(name, _)| *name == word)?;
+    let before = arguments.iter().skip(1).take_while(|given| *given != word);
+    let before: String = before
+        .map(|given| format!("{} ", given.to_string_lossy()))
+        .collect();
+    Some(Error::unsupported(format_args!("hull {before}{word}")).hint(*instead))
+}
+
+/// What to say of an option of `hull run` that is not here, if it is known elsewhere.
+pub fn missing_option(option: &str) -> Option<Error> {
+    let (_, instead) = OPTIONS.iter().find(|(name, _)| *name == option)?;
+    Some(Error::unsupported(option).hint(*instead))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rewritten(line: &str) -> String {
+        let words = rewrite(line.split(' ').map(OsString::from).collect());
+        words.join(OsStr::new(" ")).to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn dockers_names_of_commands_work() {
+        for (typed, meant) in [
+            ("hull pull x", "hull image pull x"),
+            ("hull images -q", "hull image ls -q"),
+            ("hull rmi -f x", "hull image rm -f x"),
+            ("hull container ls -a", "hull ps -a"),
+            ("hull container rm -f x", "hull rm -f x"),
+            ("hull container", "hull container"),
+            ("hull help", "hull --help"),
+            ("hull help image pull", "hull image pull --help"),
+            ("hull -v", "hull --version"),
+            ("hull run pull images", "hull run pull images"),
+        ] {
+            assert_eq!(rewritten(typed), meant, "{typed}");
+        }
+    }
+
+    #[test]
+    fn flags_take_yes_and_no_as_dockers_do() {
+        for (typed, meant) in [
+            ("hull run --rm=true i", "hull run --rm i"),
+            ("hull run --rm=false i", "hull run i"),
+            ("hull run --rm --rm=0 i", "hull run i"),
+            ("hull run -it=false i", "hull run -i i"),
+            ("hull run -it=true i", "hull run -i -t i"),
+            (
+                "hull run --init=1 --name --rm=true i",
+                "hull run --init --name --rm=true i",
+            ),
+            ("hull run i --rm=true", "hull run i --rm=true"),
+            (
+                "hull run -e A=true --rm=t i --x=true",
+                "hull run -e A=true --rm i --x=true",
+            ),
+            (
+                "hull run --label=true --rm=true i",
+                "hull run --label=true --rm i",
+            ),
+            ("hull logs x -f=false", "hull logs x"),
+            (
+                "hull rm --force=true -- --force=true",
+                "hull rm --force -- --force=true",
+            ),
+            ("hull image rm -f=true x", "hull image rm -f x"),
+        ] {
+            assert_eq!(rewritten(typed), meant, "{typed}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_said_to_be_missing_that_is_there() {
+        let hull = Hull::command();
+        for (name, _) in COMMANDS {
+            assert!(hull.find_subcommand(name).is_none(), "{name}");
+        }
+        let run = hull.find_subcommand("run");
+        for (name, _) in OPTIONS {
+            let long = name.trim_start_matches('-');
+            let there = run.is_some_and(|run| {
+                run.get_arguments().any(|arg| {
+                    has_long(arg, long)
+                        || arg.get_short().map(String::from).as_deref() == Some(long)
+                })
+            });
+            assert!(!there, "{name}");
+        }
+    }
+}

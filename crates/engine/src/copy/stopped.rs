@@ -1,0 +1,144 @@
+//! Copies from and to a container that is in no guest. A thread whose root is the container's, with
+//! its volumes, packs and unpacks as the agent does for one that runs.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+
+use hull_sandbox::control::protocol::CopyRequest;
+use hull_sandbox::shares::{Disk, Mounted, Overlay, enter};
+use rustix::fs::{FlockOperation, flock};
+use serde_json::Value;
+
+use crate::container::{self, Container};
+use crate::error::{Context, Error, Result};
+use crate::volumes;
+
+/// What the agent does in a guest.
+#[path = "../../../agent/src/copy/archive.rs"]
+mod archive;
+
+/// The thread; waited for when this is dropped.
+pub(super) struct Worker(Option<JoinHandle<Result<()>>>);
+
+impl Worker {
+    /// Starts it: it reads from the stream, or writes to it.
+    pub(super) fn start(
+        container: &Container,
+        request: CopyRequest,
+        stream: UnixStream,
+    ) -> Result<Self> {
+        let job = Job::new(container, request)?;
+        let thread = thread::Builder::new().name("copy".to_owned());
+        let started = thread.spawn(move || job.work(stream));
+        started
+            .map(|thread| Self(Some(thread)))
+            .context(|| "start a thread")
+    }
+
+    /// Waits for its result.
+    pub(super) fn result(&mut self) -> Result<()> {
+        match self.0.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(Error::new("the copying thread panicked")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Who wanted to know its result has asked.
+        let _ = self.result();
+    }
+}
+
+struct Job {
+    container: Container,
+    request: CopyRequest,
+    mounted: Vec<Mounted>,
+    read_only: bool,
+}
+
+impl Job {
+    fn new(container: &Container, request: CopyRequest) -> Result<Self> {
+        let container = Container::load(container.directory.path())?
+            .ok_or_else(|| Error::not_found("the container was removed"))?;
+        let details = &container.record.details;
+        let mut mounted: Vec<Mounted> = details
+            .volumes
+            .iter()
+            .filter_map(|text| volumes::volume(text.as_ref()).ok())
+            .map(|volume| Mounted {
+                source: volume.source,
+                destination: volume.destination,
+                read_only: volume.read_only,
+            })
+            .collect();
+        mounted.sort_by_key(|mounted| mounted.destination.components().count());
+        let config = container::config(&container.directory)?;
+        let read_only = request.into && config["root"]["readonly"] == Value::Bool(true);
+        Ok(Self {
+            container,
+            request,
+            mounted,
+            read_only,
+        })
+    }
+
+    fn work(&self, stream: UnixStream) -> Result<()> {
+        let directory = &self.container.directory;
+        // One at a time: an overlay is mounted once.
+        let lock = directory.reopen().context(|| "open the container")?;
+        rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
+            .context(|| "lock the container")?;
+        let path = directory.path();
+        let file = path.join("layer.img");
+        let disk = file.exists().then(|| Disk {
+            file,
+            place: path.join("layer"),
+            // It has its size.
+            size: u64::MAX,
+        });
+        let parent = disk.as_ref().map_or(path, |disk| &disk.place);
+        let details = &self.container.record.details;
+        // That of an overlay which was volatile cannot be used again.
+        let work = match details.auto_remove {
+            true => "work.copy",
+            false => "work",
+        };
+        let overlay = Overlay {
+            layers: &details.layers,
+            upper: parent.join("upper"),
+            work: parent.join(work),
+            volatile: false,
+            disk: disk.clone(),
+        };
+        let missing = enter(&overlay, self.read_only, &self.mounted, path)?;
+        let path = Path::new(&self.request.path);
+        // What is elsewhere can be had without a volume that is no more.
+        if let Some((_, error)) = missing
+            .into_iter()
+            .find(|(place, _)| path.starts_with(place))
+        {
+            return Err(error);
+        }
+        let (copied, what) = match self.request.into {
+            true => (archive::unpack(path, stream), "copy to"),
+            false => (
+                archive::pack(path, self.request.follow, stream),
+                "copy from",
+            ),
+        };
+        copied.map_err(|error: io::Error| {
+            let told = Error::from_chain(&error);
+            let why = told.message.split(" (os error").next().unwrap_or_default();
+            let why = match error.kind() {
+                io::ErrorKind::ReadOnlyFilesystem => "read-only file system",
+                _ => why,
+            };
+            Error::with_kind(told.kind, format!("cannot {what} {path:?}: {why}"))
+        })
+    }
+}

@@ -1,0 +1,113 @@
+//! The root file system of a container that is in no guest, as the root of one thread: names and
+//! symbolic links mean to it what they mean in the container, and lead nowhere else.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::io::Errno;
+use rustix::mount::{MoveMountFlags, move_mount};
+
+use super::detached::{self, Attributes};
+use super::overlay::{Overlay, own_namespace, root};
+use super::{ReadOnly, host};
+use crate::error::{Context, Error, Result};
+
+/// A directory or file of the host in a container.
+#[derive(Debug, Clone)]
+pub struct Mounted {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the container.
+    pub destination: PathBuf,
+    /// Nothing can be written to it.
+    pub read_only: bool,
+}
+
+/// Gives the calling thread a mount namespace of its own, with the container's root file system as
+/// its root, and what is mounted there. `place` is any directory of the host: what it holds is
+/// hidden to the thread. What can be used of `mounted` is; the others come back with the reason.
+///
+/// # Errors
+/// The root file system cannot be mounted.
+pub fn enter(
+    overlay: &Overlay<'_>,
+    read_only: bool,
+    mounted: &[Mounted],
+    place: &Path,
+) -> Result<Vec<(PathBuf, Error)>> {
+    const DOING: &str = "enter the container's root file system";
+    // The thread has a root and a current directory of its own from here on, too.
+    own_namespace().context(|| DOING)?;
+    let hidden = File::open(place).context(|| DOING)?;
+    let root = root(overlay)?;
+    attach(&root, &hidden).context(|| DOING)?;
+    let failed = mounted
+        .iter()
+        .filter_map(|one| Some((one.destination.clone(), mount(one, &root).err()?)))
+        .collect();
+    if read_only {
+        let attributes = Attributes {
+            read_only: true,
+            no_devices: false,
+            no_suid: false,
+        };
+        detached::set_top(root.as_fd(), attributes).context(|| DOING)?;
+    }
+    rustix::process::fchdir(&root).context(|| DOING)?;
+    rustix::process::chroot(".").context(|| DOING)?;
+    Ok(failed)
+}
+
+/// Creates a directory of a root file system, and those above it, unless something is there.
+///
+/// # Errors
+/// The kernel's.
+pub fn create_directory(root: &OwnedFd, path: &Path) -> Result<()> {
+    let doing = || format!("create {} in the container", path.display());
+    let mut above = open_in(root, Path::new("/")).context(doing)?;
+    let mut whole = PathBuf::from("/");
+    for name in path.components() {
+        let Component::Normal(name) = name else {
+            continue;
+        };
+        whole.push(name);
+        above = match open_in(root, &whole) {
+            Err(Errno::NOENT) => {
+                match mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
+                    // A link that leads nowhere.
+                    Err(Errno::EXIST) => return Ok(()),
+                    made => made.context(doing)?,
+                }
+                open_in(root, &whole).context(doing)?
+            }
+            Err(Errno::NOTDIR) => return Ok(()),
+            there => there.context(doing)?,
+        };
+    }
+    Ok(())
+}
+
+/// What is at a path of a root file system.
+fn open_in(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    openat2(root, path, flags, Mode::empty(), resolve)
+}
+
+fn mount(mounted: &Mounted, root: &OwnedFd) -> Result<()> {
+    let read_only = match mounted.read_only {
+        true => ReadOnly::Recursive,
+        false => ReadOnly::No,
+    };
+    let share = host(&mounted.source, true, read_only)?;
+    open_in(root, &mounted.destination)
+        .and_then(|there| attach(&share, &there))
+        .context(|| format!("mount {}", mounted.destination.display()))
+}
+
+fn attach(mount: &OwnedFd, there: impl AsFd) -> rustix::io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(mount, c"", there.as_fd(), c"", flags)
+}

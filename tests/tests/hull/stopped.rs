@@ -1,0 +1,228 @@
+//! Containers that have ended, or are to end: what can be had of them, also after the host was
+//! started anew, and commands that end several.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::time::{Duration, Instant};
+
+use hull_tests::{Archive, Hull};
+
+#[test]
+fn files_are_copied_from_and_to_a_container_that_has_ended() {
+    let hull = Hull::new();
+    let scratch = hull.scratch();
+    fs::create_dir(scratch.join("volume")).unwrap();
+    let volume = format!("{}:/mnt/volume", scratch.join("volume").display());
+    let script = "echo data >/root/result; ln /root/result /root/hard; chown 5:6 /root/result; \
+                  ln -s / /root/top; chmod 711 /; echo v >/mnt/volume/file";
+    let job = hull.container("job");
+    hull.hull([
+        "run",
+        "--name",
+        "job",
+        "-v",
+        volume.as_str(),
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ])
+    .run()
+    .ok();
+    let cp = |from: &str, to: &str| hull.hull(["cp", "-a", from, to]).run();
+    let here = |name: &str| scratch.join(name).to_str().unwrap().to_owned();
+
+    cp("job:/root", &here("root")).ok();
+    let result = scratch.join("root/result");
+    assert_eq!(fs::read_to_string(&result).unwrap(), "data\n");
+    let metadata = fs::metadata(&result).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (5, 6));
+    assert_eq!(metadata.nlink(), 2, "hard links are kept");
+    cp("job:/mnt/volume/file", &here("of-volume")).ok();
+    assert_eq!(fs::read_to_string(here("of-volume")).unwrap(), "v\n");
+    // Links mean what they mean in the container.
+    cp("job:/root/top/root/result", &here("by-link")).ok();
+    assert_eq!(fs::read_to_string(here("by-link")).unwrap(), "data\n");
+    cp("job:/nowhere", &here("x")).fails(1, &["/nowhere", "No such file"]);
+
+    fs::write(here("new"), "new\n").unwrap();
+    cp(&here("new"), "job:/root/top/etc/").ok();
+    cp(&here("new"), "job:/mnt/volume/").ok();
+    assert_eq!(
+        fs::read_to_string(scratch.join("volume/new")).unwrap(),
+        "new\n"
+    );
+    cp(&here("new"), "job:/no/such/place").fails(1, &["/no/such"]);
+    let archive = Archive::new().file("by-tar", "tar\n").bytes();
+    hull.hull(["cp", "-", "job:/etc"]).input(archive).run().ok();
+    cp("job:/etc/new", &here("back")).ok();
+    cp("job:/etc/by-tar", &here("by-tar")).ok();
+    assert_eq!(fs::read_to_string(here("back")).unwrap(), "new\n");
+    let listed = hull.hull(["cp", "job:/", "-"]).run().ok();
+    let mut archive = tar::Archive::new(listed.stdout.as_slice());
+    let first = archive.entries().unwrap().next().unwrap().unwrap();
+    assert_eq!(first.header().mode().unwrap() & 0o777, 0o711);
+
+    job.does("rm").ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_read_only_container_that_has_ended_takes_no_files() {
+    let hull = Hull::new();
+    hull.hull(["run", "--name", "ro", "--read-only", "busybox", "true"])
+        .run()
+        .ok();
+    hull.hull(["cp", "-", "ro:/root"])
+        .input(Archive::new().file("x", "").bytes())
+        .run()
+        .fails(1, &["ead-only file system"]);
+    hull.hull(["cp", "ro:/bin/busybox", "-"]).run().ok();
+}
+
+#[test]
+fn files_are_copied_from_and_to_a_container_that_has_ended_without_root() {
+    let hull = Hull::without_root();
+    let script = "echo data >/root/result; chown 5:6 /root/result";
+    hull.hull(["run", "--name", "job", "--network", "none", "busybox"])
+        .args(["sh", "-c", script])
+        .run()
+        .ok();
+    let listed = hull.hull(["cp", "job:/root/result", "-"]).run().ok();
+    let mut archive = tar::Archive::new(listed.stdout.as_slice());
+    let entry = archive.entries().unwrap().next().unwrap().unwrap();
+    assert_eq!(entry.header().uid().unwrap(), 5);
+    let archive = Archive::new().file("new", "new\n").bytes();
+    hull.hull(["cp", "-", "job:/root"])
+        .input(archive)
+        .run()
+        .ok();
+    let copied = hull.hull(["cp", "job:/root/new", "-"]).run().ok();
+    assert!(copied.text().contains("new"));
+    hull.hull(["rm", "job"]).run().ok();
+}
+
+#[test]
+fn nothing_planted_in_a_container_leads_a_copy_to_the_host() {
+    let hull = Hull::new();
+    let scratch = hull.scratch();
+    fs::write(scratch.join("secret"), "secret").unwrap();
+    let link = format!(
+        "ln -s {} /link; ln -s ../../../../.. /up",
+        scratch.display()
+    );
+    hull.hull(["run", "--name", "bad", "busybox", "sh", "-c", &link])
+        .run()
+        .ok();
+    for path in [
+        "link/secret".to_owned(),
+        format!("up{}/secret", scratch.display()),
+        format!("../../..{}/secret", scratch.display()),
+    ] {
+        hull.hull(["cp", "-L", &format!("bad:/{path}"), "-"])
+            .run()
+            .fails(1, &["No such file"]);
+    }
+    // Nor does one of the host, on the way in.
+    symlink(scratch.join("secret"), scratch.join("to-secret")).unwrap();
+    let source = scratch.join("to-secret");
+    hull.hull(["cp", source.to_str().unwrap(), "bad:/root/link"])
+        .run()
+        .ok();
+    hull.hull(["cp", "-L", "bad:/root/link", "-"])
+        .run()
+        .fails(1, &["No such file"]);
+}
+
+#[test]
+fn containers_are_there_when_the_host_was_started_anew() {
+    let hull = Hull::new();
+    let script = "echo said; echo precious >/data";
+    hull.hull(["run", "--name", "kept", "busybox", "sh", "-c", script])
+        .run()
+        .ok();
+    let running = hull.sleeper();
+    running.kill_host_process("sandbox");
+    hull_tests::eventually("stopped", Duration::from_secs(10), || {
+        running.state() == "stopped"
+    });
+    // Its control groups are gone as well.
+    hull.hull(["rm", &running.name]).run().ok();
+    let running = hull.sleeper();
+    let status = hull.path("data/containers");
+    let of_running = running.inspect()["id"].as_str().unwrap().to_owned();
+    let written = fs::read(status.join(&of_running).join("status.json")).unwrap();
+    hull.hull(["kill", &running.name]).run().ok();
+    fs::write(status.join(&of_running).join("status.json"), written).unwrap();
+    fs::remove_dir_all(hull.path("run")).unwrap();
+
+    let mut names = hull.names();
+    names.sort();
+    let mut expected = ["kept".to_owned(), running.name.clone()];
+    expected.sort();
+    assert_eq!(names, expected);
+    assert_eq!(running.state(), "stopped");
+    assert_eq!(hull.container("kept").inspect()["exit"]["status"], 0);
+    assert_eq!(hull.hull(["logs", "kept"]).run().ok().text(), "said");
+    let copied = hull.hull(["cp", "kept:/data", "-"]).run().ok();
+    assert!(copied.text().contains("precious"));
+    hull.hull(["image", "prune", "-a"]).run().ok();
+    hull.hull(["image", "rm", "busybox"])
+        .run()
+        .fails(1, &["in use"]);
+    hull.run(&[], &["true"]).ok();
+    hull.hull(["rm", "kept", &running.name]).run().ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_that_was_killed_can_be_removed_at_once() {
+    let hull = Hull::new();
+    for _ in 0..3 {
+        let container = hull.sleeper();
+        container.does("kill").ok();
+        container.does("rm").ok();
+    }
+    // So can one whose processes are frozen.
+    let container = hull.sleeper();
+    container.does("pause").ok();
+    container.does("kill").ok();
+    container.does("rm").ok();
+    // Its name is free when it removes itself.
+    for _ in 0..2 {
+        hull.start(&["--rm", "--name", "again"], &["sleep", "1000"]);
+        hull.hull(["kill", "again"]).run().ok();
+    }
+    // Other signals end it when it wants.
+    let container = hull.start(
+        &[],
+        &["sh", "-c", "trap 'sleep 1; exit 3' TERM; sleep 1000 & wait"],
+    );
+    hull.hull(["kill", "-s", "TERM", &container.name])
+        .run()
+        .ok();
+    assert_eq!(container.wait(), 3);
+    container.does("rm").ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn several_containers_are_stopped_at_the_same_time() {
+    let hull = Hull::new();
+    // They ignore the signal to stop.
+    let names: Vec<String> = (0..4).map(|_| hull.sleeper().name).collect();
+    let begin = Instant::now();
+    let output = hull.hull(["stop", "-t", "4"]).args(&names).run().ok();
+    let took = begin.elapsed();
+    assert_eq!(output.text().lines().collect::<Vec<_>>(), names);
+    assert!(
+        took < Duration::from_secs(10),
+        "one after the other: {took:?}"
+    );
+    let output = hull.hull(["wait"]).args(&names).run().ok();
+    assert_eq!(output.text(), "137\n137\n137\n137");
+    let output = hull.hull(["rm", "nobody"]).args(&names).run();
+    let output = output.fails(1, &["no such container: nobody"]);
+    assert_eq!(output.text().lines().count(), 4);
+    hull.assert_clean();
+}
