@@ -20,7 +20,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 pub use disk::Disk;
-pub use overlay::{Overlay, root};
+pub use overlay::{EngineOverlay, Overlay, engine, root};
 
 use crate::config::{FILE_NAME, Share, Writers};
 use crate::error::{Context, Result};
