@@ -314,12 +314,11 @@ fn sysctl(name: &str, namespaces: &Namespaces) -> Result<(CString, bool)> {
     ];
     let (namespace, kind) = if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
         (sys::CLONE_NEWIPC, "an IPC")
-    } else if path.starts_with("net/") {
-        match namespaces.has(sys::CLONE_NEWNET) {
-            true => (sys::CLONE_NEWNET, "a network"),
-            // The guest's own network is the container's.
-            false => (0, ""),
-        }
+    } else if path.starts_with("net/") && namespaces.has(sys::CLONE_NEWNET) {
+        // Otherwise the guest's own network is the container's.
+        (sys::CLONE_NEWNET, "a network")
+    } else if path == "kernel/pid_max" && namespaces.has(sys::CLONE_NEWPID) {
+        (sys::CLONE_NEWPID, "a PID")
     } else if path == "kernel/domainname" {
         (sys::CLONE_NEWUTS, "a UTS")
     } else if path == "kernel/hostname" {
@@ -393,7 +392,7 @@ mod tests {
             name("vm.max_map_count").unwrap(),
             "/proc/sys/vm/max_map_count"
         );
-        for guests in ["vm.max_map_count", "fs.file-max", "kernel.pid_max"] {
+        for guests in ["vm.max_map_count", "fs.file-max", "kernel.panic"] {
             assert!(of_guest(guests), "{guests}");
         }
         for own in ["net.ipv4.ip_forward", "kernel.shmmax", "fs.mqueue.msg_max"] {
