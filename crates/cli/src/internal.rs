@@ -20,8 +20,40 @@ use crate::error::{self, Context, Error, HULL_FAILED, Result};
 /// The name by which container engines call the OCI runtime.
 const OCI_NAME: &str = "hull-oci";
 
+/// As many links as the kernel follows.
+const MAX_LINKS: usize = 40;
+
 /// The name by which containerd calls its shim.
 const SHIM_NAME: &str = "containerd-shim-hull-v2";
+
+/// Whether a name is a symbolic link to [`OCI_NAME`], perhaps over others: engines may be given any
+/// name for their runtime.
+fn links_to_oci(called_as: Option<&OsString>) -> bool {
+    let Some(name) = called_as.map(Path::new) else {
+        return false;
+    };
+    let mut path = match name.components().count() {
+        1 => {
+            let directories = std::env::var_os("PATH").unwrap_or_default();
+            let found = std::env::split_paths(&directories).map(|directory| directory.join(name));
+            match found.into_iter().find(|path| path.exists()) {
+                Some(path) => path,
+                None => return false,
+            }
+        }
+        _ => name.to_owned(),
+    };
+    for _ in 0..MAX_LINKS {
+        if path.file_name() == Some(OsStr::new(OCI_NAME)) {
+            return true;
+        }
+        let Ok(target) = std::fs::read_link(&path) else {
+            return false;
+        };
+        path = path.with_file_name(target);
+    }
+    false
+}
 
 /// Runs another role if the name or the arguments select one.
 pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
@@ -29,7 +61,7 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
         hull_oci::keeper::run(session);
     }
     let called_as = arguments.first().map(Path::new).and_then(Path::file_name);
-    if called_as == Some(OsStr::new(OCI_NAME)) {
+    if called_as == Some(OsStr::new(OCI_NAME)) || links_to_oci(arguments.first()) {
         return Some(crate::oci::main(arguments));
     }
     if called_as == Some(OsStr::new(SHIM_NAME)) {

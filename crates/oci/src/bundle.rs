@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use hull_sandbox::error::{Context, Error, Result};
 use oci_spec::runtime::{Capability, Spec};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Longest configuration that is read, bytes.
 const MAX_CONFIG: u64 = 32 << 20;
@@ -57,6 +57,9 @@ impl Bundle {
         };
         check_version(&version)?;
         let notes = leave_out_unknown_capabilities(&mut config);
+        if let Some(process) = config.get_mut("process") {
+            complete_process(process);
+        }
         let spec: Spec = Spec::deserialize(&config).map_err(invalid)?;
         let root = spec
             .root()
@@ -97,6 +100,31 @@ impl Bundle {
             config,
             notes,
         })
+    }
+}
+
+/// Completes a process as runc does, and writes its words as those read them who parse it.
+pub fn complete_process(process: &mut Value) {
+    let Some(process) = process.as_object_mut() else {
+        return;
+    };
+    // Without a user it is root.
+    let user = process.entry("user").or_insert(Value::Null);
+    if user.is_null() {
+        *user = json!({"uid": 0, "gid": 0});
+    }
+    let flags = process
+        .get_mut("scheduler")
+        .and_then(|scheduler| scheduler.get_mut("flags"))
+        .and_then(Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        // The specification's names; the others are those of the crate that parses it.
+        let known = match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+            _ => continue,
+        };
+        *flag = json!(known);
     }
 }
 

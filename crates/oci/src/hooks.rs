@@ -54,11 +54,11 @@ fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
     {
         command.arg0(name).args(rest);
     }
-    command.env_clear();
-    for variable in hook.env().iter().flatten() {
-        if let Some((name, value)) = variable.split_once('=') {
-            command.env(name, value);
-        }
+    // Without `env` it has that of this process, which leads it to programs, as with runc and crun.
+    if let Some(env) = hook.env() {
+        command.env_clear();
+        let variables = env.iter().filter_map(|variable| variable.split_once('='));
+        command.envs(variables);
     }
     // Its output is only used if it fails. An unlinked file, because a full pipe would block the
     // hook.
@@ -157,6 +157,20 @@ mod tests {
             "",
         )
         .unwrap();
+    }
+
+    #[test]
+    fn a_hook_without_an_environment_of_its_own_has_that_of_the_runtime() {
+        let run_with = |env: &str, script: &str| {
+            let script = serde_json::to_string(script).unwrap();
+            let hooks = hooks(&format!(
+                r#"[{{"path":"/bin/sh","args":["sh","-c",{script}]{env}}}]"#
+            ));
+            run("prestart", Some(&hooks), &Value::Null)
+        };
+        // Cargo and nextest set it for tests.
+        run_with("", r#"[ -n "$CARGO_MANIFEST_DIR" ]"#).unwrap();
+        run_with(r#","env":[]"#, r#"[ -z "$CARGO_MANIFEST_DIR" ]"#).unwrap();
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Selects a container's sandbox: that of the container whose namespaces it joins, that of the pod
-//! named in an annotation of the engine, or a new one.
+//! named in an annotation of the engine unless that has another network, or a new one.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use hull_sandbox::error::{Context, Error, Result};
@@ -86,14 +87,14 @@ pub fn find(
             path: pod,
             shared: true,
         },
-        (None, Some(name)) => Found {
-            path: SandboxPath::new(run, &directory_name(name)?),
-            shared: true,
-        },
-        (None, None) => Found {
-            path: SandboxPath::new(run, &own_name(id)?),
-            shared: false,
-        },
+        (None, Some(name)) => {
+            let path = SandboxPath::new(run, &directory_name(name)?);
+            match is_elsewhere(run, &path, &plan.network) {
+                true => alone(run, id)?,
+                false => Found { path, shared: true },
+            }
+        }
+        (None, None) => alone(run, id)?,
     };
     let network = serde_json::json!({"type": "network", "path": ""});
     let joins_network = joins.iter().any(|(kind, _)| kind == "network");
@@ -105,6 +106,37 @@ pub fn find(
     }
     plan.joins = joins;
     Ok(found)
+}
+
+fn alone(run: &Path, id: &str) -> Result<Found> {
+    Ok(Found {
+        path: SandboxPath::new(run, &own_name(id)?),
+        shared: false,
+    })
+}
+
+/// Whether a container that joins no namespace of its pod brings another network than the
+/// containers that are in the pod's machine, which has one: such a pod (podman's without infra
+/// container, or with `--share none`) shares nothing but its name.
+fn is_elsewhere(run: &Path, pod: &SandboxPath, network: &Network) -> bool {
+    let Network::Path(path) = network else {
+        return false;
+    };
+    // What cannot be told is reported when the namespace is entered.
+    let Some(wanted) = namespace(path) else {
+        return false;
+    };
+    let keepers = keepers::of_sandbox(run, pod);
+    !keepers.is_empty()
+        && !keepers.iter().any(|keeper| {
+            let path = format!("/proc/{}/ns/net", keeper.process.pid);
+            namespace(Path::new(&path)) == Some(wanted)
+        })
+}
+
+fn namespace(path: &Path) -> Option<(u64, u64)> {
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 /// A directory's name for a pod, which no other pod has.

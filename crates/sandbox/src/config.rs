@@ -457,6 +457,13 @@ pub struct TerminalSize {
     pub columns: u16,
 }
 
+impl TerminalSize {
+    /// As `process.consoleSize` of the OCI specification.
+    pub fn to_oci(self) -> serde_json::Value {
+        serde_json::json!({"height": self.rows, "width": self.columns})
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

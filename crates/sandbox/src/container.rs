@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use crate::config::{ProcessConfig, Removal};
-use crate::error::{Error, ErrorKind, Result};
+use crate::config::{ProcessConfig, Removal, TerminalSize};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::EventKind;
 use crate::guest::hub::Hub;
 use crate::guest::streams;
@@ -91,6 +92,13 @@ pub struct Container {
     execs: AtomicU32,
     /// Processes killed for lack of memory that an event was sent for.
     oom_kills: AtomicU64,
+}
+
+/// A process whose terminal has this size from the beginning.
+fn with_size(process: &str, size: TerminalSize) -> Result<Vec<u8>> {
+    let mut process: Value = serde_json::from_str(process).context(|| "read the process")?;
+    process["consoleSize"] = size.to_oci();
+    serde_json::to_vec(&process).context(|| "encode the process")
 }
 
 impl Container {
@@ -211,7 +219,7 @@ impl Container {
     /// # Errors
     /// `WrongState` when the container does not run; `CommandNotFound` and `NotExecutable`.
     pub async fn exec(self: &Arc<Self>, config: ProcessConfig) -> Result<Process> {
-        self.require(&[State::Running], "exec in")?;
+        self.require(&[State::Created, State::Running], "exec in")?;
         self.sandbox
             .in_guest(async |guest| self.exec_in(guest, config).await)
             .await
@@ -227,7 +235,10 @@ impl Container {
         if let Some(keeper) = config.keeper {
             self.keepers().insert(exec.clone(), keeper);
         }
-        let process = config.process.get().as_bytes().to_vec();
+        let process = match config.size.filter(|_| config.stdio.terminal()) {
+            None => config.process.get().as_bytes().to_vec(),
+            Some(size) => with_size(config.process.get(), size)?,
+        };
         let started = guest
             .agent
             .exec(&self.id, &exec, process, config.raw, ports)
@@ -237,11 +248,6 @@ impl Container {
             return Err(error);
         }
         event(|container, exec| EventKind::ExecStarted { container, exec });
-        if let Some(size) = config.size
-            && let Err(error) = guest.agent.resize(&self.id, &exec, size).await
-        {
-            tracing::debug!("cannot set the size of a terminal: {error}");
-        }
         Ok(Process::exec(
             self.clone(),
             exec,

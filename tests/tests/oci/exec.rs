@@ -3,9 +3,9 @@
 
 use std::fs;
 use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use hull_tests::{Bundle, Console, Oci, end_of, eventually, pid_in};
+use hull_tests::{Bundle, Console, Invocation, Oci, Terminal, end_of, eventually, pid_in};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -27,9 +27,7 @@ fn exec_ends_with_the_status_of_the_command_and_carries_its_streams() {
 #[test]
 fn exec_that_cannot_begin_ends_with_255() {
     let oci = Oci::new();
-    let init = oci.create(&oci.bundle());
-    init.sh("true").fails(255, &["not started"]);
-    init.does("start").ok();
+    let init = oci.start(&oci.bundle());
     init.exec(&[], &["no-such-command"])
         .fails(255, &["no-such-command", "not found"]);
     init.exec(&[], &["/etc/passwd"])
@@ -419,4 +417,83 @@ fn a_container_whose_output_nobody_reads_is_deleted_by_force_at_once() {
     running.kill().unwrap();
     running.wait().unwrap();
     oci.assert_clean();
+}
+
+#[test]
+fn exec_ends_with_its_process_and_not_with_what_that_left_in_the_background() {
+    let oci = Oci::new();
+    let init = oci.start(&oci.bundle());
+    let begin = Instant::now();
+    let output = init
+        .sh("sleep 1000 & echo out; echo err >&2; exit 7")
+        .ends(7);
+    assert_eq!(
+        (output.text(), output.error()),
+        ("out".into(), "err\n".into())
+    );
+    // The background process writes without end, and what came before it is not lost.
+    let script = "head -c 300000 /dev/zero; (while :; do echo more; done) & exit 3";
+    let output = init.executing(&[], &["sh", "-c", script]).run().ends(3);
+    assert!(output.stdout.starts_with(&[0; 300_000]));
+    assert!(begin.elapsed() < Duration::from_secs(20));
+    // It goes on.
+    init.sh("ps | grep 'while [:]'").ok();
+}
+
+#[test]
+fn exec_works_in_a_container_that_was_created_and_not_started() {
+    let oci = Oci::new();
+    let init = oci.create(&oci.bundle().sh("echo started; exec sleep 1000"));
+    assert_eq!(init.sh("echo before").ok().text(), "before");
+    init.does("start").ok();
+    init.says("started");
+}
+
+#[test]
+fn exec_with_a_terminal_has_its_size_from_the_beginning() {
+    let oci = Oci::new();
+    let init = oci.start(&oci.bundle());
+    for _ in 0..5 {
+        let mut terminal = Terminal::start(init.executing(&["--tty"], &["stty", "size"]), 33, 77);
+        terminal.wait_for("33 77");
+        terminal.wait();
+    }
+    let process = oci.path("process.json");
+    let config = json!({
+        "terminal": true, "consoleSize": {"height": 12, "width": 34},
+        "args": ["stty", "size"], "cwd": "/", "env": ["PATH=/bin"],
+    });
+    fs::write(&process, config.to_string()).unwrap();
+    let (listener, path) = oci.console_socket();
+    let console = std::thread::spawn(move || Console::receive(&listener));
+    let options = [
+        "--detach",
+        "--process",
+        process.to_str().unwrap(),
+        "--console-socket",
+        path.to_str().unwrap(),
+    ];
+    init.exec(&options, &[]).ok();
+    console.join().unwrap().wait_for("12 34");
+}
+
+#[test]
+fn exec_with_a_terminal_needs_one_among_the_standard_streams_only() {
+    let oci = Oci::new();
+    let init = oci.start(&oci.bundle());
+    let command = format!(
+        "{} --root {} exec --tty {} tty </dev/null; echo status $?",
+        oci.runtime.path.display(),
+        oci.path("state").display(),
+        init.id
+    );
+    let shell = Invocation::new("sh").args(["-c", &command]);
+    let mut terminal = Terminal::start(shell, 24, 80);
+    terminal.wait_for("/dev/pts/");
+    terminal.wait_for("status 0");
+    terminal.wait();
+    init.executing(&["--tty"], &["tty"])
+        .under(&["setsid", "--wait"])
+        .run()
+        .fails(255, &["started without one"]);
 }

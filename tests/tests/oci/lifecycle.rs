@@ -345,3 +345,75 @@ fn several_containers_live_beside_each_other() {
     assert_eq!(inits[0].status(), "running");
     assert_eq!(inits[2].sh("echo still").ok().text(), "still");
 }
+
+#[test]
+fn a_container_that_is_being_created_says_so_and_cannot_be_deleted() {
+    let oci = Oci::new();
+    let bundle = oci.bundle().hook("createRuntime", "sleep 0.5");
+    let mut seen = Vec::new();
+    let init = oci.init();
+    let creating = oci.creating(&init, &bundle, &[]).start();
+    loop {
+        let state = init.does("state");
+        if state.status != 0 {
+            // There is no record yet.
+            continue;
+        }
+        let status = state.json()["status"].as_str().unwrap().to_owned();
+        if status == "created" {
+            break;
+        }
+        if seen.is_empty() {
+            init.does("delete").fails(1, &["not stopped"]);
+        }
+        seen.push(status);
+    }
+    assert!(seen.iter().all(|status| status == "creating"), "{seen:?}");
+    assert!(!seen.is_empty());
+    creating.finish().ok();
+}
+
+#[test]
+fn a_detached_container_that_closes_its_output_ends_its_readers_pipe() {
+    let oci = Oci::new();
+    let bundle = oci.bundle().sh("echo hi; exec >/dev/null 2>&1; sleep 1000");
+    let id = oci.unique();
+    let output = oci
+        .oci(["run", "--detach", "--bundle"])
+        .arg(&bundle.path)
+        .arg(&id)
+        .limit(Duration::from_secs(20))
+        .run()
+        .ok();
+    assert_eq!(output.text(), "hi");
+    assert_eq!(oci.named(&id).status(), "running");
+}
+
+#[test]
+fn a_link_to_the_runtime_is_the_runtime() {
+    let oci = Oci::new();
+    let link = oci.path("my-runtime");
+    std::os::unix::fs::symlink(&oci.runtime.path, &link).unwrap();
+    let features = hull_tests::Invocation::new(&link)
+        .arg("features")
+        .run()
+        .ok();
+    assert!(features.json()["ociVersionMax"].is_string());
+}
+
+#[test]
+fn debug_output_is_in_the_log() {
+    let oci = Oci::new();
+    let log = oci.path("log");
+    let path = log.to_str().unwrap();
+    let invocation = hull_tests::Invocation::new(&oci.runtime.path);
+    invocation
+        .args(["--debug", "--log", path, "features"])
+        .run()
+        .ok();
+    let text = fs::read_to_string(&log).unwrap();
+    assert!(
+        text.contains("level=debug") && text.contains("features"),
+        "{text}"
+    );
+}

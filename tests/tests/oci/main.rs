@@ -12,4 +12,5 @@ mod network;
 mod network_crash;
 mod people;
 mod pods;
+mod spec;
 mod validation;

@@ -386,3 +386,61 @@ fn podman_start_takes_no_longer_than_a_user_waits() {
     let took = podman.run(&[], &["true"]).ok().took;
     assert!(took < Duration::from_secs(10), "{took:?}");
 }
+
+#[test]
+fn podman_tmpfs_can_be_used_by_the_containers_user() {
+    let podman = Podman::new();
+    let options = ["--user", "1000", "--tmpfs", "/new"];
+    podman.sh(&options, "touch /new/x").ok();
+    let options = ["--mount", "type=tmpfs,dst=/new,tmpfs-mode=700"];
+    let output = podman.sh(&options, "stat -c %a /new").ok();
+    assert_eq!(output.text(), "700");
+}
+
+#[test]
+fn podman_cp_to_a_tmpfs_fails_and_to_the_root_works() {
+    let podman = Podman::new();
+    let file = podman.scratch().join("file");
+    std::fs::write(&file, "content\n").unwrap();
+    let name = podman.sleeper(&["--tmpfs", "/tmp"]);
+    let copy = |to: &str| {
+        let target = format!("{name}:{to}");
+        podman.podman(["cp", file.to_str().unwrap(), &target]).run()
+    };
+    let output = copy("/tmp/file");
+    assert_ne!(output.status, 0);
+    assert!(output.error().contains("read-only"), "{}", output.error());
+    copy("/root/file").ok();
+    assert_eq!(
+        podman.exec(&name, &["cat", "/root/file"]).ok().text(),
+        "content"
+    );
+}
+
+#[test]
+fn podman_overlay_volumes_and_images_are_mounted() {
+    let podman = Podman::new();
+    let scratch = podman.scratch();
+    std::fs::write(scratch.join("file"), "content\n").unwrap();
+    let volume = format!("{}:/data:O", scratch.display());
+    let script = "cat /data/file; echo new >/data/file; cat /data/file";
+    let output = podman.sh(&["-v", &volume], script).ok();
+    assert_eq!(output.text(), "content\nnew");
+    let left = std::fs::read_to_string(scratch.join("file")).unwrap();
+    assert_eq!(left, "content\n");
+    let mount = "type=image,source=busybox,destination=/image";
+    podman
+        .sh(
+            &["--mount", mount],
+            "test -x /image/bin/sh && ! touch /image/x",
+        )
+        .ok();
+}
+
+#[test]
+fn podman_users_can_be_mapped_in_a_cgroup_namespace() {
+    let podman = Podman::new();
+    let options = ["--uidmap", "0:100000:65536", "--cgroupns=private"];
+    let output = podman.sh(&options, "id -u; cat /proc/self/cgroup").ok();
+    assert_eq!(output.text(), "0\n0::/");
+}

@@ -247,3 +247,16 @@ fn buildah_run_uses_the_runtime() {
     }
     buildah(&["rm", &name]);
 }
+
+#[test]
+fn podman_containers_of_a_pod_that_share_nothing_start_with_networks_of_their_own() {
+    let podman = Podman::with_networks();
+    let pod = podman.unique("pod");
+    let create = ["pod", "create", "--infra=false", "--name", &pod];
+    podman.podman(create).run().ok();
+    let options = ["--pod", &pod, "--network", "podman"];
+    let one = podman.sleeper(&options);
+    let two = podman.sleeper(&options);
+    let address = |name: &str| podman.exec_sh(name, "ip -o -4 addr show dev eth0").ok();
+    assert_ne!(address(&one).text(), address(&two).text());
+}

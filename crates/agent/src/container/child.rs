@@ -40,7 +40,8 @@ pub(super) fn run_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Creat
     match prepare_init(plan, io, gate) {
         Err(error) => error,
         Ok((executable, pid)) => {
-            let started = gate.pass().and_then(|()| match pid {
+            let passed = gate.pass().and_then(|()| plan.process.confine());
+            let started = passed.and_then(|()| match pid {
                 Some(pid) => plan.hooks.run_start_container(&pid),
                 None => Ok(()),
             });
@@ -75,7 +76,7 @@ fn prepare_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Result<Prepa
             .context(|| format!("cannot set domainname to {domainname:?}"))?;
     }
     let root = plan.rootfs.attach()?;
-    plan.rootfs.fill(root)?;
+    let unsealed = plan.rootfs.fill(root)?;
     let terminal = match io {
         ChildIo::Terminal => {
             let terminal = open_terminal(root, &plan.process)?;
@@ -84,7 +85,7 @@ fn prepare_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Result<Prepa
         }
         ChildIo::Pipes(_) => None,
     };
-    plan.rootfs.protect(root)?;
+    plan.rootfs.protect(root, &unsealed)?;
     let pid = plan.hooks.run_create_container()?;
     plan.rootfs.pivot(root)?;
     set_streams(io, terminal, gate)?;
@@ -97,7 +98,7 @@ fn prepare_init(plan: &InitPlan, io: &ChildIo, gate: &ChildGate) -> Result<Prepa
 pub(super) fn run_exec(plan: &ExecPlan<'_>, io: &ChildIo, gate: &ChildGate) -> CreateError {
     match prepare_exec(plan, io, gate) {
         Err(error) => error,
-        Ok(executable) => match gate.pass() {
+        Ok(executable) => match gate.pass().and_then(|()| plan.process.confine()) {
             Err(error) => error,
             Ok(()) => plan.process.execute(&executable),
         },

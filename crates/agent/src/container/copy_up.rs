@@ -3,14 +3,34 @@
 //! Runs in the child. Works on descriptors and follows no links: the content comes from the image.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timestamps, Uid};
 use rustix::io::{Errno, Result};
 
+/// Copies everything in the directory `from` to the root directory `to` of a tmpfs, whose mode its
+/// options have set; with `owner` also the directory's own owner.
+pub(super) fn fill(from: BorrowedFd<'_>, to: BorrowedFd<'_>, owner: bool) -> Result<()> {
+    let (from, to) = copy_entries(from, to)?;
+    let stat = rustix::fs::fstat(&from)?;
+    if owner {
+        own(to.as_fd(), c"", &stat)?;
+    }
+    rustix::fs::futimens(&to, &times(&stat))
+}
+
 /// Copies everything in the directory `from` to the directory `to`, and the directory's own owner
 /// and mode.
-pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
+fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
+    let (from, to) = copy_entries(from, to)?;
+    let stat = rustix::fs::fstat(&from)?;
+    own(to.as_fd(), c"", &stat)?;
+    rustix::fs::fchmod(&to, Mode::from_raw_mode(stat.st_mode))?;
+    rustix::fs::futimens(&to, &times(&stat))
+}
+
+/// Copies everything in the directory `from` to the directory `to`. Both, opened for reading.
+fn copy_entries(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(OwnedFd, OwnedFd)> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let from = rustix::fs::openat(from, c".", flags, Mode::empty())?;
     let to = rustix::fs::openat(to, c".", flags, Mode::empty())?;
@@ -21,10 +41,7 @@ pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
             copy_entry(from.as_fd(), to.as_fd(), name)?;
         }
     }
-    let stat = rustix::fs::fstat(&from)?;
-    own(to.as_fd(), c"", &stat)?;
-    rustix::fs::fchmod(&to, Mode::from_raw_mode(stat.st_mode))?;
-    rustix::fs::futimens(&to, &times(&stat))
+    Ok((from, to))
 }
 
 fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<()> {
@@ -116,15 +133,15 @@ mod tests {
         fs::create_dir(&to).unwrap();
         fs::write(from.join("sub/file"), "text").unwrap();
         fs::set_permissions(from.join("sub/file"), fs::Permissions::from_mode(0o4711)).unwrap();
-        fs::set_permissions(&from, fs::Permissions::from_mode(0o1777)).unwrap();
+        fs::set_permissions(from.join("sub"), fs::Permissions::from_mode(0o1777)).unwrap();
         symlink("/nowhere", from.join("link")).unwrap();
         let open =
             |path| rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
-        copy(open(&from).as_fd(), open(&to).as_fd()).unwrap();
+        fill(open(&from).as_fd(), open(&to).as_fd(), true).unwrap();
         assert_eq!(fs::read_to_string(to.join("sub/file")).unwrap(), "text");
         let mode = |path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
         assert_eq!(mode(to.join("sub/file")), 0o4711);
-        assert_eq!(mode(to.clone()), 0o1777);
+        assert_eq!(mode(to.join("sub")), 0o1777);
         assert_eq!(
             fs::read_link(to.join("link")).unwrap().to_str(),
             Some("/nowhere")

@@ -198,6 +198,7 @@ impl Container {
         };
         let limits = Limits::new(process, false)?;
         own_streams(&io, outside_id(&plan.namespaces.uid_map, plan.process.uid));
+        plan.rootfs.set_guest_sysctls()?;
         let cgroup = group.create()?;
         let started = start_init(&plan, &io, &cgroup).and_then(|spawned| {
             // The new process sets up its file system meanwhile, which is mostly waiting.

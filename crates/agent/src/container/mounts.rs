@@ -10,15 +10,18 @@ use std::path::Path;
 
 use libc::c_ulong;
 use oci_spec::runtime::Mount;
-use rustix::fs::{CWD, FileType};
+use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
 
 use super::error::{Context, CreateError, Result};
 use super::mount_options::MountOptions;
 use super::paths::{self, Missing};
-use super::sys::{self, MOUNT_ATTR_RDONLY, MountAttributes};
+use super::sys::{self, MountAttributes};
 use super::{copy_up, rootfs};
+
+/// Mode of a tmpfs whose mount point was not there, when the spec names none.
+const DEFAULT_TMPFS_MODE: Mode = Mode::from_raw_mode(0o1777);
 
 /// One mount.
 #[derive(Debug)]
@@ -157,10 +160,10 @@ impl MountPlan {
     }
 
     /// Mounts it. Runs in the child, as the agent's root and without umask. Changes the working
-    /// directory.
-    pub(super) fn mount(&self, root: BorrowedFd<'_>) -> Result<()> {
+    /// directory. Returns a mount that is to be made read-only when all mounts are there.
+    pub(super) fn mount(&self, root: BorrowedFd<'_>) -> Result<Option<BorrowedFd<'static>>> {
         match &self.kind {
-            Kind::Bind { source, recursive } => self.bind(root, source, *recursive),
+            Kind::Bind { source, recursive } => self.bind(root, source, *recursive).map(|()| None),
             Kind::Filesystem { name, source, data } => {
                 self.new_filesystem(root, name, source, data)
             }
@@ -220,7 +223,7 @@ impl MountPlan {
         name: &CStr,
         source: &CStr,
         data: &CStr,
-    ) -> Result<()> {
+    ) -> Result<Option<BorrowedFd<'static>>> {
         let found = if name == c"proc" || name == c"sysfs" {
             // Links in the image must not redirect these: masking and sysctls rely on their place.
             match paths::find_plain(root, &self.destination) {
@@ -238,47 +241,86 @@ impl MountPlan {
         } else {
             paths::find(root, &self.destination)
         };
-        let target = match found {
-            Err(Errno::NOENT) => {
-                paths::find_or_make(root, &self.destination, || Ok(Missing::Directory))
-            }
-            found => found,
+        let existed = !matches!(found, Err(Errno::NOENT));
+        let target = match existed {
+            true => found,
+            false => paths::find_or_make(root, &self.destination, || Ok(Missing::Directory)),
         }
         .context(|| self.what())?;
         let target = sys::leak(target);
         rustix::process::fchdir(target).context(|| self.what())?;
-        let mut flags = self.options.flags;
-        if self.options.copy_up {
-            flags &= !libc::MS_RDONLY;
+        if name == c"tmpfs" {
+            return self.new_tmpfs(root, source, data, existed.then_some(target));
         }
-        match sys::mount_here(source, name, flags, data) {
+        match sys::mount_here(source, name, self.options.flags, data) {
             // A user namespace that does not own the network namespace cannot mount sysfs, which
             // shows the latter: the agent's shows the same.
             Err(error) if name == c"sysfs" && error.raw_os_error() == Some(libc::EPERM) => {
-                return self.bind_own(c"/sys", target);
+                return self.bind_own(c"/sys", target).map(|()| None);
+            }
+            // The agent's /sys, bound above, has the same file system there: mount(2) refuses that.
+            Err(error) if name == c"cgroup2" && error.raw_os_error() == Some(libc::EBUSY) => {
+                return self.cover_cgroups(target).map(|()| None);
             }
             mounted => mounted.context(|| self.what())?,
         }
-        if !self.options.copy_up
+        if self.options.propagation.is_empty() && self.options.recursive.is_empty() {
+            return Ok(None);
+        }
+        let mounted = paths::find(root, &self.destination).context(|| self.what())?;
+        self.set_attributes(mounted.as_fd(), &MountAttributes::default())?;
+        Ok(None)
+    }
+
+    /// Mounts a tmpfs on the working directory, which is `hidden` if it was there before. One that
+    /// is to be read-only is returned: other mounts, devices and a copy may have to be put in it.
+    fn new_tmpfs(
+        &self,
+        root: BorrowedFd<'_>,
+        source: &CStr,
+        data: &CStr,
+        hidden: Option<BorrowedFd<'_>>,
+    ) -> Result<Option<BorrowedFd<'static>>> {
+        let named = |option: &[u8]| {
+            let mut options = data.to_bytes().split(|byte| *byte == b',');
+            options.any(|word| word.starts_with(option))
+        };
+        let mut data = data.to_owned();
+        match hidden {
+            _ if named(b"mode=") => {}
+            Some(hidden) => {
+                let mode = rustix::fs::fstat(hidden).context(|| self.what())?.st_mode & 0o7777;
+                let comma = if data.is_empty() { "" } else { "," };
+                let options = format!("{}{comma}mode={mode:o}", data.to_string_lossy());
+                data = sys::c_string("mounts: options", options)?;
+            }
+            // The same when the container is started again, with the directory there.
+            None => rustix::fs::chmodat(CWD, c".", DEFAULT_TMPFS_MODE, AtFlags::empty())
+                .context(|| self.what())?,
+        }
+        let flags = self.options.flags & !libc::MS_RDONLY;
+        sys::mount_here(source, c"tmpfs", flags, &data).context(|| self.what())?;
+        let read_only = self.options.flags & libc::MS_RDONLY != 0;
+        if !read_only
+            && !self.options.copy_up
             && self.options.propagation.is_empty()
             && self.options.recursive.is_empty()
         {
-            return Ok(());
+            return Ok(None);
         }
         let mounted = paths::find(root, &self.destination).context(|| self.what())?;
-        let mut attributes = MountAttributes::default();
-        if self.options.copy_up {
-            copy_up::copy(target, mounted.as_fd()).context(|| {
+        let mounted = sys::leak(mounted);
+        if let Some(hidden) = hidden.filter(|_| self.options.copy_up) {
+            let owner = !named(b"uid=") && !named(b"gid=");
+            copy_up::fill(hidden, mounted, owner).context(|| {
                 format!(
                     "cannot copy to the tmpfs at /{}",
                     self.destination.to_string_lossy()
                 )
             })?;
-            if self.options.flags & libc::MS_RDONLY != 0 {
-                attributes.set = MOUNT_ATTR_RDONLY;
-            }
         }
-        self.set_attributes(mounted.as_fd(), &attributes)
+        self.set_attributes(mounted, &MountAttributes::default())?;
+        Ok(read_only.then_some(mounted))
     }
 
     /// Binds the agent's mount at `source` with everything below it: a user namespace may not
@@ -291,6 +333,22 @@ impl MountPlan {
             ..Default::default()
         };
         sys::mount_setattr(tree.as_fd(), c"", true, &attributes).context(|| self.what())?;
+        attach(tree.as_fd(), target).context(|| self.what())
+    }
+
+    /// Mounts the groups that the container's namespace shows on top of the agent's.
+    fn cover_cgroups(&self, target: BorrowedFd<'_>) -> Result<()> {
+        let mount = || {
+            let context = rustix::mount::fsopen(c"cgroup2", FsOpenFlags::FSOPEN_CLOEXEC)?;
+            rustix::mount::fsconfig_create(context.as_fd())?;
+            rustix::mount::fsmount(
+                context.as_fd(),
+                FsMountFlags::FSMOUNT_CLOEXEC,
+                MountAttrFlags::empty(),
+            )
+        };
+        let tree = mount().context(|| self.what())?;
+        self.set_attributes(tree.as_fd(), &self.options.attributes)?;
         attach(tree.as_fd(), target).context(|| self.what())
     }
 

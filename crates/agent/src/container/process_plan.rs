@@ -259,13 +259,17 @@ impl ProcessPlan {
         find_command(name, path.unwrap_or(DEFAULT_PATH), &mut examine)
     }
 
+    /// With no_new_privs, loads the filter, which needs no privileges then: as late as possible, so
+    /// that it has to let through less.
+    pub(super) fn confine(&self) -> Result<()> {
+        match self.no_new_privileges {
+            true => self.load_seccomp(),
+            false => Ok(()),
+        }
+    }
+
     /// Executes the command. Returns only on failure.
     pub(super) fn execute(&self, executable: &Executable) -> CreateError {
-        if self.no_new_privileges
-            && let Err(error) = self.load_seccomp()
-        {
-            return error;
-        }
         if let Err(error) = reset_signals() {
             return error;
         }

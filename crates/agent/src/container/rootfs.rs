@@ -33,8 +33,10 @@ pub(super) struct RootfsPlan {
     devices: Devices,
     masked: Vec<CString>,
     readonly_paths: Vec<CString>,
-    /// Files below /proc/sys, and the values written to them.
+    /// Files below /proc/sys of the container's namespaces, and the values written to them.
     sysctls: Vec<(CString, String)>,
+    /// The same, of the whole guest.
+    guest_sysctls: Vec<(CString, String)>,
 }
 
 /// Makes `path`, which is absolute in the container's root, relative to a directory.
@@ -94,6 +96,15 @@ impl RootfsPlan {
             mounts.iter().any(MountPlan::is_bound_dev),
             namespaces.has(sys::CLONE_NEWUSER),
         )?;
+        let (mut sysctls, mut guest_sysctls) = (Vec::new(), Vec::new());
+        let named = linux.and_then(|linux| linux.sysctl().as_ref());
+        for (name, value) in named.into_iter().flatten() {
+            let (file, of_guest) = sysctl(name, namespaces)?;
+            match of_guest {
+                true => guest_sysctls.push((file, value.clone())),
+                false => sysctls.push((file, value.clone())),
+            }
+        }
         let propagation = linux
             .and_then(|linux| linux.rootfs_propagation().as_deref())
             .unwrap_or_default();
@@ -111,13 +122,15 @@ impl RootfsPlan {
                 "linux.readonlyPaths",
                 linux.and_then(|linux| linux.readonly_paths().as_ref()),
             )?,
-            sysctls: linux
-                .and_then(|linux| linux.sysctl().as_ref())
-                .into_iter()
-                .flatten()
-                .map(|(name, value)| Ok((sysctl(name, namespaces)?, value.clone())))
-                .collect::<Result<_>>()?,
+            sysctls,
+            guest_sysctls,
         })
+    }
+
+    /// Sets the sysctls that are the guest's own. The agent does it: a container's user namespace
+    /// has no right to.
+    pub(super) fn set_guest_sysctls(&self) -> Result<()> {
+        self.guest_sysctls.iter().try_for_each(set_sysctl)
     }
 
     fn shared(&self) -> bool {
@@ -158,22 +171,28 @@ impl RootfsPlan {
         Ok(root)
     }
 
-    /// Creates the spec's mounts and the devices.
-    pub(super) fn fill(&self, root: BorrowedFd<'_>) -> Result<()> {
-        self.mounts.iter().try_for_each(|mount| mount.mount(root))?;
-        self.devices.make(root)
+    /// Creates the spec's mounts and the devices. Returns mounts that [`RootfsPlan::protect`] is to
+    /// make read-only.
+    pub(super) fn fill(&self, root: BorrowedFd<'_>) -> Result<Vec<BorrowedFd<'static>>> {
+        let mut unsealed = Vec::new();
+        for mount in &self.mounts {
+            unsealed.extend(mount.mount(root)?);
+        }
+        self.devices.make(root)?;
+        Ok(unsealed)
     }
 
     /// Sets sysctls, hides what is to be hidden and protects what is to be read-only.
-    pub(super) fn protect(&self, root: BorrowedFd<'_>) -> Result<()> {
-        for (path, value) in &self.sysctls {
-            sys::write_file(CWD, path.as_c_str(), value.as_bytes()).context(|| {
-                format!(
-                    "cannot set linux.sysctl {} to {value:?}",
-                    path.to_string_lossy()
-                )
-            })?;
+    pub(super) fn protect(&self, root: BorrowedFd<'_>, unsealed: &[BorrowedFd<'_>]) -> Result<()> {
+        let readonly = MountAttributes {
+            set: MOUNT_ATTR_RDONLY,
+            ..Default::default()
+        };
+        for mount in unsealed {
+            sys::mount_setattr(*mount, c"", false, &readonly)
+                .context(|| "cannot make a tmpfs of mounts read-only")?;
         }
+        self.sysctls.iter().try_for_each(set_sysctl)?;
         for path in &self.readonly_paths {
             make_readonly(root, path)
                 .context(|| format!("cannot make /{} read-only", path.to_string_lossy()))?;
@@ -213,6 +232,15 @@ impl RootfsPlan {
     }
 }
 
+fn set_sysctl((path, value): &(CString, String)) -> Result<()> {
+    sys::write_file(CWD, path.as_c_str(), value.as_bytes()).context(|| {
+        format!(
+            "cannot set linux.sysctl {} to {value:?}",
+            path.to_string_lossy()
+        )
+    })
+}
+
 fn make_readonly(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
     let place = match paths::find(root, path) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
@@ -248,9 +276,11 @@ fn mask(root: BorrowedFd<'_>, path: &CStr) -> std::io::Result<()> {
     Ok(mounts::attach(null, place)?)
 }
 
-/// The file of a sysctl that belongs to one of the container's namespaces. Others would change the
-/// guest and are rejected.
-fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
+/// The file of a sysctl. One that belongs to a namespace is set in the container's, which it must
+/// have; any other is the guest's own.
+///
+/// Returns whether it is the guest's.
+fn sysctl(name: &str, namespaces: &Namespaces) -> Result<(CString, bool)> {
     let invalid = |why: &str| CreateError::invalid("linux.sysctl", format_args!("{name:?} {why}"));
     // The separator that comes first counts: net.ipv4.conf.eth0/100.forwarding.
     let slashes = name
@@ -284,21 +314,25 @@ fn sysctl(name: &str, namespaces: &Namespaces) -> Result<CString> {
     ];
     let (namespace, kind) = if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
         (sys::CLONE_NEWIPC, "an IPC")
-    } else if path.starts_with("net/") {
+    } else if path.starts_with("net/") && namespaces.has(sys::CLONE_NEWNET) {
+        // Otherwise the guest's own network is the container's.
         (sys::CLONE_NEWNET, "a network")
+    } else if path == "kernel/pid_max" && namespaces.has(sys::CLONE_NEWPID) {
+        (sys::CLONE_NEWPID, "a PID")
     } else if path == "kernel/domainname" {
         (sys::CLONE_NEWUTS, "a UTS")
     } else if path == "kernel/hostname" {
         return Err(invalid("is set by the spec's hostname"));
     } else {
-        return Err(invalid("does not belong to a namespace"));
+        (0, "")
     };
-    if !namespaces.has(namespace) {
+    if namespace != 0 && !namespaces.has(namespace) {
         return Err(invalid(&format!(
             "needs {kind} namespace of the container's own"
         )));
     }
-    sys::c_string("linux.sysctl", format!("/proc/sys/{path}"))
+    let file = sys::c_string("linux.sysctl", format!("/proc/sys/{path}"))?;
+    Ok((file, namespace == 0))
 }
 
 /// Opens the root directory with O_PATH.
@@ -337,9 +371,10 @@ mod tests {
     }
 
     #[test]
-    fn sysctls_of_namespaces_only() {
+    fn sysctls_are_those_of_the_containers_namespaces_or_the_guests() {
         let all = namespaces(r#",{"type":"network"},{"type":"ipc"},{"type":"uts"}"#);
-        let name = |name: &str| sysctl(name, &all).map(|path| path.into_string().unwrap());
+        let name = |name: &str| sysctl(name, &all).map(|(path, _)| path.into_string().unwrap());
+        let of_guest = |name: &str| sysctl(name, &all).unwrap().1;
         assert_eq!(
             name("net.ipv4.ip_forward").unwrap(),
             "/proc/sys/net/ipv4/ip_forward"
@@ -353,12 +388,16 @@ mod tests {
             "/proc/sys/net/ipv4/conf/eth0.1/mtu"
         );
         assert_eq!(name("kernel.shmmax").unwrap(), "/proc/sys/kernel/shmmax");
-        assert!(
-            name("kernel.panic")
-                .unwrap_err()
-                .to_string()
-                .contains("kernel.panic")
+        assert_eq!(
+            name("vm.max_map_count").unwrap(),
+            "/proc/sys/vm/max_map_count"
         );
+        for guests in ["vm.max_map_count", "fs.file-max", "kernel.panic"] {
+            assert!(of_guest(guests), "{guests}");
+        }
+        for own in ["net.ipv4.ip_forward", "kernel.shmmax", "fs.mqueue.msg_max"] {
+            assert!(!of_guest(own), "{own}");
+        }
         assert!(
             name("kernel.hostname")
                 .unwrap_err()
@@ -369,11 +408,12 @@ mod tests {
         assert!(name("net/../kernel/panic").is_err());
         assert!(name("").is_err());
         let none = namespaces("");
+        assert!(sysctl("net.ipv4.ip_forward", &none).unwrap().1);
         assert!(
-            sysctl("net.ipv4.ip_forward", &none)
+            sysctl("kernel.shmmax", &none)
                 .unwrap_err()
                 .to_string()
-                .contains("network namespace")
+                .contains("IPC namespace")
         );
     }
 }

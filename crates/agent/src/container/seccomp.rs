@@ -78,26 +78,6 @@ fn comparison(argument: &LinuxSeccompArg) -> Result<Comparison> {
 impl Filter {
     /// Compiles the profile of a spec.
     pub(super) fn new(spec: &LinuxSeccomp) -> Result<Filter> {
-        if spec
-            .listener_path()
-            .as_ref()
-            .is_some_and(|path| !path.as_os_str().is_empty())
-        {
-            return Err(CreateError::unsupported(
-                "linux.seccomp.listenerPath",
-                "user notification",
-            ));
-        }
-        if spec
-            .listener_metadata()
-            .as_ref()
-            .is_some_and(|metadata| !metadata.is_empty())
-        {
-            return Err(CreateError::unsupported(
-                "linux.seccomp.listenerMetadata",
-                "user notification",
-            ));
-        }
         let mut flags = 0;
         for flag in spec.flags().iter().flatten() {
             flags |= match flag {
@@ -524,10 +504,6 @@ mod tests {
     fn what_is_not_done_is_named() {
         for (json, words) in [
             (r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#, "SCMP_ACT_NOTIFY"),
-            (
-                r#"{"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/x"}"#,
-                "listenerPath",
-            ),
             (
                 r#"{"defaultAction":"SCMP_ACT_ALLOW","flags":["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]}"#,
                 "WAIT_KILLABLE",

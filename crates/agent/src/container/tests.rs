@@ -192,8 +192,8 @@ fn in_root(name: &str, spec: impl FnOnce(&Path) -> serde_json::Value, inside: im
         let plan = RootfsPlan::new(&spec, &namespaces, Path::new("/sys/fs/cgroup/test")).unwrap();
         rustix::process::umask(rustix::fs::Mode::empty());
         let root = plan.attach().unwrap();
-        plan.fill(root).unwrap();
-        plan.protect(root).unwrap();
+        let unsealed = plan.fill(root).unwrap();
+        plan.protect(root, &unsealed).unwrap();
         plan.pivot(root).unwrap();
         plan.seal().unwrap();
         inside();

@@ -3,24 +3,20 @@
 //! What `Wait` guarantees: it returns when the process has ended and its output has been handed to
 //! the host. Other processes may have inherited its output (`sh -c 'sleep 1000 &'`). When the
 //! process is the first of its PID namespace, the kernel ends them with it, and the output ends on
-//! its own. Else `Wait` gives them [`OUTPUT_GRACE`] from the moment at which everything that the
-//! process itself wrote has been passed on, and returns; the relays go on for as long as the host
-//! keeps the streams open. A host that does not read holds `Wait` up: no output is ever dropped.
+//! its own. Else the output goes on for [`OUTPUT_GRACE`] from the moment at which everything that
+//! the process itself wrote has been passed on; then the host sees its end, `Wait` returns, and
+//! what the others write is discarded. A host that does not read holds `Wait` up: nothing that the
+//! process itself wrote is ever dropped.
 
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
 
 use tokio::sync::watch;
 
 use super::reaper::Exit;
-use crate::io::relay::Progress;
-
-/// How long `Wait` waits for the end of output that descendants of an ended process hold open. As
-/// in Docker.
-const OUTPUT_GRACE: Duration = Duration::from_secs(2);
+use crate::io::relay::{OUTPUT_GRACE, Progress};
 
 /// A container's init or a process that was executed in it.
 pub struct Process {

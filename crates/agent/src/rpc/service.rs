@@ -154,7 +154,7 @@ impl Service {
 
     async fn execute(&self, request: ExecRequest) -> Result<ExecResponse> {
         let entry = self.registry.get(&request.container_id)?;
-        entry.require(&[State::Running], "execute a command in")?;
+        entry.require(&[State::Created, State::Running], "execute a command in")?;
         let place = entry.reserve_exec(&request.exec_id)?;
         let spec: ProcessSpec = parse("process", &request.process_json)?;
         let (pipes, io) = Pipes::connect(

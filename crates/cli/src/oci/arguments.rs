@@ -36,7 +36,7 @@ pub struct HullOci {
 pub struct Global {
     /// Enable debug output in the log
     #[arg(long)]
-    debug: bool,
+    pub debug: bool,
     /// File that errors are logged to; standard error when absent
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -242,6 +242,12 @@ pub struct Exec {
     /// Not supported but for 0
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
+    /// Also in a paused container: not supported, refused when it is paused
+    #[arg(long)]
+    pub ignore_paused: bool,
+    /// Control group below the container's: not supported
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<String>,
     /// The container
     #[arg(value_name = "CONTAINER")]
     pub id: String,

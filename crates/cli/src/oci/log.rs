@@ -12,6 +12,7 @@ use super::arguments::{Global, LogFormat};
 struct Log {
     file: Option<File>,
     format: LogFormat,
+    debug: bool,
 }
 
 static LOG: OnceLock<Log> = OnceLock::new();
@@ -32,8 +33,16 @@ pub fn open(global: &Global) -> Result<()> {
     let _ = LOG.set(Log {
         file,
         format: global.log_format,
+        debug: global.debug,
     });
     Ok(())
+}
+
+/// Logs with `--debug` only.
+pub fn debug(message: impl FnOnce() -> String) {
+    if LOG.get().is_some_and(|log| log.debug) {
+        write("debug", &message());
+    }
 }
 
 /// Logs a warning.

@@ -35,6 +35,7 @@ pub fn grammar() -> clap::Command {
 
 /// Executes the command line.
 pub fn main(arguments: &[OsString]) -> ExitCode {
+    let words = arguments;
     let arguments = match HullOci::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -51,10 +52,15 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         log::fatal(&failure);
         return ExitCode::FAILURE;
     }
+    log::debug(|| format!("hull {}, called as {words:?}", env!("CARGO_PKG_VERSION")));
     let is_exec = matches!(arguments.command, Command::Exec(_));
     match execute(arguments) {
-        Ok(status) => ExitCode::from(status),
+        Ok(status) => {
+            log::debug(|| format!("done, status {status}"));
+            ExitCode::from(status)
+        }
         Err(failure) => {
+            log::debug(|| format!("failed: {failure:?}"));
             log::fatal(&failure);
             let codes = codes(failure.kind);
             ExitCode::from(if is_exec { codes.oci_exec } else { 1 })
@@ -217,6 +223,8 @@ fn exec_options(args: arguments::Exec) -> ExecOptions {
         console_socket: args.console_socket,
         pid_file: args.pid_file,
         preserve_fds: args.preserve_fds,
+        ignore_paused: args.ignore_paused,
+        cgroup: args.cgroup,
     }
 }
 

@@ -118,6 +118,7 @@ impl Run<'_> {
             capabilities_add: options.cap_add.clone(),
             capabilities_drop: options.cap_drop.clone(),
             sysctl: options.sysctl.iter().cloned().collect(),
+            default_sysctl: place.host.is_none(),
             ulimits: options
                 .ulimits
                 .iter()

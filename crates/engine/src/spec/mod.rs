@@ -49,6 +49,8 @@ pub struct ContainerOptions {
     pub capabilities_drop: Vec<String>,
     /// Kernel parameters.
     pub sysctl: BTreeMap<String, String>,
+    /// Set those that every machine's network has; not in the machine of another container.
+    pub default_sysctl: bool,
     /// Resource limits: name without `RLIMIT_`, upper case; soft; hard.
     pub ulimits: Vec<(String, u64, u64)>,
     /// Size of /dev/shm, bytes.
@@ -68,6 +70,13 @@ pub struct ContainerOptions {
     /// Programs cannot bring privileges along.
     pub no_new_privileges: bool,
 }
+
+/// As Docker sets them (moby, daemon/oci_linux.go): everybody may use ping and low ports. There is
+/// no host whose ports these would be.
+const DEFAULT_SYSCTL: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
 
 /// Docker's default capabilities (moby, oci/caps/defaults.go): what root in a container may do.
 const DEFAULT_CAPABILITIES: [&str; 14] = [
@@ -334,12 +343,24 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
         .map(|(name, soft, hard)| json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard}))
         .collect();
 
-    // Those of a network belong to the guest's own, which is the container's.
+    // Those of a network belong to the guest's own, which is the container's. The defaults need not
+    // be set before interfaces come.
     let (network_sysctl, sysctl): (BTreeMap<_, _>, BTreeMap<_, _>) = options
         .sysctl
         .clone()
         .into_iter()
         .partition(|(name, _)| is_network_sysctl(name));
+
+    let mut sysctl = sysctl;
+    if options.default_sysctl {
+        for (name, value) in DEFAULT_SYSCTL {
+            if !network_sysctl.contains_key(name)
+                && !network_sysctl.contains_key(&name.replace('.', "/"))
+            {
+                sysctl.insert(name.into(), value.into());
+            }
+        }
+    }
 
     let mut spec = json!({
         "ociVersion": "1.2.0",

@@ -19,7 +19,7 @@ use hull_sandbox::control::client::Client;
 use hull_sandbox::control::launch::{join_or_launch, launch};
 use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
 use hull_sandbox::error::{Context, Error, ErrorKind, Result};
-use hull_sandbox::shares;
+use hull_sandbox::shares::{self, ReadOnly};
 use hull_sandbox::store::{ProcessId, SandboxPath, State, keepers, roots};
 use oci_spec::runtime::LinuxResources;
 use serde_json::value::to_raw_value;
@@ -143,6 +143,13 @@ impl Making<'_> {
         // If this fails, the groups are not this container's.
         self.record.details.groups = Groups::default();
         self.record.details.groups = place.make(resources, MachineConfig::OVERHEAD)?;
+        if let Ok(inside) = self.record.details.groups.processes()
+            && !inside.is_empty()
+        {
+            let count = inside.len();
+            let warning = format!("container's cgroup is not empty: {count} process(es) found");
+            (self.settings.warn)(&warning);
+        }
 
         let memory = memory_limit(resources);
         self.record.details.memory = memory.unwrap_or_default();
@@ -238,6 +245,7 @@ impl Making<'_> {
             namespaces: plan.namespaces.clone(),
             network,
             root: open(root)?,
+            covered: plan.covered(),
         };
         let session = detach || options.console_socket.is_some();
         let groups = &self.record.details.groups.directories;
@@ -410,5 +418,8 @@ fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<
 
 /// Opens a detached mount of a share's source.
 fn open(share: &HostShare) -> Result<OwnedFd> {
+    if let Some(overlay) = &share.overlay {
+        return shares::engine(overlay, share.read_only != ReadOnly::No);
+    }
     shares::host(&share.source, share.recursive, share.read_only)
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use hull_sandbox::config::{ProcessConfig, RawArgs, Stdio};
+use hull_sandbox::config::{ProcessConfig, RawArgs, Stdio, TerminalSize};
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::store::State;
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::life::load;
 use super::{Settings, refuse_descriptors, with_runc_wording, write_pid_file};
+use crate::bundle::complete_process;
 use crate::console;
 use crate::container::connect;
 use crate::keeper::{self, Mode};
@@ -47,6 +48,10 @@ pub struct ExecOptions {
     pub pid_file: Option<PathBuf>,
     /// Number of descriptors to pass on; refused unless 0.
     pub preserve_fds: u32,
+    /// Execute in a paused container, too; refused if it is.
+    pub ignore_paused: bool,
+    /// Control group below the container's; refused.
+    pub cgroup: Option<String>,
 }
 
 /// Executes another process in a container. Returns its exit status, or 0 if detached.
@@ -56,27 +61,38 @@ pub struct ExecOptions {
 /// or `NotExecutable` if the command cannot be executed.
 pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     refuse_descriptors(options.preserve_fds)?;
+    if let Some(group) = options.cgroup.as_ref().filter(|group| *group != "/") {
+        return Err(Error::unsupported(format_args!(
+            "--cgroup {group}: a process is executed in the container's own control group"
+        )));
+    }
     let (container, record, status) = load(settings, &options.id)?;
     // runc's messages.
     match status {
         State::Stopped => {
             return Err(Error::wrong_state("cannot exec in a stopped container"));
         }
-        State::Paused => return Err(Error::wrong_state("cannot exec in a paused container")),
-        State::Created => {
-            return Err(Error::wrong_state(
-                "cannot exec in a container that was not started",
+        State::Paused if options.ignore_paused => {
+            return Err(Error::unsupported(
+                "--ignore-paused: a process in a paused container",
             ));
         }
-        State::Running | State::Creating => {}
+        State::Paused => return Err(Error::wrong_state("cannot exec in a paused container")),
+        State::Creating => {
+            return Err(Error::wrong_state(
+                "cannot exec in a container that is being created",
+            ));
+        }
+        State::Created | State::Running => {}
     }
-    let mut process = match &options.process {
+    let mut process: Value = match &options.process {
         Some(path) => {
             let text = fs::read(path).context(|| format!("read {}", path.display()))?;
             serde_json::from_slice(&text).context(|| format!("read {}", path.display()))?
         }
         None => from_options(&container.config()?["process"], options)?,
     };
+    complete_process(&mut process);
     if let Some(object) = process.as_object_mut() {
         // See `guest_spec`: these are policies of the host's kernel.
         object.remove("apparmorProfile");
@@ -107,7 +123,7 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     }
     let client = connect(&record)?;
     let text = to_raw_value(&process).context(|| "encode the process")?;
-    let ask = |keeper: i32| {
+    let ask = |keeper: i32, size: Option<(u16, u16)>| {
         let request = Request::Exec(Box::new(ProcessConfig {
             container: options.id.clone(),
             process: text.clone(),
@@ -117,22 +133,29 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
                 stdin: true,
             },
             keeper: Some(keeper),
-            size: None,
+            size: size.map(|(rows, columns)| TerminalSize { rows, columns }),
         }));
         client.streams(&request).map_err(with_runc_wording)
     };
+    let named = size(&process);
     if !options.detach && options.console_socket.is_none() {
         let own = std::process::id().cast_signed();
-        let streams = ask(own)?;
+        let size = match terminal {
+            true => named.or_else(keeper::own_terminal_size),
+            false => None,
+        };
+        let streams = ask(own, size)?;
         write_pid_file(options.pid_file.as_deref(), own)?;
         return keeper::keep_here(terminal, &client, streams);
     }
-    let keeper = keeper::spawn(&args, None, &record.details.groups.directories, true)?;
-    let streams = ask(keeper.pid())?;
     let slave = match &options.console_socket {
-        Some(socket) => Some(console::send_master(socket, size(&process))?),
+        Some(socket) => Some(console::send_master(socket, named)?),
         None => None,
     };
+    let keeper = keeper::spawn(&args, None, &record.details.groups.directories, true)?;
+    // Engines set the size when they have the master: the process is to see it from the beginning.
+    let size = slave.as_ref().and_then(keeper::size_of).or(named);
+    let streams = ask(keeper.pid(), size)?;
     let mode = match slave {
         Some(_) => Mode::Terminal,
         None => Mode::Pipes,

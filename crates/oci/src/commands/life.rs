@@ -99,6 +99,10 @@ pub fn kill(settings: &Settings, id: &str, signal: u32, all: bool) -> Result<()>
             false => Err(Error::wrong_state("container not running")),
         };
     }
+    if signal == Signal::KILL.as_raw() as u32 {
+        // As in runc: whoever is killed may be frozen from outside.
+        record.details.groups.thaw();
+    }
     let request = Request::Signal {
         container: id.to_owned(),
         signal,
@@ -219,6 +223,8 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
             "cannot delete container {id} that is not stopped: {status}"
         )));
     }
+    // Frozen processes cannot end.
+    record.details.groups.thaw();
     if let Some(sandbox) = &record.sandbox {
         control::remove(sandbox, &record.id)?;
     }
@@ -230,8 +236,28 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
         hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
     }
     hand_over(settings, &record)?;
-    record.details.groups.remove()?;
+    if !shares_groups(settings, &record)? {
+        record.details.groups.remove()?;
+    }
     container.remove()
+}
+
+/// Whether a container that lives has the same control groups: it removes them later.
+fn shares_groups(settings: &Settings, record: &Record) -> Result<bool> {
+    let groups = &record.details.groups;
+    if groups.directories.is_empty() {
+        return Ok(false);
+    }
+    let shares = |container: &Container| {
+        let other = container.record().ok()?;
+        (container.id != record.id && other.details.groups == *groups).then_some(other)
+    };
+    Ok(settings.root.list()?.into_iter().any(|container| {
+        shares(&container).is_some_and(|other| {
+            let status = container.status(&other);
+            status.is_ok_and(|status| status.state != State::Stopped)
+        })
+    }))
 }
 
 /// Recovers a record: control groups from the configuration, the sandbox from keepers among the

@@ -7,13 +7,14 @@
 mod devices;
 mod mounts;
 mod namespaces;
+mod overlay;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
 use hull_sandbox::error::{Error, Result};
-use hull_sandbox::shares::ReadOnly;
+use hull_sandbox::shares::{EngineOverlay, ReadOnly};
 use serde_json::Value;
 
 use crate::bundle::Bundle;
@@ -55,6 +56,8 @@ pub struct HostShare {
     pub share: Share,
     /// Path on the host.
     pub source: PathBuf,
+    /// Instead of the path: an overlay to be mounted.
+    pub overlay: Option<EngineOverlay>,
     /// Include mounts below it.
     pub recursive: bool,
     /// Read-only, enforced by the host.
@@ -153,6 +156,7 @@ impl Plan {
         self.shares.push(HostShare {
             share,
             source: bundle.rootfs.clone(),
+            overlay: None,
             recursive: true,
             // Sealed when the guest has mounted onto it.
             read_only: ReadOnly::No,
@@ -179,6 +183,18 @@ impl Plan {
         if let Some(spec) = self.spec.as_object_mut() {
             spec.remove("annotations");
         }
+    }
+
+    /// Where the guest has file systems in memory, which the host does not see.
+    pub fn covered(&self) -> Vec<String> {
+        let mounts = self.spec["mounts"].as_array().into_iter().flatten();
+        mounts
+            .filter(|mount| {
+                matches!(mount["type"].as_str(), Some("tmpfs" | "ramfs"))
+                    || mount["destination"] == "/dev/shm"
+            })
+            .filter_map(|mount| mount["destination"].as_str().map(str::to_owned))
+            .collect()
     }
 
     fn check_length(&self) -> Result<()> {

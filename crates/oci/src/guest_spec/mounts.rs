@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use hull_sandbox::shares::ReadOnly;
 use serde_json::{Value, json};
 
 use super::devices::guest_device;
-use super::{HostShare, Plan, refused};
+use super::{HostShare, Plan, overlay, refused};
 use crate::bundle::Bundle;
 
 /// File systems that need no source on the host.
@@ -51,14 +51,48 @@ pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<Vec<Bou
     };
     let mut kept = Vec::new();
     let mut devices = Vec::new();
+    let mut manages_groups = false;
     for (index, mut mount) in std::mem::take(mounts).into_iter().enumerate() {
+        if is_hierarchy(&mount) {
+            manages_groups |= !has_option(&mount, "ro");
+            continue;
+        }
         match one(plan, id, bundle, index, &mut mount)? {
             Some(device) => devices.push(device),
             None => kept.push(mount),
         }
     }
+    if manages_groups {
+        let groups = kept.iter_mut().filter(|mount| {
+            let kind = mount["type"].as_str().unwrap_or_default();
+            mount["destination"] == CGROUPS && matches!(kind, "cgroup" | "cgroup2")
+        });
+        for options in groups.filter_map(|mount| mount["options"].as_array_mut()) {
+            options.retain(|option| option != "ro");
+        }
+    }
     plan.spec["mounts"] = Value::Array(kept);
     Ok(devices)
+}
+
+/// Where control groups are, on the host and in containers.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Whether a mount is a single hierarchy of cgroup v1, as podman has them for systemd. The guest
+/// has one hierarchy for all, which systemd uses; it needs that to be writable.
+fn is_hierarchy(mount: &Value) -> bool {
+    let below = |name: &str| {
+        let path = Path::new(mount[name].as_str().unwrap_or_default());
+        path.starts_with(CGROUPS) && path != Path::new(CGROUPS)
+    };
+    let is_bind =
+        has_option(mount, "bind") || has_option(mount, "rbind") || mount["type"] == "bind";
+    is_bind && below("source") && below("destination")
+}
+
+fn has_option(mount: &Value, name: &str) -> bool {
+    let mut options = mount["options"].as_array().into_iter().flatten();
+    options.any(|option| option == name)
 }
 
 /// Plans one mount. The mount of a block device is returned unchanged.
@@ -80,6 +114,11 @@ fn one(
     let recursive = options.contains(&"rbind");
     if !recursive && !options.contains(&"bind") && kind != "bind" {
         if OWN.contains(&kind.as_str()) || kind.is_empty() {
+            return Ok(None);
+        }
+        if kind == "overlay" {
+            let share = overlay::plan(share_name(id, &index.to_string()), mount)?;
+            plan.shares.push(share);
             return Ok(None);
         }
         return Err(refused(
@@ -112,7 +151,7 @@ fn one(
         *mount = shared_memory(&source, read_only)?;
         return Ok(None);
     }
-    if source.starts_with("/sys/fs/cgroup") {
+    if source.starts_with(CGROUPS) {
         // The container's control groups are in the guest.
         *mount = json!({
             "destination": destination,
@@ -152,13 +191,56 @@ fn one(
         sealed: false,
     };
     mount["source"] = json!(share.path());
+    if recursive && host_read_only == ReadOnly::Top && has_mounts_below(&source)? {
+        // In the guest they are one mount with what is mounted below, which stays as it is: the
+        // host alone keeps the top from being written to.
+        if let Some(options) = mount["options"].as_array_mut() {
+            options.retain(|option| option != "ro");
+        }
+    }
     plan.shares.push(HostShare {
         share,
         source,
+        overlay: None,
         recursive,
         read_only: host_read_only,
     });
     Ok(None)
+}
+
+/// Whether something is mounted below a directory of the host.
+fn has_mounts_below(path: &Path) -> Result<bool> {
+    let doing = || format!("use {}", path.display());
+    let path = fs::canonicalize(path).context(doing)?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context(doing)?;
+    Ok(mounts.lines().any(|line| {
+        let point = line.split(' ').nth(4).unwrap_or_default();
+        let point = unescape(point);
+        point.starts_with(&path) && point != path
+    }))
+}
+
+/// A path as proc(5) writes it: with spaces, tabs, newlines and backslashes in octal.
+fn unescape(text: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let number = rest
+            .get(1..4)
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match number.filter(|_| *first == b'\\') {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = rest.get(4..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
 fn on_tmpfs(path: &Path) -> Result<bool> {
@@ -216,19 +298,24 @@ mod tests {
     use super::*;
 
     fn planned(mount: &Value) -> Result<(Value, Vec<HostShare>)> {
+        let (mounts, shares) = all_planned(std::slice::from_ref(mount))?;
+        Ok((mounts[0].clone(), shares))
+    }
+
+    fn all_planned(mounts: &[Value]) -> Result<(Value, Vec<HostShare>)> {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("rootfs")).unwrap();
         fs::write(directory.path().join("file"), "").unwrap();
         let config = json!({
             "ociVersion": "1.2.0",
             "root": {"path": "rootfs"},
-            "mounts": [mount],
+            "mounts": mounts,
             "linux": {"namespaces": [{"type": "network"}]},
         });
         fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
         let mut plan = Plan::new("c1", &Bundle::load(directory.path()).unwrap())?;
         plan.shares.remove(0);
-        Ok((plan.spec["mounts"][0].clone(), plan.shares))
+        Ok((plan.spec["mounts"].take(), plan.shares))
     }
 
     #[test]
@@ -237,6 +324,37 @@ mod tests {
         let (planned, shares) = planned(&mount).unwrap();
         assert_eq!(planned, mount);
         assert!(shares.is_empty());
+    }
+
+    #[test]
+    fn a_recursive_bind_with_mounts_below_is_read_only_on_the_host_alone() {
+        // Something is mounted below it everywhere.
+        let mount = json!({"destination": "/a", "source": "/proc/..", "options": ["rbind", "ro"]});
+        let (plan, shares) = planned(&mount).unwrap();
+        assert_eq!(plan["options"], json!(["rbind"]));
+        assert_eq!(shares[0].read_only, ReadOnly::Top);
+        assert_eq!(unescape(r"/a\040b\134c"), Path::new(r"/a b\c"));
+        assert_eq!(unescape(r"/a\9"), Path::new(r"/a\9"));
+    }
+
+    #[test]
+    fn systemd_gets_the_guests_one_hierarchy_writable() {
+        let groups = json!({
+            "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+            "options": ["nosuid", "ro"],
+        });
+        let systemd = |option: &str| {
+            json!({
+                "destination": "/sys/fs/cgroup/systemd", "type": "bind",
+                "source": "/sys/fs/cgroup/systemd/x", "options": ["bind", option],
+            })
+        };
+        for (option, options) in [("rw", json!(["nosuid"])), ("ro", json!(["nosuid", "ro"]))] {
+            let (plan, shares) = all_planned(&[groups.clone(), systemd(option)]).unwrap();
+            assert!(shares.is_empty());
+            assert_eq!(plan.as_array().unwrap().len(), 1);
+            assert_eq!(plan[0]["options"], options);
+        }
     }
 
     #[test]

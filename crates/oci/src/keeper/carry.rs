@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use hull_sandbox::error::{Context, Error, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use super::Mode;
 
@@ -28,11 +28,71 @@ pub struct Carried {
     before: Option<Termios>,
 }
 
+/// Devices of the host, for a process that leaves the host's root.
+pub struct HostDevices {
+    null: File,
+    /// The controlling terminal, if there is one.
+    tty: Option<OwnedFd>,
+}
+
+impl HostDevices {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// There is no /dev/null.
+    pub fn open() -> Result<Self> {
+        let open = |path| File::options().read(true).write(true).open(path);
+        Ok(Self {
+            null: open("/dev/null").context(|| "open /dev/null")?,
+            tty: open("/dev/tty").ok().map(OwnedFd::from),
+        })
+    }
+
+    /// The caller's terminal: the first one among the standard streams, as in runc, else the
+    /// controlling one.
+    ///
+    /// # Errors
+    /// The caller has none.
+    pub fn terminal(&self) -> Result<OwnedFd> {
+        let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+        [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]
+            .into_iter()
+            .find(|stream| isatty(*stream))
+            .or(self.tty.as_ref().map(AsFd::as_fd))
+            .ok_or_else(|| {
+                Error::new(
+                    "the process is to have a terminal, and hull-oci was started without one",
+                )
+                .hint("without process.terminal (exec: without --tty) none is needed")
+            })?
+            .try_clone_to_owned()
+            .context(|| "take the terminal")
+    }
+
+    /// Lets go of the standard streams, which threads have copies of: the other ends see them
+    /// closed when the process in the guest has closed its own.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn leave_standard_streams(&self) -> Result<()> {
+        rustix::stdio::dup2_stdin(&self.null)
+            .and_then(|()| rustix::stdio::dup2_stdout(&self.null))
+            .and_then(|()| rustix::stdio::dup2_stderr(&self.null))
+            .context(|| "leave the standard streams")
+    }
+}
+
+/// Rows and columns of the caller's terminal, if it has one and that has a size.
+pub fn own_terminal_size() -> Option<(u16, u16)> {
+    let terminal = HostDevices::open().ok()?.terminal().ok()?;
+    super::size_of(&terminal)
+}
+
 /// Starts to copy.
 ///
 /// # Errors
 /// A stream is missing, or the terminal cannot be set up.
-pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
+pub fn carry(mode: Mode, streams: Vec<OwnedFd>, host: &HostDevices) -> Result<Carried> {
     let mut streams = streams.into_iter();
     let mut next = || {
         streams
@@ -54,8 +114,9 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
         });
     }
     let stream = next()?;
-    let (terminal, output) = match mode {
+    let (terminal, input, output) = match mode {
         Mode::OwnTerminal => (
+            host.terminal()?,
             standard(io::stdin().as_fd())?,
             standard(io::stdout().as_fd())?,
         ),
@@ -68,7 +129,7 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
                 .and_then(|()| rustix::stdio::dup2_stdout(&slave))
                 .and_then(|()| rustix::stdio::dup2_stderr(&slave))
                 .context(|| "leave the standard streams")?;
-            (standard(slave.as_fd())?, slave)
+            (standard(slave.as_fd())?, standard(slave.as_fd())?, slave)
         }
     };
     let before = tcgetattr(&terminal).context(|| "read the terminal's attributes")?;
@@ -76,7 +137,6 @@ pub fn carry(mode: Mode, streams: Vec<OwnedFd>) -> Result<Carried> {
     raw.make_raw();
     // The terminal in the guest does the line editing.
     tcsetattr(&terminal, OptionalActions::Now, &raw).context(|| "set the terminal's attributes")?;
-    let input = standard(terminal.as_fd())?;
     let writing = standard(stream.as_fd())?;
     thread(input, writing, End::Shutdown)?;
     let outputs = vec![thread(stream, output, End::Nothing)?];

@@ -27,7 +27,8 @@ use hull_sandbox::control::protocol::{Received, Reply, pair, receive, send};
 use hull_sandbox::error::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
-pub use process::{keep_here, run};
+pub use carry::own_terminal_size;
+pub use process::{keep_here, run, size_of};
 
 /// Environment variable that makes this executable a keeper, whose arguments are the container's.
 /// Its value tells whether to leave the caller's session.
@@ -50,7 +51,10 @@ pub fn is_wanted() -> Option<bool> {
 enum Order {
     /// Enter namespaces. Descriptors: the network namespace, if it exists, and the root file
     /// system.
-    Enter(Vec<Namespace>),
+    Enter {
+        namespaces: Vec<Namespace>,
+        covered: Vec<String>,
+    },
     /// Copy streams. Descriptors: the connection to the sandbox, the streams, and a terminal's
     /// slave.
     Keep(Mode),
@@ -64,7 +68,7 @@ pub enum Mode {
     Pipes,
     /// One stream; the terminal is a pty's slave whose master the engine has.
     Terminal,
-    /// One stream; the terminal is the caller's, on standard input.
+    /// One stream; the terminal is the caller's.
     OwnTerminal,
 }
 
@@ -101,6 +105,9 @@ pub struct World {
     pub network: Option<File>,
     /// A detached mount of its root file system.
     pub root: OwnedFd,
+    /// Where the guest has file systems of its own, as absolute paths in the root: what is below
+    /// them on the host the container does not see.
+    pub covered: Vec<String>,
 }
 
 /// Starts a keeper, which inherits the standard streams.
@@ -146,7 +153,11 @@ pub fn spawn(
     if let Some(world) = world {
         let network = world.network.as_ref().map(AsFd::as_fd);
         let fds: Vec<_> = network.into_iter().chain([world.root.as_fd()]).collect();
-        keeper.order(&Order::Enter(world.namespaces.clone()), &fds)?;
+        let order = Order::Enter {
+            namespaces: world.namespaces.clone(),
+            covered: world.covered.clone(),
+        };
+        keeper.order(&order, &fds)?;
     }
     Ok(keeper)
 }

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 use rustix::termios::tcgetwinsize;
 
-use super::carry::{Carried, carry};
+use super::carry::{Carried, HostDevices, carry};
 use super::{CHANNEL_FD, Mode, Order, memory, world};
 
 /// Main function of a keeper's process. `session`: leave the caller's session.
@@ -44,6 +44,8 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
         let _ = rustix::process::setsid();
     }
     let signals = block_signals()?;
+    // Before this process enters the container's root.
+    let host = HostDevices::open()?;
     loop {
         let Some(Received { message, fds }) =
             receive::<Order>(&channel).context(|| "read an order")?
@@ -51,8 +53,11 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
             return Ok(EXIT_SANDBOX_FAILED);
         };
         match message {
-            Order::Enter(namespaces) => {
-                let reply = match world::enter(&namespaces, fds) {
+            Order::Enter {
+                namespaces,
+                covered,
+            } => {
+                let reply = match world::enter(&namespaces, fds, &covered) {
                     Ok(()) => Reply::Ok,
                     Err(failure) => Reply::Failed(failure),
                 };
@@ -62,7 +67,12 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
                 let mut fds = fds.into_iter();
                 let missing = || Error::new("the keeper got no connection");
                 let connection = Client::from(fds.next().ok_or_else(missing)?);
-                let carried = carry(mode, fds.collect());
+                let carried = carry(mode, fds.collect(), &host).and_then(|carried| {
+                    if mode == Mode::Pipes {
+                        host.leave_standard_streams()?;
+                    }
+                    Ok(carried)
+                });
                 let reply = match &carried {
                     Ok(_) => Reply::Ok,
                     Err(failure) => Reply::Failed(failure.clone()),
@@ -196,15 +206,15 @@ pub fn pass_signals(keeper: i32) -> Result<()> {
     }
 }
 
+/// Rows and columns of a terminal, if it has a size.
+pub fn size_of(terminal: &OwnedFd) -> Option<(u16, u16)> {
+    let size = tcgetwinsize(terminal).ok()?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}
+
 fn resize(connection: &Client, terminal: &OwnedFd) {
-    if let Ok(size) = tcgetwinsize(terminal)
-        && size.ws_row > 0
-        && size.ws_col > 0
-    {
-        let size = TerminalSize {
-            rows: size.ws_row,
-            columns: size.ws_col,
-        };
+    if let Some((rows, columns)) = size_of(terminal) {
+        let size = TerminalSize { rows, columns };
         // Fails if the process has just exited.
         let _ = connection.tell(&Request::Resize(size), &[]);
     }
@@ -222,6 +232,6 @@ pub fn keep_here(terminal: bool, connection: &Client, streams: Vec<OwnedFd>) -> 
         Mode::Pipes
     };
     let signals = block_signals()?;
-    let carried = carry(mode, streams)?;
+    let carried = carry(mode, streams, &HostDevices::open()?)?;
     Ok(wait_for_end(connection, &signals, carried))
 }

@@ -7,8 +7,9 @@ use std::process::{Child, Command};
 use hull_sandbox::error::{Context, Error, Result};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
-    fsconfig_create, fsmount, fsopen, mount_change, move_mount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    mount_change, move_mount, open_tree, unmount,
 };
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
@@ -32,13 +33,13 @@ pub fn spawn(command: &mut Command) -> Result<Child> {
 }
 
 /// Enters namespaces. `fds`: an existing network namespace if `namespaces` does not have a new one,
-/// then the root file system.
+/// then the root file system, which is read-only and empty at `covered`.
 ///
 /// # Errors
 /// A namespace cannot be joined or created (`EPERM` without `CAP_SYS_ADMIN`), or the root file
 /// system cannot be entered.
 #[allow(unsafe_code)]
-pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
+pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>, covered: &[String]) -> Result<()> {
     let mut fds = fds.into_iter();
     let mut next = || {
         fds.next()
@@ -66,9 +67,42 @@ pub fn enter(namespaces: &[Namespace], fds: Vec<OwnedFd>) -> Result<()> {
         unsafe { unshare_unsafe(flags) }.context(|| "make namespaces")
     };
     unshare(new)?;
-    enter_root(&next()?).context(|| "enter the container's root file system")?;
+    let root = next()?;
+    enter_root(&root).context(|| "enter the container's root file system")?;
+    cover(&root, covered).context(|| "cover what the guest has mounts on")?;
     if namespaces.contains(&Namespace::User) {
         unshare(UnshareFlags::NEWUSER)?;
+    }
+    Ok(())
+}
+
+/// Mounts an empty read-only file system wherever the guest has one of its own: engines that copy
+/// files by way of this namespace (`podman cp`) are told so, instead of writing to a directory that
+/// the container does not see. What is not there cannot be mistaken for the guest's.
+fn cover(root: &OwnedFd, paths: &[String]) -> rustix::io::Result<()> {
+    if paths.is_empty() {
+        return Ok(());
+    }
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(context.as_fd(), "size", "4k")?;
+    fsconfig_create(context.as_fd())?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC
+        | MountAttrFlags::MOUNT_ATTR_RDONLY;
+    let empty = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    for path in paths {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let path = path.trim_start_matches('/');
+        let found = openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT);
+        let Ok(target) = found else { continue };
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        let mount = open_tree(&empty, "", clone)?;
+        let attach =
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(&mount, "", &target, "", attach)?;
     }
     Ok(())
 }

@@ -51,6 +51,10 @@ const LEAVING: Duration = Duration::from_secs(1);
 const JOIN_ATTEMPTS: u32 = 5;
 const JOIN_PAUSE: Duration = Duration::from_millis(30);
 
+/// Files that tell that a group is frozen, itself or with one above it, and the lines that do.
+const FREEZER_V1: (&str, &[&str]) = ("freezer.state", &["FROZEN", "FREEZING"]);
+const FREEZER_V2: (&str, &[&str]) = ("cgroup.events", &["frozen 1"]);
+
 /// The control groups of one container: the same group in each hierarchy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Groups {
@@ -126,6 +130,7 @@ impl Place {
                 Err(error) => return Err(failed("make the control group", &directory, error)),
             }
         }
+        groups.refuse_frozen()?;
         if let Some(resources) = resources {
             groups
                 .apply(resources, overhead)
@@ -177,6 +182,39 @@ impl Groups {
             match self.write(&setting) {
                 Ok(Written::No(error)) | Err(error) => tracing::warn!("{}", error.message),
                 Ok(Written::Yes | Written::InUse) => {}
+            }
+        }
+    }
+
+    /// Processes that join a frozen group, or one below it, hang until somebody thaws it.
+    fn refuse_frozen(&self) -> Result<()> {
+        let frozen = |directory: &&PathBuf| {
+            let is = |(file, words): (&str, &[&str])| {
+                let text = std::fs::read_to_string(directory.join(file)).unwrap_or_default();
+                text.lines().any(|line| words.contains(&line.trim()))
+            };
+            [FREEZER_V1, FREEZER_V2].into_iter().any(is)
+        };
+        let Some(directory) = self.directories.iter().find(frozen) else {
+            return Ok(());
+        };
+        // The first words are runc's.
+        let directory = directory.display();
+        let error = format!("container's cgroup unexpectedly frozen: {directory}");
+        Err(Error::new(error).hint("thaw it, or the group above that is frozen, or remove it"))
+    }
+
+    /// Thaws the groups, so that processes in them can end. One that cannot be thawed, because one
+    /// above is frozen, stays as it is.
+    pub fn thaw(&self) {
+        for directory in &self.directories {
+            for (file, value) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                match write(&directory.join(file), value) {
+                    Err(error) if !is_gone(&error) && !is_denied(&error) => {
+                        tracing::warn!("cannot thaw {}: {error}", directory.display());
+                    }
+                    _ => {}
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::end::live;
 use super::{Container, Stage};
-use crate::config::{ContainerConfig, DiskConfig, Stdio};
+use crate::config::{ContainerConfig, DiskConfig, Stdio, TerminalSize};
 use crate::control::protocol::AttachOptions;
 use crate::error::{Context, Error, Result};
 use crate::events::EventKind;
@@ -84,7 +84,8 @@ impl Sandbox {
         shares: Vec<String>,
         attach: Option<AttachOptions>,
     ) -> Result<(Process, Vec<OwnedFd>)> {
-        let spec = self.guest_spec(&config)?;
+        let size = attach.and_then(|options| options.size);
+        let spec = self.guest_spec(&config, size.filter(|_| config.stdio.terminal()))?;
         self.configure_network(&ready).await?;
         if !config.sysctl.is_empty() {
             ready.agent.set_sysctls(config.sysctl).await?;
@@ -166,13 +167,7 @@ impl Sandbox {
         });
         slot.filled = true;
         tokio::spawn(live(ready, container.clone(), carriers));
-        let process = Process::init(container, streams);
-        if let Some(size) = attach.and_then(|options| options.size)
-            && let Err(error) = process.resize(size).await
-        {
-            tracing::debug!("cannot set the size of a terminal: {error}");
-        }
-        Ok((process, attached))
+        Ok((Process::init(container, streams), attached))
     }
 
     fn reserve(&self, id: &str) -> Result<Slot<'_>> {
@@ -192,16 +187,24 @@ impl Sandbox {
         })
     }
 
-    /// The spec with what only the sandbox knows: namespaces of its other containers, and which
-    /// disks of the machine the block devices are. Left alone when there is nothing to add.
-    fn guest_spec(&self, config: &ContainerConfig) -> Result<Box<RawValue>> {
-        if config.joins.is_empty() && config.disks.is_empty() {
+    /// The spec with what only the sandbox knows: namespaces of its other containers, which disks
+    /// of the machine the block devices are, and the size of the terminal of who attaches. Left
+    /// alone when there is nothing to add.
+    fn guest_spec(
+        &self,
+        config: &ContainerConfig,
+        size: Option<TerminalSize>,
+    ) -> Result<Box<RawValue>> {
+        if config.joins.is_empty() && config.disks.is_empty() && size.is_none() {
             return Ok(config.spec.clone());
         }
         let mut spec: Value =
             serde_json::from_str(config.spec.get()).context(|| "read the container's spec")?;
         for (kind, keeper) in &config.joins {
             self.resolve_join(&mut spec, kind, *keeper)?;
+        }
+        if let Some(size) = size {
+            spec["process"]["consoleSize"] = size.to_oci();
         }
         if !config.disks.is_empty() {
             let named = config.disks.iter().map(|disk| {

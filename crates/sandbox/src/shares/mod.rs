@@ -22,7 +22,7 @@ use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 pub use disk::Disk;
 pub use enter::{Mounted, create_directory, enter};
-pub use overlay::{Overlay, root};
+pub use overlay::{EngineOverlay, Overlay, engine, root};
 
 use crate::config::{FILE_NAME, Share, Writers};
 use crate::error::{Context, Result};

@@ -66,6 +66,59 @@ pub fn root(overlay: &Overlay<'_>) -> Result<OwnedFd> {
     }
 }
 
+/// The directories of an overlay that an engine has made, and what else it says of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EngineOverlay {
+    /// Lower directories, topmost first.
+    pub lower: Vec<PathBuf>,
+    /// Upper directory and that of the overlay's work; without them it is read-only.
+    pub upper: Option<(PathBuf, PathBuf)>,
+    /// Options with a value (`index=off`).
+    pub values: Vec<(String, String)>,
+    /// Options without (`volatile`).
+    pub flags: Vec<String>,
+}
+
+/// A detached mount of such an overlay.
+///
+/// # Errors
+/// A directory is gone, or the kernel refuses them.
+pub fn engine(overlay: &EngineOverlay, read_only: bool) -> Result<OwnedFd> {
+    let doing = || "mount an overlay".to_owned();
+    let open = |path: &PathBuf| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty()).context(|| format!("open {}", path.display()))
+    };
+    // By descriptors: a value has at most 255 bytes.
+    let lower: Vec<OwnedFd> = overlay.lower.iter().map(open).collect::<Result<_>>()?;
+    let upper = match &overlay.upper {
+        Some((upper, work)) => Some((open(upper)?, open(work)?)),
+        None => None,
+    };
+    let mount = || {
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        let context = context.as_fd();
+        let layers: Vec<String> = lower.iter().map(named).collect();
+        fsconfig_set_string(context, "lowerdir", layers.join(":"))?;
+        if let Some((upper, work)) = &upper {
+            fsconfig_set_string(context, "upperdir", named(upper))?;
+            fsconfig_set_string(context, "workdir", named(work))?;
+        }
+        for (name, value) in &overlay.values {
+            fsconfig_set_string(context, name.as_str(), value.as_str())?;
+        }
+        for flag in &overlay.flags {
+            fsconfig_set_flag(context, flag.as_str())?;
+        }
+        fsconfig_create(context)?;
+        let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, read_only);
+        fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    };
+    let mounted: rustix::io::Result<OwnedFd> = mount();
+    mounted.context(doing)
+}
+
 /// What fails when the kernel does not mount it.
 const DOING: &str = "mount the container's root file system";
 
@@ -244,6 +297,31 @@ pub(super) fn own_namespace() -> io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn an_engines_overlay_shows_its_lower_directory_and_writes_to_the_upper_one() {
+        let parent = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let path = parent.path().join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        };
+        let (lower, upper, work) = (make("lower"), make("upper"), make("work"));
+        fs::write(lower.join("file"), "lower").unwrap();
+        let overlay = EngineOverlay {
+            lower: vec![lower.clone()],
+            upper: Some((upper.clone(), work)),
+            values: vec![("index".into(), "off".into())],
+            flags: Vec::new(),
+        };
+        let mount = engine(&overlay, false).unwrap();
+        let root = PathBuf::from(named(&mount));
+        assert_eq!(fs::read_to_string(root.join("file")).unwrap(), "lower");
+        fs::write(root.join("file"), "upper").unwrap();
+        drop(mount);
+        assert_eq!(fs::read_to_string(lower.join("file")).unwrap(), "lower");
+        assert_eq!(fs::read_to_string(upper.join("file")).unwrap(), "upper");
+    }
 
     /// Layers whose names hold what separates options, each with a file of its own and one of all.
     fn layers(parent: &Path, count: usize) -> Vec<PathBuf> {

@@ -60,6 +60,17 @@ pub fn find(run: &Path, pid: i32) -> Option<KeeperEntry> {
     (entry.process.pid == pid && entry.process.lives()).then_some(entry)
 }
 
+/// The keepers of the containers in a sandbox.
+pub fn of_sandbox(run: &Path, sandbox: &SandboxPath) -> Vec<KeeperEntry> {
+    let entries = std::fs::read_dir(directory(run)).into_iter().flatten();
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| find(run, pid))
+        .filter(|keeper| keeper.sandbox == *sandbox)
+        .collect()
+}
+
 /// Forgets a keeper, if this process id is still registered for it.
 pub fn forget(run: &Path, process: ProcessId) {
     let Ok(directory) = Directory::open(&directory(run)) else {
@@ -87,6 +98,9 @@ mod tests {
         register(run.path(), own, &sandbox, "c").unwrap();
         let found = find(run.path(), own.pid).unwrap();
         assert_eq!((found.sandbox, &*found.container), (sandbox.clone(), "c"));
+        assert_eq!(of_sandbox(run.path(), &sandbox).len(), 1);
+        let other = SandboxPath::new(run.path(), "t");
+        assert!(of_sandbox(run.path(), &other).is_empty());
         // An earlier process of the same id: what is there now is not its.
         let earlier = ProcessId {
             started: own.started - 1,

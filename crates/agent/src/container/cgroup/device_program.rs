@@ -94,6 +94,8 @@ impl Rule {
                 'r' => READ,
                 'w' => WRITE,
                 'm' => MKNOD,
+                // "rwa", which runc takes: it has no meaning in cgroup v1 or v2.
+                'a' => 0,
                 _ => {
                     return Err(CreateError::invalid(
                         FIELD,

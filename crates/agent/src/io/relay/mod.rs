@@ -36,7 +36,7 @@ use super::reactor;
 
 pub use ended::EndedOutputs;
 pub use input::{Input, Way};
-pub use output::{Output, Progress};
+pub use output::{OUTPUT_GRACE, Output, Progress};
 
 /// A descriptor that is registered with the event loop when it first has to be waited for. Most
 /// sinks never have to: they take at once the few lines that a short-lived command writes.

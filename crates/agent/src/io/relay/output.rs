@@ -3,17 +3,25 @@
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::Shutdown;
 use tokio::io::Interest;
 use tokio::sync::{OwnedMutexGuard, watch};
+use tokio::time::Instant;
 
 use super::ended::EndedOutputs;
 use super::task::Task;
 use super::{Lazy, Loss};
 use crate::io::replay::Replay;
 use crate::processes::reaper::Exit;
+
+/// How long an output goes on that descendants of an ended process hold open. As in Docker.
+pub const OUTPUT_GRACE: Duration = Duration::from_secs(2);
+
+/// Size of a pipe that nobody has changed, pipe(7).
+const PIPE_SIZE: usize = 64 << 10;
 
 /// Progress of a process's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +85,8 @@ pub struct StoppedOutput {
 
 impl Output {
     /// Passes on what a process writes, from `source` to `sink`, which is half-closed after it.
+    /// When the process has ended and others still hold `source` open, that is [`OUTPUT_GRACE`]
+    /// later, and what they write from then on is discarded.
     pub fn start(
         source: OwnedFd,
         sink: OwnedFd,
@@ -201,6 +211,8 @@ impl OutputState {
     }
 
     async fn pump(&mut self) -> Result<(), Loss> {
+        let mut read_since_exit = 0;
+        let mut deadline = None;
         // A new process has written nothing yet. Later, the last readiness event may not have been
         // used up.
         if let Some(source @ Lazy::Plain(_)) = &mut self.source {
@@ -223,16 +235,34 @@ impl OutputState {
             let Some(source) = &mut self.source else {
                 return Ok(());
             };
+            // A process that writes without end must not hide the end of another one's output.
+            if deadline.is_none() && read_since_exit >= capacity(source) {
+                deadline = Some(self.drained());
+                continue;
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                if let Some(source) = self.source.take() {
+                    tokio::spawn(discard(source));
+                }
+                return Ok(());
+            }
             // Checked before reading: the process writes nothing after its exit.
             let exited = self.exit.borrow().is_some();
             match self.replay.read_from(source.fd()) {
                 // The master of a terminal whose slave is closed fails with EIO.
                 Ok(0) | Err(Errno::IO) => self.source = None,
+                Ok(length) if exited => read_since_exit += length,
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if exited => {
-                    self.progress.send_replace(Progress::Drained);
-                    source.ready(Interest::READABLE).await?;
-                }
+                Err(Errno::AGAIN) if exited => match deadline {
+                    None => deadline = Some(self.drained()),
+                    Some(deadline) => {
+                        let ready = source.ready(Interest::READABLE);
+                        // At the deadline, the next round ends the output.
+                        if let Ok(ready) = tokio::time::timeout_at(deadline, ready).await {
+                            ready?;
+                        }
+                    }
+                },
                 Err(Errno::AGAIN) => {
                     tokio::select! {
                         ready = source.ready(Interest::READABLE) => ready?,
@@ -242,6 +272,36 @@ impl OutputState {
                 }
                 Err(error) => return Err(Loss::Failed(error)),
             }
+        }
+    }
+
+    /// All that the process itself has written is passed on. Returns when others have to end.
+    fn drained(&self) -> Instant {
+        self.progress.send_replace(Progress::Drained);
+        Instant::now() + OUTPUT_GRACE
+    }
+}
+
+/// Most bytes that a process can have left unread.
+fn capacity(source: &Lazy) -> usize {
+    // A terminal holds less, and has no such number.
+    rustix::pipe::fcntl_getpipe_size(source.fd()).unwrap_or(PIPE_SIZE)
+}
+
+/// Reads what nobody wants: whoever writes it goes on.
+async fn discard(mut source: Lazy) {
+    let mut buffer = [0; 4096];
+    loop {
+        tokio::task::coop::consume_budget().await;
+        match rustix::io::read(source.fd(), &mut buffer) {
+            Ok(0) => return,
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                if source.ready(Interest::READABLE).await.is_err() {
+                    return;
+                }
+            }
+            Err(_) => return,
         }
     }
 }

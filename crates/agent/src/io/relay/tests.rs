@@ -154,6 +154,47 @@ fn output_that_others_hold_open_is_drained_when_the_process_has_ended() {
 }
 
 #[test]
+fn output_that_others_hold_open_ends_soon_after_the_process() {
+    run(async {
+        let (sink, mut host) = stream();
+        let mut out = outgoing(sink);
+        out.process.write_all(b"mine").unwrap();
+        out.exit.send_replace(Some(Exit::UNKNOWN));
+        reach(&mut out.progress, Progress::Ended).await;
+        let mut text = String::new();
+        host.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "mine");
+        // More than a pipe takes: somebody reads it.
+        let mut process = out.process;
+        let writer = std::thread::spawn(move || process.write_all(&[0; 200 << 10]));
+        while !writer.is_finished() {
+            settle().await;
+        }
+        writer.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_descendant_that_never_stops_writing_does_not_keep_output_from_ending() {
+    run(async {
+        let (sink, mut host) = stream();
+        let mut out = outgoing(sink);
+        out.process.write_all(b"mine").unwrap();
+        let mut process = out.process;
+        std::thread::spawn(move || while process.write_all(&[b'y'; 4096]).is_ok() {});
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            host.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        settle().await;
+        out.exit.send_replace(Some(Exit::UNKNOWN));
+        reach(&mut out.progress, Progress::Ended).await;
+        assert!(reader.join().unwrap().starts_with(b"mineyyy"));
+    });
+}
+
+#[test]
 fn a_host_that_has_closed_breaks_the_pipe() {
     run(async {
         let (sink, host) = stream();
