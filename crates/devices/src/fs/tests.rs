@@ -22,30 +22,30 @@ mod saving;
 const REQUESTS: usize = 1;
 const ROOM: usize = 64 << 10;
 
-struct Guest {
-    driver: Driver<Fs>,
+pub struct Guest {
+    pub driver: Driver<Fs>,
     shares: Shares,
-    directory: TempDir,
+    pub directory: TempDir,
     uid: u32,
     gid: u32,
 }
 
-type Answer = Result<Vec<u8>, i32>;
+pub type Answer = Result<Vec<u8>, i32>;
 
 /// A file as described by an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
-    node: u64,
+pub struct Entry {
+    pub node: u64,
     inode: u64,
     size: u64,
     mode: u32,
 }
 
-fn number(bytes: &[u8], at: usize) -> u64 {
+pub fn number(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-fn word(bytes: &[u8], at: usize) -> u32 {
+pub fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
@@ -58,17 +58,17 @@ fn entry(bytes: &[u8]) -> Entry {
     }
 }
 
-fn path(path: &Path) -> OwnedFd {
+pub fn path(path: &Path) -> OwnedFd {
     rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
 }
 
 impl Guest {
     /// A device with one share, "s", and its root's node.
-    fn new(cache: Cache) -> (Self, u64) {
+    pub fn new(cache: Cache) -> (Self, u64) {
         Self::with(Fs::new().unwrap(), cache)
     }
 
-    fn with((device, shares): (Fs, Shares), cache: Cache) -> (Self, u64) {
+    pub fn with((device, shares): (Fs, Shares), cache: Cache) -> (Self, u64) {
         let directory = TempDir::new().unwrap();
         let mut guest = Self {
             driver: Driver::new(device),
@@ -90,7 +90,7 @@ impl Guest {
         (guest, root)
     }
 
-    fn change(&mut self, start: impl FnOnce(&Shares, Done)) -> Result<(), ShareError> {
+    pub fn change(&mut self, start: impl FnOnce(&Shares, Done)) -> Result<(), ShareError> {
         let (sender, receiver) = channel();
         start(
             &self.shares,
@@ -100,11 +100,11 @@ impl Guest {
         receiver.try_recv().unwrap()
     }
 
-    fn add(&mut self, name: &str, share: OwnedFd, cache: Cache) -> Result<(), ShareError> {
+    pub fn add(&mut self, name: &str, share: OwnedFd, cache: Cache) -> Result<(), ShareError> {
         self.change(|shares, done| shares.add(name, share, cache, done))
     }
 
-    fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    pub fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         let mut message = Vec::new();
         let length = u32::try_from(wire::HEADER_IN + body.len()).unwrap();
         message.extend(length.to_le_bytes());
@@ -118,7 +118,7 @@ impl Guest {
         message
     }
 
-    fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Answer {
+    pub fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Answer {
         let message = self.message(opcode, node, body);
         let answer = self.driver.request(REQUESTS, &message, ROOM);
         assert_eq!(word(&answer, 0) as usize, answer.len());
@@ -136,7 +136,7 @@ impl Guest {
         self.call(opcode, node, &body)
     }
 
-    fn lookup(&mut self, node: u64, name: &str) -> Result<Entry, i32> {
+    pub fn lookup(&mut self, node: u64, name: &str) -> Result<Entry, i32> {
         self.named(wire::LOOKUP, node, &[], name)
             .map(|bytes| entry(&bytes))
     }
@@ -170,7 +170,7 @@ impl Guest {
         self.call(wire::READ, 0, &body)
     }
 
-    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
         let mut body = (flags as u32).to_le_bytes().to_vec();
         body.extend([0; 4]);
         self.call(wire::OPEN, node, &body)
