@@ -194,15 +194,9 @@ fn open(server: &mut Server, open: &Open) -> Result<Handle, Errno> {
             }
             let flags = OFlags::from_bits_retain(flags);
             let path = server.nodes.open(node)?;
-            Handle::File(OpenFile {
-                share: server.nodes.share(node)?,
-                node,
-                flags,
-                file: server
-                    .reopen(&path, super::names::reopen_flags(flags))?
-                    .into(),
-                can_poll: true,
-            })
+            let file = server.reopen(&path, super::names::reopen_flags(flags))?;
+            let share = server.nodes.share(node)?;
+            Handle::File(OpenFile::new(share, node, flags, file)?)
         }
         Open::Directory { node } => {
             let (share, path) = server.directory(node)?;

@@ -310,6 +310,96 @@ fn only_files_and_directories_are_opened() {
     assert_eq!(guest.open(file.node, libc::O_RDONLY), Err(libc::ESTALE));
 }
 
+/// Attributes of a file by name, of the guest's user.
+fn set_attribute(guest: &mut Guest, node: u64, name: &str, value: &[u8]) -> Answer {
+    let mut body = (value.len() as u32).to_le_bytes().to_vec();
+    body.extend([0; 12]);
+    body.extend(name.as_bytes());
+    body.push(0);
+    body.extend(value);
+    guest.call(wire::SETXATTR, node, &body)
+}
+
+#[test]
+fn trusted_attributes_are_the_guests_own() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    let (file, _) = guest.create(root, "file").unwrap();
+    let on_host = guest.directory.path().join("file");
+    let name = "trusted.overlay.opaque";
+    match set_attribute(&mut guest, file.node, name, b"y") {
+        Err(libc::EOPNOTSUPP) => return,
+        result => result.unwrap(),
+    };
+    let get = |guest: &mut Guest, name: &str| guest.named(wire::GETXATTR, file.node, &[9, 0], name);
+    assert_eq!(get(&mut guest, name).unwrap(), b"y");
+    let mut value = [0; 9];
+    let hidden = "user.hull.trusted.overlay.opaque";
+    assert_eq!(rustix::fs::getxattr(&on_host, hidden, &mut value), Ok(1));
+    // The guest cannot use the name that it has on the host, nor reach the host's own.
+    assert_eq!(get(&mut guest, hidden), Err(libc::ENODATA));
+    let set = set_attribute(&mut guest, file.node, hidden, b"n");
+    assert_eq!(set, Err(libc::EPERM));
+    let removed = guest.named(wire::REMOVEXATTR, file.node, &[], hidden);
+    assert_eq!(removed, Err(libc::ENODATA));
+    let flags = rustix::fs::XattrFlags::empty();
+    let own = rustix::fs::setxattr(&on_host, "trusted.host", b"x", flags);
+    assert_eq!(get(&mut guest, "trusted.host"), Err(libc::ENODATA));
+    if own.is_ok() {
+        set_attribute(&mut guest, file.node, "trusted.host", b"guest").unwrap();
+        assert_eq!(
+            rustix::fs::getxattr(&on_host, "trusted.host", &mut value),
+            Ok(1)
+        );
+        guest
+            .named(wire::REMOVEXATTR, file.node, &[], "trusted.host")
+            .unwrap();
+    }
+    // Only the administrator is told of it.
+    set_attribute(&mut guest, file.node, "user.plain", b"").unwrap();
+    let list = |guest: &mut Guest, size: u32| {
+        let body = [size.to_le_bytes(), [0; 4]].concat();
+        guest.call(wire::LISTXATTR, file.node, &body)
+    };
+    let mut names: Vec<_> = list(&mut guest, 1000).unwrap();
+    let length = word(&list(&mut guest, 0).unwrap(), 0) as usize;
+    assert_eq!(length, names.len());
+    assert_eq!(list(&mut guest, 9), Err(libc::ERANGE));
+    names.pop();
+    let mut names: Vec<_> = names.split(|byte| *byte == 0).collect();
+    names.retain(|name| !name.starts_with(b"security."));
+    names.sort_unstable();
+    assert_eq!(names, [name.as_bytes(), b"user.plain"]);
+    guest.uid = 1000;
+    let names = String::from_utf8(list(&mut guest, 1000).unwrap()).unwrap();
+    assert!(!names.contains("overlay"), "{names}");
+    let long = format!("trusted.{}", "x".repeat(240));
+    let set = set_attribute(&mut guest, file.node, &long, b"");
+    assert_eq!(set, Err(libc::ERANGE));
+}
+
+#[test]
+fn files_whose_content_the_host_makes_are_read_whatever_their_size() {
+    let (mut guest, _) = Guest::new(Cache::Shared);
+    for (directory, name) in [("/proc", "uptime"), ("/sys/kernel", "uevent_seqnum")] {
+        let share = path(Path::new(directory));
+        guest.add("made", share, Cache::Shared).unwrap();
+        let root = guest.lookup(wire::ROOT, "made").unwrap();
+        let file = guest.lookup(root.node, name).unwrap();
+        let opened = guest.call(wire::OPEN, file.node, &[0; 8]).unwrap();
+        let handle = number(&opened, 0);
+        assert_eq!(word(&opened, 8), wire::fopen::DIRECT_IO);
+        for size in [4 << 10, 48 << 10] {
+            let content = guest.read(handle, 0, size).unwrap();
+            assert!(content.ends_with(b"\n"), "{name} {size}");
+            let end = content.len() as u64;
+            assert_eq!(guest.read(handle, end, size).unwrap(), [0u8; 0]);
+        }
+        guest
+            .change(|shares, done| shares.remove("made", done))
+            .unwrap();
+    }
+}
+
 #[test]
 fn directories_are_listed_in_pieces_of_any_size() {
     let (mut guest, root) = Guest::new(Cache::Private);

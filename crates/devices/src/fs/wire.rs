@@ -98,6 +98,7 @@ pub mod fattr {
 
 /// Bits of `fuse_open_out.open_flags`.
 pub mod fopen {
+    pub const DIRECT_IO: u32 = 1 << 0;
     pub const KEEP_CACHE: u32 = 1 << 1;
     pub const CACHE_DIR: u32 = 1 << 3;
     pub const NOFLUSH: u32 = 1 << 5;
