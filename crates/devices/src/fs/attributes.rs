@@ -1,5 +1,7 @@
 //! Operations on a file's metadata: status, ownership, times, extended attributes.
 
+use std::borrow::Cow;
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{
@@ -266,6 +268,7 @@ impl Server {
         let name = body.string()?;
         let value = body.bytes(size as usize)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let name = &*on_host(name)?.ok_or(Errno::PERM)?;
         let (_fd, path) = self.xattr_path(header.node)?;
         let _kill = if more_flags & wire::SETXATTR_ACL_KILL_SGID != 0 {
             self.credentials.ordinary(header.gid)?
@@ -283,7 +286,7 @@ impl Server {
     ) -> Result<(), Errno> {
         let size = body.u32()?;
         body.u32()?;
-        let name = body.string()?;
+        let name = &*on_host(body.string()?)?.ok_or(Errno::NODATA)?;
         let (_fd, path) = self.xattr_path(header.node)?;
         if size == 0 {
             write_size(rustix::fs::getxattr_query(path, name)?, reply);
@@ -305,16 +308,16 @@ impl Server {
         let mut names = Vec::new();
         if header.node != wire::ROOT {
             let (_fd, path) = self.xattr_path(header.node)?;
-            if size == 0 {
-                write_size(rustix::fs::listxattr_query(path)?, reply);
-                return Ok(());
+            let mut list = vec![0; MAX_XATTR as usize];
+            let length = rustix::fs::listxattr(path, &mut list[..])?;
+            for name in list[..length.min(list.len())].split_inclusive(|byte| *byte == 0) {
+                names.extend(in_guest(name, header.uid));
             }
-            names.resize(size.min(MAX_XATTR) as usize, 0);
-            let length = rustix::fs::listxattr(path, &mut names[..])?;
-            names.truncate(length);
         }
         if size == 0 {
-            write_size(0, reply);
+            write_size(names.len(), reply);
+        } else if names.len() > size as usize {
+            return Err(Errno::RANGE);
         } else {
             reply.bytes(&names);
         }
@@ -326,7 +329,7 @@ impl Server {
         header: &Header,
         body: &mut Input<'_>,
     ) -> Result<(), Errno> {
-        let name = body.string()?;
+        let name = &*on_host(body.string()?)?.ok_or(Errno::NODATA)?;
         let (_fd, path) = self.xattr_path(header.node)?;
         rustix::fs::removexattr(path, name)
     }
@@ -353,5 +356,44 @@ fn id(id: u32) -> Result<u32, Errno> {
         Err(Errno::INVAL)
     } else {
         Ok(id)
+    }
+}
+
+/// Attributes of the class "trusted" are for the guest's administrator. The host's own are not the
+/// guest's to read or write (overlayfs believes what they say), so the guest's have other names on
+/// the host, which the guest cannot use.
+const TRUSTED: &[u8] = b"trusted.";
+const TRUSTED_ON_HOST: &[u8] = b"user.hull.trusted.";
+/// The longest name that Linux has.
+const MAX_NAME: usize = 255;
+
+/// The host's name of a guest's attribute; `None` if the guest cannot have it.
+fn on_host(name: &CStr) -> Result<Option<Cow<'_, CStr>>, Errno> {
+    let bytes = name.to_bytes();
+    if bytes.starts_with(TRUSTED_ON_HOST) {
+        return Ok(None);
+    }
+    let Some(rest) = bytes.strip_prefix(TRUSTED) else {
+        return Ok(Some(Cow::Borrowed(name)));
+    };
+    let name = [TRUSTED_ON_HOST, rest].concat();
+    if name.len() > MAX_NAME {
+        return Err(Errno::RANGE);
+    }
+    let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+    Ok(Some(Cow::Owned(name)))
+}
+
+/// What a guest's user is told for an entry of the host's list of names, if anything.
+fn in_guest(name: &[u8], uid: u32) -> Vec<u8> {
+    if let Some(rest) = name.strip_prefix(TRUSTED_ON_HOST) {
+        return match uid {
+            0 => [TRUSTED, rest].concat(),
+            _ => Vec::new(),
+        };
+    }
+    match name.starts_with(TRUSTED) {
+        true => Vec::new(),
+        false => name.to_vec(),
     }
 }

@@ -82,9 +82,11 @@ impl Server {
     }
 
     pub(super) fn release(&mut self, body: &mut Input<'_>) -> Result<(), Errno> {
-        let handle = u32::try_from(body.u64()?).map_err(|_| Errno::BADF)?;
+        let (handle, _flags, flags) = (body.u64()?, body.u32()?, body.u32()?);
+        let unlocked = self.release_locks(handle, flags & wire::RELEASE_FLOCK_UNLOCK != 0);
+        let handle = u32::try_from(handle).map_err(|_| Errno::BADF)?;
         self.handles.remove(handle).ok_or(Errno::BADF)?;
-        Ok(())
+        unlocked
     }
 
     pub(super) fn fsync(&mut self, body: &mut Input<'_>) -> Result<Work, Errno> {

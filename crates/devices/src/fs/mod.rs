@@ -14,7 +14,7 @@
 //! - The guest's kernel checks permissions; the host does not check them again: see
 //!   [`credentials`].
 //! - What the guest can make this process hold is bounded: files it knows ([`nodes`]), files it has
-//!   open, the length of each message.
+//!   open or locked ([`locks`]), the length of each message.
 //! - An invalid message is answered with an error; one without room for an answer is ignored.
 //!
 //! # Threads
@@ -26,6 +26,7 @@ mod attributes;
 mod credentials;
 mod directories;
 mod files;
+mod locks;
 mod names;
 mod nodes;
 mod server;
@@ -48,10 +49,11 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 
 use crate::buffers::Buffers;
-use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memory, Queues};
 use crate::state::{RestoreError, SaveError, SavedState};
+use locks::waiting::Waiting;
 use server::{Outcome, Server};
-use work::{Job, Workers};
+use work::{Job, Pending, Workers};
 
 /// The tag under which the guest mounts the device.
 pub const TAG: &str = "hull";
@@ -59,6 +61,7 @@ pub const TAG: &str = "hull";
 /// The hiprio queue (FUSE_FORGET) and the request queue.
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const WAKE: u64 = 0;
+const TIMER: u64 = 1;
 /// Commands that the device has not taken yet.
 const MAX_COMMANDS: usize = 256;
 
@@ -153,6 +156,7 @@ impl Shares {
 pub struct Fs {
     server: Server,
     workers: Workers,
+    waiting: Waiting,
     commands: Receiver<Command>,
     wake: Arc<OwnedFd>,
 }
@@ -172,6 +176,7 @@ impl Fs {
         let device = Self {
             server,
             workers: Workers::new(),
+            waiting: Waiting::new()?,
             commands: receiver,
             wake,
         };
@@ -216,6 +221,7 @@ impl Device for Fs {
     }
 
     fn register(&mut self, events: EventRegistry) -> io::Result<()> {
+        events.add(&self.waiting.timer, TIMER, EventFlags::IN)?;
         events.add(&self.wake, WAKE, EventFlags::IN)
     }
 
@@ -238,35 +244,44 @@ impl Device for Fs {
                     queues.add_used(queue, head, written)?;
                     queues.notify(queue)?;
                 }
-                Outcome::Later { unique, work } => self.workers.submit(Job {
-                    ring: queues.ring(queue)?.clone(),
-                    memory,
-                    chain,
-                    unique,
-                    work,
-                }),
+                Outcome::Later { unique, work } => {
+                    let request = pending(queues, queue, memory, chain, unique)?;
+                    self.workers.submit(Job { request, work });
+                }
+                Outcome::Wait { unique, lock } => {
+                    let request = pending(queues, queue, memory, chain, unique)?;
+                    self.waiting.add(request, lock, &mut self.server);
+                }
             }
+            self.waiting.try_released(&mut self.server);
         }
         Ok(())
     }
 
     fn host_event(
         &mut self,
-        _token: u64,
+        token: u64,
         _ready: EventFlags,
         _queues: &mut Queues<'_>,
     ) -> Result<(), DeviceError> {
+        if token == TIMER {
+            self.waiting.try_due(&mut self.server);
+            self.waiting.try_released(&mut self.server);
+            return Ok(());
+        }
         let mut count = [0; 8];
         // On failure the event was spurious.
         let _ = rustix::io::read(&self.wake, &mut count);
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command);
         }
+        self.waiting.try_released(&mut self.server);
         Ok(())
     }
 
     fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         self.workers.finish();
+        self.waiting.finish();
         Ok(())
     }
 
@@ -281,6 +296,23 @@ impl Device for Fs {
 
     fn reset(&mut self) {
         self.workers.discard();
+        self.waiting.discard();
         self.server.reset();
     }
+}
+
+/// A request that is answered later.
+fn pending(
+    queues: &Queues<'_>,
+    queue: usize,
+    memory: Memory,
+    chain: Chain,
+    unique: u64,
+) -> Result<Pending, DeviceError> {
+    Ok(Pending {
+        ring: queues.ring(queue)?.clone(),
+        memory,
+        chain,
+        unique,
+    })
 }

@@ -382,15 +382,12 @@ impl Server {
         reply: &mut Reply,
     ) -> Result<(), Errno> {
         let cache = self.shares.get(&share).ok_or(Errno::STALE)?.cache;
-        let handle = self.add_handle(Handle::File(OpenFile {
-            share,
-            node,
-            flags: open_flags(flags) - OFlags::TRUNC,
-            file: file.into(),
-            can_poll: true,
-        }))?;
+        let open = OpenFile::new(share, node, open_flags(flags) - OFlags::TRUNC, file)?;
+        let is_made = open.is_made;
+        let handle = self.add_handle(Handle::File(open))?;
         reply.u64(handle);
         reply.u32(match cache {
+            _ if is_made => wire::fopen::DIRECT_IO,
             Cache::Private | Cache::Brief => wire::fopen::KEEP_CACHE | wire::fopen::NOFLUSH,
             Cache::Shared => 0,
         });

@@ -20,6 +20,7 @@ use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::credentials::Credentials;
+use super::locks::{self, Locks};
 use super::nodes::{Known, Nodes, ShareId, device_of, stat_at};
 use super::slab::Slab;
 use super::wire::{self, Attributes, Header, Input, Reply, init};
@@ -35,6 +36,26 @@ const PAGE: u32 = 4096;
 /// Short: starting a program takes longer, so it sees earlier changes by the host. Long enough for
 /// many files of one directory.
 const MOMENT: Duration = Duration::from_millis(10);
+
+/// File systems whose files have content whatever their size (linux/magic.h): procfs, sysfs,
+/// control groups, debugfs, tracefs, securityfs, configfs, selinuxfs, smackfs, binfmt_misc, nfsd,
+/// rpc_pipefs, resctrl.
+const MADE: [u32; 14] = [
+    0x9fa0,
+    0x6265_6572,
+    0x0027_e0eb,
+    0x6367_7270,
+    0x6462_6720,
+    0x7472_6163,
+    0x7363_6673,
+    0x6265_6570,
+    0xf97c_ff8c,
+    0x4341_5d53,
+    0x4249_4e4d,
+    0x6e66_7364,
+    0x6759_6969,
+    0x0765_5821,
+];
 
 /// A directory of the host in the device's root.
 pub struct Share {
@@ -111,6 +132,30 @@ pub struct OpenFile {
     pub file: Arc<OwnedFd>,
     /// Whether reads can be tried without waiting (`RWF_NOWAIT`).
     pub can_poll: bool,
+    /// The host's kernel makes its content when it is read (procfs, sysfs): its size says nothing.
+    pub is_made: bool,
+}
+
+impl OpenFile {
+    /// `flags` are those with which `file` was opened.
+    pub fn new(share: ShareId, node: u64, flags: OFlags, file: OwnedFd) -> Result<Self, Errno> {
+        // The type has another width on each architecture.
+        let kind = rustix::fs::fstatfs(&file)?.f_type as u32;
+        let is_made = MADE.contains(&kind);
+        if is_made {
+            // Some wait for an event (kmsg, trace_pipe): nothing here may wait for long.
+            let status = rustix::fs::fcntl_getfl(&file)?;
+            rustix::fs::fcntl_setfl(&file, status | OFlags::NONBLOCK)?;
+        }
+        Ok(Self {
+            share,
+            node,
+            flags,
+            file: file.into(),
+            can_poll: !is_made,
+            is_made,
+        })
+    }
 }
 
 /// How a message is answered.
@@ -119,6 +164,8 @@ pub enum Outcome {
     Done(usize),
     /// Answered later, by a worker.
     Later { unique: u64, work: Work },
+    /// Answered when the lock is to be had, or after a while.
+    Wait { unique: u64, lock: locks::Request },
 }
 
 /// State of the file system.
@@ -129,6 +176,7 @@ pub struct Server {
     pub(super) handles: Slab<Handle>,
     pub(super) handle_limit: usize,
     pub(super) credentials: Credentials,
+    pub(super) locks: Locks,
     umask: Option<u32>,
     /// `/proc/self/fd`, through which descriptors are reopened.
     pub(super) descriptors: OwnedFd,
@@ -150,6 +198,7 @@ impl Server {
             next_share: 0,
             handles: Slab::new(),
             credentials: Credentials::new(),
+            locks: Locks::default(),
             umask: None,
             descriptors: rustix::fs::open(c"/proc/self/fd", flags, Mode::empty())?,
             body: Vec::new(),
@@ -203,6 +252,7 @@ impl Server {
             .ok_or(Errno::NOENT)?;
         self.shares.remove(&id);
         self.nodes.remove_share(id);
+        self.locks.remove_share(id);
         // The guest's handles keep their numbers, so that these are not reused, but refer to no
         // file.
         for handle in self.handles.iter_mut() {
@@ -221,6 +271,7 @@ impl Server {
     /// The driver has reset the device: the next one starts without files.
     pub fn reset(&mut self) {
         self.handles = Slab::new();
+        self.locks.clear();
         self.nodes.clear();
     }
 
@@ -239,6 +290,10 @@ impl Server {
             Ok(Answer::Later(work)) => Outcome::Later {
                 unique: header.unique,
                 work,
+            },
+            Ok(Answer::Wait(lock)) => Outcome::Wait {
+                unique: header.unique,
+                lock,
             },
             Ok(Answer::Data(length)) => Outcome::Done(length),
             Ok(Answer::Reply) => send(buffers, &mut reply, header.unique, Ok(())),
@@ -305,6 +360,12 @@ impl Server {
             wire::SYNCFS => return self.syncfs(header).map(Answer::Later),
             wire::FALLOCATE => return self.fallocate(header, body).map(Answer::Later),
             wire::COPY_FILE_RANGE => return self.copy_file_range(header, body).map(Answer::Later),
+            wire::SETLK | wire::SETLKW => {
+                let waits = header.opcode == wire::SETLKW;
+                return Ok(self.setlk(body, waits)?.map_or(Answer::Reply, Answer::Wait));
+            }
+            wire::GETLK => self.getlk(body, reply),
+            wire::FLUSH => self.flush(body),
             wire::INIT => self.init(body, reply),
             wire::DESTROY => {
                 self.reset();
@@ -337,8 +398,6 @@ impl Server {
             wire::READDIR => self.readdir(header, body, reply, room, false),
             wire::READDIRPLUS => self.readdir(header, body, reply, room, true),
             wire::IOCTL => Err(Errno::NOTTY),
-            // Including FLUSH: without it the guest keeps its own locks and saves a round trip at
-            // each close.
             _ => Err(Errno::NOSYS),
         }?;
         Ok(Answer::Reply)
@@ -358,7 +417,7 @@ impl Server {
         if offered & init::INIT_EXT != 0 {
             offered |= u64::from(body.u32()?) << 32;
         }
-        let wanted = init::ASYNC_READ
+        let mut wanted = init::ASYNC_READ
             | init::ATOMIC_O_TRUNC
             | init::BIG_WRITES
             | init::DONT_MASK
@@ -373,6 +432,12 @@ impl Server {
             | init::HANDLE_KILLPRIV_V2
             | init::SETXATTR_EXT
             | init::INIT_EXT;
+        // Without it a process that waits for a lock could not be killed, and each close would be a
+        // request: the guest keeps its locks to itself then.
+        self.locks.agreed = offered & init::LOCK_WAIT != 0;
+        if self.locks.agreed {
+            wanted |= init::POSIX_LOCKS | init::FLOCK_LOCKS | init::LOCK_WAIT;
+        }
         let agreed = wanted & offered;
         reply.u32(readahead);
         reply.u32(agreed as u32);
@@ -459,7 +524,7 @@ impl Server {
 
     /// Adds a handle; returns its number.
     pub(super) fn add_handle(&mut self, handle: Handle) -> Result<u64, Errno> {
-        let limit = self.handle_limit;
+        let limit = self.handle_limit.saturating_sub(self.locks.open_files());
         self.handles
             .insert(handle, limit)
             .map(u64::from)
@@ -494,6 +559,8 @@ pub enum Answer {
     Data(usize),
     /// Answers later.
     Later(Work),
+    /// Answers when the lock is to be had.
+    Wait(locks::Request),
     /// Sends no answer.
     None,
 }

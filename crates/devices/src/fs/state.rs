@@ -28,6 +28,9 @@ struct State {
     next_share: ShareId,
     nodes: SavedNodes,
     handles: Vec<SavedHandle>,
+    /// Whether the guest leaves its locks to the device.
+    #[serde(default)]
+    locks: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,6 +62,12 @@ enum Open {
 /// [`SaveError::State`] if an open file or directory has no name any more, or the host has moved
 /// it.
 pub fn save(server: &mut Server) -> Result<SavedState, SaveError> {
+    if server.has_locks() {
+        return Err(SaveError::State {
+            device: DeviceType::Fs,
+            reason: "the guest has locked files".into(),
+        });
+    }
     let mut handles = Vec::new();
     for (number, handle) in server.handles.iter() {
         let open = match handle {
@@ -95,6 +104,7 @@ pub fn save(server: &mut Server) -> Result<SavedState, SaveError> {
         next_share: server.next_share,
         nodes: server.nodes.save(),
         handles,
+        locks: server.locks.agreed,
     };
     SavedState::new(DeviceType::Fs, VERSION, state)
 }
@@ -157,6 +167,7 @@ pub fn restore(server: &mut Server, state: &SavedState) -> Result<(), RestoreErr
                 mismatch(format!("share \"{}\" cannot be used: {error}", share.name))
             })?;
     }
+    server.locks.agreed = state.locks;
     let mut handles = Vec::with_capacity(state.handles.len());
     for handle in state.handles {
         let opened = open(server, &handle.open).map_err(|error| {
@@ -183,15 +194,9 @@ fn open(server: &mut Server, open: &Open) -> Result<Handle, Errno> {
             }
             let flags = OFlags::from_bits_retain(flags);
             let path = server.nodes.open(node)?;
-            Handle::File(OpenFile {
-                share: server.nodes.share(node)?,
-                node,
-                flags,
-                file: server
-                    .reopen(&path, super::names::reopen_flags(flags))?
-                    .into(),
-                can_poll: true,
-            })
+            let file = server.reopen(&path, super::names::reopen_flags(flags))?;
+            let share = server.nodes.share(node)?;
+            Handle::File(OpenFile::new(share, node, flags, file)?)
         }
         Open::Directory { node } => {
             let (share, path) = server.directory(node)?;

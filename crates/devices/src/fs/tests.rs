@@ -22,30 +22,30 @@ mod saving;
 const REQUESTS: usize = 1;
 const ROOM: usize = 64 << 10;
 
-struct Guest {
-    driver: Driver<Fs>,
+pub struct Guest {
+    pub driver: Driver<Fs>,
     shares: Shares,
-    directory: TempDir,
+    pub directory: TempDir,
     uid: u32,
     gid: u32,
 }
 
-type Answer = Result<Vec<u8>, i32>;
+pub type Answer = Result<Vec<u8>, i32>;
 
 /// A file as described by an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
-    node: u64,
+pub struct Entry {
+    pub node: u64,
     inode: u64,
     size: u64,
     mode: u32,
 }
 
-fn number(bytes: &[u8], at: usize) -> u64 {
+pub fn number(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-fn word(bytes: &[u8], at: usize) -> u32 {
+pub fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
@@ -58,17 +58,17 @@ fn entry(bytes: &[u8]) -> Entry {
     }
 }
 
-fn path(path: &Path) -> OwnedFd {
+pub fn path(path: &Path) -> OwnedFd {
     rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
 }
 
 impl Guest {
     /// A device with one share, "s", and its root's node.
-    fn new(cache: Cache) -> (Self, u64) {
+    pub fn new(cache: Cache) -> (Self, u64) {
         Self::with(Fs::new().unwrap(), cache)
     }
 
-    fn with((device, shares): (Fs, Shares), cache: Cache) -> (Self, u64) {
+    pub fn with((device, shares): (Fs, Shares), cache: Cache) -> (Self, u64) {
         let directory = TempDir::new().unwrap();
         let mut guest = Self {
             driver: Driver::new(device),
@@ -90,7 +90,7 @@ impl Guest {
         (guest, root)
     }
 
-    fn change(&mut self, start: impl FnOnce(&Shares, Done)) -> Result<(), ShareError> {
+    pub fn change(&mut self, start: impl FnOnce(&Shares, Done)) -> Result<(), ShareError> {
         let (sender, receiver) = channel();
         start(
             &self.shares,
@@ -100,11 +100,11 @@ impl Guest {
         receiver.try_recv().unwrap()
     }
 
-    fn add(&mut self, name: &str, share: OwnedFd, cache: Cache) -> Result<(), ShareError> {
+    pub fn add(&mut self, name: &str, share: OwnedFd, cache: Cache) -> Result<(), ShareError> {
         self.change(|shares, done| shares.add(name, share, cache, done))
     }
 
-    fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    pub fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         let mut message = Vec::new();
         let length = u32::try_from(wire::HEADER_IN + body.len()).unwrap();
         message.extend(length.to_le_bytes());
@@ -118,7 +118,7 @@ impl Guest {
         message
     }
 
-    fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Answer {
+    pub fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Answer {
         let message = self.message(opcode, node, body);
         let answer = self.driver.request(REQUESTS, &message, ROOM);
         assert_eq!(word(&answer, 0) as usize, answer.len());
@@ -136,7 +136,7 @@ impl Guest {
         self.call(opcode, node, &body)
     }
 
-    fn lookup(&mut self, node: u64, name: &str) -> Result<Entry, i32> {
+    pub fn lookup(&mut self, node: u64, name: &str) -> Result<Entry, i32> {
         self.named(wire::LOOKUP, node, &[], name)
             .map(|bytes| entry(&bytes))
     }
@@ -170,7 +170,7 @@ impl Guest {
         self.call(wire::READ, 0, &body)
     }
 
-    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
         let mut body = (flags as u32).to_le_bytes().to_vec();
         body.extend([0; 4]);
         self.call(wire::OPEN, node, &body)
@@ -308,6 +308,96 @@ fn only_files_and_directories_are_opened() {
     )
     .unwrap();
     assert_eq!(guest.open(file.node, libc::O_RDONLY), Err(libc::ESTALE));
+}
+
+/// Attributes of a file by name, of the guest's user.
+fn set_attribute(guest: &mut Guest, node: u64, name: &str, value: &[u8]) -> Answer {
+    let mut body = (value.len() as u32).to_le_bytes().to_vec();
+    body.extend([0; 12]);
+    body.extend(name.as_bytes());
+    body.push(0);
+    body.extend(value);
+    guest.call(wire::SETXATTR, node, &body)
+}
+
+#[test]
+fn trusted_attributes_are_the_guests_own() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    let (file, _) = guest.create(root, "file").unwrap();
+    let on_host = guest.directory.path().join("file");
+    let name = "trusted.overlay.opaque";
+    match set_attribute(&mut guest, file.node, name, b"y") {
+        Err(libc::EOPNOTSUPP) => return,
+        result => result.unwrap(),
+    };
+    let get = |guest: &mut Guest, name: &str| guest.named(wire::GETXATTR, file.node, &[9, 0], name);
+    assert_eq!(get(&mut guest, name).unwrap(), b"y");
+    let mut value = [0; 9];
+    let hidden = "user.hull.trusted.overlay.opaque";
+    assert_eq!(rustix::fs::getxattr(&on_host, hidden, &mut value), Ok(1));
+    // The guest cannot use the name that it has on the host, nor reach the host's own.
+    assert_eq!(get(&mut guest, hidden), Err(libc::ENODATA));
+    let set = set_attribute(&mut guest, file.node, hidden, b"n");
+    assert_eq!(set, Err(libc::EPERM));
+    let removed = guest.named(wire::REMOVEXATTR, file.node, &[], hidden);
+    assert_eq!(removed, Err(libc::ENODATA));
+    let flags = rustix::fs::XattrFlags::empty();
+    let own = rustix::fs::setxattr(&on_host, "trusted.host", b"x", flags);
+    assert_eq!(get(&mut guest, "trusted.host"), Err(libc::ENODATA));
+    if own.is_ok() {
+        set_attribute(&mut guest, file.node, "trusted.host", b"guest").unwrap();
+        assert_eq!(
+            rustix::fs::getxattr(&on_host, "trusted.host", &mut value),
+            Ok(1)
+        );
+        guest
+            .named(wire::REMOVEXATTR, file.node, &[], "trusted.host")
+            .unwrap();
+    }
+    // Only the administrator is told of it.
+    set_attribute(&mut guest, file.node, "user.plain", b"").unwrap();
+    let list = |guest: &mut Guest, size: u32| {
+        let body = [size.to_le_bytes(), [0; 4]].concat();
+        guest.call(wire::LISTXATTR, file.node, &body)
+    };
+    let mut names: Vec<_> = list(&mut guest, 1000).unwrap();
+    let length = word(&list(&mut guest, 0).unwrap(), 0) as usize;
+    assert_eq!(length, names.len());
+    assert_eq!(list(&mut guest, 9), Err(libc::ERANGE));
+    names.pop();
+    let mut names: Vec<_> = names.split(|byte| *byte == 0).collect();
+    names.retain(|name| !name.starts_with(b"security."));
+    names.sort_unstable();
+    assert_eq!(names, [name.as_bytes(), b"user.plain"]);
+    guest.uid = 1000;
+    let names = String::from_utf8(list(&mut guest, 1000).unwrap()).unwrap();
+    assert!(!names.contains("overlay"), "{names}");
+    let long = format!("trusted.{}", "x".repeat(240));
+    let set = set_attribute(&mut guest, file.node, &long, b"");
+    assert_eq!(set, Err(libc::ERANGE));
+}
+
+#[test]
+fn files_whose_content_the_host_makes_are_read_whatever_their_size() {
+    let (mut guest, _) = Guest::new(Cache::Shared);
+    for (directory, name) in [("/proc", "uptime"), ("/sys/kernel", "uevent_seqnum")] {
+        let share = path(Path::new(directory));
+        guest.add("made", share, Cache::Shared).unwrap();
+        let root = guest.lookup(wire::ROOT, "made").unwrap();
+        let file = guest.lookup(root.node, name).unwrap();
+        let opened = guest.call(wire::OPEN, file.node, &[0; 8]).unwrap();
+        let handle = number(&opened, 0);
+        assert_eq!(word(&opened, 8), wire::fopen::DIRECT_IO);
+        for size in [4 << 10, 48 << 10] {
+            let content = guest.read(handle, 0, size).unwrap();
+            assert!(content.ends_with(b"\n"), "{name} {size}");
+            let end = content.len() as u64;
+            assert_eq!(guest.read(handle, end, size).unwrap(), [0u8; 0]);
+        }
+        guest
+            .change(|shares, done| shares.remove("made", done))
+            .unwrap();
+    }
 }
 
 #[test]

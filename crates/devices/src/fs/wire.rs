@@ -35,11 +35,15 @@ pub const SETXATTR: u32 = 21;
 pub const GETXATTR: u32 = 22;
 pub const LISTXATTR: u32 = 23;
 pub const REMOVEXATTR: u32 = 24;
+pub const FLUSH: u32 = 25;
 pub const INIT: u32 = 26;
 pub const OPENDIR: u32 = 27;
 pub const READDIR: u32 = 28;
 pub const RELEASEDIR: u32 = 29;
 pub const FSYNCDIR: u32 = 30;
+pub const GETLK: u32 = 31;
+pub const SETLK: u32 = 32;
+pub const SETLKW: u32 = 33;
 pub const CREATE: u32 = 35;
 pub const INTERRUPT: u32 = 36;
 pub const DESTROY: u32 = 38;
@@ -57,9 +61,11 @@ pub const STATX: u32 = 52;
 /// Bits of the INIT reply, both 32-bit fields as one number.
 pub mod init {
     pub const ASYNC_READ: u64 = 1 << 0;
+    pub const POSIX_LOCKS: u64 = 1 << 1;
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub const BIG_WRITES: u64 = 1 << 5;
     pub const DONT_MASK: u64 = 1 << 6;
+    pub const FLOCK_LOCKS: u64 = 1 << 10;
     pub const AUTO_INVAL_DATA: u64 = 1 << 12;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
@@ -71,6 +77,9 @@ pub mod init {
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
+    /// The guest's kernel asks again when a wait for a lock ends with `EAGAIN`, and sends FLUSH for
+    /// files that have record locks only (guest/kernel/patches/fuse-locks.patch).
+    pub const LOCK_WAIT: u64 = 1 << 62;
 }
 
 /// Bits of `fuse_setattr_in.valid`.
@@ -89,11 +98,17 @@ pub mod fattr {
 
 /// Bits of `fuse_open_out.open_flags`.
 pub mod fopen {
+    pub const DIRECT_IO: u32 = 1 << 0;
     pub const KEEP_CACHE: u32 = 1 << 1;
     pub const CACHE_DIR: u32 = 1 << 3;
     pub const NOFLUSH: u32 = 1 << 5;
 }
 
+/// `fuse_lk_in.lk_flags`: a lock of flock(2).
+pub const LK_FLOCK: u32 = 1 << 0;
+/// A lock whose owner is an open file (F_OFD_SETLK); of the guest kernel's patch.
+pub const LK_OFD: u32 = 1 << 1;
+pub const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
 pub const GETATTR_FH: u32 = 1 << 0;
 pub const FSYNC_DATA_ONLY: u32 = 1 << 0;
 pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;

@@ -58,12 +58,46 @@ pub enum Work {
     Wait(std::sync::mpsc::Receiver<()>),
 }
 
-/// One request to be completed.
-pub struct Job {
+/// A request that is answered later.
+pub struct Pending {
     pub ring: Arc<dyn Ring>,
     pub memory: Memory,
     pub chain: Chain,
     pub unique: u64,
+}
+
+impl Pending {
+    /// Completes the request with what `answer` writes; it returns the number of bytes.
+    pub fn complete(self, answer: impl FnOnce(&mut Buffers<'_>, u64) -> usize) {
+        let head = self.chain.head_index();
+        let written = match Buffers::new(&self.memory, self.chain) {
+            Ok(mut buffers) => answer(&mut buffers, self.unique),
+            // The guest changed its descriptors meanwhile.
+            Err(_) => 0,
+        };
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        let completed = self
+            .ring
+            .add_used(&self.memory, head, written)
+            .and_then(|()| self.ring.notify(&self.memory));
+        if let Err(error) = completed {
+            tracing::error!(%error, "cannot complete a file system request");
+        }
+    }
+
+    /// Completes the request with a result and no data.
+    pub fn finish(self, result: Result<(), Errno>) {
+        let error = result.map_or_else(Errno::raw_os_error, |()| 0);
+        self.complete(|buffers, unique| {
+            let header = header_out(HEADER_OUT, error, unique);
+            buffers.writable.copy_from(&header)
+        });
+    }
+}
+
+/// One request to be completed.
+pub struct Job {
+    pub request: Pending,
     pub work: Work,
 }
 
@@ -186,26 +220,8 @@ fn work(shared: &Shared) {
 
 /// Does the work and completes the request.
 fn finish(job: Job) {
-    let Job {
-        ring,
-        memory,
-        chain,
-        unique,
-        work,
-    } = job;
-    let head = chain.head_index();
-    let written = match Buffers::new(&memory, chain) {
-        Ok(mut buffers) => execute(work, &mut buffers, unique),
-        // The guest changed its descriptors meanwhile.
-        Err(_) => 0,
-    };
-    let written = u32::try_from(written).unwrap_or(u32::MAX);
-    let completed = ring
-        .add_used(&memory, head, written)
-        .and_then(|()| ring.notify(&memory));
-    if let Err(error) = completed {
-        tracing::error!(%error, "cannot complete a file system request");
-    }
+    let Job { request, work } = job;
+    request.complete(|buffers, unique| execute(work, buffers, unique));
 }
 
 /// Does the work; the number of bytes written to the buffers.
@@ -312,13 +328,14 @@ mod tests {
             .map(|head| {
                 guest.offer_at(0, head, &[(0x10_0000, 64, WRITE, 0)]);
                 let (sender, receiver) = channel();
-                let job = Job {
+                let request = Pending {
                     ring: guest.rings()[0].clone(),
                     memory: guest.memory().clone(),
                     chain: guest.rings()[0].pop(guest.memory()).unwrap().unwrap(),
                     unique: 1,
-                    work: Work::Wait(receiver),
                 };
+                let work = Work::Wait(receiver);
+                let job = Job { request, work };
                 (job, sender)
             })
             .unzip()
