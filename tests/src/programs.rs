@@ -53,3 +53,8 @@ pub fn many_echo_program() -> PathBuf {
 pub fn udp_echo_program() -> PathBuf {
     built("udp-echo", "network/udp-echo.c")
 }
+
+/// Runs a command as on a host before Linux 6.3 (`tests/host/before-6.3.c`).
+pub fn older_host_program() -> PathBuf {
+    built("before-6.3", "host/before-6.3.c")
+}

@@ -7,6 +7,7 @@ mod confinement;
 mod cp;
 mod crash;
 mod exec;
+mod guest_kernel;
 mod images;
 mod install_engines;
 mod limits;

@@ -2,7 +2,8 @@
 //!
 //! The device's root holds the *shares*, one directory each; they are added and removed while the
 //! guest runs. In the guest all of them are one file system, of tag [`TAG`]; the highest bits of an
-//! inode number are the share's number. (FUSE could make each share a mount of its own (submounts).
+//! inode number are the share's number. hull's guest kernel gives each share a device number of its
+//! own, for stat(2) and mountinfo. (FUSE could make each share a mount of its own (submounts).
 //! But on these Linux 7.3 forgets HANDLE_KILLPRIV, asks for capabilities at each write, and crashes
 //! when one is unmounted with a request in flight.)
 //!

@@ -389,8 +389,9 @@ fn command_line(config: &MachineConfig, devices: &[Placed]) -> Vec<OsString> {
         // process.
         "quiet".into(),
         "loglevel=5".into(),
-        // No dummy network interface.
+        // No network interfaces that nobody asked for.
         "dummy.numdummies=0".into(),
+        "fb_tunnels=none".into(),
         // A panic ends the guest at once.
         "panic=-1".into(),
         "umid=hull".into(),
