@@ -156,16 +156,19 @@ fn an_unknown_key_of_the_configuration_gets_the_nearest_known_one() {
         without_image: true,
         ..Options::default()
     });
-    hull.hull(["ps"])
+    hull.hull(["run", "busybox", "true"])
         .run()
         .fails(125, &["config.toml:4", "memroy"])
         .hint("memory");
+    // It keeps nobody from looking at containers.
+    let output = hull.hull(["ps", "-aq"]).run().ok();
+    assert!(output.error().contains("memroy"), "{}", output.error());
     let hull = Hull::with(Options {
         configuration: "memory = 5".into(),
         without_image: true,
         ..Options::default()
     });
-    hull.hull(["ps"])
+    hull.hull(["run", "busybox", "true"])
         .run()
         .fails(125, &["config.toml:4", "memory"]);
     let hull = Hull::with(Options {
@@ -173,8 +176,10 @@ fn an_unknown_key_of_the_configuration_gets_the_nearest_known_one() {
         without_image: true,
         ..Options::default()
     });
-    hull.hull(["ps"]).run().fails(125, &["config.toml:4"]);
-    hull.hull(["ps"])
+    hull.hull(["run", "busybox", "true"])
+        .run()
+        .fails(125, &["config.toml:4"]);
+    hull.hull(["run", "busybox", "true"])
         .env("HULL_CONFIG", "/no/such/file")
         .run()
         .fails(125, &["/no/such/file"]);

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::{Duration, Instant};
 
-use hull_tests::{Archive, Hull};
+use hull_tests::{Archive, Hull, eventually};
 
 #[test]
 fn files_are_copied_from_and_to_a_container_that_has_ended() {
@@ -143,7 +143,7 @@ fn containers_are_there_when_the_host_was_started_anew() {
         .ok();
     let running = hull.sleeper();
     running.kill_host_process("sandbox");
-    hull_tests::eventually("stopped", Duration::from_secs(10), || {
+    eventually("stopped", Duration::from_secs(10), || {
         running.state() == "stopped"
     });
     // Its control groups are gone as well.
@@ -194,10 +194,11 @@ fn a_container_that_was_killed_can_be_removed_at_once() {
         hull.hull(["kill", "again"]).run().ok();
     }
     // Other signals end it when it wants.
-    let container = hull.start(
-        &[],
-        &["sh", "-c", "trap 'sleep 1; exit 3' TERM; sleep 1000 & wait"],
-    );
+    let script = "trap 'sleep 1; exit 3' TERM; echo ready; sleep 1000 & wait";
+    let container = hull.start(&[], &["sh", "-c", script]);
+    eventually("ready", Duration::from_secs(20), || {
+        container.does("logs").ok().text().contains("ready")
+    });
     hull.hull(["kill", "-s", "TERM", &container.name])
         .run()
         .ok();

@@ -42,10 +42,16 @@ pub fn enter(
     own_namespace().context(|| DOING)?;
     let hidden = File::open(place).context(|| DOING)?;
     let root = root(overlay)?;
+    // While nothing of the host is hidden.
+    let shares: Vec<_> = mounted.iter().map(share).collect();
     attach(&root, &hidden).context(|| DOING)?;
     let failed = mounted
         .iter()
-        .filter_map(|one| Some((one.destination.clone(), mount(one, &root).err()?)))
+        .zip(shares)
+        .filter_map(|(one, share)| {
+            let mounted = share.and_then(|share| mount(&share, &one.destination, &root));
+            Some((one.destination.clone(), mounted.err()?))
+        })
         .collect();
     if read_only {
         let attributes = Attributes {
@@ -96,15 +102,18 @@ fn open_in(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
     openat2(root, path, flags, Mode::empty(), resolve)
 }
 
-fn mount(mounted: &Mounted, root: &OwnedFd) -> Result<()> {
+fn share(mounted: &Mounted) -> Result<OwnedFd> {
     let read_only = match mounted.read_only {
         true => ReadOnly::Recursive,
         false => ReadOnly::No,
     };
-    let share = host(&mounted.source, true, read_only)?;
-    open_in(root, &mounted.destination)
-        .and_then(|there| attach(&share, &there))
-        .context(|| format!("mount {}", mounted.destination.display()))
+    host(&mounted.source, true, read_only)
+}
+
+fn mount(share: &OwnedFd, destination: &Path, root: &OwnedFd) -> Result<()> {
+    open_in(root, destination)
+        .and_then(|there| attach(share, &there))
+        .context(|| format!("mount {}", destination.display()))
 }
 
 fn attach(mount: &OwnedFd, there: impl AsFd) -> rustix::io::Result<()> {
