@@ -73,7 +73,9 @@ pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<Vec<Bou
         // Else it would not find the group that it is in.
         let namespaces = plan.spec["linux"]["namespaces"].as_array_mut();
         if let Some(namespaces) = namespaces
-            && !namespaces.iter().any(|namespace| namespace["type"] == "cgroup")
+            && !namespaces
+                .iter()
+                .any(|namespace| namespace["type"] == "cgroup")
         {
             namespaces.push(json!({"type": "cgroup"}));
         }
