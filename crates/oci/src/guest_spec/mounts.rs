@@ -70,6 +70,15 @@ pub(super) fn plan(plan: &mut Plan, id: &str, bundle: &Bundle) -> Result<Vec<Bou
         for options in groups.filter_map(|mount| mount["options"].as_array_mut()) {
             options.retain(|option| option != "ro");
         }
+        // Else it would not find the group that it is in.
+        let namespaces = plan.spec["linux"]["namespaces"].as_array_mut();
+        if let Some(namespaces) = namespaces
+            && !namespaces
+                .iter()
+                .any(|namespace| namespace["type"] == "cgroup")
+        {
+            namespaces.push(json!({"type": "cgroup"}));
+        }
     }
     plan.spec["mounts"] = Value::Array(kept);
     Ok(devices)
