@@ -83,7 +83,7 @@ const RULES: &[&str] = &[
     "-A INPUT -m length --length 0:100 -j ACCEPT",
     "-A INPUT -m ttl --ttl-gt 1 -j ACCEPT",
     "-A INPUT -m time --timestart 01:00 -j ACCEPT",
-    "-A INPUT -m u32 --u32 0>>22&0x3C@0=1 -j DROP",
+    "-A INPUT -m u32 --u32 '0>>22&0x3C@0=1' -j DROP",
     "-A INPUT -m cgroup --cgroup 1 -j ACCEPT",
     "-A INPUT -p tcp -j REJECT --reject-with tcp-reset",
     "-A INPUT -j NFLOG --nflog-group 1",
@@ -206,7 +206,6 @@ fn sets_links_tunnels_and_traffic_control_work(machine: &'static str) {
         "dummy",
         "veth peer name peer",
         "bridge vlan_filtering 1",
-        "ifb",
         "wireguard",
         "vxlan id 7 dstport 4789 dev d0",
         "geneve id 7 remote 10.0.0.1",
@@ -235,9 +234,8 @@ fn sets_links_tunnels_and_traffic_control_work(machine: &'static str) {
         let below = if name == "ipvlan" { "peer" } else { "d0" };
         lines.push(format!("ip link add link {below} name {name}0 type {kind}"));
     }
-    lines.push("ip tuntap add tap0 mode tap".into());
     lines.push("ip link set d0 up".into());
-    for discipline in [
+    let disciplines = [
         "netem delay 10ms loss 1%",
         "tbf rate 1mbit burst 10k latency 50ms",
         "fq",
@@ -247,11 +245,10 @@ fn sets_links_tunnels_and_traffic_control_work(machine: &'static str) {
         "prio",
         "hfsc default 1",
         "htb default 1",
-    ] {
-        lines.push(format!(
-            "tc qdisc replace dev d0 root handle 1: {discipline}"
-        ));
-    }
+    ];
+    let each = disciplines.map(|one| format!("tc qdisc add dev d0 root handle 1: {one}"));
+    // The last one stays, for what is below it.
+    lines.push(each.join(" && tc qdisc del dev d0 root && "));
     for line in [
         "class add dev d0 parent 1: classid 1:1 htb rate 1mbit",
         "filter add dev d0 parent 1: protocol ip prio 1 u32 match ip dst 10.0.0.1 flowid 1:1",
@@ -266,12 +263,7 @@ fn sets_links_tunnels_and_traffic_control_work(machine: &'static str) {
     ] {
         lines.push(format!("tc {line}"));
     }
-    let failed = failing(
-        &hull,
-        &["--cap-add", "NET_ADMIN", "--device", "/dev/net/tun"],
-        &lines,
-    );
-    assert_eq!(failed, "");
+    assert_eq!(failing(&hull, &["--cap-add", "NET_ADMIN"], &lines), "");
 }
 
 fn no_network_interface_is_there_that_nobody_asked_for(machine: &'static str) {
@@ -345,10 +337,12 @@ fn computing_is_user_time(machine: &'static str) {
         for kind, name in ((signal.ITIMER_VIRTUAL, signal.SIGVTALRM), (signal.ITIMER_PROF, signal.SIGPROF)):
             signal.signal(name, lambda *_: fired.append(1))
             signal.setitimer(kind, 0.2)
+        before = resource.getrusage(resource.RUSAGE_SELF)
         end = time.process_time() + 1
         while time.process_time() < end: sum(range(1000))
         used = resource.getrusage(resource.RUSAGE_SELF)
-        print(len(fired), used.ru_utime > 0.7, used.ru_stime < 0.3, used.ru_utime + used.ru_stime < 1.5)
+        user, system = used.ru_utime - before.ru_utime, used.ru_stime - before.ru_stime
+        print(len(fired), user > 0.7, system < 0.3, user + system < 1.5)
         user, nice, system = open('/proc/stat').readline().split()[1:4]
         print(int(user) + int(nice) > 70)
         group = dict(line.split() for line in open('/sys/fs/cgroup/cpu.stat'))
@@ -375,7 +369,6 @@ fn each_volume_has_a_device_number_of_its_own(machine: &'static str) {
         find /one -xdev -name file
         for where in / /one /two; do
             listed=$(awk -v where=$where '$5 == where { print $3 }' /proc/self/mountinfo)
-            [ $where = / ] || mountpoint -q $where || echo $where is no mount point
             [ \"$(printf %d:%d 0 $(stat -c %d $where))\" = $listed ] || echo $where $listed
         done
         df | grep -Ec ' (/|/one|/two)$'";

@@ -284,7 +284,6 @@ fn layers_that_lead_outside_are_refused_and_leave_nothing() {
     let bad = [
         ("leads outside", Archive::new().file("../escaped", "x")),
         ("leads outside", Archive::new().file("a/../../escaped", "x")),
-        ("absolute", Archive::new().file("/absolute", "x")),
         (
             "leads outside",
             Archive::new().hard_link("link", "../../../etc/passwd"),

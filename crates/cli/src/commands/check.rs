@@ -260,7 +260,10 @@ fn start(config: &Config, guest: &GuestFiles, report: &Report) -> Finding {
     match machine_comes_up(config, guest, report) {
         Ok(kind) => Finding::ok(
             what,
-            format!("a {kind} machine is up in {} ms", began.elapsed().as_millis()),
+            format!(
+                "a {kind} machine is up in {} ms",
+                began.elapsed().as_millis()
+            ),
         ),
         Err(error) => Finding::error(
             what,

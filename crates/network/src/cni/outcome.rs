@@ -277,7 +277,10 @@ mod tests {
 
     #[test]
     fn numbers_that_are_kept_stay_the_same() {
-        let text = BRIDGE.replace("[1]", "[16666666666666666666666666666666666666666666666666]");
+        let text = BRIDGE.replace(
+            "[1]",
+            "[16666666666666666666666666666666666666666666666666]",
+        );
         let result = CniResult::read(text.as_bytes(), Version::V1_0_0).unwrap();
         let kept = result.as_json().to_string();
         let again = CniResult::read(kept.as_bytes(), Version::V1_0_0).unwrap();
