@@ -329,7 +329,7 @@ fn the_kernel_can_be_another_one() {
 #[test]
 fn timings_name_every_step_of_the_start() {
     let hull = Hull::new();
-    let output = hull.run(&["--timings"], &["true"]).ok();
+    let output = hull.run(&["--timings"], &["sleep", "0.5"]).ok();
     let error = output.error();
     for step in ["image", "boot", "container"] {
         assert!(error.contains(step), "no step {step:?}: {error}");

@@ -163,8 +163,8 @@ fn what_is_the_hosts_and_cannot_be_the_guests_is_refused_by_name() {
     refused(&oci, &bundle, &["not supported", "/data", "ext4"]);
     let bundle = oci
         .bundle()
-        .with(|config| config["linux"]["sysctl"] = json!({"vm.swappiness": "1"}));
-    refused(&oci, &bundle, &["vm.swappiness"]);
+        .with(|config| config["linux"]["sysctl"] = json!({"vm.nosuch": "1"}));
+    refused(&oci, &bundle, &["linux.sysctl", "nosuch"]);
 }
 
 #[test]
