@@ -146,6 +146,9 @@ pub trait Backend: Sync {
     /// The most processes and threads of the host that a machine may have.
     fn max_processes(&self, memory: u64, vcpus: u32) -> u64;
 
+    /// Memory of the host that the machine process may take beside the guest's, bytes.
+    fn own_memory(&self) -> u64;
+
     /// Whether it works on this host. Cheap enough for each start: slow results are cached.
     ///
     /// # Errors

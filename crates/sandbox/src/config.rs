@@ -67,10 +67,12 @@ impl MachineConfig {
     /// # Errors
     /// The kind of machine is not in this build.
     pub fn bounds(&self) -> Result<Bounds> {
-        let machine = self.choice.backend()?.max_processes(self.memory, self.cpus);
+        let backend = self.choice.backend()?;
+        let processes = backend.max_processes(self.memory, self.cpus);
+        let own = backend.own_memory().saturating_add(HOST_OVERHEAD);
         Ok(Bounds {
-            memory: Some(self.memory.saturating_add(HOST_OVERHEAD)),
-            processes: Some(machine.saturating_add(HOST_PROCESSES)),
+            memory: Some(self.memory.saturating_add(own)),
+            processes: Some(processes.saturating_add(HOST_PROCESSES)),
             cpus: Some(self.cpus.saturating_add(DEVICE_CPUS)),
         })
     }

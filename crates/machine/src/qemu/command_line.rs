@@ -13,6 +13,10 @@ pub const MONITOR_FD: i32 = 3;
 /// Firmware directories of distributions, in addition to QEMU's own.
 pub const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 
+/// Room for the code of the guest that an emulator has translated, bytes. QEMU would take up to 1
+/// GiB, beyond any bound on the machine's memory; when it is full, it begins anew.
+pub const TRANSLATED_CODE: u64 = 64 << 20;
+
 /// The arguments, including `argv[0]`.
 pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -> Vec<OsString> {
     let mut line: Vec<OsString> = vec![program.into()];
@@ -25,9 +29,10 @@ pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     ]);
+    let emulated = format!("tcg,thread=multi,tb-size={}", TRANSLATED_CODE >> 20);
     let (accelerator, processor) = match config.hardware {
         true => ("kvm", "host"),
-        false => ("tcg,thread=multi", "max"),
+        false => (emulated.as_str(), "max"),
     };
     add(&["-accel", accelerator, "-cpu", processor]);
     // The firmware starts the kernel itself, without option ROMs, which saves 30 ms.

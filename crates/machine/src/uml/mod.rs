@@ -78,6 +78,11 @@ impl Backend for Uml {
         max_processes(memory)
     }
 
+    /// The guest's kernel is in the guest's memory.
+    fn own_memory(&self) -> u64 {
+        0
+    }
+
     fn probe(&self, host: &Host) -> Result<Works, Error> {
         let kernel = host.kernel(Kind::Uml)?;
         if let Some(why) = probe::tracing_forbidden() {
