@@ -231,7 +231,7 @@ fn containers_with_one_control_group_are_deleted_one_after_the_other() {
     let two = oci.start(&bundle);
     assert!(two.error().contains("not empty"), "{}", two.error());
     one.delete().ok();
-    assert_eq!(oci.ids(), [two.id.clone()]);
+    assert_eq!(oci.ids(), std::slice::from_ref(&two.id));
     two.sh("true").ok();
     two.delete().ok();
     assert!(hull_tests::cgroup::named(&name).is_empty());
