@@ -366,3 +366,38 @@ fn a_volume_of_an_image_is_writable_in_a_read_only_container() {
     );
     assert_eq!(output.error(), "");
 }
+
+#[test]
+fn files_that_the_hosts_kernel_makes_have_their_content() {
+    let hull = Hull::new();
+    let options = ["-v", "/proc:/host/proc:ro", "-v", "/sys:/host/sys:ro"];
+    let script = "grep . /host/proc/version; grep -c . /host/proc/mounts; grep . /host/sys/kernel/uevent_seqnum
+                  timeout 5 dd if=/host/proc/kmsg of=/dev/null bs=4k count=1 2>/dev/null; ls /host/proc/self >/dev/null && echo end";
+    let output = hull.sh(&options, script).ok().text();
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(
+        lines[0],
+        fs::read_to_string("/proc/version").unwrap().trim()
+    );
+    assert!(lines[1].parse::<u32>().unwrap() > 0);
+    assert!(lines[2].parse::<u64>().is_ok());
+    assert_eq!(lines[3..], ["end"]);
+}
+
+#[test]
+fn a_volume_holds_the_upper_directory_of_an_overlay() {
+    let hull = Hull::new();
+    let directory = hull.scratch();
+    let volume = format!("{}:/data", directory.display());
+    let script = "mkdir -p /tmp/low/sub /data/up /data/work /tmp/all; echo original >/tmp/low/file; echo x >/tmp/low/gone
+                  ln -s file /tmp/low/link
+                  mount -t overlay overlay -o lowerdir=/tmp/low,upperdir=/data/up,workdir=/data/work /tmp/all || exit 1
+                  cd /tmp/all; echo more >>file; rm gone; chmod 600 file; chown -h 5:5 link; rm -r sub; mkdir sub; touch sub/new
+                  cat file; ls . sub; cd /; umount /tmp/all
+                  mount -t overlay overlay -o lowerdir=/tmp/low,upperdir=/data/up,workdir=/data/work /tmp/all; ls /tmp/all";
+    let options = ["-v", &volume, "--tmpfs", "/tmp", "--cap-add", "ALL"];
+    let options = [&options[..], &["--security-opt", "seccomp=unconfined"]].concat();
+    let output = hull.sh(&options, script).ok().text();
+    let expected = "original\nmore\n.:\nfile\nlink\nsub\n\nsub:\nnew\nfile\nlink\nsub";
+    assert_eq!(output, expected);
+}

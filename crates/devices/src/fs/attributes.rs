@@ -10,8 +10,9 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::handles::Handle;
 use super::nodes::{device_of, stat_fd};
-use super::server::{Handle, Server, descriptor_name};
+use super::server::{Server, descriptor_name};
 use super::wire::{self, Attributes, Header, Input, Reply, fattr};
 
 /// The largest extended attribute, and the longest list of names, that Linux has.

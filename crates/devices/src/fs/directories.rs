@@ -8,8 +8,9 @@ use hull_device_control::Cache;
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
+use super::handles::Handle;
 use super::nodes::{ShareId, device_of, stat_at, stat_fd};
-use super::server::{Handle, Server};
+use super::server::Server;
 use super::wire::{self, Header, Input, Reply, dirent_size};
 
 /// The longest reply.

@@ -5,7 +5,8 @@ use std::os::fd::AsFd;
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::server::{Answer, Handle, Server};
+use super::handles::Handle;
+use super::server::{Answer, Server};
 use super::wire::{self, Header, Input, Reply};
 use super::work::Work;
 use crate::buffers::{Buffers, Span};

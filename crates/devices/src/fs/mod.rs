@@ -27,6 +27,7 @@ mod attributes;
 mod credentials;
 mod directories;
 mod files;
+mod handles;
 mod locks;
 mod names;
 mod nodes;

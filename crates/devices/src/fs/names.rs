@@ -8,8 +8,9 @@ use hull_device_control::Cache;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
+use super::handles::{Handle, OpenFile};
 use super::nodes::{ShareId, stat_fd};
-use super::server::{Handle, OpenFile, Server, descriptor_name, write_entry};
+use super::server::{Server, descriptor_name, write_entry};
 use super::wire::{self, Header, Input, Reply};
 
 /// The open flags that the guest may choose. `O_DIRECT` is left out: its rules on addresses are

@@ -13,9 +13,10 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::handles::{Handle, OpenFile};
 use super::nodes::ShareId;
 use super::nodes::persist::SavedNodes;
-use super::server::{Handle, OpenFile, Server};
+use super::server::Server;
 use super::slab::Slab;
 use crate::state::{RestoreError, SaveError, SavedState};
 

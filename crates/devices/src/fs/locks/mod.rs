@@ -24,8 +24,9 @@ use std::sync::Arc;
 use rustix::fs::{OFlags, Statx};
 use rustix::io::Errno;
 
+use super::handles::Handle;
 use super::nodes::{ShareId, device_of, stat_fd};
-use super::server::{Handle, Server};
+use super::server::Server;
 use super::wire::{self, Input, Reply};
 use ranges::{Kind, Range, Ranges};
 
