@@ -475,11 +475,8 @@ mod tests {
                 .to_string()
                 .contains("upwards")
         );
-        assert!(
-            path("system.slice:docker:abc")
-                .unwrap_err()
-                .to_string()
-                .contains("systemd")
-        );
+        // The host has told systemd's notation apart.
+        let name = "system.slice:docker:abc";
+        assert_eq!(path(name).unwrap(), Path::new(name));
     }
 }
