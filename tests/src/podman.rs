@@ -96,8 +96,12 @@ impl Podman {
         let runtime = Runtime::in_directory(directory.path());
         // Limits: podman's defaults need CAP_SYS_RESOURCE, and `kube play` of 4.3 takes the soft
         // limit for the hard one. Locks: in a file, because all podmans of a machine share the
-        // default shared memory.
+        // default shared memory. Capabilities: podman's own and NET_RAW, which podman 5 no longer
+        // gives, and without which busybox cannot ping.
         let configuration = "[containers]\n\
+             default_capabilities = [\"CHOWN\", \"DAC_OVERRIDE\", \"FOWNER\", \"FSETID\", \"KILL\", \
+             \"NET_BIND_SERVICE\", \"NET_RAW\", \"SETFCAP\", \"SETGID\", \"SETPCAP\", \"SETUID\", \
+             \"SYS_CHROOT\"]\n\
              default_ulimits = [\"nofile=4096:4096\", \"nproc=4096:4096\"]\n\
              netns = \"none\"\n\
              [engine]\n\
