@@ -248,6 +248,11 @@ impl Hull {
         assert!(problems.is_empty(), "left behind:\n{}", problems.join("\n"));
     }
 
+    /// Whether nothing is left of any container.
+    pub fn is_clean(&self) -> bool {
+        self.problems().is_empty()
+    }
+
     fn problems(&self) -> Vec<String> {
         let mut problems = leaks::leaked_processes();
         problems.extend(leaks::mounts_below(self.directory.path()));

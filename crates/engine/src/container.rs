@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hull_network::cni::PortMapping;
 use hull_sandbox::control;
 use hull_sandbox::control::client::{self, Client};
 use hull_sandbox::control::protocol::{Reply, Request};
-use hull_sandbox::store::{CONFIG_FILE, Directory, Exit, State, Stored, remove_all, roots};
+use hull_sandbox::store::{
+    CONFIG_FILE, Directory, Exit, SandboxPath, State, Stored, remove_all, roots,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -342,9 +344,26 @@ pub fn wait(paths: &Paths, name: &str) -> Result<Exit> {
     });
     asked.or_else(|error| {
         // It may have ended, or been killed, between the look and the question.
-        let exit = load(paths, &container.record.id)?.as_ref().and_then(ended);
-        exit.ok_or(error)
+        let now = load_settled(paths, &container.record.id, &error)?;
+        now.as_ref().and_then(ended).ok_or(error)
     })
+}
+
+/// What is known of a container whose sandbox has answered with this error. Of a process that was
+/// killed the connections end first, and a moment later the lock by which all others know.
+fn load_settled(paths: &Paths, id: &str, error: &Error) -> Result<Option<Container>> {
+    const MOMENT: Duration = Duration::from_secs(5);
+    let begin = Instant::now();
+    loop {
+        let loaded = load(paths, id)?;
+        let lives = loaded
+            .as_ref()
+            .is_some_and(|container| container.status.state != State::Stopped);
+        if !lives || error.kind != ErrorKind::Gone || begin.elapsed() > MOMENT {
+            return Ok(loaded);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Waits for the end of a container that has been killed, on a connection to its sandbox.
@@ -355,7 +374,7 @@ pub fn wait_for_end(paths: &Paths, client: &Client, id: &str) -> Result<()> {
     let container = id.to_owned();
     match client.ask(&Request::Wait { container }, &[]) {
         Ok(_) => Ok(()),
-        Err(error) => match load(paths, id)? {
+        Err(error) => match load_settled(paths, id, &error)? {
             Some(container) if container.status.state != State::Stopped => Err(error),
             _ => Ok(()),
         },
@@ -384,11 +403,15 @@ pub fn sweep(paths: &Paths) {
         if !left {
             continue;
         }
-        // A sandbox that lives notices by itself that its command has gone.
         let sandbox = loaded
             .ok()
             .flatten()
             .and_then(|container| container.record.sandbox);
+        // One that lives notices by itself that its command has gone, unless that asked for the
+        // container before: then there will be one.
+        if sandbox.as_ref().is_some_and(SandboxPath::is_alive) {
+            continue;
+        }
         let swept = sandbox.map_or(Ok(()), |sandbox| sandbox.sweep());
         if let Err(error) = swept.and_then(|()| erase(paths, &id, None)) {
             tracing::debug!("{error}");
@@ -463,7 +486,7 @@ pub(crate) fn erase(paths: &Paths, id: &str, name: Option<&str>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use hull_sandbox::store::{Record, SandboxDir, SandboxPath};
+    use hull_sandbox::store::{Record, SandboxDir};
 
     use super::*;
 
@@ -491,6 +514,12 @@ mod tests {
 
         record.creator.started += 1;
         record.write(&left).unwrap();
+        // Its last request may just be served.
+        let serving = SandboxDir::create(&sandbox).unwrap();
+        sweep(&paths);
+        assert!(sandbox.directory().exists() && paths.container(&id).exists());
+        names::check_free(&paths, "web").unwrap_err();
+        drop(serving);
         fs::rename(&staging, paths.staging(record.creator)).unwrap();
         sweep(&paths);
         assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 0);

@@ -143,10 +143,30 @@ impl SandboxPath {
         self.sweep_locked()
     }
 
-    /// Removes its control groups and its directory, which says what those are.
+    /// Removes its control groups and its directory, which says what those are. The lock goes last:
+    /// as long as it is there, who wants a sandbox of this name waits for who holds it.
     fn remove(&self) -> Result<()> {
-        cgroup::machine::remove(&self.directory())?;
-        remove_all(&self.directory())
+        let directory = self.directory();
+        cgroup::machine::remove(&directory)?;
+        let doing = || format!("remove {}", directory.display());
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            entries => entries.context(doing)?,
+        };
+        for entry in entries {
+            let entry = entry.context(doing)?;
+            match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                true => remove_all(&entry.path())?,
+                false if entry.path() == self.lock() => {}
+                false => unless_missing(fs::remove_file(entry.path())).context(doing)?,
+            }
+        }
+        unless_missing(fs::remove_file(self.lock())).context(doing)?;
+        match fs::remove_dir(&directory) {
+            // The next one has it already.
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
+            removed => unless_missing(removed).context(doing),
+        }
     }
 
     pub(crate) fn sweep_locked(&self) -> Result<()> {
@@ -154,6 +174,14 @@ impl SandboxPath {
             true => Ok(()),
             false => self.remove(),
         }
+    }
+}
+
+/// What is gone already is as good as removed.
+fn unless_missing(removed: std::io::Result<()>) -> std::io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -194,9 +222,15 @@ impl SandboxDir {
     /// # Errors
     /// It cannot be created. Waits for who only asks whether it lives.
     pub fn create(path: &SandboxPath) -> Result<Self> {
-        Directory::create(&path.directory())?;
         let doing = || format!("lock {}", path.lock().display());
-        let file = File::create(path.lock()).context(doing)?;
+        let file = loop {
+            Directory::create(&path.directory())?;
+            match File::create(path.lock()) {
+                // The one before has just removed its directory.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                file => break file.context(doing)?,
+            }
+        };
         rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive)).context(doing)?;
         Ok(Self {
             path: path.clone(),
@@ -289,6 +323,31 @@ mod tests {
         dir.release();
         assert!(!path.is_alive() && !path.directory().exists());
         assert!(living(run.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_next_of_a_name_follows_at_once_on_one_that_ends() {
+        let run = tempfile::tempdir().unwrap();
+        let path = SandboxPath::new(run.path(), "one");
+        let mut dir = SandboxDir::create(&path).unwrap();
+        for _ in 0..300 {
+            for name in ["console", "sandbox.log", "devices.json"] {
+                fs::write(path.directory().join(name), "").unwrap();
+            }
+            fs::create_dir(path.devices()).unwrap();
+            let next = std::thread::scope(|scope| {
+                scope.spawn(|| dir.release());
+                let next = scope.spawn(|| {
+                    let _lock = LaunchLock::take(&path).unwrap();
+                    path.wait_for_end().unwrap();
+                    path.sweep_locked().unwrap();
+                    SandboxDir::create(&path).unwrap()
+                });
+                next.join().unwrap()
+            });
+            assert!(path.is_alive());
+            dir = next;
+        }
     }
 
     #[test]
