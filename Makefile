@@ -59,8 +59,9 @@ install: stage ## into $(DESTDIR)$(PREFIX)
 uninstall: ## what install put there, and nothing else
 	@scripts/install --remove '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'
 
-strangers: setup-test stage ## the tests of engines with the newest ones that Debian has
+strangers: setup-test stage ## the newest engines, and other projects' test suites in containers; takes hours
 	@scripts/test newest
+	@scripts/strangers
 
 fuzz: ## each fuzz target for a minute (SECONDS_EACH=60)
 	@scripts/fuzz
