@@ -91,18 +91,25 @@ fn cover(root: &OwnedFd, paths: &[String]) -> rustix::io::Result<()> {
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
         | MountAttrFlags::MOUNT_ATTR_RDONLY;
     let empty = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let mut attached = false;
     for path in paths {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let path = path.trim_start_matches('/');
         let found = openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT);
         let Ok(target) = found else { continue };
-        let clone = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_EMPTY_PATH;
-        let mount = open_tree(&empty, "", clone)?;
         let attach =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&mount, "", &target, "", attach)?;
+        if attached {
+            let clone = OpenTreeFlags::OPEN_TREE_CLONE
+                | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                | OpenTreeFlags::AT_EMPTY_PATH;
+            let mount = open_tree(&empty, "", clone)?;
+            move_mount(&mount, "", &target, "", attach)?;
+        } else {
+            // Linux before 6.15 clones mounts of this namespace only, which it is from here on.
+            move_mount(&empty, "", &target, "", attach)?;
+            attached = true;
+        }
     }
     Ok(())
 }
