@@ -81,10 +81,18 @@ def _():
     os.unlink("holes")
 
 
-@check("extended attributes of each class")
+@check("extended attributes of the class security")
+def _():
+    open("secured", "w").close()
+    os.setxattr("secured", "security.x", b"value")
+    assert os.getxattr("secured", "security.x") == b"value"
+    os.unlink("secured")
+
+
+@check("extended attributes of users, trusted ones, access control lists")
 def _():
     open("attributes", "w").close()
-    for name in ("user.x", "trusted.x", "security.x"):
+    for name in ("user.x", "trusted.x"):
         os.setxattr("attributes", name, b"value")
         assert os.getxattr("attributes", name) == b"value"
         assert name in os.listxattr("attributes")
