@@ -90,8 +90,7 @@ fn cover(root: &OwnedFd, paths: &[String]) -> rustix::io::Result<()> {
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
         | MountAttrFlags::MOUNT_ATTR_RDONLY;
-    let empty = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    let mut attached = false;
+    let mut empty = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
     for path in paths {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let path = path.trim_start_matches('/');
@@ -99,17 +98,12 @@ fn cover(root: &OwnedFd, paths: &[String]) -> rustix::io::Result<()> {
         let Ok(target) = found else { continue };
         let attach =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        if attached {
-            let clone = OpenTreeFlags::OPEN_TREE_CLONE
-                | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                | OpenTreeFlags::AT_EMPTY_PATH;
-            let mount = open_tree(&empty, "", clone)?;
-            move_mount(&mount, "", &target, "", attach)?;
-        } else {
-            // Linux before 6.15 clones mounts of this namespace only, which it is from here on.
-            move_mount(&empty, "", &target, "", attach)?;
-            attached = true;
-        }
+        move_mount(&empty, "", &target, "", attach)?;
+        // For the next one. Linux before 6.15 clones what is mounted in this namespace only.
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        empty = open_tree(&empty, "", clone)?;
     }
     Ok(())
 }

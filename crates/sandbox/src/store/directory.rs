@@ -193,11 +193,14 @@ fn create_private(path: &Path) -> io::Result<()> {
 /// # Errors
 /// Something in it cannot be removed.
 pub fn remove_all(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).context(|| format!("remove {}", path.display()))
-        }
-        _ => Ok(()),
+    unless_missing(fs::remove_dir_all(path)).context(|| format!("remove {}", path.display()))
+}
+
+/// What is gone already is as good as removed.
+pub(super) fn unless_missing(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 

@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::Directory;
-use super::directory::remove_all;
+use super::directory::{remove_all, unless_missing};
 use crate::cgroup;
 use crate::error::{Context, Result};
 
@@ -174,14 +174,6 @@ impl SandboxPath {
             true => Ok(()),
             false => self.remove(),
         }
-    }
-}
-
-/// What is gone already is as good as removed.
-fn unless_missing(removed: std::io::Result<()>) -> std::io::Result<()> {
-    match removed {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        removed => removed,
     }
 }
 
