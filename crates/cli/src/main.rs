@@ -7,6 +7,7 @@
 mod bounded_log;
 mod cli;
 mod commands;
+mod completion;
 mod device_process;
 mod error;
 mod familiar;
@@ -23,9 +24,17 @@ use clap::error::ErrorKind;
 fn main() -> ExitCode {
     let began_ns = hull_sandbox::timings::now_ns();
     let arguments: Vec<_> = std::env::args_os().collect();
+    match completion::answer(&arguments) {
+        Ok(false) => {}
+        Ok(true) => return ExitCode::SUCCESS,
+        // Nobody reads a message.
+        Err(_) => return ExitCode::from(error::HULL_FAILED),
+    }
     if let Some(status) = internal::dispatch(&arguments) {
         return status;
     }
+    // Of what is started here; without, its errors say so.
+    let _ = hull_jail::raise_open_files();
     let arguments = familiar::rewrite(arguments);
     let (outcome, is_run) = match cli::Hull::try_parse_from(&arguments) {
         Ok(hull) => {

@@ -234,6 +234,18 @@ pub enum Error {
         /// The reason.
         reason: String,
     },
+    /// A file of the store was written by a newer hull.
+    #[error(
+        "image store: {} has format version {version}, this hull knows {known}", path.display()
+    )]
+    StoreVersion {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+        /// The newest that is known here.
+        known: u32,
+    },
     /// An invalid `--change` of `import`.
     #[error("invalid --change \"{change}\": {reason}")]
     InvalidChange {
@@ -319,6 +331,10 @@ impl Error {
             Self::SeveralNames { .. } => {
                 "remove the names one by one, or all of them with -f".to_owned()
             }
+            Self::CorruptStore { path, .. } => format!(
+                "mv {0} {0}.damaged, and pull the images again",
+                path.display()
+            ),
             Self::Damaged { reference, .. } => format!("hull image pull {reference}"),
             Self::NoSpace { .. } | Self::Reserve { .. } => "hull image prune".to_owned(),
             Self::TooLarge { .. }

@@ -586,6 +586,25 @@ fn damage_in_the_store_is_named() {
     assert!(error.contains("format version 9"), "{error}");
 }
 
+#[test]
+fn an_image_with_a_damaged_record_hides_no_other_and_can_be_removed() {
+    let (_dir, store) = store();
+    let bad = import(&store, "bad", Tar::new().file("f", b"a").finish());
+    import(&store, "good", Tar::new().file("f", b"b").finish());
+    let digest = bad.digest.unwrap().to_string();
+    let hex = digest.strip_prefix("sha256:").unwrap();
+    std::fs::write(store.root().join(format!("images/{hex}.json")), "{").unwrap();
+    assert_eq!(store.list().unwrap().len(), 1);
+    assert_eq!(store.damages().unwrap().len(), 1);
+    let error = store.inspect(&reference("bad")).unwrap_err();
+    assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    store.inspect(&reference("good")).unwrap();
+    let removed = store.remove(&reference("bad"), false, &|_| false).unwrap();
+    assert_eq!(removed.untagged, ["docker.io/library/bad:latest"]);
+    assert!(store.damages().unwrap().is_empty());
+    store.inspect(&reference("good")).unwrap();
+}
+
 /// It is on the way of every start.
 #[test]
 fn a_local_image_is_found_quickly() {

@@ -51,6 +51,9 @@ pub use thread::{ThreadRole, restrict_thread};
 /// itself needs lies above, below the usual limit of 1024.
 const FIRST_PRIVATE_FD: RawFd = 576;
 
+/// Open files that a process may have at least which starts another one.
+const OPEN_FILES: u64 = FIRST_PRIVATE_FD as u64 + 64;
+
 /// The capabilities that the fs device needs to act for a guest that has users of its own.
 pub const FS_DEVICE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
@@ -200,6 +203,14 @@ pub enum Error {
         /// The error of the system call.
         errno: Errno,
     },
+    /// The caller may have too few open files.
+    #[error("cannot start {name}: {OPEN_FILES} open files are needed, and {allowed} are allowed")]
+    OpenFiles {
+        /// Name of the process.
+        name: String,
+        /// The limit.
+        allowed: u64,
+    },
     /// A step of the set-up failed.
     #[error("cannot start {name}: {step}: {errno}")]
     Step {
@@ -218,6 +229,31 @@ pub enum Error {
         /// Number of threads.
         threads: usize,
     },
+}
+
+impl Error {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::OpenFiles { .. } => Some("ulimit -n 1024".into()),
+            _ => None,
+        }
+    }
+}
+
+/// Allows this process as many open files as it may have: the usual limit is less.
+///
+/// # Errors
+/// The kernel's.
+pub fn raise_open_files() -> Result<(), Errno> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    rustix::process::setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    )
 }
 
 macro_rules! steps {
@@ -273,8 +309,8 @@ steps! {
 /// Starts a process in a jail and waits until it executes (about a millisecond).
 ///
 /// # Errors
-/// [`Error::ZeroByte`] and [`Error::Content`] before a process exists; [`Error::Step`] with the
-/// step that failed, after the process has been killed and collected.
+/// [`Error::OpenFiles`], [`Error::ZeroByte`] and [`Error::Content`] before a process exists;
+/// [`Error::Step`] with the step that failed, after the process has been killed and collected.
 ///
 /// The process dies with the thread that calls this, not only with the calling process.
 pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
@@ -283,6 +319,10 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
         let name = name.clone();
         move |errno| Error::Step { name, step, errno }
     };
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    if let Some(allowed) = limit.filter(|allowed| *allowed < OPEN_FILES) {
+        return Err(Error::OpenFiles { name, allowed });
+    }
     let argv = strings(&name, "an argument", spec.argv)?;
     let env = spec.env.into_iter().map(|(mut key, value)| {
         key.push("=");

@@ -136,6 +136,7 @@ impl Error {
             Self::NotHardware { .. } => {
                 Some("isolation = \"any\" in the configuration allows it".into())
             }
+            Self::Jail(error) => error.hint(),
             _ => None,
         }
     }

@@ -1,16 +1,16 @@
-//! Redirects connections to the loopback address of a namespace: engines dial 127.0.0.1 in a pod's
-//! network namespace, but the servers listen on the loopback address of a guest. Called by the
-//! sandbox process, which relays the connections to the guest.
+//! Redirects connections to the namespace's own addresses: engines dial 127.0.0.1, and rootlesskit
+//! the interface's address, in a pod's network namespace, but the servers listen in a guest. Called
+//! by the sandbox process, which relays the connections to the guest.
 //!
-//! For each address a socket listens in the namespace, on a free port, and the kernel redirects
-//! connections to *any* other port of 127.0.0.1 or ::1 to it ([`crate::nftables`]); the kernel
-//! reports the original port. Other addresses of 127.0.0.0/8 are left alone: dockerd has its name
-//! server on one. Only connections opened by processes in the namespace are redirected, never
-//! packets that arrive through its interfaces.
+//! For each family a socket listens in the namespace, on a free port of 127.0.0.1 or ::1, and the
+//! kernel redirects connections to *any* other port there, and at the addresses of the interfaces,
+//! to it ([`crate::nftables`]); the kernel reports the original address. Other addresses of
+//! 127.0.0.0/8 are left alone: dockerd has its name server on one. Only connections opened by
+//! processes in the namespace are redirected, never packets that arrive through its interfaces.
 
 use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener as StdListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener};
 use std::sync::{Mutex, PoisonError};
 use std::task::Poll;
 
@@ -21,12 +21,12 @@ use crate::error::{Error, Result};
 use crate::namespace::Namespace;
 use crate::nftables::loopback::Rules;
 
-/// Which loopback address.
+/// A family of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
-    /// 127.0.0.1
+    /// Of 127.0.0.1
     V4,
-    /// ::1
+    /// Of ::1
     V6,
 }
 
@@ -48,7 +48,7 @@ impl Family {
     }
 }
 
-/// Receives connections to the loopback addresses of a namespace for as long as this lives.
+/// Receives connections to the addresses of a namespace for as long as this lives.
 #[derive(Debug)]
 pub struct Redirect {
     // Before the listeners, so that nothing is redirected to a port without a listener.
@@ -63,19 +63,17 @@ struct Listener {
     socket: TcpListener,
 }
 
-/// A connection that was opened to a loopback address.
+/// A connection that was opened to an address of the namespace.
 #[derive(Debug)]
 pub struct Accepted {
     /// Our end of the connection.
     pub stream: TcpStream,
-    /// The address that it was opened to.
-    pub family: Family,
-    /// The port that it was opened to.
-    pub port: u16,
+    /// What it was opened to.
+    pub to: SocketAddr,
 }
 
 impl Redirect {
-    /// Starts to redirect connections: to 127.0.0.1, and to ::1 where there is IPv6.
+    /// Starts to redirect connections, of IPv6 too where there is IPv6.
     ///
     /// # Errors
     /// `Loopback` if the rules or the socket for 127.0.0.1 cannot be created; `Enter` if the
@@ -145,18 +143,12 @@ impl Redirect {
             })
             .await;
             let (stream, _) = accepted?;
-            let port = match listener.family {
-                Family::V4 => ip_original_dst(&stream).map(|address| address.port()),
-                Family::V6 => ipv6_original_dst(&stream).map(|address| address.port()),
+            let to = match listener.family {
+                Family::V4 => ip_original_dst(&stream).map(SocketAddr::from),
+                Family::V6 => ipv6_original_dst(&stream).map(SocketAddr::from),
             };
-            match port {
-                Ok(port) if port != listener.port => {
-                    return Ok(Accepted {
-                        stream,
-                        family: listener.family,
-                        port,
-                    });
-                }
+            match to {
+                Ok(to) if to.port() != listener.port => return Ok(Accepted { stream, to }),
                 // The client connected to our own port, or has disconnected.
                 _ => {}
             }

@@ -56,8 +56,9 @@ impl Bundle {
             }
         };
         check_version(&version)?;
-        let notes = leave_out_unknown_capabilities(&mut config);
+        let mut notes = Vec::new();
         if let Some(process) = config.get_mut("process") {
+            notes = leave_out_unknown_capabilities(process);
             complete_process(process);
         }
         let spec: Spec = Spec::deserialize(&config).map_err(invalid)?;
@@ -129,10 +130,10 @@ pub fn complete_process(process: &mut Value) {
 }
 
 /// The specification requires only a warning for a capability that the runtime does not know.
-fn leave_out_unknown_capabilities(config: &mut Value) -> Vec<String> {
+pub fn leave_out_unknown_capabilities(process: &mut Value) -> Vec<String> {
     let mut unknown = BTreeSet::new();
-    let sets = config
-        .pointer_mut("/process/capabilities")
+    let sets = process
+        .get_mut("capabilities")
         .and_then(Value::as_object_mut);
     for set in sets.into_iter().flat_map(|sets| sets.values_mut()) {
         if let Some(names) = set.as_array_mut() {

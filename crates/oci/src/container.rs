@@ -1,7 +1,7 @@
 //! The containers of a state directory (`--root`), one directory each, owned by the command that
 //! creates it. For their contents see `hull_sandbox::store`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -325,7 +325,8 @@ impl Container {
 /// The OCI state of a container: what `state` prints and hooks read.
 pub fn state(record: &Record, state: State, pid: i32) -> Value {
     let details = &record.details;
-    serde_json::json!({
+    // In runc's order: scripts look for parts of the text.
+    let mut printed = serde_json::json!({
         "ociVersion": details.oci_version,
         "id": record.id,
         "pid": pid,
@@ -333,9 +334,13 @@ pub fn state(record: &Record, state: State, pid: i32) -> Value {
         "bundle": details.bundle,
         "rootfs": details.rootfs,
         "created": rfc3339(record.created_ns),
-        "owner": details.owner,
-        "annotations": details.annotations,
-    })
+    });
+    if !details.annotations.is_empty() {
+        let sorted: BTreeMap<_, _> = details.annotations.iter().collect();
+        printed["annotations"] = serde_json::json!(sorted);
+    }
+    printed["owner"] = serde_json::json!(details.owner);
+    printed
 }
 
 fn rfc3339(nanoseconds: u64) -> String {

@@ -23,8 +23,7 @@ const MAX_MESSAGE: usize = 1024;
 /// A hook cannot be executed, exits with another status than 0, or takes longer than its timeout.
 pub fn run(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value) -> Result<()> {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        let name = || format!("run hook #{index} ({kind}, {})", hook.path().display());
-        run_one(hook, state).map_err(|why| Error::new(format!("cannot {}: {why}", name())))?;
+        run_one(hook, state).map_err(|why| Error::new(failure(index, kind, hook, &why)))?;
     }
     Ok(())
 }
@@ -33,10 +32,15 @@ pub fn run(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value) -> Result<()> {
 pub fn run_all(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value, warn: fn(&str)) {
     for (index, hook) in hooks.into_iter().flatten().enumerate() {
         if let Err(why) = run_one(hook, state) {
-            let path = hook.path().display();
-            warn(&format!("cannot run hook #{index} ({kind}, {path}): {why}"));
+            warn(&failure(index, kind, hook, &why));
         }
     }
+}
+
+/// runc's words, by which engines and people look for it.
+fn failure(index: usize, kind: &str, hook: &Hook, why: &str) -> String {
+    let path = hook.path().display();
+    format!("error running hook #{index} ({kind}, {path}): {why}")
 }
 
 fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {

@@ -199,6 +199,12 @@ impl From<hull_network::cni::Error> for Error {
     }
 }
 
+impl From<hull_jail::Error> for Error {
+    fn from(error: hull_jail::Error) -> Self {
+        Self::hinted(&error, error.hint())
+    }
+}
+
 impl From<hull_machine::Error> for Error {
     fn from(error: hull_machine::Error) -> Self {
         Self::hinted(&error, error.hint())

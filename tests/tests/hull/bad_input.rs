@@ -282,3 +282,32 @@ fn an_image_without_a_command_needs_one() {
         .run()
         .fails(125, &["no command"]);
 }
+
+#[test]
+fn too_few_open_files_are_named_and_a_low_soft_limit_is_raised() {
+    let hull = Hull::new();
+    let run = |limit: &str| {
+        let script = format!(
+            "ulimit {limit}; exec {} run --rm --network none busybox echo here",
+            executable().display()
+        );
+        Invocation::new("sh")
+            .args(["-c", &script])
+            .env("HULL_CONFIG", hull.path("config.toml"))
+            .run()
+    };
+    assert_eq!(run("-S -n 64").ok().text(), "here");
+    let output = run("-n 64").fails(125, &["open files are needed", "64 are allowed"]);
+    assert!(output.error().contains("hint: ulimit -n"), "{output:?}");
+    hull.assert_clean();
+}
+
+#[test]
+fn more_processors_than_the_machine_can_have_are_noted() {
+    let hull = Hull::on("uml");
+    let output = hull
+        .run(&["--cpus", "2", "--network", "none"], &["nproc"])
+        .ok();
+    assert_eq!(output.text(), "1");
+    assert!(output.error().contains("note: --cpus 2"), "{output:?}");
+}

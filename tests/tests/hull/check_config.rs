@@ -155,6 +155,65 @@ fn manual_pages_and_completions_are_made() {
 }
 
 #[test]
+fn the_shell_completes_names_of_containers_and_images() {
+    let hull = Hull::new();
+    let (up, down) = ("completed-up".to_owned(), "completed-down".to_owned());
+    hull.hull([
+        "run",
+        "-d",
+        "--network",
+        "none",
+        "--name",
+        &up,
+        "busybox",
+        "sleep",
+        "1000",
+    ])
+    .run()
+    .ok();
+    hull.hull([
+        "run",
+        "--network",
+        "none",
+        "--name",
+        &down,
+        "busybox",
+        "true",
+    ])
+    .run()
+    .ok();
+    let completed = |words: &str| {
+        let script = format!(
+            "source <(hull completions bash)
+             COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) COMP_TYPE=9
+             _clap_complete_hull hull \"${{COMP_WORDS[COMP_CWORD]}}\"
+             printf '%s\n' \"${{COMPREPLY[@]}}\""
+        );
+        let directory = executable().parent().unwrap().display().to_string();
+        let output = Invocation::new("bash")
+            .args(["-c", &script])
+            .env("PATH", format!("{directory}:/usr/bin:/bin"))
+            .env("HULL_CONFIG", hull.path("config.toml"))
+            .run()
+            .ok();
+        let lines = output.text();
+        lines
+            .lines()
+            .map(|line| line.trim().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(completed("hull exec ''"), [up.as_str()]);
+    let all = completed("hull rm ''");
+    assert!(all.contains(&up) && all.contains(&down), "{all:?}");
+    assert_eq!(completed("hull run --rm bus"), ["busybox"]);
+    assert!(completed("hull cp ''").contains(&format!("{down}:")));
+    assert_eq!(completed("hull run --mach"), ["--machine"]);
+    assert!(completed("hull ps --filter ''").contains(&"status=running".to_owned()));
+    assert!(completed("hull kill --signal T").contains(&"TERM".to_owned()));
+    assert_eq!(completed("hull image r"), ["rm"]);
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_error() {
     let hull = Hull::empty();
     let script = format!("{} --help | head -n 1", executable().display());

@@ -185,3 +185,28 @@ fn what_is_copied_out_has_the_name_that_was_asked_for_and_changes_nothing_that_w
     hull.hull(["cp", &from("/"), whole.to_str().unwrap()]).run();
     assert!(whole.join("etc/passwd").is_file() && whole.join("tmp/a/b/file").is_file());
 }
+
+#[test]
+fn cp_into_a_read_only_root_says_that_it_is_read_only() {
+    let hull = Hull::new();
+    let file = hull.path("file");
+    fs::write(&file, "content").unwrap();
+    let options = [
+        "run",
+        "-d",
+        "--name",
+        "ro",
+        "--read-only",
+        "--network",
+        "none",
+    ];
+    hull.hull(options)
+        .args(["busybox", "sleep", "1000"])
+        .run()
+        .ok();
+    let output = hull.hull(["cp"]).arg(&file).arg("ro:/root/").run();
+    assert!(
+        output.error().contains("Read-only file system"),
+        "{output:?}"
+    );
+}

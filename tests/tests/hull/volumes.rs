@@ -92,6 +92,37 @@ fn what_the_host_changes_is_seen_at_once() {
     container.sh("cat /data/file").ends(1);
 }
 
+// Names of a list are valid for a moment; what is opened and removed is what has the name now.
+#[test]
+fn a_file_that_the_host_replaces_after_the_directory_was_listed_is_the_new_one() {
+    let hull = Hull::new();
+    let directory = hull.path("listed");
+    fs::create_dir(&directory).unwrap();
+    for name in ["read", "removed"] {
+        fs::write(directory.join(name), "old").unwrap();
+    }
+    let script = "turn=1; while ls -l /vol >/dev/null; echo listed $turn; read go; do
+        cat /vol/read; rm /vol/removed; turn=$((turn + 1)); done";
+    let volume = format!("{}:/vol", directory.display());
+    let mut shell = hull
+        .hull(["run", "--rm", "-i", "--network", "none", "-v", &volume])
+        .args(["busybox", "sh", "-c", script])
+        .start();
+    for turn in 1..=20 {
+        shell.wait_for(&format!("listed {turn}\n"));
+        for name in ["read", "removed"] {
+            let new = directory.join("new");
+            fs::write(&new, format!("content {turn}\n")).unwrap();
+            fs::rename(&new, directory.join(name)).unwrap();
+        }
+        shell.write("go\n");
+        shell.wait_for(&format!("content {turn}\n"));
+    }
+    shell.close_input();
+    shell.finish().ok();
+    assert!(!directory.join("removed").exists());
+}
+
 #[test]
 fn symbolic_links_in_a_share_never_lead_outside_it() {
     let hull = Hull::new();

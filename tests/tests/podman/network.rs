@@ -244,6 +244,17 @@ fn podman_publishes_ports() {
     podman.assert_clean();
 }
 
+// Its port handler dials the container's own address, inside.
+#[test]
+fn podman_publishes_ports_of_slirp4netns() {
+    let podman = Podman::with_networks();
+    let options = ["--network", "slirp4netns", "-p", "8080:80"];
+    let name = server(&podman, &options, "slirp");
+    podman.host().enter(|| answers((LOOPBACK, 8080), "slirp"));
+    podman.podman(["rm", "-f", "-t", "0", &name]).run().ok();
+    podman.assert_clean();
+}
+
 #[test]
 fn podman_connects_and_disconnects_networks_of_a_running_container() {
     let podman = Podman::with_networks();

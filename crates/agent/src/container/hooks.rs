@@ -143,13 +143,21 @@ impl Hooks {
         }
         let rest = self.state.strip_prefix('{').unwrap_or_default();
         let state = format!("{{\"status\":\"{status}\",\"pid\":{pid},{rest}");
-        hooks.iter().try_for_each(|hook| hook.run(&state))
+        hooks
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, hook)| hook.run(index, &state))
     }
 }
 
 impl HookPlan {
-    fn run(&self, state: &str) -> Result<()> {
-        let what = || format!("{} {}", self.field, self.path.to_string_lossy());
+    fn run(&self, index: usize, state: &str) -> Result<()> {
+        // runc's words, by which engines and people look for it.
+        let what = || {
+            let kind = self.field.strip_prefix("hooks.").unwrap_or(self.field);
+            let path = self.path.to_string_lossy();
+            format!("error running hook #{index} ({kind}, {path})")
+        };
         let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(what)?;
         let arguments = sys::pointers(self.arguments.iter());
         let environment = sys::pointers(self.environment.iter());
@@ -176,6 +184,11 @@ impl HookPlan {
             Some((Some(status), _)) => Err(CreateError::other(
                 what(),
                 format_args!("exited with status {status}"),
+            )),
+            // What a system call filter does.
+            Some((None, Some(libc::SIGSYS))) => Err(CreateError::other(
+                what(),
+                format_args!("killed by signal {}: bad system call", libc::SIGSYS),
             )),
             Some((None, Some(signal))) => Err(CreateError::other(
                 what(),

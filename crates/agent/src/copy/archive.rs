@@ -302,7 +302,12 @@ fn modified(header: &Header) -> SystemTime {
 }
 
 fn of(path: &Path, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+    // The crate tar says what it was doing, and its cause says why that failed.
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    io::Error::new(error.kind(), format!("{}: {cause}", path.display()))
 }
 
 #[cfg(test)]

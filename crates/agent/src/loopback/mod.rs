@@ -5,7 +5,7 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | `port_forward` | a connection made on the host, to a port here |
+//! | `port_forward` | a connection made on the host, to one of the guest's own addresses |
 //! | `dns_proxy` | questions asked here, to Docker's name server on the host |
 //! | `dns_redirect` | redirects these questions to `dns_proxy`; port 53 stays free for containers |
 
@@ -13,6 +13,7 @@ mod dns_proxy;
 mod dns_redirect;
 mod port_forward;
 
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -37,8 +38,10 @@ impl Default for Loopback {
 }
 
 impl Loopback {
-    /// Connects a stream to a port here; returns when connected.
-    pub async fn forward(&self, stream: OwnedFd, port: u32, ipv6: bool) -> Result<()> {
+    /// Connects a stream to a port at an address here; returns when connected.
+    pub async fn forward(&self, stream: OwnedFd, port: u32, address: &[u8]) -> Result<()> {
+        let address =
+            ip_address(address).ok_or_else(|| Failure::invalid("an address has 4 or 16 bytes"))?;
         let port = u16::try_from(port)
             .ok()
             .filter(|port| *port != 0)
@@ -47,9 +50,10 @@ impl Loopback {
             let message = format!("{MAX_FORWARDS} connections are forwarded already");
             Failure::new(Code::RESOURCE_EXHAUSTED, message)
         })?;
-        let doing = format!("connect to port {port} of the guest's loopback interface");
+        let to = SocketAddr::new(address, port);
+        let doing = format!("connect to {to} in the guest");
         let failed = |error| Failure::internal(&doing, &error);
-        let server = port_forward::connect(port, ipv6).await.map_err(failed)?;
+        let server = port_forward::connect(to).await.map_err(failed)?;
         let host = connection(stream).map_err(failed)?;
         tokio::spawn(async move {
             port_forward::carry(host, server).await;
@@ -63,6 +67,12 @@ impl Loopback {
         let failed = |error| Failure::internal("stand for the name server of the host", &error);
         dns_proxy::start(connection(stream).map_err(failed)?).map_err(failed)
     }
+}
+
+fn ip_address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
 }
 
 /// A connected socket, ready for reading and writing.

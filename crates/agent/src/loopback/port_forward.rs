@@ -1,8 +1,8 @@
-//! One connection that is forwarded: to a server on the guest's loopback interface, and both ways
+//! One connection that is forwarded: to a server at one of the guest's addresses, and both ways
 //! from then on. Called by `Loopback`. Bounded in memory, and in time once one side has ended.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -24,20 +24,18 @@ const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(300);
 /// Largest piece moved at once.
 const PIECE: usize = 16 * 1024;
 
-/// Connects to a port: of ::1 or 127.0.0.1, or of the other one if nothing listens.
-pub async fn connect(port: u16, ipv6: bool) -> io::Result<Connection> {
-    let mut addresses: [SocketAddr; 2] = [
-        (Ipv4Addr::LOCALHOST, port).into(),
-        (Ipv6Addr::LOCALHOST, port).into(),
-    ];
-    if ipv6 {
-        addresses.reverse();
-    }
+/// Connects to a server. For 127.0.0.1 and ::1 the other one is tried if nothing listens.
+pub async fn connect(to: SocketAddr) -> io::Result<Connection> {
+    let other = match to.ip() {
+        IpAddr::V4(Ipv4Addr::LOCALHOST) => Some(IpAddr::from(Ipv6Addr::LOCALHOST)),
+        IpAddr::V6(Ipv6Addr::LOCALHOST) => Some(IpAddr::from(Ipv4Addr::LOCALHOST)),
+        _ => None,
+    };
     let dialled = timeout(CONNECT_TIMEOUT, async {
-        match dial(addresses[0]).await {
-            Ok(socket) => Ok(socket),
+        match (dial(to).await, other) {
             // The first error is the one to report.
-            Err(error) => dial(addresses[1]).await.map_err(|_| error),
+            (Err(error), Some(other)) => dial((other, to.port()).into()).await.map_err(|_| error),
+            (dialled, _) => dialled,
         }
     });
     dialled
@@ -119,9 +117,16 @@ mod tests {
         runtime.block_on(async { timeout(Duration::from_secs(20), test).await.unwrap() })
     }
 
+    fn at_loopback(port: u16, ipv6: bool) -> SocketAddr {
+        match ipv6 {
+            false => (Ipv4Addr::LOCALHOST, port).into(),
+            true => (Ipv6Addr::LOCALHOST, port).into(),
+        }
+    }
+
     /// Connects to the port of `server`.
     async fn reach(server: &TcpListener, ipv6: bool) -> io::Result<Connection> {
-        connect(server.local_addr().unwrap().port(), ipv6).await
+        connect(at_loopback(server.local_addr().unwrap().port(), ipv6)).await
     }
 
     #[test]
@@ -136,7 +141,7 @@ mod tests {
             }
             let port = server.local_addr().unwrap().port();
             drop(server);
-            let error = connect(port, false).await.err().unwrap();
+            let error = connect(at_loopback(port, false)).await.err().unwrap();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         });
     }

@@ -347,7 +347,9 @@ impl Service {
     async fn forward_connection(&self, request: &ForwardRequest) -> Result<()> {
         let stream = self.stream(request.stream).await?;
         let loopback = &self.loopback;
-        loopback.forward(stream, request.port, request.ipv6).await
+        loopback
+            .forward(stream, request.port, &request.address)
+            .await
     }
 
     async fn resolve_names(&self, request: &ResolveRequest) -> Result<()> {

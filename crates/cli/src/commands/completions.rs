@@ -1,17 +1,14 @@
 //! `hull completions`: run once by `make install`.
 
-use clap::CommandFactory;
-use clap_complete::Shell;
-
-use crate::cli::Hull;
-use crate::error::Result;
-use crate::{oci, output};
+use crate::error::{Context, Error, Result};
+use crate::{completion, output};
 
 /// Arguments of `completions`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The shell
-    shell: Shell,
+    #[arg(value_parser = ["bash", "elvish", "fish", "powershell", "zsh"])]
+    shell: String,
     /// The name that is completed
     #[arg(value_enum, default_value_t = Name::Hull)]
     name: Name,
@@ -28,12 +25,13 @@ enum Name {
 
 /// Prints the completion script.
 pub fn execute(args: Args) -> Result<u8> {
-    let mut script = Vec::new();
-    let (mut grammar, name) = match args.name {
-        Name::Hull => (Hull::command(), "hull"),
-        Name::HullOci => (oci::grammar(), "hull-oci"),
+    let name = match args.name {
+        Name::Hull => "hull",
+        Name::HullOci => "hull-oci",
     };
-    clap_complete::generate(args.shell, &mut grammar, name, &mut script);
+    let script = completion::script(&args.shell, name)
+        .ok_or_else(|| Error::unsupported(format!("completion in {}", args.shell)))?
+        .context(|| "write the completion script")?;
     output::print(script)?;
     Ok(0)
 }

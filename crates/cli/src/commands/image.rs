@@ -122,7 +122,11 @@ pub fn execute(args: Args) -> Result<u8> {
             no_trunc,
             json,
         } => {
-            let list = images::store(&config)?.list().map_err(of_image)?;
+            let store = images::store(&config)?;
+            for error in store.damages().map_err(of_image)? {
+                output::note(format!("warning: {error}"));
+            }
+            let list = store.list().map_err(of_image)?;
             if quiet {
                 let mut ids: Vec<String> = list
                     .iter()

@@ -385,6 +385,7 @@ fn start(
         })?),
     };
     notice(config, &run);
+    note_missing_cpus(options, &run);
     // Keeps the image from being removed until the container is registered.
     let hold = images::store(config)?
         .hold(&image, run.id())
@@ -411,6 +412,27 @@ fn notice(config: &Config, run: &Run<'_>) {
         output::note(format!(
             "note: machine {} isolates by a kernel of its own, not by hardware; \
              `hull check` says more (shown once)",
+            choice.kind
+        ));
+    }
+}
+
+/// Says so when `--cpus` is more than the machine can have.
+fn note_missing_cpus(options: &RunOptions, run: &Run<'_>) {
+    let Some(milli @ 1001..) = options.cpus_milli else {
+        return;
+    };
+    if matches!(options.network.network, Some(Network::Container(_))) {
+        return; // its machine is there already
+    }
+    if let Ok(choice) = run.choose()
+        && let Ok(Some(most)) = choice.features().map(|features| features.max_vcpus)
+        && milli.div_ceil(1000) > most.into()
+    {
+        let what = if most == 1 { "processor" } else { "processors" };
+        output::note(format!(
+            "note: --cpus {}: a machine of kind {} has {most} {what}",
+            milli as f64 / 1e3,
             choice.kind
         ));
     }

@@ -151,7 +151,7 @@ fn execute(arguments: HullOci) -> Result<u8> {
         Command::Ps(args) => {
             let pids = commands::processes(&settings()?, &args.id)?;
             match args.format {
-                Format::Json => print_json(&json!(pids)),
+                Format::Json => print(format!("{}\n", json!(pids))),
                 Format::Table => print_processes(&pids, &args.ps),
             }
         }
@@ -164,7 +164,7 @@ fn execute(arguments: HullOci) -> Result<u8> {
                         .filter_map(|state| Some(format!("{}\n", state["id"].as_str()?)))
                         .collect(),
                 ),
-                (false, Format::Json) => print_json(&json!(listed)),
+                (false, Format::Json) => print(format!("{}\n", json!(listed))),
                 (false, Format::Table) => print(table(&listed)),
             }
         }

@@ -102,7 +102,8 @@ impl Server {
                 let looked_up = if special {
                     Err(Errno::NOENT)
                 } else {
-                    stat_at(file, name).and_then(|stat| self.entry(share, node, name, &stat, reply))
+                    stat_at(file, name)
+                        .and_then(|stat| self.listed_entry(share, node, name, &stat, reply))
                 };
                 if looked_up.is_err() {
                     // The guest gets the name only and looks it up when needed. An entry is written

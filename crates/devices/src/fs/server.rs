@@ -37,6 +37,9 @@ const PAGE: u32 = 4096;
 /// Short: starting a program takes longer, so it sees earlier changes by the host. Long enough for
 /// many files of one directory.
 const MOMENT: Duration = Duration::from_millis(10);
+/// The same for what a list of a directory brings: long enough to look at all entries of one reply,
+/// some hundred. hull's guest kernel looks up a file that is opened all the same.
+const LISTED: Duration = Duration::from_millis(50);
 
 /// A directory of the host in the device's root.
 pub struct Share {
@@ -77,6 +80,15 @@ impl Share {
     pub fn name_validity(&self, mode: u32) -> Duration {
         match self.cache {
             Cache::Shared if mode & 0o170000 != 0o040000 => Duration::ZERO,
+            _ => self.attribute_validity(),
+        }
+    }
+
+    /// The same, with the attributes, in the list of a directory.
+    pub fn listed_validity(&self, mode: u32) -> Duration {
+        match (self.cache, mode & 0o170000) {
+            (Cache::Shared, 0o120000) => Duration::ZERO, // followed without a further request
+            (Cache::Shared, _) => LISTED,
             _ => self.attribute_validity(),
         }
     }
@@ -448,6 +460,23 @@ impl Server {
         Ok(known.id)
     }
 
+    /// The same for an entry of a list.
+    pub(super) fn listed_entry(
+        &mut self,
+        share: ShareId,
+        parent: u64,
+        name: &CStr,
+        stat: &Statx,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let known = self.nodes.remember(stat, share, parent, name)?;
+        let share = self.shares.get(&share).ok_or(Errno::STALE)?;
+        let attributes = share.attributes(stat);
+        let validity = share.listed_validity(attributes.mode);
+        write_entry(reply, known, &attributes, validity, validity);
+        Ok(())
+    }
+
     /// Sets the umask for new files. Only this thread of the process creates files.
     pub(super) fn set_umask(&mut self, umask: u32) {
         if self.umask != Some(umask) {
@@ -564,6 +593,8 @@ mod tests {
         assert_eq!(shared.name_validity(DIRECTORY), MOMENT);
         assert_eq!(shared.attribute_validity(), MOMENT);
         assert!(MOMENT < Duration::from_millis(20));
+        assert!(shared.listed_validity(FILE) < Duration::from_millis(100));
+        assert_eq!(shared.listed_validity(0o120777), Duration::ZERO);
     }
 
     #[test]

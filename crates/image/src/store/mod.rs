@@ -290,9 +290,13 @@ impl Store {
             reference: reference.to_owned(),
             what,
         };
-        let record = self
-            .read_record(manifest)?
-            .ok_or_else(|| damaged(format!("the record of manifest {manifest}")))?;
+        let record = match self.read_record(manifest) {
+            Err(Error::CorruptStore { .. }) | Ok(None) => {
+                return Err(damaged(format!("the record of manifest {manifest}")));
+            }
+            Ok(Some(record)) => record,
+            Err(error) => return Err(error),
+        };
         let layers: Vec<PathBuf> = record
             .layers
             .iter()

@@ -166,10 +166,11 @@ fn corrupt(path: &Path, reason: String) -> Error {
 fn check_version(path: &Path, version: u32) -> Result<()> {
     match version {
         FORMAT => Ok(()),
-        other => Err(corrupt(
-            path,
-            format!("it has format version {other}, this hull knows {FORMAT}"),
-        )),
+        version => Err(Error::StoreVersion {
+            path: path.to_owned(),
+            version,
+            known: FORMAT,
+        }),
     }
 }
 
@@ -195,8 +196,21 @@ impl Store {
         Ok(record)
     }
 
-    /// All records, ordered by digest.
+    /// All records that can be read, ordered by digest. An image with another one is as one that is
+    /// not there: it is pulled again.
     pub(crate) fn records(&self) -> Result<Vec<Record>> {
+        let all = self.all_records()?.into_iter();
+        Ok(all.filter_map(|(_, record)| record.ok()).collect())
+    }
+
+    /// Why records cannot be read.
+    pub fn damages(&self) -> Result<Vec<Error>> {
+        let all = self.all_records()?.into_iter();
+        Ok(all.filter_map(|(_, record)| record.err()).collect())
+    }
+
+    /// All records by the digest of their manifest, also those that are damaged.
+    pub(super) fn all_records(&self) -> Result<Vec<(Digest, Result<Record>)>> {
         let dir = self.root.join("images");
         let mut digests = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(|error| Error::io("read", &dir, error))? {
@@ -207,11 +221,17 @@ impl Store {
             digests.extend(hex.and_then(Digest::from_hex));
         }
         digests.sort_unstable();
-        // Skips records that were removed meanwhile.
-        digests
-            .iter()
-            .filter_map(|digest| self.read_record(digest).transpose())
-            .collect()
+        let mut records = Vec::new();
+        for digest in digests {
+            match self.read_record(&digest) {
+                Ok(Some(record)) => records.push((digest, Ok(record))),
+                // It was removed meanwhile.
+                Ok(None) => {}
+                Err(error @ Error::CorruptStore { .. }) => records.push((digest, Err(error))),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(records)
     }
 
     /// All images, by name; those without a name last.

@@ -96,34 +96,34 @@ impl Store {
         let mut references = self.read_references()?;
         let holds = self.live_holds(container_exists)?;
         let mut removed = Removed::default();
-        for record in self.records()? {
-            let used = holds
-                .iter()
-                .any(|(_, hold)| hold.manifest == record.manifest);
+        for (manifest, _) in self.all_records()? {
+            let used = holds.iter().any(|(_, hold)| hold.manifest == manifest);
             let named = references
                 .names
                 .values()
-                .any(|named| named.manifest == record.manifest);
+                .any(|named| named.manifest == manifest);
             if used || (named && !all) {
                 continue;
             }
             references.names.retain(|name, named| {
-                let keep = named.manifest != record.manifest;
+                let keep = named.manifest != manifest;
                 if !keep {
                     removed.untagged.push(name.clone());
                 }
                 keep
             });
             self.write_references(&references)?;
-            self.remove_record(&record.manifest, &mut removed)?;
+            self.remove_record(&manifest, &mut removed)?;
         }
         self.collect(lock, &holds, &mut removed)?;
         Ok(removed)
     }
 
     fn remove_record(&self, manifest: &Digest, removed: &mut Removed) -> Result<()> {
-        if let Some(record) = self.read_record(manifest)? {
-            removed.images.push(record.id.to_string());
+        match self.read_record(manifest) {
+            Ok(Some(record)) => removed.images.push(record.id.to_string()),
+            Ok(None) | Err(Error::CorruptStore { .. }) => {}
+            Err(error) => return Err(error),
         }
         let path = self.record_path(manifest);
         match std::fs::remove_file(&path) {

@@ -9,8 +9,9 @@
 //!   anything; targets of hard links may begin with a slash (some tools write that), which means
 //!   the layer's root.
 //! - Device nodes: the harmless pseudo devices that distributions include in `/dev` (null, zero,
-//!   tty, …) are created, block devices and all others are rejected by name. A character device 0:0
-//!   is a whiteout, as in overlayfs.
+//!   tty, …) are created. Block devices and all others are left out below `/dev`, which a container
+//!   has anew, and rejected by name elsewhere. A character device 0:0 is a whiteout, as in
+//!   overlayfs.
 //! - Extended attributes: `user.*`, `security.capability` and POSIX ACLs are kept. `trusted.*` and
 //!   `user.overlay.*` are dropped: in an overlay they would redirect directories.
 //! - Bytes and entries are counted towards the image's limits before they are written, and a part

@@ -280,11 +280,14 @@ fn device_nodes() {
         (b'3', 1, 1, "character"),
         (b'3', 10, 232, "character"),
     ] {
-        let error = refused(Tar::new().dir("dev").device("dev/x", kind, major, minor));
+        let error = refused(Tar::new().dir("srv").device("srv/x", kind, major, minor));
         assert_eq!(
             error,
-            format!("entry \"dev/x\" is {name} device {major}:{minor}, which images may not bring")
+            format!("entry \"srv/x\" is {name} device {major}:{minor}, which images may not bring")
         );
+        // Hidden by a container's own /dev.
+        let below_dev = Tar::new().dir("dev").device("./dev/x", kind, major, minor);
+        assert!(!layer(below_dev).path("dev/x").exists());
     }
     assert!(refused(Tar::new().device("x", b'4', 0, 0)).contains("block device 0:0"));
     let tree = layer(

@@ -290,6 +290,13 @@ impl<'a> Writer<'a> {
             Kind::CharDevice if is_harmless(major, minor) => {
                 (FileType::CharacterDevice, rustix::fs::makedev(major, minor))
             }
+            // A container's /dev is set up anew, and hides what the image has there.
+            _ if parts(&entry.path)
+                .is_some_and(|parts| parts.first().is_some_and(|first| *first == b"dev")) =>
+            {
+                tracing::debug!(entry = show(&entry.path), "device left out");
+                return Ok(());
+            }
             _ => {
                 let kind = if entry.kind == Kind::BlockDevice {
                     "block"

@@ -40,12 +40,16 @@ impl Command {
     }
 }
 
+/// `portmap` runs iptables several times for each port: 100 ports take 9 s, and more take longer
+/// each.
+const TIMEOUT_PER_PORT: Duration = Duration::from_secs(1);
+
 /// How plugins are run.
 #[derive(Clone, Debug)]
 pub struct Runner {
     /// Directories searched for plugins, in this order.
     pub directories: Vec<PathBuf>,
-    /// Timeout of each call.
+    /// Timeout of each call, without published ports.
     pub limit: Duration,
     /// Cancels when it becomes readable: the running plugin is killed.
     pub cancel: Option<Arc<OwnedFd>>,
@@ -132,13 +136,15 @@ impl Runner {
             ("PATH", &search_path),
         ];
         let config = Value::Object(execution_config(call, plugin)).to_string();
+        let ports = u32::try_from(attachment.port_mappings.len()).unwrap_or(u32::MAX);
         let began = Instant::now();
         let answer = process::run(
             &path,
             &[],
             &environment,
             config.as_bytes(),
-            self.limit,
+            self.limit
+                .saturating_add(TIMEOUT_PER_PORT.saturating_mul(ports)),
             self.cancel.as_deref(),
             self.held.as_deref(),
         );

@@ -1,11 +1,15 @@
-//! The table that redirects connections to the loopback address. Called by `redirect` only, in the
-//! target namespace. For each family there is a table `hull` with one chain and one rule, in nft's
-//! syntax:
+//! The table that redirects connections to a namespace's own addresses. Called by `redirect` only,
+//! in the target namespace. For each family there is a table `hull` with one chain and two rules,
+//! in nft's syntax:
 //!
 //! ```text
 //! table ip hull { flags owner; chain loopback { type nat hook output priority dstnat;
-//!     ip daddr 127.0.0.1 meta l4proto tcp tcp dport != PORT redirect to :PORT } }
+//!     ip daddr 127.0.0.1 meta l4proto tcp tcp dport != PORT redirect to :PORT
+//!     ip daddr != 127.0.0.0/8 fib daddr type local meta l4proto tcp tcp dport != PORT
+//!         redirect to :PORT } }
 //! ```
+//!
+//! The second rule is left out where the host's kernel has no `fib` expression.
 //!
 //! A table with an owner goes away with the socket that created it, and so with this process,
 //! however that ends. Kernels before 5.12 do not support owners: there the table is deleted at the
@@ -17,14 +21,16 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::{
-    ACK, BASE_NETWORK, BASE_TRANSPORT, Batch, CREATE, DELETE_TABLE, EQUAL, EXCLUSIVE, FLAG_OWNER,
-    KEY_L4PROTO, NEW_TABLE, NOT_EQUAL, REGISTER, exchange, socket,
+    ACK, Attributes, BASE_NETWORK, BASE_TRANSPORT, Batch, CREATE, DELETE_TABLE, EQUAL, EXCLUSIVE,
+    FLAG_OWNER, KEY_L4PROTO, NEW_TABLE, NOT_EQUAL, REGISTER, exchange, socket,
 };
 use crate::redirect::Family;
 
 const TABLE: &[u8] = b"hull\0";
 const CHAIN: &[u8] = b"loopback\0";
 
+/// Where a `struct iphdr` has its destination.
+const DESTINATION_V4: u32 = 16;
 const HOOK_OUTPUT: u32 = 3;
 /// `NF_IP_PRI_NAT_DST`, the same for both families.
 const PRIORITY_DSTNAT: i32 = -100;
@@ -46,14 +52,20 @@ impl Rules {
         })
     }
 
-    /// Redirects connections to the family's loopback address to `port`.
+    /// Redirects connections to the family's loopback address and, if possible, to the addresses of
+    /// interfaces, to `port`.
     pub fn redirect(&mut self, family: Family, port: u16) -> io::Result<()> {
         match exchange(&self.socket, &redirecting(family, port, true)) {
             // The kernel does not know the owner flag.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return self.redirect_unowned(family, port),
-            made => made?,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => self.redirect_unowned(family, port)?,
+            made => {
+                made?;
+                self.made.push(family);
+            }
         }
-        self.made.push(family);
+        if let Err(errno) = exchange(&self.socket, &redirecting_interfaces(family, port)) {
+            tracing::debug!("only connections to the loopback address are redirected: {errno}");
+        }
         Ok(())
     }
 
@@ -81,7 +93,7 @@ impl Drop for Rules {
     }
 }
 
-/// The batch that creates a family's table.
+/// The batch that creates a family's table with the rule for the loopback address.
 fn redirecting(family: Family, port: u16, owned: bool) -> Vec<u8> {
     let mut batch = Batch::new();
     if owned {
@@ -94,23 +106,42 @@ fn redirecting(family: Family, port: u16, owned: bool) -> Vec<u8> {
     }
     batch.nat_chain(TABLE, CHAIN, family, HOOK_OUTPUT, PRIORITY_DSTNAT);
     let (offset, address): (u32, &[u8]) = match family {
-        Family::V4 => (16, &[127, 0, 0, 1]),
+        Family::V4 => (DESTINATION_V4, &[127, 0, 0, 1]),
         Family::V6 => (24, &std::net::Ipv6Addr::LOCALHOST.octets()),
     };
     batch.rule(TABLE, CHAIN, family, |expressions| {
         expressions.payload(BASE_NETWORK, offset, address.len() as u32);
         expressions.compare(EQUAL, address);
-        expressions.meta(KEY_L4PROTO);
-        expressions.compare(EQUAL, &[libc::IPPROTO_TCP as u8]);
-        expressions.payload(BASE_TRANSPORT, 2, 2);
-        expressions.compare(NOT_EQUAL, &port.to_be_bytes());
-        expressions.expression(b"immediate\0", |immediate| {
-            immediate.number(1, REGISTER);
-            immediate.nested(2, |data| data.bytes(1, &port.to_be_bytes()));
-        });
-        expressions.expression(b"redir\0", |redir| redir.number(1, REGISTER));
+        redirect_tcp(expressions, port);
     });
     batch.end()
+}
+
+/// The batch that adds the rule for the addresses of interfaces.
+fn redirecting_interfaces(family: Family, port: u16) -> Vec<u8> {
+    let mut batch = Batch::new();
+    batch.rule(TABLE, CHAIN, family, |expressions| {
+        if family == Family::V4 {
+            expressions.payload(BASE_NETWORK, DESTINATION_V4, 1);
+            expressions.compare(NOT_EQUAL, &[127]);
+        }
+        expressions.destination_type();
+        expressions.compare(EQUAL, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
+        redirect_tcp(expressions, port);
+    });
+    batch.end()
+}
+
+fn redirect_tcp(expressions: &mut Attributes<'_>, port: u16) {
+    expressions.meta(KEY_L4PROTO);
+    expressions.compare(EQUAL, &[libc::IPPROTO_TCP as u8]);
+    expressions.payload(BASE_TRANSPORT, 2, 2);
+    expressions.compare(NOT_EQUAL, &port.to_be_bytes());
+    expressions.expression(b"immediate\0", |immediate| {
+        immediate.number(1, REGISTER);
+        immediate.nested(2, |data| data.bytes(1, &port.to_be_bytes()));
+    });
+    expressions.expression(b"redir\0", |redir| redir.number(1, REGISTER));
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Configures the kernel's packet filter (nf_tables): redirects connections to the loopback address
-//! to a port ([`loopback`]), gives a network's containers the host's address outside
+//! Configures the kernel's packet filter (nf_tables): redirects connections to a namespace's own
+//! addresses to a port ([`loopback`]), gives a network's containers the host's address outside
 //! ([`masquerade`]), and drops what comes from a bridge for the host's loopback interface
 //! ([`guard`]). Never calls `nft` or `iptables`.
 //!
@@ -157,6 +157,10 @@ const BASE_TRANSPORT: u32 = 2;
 const KEY_L4PROTO: u32 = 16;
 const KEY_IN_NAME: u32 = 6;
 const KEY_OUT_NAME: u32 = 7;
+/// `NFT_FIB_RESULT_ADDRTYPE`
+const FIB_ADDRESS_TYPE: u32 = 3;
+/// `NFTA_FIB_F_DADDR`
+const FIB_DESTINATION: u32 = 2;
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 
@@ -317,6 +321,15 @@ impl Attributes<'_> {
             bitwise.number(3, mask.len() as u32);
             bitwise.nested(4, |data| data.bytes(1, mask));
             bitwise.nested(5, |data| data.bytes(1, &vec![0; mask.len()]));
+        });
+    }
+
+    /// Loads the type of the destination address, `RTN_*` of linux/rtnetlink.h.
+    fn destination_type(&mut self) {
+        self.expression(b"fib\0", |fib| {
+            fib.number(1, REGISTER);
+            fib.number(2, FIB_ADDRESS_TYPE);
+            fib.number(3, FIB_DESTINATION);
         });
     }
 

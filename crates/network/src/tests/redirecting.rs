@@ -2,7 +2,7 @@
 //! in a namespace.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -37,11 +37,11 @@ fn redirect(test: &str, place: &Place) -> Option<Redirect> {
     }
 }
 
-/// Accepts a connection, and answers with the port that it was opened to.
-async fn answer(redirect: &Redirect, family: Family) {
+/// Accepts a connection to an address, and answers with the port that it was opened to.
+async fn answer(redirect: &Redirect, address: IpAddr) {
     let accepted = redirect.accept().await.unwrap();
-    assert_eq!(accepted.family, family);
-    let (mut stream, port) = (accepted.stream, accepted.port);
+    assert_eq!(accepted.to.ip(), address);
+    let (mut stream, port) = (accepted.stream, accepted.to.port());
     let mut question = [0; 5];
     stream.read_exact(&mut question).await.unwrap();
     assert_eq!(&question, b"hello");
@@ -62,10 +62,34 @@ async fn connections_to_loopback_arrive_with_their_port() {
     for family in families.into_iter().take(1 + usize::from(has_ipv6())) {
         for port in [1, 80, 8080, 65535] {
             let asked = asking(&place.namespace, (family.loopback(), port).into());
-            answer(&redirect, family).await;
+            answer(&redirect, family.loopback()).await;
             assert_eq!(asked.join().unwrap().unwrap(), port.to_string());
         }
     }
+}
+
+#[tokio::test]
+async fn connections_to_an_interface_arrive_with_their_address() {
+    let test = "connections_to_an_interface_arrive_with_their_address";
+    let Some(place) = Place::new(test) else {
+        return;
+    };
+    let bridge = place.add_bridge("eth0").await;
+    place.add_address(bridge, "10.0.2.100/24").await;
+    place.up("eth0").await;
+    let Some(redirect) = redirect(test, &place) else {
+        return;
+    };
+    let address = [10, 0, 2, 100].into();
+    let asked = asking(&place.namespace, (address, 80).into());
+    answer(&redirect, address).await;
+    assert_eq!(asked.join().unwrap().unwrap(), "80");
+    // Also one that comes later.
+    place.add_address(bridge, "10.0.2.101/24").await;
+    let address = [10, 0, 2, 101].into();
+    let asked = asking(&place.namespace, (address, 81).into());
+    answer(&redirect, address).await;
+    assert_eq!(asked.join().unwrap().unwrap(), "81");
 }
 
 #[tokio::test]
@@ -103,7 +127,7 @@ async fn other_addresses_and_other_protocols_are_left_alone() {
     let own = (Ipv4Addr::LOCALHOST, redirect.ports()[0]).into();
     let to_ourselves = asking(&place.namespace, own);
     let asked = asking(&place.namespace, ([127, 0, 0, 1], 7).into());
-    answer(&redirect, Family::V4).await;
+    answer(&redirect, Ipv4Addr::LOCALHOST.into()).await;
     assert_eq!(asked.join().unwrap().unwrap(), "7");
     assert!(!matches!(to_ourselves.join().unwrap(), Ok(text) if !text.is_empty()));
 }

@@ -5,6 +5,7 @@
 //! never acted upon.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use hull_protocol::agent as proto;
@@ -181,15 +182,18 @@ impl Agent {
         .map_err(failure_of_existing)
     }
 
-    /// Connects a stream, by its host port, with a port of the guest's loopback interface.
+    /// Connects a stream, by its host port, with a TCP port at one of the guest's own addresses.
     ///
     /// # Errors
     /// Nobody listens there, or the agent's.
-    pub async fn forward(&self, stream: u32, port: u16, ipv6: bool) -> Result<()> {
+    pub async fn forward(&self, stream: u32, to: SocketAddr) -> Result<()> {
         let request = &proto::ForwardRequest {
             stream,
-            port: port.into(),
-            ipv6,
+            port: to.port().into(),
+            address: match to.ip() {
+                IpAddr::V4(ip) => ip.octets().to_vec(),
+                IpAddr::V6(ip) => ip.octets().to_vec(),
+            },
             ..Default::default()
         };
         let forwarded = self

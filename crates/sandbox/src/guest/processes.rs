@@ -495,8 +495,7 @@ fn start_devices(
         fixed_addresses: false,
         // The executable is our own: it confines itself, first thing.
         confinement: None,
-    })
-    .context(doing)?;
+    })?;
     let (control, incoming) = Devices::start(ours, setup, &descriptors, &[AGENT_PORT])?;
     Ok((started, control, incoming))
 }

@@ -1,5 +1,5 @@
-//! Carries connections that are made in a network namespace to 127.0.0.1 or ::1 into the guest. The
-//! rules are made while the guest boots, and connections are carried when it is there.
+//! Carries connections that are made in a network namespace to its own addresses into the guest.
+//! The rules are made while the guest boots, and connections are carried when it is there.
 //!
 //! Whoever dials has been connected by the host's kernel before the guest is asked, so that a port
 //! at which nobody listens shows as a connection that is reset.
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hull_network::Namespace;
-use hull_network::redirect::{Accepted, Family, Redirect};
+use hull_network::redirect::{Accepted, Redirect};
 use hull_protocol::{MAX_FORWARDS, STREAM_PORT};
 use rustix::net::sockopt::set_socket_linger;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -87,14 +87,10 @@ async fn accept(redirect: Arc<Redirect>, devices: Arc<Devices>, agent: Agent) {
 }
 
 async fn forward(accepted: Accepted, devices: &Devices, agent: &Agent) {
-    let Accepted {
-        stream,
-        family,
-        port,
-    } = accepted;
+    let Accepted { stream, to } = accepted;
     let reached: Result<_> = async {
         let (name, guest) = devices.connect(STREAM_PORT).await?;
-        agent.forward(name, port, family == Family::V6).await?;
+        agent.forward(name, to).await?;
         Ok(guest)
     }
     .await;
@@ -111,7 +107,7 @@ async fn forward(accepted: Accepted, devices: &Devices, agent: &Agent) {
                 pass(from_guest, to_host, &half)
             );
             if let Err(error) = carried {
-                tracing::debug!("a connection to port {port} of the guest ended: {error}");
+                tracing::debug!("a connection to {to} in the guest ended: {error}");
                 reset(stream);
             }
         }

@@ -5,7 +5,7 @@
 //!
 //! | module | from | to |
 //! | --- | --- | --- |
-//! | `forward` | connections made in the namespace to 127.0.0.1 and ::1: port-forward, probes | the port in the guest |
+//! | `forward` | connections made in the namespace to its own addresses: port-forward, probes, rootlesskit | the port in the guest |
 //! | `resolver` | questions asked in the guest of 127.0.0.11 | Docker's name server in the namespace |
 //!
 //! Called by `network`. Everything that comes from the guest is passed on as it is, bounded in
