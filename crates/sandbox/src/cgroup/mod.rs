@@ -44,8 +44,11 @@ use crate::error::{Context, Error, Result};
 pub use limits::Bounds;
 pub use machine::{LIMITS, reach};
 
-/// How long [`Groups::remove`] waits for dying processes to leave; runc waits as long.
+/// How long [`Groups::remove`] waits for processes to leave; runc waits as long.
 const LEAVING: Duration = Duration::from_secs(1);
+/// How long it waits for processes that were killed. On a busy host one takes seconds to give back
+/// gigabytes.
+const DYING: Duration = Duration::from_secs(30);
 /// Attempts to move a process that is not fully set up yet (EINVAL), [`JOIN_PAUSE`] apart; as in
 /// runc.
 const JOIN_ATTEMPTS: u32 = 5;
@@ -243,9 +246,26 @@ impl Groups {
     }
 
     /// Removes the groups and their descendants but not their parents, as runc does. Kills nothing:
-    /// waits up to a second for dying processes. Missing groups are not an error.
+    /// waits up to a second for processes to leave, and longer while all of them are dying. Missing
+    /// groups are not an error.
     pub fn remove(&self) -> Result<()> {
-        let deadline = Instant::now() + LEAVING;
+        let begin = Instant::now();
+        loop {
+            match self.remove_within(LEAVING) {
+                Err(_) if begin.elapsed() < DYING && self.are_dying() => {}
+                removed => return removed,
+            }
+        }
+    }
+
+    /// Whether there is something in the groups, and nothing that lives on.
+    fn are_dying(&self) -> bool {
+        self.processes()
+            .is_ok_and(|inside| !inside.is_empty() && inside.into_iter().all(is_dying))
+    }
+
+    fn remove_within(&self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
         let mut failed = None;
         for directory in &self.directories {
             match remove(directory, deadline) {
@@ -379,6 +399,29 @@ impl Groups {
 /// cpusets and the number of groups.
 fn failed(doing: &str, directory: &Path, error: impl Display) -> Error {
     Error::new(format!("cannot {doing} {}: {error}", directory.display()))
+}
+
+/// Whether a process was killed, or has ended.
+fn is_dying(pid: i32) -> bool {
+    /// `PF_EXITING` of linux/sched.h
+    const EXITING: u64 = 4;
+    const KILL: u64 = 1 << (libc::SIGKILL - 1);
+    let read = |file| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
+    let (Ok(stat), Ok(status)) = (read("stat"), read("status")) else {
+        return true;
+    };
+    // proc_pid_stat(5): the 9th field, counted from behind the name, which may hold anything.
+    let flags = stat
+        .rsplit_once(')')
+        .and_then(|(_, fields)| fields.split_whitespace().nth(6)?.parse::<u64>().ok());
+    let was_killed = status.lines().any(|line| {
+        let pending = line
+            .strip_prefix("ShdPnd:")
+            .or_else(|| line.strip_prefix("SigPnd:"));
+        pending
+            .is_some_and(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0))
+    });
+    was_killed || flags.is_some_and(|flags| flags & EXITING != 0)
 }
 
 /// Result of writing a limit.

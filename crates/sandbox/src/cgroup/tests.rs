@@ -264,6 +264,20 @@ fn removes_what_is_below_but_not_what_is_above() {
     assert_eq!(again.directories, groups.directories);
 }
 
+#[test]
+fn a_killed_process_is_dying_until_it_is_gone() {
+    let mut sleep = std::process::Command::new("sleep")
+        .arg("1000")
+        .spawn()
+        .unwrap();
+    let pid = sleep.id().cast_signed();
+    assert!(!is_dying(pid));
+    sleep.kill().unwrap();
+    assert!(is_dying(pid), "killed, or a zombie");
+    sleep.wait().unwrap();
+    assert!(is_dying(pid), "gone");
+}
+
 /// Kills the process and removes the groups, also when the test fails.
 struct Cleanup(Child, Groups);
 
