@@ -105,7 +105,8 @@ impl Vring {
     pub fn put_back(&self) {
         let mut state = self.in_flight.lock();
         state.1 = state.1.saturating_sub(1);
-        if state.1 == 0 {
+        // Notifying is a system call, also when nobody waits.
+        if state.1 == 0 && state.0 == Stage::Stopping {
             self.in_flight.none_left.notify_all();
         }
     }
