@@ -50,6 +50,10 @@ pub struct Details {
     pub bounds: Option<Bounds>,
     /// Memory limit at creation, bytes; 0 if none.
     pub memory: u64,
+    /// Its network namespace is a new one in another container's machine: nothing of the host's
+    /// network reaches it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub apart: bool,
     /// Limits since the last `update`; if absent, the configuration's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resources: Option<LinuxResources>,

@@ -41,10 +41,17 @@ impl Found {
     /// container that joins another's network uses that one's; a new namespace in a shared sandbox
     /// is the guest's alone.
     pub fn has_network(&self, plan: &Plan) -> bool {
-        let joins = plan.joins.iter().any(|(kind, _)| kind == "network");
-        let is_new_among_others = self.shared && plan.network == Network::New;
-        !joins && !is_new_among_others
+        !joins_network(plan) && !self.is_apart(plan)
     }
+
+    /// Whether the container's network namespace is a new one in a machine that has others.
+    pub fn is_apart(&self, plan: &Plan) -> bool {
+        self.shared && plan.network == Network::New && !joins_network(plan)
+    }
+}
+
+fn joins_network(plan: &Plan) -> bool {
+    plan.joins.iter().any(|(kind, _)| kind == "network")
 }
 
 /// Finds the sandbox. Removes from the plan joins of a network namespace that is not a container's.

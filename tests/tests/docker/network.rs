@@ -51,6 +51,30 @@ fn network(docker: &Docker, name: &str, options: &[&str]) {
 }
 
 #[test]
+fn docker_a_network_of_its_own_in_the_machine_of_another_container_is_refused() {
+    let docker = Docker::with_networks();
+    let one = docker.sleeper(BRIDGE);
+    let pid = format!("--pid=container:{one}");
+    let run = |network: &str| {
+        docker
+            .docker(["run", "--rm", &pid, "--network", network])
+            .args(["busybox", "ip", "-o", "addr"])
+            .run()
+    };
+    let error = run("bridge").ends(125).error();
+    assert!(
+        error.contains("not supported: a network of its own"),
+        "{error}"
+    );
+    assert!(!run("none").ok().text().contains("eth0"));
+    let other = format!("container:{one}");
+    assert_eq!(
+        addresses(&run(&other).ok().text()),
+        addresses_of(&docker, &one)
+    );
+}
+
+#[test]
 fn docker_containers_are_in_the_default_network() {
     let docker = Docker::with_networks();
     let one = server(&docker, BRIDGE, "one");

@@ -141,15 +141,19 @@ fn a_command_killed_at_any_moment_of_the_start_leaves_nothing_that_rm_does_not_r
         // It may have ended already.
         let _ = rustix::process::kill_process(starting.pid(), rustix::process::Signal::KILL);
         starting.finish();
-        // A sandbox notices by itself that its command has gone, unless that had done its work.
-        hull_tests::eventually("nothing is left", Duration::from_secs(10), || {
-            let names = hull.names();
-            if !names.is_empty() {
-                hull.hull(["rm", "-f"]).args(&names).run().ok();
-            }
-            hull.is_clean()
-        });
+        remove_all(&hull);
     }
+}
+
+/// A sandbox notices by itself that its command has gone, unless that had done its work.
+fn remove_all(hull: &Hull) {
+    hull_tests::eventually("nothing is left", Duration::from_secs(10), || {
+        let names = hull.names();
+        if !names.is_empty() {
+            hull.hull(["rm", "-f"]).args(&names).run().ok();
+        }
+        hull.is_clean()
+    });
 }
 
 #[test]
@@ -178,7 +182,6 @@ fn a_sandbox_killed_at_any_moment_of_the_start_leaves_nothing_that_rm_does_not_r
             let _ = rustix::process::kill_process(starting.pid(), rustix::process::Signal::KILL);
         }
         starting.finish();
-        hull.hull(["rm", "-f", &name]).run().ok();
-        hull.assert_clean();
+        remove_all(&hull);
     }
 }

@@ -81,13 +81,13 @@ fn container_object(container: &Any) -> Result<Value> {
             (*sandbox).clone(),
         ))
     {
-        // Kept with the container when its guest broke down.
+        // Kept with the container when its guest broke down; the sandbox's own goes then.
         let kept = |name: &str| container.directory().path().join(name);
         for (key, own, name) in [
             ("console", path.console(), CONSOLE_FILE),
             ("messages", path.diagnostics(), MESSAGES_FILE),
         ] {
-            let files = [own, kept(name)];
+            let files = [kept(name), own];
             if let Some(file) = files.into_iter().find(|file| file.exists()) {
                 object["files"][key] = json!(file);
             }

@@ -135,6 +135,7 @@ impl Making<'_> {
         )?;
         self.own_sandbox = !found.shared;
         let has_network = found.has_network(&plan);
+        self.record.details.apart = found.is_apart(&plan);
         let path = found.path;
         self.record.sandbox = Some(path.clone());
         // From here on a crash is recoverable: `delete` finds these from the record.

@@ -68,6 +68,16 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
             ));
         }
     }
+    if record.details.apart && has_routes(record.details.keeper.pid) {
+        // Engines expect that one whose start fails has stopped, as with runc.
+        kill(settings, id, Signal::KILL.as_raw() as u32, true)?;
+        end_keeper(&record);
+        return Err(Error::unsupported(
+            "a network of its own for a container in the machine of another one, whose ipc, pid or \
+             uts namespace it joins",
+        )
+        .hint("--network none, or the network of that container (--network container:…)"));
+    }
     let request = Request::Start {
         container: id.to_owned(),
     };
@@ -84,6 +94,19 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether an engine has connected the network namespace of a process.
+fn has_routes(pid: i32) -> bool {
+    let read = |file| std::fs::read_to_string(format!("/proc/{pid}/net/{file}"));
+    // A table with a heading, and one without, which has loopback's.
+    read("route").is_ok_and(|table| table.lines().count() > 1)
+        || read("ipv6_route").is_ok_and(|table| {
+            let interfaces = table
+                .lines()
+                .filter_map(|line| line.split_whitespace().last());
+            interfaces.into_iter().any(|interface| interface != "lo")
+        })
 }
 
 /// Sends a signal to a container's init, or to all its processes.

@@ -65,15 +65,16 @@ pub(super) async fn run(
     }
     drop(guest);
     disconnected(&sandbox).await;
+    // Before containers are seen as stopped.
+    if down.error.kind == ErrorKind::GuestFailed {
+        keep_diagnostics(&sandbox);
+    }
     sandbox.0.stage.send_replace(Stage::Down(down.clone()));
     if tokio::time::timeout(CONCLUDE_TIMEOUT, sandbox.concluded())
         .await
         .is_err()
     {
         tracing::error!("a container does not write down how it has ended");
-    }
-    if down.error.kind == ErrorKind::GuestFailed {
-        keep_diagnostics(&sandbox);
     }
     // What is still being made would stay.
     if let Err(error) = confining.done().await {
