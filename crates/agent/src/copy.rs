@@ -3,11 +3,9 @@
 //! The work is done by a forked child that has entered the container's root: every path in it, and
 //! every symbolic link on the way, means what it means to the container, volumes and all, and
 //! cannot lead out. It is in no namespace of the container, so nothing in there can see or stop it.
-//! `archive` handles the format.
+//! The crate `hull-archive` handles the format.
 
 #![allow(unsafe_code)]
-
-mod archive;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -138,8 +136,8 @@ impl Job<'_> {
         let path = Path::new(&self.request.path);
         let stream = File::from(self.stream.as_fd().try_clone_to_owned().map_err(failed)?);
         match self.direction {
-            Direction::Out => archive::pack(path, self.request.follow, stream),
-            Direction::In => archive::unpack(path, stream),
+            Direction::Out => hull_archive::pack(path, self.request.follow, stream),
+            Direction::In => hull_archive::unpack(path, stream),
         }
         .map_err(|error| {
             let what = match self.direction {

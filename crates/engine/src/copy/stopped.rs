@@ -15,10 +15,6 @@ use crate::container::{self, Container};
 use crate::error::{Context, Error, Result};
 use crate::volumes;
 
-/// What the agent does in a guest.
-#[path = "../../../agent/src/copy/archive.rs"]
-mod archive;
-
 /// The thread; waited for when this is dropped.
 pub(super) struct Worker(Option<JoinHandle<Result<()>>>);
 
@@ -125,9 +121,9 @@ impl Job {
             return Err(error);
         }
         let (copied, what) = match self.request.into {
-            true => (archive::unpack(path, stream), "copy to"),
+            true => (hull_archive::unpack(path, stream), "copy to"),
             false => (
-                archive::pack(path, self.request.follow, stream),
+                hull_archive::pack(path, self.request.follow, stream),
                 "copy from",
             ),
         };

@@ -1,10 +1,12 @@
-//! Packs a file tree into a tar archive, and unpacks one. Numeric owners, all mode bits, times (in
-//! seconds), symbolic and hard links, devices and FIFOs are kept; sockets, which mean nothing
-//! elsewhere, are left out, and so is what is in file systems of the kernel's own (/proc, /sys).
+//! Packs a file tree into a tar archive, and unpacks one, for `hull cp`. Numeric owners, all mode
+//! bits, times (in seconds), symbolic and hard links, devices and FIFOs are kept; sockets, which
+//! mean nothing elsewhere, are left out, and so is what is in file systems of the kernel's own
+//! (/proc, /sys).
 //!
-//! Runs in a process whose root is the container's, see the parent module. Relies on that root to
-//! confine symbolic links, and on nothing else: names in an archive cannot climb out of the
-//! directory it is unpacked into.
+//! Called by the agent for a container that runs, and by the engine for one that is stopped, both
+//! in a process or thread whose root is the container's. Relies on that root to confine symbolic
+//! links, and on nothing else: names in an archive cannot climb out of the directory it is unpacked
+//! into. Never prints, and never changes the root.
 
 use std::collections::HashMap;
 use std::fs::{self, File, FileTimes, Metadata};
