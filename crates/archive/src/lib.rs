@@ -249,11 +249,12 @@ fn unpack_one<R: Read>(
             };
             Ok(utimensat(CWD, target, &times, AtFlags::SYMLINK_NOFOLLOW)?)
         }
-        EntryType::Regular | EntryType::Continuous => {
+        // A name with a slash at its end was a directory before POSIX.
+        EntryType::Regular | EntryType::Continuous if !entry.path_bytes().ends_with(b"/") => {
             make_room(target)?;
             unpack_file(entry, target)
         }
-        EntryType::GNUSparse => {
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
             make_room(target)?;
             entry.unpack(target).map(|_| ())
         }
@@ -310,10 +311,11 @@ fn unpack_file<R: Read>(entry: &mut Entry<'_, R>, target: &Path) -> io::Result<(
     let mode = fs::Permissions::from_mode(header.mode()? & 0o7777);
     let times = FileTimes::new().set_modified(modified(header));
     let mut file = File::create_new(target)?;
-    let mut piece = vec![0; PIECE];
+    let at_once = |left: u64| usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
     let mut left = entry.size();
+    let mut piece = vec![0; at_once(left)];
     while left > 0 {
-        let length = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let length = at_once(left);
         entry.read_exact(&mut piece[..length])?;
         file.write_all(&piece[..length])?;
         left -= length as u64;

@@ -62,7 +62,7 @@ fn begins_option(arguments: &[OsString]) -> bool {
     word.is_some_and(|word| word.as_encoded_bytes().starts_with(b"-"))
 }
 
-/// Options are offered only to who begins one, or where nothing else can follow.
+/// Offers options only when the word begins with `-`, or where nothing else can follow.
 fn without_options(command: Command) -> Command {
     let hide = |argument: Arg| {
         let is_option = !argument.is_positional();
@@ -81,6 +81,14 @@ pub fn script(shell: &str, command: &str) -> Option<std::io::Result<Vec<u8>>> {
     let shell = shells.completer(shell)?;
     let mut script = Vec::new();
     let written = shell.write_registration(VARIABLE, command, command, command, &mut script);
+    if shell.name() == "zsh" {
+        // zsh loads the file as the function _COMMAND when it completes for the first time, and
+        // then expects an answer.
+        let function = format!("_clap_dynamic_completer_{}", command.replace('-', "_"));
+        script.extend(
+            format!("[ \"$funcstack[1]\" = \"_{command}\" ] && {function} \"$@\"\n").into_bytes(),
+        );
+    }
     Some(written.map(|()| script))
 }
 

@@ -27,13 +27,13 @@ fn main() -> ExitCode {
     match completion::answer(&arguments) {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
-        // Nobody reads a message.
+        // A shell that completes shows no messages.
         Err(_) => return ExitCode::from(error::HULL_FAILED),
     }
     if let Some(status) = internal::dispatch(&arguments) {
         return status;
     }
-    // Of what is started here; without, its errors say so.
+    // For the processes that are started here. If this fails, starting them reports it.
     let _ = hull_jail::raise_open_files();
     let arguments = familiar::rewrite(arguments);
     let (outcome, is_run) = match cli::Hull::try_parse_from(&arguments) {

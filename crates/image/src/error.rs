@@ -234,6 +234,19 @@ pub enum Error {
         /// The reason.
         reason: String,
     },
+    /// What a container uses of the store cannot be read.
+    #[error(
+        "image store: cannot tell which layers container {container} uses: {} is corrupt: {reason}",
+        path.display()
+    )]
+    CorruptHold {
+        /// The container's id.
+        container: String,
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        reason: String,
+    },
     /// A file of the store was written by a newer hull.
     #[error(
         "image store: {} has format version {version}, this hull knows {known}", path.display()
@@ -331,6 +344,7 @@ impl Error {
             Self::SeveralNames { .. } => {
                 "remove the names one by one, or all of them with -f".to_owned()
             }
+            Self::CorruptHold { container, .. } => format!("hull rm {container}"),
             Self::CorruptStore { path, .. } => format!(
                 "mv {0} {0}.damaged, and pull the images again",
                 path.display()

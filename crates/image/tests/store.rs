@@ -587,6 +587,39 @@ fn damage_in_the_store_is_named() {
 }
 
 #[test]
+fn what_a_newer_hull_wrote_is_neither_damaged_nor_removed() {
+    let (_dir, store) = store();
+    let newer = import(&store, "newer", Tar::new().file("f", b"a").finish());
+    let digest = newer.digest.unwrap().to_string();
+    let hex = digest.strip_prefix("sha256:").unwrap();
+    let record = store.root().join(format!("images/{hex}.json"));
+    std::fs::write(&record, r#"{"version":9,"something":"else"}"#).unwrap();
+    for error in [
+        store.damages().map(drop).unwrap_err(),
+        store.prune(true, &|_| false).map(drop).unwrap_err(),
+        store.inspect(&reference("newer")).map(drop).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::StoreVersion { .. }), "{error}");
+    }
+    assert!(record.exists() && newer.layers[0].exists());
+}
+
+#[test]
+fn a_damaged_hold_keeps_all_layers_until_its_container_is_removed() {
+    let (_dir, store) = store();
+    let image = import(&store, "used", Tar::new().file("f", b"a").finish());
+    drop(store.hold(&image, "box").unwrap());
+    let hold = store.root().join("holds/box.json");
+    std::fs::write(&hold, "").unwrap();
+    let error = store.prune(true, &|_| true).map(drop).unwrap_err();
+    assert_eq!(error.hint().unwrap(), "hull rm box");
+    assert!(image.layers[0].exists());
+    store.release("box").unwrap();
+    store.prune(true, &|_| false).unwrap();
+    assert!(!image.layers[0].exists());
+}
+
+#[test]
 fn an_image_with_a_damaged_record_hides_no_other_and_can_be_removed() {
     let (_dir, store) = store();
     let bad = import(&store, "bad", Tar::new().file("f", b"a").finish());

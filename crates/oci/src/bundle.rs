@@ -1,6 +1,6 @@
 //! A bundle: the directory with `config.json`; read, and checked as far as the host is concerned.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub struct Bundle {
     /// `ociVersion`.
     pub version: String,
     /// `annotations`.
-    pub annotations: HashMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
     /// The configuration, parsed.
     pub spec: Spec,
     /// The configuration as raw JSON, for the guest.
@@ -96,7 +96,12 @@ impl Bundle {
             path,
             rootfs,
             version,
-            annotations: spec.annotations().clone().unwrap_or_default(),
+            annotations: spec
+                .annotations()
+                .iter()
+                .flatten()
+                .map(|(key, value)| (key.clone(), value.clone()))
+                .collect(),
             spec,
             config,
             notes,

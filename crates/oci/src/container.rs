@@ -1,7 +1,7 @@
 //! The containers of a state directory (`--root`), one directory each, owned by the command that
 //! creates it. For their contents see `hull_sandbox::store`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ pub struct Details {
     /// The user who created it.
     pub owner: String,
     /// The bundle's annotations.
-    pub annotations: HashMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
     /// Its keeper.
     pub keeper: ProcessId,
     /// Its control groups on the host.
@@ -198,7 +198,7 @@ pub fn recovered_record(
 }
 
 /// Identifies the engine by its annotations in the bundle or by its state directory.
-fn engine(annotations: &HashMap<String, String>, root: &Path) -> &'static str {
+fn engine(annotations: &BTreeMap<String, String>, root: &Path) -> &'static str {
     let has = |prefix: &str| annotations.keys().any(|key| key.starts_with(prefix));
     let root = root.to_string_lossy();
     if has("io.kubernetes.cri-o.") {
@@ -340,8 +340,7 @@ pub fn state(record: &Record, state: State, pid: i32) -> Value {
         "created": rfc3339(record.created_ns),
     });
     if !details.annotations.is_empty() {
-        let sorted: BTreeMap<_, _> = details.annotations.iter().collect();
-        printed["annotations"] = serde_json::json!(sorted);
+        printed["annotations"] = serde_json::json!(details.annotations);
     }
     printed["owner"] = serde_json::json!(details.owner);
     printed
@@ -388,7 +387,7 @@ mod tests {
 
     #[test]
     fn engines_are_told_by_what_they_leave() {
-        let annotated = |key: &str| HashMap::from([(key.to_owned(), "x".to_owned())]);
+        let annotated = |key: &str| BTreeMap::from([(key.to_owned(), "x".to_owned())]);
         let root = Path::new("/run/hull");
         assert_eq!(
             engine(&annotated("io.kubernetes.cri-o.SandboxID"), root),
@@ -403,7 +402,7 @@ mod tests {
             "podman"
         );
         let docker = Path::new("/var/run/docker/runtime-hull/moby");
-        assert_eq!(engine(&HashMap::new(), docker), "docker");
-        assert_eq!(engine(&HashMap::new(), root), "oci");
+        assert_eq!(engine(&BTreeMap::new(), docker), "docker");
+        assert_eq!(engine(&BTreeMap::new(), root), "oci");
     }
 }

@@ -37,10 +37,10 @@ pub fn run_all(kind: &str, hooks: Option<&Vec<Hook>>, state: &Value, warn: fn(&s
     }
 }
 
-/// runc's words, by which engines and people look for it.
+/// Begins as runc's message, by which people and their scripts look for it.
 fn failure(index: usize, kind: &str, hook: &Hook, why: &str) -> String {
     let path = hook.path().display();
-    format!("error running hook #{index} ({kind}, {path}): {why}")
+    format!("error running hook #{index}: {kind} {path}: {why}")
 }
 
 fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {

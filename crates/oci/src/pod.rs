@@ -1,7 +1,7 @@
 //! Selects a container's sandbox: that of the container whose namespaces it joins, that of the pod
 //! named in an annotation of the engine unless that has another network, or a new one.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -34,6 +34,8 @@ pub struct Found {
     pub path: SandboxPath,
     /// Other containers may be in it.
     pub shared: bool,
+    /// Other containers are in it.
+    pub occupied: bool,
 }
 
 impl Found {
@@ -46,7 +48,7 @@ impl Found {
 
     /// Whether the container's network namespace is a new one in a machine that has others.
     pub fn is_apart(&self, plan: &Plan) -> bool {
-        self.shared && plan.network == Network::New && !joins_network(plan)
+        self.occupied && plan.network == Network::New && !joins_network(plan)
     }
 }
 
@@ -63,7 +65,7 @@ pub fn find(
     run: &Path,
     id: &str,
     plan: &mut Plan,
-    annotations: &HashMap<String, String>,
+    annotations: &BTreeMap<String, String>,
 ) -> Result<Found> {
     let mut joined: Option<SandboxPath> = None;
     let mut joins = Vec::new();
@@ -93,12 +95,17 @@ pub fn find(
         (Some(pod), _) => Found {
             path: pod,
             shared: true,
+            occupied: true,
         },
         (None, Some(name)) => {
             let path = SandboxPath::new(run, &directory_name(name)?);
             match is_elsewhere(run, &path, &plan.network) {
                 true => alone(run, id)?,
-                false => Found { path, shared: true },
+                false => Found {
+                    occupied: !keepers::of_sandbox(run, &path).is_empty(),
+                    path,
+                    shared: true,
+                },
             }
         }
         (None, None) => alone(run, id)?,
@@ -107,7 +114,7 @@ pub fn find(
     let joins_network = joins.iter().any(|(kind, _)| kind == "network");
     // In a machine of its own the container uses the guest's own network; in a shared one, a new
     // namespace is created.
-    let has_own = joins_network || (found.shared && plan.network == Network::New);
+    let has_own = joins_network || (found.occupied && plan.network == Network::New);
     if has_own && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() {
         namespaces.push(network);
     }
@@ -119,6 +126,7 @@ fn alone(run: &Path, id: &str) -> Result<Found> {
     Ok(Found {
         path: SandboxPath::new(run, &own_name(id)?),
         shared: false,
+        occupied: false,
     })
 }
 

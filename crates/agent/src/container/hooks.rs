@@ -152,11 +152,11 @@ impl Hooks {
 
 impl HookPlan {
     fn run(&self, index: usize, state: &str) -> Result<()> {
-        // runc's words, by which engines and people look for it.
+        // Begins as runc's message, by which people and their scripts look for it.
         let what = || {
             let kind = self.field.strip_prefix("hooks.").unwrap_or(self.field);
             let path = self.path.to_string_lossy();
-            format!("error running hook #{index} ({kind}, {path})")
+            format!("error running hook #{index}: {kind} {path}")
         };
         let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(what)?;
         let arguments = sys::pointers(self.arguments.iter());

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, connect as begin, socket_with};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect as begin, socket_with};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::time::timeout;
 
@@ -50,6 +50,10 @@ async fn dial(address: SocketAddr) -> io::Result<Connection> {
     };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    if !address.ip().is_loopback() {
+        // Refuses an address that is not the guest's own: the connection would leave it.
+        bind(&socket, &SocketAddr::new(address.ip(), 0))?;
+    }
     match begin(&socket, &address) {
         Ok(()) | Err(Errno::INPROGRESS) => {}
         Err(error) => return Err(error.into()),
@@ -143,6 +147,15 @@ mod tests {
             drop(server);
             let error = connect(at_loopback(port, false)).await.err().unwrap();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        });
+    }
+
+    #[test]
+    fn an_address_that_is_not_the_guests_own_is_not_dialled() {
+        run(async {
+            // TEST-NET-1
+            let error = connect(([192, 0, 2, 1], 80).into()).await.err().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);
         });
     }
 

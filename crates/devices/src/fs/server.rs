@@ -39,7 +39,7 @@ const PAGE: u32 = 4096;
 const MOMENT: Duration = Duration::from_millis(10);
 /// The same for what a list of a directory brings: long enough to look at all entries of one reply,
 /// some hundred. hull's guest kernel looks up a file that is opened all the same.
-const LISTED: Duration = Duration::from_millis(50);
+const LISTED_VALIDITY: Duration = Duration::from_millis(50);
 
 /// A directory of the host in the device's root.
 pub struct Share {
@@ -87,8 +87,9 @@ impl Share {
     /// The same, with the attributes, in the list of a directory.
     pub fn listed_validity(&self, mode: u32) -> Duration {
         match (self.cache, mode & 0o170000) {
-            (Cache::Shared, 0o120000) => Duration::ZERO, // followed without a further request
-            (Cache::Shared, _) => LISTED,
+            // Followed, and walked through, without a further request.
+            (Cache::Shared, 0o120000 | 0o040000) => self.name_validity(mode),
+            (Cache::Shared, _) => LISTED_VALIDITY,
             _ => self.attribute_validity(),
         }
     }
@@ -595,6 +596,7 @@ mod tests {
         assert!(MOMENT < Duration::from_millis(20));
         assert!(shared.listed_validity(FILE) < Duration::from_millis(100));
         assert_eq!(shared.listed_validity(0o120777), Duration::ZERO);
+        assert_eq!(shared.listed_validity(DIRECTORY), MOMENT);
     }
 
     #[test]

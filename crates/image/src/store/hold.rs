@@ -115,7 +115,15 @@ impl Store {
             };
             let path = dir.join(&name);
             if exists(id) || is_locked(&path) {
-                let record = read_json(&path)?;
+                // Without it nobody knows which layers are in use.
+                let record = read_json(&path).map_err(|error| match error {
+                    Error::CorruptStore { path, reason } => Error::CorruptHold {
+                        container: id.to_owned(),
+                        path,
+                        reason,
+                    },
+                    error => error,
+                })?;
                 live.extend(record.map(|record| (id.to_owned(), record)));
             } else {
                 remove_file(&path)?;

@@ -163,23 +163,27 @@ fn corrupt(path: &Path, reason: String) -> Error {
     }
 }
 
-fn check_version(path: &Path, version: u32) -> Result<()> {
-    match version {
-        FORMAT => Ok(()),
-        version => Err(Error::StoreVersion {
+/// Before the rest is read: fields of a newer format need not be those of this one.
+fn check_version(path: &Path) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    match read_json::<Versioned>(path)? {
+        Some(Versioned { version }) if version != FORMAT => Err(Error::StoreVersion {
             path: path.to_owned(),
             version,
             known: FORMAT,
         }),
+        _ => Ok(()),
     }
 }
 
 impl Store {
     pub(crate) fn read_references(&self) -> Result<References> {
         let path = self.references_path();
-        let references: References = read_json(&path)?.unwrap_or_default();
-        check_version(&path, references.version)?;
-        Ok(references)
+        check_version(&path)?;
+        Ok(read_json(&path)?.unwrap_or_default())
     }
 
     /// The caller holds the exclusive lock.
@@ -189,15 +193,12 @@ impl Store {
 
     pub(crate) fn read_record(&self, manifest: &Digest) -> Result<Option<Record>> {
         let path = self.record_path(manifest);
-        let record: Option<Record> = read_json(&path)?;
-        if let Some(record) = &record {
-            check_version(&path, record.version)?;
-        }
-        Ok(record)
+        check_version(&path)?;
+        read_json(&path)
     }
 
-    /// All records that can be read, ordered by digest. An image with another one is as one that is
-    /// not there: it is pulled again.
+    /// All records that can be read, ordered by digest. An image with a damaged record counts as
+    /// missing: it is pulled again.
     pub(crate) fn records(&self) -> Result<Vec<Record>> {
         let all = self.all_records()?.into_iter();
         Ok(all.filter_map(|(_, record)| record.ok()).collect())

@@ -291,9 +291,7 @@ impl<'a> Writer<'a> {
                 (FileType::CharacterDevice, rustix::fs::makedev(major, minor))
             }
             // A container's /dev is set up anew, and hides what the image has there.
-            _ if parts(&entry.path)
-                .is_some_and(|parts| parts.first().is_some_and(|first| *first == b"dev")) =>
-            {
+            _ if parts(&entry.path).is_some_and(|parts| parts.len() > 1 && parts[0] == b"dev") => {
                 tracing::debug!(entry = show(&entry.path), "device left out");
                 return Ok(());
             }

@@ -70,7 +70,8 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
     }
     if record.details.apart && has_routes(record.details.keeper.pid) {
         // Engines expect that one whose start fails has stopped, as with runc.
-        kill(settings, id, Signal::KILL.as_raw() as u32, true)?;
+        // If this fails, it has ended by itself.
+        let _ = kill(settings, id, Signal::KILL.as_raw() as u32, true);
         end_keeper(&record);
         return Err(Error::unsupported(
             "a network of its own for a container in the machine of another one, whose ipc, pid or \

@@ -40,15 +40,16 @@ use directory::{Made, held, is_denied, is_gone, make, remove, tree, write};
 use path::{Hierarchy, Location};
 
 use crate::error::{Context, Error, Result};
+use crate::store::ProcessStat;
 
 pub use limits::Bounds;
 pub use machine::{LIMITS, reach};
 
 /// How long [`Groups::remove`] waits for processes to leave; runc waits as long.
-const LEAVING: Duration = Duration::from_secs(1);
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long it waits for processes that were killed. On a busy host one takes seconds to give back
 /// gigabytes.
-const DYING: Duration = Duration::from_secs(30);
+const KILLED_TIMEOUT: Duration = Duration::from_secs(30);
 /// Attempts to move a process that is not fully set up yet (EINVAL), [`JOIN_PAUSE`] apart; as in
 /// runc.
 const JOIN_ATTEMPTS: u32 = 5;
@@ -250,21 +251,34 @@ impl Groups {
     /// groups are not an error.
     pub fn remove(&self) -> Result<()> {
         let begin = Instant::now();
-        loop {
-            match self.remove_within(LEAVING) {
-                Err(_) if begin.elapsed() < DYING && self.are_dying() => {}
-                removed => return removed,
+        let (directory, error) = loop {
+            match self.remove_within(LEAVE_TIMEOUT) {
+                None => return Ok(()),
+                Some((_, error))
+                    if error.raw_os_error() == Some(libc::EBUSY)
+                        && begin.elapsed() < KILLED_TIMEOUT
+                        && self.are_dying() => {}
+                Some(failed) => break failed,
             }
-        }
+        };
+        let inside = self.processes().unwrap_or_default();
+        Err(error).context(|| {
+            let directory = directory.display();
+            match &inside[..] {
+                [] => format!("remove the control group {directory}"),
+                _ => format!("remove the control group {directory} with processes {inside:?}"),
+            }
+        })
     }
 
-    /// Whether there is something in the groups, and nothing that lives on.
+    /// Whether all processes in the groups are dying, or the last one has just left.
     fn are_dying(&self) -> bool {
         self.processes()
-            .is_ok_and(|inside| !inside.is_empty() && inside.into_iter().all(is_dying))
+            .is_ok_and(|inside| inside.into_iter().all(is_dying))
     }
 
-    fn remove_within(&self, limit: Duration) -> Result<()> {
+    /// The first group that cannot be removed, and why.
+    fn remove_within(&self, limit: Duration) -> Option<(&PathBuf, io::Error)> {
         let deadline = Instant::now() + limit;
         let mut failed = None;
         for directory in &self.directories {
@@ -277,17 +291,7 @@ impl Groups {
                 Ok(()) => {}
             }
         }
-        let Some((directory, error)) = failed else {
-            return Ok(());
-        };
-        let inside = self.processes().unwrap_or_default();
-        Err(error).context(|| {
-            let directory = directory.display();
-            match &inside[..] {
-                [] => format!("remove the control group {directory}"),
-                _ => format!("remove the control group {directory} with processes {inside:?}"),
-            }
-        })
+        failed
     }
 
     /// The processes in the groups and their descendants, in ascending order.
@@ -406,14 +410,10 @@ fn is_dying(pid: i32) -> bool {
     /// `PF_EXITING` of linux/sched.h
     const EXITING: u64 = 4;
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
-    let read = |file| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
-    let (Ok(stat), Ok(status)) = (read("stat"), read("status")) else {
+    let Some(stat) = ProcessStat::read(pid) else {
         return true;
     };
-    // proc_pid_stat(5): the 9th field, counted from behind the name, which may hold anything.
-    let flags = stat
-        .rsplit_once(')')
-        .and_then(|(_, fields)| fields.split_whitespace().nth(6)?.parse::<u64>().ok());
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let was_killed = status.lines().any(|line| {
         let pending = line
             .strip_prefix("ShdPnd:")
@@ -421,7 +421,9 @@ fn is_dying(pid: i32) -> bool {
         pending
             .is_some_and(|set| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0))
     });
-    was_killed || flags.is_some_and(|flags| flags & EXITING != 0)
+    // The 9th field of proc_pid_stat(5) is its flags.
+    let flags: u64 = stat.number(9).unwrap_or_default();
+    was_killed || flags & EXITING != 0
 }
 
 /// Result of writing a limit.

@@ -119,7 +119,7 @@ fn keep_diagnostics(sandbox: &Sandbox) {
         }
         for container in sandbox.containers() {
             let directory = container.directory();
-            // One that removes itself has gone.
+            // One that removes itself may have gone.
             if directory.is_there()
                 && let Err(error) = directory.write(name, &text)
             {
