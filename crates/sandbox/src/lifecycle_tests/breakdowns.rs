@@ -381,7 +381,7 @@ async fn breaks_down(phase: Phase, breakdown: &Breakdown) -> Result<(), String> 
     }
     // What helps to find out why is kept.
     let kept = world.directory("c").join("console").exists();
-    let expected = phase.has_container() && !phase.has_ended() && phase != Phase::Deleting;
+    let expected = phase.has_container() && !phase.has_ended();
     check(kept == expected, format!("the console is kept: {kept}"));
     match phase {
         // These wait for the end, and learn of it.
