@@ -71,7 +71,7 @@ fn guest_code_depends_on_no_crate_of_the_host() {
             }
         }
     }
-    let guests = ["agent", "agent-spec", "protocol"];
+    let guests = ["agent", "agent-spec", "archive", "protocol"];
     for name in &reached {
         assert!(
             guests.contains(&name.as_str()),
