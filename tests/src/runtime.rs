@@ -57,6 +57,17 @@ impl Runtime {
         runtime
     }
 
+    /// Waits before each call of a command.
+    pub fn delay(&self, command: &str, by: Duration) {
+        let script = fs::read_to_string(&self.path).unwrap();
+        let wait = format!(
+            "case \" $* \" in *' {command} '*) sleep {} ;; esac\n",
+            by.as_secs_f32()
+        );
+        let script = script.replacen("#!/bin/sh\n", &format!("#!/bin/sh\n{wait}"), 1);
+        fs::write(&self.path, script).unwrap();
+    }
+
     /// Whether the runtime is hull.
     pub fn is_hull(&self) -> bool {
         !["runc", "crun"].contains(&self.program.file_name().unwrap().to_str().unwrap())
