@@ -97,9 +97,9 @@ fn compare(program: &str) {
         .unwrap();
     let runtime = Runtime::in_directory(directory.path());
     if program == "killsig" {
-        // It sends the signal as soon as the state is "running". The shell that is to handle it takes
-        // longer to start in a guest than on the host, and process 1 is not ended by signals that it
-        // does not handle yet.
+        // It sends the signal as soon as the state is "running". The shell that is to handle it
+        // takes longer to start in a guest than on the host, and process 1 is not ended by signals
+        // that it does not handle yet.
         runtime.delay("kill", Duration::from_millis(300));
     }
     let logs = |name: &str| directory.path().join(name).display().to_string();
