@@ -420,7 +420,10 @@ fn podman_sees_that_a_container_was_killed_from_outside() {
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     assert_eq!(podman.wait(&name), 137);
-    assert_eq!(podman.state(&name), "exited");
+    // "stopped" until podman's own clean-up process has been there.
+    eventually("the container has exited", Duration::from_secs(20), || {
+        podman.state(&name) == "exited"
+    });
     podman.does("start", &name).ok();
     podman.exec(&name, &["true"]).ok();
 }
