@@ -107,7 +107,9 @@ fn podman_run_detached_logs_and_wait() {
     assert_eq!(waiting.finish().ok().text(), "4");
     assert_eq!(podman.wait(&name), 4, "and at once when it has ended");
     assert_eq!(podman.inspect(&name, "{{.State.ExitCode}}"), "4");
-    assert_eq!(podman.state(&name), "exited");
+    eventually("the container has exited", Duration::from_secs(20), || {
+        podman.state(&name) == "exited"
+    });
 }
 
 #[test]
