@@ -17,6 +17,7 @@ use hull_image::{Reference, Store};
 use hull_sandbox::store::State;
 
 use crate::cli::Hull;
+use crate::commands::ps::STATES;
 use crate::oci;
 
 /// With the name of a shell: asks for a completion. Set by the shell's script only.
@@ -123,8 +124,7 @@ fn with_candidates(command: Command) -> Command {
                 argument.add(ArgValueCompleter::new(container_or_file))
             }
             (_, "filters") if lists_containers => argument.add(ArgValueCandidates::new(|| {
-                let states = ["created", "running", "paused", "exited"];
-                let states = states.map(|state| format!("status={state}").into());
+                let states = STATES.map(|state| format!("status={state}").into());
                 let keys = ["id=", "name=", "label=", "ancestor=", "exited="];
                 states.into_iter().chain(keys.map(Into::into)).collect()
             })),

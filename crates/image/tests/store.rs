@@ -590,12 +590,10 @@ fn damage_in_the_store_is_named() {
 fn what_a_newer_hull_wrote_is_neither_damaged_nor_removed() {
     let (_dir, store) = store();
     let newer = import(&store, "newer", Tar::new().file("f", b"a").finish());
-    let digest = newer.digest.unwrap().to_string();
-    let hex = digest.strip_prefix("sha256:").unwrap();
-    let record = store.root().join(format!("images/{hex}.json"));
+    let record = record_of(&store, &newer);
     std::fs::write(&record, r#"{"version":9,"something":"else"}"#).unwrap();
     for error in [
-        store.damages().map(drop).unwrap_err(),
+        store.list().map(drop).unwrap_err(),
         store.prune(true, &|_| false).map(drop).unwrap_err(),
         store.inspect(&reference("newer")).map(drop).unwrap_err(),
     ] {
@@ -619,22 +617,27 @@ fn a_damaged_hold_keeps_all_layers_until_its_container_is_removed() {
     assert!(!image.layers[0].exists());
 }
 
+/// Where the store describes an image.
+fn record_of(store: &Store, image: &Image) -> std::path::PathBuf {
+    let digest = image.digest.unwrap().to_string();
+    let hex = digest.strip_prefix("sha256:").unwrap();
+    store.root().join(format!("images/{hex}.json"))
+}
+
 #[test]
 fn an_image_with_a_damaged_record_hides_no_other_and_can_be_removed() {
     let (_dir, store) = store();
     let bad = import(&store, "bad", Tar::new().file("f", b"a").finish());
     import(&store, "good", Tar::new().file("f", b"b").finish());
-    let digest = bad.digest.unwrap().to_string();
-    let hex = digest.strip_prefix("sha256:").unwrap();
-    std::fs::write(store.root().join(format!("images/{hex}.json")), "{").unwrap();
+    std::fs::write(record_of(&store, &bad), "{").unwrap();
     assert_eq!(store.list().unwrap().len(), 1);
-    assert_eq!(store.damages().unwrap().len(), 1);
+    assert_eq!(store.list_with_damages().unwrap().1.len(), 1);
     let error = store.inspect(&reference("bad")).unwrap_err();
     assert!(matches!(error, Error::Damaged { .. }), "{error}");
     store.inspect(&reference("good")).unwrap();
     let removed = store.remove(&reference("bad"), false, &|_| false).unwrap();
     assert_eq!(removed.untagged, ["docker.io/library/bad:latest"]);
-    assert!(store.damages().unwrap().is_empty());
+    assert!(store.list_with_damages().unwrap().1.is_empty());
     store.inspect(&reference("good")).unwrap();
 }
 

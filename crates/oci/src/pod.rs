@@ -110,15 +110,15 @@ pub fn find(
         }
         (None, None) => alone(run, id)?,
     };
+    plan.joins = joins;
     let network = serde_json::json!({"type": "network", "path": ""});
-    let joins_network = joins.iter().any(|(kind, _)| kind == "network");
     // In a machine of its own the container uses the guest's own network; in a shared one, a new
     // namespace is created.
-    let has_own = joins_network || (found.occupied && plan.network == Network::New);
-    if has_own && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() {
+    if !found.has_network(plan)
+        && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut()
+    {
         namespaces.push(network);
     }
-    plan.joins = joins;
     Ok(found)
 }
 

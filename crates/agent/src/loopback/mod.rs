@@ -13,7 +13,7 @@ mod dns_proxy;
 mod dns_redirect;
 mod port_forward;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use ttrpc::Code;
 
 use crate::io::vsock::Connection;
+use crate::network::ip_address;
 use crate::rpc::status::{Failure, Result};
 
 /// See the module. One per guest.
@@ -67,12 +68,6 @@ impl Loopback {
         let failed = |error| Failure::internal("stand for the name server of the host", &error);
         dns_proxy::start(connection(stream).map_err(failed)?).map_err(failed)
     }
-}
-
-fn ip_address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
-        .ok()
 }
 
 /// A connected socket, ready for reading and writing.

@@ -23,6 +23,7 @@ use hull_protocol::net_device_mac;
 use ttrpc::Code;
 
 use crate::rpc::status::{Failure, Result};
+pub use netlink::address as ip_address;
 use netlink::{Link, Requests, Socket};
 use parking::Parking;
 use plan::{Situation, plan};

@@ -123,10 +123,10 @@ pub fn execute(args: Args) -> Result<u8> {
             json,
         } => {
             let store = images::store(&config)?;
-            for error in store.damages().map_err(of_image)? {
+            let (list, damages) = store.list_with_damages().map_err(of_image)?;
+            for error in damages {
                 output::note(format!("warning: {error}"));
             }
-            let list = store.list().map_err(of_image)?;
             if quiet {
                 let mut ids: Vec<String> = list
                     .iter()

@@ -47,7 +47,8 @@ enum Filter {
     Exited(i32),
 }
 
-const STATES: [&str; 4] = ["created", "running", "paused", "exited"];
+/// The states that `--filter status=` knows.
+pub const STATES: [&str; 4] = ["created", "running", "paused", "exited"];
 
 impl Filter {
     fn parse(text: &str) -> std::result::Result<Filter, String> {

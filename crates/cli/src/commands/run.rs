@@ -385,7 +385,7 @@ fn start(
         })?),
     };
     notice(config, &run);
-    note_missing_cpus(options, &run);
+    note_missing_cpus(options, config, &run);
     // Keeps the image from being removed until the container is registered.
     let hold = images::store(config)?
         .hold(&image, run.id())
@@ -418,7 +418,7 @@ fn notice(config: &Config, run: &Run<'_>) {
 }
 
 /// Says so when `--cpus` is more than the machine can have.
-fn note_missing_cpus(options: &RunOptions, run: &Run<'_>) {
+fn note_missing_cpus(options: &RunOptions, config: &Config, run: &Run<'_>) {
     let Some(milli @ 1001..) = options.cpus_milli else {
         return;
     };
@@ -426,7 +426,7 @@ fn note_missing_cpus(options: &RunOptions, run: &Run<'_>) {
         return; // its machine is there already
     }
     if let Ok(choice) = run.choose()
-        && let Ok(Some(most)) = choice.features().map(|features| features.max_vcpus)
+        && let Ok(most) = run::cpus(&choice, Some(milli), config)
         && milli.div_ceil(1000) > most.into()
     {
         let what = if most == 1 { "processor" } else { "processors" };

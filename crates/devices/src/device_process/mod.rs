@@ -21,7 +21,6 @@ use hull_device_control::{
 use hull_ipc::Received;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::SocketType;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::block::Block;
 use crate::device::Device;
@@ -88,7 +87,6 @@ pub fn take_control_socket() -> Result<OwnedFd, Error> {
 /// A device cannot be set up, its front end broke the protocol, or the control socket failed.
 pub fn run(control: OwnedFd) -> Result<(), Error> {
     let devices = receive_setup(&control)?;
-    raise_descriptor_limit();
     // The host must not decide on the fs device's file accesses by groups that the guest's user
     // lacks.
     if let Err(error) = rustix::thread::set_thread_groups(&[]) {
@@ -209,18 +207,6 @@ impl NetSlot {
             Self::Started(handle) => Some(handle),
             Self::Idle { .. } | Self::Failed => None,
         }
-    }
-}
-
-/// Each inode that the guest knows holds a descriptor in this process.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }
 

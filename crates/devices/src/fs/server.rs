@@ -453,12 +453,9 @@ impl Server {
         stat: &Statx,
         reply: &mut Reply,
     ) -> Result<u64, Errno> {
-        let known = self.nodes.remember(stat, share, parent, name)?;
-        let share = self.shares.get(&share).ok_or(Errno::STALE)?;
-        let attributes = share.attributes(stat);
-        let names = share.name_validity(attributes.mode);
-        write_entry(reply, known, &attributes, names, share.attribute_validity());
-        Ok(known.id)
+        self.entry_valid_for(share, parent, name, stat, reply, |share, mode| {
+            (share.name_validity(mode), share.attribute_validity())
+        })
     }
 
     /// The same for an entry of a list.
@@ -469,13 +466,29 @@ impl Server {
         name: &CStr,
         stat: &Statx,
         reply: &mut Reply,
-    ) -> Result<(), Errno> {
+    ) -> Result<u64, Errno> {
+        self.entry_valid_for(share, parent, name, stat, reply, |share, mode| {
+            let validity = share.listed_validity(mode);
+            (validity, validity)
+        })
+    }
+
+    /// `validity` of name and attributes, for a share and a mode.
+    fn entry_valid_for(
+        &mut self,
+        share: ShareId,
+        parent: u64,
+        name: &CStr,
+        stat: &Statx,
+        reply: &mut Reply,
+        validity: impl FnOnce(&Share, u32) -> (Duration, Duration),
+    ) -> Result<u64, Errno> {
         let known = self.nodes.remember(stat, share, parent, name)?;
         let share = self.shares.get(&share).ok_or(Errno::STALE)?;
         let attributes = share.attributes(stat);
-        let validity = share.listed_validity(attributes.mode);
-        write_entry(reply, known, &attributes, validity, validity);
-        Ok(())
+        let (names, validity) = validity(share, attributes.mode);
+        write_entry(reply, known, &attributes, names, validity);
+        Ok(known.id)
     }
 
     /// Sets the umask for new files. Only this thread of the process creates files.

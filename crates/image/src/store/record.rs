@@ -136,18 +136,44 @@ impl Stamp {
 
 /// Reads and parses a file of the store; `None` if it does not exist.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    read(path)?.map(|content| parse(path, &content)).transpose()
+}
+
+/// The same for a file with a version, which is checked before the rest: fields of a newer format
+/// need not be those of this one.
+fn read_versioned<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let Some(content) = read(path)? else {
+        return Ok(None);
+    };
+    match parse(path, &content)? {
+        Versioned { version: FORMAT } => parse(path, &content).map(Some),
+        Versioned { version } => Err(Error::StoreVersion {
+            path: path.to_owned(),
+            version,
+            known: FORMAT,
+        }),
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     let mut content = Vec::new();
     match File::open(path) {
         Ok(mut file) => {
             file.read_to_end(&mut content)
                 .map_err(|error| Error::io("read", path, error))?;
+            Ok(Some(content))
         }
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io("open", path, error)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("open", path, error)),
     }
-    serde_json::from_slice(&content)
-        .map(Some)
-        .map_err(|error| corrupt(path, error.to_string()))
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, content: &[u8]) -> Result<T> {
+    serde_json::from_slice(content).map_err(|error| corrupt(path, error.to_string()))
 }
 
 /// Writes a file of the store.
@@ -163,27 +189,9 @@ fn corrupt(path: &Path, reason: String) -> Error {
     }
 }
 
-/// Before the rest is read: fields of a newer format need not be those of this one.
-fn check_version(path: &Path) -> Result<()> {
-    #[derive(Deserialize)]
-    struct Versioned {
-        version: u32,
-    }
-    match read_json::<Versioned>(path)? {
-        Some(Versioned { version }) if version != FORMAT => Err(Error::StoreVersion {
-            path: path.to_owned(),
-            version,
-            known: FORMAT,
-        }),
-        _ => Ok(()),
-    }
-}
-
 impl Store {
     pub(crate) fn read_references(&self) -> Result<References> {
-        let path = self.references_path();
-        check_version(&path)?;
-        Ok(read_json(&path)?.unwrap_or_default())
+        Ok(read_versioned(&self.references_path())?.unwrap_or_default())
     }
 
     /// The caller holds the exclusive lock.
@@ -192,9 +200,7 @@ impl Store {
     }
 
     pub(crate) fn read_record(&self, manifest: &Digest) -> Result<Option<Record>> {
-        let path = self.record_path(manifest);
-        check_version(&path)?;
-        read_json(&path)
+        read_versioned(&self.record_path(manifest))
     }
 
     /// All records that can be read, ordered by digest. An image with a damaged record counts as
@@ -202,12 +208,6 @@ impl Store {
     pub(crate) fn records(&self) -> Result<Vec<Record>> {
         let all = self.all_records()?.into_iter();
         Ok(all.filter_map(|(_, record)| record.ok()).collect())
-    }
-
-    /// Why records cannot be read.
-    pub fn damages(&self) -> Result<Vec<Error>> {
-        let all = self.all_records()?.into_iter();
-        Ok(all.filter_map(|(_, record)| record.err()).collect())
     }
 
     /// All records by the digest of their manifest, also those that are damaged.
@@ -237,8 +237,19 @@ impl Store {
 
     /// All images, by name; those without a name last.
     pub fn list(&self) -> Result<Vec<Listed>> {
+        self.list_with_damages().map(|(list, _)| list)
+    }
+
+    /// The same, and why records cannot be read.
+    pub fn list_with_damages(&self) -> Result<(Vec<Listed>, Vec<Error>)> {
         let references = self.read_references()?;
-        let records = self.records()?;
+        let (mut records, mut damages) = (Vec::new(), Vec::new());
+        for (_, record) in self.all_records()? {
+            match record {
+                Ok(record) => records.push(record),
+                Err(error) => damages.push(error),
+            }
+        }
         let listed = |record: &Record, reference: Option<&String>| Listed {
             reference: reference.cloned(),
             id: record.id,
@@ -263,6 +274,6 @@ impl Store {
                 list.push(listed(record, None));
             }
         }
-        Ok(list)
+        Ok((list, damages))
     }
 }

@@ -103,10 +103,10 @@ fn has_routes(pid: i32) -> bool {
     // A table with a heading, and one without, which has loopback's.
     read("route").is_ok_and(|table| table.lines().count() > 1)
         || read("ipv6_route").is_ok_and(|table| {
-            let interfaces = table
+            let mut interfaces = table
                 .lines()
                 .filter_map(|line| line.split_whitespace().last());
-            interfaces.into_iter().any(|interface| interface != "lo")
+            interfaces.any(|interface| interface != "lo")
         })
 }
 

@@ -96,6 +96,14 @@ pub fn printable(text: &str) -> String {
     hull_machine::printable(&shown)
 }
 
+/// An address as the agent reads it: 4 or 16 bytes.
+pub(crate) fn address_bytes(address: &IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
 impl Agent {
     /// Waits until the agent dials home.
     ///
@@ -190,10 +198,7 @@ impl Agent {
         let request = &proto::ForwardRequest {
             stream,
             port: to.port().into(),
-            address: match to.ip() {
-                IpAddr::V4(ip) => ip.octets().to_vec(),
-                IpAddr::V6(ip) => ip.octets().to_vec(),
-            },
+            address: address_bytes(&to.ip()),
             ..Default::default()
         };
         let forwarded = self

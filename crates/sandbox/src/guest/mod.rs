@@ -23,5 +23,5 @@ pub(crate) mod processes;
 pub(crate) mod streams;
 mod supervise;
 
-pub(crate) use agent::Agent;
+pub(crate) use agent::{Agent, address_bytes};
 pub(crate) use hull_device_control::{DeviceControl as Devices, Incoming};

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::loopback::Resolver;
 use crate::config::NetworkLimits;
 use crate::error::{Error, Result};
-use crate::guest::{Agent, Devices};
+use crate::guest::{Agent, Devices, address_bytes};
 
 /// The net devices of a machine.
 #[derive(Debug, Clone)]
@@ -361,11 +361,8 @@ impl Network {
     }
 
     fn message(&self) -> proto::SetNetworkRequest {
-        let bytes = |address: &IpAddr| match address {
-            IpAddr::V4(address) => address.octets().to_vec(),
-            IpAddr::V6(address) => address.octets().to_vec(),
-        };
-        let optional = |address: &Option<IpAddr>| address.as_ref().map(bytes).unwrap_or_default();
+        let optional =
+            |address: &Option<IpAddr>| address.as_ref().map(address_bytes).unwrap_or_default();
         let interfaces = self.mirrors.values().map(|mirrored| proto::Interface {
             device: mirrored.device.into(),
             name: mirrored.interface.name.clone(),
@@ -376,7 +373,7 @@ impl Network {
                 .addresses
                 .iter()
                 .map(|address| proto::Address {
-                    address: bytes(&address.address),
+                    address: address_bytes(&address.address),
                     prefix_length: address.prefix_length.into(),
                     scope: address.scope.into(),
                     peer: optional(&address.peer),
@@ -395,7 +392,7 @@ impl Network {
             interface: route.interface.clone().unwrap_or_default(),
             destination: match route.is_default() {
                 true => Vec::new(),
-                false => bytes(&route.destination),
+                false => address_bytes(&route.destination),
             },
             prefix_length: route.prefix_length.into(),
             gateway: optional(&route.gateway),
@@ -414,7 +411,7 @@ impl Network {
             .iter()
             .map(|entry| proto::Neighbour {
                 interface: entry.interface.clone(),
-                address: bytes(&entry.address),
+                address: address_bytes(&entry.address),
                 mac: entry.mac.to_vec(),
                 ..Default::default()
             });
