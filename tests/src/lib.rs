@@ -1,8 +1,8 @@
 //! Support for the end-to-end tests: a private [`Hull`], commands with a time limit, terminals,
 //! images, and a registry with faults on demand; the engines [`Podman`] and [`Docker`], which run
-//! their containers with hull; and [`Oci`], which calls the runtime directly with bundles. The
-//! tests are in `tests/GROUP/*.rs`, one module per task of a user; a test's name says what that
-//! user can rely on.
+//! their containers with hull; [`Containerd`] with its shim; and [`Oci`], which calls the runtime
+//! directly with bundles. The tests are in `tests/GROUP/*.rs`, one module per task of a user; a
+//! test's name says what that user can rely on.
 //!
 //! The tests run the staged executable (`make stage`), not code of hull's crates. cargo-nextest
 //! runs each test in its own process, which adopts and finds all processes that its containers
@@ -11,6 +11,7 @@
 
 pub mod cgroup;
 mod command;
+mod containerd;
 mod docker;
 mod hull;
 mod images;
@@ -28,6 +29,7 @@ mod runtime;
 mod terminal;
 
 pub use command::{Invocation, Output, Running};
+pub use containerd::{BUSYBOX, Containerd};
 pub use docker::Docker;
 pub use hull::{Container, Hull, Options, busybox_archive};
 pub use images::{Archive, Image, Layout, architecture, digest, gzip};

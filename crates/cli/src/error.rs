@@ -30,7 +30,6 @@ pub struct Codes {
     /// `hull-oci exec`; other commands of `hull-oci` exit with 1.
     pub oci_exec: u8,
     /// gRPC status of the containerd shim (google/rpc/code.proto).
-    #[allow(dead_code)] // the shim's, which is not there yet; here so that there is one table
     pub grpc: i32,
 }
 

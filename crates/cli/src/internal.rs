@@ -23,9 +23,6 @@ const OCI_NAME: &str = "hull-oci";
 /// As many links as the kernel follows.
 const MAX_LINKS: usize = 40;
 
-/// The name by which containerd calls its shim.
-const SHIM_NAME: &str = "containerd-shim-hull-v2";
-
 /// Whether a name is a symbolic link to [`OCI_NAME`], perhaps over others: engines may be given any
 /// name for their runtime.
 fn links_to_oci(called_as: Option<&OsString>) -> bool {
@@ -64,12 +61,8 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     if called_as == Some(OsStr::new(OCI_NAME)) || links_to_oci(arguments.first()) {
         return Some(crate::oci::main(arguments));
     }
-    if called_as == Some(OsStr::new(SHIM_NAME)) {
-        error::print(
-            &Error::unsupported(format_args!("{SHIM_NAME}, yet"))
-                .hint("hull-oci is there for podman, Docker and CRI-O"),
-        );
-        return Some(ExitCode::FAILURE);
+    if called_as == Some(OsStr::new(hull_shim::NAME)) {
+        return Some(status(hull_shim::main(arguments, crate::shim::settings), 1));
     }
     let outcome = match arguments.get(1)?.to_str()? {
         role::ROLE => sandbox_process(&arguments[2..]),
@@ -77,13 +70,18 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
         unpacker::ROLE => unpack_process(&arguments[2..]),
         _ => return None,
     };
-    Some(match outcome {
+    Some(status(outcome, HULL_FAILED))
+}
+
+/// The exit status of a role, whose error is printed.
+fn status(outcome: Result<()>, failed: u8) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error::print(&error);
-            ExitCode::from(HULL_FAILED)
+            ExitCode::from(failed)
         }
-    })
+    }
 }
 
 /// Parses `--name value` pairs.

@@ -15,6 +15,7 @@ mod images;
 mod internal;
 mod oci;
 mod output;
+mod shim;
 
 use std::process::ExitCode;
 

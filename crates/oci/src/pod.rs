@@ -155,7 +155,10 @@ fn namespace(path: &Path) -> Option<(u64, u64)> {
 }
 
 /// A directory's name for a pod, which no other pod has.
-fn directory_name(pod: &str) -> Result<String> {
+///
+/// # Errors
+/// The pod's name has characters that no id has.
+pub fn directory_name(pod: &str) -> Result<String> {
     let begin = pod.get(..NAME_BEGIN).unwrap_or(pod);
     if !is_valid_id(begin) || pod.len() <= NAME_LENGTH && !is_valid_id(pod) {
         return Err(Error::new(format!("invalid name of a pod: {pod:?}")));

@@ -129,6 +129,8 @@ pub enum CgroupConfig {
     None,
     /// All its processes join these directories, which somebody else has made.
     Join(Vec<PathBuf>),
+    /// The same, but for the process that owns the sandbox: it outlives the groups.
+    JoinMachine(Vec<PathBuf>),
     /// It makes and removes a group, named as itself, which machine and devices join. On a host
     /// that does not allow it there is none.
     Own {

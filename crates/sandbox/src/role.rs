@@ -63,7 +63,7 @@ pub fn run(path: &SandboxPath, first: OwnedFd) -> Result<()> {
         };
         tokio::spawn(end_when_told(sandbox.clone()));
         let logging = tokio::spawn(log_events(sandbox.clone()));
-        serve(&sandbox, first, listener).await?;
+        serve(&sandbox, Some(first), listener).await?;
         // The last events are those of the end.
         let _ = logging.await;
         Ok(())
@@ -71,8 +71,11 @@ pub fn run(path: &SandboxPath, first: OwnedFd) -> Result<()> {
 }
 
 /// Gives this process a mount namespace of its own. Must be called while it has one thread.
+///
+/// # Errors
+/// The kernel refuses it.
 #[allow(unsafe_code)]
-fn enter_mount_namespace() -> Result<()> {
+pub fn enter_mount_namespace() -> Result<()> {
     // SAFETY: only CLONE_FILES among the flags makes unshare unsafe, and it is not given.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context(|| "create a mount namespace")?;
     // What the host mounts later still appears here (volumes), what is mounted here stays here.

@@ -105,7 +105,7 @@ fn settings_to_create(global: &arguments::Global) -> Result<Settings> {
 }
 
 /// Configures the machine for a container with these limits.
-fn machine(
+pub fn machine(
     config: &Result<Config>,
     memory: Option<u64>,
     cpus_milli: Option<u64>,

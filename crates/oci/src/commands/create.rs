@@ -19,9 +19,7 @@ use hull_sandbox::control::client::Client;
 use hull_sandbox::control::launch::{join_or_launch, launch};
 use hull_sandbox::control::protocol::{CreateRequest, MAX_SHARES, Received, Reply, Request};
 use hull_sandbox::error::{Context, Error, ErrorKind, Result};
-use hull_sandbox::shares::{self, ReadOnly};
 use hull_sandbox::store::{ProcessId, SandboxPath, State, keepers, roots};
-use oci_spec::runtime::LinuxResources;
 use serde_json::value::to_raw_value;
 
 use super::{Settings, life, refuse_descriptors, with_runc_wording, write_pid_file};
@@ -29,7 +27,7 @@ use crate::bundle::Bundle;
 use crate::container::{Container, Record, new_record, state};
 use crate::guest_spec::{HostShare, Network, Plan};
 use crate::keeper::{self, Keeper, Kept, Mode, World};
-use crate::{console, disks, hooks, pod};
+use crate::{console, disks, hooks, limits, pod};
 
 /// How often to retry when the pod is just ending.
 const MAX_RETRIES: usize = 10;
@@ -152,7 +150,7 @@ impl Making<'_> {
             (self.settings.warn)(&warning);
         }
 
-        let memory = memory_limit(resources);
+        let memory = limits::memory(resources);
         self.record.details.memory = memory.unwrap_or_default();
         let settings = self.settings;
         let hostname: String = self.container.id.chars().take(12).collect();
@@ -160,7 +158,7 @@ impl Making<'_> {
         let bounds = Cell::new(None);
         let config = || {
             let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
-            let mut machine = (settings.machine)(memory, processors(resources))?;
+            let mut machine = (settings.machine)(memory, limits::processors(resources))?;
             // Hooks set up the network namespace, and engines do so until `start` or later.
             machine.nets = MAX_NETS;
             let host_bounds = host_bounds(&machine, memory)?;
@@ -245,7 +243,7 @@ impl Making<'_> {
         let world = World {
             namespaces: plan.namespaces.clone(),
             network,
-            root: open(root)?,
+            root: root.open()?,
             covered: plan.covered(),
         };
         let session = detach || options.console_socket.is_some();
@@ -289,7 +287,10 @@ impl Making<'_> {
                 asked += 1;
             }
             for shares in plan.shares.chunks(MAX_SHARES) {
-                let mounts = shares.iter().map(open).collect::<Result<Vec<_>>>()?;
+                let mounts = shares
+                    .iter()
+                    .map(HostShare::open)
+                    .collect::<Result<Vec<_>>>()?;
                 let fds: Vec<_> = mounts.iter().map(AsFd::as_fd).collect();
                 let request = Request::AddShares {
                     shares: shares.iter().map(|share| share.share.clone()).collect(),
@@ -387,23 +388,6 @@ fn host_bounds(machine: &MachineConfig, memory: Option<u64>) -> Result<Bounds> {
     })
 }
 
-/// Memory limit, bytes.
-fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
-    let limit = resources?.memory().as_ref()?.limit()?;
-    u64::try_from(limit).ok().filter(|limit| *limit > 0)
-}
-
-/// CPU limit, thousandths of a CPU.
-fn processors(resources: Option<&LinuxResources>) -> Option<u64> {
-    let cpu = resources?.cpu().as_ref()?;
-    let quota = u64::try_from(cpu.quota()?)
-        .ok()
-        .filter(|quota| *quota > 0)?;
-    // The kernel's default (kernel/sched/fair.c), microseconds.
-    let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
-    Some(quota.saturating_mul(1000) / period)
-}
-
 fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<()> {
     // runc's messages.
     match (plan.terminal, &options.console_socket) {
@@ -415,12 +399,4 @@ fn check_terminal(plan: &Plan, options: &CreateOptions, detach: bool) -> Result<
         )),
         _ => Ok(()),
     }
-}
-
-/// Opens a detached mount of a share's source.
-fn open(share: &HostShare) -> Result<OwnedFd> {
-    if let Some(overlay) = &share.overlay {
-        return shares::engine(overlay, share.read_only != ReadOnly::No);
-    }
-    shares::host(&share.source, share.recursive, share.read_only)
 }

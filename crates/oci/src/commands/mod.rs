@@ -48,7 +48,7 @@ pub struct Settings {
 }
 
 /// Adds the text that engines look for when a command was not found or cannot be executed.
-fn with_runc_wording(mut failure: Error) -> Error {
+pub fn with_runc_wording(mut failure: Error) -> Error {
     let words: &[&str] = match failure.kind {
         ErrorKind::CommandNotFound => &[
             "executable file not found in $PATH",

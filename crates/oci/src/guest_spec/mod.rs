@@ -10,11 +10,12 @@ mod namespaces;
 mod overlay;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
 use hull_sandbox::error::{Error, Result};
-use hull_sandbox::shares::{EngineOverlay, ReadOnly};
+use hull_sandbox::shares::{self, EngineOverlay, ReadOnly};
 use serde_json::Value;
 
 use crate::bundle::Bundle;
@@ -64,6 +65,19 @@ pub struct HostShare {
     pub read_only: ReadOnly,
 }
 
+impl HostShare {
+    /// Opens a detached mount of it.
+    ///
+    /// # Errors
+    /// Its source does not exist, or cannot be mounted.
+    pub fn open(&self) -> Result<OwnedFd> {
+        if let Some(overlay) = &self.overlay {
+            return shares::engine(overlay, self.read_only != ReadOnly::No);
+        }
+        shares::host(&self.source, self.recursive, self.read_only)
+    }
+}
+
 fn refused(what: impl std::fmt::Display, why: impl std::fmt::Display) -> Error {
     Error::unsupported(format_args!("{what}: {why}"))
 }
@@ -100,6 +114,40 @@ impl Plan {
         plan.hooks();
         plan.check_length()?;
         Ok(plan)
+    }
+
+    /// Takes the root file system from a mount that an engine asks for instead of a directory.
+    ///
+    /// # Errors
+    /// `Unsupported` for a kind that is not mounted here, and for overlays that are not complete.
+    pub fn mount_root(&mut self, kind: &str, source: &str, options: &[String]) -> Result<()> {
+        let has = |wanted: &str| options.iter().any(|option| option == wanted);
+        let Some(root) = self.shares.first_mut() else {
+            return Err(Error::new("the container has no root file system"));
+        };
+        match kind {
+            "overlay" => {
+                let mut mount = serde_json::json!({"destination": "/", "options": options});
+                let planned = overlay::plan(root.share.name.clone(), &mut mount)?;
+                root.overlay = planned.overlay;
+                root.read_only = planned.read_only;
+            }
+            "bind" | "" if has("bind") || has("rbind") || kind == "bind" => {
+                root.source = PathBuf::from(source);
+                root.recursive = has("rbind");
+                if has("ro") {
+                    root.read_only = ReadOnly::Top;
+                }
+            }
+            _ => {
+                return Err(refused(
+                    format_args!("root file system of type {kind:?}"),
+                    "overlay and bind are mounted here",
+                )
+                .hint("the snapshotters overlayfs and native make such"));
+            }
+        }
+        Ok(())
     }
 
     /// Sets the container's control group in the guest, where no group is anybody else's and

@@ -49,13 +49,17 @@ pub(crate) fn confine(
     } = processes;
     match config {
         CgroupConfig::None => Ok(()),
-        CgroupConfig::Join(directories) => {
+        CgroupConfig::Join(directories) | CgroupConfig::JoinMachine(directories) => {
             let groups = Groups {
                 directories: directories.clone(),
             };
             groups.bound(bounds);
-            join(&groups, &[devices, own, machine])
-                .map_err(|(directory, error)| cannot_join(directory, error))
+            let all = [devices, machine, own];
+            let joining = match config {
+                CgroupConfig::JoinMachine(_) => &all[..2],
+                _ => &all,
+            };
+            join(&groups, joining).map_err(|(directory, error)| cannot_join(directory, error))
         }
         CgroupConfig::Own { parent } => {
             let directory = Directory::open(sandbox)

@@ -91,6 +91,34 @@ pub fn join_or_launch(
     Ok(client)
 }
 
+/// Makes this process the one of a sandbox that is used as a library: the sandbox's directory, with
+/// its lock, and the socket of the control protocol, for [`serve`](super::serve).
+///
+/// # Errors
+/// `Exists` when the sandbox lives; the state directory cannot be written.
+pub fn claim(path: &SandboxPath) -> Result<(SandboxDir, OwnedFd)> {
+    Directory::create(&path.sandboxes)?;
+    let _lock = LaunchLock::take(path)?;
+    if path.is_alive() {
+        return Err(Error::exists(format!(
+            "sandbox {} is there already",
+            path.id
+        )));
+    }
+    path.sweep_locked()?;
+    let dir = SandboxDir::create(path)?;
+    let prepared = listen(path).and_then(|listener| {
+        let lock = dir
+            .into_lock()
+            .ok_or_else(|| Error::new("the lock of a sandbox was let go of"))?;
+        Ok((SandboxDir::adopt(path, lock)?, listener))
+    });
+    prepared.inspect_err(|_| {
+        // The error that is reported is the one that made this necessary.
+        let _ = path.sweep_locked();
+    })
+}
+
 fn listen(path: &SandboxPath) -> Result<OwnedFd> {
     let doing = || "create the control socket";
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

@@ -8,4 +8,4 @@ mod server;
 mod remove;
 
 pub use remove::remove;
-pub(crate) use server::serve;
+pub use server::serve;

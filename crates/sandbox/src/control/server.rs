@@ -30,13 +30,15 @@ use crate::store::{Directory, Exit};
 const REPLY_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves a sandbox until it has ended and everybody has the last answer. `first` is the connection
-/// of who started it.
+/// of who started it, if that is another process.
 ///
 /// # Errors
 /// A socket cannot be registered with the event loop.
-pub async fn serve(sandbox: &Sandbox, first: OwnedFd, listener: OwnedFd) -> Result<()> {
+pub async fn serve(sandbox: &Sandbox, first: Option<OwnedFd>, listener: OwnedFd) -> Result<()> {
     let connections = Connections::default();
-    connections.spawn(sandbox, first)?;
+    if let Some(first) = first {
+        connections.spawn(sandbox, first)?;
+    }
     let accepting = tokio::spawn(accept(listener, sandbox.clone(), connections.clone()));
     sandbox.ended().await;
     accepting.abort();

@@ -1,0 +1,436 @@
+//! Creates a container of a bundle, in the pod's sandbox, which is booted for the first one.
+//!
+//! The machine boots while hooks run and shares are opened. Nothing is mounted where others see it:
+//! the root file system that containerd asks to be mounted is a share.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use hull_oci::bundle::Bundle;
+use hull_oci::container::{Container as Stored, Record, Root, new_record, state};
+use hull_oci::guest_spec::{HostShare, Network, Plan};
+use hull_oci::{disks, hooks, limits, pod as pods};
+use hull_sandbox::cgroup::Place;
+use hull_sandbox::config::{
+    CgroupConfig, ContainerConfig, EndPolicy, MAX_NETS, MachineConfig, NetworkConfig,
+    NetworkSource, SandboxConfig, Stdio,
+};
+use hull_sandbox::control::{launch, serve};
+use hull_sandbox::store::{ProcessId, SandboxPath, State, roots};
+use hull_sandbox::{Context, Error, Reason, Result, Sandbox};
+use oci_spec::runtime::LinuxResources;
+use protobuf::MessageField;
+use serde_json::value::to_raw_value;
+
+use crate::Settings;
+use crate::pod::{Container, Pod, follow};
+use crate::process::Process;
+use crate::stand_in::StandIn;
+use crate::stdio::Paths;
+
+/// Annotations of a pod's first container, with the sum of what its containers ask for: of
+/// containerd's CRI plugin, and of CRI-O.
+const POD_MEMORY: [&str; 2] = [
+    "io.kubernetes.cri.sandbox-memory",
+    "io.kubernetes.cri-o.PodLinuxResourcesMemory",
+];
+const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// Annotations that say what a container is in its pod.
+const KINDS: [&str; 2] = [
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+];
+
+/// The directory of containers of a namespace of containerd.
+pub fn root(settings: &Settings, namespace: &str) -> Root {
+    Root {
+        path: settings.run_directory.join("containerd").join(namespace),
+    }
+}
+
+/// Creates a container, whose init then waits to be started.
+///
+/// # Errors
+/// The bundle is invalid, a limit cannot be set, a hook fails, the machine does not boot, or the
+/// guest refuses the container. Nothing of it remains.
+pub async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Arc<Container>> {
+    // One at a time: the first one boots the sandbox that the others are in.
+    let mut place = pod.sandbox.lock().await;
+    let bundle = Bundle::load(Path::new(&request.bundle))?;
+    let root = root(&pod.settings, &pod.namespace);
+    let stored = root.claim(&request.id)?;
+    let mut record = new_record(&stored, &bundle, &root.path);
+    record.engine = "containerd".to_owned();
+    let mut making = Making {
+        pod,
+        bundle,
+        record,
+        stored,
+        sandbox: place.clone(),
+        own_sandbox: false,
+        shares: Vec::new(),
+    };
+    if let Err(error) = roots::register(&pod.settings.run_directory, &root.path) {
+        tracing::warn!("{error}");
+    }
+    match making.make(request).await {
+        Ok(container) => {
+            *place = making.sandbox;
+            Ok(container)
+        }
+        Err(error) => {
+            making.undo().await;
+            Err(error)
+        }
+    }
+}
+
+struct Making<'a> {
+    pod: &'a Arc<Pod>,
+    bundle: Bundle,
+    record: Record,
+    stored: Stored,
+    sandbox: Option<Sandbox>,
+    /// The sandbox was booted for this container.
+    own_sandbox: bool,
+    /// Names of the shares that were added.
+    shares: Vec<String>,
+}
+
+impl Making<'_> {
+    async fn make(&mut self, request: &CreateTaskRequest) -> Result<Arc<Container>> {
+        if !request.checkpoint.is_empty() {
+            return Err(Error::unsupported("a container from a checkpoint"));
+        }
+        self.stored.store(&self.record)?;
+        let mut plan = Plan::new(&request.id, &self.bundle)?;
+        match request.rootfs.as_slice() {
+            [] => {}
+            [mount] => plan.mount_root(&mount.type_, &mount.source, &mount.options)?,
+            _ => {
+                return Err(Error::unsupported(
+                    "a root file system of several mounts on top of each other",
+                ));
+            }
+        }
+        for note in &plan.notes {
+            tracing::warn!("container {}: {note}", request.id);
+        }
+        let config = serde_json::to_vec(&self.bundle.config).context(|| "keep config.json")?;
+        self.stored.store_config(&config)?;
+        let paths = Paths {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: plan.terminal,
+        };
+        let opened = paths.open()?;
+        let first = self.sandbox.is_none();
+        let place = self.place(&plan)?;
+        plan.place(place.path());
+        self.join(&mut plan)?;
+        let hold = match &self.sandbox {
+            Some(sandbox) => sandbox.hold(),
+            None => self.boot(&plan, &place).await?,
+        };
+        // It was booted, or was there.
+        let Some(sandbox) = self.sandbox.clone() else {
+            return Err(Error::new("the sandbox was not booted"));
+        };
+        let stand_in = StandIn::start(&plan.network)?;
+        self.record.details.keeper = ProcessId::of(stand_in.pid).unwrap_or_default();
+        self.record.sandbox = Some(sandbox.path().clone());
+        self.stored.store(&self.record)?;
+        self.run_hooks(stand_in.pid).await?;
+        if first {
+            let config = NetworkConfig {
+                source: NetworkSource::Namespace,
+                limits: self.pod.settings.network,
+                owner: None,
+            };
+            use std::os::fd::AsFd;
+            let namespace = stand_in.network.as_fd().try_clone_to_owned();
+            let namespace = namespace.context(|| "keep the network namespace")?;
+            sandbox.connect_network(config, vec![namespace]).await?;
+        }
+        let mounts = plan.shares.iter().map(HostShare::open);
+        let mounts = mounts.collect::<Result<Vec<_>>>()?;
+        let shares: Vec<_> = plan
+            .shares
+            .iter()
+            .map(|share| share.share.clone())
+            .collect();
+        self.shares = shares.iter().map(|share| share.name.clone()).collect();
+        sandbox.add_shares(&shares, mounts).await?;
+        let config = ContainerConfig {
+            stdio: Stdio::Handover {
+                terminal: plan.terminal,
+                stdin: plan.terminal || opened.has_stdin(),
+            },
+            start: false,
+            keeper: Some(stand_in.pid),
+            sysctl: plan.sysctl.clone(),
+            joins: plan.joins.clone(),
+            disks: plan.disks.clone(),
+            ..ContainerConfig::new(
+                &request.id,
+                to_raw_value(&plan.spec).context(|| "encode the spec")?,
+            )
+        };
+        let directory = self.stored.directory.try_clone()?;
+        let names = std::mem::take(&mut self.shares);
+        let mut process = sandbox.create(config, directory, names).await?;
+        drop(hold);
+        let inner = process.container().clone();
+        let init = Arc::new(Process::new(&request.id, "", stand_in.pid, paths));
+        let io = opened.connect(process.take_streams())?;
+        let process = init.enter(process, io);
+        let container = Arc::new(Container {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            inner,
+            init,
+            execs: Mutex::default(),
+            stand_in,
+            stored: Stored {
+                directory: self.stored.directory.try_clone()?,
+                id: self.stored.id.clone(),
+            },
+            record: Mutex::new(self.record.clone()),
+        });
+        self.pod.add(container.clone());
+        self.announce(request, container.init.pid);
+        tokio::spawn(conclude(self.pod.clone(), container.clone(), process));
+        Ok(container)
+    }
+
+    fn announce(&self, request: &CreateTaskRequest, pid: i32) {
+        self.pod.events.publish(&TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: MessageField::some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..TaskIO::default()
+            }),
+            pid: pid.unsigned_abs(),
+            ..TaskCreate::default()
+        });
+    }
+
+    fn resources(&self) -> Option<&LinuxResources> {
+        self.bundle.spec.linux().as_ref()?.resources().as_ref()
+    }
+
+    /// Where its control groups are. Engines on systemd write them in its notation.
+    fn place(&self, plan: &Plan) -> Result<Place> {
+        let path = plan.spec["linux"]["cgroupsPath"].as_str();
+        let systemd = path.is_some_and(|path| {
+            !path.contains('/') && path.bytes().filter(|byte| *byte == b':').count() == 2
+        });
+        Place::find(path.map(Path::new), &self.record.id, systemd)
+    }
+
+    /// Namespaces of other containers of the pod stay in the plan; the network of the pod is the
+    /// guest's own.
+    fn join(&self, plan: &mut Plan) -> Result<()> {
+        let containers = self.pod.containers();
+        let is_ours = |pid: i32| {
+            containers
+                .iter()
+                .any(|container| container.stand_in.pid == pid)
+        };
+        for (kind, pid) in std::mem::take(&mut plan.joins) {
+            match (kind.as_str(), is_ours(pid)) {
+                (_, true) => plan.joins.push((kind, pid)),
+                // The host's, entered by its path.
+                ("network", false) => {}
+                (kind, false) => {
+                    return Err(Error::unsupported(format_args!(
+                        "the {kind} namespace of process {pid} of the host: the container runs \
+                         under another kernel"
+                    ))
+                    .hint("namespaces of another container in the same pod can be joined"));
+                }
+            }
+        }
+        let joins_network = plan.joins.iter().any(|(kind, _)| kind == "network");
+        // The first container has the guest's own network; a new one beside it is a namespace.
+        let apart = self.sandbox.is_some() && plan.network == Network::New;
+        if (joins_network || apart)
+            && let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut()
+        {
+            namespaces.push(serde_json::json!({"type": "network", "path": ""}));
+        }
+        Ok(())
+    }
+
+    /// Boots the machine. What is returned keeps it until there is a container.
+    async fn boot(&mut self, plan: &Plan, place: &Place) -> Result<hull_sandbox::Hold> {
+        let settings = &self.pod.settings;
+        let (memory, cpus) = size(&self.bundle.annotations, self.resources());
+        let mut machine = (settings.machine)(memory, cpus)?;
+        // Engines set up the network namespace until the start, or later.
+        machine.nets = MAX_NETS;
+        let mut bounds = machine.bounds()?;
+        // The engine's to decide.
+        bounds.cpus = None;
+        let name = pods::directory_name(&format!("{}.{}", self.pod.id, self.pod.namespace))?;
+        let path = SandboxPath::new(&settings.run_directory, &name);
+        self.record.sandbox = Some(path.clone());
+        // From here on a crash is recoverable: `delete` finds these in the record.
+        self.record.details.groups = place.groups();
+        self.stored.store(&self.record)?;
+        // If this fails, the groups are not this container's.
+        self.record.details.groups = Default::default();
+        let own_limit = limits::memory(self.resources()).is_some();
+        self.record.details.groups = place.make(self.resources(), MachineConfig::OVERHEAD)?;
+        if own_limit {
+            bounds.memory = None;
+        }
+        self.record.details.bounds = Some(bounds);
+        self.record.details.memory = memory.unwrap_or_default();
+        self.stored.store(&self.record)?;
+        let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
+        let config = SandboxConfig {
+            machine,
+            hostname: self.pod.id.chars().take(12).collect(),
+            cgroup: CgroupConfig::JoinMachine(self.record.details.groups.directories.clone()),
+            bounds,
+            core_scheduling: settings.core_scheduling,
+            disks: plan.disks.iter().map(|disk| disk.device).collect(),
+            end: EndPolicy::LastContainer,
+            began_ns: 0,
+        };
+        let (dir, listener) = launch::claim(&path)?;
+        let sandbox = Sandbox::boot(config, dir, disks).await?;
+        let hold = sandbox.hold();
+        self.own_sandbox = true;
+        self.sandbox = Some(sandbox.clone());
+        tokio::spawn(follow(self.pod.clone(), sandbox.clone()));
+        tokio::spawn(async move {
+            if let Err(error) = serve(&sandbox, None, listener).await {
+                tracing::error!("{error}");
+            }
+        });
+        Ok(hold)
+    }
+
+    async fn run_hooks(&self, pid: i32) -> Result<()> {
+        let Some(hooks) = self.bundle.spec.hooks().clone() else {
+            return Ok(());
+        };
+        let state = state(&self.record, State::Creating, pid);
+        let running = tokio::task::spawn_blocking(move || {
+            #[allow(deprecated)] // Engines use it: Docker sets up its network so.
+            hooks::run("prestart", hooks.prestart().as_ref(), &state)?;
+            hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state)
+        });
+        running.await.context(|| "run the hooks")?
+    }
+
+    /// Removes everything that was created.
+    async fn undo(self) {
+        let warn = |result: Result<()>| {
+            if let Err(error) = result {
+                tracing::warn!("{error}");
+            }
+        };
+        if let Some(sandbox) = &self.sandbox {
+            if self.own_sandbox {
+                sandbox.shutdown(Reason::Removed);
+                sandbox.ended().await;
+            } else if !self.shares.is_empty() {
+                sandbox.remove_shares(&self.shares).await;
+            }
+        }
+        warn(self.record.details.groups.remove());
+        warn(self.stored.remove());
+    }
+}
+
+/// What a machine is made for: the sum of what a pod's containers ask for, where its first
+/// container names it, or what this container asks for.
+fn size(
+    annotations: &BTreeMap<String, String>,
+    resources: Option<&LinuxResources>,
+) -> (Option<u64>, Option<u64>) {
+    let is_pod = KINDS
+        .iter()
+        .any(|name| annotations.get(*name).is_some_and(|kind| kind == "sandbox"));
+    if !is_pod {
+        return (limits::memory(resources), limits::processors(resources));
+    }
+    let number = |name: &str| annotations.get(name)?.parse::<i64>().ok();
+    let memory = POD_MEMORY
+        .iter()
+        .find_map(|name| number(name))
+        .and_then(|memory| u64::try_from(memory).ok())
+        .filter(|memory| *memory > 0);
+    let period = number(POD_PERIOD).and_then(|period| u64::try_from(period).ok());
+    let cpus = number(POD_QUOTA).and_then(|quota| limits::quota(quota, period.unwrap_or_default()));
+    (memory, cpus)
+}
+
+/// Waits for the end of a container's init, and tells of it after the ends of all its other
+/// processes.
+async fn conclude(pod: Arc<Pod>, container: Arc<Container>, process: Arc<hull_sandbox::Process>) {
+    let exit = process.wait().await;
+    let _announced = container.init.announcing.lock().await;
+    let execs: Vec<_> = crate::process::lock(&container.execs)
+        .values()
+        .cloned()
+        .collect();
+    for exec in execs.iter().filter(|exec| exec.inner().is_some()) {
+        exec.ended().await;
+    }
+    container.init.conclude(exit, &pod.events);
+}
+
+/// The same for a further process.
+pub async fn conclude_exec(
+    pod: Arc<Pod>,
+    process: Arc<Process>,
+    inner: Arc<hull_sandbox::Process>,
+) {
+    let exit = inner.wait().await;
+    let _announced = process.announcing.lock().await;
+    process.conclude(exit, &pod.events);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_is_as_big_as_its_pod_asks_for() {
+        let annotations = |pairs: &[(&str, &str)]| {
+            pairs
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect::<BTreeMap<_, _>>()
+        };
+        let pod = annotations(&[
+            (KINDS[0], "sandbox"),
+            (POD_MEMORY[0], "268435456"),
+            (POD_QUOTA, "150000"),
+            (POD_PERIOD, "100000"),
+        ]);
+        assert_eq!(size(&pod, None), (Some(256 << 20), Some(1500)));
+        let without = annotations(&[
+            (KINDS[0], "sandbox"),
+            (POD_MEMORY[0], "0"),
+            (POD_QUOTA, "-1"),
+        ]);
+        assert_eq!(size(&without, None), (None, None));
+        assert_eq!(size(&annotations(&[]), None), (None, None));
+    }
+}

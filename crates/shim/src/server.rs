@@ -1,0 +1,136 @@
+//! The process that stays: the shim of a pod, from its first to its last moment.
+
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::shim_async::create_task;
+use hull_sandbox::{Context, Error, Reason, Result, role};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::asynchronous::{Server, transport};
+
+use crate::Settings;
+use crate::events::Publisher;
+use crate::flags::Flags;
+use crate::pod::Pod;
+use crate::task::TaskService;
+
+/// The names of the task service. Its messages are the same in both.
+const TASKS: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// How long containerd may take to read the last events.
+const LAST_EVENTS: Duration = Duration::from_secs(10);
+
+/// Runs the server until it has nothing left to do. Its standard input is the listening socket.
+///
+/// # Errors
+/// The socket did not come, or cannot be served.
+pub fn run(flags: Flags, settings: impl FnOnce() -> Result<Settings>) -> Result<()> {
+    // It is executed as /proc/self/exe; people and their tools look for this name.
+    let _ = rustix::thread::set_name(c"containerd-shim");
+    // The leader of a process group cannot lead a session: then it does already.
+    let _ = rustix::process::setsid();
+    // If this fails, starting the machine reports a limit that is too low.
+    let _ = hull_jail::raise_open_files();
+    log(&flags);
+    let settings = settings()?;
+    let listener = listener()?;
+    let socket = listener
+        .local_addr()
+        .ok()
+        .and_then(|address| address.as_pathname().map(PathBuf::from));
+    role::enter_mount_namespace()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "start the event loop")?;
+    let served = runtime.block_on(serve(flags, settings, listener));
+    if let Some(socket) = socket {
+        // Nobody answers there any more.
+        let _ = std::fs::remove_file(socket);
+    }
+    served
+}
+
+fn log(flags: &Flags) {
+    let level = match flags.debug {
+        true => tracing::Level::DEBUG,
+        false => tracing::Level::INFO,
+    };
+    // A second one is not set.
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_max_level(level)
+        .try_init();
+}
+
+/// The listening socket, which is not passed on to processes that are started here.
+fn listener() -> Result<StdListener> {
+    let input = rustix::stdio::stdin();
+    let listener = rustix::io::fcntl_dupfd_cloexec(input, 3);
+    let listener = listener.context(|| "take the listening socket")?;
+    let null = rustix::fs::open(
+        "/dev/null",
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )
+    .context(|| "open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null).context(|| "let go of standard input")?;
+    let listener = StdListener::from(listener);
+    match listener.local_addr() {
+        Ok(_) => Ok(listener),
+        Err(_) => Err(Error::invalid(
+            "this process is started by containerd-shim-hull-v2 start, with a socket",
+        )
+        .hint("configure containerd with runtime_type = \"io.containerd.hull.v2\"")),
+    }
+}
+
+async fn serve(flags: Flags, settings: Settings, listener: StdListener) -> Result<()> {
+    let (events, publishing) = Publisher::start(&flags);
+    let pod = Arc::new(Pod::new(
+        settings,
+        flags.namespace.clone(),
+        flags.id.clone(),
+        events,
+    ));
+    let mut services = create_task(Arc::new(TaskService(pod.clone())));
+    for name in TASKS {
+        if !services.contains_key(name) {
+            let mut other = create_task(Arc::new(TaskService(pod.clone())));
+            if let Some(service) = other.drain().next() {
+                services.insert(name.to_owned(), service.1);
+            }
+        }
+    }
+    listener
+        .set_nonblocking(true)
+        .context(|| "watch the socket")?;
+    let listener = UnixListener::from_std(listener).context(|| "watch the socket")?;
+    let mut server = Server::new()
+        .add_listener(transport::Listener::from(listener))
+        .register_service(services);
+    let started = server.start().await;
+    started.map_err(|error| Error::new(format!("cannot serve the socket: {error}")))?;
+    let mut terminate = signal(SignalKind::terminate()).context(|| "listen for SIGTERM")?;
+    tokio::select! {
+        () = pod.done.notified() => {}
+        _ = terminate.recv() => {
+            pod.end(Reason::Terminated).await;
+        }
+    }
+    // The answer to the last call is on its way.
+    server.stop_listen().await;
+    pod.end(Reason::Removed).await;
+    server.disconnect().await;
+    drop(server);
+    // What publishes ends with the last who has something to tell.
+    drop(pod);
+    if tokio::time::timeout(LAST_EVENTS, publishing).await.is_err() {
+        tracing::warn!("containerd did not take the last events");
+    }
+    Ok(())
+}

@@ -1,0 +1,368 @@
+//! The streams of a process: what containerd names is opened, and copied from and to the guest's.
+//!
+//! containerd makes fifos and opens the other ends. They are held open in both directions, so that
+//! a containerd that is restarted finds them as they were, and what is written meanwhile waits.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hull_sandbox::{Context, Error, Result};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+/// Bytes that are copied at once: a pipe takes 64 KiB, and each stream of each container has such a
+/// buffer while it flows.
+const PIECE: usize = 16 << 10;
+
+/// How long what a process wrote may wait for a reader that takes nothing, when it is deleted.
+const UNREAD_GRACE: Duration = Duration::from_secs(2);
+
+/// Where the streams of a process lead, as containerd names it.
+#[derive(Debug, Clone, Default)]
+pub struct Paths {
+    /// Empty: no standard input.
+    pub stdin: String,
+    /// Empty: what is written is discarded.
+    pub stdout: String,
+    /// The same.
+    pub stderr: String,
+    /// One stream for all, with a terminal behind it.
+    pub terminal: bool,
+}
+
+/// What a stream is copied to.
+enum Sink {
+    /// A fifo that somebody reads.
+    Fifo(pipe::Sender),
+    /// A file of the host.
+    File(File),
+    /// Nobody.
+    Nowhere,
+}
+
+/// The host's side of the streams, opened.
+pub struct Opened {
+    /// Opened last: `ctr run` can say that its input has ended only when there is a task, and it
+    /// reads its input as soon as this is open.
+    stdin: Option<PathBuf>,
+    stdout: Sink,
+    stderr: Sink,
+    terminal: bool,
+}
+
+impl Paths {
+    /// Opens all.
+    ///
+    /// # Errors
+    /// One cannot be opened; `Unsupported` for a kind that hull does not write to.
+    pub fn open(&self) -> Result<Opened> {
+        let stdin = Some(&self.stdin).filter(|path| !path.is_empty());
+        Ok(Opened {
+            stdin: stdin.map(PathBuf::from),
+            stdout: sink(&self.stdout)?,
+            stderr: match self.terminal {
+                true => Sink::Nowhere,
+                false => sink(&self.stderr)?,
+            },
+            terminal: self.terminal,
+        })
+    }
+}
+
+/// A fifo to read from, with an end to write that keeps it open until the caller closes it.
+fn source(path: &Path) -> Result<(pipe::Receiver, pipe::Sender)> {
+    let doing = || format!("open standard input {}", path.display());
+    let receiver = pipe::OpenOptions::new().open_receiver(path);
+    let receiver = receiver.context(doing)?;
+    let sender = pipe::OpenOptions::new().open_sender(path).context(doing)?;
+    Ok((receiver, sender))
+}
+
+fn sink(uri: &str) -> Result<Sink> {
+    if uri.is_empty() {
+        return Ok(Sink::Nowhere);
+    }
+    let (scheme, path) = match uri.split_once("://") {
+        None => ("fifo", PathBuf::from(uri)),
+        Some((scheme, rest)) => (
+            scheme,
+            PathBuf::from(rest.split('?').next().unwrap_or(rest)),
+        ),
+    };
+    let doing = || format!("open the output {uri}");
+    match scheme {
+        "fifo" => {
+            let found = fs::metadata(&path).context(doing)?;
+            match found.file_type().is_fifo() {
+                true => {
+                    let mut options = pipe::OpenOptions::new();
+                    let sender = options.read_write(true).open_sender(&path);
+                    Ok(Sink::Fifo(sender.context(doing)?))
+                }
+                false => Ok(Sink::File(append(&path).context(doing)?)),
+            }
+        }
+        "file" => {
+            if let Some(directory) = path.parent() {
+                fs::create_dir_all(directory).context(doing)?;
+            }
+            Ok(Sink::File(append(&path).context(doing)?))
+        }
+        _ => Err(Error::unsupported(format_args!(
+            "output to {uri}: only fifos and files are written to"
+        ))),
+    }
+}
+
+fn append(path: &Path) -> std::io::Result<File> {
+    File::options().create(true).append(true).open(path)
+}
+
+/// The streams of a process, being copied.
+#[derive(Debug, Default)]
+pub struct Io {
+    /// Keeps standard input open.
+    input: Mutex<Option<pipe::Sender>>,
+    outputs: Mutex<Vec<JoinHandle<()>>>,
+    progress: Arc<AtomicU64>,
+}
+
+impl Opened {
+    /// Whether the process has a standard input.
+    pub fn has_stdin(&self) -> bool {
+        self.stdin.is_some()
+    }
+
+    /// Copies to and from the streams of a process: a terminal, or standard input (if it has one),
+    /// output and error.
+    ///
+    /// # Errors
+    /// They cannot be registered with the event loop, or standard input cannot be opened.
+    pub fn connect(self, streams: Vec<OwnedFd>) -> Result<Io> {
+        let stdin = self.stdin.as_deref().map(source).transpose()?;
+        let io = Io::default();
+        let mut streams = streams.into_iter().map(stream);
+        let mut next = || {
+            streams
+                .next()
+                .ok_or_else(|| Error::new("a stream of the process did not come"))?
+        };
+        if self.terminal {
+            let (read, write) = next()?.into_split();
+            io.output(read, self.stdout);
+            if let Some((source, keep)) = stdin {
+                io.input(source, keep, write);
+            } else {
+                // Dropping it would close the direction to the terminal.
+                write.forget();
+            }
+            return Ok(io);
+        }
+        if let Some((source, keep)) = stdin {
+            io.input(source, keep, next()?);
+        }
+        io.output(next()?, self.stdout);
+        io.output(next()?, self.stderr);
+        Ok(io)
+    }
+}
+
+fn stream(fd: OwnedFd) -> Result<UnixStream> {
+    let stream = StdStream::from(fd);
+    stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream))
+        .context(|| "watch a stream of a process")
+}
+
+impl Io {
+    fn output(&self, from: impl AsyncRead + Unpin + Send + 'static, to: Sink) {
+        let progress = self.progress.clone();
+        let copying = tokio::spawn(async move {
+            if let Err(error) = copy_out(from, to, &progress).await {
+                tracing::warn!("cannot copy the output of a process: {error}");
+            }
+        });
+        self.outputs().push(copying);
+    }
+
+    fn input(
+        &self,
+        from: pipe::Receiver,
+        keep: pipe::Sender,
+        to: impl AsyncWrite + Unpin + Send + 'static,
+    ) {
+        *self.keeper() = Some(keep);
+        // Ends with the fifo, or with the process.
+        tokio::spawn(copy_in(from, to));
+    }
+
+    /// Standard input ends when its writer closes it.
+    pub fn close_input(&self) {
+        drop(self.keeper().take());
+    }
+
+    /// Waits until all output is copied, or nobody takes it.
+    pub async fn drained(&self) {
+        let mut outputs = std::mem::take(&mut *self.outputs());
+        let mut before = self.progress.load(Ordering::Relaxed);
+        while let Some(copying) = outputs.last_mut() {
+            match tokio::time::timeout(UNREAD_GRACE, copying).await {
+                Ok(_) => {
+                    outputs.pop();
+                }
+                Err(_) => {
+                    let now = self.progress.load(Ordering::Relaxed);
+                    if now == before {
+                        break;
+                    }
+                    before = now;
+                }
+            }
+        }
+        for copying in outputs {
+            copying.abort();
+        }
+        self.close_input();
+    }
+
+    fn keeper(&self) -> std::sync::MutexGuard<'_, Option<pipe::Sender>> {
+        // A descriptor is valid at any time.
+        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn outputs(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+        // A list is valid at any time.
+        self.outputs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn copy_out(
+    mut from: impl AsyncRead + Unpin,
+    mut to: Sink,
+    progress: &AtomicU64,
+) -> std::io::Result<()> {
+    let mut piece = vec![0; PIECE];
+    loop {
+        let read = match from.read(&mut piece).await {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            // The machine has ended.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match &mut to {
+            Sink::Fifo(fifo) => fifo.write_all(&piece[..read]).await?,
+            Sink::File(file) => file.write_all(&piece[..read])?,
+            Sink::Nowhere => {}
+        }
+        progress.fetch_add(read as u64, Ordering::Relaxed);
+    }
+}
+
+async fn copy_in(mut from: pipe::Receiver, mut to: impl AsyncWrite + Unpin) {
+    let mut piece = vec![0; PIECE];
+    // A process that reads no more, or has ended, is none of the writer's errors.
+    while let Ok(read) = from.read(&mut piece).await {
+        if read == 0 {
+            let _ = to.shutdown().await;
+            return;
+        }
+        if to.write_all(&piece[..read]).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn fifo(directory: &Path, name: &str) -> String {
+        let path = directory.join(name);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_reader_that_comes_late_misses_nothing_and_input_ends_when_it_is_closed() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths {
+            stdin: fifo(directory.path(), "in"),
+            stdout: fifo(directory.path(), "out"),
+            stderr: format!("file://{}/logs/err", directory.path().display()),
+            terminal: false,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let pairs: Vec<_> = (0..3).map(|_| StdStream::pair().unwrap()).collect();
+            let (ours, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+            let io = paths.open().unwrap();
+            assert!(io.has_stdin());
+            let io = io
+                .connect(theirs.into_iter().map(OwnedFd::from).collect())
+                .unwrap();
+            let mut ours = ours.into_iter().map(|stream| {
+                stream.set_nonblocking(true).unwrap();
+                UnixStream::from_std(stream).unwrap()
+            });
+            let (mut stdin, mut stdout, mut stderr) = (
+                ours.next().unwrap(),
+                ours.next().unwrap(),
+                ours.next().unwrap(),
+            );
+            stdout.write_all(b"out").await.unwrap();
+            stderr.write_all(b"err").await.unwrap();
+            let mut writer = pipe::OpenOptions::new().open_sender(&paths.stdin).unwrap();
+            writer.write_all(b"in").await.unwrap();
+            drop(writer);
+            let mut text = [0; 2];
+            stdin.read_exact(&mut text).await.unwrap();
+            assert_eq!(&text, b"in");
+            // A second writer is as good as the first until the input is closed.
+            let mut writer = pipe::OpenOptions::new().open_sender(&paths.stdin).unwrap();
+            writer.write_all(b"!!").await.unwrap();
+            stdin.read_exact(&mut text).await.unwrap();
+            drop(writer);
+            io.close_input();
+            assert_eq!(stdin.read(&mut text).await.unwrap(), 0);
+            let mut reader = pipe::OpenOptions::new()
+                .open_receiver(&paths.stdout)
+                .unwrap();
+            let mut text = [0; 3];
+            reader.read_exact(&mut text).await.unwrap();
+            assert_eq!(&text, b"out");
+            drop((stdout, stderr));
+            io.drained().await;
+            let file = directory.path().join("logs/err");
+            assert_eq!(fs::read_to_string(file).unwrap(), "err");
+        });
+    }
+
+    #[test]
+    fn what_is_not_written_to_is_refused_by_name() {
+        let error = sink("binary:///bin/logger?a=b").map(drop).unwrap_err();
+        assert!(error.message.contains("binary:///bin/logger"), "{error}");
+        assert!(sink("/nonexistent/fifo").is_err());
+    }
+}

@@ -1,0 +1,61 @@
+//! Whatever is killed: containerd sees the truth, and nothing is left.
+
+use std::time::Duration;
+
+use hull_tests::{Containerd, eventually};
+use rustix::process::{Pid, Signal, kill_process};
+
+fn kill(pid: i32) {
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_containerd_that_is_killed_finds_its_containers_again() {
+    let mut containerd = Containerd::new();
+    let id = containerd.start_container(&[], &["sleep", "1000"]);
+    let ended = containerd.start_container(&[], &["sh", "-c", "sleep 0.5; exit 9"]);
+    containerd.kill();
+    // One ends while nobody looks.
+    std::thread::sleep(Duration::from_secs(1));
+    containerd.start();
+    assert_eq!(containerd.state(&id), "RUNNING");
+    assert_eq!(containerd.exec(&id, "echo alive").ok().text(), "alive");
+    assert_eq!(containerd.state(&ended), "STOPPED");
+    assert_eq!(containerd.status(&ended), 9);
+    containerd.remove(&id);
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_container_whose_shim_is_killed_has_ended_and_leaves_nothing() {
+    let containerd = Containerd::new();
+    let id = containerd.start_container(&[], &["sleep", "1000"]);
+    kill(containerd.shim(&id));
+    eventually("the task is gone", Duration::from_secs(10), || {
+        ["", "STOPPED"].contains(&containerd.state(&id).as_str())
+    });
+    containerd.remove(&id);
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_container_whose_machine_is_killed_has_ended_with_a_reason() {
+    let containerd = Containerd::new();
+    let id = containerd.start_container(&[], &["sleep", "1000"]);
+    let shim = containerd.shim(&id);
+    let machine = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"))
+        .unwrap()
+        .split_whitespace()
+        .map(|pid| pid.parse::<i32>().unwrap())
+        .find(|pid| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name.starts_with("kernel-um"))
+        })
+        .expect("the shim has a machine");
+    kill(machine);
+    containerd.becomes(&id, "STOPPED");
+    let log = std::fs::read_to_string(containerd.path("containerd.log")).unwrap();
+    assert!(log.contains("killed"), "the reason is in containerd's log");
+    containerd.remove(&id);
+    containerd.assert_clean();
+}

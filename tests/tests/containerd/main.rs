@@ -1,0 +1,5 @@
+//! containerd, with hull's shim as its runtime `io.containerd.hull.v2`.
+#![allow(clippy::unwrap_used)]
+
+mod crash;
+mod task;
