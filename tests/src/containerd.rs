@@ -12,10 +12,17 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::{Invocation, Output, busybox_archive, digest, executable, leaks, runtime};
+use crate::cri::Cri;
+use crate::{Invocation, Netns, Output, busybox_archive, digest, executable, leaks, runtime};
 
 /// The runtime of hull's containers.
 const RUNTIME: &str = "io.containerd.hull.v2";
+
+/// The namespace of pods in containerd.
+const POD_NAMESPACE: &str = "k8s.io";
+
+/// The image that holds a pod.
+const PAUSE: &str = "localhost/pause:1";
 
 /// The image with busybox.
 pub const BUSYBOX: &str = "docker.io/library/busybox:latest";
@@ -25,11 +32,23 @@ pub struct Containerd {
     directory: tempfile::TempDir,
     daemon: Option<Child>,
     next: AtomicU32,
+    /// The host of pods, where their networks are. Dropped last.
+    host: Option<Netns>,
 }
 
 impl Containerd {
     /// With the image [`BUSYBOX`] in the test's namespace.
     pub fn new() -> Self {
+        Self::on(None)
+    }
+
+    /// With the CRI service, a bridge network and the image [`BUSYBOX`] for pods, in a network
+    /// namespace as its host.
+    pub fn with_pods() -> Self {
+        Self::on(Some(Netns::new()))
+    }
+
+    fn on(host: Option<Netns>) -> Self {
         runtime::needs(&["containerd", "ctr"]);
         leaks::adopt_orphans();
         // A socket's path has at most 107 bytes.
@@ -42,6 +61,7 @@ impl Containerd {
             directory,
             daemon: None,
             next: AtomicU32::new(0),
+            host,
         };
         let path = |name: &str| containerd.path(name);
         fs::write(
@@ -56,20 +76,81 @@ impl Containerd {
         // `opt` would create a directory in /opt.
         let configuration = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\"]\n\
-             [grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n",
+             disabled_plugins = [{}\"io.containerd.internal.v1.opt\"]\n\
+             [grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n{}",
             path("root"),
             path("state"),
+            match containerd.host {
+                Some(_) => "",
+                None => "\"io.containerd.grpc.v1.cri\", ",
+            },
             path("c.sock"),
             path("c.ttrpc"),
+            match containerd.host {
+                Some(_) => containerd.pods(),
+                None => String::new(),
+            },
         );
         fs::write(path("containerd.toml"), configuration).unwrap();
         containerd.start();
         let image = containerd.path("busybox-image.tar");
         write_image(&image);
         let image = image.to_str().unwrap().to_owned();
-        containerd.ctr(["images", "import", &image]).run().ok();
+        let namespaces = match containerd.host {
+            Some(_) => vec![POD_NAMESPACE.to_owned()],
+            None => vec![containerd.namespace()],
+        };
+        for namespace in namespaces {
+            containerd
+                .ctr(["--namespace", &namespace, "images", "import", &image])
+                .run()
+                .ok();
+        }
         containerd
+    }
+
+    /// The part of containerd's configuration that pods need.
+    fn pods(&self) -> String {
+        let networks = self.path("cni");
+        fs::create_dir(&networks).unwrap();
+        let network = json!({
+            "cniVersion": "0.4.0",
+            "name": "pods",
+            "plugins": [{
+                "type": "bridge",
+                "bridge": "pods0",
+                "isGateway": true,
+                "ipMasq": false,
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": [[{"subnet": "10.89.0.0/24"}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "dataDir": self.path("ipam"),
+                },
+            }],
+        });
+        fs::write(networks.join("pods.conflist"), network.to_string()).unwrap();
+        format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
+             sandbox_image = {PAUSE:?}\nrestrict_oom_score_adj = true\ndisable_apparmor = true\n\
+             stream_server_port = \"0\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
+             bin_dir = \"/usr/lib/cni\"\nconf_dir = {networks:?}\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
+             default_runtime_name = \"hull\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.hull]\n\
+             runtime_type = {RUNTIME:?}\n"
+        )
+    }
+
+    /// Its CRI service.
+    pub fn cri(&self) -> Cri {
+        Cri::connect(&self.path("c.sock"))
+    }
+
+    /// Parent of the control groups of the test's pods.
+    pub fn cgroup_parent(&self) -> String {
+        format!("/{}", self.namespace())
     }
 
     /// Starts it; also after [`Containerd::kill`].
@@ -81,7 +162,11 @@ impl Containerd {
             .append(true)
             .open(self.path("containerd.log"))
             .unwrap();
-        let child = Command::new("containerd")
+        let mut command = match &self.host {
+            Some(host) => host.command("containerd"),
+            None => Command::new("containerd"),
+        };
+        let child = command
             .arg("--config")
             .arg(self.path("containerd.toml"))
             .args(["--log-level", "debug"])
@@ -219,6 +304,7 @@ impl Containerd {
         for place in [
             self.path("run/sandboxes"),
             self.path("run/containerd").join(self.namespace()),
+            self.path("run/containerd").join(POD_NAMESPACE),
         ] {
             let entries = fs::read_dir(place).into_iter().flatten().flatten();
             problems.extend(entries.map(|entry| entry.path().display().to_string()));
@@ -295,32 +381,39 @@ fn end(daemon: &mut Option<Child>, signal: Signal) {
     }
 }
 
-/// An image of busybox as containerd imports it.
+/// Images of busybox as containerd imports them: a shell, and what holds a pod.
 fn write_image(path: &Path) {
     let layer = fs::read(busybox_archive()).unwrap();
-    let config = json!({
-        "architecture": crate::architecture(),
-        "os": "linux",
-        "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["sh"]},
-        "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
-    })
-    .to_string()
-    .into_bytes();
     let describe = |kind: &str, bytes: &[u8]| {
         json!({"mediaType": format!("application/vnd.oci.image.{kind}"),
             "digest": digest(bytes), "size": bytes.len()})
     };
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": describe("config.v1+json", &config),
-        "layers": [describe("layer.v1.tar", &layer)],
-    })
-    .to_string()
-    .into_bytes();
-    let mut listed = describe("manifest.v1+json", &manifest);
-    listed["annotations"] = json!({"io.containerd.image.name": BUSYBOX});
-    let index = json!({"schemaVersion": 2, "manifests": [listed]}).to_string();
+    let mut blobs = vec![layer.clone()];
+    let mut manifests = Vec::new();
+    let pause = ["sh", "-c", "trap 'exit 0' TERM INT; sleep 1000000 & wait"];
+    for (name, command) in [(BUSYBOX, &["sh"][..]), (PAUSE, &pause)] {
+        let config = json!({
+            "architecture": crate::architecture(),
+            "os": "linux",
+            "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": command},
+            "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
+        })
+        .to_string()
+        .into_bytes();
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": describe("config.v1+json", &config),
+            "layers": [describe("layer.v1.tar", &layer)],
+        })
+        .to_string()
+        .into_bytes();
+        let mut listed = describe("manifest.v1+json", &manifest);
+        listed["annotations"] = json!({"io.containerd.image.name": name});
+        manifests.push(listed);
+        blobs.extend([config, manifest]);
+    }
+    let index = json!({"schemaVersion": 2, "manifests": manifests}).to_string();
     let mut archive = tar::Builder::new(File::create(path).unwrap());
     let mut add = |name: &str, content: &[u8]| {
         let mut header = tar::Header::new_gnu();
@@ -329,7 +422,7 @@ fn write_image(path: &Path) {
         archive.append_data(&mut header, name, content).unwrap();
     };
     add("oci-layout", br#"{"imageLayoutVersion": "1.0.0"}"#);
-    for blob in [&layer, &config, &manifest] {
+    for blob in &blobs {
         add(&format!("blobs/{}", digest(blob).replace(':', "/")), blob);
     }
     add("index.json", index.as_bytes());

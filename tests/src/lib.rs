@@ -12,6 +12,7 @@
 pub mod cgroup;
 mod command;
 mod containerd;
+pub mod cri;
 mod docker;
 mod hull;
 mod images;

@@ -42,7 +42,11 @@ pub struct TaskService(pub Arc<Pod>);
 impl TaskService {
     fn answer<T>(&self, result: Result<T>) -> ttrpc::Result<T> {
         result.map_err(|error| {
-            tracing::warn!("{}", text(&error));
+            match error.kind {
+                // containerd asks to be sure.
+                ErrorKind::NotFound => tracing::debug!("{}", text(&error)),
+                _ => tracing::warn!("{}", text(&error)),
+            }
             let code = (self.0.settings.grpc)(error.kind);
             let code = <ttrpc::Code as protobuf::Enum>::from_i32(code);
             let code = code.unwrap_or(ttrpc::Code::UNKNOWN);
@@ -295,10 +299,11 @@ impl TaskService {
         }
         let guest = to_raw_value(&guest).context(|| "encode linux.resources")?;
         container.inner.update(&guest).await?;
-        record
-            .details
-            .groups
-            .apply(&change, MachineConfig::OVERHEAD)?;
+        // The others of a pod have no control group on the host.
+        if record.details.bounds.is_some() {
+            let groups = &record.details.groups;
+            groups.apply(&change, MachineConfig::OVERHEAD)?;
+        }
         let record = {
             let mut record = lock(&container.record);
             record.details.resources = Some(update::merge(&current, &change)?);

@@ -2,4 +2,5 @@
 #![allow(clippy::unwrap_used)]
 
 mod crash;
+mod pods;
 mod task;

@@ -1,0 +1,326 @@
+//! Pods, as the kubelet runs them by CRI.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use hull_tests::cri::{
+    ContainerConfig, ContainerMetadata, ContainerSecurity, ContainerStatus, Cri, Image,
+    LinuxContainer, LinuxPod, Mount, Namespaces, PodConfig, PodMetadata, PodSecurity, Resources,
+};
+use hull_tests::{BUSYBOX, Containerd, eventually};
+
+const HANDLER: &str = "hull";
+
+const EXITED: i32 = 2;
+
+fn pod(containerd: &Containerd, name: &str) -> PodConfig {
+    PodConfig {
+        metadata: Some(PodMetadata {
+            name: name.to_owned(),
+            uid: format!("uid-{name}"),
+            namespace: "default".to_owned(),
+        }),
+        hostname: name.to_owned(),
+        log_directory: containerd.path("logs").display().to_string(),
+        linux: Some(LinuxPod {
+            cgroup_parent: containerd.cgroup_parent(),
+            security: Some(PodSecurity {
+                namespaces: Some(Namespaces::own_processes()),
+            }),
+            ..LinuxPod::default()
+        }),
+    }
+}
+
+fn container(name: &str, script: &str) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata {
+            name: name.to_owned(),
+            attempt: 0,
+        }),
+        image: Some(Image {
+            image: BUSYBOX.to_owned(),
+        }),
+        command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        log_path: format!("{name}.log"),
+        linux: Some(linux(0, Namespaces::own_processes())),
+        ..ContainerConfig::default()
+    }
+}
+
+fn linux(memory: i64, namespaces: Namespaces) -> LinuxContainer {
+    LinuxContainer {
+        resources: Some(Resources {
+            memory,
+            ..Resources::default()
+        }),
+        security: Some(ContainerSecurity {
+            namespaces: Some(namespaces),
+            ..ContainerSecurity::default()
+        }),
+    }
+}
+
+/// Creates and starts a container.
+fn runs(cri: &Cri, id: &str, of: &PodConfig, config: ContainerConfig) -> String {
+    let container = cri.create(id, of, config).unwrap();
+    cri.start(&container).unwrap();
+    container
+}
+
+/// Executes a shell script that succeeds; what it printed.
+fn sh(cri: &Cri, id: &str, script: &str) -> String {
+    let done = cri.exec(id, &["sh", "-c", script]).unwrap();
+    let error = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert_eq!(done.status, 0, "{script}: {error}");
+    String::from_utf8_lossy(&done.stdout).trim().to_owned()
+}
+
+fn ended(cri: &Cri, id: &str) -> ContainerStatus {
+    eventually("the container has ended", Duration::from_secs(30), || {
+        cri.container(id).state == EXITED
+    });
+    cri.container(id)
+}
+
+#[test]
+fn containers_of_a_pod_share_one_machine_and_its_network() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let config = pod(&containerd, "web");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let address = cri.pod(&id).network.unwrap().ip;
+    let script = "echo hello >/index.html; httpd -f -p 8080 -h /";
+    let web = runs(&cri, &id, &config, container("web", script));
+    let other = runs(
+        &cri,
+        &id,
+        &config,
+        container("other", "echo in the log; sleep 1000"),
+    );
+    assert_eq!(sh(&cri, &web, "hostname"), "web");
+    assert!(sh(&cri, &web, "uname -r").contains("hull"));
+    assert!(sh(&cri, &other, "ip addr show eth0").contains(&address));
+    eventually("the server answers", Duration::from_secs(10), || {
+        let got = cri.exec(&other, &["wget", "-qO-", "http://localhost:8080"]);
+        got.unwrap().stdout == b"hello\n"
+    });
+    // One shim and one machine for all three.
+    assert_eq!(
+        sh(&cri, &web, "cat /proc/sys/kernel/random/boot_id"),
+        sh(&cri, &other, "cat /proc/sys/kernel/random/boot_id")
+    );
+    // Processes are each container's own.
+    assert!(!sh(&cri, &other, "ps").contains("httpd"));
+    let log = containerd.path("logs").join("other.log");
+    eventually("the log", Duration::from_secs(5), || {
+        std::fs::read_to_string(&log).is_ok_and(|text| text.contains("stdout F in the log"))
+    });
+    let second = pod(&containerd, "client");
+    let second_id = cri.run_pod(&second, HANDLER).unwrap();
+    let client = runs(&cri, &second_id, &second, container("client", "sleep 1000"));
+    assert_eq!(
+        sh(&cri, &client, &format!("wget -qO- http://{address}:8080")),
+        "hello"
+    );
+    cri.remove_pod(&second_id).unwrap();
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_container_is_restarted_in_a_living_pod() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let config = pod(&containerd, "restarts");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    for attempt in 0..3 {
+        let mut one = container("one", &format!("exit {}", attempt + 3));
+        one.metadata.as_mut().unwrap().attempt = attempt;
+        let one = runs(&cri, &id, &config, one);
+        let status = ended(&cri, &one);
+        assert_eq!(status.exit_code, i32::try_from(attempt).unwrap() + 3);
+        assert_eq!(status.reason, "Error");
+        cri.remove(&one).unwrap();
+    }
+    let script = "trap 'exit 0' TERM; touch /ready; sleep 1000 & wait";
+    let slow = runs(&cri, &id, &config, container("slow", script));
+    eventually("it is ready", Duration::from_secs(10), || {
+        cri.exec(&slow, &["ls", "/ready"]).unwrap().status == 0
+    });
+    cri.stop(&slow, 10).unwrap();
+    assert_eq!(ended(&cri, &slow).reason, "Completed");
+    assert_eq!(cri.pod(&id).state, 0);
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn limits_of_a_pod_make_its_machine_and_hold() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let mut config = pod(&containerd, "limits");
+    config.linux.as_mut().unwrap().resources = Some(Resources {
+        memory: 200 << 20,
+        ..Resources::default()
+    });
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let limited = |memory| Some(linux(memory, Namespaces::own_processes()));
+    let mut steady = container("steady", "sleep 1000");
+    steady.linux = limited(100 << 20);
+    let steady = runs(&cri, &id, &config, steady);
+    let total: u64 = sh(&cri, &steady, "grep MemTotal /proc/meminfo | tr -dc 0-9")
+        .parse()
+        .unwrap();
+    assert!((200 << 10..300 << 10).contains(&total), "{total} kB");
+    assert_eq!(
+        sh(&cri, &steady, "cat /sys/fs/cgroup/memory.max"),
+        (100 << 20).to_string()
+    );
+    let mut greedy = container("greedy", "sleep 1; tail /dev/zero");
+    greedy.linux = limited(40 << 20);
+    let greedy = runs(&cri, &id, &config, greedy);
+    let status = ended(&cri, &greedy);
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (137, "OOMKilled")
+    );
+    let change = Resources {
+        memory: 60 << 20,
+        ..Resources::default()
+    };
+    cri.update(&steady, change).unwrap();
+    assert_eq!(
+        sh(&cri, &steady, "cat /sys/fs/cgroup/memory.max"),
+        (60 << 20).to_string()
+    );
+    let stats = cri.stats(&steady);
+    assert!(stats.cpu.unwrap().usage.unwrap().value > 0);
+    assert!((1..60 << 20).contains(&stats.memory.unwrap().working_set.unwrap().value));
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn namespaces_are_shared_as_the_pod_says() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let mut config = pod(&containerd, "shared");
+    let shared = Some(Namespaces::default());
+    let of_pod = config.linux.as_mut().unwrap();
+    of_pod.security = Some(PodSecurity {
+        namespaces: shared.clone(),
+    });
+    of_pod.sysctls = HashMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "79".into())]);
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let in_pod = |name: &str, script: &str, namespaces: Namespaces| {
+        let mut one = container(name, script);
+        one.linux = Some(linux(0, namespaces));
+        runs(&cri, &id, &config, one)
+    };
+    let first = in_pod("first", "exec sleep 4321", Namespaces::default());
+    let second = in_pod("second", "sleep 1000", Namespaces::default());
+    assert!(sh(&cri, &second, "ps").contains("sleep 4321"));
+    let port = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start";
+    assert_eq!(sh(&cri, &first, port), "79");
+    // Memory that is shared by name.
+    sh(&cri, &first, "echo shared >/dev/shm/x");
+    assert_eq!(sh(&cri, &second, "cat /dev/shm/x"), "shared");
+    // As of an ephemeral container that looks at another one.
+    let alone = Namespaces::own_processes();
+    let target = in_pod("target", "exec sleep 8765", alone.clone());
+    let third = in_pod("third", "sleep 1000", alone);
+    assert!(!sh(&cri, &third, "ps").contains("sleep 8765"));
+    let debugger = in_pod(
+        "debugger",
+        "sleep 1000",
+        Namespaces {
+            pid: 3,
+            target: target.clone(),
+            ..Namespaces::default()
+        },
+    );
+    let seen = sh(&cri, &debugger, "ps");
+    assert!(
+        seen.contains("sleep 8765") && !seen.contains("sleep 4321"),
+        "{seen}"
+    );
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn what_a_pod_cannot_have_is_named() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let mut config = pod(&containerd, "network");
+    let namespaces = Namespaces {
+        network: 2,
+        ..Namespaces::own_processes()
+    };
+    config.linux.as_mut().unwrap().security = Some(PodSecurity {
+        namespaces: Some(namespaces),
+    });
+    let error = cri.run_pod(&config, HANDLER).unwrap_err();
+    assert!(
+        error.contains("not supported") && error.contains("network"),
+        "{error}"
+    );
+    let config = pod(&containerd, "commands");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let mut none = container("none", "");
+    none.command = vec!["nonexistent".to_owned()];
+    let started = cri
+        .create(&id, &config, none)
+        .and_then(|none| cri.start(&none));
+    let error = started.unwrap_err();
+    assert!(
+        error.contains("executable file not found in $PATH"),
+        "{error}"
+    );
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn volumes_are_files_of_the_host_whose_changes_are_seen() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let config = pod(&containerd, "volumes");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    // As the kubelet writes config maps: a link to a directory, which is replaced.
+    let map = containerd.path("map");
+    std::fs::create_dir_all(map.join("..1")).unwrap();
+    std::fs::write(map.join("..1/key"), "old").unwrap();
+    std::os::unix::fs::symlink("..1", map.join("..data")).unwrap();
+    std::os::unix::fs::symlink("..data/key", map.join("key")).unwrap();
+    let empty = containerd.path("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let mount = |host: &std::path::Path, at: &str, readonly| Mount {
+        container_path: at.to_owned(),
+        host_path: host.display().to_string(),
+        readonly,
+    };
+    let with_mounts = |name: &str| ContainerConfig {
+        mounts: vec![mount(&map, "/map", true), mount(&empty, "/empty", false)],
+        ..container(name, "sleep 1000")
+    };
+    let one = runs(&cri, &id, &config, with_mounts("one"));
+    let two = runs(&cri, &id, &config, with_mounts("two"));
+    assert_eq!(sh(&cri, &one, "cat /map/key"), "old");
+    assert_eq!(
+        sh(&cri, &one, "touch /map/x 2>&1 | grep -c Read-only; true"),
+        "1"
+    );
+    sh(&cri, &one, "echo hello >/empty/x");
+    assert_eq!(sh(&cri, &two, "cat /empty/x"), "hello");
+    std::fs::create_dir(map.join("..2")).unwrap();
+    std::fs::write(map.join("..2/key"), "new").unwrap();
+    std::os::unix::fs::symlink("..2", map.join("..new")).unwrap();
+    std::fs::rename(map.join("..new"), map.join("..data")).unwrap();
+    eventually("the new value", Duration::from_secs(5), || {
+        sh(&cri, &two, "cat /map/key") == "new"
+    });
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
