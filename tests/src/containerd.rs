@@ -34,21 +34,36 @@ pub struct Containerd {
     next: AtomicU32,
     /// The host of pods, where their networks are. Dropped last.
     host: Option<Netns>,
+    /// Who makes pods: `podsandbox`, or the shim.
+    sandboxer: &'static str,
 }
 
 impl Containerd {
     /// With the image [`BUSYBOX`] in the test's namespace.
     pub fn new() -> Self {
-        Self::on(None)
+        Self::on(None, "podsandbox")
     }
 
     /// With the CRI service, a bridge network and the image [`BUSYBOX`] for pods, in a network
     /// namespace as its host.
     pub fn with_pods() -> Self {
-        Self::on(Some(Netns::new()))
+        Self::on(Some(Netns::new()), "podsandbox")
     }
 
-    fn on(host: Option<Netns>) -> Self {
+    /// The same, where the shim makes pods, without a container that holds them; `None` when this
+    /// containerd is too old for that, which is said.
+    pub fn with_pods_of_the_shim() -> Option<Self> {
+        let version = Invocation::new("containerd").arg("--version").run().ok();
+        match version.text().contains(" 1.") {
+            true => {
+                crate::left_out("containerd before 2 has no sandbox service");
+                None
+            }
+            false => Some(Self::on(Some(Netns::new()), "shim")),
+        }
+    }
+
+    fn on(host: Option<Netns>, sandboxer: &'static str) -> Self {
         runtime::needs(&["containerd", "ctr"]);
         leaks::adopt_orphans();
         // A socket's path has at most 107 bytes.
@@ -62,6 +77,7 @@ impl Containerd {
             daemon: None,
             next: AtomicU32::new(0),
             host,
+            sandboxer,
         };
         let path = |name: &str| containerd.path(name);
         fs::write(
@@ -139,7 +155,8 @@ impl Containerd {
              [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
              default_runtime_name = \"hull\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.hull]\n\
-             runtime_type = {RUNTIME:?}\n"
+             runtime_type = {RUNTIME:?}\nsandboxer = {:?}\n",
+            self.sandboxer
         )
     }
 

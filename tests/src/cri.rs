@@ -36,9 +36,23 @@ pub struct PodConfig {
     /// Where logs of its containers are.
     #[prost(string, tag = "3")]
     pub log_directory: String,
+    /// How names are resolved.
+    #[prost(message, optional, tag = "4")]
+    pub dns: Option<Dns>,
     /// What only Linux has.
     #[prost(message, optional, tag = "8")]
     pub linux: Option<LinuxPod>,
+}
+
+/// How names are resolved.
+#[derive(Clone, PartialEq, Message)]
+pub struct Dns {
+    /// Addresses of servers.
+    #[prost(string, repeated, tag = "1")]
+    pub servers: Vec<String>,
+    /// Domains that are tried.
+    #[prost(string, repeated, tag = "2")]
+    pub searches: Vec<String>,
 }
 
 /// What only Linux has.

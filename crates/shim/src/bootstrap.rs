@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::flags::Flags;
-use crate::{NAME, Settings, create};
+use crate::{NAME, Settings, boot, create};
 
 /// Where shims have their sockets, unless containerd names another directory.
 const SOCKETS: &str = "/run/containerd/s";
@@ -259,6 +259,11 @@ pub fn delete(flags: &Flags, settings: &Settings) -> Result<()> {
         }
         container.remove()?;
     }
+    // The machine of a pod that has no container for it.
+    let sandbox = boot::path(settings, &flags.namespace, &flags.id)?;
+    sandbox.kill()?;
+    sandbox.wait_for_end()?;
+    sandbox.sweep()?;
     // The socket of a server that lives is another container's of the pod.
     if let Ok(address) = fs::read_to_string(bundle.join("address"))
         && let Some(socket) = address.trim().strip_prefix("unix://")

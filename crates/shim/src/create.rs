@@ -12,21 +12,20 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use hull_oci::bundle::Bundle;
 use hull_oci::container::{Container as Stored, Record, Root, new_record, state};
 use hull_oci::guest_spec::{HostShare, Network, Plan};
-use hull_oci::{disks, hooks, limits, pod as pods};
+use hull_oci::{disks, hooks, limits};
 use hull_sandbox::cgroup::Place;
 use hull_sandbox::config::{
-    CgroupConfig, ContainerConfig, EndPolicy, MAX_NETS, MachineConfig, NetworkConfig,
-    NetworkSource, SandboxConfig, Stdio,
+    CgroupConfig, ContainerConfig, MachineConfig, Stdio, given_file, is_network_sysctl,
 };
-use hull_sandbox::control::{launch, serve};
-use hull_sandbox::store::{ProcessId, SandboxPath, State, roots};
+use hull_sandbox::store::{ProcessId, State, roots};
 use hull_sandbox::{Context, Error, Reason, Result, Sandbox};
 use oci_spec::runtime::LinuxResources;
 use protobuf::MessageField;
 use serde_json::value::to_raw_value;
 
 use crate::Settings;
-use crate::pod::{Container, Pod, follow};
+use crate::boot::{self, Wanted};
+use crate::pod::{Container, Pod};
 use crate::process::Process;
 use crate::stand_in::StandIn;
 use crate::stdio::Paths;
@@ -148,15 +147,7 @@ impl Making<'_> {
         self.stored.store(&self.record)?;
         self.run_hooks(stand_in.pid).await?;
         if first {
-            let config = NetworkConfig {
-                source: NetworkSource::Namespace,
-                limits: self.pod.settings.network,
-                owner: None,
-            };
-            use std::os::fd::AsFd;
-            let namespace = stand_in.network.as_fd().try_clone_to_owned();
-            let namespace = namespace.context(|| "keep the network namespace")?;
-            sandbox.connect_network(config, vec![namespace]).await?;
+            boot::connect(self.pod, &sandbox, &stand_in).await?;
         }
         let mounts = plan.shares.iter().map(HostShare::open);
         let mounts = mounts.collect::<Result<Vec<_>>>()?;
@@ -167,14 +158,16 @@ impl Making<'_> {
             .collect();
         self.shares = shares.iter().map(|share| share.name.clone()).collect();
         sandbox.add_shares(&shares, mounts).await?;
+        let files = give_files(&mut plan, &request.id, self.pod.files());
         let config = ContainerConfig {
+            files,
             stdio: Stdio::Handover {
                 terminal: plan.terminal,
                 stdin: plan.terminal || opened.has_stdin(),
             },
             start: false,
             keeper: Some(stand_in.pid),
-            sysctl: plan.sysctl.clone(),
+            sysctl: self.sysctls(&plan),
             joins: plan.joins.clone(),
             disks: plan.disks.clone(),
             ..ContainerConfig::new(
@@ -230,6 +223,15 @@ impl Making<'_> {
         self.bundle.spec.linux().as_ref()?.resources().as_ref()
     }
 
+    /// Kernel parameters of the guest's network: its own, and those of a pod that names them apart.
+    fn sysctls(&self, plan: &Plan) -> BTreeMap<String, String> {
+        let of_pod = self.pod.sysctls().into_iter();
+        let mut sysctls: BTreeMap<_, _> =
+            of_pod.filter(|(name, _)| is_network_sysctl(name)).collect();
+        sysctls.extend(plan.sysctl.clone());
+        sysctls
+    }
+
     /// Where its control groups are. Engines on systemd write them in its notation.
     fn place(&self, plan: &Plan) -> Result<Place> {
         let path = plan.spec["linux"]["cgroupsPath"].as_str();
@@ -248,12 +250,20 @@ impl Making<'_> {
                 .iter()
                 .any(|container| container.stand_in.pid == pid)
         };
+        let is_pods = |pid: i32| self.pod.holder_pid() == Some(pid);
         for (kind, pid) in std::mem::take(&mut plan.joins) {
-            match (kind.as_str(), is_ours(pid)) {
-                (_, true) => plan.joins.push((kind, pid)),
-                // The host's, entered by its path.
-                ("network", false) => {}
-                (kind, false) => {
+            match (kind.as_str(), is_ours(pid), is_pods(pid)) {
+                (_, true, _) => plan.joins.push((kind, pid)),
+                // The pod's network is the guest's own. Or it is the host's, entered by its path.
+                ("network", ..) => {}
+                // The others of the pod are the guest's own, too: a container without a namespace
+                // of this kind is in that.
+                (kind, _, true) => {
+                    if let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() {
+                        namespaces.retain(|namespace| namespace["type"] != kind);
+                    }
+                }
+                (kind, false, false) => {
                     return Err(Error::unsupported(format_args!(
                         "the {kind} namespace of process {pid} of the host: the container runs \
                          under another kernel"
@@ -275,52 +285,27 @@ impl Making<'_> {
 
     /// Boots the machine. What is returned keeps it until there is a container.
     async fn boot(&mut self, plan: &Plan, place: &Place) -> Result<hull_sandbox::Hold> {
-        let settings = &self.pod.settings;
         let (memory, cpus) = size(&self.bundle.annotations, self.resources());
-        let mut machine = (settings.machine)(memory, cpus)?;
-        // Engines set up the network namespace until the start, or later.
-        machine.nets = MAX_NETS;
-        let mut bounds = machine.bounds()?;
-        // The engine's to decide.
-        bounds.cpus = None;
-        let name = pods::directory_name(&format!("{}.{}", self.pod.id, self.pod.namespace))?;
-        let path = SandboxPath::new(&settings.run_directory, &name);
-        self.record.sandbox = Some(path.clone());
+        let mut wanted = Wanted::new(self.pod, memory, cpus)?;
+        self.record.sandbox = Some(wanted.path.clone());
         // From here on a crash is recoverable: `delete` finds these in the record.
         self.record.details.groups = place.groups();
         self.stored.store(&self.record)?;
         // If this fails, the groups are not this container's.
         self.record.details.groups = Default::default();
-        let own_limit = limits::memory(self.resources()).is_some();
         self.record.details.groups = place.make(self.resources(), MachineConfig::OVERHEAD)?;
-        if own_limit {
-            bounds.memory = None;
+        if limits::memory(self.resources()).is_some() {
+            wanted.bounds.memory = None;
         }
-        self.record.details.bounds = Some(bounds);
+        self.record.details.bounds = Some(wanted.bounds);
         self.record.details.memory = memory.unwrap_or_default();
         self.stored.store(&self.record)?;
+        wanted.cgroup = CgroupConfig::JoinMachine(self.record.details.groups.directories.clone());
+        wanted.disks = plan.disks.iter().map(|disk| disk.device).collect();
         let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
-        let config = SandboxConfig {
-            machine,
-            hostname: self.pod.id.chars().take(12).collect(),
-            cgroup: CgroupConfig::JoinMachine(self.record.details.groups.directories.clone()),
-            bounds,
-            core_scheduling: settings.core_scheduling,
-            disks: plan.disks.iter().map(|disk| disk.device).collect(),
-            end: EndPolicy::LastContainer,
-            began_ns: 0,
-        };
-        let (dir, listener) = launch::claim(&path)?;
-        let sandbox = Sandbox::boot(config, dir, disks).await?;
-        let hold = sandbox.hold();
+        let (sandbox, hold) = wanted.boot(self.pod, disks).await?;
         self.own_sandbox = true;
-        self.sandbox = Some(sandbox.clone());
-        tokio::spawn(follow(self.pod.clone(), sandbox.clone()));
-        tokio::spawn(async move {
-            if let Err(error) = serve(&sandbox, None, listener).await {
-                tracing::error!("{error}");
-            }
-        });
+        self.sandbox = Some(sandbox);
         Ok(hold)
     }
 
@@ -355,6 +340,32 @@ impl Making<'_> {
         warn(self.record.details.groups.remove());
         warn(self.stored.remove());
     }
+}
+
+/// Adds files that live in the guest to a plan, but where it has mounts. Their names and contents.
+fn give_files(
+    plan: &mut Plan,
+    id: &str,
+    files: Vec<(&'static str, String)>,
+) -> Vec<(String, String)> {
+    let Some(mounts) = plan.spec["mounts"].as_array_mut() else {
+        return Vec::new();
+    };
+    let mut given = Vec::new();
+    for (path, content) in files {
+        if mounts.iter().any(|mount| mount["destination"] == path) {
+            continue;
+        }
+        let name = path.rsplit('/').next().unwrap_or(path).to_owned();
+        mounts.push(serde_json::json!({
+            "destination": path,
+            "type": "bind",
+            "source": given_file(id, &name),
+            "options": ["bind", "rw"],
+        }));
+        given.push((name, content));
+    }
+    given
 }
 
 /// What a machine is made for: the sum of what a pod's containers ask for, where its first

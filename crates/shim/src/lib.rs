@@ -12,10 +12,12 @@
 //! | [`bootstrap`] | `start`, `delete`, `-info`: answers for each version of containerd |
 //! | [`server`] | the process that stays, from its first to its last moment |
 //! | [`pod`] | the sandbox and its containers |
+//! | [`boot`] | its machine |
 //! | [`create`] | a container of a bundle |
 //! | [`process`] | an init or a further process, with its streams and its end |
 //! | [`stand_in`] | what stands for a container on the host: a process id, a network namespace |
 //! | [`task`] | the task service |
+//! | [`sandbox`] | the sandbox service of containerd 2 |
 //! | [`stdio`] | fifos and files |
 //! | [`events`] | what containerd is told |
 //! | [`metrics`] | `io.containerd.cgroups.v2.Metrics` |
@@ -23,6 +25,7 @@
 //! Called by `cli` under the shim's name. What it reads of a guest are the typed answers of
 //! `hull_sandbox`.
 
+mod boot;
 pub mod bootstrap;
 mod create;
 mod events;
@@ -30,6 +33,7 @@ mod flags;
 mod metrics;
 mod pod;
 mod process;
+mod sandbox;
 mod server;
 mod stand_in;
 mod stdio;

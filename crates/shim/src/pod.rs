@@ -11,6 +11,7 @@ use tokio::sync::{Notify, broadcast};
 use crate::Settings;
 use crate::events::Publisher;
 use crate::process::{Process, lock};
+use crate::sandbox::Holder;
 use crate::stand_in::StandIn;
 use containerd_shim_protos::events::task::TaskOOM;
 
@@ -26,6 +27,8 @@ pub struct Pod {
     pub events: Publisher,
     /// Held while a container is created: one at a time finds the sandbox or boots it.
     pub sandbox: tokio::sync::Mutex<Option<Sandbox>>,
+    /// What holds a pod of containerd's sandbox service.
+    pub holder: Mutex<Option<Holder>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// The shim has nothing left to do.
     pub done: Notify,
@@ -60,6 +63,7 @@ impl Pod {
             id,
             events,
             sandbox: tokio::sync::Mutex::default(),
+            holder: Mutex::default(),
             containers: Mutex::default(),
             done: Notify::new(),
         }
@@ -89,14 +93,16 @@ impl Pod {
         lock(&self.containers).remove(id);
     }
 
-    /// Whether it has no container.
-    pub fn is_empty(&self) -> bool {
-        lock(&self.containers).is_empty()
+    /// Whether nothing is left of it that containerd has not deleted.
+    pub fn is_over(&self) -> bool {
+        lock(&self.containers).is_empty() && lock(&self.holder).is_none()
     }
 
     /// Ends the sandbox, if there is one, and waits until nothing of it is left.
     pub async fn end(&self, reason: Reason) {
-        if let Some(sandbox) = &*self.sandbox.lock().await {
+        // Not held while the sandbox ends: others ask for it.
+        let sandbox = self.sandbox.lock().await.clone();
+        if let Some(sandbox) = sandbox {
             sandbox.shutdown(reason);
             sandbox.ended().await;
         }

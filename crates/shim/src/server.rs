@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use hull_sandbox::{Context, Error, Reason, Result, role};
 use tokio::net::UnixListener;
@@ -15,6 +16,7 @@ use crate::Settings;
 use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
+use crate::sandbox::SandboxService;
 use crate::task::TaskService;
 
 /// The names of the task service. Its messages are the same in both.
@@ -106,6 +108,7 @@ async fn serve(flags: Flags, settings: Settings, listener: StdListener) -> Resul
             }
         }
     }
+    services.extend(create_sandbox(Arc::new(SandboxService(pod.clone()))));
     listener
         .set_nonblocking(true)
         .context(|| "watch the socket")?;

@@ -41,17 +41,7 @@ pub struct TaskService(pub Arc<Pod>);
 
 impl TaskService {
     fn answer<T>(&self, result: Result<T>) -> ttrpc::Result<T> {
-        result.map_err(|error| {
-            match error.kind {
-                // containerd asks to be sure.
-                ErrorKind::NotFound => tracing::debug!("{}", text(&error)),
-                _ => tracing::warn!("{}", text(&error)),
-            }
-            let code = (self.0.settings.grpc)(error.kind);
-            let code = <ttrpc::Code as protobuf::Enum>::from_i32(code);
-            let code = code.unwrap_or(ttrpc::Code::UNKNOWN);
-            ttrpc::Error::RpcStatus(ttrpc::get_status(code, text(&error)))
-        })
+        answer(&self.0, result)
     }
 
     fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>> {
@@ -371,6 +361,21 @@ impl TaskService {
     }
 }
 
+/// An error as containerd knows it.
+pub fn answer<T>(pod: &Pod, result: Result<T>) -> ttrpc::Result<T> {
+    result.map_err(|error| {
+        match error.kind {
+            // containerd asks to be sure.
+            ErrorKind::NotFound => tracing::debug!("{}", text(&error)),
+            _ => tracing::warn!("{}", text(&error)),
+        }
+        let code = (pod.settings.grpc)(error.kind);
+        let code = <ttrpc::Code as protobuf::Enum>::from_i32(code);
+        let code = code.unwrap_or(ttrpc::Code::UNKNOWN);
+        ttrpc::Error::RpcStatus(ttrpc::get_status(code, text(&error)))
+    })
+}
+
 /// The words that engines look for when a command is not there.
 fn with_words(error: Error) -> Error {
     hull_oci::commands::with_runc_wording(error)
@@ -546,7 +551,7 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         // containerd says so after each container that it deletes.
-        if self.0.is_empty() {
+        if self.0.is_over() {
             self.0.done.notify_one();
         }
         Ok(api::Empty::default())

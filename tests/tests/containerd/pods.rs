@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use hull_tests::cri::{
-    ContainerConfig, ContainerMetadata, ContainerSecurity, ContainerStatus, Cri, Image,
+    ContainerConfig, ContainerMetadata, ContainerSecurity, ContainerStatus, Cri, Dns, Image,
     LinuxContainer, LinuxPod, Mount, Namespaces, PodConfig, PodMetadata, PodSecurity, Resources,
 };
 use hull_tests::{BUSYBOX, Containerd, eventually};
@@ -22,6 +22,7 @@ fn pod(containerd: &Containerd, name: &str) -> PodConfig {
         }),
         hostname: name.to_owned(),
         log_directory: containerd.path("logs").display().to_string(),
+        dns: None,
         linux: Some(LinuxPod {
             cgroup_parent: containerd.cgroup_parent(),
             security: Some(PodSecurity {
@@ -321,6 +322,58 @@ fn volumes_are_files_of_the_host_whose_changes_are_seen() {
     eventually("the new value", Duration::from_secs(5), || {
         sh(&cri, &two, "cat /map/key") == "new"
     });
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_pod_of_containerd_s_sandbox_service_needs_no_container_that_holds_it() {
+    let Some(containerd) = Containerd::with_pods_of_the_shim() else {
+        return;
+    };
+    let cri = containerd.cri();
+    let mut config = pod(&containerd, "bare");
+    config.dns = Some(Dns {
+        servers: vec!["192.0.2.1".to_owned()],
+        searches: vec!["a.test".to_owned(), "b.test".to_owned()],
+    });
+    let linux_pod = config.linux.as_mut().unwrap();
+    linux_pod.sysctls =
+        HashMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "79".into())]);
+    linux_pod.resources = Some(Resources {
+        memory: 200 << 20,
+        ..Resources::default()
+    });
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let status = cri.pod(&id);
+    assert_eq!(status.state, 0);
+    let address = status.network.unwrap().ip;
+    let script = "echo hello >/index.html; httpd -f -p 8080 -h /";
+    let one = runs(&cri, &id, &config, container("one", script));
+    let two = runs(&cri, &id, &config, container("two", "sleep 1000"));
+    assert_eq!(sh(&cri, &one, "hostname"), "bare");
+    assert!(sh(&cri, &two, "ip addr show eth0").contains(&address));
+    let port = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start";
+    assert_eq!(sh(&cri, &one, port), "79");
+    let total = sh(&cri, &one, "grep MemTotal /proc/meminfo | tr -dc 0-9");
+    let total: u64 = total.parse().unwrap();
+    assert!((200 << 10..300 << 10).contains(&total), "{total} kB");
+    eventually("the server answers", Duration::from_secs(10), || {
+        let got = cri.exec(&two, &["wget", "-qO-", "http://localhost:8080"]);
+        got.unwrap().stdout == b"hello\n"
+    });
+    assert_eq!(
+        sh(&cri, &two, "cat /etc/resolv.conf"),
+        "nameserver 192.0.2.1\nsearch a.test b.test"
+    );
+    // It stays without containers.
+    for container in [&one, &two] {
+        cri.stop(container, 0).unwrap();
+        cri.remove(container).unwrap();
+    }
+    assert_eq!(cri.pod(&id).state, 0);
+    let again = runs(&cri, &id, &config, container("again", "sleep 1000"));
+    assert_eq!(sh(&cri, &again, "echo alive"), "alive");
     cri.remove_pod(&id).unwrap();
     containerd.assert_clean();
 }

@@ -1,0 +1,115 @@
+//! Boots the machine of a pod, for its first container or when containerd asks for a sandbox.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use hull_sandbox::cgroup::Bounds;
+use hull_sandbox::config::{
+    CgroupConfig, DiskConfig, EndPolicy, MAX_NETS, MachineConfig, NetworkConfig, NetworkSource,
+    SandboxConfig,
+};
+use hull_sandbox::control::{launch, serve};
+use hull_sandbox::store::SandboxPath;
+use hull_sandbox::{Context, Hold, Result, Sandbox};
+
+use crate::Settings;
+use crate::pod::{Pod, follow};
+use crate::stand_in::StandIn;
+
+/// Longest host name of a guest itself, characters: the beginning of the pod's id.
+const HOSTNAME: usize = 12;
+
+/// A sandbox that is wanted.
+pub struct Wanted {
+    /// Where it will be.
+    pub path: SandboxPath,
+    machine: MachineConfig,
+    /// The most that the machine may take of the host.
+    pub bounds: Bounds,
+    /// Its control groups.
+    pub cgroup: CgroupConfig,
+    /// Its disks.
+    pub disks: Vec<DiskConfig>,
+    /// Host name of the guest itself.
+    pub hostname: String,
+    /// When it ends by itself.
+    pub end: EndPolicy,
+}
+
+/// Where the sandbox of a pod is.
+///
+/// # Errors
+/// The pod's name has characters that no id has.
+pub fn path(settings: &Settings, namespace: &str, pod: &str) -> Result<SandboxPath> {
+    let name = hull_oci::pod::directory_name(&format!("{pod}.{namespace}"))?;
+    Ok(SandboxPath::new(&settings.run_directory, &name))
+}
+
+impl Wanted {
+    /// One with a machine for these limits: bytes, and thousandths of a processor.
+    ///
+    /// # Errors
+    /// The configuration is invalid, or no machine can be had.
+    pub fn new(pod: &Pod, memory: Option<u64>, cpus: Option<u64>) -> Result<Self> {
+        let mut machine = (pod.settings.machine)(memory, cpus)?;
+        // Engines set up the network namespace until the start, or later.
+        machine.nets = MAX_NETS;
+        let mut bounds = machine.bounds()?;
+        // The engine's to decide.
+        bounds.cpus = None;
+        Ok(Self {
+            path: path(&pod.settings, &pod.namespace, &pod.id)?,
+            machine,
+            bounds,
+            cgroup: CgroupConfig::None,
+            disks: Vec::new(),
+            hostname: pod.id.chars().take(HOSTNAME).collect(),
+            end: EndPolicy::LastContainer,
+        })
+    }
+
+    /// Boots it in this process, which serves its control socket from then on. What comes with the
+    /// sandbox keeps it until there is a container. `disks` are the opened ones.
+    ///
+    /// # Errors
+    /// A process of the machine cannot be started.
+    pub async fn boot(self, pod: &Arc<Pod>, disks: Vec<OwnedFd>) -> Result<(Sandbox, Hold)> {
+        let config = SandboxConfig {
+            machine: self.machine,
+            hostname: self.hostname,
+            cgroup: self.cgroup,
+            bounds: self.bounds,
+            core_scheduling: pod.settings.core_scheduling,
+            disks: self.disks,
+            end: self.end,
+            began_ns: 0,
+        };
+        let (dir, listener) = launch::claim(&self.path)?;
+        let sandbox = Sandbox::boot(config, dir, disks).await?;
+        let hold = sandbox.hold();
+        tokio::spawn(follow(pod.clone(), sandbox.clone()));
+        let served = sandbox.clone();
+        tokio::spawn(async move {
+            if let Err(error) = serve(&served, None, listener).await {
+                tracing::error!("{error}");
+            }
+        });
+        Ok((sandbox, hold))
+    }
+}
+
+/// Connects a sandbox with the network namespace of what stands for its pod.
+///
+/// # Errors
+/// The network cannot be the guest's.
+pub async fn connect(pod: &Pod, sandbox: &Sandbox, stand_in: &StandIn) -> Result<()> {
+    let config = NetworkConfig {
+        source: NetworkSource::Namespace,
+        limits: pod.settings.network,
+        owner: None,
+    };
+    let namespace = stand_in.network.as_fd().try_clone_to_owned();
+    let namespace = namespace.context(|| "keep the network namespace")?;
+    sandbox.connect_network(config, vec![namespace]).await?;
+    Ok(())
+}
