@@ -66,7 +66,7 @@ pub enum Command {
     Kernel(kernel::Args),
     /// Show the configuration in force and where each value comes from
     Config(config::Args),
-    /// Tell a container engine about hull: podman, docker, crio
+    /// Tell a container engine about hull: podman, docker, crio, containerd
     Install(install::Args),
     /// Take back what `install` told an engine
     Uninstall(install::UninstallArgs),
@@ -361,7 +361,7 @@ mod tests {
             ),
             (
                 "hull install runc",
-                "invalid value 'runc' for '<ENGINE>' [possible values: podman, docker, crio]",
+                "invalid value 'runc' for '<ENGINE>' [possible values: podman, docker, crio, containerd]",
             ),
             ("hull run -m -1 i", "--memory: invalid size \"-1\""),
             (

@@ -5,6 +5,7 @@
 //! A change is worked out completely before anything is written, and a file is written beside its
 //! place and renamed into it: what is there is the old text or the new one.
 
+mod containerd;
 mod crio;
 mod docker;
 mod drop_in;
@@ -36,6 +37,8 @@ pub enum Engine {
     Docker,
     /// CRI-O, of Kubernetes.
     Crio,
+    /// containerd, of Kubernetes: the shim instead of the OCI runtime.
+    Containerd,
 }
 
 /// A file before and after.
@@ -59,6 +62,7 @@ impl Engine {
             Engine::Podman => drop_in::install(&podman::PODMAN, root, runtime, default),
             Engine::Docker => docker::install(root, runtime, default),
             Engine::Crio => drop_in::install(&crio::CRIO, root, runtime, default),
+            Engine::Containerd => containerd::install(root, default),
         }
     }
 
@@ -68,6 +72,7 @@ impl Engine {
             Engine::Podman => drop_in::uninstall(&podman::PODMAN, root),
             Engine::Docker => docker::uninstall(root),
             Engine::Crio => drop_in::uninstall(&crio::CRIO, root),
+            Engine::Containerd => containerd::uninstall(root),
         }
     }
 
@@ -84,6 +89,14 @@ impl Engine {
             ],
             (Engine::Docker, None) => &["systemctl reload docker"],
             (Engine::Crio, Some(true)) | (Engine::Crio, None) => &["systemctl restart crio"],
+            (Engine::Containerd, Some(true)) | (Engine::Containerd, None) => {
+                &["systemctl restart containerd"]
+            }
+            (Engine::Containerd, Some(false)) => &[
+                "systemctl restart containerd",
+                "a RuntimeClass with handler: hull, and pods with its runtimeClassName",
+                "ctr run --runtime io.containerd.hull.v2 IMAGE ID",
+            ],
             (Engine::Crio, Some(false)) => &[
                 "systemctl restart crio",
                 "a RuntimeClass with handler: hull, and pods with its runtimeClassName",

@@ -113,6 +113,58 @@ fn what_is_installed_is_taken_back_exactly() {
 }
 
 #[test]
+fn containerds_file_gets_a_block_that_goes_again() {
+    let file = "etc/containerd/config.toml";
+    let cri =
+        "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"x\"\n";
+    for (text, plugin) in [
+        (None, "io.containerd.grpc.v1.cri"),
+        (Some("version = 2\n"), "io.containerd.grpc.v1.cri"),
+        (Some("version = 2"), "io.containerd.grpc.v1.cri"),
+        (Some(cri), "io.containerd.grpc.v1.cri"),
+        (Some("version = 3\n"), "io.containerd.cri.v1.runtime"),
+    ] {
+        let files: Vec<_> = text.into_iter().map(|text| (file, text)).collect();
+        let root = root(&files);
+        let before = everything(root.path());
+        install(Engine::Containerd, root.path(), false).unwrap();
+        let installed = fs::read_to_string(root.path().join(file)).unwrap();
+        let value: toml::Value = toml::from_str(&installed).unwrap();
+        let runtime = &value["plugins"][plugin]["containerd"]["runtimes"]["hull"];
+        assert_eq!(
+            runtime["runtime_type"].as_str(),
+            Some("io.containerd.hull.v2")
+        );
+        assert_eq!(install(Engine::Containerd, root.path(), false), None);
+        let change = Engine::Containerd.uninstall(root.path()).unwrap().unwrap();
+        change.apply().unwrap();
+        assert_eq!(everything(root.path()), before, "{text:?}");
+        assert_eq!(Engine::Containerd.uninstall(root.path()).unwrap(), None);
+    }
+    for (text, part) in [
+        ("[plugins.cri]\n", "version 1"),
+        ("version = 2\nx", "not TOML"),
+        (
+            "version = 2\nplugins = {\"io.containerd.grpc.v1.cri\" = {containerd = {runtimes = {}}}}\n",
+            "in one line",
+        ),
+    ] {
+        let root = root(&[(file, text)]);
+        let message = refused(Engine::Containerd.install(root.path(), RUNTIME_PATH, false));
+        assert!(message.contains(part), "{message}");
+    }
+    let root = root(&[]);
+    let message = refused(Engine::Containerd.install(root.path(), RUNTIME_PATH, true));
+    assert!(message.contains("--default"), "{message}");
+    install(Engine::Containerd, root.path(), false).unwrap();
+    let path = root.path().join(file);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("hull.v2", "other.v2")).unwrap();
+    let message = refused(Engine::Containerd.uninstall(root.path()));
+    assert!(message.contains("somebody has changed it"), "{message}");
+}
+
+#[test]
 fn dockers_file_keeps_what_is_in_it() {
     let old = "{\n    \"debug\": true,\n    \"runtimes\": {\n        \"x\": {\n            \"path\": \"/x\"\n        }\n    }\n}\n";
     let root = root(&[("etc/docker/daemon.json", old)]);
