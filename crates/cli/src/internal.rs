@@ -14,8 +14,8 @@ use hull_engine::unpacker;
 use hull_sandbox::role;
 use hull_sandbox::store::SandboxPath;
 
-use crate::bounded_log::BoundedLog;
 use crate::error::{self, Context, Error, HULL_FAILED, Result};
+use hull_sandbox::BoundedLog;
 
 /// The name by which container engines call the OCI runtime.
 const OCI_NAME: &str = "hull-oci";

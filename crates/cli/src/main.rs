@@ -4,7 +4,6 @@
 //! Its startup is part of every container's start: nothing is read, allocated or started here
 //! before a command needs it.
 
-mod bounded_log;
 mod cli;
 mod commands;
 mod completion;

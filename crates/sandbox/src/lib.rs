@@ -10,6 +10,7 @@
 //! hull's own, have. It never touches guest memory, and of what a guest wrote it parses only the
 //! agent's bounded protobuf answers.
 
+mod bounded_log;
 pub mod cgroup;
 pub mod config;
 mod container;
@@ -33,6 +34,7 @@ pub mod signals;
 pub mod store;
 pub mod timings;
 
+pub use bounded_log::BoundedLog;
 pub use container::Container;
 pub use error::{Context, Error, ErrorKind, Result};
 pub use events::{Event, EventKind};

@@ -423,9 +423,24 @@ impl Sandbox {
         });
     }
 
+    /// Ends a sandbox that would go on without containers, as one ends with its last container;
+    /// whether it has none that lives. Returns at once: see [`Sandbox::ended`].
+    pub fn end_if_idle(&self) -> bool {
+        self.change(|containers| {
+            let idle = containers.alive == 0;
+            containers.ending |= idle;
+            idle
+        })
+    }
+
     /// Whether no further container is created.
     pub fn is_ending(&self) -> bool {
         self.lock().ending
+    }
+
+    /// Whether nothing of it is left on the host.
+    pub fn is_over(&self) -> bool {
+        matches!(*self.0.stage.borrow(), Stage::Gone(_))
     }
 
     /// Lets a sandbox end that nobody has anything to do with but `holds` of its own: it was

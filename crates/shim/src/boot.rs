@@ -1,5 +1,6 @@
 //! Boots the machine of a pod, for its first container or when containerd asks for a sandbox.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use hull_sandbox::store::SandboxPath;
 use hull_sandbox::{Context, Hold, Result, Sandbox};
 
 use crate::Settings;
-use crate::pod::{Pod, follow};
+use crate::pod::{Pod, blocking, follow};
 use crate::stand_in::StandIn;
 
 /// Longest host name of a guest itself, characters: the beginning of the pod's id.
@@ -41,7 +42,8 @@ pub struct Wanted {
 /// # Errors
 /// The pod's name has characters that no id has.
 pub fn path(settings: &Settings, namespace: &str, pod: &str) -> Result<SandboxPath> {
-    let name = hull_oci::pod::directory_name(&format!("{pod}.{namespace}"))?;
+    // Neither has a plus.
+    let name = hull_oci::pod::directory_name(&format!("{pod}+{namespace}"))?;
     Ok(SandboxPath::new(&settings.run_directory, &name))
 }
 
@@ -84,8 +86,20 @@ impl Wanted {
             end: self.end,
             began_ns: 0,
         };
-        let (dir, listener) = launch::claim(&self.path)?;
-        let sandbox = Sandbox::boot(config, dir, disks).await?;
+        let path = self.path.clone();
+        let (dir, listener) = blocking(move || launch::claim(&path)).await?;
+        let booted = async {
+            // What the device process and the machine say is where it is looked for when they end.
+            let messages = File::options().append(true).open(self.path.diagnostics());
+            let messages = messages.context(|| "open the log of the sandbox")?;
+            rustix::stdio::dup2_stderr(&messages).context(|| "redirect standard error")?;
+            Sandbox::boot(config, dir, disks).await
+        };
+        let sandbox = booted.await.inspect_err(|_| {
+            // The error that is reported is the one that made this necessary.
+            let _ = self.path.sweep();
+        })?;
+        pod.set_sandbox(Some(sandbox.clone()));
         let hold = sandbox.hold();
         tokio::spawn(follow(pod.clone(), sandbox.clone()));
         let served = sandbox.clone();

@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use hull_sandbox::{Context, Error, Result, control};
+use hull_sandbox::{Context, Error, Result};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use rustix::fs::OFlags;
@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::flags::Flags;
-use crate::{NAME, Settings, boot, create};
+use crate::{NAME, Settings, create};
 
 /// Where shims have their sockets, unless containerd names another directory.
 const SOCKETS: &str = "/run/containerd/s";
@@ -68,15 +68,18 @@ pub fn start(flags: &Flags) -> Result<()> {
         .filter(|directory| !directory.is_empty())
         .map_or_else(|| PathBuf::from(SOCKETS), PathBuf::from);
     let socket = socket(&directory, flags, &group)?;
-    if let Some(listener) = listen(&socket)?
-        && let Err(error) = spawn(flags, &bundle, listener)
-    {
-        // Nobody listens.
-        let _ = fs::remove_file(&socket);
-        return Err(error);
-    }
     let address = format!("unix://{}", socket.display());
-    write_address(&bundle, &address)?;
+    if let Some(listener) = listen(&socket)? {
+        let started =
+            write_address(&bundle, &address).and_then(|()| spawn(flags, &bundle, listener));
+        if let Err(error) = started {
+            // Nobody listens.
+            let _ = fs::remove_file(&socket);
+            return Err(error);
+        }
+    } else {
+        write_address(&bundle, &address)?;
+    }
     let answer = match (parameters, std::env::var_os("GRPC_ADDRESS")) {
         (Some(_), _) => BootstrapResult {
             version: MODERN_VERSION,
@@ -234,36 +237,18 @@ fn write_address(bundle: &Path, address: &str) -> Result<()> {
 /// how it has ended.
 ///
 /// # Errors
-/// Something cannot be removed.
+/// The bundle is not there, or standard output is closed. What cannot be removed is said, and does
+/// not keep the rest from being removed.
 pub fn delete(flags: &Flags, settings: &Settings) -> Result<()> {
     let bundle = match &flags.bundle {
         Some(bundle) => bundle.clone(),
         None => std::env::current_dir().context(|| "find the bundle")?,
     };
-    let root = create::root(settings, &flags.namespace);
-    let mut status = KILLED;
-    let mut ended_ns = hull_sandbox::store::unix_time_ns();
-    if let Ok(container) = root.find(&flags.id) {
-        let record = container.record();
-        if let Ok(record) = &record {
-            if let Ok(known) = container.status(record)
-                && let Some(exit) = known.exit
-            {
-                status = exit.status.unsigned_abs();
-                ended_ns = exit.at_ns;
-            }
-            if let Some(sandbox) = &record.sandbox {
-                control::remove(sandbox, &record.id)?;
-            }
-            record.details.groups.remove()?;
-        }
-        container.remove()?;
-    }
-    // The machine of a pod that has no container for it.
-    let sandbox = boot::path(settings, &flags.namespace, &flags.id)?;
-    sandbox.kill()?;
-    sandbox.wait_for_end()?;
-    sandbox.sweep()?;
+    let exit = create::clear(settings, &flags.namespace, &flags.id);
+    let (status, ended_ns) = exit.map_or_else(
+        || (KILLED, hull_sandbox::store::unix_time_ns()),
+        |exit| (exit.status.unsigned_abs(), exit.at_ns),
+    );
     // The socket of a server that lives is another container's of the pod.
     if let Ok(address) = fs::read_to_string(bundle.join("address"))
         && let Some(socket) = address.trim().strip_prefix("unix://")

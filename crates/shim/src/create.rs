@@ -17,15 +17,15 @@ use hull_sandbox::cgroup::Place;
 use hull_sandbox::config::{
     CgroupConfig, ContainerConfig, MachineConfig, Stdio, given_file, is_network_sysctl,
 };
-use hull_sandbox::store::{ProcessId, State, roots};
-use hull_sandbox::{Context, Error, Reason, Result, Sandbox};
-use oci_spec::runtime::LinuxResources;
+use hull_sandbox::store::{Exit, ProcessId, State, Status, roots};
+use hull_sandbox::{Context, Error, ErrorKind, Reason, Result, Sandbox, control};
+use oci_spec::runtime::{Hooks, LinuxResources};
 use protobuf::MessageField;
 use serde_json::value::to_raw_value;
 
 use crate::Settings;
 use crate::boot::{self, Wanted};
-use crate::pod::{Container, Pod};
+use crate::pod::{Container, Pod, blocking};
 use crate::process::Process;
 use crate::stand_in::StandIn;
 use crate::stdio::Paths;
@@ -52,6 +52,76 @@ pub fn root(settings: &Settings, namespace: &str) -> Root {
     }
 }
 
+/// Removes what a container has on the host whose shim is no more; how it had ended, if that is
+/// known. What cannot be removed is said, and does not keep the rest from being removed.
+pub fn clear(settings: &Settings, namespace: &str, id: &str) -> Option<Exit> {
+    let warn = |result: Result<()>| {
+        if let Err(error) = result {
+            tracing::warn!("{error}");
+        }
+    };
+    let mut exit = None;
+    let stored = root(settings, namespace).find(id).ok();
+    let record = stored.as_ref().and_then(|stored| stored.record().ok());
+    if let (Some(stored), Some(record)) = (&stored, &record) {
+        if let Ok(Some(status)) = Status::read(&stored.directory) {
+            exit = status.exit;
+        }
+        // Frozen processes cannot end.
+        record.details.groups.thaw();
+        if let Some(sandbox) = &record.sandbox {
+            warn(control::remove(sandbox, &record.id));
+        }
+    }
+    // The machine of a pod that has no container for it.
+    warn(boot::path(settings, namespace, id).and_then(|sandbox| {
+        sandbox.kill()?;
+        sandbox.wait_for_end()?;
+        sandbox.sweep()
+    }));
+    if let (Some(stored), Some(record)) = (&stored, &record) {
+        if let Some(hooks) = hooks_of(stored) {
+            let state = state(record, State::Stopped, 0);
+            let warn = |warning: &str| tracing::warn!("{warning}");
+            hooks::run_all("poststop", hooks.poststop().as_ref(), &state, warn);
+        }
+        warn(record.details.groups.remove());
+    }
+    if let Some(stored) = &stored {
+        warn(stored.remove());
+    }
+    exit
+}
+
+/// The hooks of a container.
+pub fn hooks_of(stored: &Stored) -> Option<Hooks> {
+    let config = stored.config().ok()?;
+    let hooks = config.get("hooks").filter(|hooks| !hooks.is_null())?;
+    serde_json::from_value(hooks.clone())
+        .inspect_err(|error| tracing::warn!("cannot read the hooks: {error}"))
+        .ok()
+}
+
+/// The directory of a new container, in place of one that another shim has left.
+fn claim(settings: &Settings, namespace: &str, id: &str) -> Result<Stored> {
+    let root = root(settings, namespace);
+    if let Err(error) = roots::register(&settings.run_directory, &root.path) {
+        tracing::warn!("{error}");
+    }
+    let claimed = root.claim(id);
+    match claimed {
+        Err(error) if error.kind == ErrorKind::Exists => {
+            let left = root.find(id).and_then(|stored| stored.record());
+            if left.is_ok_and(|record| record.creator.lives() || record.sandbox_lives()) {
+                return Err(error);
+            }
+            clear(settings, namespace, id);
+            root.claim(id)
+        }
+        claimed => claimed,
+    }
+}
+
 /// Creates a container, whose init then waits to be started.
 ///
 /// # Errors
@@ -59,29 +129,28 @@ pub fn root(settings: &Settings, namespace: &str) -> Root {
 /// guest refuses the container. Nothing of it remains.
 pub async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Arc<Container>> {
     // One at a time: the first one boots the sandbox that the others are in.
-    let mut place = pod.sandbox.lock().await;
-    let bundle = Bundle::load(Path::new(&request.bundle))?;
-    let root = root(&pod.settings, &pod.namespace);
-    let stored = root.claim(&request.id)?;
-    let mut record = new_record(&stored, &bundle, &root.path);
-    record.engine = "containerd".to_owned();
+    let _creating = pod.creating.lock().await;
+    let (of_pod, path, id) = (pod.clone(), request.bundle.clone(), request.id.clone());
+    let (bundle, stored, record) = blocking(move || {
+        let bundle = Bundle::load(Path::new(&path))?;
+        let stored = claim(&of_pod.settings, &of_pod.namespace, &id)?;
+        let root = root(&of_pod.settings, &of_pod.namespace);
+        let mut record = new_record(&stored, &bundle, &root.path);
+        record.engine = "containerd".to_owned();
+        Ok((Arc::new(bundle), stored, record))
+    })
+    .await?;
     let mut making = Making {
         pod,
         bundle,
         record,
         stored,
-        sandbox: place.clone(),
+        sandbox: pod.sandbox(),
         own_sandbox: false,
         shares: Vec::new(),
     };
-    if let Err(error) = roots::register(&pod.settings.run_directory, &root.path) {
-        tracing::warn!("{error}");
-    }
     match making.make(request).await {
-        Ok(container) => {
-            *place = making.sandbox;
-            Ok(container)
-        }
+        Ok(container) => Ok(container),
         Err(error) => {
             making.undo().await;
             Err(error)
@@ -91,7 +160,7 @@ pub async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Arc<C
 
 struct Making<'a> {
     pod: &'a Arc<Pod>,
-    bundle: Bundle,
+    bundle: Arc<Bundle>,
     record: Record,
     stored: Stored,
     sandbox: Option<Sandbox>,
@@ -101,25 +170,32 @@ struct Making<'a> {
     shares: Vec<String>,
 }
 
+/// What the bundle and containerd ask for.
+fn plan(bundle: &Bundle, request: &CreateTaskRequest) -> Result<Plan> {
+    if !request.checkpoint.is_empty() {
+        return Err(Error::unsupported("a container from a checkpoint"));
+    }
+    let mut plan = Plan::new(&request.id, bundle)?;
+    match request.rootfs.as_slice() {
+        [] => {}
+        [mount] => plan.mount_root(&mount.type_, &mount.source, &mount.options)?,
+        _ => {
+            return Err(Error::unsupported(
+                "a root file system of several mounts on top of each other",
+            ));
+        }
+    }
+    for note in &plan.notes {
+        tracing::warn!("container {}: {note}", request.id);
+    }
+    Ok(plan)
+}
+
 impl Making<'_> {
     async fn make(&mut self, request: &CreateTaskRequest) -> Result<Arc<Container>> {
-        if !request.checkpoint.is_empty() {
-            return Err(Error::unsupported("a container from a checkpoint"));
-        }
         self.stored.store(&self.record)?;
-        let mut plan = Plan::new(&request.id, &self.bundle)?;
-        match request.rootfs.as_slice() {
-            [] => {}
-            [mount] => plan.mount_root(&mount.type_, &mount.source, &mount.options)?,
-            _ => {
-                return Err(Error::unsupported(
-                    "a root file system of several mounts on top of each other",
-                ));
-            }
-        }
-        for note in &plan.notes {
-            tracing::warn!("container {}: {note}", request.id);
-        }
+        let (bundle, asked) = (self.bundle.clone(), request.clone());
+        let mut plan = blocking(move || plan(&bundle, &asked)).await?;
         let config = serde_json::to_vec(&self.bundle.config).context(|| "keep config.json")?;
         self.stored.store_config(&config)?;
         let paths = Paths {
@@ -128,20 +204,21 @@ impl Making<'_> {
             stderr: request.stderr.clone(),
             terminal: plan.terminal,
         };
-        let opened = paths.open()?;
+        let opened = paths.open(&request.id, &self.pod.namespace).await?;
         let first = self.sandbox.is_none();
         let place = self.place(&plan)?;
         plan.place(place.path());
         self.join(&mut plan)?;
         let hold = match &self.sandbox {
             Some(sandbox) => sandbox.hold(),
-            None => self.boot(&plan, &place).await?,
+            None => self.boot(&plan, place).await?,
         };
         // It was booted, or was there.
         let Some(sandbox) = self.sandbox.clone() else {
             return Err(Error::new("the sandbox was not booted"));
         };
-        let stand_in = StandIn::start(&plan.network)?;
+        let network = plan.network.clone();
+        let stand_in = blocking(move || StandIn::start(&network)).await?;
         self.record.details.keeper = ProcessId::of(stand_in.pid).unwrap_or_default();
         self.record.sandbox = Some(sandbox.path().clone());
         self.stored.store(&self.record)?;
@@ -149,8 +226,12 @@ impl Making<'_> {
         if first {
             boot::connect(self.pod, &sandbox, &stand_in).await?;
         }
-        let mounts = plan.shares.iter().map(HostShare::open);
-        let mounts = mounts.collect::<Result<Vec<_>>>()?;
+        let (mut plan, mounts) = blocking(move || {
+            let mounts = plan.shares.iter().map(HostShare::open);
+            let mounts = mounts.collect::<Result<Vec<_>>>()?;
+            Ok((plan, mounts))
+        })
+        .await?;
         let shares: Vec<_> = plan
             .shares
             .iter()
@@ -175,13 +256,25 @@ impl Making<'_> {
                 to_raw_value(&plan.spec).context(|| "encode the spec")?,
             )
         };
-        let directory = self.stored.directory.try_clone()?;
-        let names = std::mem::take(&mut self.shares);
-        let mut process = sandbox.create(config, directory, names).await?;
+        let (directory, kept) = (
+            self.stored.directory.try_clone()?,
+            self.stored.directory.try_clone()?,
+        );
+        let mut process = sandbox
+            .create(config, directory, self.shares.clone())
+            .await?;
+        // They go with the container.
+        self.shares.clear();
         drop(hold);
         let inner = process.container().clone();
+        let io = match opened.connect(process.take_streams()) {
+            Ok(io) => io,
+            Err(error) => {
+                inner.delete().await?;
+                return Err(error);
+            }
+        };
         let init = Arc::new(Process::new(&request.id, "", stand_in.pid, paths));
-        let io = opened.connect(process.take_streams())?;
         let process = init.enter(process, io);
         let container = Arc::new(Container {
             id: request.id.clone(),
@@ -191,7 +284,7 @@ impl Making<'_> {
             execs: Mutex::default(),
             stand_in,
             stored: Stored {
-                directory: self.stored.directory.try_clone()?,
+                directory: kept,
                 id: self.stored.id.clone(),
             },
             record: Mutex::new(self.record.clone()),
@@ -284,7 +377,7 @@ impl Making<'_> {
     }
 
     /// Boots the machine. What is returned keeps it until there is a container.
-    async fn boot(&mut self, plan: &Plan, place: &Place) -> Result<hull_sandbox::Hold> {
+    async fn boot(&mut self, plan: &Plan, place: Place) -> Result<hull_sandbox::Hold> {
         let (memory, cpus) = size(&self.bundle.annotations, self.resources());
         let mut wanted = Wanted::new(self.pod, memory, cpus)?;
         self.record.sandbox = Some(wanted.path.clone());
@@ -293,7 +386,9 @@ impl Making<'_> {
         self.stored.store(&self.record)?;
         // If this fails, the groups are not this container's.
         self.record.details.groups = Default::default();
-        self.record.details.groups = place.make(self.resources(), MachineConfig::OVERHEAD)?;
+        let resources = self.resources().cloned();
+        self.record.details.groups =
+            blocking(move || place.make(resources.as_ref(), MachineConfig::OVERHEAD)).await?;
         if limits::memory(self.resources()).is_some() {
             wanted.bounds.memory = None;
         }
@@ -302,7 +397,8 @@ impl Making<'_> {
         self.stored.store(&self.record)?;
         wanted.cgroup = CgroupConfig::JoinMachine(self.record.details.groups.directories.clone());
         wanted.disks = plan.disks.iter().map(|disk| disk.device).collect();
-        let disks = plan.disks.iter().map(disks::open).collect::<Result<_>>()?;
+        let disks = plan.disks.clone();
+        let disks = blocking(move || disks.iter().map(disks::open).collect()).await?;
         let (sandbox, hold) = wanted.boot(self.pod, disks).await?;
         self.own_sandbox = true;
         self.sandbox = Some(sandbox);
@@ -314,12 +410,12 @@ impl Making<'_> {
             return Ok(());
         };
         let state = state(&self.record, State::Creating, pid);
-        let running = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             #[allow(deprecated)] // Engines use it: Docker sets up its network so.
             hooks::run("prestart", hooks.prestart().as_ref(), &state)?;
             hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state)
-        });
-        running.await.context(|| "run the hooks")?
+        })
+        .await
     }
 
     /// Removes everything that was created.
@@ -333,11 +429,13 @@ impl Making<'_> {
             if self.own_sandbox {
                 sandbox.shutdown(Reason::Removed);
                 sandbox.ended().await;
+                self.pod.set_sandbox(None);
             } else if !self.shares.is_empty() {
                 sandbox.remove_shares(&self.shares).await;
             }
         }
-        warn(self.record.details.groups.remove());
+        let groups = self.record.details.groups.clone();
+        warn(blocking(move || groups.remove()).await);
         warn(self.stored.remove());
     }
 }
@@ -404,6 +502,13 @@ async fn conclude(pod: Arc<Pod>, container: Arc<Container>, process: Arc<hull_sa
         exec.ended().await;
     }
     container.init.conclude(exit, &pod.events);
+    if !container.stored.directory.is_there() {
+        // Somebody else has removed it: containerd's `delete`, of a shim that was slow to answer.
+        pod.remove(&container.id);
+        if pod.is_over() {
+            pod.leave();
+        }
+    }
 }
 
 /// The same for a further process.

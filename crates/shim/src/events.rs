@@ -25,8 +25,8 @@ use crate::flags::Flags;
 /// Events that wait for containerd. A guest decides how many there are: further ones are lost.
 const AHEAD: usize = 2048;
 
-/// How often an event is tried, and the first pause, which doubles: a containerd that is restarted
-/// is back within half a minute.
+/// How often an event is tried, and the first pause, which doubles: within a quarter of a minute a
+/// containerd that is restarted is back.
 const TRIES: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -100,6 +100,14 @@ impl Publisher {
             queue,
         };
         (publisher, publishing)
+    }
+
+    /// Tells of an event that a guest can make happen as often as it wants: further ones are left
+    /// out while many others wait.
+    pub fn publish_if_idle<E: TaskEvent>(&self, event: &E) {
+        if self.queue.capacity() > AHEAD / 2 {
+            self.publish(event);
+        }
     }
 
     /// Tells of an event that happens now.

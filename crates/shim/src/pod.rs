@@ -1,19 +1,27 @@
 //! The pod of a shim: its sandbox, which is booted for the first container, and its containers.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use hull_oci::container::{Container as Stored, Record};
+use hull_sandbox::cgroup::Groups;
 use hull_sandbox::events::EventLog;
-use hull_sandbox::{Error, EventKind, Reason, Result, Sandbox};
+use hull_sandbox::{Context, Error, EventKind, Reason, Result, Sandbox};
 use tokio::sync::{Notify, broadcast};
 
 use crate::Settings;
 use crate::events::Publisher;
+use crate::flags::Flags;
 use crate::process::{Process, lock};
 use crate::sandbox::Holder;
 use crate::stand_in::StandIn;
 use containerd_shim_protos::events::task::TaskOOM;
+
+/// How long a sandbox without containers may take to end by itself.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A pod, or a container alone.
 pub struct Pod {
@@ -25,8 +33,16 @@ pub struct Pod {
     pub id: String,
     /// Tells containerd what happens.
     pub events: Publisher,
+    /// Its own socket.
+    socket: PathBuf,
     /// Held while a container is created: one at a time finds the sandbox or boots it.
-    pub sandbox: tokio::sync::Mutex<Option<Sandbox>>,
+    pub creating: tokio::sync::Mutex<()>,
+    /// The sandbox, from the moment when its machine is started.
+    sandbox: Mutex<Option<Sandbox>>,
+    /// Control groups of containers that were deleted while the machine was still in them.
+    groups: Mutex<Vec<Groups>>,
+    /// Calls that create something.
+    busy: AtomicUsize,
     /// What holds a pod of containerd's sandbox service.
     pub holder: Mutex<Option<Holder>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -56,13 +72,17 @@ pub struct Container {
 
 impl Pod {
     /// A pod without containers.
-    pub fn new(settings: Settings, namespace: String, id: String, events: Publisher) -> Self {
+    pub fn new(settings: Settings, flags: &Flags, socket: PathBuf, events: Publisher) -> Self {
         Self {
             settings,
-            namespace,
-            id,
+            namespace: flags.namespace.clone(),
+            id: flags.id.clone(),
             events,
-            sandbox: tokio::sync::Mutex::default(),
+            socket,
+            creating: tokio::sync::Mutex::default(),
+            sandbox: Mutex::default(),
+            groups: Mutex::default(),
+            busy: AtomicUsize::new(0),
             holder: Mutex::default(),
             containers: Mutex::default(),
             done: Notify::new(),
@@ -95,18 +115,111 @@ impl Pod {
 
     /// Whether nothing is left of it that containerd has not deleted.
     pub fn is_over(&self) -> bool {
-        lock(&self.containers).is_empty() && lock(&self.holder).is_none()
+        self.busy.load(Ordering::Relaxed) == 0
+            && lock(&self.containers).is_empty()
+            && lock(&self.holder).is_none()
     }
 
-    /// Ends the sandbox, if there is one, and waits until nothing of it is left.
+    /// Somebody creates something of it, as long as the result lives.
+    pub fn work(self: &Arc<Self>) -> Work {
+        self.busy.fetch_add(1, Ordering::Relaxed);
+        Work(self.clone())
+    }
+
+    /// The shim ends, after the answer to the call at hand. A shim that is started for the same id
+    /// from now on has a socket of its own.
+    pub fn leave(&self) {
+        // Gone already is as good.
+        let _ = std::fs::remove_file(&self.socket);
+        self.done.notify_one();
+    }
+
+    /// The sandbox, if there is one.
+    pub fn sandbox(&self) -> Option<Sandbox> {
+        lock(&self.sandbox).clone()
+    }
+
+    /// The sandbox is there, or is no more.
+    pub fn set_sandbox(&self, sandbox: Option<Sandbox>) {
+        *lock(&self.sandbox) = sandbox;
+    }
+
+    /// Ends the sandbox, if there is one, and waits until nothing of it is left: as it ends with
+    /// its last container if it has none, by force after a while.
     pub async fn end(&self, reason: Reason) {
-        // Not held while the sandbox ends: others ask for it.
-        let sandbox = self.sandbox.lock().await.clone();
-        if let Some(sandbox) = sandbox {
+        let Some(sandbox) = self.sandbox() else {
+            return;
+        };
+        let ended = sandbox.ended();
+        if !sandbox.end_if_idle() || tokio::time::timeout(END_TIMEOUT, ended).await.is_err() {
             sandbox.shutdown(reason);
             sandbox.ended().await;
         }
     }
+
+    /// Control groups of a container that is deleted: they go when the machine is not in them.
+    pub async fn let_go_of(&self, groups: Groups) {
+        lock(&self.groups).push(groups);
+        let alone = lock(&self.containers).len() <= 1;
+        if let Some(sandbox) = self.sandbox() {
+            match alone && sandbox.is_ending() {
+                // With its last container.
+                true => drop(sandbox.ended().await),
+                // The machine goes on, or has ended.
+                false if sandbox.is_over() => {}
+                false => return,
+            }
+        }
+        self.remove_groups().await;
+    }
+
+    async fn remove_groups(&self) {
+        let all = std::mem::take(&mut *lock(&self.groups));
+        let removing = blocking(move || {
+            for groups in all {
+                if let Err(error) = groups.remove() {
+                    tracing::warn!("{error}");
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = removing.await {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// Removes what the containers have on the host that containerd did not delete.
+    pub async fn clean_up(&self) {
+        for container in self.containers() {
+            self.remove(&container.id);
+            let groups = lock(&container.record).details.groups.clone();
+            lock(&self.groups).push(groups);
+            if let Err(error) = container.stored.remove() {
+                tracing::warn!("{error}");
+            }
+        }
+        self.remove_groups().await;
+    }
+}
+
+/// A call that creates something.
+pub struct Work(Arc<Pod>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Does what takes the host's time, or waits, beside the event loop, on which the sandbox runs.
+///
+/// # Errors
+/// Those of the work.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let working = tokio::task::spawn_blocking(work);
+    working.await.context(|| "work beside the event loop")?
 }
 
 impl Container {
@@ -133,12 +246,11 @@ impl Container {
 pub async fn follow(pod: Arc<Pod>, sandbox: Sandbox) {
     let mut events = sandbox.events();
     let log = EventLog::of(sandbox.path());
-    let mut ended = std::pin::pin!(sandbox.ended());
     loop {
         let event = tokio::select! {
             biased;
             event = events.recv() => event,
-            _ = &mut ended => match events.try_recv() {
+            _ = sandbox.ended() => match events.try_recv() {
                 Ok(event) => Ok(event),
                 Err(_) => return,
             },
@@ -146,7 +258,7 @@ pub async fn follow(pod: Arc<Pod>, sandbox: Sandbox) {
         match event {
             Ok(event) => {
                 if let EventKind::Oom { container } = &event.kind {
-                    pod.events.publish(&TaskOOM {
+                    pod.events.publish_if_idle(&TaskOOM {
                         container_id: container.clone(),
                         ..TaskOOM::default()
                     });

@@ -4,7 +4,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::events::task::TaskExit;
-use hull_sandbox::Result;
 use hull_sandbox::store::Exit;
 use protobuf::MessageField;
 use serde_json::value::RawValue;
@@ -12,6 +11,7 @@ use tokio::sync::watch;
 
 use crate::bootstrap::timestamp;
 use crate::events::Publisher;
+use crate::stand_in::StandIn;
 use crate::stdio::{Io, Paths};
 
 /// Exit status of a process that could not be started.
@@ -26,6 +26,8 @@ pub struct Process {
     pub exec: String,
     /// What containerd knows as its process id.
     pub pid: i32,
+    /// What has that id, of a further process.
+    pub stand_in: Option<StandIn>,
     /// Where its streams lead.
     pub paths: Paths,
     /// Its OCI process object, of one that is added and not started.
@@ -45,6 +47,7 @@ impl Process {
             container: container.to_owned(),
             exec: exec.to_owned(),
             pid,
+            stand_in: None,
             paths,
             added: Mutex::default(),
             inner: Mutex::default(),
@@ -119,14 +122,6 @@ impl Process {
         if let Some(io) = io {
             io.drained().await;
         }
-    }
-
-    /// Opens its streams on the host.
-    ///
-    /// # Errors
-    /// Those of [`Paths::open`].
-    pub fn open(&self) -> Result<crate::stdio::Opened> {
-        self.paths.open()
     }
 }
 

@@ -25,10 +25,10 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use crate::boot::{self, Wanted};
 use crate::bootstrap::timestamp;
-use crate::pod::Pod;
+use crate::pod::{Pod, blocking};
 use crate::process::lock;
 use crate::stand_in::StandIn;
-use crate::task::answer;
+use crate::task::{answer, to_the_end};
 
 /// What the CRI plugin looks for.
 const READY: &str = "SANDBOX_READY";
@@ -231,20 +231,20 @@ impl SandboxService {
     }
 
     async fn start(&self) -> Result<StartSandboxResponse> {
-        let mut place = self.0.sandbox.lock().await;
-        if place.is_some() {
+        let _creating = self.0.creating.lock().await;
+        if self.0.sandbox().is_some() {
             return Err(Error::wrong_state("the sandbox was started before"));
         }
         let (wanted, network) = self.wanted()?;
-        let stand_in = StandIn::start(&network)?;
+        let stand_in = blocking(move || StandIn::start(&network)).await?;
         let (sandbox, hold) = wanted.boot(&self.0, Vec::new()).await?;
         if let Err(error) = boot::connect(&self.0, &sandbox, &stand_in).await {
             sandbox.shutdown(Reason::Removed);
             sandbox.ended().await;
+            self.0.set_sandbox(None);
             return Err(error);
         }
         drop(hold);
-        *place = Some(sandbox.clone());
         let pid = stand_in.pid;
         let started_ns = unix_time_ns();
         if let Some(holder) = &mut *lock(&self.0.holder) {
@@ -266,7 +266,7 @@ impl SandboxService {
     }
 
     async fn wait(&self) -> Result<Exit> {
-        let sandbox = self.0.sandbox.lock().await.clone();
+        let sandbox = self.0.sandbox();
         let sandbox = sandbox.ok_or_else(|| Error::not_found("the sandbox was not started"))?;
         let ended = sandbox.ended().await;
         Ok(Exit::because(0, ended.reason))
@@ -350,7 +350,8 @@ impl Service for SandboxService {
         _: &TtrpcContext,
         _: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
-        self.answer(self.start().await)
+        let service = Self(self.0.clone());
+        to_the_end(&self.0, async move { service.start().await }).await
     }
 
     async fn platform(
@@ -413,7 +414,7 @@ impl Service for SandboxService {
         _: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.0.end(Reason::Removed).await;
-        self.0.done.notify_one();
+        self.0.leave();
         Ok(ShutdownSandboxResponse::default())
     }
 

@@ -1,5 +1,6 @@
 //! The process that stays: the shim of a pod, from its first to its last moment.
 
+use std::fs::File;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
-use hull_sandbox::{Context, Error, Reason, Result, role};
+use hull_sandbox::{BoundedLog, Context, Error, Reason, Result, role};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport};
@@ -32,41 +33,43 @@ const LAST_EVENTS: Duration = Duration::from_secs(10);
 pub fn run(flags: Flags, settings: impl FnOnce() -> Result<Settings>) -> Result<()> {
     // It is executed as /proc/self/exe; people and their tools look for this name.
     let _ = rustix::thread::set_name(c"containerd-shim");
-    // The leader of a process group cannot lead a session: then it does already.
-    let _ = rustix::process::setsid();
-    // If this fails, starting the machine reports a limit that is too low.
+    // `start` has made it a process group of its own, whose leader cannot lead a session: signals
+    // to containerd's group do not come here. If this fails, starting the machine reports a limit
+    // that is too low.
     let _ = hull_jail::raise_open_files();
-    log(&flags);
+    log(&flags)?;
     let settings = settings()?;
     let listener = listener()?;
-    let socket = listener
-        .local_addr()
-        .ok()
-        .and_then(|address| address.as_pathname().map(PathBuf::from));
+    let address = listener.local_addr().ok();
+    let socket = address
+        .as_ref()
+        .and_then(|address| address.as_pathname())
+        .map(PathBuf::from)
+        .unwrap_or_default();
     role::enter_mount_namespace()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context(|| "start the event loop")?;
-    let served = runtime.block_on(serve(flags, settings, listener));
-    if let Some(socket) = socket {
-        // Nobody answers there any more.
-        let _ = std::fs::remove_file(socket);
-    }
-    served
+    runtime.block_on(serve(flags, settings, listener, socket))
 }
 
-fn log(flags: &Flags) {
+/// Messages go to the log that containerd reads; standard error is the sandbox's from its boot on.
+fn log(flags: &Flags) -> Result<()> {
     let level = match flags.debug {
         true => tracing::Level::DEBUG,
         false => tracing::Level::INFO,
     };
+    let log = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stderr(), 3);
+    let log = File::from(log.context(|| "keep the log")?);
     // A second one is not set.
     let _ = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(Arc::new(BoundedLog::on(Some(log), flags.debug)))
         .with_ansi(false)
+        .log_internal_errors(false)
         .with_max_level(level)
         .try_init();
+    Ok(())
 }
 
 /// The listening socket, which is not passed on to processes that are started here.
@@ -91,14 +94,14 @@ fn listener() -> Result<StdListener> {
     }
 }
 
-async fn serve(flags: Flags, settings: Settings, listener: StdListener) -> Result<()> {
+async fn serve(
+    flags: Flags,
+    settings: Settings,
+    listener: StdListener,
+    socket: PathBuf,
+) -> Result<()> {
     let (events, publishing) = Publisher::start(&flags);
-    let pod = Arc::new(Pod::new(
-        settings,
-        flags.namespace.clone(),
-        flags.id.clone(),
-        events,
-    ));
+    let pod = Arc::new(Pod::new(settings, &flags, socket, events));
     let mut services = create_task(Arc::new(TaskService(pod.clone())));
     for name in TASKS {
         if !services.contains_key(name) {
@@ -121,13 +124,12 @@ async fn serve(flags: Flags, settings: Settings, listener: StdListener) -> Resul
     let mut terminate = signal(SignalKind::terminate()).context(|| "listen for SIGTERM")?;
     tokio::select! {
         () = pod.done.notified() => {}
-        _ = terminate.recv() => {
-            pod.end(Reason::Terminated).await;
-        }
+        _ = terminate.recv() => pod.leave(),
     }
-    // The answer to the last call is on its way.
     server.stop_listen().await;
-    pod.end(Reason::Removed).await;
+    pod.end(Reason::Terminated).await;
+    pod.clean_up().await;
+    // The answer to the last call is on its way.
     server.disconnect().await;
     drop(server);
     // What publishes ends with the last who has something to tell.

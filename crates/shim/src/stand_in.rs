@@ -30,10 +30,21 @@ impl StandIn {
     /// # Errors
     /// The namespace cannot be opened, made or entered; there are too many threads.
     pub fn start(network: &Network) -> Result<Self> {
-        let network = match network {
+        Self::enter(match network {
             Network::New => Namespace::new()?,
             Network::Path(path) => Namespace::open(path)?,
-        };
+        })
+    }
+
+    /// One for a further process of the same container.
+    ///
+    /// # Errors
+    /// There are too many threads.
+    pub fn another(&self) -> Result<Self> {
+        Self::enter(self.network.clone())
+    }
+
+    fn enter(network: Namespace) -> Result<Self> {
         let (end, ended) = mpsc::channel::<()>();
         let (answer, answered) = mpsc::sync_channel(1);
         let inside = network.clone();

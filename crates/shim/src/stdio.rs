@@ -3,16 +3,20 @@
 //! containerd makes fifos and opens the other ends. They are held open in both directions, so that
 //! a containerd that is restarted finds them as they were, and what is written meanwhile waits.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use command_fds::{CommandFdExt, FdMapping};
 use hull_sandbox::{Context, Error, Result};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -22,6 +26,9 @@ use tokio::task::JoinHandle;
 /// Bytes that are copied at once: a pipe takes 64 KiB, and each stream of each container has such a
 /// buffer while it flows.
 const PIECE: usize = 16 << 10;
+
+/// How long a program that takes output may take to become ready; as containerd's own shim.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long what a process wrote may wait for a reader that takes nothing, when it is deleted.
 const UNREAD_GRACE: Duration = Duration::from_secs(2);
@@ -60,22 +67,118 @@ pub struct Opened {
 }
 
 impl Paths {
-    /// Opens all.
+    /// Opens all. A program that takes the output is started; it is told whose it is.
     ///
     /// # Errors
     /// One cannot be opened; `Unsupported` for a kind that hull does not write to.
-    pub fn open(&self) -> Result<Opened> {
+    pub async fn open(&self, id: &str, namespace: &str) -> Result<Opened> {
         let stdin = Some(&self.stdin).filter(|path| !path.is_empty());
+        let (stdout, stderr) = match self.stdout.strip_prefix("binary://") {
+            Some(program) => logger(program, id, namespace).await?,
+            None => (
+                sink(&self.stdout)?,
+                match self.terminal {
+                    true => Sink::Nowhere,
+                    false => sink(&self.stderr)?,
+                },
+            ),
+        };
         Ok(Opened {
             stdin: stdin.map(PathBuf::from),
-            stdout: sink(&self.stdout)?,
-            stderr: match self.terminal {
-                true => Sink::Nowhere,
-                false => sink(&self.stderr)?,
-            },
+            stdout,
+            stderr,
             terminal: self.terminal,
         })
     }
+}
+
+/// Starts a program that takes the output of a process, as containerd's own shim does: its path and
+/// its arguments are a URI, standard output is its descriptor 3, standard error 4, and it closes 5
+/// when it is ready.
+async fn logger(uri: &str, id: &str, namespace: &str) -> Result<(Sink, Sink)> {
+    let (path, query) = uri.split_once('?').unwrap_or((uri, ""));
+    let doing = || format!("start {path} for the output of {id}");
+    let (stdout, stdout_writer) = std::io::pipe().context(doing)?;
+    let (stderr, stderr_writer) = std::io::pipe().context(doing)?;
+    let (ready, ready_writer) = std::io::pipe().context(doing)?;
+    let mut command = tokio::process::Command::new(path);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        command.arg(decoded(name));
+        if !value.is_empty() {
+            command.arg(decoded(value));
+        }
+    }
+    command
+        .env("CONTAINER_ID", id)
+        .env("CONTAINER_NAMESPACE", namespace)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let descriptors: [OwnedFd; 3] = [stdout.into(), stderr.into(), ready_writer.into()];
+    let mappings = descriptors
+        .into_iter()
+        .zip(3..)
+        .map(|(parent_fd, child_fd)| FdMapping {
+            parent_fd,
+            child_fd,
+        });
+    command
+        .fd_mappings(mappings.collect())
+        .context(|| "pass descriptors to a program")?;
+    let mut child = command.spawn().context(doing)?;
+    // The command has this process's ends of the pipes.
+    drop(command);
+    let mut ready = pipe::Receiver::from_owned_fd(ready.into()).context(doing)?;
+    let waited = tokio::time::timeout(READY_TIMEOUT, ready.read(&mut [0])).await;
+    let ended = child.try_wait().context(doing)?;
+    if waited.is_err() || ended.is_some() {
+        // It may have ended meanwhile.
+        let _ = child.start_kill();
+        return Err(Error::new(match ended {
+            Some(status) => format!("cannot {}: it has ended with {status}", doing()),
+            None => format!("cannot {}: it does not become ready", doing()),
+        })
+        .hint("it closes descriptor 5 when it is ready"));
+    }
+    tokio::spawn(async move {
+        // It ends when the pipes do.
+        if let Ok(status) = child.wait().await
+            && !status.success()
+        {
+            tracing::warn!("the program that took the output of a process ended with {status}");
+        }
+    });
+    let sender = |writer: std::io::PipeWriter| {
+        let sender = pipe::Sender::from_owned_fd(writer.into());
+        sender.map(Sink::Fifo).context(doing)
+    };
+    Ok((sender(stdout_writer)?, sender(stderr_writer)?))
+}
+
+/// A part of a URI's query without its escapes (RFC 3986, 2.1; a plus is a space).
+fn decoded(text: &str) -> OsString {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let escaped = match rest {
+            [b'%', high, low, ..] => std::str::from_utf8(&[*high, *low])
+                .ok()
+                .and_then(|digits| u8::from_str_radix(digits, 16).ok()),
+            _ => None,
+        };
+        (rest, bytes) = match (escaped, first) {
+            (Some(byte), _) => (&rest[3..], pushed(bytes, byte)),
+            (None, b'+') => (tail, pushed(bytes, b' ')),
+            (None, byte) => (tail, pushed(bytes, *byte)),
+        };
+    }
+    OsString::from_vec(bytes)
+}
+
+fn pushed(mut bytes: Vec<u8>, byte: u8) -> Vec<u8> {
+    bytes.push(byte);
+    bytes
 }
 
 /// A fifo to read from, with an end to write that keeps it open until the caller closes it.
@@ -118,7 +221,7 @@ fn sink(uri: &str) -> Result<Sink> {
             Ok(Sink::File(append(&path).context(doing)?))
         }
         _ => Err(Error::unsupported(format_args!(
-            "output to {uri}: only fifos and files are written to"
+            "output to {uri}: fifos, files and programs are written to"
         ))),
     }
 }
@@ -317,7 +420,7 @@ mod tests {
         runtime.block_on(async {
             let pairs: Vec<_> = (0..3).map(|_| StdStream::pair().unwrap()).collect();
             let (ours, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-            let io = paths.open().unwrap();
+            let io = paths.open("c", "ns").await.unwrap();
             assert!(io.has_stdin());
             let io = io
                 .connect(theirs.into_iter().map(OwnedFd::from).collect())
@@ -360,9 +463,56 @@ mod tests {
     }
 
     #[test]
+    fn a_program_takes_the_output_and_is_told_whose_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        let script = directory.path().join("logger");
+        let text = format!(
+            "#!/bin/sh\nexec 5>&-\n{{ echo \"$CONTAINER_NAMESPACE/$CONTAINER_ID $1 $2\"; cat <&3; \
+             cat <&4; }} >{}\n",
+            log.display()
+        );
+        fs::write(&script, text).unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let paths = Paths {
+            stdout: format!("binary://{}?--name=a%2Fb+c", script.display()),
+            ..Paths::default()
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let pairs: Vec<_> = (0..2).map(|_| StdStream::pair().unwrap()).collect();
+            let (ours, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+            let opened = paths.open("c", "ns").await.unwrap();
+            let io = opened.connect(theirs.into_iter().map(OwnedFd::from).collect());
+            for (mut stream, text) in ours.into_iter().zip(["out\n", "err\n"]) {
+                stream.write_all(text.as_bytes()).unwrap();
+            }
+            io.unwrap().drained().await;
+            for _ in 0..500 {
+                if fs::read_to_string(&log).is_ok_and(|text| text.contains("err")) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            let text = fs::read_to_string(&log).unwrap();
+            assert_eq!(text, "ns/c --name a/b c\nout\nerr\n");
+            let failing = Paths {
+                stdout: "binary:///bin/false".to_owned(),
+                ..Paths::default()
+            };
+            let error = failing.open("c", "ns").await.map(drop).unwrap_err();
+            assert!(error.message.contains("/bin/false"), "{error}");
+        });
+    }
+
+    #[test]
     fn what_is_not_written_to_is_refused_by_name() {
-        let error = sink("binary:///bin/logger?a=b").map(drop).unwrap_err();
-        assert!(error.message.contains("binary:///bin/logger"), "{error}");
+        let error = sink("gopher://x").map(drop).unwrap_err();
+        assert!(error.message.contains("gopher://x"), "{error}");
         assert!(sink("/nonexistent/fifo").is_err());
     }
 }

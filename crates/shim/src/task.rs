@@ -17,12 +17,13 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::shim_async::Task;
 use hull_oci::bundle::{complete_process, leave_out_unknown_capabilities};
+use hull_oci::commands::wall;
 use hull_oci::container::state;
 use hull_oci::{guest_spec, hooks, update};
-use hull_sandbox::config::{MachineConfig, ProcessConfig, RawArgs, Stdio, TerminalSize};
+use hull_sandbox::config::{ProcessConfig, RawArgs, Stdio, TerminalSize};
 use hull_sandbox::store::{Exit, State};
 use hull_sandbox::{Context, Error, ErrorKind, Result};
-use oci_spec::runtime::{Hooks, LinuxResources};
+use oci_spec::runtime::LinuxResources;
 use protobuf::{EnumOrUnknown, MessageField};
 use serde_json::Value;
 use serde_json::value::to_raw_value;
@@ -70,7 +71,7 @@ impl TaskService {
             )));
         };
         let started = async {
-            let opened = exec.open()?;
+            let opened = exec.paths.open(&container.id, &self.0.namespace).await?;
             let config = ProcessConfig {
                 container: container.id.clone(),
                 process: added,
@@ -83,8 +84,15 @@ impl TaskService {
                 size: None,
             };
             let mut process = container.inner.exec(config).await.map_err(with_words)?;
-            let io = opened.connect(process.take_streams())?;
-            Ok::<_, Error>(exec.enter(process, io))
+            match opened.connect(process.take_streams()) {
+                Ok(io) => Ok(exec.enter(process, io)),
+                Err(error) => {
+                    // It may have ended already.
+                    let _ = process.kill().await;
+                    process.wait().await;
+                    Err(error)
+                }
+            }
         };
         let process = started.await.inspect_err(|_| exec.failed())?;
         self.0.events.publish(&TaskExecStarted {
@@ -106,32 +114,20 @@ impl TaskService {
                 container.id
             )));
         }
+        // Frozen processes cannot end.
+        let record = lock(&container.record).clone();
+        record.details.groups.thaw();
         container.inner.delete().await?;
         let exit = container.init.ended().await;
         container.init.drained().await;
         run_hooks(container, State::Stopped).await;
-        let record = lock(&container.record).clone();
-        // The machine's, which goes on for the others of the pod, stays where it is.
-        if record.details.bounds.is_none() || self.0.containers().len() <= 1 {
-            self.end_if_last(container).await;
-            record.details.groups.remove()?;
+        self.0.let_go_of(record.details.groups).await;
+        if let Err(error) = container.stored.remove() {
+            tracing::warn!("{error}");
         }
-        container.stored.remove()?;
         self.0.remove(&container.id);
         self.tell_deleted(&container.init, &exit);
         Ok(exit)
-    }
-
-    /// The sandbox ends with its last container: its control groups can be removed after it.
-    async fn end_if_last(&self, container: &Arc<Container>) {
-        let is_last = self
-            .0
-            .containers()
-            .iter()
-            .all(|other| other.id == container.id);
-        if is_last && container.inner.sandbox().is_ending() {
-            container.inner.sandbox().ended().await;
-        }
     }
 
     fn tell_deleted(&self, process: &Process, exit: &Exit) {
@@ -151,6 +147,8 @@ impl TaskService {
         let exit = match process.is_init() {
             true => self.delete_init(&container).await?,
             false => {
+                // Not while it is being started.
+                let _started = process.announcing.lock().await;
                 let exit = match (process.exit(), process.inner()) {
                     (Some(exit), _) => exit,
                     // It was never started.
@@ -202,7 +200,9 @@ impl TaskService {
             stderr: request.stderr,
             terminal: request.terminal,
         };
-        let exec = Process::new(&request.id, &request.exec_id, container.init.pid, paths);
+        let stand_in = container.stand_in.another()?;
+        let mut exec = Process::new(&request.id, &request.exec_id, stand_in.pid, paths);
+        exec.stand_in = Some(stand_in);
         *lock(&exec.added) = Some(to_raw_value(&process).context(|| "encode the process")?);
         let mut execs = lock(&container.execs);
         if execs.contains_key(&request.exec_id) {
@@ -224,6 +224,10 @@ impl TaskService {
     async fn signal(&self, request: KillRequest) -> Result<()> {
         let container = self.0.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
+        if !process.is_init() {
+            // Not while it is being started.
+            drop(process.announcing.lock().await);
+        }
         // containerd looks for this kind.
         let finished = || Error::not_found("process already finished");
         if process.exit().is_some() {
@@ -231,6 +235,10 @@ impl TaskService {
         }
         let signalled = match (process.is_init(), process.inner()) {
             (true, _) => {
+                if request.signal == SIGKILL {
+                    // As in runc: whoever is killed may be frozen from outside.
+                    lock(&container.record).details.groups.thaw();
+                }
                 let all = request.all || request.signal == SIGKILL;
                 container.inner.signal(request.signal, all).await
             }
@@ -264,6 +272,12 @@ impl TaskService {
         Ok(())
     }
 
+    async fn freeze_to_the_end(&self, id: String, frozen: bool) -> ttrpc::Result<Empty> {
+        let service = Self(self.0.clone());
+        let freezing = async move { service.freeze(&id, frozen).await.map(empty) };
+        to_the_end(&self.0, freezing).await
+    }
+
     async fn limit(&self, request: UpdateTaskRequest) -> Result<()> {
         let container = self.0.container(&request.id)?;
         let change = &request.resources.get_or_default().value;
@@ -292,7 +306,7 @@ impl TaskService {
         // The others of a pod have no control group on the host.
         if record.details.bounds.is_some() {
             let groups = &record.details.groups;
-            groups.apply(&change, MachineConfig::OVERHEAD)?;
+            groups.apply(&change, wall(&record, &change))?;
         }
         let record = {
             let mut record = lock(&container.record);
@@ -376,6 +390,22 @@ pub fn answer<T>(pod: &Pod, result: Result<T>) -> ttrpc::Result<T> {
     })
 }
 
+/// Makes a call to its end, whether or not containerd still waits for the answer: a deadline of the
+/// kubelet, or a restart of containerd, leaves nothing half done.
+pub async fn to_the_end<T: Send + 'static>(
+    pod: &Arc<Pod>,
+    call: impl Future<Output = Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let work = pod.work();
+    let calling = tokio::spawn(async move {
+        let result = call.await;
+        drop(work);
+        result
+    });
+    let result = calling.await.context(|| "make the call");
+    answer(pod, result.and_then(|result| result))
+}
+
 /// The words that engines look for when a command is not there.
 fn with_words(error: Error) -> Error {
     hull_oci::commands::with_runc_wording(error)
@@ -383,15 +413,8 @@ fn with_words(error: Error) -> Error {
 
 /// Hooks whose failures are logged and nothing else, as the specification says.
 async fn run_hooks(container: &Arc<Container>, to: State) {
-    let Ok(config) = container.stored.config() else {
+    let Some(hooks) = create::hooks_of(&container.stored) else {
         return;
-    };
-    let Some(hooks) = config.get("hooks").filter(|hooks| !hooks.is_null()) else {
-        return;
-    };
-    let hooks: Hooks = match serde_json::from_value(hooks.clone()) {
-        Ok(hooks) => hooks,
-        Err(error) => return tracing::warn!("cannot read the hooks: {error}"),
     };
     let pid = match to {
         State::Stopped => 0,
@@ -420,27 +443,32 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        let created = create::create(&self.0, &request).await.map_err(with_words);
-        self.answer(created.map(|container| CreateTaskResponse {
-            pid: container.init.pid.unsigned_abs(),
-            ..CreateTaskResponse::default()
-        }))
+        let pod = self.0.clone();
+        let creating = async move {
+            let created = create::create(&pod, &request).await.map_err(with_words);
+            created.map(|container| CreateTaskResponse {
+                pid: container.init.pid.unsigned_abs(),
+                ..CreateTaskResponse::default()
+            })
+        };
+        to_the_end(&self.0, creating).await
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let started = async {
-            let container = self.0.container(&request.id)?;
+        let service = Self(self.0.clone());
+        let starting = async move {
+            let container = service.0.container(&request.id)?;
             let process = container.process(&request.exec_id)?;
             match process.is_init() {
-                true => self.start_init(&container).await?,
-                false => self.start_exec(&container, process.clone()).await?,
+                true => service.start_init(&container).await?,
+                false => service.start_exec(&container, process.clone()).await?,
             }
             Ok(StartResponse {
                 pid: process.pid.unsigned_abs(),
                 ..StartResponse::default()
             })
         };
-        self.answer(started.await)
+        to_the_end(&self.0, starting).await
     }
 
     async fn delete(
@@ -448,7 +476,9 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        self.answer(self.delete_process(request).await)
+        let service = Self(self.0.clone());
+        let deleting = async move { service.delete_process(request).await };
+        to_the_end(&self.0, deleting).await
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
@@ -481,11 +511,11 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.freeze(&request.id, true).await.map(empty))
+        self.freeze_to_the_end(request.id, true).await
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.freeze(&request.id, false).await.map(empty))
+        self.freeze_to_the_end(request.id, false).await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -493,7 +523,9 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.signal(request).await.map(empty))
+        let service = Self(self.0.clone());
+        let signalling = async move { service.signal(request).await.map(empty) };
+        to_the_end(&self.0, signalling).await
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -508,7 +540,9 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.limit(request).await.map(empty))
+        let service = Self(self.0.clone());
+        let limiting = async move { service.limit(request).await.map(empty) };
+        to_the_end(&self.0, limiting).await
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
@@ -552,7 +586,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         // containerd says so after each container that it deletes.
         if self.0.is_over() {
-            self.0.done.notify_one();
+            self.0.leave();
         }
         Ok(api::Empty::default())
     }

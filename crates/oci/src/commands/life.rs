@@ -206,7 +206,7 @@ fn resources_of(container: &Container) -> Result<LinuxResources> {
 
 /// What the host's processes may use in addition to the memory limit: a machine keeps its size when
 /// its container's limit is lowered.
-fn wall(record: &Record, resources: &LinuxResources) -> u64 {
+pub fn wall(record: &Record, resources: &LinuxResources) -> u64 {
     let limit = resources
         .memory()
         .as_ref()

@@ -20,7 +20,7 @@ use hull_sandbox::error::{Context, Error, ErrorKind, Result};
 
 pub use create::{CreateOptions, create, run};
 pub use exec::{ExecOptions, exec};
-pub use life::{delete, kill, pause, resume, start, update};
+pub use life::{delete, kill, pause, resume, start, update, wall};
 pub use query::{Listed, list, metrics, processes, state};
 
 use crate::container::Root;

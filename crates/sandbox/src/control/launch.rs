@@ -92,7 +92,8 @@ pub fn join_or_launch(
 }
 
 /// Makes this process the one of a sandbox that is used as a library: the sandbox's directory, with
-/// its lock, and the socket of the control protocol, for [`serve`](super::serve).
+/// its lock, the socket of the control protocol, for [`serve`](super::serve), and the file for
+/// messages of its processes.
 ///
 /// # Errors
 /// `Exists` when the sandbox lives; the state directory cannot be written.
@@ -108,6 +109,8 @@ pub fn claim(path: &SandboxPath) -> Result<(SandboxDir, OwnedFd)> {
     path.sweep_locked()?;
     let dir = SandboxDir::create(path)?;
     let prepared = listen(path).and_then(|listener| {
+        let diagnostics = path.diagnostics();
+        File::create(&diagnostics).context(|| format!("create {}", diagnostics.display()))?;
         let lock = dir
             .into_lock()
             .ok_or_else(|| Error::new("the lock of a sandbox was let go of"))?;
