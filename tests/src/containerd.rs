@@ -215,6 +215,11 @@ impl Containerd {
         self.directory.path().join(name)
     }
 
+    /// Where the shim keeps the state of the test's containers.
+    pub fn state_directory(&self) -> PathBuf {
+        self.path("run/containerd").join(self.namespace())
+    }
+
     /// The namespace in containerd, which is part of the paths of control groups.
     fn namespace(&self) -> String {
         let name = self.directory.path().file_name().unwrap();
@@ -320,7 +325,7 @@ impl Containerd {
         problems.extend(leaks::mounts_below(self.directory.path()));
         for place in [
             self.path("run/sandboxes"),
-            self.path("run/containerd").join(self.namespace()),
+            self.state_directory(),
             self.path("run/containerd").join(POD_NAMESPACE),
         ] {
             let entries = fs::read_dir(place).into_iter().flatten().flatten();

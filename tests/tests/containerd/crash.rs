@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hull_tests::{Containerd, eventually};
+use hull_tests::{BUSYBOX, Containerd, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 
 fn kill(pid: i32) {
@@ -57,5 +57,32 @@ fn a_container_whose_machine_is_killed_has_ended_with_a_reason() {
     let log = std::fs::read_to_string(containerd.path("containerd.log")).unwrap();
     assert!(log.contains("killed"), "the reason is in containerd's log");
     containerd.remove(&id);
+    containerd.assert_clean();
+}
+
+#[test]
+fn what_a_killed_shim_has_left_keeps_no_id_from_being_used_again() {
+    let mut containerd = Containerd::new();
+    let id = containerd.start_container(&[], &["sleep", "1000"]);
+    let left = containerd.state_directory().join(&id);
+    let record = std::fs::read(left.join("record.json")).unwrap();
+    // Nobody sees the end of the shim.
+    let shim = containerd.shim(&id);
+    containerd.kill();
+    kill(shim);
+    containerd.start();
+    eventually("the task is gone", Duration::from_secs(10), || {
+        ["", "STOPPED"].contains(&containerd.state(&id).as_str())
+    });
+    containerd.remove(&id);
+    assert!(!left.exists());
+    // As if that had not come to its end.
+    std::fs::create_dir(&left).unwrap();
+    std::fs::write(left.join("record.json"), record).unwrap();
+    let again = containerd.ctr(["run", "--rm", "--runtime", "io.containerd.hull.v2", BUSYBOX]);
+    assert_eq!(
+        again.args([&id, "echo", "again"]).run().ok().text(),
+        "again"
+    );
     containerd.assert_clean();
 }

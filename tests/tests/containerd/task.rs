@@ -1,5 +1,6 @@
 //! Containers as `ctr` runs them.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use hull_tests::{BUSYBOX, Containerd, Invocation, Output, executable};
@@ -209,4 +210,42 @@ fn the_shim_says_what_it_is_and_what_is_wrong_with_its_arguments() {
     call(&["-id", "x", "levitate"]).fails(1, &["levitate"]);
     // Without a socket there is nobody to serve.
     call(&["-namespace", "n", "-id", "x"]).fails(1, &["start"]);
+}
+
+#[test]
+fn output_goes_to_files_and_programs() {
+    let containerd = Containerd::new();
+    let file = containerd.path("logs/file");
+    let uri = format!("file://{}", file.display());
+    let script = "echo out; echo err >&2";
+    let id = containerd.start_container(&["--log-uri", &uri], &["sh", "-c", script]);
+    containerd.becomes(&id, "STOPPED");
+    containerd.remove(&id);
+    let mut lines: Vec<_> = std::fs::read_to_string(&file)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    lines.sort();
+    assert_eq!(lines, ["err", "out"]);
+    let log = containerd.path("log");
+    let program = containerd.path("program");
+    let text = format!(
+        "#!/bin/sh\nexec 5>&-\n{{ echo \"$CONTAINER_ID $*\"; cat <&3; cat <&4; }} >{}\n",
+        log.display()
+    );
+    std::fs::write(&program, text).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let uri = format!("binary://{}?--tag=a", program.display());
+    let id = containerd.start_container(&["--log-uri", &uri], &["sh", "-c", script]);
+    containerd.becomes(&id, "STOPPED");
+    containerd.remove(&id);
+    let expected = format!("{id} --tag a\nout\nerr\n");
+    hull_tests::eventually("the log", Duration::from_secs(10), || {
+        std::fs::read_to_string(&log).is_ok_and(|text| text == expected)
+    });
+    let nowhere = ["--log-uri", "gopher://x"];
+    let output = containerd.run(&nowhere, &["true"]);
+    says(output, &["gopher"]);
+    containerd.assert_clean();
 }
