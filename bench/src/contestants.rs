@@ -173,6 +173,18 @@ impl Setup {
         command
     }
 
+    /// A program that starts shims of containerd: it finds hull's, with its configuration.
+    pub fn with_shims(&self, program: &str, contestant: Contestant) -> Command {
+        let mut command = Command::new(program);
+        if let Contestant::Hull(machine) = contestant {
+            command.env("HULL_CONFIG", self.configuration(machine));
+        }
+        let path = std::env::var("PATH").unwrap_or_default();
+        let beside = self.hull.parent().unwrap_or(Path::new("/"));
+        command.env("PATH", format!("{}:{path}", beside.display()));
+        command
+    }
+
     /// A unique name.
     pub fn unique(&self) -> String {
         format!(

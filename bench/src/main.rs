@@ -8,6 +8,7 @@
 //! internals. Results: a table on standard output; and with every single value as JSON and as a
 //! picture, in `bench/results`.
 
+mod containerd;
 mod contestants;
 mod files;
 mod measure;
@@ -44,7 +45,16 @@ impl Options {
 }
 
 /// The groups, in the order of measurement.
-const GROUPS: [&str; 7] = ["start", "exec", "oci", "memory", "cpu", "files", "network"];
+const GROUPS: [&str; 8] = [
+    "start",
+    "exec",
+    "oci",
+    "containerd",
+    "memory",
+    "cpu",
+    "files",
+    "network",
+];
 
 fn main() -> Result<()> {
     let options = options()?;
@@ -62,6 +72,7 @@ fn main() -> Result<()> {
             "start" => measure::start(&options, &setup, &mut results),
             "exec" => measure::exec(&options, &setup, &mut results),
             "oci" => oci::measure(&options, &setup, &mut results),
+            "containerd" => containerd::measure(&options, &setup, &mut results),
             "memory" => memory::measure(&options, &setup, &mut results),
             "cpu" => measure::cpu(&options, &setup, &mut results),
             "network" => network::measure(&options, &setup, &mut results),

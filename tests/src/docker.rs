@@ -85,7 +85,12 @@ impl Docker {
         );
         fs::write(self.path("containerd.toml"), configuration).unwrap();
         let mut command = self.on_its_host("containerd");
+        // For the shim, which containerd looks for.
+        let beside = crate::executable().parent().unwrap().to_owned();
+        let programs = std::env::var("PATH").unwrap_or_default();
         command
+            .env("PATH", format!("{}:{programs}", beside.display()))
+            .env("HULL_CONFIG", self.path("config.toml"))
             .arg("--config")
             .arg(self.path("containerd.toml"))
             .args(["--log-level", "info"]);
@@ -123,12 +128,10 @@ impl Docker {
         }
         // Old versions keep a key in /etc/docker unless told otherwise, and want a privilege that
         // they may not have; new ones do not know the options.
-        let version = Invocation::new(program("dockerd"))
-            .arg("--version")
-            .run()
-            .ok()
-            .text();
-        if version.contains(" 20.10.") {
+        if self.has_shims() {
+            configuration["runtimes"]["shim"] =
+                serde_json::json!({"runtimeType": "io.containerd.hull.v2"});
+        } else {
             configuration["deprecated-key-path"] = serde_json::json!(self.path("key.json"));
             configuration["oom-score-adjust"] = serde_json::json!(0);
         }
@@ -139,6 +142,12 @@ impl Docker {
         self.comes_up("dockerd", |docker| {
             docker.docker(["version"]).run().status == 0
         });
+    }
+
+    /// Whether this Docker takes containerd's shims for runtimes: the runtime `shim` is hull's.
+    pub fn has_shims(&self) -> bool {
+        let version = Invocation::new(program("dockerd")).arg("--version").run();
+        !version.ok().text().contains(" 20.10.")
     }
 
     /// Waits until `is_up`; fails at once if the daemon exits.

@@ -377,3 +377,44 @@ fn a_pod_of_containerd_s_sandbox_service_needs_no_container_that_holds_it() {
     cri.remove_pod(&id).unwrap();
     containerd.assert_clean();
 }
+
+#[test]
+fn many_pods_come_and_go_at_once() {
+    // HULL_TEST_PODS=60 shows what a node takes.
+    let count = std::env::var("HULL_TEST_PODS").map_or(12, |count| count.parse().unwrap());
+    const AT_ONCE: usize = 6;
+    let containerd = Containerd::with_pods();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let work = || {
+        let cri = containerd.cri();
+        let mut pods = Vec::new();
+        loop {
+            let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if number >= count {
+                break;
+            }
+            let config = pod(&containerd, &format!("pod{number}"));
+            let id = cri.run_pod(&config, HANDLER).unwrap();
+            let one = runs(&cri, &id, &config, container("one", "sleep 1000"));
+            let two = runs(&cri, &id, &config, container("two", "sleep 1000"));
+            for container in [&one, &two] {
+                assert_eq!(sh(&cri, container, "hostname"), format!("pod{number}"));
+            }
+            pods.push(id);
+        }
+        for id in &pods {
+            assert_eq!(cri.pod(id).state, 0);
+            cri.remove_pod(id).unwrap();
+        }
+        pods.len()
+    };
+    let done: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .sum()
+    });
+    assert_eq!(done, count);
+    containerd.assert_clean();
+}

@@ -494,3 +494,33 @@ fn docker_leaves_nothing_behind() {
     docker.does("stop", &stopped).ok();
     docker.assert_clean();
 }
+
+#[test]
+fn docker_runs_containers_by_the_shim() {
+    let docker = Docker::new();
+    if !docker.has_shims() {
+        hull_tests::left_out("Docker before 23 takes no shims of containerd for runtimes");
+        return;
+    }
+    let shim = ["--runtime", "shim"];
+    let script = "uname -r; echo err >&2; exit 5";
+    let output = docker.sh(&shim, script).ends(5);
+    assert!(output.text().contains("hull"), "{}", output.text());
+    assert!(output.error().contains("err"));
+    let name = docker.sleeper(&shim);
+    assert_eq!(docker.exec(&name, &["echo", "hi"]).ok().text(), "hi");
+    docker.exec_sh(&name, "exit 4").ends(4);
+    // The end of that was not the container's.
+    assert_eq!(docker.state(&name), "running");
+    docker.does("pause", &name).ok();
+    assert_eq!(docker.state(&name), "paused");
+    docker.does("unpause", &name).ok();
+    docker.does("restart", &name).ok();
+    assert_eq!(docker.exec(&name, &["echo", "again"]).ok().text(), "again");
+    docker.does("stop", &name).ok();
+    assert_eq!(docker.inspect(&name, "{{.State.ExitCode}}"), "0");
+    docker
+        .run(&["--runtime", "shim", "-m", "64m"], &["tail", "/dev/zero"])
+        .ends(137);
+    docker.assert_clean();
+}
