@@ -60,7 +60,12 @@ impl<'a> Containerd<'a> {
             daemon,
         };
         let begin = Instant::now();
-        while !containerd.ctr(&["version"]).status()?.success() {
+        while !containerd
+            .ctr(&["version"])
+            .stderr(Stdio::null())
+            .status()?
+            .success()
+        {
             if begin.elapsed() > UP {
                 bail!("containerd does not come up");
             }
@@ -76,8 +81,7 @@ impl<'a> Containerd<'a> {
             .arg(self.socket())
             .args(arguments)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+            .stdout(Stdio::null());
         command
     }
 
@@ -93,6 +97,7 @@ impl<'a> Containerd<'a> {
         };
         let mut command = self.ctr(&["run", option, "--runtime", runtime, "--rootfs"]);
         command
+            .args(["--env", "PATH=/bin"])
             .arg(self.setup.root(Root::Busybox))
             .arg(id)
             .args(arguments);
