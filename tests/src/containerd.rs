@@ -155,9 +155,17 @@ impl Containerd {
              [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
              default_runtime_name = \"hull\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.hull]\n\
-             runtime_type = {RUNTIME:?}\nsandboxer = {:?}\n",
+             runtime_type = {RUNTIME:?}\nsandboxer = {:?}\n\
+             pod_annotations = [\"hull.dev/*\"]\n",
             self.sandboxer
         )
+    }
+
+    /// Adds to hull's configuration.
+    pub fn configure(&self, text: &str) {
+        let path = self.path("config.toml");
+        let before = fs::read_to_string(&path).unwrap();
+        fs::write(&path, before + text).unwrap();
     }
 
     /// Its CRI service.

@@ -39,6 +39,9 @@ pub struct PodConfig {
     /// How names are resolved.
     #[prost(message, optional, tag = "4")]
     pub dns: Option<Dns>,
+    /// What others know of it.
+    #[prost(map = "string, string", tag = "7")]
+    pub annotations: HashMap<String, String>,
     /// What only Linux has.
     #[prost(message, optional, tag = "8")]
     pub linux: Option<LinuxPod>,

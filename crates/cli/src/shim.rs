@@ -1,11 +1,40 @@
 //! The executable as containerd's shim: what the shim takes from hull's configuration.
 
+use clap::ValueEnum;
 use hull_engine::config::Config;
-use hull_sandbox::Result;
-use hull_shim::Settings;
+use hull_engine::values::{self, Machine};
+use hull_sandbox::config::MachineConfig;
+use hull_sandbox::{Error, Result};
+use hull_shim::{Settings, Size};
 
 use crate::error::codes;
 use crate::oci::machine;
+
+/// The machine of a pod, as its annotations say where they do.
+fn machine_of(loaded: &Result<Config>, size: &Size) -> Result<MachineConfig> {
+    let mut config = loaded.clone()?;
+    let wrong = |name: &str, why: String| Error::invalid(format!("annotation {name}: {why}"));
+    let (mut cpus, mut memory) = (size.cpus, 0);
+    for (name, value) in &size.annotations {
+        match name.as_str() {
+            "hull.dev/machine" => {
+                config.machine = Machine::from_str(value, false)
+                    .map_err(|_| wrong(name, format!("{value:?} is no kind of machine")))?;
+            }
+            "hull.dev/memory" => memory = values::memory(value).map_err(|why| wrong(name, why))?,
+            "hull.dev/cpus" => {
+                cpus = Some(values::cpus(value).map_err(|why| wrong(name, why))?);
+            }
+            // The configuration knows no other.
+            _ => {}
+        }
+    }
+    let mut machine = machine(&Ok(config), size.memory, cpus)?;
+    if memory > 0 {
+        machine.memory = memory;
+    }
+    Ok(machine)
+}
 
 /// Settings of the shim. As with `hull-oci`, a broken configuration matters only for new machines.
 pub fn settings() -> Result<Settings> {
@@ -18,7 +47,8 @@ pub fn settings() -> Result<Settings> {
         run_directory: config.run_dir.clone(),
         network: config.network_limits(false),
         core_scheduling: config.core_sched,
-        machine: Box::new(move |memory, cpus_milli| machine(&loaded, memory, cpus_milli)),
+        annotations: config.pod_annotations.clone(),
+        machine: Box::new(move |size| machine_of(&loaded, size)),
         grpc: |kind| codes(kind).grpc,
     })
 }

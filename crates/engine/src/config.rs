@@ -23,6 +23,9 @@ use crate::values::{self, DetachKeys, Machine, Network, NetworkFilter, Pull};
 /// The file with every key, its default and its explanation.
 pub const DEFAULT: &str = include_str!("../config/default.toml");
 
+/// Annotations of pods that are known: kind of machine, memory of the guest, processors.
+pub const ANNOTATIONS: [&str; 3] = ["hull.dev/machine", "hull.dev/memory", "hull.dev/cpus"];
+
 const SYSTEM_FILE: &str = "/etc/hull/config.toml";
 
 /// What is in force.
@@ -66,6 +69,8 @@ pub struct Config {
     pub log_size: u64,
     /// Processors of one core run one machine at a time.
     pub core_sched: bool,
+    /// Annotations that pods may have: of [`ANNOTATIONS`].
+    pub pod_annotations: Vec<String>,
     /// The control group above those of machines; none are made without it.
     pub cgroup_parent: Option<PathBuf>,
     /// Images and writable layers.
@@ -197,6 +202,7 @@ impl Config {
             detach_keys: DetachKeys::default(),
             log_size: 0,
             core_sched: false,
+            pod_annotations: Vec::new(),
             cgroup_parent: None,
             data_dir: PathBuf::new(),
             run_dir: PathBuf::new(),
@@ -308,6 +314,13 @@ impl Config {
             "network_filter" => self.network_filter = choice(value)?,
             "link_local_services" => self.link_local_services = boolean(value)?,
             "core_sched" => self.core_sched = boolean(value)?,
+            "pod_annotations" => {
+                let names = value
+                    .as_array()
+                    .ok_or_else(|| wrong_type(value, "a list"))?;
+                let names = names.iter().map(|name| annotation(name.get_ref()));
+                self.pod_annotations = names.collect::<Result<_, _>>()?;
+            }
             "publish_address" => {
                 let text = string(value)?;
                 self.publish_address = text
@@ -383,6 +396,14 @@ fn integer(value: &DeValue<'_>, least: i64, most: i64) -> std::result::Result<i6
         .ok_or_else(|| format!("{} is not from {least} to {most}", number.as_str()))
 }
 
+fn annotation(value: &DeValue<'_>) -> std::result::Result<String, String> {
+    let name = string(value)?;
+    match ANNOTATIONS.contains(&name) {
+        true => Ok(name.to_owned()),
+        false => Err(format!("{name:?} is none of {}", ANNOTATIONS.join(", "))),
+    }
+}
+
 /// An absolute path; `None` when it is empty.
 fn path(value: &DeValue<'_>) -> std::result::Result<Option<PathBuf>, String> {
     let path = Path::new(string(value)?);
@@ -455,7 +476,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 23, "one origin for each key");
+        assert_eq!(config.origins.len(), 24, "one origin for each key");
         assert!(
             config
                 .origins
@@ -500,6 +521,10 @@ mod tests {
             (
                 "data_dir = 'x'",
                 "test.toml:1: data_dir: \"x\" is not an absolute path",
+            ),
+            (
+                "pod_annotations = ['hull.dev/x']",
+                "test.toml:1: pod_annotations: \"hull.dev/x\" is none of hull.dev/machine, hull.dev/memory, hull.dev/cpus",
             ),
             (
                 "isolation = 'none'",

@@ -1,5 +1,6 @@
 //! Boots the machine of a pod, for its first container or when containerd asks for a sandbox.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -11,11 +12,11 @@ use hull_sandbox::config::{
 };
 use hull_sandbox::control::{launch, serve};
 use hull_sandbox::store::SandboxPath;
-use hull_sandbox::{Context, Hold, Result, Sandbox};
+use hull_sandbox::{Context, Error, Hold, Result, Sandbox};
 
-use crate::Settings;
 use crate::pod::{Pod, blocking, follow};
 use crate::stand_in::StandIn;
+use crate::{Settings, Size};
 
 /// Longest host name of a guest itself, characters: the beginning of the pod's id.
 const HOSTNAME: usize = 12;
@@ -48,12 +49,24 @@ pub fn path(settings: &Settings, namespace: &str, pod: &str) -> Result<SandboxPa
 }
 
 impl Wanted {
-    /// One with a machine for these limits: bytes, and thousandths of a processor.
+    /// One with a machine for these limits: bytes, and thousandths of a processor. Of the pod's
+    /// annotations only those that begin with hull's name are looked at.
     ///
     /// # Errors
-    /// The configuration is invalid, or no machine can be had.
-    pub fn new(pod: &Pod, memory: Option<u64>, cpus: Option<u64>) -> Result<Self> {
-        let mut machine = (pod.settings.machine)(memory, cpus)?;
+    /// The configuration is invalid, or no machine can be had; `Unsupported` for an annotation that
+    /// pods may not have.
+    pub fn new(
+        pod: &Pod,
+        memory: Option<u64>,
+        cpus: Option<u64>,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let size = Size {
+            memory,
+            cpus,
+            annotations: allowed(&pod.settings, annotations)?,
+        };
+        let mut machine = (pod.settings.machine)(&size)?;
         // Engines set up the network namespace until the start, or later.
         machine.nets = MAX_NETS;
         let mut bounds = machine.bounds()?;
@@ -110,6 +123,28 @@ impl Wanted {
         });
         Ok((sandbox, hold))
     }
+}
+
+/// What the names of hull's annotations begin with.
+const ANNOTATIONS: &str = "hull.dev/";
+
+fn allowed(
+    settings: &Settings,
+    annotations: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, String>> {
+    let ours = annotations
+        .iter()
+        .filter(|(name, _)| name.starts_with(ANNOTATIONS));
+    let allowed = ours.map(|(name, value)| match settings.annotations.contains(name) {
+        true => Ok((name.clone(), value.clone())),
+        false => Err(Error::unsupported(format_args!(
+            "annotation {name} of a pod: this host's configuration does not allow it"
+        ))
+        .hint(format!(
+            "pod_annotations = [\"{name}\"] in hull's configuration, if it is known"
+        ))),
+    });
+    allowed.collect()
 }
 
 /// Connects a sandbox with the network namespace of what stands for its pod.

@@ -379,7 +379,7 @@ impl Making<'_> {
     /// Boots the machine. What is returned keeps it until there is a container.
     async fn boot(&mut self, plan: &Plan, place: Place) -> Result<hull_sandbox::Hold> {
         let (memory, cpus) = size(&self.bundle.annotations, self.resources());
-        let mut wanted = Wanted::new(self.pod, memory, cpus)?;
+        let mut wanted = Wanted::new(self.pod, memory, cpus, &self.bundle.annotations)?;
         self.record.sandbox = Some(wanted.path.clone());
         // From here on a crash is recoverable: `delete` finds these in the record.
         self.record.details.groups = place.groups();

@@ -39,6 +39,7 @@ mod stand_in;
 mod stdio;
 mod task;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -48,9 +49,19 @@ use hull_sandbox::{Error, ErrorKind, Result};
 /// The name by which containerd calls the shim: its runtime is `io.containerd.hull.v2`.
 pub const NAME: &str = "containerd-shim-hull-v2";
 
-/// Configures a machine for a memory limit (bytes) and a limit of processors (thousandths of one).
-pub type MachineMaker =
-    Box<dyn Fn(Option<u64>, Option<u64>) -> Result<MachineConfig> + Send + Sync>;
+/// What a machine is made for.
+#[derive(Debug, Default)]
+pub struct Size {
+    /// Memory limit of its containers, bytes.
+    pub memory: Option<u64>,
+    /// Limit of processors, thousandths of one.
+    pub cpus: Option<u64>,
+    /// Annotations of the pod that are allowed: they decide instead.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Configures a machine.
+pub type MachineMaker = Box<dyn Fn(&Size) -> Result<MachineConfig> + Send + Sync>;
 
 /// What the shim takes from hull's configuration.
 pub struct Settings {
@@ -62,6 +73,8 @@ pub struct Settings {
     pub network: NetworkLimits,
     /// Processors of one core run one machine at a time.
     pub core_scheduling: bool,
+    /// Annotations that pods may have.
+    pub annotations: Vec<String>,
     /// gRPC status of a kind of error.
     pub grpc: fn(ErrorKind) -> i32,
 }

@@ -1,7 +1,7 @@
 //! The sandbox service of containerd 2 (`sandboxer = "shim"`): a pod without a container that holds
 //! it. The machine is booted when containerd starts the sandbox, and ends when it stops it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -54,6 +54,7 @@ struct PodConfig {
     /// Lines of resolv.conf.
     resolver: String,
     cgroup_parent: String,
+    annotations: BTreeMap<String, String>,
     sysctls: HashMap<String, String>,
     memory: i64,
     cpu_quota: i64,
@@ -68,6 +69,7 @@ impl PodConfig {
             match (number, value) {
                 (2, Value::Bytes(name)) => config.hostname = text(name),
                 (4, Value::Bytes(dns)) => config.resolver = resolver(dns)?,
+                (7, Value::Bytes(bytes)) => config.annotations.extend([entry(bytes)?]),
                 (8, Value::Bytes(linux)) => config.linux(linux)?,
                 _ => {}
             }
@@ -80,18 +82,7 @@ impl PodConfig {
         fields(bytes, |number, value| {
             match (number, value) {
                 (1, Value::Bytes(parent)) => self.cgroup_parent = text(parent),
-                (3, Value::Bytes(entry)) => {
-                    let (mut name, mut content) = (String::new(), String::new());
-                    fields(entry, |number, value| {
-                        match (number, value) {
-                            (1, Value::Bytes(bytes)) => name = text(bytes),
-                            (2, Value::Bytes(bytes)) => content = text(bytes),
-                            _ => {}
-                        }
-                        Ok(())
-                    })?;
-                    self.sysctls.insert(name, content);
-                }
+                (3, Value::Bytes(bytes)) => self.sysctls.extend([entry(bytes)?]),
                 (5, Value::Bytes(resources)) => fields(resources, |number, value| {
                     match (number, value) {
                         (1, Value::Number(period)) => self.cpu_period = period.cast_signed(),
@@ -106,6 +97,20 @@ impl PodConfig {
             Ok(())
         })
     }
+}
+
+/// An entry of a map of texts.
+fn entry(bytes: &[u8]) -> protobuf::Result<(String, String)> {
+    let (mut name, mut content) = (String::new(), String::new());
+    fields(bytes, |number, value| {
+        match (number, value) {
+            (1, Value::Bytes(bytes)) => name = text(bytes),
+            (2, Value::Bytes(bytes)) => content = text(bytes),
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok((name, content))
 }
 
 /// A resolv.conf (resolv.conf(5)) of a `DNSConfig`.
@@ -217,7 +222,7 @@ impl SandboxService {
             .filter(|memory| *memory > 0);
         let period = u64::try_from(config.cpu_period).unwrap_or_default();
         let cpus = limits::quota(config.cpu_quota, period);
-        let mut wanted = Wanted::new(&self.0, memory, cpus)?;
+        let mut wanted = Wanted::new(&self.0, memory, cpus, &config.annotations)?;
         wanted.end = EndPolicy::Explicit;
         if !config.hostname.is_empty() {
             wanted.hostname.clone_from(&config.hostname);

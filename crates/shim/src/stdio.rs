@@ -501,11 +501,11 @@ mod tests {
             let text = fs::read_to_string(&log).unwrap();
             assert_eq!(text, "ns/c --name a/b c\nout\nerr\n");
             let failing = Paths {
-                stdout: "binary:///bin/false".to_owned(),
+                stdout: "binary:///nonexistent/logger".to_owned(),
                 ..Paths::default()
             };
             let error = failing.open("c", "ns").await.map(drop).unwrap_err();
-            assert!(error.message.contains("/bin/false"), "{error}");
+            assert!(error.message.contains("/nonexistent/logger"), "{error}");
         });
     }
 

@@ -23,6 +23,7 @@ fn pod(containerd: &Containerd, name: &str) -> PodConfig {
         hostname: name.to_owned(),
         log_directory: containerd.path("logs").display().to_string(),
         dns: None,
+        annotations: HashMap::new(),
         linux: Some(LinuxPod {
             cgroup_parent: containerd.cgroup_parent(),
             security: Some(PodSecurity {
@@ -199,6 +200,35 @@ fn limits_of_a_pod_make_its_machine_and_hold() {
     assert!(stats.cpu.unwrap().usage.unwrap().value > 0);
     assert!((1..60 << 20).contains(&stats.memory.unwrap().working_set.unwrap().value));
     cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn annotations_decide_about_the_machine_where_the_host_allows_it() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let mut config = pod(&containerd, "annotated");
+    let annotate =
+        |name: &str, value: &str| HashMap::from([(format!("hull.dev/{name}"), value.to_owned())]);
+    config.annotations = annotate("memory", "300m");
+    let error = cri.run_pod(&config, HANDLER).unwrap_err();
+    assert!(
+        error.contains("hull.dev/memory") && error.contains("pod_annotations"),
+        "{error}"
+    );
+    containerd.configure("pod_annotations = [\"hull.dev/memory\", \"hull.dev/cpus\"]\n");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let one = runs(&cri, &id, &config, container("one", "sleep 1000"));
+    let total = sh(&cri, &one, "grep MemTotal /proc/meminfo | tr -dc 0-9");
+    let total: u64 = total.parse().unwrap();
+    assert!((270 << 10..300 << 10).contains(&total), "{total} kB");
+    cri.remove_pod(&id).unwrap();
+    config.annotations = annotate("cpus", "many");
+    let error = cri.run_pod(&config, HANDLER).unwrap_err();
+    assert!(
+        error.contains("hull.dev/cpus") && error.contains("many"),
+        "{error}"
+    );
     containerd.assert_clean();
 }
 
