@@ -244,7 +244,7 @@ pub fn delete(flags: &Flags, settings: &Settings) -> Result<()> {
         Some(bundle) => bundle.clone(),
         None => std::env::current_dir().context(|| "find the bundle")?,
     };
-    let exit = create::clear(settings, &flags.namespace, &flags.id);
+    let exit = create::clear(settings, &flags.namespace, &flags.id, &bundle);
     let (status, ended_ns) = exit.map_or_else(
         || (KILLED, hull_sandbox::store::unix_time_ns()),
         |exit| (exit.status.unsigned_abs(), exit.at_ns),

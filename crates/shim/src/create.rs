@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
@@ -45,6 +46,12 @@ const KINDS: [&str; 2] = [
     "io.kubernetes.cri-o.ContainerType",
 ];
 
+/// How often it is looked whether a container that has ended was removed by others.
+const REMOVED_BY_OTHERS: Duration = Duration::from_secs(1);
+
+/// How long another process may take from a container's directory to its record.
+const RECORD_GRACE: Duration = Duration::from_secs(10);
+
 /// The directory of containers of a namespace of containerd.
 pub fn root(settings: &Settings, namespace: &str) -> Root {
     Root {
@@ -53,8 +60,9 @@ pub fn root(settings: &Settings, namespace: &str) -> Root {
 }
 
 /// Removes what a container has on the host whose shim is no more; how it had ended, if that is
-/// known. What cannot be removed is said, and does not keep the rest from being removed.
-pub fn clear(settings: &Settings, namespace: &str, id: &str) -> Option<Exit> {
+/// known. What cannot be removed is said, and does not keep the rest from being removed. `bundle` is
+/// whose container it is: another containerd may have one of the same name.
+pub fn clear(settings: &Settings, namespace: &str, id: &str, bundle: &Path) -> Option<Exit> {
     let warn = |result: Result<()>| {
         if let Err(error) = result {
             tracing::warn!("{error}");
@@ -63,6 +71,15 @@ pub fn clear(settings: &Settings, namespace: &str, id: &str) -> Option<Exit> {
     let mut exit = None;
     let stored = root(settings, namespace).find(id).ok();
     let record = stored.as_ref().and_then(|stored| stored.record().ok());
+    let others = record.as_ref().is_some_and(|record| {
+        let same = |bundle: &Path| std::fs::canonicalize(bundle).ok();
+        let (own, asked) = (same(&record.details.bundle), same(bundle));
+        own.is_some() && own != asked && record.creator.lives()
+    });
+    if others {
+        tracing::warn!("container {id} is another containerd's");
+        return None;
+    }
     if let (Some(stored), Some(record)) = (&stored, &record) {
         if let Ok(Some(status)) = Status::read(&stored.directory) {
             exit = status.exit;
@@ -73,12 +90,14 @@ pub fn clear(settings: &Settings, namespace: &str, id: &str) -> Option<Exit> {
             warn(control::remove(sandbox, &record.id));
         }
     }
-    // The machine of a pod that has no container for it.
-    warn(boot::path(settings, namespace, id).and_then(|sandbox| {
-        sandbox.kill()?;
-        sandbox.wait_for_end()?;
-        sandbox.sweep()
-    }));
+    // The machine of a pod that has no container for it, whose bundle has no configuration.
+    if bundle.is_dir() && !bundle.join("config.json").exists() {
+        warn(boot::path(settings, namespace, id).and_then(|sandbox| {
+            sandbox.kill()?;
+            sandbox.wait_for_end()?;
+            sandbox.sweep()
+        }));
+    }
     if let (Some(stored), Some(record)) = (&stored, &record) {
         if let Some(hooks) = hooks_of(stored) {
             let state = state(record, State::Stopped, 0);
@@ -103,7 +122,7 @@ pub fn hooks_of(stored: &Stored) -> Option<Hooks> {
 }
 
 /// The directory of a new container, in place of one that another shim has left.
-fn claim(settings: &Settings, namespace: &str, id: &str) -> Result<Stored> {
+fn claim(settings: &Settings, namespace: &str, id: &str, bundle: &Path) -> Result<Stored> {
     let root = root(settings, namespace);
     if let Err(error) = roots::register(&settings.run_directory, &root.path) {
         tracing::warn!("{error}");
@@ -111,11 +130,21 @@ fn claim(settings: &Settings, namespace: &str, id: &str) -> Result<Stored> {
     let claimed = root.claim(id);
     match claimed {
         Err(error) if error.kind == ErrorKind::Exists => {
-            let left = root.find(id).and_then(|stored| stored.record());
-            if left.is_ok_and(|record| record.creator.lives() || record.sandbox_lives()) {
-                return Err(error);
+            let stored = root.find(id)?;
+            let is_new = std::fs::metadata(stored.directory.path())
+                .and_then(|found| found.modified())
+                .is_ok_and(|made| made.elapsed().is_ok_and(|age| age < RECORD_GRACE));
+            match stored.record() {
+                Ok(record) if record.creator.lives() || record.sandbox_lives() => {
+                    return Err(error);
+                }
+                // Somebody else is just creating it.
+                Err(missing) if missing.kind == ErrorKind::NotFound && is_new => return Err(error),
+                // Of a newer hull.
+                Err(unknown) if unknown.kind == ErrorKind::Unsupported => return Err(unknown),
+                _ => {}
             }
-            clear(settings, namespace, id);
+            clear(settings, namespace, id, bundle);
             root.claim(id)
         }
         claimed => claimed,
@@ -130,10 +159,15 @@ fn claim(settings: &Settings, namespace: &str, id: &str) -> Result<Stored> {
 pub async fn create(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Arc<Container>> {
     // One at a time: the first one boots the sandbox that the others are in.
     let _creating = pod.creating.lock().await;
+    pod.stays()?;
+    if pod.is_idle() && pod.sandbox().is_some_and(|sandbox| sandbox.is_over()) {
+        // That of containers which are all gone.
+        pod.set_sandbox(None);
+    }
     let (of_pod, path, id) = (pod.clone(), request.bundle.clone(), request.id.clone());
     let (bundle, stored, record) = blocking(move || {
         let bundle = Bundle::load(Path::new(&path))?;
-        let stored = claim(&of_pod.settings, &of_pod.namespace, &id)?;
+        let stored = claim(&of_pod.settings, &of_pod.namespace, &id, Path::new(&path))?;
         let root = root(&of_pod.settings, &of_pod.namespace);
         let mut record = new_record(&stored, &bundle, &root.path);
         record.engine = "containerd".to_owned();
@@ -267,7 +301,12 @@ impl Making<'_> {
         self.shares.clear();
         drop(hold);
         let inner = process.container().clone();
-        let io = match opened.connect(process.take_streams()) {
+        let connected = match self.stored.directory.is_there() {
+            true => opened.connect(process.take_streams()),
+            // containerd waits no more, and has had it removed.
+            false => Err(Error::wrong_state("the container was deleted meanwhile")),
+        };
+        let io = match connected {
             Ok(io) => io,
             Err(error) => {
                 inner.delete().await?;
@@ -288,6 +327,7 @@ impl Making<'_> {
                 id: self.stored.id.clone(),
             },
             record: Mutex::new(self.record.clone()),
+            deleted: tokio::sync::Mutex::default(),
         });
         self.pod.add(container.clone());
         self.announce(request, container.init.pid);
@@ -502,12 +542,15 @@ async fn conclude(pod: Arc<Pod>, container: Arc<Container>, process: Arc<hull_sa
         exec.ended().await;
     }
     container.init.conclude(exit, &pod.events);
-    if !container.stored.directory.is_there() {
-        // Somebody else has removed it: containerd's `delete`, of a shim that was slow to answer.
-        pod.remove(&container.id);
-        if pod.is_over() {
-            pod.leave();
+    drop(_announced);
+    // Somebody else may remove it: containerd's `delete`, of a shim that was slow to answer.
+    while pod.has(&container) {
+        if !container.stored.directory.is_there() {
+            pod.remove(&container);
+            pod.leave_if_over();
+            return;
         }
+        tokio::time::sleep(REMOVED_BY_OTHERS).await;
     }
 }
 

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hull_oci::container::{Container as Stored, Record};
 use hull_sandbox::cgroup::Groups;
 use hull_sandbox::events::EventLog;
-use hull_sandbox::{Context, Error, EventKind, Reason, Result, Sandbox};
+use hull_sandbox::store::Exit;
+use hull_sandbox::{Context, Error, ErrorKind, EventKind, Reason, Result, Sandbox};
 use tokio::sync::{Notify, broadcast};
 
 use crate::Settings;
@@ -43,6 +44,10 @@ pub struct Pod {
     groups: Mutex<Vec<Groups>>,
     /// Calls that create something.
     busy: AtomicUsize,
+    /// containerd has said that the shim is to end, while such a call was under way.
+    asked: AtomicBool,
+    /// It ends: nothing is created any more.
+    left: AtomicBool,
     /// What holds a pod of containerd's sandbox service.
     pub holder: Mutex<Option<Holder>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -68,6 +73,8 @@ pub struct Container {
     pub stored: Stored,
     /// What is written down of it.
     pub record: Mutex<Record>,
+    /// Held while it is deleted: how it had ended, from then on.
+    pub deleted: tokio::sync::Mutex<Option<Exit>>,
 }
 
 impl Pod {
@@ -83,6 +90,8 @@ impl Pod {
             sandbox: Mutex::default(),
             groups: Mutex::default(),
             busy: AtomicUsize::new(0),
+            asked: AtomicBool::new(false),
+            left: AtomicBool::new(false),
             holder: Mutex::default(),
             containers: Mutex::default(),
             done: Notify::new(),
@@ -105,19 +114,34 @@ impl Pod {
 
     /// A container is there.
     pub fn add(&self, container: Arc<Container>) {
+        self.asked.store(false, Ordering::Relaxed);
         lock(&self.containers).insert(container.id.clone(), container);
     }
 
-    /// A container is no more.
-    pub fn remove(&self, id: &str) {
-        lock(&self.containers).remove(id);
+    /// A container is no more; another one of its id stays.
+    pub fn remove(&self, container: &Arc<Container>) {
+        let mut containers = lock(&self.containers);
+        let known = containers.get(&container.id);
+        if known.is_some_and(|known| Arc::ptr_eq(known, container)) {
+            containers.remove(&container.id);
+        }
+    }
+
+    /// Whether it has this very container.
+    pub fn has(&self, container: &Arc<Container>) -> bool {
+        let containers = lock(&self.containers);
+        let known = containers.get(&container.id);
+        known.is_some_and(|known| Arc::ptr_eq(known, container))
+    }
+
+    /// Whether it has no container, and nothing that holds it.
+    pub fn is_idle(&self) -> bool {
+        lock(&self.containers).is_empty() && lock(&self.holder).is_none()
     }
 
     /// Whether nothing is left of it that containerd has not deleted.
     pub fn is_over(&self) -> bool {
-        self.busy.load(Ordering::Relaxed) == 0
-            && lock(&self.containers).is_empty()
-            && lock(&self.holder).is_none()
+        self.busy.load(Ordering::Relaxed) == 0 && self.is_idle()
     }
 
     /// Somebody creates something of it, as long as the result lives.
@@ -129,9 +153,33 @@ impl Pod {
     /// The shim ends, after the answer to the call at hand. A shim that is started for the same id
     /// from now on has a socket of its own.
     pub fn leave(&self) {
-        // Gone already is as good.
-        let _ = std::fs::remove_file(&self.socket);
-        self.done.notify_one();
+        // Once: by now the socket may be another shim's.
+        if !self.left.swap(true, Ordering::Relaxed) {
+            // Gone already is as good.
+            let _ = std::fs::remove_file(&self.socket);
+            self.done.notify_one();
+        }
+    }
+
+    /// containerd has nothing more to ask of the shim. It says so after each container that it
+    /// deletes, and does not say it again.
+    pub fn leave_if_over(&self) {
+        if self.is_over() {
+            self.leave();
+        } else if self.is_idle() {
+            self.asked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Nothing is created any more.
+    ///
+    /// # Errors
+    /// `Gone` when the shim ends.
+    pub fn stays(&self) -> Result<()> {
+        match self.left.load(Ordering::Relaxed) {
+            true => Err(Error::with_kind(ErrorKind::Gone, "the shim is ending")),
+            false => Ok(()),
+        }
     }
 
     /// The sandbox, if there is one.
@@ -176,22 +224,26 @@ impl Pod {
     async fn remove_groups(&self) {
         let all = std::mem::take(&mut *lock(&self.groups));
         let removing = blocking(move || {
-            for groups in all {
-                if let Err(error) = groups.remove() {
+            let failed = all.into_iter().filter(|groups| {
+                let removed = groups.remove();
+                if let Err(error) = &removed {
                     tracing::warn!("{error}");
                 }
-            }
-            Ok(())
+                removed.is_err()
+            });
+            Ok(failed.collect::<Vec<_>>())
         });
-        if let Err(error) = removing.await {
-            tracing::warn!("{error}");
+        match removing.await {
+            // Tried again with the next ones, and at the end.
+            Ok(failed) => lock(&self.groups).extend(failed),
+            Err(error) => tracing::warn!("{error}"),
         }
     }
 
     /// Removes what the containers have on the host that containerd did not delete.
     pub async fn clean_up(&self) {
         for container in self.containers() {
-            self.remove(&container.id);
+            self.remove(&container);
             let groups = lock(&container.record).details.groups.clone();
             lock(&self.groups).push(groups);
             if let Err(error) = container.stored.remove() {
@@ -207,7 +259,10 @@ pub struct Work(Arc<Pod>);
 
 impl Drop for Work {
     fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+        let last = self.0.busy.fetch_sub(1, Ordering::Relaxed) == 1;
+        if last && self.0.asked.load(Ordering::Relaxed) {
+            self.0.leave_if_over();
+        }
     }
 }
 

@@ -237,6 +237,7 @@ impl SandboxService {
 
     async fn start(&self) -> Result<StartSandboxResponse> {
         let _creating = self.0.creating.lock().await;
+        self.0.stays()?;
         if self.0.sandbox().is_some() {
             return Err(Error::wrong_state("the sandbox was started before"));
         }
@@ -384,8 +385,14 @@ impl Service for SandboxService {
         _: &TtrpcContext,
         _: StopSandboxRequest,
     ) -> ttrpc::Result<StopSandboxResponse> {
-        self.0.end(Reason::Terminated).await;
-        Ok(StopSandboxResponse::default())
+        let pod = self.0.clone();
+        let stopping = async move {
+            // What is just being created is ended, too.
+            let _creating = pod.creating.lock().await;
+            pod.end(Reason::Terminated).await;
+            Ok(StopSandboxResponse::default())
+        };
+        to_the_end(&self.0, stopping).await
     }
 
     async fn wait_sandbox(
@@ -418,9 +425,13 @@ impl Service for SandboxService {
         _: &TtrpcContext,
         _: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        self.0.end(Reason::Removed).await;
-        self.0.leave();
-        Ok(ShutdownSandboxResponse::default())
+        let pod = self.0.clone();
+        let ending = async move {
+            pod.end(Reason::Removed).await;
+            pod.leave();
+            Ok(ShutdownSandboxResponse::default())
+        };
+        to_the_end(&self.0, ending).await
     }
 
     async fn sandbox_metrics(

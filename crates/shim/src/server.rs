@@ -23,6 +23,12 @@ use crate::task::TaskService;
 /// The names of the task service. Its messages are the same in both.
 const TASKS: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
+/// How long what is created may take to come to its end when the shim is told to end.
+const CREATING: Duration = Duration::from_secs(30);
+
+/// How long work beside the event loop may go on at the end.
+const LAST_WORK: Duration = Duration::from_secs(5);
+
 /// How long containerd may take to read the last events.
 const LAST_EVENTS: Duration = Duration::from_secs(10);
 
@@ -51,7 +57,10 @@ pub fn run(flags: Flags, settings: impl FnOnce() -> Result<Settings>) -> Result<
         .enable_all()
         .build()
         .context(|| "start the event loop")?;
-    runtime.block_on(serve(flags, settings, listener, socket))
+    let served = runtime.block_on(serve(flags, settings, listener, socket));
+    // A hook that hangs keeps nobody here.
+    runtime.shutdown_timeout(LAST_WORK);
+    served
 }
 
 /// Messages go to the log that containerd reads; standard error is the sandbox's from its boot on.
@@ -62,6 +71,8 @@ fn log(flags: &Flags) -> Result<()> {
     };
     let log = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stderr(), 3);
     let log = File::from(log.context(|| "keep the log")?);
+    // Standard error becomes that of the sandbox.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     // A second one is not set.
     let _ = tracing_subscriber::fmt()
         .with_writer(Arc::new(BoundedLog::on(Some(log), flags.debug)))
@@ -127,8 +138,11 @@ async fn serve(
         _ = terminate.recv() => pod.leave(),
     }
     server.stop_listen().await;
+    // What is being created is there then, or is not begun: both can be ended.
+    let creating = tokio::time::timeout(CREATING, pod.creating.lock()).await;
     pod.end(Reason::Terminated).await;
     pod.clean_up().await;
+    drop(creating);
     // The answer to the last call is on its way.
     server.disconnect().await;
     drop(server);

@@ -30,6 +30,9 @@ const PIECE: usize = 16 << 10;
 /// How long a program that takes output may take to become ready; as containerd's own shim.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long it is waited whether such a program has ended instead.
+const ENDED_GRACE: Duration = Duration::from_millis(20);
+
 /// How long what a process wrote may wait for a reader that takes nothing, when it is deleted.
 const UNREAD_GRACE: Duration = Duration::from_secs(2);
 
@@ -131,7 +134,9 @@ async fn logger(uri: &str, id: &str, namespace: &str) -> Result<(Sink, Sink)> {
     drop(command);
     let mut ready = pipe::Receiver::from_owned_fd(ready.into()).context(doing)?;
     let waited = tokio::time::timeout(READY_TIMEOUT, ready.read(&mut [0])).await;
-    let ended = child.try_wait().context(doing)?;
+    // One that ends at once closes its descriptors first.
+    let ended = tokio::time::timeout(ENDED_GRACE, child.wait()).await;
+    let ended = ended.ok().transpose().context(doing)?;
     if waited.is_err() || ended.is_some() {
         // It may have ended meanwhile.
         let _ = child.start_kill();
@@ -365,7 +370,13 @@ async fn copy_out(
         };
         match &mut to {
             Sink::Fifo(fifo) => fifo.write_all(&piece[..read]).await?,
-            Sink::File(file) => file.write_all(&piece[..read])?,
+            Sink::File(file) => {
+                if let Err(error) = file.write_all(&piece[..read]) {
+                    // The process goes on.
+                    tracing::warn!("the output of a process is lost: {error}");
+                    to = Sink::Nowhere;
+                }
+            }
             Sink::Nowhere => {}
         }
         progress.fetch_add(read as u64, Ordering::Relaxed);

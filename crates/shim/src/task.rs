@@ -107,6 +107,10 @@ impl TaskService {
     }
 
     async fn delete_init(&self, container: &Arc<Container>) -> Result<Exit> {
+        let mut deleted = container.deleted.lock().await;
+        if let Some(exit) = &*deleted {
+            return Ok(exit.clone());
+        }
         let state = container.inner.state();
         if !matches!(state, State::Stopped | State::Created) {
             return Err(Error::wrong_state(format!(
@@ -125,8 +129,9 @@ impl TaskService {
         if let Err(error) = container.stored.remove() {
             tracing::warn!("{error}");
         }
-        self.0.remove(&container.id);
+        self.0.remove(container);
         self.tell_deleted(&container.init, &exit);
+        *deleted = Some(exit.clone());
         Ok(exit)
     }
 
@@ -585,9 +590,7 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         // containerd says so after each container that it deletes.
-        if self.0.is_over() {
-            self.0.leave();
-        }
+        self.0.leave_if_over();
         Ok(api::Empty::default())
     }
 }

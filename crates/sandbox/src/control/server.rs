@@ -367,7 +367,12 @@ impl Connection {
     async fn delete(&mut self, id: &str) -> Result<Answer> {
         let container = match self.sandbox.container(id) {
             // Who started it was killed before there was a container: only this connection is left.
-            Err(_) if self.sandbox.end_if_unused(1).await => return reply(Reply::Ending),
+            Err(_)
+                if self.sandbox.ends_with_last_container()
+                    && self.sandbox.end_if_unused(1).await =>
+            {
+                return reply(Reply::Ending);
+            }
             found => found?,
         };
         container.delete().await?;
