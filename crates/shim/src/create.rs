@@ -60,8 +60,8 @@ pub fn root(settings: &Settings, namespace: &str) -> Root {
 }
 
 /// Removes what a container has on the host whose shim is no more; how it had ended, if that is
-/// known. What cannot be removed is said, and does not keep the rest from being removed. `bundle` is
-/// whose container it is: another containerd may have one of the same name.
+/// known. What cannot be removed is said, and does not keep the rest from being removed. `bundle`
+/// is whose container it is: another containerd may have one of the same name.
 pub fn clear(settings: &Settings, namespace: &str, id: &str, bundle: &Path) -> Option<Exit> {
     let warn = |result: Result<()>| {
         if let Err(error) = result {
