@@ -41,10 +41,14 @@ pub fn execute(args: Args) -> Result<u8> {
         Any::Own(own) => *own,
         Any::Engine(other) => {
             let (id, engine) = (&other.stored.record.id, &other.stored.record.engine);
+            let program = match engine.as_str() {
+                "containerd" | "cri-o" => "crictl",
+                engine => engine,
+            };
             return Err(Error::unsupported(format_args!(
                 "logs of container {id}: its output belongs to {engine}"
             ))
-            .hint(format!("{engine} logs {id}")));
+            .hint(format!("{program} logs {id}")));
         }
     };
     let name = &container.record.details.name;
