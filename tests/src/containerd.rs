@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -375,23 +376,35 @@ impl Drop for Containerd {
             runtime::show(&self.path("containerd.log"));
         }
         if self.daemon.is_some() {
-            let listed = |kind: &str| {
-                let listed = self.ctr([kind, "ls", "-q"]).run();
-                let text = String::from_utf8_lossy(&listed.stdout).into_owned();
-                text.split_whitespace()
-                    .map(str::to_owned)
-                    .collect::<Vec<_>>()
-            };
-            for id in listed("task") {
-                self.ctr(["task", "rm", "--force", &id]).run();
-            }
-            for id in listed("container") {
-                self.ctr(["container", "rm", &id]).run();
+            for namespace in [self.namespace().as_str(), POD_NAMESPACE] {
+                let ctr = |arguments: &[&str]| {
+                    let of = ["--namespace", namespace];
+                    self.ctr(of.iter().chain(arguments)).run()
+                };
+                let listed = |kind: &str| {
+                    let text = ctr(&[kind, "ls", "-q"]).stdout;
+                    let text = String::from_utf8_lossy(&text).into_owned();
+                    text.split_whitespace()
+                        .map(str::to_owned)
+                        .collect::<Vec<_>>()
+                };
+                for id in listed("task") {
+                    ctr(&["task", "rm", "--force", &id]);
+                }
+                for id in listed("container") {
+                    ctr(&["container", "rm", &id]);
+                }
             }
         }
         let daemon = self.daemon.as_ref().map(|child| child.id().cast_signed());
         let problems = self.problems(&daemon.into_iter().collect::<Vec<_>>());
         end(&mut self.daemon, Signal::TERM);
+        // Of pods that a failed test has left.
+        for mount in leaks::mounts_below(self.directory.path()) {
+            if let Some(path) = mount.split(' ').nth(5) {
+                let _ = unmount(path, UnmountFlags::DETACH);
+            }
+        }
         for group in self.groups() {
             // One that is in use was reported.
             let _ = fs::remove_dir(group);
