@@ -109,8 +109,20 @@ impl Bundle {
     }
 }
 
+/// Makes a further process one of the guest's: completed, and without labels of the host's security
+/// modules (see `guest_spec`). Warnings for the user.
+pub fn process_for_guest(process: &mut Value) -> Vec<String> {
+    let notes = leave_out_unknown_capabilities(process);
+    complete_process(process);
+    if let Some(object) = process.as_object_mut() {
+        object.remove("apparmorProfile");
+        object.remove("selinuxLabel");
+    }
+    notes
+}
+
 /// Completes a process as runc does, and writes its words as those read them who parse it.
-pub fn complete_process(process: &mut Value) {
+fn complete_process(process: &mut Value) {
     let Some(process) = process.as_object_mut() else {
         return;
     };
@@ -135,7 +147,7 @@ pub fn complete_process(process: &mut Value) {
 }
 
 /// The specification requires only a warning for a capability that the runtime does not know.
-pub fn leave_out_unknown_capabilities(process: &mut Value) -> Vec<String> {
+fn leave_out_unknown_capabilities(process: &mut Value) -> Vec<String> {
     let mut unknown = BTreeSet::new();
     let sets = process
         .get_mut("capabilities")

@@ -11,7 +11,7 @@ use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::store::{
     self, CONFIG_FILE, Directory, ProcessId, SandboxPath, State, Status, remove_all,
 };
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{Hooks, LinuxResources};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -296,6 +296,33 @@ impl Container {
             .read(CONFIG_FILE)?
             .ok_or_else(|| Error::new(format!("there is no {}", path.display())))?;
         serde_json::from_slice(&text).context(|| format!("read {}", path.display()))
+    }
+
+    /// The hooks of its configuration.
+    ///
+    /// # Errors
+    /// Those of [`Container::config`]; hooks that are none.
+    pub fn hooks(&self) -> Result<Option<Hooks>> {
+        match self.config()?.get("hooks") {
+            None | Some(Value::Null) => Ok(None),
+            Some(hooks) => serde_json::from_value(hooks.clone()).context(|| "read hooks"),
+        }
+    }
+
+    /// Its limits now: those of the last update, or of its configuration.
+    ///
+    /// # Errors
+    /// Those of [`Container::config`]; limits that are none.
+    pub fn resources(&self, record: &Record) -> Result<LinuxResources> {
+        if let Some(current) = &record.details.resources {
+            return Ok(current.clone());
+        }
+        match self.config()?["linux"].get("resources") {
+            None | Some(Value::Null) => Ok(LinuxResources::default()),
+            Some(resources) => {
+                serde_json::from_value(resources.clone()).context(|| "read resources")
+            }
+        }
     }
 
     /// Its status; stopped if the sandbox was killed, or the keeper: an engine that has seen the

@@ -14,7 +14,7 @@ use crate::container::is_valid_id;
 use crate::guest_spec::{Network, Plan};
 
 /// Annotations that name a container's pod: of podman and CRI-O, and of containerd.
-const POD_NAMES: [&str; 2] = [
+pub const POD_NAMES: [&str; 2] = [
     "io.kubernetes.cri-o.SandboxID",
     "io.kubernetes.cri.sandbox-id",
 ];

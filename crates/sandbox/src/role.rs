@@ -13,7 +13,7 @@ use crate::config::SandboxConfig;
 use crate::control::protocol::{Received, Reply, receive, send};
 use crate::control::serve;
 use crate::error::{Context, Error, Result};
-use crate::events::EventLog;
+use crate::events::{Event, EventLog};
 use crate::rootless;
 use crate::sandbox::{Reason, Sandbox};
 use crate::store::{SandboxDir, SandboxPath};
@@ -62,7 +62,7 @@ pub fn run(path: &SandboxPath, first: OwnedFd) -> Result<()> {
             }
         };
         tokio::spawn(end_when_told(sandbox.clone()));
-        let logging = tokio::spawn(log_events(sandbox.clone()));
+        let logging = tokio::spawn(log_events(sandbox.clone(), |_| {}));
         serve(&sandbox, Some(first), listener).await?;
         // The last events are those of the end.
         let _ = logging.await;
@@ -116,8 +116,8 @@ async fn end_when_told(sandbox: Sandbox) {
     }
 }
 
-/// Writes the sandbox's events to the log of the host until it has ended.
-async fn log_events(sandbox: Sandbox) {
+/// Writes the sandbox's events to the log of the host until it has ended; `each` sees them first.
+pub async fn log_events(sandbox: Sandbox, mut each: impl FnMut(&Event)) {
     let mut events = sandbox.events();
     let Some(log) = EventLog::of(sandbox.path()) else {
         return;
@@ -133,6 +133,7 @@ async fn log_events(sandbox: Sandbox) {
         };
         match event {
             Ok(event) => {
+                each(&event);
                 if let Err(error) = log.append(&event) {
                     tracing::warn!("cannot write {}: {error}", log.path().display());
                 }

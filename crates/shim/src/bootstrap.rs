@@ -17,6 +17,7 @@ use std::process::{Command, Stdio};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use hull_oci::pod::POD_NAMES;
 use hull_sandbox::{Context, Error, Result};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
@@ -32,12 +33,6 @@ const SOCKETS: &str = "/run/containerd/s";
 
 /// Longest path of a socket (`sun_path`, unix(7)), bytes.
 const MAX_SOCKET: usize = 107;
-
-/// Annotations that name the pod of a container: of containerd's CRI plugin, and of CRI-O.
-const PODS: [&str; 2] = [
-    "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri-o.SandboxID",
-];
 
 /// Most bytes of parameters that are read.
 const MAX_PARAMETERS: u64 = 16 << 20;
@@ -129,7 +124,7 @@ fn pod_of(bundle: &Path) -> Result<Option<String>> {
     let config: Value =
         serde_json::from_slice(&text).context(|| format!("read {}", path.display()))?;
     let annotations = &config["annotations"];
-    Ok(PODS
+    Ok(POD_NAMES
         .iter()
         .find_map(|name| annotations[name].as_str())
         .map(str::to_owned))
@@ -335,7 +330,7 @@ mod tests {
     fn containers_of_a_pod_have_one_socket() {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(pod_of(bundle.path()).unwrap(), None);
-        for (annotation, pod) in [(PODS[0], "p1"), (PODS[1], "p2")] {
+        for (annotation, pod) in [(POD_NAMES[0], "p1"), (POD_NAMES[1], "p2")] {
             let config = json!({"annotations": {annotation: pod}});
             fs::write(bundle.path().join("config.json"), config.to_string()).unwrap();
             assert_eq!(pod_of(bundle.path()).unwrap().as_deref(), Some(pod));

@@ -12,12 +12,10 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use hull_oci::bundle::Bundle;
 use hull_oci::container::{Container as Stored, Record, Root, new_record, state};
-use hull_oci::guest_spec::{HostShare, Network, Plan};
+use hull_oci::guest_spec::{HostShare, Network, POD_TYPES, Plan};
 use hull_oci::{disks, hooks, limits};
 use hull_sandbox::cgroup::Place;
-use hull_sandbox::config::{
-    CgroupConfig, ContainerConfig, MachineConfig, Stdio, given_file, is_network_sysctl,
-};
+use hull_sandbox::config::{CgroupConfig, ContainerConfig, MachineConfig, Stdio, given_file};
 use hull_sandbox::store::{Exit, ProcessId, State, Status, roots};
 use hull_sandbox::{Context, Error, ErrorKind, Reason, Result, Sandbox, control};
 use oci_spec::runtime::{Hooks, LinuxResources};
@@ -40,12 +38,6 @@ const POD_MEMORY: [&str; 2] = [
 const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
-/// Annotations that say what a container is in its pod.
-const KINDS: [&str; 2] = [
-    "io.kubernetes.cri.container-type",
-    "io.kubernetes.cri-o.ContainerType",
-];
-
 /// How often it is looked whether a container that has ended was removed by others.
 const REMOVED_BY_OTHERS: Duration = Duration::from_secs(1);
 
@@ -59,15 +51,17 @@ pub fn root(settings: &Settings, namespace: &str) -> Root {
     }
 }
 
+/// Says what cannot be removed.
+fn warn(result: Result<()>) {
+    if let Err(error) = result {
+        tracing::warn!("{error}");
+    }
+}
+
 /// Removes what a container has on the host whose shim is no more; how it had ended, if that is
 /// known. What cannot be removed is said, and does not keep the rest from being removed. `bundle`
 /// is whose container it is: another containerd may have one of the same name.
 pub fn clear(settings: &Settings, namespace: &str, id: &str, bundle: &Path) -> Option<Exit> {
-    let warn = |result: Result<()>| {
-        if let Err(error) = result {
-            tracing::warn!("{error}");
-        }
-    };
     let mut exit = None;
     let stored = root(settings, namespace).find(id).ok();
     let record = stored.as_ref().and_then(|stored| stored.record().ok());
@@ -112,13 +106,12 @@ pub fn clear(settings: &Settings, namespace: &str, id: &str, bundle: &Path) -> O
     exit
 }
 
-/// The hooks of a container.
+/// The hooks of a container; none when they cannot be read.
 pub fn hooks_of(stored: &Stored) -> Option<Hooks> {
-    let config = stored.config().ok()?;
-    let hooks = config.get("hooks").filter(|hooks| !hooks.is_null())?;
-    serde_json::from_value(hooks.clone())
-        .inspect_err(|error| tracing::warn!("cannot read the hooks: {error}"))
-        .ok()
+    let hooks = stored.hooks();
+    hooks
+        .inspect_err(|error| tracing::warn!("{error}"))
+        .unwrap_or_default()
 }
 
 /// The directory of a new container, in place of one that another shim has left.
@@ -358,9 +351,7 @@ impl Making<'_> {
 
     /// Kernel parameters of the guest's network: its own, and those of a pod that names them apart.
     fn sysctls(&self, plan: &Plan) -> BTreeMap<String, String> {
-        let of_pod = self.pod.sysctls().into_iter();
-        let mut sysctls: BTreeMap<_, _> =
-            of_pod.filter(|(name, _)| is_network_sysctl(name)).collect();
+        let mut sysctls: BTreeMap<_, _> = self.pod.sysctls().into_iter().collect();
         sysctls.extend(plan.sysctl.clone());
         sysctls
     }
@@ -460,11 +451,6 @@ impl Making<'_> {
 
     /// Removes everything that was created.
     async fn undo(self) {
-        let warn = |result: Result<()>| {
-            if let Err(error) = result {
-                tracing::warn!("{error}");
-            }
-        };
         if let Some(sandbox) = &self.sandbox {
             if self.own_sandbox {
                 sandbox.shutdown(Reason::Removed);
@@ -512,7 +498,7 @@ fn size(
     annotations: &BTreeMap<String, String>,
     resources: Option<&LinuxResources>,
 ) -> (Option<u64>, Option<u64>) {
-    let is_pod = KINDS
+    let is_pod = POD_TYPES
         .iter()
         .any(|name| annotations.get(*name).is_some_and(|kind| kind == "sandbox"));
     if !is_pod {
@@ -578,14 +564,14 @@ mod tests {
                 .collect::<BTreeMap<_, _>>()
         };
         let pod = annotations(&[
-            (KINDS[0], "sandbox"),
+            (POD_TYPES[0], "sandbox"),
             (POD_MEMORY[0], "268435456"),
             (POD_QUOTA, "150000"),
             (POD_PERIOD, "100000"),
         ]);
         assert_eq!(size(&pod, None), (Some(256 << 20), Some(1500)));
         let without = annotations(&[
-            (KINDS[0], "sandbox"),
+            (POD_TYPES[0], "sandbox"),
             (POD_MEMORY[0], "0"),
             (POD_QUOTA, "-1"),
         ]);

@@ -8,10 +8,9 @@ use std::time::Duration;
 
 use hull_oci::container::{Container as Stored, Record};
 use hull_sandbox::cgroup::Groups;
-use hull_sandbox::events::EventLog;
 use hull_sandbox::store::Exit;
-use hull_sandbox::{Context, Error, ErrorKind, EventKind, Reason, Result, Sandbox};
-use tokio::sync::{Notify, broadcast};
+use hull_sandbox::{Context, Error, ErrorKind, EventKind, Reason, Result, Sandbox, role};
+use tokio::sync::Notify;
 
 use crate::Settings;
 use crate::events::Publisher;
@@ -299,38 +298,13 @@ impl Container {
 /// Passes on what the sandbox reports, until it has ended: to containerd what only the guest knows,
 /// to the log of the host everything.
 pub async fn follow(pod: Arc<Pod>, sandbox: Sandbox) {
-    let mut events = sandbox.events();
-    let log = EventLog::of(sandbox.path());
-    loop {
-        let event = tokio::select! {
-            biased;
-            event = events.recv() => event,
-            _ = sandbox.ended() => match events.try_recv() {
-                Ok(event) => Ok(event),
-                Err(_) => return,
-            },
-        };
-        match event {
-            Ok(event) => {
-                if let EventKind::Oom { container } = &event.kind {
-                    pod.events.publish_if_idle(&TaskOOM {
-                        container_id: container.clone(),
-                        ..TaskOOM::default()
-                    });
-                }
-                if let EventKind::GuestFailed { reason } = &event.kind {
-                    tracing::error!("{reason}");
-                }
-                if let Some(log) = &log
-                    && let Err(error) = log.append(&event)
-                {
-                    tracing::warn!("cannot write {}: {error}", log.path().display());
-                }
-            }
-            Err(broadcast::error::RecvError::Lagged(missed)) => {
-                tracing::warn!("{missed} events are not logged");
-            }
-            Err(broadcast::error::RecvError::Closed) => return,
-        }
-    }
+    role::log_events(sandbox, |event| match &event.kind {
+        EventKind::Oom { container } => pod.events.publish_if_idle(&TaskOOM {
+            container_id: container.clone(),
+            ..TaskOOM::default()
+        }),
+        EventKind::GuestFailed { reason } => tracing::error!("{reason}"),
+        _ => {}
+    })
+    .await;
 }

@@ -16,7 +16,7 @@ use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::shim_async::Task;
-use hull_oci::bundle::{complete_process, leave_out_unknown_capabilities};
+use hull_oci::bundle::process_for_guest;
 use hull_oci::commands::wall;
 use hull_oci::container::state;
 use hull_oci::{guest_spec, hooks, update};
@@ -189,14 +189,10 @@ impl TaskService {
         let spec = request.spec.get_or_default();
         let mut process: Value =
             serde_json::from_slice(&spec.value).context(|| "read the process")?;
-        for note in leave_out_unknown_capabilities(&mut process) {
+        for note in process_for_guest(&mut process) {
             tracing::warn!("{note}");
         }
-        complete_process(&mut process);
         if let Some(object) = process.as_object_mut() {
-            // Policies of the host's kernel: see `guest_spec`.
-            object.remove("apparmorProfile");
-            object.remove("selinuxLabel");
             object.insert("terminal".to_owned(), request.terminal.into());
         }
         let paths = Paths {
@@ -289,24 +285,12 @@ impl TaskService {
         let mut change: LinuxResources =
             serde_json::from_slice(change).context(|| "read the resources")?;
         let record = lock(&container.record).clone();
-        let current = match &record.details.resources {
-            Some(current) => current.clone(),
-            None => match container.stored.config()?["linux"].get("resources") {
-                None | Some(Value::Null) => LinuxResources::default(),
-                Some(resources) => {
-                    serde_json::from_value(resources.clone()).context(|| "read resources")?
-                }
-            },
-        };
+        let current = container.stored.resources(&record)?;
         update::complete(&mut change, &current);
-        let mut guest = serde_json::to_value(&change).context(|| "encode linux.resources")?;
-        if let Some(guest) = guest.as_object_mut() {
-            for note in guest_spec::not_applied(guest) {
-                tracing::warn!("{note}");
-            }
-            guest_spec::for_guest(guest);
+        let (guest, notes) = guest_spec::limits(&change)?;
+        for note in notes {
+            tracing::warn!("{note}");
         }
-        let guest = to_raw_value(&guest).context(|| "encode linux.resources")?;
         container.inner.update(&guest).await?;
         // The others of a pod have no control group on the host.
         if record.details.bounds.is_some() {

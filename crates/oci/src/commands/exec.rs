@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::life::load;
 use super::{Settings, refuse_descriptors, with_runc_wording, write_pid_file};
-use crate::bundle::{complete_process, leave_out_unknown_capabilities};
+use crate::bundle::process_for_guest;
 use crate::console;
 use crate::container::connect;
 use crate::keeper::{self, Mode};
@@ -92,17 +92,14 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
         }
         None => from_options(&container.config()?["process"], options)?,
     };
-    for note in leave_out_unknown_capabilities(&mut process) {
+    for note in process_for_guest(&mut process) {
         (settings.warn)(&note);
     }
-    complete_process(&mut process);
-    if let Some(object) = process.as_object_mut() {
-        // See `guest_spec`: these are policies of the host's kernel.
-        object.remove("apparmorProfile");
-        object.remove("selinuxLabel");
-        if options.process.is_some() && options.tty {
-            object.insert("terminal".into(), json!(true));
-        }
+    if let Some(object) = process.as_object_mut()
+        && options.process.is_some()
+        && options.tty
+    {
+        object.insert("terminal".into(), json!(true));
     }
     let terminal = process["terminal"].as_bool().unwrap_or_default();
     if terminal && options.detach && options.console_socket.is_none() {

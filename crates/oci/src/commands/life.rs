@@ -6,13 +6,11 @@ use hull_sandbox::cgroup::Place;
 use hull_sandbox::config::MachineConfig;
 use hull_sandbox::control;
 use hull_sandbox::control::protocol::Request;
-use hull_sandbox::error::{Context, Error, Result};
+use hull_sandbox::error::{Error, Result};
 use hull_sandbox::store::{State, keepers};
-use oci_spec::runtime::{Hooks, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde_json::Value;
-use serde_json::value::to_raw_value;
 
 use super::{Settings, with_runc_wording};
 use crate::container::{Container, Record, connect, recovered_record, state};
@@ -33,13 +31,6 @@ pub(super) fn load(settings: &Settings, id: &str) -> Result<(Container, Record, 
     let record = container.record()?;
     let status = container.status(&record)?.state;
     Ok((container, record, status))
-}
-
-fn hooks_of(container: &Container) -> Result<Option<Hooks>> {
-    match container.config()?.get("hooks") {
-        None | Some(Value::Null) => Ok(None),
-        Some(hooks) => serde_json::from_value(hooks.clone()).context(|| "read hooks"),
-    }
 }
 
 /// Lets the init of a created container run.
@@ -83,7 +74,7 @@ pub fn start(settings: &Settings, id: &str) -> Result<()> {
         container: id.to_owned(),
     };
     connect(&record)?.do_(&request).map_err(with_runc_wording)?;
-    if let Some(hooks) = hooks_of(&container)? {
+    if let Some(hooks) = container.hooks()? {
         let state = state(&record, State::Running, record.details.keeper.pid);
         // The specification: failures of such hooks are logged and otherwise ignored. The same for
         // poststop.
@@ -173,35 +164,22 @@ pub fn update(settings: &Settings, id: &str, resources: &LinuxResources) -> Resu
     if status == State::Stopped {
         return Err(Error::wrong_state("container not running"));
     }
-    let current = match &record.details.resources {
-        Some(current) => current.clone(),
-        None => resources_of(&container)?,
-    };
+    let current = container.resources(&record)?;
     let mut resources = resources.clone();
     update::complete(&mut resources, &current);
-    let mut guest = serde_json::to_value(&resources).context(|| "encode linux.resources")?;
-    if let Some(guest) = guest.as_object_mut() {
-        for note in guest_spec::not_applied(guest) {
-            (settings.warn)(&note);
-        }
-        guest_spec::for_guest(guest);
+    let (guest, notes) = guest_spec::limits(&resources)?;
+    for note in notes {
+        (settings.warn)(&note);
     }
     let request = Request::Update {
         container: id.to_owned(),
-        resources: to_raw_value(&guest).context(|| "encode linux.resources")?,
+        resources: guest,
     };
     connect(&record)?.do_(&request)?;
     let wall = wall(&record, &resources);
     record.details.groups.apply(&resources, wall)?;
     record.details.resources = Some(update::merge(&current, &resources)?);
     container.store(&record)
-}
-
-fn resources_of(container: &Container) -> Result<LinuxResources> {
-    match container.config()?["linux"].get("resources") {
-        None | Some(Value::Null) => Ok(LinuxResources::default()),
-        Some(resources) => serde_json::from_value(resources.clone()).context(|| "read resources"),
-    }
 }
 
 /// What the host's processes may use in addition to the memory limit: a machine keeps its size when
@@ -255,7 +233,7 @@ pub fn delete(settings: &Settings, id: &str, force: bool) -> Result<()> {
     end_keeper(&record);
     keepers::forget(&settings.run_directory, record.details.keeper);
     // A container whose configuration is unreadable has never run.
-    if let Ok(Some(hooks)) = hooks_of(&container) {
+    if let Ok(Some(hooks)) = container.hooks() {
         let state = state(&record, State::Stopped, 0);
         hooks::run_all("poststop", hooks.poststop().as_ref(), &state, settings.warn);
     }

@@ -14,13 +14,15 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{ContainerDisk, Share, Writers, share_name};
-use hull_sandbox::error::{Error, Result};
+use hull_sandbox::error::{Context, Error, Result};
 use hull_sandbox::shares::{self, EngineOverlay, ReadOnly};
+use oci_spec::runtime::LinuxResources;
 use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
 
 use crate::bundle::Bundle;
 use crate::keeper::Namespace;
-pub use namespaces::Network;
+pub use namespaces::{Network, POD_TYPES};
 
 /// Longest spec for the guest, bytes: the agent accepts messages up to 4 MiB.
 const MAX_SPEC: usize = (4 << 20) - (64 << 10);
@@ -258,7 +260,7 @@ impl Plan {
 }
 
 /// Warnings for settings of `linux.resources` that are applied on neither side.
-pub fn not_applied(resources: &serde_json::Map<String, Value>) -> Vec<String> {
+fn not_applied(resources: &serde_json::Map<String, Value>) -> Vec<String> {
     const FIELDS: [(&str, &str, &str); 6] = [
         (
             "cpu",
@@ -298,8 +300,23 @@ pub fn not_applied(resources: &serde_json::Map<String, Value>) -> Vec<String> {
         .collect()
 }
 
+/// `linux.resources` for the guest, with warnings for settings that are applied on neither side.
+///
+/// # Errors
+/// None that a specification can cause.
+pub fn limits(resources: &LinuxResources) -> Result<(Box<RawValue>, Vec<String>)> {
+    let encoding = || "encode linux.resources";
+    let mut guest = serde_json::to_value(resources).context(encoding)?;
+    let mut notes = Vec::new();
+    if let Some(guest) = guest.as_object_mut() {
+        notes = not_applied(guest);
+        for_guest(guest);
+    }
+    Ok((to_raw_value(&guest).context(encoding)?, notes))
+}
+
 /// Removes from `linux.resources` what applies on the host.
-pub fn for_guest(resources: &mut serde_json::Map<String, Value>) {
+fn for_guest(resources: &mut serde_json::Map<String, Value>) {
     resources.remove("blockIO");
     // Applies to packets on the host's interfaces.
     resources.remove("network");

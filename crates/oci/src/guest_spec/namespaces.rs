@@ -25,7 +25,7 @@ pub enum Network {
 }
 
 /// Annotations of Kubernetes engines, on containers whose pod has its namespaces on the host.
-const POD_TYPES: [&str; 2] = [
+pub const POD_TYPES: [&str; 2] = [
     "io.kubernetes.cri-o.ContainerType",
     "io.kubernetes.cri.container-type",
 ];
