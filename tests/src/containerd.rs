@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::cri::Cri;
+use crate::shim::shim_of;
 use crate::{Invocation, Netns, Output, busybox_archive, digest, executable, leaks, runtime};
 
 /// The runtime of hull's containers.
@@ -311,14 +312,7 @@ impl Containerd {
 
     /// The process of a container's shim.
     pub fn shim(&self, id: &str) -> i32 {
-        let wanted = format!("\0-namespace\0{}\0-id\0{id}\0", self.namespace());
-        let all = fs::read_dir("/proc").unwrap().flatten();
-        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .find(|pid: &i32| {
-                let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                String::from_utf8_lossy(&command).contains(&wanted)
-            })
-            .expect("the container has a shim")
+        shim_of(&self.namespace(), id).expect("the container has a shim")
     }
 
     /// What containers that are removed have left, while containerd runs.

@@ -16,6 +16,7 @@ pub mod cri;
 mod docker;
 mod hull;
 mod images;
+pub mod kubernetes;
 mod leaks;
 mod loop_device;
 mod netns;
@@ -27,6 +28,7 @@ mod posix;
 mod programs;
 mod registry;
 mod runtime;
+pub mod shim;
 mod terminal;
 
 pub use command::{Invocation, Output, Running};

@@ -398,22 +398,15 @@ impl Container {
             .await
     }
 
-    /// What it uses, and what its sandbox costs the host.
+    /// What it uses in the guest.
     ///
     /// # Errors
     /// `WrongState` when it does not run.
     pub async fn metrics(&self) -> Result<Metrics> {
         self.require_alive("measure")?;
-        let metrics = self
-            .sandbox
+        self.sandbox
             .in_guest(async |guest| guest.agent.metrics(&self.id).await)
-            .await?;
-        let (host_memory, host_cpu_ns) = self.sandbox.cost();
-        Ok(Metrics {
-            host_memory,
-            host_cpu_ns,
-            ..metrics
-        })
+            .await
     }
 
     /// Its processes.

@@ -315,6 +315,7 @@ impl Making<'_> {
             init,
             execs: Mutex::default(),
             stand_in,
+            holds_pod: holds_pod(&self.bundle.annotations),
             stored: Stored {
                 directory: kept,
                 id: self.stored.id.clone(),
@@ -492,16 +493,20 @@ fn give_files(
     given
 }
 
+/// Whether a container is the first one of a pod, which CRI starts to hold it.
+fn holds_pod(annotations: &BTreeMap<String, String>) -> bool {
+    POD_TYPES
+        .iter()
+        .any(|name| annotations.get(*name).is_some_and(|kind| kind == "sandbox"))
+}
+
 /// What a machine is made for: the sum of what a pod's containers ask for, where its first
 /// container names it, or what this container asks for.
 fn size(
     annotations: &BTreeMap<String, String>,
     resources: Option<&LinuxResources>,
 ) -> (Option<u64>, Option<u64>) {
-    let is_pod = POD_TYPES
-        .iter()
-        .any(|name| annotations.get(*name).is_some_and(|kind| kind == "sandbox"));
-    if !is_pod {
+    if !holds_pod(annotations) {
         return (limits::memory(resources), limits::processors(resources));
     }
     let number = |name: &str| annotations.get(name)?.parse::<i64>().ok();

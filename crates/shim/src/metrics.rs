@@ -3,14 +3,53 @@
 
 use containerd_shim_protos::cgroups_v2::metrics as proto;
 use hull_sandbox::metrics::{Metrics, Pressure, PressureLine};
+use hull_sandbox::{Error, Result};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
+
+use crate::pod::{Pod, blocking};
 
 /// Name of the message.
 const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// How many nanoseconds one microsecond has: what control groups count in.
 const MICROSECOND: u64 = 1000;
+
+/// What a pod takes of the host: memory of its processes (PSS), and their processor time.
+///
+/// # Errors
+/// `NotFound` when it has no machine.
+pub async fn of_pod(pod: &Pod) -> Result<Metrics> {
+    let sandbox = pod.sandbox();
+    let sandbox = sandbox.ok_or_else(|| Error::not_found("the pod has no machine"))?;
+    let (memory, cpu_ns) = blocking(move || Ok(sandbox.cost())).await?;
+    let mut metrics = Metrics::default();
+    metrics.memory.usage = memory.total();
+    // What can be reclaimed is not told apart: it counts as in use.
+    metrics.memory.stat.anon = memory.total();
+    metrics.cpu.usage_ns = cpu_ns;
+    Ok(metrics)
+}
+
+/// What a pod takes beside what its containers use: the metrics of the container that holds it. The
+/// sum over all containers is then what the pod takes.
+///
+/// # Errors
+/// `NotFound` when it has no machine.
+pub async fn overhead(pod: &Pod) -> Result<Metrics> {
+    let mut metrics = of_pod(pod).await?;
+    for container in pod.containers().iter().filter(|one| !one.holds_pod) {
+        // One that has ended uses nothing.
+        let Ok(used) = container.inner.metrics().await else {
+            continue;
+        };
+        let memory = metrics.memory.usage.saturating_sub(used.memory.usage);
+        metrics.memory.usage = memory;
+        metrics.memory.stat.anon = memory;
+        metrics.cpu.usage_ns = metrics.cpu.usage_ns.saturating_sub(used.cpu.usage_ns);
+    }
+    Ok(metrics)
+}
 
 /// Encodes metrics. A limit that is not set is the largest number, as in containerd's own.
 pub fn encode(metrics: &Metrics) -> protobuf::Result<Any> {

@@ -68,6 +68,8 @@ pub struct Container {
     pub execs: Mutex<BTreeMap<String, Arc<Process>>>,
     /// What stands for it on the host.
     pub stand_in: StandIn,
+    /// It holds the pod, and does nothing else.
+    pub holds_pod: bool,
     /// Its directory of state.
     pub stored: Stored,
     /// What is written down of it.

@@ -25,6 +25,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use crate::boot::{self, Wanted};
 use crate::bootstrap::timestamp;
+use crate::metrics;
 use crate::pod::{Pod, blocking};
 use crate::process::lock;
 use crate::stand_in::StandIn;
@@ -437,11 +438,20 @@ impl Service for SandboxService {
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,
-        _: SandboxMetricsRequest,
+        request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
-        self.answer(Err(Error::unsupported(
-            "metrics of a sandbox: its containers have them",
-        )))
+        let metrics = async {
+            let metrics = metrics::of_pod(&self.0).await?;
+            let data = metrics::encode(&metrics).context(|| "encode the metrics")?;
+            let mut response = SandboxMetricsResponse::default();
+            // The message's type has no public name.
+            let metric = response.metrics.mut_or_insert_default();
+            metric.timestamp = MessageField::some(timestamp(unix_time_ns()));
+            metric.id = request.sandbox_id;
+            metric.data = MessageField::some(data);
+            Ok(response)
+        };
+        self.answer(metrics.await)
     }
 }
 

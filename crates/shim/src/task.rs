@@ -547,7 +547,10 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = async {
             let container = self.0.container(&request.id)?;
-            let metrics = container.inner.metrics().await?;
+            let metrics = match container.holds_pod {
+                true => metrics::overhead(&self.0).await?,
+                false => container.inner.metrics().await?,
+            };
             Ok(StatsResponse {
                 stats: MessageField::some(
                     metrics::encode(&metrics).context(|| "encode the metrics")?,

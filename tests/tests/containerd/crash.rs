@@ -2,12 +2,8 @@
 
 use std::time::Duration;
 
+use hull_tests::shim::{kill, machine_of};
 use hull_tests::{BUSYBOX, Containerd, eventually};
-use rustix::process::{Pid, Signal, kill_process};
-
-fn kill(pid: i32) {
-    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-}
 
 #[test]
 fn a_containerd_that_is_killed_finds_its_containers_again() {
@@ -42,16 +38,7 @@ fn a_container_whose_shim_is_killed_has_ended_and_leaves_nothing() {
 fn a_container_whose_machine_is_killed_has_ended_with_a_reason() {
     let containerd = Containerd::new();
     let id = containerd.start_container(&[], &["sleep", "1000"]);
-    let shim = containerd.shim(&id);
-    let machine = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"))
-        .unwrap()
-        .split_whitespace()
-        .map(|pid| pid.parse::<i32>().unwrap())
-        .find(|pid| {
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-            name.is_ok_and(|name| name.starts_with("kernel-um"))
-        })
-        .expect("the shim has a machine");
+    let machine = machine_of(containerd.shim(&id)).expect("the shim has a machine");
     kill(machine);
     containerd.becomes(&id, "STOPPED");
     let log = std::fs::read_to_string(containerd.path("containerd.log")).unwrap();

@@ -27,6 +27,9 @@ const NEW: &str = "version = 2\n\n";
 /// The type of the runtime: containerd looks for `containerd-shim-hull-v2` in its PATH.
 const TYPE: &str = "io.containerd.hull.v2";
 
+/// The type of containerd's own default runtime.
+const RUNC: &str = "io.containerd.runc.v2";
+
 /// The CRI plugin by the version of the file's format.
 fn plugin(version: i64) -> Option<&'static str> {
     match version {
@@ -36,22 +39,48 @@ fn plugin(version: i64) -> Option<&'static str> {
     }
 }
 
+/// The runtimes that a configuration names.
+fn runtimes<'a>(value: &'a Value, plugin: &str) -> Option<&'a Value> {
+    let containerd = value.get("plugins")?.get(plugin)?.get("containerd")?;
+    containerd.get("runtimes")
+}
+
 /// What a configuration says of the runtime: its type.
 fn known(value: &Value, plugin: &str) -> Option<String> {
-    let runtimes = value.get("plugins")?.get(plugin)?.get("containerd")?;
-    let runtime = runtimes.get("runtimes")?.get(RUNTIME)?;
+    let runtime = runtimes(value, plugin)?.get(RUNTIME)?;
     Some(runtime.get("runtime_type")?.as_str()?.to_owned())
 }
 
-fn block(plugin: &str, directories: Option<usize>, unended: bool) -> String {
-    let directories = directories
-        .map(|count| format!("{DIRECTORIES}{count}\n"))
-        .unwrap_or_default();
-    let unended = if unended { UNENDED } else { "" };
-    format!(
-        "{BEGIN}{directories}{unended}[plugins.\"{plugin}\".containerd.runtimes.{RUNTIME}]\n  \
-         runtime_type = \"{TYPE}\"\n{END}"
-    )
+/// What hull writes.
+#[derive(Clone, Copy)]
+struct Block {
+    /// How many directories were made for the file; `None` when it was there.
+    directories: Option<usize>,
+    /// The file before had no end of its last line.
+    unended: bool,
+    /// The file named no runtime. containerd then has runc; once one is named, only those that are.
+    alone: bool,
+}
+
+impl Block {
+    fn text(self, plugin: &str) -> String {
+        let directories = self
+            .directories
+            .map(|count| format!("{DIRECTORIES}{count}\n"))
+            .unwrap_or_default();
+        let unended = if self.unended { UNENDED } else { "" };
+        let table = |name: &str, kind: &str| {
+            format!(
+                "[plugins.\"{plugin}\".containerd.runtimes.{name}]\n  runtime_type = \"{kind}\"\n"
+            )
+        };
+        let runc = match self.alone {
+            true => table("runc", RUNC),
+            false => String::new(),
+        };
+        let own = table(RUNTIME, TYPE);
+        format!("{BEGIN}{directories}{unended}{runc}{own}{END}")
+    }
 }
 
 pub(super) fn install(root: &Path, default: bool) -> Result<Option<Change>> {
@@ -89,8 +118,12 @@ pub(super) fn install(root: &Path, default: bool) -> Result<Option<Change>> {
     }
     let unended = !text.is_empty() && !text.ends_with('\n');
     let newline = if unended { "\n" } else { "" };
-    let block = block(plugin, directories, unended);
-    let after = format!("{text}{newline}{block}");
+    let block = Block {
+        directories,
+        unended,
+        alone: runtimes(&value, plugin).is_none(),
+    };
+    let after = format!("{text}{newline}{}", block.text(plugin));
     // A table that is written in one line cannot be added to.
     let fits = toml::from_str::<Value>(&after).is_ok_and(|value| known(&value, plugin).is_some());
     if !fits {
@@ -129,15 +162,19 @@ pub(super) fn uninstall(root: &Path) -> Result<Option<Change>> {
     let directories = own
         .lines()
         .find_map(|line| line.strip_prefix(DIRECTORIES)?.parse().ok());
-    let unended = own.contains(UNENDED);
-    let written = |version| {
-        let plugin = plugin(version)?;
-        (block(plugin, directories, unended) == format!("{BEGIN}{own}{END}")).then_some(())
+    let block = Block {
+        directories,
+        unended: own.contains(UNENDED),
+        alone: own.contains(RUNC),
     };
-    if written(2).or_else(|| written(3)).is_none() {
+    let written = [2, 3]
+        .into_iter()
+        .filter_map(plugin)
+        .any(|plugin| block.text(plugin) == format!("{BEGIN}{own}{END}"));
+    if !written {
         return Err(changed());
     }
-    let head = match unended {
+    let head = match block.unended {
         true => head.strip_suffix('\n').unwrap_or(head),
         false => head,
     };

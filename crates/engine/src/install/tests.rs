@@ -117,12 +117,17 @@ fn containerds_file_gets_a_block_that_goes_again() {
     let file = "etc/containerd/config.toml";
     let cri =
         "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"x\"\n";
+    let with_own = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  \
+                    default_runtime_name = \"own\"\n  \
+                    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.own]\n    \
+                    runtime_type = \"io.containerd.own.v2\"\n";
     for (text, plugin) in [
         (None, "io.containerd.grpc.v1.cri"),
         (Some("version = 2\n"), "io.containerd.grpc.v1.cri"),
         (Some("version = 2"), "io.containerd.grpc.v1.cri"),
         (Some(cri), "io.containerd.grpc.v1.cri"),
         (Some("version = 3\n"), "io.containerd.cri.v1.runtime"),
+        (Some(with_own), "io.containerd.grpc.v1.cri"),
     ] {
         let files: Vec<_> = text.into_iter().map(|text| (file, text)).collect();
         let root = root(&files);
@@ -135,6 +140,11 @@ fn containerds_file_gets_a_block_that_goes_again() {
             runtime["runtime_type"].as_str(),
             Some("io.containerd.hull.v2")
         );
+        // The default runtime is still there: containerd takes what a file names for all there is.
+        let runtimes = &value["plugins"][plugin]["containerd"]["runtimes"];
+        let default = runtimes.get("runc").or_else(|| runtimes.get("own"));
+        assert!(default.is_some(), "{installed}");
+        assert_eq!(runtimes.as_table().unwrap().len(), 2, "{installed}");
         assert_eq!(install(Engine::Containerd, root.path(), false), None);
         let change = Engine::Containerd.uninstall(root.path()).unwrap().unwrap();
         change.apply().unwrap();

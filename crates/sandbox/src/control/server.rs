@@ -322,7 +322,8 @@ impl Connection {
                 ok()
             }
             Request::Metrics { container } => {
-                let metrics = find(&container)?.metrics().await?;
+                let mut metrics = find(&container)?.metrics().await?;
+                (metrics.host_memory, metrics.host_cpu_ns) = sandbox.cost();
                 reply(Reply::Metrics(Box::new(metrics)))
             }
             Request::Processes { container } => {
