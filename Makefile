@@ -21,7 +21,8 @@ export CARGO_FLAGS
 
 ARCH := $(shell uname -m)
 
-.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage install uninstall strangers fuzz clean help
+.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage node-image install uninstall test-kubernetes \
+  strangers fuzz clean help
 
 run: setup-run stage ## run a container beside the host (builds all that is missing)
 	@scripts/demo
@@ -53,11 +54,17 @@ stage: build agent kernel-um ## hull and its guest files, as an installation has
 dist: stage kernel-$(ARCH) ## a Debian package and a tarball, with checksums: target/dist
 	@scripts/dist
 
+node-image: stage ## an image that installs hull on the nodes of a Kubernetes: target/dist
+	@scripts/node-image target/dist/hull-node.tar
+
 install: stage ## into $(DESTDIR)$(PREFIX)
 	@scripts/install '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'
 
 uninstall: ## what install put there, and nothing else
 	@scripts/install --remove '$(DESTDIR)' '$(PREFIX)' '$(SYSCONFDIR)'
+
+test-kubernetes: setup-test stage ## tests of pods in a real Kubernetes, which is built the first time (a quarter of an hour)
+	@scripts/kubernetes
 
 strangers: setup-test stage ## the newest engines, and other projects' test suites in containers; takes hours
 	@scripts/test newest

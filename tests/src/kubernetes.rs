@@ -287,13 +287,23 @@ pub fn container(name: &str, script: &str) -> Value {
     json!({"name": name, "image": BUSYBOX, "command": ["sh", "-c", script]})
 }
 
-/// Changes fields of an object, by JSON pointers, and creates those that are missing.
+/// Changes fields of an object, by JSON pointers, and creates those that are missing. The index
+/// after the last one of a list adds to it.
 pub fn with(mut object: Value, changes: &[(&str, Value)]) -> Value {
     for (pointer, value) in changes {
         let mut place = &mut object;
         for key in pointer.split('/').skip(1) {
             place = match key.parse::<usize>() {
-                Ok(index) => &mut place[index],
+                Ok(index) => {
+                    if place.is_null() {
+                        *place = json!([]);
+                    }
+                    let list = place.as_array_mut().expect("a list");
+                    if index == list.len() {
+                        list.push(Value::Null);
+                    }
+                    &mut list[index]
+                }
                 Err(_) => &mut place[key],
             };
         }

@@ -23,7 +23,7 @@ const DISKS: &str = "/sys/block";
 /// Prefix of the serial numbers of the machine's disks.
 const SERIALS: &str = "hull-disk";
 
-/// How long a disk that the machine was started with may take to appear.
+/// How long a disk that the machine has may take to appear.
 const DISK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Polling interval.
@@ -130,12 +130,18 @@ fn names_block_device(rule: &LinuxDeviceCgroup) -> bool {
     block && (named(rule.major()).is_some() || named(rule.minor()).is_some())
 }
 
-/// Waits until the kernel has found all of them.
+/// Waits until the kernel has found all of them. Those that were added since it has booted are
+/// plugged in.
 async fn find(wanted: &[HullDisk]) -> Result<Disks> {
     let mut waited = Duration::ZERO;
+    let mut plugged = false;
     loop {
         let found = list(Path::new(DISKS))
             .map_err(|error| Failure::internal("look for the machine's disks", &error))?;
+        if !plugged {
+            plug(wanted, &found)?;
+            plugged = true;
+        }
         let missing = match resolve(wanted, &found) {
             Ok(disks) => return Ok(disks),
             Err(missing) => missing,
@@ -154,6 +160,19 @@ async fn find(wanted: &[HullDisk]) -> Result<Disks> {
         tokio::time::sleep(INTERVAL).await;
         waited += INTERVAL;
     }
+}
+
+/// Makes the kernel probe those that it has not found. Of those that it was booted with it finds
+/// each by itself, and refuses to add it once more.
+fn plug(wanted: &[HullDisk], found: &[(String, Numbers)]) -> Result<()> {
+    let is_found = |disk: &&HullDisk| found.iter().any(|(serial, _)| serial == disk.serial());
+    for disk in wanted.iter().filter(|disk| !is_found(disk)) {
+        if let Some(device) = disk.plug() {
+            crate::hotplug::add(device)
+                .map_err(|error| Failure::internal("add a disk to the guest", &error))?;
+        }
+    }
+    Ok(())
 }
 
 /// The disks by their serial numbers, or the first one that is not there.

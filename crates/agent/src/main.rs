@@ -22,6 +22,7 @@ mod disks;
 mod events;
 mod given_files;
 mod hardening;
+mod hotplug;
 mod init;
 mod io;
 mod log;

@@ -1,48 +1,80 @@
 //! Memory that containers of this guest share: what engines bind to /dev/shm of each container of a
-//! pod.
+//! pod, and volumes of a pod in memory.
 //!
 //! The host cannot share memory with a guest, so it names the memory, and here is a tmpfs for each
-//! name, which is mounted once and bound by all containers that name it. It lives as long as one of
-//! them does: each holds a reference, and dropping the last one unmounts it. Called by `service`
-//! before a container is created.
+//! name, which is mounted once and bound by all containers that name it. Shared memory lives as
+//! long as one of them does: each holds a reference, and dropping the last one unmounts it. That of
+//! the pod lives as long as the guest. Called by `service` before a container is created.
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use hull_protocol::SHARED_MEMORY_SOURCE;
+use hull_protocol::{POD_MEMORY_SOURCE, SHARED_MEMORY_SOURCE};
 use oci_spec::runtime::{Mount, Spec};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount,
+};
 
+use crate::container::paths::{Missing, find_or_make};
 use crate::rpc::status::{Failure, Result};
 use crate::tmpfs::Tmpfs;
 
 /// Where they are mounted.
 const DIRECTORY: &str = "/run/hull/shm";
 
+/// Where parts of them are mounted.
+const PARTS: &str = "/run/hull/parts";
+
 /// All shared memory of the guest, by its name.
 #[derive(Debug, Default)]
-pub struct SharedMemory(Mutex<HashMap<String, Weak<Tmpfs>>>);
+pub struct SharedMemory {
+    all: Mutex<HashMap<String, Weak<Tmpfs>>>,
+    /// What lives as long as the guest.
+    lasting: Mutex<Vec<Arc<Tmpfs>>>,
+    /// Names parts.
+    next: AtomicU64,
+}
+
+/// What a container holds.
+#[derive(Debug)]
+pub struct Memory {
+    // Unmounted before the whole.
+    _part: Option<Part>,
+    _whole: Arc<Tmpfs>,
+}
 
 impl SharedMemory {
     /// Provides the memory that a spec's mounts name, and makes it their source. The container must
     /// hold the result.
-    pub fn provide(&self, spec: &mut Spec) -> Result<Vec<Arc<Tmpfs>>> {
+    pub fn provide(&self, spec: &mut Spec) -> Result<Vec<Memory>> {
         let mut held = Vec::new();
         for mount in spec.mounts_mut().into_iter().flatten() {
-            let Some(name) = name(mount)? else {
+            let Some(Name { name, lasting }) = name(mount)? else {
                 continue;
             };
-            let memory = self.get(&name, &options(mount))?;
-            mount.set_source(Some(memory.path().to_owned()));
-            held.push(memory);
+            let whole = self.get(&name, &options(mount), lasting)?;
+            let part = match part(mount) {
+                Some(part) => Some(self.part(&whole, part)?),
+                None => None,
+            };
+            let source = part.as_ref().map_or(whole.path(), |part| &part.0);
+            mount.set_source(Some(source.to_owned()));
+            held.push(Memory {
+                _part: part,
+                _whole: whole,
+            });
         }
         Ok(held)
     }
 
-    fn get(&self, name: &str, options: &str) -> Result<Arc<Tmpfs>> {
+    fn get(&self, name: &str, options: &str, lasting: bool) -> Result<Arc<Tmpfs>> {
         // Nothing panics while it is held.
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(memory) = all.get(name).and_then(Weak::upgrade) {
             return Ok(memory);
         }
@@ -53,16 +85,88 @@ impl SharedMemory {
         };
         let data = CString::new(options)
             .map_err(|_| Failure::invalid("invalid options of shared memory"))?;
-        let memory = Arc::new(Tmpfs::mount(path, "shm", &data).map_err(failed)?);
+        // A volume may hold programs.
+        let memory = match lasting {
+            true => Tmpfs::mount_with(path, "pod", &data, MountFlags::empty()),
+            false => Tmpfs::mount(path, "shm", &data),
+        };
+        let memory = Arc::new(memory.map_err(failed)?);
         all.insert(name.to_owned(), Arc::downgrade(&memory));
+        if lasting {
+            let mut all = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+            all.push(memory.clone());
+        }
         Ok(memory)
+    }
+
+    fn part(&self, whole: &Tmpfs, part: &str) -> Result<Part> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let place = PathBuf::from(PARTS).join(number.to_string());
+        Part::mount(whole, part, place).map_err(|error| {
+            Failure::internal(&format!("mount {part:?} of a volume in memory"), &error)
+        })
     }
 }
 
+/// A file or directory in such memory, mounted where no container can put another in its place.
+/// Dropping it unmounts it.
+#[derive(Debug)]
+struct Part(PathBuf);
+
+impl Part {
+    fn mount(whole: &Tmpfs, part: &str, place: PathBuf) -> std::io::Result<Self> {
+        let part = CString::new(part)?;
+        let root = rustix::fs::open(
+            whole.path(),
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let found = find_or_make(root.as_fd(), &part, || Ok(Missing::Directory))?;
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
+        std::fs::create_dir_all(PARTS)?;
+        match kind {
+            FileType::Directory => std::fs::create_dir(&place)?,
+            _ => std::fs::write(&place, "")?,
+        }
+        // From here on it is removed again.
+        let made = Self(place);
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        let tree: OwnedFd = open_tree(&found, "", flags)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&tree, "", CWD, &made.0, flags)?;
+        Ok(made)
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // It may not have been mounted. What a container still uses stays with that.
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+        let removed = match self.0.is_dir() {
+            true => std::fs::remove_dir(&self.0),
+            false => std::fs::remove_file(&self.0),
+        };
+        if let Err(error) = removed {
+            crate::log::error!("cannot release {}: {error}", self.0.display());
+        }
+    }
+}
+
+struct Name {
+    name: String,
+    /// It lives as long as the guest.
+    lasting: bool,
+}
+
 /// The name of the shared memory that a mount is of.
-fn name(mount: &Mount) -> Result<Option<String>> {
+fn name(mount: &Mount) -> Result<Option<Name>> {
     let source = mount.source().as_deref().and_then(|source| source.to_str());
-    let Some(name) = source.and_then(|source| source.strip_prefix(SHARED_MEMORY_SOURCE)) else {
+    let source = source.unwrap_or_default();
+    let shared = source.strip_prefix(SHARED_MEMORY_SOURCE);
+    let lasting = source.strip_prefix(POD_MEMORY_SOURCE);
+    let Some(name) = shared.or(lasting) else {
         return Ok(None);
     };
     if name.len() != 16 || !name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -71,7 +175,16 @@ fn name(mount: &Mount) -> Result<Option<String>> {
             mount.destination().display()
         )));
     }
-    Ok(Some(name.to_owned()))
+    Ok(Some(Name {
+        name: name.to_owned(),
+        lasting: lasting.is_some(),
+    }))
+}
+
+/// Which part of the memory a mount is of.
+fn part(mount: &Mount) -> Option<&str> {
+    let mut options = mount.options().iter().flatten();
+    options.find_map(|option| option.strip_prefix("part="))
 }
 
 /// The options of a mount that are the file system's.
@@ -103,9 +216,13 @@ mod tests {
     #[test]
     fn a_mount_names_memory_and_its_limits() {
         let mount = of("hull-shm:0123456789abcdef");
-        assert_eq!(name(&mount).unwrap().unwrap(), "0123456789abcdef");
+        let found = name(&mount).unwrap().unwrap();
+        assert_eq!(found.name, "0123456789abcdef");
+        assert!(!found.lasting && part(&mount).is_none());
         assert_eq!(options(&mount), "size=65536,mode=1777");
-        assert_eq!(name(&of("/run/hull/shares/a")).unwrap(), None);
+        let found = name(&of("hull-pod:0123456789abcdef")).unwrap().unwrap();
+        assert!(found.lasting);
+        assert!(name(&of("/run/hull/shares/a")).unwrap().is_none());
     }
 
     #[test]
@@ -115,7 +232,7 @@ mod tests {
             "hull-shm:../../../etc/xxxxx",
             "hull-shm:0123456789abcdeg",
         ] {
-            let error = name(&of(source)).unwrap_err();
+            let error = name(&of(source)).map(drop).unwrap_err();
             assert!(error.message.contains("/dev/shm"), "{error:?}");
         }
     }

@@ -15,10 +15,21 @@ pub struct Tmpfs {
 }
 
 impl Tmpfs {
-    /// Mounts one at `path`, which is created, with mount options of tmpfs(5).
+    /// Mounts one at `path`, which is created, with mount options of tmpfs(5). Nothing in it is
+    /// executed, and nothing is a device.
     pub fn mount(path: PathBuf, source: &str, options: &CStr) -> io::Result<Self> {
-        fs::create_dir_all(&path)?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        Self::mount_with(path, source, options, flags)
+    }
+
+    /// The same with these flags.
+    pub fn mount_with(
+        path: PathBuf,
+        source: &str,
+        options: &CStr,
+        flags: MountFlags,
+    ) -> io::Result<Self> {
+        fs::create_dir_all(&path)?;
         if let Err(error) = mount(source, &path, "tmpfs", flags, options) {
             let _ = fs::remove_dir(&path);
             return Err(error.into());

@@ -50,6 +50,14 @@ pub enum Call {
         /// Number of the device.
         device: u8,
     },
+    /// Gives a spare disk its file or block device, the descriptor, opened with the guest's access
+    /// mode.
+    AttachDisk {
+        /// Number of the disk.
+        disk: u8,
+        /// The guest may only read.
+        read_only: bool,
+    },
     /// Opens a vsock connection to the guest. The descriptor is one end of a connected stream
     /// socket, whose other end becomes the host's side of the connection. Answered when the guest
     /// has accepted or refused, or has not answered within the connection timeout.

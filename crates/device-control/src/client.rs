@@ -231,6 +231,22 @@ impl DeviceControl {
             .await
     }
 
+    /// Gives a spare disk its file or block device. The guest can probe it then.
+    ///
+    /// # Errors
+    /// `Refused` if there is no such spare disk, or the file cannot be used; `Gone` if the device
+    /// process has ended.
+    pub async fn attach_disk(
+        &self,
+        disk: u8,
+        file: BorrowedFd<'_>,
+        read_only: bool,
+    ) -> Result<(), Error> {
+        let call = Call::AttachDisk { disk, read_only };
+        self.call(format!("attach disk {disk}"), call, Some(file))
+            .await
+    }
+
     /// Changes the options for the frames of a net device.
     ///
     /// # Errors

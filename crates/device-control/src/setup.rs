@@ -86,6 +86,9 @@ pub enum DeviceConfig {
         /// The guest may only read.
         read_only: bool,
     },
+    /// A disk whose file comes later, by [`crate::Call::AttachDisk`]. The guest probes it after
+    /// that.
+    SpareDisk,
 }
 
 impl DeviceConfig {
@@ -96,7 +99,7 @@ impl DeviceConfig {
             Self::Vsock => DeviceType::Vsock,
             Self::Entropy => DeviceType::Entropy,
             Self::Net { .. } => DeviceType::Net,
-            Self::Disk { .. } => DeviceType::Disk,
+            Self::Disk { .. } | Self::SpareDisk => DeviceType::Disk,
         }
     }
 }

@@ -63,12 +63,26 @@ impl NetDevices {
 }
 
 /// How a guest gets its disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Disks {
     /// All are present at boot.
     AtBoot,
-    /// They can be added to a running guest.
-    HotPlug,
+    /// A running guest probes a spare disk when its kernel receives a parameter.
+    HotPlug {
+        /// The parameter for disk `number`.
+        parameter: fn(number: u8) -> String,
+    },
+}
+
+impl Disks {
+    /// Kernel parameter that makes a running guest probe disk `number`; `None` if disks are
+    /// enumerated at boot.
+    pub fn hotplug_parameter(&self, number: u8) -> Option<String> {
+        match self {
+            Self::AtBoot => None,
+            Self::HotPlug { parameter } => Some(parameter(number)),
+        }
+    }
 }
 
 #[cfg(test)]

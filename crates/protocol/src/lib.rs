@@ -73,6 +73,11 @@ pub const SHARES_DIR: &str = "/run/hull/shares";
 /// `uid=` and `gid=`, as long as there is a container that has it.
 pub const SHARED_MEMORY_SOURCE: &str = "hull-shm:";
 
+/// The same for memory that belongs to the pod: the agent keeps it as long as the guest lives. With
+/// the option `part=PATH`, what is mounted is that file or directory in it; a directory is created
+/// if nothing is there.
+pub const POD_MEMORY_SOURCE: &str = "hull-pod:";
+
 /// What the source of a bind mount in a container's spec begins with when it is a file that the
 /// host gave a container with its creation. The container's id, a slash and the file's name follow.
 /// The agent keeps such files as long as there is a container that has one.

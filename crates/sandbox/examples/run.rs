@@ -38,6 +38,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         memory: 256 << 20,
         cpus: 1,
         nets: 0,
+        spare_disks: 0,
         hull: Some(hull.clone()),
     };
     let config = SandboxConfig::new(machine, EndPolicy::Explicit);

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use hull_device_control::LinkLocal;
 use hull_network::cni::PortMapping;
-use hull_protocol::{GIVEN_FILES_SOURCE, SHARED_MEMORY_SOURCE, SHARES_DIR};
+use hull_protocol::{GIVEN_FILES_SOURCE, POD_MEMORY_SOURCE, SHARED_MEMORY_SOURCE, SHARES_DIR};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -47,6 +47,9 @@ pub struct MachineConfig {
     /// How many network interfaces it can have, at most [`MAX_NETS`]; fewer where the kind of
     /// machine has no room.
     pub nets: u8,
+    /// How many disks can be added while it runs; fewer where the kind of machine has no room.
+    #[serde(default)]
+    pub spare_disks: u8,
     /// The executable `hull`, which is the device process; this process's own when absent.
     #[serde(default)]
     pub hull: Option<PathBuf>,
@@ -61,6 +64,16 @@ impl MachineConfig {
     /// The most that the host processes of a container with a memory limit may use beside that,
     /// bytes.
     pub const OVERHEAD: u64 = GUEST_OVERHEAD + HOST_OVERHEAD;
+
+    /// What to reserve on a host for a machine beside the limits of its containers, bytes: what the
+    /// guest itself may take, what the machine needs, and its processes, which take `processes`.
+    ///
+    /// # Errors
+    /// The kind of machine is not in this build.
+    pub fn reserve(&self, processes: u64) -> Result<u64> {
+        let own = self.choice.backend()?.own_memory();
+        Ok(GUEST_OVERHEAD.saturating_add(own).saturating_add(processes))
+    }
 
     /// The most that this machine and its devices may take of the host.
     ///
@@ -303,6 +316,11 @@ pub fn share_name(container: &str, what: &str) -> String {
 /// that file system's.
 pub fn shared_memory(identity: u64) -> String {
     format!("{SHARED_MEMORY_SOURCE}{identity:016x}")
+}
+
+/// The same for memory of the pod, which lasts as long as its guest.
+pub fn pod_memory(identity: u64) -> String {
+    format!("{POD_MEMORY_SOURCE}{identity:016x}")
 }
 
 /// The source of a bind mount that stands for a file which was given to a container with its

@@ -17,6 +17,7 @@ mod container;
 pub mod control;
 mod core_scheduling;
 pub mod cost;
+mod disks;
 pub mod error;
 pub mod events;
 mod guest;

@@ -22,6 +22,7 @@ use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
 use crate::container::Container;
 use crate::core_scheduling;
 use crate::cost::{self, HostMemory};
+use crate::disks::Disks;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::{Event, EventKind};
 use crate::guest::boot::{EXIT_GRACE, MACHINE_EXIT_GRACE};
@@ -49,8 +50,7 @@ pub(crate) struct Inner {
     dir: SandboxDir,
     /// Where shares are added, also while the guest still boots.
     pub devices: Arc<Devices>,
-    /// The machine's disks, in the order of their serial numbers.
-    pub disks: Vec<DiskConfig>,
+    pub disks: Disks,
     pub network: tokio::sync::Mutex<network::Stage>,
     pub nets: Nets,
     pub processes: HostProcesses,
@@ -250,7 +250,11 @@ impl Sandbox {
     ) -> Sandbox {
         let sandbox = Sandbox(Arc::new(Inner {
             devices: guest.control.clone(),
-            disks: config.disks.clone(),
+            disks: Disks::new(
+                config.disks.clone(),
+                guest.spare_disks,
+                guest.features.disks,
+            ),
             network: tokio::sync::Mutex::default(),
             nets: guest.nets.clone(),
             processes: guest.processes(),

@@ -63,6 +63,7 @@ impl Booted {
             memory: 256 << 20,
             cpus: 1,
             nets: 0,
+            spare_disks: 0,
             hull: Some(hull),
         };
         let config = SandboxConfig::new(machine, EndPolicy::Explicit);

@@ -4,6 +4,7 @@
 //! the root file system that containerd asks to be mounted is a share.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -237,7 +238,12 @@ impl Making<'_> {
         plan.place(place.path());
         self.join(&mut plan)?;
         let hold = match &self.sandbox {
-            Some(sandbox) => sandbox.hold(),
+            Some(sandbox) => {
+                let hold = sandbox.hold();
+                let disks = open_disks(&plan).await?;
+                sandbox.add_disks(&plan.disks, disks).await?;
+                hold
+            }
             None => self.boot(&plan, place).await?,
         };
         // It was booted, or was there.
@@ -412,6 +418,9 @@ impl Making<'_> {
     async fn boot(&mut self, plan: &Plan, place: Place) -> Result<hull_sandbox::Hold> {
         let (memory, cpus) = size(&self.bundle.annotations, self.resources());
         let mut wanted = Wanted::new(self.pod, memory, cpus, &self.bundle.annotations)?;
+        if holds_pod(&self.bundle.annotations) {
+            wanted.expect_disks();
+        }
         self.record.sandbox = Some(wanted.path.clone());
         // From here on a crash is recoverable: `delete` finds these in the record.
         self.record.details.groups = place.groups();
@@ -429,8 +438,7 @@ impl Making<'_> {
         self.stored.store(&self.record)?;
         wanted.cgroup = CgroupConfig::JoinMachine(self.record.details.groups.directories.clone());
         wanted.disks = plan.disks.iter().map(|disk| disk.device).collect();
-        let disks = plan.disks.clone();
-        let disks = blocking(move || disks.iter().map(disks::open).collect()).await?;
+        let disks = open_disks(plan).await?;
         let (sandbox, hold) = wanted.boot(self.pod, disks).await?;
         self.own_sandbox = true;
         self.sandbox = Some(sandbox);
@@ -465,6 +473,12 @@ impl Making<'_> {
         warn(blocking(move || groups.remove()).await);
         warn(self.stored.remove());
     }
+}
+
+/// The block devices that are disks of the machine.
+async fn open_disks(plan: &Plan) -> Result<Vec<OwnedFd>> {
+    let disks = plan.disks.clone();
+    blocking(move || disks.iter().map(disks::open).collect()).await
 }
 
 /// Adds files that live in the guest to a plan, but where it has mounts. Their names and contents.

@@ -225,6 +225,7 @@ impl SandboxService {
         let cpus = limits::quota(config.cpu_quota, period);
         let mut wanted = Wanted::new(&self.0, memory, cpus, &config.annotations)?;
         wanted.end = EndPolicy::Explicit;
+        wanted.expect_disks();
         if !config.hostname.is_empty() {
             wanted.hostname.clone_from(&config.hostname);
         }

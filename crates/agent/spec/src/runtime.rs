@@ -52,16 +52,18 @@ pub struct Spec {
 ///
 /// `hullDisks: [{"major": 7, "minor": 3, "serial": "hull-disk0"}]`: block device 7:3 of the host,
 /// in `linux.devices` and `linux.resources.devices`, means the disk of that serial number, whose
-/// device number only the guest's kernel knows.
+/// device number only the guest's kernel knows. `plug`, if it is there, makes the guest's kernel
+/// probe that disk when it has not yet.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct HullDisk {
     major: i64,
     minor: i64,
     serial: String,
+    plug: Option<String>,
 }
 
 impl HullDisk {
-    accessors! { serial: String; major: i64, minor: i64 }
+    accessors! { serial: String, plug: Option<String>; major: i64, minor: i64 }
 }
 
 impl Spec {
@@ -198,7 +200,7 @@ mod tests {
     #[test]
     fn disks_of_the_machine_are_read() {
         let spec: Spec =
-            serde_json::from_str(r#"{"hullDisks":[{"major":7,"minor":3,"serial":"hull-disk0"}]}"#)
+            serde_json::from_str(r#"{"hullDisks":[{"major":7,"minor":3,"serial":"hull-disk0","plug":"/sockets/disk0:2"}]}"#)
                 .unwrap();
         let [disk] = spec.hull_disks().as_deref().unwrap() else {
             panic!("{spec:?}")
@@ -207,6 +209,7 @@ mod tests {
             (disk.major(), disk.minor(), disk.serial().as_str()),
             (7, 3, "hull-disk0")
         );
+        assert_eq!(disk.plug().as_deref(), Some("/sockets/disk0:2"));
     }
 
     #[test]

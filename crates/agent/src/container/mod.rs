@@ -37,7 +37,7 @@ mod limits;
 mod mount_options;
 mod mounts;
 mod namespaces;
-mod paths;
+pub(crate) mod paths;
 mod process_plan;
 mod rootfs;
 mod seccomp;

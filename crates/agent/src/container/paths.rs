@@ -16,7 +16,7 @@ const LINK_LIMIT: usize = 40;
 
 /// What to create at the end of a path, if nothing is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Missing {
+pub(crate) enum Missing {
     Directory,
     File,
 }
@@ -54,7 +54,7 @@ fn resolve(root: BorrowedFd<'_>, path: &CStr, flags: ResolveFlags) -> rustix::io
 }
 
 /// As [`find`]; creates what is missing: directories on the way, and `missing` at the end.
-pub(super) fn find_or_make(
+pub(crate) fn find_or_make(
     root: BorrowedFd<'_>,
     path: &CStr,
     missing: impl FnOnce() -> rustix::io::Result<Missing>,

@@ -30,9 +30,6 @@ use plan::{Situation, plan};
 use step::{Step, What};
 use wanted::{Address, Interface, Wanted};
 
-/// Parameter of a user-mode kernel that adds a device to it.
-const PLUG: &str = "/sys/module/virtio_uml/parameters/device";
-
 /// Requests per batch. If all fail, the answers must fit into the socket's buffer.
 const PIECE: usize = 64;
 
@@ -203,7 +200,7 @@ impl Network {
             if let Some(plug) = &missing.plug
                 && !hidden.contains(&missing.device)
             {
-                std::fs::write(PLUG, plug).map_err(cannot("add a network device"))?;
+                crate::hotplug::add(plug).map_err(cannot("add a network device"))?;
             }
         }
         Ok(())

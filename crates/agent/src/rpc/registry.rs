@@ -19,6 +19,7 @@ use crate::io::pipes::Relays;
 use crate::processes::oom::OomWatch;
 use crate::processes::process::Process;
 use crate::rpc::status::{Failure, Result};
+use crate::shared_memory::Memory;
 use crate::tmpfs::Tmpfs;
 
 /// Records of ended exec processes that a container keeps for late callers of Wait. Probes can
@@ -44,7 +45,7 @@ pub struct HeldResources {
     /// The container's disks.
     pub disks: Disks,
     /// Memory shared with other containers.
-    pub _memory: Vec<Arc<Tmpfs>>,
+    pub _memory: Vec<Memory>,
     /// Files that the host gave it, or a container whose network it shares.
     pub _files: Vec<Arc<Tmpfs>>,
 }

@@ -1,5 +1,7 @@
 //! `hull check`: whether this host can run containers, and if not, how to fix it.
 
+mod overhead;
+
 use std::path::Path;
 use std::time::Instant;
 
@@ -8,6 +10,7 @@ use hull_machine::{Choice, Kind, Report};
 use hull_network::cni;
 use hull_sandbox::cgroup;
 use hull_sandbox::config::{EndPolicy, MachineConfig, SandboxConfig};
+use hull_sandbox::control::client::Client;
 use hull_sandbox::control::launch::launch;
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::store::SandboxPath;
@@ -26,6 +29,9 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Measure what a pod costs this host beside its containers, for a RuntimeClass of Kubernetes
+    #[arg(long)]
+    overhead: bool,
 }
 
 /// How serious a finding is.
@@ -91,6 +97,9 @@ struct Checked<'a> {
 /// Checks everything that `hull run` needs. Returns exit status 0 only if it can work.
 pub fn execute(args: Args) -> Result<u8> {
     let config = Config::load()?;
+    if args.overhead {
+        return overhead::execute(&config, args.json).map(|()| 0);
+    }
     let guest = GuestFiles::locate(&config)?;
     // First, because the other checks need the privileges that it acquires.
     let mut findings = vec![privileges()];
@@ -286,19 +295,28 @@ fn machine_comes_up(config: &Config, guest: &GuestFiles, report: &Report) -> Res
         memory: config.memory,
         cpus: 1,
         nets: 0,
+        spare_disks: 0,
         hull: None,
         choice,
     };
+    with_machine(config, machine, |_| Ok(kind))
+}
+
+/// Boots a machine without containers, and ends it when `each` has looked at it.
+fn with_machine<T>(
+    config: &Config,
+    machine: MachineConfig,
+    each: impl FnOnce(&Client) -> Result<T>,
+) -> Result<T> {
     let path = SandboxPath::new(&config.run_dir, &format!("check-{}", std::process::id()));
     let config = SandboxConfig::new(machine, EndPolicy::LastContainer);
     let client = launch(&path, &config, &[])?;
-    let up = client.do_(&Request::Ready);
+    let done = client.do_(&Request::Ready).and_then(|()| each(&client));
     // Nobody holds it any more, so it ends.
     drop(client);
     path.wait_for_end()?;
     path.sweep()?;
-    up?;
-    Ok(kind)
+    done
 }
 
 fn guest_files(guest: &GuestFiles) -> Vec<Finding> {

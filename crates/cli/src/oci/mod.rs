@@ -120,6 +120,7 @@ pub fn machine(
         choice,
         // Set by `create`.
         nets: 0,
+        spare_disks: 0,
         hull: None,
     })
 }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use hull_device_control::{Call, Event, Request};
 
-use super::{Ended, NetSlot, report};
+use super::{DiskSlot, Ended, NetSlot, report};
 use crate::fs::Shares;
 use crate::vsock::Handle as VsockHandle;
 
 const NO_FS: &str = "this device process has no fs device";
 const NO_VSOCK: &str = "this device process has no vsock device";
 const NO_NET: &str = "this device process has no such net device";
+const NO_DISK: &str = "this device process has no such disk";
 const NO_FD: &str = "no descriptor came with the request";
 const NO_TAP: &str = "no tap is attached";
 
@@ -21,8 +22,7 @@ pub struct Targets {
     pub shares: Option<Shares>,
     pub vsock: Option<VsockHandle>,
     pub nets: Vec<NetSlot>,
-    /// Number of disks.
-    pub disks: usize,
+    pub disks: Vec<DiskSlot>,
 }
 
 /// Sends the reply to one request.
@@ -76,6 +76,17 @@ pub fn serve(
                     Err(error) => reply.send(Err(error.to_string())),
                 },
                 (None, _) => reply.send(unavailable(NO_NET)),
+                (_, None) => reply.send(unavailable(NO_FD)),
+            }
+        }
+        Call::AttachDisk { disk, read_only } => {
+            let number = usize::from(disk);
+            match (targets.disks.get_mut(number), fd) {
+                (Some(slot), Some(file)) => {
+                    let started = slot.start(number, file, read_only, ended);
+                    reply.send(started.map_err(|error| error.to_string()));
+                }
+                (None, _) => reply.send(unavailable(NO_DISK)),
                 (_, None) => reply.send(unavailable(NO_FD)),
             }
         }

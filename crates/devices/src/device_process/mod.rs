@@ -162,12 +162,43 @@ fn start_device(
         DeviceConfig::Disk { read_only } => {
             // `Setup::assign` gives each disk its file.
             let file = file.ok_or(Error::NoSetup)?;
-            let serial = disk_serial(targets.disks);
-            let device = Block::new(File::from(file), read_only, &serial)
-                .map_err(Error::host("measure a disk"))?;
-            targets.disks += 1;
-            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
+            let mut slot = DiskSlot(Some(socket));
+            slot.start(targets.disks.len(), file, read_only, ended)?;
+            targets.disks.push(slot);
+            Ok(())
         }
+        DeviceConfig::SpareDisk => {
+            targets.disks.push(DiskSlot(Some(socket)));
+            Ok(())
+        }
+    }
+}
+
+/// A disk: its socket, until it has a file and a thread.
+struct DiskSlot(Option<OwnedFd>);
+
+impl DiskSlot {
+    /// Starts the device of disk `number`.
+    fn start(
+        &mut self,
+        number: usize,
+        file: OwnedFd,
+        read_only: bool,
+        ended: &Arc<Ended>,
+    ) -> Result<(), Error> {
+        let device = Block::new(File::from(file), read_only, &disk_serial(number))
+            .map_err(Error::host("measure a disk"))?;
+        let socket = self.0.take().ok_or(Error::Host {
+            action: "attach a disk",
+            source: io::Error::other("it has a file already"),
+        })?;
+        start(
+            DeviceType::Disk,
+            Box::new(device),
+            socket,
+            FrontEnd::InOrder,
+            ended,
+        )
     }
 }
 

@@ -53,6 +53,7 @@ impl Run<'_> {
             }),
             cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
             nets: matches!(self.network.attach, Attach::Source(..)).into(),
+            spare_disks: 0,
             hull: None,
             choice,
         })
@@ -75,6 +76,7 @@ impl Run<'_> {
             memory: details.memory,
             cpus: details.cpus,
             nets: 0,
+            spare_disks: 0,
             hull: None,
         })
     }

@@ -74,6 +74,8 @@ pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -
             DeviceConfig::Vsock => "vhost-user-vsock-device",
             DeviceConfig::Entropy => "vhost-user-rng",
             DeviceConfig::Disk { .. } => "vhost-user-blk,num-queues=1",
+            // A machine whose disks are all there at boot has none.
+            DeviceConfig::SpareDisk => continue,
             DeviceConfig::Net { mac, .. } => {
                 // QEMU does not read the address from the device process.
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");

@@ -63,9 +63,11 @@ impl Backend for Uml {
             max_vcpus: Some(1),
             max_devices: None,
             net: NetDevices::HotPlug {
-                parameter: hotplug_parameter,
+                parameter: |number| hotplug_parameter(DeviceType::Net, number),
             },
-            disks: Disks::AtBoot,
+            disks: Disks::HotPlug {
+                parameter: |number| hotplug_parameter(DeviceType::Disk, number),
+            },
             pause: true,
             snapshot: false,
             host_clock: true,
@@ -239,9 +241,10 @@ impl UmlMachine {
     }
 }
 
-/// Parameter that makes a running guest probe net device `number`.
-fn hotplug_parameter(number: u8) -> String {
-    device(&socket_path(&format!("net{number}")), DeviceType::Net)
+/// Parameter that makes a running guest probe a device.
+fn hotplug_parameter(device_type: DeviceType, number: u8) -> String {
+    let name = device_type.instance_name(number.into());
+    device(&socket_path(&name), device_type)
 }
 
 /// A device as in the kernel parameter `virtio_uml.device`.
@@ -401,10 +404,12 @@ fn command_line(config: &MachineConfig, devices: &[Placed]) -> Vec<OsString> {
         "panic=-1".into(),
         "umid=hull".into(),
     ];
-    // Net devices are added with their interfaces ([`hotplug_parameter`]).
-    let at_boot = devices
-        .iter()
-        .filter(|device| !matches!(device.config, DeviceConfig::Net { .. }));
+    // Net devices are added with their interfaces, spare disks with their files
+    // ([`hotplug_parameter`]).
+    let later = |config: &DeviceConfig| {
+        matches!(config, DeviceConfig::Net { .. } | DeviceConfig::SpareDisk)
+    };
+    let at_boot = devices.iter().filter(|device| !later(&device.config));
     line.extend(at_boot.map(|placed| {
         format!(
             "virtio_uml.device={}",
@@ -437,18 +442,23 @@ mod tests {
                 mac: [2; 6],
                 early_enable: false,
             },
+            DeviceConfig::SpareDisk,
         ]);
         let line = command_line(&config(), &devices);
         assert!(line.contains(&"mem=262144K".into()));
         assert!(line.contains(&"virtio_uml.device=/sockets/fs0:26".into()));
         let line: Vec<_> = line.iter().map(|word| word.to_string_lossy()).collect();
-        assert!(!line.iter().any(|word| word.contains("net0")));
+        assert!(
+            !line
+                .iter()
+                .any(|word| word.contains("net0") || word.contains("disk0"))
+        );
         let parameter = Uml.features().net.hotplug_parameter(0);
         assert_eq!(parameter.as_deref(), Some("/sockets/net0:1"));
-        assert_eq!(
-            devices.last().map(Placed::path).as_deref(),
-            Some("/sockets/net0")
-        );
+        let parameter = Uml.features().disks.hotplug_parameter(0);
+        assert_eq!(parameter.as_deref(), Some("/sockets/disk0:2"));
+        let paths: Vec<_> = devices[1..].iter().map(Placed::path).collect();
+        assert_eq!(paths, ["/sockets/net0", "/sockets/disk0"]);
     }
 
     #[test]

@@ -160,6 +160,10 @@ fn one(
         *mount = shared_memory(&source, read_only)?;
         return Ok(None);
     }
+    if let Some(memory) = memory_volume(&source, &destination, read_only)? {
+        *mount = memory;
+        return Ok(None);
+    }
     if source.starts_with(CGROUPS) {
         // The container's control groups are in the guest.
         *mount = json!({
@@ -263,29 +267,92 @@ fn on_tmpfs(path: &Path) -> Result<bool> {
 /// memory, so the guest gets a tmpfs of the same size, one for all its containers that bind the
 /// same source.
 fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
+    let mut memory = guest_memory(source, config::shared_memory)?;
+    memory["destination"] = json!("/dev/shm");
+    if let Some(options) = memory["options"].as_array_mut() {
+        options.extend(["nosuid", "noexec", "nodev"].map(Value::from));
+        options.extend(read_only.then(|| json!("ro")));
+    }
+    Ok(memory)
+}
+
+/// A mount of memory of the guest, with size, mode and owner of a tmpfs of the host.
+fn guest_memory(source: &Path, name: fn(u64) -> String) -> Result<Value> {
     let doing = || format!("use {}", source.display());
     let path = fs::canonicalize(source).context(doing)?;
     let found = fs::metadata(&path).context(doing)?;
     let limits = rustix::fs::statvfs(&path).context(doing)?;
-    let mut options = vec![
-        "bind".to_owned(),
-        "nosuid".into(),
-        "noexec".into(),
-        "nodev".into(),
-        format!("size={}", limits.f_blocks.saturating_mul(limits.f_frsize)),
-        format!("mode={:o}", found.mode() & 0o7777),
-        format!("uid={}", found.uid()),
-        format!("gid={}", found.gid()),
-    ];
-    if read_only {
-        options.push("ro".into());
-    }
     Ok(json!({
-        "destination": "/dev/shm",
         "type": "bind",
-        "source": config::shared_memory(identity(&path, &found)),
-        "options": options,
+        "source": name(identity(&path, &found)),
+        "options": [
+            "bind",
+            format!("size={}", limits.f_blocks.saturating_mul(limits.f_frsize)),
+            format!("mode={:o}", found.mode() & 0o7777),
+            format!("uid={}", found.uid()),
+            format!("gid={}", found.gid()),
+        ],
     }))
+}
+
+/// What the kubelet's directories of volumes in memory have in their paths (pkg/volume/emptydir),
+/// and where it mounts parts of volumes (pkg/volume/util/subpath).
+const EMPTY_DIR: &str = "/volumes/kubernetes.io~empty-dir/";
+const SUB_PATHS: &str = "/volume-subpaths/";
+
+/// A volume of a pod in memory is a tmpfs of the guest, as its use counts to the containers that
+/// write to it. It lives as long as the guest. A part of one (`subPath`) is found by the mount that
+/// the kubelet has made of it.
+fn memory_volume(source: &Path, destination: &str, read_only: bool) -> Result<Option<Value>> {
+    let doing = || format!("use {}", source.display());
+    let path = fs::canonicalize(source).context(doing)?;
+    let text = path.to_string_lossy();
+    let is_part = text.contains(SUB_PATHS);
+    if !(is_part || text.contains(EMPTY_DIR)) || !on_tmpfs(&path)? {
+        return Ok(None);
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context(|| "read the mounts")?;
+    let mounts: Vec<_> = mounts.lines().filter_map(Mounted::parse).collect();
+    // The last one at a place is what is seen there.
+    let Some(own) = mounts.iter().rev().find(|mounted| mounted.path == text) else {
+        return Ok(None);
+    };
+    let volume = mounts.iter().find(|mounted| {
+        mounted.device == own.device && mounted.root == "/" && mounted.path.contains(EMPTY_DIR)
+    });
+    let Some(volume) = volume else {
+        return Ok(None);
+    };
+    let volume = Path::new(&volume.path);
+    let mut memory = guest_memory(volume, config::pod_memory)?;
+    memory["destination"] = json!(destination);
+    if let Some(options) = memory["options"].as_array_mut() {
+        if read_only {
+            options.push(json!("ro"));
+        }
+        if is_part {
+            options.push(json!(format!("part={}", own.root.trim_start_matches('/'))));
+        }
+    }
+    Ok(Some(memory))
+}
+
+/// A line of /proc/PID/mountinfo (proc(5)).
+struct Mounted {
+    device: String,
+    /// What of its file system is mounted.
+    root: String,
+    path: String,
+}
+
+impl Mounted {
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split(' ').skip(2);
+        let mut next = || fields.next().map(str::to_owned);
+        let (device, root, path) = (next()?, next()?, next()?);
+        // Spaces and the like are written as \040; the kubelet's paths have none.
+        Some(Self { device, root, path })
+    }
 }
 
 /// Identifies a directory of the host while the guest runs: its inode number alone may be reused

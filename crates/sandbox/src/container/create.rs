@@ -4,14 +4,13 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use hull_device_control::disk_serial;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::end::live;
 use super::{Container, Stage};
-use crate::config::{ContainerConfig, DiskConfig, Stdio, TerminalSize};
+use crate::config::{ContainerConfig, Stdio, TerminalSize};
 use crate::control::protocol::AttachOptions;
 use crate::error::{Context, Error, Result};
 use crate::events::EventKind;
@@ -85,7 +84,8 @@ impl Sandbox {
         attach: Option<AttachOptions>,
     ) -> Result<(Process, Vec<OwnedFd>)> {
         let size = attach.and_then(|options| options.size);
-        let spec = self.guest_spec(&config, size.filter(|_| config.stdio.terminal()))?;
+        let disks = self.0.disks.describe(&config.disks).await?;
+        let spec = self.guest_spec(&config, disks, size.filter(|_| config.stdio.terminal()))?;
         self.configure_network(&ready).await?;
         if !config.sysctl.is_empty() {
             ready.agent.set_sysctls(config.sysctl).await?;
@@ -193,9 +193,10 @@ impl Sandbox {
     fn guest_spec(
         &self,
         config: &ContainerConfig,
+        disks: Vec<Value>,
         size: Option<TerminalSize>,
     ) -> Result<Box<RawValue>> {
-        if config.joins.is_empty() && config.disks.is_empty() && size.is_none() {
+        if config.joins.is_empty() && disks.is_empty() && size.is_none() {
             return Ok(config.spec.clone());
         }
         let mut spec: Value =
@@ -206,13 +207,8 @@ impl Sandbox {
         if let Some(size) = size {
             spec["process"]["consoleSize"] = size.to_oci();
         }
-        if !config.disks.is_empty() {
-            let named = config.disks.iter().map(|disk| {
-                let DiskConfig { major, minor, .. } = disk.device;
-                let index = self.disk(&disk.path, disk.device)?;
-                Ok(json!({"major": major, "minor": minor, "serial": disk_serial(index)}))
-            });
-            spec["hullDisks"] = Value::Array(named.collect::<Result<Vec<_>>>()?);
+        if !disks.is_empty() {
+            spec["hullDisks"] = Value::Array(disks);
         }
         to_raw_value(&spec).context(|| "encode the container's spec")
     }
@@ -243,27 +239,6 @@ impl Sandbox {
             }
         }
         Ok(())
-    }
-
-    /// Which disk of the machine a block device is.
-    fn disk(&self, path: &str, device: DiskConfig) -> Result<usize> {
-        let DiskConfig { major, minor, .. } = device;
-        let refused = |why: &str| {
-            Error::unsupported(format_args!(
-                "linux.devices: {path} (b {major}:{minor}): {why}"
-            ))
-        };
-        let disks = &self.0.disks;
-        let same = |own: &DiskConfig| (own.major, own.minor) == (major, minor);
-        let index = disks.iter().position(same).ok_or_else(|| {
-            refused("the machine of its pod already runs, and disks are added when it starts")
-        })?;
-        match disks[index].read_only && !device.read_only {
-            true => Err(refused(
-                "the machine of its pod already runs, and only reads from this disk",
-            )),
-            false => Ok(index),
-        }
     }
 }
 

@@ -25,6 +25,7 @@ use serde_json::value::RawValue;
 use crate::config::{
     ContainerConfig, NetworkAddresses, NetworkConfig, ProcessConfig, Share, TerminalSize,
 };
+use crate::cost::HostMemory;
 use crate::error::Error;
 use crate::events::Event;
 use crate::metrics::{Metrics, ProcessInfo};
@@ -156,6 +157,8 @@ pub enum Request {
     Timings,
     /// Answered by [`Reply::Ok`] when the guest has come up.
     Ready,
+    /// What the sandbox costs the host. Answered by [`Reply::Cost`].
+    Cost,
     /// Answered by [`Reply::Ok`], and from then on by [`Reply::Event`] for each event.
     Events,
 }
@@ -256,6 +259,8 @@ pub enum Reply {
     Containers(Vec<Listed>),
     /// Where the time of the start went.
     Timings(Vec<Step>),
+    /// What the sandbox costs the host: memory, and processor time in nanoseconds.
+    Cost(HostMemory, u64),
     /// Something has happened.
     Event(Event),
     /// It cannot be done.

@@ -344,6 +344,10 @@ impl Connection {
                     .collect(),
             )),
             Request::Timings => reply(Reply::Timings(sandbox.timings())),
+            Request::Cost => {
+                let (memory, cpu_ns) = sandbox.cost();
+                reply(Reply::Cost(memory, cpu_ns))
+            }
             Request::Ready => {
                 sandbox.ready().await?;
                 ok()

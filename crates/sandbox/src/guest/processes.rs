@@ -86,6 +86,8 @@ pub struct Guest {
     pub control: Arc<Devices>,
     /// The machine's net devices.
     pub nets: Nets,
+    /// How many disks can be added.
+    pub spare_disks: usize,
     /// What the machine can do.
     pub features: Features,
 }
@@ -104,6 +106,8 @@ pub struct Parts {
     pub features: Features,
     /// How many net devices it has.
     pub nets: u8,
+    /// How many disks can be added.
+    pub spare_disks: usize,
     /// The user of its jailed processes.
     pub uid: u32,
 }
@@ -209,7 +213,13 @@ impl Guest {
         let backend = request.choice.backend()?;
         let features = backend.features();
         let nets = net_devices(request, &features, disks.len());
-        let setup = setup(&features, nets, &disks)?;
+        let spare_disks = match features.disks {
+            hull_machine::Disks::AtBoot => 0,
+            hull_machine::Disks::HotPlug { .. } => {
+                usize::from(request.spare_disks).min(MAX_DISKS.saturating_sub(disks.len()))
+            }
+        };
+        let setup = setup(&features, nets, &disks, spare_disks)?;
         let (devices, control, incoming) =
             start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
 
@@ -239,6 +249,7 @@ impl Guest {
             console,
             features,
             nets,
+            spare_disks,
             uid: jail_uid,
         };
         Ok((Self::watch(path, parts)?, incoming))
@@ -276,6 +287,7 @@ impl Guest {
                 owner: parts.uid,
             },
             control,
+            spare_disks: parts.spare_disks,
             features: parts.features,
         })
     }
@@ -412,7 +424,7 @@ fn net_devices(request: &MachineConfig, features: &Features, disks: usize) -> u8
 
 /// The devices of a machine. The vsock device is the first one that the guest probes: the agent
 /// connects over it.
-fn setup(features: &Features, nets: u8, disks: &[Disk]) -> Result<Setup> {
+fn setup(features: &Features, nets: u8, disks: &[Disk], spare_disks: usize) -> Result<Setup> {
     if disks.len() > MAX_DISKS {
         return Err(Error::unsupported(format_args!(
             "{} disks: a machine has {MAX_DISKS} at most",
@@ -433,6 +445,7 @@ fn setup(features: &Features, nets: u8, disks: &[Disk]) -> Result<Setup> {
     devices.extend(disks.iter().map(|disk| DeviceConfig::Disk {
         read_only: disk.read_only,
     }));
+    devices.extend(std::iter::repeat_n(DeviceConfig::SpareDisk, spare_disks));
     Ok(Setup { devices })
 }
 

@@ -531,6 +531,7 @@ impl World {
             console,
             features: features(),
             nets: 0,
+            spare_disks: 0,
             uid: 0,
         };
         let watched = Guest::watch(&path, parts).unwrap();
@@ -690,6 +691,7 @@ fn machine_config() -> MachineConfig {
         memory: 0,
         cpus: 1,
         nets: 0,
+        spare_disks: 0,
         hull: None,
     }
 }
