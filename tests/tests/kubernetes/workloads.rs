@@ -81,7 +81,7 @@ fn a_deployment_is_rolled_out_and_updated_while_its_service_answers() {
     rolled_out();
     let address = cluster_ip(&cluster, "web");
     let script = format!(
-        "while sleep 0.1; do wget -qO- -T 5 http://{address} >>/answers 2>/errors || echo failed >>/answers; done"
+        "while sleep 0.1; do timeout 5 wget -qO- http://{address} >>/answers 2>/errors || echo failed >>/answers; done"
     );
     cluster.run(&pod("client", &script));
     let answers = || cluster.sh("client", "cat /answers 2>/dev/null || true");
@@ -129,7 +129,7 @@ fn pods_of_hull_and_of_runc_reach_each_other_by_address_and_by_service() {
             cluster_ip(&cluster, to),
         ] {
             eventually("an answer", Duration::from_secs(20), || {
-                let got = cluster.try_sh(from, &format!("wget -qO- -T 2 http://{address}"));
+                let got = cluster.try_sh(from, &format!("timeout 2 wget -qO- http://{address}"));
                 got.text() == to
             });
         }
