@@ -1,5 +1,7 @@
 //! The executable as containerd's shim: what the shim takes from hull's configuration.
 
+use std::path::{Path, PathBuf};
+
 use clap::ValueEnum;
 use hull_engine::config::Config;
 use hull_engine::values::{self, Machine};
@@ -25,6 +27,16 @@ fn machine_of(loaded: &Result<Config>, size: &Size) -> Result<MachineConfig> {
             "hull.dev/cpus" => {
                 cpus = Some(values::cpus(value).map_err(|why| wrong(name, why))?);
             }
+            "hull.dev/kernel" => {
+                let kernel = PathBuf::from(value);
+                if !config.pod_kernels.contains(&kernel) {
+                    return Err(Error::unsupported(format_args!(
+                        "annotation {name}: {value:?} is none of this host's kernels for pods"
+                    ))
+                    .hint("pod_kernels in hull's configuration lists them"));
+                }
+                config.kernel = Some(kernel);
+            }
             // The configuration knows no other.
             _ => {}
         }
@@ -36,9 +48,13 @@ fn machine_of(loaded: &Result<Config>, size: &Size) -> Result<MachineConfig> {
     Ok(machine)
 }
 
-/// Settings of the shim. As with `hull-oci`, a broken configuration matters only for new machines.
-pub fn settings() -> Result<Settings> {
-    let loaded = Config::load();
+/// Settings of the shim, of a file or of the configuration in force. As with `hull-oci`, a broken
+/// configuration matters only for new machines.
+pub fn settings(file: Option<&Path>) -> Result<Settings> {
+    let loaded = match file {
+        Some(file) => Config::load_file(file),
+        None => Config::load(),
+    };
     let config = match &loaded {
         Ok(config) => config.clone(),
         Err(_) => Config::defaults()?,

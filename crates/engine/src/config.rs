@@ -13,7 +13,7 @@ use clap::ValueEnum;
 use hull_sandbox::LinkLocal;
 use hull_sandbox::config::NetworkLimits;
 use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::{DeArray, DeTable, DeValue};
 
 use crate::error::{Context, Error, Result};
 use crate::home::Home;
@@ -24,7 +24,12 @@ use crate::values::{self, DetachKeys, Machine, Network, NetworkFilter, Pull};
 pub const DEFAULT: &str = include_str!("../config/default.toml");
 
 /// Annotations of pods that are known: kind of machine, memory of the guest, processors.
-pub const ANNOTATIONS: [&str; 3] = ["hull.dev/machine", "hull.dev/memory", "hull.dev/cpus"];
+pub const ANNOTATIONS: [&str; 4] = [
+    "hull.dev/machine",
+    "hull.dev/kernel",
+    "hull.dev/memory",
+    "hull.dev/cpus",
+];
 
 const SYSTEM_FILE: &str = "/etc/hull/config.toml";
 
@@ -71,6 +76,8 @@ pub struct Config {
     pub core_sched: bool,
     /// Annotations that pods may have: of [`ANNOTATIONS`].
     pub pod_annotations: Vec<String>,
+    /// Guest kernels that pods may choose.
+    pub pod_kernels: Vec<PathBuf>,
     /// The control group above those of machines; none are made without it.
     pub cgroup_parent: Option<PathBuf>,
     /// Images and writable layers.
@@ -112,6 +119,15 @@ impl Config {
     /// The file cannot be read, is no TOML, or a wrong key says where files are.
     pub fn load_for_existing() -> Result<(Config, Vec<Error>)> {
         Config::load_all(Some(Vec::new()))
+    }
+
+    /// Reads the configuration of a file, as if HULL_CONFIG named it.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn load_file(path: &Path) -> Result<Config> {
+        let chosen = Some(path.as_os_str().to_owned());
+        Config::load_from(chosen, Path::new(SYSTEM_FILE), Home::of_caller()?, None)
     }
 
     fn load_all(wrong: Option<Vec<Error>>) -> Result<(Config, Vec<Error>)> {
@@ -203,6 +219,7 @@ impl Config {
             log_size: 0,
             core_sched: false,
             pod_annotations: Vec::new(),
+            pod_kernels: Vec::new(),
             cgroup_parent: None,
             data_dir: PathBuf::new(),
             run_dir: PathBuf::new(),
@@ -315,11 +332,14 @@ impl Config {
             "link_local_services" => self.link_local_services = boolean(value)?,
             "core_sched" => self.core_sched = boolean(value)?,
             "pod_annotations" => {
-                let names = value
-                    .as_array()
-                    .ok_or_else(|| wrong_type(value, "a list"))?;
-                let names = names.iter().map(|name| annotation(name.get_ref()));
+                let names = list(value)?.iter();
+                let names = names.map(|name| annotation(name.get_ref()));
                 self.pod_annotations = names.collect::<Result<_, _>>()?;
+            }
+            "pod_kernels" => {
+                let kernels = list(value)?.iter().map(|kernel| path(kernel.get_ref()));
+                let kernels = kernels.collect::<Result<Vec<_>, _>>()?;
+                self.pod_kernels = kernels.into_iter().flatten().collect();
             }
             "publish_address" => {
                 let text = string(value)?;
@@ -378,6 +398,10 @@ fn wrong_type(value: &DeValue<'_>, wanted: &str) -> String {
 
 fn string<'a>(value: &'a DeValue<'_>) -> std::result::Result<&'a str, String> {
     value.as_str().ok_or_else(|| wrong_type(value, "a string"))
+}
+
+fn list<'a, 'b>(value: &'a DeValue<'b>) -> std::result::Result<&'a DeArray<'b>, String> {
+    value.as_array().ok_or_else(|| wrong_type(value, "a list"))
 }
 
 fn boolean(value: &DeValue<'_>) -> std::result::Result<bool, String> {
@@ -524,7 +548,7 @@ mod tests {
             ),
             (
                 "pod_annotations = ['hull.dev/x']",
-                "test.toml:1: pod_annotations: \"hull.dev/x\" is none of hull.dev/machine, hull.dev/memory, hull.dev/cpus",
+                "test.toml:1: pod_annotations: \"hull.dev/x\" is none of hull.dev/machine, hull.dev/kernel, hull.dev/memory, hull.dev/cpus",
             ),
             (
                 "isolation = 'none'",

@@ -26,7 +26,10 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::flags::Flags;
-use crate::{NAME, Settings, create};
+use crate::{NAME, Settings, create, options};
+
+/// Environment variable that names hull's configuration.
+const CONFIG: &str = "HULL_CONFIG";
 
 /// Where shims have their sockets, unless containerd names another directory.
 const SOCKETS: &str = "/run/containerd/s";
@@ -55,6 +58,7 @@ pub fn start(flags: &Flags) -> Result<()> {
         .read_to_end(&mut input)
         .context(|| "read the parameters")?;
     let parameters = parameters(&input, flags);
+    let config = options::config_path(&input, parameters.as_ref())?;
     let bundle = std::env::current_dir().context(|| "find the bundle")?;
     let group = pod_of(&bundle)?.unwrap_or_else(|| flags.id.clone());
     let directory = parameters
@@ -65,8 +69,8 @@ pub fn start(flags: &Flags) -> Result<()> {
     let socket = socket(&directory, flags, &group)?;
     let address = format!("unix://{}", socket.display());
     if let Some(listener) = listen(&socket)? {
-        let started =
-            write_address(&bundle, &address).and_then(|()| spawn(flags, &bundle, listener));
+        let started = write_address(&bundle, &address)
+            .and_then(|()| spawn(flags, &bundle, listener, config.as_deref()));
         if let Err(error) = started {
             // Nobody listens.
             let _ = fs::remove_file(&socket);
@@ -74,6 +78,9 @@ pub fn start(flags: &Flags) -> Result<()> {
         }
     } else {
         write_address(&bundle, &address)?;
+    }
+    if let Some(config) = &config {
+        options::remember(&bundle, config)?;
     }
     let answer = match (parameters, std::env::var_os("GRPC_ADDRESS")) {
         (Some(_), _) => BootstrapResult {
@@ -175,7 +182,12 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
 
 /// Starts the server, with the listening socket as its standard input and the log that containerd
 /// reads as its standard error.
-fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
+fn spawn(
+    flags: &Flags,
+    bundle: &Path,
+    listener: UnixListener,
+    config: Option<&Path>,
+) -> Result<()> {
     // Read and write: nobody waits for who reads it, and it stays when that goes.
     let log = File::options()
         .read(true)
@@ -191,6 +203,7 @@ fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     let child = Command::new("/proc/self/exe")
         .arg0(NAME)
         .args(flags.for_server())
+        .envs(config.map(|config| (CONFIG, config)))
         .current_dir(bundle)
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(Stdio::null())
@@ -234,12 +247,16 @@ fn write_address(bundle: &Path, address: &str) -> Result<()> {
 /// # Errors
 /// The bundle is not there, or standard output is closed. What cannot be removed is said, and does
 /// not keep the rest from being removed.
-pub fn delete(flags: &Flags, settings: &Settings) -> Result<()> {
+pub fn delete(
+    flags: &Flags,
+    settings: impl FnOnce(Option<&Path>) -> Result<Settings>,
+) -> Result<()> {
     let bundle = match &flags.bundle {
         Some(bundle) => bundle.clone(),
         None => std::env::current_dir().context(|| "find the bundle")?,
     };
-    let exit = create::clear(settings, &flags.namespace, &flags.id, &bundle);
+    let settings = settings(options::remembered(&bundle).as_deref())?;
+    let exit = create::clear(&settings, &flags.namespace, &flags.id, &bundle);
     let (status, ended_ns) = exit.map_or_else(
         || (KILLED, hull_sandbox::store::unix_time_ns()),
         |exit| (exit.status.unsigned_abs(), exit.at_ns),

@@ -19,6 +19,8 @@
 //! | [`task`] | the task service |
 //! | [`sandbox`] | the sandbox service of containerd 2 |
 //! | [`stdio`] | fifos and files |
+//! | [`options`] | what containerd's configuration says of the runtime |
+//! | [`wire`] | protobuf messages by the numbers of their fields |
 //! | [`events`] | what containerd is told |
 //! | [`metrics`] | `io.containerd.cgroups.v2.Metrics` |
 //!
@@ -31,6 +33,7 @@ mod create;
 mod events;
 mod flags;
 mod metrics;
+mod options;
 mod pod;
 mod process;
 mod sandbox;
@@ -38,10 +41,11 @@ mod server;
 mod stand_in;
 mod stdio;
 mod task;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hull_sandbox::config::{MachineConfig, NetworkLimits};
 use hull_sandbox::{Error, ErrorKind, Result};
@@ -84,7 +88,10 @@ pub struct Settings {
 ///
 /// # Errors
 /// What containerd shows as the reason of its own error, when it is printed to standard error.
-pub fn main(arguments: &[OsString], settings: impl FnOnce() -> Result<Settings>) -> Result<()> {
+pub fn main(
+    arguments: &[OsString],
+    settings: impl FnOnce(Option<&Path>) -> Result<Settings>,
+) -> Result<()> {
     let flags = flags::Flags::parse(arguments)?;
     match flags.action.as_str() {
         _ if flags.version => {
@@ -93,8 +100,9 @@ pub fn main(arguments: &[OsString], settings: impl FnOnce() -> Result<Settings>)
         }
         _ if flags.info => bootstrap::info(),
         "start" => bootstrap::start(&flags),
-        "delete" => bootstrap::delete(&flags, &settings()?),
-        "" => server::run(flags, settings),
+        "delete" => bootstrap::delete(&flags, settings),
+        // Its environment names the configuration.
+        "" => server::run(flags, || settings(None)),
         other => Err(Error::invalid(format!("unknown action {other:?}"))
             .hint("containerd calls it with start or delete")),
     }

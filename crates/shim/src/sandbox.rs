@@ -20,7 +20,7 @@ use hull_oci::limits;
 use hull_sandbox::config::{CgroupConfig, EndPolicy, is_network_sysctl};
 use hull_sandbox::store::{Exit, unix_time_ns};
 use hull_sandbox::{Context, Error, Reason, Result};
-use protobuf::{CodedInputStream, MessageField};
+use protobuf::MessageField;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::boot::{self, Wanted};
@@ -30,6 +30,7 @@ use crate::pod::{Pod, blocking};
 use crate::process::lock;
 use crate::stand_in::StandIn;
 use crate::task::{answer, to_the_end};
+use crate::wire::{Value, fields, text};
 
 /// What the CRI plugin looks for.
 const READY: &str = "SANDBOX_READY";
@@ -134,41 +135,6 @@ fn resolver(bytes: &[u8]) -> protobuf::Result<String> {
         }
     }
     Ok(servers)
-}
-
-enum Value<'a> {
-    Number(u64),
-    Bytes(&'a [u8]),
-}
-
-/// The fields of a protobuf message, one after the other.
-fn fields(
-    bytes: &[u8],
-    mut each: impl FnMut(u32, Value<'_>) -> protobuf::Result<()>,
-) -> protobuf::Result<()> {
-    const VARINT: u32 = 0; // wire types of the encoding
-    const LENGTH: u32 = 2;
-    let mut input = CodedInputStream::from_bytes(bytes);
-    while !input.eof()? {
-        let tag = input.read_raw_varint32()?;
-        let number = tag >> 3;
-        match tag & 7 {
-            VARINT => each(number, Value::Number(input.read_raw_varint64()?))?,
-            LENGTH => {
-                let value = input.read_bytes()?;
-                each(number, Value::Bytes(&value))?;
-            }
-            1 => drop(input.read_fixed64()?),
-            5 => drop(input.read_fixed32()?),
-            // Groups, which proto3 has not.
-            _ => return Ok(()),
-        }
-    }
-    Ok(())
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// The service of a pod's shim.

@@ -233,6 +233,33 @@ fn annotations_decide_about_the_machine_where_the_host_allows_it() {
 }
 
 #[test]
+fn a_pod_has_one_of_the_kernels_that_the_host_lists() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let kernel = containerd.path("kernel-um-other");
+    std::fs::copy(hull_tests::guest_files().join("kernel-um"), &kernel).unwrap();
+    let mut config = pod(&containerd, "kernel");
+    let name = kernel.to_str().unwrap().to_owned();
+    config.annotations = HashMap::from([("hull.dev/kernel".to_owned(), name)]);
+    containerd.configure("pod_annotations = [\"hull.dev/kernel\"]\n");
+    let error = cri.run_pod(&config, HANDLER).unwrap_err();
+    assert!(
+        error.contains("none of this host's kernels for pods"),
+        "{error}"
+    );
+    containerd.configure(&format!("pod_kernels = [{kernel:?}]\n"));
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let one = runs(&cri, &id, &config, container("one", "sleep 1000"));
+    assert!(sh(&cri, &one, "uname -r").contains("hull"));
+    let shim = hull_tests::shim::shim_of("k8s.io", &id).unwrap();
+    let machine = hull_tests::shim::machine_of(shim).unwrap();
+    let executable = std::fs::read_link(format!("/proc/{machine}/exe")).unwrap();
+    assert!(executable.ends_with("kernel-um-other"), "{executable:?}");
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
 fn namespaces_are_shared_as_the_pod_says() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();

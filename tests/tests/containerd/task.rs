@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use hull_tests::shim::kill;
 use hull_tests::{BUSYBOX, Containerd, Invocation, Output, executable};
 use rustix::process::Signal;
 
@@ -25,6 +26,37 @@ fn a_container_has_its_own_kernel_and_gives_its_output_and_status() {
     assert!(output.text().contains("hull"), "{}", output.text());
     assert_ne!(output.text(), host);
     assert!(output.error().contains("err"), "{}", output.error());
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_container_is_of_the_configuration_that_its_options_name() {
+    let containerd = Containerd::new();
+    let own = std::fs::read_to_string(containerd.path("config.toml")).unwrap();
+    let other = containerd.path("other.toml");
+    // State elsewhere, too: what has to be removed is found there.
+    let state = format!("{:?}", containerd.path("run"));
+    let moved = format!("{:?}", containerd.path("other-run"));
+    std::fs::write(&other, own.replace(&state, &moved) + "memory = \"400m\"\n").unwrap();
+    let options = ["--runtime-config-path", other.to_str().unwrap()];
+    let total = ["sh", "-c", "grep MemTotal /proc/meminfo | tr -dc 0-9"];
+    let total = containerd.run(&options, &total).ok().text();
+    let total: u64 = total.parse().unwrap();
+    assert!((370 << 10..400 << 10).contains(&total), "{total} kB");
+    let id = containerd.start_container(&options, &["sleep", "1000"]);
+    let sandboxes = || {
+        let entries = std::fs::read_dir(containerd.path("other-run/sandboxes"));
+        entries.map_or(0, |entries| entries.count())
+    };
+    assert_eq!(sandboxes(), 1);
+    kill(containerd.shim(&id));
+    containerd.remove(&id);
+    assert_eq!(sandboxes(), 0);
+    let relative = ["--runtime-config-path", "other.toml"];
+    says(
+        containerd.run(&relative, &["true"]),
+        &["other.toml", "absolute path"],
+    );
     containerd.assert_clean();
 }
 

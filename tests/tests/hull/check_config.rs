@@ -16,6 +16,24 @@ fn check_succeeds_where_run_works_and_says_which_machine_auto_picks() {
 }
 
 #[test]
+fn check_measures_what_a_pod_costs_beside_its_containers() {
+    let hull = Hull::new();
+    let text = hull.hull(["check", "--overhead"]).run().ok().text();
+    assert!(text.contains("  podFixed:\n    memory: "), "{text}");
+    let measured = hull
+        .hull(["check", "--overhead", "--json"])
+        .run()
+        .ok()
+        .json();
+    let memory = measured["memory"].as_u64().unwrap();
+    // What is reserved is more than what an idle guest takes.
+    assert!((64 << 20..256 << 20).contains(&memory), "{measured}");
+    let machine = measured["idle"]["machine"].as_u64().unwrap();
+    assert!((1 << 20..memory).contains(&machine), "{measured}");
+    hull.assert_clean();
+}
+
+#[test]
 fn check_fails_where_run_cannot_work_and_names_the_remedy() {
     let guest = tempfile::tempdir().unwrap();
     let hull = Hull::with(Options {
