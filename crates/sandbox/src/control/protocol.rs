@@ -164,7 +164,8 @@ pub enum Request {
 }
 
 /// Names of all requests: what is not among them is a newer hull's.
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 24] = [
+    "cost",
     "hello",
     "add_shares",
     "network",
