@@ -170,6 +170,12 @@ impl Containerd {
         fs::write(&path, before + text).unwrap();
     }
 
+    /// Its process.
+    pub fn daemon(&self) -> i32 {
+        let daemon = self.daemon.as_ref().expect("containerd runs");
+        daemon.id().cast_signed()
+    }
+
     /// Its CRI service.
     pub fn cri(&self) -> Cri {
         Cri::connect(&self.path("c.sock"))

@@ -221,6 +221,12 @@ struct Id {
 struct Nothing {}
 
 #[derive(Clone, PartialEq, Message)]
+struct Pods {
+    #[prost(message, repeated, tag = "1")]
+    items: Vec<Id>,
+}
+
+#[derive(Clone, PartialEq, Message)]
 struct Create {
     #[prost(string, tag = "1")]
     pod: String,
@@ -412,6 +418,12 @@ impl Cri {
             self.call::<_, Nothing>(method, Id { id: id.into() })?;
         }
         Ok(())
+    }
+
+    /// Ids of all pods.
+    pub fn pods(&self) -> Vec<String> {
+        let pods: Pods = self.call("ListPodSandbox", Nothing {}).unwrap();
+        pods.items.into_iter().map(|pod| pod.id).collect()
     }
 
     /// What is known of a pod.

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use hull_tests::shim::{kill, machine_of};
+use hull_tests::cri::Cri;
+use hull_tests::shim::{devices_of, kill, kill_if_there, machine_of, shims_at};
 use hull_tests::{BUSYBOX, Containerd, eventually};
+
+use crate::pods::{container, pod};
 
 #[test]
 fn a_containerd_that_is_killed_finds_its_containers_again() {
@@ -72,4 +75,51 @@ fn what_a_killed_shim_has_left_keeps_no_id_from_being_used_again() {
         "again"
     );
     containerd.assert_clean();
+}
+
+/// Kills something of each pod at later and later moments of its start; then CRI removes it.
+fn dies_at_any_moment(victim: fn(shim: i32) -> Option<i32>) {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let address = containerd.path("c.sock");
+    let mut killed = 0;
+    for step in 0..12 {
+        let config = pod(&containerd, &format!("pod-{step}"));
+        let (socket, of_pod) = (address.clone(), config.clone());
+        let starting = std::thread::spawn(move || {
+            let cri = Cri::connect(&socket);
+            let id = cri.run_pod(&of_pod, "hull")?;
+            let one = cri.create(&id, &of_pod, container("one", "sleep 1000"))?;
+            cri.start(&one)
+        });
+        eventually("a shim, or an end", Duration::from_secs(20), || {
+            !shims_at(&address).is_empty() || starting.is_finished()
+        });
+        std::thread::sleep(Duration::from_millis(20 * step));
+        for shim in shims_at(&address) {
+            killed += usize::from(victim(shim).is_some_and(kill_if_there));
+        }
+        // Whatever comes of it.
+        let _ = starting.join().unwrap();
+        for id in cri.pods() {
+            cri.remove_pod(&id).unwrap();
+        }
+        containerd.assert_clean();
+    }
+    assert!(killed >= 6, "only {killed} were there to be killed");
+}
+
+#[test]
+fn a_pod_whose_shim_dies_at_any_moment_of_its_start_can_be_removed() {
+    dies_at_any_moment(Some);
+}
+
+#[test]
+fn a_pod_whose_machine_dies_at_any_moment_of_its_start_can_be_removed() {
+    dies_at_any_moment(machine_of);
+}
+
+#[test]
+fn a_pod_whose_device_process_dies_at_any_moment_of_its_start_can_be_removed() {
+    dies_at_any_moment(devices_of);
 }

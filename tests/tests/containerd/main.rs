@@ -2,5 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod crash;
+mod load;
 mod pods;
 mod task;

@@ -13,7 +13,7 @@ const HANDLER: &str = "hull";
 
 const EXITED: i32 = 2;
 
-fn pod(containerd: &Containerd, name: &str) -> PodConfig {
+pub fn pod(containerd: &Containerd, name: &str) -> PodConfig {
     PodConfig {
         metadata: Some(PodMetadata {
             name: name.to_owned(),
@@ -34,7 +34,7 @@ fn pod(containerd: &Containerd, name: &str) -> PodConfig {
     }
 }
 
-fn container(name: &str, script: &str) -> ContainerConfig {
+pub fn container(name: &str, script: &str) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: name.to_owned(),
@@ -64,7 +64,7 @@ fn linux(memory: i64, namespaces: Namespaces) -> LinuxContainer {
 }
 
 /// Creates and starts a container.
-fn runs(cri: &Cri, id: &str, of: &PodConfig, config: ContainerConfig) -> String {
+pub fn runs(cri: &Cri, id: &str, of: &PodConfig, config: ContainerConfig) -> String {
     let container = cri.create(id, of, config).unwrap();
     cri.start(&container).unwrap();
     container
