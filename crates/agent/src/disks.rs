@@ -64,7 +64,9 @@ impl Disks {
         if rules.iter().any(names_block_device) {
             let all = list(Path::new(DISKS))
                 .map_err(|error| Failure::internal("look for the machine's disks", &error))?;
-            let majors: Vec<i64> = all.into_iter().map(|(_, (major, _))| major).collect();
+            let mut majors: Vec<i64> = all.into_iter().map(|(_, (major, _))| major).collect();
+            // Also before the first disk is there, which may be added later.
+            majors.extend(driver_major());
             *rules = self.rules(rules, &majors);
         }
         Ok(())
@@ -114,6 +116,17 @@ impl Disks {
         }
         translated
     }
+}
+
+/// The major number of virtio disks, whether or not there is one.
+fn driver_major() -> Option<i64> {
+    let devices = fs::read_to_string("/proc/devices").ok()?;
+    let mut lines = devices
+        .lines()
+        .filter_map(|line| line.trim().split_once(' '));
+    lines
+        .find(|(_, name)| *name == "virtblk")
+        .and_then(|(major, _)| major.parse().ok())
 }
 
 /// A number of a rule; `None` if it matches any (-1 or left out).

@@ -7,8 +7,8 @@
 //! the pod lives as long as the guest. Called by `service` before a container is created.
 
 use std::collections::HashMap;
-use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -16,11 +16,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use hull_protocol::{POD_MEMORY_SOURCE, SHARED_MEMORY_SOURCE};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount,
 };
 
-use crate::container::paths::{Missing, find_or_make};
+use crate::container::paths::{Missing, find, find_or_make};
 use crate::rpc::status::{Failure, Result};
 use crate::tmpfs::Tmpfs;
 
@@ -56,6 +57,11 @@ impl SharedMemory {
         for mount in spec.mounts_mut().into_iter().flatten() {
             let Some(Name { name, lasting }) = name(mount)? else {
                 continue;
+            };
+            // A volume of the pod may be shared memory of one of its containers, too.
+            let name = match lasting {
+                true => format!("pod-{name}"),
+                false => name,
             };
             let whole = self.get(&name, &options(mount), lasting)?;
             let part = match part(mount) {
@@ -121,7 +127,10 @@ impl Part {
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let found = find_or_make(root.as_fd(), &part, || Ok(Missing::Directory))?;
+        let found = match find(root.as_fd(), &part) {
+            Err(Errno::NOENT) => make_directories(root.as_fd(), &part)?,
+            found => found?,
+        };
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
         std::fs::create_dir_all(PARTS)?;
         match kind {
@@ -138,6 +147,25 @@ impl Part {
         move_mount(&tree, "", CWD, &made.0, flags)?;
         Ok(made)
     }
+}
+
+/// Makes what is missing of a directory in a volume: each new one with the mode of the volume, as
+/// the kubelet makes it (pkg/volume/util/subpath).
+fn make_directories(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<OwnedFd> {
+    let mode = rustix::fs::fstat(root)?.st_mode & 0o7777;
+    let ends = path.to_bytes().iter().enumerate();
+    let slashes = ends.filter_map(|(at, byte)| (*byte == b'/').then_some(at));
+    for end in slashes.chain([path.to_bytes().len()]) {
+        let upper = CString::new(&path.to_bytes()[..end]).map_err(|_| Errno::INVAL)?;
+        if upper.is_empty() || find(root, &upper).is_ok() {
+            continue;
+        }
+        let made = find_or_make(root, &upper, || Ok(Missing::Directory))?;
+        // By its descriptor: nobody has put another in its place.
+        let made = format!("/proc/self/fd/{}", made.as_raw_fd());
+        rustix::fs::chmod(made, Mode::from_raw_mode(mode))?;
+    }
+    find(root, path)
 }
 
 impl Drop for Part {

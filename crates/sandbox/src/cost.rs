@@ -89,7 +89,11 @@ impl ProcessTable {
 /// Parent and processor time of a process.
 fn entry(pid: i32) -> Option<Entry> {
     let stat = ProcessStat::read(pid)?;
-    let ticks = stat.number::<u64>(14)? + stat.number::<u64>(15)?;
+    // Its own, and that of its children which have ended and were waited for: user-mode Linux has
+    // a process for each address space of the guest.
+    let ticks = (14..=17)
+        .map(|field| stat.number::<u64>(field))
+        .sum::<Option<u64>>()?;
     Some(Entry {
         parent: stat.number(4)?,
         cpu_ns: ticks.saturating_mul(TICK_NS),

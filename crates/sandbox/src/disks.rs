@@ -9,8 +9,6 @@ use crate::config::{ContainerDisk, DiskConfig};
 use crate::error::{Error, Result};
 use crate::sandbox::Sandbox;
 
-const NO_ROOM: &str = "the machine of its pod already runs, and has no room for a disk";
-
 /// The disks of a machine.
 #[derive(Debug)]
 pub(crate) struct Disks {
@@ -46,7 +44,7 @@ impl Disks {
         let known = self.known.lock().await;
         let describe = |disk: &ContainerDisk| {
             let DiskConfig { major, minor, .. } = disk.device;
-            let index = find(&known, disk)?.ok_or_else(|| refused(disk, NO_ROOM))?;
+            let index = find(&known, disk)?.ok_or_else(|| self.no_room(disk))?;
             let number = u8::try_from(index).unwrap_or(u8::MAX);
             let mut described =
                 json!({"major": major, "minor": minor, "serial": disk_serial(index)});
@@ -57,6 +55,21 @@ impl Disks {
             Ok(described)
         };
         disks.iter().map(describe).collect()
+    }
+}
+
+impl Disks {
+    fn no_room(&self, disk: &ContainerDisk) -> Error {
+        let running = "the machine of its pod already runs, and";
+        match self.room == self.at_boot {
+            true => refused(
+                disk,
+                &format!("{running} its disks are those it was started with"),
+            )
+            .hint("name the device in the first container of the pod"),
+            false => refused(disk, &format!("{running} has no room for another disk"))
+                .hint(format!("a pod has {} at most", self.room)),
+        }
     }
 }
 
@@ -105,7 +118,7 @@ impl Sandbox {
             }
             let number = u8::try_from(known.len()).unwrap_or(u8::MAX);
             if known.len() >= self.0.disks.room {
-                return Err(refused(disk, NO_ROOM));
+                return Err(self.0.disks.no_room(disk));
             }
             let read_only = disk.device.read_only;
             let attached = self.0.devices.attach_disk(number, file.as_fd(), read_only);

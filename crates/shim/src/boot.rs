@@ -21,10 +21,6 @@ use crate::{Settings, Size};
 /// Longest host name of a guest itself, characters: the beginning of the pod's id.
 const HOSTNAME: usize = 12;
 
-/// How many block devices containers may have that come when the pod's machine runs. Each costs a
-/// start some 20 µs.
-const SPARE_DISKS: u8 = 8;
-
 /// A sandbox that is wanted.
 pub struct Wanted {
     /// Where it will be.
@@ -89,7 +85,7 @@ impl Wanted {
 
     /// Containers that come later may have disks.
     pub fn expect_disks(&mut self) {
-        self.machine.spare_disks = SPARE_DISKS;
+        self.machine.spare_disks = MachineConfig::POD_SPARE_DISKS;
     }
 
     /// Boots it in this process, which serves its control socket from then on. What comes with the

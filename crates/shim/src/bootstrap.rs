@@ -68,6 +68,9 @@ pub fn start(flags: &Flags) -> Result<()> {
         .map_or_else(|| PathBuf::from(SOCKETS), PathBuf::from);
     let socket = socket(&directory, flags, &group)?;
     let address = format!("unix://{}", socket.display());
+    if let Some(config) = &config {
+        options::remember(&bundle, config)?;
+    }
     if let Some(listener) = listen(&socket)? {
         let started = write_address(&bundle, &address)
             .and_then(|()| spawn(flags, &bundle, listener, config.as_deref()));
@@ -78,9 +81,6 @@ pub fn start(flags: &Flags) -> Result<()> {
         }
     } else {
         write_address(&bundle, &address)?;
-    }
-    if let Some(config) = &config {
-        options::remember(&bundle, config)?;
     }
     let answer = match (parameters, std::env::var_os("GRPC_ADDRESS")) {
         (Some(_), _) => BootstrapResult {
@@ -255,7 +255,13 @@ pub fn delete(
         Some(bundle) => bundle.clone(),
         None => std::env::current_dir().context(|| "find the bundle")?,
     };
-    let settings = settings(options::remembered(&bundle).as_deref())?;
+    // containerd starts no shim for a container of a sandbox: its sandbox's was told.
+    let of_pod = || {
+        let pod = pod_of(&bundle).ok().flatten()?;
+        options::remembered(&bundle.parent()?.join(pod))
+    };
+    let config = options::remembered(&bundle).or_else(of_pod);
+    let settings = settings(config.as_deref())?;
     let exit = create::clear(&settings, &flags.namespace, &flags.id, &bundle);
     let (status, ended_ns) = exit.map_or_else(
         || (KILLED, hull_sandbox::store::unix_time_ns()),

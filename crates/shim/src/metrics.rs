@@ -1,6 +1,8 @@
 //! What a container uses, as containerd reads it: `io.containerd.cgroups.v2.Metrics`, by the names
 //! of the guest's control groups. containerd takes it on hosts with either version of them.
 
+use std::collections::BTreeMap;
+
 use containerd_shim_protos::cgroups_v2::metrics as proto;
 use hull_sandbox::metrics::{Metrics, Pressure, PressureLine};
 use hull_sandbox::{Error, Result};
@@ -8,6 +10,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 use crate::pod::{Pod, blocking};
+use crate::process::lock;
 
 /// Name of the message.
 const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
@@ -38,17 +41,45 @@ pub async fn of_pod(pod: &Pod) -> Result<Metrics> {
 /// `NotFound` when it has no machine.
 pub async fn overhead(pod: &Pod) -> Result<Metrics> {
     let mut metrics = of_pod(pod).await?;
+    let mut used = BTreeMap::new();
     for container in pod.containers().iter().filter(|one| !one.holds_pod) {
-        // One that has ended uses nothing.
-        let Ok(used) = container.inner.metrics().await else {
+        // One that has ended has no memory, and its processor time is known from before.
+        let Ok(now) = container.inner.metrics().await else {
             continue;
         };
-        let memory = metrics.memory.usage.saturating_sub(used.memory.usage);
+        let memory = metrics.memory.usage.saturating_sub(now.memory.usage);
         metrics.memory.usage = memory;
         metrics.memory.stat.anon = memory;
-        metrics.cpu.usage_ns = metrics.cpu.usage_ns.saturating_sub(used.cpu.usage_ns);
+        used.insert(container.id.clone(), now.cpu.usage_ns);
     }
+    metrics.cpu.usage_ns = lock(&pod.spent).beside(metrics.cpu.usage_ns, used);
     Ok(metrics)
+}
+
+/// Processor time of a pod, of which only what its containers do not use is told: a counter, which
+/// never falls. Nanoseconds.
+#[derive(Debug, Default)]
+pub struct Spent {
+    /// Of each container, when it was last asked.
+    containers: BTreeMap<String, u64>,
+    /// Of those that are gone.
+    ended: u64,
+    /// What was told.
+    told: u64,
+}
+
+impl Spent {
+    /// What a pod has spent beside its containers.
+    fn beside(&mut self, total: u64, used: BTreeMap<String, u64>) -> u64 {
+        let before = std::mem::replace(&mut self.containers, used);
+        let gone = before
+            .into_iter()
+            .filter(|(id, _)| !self.containers.contains_key(id));
+        self.ended += gone.map(|(_, spent)| spent).sum::<u64>();
+        let used = self.containers.values().sum::<u64>() + self.ended;
+        self.told = self.told.max(total.saturating_sub(used));
+        self.told
+    }
 }
 
 /// Encodes metrics. A limit that is not set is the largest number, as in containerd's own.
@@ -210,6 +241,20 @@ fn psi(pressure: Option<&Pressure>) -> MessageField<proto::PSIStats> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn what_a_pod_spends_beside_its_containers_never_falls() {
+        let used = |pairs: &[(&str, u64)]| {
+            let pairs = pairs.iter().map(|(id, spent)| ((*id).to_owned(), *spent));
+            pairs.collect::<BTreeMap<_, _>>()
+        };
+        let mut spent = Spent::default();
+        assert_eq!(spent.beside(100, used(&[("a", 30), ("b", 20)])), 50);
+        // One has ended: its time is not the pod's own.
+        assert_eq!(spent.beside(120, used(&[("a", 40)])), 60);
+        assert_eq!(spent.beside(120, used(&[("a", 50)])), 60);
+        assert_eq!(spent.beside(200, used(&[])), 130);
+    }
 
     #[test]
     fn numbers_have_containerds_units() {

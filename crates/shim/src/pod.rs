@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use crate::Settings;
 use crate::events::Publisher;
 use crate::flags::Flags;
+use crate::metrics::Spent;
 use crate::process::{Process, lock};
 use crate::sandbox::Holder;
 use crate::stand_in::StandIn;
@@ -50,6 +51,8 @@ pub struct Pod {
     /// What holds a pod of containerd's sandbox service.
     pub holder: Mutex<Option<Holder>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// Processor time of its containers.
+    pub spent: Mutex<Spent>,
     /// The shim has nothing left to do.
     pub done: Notify,
 }
@@ -95,6 +98,7 @@ impl Pod {
             left: AtomicBool::new(false),
             holder: Mutex::default(),
             containers: Mutex::default(),
+            spent: Mutex::default(),
             done: Notify::new(),
         }
     }

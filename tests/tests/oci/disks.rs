@@ -299,7 +299,7 @@ fn a_pods_disks_are_those_that_its_machine_was_started_with() {
     refused(
         with(oci.bundle(), two, "/dev/xvda", "rwm"),
         &format!(
-            "not supported: linux.devices: /dev/xvda (b {}): the machine of its pod already runs, and has no room for a disk",
+            "not supported: linux.devices: /dev/xvda (b {}): the machine of its pod already runs, and its disks are those it was started with",
             two.numbers()
         ),
     );

@@ -22,7 +22,7 @@ pub(crate) enum Missing {
 }
 
 /// Opens `path` below `root` with O_PATH.
-pub(super) fn find(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn find(root: BorrowedFd<'_>, path: &CStr) -> rustix::io::Result<OwnedFd> {
     resolve(root, path, ResolveFlags::IN_ROOT)
 }
 

@@ -109,6 +109,19 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle, bound: Vec<Bound>) -> Resul
             rustix::fs::major(node.rdev()),
             rustix::fs::minor(node.rdev()),
         );
+        // The guest has a disk that the host opens: what no rule allows stays out of its reach.
+        if !['r', 'w']
+            .iter()
+            .any(|letter| allowed(&rules, (major, minor), *letter))
+        {
+            return Err(refused(
+                format_args!("mounts: {destination}: block device {}", source.display()),
+                "no device rule lets the container read or write it",
+            )
+            .hint(
+                "name it as a device (--device, volumeDevices), with a rule of linux.resources",
+            ));
+        }
         let read_only = read_only || !can_be_written(&rules, (major, minor));
         add_disk(plan, (major, minor), read_only, &destination);
         kept.push(json!({
@@ -173,7 +186,12 @@ fn covers(rule: Option<i64>, number: u32) -> bool {
 
 /// Whether any rule allows writing to a block device. The guest's kernel evaluates the rules in
 /// their order; a device that no rule allows writing to is opened read-only on the host.
-fn can_be_written(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32)) -> bool {
+fn can_be_written(rules: &[LinuxDeviceCgroup], numbers: (u32, u32)) -> bool {
+    allowed(rules, numbers, 'w')
+}
+
+/// Whether any rule allows an access (`r`, `w`) to a block device.
+fn allowed(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32), letter: char) -> bool {
     rules.iter().any(|rule| {
         let access = rule.access().as_deref().unwrap_or_default();
         rule.allow()
@@ -183,7 +201,7 @@ fn can_be_written(rules: &[LinuxDeviceCgroup], (major, minor): (u32, u32)) -> bo
             )
             && covers(rule.major(), major)
             && covers(rule.minor(), minor)
-            && (access.is_empty() || access.contains('w'))
+            && (access.is_empty() || access.contains(letter))
     })
 }
 

@@ -156,12 +156,16 @@ fn one(
         )),
     })?;
 
-    if destination == "/dev/shm" && found.is_dir() && on_tmpfs(&source)? {
-        *mount = shared_memory(&source, read_only)?;
+    // The agent refuses mounts with mapped ids.
+    let mapped = ["uidMappings", "gidMappings"]
+        .iter()
+        .any(|field| mount.get(field).is_some_and(|value| !value.is_null()));
+    if !mapped && let Some(memory) = memory_volume(&source, &destination, read_only)? {
+        *mount = memory;
         return Ok(None);
     }
-    if let Some(memory) = memory_volume(&source, &destination, read_only)? {
-        *mount = memory;
+    if destination == "/dev/shm" && found.is_dir() && on_tmpfs(&source)? {
+        *mount = shared_memory(&source, read_only)?;
         return Ok(None);
     }
     if source.starts_with(CGROUPS) {
@@ -304,34 +308,47 @@ const SUB_PATHS: &str = "/volume-subpaths/";
 /// write to it. It lives as long as the guest. A part of one (`subPath`) is found by the mount that
 /// the kubelet has made of it.
 fn memory_volume(source: &Path, destination: &str, read_only: bool) -> Result<Option<Value>> {
-    let doing = || format!("use {}", source.display());
-    let path = fs::canonicalize(source).context(doing)?;
+    if !on_tmpfs(source)? {
+        return Ok(None);
+    }
+    // A path that leads through another process's files is none of the kubelet's.
+    let Ok(path) = fs::canonicalize(source) else {
+        return Ok(None);
+    };
     let text = path.to_string_lossy();
     let is_part = text.contains(SUB_PATHS);
-    if !(is_part || text.contains(EMPTY_DIR)) || !on_tmpfs(&path)? {
+    if !(is_part || text.contains(EMPTY_DIR)) {
         return Ok(None);
     }
     let mounts = fs::read_to_string("/proc/self/mountinfo").context(|| "read the mounts")?;
     let mounts: Vec<_> = mounts.lines().filter_map(Mounted::parse).collect();
     // The last one at a place is what is seen there.
-    let Some(own) = mounts.iter().rev().find(|mounted| mounted.path == text) else {
+    let Some(own) = mounts.iter().rev().find(|mounted| mounted.path == path) else {
         return Ok(None);
     };
     let volume = mounts.iter().find(|mounted| {
-        mounted.device == own.device && mounted.root == "/" && mounted.path.contains(EMPTY_DIR)
+        mounted.device == own.device
+            && mounted.root == Path::new("/")
+            && mounted.path.to_string_lossy().contains(EMPTY_DIR)
     });
     let Some(volume) = volume else {
         return Ok(None);
     };
-    let volume = Path::new(&volume.path);
-    let mut memory = guest_memory(volume, config::pod_memory)?;
+    let mut memory = guest_memory(&volume.path, config::pod_memory)?;
     memory["destination"] = json!(destination);
     if let Some(options) = memory["options"].as_array_mut() {
         if read_only {
             options.push(json!("ro"));
         }
         if is_part {
-            options.push(json!(format!("part={}", own.root.trim_start_matches('/'))));
+            let part = own.root.strip_prefix("/").unwrap_or(&own.root);
+            let part = part.to_str().ok_or_else(|| {
+                Error::unsupported(format_args!(
+                    "mounts: {destination}: {}: a part of a volume in memory whose name is not UTF-8",
+                    part.display()
+                ))
+            })?;
+            options.push(json!(format!("part={part}")));
         }
     }
     Ok(Some(memory))
@@ -341,17 +358,18 @@ fn memory_volume(source: &Path, destination: &str, read_only: bool) -> Result<Op
 struct Mounted {
     device: String,
     /// What of its file system is mounted.
-    root: String,
-    path: String,
+    root: PathBuf,
+    path: PathBuf,
 }
 
 impl Mounted {
     fn parse(line: &str) -> Option<Self> {
         let mut fields = line.split(' ').skip(2);
-        let mut next = || fields.next().map(str::to_owned);
-        let (device, root, path) = (next()?, next()?, next()?);
-        // Spaces and the like are written as \040; the kubelet's paths have none.
-        Some(Self { device, root, path })
+        Some(Self {
+            device: fields.next()?.to_owned(),
+            root: unescape(fields.next()?),
+            path: unescape(fields.next()?),
+        })
     }
 }
 

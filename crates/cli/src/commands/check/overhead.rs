@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hull_engine::config::Config;
-use hull_sandbox::config::MAX_NETS;
+use hull_sandbox::config::{MAX_NETS, MachineConfig};
 use hull_sandbox::control::client::Client;
 use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::cost::HostMemory;
@@ -44,8 +44,14 @@ struct Overhead {
 
 /// Measures, and prints.
 pub fn execute(config: &Config, json: bool) -> Result<()> {
+    let privileges = super::privileges();
+    if privileges.level == super::Level::Error {
+        let error = Error::new(format!("cannot start a machine: {}", privileges.found));
+        return Err(error.hint(privileges.remedy.unwrap_or_default()));
+    }
     let mut machine = oci::machine(&Ok(config.clone()), Some(LIMIT), None)?;
     machine.nets = MAX_NETS;
+    machine.spare_disks = MachineConfig::POD_SPARE_DISKS;
     let kind = machine.choice.kind;
     let reserved = machine.clone();
     let (idle, idle_cpu) = with_machine(config, machine, |client| {
