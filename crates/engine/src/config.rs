@@ -500,7 +500,7 @@ mod tests {
         assert_eq!(config.detach_keys.0, [16, 17]);
         assert_eq!(config.data_dir, Path::new("/var/lib/hull"));
         assert_eq!(config.guest_dir, None);
-        assert_eq!(config.origins.len(), 24, "one origin for each key");
+        assert_eq!(config.origins.len(), 25, "one origin for each key");
         assert!(
             config
                 .origins
