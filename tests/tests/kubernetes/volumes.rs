@@ -83,6 +83,10 @@ fn a_volume_in_memory_and_parts_of_it_last_from_the_init_containers_on() {
         with_volume("one", json!({"emptyDir": {"medium": "Memory"}})),
         &[
             (
+                "/spec/securityContext",
+                json!({"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000}),
+            ),
+            (
                 "/spec/initContainers",
                 json!([with(
                     container(
