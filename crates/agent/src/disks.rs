@@ -147,13 +147,11 @@ fn names_block_device(rule: &LinuxDeviceCgroup) -> bool {
 /// plugged in.
 async fn find(wanted: &[HullDisk]) -> Result<Disks> {
     let mut waited = Duration::ZERO;
-    let mut plugged = false;
     loop {
         let found = list(Path::new(DISKS))
             .map_err(|error| Failure::internal("look for the machine's disks", &error))?;
-        if !plugged {
+        if waited.is_zero() {
             plug(wanted, &found)?;
-            plugged = true;
         }
         let missing = match resolve(wanted, &found) {
             Ok(disks) => return Ok(disks),

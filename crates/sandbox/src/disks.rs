@@ -56,9 +56,7 @@ impl Disks {
         };
         disks.iter().map(describe).collect()
     }
-}
 
-impl Disks {
     fn no_room(&self, disk: &ContainerDisk) -> Error {
         let running = "the machine of its pod already runs, and";
         match self.room == self.at_boot {

@@ -229,12 +229,9 @@ fn one(
 fn has_mounts_below(path: &Path) -> Result<bool> {
     let doing = || format!("use {}", path.display());
     let path = fs::canonicalize(path).context(doing)?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context(doing)?;
-    Ok(mounts.lines().any(|line| {
-        let point = line.split(' ').nth(4).unwrap_or_default();
-        let point = unescape(point);
-        point.starts_with(&path) && point != path
-    }))
+    let mounts = Mounted::all().context(doing)?;
+    let below = |mounted: &Mounted| mounted.path.starts_with(&path) && mounted.path != path;
+    Ok(mounts.iter().any(below))
 }
 
 /// A path as proc(5) writes it: with spaces, tabs, newlines and backslashes in octal.
@@ -271,31 +268,37 @@ fn on_tmpfs(path: &Path) -> Result<bool> {
 /// memory, so the guest gets a tmpfs of the same size, one for all its containers that bind the
 /// same source.
 fn shared_memory(source: &Path, read_only: bool) -> Result<Value> {
-    let mut memory = guest_memory(source, config::shared_memory)?;
-    memory["destination"] = json!("/dev/shm");
-    if let Some(options) = memory["options"].as_array_mut() {
-        options.extend(["nosuid", "noexec", "nodev"].map(Value::from));
-        options.extend(read_only.then(|| json!("ro")));
-    }
-    Ok(memory)
+    let flags = ["nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
+    guest_memory(source, config::shared_memory, "/dev/shm", read_only, flags)
 }
 
-/// A mount of memory of the guest, with size, mode and owner of a tmpfs of the host.
-fn guest_memory(source: &Path, name: fn(u64) -> String) -> Result<Value> {
+/// A mount of memory of the guest, with size, mode and owner of a tmpfs of the host, and further
+/// options.
+fn guest_memory(
+    source: &Path,
+    name: fn(u64) -> String,
+    destination: &str,
+    read_only: bool,
+    further: Vec<String>,
+) -> Result<Value> {
     let doing = || format!("use {}", source.display());
     let path = fs::canonicalize(source).context(doing)?;
     let found = fs::metadata(&path).context(doing)?;
     let limits = rustix::fs::statvfs(&path).context(doing)?;
+    let mut options = vec![
+        "bind".to_owned(),
+        format!("size={}", limits.f_blocks.saturating_mul(limits.f_frsize)),
+        format!("mode={:o}", found.mode() & 0o7777),
+        format!("uid={}", found.uid()),
+        format!("gid={}", found.gid()),
+    ];
+    options.extend(further);
+    options.extend(read_only.then(|| "ro".to_owned()));
     Ok(json!({
+        "destination": destination,
         "type": "bind",
         "source": name(identity(&path, &found)),
-        "options": [
-            "bind",
-            format!("size={}", limits.f_blocks.saturating_mul(limits.f_frsize)),
-            format!("mode={:o}", found.mode() & 0o7777),
-            format!("uid={}", found.uid()),
-            format!("gid={}", found.gid()),
-        ],
+        "options": options,
     }))
 }
 
@@ -320,8 +323,7 @@ fn memory_volume(source: &Path, destination: &str, read_only: bool) -> Result<Op
     if !(is_part || text.contains(EMPTY_DIR)) {
         return Ok(None);
     }
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context(|| "read the mounts")?;
-    let mounts: Vec<_> = mounts.lines().filter_map(Mounted::parse).collect();
+    let mounts = Mounted::all().context(|| "read the mounts")?;
     // The last one at a place is what is seen there.
     let Some(own) = mounts.iter().rev().find(|mounted| mounted.path == path) else {
         return Ok(None);
@@ -334,24 +336,19 @@ fn memory_volume(source: &Path, destination: &str, read_only: bool) -> Result<Op
     let Some(volume) = volume else {
         return Ok(None);
     };
-    let mut memory = guest_memory(&volume.path, config::pod_memory)?;
-    memory["destination"] = json!(destination);
-    if let Some(options) = memory["options"].as_array_mut() {
-        if read_only {
-            options.push(json!("ro"));
-        }
-        if is_part {
-            let part = own.root.strip_prefix("/").unwrap_or(&own.root);
-            let part = part.to_str().ok_or_else(|| {
-                Error::unsupported(format_args!(
-                    "mounts: {destination}: {}: a part of a volume in memory whose name is not UTF-8",
-                    part.display()
-                ))
-            })?;
-            options.push(json!(format!("part={part}")));
-        }
+    let mut further = Vec::new();
+    if is_part {
+        let part = own.root.strip_prefix("/").unwrap_or(&own.root);
+        let part = part.to_str().ok_or_else(|| {
+            Error::unsupported(format_args!(
+                "mounts: {destination}: {}: a part of a volume in memory whose name is not UTF-8",
+                part.display()
+            ))
+        })?;
+        further.push(format!("part={part}"));
     }
-    Ok(Some(memory))
+    let volume = &volume.path;
+    guest_memory(volume, config::pod_memory, destination, read_only, further).map(Some)
 }
 
 /// A line of /proc/PID/mountinfo (proc(5)).
@@ -363,6 +360,12 @@ struct Mounted {
 }
 
 impl Mounted {
+    /// What is mounted for this process, in the order of the kernel.
+    fn all() -> std::io::Result<Vec<Self>> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        Ok(mounts.lines().filter_map(Self::parse).collect())
+    }
+
     fn parse(line: &str) -> Option<Self> {
         let mut fields = line.split(' ').skip(2);
         Some(Self {
