@@ -25,6 +25,9 @@ use crate::store::{Directory, Exit, State, Status, unix_time_ns};
 
 const SIGKILL: u32 = 9;
 
+/// runc's words, which engines look for.
+pub(crate) const NOT_RUNNING: &str = "container not running";
+
 /// How long a container that is removed by force may take to pass on what it wrote.
 const UNREAD_GRACE: Duration = Duration::from_secs(1);
 
@@ -178,15 +181,14 @@ impl Container {
         self.advance(Stage::Running)
     }
 
-    /// Fails unless the container is in one of these states. The words are runc's, which engines
-    /// look for.
+    /// Fails unless the container is in one of these states.
     fn require(&self, allowed: &[State], what: &str) -> Result<()> {
         let state = self.state();
         if allowed.contains(&state) {
             return Ok(());
         }
         Err(Error::wrong_state(match state {
-            State::Stopped => "container not running".to_owned(),
+            State::Stopped => NOT_RUNNING.to_owned(),
             _ => format!("cannot {what} a container that is {state}"),
         }))
     }
@@ -286,9 +288,7 @@ impl Container {
         if signal == SIGKILL {
             self.expect_end();
         }
-        self.sandbox
-            .in_guest(async |guest| guest.agent.signal(&self.id, "", signal, all).await)
-            .await
+        self.sandbox.signal(&self.id, "", signal, all).await
     }
 
     /// After SIGKILL the container ends, whatever its guest does: at the latest with its machine.

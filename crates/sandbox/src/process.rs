@@ -109,10 +109,7 @@ impl Process {
 
     async fn send_signal(&self, signal: u32, all: bool) -> Result<()> {
         let (id, exec) = (self.container.id(), &self.exec);
-        self.container
-            .sandbox()
-            .in_guest(async |guest| guest.agent.signal(id, exec, signal, all).await)
-            .await
+        self.container.sandbox().signal(id, exec, signal, all).await
     }
 
     /// Sets the size of its terminal.

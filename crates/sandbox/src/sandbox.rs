@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config::{DiskConfig, EndPolicy, SandboxConfig, Share};
-use crate::container::Container;
+use crate::container::{Container, NOT_RUNNING};
 use crate::core_scheduling;
 use crate::cost::{self, HostMemory};
 use crate::disks::Disks;
@@ -616,6 +616,18 @@ impl Sandbox {
         match calls(ready).await {
             Err(error) => Err(self.cause_of(error, agent.gone()).await),
             done => done,
+        }
+    }
+
+    /// Sends a signal to a process of a container, or with `all` to every one.
+    ///
+    /// # Errors
+    /// `WrongState`: it has ended, be it with its guest meanwhile.
+    pub(crate) async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let sent = self.in_guest(async |guest| guest.agent.signal(id, exec, signal, all).await);
+        match sent.await {
+            Err(_) if self.is_down_now() => Err(Error::wrong_state(NOT_RUNNING)),
+            sent => sent,
         }
     }
 

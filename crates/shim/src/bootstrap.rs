@@ -6,7 +6,7 @@
 //! reads both together.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, PipeWriter, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -40,6 +40,9 @@ const MAX_SOCKET: usize = 107;
 /// Most bytes of parameters that are read.
 const MAX_PARAMETERS: u64 = 16 << 20;
 
+/// What `start` writes to the server when containerd has its address.
+pub(crate) const TOLD: u8 = 1;
+
 /// Exit status of a container whose shim is no more: SIGKILL's.
 const KILLED: u32 = 128 + 9;
 
@@ -71,17 +74,18 @@ pub fn start(flags: &Flags) -> Result<()> {
     if let Some(config) = &config {
         options::remember(&bundle, config)?;
     }
-    if let Some(listener) = listen(&socket)? {
+    let server = if let Some(listener) = listen(&socket)? {
         let started = write_address(&bundle, &address)
             .and_then(|()| spawn(flags, &bundle, listener, config.as_deref()));
-        if let Err(error) = started {
+        if started.is_err() {
             // Nobody listens.
             let _ = fs::remove_file(&socket);
-            return Err(error);
         }
+        Some(started?)
     } else {
         write_address(&bundle, &address)?;
-    }
+        None
+    };
     let answer = match (parameters, std::env::var_os("GRPC_ADDRESS")) {
         (Some(_), _) => BootstrapResult {
             version: MODERN_VERSION,
@@ -98,7 +102,11 @@ pub fn start(flags: &Flags) -> Result<()> {
         }
         (None, None) => address.into_bytes(),
     };
-    print(&answer)
+    print(&answer)?;
+    server.map_or(Ok(()), |mut server| {
+        let told = server.write_all(&[TOLD]);
+        told.context(|| "tell the shim that containerd knows it")
+    })
 }
 
 fn print(answer: &[u8]) -> Result<()> {
@@ -181,13 +189,15 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
 }
 
 /// Starts the server, with the listening socket as its standard input and the log that containerd
-/// reads as its standard error.
+/// reads as its standard error. It ends unless [`TOLD`] is written to what this returns, which is
+/// its standard output: when `start` is killed, containerd knows nothing of it.
 fn spawn(
     flags: &Flags,
     bundle: &Path,
     listener: UnixListener,
     config: Option<&Path>,
-) -> Result<()> {
+) -> Result<PipeWriter> {
+    let (told, tell) = std::io::pipe().context(|| "create a pipe")?;
     // Read and write: nobody waits for who reads it, and it stays when that goes.
     let log = File::options()
         .read(true)
@@ -206,13 +216,13 @@ fn spawn(
         .envs(config.map(|config| (CONFIG, config)))
         .current_dir(bundle)
         .stdin(Stdio::from(OwnedFd::from(listener)))
-        .stdout(Stdio::null())
+        .stdout(told)
         .stderr(log)
         .process_group(0)
         .spawn()
         .context(|| "start the shim")?;
     adjust_oom_score(child.id());
-    Ok(())
+    Ok(tell)
 }
 
 /// Lets the shim be killed before containerd when the host is out of memory.

@@ -1,6 +1,7 @@
 //! The process that stays: the shim of a pod, from its first to its last moment.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,11 +10,14 @@ use std::time::Duration;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use hull_sandbox::{BoundedLog, Context, Error, Reason, Result, role};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
+use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport};
 
 use crate::Settings;
+use crate::bootstrap::TOLD;
 use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
@@ -32,10 +36,11 @@ const LAST_WORK: Duration = Duration::from_secs(5);
 /// How long containerd may take to read the last events.
 const LAST_EVENTS: Duration = Duration::from_secs(10);
 
-/// Runs the server until it has nothing left to do. Its standard input is the listening socket.
+/// Runs the server until it has nothing left to do. Its standard input is the listening socket, its
+/// standard output a pipe from `start`.
 ///
 /// # Errors
-/// The socket did not come, or cannot be served.
+/// Socket or pipe did not come, or cannot be served.
 pub fn run(flags: Flags, settings: impl FnOnce() -> Result<Settings>) -> Result<()> {
     // It is executed as /proc/self/exe; people and their tools look for this name.
     let _ = rustix::thread::set_name(c"containerd-shim");
@@ -45,7 +50,7 @@ pub fn run(flags: Flags, settings: impl FnOnce() -> Result<Settings>) -> Result<
     let _ = hull_jail::raise_open_files();
     log(&flags)?;
     let settings = settings()?;
-    let listener = listener()?;
+    let (listener, starter) = inherited()?;
     let address = listener.local_addr().ok();
     let socket = address
         .as_ref()
@@ -57,7 +62,7 @@ pub fn run(flags: Flags, settings: impl FnOnce() -> Result<Settings>) -> Result<
         .enable_all()
         .build()
         .context(|| "start the event loop")?;
-    let served = runtime.block_on(serve(flags, settings, listener, socket));
+    let served = runtime.block_on(serve(flags, settings, listener, socket, starter));
     // A hook that hangs keeps nobody here.
     runtime.shutdown_timeout(LAST_WORK);
     served
@@ -83,25 +88,47 @@ fn log(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-/// The listening socket, which is not passed on to processes that are started here.
-fn listener() -> Result<StdListener> {
-    let input = rustix::stdio::stdin();
-    let listener = rustix::io::fcntl_dupfd_cloexec(input, 3);
-    let listener = listener.context(|| "take the listening socket")?;
+/// The listening socket and the pipe from `start`, which are not passed on to processes that are
+/// started here.
+fn inherited() -> Result<(StdListener, OwnedFd)> {
+    let take = |descriptor| {
+        rustix::io::fcntl_dupfd_cloexec(descriptor, 3).context(|| "take what start has left")
+    };
+    let listener = take(rustix::stdio::stdin())?;
+    let starter = take(rustix::stdio::stdout())?;
     let null = rustix::fs::open(
         "/dev/null",
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
         rustix::fs::Mode::empty(),
     )
     .context(|| "open /dev/null")?;
-    rustix::stdio::dup2_stdin(&null).context(|| "let go of standard input")?;
+    rustix::stdio::dup2_stdin(&null)
+        .and_then(|()| rustix::stdio::dup2_stdout(&null))
+        .context(|| "let go of what start has left")?;
     let listener = StdListener::from(listener);
     match listener.local_addr() {
-        Ok(_) => Ok(listener),
+        Ok(_) => Ok((listener, starter)),
         Err(_) => Err(Error::invalid(
             "this process is started by containerd-shim-hull-v2 start, with a socket",
         )
         .hint("configure containerd with runtime_type = \"io.containerd.hull.v2\"")),
+    }
+}
+
+/// Returns when `start` has ended before containerd knew of this server; else never.
+async fn abandoned(starter: OwnedFd) {
+    let told = async {
+        rustix::io::ioctl_fionbio(&starter, true)?;
+        let mut byte = [0];
+        let mut pipe = Receiver::from_owned_fd(starter)?;
+        pipe.read(&mut byte)
+            .await
+            .map(|read| read == 1 && byte[0] == TOLD)
+    };
+    match told.await {
+        Ok(true) => std::future::pending().await,
+        Ok(false) => tracing::info!("the process that started this shim was killed"),
+        Err(error) => tracing::warn!("cannot read from the process that started this: {error}"),
     }
 }
 
@@ -110,6 +137,7 @@ async fn serve(
     settings: Settings,
     listener: StdListener,
     socket: PathBuf,
+    starter: OwnedFd,
 ) -> Result<()> {
     let (events, publishing) = Publisher::start(&flags);
     let pod = Arc::new(Pod::new(settings, &flags, socket, events));
@@ -136,6 +164,7 @@ async fn serve(
     tokio::select! {
         () = pod.done.notified() => {}
         _ = terminate.recv() => pod.leave(),
+        () = abandoned(starter) => pod.leave(),
     }
     server.stop_listen().await;
     // What is being created is there then, or is not begun: both can be ended.

@@ -1,10 +1,13 @@
 //! Whatever is killed: containerd sees the truth, and nothing is left.
 
-use std::time::Duration;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use hull_tests::cri::Cri;
 use hull_tests::shim::{devices_of, kill, kill_if_there, machine_of, shims_at};
-use hull_tests::{BUSYBOX, Containerd, eventually};
+use hull_tests::{BUSYBOX, Containerd, eventually, executable};
 
 use crate::pods::{container, pod};
 
@@ -77,36 +80,74 @@ fn what_a_killed_shim_has_left_keeps_no_id_from_being_used_again() {
     containerd.assert_clean();
 }
 
+#[test]
+fn a_shim_that_containerd_was_not_told_of_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("s");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let (told, tell) = std::io::pipe().unwrap();
+    let mut shim = Command::new(executable().with_file_name("containerd-shim-hull-v2"))
+        .args(["-namespace", "tests", "-id", "x", "-address"])
+        .arg(directory.path().join("c.sock"))
+        .current_dir(directory.path())
+        .stdin(OwnedFd::from(listener))
+        .stdout(told)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // As long as `start` lives it may still be told.
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(shim.try_wait().unwrap().is_none());
+    drop(tell);
+    eventually("the shim ends", Duration::from_secs(20), || {
+        shim.try_wait().unwrap().is_some()
+    });
+    assert!(!socket.exists());
+}
+
 /// Kills something of each pod at later and later moments of its start; then CRI removes it.
-fn dies_at_any_moment(victim: fn(shim: i32) -> Option<i32>) {
+fn dies_at_any_moment(victims: fn(shim: i32) -> Option<i32>) {
+    const MOMENTS: u32 = 12;
     let containerd = Containerd::with_pods();
-    let cri = containerd.cri();
     let address = containerd.path("c.sock");
-    let mut killed = 0;
-    for step in 0..12 {
-        let config = pod(&containerd, &format!("pod-{step}"));
-        let (socket, of_pod) = (address.clone(), config.clone());
-        let starting = std::thread::spawn(move || {
-            let cri = Cri::connect(&socket);
-            let id = cri.run_pod(&of_pod, "hull")?;
-            let one = cri.create(&id, &of_pod, container("one", "sleep 1000"))?;
-            cri.start(&one)
-        });
-        eventually("a shim, or an end", Duration::from_secs(20), || {
-            !shims_at(&address).is_empty() || starting.is_finished()
-        });
-        std::thread::sleep(Duration::from_millis(20 * step));
-        for shim in shims_at(&address) {
-            killed += usize::from(victim(shim).is_some_and(kill_if_there));
-        }
-        // Whatever comes of it.
-        let _ = starting.join().unwrap();
+    let start = |name: &str| {
+        let config = pod(&containerd, name);
+        let address = address.clone();
+        std::thread::spawn(move || -> Result<Duration, String> {
+            let begun = Instant::now();
+            let cri = Cri::connect(&address);
+            let id = cri.run_pod(&config, "hull")?;
+            let one = cri.create(&id, &config, container("one", "sleep 1000"))?;
+            cri.start(&one)?;
+            Ok(begun.elapsed())
+        })
+    };
+    let cri = containerd.cri();
+    let remove_all = || {
         for id in cri.pods() {
             cri.remove_pod(&id).unwrap();
         }
         containerd.assert_clean();
+    };
+    let takes = start("undisturbed").join().unwrap().unwrap();
+    remove_all();
+    for moment in 0..MOMENTS {
+        let starting = start(&format!("pod-{moment}"));
+        let found = || -> Vec<i32> {
+            let shims = shims_at(&address);
+            shims.into_iter().filter_map(victims).collect()
+        };
+        eventually("what is to be killed", Duration::from_secs(20), || {
+            !found().is_empty()
+        });
+        std::thread::sleep(takes * moment / MOMENTS);
+        for victim in found() {
+            kill_if_there(victim);
+        }
+        // Whatever comes of it.
+        let _ = starting.join().unwrap();
+        remove_all();
     }
-    assert!(killed >= 6, "only {killed} were there to be killed");
 }
 
 #[test]

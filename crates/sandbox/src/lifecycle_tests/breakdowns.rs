@@ -41,6 +41,8 @@ enum Phase {
     Updating,
     /// A container ignores its stop signal.
     Stopping,
+    /// It is sent a signal, without an answer.
+    Signalling,
     /// It is deleted, and does not react to the signal.
     Deleting,
     /// Its init has ended, its output is not read, and the guest waits for that.
@@ -66,7 +68,7 @@ impl Phase {
                 reactions: Vec::new(),
                 ..Script::default()
             },
-            Self::Deleting => Script::silent("signal"),
+            Self::Signalling | Self::Deleting => Script::silent("signal"),
             Self::Draining => Script::silent("drain"),
             Self::ShuttingDown => Script::silent("shutdown"),
             Self::Created | Self::Running | Self::Paused | Self::Executed => Script::default(),
@@ -121,6 +123,7 @@ impl Phase {
                 Self::Starting => return container.start().await.map(|()| None),
                 Self::Executing => return container.exec(process("c")).await.map(|_| None),
                 Self::Updating => return container.update(&super::empty()).await.map(|()| None),
+                Self::Signalling => return container.signal(15, false).await.map(|()| None),
                 Self::Deleting => return container.delete().await.map(|()| None),
                 Self::Stopping => container.stop(15, FOREVER).await?,
                 Self::Executed => executed.unwrap().wait().await,
@@ -307,6 +310,7 @@ breakdowns! {
     a_guest_breaks_down_with_an_executed_process in Executed,
     a_guest_breaks_down_while_limits_are_changed in Updating,
     a_guest_breaks_down_with_a_container_that_does_not_stop in Stopping,
+    a_guest_breaks_down_while_a_signal_is_sent in Signalling,
     a_guest_breaks_down_while_a_container_is_deleted in Deleting,
     a_guest_breaks_down_while_output_is_not_read in Draining,
     a_guest_breaks_down_while_it_shuts_down in ShuttingDown,
@@ -403,6 +407,10 @@ async fn breaks_down(phase: Phase, breakdown: &Breakdown) -> Result<(), String> 
         }
         // It is gone, which is what was wanted.
         Phase::Deleting => check(result == Ok(None), format!("told: {result:?}")),
+        Phase::Signalling => check(
+            result == Err(Error::wrong_state("container not running")),
+            format!("told: {result:?}"),
+        ),
         // These fail, for that reason.
         _ => {
             let error = result.as_ref().err();
