@@ -39,6 +39,11 @@ pub fn shared_memory_program() -> PathBuf {
     built("shared-memory", "memory/shared.c")
 }
 
+/// Prints what inotify(7) tells of files (`tests/files/watch.c`).
+pub fn watch_program() -> PathBuf {
+    built("watch", "files/watch.c")
+}
+
 /// TCP echo server (`tests/network/tcp-echo.c`).
 pub fn tcp_echo_program() -> PathBuf {
     built("tcp-echo", "network/tcp-echo.c")

@@ -165,6 +165,10 @@ pub const DEVICE: &[c_long] = &[
     libc::SYS_syncfs,
     libc::SYS_fadvise64,
     libc::SYS_flock,
+    // What the guest watches is watched here.
+    libc::SYS_fanotify_init,
+    libc::SYS_fanotify_mark,
+    libc::SYS_name_to_handle_at,
     libc::SYS_setfsuid,
     libc::SYS_setfsgid,
     // A thread drops its capabilities (`restrict_thread`).

@@ -5,11 +5,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use hull_tests::{Hull, Invocation, on_every_machine, posix_program, posix_results, repository};
+use hull_tests::{
+    Hull, Invocation, Running, on_every_machine, posix_program, posix_results, repository,
+    watch_program,
+};
 
 on_every_machine!(
     a_directory_is_shared_both_ways,
-    a_read_only_directory_cannot_be_written
+    a_read_only_directory_cannot_be_written,
+    a_program_that_watches_a_volume_is_told_of_what_others_change
 );
 
 fn a_directory_is_shared_both_ways(machine: &'static str) {
@@ -431,4 +435,133 @@ fn a_volume_holds_the_upper_directory_of_an_overlay() {
     let output = hull.sh(&options, script).ok().text();
     let expected = "original\nmore\n.:\nfile\nlink\nsub\n\nsub:\nnew\nfile\nlink\nsub";
     assert_eq!(output, expected);
+}
+
+/// Starts a program in a container that prints the events of files in a volume.
+fn watcher(hull: &Hull, volume: &std::path::Path, files: &[&str]) -> Running {
+    let program = format!("{}:/watch:ro", watch_program().display());
+    let volume = format!("{}:/v", volume.display());
+    let mut watcher = hull
+        .hull([
+            "run",
+            "--rm",
+            "-i",
+            "--network",
+            "none",
+            "-v",
+            &program,
+            "-v",
+            &volume,
+        ])
+        .args(["busybox", "/watch"])
+        .args(files)
+        .start();
+    watcher.wait_for("ready\n");
+    watcher
+}
+
+/// The events that it has printed about a file.
+fn told(output: &str, of: &str) -> Vec<String> {
+    let events = output.lines().filter_map(|line| {
+        let (watched, rest) = line.split_once(' ')?;
+        let (event, name) = rest.split_once(' ')?;
+        (name == of || (name.is_empty() && watched == of)).then_some(event)
+    });
+    events.map(str::to_owned).collect()
+}
+
+fn a_program_that_watches_a_volume_is_told_of_what_others_change(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let volume = hull.path("watched");
+    let in_volume = |name: &str| volume.join(name);
+    fs::create_dir_all(in_volume("below/deep")).unwrap();
+    fs::write(in_volume("below/deep/file"), "one").unwrap();
+    let watched = ["/v", "/v/below/deep", "/v/below/deep/file"];
+    let watcher = watcher(&hull, &volume, &watched);
+
+    fs::write(in_volume("new"), "one").unwrap();
+    fs::rename(in_volume("new"), in_volume("config")).unwrap();
+    fs::create_dir(in_volume("made")).unwrap();
+    fs::write(in_volume("below/deep/file"), "two").unwrap();
+    fs::remove_file(in_volume("below/deep/file")).unwrap();
+    // Another machine is as the host.
+    let mount = format!("{}:/v", volume.display());
+    hull.sh(
+        &["-v", &mount],
+        "mkdir /v/others; echo x >/v/below/deep/others",
+    )
+    .ok();
+    fs::write(in_volume("end"), "").unwrap();
+    let output = watcher.finish().ok();
+    let output = String::from_utf8_lossy(&output.stdout).into_owned();
+
+    let told = |of: &str| told(&output, of);
+    assert_eq!(
+        told("new"),
+        ["create", "modify", "written", "from"],
+        "{output}"
+    );
+    assert_eq!(told("config"), ["to"], "{output}");
+    assert_eq!(told("made"), ["directory-create"], "{output}");
+    assert_eq!(told("others")[0], "directory-create", "{output}");
+    assert_eq!(
+        told("others")[1..],
+        ["create", "modify", "written"],
+        "{output}"
+    );
+    let of_file = told("/v/below/deep/file");
+    assert_eq!(of_file[..2], ["modify", "written"], "{output}");
+    assert_eq!(
+        of_file[of_file.len() - 2..],
+        ["gone", "ignored"],
+        "{output}"
+    );
+    assert_eq!(
+        told("file").last().map(String::as_str),
+        Some("delete"),
+        "{output}"
+    );
+}
+
+// A config map of Kubernetes changes so.
+#[test]
+fn a_volume_whose_link_is_replaced_tells_of_that_and_of_the_end_of_what_it_led_to() {
+    let hull = Hull::new();
+    let volume = hull.path("projected");
+    let in_volume = |name: &str| volume.join(name);
+    fs::create_dir_all(in_volume("..1")).unwrap();
+    fs::write(in_volume("..1/key"), "one\n").unwrap();
+    symlink("..1", in_volume("..data")).unwrap();
+    symlink("..data/key", in_volume("key")).unwrap();
+    // The link is followed: what is watched is the file.
+    let watcher = watcher(&hull, &volume, &["/v", "/v/key"]);
+
+    fs::create_dir(in_volume("..2")).unwrap();
+    fs::write(in_volume("..2/key"), "two\n").unwrap();
+    symlink("..2", in_volume("..data_tmp")).unwrap();
+    fs::rename(in_volume("..data_tmp"), in_volume("..data")).unwrap();
+    fs::remove_dir_all(in_volume("..1")).unwrap();
+    fs::write(in_volume("end"), "").unwrap();
+    let output = watcher.finish().ok();
+    let output = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(told(&output, "..data"), ["to"], "{output}");
+    assert_eq!(told(&output, "..2"), ["directory-create"], "{output}");
+    assert_eq!(told(&output, "..1"), ["directory-delete"], "{output}");
+    let of_key = told(&output, "/v/key");
+    assert_eq!(of_key[of_key.len() - 2..], ["gone", "ignored"], "{output}");
+}
+
+#[test]
+fn what_a_container_does_itself_is_told_once() {
+    let hull = Hull::new();
+    let volume = hull.path("own");
+    fs::create_dir(&volume).unwrap();
+    let program = format!("{}:/watch:ro", watch_program().display());
+    let mount = format!("{}:/v", volume.display());
+    let script = "/watch /v >/tmp/told & until grep -q ready /tmp/told; do sleep 0.1; done
+        echo x >/v/own; mv /v/own /v/moved; rm /v/moved; sleep 0.5; echo >/v/end; wait; cat /tmp/told";
+    let output = hull.sh(&["-v", &program, "-v", &mount], script).ok();
+    let told = |of: &str| told(&output.text(), of);
+    assert_eq!(told("own"), ["create", "modify", "written", "from"]);
+    assert_eq!(told("moved"), ["to", "delete"]);
 }

@@ -15,7 +15,7 @@
 //! - The guest's kernel checks permissions; the host does not check them again: see
 //!   [`credentials`].
 //! - What the guest can make this process hold is bounded: files it knows ([`nodes`]), files it has
-//!   open or locked ([`locks`]), the length of each message.
+//!   open, locked ([`locks`]) or watched ([`watches`]), the length of each message.
 //! - An invalid message is answered with an error; one without room for an answer is ignored.
 //!
 //! # Threads
@@ -36,6 +36,7 @@ mod slab;
 mod state;
 #[cfg(test)]
 mod tests;
+mod watches;
 mod wire;
 mod work;
 
@@ -55,6 +56,7 @@ use crate::device::{Chain, Device, DeviceError, EventFlags, EventRegistry, Memor
 use crate::state::{RestoreError, SaveError, SavedState};
 use locks::waiting::Waiting;
 use server::{Outcome, Server};
+use wire::{HEADER_OUT, header_out};
 use work::{Job, Pending, Workers};
 
 /// The tag under which the guest mounts the device.
@@ -64,6 +66,7 @@ pub const TAG: &str = "hull";
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const WAKE: u64 = 0;
 const TIMER: u64 = 1;
+const EVENTS: u64 = 2;
 /// Commands that the device has not taken yet.
 const MAX_COMMANDS: usize = 256;
 
@@ -159,6 +162,8 @@ pub struct Fs {
     server: Server,
     workers: Workers,
     waiting: Waiting,
+    /// The guest's request for events.
+    events: Option<Pending>,
     commands: Receiver<Command>,
     wake: Arc<OwnedFd>,
 }
@@ -179,6 +184,7 @@ impl Fs {
             server,
             workers: Workers::new(),
             waiting: Waiting::new()?,
+            events: None,
             commands: receiver,
             wake,
         };
@@ -190,6 +196,36 @@ impl Fs {
     pub fn nodes(&self) -> (usize, usize) {
         let nodes = &self.server.nodes;
         (nodes.count(), nodes.queue_length())
+    }
+
+    /// There is one request for events at a time.
+    fn wait_for_events(&mut self, request: Pending, last: bool) {
+        let before = match last {
+            false => self.events.replace(request),
+            true => {
+                request.finish(Ok(()));
+                self.events.take()
+            }
+        };
+        if let Some(before) = before {
+            before.finish(Err(Errno::NODEV));
+        }
+        self.tell_events();
+    }
+
+    /// Answers the request for events, if there are any.
+    fn tell_events(&mut self) {
+        let watches = &mut self.server.watches;
+        if watches.has_events()
+            && let Some(request) = self.events.take()
+        {
+            request.complete(|buffers, unique| {
+                let room = buffers.writable.remaining().saturating_sub(HEADER_OUT);
+                let events = watches.take(room);
+                let header = header_out(HEADER_OUT + events.len(), 0, unique);
+                buffers.writable.copy_from(&header) + buffers.writable.copy_from(&events)
+            });
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -223,6 +259,7 @@ impl Device for Fs {
     }
 
     fn register(&mut self, events: EventRegistry) -> io::Result<()> {
+        self.server.watches.register(events.clone(), EVENTS);
         events.add(&self.waiting.timer, TIMER, EventFlags::IN)?;
         events.add(&self.wake, WAKE, EventFlags::IN)
     }
@@ -254,6 +291,10 @@ impl Device for Fs {
                     let request = pending(queues, queue, memory, chain, unique)?;
                     self.waiting.add(request, lock, &mut self.server);
                 }
+                Outcome::Events { unique, last } => {
+                    let request = pending(queues, queue, memory, chain, unique)?;
+                    self.wait_for_events(request, last);
+                }
             }
             self.waiting.try_released(&mut self.server);
         }
@@ -271,6 +312,11 @@ impl Device for Fs {
             self.waiting.try_released(&mut self.server);
             return Ok(());
         }
+        if token == EVENTS {
+            self.server.receive_events();
+            self.tell_events();
+            return Ok(());
+        }
         let mut count = [0; 8];
         // On failure the event was spurious.
         let _ = rustix::io::read(&self.wake, &mut count);
@@ -284,6 +330,10 @@ impl Device for Fs {
     fn quiesce(&mut self, _queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         self.workers.finish();
         self.waiting.finish();
+        if let Some(request) = self.events.take() {
+            // The guest asks again.
+            request.finish(Err(Errno::AGAIN));
+        }
         Ok(())
     }
 
@@ -299,6 +349,7 @@ impl Device for Fs {
     fn reset(&mut self) {
         self.workers.discard();
         self.waiting.discard();
+        self.events = None;
         self.server.reset();
     }
 }

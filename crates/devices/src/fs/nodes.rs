@@ -385,6 +385,26 @@ impl Nodes {
         }
     }
 
+    /// How often the guest has looked a node up and not forgotten it.
+    pub fn lookups(&self, id: u64) -> u64 {
+        self.get(id).map_or(0, |node| node.lookups)
+    }
+
+    /// Closes the descriptor of a node, unless its place is not reliable.
+    pub fn let_go(&mut self, id: u64) {
+        if let Some(node) = self.get_mut(id)
+            && !node.pinned
+        {
+            node.fd = None;
+        }
+    }
+
+    /// Whether a file that is open here has no name left.
+    pub fn is_removed(&self, id: u64) -> bool {
+        let fd = self.get(id).and_then(|node| node.fd.as_ref());
+        fd.is_some_and(|fd| stat_fd(fd).is_ok_and(|stat| stat.stx_nlink == 0))
+    }
+
     /// Undoes [`Nodes::pin`]: the node's place is reliable after all.
     pub fn unpin(&mut self, id: u64) {
         let Some(index) = Self::index(id) else {

@@ -1,5 +1,5 @@
 //! Serves FUSE messages: decoding, dispatch, encoding. The operations are in [`names`], [`files`],
-//! [`attributes`] and [`directories`], as further methods of [`Server`].
+//! [`attributes`], [`directories`] and [`watches`], as further methods of [`Server`].
 //!
 //! One thread owns all of it. Operations that may take long are returned as [`Work`] for the
 //! device's workers.
@@ -8,6 +8,7 @@
 //! [`files`]: super::files
 //! [`attributes`]: super::attributes
 //! [`directories`]: super::directories
+//! [`watches`]: super::watches
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
@@ -24,6 +25,7 @@ use super::handles::{Handle, OpenFile};
 use super::locks::{self, Locks};
 use super::nodes::{Known, Nodes, ShareId, device_of, stat_at};
 use super::slab::Slab;
+use super::watches::Watches;
 use super::wire::{self, Attributes, Header, Input, Reply, init};
 use super::work::Work;
 use crate::buffers::Buffers;
@@ -113,6 +115,8 @@ pub enum Outcome {
     Later { unique: u64, work: Work },
     /// Answered when the lock is to be had, or after a while.
     Wait { unique: u64, lock: locks::Request },
+    /// Answered when a watched file has changed, or if it is the `last` such request, at once.
+    Events { unique: u64, last: bool },
 }
 
 /// State of the file system.
@@ -124,6 +128,7 @@ pub struct Server {
     pub(super) handle_limit: usize,
     pub(super) credentials: Credentials,
     pub(super) locks: Locks,
+    pub(super) watches: Watches,
     umask: Option<u32>,
     /// `/proc/self/fd`, through which descriptors are reopened.
     pub(super) descriptors: OwnedFd,
@@ -146,6 +151,7 @@ impl Server {
             handles: Slab::new(),
             credentials: Credentials::new(),
             locks: Locks::default(),
+            watches: Watches::default(),
             umask: None,
             descriptors: rustix::fs::open(c"/proc/self/fd", flags, Mode::empty())?,
             body: Vec::new(),
@@ -198,6 +204,7 @@ impl Server {
             .find_map(|(id, share)| (share.name == name).then_some(*id))
             .ok_or(Errno::NOENT)?;
         self.shares.remove(&id);
+        self.unwatch_share(id);
         self.nodes.remove_share(id);
         self.locks.remove_share(id);
         // The guest's handles keep their numbers, so that these are not reused, but refer to no
@@ -219,6 +226,7 @@ impl Server {
     pub fn reset(&mut self) {
         self.handles = Slab::new();
         self.locks.clear();
+        self.watches.clear();
         self.nodes.clear();
     }
 
@@ -241,6 +249,10 @@ impl Server {
             Ok(Answer::Wait(lock)) => Outcome::Wait {
                 unique: header.unique,
                 lock,
+            },
+            Ok(Answer::Events { last }) => Outcome::Events {
+                unique: header.unique,
+                last,
             },
             Ok(Answer::Data(length)) => Outcome::Done(length),
             Ok(Answer::Reply) => send(buffers, &mut reply, header.unique, Ok(())),
@@ -295,7 +307,7 @@ impl Server {
         let body = &mut body;
         match header.opcode {
             wire::FORGET => {
-                self.nodes.forget(header.node, body.u64().unwrap_or(0));
+                self.forget(header.node, body.u64().unwrap_or(0));
                 return Ok(Answer::None);
             }
             wire::BATCH_FORGET => {
@@ -311,6 +323,10 @@ impl Server {
                 let waits = header.opcode == wire::SETLKW;
                 return Ok(self.setlk(body, waits)?.map_or(Answer::Reply, Answer::Wait));
             }
+            wire::EVENTS if self.watches.agreed => {
+                return Self::wants_events(body).map(|last| Answer::Events { last });
+            }
+            wire::WATCH if self.watches.agreed => self.watch(header.node),
             wire::GETLK => self.getlk(body, reply),
             wire::FLUSH => self.flush(body),
             wire::INIT => self.init(body, reply),
@@ -385,6 +401,10 @@ impl Server {
         if self.locks.agreed {
             wanted |= init::POSIX_LOCKS | init::FLOCK_LOCKS | init::LOCK_WAIT;
         }
+        self.watches.agreed = offered & init::HOST_EVENTS != 0;
+        if self.watches.agreed {
+            wanted |= init::HOST_EVENTS;
+        }
         let agreed = wanted & offered;
         reply.u32(readahead);
         reply.u32(agreed as u32);
@@ -410,7 +430,7 @@ impl Server {
             let (Ok(node), Ok(lookups)) = (body.u64(), body.u64()) else {
                 return;
             };
-            self.nodes.forget(node, lookups);
+            self.forget(node, lookups);
         }
     }
 
@@ -538,6 +558,8 @@ pub enum Answer {
     Later(Work),
     /// Answers when the lock is to be had.
     Wait(locks::Request),
+    /// Answers when a watched file has changed, or if this is the `last` such request, at once.
+    Events { last: bool },
     /// Sends no answer.
     None,
 }

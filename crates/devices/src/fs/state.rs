@@ -32,6 +32,9 @@ struct State {
     /// Whether the guest leaves its locks to the device.
     #[serde(default)]
     locks: bool,
+    /// Whether the guest names what it watches, and nodes that it does.
+    #[serde(default)]
+    watches: Option<Vec<u64>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -106,6 +109,7 @@ pub fn save(server: &mut Server) -> Result<SavedState, SaveError> {
         nodes: server.nodes.save(),
         handles,
         locks: server.locks.agreed,
+        watches: (server.watches.agreed).then(|| server.watches.nodes()),
     };
     SavedState::new(DeviceType::Fs, VERSION, state)
 }
@@ -169,6 +173,11 @@ pub fn restore(server: &mut Server, state: &SavedState) -> Result<(), RestoreErr
             })?;
     }
     server.locks.agreed = state.locks;
+    server.watches.agreed = state.watches.is_some();
+    for node in state.watches.unwrap_or_default() {
+        // As at first: without it there are the events of the guest's own kernel.
+        let _ = server.watch(node);
+    }
     let mut handles = Vec::with_capacity(state.handles.len());
     for handle in state.handles {
         let opened = open(server, &handle.open).map_err(|error| {

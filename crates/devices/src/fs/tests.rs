@@ -18,6 +18,7 @@ use super::*;
 use crate::testing::{Driver, hostile_chains};
 
 mod saving;
+mod watching;
 
 const REQUESTS: usize = 1;
 const ROOM: usize = 64 << 10;

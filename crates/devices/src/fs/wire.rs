@@ -57,6 +57,9 @@ pub const COPY_FILE_RANGE: u32 = 47;
 pub const SYNCFS: u32 = 50;
 pub const TMPFILE: u32 = 51;
 pub const STATX: u32 = 52;
+/// Of hull's guest kernel: see [`watches`](super::watches).
+pub const WATCH: u32 = 1000;
+pub const EVENTS: u32 = 1001;
 
 /// Bits of the INIT reply, both 32-bit fields as one number.
 pub mod init {
@@ -80,6 +83,9 @@ pub mod init {
     /// The guest's kernel asks again when a wait for a lock ends with `EAGAIN`, and sends FLUSH for
     /// files that have record locks only (guest/kernel/patches/fuse-locks.patch).
     pub const LOCK_WAIT: u64 = 1 << 62;
+    /// The guest's kernel says what is watched, and takes events of it
+    /// (guest/kernel/patches/fuse-watches.patch).
+    pub const HOST_EVENTS: u64 = 1 << 61;
 }
 
 /// Bits of `fuse_setattr_in.valid`.
@@ -108,6 +114,8 @@ pub mod fopen {
 pub const LK_FLOCK: u32 = 1 << 0;
 /// A lock whose owner is an open file (F_OFD_SETLK); of the guest kernel's patch.
 pub const LK_OFD: u32 = 1 << 1;
+/// `fuse_events_in.flags`: no further request for events follows.
+pub const EVENTS_STOP: u32 = 1 << 0;
 pub const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
 pub const GETATTR_FH: u32 = 1 << 0;
 pub const FSYNC_DATA_ONLY: u32 = 1 << 0;
