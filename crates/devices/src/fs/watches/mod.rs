@@ -2,8 +2,8 @@
 //!
 //! hull's guest kernel names what is watched (WATCH) and leaves a request that waits for events
 //! (EVENTS). A watch lasts until the guest forgets the node, which it does not while it watches.
-//! Shares that only the guest changes are not watched. What the guest itself does, its kernel knows:
-//! events of this process are left out.
+//! Shares that only the guest changes are not watched. What the guest itself does, its kernel
+//! knows: events of this process are left out.
 //!
 //! When too much happens at once, each watched file has an event that says that something of it has
 //! changed.
