@@ -38,34 +38,37 @@ pub struct Containerd {
     host: Option<Netns>,
     /// Who makes pods: `podsandbox`, or the shim.
     sandboxer: &'static str,
+    /// How the streams of their processes reach the shim: `fifo`, or `streaming`.
+    io_type: &'static str,
 }
 
 impl Containerd {
     /// With the image [`BUSYBOX`] in the test's namespace.
     pub fn new() -> Self {
-        Self::on(None, "podsandbox")
+        Self::on(None, "podsandbox", "fifo")
     }
 
     /// With the CRI service, a bridge network and the image [`BUSYBOX`] for pods, in a network
     /// namespace as its host.
     pub fn with_pods() -> Self {
-        Self::on(Some(Netns::new()), "podsandbox")
+        Self::on(Some(Netns::new()), "podsandbox", "fifo")
     }
 
-    /// The same, where the shim makes pods, without a container that holds them; `None` when this
-    /// containerd is too old for that, which is said.
-    pub fn with_pods_of_the_shim() -> Option<Self> {
+    /// The same, where the shim makes pods, without a container that holds them, and perhaps serves
+    /// the streams of their processes; `None` when this containerd is too old for that, which is
+    /// said.
+    pub fn with_pods_of_the_shim(io_type: &'static str) -> Option<Self> {
         let version = Invocation::new("containerd").arg("--version").run().ok();
         match version.text().contains(" 1.") {
             true => {
                 crate::left_out("containerd before 2 has no sandbox service");
                 None
             }
-            false => Some(Self::on(Some(Netns::new()), "shim")),
+            false => Some(Self::on(Some(Netns::new()), "shim", io_type)),
         }
     }
 
-    fn on(host: Option<Netns>, sandboxer: &'static str) -> Self {
+    fn on(host: Option<Netns>, sandboxer: &'static str, io_type: &'static str) -> Self {
         runtime::needs(&["containerd", "ctr"]);
         leaks::adopt_orphans();
         // A socket's path has at most 107 bytes.
@@ -80,6 +83,7 @@ impl Containerd {
             next: AtomicU32::new(0),
             host,
             sandboxer,
+            io_type,
         };
         let path = |name: &str| containerd.path(name);
         fs::write(
@@ -157,9 +161,9 @@ impl Containerd {
              [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
              default_runtime_name = \"hull\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.hull]\n\
-             runtime_type = {RUNTIME:?}\nsandboxer = {:?}\n\
+             runtime_type = {RUNTIME:?}\nsandboxer = {:?}\nio_type = {:?}\n\
              pod_annotations = [\"hull.dev/*\"]\n",
-            self.sandboxer
+            self.sandboxer, self.io_type
         )
     }
 

@@ -232,7 +232,9 @@ impl Making<'_> {
             stderr: request.stderr.clone(),
             terminal: plan.terminal,
         };
-        let opened = paths.open(&request.id, &self.pod.namespace).await?;
+        let opened = paths
+            .open(&request.id, &self.pod.namespace, &self.pod.streams)
+            .await?;
         let first = self.sandbox.is_none();
         let place = self.place(&plan)?;
         plan.place(place.path());

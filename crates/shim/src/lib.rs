@@ -19,6 +19,7 @@
 //! | [`task`] | the task service |
 //! | [`sandbox`] | the sandbox service of containerd 2 |
 //! | [`stdio`] | fifos and files |
+//! | [`streaming`] | streams of containerd 2 |
 //! | [`options`] | what containerd's configuration says of the runtime |
 //! | [`wire`] | protobuf messages by the numbers of their fields |
 //! | [`events`] | what containerd is told |
@@ -40,6 +41,7 @@ mod sandbox;
 mod server;
 mod stand_in;
 mod stdio;
+mod streaming;
 mod task;
 mod wire;
 

@@ -19,6 +19,7 @@ use crate::metrics::Spent;
 use crate::process::{Process, lock};
 use crate::sandbox::Holder;
 use crate::stand_in::StandIn;
+use crate::streaming::Streams;
 use containerd_shim_protos::events::task::TaskOOM;
 
 /// How long a sandbox without containers may take to end by itself.
@@ -53,6 +54,8 @@ pub struct Pod {
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// Processor time of its containers.
     pub spent: Mutex<Spent>,
+    /// Streams that containerd has opened.
+    pub streams: Arc<Streams>,
     /// The shim has nothing left to do.
     pub done: Notify,
 }
@@ -99,6 +102,7 @@ impl Pod {
             holder: Mutex::default(),
             containers: Mutex::default(),
             spent: Mutex::default(),
+            streams: Arc::default(),
             done: Notify::new(),
         }
     }

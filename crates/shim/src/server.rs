@@ -22,6 +22,7 @@ use crate::events::Publisher;
 use crate::flags::Flags;
 use crate::pod::Pod;
 use crate::sandbox::SandboxService;
+use crate::streaming;
 use crate::task::TaskService;
 
 /// The names of the task service. Its messages are the same in both.
@@ -150,6 +151,7 @@ async fn serve(
             }
         }
     }
+    services.insert(streaming::SERVICE.to_owned(), pod.streams.service());
     services.extend(create_sandbox(Arc::new(SandboxService(pod.clone()))));
     listener
         .set_nonblocking(true)

@@ -21,7 +21,10 @@ use hull_sandbox::{Context, Error, Result};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+
+use crate::streaming::{self, Streams};
 
 /// Bytes that are copied at once: a pipe takes 64 KiB, and each stream of each container has such a
 /// buffer while it flows.
@@ -53,6 +56,8 @@ pub struct Paths {
 enum Sink {
     /// A fifo that somebody reads.
     Fifo(pipe::Sender),
+    /// A stream of containerd.
+    Stream(streaming::Output),
     /// A file of the host.
     File(File),
     /// Nobody.
@@ -63,7 +68,8 @@ enum Sink {
 pub struct Opened {
     /// Opened last: `ctr run` can say that its input has ended only when there is a task, and it
     /// reads its input as soon as this is open.
-    stdin: Option<PathBuf>,
+    stdin: Option<String>,
+    streams: Arc<Streams>,
     stdout: Sink,
     stderr: Sink,
     terminal: bool,
@@ -74,20 +80,21 @@ impl Paths {
     ///
     /// # Errors
     /// One cannot be opened; `Unsupported` for a kind that hull does not write to.
-    pub async fn open(&self, id: &str, namespace: &str) -> Result<Opened> {
+    pub async fn open(&self, id: &str, namespace: &str, streams: &Arc<Streams>) -> Result<Opened> {
         let stdin = Some(&self.stdin).filter(|path| !path.is_empty());
         let (stdout, stderr) = match self.stdout.strip_prefix("binary://") {
             Some(program) => logger(program, id, namespace).await?,
             None => (
-                sink(&self.stdout)?,
+                sink(&self.stdout, streams)?,
                 match self.terminal {
                     true => Sink::Nowhere,
-                    false => sink(&self.stderr)?,
+                    false => sink(&self.stderr, streams)?,
                 },
             ),
         };
         Ok(Opened {
-            stdin: stdin.map(PathBuf::from),
+            stdin: stdin.cloned(),
+            streams: streams.clone(),
             stdout,
             stderr,
             terminal: self.terminal,
@@ -195,9 +202,12 @@ fn source(path: &Path) -> Result<(pipe::Receiver, pipe::Sender)> {
     Ok((receiver, sender))
 }
 
-fn sink(uri: &str) -> Result<Sink> {
+fn sink(uri: &str, streams: &Arc<Streams>) -> Result<Sink> {
     if uri.is_empty() {
         return Ok(Sink::Nowhere);
+    }
+    if let Some(id) = streaming::stream_id(uri) {
+        return Ok(Sink::Stream(streaming::Output::new(streams, id)));
     }
     let (scheme, path) = match uri.split_once("://") {
         None => ("fifo", PathBuf::from(uri)),
@@ -226,7 +236,7 @@ fn sink(uri: &str) -> Result<Sink> {
             Ok(Sink::File(append(&path).context(doing)?))
         }
         _ => Err(Error::unsupported(format_args!(
-            "output to {uri}: fifos, files and programs are written to"
+            "output to {uri}: fifos, files, programs and containerd's streams are written to"
         ))),
     }
 }
@@ -242,6 +252,8 @@ pub struct Io {
     input: Mutex<Option<pipe::Sender>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     progress: Arc<AtomicU64>,
+    /// Tells who copies from a stream of containerd to standard input that it is closed.
+    closed: Arc<Notify>,
 }
 
 impl Opened {
@@ -256,8 +268,14 @@ impl Opened {
     /// # Errors
     /// They cannot be registered with the event loop, or standard input cannot be opened.
     pub fn connect(self, streams: Vec<OwnedFd>) -> Result<Io> {
-        let stdin = self.stdin.as_deref().map(source).transpose()?;
         let io = Io::default();
+        let stdin = match &self.stdin {
+            None => None,
+            Some(uri) => Some(match streaming::stream_id(uri) {
+                Some(id) => io.feed(self.streams, id)?,
+                None => source(Path::new(uri))?,
+            }),
+        };
         let mut streams = streams.into_iter().map(stream);
         let mut next = || {
             streams
@@ -293,6 +311,19 @@ fn stream(fd: OwnedFd) -> Result<UnixStream> {
 }
 
 impl Io {
+    /// A pipe that a stream of containerd is copied to, with a further end to write.
+    fn feed(&self, streams: Arc<Streams>, id: &str) -> Result<(pipe::Receiver, pipe::Sender)> {
+        let doing = || "create a pipe for standard input";
+        let (receiver, sender) = std::io::pipe().context(doing)?;
+        let further = sender.try_clone().context(doing)?;
+        let receiver = pipe::Receiver::from_owned_fd(receiver.into()).context(doing)?;
+        let sender = pipe::Sender::from_owned_fd(sender.into()).context(doing)?;
+        let further = pipe::Sender::from_owned_fd(further.into()).context(doing)?;
+        let closed = self.closed.clone();
+        tokio::spawn(streaming::feed(streams, id.to_owned(), further, closed));
+        Ok((receiver, sender))
+    }
+
     fn output(&self, from: impl AsyncRead + Unpin + Send + 'static, to: Sink) {
         let progress = self.progress.clone();
         let copying = tokio::spawn(async move {
@@ -317,6 +348,7 @@ impl Io {
     /// Standard input ends when its writer closes it.
     pub fn close_input(&self) {
         drop(self.keeper().take());
+        self.closed.notify_one();
     }
 
     /// Waits until all output is copied, or nobody takes it.
@@ -370,6 +402,7 @@ async fn copy_out(
         };
         match &mut to {
             Sink::Fifo(fifo) => fifo.write_all(&piece[..read]).await?,
+            Sink::Stream(stream) => stream.write_all(&piece[..read]).await,
             Sink::File(file) => {
                 if let Err(error) = file.write_all(&piece[..read]) {
                     // The process goes on.
@@ -431,7 +464,7 @@ mod tests {
         runtime.block_on(async {
             let pairs: Vec<_> = (0..3).map(|_| StdStream::pair().unwrap()).collect();
             let (ours, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-            let io = paths.open("c", "ns").await.unwrap();
+            let io = paths.open("c", "ns", &Arc::default()).await.unwrap();
             assert!(io.has_stdin());
             let io = io
                 .connect(theirs.into_iter().map(OwnedFd::from).collect())
@@ -497,7 +530,7 @@ mod tests {
         runtime.block_on(async {
             let pairs: Vec<_> = (0..2).map(|_| StdStream::pair().unwrap()).collect();
             let (ours, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-            let opened = paths.open("c", "ns").await.unwrap();
+            let opened = paths.open("c", "ns", &Arc::default()).await.unwrap();
             let io = opened.connect(theirs.into_iter().map(OwnedFd::from).collect());
             for (mut stream, text) in ours.into_iter().zip(["out\n", "err\n"]) {
                 stream.write_all(text.as_bytes()).unwrap();
@@ -515,15 +548,19 @@ mod tests {
                 stdout: "binary:///nonexistent/logger".to_owned(),
                 ..Paths::default()
             };
-            let error = failing.open("c", "ns").await.map(drop).unwrap_err();
+            let error = failing
+                .open("c", "ns", &Arc::default())
+                .await
+                .map(drop)
+                .unwrap_err();
             assert!(error.message.contains("/nonexistent/logger"), "{error}");
         });
     }
 
     #[test]
     fn what_is_not_written_to_is_refused_by_name() {
-        let error = sink("gopher://x").map(drop).unwrap_err();
+        let error = sink("gopher://x", &Arc::default()).map(drop).unwrap_err();
         assert!(error.message.contains("gopher://x"), "{error}");
-        assert!(sink("/nonexistent/fifo").is_err());
+        assert!(sink("/nonexistent/fifo", &Arc::default()).is_err());
     }
 }

@@ -71,7 +71,10 @@ impl TaskService {
             )));
         };
         let started = async {
-            let opened = exec.paths.open(&container.id, &self.0.namespace).await?;
+            let opened = exec
+                .paths
+                .open(&container.id, &self.0.namespace, &self.0.streams)
+                .await?;
             let config = ProcessConfig {
                 container: container.id.clone(),
                 process: added,

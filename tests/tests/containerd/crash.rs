@@ -125,7 +125,11 @@ fn dies_at_any_moment(victims: fn(shim: i32) -> Option<i32>) {
     let cri = containerd.cri();
     let remove_all = || {
         for id in cri.pods() {
-            cri.remove_pod(&id).unwrap();
+            // containerd 2 takes a container for running until it has seen the end of its shim; the
+            // kubelet asks again.
+            eventually("the pod is removed", Duration::from_secs(10), || {
+                cri.remove_pod(&id).is_ok()
+            });
         }
         containerd.assert_clean();
     };

@@ -385,7 +385,7 @@ fn volumes_are_files_of_the_host_whose_changes_are_seen() {
 
 #[test]
 fn a_pod_of_containerd_s_sandbox_service_needs_no_container_that_holds_it() {
-    let Some(containerd) = Containerd::with_pods_of_the_shim() else {
+    let Some(containerd) = Containerd::with_pods_of_the_shim("fifo") else {
         return;
     };
     let cri = containerd.cri();
@@ -431,6 +431,40 @@ fn a_pod_of_containerd_s_sandbox_service_needs_no_container_that_holds_it() {
     assert_eq!(cri.pod(&id).state, 0);
     let again = runs(&cri, &id, &config, container("again", "sleep 1000"));
     assert_eq!(sh(&cri, &again, "echo alive"), "alive");
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+// Not with a containerd that is killed meanwhile: 2.1 opens the streams again and gives them up at
+// once, with the context of what found the container again.
+#[test]
+fn output_over_streams_of_the_shim_is_whole() {
+    let Some(containerd) = Containerd::with_pods_of_the_shim("streaming") else {
+        return;
+    };
+    let cri = containerd.cri();
+    let config = pod(&containerd, "streams");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let script = "seq 1 200000; echo error >&2; until [ -e /go ]; do sleep 0.1; done; exit 3";
+    let one = runs(&cri, &id, &config, container("one", script));
+    assert_eq!(sh(&cri, &one, "echo to exec; touch /go"), "to exec");
+    assert_eq!(ended(&cri, &one).exit_code, 3);
+    let log = containerd.path("logs/one.log");
+    // "TIME stdout F TEXT"
+    let lines = |stream: &str| -> Vec<String> {
+        let log = std::fs::read_to_string(&log).unwrap_or_default();
+        let texts = log.lines().filter_map(|line| {
+            let mut words = line.splitn(4, ' ').skip(1);
+            (words.next()? == stream).then(|| words.nth(1).unwrap_or_default().to_owned())
+        });
+        texts.collect()
+    };
+    eventually("all output is there", Duration::from_secs(20), || {
+        lines("stdout").len() == 200_000
+    });
+    let expected = (1..=200_000).map(|number| number.to_string());
+    assert!(lines("stdout").into_iter().eq(expected));
+    assert_eq!(lines("stderr"), ["error"]);
     cri.remove_pod(&id).unwrap();
     containerd.assert_clean();
 }
