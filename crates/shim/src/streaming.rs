@@ -1,6 +1,6 @@
-//! Streams of processes over containerd's streaming service (containerd 2, `io_type = "streaming"`):
-//! instead of a fifo containerd names a stream at the shim's own socket, which it has opened before
-//! or opens again when it was restarted.
+//! Streams of processes over containerd's streaming service (containerd 2, `io_type =
+//! "streaming"`): instead of a fifo containerd names a stream at the shim's own socket, which it
+//! has opened before or opens again when it was restarted.
 //!
 //! A stream has one direction. Data flows as far as its receiver has granted (`Data` and
 //! `WindowUpdate` of `containerd.types.transfer`). What could not be sent to a client that has gone
