@@ -15,6 +15,7 @@ mod measure;
 mod memory;
 mod network;
 mod oci;
+mod pods;
 mod report;
 mod svg;
 
@@ -45,11 +46,12 @@ impl Options {
 }
 
 /// The groups, in the order of measurement.
-const GROUPS: [&str; 8] = [
+const GROUPS: [&str; 9] = [
     "start",
     "exec",
     "oci",
     "containerd",
+    "pods",
     "memory",
     "cpu",
     "files",
@@ -73,6 +75,7 @@ fn main() -> Result<()> {
             "exec" => measure::exec(&options, &setup, &mut results),
             "oci" => oci::measure(&options, &setup, &mut results),
             "containerd" => containerd::measure(&options, &setup, &mut results),
+            "pods" => pods::measure(&options, &setup, &mut results),
             "memory" => memory::measure(&options, &setup, &mut results),
             "cpu" => measure::cpu(&options, &setup, &mut results),
             "network" => network::measure(&options, &setup, &mut results),

@@ -26,6 +26,11 @@ const ANSWER: u64 = 0x3_0000;
 const HEADER: u32 = 40;
 const FALLOCATE: u32 = 43;
 const SYNCFS: u32 = 50;
+const INIT: u32 = 26;
+/// Of hull's guest kernel: files that are watched, and the end of requests for events.
+const WATCH: u32 = 1000;
+const EVENTS: u32 = 1001;
+const EVENTS_STOP: u64 = 1;
 const STEPS: usize = 64;
 const NAMES: &[&[u8]] = &[
     b"a\0",
@@ -138,7 +143,11 @@ fn place() -> &'static PathBuf {
 }
 
 fn message(input: &mut Input<'_>) -> (u32, Vec<u8>, u32) {
-    let opcode = u32::from(input.u8()) % 56;
+    let opcode = match u32::from(input.u8()) % 58 {
+        56 => WATCH,
+        57 => EVENTS,
+        other => other,
+    };
     let choice = input.u8();
     // Nodes that are there mostly: the root is 1, the others count from 2.
     let node = match choice & 0x0f {
@@ -155,6 +164,10 @@ fn message(input: &mut Input<'_>) -> (u32, Vec<u8>, u32) {
     for _ in 0..(choice >> 5) % 3 {
         body.extend(NAMES[usize::from(input.u8()) % NAMES.len()]);
     }
+    if opcode == EVENTS {
+        // Others are not given back until there is one.
+        body = EVENTS_STOP.to_le_bytes().to_vec();
+    }
     if opcode == FALLOCATE {
         // Or it would take as much memory as it asks for.
         for range in [10..16, 18..24] {
@@ -169,14 +182,27 @@ fn message(input: &mut Input<'_>) -> (u32, Vec<u8>, u32) {
         0 => HEADER + body.len() as u32,
         _ => input.u32(),
     };
+    let bytes = encoded(length, opcode, node, &body);
+    let room = u32::from(input.u8()) * 20;
+    (opcode, bytes, room)
+}
+
+fn encoded(length: u32, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     let mut bytes = length.to_le_bytes().to_vec();
     bytes.extend(opcode.to_le_bytes());
     bytes.extend(1u64.to_le_bytes());
     bytes.extend(node.to_le_bytes());
     bytes.extend([0; 16]);
     bytes.extend(body);
-    let room = u32::from(input.u8()) * 20;
-    (opcode, bytes, room)
+    bytes
+}
+
+/// A guest that takes all that is offered: version 7.46, all flags.
+fn init() -> Vec<u8> {
+    let words = [7, 46, 0x2_0000, u32::MAX, u32::MAX];
+    let mut body: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    body.extend([0; 44]);
+    encoded(HEADER + body.len() as u32, INIT, 0, &body)
 }
 
 fuzz_target!(|data: &[u8]| {
@@ -193,6 +219,13 @@ fuzz_target!(|data: &[u8]| {
     let (device, shares) = Fs::new().expect("the device");
     let mut guest = Guest::new(device);
     guest.share(&shares, &share);
+    let greeting = init();
+    guest.put(MESSAGE, &greeting);
+    guest.offer(
+        1,
+        &[(MESSAGE, greeting.len() as u32, 1, 1), (ANSWER, 256, 2, 0)],
+    );
+    assert!(guest.run(1));
     let mut input = Input(data);
     for _ in 0..STEPS {
         if input.is_empty() {

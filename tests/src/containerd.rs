@@ -2,6 +2,7 @@
 //! Its containers run with the shim beside the staged `hull`, which takes the configuration of the
 //! test from containerd's environment. On drop it is stopped, with a check that nothing is left.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::cri::Cri;
+use crate::cri::{Cri, LinuxPod, Namespaces, PodConfig, PodMetadata, PodSecurity};
 use crate::shim::shim_of;
 use crate::{Invocation, Netns, Output, busybox_archive, digest, executable, leaks, runtime};
 
@@ -162,7 +163,9 @@ impl Containerd {
              default_runtime_name = \"hull\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.hull]\n\
              runtime_type = {RUNTIME:?}\nsandboxer = {:?}\nio_type = {:?}\n\
-             pod_annotations = [\"hull.dev/*\"]\n",
+             pod_annotations = [\"hull.dev/*\"]\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n\
+             runtime_type = \"io.containerd.runc.v2\"\n",
             self.sandboxer, self.io_type
         )
     }
@@ -183,6 +186,28 @@ impl Containerd {
     /// Its CRI service.
     pub fn cri(&self) -> Cri {
         Cri::connect(&self.path("c.sock"))
+    }
+
+    /// A pod whose containers have processes of their own.
+    pub fn pod(&self, name: &str) -> PodConfig {
+        PodConfig {
+            metadata: Some(PodMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "default".to_owned(),
+            }),
+            hostname: name.to_owned(),
+            log_directory: self.path("logs").display().to_string(),
+            dns: None,
+            annotations: HashMap::new(),
+            linux: Some(LinuxPod {
+                cgroup_parent: self.cgroup_parent(),
+                security: Some(PodSecurity {
+                    namespaces: Some(Namespaces::own_processes()),
+                }),
+                ..LinuxPod::default()
+            }),
+        }
     }
 
     /// Parent of the control groups of the test's pods.

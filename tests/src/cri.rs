@@ -10,6 +10,8 @@ use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::BUSYBOX;
+
 /// Name and place of a pod.
 #[derive(Clone, PartialEq, Message)]
 pub struct PodMetadata {
@@ -145,6 +147,37 @@ pub struct ContainerConfig {
     /// What only Linux has.
     #[prost(message, optional, tag = "15")]
     pub linux: Option<LinuxContainer>,
+}
+
+/// A container of the image [`BUSYBOX`] that runs a shell script.
+pub fn container(name: &str, script: &str) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata {
+            name: name.to_owned(),
+            attempt: 0,
+        }),
+        image: Some(Image {
+            image: BUSYBOX.to_owned(),
+        }),
+        command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        log_path: format!("{name}.log"),
+        linux: Some(linux(0, Namespaces::own_processes())),
+        ..ContainerConfig::default()
+    }
+}
+
+/// A limit of memory (bytes; 0: none), and namespaces.
+pub fn linux(memory: i64, namespaces: Namespaces) -> LinuxContainer {
+    LinuxContainer {
+        resources: Some(Resources {
+            memory,
+            ..Resources::default()
+        }),
+        security: Some(ContainerSecurity {
+            namespaces: Some(namespaces),
+            ..ContainerSecurity::default()
+        }),
+    }
 }
 
 /// Name of a container.

@@ -5,11 +5,9 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hull_tests::cri::Cri;
+use hull_tests::cri::{Cri, container};
 use hull_tests::shim::{devices_of, kill, kill_if_there, machine_of, shims_at};
 use hull_tests::{BUSYBOX, Containerd, eventually, executable};
-
-use crate::pods::{container, pod};
 
 #[test]
 fn a_containerd_that_is_killed_finds_its_containers_again() {
@@ -111,7 +109,7 @@ fn dies_at_any_moment(victims: fn(shim: i32) -> Option<i32>) {
     let containerd = Containerd::with_pods();
     let address = containerd.path("c.sock");
     let start = |name: &str| {
-        let config = pod(&containerd, name);
+        let config = containerd.pod(name);
         let address = address.clone();
         std::thread::spawn(move || -> Result<Duration, String> {
             let begun = Instant::now();

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use hull_tests::cri::Cri;
+use hull_tests::cri::{Cri, container};
 use hull_tests::{Containerd, eventually};
 
-use crate::pods::{container, pod, runs};
+use crate::pods::runs;
 
 /// How many pods come and go: HULL_PODS, or a few.
 fn count() -> usize {
@@ -25,7 +25,7 @@ fn held(pid: i32) -> (usize, u64) {
 }
 
 fn comes_and_goes(containerd: &Containerd, cri: &Cri, name: &str) {
-    let config = pod(containerd, name);
+    let config = containerd.pod(name);
     let id = cri.run_pod(&config, "hull").unwrap();
     runs(cri, &id, &config, container("one", "echo there"));
     runs(cri, &id, &config, container("two", "exec sleep 1000"));

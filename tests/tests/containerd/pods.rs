@@ -4,64 +4,14 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use hull_tests::cri::{
-    ContainerConfig, ContainerMetadata, ContainerSecurity, ContainerStatus, Cri, Dns, Image,
-    LinuxContainer, LinuxPod, Mount, Namespaces, PodConfig, PodMetadata, PodSecurity, Resources,
+    ContainerConfig, ContainerSecurity, ContainerStatus, Cri, Dns, Mount, Namespaces, PodSecurity,
+    Resources, container, linux,
 };
-use hull_tests::{BUSYBOX, Containerd, eventually};
+use hull_tests::{Containerd, eventually};
 
 const HANDLER: &str = "hull";
 
 const EXITED: i32 = 2;
-
-pub fn pod(containerd: &Containerd, name: &str) -> PodConfig {
-    PodConfig {
-        metadata: Some(PodMetadata {
-            name: name.to_owned(),
-            uid: format!("uid-{name}"),
-            namespace: "default".to_owned(),
-        }),
-        hostname: name.to_owned(),
-        log_directory: containerd.path("logs").display().to_string(),
-        dns: None,
-        annotations: HashMap::new(),
-        linux: Some(LinuxPod {
-            cgroup_parent: containerd.cgroup_parent(),
-            security: Some(PodSecurity {
-                namespaces: Some(Namespaces::own_processes()),
-            }),
-            ..LinuxPod::default()
-        }),
-    }
-}
-
-pub fn container(name: &str, script: &str) -> ContainerConfig {
-    ContainerConfig {
-        metadata: Some(ContainerMetadata {
-            name: name.to_owned(),
-            attempt: 0,
-        }),
-        image: Some(Image {
-            image: BUSYBOX.to_owned(),
-        }),
-        command: ["sh", "-c", script].map(str::to_owned).to_vec(),
-        log_path: format!("{name}.log"),
-        linux: Some(linux(0, Namespaces::own_processes())),
-        ..ContainerConfig::default()
-    }
-}
-
-fn linux(memory: i64, namespaces: Namespaces) -> LinuxContainer {
-    LinuxContainer {
-        resources: Some(Resources {
-            memory,
-            ..Resources::default()
-        }),
-        security: Some(ContainerSecurity {
-            namespaces: Some(namespaces),
-            ..ContainerSecurity::default()
-        }),
-    }
-}
 
 /// Creates and starts a container.
 pub fn runs(cri: &Cri, id: &str, of: &PodConfig, config: ContainerConfig) -> String {
@@ -89,7 +39,7 @@ fn ended(cri: &Cri, id: &str) -> ContainerStatus {
 fn containers_of_a_pod_share_one_machine_and_its_network() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let config = pod(&containerd, "web");
+    let config = containerd.pod("web");
     let id = cri.run_pod(&config, HANDLER).unwrap();
     let address = cri.pod(&id).network.unwrap().ip;
     let script = "echo hello >/index.html; httpd -f -p 8080 -h /";
@@ -118,7 +68,7 @@ fn containers_of_a_pod_share_one_machine_and_its_network() {
     eventually("the log", Duration::from_secs(5), || {
         std::fs::read_to_string(&log).is_ok_and(|text| text.contains("stdout F in the log"))
     });
-    let second = pod(&containerd, "client");
+    let second = containerd.pod("client");
     let second_id = cri.run_pod(&second, HANDLER).unwrap();
     let client = runs(&cri, &second_id, &second, container("client", "sleep 1000"));
     assert_eq!(
@@ -134,7 +84,7 @@ fn containers_of_a_pod_share_one_machine_and_its_network() {
 fn a_container_is_restarted_in_a_living_pod() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let config = pod(&containerd, "restarts");
+    let config = containerd.pod("restarts");
     let id = cri.run_pod(&config, HANDLER).unwrap();
     for attempt in 0..3 {
         let mut one = container("one", &format!("exit {}", attempt + 3));
@@ -161,7 +111,7 @@ fn a_container_is_restarted_in_a_living_pod() {
 fn limits_of_a_pod_make_its_machine_and_hold() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let mut config = pod(&containerd, "limits");
+    let mut config = containerd.pod("limits");
     config.linux.as_mut().unwrap().resources = Some(Resources {
         memory: 200 << 20,
         ..Resources::default()
@@ -207,7 +157,7 @@ fn limits_of_a_pod_make_its_machine_and_hold() {
 fn annotations_decide_about_the_machine_where_the_host_allows_it() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let mut config = pod(&containerd, "annotated");
+    let mut config = containerd.pod("annotated");
     let annotate =
         |name: &str, value: &str| HashMap::from([(format!("hull.dev/{name}"), value.to_owned())]);
     config.annotations = annotate("memory", "300m");
@@ -238,7 +188,7 @@ fn a_pod_has_one_of_the_kernels_that_the_host_lists() {
     let cri = containerd.cri();
     let kernel = containerd.path("kernel-um-other");
     std::fs::copy(hull_tests::guest_files().join("kernel-um"), &kernel).unwrap();
-    let mut config = pod(&containerd, "kernel");
+    let mut config = containerd.pod("kernel");
     let name = kernel.to_str().unwrap().to_owned();
     config.annotations = HashMap::from([("hull.dev/kernel".to_owned(), name)]);
     containerd.configure("pod_annotations = [\"hull.dev/kernel\"]\n");
@@ -263,7 +213,7 @@ fn a_pod_has_one_of_the_kernels_that_the_host_lists() {
 fn namespaces_are_shared_as_the_pod_says() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let mut config = pod(&containerd, "shared");
+    let mut config = containerd.pod("shared");
     let shared = Some(Namespaces::default());
     let of_pod = config.linux.as_mut().unwrap();
     of_pod.security = Some(PodSecurity {
@@ -311,7 +261,7 @@ fn namespaces_are_shared_as_the_pod_says() {
 fn what_a_pod_cannot_have_is_named() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let mut config = pod(&containerd, "network");
+    let mut config = containerd.pod("network");
     let namespaces = Namespaces {
         network: 2,
         ..Namespaces::own_processes()
@@ -324,7 +274,7 @@ fn what_a_pod_cannot_have_is_named() {
         error.contains("not supported") && error.contains("network"),
         "{error}"
     );
-    let config = pod(&containerd, "commands");
+    let config = containerd.pod("commands");
     let id = cri.run_pod(&config, HANDLER).unwrap();
     let mut none = container("none", "");
     none.command = vec!["nonexistent".to_owned()];
@@ -344,7 +294,7 @@ fn what_a_pod_cannot_have_is_named() {
 fn volumes_are_files_of_the_host_whose_changes_are_seen() {
     let containerd = Containerd::with_pods();
     let cri = containerd.cri();
-    let config = pod(&containerd, "volumes");
+    let config = containerd.pod("volumes");
     let id = cri.run_pod(&config, HANDLER).unwrap();
     // As the kubelet writes config maps: a link to a directory, which is replaced.
     let map = containerd.path("map");
@@ -389,7 +339,7 @@ fn a_pod_of_containerd_s_sandbox_service_needs_no_container_that_holds_it() {
         return;
     };
     let cri = containerd.cri();
-    let mut config = pod(&containerd, "bare");
+    let mut config = containerd.pod("bare");
     config.dns = Some(Dns {
         servers: vec!["192.0.2.1".to_owned()],
         searches: vec!["a.test".to_owned(), "b.test".to_owned()],
@@ -443,7 +393,7 @@ fn output_over_streams_of_the_shim_is_whole() {
         return;
     };
     let cri = containerd.cri();
-    let config = pod(&containerd, "streams");
+    let config = containerd.pod("streams");
     let id = cri.run_pod(&config, HANDLER).unwrap();
     let script = "seq 1 200000; echo error >&2; until [ -e /go ]; do sleep 0.1; done; exit 3";
     let one = runs(&cri, &id, &config, container("one", script));
@@ -484,7 +434,7 @@ fn many_pods_come_and_go_at_once() {
             if number >= count {
                 break;
             }
-            let config = pod(&containerd, &format!("pod{number}"));
+            let config = containerd.pod(&format!("pod{number}"));
             let id = cri.run_pod(&config, HANDLER).unwrap();
             let one = runs(&cri, &id, &config, container("one", "sleep 1000"));
             let two = runs(&cri, &id, &config, container("two", "sleep 1000"));
