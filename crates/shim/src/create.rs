@@ -548,7 +548,7 @@ async fn conclude(pod: Arc<Pod>, container: Arc<Container>, process: Arc<hull_sa
     for exec in execs.iter().filter(|exec| exec.inner().is_some()) {
         exec.ended().await;
     }
-    container.init.conclude(exit, &pod.events);
+    container.init.conclude(exit, &pod.events).await;
     drop(_announced);
     // Somebody else may remove it: containerd's `delete`, of a shim that was slow to answer.
     while pod.has(&container) {
@@ -569,7 +569,7 @@ pub async fn conclude_exec(
 ) {
     let exit = inner.wait().await;
     let _announced = process.announcing.lock().await;
-    process.conclude(exit, &pod.events);
+    process.conclude(exit, &pod.events).await;
 }
 
 #[cfg(test)]

@@ -101,7 +101,10 @@ impl Process {
     }
 
     /// It has ended: containerd is told, then those who wait.
-    pub fn conclude(&self, exit: Exit, events: &Publisher) {
+    pub async fn conclude(&self, exit: Exit, events: &Publisher) {
+        if let Some(io) = self.io() {
+            io.ends().await;
+        }
         events.publish(&TaskExit {
             container_id: self.container.clone(),
             id: match self.is_init() {

@@ -116,8 +116,9 @@ fn inherited() -> Result<(StdListener, OwnedFd)> {
     }
 }
 
-/// Returns when `start` has ended before containerd knew of this server; else never.
-async fn abandoned(starter: OwnedFd) {
+/// Returns when `start` has ended before containerd knew of this server; else never. Nor when
+/// another `start` has told it of the server meanwhile.
+async fn abandoned(starter: OwnedFd, pod: &Pod) {
     let told = async {
         rustix::io::ioctl_fionbio(&starter, true)?;
         let mut byte = [0];
@@ -128,6 +129,7 @@ async fn abandoned(starter: OwnedFd) {
     };
     match told.await {
         Ok(true) => std::future::pending().await,
+        Ok(false) if !pod.is_over() => std::future::pending().await,
         Ok(false) => tracing::info!("the process that started this shim was killed"),
         Err(error) => tracing::warn!("cannot read from the process that started this: {error}"),
     }
@@ -166,7 +168,7 @@ async fn serve(
     tokio::select! {
         () = pod.done.notified() => {}
         _ = terminate.recv() => pod.leave(),
-        () = abandoned(starter) => pod.leave(),
+        () = abandoned(starter, &pod) => pod.leave(),
     }
     server.stop_listen().await;
     // What is being created is there then, or is not begun: both can be ended.
@@ -174,6 +176,7 @@ async fn serve(
     pod.end(Reason::Terminated).await;
     pod.clean_up().await;
     drop(creating);
+    pod.streams.close();
     // The answer to the last call is on its way.
     server.disconnect().await;
     drop(server);

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -64,12 +64,19 @@ enum Sink {
     Nowhere,
 }
 
+/// What standard input is copied from.
+enum Source {
+    /// A fifo.
+    Fifo(PathBuf),
+    /// A stream of containerd.
+    Stream(streaming::Claim),
+}
+
 /// The host's side of the streams, opened.
 pub struct Opened {
     /// Opened last: `ctr run` can say that its input has ended only when there is a task, and it
     /// reads its input as soon as this is open.
-    stdin: Option<String>,
-    streams: Arc<Streams>,
+    stdin: Option<Source>,
     stdout: Sink,
     stderr: Sink,
     terminal: bool,
@@ -93,8 +100,10 @@ impl Paths {
             ),
         };
         Ok(Opened {
-            stdin: stdin.cloned(),
-            streams: streams.clone(),
+            stdin: stdin.map(|uri| match streaming::stream_id(uri) {
+                Some(id) => Source::Stream(streams.claim(id)),
+                None => Source::Fifo(PathBuf::from(uri)),
+            }),
             stdout,
             stderr,
             terminal: self.terminal,
@@ -207,7 +216,7 @@ fn sink(uri: &str, streams: &Arc<Streams>) -> Result<Sink> {
         return Ok(Sink::Nowhere);
     }
     if let Some(id) = streaming::stream_id(uri) {
-        return Ok(Sink::Stream(streaming::Output::new(streams, id)));
+        return Ok(Sink::Stream(streaming::Output::new(streams.claim(id))));
     }
     let (scheme, path) = match uri.split_once("://") {
         None => ("fifo", PathBuf::from(uri)),
@@ -252,6 +261,8 @@ pub struct Io {
     input: Mutex<Option<pipe::Sender>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     progress: Arc<AtomicU64>,
+    /// Output goes to containerd's streams.
+    by_streams: AtomicBool,
     /// Tells who copies from a stream of containerd to standard input that it is closed.
     closed: Arc<Notify>,
 }
@@ -269,13 +280,11 @@ impl Opened {
     /// They cannot be registered with the event loop, or standard input cannot be opened.
     pub fn connect(self, streams: Vec<OwnedFd>) -> Result<Io> {
         let io = Io::default();
-        let stdin = match &self.stdin {
-            None => None,
-            Some(uri) => Some(match streaming::stream_id(uri) {
-                Some(id) => io.feed(self.streams, id)?,
-                None => source(Path::new(uri))?,
-            }),
-        };
+        let stdin = self.stdin.map(|stdin| match stdin {
+            Source::Stream(claim) => io.feed(claim),
+            Source::Fifo(path) => source(&path),
+        });
+        let stdin = stdin.transpose()?;
         let mut streams = streams.into_iter().map(stream);
         let mut next = || {
             streams
@@ -312,7 +321,7 @@ fn stream(fd: OwnedFd) -> Result<UnixStream> {
 
 impl Io {
     /// A pipe that a stream of containerd is copied to, with a further end to write.
-    fn feed(&self, streams: Arc<Streams>, id: &str) -> Result<(pipe::Receiver, pipe::Sender)> {
+    fn feed(&self, claim: streaming::Claim) -> Result<(pipe::Receiver, pipe::Sender)> {
         let doing = || "create a pipe for standard input";
         let (receiver, sender) = std::io::pipe().context(doing)?;
         let further = sender.try_clone().context(doing)?;
@@ -320,11 +329,14 @@ impl Io {
         let sender = pipe::Sender::from_owned_fd(sender.into()).context(doing)?;
         let further = pipe::Sender::from_owned_fd(further.into()).context(doing)?;
         let closed = self.closed.clone();
-        tokio::spawn(streaming::feed(streams, id.to_owned(), further, closed));
+        tokio::spawn(streaming::feed(claim, further, closed));
         Ok((receiver, sender))
     }
 
     fn output(&self, from: impl AsyncRead + Unpin + Send + 'static, to: Sink) {
+        if matches!(to, Sink::Stream(_)) {
+            self.by_streams.store(true, Ordering::Relaxed);
+        }
         let progress = self.progress.clone();
         let copying = tokio::spawn(async move {
             if let Err(error) = copy_out(from, to, &progress).await {
@@ -349,6 +361,14 @@ impl Io {
     pub fn close_input(&self) {
         drop(self.keeper().take());
         self.closed.notify_one();
+    }
+
+    /// Before the end of a process is told: who takes its output by containerd's streams gives them
+    /// up then. Fifos are read to their end.
+    pub async fn ends(&self) {
+        if self.by_streams.load(Ordering::Relaxed) {
+            self.drained().await;
+        }
     }
 
     /// Waits until all output is copied, or nobody takes it.
@@ -386,6 +406,16 @@ impl Io {
     }
 }
 
+impl Drop for Io {
+    /// Nobody waits for what is not copied yet.
+    fn drop(&mut self) {
+        for copying in self.outputs().drain(..) {
+            copying.abort();
+        }
+        self.close_input();
+    }
+}
+
 async fn copy_out(
     mut from: impl AsyncRead + Unpin,
     mut to: Sink,
@@ -394,12 +424,16 @@ async fn copy_out(
     let mut piece = vec![0; PIECE];
     loop {
         let read = match from.read(&mut piece).await {
-            Ok(0) => return Ok(()),
-            Ok(read) => read,
             // The machine has ended.
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => 0,
+            read => read?,
         };
+        if read == 0 {
+            if let Sink::Stream(stream) = to {
+                stream.end().await;
+            }
+            return Ok(());
+        }
         match &mut to {
             Sink::Fifo(fifo) => fifo.write_all(&piece[..read]).await?,
             Sink::Stream(stream) => stream.write_all(&piece[..read]).await,

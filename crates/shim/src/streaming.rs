@@ -1,12 +1,15 @@
 //! Streams of processes over containerd's streaming service (containerd 2, `io_type =
 //! "streaming"`): instead of a fifo containerd names a stream at the shim's own socket, which it
-//! has opened before or opens again when it was restarted.
+//! has opened before.
 //!
 //! A stream has one direction. Data flows as far as its receiver has granted (`Data` and
-//! `WindowUpdate` of `containerd.types.transfer`). What could not be sent to a client that has gone
-//! is kept for the next one.
+//! `WindowUpdate` of `containerd.types.transfer`).
+//!
+//! A client whose connection is lost may come back with another stream of the same id, and gets
+//! what could not be sent. One that has closed its stream wants no more: output is discarded then,
+//! as nobody would ever read it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -31,15 +34,18 @@ const METHOD: &str = "Stream";
 const WINDOW: usize = 64 << 10;
 const PIECE: usize = 32 << 10;
 
-/// How long a stream waits without a process that has its id.
-const UNCLAIMED: Duration = Duration::from_secs(60);
-
-/// Most streams that wait.
+/// Most streams that wait for their process: those of one pod's containers and processes.
 const MAX_WAITING: usize = 256;
 
-/// How long input that is closed may be silent before it has ended: what was written before is on
-/// its way, on another connection.
-const LAST_INPUT: Duration = Duration::from_millis(200);
+/// How long a client may take to say which stream it opens.
+const INIT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a client may take to close a stream whose end it has been sent.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long input that is closed may be silent. Its end comes on another connection than the call
+/// that closes it.
+const LAST_INPUT: Duration = Duration::from_secs(5);
 
 /// A stream with containerd at its other end; it is closed when this is dropped.
 #[derive(Debug)]
@@ -49,15 +55,22 @@ struct Client {
     stream: ServerStream<Any, Any>,
     /// Bytes that may be sent.
     window: usize,
-    _close: oneshot::Sender<()>,
+    close: oneshot::Sender<()>,
+}
+
+/// Why nothing more can be sent.
+#[derive(Debug)]
+enum Gone {
+    /// The other side has closed the stream.
+    Closed,
+    /// Its connection is lost.
+    Lost(io::Error),
 }
 
 /// The streams that wait for their process, by id.
 #[derive(Debug, Default)]
 pub struct Streams {
     waiting: Mutex<HashMap<String, Client>>,
-    /// Ids that processes have.
-    claimed: Mutex<HashSet<String>>,
     opened: AtomicU64,
     /// There is another one.
     came: Notify,
@@ -82,34 +95,33 @@ impl Streams {
     }
 
     /// The streams of an id are a process's from now on, until this is dropped.
-    fn claim(self: &Arc<Self>, id: &str) -> Claim {
-        lock(&self.claimed).insert(id.to_owned());
+    pub fn claim(self: &Arc<Self>, id: &str) -> Claim {
         Claim {
             streams: self.clone(),
             id: id.to_owned(),
         }
     }
 
-    /// Drops a stream that nobody has claimed.
-    fn withdraw(&self, id: &str, number: u64) {
-        let mut waiting = lock(&self.waiting);
-        let is_it = |client: &Client| client.number == number;
-        if waiting.get(id).is_some_and(is_it) && !lock(&self.claimed).contains(id) {
-            waiting.remove(id);
-        }
+    /// Closes those that wait.
+    pub fn close(&self) {
+        let waiting = std::mem::take(&mut *lock(&self.waiting));
+        drop(waiting);
     }
 
-    /// False when there are too many.
-    fn offer(&self, id: &str, client: Client) -> bool {
+    fn offer(&self, id: &str, client: Client) {
         let mut waiting = lock(&self.waiting);
-        if waiting.len() >= MAX_WAITING && !waiting.contains_key(id) {
-            return false;
+        if waiting.len() >= MAX_WAITING
+            && let Some(oldest) = (waiting.iter())
+                .min_by_key(|(_, client)| client.number)
+                .map(|(id, _)| id.clone())
+        {
+            tracing::warn!("stream {oldest:?} was closed: {MAX_WAITING} newer ones wait");
+            waiting.remove(&oldest);
         }
         // One of a client that has opened it again takes the place of its first.
         waiting.insert(id.to_owned(), client);
         drop(waiting);
         self.came.notify_waiters();
-        true
     }
 }
 
@@ -123,13 +135,19 @@ impl StreamHandler for Handler {
         inner: StreamInner,
     ) -> ttrpc::Result<Option<ttrpc::Response>> {
         let mut stream = ServerStream::<Any, Any>::new(inner);
-        let first = loop {
-            match stream.recv().await? {
-                // What opens a stream may have an empty message with it.
-                Some(first) if first == Any::default() => {}
-                Some(first) => break first,
-                None => return Ok(None),
+        let first = async {
+            loop {
+                match stream.recv().await? {
+                    // What opens a stream may have an empty message with it.
+                    Some(first) if first == Any::default() => {}
+                    first => return ttrpc::Result::Ok(first),
+                }
             }
+        };
+        let first = tokio::time::timeout(INIT_TIMEOUT, first).await;
+        let first = first.map_err(|_| ttrpc::Error::Others("a stream has no id".to_owned()))?;
+        let Some(first) = first? else {
+            return Ok(None);
         };
         let mut id = String::new();
         let read = wire::fields(&first.value, |number, value| {
@@ -148,23 +166,17 @@ impl StreamHandler for Handler {
         stream
             .send(&message("google.protobuf.Empty", Vec::new()))
             .await?;
-        let (close, mut closed) = oneshot::channel();
+        let (close, closed) = oneshot::channel();
         let number = self.0.opened.fetch_add(1, Ordering::Relaxed);
         let client = Client {
             number,
             stream,
             window: 0,
-            _close: close,
+            close,
         };
-        if !self.0.offer(&id, client) {
-            tracing::warn!("stream {id:?} is one too many");
-            return Ok(None);
-        }
-        if tokio::time::timeout(UNCLAIMED, &mut closed).await.is_err() {
-            self.0.withdraw(&id, number);
-            // Its sender is dropped, which is the end.
-            let _ = closed.await;
-        }
+        self.0.offer(&id, client);
+        // Its sender is dropped, which is the end.
+        let _ = closed.await;
         Ok(None)
     }
 }
@@ -190,9 +202,11 @@ fn encoded(
 
 impl Client {
     /// Waits for a message of the other side: its data, or nothing when it has granted more.
-    async fn receive(&mut self) -> io::Result<Vec<u8>> {
-        let received = self.stream.recv().await.map_err(io::Error::other)?;
-        let message = received.ok_or(io::ErrorKind::UnexpectedEof)?;
+    async fn receive(&mut self) -> Result<Vec<u8>, Gone> {
+        let lost = |error: protobuf::Error| Gone::Lost(error.into());
+        let received = self.stream.recv().await;
+        let received = received.map_err(|error| Gone::Lost(io::Error::other(error)))?;
+        let message = received.ok_or(Gone::Closed)?;
         let mut data = Vec::new();
         let is_window = message.type_url.ends_with(".WindowUpdate");
         wire::fields(&message.value, |number, value| {
@@ -205,21 +219,46 @@ impl Client {
                 _ => {}
             }
             Ok(())
-        })?;
+        })
+        .map_err(lost)?;
         Ok(data)
     }
 
     /// Sends as much of some bytes as fits; how much that was.
-    async fn send(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    async fn send(&mut self, bytes: &[u8]) -> Result<usize, Gone> {
         while self.window == 0 {
             self.receive().await?;
         }
         let length = bytes.len().min(self.window).min(PIECE);
-        let data = encoded(|stream| stream.write_bytes(1, &bytes[..length]))?;
-        let data = message("containerd.types.transfer.Data", data);
-        self.stream.send(&data).await.map_err(io::Error::other)?;
-        self.window -= length;
-        Ok(length)
+        let data = encoded(|stream| stream.write_bytes(1, &bytes[..length]));
+        let data = message("containerd.types.transfer.Data", data.map_err(Gone::Lost)?);
+        match self.stream.send(&data).await {
+            Ok(()) => {
+                self.window -= length;
+                Ok(length)
+            }
+            Err(error) => loop {
+                // Perhaps it was closed before.
+                tokio::select! {
+                    biased;
+                    received = self.receive() => drop(received?),
+                    () = std::future::ready(()) => {
+                        return Err(Gone::Lost(io::Error::other(error)));
+                    }
+                }
+            },
+        }
+    }
+
+    /// Sends the end, and waits until the other side has taken all and closes its side.
+    async fn end(self) {
+        let Self {
+            mut stream, close, ..
+        } = self;
+        drop(close);
+        let ended = async { while let Ok(Some(_)) = stream.recv().await {} };
+        // Then it is not there any more.
+        let _ = tokio::time::timeout(END_TIMEOUT, ended).await;
     }
 
     /// Lets the other side send so many bytes more.
@@ -231,10 +270,10 @@ impl Client {
     }
 }
 
-/// The streams of an id: the latest one is the one that counts. That the other side of a stream has
-/// gone is known only by its next one, or when something is sent.
+/// The streams of an id: the latest one is the one that counts. That a connection is lost is known
+/// only by the next stream, or when something is sent.
 #[derive(Debug)]
-struct Claim {
+pub struct Claim {
     streams: Arc<Streams>,
     id: String,
 }
@@ -246,19 +285,22 @@ impl Claim {
             let came = self.streams.came.notified();
             tokio::pin!(came);
             came.as_mut().enable();
-            if let Some(client) = lock(&self.streams.waiting).remove(&self.id) {
+            if let Some(client) = self.next_now() {
                 return client;
             }
             came.await;
         }
+    }
+
+    fn next_now(&self) -> Option<Client> {
+        lock(&self.streams.waiting).remove(&self.id)
     }
 }
 
 impl Drop for Claim {
     /// A stream that was not used ends, too.
     fn drop(&mut self) {
-        lock(&self.streams.claimed).remove(&self.id);
-        let unused = lock(&self.streams.waiting).remove(&self.id);
+        let unused = self.next_now();
         drop(unused);
     }
 }
@@ -268,20 +310,34 @@ impl Drop for Claim {
 pub struct Output {
     claim: Claim,
     client: Option<Client>,
+    /// The client has closed its stream.
+    unwanted: bool,
 }
 
 impl Output {
     /// The one of an id, be it there already or not.
-    pub fn new(streams: &Arc<Streams>, id: &str) -> Self {
+    pub fn new(claim: Claim) -> Self {
         Self {
-            claim: streams.claim(id),
+            claim,
             client: None,
+            unwanted: false,
         }
+    }
+
+    fn take(&mut self, client: Client) {
+        self.client = Some(client);
+        self.unwanted = false;
     }
 
     /// Sends bytes, to as many clients, one after the other, as it takes.
     pub async fn write_all(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
+            if let Some(next) = self.claim.next_now() {
+                self.take(next);
+            }
+            if self.unwanted {
+                return;
+            }
             let sending = async {
                 match &mut self.client {
                     Some(client) => client.send(bytes).await,
@@ -295,31 +351,49 @@ impl Output {
             };
             match sent {
                 Ok(Ok(sent)) => bytes = &bytes[sent..],
-                Ok(Err(error)) => {
-                    tracing::info!("stream {} was closed: {error}", self.claim.id);
+                Ok(Err(gone)) => {
+                    self.unwanted = matches!(gone, Gone::Closed);
+                    match gone {
+                        Gone::Closed => tracing::info!("stream {} was closed", self.claim.id),
+                        Gone::Lost(error) => {
+                            tracing::info!("stream {} is lost: {error}", self.claim.id);
+                        }
+                    }
                     self.client = None;
                 }
-                Err(next) => self.client = Some(next),
+                Err(next) => self.take(next),
             }
+        }
+    }
+
+    /// The process writes no more: waits, for a while, until the client has read all.
+    pub async fn end(mut self) {
+        if let Some(client) = self.claim.next_now().or(self.client.take()) {
+            client.end().await;
         }
     }
 }
 
 /// Copies what comes by a stream to a pipe, until the input is closed, and then what is on its way.
-pub async fn feed(streams: Arc<Streams>, id: String, mut pipe: pipe::Sender, closed: Arc<Notify>) {
-    let claim = streams.claim(&id);
-    let mut is_closed = false;
+pub async fn feed(claim: Claim, mut pipe: pipe::Sender, closed: Arc<Notify>) {
     let mut client: Option<Client> = None;
-    let mut granted = 0;
+    let (mut is_closed, mut has_ended) = (false, false);
+    // What has come, and how much more may: together at most a window.
+    let (mut buffer, mut granted) = (Vec::new(), 0);
     loop {
         if let Some(open) = &mut client
-            && granted < WINDOW / 2
+            && granted + buffer.len() < WINDOW / 2
         {
-            if open.grant(WINDOW - granted).await.is_err() {
+            let more = WINDOW - granted - buffer.len();
+            if open.grant(more).await.is_err() {
                 client = None;
                 continue;
             }
-            granted = WINDOW;
+            granted += more;
+        }
+        let last = is_closed && buffer.is_empty();
+        if last && has_ended {
+            return;
         }
         let receiving = async {
             match &mut client {
@@ -327,28 +401,30 @@ pub async fn feed(streams: Arc<Streams>, id: String, mut pipe: pipe::Sender, clo
                 None => std::future::pending().await,
             }
         };
-        let received = tokio::select! {
+        tokio::select! {
+            biased;
+            received = receiving => match received {
+                Ok(data) => {
+                    granted = granted.saturating_sub(data.len());
+                    buffer.extend(data);
+                }
+                Err(_) => {
+                    client = None;
+                    has_ended = true;
+                }
+            },
             next = claim.next() => {
                 client = Some(next);
+                has_ended = false;
                 granted = 0;
-                continue;
             }
-            received = receiving => received,
-            () = closed.notified(), if !is_closed => {
-                is_closed = true;
-                continue;
-            }
-            () = tokio::time::sleep(LAST_INPUT), if is_closed => return,
-        };
-        match received {
-            Ok(data) => {
-                granted = granted.saturating_sub(data.len());
-                if pipe.write_all(&data).await.is_err() {
-                    // The process reads no more.
-                    return;
-                }
-            }
-            Err(_) => client = None,
+            written = pipe.write(&buffer), if !buffer.is_empty() => match written {
+                Ok(written) => drop(buffer.drain(..written)),
+                // The process reads no more.
+                Err(_) => return,
+            },
+            () = closed.notified(), if !is_closed => is_closed = true,
+            () = tokio::time::sleep(LAST_INPUT), if last => return,
         }
     }
 }
@@ -438,10 +514,11 @@ mod tests {
     async fn output_flows_as_far_as_is_granted_and_the_rest_to_the_next_client() {
         let (streams, _server, address, _directory) = serving().await;
         let mut first = Theirs::open(&address, "c-stdout").await;
-        let mut output = Output::new(&streams, "c-stdout");
+        let mut output = Output::new(streams.claim("c-stdout"));
         let writing = tokio::spawn(async move {
             output.write_all(b"0123456789").await;
             output.write_all(b"abc").await;
+            output.end().await;
         });
         first.grant(4).await;
         assert_eq!(first.read().await.unwrap(), b"0123");
@@ -451,12 +528,28 @@ mod tests {
         second.grant(1000).await;
         assert_eq!(second.read().await.unwrap(), b"456789");
         assert_eq!(second.read().await.unwrap(), b"abc");
-        writing.await.unwrap();
         assert_eq!(second.read().await, None);
+        second.0.close_send().await.unwrap();
+        writing.await.unwrap();
         // A process that writes nothing ends its stream, too.
         let mut silent = Theirs::open(&address, "d-stdout").await;
-        drop(Output::new(&streams, "d-stdout"));
+        drop(Output::new(streams.claim("d-stdout")));
         assert_eq!(silent.read().await, None);
+    }
+
+    #[tokio::test]
+    async fn output_that_the_client_does_not_want_any_more_holds_up_nobody() {
+        let (streams, _server, address, _directory) = serving().await;
+        let theirs = Theirs::open(&address, "c-stdout").await;
+        theirs.0.close_send().await.unwrap();
+        let mut output = Output::new(streams.claim("c-stdout"));
+        output.write_all(&[b'x'; 100_000]).await;
+        output.write_all(b"more").await;
+        // One that comes again gets what follows.
+        let mut again = Theirs::open(&address, "c-stdout").await;
+        again.grant(1000).await;
+        output.write_all(b"then").await;
+        assert_eq!(again.read().await.unwrap(), b"then");
     }
 
     #[tokio::test]
@@ -464,7 +557,7 @@ mod tests {
         let (streams, _server, address, _directory) = serving().await;
         let (sender, mut receiver) = pipe::pipe().unwrap();
         let closed = Arc::new(Notify::new());
-        let feeding = tokio::spawn(feed(streams, "c-stdin".to_owned(), sender, closed.clone()));
+        let feeding = tokio::spawn(feed(streams.claim("c-stdin"), sender, closed.clone()));
         let mut theirs = Theirs::open(&address, "c-stdin").await;
         assert_eq!(theirs.read().await.unwrap(), WINDOW.to_string().as_bytes());
         theirs.write(b"one ").await;
@@ -472,10 +565,15 @@ mod tests {
         receiver.read_exact(&mut text).await.unwrap();
         assert_eq!(&text, b"one ");
         closed.notify_one();
-        theirs.write(b"two").await;
+        // More small pieces than ttrpc keeps, while nobody reads.
+        for _ in 0..20_000 {
+            theirs.write(b"two").await;
+        }
+        theirs.0.close_send().await.unwrap();
+        drop(theirs);
         let mut rest = Vec::new();
         receiver.read_to_end(&mut rest).await.unwrap();
-        assert_eq!(rest, b"two");
+        assert_eq!(rest, b"two".repeat(20_000));
         feeding.await.unwrap();
     }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use hull_tests::cri::{
-    ContainerConfig, ContainerSecurity, ContainerStatus, Cri, Dns, Mount, Namespaces, PodSecurity,
+    ContainerConfig, ContainerStatus, Cri, Dns, Mount, Namespaces, PodConfig, PodSecurity,
     Resources, container, linux,
 };
 use hull_tests::{Containerd, eventually};
@@ -395,9 +395,11 @@ fn output_over_streams_of_the_shim_is_whole() {
     let cri = containerd.cri();
     let config = containerd.pod("streams");
     let id = cri.run_pod(&config, HANDLER).unwrap();
-    let script = "seq 1 200000; echo error >&2; until [ -e /go ]; do sleep 0.1; done; exit 3";
+    let script = "seq 1 200000; echo error >&2; exit 3";
     let one = runs(&cri, &id, &config, container("one", script));
-    assert_eq!(sh(&cri, &one, "echo to exec; touch /go"), "to exec");
+    let two = runs(&cri, &id, &config, container("two", "sleep 1000"));
+    assert_eq!(sh(&cri, &two, "seq 1 20000 | tail -n 1"), "20000");
+    assert_eq!(sh(&cri, &two, "seq 1 20000").lines().count(), 20_000);
     assert_eq!(ended(&cri, &one).exit_code, 3);
     let log = containerd.path("logs/one.log");
     // "TIME stdout F TEXT"

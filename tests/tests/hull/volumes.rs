@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::time::Duration;
 
 use hull_tests::{
-    Hull, Invocation, Running, on_every_machine, posix_program, posix_results, repository,
-    watch_program,
+    Hull, Invocation, Running, eventually, on_every_machine, posix_program, posix_results,
+    repository, watch_program,
 };
 
 on_every_machine!(
@@ -521,6 +522,46 @@ fn a_program_that_watches_a_volume_is_told_of_what_others_change(machine: &'stat
         Some("delete"),
         "{output}"
     );
+}
+
+#[test]
+fn what_a_container_does_to_a_volume_is_told_in_another_one_of_its_machine() {
+    let hull = Hull::new();
+    let volume = hull.path("common");
+    fs::create_dir(&volume).unwrap();
+    let program = format!("{}:/watch:ro", watch_program().display());
+    let mount = format!("{}:/v", volume.display());
+    let script = "/watch /v >/tmp/told; cat /tmp/told; sleep 1000";
+    let watcher = hull.start(&["-v", &program, "-v", &mount], &["sh", "-c", script]);
+    eventually("it watches", Duration::from_secs(10), || {
+        watcher.sh("cat /tmp/told").text() == "ready"
+    });
+    let network = format!("container:{}", watcher.name);
+    let script = "echo x >/v/new; mv /v/new /v/moved; touch /v/end";
+    let other = [
+        "run",
+        "--rm",
+        "--network",
+        &network,
+        "-v",
+        &mount,
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ];
+    hull.hull(other).run().ok();
+    let mut output = String::new();
+    eventually("it has ended", Duration::from_secs(10), || {
+        output = watcher.sh("cat /tmp/told").text();
+        output.contains("moved")
+    });
+    assert_eq!(
+        told(&output, "new"),
+        ["create", "modify", "written", "from"],
+        "{output}"
+    );
+    assert_eq!(told(&output, "moved"), ["to"], "{output}");
 }
 
 // A config map of Kubernetes changes so.

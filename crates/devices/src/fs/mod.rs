@@ -298,6 +298,7 @@ impl Device for Fs {
             }
             self.waiting.try_released(&mut self.server);
         }
+        self.tell_events();
         Ok(())
     }
 

@@ -305,7 +305,7 @@ impl Server {
     /// guest gets no entry then.
     fn forget_unless(&mut self, node: u64, result: Result<(), Errno>) -> Result<(), Errno> {
         if result.is_err() {
-            self.nodes.forget(node, 1);
+            self.forget(node, 1);
         }
         result
     }

@@ -399,6 +399,32 @@ impl Nodes {
         }
     }
 
+    /// The same for a node that has this name in `parent`.
+    pub fn let_go_if_called(&mut self, id: u64, parent: u64, name: &[u8]) {
+        if let Some(node) = self.get(id)
+            && node.parent == parent
+            && node.name.as_bytes() == name
+        {
+            self.let_go(id);
+        }
+    }
+
+    /// Whether the guest would find a node again from the root of its share.
+    pub fn is_reachable(&mut self, id: u64) -> bool {
+        let mut at = id;
+        for _ in 0..MAX_DEPTH {
+            if !self.is_at_its_place(at) {
+                return false;
+            }
+            match self.get(at) {
+                Some(node) if node.parent == wire::ROOT => return true,
+                Some(node) => at = node.parent,
+                None => return false,
+            }
+        }
+        false
+    }
+
     /// Whether a file that is open here has no name left.
     pub fn is_removed(&self, id: u64) -> bool {
         let fd = self.get(id).and_then(|node| node.fd.as_ref());

@@ -260,6 +260,7 @@ impl Server {
         };
         self.body = body;
         self.reply = reply;
+        self.receive_own_events(header.node);
         outcome
     }
 
@@ -324,7 +325,7 @@ impl Server {
                 return Ok(self.setlk(body, waits)?.map_or(Answer::Reply, Answer::Wait));
             }
             wire::EVENTS if self.watches.agreed => {
-                return Self::wants_events(body).map(|last| Answer::Events { last });
+                return self.wants_events(body).map(|last| Answer::Events { last });
             }
             wire::WATCH if self.watches.agreed => self.watch(header.node),
             wire::GETLK => self.getlk(body, reply),

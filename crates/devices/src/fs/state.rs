@@ -178,6 +178,8 @@ pub fn restore(server: &mut Server, state: &SavedState) -> Result<(), RestoreErr
         // As at first: without it there are the events of the guest's own kernel.
         let _ = server.watch(node);
     }
+    // Nobody has watched meanwhile.
+    server.watches.all_have_changed();
     let mut handles = Vec::with_capacity(state.handles.len());
     for handle in state.handles {
         let opened = open(server, &handle.open).map_err(|error| {

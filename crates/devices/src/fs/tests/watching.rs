@@ -30,7 +30,10 @@ impl Guest {
             .args(["-ec", script])
             .current_dir(self.directory.path());
         assert!(shell.status().unwrap().success());
-        self.driver.host_events().unwrap();
+        // Each takes some of them.
+        for _ in 0..4 {
+            self.driver.host_events().unwrap();
+        }
         self.events()
     }
 
@@ -181,4 +184,84 @@ fn events_that_are_too_many_become_one_for_each_watch() {
     assert_eq!(masks(&told, root, ""), [ATTRIB | ISDIR; 2]);
     told = guest.told("echo >more");
     assert_eq!(masks(&told, root, "more"), [CREATE, MODIFY, CLOSE_WRITE]);
+}
+
+#[test]
+fn what_the_guest_does_in_one_share_is_told_in_another_of_the_same_directory() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    let again = path(guest.directory.path());
+    guest.add("t", again, Cache::Shared).unwrap();
+    let other = guest.lookup(wire::ROOT, "t").unwrap().node;
+    guest.watch(root);
+    guest.watch(other);
+    let told = guest.told("echo >file");
+    for node in [root, other] {
+        assert_eq!(masks(&told, node, "file"), [CREATE, MODIFY, CLOSE_WRITE]);
+    }
+    let (file, handle) = guest.create(root, "own").unwrap();
+    let mut body = handle.to_le_bytes().to_vec();
+    body.extend([0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+    body.extend([0; 20]);
+    body.push(b'x');
+    guest.call(wire::WRITE, file.node, &body).unwrap();
+    guest.rename((other, "own"), (other, "moved")).unwrap();
+    let told = guest.events();
+    assert_eq!(masks(&told, other, "own"), [CREATE, MODIFY], "{told:?}");
+    assert_eq!(masks(&told, root, "own"), [MOVED_FROM], "{told:?}");
+    assert_eq!(masks(&told, root, "moved"), [MOVED_TO]);
+    assert!(masks(&told, other, "moved").is_empty());
+    guest.forget(file.node, 1);
+    // The one goes on without the other.
+    guest
+        .change(|shares, done| shares.remove("t", done))
+        .unwrap();
+    let told = guest.told("rm file");
+    assert_eq!(masks(&told, root, "file"), [DELETE]);
+    assert_eq!(told.len(), 1);
+}
+
+#[test]
+fn what_is_moved_out_of_the_share_is_told_no_more() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    let elsewhere = TempDir::new().unwrap();
+    fs::create_dir_all(guest.directory.path().join("a/b")).unwrap();
+    let a = guest.lookup(root, "a").unwrap().node;
+    let b = guest.lookup(a, "b").unwrap().node;
+    guest.watch(b);
+    assert_eq!(masks(&guest.told("echo >a/b/seen"), b, "seen")[0], CREATE);
+    let out = elsewhere.path().join("a");
+    fs::rename(guest.directory.path().join("a"), &out).unwrap();
+    let script = format!("echo >{}/b/secret", out.display());
+    assert_eq!(guest.told(&script), []);
+}
+
+#[test]
+fn a_removed_directory_that_the_guest_has_used_tells_its_end() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    fs::create_dir(guest.directory.path().join("directory")).unwrap();
+    let directory = guest.lookup(root, "directory").unwrap().node;
+    guest.watch(root);
+    guest.watch(directory);
+    // It is open in the device from here on.
+    assert_eq!(guest.lookup(directory, "nothing"), Err(libc::ENOENT));
+    let told = guest.told("rmdir directory");
+    assert_eq!(masks(&told, root, "directory"), [DELETE | ISDIR]);
+    assert_eq!(masks(&told, directory, ""), [DELETE_SELF], "{told:?}");
+}
+
+#[test]
+fn no_watch_outlives_what_the_guest_knows_and_no_request_comes_after_the_last() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    fs::create_dir(guest.directory.path().join("directory")).unwrap();
+    let directory = guest.lookup(root, "directory").unwrap().node;
+    fs::write(guest.directory.path().join("directory/file"), "").unwrap();
+    let file = guest.lookup(directory, "file").unwrap().node;
+    guest.forget(directory, 1);
+    // It is there for its file only.
+    assert_eq!(guest.call(wire::WATCH, directory, &[]), Err(libc::ESTALE));
+    guest.watch(file);
+    let stop = u64::from(wire::EVENTS_STOP).to_le_bytes();
+    assert_eq!(guest.call(wire::EVENTS, wire::ROOT, &stop), Ok(Vec::new()));
+    let late = guest.call(wire::EVENTS, wire::ROOT, &[0; 8]);
+    assert_eq!(late, Err(libc::ENOSYS));
 }

@@ -89,19 +89,13 @@ impl Group {
     }
 
     /// Adds a mark on the file of a descriptor (`O_PATH`), which `descriptors` (`/proc/self/fd`)
-    /// leads to; how events will name it.
+    /// leads to.
     ///
     /// # Errors
-    /// Its file system has no handles, or there are too many marks (`fs.fanotify.max_user_marks`).
-    pub fn add(
-        &self,
-        fd: &OwnedFd,
-        directory: bool,
-        descriptors: &OwnedFd,
-    ) -> Result<FileId, Errno> {
-        let id = file_id(fd)?;
-        self.mark(libc::FAN_MARK_ADD, fd, directory, descriptors)?;
-        Ok(id)
+    /// There are too many marks (`fs.fanotify.max_user_marks`); `EXDEV`: a group cannot have files
+    /// of this file system, or not beside its others.
+    pub fn add(&self, fd: &OwnedFd, directory: bool, descriptors: &OwnedFd) -> Result<(), Errno> {
+        self.mark(libc::FAN_MARK_ADD, fd, directory, descriptors)
     }
 
     /// Removes a mark.
@@ -152,7 +146,10 @@ impl Group {
 }
 
 /// How events name the file of a descriptor.
-fn file_id(fd: &OwnedFd) -> Result<FileId, Errno> {
+///
+/// # Errors
+/// Its file system has no handles.
+pub fn file_id(fd: &OwnedFd) -> Result<FileId, Errno> {
     /// `struct file_handle` with room for the longest.
     #[repr(C)]
     struct Handle {
@@ -282,9 +279,11 @@ mod tests {
         let descriptors = open(Path::new("/proc/self/fd"));
         let group = Group::new().unwrap();
         let of_directory = open(directory.path());
-        let in_directory = group.add(&of_directory, true, &descriptors).unwrap();
+        group.add(&of_directory, true, &descriptors).unwrap();
+        let in_directory = file_id(&of_directory).unwrap();
         let of_file = open(&file);
-        let itself = group.add(&of_file, false, &descriptors).unwrap();
+        group.add(&of_file, false, &descriptors).unwrap();
+        let itself = file_id(&of_file).unwrap();
         assert_ne!(in_directory, itself);
 
         std::fs::write(&file, "x").unwrap();

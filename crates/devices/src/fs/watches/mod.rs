@@ -2,15 +2,22 @@
 //!
 //! hull's guest kernel names what is watched (WATCH) and leaves a request that waits for events
 //! (EVENTS). A watch lasts until the guest forgets the node, which it does not while it watches.
-//! Shares that only the guest changes are not watched. What the guest itself does, its kernel
-//! knows: events of this process are left out.
+//! Shares that only the guest changes are not watched.
+//!
+//! What the guest itself does, its kernel knows: events of this process are left out. But one file
+//! may be in several shares, which are different files to the guest: what it does in one is told in
+//! the others. For that, events are read after each request, as long as there is such a file.
+//!
+//! Marks are on files, wherever they are moved. Nothing is told of a directory that the guest could
+//! not reach any more.
 //!
 //! When too much happens at once, each watched file has an event that says that something of it has
 //! changed.
 
 mod group;
+mod queue;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
@@ -22,40 +29,36 @@ use libc::{
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use super::nodes::{Nodes, ShareId, stat_at};
+use super::handles::Handle;
+use super::nodes::{Nodes, ShareId, stat_at, stat_fd};
 use super::server::Server;
+use super::slab::Slab;
 use super::wire::{self, Input};
 use crate::device::{EventFlags, EventRegistry};
-use group::{FileId, Group, Told};
+use group::{FileId, Group, Told, file_id};
+use queue::{Event, Queue};
 
 /// The most files that are watched.
 const MAX_WATCHES: usize = 64 << 10;
-/// The most events that wait for the guest; then one for each watched file takes their place.
-const MAX_EVENTS: usize = 8 << 10;
-/// The size of an event before its name (`struct fuse_event` of hull's guest kernel).
-const EVENT: usize = 24;
+/// The most groups of marks: subvolumes of btrfs need one each.
+const MAX_GROUPS: usize = 8;
+/// Reads at once, of some 100 events each; then other requests have their turn.
+const MAX_READS: usize = 16;
 
-/// What an event may have when it is one of a file itself.
-const OF_ITSELF: u64 = FAN_MODIFY | FAN_ATTRIB | FAN_CLOSE_WRITE | FAN_DELETE_SELF | FAN_MOVE_SELF;
 /// Names that come, that stay, and that go.
 const COMES: [u64; 2] = [FAN_CREATE, FAN_MOVED_TO];
 const STAYS: [u64; 3] = [FAN_MODIFY, FAN_ATTRIB, FAN_CLOSE_WRITE];
 const GOES: [u64; 2] = [FAN_MOVED_FROM, FAN_DELETE];
+/// What is told of a file also when it is not in its place any more.
+const ENDS: u64 = FAN_ATTRIB | FAN_MOVE_SELF | FAN_DELETE_SELF;
 
-/// Something for the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Event {
-    node: u64,
-    mask: u32,
-    /// Of both halves of a move.
-    cookie: u32,
-    /// Empty: of the node itself.
-    name: Vec<u8>,
-}
-
+/// A file of the host with a mark.
 #[derive(Debug)]
-struct Watch {
-    id: FileId,
+struct Marked {
+    /// What it is to the guest, in each share that it is watched in.
+    nodes: Vec<u64>,
+    /// Index of its group.
+    group: usize,
     directory: bool,
 }
 
@@ -64,18 +67,55 @@ struct Watch {
 pub struct Watches {
     /// Whether the guest's kernel knows of watches.
     pub agreed: bool,
-    /// Made at the first watch.
-    group: Option<Group>,
+    /// The first is made at the first watch.
+    groups: Vec<Group>,
     events: Option<(EventRegistry, u64)>,
-    by_node: HashMap<u64, Watch>,
-    by_file: HashMap<FileId, u64>,
-    /// Marks on the host, of which some may be on files that cannot be found any more.
-    marks: usize,
-    waiting: VecDeque<Event>,
-    /// The events that wait are one for each watched file; and whether there were more since.
-    lost: bool,
-    lost_more: bool,
+    by_node: HashMap<u64, FileId>,
+    by_file: HashMap<FileId, Marked>,
+    /// Marks on files that could not be found when their watch ended.
+    left: usize,
+    /// Files that are watched in several shares.
+    shared: usize,
+    queue: Queue,
     cookie: u32,
+}
+
+/// What is needed to know of files, beside their events.
+struct Files<'a> {
+    nodes: &'a mut Nodes,
+    handles: &'a Slab<Handle>,
+    /// The share that the guest has just used.
+    doer: Option<ShareId>,
+    /// Whether the guest can reach a node.
+    reachable: HashMap<u64, bool>,
+}
+
+impl Files<'_> {
+    fn is_reachable(&mut self, node: u64) -> bool {
+        let nodes = &mut *self.nodes;
+        *(self.reachable)
+            .entry(node)
+            .or_insert_with(|| nodes.is_reachable(node))
+    }
+
+    /// Whether a directory has the name now.
+    fn has_name(&mut self, directory: u64, name: &[u8]) -> bool {
+        let Ok(name) = CString::new(name) else {
+            return false;
+        };
+        (self.nodes.open(directory)).is_ok_and(|directory| stat_at(&directory, &name).is_ok())
+    }
+
+    /// Whether a file that is open here has no name left: the host does not tell of its end then.
+    fn is_removed(&self, node: u64) -> bool {
+        let is_removed = |handle: &Handle| match handle {
+            Handle::File(open) if open.node == node => {
+                stat_fd(&*open.file).is_ok_and(|stat| stat.stx_nlink == 0)
+            }
+            _ => false,
+        };
+        self.nodes.is_removed(node) || self.handles.iter().any(|(_, handle)| is_removed(handle))
+    }
 }
 
 impl Watches {
@@ -98,60 +138,98 @@ impl Watches {
     ///
     /// # Errors
     /// `ENOSPC`: there are too many watches; those of the host.
-    pub fn add(
+    fn add(
         &mut self,
         node: u64,
         fd: &OwnedFd,
         directory: bool,
         descriptors: &OwnedFd,
     ) -> Result<(), Errno> {
-        if self.marks >= MAX_WATCHES {
-            return Err(Errno::NOSPC);
+        let id = file_id(fd)?;
+        match self.by_node.get(&node) {
+            Some(before) if *before == id => return Ok(()),
+            // Another file, with the inode number of one that is gone.
+            Some(_) => drop(self.detach(node)),
+            None => {}
         }
-        let group = match &self.group {
-            Some(group) => group,
-            None => {
-                let group = Group::new()?;
-                if let Some((events, token)) = &self.events {
-                    let added = events.add(&group, *token, EventFlags::IN);
-                    added.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-                }
-                self.group.insert(group)
+        if let Some(marked) = self.by_file.get_mut(&id) {
+            marked.nodes.push(node);
+            self.shared += usize::from(marked.nodes.len() == 2);
+        } else {
+            if self.by_file.len() + self.left >= MAX_WATCHES {
+                return Err(Errno::NOSPC);
             }
-        };
-        let id = group.add(fd, directory, descriptors)?;
-        let watch = Watch {
-            id: id.clone(),
-            directory,
-        };
-        // Again: the file may be another one, with the inode number of one that is gone.
-        match self.by_node.insert(node, watch) {
-            Some(before) => drop(self.by_file.remove(&before.id)),
-            None => self.marks += 1,
+            let marked = Marked {
+                nodes: vec![node],
+                group: self.mark(fd, directory, descriptors)?,
+                directory,
+            };
+            self.by_file.insert(id.clone(), marked);
         }
-        self.by_file.insert(id, node);
+        self.by_node.insert(node, id);
         Ok(())
     }
 
+    /// Adds a mark; the index of its group.
+    fn mark(
+        &mut self,
+        fd: &OwnedFd,
+        directory: bool,
+        descriptors: &OwnedFd,
+    ) -> Result<usize, Errno> {
+        for (index, group) in self.groups.iter().enumerate() {
+            match group.add(fd, directory, descriptors) {
+                // Its file system and the group's others cannot be told from each other.
+                Err(Errno::XDEV) => {}
+                added => return added.map(|()| index),
+            }
+        }
+        if self.groups.len() == MAX_GROUPS {
+            return Err(Errno::XDEV);
+        }
+        let group = Group::new()?;
+        group.add(fd, directory, descriptors)?;
+        if let Some((events, token)) = &self.events {
+            let added = events.add(&group, *token, EventFlags::IN);
+            added.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        }
+        self.groups.push(group);
+        Ok(self.groups.len() - 1)
+    }
+
+    /// Forgets the watch of a node; the file's mark, if it was the last one.
+    fn detach(&mut self, node: u64) -> Option<Marked> {
+        let id = self.by_node.remove(&node)?;
+        let marked = self.by_file.get_mut(&id)?;
+        marked.nodes.retain(|other| *other != node);
+        self.shared -= usize::from(marked.nodes.len() == 1);
+        match marked.nodes.is_empty() {
+            true => self.by_file.remove(&id),
+            false => None,
+        }
+    }
+
     /// Ends the watch of a node, by its descriptor if the file can still be found.
-    pub fn remove(&mut self, node: u64, fd: Option<&OwnedFd>, descriptors: &OwnedFd) {
-        let Some(watch) = self.by_node.remove(&node) else {
+    fn remove(&mut self, node: u64, fd: Option<&OwnedFd>, descriptors: &OwnedFd) {
+        self.queue.forget(node);
+        let Some(marked) = self.detach(node) else {
             return;
         };
-        self.by_file.remove(&watch.id);
-        let group = self.group.as_ref();
-        if let (Some(group), Some(fd)) = (group, fd)
-            && group.remove(fd, watch.directory, descriptors).is_ok()
-        {
-            self.marks -= 1;
-        }
+        let removed = self
+            .groups
+            .get(marked.group)
+            .zip(fd)
+            .is_some_and(|(group, fd)| group.remove(fd, marked.directory, descriptors).is_ok());
+        self.left += usize::from(!removed);
     }
 
     /// Ends all.
     pub fn clear(&mut self) {
-        if let (Some(group), Some((events, _))) = (&self.group, &self.events) {
-            // It goes with its descriptor, too.
-            let _ = events.remove(group);
+        if let Some((events, _)) = &self.events {
+            for group in &self.groups {
+                // It goes with its descriptor, too.
+                let _ = events.remove(group);
+            }
         }
         *self = Self {
             events: self.events.take(),
@@ -159,33 +237,50 @@ impl Watches {
         };
     }
 
-    /// Takes what the host tells.
-    fn receive(&mut self, nodes: &mut Nodes) {
-        let own = std::process::id().cast_signed();
-        while let Some(group) = &self.group {
-            let told = group.read();
-            if told.is_empty() {
-                return;
-            }
-            for told in told {
-                if told.mask & FAN_Q_OVERFLOW != 0 {
-                    self.all_have_changed();
-                } else if told.process != own {
-                    self.told(told, nodes);
+    /// Takes some of what the host tells.
+    fn receive(&mut self, files: &mut Files<'_>) {
+        for index in 0..self.groups.len() {
+            for _ in 0..MAX_READS {
+                let told = self.groups[index].read();
+                if told.is_empty() {
+                    break;
+                }
+                for told in told {
+                    match told.mask & FAN_Q_OVERFLOW {
+                        0 => self.told(told, files),
+                        _ => self.all_have_changed(),
+                    }
                 }
             }
         }
     }
 
-    fn told(&mut self, told: Told, nodes: &mut Nodes) {
+    /// The nodes of a file that an event is told to: all that are watched, but not in the share
+    /// that the guest itself has used.
+    fn audience(&self, file: &FileId, is_own: bool, files: &Files<'_>) -> Vec<u64> {
+        let nodes = self.by_file.get(file).map(|marked| &marked.nodes[..]);
+        let nodes = nodes.unwrap_or_default().iter().copied();
+        let is_other = |node: &u64| match (is_own, files.doer) {
+            (false, _) => true,
+            (true, Some(doer)) => files.nodes.share(*node) != Ok(doer),
+            (true, None) => false,
+        };
+        nodes.filter(is_other).collect()
+    }
+
+    fn told(&mut self, told: Told, files: &mut Files<'_>) {
+        let is_own = told.process == std::process::id().cast_signed();
+        let kind = told.mask & FAN_ONDIR;
         if told.mask & FAN_RENAME != 0 {
             self.cookie = self.cookie.wrapping_add(1).max(1);
             let halves = [(told.before, FAN_MOVED_FROM), (told.after, FAN_MOVED_TO)];
-            for (place, bit) in halves {
-                if let Some((directory, name)) = place
-                    && let Some(&node) = self.by_file.get(&directory)
-                {
-                    self.push(node, bit | told.mask & FAN_ONDIR, self.cookie, &name);
+            for ((directory, name), bit) in
+                (halves.into_iter()).filter_map(|(place, bit)| Some((place?, bit)))
+            {
+                for node in self.audience(&directory, is_own, files) {
+                    if files.is_reachable(node) {
+                        self.push(node, bit | kind, self.cookie, &name);
+                    }
                 }
             }
         }
@@ -193,49 +288,64 @@ impl Watches {
             Some((directory, name)) if name == b"." => (None, Some(directory)),
             place => (place, told.file),
         };
-        if let Some((directory, name)) = place
-            && let Some(&node) = self.by_file.get(&directory)
-        {
-            let has_any = |bits: [u64; 2]| bits.iter().any(|bit| told.mask & bit != 0);
-            let swap = has_any(COMES) && has_any(GOES) && has_name(nodes, node, &name);
-            let bits = match swap {
-                false => [&COMES[..], &STAYS, &GOES],
-                true => [&GOES[..], &COMES, &STAYS],
-            };
-            for bit in bits.into_iter().flatten() {
-                if told.mask & bit != 0 {
-                    self.push(node, bit | told.mask & FAN_ONDIR, 0, &name);
+        if let Some((directory, name)) = place {
+            for node in self.audience(&directory, is_own, files) {
+                if files.is_reachable(node) {
+                    self.told_in(node, told.mask, &name, files);
                 }
             }
         }
-        if let Some(&node) = itself.and_then(|file| self.by_file.get(&file)) {
-            let mut mask = told.mask & OF_ITSELF;
-            if mask & FAN_ATTRIB != 0 && mask & FAN_DELETE_SELF == 0 && nodes.is_removed(node) {
-                mask |= FAN_DELETE_SELF;
+        if let Some(file) = itself {
+            self.told_of(&file, told.mask, is_own, files);
+        }
+    }
+
+    /// An event of a name in a directory.
+    fn told_in(&mut self, directory: u64, mask: u64, name: &[u8], files: &mut Files<'_>) {
+        let has_any = |bits: [u64; 2]| bits.iter().any(|bit| mask & bit != 0);
+        let swap = has_any(COMES) && has_any(GOES) && files.has_name(directory, name);
+        let bits = match swap {
+            false => [&COMES[..], &STAYS, &GOES],
+            true => [&GOES[..], &COMES, &STAYS],
+        };
+        for bit in bits.into_iter().flatten() {
+            if mask & bit != 0 {
+                self.push(directory, bit | mask & FAN_ONDIR, 0, name);
             }
-            for bit in STAYS.iter().chain(&[FAN_MOVE_SELF, FAN_DELETE_SELF]) {
-                if mask & bit != 0 {
-                    self.push(node, bit | told.mask & FAN_ONDIR, 0, b"");
+        }
+        if mask & FAN_DELETE != 0 && mask & FAN_ONDIR != 0 {
+            // A directory that is open here has no end that the host would tell of.
+            for node in self.by_node.keys() {
+                files.nodes.let_go_if_called(*node, directory, name);
+            }
+        }
+    }
+
+    /// An event of a file itself.
+    fn told_of(&mut self, file: &FileId, mask: u64, is_own: bool, files: &mut Files<'_>) {
+        // Its end is told whoever has noticed it.
+        let is_over = mask & FAN_DELETE_SELF != 0;
+        for node in self.audience(file, is_own && !is_over, files) {
+            let ended = is_over || mask & FAN_ATTRIB != 0 && files.is_removed(node);
+            let mut mask = mask & !FAN_DELETE_SELF;
+            if is_own && !matches!(files.doer, Some(doer) if files.nodes.share(node) != Ok(doer)) {
+                mask = 0;
+            }
+            let bits = STAYS.iter().chain(&[FAN_MOVE_SELF]);
+            for bit in bits.filter(|bit| mask & **bit != 0) {
+                if bit & ENDS != 0 || files.is_reachable(node) {
+                    self.push(node, bit | mask & FAN_ONDIR, 0, b"");
                 }
             }
-            if mask & FAN_DELETE_SELF != 0 {
+            if ended {
+                self.push(node, FAN_DELETE_SELF | mask & FAN_ONDIR, 0, b"");
                 // The mark goes with the file.
-                if let Some(watch) = self.by_node.remove(&node) {
-                    self.by_file.remove(&watch.id);
-                    self.marks -= 1;
-                }
+                self.detach(node);
             }
         }
     }
 
     fn push(&mut self, node: u64, mask: u64, cookie: u32, name: &[u8]) {
-        if self.waiting.len() >= MAX_EVENTS {
-            self.all_have_changed();
-        }
-        if self.lost {
-            self.lost_more = true;
-            return;
-        }
         let event = Event {
             node,
             // All of them are in the lower half.
@@ -243,75 +353,52 @@ impl Watches {
             cookie,
             name: name.to_vec(),
         };
-        // As inotify does.
-        if self.waiting.back() != Some(&event) {
-            self.waiting.push_back(event);
+        if !self.queue.push(event) {
+            self.all_have_changed();
         }
     }
 
     /// Nobody knows what has happened.
-    fn all_have_changed(&mut self) {
-        if std::mem::replace(&mut self.lost, true) {
-            self.lost_more = true;
-            return;
-        }
-        self.waiting = (self.by_node.iter())
-            .map(|(node, watch)| Event {
-                node: *node,
-                mask: (FAN_ATTRIB | if watch.directory { FAN_ONDIR } else { 0 }) as u32,
-                cookie: 0,
-                name: Vec::new(),
-            })
-            .collect();
+    pub fn all_have_changed(&mut self) {
+        let files = self.by_file.values();
+        let all = files.flat_map(|file| file.nodes.iter().map(|node| (*node, file.directory)));
+        self.queue.replace(all.map(|(node, directory)| Event {
+            node,
+            mask: (FAN_ATTRIB | if directory { FAN_ONDIR } else { 0 }) as u32,
+            cookie: 0,
+            name: Vec::new(),
+        }));
     }
 
     /// Whether there is something for the guest.
     pub fn has_events(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.queue.is_empty()
     }
 
     /// Takes as many events as have room.
     pub fn take(&mut self, room: usize) -> Vec<u8> {
-        let mut taken = Vec::new();
-        while let Some(event) = self.waiting.front() {
-            let size = (EVENT + event.name.len()).next_multiple_of(8);
-            if taken.len() + size > room {
-                break;
-            }
-            taken.extend(event.node.to_le_bytes());
-            // A name has at most 255 bytes.
-            for word in [event.mask, event.cookie, event.name.len() as u32, 0] {
-                taken.extend(word.to_le_bytes());
-            }
-            taken.extend(&event.name);
-            taken.resize(taken.len().next_multiple_of(8), 0);
-            self.waiting.pop_front();
-        }
-        if self.waiting.is_empty()
-            && std::mem::take(&mut self.lost)
-            && std::mem::take(&mut self.lost_more)
-        {
+        let taken = self.queue.take(room);
+        if self.queue.has_lost() {
             self.all_have_changed();
         }
         taken
     }
 }
 
-/// Whether a directory has the name now.
-fn has_name(nodes: &mut Nodes, directory: u64, name: &[u8]) -> bool {
-    let Ok(name) = CString::new(name) else {
-        return false;
-    };
-    (nodes.open(directory)).is_ok_and(|directory| stat_at(&directory, &name).is_ok())
-}
-
 impl Server {
     /// The guest watches a node from now on.
+    ///
+    /// # Errors
+    /// The guest does not know the node, or as [`Watches::add`].
     pub(super) fn watch(&mut self, node: u64) -> Result<(), Errno> {
         let (_, share) = self.share_of(node)?;
         // Nobody else changes it.
         if share.cache == Cache::Private {
             return Ok(());
+        }
+        // Or its watch would not end with the last lookup.
+        if self.nodes.lookups(node) == 0 {
+            return Err(Errno::STALE);
         }
         let directory = self.nodes.kind(node)? == FileType::Directory;
         let fd = self.nodes.open(node)?;
@@ -323,8 +410,11 @@ impl Server {
     }
 
     /// A request for events: whether it is the last.
-    pub(super) fn wants_events(body: &mut Input<'_>) -> Result<bool, Errno> {
-        Ok(body.u32()? & wire::EVENTS_STOP != 0)
+    pub(super) fn wants_events(&mut self, body: &mut Input<'_>) -> Result<bool, Errno> {
+        let last = body.u32()? & wire::EVENTS_STOP != 0;
+        // One that was sent before and comes after it must not wait.
+        self.watches.agreed = !last;
+        Ok(last)
     }
 
     /// The guest forgets some lookups of a node, and with the last one its watch.
@@ -351,6 +441,25 @@ impl Server {
 
     /// Takes what the host tells of watched files.
     pub(super) fn receive_events(&mut self) {
-        self.watches.receive(&mut self.nodes);
+        self.receive_events_of(None);
+    }
+
+    /// After a request about a node: what was done to files that others shares have, too.
+    pub(super) fn receive_own_events(&mut self, node: u64) {
+        if self.watches.shared > 0
+            && let Ok(share) = self.nodes.share(node)
+        {
+            self.receive_events_of(Some(share));
+        }
+    }
+
+    fn receive_events_of(&mut self, doer: Option<ShareId>) {
+        let mut files = Files {
+            nodes: &mut self.nodes,
+            handles: &self.handles,
+            doer,
+            reachable: HashMap::new(),
+        };
+        self.watches.receive(&mut files);
     }
 }
