@@ -260,7 +260,7 @@ impl Server {
         };
         self.body = body;
         self.reply = reply;
-        self.receive_own_events(header.node);
+        self.receive_own_events(&header);
         outcome
     }
 

@@ -211,6 +211,12 @@ fn what_the_guest_does_in_one_share_is_told_in_another_of_the_same_directory() {
     assert_eq!(masks(&told, root, "moved"), [MOVED_TO]);
     assert!(masks(&told, other, "moved").is_empty());
     guest.forget(file.node, 1);
+    // Also if only the other is watched.
+    guest.forget(root, 1);
+    guest.mkdir(root, "made").unwrap();
+    assert_eq!(masks(&guest.events(), other, "made"), [CREATE | ISDIR]);
+    guest.lookup(wire::ROOT, "s").unwrap();
+    guest.watch(root);
     // The one goes on without the other.
     guest
         .change(|shares, done| shares.remove("t", done))

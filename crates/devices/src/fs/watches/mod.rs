@@ -6,10 +6,11 @@
 //!
 //! What the guest itself does, its kernel knows: events of this process are left out. But one file
 //! may be in several shares, which are different files to the guest: what it does in one is told in
-//! the others. For that, events are read after each request, as long as there is such a file.
+//! the others. For that, events are read after each request that changes something, if there are
+//! several shares.
 //!
-//! Marks are on files, wherever they are moved. Nothing is told of a directory that the guest could
-//! not reach any more.
+//! Marks are on files, wherever they are moved. No names are told of a directory that the guest
+//! could not reach any more.
 //!
 //! When too much happens at once, each watched file has an event that says that something of it has
 //! changed.
@@ -31,9 +32,9 @@ use rustix::io::Errno;
 
 use super::handles::Handle;
 use super::nodes::{Nodes, ShareId, stat_at, stat_fd};
-use super::server::Server;
+use super::server::{Server, Share};
 use super::slab::Slab;
-use super::wire::{self, Input};
+use super::wire::{self, Header, Input};
 use crate::device::{EventFlags, EventRegistry};
 use group::{FileId, Group, Told, file_id};
 use queue::{Event, Queue};
@@ -49,8 +50,6 @@ const MAX_READS: usize = 16;
 const COMES: [u64; 2] = [FAN_CREATE, FAN_MOVED_TO];
 const STAYS: [u64; 3] = [FAN_MODIFY, FAN_ATTRIB, FAN_CLOSE_WRITE];
 const GOES: [u64; 2] = [FAN_MOVED_FROM, FAN_DELETE];
-/// What is told of a file also when it is not in its place any more.
-const ENDS: u64 = FAN_ATTRIB | FAN_MOVE_SELF | FAN_DELETE_SELF;
 
 /// A file of the host with a mark.
 #[derive(Debug)]
@@ -74,8 +73,6 @@ pub struct Watches {
     by_file: HashMap<FileId, Marked>,
     /// Marks on files that could not be found when their watch ended.
     left: usize,
-    /// Files that are watched in several shares.
-    shared: usize,
     queue: Queue,
     cookie: u32,
 }
@@ -154,7 +151,6 @@ impl Watches {
         }
         if let Some(marked) = self.by_file.get_mut(&id) {
             marked.nodes.push(node);
-            self.shared += usize::from(marked.nodes.len() == 2);
         } else {
             if self.by_file.len() + self.left >= MAX_WATCHES {
                 return Err(Errno::NOSPC);
@@ -202,7 +198,6 @@ impl Watches {
         let id = self.by_node.remove(&node)?;
         let marked = self.by_file.get_mut(&id)?;
         marked.nodes.retain(|other| *other != node);
-        self.shared -= usize::from(marked.nodes.len() == 1);
         match marked.nodes.is_empty() {
             true => self.by_file.remove(&id),
             false => None,
@@ -333,9 +328,7 @@ impl Watches {
             }
             let bits = STAYS.iter().chain(&[FAN_MOVE_SELF]);
             for bit in bits.filter(|bit| mask & **bit != 0) {
-                if bit & ENDS != 0 || files.is_reachable(node) {
-                    self.push(node, bit | mask & FAN_ONDIR, 0, b"");
-                }
+                self.push(node, bit | mask & FAN_ONDIR, 0, b"");
             }
             if ended {
                 self.push(node, FAN_DELETE_SELF | mask & FAN_ONDIR, 0, b"");
@@ -383,6 +376,28 @@ impl Watches {
         }
         taken
     }
+}
+
+/// Whether requests of a kind change files, and are done when they are answered.
+fn changes(opcode: u32) -> bool {
+    matches!(
+        opcode,
+        wire::SETATTR
+            | wire::SYMLINK
+            | wire::MKNOD
+            | wire::MKDIR
+            | wire::UNLINK
+            | wire::RMDIR
+            | wire::RENAME
+            | wire::RENAME2
+            | wire::LINK
+            | wire::OPEN
+            | wire::WRITE
+            | wire::RELEASE
+            | wire::SETXATTR
+            | wire::REMOVEXATTR
+            | wire::CREATE
+    )
 }
 
 impl Server {
@@ -444,10 +459,13 @@ impl Server {
         self.receive_events_of(None);
     }
 
-    /// After a request about a node: what was done to files that others shares have, too.
-    pub(super) fn receive_own_events(&mut self, node: u64) {
-        if self.watches.shared > 0
-            && let Ok(share) = self.nodes.share(node)
+    /// After a request: what it has done to files that other shares have, too.
+    pub(super) fn receive_own_events(&mut self, header: &Header) {
+        let is_common = |share: &&Share| share.cache != Cache::Private;
+        if !self.watches.by_node.is_empty()
+            && changes(header.opcode)
+            && self.shares.values().filter(is_common).nth(1).is_some()
+            && let Ok(share) = self.nodes.share(header.node)
         {
             self.receive_events_of(Some(share));
         }
