@@ -446,16 +446,21 @@ mod tests {
         #[expect(dead_code)] Connection,
     );
 
+    async fn connected(address: &str) -> (ClientStream<Any, Any>, Connection) {
+        let connection = Connection::connect(address).await.unwrap();
+        let request = ttrpc::Request {
+            service: SERVICE.to_owned(),
+            method: METHOD.to_owned(),
+            ..ttrpc::Request::default()
+        };
+        let inner = connection.new_stream(request, true, true).await.unwrap();
+        (ClientStream::new(inner), connection)
+    }
+
     impl Theirs {
         async fn open(address: &str, id: &str) -> Self {
-            let connection = Connection::connect(address).await.unwrap();
-            let request = ttrpc::Request {
-                service: SERVICE.to_owned(),
-                method: METHOD.to_owned(),
-                ..ttrpc::Request::default()
-            };
-            let inner = connection.new_stream(request, true, true).await.unwrap();
-            let (sender, receiver) = ClientStream::new(inner).split();
+            let (stream, connection) = connected(address).await;
+            let (sender, receiver) = stream.split();
             let mut theirs = Self(sender, receiver, connection);
             let init = encoded(|stream| stream.write_string(1, id)).unwrap();
             let name = "containerd.services.streaming.v1.StreamInit";
@@ -580,14 +585,7 @@ mod tests {
     #[tokio::test]
     async fn what_does_not_begin_with_an_id_is_no_stream() {
         let (streams, _server, address, _directory) = serving().await;
-        let connection = Connection::connect(&address).await.unwrap();
-        let request = ttrpc::Request {
-            service: SERVICE.to_owned(),
-            method: METHOD.to_owned(),
-            ..ttrpc::Request::default()
-        };
-        let inner = connection.new_stream(request, true, true).await.unwrap();
-        let mut stream = ClientStream::<Any, Any>::new(inner);
+        let (mut stream, _connection) = connected(&address).await;
         stream.send(&message("x", vec![0xff; 9])).await.unwrap();
         assert!(stream.recv().await.is_err());
         assert!(lock(&streams.waiting).is_empty());

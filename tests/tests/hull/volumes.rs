@@ -438,9 +438,14 @@ fn a_volume_holds_the_upper_directory_of_an_overlay() {
     assert_eq!(output, expected);
 }
 
+/// The volume with the program that prints the events of files.
+fn watch_mount() -> String {
+    format!("{}:/watch:ro", watch_program().display())
+}
+
 /// Starts a program in a container that prints the events of files in a volume.
 fn watcher(hull: &Hull, volume: &std::path::Path, files: &[&str]) -> Running {
-    let program = format!("{}:/watch:ro", watch_program().display());
+    let program = watch_mount();
     let volume = format!("{}:/v", volume.display());
     let mut watcher = hull
         .hull([
@@ -493,8 +498,7 @@ fn a_program_that_watches_a_volume_is_told_of_what_others_change(machine: &'stat
     )
     .ok();
     fs::write(in_volume("end"), "").unwrap();
-    let output = watcher.finish().ok();
-    let output = String::from_utf8_lossy(&output.stdout).into_owned();
+    let output = watcher.finish().ok().text();
 
     let told = |of: &str| told(&output, of);
     assert_eq!(
@@ -529,7 +533,7 @@ fn what_a_container_does_to_a_volume_is_told_in_another_one_of_its_machine() {
     let hull = Hull::new();
     let volume = hull.path("common");
     fs::create_dir(&volume).unwrap();
-    let program = format!("{}:/watch:ro", watch_program().display());
+    let program = watch_mount();
     let mount = format!("{}:/v", volume.display());
     let script = "/watch /v >/tmp/told; cat /tmp/told; sleep 1000";
     let watcher = hull.start(&["-v", &program, "-v", &mount], &["sh", "-c", script]);
@@ -583,8 +587,7 @@ fn a_volume_whose_link_is_replaced_tells_of_that_and_of_the_end_of_what_it_led_t
     fs::rename(in_volume("..data_tmp"), in_volume("..data")).unwrap();
     fs::remove_dir_all(in_volume("..1")).unwrap();
     fs::write(in_volume("end"), "").unwrap();
-    let output = watcher.finish().ok();
-    let output = String::from_utf8_lossy(&output.stdout).into_owned();
+    let output = watcher.finish().ok().text();
     assert_eq!(told(&output, "..data"), ["to"], "{output}");
     assert_eq!(told(&output, "..2"), ["directory-create"], "{output}");
     assert_eq!(told(&output, "..1"), ["directory-delete"], "{output}");
@@ -597,7 +600,7 @@ fn what_a_container_does_itself_is_told_once() {
     let hull = Hull::new();
     let volume = hull.path("own");
     fs::create_dir(&volume).unwrap();
-    let program = format!("{}:/watch:ro", watch_program().display());
+    let program = watch_mount();
     let mount = format!("{}:/v", volume.display());
     let script = "/watch /v >/tmp/told & until grep -q ready /tmp/told; do sleep 0.1; done
         echo x >/v/own; mv /v/own /v/moved; rm /v/moved; sleep 0.5; echo >/v/end; wait; cat /tmp/told";

@@ -210,7 +210,6 @@ impl Fs {
         if let Some(before) = before {
             before.finish(Err(Errno::NODEV));
         }
-        self.tell_events();
     }
 
     /// Answers the request for events, if there are any.

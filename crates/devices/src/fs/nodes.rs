@@ -428,7 +428,7 @@ impl Nodes {
     /// Whether a file that is open here has no name left.
     pub fn is_removed(&self, id: u64) -> bool {
         let fd = self.get(id).and_then(|node| node.fd.as_ref());
-        fd.is_some_and(|fd| stat_fd(fd).is_ok_and(|stat| stat.stx_nlink == 0))
+        fd.is_some_and(has_no_name)
     }
 
     /// Undoes [`Nodes::pin`]: the node's place is reliable after all.
@@ -576,6 +576,11 @@ pub fn device_of(stat: &Statx) -> u64 {
 /// The status of an open file.
 pub fn stat_fd(fd: impl AsFd) -> Result<Statx, Errno> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, STATUS)
+}
+
+/// Whether an open file has no name left.
+pub fn has_no_name(fd: impl AsFd) -> bool {
+    stat_fd(fd).is_ok_and(|stat| stat.stx_nlink == 0)
 }
 
 /// The status of `name` in `directory`, of the link itself if it is one.

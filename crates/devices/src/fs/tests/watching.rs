@@ -19,6 +19,12 @@ const ISDIR: u32 = libc::IN_ISDIR;
 type Event = (u64, u32, u32, String);
 
 impl Guest {
+    /// A directory that the host has made and the guest has looked up.
+    fn found(&mut self, root: u64, name: &str) -> u64 {
+        fs::create_dir(self.directory.path().join(name)).unwrap();
+        self.lookup(root, name).unwrap().node
+    }
+
     fn watch(&mut self, node: u64) {
         assert_eq!(self.call(wire::WATCH, node, &[]), Ok(Vec::new()));
     }
@@ -80,8 +86,7 @@ fn a_watched_directory_tells_of_its_files_in_order() {
 #[test]
 fn both_halves_of_a_move_have_one_cookie() {
     let (mut guest, root) = Guest::new(Cache::Shared);
-    fs::create_dir(guest.directory.path().join("directory")).unwrap();
-    let directory = guest.lookup(root, "directory").unwrap().node;
+    let directory = guest.found(root, "directory");
     fs::write(guest.directory.path().join("one"), "").unwrap();
     guest.watch(root);
     guest.watch(directory);
@@ -175,8 +180,7 @@ fn what_is_forgotten_or_removed_or_the_guests_own_is_not_watched() {
 #[test]
 fn events_that_are_too_many_become_one_for_each_watch() {
     let (mut guest, root) = Guest::new(Cache::Shared);
-    fs::create_dir(guest.directory.path().join("quiet")).unwrap();
-    let quiet = guest.lookup(root, "quiet").unwrap().node;
+    let quiet = guest.found(root, "quiet");
     guest.watch(root);
     guest.watch(quiet);
     let mut told = guest.told("i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo >file$i; done");
@@ -244,8 +248,7 @@ fn what_is_moved_out_of_the_share_is_told_no_more() {
 #[test]
 fn a_removed_directory_that_the_guest_has_used_tells_its_end() {
     let (mut guest, root) = Guest::new(Cache::Shared);
-    fs::create_dir(guest.directory.path().join("directory")).unwrap();
-    let directory = guest.lookup(root, "directory").unwrap().node;
+    let directory = guest.found(root, "directory");
     guest.watch(root);
     guest.watch(directory);
     // It is open in the device from here on.
@@ -258,8 +261,7 @@ fn a_removed_directory_that_the_guest_has_used_tells_its_end() {
 #[test]
 fn no_watch_outlives_what_the_guest_knows_and_no_request_comes_after_the_last() {
     let (mut guest, root) = Guest::new(Cache::Shared);
-    fs::create_dir(guest.directory.path().join("directory")).unwrap();
-    let directory = guest.lookup(root, "directory").unwrap().node;
+    let directory = guest.found(root, "directory");
     fs::write(guest.directory.path().join("directory/file"), "").unwrap();
     let file = guest.lookup(directory, "file").unwrap().node;
     guest.forget(directory, 1);

@@ -31,7 +31,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::handles::Handle;
-use super::nodes::{Nodes, ShareId, stat_at, stat_fd};
+use super::nodes::{Nodes, ShareId, has_no_name, stat_at};
 use super::server::{Server, Share};
 use super::slab::Slab;
 use super::wire::{self, Header, Input};
@@ -95,6 +95,11 @@ impl Files<'_> {
             .or_insert_with(|| nodes.is_reachable(node))
     }
 
+    /// Whether an event is told to a node: of others, or of what the guest did in another share.
+    fn is_told(&self, node: u64, is_own: bool) -> bool {
+        !is_own || (self.doer).is_some_and(|doer| self.nodes.share(node) != Ok(doer))
+    }
+
     /// Whether a directory has the name now.
     fn has_name(&mut self, directory: u64, name: &[u8]) -> bool {
         let Ok(name) = CString::new(name) else {
@@ -106,9 +111,7 @@ impl Files<'_> {
     /// Whether a file that is open here has no name left: the host does not tell of its end then.
     fn is_removed(&self, node: u64) -> bool {
         let is_removed = |handle: &Handle| match handle {
-            Handle::File(open) if open.node == node => {
-                stat_fd(&*open.file).is_ok_and(|stat| stat.stx_nlink == 0)
-            }
+            Handle::File(open) if open.node == node => has_no_name(&open.file),
             _ => false,
         };
         self.nodes.is_removed(node) || self.handles.iter().any(|(_, handle)| is_removed(handle))
@@ -253,14 +256,14 @@ impl Watches {
     /// The nodes of a file that an event is told to: all that are watched, but not in the share
     /// that the guest itself has used.
     fn audience(&self, file: &FileId, is_own: bool, files: &Files<'_>) -> Vec<u64> {
-        let nodes = self.by_file.get(file).map(|marked| &marked.nodes[..]);
-        let nodes = nodes.unwrap_or_default().iter().copied();
-        let is_other = |node: &u64| match (is_own, files.doer) {
-            (false, _) => true,
-            (true, Some(doer)) => files.nodes.share(*node) != Ok(doer),
-            (true, None) => false,
-        };
-        nodes.filter(is_other).collect()
+        let mut nodes = self.nodes_of(file);
+        nodes.retain(|node| files.is_told(*node, is_own));
+        nodes
+    }
+
+    fn nodes_of(&self, file: &FileId) -> Vec<u64> {
+        let marked = self.by_file.get(file);
+        marked.map_or_else(Vec::new, |marked| marked.nodes.clone())
     }
 
     fn told(&mut self, told: Told, files: &mut Files<'_>) {
@@ -318,14 +321,14 @@ impl Watches {
 
     /// An event of a file itself.
     fn told_of(&mut self, file: &FileId, mask: u64, is_own: bool, files: &mut Files<'_>) {
-        // Its end is told whoever has noticed it.
-        let is_over = mask & FAN_DELETE_SELF != 0;
-        for node in self.audience(file, is_own && !is_over, files) {
+        for node in self.nodes_of(file) {
+            // Its end is told whoever has noticed it.
+            let is_over = mask & FAN_DELETE_SELF != 0;
+            let mask = match files.is_told(node, is_own) {
+                true => mask & !FAN_DELETE_SELF,
+                false => 0,
+            };
             let ended = is_over || mask & FAN_ATTRIB != 0 && files.is_removed(node);
-            let mut mask = mask & !FAN_DELETE_SELF;
-            if is_own && !matches!(files.doer, Some(doer) if files.nodes.share(node) != Ok(doer)) {
-                mask = 0;
-            }
             let bits = STAYS.iter().chain(&[FAN_MOVE_SELF]);
             for bit in bits.filter(|bit| mask & **bit != 0) {
                 self.push(node, bit | mask & FAN_ONDIR, 0, b"");
