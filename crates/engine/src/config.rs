@@ -507,7 +507,6 @@ mod tests {
                 .iter()
                 .all(|origin| origin.place == "default")
         );
-        assert!(config.origins.len() <= 24);
     }
 
     #[test]
