@@ -45,7 +45,7 @@ pub use podman::Podman;
 pub use posix::{posix_results, program as posix_program};
 pub use programs::{
     many_echo_program, older_host_program, registers_program, shared_memory_program,
-    tcp_echo_program, udp_echo_program, watch_program,
+    tcp_echo_program, udp_echo_program, unix_client_program, watch_program,
 };
 pub use registry::{Fault, Registry};
 pub use runtime::Runtime;

@@ -44,6 +44,11 @@ pub fn watch_program() -> PathBuf {
     built("watch", "files/watch.c")
 }
 
+/// Connects to unix sockets (`tests/files/unix-client.c`).
+pub fn unix_client_program() -> PathBuf {
+    built("unix-client", "files/unix-client.c")
+}
+
 /// TCP echo server (`tests/network/tcp-echo.c`).
 pub fn tcp_echo_program() -> PathBuf {
     built("tcp-echo", "network/tcp-echo.c")

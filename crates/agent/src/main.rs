@@ -22,6 +22,7 @@ mod disks;
 mod events;
 mod given_files;
 mod hardening;
+mod host_sockets;
 mod hotplug;
 mod init;
 mod io;

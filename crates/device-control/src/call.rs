@@ -77,6 +77,11 @@ pub enum Call {
     },
     /// Ends all vsock connections and has the guest close its sockets (a transport reset).
     ResetStreams,
+    /// Finds the socket that a node of the fs device is. Answered by [`Event::Socket`].
+    FindSocket {
+        /// Number of the node, which the guest has chosen.
+        node: u64,
+    },
     /// Lets the guest connect to this port of the host. All others are refused.
     Listen {
         /// The port.
@@ -108,6 +113,11 @@ pub enum Event {
         id: u64,
         /// Reason of a failure; `None` on success.
         error: Option<String>,
+    },
+    /// A socket was found. The descriptor (`O_PATH`) is its file.
+    Socket {
+        /// Id of the request.
+        id: u64,
     },
     /// The guest connected to a port of the host. The descriptor is the stream of the connection.
     Incoming {

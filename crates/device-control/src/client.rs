@@ -21,8 +21,8 @@ const UNANSWERED: u64 = 0;
 /// First host-side port of streams, above the fixed ones.
 const FIRST_STREAM_PORT: u32 = 0x1_0000;
 
-/// Limit of the guest's connections that wait to be accepted. Further ones are closed.
-const MAX_INCOMING: usize = 4;
+/// Limit of the guest's connections to a port that wait to be accepted. Further ones are closed.
+const MAX_INCOMING: usize = 8;
 
 /// How long a request may take. Devices reply at once unless the machine, which their threads also
 /// serve, stalls them.
@@ -30,6 +30,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the opening of a stream may take: longer than the vsock device waits for a guest that
 /// boots, after which it replies by itself.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(90);
+
+const OPEN_STREAM: &str = "open a stream to the guest";
 
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,11 +81,25 @@ impl Error {
     }
 }
 
-/// Requests that wait for their reply; `None` once the device process has ended.
-type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Option<String>>>>>>;
+/// A reply of the device process.
+#[derive(Debug)]
+enum Answer {
+    Done,
+    Refused(String),
+    Socket(OwnedFd),
+}
 
-/// The guest's connections to ports of the host: port and stream.
-pub type Incoming = mpsc::Receiver<(u32, OwnedFd)>;
+/// Requests that wait for their reply.
+type Requests = HashMap<u64, oneshot::Sender<Answer>>;
+
+/// The same; `None` once the device process has ended.
+type Pending = Arc<Mutex<Option<Requests>>>;
+
+/// The guest's connections to one port of the host.
+pub type Incoming = mpsc::Receiver<OwnedFd>;
+
+/// Where the guest's connections go, by their port.
+type Ports = Vec<(u32, mpsc::Sender<OwnedFd>)>;
 
 /// A running device process. Every request but [`DeviceControl::drain`] fails with `TimedOut` when
 /// no reply comes.
@@ -97,7 +113,8 @@ pub struct DeviceControl {
 
 impl DeviceControl {
     /// Takes the control socket of a device process that was just started: configures its devices
-    /// and lets the guest connect to `ports` of the host.
+    /// and lets the guest connect to `ports` of the host. The connections of each come by
+    /// themselves.
     ///
     /// Called within a runtime, and before the machine is started, which may boot faster than the
     /// caller continues. Does not wait for the device process.
@@ -105,26 +122,31 @@ impl DeviceControl {
     /// # Errors
     /// `Gone` if the device process has ended, `Host` if the socket cannot be registered with the
     /// event loop.
-    pub fn start(
+    pub fn start<const N: usize>(
         socket: OwnedFd,
         setup: &Setup,
         descriptors: &[BorrowedFd<'_>],
-        ports: &[u32],
-    ) -> Result<(Self, Incoming), Error> {
+        ports: [u32; N],
+    ) -> Result<(Self, [Incoming; N]), Error> {
         let configure = "configure the device process";
         // The socket's buffer has room for these; otherwise blocking is fine.
         hull_ipc::send(&socket, setup, descriptors).map_err(Error::host(configure))?;
         for port in ports {
             let listen = Request {
                 id: UNANSWERED,
-                call: Call::Listen { port: *port },
+                call: Call::Listen { port },
             };
             hull_ipc::send(&socket, &listen, &[]).map_err(Error::host(configure))?;
         }
         let socket = Arc::new(Socket::new(socket).map_err(Error::host(configure))?);
         let pending = Pending::new(Mutex::new(Some(HashMap::new())));
-        let (sender, incoming) = mpsc::channel(MAX_INCOMING);
-        tokio::spawn(receive(socket.clone(), pending.clone(), sender));
+        let mut senders = Ports::with_capacity(N);
+        let incoming = ports.map(|port| {
+            let (sender, incoming) = mpsc::channel(MAX_INCOMING);
+            senders.push((port, sender));
+            incoming
+        });
+        tokio::spawn(receive(socket.clone(), pending.clone(), senders));
         let control = Self {
             socket,
             pending,
@@ -153,7 +175,7 @@ impl DeviceControl {
     ) -> Result<(), Error> {
         let answer = self.request(action.clone(), call, fd);
         match tokio::time::timeout(after, answer).await {
-            Ok(result) => result,
+            Ok(result) => result.map(drop),
             Err(_) => Err(Error::TimedOut { action, after }),
         }
     }
@@ -163,7 +185,7 @@ impl DeviceControl {
         action: String,
         call: Call,
         fd: Option<BorrowedFd<'_>>,
-    ) -> Result<(), Error> {
+    ) -> Result<Answer, Error> {
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         match &mut *lock(&self.pending) {
@@ -180,8 +202,8 @@ impl DeviceControl {
             return Err(Error::host(action)(error));
         }
         match answer.await {
-            Ok(None) => Ok(()),
-            Ok(Some(reason)) => Err(Error::Refused { action, reason }),
+            Ok(Answer::Refused(reason)) => Err(Error::Refused { action, reason }),
+            Ok(answer) => Ok(answer),
             Err(_) => Err(Error::Gone { action }),
         }
     }
@@ -274,7 +296,30 @@ impl DeviceControl {
     /// `Gone` if the device process has ended.
     pub async fn drain(&self) -> Result<(), Error> {
         let action = "wait for the guest's output".into();
-        self.request(action, Call::Drain, None).await
+        self.request(action, Call::Drain, None).await.map(drop)
+    }
+
+    /// Finds the socket that a node of the fs device is: its file (`O_PATH`). The guest names the
+    /// node, and the device process the file: neither says that the guest may connect to it.
+    ///
+    /// # Errors
+    /// `Refused` if the guest does not know such a node, or it is no socket; `Gone` if the device
+    /// process has ended.
+    pub async fn find_socket(&self, node: u64) -> Result<OwnedFd, Error> {
+        let action = "find a socket of the host";
+        let found = self.request(action.into(), Call::FindSocket { node }, None);
+        match tokio::time::timeout(CALL_TIMEOUT, found).await {
+            Ok(Ok(Answer::Socket(file))) => Ok(file),
+            Ok(Ok(_)) => Err(Error::Refused {
+                action: action.into(),
+                reason: "the device process has found none".into(),
+            }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::TimedOut {
+                action: action.into(),
+                after: CALL_TIMEOUT,
+            }),
+        }
     }
 
     /// Resets the streams of one port of the host: both ends see a connection failure.
@@ -318,16 +363,25 @@ impl DeviceControl {
     /// # Errors
     /// As [`DeviceControl::connect`].
     pub async fn open(&self, guest_port: u32) -> Result<(u32, OwnedFd), Error> {
-        let action = "open a stream to the guest";
+        let (ours, theirs) = StdStream::pair().map_err(Error::host(OPEN_STREAM))?;
+        let host_port = self.lead_to(theirs.as_fd(), guest_port).await?;
+        Ok((host_port, ours.into()))
+    }
+
+    /// Opens a stream from a port of the guest to whatever is connected with `stream`; returns the
+    /// port that the guest sees as its peer's.
+    ///
+    /// # Errors
+    /// As [`DeviceControl::connect`].
+    pub async fn lead_to(&self, stream: BorrowedFd<'_>, guest_port: u32) -> Result<u32, Error> {
         let host_port = self.next_port.fetch_add(1, Ordering::Relaxed);
-        let (ours, theirs) = StdStream::pair().map_err(Error::host(action))?;
         let call = Call::Connect {
             guest_port,
             host_port,
         };
-        self.call_within(CONNECT_TIMEOUT, action.into(), call, Some(theirs.as_fd()))
+        self.call_within(CONNECT_TIMEOUT, OPEN_STREAM.into(), call, Some(stream))
             .await?;
-        Ok((host_port, ours.into()))
+        Ok(host_port)
     }
 }
 
@@ -345,18 +399,16 @@ impl Drop for Forget<'_> {
     }
 }
 
-fn lock(
-    pending: &Pending,
-) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Option<String>>>>> {
+fn lock(pending: &Pending) -> MutexGuard<'_, Option<Requests>> {
     // Nothing panics while it is held, and the map is always valid.
     pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Receives events from the device process until it ends.
-async fn receive(socket: Arc<Socket>, pending: Pending, incoming: mpsc::Sender<(u32, OwnedFd)>) {
+async fn receive(socket: Arc<Socket>, pending: Pending, ports: Ports) {
     loop {
         match socket.receive::<Event>(EVENT_LIMITS).await {
-            Ok(Some(received)) => handle(received, &pending, &incoming),
+            Ok(Some(received)) => handle(received, &pending, &ports),
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 tracing::warn!("the device process sent an invalid message: {error}");
             }
@@ -371,30 +423,44 @@ async fn receive(socket: Arc<Socket>, pending: Pending, incoming: mpsc::Sender<(
     lock(&pending).take();
 }
 
-fn handle(received: Received<Event>, pending: &Pending, incoming: &mpsc::Sender<(u32, OwnedFd)>) {
+fn handle(received: Received<Event>, pending: &Pending, ports: &Ports) {
     match (received.message, received.fds.into_iter().next()) {
-        (Event::Reply { id, error }, _) => {
-            let caller = lock(pending)
-                .as_mut()
-                .and_then(|pending| pending.remove(&id));
-            match (caller, error) {
-                // The caller may have stopped waiting.
-                (Some(caller), error) => drop(caller.send(error)),
-                (None, Some(error)) => tracing::error!("the device process: {error}"),
-                (None, None) => {}
-            }
-        }
+        (Event::Reply { id, error: None }, _) => answer(pending, id, Answer::Done),
+        (
+            Event::Reply {
+                id,
+                error: Some(reason),
+            },
+            _,
+        ) => answer(pending, id, Answer::Refused(reason)),
+        (Event::Socket { id }, Some(file)) => answer(pending, id, Answer::Socket(file)),
         // Must be a stream: the device process's own end of this socket, for example, would keep
         // the connection open after its end.
         (Event::Incoming { port, .. }, Some(stream)) if is_stream(&stream) => {
             // A guest that keeps connecting must not exhaust this process.
-            if incoming.try_send((port, stream)).is_err() {
+            let taken = ports
+                .iter()
+                .find(|(listening, _)| *listening == port)
+                .is_some_and(|(_, incoming)| incoming.try_send(stream).is_ok());
+            if !taken {
                 tracing::debug!("refused a further connection of the guest to port {port}");
             }
         }
-        (Event::Incoming { .. }, _) => {
-            tracing::warn!("the device process announced a connection without its stream");
+        (Event::Socket { .. } | Event::Incoming { .. }, _) => {
+            tracing::warn!("the device process sent a message without its descriptor");
         }
+    }
+}
+
+fn answer(pending: &Pending, id: u64, answer: Answer) {
+    let caller = lock(pending)
+        .as_mut()
+        .and_then(|pending| pending.remove(&id));
+    match (caller, answer) {
+        // The caller may have stopped waiting.
+        (Some(caller), answer) => drop(caller.send(answer)),
+        (None, Answer::Refused(reason)) => tracing::error!("the device process: {reason}"),
+        (None, _) => {}
     }
 }
 
@@ -418,7 +484,7 @@ mod tests {
             devices: vec![DeviceConfig::Fs],
         };
         let fds = [theirs.as_fd()];
-        let (control, incoming) = DeviceControl::start(ours, &setup, &fds, &[7]).unwrap();
+        let (control, [incoming]) = DeviceControl::start(ours, &setup, &fds, [7]).unwrap();
         let first = theirs
             .receive::<Setup>(SETUP_LIMITS)
             .await
@@ -488,10 +554,16 @@ mod tests {
         };
         theirs.send(&port, &[]).await.unwrap();
         theirs.send(&port, &[theirs.as_fd()]).await.unwrap();
+        theirs.send(&Event::Socket { id: 2 }, &[]).await.unwrap();
         let (stream, _end) = StdStream::pair().unwrap();
         for _ in 0..2 * MAX_INCOMING {
             theirs.send(&port, &[stream.as_fd()]).await.unwrap();
         }
+        let other = Event::Incoming {
+            port: 8,
+            guest_port: 1,
+        };
+        theirs.send(&other, &[stream.as_fd()]).await.unwrap();
         let device_process = async {
             let drain = request(&theirs).await;
             reply(&theirs, drain.message.id, None).await;
@@ -499,9 +571,31 @@ mod tests {
         let (drained, ()) = tokio::join!(control.drain(), device_process);
         assert_eq!(drained, Ok(()));
         for _ in 0..MAX_INCOMING {
-            assert_eq!(incoming.recv().await.unwrap().0, 7);
+            incoming.recv().await.unwrap();
         }
         assert!(incoming.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_socket_comes_with_its_file() {
+        let (control, _incoming, theirs) = started().await;
+        let (file, _end) = StdStream::pair().unwrap();
+        let device_process = async {
+            let find = request(&theirs).await;
+            assert_eq!(find.message.call, Call::FindSocket { node: 5 });
+            let found = Event::Socket {
+                id: find.message.id,
+            };
+            theirs.send(&found, &[file.as_fd()]).await.unwrap();
+            reply(&theirs, request(&theirs).await.message.id, None).await;
+        };
+        let asking = async {
+            let file = control.find_socket(5).await.unwrap();
+            assert!(is_stream(&file));
+            // A reply without what was asked for.
+            control.find_socket(6).await.unwrap_err();
+        };
+        tokio::join!(asking, device_process);
     }
 
     #[tokio::test]

@@ -53,6 +53,20 @@ pub const ENDED_REPLAY: usize = 1 << 20;
 /// a terminal.
 pub const STREAM_PORT: u32 = 1025;
 
+/// vsock port of the host that the agent dials for each connection of the guest to a socket of the
+/// host. The agent sends a [`SocketRequest`], and the host a [`SocketAnswer`], which ends it.
+pub const SOCKETS_PORT: u32 = 1026;
+
+/// Most connections of a guest to sockets of the host at a time.
+pub const MAX_HOST_CONNECTIONS: usize = 256;
+
+/// Most of them that wait for the host's answer.
+pub const MAX_SOCKET_REQUESTS: usize = 8;
+
+/// How long the host may take for its answer. The guest's kernel waits longer
+/// (`UNIX_HOST_TIMEOUT`, net/unix/af_unix.c as patched).
+pub const SOCKET_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// vsock context id of the host, as every guest sees it (`VMADDR_CID_HOST`, linux/vm_sockets.h).
 pub const HOST_CID: u32 = 2;
 
@@ -140,9 +154,125 @@ impl NameHeader {
     }
 }
 
+/// Which socket of the host a process of the guest connects to, and as whom. Little endian.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketRequest {
+    /// The socket's node in the fs device.
+    pub node: u64,
+    /// The process's effective user.
+    pub uid: u32,
+    /// Its effective group.
+    pub gid: u32,
+    /// Its supplementary groups, at most [`SocketRequest::MAX_GROUPS`].
+    pub groups: Vec<u32>,
+}
+
+impl SocketRequest {
+    /// Length of what stands before the groups; the last four bytes are their number.
+    pub const HEAD: usize = 20;
+    /// Most groups.
+    pub const MAX_GROUPS: usize = 64;
+
+    /// As it travels. Groups above the limit are left out.
+    pub fn encode(&self) -> Vec<u8> {
+        let groups = &self.groups[..self.groups.len().min(Self::MAX_GROUPS)];
+        let mut bytes = Vec::with_capacity(Self::HEAD + 4 * groups.len());
+        bytes.extend(self.node.to_le_bytes());
+        // The limit fits.
+        let count = groups.len() as u32;
+        for number in [self.uid, self.gid, count].iter().chain(groups) {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// Reads what stands before the groups, and the number of these; `None` if they are too many.
+    pub fn decode(head: [u8; Self::HEAD]) -> Option<(Self, usize)> {
+        let (node, rest) = head.split_first_chunk()?;
+        let mut numbers = Self::numbers(rest);
+        let (uid, gid) = (numbers.next()?, numbers.next()?);
+        let count = usize::try_from(numbers.next()?).ok()?;
+        let request = Self {
+            node: u64::from_le_bytes(*node),
+            uid,
+            gid,
+            groups: Vec::new(),
+        };
+        (count <= Self::MAX_GROUPS).then_some((request, count))
+    }
+
+    /// Numbers as they travel.
+    pub fn numbers(bytes: &[u8]) -> impl Iterator<Item = u32> {
+        bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|four| u32::from_le_bytes(*four))
+    }
+}
+
+/// Whether the host has connected. Little endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketAnswer {
+    /// The port from which the connection comes to [`STREAM_PORT`]. Not 0.
+    Connected(u32),
+    /// The error of connect(2) on the host, errno(3). Not 0.
+    Refused(u32),
+}
+
+impl SocketAnswer {
+    /// Length of an answer.
+    pub const LENGTH: usize = 8;
+
+    /// As it travels.
+    pub fn encode(self) -> [u8; Self::LENGTH] {
+        let (port, error) = match self {
+            Self::Connected(port) => (port, 0),
+            Self::Refused(error) => (0, error),
+        };
+        let ([a, b, c, d], [e, f, g, h]) = (port.to_le_bytes(), error.to_le_bytes());
+        [a, b, c, d, e, f, g, h]
+    }
+
+    /// Reads an answer.
+    pub fn decode([a, b, c, d, e, f, g, h]: [u8; Self::LENGTH]) -> Self {
+        match u32::from_le_bytes([a, b, c, d]) {
+            0 => Self::Refused(u32::from_le_bytes([e, f, g, h])),
+            port => Self::Connected(port),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_request_for_a_socket_and_its_answer_are_what_they_were() {
+        let mut request = SocketRequest {
+            node: 7 << 40,
+            uid: 1000,
+            gid: u32::MAX,
+            groups: vec![4, 5, 1 << 31],
+        };
+        let bytes = request.encode();
+        let (head, rest) = bytes.split_first_chunk().unwrap();
+        let (mut decoded, count) = SocketRequest::decode(*head).unwrap();
+        decoded.groups = SocketRequest::numbers(rest).collect();
+        assert_eq!((&decoded, count), (&request, 3));
+
+        request.groups = vec![1; SocketRequest::MAX_GROUPS + 1];
+        let length = SocketRequest::HEAD + 4 * SocketRequest::MAX_GROUPS;
+        assert_eq!(request.encode().len(), length);
+        let mut head = *head;
+        head[16] = 65;
+        assert_eq!(SocketRequest::decode(head), None);
+
+        for answer in [SocketAnswer::Connected(1 << 16), SocketAnswer::Refused(111)] {
+            assert_eq!(SocketAnswer::decode(answer.encode()), answer);
+        }
+    }
 
     #[test]
     fn a_header_of_a_question_is_what_it_was() {

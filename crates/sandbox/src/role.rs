@@ -96,10 +96,13 @@ fn restrict() -> Result<()> {
         | CapabilitySet::KILL // they have users of their own
         // Removes writable layers, whose files are anybody's (`--rm`).
         | CapabilitySet::DAC_OVERRIDE
-        | CapabilitySet::FOWNER;
+        | CapabilitySet::FOWNER
+        // Connects to sockets of the host as the guest's users.
+        | CapabilitySet::SETUID
+        | CapabilitySet::SETGID;
     if rootless::in_user_namespace() {
         // pasta drops privileges by itself.
-        keep |= CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::SETPCAP;
+        keep |= CapabilitySet::SETPCAP;
     }
     hull_jail::restrict_supervisor("the sandbox process", keep)
         .map_err(|error| Error::new(error.to_string()))

@@ -27,9 +27,10 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::events::{Event, EventKind};
 use crate::guest::boot::{EXIT_GRACE, MACHINE_EXIT_GRACE};
 use crate::guest::processes::{Disk, Guest, MachineHandle};
-use crate::guest::{Agent, Devices, Incoming};
+use crate::guest::{Agent, Devices, Dials};
 use crate::network::{self, Nets};
 use crate::shares;
+use crate::shares::sockets::Sockets;
 use crate::store::{
     EXIT_SANDBOX_FAILED, Exit, HostProcesses, SandboxDir, SandboxPath, unix_time_ns,
 };
@@ -63,6 +64,7 @@ pub(crate) struct Inner {
     containers: Mutex<Containers>,
     /// The mounts of shares that become read-only with the creation of their container, by name.
     unsealed: Mutex<BTreeMap<String, OwnedFd>>,
+    pub sockets: Sockets,
     addresses: Mutex<Vec<IpAddr>>,
     changed: Notify,
     events: broadcast::Sender<Event>,
@@ -221,7 +223,7 @@ impl Sandbox {
         }
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
-        let (guest, incoming) = Guest::start(dir.path(), &config.machine, disks)?;
+        let (guest, dials) = Guest::start(dir.path(), &config.machine, disks)?;
         let processes = guest.processes();
         started()?;
         if config.core_scheduling {
@@ -233,9 +235,7 @@ impl Sandbox {
             cgroup::machine::confine(&cgroup, &bounds, &directory, processes)
         });
         timings.step("start device process and machine", begin);
-        Ok(Self::around(
-            config, dir, guest, incoming, confining, timings,
-        ))
+        Ok(Self::around(config, dir, guest, dials, confining, timings))
     }
 
     /// A sandbox whose guest has been started, and whose processes are being put into control
@@ -244,7 +244,7 @@ impl Sandbox {
         config: SandboxConfig,
         dir: SandboxDir,
         guest: Guest,
-        incoming: Incoming,
+        dials: Dials,
         confining: JoinHandle<Result<()>>,
         timings: Timings,
     ) -> Sandbox {
@@ -264,6 +264,7 @@ impl Sandbox {
             unread: watch::Sender::new(false),
             containers: Mutex::default(),
             unsealed: Mutex::default(),
+            sockets: Sockets::default(),
             addresses: Mutex::default(),
             changed: Notify::new(),
             events: broadcast::Sender::new(EVENTS_AHEAD),
@@ -273,13 +274,7 @@ impl Sandbox {
         }));
         // Until the caller has said what it wants.
         let hold = sandbox.hold();
-        tokio::spawn(run::run(
-            sandbox.clone(),
-            guest,
-            incoming,
-            confining,
-            config,
-        ));
+        tokio::spawn(run::run(sandbox.clone(), guest, dials, confining, config));
         drop(hold);
         sandbox
     }
@@ -366,6 +361,10 @@ impl Sandbox {
                 true => Some(mount.try_clone().context(|| "keep the mount of a share")?),
                 false => None,
             };
+            if share.is_file {
+                let looked = self.0.sockets.add(&share.name, &mount);
+                looked.context(|| format!("share {}", share.name))?;
+            }
             let added = shares::add(&self.0.devices, self.path(), share, mount).await;
             if let Err(error) = added {
                 // Shares are added while the guest boots: there may be no agent yet.
@@ -381,6 +380,7 @@ impl Sandbox {
     /// Takes shares away that no container uses.
     pub async fn remove_shares(&self, names: &[String]) {
         self.unsealed().retain(|name, _| !names.contains(name));
+        self.0.sockets.remove(names);
         shares::remove(&self.0.devices, self.path(), names).await;
     }
 

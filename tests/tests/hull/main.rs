@@ -16,6 +16,7 @@ mod ps_logs;
 mod rootless;
 mod run;
 mod seccomp;
+mod sockets;
 mod stopped;
 mod terminal;
 mod volumes;

@@ -5,11 +5,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -144,9 +145,48 @@ impl Connection {
         rustix::net::sockopt::socket_error(&self.socket)??;
         Ok(())
     }
+
+    /// Whether the other side is gone, and not only done with sending.
+    pub fn hung_up(&self) -> bool {
+        let mut poll = [PollFd::new(self.socket.get_ref(), PollFlags::empty())];
+        let polled = rustix::event::poll(&mut poll, Some(&Timespec::default()));
+        polled.is_ok()
+            && poll[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR)
+    }
 }
 
 impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        pin!(&*self).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        pin!(&*self).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        pin!(&*self).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        pin!(&*self).poll_shutdown(cx)
+    }
+}
+
+/// Reading and writing at the same time, by one task each or one for both.
+impl AsyncRead for &Connection {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -178,7 +218,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for &Connection {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

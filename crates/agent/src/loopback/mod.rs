@@ -16,14 +16,19 @@ mod port_forward;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hull_protocol::MAX_FORWARDS;
 use tokio::sync::Semaphore;
 use ttrpc::Code;
 
+use crate::io::carry::{HalfClosed, carry};
 use crate::io::vsock::Connection;
 use crate::network::ip_address;
 use crate::rpc::status::{Failure, Result};
+
+/// A forwarded connection may be idle for so long once one direction has ended.
+const HALF_CLOSED: HalfClosed = HalfClosed::Idle(Duration::from_secs(300));
 
 /// See the module. One per guest.
 pub struct Loopback {
@@ -57,7 +62,7 @@ impl Loopback {
         let server = port_forward::connect(to).await.map_err(failed)?;
         let host = connection(stream).map_err(failed)?;
         tokio::spawn(async move {
-            port_forward::carry(host, server).await;
+            carry(host, server, HALF_CLOSED).await;
             drop(place);
         });
         Ok(())

@@ -1,15 +1,12 @@
-//! One connection that is forwarded: to a server at one of the guest's addresses, and both ways
-//! from then on. Called by `Loopback`. Bounded in memory, and in time once one side has ended.
+//! The connection to a server at one of the guest's addresses that a forwarded one leads to. Called
+//! by `Loopback`.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect as begin, socket_with};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::time::timeout;
 
 use super::connection;
@@ -17,12 +14,6 @@ use crate::io::vsock::Connection;
 
 /// Time limit for connecting to a server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long a connection may be idle once one direction has ended.
-const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(300);
-
-/// Largest piece moved at once.
-const PIECE: usize = 16 * 1024;
 
 /// Connects to a server. For 127.0.0.1 and ::1 the other one is tried if nothing listens.
 pub async fn connect(to: SocketAddr) -> io::Result<Connection> {
@@ -63,53 +54,10 @@ async fn dial(address: SocketAddr) -> io::Result<Connection> {
     Ok(socket)
 }
 
-/// Relays both directions until both have ended, or one has failed.
-pub async fn carry(one: Connection, other: Connection) {
-    let (from_one, to_one) = split(one);
-    let (from_other, to_other) = split(other);
-    let half = AtomicBool::new(false);
-    // A failure is for the peers: they see a connection that ends.
-    let _ = tokio::try_join!(
-        pass(from_one, to_other, &half),
-        pass(from_other, to_one, &half)
-    );
-}
-
-async fn pass(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    half: &AtomicBool,
-) -> io::Result<()> {
-    let mut piece = vec![0; PIECE];
-    loop {
-        let length = moving(from.read(&mut piece), half).await?;
-        if length == 0 {
-            break;
-        }
-        moving(to.write_all(&piece[..length]), half).await?;
-    }
-    half.store(true, Ordering::Relaxed);
-    to.shutdown().await
-}
-
-/// Waits for a step: without limit while both directions are open.
-async fn moving<T>(step: impl Future<Output = io::Result<T>>, half: &AtomicBool) -> io::Result<T> {
-    let mut step = pin!(step);
-    loop {
-        match timeout(HALF_CLOSED_TIMEOUT, step.as_mut()).await {
-            Ok(done) => return done,
-            Err(_elapsed) if half.load(Ordering::Relaxed) => return Err(Errno::TIMEDOUT.into()),
-            Err(_elapsed) => {}
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::io::{Read, Write};
-    use std::net::{Shutdown, TcpListener};
-    use std::os::unix::net::UnixStream;
+    use std::net::TcpListener;
 
     use super::*;
 
@@ -156,55 +104,6 @@ mod tests {
             // TEST-NET-1
             let error = connect(([192, 0, 2, 1], 80).into()).await.err().unwrap();
             assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);
-        });
-    }
-
-    #[test]
-    fn both_ways_are_carried_and_each_ends_by_itself() {
-        const LENGTH: usize = 1 << 20;
-        run(async {
-            let server = TcpListener::bind("127.0.0.1:0").unwrap();
-            let (ours, mut host) = UnixStream::pair().unwrap();
-            ours.set_nonblocking(true).unwrap();
-            let reached = reach(&server, false).await.unwrap();
-            let carrier = tokio::spawn(carry(connection(ours.into()).unwrap(), reached));
-            let serving = std::thread::spawn(move || {
-                let (mut stream, _) = server.accept().unwrap();
-                let mut question = Vec::new();
-                stream.read_to_end(&mut question).unwrap();
-                assert_eq!(question.len(), LENGTH);
-                stream.write_all(&question).unwrap();
-            });
-            let asking = std::thread::spawn(move || {
-                let question: Vec<u8> = (0..=250u8).cycle().take(LENGTH).collect();
-                host.write_all(&question).unwrap();
-                host.shutdown(Shutdown::Write).unwrap();
-                let mut answer = Vec::new();
-                host.read_to_end(&mut answer).unwrap();
-                assert!(answer == question);
-            });
-            carrier.await.unwrap();
-            serving.join().unwrap();
-            asking.join().unwrap();
-        });
-    }
-
-    #[test]
-    fn who_goes_away_takes_the_other_along() {
-        run(async {
-            let server = TcpListener::bind("127.0.0.1:0").unwrap();
-            let (ours, host) = UnixStream::pair().unwrap();
-            ours.set_nonblocking(true).unwrap();
-            let reached = reach(&server, false).await.unwrap();
-            let carrier = tokio::spawn(carry(connection(ours.into()).unwrap(), reached));
-            let (mut stream, _) = server.accept().unwrap();
-            drop(host);
-            let talking = std::thread::spawn(move || {
-                // Until writing fails because the reader is gone.
-                while stream.write_all(&[0; 4096]).is_ok() {}
-            });
-            carrier.await.unwrap();
-            talking.join().unwrap();
         });
     }
 }

@@ -32,6 +32,7 @@ use crate::container::{Child, Container, CreateError, PendingChild, RawArgs};
 use crate::disks::Disks;
 use crate::events::Events;
 use crate::given_files::GivenFiles;
+use crate::host_sockets::HostSockets;
 use crate::io::pipes::Pipes;
 use crate::io::reactor;
 use crate::io::relay::EndedOutputs;
@@ -61,6 +62,7 @@ pub struct Service {
     given_files: GivenFiles,
     network: Mutex<Network>,
     loopback: Loopback,
+    host_sockets: HostSockets,
     sequence: AtomicU64,
 }
 
@@ -94,6 +96,7 @@ impl Service {
             given_files: GivenFiles::default(),
             network: Mutex::new(Network::hiding()),
             loopback: Loopback::default(),
+            host_sockets: HostSockets::default(),
             sequence: AtomicU64::new(0),
         }
     }
@@ -107,6 +110,9 @@ impl Service {
             _memory: self.shared_memory.provide(&mut spec)?,
             _files: self.given_files.provide(id, &request.files, &mut spec)?,
         };
+        if request.host_sockets {
+            self.host_sockets.listen(&self.streams)?;
+        }
         let terminal = spec
             .process()
             .as_ref()

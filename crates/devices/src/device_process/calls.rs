@@ -1,12 +1,12 @@
 //! Requests of the sandbox: which device each of them goes to, and its reply.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use hull_device_control::{Call, Event, Request};
 
 use super::{DiskSlot, Ended, NetSlot, report};
-use crate::fs::Shares;
+use crate::fs::{ShareError, Shares};
 use crate::vsock::Handle as VsockHandle;
 
 const NO_FS: &str = "this device process has no fs device";
@@ -40,6 +40,17 @@ impl Reply {
         report(&self.control, &event, None);
     }
 
+    /// For a request for a socket.
+    fn on_socket(self) -> Box<dyn FnOnce(Result<Arc<OwnedFd>, ShareError>) + Send> {
+        Box::new(move |found| match found {
+            Ok(file) => {
+                let event = Event::Socket { id: self.id };
+                report(&self.control, &event, Some(file.as_fd()));
+            }
+            Err(error) => self.send(Err(error.to_string())),
+        })
+    }
+
     /// For a request to which a device replies with a result.
     fn on_result<E: std::fmt::Display>(self) -> Box<dyn FnOnce(Result<(), E>) + Send> {
         Box::new(move |result| self.send(result.map_err(|error| error.to_string())))
@@ -67,6 +78,10 @@ pub fn serve(
         },
         Call::RemoveShare { name } => match &targets.shares {
             Some(shares) => shares.remove(&name, reply.on_result()),
+            None => reply.send(unavailable(NO_FS)),
+        },
+        Call::FindSocket { node } => match &targets.shares {
+            Some(shares) => shares.find_socket(node, reply.on_socket()),
             None => reply.send(unavailable(NO_FS)),
         },
         Call::AttachNet { device, options } => {

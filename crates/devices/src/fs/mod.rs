@@ -11,7 +11,8 @@
 //!
 //! - Nothing outside a share is ever reached: every step takes one name, links are not followed,
 //!   `..` is refused. Whether a share is read-only is a property of the host mount.
-//! - Only regular files and directories are opened: no device, pipe or socket.
+//! - Only regular files and directories are opened: no device, pipe or socket. Which file a socket
+//!   is can be asked for by the sandbox, which decides whether the guest is connected with it.
 //! - The guest's kernel checks permissions; the host does not check them again: see
 //!   [`credentials`].
 //! - What the guest can make this process hold is bounded: files it knows ([`nodes`]), files it has
@@ -88,6 +89,9 @@ pub enum ShareError {
     /// The device has not taken earlier commands yet, or has stopped.
     #[error("the fs device does not take commands")]
     Busy,
+    /// The node is not a socket.
+    #[error("not a socket")]
+    NotSocket,
     /// The host refused.
     #[error("{0}")]
     Host(Errno),
@@ -100,23 +104,19 @@ impl From<Errno> for ShareError {
             Errno::NOENT => Self::Missing,
             Errno::INVAL => Self::Name,
             Errno::NOTDIR => Self::NotDirectory,
+            Errno::NOTSOCK => Self::NotSocket,
             other => Self::Host(other),
         }
     }
 }
 
 /// Called with the result of a command, on the device's thread or the caller's own.
-pub type Done = Box<dyn FnOnce(Result<(), ShareError>) + Send>;
+pub type Done<T = ()> = Box<dyn FnOnce(Result<T, ShareError>) + Send>;
 
-enum Change {
-    Add(OwnedFd, Cache),
-    Remove,
-}
-
-struct Command {
-    name: String,
-    change: Change,
-    done: Done,
+enum Command {
+    Add(String, OwnedFd, Cache, Done),
+    Remove(String, Done),
+    FindSocket(u64, Done<Arc<OwnedFd>>),
 }
 
 /// Adds and removes shares of an fs device that runs on another thread.
@@ -129,20 +129,20 @@ pub struct Shares {
 impl Shares {
     /// Adds `directory` (`O_PATH` is enough) to the device's root.
     pub fn add(&self, name: &str, directory: OwnedFd, cache: Cache, done: Done) {
-        self.command(name, Change::Add(directory, cache), done);
+        self.command(Command::Add(name.to_owned(), directory, cache, done));
     }
 
     /// Removes a share, and closes every descriptor on it before `done` is called.
     pub fn remove(&self, name: &str, done: Done) {
-        self.command(name, Change::Remove, done);
+        self.command(Command::Remove(name.to_owned(), done));
     }
 
-    fn command(&self, name: &str, change: Change, done: Done) {
-        let command = Command {
-            name: name.to_owned(),
-            change,
-            done,
-        };
+    /// Finds the socket that a node is: its file (`O_PATH`).
+    pub fn find_socket(&self, node: u64, done: Done<Arc<OwnedFd>>) {
+        self.command(Command::FindSocket(node, done));
+    }
+
+    fn command(&self, command: Command) {
         match self.commands.try_send(command) {
             Ok(()) => {
                 if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
@@ -150,9 +150,13 @@ impl Shares {
                     tracing::debug!(%error, "fs event descriptor");
                 }
             }
-            Err(TrySendError::Full(command) | TrySendError::Disconnected(command)) => {
-                (command.done)(Err(ShareError::Busy));
-            }
+            Err(TrySendError::Full(command) | TrySendError::Disconnected(command)) => match command
+            {
+                Command::Add(_, _, _, done) | Command::Remove(_, done) => {
+                    done(Err(ShareError::Busy));
+                }
+                Command::FindSocket(_, done) => done(Err(ShareError::Busy)),
+            },
         }
     }
 }
@@ -228,11 +232,18 @@ impl Fs {
     }
 
     fn obey(&mut self, command: Command) {
-        let result = match command.change {
-            Change::Add(directory, cache) => self.server.add_share(&command.name, directory, cache),
-            Change::Remove => self.server.remove_share(&command.name),
-        };
-        (command.done)(result.map_err(ShareError::from));
+        let server = &mut self.server;
+        match command {
+            Command::Add(name, directory, cache, done) => {
+                done(
+                    server
+                        .add_share(&name, directory, cache)
+                        .map_err(Into::into),
+                );
+            }
+            Command::Remove(name, done) => done(server.remove_share(&name).map_err(Into::into)),
+            Command::FindSocket(node, done) => done(server.find_socket(node).map_err(Into::into)),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hull_device_control::Cache;
-use rustix::fs::{Mode, OFlags, Statx};
+use rustix::fs::{FileType, Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::credentials::Credentials;
@@ -220,6 +220,14 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// The file (`O_PATH`) of a node that is a socket.
+    pub fn find_socket(&mut self, node: u64) -> Result<Arc<OwnedFd>, Errno> {
+        match self.nodes.kind(node)? {
+            FileType::Socket => self.nodes.open(node),
+            _ => Err(Errno::NOTSOCK),
+        }
     }
 
     /// The driver has reset the device: the next one starts without files.

@@ -91,7 +91,10 @@ impl Guest {
         (guest, root)
     }
 
-    pub fn change(&mut self, start: impl FnOnce(&Shares, Done)) -> Result<(), ShareError> {
+    pub fn change<T: Send + 'static>(
+        &mut self,
+        start: impl FnOnce(&Shares, Done<T>),
+    ) -> Result<T, ShareError> {
         let (sender, receiver) = channel();
         start(
             &self.shares,
@@ -506,6 +509,33 @@ fn removed_files_with_other_names_are_found() {
         guest.mkdir(made.node, "inner").unwrap();
     }
     assert_eq!(guest.getattr(file.node), Ok(file.inode));
+}
+
+#[test]
+fn a_socket_is_found_by_its_node_and_nothing_else_is() {
+    let (mut guest, root) = Guest::new(Cache::Shared);
+    let socket = guest.directory.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    fs::write(guest.directory.path().join("file"), "").unwrap();
+    let node = guest.lookup(root, "socket").unwrap().node;
+    let file = guest.lookup(root, "file").unwrap().node;
+    let mut find = |node| guest.change(|shares, done| shares.find_socket(node, done));
+    let found = find(node).unwrap();
+    let stat = rustix::fs::fstat(&*found).unwrap();
+    assert_eq!(stat.st_ino, fs::metadata(&socket).unwrap().ino());
+    for other in [file, root] {
+        assert_eq!(find(other).unwrap_err(), ShareError::NotSocket);
+    }
+    for unknown in [0, wire::ROOT, u64::MAX, node + 100] {
+        let refused = find(unknown).unwrap_err();
+        assert_eq!(refused, ShareError::Host(Errno::STALE));
+    }
+    // Another file took its name.
+    fs::remove_file(&socket).unwrap();
+    fs::write(&socket, "").unwrap();
+    drop(found);
+    let found = find(node).map(|found| rustix::fs::fstat(&*found).unwrap().st_ino);
+    assert!(found.is_err() || found == Ok(stat.st_ino));
 }
 
 #[test]

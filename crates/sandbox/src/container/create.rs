@@ -14,6 +14,7 @@ use crate::config::{ContainerConfig, Stdio, TerminalSize};
 use crate::control::protocol::AttachOptions;
 use crate::error::{Context, Error, Result};
 use crate::events::EventKind;
+use crate::guest::agent::NewContainer;
 use crate::guest::hub::{Carriers, Hub};
 use crate::guest::streams;
 use crate::log;
@@ -112,14 +113,15 @@ impl Sandbox {
             .await?;
         let spec = spec.get().as_bytes().to_vec();
         let unsealed = self.take_unsealed(&shares);
-        let creating = ready.agent.create(
-            &config.id,
-            spec,
-            config.raw,
-            config.files,
-            ports,
-            config.start && unsealed.is_empty(),
-        );
+        let creating = ready.agent.create(NewContainer {
+            id: &config.id,
+            spec_json: spec,
+            raw: config.raw,
+            files: config.files,
+            streams: ports,
+            host_sockets: self.0.sockets.are_among(&shares),
+            start: config.start && unsealed.is_empty(),
+        });
         let init = timings.measure("create the container", creating).await?;
         if !unsealed.is_empty()
             && let Err(error) = seal(&ready, &config.id, config.start, &unsealed).await

@@ -104,6 +104,19 @@ pub(crate) fn address_bytes(address: &IpAddr) -> Vec<u8> {
     }
 }
 
+/// A container that the agent is to create: see `CreateContainerRequest` in `agent.proto`.
+#[derive(Debug)]
+pub struct NewContainer<'a> {
+    pub id: &'a str,
+    pub spec_json: Vec<u8>,
+    pub raw: RawArgs,
+    /// Name and content.
+    pub files: Vec<(String, String)>,
+    pub streams: StreamPorts,
+    pub host_sockets: bool,
+    pub start: bool,
+}
+
 impl Agent {
     /// Waits until the agent dials home.
     ///
@@ -229,23 +242,16 @@ impl Agent {
     /// # Errors
     /// `CommandNotFound` and `NotExecutable` for its command; `InvalidArgument` for a spec that the
     /// agent refuses.
-    pub async fn create(
-        &self,
-        container: &str,
-        spec_json: Vec<u8>,
-        raw: RawArgs,
-        files: Vec<(String, String)>,
-        streams: StreamPorts,
-        start: bool,
-    ) -> Result<u32> {
+    pub async fn create(&self, container: NewContainer<'_>) -> Result<u32> {
         let request = &proto::CreateContainerRequest {
-            container_id: container.into(),
-            spec_json,
-            streams: streams.message(),
-            start,
-            raw_args: raw.args,
-            raw_env: raw.env,
-            files: files.into_iter().map(given_file).collect(),
+            container_id: container.id.into(),
+            spec_json: container.spec_json,
+            streams: container.streams.message(),
+            start: container.start,
+            raw_args: container.raw.args,
+            raw_env: container.raw.env,
+            files: container.files.into_iter().map(given_file).collect(),
+            host_sockets: container.host_sockets,
             ..Default::default()
         };
         self.change(Some(SLOW_TIMEOUT), |client, context| async move {

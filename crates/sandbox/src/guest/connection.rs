@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hull_protocol::agent as proto;
-use hull_protocol::{AGENT_PORT, CALL_ID_KEY, MAX_CALLS, PROTOCOL_VERSION};
+use hull_protocol::{CALL_ID_KEY, MAX_CALLS, PROTOCOL_VERSION};
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
@@ -106,7 +106,8 @@ impl Connection {
     /// # Errors
     /// `GuestFailed` when the device process ends before.
     pub async fn establish(mut incoming: Incoming) -> Result<Self> {
-        let stream = next(&mut incoming)
+        let stream = incoming
+            .recv()
             .await
             .ok_or_else(|| Error::guest("the device process has ended"))?;
         let (sender, state) = watch::channel(State::Up(Up::new(1, stream)?));
@@ -209,22 +210,12 @@ pub fn unanswered() -> Error {
     Error::guest("the agent in the guest does not answer")
 }
 
-/// The next connection to the agent's port.
-async fn next(incoming: &mut Incoming) -> Option<OwnedFd> {
-    loop {
-        match incoming.recv().await? {
-            (AGENT_PORT, stream) => return Some(stream),
-            (port, _) => tracing::debug!("a connection of the guest to port {port}"),
-        }
-    }
-}
-
 /// Takes the connections of an agent, as long as somebody calls it.
 async fn follow(mut incoming: Incoming, sender: watch::Sender<State>) {
     let mut number = 1;
     loop {
         let stream = tokio::select! {
-            stream = next(&mut incoming) => stream,
+            stream = incoming.recv() => stream,
             () = sender.closed() => return,
         };
         let Some(stream) = stream else {

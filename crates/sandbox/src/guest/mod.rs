@@ -25,3 +25,20 @@ mod supervise;
 
 pub(crate) use agent::{Agent, address_bytes};
 pub(crate) use hull_device_control::{DeviceControl as Devices, Incoming};
+
+/// The guest's connections to the host, by what they are for.
+pub(crate) struct Dials {
+    /// The agent's.
+    pub agent: Incoming,
+    /// Requests for sockets of the host.
+    pub sockets: Incoming,
+}
+
+impl Dials {
+    /// The ports, in the order of [`Dials::new`].
+    pub const PORTS: [u32; 2] = [hull_protocol::AGENT_PORT, hull_protocol::SOCKETS_PORT];
+
+    pub fn new([agent, sockets]: [Incoming; 2]) -> Self {
+        Self { agent, sockets }
+    }
+}

@@ -15,7 +15,7 @@ use hull_machine::{
     ConsoleRing, DeviceWiring, Features, Machine, MachineConfig as MachineStart, NetDevices,
     ProcessRole, Wiring,
 };
-use hull_protocol::{AGENT_PORT, net_device_mac};
+use hull_protocol::net_device_mac;
 use rustix::fs::{Mode, OFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -23,7 +23,7 @@ use tokio::sync::watch as signal;
 use tokio::task::spawn_blocking;
 
 use super::supervise::{Ends, Reason, Verdict, supervise};
-use super::{Devices, Incoming};
+use super::{Devices, Dials};
 use crate::config::MachineConfig;
 use crate::error::{Context, Error, Result};
 use crate::network::Nets;
@@ -208,7 +208,7 @@ impl Guest {
         path: &SandboxPath,
         request: &MachineConfig,
         disks: Vec<Disk>,
-    ) -> Result<(Self, Incoming)> {
+    ) -> Result<(Self, Dials)> {
         let jail_uid = jail_uid();
         let backend = request.choice.backend()?;
         let features = backend.features();
@@ -220,7 +220,7 @@ impl Guest {
             }
         };
         let setup = setup(&features, nets, &disks, spare_disks)?;
-        let (devices, control, incoming) =
+        let (devices, control, dials) =
             start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
 
         let (console, console_write) =
@@ -252,7 +252,7 @@ impl Guest {
             spare_disks,
             uid: jail_uid,
         };
-        Ok((Self::watch(path, parts)?, incoming))
+        Ok((Self::watch(path, parts)?, dials))
     }
 
     /// Watches processes that have been started.
@@ -476,7 +476,7 @@ fn start_devices(
     hull: Option<&Path>,
     setup: &Setup,
     disks: &[Disk],
-) -> Result<(Started, Devices, Incoming)> {
+) -> Result<(Started, Devices, Dials)> {
     let doing = || "start the device process";
     fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
     let listeners = setup
@@ -509,8 +509,8 @@ fn start_devices(
         // The executable is our own: it confines itself, first thing.
         confinement: None,
     })?;
-    let (control, incoming) = Devices::start(ours, setup, &descriptors, &[AGENT_PORT])?;
-    Ok((started, control, incoming))
+    let (control, incoming) = Devices::start(ours, setup, &descriptors, Dials::PORTS)?;
+    Ok((started, control, Dials::new(incoming)))
 }
 
 /// Reads the guest's console into its ring until the machine ends, which `ended` is told.

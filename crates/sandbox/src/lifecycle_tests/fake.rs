@@ -43,6 +43,7 @@ use ttrpc::r#async::{Server, TtrpcContext};
 use crate::config::{ContainerConfig, EndPolicy, MachineConfig, SandboxConfig};
 use crate::container::Container;
 use crate::events::{Event, EventKind};
+use crate::guest::Dials;
 use crate::guest::processes::{Guest, Parts};
 use crate::sandbox::{Hold, Sandbox};
 use crate::store::{Directory, SandboxDir, SandboxPath, Status as ContainerStatus};
@@ -503,7 +504,7 @@ impl World {
         };
         let (listening, _) = StdStream::pair().unwrap();
         let (control, incoming) =
-            DeviceControl::start(ours, &setup, &[listening.as_fd()], &[AGENT_PORT]).unwrap();
+            DeviceControl::start(ours, &setup, &[listening.as_fd()], Dials::PORTS).unwrap();
         tokio::spawn(serve_devices(
             guest.clone(),
             Socket::new(theirs).unwrap(),
@@ -541,7 +542,7 @@ impl World {
             config,
             dir,
             watched,
-            incoming,
+            Dials::new(incoming),
             tokio::spawn(async { Ok(()) }),
             Timings::default(),
         );

@@ -13,7 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventKind;
 use crate::guest::boot::{self, BOOT_TIMEOUT, EXIT_GRACE, SHUTDOWN_TIMEOUT};
 use crate::guest::processes::Guest;
-use crate::guest::{Agent, Incoming, events};
+use crate::guest::{Agent, Dials, Incoming, events};
+use crate::shares::sockets;
 use crate::store::{CONSOLE_FILE, EXIT_SANDBOX_FAILED, MESSAGES_FILE};
 
 /// How long an engine may take to read what its last container wrote.
@@ -32,12 +33,13 @@ const CONCLUDE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn run(
     sandbox: Sandbox,
     guest: Guest,
-    incoming: Incoming,
+    dials: Dials,
     confining: JoinHandle<Result<()>>,
     config: SandboxConfig,
 ) {
     let mut confining = Confining(Some(confining));
-    let booted = booted(&sandbox, &guest, incoming, &mut confining, &config).await;
+    tokio::spawn(sockets::serve(sandbox.clone(), dials.sockets));
+    let booted = booted(&sandbox, &guest, dials.agent, &mut confining, &config).await;
     let down = match booted {
         Ok(ready) => {
             let agent = ready.agent.clone();

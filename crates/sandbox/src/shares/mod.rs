@@ -9,6 +9,7 @@ mod detached;
 mod disk;
 mod enter;
 mod overlay;
+pub(crate) mod sockets;
 
 use std::fs::{self, File};
 use std::io;

@@ -1,0 +1,196 @@
+//! Relays bytes between two connections, both ways. Called by `loopback` and `host_sockets`.
+//! Bounded in memory, and once one direction has ended, in what it waits for.
+
+use std::io;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::vsock::Connection;
+
+/// Largest piece moved at once.
+const PIECE: usize = 16 * 1024;
+
+/// How often a peer is looked after that has only closed one direction.
+const HANG_UP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What ends a connection of which one direction has ended.
+#[derive(Debug, Clone, Copy)]
+pub enum HalfClosed {
+    /// Nothing moves for so long.
+    Idle(Duration),
+    /// One of the peers is gone.
+    HungUp,
+}
+
+/// Relays both directions until both have ended, or one has failed.
+pub async fn carry(one: Connection, other: Connection, half_closed: HalfClosed) {
+    let carrier = Carrier {
+        one: &one,
+        other: &other,
+        half_closed,
+        half: AtomicBool::new(false),
+    };
+    // A failure is for the peers: they see a connection that ends.
+    let _ = tokio::try_join!(carrier.pass(&one, &other), carrier.pass(&other, &one));
+}
+
+struct Carrier<'a> {
+    one: &'a Connection,
+    other: &'a Connection,
+    half_closed: HalfClosed,
+    /// One direction has ended.
+    half: AtomicBool,
+}
+
+impl Carrier<'_> {
+    async fn pass(&self, mut from: &Connection, mut to: &Connection) -> io::Result<()> {
+        let mut piece = vec![0; PIECE];
+        loop {
+            let length = self.moving(from.read(&mut piece)).await?;
+            if length == 0 {
+                break;
+            }
+            self.moving(to.write_all(&piece[..length])).await?;
+        }
+        self.half.store(true, Ordering::Relaxed);
+        if self.is_over() {
+            return Err(Errno::PIPE.into());
+        }
+        to.shutdown().await
+    }
+
+    /// Waits for a step: without limit while both directions are open.
+    async fn moving<T>(&self, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+        let interval = match self.half_closed {
+            HalfClosed::Idle(limit) => limit,
+            HalfClosed::HungUp => HANG_UP_INTERVAL,
+        };
+        let mut step = pin!(step);
+        loop {
+            match timeout(interval, step.as_mut()).await {
+                Ok(done) => return done,
+                Err(_elapsed) if !self.half.load(Ordering::Relaxed) => {}
+                Err(_elapsed) => match self.half_closed {
+                    HalfClosed::Idle(_) => return Err(Errno::TIMEDOUT.into()),
+                    HalfClosed::HungUp if self.is_over() => return Err(Errno::PIPE.into()),
+                    HalfClosed::HungUp => {}
+                },
+            }
+        }
+    }
+
+    /// Whether a peer is gone, and not only done with sending.
+    fn is_over(&self) -> bool {
+        matches!(self.half_closed, HalfClosed::HungUp)
+            && (self.one.hung_up() || self.other.hung_up())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use super::*;
+
+    /// A connection, and its peer.
+    fn connection() -> (Connection, UnixStream) {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let limit = Some(Duration::from_secs(20));
+        peer.set_read_timeout(limit).unwrap();
+        (
+            Connection::new(ours.into(), Default::default()).unwrap(),
+            peer,
+        )
+    }
+
+    /// Calls `talk` with the peers of a connection that is carried, until that has ended.
+    fn carried(half_closed: HalfClosed, talk: impl FnOnce(UnixStream, UnixStream) + Send) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        thread::scope(|scope| {
+            runtime.block_on(async {
+                let ((one, client), (other, server)) = (connection(), connection());
+                scope.spawn(move || talk(client, server));
+                let carrying = carry(one, other, half_closed);
+                timeout(Duration::from_secs(30), carrying).await.unwrap();
+            });
+        });
+    }
+
+    #[test]
+    fn both_ways_are_carried_and_each_ends_by_itself() {
+        const LENGTH: usize = 1 << 20;
+        for half_closed in [HalfClosed::HungUp, HalfClosed::Idle(Duration::from_secs(9))] {
+            carried(half_closed, |mut client, mut server| {
+                let serving = thread::spawn(move || {
+                    let mut question = Vec::new();
+                    server.read_to_end(&mut question).unwrap();
+                    assert_eq!(question.len(), LENGTH);
+                    server.write_all(&question).unwrap();
+                });
+                let question: Vec<u8> = (0..=250u8).cycle().take(LENGTH).collect();
+                client.write_all(&question).unwrap();
+                client.shutdown(Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                client.read_to_end(&mut answer).unwrap();
+                assert!(answer == question);
+                serving.join().unwrap();
+            });
+        }
+    }
+
+    #[test]
+    fn who_goes_away_takes_the_other_along() {
+        carried(HalfClosed::HungUp, |client, mut server| {
+            drop(client);
+            // The server does not close: it sees that nobody is there.
+            let mut rest = Vec::new();
+            server.read_to_end(&mut rest).unwrap();
+            while server.write_all(&[0; 4096]).is_ok() {}
+        });
+    }
+
+    #[test]
+    fn who_only_waits_for_an_answer_may_wait_and_then_go_away() {
+        carried(HalfClosed::HungUp, |mut client, mut server| {
+            client.write_all(b"question").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut question = Vec::new();
+            server.read_to_end(&mut question).unwrap();
+            thread::sleep(HANG_UP_INTERVAL + Duration::from_secs(1));
+            server.write_all(b"answer").unwrap();
+            let mut answer = [0; 6];
+            client.read_exact(&mut answer).unwrap();
+            drop(client);
+            // Kept open until the other one is seen to be gone.
+            while server.write_all(b"more").is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+    }
+
+    #[test]
+    fn half_a_connection_on_which_nothing_moves_ends() {
+        carried(
+            HalfClosed::Idle(Duration::from_millis(50)),
+            |client, server| {
+                client.shutdown(Shutdown::Write).unwrap();
+                let mut byte = [0];
+                assert_eq!((&server).read(&mut byte).unwrap(), 0);
+                assert_eq!((&client).read(&mut byte).unwrap(), 0);
+            },
+        );
+    }
+}

@@ -1,0 +1,339 @@
+//! Sockets of the host that containers mount: connections of the guest to them. What the guest and
+//! the agent do is in `agent.proto`, under Sockets of the host.
+//!
+//! Only what was mounted itself can be connected to, not what happens to be in a directory that is
+//! shared: a mount of `/` or `/run` must not lead to every server of the host. Who connects is, to
+//! the server and to the socket's permissions, the user that the guest names, as with a process on
+//! the host. Bytes go between guest and server without this process: the connection is handed to
+//! the vsock device.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hull_protocol::{
+    MAX_SOCKET_REQUESTS, SOCKET_TIMEOUT, STREAM_PORT, SocketAnswer, SocketRequest,
+};
+use rustix::fs::{FileType, fstat};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{DumpableBehavior, Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::timeout;
+
+use crate::guest::{Devices, Incoming};
+use crate::sandbox::Sandbox;
+
+/// How long a connection waits for a server whose queue is full, and how often it tries again. Less
+/// than [`SOCKET_TIMEOUT`].
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(5);
+const QUEUE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// A file: device and inode.
+type Identity = (u64, u64);
+
+/// The sockets among a sandbox's shares, by the name of the share.
+#[derive(Debug, Default)]
+pub(crate) struct Sockets(Mutex<BTreeMap<String, Identity>>);
+
+impl Sockets {
+    /// Remembers a share if it is a socket.
+    pub fn add(&self, share: &str, mount: &OwnedFd) -> rustix::io::Result<()> {
+        if let Some(socket) = identity(mount)? {
+            self.lock().insert(share.to_owned(), socket);
+        }
+        Ok(())
+    }
+
+    /// Forgets shares.
+    pub fn remove(&self, shares: &[String]) {
+        self.lock().retain(|share, _| !shares.contains(share));
+    }
+
+    /// Whether any of these shares is a socket.
+    pub fn are_among(&self, shares: &[String]) -> bool {
+        let sockets = self.lock();
+        shares.iter().any(|share| sockets.contains_key(share))
+    }
+
+    fn has(&self, socket: &Identity) -> bool {
+        self.lock().values().any(|known| known == socket)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Identity>> {
+        // A map of numbers is valid at any time.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which socket a file is; `None` if it is none.
+fn identity(file: &OwnedFd) -> rustix::io::Result<Option<Identity>> {
+    let stat = fstat(file)?;
+    let socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+    Ok(socket.then_some((stat.st_dev, stat.st_ino)))
+}
+
+/// Answers the guest's requests as long as its device process runs.
+pub(crate) async fn serve(sandbox: Sandbox, mut incoming: Incoming) {
+    let turns = Arc::new(Semaphore::new(MAX_SOCKET_REQUESTS));
+    while let Some(stream) = incoming.recv().await {
+        // A semaphore that nobody closes. Further requests wait, and then are refused.
+        let Ok(turn) = turns.clone().acquire_owned().await else {
+            return;
+        };
+        let sandbox = sandbox.clone();
+        tokio::spawn(async move {
+            let answered = timeout(SOCKET_TIMEOUT, answer(&sandbox, stream)).await;
+            match answered {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!("a request for a socket of the host: {error}"),
+                Err(_elapsed) => tracing::debug!("a request for a socket of the host: timed out"),
+            }
+            drop(turn);
+        });
+    }
+}
+
+async fn answer(sandbox: &Sandbox, stream: OwnedFd) -> io::Result<()> {
+    let stream = StdStream::from(stream);
+    stream.set_nonblocking(true)?;
+    let mut stream = UnixStream::from_std(stream)?;
+    let mut head = [0; SocketRequest::HEAD];
+    stream.read_exact(&mut head).await?;
+    let (mut request, groups) = SocketRequest::decode(head).ok_or(io::ErrorKind::InvalidData)?;
+    let mut bytes = vec![0; 4 * groups];
+    stream.read_exact(&mut bytes).await?;
+    request.groups = SocketRequest::numbers(&bytes).collect();
+    let answer = match connected(sandbox, request).await {
+        Ok(port) => SocketAnswer::Connected(port),
+        Err(error) => SocketAnswer::Refused(error.raw_os_error().unsigned_abs()),
+    };
+    stream.write_all(&answer.encode()).await
+}
+
+/// Connects to a socket of the host; the host's port of the stream in the guest.
+async fn connected(sandbox: &Sandbox, request: SocketRequest) -> Result<u32, Errno> {
+    let devices: &Devices = &sandbox.0.devices;
+    let file = devices.find_socket(request.node).await.map_err(|error| {
+        tracing::debug!("{error}");
+        Errno::CONNREFUSED
+    })?;
+    // The device process may have been taken over by the guest.
+    let known = identity(&file)?.is_some_and(|socket| sandbox.0.sockets.has(&socket));
+    if !known {
+        tracing::info!(
+            "refused a connection of the guest to a socket in a share: only sockets that are \
+             mounted themselves lead to the host"
+        );
+        return Err(Errno::CONNREFUSED);
+    }
+    let deadline = Instant::now() + QUEUE_TIMEOUT;
+    let socket = loop {
+        match connect(&file, &request).await {
+            Err(Errno::AGAIN) if Instant::now() < deadline => {
+                tokio::time::sleep(QUEUE_INTERVAL).await;
+            }
+            connected => break connected?,
+        }
+    };
+    let stream = devices.lead_to(socket.as_fd(), STREAM_PORT).await;
+    stream.map_err(|error| {
+        tracing::debug!("{error}");
+        Errno::CONNREFUSED
+    })
+}
+
+/// Connects to a socket as the user of a request. `EAGAIN` if its queue is full.
+async fn connect(file: &OwnedFd, request: &SocketRequest) -> Result<OwnedFd, Errno> {
+    let file = file.try_clone().map_err(errno)?;
+    let request = request.clone();
+    let (sender, connected) = oneshot::channel();
+    // A thread of its own: its user is not that of this process.
+    let connecting = move || {
+        let _ = sender.send(connect_as(&file, &request));
+    };
+    thread::Builder::new()
+        .name("host socket".into())
+        .spawn(connecting)
+        .map_err(errno)?;
+    connected.await.unwrap_or(Err(Errno::IO))
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// The same, on the calling thread, whose user it changes.
+fn connect_as(file: &OwnedFd, request: &SocketRequest) -> Result<OwnedFd, Errno> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let address = SocketAddrUnix::new(Path::new(&path))?;
+    become_user(request)?;
+    match rustix::net::connect(&socket, &address) {
+        Ok(()) => Ok(socket),
+        Err(Errno::INPROGRESS) => Err(Errno::AGAIN),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the calling thread the effective user and groups of a request: what the kernel goes by,
+/// and what the server sees. The real and saved users stay, by which others may signal or trace it.
+fn become_user(request: &SocketRequest) -> Result<(), Errno> {
+    let number = |id: u32| (id != u32::MAX).then_some(id).ok_or(Errno::ACCESS);
+    let (uid, gid) = (
+        Uid::from_raw(number(request.uid)?),
+        Gid::from_raw(number(request.gid)?),
+    );
+    let groups = request
+        .groups
+        .iter()
+        .map(|id| Ok(Gid::from_raw(number(*id)?)))
+        .collect::<Result<Vec<_>, Errno>>()?;
+    if (uid, gid) == (rustix::process::geteuid(), rustix::process::getegid())
+        && rustix::process::getgroups()? == groups
+    {
+        return Ok(());
+    }
+    let dumpable = rustix::process::dumpable_behavior()?;
+    // Without the right to it, or a user that is not mapped: no user can be named.
+    let denied = |_| Errno::ACCESS;
+    set_thread_groups(&groups).map_err(denied)?;
+    set_thread_res_gid(None, gid, None).map_err(denied)?;
+    set_thread_res_uid(None, uid, None).map_err(denied)?;
+    // The kernel takes it from the whole process (commit_creds, kernel/cred.c), whose files in
+    // /proc then are root's alone. That is for credentials by which others could trace the thread.
+    if dumpable == DumpableBehavior::Dumpable {
+        rustix::process::set_dumpable_behavior(dumpable)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::Read as _;
+    use std::os::unix::fs::{PermissionsExt, chown};
+    use std::os::unix::net::UnixListener;
+
+    use rustix::fs::{Mode, OFlags, open};
+    use rustix::net::sockopt::socket_peercred;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn listening() -> (TempDir, UnixListener, OwnedFd) {
+        let directory = TempDir::new().unwrap();
+        std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o711)).unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let file = open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        (directory, listener, file)
+    }
+
+    fn request(uid: u32, gid: u32, groups: &[u32]) -> SocketRequest {
+        SocketRequest {
+            node: 0,
+            uid,
+            gid,
+            groups: groups.to_vec(),
+        }
+    }
+
+    fn ours() -> SocketRequest {
+        let groups = rustix::process::getgroups().unwrap();
+        request(
+            rustix::process::geteuid().as_raw(),
+            rustix::process::getegid().as_raw(),
+            &groups
+                .iter()
+                .map(|group| group.as_raw())
+                .collect::<Vec<_>>(),
+        )
+    }
+
+    #[tokio::test]
+    async fn a_server_is_reached_by_its_file_wherever_that_has_moved() {
+        let (directory, listener, file) = listening();
+        let path = directory.path().join("socket");
+        std::fs::rename(&path, directory.path().join("moved")).unwrap();
+        let socket = connect(&file, &ours()).await.unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        rustix::io::write(&socket, b"hello").unwrap();
+        drop(socket);
+        let mut text = String::new();
+        server.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+        drop(listener);
+        assert_eq!(
+            connect(&file, &ours()).await.unwrap_err(),
+            Errno::CONNREFUSED
+        );
+    }
+
+    #[tokio::test]
+    async fn a_server_sees_who_connects_and_its_permissions_count() {
+        if !rustix::process::geteuid().is_root() {
+            println!("left out: a_server_sees_who_connects…: not root");
+            return;
+        }
+        let (directory, listener, file) = listening();
+        let path = directory.path().join("socket");
+        chown(&path, Some(0), Some(2000)).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o660)).unwrap();
+        for denied in [request(1000, 1000, &[]), request(u32::MAX, 0, &[])] {
+            assert_eq!(connect(&file, &denied).await.unwrap_err(), Errno::ACCESS);
+        }
+        for allowed in [request(1000, 2000, &[]), request(1000, 1000, &[7, 2000])] {
+            let _socket = connect(&file, &allowed).await.unwrap();
+            let (server, _) = listener.accept().unwrap();
+            let peer = socket_peercred(&server).unwrap();
+            let seen = (peer.uid.as_raw(), peer.gid.as_raw());
+            assert_eq!(seen, (allowed.uid, allowed.gid));
+        }
+        // This process is who it was.
+        assert!(rustix::process::geteuid().is_root());
+        assert_eq!(
+            rustix::process::dumpable_behavior().unwrap(),
+            DumpableBehavior::Dumpable
+        );
+    }
+
+    #[tokio::test]
+    async fn a_server_whose_queue_is_full_is_not_waited_for_by_a_thread() {
+        let (_directory, listener, file) = listening();
+        rustix::net::listen(&listener, 0).unwrap();
+        let _first = connect(&file, &ours()).await.unwrap();
+        assert_eq!(connect(&file, &ours()).await.unwrap_err(), Errno::AGAIN);
+        drop(listener.accept().unwrap());
+        connect(&file, &ours()).await.unwrap();
+    }
+
+    #[test]
+    fn only_sockets_that_were_shared_are_known() {
+        let ((_one, _, shared), (_other, _, file)) = (listening(), listening());
+        let sockets = Sockets::default();
+        sockets.add("c-x-0", &shared).unwrap();
+        let directory = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        sockets.add("c-x-1", &directory).unwrap();
+        let known = |file| sockets.has(&identity(file).unwrap().unwrap());
+        assert!(known(&shared) && !known(&file));
+        assert_eq!(identity(&directory).unwrap(), None);
+        let (socket, other) = (["c-x-0".to_owned()], ["c-x-1".to_owned()]);
+        assert!(sockets.are_among(&socket) && !sockets.are_among(&other));
+        sockets.remove(&socket);
+        assert!(!known(&shared) && !sockets.are_among(&socket));
+    }
+}
