@@ -1,13 +1,15 @@
 //! Pods, as the kubelet runs them by CRI.
 
 use std::collections::HashMap;
+use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use hull_tests::cri::{
     ContainerConfig, ContainerStatus, Cri, Dns, Mount, Namespaces, PodConfig, PodSecurity,
     Resources, container, linux,
 };
-use hull_tests::{Containerd, eventually};
+use hull_tests::{Containerd, eventually, unix_client_program};
 
 const HANDLER: &str = "hull";
 
@@ -329,6 +331,49 @@ fn volumes_are_files_of_the_host_whose_changes_are_seen() {
     eventually("the new value", Duration::from_secs(5), || {
         sh(&cri, &two, "cat /map/key") == "new"
     });
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_socket_of_the_host_leads_to_its_server_from_the_container_that_has_it() {
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let config = containerd.pod("sockets");
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let socket = containerd.path("server.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mount = |host: &std::path::Path, at: &str| Mount {
+        container_path: at.to_owned(),
+        host_path: host.display().to_string(),
+        readonly: true,
+    };
+    let with = |name: &str, at: &[&str]| ContainerConfig {
+        mounts: at
+            .iter()
+            .map(|at| mount(&socket, at))
+            .chain([mount(&unix_client_program(), "/client")])
+            .collect(),
+        ..container(name, "sleep 1000")
+    };
+    // The one that is there first has none.
+    let one = runs(&cri, &id, &config, with("one", &[]));
+    let two = runs(&cri, &id, &config, with("two", &["/a", "/run/b"]));
+    sh(&cri, &one, "test -x /client -a ! -e /a");
+    let serving = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"from the host\n").unwrap();
+        }
+        listener
+    });
+    for path in ["/a", "/run/b"] {
+        let talk = format!("/client {path} talk </dev/null");
+        assert_eq!(sh(&cri, &two, &talk), "from the host");
+    }
+    drop(serving.join().unwrap());
+    let refused = sh(&cri, &two, "/client /a try || true");
+    assert_eq!(refused, "Connection refused");
     cri.remove_pod(&id).unwrap();
     containerd.assert_clean();
 }

@@ -1,9 +1,11 @@
 //! podman with hull as its runtime: the effects of options of `podman run`.
 
-use std::os::unix::fs::MetadataExt;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use hull_tests::{LoopDevice, Podman, left_out};
+use hull_tests::{LoopDevice, Podman, left_out, unix_client_program};
 
 #[test]
 fn podman_volumes_can_be_written_or_only_read() {
@@ -37,6 +39,25 @@ fn podman_volumes_can_be_one_file() {
     assert_eq!(output.ok().text(), "content");
     let content = std::fs::read_to_string(&file).unwrap();
     assert_eq!(content, "content\nmore\n");
+}
+
+#[test]
+fn podman_sockets_of_the_host_lead_to_their_servers() {
+    let podman = Podman::new();
+    let socket = podman.scratch().join("server.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::fs::set_permissions(&socket, PermissionsExt::from_mode(0o666)).unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let peer = rustix::net::sockopt::socket_peercred(&stream).unwrap();
+        write!(stream, "hello {}", peer.uid.as_raw()).unwrap();
+    });
+    let client = format!("{}:/client:ro", unix_client_program().display());
+    let socket = format!("{}:/s", socket.display());
+    let options = ["--user", "1234", "-v", &client, "-v", &socket];
+    let output = podman.run(&options, &["/client", "/s", "talk"]).ok();
+    assert_eq!(output.text(), "hello 1234");
+    serving.join().unwrap();
 }
 
 #[test]
