@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use hull_devices::device::{Device, EventRegistry, Memory, Queues, Ring};
-use hull_devices::vsock::Vsock;
+use hull_devices::vsock::{Socket, Vsock};
 use hull_devices::vsock::packet::Header;
 use hull_fuzz::{AVAILABLE, FuzzRing, Input, QUEUE, descriptor, memory};
 use libfuzzer_sys::fuzz_target;
@@ -159,10 +159,11 @@ fuzz_target!(|data: &[u8]| {
             8 => {
                 let (ours, theirs) = UnixStream::pair().expect("a socketpair");
                 let ports = input.u8();
+                let user = (ports >= 128).then_some((0, 0));
                 handle.connect(
                     u32::from(ports % 4),
                     u32::from(ports / 4 % 4),
-                    theirs.into(),
+                    Socket::of(theirs.into(), user),
                     Box::new(|_| ()),
                 );
                 ours.set_nonblocking(true).expect("a socket");

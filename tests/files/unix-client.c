@@ -6,9 +6,16 @@
  *   unix-client PATH again          the same twice, with one socket, a line of standard input between
  *   unix-client PATH many NUMBER    NUMBER connections at once, each of which sends its number and gets it back
  *   unix-client PATH hold           connects, says so, and stays
+ *   unix-client PATH slow           ends its direction, and reads the answer seven seconds later; prints its length
+ *   unix-client PATH early          sends until that fails, and then prints the answer
+ *   unix-client PATH idle           connects, and says when the server is gone
+ *   unix-client PATH signal         is interrupted by a signal while it connects, and then tries again
+ *   unix-client PATH pass           passes a descriptor; prints the error
  *   unix-client PATH serve          listens, and answers one connection with "from the guest"
  */
 #include <errno.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +89,75 @@ static int many(int count)
 	return 0;
 }
 
+static int slow(int end)
+{
+	static char buffer[1 << 16];
+	ssize_t length, total = 0;
+
+	if (attempt(end) || shutdown(end, SHUT_WR))
+		return 1;
+	sleep(7);
+	while ((length = read(end, buffer, sizeof buffer)) > 0)
+		total += length;
+	printf("%zd bytes\n", total);
+	return length != 0;
+}
+
+static int early(int end)
+{
+	static char buffer[1 << 16];
+
+	if (attempt(end))
+		return 1;
+	while (send(end, buffer, sizeof buffer, MSG_NOSIGNAL) > 0)
+		;
+	/* An error may follow, as what was not read is lost. */
+	copy(end, 1);
+	return 0;
+}
+
+static int idle(int end)
+{
+	struct pollfd poll_end = {.fd = end};
+
+	if (attempt(end))
+		return 1;
+	puts(poll(&poll_end, 1, 10000) == 1 && poll_end.revents & POLLHUP ? "gone" : "there");
+	return 0;
+}
+
+static void nothing(int signal)
+{
+	(void)signal;
+}
+
+static int interrupted(int end)
+{
+	sigaction(SIGALRM, &(struct sigaction){.sa_handler = nothing}, 0);
+	alarm(1);
+	attempt(end);
+	return attempt(end);
+}
+
+static int pass(int end)
+{
+	char space[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
+	struct iovec text = {.iov_base = "x", .iov_len = 1};
+	struct msghdr message = {
+		.msg_iov = &text, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space,
+	};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memset(CMSG_DATA(header), 0, sizeof(int));
+	if (attempt(end))
+		return 1;
+	puts(sendmsg(end, &message, MSG_NOSIGNAL) < 0 ? strerror(errno) : "passed");
+	return 0;
+}
+
 static int serve(int end)
 {
 	static const char text[] = "from the guest\n";
@@ -119,6 +195,16 @@ int main(int count, char **arguments)
 		attempt(end);
 		pause();
 	}
+	if (!strcmp(word, "slow"))
+		return slow(end);
+	if (!strcmp(word, "early"))
+		return early(end);
+	if (!strcmp(word, "idle"))
+		return idle(end);
+	if (!strcmp(word, "signal"))
+		return interrupted(end);
+	if (!strcmp(word, "pass"))
+		return pass(end);
 	if (!strcmp(word, "serve"))
 		return serve(end);
 	return 2;

@@ -59,14 +59,18 @@ impl Containerd {
     /// the streams of their processes; `None` when this containerd is too old for that, which is
     /// said.
     pub fn with_pods_of_the_shim(io_type: &'static str) -> Option<Self> {
+        Self::is_2_or_later("sandbox service")
+            .then(|| Self::on(Some(Netns::new()), "shim", io_type))
+    }
+
+    /// Whether this containerd is of version 2 or later; that it lacks something otherwise is said.
+    pub fn is_2_or_later(for_what: &str) -> bool {
         let version = Invocation::new("containerd").arg("--version").run().ok();
-        match version.text().contains(" 1.") {
-            true => {
-                crate::left_out("containerd before 2 has no sandbox service");
-                None
-            }
-            false => Some(Self::on(Some(Netns::new()), "shim", io_type)),
+        let old = version.text().contains(" 1.");
+        if old {
+            crate::left_out(&format!("containerd before 2 has no {for_what}"));
         }
+        !old
     }
 
     fn on(host: Option<Netns>, sandboxer: &'static str, io_type: &'static str) -> Self {

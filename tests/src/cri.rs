@@ -100,6 +100,37 @@ pub struct Namespaces {
     /// The container, for 3.
     #[prost(string, tag = "4")]
     pub target: String,
+    /// Users.
+    #[prost(message, optional, tag = "5")]
+    pub users: Option<Users>,
+}
+
+/// A user namespace.
+#[derive(Clone, PartialEq, Message)]
+pub struct Users {
+    /// 0: the pod's own.
+    #[prost(int32, tag = "1")]
+    pub mode: i32,
+    /// Maps of users.
+    #[prost(message, repeated, tag = "2")]
+    pub uids: Vec<IdMapping>,
+    /// Maps of groups.
+    #[prost(message, repeated, tag = "3")]
+    pub gids: Vec<IdMapping>,
+}
+
+/// A range of ids.
+#[derive(Clone, PartialEq, Message)]
+pub struct IdMapping {
+    /// The first of the host.
+    #[prost(uint32, tag = "1")]
+    pub host: u32,
+    /// The first of the container.
+    #[prost(uint32, tag = "2")]
+    pub container: u32,
+    /// How many.
+    #[prost(uint32, tag = "3")]
+    pub length: u32,
 }
 
 impl Namespaces {
@@ -211,6 +242,12 @@ pub struct Mount {
     /// Only for reading.
     #[prost(bool, tag = "3")]
     pub readonly: bool,
+    /// Maps of users.
+    #[prost(message, repeated, tag = "6")]
+    pub uids: Vec<IdMapping>,
+    /// Maps of groups.
+    #[prost(message, repeated, tag = "7")]
+    pub gids: Vec<IdMapping>,
 }
 
 /// What only Linux has.

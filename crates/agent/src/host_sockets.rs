@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use hull_protocol::{
     HOST_CID, MAX_HOST_CONNECTIONS, MAX_SOCKET_REQUESTS, SOCKET_TIMEOUT, SOCKETS_PORT,
@@ -36,6 +37,12 @@ const LISTENER: &str = "/run/host-sockets";
 
 /// Connections that wait to be accepted; further ones wait in connect(2).
 const BACKLOG: i32 = 128;
+
+/// How often a server is tried again whose queue is full.
+const QUEUE_INTERVAL: Duration = Duration::from_millis(50);
+
+/// `SO_PASSRIGHTS` (asm-generic/socket.h).
+const PASS_RIGHTS: libc::c_int = 83;
 
 /// `SIOCUNIXHOSTSOCKET` and `SIOCUNIXHOSTANSWER` (linux/un.h as patched): from
 /// `SIOCPROTOPRIVATE`, 0x89e0.
@@ -71,42 +78,55 @@ fn listener(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     )?;
     // Left by an attempt that failed.
     let _ = std::fs::remove_file(path);
+    // Descriptors are refused where they are sent (EPERM): they mean nothing to the host.
+    refuse_descriptors(socket.as_fd())?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, BACKLOG)?;
     reactor::watch(socket, Interest::READABLE)
 }
 
+/// Connections of this listener take no descriptors.
+fn refuse_descriptors(listener: BorrowedFd<'_>) -> io::Result<()> {
+    let none: libc::c_int = 0;
+    // SAFETY: the value lives across the call, and its size is given.
+    let result = unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            PASS_RIGHTS,
+            (&raw const none).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // Before Linux 6.16, which only tests run on: descriptors are discarded.
+            error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
 async fn accept(listener: AsyncFd<OwnedFd>, streams: Arc<Streams>) {
-    let connections = Arc::new(Semaphore::new(MAX_HOST_CONNECTIONS));
-    let requests = Arc::new(Semaphore::new(MAX_SOCKET_REQUESTS));
+    let places = Arc::new(Semaphore::new(MAX_HOST_CONNECTIONS));
+    let turns = Arc::new(Semaphore::new(MAX_SOCKET_REQUESTS));
     loop {
-        // Semaphores that nobody closes. Further connections wait in the kernel's queue.
-        let Ok(place) = connections.clone().acquire_owned().await else {
-            return;
-        };
-        let Ok(turn) = requests.clone().acquire_owned().await else {
+        // A semaphore that nobody closes. Further connections wait in the kernel's queue.
+        let Ok(place) = places.clone().acquire_owned().await else {
             return;
         };
         let client = match accept_one(&listener).await {
             Ok(client) => client,
             Err(error) => {
                 crate::log::error!("cannot take a connection to a socket of the host: {error}");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let streams = streams.clone();
+        let (streams, turns) = (streams.clone(), turns.clone());
         tokio::spawn(async move {
-            let reached = timeout(SOCKET_TIMEOUT, reach(client.as_fd(), &streams)).await;
-            let reached = reached.unwrap_or(Err(Errno::TIMEDOUT));
-            drop(turn);
-            // Where it fails, nobody waits for the answer any more.
-            let answered = answer(client.as_fd(), reached.as_ref().err().copied());
-            if let (Ok(host), Ok(())) = (reached, answered)
-                && let Ok(client) = Connection::new(client, Arc::default())
-            {
-                carry(client, host, HalfClosed::HungUp).await;
-            }
+            serve(client, &streams, &turns).await;
             drop(place);
         });
     }
@@ -124,12 +144,49 @@ async fn accept_one(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Has the host connect. Its error, or the connection.
+/// Connects a client with the host's socket, and relays until both have ended.
+async fn serve(client: OwnedFd, streams: &Streams, turns: &Semaphore) {
+    let reached = reach(client.as_fd(), streams, turns).await;
+    // Where it fails, nobody waits for the answer any more.
+    if answer(client.as_fd(), reached.as_ref().err().copied()).is_ok()
+        && let Ok(host) = reached
+        && let Ok(client) = Connection::new(client, Arc::default())
+    {
+        carry(client, host, HalfClosed::HungUp).await;
+    }
+}
+
+/// Has the host connect, again and again while the server's queue is full and the client waits for
+/// that. The error, or the connection.
 async fn reach(
     client: BorrowedFd<'_>,
     streams: &Streams,
+    turns: &Semaphore,
 ) -> std::result::Result<Connection, Errno> {
-    let request = request(client)?;
+    let (request, nonblock) = request(client)?;
+    loop {
+        let turn = turns.acquire().await;
+        if vsock::hung_up(client) {
+            return Err(Errno::INTR);
+        }
+        let asked = timeout(SOCKET_TIMEOUT, ask(&request)).await;
+        drop(turn);
+        let port = match asked.unwrap_or(Err(Errno::TIMEDOUT)) {
+            Err(Errno::AGAIN) if !nonblock => {
+                tokio::time::sleep(QUEUE_INTERVAL).await;
+                continue;
+            }
+            asked => asked?,
+        };
+        let connected = streams.take(port).await;
+        return connected
+            .and_then(|stream| Connection::new(stream, Arc::default()))
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO));
+    }
+}
+
+/// Asks the host to connect. Its error, or the port that the stream comes from.
+async fn ask(request: &SocketRequest) -> std::result::Result<u32, Errno> {
     let asked: io::Result<SocketAnswer> = async {
         let home = vsock::dial(HOST_CID, SOCKETS_PORT)?;
         let mut home = Connection::new(home, Arc::default())?;
@@ -141,15 +198,11 @@ async fn reach(
     }
     .await;
     match asked {
-        Ok(SocketAnswer::Connected(port)) => {
-            let connected = streams.take(port).await;
-            connected
-                .and_then(|stream| Connection::new(stream, Arc::default()))
-                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        }
+        Ok(SocketAnswer::Connected(port)) => Ok(port),
         Ok(SocketAnswer::Refused(error)) => {
             // Any other value is none that connect(2) returns.
-            let known = i32::try_from(error).ok().filter(|error| *error < 4096);
+            let known = i32::try_from(error).ok();
+            let known = known.filter(|error| (1..4096).contains(error));
             Err(known.map_or(Errno::IO, Errno::from_raw_os_error))
         }
         Err(error) => {
@@ -159,19 +212,30 @@ async fn reach(
     }
 }
 
-/// Which socket a connection is meant for, and whose it is.
-fn request(client: BorrowedFd<'_>) -> std::result::Result<SocketRequest, Errno> {
-    let mut node = 0u64;
-    ioctl(client, HOST_SOCKET, &raw mut node)?;
+/// `struct unix_host_socket` (linux/un.h as patched).
+#[repr(C)]
+#[derive(Default)]
+struct HostSocket {
+    inode: u64,
+    nonblock: u32,
+    reserved: u32,
+}
+
+/// Which socket a connection is meant for, and whose it is; and whether connect(2) must not wait
+/// for room in a queue.
+fn request(client: BorrowedFd<'_>) -> std::result::Result<(SocketRequest, bool), Errno> {
+    let mut socket = HostSocket::default();
+    ioctl(client, HOST_SOCKET, &raw mut socket)?;
     // Of who has called connect(2), in numbers of the guest's first user namespace, which are those
     // that files in shares have.
     let peer = rustix::net::sockopt::socket_peercred(client)?;
-    Ok(SocketRequest {
-        node,
+    let request = SocketRequest {
+        node: socket.inode,
         uid: peer.uid.as_raw(),
         gid: peer.gid.as_raw(),
         groups: peer_groups(client)?,
-    })
+    };
+    Ok((request, socket.nonblock != 0))
 }
 
 /// Supplementary groups of who has called connect(2).

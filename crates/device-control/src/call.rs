@@ -66,6 +66,10 @@ pub enum Call {
         guest_port: u32,
         /// Port that the guest sees as its peer's.
         host_port: u32,
+        /// The other end is a server of the host, to which the guest's bytes come from this user
+        /// and group. It may read them or not: nothing waits for that.
+        #[serde(default)]
+        user: Option<(u32, u32)>,
     },
     /// Answered when everything that the guest has sent over vsock is in the host's ends of its
     /// connections.

@@ -364,20 +364,36 @@ impl DeviceControl {
     /// As [`DeviceControl::connect`].
     pub async fn open(&self, guest_port: u32) -> Result<(u32, OwnedFd), Error> {
         let (ours, theirs) = StdStream::pair().map_err(Error::host(OPEN_STREAM))?;
-        let host_port = self.lead_to(theirs.as_fd(), guest_port).await?;
+        let host_port = self.join(theirs.as_fd(), guest_port, None).await?;
         Ok((host_port, ours.into()))
     }
 
-    /// Opens a stream from a port of the guest to whatever is connected with `stream`; returns the
-    /// port that the guest sees as its peer's.
+    /// Opens a stream from a port of the guest to a server of the host, with which `stream` is
+    /// connected; returns the port that the guest sees as its peer's. To the server, the guest's
+    /// bytes come from `user`, a user and a group.
     ///
     /// # Errors
     /// As [`DeviceControl::connect`].
-    pub async fn lead_to(&self, stream: BorrowedFd<'_>, guest_port: u32) -> Result<u32, Error> {
+    pub async fn lead_to(
+        &self,
+        stream: BorrowedFd<'_>,
+        user: (u32, u32),
+        guest_port: u32,
+    ) -> Result<u32, Error> {
+        self.join(stream, guest_port, Some(user)).await
+    }
+
+    async fn join(
+        &self,
+        stream: BorrowedFd<'_>,
+        guest_port: u32,
+        user: Option<(u32, u32)>,
+    ) -> Result<u32, Error> {
         let host_port = self.next_port.fetch_add(1, Ordering::Relaxed);
         let call = Call::Connect {
             guest_port,
             host_port,
+            user,
         };
         self.call_within(CONNECT_TIMEOUT, OPEN_STREAM.into(), call, Some(stream))
             .await?;

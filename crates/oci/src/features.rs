@@ -22,8 +22,7 @@ const HOOKS: &[&str] = &[
     "poststop",
 ];
 
-/// Mount options that are independent of the file system. `remount`, `idmap` and `ridmap` are
-/// refused.
+/// Mount options that are independent of the file system. `remount` is refused.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
@@ -33,6 +32,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "iversion",
     "lazytime",
     "loud",
@@ -55,6 +55,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "rdiratime",
     "relatime",
     "rexec",
+    "ridmap",
     "rnoatime",
     "rnodev",
     "rnodiratime",
@@ -227,7 +228,7 @@ pub fn features() -> Value {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } },
+            "mountExtensions": { "idmap": { "enabled": true } },
         },
         "annotations": {
             "io.hull.version": env!("CARGO_PKG_VERSION"),
@@ -329,8 +330,9 @@ mod tests {
                 .all(|word| words.contains(word))
         );
         expected.extend(set(["bind", "rbind", "tmpcopyup", "defaults"]));
+        expected.extend(set(["idmap", "ridmap"]));
         assert_eq!(list(&features()["mountOptions"]), expected);
-        assert!(MOUNTS.contains(r#""idmap" | "ridmap" | "remount""#));
+        assert!(MOUNTS.contains(r#""idmap" | "ridmap""#));
     }
 
     #[test]
@@ -383,7 +385,6 @@ mod tests {
             (PROCESS, "process.apparmorProfile"),
             (PROCESS, "process.selinuxLabel"),
             (CONTAINER, "linux.intelRdt"),
-            (MOUNTS, "uidMappings"),
         ] {
             assert!(source.contains(&format!("\"{field}\"")), "{field}");
         }

@@ -63,8 +63,8 @@ pub const MAX_HOST_CONNECTIONS: usize = 256;
 /// Most of them that wait for the host's answer.
 pub const MAX_SOCKET_REQUESTS: usize = 8;
 
-/// How long the host may take for its answer. The guest's kernel waits longer
-/// (`UNIX_HOST_TIMEOUT`, net/unix/af_unix.c as patched).
+/// How long the host may take for its answer. The guest's kernel waits longer for a connect(2) that
+/// must not wait (`UNIX_HOST_TIMEOUT`, net/unix/af_unix.c as patched).
 pub const SOCKET_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// vsock context id of the host, as every guest sees it (`VMADDR_CID_HOST`, linux/vm_sockets.h).

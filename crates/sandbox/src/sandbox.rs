@@ -367,6 +367,7 @@ impl Sandbox {
             }
             let added = shares::add(&self.0.devices, self.path(), share, mount).await;
             if let Err(error) = added {
+                self.0.sockets.remove(std::slice::from_ref(&share.name));
                 // Shares are added while the guest boots: there may be no agent yet.
                 return Err(self.cause_of(error, async {}).await);
             }

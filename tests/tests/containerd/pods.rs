@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use hull_tests::cri::{
-    ContainerConfig, ContainerStatus, Cri, Dns, Mount, Namespaces, PodConfig, PodSecurity,
-    Resources, container, linux,
+    ContainerConfig, ContainerStatus, Cri, Dns, IdMapping, Mount, Namespaces, PodConfig,
+    PodSecurity, Resources, Users, container, linux,
 };
 use hull_tests::{Containerd, eventually, unix_client_program};
 
@@ -310,6 +311,7 @@ fn volumes_are_files_of_the_host_whose_changes_are_seen() {
         container_path: at.to_owned(),
         host_path: host.display().to_string(),
         readonly,
+        ..Mount::default()
     };
     let with_mounts = |name: &str| ContainerConfig {
         mounts: vec![mount(&map, "/map", true), mount(&empty, "/empty", false)],
@@ -347,6 +349,7 @@ fn a_socket_of_the_host_leads_to_its_server_from_the_container_that_has_it() {
         container_path: at.to_owned(),
         host_path: host.display().to_string(),
         readonly: true,
+        ..Mount::default()
     };
     let with = |name: &str, at: &[&str]| ContainerConfig {
         mounts: at
@@ -374,6 +377,64 @@ fn a_socket_of_the_host_leads_to_its_server_from_the_container_that_has_it() {
     drop(serving.join().unwrap());
     let refused = sh(&cri, &two, "/client /a try || true");
     assert_eq!(refused, "Connection refused");
+    cri.remove_pod(&id).unwrap();
+    containerd.assert_clean();
+}
+
+#[test]
+fn a_pod_with_users_of_its_own_owns_the_files_of_its_image_and_volumes() {
+    if !Containerd::is_2_or_later("volumes with mapped ids") {
+        return;
+    }
+    let containerd = Containerd::with_pods();
+    let cri = containerd.cri();
+    let maps = || {
+        let (host, container, length) = (200_000, 0, 65_536);
+        vec![IdMapping {
+            host,
+            container,
+            length,
+        }]
+    };
+    let namespaces = || Namespaces {
+        users: Some(Users {
+            mode: 0,
+            uids: maps(),
+            gids: maps(),
+        }),
+        ..Namespaces::own_processes()
+    };
+    let mut config = containerd.pod("users");
+    config.linux.as_mut().unwrap().security = Some(PodSecurity {
+        namespaces: Some(namespaces()),
+    });
+    let id = cri.run_pod(&config, HANDLER).unwrap();
+    let volume = containerd.path("volume");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::write(volume.join("file"), "of the node").unwrap();
+    let mut with_volume = container("one", "sleep 1000");
+    with_volume.mounts = vec![Mount {
+        container_path: "/v".to_owned(),
+        host_path: volume.display().to_string(),
+        uids: maps(),
+        gids: maps(),
+        ..Mount::default()
+    }];
+    with_volume.linux = Some(linux(0, namespaces()));
+    let one = runs(&cri, &id, &config, with_volume);
+    let ids = "id -u; cat /proc/self/uid_map; stat -c %u:%g / /bin/busybox /v /v/file /etc/hosts";
+    let seen = sh(&cri, &one, ids);
+    let seen: Vec<_> = seen.split_whitespace().collect();
+    let all = ["0:0"; 5];
+    assert_eq!(seen[..4], ["0", "0", "200000", "65536"]);
+    assert_eq!(seen[4..], all);
+    sh(
+        &cri,
+        &one,
+        "touch /v/new /new && chown 5:6 /v/new /new && rm /bin/busybox",
+    );
+    let new = std::fs::metadata(volume.join("new")).unwrap();
+    assert_eq!((new.uid(), new.gid()), (5, 6));
     cri.remove_pod(&id).unwrap();
     containerd.assert_clean();
 }

@@ -204,10 +204,70 @@ fn a_client_that_is_killed_while_it_connects_leaves_the_others_alone() {
     let options = options(&path);
     let options: Vec<_> = options.iter().map(String::as_str).collect();
     let script = "/client /run/server.sock try & sleep 0.5; kill -9 $!; wait $!; echo killed
-                  /client /run/server.sock try; true";
-    let output = hull.sh(&options, script).ok();
-    assert_eq!(output.text(), "killed\nResource temporarily unavailable");
+                  /client /run/server.sock signal";
+    let mut container = hull
+        .hull(["run", "--rm", "--network", "none"])
+        .args(&options)
+        .args(["busybox", "sh", "-c", script])
+        .start();
+    container.wait_for("killed\nInterrupted system call\n");
+    // The one that was interrupted tries again and waits until there is room.
+    std::thread::sleep(Duration::from_secs(1));
     drop(rustix::net::accept(&full).unwrap());
-    let output = client(&hull, &path, &[], &["try"]).ok();
-    assert_eq!(output.text(), "connected /run/server.sock");
+    let output = container.finish().ok();
+    assert_eq!(
+        output.text(),
+        "killed\nInterrupted system call\nconnected /run/server.sock"
+    );
+    let accepted = rustix::net::accept(&full).unwrap();
+    assert_eq!(rustix::io::read(&accepted, &mut [0; 1]), Ok(0));
+}
+
+/// What a server does with its only connection, and what the client then prints.
+fn talk(arguments: &[&str], serve: impl FnOnce(UnixStream) + Send + 'static) -> String {
+    let hull = Hull::new();
+    let (listener, path) = server(&hull);
+    let serving = thread::spawn(move || serve(listener.accept().unwrap().0));
+    let output = client(&hull, &path, &[], arguments).ok();
+    serving.join().unwrap();
+    let text = output.text();
+    let answer = text.strip_prefix("connected /run/server.sock\n");
+    answer.map(str::to_owned).unwrap_or(text)
+}
+
+#[test]
+fn an_answer_is_whole_for_a_client_that_reads_it_late() {
+    let said = talk(&["slow"], |mut stream| {
+        stream.read_to_end(&mut Vec::new()).unwrap();
+        stream.write_all(&vec![7; 600_000]).unwrap();
+    });
+    assert_eq!(said, "600000 bytes");
+}
+
+#[test]
+fn an_answer_arrives_that_comes_before_the_question_has_ended() {
+    let said = talk(&["early"], |mut stream| {
+        stream.read_exact(&mut [0; 4096]).unwrap();
+        stream.write_all(b"too long").unwrap();
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+        // What was not read does not become an error of the client's.
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+    });
+    assert_eq!(said, "too long");
+}
+
+#[test]
+fn a_client_that_only_waits_sees_that_the_server_is_gone() {
+    assert_eq!(talk(&["idle"], drop), "gone");
+}
+
+#[test]
+fn descriptors_are_refused_where_they_are_sent() {
+    let said = talk(&["pass"], |mut stream| {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        assert_eq!(all, b"");
+    });
+    assert_eq!(said, "Operation not permitted");
 }

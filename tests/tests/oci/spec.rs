@@ -1,7 +1,7 @@
 //! Configurations that runc takes, and what containers see then.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::time::{Duration, Instant};
 
 use hull_tests::{Bundle, Oci, Output};
@@ -38,6 +38,137 @@ fn a_user_namespace_goes_with_a_cgroup_namespace() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[..2], ["0", "0::/"], "{text}");
     assert_ne!(lines[2], "0", "the container's own group");
+}
+
+/// Gives the container a user namespace, in which id 0 is 100000 of the guest.
+fn with_users(oci: &Oci) -> Bundle {
+    let bundle = oci.bundle().with(|config| {
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({"type": "user"}));
+        config["linux"]["uidMappings"] = ids(100_000, 65_536);
+        config["linux"]["gidMappings"] = ids(100_000, 65_536);
+    });
+    let chown = hull_tests::Invocation::new("chown").args(["-R", "100000:100000"]);
+    chown.arg(bundle.root("")).run().ok();
+    bundle
+}
+
+fn ids(host: u32, size: u32) -> Value {
+    json!([{"containerID": 0, "hostID": host, "size": size}])
+}
+
+#[test]
+fn ids_of_mounts_are_mapped_for_a_user_namespace() {
+    let oci = Oci::new();
+    let volume = oci.path("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o777)).unwrap();
+    for (name, owner) in [("root", 0), ("user", 1000), ("other", 70_000)] {
+        fs::write(volume.join(name), name).unwrap();
+        chown(volume.join(name), Some(owner), Some(owner)).unwrap();
+    }
+    let set_id = |name: &str| {
+        fs::set_permissions(volume.join(name), fs::Permissions::from_mode(0o6777)).unwrap();
+    };
+    set_id("user");
+    let mount = |at: &str, options: Value, mapped: bool| {
+        let mut mount = json!({
+            "destination": at, "type": "bind", "source": volume, "options": options,
+        });
+        if mapped {
+            mount["uidMappings"] = ids(100_000, 65_536);
+            mount["gidMappings"] = ids(100_000, 65_536);
+        }
+        mount
+    };
+    let bundle = with_users(&oci)
+        .mount(mount("/plain", json!(["bind"]), false))
+        .mount(mount("/mapped", json!(["rbind"]), true))
+        .mount(mount("/asked", json!(["bind", "ridmap", "ro"]), false));
+    let script = "stat -c '%u:%g %n' /plain/root /mapped/* /asked/user
+        cd /mapped
+        echo new >new && mkdir directory && ln -s x link && mkfifo fifo
+        echo more >>user && stat -c '%a %n' user
+        chmod 600 root && touch root && cat root
+        mv root moved && ln moved linked && rm moved
+        touch /asked/no 2>&1 | grep -c 'Read-only'";
+    let output = run(&oci, bundle, &["sh", "-c", script]).ok();
+    assert_eq!(
+        output.text(),
+        "65534:65534 /plain/root\n65534:65534 /mapped/other\n0:0 /mapped/root\n\
+         1000:1000 /mapped/user\n1000:1000 /asked/user\n777 user\nroot1",
+        "{}",
+        output.error()
+    );
+    for (name, owner) in [
+        ("new", 0),
+        ("directory", 0),
+        ("link", 0),
+        ("fifo", 0),
+        ("linked", 0),
+        ("user", 1000),
+        ("other", 70_000),
+    ] {
+        let found = fs::symlink_metadata(volume.join(name)).unwrap();
+        assert_eq!(found.uid(), owner, "{name}");
+    }
+    assert_eq!(
+        fs::metadata(volume.join("linked")).unwrap().mode() & 0o777,
+        0o600
+    );
+
+    // A user of the namespace that is not root.
+    set_id("user");
+    let bundle = with_users(&oci)
+        .mount(mount("/mapped", json!(["bind"]), true))
+        .with(|config| config["process"]["user"] = json!({"uid": 7, "gid": 8}));
+    let script = "cd /mapped; echo mine >mine; echo more >>user; stat -c '%u:%g %a %n' mine user
+        cat linked 2>&1 | grep -c denied";
+    let output = run(&oci, bundle, &["sh", "-c", script]).ok();
+    assert_eq!(output.text(), "7:8 644 mine\n1000:1000 777 user\n1");
+    let mine = fs::metadata(volume.join("mine")).unwrap();
+    assert_eq!((mine.uid(), mine.gid()), (7, 8));
+}
+
+#[test]
+fn ids_of_a_mount_are_mapped_without_a_user_namespace_too() {
+    let oci = Oci::new();
+    let volume = oci.path("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("file"), "").unwrap();
+    let mapped = |ids: &Value| {
+        oci.bundle().mount(json!({
+            "destination": "/v", "type": "bind", "source": volume, "options": ["bind"],
+            "uidMappings": ids, "gidMappings": ids,
+        }))
+    };
+    let output = run(
+        &oci,
+        mapped(&ids(500, 10)),
+        &["stat", "-c", "%u:%g", "/v/file"],
+    );
+    assert_eq!(output.ok().text(), "500:500");
+    // Nobody has an id to create a file with.
+    let output = run(&oci, mapped(&ids(500, 10)), &["touch", "/v/new"]);
+    assert!(
+        output.error().contains("Value too large"),
+        "{}",
+        output.error()
+    );
+    let none = mapped(&json!([]));
+    let none = none.with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.last_mut().unwrap()["options"] = json!(["bind", "idmap"]);
+    });
+    let output = run(&oci, none, &["true"]);
+    assert!(
+        output
+            .error()
+            .contains("neither the mount nor the container has mappings"),
+        "{}",
+        output.error()
+    );
+    assert_ne!(output.status, 0);
 }
 
 #[test]

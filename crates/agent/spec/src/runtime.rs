@@ -45,6 +45,9 @@ pub struct Spec {
     vm: Option<IgnoredAny>,
     zos: Option<IgnoredAny>,
     hull_disks: Option<Vec<HullDisk>>,
+    /// Not part of the OCI specification: files of the root file system have the ids that they have
+    /// in the container's user namespace.
+    hull_root_mapped: Option<bool>,
 }
 
 /// Not part of the OCI specification: names the block devices of the spec that are disks of this
@@ -84,6 +87,7 @@ impl Spec {
         solaris: Option<IgnoredAny>,
         windows: Option<IgnoredAny>, vm: Option<IgnoredAny>, zos: Option<IgnoredAny>,
         hull_disks: Option<Vec<HullDisk>>;
+        hull_root_mapped: Option<bool>
     }
 }
 

@@ -8,6 +8,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -85,6 +86,28 @@ pub(super) fn spawn(
             })
         }
         Cloned::Child => run(theirs, child),
+    }
+}
+
+/// A new user namespace without a process: `map` writes its maps, of the process that is in it
+/// meanwhile.
+pub(super) fn user_namespace(map: impl FnOnce(u32) -> Result<()>) -> Result<OwnedFd> {
+    // SAFETY: the agent has one thread, and the child does not return.
+    match unsafe { sys::clone3(sys::CLONE_NEWUSER, None) }.map_err(cannot_clone)? {
+        Cloned::Child => loop {
+            // Until it is killed.
+            sys::pause();
+        },
+        Cloned::Parent { pid, pidfd } => {
+            let made = map(pid).and_then(|()| {
+                let path = format!("/proc/{pid}/ns/user");
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                rustix::fs::openat(CWD, path.as_str(), flags, Mode::empty())
+                    .context(|| format!("cannot open {path}"))
+            });
+            kill(pidfd.as_fd());
+            made
+        }
     }
 }
 
@@ -272,9 +295,13 @@ impl Spawned {
 
     /// Kills the child and reaps it.
     pub(super) fn kill(&self) {
-        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
-        reap(self.pidfd.as_fd());
+        kill(self.pidfd.as_fd());
     }
+}
+
+fn kill(pidfd: BorrowedFd<'_>) {
+    let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+    reap(pidfd);
 }
 
 /// Fails only if the process has been reaped elsewhere.

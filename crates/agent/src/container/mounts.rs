@@ -5,17 +5,18 @@
 //! complete, with its attributes, before it appears anywhere.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use libc::c_ulong;
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{LinuxIdMapping, Mount};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
 
 use super::error::{Context, CreateError, Result};
 use super::mount_options::MountOptions;
+use super::namespaces::{IdMaps, Namespaces};
 use super::paths::{self, Missing};
 use super::sys::{self, MountAttributes};
 use super::{copy_up, rootfs};
@@ -37,6 +38,9 @@ enum Kind {
     Bind {
         source: CString,
         recursive: bool,
+        /// The mount itself, made by the agent: ids can be mapped only where the file system's own
+        /// user namespace is.
+        mapped: Option<OwnedFd>,
     },
     Filesystem {
         name: CString,
@@ -50,6 +54,69 @@ pub(super) struct Surroundings<'a> {
     /// The container's control group, and whether it is the root of the container's view.
     pub(super) cgroup: &'a Path,
     pub(super) cgroup_namespace: bool,
+    pub(super) namespaces: &'a Namespaces,
+    pub(super) id_maps: &'a IdMaps,
+}
+
+/// The ids of a mount that are mapped.
+struct Mapping<'a> {
+    uid: &'a [LinuxIdMapping],
+    gid: &'a [LinuxIdMapping],
+    /// Also in what is mounted below.
+    recursive: bool,
+}
+
+impl<'a> Mapping<'a> {
+    /// Of a mount; takes the words that ask for it out of its options.
+    fn new(
+        mount: &'a Mount,
+        options: &mut MountOptions,
+        namespaces: &'a Namespaces,
+    ) -> std::result::Result<Option<Self>, &'static str> {
+        let words = options.data.split(',');
+        let (asked, rest): (Vec<_>, Vec<_>) =
+            words.partition(|word| matches!(*word, "idmap" | "ridmap"));
+        let recursive = asked.contains(&"ridmap");
+        let asked = !asked.is_empty();
+        options.data = rest.join(",");
+        let given = |map: &'a Option<Vec<LinuxIdMapping>>| map.as_deref().unwrap_or_default();
+        let (uid, gid) = (given(mount.uid_mappings()), given(mount.gid_mappings()));
+        match (uid.is_empty(), gid.is_empty()) {
+            (true, true) if !asked => Ok(None),
+            (true, true) if namespaces.uid_map.is_empty() => {
+                Err("neither the mount nor the container has mappings")
+            }
+            (true, true) => Ok(Some(Self {
+                uid: &namespaces.uid_map,
+                gid: &namespaces.gid_map,
+                recursive,
+            })),
+            (false, false) => Ok(Some(Self {
+                uid,
+                gid,
+                recursive,
+            })),
+            _ => Err("users and groups must both be mapped"),
+        }
+    }
+}
+
+/// A copy of the mount at `path`, attached nowhere, with mapped ids. Made by the agent.
+pub(super) fn detached_mapped(
+    path: &CStr,
+    recursive: bool,
+    users: BorrowedFd<'_>,
+    map_recursively: bool,
+) -> std::io::Result<OwnedFd> {
+    let tree = detached(CWD, path, recursive)?;
+    let attributes = MountAttributes {
+        set: sys::MOUNT_ATTR_IDMAP,
+        // A descriptor that is open is not negative.
+        user_namespace: u64::from(users.as_raw_fd().unsigned_abs()),
+        ..Default::default()
+    };
+    sys::mount_setattr(tree.as_fd(), c"", map_recursively, &attributes)?;
+    Ok(tree)
 }
 
 impl MountPlan {
@@ -58,27 +125,10 @@ impl MountPlan {
         let field = |name: &str| format!("mounts: {shown}: {name}");
         let destination = rootfs::inside("mounts: destination", mount.destination())?;
         let mut options = MountOptions::parse(mount.options().iter().flatten().map(String::as_str));
-        if mount
-            .uid_mappings()
-            .as_ref()
-            .is_some_and(|mappings| !mappings.is_empty())
-            || mount
-                .gid_mappings()
-                .as_ref()
-                .is_some_and(|mappings| !mappings.is_empty())
-        {
-            return Err(CreateError::unsupported(
-                field("uidMappings"),
-                "mounts with mapped ids",
-            ));
-        }
-        for word in options.data.split(',') {
-            if matches!(word, "idmap" | "ridmap" | "remount") {
-                return Err(CreateError::unsupported(
-                    field("options"),
-                    format_args!("{word:?}"),
-                ));
-            }
+        let mapping = Mapping::new(mount, &mut options, surroundings.namespaces)
+            .map_err(|why| CreateError::invalid(field("uidMappings"), why))?;
+        if options.data.split(',').any(|word| word == "remount") {
+            return Err(CreateError::unsupported(field("options"), "\"remount\""));
         }
         let source = mount
             .source()
@@ -86,6 +136,12 @@ impl MountPlan {
             .filter(|source| !source.as_os_str().is_empty());
         let name = mount.typ().as_deref().unwrap_or_default();
         let bind = options.bind.or((name == "bind").then_some(false));
+        if mapping.is_some() && bind.is_none() {
+            return Err(CreateError::unsupported(
+                field("uidMappings"),
+                "mapped ids of mounts that are no bind mounts",
+            ));
+        }
         let kind = if let Some(recursive) = bind {
             let source =
                 source.ok_or_else(|| CreateError::invalid(field("source"), "is missing"))?;
@@ -103,9 +159,20 @@ impl MountPlan {
                     "a bind mount cannot change how its file system writes",
                 ));
             }
+            let source = sys::c_path("mounts: source", source)?;
+            let mapped = match mapping {
+                Some(mapping) => {
+                    let users = surroundings.id_maps.get(mapping.uid, mapping.gid)?;
+                    let mapped =
+                        detached_mapped(&source, recursive, users.as_fd(), mapping.recursive);
+                    Some(mapped.context(|| format!("cannot map the ids of the mount at {shown}"))?)
+                }
+                None => None,
+            };
             Kind::Bind {
-                source: sys::c_path("mounts: source", source)?,
+                source,
                 recursive,
+                mapped,
             }
         } else if matches!(name, "cgroup" | "cgroup2") {
             if !options.data.is_empty() {
@@ -125,6 +192,7 @@ impl MountPlan {
                 Kind::Bind {
                     source: sys::c_path("linux.cgroupsPath", surroundings.cgroup)?,
                     recursive: false,
+                    mapped: None,
                 }
             }
         } else {
@@ -163,7 +231,18 @@ impl MountPlan {
     /// directory. Returns a mount that is to be made read-only when all mounts are there.
     pub(super) fn mount(&self, root: BorrowedFd<'_>) -> Result<Option<BorrowedFd<'static>>> {
         match &self.kind {
-            Kind::Bind { source, recursive } => self.bind(root, source, *recursive).map(|()| None),
+            Kind::Bind {
+                source,
+                recursive,
+                mapped,
+            } => {
+                let tree = match mapped {
+                    Some(mapped) => Ok(mapped.as_fd()),
+                    None => detached(CWD, source, *recursive).map(sys::leak),
+                };
+                let tree = tree.context(|| self.what())?;
+                self.bind(root, tree).map(|()| None)
+            }
             Kind::Filesystem { name, source, data } => {
                 self.new_filesystem(root, name, source, data)
             }
@@ -193,20 +272,19 @@ impl MountPlan {
         }
     }
 
-    fn bind(&self, root: BorrowedFd<'_>, source: &CStr, recursive: bool) -> Result<()> {
-        let tree = detached(CWD, source, recursive).context(|| self.what())?;
-        self.set_attributes(tree.as_fd(), &self.options.attributes)?;
+    fn bind(&self, root: BorrowedFd<'_>, tree: BorrowedFd<'_>) -> Result<()> {
+        self.set_attributes(tree, &self.options.attributes)?;
         let target = paths::find_or_make(root, &self.destination, || {
-            Ok(if is_directory(tree.as_fd()) {
+            Ok(if is_directory(tree) {
                 Missing::Directory
             } else {
                 Missing::File
             })
         })
         .context(|| self.what())?;
-        match attach(tree.as_fd(), target.as_fd()) {
-            Err(Errno::INVAL) if is_directory(tree.as_fd()) != is_directory(target.as_fd()) => {
-                let why = if is_directory(tree.as_fd()) {
+        match attach(tree, target.as_fd()) {
+            Err(Errno::INVAL) if is_directory(tree) != is_directory(target.as_fd()) => {
+                let why = if is_directory(tree) {
                     "a directory cannot be mounted on a file"
                 } else {
                     "a file cannot be mounted on a directory"
@@ -425,6 +503,8 @@ mod tests {
             &Surroundings {
                 cgroup: Path::new("/sys/fs/cgroup/c1"),
                 cgroup_namespace: false,
+                namespaces: &Namespaces::default(),
+                id_maps: &IdMaps::default(),
             },
         )
     }
@@ -478,7 +558,18 @@ mod tests {
             ),
             (
                 r#"{"destination":"/a","type":"tmpfs","options":["idmap"]}"#,
-                "idmap",
+                "neither the mount nor the container has mappings",
+            ),
+            (
+                r#"{"destination":"/a","source":"/b","options":["bind"],
+                    "uidMappings":[{"containerID":0,"hostID":5,"size":1}]}"#,
+                "both be mapped",
+            ),
+            (
+                r#"{"destination":"/a","type":"tmpfs",
+                    "uidMappings":[{"containerID":0,"hostID":5,"size":1}],
+                    "gidMappings":[{"containerID":0,"hostID":5,"size":1}]}"#,
+                "not supported",
             ),
             (
                 r#"{"destination":"/a","type":"tmpfs","options":["remount"]}"#,

@@ -10,13 +10,16 @@
 //! - no process returns from a joined user namespace, so that needs a process in between
 //!   ([`super::clone`]).
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use super::error::{Context, CreateError, Result};
-use super::sys;
+use super::{clone, sys};
 
 /// The namespaces of one container.
 #[derive(Debug, Default)]
@@ -238,26 +241,56 @@ impl Namespaces {
 
     /// Maps the ids of the new user namespace of `pid`.
     pub(super) fn write_maps(&self, pid: u32) -> Result<()> {
-        for (file, map) in [("uid_map", &self.uid_map), ("gid_map", &self.gid_map)] {
-            let lines: String = map
-                .iter()
-                .map(|range| {
-                    format!(
-                        "{} {} {}\n",
-                        range.container_id(),
-                        range.host_id(),
-                        range.size()
-                    )
-                })
-                .collect();
-            sys::write_file(
-                CWD,
-                format!("/proc/{pid}/{file}").as_str(),
-                lines.as_bytes(),
+        write_maps(pid, &self.uid_map, &self.gid_map)
+    }
+}
+
+fn write_maps(pid: u32, uid_map: &[LinuxIdMapping], gid_map: &[LinuxIdMapping]) -> Result<()> {
+    for (file, map) in [("uid_map", uid_map), ("gid_map", gid_map)] {
+        sys::write_file(
+            CWD,
+            format!("/proc/{pid}/{file}").as_str(),
+            lines(map).as_bytes(),
+        )
+        .context(|| format!("cannot write the {file} of the new user namespace"))?;
+    }
+    Ok(())
+}
+
+/// A map as `uid_map` takes it.
+fn lines(map: &[LinuxIdMapping]) -> String {
+    map.iter()
+        .map(|range| {
+            format!(
+                "{} {} {}\n",
+                range.container_id(),
+                range.host_id(),
+                range.size()
             )
-            .context(|| format!("cannot write the {file} of the new user namespace"))?;
+        })
+        .collect()
+}
+
+/// User namespaces that stand for the mapped ids of mounts, each made once. No process is in them.
+#[derive(Debug, Default)]
+pub(super) struct IdMaps(RefCell<HashMap<String, Rc<OwnedFd>>>);
+
+impl IdMaps {
+    /// The user namespace that maps ids so. Called by the agent, in its own namespaces.
+    pub(super) fn get(
+        &self,
+        uid_map: &[LinuxIdMapping],
+        gid_map: &[LinuxIdMapping],
+    ) -> Result<Rc<OwnedFd>> {
+        let key = format!("{}\n{}", lines(uid_map), lines(gid_map));
+        if let Some(made) = self.0.borrow().get(&key) {
+            return Ok(made.clone());
         }
-        Ok(())
+        let made = Rc::new(clone::user_namespace(|pid| {
+            write_maps(pid, uid_map, gid_map)
+        })?);
+        self.0.borrow_mut().insert(key, made.clone());
+        Ok(made)
     }
 }
 

@@ -6,7 +6,7 @@
 //! agent's.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -19,7 +19,7 @@ use rustix::mount::{MoveMountFlags, UnmountFlags};
 use super::devices::Devices;
 use super::error::{Context, CreateError, Result};
 use super::mounts::{self, MountPlan, Surroundings};
-use super::namespaces::Namespaces;
+use super::namespaces::{IdMaps, Namespaces};
 use super::paths;
 use super::sys::{self, MOUNT_ATTR_RDONLY, MountAttributes};
 
@@ -27,6 +27,8 @@ use super::sys::{self, MOUNT_ATTR_RDONLY, MountAttributes};
 #[derive(Debug)]
 pub(super) struct RootfsPlan {
     path: CString,
+    /// The root with mapped ids, made by the agent.
+    mapped: Option<OwnedFd>,
     readonly: bool,
     propagation: Option<c_ulong>,
     mounts: Vec<MountPlan>,
@@ -74,6 +76,19 @@ impl RootfsPlan {
         let surroundings = Surroundings {
             cgroup,
             cgroup_namespace: namespaces.has(sys::CLONE_NEWCGROUP),
+            namespaces,
+            id_maps: &IdMaps::default(),
+        };
+        let path = sys::c_path("root.path", root.path())?;
+        let mapped = match spec.hull_root_mapped() {
+            Some(true) => {
+                let users = surroundings
+                    .id_maps
+                    .get(&namespaces.uid_map, &namespaces.gid_map)?;
+                let mapped = mounts::detached_mapped(&path, true, users.as_fd(), false);
+                Some(mapped.context(|| "cannot map the ids of the root file system")?)
+            }
+            _ => None,
         };
         let mounts = spec
             .mounts()
@@ -109,7 +124,8 @@ impl RootfsPlan {
             .and_then(|linux| linux.rootfs_propagation().as_deref())
             .unwrap_or_default();
         Ok(RootfsPlan {
-            path: sys::c_path("root.path", root.path())?,
+            path,
+            mapped,
             readonly: root.readonly().unwrap_or(false),
             propagation: mounts::root_propagation(propagation)?,
             mounts,
@@ -150,9 +166,11 @@ impl RootfsPlan {
         sys::mount_propagation(c"/", flags)
             .context(|| "cannot separate the container's mounts from the agent's")?;
         let what = || format!("cannot mount root.path {}", self.path.to_string_lossy());
-        let root = mounts::detached(CWD, &self.path, true)
-            .map(sys::leak)
-            .context(what)?;
+        let root = match &self.mapped {
+            Some(mapped) => mapped.try_clone().context(what)?,
+            None => mounts::detached(CWD, &self.path, true).context(what)?,
+        };
+        let root = sys::leak(root);
         if self.shared() {
             let private = MountAttributes {
                 propagation: libc::MS_PRIVATE,

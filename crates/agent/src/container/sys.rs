@@ -33,6 +33,7 @@ pub(super) const MOUNT_ATTR_NOATIME: u64 = 0x10;
 pub(super) const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
 pub(super) const MOUNT_ATTR_NODIRATIME: u64 = 0x80;
 pub(super) const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
+pub(super) const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
 
 /// Argument of `mount_setattr`, as the kernel lays it out.
 #[repr(C)]
@@ -125,6 +126,12 @@ pub(super) unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
 pub(super) fn setns(of: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
     // SAFETY: takes numbers only.
     check(unsafe { libc::syscall(libc::SYS_setns, of.as_raw_fd(), flags as libc::c_int) }).map(drop)
+}
+
+/// Waits for a signal.
+pub(super) fn pause() {
+    // SAFETY: takes nothing.
+    unsafe { libc::pause() };
 }
 
 /// Moves the caller into new namespaces.

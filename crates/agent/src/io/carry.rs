@@ -23,15 +23,13 @@ const HANG_UP_INTERVAL: Duration = Duration::from_secs(5);
 pub enum HalfClosed {
     /// Nothing moves for so long.
     Idle(Duration),
-    /// One of the peers is gone.
+    /// Who is to take what may still come is gone.
     HungUp,
 }
 
 /// Relays both directions until both have ended, or one has failed.
 pub async fn carry(one: Connection, other: Connection, half_closed: HalfClosed) {
     let carrier = Carrier {
-        one: &one,
-        other: &other,
         half_closed,
         half: AtomicBool::new(false),
     };
@@ -39,33 +37,40 @@ pub async fn carry(one: Connection, other: Connection, half_closed: HalfClosed) 
     let _ = tokio::try_join!(carrier.pass(&one, &other), carrier.pass(&other, &one));
 }
 
-struct Carrier<'a> {
-    one: &'a Connection,
-    other: &'a Connection,
+struct Carrier {
     half_closed: HalfClosed,
     /// One direction has ended.
     half: AtomicBool,
 }
 
-impl Carrier<'_> {
+impl Carrier {
+    /// Relays one direction to its end. An error ends the other one as well.
     async fn pass(&self, mut from: &Connection, mut to: &Connection) -> io::Result<()> {
         let mut piece = vec![0; PIECE];
+        let taker = to;
         loop {
-            let length = self.moving(from.read(&mut piece)).await?;
+            let length = self.waiting(from.read(&mut piece), taker).await??;
             if length == 0 {
                 break;
             }
-            self.moving(to.write_all(&piece[..length])).await?;
+            let written = self.waiting(to.write_all(&piece[..length]), taker).await?;
+            if written.is_err() {
+                // Who sends is told. What the other one has sent before it went is still there.
+                self.half.store(true, Ordering::Relaxed);
+                from.stop_receiving();
+                return Ok(());
+            }
         }
-        self.half.store(true, Ordering::Relaxed);
-        if self.is_over() {
+        if matches!(self.half_closed, HalfClosed::HungUp) && from.is_deaf() {
+            // It was not only done with sending: what the other one sends has no use.
             return Err(Errno::PIPE.into());
         }
+        self.half.store(true, Ordering::Relaxed);
         to.shutdown().await
     }
 
-    /// Waits for a step: without limit while both directions are open.
-    async fn moving<T>(&self, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    /// Waits for a step of the direction to `to`: without limit while both directions are open.
+    async fn waiting<T>(&self, step: impl Future<Output = T>, to: &Connection) -> io::Result<T> {
         let interval = match self.half_closed {
             HalfClosed::Idle(limit) => limit,
             HalfClosed::HungUp => HANG_UP_INTERVAL,
@@ -73,21 +78,15 @@ impl Carrier<'_> {
         let mut step = pin!(step);
         loop {
             match timeout(interval, step.as_mut()).await {
-                Ok(done) => return done,
+                Ok(done) => return Ok(done),
                 Err(_elapsed) if !self.half.load(Ordering::Relaxed) => {}
                 Err(_elapsed) => match self.half_closed {
                     HalfClosed::Idle(_) => return Err(Errno::TIMEDOUT.into()),
-                    HalfClosed::HungUp if self.is_over() => return Err(Errno::PIPE.into()),
+                    HalfClosed::HungUp if to.is_deaf() => return Err(Errno::PIPE.into()),
                     HalfClosed::HungUp => {}
                 },
             }
         }
-    }
-
-    /// Whether a peer is gone, and not only done with sending.
-    fn is_over(&self) -> bool {
-        matches!(self.half_closed, HalfClosed::HungUp)
-            && (self.one.hung_up() || self.other.hung_up())
     }
 }
 
@@ -178,6 +177,36 @@ mod tests {
             while server.write_all(b"more").is_ok() {
                 thread::sleep(Duration::from_millis(20));
             }
+        });
+    }
+
+    #[test]
+    fn an_answer_is_whole_however_slowly_it_is_read() {
+        const LENGTH: usize = 3 << 20;
+        carried(HalfClosed::HungUp, |mut client, mut server| {
+            client.shutdown(Shutdown::Write).unwrap();
+            server.read_to_end(&mut Vec::new()).unwrap();
+            let serving = thread::spawn(move || server.write_all(&vec![7; LENGTH]).unwrap());
+            thread::sleep(HANG_UP_INTERVAL + Duration::from_secs(1));
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).unwrap();
+            assert_eq!(answer.len(), LENGTH);
+            serving.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn an_answer_to_a_question_that_nobody_reads_to_its_end_arrives() {
+        carried(HalfClosed::HungUp, |mut client, mut server| {
+            let mut asking = client.try_clone().unwrap();
+            let asking = thread::spawn(move || while asking.write_all(&[0; 4096]).is_ok() {});
+            server.read_exact(&mut [0; 4096]).unwrap();
+            server.write_all(b"too long").unwrap();
+            server.shutdown(Shutdown::Read).unwrap();
+            let mut answer = [0; 8];
+            client.read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, b"too long");
+            asking.join().unwrap();
         });
     }
 

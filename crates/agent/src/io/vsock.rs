@@ -4,13 +4,14 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -98,6 +99,14 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
     Ok((unsafe { OwnedFd::from_raw_fd(fd) }, peer.svm_port))
 }
 
+/// Whether the other side of a connection has closed both directions.
+pub fn hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut poll = [PollFd::new(&socket, PollFlags::empty())];
+    let polled = rustix::event::poll(&mut poll, Some(&Timespec::default()));
+    let gone = PollFlags::HUP | PollFlags::ERR;
+    polled.is_ok() && poll[0].revents().intersects(gone)
+}
+
 /// State of a connection, as seen from outside of it.
 #[derive(Default)]
 pub struct Link {
@@ -146,14 +155,19 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether the other side is gone, and not only done with sending.
-    pub fn hung_up(&self) -> bool {
-        let mut poll = [PollFd::new(self.socket.get_ref(), PollFlags::empty())];
-        let polled = rustix::event::poll(&mut poll, Some(&Timespec::default()));
-        polled.is_ok()
-            && poll[0]
-                .revents()
-                .intersects(PollFlags::HUP | PollFlags::ERR)
+    /// Whether nobody takes what is sent any more. Of a vsock connection only before this side has
+    /// ended its own direction.
+    pub fn is_deaf(&self) -> bool {
+        // The first is for unix sockets, the second for vsock: it fails before there is anything to
+        // send.
+        hung_up(self.socket.get_ref().as_fd())
+            || rustix::net::send(&self.socket, &[], SendFlags::NOSIGNAL) == Err(Errno::PIPE)
+    }
+
+    /// Does not take anything any more.
+    pub fn stop_receiving(&self) {
+        // It fails when the other side is gone already.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Read);
     }
 }
 

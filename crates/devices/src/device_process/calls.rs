@@ -7,7 +7,7 @@ use hull_device_control::{Call, Event, Request};
 
 use super::{DiskSlot, Ended, NetSlot, report};
 use crate::fs::{ShareError, Shares};
-use crate::vsock::Handle as VsockHandle;
+use crate::vsock::{Handle as VsockHandle, Socket};
 
 const NO_FS: &str = "this device process has no fs device";
 const NO_VSOCK: &str = "this device process has no vsock device";
@@ -138,8 +138,10 @@ pub fn serve(
         Call::Connect {
             guest_port,
             host_port,
+            user,
         } => match (&targets.vsock, fd) {
             (Some(vsock), Some(stream)) => {
+                let stream = Socket::of(stream, user);
                 vsock.connect(guest_port, host_port, stream, reply.on_result());
             }
             (None, _) => reply.send(unavailable(NO_VSOCK)),

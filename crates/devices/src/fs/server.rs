@@ -412,7 +412,9 @@ impl Server {
         }
         self.watches.agreed = offered & init::HOST_EVENTS != 0;
         if self.watches.agreed {
-            wanted |= init::HOST_EVENTS;
+            // hull's kernel says who asks also on mounts with mapped ids
+            // (guest/kernel/patches/fuse-who-asks.patch).
+            wanted |= init::HOST_EVENTS | init::ALLOW_IDMAP;
         }
         let agreed = wanted & offered;
         reply.u32(readahead);

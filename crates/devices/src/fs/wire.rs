@@ -80,6 +80,8 @@ pub mod init {
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
+    /// The guest may mount shares with mapped ids.
+    pub const ALLOW_IDMAP: u64 = 1 << 40;
     /// The guest's kernel asks again when a wait for a lock ends with `EAGAIN`, and sends FLUSH for
     /// files that have record locks only (guest/kernel/patches/fuse-locks.patch).
     pub const LOCK_WAIT: u64 = 1 << 62;

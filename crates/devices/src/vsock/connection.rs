@@ -68,6 +68,9 @@ pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest may take to confirm the end of a connection.
 pub const LINGER_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// How long a server of the host may leave unread what a guest has sent before it went.
+pub const FOREIGN_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// A backlog keeps at most this much capacity when it is empty.
 const IDLE_BACKLOG: usize = 16 << 10;
 
@@ -214,6 +217,11 @@ impl<S: HostStream> Connection<S> {
     /// Bytes of the guest that wait for the host stream.
     pub fn backlog_len(&self) -> usize {
         self.backlog.len()
+    }
+
+    /// Whether its host stream leads to a server of the host.
+    pub fn is_foreign(&self) -> bool {
+        self.stream.as_ref().is_some_and(HostStream::is_foreign)
     }
 
     /// Whether the guest has not answered the REQUEST yet.
@@ -382,6 +390,7 @@ impl<S: HostStream> Connection<S> {
         match self.deadline {
             Some(deadline) if deadline <= now => match self.phase {
                 Phase::Connecting => Verdict::Reset("the guest did not answer in time"),
+                Phase::Draining => Verdict::Over("the server of the host did not read in time"),
                 _ => Verdict::Reset("the guest did not confirm the end in time"),
             },
             _ => Verdict::Keep,
@@ -396,6 +405,9 @@ impl<S: HostStream> Connection<S> {
         self.deadline = None;
         self.phase = Phase::Draining;
         let drains = was_open && !self.backlog.is_empty();
+        if drains && self.is_foreign() {
+            self.deadline = Some(Instant::now() + FOREIGN_TIMEOUT);
+        }
         if drains && self.to_guest == ToGuest::Flowing {
             self.to_guest = ToGuest::Refused;
             if let Some(stream) = self.stream.as_mut() {

@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::connection::Ports;
 use super::muxer::ConnectError;
 use super::packet::{HEADER_SIZE, Header, op};
+use super::stream::Socket;
 use super::testing::guest_packet;
 use super::{EVENTS, Handle, Incoming, RX, TX, Vsock};
 use crate::device::{Device, DeviceError, EventRegistry, Memory, Queues, Ring};
@@ -418,7 +419,7 @@ fn commands_from_before_the_driver_are_kept() {
     let done = Box::new(move |result: Result<(), ConnectError>| sender.send(result).unwrap());
     guest
         .handle
-        .connect(PORTS.guest, PORTS.host, theirs.into(), done);
+        .connect(PORTS.guest, PORTS.host, Socket::new(theirs.into()), done);
     guest.run();
     (&ours).write_all(b"early").unwrap();
     guest.run();
@@ -443,7 +444,7 @@ fn commands_are_bounded() {
         let sender = sender.clone();
         let (_, theirs) = UnixStream::pair().unwrap();
         let done = Box::new(move |result: Result<(), ConnectError>| sender.send(result).unwrap());
-        guest.handle.connect(1, 1, theirs.into(), done);
+        guest.handle.connect(1, 1, Socket::new(theirs.into()), done);
     }
     let answers: Vec<_> = answers.try_iter().collect();
     assert_eq!(answers, [Err(ConnectError::Busy { guest_port: 1 })]);

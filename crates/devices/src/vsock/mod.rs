@@ -65,7 +65,7 @@ use connection::Ports;
 pub use muxer::ConnectError;
 use muxer::{Change, Host, Muxer, Token};
 use packet::{GUEST_CID, HEADER_SIZE, Header, Slices};
-use stream::Socket;
+pub use stream::Socket;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -116,7 +116,7 @@ pub type Done = Box<dyn FnOnce(Result<(), Busy>) + Send>;
 enum Command {
     Connect {
         ports: Ports,
-        stream: OwnedFd,
+        stream: Socket,
         done: Connected,
     },
     Listen {
@@ -151,7 +151,7 @@ pub struct Handle {
 impl Handle {
     /// Connects `stream`, one end of a stream socket, to `guest_port` of the guest, with
     /// `host_port` as source. `done` is called with the result, within a minute at most.
-    pub fn connect(&self, guest_port: u32, host_port: u32, stream: OwnedFd, done: Connected) {
+    pub fn connect(&self, guest_port: u32, host_port: u32, stream: Socket, done: Connected) {
         let ports = Ports {
             host: host_port,
             guest: guest_port,
@@ -318,7 +318,7 @@ impl Vsock {
                     ports,
                     stream,
                     done,
-                } => self.muxer.connect(done, ports, Socket::new(stream), now),
+                } => self.muxer.connect(done, ports, stream, now),
                 Command::Listen { port, done } => {
                     self.muxer.listen(port);
                     done(Ok(()));

@@ -23,6 +23,8 @@ use super::stream::HostStream;
 
 /// Connections at a time, including those that only drain.
 pub const MAX_CONNECTIONS: usize = 1024;
+/// How many of them may lead to servers of the host, which may keep them for long.
+pub const MAX_FOREIGN: usize = 512;
 /// RST packets that wait for a receive buffer.
 pub const MAX_RESETS: usize = 1024;
 /// Receive buffer of a connection, as long as there are not very many of them.
@@ -165,10 +167,19 @@ impl<H: Host> Muxer<H> {
         }
     }
 
-    /// Whether bytes of the guest wait for the host's ends.
+    /// Whether bytes of the guest wait for the host's ends, but for those that lead to servers of
+    /// the host.
     pub fn has_backlog(&self) -> bool {
-        let mut connections = self.entries.iter().flatten();
-        connections.any(|entry| entry.connection.backlog_len() > 0)
+        let mut connections = self.entries.iter().flatten().map(|entry| &entry.connection);
+        connections.any(|connection| connection.backlog_len() > 0 && !connection.is_foreign())
+    }
+
+    /// Connections to servers of the host.
+    fn foreign(&self) -> usize {
+        let connections = self.entries.iter().flatten();
+        connections
+            .filter(|entry| entry.connection.is_foreign())
+            .count()
     }
 
     /// The ports that the guest can connect to, in order.
@@ -207,7 +218,9 @@ impl<H: Host> Muxer<H> {
                 guest_port: ports.guest,
                 host_port: ports.host,
             }
-        } else if self.count() >= MAX_CONNECTIONS {
+        } else if self.count() >= MAX_CONNECTIONS
+            || (stream.is_foreign() && self.foreign() >= MAX_FOREIGN)
+        {
             ConnectError::TooMany {
                 guest_port: ports.guest,
             }

@@ -27,6 +27,11 @@ pub trait HostStream {
     /// Last call before the stream is dropped: the other end must see end of file after what was
     /// written to it, even if it wrote bytes that were not read.
     fn finish(&mut self);
+
+    /// Whether it leads to a server of the host, which takes what it likes, when it likes.
+    fn is_foreign(&self) -> bool {
+        false
+    }
 }
 
 /// More reads than a socket's buffer can need; a bound only so that `finish` ends whatever the
@@ -35,12 +40,49 @@ const MAX_DISCARDS: usize = 256;
 
 /// A connected stream socket.
 #[derive(Debug)]
-pub struct Socket(OwnedFd);
+pub struct Socket {
+    fd: OwnedFd,
+    /// Whose it is that something is sent, for servers that ask (`SO_PASSCRED`).
+    user: Option<(u32, u32)>,
+}
+
+/// A `SCM_CREDENTIALS` message, as the kernel lays it out (unix(7), cmsg(3)).
+#[repr(C)]
+struct Credentials {
+    header: libc::cmsghdr,
+    credentials: libc::ucred,
+}
+
+impl Credentials {
+    fn new((uid, gid): (u32, u32)) -> Self {
+        // SAFETY: all zeroes is a valid header.
+        let mut header: libc::cmsghdr = unsafe { std::mem::zeroed() };
+        // Without the padding at the end.
+        header.cmsg_len = (size_of::<libc::cmsghdr>() + size_of::<libc::ucred>()) as _;
+        header.cmsg_level = libc::SOL_SOCKET;
+        header.cmsg_type = libc::SCM_CREDENTIALS;
+        let credentials = libc::ucred {
+            pid: std::process::id().cast_signed(),
+            uid,
+            gid,
+        };
+        Self {
+            header,
+            credentials,
+        }
+    }
+}
 
 impl Socket {
     /// Takes over `fd`.
     pub fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self { fd, user: None }
+    }
+
+    /// Takes over `fd`, which leads to a server of the host if `user` is given: the user and group
+    /// that it is to see.
+    pub fn of(fd: OwnedFd, user: Option<(u32, u32)>) -> Self {
+        Self { fd, user }
     }
 
     /// A connected pair: ours, and the one to hand out.
@@ -52,13 +94,13 @@ impl Socket {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        Ok((Self(ours), theirs))
+        Ok((Self::new(ours), theirs))
     }
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
@@ -78,6 +120,7 @@ fn io_vectors(slices: &[VolatileSlice<'_, ()>]) -> Vec<libc::iovec> {
 fn transfer(
     fd: &OwnedFd,
     slices: &[VolatileSlice<'_, ()>],
+    mut credentials: Option<Credentials>,
     call: unsafe fn(libc::c_int, *mut libc::msghdr) -> libc::ssize_t,
 ) -> io::Result<usize> {
     let mut vectors = io_vectors(slices);
@@ -85,8 +128,13 @@ fn transfer(
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len() as _;
+    if let Some(credentials) = &mut credentials {
+        message.msg_control = (&raw mut *credentials).cast();
+        message.msg_controllen = size_of::<Credentials>() as _;
+    }
     loop {
-        // SAFETY: `message` points to `vectors`, which outlives the call, and these point to memory
+        // SAFETY: `message` points to `vectors` and `credentials`, which outlive the call, and the
+        // former point to memory
         // that `slices` keeps mapped, of the lengths given. The guest may change that memory at any
         // time; only the kernel accesses it here, and no Rust reference to it exists.
         let count = unsafe { call(fd.as_raw_fd(), &raw mut message) };
@@ -118,11 +166,11 @@ unsafe fn send_now(fd: libc::c_int, message: *mut libc::msghdr) -> libc::ssize_t
 
 impl HostStream for Socket {
     fn receive(&mut self, into: &[VolatileSlice<'_, ()>]) -> io::Result<usize> {
-        transfer(&self.0, into, receive_now)
+        transfer(&self.fd, into, None, receive_now)
     }
 
     fn send(&mut self, from: &[VolatileSlice<'_, ()>]) -> io::Result<usize> {
-        transfer(&self.0, from, send_now)
+        transfer(&self.fd, from, self.user.map(Credentials::new), send_now)
     }
 
     fn shutdown(&mut self, how: Shutdown) {
@@ -131,9 +179,13 @@ impl HostStream for Socket {
             Shutdown::Write => rustix::net::Shutdown::Write,
             Shutdown::Both => rustix::net::Shutdown::Both,
         };
-        if let Err(error) = rustix::net::shutdown(&self.0, how) {
+        if let Err(error) = rustix::net::shutdown(&self.fd, how) {
             tracing::debug!(%error, "shutdown of a host stream");
         }
+    }
+
+    fn is_foreign(&self) -> bool {
+        self.user.is_some()
     }
 
     fn finish(&mut self) {
@@ -193,6 +245,31 @@ mod tests {
             .send(&[VolatileSlice::from(&mut byte[..])])
             .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_server_that_asks_is_told_whose_bytes_they_are() {
+        if !rustix::process::geteuid().is_root() {
+            return println!("left out: a_server_that_asks…: not root");
+        }
+        let (ours, theirs) = Socket::pair().unwrap();
+        rustix::net::sockopt::set_socket_passcred(&theirs, true).unwrap();
+        let mut ours = Socket::of(ours.fd, Some((1234, 77)));
+        let mut bytes = *b"hello";
+        ours.send(&[VolatileSlice::from(&mut bytes[..])]).unwrap();
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+        let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+        let mut text = [0; 5];
+        let mut into = [io::IoSliceMut::new(&mut text)];
+        let flags = rustix::net::RecvFlags::empty();
+        rustix::net::recvmsg(&theirs, &mut into, &mut ancillary, flags).unwrap();
+        let credentials = ancillary.drain().find_map(|message| match message {
+            rustix::net::RecvAncillaryMessage::ScmCredentials(credentials) => Some(credentials),
+            _ => None,
+        });
+        let credentials = credentials.unwrap();
+        let seen = (credentials.uid.as_raw(), credentials.gid.as_raw());
+        assert_eq!((seen, &text), ((1234, 77), b"hello"));
     }
 
     #[test]

@@ -84,6 +84,26 @@ fn refused(what: impl std::fmt::Display, why: impl std::fmt::Display) -> Error {
     Error::unsupported(format_args!("{what}: {why}"))
 }
 
+/// What an option of a root file system says of mapped ids: the field of `linux` that has the same,
+/// and the map (`uidmap=CONTAINER:HOST:SIZE,…`, containerd's).
+fn id_map(option: &str) -> Option<(&'static str, &str)> {
+    match option.split_once('=')? {
+        ("uidmap", map) => Some(("uidMappings", map)),
+        ("gidmap", map) => Some(("gidMappings", map)),
+        _ => None,
+    }
+}
+
+/// Mappings of the spec in the form of [`id_map`].
+fn ids(mappings: &Value) -> String {
+    let one = |range: &Value| {
+        let numbers = ["containerID", "hostID", "size"];
+        numbers.map(|field| range[field].to_string()).join(":")
+    };
+    let ranges = mappings.as_array().into_iter().flatten();
+    ranges.map(one).collect::<Vec<_>>().join(",")
+}
+
 impl Plan {
     /// Plans the container `id`.
     ///
@@ -129,10 +149,22 @@ impl Plan {
         };
         match kind {
             "overlay" => {
+                // Of an engine for which the runtime maps the ids of the image's files.
+                let (maps, options): (Vec<_>, Vec<_>) =
+                    options.iter().partition(|option| id_map(option).is_some());
                 let mut mount = serde_json::json!({"destination": "/", "options": options});
                 let planned = overlay::plan(root.share.name.clone(), &mut mount)?;
                 root.overlay = planned.overlay;
                 root.read_only = planned.read_only;
+                for (field, map) in maps.into_iter().filter_map(|option| id_map(option)) {
+                    if map != ids(&self.spec["linux"][field]) {
+                        return Err(refused(
+                            format_args!("root file system: {field} {map}"),
+                            "only the ids of the container's user namespace are mapped",
+                        ));
+                    }
+                    self.spec["hullRootMapped"] = serde_json::json!(true);
+                }
             }
             "bind" | "" if has("bind") || has("rbind") || kind == "bind" => {
                 root.source = PathBuf::from(source);

@@ -156,16 +156,12 @@ fn one(
         )),
     })?;
 
-    // The agent refuses mounts with mapped ids.
-    let mapped = ["uidMappings", "gidMappings"]
-        .iter()
-        .any(|field| mount.get(field).is_some_and(|value| !value.is_null()));
-    if !mapped && let Some(memory) = memory_volume(&source, &destination, read_only)? {
-        *mount = memory;
+    if let Some(memory) = memory_volume(&source, &destination, read_only)? {
+        *mount = with_mapped_ids(memory, mount);
         return Ok(None);
     }
     if destination == "/dev/shm" && found.is_dir() && on_tmpfs(&source)? {
-        *mount = shared_memory(&source, read_only)?;
+        *mount = with_mapped_ids(shared_memory(&source, read_only)?, mount);
         return Ok(None);
     }
     if source.starts_with(CGROUPS) {
@@ -223,6 +219,21 @@ fn one(
         read_only: host_read_only,
     });
     Ok(None)
+}
+
+/// A mount of the guest, with the mapped ids of the one that it stands for.
+fn with_mapped_ids(mut mount: Value, of: &Value) -> Value {
+    for field in ["uidMappings", "gidMappings"] {
+        if let Some(mappings) = of.get(field) {
+            mount[field] = mappings.clone();
+        }
+    }
+    let words = of["options"].as_array().into_iter().flatten();
+    let asked = words.filter(|word| *word == "idmap" || *word == "ridmap");
+    if let Some(options) = mount["options"].as_array_mut() {
+        options.extend(asked.cloned());
+    }
+    mount
 }
 
 /// Whether something is mounted below a directory of the host.

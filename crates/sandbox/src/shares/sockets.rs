@@ -14,41 +14,37 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use hull_protocol::{
     MAX_SOCKET_REQUESTS, SOCKET_TIMEOUT, STREAM_PORT, SocketAnswer, SocketRequest,
 };
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{AtFlags, FileType, StatxFlags, makedev, statx};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{DumpableBehavior, Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
 use crate::guest::{Devices, Incoming};
 use crate::sandbox::Sandbox;
 
-/// How long a connection waits for a server whose queue is full, and how often it tries again. Less
-/// than [`SOCKET_TIMEOUT`].
-const QUEUE_TIMEOUT: Duration = Duration::from_secs(5);
-const QUEUE_INTERVAL: Duration = Duration::from_millis(20);
-
 /// A file: device and inode.
 type Identity = (u64, u64);
 
-/// The sockets among a sandbox's shares, by the name of the share.
+/// The sockets among a sandbox's shares, by the name of the share, each with its mount: as long as
+/// that is open, no other file gets its number.
 #[derive(Debug, Default)]
-pub(crate) struct Sockets(Mutex<BTreeMap<String, Identity>>);
+pub(crate) struct Sockets(Mutex<BTreeMap<String, (Identity, OwnedFd)>>);
 
 impl Sockets {
     /// Remembers a share if it is a socket.
-    pub fn add(&self, share: &str, mount: &OwnedFd) -> rustix::io::Result<()> {
+    pub fn add(&self, share: &str, mount: &OwnedFd) -> io::Result<()> {
         if let Some(socket) = identity(mount)? {
-            self.lock().insert(share.to_owned(), socket);
+            let mount = mount.try_clone()?;
+            self.lock().insert(share.to_owned(), (socket, mount));
         }
         Ok(())
     }
@@ -65,113 +61,134 @@ impl Sockets {
     }
 
     fn has(&self, socket: &Identity) -> bool {
-        self.lock().values().any(|known| known == socket)
+        self.lock().values().any(|(known, _)| known == socket)
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Identity>> {
-        // A map of numbers is valid at any time.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, (Identity, OwnedFd)>> {
+        // A map is valid at any time.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Which socket a file is; `None` if it is none.
+/// Which socket a file is; `None` if it is none. Does not ask a file system that is elsewhere.
 fn identity(file: &OwnedFd) -> rustix::io::Result<Option<Identity>> {
-    let stat = fstat(file)?;
-    let socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
-    Ok(socket.then_some((stat.st_dev, stat.st_ino)))
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = statx(file, c"", flags, StatxFlags::TYPE | StatxFlags::INO)?;
+    let device = makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    let socket = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Socket;
+    Ok(socket.then_some((device, stat.stx_ino)))
 }
 
 /// Answers the guest's requests as long as its device process runs.
 pub(crate) async fn serve(sandbox: Sandbox, mut incoming: Incoming) {
     let turns = Arc::new(Semaphore::new(MAX_SOCKET_REQUESTS));
+    // The kernel takes it away with each change of a thread's user.
+    let dumpable = rustix::process::dumpable_behavior() == Ok(DumpableBehavior::Dumpable);
     while let Some(stream) = incoming.recv().await {
         // A semaphore that nobody closes. Further requests wait, and then are refused.
         let Ok(turn) = turns.clone().acquire_owned().await else {
             return;
         };
-        let sandbox = sandbox.clone();
+        let asked = Asked {
+            sandbox: sandbox.clone(),
+            dumpable,
+            turn,
+        };
         tokio::spawn(async move {
-            let answered = timeout(SOCKET_TIMEOUT, answer(&sandbox, stream)).await;
-            match answered {
+            match timeout(SOCKET_TIMEOUT, asked.answer(stream)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!("a request for a socket of the host: {error}"),
                 Err(_elapsed) => tracing::debug!("a request for a socket of the host: timed out"),
             }
-            drop(turn);
         });
     }
 }
 
-async fn answer(sandbox: &Sandbox, stream: OwnedFd) -> io::Result<()> {
-    let stream = StdStream::from(stream);
-    stream.set_nonblocking(true)?;
-    let mut stream = UnixStream::from_std(stream)?;
-    let mut head = [0; SocketRequest::HEAD];
-    stream.read_exact(&mut head).await?;
-    let (mut request, groups) = SocketRequest::decode(head).ok_or(io::ErrorKind::InvalidData)?;
-    let mut bytes = vec![0; 4 * groups];
-    stream.read_exact(&mut bytes).await?;
-    request.groups = SocketRequest::numbers(&bytes).collect();
-    let answer = match connected(sandbox, request).await {
-        Ok(port) => SocketAnswer::Connected(port),
-        Err(error) => SocketAnswer::Refused(error.raw_os_error().unsigned_abs()),
-    };
-    stream.write_all(&answer.encode()).await
+/// A request of the guest.
+struct Asked {
+    sandbox: Sandbox,
+    /// Whether this process is.
+    dumpable: bool,
+    turn: OwnedSemaphorePermit,
 }
 
-/// Connects to a socket of the host; the host's port of the stream in the guest.
-async fn connected(sandbox: &Sandbox, request: SocketRequest) -> Result<u32, Errno> {
-    let devices: &Devices = &sandbox.0.devices;
-    let file = devices.find_socket(request.node).await.map_err(|error| {
-        tracing::debug!("{error}");
-        Errno::CONNREFUSED
-    })?;
-    // The device process may have been taken over by the guest.
-    let known = identity(&file)?.is_some_and(|socket| sandbox.0.sockets.has(&socket));
-    if !known {
-        tracing::info!(
-            "refused a connection of the guest to a socket in a share: only sockets that are \
-             mounted themselves lead to the host"
-        );
-        return Err(Errno::CONNREFUSED);
+impl Asked {
+    async fn answer(self, stream: OwnedFd) -> io::Result<()> {
+        let stream = StdStream::from(stream);
+        stream.set_nonblocking(true)?;
+        let mut stream = UnixStream::from_std(stream)?;
+        let mut head = [0; SocketRequest::HEAD];
+        stream.read_exact(&mut head).await?;
+        let (mut request, groups) =
+            SocketRequest::decode(head).ok_or(io::ErrorKind::InvalidData)?;
+        let mut bytes = vec![0; 4 * groups];
+        stream.read_exact(&mut bytes).await?;
+        request.groups = SocketRequest::numbers(&bytes).collect();
+        let answer = match self.connected(request).await {
+            Ok(port) => SocketAnswer::Connected(port),
+            Err(error) => SocketAnswer::Refused(error.raw_os_error().unsigned_abs()),
+        };
+        stream.write_all(&answer.encode()).await
     }
-    let deadline = Instant::now() + QUEUE_TIMEOUT;
-    let socket = loop {
-        match connect(&file, &request).await {
-            Err(Errno::AGAIN) if Instant::now() < deadline => {
-                tokio::time::sleep(QUEUE_INTERVAL).await;
-            }
-            connected => break connected?,
-        }
-    };
-    let stream = devices.lead_to(socket.as_fd(), STREAM_PORT).await;
-    stream.map_err(|error| {
-        tracing::debug!("{error}");
-        Errno::CONNREFUSED
-    })
-}
 
-/// Connects to a socket as the user of a request. `EAGAIN` if its queue is full.
-async fn connect(file: &OwnedFd, request: &SocketRequest) -> Result<OwnedFd, Errno> {
-    let file = file.try_clone().map_err(errno)?;
-    let request = request.clone();
-    let (sender, connected) = oneshot::channel();
-    // A thread of its own: its user is not that of this process.
-    let connecting = move || {
-        let _ = sender.send(connect_as(&file, &request));
-    };
-    thread::Builder::new()
-        .name("host socket".into())
-        .spawn(connecting)
-        .map_err(errno)?;
-    connected.await.unwrap_or(Err(Errno::IO))
+    /// Connects to a socket of the host; the host's port of the stream in the guest.
+    async fn connected(self, request: SocketRequest) -> Result<u32, Errno> {
+        let sandbox = self.sandbox.clone();
+        let devices: &Devices = &sandbox.0.devices;
+        let refused = |error| {
+            tracing::debug!("{error}");
+            Errno::CONNREFUSED
+        };
+        let file = devices.find_socket(request.node).await.map_err(refused)?;
+        let user = (request.uid, request.gid);
+        let socket = self.connect(file, request).await?;
+        let stream = devices.lead_to(socket.as_fd(), user, STREAM_PORT).await;
+        stream.map_err(refused)
+    }
+
+    /// Connects to a socket as the user of a request. `EAGAIN` if its queue is full.
+    async fn connect(self, file: OwnedFd, request: SocketRequest) -> Result<OwnedFd, Errno> {
+        let (sender, connected) = oneshot::channel();
+        // A thread of its own: its user is not that of this process, and the file is on any file
+        // system. It has its turn for as long as it is there.
+        let connecting = move || {
+            let _ = sender.send(self.connect_now(&file, &request));
+        };
+        thread::Builder::new()
+            .name("host socket".into())
+            .spawn(connecting)
+            .map_err(errno)?;
+        connected.await.unwrap_or(Err(Errno::IO))
+    }
+
+    fn connect_now(self, file: &OwnedFd, request: &SocketRequest) -> Result<OwnedFd, Errno> {
+        // The device process may have been taken over by the guest.
+        let known = identity(file)?.is_some_and(|socket| self.sandbox.0.sockets.has(&socket));
+        if !known {
+            tracing::info!(
+                "refused a connection of the guest to a socket in a share: only sockets that are \
+                 mounted themselves lead to the host"
+            );
+            return Err(Errno::CONNREFUSED);
+        }
+        let socket = connect_as(file, request);
+        if self.dumpable {
+            // The kernel has taken it from the whole process (commit_creds, kernel/cred.c), whose
+            // files in /proc then are root's alone. That is for credentials by which others could
+            // trace the thread: see `become_user`.
+            rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+        }
+        drop(self.turn);
+        socket
+    }
 }
 
 fn errno(error: io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// The same, on the calling thread, whose user it changes.
+/// Connects to a socket, on the calling thread, whose user it changes. `EAGAIN` if its queue is
+/// full.
 fn connect_as(file: &OwnedFd, request: &SocketRequest) -> Result<OwnedFd, Errno> {
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,
@@ -207,17 +224,11 @@ fn become_user(request: &SocketRequest) -> Result<(), Errno> {
     {
         return Ok(());
     }
-    let dumpable = rustix::process::dumpable_behavior()?;
     // Without the right to it, or a user that is not mapped: no user can be named.
     let denied = |_| Errno::ACCESS;
     set_thread_groups(&groups).map_err(denied)?;
     set_thread_res_gid(None, gid, None).map_err(denied)?;
     set_thread_res_uid(None, uid, None).map_err(denied)?;
-    // The kernel takes it from the whole process (commit_creds, kernel/cred.c), whose files in
-    // /proc then are root's alone. That is for credentials by which others could trace the thread.
-    if dumpable == DumpableBehavior::Dumpable {
-        rustix::process::set_dumpable_behavior(dumpable)?;
-    }
     Ok(())
 }
 
@@ -264,12 +275,17 @@ mod tests {
         )
     }
 
-    #[tokio::test]
-    async fn a_server_is_reached_by_its_file_wherever_that_has_moved() {
+    /// Connects on a thread that ends then.
+    fn connect(file: &OwnedFd, request: &SocketRequest) -> Result<OwnedFd, Errno> {
+        thread::scope(|scope| scope.spawn(|| connect_as(file, request)).join().unwrap())
+    }
+
+    #[test]
+    fn a_server_is_reached_by_its_file_wherever_that_has_moved() {
         let (directory, listener, file) = listening();
         let path = directory.path().join("socket");
         std::fs::rename(&path, directory.path().join("moved")).unwrap();
-        let socket = connect(&file, &ours()).await.unwrap();
+        let socket = connect(&file, &ours()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
         rustix::io::write(&socket, b"hello").unwrap();
         drop(socket);
@@ -277,14 +293,11 @@ mod tests {
         server.read_to_string(&mut text).unwrap();
         assert_eq!(text, "hello");
         drop(listener);
-        assert_eq!(
-            connect(&file, &ours()).await.unwrap_err(),
-            Errno::CONNREFUSED
-        );
+        assert_eq!(connect(&file, &ours()).unwrap_err(), Errno::CONNREFUSED);
     }
 
-    #[tokio::test]
-    async fn a_server_sees_who_connects_and_its_permissions_count() {
+    #[test]
+    fn a_server_sees_who_connects_and_its_permissions_count() {
         if !rustix::process::geteuid().is_root() {
             println!("left out: a_server_sees_who_connects…: not root");
             return;
@@ -294,10 +307,10 @@ mod tests {
         chown(&path, Some(0), Some(2000)).unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o660)).unwrap();
         for denied in [request(1000, 1000, &[]), request(u32::MAX, 0, &[])] {
-            assert_eq!(connect(&file, &denied).await.unwrap_err(), Errno::ACCESS);
+            assert_eq!(connect(&file, &denied).unwrap_err(), Errno::ACCESS);
         }
         for allowed in [request(1000, 2000, &[]), request(1000, 1000, &[7, 2000])] {
-            let _socket = connect(&file, &allowed).await.unwrap();
+            let _socket = connect(&file, &allowed).unwrap();
             let (server, _) = listener.accept().unwrap();
             let peer = socket_peercred(&server).unwrap();
             let seen = (peer.uid.as_raw(), peer.gid.as_raw());
@@ -305,20 +318,16 @@ mod tests {
         }
         // This process is who it was.
         assert!(rustix::process::geteuid().is_root());
-        assert_eq!(
-            rustix::process::dumpable_behavior().unwrap(),
-            DumpableBehavior::Dumpable
-        );
     }
 
-    #[tokio::test]
-    async fn a_server_whose_queue_is_full_is_not_waited_for_by_a_thread() {
+    #[test]
+    fn a_server_whose_queue_is_full_is_not_waited_for() {
         let (_directory, listener, file) = listening();
         rustix::net::listen(&listener, 0).unwrap();
-        let _first = connect(&file, &ours()).await.unwrap();
-        assert_eq!(connect(&file, &ours()).await.unwrap_err(), Errno::AGAIN);
+        let _first = connect(&file, &ours()).unwrap();
+        assert_eq!(connect(&file, &ours()).unwrap_err(), Errno::AGAIN);
         drop(listener.accept().unwrap());
-        connect(&file, &ours()).await.unwrap();
+        connect(&file, &ours()).unwrap();
     }
 
     #[test]
