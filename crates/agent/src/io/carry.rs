@@ -49,16 +49,18 @@ impl Carrier {
         let mut piece = vec![0; PIECE];
         let taker = to;
         loop {
-            let length = self.waiting(from.read(&mut piece), taker).await??;
+            let reading = from.read(&mut piece);
+            let length = match self.waiting(Step::Read, reading, taker).await? {
+                Some(length) => length?,
+                None => return self.give_up(from),
+            };
             if length == 0 {
                 break;
             }
-            let written = self.waiting(to.write_all(&piece[..length]), taker).await?;
-            if written.is_err() {
-                // Who sends is told. What the other one has sent before it went is still there.
-                self.half.store(true, Ordering::Relaxed);
-                from.stop_receiving();
-                return Ok(());
+            let writing = to.write_all(&piece[..length]);
+            match self.waiting(Step::Write, writing, taker).await? {
+                Some(Ok(())) => {}
+                Some(Err(_)) | None => return self.give_up(from),
             }
         }
         if matches!(self.half_closed, HalfClosed::HungUp) && from.is_deaf() {
@@ -69,25 +71,46 @@ impl Carrier {
         to.shutdown().await
     }
 
-    /// Waits for a step of the direction to `to`: without limit while both directions are open.
-    async fn waiting<T>(&self, step: impl Future<Output = T>, to: &Connection) -> io::Result<T> {
+    /// Nobody takes what `from` sends, which it is told. What the other one has sent before it went
+    /// is still there.
+    fn give_up(&self, from: &Connection) -> io::Result<()> {
+        self.half.store(true, Ordering::Relaxed);
+        from.stop_receiving();
+        Ok(())
+    }
+
+    /// Waits for a step of the direction to `to`. `None` when nobody is there to take anything.
+    async fn waiting<T>(
+        &self,
+        kind: Step,
+        step: impl Future<Output = T>,
+        to: &Connection,
+    ) -> io::Result<Option<T>> {
         let interval = match self.half_closed {
             HalfClosed::Idle(limit) => limit,
             HalfClosed::HungUp => HANG_UP_INTERVAL,
         };
         let mut step = pin!(step);
         loop {
-            match timeout(interval, step.as_mut()).await {
-                Ok(done) => return Ok(done),
-                Err(_elapsed) if !self.half.load(Ordering::Relaxed) => {}
-                Err(_elapsed) => match self.half_closed {
-                    HalfClosed::Idle(_) => return Err(Errno::TIMEDOUT.into()),
-                    HalfClosed::HungUp if to.is_deaf() => return Err(Errno::PIPE.into()),
-                    HalfClosed::HungUp => {}
-                },
+            if let Ok(done) = timeout(interval, step.as_mut()).await {
+                return Ok(Some(done));
+            }
+            let half = self.half.load(Ordering::Relaxed);
+            match self.half_closed {
+                HalfClosed::Idle(_) if half => return Err(Errno::TIMEDOUT.into()),
+                HalfClosed::HungUp if (half || kind == Step::Write) && to.is_deaf() => {
+                    return Ok(None);
+                }
+                HalfClosed::Idle(_) | HalfClosed::HungUp => {}
             }
         }
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Read,
+    Write,
 }
 
 #[cfg(test)]
