@@ -61,6 +61,19 @@ fn podman_sockets_of_the_host_lead_to_their_servers() {
 }
 
 #[test]
+fn podman_volumes_can_have_mapped_ids() {
+    let podman = Podman::new();
+    let scratch = podman.scratch();
+    std::fs::write(scratch.join("file"), "").unwrap();
+    let volume = format!("{}:/data:idmap", scratch.display());
+    let options = ["--uidmap", "0:100000:65536", "-v", &volume];
+    let output = podman.sh(&options, "stat -c %u:%g /data/file; touch /data/new; id -u");
+    assert_eq!(output.ok().text(), "0:0\n0");
+    let new = std::fs::metadata(scratch.join("new")).unwrap();
+    assert_eq!((new.uid(), new.gid()), (0, 0));
+}
+
+#[test]
 fn podman_named_volumes_outlive_their_container() {
     let podman = Podman::new();
     podman

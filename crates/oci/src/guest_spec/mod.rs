@@ -104,6 +104,14 @@ fn ids(mappings: &Value) -> String {
     ranges.map(one).collect::<Vec<_>>().join(",")
 }
 
+/// Which id 0 is outside; 0 without a mapping of it.
+fn root_of(mappings: &Value) -> u32 {
+    let mut ranges = mappings.as_array().into_iter().flatten();
+    let range = ranges.find(|range| range["containerID"] == 0);
+    let id = range.and_then(|range| range["hostID"].as_u64());
+    id.and_then(|id| u32::try_from(id).ok()).unwrap_or(0)
+}
+
 impl Plan {
     /// Plans the container `id`.
     ///
@@ -126,6 +134,7 @@ impl Plan {
         // Written only by the sandbox: see `Request::Create`.
         if let Some(spec) = plan.spec.as_object_mut() {
             spec.remove("hullDisks");
+            spec.remove("hullRootMapped");
         }
         plan.process(bundle);
         plan.share_root(id, bundle);
@@ -164,6 +173,12 @@ impl Plan {
                         ));
                     }
                     self.spec["hullRootMapped"] = serde_json::json!(true);
+                    if let Some(overlay) = &mut root.overlay {
+                        overlay.unmapped = Some((
+                            root_of(&self.spec["linux"]["uidMappings"]),
+                            root_of(&self.spec["linux"]["gidMappings"]),
+                        ));
+                    }
                 }
             }
             "bind" | "" if has("bind") || has("rbind") || kind == "bind" => {

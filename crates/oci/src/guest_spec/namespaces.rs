@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::error::{Error, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Plan, refused};
 use crate::bundle::Bundle;
@@ -34,6 +34,8 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
     let in_pod = POD_TYPES
         .iter()
         .any(|name| bundle.annotations.contains_key(*name));
+    let maps = &plan.spec["linux"]["uidMappings"];
+    let mapped = maps.as_array().is_some_and(|maps| !maps.is_empty());
     let Some(namespaces) = plan.spec["linux"]["namespaces"].as_array_mut() else {
         return Err(no_network());
     };
@@ -73,6 +75,10 @@ pub(super) fn plan(plan: &mut Plan, bundle: &Bundle) -> Result<()> {
             kept.push(namespace);
         } else if in_pod && matches!(kind.as_str(), "ipc" | "uts") {
             // Created on the host for the whole pod: in the guest, the machine's own is used.
+        } else if in_pod && kind == "user" && mapped {
+            // The same, but the machine's own maps no ids: each container gets one with the maps of
+            // its spec, which are the pod's.
+            kept.push(json!({"type": "user"}));
         } else {
             return Err(refused(
                 format_args!("linux.namespaces: {kind} namespace {}", path.display()),
@@ -121,7 +127,55 @@ fn network_parameters(plan: &mut Plan) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    /// A container of a pod that has a user namespace of the host, which maps its ids.
+    fn in_a_pod(maps: Value) -> Result<Plan> {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("rootfs")).unwrap();
+        let config = json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs"},
+            "annotations": {"io.kubernetes.cri.container-type": "container"},
+            "hullRootMapped": true,
+            "linux": {
+                "namespaces": [
+                    {"type": "network"},
+                    {"type": "user", "path": "/run/pinned-namespaces/user"},
+                ],
+                "uidMappings": maps,
+                "gidMappings": maps,
+            },
+        });
+        std::fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
+        Plan::new("c1", &Bundle::load(directory.path()).unwrap())
+    }
+
+    #[test]
+    fn users_of_a_pod_are_new_ones_in_the_guest_and_files_of_its_image_are_theirs() {
+        let maps = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);
+        let mut plan = in_a_pod(maps).unwrap();
+        let namespaces = &plan.spec["linux"]["namespaces"];
+        assert_eq!(*namespaces, json!([{"type": "user"}]));
+        assert_eq!(plan.spec["hullRootMapped"], Value::Null);
+        let options = |map: &str| {
+            let directories = ["lowerdir=/l", "upperdir=/u", "workdir=/w"].map(str::to_owned);
+            let maps = [format!("uidmap={map}"), format!("gidmap={map}")];
+            [&directories[..], &maps].concat()
+        };
+        let other = plan.mount_root("overlay", "overlay", &options("0:5:65536"));
+        assert!(other.unwrap_err().message.contains("uidMappings 0:5:65536"));
+        let mapped = options("0:200000:65536");
+        plan.mount_root("overlay", "overlay", &mapped).unwrap();
+        assert_eq!(plan.spec["hullRootMapped"], true);
+        let overlay = plan.shares[0].overlay.as_ref().unwrap();
+        assert_eq!(overlay.unmapped, Some((200_000, 200_000)));
+        assert!(overlay.values.is_empty());
+
+        let refused = in_a_pod(json!([])).unwrap_err();
+        assert!(refused.message.contains("pinned-namespaces"), "{refused}");
+    }
 
     #[test]
     fn the_process_of_a_namespace_is_in_its_path() {

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags,
     fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_change,
@@ -77,6 +77,9 @@ pub struct EngineOverlay {
     pub values: Vec<(String, String)>,
     /// Options without (`volatile`).
     pub flags: Vec<String>,
+    /// The guest maps ids, and the engine has given the upper directory to this user and group, for
+    /// which the host would: it becomes root's, as in the image.
+    pub unmapped: Option<(u32, u32)>,
 }
 
 /// A detached mount of such an overlay.
@@ -95,6 +98,13 @@ pub fn engine(overlay: &EngineOverlay, read_only: bool) -> Result<OwnedFd> {
         Some((upper, work)) => Some((open(upper)?, open(work)?)),
         None => None,
     };
+    if let (Some(owner), Some((upper, _))) = (overlay.unmapped, &upper) {
+        let stat = rustix::fs::fstat(upper).context(doing)?;
+        if (stat.st_uid, stat.st_gid) == owner {
+            let (user, group) = (Some(Uid::ROOT), Some(Gid::ROOT));
+            rustix::fs::chownat(upper, c"", user, group, AtFlags::EMPTY_PATH).context(doing)?;
+        }
+    }
     let mount = || {
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
         let context = context.as_fd();
@@ -313,6 +323,7 @@ mod tests {
             upper: Some((upper.clone(), work)),
             values: vec![("index".into(), "off".into())],
             flags: Vec::new(),
+            unmapped: None,
         };
         let mount = engine(&overlay, false).unwrap();
         let root = PathBuf::from(named(&mount));
@@ -321,6 +332,20 @@ mod tests {
         drop(mount);
         assert_eq!(fs::read_to_string(lower.join("file")).unwrap(), "lower");
         assert_eq!(fs::read_to_string(upper.join("file")).unwrap(), "upper");
+        let owner = || {
+            use std::os::unix::fs::MetadataExt;
+            let found = fs::metadata(&upper).unwrap();
+            (found.uid(), found.gid())
+        };
+        for (given, then) in [((7, 8), (0, 0)), ((7, 9), (7, 9))] {
+            std::os::unix::fs::chown(&upper, Some(given.0), Some(given.1)).unwrap();
+            let unmapped = EngineOverlay {
+                unmapped: Some((7, 8)),
+                ..overlay.clone()
+            };
+            drop(engine(&unmapped, false).unwrap());
+            assert_eq!(owner(), then);
+        }
     }
 
     /// Layers whose names hold what separates options, each with a file of its own and one of all.
