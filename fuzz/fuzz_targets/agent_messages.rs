@@ -7,7 +7,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use hull_protocol::AGENT_PORT;
 use hull_sandbox::{Agent, printable};
 use libfuzzer_sys::fuzz_target;
 
@@ -41,9 +40,7 @@ fuzz_target!(|data: &[u8]| {
         drop(theirs);
         // One connection, and then there is no device process any more.
         let (sender, incoming) = tokio::sync::mpsc::channel(1);
-        sender
-            .try_send((AGENT_PORT, OwnedFd::from(ours)))
-            .expect("room for one");
+        sender.try_send(OwnedFd::from(ours)).expect("room for one");
         drop(sender);
         let agent = Agent::dialled(incoming).await.expect("an agent");
         let calls = async {

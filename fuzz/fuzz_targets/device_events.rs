@@ -55,8 +55,8 @@ fuzz_target!(|data: &[u8]| {
     runtime.block_on(async {
         let (ours, theirs) = hull_ipc::pair().expect("a socket pair");
         let (stream, _end) = UnixStream::pair().expect("a socket pair");
-        let (control, mut incoming) =
-            DeviceControl::start(ours, &Setup::default(), &[], &[]).expect("a control");
+        let (control, [mut incoming]) =
+            DeviceControl::start(ours, &Setup::default(), &[], [7]).expect("a control");
         let device_process = async move {
             for _ in 0..MESSAGES {
                 if input.is_empty() {

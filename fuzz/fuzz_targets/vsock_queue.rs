@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use hull_devices::device::{Device, EventRegistry, Memory, Queues, Ring};
-use hull_devices::vsock::{Socket, Vsock};
 use hull_devices::vsock::packet::Header;
+use hull_devices::vsock::{Socket, Vsock};
 use hull_fuzz::{AVAILABLE, FuzzRing, Input, QUEUE, descriptor, memory};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
