@@ -164,6 +164,7 @@ impl DeviceControl {
     ) -> Result<(), Error> {
         self.call_within(CALL_TIMEOUT, action.into(), call, fd)
             .await
+            .map(drop)
     }
 
     async fn call_within(
@@ -172,10 +173,10 @@ impl DeviceControl {
         action: String,
         call: Call,
         fd: Option<BorrowedFd<'_>>,
-    ) -> Result<(), Error> {
+    ) -> Result<Answer, Error> {
         let answer = self.request(action.clone(), call, fd);
         match tokio::time::timeout(after, answer).await {
-            Ok(result) => result.map(drop),
+            Ok(result) => result,
             Err(_) => Err(Error::TimedOut { action, after }),
         }
     }
@@ -307,17 +308,15 @@ impl DeviceControl {
     /// process has ended.
     pub async fn find_socket(&self, node: u64) -> Result<OwnedFd, Error> {
         let action = "find a socket of the host";
-        let found = self.request(action.into(), Call::FindSocket { node }, None);
-        match tokio::time::timeout(CALL_TIMEOUT, found).await {
-            Ok(Ok(Answer::Socket(file))) => Ok(file),
-            Ok(Ok(_)) => Err(Error::Refused {
+        let call = Call::FindSocket { node };
+        match self
+            .call_within(CALL_TIMEOUT, action.into(), call, None)
+            .await?
+        {
+            Answer::Socket(file) => Ok(file),
+            Answer::Done | Answer::Refused(_) => Err(Error::Refused {
                 action: action.into(),
                 reason: "the device process has found none".into(),
-            }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::TimedOut {
-                action: action.into(),
-                after: CALL_TIMEOUT,
             }),
         }
     }

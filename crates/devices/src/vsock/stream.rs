@@ -134,9 +134,9 @@ fn transfer(
     }
     loop {
         // SAFETY: `message` points to `vectors` and `credentials`, which outlive the call, and the
-        // former point to memory
-        // that `slices` keeps mapped, of the lengths given. The guest may change that memory at any
-        // time; only the kernel accesses it here, and no Rust reference to it exists.
+        // former point to memory that `slices` keeps mapped, of the lengths given. The guest may
+        // change that memory at any time; only the kernel accesses it here, and no Rust reference
+        // to it exists.
         let count = unsafe { call(fd.as_raw_fd(), &raw mut message) };
         match usize::try_from(count) {
             Ok(count) => return Ok(count),
