@@ -148,7 +148,7 @@ fuzz_target!(|data: &[u8]| {
         requests += 256;
         let mut queues = Queues::new(&rings, memory.clone());
         let served = device.queue_event(REQUESTS, &mut queues);
-        let in_flight = vrings[REQUESTS].in_flight();
+        let in_flight = vrings[REQUESTS].in_flight().count();
         assert!(in_flight <= usize::from(QUEUE), "{in_flight} in flight");
         let (nodes, swept) = device.nodes();
         assert!(nodes <= first_nodes + requests, "{nodes} nodes");
@@ -159,7 +159,7 @@ fuzz_target!(|data: &[u8]| {
     }
     // Stopping waits for the requests in flight.
     vrings[REQUESTS].set_queue_ready(false);
-    assert_eq!(vrings[REQUESTS].in_flight(), 0);
+    assert_eq!(vrings[REQUESTS].in_flight().count(), 0);
     drop(device);
     finish_threads();
 });

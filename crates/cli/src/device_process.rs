@@ -8,7 +8,7 @@ use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Limits, Role,
 use crate::error::{Context, Result};
 
 /// Maximum of open files: the fs device holds one for each file that the guest knows.
-const OPEN_FILES: u64 = 1 << 20;
+pub const OPEN_FILES: u64 = 1 << 20;
 
 /// Runs the devices until the sandbox process closes the control socket.
 ///

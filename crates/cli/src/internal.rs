@@ -67,6 +67,7 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     let outcome = match arguments.get(1)?.to_str()? {
         role::ROLE => sandbox_process(&arguments[2..]),
         "device-process" => device_process(),
+        hull_machine::MACHINE_PROCESS => machine_process(&arguments[2..]),
         unpacker::ROLE => unpack_process(&arguments[2..]),
         _ => return None,
     };
@@ -173,6 +174,13 @@ fn device_process() -> Result<()> {
     hull_engine::attach::unblock_all();
     log_to_stderr();
     crate::device_process::run()
+}
+
+/// `machine-process MEMORY CPUS`; its descriptors are named in `hull_device_control::monitor`.
+fn machine_process(arguments: &[OsString]) -> Result<()> {
+    hull_engine::attach::unblock_all();
+    log_to_stderr();
+    crate::machine_process::run(arguments)
 }
 
 /// `unpack-process LOWER TASK`.

@@ -12,6 +12,7 @@ mod error;
 mod familiar;
 mod images;
 mod internal;
+mod machine_process;
 mod oci;
 mod output;
 mod shim;

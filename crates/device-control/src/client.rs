@@ -497,6 +497,7 @@ mod tests {
         let theirs = Socket::new(theirs).unwrap();
         let setup = Setup {
             devices: vec![DeviceConfig::Fs],
+            ..Setup::default()
         };
         let fds = [theirs.as_fd()];
         let (control, [incoming]) = DeviceControl::start(ours, &setup, &fds, [7]).unwrap();

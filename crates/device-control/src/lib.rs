@@ -1,4 +1,5 @@
-//! Protocol between a sandbox and its device process.
+//! Protocol between a sandbox and the process that holds the devices of its guest: the device
+//! process, or the machine process of a kind that has them in itself ([`monitor`]).
 //!
 //! The sandbox uses [`DeviceControl`] (feature `client`); the `devices` crate serves the other end.
 //! This crate has the types of both and is independent of virtio queues and guest memory, so a
@@ -18,6 +19,7 @@
 mod call;
 #[cfg(feature = "client")]
 mod client;
+pub mod monitor;
 mod net;
 mod setup;
 
@@ -28,7 +30,8 @@ pub use call::{Cache, Call, Event, Request};
 pub use client::{DeviceControl, Error, Incoming};
 pub use net::{LinkLocal, NetOptions, Policy};
 pub use setup::{
-    DeviceConfig, DeviceType, InvalidSetup, MAX_DISKS, MAX_NETS, Resources, Setup, disk_serial,
+    DeviceConfig, DeviceType, InvalidSetup, MAX_DISKS, MAX_NETS, Resources, Setup, Transport,
+    disk_serial,
 };
 
 /// Descriptor of the control socket in the device process.

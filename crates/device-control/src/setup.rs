@@ -63,8 +63,8 @@ impl DeviceType {
     }
 }
 
-/// A device of a guest. Its descriptors are, in this order: the listening vhost-user socket; for a
-/// disk, the file or block device, opened with the guest's access mode.
+/// A device of a guest. Its descriptors are, in this order: with [`Transport::VhostUser`], the
+/// listening socket; for a disk, the file or block device, opened with the guest's access mode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DeviceConfig {
@@ -104,11 +104,24 @@ impl DeviceConfig {
     }
 }
 
-/// The first message to a device process: its devices. Net devices and disks are numbered in order
-/// of appearance.
+/// How a guest's driver reaches its devices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// The machine is another process, which connects to a socket for each device.
+    #[default]
+    VhostUser,
+    /// The devices are in the machine process.
+    Mmio,
+}
+
+/// The first message to the process that holds the devices: which ones. Net devices and disks are
+/// numbered in order of appearance.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setup {
+    /// How they are reached.
+    pub transport: Transport,
     /// The devices.
     pub devices: Vec<DeviceConfig>,
 }
@@ -116,8 +129,8 @@ pub struct Setup {
 /// The descriptors of a device.
 #[derive(Debug)]
 pub struct Resources {
-    /// Listening vhost-user socket.
-    pub socket: OwnedFd,
+    /// Listening socket of [`Transport::VhostUser`].
+    pub socket: Option<OwnedFd>,
     /// The file or block device of a disk.
     pub file: Option<OwnedFd>,
 }
@@ -176,13 +189,14 @@ impl Setup {
         if needed != given {
             return Err(wrong());
         }
+        let sockets = self.transport == Transport::VhostUser;
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next().ok_or_else(wrong);
         self.devices
             .into_iter()
             .map(|device| {
                 let resources = Resources {
-                    socket: next()?,
+                    socket: sockets.then(&mut next).transpose()?,
                     file: match device {
                         DeviceConfig::Disk { .. } => Some(next()?),
                         _ => None,
@@ -195,13 +209,12 @@ impl Setup {
 
     /// Number of descriptors that the devices need.
     fn descriptors(&self) -> usize {
-        self.devices
-            .iter()
-            .map(|device| match device {
-                DeviceConfig::Disk { .. } => 2,
-                _ => 1,
-            })
-            .sum()
+        let files = self.devices.iter();
+        let files = files.filter(|device| matches!(device, DeviceConfig::Disk { .. }));
+        match self.transport {
+            Transport::VhostUser => self.devices.len() + files.count(),
+            Transport::Mmio => files.count(),
+        }
     }
 
     fn check(&self) -> Result<(), InvalidSetup> {
@@ -249,13 +262,14 @@ mod tests {
     fn each_device_gets_its_descriptors_in_order() {
         let setup = Setup {
             devices: vec![DeviceConfig::Fs, DISK, NET, DISK],
+            ..Setup::default()
         };
         let given = descriptors(6);
         let numbers: Vec<_> = given.iter().map(AsRawFd::as_raw_fd).collect();
         let assigned = setup.clone().assign(given).unwrap();
         let seen: Vec<_> = assigned
             .iter()
-            .flat_map(|(_, has)| [Some(&has.socket), has.file.as_ref()])
+            .flat_map(|(_, has)| [has.socket.as_ref(), has.file.as_ref()])
             .flatten()
             .map(AsRawFd::as_raw_fd)
             .collect();
@@ -271,6 +285,7 @@ mod tests {
         for given in [0, 1, 2, 4] {
             let setup = Setup {
                 devices: vec![DeviceConfig::Vsock, DISK],
+                ..Setup::default()
             };
             assert_eq!(
                 setup.assign(descriptors(given)).unwrap_err(),
@@ -280,10 +295,24 @@ mod tests {
     }
 
     #[test]
+    fn devices_in_the_machine_process_have_no_sockets() {
+        let setup = Setup {
+            devices: vec![DeviceConfig::Vsock, DISK, NET],
+            transport: Transport::Mmio,
+        };
+        let assigned = setup.clone().assign(descriptors(1)).unwrap();
+        assert!(assigned.iter().all(|(_, has)| has.socket.is_none()));
+        let disk = assigned.iter().find(|(device, _)| *device == DISK);
+        assert!(disk.unwrap().1.file.is_some());
+        assert!(setup.assign(descriptors(3)).is_err());
+    }
+
+    #[test]
     fn the_number_of_devices_is_bounded() {
         for (device, most) in [(DeviceConfig::Fs, 1), (NET, MAX_NETS), (DISK, MAX_DISKS)] {
             let setup = |count| Setup {
                 devices: vec![device.clone(); count],
+                ..Setup::default()
             };
             let fine = setup(most);
             let needed = fine.descriptors();
@@ -304,7 +333,10 @@ mod tests {
             MAX_NETS
         ]);
         devices.extend(vec![DeviceConfig::Disk { read_only: false }; MAX_DISKS]);
-        let setup = Setup { devices };
+        let setup = Setup {
+            devices,
+            ..Setup::default()
+        };
         let text = serde_json::to_vec(&setup).unwrap();
         assert!(text.len() <= crate::SETUP_LIMITS.bytes);
         assert!(setup.descriptors() <= crate::SETUP_LIMITS.fds);

@@ -2,8 +2,9 @@
 //!
 //! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`]) implements [`device::Device`]
 //! and knows no transport; a [`transport`] drives it through a [`runner`]. [`state`] is its saved
-//! form. [`device_process`] is the process that holds all back ends of one guest, jailed, and
-//! controlled over the protocol of [`hull_device_control`].
+//! form. [`served`] are all back ends of one guest, controlled over the protocol of
+//! [`hull_device_control`]; [`device_process`] is the jailed process that holds them where the
+//! machine is another process.
 //!
 //! The process parses data from the guest. It opens nothing but descriptors that it was given and
 //! what is beneath them.
@@ -18,6 +19,7 @@ pub mod fs;
 mod lifecycle_tests;
 pub mod net;
 pub mod runner;
+pub mod served;
 pub mod state;
 #[cfg(test)]
 mod testing;

@@ -91,8 +91,6 @@ impl GuestFiles {
         if given.is_none() {
             // A missing kernel is better said here, where the command that builds it is known.
             match requested {
-                // One without a backend is refused whatever its kernel.
-                Some(kind) if kind.backend().is_err() => {}
                 Some(kind) => {
                     self.kernel(kind)?;
                 }

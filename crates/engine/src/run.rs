@@ -432,7 +432,7 @@ impl<'a> Run<'a> {
             machine: place.machine.clone(),
             hostname: self.id.get(..12).unwrap_or_default().to_owned(),
             cgroup,
-            bounds: place.machine.bounds()?,
+            bounds: place.machine.bounds(),
             core_scheduling: self.config.core_sched,
             disks: Vec::new(),
             end: EndPolicy::LastContainer,

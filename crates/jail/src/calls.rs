@@ -394,6 +394,8 @@ pub const VCPU_IOCTLS: &[u64] = &[
     0x4188_aea7, // KVM_SET_XCRS
     0x0000_aead, // KVM_KVMCLOCK_CTRL
     0x9000_aecf, // KVM_GET_XSAVE2
+    0x4018_aee1, // KVM_SET_DEVICE_ATTR: the time stamp counter's offset
+    0x4018_aee2, // KVM_GET_DEVICE_ATTR
 ];
 #[cfg(target_arch = "aarch64")]
 pub const VCPU_IOCTLS: &[u64] = &[
@@ -406,6 +408,19 @@ pub const VCPU_IOCTLS: &[u64] = &[
     0x4010_aeac, // KVM_SET_ONE_REG
     0x4020_aeae, // KVM_ARM_VCPU_INIT
     0xc008_aeb0, // KVM_GET_REG_LIST
+];
+
+/// Requests to the descriptor of a virtual machine while it runs: messages of interrupts, which a
+/// virtual CPU writes, and the guest's clock. Everything else is set up before.
+#[cfg(target_arch = "x86_64")]
+pub const VM_IOCTLS: &[u64] = &[
+    0x4008_ae6a, // KVM_SET_GSI_ROUTING
+    0x4030_ae7b, // KVM_SET_CLOCK
+    0x8030_ae7c, // KVM_GET_CLOCK
+];
+#[cfg(target_arch = "aarch64")]
+pub const VM_IOCTLS: &[u64] = &[
+    0x4008_ae6a, // KVM_SET_GSI_ROUTING
 ];
 
 /// A thread of a device moves data between open descriptors and waits for them.

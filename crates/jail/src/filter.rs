@@ -17,7 +17,7 @@ use seccompiler::{BpfProgram, sock_filter};
 use crate::calls::{
     COMMON, DANGEROUS, DEVICE, DEVICE_IOCTLS, DEVICE_PRCTLS, FILES, IO, IO_IOCTLS, KVM,
     NAMESPACE_FLAGS, QEMU, QEMU_IOCTLS, QEMU_PRCTLS, SUPERVISOR_REFUSED, THREAD, THREAD_PRCTLS,
-    UML, UML_IOCTLS, UML_PRCTLS, UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS, VCPU_IOCTLS,
+    UML, UML_IOCTLS, UML_PRCTLS, UNPACK, UNPACK_IOCTLS, UNPACK_PRCTLS, VCPU_IOCTLS, VM_IOCTLS,
 };
 use crate::thread::ThreadRole;
 
@@ -26,6 +26,8 @@ use crate::thread::ThreadRole;
 pub enum Role {
     /// hull's device process: fs, vsock, entropy and block back ends.
     Device,
+    /// hull's virtual machine monitor, which has the same devices in itself.
+    Vmm,
     /// A user-mode kernel and the processes that stand for its guest's.
     Uml,
     /// QEMU, emulating or with KVM.
@@ -116,8 +118,10 @@ fn allowlist(calls: &[&[c_long]], ioctls: &[u64], driver: Option<u8>, prctls: &[
 }
 
 fn rules(role: Role) -> Rules {
+    let vmm_ioctls = [DEVICE_IOCTLS, VCPU_IOCTLS, VM_IOCTLS].concat();
     let (calls, ioctls, prctls): (&[&[c_long]], &[u64], &[i32]) = match role {
         Role::Device => (&[COMMON, FILES, DEVICE], DEVICE_IOCTLS, DEVICE_PRCTLS),
+        Role::Vmm => (&[COMMON, FILES, DEVICE], &vmm_ioctls, DEVICE_PRCTLS),
         Role::Uml => (&[COMMON, UML], UML_IOCTLS, UML_PRCTLS),
         Role::Qemu => (&[COMMON, QEMU], QEMU_IOCTLS, QEMU_PRCTLS),
         Role::Unpack => (&[COMMON, FILES, UNPACK], UNPACK_IOCTLS, UNPACK_PRCTLS),
@@ -138,7 +142,7 @@ fn rules(role: Role) -> Rules {
             put(libc::SYS_kill, Verdict::Not(1, libc::SIGABRT as u32));
         }
         // Threads add filters of their own (`restrict_thread`).
-        Role::Device => {
+        Role::Device | Role::Vmm => {
             const SECCOMP_SET_MODE_FILTER: u32 = 1;
             put(
                 libc::SYS_seccomp,
@@ -157,7 +161,10 @@ fn rules(role: Role) -> Rules {
 
 fn thread_rules(role: ThreadRole) -> Rules {
     match role {
-        ThreadRole::Vcpu => allowlist(&[THREAD], VCPU_IOCTLS, None, THREAD_PRCTLS),
+        ThreadRole::Vcpu => {
+            let ioctls = [VCPU_IOCTLS, VM_IOCTLS].concat();
+            allowlist(&[THREAD], &ioctls, None, THREAD_PRCTLS)
+        }
         ThreadRole::Io => allowlist(&[THREAD, IO], IO_IOCTLS, None, THREAD_PRCTLS),
     }
 }

@@ -31,7 +31,7 @@ impl Ruleset {
             .handle_access(AccessNet::from_all(abi))
             .and_then(|builder| builder.scope(Scope::from_all(abi)))
             .ok()?;
-        if role == Role::Device {
+        if matches!(role, Role::Device | Role::Vmm) {
             // It works below directories that arrive later, so no rule can name them. Its root
             // directory holds nothing but /proc.
             return Some(Self {

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hull_machine::{ConsoleRing, Host, Kind, MachineConfig, Requirements, Wiring, choose};
+use hull_machine::{ConsoleRing, Devices, Host, Kind, MachineConfig, Requirements, Wiring, choose};
 use rustix::event::{PollFd, PollFlags, poll};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -48,10 +48,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let start = Instant::now();
         let wiring = Wiring {
             console: write,
-            devices: Vec::new(),
+            devices: Devices::Sockets(Vec::new()),
             uid: 60_000,
         };
-        let mut machine = choice.backend()?.start(&config, wiring)?;
+        let mut machine = choice.backend().start(&config, wiring)?;
         let jailed = start.elapsed();
         let mut marked = None;
         loop {

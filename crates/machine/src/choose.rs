@@ -70,19 +70,13 @@ pub struct Choice {
 
 impl Choice {
     /// The backend that starts it.
-    ///
-    /// # Errors
-    /// As [`Kind::backend`]; never for a choice of [`choose`].
-    pub fn backend(&self) -> Result<&'static dyn Backend, Error> {
+    pub fn backend(&self) -> &'static dyn Backend {
         self.kind.backend()
     }
 
     /// Features of its kind.
-    ///
-    /// # Errors
-    /// As [`Self::backend`].
-    pub fn features(&self) -> Result<Features, Error> {
-        Ok(self.backend()?.features())
+    pub fn features(&self) -> Features {
+        self.backend().features()
     }
 }
 
@@ -106,10 +100,6 @@ pub fn choose(requested: Option<Kind>, requirements: &Requirements) -> Result<Ch
             Err(Error::NotHardware { kind }) => {
                 against.push(format!("{kind}: not hardware isolation"));
             }
-            Err(Error::KvmNotSupported) => {
-                let why = "hull's own virtual machine monitor is not built yet";
-                against.push(format!("{kind}: {why}"));
-            }
             Err(error @ Error::NoQemu { .. }) => against.push(format!("{kind}: {error}")),
             Err(other) => return Err(other),
         }
@@ -118,7 +108,7 @@ pub fn choose(requested: Option<Kind>, requirements: &Requirements) -> Result<Ch
 }
 
 fn attempt(kind: Kind, requirements: &Requirements) -> Result<Works, Error> {
-    let works = kind.backend()?.probe(&requirements.host)?;
+    let works = kind.backend().probe(&requirements.host)?;
     if requirements.hardware_isolation && !works.hardware {
         return Err(Error::NotHardware { kind });
     }
@@ -156,14 +146,15 @@ mod tests {
     }
 
     #[test]
-    fn kvm_is_refused_and_auto_reports_why_it_was_skipped() {
+    fn a_kind_that_does_not_work_is_refused_and_auto_reports_why_it_was_skipped() {
         let directory = tempfile::tempdir().unwrap();
         let requirements = requirements(directory.path());
+        // There is no kernel for it, or no KVM.
         let error = choose(Some(Kind::Kvm), &requirements).unwrap_err();
         assert!(
             error
                 .to_string()
-                .starts_with("machine kind kvm is not supported yet: ")
+                .starts_with("machine kind kvm does not work on this host: ")
         );
         if probe::tracing_forbidden().is_none() {
             let choice = choose(None, &requirements).unwrap();

@@ -12,11 +12,6 @@ pub enum Error {
     /// Unknown name of a kind.
     #[error("no such kind of machine: \"{0}\"")]
     UnknownKind(String),
-    /// Kind `kvm` has no backend yet.
-    #[error(
-        "machine kind kvm is not supported yet: hull's own virtual machine monitor is not built"
-    )]
-    KvmNotSupported,
     /// The kind does not support the operation.
     #[error("machine kind {kind} does not support {operation}")]
     NotSupported {
@@ -112,6 +107,12 @@ pub enum Error {
         /// The kind.
         kind: Kind,
     },
+    /// The caller has wired the devices of another kind.
+    #[error("cannot start a machine of kind {kind}: its devices are wired for another kind")]
+    Wiring {
+        /// The kind.
+        kind: Kind,
+    },
     /// The machine did not stop or answer in time.
     #[error("cannot {operation} the machine: {why}")]
     Operation {
@@ -130,7 +131,6 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::UnknownKind(_) => Some("one of auto, kvm, uml, qemu".into()),
-            Self::KvmNotSupported => Some("--machine auto picks one that works".into()),
             Self::NoQemu { .. } => Some("apt-get install qemu-system-x86".into()),
             Self::NoMachine(_) | Self::DoesNotWork { .. } => Some("hull check".into()),
             Self::NotHardware { .. } => {

@@ -87,14 +87,13 @@ impl Disks {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use crate::Kind;
 
     #[test]
     fn a_kind_with_one_cpu_starts_one_whatever_is_wanted() {
-        let uml = Kind::Uml.backend().unwrap().features();
+        let uml = Kind::Uml.backend().features();
         assert_eq!((uml.vcpus(0), uml.vcpus(1), uml.vcpus(8)), (1, 1, 1));
-        let qemu = Kind::Qemu.backend().unwrap().features();
+        let qemu = Kind::Qemu.backend().features();
         assert_eq!((qemu.vcpus(0), qemu.vcpus(8)), (1, 8));
     }
 }

@@ -1,9 +1,9 @@
 //! Machines, which run guest kernels.
 //!
-//! A kind of machine is a [`Backend`]: `uml` (a Linux kernel as an ordinary process) and `qemu`. A
-//! running one is a [`Machine`]. The differences between kinds are in [`Features`]; nothing outside
-//! this crate matches on the [`Kind`]. [`choose()`] picks one by the results of [`probe()`], and a
-//! [`ConsoleRing`] keeps the guest kernel's output.
+//! A kind of machine is a [`Backend`]: `kvm` (hull's own monitor), `uml` (a Linux kernel as an
+//! ordinary process) and `qemu`. A running one is a [`Machine`]. The differences between kinds are
+//! in [`Features`]; nothing outside this crate matches on the [`Kind`]. [`choose()`] picks one by
+//! the results of [`probe()`], and a [`ConsoleRing`] keeps the guest kernel's output.
 //!
 //! Called by crate sandbox (start, pause, end) and by the commands (`hull check`). It parses two
 //! kinds of untrusted input: console text, which is sanitized before it is displayed and never
@@ -15,6 +15,7 @@ pub mod console;
 mod error;
 mod exit;
 mod features;
+mod kvm;
 pub mod probe;
 mod process;
 mod qemu;
@@ -36,10 +37,11 @@ pub use error::Error;
 pub use exit::Exit;
 pub use features::{Disks, Features, NetDevices};
 pub use hull_device_control::DeviceConfig;
+pub use kvm::ROLE as MACHINE_PROCESS;
 pub use probe::{Report, probe};
 pub use process::{Process, ProcessRole};
 pub use text::printable;
-pub use wiring::{DeviceWiring, Wiring};
+pub use wiring::{DeviceWiring, Devices, Wiring};
 
 /// The kinds of machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -75,14 +77,11 @@ impl Kind {
     }
 
     /// Its backend.
-    ///
-    /// # Errors
-    /// [`Error::KvmNotSupported`] for kind `kvm`, which has none yet.
-    pub fn backend(self) -> Result<&'static dyn Backend, Error> {
+    pub fn backend(self) -> &'static dyn Backend {
         match self {
-            Self::Kvm => Err(Error::KvmNotSupported),
-            Self::Uml => Ok(&uml::Uml),
-            Self::Qemu => Ok(&qemu::Qemu),
+            Self::Kvm => &kvm::Kvm,
+            Self::Uml => &uml::Uml,
+            Self::Qemu => &qemu::Qemu,
         }
     }
 }
@@ -104,10 +103,10 @@ impl FromStr for Kind {
     }
 }
 
-/// The guest kernels of machines: each architecture with those of its kinds that have a backend.
+/// The guest kernels of machines: each architecture with its kinds.
 pub fn kernels() -> Vec<(&'static str, Vec<Kind>)> {
     let mut kernels: Vec<(&'static str, Vec<Kind>)> = Vec::new();
-    for kind in Kind::ALL.into_iter().filter(|kind| kind.backend().is_ok()) {
+    for kind in Kind::ALL {
         let architecture = kind.kernel_architecture();
         match kernels.iter_mut().find(|(other, _)| *other == architecture) {
             Some((_, kinds)) => kinds.push(kind),

@@ -23,20 +23,44 @@ pub struct DeviceWiring {
     pub socket: OwnedFd,
 }
 
+/// Where the devices of a machine are.
+#[derive(Debug)]
+pub enum Devices {
+    /// In a device process. The guest probes them in this order, by which net devices and disks are
+    /// numbered.
+    Sockets(Vec<DeviceWiring>),
+    /// In the machine process ([`Features::own_devices`]).
+    Own {
+        /// The machine's end of the socket that controls them (see [`hull_device_control`]).
+        control: OwnedFd,
+        /// hull's executable, which the machine process runs.
+        executable: OwnedFd,
+    },
+}
+
+impl Devices {
+    /// The devices of a kind that has them in a device process.
+    pub(crate) fn sockets(self, kind: Kind) -> Result<Vec<DeviceWiring>, Error> {
+        match self {
+            Self::Sockets(devices) => Ok(devices),
+            Self::Own { .. } => Err(Error::Wiring { kind }),
+        }
+    }
+}
+
 /// The connections of a machine.
 ///
 /// Guest memory is not among them. A user-mode kernel creates its memory file itself, in the `/tmp`
 /// of its jail, and maps it at offsets that it chooses; QEMU creates a memfd. Both pass it to the
-/// device process over vhost-user, and the sandbox process never maps it. Only restoring a machine
-/// would need a descriptor from the caller, which neither kind supports.
+/// device process over vhost-user; kind `kvm` needs no file. The sandbox process never maps it.
+/// Only restoring a machine would need a descriptor from the caller, which no kind supports.
 #[derive(Debug)]
 pub struct Wiring {
     /// The write end of a pipe for the output of the guest kernel and the machine process. At end
     /// of file the machine has ended.
     pub console: OwnedFd,
-    /// The devices. The guest probes them in this order, by which net devices and disks are
-    /// numbered.
-    pub devices: Vec<DeviceWiring>,
+    /// The devices.
+    pub devices: Devices,
     /// User and group of the machine process.
     pub uid: u32,
 }

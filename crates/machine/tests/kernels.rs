@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use hull_machine::probe::State;
 use hull_machine::{
-    ConsoleRing, Exit, Host, Kind, Machine, MachineConfig, Process, Requirements, Wiring,
+    ConsoleRing, Devices, Exit, Host, Kind, Machine, MachineConfig, Process, Requirements, Wiring,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -62,10 +62,10 @@ fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machi
     };
     let wiring = Wiring {
         console: write,
-        devices: Vec::new(),
+        devices: Devices::Sockets(Vec::new()),
         uid: 60_000,
     };
-    let machine = kind.backend()?.start(&config, wiring)?;
+    let machine = kind.backend().start(&config, wiring)?;
     Ok(Running {
         machine,
         console,

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Archive, kernel};
-use hull_machine::{Kind, Machine, MachineConfig, Wiring};
+use hull_machine::{Devices, Kind, Machine, MachineConfig, Wiring};
 
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -80,10 +80,10 @@ impl Guest {
         };
         let wiring = Wiring {
             console: OwnedFd::from(write),
-            devices: Vec::new(),
+            devices: Devices::Sockets(Vec::new()),
             uid: 60_000,
         };
-        let machine = kind.backend().unwrap().start(&config, wiring).unwrap();
+        let machine = kind.backend().start(&config, wiring).unwrap();
         let printed: Arc<Mutex<Printed>> = Arc::default();
         let to = printed.clone();
         std::thread::spawn(move || {

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::cgroup::Bounds;
-use crate::error::Result;
 
 /// Most network interfaces of a machine.
 pub const MAX_NETS: u8 = 8;
@@ -71,27 +70,21 @@ impl MachineConfig {
 
     /// What to reserve on a host for a machine beside the limits of its containers, bytes: what the
     /// guest itself may take, what the machine needs, and its processes, which take `processes`.
-    ///
-    /// # Errors
-    /// The kind of machine is not in this build.
-    pub fn reserve(&self, processes: u64) -> Result<u64> {
-        let own = self.choice.backend()?.own_memory();
-        Ok(GUEST_OVERHEAD.saturating_add(own).saturating_add(processes))
+    pub fn reserve(&self, processes: u64) -> u64 {
+        let own = self.choice.backend().own_memory();
+        GUEST_OVERHEAD.saturating_add(own).saturating_add(processes)
     }
 
     /// The most that this machine and its devices may take of the host.
-    ///
-    /// # Errors
-    /// The kind of machine is not in this build.
-    pub fn bounds(&self) -> Result<Bounds> {
-        let backend = self.choice.backend()?;
+    pub fn bounds(&self) -> Bounds {
+        let backend = self.choice.backend();
         let processes = backend.max_processes(self.memory, self.cpus);
         let own = backend.own_memory().saturating_add(HOST_OVERHEAD);
-        Ok(Bounds {
+        Bounds {
             memory: Some(self.memory.saturating_add(own)),
             processes: Some(processes.saturating_add(HOST_PROCESSES)),
             cpus: Some(self.cpus.saturating_add(DEVICE_CPUS)),
-        })
+        }
     }
 }
 

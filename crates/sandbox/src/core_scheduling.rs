@@ -19,7 +19,7 @@ const PIDTYPE_TGID: libc::c_ulong = 1;
 ///
 /// # Errors
 /// `Unsupported` when the host's kernel has no core scheduling.
-pub(crate) fn isolate(pids: [i32; 2]) -> Result<()> {
+pub(crate) fn isolate(pids: Vec<i32>) -> Result<()> {
     // A group is made for a thread, which then shares it: this one has no other use.
     let thread = std::thread::spawn(move || {
         call(PR_SCHED_CORE_CREATE, 0, PIDTYPE_PID)?;

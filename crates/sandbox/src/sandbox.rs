@@ -227,7 +227,7 @@ impl Sandbox {
         let processes = guest.processes();
         started()?;
         if config.core_scheduling {
-            core_scheduling::isolate([processes.devices, processes.machine])?;
+            core_scheduling::isolate(processes.guest())?;
         }
         let (cgroup, bounds) = (config.cgroup.clone(), config.bounds);
         let directory = dir.path().directory();

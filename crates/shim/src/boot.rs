@@ -69,7 +69,7 @@ impl Wanted {
         let mut machine = (pod.settings.machine)(&size)?;
         // Engines set up the network namespace until the start, or later.
         machine.nets = MAX_NETS;
-        let mut bounds = machine.bounds()?;
+        let mut bounds = machine.bounds();
         // The engine's to decide.
         bounds.cpus = None;
         Ok(Self {

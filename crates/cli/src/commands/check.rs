@@ -5,7 +5,7 @@ mod overhead;
 use std::path::Path;
 use std::time::Instant;
 
-use hull_machine::probe::{KvmState, State};
+use hull_machine::probe::{KvmState, State, remedy};
 use hull_machine::{Choice, Kind, Report};
 use hull_network::cni;
 use hull_sandbox::cgroup;
@@ -213,12 +213,16 @@ fn machines(config: &Config, report: &Report) -> Vec<Finding> {
     let kvm = report.kvm.to_string();
     findings.push(match &report.kvm {
         KvmState::Works { .. } => Finding::ok("kvm", kvm),
-        KvmState::Pretends { .. } => Finding::note("kvm", kvm + "; not used", None),
-        KvmState::NoPermission => Finding::note("kvm", kvm, Some("run hull as root".to_owned())),
-        KvmState::Absent | KvmState::Fails { .. } => Finding::note("kvm", kvm, None),
+        KvmState::Pretends { .. } => Finding::note("kvm", kvm + "; not used", remedy(&report.kvm)),
+        other => Finding::note("kvm", kvm, remedy(other)),
     });
-    for (what, state) in [("machine uml", &report.uml), ("machine qemu", &report.qemu)] {
-        findings.push(match state {
+    for kind in Kind::ALL {
+        let what = match kind {
+            Kind::Kvm => "machine kvm",
+            Kind::Uml => "machine uml",
+            Kind::Qemu => "machine qemu",
+        };
+        findings.push(match report.state(kind) {
             State::Works { how } => Finding::ok(what, how.as_str()),
             State::Missing { why, hint } => Finding::note(what, why.as_str(), hint.clone()),
         });
@@ -226,7 +230,7 @@ fn machines(config: &Config, report: &Report) -> Vec<Finding> {
     let wanted = config.machine.kind();
     findings.push(match (&report.auto, wanted) {
         (_, Some(kind)) => {
-            let works = matches!(report.state(kind), Some(State::Works { .. }));
+            let works = matches!(report.state(kind), State::Works { .. });
             match works {
                 true => Finding::ok("machine", format!("{kind}, as configured")),
                 false => Finding::error(

@@ -426,7 +426,7 @@ fn note_missing_cpus(options: &RunOptions, config: &Config, run: &Run<'_>) {
         return; // its machine is there already
     }
     if let Ok(choice) = run.choose()
-        && let Ok(most) = run::cpus(&choice, Some(milli), config)
+        && let most = run::cpus(&choice, Some(milli), config)
         && milli.div_ceil(1000) > most.into()
     {
         let what = if most == 1 { "processor" } else { "processors" };

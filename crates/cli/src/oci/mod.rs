@@ -116,7 +116,7 @@ pub fn machine(
     Ok(MachineConfig {
         initramfs: guest.initramfs()?,
         memory: memory.map_or(config.memory, MachineConfig::memory_for),
-        cpus: hull_engine::run::cpus(&choice, cpus_milli, config)?,
+        cpus: hull_engine::run::cpus(&choice, cpus_milli, config),
         choice,
         // Set by `create`.
         nets: 0,

@@ -150,7 +150,7 @@ impl Workers {
     }
 
     /// Queues a job. There are at most as many at once as the queue that they come from has
-    /// entries: see `Vring::begin_pop`.
+    /// entries: see `InFlight::pop`.
     pub fn submit(&mut self, job: Job) {
         let pending = {
             let jobs = self.shared.lock();

@@ -2,12 +2,11 @@
 
 use std::io;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
 
 use vhost_user_backend::VringT;
-use virtio_queue::{Error, QueueOwnedT, QueueT};
+use virtio_queue::{Error, QueueT};
 
-use super::vring::{TooMany, Vring};
+use super::vring::Vring;
 use crate::device::{Chain, Memory, Ring};
 use crate::state::QueueState;
 
@@ -24,7 +23,7 @@ impl VhostRing {
     /// The device has failed: its requests in flight never complete.
     pub fn abandon(&self) {
         if let Some(vring) = self.0.get() {
-            vring.abandon();
+            vring.in_flight().abandon();
         }
     }
 }
@@ -38,35 +37,12 @@ impl Ring for VhostRing {
         if !vring.is_enabled() || !vring.get_queue().ready() {
             return Ok(None);
         }
-        match ring.begin_pop(vring.get_queue().size()) {
-            Ok(true) => {}
-            Ok(false) => return Ok(None),
-            // One more is fine as long as it is not there.
-            Err(TooMany) => {
-                let available = vring
-                    .get_queue()
-                    .avail_idx(memory.as_ref(), Ordering::Acquire)?;
-                return match available.0 == vring.get_queue().next_avail() {
-                    true => Ok(None),
-                    false => Err(Error::InvalidAvailRingIndex),
-                };
-            }
-        }
-        let chain = vring
-            .get_queue_mut()
-            .iter(memory.clone())
-            .map(|mut chains| chains.next());
-        if !matches!(chain, Ok(Some(_))) {
-            ring.put_back();
-        }
-        chain
+        ring.in_flight().pop(vring.get_queue_mut(), memory)
     }
 
     fn undo_pop(&self) {
         if let Some(ring) = self.0.get() {
-            let mut vring = ring.get_mut();
-            vring.get_queue_mut().go_to_previous_position();
-            ring.put_back();
+            ring.in_flight().undo_pop(ring.get_mut().get_queue_mut());
         }
     }
 
@@ -75,15 +51,9 @@ impl Ring for VhostRing {
             return Ok(());
         };
         let mut vring = ring.get_mut();
-        // It may be disabled or not ready only when it was stopped, which waits for the requests
-        // in flight.
-        if !ring.can_complete() {
-            tracing::debug!(head, "a request completed after its queue was stopped");
-            return Ok(());
-        }
-        let used = vring.get_queue_mut().add_used(memory.as_ref(), head, len);
-        ring.put_back();
-        used
+        // It may be disabled or not ready only when it was stopped.
+        ring.in_flight()
+            .add_used(vring.get_queue_mut(), memory, head, len)
     }
 
     fn notify(&self, memory: &Memory) -> Result<(), Error> {
@@ -113,9 +83,7 @@ impl Ring for VhostRing {
         if !vring.get_queue().ready() || !vring.is_enabled() {
             return Ok(false);
         }
-        let more = vring.get_queue_mut().enable_notification(memory.as_ref())?;
-        // Nothing is popped from a ring that is being stopped.
-        Ok(more && ring.is_running())
+        ring.in_flight().rearm(vring.get_queue_mut(), memory)
     }
 
     fn silence(&self, memory: &Memory) -> Result<(), Error> {

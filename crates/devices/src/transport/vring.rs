@@ -9,8 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, MutexGuard};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
@@ -18,12 +17,10 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::Error;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::in_flight::InFlight;
+
 /// Guest memory that a front end can replace.
 pub type AtomicMemory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
-
-/// How long a ring that is stopped waits for its requests in flight. They are system calls of the
-/// fs device, which end unless the host's storage hangs.
-const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// One queue. Clones are the same queue.
 #[derive(Clone)]
@@ -33,130 +30,19 @@ pub struct Vring {
     in_flight: Arc<InFlight>,
 }
 
-/// A driver makes more requests available than its queue has entries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TooMany;
-
-/// Whether requests can be popped and completed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// Requests are popped and completed.
-    Running,
-    /// The front end stops the ring: those in flight complete.
-    Stopping,
-    /// Requests are neither popped nor completed.
-    Stopped,
-    /// As `Stopped`, permanently: the device has failed, or requests in flight did not complete in
-    /// time.
-    Abandoned,
-}
-
-/// The requests of one queue that were popped and not completed. Its lock is taken after that of
-/// the queue.
-struct InFlight {
-    state: Mutex<(Stage, usize)>,
-    none_left: Condvar,
-}
-
-impl InFlight {
-    fn lock(&self) -> MutexGuard<'_, (Stage, usize)> {
-        // Nothing panics while it is held.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Vring {
     /// What the last kick added to the event counter.
     pub fn last_kick(&self) -> u64 {
         self.kick.load(Ordering::Relaxed)
     }
 
-    /// Whether requests can be popped; if so, counts the one that the caller, which holds the
-    /// queue's lock, is about to pop. It calls [`Vring::put_back`] if there is none.
-    ///
-    /// # Errors
-    /// [`TooMany`] if as many are in flight as the queue has entries: a driver that makes more
-    /// available has made one available twice (virtio 1.2, 2.7.13), and could grow the device's
-    /// memory without bound.
-    pub fn begin_pop(&self, queue_size: u16) -> Result<bool, TooMany> {
-        let mut state = self.in_flight.lock();
-        if state.0 != Stage::Running {
-            return Ok(false);
-        }
-        if state.1 >= usize::from(queue_size) {
-            return Err(TooMany);
-        }
-        state.1 += 1;
-        Ok(true)
+    /// Its requests in flight.
+    pub fn in_flight(&self) -> &InFlight {
+        &self.in_flight
     }
 
-    /// Whether requests can be popped.
-    pub fn is_running(&self) -> bool {
-        self.in_flight.lock().0 == Stage::Running
-    }
-
-    /// How many requests are in flight.
-    #[cfg(fuzzing)]
-    pub fn in_flight(&self) -> usize {
-        self.in_flight.lock().1
-    }
-
-    /// A request is not in flight any more, or was not there.
-    pub fn put_back(&self) {
-        let mut state = self.in_flight.lock();
-        state.1 = state.1.saturating_sub(1);
-        // Notifying is a system call, also when nobody waits.
-        if state.1 == 0 && state.0 == Stage::Stopping {
-            self.in_flight.none_left.notify_all();
-        }
-    }
-
-    /// Whether requests in flight can be completed. The caller holds the queue's lock.
-    pub fn can_complete(&self) -> bool {
-        matches!(self.in_flight.lock().0, Stage::Running | Stage::Stopping)
-    }
-
-    /// The device has failed: its requests in flight never complete.
-    pub fn abandon(&self) {
-        self.in_flight.lock().0 = Stage::Abandoned;
-        self.in_flight.none_left.notify_all();
-    }
-
-    /// Waits for the requests in flight. Then none completes any more, until the next start.
     fn stop(&self) {
-        let mut state = self.in_flight.lock();
-        if state.0 != Stage::Running {
-            return;
-        }
-        state.0 = Stage::Stopping;
-        // One that is popped at this moment is counted.
-        let (state, timeout) = self
-            .in_flight
-            .none_left
-            .wait_timeout_while(state, STOP_TIMEOUT, |(stage, count)| {
-                *stage == Stage::Stopping && *count > 0
-            })
-            .unwrap_or_else(PoisonError::into_inner);
-        drop(state);
-        // No completion is halfway through while the queue is locked.
-        let _queue = self.inner.get_ref();
-        let mut state = self.in_flight.lock();
-        if timeout.timed_out() {
-            tracing::error!(
-                requests = state.1,
-                "requests in flight did not complete in {STOP_TIMEOUT:?}: their queue stays stopped"
-            );
-            state.0 = Stage::Abandoned;
-        } else if state.0 == Stage::Stopping {
-            state.0 = Stage::Stopped;
-        }
-    }
-
-    fn start(&self) {
-        let mut state = self.in_flight.lock();
-        if state.0 == Stage::Stopped {
-            state.0 = Stage::Running;
-        }
+        self.in_flight.stop(|| self.inner.get_ref());
     }
 
     /// Notifies the driver of completions without a notification.
@@ -194,10 +80,7 @@ impl VringT<AtomicMemory> for Vring {
         Ok(Self {
             inner: VringMutex::new(memory, max_queue_size)?,
             kick: Arc::default(),
-            in_flight: Arc::new(InFlight {
-                state: Mutex::new((Stage::Running, 0)),
-                none_left: Condvar::new(),
-            }),
+            in_flight: Arc::default(),
         })
     }
 
@@ -249,7 +132,7 @@ impl VringT<AtomicMemory> for Vring {
 
     fn set_enabled(&self, enabled: bool) {
         match enabled {
-            true => self.start(),
+            true => self.in_flight.start(),
             false => {
                 self.stop();
                 self.flush();
@@ -289,7 +172,7 @@ impl VringT<AtomicMemory> for Vring {
     /// The library calls this first when the front end stops the ring (GET_VRING_BASE).
     fn set_queue_ready(&self, ready: bool) {
         match ready {
-            true => self.start(),
+            true => self.in_flight.start(),
             false => {
                 self.stop();
                 self.flush();

@@ -133,7 +133,7 @@ impl Run<'_> {
             cpus_milli: options.cpus_milli.and_then(no_zero),
             pids_limit: (pids_limit > 0).then_some(pids_limit),
             seccomp: seccomp(&options.security)?,
-            has_32_bits: place.machine.choice.features()?.compat32,
+            has_32_bits: place.machine.choice.features().compat32,
             no_new_privileges: no_new_privileges(&options.security),
         };
         let built = spec::build(&container, &image.config, &layout)?;

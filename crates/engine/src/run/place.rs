@@ -51,7 +51,7 @@ impl Run<'_> {
                 // A guest keeps a few bytes for each page that it is told it has.
                 MachineConfig::memory_for(limit).min(host_memory().max(self.config.memory))
             }),
-            cpus: cpus(&choice, self.options.cpus_milli, self.config)?,
+            cpus: cpus(&choice, self.options.cpus_milli, self.config),
             nets: matches!(self.network.attach, Attach::Source(..)).into(),
             spare_disks: 0,
             hull: None,
@@ -132,13 +132,10 @@ fn host_memory() -> u64 {
 
 /// Virtual processors of a machine for a container with a limit, in thousandths. A limit above what
 /// the kind of machine has is kept all the same.
-///
-/// # Errors
-/// The kind of machine is not there.
-pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> Result<u32> {
+pub fn cpus(choice: &Choice, milli: Option<u64>, config: &Config) -> u32 {
     let wanted = match milli.filter(|milli| *milli > 0) {
         Some(milli) => u32::try_from(milli.div_ceil(1000)).unwrap_or(1),
         None => config.cpus,
     };
-    Ok(choice.features()?.vcpus(wanted))
+    choice.features().vcpus(wanted)
 }

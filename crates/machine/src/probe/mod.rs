@@ -12,13 +12,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::choose::{Choice, Requirements, choose};
-use crate::{Backend, Kind, qemu, uml};
+use crate::{Backend, Kind, kvm as own_monitor, qemu, uml};
 
 /// The report on machines for `hull check`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// Hardware virtualization.
     pub kvm: KvmState,
+    /// hull's own monitor.
+    pub monitor: State,
     /// The user-mode kernel.
     pub uml: State,
     /// QEMU.
@@ -111,6 +113,7 @@ pub fn probe(requirements: &Requirements) -> Report {
     let host = &requirements.host;
     Report {
         kvm: kvm_cached(&host.data_directory),
+        monitor: own_monitor::Kvm.diagnose(host),
         uml: uml::Uml.diagnose(host),
         qemu: qemu::Qemu.diagnose(host),
         qemu_version: qemu::find_program()
@@ -121,14 +124,50 @@ pub fn probe(requirements: &Requirements) -> Report {
 }
 
 impl Report {
-    /// State of a kind. `None` if it has no backend.
-    pub fn state(&self, kind: Kind) -> Option<&State> {
+    /// State of a kind.
+    pub fn state(&self, kind: Kind) -> &State {
         match kind {
-            Kind::Kvm => None,
-            Kind::Uml => Some(&self.uml),
-            Kind::Qemu => Some(&self.qemu),
+            Kind::Kvm => &self.monitor,
+            Kind::Uml => &self.uml,
+            Kind::Qemu => &self.qemu,
         }
     }
+}
+
+/// What the user can do about a KVM that does not work.
+pub fn remedy(kvm: &KvmState) -> Option<String> {
+    match kvm {
+        KvmState::Works { .. } | KvmState::Fails { .. } => None,
+        KvmState::Pretends { .. } => {
+            Some("hull needs the processor's virtualization: a host that has it, or nesting".into())
+        }
+        KvmState::NoPermission => Some("run hull as root, or join the group of /dev/kvm".into()),
+        KvmState::Absent => Some(absent(&processor_flags())),
+    }
+}
+
+/// Why there is no `/dev/kvm`, by what the processor has.
+fn absent(flags: &str) -> String {
+    let has = |flag| flags.split_whitespace().any(|word| word == flag);
+    let module = match (has("vmx"), has("svm")) {
+        (true, _) => "kvm_intel",
+        (_, true) => "kvm_amd",
+        _ => {
+            return "the processor shows no virtualization: enable it in the firmware, or nesting \
+                    on the host of this machine"
+                .into();
+        }
+    };
+    format!("modprobe {module}")
+}
+
+fn processor_flags() -> String {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut lines = cpuinfo.lines();
+    lines
+        .find_map(|line| line.strip_prefix("flags")?.split_once(':'))
+        .map(|(_, flags)| flags.to_owned())
+        .unwrap_or_default()
 }
 
 /// Tests whether a process can trace another one here.
@@ -212,6 +251,18 @@ fn host_identity() -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn what_mends_a_missing_kvm_is_said() {
+        assert_eq!(absent("fpu vmx sse"), "modprobe kvm_intel");
+        assert_eq!(absent("svm"), "modprobe kvm_amd");
+        assert!(absent("fpu svm_lock").contains("firmware"));
+        assert!(
+            remedy(&KvmState::NoPermission)
+                .unwrap()
+                .contains("/dev/kvm")
+        );
+    }
 
     #[test]
     fn a_cached_result_is_valid_for_the_same_boot_only() {

@@ -121,6 +121,7 @@ impl Backend for Qemu {
             devices,
             uid,
         } = wiring;
+        let devices = devices.sockets(Kind::Qemu)?;
         let (devices, sockets) = place(Kind::Qemu, &features, devices, uid)?;
         let (monitor, qemus_end) = Monitor::new().map_err(|error| Error::Operation {
             operation: "start",

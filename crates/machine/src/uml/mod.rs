@@ -145,6 +145,7 @@ impl Backend for Uml {
             devices,
             uid,
         } = wiring;
+        let devices = devices.sockets(Kind::Uml)?;
         let (devices, sockets) = place(Kind::Uml, &features, devices, uid)?;
         let (paused_time, reader) = PausedTime::new().map_err(|errno| Error::File {
             what: "file of the paused time",

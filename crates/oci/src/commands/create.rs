@@ -377,7 +377,7 @@ impl Making<'_> {
 
 /// The most that a machine may take of its host, beside the limits that the specification sets.
 fn host_bounds(machine: &MachineConfig, memory: Option<u64>) -> Result<Bounds> {
-    let bounds = machine.bounds()?;
+    let bounds = machine.bounds();
     Ok(Bounds {
         memory: bounds.memory.filter(|_| memory.is_none()),
         processes: bounds

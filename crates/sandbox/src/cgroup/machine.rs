@@ -42,11 +42,6 @@ pub(crate) fn confine(
     sandbox: &Path,
     processes: HostProcesses,
 ) -> Result<()> {
-    let HostProcesses {
-        machine,
-        devices,
-        sandbox: own,
-    } = processes;
     match config {
         CgroupConfig::None => Ok(()),
         CgroupConfig::Join(directories) | CgroupConfig::JoinMachine(directories) => {
@@ -54,12 +49,11 @@ pub(crate) fn confine(
                 directories: directories.clone(),
             };
             groups.bound(bounds);
-            let all = [devices, machine, own];
-            let joining = match config {
-                CgroupConfig::JoinMachine(_) => &all[..2],
-                _ => &all,
-            };
-            join(&groups, joining).map_err(|(directory, error)| cannot_join(directory, error))
+            let mut joining = processes.guest();
+            if !matches!(config, CgroupConfig::JoinMachine(_)) {
+                joining.push(processes.sandbox);
+            }
+            join(&groups, &joining).map_err(|(directory, error)| cannot_join(directory, error))
         }
         CgroupConfig::Own { parent } => {
             let directory = Directory::open(sandbox)
@@ -69,7 +63,7 @@ pub(crate) fn confine(
             record(&directory, &place.groups())?;
             let groups = place.make(None, 0)?;
             groups.bound(bounds);
-            match join(&groups, &[devices, machine]) {
+            match join(&groups, &processes.guest()) {
                 Ok(()) => Ok(()),
                 // Without root: the groups are the user's, but the one above them is not.
                 // They are removed at the end of the sandbox.

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use hull_device_control::{CONTROL_FD, DeviceConfig, DeviceType, MAX_DISKS, Setup};
+use hull_device_control::{CONTROL_FD, DeviceConfig, DeviceType, MAX_DISKS, Setup, Transport};
 use hull_ipc::watch;
 use hull_jail::{self as jail, JailSpec, Started, Status};
 use hull_machine::{
-    ConsoleRing, DeviceWiring, Features, Machine, MachineConfig as MachineStart, NetDevices,
-    ProcessRole, Wiring,
+    ConsoleRing, DeviceWiring, Devices as MachineDevices, Features, Machine,
+    MachineConfig as MachineStart, NetDevices, ProcessRole, Wiring,
 };
 use hull_protocol::net_device_mac;
 use rustix::fs::{Mode, OFlags};
@@ -73,7 +73,8 @@ pub struct Disk {
 
 /// The processes of a guest. Dropping it ends them.
 pub struct Guest {
-    devices: Watched,
+    /// The device process, of a kind of machine that has one.
+    devices: Option<Watched>,
     machine: Arc<tokio::sync::Mutex<Box<dyn Machine>>>,
     /// The machine process.
     machine_process: Watched,
@@ -94,9 +95,9 @@ pub struct Guest {
 
 /// What a guest consists of, started.
 pub struct Parts {
-    /// The device process.
-    pub devices: Started,
-    /// Its control.
+    /// The device process, of a kind of machine that has one.
+    pub devices: Option<Started>,
+    /// What controls the devices.
     pub control: Devices,
     /// The machine.
     pub machine: Box<dyn Machine>,
@@ -184,16 +185,16 @@ impl Watched {
 impl Drop for Guest {
     fn drop(&mut self) {
         use rustix::process::{WaitId, WaitIdOptions, waitid};
-        for process in [&self.machine_process, &self.devices] {
+        let all = [Some(&self.machine_process), self.devices.as_ref()];
+        for process in all.into_iter().flatten() {
             process.kill();
         }
         // Nothing may run any more when the files are removed. SIGKILL takes effect soon. The
         // machine is collected by its own handle.
         let options = WaitIdOptions::EXITED;
-        for (process, options) in [
-            (&self.machine_process, options | WaitIdOptions::NOWAIT),
-            (&self.devices, options),
-        ] {
+        let machine = (&self.machine_process, options | WaitIdOptions::NOWAIT);
+        let devices = self.devices.iter().map(|process| (process, options));
+        for (process, options) in std::iter::once(machine).chain(devices) {
             let _ = waitid(WaitId::PidFd(process.pidfd.as_fd()), options);
         }
     }
@@ -210,7 +211,7 @@ impl Guest {
         disks: Vec<Disk>,
     ) -> Result<(Self, Dials)> {
         let jail_uid = jail_uid();
-        let backend = request.choice.backend()?;
+        let backend = request.choice.backend();
         let features = backend.features();
         let nets = net_devices(request, &features, disks.len());
         let spare_disks = match features.disks {
@@ -220,8 +221,37 @@ impl Guest {
             }
         };
         let setup = setup(&features, nets, &disks, spare_disks)?;
-        let (devices, control, dials) =
-            start_devices(&path.devices(), request.hull.as_deref(), &setup, &disks)?;
+        let (ours, theirs) = hull_ipc::pair().context(|| "create a control socket")?;
+        let executable = request.hull.as_deref();
+        let executable = File::open(executable.unwrap_or(Path::new("/proc/self/exe")))
+            .context(|| "open hull's executable")?;
+        let mut descriptors = Vec::new();
+        let (devices, listeners, machine_devices) = match setup.transport {
+            Transport::VhostUser => {
+                let listeners = listen(&path.devices(), &setup)?;
+                let started = start_devices(&executable, &theirs)?;
+                drop(theirs);
+                let wired = MachineDevices::Sockets(wire_devices(&path.devices(), &setup)?);
+                (Some(started), listeners, wired)
+            }
+            Transport::Mmio => {
+                let own = MachineDevices::Own {
+                    control: theirs,
+                    executable: executable.into(),
+                };
+                (None, Vec::new(), own)
+            }
+        };
+        let mut sockets = listeners.iter().map(|listener| listener.as_fd());
+        let mut files = disks.iter().map(|disk| disk.file.as_fd());
+        for device in &setup.devices {
+            descriptors.extend(sockets.next());
+            if device.device_type() == DeviceType::Disk {
+                descriptors.extend(files.next());
+            }
+        }
+        let (control, incoming) = Devices::start(ours, &setup, &descriptors, Dials::PORTS)?;
+        let dials = Dials::new(incoming);
 
         let (console, console_write) =
             ConsoleRing::create(&path.console()).context(|| "create the console")?;
@@ -234,12 +264,13 @@ impl Guest {
         };
         let wiring = Wiring {
             console: console_write,
-            devices: wire_devices(&path.devices(), setup)?,
+            devices: machine_devices,
             uid: jail_uid,
         };
         let machine = backend.start(&config, wiring)?;
         let started = machine.processes().iter().map(|process| process.pid);
-        for pid in started.chain([devices.pid]) {
+        let device_process = devices.iter().map(|devices| devices.pid);
+        for pid in started.chain(device_process) {
             prefer_for_oom(pid);
         }
         let parts = Parts {
@@ -273,7 +304,10 @@ impl Guest {
         let (ended, console_ended) = signal::channel(false);
         tokio::spawn(read_console(console.clone(), ended));
         Ok(Self {
-            devices: Watched::new(parts.devices.pid, parts.devices.pidfd)?,
+            devices: match parts.devices {
+                Some(devices) => Some(Watched::new(devices.pid, devices.pidfd)?),
+                None => None,
+            },
             machine_process,
             machine: Arc::new(tokio::sync::Mutex::new(parts.machine)),
             ends: Mutex::default(),
@@ -296,7 +330,7 @@ impl Guest {
     pub fn processes(&self) -> HostProcesses {
         HostProcesses {
             sandbox: std::process::id().cast_signed(),
-            devices: self.devices.pid,
+            devices: self.devices.as_ref().map_or(0, |devices| devices.pid),
             machine: self.machine_process.pid,
         }
     }
@@ -309,7 +343,15 @@ impl Guest {
     async fn first_end(&self) {
         tokio::select! {
             () = self.machine_process.ended() => {}
-            () = self.devices.ended() => {}
+            () = self.devices_ended() => {}
+        }
+    }
+
+    /// Waits for the end of the device process, for ever where there is none.
+    async fn devices_ended(&self) {
+        match &self.devices {
+            Some(devices) => devices.ended().await,
+            None => std::future::pending().await,
         }
     }
 
@@ -329,7 +371,11 @@ impl Guest {
             let end = ended.wait_for(|ended| *ended);
             let _ = tokio::time::timeout(CONSOLE_EXIT_GRACE, end).await;
         }
-        let diagnostics = last_error(&self.diagnostics);
+        let diagnostics = match (&reason, &self.devices) {
+            // It is the device process's message, if there is one.
+            (Reason::Machine(_), Some(_)) => None,
+            _ => last_error(&self.diagnostics),
+        };
         reason.describe(&self.console_tail(), diagnostics.as_deref())
     }
 
@@ -344,7 +390,7 @@ impl Guest {
                     waited = tokio::time::timeout(MACHINE_EXIT_GRACE, end).await.is_err();
                 }
                 Verdict::WaitFor(ProcessRole::Devices) => {
-                    let end = self.devices.ended();
+                    let end = self.devices_ended();
                     waited = tokio::time::timeout(DEVICE_EXIT_GRACE, end).await.is_err();
                 }
                 // Woken early.
@@ -357,11 +403,12 @@ impl Guest {
     async fn observe(&self) -> Ends {
         let machine = self.machine.lock().await.exit();
         let mut ends = lock(&self.ends);
-        let devices = match ends.devices {
-            None => Status::reap(self.devices.pidfd.as_fd()).transpose(),
-            // Collected before: a process is only once.
-            known => known,
+        let devices = match (ends.devices, &self.devices) {
+            (None, Some(devices)) => Status::reap(devices.pidfd.as_fd()).transpose(),
+            // Collected before, which a process can be only once; or there is none.
+            (known, _) => known,
         };
+        ends.own_devices = self.devices.is_none();
         if ends.first.is_none() && (ends.machine.is_none() && ends.devices.is_none()) {
             ends.first = match (&machine, &devices) {
                 (Some(_), None) => Some(ProcessRole::Machine),
@@ -446,20 +493,22 @@ fn setup(features: &Features, nets: u8, disks: &[Disk], spare_disks: usize) -> R
         read_only: disk.read_only,
     }));
     devices.extend(std::iter::repeat_n(DeviceConfig::SpareDisk, spare_disks));
-    Ok(Setup { devices })
+    let transport = match features.own_devices {
+        true => Transport::Mmio,
+        false => Transport::VhostUser,
+    };
+    Ok(Setup { transport, devices })
 }
 
 fn socket_path(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.sock"))
 }
 
-/// The machine's ends of the sockets that [`start_devices`] creates.
-fn wire_devices(directory: &Path, setup: Setup) -> Result<Vec<DeviceWiring>> {
-    let names: Vec<String> = setup.names().collect();
-    setup
-        .devices
-        .into_iter()
-        .zip(names)
+/// The machine's ends of the sockets that [`listen`] creates.
+fn wire_devices(directory: &Path, setup: &Setup) -> Result<Vec<DeviceWiring>> {
+    let devices = setup.devices.iter().cloned();
+    devices
+        .zip(setup.names())
         .map(|(config, name)| {
             let path = socket_path(directory, &name);
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -470,47 +519,31 @@ fn wire_devices(directory: &Path, setup: Setup) -> Result<Vec<DeviceWiring>> {
         .collect()
 }
 
-/// Creates the sockets between machine and devices, starts the device process, and configures it.
-fn start_devices(
-    directory: &Path,
-    hull: Option<&Path>,
-    setup: &Setup,
-    disks: &[Disk],
-) -> Result<(Started, Devices, Dials)> {
-    let doing = || "start the device process";
+/// Creates the sockets between machine and device process.
+fn listen(directory: &Path, setup: &Setup) -> Result<Vec<UnixListener>> {
     fs::create_dir_all(directory).context(|| format!("create {}", directory.display()))?;
-    let listeners = setup
+    setup
         .names()
         .map(|name| {
             let path = socket_path(directory, &name);
             UnixListener::bind(&path).context(|| format!("create {}", path.display()))
         })
-        .collect::<Result<Vec<_>>>()?;
-    let mut files = disks.iter().map(|disk| disk.file.as_fd());
-    let mut descriptors = Vec::new();
-    for (device, listener) in setup.devices.iter().zip(&listeners) {
-        descriptors.push(listener.as_fd());
-        if device.device_type() == DeviceType::Disk {
-            descriptors.extend(files.next());
-        }
-    }
+        .collect()
+}
 
-    let (ours, theirs) = hull_ipc::pair().context(doing)?;
-    let executable = hull.unwrap_or(Path::new("/proc/self/exe"));
-    let executable = File::open(executable).context(doing)?;
+/// Starts the device process.
+fn start_devices(executable: &File, control: &OwnedFd) -> Result<Started> {
     let stderr = io::stderr();
-    let started = jail::spawn(JailSpec {
+    Ok(jail::spawn(JailSpec {
         name: "the device process",
         executable: executable.as_fd(),
         argv: vec!["hull".into(), "device-process".into()],
         env: Vec::new(),
-        fds: vec![(stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
+        fds: vec![(stderr.as_fd(), 2), (control.as_fd(), CONTROL_FD)],
         fixed_addresses: false,
         // The executable is our own: it confines itself, first thing.
         confinement: None,
-    })?;
-    let (control, incoming) = Devices::start(ours, setup, &descriptors, Dials::PORTS)?;
-    Ok((started, control, Dials::new(incoming)))
+    })?)
 }
 
 /// Reads the guest's console into its ring until the machine ends, which `ended` is told.

@@ -18,6 +18,8 @@ pub struct Ends {
     pub devices: Option<Result<Status, Errno>>,
     /// Whose end was seen first, unless both were seen at once.
     pub first: Option<ProcessRole>,
+    /// There is no device process: the machine process has the devices.
+    pub own_devices: bool,
 }
 
 /// What is known of the end of a guest.
@@ -51,6 +53,7 @@ pub fn supervise(ends: &Ends, waited: bool) -> Verdict {
     };
     match (&ends.machine, ends.devices) {
         (None, None) => Verdict::Running,
+        (Some(exit), _) if ends.own_devices => Verdict::Ended(Reason::Machine(exit.clone())),
         // The regular end of a device process: the machine has left, or is about to end.
         (None, Some(Ok(Status::Code(0)))) => wait(ProcessRole::Machine, Reason::Detached),
         (Some(exit), Some(Ok(Status::Code(0)))) => Verdict::Ended(Reason::Machine(exit.clone())),
@@ -69,9 +72,14 @@ pub fn supervise(ends: &Ends, waited: bool) -> Verdict {
 
 impl Reason {
     /// The reason as one line for people. `console`: the last lines of the guest's console;
-    /// `diagnostics`: the last message of the device process, if it left one.
+    /// `diagnostics`: the last message of the process that has the devices, if it left one.
     pub fn describe(&self, console: &[String], diagnostics: Option<&str>) -> String {
         match self {
+            // A machine that is hull's own says itself why it failed.
+            Self::Machine(exit @ Exit::Failed { .. }) => match diagnostics {
+                Some(message) => message.trim_start_matches("error: ").to_owned(),
+                None => exit.describe(console),
+            },
             Self::Machine(exit) => exit.describe(console),
             Self::Devices(Ok(Status::Signal(signal))) => {
                 format!("the device process was killed by {}", SignalName(*signal))
@@ -108,6 +116,7 @@ mod tests {
             machine,
             devices,
             first,
+            own_devices: false,
         }
     }
 
@@ -123,6 +132,17 @@ mod tests {
     fn nothing_has_ended() {
         for waited in [false, true] {
             assert_eq!(supervise(&Ends::default(), waited), Verdict::Running);
+        }
+    }
+
+    #[test]
+    fn a_machine_with_devices_of_its_own_is_the_only_cause() {
+        for exit in [Exit::PoweredOff, FAILED, KILLED] {
+            let ends = Ends {
+                own_devices: true,
+                ..ends(Some(exit.clone()), None, MACHINE)
+            };
+            assert_eq!(supervise(&ends, false), machine(&exit));
         }
     }
 

@@ -501,6 +501,7 @@ impl World {
         let (ours, theirs) = hull_ipc::pair().unwrap();
         let setup = Setup {
             devices: vec![DeviceConfig::Vsock],
+            ..Setup::default()
         };
         let (listening, _) = StdStream::pair().unwrap();
         let (control, incoming) =
@@ -516,10 +517,10 @@ impl World {
         tokio::spawn(serve_agent(server));
 
         let parts = Parts {
-            devices: Started {
+            devices: Some(Started {
                 pid: guest.devices.pid,
                 pidfd: guest.devices.pidfd.try_clone().unwrap(),
-            },
+            }),
             control,
             machine: Box::new(FakeMachine {
                 process: [MachineProcess {

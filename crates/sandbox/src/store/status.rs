@@ -103,10 +103,18 @@ pub fn unix_time_ns() -> u64 {
 pub struct HostProcesses {
     /// The sandbox process.
     pub sandbox: i32,
-    /// The device process.
+    /// The device process, of a kind of machine that has one.
     pub devices: i32,
     /// The machine process.
     pub machine: i32,
+}
+
+impl HostProcesses {
+    /// Those that process what the guest does.
+    pub fn guest(&self) -> Vec<i32> {
+        let pids = [self.devices, self.machine].into_iter();
+        pids.filter(|pid| *pid != 0).collect()
+    }
 }
 
 /// How far a container is.

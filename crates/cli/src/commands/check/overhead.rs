@@ -63,7 +63,7 @@ pub fn execute(config: &Config, json: bool) -> Result<()> {
         let thousandths = (ns * 1000).div_ceil(IDLE.as_nanos());
         Ok((memory, u64::try_from(thousandths).unwrap_or(u64::MAX)))
     })?;
-    let memory = reserved.reserve(idle.sandbox + idle.devices)?;
+    let memory = reserved.reserve(idle.sandbox + idle.devices);
     let overhead = Overhead {
         machine: kind,
         idle,

@@ -1,17 +1,14 @@
-//! The process that holds the devices of one guest: its threads, its control socket, its end.
+//! The devices of one guest in the process that holds them: their threads, and requests of the
+//! sandbox.
 //!
-//! Its role calls [`take_control_socket`] first, confines itself, and then calls [`run`]. By then
-//! nothing is left of the host but `/proc` of its own pid namespace and the descriptors that come
-//! over the control socket. Each device has its own thread and front end; the first thread serves
-//! the control socket. The process ends when the sandbox closes the control socket or a front end
-//! disconnects.
-#![allow(unsafe_code)]
+//! That process is the device process, or the machine process of a kind that has its devices in
+//! itself. Each device has its own thread; one more serves the control socket.
 
 mod calls;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hull_device_control::{
@@ -20,14 +17,13 @@ use hull_device_control::{
 };
 use hull_ipc::Received;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::net::SocketType;
 
 use crate::block::Block;
 use crate::device::Device;
 use crate::entropy::Entropy;
 use crate::fs::Fs;
 use crate::net::{Handle as NetHandle, Net};
-use crate::transport::vhost_user::{self, FrontEnd};
+use crate::transport::{self, Connection};
 use crate::vsock::Vsock;
 use calls::Targets;
 
@@ -51,9 +47,9 @@ pub enum Error {
         /// The host's error.
         source: io::Error,
     },
-    /// A device's front end broke the protocol.
+    /// A device cannot be set up, or its front end broke the protocol.
     #[error(transparent)]
-    Transport(#[from] vhost_user::Error),
+    Transport(#[from] transport::Error),
 }
 
 impl Error {
@@ -62,120 +58,114 @@ impl Error {
     }
 }
 
-/// Takes the inherited control socket, [`CONTROL_FD`]. Called once, before the process opens any
-/// descriptor of its own, which could get that number.
-///
-/// [`Error::NoControlSocket`] if the descriptor is not open, or not a socket for messages.
-pub fn take_control_socket() -> Result<OwnedFd, Error> {
-    // SAFETY: borrowed only to find out whether it is open and what it is.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
-    let socket_type = rustix::net::sockopt::socket_type(borrowed);
-    if socket_type != Ok(SocketType::SEQPACKET) {
-        return Err(Error::NoControlSocket);
-    }
-    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)
-        .map_err(|_| Error::NoControlSocket)?;
-    // SAFETY: it is open, and inherited, so it has no other owner in this process; the caller calls
-    // this once.
-    Ok(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
-}
-
-/// Runs the devices that the sandbox asks for until it closes the control socket or a front end
-/// disconnects.
+/// Receives what the sandbox sends first: the devices with their descriptors.
 ///
 /// # Errors
-/// A device cannot be set up, its front end broke the protocol, or the control socket failed.
-pub fn run(control: OwnedFd) -> Result<(), Error> {
-    let devices = receive_setup(&control)?;
-    // The host must not decide on the fs device's file accesses by groups that the guest's user
-    // lacks.
-    if let Err(error) = rustix::thread::set_thread_groups(&[]) {
-        tracing::debug!(%error, "cannot leave supplementary groups");
-    }
-    // The guest has applied its own umask.
-    rustix::process::umask(rustix::fs::Mode::empty());
-
-    let control = Arc::new(control);
-    let ended = Arc::new(Ended::new().map_err(Error::host("create an eventfd"))?);
-    let mut targets = Targets::default();
-    for (device, resources) in devices {
-        start_device(device, resources, &mut targets, &control, &ended)?;
-    }
-    serve_control(&control, &mut targets, &ended)
-}
-
-fn receive_setup(control: &OwnedFd) -> Result<Vec<(DeviceConfig, Resources)>, Error> {
+/// [`Error::NoSetup`] if the sandbox has ended, [`Error::Setup`] if it is invalid.
+pub fn receive_setup(control: &OwnedFd) -> Result<Vec<(DeviceConfig, Resources)>, Error> {
     let received = hull_ipc::receive::<Setup>(control, SETUP_LIMITS)
         .map_err(Error::host("receive the configuration of the devices"))?;
     let Received { message, fds } = received.ok_or(Error::NoSetup)?;
     Ok(message.assign(fds)?)
 }
 
-fn start_device(
-    device: DeviceConfig,
-    resources: Resources,
-    targets: &mut Targets,
-    control: &Arc<OwnedFd>,
-    ended: &Arc<Ended>,
-) -> Result<(), Error> {
-    let kind = device.device_type();
-    let Resources { socket, file } = resources;
-    match device {
-        DeviceConfig::Fs => {
-            let (device, shares) = Fs::new().map_err(Error::host("create the fs device"))?;
-            targets.shares = Some(shares);
-            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
+/// The devices of a guest, some of which have threads.
+pub struct Served {
+    control: Arc<OwnedFd>,
+    ended: Arc<Ended>,
+    targets: Targets,
+}
+
+impl Served {
+    /// No devices yet. Changes the process: it leaves supplementary groups and sets its umask,
+    /// because the host must not decide on the fs device's file accesses by groups that the
+    /// guest's user lacks, and the guest has applied its own umask.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn new(control: OwnedFd) -> Result<Self, Error> {
+        if let Err(error) = rustix::thread::set_thread_groups(&[]) {
+            tracing::debug!(%error, "cannot leave supplementary groups");
         }
-        DeviceConfig::Vsock => {
-            let reports = control.clone();
-            let (device, handle) = Vsock::new(Box::new(move |incoming| {
-                let event = Event::Incoming {
-                    port: incoming.port,
-                    guest_port: incoming.guest_port,
-                };
-                report(&reports, &event, Some(incoming.stream.as_fd()));
-            }))
-            .map_err(Error::host("create the vsock device"))?;
-            targets.vsock = Some(handle);
-            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
-        }
-        DeviceConfig::Entropy => {
-            let device = Entropy::new().map_err(Error::host("create the entropy device"))?;
-            start(kind, Box::new(device), socket, FrontEnd::InOrder, ended)
-        }
-        DeviceConfig::Net { mac, early_enable } => {
-            let mut slot = NetSlot::Idle {
-                socket,
-                mac,
-                front_end: match early_enable {
-                    true => FrontEnd::EarlyEnable,
-                    false => FrontEnd::InOrder,
-                },
-            };
-            if early_enable {
-                // QEMU's devices are present from boot.
-                slot.start(ended)?;
+        rustix::process::umask(rustix::fs::Mode::empty());
+        Ok(Self {
+            control: Arc::new(control),
+            ended: Arc::new(Ended::new().map_err(Error::host("create an eventfd"))?),
+            targets: Targets::default(),
+        })
+    }
+
+    /// Starts a device; `file` is a disk's. A net device gets its thread when a tap is attached to
+    /// it, unless its front end waits for it.
+    ///
+    /// # Errors
+    /// The device cannot be set up.
+    pub fn start(
+        &mut self,
+        device: DeviceConfig,
+        connection: Connection,
+        file: Option<OwnedFd>,
+    ) -> Result<(), Error> {
+        let kind = device.device_type();
+        let (targets, ended) = (&mut self.targets, &self.ended);
+        match device {
+            DeviceConfig::Fs => {
+                let (device, shares) = Fs::new().map_err(Error::host("create the fs device"))?;
+                targets.shares = Some(shares);
+                start(kind, Box::new(device), connection, ended)
             }
-            targets.nets.push(slot);
-            Ok(())
+            DeviceConfig::Vsock => {
+                let reports = self.control.clone();
+                let (device, handle) = Vsock::new(Box::new(move |incoming| {
+                    let event = Event::Incoming {
+                        port: incoming.port,
+                        guest_port: incoming.guest_port,
+                    };
+                    report(&reports, &event, Some(incoming.stream.as_fd()));
+                }))
+                .map_err(Error::host("create the vsock device"))?;
+                targets.vsock = Some(handle);
+                start(kind, Box::new(device), connection, ended)
+            }
+            DeviceConfig::Entropy => {
+                let device = Entropy::new().map_err(Error::host("create the entropy device"))?;
+                start(kind, Box::new(device), connection, ended)
+            }
+            DeviceConfig::Net { mac, early_enable } => {
+                let mut slot = NetSlot::Idle { connection, mac };
+                if early_enable {
+                    // QEMU's devices are present from boot.
+                    slot.start(ended)?;
+                }
+                targets.nets.push(slot);
+                Ok(())
+            }
+            DeviceConfig::Disk { read_only } => {
+                // `Setup::assign` gives each disk its file.
+                let file = file.ok_or(Error::NoSetup)?;
+                let mut slot = DiskSlot(Some(connection));
+                slot.start(targets.disks.len(), file, read_only, ended)?;
+                targets.disks.push(slot);
+                Ok(())
+            }
+            DeviceConfig::SpareDisk => {
+                targets.disks.push(DiskSlot(Some(connection)));
+                Ok(())
+            }
         }
-        DeviceConfig::Disk { read_only } => {
-            // `Setup::assign` gives each disk its file.
-            let file = file.ok_or(Error::NoSetup)?;
-            let mut slot = DiskSlot(Some(socket));
-            slot.start(targets.disks.len(), file, read_only, ended)?;
-            targets.disks.push(slot);
-            Ok(())
-        }
-        DeviceConfig::SpareDisk => {
-            targets.disks.push(DiskSlot(Some(socket)));
-            Ok(())
-        }
+    }
+
+    /// Serves requests until the sandbox closes the control socket or a device ends.
+    ///
+    /// # Errors
+    /// A front end broke the protocol, or the control socket failed.
+    pub fn serve(mut self) -> Result<(), Error> {
+        serve_control(&self.control, &mut self.targets, &self.ended)
     }
 }
 
-/// A disk: its socket, until it has a file and a thread.
-struct DiskSlot(Option<OwnedFd>);
+/// A disk: its connection, until it has a file and a thread.
+struct DiskSlot(Option<Connection>);
 
 impl DiskSlot {
     /// Starts the device of disk `number`.
@@ -188,26 +178,19 @@ impl DiskSlot {
     ) -> Result<(), Error> {
         let device = Block::new(File::from(file), read_only, &disk_serial(number))
             .map_err(Error::host("measure a disk"))?;
-        let socket = self.0.take().ok_or(Error::Host {
+        let connection = self.0.take().ok_or(Error::Host {
             action: "attach a disk",
             source: io::Error::other("it has a file already"),
         })?;
-        start(
-            DeviceType::Disk,
-            Box::new(device),
-            socket,
-            FrontEnd::InOrder,
-            ended,
-        )
+        start(DeviceType::Disk, Box::new(device), connection, ended)
     }
 }
 
 /// A net device. It has no thread until something is attached to it.
 enum NetSlot {
     Idle {
-        socket: OwnedFd,
+        connection: Connection,
         mac: [u8; 6],
-        front_end: FrontEnd,
     },
     Started(NetHandle),
     Failed,
@@ -217,14 +200,10 @@ impl NetSlot {
     /// Starts the device if it is not running.
     fn start(&mut self, ended: &Arc<Ended>) -> Result<&NetHandle, Error> {
         if let Self::Idle { .. } = self
-            && let Self::Idle {
-                socket,
-                mac,
-                front_end,
-            } = std::mem::replace(self, Self::Failed)
+            && let Self::Idle { connection, mac } = std::mem::replace(self, Self::Failed)
         {
             let (device, handle) = Net::new(mac).map_err(Error::host("create a net device"))?;
-            start(DeviceType::Net, Box::new(device), socket, front_end, ended)?;
+            start(DeviceType::Net, Box::new(device), connection, ended)?;
             *self = Self::Started(handle);
         }
         self.started().ok_or(Error::Host {
@@ -244,7 +223,7 @@ impl NetSlot {
 /// How device threads wake the first thread when they end.
 struct Ended {
     event: OwnedFd,
-    result: Mutex<Option<Result<(), vhost_user::Error>>>,
+    result: Mutex<Option<Result<(), transport::Error>>>,
 }
 
 impl Ended {
@@ -255,7 +234,7 @@ impl Ended {
         })
     }
 
-    fn set(&self, result: Result<(), vhost_user::Error>) {
+    fn set(&self, result: Result<(), transport::Error>) {
         self.result
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -266,7 +245,7 @@ impl Ended {
     }
 
     /// The result of the first thread that ended.
-    fn take(&self) -> Result<(), vhost_user::Error> {
+    fn take(&self) -> Result<(), transport::Error> {
         self.result
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -278,16 +257,16 @@ impl Ended {
 fn start(
     kind: DeviceType,
     device: Box<dyn Device>,
-    socket: OwnedFd,
-    front_end: FrontEnd,
+    connection: Connection,
     ended: &Arc<Ended>,
 ) -> Result<(), Error> {
     let ended = ended.clone();
     let name = kind.name();
+    let attached = connection.attach(name, device)?;
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
-            let result = vhost_user::serve(name, device, socket, front_end);
+            let result = attached.serve();
             tracing::debug!(device = name, "front end has disconnected");
             ended.set(result);
         })

@@ -1,0 +1,49 @@
+//! The role `machine-process`: builds a machine of kind `kvm`, confines itself, and runs the guest.
+//!
+//! Started by a sandbox process in new namespaces, with its descriptors inherited.
+
+use std::ffi::OsString;
+
+use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Limits, Role, Root};
+use hull_vmm::Config;
+
+use crate::device_process::OPEN_FILES;
+use crate::error::{Error, Result};
+
+/// Runs a machine with guest memory in bytes and a number of virtual CPUs, until the guest powers
+/// off or the sandbox process closes the control socket.
+///
+/// # Errors
+/// The descriptors were not inherited, the machine cannot be built, the process cannot be confined,
+/// or the guest broke down.
+pub fn run(arguments: &[OsString]) -> Result<()> {
+    let number = |index: usize| arguments.get(index)?.to_str()?.parse::<u64>().ok();
+    let (Some(memory), Some(vcpus)) = (number(0), number(1)) else {
+        return Err(Error::new("internal command: no memory or CPUs"));
+    };
+    let vcpus = u32::try_from(vcpus).unwrap_or(u32::MAX);
+    let config = Config::inherited(memory, vcpus).map_err(broken)?;
+    let confine = || {
+        jail::enter(
+            "the machine process",
+            &Confinement {
+                role: Role::Vmm,
+                // Its fs device acts for the guest's users (see `device_process`).
+                uid: 0,
+                gid: 0,
+                capabilities: FS_DEVICE_CAPABILITIES,
+                root: Root {
+                    proc: true,
+                    ..Root::default()
+                },
+                limits: Limits::open_files(OPEN_FILES),
+            },
+        )
+    };
+    hull_vmm::run(config, confine).map_err(broken)
+}
+
+/// An error of the machine, whose text says what was tried.
+fn broken(error: hull_vmm::Error) -> Error {
+    Error::new(error.to_string())
+}

@@ -1,0 +1,197 @@
+//! The thread of a device.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::ring::MmioRing;
+use super::{Command, ConfigSpace, Description, INTERRUPT_CONFIG, NEEDS_RESET, Slot};
+use crate::device::{Device, DeviceError, Ring};
+use crate::runner::{DeviceRunner, Outcome};
+
+/// Why a device is no longer served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A host call failed while setting the device up.
+    #[error("cannot set up device {device}: {source}")]
+    Setup {
+        /// The device's name.
+        device: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
+    /// The slot has a device already.
+    #[error("cannot set up device {device}: its slot has a device")]
+    Taken {
+        /// The device's name.
+        device: &'static str,
+    },
+    /// A host call failed.
+    #[error("device {device} cannot wait for events: {source}")]
+    Wait {
+        /// The device's name.
+        device: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
+}
+
+/// Puts `device` into `slot`: drivers can find it when this returns. They wait until it is served.
+///
+/// # Errors
+/// The device cannot be set up.
+pub fn attach(name: &'static str, device: Box<dyn Device>, slot: Slot) -> Result<Worker, Error> {
+    let setup = |source| Error::Setup {
+        device: name,
+        source,
+    };
+    let mut runner = DeviceRunner::new(device).map_err(setup)?;
+    runner.set_memory(Some(slot.shared.memory.clone()));
+    let device = runner.device();
+    *slot.shared.config() = ConfigSpace {
+        bytes: device.config(),
+        generation: 0,
+    };
+    let description = Description {
+        virtio_id: device.device_type().virtio_id(),
+        features: device.features(),
+        queue_sizes: device.queue_sizes().to_vec(),
+    };
+    if slot.shared.description.set(description).is_err() {
+        return Err(Error::Taken { device: name });
+    }
+    Ok(Worker {
+        name,
+        runner,
+        slot,
+        rings: Vec::new(),
+        failed: false,
+    })
+}
+
+/// A device in its slot.
+pub struct Worker {
+    name: &'static str,
+    runner: DeviceRunner,
+    slot: Slot,
+    rings: Vec<Arc<MmioRing>>,
+    /// The device has failed, and waits for a reset.
+    failed: bool,
+}
+
+impl Worker {
+    /// Serves the device on the calling thread, until the machine has ended.
+    ///
+    /// # Errors
+    /// The host fails.
+    pub fn serve(mut self) -> Result<(), Error> {
+        loop {
+            let (kicked, commanded, host) = self.wait().map_err(|source| Error::Wait {
+                device: self.name,
+                source,
+            })?;
+            if commanded {
+                clear(self.slot.shared.command.as_fd());
+                while let Ok(command) = self.slot.commands.try_recv() {
+                    self.command(command);
+                }
+            }
+            if kicked {
+                clear(self.slot.shared.kick.as_fd());
+                let outcome = self.queue_events();
+                self.take(outcome);
+            }
+            if host && !self.failed {
+                let outcome = self.runner.host_events();
+                self.take(outcome);
+            }
+        }
+    }
+
+    /// Waits for a kick, a command, or a host descriptor of the device.
+    fn wait(&self) -> io::Result<(bool, bool, bool)> {
+        let shared = &self.slot.shared;
+        let mut ready = [
+            PollFd::from_borrowed_fd(shared.kick.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(shared.command.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.runner.events(), PollFlags::IN),
+        ];
+        // What a failed device waits for stays ready.
+        let count = if self.failed { 2 } else { 3 };
+        match poll(&mut ready[..count], None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok((false, false, false)),
+            Err(error) => return Err(error.into()),
+        }
+        let [kick, command, host] = ready.map(|one| !one.revents().is_empty());
+        Ok((kick, command, host))
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Activate { features, rings } => {
+                self.rings = rings;
+                let rings = self.rings.iter().map(|ring| ring.clone() as Arc<dyn Ring>);
+                self.runner.activate(features, rings.collect());
+                // Kicks may have come before.
+                let outcome = self.queue_events();
+                self.take(outcome);
+            }
+            Command::Reset { done } => {
+                for ring in &self.rings {
+                    ring.stop();
+                }
+                self.runner.reset();
+                self.rings.clear();
+                self.failed = false;
+                // The driver may have stopped waiting only with its machine.
+                let _ = done.send(());
+            }
+        }
+    }
+
+    /// The driver's notification does not say which queue it is for: with one notification for
+    /// each device, a machine has few.
+    fn queue_events(&mut self) -> Result<Outcome, DeviceError> {
+        let mut all = Outcome::default();
+        for queue in 0..self.rings.len() {
+            all.config_changed |= self.runner.queue_event(queue)?.config_changed;
+        }
+        Ok(all)
+    }
+
+    fn take(&mut self, outcome: Result<Outcome, DeviceError>) {
+        let shared = &self.slot.shared;
+        match outcome {
+            Ok(outcome) if outcome.config_changed => {
+                let bytes = self.runner.device().config();
+                let mut config = shared.config();
+                config.bytes = bytes;
+                config.generation = config.generation.wrapping_add(1);
+                drop(config);
+                shared.interrupt.raise(INTERRUPT_CONFIG);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::error!(device = self.name, %error, "device stopped");
+                self.failed = true;
+                self.rings.iter().for_each(|ring| ring.abandon());
+                shared
+                    .failed
+                    .store(u32::from(NEEDS_RESET), Ordering::SeqCst);
+                shared.interrupt.raise(INTERRUPT_CONFIG);
+            }
+        }
+    }
+}
+
+/// Empties an event counter.
+fn clear(event: BorrowedFd<'_>) {
+    let mut value = [0; 8];
+    // It may be empty already.
+    let _ = rustix::io::read(event, &mut value);
+}

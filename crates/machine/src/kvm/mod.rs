@@ -1,0 +1,278 @@
+//! Machine kind `kvm`: hull's own virtual machine monitor (crate vmm), on hardware virtualization.
+//!
+//! The machine process is hull's executable in the role [`ROLE`]. It has the devices in itself, so
+//! there is no device process.
+
+mod monitor;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use hull_device_control::monitor::{
+    Command, INITRAMFS_FD, KERNEL_FD, KVM_FD, MAX_VCPUS, MONITOR_FD, SlotAddress,
+};
+use hull_device_control::{CONTROL_FD, DeviceType};
+use hull_jail::{self as jail, JailSpec};
+use rustix::fs::{Mode, OFlags};
+
+use crate::probe::{self, KvmState, State, Works};
+use crate::process::{Jailed, Process};
+use crate::wiring::Devices;
+use crate::{
+    Backend, Disks, Error, Exit, Features, Host, Kind, Machine, MachineConfig, NetDevices, Wiring,
+    check,
+};
+use monitor::Monitor;
+
+/// First argument of the machine process. It is followed by guest memory in bytes and the number
+/// of virtual CPUs.
+pub const ROLE: &str = "machine-process";
+
+/// The backend.
+pub struct Kvm;
+
+/// Memory of the machine process itself, bytes, with what its devices keep of a busy guest.
+const OWN_MEMORY: u64 = 32 << 20;
+
+/// Threads beside those of virtual CPUs: control, one for each device, and workers of the fs
+/// device.
+const THREADS: u64 = 64;
+
+impl Backend for Kvm {
+    fn kind(&self) -> Kind {
+        Kind::Kvm
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            max_vcpus: Some(MAX_VCPUS),
+            max_devices: None,
+            net: NetDevices::HotPlug {
+                parameter: |number| hotplug_parameter(DeviceType::Net, number),
+            },
+            disks: Disks::HotPlug {
+                parameter: |number| hotplug_parameter(DeviceType::Disk, number),
+            },
+            pause: true,
+            snapshot: false,
+            host_clock: true,
+            compat32: true,
+            own_devices: true,
+        }
+    }
+
+    fn max_processes(&self, _memory: u64, vcpus: u32) -> u64 {
+        THREADS + u64::from(vcpus)
+    }
+
+    fn own_memory(&self) -> u64 {
+        OWN_MEMORY
+    }
+
+    fn probe(&self, host: &Host) -> Result<Works, Error> {
+        if let Some(why) = unsuitable(&probe::kvm_cached(&host.data_directory)) {
+            return Err(Error::DoesNotWork {
+                kind: Kind::Kvm,
+                why,
+            });
+        }
+        Ok(Works {
+            hardware: true,
+            kernel: host.kernel(Kind::Kvm)?,
+            why: "KVM works".into(),
+        })
+    }
+
+    fn diagnose(&self, host: &Host) -> State {
+        let kvm = probe::kvm_cached(&host.data_directory);
+        match (unsuitable(&kvm), host.kernel(Kind::Kvm)) {
+            (None, Ok(_)) => State::Works {
+                how: kvm.to_string(),
+            },
+            (Some(why), _) => State::Missing {
+                why,
+                hint: probe::remedy(&kvm),
+            },
+            (None, Err(error)) => State::Missing {
+                why: error.to_string(),
+                hint: error.hint(),
+            },
+        }
+    }
+
+    fn start(&self, config: &MachineConfig, wiring: Wiring) -> Result<Box<dyn Machine>, Error> {
+        check(Kind::Kvm, &self.features(), config)?;
+        let Wiring {
+            console, devices, ..
+        } = wiring;
+        let Devices::Own {
+            control,
+            executable,
+        } = devices
+        else {
+            return Err(Error::Wiring { kind: Kind::Kvm });
+        };
+        let kernel = readable("guest kernel", &config.kernel)?;
+        let initramfs = readable("initramfs", &config.initramfs)?;
+        let kvm = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| Error::File {
+                what: "device",
+                path: "/dev/kvm".into(),
+                errno,
+            })?;
+        let (monitor, theirs) = Monitor::new().map_err(|error| Error::Operation {
+            operation: "start",
+            why: format!("a socket for its monitor: {error}"),
+        })?;
+        let stderr = io::stderr();
+        let started = jail::spawn(JailSpec {
+            name: "the machine process",
+            executable: executable.as_fd(),
+            argv: arguments(config),
+            env: Vec::new(),
+            fds: vec![
+                (console.as_fd(), 1),
+                (stderr.as_fd(), 2),
+                (control.as_fd(), CONTROL_FD),
+                (theirs.as_fd(), MONITOR_FD),
+                (kernel.as_fd(), KERNEL_FD),
+                (initramfs.as_fd(), INITRAMFS_FD),
+                (kvm.as_fd(), KVM_FD),
+            ],
+            fixed_addresses: false,
+            // The executable is our own: it confines itself before guest code runs.
+            confinement: None,
+        })?;
+        Ok(Box::new(KvmMachine {
+            jailed: Jailed::new(started),
+            monitor,
+            paused: false,
+        }))
+    }
+}
+
+/// Parameter that makes a running guest probe a device.
+fn hotplug_parameter(device: DeviceType, number: u8) -> String {
+    SlotAddress::of(device, number.into())
+        .map(SlotAddress::parameter)
+        .unwrap_or_default()
+}
+
+fn arguments(config: &MachineConfig) -> Vec<OsString> {
+    vec![
+        "hull".into(),
+        ROLE.into(),
+        config.memory.to_string().into(),
+        config.vcpus.to_string().into(),
+    ]
+}
+
+fn readable(what: &'static str, path: &std::path::Path) -> Result<OwnedFd, Error> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+        Error::File {
+            what,
+            path: path.to_owned(),
+            errno,
+        }
+    })
+}
+
+/// Why this kind cannot be used with such a KVM.
+fn unsuitable(kvm: &KvmState) -> Option<String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Some(format!(
+            "not supported on {}: the monitor has no code for it",
+            std::env::consts::ARCH
+        ));
+    }
+    match kvm {
+        KvmState::Works { .. } => None,
+        KvmState::Pretends { .. } => Some("KVM only pretends: it interprets guest code".into()),
+        other => Some(format!("KVM: {other}")),
+    }
+}
+
+/// A running machine process.
+#[derive(Debug)]
+struct KvmMachine {
+    jailed: Jailed,
+    monitor: Monitor,
+    paused: bool,
+}
+
+impl Machine for KvmMachine {
+    fn kind(&self) -> Kind {
+        Kind::Kvm
+    }
+
+    fn processes(&self) -> &[Process] {
+        self.jailed.all()
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        if !self.paused {
+            self.execute("pause", Command::Pause)?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        if self.paused {
+            self.execute("resume", Command::Resume)?;
+            self.paused = false;
+        }
+        Ok(())
+    }
+
+    fn exit(&mut self) -> Option<Exit> {
+        // A guest ends by resetting its machine, as does its kernel after a panic: the status is
+        // the same.
+        Some(Exit::interpret(self.jailed.ended()?, None))
+    }
+}
+
+impl KvmMachine {
+    fn execute(&mut self, operation: &'static str, command: Command) -> Result<(), Error> {
+        let failed = |why| Error::Operation { operation, why };
+        match self.exit() {
+            Some(exit) => Err(failed(exit.to_string())),
+            None => self.monitor.execute(command).map_err(failed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kvm_that_does_not_work_is_refused_with_its_reason() {
+        let works = KvmState::Works {
+            million_per_second: 1000,
+        };
+        if cfg!(target_arch = "x86_64") {
+            assert_eq!(unsuitable(&works), None);
+        }
+        for state in [
+            KvmState::Absent,
+            KvmState::NoPermission,
+            KvmState::Pretends {
+                million_per_second: 1,
+            },
+            KvmState::Fails { why: "it".into() },
+        ] {
+            assert!(unsuitable(&state).is_some(), "{state}");
+        }
+    }
+
+    #[test]
+    fn devices_are_added_where_the_machine_has_them() {
+        let features = Kvm.features();
+        let net = features.net.hotplug_parameter(0);
+        assert_eq!(net.as_deref(), Some("4K@0xd0003000:8"));
+        let disk = features.disks.hotplug_parameter(0);
+        assert_eq!(disk.as_deref(), Some("4K@0xd0013000:24"));
+    }
+}

@@ -1,0 +1,123 @@
+//! Why a machine cannot run, or has broken down.
+
+use std::io;
+
+use rustix::io::Errno;
+
+/// An error of the monitor. Its text is for display.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The monitor has no code for this architecture.
+    #[error("machine kind kvm is not supported on {}", std::env::consts::ARCH)]
+    Architecture,
+    /// KVM of this host lacks something.
+    #[error("KVM of this host does not support {0}")]
+    Capability(&'static str),
+    /// A call of KVM failed.
+    #[error("cannot {action}: {source}")]
+    Kvm {
+        /// What was tried.
+        action: &'static str,
+        /// KVM's error.
+        source: kvm_ioctls::Error,
+    },
+    /// A call of the host failed.
+    #[error("cannot {action}: {source}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// The host's error.
+        source: io::Error,
+    },
+    /// The kernel cannot be booted.
+    #[error("cannot boot the guest kernel: {0}")]
+    Kernel(&'static str),
+    /// Kernel and initramfs do not fit into the guest's memory.
+    #[error("cannot boot the guest kernel: {what} does not fit into {} MiB of memory", memory >> 20)]
+    TooLittleMemory {
+        /// What does not fit.
+        what: &'static str,
+        /// Guest memory in bytes.
+        memory: u64,
+    },
+    /// The command line is longer than the kernel reads.
+    #[error("cannot boot the guest kernel: its command line is too long")]
+    CommandLine,
+    /// The devices cannot be set up, or the sandbox's requests cannot be served.
+    #[error(transparent)]
+    Devices(#[from] hull_devices::served::Error),
+    /// There are more devices than slots.
+    #[error("machine kind kvm has room for {most} devices, and {count} are asked for")]
+    TooManyDevices {
+        /// Number requested.
+        count: usize,
+        /// Number of slots.
+        most: usize,
+    },
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] hull_jail::Error),
+    /// The guest broke down.
+    #[error(transparent)]
+    Guest(#[from] Breakdown),
+}
+
+impl Error {
+    pub(crate) fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { action, source }
+    }
+
+    pub(crate) fn host(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { action, source }
+    }
+
+    pub(crate) fn errno(action: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self::Host {
+            action,
+            source: errno.into(),
+        }
+    }
+}
+
+/// How a guest broke down: what KVM reported of a virtual CPU.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Breakdown {
+    /// A fault while a fault was handled while a fault was handled.
+    #[error("the guest kernel crashed: virtual CPU {vcpu} had a triple fault")]
+    TripleFault {
+        /// Number of the virtual CPU.
+        vcpu: u32,
+    },
+    /// The processor refuses the state of a virtual CPU.
+    #[error("the processor refuses to run virtual CPU {vcpu} (hardware reason {reason:#x})")]
+    EntryFailure {
+        /// Number of the virtual CPU.
+        vcpu: u32,
+        /// What the hardware says.
+        reason: u64,
+    },
+    /// KVM cannot go on.
+    #[error("KVM had an internal error in virtual CPU {vcpu} (suberror {suberror})")]
+    InternalError {
+        /// Number of the virtual CPU.
+        vcpu: u32,
+        /// What KVM says (linux/kvm.h, KVM_INTERNAL_ERROR_*).
+        suberror: u32,
+    },
+    /// KVM gave control back for a reason that does not occur in this machine.
+    #[error("KVM stopped virtual CPU {vcpu} for an unknown reason: {reason}")]
+    Unknown {
+        /// Number of the virtual CPU.
+        vcpu: u32,
+        /// The reason.
+        reason: String,
+    },
+    /// The call to run a virtual CPU failed.
+    #[error("cannot run virtual CPU {vcpu}: {errno}")]
+    Run {
+        /// Number of the virtual CPU.
+        vcpu: u32,
+        /// KVM's error.
+        errno: Errno,
+    },
+}

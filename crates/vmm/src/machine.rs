@@ -1,0 +1,419 @@
+//! Builds a machine, and runs it to its end.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hull_device_control::DeviceType;
+use hull_device_control::monitor::{Answer, Command, LIMITS, SlotAddress};
+use hull_devices::device::Memory;
+use hull_devices::served::{Served, receive_setup};
+use hull_devices::transport::Connection;
+use hull_devices::transport::mmio::{self, QUEUE_NOTIFY, Registers, Slot};
+use hull_ipc::Received;
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_msr_entry,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{Bus, SerialInterrupt};
+use crate::memory::GuestRam;
+use crate::vcpu::{End, Surroundings, Vcpus};
+use crate::x86_64::ioapic::Routes;
+use crate::x86_64::kernel::Kernel;
+use crate::x86_64::layout::{MAX_SLOTS, SERIAL_INTERRUPT, TASK_STATE};
+use crate::x86_64::{boot, cpuid, mptable};
+use crate::{Config, Error, sys};
+
+/// What KVM must have.
+const CAPABILITIES: [(Cap, &str); 6] = [
+    (Cap::SplitIrqchip, "a split interrupt controller"),
+    (Cap::Irqfd, "interrupts by eventfd"),
+    (Cap::Ioeventfd, "notifications by eventfd"),
+    (Cap::ImmediateExit, "immediate exits"),
+    (Cap::TscDeadlineTimer, "the TSC deadline timer"),
+    (Cap::AdjustClock, "setting the guest's clock"),
+];
+
+/// The kernel's parameters beside those of devices: it prints only warnings and errors, and a guest
+/// without ACPI ends by the reset command.
+const PARAMETERS: &str = "console=ttyS0 quiet loglevel=5 panic=-1 reboot=k acpi=off pci=off \
+    dummy.numdummies=0 fb_tunnels=none";
+
+// Model-specific registers, and what firmware would set them to.
+const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+/// Enabled, write-back.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRINGS: u64 = 1;
+
+/// A machine that is built, without threads.
+struct Built {
+    vm: Arc<VmFd>,
+    vcpus: Vec<VcpuFd>,
+    bus: Bus,
+    served: Served,
+    /// Keeps guest memory mapped.
+    memory: Memory,
+}
+
+/// See [`crate::run`].
+pub fn run(
+    config: Config,
+    confine: impl FnOnce() -> Result<(), hull_jail::Error>,
+) -> Result<(), Error> {
+    let (built, monitor, devices) = build(config)?;
+    confine()?;
+    let Built {
+        vm,
+        vcpus,
+        bus,
+        mut served,
+        memory,
+    } = built;
+    for (device, connection, file) in devices {
+        served.start(device, connection, file)?;
+    }
+    let ended = Arc::new(Ended::new()?);
+    let report = ended.clone();
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || report.set(served.serve().map_err(Error::from)))
+        .map_err(Error::host("start a thread"))?;
+    let report = ended.clone();
+    let surroundings = Arc::new(Surroundings {
+        bus,
+        ended: Box::new(move |end: End| report.set(end.map_err(Error::from))),
+    });
+    let vcpus = Vcpus::start(vcpus, surroundings)?;
+    let result = Monitor {
+        socket: monitor,
+        vm,
+        vcpus,
+        paused: None,
+    }
+    .serve(&ended);
+    // Threads of virtual CPUs run until the process exits, and use it until then.
+    std::mem::forget(memory);
+    result
+}
+
+type Device = (
+    hull_device_control::DeviceConfig,
+    Connection,
+    Option<OwnedFd>,
+);
+
+fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
+    let Config {
+        memory,
+        vcpus: count,
+        kernel,
+        initramfs,
+        kvm,
+        control,
+        monitor,
+    } = config;
+    let devices = receive_setup(&control)?;
+
+    let kvm = sys::kvm(kvm);
+    for (capability, name) in CAPABILITIES {
+        if !kvm.check_extension(capability) {
+            return Err(Error::Capability(name));
+        }
+    }
+    let vm = kvm
+        .create_vm()
+        .map_err(Error::kvm("create a virtual machine"))?;
+
+    // Memory comes first: changing it waits for a grace period of everything on KVM's buses.
+    let ram = GuestRam::new(memory)?;
+    let mapped = sys::set_memory(&vm, &ram).map_err(Error::kvm("give memory to the guest"))?;
+    vm.set_tss_address(TASK_STATE)
+        .map_err(Error::kvm("place the task state segment"))?;
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..Default::default()
+    })
+    .map_err(Error::kvm("create the interrupt controllers"))?;
+
+    let mut parameters = PARAMETERS.to_owned();
+    let mut slots: Vec<Option<Registers>> = (0..MAX_SLOTS).map(|_| None).collect();
+    let mut connected = Vec::new();
+    let mut numbers = std::collections::HashMap::<DeviceType, usize>::new();
+    for (device, resources) in devices {
+        let kind = device.device_type();
+        let number = numbers.entry(kind).or_default();
+        let too_many = Error::TooManyDevices {
+            count: *number + 1,
+            most: *number,
+        };
+        let address = SlotAddress::of(kind, *number).ok_or(too_many)?;
+        *number += 1;
+        let (registers, slot) = slot(&vm, ram.memory(), address)?;
+        if let Some(place) = slots.get_mut(address.slot as usize) {
+            *place = Some(registers);
+        }
+        if is_there_at_boot(&device) {
+            parameters.push_str(" virtio_mmio.device=");
+            parameters.push_str(&address.parameter());
+        }
+        connected.push((device, Connection::Mmio(slot), resources.file));
+    }
+
+    let (kernel, initramfs) = (File::from(kernel), File::from(initramfs));
+    let entry = load(&ram, &kernel, &initramfs, &parameters)?;
+    mptable::write(&ram, count, MAX_SLOTS)?;
+
+    let vcpus = create_vcpus(&kvm, &vm, count, entry)?;
+    let serial = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(Error::host("create an eventfd"))?;
+    vm.register_irqfd(&serial, SERIAL_INTERRUPT)
+        .map_err(Error::kvm("connect an interrupt"))?;
+    let console = io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(Error::host("use the console"))?;
+    let vm = Arc::new(vm);
+    let routed = vm.clone();
+    let bus = Bus::new(
+        slots,
+        File::from(console),
+        SerialInterrupt(serial),
+        Box::new(move |routes| route(&routed, routes)),
+    );
+    let built = Built {
+        vm,
+        vcpus,
+        bus,
+        served: Served::new(control)?,
+        memory: mapped,
+    };
+    Ok((built, monitor, connected))
+}
+
+/// Whether the kernel looks for a device when it boots. The others are added to the running kernel
+/// by the agent.
+fn is_there_at_boot(device: &hull_device_control::DeviceConfig) -> bool {
+    use hull_device_control::DeviceConfig;
+    match device {
+        DeviceConfig::Fs
+        | DeviceConfig::Vsock
+        | DeviceConfig::Entropy
+        | DeviceConfig::Disk { .. } => true,
+        DeviceConfig::Net { .. } | DeviceConfig::SpareDisk => false,
+    }
+}
+
+/// A slot that KVM knows: its notification and its interrupt.
+fn slot(vm: &VmFd, memory: &Memory, address: SlotAddress) -> Result<(Registers, Slot), Error> {
+    let (registers, slot, events) =
+        mmio::slot(memory.clone()).map_err(Error::host("create an eventfd"))?;
+    let event = |fd| sys::event(fd).map_err(Error::host("create an eventfd"));
+    let notify = IoEventAddress::Mmio(address.registers() + QUEUE_NOTIFY);
+    // Four bytes: with no value to compare, KVM takes any.
+    vm.register_ioevent(&event(events.kick())?, &notify, NoDatamatch)
+        .map_err(Error::kvm("connect a notification"))?;
+    vm.register_irqfd(&event(events.interrupt())?, address.interrupt())
+        .map_err(Error::kvm("connect an interrupt"))?;
+    Ok((registers, slot))
+}
+
+/// Loads kernel and initramfs; the kernel's entry.
+fn load(ram: &GuestRam, kernel: &File, initramfs: &File, parameters: &str) -> Result<u32, Error> {
+    let found = Kernel::read(kernel)?;
+    found.load(kernel, ram)?;
+    let size = initramfs
+        .metadata()
+        .map_err(Error::host("read the initramfs"))?
+        .len();
+    let at = boot::initramfs_address(ram, found.end(), size)?;
+    ram.load("the initramfs", initramfs, 0, size, at)?;
+    boot::write_start_info(ram, parameters, (at, size))?;
+    Ok(found.entry)
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, entry: u32) -> Result<Vec<VcpuFd>, Error> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(Error::kvm("read the features of the processor"))?;
+    (0..count)
+        .map(|index| {
+            let vcpu = vm
+                .create_vcpu(index.into())
+                .map_err(Error::kvm("create a virtual CPU"))?;
+            vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count))
+                .map_err(Error::kvm("set the features of a virtual CPU"))?;
+            set_msrs(&vcpu)?;
+            // The others wait for the first one to start them.
+            if index == 0 {
+                let registers = "set the registers of a virtual CPU";
+                let mut sregs = vcpu.get_sregs().map_err(Error::kvm(registers))?;
+                let mut regs = vcpu.get_regs().map_err(Error::kvm(registers))?;
+                boot::enter(entry, &mut regs, &mut sregs);
+                vcpu.set_sregs(&sregs).map_err(Error::kvm(registers))?;
+                vcpu.set_regs(&regs).map_err(Error::kvm(registers))?;
+            }
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
+    let action = "set the registers of a virtual CPU";
+    for (index, data) in [
+        (MSR_MTRR_DEFAULT_TYPE, MTRR_WRITE_BACK),
+        (MSR_MISC_ENABLE, FAST_STRINGS),
+    ] {
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[entry]).map_err(|_| Error::Host {
+            action,
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        // Zero are set where the processor has no such register (AMD: MISC_ENABLE).
+        vcpu.set_msrs(&msrs).map_err(Error::kvm(action))?;
+    }
+    Ok(())
+}
+
+/// Tells KVM the messages of all interrupts.
+fn route(vm: &VmFd, routes: &Routes) {
+    let entries: Vec<kvm_irq_routing_entry> = (0..)
+        .zip(routes)
+        .filter_map(|(pin, message)| {
+            let message = (*message)?;
+            let mut entry = kvm_irq_routing_entry {
+                gsi: pin,
+                type_: KVM_IRQ_ROUTING_MSI,
+                ..Default::default()
+            };
+            entry.u.msi.address_lo = message.address;
+            entry.u.msi.data = message.data;
+            Some(entry)
+        })
+        .collect();
+    let set = kvm_bindings::KvmIrqRouting::from_entries(&entries)
+        .map_err(|error| format!("{error:?}"))
+        .and_then(|routing| {
+            vm.set_gsi_routing(&routing)
+                .map_err(|error| error.to_string())
+        });
+    if let Err(error) = set {
+        tracing::error!(%error, "cannot route the guest's interrupts");
+    }
+}
+
+/// How the machine ended: what is reported first.
+struct Ended {
+    event: OwnedFd,
+    result: Mutex<Option<Result<(), Error>>>,
+}
+
+impl Ended {
+    fn new() -> Result<Self, Error> {
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::CLOEXEC).map_err(Error::errno("create an eventfd"))?,
+            result: Mutex::new(None),
+        })
+    }
+
+    fn set(&self, result: Result<(), Error>) {
+        self.result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(result);
+        if let Err(error) = rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "cannot end the machine process");
+        }
+    }
+
+    fn take(&self) -> Result<(), Error> {
+        self.result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .unwrap_or(Ok(()))
+    }
+}
+
+/// The guest's time when it was paused.
+struct Paused {
+    clock: kvm_clock_data,
+    tsc: u64,
+}
+
+/// Answers crate machine.
+struct Monitor {
+    socket: OwnedFd,
+    vm: Arc<VmFd>,
+    vcpus: Vcpus,
+    paused: Option<Paused>,
+}
+
+impl Monitor {
+    /// Serves until the machine has ended, or crate machine has closed the socket.
+    fn serve(mut self, ended: &Ended) -> Result<(), Error> {
+        loop {
+            let mut ready = [
+                PollFd::new(&ended.event, PollFlags::IN),
+                PollFd::new(&self.socket, PollFlags::IN),
+            ];
+            match poll(&mut ready, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::errno("wait for the end of the machine")(error)),
+            }
+            if !ready[0].revents().is_empty() {
+                return ended.take();
+            }
+            if ready[1].revents().is_empty() {
+                continue;
+            }
+            match hull_ipc::receive::<Command>(&self.socket, LIMITS) {
+                Ok(Some(Received { message, .. })) => {
+                    let error = self.execute(message).err().map(|error| error.to_string());
+                    hull_ipc::send(&self.socket, &Answer { error }, &[])
+                        .map_err(Error::host("answer on the monitor socket"))?;
+                }
+                Ok(None) => return Ok(()),
+                Err(error) => return Err(Error::host("read the monitor socket")(error)),
+            }
+        }
+    }
+
+    fn execute(&mut self, command: Command) -> Result<(), Error> {
+        match (command, self.paused.take()) {
+            (Command::Pause, Some(paused)) => self.paused = Some(paused),
+            (Command::Pause, None) => {
+                self.vcpus.pause()?;
+                let clock = self.vm.get_clock().map_err(|error| {
+                    self.vcpus.resume(0);
+                    Error::kvm("read the guest's clock")(error)
+                })?;
+                let tsc = sys::host_tsc();
+                self.paused = Some(Paused { clock, tsc });
+            }
+            (Command::Resume, None) => {}
+            (Command::Resume, Some(Paused { clock, tsc })) => {
+                let slept = sys::host_tsc().wrapping_sub(tsc);
+                let clock = kvm_clock_data {
+                    clock: clock.clock,
+                    ..Default::default()
+                };
+                let set = self.vm.set_clock(&clock);
+                self.vcpus.resume(slept);
+                set.map_err(Error::kvm("set the guest's clock"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+const _: () = assert!(QUEUE_NOTIFY < hull_device_control::monitor::SLOT_SIZE);

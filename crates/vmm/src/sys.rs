@@ -1,0 +1,131 @@
+//! The unsafe parts: mapping files over guest memory, and the page that KVM shares with the thread
+//! of a virtual CPU.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use hull_devices::device::Memory;
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use vm_memory::VolatileSlice;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestRam;
+
+/// Maps `file` from `offset` over a part of guest memory, privately. Both ends of the part are at
+/// page boundaries.
+pub fn map_over(part: &VolatileSlice<'_>, file: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
+    let pointer = part.ptr_guard_mut();
+    // SAFETY: the range is within a mapping that guest memory owns, which nothing refers to but
+    // through volatile accesses; the new mapping replaces it with the same protection, and is
+    // unmapped with it.
+    unsafe {
+        mmap(
+            pointer.as_ptr().cast(),
+            part.len(),
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+            file.as_fd(),
+            offset,
+        )?;
+    }
+    Ok(())
+}
+
+/// KVM behind an open `/dev/kvm`.
+pub fn kvm(device: OwnedFd) -> Kvm {
+    // SAFETY: the descriptor is given up by its owner.
+    unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
+}
+
+/// A copy of an eventfd, as KVM's library wants it.
+///
+/// # Errors
+/// There are too many open files.
+pub fn event(fd: BorrowedFd<'_>) -> std::io::Result<EventFd> {
+    let fd = fd.try_clone_to_owned()?;
+    // SAFETY: the descriptor is a new one, given up by its owner.
+    Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
+}
+
+/// Gives guest memory to a virtual machine, which keeps it mapped as long as the result lives.
+pub fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<Memory, kvm_ioctls::Error> {
+    for slot in ram.slots() {
+        // SAFETY: the range is mapped by guest memory. The process keeps that until it exits: the
+        // caller holds the returned reference as long as the virtual machine.
+        unsafe { vm.set_user_memory_region(slot)? };
+    }
+    Ok(ram.memory().clone())
+}
+
+/// `immediate_exit` of a virtual CPU (kvm_run in linux/kvm.h), which other threads set before they
+/// send the CPU's thread a signal: KVM_RUN returns at once then, also if the signal came before it.
+#[derive(Debug)]
+pub struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: it is an atomic byte in a shared mapping, which lives as long as the process (see `of`).
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    /// Of this virtual CPU, which must not be dropped before the process exits.
+    pub fn of(vcpu: &mut VcpuFd) -> Self {
+        Self((&raw mut vcpu.get_kvm_run().immediate_exit).cast::<AtomicU8>())
+    }
+
+    /// Makes the next KVM_RUN return at once, or not.
+    pub fn set(&self, value: bool) {
+        // SAFETY: mapped (see `of`). KVM only reads it, and the thread of the CPU accesses it
+        // through this type only.
+        unsafe { (*self.0).store(u8::from(value), Ordering::SeqCst) };
+    }
+}
+
+/// `suberror` of the last KVM_EXIT_INTERNAL_ERROR.
+pub fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
+    let run = vcpu.get_kvm_run();
+    // SAFETY: called after an exit with this reason, so that member of the union is set; it is a
+    // plain integer in any case.
+    unsafe { run.__bindgen_anon_1.internal.suberror }
+}
+
+/// Adds to the difference between a virtual CPU's time stamp counter and the host's.
+///
+/// # Errors
+/// ENXIO or ENOTTY: the host's kernel cannot (before Linux 5.16).
+pub fn move_tsc(vcpu: &VcpuFd, cycles: u64) -> Result<(), Errno> {
+    // _IOW(KVMIO, 0xe1, struct kvm_device_attr) and 0xe2 (linux/kvm.h).
+    const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+    const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+    let call = |request, offset: &mut u64| {
+        let attribute = kvm_device_attr {
+            flags: 0,
+            group: KVM_VCPU_TSC_CTRL,
+            attr: u64::from(KVM_VCPU_TSC_OFFSET),
+            addr: std::ptr::from_mut(offset) as u64,
+        };
+        // SAFETY: the attribute points to `offset`, which KVM reads or writes before it returns.
+        match unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &raw const attribute) } {
+            0 => Ok(()),
+            _ => Err(last_errno()),
+        }
+    };
+    let mut offset = 0;
+    call(KVM_GET_DEVICE_ATTR, &mut offset)?;
+    offset = offset.wrapping_add(cycles);
+    call(KVM_SET_DEVICE_ATTR, &mut offset)
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+/// The time stamp counter of the host's processor.
+pub fn host_tsc() -> u64 {
+    // SAFETY: every x86_64 processor has the instruction.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}

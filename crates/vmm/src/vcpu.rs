@@ -1,0 +1,270 @@
+//! Virtual CPUs: a thread each, and what stops and continues it.
+//!
+//! ```text
+//!   Running ──── wanted: Paused, kick ───► Paused
+//!      ▲                                     │
+//!      └────────── wanted: Running ──────────┘
+//!
+//!   Running ── the guest ends, or breaks down ──► Ended
+//! ```
+//!
+//! A request is what is wanted, kept in [`Gate`], and a kick: `immediate_exit` is set and the
+//! thread gets a signal. If it is in the guest, the signal ends KVM_RUN; if it is about to enter
+//! it, `immediate_exit` does; if it is anywhere else, it looks at the gate before it enters. So no
+//! request is lost. The thread answers each by its state.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use hull_jail::{ThreadRole, restrict_thread};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use rustix::io::Errno;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::bus::{Bus, Effect};
+use crate::error::{Breakdown, Error};
+use crate::sys::{self, ImmediateExit};
+
+/// How long a virtual CPU may take to stop. It may be waiting for a device that is being reset.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a guest ended.
+pub type End = Result<(), Breakdown>;
+
+/// What a virtual CPU does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    Paused,
+    Ended,
+}
+
+/// Where a virtual CPU and those who stop it meet.
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+struct GateState {
+    /// Whether the CPU is to stand still.
+    pause: bool,
+    /// What it does.
+    state: State,
+    /// Cycles of the host's time stamp counter that the guest is not to see.
+    forget: u64,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The virtual CPUs of a machine.
+pub struct Vcpus(Vec<Vcpu>);
+
+struct Vcpu {
+    gate: Arc<Gate>,
+    kick: Arc<ImmediateExit>,
+    thread: JoinHandle<()>,
+}
+
+/// What all virtual CPUs share.
+pub struct Surroundings {
+    /// The devices.
+    pub bus: Bus,
+    /// Told once how the guest ended.
+    pub ended: Box<dyn Fn(End) + Send + Sync>,
+}
+
+impl Vcpus {
+    /// Starts the threads of virtual CPUs, which run at once.
+    ///
+    /// # Errors
+    /// The host has no threads left.
+    pub fn start(vcpus: Vec<VcpuFd>, surroundings: Arc<Surroundings>) -> Result<Self, Error> {
+        register_signal_handler(SIGRTMIN(), do_nothing)
+            .map_err(|error| Error::host("handle a signal")(error.into()))?;
+        let threads = (0..).zip(vcpus).map(|(number, mut fd)| {
+            let gate = Arc::new(Gate {
+                state: Mutex::new(GateState {
+                    pause: false,
+                    state: State::Running,
+                    forget: 0,
+                }),
+                changed: Condvar::new(),
+            });
+            let kick = Arc::new(ImmediateExit::of(&mut fd));
+            let runner = Runner {
+                number,
+                fd,
+                gate: gate.clone(),
+                kick: kick.clone(),
+                surroundings: surroundings.clone(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{number}"))
+                .spawn(move || runner.run())
+                .map_err(Error::host("start the thread of a virtual CPU"))?;
+            Ok(Vcpu { gate, kick, thread })
+        });
+        Ok(Self(threads.collect::<Result<_, Error>>()?))
+    }
+
+    /// Stops all virtual CPUs. When this returns, none of them runs.
+    ///
+    /// # Errors
+    /// One does not stop in time; those that have stopped continue.
+    pub fn pause(&self) -> Result<(), Error> {
+        for vcpu in &self.0 {
+            vcpu.gate.lock().pause = true;
+            vcpu.kick.set(true);
+            vcpu.thread
+                .kill(SIGRTMIN())
+                .map_err(|error| Error::host("stop a virtual CPU")(error.into()))?;
+        }
+        let deadline = Instant::now() + PAUSE_TIMEOUT;
+        for vcpu in &self.0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let running = |state: &mut GateState| state.state == State::Running;
+            let (state, timeout) = vcpu
+                .gate
+                .changed
+                .wait_timeout_while(vcpu.gate.lock(), left, running)
+                .unwrap_or_else(PoisonError::into_inner);
+            drop(state);
+            if timeout.timed_out() {
+                self.resume(0);
+                return Err(Error::host("stop a virtual CPU")(
+                    io::ErrorKind::TimedOut.into(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets all virtual CPUs continue. Their time stamp counters go on as if the last `forget`
+    /// cycles had not been: all by the same, or they would differ from each other.
+    pub fn resume(&self, forget: u64) {
+        for vcpu in &self.0 {
+            let mut state = vcpu.gate.lock();
+            state.pause = false;
+            state.forget = state.forget.wrapping_add(forget);
+            vcpu.gate.changed.notify_all();
+        }
+    }
+}
+
+extern "C" fn do_nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// The thread of a virtual CPU.
+struct Runner {
+    number: u32,
+    fd: VcpuFd,
+    gate: Arc<Gate>,
+    kick: Arc<ImmediateExit>,
+    surroundings: Arc<Surroundings>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        if let Err(error) = restrict_thread("a virtual CPU", ThreadRole::Vcpu) {
+            tracing::error!(%error, "cannot confine a virtual CPU");
+            self.end(Err(Breakdown::Unknown {
+                vcpu: self.number,
+                reason: error.to_string(),
+            }));
+        }
+        loop {
+            self.pass_gate();
+            if let Some(end) = self.enter() {
+                self.end(end);
+            }
+        }
+    }
+
+    /// Waits as long as a pause is wanted.
+    fn pass_gate(&mut self) {
+        let mut state = self.gate.lock();
+        let paused = state.pause;
+        while state.pause {
+            if state.state != State::Paused {
+                state.state = State::Paused;
+                self.gate.changed.notify_all();
+            }
+            state = self
+                .gate
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.state = State::Running;
+        // Every kick so far was for a pause that is over: the next one begins with the lock.
+        self.kick.set(false);
+        let forget = std::mem::take(&mut state.forget);
+        drop(state);
+        if paused {
+            self.forget_time(forget);
+        }
+    }
+
+    /// Sets the guest's time stamp counter back by the time of a pause, and tells its kernel that
+    /// it was paused, so that it does not take the time for a lockup.
+    fn forget_time(&self, cycles: u64) {
+        // Linux before 5.16 has no such attribute: the guest's time jumps there.
+        if let Err(errno) = sys::move_tsc(&self.fd, cycles.wrapping_neg()) {
+            tracing::warn!(vcpu = self.number, %errno, "cannot set the time stamp counter back");
+        }
+        // EINVAL: the guest does not use that clock.
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            tracing::debug!(vcpu = self.number, %error, "cannot tell the guest of a pause");
+        }
+    }
+
+    /// Runs the guest until it needs this process. The result is how it ended, if it did.
+    fn enter(&mut self) -> Option<End> {
+        let bus = &self.surroundings.bus;
+        let vcpu = self.number;
+        match self.fd.run() {
+            Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
+            Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                if bus.write_port(port, data) == Effect::Reset {
+                    return Some(Ok(()));
+                }
+            }
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}
+            Ok(VcpuExit::Shutdown) => return Some(Err(Breakdown::TripleFault { vcpu })),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return Some(Err(Breakdown::EntryFailure { vcpu, reason }));
+            }
+            Ok(VcpuExit::InternalError) => {
+                let suberror = sys::internal_suberror(&mut self.fd);
+                return Some(Err(Breakdown::InternalError { vcpu, suberror }));
+            }
+            Ok(other) => {
+                let reason = format!("{other:?}");
+                return Some(Err(Breakdown::Unknown { vcpu, reason }));
+            }
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) => {
+                let errno = Errno::from_raw_os_error(error.errno());
+                return Some(Err(Breakdown::Run { vcpu, errno }));
+            }
+        }
+        None
+    }
+
+    /// Reports how the guest ended, and waits for the end of the process.
+    fn end(&self, end: End) -> ! {
+        (self.surroundings.ended)(end);
+        self.gate.lock().state = State::Ended;
+        self.gate.changed.notify_all();
+        loop {
+            std::thread::park();
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! What is x86_64's: addresses, the state in which the kernel is entered, what it is told of the
+//! machine, and the interrupt controller.
+
+pub mod boot;
+pub mod cpuid;
+pub mod ioapic;
+pub mod kernel;
+pub mod layout;
+pub mod mptable;
