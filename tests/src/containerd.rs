@@ -94,7 +94,8 @@ impl Containerd {
         fs::write(
             path("config.toml"),
             format!(
-                "machine = \"uml\"\nrun_dir = {:?}\ndata_dir = {:?}\n",
+                "machine = {:?}\nrun_dir = {:?}\ndata_dir = {:?}\n",
+                crate::usual_machine(),
                 path("run"),
                 path("data")
             ),

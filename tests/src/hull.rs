@@ -95,7 +95,7 @@ impl Hull {
             .tempdir_in("/tmp")
             .unwrap();
         let machine = if options.machine.is_empty() {
-            "uml"
+            crate::usual_machine()
         } else {
             options.machine
         };

@@ -54,6 +54,7 @@ pub use terminal::{Console, Terminal};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// The repository's root.
@@ -114,8 +115,7 @@ pub fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bo
     begin.elapsed()
 }
 
-/// Generates for each of the named functions, which take a machine kind, a test with user-mode
-/// Linux and one with QEMU.
+/// Generates for each of the named functions, which take a machine kind, a test with each kind.
 #[macro_export]
 macro_rules! on_every_machine {
     ($($name:ident),+ $(,)?) => {
@@ -131,7 +131,40 @@ macro_rules! on_every_machine {
                 super::$name("qemu");
             })+
         }
+        mod kvm {
+            $(#[test] fn $name() {
+                if let Some(reason) = $crate::no_kvm() {
+                    $crate::left_out(&reason);
+                    return;
+                }
+                super::$name("kvm");
+            })+
+        }
     };
+}
+
+/// The machine kind of tests that do not care: `HULL_TEST_MACHINE`, or user-mode Linux.
+pub fn usual_machine() -> &'static str {
+    static KIND: OnceLock<String> = OnceLock::new();
+    KIND.get_or_init(|| std::env::var("HULL_TEST_MACHINE").unwrap_or_else(|_| "uml".into()))
+}
+
+/// Why machine kind kvm cannot be tested here, or `None`.
+pub fn no_kvm() -> Option<String> {
+    // Where all tests are to use it, it is not asked for each.
+    if usual_machine() == "kvm" {
+        return None;
+    }
+    let report = Invocation::new(executable())
+        .args(["check", "--json"])
+        .run()
+        .json();
+    let findings = report["findings"].as_array().expect("findings");
+    let kvm = findings
+        .iter()
+        .find(|finding| finding["what"] == "machine kvm")
+        .expect("a line about machine kvm");
+    (kvm["level"] != "ok").then(|| format!("machine kind kvm: {}", kvm["found"]))
 }
 
 /// Why machine kind qemu cannot be tested here, or `None`.

@@ -50,11 +50,11 @@ impl Oci {
         let oci = Oci::new();
         let file = oci.path("config.toml");
         let text = fs::read_to_string(&file).unwrap();
-        let usual = "machine = \"uml\"";
-        assert!(text.contains(usual));
+        let usual = format!("machine = {:?}", crate::usual_machine());
+        assert!(text.contains(&usual));
         fs::write(
             &file,
-            text.replace(usual, &format!("machine = {machine:?}")),
+            text.replace(&usual, &format!("machine = {machine:?}")),
         )
         .unwrap();
         oci
@@ -522,13 +522,17 @@ impl Init<'_> {
 
     /// A host process of its machine: `pod`, `devices`, `machine`.
     pub fn host_process(&self, which: &str) -> Option<Pid> {
+        let machine: &[&str] = match crate::usual_machine() {
+            "kvm" => &["machine-process"],
+            _ => &["linux mem=", "umid=hull"],
+        };
         let words: &[&str] = match which {
             "pod" => &[
                 "sandbox-process",
                 self.oci.directory.path().to_str().unwrap(),
             ],
             "devices" => &["device-process"],
-            "machine" => &["linux mem=", "umid=hull"],
+            "machine" => machine,
             other => panic!("no process is called {other}"),
         };
         let found = leaks::descendants();

@@ -31,7 +31,8 @@ impl Runtime {
         fs::write(
             &configuration,
             format!(
-                "machine = \"uml\"\nrun_dir = {:?}\ndata_dir = {:?}\n",
+                "machine = {:?}\nrun_dir = {:?}\ndata_dir = {:?}\n",
+                crate::usual_machine(),
                 directory.join("run"),
                 directory.join("data")
             ),
