@@ -229,7 +229,7 @@ impl Running {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
-            if self.began.elapsed() > self.limit {
+            if self.began.elapsed() > self.limit * crate::patience() {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 panic!(

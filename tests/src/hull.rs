@@ -418,8 +418,15 @@ impl Container<'_> {
     }
 
     /// Process id of one of its host processes: `sandbox`, `devices`, `machine`.
+    ///
+    /// The machine process is the one with the devices where there is no device process.
     pub fn host_process(&self, which: &str) -> Pid {
-        let pid = self.inspect()["processes"][which].as_i64().expect("a pid");
+        let processes = &self.inspect()["processes"];
+        let of = |which: &str| processes[which].as_i64().expect("a pid");
+        let pid = match (which, of(which)) {
+            ("devices", 0) => of("machine"),
+            (_, pid) => pid,
+        };
         Pid::from_raw(i32::try_from(pid).unwrap()).unwrap_or_else(|| panic!("no {which} process"))
     }
 

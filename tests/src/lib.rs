@@ -105,9 +105,19 @@ pub fn installed(program: &str) -> bool {
     })
 }
 
+/// How many times the usual time everything may take: `HULL_TEST_PATIENCE`, for emulated hosts.
+pub fn patience() -> u32 {
+    static TIMES: OnceLock<u32> = OnceLock::new();
+    *TIMES.get_or_init(|| match std::env::var("HULL_TEST_PATIENCE") {
+        Ok(times) => times.parse().expect("HULL_TEST_PATIENCE is a number"),
+        Err(_) => 1,
+    })
+}
+
 /// Waits until `condition` holds; panics with `what` if it does not in time.
 pub fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Duration {
     let begin = Instant::now();
+    let limit = limit * patience();
     while !condition() {
         assert!(begin.elapsed() < limit, "not within {limit:?}: {what}");
         std::thread::sleep(Duration::from_millis(5));

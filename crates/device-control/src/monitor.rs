@@ -27,8 +27,8 @@ pub const FIRST_SLOT: u64 = 0xd000_0000;
 pub const SLOT_SIZE: u64 = 0x1000;
 /// Interrupt of the first slot. Lower ones belong to what a PC has.
 pub const FIRST_INTERRUPT: u32 = 5;
-/// Devices of which a machine has one: fs, vsock, entropy.
-const SINGLE: u32 = 3;
+/// Devices of which a machine has one: fs, vsock, entropy, balloon.
+const SINGLE: u32 = 4;
 /// Number of slots.
 pub const MAX_SLOTS: u32 = SINGLE + MAX_NETS as u32 + MAX_DISKS as u32;
 
@@ -46,6 +46,7 @@ impl SlotAddress {
             DeviceType::Vsock => (0, 1),
             DeviceType::Fs => (1, 1),
             DeviceType::Entropy => (2, 1),
+            DeviceType::Balloon => (3, 1),
             DeviceType::Net => (SINGLE, MAX_NETS),
             DeviceType::Disk => (SINGLE + MAX_NETS as u32, MAX_DISKS),
         };
@@ -112,6 +113,7 @@ mod tests {
             (DeviceType::Fs, 1),
             (DeviceType::Vsock, 1),
             (DeviceType::Entropy, 1),
+            (DeviceType::Balloon, 1),
             (DeviceType::Net, MAX_NETS),
             (DeviceType::Disk, MAX_DISKS),
         ] {
@@ -125,6 +127,6 @@ mod tests {
     #[test]
     fn the_kernel_is_told_where_a_device_is() {
         let net = SlotAddress::of(DeviceType::Net, 1).unwrap();
-        assert_eq!(net.parameter(), "4K@0xd0004000:9");
+        assert_eq!(net.parameter(), "4K@0xd0005000:10");
     }
 }

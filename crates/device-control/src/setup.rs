@@ -10,8 +10,8 @@ pub const MAX_DISKS: usize = 16;
 /// Most net devices of a guest.
 pub const MAX_NETS: usize = 16;
 
-/// Fs, vsock and entropy, net devices, and disks with two descriptors each.
-pub(crate) const MAX_DESCRIPTORS: usize = 3 + MAX_NETS + 2 * MAX_DISKS;
+/// Fs, vsock, entropy and balloon, net devices, and disks with two descriptors each.
+pub(crate) const MAX_DESCRIPTORS: usize = 4 + MAX_NETS + 2 * MAX_DISKS;
 
 /// The serial number of the machine's disk `index` in the guest.
 pub fn disk_serial(index: usize) -> String {
@@ -32,6 +32,8 @@ pub enum DeviceType {
     Net,
     /// A block device.
     Disk,
+    /// Memory that the guest does not use.
+    Balloon,
 }
 
 impl DeviceType {
@@ -41,6 +43,7 @@ impl DeviceType {
             Self::Net => 1,
             Self::Disk => 2,
             Self::Entropy => 4,
+            Self::Balloon => 5,
             Self::Vsock => 19,
             Self::Fs => 26,
         }
@@ -54,6 +57,7 @@ impl DeviceType {
             Self::Entropy => "entropy",
             Self::Net => "net",
             Self::Disk => "disk",
+            Self::Balloon => "balloon",
         }
     }
 
@@ -74,6 +78,8 @@ pub enum DeviceConfig {
     Vsock,
     /// See [`DeviceType::Entropy`].
     Entropy,
+    /// See [`DeviceType::Balloon`]. For guest memory that only this guest maps.
+    Balloon,
     /// See [`DeviceType::Net`].
     Net {
         /// Hardware address that the driver reads.
@@ -98,6 +104,7 @@ impl DeviceConfig {
             Self::Fs => DeviceType::Fs,
             Self::Vsock => DeviceType::Vsock,
             Self::Entropy => DeviceType::Entropy,
+            Self::Balloon => DeviceType::Balloon,
             Self::Net { .. } => DeviceType::Net,
             Self::Disk { .. } | Self::SpareDisk => DeviceType::Disk,
         }
@@ -165,7 +172,9 @@ impl Setup {
             let number = match kind {
                 DeviceType::Net => nets.next(),
                 DeviceType::Disk => disks.next(),
-                DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy => None,
+                DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy | DeviceType::Balloon => {
+                    None
+                }
             };
             match number {
                 Some(number) => kind.instance_name(number),
@@ -222,6 +231,7 @@ impl Setup {
             (DeviceType::Fs, 1),
             (DeviceType::Vsock, 1),
             (DeviceType::Entropy, 1),
+            (DeviceType::Balloon, 1),
             (DeviceType::Net, MAX_NETS),
             (DeviceType::Disk, MAX_DISKS),
         ] {
@@ -324,7 +334,12 @@ mod tests {
 
     #[test]
     fn the_largest_setup_fits_its_limits() {
-        let mut devices = vec![DeviceConfig::Fs, DeviceConfig::Vsock, DeviceConfig::Entropy];
+        let mut devices = vec![
+            DeviceConfig::Fs,
+            DeviceConfig::Vsock,
+            DeviceConfig::Entropy,
+            DeviceConfig::Balloon,
+        ];
         devices.extend(vec![
             DeviceConfig::Net {
                 mac: [255; 6],

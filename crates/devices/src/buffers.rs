@@ -19,6 +19,8 @@ use crate::device::{Chain, Memory};
 
 /// More descriptors than any valid request has: 1 MiB in single pages, and headers.
 const MAX_SLICES: usize = 1024;
+/// Size of the host's pages.
+const PAGE: usize = 4096;
 /// The most `iovec`s that one system call takes (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
 
@@ -103,6 +105,32 @@ impl<'m> Span<'m> {
     /// Bytes before the cursor.
     pub fn consumed(&self) -> usize {
         self.consumed
+    }
+
+    /// Drops what backs the whole pages of the rest, which the driver does not use any more: they
+    /// read as zeros, or as the file that backs them.
+    ///
+    /// # Errors
+    /// The kernel's, for example where the memory is locked. What was dropped stays so.
+    pub fn discard(&self) -> Result<(), Errno> {
+        for piece in self.pieces(self.remaining) {
+            let pointer = piece.ptr_guard_mut();
+            let start = (pointer.as_ptr() as usize).next_multiple_of(PAGE);
+            let end = (pointer.as_ptr() as usize + piece.len()) / PAGE * PAGE;
+            if start >= end {
+                continue;
+            }
+            // SAFETY: the range is within a slice of guest memory, to which nothing has references
+            // and whose content may change at any time.
+            unsafe {
+                rustix::mm::madvise(
+                    start as *mut std::ffi::c_void,
+                    end - start,
+                    rustix::mm::Advice::LinuxDontNeed,
+                )?;
+            }
+        }
+        Ok(())
     }
 
     /// Splits off and returns what lies more than `length` bytes behind the cursor.

@@ -41,7 +41,8 @@ pub fn take_control_socket() -> Result<OwnedFd, Error> {
 /// A device cannot be set up, its front end broke the protocol, or the control socket failed.
 pub fn run(control: OwnedFd) -> Result<(), Error> {
     let devices = receive_setup(&control)?;
-    let mut served = Served::new(control)?;
+    // Their threads start others, by the vhost-user library.
+    let mut served = Served::new(control, |_| Ok(()))?;
     for (device, Resources { socket, file }) in devices {
         let connection = connection(&device, socket)?;
         served.start(device, connection, file)?;

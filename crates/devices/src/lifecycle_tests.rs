@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::balloon::Balloon;
 use crate::block::Block;
 use crate::device::Device;
 use crate::entropy::Entropy;
@@ -270,6 +271,31 @@ impl Subject for EntropySubject {
 #[test]
 fn entropy() {
     run(&mut EntropySubject);
+}
+
+struct BalloonSubject;
+
+impl Subject for BalloonSubject {
+    fn device(&mut self) -> Box<dyn Device> {
+        Box::new(Balloon::default())
+    }
+
+    fn queue(&self) -> usize {
+        2
+    }
+
+    fn request(&mut self, _index: u16) -> (Vec<u8>, u32) {
+        (Vec::new(), 4096)
+    }
+
+    fn completed(&mut self, _index: u16, answer: &[u8]) {
+        assert!(answer.is_empty() || answer.iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
+fn balloon() {
+    run(&mut BalloonSubject);
 }
 
 struct BlockSubject(File);

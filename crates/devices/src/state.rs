@@ -294,6 +294,7 @@ mod tests {
             (DeviceType::Entropy, VIRTIO_ID_RNG),
             (DeviceType::Net, VIRTIO_ID_NET),
             (DeviceType::Disk, VIRTIO_ID_BLOCK),
+            (DeviceType::Balloon, VIRTIO_ID_BALLOON),
         ];
         for (device, id) in ids {
             assert_eq!(device.virtio_id(), id, "{}", device.name());

@@ -45,7 +45,7 @@ pub use rustix::thread::CapabilitySet;
 pub use status::{SignalName, Status};
 pub use supervisor::restrict_supervisor;
 pub use sys::landlock_version;
-pub use thread::{ThreadRole, restrict_thread};
+pub use thread::{ThreadRole, drop_thread_capabilities, restrict_thread};
 
 /// Inherited descriptors get numbers below this, enough for the layers of an image; what the set-up
 /// itself needs lies above, below the usual limit of 1024.

@@ -41,6 +41,18 @@ pub fn restrict_thread(name: &str, role: ThreadRole) -> Result<(), Error> {
     filter.install().map_err(at(Step::Filter))
 }
 
+/// Takes all capabilities from the calling thread, and from those that it starts.
+///
+/// # Errors
+/// [`Error::Step`].
+pub fn drop_thread_capabilities(name: &str) -> Result<(), Error> {
+    drop_capabilities().map_err(|errno| Error::Step {
+        name: name.to_owned(),
+        step: Step::Capabilities,
+        errno,
+    })
+}
+
 fn drop_capabilities() -> Result<(), Errno> {
     let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, unsafe_code)]
 
+#[path = "jail/attack.rs"]
+mod attack;
 #[path = "jail/inside.rs"]
 mod inside;
 #[path = "jail/program.rs"]
@@ -53,6 +55,10 @@ const TESTS: &[Test] = &[
     ("descriptors_arrive_at_their_numbers", descriptors_arrive),
     ("the_jail_is_set_up_in_time", set_up_in_time),
     ("a_thread_is_confined_further", a_thread_is_confined),
+    (
+        "nothing_that_an_attacker_in_the_monitor_tries_succeeds",
+        attacks_fail,
+    ),
     (
         "landlock_keeps_to_the_directories_named",
         landlock_keeps_to_the_directories_named,
@@ -241,6 +247,28 @@ fn dangerous_calls_kill() -> Outcome {
             ("errno 38", Status::Code(0)),
             "{call}"
         );
+    }
+    Ok(())
+}
+
+fn attacks_fail() -> Outcome {
+    let place = tempfile::tempdir().unwrap();
+    std::fs::write(place.path().join("x"), "").unwrap();
+    let shared = rustix::mount::open_tree(
+        rustix::fs::CWD,
+        place.path(),
+        rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE
+            | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )
+    .unwrap();
+    assert!(attack::ATTEMPTS.len() >= 40);
+    for (name, _) in attack::ATTEMPTS {
+        let (answer, status) = ask("attack", &[name], &[(shared.as_fd(), attack::SHARED)]);
+        let failed = match status {
+            Status::Signal(signal) => signal == libc::SIGSYS,
+            Status::Code(code) => code == 0 && answer.starts_with("refused: "),
+        };
+        assert!(failed, "{name}: {answer} {status}");
     }
     Ok(())
 }

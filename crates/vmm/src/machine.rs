@@ -12,6 +12,7 @@ use hull_devices::served::{Served, receive_setup};
 use hull_devices::transport::Connection;
 use hull_devices::transport::mmio::{self, QUEUE_NOTIFY, Registers, Slot};
 use hull_ipc::Received;
+use hull_jail::{ThreadRole, drop_thread_capabilities, restrict_thread};
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data,
     kvm_enable_cap, kvm_irq_routing_entry, kvm_msr_entry,
@@ -39,9 +40,10 @@ const CAPABILITIES: [(Cap, &str); 6] = [
     (Cap::AdjustClock, "setting the guest's clock"),
 ];
 
-/// The kernel's parameters beside those of devices: it prints only warnings and errors, and a guest
-/// without ACPI ends by the reset command.
-const PARAMETERS: &str = "console=ttyS0 quiet loglevel=5 panic=-1 reboot=k acpi=off pci=off \
+/// The kernel's parameters beside those of devices: it prints only warnings and errors, a guest
+/// without ACPI ends by the reset command, and free memory is given back in blocks of 64 KiB and
+/// more.
+const PARAMETERS: &str = "page_reporting.page_reporting_order=4 console=ttyS0 quiet loglevel=5 panic=-1 reboot=k acpi=off pci=off \
     dummy.numdummies=0 fb_tunnels=none";
 
 // Model-specific registers, and what firmware would set them to.
@@ -82,7 +84,12 @@ pub fn run(
     let report = ended.clone();
     std::thread::Builder::new()
         .name("control".into())
-        .spawn(move || report.set(served.serve().map_err(Error::from)))
+        .spawn(move || {
+            let served = drop_thread_capabilities("the control thread")
+                .map_err(Error::from)
+                .and_then(|()| Ok(served.serve()?));
+            report.set(served);
+        })
         .map_err(Error::host("start a thread"))?;
     let report = ended.clone();
     let surroundings = Arc::new(Surroundings {
@@ -90,6 +97,7 @@ pub fn run(
         ended: Box::new(move |end: End| report.set(end.map_err(Error::from))),
     });
     let vcpus = Vcpus::start(vcpus, surroundings)?;
+    drop_thread_capabilities("the machine process")?;
     let result = Monitor {
         socket: monitor,
         vm,
@@ -190,10 +198,19 @@ fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
         vm,
         vcpus,
         bus,
-        served: Served::new(control)?,
+        served: Served::new(control, confine_device)?,
         memory: mapped,
     };
     Ok((built, monitor, connected))
+}
+
+/// Confines the thread of a device. The fs device acts for the guest's users, which takes the
+/// capabilities of the process; no other does.
+fn confine_device(device: DeviceType) -> Result<(), String> {
+    match device {
+        DeviceType::Fs => Ok(()),
+        _ => restrict_thread(device.name(), ThreadRole::Io).map_err(|error| error.to_string()),
+    }
 }
 
 /// Whether the kernel looks for a device when it boots. The others are added to the running kernel
@@ -204,6 +221,7 @@ fn is_there_at_boot(device: &hull_device_control::DeviceConfig) -> bool {
         DeviceConfig::Fs
         | DeviceConfig::Vsock
         | DeviceConfig::Entropy
+        | DeviceConfig::Balloon
         | DeviceConfig::Disk { .. } => true,
         DeviceConfig::Net { .. } | DeviceConfig::SpareDisk => false,
     }
@@ -241,6 +259,10 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, entry: u32) -> Result<Vec<Vcpu
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(Error::kvm("read the features of the processor"))?;
+    let supported = cpuid::with_name(&supported).map_err(|_| Error::Host {
+        action: "read the features of the processor",
+        source: io::ErrorKind::OutOfMemory.into(),
+    })?;
     (0..count)
         .map(|index| {
             let vcpu = vm

@@ -12,7 +12,6 @@ use hull_devices::device::Memory;
 use kvm_bindings::kvm_userspace_memory_region;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
 };
 
 use crate::Error;
@@ -155,16 +154,7 @@ impl GuestRam {
 
 fn region(at: u64, size: u64) -> Result<GuestRegionMmap<()>, Error> {
     let size = usize::try_from(size).unwrap_or(usize::MAX);
-    let mapping = MmapRegion::build(
-        None,
-        size,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-    )
-    .map_err(|error| Error::Host {
-        action: "reserve the guest's memory",
-        source: std::io::Error::other(error.to_string()),
-    })?;
+    let mapping = sys::reserve(size).map_err(Error::errno("reserve the guest's memory"))?;
     GuestRegionMmap::new(mapping, GuestAddress(at))
         .ok_or(Error::Kernel("its memory has an invalid size"))
 }

@@ -9,11 +9,51 @@ use hull_devices::device::Memory;
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap};
-use vm_memory::VolatileSlice;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use vm_memory::{MmapRegion, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
+
+/// Reserves private anonymous memory of `size` bytes at a multiple of [`HUGE_PAGE`], for the life of
+/// the process. Addresses of guest and host that are the same within a huge page let KVM map such a
+/// page at once.
+///
+/// # Errors
+/// ENOMEM: no address space is left.
+pub fn reserve(size: usize) -> Result<MmapRegion<()>, Errno> {
+    let whole = size.checked_add(HUGE_PAGE).ok_or(Errno::NOMEM)?;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping, wherever there is room.
+    let start = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            whole,
+            protection,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )?
+    };
+    let head = start.align_offset(HUGE_PAGE);
+    let tail = HUGE_PAGE - head;
+    // SAFETY: both parts are within the mapping just made, beside what is used, and nothing refers
+    // to them. What is kept stays mapped: the region does not own it.
+    unsafe {
+        let used = start.cast::<u8>().add(head);
+        if head > 0 {
+            munmap(start, head)?;
+        }
+        if tail > 0 {
+            munmap(used.add(size).cast(), tail)?;
+        }
+        MmapRegion::build_raw(
+            used,
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
+        .map_err(|_| Errno::INVAL)
+    }
+}
 
 /// Maps `file` from `offset` over a part of guest memory, privately. Both ends of the part are at
 /// page boundaries.
@@ -34,6 +74,9 @@ pub fn map_over(part: &VolatileSlice<'_>, file: BorrowedFd<'_>, offset: u64) -> 
     }
     Ok(())
 }
+
+/// Size of a huge page.
+pub const HUGE_PAGE: usize = 2 << 20;
 
 /// KVM behind an open `/dev/kvm`.
 pub fn kvm(device: OwnedFd) -> Kvm {
@@ -122,6 +165,12 @@ pub fn move_tsc(vcpu: &VcpuFd, cycles: u64) -> Result<(), Errno> {
 
 fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+/// A leaf of the host's CPUID, which the processor has: EAX, EBX, ECX, EDX.
+pub fn host_cpuid(leaf: u32) -> [u32; 4] {
+    let found = std::arch::x86_64::__cpuid(leaf);
+    [found.eax, found.ebx, found.ecx, found.edx]
 }
 
 /// The time stamp counter of the host's processor.

@@ -10,6 +10,7 @@ mod exec;
 mod guest_kernel;
 mod images;
 mod install_engines;
+mod kvm;
 mod limits;
 mod processor;
 mod ps_logs;

@@ -18,6 +18,7 @@ use hull_device_control::{
 use hull_ipc::Received;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use crate::balloon::Balloon;
 use crate::block::Block;
 use crate::device::Device;
 use crate::entropy::Entropy;
@@ -69,6 +70,9 @@ pub fn receive_setup(control: &OwnedFd) -> Result<Vec<(DeviceConfig, Resources)>
     Ok(message.assign(fds)?)
 }
 
+/// Called first by the thread of each device. The error is for display.
+pub type ConfineThread = fn(DeviceType) -> Result<(), String>;
+
 /// The devices of a guest, some of which have threads.
 pub struct Served {
     control: Arc<OwnedFd>,
@@ -83,14 +87,14 @@ impl Served {
     ///
     /// # Errors
     /// [`Error::Host`].
-    pub fn new(control: OwnedFd) -> Result<Self, Error> {
+    pub fn new(control: OwnedFd, confine: ConfineThread) -> Result<Self, Error> {
         if let Err(error) = rustix::thread::set_thread_groups(&[]) {
             tracing::debug!(%error, "cannot leave supplementary groups");
         }
         rustix::process::umask(rustix::fs::Mode::empty());
         Ok(Self {
             control: Arc::new(control),
-            ended: Arc::new(Ended::new().map_err(Error::host("create an eventfd"))?),
+            ended: Arc::new(Ended::new(confine).map_err(Error::host("create an eventfd"))?),
             targets: Targets::default(),
         })
     }
@@ -131,6 +135,7 @@ impl Served {
                 let device = Entropy::new().map_err(Error::host("create the entropy device"))?;
                 start(kind, Box::new(device), connection, ended)
             }
+            DeviceConfig::Balloon => start(kind, Box::new(Balloon::default()), connection, ended),
             DeviceConfig::Net { mac, early_enable } => {
                 let mut slot = NetSlot::Idle { connection, mac };
                 if early_enable {
@@ -220,15 +225,17 @@ impl NetSlot {
     }
 }
 
-/// How device threads wake the first thread when they end.
+/// How device threads begin, and wake the first thread when they end.
 struct Ended {
+    confine: ConfineThread,
     event: OwnedFd,
     result: Mutex<Option<Result<(), transport::Error>>>,
 }
 
 impl Ended {
-    fn new() -> io::Result<Self> {
+    fn new(confine: ConfineThread) -> io::Result<Self> {
         Ok(Self {
+            confine,
             event: eventfd(0, EventfdFlags::CLOEXEC)?,
             result: Mutex::new(None),
         })
@@ -266,7 +273,10 @@ fn start(
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
-            let result = attached.serve();
+            let result = match (ended.confine)(kind) {
+                Ok(()) => attached.serve(),
+                Err(why) => Err(transport::Error::Confine(why)),
+            };
             tracing::debug!(device = name, "front end has disconnected");
             ended.set(result);
         })

@@ -42,6 +42,9 @@ pub enum Error {
     /// The host failed.
     #[error(transparent)]
     Mmio(#[from] mmio::Error),
+    /// The device's thread cannot be confined.
+    #[error("{0}")]
+    Confine(String),
 }
 
 impl Connection {

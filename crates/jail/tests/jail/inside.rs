@@ -73,6 +73,19 @@ pub fn answer(question: &str, arguments: &[String]) -> ExitCode {
             };
             thread(role, &arguments[1]);
         }
+        "attack" => {
+            enter(&Confinement {
+                uid: 0,
+                gid: 0,
+                capabilities: FS_DEVICE_CAPABILITIES,
+                root: Root {
+                    proc: true,
+                    ..Root::default()
+                },
+                ..confinement(Role::Vmm)
+            });
+            super::attack::attempt(&arguments[0]);
+        }
         "call" => {
             enter(&confinement(Role::Qemu));
             call(&arguments[0]);

@@ -271,8 +271,8 @@ mod tests {
     fn devices_are_added_where_the_machine_has_them() {
         let features = Kvm.features();
         let net = features.net.hotplug_parameter(0);
-        assert_eq!(net.as_deref(), Some("4K@0xd0003000:8"));
+        assert_eq!(net.as_deref(), Some("4K@0xd0004000:9"));
         let disk = features.disks.hotplug_parameter(0);
-        assert_eq!(disk.as_deref(), Some("4K@0xd0013000:24"));
+        assert_eq!(disk.as_deref(), Some("4K@0xd0014000:25"));
     }
 }

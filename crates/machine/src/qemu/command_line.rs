@@ -74,8 +74,9 @@ pub fn command_line(program: &str, config: &MachineConfig, devices: &[Placed]) -
             DeviceConfig::Vsock => "vhost-user-vsock-device",
             DeviceConfig::Entropy => "vhost-user-rng",
             DeviceConfig::Disk { .. } => "vhost-user-blk,num-queues=1",
-            // A machine whose disks are all there at boot has none.
-            DeviceConfig::SpareDisk => continue,
+            // A machine whose disks are all there at boot has no spare ones; its memory is shared
+            // with the device process, which cannot give it back.
+            DeviceConfig::SpareDisk | DeviceConfig::Balloon => continue,
             DeviceConfig::Net { mac, .. } => {
                 // QEMU does not read the address from the device process.
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");

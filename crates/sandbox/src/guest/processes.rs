@@ -485,6 +485,9 @@ fn setup(features: &Features, nets: u8, disks: &[Disk], spare_disks: usize) -> R
         NetDevices::HotPlug { .. } => false,
     };
     let mut devices = vec![DeviceConfig::Vsock, DeviceConfig::Fs, DeviceConfig::Entropy];
+    if features.own_devices {
+        devices.push(DeviceConfig::Balloon);
+    }
     devices.extend((0..nets).map(|index| DeviceConfig::Net {
         mac: net_device_mac(index),
         early_enable,

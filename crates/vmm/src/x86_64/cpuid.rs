@@ -9,6 +9,7 @@
 //! | 6 | the APIC timer always runs | there is no other timer; no frequencies or thermal sensors |
 //! | 0xa | no performance counters | they would count the host's work, too |
 //! | 0xb, 0x1f, 0x8000_001e | one thread, as many cores as CPUs | as above |
+//! | 0x8000_0002 to 4 | the processor's name | KVM does not report it, and programs show it |
 //! | 0x8000_0008 | number of CPUs | as above |
 //!
 //! Bits of mitigations and of flaws that the processor does not have (leaf 7, MSR
@@ -16,6 +17,8 @@
 //! processor needs it.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+use crate::sys;
 
 const APIC_ID_SHIFT: u32 = 24;
 
@@ -37,6 +40,9 @@ const SVM: u32 = 1 << 2;
 // Leaf 6, EAX.
 const ARAT: u32 = 1 << 2;
 
+/// The leaves with the processor's name.
+const NAME: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
+
 /// Types of levels in leaf 0xb.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -49,6 +55,28 @@ pub fn of_vcpu(supported: &CpuId, index: u32, count: u32) -> CpuId {
         adjust(entry, index, count, shift);
     }
     cpuid
+}
+
+/// What KVM supports, with the name of the host's processor.
+///
+/// # Errors
+/// There are too many leaves.
+pub fn with_name(supported: &CpuId) -> Result<CpuId, vmm_sys_util::fam::Error> {
+    let is_name = |entry: &kvm_cpuid_entry2| NAME.contains(&entry.function);
+    let mut entries = supported.as_slice().to_vec();
+    entries.retain(|entry| !is_name(entry));
+    entries.extend(NAME.map(|function| {
+        let [eax, ebx, ecx, edx] = sys::host_cpuid(function);
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }));
+    CpuId::from_entries(&entries)
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, shift: u32) {
@@ -127,6 +155,18 @@ mod tests {
             .iter()
             .find(|entry| entry.function == function && entry.index == index)
             .unwrap()
+    }
+
+    #[test]
+    fn the_guest_sees_the_name_of_the_processor() {
+        let supported = CpuId::from_entries(&[entry(1, 0), entry(NAME[0], 0)]).unwrap();
+        let cpuid = with_name(&supported).unwrap();
+        assert_eq!(cpuid.as_slice().len(), 4);
+        for leaf in NAME {
+            let found = find(&cpuid, leaf, 0);
+            let registers = [found.eax, found.ebx, found.ecx, found.edx];
+            assert_eq!(registers, sys::host_cpuid(leaf));
+        }
     }
 
     #[test]
