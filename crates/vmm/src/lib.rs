@@ -12,15 +12,21 @@
 
 mod error;
 mod take;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(fuzzing)))]
 mod x86_64;
+#[cfg(all(target_arch = "x86_64", fuzzing))]
+pub mod x86_64;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(fuzzing)))]
 mod bus;
+#[cfg(all(target_arch = "x86_64", fuzzing))]
+pub mod bus;
 #[cfg(target_arch = "x86_64")]
 mod machine;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(fuzzing)))]
 mod memory;
+#[cfg(all(target_arch = "x86_64", fuzzing))]
+pub mod memory;
 #[cfg(target_arch = "x86_64")]
 mod sys;
 #[cfg(target_arch = "x86_64")]

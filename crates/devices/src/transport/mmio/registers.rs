@@ -328,6 +328,17 @@ impl Registers {
     }
 }
 
+impl Drop for Registers {
+    /// The device's thread sees that nothing can come any more.
+    fn drop(&mut self) {
+        // The sender goes first: the thread looks for it when it wakes.
+        self.driver().commands = mpsc::channel().0;
+        if let Err(error) = rustix::io::write(&self.shared.command, &1u64.to_ne_bytes()) {
+            tracing::debug!(%error, "cannot wake the thread of a device");
+        }
+    }
+}
+
 impl Driver {
     fn selected(&self) -> Option<&QueueSetup> {
         self.queues.get(self.queue_select as usize)

@@ -31,7 +31,7 @@ impl Machine {
         let (registers, slot, events) = slot(guest.memory().clone()).unwrap();
         if let Some(device) = device {
             let worker = attach("test", device, slot).unwrap();
-            // It ends with the test's process.
+            // It ends with the registers.
             std::thread::spawn(move || worker.serve());
         }
         Self {

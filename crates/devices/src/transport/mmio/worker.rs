@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::TryRecvError;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -84,7 +85,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Serves the device on the calling thread, until the machine has ended.
+    /// Serves the device on the calling thread, until the registers are dropped.
     ///
     /// # Errors
     /// The host fails.
@@ -96,8 +97,12 @@ impl Worker {
             })?;
             if commanded {
                 clear(self.slot.shared.command.as_fd());
-                while let Ok(command) = self.slot.commands.try_recv() {
-                    self.command(command);
+                loop {
+                    match self.slot.commands.try_recv() {
+                        Ok(command) => self.command(command),
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Disconnected) => return Ok(()),
+                    }
                 }
             }
             if kicked {
