@@ -165,7 +165,13 @@ fn thread_rules(role: ThreadRole) -> Rules {
             let ioctls = [VCPU_IOCTLS, VM_IOCTLS].concat();
             allowlist(&[THREAD], &ioctls, None, THREAD_PRCTLS)
         }
-        ThreadRole::Io => allowlist(&[THREAD, IO], IO_IOCTLS, None, THREAD_PRCTLS),
+        ThreadRole::Io => {
+            let mut rules = allowlist(&[THREAD, IO], IO_IOCTLS, None, THREAD_PRCTLS);
+            // A stream of the guest is one end of such a pair; the other one goes to the sandbox.
+            let local = Verdict::OneOf(0, vec![libc::AF_UNIX as u32]);
+            rules.insert(libc::SYS_socketpair as u32, local);
+            rules
+        }
     }
 }
 
