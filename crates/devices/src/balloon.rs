@@ -2,9 +2,9 @@
 //! virtio 1.2, 5.5.6.7).
 //!
 //! The driver reports blocks of free memory, some seconds after they became free, and does not use
-//! one until the device has returned it. The device drops what backs them; the guest gets zeros when
-//! it uses them again. For guest memory that is private and anonymous: what a file backs comes back
-//! as it is in the file.
+//! one until the device has returned it. The device drops what backs them; the guest gets zeros
+//! when it uses them again. For guest memory that is private and anonymous: what a file backs comes
+//! back as it is in the file.
 //!
 //! The host never asks the guest for memory, so the balloon itself stays empty.
 

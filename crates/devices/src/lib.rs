@@ -1,10 +1,10 @@
 //! Virtio back ends of a sandbox, and the process they run in.
 //!
-//! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`], [`balloon`]) implements [`device::Device`]
-//! and knows no transport; a [`transport`] drives it through a [`runner`]. [`state`] is its saved
-//! form. [`served`] are all back ends of one guest, controlled over the protocol of
-//! [`hull_device_control`]; [`device_process`] is the jailed process that holds them where the
-//! machine is another process.
+//! A back end ([`fs`], [`vsock`], [`net`], [`entropy`], [`block`], [`balloon`]) implements
+//! [`device::Device`] and knows no transport; a [`transport`] drives it through a [`runner`].
+//! [`state`] is its saved form. [`served`] are all back ends of one guest, controlled over the
+//! protocol of [`hull_device_control`]; [`device_process`] is the jailed process that holds them
+//! where the machine is another process.
 //!
 //! The process parses data from the guest. It opens nothing but descriptors that it was given and
 //! what is beneath them.

@@ -15,9 +15,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
 
-/// Reserves private anonymous memory of `size` bytes at a multiple of [`HUGE_PAGE`], for the life of
-/// the process. Addresses of guest and host that are the same within a huge page let KVM map such a
-/// page at once.
+/// Reserves private anonymous memory of `size` bytes at a multiple of [`HUGE_PAGE`], for the life
+/// of the process. Addresses of guest and host that are the same within a huge page let KVM map
+/// such a page at once.
 ///
 /// # Errors
 /// ENOMEM: no address space is left.

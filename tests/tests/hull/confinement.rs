@@ -67,6 +67,27 @@ fn capabilities(set: &str) -> String {
     }
 }
 
+/// Of the threads of kind `kvm`'s process, those of the fs device have the device process's
+/// capabilities, and the others none.
+fn only_the_fs_device_has_capabilities(pid: i32) {
+    let documented = &documented("devices")[1];
+    let mut threads = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+        let read = |file: &str| fs::read_to_string(thread.path().join(file)).unwrap();
+        let (name, status) = (read("comm"), read("status"));
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let name = name.trim().to_owned();
+        match name.starts_with("fs") {
+            true => assert_eq!(&capabilities(line.unwrap().trim()), documented, "{name}"),
+            false => assert_eq!(capabilities(line.unwrap().trim()), "none", "{name}"),
+        }
+        threads.push(name);
+    }
+    for name in ["fs", "vcpu0", "vsock"] {
+        assert!(threads.iter().any(|thread| thread == name), "{threads:?}");
+    }
+}
+
 /// Compares a process with the tables in docs/security.md. `memory` is that of its machine.
 fn is_confined_as_documented(process: &str, pid: i32, memory: u64) {
     let own = |what: &str| fs::read_link(format!("/proc/self/ns/{what}")).unwrap();
@@ -83,7 +104,10 @@ fn is_confined_as_documented(process: &str, pid: i32, memory: u64) {
         Some(_) => "one of its own",
         None => panic!("no user"),
     };
-    assert_eq!(status("CapEff:"), status("CapBnd:"), "{process}");
+    match process {
+        "monitor" => only_the_fs_device_has_capabilities(pid),
+        _ => assert_eq!(status("CapEff:"), status("CapBnd:"), "{process}"),
+    }
     let namespaces: Vec<_> = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"]
         .into_iter()
         .filter(|what| fs::read_link(format!("/proc/{pid}/ns/{what}")).unwrap() != own(what))
@@ -137,8 +161,7 @@ fn processes_are_confined_as_documented(machine: &'static str) {
     for process in ["sandbox", "devices", "machine"] {
         let pid = container.host_process(process).as_raw_nonzero().get();
         let documented = match (machine, process) {
-            // It has the devices in itself.
-            ("kvm", "machine") => "devices",
+            ("kvm", "machine" | "devices") => "monitor",
             _ => process,
         };
         is_confined_as_documented(documented, pid, memory);
@@ -280,10 +303,10 @@ fn machine_and_devices_are_in_a_control_group_with_limits(machine: &'static str)
     if cgroup::below(&hull.cgroup_parent()).is_empty() {
         return left_out("control groups cannot be made here");
     }
-    let beside = if machine == "qemu" {
-        224 << 20
-    } else {
-        64 << 20
+    let beside = match machine {
+        "qemu" => 224 << 20,
+        "kvm" => 96 << 20,
+        _ => 64 << 20,
     };
     for process in ["machine", "devices"] {
         let [limit, swap, processes, quota] = limits(&container, process);

@@ -40,15 +40,15 @@ fn a_container_has_the_processors_that_it_asks_for() {
     let Some(hull) = with_kvm() else { return };
     let script = "nproc; grep -c ^processor /proc/cpuinfo; \
                   cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
-    let found = hull.sh(&["--cpus", "4"], script).ok().text();
+    let found = hull.sh(&["--cpus", "2"], script).ok().text();
     let found: Vec<_> = found.lines().collect();
-    assert_eq!(found[..2], ["4", "4"], "{found:?}");
+    assert_eq!(found[..2], ["2", "2"], "{found:?}");
     assert!(["kvm-clock", "tsc"].contains(&found[2]), "{found:?}");
     // All of them compute: each counts on a processor of its own.
-    let script = "for cpu in 0 1 2 3; do (taskset -c $cpu sh -c 'i=0; while [ $i -lt 2000 ]; do \
+    let script = "for cpu in 0 1; do (taskset -c $cpu sh -c 'i=0; while [ $i -lt 2000 ]; do \
                   i=$((i+1)); done; echo done') & done; wait";
-    let found = hull.sh(&["--cpus", "4"], script).ok().text();
-    assert_eq!(found.lines().count(), 4, "{found}");
+    let found = hull.sh(&["--cpus", "2"], script).ok().text();
+    assert_eq!(found.lines().count(), 2, "{found}");
 }
 
 #[test]
@@ -87,15 +87,12 @@ fn memory_that_a_container_frees_goes_back_to_the_host() {
 #[test]
 fn a_kernel_that_cannot_be_booted_is_named_with_the_reason() {
     let Some(hull) = with_kvm() else { return };
-    let text = hull.scratch().join("text");
-    std::fs::write(&text, "no kernel\n".repeat(100)).unwrap();
     let short = hull.scratch().join("short");
     let kernel = std::fs::read(guest_files().join("kernel-x86_64")).unwrap();
     std::fs::write(&short, &kernel[..1 << 20]).unwrap();
     for (file, why) in [
-        (text.to_str().unwrap(), "not an ELF file"),
         (short.to_str().unwrap(), "beyond its end"),
-        ("/bin/ls", "guest kernel"),
+        ("/bin/ls", "cannot boot the guest kernel: "),
     ] {
         let output = hull.run(&["--kernel", file], &["true"]);
         output.fails(125, &[why]);
