@@ -8,18 +8,18 @@ mod common;
 mod program;
 
 use std::io::{BufRead, BufReader};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use hull_machine::probe::State;
 use hull_machine::{
-    ConsoleRing, Devices, Exit, Host, Kind, Machine, MachineConfig, Process, Requirements, Wiring,
+    ConsoleRing, Exit, Host, Kind, Machine, MachineConfig, Process, Requirements, Wiring,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use common::{Archive, kernel};
+use common::{Archive, kernel, no_devices};
 use program::{EXIT, PAUSE, executable};
 
 /// reboot(2) with a command.
@@ -40,6 +40,7 @@ struct Running {
     machine: Box<dyn Machine>,
     console: ConsoleRing,
     _directory: tempfile::TempDir,
+    _control: Option<OwnedFd>,
 }
 
 fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machine::Error> {
@@ -60,9 +61,10 @@ fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machi
         vcpus: 1,
         hardware: false,
     };
+    let (devices, control) = no_devices(kind);
     let wiring = Wiring {
         console: write,
-        devices: Devices::Sockets(Vec::new()),
+        devices,
         uid: 60_000,
     };
     let machine = kind.backend().start(&config, wiring)?;
@@ -70,6 +72,7 @@ fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machi
         machine,
         console,
         _directory: directory,
+        _control: control,
     })
 }
 
@@ -306,6 +309,57 @@ fn a_panic_ends_qemu() {
         exit.describe(&running.console.tail(50)),
         "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
     );
+}
+
+#[test]
+fn kvm_boots_and_ends() {
+    let Some(kernel) = kernel(Kind::Kvm) else {
+        return;
+    };
+    for command in [RESTART, POWER_OFF] {
+        let mut running = start(Kind::Kvm, kernel.clone(), &reboot(command)).unwrap();
+        // Without ACPI there is no power to switch off: the kernel stands still then.
+        if command == POWER_OFF {
+            assert!(!ends_within(running.process().pidfd.as_fd(), 5));
+            continue;
+        }
+        assert_eq!(
+            running.end(END_TIMEOUT * 3),
+            Exit::PoweredOff,
+            "{:#?}",
+            running.console.tail(50)
+        );
+    }
+}
+
+#[test]
+fn a_panic_ends_kvm() {
+    let Some(kernel) = kernel(Kind::Kvm) else {
+        return;
+    };
+    let mut running = start(Kind::Kvm, kernel, &EXIT).unwrap();
+    let exit = running.end(END_TIMEOUT * 3);
+    assert_eq!(
+        exit.describe(&running.console.tail(50)),
+        "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
+    );
+}
+
+#[test]
+fn hundred_machines_of_kind_kvm_boot_in_a_row() {
+    let Some(kernel) = kernel(Kind::Kvm) else {
+        return;
+    };
+    for round in 0..100 {
+        let mut running = start(Kind::Kvm, kernel.clone(), &reboot(RESTART)).unwrap();
+        let exit = running.end(END_TIMEOUT * 3);
+        assert_eq!(
+            exit,
+            Exit::PoweredOff,
+            "{round} {:#?}",
+            running.console.tail(50)
+        );
+    }
 }
 
 fn ends_within(pidfd: BorrowedFd<'_>, seconds: i64) -> bool {

@@ -11,8 +11,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Archive, kernel};
-use hull_machine::{Devices, Kind, Machine, MachineConfig, Wiring};
+use common::{Archive, kernel, no_devices};
+use hull_machine::{Kind, Machine, MachineConfig, Wiring};
 
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -49,6 +49,7 @@ struct Printed {
 struct Guest {
     machine: Box<dyn Machine>,
     printed: Arc<Mutex<Printed>>,
+    _control: Option<OwnedFd>,
 }
 
 impl Guest {
@@ -75,12 +76,13 @@ impl Guest {
             kernel,
             initramfs,
             memory: 128 << 20,
-            vcpus: 1,
+            vcpus: kind.backend().features().vcpus(2),
             hardware: false,
         };
+        let (devices, control) = no_devices(kind);
         let wiring = Wiring {
             console: OwnedFd::from(write),
-            devices: Devices::Sockets(Vec::new()),
+            devices,
             uid: 60_000,
         };
         let machine = kind.backend().start(&config, wiring).unwrap();
@@ -98,7 +100,11 @@ impl Guest {
                 }
             }
         });
-        let guest = Self { machine, printed };
+        let guest = Self {
+            machine,
+            printed,
+            _control: control,
+        };
         guest.until(Duration::from_secs(60), |printed| printed.slept.len() > 2);
         Some(guest)
     }
@@ -234,6 +240,11 @@ fn a_paused_qemu_stands_still() {
     a_paused_guest_stands_still(Kind::Qemu);
 }
 
+#[test]
+fn a_paused_kvm_stands_still() {
+    a_paused_guest_stands_still(Kind::Kvm);
+}
+
 fn a_paused_guest_ends(kind: Kind) {
     let Some(mut guest) = Guest::start(kind) else {
         return;
@@ -253,6 +264,11 @@ fn a_paused_uml_ends_with_its_handle() {
 #[test]
 fn a_paused_qemu_ends_with_its_handle() {
     a_paused_guest_ends(Kind::Qemu);
+}
+
+#[test]
+fn a_paused_kvm_ends_with_its_handle() {
+    a_paused_guest_ends(Kind::Kvm);
 }
 
 fn an_ended_guest_cannot_be_paused(kind: Kind) {
@@ -282,4 +298,9 @@ fn an_ended_uml_cannot_be_paused() {
 #[test]
 fn an_ended_qemu_cannot_be_paused() {
     an_ended_guest_cannot_be_paused(Kind::Qemu);
+}
+
+#[test]
+fn an_ended_kvm_cannot_be_paused() {
+    an_ended_guest_cannot_be_paused(Kind::Kvm);
 }

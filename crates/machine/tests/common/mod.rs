@@ -1,10 +1,12 @@
 //! What the tests with guest kernels share: finding a kernel, and archives to boot.
 
 use std::fmt::Write;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use hull_machine::Kind;
+use hull_device_control::{Setup, Transport};
+use hull_machine::{Devices, Host, Kind};
 
 /// The newest guest kernel in the build's cache. `None`, with the reason on standard error, where
 /// the test cannot run.
@@ -27,6 +29,17 @@ fn find_kernel(kind: Kind) -> Result<PathBuf, &'static str> {
             .status()
             .map_err(|_| "qemu is not installed")?;
     }
+    if kind == Kind::Kvm {
+        let host = Host {
+            uml_kernel: None,
+            native_kernel: Some("/proc/self/exe".into()),
+            data_directory: std::env::temp_dir(),
+        };
+        kind.backend()
+            .probe(&host)
+            .map_err(|_| "KVM does not work")?;
+        executable().ok_or("hull is not built")?;
+    }
     let cache = std::env::var_os("HULL_CACHE")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/hull")));
@@ -40,6 +53,37 @@ fn find_kernel(kind: Kind) -> Result<PathBuf, &'static str> {
         .filter(|path| path.is_file())
         .max_by_key(|path| path.metadata().and_then(|found| found.modified()).ok())
         .ok_or("no guest kernel has been built")
+}
+
+/// hull's executable: `HULL_BINARY`, or what lies beside this test's directory.
+fn executable() -> Option<PathBuf> {
+    let built = || {
+        let test = std::env::current_exe().ok()?;
+        Some(test.parent()?.parent()?.join("hull"))
+    };
+    let path = std::env::var_os("HULL_BINARY")
+        .map(PathBuf::from)
+        .or_else(built)?;
+    path.is_file().then_some(path)
+}
+
+/// No devices, as a machine of this kind has them, and what has to live as long as the machine.
+pub fn no_devices(kind: Kind) -> (Devices, Option<OwnedFd>) {
+    if kind != Kind::Kvm {
+        return (Devices::Sockets(Vec::new()), None);
+    }
+    let (ours, control) = hull_ipc::pair().unwrap();
+    let setup = Setup {
+        transport: Transport::Mmio,
+        devices: Vec::new(),
+    };
+    hull_ipc::send(&ours, &setup, &[]).unwrap();
+    let executable = std::fs::File::open(executable().unwrap()).unwrap().into();
+    let own = Devices::Own {
+        control,
+        executable,
+    };
+    (own, Some(ours))
 }
 
 /// An initramfs.
