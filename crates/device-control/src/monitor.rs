@@ -21,6 +21,16 @@ pub const KVM_FD: i32 = 7;
 /// Most virtual CPUs.
 pub const MAX_VCPUS: u32 = 32;
 
+/// What KVM must have: number (linux/kvm.h, KVM_CAP_*) and name.
+pub const CAPABILITIES: [(u32, &str); 6] = [
+    (32, "interrupts by eventfd"),
+    (36, "notifications by eventfd"),
+    (39, "setting the guest's clock"),
+    (72, "the TSC deadline timer"),
+    (121, "a split interrupt controller"),
+    (136, "immediate exits"),
+];
+
 /// Address of the first slot for a device.
 pub const FIRST_SLOT: u64 = 0xd000_0000;
 /// Bytes of a slot's registers.

@@ -146,7 +146,7 @@ pub struct Resources {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidSetup {
     /// Too many devices of a type.
-    #[error("a device process has {most} {} devices at most", .device.name())]
+    #[error("a machine has {most} {} devices at most", .device.name())]
     TooMany {
         /// The type.
         device: DeviceType,

@@ -4,10 +4,9 @@
 //! nothing is left of the host but `/proc` of its own pid namespace and the descriptors that come
 //! over the control socket. The process ends when the sandbox closes the control socket or a front
 //! end disconnects.
-#![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use hull_device_control::{CONTROL_FD, DeviceConfig, Resources};
 use rustix::net::SocketType;
@@ -21,17 +20,11 @@ use crate::transport::vhost_user::FrontEnd;
 ///
 /// [`Error::NoControlSocket`] if the descriptor is not open, or not a socket for messages.
 pub fn take_control_socket() -> Result<OwnedFd, Error> {
-    // SAFETY: borrowed only to find out whether it is open and what it is.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
-    let socket_type = rustix::net::sockopt::socket_type(borrowed);
-    if socket_type != Ok(SocketType::SEQPACKET) {
-        return Err(Error::NoControlSocket);
+    let socket = hull_ipc::inherited(CONTROL_FD).map_err(|_| Error::NoControlSocket)?;
+    match rustix::net::sockopt::socket_type(&socket) {
+        Ok(SocketType::SEQPACKET) => Ok(socket),
+        _ => Err(Error::NoControlSocket),
     }
-    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)
-        .map_err(|_| Error::NoControlSocket)?;
-    // SAFETY: it is open, and inherited, so it has no other owner in this process; the caller calls
-    // this once.
-    Ok(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
 }
 
 /// Runs the devices that the sandbox asks for until it closes the control socket or a front end

@@ -14,6 +14,7 @@ pub mod block;
 mod buffers;
 pub mod device;
 pub mod device_process;
+pub mod ended;
 pub mod entropy;
 pub mod fs;
 #[cfg(test)]

@@ -14,7 +14,7 @@
 //!   any ── the device returns an error ─► Failed ── reset ─► Inactive
 //! ```
 //!
-//! Used by `transport::vhost_user`, and intended for an in-process virtio-mmio transport, too. All
+//! Used by the transports `vhost_user` and `mmio`. All
 //! calls come from one thread, or are made exclusive by the transport's lock. While a device is
 //! quiesced or has failed, the transport must not wait for [`DeviceRunner::events`], which stays
 //! readable.

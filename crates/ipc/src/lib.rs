@@ -1,7 +1,8 @@
 //! Messages with descriptors between hull's host processes.
 //!
 //! Used by `sandbox` and `oci` for the control protocol, by `device-control` and `devices` for the
-//! device process, and by `oci` to pass terminals. It is independent of these protocols.
+//! device process, and by `oci` to pass terminals; by `vmm` and `machine` for the monitor of kind
+//! `kvm`. It is independent of these protocols.
 //!
 //! # Format
 //!
@@ -21,6 +22,7 @@
 //! passes to it (`agent/src/container/clone.rs`): guest code does not depend on host crates, and
 //! there the sender is a process under construction that may only make plain system calls.
 
+mod inherited;
 pub mod message;
 pub mod packet;
 #[cfg(feature = "tokio")]
@@ -33,6 +35,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+pub use inherited::inherited;
 pub use message::{
     LONG_MESSAGE, Limits, MAX_INLINE, MAX_MESSAGE, Prepared, Received, receive, send,
 };

@@ -365,49 +365,18 @@ pub const THREAD: &[c_long] = &[
     libc::SYS_poll,
 ];
 
-/// Requests to the descriptor of a virtual CPU (linux/kvm.h): to run it, and to read and write its
-/// state.
+/// Requests to the descriptor of a virtual CPU (linux/kvm.h): to run it, and to set its clock. Its
+/// state is set before the process is confined.
 #[cfg(target_arch = "x86_64")]
 pub const VCPU_IOCTLS: &[u64] = &[
     0x0000_ae80, // KVM_RUN
-    0x8090_ae81, // KVM_GET_REGS
-    0x4090_ae82, // KVM_SET_REGS
-    0x8138_ae83, // KVM_GET_SREGS
-    0x4138_ae84, // KVM_SET_SREGS
-    0xc008_ae88, // KVM_GET_MSRS
-    0x4008_ae89, // KVM_SET_MSRS
-    0x8400_ae8e, // KVM_GET_LAPIC
-    0x4400_ae8f, // KVM_SET_LAPIC
-    0x4008_ae90, // KVM_SET_CPUID2
-    0xc008_ae91, // KVM_GET_CPUID2
-    0x8004_ae98, // KVM_GET_MP_STATE
-    0x4004_ae99, // KVM_SET_MP_STATE
-    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
-    0x4040_aea0, // KVM_SET_VCPU_EVENTS
-    0x8080_aea1, // KVM_GET_DEBUGREGS
-    0x4080_aea2, // KVM_SET_DEBUGREGS
-    0x0000_aea2, // KVM_SET_TSC_KHZ
-    0x0000_aea3, // KVM_GET_TSC_KHZ
-    0x9000_aea4, // KVM_GET_XSAVE
-    0x5000_aea5, // KVM_SET_XSAVE
-    0x8188_aea6, // KVM_GET_XCRS
-    0x4188_aea7, // KVM_SET_XCRS
     0x0000_aead, // KVM_KVMCLOCK_CTRL
-    0x9000_aecf, // KVM_GET_XSAVE2
     0x4018_aee1, // KVM_SET_DEVICE_ATTR: the time stamp counter's offset
     0x4018_aee2, // KVM_GET_DEVICE_ATTR
 ];
 #[cfg(target_arch = "aarch64")]
 pub const VCPU_IOCTLS: &[u64] = &[
     0x0000_ae80, // KVM_RUN
-    0x8004_ae98, // KVM_GET_MP_STATE
-    0x4004_ae99, // KVM_SET_MP_STATE
-    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
-    0x4040_aea0, // KVM_SET_VCPU_EVENTS
-    0x4010_aeab, // KVM_GET_ONE_REG
-    0x4010_aeac, // KVM_SET_ONE_REG
-    0x4020_aeae, // KVM_ARM_VCPU_INIT
-    0xc008_aeb0, // KVM_GET_REG_LIST
 ];
 
 /// Requests to the descriptor of a virtual machine while it runs: messages of interrupts, which a

@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn every_number_meets_its_verdict() {
-        let processes = [Role::Device, Role::Uml, Role::Qemu, Role::Unpack];
+        let processes = [Role::Device, Role::Vmm, Role::Uml, Role::Qemu, Role::Unpack];
         let threads = [ThreadRole::Vcpu, ThreadRole::Io];
         let all = processes
             .map(|role| (format!("{role:?}"), rules(role)))
@@ -449,10 +449,23 @@ mod tests {
 
     #[test]
     fn a_thread_may_do_nothing_that_its_process_may_not() {
-        let process = rules(Role::Device);
-        for (call, verdict) in thread_rules(ThreadRole::Io) {
-            if verdict == Verdict::Allow {
-                assert_eq!(process.get(&call), Some(&Verdict::Allow), "{call}");
+        for (process, thread) in [
+            (Role::Device, ThreadRole::Io),
+            (Role::Vmm, ThreadRole::Io),
+            (Role::Vmm, ThreadRole::Vcpu),
+        ] {
+            let process = rules(process);
+            for (call, verdict) in thread_rules(thread) {
+                match (verdict, process.get(&call)) {
+                    (Verdict::Kill, _) => {}
+                    (Verdict::Request(few, None), Some(Verdict::Request(many, None))) => {
+                        assert!(few.iter().all(|request| many.contains(request)));
+                    }
+                    (Verdict::Prctl(few), Some(Verdict::Prctl(many))) => {
+                        assert!(few.iter().all(|option| many.contains(option)));
+                    }
+                    (verdict, found) => assert_eq!(found, Some(&verdict), "{call}"),
+                }
             }
         }
         let vcpu = thread_rules(ThreadRole::Vcpu);

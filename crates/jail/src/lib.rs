@@ -20,6 +20,7 @@
 //! data of a container or a guest: all its input comes from the sandbox.
 
 mod calls;
+mod executable;
 mod filter;
 mod privileges;
 mod restrict;
@@ -279,6 +280,7 @@ macro_rules! steps {
 
 steps! {
     Prepare = "preparing the jail",
+    Seal = "mounting the executable read-only",
     Clone = "creating a process in new namespaces",
     Session = "starting a session",
     Limits = "setting resource limits",
@@ -364,7 +366,23 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
         })
         .map_err(failed(Step::Prepare))?;
     let report_out = above(report_out).map_err(failed(Step::Prepare))?;
-    let executable = rustix::io::fcntl_dupfd_cloexec(spec.executable, FIRST_PRIVATE_FD)
+    // A foreign executable runs as a user who owns nothing.
+    let sealed = match spec.confinement {
+        Some(_) => None,
+        // Without a name on the host, there is nothing to protect.
+        None if is_removed(spec.executable) => None,
+        None => match executable::sealed(spec.executable) {
+            Ok(sealed) => Some(sealed),
+            // Root of a user namespace is not the owner of an installed file, and may lack the rights
+            // over its mount.
+            Err(_) if executable::in_user_namespace() => None,
+            Err(errno) => return Err(failed(Step::Seal)(errno)),
+        },
+    };
+    let executable = sealed
+        .as_ref()
+        .map_or(spec.executable, |sealed| sealed.as_fd());
+    let executable = rustix::io::fcntl_dupfd_cloexec(executable, FIRST_PRIVATE_FD)
         .map_err(failed(Step::Prepare))?;
 
     let child = Child {
@@ -403,6 +421,11 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
             Err(failed(step.copied().unwrap_or(Step::Prepare))(errno))
         }
     }
+}
+
+/// Whether a file has no name any more.
+fn is_removed(file: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| stat.st_nlink == 0)
 }
 
 /// Confines the calling process, which [`spawn`] started without a confinement. Its open

@@ -352,7 +352,7 @@ const CLONE: OpenTreeFlags = OpenTreeFlags::OPEN_TREE_CLONE
 
 /// A detached clone of the mounts at and below a file. Its number is out of the range of inherited
 /// descriptors, which are placed before the jail is built.
-fn clone_tree(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+pub fn clone_tree(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let flags = CLONE | OpenTreeFlags::AT_EMPTY_PATH;
     let tree = rustix::mount::open_tree(file, c"", flags)?;
     rustix::io::fcntl_dupfd_cloexec(&tree, FIRST_PRIVATE_FD)

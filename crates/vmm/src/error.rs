@@ -2,6 +2,7 @@
 
 use std::io;
 
+use hull_device_control::monitor::MAX_VCPUS;
 use rustix::io::Errno;
 
 /// An error of the monitor. Its text is for display.
@@ -46,13 +47,11 @@ pub enum Error {
     /// The devices cannot be set up, or the sandbox's requests cannot be served.
     #[error(transparent)]
     Devices(#[from] hull_devices::served::Error),
-    /// There are more devices than slots.
-    #[error("machine kind kvm has room for {most} devices, and {count} are asked for")]
-    TooManyDevices {
+    /// A number of virtual CPUs that no machine has.
+    #[error("a machine has 1 to {MAX_VCPUS} virtual CPUs, and not {vcpus}")]
+    Vcpus {
         /// Number requested.
-        count: usize,
-        /// Number of slots.
-        most: usize,
+        vcpus: u32,
     },
     /// The process cannot be confined.
     #[error(transparent)]

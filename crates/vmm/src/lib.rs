@@ -11,7 +11,6 @@
 //! only then does guest code run. It never opens a file by name.
 
 mod error;
-mod take;
 #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
 mod x86_64;
 #[cfg(all(target_arch = "x86_64", fuzzing))]
@@ -38,9 +37,6 @@ use hull_device_control::CONTROL_FD;
 use hull_device_control::monitor::{INITRAMFS_FD, KERNEL_FD, KVM_FD, MONITOR_FD};
 
 pub use error::Error;
-
-/// Most virtual CPUs of a machine.
-pub const MAX_VCPUS: u32 = hull_device_control::monitor::MAX_VCPUS;
 
 /// What a machine is made of.
 #[derive(Debug)]
@@ -69,7 +65,7 @@ impl Config {
     /// # Errors
     /// A descriptor is not open: crate machine has not started this process.
     pub fn inherited(memory: u64, vcpus: u32) -> Result<Self, Error> {
-        let take = |fd: RawFd| take::inherited(fd).map_err(Error::errno("use a descriptor"));
+        let take = |fd: RawFd| hull_ipc::inherited(fd).map_err(Error::errno("use a descriptor"));
         Ok(Self {
             memory,
             vcpus,

@@ -3,22 +3,24 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use hull_device_control::DeviceType;
-use hull_device_control::monitor::{Answer, Command, LIMITS, SlotAddress};
+use hull_device_control::monitor::{Answer, CAPABILITIES, Command, LIMITS, MAX_VCPUS, SlotAddress};
 use hull_devices::device::Memory;
+use hull_devices::ended::Ended;
 use hull_devices::served::{Served, receive_setup};
 use hull_devices::transport::Connection;
 use hull_devices::transport::mmio::{self, QUEUE_NOTIFY, Registers, Slot};
 use hull_ipc::Received;
 use hull_jail::{ThreadRole, drop_thread_capabilities, restrict_thread};
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_msr_entry,
+    KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
+    KVM_PMU_CAP_DISABLE, Msrs, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_msr_entry,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, SerialInterrupt};
@@ -29,16 +31,6 @@ use crate::x86_64::kernel::Kernel;
 use crate::x86_64::layout::{MAX_SLOTS, SERIAL_INTERRUPT, TASK_STATE};
 use crate::x86_64::{boot, cpuid, mptable};
 use crate::{Config, Error, sys};
-
-/// What KVM must have.
-const CAPABILITIES: [(Cap, &str); 6] = [
-    (Cap::SplitIrqchip, "a split interrupt controller"),
-    (Cap::Irqfd, "interrupts by eventfd"),
-    (Cap::Ioeventfd, "notifications by eventfd"),
-    (Cap::ImmediateExit, "immediate exits"),
-    (Cap::TscDeadlineTimer, "the TSC deadline timer"),
-    (Cap::AdjustClock, "setting the guest's clock"),
-];
 
 /// The kernel's parameters beside those of devices: it prints only warnings and errors, a guest
 /// without ACPI ends by the reset command, and free memory is given back in blocks of 64 KiB and
@@ -59,8 +51,6 @@ struct Built {
     vcpus: Vec<VcpuFd>,
     bus: Bus,
     served: Served,
-    /// Keeps guest memory mapped.
-    memory: Memory,
 }
 
 /// See [`crate::run`].
@@ -68,19 +58,23 @@ pub fn run(
     config: Config,
     confine: impl FnOnce() -> Result<(), hull_jail::Error>,
 ) -> Result<(), Error> {
-    let (built, monitor, devices) = build(config)?;
+    if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+        return Err(Error::Vcpus {
+            vcpus: config.vcpus,
+        });
+    }
+    let ended = Arc::new(Ended::new().map_err(Error::host("create an eventfd"))?);
+    let (built, monitor, devices) = build(config, &ended)?;
     confine()?;
     let Built {
         vm,
         vcpus,
         bus,
         mut served,
-        memory,
     } = built;
     for (device, connection, file) in devices {
         served.start(device, connection, file)?;
     }
-    let ended = Arc::new(Ended::new()?);
     let report = ended.clone();
     std::thread::Builder::new()
         .name("control".into())
@@ -98,16 +92,13 @@ pub fn run(
     });
     let vcpus = Vcpus::start(vcpus, surroundings)?;
     drop_thread_capabilities("the machine process")?;
-    let result = Monitor {
+    Monitor {
         socket: monitor,
         vm,
         vcpus,
         paused: None,
     }
-    .serve(&ended);
-    // Threads of virtual CPUs run until the process exits, and use it until then.
-    std::mem::forget(memory);
-    result
+    .serve(&ended)
 }
 
 type Device = (
@@ -116,7 +107,10 @@ type Device = (
     Option<OwnedFd>,
 );
 
-fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
+fn build(
+    config: Config,
+    ended: &Arc<Ended<Result<(), Error>>>,
+) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
     let Config {
         memory,
         vcpus: count,
@@ -130,7 +124,7 @@ fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
 
     let kvm = sys::kvm(kvm);
     for (capability, name) in CAPABILITIES {
-        if !kvm.check_extension(capability) {
+        if kvm.check_extension_raw(capability.into()) <= 0 {
             return Err(Error::Capability(name));
         }
     }
@@ -140,7 +134,7 @@ fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
 
     // Memory comes first: changing it waits for a grace period of everything on KVM's buses.
     let ram = GuestRam::new(memory)?;
-    let mapped = sys::set_memory(&vm, &ram).map_err(Error::kvm("give memory to the guest"))?;
+    sys::set_memory(&vm, &ram).map_err(Error::kvm("give memory to the guest"))?;
     vm.set_tss_address(TASK_STATE)
         .map_err(Error::kvm("place the task state segment"))?;
     vm.enable_cap(&kvm_enable_cap {
@@ -148,6 +142,7 @@ fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
         ..Default::default()
     })
     .map_err(Error::kvm("create the interrupt controllers"))?;
+    forbid_performance_counters(&vm)?;
 
     let mut parameters = PARAMETERS.to_owned();
     let mut slots: Vec<Option<Registers>> = (0..MAX_SLOTS).map(|_| None).collect();
@@ -156,11 +151,11 @@ fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
     for (device, resources) in devices {
         let kind = device.device_type();
         let number = numbers.entry(kind).or_default();
-        let too_many = Error::TooManyDevices {
-            count: *number + 1,
-            most: *number,
-        };
-        let address = SlotAddress::of(kind, *number).ok_or(too_many)?;
+        // `receive_setup` has counted them.
+        let address = SlotAddress::of(kind, *number).ok_or(Error::Host {
+            action: "place the devices",
+            source: io::ErrorKind::OutOfMemory.into(),
+        })?;
         *number += 1;
         let (registers, slot) = slot(&vm, ram.memory(), address)?;
         if let Some(place) = slots.get_mut(address.slot as usize) {
@@ -187,21 +182,39 @@ fn build(config: Config) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
         .try_clone_to_owned()
         .map_err(Error::host("use the console"))?;
     let vm = Arc::new(vm);
-    let routed = vm.clone();
+    let (routed, report) = (vm.clone(), ended.clone());
     let bus = Bus::new(
         slots,
         File::from(console),
         SerialInterrupt(serial),
-        Box::new(move |routes| route(&routed, routes)),
+        Box::new(move |routes| {
+            if let Err(error) = route(&routed, routes) {
+                report.set(Err(error));
+            }
+        }),
     );
     let built = Built {
         vm,
         vcpus,
         bus,
         served: Served::new(control, confine_device)?,
-        memory: mapped,
     };
     Ok((built, monitor, connected))
+}
+
+/// Takes the performance counters from the guest, where KVM can (Linux 5.18).
+fn forbid_performance_counters(vm: &VmFd) -> Result<(), Error> {
+    let can = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if u32::try_from(can).is_ok_and(|can| can & KVM_PMU_CAP_DISABLE != 0) {
+        let mut capability = kvm_enable_cap {
+            cap: KVM_CAP_PMU_CAPABILITY,
+            ..Default::default()
+        };
+        capability.args[0] = KVM_PMU_CAP_DISABLE.into();
+        vm.enable_cap(&capability)
+            .map_err(Error::kvm("take the performance counters from the guest"))?;
+    }
+    Ok(())
 }
 
 /// Confines the thread of a device. The fs device acts for the guest's users, which takes the
@@ -233,7 +246,7 @@ fn slot(vm: &VmFd, memory: &Memory, address: SlotAddress) -> Result<(Registers, 
         mmio::slot(memory.clone()).map_err(Error::host("create an eventfd"))?;
     let event = |fd| sys::event(fd).map_err(Error::host("create an eventfd"));
     let notify = IoEventAddress::Mmio(address.registers() + QUEUE_NOTIFY);
-    // Four bytes: with no value to compare, KVM takes any.
+    // Without a value to compare, KVM takes writes of any width and value.
     vm.register_ioevent(&event(events.kick())?, &notify, NoDatamatch)
         .map_err(Error::kvm("connect a notification"))?;
     vm.register_irqfd(&event(events.interrupt())?, address.interrupt())
@@ -259,7 +272,7 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, entry: u32) -> Result<Vec<Vcpu
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(Error::kvm("read the features of the processor"))?;
-    let supported = cpuid::with_name(&supported).map_err(|_| Error::Host {
+    let supported = cpuid::completed(&supported).map_err(|_| Error::Host {
         action: "read the features of the processor",
         source: io::ErrorKind::OutOfMemory.into(),
     })?;
@@ -307,7 +320,7 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
 }
 
 /// Tells KVM the messages of all interrupts.
-fn route(vm: &VmFd, routes: &Routes) {
+fn route(vm: &VmFd, routes: &Routes) -> Result<(), Error> {
     let entries: Vec<kvm_irq_routing_entry> = (0..)
         .zip(routes)
         .filter_map(|(pin, message)| {
@@ -322,48 +335,12 @@ fn route(vm: &VmFd, routes: &Routes) {
             Some(entry)
         })
         .collect();
-    let set = kvm_bindings::KvmIrqRouting::from_entries(&entries)
-        .map_err(|error| format!("{error:?}"))
-        .and_then(|routing| {
-            vm.set_gsi_routing(&routing)
-                .map_err(|error| error.to_string())
-        });
-    if let Err(error) = set {
-        tracing::error!(%error, "cannot route the guest's interrupts");
-    }
-}
-
-/// How the machine ended: what is reported first.
-struct Ended {
-    event: OwnedFd,
-    result: Mutex<Option<Result<(), Error>>>,
-}
-
-impl Ended {
-    fn new() -> Result<Self, Error> {
-        Ok(Self {
-            event: eventfd(0, EventfdFlags::CLOEXEC).map_err(Error::errno("create an eventfd"))?,
-            result: Mutex::new(None),
-        })
-    }
-
-    fn set(&self, result: Result<(), Error>) {
-        self.result
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(result);
-        if let Err(error) = rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
-            tracing::error!(%error, "cannot end the machine process");
-        }
-    }
-
-    fn take(&self) -> Result<(), Error> {
-        self.result
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .unwrap_or(Ok(()))
-    }
+    let action = "route the guest's interrupts";
+    let routing = kvm_bindings::KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Host {
+        action,
+        source: io::ErrorKind::InvalidInput.into(),
+    })?;
+    vm.set_gsi_routing(&routing).map_err(Error::kvm(action))
 }
 
 /// The guest's time when it was paused.
@@ -382,10 +359,10 @@ struct Monitor {
 
 impl Monitor {
     /// Serves until the machine has ended, or crate machine has closed the socket.
-    fn serve(mut self, ended: &Ended) -> Result<(), Error> {
+    fn serve(mut self, ended: &Ended<Result<(), Error>>) -> Result<(), Error> {
         loop {
             let mut ready = [
-                PollFd::new(&ended.event, PollFlags::IN),
+                PollFd::new(ended.event(), PollFlags::IN),
                 PollFd::new(&self.socket, PollFlags::IN),
             ];
             match poll(&mut ready, None) {
@@ -393,7 +370,7 @@ impl Monitor {
                 Err(error) => return Err(Error::errno("wait for the end of the machine")(error)),
             }
             if !ready[0].revents().is_empty() {
-                return ended.take();
+                return ended.take().unwrap_or(Ok(()));
             }
             if ready[1].revents().is_empty() {
                 continue;

@@ -25,11 +25,12 @@ pub const PAGE: u64 = 4096;
 pub struct GuestRam(Memory);
 
 impl GuestRam {
-    /// Memory of `size` bytes, a multiple of [`PAGE`]: below the devices, and the rest above 4 GiB.
+    /// Memory of `size` bytes, but whole pages: below the devices, and the rest above 4 GiB.
     ///
     /// # Errors
     /// The host has no address space left.
     pub fn new(size: u64) -> Result<Self, Error> {
+        let size = size / PAGE * PAGE;
         let low = size.min(LOW_MEMORY_END);
         let mut regions = vec![region(0, low)?];
         if size > low {
@@ -227,5 +228,7 @@ mod tests {
         let ranges: Vec<_> = ram.ranges().collect();
         assert_eq!(ranges, [(0, LOW_MEMORY_END), (HIGH_MEMORY, 1 << 30)]);
         assert_eq!(GuestRam::new(64 << 20).unwrap().ranges().count(), 1);
+        let odd = GuestRam::new(100_000_000).unwrap();
+        assert_eq!(odd.low_end(), 99_999_744);
     }
 }

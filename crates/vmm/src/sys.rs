@@ -5,7 +5,6 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use hull_devices::device::Memory;
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::io::Errno;
@@ -15,9 +14,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
 
-/// Reserves private anonymous memory of `size` bytes at a multiple of [`HUGE_PAGE`], for the life
-/// of the process. Addresses of guest and host that are the same within a huge page let KVM map
-/// such a page at once.
+/// Reserves private anonymous memory of `size` bytes, whole pages, at a multiple of [`HUGE_PAGE`].
+/// It is leaked on purpose: KVM, virtual CPUs and devices use it until the process exits. Addresses
+/// of guest and host that are the same within a huge page let KVM map such a page at once.
 ///
 /// # Errors
 /// ENOMEM: no address space is left.
@@ -59,9 +58,8 @@ pub fn reserve(size: usize) -> Result<MmapRegion<()>, Errno> {
 /// page boundaries.
 pub fn map_over(part: &VolatileSlice<'_>, file: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
     let pointer = part.ptr_guard_mut();
-    // SAFETY: the range is within a mapping that guest memory owns, which nothing refers to but
-    // through volatile accesses; the new mapping replaces it with the same protection, and is
-    // unmapped with it.
+    // SAFETY: the range is within memory of `reserve`, which nothing refers to but through volatile
+    // accesses; the new mapping replaces it with the same protection, and stays as long.
     unsafe {
         mmap(
             pointer.as_ptr().cast(),
@@ -94,14 +92,16 @@ pub fn event(fd: BorrowedFd<'_>) -> std::io::Result<EventFd> {
     Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
-/// Gives guest memory to a virtual machine, which keeps it mapped as long as the result lives.
-pub fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<Memory, kvm_ioctls::Error> {
+/// Gives guest memory to a virtual machine.
+///
+/// # Errors
+/// KVM's.
+pub fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), kvm_ioctls::Error> {
     for slot in ram.slots() {
-        // SAFETY: the range is mapped by guest memory. The process keeps that until it exits: the
-        // caller holds the returned reference as long as the virtual machine.
+        // SAFETY: memory of `reserve` is mapped until the process exits.
         unsafe { vm.set_user_memory_region(slot)? };
     }
-    Ok(ram.memory().clone())
+    Ok(())
 }
 
 /// `immediate_exit` of a virtual CPU (kvm_run in linux/kvm.h), which other threads set before they
@@ -122,8 +122,8 @@ impl ImmediateExit {
 
     /// Makes the next KVM_RUN return at once, or not.
     pub fn set(&self, value: bool) {
-        // SAFETY: mapped (see `of`). KVM only reads it, and the thread of the CPU accesses it
-        // through this type only.
+        // SAFETY: mapped (see `of`). KVM only reads it. The library that runs the CPU has a mutable
+        // reference to the whole page meanwhile, but neither reads nor writes this byte of it.
         unsafe { (*self.0).store(u8::from(value), Ordering::SeqCst) };
     }
 }

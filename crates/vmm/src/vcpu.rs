@@ -1,17 +1,16 @@
 //! Virtual CPUs: a thread each, and what stops and continues it.
 //!
 //! ```text
-//!   Running ──── wanted: Paused, kick ───► Paused
-//!      ▲                                     │
-//!      └────────── wanted: Running ──────────┘
-//!
-//!   Running ── the guest ends, or breaks down ──► Ended
+//!   Outside ──── the gate is open ────► Running (KVM_RUN)
+//!      ▲                                    │
+//!      └──── an exit: a device, a kick ─────┘
 //! ```
 //!
-//! A request is what is wanted, kept in [`Gate`], and a kick: `immediate_exit` is set and the
-//! thread gets a signal. If it is in the guest, the signal ends KVM_RUN; if it is about to enter
-//! it, `immediate_exit` does; if it is anywhere else, it looks at the gate before it enters. So no
-//! request is lost. The thread answers each by its state.
+//! A pause closes the gate and kicks all that run; it has succeeded when all are outside, where no
+//! code of the guest runs. One may be serving a register there, also for long, when a device is
+//! reset. A kick: `immediate_exit` is set and the thread gets a signal. If it is in the guest, the
+//! signal ends KVM_RUN; if it is about to enter it, `immediate_exit` does; if it is anywhere else,
+//! it looks at the gate before it enters. So no request is lost.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,25 +20,21 @@ use std::time::{Duration, Instant};
 use hull_jail::{ThreadRole, restrict_thread};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
 use crate::error::{Breakdown, Error};
 use crate::sys::{self, ImmediateExit};
 
-/// How long a virtual CPU may take to stop. It may be waiting for a device that is being reset.
+/// The signal that ends KVM_RUN. Not a real-time one: those count against a limit of the user,
+/// whose other processes could use it up.
+const KICK: i32 = libc::SIGUSR1;
+
+/// How long a virtual CPU may take to leave the guest.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How a guest ended.
+/// How a guest ended: it reset its machine, or broke down.
 pub type End = Result<(), Breakdown>;
-
-/// What a virtual CPU does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Running,
-    Paused,
-    Ended,
-}
 
 /// Where a virtual CPU and those who stop it meet.
 struct Gate {
@@ -48,10 +43,10 @@ struct Gate {
 }
 
 struct GateState {
-    /// Whether the CPU is to stand still.
-    pause: bool,
-    /// What it does.
-    state: State,
+    /// Whether the CPU may not enter the guest.
+    closed: bool,
+    /// Whether it is in the guest.
+    running: bool,
     /// Cycles of the host's time stamp counter that the guest is not to see.
     forget: u64,
 }
@@ -85,13 +80,13 @@ impl Vcpus {
     /// # Errors
     /// The host has no threads left.
     pub fn start(vcpus: Vec<VcpuFd>, surroundings: Arc<Surroundings>) -> Result<Self, Error> {
-        register_signal_handler(SIGRTMIN(), do_nothing)
+        register_signal_handler(KICK, do_nothing)
             .map_err(|error| Error::host("handle a signal")(error.into()))?;
         let threads = (0..).zip(vcpus).map(|(number, mut fd)| {
             let gate = Arc::new(Gate {
                 state: Mutex::new(GateState {
-                    pause: false,
-                    state: State::Running,
+                    closed: false,
+                    running: false,
                     forget: 0,
                 }),
                 changed: Condvar::new(),
@@ -119,16 +114,17 @@ impl Vcpus {
     /// One does not stop in time; those that have stopped continue.
     pub fn pause(&self) -> Result<(), Error> {
         for vcpu in &self.0 {
-            vcpu.gate.lock().pause = true;
+            vcpu.gate.lock().closed = true;
             vcpu.kick.set(true);
-            vcpu.thread
-                .kill(SIGRTMIN())
-                .map_err(|error| Error::host("stop a virtual CPU")(error.into()))?;
+            if let Err(error) = vcpu.thread.kill(KICK) {
+                self.resume(0);
+                return Err(Error::host("stop a virtual CPU")(error.into()));
+            }
         }
         let deadline = Instant::now() + PAUSE_TIMEOUT;
         for vcpu in &self.0 {
             let left = deadline.saturating_duration_since(Instant::now());
-            let running = |state: &mut GateState| state.state == State::Running;
+            let running = |state: &mut GateState| state.running;
             let (state, timeout) = vcpu
                 .gate
                 .changed
@@ -150,7 +146,7 @@ impl Vcpus {
     pub fn resume(&self, forget: u64) {
         for vcpu in &self.0 {
             let mut state = vcpu.gate.lock();
-            state.pause = false;
+            state.closed = false;
             state.forget = state.forget.wrapping_add(forget);
             vcpu.gate.changed.notify_all();
         }
@@ -188,24 +184,19 @@ impl Runner {
     /// Waits as long as a pause is wanted.
     fn pass_gate(&mut self) {
         let mut state = self.gate.lock();
-        let paused = state.pause;
-        while state.pause {
-            if state.state != State::Paused {
-                state.state = State::Paused;
-                self.gate.changed.notify_all();
-            }
+        while state.closed {
             state = self
                 .gate
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        state.state = State::Running;
+        state.running = true;
         // Every kick so far was for a pause that is over: the next one begins with the lock.
         self.kick.set(false);
         let forget = std::mem::take(&mut state.forget);
         drop(state);
-        if paused {
+        if forget > 0 {
             self.forget_time(forget);
         }
     }
@@ -213,9 +204,10 @@ impl Runner {
     /// Sets the guest's time stamp counter back by the time of a pause, and tells its kernel that
     /// it was paused, so that it does not take the time for a lockup.
     fn forget_time(&self, cycles: u64) {
-        // Linux before 5.16 has no such attribute: the guest's time jumps there.
+        // Linux before 5.16 has no such attribute: the clock of a guest that uses the counter jumps
+        // there.
         if let Err(errno) = sys::move_tsc(&self.fd, cycles.wrapping_neg()) {
-            tracing::warn!(vcpu = self.number, %errno, "cannot set the time stamp counter back");
+            tracing::debug!(vcpu = self.number, %errno, "cannot set the time stamp counter back");
         }
         // EINVAL: the guest does not use that clock.
         if let Err(error) = self.fd.kvmclock_ctrl() {
@@ -225,9 +217,17 @@ impl Runner {
 
     /// Runs the guest until it needs this process. The result is how it ended, if it did.
     fn enter(&mut self) -> Option<End> {
-        let bus = &self.surroundings.bus;
+        let (bus, gate) = (&self.surroundings.bus, &self.gate);
         let vcpu = self.number;
-        match self.fd.run() {
+        let exit = self.fd.run();
+        {
+            let mut state = gate.lock();
+            state.running = false;
+            if state.closed {
+                gate.changed.notify_all();
+            }
+        }
+        match exit {
             Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
             Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
@@ -261,8 +261,6 @@ impl Runner {
     /// Reports how the guest ended, and waits for the end of the process.
     fn end(&self, end: End) -> ! {
         (self.surroundings.ended)(end);
-        self.gate.lock().state = State::Ended;
-        self.gate.changed.notify_all();
         loop {
             std::thread::park();
         }

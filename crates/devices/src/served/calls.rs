@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use hull_device_control::{Call, Event, Request};
 
-use super::{DiskSlot, Ended, NetSlot, report};
+use super::{DiskSlot, NetSlot, Threads, report};
 use crate::fs::{ShareError, Shares};
 use crate::vsock::{Handle as VsockHandle, Socket};
 
-const NO_FS: &str = "this device process has no fs device";
-const NO_VSOCK: &str = "this device process has no vsock device";
-const NO_NET: &str = "this device process has no such net device";
-const NO_DISK: &str = "this device process has no such disk";
+const NO_FS: &str = "the machine has no fs device";
+const NO_VSOCK: &str = "the machine has no vsock device";
+const NO_NET: &str = "the machine has no such net device";
+const NO_DISK: &str = "the machine has no such disk";
 const NO_FD: &str = "no descriptor came with the request";
 const NO_TAP: &str = "no tap is attached";
 
@@ -63,7 +63,7 @@ pub fn serve(
     fd: Option<OwnedFd>,
     control: &Arc<OwnedFd>,
     targets: &mut Targets,
-    ended: &Arc<Ended>,
+    threads: &Arc<Threads>,
 ) {
     let reply = Reply {
         id: request.id,
@@ -86,7 +86,7 @@ pub fn serve(
         },
         Call::AttachNet { device, options } => {
             match (targets.nets.get_mut(usize::from(device)), fd) {
-                (Some(net), Some(tap)) => match net.start(ended) {
+                (Some(net), Some(tap)) => match net.start(threads) {
                     Ok(net) => net.attach(tap, options, reply.on_result()),
                     Err(error) => reply.send(Err(error.to_string())),
                 },
@@ -98,7 +98,7 @@ pub fn serve(
             let number = usize::from(disk);
             match (targets.disks.get_mut(number), fd) {
                 (Some(slot), Some(file)) => {
-                    let started = slot.start(number, file, read_only, ended);
+                    let started = slot.start(number, file, read_only, threads);
                     reply.send(started.map_err(|error| error.to_string()));
                 }
                 (None, _) => reply.send(unavailable(NO_DISK)),

@@ -9,18 +9,19 @@ mod calls;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use hull_device_control::{
     CONTROL_FD, DeviceConfig, DeviceType, Event, InvalidSetup, REQUEST_LIMITS, Request, Resources,
     SETUP_LIMITS, Setup, disk_serial,
 };
 use hull_ipc::Received;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::balloon::Balloon;
 use crate::block::Block;
 use crate::device::Device;
+use crate::ended::Ended;
 use crate::entropy::Entropy;
 use crate::fs::Fs;
 use crate::net::{Handle as NetHandle, Net};
@@ -76,7 +77,7 @@ pub type ConfineThread = fn(DeviceType) -> Result<(), String>;
 /// The devices of a guest, some of which have threads.
 pub struct Served {
     control: Arc<OwnedFd>,
-    ended: Arc<Ended>,
+    threads: Arc<Threads>,
     targets: Targets,
 }
 
@@ -94,7 +95,10 @@ impl Served {
         rustix::process::umask(rustix::fs::Mode::empty());
         Ok(Self {
             control: Arc::new(control),
-            ended: Arc::new(Ended::new(confine).map_err(Error::host("create an eventfd"))?),
+            threads: Arc::new(Threads {
+                confine,
+                ended: Ended::new().map_err(Error::host("create an eventfd"))?,
+            }),
             targets: Targets::default(),
         })
     }
@@ -111,12 +115,12 @@ impl Served {
         file: Option<OwnedFd>,
     ) -> Result<(), Error> {
         let kind = device.device_type();
-        let (targets, ended) = (&mut self.targets, &self.ended);
+        let (targets, threads) = (&mut self.targets, &self.threads);
         match device {
             DeviceConfig::Fs => {
                 let (device, shares) = Fs::new().map_err(Error::host("create the fs device"))?;
                 targets.shares = Some(shares);
-                start(kind, Box::new(device), connection, ended)
+                start(kind, Box::new(device), connection, threads)
             }
             DeviceConfig::Vsock => {
                 let reports = self.control.clone();
@@ -129,18 +133,18 @@ impl Served {
                 }))
                 .map_err(Error::host("create the vsock device"))?;
                 targets.vsock = Some(handle);
-                start(kind, Box::new(device), connection, ended)
+                start(kind, Box::new(device), connection, threads)
             }
             DeviceConfig::Entropy => {
                 let device = Entropy::new().map_err(Error::host("create the entropy device"))?;
-                start(kind, Box::new(device), connection, ended)
+                start(kind, Box::new(device), connection, threads)
             }
-            DeviceConfig::Balloon => start(kind, Box::new(Balloon::default()), connection, ended),
+            DeviceConfig::Balloon => start(kind, Box::new(Balloon::default()), connection, threads),
             DeviceConfig::Net { mac, early_enable } => {
                 let mut slot = NetSlot::Idle { connection, mac };
                 if early_enable {
                     // QEMU's devices are present from boot.
-                    slot.start(ended)?;
+                    slot.start(threads)?;
                 }
                 targets.nets.push(slot);
                 Ok(())
@@ -149,7 +153,7 @@ impl Served {
                 // `Setup::assign` gives each disk its file.
                 let file = file.ok_or(Error::NoSetup)?;
                 let mut slot = DiskSlot(Some(connection));
-                slot.start(targets.disks.len(), file, read_only, ended)?;
+                slot.start(targets.disks.len(), file, read_only, threads)?;
                 targets.disks.push(slot);
                 Ok(())
             }
@@ -165,7 +169,7 @@ impl Served {
     /// # Errors
     /// A front end broke the protocol, or the control socket failed.
     pub fn serve(mut self) -> Result<(), Error> {
-        serve_control(&self.control, &mut self.targets, &self.ended)
+        serve_control(&self.control, &mut self.targets, &self.threads)
     }
 }
 
@@ -179,7 +183,7 @@ impl DiskSlot {
         number: usize,
         file: OwnedFd,
         read_only: bool,
-        ended: &Arc<Ended>,
+        threads: &Arc<Threads>,
     ) -> Result<(), Error> {
         let device = Block::new(File::from(file), read_only, &disk_serial(number))
             .map_err(Error::host("measure a disk"))?;
@@ -187,7 +191,7 @@ impl DiskSlot {
             action: "attach a disk",
             source: io::Error::other("it has a file already"),
         })?;
-        start(DeviceType::Disk, Box::new(device), connection, ended)
+        start(DeviceType::Disk, Box::new(device), connection, threads)
     }
 }
 
@@ -203,12 +207,12 @@ enum NetSlot {
 
 impl NetSlot {
     /// Starts the device if it is not running.
-    fn start(&mut self, ended: &Arc<Ended>) -> Result<&NetHandle, Error> {
+    fn start(&mut self, threads: &Arc<Threads>) -> Result<&NetHandle, Error> {
         if let Self::Idle { .. } = self
             && let Self::Idle { connection, mac } = std::mem::replace(self, Self::Failed)
         {
             let (device, handle) = Net::new(mac).map_err(Error::host("create a net device"))?;
-            start(DeviceType::Net, Box::new(device), connection, ended)?;
+            start(DeviceType::Net, Box::new(device), connection, threads)?;
             *self = Self::Started(handle);
         }
         self.started().ok_or(Error::Host {
@@ -226,59 +230,29 @@ impl NetSlot {
 }
 
 /// How device threads begin, and wake the first thread when they end.
-struct Ended {
+struct Threads {
     confine: ConfineThread,
-    event: OwnedFd,
-    result: Mutex<Option<Result<(), transport::Error>>>,
-}
-
-impl Ended {
-    fn new(confine: ConfineThread) -> io::Result<Self> {
-        Ok(Self {
-            confine,
-            event: eventfd(0, EventfdFlags::CLOEXEC)?,
-            result: Mutex::new(None),
-        })
-    }
-
-    fn set(&self, result: Result<(), transport::Error>) {
-        self.result
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(result);
-        if let Err(error) = rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
-            tracing::error!(%error, "cannot end the device process");
-        }
-    }
-
-    /// The result of the first thread that ended.
-    fn take(&self) -> Result<(), transport::Error> {
-        self.result
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .unwrap_or(Ok(()))
-    }
+    ended: Ended<Result<(), transport::Error>>,
 }
 
 fn start(
     kind: DeviceType,
     device: Box<dyn Device>,
     connection: Connection,
-    ended: &Arc<Ended>,
+    threads: &Arc<Threads>,
 ) -> Result<(), Error> {
-    let ended = ended.clone();
+    let threads = threads.clone();
     let name = kind.name();
     let attached = connection.attach(name, device)?;
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
-            let result = match (ended.confine)(kind) {
+            let result = match (threads.confine)(kind) {
                 Ok(()) => attached.serve(),
                 Err(why) => Err(transport::Error::Confine(why)),
             };
-            tracing::debug!(device = name, "front end has disconnected");
-            ended.set(result);
+            tracing::debug!(device = name, "not served any more");
+            threads.ended.set(result);
         })
         .map_err(Error::host("start a device thread"))?;
     Ok(())
@@ -287,26 +261,26 @@ fn start(
 fn serve_control(
     control: &Arc<OwnedFd>,
     targets: &mut Targets,
-    ended: &Arc<Ended>,
+    threads: &Arc<Threads>,
 ) -> Result<(), Error> {
     loop {
         let mut ready = [
             PollFd::new(control, PollFlags::IN),
-            PollFd::new(&ended.event, PollFlags::IN),
+            PollFd::new(threads.ended.event(), PollFlags::IN),
         ];
         match poll(&mut ready, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Error::host("wait for the control socket")(error.into())),
         }
         if !ready[1].revents().is_empty() {
-            return Ok(ended.take()?);
+            return Ok(threads.ended.take().unwrap_or(Ok(()))?);
         }
         if ready[0].revents().is_empty() {
             continue;
         }
         match hull_ipc::receive::<Request>(control, REQUEST_LIMITS) {
             Ok(Some(Received { message, fds })) => {
-                calls::serve(message, fds.into_iter().next(), control, targets, ended);
+                calls::serve(message, fds.into_iter().next(), control, targets, threads);
             }
             Ok(None) => return Ok(()),
             Err(error) => match error.kind() {

@@ -54,6 +54,18 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("read_kernel_memory", || {
         open(c"/proc/kcore", libc::O_RDONLY)
     }),
+    ("change_the_mode_of_the_executable", || {
+        let file = open(c"/proc/self/exe", libc::O_RDONLY);
+        assert!(file >= 0);
+        call(libc::SYS_fchmod, &[file, 0o755])
+    }),
+    ("take_over_the_executable", || {
+        let file = open(c"/proc/self/exe", libc::O_RDONLY);
+        call(libc::SYS_fchown, &[file, 0, 0])
+    }),
+    ("write_to_the_executable", || {
+        open(c"/proc/self/exe", libc::O_RDWR)
+    }),
     // Mounts and namespaces.
     ("mount", || {
         call(libc::SYS_mount, &[0, STRING(c"/"), STRING(c"proc"), 0, 0])

@@ -32,6 +32,9 @@ pub const ROLE: &str = "machine-process";
 /// The backend.
 pub struct Kvm;
 
+/// Granularity of guest memory.
+const PAGE: u64 = 4096;
+
 /// Memory of the machine process itself, bytes, with what its devices keep of a busy guest.
 const OWN_MEMORY: u64 = 32 << 20;
 
@@ -163,7 +166,8 @@ fn arguments(config: &MachineConfig) -> Vec<OsString> {
     vec![
         "hull".into(),
         ROLE.into(),
-        config.memory.to_string().into(),
+        // Whole pages: a size may be any number of bytes.
+        config.memory.next_multiple_of(PAGE).to_string().into(),
         config.vcpus.to_string().into(),
     ]
 }

@@ -163,6 +163,11 @@ mod platform {
     pub fn measure(during: Duration) -> Result<u64, String> {
         let failed = |what: &'static str| move |error| format!("{what}: {error}");
         let kvm = Kvm::new().map_err(failed("opening /dev/kvm"))?;
+        for (capability, name) in hull_device_control::monitor::CAPABILITIES {
+            if kvm.check_extension_raw(capability.into()) <= 0 {
+                return Err(format!("it does not support {name}"));
+            }
+        }
         let vm = kvm
             .create_vm()
             .map_err(failed("creating a virtual machine"))?;

@@ -7,8 +7,9 @@
 //! | 1 | no MONITOR, no debug store, no PDCM | a guest that waits exits to the host instead |
 //! | 4, 0x8000_001d | caches are shared by one CPU | no topology is claimed that the host does not keep |
 //! | 6 | the APIC timer always runs | there is no other timer; no frequencies or thermal sensors |
-//! | 0xa | no performance counters | they would count the host's work, too |
-//! | 0xb, 0x1f, 0x8000_001e | one thread, as many cores as CPUs | as above |
+//! | 0xa, 0x8000_0001, 0x8000_0022 | no performance counters | they would count the host's work, too |
+//! | 0xb, 0x8000_001e | one thread, as many cores as CPUs | as above |
+//! | 0x1f, 0x8000_0026 | absent: leaf 0xb says it | as above |
 //! | 0x8000_0002 to 4 | the processor's name | KVM does not report it, and programs show it |
 //! | 0x8000_0008 | number of CPUs | as above |
 //!
@@ -16,7 +17,7 @@
 //! ARCH_CAPABILITIES) pass as KVM reports them, so the guest's kernel protects itself as the
 //! processor needs it.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::sys;
 
@@ -37,11 +38,16 @@ const DEBUG_STORE: u32 = 1 << 21;
 const HYPER_THREADING: u32 = 1 << 28;
 // Leaf 0x8000_0001, ECX.
 const SVM: u32 = 1 << 2;
+/// Further performance counters: of the core, the northbridge, the last level cache.
+const COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 // Leaf 6, EAX.
 const ARAT: u32 = 1 << 2;
 
 /// The leaves with the processor's name.
 const NAME: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
+
+/// Leaves with the topology: the one that guests have, and newer forms.
+const TOPOLOGY: [u32; 3] = [0xb, 0x1f, 0x8000_0026];
 
 /// Types of levels in leaf 0xb.
 const LEVEL_THREAD: u32 = 1;
@@ -57,14 +63,20 @@ pub fn of_vcpu(supported: &CpuId, index: u32, count: u32) -> CpuId {
     cpuid
 }
 
-/// What KVM supports, with the name of the host's processor.
+/// What KVM supports, with the name of the host's processor, and with leaves for the topology: KVM
+/// reports the host's, or a part, depending on its version.
 ///
 /// # Errors
 /// There are too many leaves.
-pub fn with_name(supported: &CpuId) -> Result<CpuId, vmm_sys_util::fam::Error> {
-    let is_name = |entry: &kvm_cpuid_entry2| NAME.contains(&entry.function);
+pub fn completed(supported: &CpuId) -> Result<CpuId, vmm_sys_util::fam::Error> {
     let mut entries = supported.as_slice().to_vec();
-    entries.retain(|entry| !is_name(entry));
+    entries.retain(|entry| !NAME.contains(&entry.function) && !TOPOLOGY.contains(&entry.function));
+    entries.extend((0..3).map(|index| kvm_cpuid_entry2 {
+        function: TOPOLOGY[0],
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        ..Default::default()
+    }));
     entries.extend(NAME.map(|function| {
         let [eax, ebx, ecx, edx] = sys::host_cpuid(function);
         kvm_cpuid_entry2 {
@@ -105,7 +117,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, shift: u32) {
             (entry.ebx, entry.ecx, entry.edx) = (0, 0, 0);
         }
         0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0xb | 0x1f => {
+        0xb => {
             let (shift, number, kind) = match entry.index {
                 0 => (0, 1, LEVEL_THREAD),
                 1 => (shift, count, LEVEL_CORE),
@@ -116,7 +128,8 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, shift: u32) {
             entry.ecx = entry.index | kind << 8;
             entry.edx = index;
         }
-        0x8000_0001 => entry.ecx &= !SVM,
+        0x8000_0001 => entry.ecx &= !(SVM | COUNTERS),
+        0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         // Number of CPUs, minus 1; bits of an APIC id that number them.
         0x8000_0008 => {
@@ -160,8 +173,8 @@ mod tests {
     #[test]
     fn the_guest_sees_the_name_of_the_processor() {
         let supported = CpuId::from_entries(&[entry(1, 0), entry(NAME[0], 0)]).unwrap();
-        let cpuid = with_name(&supported).unwrap();
-        assert_eq!(cpuid.as_slice().len(), 4);
+        let cpuid = completed(&supported).unwrap();
+        assert_eq!(cpuid.as_slice().len(), 7);
         for leaf in NAME {
             let found = find(&cpuid, leaf, 0);
             let registers = [found.eax, found.ebx, found.ecx, found.edx];
@@ -175,13 +188,16 @@ mod tests {
             (1, 0),
             (4, 0),
             (6, 0),
+            (0x8000_0001, 0),
+            // As KVM reports it: the guest needs more.
             (0xb, 0),
-            (0xb, 1),
+            (0x1f, 0),
             (0x8000_0008, 0),
             (0x8000_001e, 0),
         ];
         let entries: Vec<_> = leaves.map(|(leaf, index)| entry(leaf, index)).into();
         let supported = CpuId::from_entries(&entries).unwrap();
+        let supported = completed(&supported).unwrap();
         let cpuid = of_vcpu(&supported, 2, 3);
         assert_eq!(find(&cpuid, 1, 0).ebx >> 24, 2);
         assert_eq!(find(&cpuid, 1, 0).ebx >> 16 & 0xff, 4);

@@ -39,14 +39,14 @@ pub use worker::{Error, Worker, attach};
 /// Bytes of a slot's page of registers.
 pub const PAGE: u64 = 0x1000;
 
-/// Offset of the register QueueNotify in the page, for an ioeventfd of four bytes.
+/// Offset of the register QueueNotify in the page, for an ioeventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
 /// Bits of the register InterruptStatus.
 const INTERRUPT_RING: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
 
-/// The status bit with which a device says that it has failed (virtio 1.2, 2.1).
+/// The status bit with which a device refuses what a driver has set up (virtio 1.2, 2.1).
 const NEEDS_RESET: u8 = 64;
 
 /// What the driver reads of a device.
@@ -86,6 +86,7 @@ struct Shared {
     kick: OwnedFd,
     /// There is a command.
     command: OwnedFd,
+    /// [`NEEDS_RESET`], or 0.
     failed: AtomicU32,
 }
 
@@ -127,7 +128,7 @@ pub struct SlotEvents {
 }
 
 impl SlotEvents {
-    /// An eventfd to be written when the driver writes [`QUEUE_NOTIFY`], whatever the value.
+    /// An eventfd to be written when the driver writes [`QUEUE_NOTIFY`], whatever value and width.
     pub fn kick(&self) -> BorrowedFd<'_> {
         self.shared.kick.as_fd()
     }

@@ -203,24 +203,55 @@ fn an_invalid_queue_makes_the_device_need_a_reset() {
 }
 
 #[test]
-fn a_device_that_fails_says_so_and_works_after_a_reset() {
-    let disk = || {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        Block::new(file, false, "disk").unwrap()
+fn a_device_that_fails_ends_its_thread_with_the_reason() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4096).unwrap();
+    let disk = Block::new(file, false, "disk").unwrap();
+    let guest = Guest::new(&[64]);
+    let (registers, slot, events) = slot(guest.memory().clone()).unwrap();
+    let worker = attach("disk", Box::new(disk), slot).unwrap();
+    let served = std::thread::spawn(move || worker.serve());
+    let mut machine = Machine {
+        guest,
+        registers,
+        events,
     };
-    let mut machine = Machine::new(Some(Box::new(disk())));
     machine.activate();
+    // The size of the disk, in the config space.
+    assert_eq!(machine.read(0x100), 8);
     // A request without room for its status.
     machine.guest.offer(0, &[(BUFFER, 16, 0, 0)]);
     machine.kick();
-    assert_eq!(machine.interrupted(), Some(INTERRUPT_CONFIG));
-    assert_ne!(machine.read(STATUS) & u32::from(NEEDS_RESET), 0);
+    let error = served.join().unwrap().unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("device disk failed: queue 0: "),
+        "{error}"
+    );
+    // A reset does not wait for it.
     machine.write(STATUS, 0);
-    machine.negotiate(VERSION_1);
-    assert_eq!(machine.read(STATUS), ACKNOWLEDGED | FEATURES_OK);
-    // The size of the disk, in the config space.
-    assert_eq!(machine.read(0x100), 8);
+    assert_eq!(machine.read(STATUS), 0);
+}
+
+#[test]
+fn a_reset_discards_requests_that_wait_for_the_host() {
+    let mut machine = Machine::entropy();
+    machine.activate();
+    // More than the device gives at once: the rest waits.
+    for round in 0..40 {
+        machine
+            .guest
+            .offer_at(0, round, &[(BUFFER, 4096, WRITE, 0)]);
+    }
+    machine.kick();
+    assert_eq!(machine.interrupted(), Some(INTERRUPT_RING));
+    let start = Instant::now();
+    machine.write(STATUS, 0);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    machine.guest.all_used(0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(machine.guest.all_used(0).is_empty());
 }
 
 #[test]

@@ -3,14 +3,13 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::TryRecvError;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::ring::MmioRing;
-use super::{Command, ConfigSpace, Description, INTERRUPT_CONFIG, NEEDS_RESET, Slot};
+use super::{Command, ConfigSpace, Description, INTERRUPT_CONFIG, Slot};
 use crate::device::{Device, DeviceError, Ring};
 use crate::runner::{DeviceRunner, Outcome};
 
@@ -38,6 +37,15 @@ pub enum Error {
         device: &'static str,
         /// The host's error.
         source: io::Error,
+    },
+    /// The device failed: the guest broke its rules, or the host fails. No driver goes on without
+    /// it, so the machine ends, with this reason.
+    #[error("device {device} failed: {source}")]
+    Device {
+        /// The device's name.
+        device: &'static str,
+        /// Why.
+        source: DeviceError,
     },
 }
 
@@ -70,7 +78,6 @@ pub fn attach(name: &'static str, device: Box<dyn Device>, slot: Slot) -> Result
         runner,
         slot,
         rings: Vec::new(),
-        failed: false,
     })
 }
 
@@ -80,15 +87,13 @@ pub struct Worker {
     runner: DeviceRunner,
     slot: Slot,
     rings: Vec<Arc<MmioRing>>,
-    /// The device has failed, and waits for a reset.
-    failed: bool,
 }
 
 impl Worker {
     /// Serves the device on the calling thread, until the registers are dropped.
     ///
     /// # Errors
-    /// The host fails.
+    /// The device or the host failed.
     pub fn serve(mut self) -> Result<(), Error> {
         loop {
             let (kicked, commanded, host) = self.wait().map_err(|source| Error::Wait {
@@ -99,7 +104,7 @@ impl Worker {
                 clear(self.slot.shared.command.as_fd());
                 loop {
                     match self.slot.commands.try_recv() {
-                        Ok(command) => self.command(command),
+                        Ok(command) => self.command(command)?,
                         Err(TryRecvError::Empty) => break,
                         Err(TryRecvError::Disconnected) => return Ok(()),
                     }
@@ -108,11 +113,11 @@ impl Worker {
             if kicked {
                 clear(self.slot.shared.kick.as_fd());
                 let outcome = self.queue_events();
-                self.take(outcome);
+                self.take(outcome)?;
             }
-            if host && !self.failed {
+            if host {
                 let outcome = self.runner.host_events();
-                self.take(outcome);
+                self.take(outcome)?;
             }
         }
     }
@@ -125,9 +130,7 @@ impl Worker {
             PollFd::from_borrowed_fd(shared.command.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.runner.events(), PollFlags::IN),
         ];
-        // What a failed device waits for stays ready.
-        let count = if self.failed { 2 } else { 3 };
-        match poll(&mut ready[..count], None) {
+        match poll(&mut ready, None) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok((false, false, false)),
             Err(error) => return Err(error.into()),
@@ -136,7 +139,7 @@ impl Worker {
         Ok((kick, command, host))
     }
 
-    fn command(&mut self, command: Command) {
+    fn command(&mut self, command: Command) -> Result<(), Error> {
         match command {
             Command::Activate { features, rings } => {
                 self.rings = rings;
@@ -144,17 +147,15 @@ impl Worker {
                 self.runner.activate(features, rings.collect());
                 // Kicks may have come before.
                 let outcome = self.queue_events();
-                self.take(outcome);
+                self.take(outcome)
             }
             Command::Reset { done } => {
-                for ring in &self.rings {
-                    ring.stop();
-                }
+                // It finishes or discards the requests in flight; none completes afterwards.
                 self.runner.reset();
-                self.rings.clear();
-                self.failed = false;
+                self.rings.drain(..).for_each(|ring| ring.abandon());
                 // The driver may have stopped waiting only with its machine.
                 let _ = done.send(());
+                Ok(())
             }
         }
     }
@@ -169,28 +170,21 @@ impl Worker {
         Ok(all)
     }
 
-    fn take(&mut self, outcome: Result<Outcome, DeviceError>) {
-        let shared = &self.slot.shared;
-        match outcome {
-            Ok(outcome) if outcome.config_changed => {
-                let bytes = self.runner.device().config();
-                let mut config = shared.config();
-                config.bytes = bytes;
-                config.generation = config.generation.wrapping_add(1);
-                drop(config);
-                shared.interrupt.raise(INTERRUPT_CONFIG);
-            }
-            Ok(_) => {}
-            Err(error) => {
-                tracing::error!(device = self.name, %error, "device stopped");
-                self.failed = true;
-                self.rings.iter().for_each(|ring| ring.abandon());
-                shared
-                    .failed
-                    .store(u32::from(NEEDS_RESET), Ordering::SeqCst);
-                shared.interrupt.raise(INTERRUPT_CONFIG);
-            }
+    fn take(&mut self, outcome: Result<Outcome, DeviceError>) -> Result<(), Error> {
+        let outcome = outcome.map_err(|source| Error::Device {
+            device: self.name,
+            source,
+        })?;
+        if outcome.config_changed {
+            let shared = &self.slot.shared;
+            let bytes = self.runner.device().config();
+            let mut config = shared.config();
+            config.bytes = bytes;
+            config.generation = config.generation.wrapping_add(1);
+            drop(config);
+            shared.interrupt.raise(INTERRUPT_CONFIG);
         }
+        Ok(())
     }
 }
 
