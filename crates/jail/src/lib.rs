@@ -373,8 +373,8 @@ pub fn spawn(spec: JailSpec<'_>) -> Result<Started, Error> {
         None if is_removed(spec.executable) => None,
         None => match executable::sealed(spec.executable) {
             Ok(sealed) => Some(sealed),
-            // Root of a user namespace is not the owner of an installed file, and may lack the rights
-            // over its mount.
+            // Root of a user namespace is not the owner of an installed file, and may lack the
+            // rights over its mount.
             Err(_) if executable::in_user_namespace() => None,
             Err(errno) => return Err(failed(Step::Seal)(errno)),
         },
