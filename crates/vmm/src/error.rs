@@ -61,6 +61,7 @@ pub enum Error {
     Guest(#[from] Breakdown),
 }
 
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 impl Error {
     pub(crate) fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         move |source| Self::Kvm { action, source }
