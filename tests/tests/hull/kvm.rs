@@ -87,15 +87,27 @@ fn memory_that_a_container_frees_goes_back_to_the_host() {
 #[test]
 fn a_kernel_that_cannot_be_booted_is_named_with_the_reason() {
     let Some(hull) = with_kvm() else { return };
-    let short = hull.scratch().join("short");
     let kernel = std::fs::read(guest_files().join("kernel-x86_64")).unwrap();
-    std::fs::write(&short, &kernel[..1 << 20]).unwrap();
-    for (file, why) in [
-        (short.to_str().unwrap(), "beyond its end"),
-        ("/bin/ls", "cannot boot the guest kernel: "),
+    let short = &kernel[..1 << 20];
+    let mut foreign = kernel.clone();
+    // Its entry: the note's type is another one.
+    let name = foreign.windows(4).position(|bytes| bytes == b"Xen\0");
+    let mut at = name.expect("a note");
+    while foreign[at - 4..at] != 18u32.to_le_bytes() {
+        let next = foreign[at + 1..]
+            .windows(4)
+            .position(|bytes| bytes == b"Xen\0");
+        at += 1 + next.expect("the note of the entry");
+    }
+    foreign[at - 4] = 99;
+    for (content, why) in [
+        (short, "its segments are beyond its end"),
+        (&foreign, "it has no PVH entry (CONFIG_PVH)"),
     ] {
-        let output = hull.run(&["--kernel", file], &["true"]);
-        output.fails(125, &[why]);
+        let file = hull.scratch().join("kernel");
+        std::fs::write(&file, content).unwrap();
+        let output = hull.run(&["--kernel", file.to_str().unwrap()], &["true"]);
+        output.fails(125, &[&format!("cannot boot the guest kernel: {why}")]);
         hull.assert_clean();
     }
 }
