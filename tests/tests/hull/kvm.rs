@@ -101,7 +101,7 @@ fn a_kernel_that_cannot_be_booted_is_named_with_the_reason() {
     }
     foreign[at - 4] = 99;
     for (content, why) in [
-        (short, "its segments are beyond its end"),
+        (short, "its notes are beyond its end"),
         (&foreign, "it has no PVH entry (CONFIG_PVH)"),
     ] {
         let file = hull.scratch().join("kernel");
