@@ -1,4 +1,4 @@
-//! Transports, which drive a [`Device`](crate::device::Device): one module per way of reaching a
+//! Transports, which drive a [`Device`]: one module per way of reaching a
 //! guest's queues.
 
 pub mod early_enable;

@@ -30,10 +30,11 @@ fn find_kernel(kind: Kind) -> Result<PathBuf, &'static str> {
             .map_err(|_| "qemu is not installed")?;
     }
     if kind == Kind::Kvm {
+        let data = tempfile::tempdir().map_err(|_| "no temporary directory")?;
         let host = Host {
             uml_kernel: None,
             native_kernel: Some("/proc/self/exe".into()),
-            data_directory: std::env::temp_dir(),
+            data_directory: data.path().to_owned(),
         };
         kind.backend()
             .probe(&host)
