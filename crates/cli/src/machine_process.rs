@@ -4,10 +4,10 @@
 
 use std::ffi::OsString;
 
-use hull_jail::{self as jail, Confinement, FS_DEVICE_CAPABILITIES, Limits, Role, Root};
+use hull_jail::{self as jail, Role};
 use hull_vmm::Config;
 
-use crate::device_process::OPEN_FILES;
+use crate::device_process::confinement;
 use crate::error::{Error, Result};
 
 /// Runs a machine with guest memory in bytes and a number of virtual CPUs, until the guest powers
@@ -23,23 +23,7 @@ pub fn run(arguments: &[OsString]) -> Result<()> {
     };
     let vcpus = u32::try_from(vcpus).unwrap_or(u32::MAX);
     let config = Config::inherited(memory, vcpus).map_err(broken)?;
-    let confine = || {
-        jail::enter(
-            "the machine process",
-            &Confinement {
-                role: Role::Vmm,
-                // Its fs device acts for the guest's users (see `device_process`).
-                uid: 0,
-                gid: 0,
-                capabilities: FS_DEVICE_CAPABILITIES,
-                root: Root {
-                    proc: true,
-                    ..Root::default()
-                },
-                limits: Limits::open_files(OPEN_FILES),
-            },
-        )
-    };
+    let confine = || jail::enter("the machine process", &confinement(Role::Vmm));
     hull_vmm::run(config, confine).map_err(broken)
 }
 

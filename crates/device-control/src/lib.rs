@@ -31,7 +31,7 @@ pub use client::{DeviceControl, Error, Incoming};
 pub use net::{LinkLocal, NetOptions, Policy};
 pub use setup::{
     DeviceConfig, DeviceType, InvalidSetup, MAX_DISKS, MAX_NETS, Resources, Setup, Transport,
-    disk_serial,
+    disk_serial, numbered,
 };
 
 /// Descriptor of the control socket in the device process.

@@ -1,5 +1,6 @@
 //! Configuration of a guest's devices, and their descriptors.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
@@ -62,9 +63,23 @@ impl DeviceType {
     }
 
     /// The name of a device of this type with a number.
-    pub fn instance_name(self, number: u32) -> String {
+    pub fn instance_name(self, number: usize) -> String {
         format!("{}{number}", self.name())
     }
+}
+
+/// Devices with their numbers, which count those of each type.
+pub fn numbered<T>(
+    devices: impl IntoIterator<Item = T>,
+    device_type: impl Fn(&T) -> DeviceType,
+) -> impl Iterator<Item = (usize, T)> {
+    let mut counts = HashMap::<DeviceType, usize>::new();
+    devices.into_iter().map(move |device| {
+        let count = counts.entry(device_type(&device)).or_default();
+        let number = *count;
+        *count += 1;
+        (number, device)
+    })
 }
 
 /// A device of a guest. Its descriptors are, in this order: with [`Transport::VhostUser`], the
@@ -166,19 +181,13 @@ pub enum InvalidSetup {
 impl Setup {
     /// The devices' names, in order: `fs`, `net0`, `net1`, `disk0`, ….
     pub fn names(&self) -> impl Iterator<Item = String> {
-        let (mut nets, mut disks) = (0.., 0..);
-        self.devices.iter().map(move |device| {
+        numbered(&self.devices, |device| device.device_type()).map(|(number, device)| {
             let kind = device.device_type();
-            let number = match kind {
-                DeviceType::Net => nets.next(),
-                DeviceType::Disk => disks.next(),
+            match kind {
+                DeviceType::Net | DeviceType::Disk => kind.instance_name(number),
                 DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy | DeviceType::Balloon => {
-                    None
+                    kind.name().to_owned()
                 }
-            };
-            match number {
-                Some(number) => kind.instance_name(number),
-                None => kind.name().to_owned(),
             }
         })
     }

@@ -8,13 +8,11 @@
 //!
 //! The host never asks the guest for memory, so the balloon itself stays empty.
 
-use std::io;
-
 use hull_device_control::DeviceType;
 use serde::{Deserialize, Serialize};
 
 use crate::buffers::Buffers;
-use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::device::{Device, DeviceError, Queues};
 use crate::state::{RestoreError, SaveError, SavedState};
 
 /// Pages for the balloon, pages back from it, reports.
@@ -53,10 +51,6 @@ impl Device for Balloon {
         vec![0; 8]
     }
 
-    fn register(&mut self, _events: EventRegistry) -> io::Result<()> {
-        Ok(())
-    }
-
     fn queue_event(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         let mut used = false;
         while let Some(chain) = queues.pop_or_rearm(queue)? {
@@ -80,15 +74,6 @@ impl Device for Balloon {
             true => queues.notify(queue),
             false => Ok(()),
         }
-    }
-
-    fn host_event(
-        &mut self,
-        _token: u64,
-        _ready: EventFlags,
-        _queues: &mut Queues<'_>,
-    ) -> Result<(), DeviceError> {
-        Ok(())
     }
 
     /// A request is finished in the event in which it arrived.

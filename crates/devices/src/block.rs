@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::buffers::{Buffers, Span};
-use crate::device::{Device, DeviceError, EventFlags, EventRegistry, Queues};
+use crate::device::{Device, DeviceError, Queues};
 use crate::state::{RestoreError, SaveError, SavedState};
 
 const SECTOR: u64 = 512;
@@ -237,10 +237,6 @@ impl Device for Block {
         config
     }
 
-    fn register(&mut self, _events: EventRegistry) -> io::Result<()> {
-        Ok(())
-    }
-
     fn queue_event(&mut self, _queue: usize, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         while let Some(chain) = queues.pop_or_rearm(QUEUE)? {
             let malformed = |reason: String| DeviceError::Request {
@@ -267,15 +263,6 @@ impl Device for Block {
             queues.add_used(QUEUE, head, u32::try_from(written).unwrap_or(u32::MAX))?;
             queues.notify(QUEUE)?;
         }
-        Ok(())
-    }
-
-    fn host_event(
-        &mut self,
-        _token: u64,
-        _ready: EventFlags,
-        _queues: &mut Queues<'_>,
-    ) -> Result<(), DeviceError> {
         Ok(())
     }
 

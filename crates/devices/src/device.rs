@@ -106,7 +106,9 @@ pub trait Device: Send + 'static {
 
     /// Called once, on the device's thread or before it starts, before any event. The device adds
     /// the host descriptors that it waits for and keeps `events` for later changes.
-    fn register(&mut self, events: EventRegistry) -> io::Result<()>;
+    fn register(&mut self, _events: EventRegistry) -> io::Result<()> {
+        Ok(())
+    }
 
     /// The driver has accepted `features` of [`Device::features`]. Called before any event that
     /// depends on them; again after a reset, and when a front end changes them during setup.
@@ -122,10 +124,12 @@ pub trait Device: Send + 'static {
     /// A registered descriptor is ready. May be spurious.
     fn host_event(
         &mut self,
-        token: u64,
-        ready: EventFlags,
-        queues: &mut Queues<'_>,
-    ) -> Result<(), DeviceError>;
+        _token: u64,
+        _ready: EventFlags,
+        _queues: &mut Queues<'_>,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// Finishes every request in flight and sends notifications that were held back. When this
     /// returns, the device does not touch guest memory until the next event.

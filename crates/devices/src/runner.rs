@@ -186,8 +186,12 @@ impl DeviceRunner {
         self.check_queues()
     }
 
-    /// Has the device check every queue: notifications of the driver may have been missed.
-    fn check_queues(&mut self) -> Result<Outcome, DeviceError> {
+    /// Has the device check every queue: notifications of the driver may have been missed, or do
+    /// not say which queue they are for.
+    ///
+    /// # Errors
+    /// As [`DeviceRunner::queue_event`].
+    pub fn check_queues(&mut self) -> Result<Outcome, DeviceError> {
         let mut all = Outcome::default();
         for queue in 0..self.device.queue_sizes().len() {
             let outcome = self.queue_event(queue)?;

@@ -43,9 +43,3 @@ fn by_name(executable: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
         false => Err(Errno::NOENT),
     }
 }
-
-/// Whether this process is in a user namespace that a user has made: the first one maps all ids.
-pub fn in_user_namespace() -> bool {
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    map.split_whitespace().nth(2) != Some("4294967295")
-}

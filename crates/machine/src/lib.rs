@@ -280,13 +280,16 @@ fn check(kind: Kind, features: &Features, config: &MachineConfig) -> Result<(), 
     }
 }
 
-/// Opens a file needed to start a machine.
+/// Opens a file needed to start a machine, for its path only.
 fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
-    rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-        Error::File {
-            what,
-            path: path.to_owned(),
-            errno,
-        }
+    open_for(OFlags::PATH, what, path)
+}
+
+/// Opens a file needed to start a machine.
+fn open_for(access: OFlags, what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
+    rustix::fs::open(path, access | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| Error::File {
+        what,
+        path: path.to_owned(),
+        errno,
     })
 }

@@ -8,7 +8,7 @@
 
 use std::os::fd::OwnedFd;
 
-use hull_device_control::DeviceConfig;
+use hull_device_control::{DeviceConfig, numbered};
 use hull_jail::{Bind, Source};
 use rustix::fs::{AtFlags, Gid, Uid};
 
@@ -86,14 +86,12 @@ pub(crate) fn socket_path(name: &str) -> String {
 
 /// Names devices by type and a number per type.
 pub(crate) fn names(devices: impl IntoIterator<Item = DeviceConfig>) -> Vec<Placed> {
-    let mut placed: Vec<Placed> = Vec::new();
-    for config in devices {
-        let same = |other: &&Placed| other.config.device_type() == config.device_type();
-        let number = placed.iter().filter(same).count();
-        let name = format!("{}{number}", config.device_type().name());
-        placed.push(Placed { config, name });
-    }
-    placed
+    numbered(devices, DeviceConfig::device_type)
+        .map(|(number, config)| Placed {
+            name: config.device_type().instance_name(number),
+            config,
+        })
+        .collect()
 }
 
 /// Changes the owner of the sockets to the machine's user and has the jail mount them.

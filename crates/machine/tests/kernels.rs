@@ -284,12 +284,11 @@ fn the_probe_tries_the_kernel_in_a_jail() {
     }
 }
 
-#[test]
-fn qemu_boots_and_restarts() {
-    let Some(kernel) = kernel(Kind::Qemu) else {
+fn boots_and_restarts(kind: Kind) {
+    let Some(kernel) = kernel(kind) else {
         return;
     };
-    let mut running = start(Kind::Qemu, kernel, &reboot(RESTART)).unwrap();
+    let mut running = start(kind, kernel, &reboot(RESTART)).unwrap();
     assert_eq!(
         running.end(END_TIMEOUT * 3),
         Exit::PoweredOff,
@@ -298,51 +297,42 @@ fn qemu_boots_and_restarts() {
     );
 }
 
-#[test]
-fn a_panic_ends_qemu() {
-    let Some(kernel) = kernel(Kind::Qemu) else {
+fn a_panic_ends(kind: Kind) {
+    let Some(kernel) = kernel(kind) else {
         return;
     };
-    let mut running = start(Kind::Qemu, kernel, &EXIT).unwrap();
+    let mut running = start(kind, kernel, &EXIT).unwrap();
     let exit = running.end(END_TIMEOUT * 3);
     assert_eq!(
         exit.describe(&running.console.tail(50)),
         "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
     );
+}
+
+#[test]
+fn qemu_boots_and_restarts() {
+    boots_and_restarts(Kind::Qemu);
+}
+
+#[test]
+fn a_panic_ends_qemu() {
+    a_panic_ends(Kind::Qemu);
 }
 
 #[test]
 fn kvm_boots_and_ends() {
+    boots_and_restarts(Kind::Kvm);
     let Some(kernel) = kernel(Kind::Kvm) else {
         return;
     };
-    for command in [RESTART, POWER_OFF] {
-        let mut running = start(Kind::Kvm, kernel.clone(), &reboot(command)).unwrap();
-        // Without ACPI there is no power to switch off: the kernel stands still then.
-        if command == POWER_OFF {
-            assert!(!ends_within(running.process().pidfd.as_fd(), 5));
-            continue;
-        }
-        assert_eq!(
-            running.end(END_TIMEOUT * 3),
-            Exit::PoweredOff,
-            "{:#?}",
-            running.console.tail(50)
-        );
-    }
+    // Without ACPI there is no power to switch off: the kernel stands still then.
+    let running = start(Kind::Kvm, kernel, &reboot(POWER_OFF)).unwrap();
+    assert!(!ends_within(running.process().pidfd.as_fd(), 5));
 }
 
 #[test]
 fn a_panic_ends_kvm() {
-    let Some(kernel) = kernel(Kind::Kvm) else {
-        return;
-    };
-    let mut running = start(Kind::Kvm, kernel, &EXIT).unwrap();
-    let exit = running.end(END_TIMEOUT * 3);
-    assert_eq!(
-        exit.describe(&running.console.tail(50)),
-        "guest kernel panic: Attempted to kill init! exitcode=0x00000000"
-    );
+    a_panic_ends(Kind::Kvm);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 //! processes of one are the other's.
 #![allow(unsafe_code)]
 
+pub use hull_jail::in_user_namespace;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -156,12 +157,6 @@ fn parse_own_ids(map: &str) -> Vec<(u32, u32)> {
         Some((fields.next()?.parse().ok()?, fields.nth(1)?.parse().ok()?))
     };
     map.lines().filter_map(range).collect()
-}
-
-/// Whether not all users of the host are users here.
-pub fn in_user_namespace() -> bool {
-    // The first namespace has all ids but the one that means none.
-    own_ids("uid_map") != [(0, u32::MAX)]
 }
 
 /// The highest id that there is here, of users and of groups.

@@ -14,8 +14,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::x86_64::ioapic::{Ioapic, Routes};
 use crate::x86_64::layout::{
     FIRST_SLOT, IOAPIC, IOAPIC_SIZE, MAX_SLOTS, RESET, RESET_COMMAND, SERIAL, SERIAL_PORTS,
+    SLOT_SIZE,
 };
-use hull_device_control::monitor::SLOT_SIZE;
 
 /// The time of day and settings of a PC, which the kernel of this machine does not use. Zero says
 /// that the clock is not being updated, for which a kernel would wait.

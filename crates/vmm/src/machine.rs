@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use hull_device_control::DeviceType;
 use hull_device_control::monitor::{Answer, CAPABILITIES, Command, LIMITS, MAX_VCPUS, SlotAddress};
+use hull_device_control::{DeviceConfig, DeviceType, numbered};
 use hull_devices::device::Memory;
 use hull_devices::ended::Ended;
 use hull_devices::served::{Served, receive_setup};
@@ -101,11 +101,7 @@ pub fn run(
     .serve(&ended)
 }
 
-type Device = (
-    hull_device_control::DeviceConfig,
-    Connection,
-    Option<OwnedFd>,
-);
+type Device = (DeviceConfig, Connection, Option<OwnedFd>);
 
 fn build(
     config: Config,
@@ -147,16 +143,12 @@ fn build(
     let mut parameters = PARAMETERS.to_owned();
     let mut slots: Vec<Option<Registers>> = (0..MAX_SLOTS).map(|_| None).collect();
     let mut connected = Vec::new();
-    let mut numbers = std::collections::HashMap::<DeviceType, usize>::new();
-    for (device, resources) in devices {
-        let kind = device.device_type();
-        let number = numbers.entry(kind).or_default();
+    for (number, (device, resources)) in numbered(devices, |(device, _)| device.device_type()) {
         // `receive_setup` has counted them.
-        let address = SlotAddress::of(kind, *number).ok_or(Error::Host {
+        let address = SlotAddress::of(device.device_type(), number).ok_or(Error::Host {
             action: "place the devices",
             source: io::ErrorKind::OutOfMemory.into(),
         })?;
-        *number += 1;
         let (registers, slot) = slot(&vm, ram.memory(), address)?;
         if let Some(place) = slots.get_mut(address.slot as usize) {
             *place = Some(registers);
@@ -228,8 +220,7 @@ fn confine_device(device: DeviceType) -> Result<(), String> {
 
 /// Whether the kernel looks for a device when it boots. The others are added to the running kernel
 /// by the agent.
-fn is_there_at_boot(device: &hull_device_control::DeviceConfig) -> bool {
-    use hull_device_control::DeviceConfig;
+fn is_there_at_boot(device: &DeviceConfig) -> bool {
     match device {
         DeviceConfig::Fs
         | DeviceConfig::Vsock

@@ -140,7 +140,7 @@ pub fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
 ///
 /// # Errors
 /// ENXIO or ENOTTY: the host's kernel cannot (before Linux 5.16).
-pub fn move_tsc(vcpu: &VcpuFd, cycles: u64) -> Result<(), Errno> {
+pub fn move_tsc(vcpu: &VcpuFd, cycles: u64) -> Result<(), kvm_ioctls::Error> {
     // _IOW(KVMIO, 0xe1, struct kvm_device_attr) and 0xe2 (linux/kvm.h).
     const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
     const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
@@ -154,17 +154,13 @@ pub fn move_tsc(vcpu: &VcpuFd, cycles: u64) -> Result<(), Errno> {
         // SAFETY: the attribute points to `offset`, which KVM reads or writes before it returns.
         match unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &raw const attribute) } {
             0 => Ok(()),
-            _ => Err(last_errno()),
+            _ => Err(kvm_ioctls::Error::last()),
         }
     };
     let mut offset = 0;
     call(KVM_GET_DEVICE_ATTR, &mut offset)?;
     offset = offset.wrapping_add(cycles);
     call(KVM_SET_DEVICE_ATTR, &mut offset)
-}
-
-fn last_errno() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
 /// A leaf of the host's CPUID, which the processor has: EAX, EBX, ECX, EDX.

@@ -206,8 +206,8 @@ impl Runner {
     fn forget_time(&self, cycles: u64) {
         // Linux before 5.16 has no such attribute: the clock of a guest that uses the counter jumps
         // there.
-        if let Err(errno) = sys::move_tsc(&self.fd, cycles.wrapping_neg()) {
-            tracing::debug!(vcpu = self.number, %errno, "cannot set the time stamp counter back");
+        if let Err(error) = sys::move_tsc(&self.fd, cycles.wrapping_neg()) {
+            tracing::debug!(vcpu = self.number, %error, "cannot set the time stamp counter back");
         }
         // EINVAL: the guest does not use that clock.
         if let Err(error) = self.fd.kvmclock_ctrl() {

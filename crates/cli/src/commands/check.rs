@@ -49,7 +49,7 @@ enum Level {
 /// A result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
-    what: &'static str,
+    what: String,
     level: Level,
     /// What was found.
     found: String,
@@ -59,16 +59,16 @@ struct Finding {
 }
 
 impl Finding {
-    fn ok(what: &'static str, found: impl Into<String>) -> Finding {
+    fn ok(what: impl Into<String>, found: impl Into<String>) -> Finding {
         Finding {
-            what,
+            what: what.into(),
             level: Level::Ok,
             found: found.into(),
             remedy: None,
         }
     }
 
-    fn note(what: &'static str, found: impl Into<String>, remedy: Option<String>) -> Finding {
+    fn note(what: impl Into<String>, found: impl Into<String>, remedy: Option<String>) -> Finding {
         Finding {
             level: Level::Note,
             remedy,
@@ -76,7 +76,11 @@ impl Finding {
         }
     }
 
-    fn error(what: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Finding {
+    fn error(
+        what: impl Into<String>,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Finding {
         Finding {
             level: Level::Error,
             remedy: Some(remedy.into()),
@@ -217,11 +221,7 @@ fn machines(config: &Config, report: &Report) -> Vec<Finding> {
         other => Finding::note("kvm", kvm, remedy(other)),
     });
     for kind in Kind::ALL {
-        let what = match kind {
-            Kind::Kvm => "machine kvm",
-            Kind::Uml => "machine uml",
-            Kind::Qemu => "machine qemu",
-        };
+        let what = format!("machine {kind}");
         findings.push(match report.state(kind) {
             State::Works { how } => Finding::ok(what, how.as_str()),
             State::Missing { why, hint } => Finding::note(what, why.as_str(), hint.clone()),

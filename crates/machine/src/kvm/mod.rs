@@ -7,21 +7,22 @@ mod monitor;
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
+use std::path::Path;
 
 use hull_device_control::monitor::{
     Command, INITRAMFS_FD, KERNEL_FD, KVM_FD, MAX_VCPUS, MONITOR_FD, SlotAddress,
 };
 use hull_device_control::{CONTROL_FD, DeviceType};
 use hull_jail::{self as jail, JailSpec};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 
 use crate::probe::{self, KvmState, State, Works};
 use crate::process::{Jailed, Process};
 use crate::wiring::Devices;
 use crate::{
     Backend, Disks, Error, Exit, Features, Host, Kind, Machine, MachineConfig, NetDevices, Wiring,
-    check,
+    check, open_for,
 };
 use monitor::Monitor;
 
@@ -116,14 +117,9 @@ impl Backend for Kvm {
         else {
             return Err(Error::Wiring { kind: Kind::Kvm });
         };
-        let kernel = readable("guest kernel", &config.kernel)?;
-        let initramfs = readable("initramfs", &config.initramfs)?;
-        let kvm = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| Error::File {
-                what: "device",
-                path: "/dev/kvm".into(),
-                errno,
-            })?;
+        let kernel = open_for(OFlags::RDONLY, "guest kernel", &config.kernel)?;
+        let initramfs = open_for(OFlags::RDONLY, "initramfs", &config.initramfs)?;
+        let kvm = open_for(OFlags::RDWR, "device", Path::new("/dev/kvm"))?;
         let (monitor, theirs) = Monitor::new().map_err(|error| Error::Operation {
             operation: "start",
             why: format!("a socket for its monitor: {error}"),
@@ -170,16 +166,6 @@ fn arguments(config: &MachineConfig) -> Vec<OsString> {
         config.memory.next_multiple_of(PAGE).to_string().into(),
         config.vcpus.to_string().into(),
     ]
-}
-
-fn readable(what: &'static str, path: &std::path::Path) -> Result<OwnedFd, Error> {
-    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-        Error::File {
-            what,
-            path: path.to_owned(),
-            errno,
-        }
-    })
 }
 
 /// Why this kind cannot be used with such a KVM.

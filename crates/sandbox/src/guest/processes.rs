@@ -225,7 +225,6 @@ impl Guest {
         let executable = request.hull.as_deref();
         let executable = File::open(executable.unwrap_or(Path::new("/proc/self/exe")))
             .context(|| "open hull's executable")?;
-        let mut descriptors = Vec::new();
         let (devices, listeners, machine_devices) = match setup.transport {
             Transport::VhostUser => {
                 let listeners = listen(&path.devices(), &setup)?;
@@ -242,6 +241,7 @@ impl Guest {
                 (None, Vec::new(), own)
             }
         };
+        let mut descriptors = Vec::new();
         let mut sockets = listeners.iter().map(|listener| listener.as_fd());
         let mut files = disks.iter().map(|disk| disk.file.as_fd());
         for device in &setup.devices {

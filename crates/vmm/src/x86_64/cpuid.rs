@@ -116,7 +116,9 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, shift: u32) {
             entry.eax = ARAT;
             (entry.ebx, entry.ecx, entry.edx) = (0, 0, 0);
         }
-        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0xa | 0x8000_000a | 0x8000_0022 => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
         0xb => {
             let (shift, number, kind) = match entry.index {
                 0 => (0, 1, LEVEL_THREAD),
@@ -129,8 +131,6 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, shift: u32) {
             entry.edx = index;
         }
         0x8000_0001 => entry.ecx &= !(SVM | COUNTERS),
-        0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         // Number of CPUs, minus 1; bits of an APIC id that number them.
         0x8000_0008 => {
             entry.ecx = entry.ecx & !0xf0ff | (count - 1) | shift << 12;

@@ -86,17 +86,10 @@ impl Ioapic {
         }
         let value = u32::from_le_bytes(value);
         let mut registers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match offset {
-            SELECT => registers.selected = value & 0xff,
-            DATA => {
-                let before = registers.routes();
-                registers.write(value);
-                let after = registers.routes();
-                if after != before {
-                    changed(&after);
-                }
-            }
-            _ => {}
+        if offset == SELECT {
+            registers.selected = value & 0xff;
+        } else if offset == DATA && registers.write(value) {
+            changed(&registers.routes());
         }
     }
 }
@@ -119,18 +112,23 @@ impl Registers {
         }
     }
 
-    fn write(&mut self, value: u32) {
-        let entry = self.entry();
-        match (self.selected, entry) {
-            (ID, _) => self.id = value & 0x0f00_0000,
+    /// Whether a message has changed.
+    fn write(&mut self, value: u32) -> bool {
+        match (self.selected, self.entry()) {
+            (ID, _) => {
+                self.id = value & 0x0f00_0000;
+                false
+            }
             (_, Some((pin, upper))) => {
                 let entry = &mut self.entries[pin];
+                let before = message(*entry);
                 *entry = match upper {
                     true => *entry & 0xffff_ffff | u64::from(value) << 32,
                     false => *entry & !0xffff_ffff | u64::from(value) & !READ_ONLY,
                 };
+                message(*entry) != before
             }
-            _ => {}
+            _ => false,
         }
     }
 

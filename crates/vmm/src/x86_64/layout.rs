@@ -41,7 +41,7 @@ pub const LOW_MEMORY_END: u64 = 0xc000_0000;
 /// Memory that does not fit below the devices.
 pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
 
-pub use hull_device_control::monitor::{FIRST_INTERRUPT, FIRST_SLOT, MAX_SLOTS};
+pub use hull_device_control::monitor::{FIRST_INTERRUPT, FIRST_SLOT, MAX_SLOTS, SLOT_SIZE};
 
 /// The IOAPIC, as every kernel expects it (MultiProcessor Specification 1.4, 3.6.5).
 pub const IOAPIC: u64 = 0xfec0_0000;

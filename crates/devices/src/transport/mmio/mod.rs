@@ -30,14 +30,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::device::Memory;
-use ring::MmioRing;
+use crate::device::{Memory, Ring};
 
 pub use registers::Registers;
 pub use worker::{Error, Worker, attach};
-
-/// Bytes of a slot's page of registers.
-pub const PAGE: u64 = 0x1000;
 
 /// Offset of the register QueueNotify in the page, for an ioeventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -69,7 +65,7 @@ enum Command {
     /// The driver has set the device up.
     Activate {
         features: u64,
-        rings: Vec<Arc<MmioRing>>,
+        rings: Vec<Arc<dyn Ring>>,
     },
     /// The driver has reset the device. Answered when none of its requests completes any more.
     Reset { done: mpsc::SyncSender<()> },

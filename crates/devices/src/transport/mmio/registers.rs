@@ -15,6 +15,7 @@ use virtio_queue::{Queue, QueueT};
 
 use super::ring::MmioRing;
 use super::{Command, Description, INTERRUPT_CONFIG, NEEDS_RESET, Shared};
+use crate::device::Ring;
 
 // Offsets of registers (virtio 1.2, table 4.1).
 const MAGIC: u64 = 0x00;
@@ -261,14 +262,14 @@ impl Registers {
     }
 
     fn activate(&self, driver: &mut Driver, rings: Vec<Arc<MmioRing>>) {
-        driver.rings = Some(rings.clone());
-        self.tell(
-            driver,
-            Command::Activate {
-                features: driver.features,
-                rings,
-            },
-        );
+        let features = driver.features;
+        let shared = rings.iter().map(|ring| ring.clone() as Arc<dyn Ring>);
+        let command = Command::Activate {
+            features,
+            rings: shared.collect(),
+        };
+        driver.rings = Some(rings);
+        self.tell(driver, command);
     }
 
     /// Waits until the device's thread has reset the device.
@@ -278,7 +279,7 @@ impl Registers {
             self.tell(driver, Command::Reset { done });
             // A thread that has ended drops the other end.
             let _ = reset.recv();
-            drop(rings);
+            rings.iter().for_each(|ring| ring.abandon());
         }
         driver.status = 0;
         driver.features = 0;

@@ -2,15 +2,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::mpsc::TryRecvError;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::ring::MmioRing;
 use super::{Command, ConfigSpace, Description, INTERRUPT_CONFIG, Slot};
-use crate::device::{Device, DeviceError, Ring};
+use crate::device::{Device, DeviceError};
 use crate::runner::{DeviceRunner, Outcome};
 
 /// Why a device is no longer served.
@@ -73,12 +71,7 @@ pub fn attach(name: &'static str, device: Box<dyn Device>, slot: Slot) -> Result
     if slot.shared.description.set(description).is_err() {
         return Err(Error::Taken { device: name });
     }
-    Ok(Worker {
-        name,
-        runner,
-        slot,
-        rings: Vec::new(),
-    })
+    Ok(Worker { name, runner, slot })
 }
 
 /// A device in its slot.
@@ -86,7 +79,6 @@ pub struct Worker {
     name: &'static str,
     runner: DeviceRunner,
     slot: Slot,
-    rings: Vec<Arc<MmioRing>>,
 }
 
 impl Worker {
@@ -112,7 +104,8 @@ impl Worker {
             }
             if kicked {
                 clear(self.slot.shared.kick.as_fd());
-                let outcome = self.queue_events();
+                // With one notification for each device, it does not say which queue it is for.
+                let outcome = self.runner.check_queues();
                 self.take(outcome)?;
             }
             if host {
@@ -142,32 +135,19 @@ impl Worker {
     fn command(&mut self, command: Command) -> Result<(), Error> {
         match command {
             Command::Activate { features, rings } => {
-                self.rings = rings;
-                let rings = self.rings.iter().map(|ring| ring.clone() as Arc<dyn Ring>);
-                self.runner.activate(features, rings.collect());
+                self.runner.activate(features, rings);
                 // Kicks may have come before.
-                let outcome = self.queue_events();
+                let outcome = self.runner.check_queues();
                 self.take(outcome)
             }
             Command::Reset { done } => {
                 // It finishes or discards the requests in flight; none completes afterwards.
                 self.runner.reset();
-                self.rings.drain(..).for_each(|ring| ring.abandon());
                 // The driver may have stopped waiting only with its machine.
                 let _ = done.send(());
                 Ok(())
             }
         }
-    }
-
-    /// The driver's notification does not say which queue it is for: with one notification for
-    /// each device, a machine has few.
-    fn queue_events(&mut self) -> Result<Outcome, DeviceError> {
-        let mut all = Outcome::default();
-        for queue in 0..self.rings.len() {
-            all.config_changed |= self.runner.queue_event(queue)?.config_changed;
-        }
-        Ok(all)
     }
 
     fn take(&mut self, outcome: Result<Outcome, DeviceError>) -> Result<(), Error> {
