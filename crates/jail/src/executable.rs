@@ -4,7 +4,7 @@
 //! change the mode, owner and attributes of that file, which is the host's. So it is executed from
 //! a mount of its own, which is attached nowhere and read-only.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, fstat, open, readlink};
 use rustix::io::Errno;
@@ -29,17 +29,24 @@ pub fn sealed(executable: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
 }
 
 /// The same file by its name in this mount namespace.
+///
+/// The kernel shows the name from the root of the namespace where the file was opened. In a chroot
+/// that is longer than the name here, by the directories above the process's root.
 fn by_name(executable: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
-    use std::os::fd::AsRawFd;
     let link = format!("/proc/self/fd/{}", executable.as_raw_fd());
-    let found = open(
-        readlink(link, Vec::new())?,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let (found_stat, wanted) = (fstat(&found)?, fstat(executable)?);
-    match (found_stat.st_dev, found_stat.st_ino) == (wanted.st_dev, wanted.st_ino) {
-        true => Ok(found),
-        false => Err(Errno::NOENT),
+    let name = readlink(link, Vec::new())?;
+    let wanted = fstat(executable)?;
+    let starts = name.to_bytes().iter().enumerate();
+    let starts = starts.filter(|(_, byte)| **byte == b'/');
+    for (start, _) in starts {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let Ok(found) = open(&name.to_bytes()[start..], flags, Mode::empty()) else {
+            continue;
+        };
+        let stat = fstat(&found)?;
+        if (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino) {
+            return Ok(found);
+        }
     }
+    Err(Errno::NOENT)
 }
