@@ -169,7 +169,7 @@ fn processes_are_confined_as_documented(machine: &'static str) {
             let adjustment = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
             assert_eq!(adjustment.trim(), "200", "{process}");
         }
-        check_open_files(&container, documented);
+        check_open_files(&container, documented, pid);
     }
 }
 
@@ -226,8 +226,7 @@ fn a_layer_is_unpacked_by_a_process_confined_as_documented() {
 }
 
 /// No process holds other files of the host than documented.
-fn check_open_files(container: &Container<'_>, process: &str) {
-    let pid = container.host_process(process).as_raw_nonzero();
+fn check_open_files(container: &Container<'_>, process: &str, pid: i32) {
     let below = container.hull().path("");
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
         // Closed meanwhile.
