@@ -13,6 +13,7 @@ use hull_devices::block::Block;
 use hull_devices::transport::mmio;
 use hull_fuzz::{AVAILABLE, Input, descriptor, finish_threads, memory};
 use hull_vmm::bus::{Bus, SerialInterrupt};
+use hull_vmm::state::SavedBus;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
@@ -65,7 +66,9 @@ fuzz_target!(|data: &[u8]| {
             let count = routes.iter().flatten().count();
             *routed.lock().expect("no panic") = count;
         }),
-    );
+        SavedBus::default(),
+    )
+    .expect("a bus");
     for _ in 0..STEPS {
         if input.is_empty() {
             break;

@@ -17,6 +17,10 @@ pub const KERNEL_FD: i32 = 5;
 pub const INITRAMFS_FD: i32 = 6;
 /// Descriptor of `/dev/kvm`.
 pub const KVM_FD: i32 = 7;
+/// Descriptor of the saved state, in the place of the kernel.
+pub const STATE_FD: i32 = KERNEL_FD;
+/// Descriptor of the saved memory, in the place of the initramfs.
+pub const MEMORY_FD: i32 = INITRAMFS_FD;
 
 /// Most virtual CPUs.
 pub const MAX_VCPUS: u32 = 32;
@@ -93,8 +97,12 @@ impl SlotAddress {
 pub enum Command {
     /// Stop the guest. Answered when no virtual CPU runs.
     Pause,
-    /// Let it go on.
+    /// Let it go on. The first time after a restore, its devices take over their states before:
+    /// the sandbox has given them what they had on the host.
     Resume,
+    /// Save the stopped guest to the two files that come with the command, which are empty: its
+    /// state and its memory. Devices stand still meanwhile.
+    Save,
 }
 
 /// The answer to a [`Command`].
@@ -108,7 +116,7 @@ pub struct Answer {
 /// Limits of both sides for a message.
 pub const LIMITS: Limits = Limits {
     bytes: 4 << 10,
-    fds: 0,
+    fds: 2,
 };
 
 #[cfg(test)]

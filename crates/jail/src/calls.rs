@@ -365,11 +365,20 @@ pub const THREAD: &[c_long] = &[
     libc::SYS_poll,
 ];
 
-/// Requests to the descriptor of a virtual CPU (linux/kvm.h): to run it, and to set its clock. Its
-/// state is set before the process is confined.
+/// Requests to the descriptor of a virtual CPU (linux/kvm.h): to run it, to set its clock, and to
+/// read its state, which is set before the process is confined.
 #[cfg(target_arch = "x86_64")]
 pub const VCPU_IOCTLS: &[u64] = &[
     0x0000_ae80, // KVM_RUN
+    0x8090_ae81, // KVM_GET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0xc008_ae88, // KVM_GET_MSRS
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x9000_aea4, // KVM_GET_XSAVE
+    0x8188_aea6, // KVM_GET_XCRS
     0x0000_aead, // KVM_KVMCLOCK_CTRL
     0x4018_aee1, // KVM_SET_DEVICE_ATTR: the time stamp counter's offset
     0x4018_aee2, // KVM_GET_DEVICE_ATTR

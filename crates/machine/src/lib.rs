@@ -37,7 +37,7 @@ pub use error::Error;
 pub use exit::Exit;
 pub use features::{Disks, Features, NetDevices};
 pub use hull_device_control::DeviceConfig;
-pub use kvm::ROLE as MACHINE_PROCESS;
+pub use kvm::{RESTORE, ROLE as MACHINE_PROCESS};
 pub use probe::{Report, probe};
 pub use process::{Process, ProcessRole};
 pub use text::printable;

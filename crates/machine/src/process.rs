@@ -1,9 +1,11 @@
 //! The processes of a machine.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use hull_jail::{Started, Status};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 /// Role of a process of a machine.
@@ -53,6 +55,17 @@ impl Jailed {
     pub(crate) fn process(&self) -> &Process {
         let [process] = &self.process;
         process
+    }
+
+    /// Waits until it has ended, but not longer than `limit`.
+    pub(crate) fn wait(&self, limit: Duration) {
+        let limit = Timespec {
+            tv_sec: limit.as_secs().cast_signed(),
+            tv_nsec: 0,
+        };
+        let mut ready = [PollFd::new(&self.process().pidfd, PollFlags::IN)];
+        // Whether it has ended is asked elsewhere.
+        let _ = retry_on_intr(|| poll(&mut ready, Some(&limit)));
     }
 
     /// Its exit status; `None` while it is running. The error is that of waiting for it.

@@ -4,126 +4,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod busy;
 mod common;
 
-use std::io::{BufRead, BufReader};
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Archive, kernel, no_devices};
-use hull_machine::{Kind, Machine, MachineConfig, Wiring};
-
-const BUSYBOX: &str = "/bin/busybox";
-
-/// One process computes, one starts programs, one sleeps, and one prints the time since boot all
-/// the time.
-const INIT: &str = r#"#!/bin/busybox sh
-/bin/busybox mount -t proc proc /proc
-(while :; do :; done) &
-(while :; do /bin/busybox true; done) &
-(while :; do
-  read before rest </proc/uptime
-  /bin/busybox sleep 0.2
-  read after rest </proc/uptime
-  echo "slept $before $after"
-done) &
-while :; do
-  read now rest </proc/uptime
-  echo "now $now"
-done
-"#;
-
-/// Seconds, as a guest prints them.
-type Seconds = f64;
-
-#[derive(Debug, Default)]
-struct Printed {
-    /// When a line came, and the guest's time in it.
-    now: Vec<(Instant, Seconds)>,
-    /// Begin and end of each sleep.
-    slept: Vec<(Seconds, Seconds)>,
-    other: Vec<String>,
-}
-
-struct Guest {
-    machine: Box<dyn Machine>,
-    printed: Arc<Mutex<Printed>>,
-    _control: Option<OwnedFd>,
-}
+use busy::{Guest, LONGEST_STEP};
+use hull_machine::Kind;
 
 impl Guest {
-    /// Boots, if that can be done here.
-    fn start(kind: Kind) -> Option<Self> {
-        let kernel = kernel(kind)?;
-        let Ok(busybox) = std::fs::read(BUSYBOX) else {
-            eprintln!("skipped: no {BUSYBOX}");
-            return None;
-        };
-        let directory = tempfile::tempdir().unwrap();
-        let initramfs = directory.path().join("initramfs");
-        let archive = Archive::default()
-            .add("bin", 0o040_755, &[])
-            .add("dev", 0o040_755, &[])
-            .add("proc", 0o040_755, &[])
-            .device("dev/console", 5, 1)
-            .device("dev/null", 1, 3)
-            .add("bin/busybox", 0o100_755, &busybox)
-            .add("init", 0o100_755, INIT.as_bytes());
-        std::fs::write(&initramfs, archive.finish()).unwrap();
-        let (read, write) = std::io::pipe().unwrap();
-        let config = MachineConfig {
-            kernel,
-            initramfs,
-            memory: 128 << 20,
-            vcpus: kind.backend().features().vcpus(2),
-            hardware: false,
-        };
-        let (devices, control) = no_devices(kind);
-        let wiring = Wiring {
-            console: OwnedFd::from(write),
-            devices,
-            uid: 60_000,
-        };
-        let machine = kind.backend().start(&config, wiring).unwrap();
-        let printed: Arc<Mutex<Printed>> = Arc::default();
-        let to = printed.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(read).lines().map_while(Result::ok) {
-                let mut printed = to.lock().unwrap();
-                let words: Vec<&str> = line.split_whitespace().collect();
-                let time = |index: usize| words[index].parse::<Seconds>().ok();
-                match words.as_slice() {
-                    ["now", _] => printed.now.extend(time(1).map(|at| (Instant::now(), at))),
-                    ["slept", _, _] => printed.slept.extend(time(1).zip(time(2))),
-                    _ => printed.other.push(line),
-                }
-            }
-        });
-        let guest = Self {
-            machine,
-            printed,
-            _control: control,
-        };
-        guest.until(Duration::from_secs(60), |printed| printed.slept.len() > 2);
-        Some(guest)
-    }
-
-    fn until(&self, timeout: Duration, condition: impl Fn(&Printed) -> bool) {
-        let start = Instant::now();
-        while !condition(&self.printed.lock().unwrap()) {
-            let printed = self.printed.lock().unwrap();
-            let (now, slept) = (printed.now.len(), &printed.slept);
-            assert!(
-                start.elapsed() < timeout,
-                "{now} {slept:?} {:#?}",
-                printed.other
-            );
-            drop(printed);
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
     /// Ticks of processor time that the machine's processes have used.
     fn ticks(&self) -> u64 {
         let mut waiting: Vec<i32> = self
@@ -178,15 +67,7 @@ impl Guest {
         });
         paused
     }
-
-    fn lines(&self) -> usize {
-        self.printed.lock().unwrap().now.len()
-    }
 }
-
-/// How far the guest's time may advance between two of its lines: other processes have their turns,
-/// and the host may be busy. Shorter than the longest pause.
-const LONGEST_STEP: Seconds = 2.0;
 
 fn a_paused_guest_stands_still(kind: Kind) {
     let Some(mut guest) = Guest::start(kind) else {
@@ -208,21 +89,7 @@ fn a_paused_guest_stands_still(kind: Kind) {
     });
 
     let printed = guest.printed.lock().unwrap();
-    let steps = printed.now.windows(2).map(|pair| pair[1].1 - pair[0].1);
-    let (shortest, longest) = steps.fold((0.0, 0.0), |(low, high): (Seconds, Seconds), step| {
-        (low.min(step), high.max(step))
-    });
-    assert!(shortest >= 0.0, "the guest's clock went back by {shortest}");
-    assert!(
-        longest < LONGEST_STEP,
-        "the guest's clock jumped by {longest}"
-    );
-    for (before, after) in &printed.slept {
-        // The clock shows hundredths.
-        let slept = after - before;
-        assert!(slept >= 0.19, "a sleep of 0.2 s took {slept}");
-        assert!(slept < 0.2 + LONGEST_STEP, "a sleep of 0.2 s took {slept}");
-    }
+    printed.check_clock();
     // On the whole it is late by the pauses.
     let (first, last) = (printed.now[0], printed.now[printed.now.len() - 1]);
     let host = (last.0 - first.0).as_secs_f64();

@@ -11,6 +11,7 @@ use vm_superio::Serial;
 use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::state::{SavedBus, SavedSerial};
 use crate::x86_64::ioapic::{Ioapic, Routes};
 use crate::x86_64::layout::{
     FIRST_SLOT, IOAPIC, IOAPIC_SIZE, MAX_SLOTS, RESET, RESET_COMMAND, SERIAL, SERIAL_PORTS,
@@ -52,19 +53,46 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// A bus with these devices; the serial port writes to `console`.
+    /// A bus with these devices; the serial port writes to `console`. Interrupts come as in
+    /// `state` from now on.
+    ///
+    /// # Errors
+    /// The state of the serial port is invalid.
     pub fn new(
         slots: Vec<Option<Registers>>,
         console: File,
         interrupt: SerialInterrupt,
         route: Box<dyn Fn(&Routes) + Send + Sync>,
-    ) -> Self {
-        Self {
-            slots,
-            ioapic: Ioapic::default(),
-            serial: Mutex::new(Serial::new(interrupt, console)),
-            route,
+        state: SavedBus,
+    ) -> Result<Self, &'static str> {
+        let ioapic = Ioapic::new(state.ioapic);
+        let routes = ioapic.routes();
+        if routes.iter().any(Option::is_some) {
+            route(&routes);
         }
+        let serial = Serial::from_state(&state.serial.into(), interrupt, NoEvents, console)
+            .map_err(|_| "the state of the serial port is invalid")?;
+        Ok(Self {
+            slots,
+            ioapic,
+            serial: Mutex::new(serial),
+            route,
+        })
+    }
+
+    /// The state of everything but the slots. No virtual CPU may run.
+    pub fn save(&self) -> SavedBus {
+        let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+        SavedBus {
+            serial: SavedSerial::from(serial.state()),
+            ioapic: self.ioapic.save(),
+        }
+    }
+
+    /// The slots where there can be a device, with their numbers.
+    pub fn slots(&self) -> impl Iterator<Item = (u32, &Registers)> {
+        let numbered = (0..).zip(&self.slots);
+        numbered.filter_map(|(number, registers)| Some((number, registers.as_ref()?)))
     }
 
     fn slot(&self, address: u64) -> Option<(&Registers, u64)> {
@@ -144,8 +172,9 @@ mod tests {
             console.try_clone().unwrap(),
             interrupt,
             Box::new(|_| {}),
+            SavedBus::default(),
         );
-        (bus, console)
+        (bus.unwrap(), console)
     }
 
     #[test]

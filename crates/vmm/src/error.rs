@@ -1,5 +1,6 @@
 //! Why a machine cannot run, or has broken down.
 
+use std::fmt;
 use std::io;
 
 use hull_device_control::monitor::MAX_VCPUS;
@@ -41,6 +42,10 @@ pub enum Error {
         /// Guest memory in bytes.
         memory: u64,
     },
+    /// The machine cannot be saved, or a saved one cannot be restored here. The reason is for
+    /// display.
+    #[error("cannot use the snapshot: {0}")]
+    Snapshot(String),
     /// The command line is longer than the kernel reads.
     #[error("cannot boot the guest kernel: its command line is too long")]
     CommandLine,
@@ -83,10 +88,12 @@ impl Error {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Breakdown {
     /// A fault while a fault was handled while a fault was handled.
-    #[error("the guest kernel crashed: virtual CPU {vcpu} had a triple fault")]
+    #[error("the guest kernel crashed: virtual CPU {vcpu} had a triple fault{at}")]
     TripleFault {
         /// Number of the virtual CPU.
         vcpu: u32,
+        /// Where.
+        at: At,
     },
     /// The processor refuses the state of a virtual CPU.
     #[error("the processor refuses to run virtual CPU {vcpu} (hardware reason {reason:#x})")]
@@ -97,12 +104,22 @@ pub enum Breakdown {
         reason: u64,
     },
     /// KVM cannot go on.
-    #[error("KVM had an internal error in virtual CPU {vcpu} (suberror {suberror})")]
+    #[error("KVM had an internal error in virtual CPU {vcpu} (suberror {suberror}){at}")]
     InternalError {
         /// Number of the virtual CPU.
         vcpu: u32,
         /// What KVM says (linux/kvm.h, KVM_INTERNAL_ERROR_*).
         suberror: u32,
+        /// Where.
+        at: At,
+    },
+    /// KVM cannot execute an instruction, which the processor left to it.
+    #[error("KVM cannot emulate an instruction of virtual CPU {vcpu}{at}")]
+    Emulation {
+        /// Number of the virtual CPU.
+        vcpu: u32,
+        /// Which, and where.
+        at: At,
     },
     /// KVM gave control back for a reason that does not occur in this machine.
     #[error("KVM stopped virtual CPU {vcpu} for an unknown reason: {reason}")]
@@ -120,4 +137,27 @@ pub enum Breakdown {
         /// KVM's error.
         errno: Errno,
     },
+}
+
+/// Where the guest was when it broke down, as far as KVM says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct At {
+    /// The instruction pointer.
+    pub rip: Option<u64>,
+    /// Bytes of the instruction; empty where they are not known.
+    pub instruction: Vec<u8>,
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(rip) = self.rip {
+            write!(out, " at {rip:#x}")?;
+        }
+        if !self.instruction.is_empty() {
+            out.write_str(":")?;
+        }
+        self.instruction
+            .iter()
+            .try_for_each(|byte| write!(out, " {byte:02x}"))
+    }
 }

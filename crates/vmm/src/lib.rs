@@ -27,6 +27,12 @@ mod memory;
 #[cfg(all(target_arch = "x86_64", fuzzing))]
 pub mod memory;
 #[cfg(target_arch = "x86_64")]
+mod monitor;
+#[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+mod state;
+#[cfg(all(target_arch = "x86_64", fuzzing))]
+pub mod state;
+#[cfg(target_arch = "x86_64")]
 mod sys;
 #[cfg(target_arch = "x86_64")]
 mod vcpu;
@@ -34,43 +40,85 @@ mod vcpu;
 use std::os::fd::{OwnedFd, RawFd};
 
 use hull_device_control::CONTROL_FD;
-use hull_device_control::monitor::{INITRAMFS_FD, KERNEL_FD, KVM_FD, MONITOR_FD};
+use hull_device_control::monitor::{
+    INITRAMFS_FD, KERNEL_FD, KVM_FD, MEMORY_FD, MONITOR_FD, STATE_FD,
+};
 
 pub use error::Error;
+
+/// Where a machine comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// It boots a kernel.
+    Boot {
+        /// Guest memory in bytes.
+        memory: u64,
+        /// Number of virtual CPUs.
+        vcpus: u32,
+        /// The guest kernel: an ELF file with a PVH entry.
+        kernel: OwnedFd,
+        /// The initramfs.
+        initramfs: OwnedFd,
+    },
+    /// It continues where another one was saved, which takes the same devices. It is paused first:
+    /// its devices get their state when it is resumed.
+    Snapshot {
+        /// The state of virtual CPUs and devices.
+        state: OwnedFd,
+        /// Guest memory.
+        memory: OwnedFd,
+    },
+}
 
 /// What a machine is made of.
 #[derive(Debug)]
 pub struct Config {
-    /// Guest memory in bytes.
-    pub memory: u64,
-    /// Number of virtual CPUs.
-    pub vcpus: u32,
-    /// The guest kernel: an ELF file with a PVH entry.
-    pub kernel: OwnedFd,
-    /// The initramfs.
-    pub initramfs: OwnedFd,
+    /// Where it comes from.
+    pub origin: Origin,
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
     /// The socket over which the sandbox controls the devices.
     pub control: OwnedFd,
-    /// The socket over which crate machine pauses and resumes the guest.
+    /// The socket over which crate machine pauses, resumes and saves the guest.
     pub monitor: OwnedFd,
 }
 
+/// What crate machine asks a machine process for, besides the descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// To boot a kernel.
+    Boot {
+        /// Guest memory in bytes.
+        memory: u64,
+        /// Number of virtual CPUs.
+        vcpus: u32,
+    },
+    /// To restore a machine.
+    Restore,
+}
+
 impl Config {
-    /// A machine of `memory` bytes and `vcpus` virtual CPUs, with the descriptors that crate
-    /// machine passes to a machine process. Called once, before the process opens any descriptor of
-    /// its own, which could get one of their numbers.
+    /// A machine with the descriptors that crate machine passes to a machine process. Called once,
+    /// before the process opens any descriptor of its own, which could get one of their numbers.
     ///
     /// # Errors
     /// A descriptor is not open: crate machine has not started this process.
-    pub fn inherited(memory: u64, vcpus: u32) -> Result<Self, Error> {
+    pub fn inherited(start: Start) -> Result<Self, Error> {
         let take = |fd: RawFd| hull_ipc::inherited(fd).map_err(Error::errno("use a descriptor"));
+        let origin = match start {
+            Start::Boot { memory, vcpus } => Origin::Boot {
+                memory,
+                vcpus,
+                kernel: take(KERNEL_FD)?,
+                initramfs: take(INITRAMFS_FD)?,
+            },
+            Start::Restore => Origin::Snapshot {
+                state: take(STATE_FD)?,
+                memory: take(MEMORY_FD)?,
+            },
+        };
         Ok(Self {
-            memory,
-            vcpus,
-            kernel: take(KERNEL_FD)?,
-            initramfs: take(INITRAMFS_FD)?,
+            origin,
             kvm: take(KVM_FD)?,
             control: take(CONTROL_FD)?,
             monitor: take(MONITOR_FD)?,

@@ -1,36 +1,36 @@
-//! Builds a machine, and runs it to its end.
+//! Builds a machine, anew or from a snapshot, and runs it to its end.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use hull_device_control::monitor::{Answer, CAPABILITIES, Command, LIMITS, MAX_VCPUS, SlotAddress};
+use hull_device_control::monitor::{CAPABILITIES, MAX_VCPUS, SlotAddress};
 use hull_device_control::{DeviceConfig, DeviceType, numbered};
 use hull_devices::device::Memory;
 use hull_devices::ended::Ended;
 use hull_devices::served::{Served, receive_setup};
 use hull_devices::transport::Connection;
 use hull_devices::transport::mmio::{self, QUEUE_NOTIFY, Registers, Slot};
-use hull_ipc::Received;
 use hull_jail::{ThreadRole, drop_thread_capabilities, restrict_thread};
 use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
-    KVM_PMU_CAP_DISABLE, Msrs, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI,
+    KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_irq_routing_entry,
     kvm_msr_entry,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, SerialInterrupt};
 use crate::memory::GuestRam;
+use crate::monitor::{Monitor, Restored, tsc_khz};
+use crate::state::{SavedBus, SavedMachine};
 use crate::vcpu::{End, Surroundings, Vcpus};
 use crate::x86_64::ioapic::Routes;
 use crate::x86_64::kernel::Kernel;
 use crate::x86_64::layout::{MAX_SLOTS, SERIAL_INTERRUPT, TASK_STATE};
 use crate::x86_64::{boot, cpuid, mptable};
-use crate::{Config, Error, sys};
+use crate::{Config, Error, Origin, sys};
 
 /// The kernel's parameters beside those of devices: it prints only warnings and errors, a guest
 /// without ACPI ends by the reset command, and free memory is given back in blocks of 64 KiB and
@@ -48,9 +48,19 @@ const FAST_STRINGS: u64 = 1;
 /// A machine that is built, without threads.
 struct Built {
     vm: Arc<VmFd>,
+    ram: GuestRam,
     vcpus: Vec<VcpuFd>,
+    /// Of the first virtual CPU.
+    cpuid: CpuId,
     bus: Bus,
     served: Served,
+    /// Those that have a place each.
+    devices: Vec<Device>,
+    tsc_khz: u32,
+    /// Numbers of the model-specific registers that KVM saves.
+    msrs: Vec<u32>,
+    /// What it continues from, when it is resumed first.
+    restored: Option<Restored>,
 }
 
 /// See [`crate::run`].
@@ -58,19 +68,20 @@ pub fn run(
     config: Config,
     confine: impl FnOnce() -> Result<(), hull_jail::Error>,
 ) -> Result<(), Error> {
-    if !(1..=MAX_VCPUS).contains(&config.vcpus) {
-        return Err(Error::Vcpus {
-            vcpus: config.vcpus,
-        });
-    }
     let ended = Arc::new(Ended::new().map_err(Error::host("create an eventfd"))?);
-    let (built, monitor, devices) = build(config, &ended)?;
+    let (built, monitor) = build(config, &ended)?;
     confine()?;
     let Built {
         vm,
+        ram,
         vcpus,
+        cpuid,
         bus,
         mut served,
+        devices,
+        tsc_khz,
+        msrs,
+        restored,
     } = built;
     for (device, connection, file) in devices {
         served.start(device, connection, file)?;
@@ -89,34 +100,72 @@ pub fn run(
     let surroundings = Arc::new(Surroundings {
         bus,
         ended: Box::new(move |end: End| report.set(end.map_err(Error::from))),
+        msrs,
     });
-    let vcpus = Vcpus::start(vcpus, surroundings)?;
+    let vcpus = Vcpus::start(vcpus, surroundings.clone(), restored.is_some())?;
     drop_thread_capabilities("the machine process")?;
+    let (paused, slots) = restored
+        .map(|restored| (restored.paused, restored.slots))
+        .unzip();
     Monitor {
         socket: monitor,
         vm,
+        ram,
         vcpus,
-        paused: None,
+        cpuid,
+        tsc_khz,
+        surroundings,
+        paused,
+        unrestored: slots,
     }
     .serve(&ended)
 }
 
 type Device = (DeviceConfig, Connection, Option<OwnedFd>);
 
-fn build(
-    config: Config,
-    ended: &Arc<Ended<Result<(), Error>>>,
-) -> Result<(Built, OwnedFd, Vec<Device>), Error> {
+/// What a machine is built from, besides what all have.
+enum Source {
+    Boot { kernel: File, initramfs: File },
+    Snapshot(Box<SavedMachine>),
+}
+
+/// Guest memory, the number of virtual CPUs, and the source of both.
+fn open(origin: Origin) -> Result<(GuestRam, u32, Source), Error> {
+    let (ram, vcpus, source) = match origin {
+        Origin::Boot {
+            memory,
+            vcpus,
+            kernel,
+            initramfs,
+        } => {
+            let source = Source::Boot {
+                kernel: kernel.into(),
+                initramfs: initramfs.into(),
+            };
+            (GuestRam::new(memory)?, vcpus, source)
+        }
+        Origin::Snapshot { state, memory } => {
+            let saved = SavedMachine::read(&File::from(state))?;
+            let ram = GuestRam::restored(saved.memory, &File::from(memory))?;
+            let vcpus = u32::try_from(saved.vcpus.len()).unwrap_or(u32::MAX);
+            (ram, vcpus, Source::Snapshot(Box::new(saved)))
+        }
+    };
+    match (1..=MAX_VCPUS).contains(&vcpus) {
+        true => Ok((ram, vcpus, source)),
+        false => Err(Error::Vcpus { vcpus }),
+    }
+}
+
+fn build(config: Config, ended: &Arc<Ended<Result<(), Error>>>) -> Result<(Built, OwnedFd), Error> {
     let Config {
-        memory,
-        vcpus: count,
-        kernel,
-        initramfs,
+        origin,
         kvm,
         control,
         monitor,
     } = config;
-    let devices = receive_setup(&control)?;
+    let (ram, count, source) = open(origin)?;
+    let setup = receive_setup(&control)?;
 
     let kvm = sys::kvm(kvm);
     for (capability, name) in CAPABILITIES {
@@ -129,7 +178,6 @@ fn build(
         .map_err(Error::kvm("create a virtual machine"))?;
 
     // Memory comes first: changing it waits for a grace period of everything on KVM's buses.
-    let ram = GuestRam::new(memory)?;
     sys::set_memory(&vm, &ram).map_err(Error::kvm("give memory to the guest"))?;
     vm.set_tss_address(TASK_STATE)
         .map_err(Error::kvm("place the task state segment"))?;
@@ -142,8 +190,8 @@ fn build(
 
     let mut parameters = PARAMETERS.to_owned();
     let mut slots: Vec<Option<Registers>> = (0..MAX_SLOTS).map(|_| None).collect();
-    let mut connected = Vec::new();
-    for (number, (device, resources)) in numbered(devices, |(device, _)| device.device_type()) {
+    let mut devices = Vec::new();
+    for (number, (device, resources)) in numbered(setup, |(device, _)| device.device_type()) {
         // `receive_setup` has counted them.
         let address = SlotAddress::of(device.device_type(), number).ok_or(Error::Host {
             action: "place the devices",
@@ -157,14 +205,24 @@ fn build(
             parameters.push_str(" virtio_mmio.device=");
             parameters.push_str(&address.parameter());
         }
-        connected.push((device, Connection::Mmio(slot), resources.file));
+        devices.push((device, Connection::Mmio(slot), resources.file));
     }
 
-    let (kernel, initramfs) = (File::from(kernel), File::from(initramfs));
-    let entry = load(&ram, &kernel, &initramfs, &parameters)?;
-    mptable::write(&ram, count, MAX_SLOTS)?;
-
-    let vcpus = create_vcpus(&kvm, &vm, count, entry)?;
+    let supported = supported_cpuid(&kvm)?;
+    let cpuid = cpuid::of_vcpu(&supported, 0, count);
+    let vcpus = create_vcpus(&vm, count, &supported)?;
+    let (state, restored) = match source {
+        Source::Boot { kernel, initramfs } => {
+            let entry = load(&ram, &kernel, &initramfs, &parameters)?;
+            mptable::write(&ram, count, MAX_SLOTS)?;
+            reset_vcpus(&vcpus, entry)?;
+            (SavedBus::default(), None)
+        }
+        Source::Snapshot(saved) => {
+            let (state, restored) = Restored::of(*saved, &vcpus, &cpuid)?;
+            (state, Some(restored))
+        }
+    };
     let serial = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(Error::host("create an eventfd"))?;
     vm.register_irqfd(&serial, SERIAL_INTERRUPT)
@@ -184,14 +242,26 @@ fn build(
                 report.set(Err(error));
             }
         }),
-    );
+        state,
+    )
+    .map_err(|reason| Error::Snapshot(reason.into()))?;
+    let msrs = kvm
+        .get_msr_index_list()
+        .map_err(Error::kvm("read the registers that it saves"))?;
+    let tsc_khz = vcpus.first().map(tsc_khz).transpose()?.unwrap_or_default();
     let built = Built {
         vm,
+        ram,
         vcpus,
+        cpuid,
         bus,
         served: Served::new(control, confine_device)?,
+        devices,
+        tsc_khz,
+        msrs: msrs.as_slice().to_vec(),
+        restored,
     };
-    Ok((built, monitor, connected))
+    Ok((built, monitor))
 }
 
 /// Takes the performance counters from the guest, where KVM can (Linux 5.18).
@@ -259,34 +329,43 @@ fn load(ram: &GuestRam, kernel: &File, initramfs: &File, parameters: &str) -> Re
     Ok(found.entry)
 }
 
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, entry: u32) -> Result<Vec<VcpuFd>, Error> {
+/// The features that virtual CPUs can have.
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(Error::kvm("read the features of the processor"))?;
-    let supported = cpuid::completed(&supported).map_err(|_| Error::Host {
+    cpuid::completed(&supported).map_err(|_| Error::Host {
         action: "read the features of the processor",
         source: io::ErrorKind::OutOfMemory.into(),
-    })?;
+    })
+}
+
+fn create_vcpus(vm: &VmFd, count: u32, supported: &CpuId) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
         .map(|index| {
             let vcpu = vm
                 .create_vcpu(index.into())
                 .map_err(Error::kvm("create a virtual CPU"))?;
-            vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count))
+            vcpu.set_cpuid2(&cpuid::of_vcpu(supported, index, count))
                 .map_err(Error::kvm("set the features of a virtual CPU"))?;
-            set_msrs(&vcpu)?;
-            // The others wait for the first one to start them.
-            if index == 0 {
-                let registers = "set the registers of a virtual CPU";
-                let mut sregs = vcpu.get_sregs().map_err(Error::kvm(registers))?;
-                let mut regs = vcpu.get_regs().map_err(Error::kvm(registers))?;
-                boot::enter(entry, &mut regs, &mut sregs);
-                vcpu.set_sregs(&sregs).map_err(Error::kvm(registers))?;
-                vcpu.set_regs(&regs).map_err(Error::kvm(registers))?;
-            }
             Ok(vcpu)
         })
         .collect()
+}
+
+/// Sets virtual CPUs to the state in which the kernel is entered. All but the first wait for it to
+/// start them.
+fn reset_vcpus(vcpus: &[VcpuFd], entry: u32) -> Result<(), Error> {
+    vcpus.iter().try_for_each(set_msrs)?;
+    let Some(first) = vcpus.first() else {
+        return Ok(());
+    };
+    let registers = "set the registers of a virtual CPU";
+    let mut sregs = first.get_sregs().map_err(Error::kvm(registers))?;
+    let mut regs = first.get_regs().map_err(Error::kvm(registers))?;
+    boot::enter(entry, &mut regs, &mut sregs);
+    first.set_sregs(&sregs).map_err(Error::kvm(registers))?;
+    first.set_regs(&regs).map_err(Error::kvm(registers))
 }
 
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
@@ -332,78 +411,6 @@ fn route(vm: &VmFd, routes: &Routes) -> Result<(), Error> {
         source: io::ErrorKind::InvalidInput.into(),
     })?;
     vm.set_gsi_routing(&routing).map_err(Error::kvm(action))
-}
-
-/// The guest's time when it was paused.
-struct Paused {
-    clock: kvm_clock_data,
-    tsc: u64,
-}
-
-/// Answers crate machine.
-struct Monitor {
-    socket: OwnedFd,
-    vm: Arc<VmFd>,
-    vcpus: Vcpus,
-    paused: Option<Paused>,
-}
-
-impl Monitor {
-    /// Serves until the machine has ended, or crate machine has closed the socket.
-    fn serve(mut self, ended: &Ended<Result<(), Error>>) -> Result<(), Error> {
-        loop {
-            let mut ready = [
-                PollFd::new(ended.event(), PollFlags::IN),
-                PollFd::new(&self.socket, PollFlags::IN),
-            ];
-            match poll(&mut ready, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(Error::errno("wait for the end of the machine")(error)),
-            }
-            if !ready[0].revents().is_empty() {
-                return ended.take().unwrap_or(Ok(()));
-            }
-            if ready[1].revents().is_empty() {
-                continue;
-            }
-            match hull_ipc::receive::<Command>(&self.socket, LIMITS) {
-                Ok(Some(Received { message, .. })) => {
-                    let error = self.execute(message).err().map(|error| error.to_string());
-                    hull_ipc::send(&self.socket, &Answer { error }, &[])
-                        .map_err(Error::host("answer on the monitor socket"))?;
-                }
-                Ok(None) => return Ok(()),
-                Err(error) => return Err(Error::host("read the monitor socket")(error)),
-            }
-        }
-    }
-
-    fn execute(&mut self, command: Command) -> Result<(), Error> {
-        match (command, self.paused.take()) {
-            (Command::Pause, Some(paused)) => self.paused = Some(paused),
-            (Command::Pause, None) => {
-                self.vcpus.pause()?;
-                let clock = self.vm.get_clock().map_err(|error| {
-                    self.vcpus.resume(0);
-                    Error::kvm("read the guest's clock")(error)
-                })?;
-                let tsc = sys::host_tsc();
-                self.paused = Some(Paused { clock, tsc });
-            }
-            (Command::Resume, None) => {}
-            (Command::Resume, Some(Paused { clock, tsc })) => {
-                let slept = sys::host_tsc().wrapping_sub(tsc);
-                let clock = kvm_clock_data {
-                    clock: clock.clock,
-                    ..Default::default()
-                };
-                let set = self.vm.set_clock(&clock);
-                self.vcpus.resume(slept);
-                set.map_err(Error::kvm("set the guest's clock"))?;
-            }
-        }
-        Ok(())
-    }
 }
 
 const _: () = assert!(QUEUE_NOTIFY < hull_device_control::monitor::SLOT_SIZE);

@@ -21,7 +21,11 @@ use crate::x86_64::layout::{HIGH_MEMORY, LOW_MEMORY_END};
 /// Granularity of mappings.
 pub const PAGE: u64 = 4096;
 
+/// Bytes that are saved at once.
+const CHUNK: u64 = 1 << 20;
+
 /// The memory of a guest.
+#[derive(Clone)]
 pub struct GuestRam(Memory);
 
 impl GuestRam {
@@ -39,6 +43,69 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(regions)
             .map_err(|_| Error::Kernel("its memory has an invalid size"))?;
         Ok(Self(Arc::new(memory)))
+    }
+
+    /// Memory of `size` bytes with the content of `file`, which [`GuestRam::save`] wrote. What the
+    /// guest changes is its own.
+    ///
+    /// # Errors
+    /// The file has another size, or cannot be mapped.
+    pub fn restored(size: u64, file: &File) -> Result<Self, Error> {
+        let ram = Self::new(size)?;
+        let length = file
+            .metadata()
+            .map_err(Error::host("measure the saved memory"))?
+            .len();
+        if length != ram.size() {
+            return Err(Error::Snapshot(format!(
+                "its memory has {length} bytes, and not {}",
+                ram.size()
+            )));
+        }
+        for (start, length, offset) in ram.in_file() {
+            ram.map("the saved memory", file, offset, length, start)?;
+        }
+        Ok(ram)
+    }
+
+    /// Writes all of it to a file that is empty. Pages of zeros become holes. Nothing may write to
+    /// it meanwhile.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn save(&self, file: &File) -> Result<(), Error> {
+        let failed = || Error::host("write the memory of the guest");
+        file.set_len(self.size()).map_err(failed())?;
+        let mut buffer = vec![0; CHUNK as usize];
+        for (start, length, offset) in self.in_file() {
+            for done in (0..length).step_by(CHUNK as usize) {
+                let buffer = &mut buffer[..CHUNK.min(length - done) as usize];
+                self.0
+                    .read_slice(buffer, GuestAddress(start + done))
+                    .map_err(|_| self.too_little("its own memory"))?;
+                for (page, data) in (0..).zip(buffer.chunks(PAGE as usize)) {
+                    if data.iter().any(|byte| *byte != 0) {
+                        file.write_all_at(data, offset + done + page * PAGE)
+                            .map_err(failed())?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.iter().map(|region| region.len()).sum()
+    }
+
+    /// Guest address and length of its parts, and where they are in a file.
+    fn in_file(&self) -> impl Iterator<Item = (u64, u64, u64)> {
+        self.ranges().scan(0, |offset, (start, length)| {
+            let here = *offset;
+            *offset += length;
+            Some((start, length, here))
+        })
     }
 
     /// What devices see of it.

@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_xsave};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -128,39 +128,63 @@ impl ImmediateExit {
     }
 }
 
-/// `suberror` of the last KVM_EXIT_INTERNAL_ERROR.
-pub fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
+/// Suberror and data of the last KVM_EXIT_INTERNAL_ERROR.
+pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
     let run = vcpu.get_kvm_run();
-    // SAFETY: called after an exit with this reason, so that member of the union is set; it is a
-    // plain integer in any case.
-    unsafe { run.__bindgen_anon_1.internal.suberror }
+    // SAFETY: called after an exit with this reason, so that member of the union is set; it is
+    // plain integers in any case.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    let length = usize::try_from(internal.ndata).unwrap_or(usize::MAX);
+    let data = internal.data.into_iter().take(length).collect();
+    (internal.suberror, data)
 }
 
-/// Adds to the difference between a virtual CPU's time stamp counter and the host's.
+/// Gives a virtual CPU the state of its floating point and vector registers.
+///
+/// # Errors
+/// KVM's: the state is invalid, or has features that the CPU lacks.
+pub fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: KVM reads more than this structure only of CPUs with features that take a permission
+    // of the process (arch_prctl(2), ARCH_REQ_XCOMP_GUEST_PERM), which it does not ask for.
+    unsafe { vcpu.set_xsave(xsave) }
+}
+
+/// The difference between a virtual CPU's time stamp counter and the host's, in cycles.
 ///
 /// # Errors
 /// ENXIO or ENOTTY: the host's kernel cannot (before Linux 5.16).
-pub fn move_tsc(vcpu: &VcpuFd, cycles: u64) -> Result<(), kvm_ioctls::Error> {
-    // _IOW(KVMIO, 0xe1, struct kvm_device_attr) and 0xe2 (linux/kvm.h).
-    const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
-    const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
-    let call = |request, offset: &mut u64| {
-        let attribute = kvm_device_attr {
-            flags: 0,
-            group: KVM_VCPU_TSC_CTRL,
-            attr: u64::from(KVM_VCPU_TSC_OFFSET),
-            addr: std::ptr::from_mut(offset) as u64,
-        };
-        // SAFETY: the attribute points to `offset`, which KVM reads or writes before it returns.
-        match unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &raw const attribute) } {
-            0 => Ok(()),
-            _ => Err(kvm_ioctls::Error::last()),
-        }
-    };
+pub fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, kvm_ioctls::Error> {
     let mut offset = 0;
-    call(KVM_GET_DEVICE_ATTR, &mut offset)?;
-    offset = offset.wrapping_add(cycles);
-    call(KVM_SET_DEVICE_ATTR, &mut offset)
+    // _IOW(KVMIO, 0xe2, struct kvm_device_attr) (linux/kvm.h)
+    tsc_attribute(vcpu, 0x4018_aee2, &mut offset)?;
+    Ok(offset)
+}
+
+/// Sets what [`tsc_offset`] reads.
+///
+/// # Errors
+/// As [`tsc_offset`].
+pub fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<(), kvm_ioctls::Error> {
+    // _IOW(KVMIO, 0xe1, struct kvm_device_attr)
+    tsc_attribute(vcpu, 0x4018_aee1, &mut offset)
+}
+
+fn tsc_attribute(
+    vcpu: &VcpuFd,
+    request: libc::c_ulong,
+    offset: &mut u64,
+) -> Result<(), kvm_ioctls::Error> {
+    let attribute = kvm_device_attr {
+        flags: 0,
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: std::ptr::from_mut(offset) as u64,
+    };
+    // SAFETY: the attribute points to `offset`, which KVM reads or writes before it returns.
+    match unsafe { libc::ioctl(vcpu.as_raw_fd(), request, &raw const attribute) } {
+        0 => Ok(()),
+        _ => Err(kvm_ioctls::Error::last()),
+    }
 }
 
 /// A leaf of the host's CPUID, which the processor has: EAX, EBX, ECX, EDX.

@@ -13,18 +13,22 @@
 //! it looks at the gate before it enters. So no request is lost.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hull_jail::{ThreadRole, restrict_thread};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 use crate::bus::{Bus, Effect};
-use crate::error::{Breakdown, Error};
+use crate::error::{At, Breakdown, Error};
 use crate::sys::{self, ImmediateExit};
+use crate::x86_64::vcpu_state::VcpuState;
 
 /// The signal that ends KVM_RUN. Not a real-time one: those count against a limit of the user,
 /// whose other processes could use it up.
@@ -49,6 +53,15 @@ struct GateState {
     running: bool,
     /// Cycles of the host's time stamp counter that the guest is not to see.
     forget: u64,
+    /// Wants the state of the CPU, while the gate is closed.
+    save: Option<Save>,
+}
+
+/// A request for the state of a virtual CPU.
+struct Save {
+    /// As [`VcpuState::save`] takes it.
+    forget: u64,
+    done: mpsc::SyncSender<Result<VcpuState, Error>>,
 }
 
 impl Gate {
@@ -59,6 +72,16 @@ impl Gate {
 
 /// The virtual CPUs of a machine.
 pub struct Vcpus(Vec<Vcpu>);
+
+/// Result of one stay in the guest.
+enum Exit {
+    /// It needed this process, and has got it.
+    Served,
+    /// A kick, or nothing to do.
+    Interrupted,
+    /// The guest has ended.
+    Ended(End),
+}
 
 struct Vcpu {
     gate: Arc<Gate>,
@@ -72,22 +95,29 @@ pub struct Surroundings {
     pub bus: Bus,
     /// Told once how the guest ended.
     pub ended: Box<dyn Fn(End) + Send + Sync>,
+    /// Numbers of the model-specific registers that are saved.
+    pub msrs: Vec<u32>,
 }
 
 impl Vcpus {
-    /// Starts the threads of virtual CPUs, which run at once.
+    /// Starts the threads of virtual CPUs, which run at once unless the machine is `paused`.
     ///
     /// # Errors
     /// The host has no threads left.
-    pub fn start(vcpus: Vec<VcpuFd>, surroundings: Arc<Surroundings>) -> Result<Self, Error> {
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        surroundings: Arc<Surroundings>,
+        paused: bool,
+    ) -> Result<Self, Error> {
         register_signal_handler(KICK, do_nothing)
             .map_err(|error| Error::host("handle a signal")(error.into()))?;
         let threads = (0..).zip(vcpus).map(|(number, mut fd)| {
             let gate = Arc::new(Gate {
                 state: Mutex::new(GateState {
-                    closed: false,
+                    closed: paused,
                     running: false,
                     forget: 0,
+                    save: None,
                 }),
                 changed: Condvar::new(),
             });
@@ -141,6 +171,24 @@ impl Vcpus {
         Ok(())
     }
 
+    /// The states of all virtual CPUs, which are paused. `forget` is as for [`Vcpus::resume`].
+    ///
+    /// # Errors
+    /// KVM's, or the guest ends while an access to a device is finished.
+    pub fn save(&self, forget: u64) -> Result<Vec<VcpuState>, Error> {
+        let states = self.0.iter().map(|vcpu| {
+            let (done, state) = mpsc::sync_channel(1);
+            vcpu.gate.lock().save = Some(Save { forget, done });
+            vcpu.gate.changed.notify_all();
+            state.recv_timeout(PAUSE_TIMEOUT).unwrap_or_else(|_| {
+                Err(Error::host("save a virtual CPU")(
+                    io::ErrorKind::TimedOut.into(),
+                ))
+            })
+        });
+        states.collect()
+    }
+
     /// Lets all virtual CPUs continue. Their time stamp counters go on as if the last `forget`
     /// cycles had not been: all by the same, or they would differ from each other.
     pub fn resume(&self, forget: u64) {
@@ -175,7 +223,7 @@ impl Runner {
         }
         loop {
             self.pass_gate();
-            if let Some(end) = self.enter() {
+            if let Exit::Ended(end) = self.enter() {
                 self.end(end);
             }
         }
@@ -183,10 +231,17 @@ impl Runner {
 
     /// Waits as long as a pause is wanted.
     fn pass_gate(&mut self) {
-        let mut state = self.gate.lock();
+        let gate = self.gate.clone();
+        let mut state = gate.lock();
         while state.closed {
-            state = self
-                .gate
+            if let Some(Save { forget, done }) = state.save.take() {
+                drop(state);
+                // Nobody waits any more if it took too long.
+                let _ = done.send(self.save(forget));
+                state = gate.lock();
+                continue;
+            }
+            state = gate
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
@@ -201,12 +256,29 @@ impl Runner {
         }
     }
 
+    /// The state of the virtual CPU.
+    fn save(&mut self, forget: u64) -> Result<VcpuState, Error> {
+        // What the guest asked a device for is in its registers only after KVM was entered again,
+        // which can lead to another such exit.
+        self.kick.set(true);
+        loop {
+            match self.enter() {
+                Exit::Served => {}
+                Exit::Interrupted => break,
+                Exit::Ended(end) => self.end(end),
+            }
+        }
+        VcpuState::save(&self.fd, &self.surroundings.msrs, forget)
+    }
+
     /// Sets the guest's time stamp counter back by the time of a pause, and tells its kernel that
     /// it was paused, so that it does not take the time for a lockup.
     fn forget_time(&self, cycles: u64) {
         // Linux before 5.16 has no such attribute: the clock of a guest that uses the counter jumps
         // there.
-        if let Err(error) = sys::move_tsc(&self.fd, cycles.wrapping_neg()) {
+        let set_back = sys::tsc_offset(&self.fd)
+            .and_then(|offset| sys::set_tsc_offset(&self.fd, offset.wrapping_sub(cycles)));
+        if let Err(error) = set_back {
             tracing::debug!(vcpu = self.number, %error, "cannot set the time stamp counter back");
         }
         // EINVAL: the guest does not use that clock.
@@ -215,8 +287,8 @@ impl Runner {
         }
     }
 
-    /// Runs the guest until it needs this process. The result is how it ended, if it did.
-    fn enter(&mut self) -> Option<End> {
+    /// Runs the guest until it needs this process.
+    fn enter(&mut self) -> Exit {
         let (bus, gate) = (&self.surroundings.bus, &self.gate);
         let vcpu = self.number;
         let exit = self.fd.run();
@@ -233,29 +305,63 @@ impl Runner {
             Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
             Ok(VcpuExit::IoOut(port, data)) => {
                 if bus.write_port(port, data) == Effect::Reset {
-                    return Some(Ok(()));
+                    return Exit::Ended(Ok(()));
                 }
             }
-            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IoapicEoi(_)) => {}
-            Ok(VcpuExit::Shutdown) => return Some(Err(Breakdown::TripleFault { vcpu })),
+            Ok(VcpuExit::IoapicEoi(_)) => {}
+            Ok(VcpuExit::Intr | VcpuExit::Hlt) => return Exit::Interrupted,
+            Ok(VcpuExit::Shutdown) => {
+                let at = self.at(&[]);
+                return Exit::Ended(Err(Breakdown::TripleFault { vcpu, at }));
+            }
             Ok(VcpuExit::FailEntry(reason, _)) => {
-                return Some(Err(Breakdown::EntryFailure { vcpu, reason }));
+                return Exit::Ended(Err(Breakdown::EntryFailure { vcpu, reason }));
             }
             Ok(VcpuExit::InternalError) => {
-                let suberror = sys::internal_suberror(&mut self.fd);
-                return Some(Err(Breakdown::InternalError { vcpu, suberror }));
+                return Exit::Ended(Err(self.internal_error()));
             }
             Ok(other) => {
                 let reason = format!("{other:?}");
-                return Some(Err(Breakdown::Unknown { vcpu, reason }));
+                return Exit::Ended(Err(Breakdown::Unknown { vcpu, reason }));
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                return Exit::Interrupted;
+            }
             Err(error) => {
                 let errno = Errno::from_raw_os_error(error.errno());
-                return Some(Err(Breakdown::Run { vcpu, errno }));
+                return Exit::Ended(Err(Breakdown::Run { vcpu, errno }));
             }
         }
-        None
+        Exit::Served
+    }
+
+    /// What KVM says of its internal error.
+    fn internal_error(&mut self) -> Breakdown {
+        let vcpu = self.number;
+        let (suberror, data) = sys::internal_error(&mut self.fd);
+        let at = match (suberror, data.as_slice()) {
+            (KVM_INTERNAL_ERROR_EMULATION, [flags, data @ ..])
+                if flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0 =>
+            {
+                self.at(data)
+            }
+            _ => self.at(&[]),
+        };
+        match suberror {
+            KVM_INTERNAL_ERROR_EMULATION => Breakdown::Emulation { vcpu, at },
+            _ => Breakdown::InternalError { vcpu, suberror, at },
+        }
+    }
+
+    /// Where the virtual CPU is. `instruction` is as KVM has it: the first byte is the number of
+    /// those that follow.
+    fn at(&self, instruction: &[u64]) -> At {
+        let mut bytes = instruction.iter().flat_map(|word| word.to_le_bytes());
+        let length = bytes.next().unwrap_or_default();
+        At {
+            rip: self.fd.get_regs().ok().map(|registers| registers.rip),
+            instruction: bytes.take(length.into()).collect(),
+        }
     }
 
     /// Reports how the guest ended, and waits for the end of the process.

@@ -7,11 +7,13 @@ mod monitor;
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::path::Path;
+use std::time::Duration;
 
 use hull_device_control::monitor::{
-    Command, INITRAMFS_FD, KERNEL_FD, KVM_FD, MAX_VCPUS, MONITOR_FD, SlotAddress,
+    Command, INITRAMFS_FD, KERNEL_FD, KVM_FD, MAX_VCPUS, MEMORY_FD, MONITOR_FD, STATE_FD,
+    SlotAddress,
 };
 use hull_device_control::{CONTROL_FD, DeviceType};
 use hull_jail::{self as jail, JailSpec};
@@ -21,14 +23,17 @@ use crate::probe::{self, KvmState, State, Works};
 use crate::process::{Jailed, Process};
 use crate::wiring::Devices;
 use crate::{
-    Backend, Disks, Error, Exit, Features, Host, Kind, Machine, MachineConfig, NetDevices, Wiring,
-    check, open_for,
+    Backend, Disks, Error, Exit, Features, Host, Kind, Machine, MachineConfig, NetDevices,
+    Snapshot, Wiring, check, open_for,
 };
-use monitor::Monitor;
+use monitor::{Failure, Monitor};
 
 /// First argument of the machine process. It is followed by guest memory in bytes and the number
-/// of virtual CPUs.
+/// of virtual CPUs, or by [`RESTORE`].
 pub const ROLE: &str = "machine-process";
+
+/// The argument that makes it continue from a snapshot.
+pub const RESTORE: &str = "restore";
 
 /// The backend.
 pub struct Kvm;
@@ -38,6 +43,9 @@ const PAGE: u64 = 4096;
 
 /// Memory of the machine process itself, bytes, with what its devices keep of a busy guest.
 const OWN_MEMORY: u64 = 32 << 20;
+
+/// How long a machine process may take to end after it has closed the monitor socket.
+const END_GRACE: Duration = Duration::from_secs(5);
 
 /// Threads beside those of virtual CPUs: control, one for each device, and workers of the fs
 /// device.
@@ -59,7 +67,7 @@ impl Backend for Kvm {
                 parameter: |number| hotplug_parameter(DeviceType::Disk, number),
             },
             pause: true,
-            snapshot: false,
+            snapshot: true,
             host_clock: true,
             compat32: true,
             own_devices: true,
@@ -107,48 +115,73 @@ impl Backend for Kvm {
 
     fn start(&self, config: &MachineConfig, wiring: Wiring) -> Result<Box<dyn Machine>, Error> {
         check(Kind::Kvm, &self.features(), config)?;
-        let Wiring {
-            console, devices, ..
-        } = wiring;
-        let Devices::Own {
-            control,
-            executable,
-        } = devices
-        else {
-            return Err(Error::Wiring { kind: Kind::Kvm });
-        };
         let kernel = open_for(OFlags::RDONLY, "guest kernel", &config.kernel)?;
         let initramfs = open_for(OFlags::RDONLY, "initramfs", &config.initramfs)?;
-        let kvm = open_for(OFlags::RDWR, "device", Path::new("/dev/kvm"))?;
-        let (monitor, theirs) = Monitor::new().map_err(|error| Error::Operation {
-            operation: "start",
-            why: format!("a socket for its monitor: {error}"),
-        })?;
-        let stderr = io::stderr();
-        let started = jail::spawn(JailSpec {
-            name: "the machine process",
-            executable: executable.as_fd(),
-            argv: arguments(config),
-            env: Vec::new(),
-            fds: vec![
-                (console.as_fd(), 1),
-                (stderr.as_fd(), 2),
-                (control.as_fd(), CONTROL_FD),
-                (theirs.as_fd(), MONITOR_FD),
-                (kernel.as_fd(), KERNEL_FD),
-                (initramfs.as_fd(), INITRAMFS_FD),
-                (kvm.as_fd(), KVM_FD),
-            ],
-            fixed_addresses: false,
-            // The executable is our own: it confines itself before guest code runs.
-            confinement: None,
-        })?;
-        Ok(Box::new(KvmMachine {
-            jailed: Jailed::new(started),
-            monitor,
-            paused: false,
-        }))
+        let files = [
+            (kernel.as_fd(), KERNEL_FD),
+            (initramfs.as_fd(), INITRAMFS_FD),
+        ];
+        spawn(wiring, arguments(config), files, false)
     }
+
+    fn restore(&self, snapshot: &Snapshot, wiring: Wiring) -> Result<Box<dyn Machine>, Error> {
+        let files = [
+            (snapshot.state.as_fd(), STATE_FD),
+            (snapshot.memory.as_fd(), MEMORY_FD),
+        ];
+        spawn(wiring, vec![RESTORE.into()], files, true)
+    }
+}
+
+/// Starts a machine process with arguments and files.
+fn spawn(
+    wiring: Wiring,
+    arguments: Vec<OsString>,
+    files: [(BorrowedFd<'_>, RawFd); 2],
+    paused: bool,
+) -> Result<Box<dyn Machine>, Error> {
+    let Wiring {
+        console, devices, ..
+    } = wiring;
+    let Devices::Own {
+        control,
+        executable,
+    } = devices
+    else {
+        return Err(Error::Wiring { kind: Kind::Kvm });
+    };
+    let kvm = open_for(OFlags::RDWR, "device", Path::new("/dev/kvm"))?;
+    let (monitor, theirs) = Monitor::new().map_err(|error| Error::Operation {
+        operation: "start",
+        why: format!("a socket for its monitor: {error}"),
+    })?;
+    let stderr = io::stderr();
+    let mut fds = vec![
+        (console.as_fd(), 1),
+        (stderr.as_fd(), 2),
+        (control.as_fd(), CONTROL_FD),
+        (theirs.as_fd(), MONITOR_FD),
+        (kvm.as_fd(), KVM_FD),
+    ];
+    fds.extend(files);
+    let started = jail::spawn(JailSpec {
+        name: "the machine process",
+        executable: executable.as_fd(),
+        argv: ["hull".into(), ROLE.into()]
+            .into_iter()
+            .chain(arguments)
+            .collect(),
+        env: Vec::new(),
+        fds,
+        fixed_addresses: false,
+        // The executable is our own: it confines itself before guest code runs.
+        confinement: None,
+    })?;
+    Ok(Box::new(KvmMachine {
+        jailed: Jailed::new(started),
+        monitor,
+        paused,
+    }))
 }
 
 /// Parameter that makes a running guest probe a device.
@@ -160,8 +193,6 @@ fn hotplug_parameter(device: DeviceType, number: u8) -> String {
 
 fn arguments(config: &MachineConfig) -> Vec<OsString> {
     vec![
-        "hull".into(),
-        ROLE.into(),
         // Whole pages: a size may be any number of bytes.
         config.memory.next_multiple_of(PAGE).to_string().into(),
         config.vcpus.to_string().into(),
@@ -202,7 +233,7 @@ impl Machine for KvmMachine {
 
     fn pause(&mut self) -> Result<(), Error> {
         if !self.paused {
-            self.execute("pause", Command::Pause)?;
+            self.execute("pause", Command::Pause, &[])?;
             self.paused = true;
         }
         Ok(())
@@ -210,10 +241,15 @@ impl Machine for KvmMachine {
 
     fn resume(&mut self) -> Result<(), Error> {
         if self.paused {
-            self.execute("resume", Command::Resume)?;
+            self.execute("resume", Command::Resume, &[])?;
             self.paused = false;
         }
         Ok(())
+    }
+
+    fn save(&mut self, to: &Snapshot) -> Result<(), Error> {
+        let files = [to.state.as_fd(), to.memory.as_fd()];
+        self.execute("save", Command::Save, &files)
     }
 
     fn exit(&mut self) -> Option<Exit> {
@@ -224,12 +260,23 @@ impl Machine for KvmMachine {
 }
 
 impl KvmMachine {
-    fn execute(&mut self, operation: &'static str, command: Command) -> Result<(), Error> {
+    fn execute(
+        &mut self,
+        operation: &'static str,
+        command: Command,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
         let failed = |why| Error::Operation { operation, why };
-        match self.exit() {
-            Some(exit) => Err(failed(exit.to_string())),
-            None => self.monitor.execute(command).map_err(failed),
+        if let Some(exit) = self.exit() {
+            return Err(failed(exit.to_string()));
         }
+        self.monitor.execute(command, files).map_err(|failure| {
+            if failure == Failure::Ended {
+                self.jailed.wait(END_GRACE);
+            }
+            let exit = self.exit().map(|exit| exit.to_string());
+            failed(exit.unwrap_or_else(|| failure.to_string()))
+        })
     }
 }
 

@@ -1,7 +1,7 @@
-//! The socket over which a machine process is paused and resumed.
+//! The socket over which a machine process is paused, resumed and saved.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use hull_device_control::monitor::{Answer, Command, LIMITS};
@@ -10,6 +10,20 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// How long an answer may take: longer than the machine process waits for virtual CPUs.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The same where it waits for devices, or writes the guest's memory.
+const LONG_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Why a command was not executed. Its text is for display.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// The machine process has ended, or is about to.
+    #[error("the machine process has ended")]
+    Ended,
+    /// The process says why, or the connection failed.
+    #[error("{0}")]
+    Other(String),
+}
 
 /// This end of the socket.
 #[derive(Debug)]
@@ -30,14 +44,15 @@ impl Monitor {
         Ok((monitor, theirs))
     }
 
-    /// Has a command executed. The error is for display.
-    pub fn execute(&mut self, command: Command) -> Result<(), String> {
+    /// Has a command executed; `files` come with it.
+    pub fn execute(&mut self, command: Command, files: &[BorrowedFd<'_>]) -> Result<(), Failure> {
         if self.broken {
-            return Err("an earlier command was not answered".into());
+            let why = "an earlier command was not answered";
+            return Err(Failure::Other(why.into()));
         }
-        match self.ask(command) {
+        match self.ask(command, files) {
             Ok(Answer { error: None }) => Ok(()),
-            Ok(Answer { error: Some(error) }) => Err(error),
+            Ok(Answer { error: Some(error) }) => Err(Failure::Other(error)),
             Err(error) => {
                 self.broken = true;
                 Err(error)
@@ -45,22 +60,33 @@ impl Monitor {
         }
     }
 
-    fn ask(&self, command: Command) -> Result<Answer, String> {
-        hull_ipc::send(&self.socket, &command, &[]).map_err(|error| error.to_string())?;
+    fn ask(&self, command: Command, files: &[BorrowedFd<'_>]) -> Result<Answer, Failure> {
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Failure::Ended,
+            _ => Failure::Other(error.to_string()),
+        };
+        hull_ipc::send(&self.socket, &command, files).map_err(failed)?;
+        let limit = match command {
+            Command::Pause => TIMEOUT,
+            Command::Resume | Command::Save => LONG_TIMEOUT,
+        };
         let timeout = Timespec {
-            tv_sec: TIMEOUT.as_secs().cast_signed(),
+            tv_sec: limit.as_secs().cast_signed(),
             tv_nsec: 0,
         };
         let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
         match rustix::io::retry_on_intr(|| poll(&mut ready, Some(&timeout))) {
-            Ok(0) => return Err(format!("no answer within {} s", TIMEOUT.as_secs())),
+            Ok(0) => {
+                let why = format!("no answer within {} s", limit.as_secs());
+                return Err(Failure::Other(why));
+            }
             Ok(_) => {}
-            Err(error) => return Err(error.to_string()),
+            Err(error) => return Err(failed(error.into())),
         }
         match hull_ipc::receive::<Answer>(&self.socket, LIMITS) {
             Ok(Some(Received { message, .. })) => Ok(message),
-            Ok(None) => Err("the machine process has ended".into()),
-            Err(error) => Err(error.to_string()),
+            Ok(None) => Err(Failure::Ended),
+            Err(error) => Err(failed(error)),
         }
     }
 }

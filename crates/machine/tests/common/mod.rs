@@ -1,11 +1,11 @@
 //! What the tests with guest kernels share: finding a kernel, and archives to boot.
 
 use std::fmt::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use hull_device_control::{Setup, Transport};
+use hull_device_control::{DeviceConfig, Setup, Transport};
 use hull_machine::{Devices, Host, Kind};
 
 /// The newest guest kernel in the build's cache. `None`, with the reason on standard error, where
@@ -73,18 +73,25 @@ pub fn no_devices(kind: Kind) -> (Devices, Option<OwnedFd>) {
     if kind != Kind::Kvm {
         return (Devices::Sockets(Vec::new()), None);
     }
+    let (devices, control) = own_devices(Vec::new(), &[]);
+    (devices, Some(control))
+}
+
+/// Devices for a machine of kind `kvm`, and the other end of its control socket. `disks` are the
+/// files of the disks among them.
+pub fn own_devices(devices: Vec<DeviceConfig>, disks: &[BorrowedFd<'_>]) -> (Devices, OwnedFd) {
     let (ours, control) = hull_ipc::pair().unwrap();
     let setup = Setup {
         transport: Transport::Mmio,
-        devices: Vec::new(),
+        devices,
     };
-    hull_ipc::send(&ours, &setup, &[]).unwrap();
+    hull_ipc::send(&ours, &setup, disks).unwrap();
     let executable = std::fs::File::open(executable().unwrap()).unwrap().into();
     let own = Devices::Own {
         control,
         executable,
     };
-    (own, Some(ours))
+    (own, ours)
 }
 
 /// An initramfs.

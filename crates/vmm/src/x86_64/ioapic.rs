@@ -5,7 +5,9 @@
 //! into the message that the guest wrote here: nothing of this runs when an interrupt comes. All
 //! interrupts are edges; a guest that asks for levels gets edges.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 use crate::x86_64::layout::{FIRST_INTERRUPT, MAX_SLOTS};
 
@@ -43,30 +45,55 @@ pub struct Message {
 /// The messages of all pins; `None` for a masked one.
 pub type Routes = [Option<Message>; PINS];
 
-/// The controller's registers.
+/// The controller.
 pub struct Ioapic(Mutex<Registers>);
 
-struct Registers {
+/// The controller's registers, also in their saved form.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
     selected: u32,
     id: u32,
-    entries: [u64; PINS],
+    /// One for each pin.
+    entries: Vec<u64>,
 }
 
-impl Default for Ioapic {
+/// As after a reset.
+impl Default for Registers {
     fn default() -> Self {
-        Self(Mutex::new(Registers {
+        Self {
             selected: 0,
             id: 0,
-            entries: [MASKED; PINS],
-        }))
+            entries: vec![MASKED; PINS],
+        }
     }
 }
 
 impl Ioapic {
+    /// A controller with these registers. Pins that they lack are masked.
+    pub fn new(mut registers: Registers) -> Self {
+        registers.entries.resize(PINS, MASKED);
+        Self(Mutex::new(registers))
+    }
+
+    /// Its registers.
+    pub fn save(&self) -> Registers {
+        self.lock().clone()
+    }
+
+    /// The messages of all pins.
+    pub fn routes(&self) -> Routes {
+        self.lock().routes()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A virtual CPU reads at `offset` of the window.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let registers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let registers = self.lock();
         let value = match offset {
             SELECT => registers.selected,
             DATA => registers.read(),
@@ -85,7 +112,7 @@ impl Ioapic {
             *to = *from;
         }
         let value = u32::from_le_bytes(value);
-        let mut registers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registers = self.lock();
         if offset == SELECT {
             registers.selected = value & 0xff;
         } else if offset == DATA && registers.write(value) {
@@ -106,8 +133,13 @@ impl Registers {
         match (self.selected, self.entry()) {
             (ID, _) => self.id,
             (VERSION, _) => VERSION_VALUE | (PINS as u32 - 1) << 16,
-            (_, Some((pin, true))) => (self.entries[pin] >> 32) as u32,
-            (_, Some((pin, false))) => self.entries[pin] as u32,
+            (_, Some((pin, upper))) => {
+                let entry = self.entries.get(pin).copied().unwrap_or(MASKED);
+                match upper {
+                    true => (entry >> 32) as u32,
+                    false => entry as u32,
+                }
+            }
             _ => 0,
         }
     }
@@ -120,7 +152,9 @@ impl Registers {
                 false
             }
             (_, Some((pin, upper))) => {
-                let entry = &mut self.entries[pin];
+                let Some(entry) = self.entries.get_mut(pin) else {
+                    return false;
+                };
                 let before = message(*entry);
                 *entry = match upper {
                     true => *entry & 0xffff_ffff | u64::from(value) << 32,
@@ -133,7 +167,11 @@ impl Registers {
     }
 
     fn routes(&self) -> Routes {
-        self.entries.map(message)
+        let mut routes = [None; PINS];
+        for (route, entry) in routes.iter_mut().zip(&self.entries) {
+            *route = message(*entry);
+        }
+        routes
     }
 }
 
@@ -184,7 +222,7 @@ mod tests {
 
     #[test]
     fn an_unmasked_pin_has_the_message_that_the_guest_wrote() {
-        let ioapic = Ioapic::default();
+        let ioapic = Ioapic::new(Registers::default());
         assert_eq!(read(&ioapic, VERSION) >> 16, PINS as u32 - 1);
         let pin = FIRST_ENTRY + 2 * 5;
         // Masked: nothing changes.
@@ -210,7 +248,7 @@ mod tests {
             accesses in prop::collection::vec(
                 (any::<bool>(), 0u64..0x1000, prop::collection::vec(any::<u8>(), 0..9)), 0..100)
         ) {
-            let ioapic = Ioapic::default();
+            let ioapic = Ioapic::new(Registers::default());
             for (writes, offset, mut data) in accesses {
                 match writes {
                     true => ioapic.write(offset, &data, |_| {}),

@@ -1,5 +1,5 @@
 //! What is x86_64's: addresses, the state in which the kernel is entered, what it is told of the
-//! machine, and the interrupt controller.
+//! machine, the interrupt controller, and the state of virtual CPUs.
 
 pub mod boot;
 pub mod cpuid;
@@ -7,3 +7,4 @@ pub mod ioapic;
 pub mod kernel;
 pub mod layout;
 pub mod mptable;
+pub mod vcpu_state;

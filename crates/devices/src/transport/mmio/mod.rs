@@ -13,12 +13,17 @@
 //!   guest ◄── interrupt ──── (KVM) ◄── irqfd ────────────────── ┘  MmioRing
 //! ```
 //!
+//! A slot is saved with its device while no virtual CPU runs ([`Registers::save`]): the device is
+//! quiesced until [`Registers::resume`]. A saved slot is put into a fresh one that has the same
+//! device ([`Registers::restore`]), which is quiesced then.
+//!
 //! Nothing on the data path takes a lock but that of the queue. Registers have a lock for each
 //! device, which its driver's accesses take. A write that resets the device waits for the device's
 //! thread, and so for its requests in flight.
 
 mod registers;
 mod ring;
+mod state;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -30,9 +35,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use hull_device_control::DeviceType;
+
 use crate::device::{Memory, Ring};
+use crate::state::{RestoreError, SaveError, SavedDevice};
 
 pub use registers::Registers;
+pub use state::SavedSlot;
 pub use worker::{Error, Worker, attach};
 
 /// Offset of the register QueueNotify in the page, for an ioeventfd.
@@ -48,7 +57,7 @@ const NEEDS_RESET: u8 = 64;
 /// What the driver reads of a device.
 #[derive(Debug)]
 struct Description {
-    virtio_id: u32,
+    device: DeviceType,
     features: u64,
     queue_sizes: Vec<u16>,
 }
@@ -69,6 +78,18 @@ enum Command {
     },
     /// The driver has reset the device. Answered when none of its requests completes any more.
     Reset { done: mpsc::SyncSender<()> },
+    /// Quiesce the device and save it.
+    Save {
+        done: mpsc::SyncSender<Result<SavedDevice, SaveError>>,
+    },
+    /// Take over a saved device, quiesced. `rings` are the driver's, empty without one.
+    Restore {
+        saved: Box<SavedDevice>,
+        rings: Vec<Arc<dyn Ring>>,
+        done: mpsc::SyncSender<Result<(), RestoreError>>,
+    },
+    /// Continue after a save or restore.
+    Resume,
 }
 
 /// What both ends of a slot share.

@@ -6,6 +6,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -14,8 +15,12 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueT};
 
 use super::ring::MmioRing;
-use super::{Command, Description, INTERRUPT_CONFIG, NEEDS_RESET, Shared};
+use super::state::{QueueSetup, SavedRegisters};
+use super::{
+    Command, Description, INTERRUPT_CONFIG, INTERRUPT_RING, NEEDS_RESET, SavedSlot, Shared,
+};
 use crate::device::Ring;
+use crate::state::{RestoreError, SaveError};
 
 // Offsets of registers (virtio 1.2, table 4.1).
 const MAGIC: u64 = 0x00;
@@ -63,16 +68,6 @@ const TRANSPORT_FEATURES: u64 =
 pub struct Registers {
     shared: Arc<Shared>,
     driver: Mutex<Driver>,
-}
-
-/// A queue as the driver sets it up.
-#[derive(Debug, Clone, Copy, Default)]
-struct QueueSetup {
-    size: u16,
-    ready: bool,
-    descriptors: u64,
-    available: u64,
-    used: u64,
 }
 
 /// What the driver has written.
@@ -148,7 +143,7 @@ impl Registers {
         };
         let driver = self.driver();
         match offset {
-            DEVICE_ID => description.virtio_id,
+            DEVICE_ID => description.device.virtio_id(),
             DEVICE_FEATURES => half(
                 description.features | TRANSPORT_FEATURES,
                 driver.device_features_select,
@@ -252,13 +247,113 @@ impl Registers {
                         && queue.desc_table() == setup.descriptors
                         && queue.avail_ring() == setup.available
                         && queue.used_ring() == setup.used;
-                    if !taken || !queue.is_valid(self.shared.memory.as_ref()) {
+                    if !taken {
                         return None;
                     }
                 }
-                Some(Arc::new(MmioRing::new(queue, self.shared.clone())))
+                self.ring(queue)
             })
             .collect()
+    }
+
+    /// `None` if it is not within guest memory.
+    fn ring(&self, queue: Queue) -> Option<Arc<MmioRing>> {
+        let valid = !queue.ready() || queue.is_valid(self.shared.memory.as_ref());
+        valid.then(|| Arc::new(MmioRing::new(queue, self.shared.clone())))
+    }
+
+    /// Quiesces the device until [`Registers::resume`], and saves it. `None` without a device. No
+    /// virtual CPU may run.
+    ///
+    /// # Errors
+    /// The device has failed, needs more than `timeout`, or cannot be saved.
+    pub fn save(&self, timeout: Duration) -> Result<Option<SavedSlot>, SaveError> {
+        let Some(description) = self.shared.description.get() else {
+            return Ok(None);
+        };
+        let driver = self.driver();
+        let (done, saved) = mpsc::sync_channel(1);
+        self.tell(&driver, Command::Save { done });
+        let device = saved
+            .recv_timeout(timeout)
+            .map_err(|error| SaveError::State {
+                device: description.device,
+                reason: no_answer(error).to_owned(),
+            })??;
+        Ok(Some(SavedSlot {
+            registers: SavedRegisters {
+                status: driver.status | self.shared.failed.load(Ordering::SeqCst) as u8,
+                device_features_select: driver.device_features_select,
+                features_select: driver.features_select,
+                features: driver.features,
+                queue_select: driver.queue_select,
+                queues: driver.queues.clone(),
+                interrupt_status: self.shared.interrupt.status.load(Ordering::SeqCst),
+                config_generation: self.shared.config().generation,
+            },
+            device,
+        }))
+    }
+
+    /// The device goes on. Without effect on one that is not quiesced.
+    pub fn resume(&self) {
+        if self.shared.description.get().is_some() {
+            self.tell(&self.driver(), Command::Resume);
+        }
+    }
+
+    /// Puts a saved slot into this one, whose device is of the same type and has not been used. The
+    /// device is quiesced then.
+    ///
+    /// # Errors
+    /// There is no such device, what it needs of the host is not there, or the state is invalid.
+    pub fn restore(&self, saved: &SavedSlot, timeout: Duration) -> Result<(), RestoreError> {
+        let SavedSlot { registers, device } = saved;
+        let description = self.shared.description.get();
+        let description = description.ok_or_else(|| {
+            RestoreError::mismatch(device.state.device(), "the machine has no such device")
+        })?;
+        let mismatch = |reason: &str| RestoreError::mismatch(description.device, reason);
+        let queues = description.queue_sizes.len();
+        if ![0, queues].contains(&registers.queues.len()) {
+            return Err(mismatch("its registers are of another number of queues"));
+        }
+        let states = device.driver.iter().flat_map(|driver| &driver.queues);
+        let rings = states.zip(&description.queue_sizes).map(|(state, most)| {
+            let fits = state.max_size == *most;
+            fits.then(|| self.ring(Queue::try_from(*state).ok()?))?
+        });
+        let rings: Option<Vec<_>> = rings.collect();
+        let rings = rings.ok_or_else(|| mismatch("one of its queues is invalid"))?;
+
+        let mut driver = self.driver();
+        let (done, restored) = mpsc::sync_channel(1);
+        let shared = rings.iter().map(|ring| ring.clone() as Arc<dyn Ring>);
+        let command = Command::Restore {
+            saved: Box::new(device.clone()),
+            rings: shared.collect(),
+            done,
+        };
+        self.tell(&driver, command);
+        restored
+            .recv_timeout(timeout)
+            .map_err(|error| mismatch(no_answer(error)))??;
+        driver.status = registers.status & !NEEDS_RESET;
+        let failed = u32::from(registers.status & NEEDS_RESET);
+        self.shared.failed.store(failed, Ordering::SeqCst);
+        driver.device_features_select = registers.device_features_select;
+        driver.features_select = registers.features_select;
+        driver.features = registers.features;
+        driver.queue_select = registers.queue_select;
+        driver.queues.clone_from(&registers.queues);
+        driver.rings = device.driver.is_some().then_some(rings);
+        self.shared.config().generation = registers.config_generation;
+        // One that was raised before may not have arrived. Drivers expect some without a reason.
+        if driver.rings.is_some() {
+            let reasons = registers.interrupt_status & (INTERRUPT_RING | INTERRUPT_CONFIG);
+            self.shared.interrupt.raise(reasons | INTERRUPT_RING);
+        }
+        Ok(())
     }
 
     fn activate(&self, driver: &mut Driver, rings: Vec<Arc<MmioRing>>) {
@@ -380,6 +475,14 @@ impl Driver {
             QUEUE_DEVICE_HIGH => set_high(&mut queue.used, value),
             _ => {}
         }
+    }
+}
+
+/// Why a device's thread has not answered.
+fn no_answer(error: mpsc::RecvTimeoutError) -> &'static str {
+    match error {
+        mpsc::RecvTimeoutError::Timeout => "it does not finish its requests in time",
+        mpsc::RecvTimeoutError::Disconnected => "it has failed",
     }
 }
 

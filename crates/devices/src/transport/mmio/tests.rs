@@ -41,6 +41,14 @@ impl Machine {
         }
     }
 
+    /// Another machine with the same memory.
+    fn beside(&self, device: Box<dyn crate::device::Device>) -> (Registers, SlotEvents) {
+        let (registers, slot, events) = slot(self.guest.memory().clone()).unwrap();
+        let worker = attach("test", device, slot).unwrap();
+        std::thread::spawn(move || worker.serve());
+        (registers, events)
+    }
+
     fn entropy() -> Self {
         Self::new(Some(Box::new(Entropy::new().unwrap())))
     }
@@ -275,8 +283,112 @@ fn a_queue_can_be_stopped_alone() {
     assert_eq!(machine.guest.used(0), None);
 }
 
+/// Longer than any device takes here.
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+fn saved(registers: &Registers) -> SavedSlot {
+    let saved = registers.save(TIMEOUT).unwrap().unwrap();
+    serde_json::from_slice(&serde_json::to_vec(&saved).unwrap()).unwrap()
+}
+
+#[test]
+fn a_saved_device_continues_in_another_machine_and_here() {
+    let mut machine = Machine::entropy();
+    machine.activate();
+    machine.request(0);
+    assert_eq!(machine.interrupted(), Some(INTERRUPT_RING));
+    assert_eq!(machine.guest.next_used(0), Some((0, 16)));
+    let saved = saved(&machine.registers);
+    // Quiesced: nothing is served.
+    machine.request(1);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(machine.guest.next_used(0), None);
+
+    let (registers, events) = machine.beside(Box::new(Entropy::new().unwrap()));
+    registers.restore(&saved, TIMEOUT).unwrap();
+    let old = std::mem::replace(&mut machine.registers, registers);
+    let old_events = std::mem::replace(&mut machine.events, events);
+    assert_eq!(machine.read(STATUS), ACKNOWLEDGED | FEATURES_OK | DRIVER_OK);
+    assert_eq!(machine.read(0x44), 1);
+    // The driver looks for what may have been lost.
+    assert_eq!(machine.interrupted(), Some(INTERRUPT_RING));
+    assert_eq!(machine.guest.next_used(0), None);
+    machine.registers.resume();
+    assert_eq!(machine.interrupted(), Some(INTERRUPT_RING));
+    assert_eq!(machine.guest.next_used(0), Some((1, 16)));
+
+    // The first one goes on as well, from where it was.
+    machine.registers = old;
+    machine.events = old_events;
+    machine.registers.resume();
+    assert_eq!(machine.interrupted(), Some(INTERRUPT_RING));
+    machine.write(STATUS, 0);
+    assert_eq!(machine.read(STATUS), 0);
+}
+
+#[test]
+fn a_saved_slot_is_refused_where_it_does_not_fit() {
+    let machine = Machine::entropy();
+    machine.activate();
+    let saved = saved(&machine.registers);
+    let restored = |device: Box<dyn crate::device::Device>, saved: &SavedSlot| {
+        let (registers, _events) = machine.beside(device);
+        registers.restore(saved, TIMEOUT)
+    };
+    let entropy = || Box::new(Entropy::new().unwrap());
+    let disk = Block::new(tempfile::tempfile().unwrap(), false, "disk").unwrap();
+    restored(Box::new(disk), &saved).unwrap_err();
+    assert!(
+        Machine::new(None)
+            .registers
+            .restore(&saved, TIMEOUT)
+            .is_err()
+    );
+    let mut outside = saved.clone();
+    let driver = outside.device.driver.as_mut().unwrap();
+    driver.queues[0].used_ring = 1 << 40;
+    restored(entropy(), &outside).unwrap_err();
+    let mut many = saved.clone();
+    many.registers.queues = vec![state::QueueSetup::default(); 3];
+    restored(entropy(), &many).unwrap_err();
+    let mut newer = saved.clone();
+    newer.device.version += 1;
+    let error = restored(entropy(), &newer).unwrap_err();
+    assert!(error.to_string().contains("version"), "{error}");
+    restored(entropy(), &saved).unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn what_any_driver_has_set_up_can_be_saved_and_restored(
+        writes in prop::collection::vec(
+            (
+                prop_oneof![0u64..0x110, Just(STATUS), Just(0x44)],
+                prop_oneof![0u32..16, any::<u32>()],
+            ),
+            0..60,
+        ),
+        activated in any::<bool>(),
+    ) {
+        let machine = Machine::entropy();
+        if activated {
+            machine.activate();
+        }
+        for (offset, value) in writes {
+            machine.write(offset & !3, value);
+        }
+        let saved = saved(&machine.registers);
+        let (registers, _events) = machine.beside(Box::new(Entropy::new().unwrap()));
+        registers.restore(&saved, TIMEOUT).unwrap();
+        let again = registers.save(TIMEOUT).unwrap().unwrap();
+        prop_assert_eq!(again.device, saved.device);
+        prop_assert_eq!(
+            state::SavedRegisters { interrupt_status: 0, ..again.registers },
+            state::SavedRegisters { interrupt_status: 0, ..saved.registers }
+        );
+    }
 
     #[test]
     fn any_accesses_end_soon(

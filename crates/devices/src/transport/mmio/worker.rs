@@ -64,14 +64,19 @@ pub fn attach(name: &'static str, device: Box<dyn Device>, slot: Slot) -> Result
         generation: 0,
     };
     let description = Description {
-        virtio_id: device.device_type().virtio_id(),
+        device: device.device_type(),
         features: device.features(),
         queue_sizes: device.queue_sizes().to_vec(),
     };
     if slot.shared.description.set(description).is_err() {
         return Err(Error::Taken { device: name });
     }
-    Ok(Worker { name, runner, slot })
+    Ok(Worker {
+        name,
+        runner,
+        slot,
+        quiesced: false,
+    })
 }
 
 /// A device in its slot.
@@ -79,6 +84,8 @@ pub struct Worker {
     name: &'static str,
     runner: DeviceRunner,
     slot: Slot,
+    /// Its host descriptors are not waited for: they stay ready.
+    quiesced: bool,
 }
 
 impl Worker {
@@ -118,10 +125,14 @@ impl Worker {
     /// Waits for a kick, a command, or a host descriptor of the device.
     fn wait(&self) -> io::Result<(bool, bool, bool)> {
         let shared = &self.slot.shared;
+        let host = match self.quiesced {
+            true => PollFlags::empty(),
+            false => PollFlags::IN,
+        };
         let mut ready = [
             PollFd::from_borrowed_fd(shared.kick.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(shared.command.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.runner.events(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.runner.events(), host),
         ];
         match poll(&mut ready, None) {
             Ok(_) => {}
@@ -143,9 +154,30 @@ impl Worker {
             Command::Reset { done } => {
                 // It finishes or discards the requests in flight; none completes afterwards.
                 self.runner.reset();
+                self.quiesced = false;
                 // The driver may have stopped waiting only with its machine.
                 let _ = done.send(());
                 Ok(())
+            }
+            Command::Save { done } => {
+                let quiesced = self.runner.quiesce();
+                self.take(quiesced.map(|_| Outcome::default()))?;
+                self.quiesced = true;
+                // Nobody waits any more if it took too long.
+                let _ = done.send(self.runner.save());
+                Ok(())
+            }
+            Command::Restore { saved, rings, done } => {
+                let restored = self.runner.restore(&saved, rings);
+                self.quiesced = true;
+                self.slot.shared.config().bytes = self.runner.device().config();
+                let _ = done.send(restored);
+                Ok(())
+            }
+            Command::Resume => {
+                self.quiesced = false;
+                let outcome = self.runner.resume();
+                self.take(outcome)
             }
         }
     }

@@ -1,0 +1,170 @@
+//! The saved form of a machine, beside its memory.
+//!
+//! It is JSON in a file of the host, which is trusted but may be damaged. The rule for versions: an
+//! older one is read, a newer one is refused by name. The devices' parts have versions of their
+//! own.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use hull_devices::transport::mmio::SavedSlot;
+use kvm_bindings::kvm_cpuid_entry2;
+use serde::{Deserialize, Serialize};
+use vm_superio::SerialState;
+
+use crate::Error;
+use crate::x86_64::ioapic;
+use crate::x86_64::vcpu_state::VcpuState;
+
+/// Version of [`SavedMachine`].
+const VERSION: u32 = 1;
+
+/// Most bytes of a state file. The largest part is what the fs device knows of a guest's files.
+const MAX_SIZE: u64 = 256 << 20;
+
+/// What is in a state file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Versioned<T> {
+    version: u32,
+    machine: T,
+}
+
+/// A machine that does not run.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMachine {
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// The features of its first virtual CPU, which a host must have to restore it.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Frequency of its time stamp counters.
+    pub tsc_khz: u32,
+    /// One for each virtual CPU.
+    pub vcpus: Vec<VcpuState>,
+    /// Nanoseconds of the guest's clock (kvm-clock).
+    pub clock: u64,
+    /// Serial port and interrupts.
+    pub bus: SavedBus,
+    /// The devices, by the numbers of their slots.
+    pub slots: BTreeMap<u32, SavedSlot>,
+}
+
+/// What the bus has besides slots. By default as after a reset.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedBus {
+    /// The serial port.
+    pub serial: SavedSerial,
+    /// The interrupt controller.
+    pub ioapic: ioapic::Registers,
+}
+
+/// The registers of the serial port.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSerial {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    received: Vec<u8>,
+}
+
+impl From<SerialState> for SavedSerial {
+    fn from(state: SerialState) -> Self {
+        Self {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+}
+
+impl From<SavedSerial> for SerialState {
+    fn from(saved: SavedSerial) -> Self {
+        let [baud_divisor_low, baud_divisor_high] = saved.baud_divisor;
+        Self {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.received,
+        }
+    }
+}
+
+impl Default for SavedSerial {
+    fn default() -> Self {
+        SerialState::default().into()
+    }
+}
+
+/// What is read first of a state file.
+#[derive(Deserialize)]
+struct Head {
+    version: u32,
+}
+
+impl SavedMachine {
+    /// Writes it to a file that is empty.
+    ///
+    /// # Errors
+    /// The file cannot be written, or would be longer than can be read.
+    pub fn write(&self, file: &File) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(&Versioned {
+            version: VERSION,
+            machine: self,
+        })
+        .map_err(|error| Error::Snapshot(error.to_string()))?;
+        if bytes.len() as u64 > MAX_SIZE {
+            return Err(Error::Snapshot("its state is too large".into()));
+        }
+        file.write_all_at(&bytes, 0)
+            .map_err(Error::host("write the state of the machine"))
+    }
+
+    /// Reads a machine from a file, whose position others may use.
+    ///
+    /// # Errors
+    /// The file cannot be read, is damaged, or is of a newer hull.
+    pub fn read(file: &File) -> Result<Self, Error> {
+        let failed = || Error::host("read the state of the machine");
+        let size = file.metadata().map_err(failed())?.len();
+        if size > MAX_SIZE {
+            return Err(Error::Snapshot("its state is too large".into()));
+        }
+        let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, 0).map_err(failed())?;
+        Self::parse(&bytes)
+    }
+
+    /// See [`SavedMachine::read`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
+        let damaged = |error| Error::Snapshot(format!("its state is damaged: {error}"));
+        let Head { version } = serde_json::from_slice(bytes).map_err(damaged)?;
+        if version > VERSION {
+            return Err(Error::Snapshot(format!(
+                "its state has version {version}; versions up to {VERSION} can be read"
+            )));
+        }
+        let Versioned { machine, .. } = serde_json::from_slice(bytes).map_err(damaged)?;
+        Ok(machine)
+    }
+}
