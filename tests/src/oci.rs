@@ -520,18 +520,19 @@ impl Init<'_> {
         self.oci.assert_clean();
     }
 
-    /// A host process of its machine: `pod`, `devices`, `machine`.
+    /// A host process of its machine: `pod`, `devices`, `machine`. The last two are one of kind
+    /// `kvm`.
     pub fn host_process(&self, which: &str) -> Option<Pid> {
-        let machine: &[&str] = match crate::usual_machine() {
-            "kvm" => &["machine-process"],
-            _ => &["linux mem=", "umid=hull"],
+        let (devices, machine): (&[&str], &[&str]) = match crate::usual_machine() {
+            "kvm" => (&["machine-process"], &["machine-process"]),
+            _ => (&["device-process"], &["linux mem=", "umid=hull"]),
         };
         let words: &[&str] = match which {
             "pod" => &[
                 "sandbox-process",
                 self.oci.directory.path().to_str().unwrap(),
             ],
-            "devices" => &["device-process"],
+            "devices" => devices,
             "machine" => machine,
             other => panic!("no process is called {other}"),
         };
