@@ -44,6 +44,17 @@ struct Running {
 }
 
 fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machine::Error> {
+    start_with(kind, kernel, code, 96 << 20, 1)
+}
+
+/// With memory in bytes, and a number of processors.
+fn start_with(
+    kind: Kind,
+    kernel: PathBuf,
+    code: &[u8],
+    memory: u64,
+    vcpus: u32,
+) -> Result<Running, hull_machine::Error> {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     std::fs::write(
@@ -57,8 +68,8 @@ fn start(kind: Kind, kernel: PathBuf, code: &[u8]) -> Result<Running, hull_machi
     let config = MachineConfig {
         kernel,
         initramfs: path("initramfs"),
-        memory: 96 << 20,
-        vcpus: 1,
+        memory,
+        vcpus,
         hardware: false,
     };
     let (devices, control) = no_devices(kind);
@@ -328,6 +339,21 @@ fn kvm_boots_and_ends() {
     // Without ACPI there is no power to switch off: the kernel stands still then.
     let running = start(Kind::Kvm, kernel, &reboot(POWER_OFF)).unwrap();
     assert!(!ends_within(running.process().pidfd.as_fd(), 5));
+}
+
+#[test]
+fn kvm_boots_with_little_and_much_memory_and_many_processors() {
+    let Some(kernel) = kernel(Kind::Kvm) else {
+        return;
+    };
+    // The devices are in the middle of the memory of a large one.
+    for (memory, vcpus) in [(64 << 20, 1), (256 << 20, 4), (256 << 20, 9), (5 << 30, 2)] {
+        let code = reboot(RESTART);
+        let mut running = start_with(Kind::Kvm, kernel.clone(), &code, memory, vcpus).unwrap();
+        let exit = running.end(END_TIMEOUT * 3);
+        let console = running.console.tail(50);
+        assert_eq!(exit, Exit::PoweredOff, "{memory} {vcpus} {console:#?}");
+    }
 }
 
 #[test]

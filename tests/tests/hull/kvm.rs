@@ -52,6 +52,20 @@ fn a_container_has_the_processors_that_it_asks_for() {
 }
 
 #[test]
+fn machines_small_and_large_boot_with_the_memory_and_processors_asked_for() {
+    let Some(hull) = with_kvm() else { return };
+    // The largest one has memory above the devices, too.
+    for (memory, cpus, mib) in [("16m", "1", 16), ("4g", "2", 4096)] {
+        let script = "nproc; sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        let found = hull.sh(&["-m", memory, "--cpus", cpus], script).ok().text();
+        let found: Vec<_> = found.lines().collect();
+        assert_eq!(found[0], cpus, "{memory}");
+        let total = found[1].parse::<u64>().unwrap() >> 10;
+        assert!(total > mib * 9 / 10, "{memory}: {total} MiB");
+    }
+}
+
+#[test]
 fn guests_have_no_virtualization_and_no_performance_counters() {
     let Some(hull) = with_kvm() else { return };
     let flags = hull.sh(&[], "grep ^flags /proc/cpuinfo").ok().text();
