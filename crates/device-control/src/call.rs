@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::net::NetOptions;
+use crate::setup::DeviceType;
 
 /// A request to the device process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +92,8 @@ pub enum Call {
         /// The port.
         port: u32,
     },
+    /// Lists the devices that are served. Answered by [`Event::Devices`].
+    List,
 }
 
 /// Which other writers a share has, which determines how long the guest may cache.
@@ -105,6 +108,31 @@ pub enum Cache {
     /// The host or other guests, at any time: the guest looks up a file again at each use of its
     /// name, and a directory after a short time.
     Shared,
+}
+
+/// A device that has a thread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServedDevice {
+    /// Its type.
+    pub device: DeviceType,
+    /// Its number among those of its type.
+    pub number: usize,
+    /// Sizes of its queues.
+    pub queues: Vec<u16>,
+}
+
+impl ServedDevice {
+    /// Name of its thread. Those of further ones begin with it and a hyphen.
+    pub fn thread(&self) -> String {
+        let name = self.device.name();
+        match self.device {
+            DeviceType::Net | DeviceType::Disk => format!("{name}{}", self.number),
+            DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy | DeviceType::Balloon => {
+                name.to_owned()
+            }
+        }
+    }
 }
 
 /// Messages from the device process. Each has at most one descriptor.
@@ -122,6 +150,13 @@ pub enum Event {
     Socket {
         /// Id of the request.
         id: u64,
+    },
+    /// The devices that are served.
+    Devices {
+        /// Id of the request.
+        id: u64,
+        /// In the order in which they were started.
+        devices: Vec<ServedDevice>,
     },
     /// The guest connected to a port of the host. The descriptor is the stream of the connection.
     Incoming {

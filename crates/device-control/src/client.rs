@@ -13,7 +13,7 @@ use rustix::net::SocketType;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{Cache, Call, EVENT_LIMITS, Event, NetOptions, Request, Setup};
+use crate::{Cache, Call, EVENT_LIMITS, Event, NetOptions, Request, ServedDevice, Setup};
 
 /// Id of requests whose errors are only logged.
 const UNANSWERED: u64 = 0;
@@ -87,6 +87,7 @@ enum Answer {
     Done,
     Refused(String),
     Socket(OwnedFd),
+    Devices(Vec<ServedDevice>),
 }
 
 /// Requests that wait for their reply.
@@ -314,9 +315,27 @@ impl DeviceControl {
             .await?
         {
             Answer::Socket(file) => Ok(file),
-            Answer::Done | Answer::Refused(_) => Err(Error::Refused {
+            _ => Err(Error::Refused {
                 action: action.into(),
                 reason: "the device process has found none".into(),
+            }),
+        }
+    }
+
+    /// The devices that are served.
+    ///
+    /// # Errors
+    /// `Gone` if the device process has ended.
+    pub async fn list(&self) -> Result<Vec<ServedDevice>, Error> {
+        let action = "list the devices";
+        match self
+            .call_within(CALL_TIMEOUT, action.into(), Call::List, None)
+            .await?
+        {
+            Answer::Devices(devices) => Ok(devices),
+            _ => Err(Error::Refused {
+                action: action.into(),
+                reason: "the device process has another answer".into(),
             }),
         }
     }
@@ -448,6 +467,7 @@ fn handle(received: Received<Event>, pending: &Pending, ports: &Ports) {
             },
             _,
         ) => answer(pending, id, Answer::Refused(reason)),
+        (Event::Devices { id, devices }, _) => answer(pending, id, Answer::Devices(devices)),
         (Event::Socket { id }, Some(file)) => answer(pending, id, Answer::Socket(file)),
         // Must be a stream: the device process's own end of this socket, for example, would keep
         // the connection open after its end.

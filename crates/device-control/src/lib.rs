@@ -25,7 +25,7 @@ mod setup;
 
 use hull_ipc::Limits;
 
-pub use call::{Cache, Call, Event, Request};
+pub use call::{Cache, Call, Event, Request, ServedDevice};
 #[cfg(feature = "client")]
 pub use client::{DeviceControl, Error, Incoming};
 pub use net::{LinkLocal, NetOptions, Policy};

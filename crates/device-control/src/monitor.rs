@@ -35,6 +35,23 @@ pub const CAPABILITIES: [(u32, &str); 6] = [
     (136, "immediate exits"),
 ];
 
+/// The IOAPIC, as every kernel expects it (MultiProcessor Specification 1.4, 3.6.5).
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// Its window of registers.
+pub const IOAPIC_SIZE: u64 = 0x1000;
+/// The local APIC, which KVM emulates.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// First port of the serial port (COM1).
+pub const SERIAL: u16 = 0x3f8;
+/// Number of its ports.
+pub const SERIAL_PORTS: u16 = 8;
+/// Status and command port of the keyboard controller, of which there is only the command that
+/// resets the machine.
+pub const RESET: u16 = 0x64;
+
+/// What the names of the threads of virtual CPUs begin with.
+pub const VCPU_THREADS: &str = "vcpu";
+
 /// Address of the first slot for a device.
 pub const FIRST_SLOT: u64 = 0xd000_0000;
 /// Bytes of a slot's registers.

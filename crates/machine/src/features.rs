@@ -1,5 +1,9 @@
 //! Features of kinds of machines. Callers outside this crate check a feature, never the kind.
 
+use std::ops::RangeInclusive;
+
+use hull_device_control::DeviceType;
+
 /// Abilities and limits of a kind of machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Features {
@@ -24,6 +28,33 @@ pub struct Features {
     /// Whether the devices are in the machine process. Otherwise a device process serves them over
     /// vhost-user.
     pub own_devices: bool,
+    /// Where a guest finds device `number` of a type. `None` if that is the kernel's or another
+    /// program's affair.
+    pub place: fn(DeviceType, usize) -> Option<Place>,
+    /// What a guest can reach beside the devices, where hull decides on it.
+    pub fixed: &'static [FixedDevice],
+}
+
+/// Where a guest reaches a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Guest addresses of its registers.
+    pub memory: RangeInclusive<u64>,
+    /// Its interrupt.
+    pub interrupt: u32,
+}
+
+/// A device at an address that never changes.
+#[derive(Debug, Clone)]
+pub struct FixedDevice {
+    /// What it is.
+    pub name: &'static str,
+    /// Its ports.
+    pub ports: Option<RangeInclusive<u16>>,
+    /// Guest addresses of its registers.
+    pub memory: Option<RangeInclusive<u64>>,
+    /// What serves accesses: threads whose names begin so, or `None` for the host's kernel.
+    pub threads: Option<&'static str>,
 }
 
 impl Features {

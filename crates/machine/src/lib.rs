@@ -35,7 +35,7 @@ pub use choose::{Choice, Host, Requirements, choose};
 pub use console::ConsoleRing;
 pub use error::Error;
 pub use exit::Exit;
-pub use features::{Disks, Features, NetDevices};
+pub use features::{Disks, Features, FixedDevice, NetDevices, Place};
 pub use hull_device_control::DeviceConfig;
 pub use kvm::{RESTORE, ROLE as MACHINE_PROCESS};
 pub use probe::{Report, probe};

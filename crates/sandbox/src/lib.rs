@@ -27,6 +27,7 @@ pub mod log;
 pub mod metrics;
 mod network;
 mod process;
+pub mod reach;
 pub mod role;
 pub mod rootless;
 mod sandbox;

@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use hull_machine::Features;
 use hull_protocol::AGENT_PORT;
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::task::JoinHandle;
@@ -29,6 +30,7 @@ use crate::guest::boot::{EXIT_GRACE, MACHINE_EXIT_GRACE};
 use crate::guest::processes::{Disk, Guest, MachineHandle};
 use crate::guest::{Agent, Devices, Dials};
 use crate::network::{self, Nets};
+use crate::reach::{self, GuestDevice};
 use crate::shares;
 use crate::shares::sockets::Sockets;
 use crate::store::{
@@ -54,6 +56,7 @@ pub(crate) struct Inner {
     pub disks: Disks,
     pub network: tokio::sync::Mutex<network::Stage>,
     pub nets: Nets,
+    features: Features,
     pub processes: HostProcesses,
     machine: MachineHandle,
     stage: watch::Sender<Stage>,
@@ -257,6 +260,7 @@ impl Sandbox {
             ),
             network: tokio::sync::Mutex::default(),
             nets: guest.nets.clone(),
+            features: guest.features,
             processes: guest.processes(),
             machine: guest.handle(),
             stage: watch::Sender::new(Stage::Booting),
@@ -297,6 +301,16 @@ impl Sandbox {
     /// Its host processes.
     pub fn processes(&self) -> HostProcesses {
         self.0.processes
+    }
+
+    /// What the guest can reach: its devices.
+    ///
+    /// # Errors
+    /// The process that holds them has ended.
+    pub async fn reach(&self) -> Result<Vec<GuestDevice>> {
+        let served = self.0.devices.list().await?;
+        let (features, processes) = (&self.0.features, &self.0.processes);
+        Ok(reach::devices(features, served, processes))
     }
 
     /// What it costs the host: memory, and processor time in nanoseconds.

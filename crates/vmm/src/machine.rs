@@ -36,7 +36,7 @@ use crate::{Config, Error, Origin, sys};
 /// without ACPI ends by the reset command, and free memory is given back in blocks of 64 KiB and
 /// more.
 const PARAMETERS: &str = "page_reporting.page_reporting_order=4 console=ttyS0 quiet loglevel=5 panic=-1 reboot=k acpi=off pci=off \
-    dummy.numdummies=0 fb_tunnels=none";
+    percpu_alloc=page dummy.numdummies=0 fb_tunnels=none";
 
 // Model-specific registers, and what firmware would set them to.
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;

@@ -17,6 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use hull_device_control::monitor::VCPU_THREADS;
 use hull_jail::{ThreadRole, restrict_thread};
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
@@ -130,7 +131,7 @@ impl Vcpus {
                 surroundings: surroundings.clone(),
             };
             let thread = std::thread::Builder::new()
-                .name(format!("vcpu{number}"))
+                .name(format!("{VCPU_THREADS}{number}"))
                 .spawn(move || runner.run())
                 .map_err(Error::host("start the thread of a virtual CPU"))?;
             Ok(Vcpu { gate, kick, thread })

@@ -14,6 +14,7 @@ use hull_tests::{
 
 on_every_machine!(
     processes_are_confined_as_documented,
+    what_a_guest_can_reach_is_listed_with_the_threads_that_serve_it,
     a_guest_keeps_its_programs_from_its_kernel,
     machine_and_devices_are_in_a_control_group_with_limits,
     a_control_group_goes_with_its_sandbox_whatever_is_killed,
@@ -171,6 +172,38 @@ fn processes_are_confined_as_documented(machine: &'static str) {
         }
         check_open_files(&container, documented, pid);
     }
+}
+
+fn what_a_guest_can_reach_is_listed_with_the_threads_that_serve_it(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let container = hull.sleeper();
+    let listed = hull
+        .hull(["inspect", "--devices", &container.name])
+        .run()
+        .ok();
+    let listed = listed.json()[0]["devices"].as_array().unwrap().clone();
+    let device = |name: &str| {
+        let found = listed.iter().find(|device| device["device"] == name);
+        found.unwrap_or_else(|| panic!("no {name}: {listed:?}"))
+    };
+    for name in ["fs", "vsock", "entropy"] {
+        let found = device(name);
+        assert!(!found["queues"].as_array().unwrap().is_empty(), "{found}");
+        let thread = format!(
+            "/proc/{}/task/{}/comm",
+            found["process"], found["threads"][0]
+        );
+        assert_eq!(fs::read_to_string(thread).unwrap().trim(), name);
+        assert_eq!(found["memory"].is_string(), machine == "kvm", "{found}");
+    }
+    if machine == "kvm" {
+        assert_eq!(device("serial port")["ports"], "0x3f8-0x3ff");
+        assert_eq!(device("local APIC")["process"], 0);
+    }
+    container.does("kill");
+    container.wait();
+    let ended = hull.hull(["inspect", "--devices", &container.name]).run();
+    ended.fails(1, &["not running"]);
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use hull_engine::config::Config;
 use hull_engine::container::{self, Any};
 use hull_engine::time;
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::store::{CONSOLE_FILE, MESSAGES_FILE};
 use serde_json::{Value, json};
 
@@ -13,6 +15,10 @@ use crate::output;
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Print what the guests of running containers can reach: devices, addresses, queues, and the
+    /// threads of the host that serve them
+    #[arg(long)]
+    devices: bool,
     /// Names or ids of containers, or images
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
@@ -23,11 +29,23 @@ pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_existing()?;
     let mut objects = Vec::new();
     let outcome = for_each(&args.names, |name| {
-        objects.push(object(&config, name)?);
+        objects.push(match args.devices {
+            true => devices(&config, name)?,
+            false => object(&config, name)?,
+        });
         Ok(())
     });
     output::print_json(&objects)?;
     outcome
+}
+
+/// The devices of the guest of a running container.
+fn devices(config: &Config, name: &str) -> Result<Value> {
+    let container = container::find_any(&config.paths(), name)?;
+    match container.connect()?.ask(&Request::Reach, &[])?.message {
+        Reply::Reach(devices) => Ok(json!({"id": container.id(), "devices": devices})),
+        other => Err(unexpected(&other)),
+    }
 }
 
 fn object(config: &Config, name: &str) -> Result<Value> {

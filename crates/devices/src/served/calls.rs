@@ -85,8 +85,9 @@ pub fn serve(
             None => reply.send(unavailable(NO_FS)),
         },
         Call::AttachNet { device, options } => {
-            match (targets.nets.get_mut(usize::from(device)), fd) {
-                (Some(net), Some(tap)) => match net.start(threads) {
+            let number = usize::from(device);
+            match (targets.nets.get_mut(number), fd) {
+                (Some(net), Some(tap)) => match net.start(number, threads) {
                     Ok(net) => net.attach(tap, options, reply.on_result()),
                     Err(error) => reply.send(Err(error.to_string())),
                 },
@@ -123,6 +124,11 @@ pub fn serve(
             Some(vsock) => vsock.listen(port, reply.on_result()),
             None => reply.send(unavailable(NO_VSOCK)),
         },
+        Call::List => {
+            let devices = threads.started();
+            let id = request.id;
+            report(control, &Event::Devices { id, devices }, None);
+        }
         Call::Drain => match &targets.vsock {
             Some(vsock) => vsock.drain(reply.on_result()),
             None => reply.send(unavailable(NO_VSOCK)),

@@ -9,11 +9,11 @@ mod calls;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hull_device_control::{
     CONTROL_FD, DeviceConfig, DeviceType, Event, InvalidSetup, REQUEST_LIMITS, Request, Resources,
-    SETUP_LIMITS, Setup, disk_serial,
+    SETUP_LIMITS, ServedDevice, Setup, disk_serial,
 };
 use hull_ipc::Received;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -98,6 +98,7 @@ impl Served {
             threads: Arc::new(Threads {
                 confine,
                 ended: Ended::new().map_err(Error::host("create an eventfd"))?,
+                started: Mutex::default(),
             }),
             targets: Targets::default(),
         })
@@ -120,7 +121,7 @@ impl Served {
             DeviceConfig::Fs => {
                 let (device, shares) = Fs::new().map_err(Error::host("create the fs device"))?;
                 targets.shares = Some(shares);
-                start(kind, Box::new(device), connection, threads)
+                start(kind, 0, Box::new(device), connection, threads)
             }
             DeviceConfig::Vsock => {
                 let reports = self.control.clone();
@@ -133,18 +134,20 @@ impl Served {
                 }))
                 .map_err(Error::host("create the vsock device"))?;
                 targets.vsock = Some(handle);
-                start(kind, Box::new(device), connection, threads)
+                start(kind, 0, Box::new(device), connection, threads)
             }
             DeviceConfig::Entropy => {
                 let device = Entropy::new().map_err(Error::host("create the entropy device"))?;
-                start(kind, Box::new(device), connection, threads)
+                start(kind, 0, Box::new(device), connection, threads)
             }
-            DeviceConfig::Balloon => start(kind, Box::new(Balloon::default()), connection, threads),
+            DeviceConfig::Balloon => {
+                start(kind, 0, Box::new(Balloon::default()), connection, threads)
+            }
             DeviceConfig::Net { mac, early_enable } => {
                 let mut slot = NetSlot::Idle { connection, mac };
                 if early_enable {
                     // QEMU's devices are present from boot.
-                    slot.start(threads)?;
+                    slot.start(targets.nets.len(), threads)?;
                 }
                 targets.nets.push(slot);
                 Ok(())
@@ -191,7 +194,13 @@ impl DiskSlot {
             action: "attach a disk",
             source: io::Error::other("it has a file already"),
         })?;
-        start(DeviceType::Disk, Box::new(device), connection, threads)
+        start(
+            DeviceType::Disk,
+            number,
+            Box::new(device),
+            connection,
+            threads,
+        )
     }
 }
 
@@ -206,13 +215,19 @@ enum NetSlot {
 }
 
 impl NetSlot {
-    /// Starts the device if it is not running.
-    fn start(&mut self, threads: &Arc<Threads>) -> Result<&NetHandle, Error> {
+    /// Starts net device `number` if it is not running.
+    fn start(&mut self, number: usize, threads: &Arc<Threads>) -> Result<&NetHandle, Error> {
         if let Self::Idle { .. } = self
             && let Self::Idle { connection, mac } = std::mem::replace(self, Self::Failed)
         {
             let (device, handle) = Net::new(mac).map_err(Error::host("create a net device"))?;
-            start(DeviceType::Net, Box::new(device), connection, threads)?;
+            start(
+                DeviceType::Net,
+                number,
+                Box::new(device),
+                connection,
+                threads,
+            )?;
             *self = Self::Started(handle);
         }
         self.started().ok_or(Error::Host {
@@ -233,19 +248,39 @@ impl NetSlot {
 struct Threads {
     confine: ConfineThread,
     ended: Ended<Result<(), transport::Error>>,
+    /// The devices that have one.
+    started: Mutex<Vec<ServedDevice>>,
+}
+
+impl Threads {
+    fn started(&self) -> Vec<ServedDevice> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<ServedDevice>> {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn start(
     kind: DeviceType,
+    number: usize,
     device: Box<dyn Device>,
     connection: Connection,
     threads: &Arc<Threads>,
 ) -> Result<(), Error> {
     let threads = threads.clone();
     let name = kind.name();
+    let served = ServedDevice {
+        device: kind,
+        number,
+        queues: device.queue_sizes().to_vec(),
+    };
+    let thread_name = served.thread();
     let attached = connection.attach(name, device)?;
+    threads.lock().push(served);
     std::thread::Builder::new()
-        .name(name.to_owned())
+        .name(thread_name)
         .spawn(move || {
             let result = match (threads.confine)(kind) {
                 Ok(()) => attached.serve(),

@@ -12,8 +12,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use hull_device_control::monitor::{
-    Command, INITRAMFS_FD, KERNEL_FD, KVM_FD, MAX_VCPUS, MEMORY_FD, MONITOR_FD, STATE_FD,
-    SlotAddress,
+    Command, INITRAMFS_FD, IOAPIC, IOAPIC_SIZE, KERNEL_FD, KVM_FD, LOCAL_APIC, MAX_VCPUS,
+    MEMORY_FD, MONITOR_FD, RESET, SERIAL, SERIAL_PORTS, SLOT_SIZE, STATE_FD, SlotAddress,
+    VCPU_THREADS,
 };
 use hull_device_control::{CONTROL_FD, DeviceType};
 use hull_jail::{self as jail, JailSpec};
@@ -23,8 +24,8 @@ use crate::probe::{self, KvmState, State, Works};
 use crate::process::{Jailed, Process};
 use crate::wiring::Devices;
 use crate::{
-    Backend, Disks, Error, Exit, Features, Host, Kind, Machine, MachineConfig, NetDevices,
-    Snapshot, Wiring, check, open_for,
+    Backend, Disks, Error, Exit, Features, FixedDevice, Host, Kind, Machine, MachineConfig,
+    NetDevices, Place, Snapshot, Wiring, check, open_for,
 };
 use monitor::{Failure, Monitor};
 
@@ -71,6 +72,8 @@ impl Backend for Kvm {
             host_clock: true,
             compat32: true,
             own_devices: true,
+            place,
+            fixed: &FIXED,
         }
     }
 
@@ -182,6 +185,44 @@ fn spawn(
         monitor,
         paused,
     }))
+}
+
+/// What a guest reaches beside the devices in their slots. Every other port reads as ones, every
+/// other address as zero, and takes every write.
+const FIXED: [FixedDevice; 4] = [
+    FixedDevice {
+        name: "serial port",
+        ports: Some(SERIAL..=SERIAL + SERIAL_PORTS - 1),
+        memory: None,
+        threads: Some(VCPU_THREADS),
+    },
+    FixedDevice {
+        name: "reset",
+        ports: Some(RESET..=RESET),
+        memory: None,
+        threads: Some(VCPU_THREADS),
+    },
+    FixedDevice {
+        name: "IOAPIC",
+        ports: None,
+        memory: Some(IOAPIC..=IOAPIC + IOAPIC_SIZE - 1),
+        threads: Some(VCPU_THREADS),
+    },
+    FixedDevice {
+        name: "local APIC",
+        ports: None,
+        memory: Some(LOCAL_APIC..=LOCAL_APIC + IOAPIC_SIZE - 1),
+        threads: None,
+    },
+];
+
+fn place(device: DeviceType, number: usize) -> Option<Place> {
+    let address = SlotAddress::of(device, number)?;
+    let first = address.registers();
+    Some(Place {
+        memory: first..=first + SLOT_SIZE - 1,
+        interrupt: address.interrupt(),
+    })
 }
 
 /// Parameter that makes a running guest probe a device.

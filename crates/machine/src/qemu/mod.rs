@@ -70,6 +70,8 @@ impl Backend for Qemu {
             host_clock: false,
             compat32: true,
             own_devices: false,
+            place: |_, _| None,
+            fixed: &[],
         }
     }
 

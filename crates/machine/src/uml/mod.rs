@@ -73,6 +73,8 @@ impl Backend for Uml {
             host_clock: true,
             compat32: false,
             own_devices: false,
+            place: |_, _| None,
+            fixed: &[],
         }
     }
 

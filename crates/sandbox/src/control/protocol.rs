@@ -29,6 +29,7 @@ use crate::cost::HostMemory;
 use crate::error::Error;
 use crate::events::Event;
 use crate::metrics::{Metrics, ProcessInfo};
+use crate::reach::GuestDevice;
 use crate::store::{Exit, Status};
 use crate::timings::Step;
 
@@ -159,12 +160,15 @@ pub enum Request {
     Ready,
     /// What the sandbox costs the host. Answered by [`Reply::Cost`].
     Cost,
+    /// What the guest can reach. Answered by [`Reply::Reach`].
+    Reach,
     /// Answered by [`Reply::Ok`], and from then on by [`Reply::Event`] for each event.
     Events,
 }
 
 /// Names of all requests: what is not among them is a newer hull's.
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 25] = [
+    "reach",
     "cost",
     "hello",
     "add_shares",
@@ -262,6 +266,8 @@ pub enum Reply {
     Timings(Vec<Step>),
     /// What the sandbox costs the host: memory, and processor time in nanoseconds.
     Cost(HostMemory, u64),
+    /// The devices of the guest.
+    Reach(Vec<GuestDevice>),
     /// Something has happened.
     Event(Event),
     /// It cannot be done.

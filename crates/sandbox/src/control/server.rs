@@ -348,6 +348,7 @@ impl Connection {
                 let (memory, cpu_ns) = sandbox.cost();
                 reply(Reply::Cost(memory, cpu_ns))
             }
+            Request::Reach => reply(Reply::Reach(sandbox.reach().await?)),
             Request::Ready => {
                 sandbox.ready().await?;
                 ok()

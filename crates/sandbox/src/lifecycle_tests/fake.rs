@@ -678,6 +678,8 @@ fn features() -> Features {
         host_clock: true,
         compat32: true,
         own_devices: false,
+        place: |_, _| None,
+        fixed: &[],
     }
 }
 

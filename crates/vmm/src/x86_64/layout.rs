@@ -41,27 +41,17 @@ pub const LOW_MEMORY_END: u64 = 0xc000_0000;
 /// Memory that does not fit below the devices.
 pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
 
-pub use hull_device_control::monitor::{FIRST_INTERRUPT, FIRST_SLOT, MAX_SLOTS, SLOT_SIZE};
+pub use hull_device_control::monitor::{
+    FIRST_INTERRUPT, FIRST_SLOT, IOAPIC, IOAPIC_SIZE, LOCAL_APIC, MAX_SLOTS, RESET, SERIAL,
+    SERIAL_PORTS, SLOT_SIZE,
+};
 
-/// The IOAPIC, as every kernel expects it (MultiProcessor Specification 1.4, 3.6.5).
-pub const IOAPIC: u64 = 0xfec0_0000;
-/// Its window of registers.
-pub const IOAPIC_SIZE: u64 = 0x1000;
-/// The local APIC, which KVM emulates.
-pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Three pages that KVM needs on processors of Intel without unrestricted guests.
 pub const TASK_STATE: usize = 0xfffb_d000;
 
-/// First port of the serial port (COM1).
-pub const SERIAL: u16 = 0x3f8;
-/// Number of its ports.
-pub const SERIAL_PORTS: u16 = 8;
-/// Its interrupt.
+/// Interrupt of the serial port.
 pub const SERIAL_INTERRUPT: u32 = 4;
-/// Status and command port of the keyboard controller, of which there is only the command that
-/// resets the machine.
-pub const RESET: u16 = 0x64;
-/// That command.
+/// The command that resets the machine.
 pub const RESET_COMMAND: u8 = 0xfe;
 
 const _: () = assert!(START_INFO + 56 <= MODULES && MODULES + 32 <= MEMORY_MAP);
