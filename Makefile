@@ -21,7 +21,7 @@ export CARGO_FLAGS
 
 ARCH := $(shell uname -m)
 
-.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage node-image install uninstall test-kubernetes \
+.PHONY: run test bench dist build agent guest kernels kernel-um kernel-$(ARCH) stage node-image install uninstall lab test-kubernetes \
   strangers fuzz clean help
 
 run: setup-run stage ## run a container beside the host (builds all that is missing)
@@ -65,6 +65,9 @@ uninstall: ## what install put there, and nothing else
 
 test-kubernetes: setup-test stage ## tests of pods in a real Kubernetes, which is built the first time (a quarter of an hour)
 	@scripts/kubernetes
+
+lab: setup-test stage kernel-$(ARCH) ## the core of the tests on an emulated host with KVM, under Debian 12's kernel
+	@scripts/test lab
 
 strangers: setup-test stage ## the newest engines, and other projects' test suites in containers; takes hours
 	@scripts/test newest

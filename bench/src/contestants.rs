@@ -11,6 +11,9 @@ use serde_json::{Value, json};
 
 use crate::Options;
 
+/// Kinds of machine, in the order of their columns.
+const KINDS: [&str; 3] = ["kvm", "uml", "qemu"];
+
 /// Timeout of one measurement in seconds: emulation may take very long.
 const LIMIT: &str = "180";
 
@@ -65,6 +68,38 @@ pub struct Running<'a> {
     pub name: String,
 }
 
+/// The kinds of machine that hull says work here.
+fn working_machines(hull: &Path) -> Result<Vec<&'static str>> {
+    let report = Command::new(hull).args(["check", "--json"]).output()?;
+    let report: Value = serde_json::from_slice(&report.stdout).context("hull check --json")?;
+    let findings = report["findings"].as_array().context("no findings")?;
+    let works = |kind: &&str| {
+        let what = format!("machine {kind}");
+        let found = findings.iter().find(|finding| finding["what"] == what);
+        let works = found.is_some_and(|finding| finding["level"] == "ok");
+        if !works {
+            let why = found.map_or(&Value::Null, |finding| &finding["found"]);
+            eprintln!("machine kind {kind} is left out: {why}");
+        }
+        works
+    };
+    Ok(KINDS.into_iter().filter(works).collect())
+}
+
+/// What only some groups need, into their root file system.
+fn add_tools(root: &Path, repository: &Path) -> Result<()> {
+    for program in ["/usr/bin/fio", "/usr/bin/iperf3", "/bin/tar", "/bin/ls"] {
+        copy_with_libraries(Path::new(program), root, &root.join("gnu"))?;
+    }
+    for program in ["work", "net"] {
+        run(Command::new("cc")
+            .args(["-static", "-O2", "-w", "-o"])
+            .arg(root.join("bin").join(program))
+            .arg(repository.join(format!("bench/guest/{program}.c"))))?;
+    }
+    Ok(())
+}
+
 impl Setup {
     /// Creates root file systems, images and the configuration.
     pub fn prepare(options: &Options) -> Result<Setup> {
@@ -72,29 +107,19 @@ impl Setup {
         let directory = repository.join("target/bench");
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory)?;
-        let share = repository.join("target/stage/share/hull");
-        let mut machines = vec!["uml"];
-        let architecture = std::env::consts::ARCH;
-        let program = PathBuf::from(format!("/usr/bin/qemu-system-{architecture}"));
-        if program.exists() && share.join(format!("kernel-{architecture}")).exists() {
-            machines.push("qemu");
-        } else {
-            eprintln!(
-                "machine kind qemu is left out: {} or its guest kernel is missing",
-                program.display()
-            );
-        }
+        let hull = repository.join("target/stage/bin/hull");
+        let mut machines = working_machines(&hull)?;
         if !options.machines.is_empty() {
             machines.retain(|machine| options.machines.iter().any(|wanted| wanted == machine));
         }
         let setup = Setup {
             directory,
             machines,
-            hull: repository.join("target/stage/bin/hull"),
+            hull,
             next: AtomicU32::new(0),
         };
         // Socket paths must be short: state is separate from data.
-        for machine in ["uml", "qemu"] {
+        for machine in KINDS {
             let configuration = format!(
                 "run_dir = \"/run/hull-bench\"\ndata_dir = {:?}\nmachine = {machine:?}\n",
                 setup.directory.join("data")
@@ -104,25 +129,24 @@ impl Setup {
 
         let archive = setup.directory.join("busybox.tar");
         run(Command::new(repository.join("scripts/busybox-rootfs")).arg(&archive))?;
-        for root in [Root::Busybox, Root::Tools] {
-            fs::create_dir(setup.root(root))?;
+        let tools = options.wants_any_of(&["cpu", "files", "network"]);
+        let roots = match tools {
+            true => vec![Root::Busybox, Root::Tools],
+            false => vec![Root::Busybox],
+        };
+        for root in &roots {
+            fs::create_dir(setup.root(*root))?;
             run(Command::new("tar")
                 .arg("-xf")
                 .arg(&archive)
                 .arg("-C")
-                .arg(setup.root(root)))?;
+                .arg(setup.root(*root)))?;
         }
-        let tools = setup.root(Root::Tools);
-        for program in ["/usr/bin/fio", "/usr/bin/iperf3", "/bin/tar", "/bin/ls"] {
-            copy_with_libraries(Path::new(program), &tools, &tools.join("gnu"))?;
+        if tools {
+            add_tools(&setup.root(Root::Tools), repository)?;
         }
-        for program in ["work", "net"] {
-            run(Command::new("cc")
-                .args(["-static", "-O2", "-w", "-o"])
-                .arg(tools.join("bin").join(program))
-                .arg(repository.join(format!("bench/guest/{program}.c"))))?;
-        }
-        for (root, name) in [(Root::Busybox, "busybox"), (Root::Tools, "tools")] {
+        for root in roots {
+            let name = image(root);
             let archive = setup.directory.join(format!("{name}.tar"));
             run(Command::new("tar")
                 .arg("-cf")

@@ -39,6 +39,13 @@ pub struct Options {
 }
 
 impl Options {
+    /// Whether one of these groups is measured.
+    pub fn wants_any_of(&self, groups: &[&str]) -> bool {
+        let wanted =
+            |group: &&str| self.only.is_empty() || self.only.iter().any(|only| only == group);
+        groups.iter().any(wanted)
+    }
+
     /// Number of rounds, fewer if quick.
     pub fn rounds(&self, usual: usize) -> usize {
         if self.quick { usual.min(2) } else { usual }
@@ -66,7 +73,7 @@ fn main() -> Result<()> {
     let setup = Setup::prepare(&options)?;
     let mut results = Results::new(&setup)?;
     for group in GROUPS {
-        if !options.only.is_empty() && !options.only.iter().any(|only| only == group) {
+        if !options.wants_any_of(&[group]) {
             continue;
         }
         eprintln!("==> measuring: {group}");
