@@ -34,8 +34,9 @@ use crate::{Config, Error, Origin, sys};
 
 /// The kernel's parameters beside those of devices: it prints only warnings and errors, a guest
 /// without ACPI ends by the reset command, and free memory is given back in blocks of 64 KiB and
-/// more.
-const PARAMETERS: &str = "page_reporting.page_reporting_order=4 console=ttyS0 quiet loglevel=5 panic=-1 reboot=k acpi=off pci=off \
+/// more. Memory of single CPUs is mapped by pages: with the usual units of 2 MiB, what accounts for
+/// it takes 4 MiB.
+const PARAMETERS: &str = "page_reporting.page_reporting_order=4 console=ttyS0 quiet loglevel=5 panic=-1 reboot=k \
     percpu_alloc=page dummy.numdummies=0 fb_tunnels=none";
 
 // Model-specific registers, and what firmware would set them to.

@@ -99,10 +99,11 @@ fn cpuinfo() -> String {
 }
 
 fn kernel_command_line(config: &MachineConfig, cpuinfo: &str) -> String {
-    // Only warnings and errors. A guest without ACPI ends by rebooting (see `-no-reboot`).
+    // Only warnings and errors. A guest without ACPI ends by rebooting (see `-no-reboot`). Memory
+    // of single CPUs is mapped by pages, as in crate vmm.
     let mut line = String::from(
-        "console=ttyS0 quiet loglevel=5 panic=-1 reboot=t no_timer_check acpi=off pci=off \
-         dummy.numdummies=0 fb_tunnels=none",
+        "console=ttyS0 quiet loglevel=5 panic=-1 reboot=t no_timer_check \
+         dummy.numdummies=0 fb_tunnels=none percpu_alloc=page",
     );
     if !config.hardware {
         // An emulated guest reads the host's time stamp counter, but on a busy host it cannot
