@@ -161,3 +161,23 @@ impl fmt::Display for At {
             .try_for_each(|byte| write!(out, " {byte:02x}"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_breakdown_says_where_it_was_as_far_as_that_is_known() {
+        let emulation = |rip, instruction: &[u8]| {
+            let instruction = instruction.to_vec();
+            let at = At { rip, instruction };
+            Breakdown::Emulation { vcpu: 1, at }.to_string()
+        };
+        let text = "KVM cannot emulate an instruction of virtual CPU 1";
+        assert_eq!(emulation(None, &[]), text);
+        assert_eq!(
+            emulation(Some(0xffff_0000), &[0x0f, 0xae]),
+            format!("{text} at 0xffff0000: 0f ae")
+        );
+    }
+}

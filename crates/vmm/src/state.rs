@@ -168,3 +168,57 @@ impl SavedMachine {
         Ok(machine)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn machine() -> SavedMachine {
+        SavedMachine {
+            memory: 1 << 20,
+            cpuid: vec![kvm_cpuid_entry2::default()],
+            tsc_khz: 2_000_000,
+            vcpus: Vec::new(),
+            clock: 5,
+            bus: SavedBus::default(),
+            slots: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn a_written_machine_is_read_and_a_newer_one_is_refused_by_name() {
+        let file = tempfile::tempfile().unwrap();
+        machine().write(&file).unwrap();
+        let read = SavedMachine::read(&file).unwrap();
+        assert_eq!((read.memory, read.clock), (1 << 20, 5));
+        assert_eq!(read.bus.ioapic, ioapic::Registers::default());
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut &file, &mut text).unwrap();
+        let newer = text.replacen("\"version\":1", "\"version\":2,\"more\":[]", 1);
+        let error = SavedMachine::parse(newer.as_bytes()).unwrap_err();
+        let why = "its state has version 2; versions up to 1 can be read";
+        assert_eq!(error.to_string(), format!("cannot use the snapshot: {why}"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_state_is_an_error_and_never_a_panic(
+            position in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>()
+        ) {
+            let file = tempfile::tempfile().unwrap();
+            machine().write(&file).unwrap();
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut &file, &mut bytes).unwrap();
+            let position = position.index(bytes.len());
+            bytes[position] = byte;
+            if cut {
+                bytes.truncate(position);
+            }
+            let parsed = SavedMachine::parse(&bytes);
+            prop_assert!(!cut || parsed.is_err());
+        }
+    }
+}

@@ -155,3 +155,34 @@ fn exchange(
     let count = call(&mut msrs)?;
     Ok((count, msrs.as_slice().to_vec()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(index: u32, data: u64) -> kvm_msr_entry {
+        kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_counter_comes_before_a_deadline_and_one_that_is_over_is_now() {
+        let mut state = VcpuState {
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: kvm_xsave::default(),
+            xcrs: kvm_xcrs::default(),
+            debug_registers: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            msrs: vec![entry(MSR_TSC_DEADLINE, 0), entry(7, 1), entry(MSR_TSC, 100)],
+            events: kvm_vcpu_events::default(),
+        };
+        state.set_back(30);
+        let found: Vec<_> = state.msrs.iter().map(|msr| (msr.index, msr.data)).collect();
+        assert_eq!(found, [(MSR_TSC, 70), (7, 1), (MSR_TSC_DEADLINE, 70)]);
+    }
+}
