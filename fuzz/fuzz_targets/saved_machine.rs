@@ -35,11 +35,11 @@ fuzz_target!(|data: &[u8]| {
         );
     }
     if let Ok(saved) = serde_json::from_slice::<SavedSlot>(data) {
-        continue_disk(&saved);
+        continue_disk(saved);
     }
 });
 
-fn continue_disk(saved: &SavedSlot) {
+fn continue_disk(saved: SavedSlot) {
     let disk = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("a file"));
     disk.set_len(SIZE).expect("a size");
     let device = Block::new(disk.try_clone().expect("a copy"), false, "disk").expect("a device");

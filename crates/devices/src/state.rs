@@ -8,9 +8,12 @@
 //! A saved state comes from a file of the host, which is trusted but may be damaged: restoring
 //! never panics and rejects what is invalid.
 
+use std::io;
+
 use hull_device_control::DeviceType;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use virtio_queue::Queue;
 
 /// Version of [`SavedDevice`].
@@ -115,28 +118,62 @@ impl TryFrom<QueueState> for Queue {
     }
 }
 
+/// Most bytes of a device's state. What the fs device knows of a file takes some 150.
+const MAX_SIZE: usize = 24 << 20;
+
 /// The state of one device, in the device's own form.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedState {
     device: DeviceType,
     version: u32,
-    content: serde_json::Value,
+    content: Box<RawValue>,
+}
+
+impl PartialEq for SavedState {
+    fn eq(&self, other: &Self) -> bool {
+        (self.device, self.version, self.content.get())
+            == (other.device, other.version, other.content.get())
+    }
+}
+
+/// Keeps no more than [`MAX_SIZE`] bytes.
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > MAX_SIZE.saturating_sub(self.0.len()) {
+            return Err(io::Error::other(format!(
+                "it has more than {} MiB",
+                MAX_SIZE >> 20
+            )));
+        }
+        self.0.extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl SavedState {
     /// Encodes `content`, the state of a device of this type, of the given version.
     ///
     /// # Errors
-    /// [`SaveError::Encode`] if it has no JSON form.
+    /// [`SaveError::Encode`] if it has no JSON form, or a longer one than is kept.
     pub fn new(
         device: DeviceType,
         version: u32,
         content: impl Serialize,
     ) -> Result<Self, SaveError> {
-        let content = serde_json::to_value(content).map_err(|error| SaveError::Encode {
+        let encode = |error: &dyn std::fmt::Display| SaveError::Encode {
             device,
             reason: error.to_string(),
-        })?;
+        };
+        let mut text = Bounded(Vec::new());
+        serde_json::to_writer(&mut text, &content).map_err(|error| encode(&error))?;
+        let text = String::from_utf8(text.0).map_err(|error| encode(&error))?;
+        let content = RawValue::from_string(text).map_err(|error| encode(&error))?;
         Ok(Self {
             device,
             version,
@@ -172,7 +209,7 @@ impl SavedState {
                 supported,
             });
         }
-        let content = T::deserialize(&self.content)
+        let content = serde_json::from_str(self.content.get())
             .map_err(|error| RestoreError::mismatch(device, error.to_string()))?;
         Ok((self.version, content))
     }

@@ -166,7 +166,9 @@ pub trait Backend: Sync {
     /// up. No process is left behind.
     fn start(&self, config: &MachineConfig, wiring: Wiring) -> Result<Box<dyn Machine>, Error>;
 
-    /// Starts a machine from a snapshot.
+    /// Starts a machine from a snapshot, with the same devices. It is paused. The caller gives the
+    /// devices what they had on the host, then resumes it: they take over their states. A machine
+    /// whose first resume fails can only be dropped.
     ///
     /// # Errors
     /// [`Error::NotSupported`] for kinds without [`Features::snapshot`].
@@ -203,7 +205,8 @@ pub trait Machine: Send + fmt::Debug {
     /// [`Error::Operation`] if the machine has ended, or does not answer in time.
     fn resume(&mut self) -> Result<(), Error>;
 
-    /// Saves the state of a paused machine.
+    /// Saves the state of a paused machine to files that are empty. Takes as long as it takes to
+    /// write the guest's memory.
     ///
     /// # Errors
     /// [`Error::NotSupported`] for kinds without [`Features::snapshot`].

@@ -52,8 +52,8 @@ impl Devices {
 ///
 /// Guest memory is not among them. A user-mode kernel creates its memory file itself, in the `/tmp`
 /// of its jail, and maps it at offsets that it chooses; QEMU creates a memfd. Both pass it to the
-/// device process over vhost-user; kind `kvm` needs no file. The sandbox process never maps it.
-/// Only restoring a machine would need a descriptor from the caller, which no kind supports.
+/// device process over vhost-user; kind `kvm` needs no file, and maps that of a snapshot. The
+/// sandbox process never maps it.
 #[derive(Debug)]
 pub struct Wiring {
     /// The write end of a pipe for the output of the guest kernel and the machine process. At end

@@ -139,7 +139,9 @@ fn a_damaged_snapshot_of_kvm_is_named() {
     let (saved, state, memory) = snapshot();
     guest.machine.save(&saved).unwrap();
     drop(guest);
-    let text = std::io::read_to_string(&state).unwrap();
+    let mut text = vec![0; state.metadata().unwrap().len() as usize];
+    state.read_exact_at(&mut text, 0).unwrap();
+    let text = String::from_utf8(text).unwrap();
 
     let restored = |text: &str, memory: &File| {
         let mut state = tempfile::tempfile().unwrap();

@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, SerialInterrupt};
 use crate::memory::GuestRam;
-use crate::monitor::{Monitor, Restored, tsc_khz};
+use crate::monitor::{Devices, Monitor, Restored, tsc_khz};
 use crate::state::{SavedBus, SavedMachine};
 use crate::vcpu::{End, Surroundings, Vcpus};
 use crate::x86_64::ioapic::Routes;
@@ -43,6 +43,37 @@ const PARAMETERS: &str = "page_reporting.page_reporting_order=4 console=ttyS0 qu
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 /// Enabled, write-back.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+/// Memory types: KVM has the registers, but does not list them among those to be saved.
+const MTRRS: [u32; 28] = [
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,
+    MSR_MTRR_DEFAULT_TYPE,
+];
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;
 
@@ -105,7 +136,7 @@ pub fn run(
     });
     let vcpus = Vcpus::start(vcpus, surroundings.clone(), restored.is_some())?;
     drop_thread_capabilities("the machine process")?;
-    let (paused, slots) = restored
+    let (paused, saved) = restored
         .map(|restored| (restored.paused, restored.slots))
         .unzip();
     Monitor {
@@ -117,7 +148,7 @@ pub fn run(
         tsc_khz,
         surroundings,
         paused,
-        unrestored: slots,
+        devices: saved.map_or(Devices::InUse, Devices::Saved),
     }
     .serve(&ended)
 }
@@ -259,7 +290,7 @@ fn build(config: Config, ended: &Arc<Ended<Result<(), Error>>>) -> Result<(Built
         served: Served::new(control, confine_device)?,
         devices,
         tsc_khz,
-        msrs: msrs.as_slice().to_vec(),
+        msrs: msrs.as_slice().iter().copied().chain(MTRRS).collect(),
         restored,
     };
     Ok((built, monitor))

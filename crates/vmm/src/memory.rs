@@ -21,6 +21,28 @@ use crate::x86_64::layout::{HIGH_MEMORY, LOW_MEMORY_END};
 /// Granularity of mappings.
 pub const PAGE: u64 = 4096;
 
+/// Runs of pages that are not all zeros, and where each begins.
+fn used(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let page = PAGE as usize;
+    let is_used = move |data: &[u8]| {
+        data.chunks(page)
+            .next()
+            .is_some_and(|page| page.iter().any(|byte| *byte != 0))
+    };
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < bytes.len() && !is_used(bytes.get(at..)?) {
+            at += page;
+        }
+        let first = at;
+        while at < bytes.len() && is_used(bytes.get(at..)?) {
+            at += page;
+        }
+        let run = bytes.get(first..at.min(bytes.len()))?;
+        (!run.is_empty()).then_some((first, run))
+    })
+}
+
 /// Bytes that are saved at once.
 const CHUNK: u64 = 1 << 20;
 
@@ -83,11 +105,9 @@ impl GuestRam {
                 self.0
                     .read_slice(buffer, GuestAddress(start + done))
                     .map_err(|_| self.too_little("its own memory"))?;
-                for (page, data) in (0..).zip(buffer.chunks(PAGE as usize)) {
-                    if data.iter().any(|byte| *byte != 0) {
-                        file.write_all_at(data, offset + done + page * PAGE)
-                            .map_err(failed())?;
-                    }
+                for (at, data) in used(buffer) {
+                    file.write_all_at(data, offset + done + at as u64)
+                        .map_err(failed())?;
                 }
             }
         }
@@ -194,7 +214,7 @@ impl GuestRam {
             )
             .map_err(|_| self.too_little(what))?;
         sys::map_over(&target, file.as_fd(), offset)
-            .map_err(Error::errno("map the guest kernel or its initramfs"))
+            .map_err(Error::errno("map a file into the guest's memory"))
     }
 
     fn copy(
@@ -248,6 +268,49 @@ mod tests {
             .read_slice(&mut bytes, GuestAddress(at))
             .unwrap();
         bytes
+    }
+
+    #[test]
+    fn saved_memory_is_the_same_and_zeros_take_no_place() {
+        let size = 3 * CHUNK + PAGE;
+        let ram = GuestRam::new(size).unwrap();
+        for at in [5, PAGE * 7, CHUNK - 3, CHUNK * 2, size - 1] {
+            ram.write("a mark", at, &[1]).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        ram.save(&file).unwrap();
+        let metadata = file.metadata().unwrap();
+        assert_eq!(metadata.len(), size);
+        assert!(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512 <= 6 * PAGE);
+        let restored = GuestRam::restored(size, &file).unwrap();
+        let content = |ram: &GuestRam| {
+            let mut bytes = vec![0; size as usize];
+            ram.memory()
+                .read_slice(&mut bytes, GuestAddress(0))
+                .unwrap();
+            bytes
+        };
+        assert!(content(&restored) == content(&ram));
+        // What one changes, neither the file nor another one sees.
+        restored.write("a mark", 0, &[9]).unwrap();
+        assert!(content(&GuestRam::restored(size, &file).unwrap()) == content(&ram));
+        assert!(GuestRam::restored(size + PAGE, &file).is_err());
+    }
+
+    #[test]
+    fn runs_of_used_pages_are_found() {
+        let page = PAGE as usize;
+        let mut bytes = vec![0; 6 * page];
+        let runs = |bytes: &[u8]| -> Vec<(usize, usize)> {
+            used(bytes)
+                .map(|(at, run)| (at / page, run.len() / page))
+                .collect()
+        };
+        assert_eq!(runs(&bytes), []);
+        bytes[page] = 1;
+        bytes[3 * page - 1] = 1;
+        bytes[6 * page - 1] = 1;
+        assert_eq!(runs(&bytes), [(1, 2), (5, 1)]);
     }
 
     #[test]

@@ -1,26 +1,36 @@
 //! Answers crate machine: pauses, resumes and saves the guest.
+//!
+//! A machine one of whose devices cannot take over its state stays paused, with the reason.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hull_device_control::monitor::{Answer, Command, LIMITS};
 use hull_devices::ended::Ended;
 use hull_devices::transport::mmio::SavedSlot;
 use hull_ipc::Received;
-use kvm_bindings::{CpuId, kvm_clock_data};
+use kvm_bindings::{CpuId, kvm_clock_data, kvm_cpuid_entry2};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::memory::GuestRam;
 use crate::state::{SavedBus, SavedMachine};
 use crate::vcpu::{Surroundings, Vcpus};
+use crate::x86_64::vcpu_state::VcpuState;
 use crate::{Error, sys};
 
-/// How long a device may take to finish its requests, or to take over a state.
-const DEVICE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long all devices together may take to finish their requests.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long all devices together may take to take over their states: the fs device looks every file
+/// up that the guest knows, on a host whose caches may be cold.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Leaves of CPUID about caches. They are those of the core that reads them, and cores differ.
+const CACHES: [u32; 5] = [2, 4, 0x8000_0005, 0x8000_0006, 0x8000_001d];
 
 /// The guest's time when it was paused.
 #[derive(Debug, Clone, Copy)]
@@ -65,11 +75,20 @@ impl Restored {
         vcpus: &[VcpuFd],
         cpuid: &CpuId,
     ) -> Result<(SavedBus, Self), Error> {
-        if saved.cpuid != cpuid.as_slice() {
+        let features = |cpuid: &[kvm_cpuid_entry2]| {
+            let mut features = cpuid.to_vec();
+            features.retain(|entry| !CACHES.contains(&entry.function));
+            features
+        };
+        if features(&saved.cpuid) != features(cpuid.as_slice()) {
             return Err(Error::Snapshot(
                 "this host has another processor, or another version of KVM".into(),
             ));
         }
+        // All count the same, as if they had stood still until now.
+        let paused = Paused::now(saved.clock);
+        let counter = saved.vcpus.first().map_or(0, VcpuState::tsc);
+        let offset = counter.wrapping_sub(paused.tsc);
         for (vcpu, state) in vcpus.iter().zip(&saved.vcpus) {
             let frequency = tsc_khz(vcpu)?;
             if !is_close(frequency, saved.tsc_khz) {
@@ -78,10 +97,8 @@ impl Restored {
                     saved.tsc_khz
                 )));
             }
-            state.restore(vcpu)?;
+            state.restore(vcpu, offset)?;
         }
-        let paused = Paused::now(saved.clock);
-        align_tsc(vcpus);
         let slots = saved.slots;
         Ok((saved.bus, Self { paused, slots }))
     }
@@ -102,19 +119,6 @@ pub fn tsc_khz(vcpu: &VcpuFd) -> Result<u32, Error> {
         .map_err(Error::kvm("read the frequency of the time stamp counter"))
 }
 
-/// Makes all virtual CPUs count the same: they were set one after the other.
-fn align_tsc(vcpus: &[VcpuFd]) {
-    let Some((first, others)) = vcpus.split_first() else {
-        return;
-    };
-    let aligned = sys::tsc_offset(first)
-        .and_then(|offset| (others.iter()).try_for_each(|vcpu| sys::set_tsc_offset(vcpu, offset)));
-    // Before Linux 5.16. KVM takes values within a second for the same.
-    if let Err(error) = aligned {
-        tracing::debug!(%error, "cannot align time stamp counters");
-    }
-}
-
 /// A running machine, as crate machine sees it.
 pub struct Monitor {
     /// The connection to it.
@@ -133,8 +137,23 @@ pub struct Monitor {
     pub surroundings: Arc<Surroundings>,
     /// Of a guest that is paused.
     pub paused: Option<Paused>,
-    /// Devices that have not taken over their states yet.
-    pub unrestored: Option<BTreeMap<u32, SavedSlot>>,
+    /// How far its devices are.
+    pub devices: Devices,
+}
+
+/// How far the devices of a machine are.
+pub enum Devices {
+    /// The guest uses them.
+    InUse,
+    /// They have not taken over their states yet.
+    Saved(BTreeMap<u32, SavedSlot>),
+    /// One could not, for this reason.
+    Unusable(String),
+}
+
+/// Time until then.
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 impl Monitor {
@@ -195,30 +214,43 @@ impl Monitor {
     }
 
     fn resume(&mut self, paused: Paused) -> Result<(), Error> {
-        if let Some(slots) = &self.unrestored {
-            self.restore_slots(slots)?;
-            self.unrestored = None;
-            self.resume_slots();
+        match std::mem::replace(&mut self.devices, Devices::Unusable(String::new())) {
+            Devices::InUse => self.devices = Devices::InUse,
+            Devices::Saved(slots) => {
+                let restored = self.restore_slots(slots);
+                self.devices = match &restored {
+                    Ok(()) => Devices::InUse,
+                    Err(why) => Devices::Unusable(why.clone()),
+                };
+                restored.map_err(Error::Snapshot)?;
+                self.resume_slots();
+            }
+            Devices::Unusable(why) => {
+                self.devices = Devices::Unusable(why.clone());
+                return Err(Error::Snapshot(why));
+            }
         }
+        self.vm
+            .set_clock(&kvm_clock_data {
+                clock: paused.clock,
+                ..Default::default()
+            })
+            .map_err(Error::kvm("set the guest's clock"))?;
         self.paused = None;
-        let set = self.vm.set_clock(&kvm_clock_data {
-            clock: paused.clock,
-            ..Default::default()
-        });
         self.vcpus.resume(paused.cycles());
-        set.map_err(Error::kvm("set the guest's clock"))
+        Ok(())
     }
 
-    fn restore_slots(&self, slots: &BTreeMap<u32, SavedSlot>) -> Result<(), Error> {
+    fn restore_slots(&self, slots: BTreeMap<u32, SavedSlot>) -> Result<(), String> {
+        let deadline = Instant::now() + RESTORE_TIMEOUT;
         for (number, saved) in slots {
-            let registers = self.surroundings.bus.slots();
-            let registers = registers.into_iter().find(|(slot, _)| slot == number);
-            let (_, registers) = registers.ok_or_else(|| {
-                Error::Snapshot(format!("the machine has no slot {number} for a device"))
-            })?;
+            let mut registers = self.surroundings.bus.slots();
+            let registers = registers.find(|(slot, _)| *slot == number);
+            let (_, registers) = registers
+                .ok_or_else(|| format!("the machine has no slot {number} for a device"))?;
             registers
-                .restore(saved, DEVICE_TIMEOUT)
-                .map_err(|error| Error::Snapshot(error.to_string()))?;
+                .restore(saved, left(deadline))
+                .map_err(|error| error.to_string())?;
         }
         Ok(())
     }
@@ -230,12 +262,14 @@ impl Monitor {
     }
 
     fn save(&self, paused: Paused, state: &File, memory: &File) -> Result<(), Error> {
-        if self.unrestored.is_some() {
+        if !matches!(self.devices, Devices::InUse) {
             return Err(Error::Snapshot(
                 "the machine has not been resumed since it was restored".into(),
             ));
         }
-        // Interrupts of devices are in the local APICs before those are saved.
+        // Virtual CPUs do nothing to the devices any more. Interrupts of devices are in the local
+        // APICs before those are saved.
+        self.vcpus.settle()?;
         let saved = self.save_slots().and_then(|slots| {
             let saved = SavedMachine {
                 memory: self.ram.size(),
@@ -254,9 +288,10 @@ impl Monitor {
     }
 
     fn save_slots(&self) -> Result<BTreeMap<u32, SavedSlot>, Error> {
+        let deadline = Instant::now() + SAVE_TIMEOUT;
         let mut slots = BTreeMap::new();
         for (number, registers) in self.surroundings.bus.slots() {
-            let saved = registers.save(DEVICE_TIMEOUT);
+            let saved = registers.save(left(deadline));
             let saved = saved.map_err(|error| Error::Snapshot(error.to_string()))?;
             slots.extend(saved.map(|saved| (number, saved)));
         }

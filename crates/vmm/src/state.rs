@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
 use hull_devices::transport::mmio::SavedSlot;
@@ -20,8 +21,8 @@ use crate::x86_64::vcpu_state::VcpuState;
 /// Version of [`SavedMachine`].
 const VERSION: u32 = 1;
 
-/// Most bytes of a state file. The largest part is what the fs device knows of a guest's files.
-const MAX_SIZE: u64 = 256 << 20;
+/// Most bytes of a state file. The largest part is the fs device's, which has a limit of its own.
+const MAX_SIZE: u64 = 64 << 20;
 
 /// What is in a state file.
 #[derive(Serialize, Deserialize)]
@@ -126,17 +127,16 @@ impl SavedMachine {
     /// Writes it to a file that is empty.
     ///
     /// # Errors
-    /// The file cannot be written, or would be longer than can be read.
+    /// The file cannot be written.
     pub fn write(&self, file: &File) -> Result<(), Error> {
-        let bytes = serde_json::to_vec(&Versioned {
+        let mut out = BufWriter::new(file);
+        let machine = Versioned {
             version: VERSION,
             machine: self,
-        })
-        .map_err(|error| Error::Snapshot(error.to_string()))?;
-        if bytes.len() as u64 > MAX_SIZE {
-            return Err(Error::Snapshot("its state is too large".into()));
-        }
-        file.write_all_at(&bytes, 0)
+        };
+        serde_json::to_writer(&mut out, &machine)
+            .map_err(io::Error::from)
+            .and_then(|()| out.flush())
             .map_err(Error::host("write the state of the machine"))
     }
 
@@ -188,6 +188,12 @@ mod tests {
         }
     }
 
+    fn content(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
     #[test]
     fn a_written_machine_is_read_and_a_newer_one_is_refused_by_name() {
         let file = tempfile::tempfile().unwrap();
@@ -195,8 +201,7 @@ mod tests {
         let read = SavedMachine::read(&file).unwrap();
         assert_eq!((read.memory, read.clock), (1 << 20, 5));
         assert_eq!(read.bus.ioapic, ioapic::Registers::default());
-        let mut text = String::new();
-        std::io::Read::read_to_string(&mut &file, &mut text).unwrap();
+        let text = String::from_utf8(content(&file)).unwrap();
         let newer = text.replacen("\"version\":1", "\"version\":2,\"more\":[]", 1);
         let error = SavedMachine::parse(newer.as_bytes()).unwrap_err();
         let why = "its state has version 2; versions up to 1 can be read";
@@ -210,8 +215,7 @@ mod tests {
         ) {
             let file = tempfile::tempfile().unwrap();
             machine().write(&file).unwrap();
-            let mut bytes = Vec::new();
-            std::io::Read::read_to_end(&mut &file, &mut bytes).unwrap();
+            let mut bytes = content(&file);
             let position = position.index(bytes.len());
             bytes[position] = byte;
             if cut {

@@ -38,6 +38,9 @@ const KICK: i32 = libc::SIGUSR1;
 /// How long a virtual CPU may take to leave the guest.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Where a processor begins. KVM for AMD resets a virtual CPU before it reports a triple fault.
+const RESET_VECTOR: u64 = 0xfff0;
+
 /// How a guest ended: it reset its machine, or broke down.
 pub type End = Result<(), Breakdown>;
 
@@ -54,15 +57,20 @@ struct GateState {
     running: bool,
     /// Cycles of the host's time stamp counter that the guest is not to see.
     forget: u64,
-    /// Wants the state of the CPU, while the gate is closed.
-    save: Option<Save>,
+    /// Wanted of the CPU's thread while the gate is closed.
+    request: Option<Request>,
 }
 
-/// A request for the state of a virtual CPU.
-struct Save {
-    /// As [`VcpuState::save`] takes it.
-    forget: u64,
-    done: mpsc::SyncSender<Result<VcpuState, Error>>,
+/// What the thread of a virtual CPU does while its gate is closed.
+enum Request {
+    /// Finish what the guest has asked a device for.
+    Settle(mpsc::SyncSender<()>),
+    /// Read the state of the CPU, which has settled.
+    Save {
+        /// As [`VcpuState::save`] takes it.
+        forget: u64,
+        done: mpsc::SyncSender<Result<VcpuState, Error>>,
+    },
 }
 
 impl Gate {
@@ -118,7 +126,7 @@ impl Vcpus {
                     closed: paused,
                     running: false,
                     forget: 0,
-                    save: None,
+                    request: None,
                 }),
                 changed: Condvar::new(),
             });
@@ -172,20 +180,23 @@ impl Vcpus {
         Ok(())
     }
 
-    /// The states of all virtual CPUs, which are paused. `forget` is as for [`Vcpus::resume`].
+    /// Finishes the accesses to devices that all virtual CPUs, which are paused, have begun. None of
+    /// them changes a device afterwards.
     ///
     /// # Errors
-    /// KVM's, or the guest ends while an access to a device is finished.
+    /// The guest ends with one, or a device does not answer in time.
+    pub fn settle(&self) -> Result<(), Error> {
+        self.0.iter().try_for_each(|vcpu| vcpu.ask(Request::Settle))
+    }
+
+    /// The states of all virtual CPUs, which have settled. `forget` is as for [`Vcpus::resume`].
+    ///
+    /// # Errors
+    /// KVM's.
     pub fn save(&self, forget: u64) -> Result<Vec<VcpuState>, Error> {
         let states = self.0.iter().map(|vcpu| {
-            let (done, state) = mpsc::sync_channel(1);
-            vcpu.gate.lock().save = Some(Save { forget, done });
-            vcpu.gate.changed.notify_all();
-            state.recv_timeout(PAUSE_TIMEOUT).unwrap_or_else(|_| {
-                Err(Error::host("save a virtual CPU")(
-                    io::ErrorKind::TimedOut.into(),
-                ))
-            })
+            vcpu.ask(|done| Request::Save { forget, done })
+                .and_then(|state| state)
         });
         states.collect()
     }
@@ -199,6 +210,26 @@ impl Vcpus {
             state.forget = state.forget.wrapping_add(forget);
             vcpu.gate.changed.notify_all();
         }
+    }
+}
+
+impl Vcpu {
+    /// Has the thread do something while its gate is closed.
+    fn ask<T>(&self, request: impl FnOnce(mpsc::SyncSender<T>) -> Request) -> Result<T, Error> {
+        let (done, answer) = mpsc::sync_channel(1);
+        self.gate.lock().request = Some(request(done));
+        self.gate.changed.notify_all();
+        answer
+            .recv_timeout(PAUSE_TIMEOUT)
+            .map_err(|error| match error {
+                mpsc::RecvTimeoutError::Disconnected => {
+                    Error::Snapshot("the guest has ended".into())
+                }
+                mpsc::RecvTimeoutError::Timeout => {
+                    let why = "a device does not answer a virtual CPU in time";
+                    Error::Snapshot(why.into())
+                }
+            })
     }
 }
 
@@ -235,10 +266,14 @@ impl Runner {
         let gate = self.gate.clone();
         let mut state = gate.lock();
         while state.closed {
-            if let Some(Save { forget, done }) = state.save.take() {
+            if let Some(request) = state.request.take() {
+                // Of a pause before, if there was no time to apply it.
+                let pending = std::mem::take(&mut state.forget);
                 drop(state);
-                // Nobody waits any more if it took too long.
-                let _ = done.send(self.save(forget));
+                if pending > 0 {
+                    self.forget_time(pending);
+                }
+                self.serve(request);
                 state = gate.lock();
                 continue;
             }
@@ -257,19 +292,30 @@ impl Runner {
         }
     }
 
-    /// The state of the virtual CPU.
-    fn save(&mut self, forget: u64) -> Result<VcpuState, Error> {
-        // What the guest asked a device for is in its registers only after KVM was entered again,
-        // which can lead to another such exit.
-        self.kick.set(true);
-        loop {
-            match self.enter() {
-                Exit::Served => {}
-                Exit::Interrupted => break,
-                Exit::Ended(end) => self.end(end),
+    /// Nobody waits for an answer any more if it took too long.
+    fn serve(&mut self, request: Request) {
+        match request {
+            Request::Settle(done) => {
+                // What the guest asked a device for is in its registers only after KVM was entered
+                // again, which can lead to another such exit.
+                self.kick.set(true);
+                loop {
+                    match self.enter() {
+                        Exit::Served => {}
+                        Exit::Interrupted => break,
+                        Exit::Ended(end) => {
+                            drop(done);
+                            self.end(end);
+                        }
+                    }
+                }
+                let _ = done.send(());
+            }
+            Request::Save { forget, done } => {
+                let saved = VcpuState::save(&self.fd, &self.surroundings.msrs, forget);
+                let _ = done.send(saved);
             }
         }
-        VcpuState::save(&self.fd, &self.surroundings.msrs, forget)
     }
 
     /// Sets the guest's time stamp counter back by the time of a pause, and tells its kernel that
@@ -359,8 +405,9 @@ impl Runner {
     fn at(&self, instruction: &[u64]) -> At {
         let mut bytes = instruction.iter().flat_map(|word| word.to_le_bytes());
         let length = bytes.next().unwrap_or_default();
+        let rip = self.fd.get_regs().ok().map(|registers| registers.rip);
         At {
-            rip: self.fd.get_regs().ok().map(|registers| registers.rip),
+            rip: rip.filter(|rip| *rip != RESET_VECTOR),
             instruction: bytes.take(length.into()).collect(),
         }
     }

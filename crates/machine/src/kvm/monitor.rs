@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// How long an answer may take: longer than the machine process waits for virtual CPUs.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The same where it waits for devices, or writes the guest's memory.
-const LONG_TIMEOUT: Duration = Duration::from_secs(120);
+/// The same for a resume, which waits for devices the first time after a restore.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(330);
 
 /// Why a command was not executed. Its text is for display.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -67,17 +67,20 @@ impl Monitor {
         };
         hull_ipc::send(&self.socket, &command, files).map_err(failed)?;
         let limit = match command {
-            Command::Pause => TIMEOUT,
-            Command::Resume | Command::Save => LONG_TIMEOUT,
+            Command::Pause => Some(TIMEOUT),
+            Command::Resume => Some(RESUME_TIMEOUT),
+            // As long as it takes to write the guest's memory.
+            Command::Save => None,
         };
-        let timeout = Timespec {
+        let timeout = limit.map(|limit| Timespec {
             tv_sec: limit.as_secs().cast_signed(),
             tv_nsec: 0,
-        };
+        });
         let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
-        match rustix::io::retry_on_intr(|| poll(&mut ready, Some(&timeout))) {
+        match rustix::io::retry_on_intr(|| poll(&mut ready, timeout.as_ref())) {
             Ok(0) => {
-                let why = format!("no answer within {} s", limit.as_secs());
+                let seconds = limit.unwrap_or_default().as_secs();
+                let why = format!("no answer within {seconds} s");
                 return Err(Failure::Other(why));
             }
             Ok(_) => {}

@@ -82,11 +82,18 @@ impl VcpuState {
         });
     }
 
-    /// Gives the state to a new virtual CPU with the same features.
+    /// The time stamp counter.
+    pub fn tsc(&self) -> u64 {
+        let counter = self.msrs.iter().find(|msr| msr.index == MSR_TSC);
+        counter.map_or(0, |msr| msr.data)
+    }
+
+    /// Gives the state to a new virtual CPU with the same features. Its time stamp counter differs
+    /// from the host's by `tsc_offset`, on a host that can set that (Linux 5.16).
     ///
     /// # Errors
     /// KVM's, or a register that this KVM does not have.
-    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+    pub fn restore(&self, vcpu: &VcpuFd, tsc_offset: u64) -> Result<(), Error> {
         let action = || Error::kvm("set the state of a virtual CPU");
         vcpu.set_mp_state(self.mp_state).map_err(action())?;
         vcpu.set_regs(&self.regs).map_err(action())?;
@@ -96,7 +103,16 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debug_registers)
             .map_err(action())?;
         vcpu.set_lapic(&self.lapic).map_err(action())?;
-        write_msrs(vcpu, &self.msrs)?;
+        // A deadline is counted from the counter, which is the first of them. Linux before 6.8
+        // takes a write to that of a new CPU for an attempt to synchronize it with others, and
+        // ignores the value.
+        let counters = usize::from(self.msrs.first().is_some_and(|msr| msr.index == MSR_TSC));
+        let (counter, others) = self.msrs.split_at(counters);
+        write_msrs(vcpu, counter)?;
+        if let Err(error) = sys::set_tsc_offset(vcpu, tsc_offset) {
+            tracing::debug!(%error, "cannot set the offset of a time stamp counter");
+        }
+        write_msrs(vcpu, others)?;
         vcpu.set_vcpu_events(&self.events).map_err(action())
     }
 }

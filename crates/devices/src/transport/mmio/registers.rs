@@ -278,7 +278,7 @@ impl Registers {
             .recv_timeout(timeout)
             .map_err(|error| SaveError::State {
                 device: description.device,
-                reason: no_answer(error).to_owned(),
+                reason: no_answer(error, "it does not finish its requests in time").to_owned(),
             })??;
         Ok(Some(SavedSlot {
             registers: SavedRegisters {
@@ -307,7 +307,7 @@ impl Registers {
     ///
     /// # Errors
     /// There is no such device, what it needs of the host is not there, or the state is invalid.
-    pub fn restore(&self, saved: &SavedSlot, timeout: Duration) -> Result<(), RestoreError> {
+    pub fn restore(&self, saved: SavedSlot, timeout: Duration) -> Result<(), RestoreError> {
         let SavedSlot { registers, device } = saved;
         let description = self.shared.description.get();
         let description = description.ok_or_else(|| {
@@ -324,20 +324,21 @@ impl Registers {
             fits.then(|| self.ring(Queue::try_from(*state).ok()?))?
         });
         let rings: Option<Vec<_>> = rings.collect();
+        let has_driver = device.driver.is_some();
         let rings = rings.ok_or_else(|| mismatch("one of its queues is invalid"))?;
 
         let mut driver = self.driver();
         let (done, restored) = mpsc::sync_channel(1);
         let shared = rings.iter().map(|ring| ring.clone() as Arc<dyn Ring>);
         let command = Command::Restore {
-            saved: Box::new(device.clone()),
+            saved: Box::new(device),
             rings: shared.collect(),
             done,
         };
         self.tell(&driver, command);
-        restored
-            .recv_timeout(timeout)
-            .map_err(|error| mismatch(no_answer(error)))??;
+        restored.recv_timeout(timeout).map_err(|error| {
+            mismatch(no_answer(error, "it does not take over its state in time"))
+        })??;
         driver.status = registers.status & !NEEDS_RESET;
         let failed = u32::from(registers.status & NEEDS_RESET);
         self.shared.failed.store(failed, Ordering::SeqCst);
@@ -345,8 +346,8 @@ impl Registers {
         driver.features_select = registers.features_select;
         driver.features = registers.features;
         driver.queue_select = registers.queue_select;
-        driver.queues.clone_from(&registers.queues);
-        driver.rings = device.driver.is_some().then_some(rings);
+        driver.queues = registers.queues;
+        driver.rings = has_driver.then_some(rings);
         self.shared.config().generation = registers.config_generation;
         // One that was raised before may not have arrived. Drivers expect some without a reason.
         if driver.rings.is_some() {
@@ -479,9 +480,9 @@ impl Driver {
 }
 
 /// Why a device's thread has not answered.
-fn no_answer(error: mpsc::RecvTimeoutError) -> &'static str {
+fn no_answer(error: mpsc::RecvTimeoutError, late: &'static str) -> &'static str {
     match error {
-        mpsc::RecvTimeoutError::Timeout => "it does not finish its requests in time",
+        mpsc::RecvTimeoutError::Timeout => late,
         mpsc::RecvTimeoutError::Disconnected => "it has failed",
     }
 }

@@ -305,7 +305,7 @@ fn a_saved_device_continues_in_another_machine_and_here() {
     assert_eq!(machine.guest.next_used(0), None);
 
     let (registers, events) = machine.beside(Box::new(Entropy::new().unwrap()));
-    registers.restore(&saved, TIMEOUT).unwrap();
+    registers.restore(saved.clone(), TIMEOUT).unwrap();
     let old = std::mem::replace(&mut machine.registers, registers);
     let old_events = std::mem::replace(&mut machine.events, events);
     assert_eq!(machine.read(STATUS), ACKNOWLEDGED | FEATURES_OK | DRIVER_OK);
@@ -333,7 +333,7 @@ fn a_saved_slot_is_refused_where_it_does_not_fit() {
     let saved = saved(&machine.registers);
     let restored = |device: Box<dyn crate::device::Device>, saved: &SavedSlot| {
         let (registers, _events) = machine.beside(device);
-        registers.restore(saved, TIMEOUT)
+        registers.restore(saved.clone(), TIMEOUT)
     };
     let entropy = || Box::new(Entropy::new().unwrap());
     let disk = Block::new(tempfile::tempfile().unwrap(), false, "disk").unwrap();
@@ -341,7 +341,7 @@ fn a_saved_slot_is_refused_where_it_does_not_fit() {
     assert!(
         Machine::new(None)
             .registers
-            .restore(&saved, TIMEOUT)
+            .restore(saved.clone(), TIMEOUT)
             .is_err()
     );
     let mut outside = saved.clone();
@@ -381,7 +381,7 @@ proptest! {
         }
         let saved = saved(&machine.registers);
         let (registers, _events) = machine.beside(Box::new(Entropy::new().unwrap()));
-        registers.restore(&saved, TIMEOUT).unwrap();
+        registers.restore(saved.clone(), TIMEOUT).unwrap();
         let again = registers.save(TIMEOUT).unwrap().unwrap();
         prop_assert_eq!(again.device, saved.device);
         prop_assert_eq!(
