@@ -180,8 +180,8 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Finishes the accesses to devices that all virtual CPUs, which are paused, have begun. None of
-    /// them changes a device afterwards.
+    /// Finishes the accesses to devices that all virtual CPUs, which are paused, have begun. None
+    /// of them changes a device afterwards.
     ///
     /// # Errors
     /// The guest ends with one, or a device does not answer in time.
