@@ -45,9 +45,7 @@ fn a_guest_cannot_use_another_address(machine: &'static str) {
     ping(&container, None, &GATEWAY.to_string()).ok();
     unanswered(&ping(&container, Some(&ip), &GATEWAY.to_string()));
     if has_ipv6() {
-        container
-            .sh(&format!("ip addr add {ip6}/64 dev eth0; sleep 2"))
-            .ok();
+        add_ipv6(&container, &ip6);
         let own = own.iter().find(|address| address.is_ipv6()).unwrap();
         ping(&container, Some(&own.to_string()), &GATEWAY6.to_string()).ok();
         unanswered(&ping(&container, Some(&ip6), &GATEWAY6.to_string()));
@@ -73,6 +71,16 @@ fn a_guest_cannot_use_another_hardware_address(machine: &'static str) {
     ping(&container, None, &GATEWAY.to_string()).ok();
 }
 
+/// Adds an address, and waits until the guest's kernel has made sure that no other has it.
+fn add_ipv6(container: &Container<'_>, address: &str) {
+    let script = format!(
+        "ip addr add {address}/64 dev eth0; i=0; \
+         while ip addr show dev eth0 | grep -q tentative; do \
+         [ $i -lt 200 ] || exit 1; i=$((i + 1)); sleep 0.1; done"
+    );
+    container.sh(&script).ok();
+}
+
 #[test]
 fn without_the_filter_a_guest_uses_what_it_likes() {
     let hull = not_filtered();
@@ -81,9 +89,7 @@ fn without_the_filter_a_guest_uses_what_it_likes() {
     container.sh(&format!("ip addr add {ip}/16 dev eth0")).ok();
     ping(&container, Some(&ip), &GATEWAY.to_string()).ok();
     if has_ipv6() {
-        container
-            .sh(&format!("ip addr add {ip6}/64 dev eth0; sleep 2"))
-            .ok();
+        add_ipv6(&container, &ip6);
         ping(&container, Some(&ip6), &GATEWAY6.to_string()).ok();
     }
     container
