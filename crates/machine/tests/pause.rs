@@ -9,7 +9,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use busy::{Guest, LONGEST_STEP};
+use busy::{Guest, LONG_PAUSE, LONGEST_STEP};
 use hull_machine::Kind;
 
 impl Guest {
@@ -73,7 +73,7 @@ fn a_paused_guest_stands_still(kind: Kind) {
     let Some(mut guest) = Guest::start(kind) else {
         return;
     };
-    let mut paused = guest.pause_for(Duration::from_secs(3));
+    let mut paused = guest.pause_for(LONG_PAUSE);
     for round in 0..20 {
         std::thread::sleep(Duration::from_millis(7 * round));
         paused += guest.pause_for(Duration::from_millis(100));

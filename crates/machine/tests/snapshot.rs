@@ -11,7 +11,7 @@ use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
-use busy::{Guest, LONGEST_STEP};
+use busy::{Guest, LONG_PAUSE, LONGEST_STEP};
 use hull_machine::{Kind, Snapshot};
 
 /// In an emulated host, a guest does in seconds what takes it milliseconds elsewhere.
@@ -88,7 +88,7 @@ fn a_saved_kvm_continues_where_it_was_also_twice() {
     drop(guest);
 
     // Time passes for the host only.
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(LONG_PAUSE);
     for round in 0..2 {
         let names = [format!("one-{round}"), format!("two-{round}")];
         let disks = [disk(&names[0]), disk(&names[1])];

@@ -46,8 +46,11 @@ done
 pub type Seconds = f64;
 
 /// How far the guest's time may advance between two of its lines: other processes have their turns,
-/// and the host may be busy. Shorter than the longest pause.
-pub const LONGEST_STEP: Seconds = 2.0;
+/// and the host may be busy. Shorter than [`LONG_PAUSE`].
+pub const LONGEST_STEP: Seconds = 5.0;
+
+/// A pause that would show in the guest's time.
+pub const LONG_PAUSE: Duration = Duration::from_secs(8);
 
 /// What a guest has printed.
 #[derive(Debug, Default)]
