@@ -9,19 +9,16 @@ use std::fs::File;
 use std::sync::Mutex;
 
 use hull_device_control::monitor::{FIRST_SLOT, SLOT_SIZE};
-use hull_devices::block::Block;
-use hull_devices::transport::mmio;
-use hull_fuzz::{AVAILABLE, Input, descriptor, finish_threads, memory};
+use hull_fuzz::disk::ServedDisk;
+use hull_fuzz::{AVAILABLE, Input, descriptor, memory};
 use hull_vmm::bus::{Bus, SerialInterrupt};
 use hull_vmm::state::SavedBus;
 use libfuzzer_sys::fuzz_target;
-use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 const MEMORY: u64 = 0x2_0000;
 const RING: u64 = 0x1000;
-const SIZE: u64 = 64 << 9;
 const STEPS: usize = 128;
 const IOAPIC: u64 = 0xfec0_0000;
 
@@ -48,12 +45,7 @@ const SETUP: [(u64, u32); 16] = [
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     let memory = memory(MEMORY as usize);
-    let disk = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("a file"));
-    disk.set_len(SIZE).expect("a size");
-    let device = Block::new(disk.try_clone().expect("a copy"), false, "disk").expect("a device");
-    let (registers, slot, events) = mmio::slot(memory.clone()).expect("a slot");
-    let worker = mmio::attach("disk", Box::new(device), slot).expect("a device");
-    let thread = std::thread::spawn(move || worker.serve());
+    let (disk, registers, events) = ServedDisk::new(memory.clone());
     let routed = Mutex::new(0usize);
     let bus = Bus::new(
         vec![Some(registers), None],
@@ -117,12 +109,7 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     drop(bus);
-    let served = thread.join().expect("no panic");
-    // A guest that breaks the rules of a queue ends its machine.
-    let broken = |error| matches!(error, mmio::Error::Device { .. });
-    assert!(served.err().is_none_or(broken));
-    finish_threads();
-    assert_eq!(disk.metadata().expect("a disk").len(), SIZE);
+    disk.finish();
 });
 
 /// EFD_NONBLOCK (sys/eventfd.h).

@@ -4,6 +4,7 @@
 //! The guest's side writes without checks of its own: whatever it writes, the device has to bear
 //! it.
 
+pub mod disk;
 pub mod tar;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

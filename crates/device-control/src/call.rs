@@ -125,13 +125,7 @@ pub struct ServedDevice {
 impl ServedDevice {
     /// Name of its thread. Those of further ones begin with it and a hyphen.
     pub fn thread(&self) -> String {
-        let name = self.device.name();
-        match self.device {
-            DeviceType::Net | DeviceType::Disk => format!("{name}{}", self.number),
-            DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy | DeviceType::Balloon => {
-                name.to_owned()
-            }
-        }
+        self.device.unique_name(self.number)
     }
 }
 

@@ -62,6 +62,14 @@ impl DeviceType {
         }
     }
 
+    /// The name of device `number` of this type, without the number where a guest has only one.
+    pub fn unique_name(self, number: usize) -> String {
+        match self {
+            Self::Net | Self::Disk => self.instance_name(number),
+            Self::Fs | Self::Vsock | Self::Entropy | Self::Balloon => self.name().to_owned(),
+        }
+    }
+
     /// The name of a device of this type with a number.
     pub fn instance_name(self, number: usize) -> String {
         format!("{}{number}", self.name())
@@ -181,15 +189,8 @@ pub enum InvalidSetup {
 impl Setup {
     /// The devices' names, in order: `fs`, `net0`, `net1`, `disk0`, ….
     pub fn names(&self) -> impl Iterator<Item = String> {
-        numbered(&self.devices, |device| device.device_type()).map(|(number, device)| {
-            let kind = device.device_type();
-            match kind {
-                DeviceType::Net | DeviceType::Disk => kind.instance_name(number),
-                DeviceType::Fs | DeviceType::Vsock | DeviceType::Entropy | DeviceType::Balloon => {
-                    kind.name().to_owned()
-                }
-            }
-        })
+        numbered(&self.devices, |device| device.device_type())
+            .map(|(number, device)| device.device_type().unique_name(number))
     }
 
     /// Assigns the descriptors to the devices.

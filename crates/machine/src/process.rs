@@ -59,10 +59,7 @@ impl Jailed {
 
     /// Waits until it has ended, but not longer than `limit`.
     pub(crate) fn wait(&self, limit: Duration) {
-        let limit = Timespec {
-            tv_sec: limit.as_secs().cast_signed(),
-            tv_nsec: 0,
-        };
+        let limit = timespec(limit);
         let mut ready = [PollFd::new(&self.process().pidfd, PollFlags::IN)];
         // Whether it has ended is asked elsewhere.
         let _ = retry_on_intr(|| poll(&mut ready, Some(&limit)));
@@ -74,6 +71,14 @@ impl Jailed {
             self.ended = Status::reap(self.process().pidfd.as_fd()).transpose();
         }
         self.ended
+    }
+}
+
+/// A timeout of whole seconds.
+pub(crate) fn timespec(limit: Duration) -> Timespec {
+    Timespec {
+        tv_sec: limit.as_secs().cast_signed(),
+        tv_nsec: 0,
     }
 }
 

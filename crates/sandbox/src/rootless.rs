@@ -8,12 +8,12 @@
 //! processes of one are the other's.
 #![allow(unsafe_code)]
 
-pub use hull_jail::in_user_namespace;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+pub use hull_jail::in_user_namespace;
 use rustix::process::{getegid, geteuid};
 use rustix::thread::{
     Gid, Uid, UnshareFlags, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,

@@ -43,37 +43,6 @@ const PARAMETERS: &str = "page_reporting.page_reporting_order=4 console=ttyS0 qu
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 /// Enabled, write-back.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
-/// Memory types: KVM has the registers, but does not list them among those to be saved.
-const MTRRS: [u32; 28] = [
-    0x200,
-    0x201,
-    0x202,
-    0x203,
-    0x204,
-    0x205,
-    0x206,
-    0x207,
-    0x208,
-    0x209,
-    0x20a,
-    0x20b,
-    0x20c,
-    0x20d,
-    0x20e,
-    0x20f,
-    0x250,
-    0x258,
-    0x259,
-    0x268,
-    0x269,
-    0x26a,
-    0x26b,
-    0x26c,
-    0x26d,
-    0x26e,
-    0x26f,
-    MSR_MTRR_DEFAULT_TYPE,
-];
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;
 
@@ -290,7 +259,7 @@ fn build(config: Config, ended: &Arc<Ended<Result<(), Error>>>) -> Result<(Built
         served: Served::new(control, confine_device)?,
         devices,
         tsc_khz,
-        msrs: msrs.as_slice().iter().copied().chain(MTRRS).collect(),
+        msrs: msrs.as_slice().iter().copied().chain(mtrrs()).collect(),
         restored,
     };
     Ok((built, monitor))
@@ -398,6 +367,15 @@ fn reset_vcpus(vcpus: &[VcpuFd], entry: u32) -> Result<(), Error> {
     boot::enter(entry, &mut regs, &mut sregs);
     first.set_sregs(&sregs).map_err(Error::kvm(registers))?;
     first.set_regs(&regs).map_err(Error::kvm(registers))
+}
+
+/// Registers of memory types: KVM has them, but does not list them among those to be saved.
+fn mtrrs() -> impl Iterator<Item = u32> {
+    // Variable ranges, then fixed ones of three sizes.
+    (0x200..=0x20f)
+        .chain([0x250, 0x258, 0x259])
+        .chain(0x268..=0x26f)
+        .chain([MSR_MTRR_DEFAULT_TYPE])
 }
 
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {

@@ -214,21 +214,15 @@ impl Monitor {
     }
 
     fn resume(&mut self, paused: Paused) -> Result<(), Error> {
-        match std::mem::replace(&mut self.devices, Devices::Unusable(String::new())) {
-            Devices::InUse => self.devices = Devices::InUse,
-            Devices::Saved(slots) => {
-                let restored = self.restore_slots(slots);
-                self.devices = match &restored {
-                    Ok(()) => Devices::InUse,
-                    Err(why) => Devices::Unusable(why.clone()),
-                };
-                restored.map_err(Error::Snapshot)?;
-                self.resume_slots();
-            }
-            Devices::Unusable(why) => {
-                self.devices = Devices::Unusable(why.clone());
-                return Err(Error::Snapshot(why));
-            }
+        if let Devices::Saved(slots) = &mut self.devices {
+            let slots = std::mem::take(slots);
+            self.devices = match self.restore_slots(slots) {
+                Ok(()) => Devices::InUse,
+                Err(why) => Devices::Unusable(why),
+            };
+        }
+        if let Devices::Unusable(why) = &self.devices {
+            return Err(Error::Snapshot(why.clone()));
         }
         self.vm
             .set_clock(&kvm_clock_data {
@@ -241,6 +235,7 @@ impl Monitor {
         Ok(())
     }
 
+    /// Gives all devices their states, and lets them go on.
     fn restore_slots(&self, slots: BTreeMap<u32, SavedSlot>) -> Result<(), String> {
         let deadline = Instant::now() + RESTORE_TIMEOUT;
         for (number, saved) in slots {
@@ -252,6 +247,7 @@ impl Monitor {
                 .restore(saved, left(deadline))
                 .map_err(|error| error.to_string())?;
         }
+        self.resume_slots();
         Ok(())
     }
 

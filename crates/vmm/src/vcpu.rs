@@ -261,35 +261,40 @@ impl Runner {
         }
     }
 
-    /// Waits as long as a pause is wanted.
+    /// Waits as long as a pause is wanted, and does what is asked for meanwhile.
     fn pass_gate(&mut self) {
-        let gate = self.gate.clone();
-        let mut state = gate.lock();
+        while let Some(request) = self.wait_at_gate() {
+            self.serve(request);
+        }
+    }
+
+    /// Waits for the gate to open; then, the CPU may enter the guest. Or for a request.
+    fn wait_at_gate(&self) -> Option<Request> {
+        let mut state = self.gate.lock();
+        let mut request = None;
         while state.closed {
-            if let Some(request) = state.request.take() {
-                // Of a pause before, if there was no time to apply it.
-                let pending = std::mem::take(&mut state.forget);
-                drop(state);
-                if pending > 0 {
-                    self.forget_time(pending);
-                }
-                self.serve(request);
-                state = gate.lock();
-                continue;
+            request = state.request.take();
+            if request.is_some() {
+                break;
             }
-            state = gate
+            state = self
+                .gate
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        state.running = true;
-        // Every kick so far was for a pause that is over: the next one begins with the lock.
-        self.kick.set(false);
+        if request.is_none() {
+            state.running = true;
+            // Every kick so far was for a pause that is over: the next one begins with the lock.
+            self.kick.set(false);
+        }
+        // With a request, of a pause before, if there was no time to apply it.
         let forget = std::mem::take(&mut state.forget);
         drop(state);
         if forget > 0 {
             self.forget_time(forget);
         }
+        request
     }
 
     /// Nobody waits for an answer any more if it took too long.

@@ -211,7 +211,7 @@ const FIXED: [FixedDevice; 4] = [
     FixedDevice {
         name: "local APIC",
         ports: None,
-        memory: Some(LOCAL_APIC..=LOCAL_APIC + IOAPIC_SIZE - 1),
+        memory: Some(LOCAL_APIC..=LOCAL_APIC + PAGE - 1),
         threads: None,
     },
 ];

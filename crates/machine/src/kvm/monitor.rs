@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use hull_device_control::monitor::{Answer, Command, LIMITS};
 use hull_ipc::Received;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::process::timespec;
 
 /// How long an answer may take: longer than the machine process waits for virtual CPUs.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -72,10 +74,7 @@ impl Monitor {
             // As long as it takes to write the guest's memory.
             Command::Save => None,
         };
-        let timeout = limit.map(|limit| Timespec {
-            tv_sec: limit.as_secs().cast_signed(),
-            tv_nsec: 0,
-        });
+        let timeout = limit.map(timespec);
         let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
         match rustix::io::retry_on_intr(|| poll(&mut ready, timeout.as_ref())) {
             Ok(0) => {
