@@ -28,6 +28,12 @@ pub struct Hull {
 pub enum Command {
     /// Run a command in a new container
     Run(Box<run::Args>),
+    /// Create a container, to be started later
+    Create(Box<create::Args>),
+    /// Start containers that were created, or that have ended
+    Start(start::Args),
+    /// Stop containers and start them again
+    Restart(restart::Args),
     /// Run a command in a running container
     Exec(exec::Args),
     /// List containers
@@ -48,6 +54,10 @@ pub enum Command {
     Unpause(pause::Args),
     /// Remove containers
     Rm(rm::Args),
+    /// Give a container another name
+    Rename(rename::Args),
+    /// Show which ports of the host lead to a container
+    Port(port::Args),
     /// Show all that is known of containers or images, as JSON
     Inspect(inspect::Args),
     /// Show what containers use and what their machines cost the host
@@ -60,6 +70,10 @@ pub enum Command {
     Cp(cp::Args),
     /// Manage images
     Image(image::Args),
+    /// Manage volumes: directories that outlive containers
+    Volume(volume::Args),
+    /// Remove all containers that do not run
+    Container(container::Args),
     /// Check whether this host can run containers, and say what is missing
     Check(check::Args),
     /// Show the guest kernels
@@ -86,6 +100,9 @@ impl Command {
     pub fn execute(self, began_ns: u64) -> Result<u8> {
         match self {
             Command::Run(args) => run::execute(*args, began_ns),
+            Command::Create(args) => create::execute(*args, began_ns),
+            Command::Start(args) => start::execute(args, began_ns),
+            Command::Restart(args) => restart::execute(args, began_ns),
             Command::Exec(args) => exec::execute(args),
             Command::Ps(args) => ps::execute(args),
             Command::Logs(args) => logs::execute(args),
@@ -101,6 +118,10 @@ impl Command {
             Command::Events(args) => events::execute(args),
             Command::Top(args) => top::execute(args),
             Command::Cp(args) => cp::execute(args),
+            Command::Rename(args) => rename::execute(args),
+            Command::Port(args) => port::execute(args),
+            Command::Volume(args) => volume::execute(args),
+            Command::Container(args) => container::execute(args),
             Command::Image(args) => image::execute(args),
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
@@ -183,7 +204,7 @@ mod tests {
             ("hull run -it i", "interactive: true, tty: true"),
             (
                 "hull run -dit i",
-                "interactive: true, tty: true, detach: true",
+                "detach: true, timings: false, detach_keys: None, container: ContainerArgs { interactive: true, tty: true",
             ),
             ("hull run -e A=1 --env B=2 i", r#"env: ["A=1", "B=2"]"#),
             ("hull run -eA=1 i", r#"env: ["A=1"]"#),
@@ -310,7 +331,7 @@ mod tests {
                 "hull run --name a/b i",
                 "--name: invalid container name \"a/b\"",
             ),
-            ("hull run -v /a i", "--volume: invalid volume \"/a\""),
+            ("hull run -v a:/b i", "--volume: invalid volume \"a:/b\""),
             (
                 "hull run -w x i",
                 "--workdir: invalid working directory \"x\"",
@@ -369,8 +390,17 @@ mod tests {
                 "--cpus: invalid number of CPUs \"-1\"",
             ),
             ("hull kill -s -9 c", "--signal: unknown signal \"-9\""),
-            ("hull start c", "not supported: hull start"),
-            ("hull run --mount type=x i", "not supported: --mount"),
+            ("hull commit c", "not supported: hull commit"),
+            ("hull run --gpus all i", "not supported: --gpus"),
+            (
+                "hull run --mount type=x i",
+                "--mount: invalid mount \"type=x\"",
+            ),
+            ("hull rename c a/b", "invalid container name \"a/b\""),
+            (
+                "hull volume create -d nfs v",
+                "--driver: not supported: volume driver \"nfs\"",
+            ),
             ("hull frobnicate", "unrecognized subcommand 'frobnicate'"),
         ] {
             let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();

@@ -24,13 +24,7 @@ const ALIASES: [(&[&str], &[&str]); 11] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 41] = [
-    (
-        "start",
-        "a stopped container cannot be started again: hull run starts a new one, hull cp copies out of the old one",
-    ),
-    ("restart", "hull stop, then hull run starts a new one"),
-    ("create", "hull run -d creates a container and starts it"),
+const COMMANDS: [(&str, &str); 35] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -73,14 +67,8 @@ const COMMANDS: [(&str, &str); 41] = [
         "diff",
         "hull cp CONTAINER:/ - | tar -t lists a container's files",
     ),
-    ("port", "hull ps shows published ports"),
-    ("rename", "hull run --name gives a container its name"),
     ("update", "limits are set by hull run"),
     ("info", "hull check, hull version"),
-    (
-        "volume",
-        "volumes are directories of the host: hull run -v /DIR:/PATH",
-    ),
     (
         "network",
         "networks are files in /etc/cni/net.d: hull run --network NAME",
@@ -120,15 +108,7 @@ const COMMANDS: [(&str, &str); 41] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 56] = [
-    (
-        "--mount",
-        "-v HOST:CONTAINER[:ro] for a directory of the host, --tmpfs DIR for one in memory",
-    ),
-    (
-        "--volumes-from",
-        "-v HOST:CONTAINER as for the other container",
-    ),
+const OPTIONS: [(&str, &str); 52] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -187,7 +167,6 @@ const OPTIONS: [(&str, &str); 56] = [
         "--network-alias",
         "--add-host NAME:ADDRESS in the other container",
     ),
-    ("--cidfile", "hull run -d prints the container's id"),
     (
         "--pidfile",
         "hull inspect shows the processes of a container's machine",
@@ -242,7 +221,6 @@ const OPTIONS: [(&str, &str); 56] = [
     ("--disable-content-trust", "give a digest: NAME@sha256:…"),
     ("--replace", "hull rm -f NAME before it"),
     ("--systemd", "the container's command is process 1"),
-    ("--quiet", "--pull missing is quiet when the image is there"),
 ];
 
 /// The arguments in hull's own words.
@@ -259,7 +237,7 @@ pub fn rewrite(mut arguments: Vec<OsString>) -> Vec<OsString> {
     });
     if let Some((typed, meant)) = alias {
         arguments.splice(1..=typed.len(), meant.iter().map(OsString::from));
-    } else if is(1, "container") && arguments.len() > 2 {
+    } else if is(1, "container") && arguments.len() > 2 && !is(2, "prune") {
         arguments.remove(1);
     }
     match arguments

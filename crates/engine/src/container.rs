@@ -1,7 +1,7 @@
 //! Containers of hull's own, and those of engines on the same host: found, listed, asked, removed.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,12 +12,15 @@ use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::store::{
     CONFIG_FILE, Directory, Exit, SandboxPath, State, Stored, remove_all, roots,
 };
+use rustix::fs::{FlockOperation, OFlags, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::names;
+use crate::options::RunOptions;
 use crate::paths::Paths;
+use crate::volumes::store;
 
 /// The engine of hull's own containers, as records name it.
 pub const ENGINE: &str = "hull";
@@ -65,6 +68,9 @@ pub struct Details {
     pub volumes: Vec<String>,
     /// Layers that make up the root file system, topmost first.
     pub layers: Vec<PathBuf>,
+    /// What was asked for. `None`: an older hull created it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub options: Option<Box<RunOptions>>,
     /// Exact environment of its init, when that of its configuration is not.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub raw_env: Vec<Vec<u8>>,
@@ -324,7 +330,8 @@ pub fn ended(container: &Container) -> Option<Exit> {
     }
 }
 
-/// Waits until a container has ended; one that has ended already is no error.
+/// Waits until a container has ended; one that has ended already is no error, and one that was not
+/// started yet needs no waiting for.
 ///
 /// # Errors
 /// There is none, or its end cannot be learned.
@@ -332,6 +339,9 @@ pub fn wait(paths: &Paths, name: &str) -> Result<Exit> {
     let container = find(paths, name)?;
     if let Some(exit) = ended(&container) {
         return Ok(exit);
+    }
+    if is_idle(&container) {
+        return Ok(Exit::now(0));
     }
     let asked = connect(&container).and_then(|client| {
         let request = Request::Wait {
@@ -379,6 +389,31 @@ pub fn wait_for_end(paths: &Paths, client: &Client, id: &str) -> Result<()> {
             _ => Ok(()),
         },
     }
+}
+
+/// Whether a container has no machine and needs none: it has ended, or was not started yet.
+pub fn is_idle(container: &Container) -> bool {
+    match container.status.state {
+        State::Stopped => true,
+        State::Created => container.record.sandbox.is_none(),
+        State::Creating | State::Running | State::Paused => false,
+    }
+}
+
+/// Held by who starts a container or looks into one that is idle: its root file system can be
+/// mounted once. Waits for others.
+///
+/// # Errors
+/// The file cannot be opened.
+pub fn lock(container: &Container) -> Result<File> {
+    let doing = || format!("lock container {}", container.record.id);
+    let flags = OFlags::RDWR | OFlags::CREATE;
+    let file = container
+        .directory
+        .open_file("lock", flags)
+        .context(doing)?;
+    rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive)).context(doing)?;
+    Ok(file)
 }
 
 /// Whether a container is what a command left that was killed before its sandbox knew of it.
@@ -438,16 +473,58 @@ fn is_old(path: &Path) -> bool {
         .is_some_and(|age| age > OLD)
 }
 
-/// Removes a container and everything of it. A running one only by `force`; it is killed first.
+/// Gives a container another name.
+///
+/// # Errors
+/// `NotFound`; `Exists` when another container has the name.
+pub fn rename(paths: &Paths, text: &str, name: &str) -> Result<()> {
+    let mut container = find(paths, text)?;
+    let id = container.record.id.clone();
+    let old = std::mem::replace(&mut container.record.details.name, name.to_owned());
+    if old == name {
+        return Err(Error::invalid(format!(
+            "container {old} has this name already"
+        )));
+    }
+    names::claim(paths, name, &id)?;
+    if let Err(error) = container.record.write(&container.directory) {
+        names::release(paths, name, &id);
+        return Err(error);
+    }
+    names::release(paths, &old, &id);
+    Ok(())
+}
+
+/// What a removal removes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Removing {
+    /// Also a container that runs; it is killed first.
+    pub force: bool,
+    /// Also volumes that were created for it and have no names of their own.
+    pub volumes: bool,
+}
+
+impl Removing {
+    /// Whatever there is.
+    pub fn everything() -> Self {
+        Self {
+            force: true,
+            volumes: true,
+        }
+    }
+}
+
+/// Removes a container.
 ///
 /// # Errors
 /// `WrongState` when it runs and `force` is not given; its files cannot be removed.
-pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
+pub fn remove(paths: &Paths, id: &str, removing: Removing) -> Result<()> {
+    let Removing { force, volumes } = removing;
     let loaded = Container::load(&paths.container(id));
     if let Ok(Some(container)) = &loaded {
         let state = container.status.state;
         let name = &container.record.details.name;
-        if state != State::Stopped && !force {
+        if !is_idle(container) && !force {
             return Err(Error::wrong_state(format!("container {name} is {state}"))
                 .hint("stop it first, or hull rm -f"));
         }
@@ -459,11 +536,16 @@ pub fn remove(paths: &Paths, id: &str, force: bool) -> Result<()> {
     {
         return Err(error.clone());
     }
-    let name = loaded
+    let details = loaded
         .ok()
         .flatten()
-        .map(|container| container.record.details.name);
-    erase(paths, id, name.as_deref())
+        .map(|container| container.record.details);
+    let name = details.as_ref().map(|details| details.name.as_str());
+    erase(paths, id, name)?;
+    match details.and_then(|details| details.options) {
+        Some(options) if volumes => store::remove_anonymous(paths, &options.volumes),
+        _ => Ok(()),
+    }
 }
 
 /// Removes the files of a container that does not live.

@@ -8,6 +8,7 @@ use hull_network::cni::{self, List, PortMapping};
 use hull_network::ports::{self, Published, Reservation};
 use hull_sandbox::LinkLocal;
 use hull_sandbox::config::{CniConfig, NetworkLimits, NetworkSource, OwnNetwork, PastaConfig};
+use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::container;
@@ -21,7 +22,8 @@ use crate::values::Network;
 const LEASES: &str = "/run/hull/networks";
 
 /// What a user asks for.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct NetworkOptions {
     /// The network; the configuration's when absent.
     pub network: Option<Network>,
@@ -82,35 +84,62 @@ impl Plan {
 }
 
 impl NetworkOptions {
-    /// Plans the network of the container `id`, checked as far as can be before it is made;
-    /// published ports are bound from here on.
+    /// The network that is asked for, checked as far as can be before anything is made.
     ///
     /// # Errors
-    /// Options that contradict each other or the network; there is no such network or container; a
-    /// port is taken.
-    pub fn plan(&self, id: &str, config: &Config) -> Result<Plan> {
+    /// Options that contradict each other or the network; there is no such network or container.
+    pub fn check(&self, config: &Config) -> Result<Network> {
         let network = self.network.as_ref().unwrap_or(&config.network);
-        let mut limits = config.network_limits(true);
-        limits.rate = self.rate.unwrap_or(0);
-        let mut name = network.to_string();
-        let attach = match network {
-            Network::None => {
-                self.refuse_without_network()?;
-                Attach::None
-            }
+        match network {
+            Network::None => self.refuse_without_network()?,
             Network::Container(other) => {
                 self.refuse_of_another_container(other)?;
                 let other = container::find(&config.paths(), other)?;
                 // A name may become another container's.
-                name = format!("container:{}", other.record.id);
-                Attach::Container(other.record.id)
+                return Ok(Network::Container(other.record.id));
             }
-            Network::Named(named) if config.without_root => {
+            Network::Named(named) if config.without_root => self.refuse_without_root(named)?,
+            Network::Named(named) => {
+                list(named, false)?;
+                if let Some(own) = own_network(named)? {
+                    for address in self.addresses() {
+                        check_inside(address, &own.subnets)?;
+                    }
+                }
+            }
+        }
+        Ok(network.clone())
+    }
+
+    /// Name of the network, for people.
+    pub fn name(&self) -> String {
+        let network = self.network.as_ref().map(Network::to_string);
+        network.unwrap_or_default()
+    }
+
+    /// The addresses that are asked for.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
+        addresses.into_iter().flatten()
+    }
+
+    /// Plans the network of the container `id`; published ports are bound from here on.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); a port is taken.
+    pub fn plan(&self, id: &str, config: &Config) -> Result<Plan> {
+        let network = self.check(config)?;
+        let mut limits = config.network_limits(true);
+        limits.rate = self.rate.unwrap_or(0);
+        let name = network.to_string();
+        let attach = match network {
+            Network::None => Attach::None,
+            Network::Container(other) => Attach::Container(other),
+            Network::Named(_) if config.without_root => {
                 if limits.link_local == LinkLocal::None {
                     // Pasta speaks for the host from such an address.
                     limits.link_local = LinkLocal::Ipv6;
                 }
-                self.refuse_without_root(named)?;
                 // Pasta binds them itself.
                 let ports = self.ports(config)?.mappings;
                 let mac = self.mac_address;
@@ -118,7 +147,7 @@ impl NetworkOptions {
                 Attach::Source(Box::new(pasta), Vec::new())
             }
             Network::Named(named) => {
-                let (cni, sockets) = self.cni(id, named, config)?;
+                let (cni, sockets) = self.cni(id, &named, config)?;
                 Attach::Source(Box::new(NetworkSource::Cni(cni)), sockets)
             }
         };
@@ -216,27 +245,14 @@ impl NetworkOptions {
         let mut list = list(name, !reserved.mappings.is_empty())?;
         // The sandbox process serves these.
         list.leave_out_ipv6_loopback();
-        let own = match name {
-            cni::DEFAULT_NAME => Some(OwnNetwork {
-                bridge: cni::DEFAULT_BRIDGE.to_owned(),
-                subnets: subnets()?,
-            }),
-            _ => None,
-        };
-        let addresses = [self.ip.map(IpAddr::V4), self.ip6.map(IpAddr::V6)];
-        if let Some(own) = &own {
-            for address in addresses.into_iter().flatten() {
-                check_inside(address, &own.subnets)?;
-            }
-        }
+        let own = own_network(name)?;
         let cni = CniConfig {
             id: id.to_owned(),
             list,
             own,
             ports: reserved.mappings,
-            ips: addresses
-                .into_iter()
-                .flatten()
+            ips: self
+                .addresses()
                 .map(|ip| cni::Address { ip, prefix: None })
                 .collect(),
             mac: self.mac_address,
@@ -269,6 +285,17 @@ fn first<const N: usize>(given: [(bool, &'static str); N]) -> Option<&'static st
     given
         .into_iter()
         .find_map(|(given, option)| given.then_some(option))
+}
+
+/// hull's own network, if it has this name.
+fn own_network(name: &str) -> Result<Option<OwnNetwork>> {
+    Ok(match name {
+        cni::DEFAULT_NAME => Some(OwnNetwork {
+            bridge: cni::DEFAULT_BRIDGE.to_owned(),
+            subnets: subnets()?,
+        }),
+        _ => None,
+    })
 }
 
 /// Whether an address is in one of the subnets, as far as one is of its family.

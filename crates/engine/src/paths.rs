@@ -12,9 +12,12 @@ use hull_sandbox::store::ProcessId;
 ///     upper, work         its writable layer; with a size of its own:
 ///     layer.img, layer    a file system that holds those, and where it is mounted
 ///     log, log.1          its output
+///     lock                held (flock) by who starts it, or looks into it while it is idle
 ///     network.json        what network plugins are to undo
+///     volumes/<n>         volumes that go with the container
 /// DATA/containers/.<pid>-<start>   one that this process is about to create
 /// DATA/names/<name>       symbolic link to the id that has the name
+/// DATA/volumes/<name>/    one volume: volume.json, _data
 /// DATA/images/…           images and layers: see crate image
 /// ```
 #[derive(Debug, Clone)]
@@ -46,6 +49,16 @@ impl Paths {
     /// Directory of links from names to ids.
     pub fn names(&self) -> PathBuf {
         self.data.join("names")
+    }
+
+    /// The directory of all volumes.
+    pub fn volumes(&self) -> PathBuf {
+        self.data.join("volumes")
+    }
+
+    /// The directory of one volume.
+    pub fn volume(&self, name: &str) -> PathBuf {
+        self.volumes().join(name)
     }
 
     /// The directory of one container.

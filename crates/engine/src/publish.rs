@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_network::cni::Protocol;
 use hull_network::ports::{HostPort, Published};
+use serde::{Deserialize, Serialize};
 
 #[cfg(test)]
 mod tests;
@@ -17,7 +18,7 @@ mod tests;
 pub const HOST_GATEWAY: &str = "host-gateway";
 
 /// All ports of one `--publish`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ports(pub Vec<Published>);
 
 /// Reads `[[IP:][HOST_PORT|HOST_RANGE]:]CONTAINER_PORT|RANGE[/tcp|udp|sctp]`. An IPv6 address is
@@ -110,7 +111,8 @@ fn ports(text: &str) -> Option<(u16, u16)> {
 }
 
 /// The address of a name in `--add-host`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum HostAddress {
     /// As given.
     Ip(IpAddr),

@@ -1,4 +1,7 @@
-//! `hull run`: from options to a container that runs.
+//! `hull run`, `hull create` and `hull start`: from options to a container that runs.
+//!
+//! What a container is was asked for once, and is in its record from then on: a start reads it
+//! there, whether it is the first one or a later one.
 //!
 //! The machine boots while the root file system is mounted and plugins attach the network: the
 //! sandbox is launched as soon as it is known what machine it is, and everything that belongs to
@@ -6,12 +9,13 @@
 //! all of it: when it is killed, the sandbox ends by itself, and what remains is a directory and a
 //! name that the next command sweeps.
 
+mod again;
 mod contents;
 mod place;
+mod reserve;
 
-use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use hull_image::Image;
 use hull_machine::Choice;
@@ -22,24 +26,24 @@ use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
 use hull_sandbox::control::protocol::{CreateRequest, Received, Reply, Request};
 use hull_sandbox::rootless;
-use hull_sandbox::store::{CONFIG_FILE, Directory, Record, SandboxPath, remove_all};
+use hull_sandbox::store::{CONFIG_FILE, Directory, SandboxPath};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
-use self::contents::{seccomp, send_shares};
+use self::contents::send_shares;
 use crate::attach::Attachment;
 use crate::config::Config;
-use crate::container::{self, Container, Details, ENGINE};
+use crate::container::{self, Container};
 use crate::dns;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::names;
-use crate::network::{Attach, NetworkOptions, Plan};
+use crate::network::{Attach, Plan};
+use crate::options::RunOptions;
 use crate::paths::Paths;
-use crate::spec;
-use crate::values::{Machine, SecurityOption, Ulimit};
-use crate::volumes::{self, Tmpfs, Volume};
 
+pub use self::again::{Again, Attempt};
 pub use self::place::cpus;
+pub use self::reserve::Created;
 
 /// Longest path of a socket (`sun_path` in unix(7)), without the zero byte at its end.
 const LONGEST_SOCKET: usize = 107;
@@ -47,72 +51,9 @@ const LONGEST_SOCKET: usize = 107;
 /// Digits of a container's id that are its sandbox's: paths of sockets are short.
 const SANDBOX_DIGITS: usize = 24;
 
-/// Random names that are tried.
-const NAME_ATTEMPTS: u32 = 10;
-
-/// What a user asks for.
-#[derive(Debug, Clone, Default)]
-pub struct RunOptions {
-    /// Image reference as given.
-    pub image: String,
-    /// Arguments after the image.
-    pub command: Vec<OsString>,
-    /// Keep standard input open.
-    pub interactive: bool,
-    /// With a terminal.
-    pub terminal: bool,
-    /// Remove the container when it ends.
-    pub remove: bool,
-    /// Name; a random one when absent.
-    pub name: Option<String>,
-    /// `NAME=VALUE`, in order.
-    pub environment: Vec<OsString>,
-    /// Host directories and files.
-    pub volumes: Vec<Volume>,
-    /// File systems in memory.
-    pub tmpfs: Vec<Tmpfs>,
-    /// Working directory.
-    pub directory: Option<String>,
-    /// `user[:group]`.
-    pub user: Option<String>,
-    /// Replaces the image's entry point.
-    pub entrypoint: Option<OsString>,
-    /// Host name.
-    pub hostname: Option<String>,
-    /// Run an init process.
-    pub init: bool,
-    /// Signal that `stop` sends first.
-    pub stop_signal: Option<String>,
-    /// Labels.
-    pub labels: Vec<(String, String)>,
-    /// Memory limit, bytes; 0 for none.
-    pub memory: Option<u64>,
-    /// Processors, in thousandths; 0 for no limit.
-    pub cpus_milli: Option<u64>,
-    /// Most processes.
-    pub pids_limit: Option<i64>,
-    /// Resource limits of processes.
-    pub ulimits: Vec<Ulimit>,
-    /// Size of /dev/shm, bytes.
-    pub shm_size: Option<u64>,
-    /// Size of the writable layer, bytes; 0 for no limit.
-    pub storage_size: Option<u64>,
-    /// The root file system is read-only.
-    pub read_only: bool,
-    /// Capabilities to add.
-    pub cap_add: Vec<String>,
-    /// Capabilities to drop.
-    pub cap_drop: Vec<String>,
-    /// Security options.
-    pub security: Vec<SecurityOption>,
-    /// Kernel parameters.
-    pub sysctl: Vec<(String, String)>,
-    /// The network.
-    pub network: NetworkOptions,
-    /// Machine kind.
-    pub machine: Option<Machine>,
-    /// Guest kernel.
-    pub kernel: Option<PathBuf>,
+/// The sandbox of a container's own, unless that is another one's for now.
+fn sandbox_digits(id: &str) -> String {
+    id.chars().take(SANDBOX_DIGITS).collect()
 }
 
 /// A container that runs.
@@ -139,14 +80,15 @@ pub enum Outcome {
     Interrupted(i32),
 }
 
-/// A `hull run` before its image is there.
+/// A container that is to be created, or started: what was asked for makes sense.
 #[derive(Debug)]
 pub struct Run<'a> {
-    options: &'a RunOptions,
+    options: RunOptions,
     config: &'a Config,
     paths: Paths,
     id: String,
-    network: Plan,
+    /// Id of a sandbox of its own.
+    sandbox: String,
     /// When the command began: monotonic clock, nanoseconds.
     began_ns: u64,
     timings: &'a Timings,
@@ -154,6 +96,7 @@ pub struct Run<'a> {
 
 /// What the container is in.
 struct Place {
+    network: Plan,
     machine: MachineConfig,
     sandbox: SandboxPath,
     hostname: String,
@@ -164,35 +107,56 @@ struct Place {
 }
 
 impl<'a> Run<'a> {
-    /// Checks what can be found wrong before an image is pulled, and binds published ports.
+    /// A new container; checks what can be found wrong before an image is pulled.
     ///
     /// # Errors
     /// Options that make no sense, or contradict each other or the host.
     pub fn prepare(
-        options: &'a RunOptions,
+        mut options: RunOptions,
         config: &'a Config,
         began_ns: u64,
         timings: &'a Timings,
     ) -> Result<Self> {
         let paths = config.paths();
-        check(options, &paths)?;
+        options.check(&paths)?;
+        if let Some(name) = &options.name {
+            names::check_free(&paths, name)?;
+        }
+        options.network.network = Some(options.network.check(config)?);
         let id = names::new_id()?;
-        let network = options.network.plan(&id, config)?;
+        let sandbox = sandbox_digits(&id);
         timings.step("arguments", began_ns);
         Ok(Self {
             options,
             config,
             paths,
             id,
-            network,
+            sandbox,
             began_ns,
             timings,
         })
     }
 
-    /// The new container's id.
+    /// The container's id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    fn short_id(&self) -> &str {
+        self.id.get(..12).unwrap_or(&self.id)
+    }
+
+    /// What was asked for.
+    pub fn options(&self) -> &RunOptions {
+        &self.options
+    }
+
+    /// Plans the container's network; published ports are bound from here on.
+    ///
+    /// # Errors
+    /// A port is taken.
+    pub fn plan(&self) -> Result<Plan> {
+        self.options.network.plan(&self.id, self.config)
     }
 
     /// The machine that the container is to have.
@@ -205,18 +169,24 @@ impl<'a> Run<'a> {
         guest.choose(self.config, self.options.machine, kernel)
     }
 
-    /// Starts the container. With an attachment, its streams come with it.
+    /// Creates the container and starts it. With an attachment, its streams come with it.
     ///
     /// # Errors
     /// Anything that keeps it from running; then nothing of it is left.
-    pub fn start(self, image: &Image, attachment: Option<&Attachment>) -> Result<Outcome> {
+    pub fn start(
+        mut self,
+        network: Plan,
+        image: &Image,
+        attachment: Option<&Attachment>,
+    ) -> Result<Outcome> {
         let begin = now_ns();
-        let place = self.place()?;
-        let record = self.record(image, &place)?;
-        let directory = self.reserve(record)?;
+        let made_up = self.options.settle(&image.config)?;
+        let place = self.place(network)?;
+        let record = self.record(image, Some(&place))?;
+        let directory = self.reserve(record, &made_up)?;
         self.timings.step("request", begin);
-        let started = self.create(image, &place, &directory, attachment);
-        let erase = || container::remove(&self.paths, &self.id, true);
+        let started = self.launch(image, &place, &directory, attachment);
+        let erase = || container::remove(&self.paths, &self.id, container::Removing::everything());
         match started {
             Ok(Outcome::Interrupted(signal)) => {
                 // Nothing of it is to stay.
@@ -233,93 +203,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn record(&self, image: &Image, place: &Place) -> Result<Record<Details>> {
-        let options = self.options;
-        let command = spec::command(options.entrypoint.as_ref(), &options.command, &image.config)?;
-        let mut labels = image.config.labels.clone();
-        labels.extend(options.labels.iter().cloned());
-        let mut record = Record::new(
-            &self.id,
-            ENGINE,
-            Details {
-                name: options.name.clone().unwrap_or_default(),
-                image: options.image.clone(),
-                image_id: image.id.clone(),
-                hostname: place.hostname.clone(),
-                files_of: place.files_of.clone(),
-                machine: place.machine.choice.kind.to_string(),
-                hardware: place.machine.choice.hardware,
-                kernel: place.machine.choice.kernel.display().to_string(),
-                memory: place.machine.memory,
-                cpus: place.machine.cpus,
-                terminal: options.terminal,
-                stdin: options.interactive,
-                auto_remove: options.remove,
-                stop_signal: options
-                    .stop_signal
-                    .clone()
-                    .or_else(|| image.config.stop_signal.clone())
-                    .unwrap_or_else(|| "TERM".to_owned()),
-                network: self.network.name.clone(),
-                ports: self.network.ports().to_vec(),
-                labels,
-                volumes: options.volumes.iter().map(Volume::to_string).collect(),
-                layers: image.layers.clone(),
-                raw_env: Vec::new(),
-            },
-        );
-        record.sandbox = Some(place.sandbox.clone());
-        record.command = command
-            .iter()
-            .map(|word| word.to_string_lossy().into_owned())
-            .collect();
-        Ok(record)
-    }
-
-    /// Creates the container's directory and takes its name. What a killed command left of either
-    /// is in nobody's way.
-    fn reserve(&self, mut record: Record<Details>) -> Result<Directory> {
-        // A directory of this name always has a record: whose it is can be told at any moment.
-        let staging = self.paths.staging(record.creator);
-        let path = self.paths.container(&self.id);
-        let doing = || format!("create {}", path.display());
-        let directory = Directory::create_new(&staging).context(doing)?;
-        let directory = record
-            .write(&directory)
-            .and_then(|()| directory.rename_to(&path).context(doing))
-            .inspect_err(|_| drop(remove_all(&staging)))?;
-        let claimed = self.claim(&mut record, &directory);
-        if let Err(error) = claimed {
-            if let Err(error) = container::erase(&self.paths, &self.id, None) {
-                tracing::warn!("{error}");
-            }
-            return Err(error);
-        }
-        Ok(directory)
-    }
-
-    fn claim(&self, record: &mut Record<Details>, directory: &Directory) -> Result<()> {
-        let given = self.options.name.as_deref();
-        let mut attempt = 0;
-        loop {
-            let name = match given {
-                Some(name) => name.to_owned(),
-                None => names::random(attempt)?,
-            };
-            record.details.name.clone_from(&name);
-            record.write(directory)?;
-            match names::claim(&self.paths, &name, &self.id) {
-                Ok(()) => return Ok(()),
-                Err(_) if attempt == 0 => container::sweep(&self.paths),
-                Err(_) if given.is_none() && attempt < NAME_ATTEMPTS => {}
-                Err(error) => return Err(error),
-            }
-            attempt += 1;
-        }
-    }
-
     /// Launches the sandbox and creates the container in it.
-    fn create(
+    fn launch(
         &self,
         image: &Image,
         place: &Place,
@@ -334,7 +219,7 @@ impl<'a> Run<'a> {
             Some(attachment) => attachment.receive(client),
             None => client.receive().map(Ok),
         };
-        self.request_network(&client, directory)?;
+        self.request_network(&client, place, directory)?;
 
         // Meanwhile the machine boots, and plugins are at work.
         let begin = now_ns();
@@ -345,7 +230,7 @@ impl<'a> Run<'a> {
 
         let begin = now_ns();
         let mut addresses = None;
-        if let Attach::Source(..) = &self.network.attach {
+        if let Attach::Source(..) = &place.network.attach {
             match wait(&client)? {
                 Ok(Received {
                     message: Reply::Network(network),
@@ -362,7 +247,7 @@ impl<'a> Run<'a> {
         let files = match place.host {
             Some(_) => Vec::new(),
             None => {
-                let network = (&self.network.name[..], addresses.as_ref());
+                let network = (&place.network.name[..], addresses.as_ref());
                 dns::files(&place.hostname, &self.options.network.dns(), network)?
             }
         };
@@ -385,7 +270,7 @@ impl<'a> Run<'a> {
                 Ok(Received {
                     message: Reply::Ok, ..
                 }) => {}
-                Ok(other) => return Err(self.ending(&other.message)),
+                Ok(other) => return Err(place.ending(&other.message)),
                 Err(signal) => return Ok(Outcome::Interrupted(signal)),
             }
         }
@@ -394,7 +279,7 @@ impl<'a> Run<'a> {
                 message: Reply::Streams,
                 fds,
             }) => fds,
-            Ok(other) => return Err(self.ending(&other.message)),
+            Ok(other) => return Err(place.ending(&other.message)),
             Err(signal) => return Ok(Outcome::Interrupted(signal)),
         };
         self.timings.step("create and start the container", begin);
@@ -410,17 +295,6 @@ impl<'a> Run<'a> {
         })))
     }
 
-    /// The machine of another container ends just now.
-    fn ending(&self, reply: &Reply) -> Error {
-        match (reply, &self.network.attach) {
-            (Reply::Ending, Attach::Container(id)) => Error::wrong_state(format!(
-                "container {} is not running: its machine is ending",
-                id.get(..12).unwrap_or(id)
-            )),
-            _ => unexpected(reply),
-        }
-    }
-
     fn sandbox(&self, place: &Place) -> Result<SandboxConfig> {
         let cgroup = match &self.config.cgroup_parent {
             Some(parent) => CgroupConfig::Own {
@@ -430,7 +304,7 @@ impl<'a> Run<'a> {
         };
         Ok(SandboxConfig {
             machine: place.machine.clone(),
-            hostname: self.id.get(..12).unwrap_or_default().to_owned(),
+            hostname: self.short_id().to_owned(),
             cgroup,
             bounds: place.machine.bounds(),
             core_scheduling: self.config.core_sched,
@@ -440,8 +314,8 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn request_network(&self, client: &Client, directory: &Directory) -> Result<()> {
-        let Attach::Source(source, sockets) = &self.network.attach else {
+    fn request_network(&self, client: &Client, place: &Place, directory: &Directory) -> Result<()> {
+        let Attach::Source(source, sockets) = &place.network.attach else {
             return Ok(());
         };
         let mut fds = Vec::new();
@@ -451,10 +325,23 @@ impl<'a> Run<'a> {
         }
         let request = Request::Network(NetworkConfig {
             source: (**source).clone(),
-            limits: self.network.limits,
+            limits: place.network.limits,
             owner: Some(self.id.clone()),
         });
         client.tell(&request, &fds)
+    }
+}
+
+impl Place {
+    /// The machine of another container ends just now.
+    fn ending(&self, reply: &Reply) -> Error {
+        match (reply, &self.network.attach) {
+            (Reply::Ending, Attach::Container(id)) => Error::wrong_state(format!(
+                "container {} is not running: its machine is ending",
+                id.get(..12).unwrap_or(id)
+            )),
+            _ => unexpected(reply),
+        }
     }
 }
 
@@ -468,42 +355,6 @@ pub fn sandbox_timings(sandbox: &SandboxPath) -> Vec<Step> {
         }) => steps,
         // It has ended: nobody knows.
         _ => Vec::new(),
-    }
-}
-
-/// What can be found wrong before an image is pulled.
-fn check(options: &RunOptions, paths: &Paths) -> Result<()> {
-    volumes::check_distinct(&options.volumes, &options.tmpfs).map_err(Error::invalid)?;
-    spec::capabilities(&options.cap_add, &options.cap_drop)?;
-    seccomp(&options.security)?;
-    check_length(paths.run())?;
-    for volume in &options.volumes {
-        let source = volume.source.display();
-        match std::fs::metadata(&volume.source) {
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::invalid(format!(
-                    "host path {source} of a volume does not exist"
-                ))
-                .hint(format!("mkdir -p {source}")));
-            }
-            Err(error) => {
-                return Err(error).context(|| format!("read the host path {source} of a volume"));
-            }
-        }
-    }
-    if let Some(milli) = options.cpus_milli {
-        let available = std::thread::available_parallelism().map_or(1, usize::from);
-        if milli > available as u64 * 1000 {
-            return Err(Error::invalid(format!(
-                "--cpus: {} CPUs are asked for, and there are {available}",
-                milli as f64 / 1000.0
-            )));
-        }
-    }
-    match &options.name {
-        Some(name) => names::check_free(paths, name),
-        None => Ok(()),
     }
 }
 

@@ -8,9 +8,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::exact;
 
 /// Machine kind as asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Machine {
     /// The first that works here: kvm, uml, qemu.
     Auto,
@@ -30,7 +34,8 @@ impl Machine {
 }
 
 /// Network of a container as asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Network {
     /// Loopback only.
     None,
@@ -102,12 +107,13 @@ pub enum Pull {
 }
 
 /// A value of `--security-opt`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum SecurityOption {
     /// No system call filter.
     Unconfined,
     /// The system call filter of a file.
-    Seccomp(PathBuf),
+    Seccomp(#[serde(with = "exact")] PathBuf),
     /// Whether programs can bring privileges along.
     NoNewPrivileges(bool),
 }
@@ -343,7 +349,7 @@ pub fn sysctl(text: &str) -> Result<(String, String), String> {
 }
 
 /// A resource limit of processes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ulimit {
     /// In capitals, without `RLIMIT_`.
     pub name: String,
@@ -460,7 +466,8 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     candidates
         .into_iter()
         .map(|candidate| (edit_distance(word, candidate), candidate))
-        .min_by_key(|(distance, _)| *distance)
+        // Of two that are as near, the one of which it is the beginning.
+        .min_by_key(|(distance, candidate)| (*distance, !candidate.starts_with(word)))
         .filter(|(distance, candidate)| {
             let letters = candidate.trim_start_matches('-').len();
             // One that is wholly another word is no slip of the finger.

@@ -13,10 +13,13 @@ use rustix::net::{
     socket_with, sockopt,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::cni::{PortMapping, Protocol};
 
 /// A port of the host to publish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum HostPort {
     /// Any free port.
     Any,
@@ -27,7 +30,7 @@ pub enum HostPort {
 }
 
 /// One container port that is reached through the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Published {
     /// Restricted to this address of the host.
     pub host_ip: Option<IpAddr>,

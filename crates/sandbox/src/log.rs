@@ -6,7 +6,7 @@
 //! of the limit is always there.
 
 use std::fs::File;
-use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 
 use rustix::fs::OFlags;
 
@@ -57,15 +57,20 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins a log that keeps at most `limit` bytes on disk.
+    /// Opens a log that keeps at most `limit` bytes on disk, and goes on where it ends. What was
+    /// written of an entry by a process that was killed goes.
     ///
     /// # Errors
-    /// The file cannot be made.
-    pub fn create(directory: Directory, limit: u64) -> io::Result<Self> {
+    /// The file cannot be made or read.
+    pub fn open(directory: Directory, limit: u64) -> io::Result<Self> {
+        let mut file = directory.open_file(FILE, OFlags::RDWR | OFlags::CREATE)?;
+        let size = whole_entries(&mut file)?;
+        file.set_len(size)?;
+        file.seek(SeekFrom::Start(size))?;
         Ok(Self {
-            file: create(&directory)?,
             directory,
-            size: 0,
+            file,
+            size,
             limit,
         })
     }
@@ -94,7 +99,7 @@ impl Writer {
         if let Err(error) = self.file.write_all(&entry) {
             // No half entry may stay behind: what follows would be unreadable.
             self.file.set_len(self.size)?;
-            io::Seek::seek(&mut self.file, io::SeekFrom::Start(self.size))?;
+            self.file.seek(SeekFrom::Start(self.size))?;
             return Err(error);
         }
         self.size += entry.len() as u64;
@@ -105,6 +110,27 @@ impl Writer {
 /// Whether the beginning of a log was lost.
 pub fn is_cut(directory: &Directory) -> bool {
     directory.inode(CUT).is_ok_and(|there| there.is_some())
+}
+
+/// Bytes of a log that are whole entries.
+fn whole_entries(file: &mut File) -> io::Result<u64> {
+    let length = file.metadata()?.len();
+    let mut reader = BufReader::new(file);
+    let mut whole = 0;
+    loop {
+        let mut head = [0; HEAD];
+        match reader.read_exact(&mut head) {
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(whole),
+            read => read?,
+        }
+        let bytes = u32::from_be_bytes([head[9], head[10], head[11], head[12]]);
+        let end = whole + HEAD as u64 + u64::from(bytes);
+        if end > length {
+            return Ok(whole);
+        }
+        reader.seek_relative(i64::from(bytes))?;
+        whole = end;
+    }
 }
 
 fn create(directory: &Directory) -> io::Result<File> {
@@ -241,7 +267,7 @@ mod tests {
     fn what_is_written_is_read_back_in_order_with_its_stream() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
-        let mut writer = Writer::create(in_(path), 1 << 20).unwrap();
+        let mut writer = Writer::open(in_(path), 1 << 20).unwrap();
         writer.append(Stream::Output, b"one").unwrap();
         let mut reader = Reader::open(in_(path)).unwrap();
         assert_eq!(reader.next_entry().unwrap().unwrap().bytes, b"one");
@@ -258,7 +284,7 @@ mod tests {
     fn the_size_on_disk_is_bounded_and_a_follower_misses_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
-        let mut writer = Writer::create(in_(path), 4096).unwrap();
+        let mut writer = Writer::open(in_(path), 4096).unwrap();
         let mut reader = Reader::open(in_(path)).unwrap();
         for i in 0..1000u32 {
             writer.append(Stream::Output, &i.to_be_bytes()).unwrap();
@@ -274,7 +300,7 @@ mod tests {
     fn half_an_entry_is_not_shown() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
-        let mut writer = Writer::create(in_(path), 4096).unwrap();
+        let mut writer = Writer::open(in_(path), 4096).unwrap();
         writer.append(Stream::Output, b"whole").unwrap();
         fs::OpenOptions::new()
             .append(true)

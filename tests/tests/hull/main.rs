@@ -11,6 +11,7 @@ mod guest_kernel;
 mod images;
 mod install_engines;
 mod kvm;
+mod lasting;
 mod limits;
 mod processor;
 mod ps_logs;

@@ -1,11 +1,12 @@
-//! Fills a tmpfs with a copy of the directory that it hides (mount option `tmpcopyup`).
+//! Fills a tmpfs with a copy of the directory that it hides (mount option `tmpcopyup`), and a new
+//! volume (`hull.fill`).
 //!
 //! Runs in the child. Works on descriptors and follows no links: the content comes from the image.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timestamps, Uid};
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timestamps, Uid, XattrFlags};
 use rustix::io::{Errno, Result};
 
 /// Copies everything in the directory `from` to the root directory `to` of a tmpfs, whose mode its
@@ -21,10 +22,11 @@ pub(super) fn fill(from: BorrowedFd<'_>, to: BorrowedFd<'_>, owner: bool) -> Res
 
 /// Copies everything in the directory `from` to the directory `to`, and the directory's own owner
 /// and mode.
-fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
+pub(super) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
     let (from, to) = copy_entries(from, to)?;
     let stat = rustix::fs::fstat(&from)?;
     own(to.as_fd(), c"", &stat)?;
+    copy_attributes(&from, &to)?;
     rustix::fs::fchmod(&to, Mode::from_raw_mode(stat.st_mode))?;
     rustix::fs::futimens(&to, &times(&stat))
 }
@@ -73,6 +75,7 @@ fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(
                 }
             }
             own(new.as_fd(), c"", &stat)?;
+            copy_attributes(&old, &new)?;
             rustix::fs::fchmod(&new, mode)?;
             rustix::fs::futimens(&new, &times(&stat))
         }
@@ -94,6 +97,33 @@ fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(
         }
         FileType::Unknown => Err(Errno::OPNOTSUPP),
     }
+}
+
+/// Copies extended attributes, as far as the other file system has them: capabilities of programs
+/// above all.
+fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> Result<()> {
+    let length = match rustix::fs::flistxattr(from, &mut [0; 0][..]) {
+        Ok(0) | Err(Errno::OPNOTSUPP) => return Ok(()),
+        listed => listed?,
+    };
+    let mut names = vec![0; length];
+    let length = rustix::fs::flistxattr(from, &mut names[..])?;
+    // linux/limits.h: XATTR_SIZE_MAX.
+    let mut value = vec![0; 65536];
+    for name in names[..length].split_inclusive(|byte| *byte == 0) {
+        let Ok(name) = CStr::from_bytes_with_nul(name) else {
+            continue;
+        };
+        let length = match rustix::fs::fgetxattr(from, name, &mut value[..]) {
+            Err(Errno::NODATA | Errno::OPNOTSUPP) => continue,
+            read => read?,
+        };
+        match rustix::fs::fsetxattr(to, name, &value[..length], XattrFlags::empty()) {
+            Err(Errno::OPNOTSUPP | Errno::PERM) => {}
+            set => set?,
+        }
+    }
+    Ok(())
 }
 
 fn own(at: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {

@@ -28,6 +28,8 @@ pub(super) struct MountOptions {
     pub(super) bind: Option<bool>,
     /// The tmpfs starts as a copy of the directory that it hides.
     pub(super) copy_up: bool,
+    /// What is bound gets what is at the destination first.
+    pub(super) fill: bool,
     /// For the file system, joined with commas.
     pub(super) data: String,
 }
@@ -156,6 +158,8 @@ impl MountOptions {
                 "bind" => self.bind = Some(self.bind.unwrap_or(false)),
                 "rbind" => self.bind = Some(true),
                 "tmpcopyup" => self.copy_up = true,
+                // hull's own: a new volume.
+                "hull.fill" => self.fill = true,
                 "defaults" | "" => {}
                 _ => {
                     if !self.data.is_empty() {

@@ -273,7 +273,6 @@ impl MountPlan {
     }
 
     fn bind(&self, root: BorrowedFd<'_>, tree: BorrowedFd<'_>) -> Result<()> {
-        self.set_attributes(tree, &self.options.attributes)?;
         let target = paths::find_or_make(root, &self.destination, || {
             Ok(if is_directory(tree) {
                 Missing::Directory
@@ -282,6 +281,13 @@ impl MountPlan {
             })
         })
         .context(|| self.what())?;
+        if self.options.fill && is_directory(tree) && is_directory(target.as_fd()) {
+            copy_up::copy(target.as_fd(), tree).context(|| {
+                let destination = self.destination.to_string_lossy();
+                format!("cannot copy /{destination} to a new volume")
+            })?;
+        }
+        self.set_attributes(tree, &self.options.attributes)?;
         match attach(tree, target.as_fd()) {
             Err(Errno::INVAL) if is_directory(tree) != is_directory(target.as_fd()) => {
                 let why = if is_directory(tree) {

@@ -1,7 +1,7 @@
 //! `hull attach`.
 
 use hull_engine::attach::{Attachment, Options};
-use hull_engine::container;
+use hull_engine::container::{self, Container};
 use hull_engine::values::{self, DetachKeys};
 use hull_sandbox::control::protocol::{AttachRequest, Request};
 use hull_sandbox::store::State;
@@ -30,9 +30,10 @@ pub fn execute(args: Args) -> Result<u8> {
     let container = container::find(&config.paths(), &args.container)?;
     let details = &container.record.details;
     let problem = match container.status.state {
-        State::Stopped => Some("a stopped container: start another with hull run"),
+        State::Stopped => Some("a stopped container: hull start --attach starts it"),
+        State::Created => Some("a container that was not started: hull start --attach does"),
         State::Paused => Some("a paused container: hull unpause comes first"),
-        State::Creating | State::Created | State::Running => None,
+        State::Creating | State::Running => None,
     };
     if let Some(problem) = problem {
         return Err(Error::wrong_state(format!("cannot attach to {problem}")));
@@ -47,10 +48,21 @@ pub fn execute(args: Args) -> Result<u8> {
         forward_signals: true,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;
-    let client = container::connect(&container)?;
+    attach(&container, attachment)
+}
+
+/// Copies input and output of a container that runs until it exits or the user detaches.
+///
+/// # Errors
+/// It does not run, or the caller's streams cannot be used.
+pub fn attach(container: &Container, attachment: Attachment) -> Result<u8> {
+    let client = container::connect(container)?;
     let streams = client.streams(&Request::Attach(AttachRequest {
         container: container.record.id.clone(),
         options: attachment.request(),
     }))?;
-    finish(attachment.carry(client, streams)?, &details.name)
+    finish(
+        attachment.carry(client, streams)?,
+        &container.record.details.name,
+    )
 }

@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use hull_engine::Paths;
 use hull_engine::container::{self, Container};
 use hull_engine::copy::{self, ArchiveReader, ArchiveWriter, EntryKind};
 
@@ -76,11 +77,11 @@ pub fn execute(args: Args) -> Result<u8> {
     let outcome = match (Side::parse(&args.source), Side::parse(&args.destination)) {
         (Side::Container(name, from), to @ (Side::Host(_) | Side::Stream)) => {
             container::find(&paths, &name)
-                .and_then(|container| copy_out(&container, &from, &to, &args))
+                .and_then(|container| copy_out(&paths, &container, &from, &to, &args))
         }
         (from @ (Side::Host(_) | Side::Stream), Side::Container(name, to)) => {
             container::find(&paths, &name)
-                .and_then(|container| copy_in(&container, &from, &to, &args))
+                .and_then(|container| copy_in(&paths, &container, &from, &to, &args))
         }
         (Side::Container(..), Side::Container(..)) => {
             return Err(Error::unsupported("a copy from one container to another")
@@ -143,11 +144,22 @@ fn utf8(path: &[u8]) -> Result<String> {
     })
 }
 
-fn ask_for_archive(container: &Container, path: &[u8], follow: bool) -> Result<ArchiveReader> {
-    ArchiveReader::ask(container, utf8(path)?, follow)
+fn ask_for_archive(
+    paths: &Paths,
+    container: &Container,
+    path: &[u8],
+    follow: bool,
+) -> Result<ArchiveReader> {
+    ArchiveReader::ask(paths, container, utf8(path)?, follow)
 }
 
-fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Result<()> {
+fn copy_out(
+    paths: &Paths,
+    container: &Container,
+    from: &[u8],
+    to: &Side,
+    args: &Args,
+) -> Result<()> {
     let shown = String::from_utf8_lossy(from).into_owned();
     let what = || {
         format!(
@@ -155,7 +167,7 @@ fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Resul
             container.record.details.name
         )
     };
-    let mut archive = ask_for_archive(container, plain(from), args.follow_link)?;
+    let mut archive = ask_for_archive(paths, container, plain(from), args.follow_link)?;
     let Side::Host(to) = to else {
         let stdout = std::io::stdout();
         if stdout.is_terminal() {
@@ -194,10 +206,16 @@ fn copy_out(container: &Container, from: &[u8], to: &Side, args: &Args) -> Resul
     Ok(())
 }
 
-fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result<()> {
+fn copy_in(
+    paths: &Paths,
+    container: &Container,
+    from: &Side,
+    to: &[u8],
+    args: &Args,
+) -> Result<()> {
     let shown = String::from_utf8_lossy(to).into_owned();
     let open = |directory: &[u8]| -> Result<ArchiveWriter> {
-        ArchiveWriter::ask(container, utf8(directory)?)
+        ArchiveWriter::ask(paths, container, utf8(directory)?)
     };
     let what = || {
         format!(
@@ -227,7 +245,7 @@ fn copy_in(container: &Container, from: &Side, to: &[u8], args: &Args) -> Result
         .unwrap_or_else(|| OsString::from("."));
     // The target's type decides where the copy goes: request it as an archive and read only its
     // beginning.
-    let there = ask_for_archive(container, plain(to), true)?
+    let there = ask_for_archive(paths, container, plain(to), true)?
         .first_kind()
         .ok();
     let wants_directory = to.ends_with(b"/") || names_contents(to);

@@ -2,13 +2,12 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use hull_image::{Import, ImportSource, Listed, Reference, Removed};
 use serde_json::{Value, json};
 
-use super::{config_for_root, for_each};
+use super::{agreed, config_for_root, for_each};
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
 
@@ -168,7 +167,8 @@ pub fn execute(args: Args) -> Result<u8> {
         }
         Command::Prune { all, force } => {
             let store = images::store(&config)?;
-            if all && !force && !agreed()? {
+            let what = "all images that no container uses, also those with a name";
+            if all && !force && !agreed(what)? {
                 return Ok(0);
             }
             let removed = store.prune(all, &container_exists).map_err(of_image)?;
@@ -185,25 +185,6 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     }
     Ok(0)
-}
-
-/// Asks, on a terminal, whether images with a name are to be removed.
-fn agreed() -> Result<bool> {
-    let (stdin, stderr) = (std::io::stdin(), std::io::stderr());
-    if !stdin.is_terminal() || !stderr.is_terminal() {
-        return Ok(true);
-    }
-    // If standard error is closed, nobody sees the question.
-    let _ = write!(
-        stderr.lock(),
-        "This removes all images that no container uses, also those with a name. Go on? [y/N] "
-    );
-    let mut answer = String::new();
-    stdin
-        .lock()
-        .read_line(&mut answer)
-        .context(|| "read the answer")?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 fn import(

@@ -74,6 +74,10 @@ fn container_object(container: &Any) -> Result<Value> {
     };
     let text = |nanoseconds: u64| json!(time::format_rfc3339(from_ns(nanoseconds)));
     let mut object = record["details"].clone();
+    if let Some(object) = object.as_object_mut() {
+        // For hull itself; what it became is in the rest.
+        object.remove("options");
+    }
     for name in ["id", "engine", "command"] {
         object[name] = record[name].clone();
     }

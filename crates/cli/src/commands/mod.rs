@@ -4,7 +4,9 @@ pub mod attach;
 pub mod check;
 pub mod completions;
 pub mod config;
+pub mod container;
 pub mod cp;
+pub mod create;
 pub mod events;
 pub mod exec;
 pub mod image;
@@ -15,23 +17,29 @@ pub mod kill;
 pub mod logs;
 pub mod man;
 pub mod pause;
+pub mod port;
 pub mod ps;
+pub mod rename;
+pub mod restart;
 pub mod rm;
 pub mod run;
+pub mod start;
 pub mod stats;
 pub mod stop;
 pub mod top;
 pub mod version;
+pub mod volume;
 pub mod wait;
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, IsTerminal, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use hull_engine::config::Config;
 
-use crate::error::{self, Result};
+use crate::error::{self, Context, Result};
 use crate::output;
 
 /// Containers that one command works on at a time.
@@ -98,6 +106,22 @@ where
     })
 }
 
+/// Asks, on a terminal, whether something is to be removed.
+pub fn agreed(what: &str) -> Result<bool> {
+    let (stdin, stderr) = (std::io::stdin(), std::io::stderr());
+    if !stdin.is_terminal() || !stderr.is_terminal() {
+        return Ok(true);
+    }
+    // If standard error is closed, nobody sees the question.
+    let _ = write!(stderr.lock(), "This removes {what}. Go on? [y/N] ");
+    let mut answer = String::new();
+    stdin
+        .lock()
+        .read_line(&mut answer)
+        .context(|| "read the answer")?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
 /// The configuration, for a command that needs root; other users become root in a user namespace.
 pub fn config_for_root() -> Result<Config> {
     prepared(Config::load()?)
@@ -120,7 +144,7 @@ fn prepared(config: Config) -> Result<Config> {
     }
     let paths = config.paths();
     let images = config.data_dir.join("images");
-    for directory in [paths.containers(), paths.names(), images] {
+    for directory in [paths.containers(), paths.names(), paths.volumes(), images] {
         hull_engine::home::keep_private(&directory)?;
     }
     Ok(config)

@@ -1,6 +1,6 @@
 //! `hull ps`.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::IpAddr;
 
 use hull_engine::container::{self, Container, EngineContainer};
 use hull_engine::time;
@@ -9,6 +9,7 @@ use hull_sandbox::store::{Exit, State, Status};
 use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
+use super::port::outside;
 use super::{config_for_existing, from_ns};
 use crate::error::Result;
 use crate::output::{self, Table};
@@ -345,14 +346,13 @@ fn listed(row: &Row) -> Listed<'_> {
 
 /// Published ports in Docker's format: `0.0.0.0:8080->80/tcp`. Empty for a stopped container.
 fn ports(row: &Row) -> String {
-    if row.status.state == State::Stopped {
+    if matches!(row.status.state, State::Stopped | State::Created) {
         return String::new();
     }
     let shown = row.ports.iter().map(|port| {
-        let address = port.host_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let outside = SocketAddr::new(address, port.host_port);
         format!(
-            "{outside}->{}/{}",
+            "{}->{}/{}",
+            outside(port),
             port.container_port,
             port.protocol.name()
         )

@@ -1,6 +1,6 @@
 //! `hull rm`.
 
-use hull_engine::container;
+use hull_engine::container::{self, Removing};
 
 use super::{config_for_existing, for_each_at_once};
 use crate::error::{ErrorKind, Result};
@@ -11,6 +11,9 @@ pub struct Args {
     /// Kill running containers first; one that does not exist is no error
     #[arg(short, long)]
     force: bool,
+    /// Remove volumes that were created for them and have no names of their own, too
+    #[arg(short, long)]
+    volumes: bool,
     /// Names or ids
     #[arg(value_name = "CONTAINER", required = true)]
     containers: Vec<String>,
@@ -25,7 +28,11 @@ pub fn execute(args: Args) -> Result<u8> {
             Err(error) if args.force && error.kind == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        container::remove(&paths, &id, args.force)?;
+        let removing = Removing {
+            force: args.force,
+            volumes: args.volumes,
+        };
+        container::remove(&paths, &id, removing)?;
         Ok(Some(name.to_owned()))
     })
 }

@@ -1,17 +1,22 @@
-//! `hull run`: the grammar of its options, and the caller's side of the container until it exits.
+//! `hull run`, and the options that it shares with `hull create`: their grammar, and the caller's
+//! side of the container until it exits.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use hull_engine::attach::{Attachment, Options, Outcome};
 use hull_engine::config::Config;
+use hull_engine::error::of_image;
 use hull_engine::network::NetworkOptions;
+use hull_engine::options::RunOptions;
 use hull_engine::publish::{self, HostAddress, Ports};
-use hull_engine::run::{self, Run, RunOptions, Started, sandbox_timings};
+use hull_engine::run::{self, Run, Started, sandbox_timings};
 use hull_engine::values::{self, DetachKeys, Machine, Network, Pull, SecurityOption, Ulimit};
-use hull_engine::volumes::{self, Tmpfs, Volume};
+use hull_engine::volumes::{self, Mount, Tmpfs, Volume};
+use hull_image::{Hold, Image};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
 use super::config_for_root;
@@ -26,15 +31,31 @@ use crate::{images, output};
     disable_help_flag = true
 )]
 pub struct Args {
+    /// Run in the background and print the container's id
+    #[arg(short, long)]
+    detach: bool,
+    /// Print where the time of the start went
+    #[arg(long)]
+    timings: bool,
+    /// Keys that detach and let the container run on
+    #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
+    detach_keys: Option<DetachKeys>,
+    #[command(flatten)]
+    container: ContainerArgs,
+}
+
+/// What a container is to be: arguments of `run` and `create`.
+#[derive(Debug, clap::Args)]
+pub struct ContainerArgs {
     /// Keep standard input open and pass it on
     #[arg(short, long)]
     interactive: bool,
     /// Give the container a terminal
     #[arg(short, long)]
     tty: bool,
-    /// Run in the background and print the container's id
-    #[arg(short, long)]
-    detach: bool,
+    /// Write the container's id to a file that does not exist yet
+    #[arg(long, value_name = "FILE")]
+    cidfile: Option<PathBuf>,
     /// Remove the container when it ends
     #[arg(long)]
     rm: bool,
@@ -48,9 +69,16 @@ pub struct Args {
     /// Read environment variables from a file
     #[arg(long, value_name = "FILE")]
     env_file: Vec<PathBuf>,
-    /// Show a host directory or file in the container
-    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]", value_parser = super::raw(volumes::volume))]
+    /// Show a host directory or file, or a volume, in the container
+    #[arg(short, long, value_name = "[HOST|NAME:]CONTAINER[:ro]", value_parser = super::raw(volumes::volume))]
     volume: Vec<Volume>,
+    /// Show a volume, a host directory or a file system in memory:
+    /// type=volume|bind|tmpfs,source=…,target=…
+    #[arg(long, value_name = "KEY=VALUE,…", value_parser = super::raw(volumes::mount))]
+    mount: Vec<Mount>,
+    /// Show the volumes of another container
+    #[arg(long, value_name = "CONTAINER[:ro]")]
+    volumes_from: Vec<String>,
     /// Mount a file system in memory
     #[arg(long, value_name = "DIR[:OPTIONS]", value_parser = volumes::tmpfs)]
     tmpfs: Vec<Tmpfs>,
@@ -120,15 +148,12 @@ pub struct Args {
     /// Guest kernel to boot instead of the installed one
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Print where the time of the start went
-    #[arg(long)]
-    timings: bool,
     /// When to ask the registry for the image
     #[arg(long, value_name = "WHEN")]
     pull: Option<Pull>,
-    /// Keys that detach and let the container run on
-    #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
-    detach_keys: Option<DetachKeys>,
+    /// Print nothing while an image is pulled
+    #[arg(short, long)]
+    quiet: bool,
     /// Print help
     #[arg(long, action = clap::ArgAction::HelpShort)]
     help: Option<bool>,
@@ -191,29 +216,30 @@ impl From<NetworkArgs> for NetworkOptions {
     }
 }
 
-/// Options of this command that are not the container's.
-struct Caller {
-    detach: bool,
-    timings: bool,
-    pull: Option<Pull>,
-    detach_keys: Option<DetachKeys>,
-}
-
-impl Args {
-    fn split(self) -> Result<(RunOptions, Caller)> {
-        let caller = Caller {
-            detach: self.detach,
-            timings: self.timings,
-            pull: self.pull,
-            detach_keys: self.detach_keys,
-        };
+impl ContainerArgs {
+    /// What is asked for.
+    ///
+    /// # Errors
+    /// A file of environment variables cannot be read; there is no container whose volumes are
+    /// wanted.
+    fn options(self, config: &Config) -> Result<RunOptions> {
         let environment = gather_environment(&self.env_file, &self.env)?;
         let mut words = self.words.into_iter();
         let image = words.next().unwrap_or_default();
         let image = image.into_string().map_err(|text| {
             Error::invalid(format!("invalid image reference {text:?}: not UTF-8"))
         })?;
-        let options = RunOptions {
+        let (mut volumes, mut tmpfs) = (self.volume, self.tmpfs);
+        for mount in self.mount {
+            match mount {
+                Mount::Volume(volume) => volumes.push(volume),
+                Mount::Tmpfs(memory) => tmpfs.push(memory),
+            }
+        }
+        for other in &self.volumes_from {
+            volumes::add_those_of(&mut volumes, &tmpfs, other, &config.paths())?;
+        }
+        Ok(RunOptions {
             image,
             command: words.collect(),
             interactive: self.interactive,
@@ -221,8 +247,8 @@ impl Args {
             remove: self.rm,
             name: given(self.name),
             environment,
-            volumes: self.volume,
-            tmpfs: self.tmpfs,
+            volumes,
+            tmpfs,
             directory: given(self.workdir),
             user: given(self.user),
             entrypoint: self.entrypoint,
@@ -244,8 +270,94 @@ impl Args {
             network: self.network.into(),
             machine: self.machine,
             kernel: self.kernel,
+        })
+    }
+}
+
+/// Who asks for a container, and how.
+pub struct Caller {
+    pull: Pull,
+    quiet: bool,
+    id_file: Option<IdFile>,
+}
+
+impl Caller {
+    /// What is asked for, and how.
+    ///
+    /// # Errors
+    /// As [`ContainerArgs::options`]; the file for the id is there already.
+    pub fn split(args: ContainerArgs, config: &Config) -> Result<(RunOptions, Self)> {
+        let caller = Self {
+            pull: args.pull.unwrap_or(config.pull),
+            quiet: args.quiet,
+            id_file: args.cidfile.clone().map(IdFile::create).transpose()?,
         };
-        Ok((options, caller))
+        Ok((args.options(config)?, caller))
+    }
+
+    /// Makes the image available and keeps it, until the container is registered.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be pulled.
+    pub fn obtain(&self, run: &Run<'_>, config: &Config) -> Result<(Image, Option<Hold>)> {
+        let reference = run.options().image.parse().map_err(of_image)?;
+        let image = images::obtain(config, &reference, self.pull, self.quiet)?;
+        let hold = images::store(config)?
+            .hold(&image, run.id())
+            .map_err(of_image)?;
+        Ok((image, hold))
+    }
+
+    /// Tells the id to the file that was asked for.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn tell(self, id: &str) -> Result<()> {
+        match self.id_file {
+            Some(file) => file.write(id),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The file of `--cidfile`; removed again when there is no container.
+struct IdFile {
+    path: PathBuf,
+    file: File,
+    written: bool,
+}
+
+impl IdFile {
+    fn create(path: PathBuf) -> Result<Self> {
+        let file = File::create_new(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => Error::with_kind(
+                ErrorKind::Exists,
+                format!("--cidfile: {} exists", path.display()),
+            )
+            .hint("another container may be running: remove the file, or give another one"),
+            _ => Error::new(format!("--cidfile: create {}: {error}", path.display())),
+        })?;
+        Ok(Self {
+            path,
+            file,
+            written: false,
+        })
+    }
+
+    fn write(mut self, id: &str) -> Result<()> {
+        self.written = true;
+        self.file
+            .write_all(id.as_bytes())
+            .context(|| format!("write {}", self.path.display()))
+    }
+}
+
+impl Drop for IdFile {
+    fn drop(&mut self) {
+        if !self.written {
+            // It is empty and ours; the error that is reported is the one that made this necessary.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -257,51 +369,89 @@ pub fn given(text: Option<String>) -> Option<String> {
 /// Runs a container.
 pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
-    let (options, caller) = args.split()?;
+    let (options, caller) = Caller::split(args.container, &config)?;
     let timings = Timings::default();
-    let started = start(&options, &caller, &config, began_ns, &timings);
-    let (started, attachment) = match started {
-        Ok(Some(started)) => started,
-        Ok(None) => return Ok(0),
-        Err(Failed::Interrupted(signal)) => return Ok(status_of_signal(signal)),
-        Err(Failed::Error(error)) => {
-            if caller.timings {
-                print_timings(began_ns, timings.steps());
-            }
-            return Err(in_users_words(error, &options));
+    if !args.detach && options.interactive && options.terminal {
+        check_terminal()?;
+    }
+    let detach_keys = args.detach_keys.unwrap_or(config.detach_keys.clone());
+    let attach = (!args.detach).then_some(Options {
+        input: options.interactive,
+        terminal: options.terminal,
+        forward_signals: true,
+        detach_keys,
+    });
+    let outcome = start(
+        options.clone(),
+        &caller,
+        &config,
+        attach,
+        began_ns,
+        &timings,
+    );
+    let (outcome, attachment) = outcome.map_err(|error| {
+        if args.timings {
+            print_timings(began_ns, timings.steps());
         }
+        in_users_words(error, &options)
+    })?;
+    let started = match outcome {
+        run::Outcome::Started(started) => *started,
+        run::Outcome::Interrupted(signal) => return Ok(status_of_signal(signal)),
     };
-    let Started {
-        id,
-        name,
-        sandbox,
-        client,
-        streams,
-    } = started;
-    if caller.timings {
+    if args.timings {
         let mut steps = timings.steps();
-        steps.extend(sandbox_timings(&sandbox));
+        steps.extend(sandbox_timings(&started.sandbox));
         print_timings(began_ns, steps);
     }
+    caller.tell(&started.id)?;
     match attachment {
-        Some(attachment) => {
-            let outcome = attachment.carry(client, streams)?;
-            if outcome == Outcome::OutputClosed {
-                output::note(format!(
-                    "note: nobody reads the output; container {name} runs on; hull stop {name}"
-                ));
-            }
-            finish(outcome, &name)
-        }
+        Some(attachment) => follow(attachment, started),
         None => {
-            output::print(format!("{id}\n"))?;
+            output::print(format!("{}\n", started.id))?;
             Ok(0)
         }
     }
 }
 
+/// Carries the streams of a container that was started until it ends or the user goes; the exit
+/// status.
+///
+/// # Errors
+/// The sandbox has ended, or the caller's streams cannot be used.
+pub fn follow(attachment: Attachment, started: Started) -> Result<u8> {
+    let name = started.name;
+    let outcome = attachment.carry(started.client, started.streams)?;
+    if outcome == Outcome::OutputClosed {
+        output::note(format!(
+            "note: nobody reads the output; container {name} runs on; hull stop {name}"
+        ));
+    }
+    finish(outcome, &name)
+}
+
+fn start(
+    options: RunOptions,
+    caller: &Caller,
+    config: &Config,
+    attach: Option<Options>,
+    began_ns: u64,
+    timings: &Timings,
+) -> Result<(run::Outcome, Option<Attachment>)> {
+    let run = Run::prepare(options, config, began_ns, timings)?;
+    let network = run.plan()?;
+    let begin = now_ns();
+    let (image, _hold) = caller.obtain(&run, config)?;
+    timings.step("image", begin);
+    let attachment = attach.map(Attachment::prepare).transpose()?;
+    notice(config, &run);
+    note_missing_cpus(config, &run);
+    let outcome = run.start(network, &image, attachment.as_ref())?;
+    Ok((outcome, attachment))
+}
+
 /// The guest speaks of the specification; a person has given options.
-fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
+pub fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
     let words = [
         ("invalid spec: process.user", "--user"),
         ("cannot enter process.cwd", "--workdir: cannot enter"),
@@ -328,7 +478,7 @@ fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
         && let Ok(index) = index.1.trim_end_matches("/file").parse::<usize>()
         && let Some(volume) = options.volumes.get(index)
     {
-        error.message = format!("cannot mount {} at {rest}", volume.source.display());
+        error.message = format!("cannot mount volume {volume} at {rest}");
         return error;
     }
     let first = options.command.first().map(|word| word.to_string_lossy());
@@ -340,62 +490,6 @@ fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
         return error.hint("options of hull run go before the image");
     }
     error
-}
-
-enum Failed {
-    Interrupted(i32),
-    Error(Error),
-}
-
-impl From<Error> for Failed {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
-    }
-}
-
-fn start(
-    options: &RunOptions,
-    caller: &Caller,
-    config: &Config,
-    began_ns: u64,
-    timings: &Timings,
-) -> Result<Option<(Started, Option<Attachment>)>, Failed> {
-    if !caller.detach && options.interactive && options.terminal {
-        check_terminal()?;
-    }
-    let run = Run::prepare(options, config, began_ns, timings)?;
-    let begin = now_ns();
-    let reference = options
-        .image
-        .parse()
-        .map_err(hull_engine::error::of_image)?;
-    let pull = caller.pull.unwrap_or(config.pull);
-    let image = images::obtain(config, &reference, pull, false)?;
-    timings.step("image", begin);
-    let attachment = match caller.detach {
-        true => None,
-        false => Some(Attachment::prepare(Options {
-            input: options.interactive,
-            terminal: options.terminal,
-            forward_signals: true,
-            detach_keys: caller
-                .detach_keys
-                .clone()
-                .unwrap_or(config.detach_keys.clone()),
-        })?),
-    };
-    notice(config, &run);
-    note_missing_cpus(options, config, &run);
-    // Keeps the image from being removed until the container is registered.
-    let hold = images::store(config)?
-        .hold(&image, run.id())
-        .map_err(hull_engine::error::of_image)?;
-    let outcome = run.start(&image, attachment.as_ref());
-    drop(hold);
-    match outcome? {
-        run::Outcome::Started(started) => Ok(Some((*started, attachment))),
-        run::Outcome::Interrupted(signal) => Err(Failed::Interrupted(signal)),
-    }
 }
 
 /// Tells the user once, before the first container, how it is isolated. Only on a terminal: scripts
@@ -418,7 +512,8 @@ fn notice(config: &Config, run: &Run<'_>) {
 }
 
 /// Says so when `--cpus` is more than the machine can have.
-fn note_missing_cpus(options: &RunOptions, config: &Config, run: &Run<'_>) {
+fn note_missing_cpus(config: &Config, run: &Run<'_>) {
+    let options = run.options();
     let Some(milli @ 1001..) = options.cpus_milli else {
         return;
     };
@@ -474,7 +569,7 @@ pub fn check_terminal() -> Result<()> {
     }
 }
 
-fn status_of_signal(signal: i32) -> u8 {
+pub fn status_of_signal(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(u8::MAX)
 }
 

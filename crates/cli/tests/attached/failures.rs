@@ -145,7 +145,7 @@ fn a_sandbox_that_is_too_old_is_named() {
         old.version,
         Hello::own().build
     );
-    Writer::create(fake.container(), 1 << 20).unwrap();
+    Writer::open(fake.container(), 1 << 20).unwrap();
     for line in ["exec web true", "attach web", "kill web", "logs -f web"] {
         let child = fake.hull(line).spawn().unwrap();
         let connection = fake.accept();
@@ -165,7 +165,7 @@ fn refuse(connection: Connection) -> &'static str {
 #[test]
 fn a_sandbox_that_refuses_this_hull_says_so_whether_or_not_it_reads_on() {
     let Some(fake) = Fake::new(false) else { return };
-    Writer::create(fake.container(), 1 << 20).unwrap();
+    Writer::open(fake.container(), 1 << 20).unwrap();
     for line in ["exec web true", "attach web", "kill web", "logs -f web"] {
         let child: Child = fake.hull(line).spawn().unwrap();
         let connection = fake.accept();

@@ -251,7 +251,7 @@ fn logs_are_followed_to_the_end() {
     // Both the container's end and the sandbox process's end complete it.
     for answer in [None, Some(ended)] {
         let Some(fake) = Fake::new(false) else { return };
-        let mut log = Writer::create(fake.container(), 1 << 20).unwrap();
+        let mut log = Writer::open(fake.container(), 1 << 20).unwrap();
         log.append(Stream::Output, b"one\ntwo\n").unwrap();
         log.append(Stream::Error, b"three\n").unwrap();
         let output = fake.hull("logs --tail 2 web").output().unwrap();

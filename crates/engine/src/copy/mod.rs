@@ -12,7 +12,6 @@ use std::os::unix::net::UnixStream;
 use hull_image::unpack::tar_reader::TarReader;
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::protocol::{CopyRequest, Reply, Request};
-use hull_sandbox::store::State;
 
 pub use hull_image::unpack::tar_reader::Kind as EntryKind;
 pub use pack::pack;
@@ -21,6 +20,7 @@ pub use unpack::unpack;
 use self::stopped::Worker;
 use crate::container::{self, Container};
 use crate::error::{Context, Error, Result};
+use crate::paths::Paths;
 
 /// Bytes of an archive that are buffered.
 const CHUNK: usize = 64 * 1024;
@@ -53,12 +53,12 @@ impl Copy {
     }
 
     /// With a container, which is asked or, when it has stopped, entered.
-    fn with(container: &Container, request: CopyRequest) -> Result<Self> {
-        if container.status.state != State::Stopped {
+    fn with(paths: &Paths, container: &Container, request: CopyRequest) -> Result<Self> {
+        if !container::is_idle(container) {
             return Self::begin(container::connect(container)?, request);
         }
         let (stream, theirs) = UnixStream::pair().context(|| "create a stream")?;
-        let worker = Worker::start(container, request, theirs)?;
+        let worker = Worker::start(paths, container, request, theirs)?;
         Ok(Self {
             stream,
             other: OtherSide::Worker(worker),
@@ -102,14 +102,14 @@ impl ArchiveReader {
     ///
     /// # Errors
     /// The container is just being created, or its sandbox cannot be reached.
-    pub fn ask(container: &Container, path: String, follow: bool) -> Result<Self> {
+    pub fn ask(paths: &Paths, container: &Container, path: String, follow: bool) -> Result<Self> {
         let request = CopyRequest {
             container: container.record.id.clone(),
             path,
             follow,
             into: false,
         };
-        Ok(Copy::with(container, request)?.into())
+        Ok(Copy::with(paths, container, request)?.into())
     }
 
     /// The kind of the first entry, which is what the path named that was asked for.
@@ -167,14 +167,14 @@ impl ArchiveWriter {
     ///
     /// # Errors
     /// The container is just being created, or its sandbox cannot be reached.
-    pub fn ask(container: &Container, directory: String) -> Result<Self> {
+    pub fn ask(paths: &Paths, container: &Container, directory: String) -> Result<Self> {
         let request = CopyRequest {
             container: container.record.id.clone(),
             path: directory,
             follow: false,
             into: true,
         };
-        Copy::with(container, request).map(Self)
+        Copy::with(paths, container, request).map(Self)
     }
 
     /// Passes on an archive as it is.

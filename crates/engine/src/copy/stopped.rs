@@ -8,12 +8,12 @@ use std::thread::{self, JoinHandle};
 
 use hull_sandbox::control::protocol::CopyRequest;
 use hull_sandbox::shares::{Disk, Mounted, Overlay, enter};
-use rustix::fs::{FlockOperation, flock};
-use serde_json::Value;
 
 use crate::container::{self, Container};
 use crate::error::{Context, Error, Result};
-use crate::volumes;
+use crate::paths::Paths;
+use crate::volumes::store::{self, Located};
+use crate::volumes::{self, Volume};
 
 /// The thread; waited for when this is dropped.
 pub(super) struct Worker(Option<JoinHandle<Result<()>>>);
@@ -21,11 +21,12 @@ pub(super) struct Worker(Option<JoinHandle<Result<()>>>);
 impl Worker {
     /// Starts it: it reads from the stream, or writes to it.
     pub(super) fn start(
+        paths: &Paths,
         container: &Container,
         request: CopyRequest,
         stream: UnixStream,
     ) -> Result<Self> {
-        let job = Job::new(container, request)?;
+        let job = Job::new(paths, container, request)?;
         let thread = thread::Builder::new().name("copy".to_owned());
         let started = thread.spawn(move || job.work(stream));
         started
@@ -50,35 +51,56 @@ impl Drop for Worker {
     }
 }
 
+/// The volumes of a container; an older hull wrote down only their notation.
+fn volumes(container: &Container) -> Vec<Volume> {
+    let details = &container.record.details;
+    match &details.options {
+        Some(options) => options.volumes.clone(),
+        None => details
+            .volumes
+            .iter()
+            .filter_map(|text| volumes::volume(text.as_ref()).ok())
+            .collect(),
+    }
+}
+
 struct Job {
     container: Container,
     request: CopyRequest,
     mounted: Vec<Mounted>,
+    /// What some of their sources are paths of.
+    _located: Vec<Located>,
     read_only: bool,
 }
 
 impl Job {
-    fn new(container: &Container, request: CopyRequest) -> Result<Self> {
+    fn new(paths: &Paths, container: &Container, request: CopyRequest) -> Result<Self> {
         let container = Container::load(container.directory.path())?
             .ok_or_else(|| Error::not_found("the container was removed"))?;
-        let details = &container.record.details;
-        let mut mounted: Vec<Mounted> = details
-            .volumes
+        let volumes = volumes(&container);
+        let located = volumes
             .iter()
-            .filter_map(|text| volumes::volume(text.as_ref()).ok())
-            .map(|volume| Mounted {
-                source: volume.source,
-                destination: volume.destination,
-                read_only: volume.read_only,
-            })
-            .collect();
+            .enumerate()
+            .map(|(index, volume)| store::source(paths, container.directory.path(), index, volume));
+        let located: Vec<Located> = located.collect::<Result<_>>()?;
+        let mounted = volumes.into_iter().zip(&located);
+        let mounted = mounted.map(|(volume, located)| Mounted {
+            source: located.path.clone(),
+            destination: volume.destination,
+            read_only: volume.read_only,
+        });
+        let mut mounted: Vec<Mounted> = mounted.collect();
         mounted.sort_by_key(|mounted| mounted.destination.components().count());
-        let config = container::config(&container.directory)?;
-        let read_only = request.into && config["root"]["readonly"] == Value::Bool(true);
+        let read_only = request.into
+            && match &container.record.details.options {
+                Some(options) => options.read_only,
+                None => container::config(&container.directory)?["root"]["readonly"] == true,
+            };
         Ok(Self {
             container,
             request,
             mounted,
+            _located: located,
             read_only,
         })
     }
@@ -86,9 +108,13 @@ impl Job {
     fn work(&self, stream: UnixStream) -> Result<()> {
         let directory = &self.container.directory;
         // One at a time: an overlay is mounted once.
-        let lock = directory.reopen().context(|| "open the container")?;
-        rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
-            .context(|| "lock the container")?;
+        let _lock = container::lock(&self.container)?;
+        let now = Container::load(directory.path())?;
+        if now.is_none_or(|now| now.record.sandbox_lives()) {
+            return Err(Error::wrong_state(
+                "the container was started or removed meanwhile",
+            ));
+        }
         let path = directory.path();
         let file = path.join("layer.img");
         let disk = file.exists().then(|| Disk {

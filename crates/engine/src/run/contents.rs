@@ -13,11 +13,10 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::{Place, Run};
 use crate::container::Container;
-use crate::error::{Context, Result};
-use crate::spec::seccomp::{Profile, Seccomp};
-use crate::spec::{self, ContainerOptions, Layout};
-use crate::values::SecurityOption;
-use crate::volumes::Volume;
+use crate::error::{Context, Error, Result};
+use crate::spec::{self, ContainerOptions, Layout, VolumeLayout};
+use crate::volumes::store::{self, Located};
+use crate::volumes::{Source, Volume};
 
 impl Run<'_> {
     /// The shares of the container, with their mounts: root, volumes.
@@ -43,16 +42,14 @@ impl Run<'_> {
             volatile: self.options.remove,
             disk: disk.clone(),
         })?;
-        for place in spec::image_volumes(&image.config) {
-            shares::create_directory(&root, &place)?;
-        }
         let mut shares = vec![(self.root(), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {
             let read_only = match volume.read_only {
                 true => ReadOnly::Recursive,
                 false => ReadOnly::No,
             };
-            let mount = shares::host(&volume.source, true, read_only)?;
+            let source = self.source(index, volume)?;
+            let mount = shares::host(&source.path, true, read_only)?;
             shares.push((self.volume(index, volume)?, mount));
         }
         Ok(shares)
@@ -74,11 +71,36 @@ impl Run<'_> {
         }
     }
 
+    fn source(&self, index: usize, volume: &Volume) -> Result<Located> {
+        let container = self.paths.container(&self.id);
+        store::source(&self.paths, &container, index, volume)
+    }
+
     fn volume(&self, index: usize, volume: &Volume) -> Result<Share> {
-        let metadata = std::fs::metadata(&volume.source)
-            .context(|| format!("share {}", volume.source.display()))?;
+        let source = self.source(index, volume)?;
+        let metadata =
+            std::fs::metadata(&source.path).context(|| format!("share volume {volume}"))?;
         let what = format!("volume{index}");
-        Ok(self.share(&what, !metadata.is_dir(), Writers::Anyone))
+        let writers = match volume.source {
+            Source::Anonymous => Writers::Guest,
+            Source::Host(_) | Source::Named(_) => Writers::Anyone,
+        };
+        Ok(self.share(&what, !metadata.is_dir(), writers))
+    }
+
+    /// A volume as the guest's share of it; an empty one is filled from the image.
+    fn layout(&self, index: usize, volume: &Volume) -> Result<VolumeLayout> {
+        let is_new = || {
+            let source = self.source(index, volume)?;
+            let mut entries =
+                std::fs::read_dir(&source.path).context(|| format!("read volume {volume}"))?;
+            Ok::<_, Error>(entries.next().is_none())
+        };
+        let of_host = matches!(volume.source, Source::Host(_));
+        Ok(VolumeLayout {
+            path: self.volume(index, volume)?.path(),
+            fill: !of_host && !volume.no_copy && volume.subpath.is_none() && is_new()?,
+        })
     }
 
     /// The spec, and the rest of the container's configuration.
@@ -87,7 +109,7 @@ impl Run<'_> {
         image: &Image,
         place: &Place,
     ) -> Result<(Box<RawValue>, ContainerConfig)> {
-        let options = self.options;
+        let options = &self.options;
         let layout = Layout {
             root: self.root().path(),
             files_of: place.files_of.clone(),
@@ -95,7 +117,7 @@ impl Run<'_> {
                 .volumes
                 .iter()
                 .enumerate()
-                .map(|(index, volume)| Ok(self.volume(index, volume)?.path()))
+                .map(|(index, volume)| self.layout(index, volume))
                 .collect::<Result<_>>()?,
         };
         let no_zero = |limit: u64| (limit > 0).then_some(limit);
@@ -132,13 +154,14 @@ impl Run<'_> {
             memory: options.memory.and_then(no_zero),
             cpus_milli: options.cpus_milli.and_then(no_zero),
             pids_limit: (pids_limit > 0).then_some(pids_limit),
-            seccomp: seccomp(&options.security)?,
+            seccomp: options.seccomp()?,
             has_32_bits: place.machine.choice.features().compat32,
-            no_new_privileges: no_new_privileges(&options.security),
+            no_new_privileges: options.no_new_privileges(),
         };
         let built = spec::build(&container, &image.config, &layout)?;
         let text = to_raw_value(&built.spec).context(|| "encode the spec")?;
-        let writes = options.volumes.iter().any(|volume| !volume.read_only);
+        let outlives = |volume: &Volume| !volume.read_only && volume.source != Source::Anonymous;
+        let writes = options.volumes.iter().any(outlives);
         let config = ContainerConfig {
             id: self.id.clone(),
             spec: RawValue::NULL.to_owned(),
@@ -200,27 +223,4 @@ pub(super) fn send_shares(client: &Client, mut shares: Vec<(Share, OwnedFd)>) ->
         shares = rest;
     }
     Ok(messages)
-}
-
-/// The system call filter that the options ask for; the last one counts.
-pub(super) fn seccomp(options: &[SecurityOption]) -> Result<Seccomp> {
-    let mut seccomp = Seccomp::Default;
-    for option in options {
-        match option {
-            SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
-            SecurityOption::Seccomp(file) => {
-                seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
-            }
-            SecurityOption::NoNewPrivileges(_) => {}
-        }
-    }
-    Ok(seccomp)
-}
-
-fn no_new_privileges(options: &[SecurityOption]) -> bool {
-    let said = options.iter().rev().find_map(|option| match option {
-        SecurityOption::NoNewPrivileges(yes) => Some(*yes),
-        _ => None,
-    });
-    said.unwrap_or(false)
 }

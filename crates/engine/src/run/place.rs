@@ -4,30 +4,32 @@ use std::path::PathBuf;
 
 use hull_machine::Choice;
 use hull_sandbox::config::MachineConfig;
-use hull_sandbox::store::{SandboxPath, State};
+use hull_sandbox::store::{Record, SandboxPath, State};
 
-use super::{Place, Run, SANDBOX_DIGITS};
+use super::{Place, Run};
 use crate::config::Config;
 use crate::container::{self, Container, Details};
 use crate::error::{Error, Result};
 use crate::guest_files::GuestFiles;
-use crate::network::Attach;
+use crate::network::{Attach, Plan};
 
 impl Run<'_> {
+    /// The host name, unless it is in the machine of another container.
+    pub(super) fn own_hostname(&self) -> String {
+        let asked = self.options.hostname.clone();
+        asked.unwrap_or_else(|| self.short_id().to_owned())
+    }
+
     /// Decides about the machine.
-    pub(super) fn place(&self) -> Result<Place> {
-        let own_hostname = || {
-            let own = self.id.get(..12).unwrap_or(&self.id).to_owned();
-            self.options.hostname.clone().unwrap_or(own)
-        };
-        let Attach::Container(id) = &self.network.attach else {
-            let digits = self.id.get(..SANDBOX_DIGITS).unwrap_or(&self.id);
+    pub(super) fn place(&self, network: Plan) -> Result<Place> {
+        let Attach::Container(id) = &network.attach else {
             return Ok(Place {
-                machine: self.machine()?,
-                sandbox: SandboxPath::new(self.paths.run(), digits),
-                hostname: own_hostname(),
+                machine: self.machine(&network)?,
+                sandbox: SandboxPath::new(self.paths.run(), &self.sandbox),
+                hostname: self.own_hostname(),
                 files_of: self.id.clone(),
                 host: None,
+                network,
             });
         };
         let host = container::find(&self.paths, id)?;
@@ -39,10 +41,11 @@ impl Run<'_> {
             hostname: details.hostname.clone(),
             files_of: details.files_of.clone(),
             host: Some(host),
+            network,
         })
     }
 
-    fn machine(&self) -> Result<MachineConfig> {
+    fn machine(&self, network: &Plan) -> Result<MachineConfig> {
         let choice = self.choose()?;
         let limit = self.options.memory.filter(|limit| *limit > 0);
         Ok(MachineConfig {
@@ -52,7 +55,7 @@ impl Run<'_> {
                 MachineConfig::memory_for(limit).min(host_memory().max(self.config.memory))
             }),
             cpus: cpus(&choice, self.options.cpus_milli, self.config),
-            nets: matches!(self.network.attach, Attach::Source(..)).into(),
+            nets: matches!(network.attach, Attach::Source(..)).into(),
             spare_disks: 0,
             hull: None,
             choice,
@@ -83,7 +86,7 @@ impl Run<'_> {
 
     /// Whether this container can be in the machine of another one.
     fn check_host(&self, host: &Container) -> Result<()> {
-        let options = self.options;
+        let options = &self.options;
         let given = [
             (options.hostname.is_some(), "--hostname"),
             (options.machine.is_some(), "--machine"),
@@ -118,6 +121,26 @@ impl Run<'_> {
             )));
         }
         Ok(())
+    }
+}
+
+impl Place {
+    /// Writes down where the container is.
+    pub(super) fn describe(&self, record: &mut Record<Details>) {
+        record.sandbox = Some(self.sandbox.clone());
+        let choice = &self.machine.choice;
+        record.details = Details {
+            hostname: self.hostname.clone(),
+            files_of: self.files_of.clone(),
+            machine: choice.kind.to_string(),
+            hardware: choice.hardware,
+            kernel: choice.kernel.display().to_string(),
+            memory: self.machine.memory,
+            cpus: self.machine.cpus,
+            network: self.network.name.clone(),
+            ports: self.network.ports().to_vec(),
+            ..std::mem::take(&mut record.details)
+        };
     }
 }
 

@@ -176,7 +176,16 @@ pub struct Layout {
     /// The container to which hosts, hostname and resolv.conf were given.
     pub files_of: String,
     /// Each volume, in the order of the options.
-    pub volumes: Vec<String>,
+    pub volumes: Vec<VolumeLayout>,
+}
+
+/// Where the guest finds a volume.
+#[derive(Debug, Clone, Default)]
+pub struct VolumeLayout {
+    /// Its path.
+    pub path: String,
+    /// It gets what the image has at the place first.
+    pub fill: bool,
 }
 
 /// The spec of a container.
@@ -380,7 +389,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
             "rlimits": rlimits,
             "noNewPrivileges": options.no_new_privileges,
         },
-        "mounts": mounts(options, image, layout),
+        "mounts": mounts(options, layout),
         "linux": {
             "namespaces": [
                 {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"},
@@ -416,7 +425,7 @@ pub fn user_object(user: &str) -> Value {
 
 /// The mounts: those of every container, then the user's, those that are nearer to the root first,
 /// as Docker, so that none hides another one whatever their order was.
-fn mounts(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> Vec<Value> {
+fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
     let standard = |destination: &str, kind: &str, source: &str, options: &[&str]| {
         let options = Value::from(options);
         json!({"destination": destination, "type": kind, "source": source, "options": options})
@@ -484,7 +493,6 @@ fn mounts(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> V
         (directory.clone(), mount)
     });
     let mut of_user: Vec<(PathBuf, Value)> = tmpfs.collect();
-    of_user.extend(writable_volumes(options, image));
     let files = dns::FILES.iter().map(|name| {
         json!({
             "destination": format!("/etc/{name}"),
@@ -494,13 +502,17 @@ fn mounts(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> V
         })
     });
     let volumes = options.volumes.iter().zip(&layout.volumes);
-    of_user.extend(volumes.map(|(volume, source)| {
-        let access = if volume.read_only { "ro" } else { "rw" };
+    of_user.extend(volumes.map(|(volume, layout)| {
+        let mut options = vec!["rbind", "rprivate"];
+        options.push(if volume.read_only { "ro" } else { "rw" });
+        if layout.fill {
+            options.push("hull.fill");
+        }
         let mount = json!({
             "destination": volume.destination,
             "type": "bind",
-            "source": source,
-            "options": ["rbind", "rprivate", access],
+            "source": layout.path,
+            "options": options,
         });
         (volume.destination.clone(), mount)
     }));
@@ -514,32 +526,6 @@ fn mounts(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -> V
     of_user.splice(before..before, files);
     mounts.append(&mut of_user);
     mounts
-}
-
-/// In a read-only root file system the volumes that an image declares are writable all the same:
-/// file systems in memory with what the image has there.
-fn writable_volumes(
-    options: &ContainerOptions,
-    image: &ImageConfig,
-) -> impl Iterator<Item = (PathBuf, Value)> {
-    let mut places: Vec<PathBuf> = match options.read_only {
-        true => image_volumes(image),
-        false => Vec::new(),
-    };
-    places.retain(|place| {
-        let mut given = options.tmpfs.iter().map(|(directory, _)| directory);
-        let mut volumes = options.volumes.iter().map(|volume| &volume.destination);
-        !given.any(|given| given == place) && !volumes.any(|given| given == place)
-    });
-    places.into_iter().map(|place| {
-        let mount = json!({
-            "destination": place,
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "options": ["nodev", "tmpcopyup"],
-        });
-        (place, mount)
-    })
 }
 
 /// The volumes that an image declares.
@@ -675,7 +661,7 @@ mod tests {
             ],
             ..Default::default()
         };
-        let mounts = mounts(&options, &image(), &Layout::default());
+        let mounts = mounts(&options, &Layout::default());
         let of = |path: &str| {
             let found = mounts
                 .iter()

@@ -97,8 +97,8 @@ impl Sandbox {
                 log_limit,
                 ..
             } => {
-                let log = log::Writer::create(directory.try_clone()?, log_limit)
-                    .context(|| format!("create the log of container {}", config.id))?;
+                let log = log::Writer::open(directory.try_clone()?, log_limit)
+                    .context(|| format!("open the log of container {}", config.id))?;
                 Some(Hub::new(log, terminal))
             }
             Stdio::Null | Stdio::Handover { .. } => None,

@@ -306,7 +306,7 @@ mod tests {
 
     async fn init() -> Init {
         let directory = tempfile::tempdir().unwrap();
-        let log = log::Writer::create(Directory::open(directory.path()).unwrap(), 1 << 20);
+        let log = log::Writer::open(Directory::open(directory.path()).unwrap(), 1 << 20);
         let hub = Hub::new(log.unwrap(), false);
         let (ours, guest): (Vec<_>, Vec<_>) = (0..3).map(|_| StdStream::pair().unwrap()).unzip();
         let streams = ours.into_iter().map(OwnedFd::from).collect();

@@ -37,8 +37,8 @@ pub struct Record<D = Value> {
     pub engine: String,
     /// When it was created, nanoseconds since 1970 UTC.
     pub created_ns: u64,
-    /// The process that creates it: as long as it lives, a container without a status is being
-    /// created.
+    /// The process that creates it, or started it last: as long as it lives, a container without a
+    /// status is being created.
     pub creator: ProcessId,
     /// The sandbox that it is in. `None` until that is known.
     #[serde(default)]
@@ -89,7 +89,7 @@ impl<D: Serialize + DeserializeOwned> Record<D> {
     pub fn status(&self, directory: &Directory) -> Result<Status> {
         let read = Status::read(directory)?;
         if let Some(status) = &read
-            && (status.state == State::Stopped || self.sandbox_lives())
+            && (status.state == State::Stopped || self.waits(status) || self.sandbox_lives())
         {
             // One that ends just now writes its last word before it lets go of its lock.
             return Ok(read.unwrap_or_else(|| Status::new(State::Stopped)));
@@ -99,8 +99,19 @@ impl<D: Serialize + DeserializeOwned> Record<D> {
             None => Ok(Status::new(State::Stopped)),
             Some(stale) => match Status::read(directory)? {
                 Some(last) if last.state == State::Stopped => Ok(last),
+                Some(last) if last.state == State::Creating => Ok(before_its_start(last)),
                 _ => Ok(killed(stale)),
             },
+        }
+    }
+
+    /// Whether a container needs no sandbox for what is said of it: it waits to be started, or the
+    /// process lives that starts it.
+    fn waits(&self, status: &Status) -> bool {
+        match status.state {
+            State::Created => self.sandbox.is_none(),
+            State::Creating => self.creator.lives(),
+            State::Running | State::Paused | State::Stopped => false,
         }
     }
 
@@ -118,6 +129,15 @@ impl<D: Serialize + DeserializeOwned> Record<D> {
             .as_ref()
             .ok_or_else(|| Error::wrong_state(format!("container {} is not running", self.id)))
     }
+}
+
+/// A container whose start was interrupted is as it was before.
+fn before_its_start(status: Status) -> Status {
+    let state = match status.exit {
+        Some(_) => State::Stopped,
+        None => State::Created,
+    };
+    Status { state, ..status }
 }
 
 fn killed(status: Status) -> Status {
@@ -206,6 +226,32 @@ mod tests {
         let exit = status.exit.unwrap();
         assert_eq!(exit.status, EXIT_SANDBOX_FAILED);
         assert_eq!(exit.reason.as_deref(), Some(SANDBOX_KILLED));
+    }
+
+    #[test]
+    fn a_container_that_was_not_started_waits_for_that() {
+        let (parent, directory) = directory();
+        let mut record = Record::new("c", "hull", Value::Null);
+        Status::new(State::Created).write(&directory).unwrap();
+        record.creator.started += 1;
+        assert_eq!(record.status(&directory).unwrap().state, State::Created);
+
+        // Its start was interrupted.
+        record.sandbox = Some(SandboxPath::new(parent.path(), "gone"));
+        let mut starting = Status::new(State::Creating);
+        starting.write(&directory).unwrap();
+        assert_eq!(record.status(&directory).unwrap().state, State::Created);
+        starting.exit = Some(Exit::now(3));
+        starting.write(&directory).unwrap();
+        let status = record.status(&directory).unwrap();
+        assert_eq!(
+            (status.state, status.exit),
+            (State::Stopped, starting.exit.clone())
+        );
+
+        // It goes on.
+        record.creator = ProcessId::own();
+        assert_eq!(record.status(&directory).unwrap().state, State::Creating);
     }
 
     #[test]

@@ -1,0 +1,53 @@
+//! `hull container`: what is about all containers. Other commands need no such word before them.
+
+use hull_engine::container::{self, Removing};
+
+use super::{agreed, config_for_existing};
+use crate::error::{self, Result};
+use crate::output;
+
+/// Arguments of `container`.
+#[derive(Debug, clap::Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Remove all containers that do not run
+    Prune {
+        /// Do not ask on a terminal
+        #[arg(short, long)]
+        force: bool,
+    },
+}
+
+/// Manages containers.
+pub fn execute(args: Args) -> Result<u8> {
+    let Command::Prune { force } = args.command;
+    let paths = config_for_existing()?.paths();
+    if !force && !agreed("all containers that do not run")? {
+        return Ok(0);
+    }
+    container::sweep(&paths);
+    let mut status = 0;
+    for listed in container::list(&paths)? {
+        match listed {
+            Ok(listed) if container::is_idle(&listed) => {
+                let id = &listed.record.id;
+                match container::remove(&paths, id, Removing::default()) {
+                    Ok(()) => output::print(format!("{id}\n"))?,
+                    Err(error) => status = error::fail(&error).max(status),
+                }
+            }
+            Ok(_) => {}
+            Err((id, error)) => {
+                let short = id.get(..12).unwrap_or(&id);
+                output::note(format!("warning: container {short}: {error}"));
+            }
+        }
+    }
+    Ok(status)
+}

@@ -1,0 +1,104 @@
+//! `hull start`: containers that were created, or that have ended, run.
+
+use hull_engine::attach::{Attachment, Options};
+use hull_engine::config::Config;
+use hull_engine::error::of_image;
+use hull_engine::run::{Again, Attempt, Outcome};
+use hull_engine::values::{self, DetachKeys};
+use hull_sandbox::timings::Timings;
+
+use super::run::{check_terminal, follow, in_users_words, status_of_signal};
+use super::{attach, config_for_root, for_each};
+use crate::error::{Error, Result};
+use crate::{images, output};
+
+/// Arguments of `start`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Attach output, pass signals on, and exit as the container does
+    #[arg(short, long)]
+    attach: bool,
+    /// Attach standard input, too
+    #[arg(short, long)]
+    interactive: bool,
+    /// Keys that detach and let the container run on
+    #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
+    detach_keys: Option<DetachKeys>,
+    /// Names or ids
+    #[arg(value_name = "CONTAINER", required = true)]
+    containers: Vec<String>,
+}
+
+/// Starts containers; one that runs already is left alone.
+pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
+    let config = config_for_root()?;
+    let attached = args.attach || args.interactive;
+    match &args.containers[..] {
+        [name] if attached => {
+            let keys = args.detach_keys.unwrap_or(config.detach_keys.clone());
+            start_attached(name, args.interactive, keys, &config, began_ns)
+        }
+        _ if attached => Err(Error::invalid(
+            "cannot attach to several containers at once: give one with --attach",
+        )),
+        names => for_each(names, |name| {
+            start(name, &config, began_ns)?;
+            output::print(format!("{name}\n"))
+        }),
+    }
+}
+
+/// Starts one container, if it does not run.
+///
+/// # Errors
+/// It cannot be started.
+pub fn start(name: &str, config: &Config, began_ns: u64) -> Result<()> {
+    let timings = Timings::default();
+    match Attempt::prepare(name, config, began_ns, &timings)? {
+        Attempt::Running(_) => Ok(()),
+        Attempt::Again(again) => run(*again, config, None).map(drop),
+    }
+}
+
+fn start_attached(
+    name: &str,
+    interactive: bool,
+    detach_keys: DetachKeys,
+    config: &Config,
+    began_ns: u64,
+) -> Result<u8> {
+    let timings = Timings::default();
+    let attempt = Attempt::prepare(name, config, began_ns, &timings)?;
+    let details = match &attempt {
+        Attempt::Running(container) => &container.record.details,
+        Attempt::Again(again) => again.details(),
+    };
+    let input = interactive && details.stdin;
+    if details.terminal && input {
+        check_terminal()?;
+    }
+    let attachment = Attachment::prepare(Options {
+        input,
+        terminal: details.terminal,
+        forward_signals: true,
+        detach_keys,
+    })?;
+    match attempt {
+        Attempt::Running(container) => attach::attach(&container, attachment),
+        Attempt::Again(again) => match run(*again, config, Some(&attachment))? {
+            Outcome::Started(started) => follow(attachment, *started),
+            Outcome::Interrupted(signal) => Ok(status_of_signal(signal)),
+        },
+    }
+}
+
+fn run(again: Again<'_>, config: &Config, attachment: Option<&Attachment>) -> Result<Outcome> {
+    let image = images::store(config)?
+        .inspect(&again.image()?)
+        .map_err(of_image)?;
+    let network = again.run().plan()?;
+    let options = again.run().options().clone();
+    again
+        .start(network, &image, attachment)
+        .map_err(|error| in_users_words(error, &options))
+}

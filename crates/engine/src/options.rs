@@ -1,0 +1,194 @@
+//! What a user asks for with `hull run` and `hull create`: kept in the container's record, so that
+//! it can be started again as it was asked for.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use hull_image::ImageConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::exact;
+use crate::names;
+use crate::network::NetworkOptions;
+use crate::paths::Paths;
+use crate::run::check_length;
+use crate::spec;
+use crate::spec::seccomp::{Profile, Seccomp};
+use crate::values::{Machine, SecurityOption, Ulimit};
+use crate::volumes::{self, Source, Tmpfs, Volume};
+
+/// What a user asks for.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunOptions {
+    /// Image reference as given.
+    pub image: String,
+    /// Arguments after the image.
+    #[serde(with = "exact::list")]
+    pub command: Vec<OsString>,
+    /// Keep standard input open.
+    pub interactive: bool,
+    /// With a terminal.
+    pub terminal: bool,
+    /// Remove the container when it ends.
+    pub remove: bool,
+    /// Name; a random one when absent.
+    pub name: Option<String>,
+    /// `NAME=VALUE`, in order.
+    #[serde(with = "exact::list")]
+    pub environment: Vec<OsString>,
+    /// What outlives the root file system; of a container that is there, with all that its image
+    /// declares.
+    pub volumes: Vec<Volume>,
+    /// File systems in memory.
+    pub tmpfs: Vec<Tmpfs>,
+    /// Working directory.
+    pub directory: Option<String>,
+    /// `user[:group]`.
+    pub user: Option<String>,
+    /// Replaces the image's entry point.
+    #[serde(with = "exact::option")]
+    pub entrypoint: Option<OsString>,
+    /// Host name.
+    pub hostname: Option<String>,
+    /// Run an init process.
+    pub init: bool,
+    /// Signal that `stop` sends first.
+    pub stop_signal: Option<String>,
+    /// Labels.
+    pub labels: Vec<(String, String)>,
+    /// Memory limit, bytes; 0 for none.
+    pub memory: Option<u64>,
+    /// Processors, in thousandths; 0 for no limit.
+    pub cpus_milli: Option<u64>,
+    /// Most processes.
+    pub pids_limit: Option<i64>,
+    /// Resource limits of processes.
+    pub ulimits: Vec<Ulimit>,
+    /// Size of /dev/shm, bytes.
+    pub shm_size: Option<u64>,
+    /// Size of the writable layer, bytes; 0 for no limit.
+    pub storage_size: Option<u64>,
+    /// The root file system is read-only.
+    pub read_only: bool,
+    /// Capabilities to add.
+    pub cap_add: Vec<String>,
+    /// Capabilities to drop.
+    pub cap_drop: Vec<String>,
+    /// Security options.
+    pub security: Vec<SecurityOption>,
+    /// Kernel parameters.
+    pub sysctl: Vec<(String, String)>,
+    /// The network.
+    pub network: NetworkOptions,
+    /// Machine kind.
+    pub machine: Option<Machine>,
+    /// Guest kernel.
+    #[serde(with = "exact::option")]
+    pub kernel: Option<PathBuf>,
+}
+
+impl RunOptions {
+    /// What can be found wrong before an image is pulled.
+    ///
+    /// # Errors
+    /// Options that make no sense, or contradict each other or the host.
+    pub(crate) fn check(&self, paths: &Paths) -> Result<()> {
+        volumes::check_distinct(&self.volumes, &self.tmpfs).map_err(Error::invalid)?;
+        spec::capabilities(&self.cap_add, &self.cap_drop)?;
+        self.seccomp()?;
+        check_length(paths.run())?;
+        for volume in &self.volumes {
+            if let Source::Host(path) = &volume.source {
+                check_host_path(path)?;
+            }
+        }
+        if let Some(milli) = self.cpus_milli {
+            let available = std::thread::available_parallelism().map_or(1, usize::from);
+            if milli > available as u64 * 1000 {
+                return Err(Error::invalid(format!(
+                    "--cpus: {} CPUs are asked for, and there are {available}",
+                    milli as f64 / 1000.0
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The system call filter that is asked for; the last one counts.
+    pub(crate) fn seccomp(&self) -> Result<Seccomp> {
+        let mut seccomp = Seccomp::Default;
+        for option in &self.security {
+            match option {
+                SecurityOption::Unconfined => seccomp = Seccomp::Unconfined,
+                SecurityOption::Seccomp(file) => {
+                    seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
+                }
+                SecurityOption::NoNewPrivileges(_) => {}
+            }
+        }
+        Ok(seccomp)
+    }
+
+    pub(crate) fn no_new_privileges(&self) -> bool {
+        let said = self.security.iter().rev().find_map(|option| match option {
+            SecurityOption::NoNewPrivileges(yes) => Some(*yes),
+            _ => None,
+        });
+        said.unwrap_or(false)
+    }
+
+    /// Makes what is relative absolute, and what the image decides a part of the options: they mean
+    /// the same whenever and wherever the container is started again. Returns the names of volumes
+    /// that it made up.
+    ///
+    /// # Errors
+    /// There are no random numbers; a path has no current directory.
+    pub(crate) fn settle(&mut self, image: &ImageConfig) -> Result<Vec<String>> {
+        if let Some(kernel) = &mut self.kernel {
+            make_absolute(kernel)?;
+        }
+        for option in &mut self.security {
+            if let SecurityOption::Seccomp(file) = option {
+                make_absolute(file)?;
+            }
+        }
+        for place in spec::image_volumes(image) {
+            let mut given = self.tmpfs.iter().map(|tmpfs| &tmpfs.destination);
+            let mut volumes = self.volumes.iter().map(|volume| &volume.destination);
+            if !given.any(|given| *given == place) && !volumes.any(|given| *given == place) {
+                self.volumes.push(Volume::anonymous(place));
+            }
+        }
+        let mut made_up = Vec::new();
+        // Those of a container that is removed when it ends are in its own directory.
+        if !self.remove {
+            for volume in &mut self.volumes {
+                if volume.source == Source::Anonymous {
+                    let name = names::new_id()?;
+                    volume.source = Source::Named(name.clone());
+                    made_up.push(name);
+                }
+            }
+        }
+        Ok(made_up)
+    }
+}
+
+fn make_absolute(path: &mut PathBuf) -> Result<()> {
+    *path = std::path::absolute(&path).context(|| format!("find {}", path.display()))?;
+    Ok(())
+}
+
+fn check_host_path(path: &Path) -> Result<()> {
+    let source = path.display();
+    match std::fs::metadata(path) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(Error::invalid(format!(
+            "host path {source} of a volume does not exist"
+        ))
+        .hint(format!("mkdir -p {source}"))),
+        Err(error) => Err(error).context(|| format!("read the host path {source} of a volume")),
+    }
+}

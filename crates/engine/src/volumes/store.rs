@@ -1,0 +1,419 @@
+//! Volumes with names: directories of hull's own that containers share and that outlive them.
+//!
+//! `DATA/volumes/NAME` has the content in `_data` and what is known of it in `volume.json`. It
+//! appears by rename, so it is always whole. Which containers use a volume is in their records and
+//! nowhere else. A volume is created for a container after the record that names it was written,
+//! and removed only while no record names it; both under one lock.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
+use rustix::fs::{FlockOperation, Mode, OFlags, ResolveFlags, flock, openat2};
+use serde::{Deserialize, Serialize};
+
+use super::{Source, Volume};
+use crate::container;
+use crate::error::{Context, Error, Result};
+use crate::paths::Paths;
+
+/// Version of [`VolumeRecord`].
+const VERSION: u32 = 1;
+
+/// Name of the file with what is known of a volume.
+const FILE: &str = "volume.json";
+
+/// Name of the directory with the content; Docker's.
+const CONTENT: &str = "_data";
+
+/// What is known of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Format of the file: [`VERSION`].
+    pub version: u32,
+    /// When it was created, nanoseconds since 1970 UTC.
+    pub created_ns: u64,
+    /// Labels.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// It was created for one container, which did not name it.
+    #[serde(default)]
+    pub anonymous: bool,
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredVolume {
+    /// Its name.
+    pub name: String,
+    /// Where its content is.
+    pub content: PathBuf,
+    /// What is known of it.
+    pub record: VolumeRecord,
+}
+
+/// Held while volumes are created and removed.
+struct Lock {
+    _held: OwnedFd,
+}
+
+impl Lock {
+    fn take(paths: &Paths) -> Result<Self> {
+        let directory = paths.volumes();
+        let doing = || format!("lock {}", directory.display());
+        let held = Directory::create(&directory)?.reopen().context(doing)?;
+        rustix::io::retry_on_intr(|| flock(&held, FlockOperation::LockExclusive)).context(doing)?;
+        // What a killed command left.
+        for entry in fs::read_dir(&directory).context(doing)?.flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                remove_all(&entry.path())?;
+            }
+        }
+        Ok(Self { _held: held })
+    }
+}
+
+/// The volume of this name.
+///
+/// # Errors
+/// `NotFound`; its record is damaged, or a newer hull's.
+pub fn find(paths: &Paths, name: &str) -> Result<StoredVolume> {
+    let missing = || {
+        Error::not_found(format!("no such volume: {name}")).hint("hull volume ls lists all volumes")
+    };
+    super::volume_name(name).map_err(|_| missing())?;
+    let path = paths.volume(name);
+    let directory = match Directory::open(&path) {
+        Ok(directory) => directory,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Err(missing()),
+        Err(error) => return Err(error).context(|| format!("open {}", path.display())),
+    };
+    let record = read_versioned(&directory, FILE, VERSION)?;
+    Ok(StoredVolume {
+        name: name.to_owned(),
+        content: path.join(CONTENT),
+        record: record
+            .ok_or_else(|| Error::new(format!("volume {name} is damaged: it has no {FILE}")))?,
+    })
+}
+
+/// All volumes, by name. One that cannot be read comes as its name and the reason.
+///
+/// # Errors
+/// Their directory cannot be read.
+pub fn list(paths: &Paths) -> Result<Vec<Result<StoredVolume, (String, Error)>>> {
+    let directory = paths.volumes();
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).context(|| format!("read {}", directory.display())),
+    };
+    let names = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+    names.sort();
+    let read = |name: String| find(paths, &name).map_err(|error| (name, error));
+    Ok(names.into_iter().map(read).collect())
+}
+
+/// Creates a volume; one of this name that is there already is as good.
+///
+/// # Errors
+/// It cannot be created.
+pub fn create(
+    paths: &Paths,
+    name: &str,
+    labels: BTreeMap<String, String>,
+    anonymous: bool,
+) -> Result<StoredVolume> {
+    let _lock = Lock::take(paths)?;
+    create_locked(paths, name, labels, anonymous)
+}
+
+fn create_locked(
+    paths: &Paths,
+    name: &str,
+    labels: BTreeMap<String, String>,
+    anonymous: bool,
+) -> Result<StoredVolume> {
+    if paths.volume(name).exists() {
+        return find(paths, name);
+    }
+    let record = VolumeRecord {
+        version: VERSION,
+        created_ns: unix_time_ns(),
+        labels,
+        anonymous,
+    };
+    let ProcessId { pid, started } = ProcessId::own();
+    let staging = paths.volumes().join(format!(".{pid}-{started}"));
+    let doing = || format!("create volume {name}");
+    let created = Directory::create_new(&staging)
+        .context(doing)
+        .and_then(|directory| {
+            create_content(&staging.join(CONTENT)).context(doing)?;
+            let text = serde_json::to_vec_pretty(&record).context(doing)?;
+            directory.write(FILE, &text)?;
+            directory.rename_to(&paths.volume(name)).context(doing)
+        });
+    created.inspect_err(|_| drop(remove_all(&staging)))?;
+    find(paths, name)
+}
+
+/// An empty directory that everybody in a container can enter: Docker's mode.
+fn create_content(path: &Path) -> std::io::Result<()> {
+    fs::DirBuilder::new().mode(0o755).create(path)?;
+    // Whatever the umask is.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+}
+
+/// Creates the volumes of a container that are not there yet. Its record names them.
+///
+/// # Errors
+/// One cannot be created.
+pub(crate) fn provide(paths: &Paths, volumes: &[Volume], anonymous: &[String]) -> Result<()> {
+    let names = volumes.iter().filter_map(|volume| match &volume.source {
+        Source::Named(name) => Some(name),
+        Source::Host(_) | Source::Anonymous => None,
+    });
+    let mut lock = None;
+    for name in names {
+        if lock.is_none() {
+            lock = Some(Lock::take(paths)?);
+        }
+        create_locked(paths, name, BTreeMap::new(), anonymous.contains(name))?;
+    }
+    Ok(())
+}
+
+/// Where the content of a volume of a container is: its `index`-th, in `container`.
+///
+/// # Errors
+/// It cannot be created; a subpath leads nowhere.
+pub(crate) fn source(
+    paths: &Paths,
+    container: &Path,
+    index: usize,
+    volume: &Volume,
+) -> Result<Located> {
+    let content = match &volume.source {
+        Source::Host(path) => return Ok(Located::at(path.clone())),
+        Source::Named(name) => paths.volume(name).join(CONTENT),
+        Source::Anonymous => {
+            let parent = container.join("volumes");
+            let path = parent.join(index.to_string());
+            if !path.exists() {
+                Directory::create(&parent)?;
+                create_content(&path).context(|| format!("create {}", path.display()))?;
+            }
+            path
+        }
+    };
+    let Some(subpath) = &volume.subpath else {
+        return Ok(Located::at(content));
+    };
+    // A container decides what is in a volume: no link of it leads out.
+    let doing = || format!("find {} in volume {volume}", subpath.display());
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let root = rustix::fs::open(&content, flags | OFlags::DIRECTORY, Mode::empty());
+    let root = root.context(doing)?;
+    let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let opened = openat2(&root, subpath, flags, Mode::empty(), inside).context(doing)?;
+    Ok(Located {
+        path: format!("/proc/self/fd/{}", opened.as_raw_fd()).into(),
+        _opened: Some(opened),
+    })
+}
+
+/// A path, valid as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Located {
+    /// The path.
+    pub path: PathBuf,
+    _opened: Option<OwnedFd>,
+}
+
+impl Located {
+    fn at(path: PathBuf) -> Self {
+        Self {
+            path,
+            _opened: None,
+        }
+    }
+}
+
+/// Names of volumes, and the containers that use them.
+///
+/// # Errors
+/// A container cannot be read: it may use any of them.
+pub fn users(paths: &Paths) -> Result<BTreeMap<String, Vec<String>>> {
+    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for container in container::list(paths)? {
+        let container = container.map_err(|(_, error)| error)?;
+        let details = container.record.details;
+        for volume in details.options.iter().flat_map(|options| &options.volumes) {
+            if let Source::Named(volume) = &volume.source {
+                let users = users.entry(volume.clone()).or_default();
+                users.push(details.name.clone());
+            }
+        }
+    }
+    Ok(users)
+}
+
+/// Removes a volume that no container uses.
+///
+/// # Errors
+/// `NotFound`; `WrongState` when a container uses it; its files cannot be removed.
+pub fn remove(paths: &Paths, name: &str) -> Result<()> {
+    find(paths, name)?;
+    let _lock = Lock::take(paths)?;
+    if let Some(users) = users(paths)?.get(name) {
+        return Err(
+            Error::wrong_state(format!("volume {name} is used by {}", users.join(", ")))
+                .hint("remove the containers first: hull rm"),
+        );
+    }
+    remove_locked(paths, name)
+}
+
+fn remove_locked(paths: &Paths, name: &str) -> Result<()> {
+    // It vanishes at once, however much there is in it.
+    let ProcessId { pid, started } = ProcessId::own();
+    let trash = paths.volumes().join(format!(".{pid}-{started}-removed"));
+    let path = paths.volume(name);
+    match fs::rename(&path, &trash) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        renamed => renamed.context(|| format!("remove {}", path.display()))?,
+    }
+    remove_all(&trash)
+}
+
+/// Removes all volumes that no container uses and that match: with `all` also those that people
+/// named. Returns their names.
+///
+/// # Errors
+/// A volume cannot be removed.
+pub fn prune(
+    paths: &Paths,
+    all: bool,
+    matches: impl Fn(&StoredVolume) -> bool,
+) -> Result<Vec<String>> {
+    let _lock = Lock::take(paths)?;
+    let users = users(paths)?;
+    let mut removed = Vec::new();
+    for volume in list(paths)?.into_iter().flatten() {
+        let wanted = (all || volume.record.anonymous) && matches(&volume);
+        if wanted && !users.contains_key(&volume.name) {
+            remove_locked(paths, &volume.name)?;
+            removed.push(volume.name);
+        }
+    }
+    Ok(removed)
+}
+
+/// Removes the volumes that were created for a container which is gone now, unless others use
+/// them.
+///
+/// # Errors
+/// A volume cannot be removed.
+pub fn remove_anonymous(paths: &Paths, of_container: &[Volume]) -> Result<()> {
+    let names = of_container
+        .iter()
+        .filter_map(|volume| match &volume.source {
+            Source::Named(name) => Some(name),
+            Source::Host(_) | Source::Anonymous => None,
+        });
+    let anonymous: Vec<&String> = names
+        .filter(|name| find(paths, name).is_ok_and(|volume| volume.record.anonymous))
+        .collect();
+    if anonymous.is_empty() {
+        return Ok(());
+    }
+    let _lock = Lock::take(paths)?;
+    let users = users(paths)?;
+    for name in anonymous {
+        if !users.contains_key(name) {
+            remove_locked(paths, name)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn paths() -> (tempfile::TempDir, Paths) {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths::new(directory.path().join("run"), directory.path().join("data"));
+        (directory, paths)
+    }
+
+    #[test]
+    fn a_volume_is_there_once_it_was_created_and_gone_once_it_was_removed() {
+        let (_directory, paths) = paths();
+        assert_eq!(list(&paths).unwrap().len(), 0);
+        let labels = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
+        let created = create(&paths, "db", labels.clone(), false).unwrap();
+        assert_eq!(created.record.labels, labels);
+        fs::write(created.content.join("file"), "kept").unwrap();
+        assert_eq!(
+            create(&paths, "db", BTreeMap::new(), true).unwrap(),
+            created
+        );
+        assert_eq!(find(&paths, "db").unwrap(), created);
+        assert_eq!(list(&paths).unwrap().len(), 1);
+        remove(&paths, "db").unwrap();
+        assert_eq!(
+            remove(&paths, "db").unwrap_err().kind,
+            crate::error::ErrorKind::NotFound
+        );
+        assert_eq!(fs::read_dir(paths.volumes()).unwrap().count(), 0);
+        find(&paths, "../containers").unwrap_err();
+    }
+
+    #[test]
+    fn only_volumes_without_a_name_of_their_own_are_pruned_unless_all_are() {
+        let (_directory, paths) = paths();
+        create(&paths, "named", BTreeMap::new(), false).unwrap();
+        create(&paths, "anonymous", BTreeMap::new(), true).unwrap();
+        assert_eq!(prune(&paths, false, |_| true).unwrap(), ["anonymous"]);
+        assert_eq!(prune(&paths, true, |_| false).unwrap().len(), 0);
+        assert_eq!(prune(&paths, true, |_| true).unwrap(), ["named"]);
+    }
+
+    #[test]
+    fn no_link_in_a_volume_leads_out_of_it() {
+        let (directory, paths) = paths();
+        let content = create(&paths, "db", BTreeMap::new(), false)
+            .unwrap()
+            .content;
+        fs::create_dir(content.join("inside")).unwrap();
+        std::os::unix::fs::symlink(directory.path(), content.join("out")).unwrap();
+        let at = |subpath: &str| {
+            let volume = Volume {
+                source: Source::Named("db".into()),
+                subpath: Some(subpath.into()),
+                ..Volume::anonymous("/x".into())
+            };
+            source(&paths, directory.path(), 0, &volume)
+        };
+        let located = at("inside").unwrap();
+        assert_eq!(
+            fs::read_link(&located.path).unwrap(),
+            content.join("inside")
+        );
+        let error = at("out").unwrap_err();
+        assert!(
+            error.message.contains("find out in volume db:/x:rw"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,320 @@
+//! Containers that last: created, started, started again, renamed; and their volumes.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use hull_tests::{Archive, Hull, eventually, on_every_machine};
+
+on_every_machine!(
+    a_container_is_created_started_and_started_again_with_what_it_wrote,
+    a_volume_outlives_its_containers_and_begins_with_what_the_image_has
+);
+
+fn a_container_is_created_started_and_started_again_with_what_it_wrote(machine: &'static str) {
+    let hull = Hull::on(machine);
+    let script = "echo run; cat /kept 2>/dev/null; echo more >>/kept; exit 7";
+    let created = hull
+        .hull([
+            "create", "--name", "job", "-e", "A=b", "busybox", "sh", "-c", script,
+        ])
+        .run()
+        .ok();
+    let job = hull.container("job");
+    assert_eq!(job.inspect()["id"], created.text());
+    assert_eq!(job.state(), "created");
+    assert_eq!(hull.names(), ["job"]);
+    assert_eq!(hull.hull(["ps", "-q"]).run().ok().text(), "");
+    hull.hull(["exec", "job", "true"])
+        .run()
+        .fails(1, &["container job is not running: it is created"]);
+    assert_eq!(job.does("wait").ok().text(), "0");
+    assert_eq!(job.does("stop").ok().text(), "job");
+
+    let start = || hull.hull(["start", "--attach", "job"]).run();
+    assert_eq!(start().ends(7).text(), "run");
+    assert_eq!(job.state(), "stopped");
+    assert_eq!(start().ends(7).text(), "run\nmore");
+    assert_eq!(job.does("start").ok().text(), "job");
+    assert_eq!(job.does("wait").ok().text(), "7");
+    // One log, whatever number of starts.
+    assert_eq!(
+        job.does("logs").ok().text(),
+        "run\nrun\nmore\nrun\nmore\nmore"
+    );
+    job.does("rm").ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_that_runs_is_not_started_twice() {
+    let hull = Hull::new();
+    let container = hull.sleeper();
+    let before = container.inspect()["started"].clone();
+    container.does("start").ok();
+    assert_eq!(container.inspect()["started"], before);
+    container.does("pause").ok();
+    container
+        .does("start")
+        .fails(1, &["cannot start container", "it is paused"]);
+    container.does("unpause").ok();
+    container.is_removed_by_force();
+    hull.hull(["start", "nobody"])
+        .run()
+        .fails(1, &["no such container: nobody"]);
+}
+
+#[test]
+fn many_starts_of_one_container_at_once_start_it_once() {
+    let hull = Hull::new();
+    hull.hull([
+        "create",
+        "--name",
+        "one",
+        "busybox",
+        "sh",
+        "-c",
+        "echo begin; sleep 1000",
+    ])
+    .run()
+    .ok();
+    std::thread::scope(|scope| {
+        for _ in 0..5 {
+            scope.spawn(|| hull.hull(["start", "one"]).run().ok());
+        }
+    });
+    let one = hull.container("one");
+    eventually("it printed", Duration::from_secs(10), || {
+        one.does("logs").ok().text() == "begin"
+    });
+    one.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_is_restarted_with_its_network_and_the_containers_that_share_it_go_on() {
+    let hull = Hull::networked("uml");
+    let container = hull.start(&["-p", "127.0.0.1:0:80"], &["sleep", "1000"]);
+    let joined = hull.start(
+        &["--network", &format!("container:{}", container.name)],
+        &["sleep", "1000"],
+    );
+    let ports = container.inspect()["ports"].clone();
+    assert_ne!(ports, serde_json::json!([]));
+    let shown = container.does("port").ok().text();
+    assert!(shown.starts_with("80/tcp -> 127.0.0.1:"), "{shown}");
+    let begun = container.inspect()["started"].clone();
+    hull.hull(["restart", "-t", "0", &container.name])
+        .run()
+        .ok();
+    assert_ne!(container.inspect()["started"], begun);
+    container.address();
+    joined.exec(&["true"]).ok();
+    hull.hull(["restart", "-t", "0", &joined.name]).run().ok();
+    assert_eq!(joined.addresses(), container.addresses());
+    joined.is_removed_by_force();
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_container_as_it_was() {
+    let hull = Hull::new();
+    let directory = hull.scratch().join("volume");
+    fs::create_dir(&directory).unwrap();
+    let volume = format!("{}:/v", directory.display());
+    hull.hull([
+        "create", "--name", "job", "-v", &volume, "busybox", "/nothing",
+    ])
+    .run()
+    .ok();
+    let job = hull.container("job");
+    for _ in 0..2 {
+        job.does("start").fails(127, &["/nothing"]);
+        assert_eq!(job.state(), "created");
+    }
+    fs::remove_dir(&directory).unwrap();
+    job.does("start")
+        .fails(125, &["host path", "of a volume does not exist"]);
+    job.does("rm").ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_survives_a_reboot_and_is_started_again() {
+    let hull = Hull::new();
+    let container = hull.start(&[], &["sh", "-c", "echo x >>/data; cat /data; sleep 1000"]);
+    eventually("it printed", Duration::from_secs(10), || {
+        container.does("logs").ok().text() == "x"
+    });
+    container.kill_host_process("sandbox");
+    eventually("it is down", Duration::from_secs(10), || {
+        container.state() == "stopped"
+    });
+    // /run is a tmpfs.
+    fs::remove_dir_all(hull.path("run")).unwrap();
+    container.does("start").ok();
+    eventually("it printed again", Duration::from_secs(10), || {
+        container.does("logs").ok().text() == "x\nx\nx"
+    });
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_has_one_name_at_a_time() {
+    let hull = Hull::new();
+    let create = |name: &str| {
+        hull.hull(["create", "--name", name, "busybox", "true"])
+            .run()
+    };
+    create("one").ok();
+    create("two").ok();
+    hull.hull(["rename", "one", "two"])
+        .run()
+        .fails(125, &["\"two\" is in use"]);
+    hull.hull(["rename", "one", "three"]).run().ok();
+    create("one").ok();
+    let mut names = hull.names();
+    names.sort();
+    assert_eq!(names, ["one", "three", "two"]);
+    hull.hull(["container", "prune", "-f"]).run().ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn the_id_of_a_container_is_written_to_a_file_that_did_not_exist() {
+    let hull = Hull::new();
+    let file = hull.scratch().join("id");
+    let path = file.to_str().unwrap();
+    let id = hull
+        .hull(["create", "--cidfile", path, "--name", "with-id", "busybox"])
+        .run()
+        .ok()
+        .text();
+    assert_eq!(fs::read_to_string(&file).unwrap(), id);
+    hull.run(&["--cidfile", path], &["true"])
+        .fails(125, &["--cidfile", "exists"]);
+    fs::remove_file(&file).unwrap();
+    hull.run(&["--cidfile", path], &["/nothing"]).ends(127);
+    assert!(!file.exists(), "there is no container");
+    hull.container("with-id").does("rm").ok();
+}
+
+#[test]
+fn files_are_copied_to_a_container_before_its_first_start() {
+    let hull = Hull::new();
+    hull.hull(["create", "--name", "job", "busybox", "cat", "/etc/given"])
+        .run()
+        .ok();
+    let archive = Archive::new().file("given", "given\n").bytes();
+    hull.hull(["cp", "-", "job:/etc"]).input(archive).run().ok();
+    let output = hull.hull(["start", "-a", "job"]).run().ok();
+    assert_eq!(output.text(), "given");
+    hull.container("job").does("rm").ok();
+}
+
+fn a_volume_outlives_its_containers_and_begins_with_what_the_image_has(machine: &'static str) {
+    let hull = Hull::on(machine);
+    image_with_volume(&hull);
+    let run = |volume: &str, script: &str| {
+        hull.hull(["run", "--rm", "-v", volume, "www", "sh", "-c", script])
+            .run()
+            .ok()
+            .text()
+    };
+    let shown = run(
+        "site:/www",
+        "cat /www/index; stat -c %u:%g:%a /www /www/index",
+    );
+    assert_eq!(shown, "hello\n33:33:750\n33:34:640");
+    run("site:/www", "echo more >/www/more; rm /www/index");
+    assert_eq!(run("site:/www", "ls /www"), "more", "it is filled once");
+    assert_eq!(run("empty:/www:nocopy", "ls /www"), "");
+    let list = hull.hull(["volume", "ls", "-q"]).run().ok().text();
+    assert_eq!(list, "empty\nsite");
+    hull.hull(["volume", "rm", "site", "empty"]).run().ok();
+    hull.hull(["volume", "rm", "site"])
+        .run()
+        .fails(1, &["no such volume: site"]);
+    hull.assert_clean();
+}
+
+/// Imports the image `www`, which has something where it declares a volume.
+fn image_with_volume(hull: &Hull) {
+    let script = "mkdir -m 750 /www; echo hello >/www/index; chmod 640 /www/index; \
+                  chown 33:33 /www; chown 33:34 /www/index";
+    hull.hull(["run", "--name", "filler", "busybox", "sh", "-c", script])
+        .run()
+        .ok();
+    let files = hull.hull(["cp", "filler:/", "-"]).run().ok().stdout;
+    hull.hull(["image", "import", "--change", "VOLUME /www", "-", "www"])
+        .input(files)
+        .run()
+        .ok();
+    hull.container("filler").does("rm").ok();
+}
+
+#[test]
+fn a_volume_that_a_container_uses_is_kept() {
+    let hull = Hull::new();
+    let container = hull.start(&["-v", "data:/data"], &["sleep", "1000"]);
+    hull.hull(["volume", "rm", "data"])
+        .run()
+        .fails(1, &["volume data is used by", &container.name]);
+    assert_eq!(hull.hull(["volume", "prune", "-af"]).run().ok().text(), "");
+    container.is_removed_by_force();
+    assert_eq!(hull.hull(["volume", "prune", "-f"]).run().ok().text(), "");
+    assert_eq!(
+        hull.hull(["volume", "prune", "-af"]).run().ok().text(),
+        "data"
+    );
+}
+
+#[test]
+fn volumes_without_names_go_with_their_container_when_that_is_wanted() {
+    let hull = Hull::new();
+    let volumes = || hull.hull(["volume", "ls", "-q"]).run().ok().text();
+    hull.run(&["-v", "/data"], &["touch", "/data/x"]).ok();
+    assert_eq!(volumes(), "", "with --rm");
+    for options in [&["rm", "-v"][..], &["rm"]] {
+        let container = hull.start(&["-v", "/data"], &["true"]);
+        container.does("wait").ok();
+        assert_eq!(volumes().len(), 64);
+        hull.hull(options).arg(&container.name).run().ok();
+    }
+    let left = volumes();
+    assert_eq!(hull.hull(["volume", "prune", "-f"]).run().ok().text(), left);
+}
+
+#[test]
+fn a_container_has_the_volumes_of_another_one() {
+    let hull = Hull::new();
+    let first = hull.start(&["-v", "data:/data", "-v", "/private"], &["true"]);
+    first.does("wait").ok();
+    let from = format!("{}:ro", first.name);
+    hull.sh(
+        &["--volumes-from", &first.name],
+        "echo x >/data/x; echo y >/private/y",
+    )
+    .ok();
+    let output = hull
+        .sh(
+            &["--volumes-from", &from],
+            "cat /data/x /private/y; touch /data/z",
+        )
+        .ends(1);
+    assert_eq!(output.text(), "x\ny");
+    let output = hull.run(
+        &["--mount", "type=volume,src=data,dst=/x,readonly"],
+        &["cat", "/x/x"],
+    );
+    assert_eq!(output.ok().text(), "x");
+    let content = hull.hull(["volume", "inspect", "data"]).run().ok().json();
+    let path = content[0]["Mountpoint"].as_str().unwrap().to_owned();
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755);
+    assert_eq!(fs::read_to_string(format!("{path}/x")).unwrap(), "x\n");
+    hull.hull(["rm", "-v", &first.name]).run().ok();
+    hull.hull(["volume", "rm", "data"]).run().ok();
+    assert_eq!(hull.hull(["volume", "ls", "-q"]).run().ok().text(), "");
+}
