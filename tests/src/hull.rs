@@ -278,7 +278,13 @@ impl Hull {
             .chain(below("data/containers"))
             .flatten()
         {
-            for file in ["record.json", "status.json", "sandbox.log", "console"] {
+            for file in [
+                "record.json",
+                "status.json",
+                "supervisor.log",
+                "sandbox.log",
+                "console",
+            ] {
                 let path = entry.path().join(file);
                 if let Ok(bytes) = fs::read(&path) {
                     let text = String::from_utf8_lossy(&bytes);

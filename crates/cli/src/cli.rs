@@ -80,7 +80,7 @@ pub enum Command {
     Kernel(kernel::Args),
     /// Show the configuration in force and where each value comes from
     Config(config::Args),
-    /// Tell a container engine about hull: podman, docker, crio, containerd
+    /// Tell a container engine, or systemd, about hull: podman, docker, crio, containerd, systemd
     Install(install::Args),
     /// Take back what `install` told an engine
     Uninstall(install::UninstallArgs),
@@ -382,7 +382,7 @@ mod tests {
             ),
             (
                 "hull install runc",
-                "invalid value 'runc' for '<ENGINE>' [possible values: podman, docker, crio, containerd]",
+                "invalid value 'runc' for '<ENGINE>' [possible values: podman, docker, crio, containerd, systemd]",
             ),
             ("hull run -m -1 i", "--memory: invalid size \"-1\""),
             (

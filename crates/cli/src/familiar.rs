@@ -108,7 +108,7 @@ const COMMANDS: [(&str, &str); 35] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 52] = [
+const OPTIONS: [(&str, &str); 51] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -151,10 +151,6 @@ const OPTIONS: [(&str, &str); 52] = [
     (
         "--platform",
         "machines have the host's architecture; leave it out",
-    ),
-    (
-        "--restart",
-        "let systemd run hull run --rm --name NAME IMAGE, with Restart=",
     ),
     ("--publish-all", "-p PORT for each port"),
     ("-P", "-p PORT for each port"),

@@ -3,24 +3,17 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
-use hull_image::{Credentials, Event, Image, LayerState, Limits, Progress, Reference, Store};
+use hull_image::{Credentials, Event, Image, LayerState, Progress, Reference};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
-use hull_engine::unpacker::Jailed;
+pub use hull_engine::unpacker::store;
 
 use crate::error::Result;
 use hull_engine::values::Pull;
-
-/// Opens the image store.
-pub fn store(config: &Config) -> Result<Store> {
-    let limits = Limits::with(config.image_max_size, config.image_max_inodes);
-    let store = Store::open(config.data_dir.join("images")).map_err(of_image)?;
-    Ok(store.with_limits(limits).with_unpacker(Arc::new(Jailed)))
-}
 
 /// Makes the referenced image available, pulling it according to `pull`.
 pub fn obtain(config: &Config, reference: &Reference, pull: Pull, quiet: bool) -> Result<Image> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use hull_engine::unpacker;
+use hull_engine::{supervise, unpacker};
 use hull_sandbox::role;
 use hull_sandbox::store::SandboxPath;
 
@@ -69,6 +69,7 @@ pub fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
         "device-process" => device_process(),
         hull_machine::MACHINE_PROCESS => machine_process(&arguments[2..]),
         unpacker::ROLE => unpack_process(&arguments[2..]),
+        supervise::ROLE => supervisor_process(&arguments[2..]),
         _ => return None,
     };
     Some(status(outcome, HULL_FAILED))
@@ -191,6 +192,24 @@ fn unpack_process(arguments: &[OsString]) -> Result<()> {
         .map(|argument| argument.to_str().map(str::to_owned))
         .collect();
     unpacker::main(&arguments.ok_or_else(|| missing("task"))?)
+}
+
+/// `supervisor-process --id ID [--person UID]`, with the file that it holds as standard input.
+fn supervisor_process(arguments: &[OsString]) -> Result<()> {
+    hull_engine::attach::unblock_all();
+    close_inherited();
+    let (mut id, mut person) = (None, None);
+    let mut pairs = Pairs {
+        rest: arguments.iter(),
+    };
+    while let Some((name, value)) = pairs.next()? {
+        match name {
+            "id" => id = value.to_str(),
+            "person" => person = value.to_str().and_then(|uid| uid.parse().ok()),
+            _ => return Err(unknown(name)),
+        }
+    }
+    supervise::run(id.ok_or_else(|| missing("id"))?, person)
 }
 
 /// Log messages of the host processes go to standard error, which is the sandbox's `sandbox.log`.

@@ -88,6 +88,10 @@ pub struct Config {
     pub guest_dir: Option<PathBuf>,
     /// Whoever calls is not root.
     pub without_root: bool,
+    /// The user id of who calls without root.
+    pub person: Option<u32>,
+    /// hull's own executable, as its path was when this was read.
+    pub executable: PathBuf,
     /// Every key, in the order of the default file, with what it was set to and where.
     pub origins: Vec<Origin>,
     /// Where errors of keys go that need not be right; `None` where all have to be.
@@ -110,6 +114,16 @@ impl Config {
     /// system's, and after that, without root, of the person's own.
     pub fn load() -> Result<Config> {
         Ok(Config::load_all(None)?.0)
+    }
+
+    /// Reads the configuration in force for a person who is root of a user namespace already.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn load_as(uid: u32) -> Result<Config> {
+        let chosen = std::env::var_os("HULL_CONFIG");
+        let home = Some(Home::of(uid)?);
+        Config::load_from(chosen, Path::new(SYSTEM_FILE), home, None)
     }
 
     /// For commands that start nothing: keys that are wrong, and do not say where files are, come
@@ -184,6 +198,7 @@ impl Config {
     fn move_home(&mut self, home: Option<&Home>) {
         let Some(home) = home else { return };
         self.without_root = true;
+        self.person = Some(home.uid);
         for (key, path, value) in [
             ("data_dir", &home.data, &mut self.data_dir),
             ("run_dir", &home.run, &mut self.run_dir),
@@ -225,6 +240,8 @@ impl Config {
             run_dir: PathBuf::new(),
             guest_dir: None,
             without_root: false,
+            person: None,
+            executable: std::env::current_exe().context(|| "find hull's own executable")?,
             origins: Vec::new(),
             wrong: None,
         };

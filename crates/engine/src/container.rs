@@ -20,6 +20,8 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::names;
 use crate::options::RunOptions;
 use crate::paths::Paths;
+use crate::supervise;
+use crate::values::Restart;
 use crate::volumes::store;
 
 /// The engine of hull's own containers, as records name it.
@@ -68,12 +70,34 @@ pub struct Details {
     pub volumes: Vec<String>,
     /// Layers that make up the root file system, topmost first.
     pub layers: Vec<PathBuf>,
+    /// Whether it is to stay down.
+    pub down: Down,
+    /// How often it was started again by itself.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub restarts: u32,
     /// What was asked for. `None`: an older hull created it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub options: Option<Box<RunOptions>>,
     /// Exact environment of its init, when that of its configuration is not.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub raw_env: Vec<Vec<u8>>,
+}
+
+/// Whether a container that has a restart policy is to stay down.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Down {
+    /// It is started again as its policy says.
+    #[default]
+    No,
+    /// The host shuts down: it is started again at boot.
+    UntilBoot,
+    /// A person stopped it.
+    ForGood,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A container with what is known of it.
@@ -473,12 +497,31 @@ fn is_old(path: &Path) -> bool {
         .is_some_and(|age| age > OLD)
 }
 
+/// Writes down that a container which is to be stopped now stays down.
+///
+/// # Errors
+/// The record cannot be written.
+pub fn keep_down(paths: &Paths, container: &Container, down: Down) -> Result<()> {
+    let options = container.record.details.options.as_ref();
+    if options.is_none_or(|options| options.restart == Restart::No) {
+        return Ok(());
+    }
+    let _lock = lock(container)?;
+    if let Some(mut now) = load(paths, &container.record.id)? {
+        now.record.details.down = down;
+        now.record.write(&now.directory)?;
+    }
+    Ok(())
+}
+
 /// Gives a container another name.
 ///
 /// # Errors
 /// `NotFound`; `Exists` when another container has the name.
 pub fn rename(paths: &Paths, text: &str, name: &str) -> Result<()> {
-    let mut container = find(paths, text)?;
+    let found = find(paths, text)?;
+    let _lock = lock(&found)?;
+    let mut container = load_named(paths, &found.record.id, text)?;
     let id = container.record.id.clone();
     let old = std::mem::replace(&mut container.record.details.name, name.to_owned());
     if old == name {
@@ -527,6 +570,12 @@ pub fn remove(paths: &Paths, id: &str, removing: Removing) -> Result<()> {
         if !is_idle(container) && !force {
             return Err(Error::wrong_state(format!("container {name} is {state}"))
                 .hint("stop it first, or hull rm -f"));
+        }
+        if !force && supervise::has_supervisor(container) {
+            return Err(
+                Error::wrong_state(format!("container {name} is restarting"))
+                    .hint("stop it first, or hull rm -f"),
+            );
         }
         if let Some(sandbox) = &container.record.sandbox {
             control::remove(sandbox, id)?;

@@ -38,8 +38,8 @@ impl GuestFiles {
                 directory: directory.clone(),
             });
         }
-        let executable = std::env::current_exe().context(|| "find hull's own executable")?;
-        let directory = executable
+        let directory = config
+            .executable
             .parent()
             .and_then(Path::parent)
             .unwrap_or(Path::new("/"))

@@ -10,6 +10,8 @@ use crate::error::{Context, Error, Result};
 /// The directories. `None` for root.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Home {
+    /// Whose they are.
+    pub uid: u32,
     /// The configuration file, which may not exist.
     pub config: PathBuf,
     /// Images and writable layers.
@@ -22,29 +24,35 @@ impl Home {
     /// Those of who calls, unless it is root.
     pub fn of_caller() -> Result<Option<Home>> {
         let uid = rustix::process::geteuid();
-        if uid.is_root() {
-            return Ok(None);
+        match uid.is_root() {
+            true => Ok(None),
+            false => Home::of(uid.as_raw()).map(Some),
         }
+    }
+
+    /// Those of a person, in whose environment this process is.
+    pub fn of(uid: u32) -> Result<Home> {
         let absolute = |name: &str| {
             var_os(name)
                 .map(PathBuf::from)
                 .filter(|path| path.is_absolute())
         };
-        let home = absolute("HOME").or_else(|| of_password_file(uid.as_raw()));
+        let home = absolute("HOME").or_else(|| of_password_file(uid));
         let below = |variable: &str, directory: &str| {
             absolute(variable)
                 .or_else(|| home.as_ref().map(|home| home.join(directory)))
                 .map(|path| path.join("hull"))
                 .ok_or_else(|| Error::new("cannot tell where files of yours are: HOME is not set"))
         };
-        Ok(Some(Home {
+        Ok(Home {
+            uid,
             config: below("XDG_CONFIG_HOME", ".config")?.join("config.toml"),
             data: below("XDG_DATA_HOME", ".local/share")?,
             run: match absolute("XDG_RUNTIME_DIR") {
                 Some(path) => path.join("hull"),
-                None => without_session(uid.as_raw()),
+                None => without_session(uid),
             },
-        }))
+        })
     }
 }
 

@@ -27,6 +27,7 @@ pub mod paths;
 pub mod publish;
 pub mod run;
 pub mod spec;
+pub mod supervise;
 pub mod time;
 pub mod unpacker;
 pub mod values;

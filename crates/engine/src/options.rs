@@ -15,7 +15,7 @@ use crate::paths::Paths;
 use crate::run::check_length;
 use crate::spec;
 use crate::spec::seccomp::{Profile, Seccomp};
-use crate::values::{Machine, SecurityOption, Ulimit};
+use crate::values::{Machine, Restart, SecurityOption, Ulimit};
 use crate::volumes::{self, Source, Tmpfs, Volume};
 
 /// What a user asks for.
@@ -52,6 +52,8 @@ pub struct RunOptions {
     pub entrypoint: Option<OsString>,
     /// Host name.
     pub hostname: Option<String>,
+    /// When it is started again after it ended.
+    pub restart: Restart,
     /// Run an init process.
     pub init: bool,
     /// Signal that `stop` sends first.
@@ -99,6 +101,12 @@ impl RunOptions {
         spec::capabilities(&self.cap_add, &self.cap_drop)?;
         self.seccomp()?;
         check_length(paths.run())?;
+        if self.remove && self.restart != Restart::No {
+            return Err(Error::invalid(
+                "--rm and --restart contradict each other: a container that is removed cannot be \
+                 started again",
+            ));
+        }
         for volume in &self.volumes {
             if let Source::Host(path) = &volume.source {
                 check_host_path(path)?;

@@ -40,8 +40,10 @@ use crate::names;
 use crate::network::{Attach, Plan};
 use crate::options::RunOptions;
 use crate::paths::Paths;
+use crate::supervise;
+use crate::values::Restart;
 
-pub use self::again::{Again, Attempt};
+pub use self::again::{Again, Attempt, start_again};
 pub use self::place::cpus;
 pub use self::reserve::Created;
 
@@ -193,7 +195,10 @@ impl<'a> Run<'a> {
                 erase()?;
                 Ok(Outcome::Interrupted(signal))
             }
-            Ok(started) => Ok(started),
+            Ok(started) => {
+                self.supervise()?;
+                Ok(started)
+            }
             Err(error) => {
                 if let Err(error) = erase() {
                     tracing::warn!("{error}");
@@ -201,6 +206,18 @@ impl<'a> Run<'a> {
                 Err(error)
             }
         }
+    }
+
+    /// Has the container started again when it ends, if that is wanted.
+    fn supervise(&self) -> Result<()> {
+        if self.options.restart == Restart::No {
+            return Ok(());
+        }
+        let Some(container) = Container::load(&self.paths.container(&self.id))? else {
+            return Ok(());
+        };
+        let _lock = container::lock(&container)?;
+        supervise::ensure(self.config, &container)
     }
 
     /// Launches the sandbox and creates the container in it.

@@ -6,7 +6,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
+use hull_image::Store;
 use hull_image::unpack::process::{Job, Running, Unpacker, run};
 use hull_jail::{
     self as jail, Confinement, Directory, JailSpec, Limits, Role, Root, Started, Status,
@@ -15,7 +17,8 @@ use hull_jail::{
 use hull_sandbox::shares;
 use rustix::event::{PollFd, PollFlags};
 
-use crate::error::{Context, Error, Result};
+use crate::config::Config;
+use crate::error::{Context, Error, Result, of_image};
 
 /// The hidden subcommand of the process.
 pub const ROLE: &str = "unpack-process";
@@ -25,6 +28,16 @@ const FIRST_DIRECTORY: RawFd = 3;
 
 /// Files that the process may have open, beside the directories.
 const OPEN_FILES: u64 = 1024;
+
+/// The image store of a configuration, which unpacks so.
+///
+/// # Errors
+/// Its directory cannot be created.
+pub fn store(config: &Config) -> Result<Store> {
+    let limits = hull_image::Limits::with(config.image_max_size, config.image_max_inodes);
+    let store = Store::open(config.data_dir.join("images")).map_err(of_image)?;
+    Ok(store.with_limits(limits).with_unpacker(Arc::new(Jailed)))
+}
 
 /// Starts jailed processes.
 #[derive(Debug)]

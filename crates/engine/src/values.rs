@@ -106,6 +106,60 @@ pub enum Pull {
     Never,
 }
 
+/// When a container that ended is started again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// Never.
+    #[default]
+    No,
+    /// When it ended with another status than 0, at most so often one after the other.
+    OnFailure(Option<u32>),
+    /// Always; also at boot, when it was stopped by a person before.
+    Always,
+    /// Always, but not at boot when it was stopped by a person before.
+    UnlessStopped,
+}
+
+/// `no`, `on-failure[:MOST]`, `always`, `unless-stopped`.
+pub fn restart(text: &str) -> Result<Restart, String> {
+    match text.split_once(':') {
+        None => match text {
+            "" | "no" => Ok(Restart::No),
+            "on-failure" => Ok(Restart::OnFailure(None)),
+            "always" => Ok(Restart::Always),
+            "unless-stopped" => Ok(Restart::UnlessStopped),
+            _ => Err(format!(
+                "invalid restart policy {text:?}: give no, on-failure[:MOST], always or \
+                 unless-stopped"
+            )),
+        },
+        Some(("on-failure", most)) => match most.parse() {
+            // Docker's: no limit.
+            Ok(0) => Ok(Restart::OnFailure(None)),
+            Ok(most) => Ok(Restart::OnFailure(Some(most))),
+            Err(_) => Err(format!(
+                "invalid restart policy {text:?}: {most:?} is no number"
+            )),
+        },
+        Some((policy, _)) => Err(format!(
+            "invalid restart policy {text:?}: {policy} takes no number"
+        )),
+    }
+}
+
+impl std::fmt::Display for Restart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Restart::No => f.write_str("no"),
+            Restart::OnFailure(None) => f.write_str("on-failure"),
+            Restart::OnFailure(Some(most)) => write!(f, "on-failure:{most}"),
+            Restart::Always => f.write_str("always"),
+            Restart::UnlessStopped => f.write_str("unless-stopped"),
+        }
+    }
+}
+
 /// A value of `--security-opt`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

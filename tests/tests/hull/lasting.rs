@@ -318,3 +318,178 @@ fn a_container_has_the_volumes_of_another_one() {
     hull.hull(["volume", "rm", "data"]).run().ok();
     assert_eq!(hull.hull(["volume", "ls", "-q"]).run().ok().text(), "");
 }
+
+/// Waits until a container has been started again so often.
+fn is_restarted(hull: &Hull, name: &str, times: u64) {
+    eventually("it is started again", Duration::from_secs(20), || {
+        hull.container(name).inspect()["restarts"]
+            .as_u64()
+            .unwrap_or_default()
+            >= times
+    });
+}
+
+#[test]
+fn a_container_that_fails_is_started_again_as_often_as_was_asked_for() {
+    let hull = Hull::new();
+    let options = [
+        "run",
+        "-d",
+        "--name",
+        "job",
+        "--restart",
+        "on-failure:2",
+        "busybox",
+    ];
+    hull.hull(options)
+        .args(["sh", "-c", "echo run; exit 3"])
+        .run()
+        .ok();
+    let job = hull.container("job");
+    eventually(
+        "it was started three times",
+        Duration::from_secs(20),
+        || job.does("logs").ok().text() == "run\nrun\nrun",
+    );
+    eventually("it is left alone", Duration::from_secs(10), || {
+        hull.hull(["rm", "job"]).run().status == 0
+    });
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_that_ended_well_is_not_started_again_on_failure() {
+    let hull = Hull::new();
+    let options = [
+        "run",
+        "--name",
+        "job",
+        "--restart",
+        "on-failure",
+        "busybox",
+        "true",
+    ];
+    hull.hull(options).run().ok();
+    eventually("it is left alone", Duration::from_secs(10), || {
+        hull.hull(["rm", "job"]).run().status == 0
+    });
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_that_is_always_started_again_stays_down_when_a_person_stops_it() {
+    let hull = Hull::new();
+    let container = hull.start(&["--restart", "always"], &["sleep", "1000"]);
+    container.kill_host_process("machine");
+    is_restarted(&hull, &container.name, 1);
+    eventually("it runs", Duration::from_secs(10), || {
+        container.state() == "running"
+    });
+    container.exec(&["kill", "-9", "1"]);
+    container.kill_host_process("sandbox");
+    is_restarted(&hull, &container.name, 2);
+    eventually("it runs", Duration::from_secs(10), || {
+        container.state() == "running"
+    });
+    hull.hull(["stop", "-t", "0", &container.name]).run().ok();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(container.state(), "stopped");
+    container.does("start").ok();
+    container.kill_host_process("machine");
+    is_restarted(&hull, &container.name, 1);
+    hull.hull(["restart", "-t", "0", &container.name])
+        .run()
+        .ok();
+    assert_eq!(container.state(), "running");
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_that_waits_to_be_started_again_is_stopped_and_removed() {
+    let hull = Hull::new();
+    let container = hull.start(&["--restart", "always"], &["false"]);
+    // The waits become longer.
+    is_restarted(&hull, &container.name, 3);
+    hull.hull(["stop", &container.name]).run().ok();
+    container.does("rm").ok();
+    let container = hull.start(&["--restart", "always"], &["false"]);
+    is_restarted(&hull, &container.name, 3);
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn containers_are_started_at_boot_as_their_policies_say() {
+    let hull = Hull::new();
+    for policy in ["no", "on-failure", "always", "unless-stopped"] {
+        let options = [
+            "run",
+            "-d",
+            "--name",
+            policy,
+            "--restart",
+            policy,
+            "busybox",
+        ];
+        hull.hull(options).args(["sleep", "1000"]).run().ok();
+    }
+    let options = [
+        "run",
+        "-d",
+        "--name",
+        "stopped",
+        "--restart",
+        "unless-stopped",
+        "busybox",
+    ];
+    hull.hull(options).args(["sleep", "1000"]).run().ok();
+    hull.hull(["stop", "-t", "0", "stopped"]).run().ok();
+    // As the unit does when the host goes down.
+    hull.hull(["stop", "-t", "0", "--all", "--until-boot"])
+        .run()
+        .ok();
+    assert_eq!(hull.hull(["ps", "-q"]).run().ok().text(), "");
+    fs::remove_dir_all(hull.path("run")).unwrap();
+    let mut started: Vec<String> = hull
+        .hull(["start", "--at-boot"])
+        .run()
+        .ok()
+        .text()
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    started.sort();
+    assert_eq!(started, ["always", "on-failure", "unless-stopped"]);
+    hull.hull(["rm", "-f", "--all"]).run().ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_is_started_again_for_a_person_without_root() {
+    let hull = Hull::without_root();
+    let container = hull.start(
+        &["--restart", "always", "--network", "none"],
+        &["sleep", "1000"],
+    );
+    container.kill_host_process("machine");
+    is_restarted(&hull, &container.name, 1);
+    eventually("it runs", Duration::from_secs(10), || {
+        container.state() == "running"
+    });
+    container.exec(&["true"]).ok();
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_restart_policy_that_makes_no_sense_is_named() {
+    let hull = Hull::new();
+    hull.run(&["--restart", "always"], &["true"])
+        .fails(125, &["--rm and --restart"]);
+    for policy in ["sometimes", "always:3", "on-failure:x"] {
+        hull.hull(["create", "--restart", policy, "busybox"])
+            .run()
+            .fails(125, &["--restart: invalid restart policy", policy]);
+    }
+}

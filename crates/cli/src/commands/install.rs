@@ -57,7 +57,7 @@ pub fn uninstall(args: UninstallArgs) -> Result<u8> {
 
 fn perform(change: Option<Change>, common: &Common, nothing: &str, next: &[&str]) -> Result<u8> {
     let Some(change) = change else {
-        output::print(format!("nothing to do: the runtime hull {nothing}\n"))?;
+        output::print(format!("nothing to do: hull {nothing}\n"))?;
         return Ok(0);
     };
     output::print(shown(&change))?;

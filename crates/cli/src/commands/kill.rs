@@ -1,9 +1,10 @@
 //! `hull kill`.
 
-use hull_engine::{container, values};
+use hull_engine::container::{self, Container, Down};
+use hull_engine::values;
 use hull_sandbox::control::protocol::Request;
 
-use super::{config_for_existing, for_each_at_once};
+use super::{config_for_existing, for_each_at_once, named_or_all};
 use crate::error::Result;
 
 const SIGKILL: u32 = 9;
@@ -21,17 +22,25 @@ pub struct Args {
         allow_negative_numbers = true
     )]
     signal: u32,
+    /// All containers that run
+    #[arg(short, long, conflicts_with = "containers")]
+    all: bool,
     /// Names or ids
-    #[arg(value_name = "CONTAINER", required = true)]
+    #[arg(value_name = "CONTAINER", required_unless_present = "all")]
     containers: Vec<String>,
 }
 
 /// Sends a signal to the init process of each container; after SIGKILL it waits for the end.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_existing()?.paths();
-    for_each_at_once(&args.containers, |name| {
+    let runs = |container: &Container| !container::is_idle(container);
+    let names = named_or_all(&paths, args.containers, args.all, runs)?;
+    for_each_at_once(&names, |name| {
         let container = container::find(&paths, name)?;
         let id = container.record.id.clone();
+        if args.signal == SIGKILL {
+            container::keep_down(&paths, &container, Down::ForGood)?;
+        }
         let client = container::connect(&container)?;
         client.do_(&Request::Signal {
             container: id.clone(),

@@ -37,7 +37,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use hull_engine::Paths;
 use hull_engine::config::Config;
+use hull_engine::container::{self as containers, Container};
 
 use crate::error::{self, Context, Result};
 use crate::output;
@@ -120,6 +122,26 @@ pub fn agreed(what: &str) -> Result<bool> {
         .read_line(&mut answer)
         .context(|| "read the answer")?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+/// The containers that a command is about: those that are named, or with `all` those that match.
+///
+/// # Errors
+/// The directory of containers cannot be read.
+pub fn named_or_all(
+    paths: &Paths,
+    names: Vec<String>,
+    all: bool,
+    matches: impl Fn(&Container) -> bool,
+) -> Result<Vec<String>> {
+    if !all {
+        return Ok(names);
+    }
+    let listed = containers::list(paths)?.into_iter().flatten();
+    Ok(listed
+        .filter(matches)
+        .map(|container| container.record.details.name)
+        .collect())
 }
 
 /// The configuration, for a command that needs root; other users become root in a user namespace.

@@ -1,6 +1,6 @@
 //! `hull restart`.
 
-use hull_engine::container;
+use hull_engine::container::{self, Down};
 use hull_engine::values;
 
 use super::{config_for_root, for_each, start, stop};
@@ -31,6 +31,7 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let paths = config.paths();
     for_each(&args.containers, |name| {
         let container = container::find(&paths, name)?;
+        container::keep_down(&paths, &container, Down::ForGood)?;
         stop::stop(&paths, &container, args.time.unwrap_or(config.stop_timeout))?;
         start::start(&container.record.id, &config, began_ns)?;
         output::print(format!("{name}\n"))

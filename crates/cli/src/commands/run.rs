@@ -14,7 +14,9 @@ use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
 use hull_engine::publish::{self, HostAddress, Ports};
 use hull_engine::run::{self, Run, Started, sandbox_timings};
-use hull_engine::values::{self, DetachKeys, Machine, Network, Pull, SecurityOption, Ulimit};
+use hull_engine::values::{
+    self, DetachKeys, Machine, Network, Pull, Restart, SecurityOption, Ulimit,
+};
 use hull_engine::volumes::{self, Mount, Tmpfs, Volume};
 use hull_image::{Hold, Image};
 use hull_sandbox::timings::{Step, Timings, now_ns};
@@ -59,6 +61,9 @@ pub struct ContainerArgs {
     /// Remove the container when it ends
     #[arg(long)]
     rm: bool,
+    /// Start it again when it ends: no, on-failure[:MOST], always or unless-stopped
+    #[arg(long, value_name = "POLICY", value_parser = values::restart)]
+    restart: Option<Restart>,
     /// Name of the container
     #[arg(long, value_parser = values::or_empty(values::container_name))]
     name: Option<String>,
@@ -245,6 +250,7 @@ impl ContainerArgs {
             interactive: self.interactive,
             terminal: self.tty,
             remove: self.rm,
+            restart: self.restart.unwrap_or_default(),
             name: given(self.name),
             environment,
             volumes,

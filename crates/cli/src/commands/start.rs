@@ -2,15 +2,15 @@
 
 use hull_engine::attach::{Attachment, Options};
 use hull_engine::config::Config;
-use hull_engine::error::of_image;
-use hull_engine::run::{Again, Attempt, Outcome};
+use hull_engine::run::{Again, Attempt, Outcome, start_again};
+use hull_engine::supervise;
 use hull_engine::values::{self, DetachKeys};
 use hull_sandbox::timings::Timings;
 
 use super::run::{check_terminal, follow, in_users_words, status_of_signal};
-use super::{attach, config_for_root, for_each};
+use super::{attach, config_for_root, for_each, named_or_all};
 use crate::error::{Error, Result};
-use crate::{images, output};
+use crate::output;
 
 /// Arguments of `start`.
 #[derive(Debug, clap::Args)]
@@ -24,8 +24,11 @@ pub struct Args {
     /// Keys that detach and let the container run on
     #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
     detach_keys: Option<DetachKeys>,
+    /// Start those that are to run at boot, as their restart policies say
+    #[arg(long, conflicts_with_all = ["containers", "attach", "interactive"])]
+    at_boot: bool,
     /// Names or ids
-    #[arg(value_name = "CONTAINER", required = true)]
+    #[arg(value_name = "CONTAINER", required_unless_present = "at_boot")]
     containers: Vec<String>,
 }
 
@@ -33,7 +36,9 @@ pub struct Args {
 pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
     let attached = args.attach || args.interactive;
-    match &args.containers[..] {
+    let paths = config.paths();
+    let names = named_or_all(&paths, args.containers, args.at_boot, supervise::wants_boot)?;
+    match &names[..] {
         [name] if attached => {
             let keys = args.detach_keys.unwrap_or(config.detach_keys.clone());
             start_attached(name, args.interactive, keys, &config, began_ns)
@@ -93,12 +98,6 @@ fn start_attached(
 }
 
 fn run(again: Again<'_>, config: &Config, attachment: Option<&Attachment>) -> Result<Outcome> {
-    let image = images::store(config)?
-        .inspect(&again.image()?)
-        .map_err(of_image)?;
-    let network = again.run().plan()?;
     let options = again.run().options().clone();
-    again
-        .start(network, &image, attachment)
-        .map_err(|error| in_users_words(error, &options))
+    start_again(again, config, attachment).map_err(|error| in_users_words(error, &options))
 }

@@ -1,13 +1,14 @@
 //! `hull stop`.
 
 use hull_engine::Paths;
-use hull_engine::container::{self, Container};
+use hull_engine::container::{self, Container, Down};
+use hull_engine::supervise;
 use hull_engine::values;
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::signals;
 
-use super::{config_for_existing, for_each_at_once};
+use super::{config_for_existing, for_each_at_once, named_or_all};
 use crate::error::Result;
 
 /// Arguments of `stop`.
@@ -23,8 +24,14 @@ pub struct Args {
         allow_negative_numbers = true
     )]
     time: Option<i64>,
+    /// All containers that run
+    #[arg(short, long, conflicts_with = "containers")]
+    all: bool,
+    /// They are started again at boot, as if they had not been stopped
+    #[arg(long, hide = true)]
+    until_boot: bool,
     /// Names or ids
-    #[arg(value_name = "CONTAINER", required = true)]
+    #[arg(value_name = "CONTAINER", required_unless_present = "all")]
     containers: Vec<String>,
 }
 
@@ -33,13 +40,23 @@ pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_existing()?;
     let paths = config.paths();
     let seconds = args.time.unwrap_or(config.stop_timeout);
-    for_each_at_once(&args.containers, |name| {
-        stop(&paths, &container::find(&paths, name)?, seconds)?;
+    let runs = |container: &Container| {
+        !container::is_idle(container) || supervise::has_supervisor(container)
+    };
+    let names = named_or_all(&paths, args.containers, args.all, runs)?;
+    for_each_at_once(&names, |name| {
+        let container = container::find(&paths, name)?;
+        let down = match args.until_boot {
+            true => Down::UntilBoot,
+            false => Down::ForGood,
+        };
+        container::keep_down(&paths, &container, down)?;
+        stop(&paths, &container, seconds)?;
         Ok(Some(name.to_owned()))
     })
 }
 
-/// Stops a container, if it runs; below zero it is waited for without an end.
+/// Stops a container, if it runs, without a word about what is to be at its end; below zero it is waited for without an end.
 ///
 /// # Errors
 /// It does not stop.

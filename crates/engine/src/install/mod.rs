@@ -1,4 +1,4 @@
-//! Telling engines about `hull-oci`: which file gets which lines, and how to take exactly these
+//! Telling engines, and systemd, about hull: which file gets which lines, and how to take exactly these
 //! back. Called by `hull install` and `hull uninstall`; prints nothing. The files of one engine are
 //! in the module of its name.
 //!
@@ -11,6 +11,7 @@ mod docker;
 mod drop_in;
 mod json;
 mod podman;
+mod systemd;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -39,6 +40,8 @@ pub enum Engine {
     Crio,
     /// containerd, of Kubernetes: the shim instead of the OCI runtime.
     Containerd,
+    /// systemd: containers that are to run are started at boot.
+    Systemd,
 }
 
 /// A file before and after.
@@ -63,6 +66,10 @@ impl Engine {
             Engine::Docker => docker::install(root, runtime, default),
             Engine::Crio => drop_in::install(&crio::CRIO, root, runtime, default),
             Engine::Containerd => containerd::install(root, default),
+            Engine::Systemd if default => Err(Error::unsupported(
+                "--default: systemd runs no containers of its own",
+            )),
+            Engine::Systemd => systemd::install(root, runtime),
         }
     }
 
@@ -73,12 +80,19 @@ impl Engine {
             Engine::Docker => docker::uninstall(root),
             Engine::Crio => drop_in::uninstall(&crio::CRIO, root),
             Engine::Containerd => containerd::uninstall(root),
+            Engine::Systemd => systemd::uninstall(root),
         }
     }
 
     /// What to do after a change; `installed` as the default or by name, or not at all.
     pub fn next(self, installed: Option<bool>) -> &'static [&'static str] {
         match (self, installed) {
+            (Engine::Systemd, Some(_)) => &[
+                "systemctl daemon-reload",
+                "systemctl enable hull-containers.service",
+                "hull run -d --restart unless-stopped IMAGE …",
+            ],
+            (Engine::Systemd, None) => &["systemctl daemon-reload"],
             (Engine::Podman, Some(true)) => &["podman run IMAGE …"],
             (Engine::Podman, Some(false)) => &["podman --runtime hull run IMAGE …"],
             (Engine::Podman, None) => &[],

@@ -12,10 +12,12 @@ use hull_sandbox::timings::{Timings, now_ns};
 use super::{Outcome, Run, SANDBOX_DIGITS, sandbox_digits};
 use crate::attach::Attachment;
 use crate::config::Config;
-use crate::container::{self, Container, Details};
+use crate::container::{self, Container, Details, Down};
 use crate::error::{Error, Result, of_image};
 use crate::names;
 use crate::network::Plan;
+use crate::supervise;
+use crate::unpacker;
 
 /// What there is to do to have a container run.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub enum Attempt<'a> {
 pub struct Again<'a> {
     run: Run<'a>,
     container: Container,
+    /// No person has asked for it.
+    by_itself: bool,
     _lock: File,
 }
 
@@ -88,12 +92,37 @@ impl<'a> Attempt<'a> {
         Ok(Self::Again(Box::new(Again {
             run,
             container,
+            by_itself: false,
             _lock: lock,
         })))
     }
 }
 
+/// Starts a container, with the image that it was created from.
+///
+/// # Errors
+/// As [`Again::start`]; a port is taken; the image is damaged.
+pub fn start_again(
+    again: Again<'_>,
+    config: &Config,
+    attachment: Option<&Attachment>,
+) -> Result<Outcome> {
+    let image = unpacker::store(config)?
+        .inspect(&again.image()?)
+        .map_err(of_image)?;
+    let network = again.run().plan()?;
+    again.start(network, &image, attachment)
+}
+
 impl<'a> Again<'a> {
+    /// The same, by no person's wish.
+    pub(crate) fn by_itself(self) -> Self {
+        Self {
+            by_itself: true,
+            ..self
+        }
+    }
+
     /// What is started.
     pub fn run(&self) -> &Run<'a> {
         &self.run
@@ -129,6 +158,11 @@ impl<'a> Again<'a> {
         let mut record: Record<Details> = container.record.clone();
         record.creator = ProcessId::own();
         place.describe(&mut record);
+        record.details.down = Down::No;
+        record.details.restarts = match self.by_itself {
+            true => record.details.restarts.saturating_add(1),
+            false => 0,
+        };
         record.write(&container.directory)?;
         let starting = Status {
             state: State::Creating,
@@ -138,6 +172,9 @@ impl<'a> Again<'a> {
         run.timings.step("request", begin);
         let started = run.launch(image, &place, &container.directory, attachment);
         if matches!(started, Ok(Outcome::Started(_))) {
+            if let Some(container) = Container::load(container.directory.path())? {
+                supervise::ensure(run.config, &container)?;
+            }
             return started;
         }
         if let Err(error) = self.undo(&place.sandbox, place.host.is_none()) {
