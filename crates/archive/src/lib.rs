@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, FileTimes, Metadata};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -38,6 +39,24 @@ pub fn pack(path: &Path, follow: bool, stream: impl Write) -> io::Result<()> {
     };
     packer.append(path, &name, &metadata)?;
     packer.archive.into_inner()?.flush()
+}
+
+/// Appends a link whose target is kept byte by byte: the library would write `/` as `//`, and
+/// `a//b` as `a/b`.
+///
+/// # Errors
+/// The archive cannot be written.
+pub fn append_link(
+    archive: &mut Builder<impl Write>,
+    header: &mut Header,
+    name: &Path,
+    target: &Path,
+) -> io::Result<()> {
+    // Longer ones are written as they are, in an extension.
+    match header.set_link_name_literal(target.as_os_str().as_bytes()) {
+        Ok(()) => archive.append_data(header, name, io::empty()),
+        Err(_) => archive.append_link(header, name, target),
+    }
 }
 
 struct Packer<W: Write> {
@@ -94,14 +113,12 @@ impl<W: Write> Packer<W> {
             let inode = (metadata.dev(), metadata.ino());
             if let Some(first) = self.linked.get(&inode) {
                 header.set_entry_type(EntryType::Link);
-                return self.archive.append_link(&mut header, name, first);
+                return append_link(&mut self.archive, &mut header, name, first);
             }
             self.linked.insert(inode, name.to_owned());
         }
         if kind.is_symlink() {
-            return self
-                .archive
-                .append_link(&mut header, name, fs::read_link(path)?);
+            return append_link(&mut self.archive, &mut header, name, &fs::read_link(path)?);
         }
         if kind.is_file() {
             let size = metadata.len();

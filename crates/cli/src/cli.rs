@@ -56,6 +56,8 @@ pub enum Command {
     Rm(rm::Args),
     /// Give a container another name
     Rename(rename::Args),
+    /// Change limits of containers, and whether they are started again
+    Update(update::Args),
     /// Show which ports of the host lead to a container
     Port(port::Args),
     /// Show all that is known of containers or images, as JSON
@@ -68,6 +70,12 @@ pub enum Command {
     Top(top::Args),
     /// Copy files between a container and the host
     Cp(cp::Args),
+    /// List what a container has changed of its image's files
+    Diff(diff::Args),
+    /// Write the files of a container as an archive
+    Export(export::Args),
+    /// Make an image of a container
+    Commit(commit::Args),
     /// Manage images
     Image(image::Args),
     /// Manage volumes: directories that outlive containers
@@ -119,6 +127,10 @@ impl Command {
             Command::Top(args) => top::execute(args),
             Command::Cp(args) => cp::execute(args),
             Command::Rename(args) => rename::execute(args),
+            Command::Update(args) => update::execute(args),
+            Command::Diff(args) => diff::execute(args),
+            Command::Export(args) => export::execute(args),
+            Command::Commit(args) => commit::execute(args),
             Command::Port(args) => port::execute(args),
             Command::Volume(args) => volume::execute(args),
             Command::Container(args) => container::execute(args),
@@ -268,10 +280,9 @@ mod tests {
                 "tail: Tail(Some(5))",
             ),
             ("hull logs -n all c", "tail: Tail(None)"),
-            (
-                "hull stop -t 5 a b",
-                r#"time: Some(5), containers: ["a", "b"]"#,
-            ),
+            ("hull stop -t 5 a b", "time: Some(5), all: false"),
+            ("hull stop a b", r#"containers: ["a", "b"]"#),
+            ("hull stop -a", "all: true"),
             ("hull stop -t -1 a", "time: Some(-1)"),
             ("hull kill a", "signal: 9"),
             ("hull kill -s HUP a", "signal: 1"),
@@ -390,7 +401,7 @@ mod tests {
                 "--cpus: invalid number of CPUs \"-1\"",
             ),
             ("hull kill -s -9 c", "--signal: unknown signal \"-9\""),
-            ("hull commit c", "not supported: hull commit"),
+            ("hull search c", "not supported: hull search"),
             ("hull run --gpus all i", "not supported: --gpus"),
             (
                 "hull run --mount type=x i",

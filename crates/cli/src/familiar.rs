@@ -24,7 +24,7 @@ const ALIASES: [(&[&str], &[&str]); 11] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 35] = [
+const COMMANDS: [(&str, &str); 31] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -61,13 +61,6 @@ const COMMANDS: [(&str, &str); 35] = [
         "hull uses what docker login or podman login stored: ~/.docker/config.json",
     ),
     ("search", "registries have a search on their web pages"),
-    ("commit", "hull cp CONTAINER:/ - | hull image import - NAME"),
-    ("export", "hull cp CONTAINER:/ - >FILE"),
-    (
-        "diff",
-        "hull cp CONTAINER:/ - | tar -t lists a container's files",
-    ),
-    ("update", "limits are set by hull run"),
     ("info", "hull check, hull version"),
     (
         "network",

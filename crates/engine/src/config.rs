@@ -606,6 +606,7 @@ mod tests {
         // Without root: the system's file holds but for directories, the person's own goes before
         // it.
         let home = || Home {
+            uid: 1000,
             config: directory.path().join("own.toml"),
             data: "/home/ann/data".into(),
             run: "/run/ann".into(),

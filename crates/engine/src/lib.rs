@@ -9,6 +9,7 @@
 //! container.
 
 pub mod attach;
+pub mod changes;
 pub mod config;
 pub mod container;
 pub mod copy;
@@ -30,6 +31,7 @@ pub mod spec;
 pub mod supervise;
 pub mod time;
 pub mod unpacker;
+pub mod update;
 pub mod values;
 pub mod volumes;
 

@@ -1,10 +1,10 @@
-//! Starts a container again when it ends (`--restart`). Each container that wants that has one small
-//! process, which waits for its end and is gone when the container is removed, or stopped by a
-//! person. There is no daemon.
+//! Starts a container again when it ends (`--restart`). Each container that wants that has one
+//! small process, which waits for its end and is gone when the container is removed, or stopped by
+//! a person. There is no daemon.
 //!
-//! The process holds `supervisor` in the container's directory (flock) from its birth. It decides to
-//! go, and lets go of that, only while it holds the container's lock: who starts the container holds
-//! that, too, so a container that runs and wants a supervisor has one.
+//! The process holds `supervisor` in the container's directory (flock) from its birth. It decides
+//! to go, and lets go of that, only while it holds the container's lock: who starts the container
+//! holds that, too, so a container that runs and wants a supervisor has one.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -181,8 +181,8 @@ fn environment() -> Vec<(OsString, OsString)> {
     environment
 }
 
-/// The process: starts the container `id` again as long as that is wanted. Its standard input is the
-/// file that it holds.
+/// The process: starts the container `id` again as long as that is wanted. Its standard input is
+/// the file that it holds.
 ///
 /// # Errors
 /// The configuration or the container cannot be read.

@@ -38,7 +38,7 @@ pub use config::ImageConfig;
 pub use credentials::Credentials;
 pub use digest::{Digest, DigestError};
 pub use error::{Error, Result};
-pub use import::{Import, Source as ImportSource};
+pub use import::{Import, Source as ImportSource, is_opaque, is_whiteout, pack_changes};
 pub use limits::{Limits, Low, Reserve};
 pub use manifest::Platform;
 pub use progress::{Event, LayerState, Progress};

@@ -355,6 +355,7 @@ fn imports_of_archives() {
         name: Some(name("mine:1")),
         changes: vec!["CMD [\"/f\"]".into(), "ENV A=b".into(), "WORKDIR /w".into()],
         message: None,
+        author: None,
         created: Some("2020-01-01T00:00:00Z".into()),
     };
     let source = |bytes: Vec<u8>| ImportSource::Archive(Box::new(std::io::Cursor::new(bytes)));
@@ -421,6 +422,7 @@ fn imports_of_directories() {
     let _socket = std::os::unix::net::UnixListener::bind(tree.join("socket")).unwrap();
     let directory = || ImportSource::Directory(tree.clone());
     let created = Import {
+        author: None,
         created: Some("2020-01-01T00:00:00Z".into()),
         ..Import::default()
     };

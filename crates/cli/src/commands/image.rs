@@ -237,6 +237,7 @@ fn import(
         name,
         changes,
         message,
+        author: None,
         created: None,
     };
     let image = images::store(config)?

@@ -2,13 +2,16 @@
 
 pub mod attach;
 pub mod check;
+pub mod commit;
 pub mod completions;
 pub mod config;
 pub mod container;
 pub mod cp;
 pub mod create;
+pub mod diff;
 pub mod events;
 pub mod exec;
+pub mod export;
 pub mod image;
 pub mod inspect;
 pub mod install;
@@ -27,6 +30,7 @@ pub mod start;
 pub mod stats;
 pub mod stop;
 pub mod top;
+pub mod update;
 pub mod version;
 pub mod volume;
 pub mod wait;

@@ -56,7 +56,8 @@ pub fn execute(args: Args) -> Result<u8> {
     })
 }
 
-/// Stops a container, if it runs, without a word about what is to be at its end; below zero it is waited for without an end.
+/// Stops a container, if it runs, without a word about what is to be at its end; below zero it is
+/// waited for without an end.
 ///
 /// # Errors
 /// It does not stop.

@@ -135,13 +135,21 @@ impl ArchiveReader {
     /// The guest's error, or that of the output.
     pub fn copy_to(&mut self, to: &mut impl Write) -> Result<()> {
         match io::copy(self, to).and_then(|_| to.flush()) {
-            Ok(()) => self.copy.result(),
+            Ok(()) => self.finish(),
             Err(error) => Err(Error::from_chain(&error)),
         }
     }
 
+    /// Waits for the result of the other side, after the end of the archive.
+    ///
+    /// # Errors
+    /// The guest's error.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        self.copy.result()
+    }
+
     /// The guest's error says more than that the archive ended early.
-    fn explain(&mut self, error: &(dyn std::error::Error + 'static)) -> Error {
+    pub(crate) fn explain(&mut self, error: &(dyn std::error::Error + 'static)) -> Error {
         // What is still to come is of no use, and the guest may be waiting for us to take it.
         let _ = self.copy.stream.shutdown(Shutdown::Both);
         match self.copy.result() {

@@ -6,6 +6,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use hull_archive::append_link;
+
 use super::{ArchiveWriter, CHUNK};
 use crate::error::{Context, Result};
 
@@ -56,8 +58,7 @@ impl<W: Write> Packer<W> {
             self.archive.append_data(&mut header, name, io::empty())?;
             self.contents(source, name)
         } else if kind.is_symlink() {
-            self.archive
-                .append_link(&mut header, name, source.read_link()?)
+            append_link(&mut self.archive, &mut header, name, &source.read_link()?)
         } else if kind.is_file() {
             let file = File::open(source)?;
             // A file that grows or shrinks meanwhile must not upset the archive.

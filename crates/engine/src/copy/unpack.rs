@@ -56,7 +56,7 @@ pub fn unpack(archive: ArchiveReader, place: &Place<'_>, keep_owners: bool) -> R
             });
         }
     }
-    archive.get_mut().copy.result()?;
+    archive.get_mut().finish()?;
     match target {
         Some(target) => target.finish(),
         None => Err(Error::new("the archive is empty")),

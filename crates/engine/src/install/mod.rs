@@ -1,6 +1,6 @@
-//! Telling engines, and systemd, about hull: which file gets which lines, and how to take exactly these
-//! back. Called by `hull install` and `hull uninstall`; prints nothing. The files of one engine are
-//! in the module of its name.
+//! Telling engines, and systemd, about hull: which file gets which lines, and how to take exactly
+//! these back. Called by `hull install` and `hull uninstall`; prints nothing. The files of one
+//! engine are in the module of its name.
 //!
 //! A change is worked out completely before anything is written, and a file is written beside its
 //! place and renamed into it: what is there is the old text or the new one.

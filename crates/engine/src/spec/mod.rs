@@ -395,7 +395,12 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
                 {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"},
             ],
             "sysctl": sysctl,
-            "resources": resources(options),
+            "resources": Limits {
+                memory: options.memory,
+                cpus_milli: options.cpus_milli,
+                pids_limit: options.pids_limit,
+            }
+            .changed(),
             "maskedPaths": MASKED_PATHS,
             "readonlyPaths": READ_ONLY_PATHS,
         },
@@ -534,20 +539,37 @@ pub fn image_volumes(image: &ImageConfig) -> Vec<PathBuf> {
     image.volumes.iter().filter_map(place).collect()
 }
 
-fn resources(options: &ContainerOptions) -> Value {
-    let mut resources = json!({});
-    if let Some(limit) = options.memory {
-        // No swap in the guest: a limit that memory and swap share is the limit itself.
-        resources["memory"] = json!({"limit": limit, "swap": limit});
+/// Limits of a container.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// Memory, bytes; 0 for none.
+    pub memory: Option<u64>,
+    /// Processors, in thousandths; 0 for none.
+    pub cpus_milli: Option<u64>,
+    /// Processes; none at 0 and below.
+    pub pids_limit: Option<i64>,
+}
+
+impl Limits {
+    /// As `linux.resources` of a spec: what is set, and where there is no limit that there is none.
+    pub fn changed(&self) -> Value {
+        let mut resources = json!({});
+        let or_none = |limit: u64| i64::try_from(limit).ok().filter(|limit| *limit > 0);
+        if let Some(limit) = self.memory {
+            let limit = or_none(limit).unwrap_or(-1);
+            // No swap in the guest: a limit that memory and swap share is the limit itself.
+            resources["memory"] = json!({"limit": limit, "swap": limit});
+        }
+        if let Some(milli) = self.cpus_milli {
+            let quota = or_none(milli).map_or(-1, |milli| milli.saturating_mul(100));
+            // Period in microseconds: the kernel's own default (kernel/sched/fair.c).
+            resources["cpu"] = json!({"period": 100_000, "quota": quota});
+        }
+        if let Some(limit) = self.pids_limit {
+            resources["pids"] = json!({"limit": if limit > 0 { limit } else { -1 }});
+        }
+        resources
     }
-    if let Some(milli) = options.cpus_milli {
-        // Period in microseconds: the kernel's own default (kernel/sched/fair.c).
-        resources["cpu"] = json!({"period": 100_000, "quota": milli * 100});
-    }
-    if let Some(limit) = options.pids_limit {
-        resources["pids"] = json!({"limit": limit});
-    }
-    resources
 }
 
 #[cfg(test)]

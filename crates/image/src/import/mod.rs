@@ -3,12 +3,15 @@
 //! Called by `hull image import`.
 
 mod change;
+mod commit;
 mod stream;
 mod tree;
 
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use self::tree::{is_opaque, is_whiteout, pack_changes};
 
 use crate::config::{self, ImageConfig};
 use crate::digest::Digest;
@@ -36,6 +39,8 @@ pub struct Import {
     pub changes: Vec<String>,
     /// A comment for its history.
     pub message: Option<String>,
+    /// Who made it.
+    pub author: Option<String>,
     /// RFC 3339; `None` for now.
     pub created: Option<String>,
 }

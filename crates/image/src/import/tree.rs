@@ -1,8 +1,10 @@
-//! Packs a directory into a tar archive, deterministically.
+//! Packs a directory into a tar archive, deterministically: as it is, or as the upper directory of
+//! an overlay, whose marks of what is gone become those of a layer (OCI image specification,
+//! "Whiteouts").
 //!
-//! Called by `import`. Never follows a symbolic link and never leaves the file system of the
-//! directory: a mounted `proc` is an empty directory in the archive. Sockets are omitted: they are
-//! useless without their process.
+//! Called by `import` and `commit`. Never follows a symbolic link and never leaves the file system
+//! of the directory: a mounted `proc` is an empty directory in the archive. Sockets are omitted:
+//! they are useless without their process.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -12,6 +14,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use hull_archive::append_link;
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
 
@@ -30,15 +33,37 @@ impl PackError {
     }
 }
 
-struct Packer<W: Write> {
+/// Whether something is left out: a path below the directory.
+pub type Hidden<'a> = &'a dyn Fn(&Path, &Metadata) -> bool;
+
+/// Marks of layers.
+const WHITEOUT: &str = ".wh.";
+const OPAQUE: &str = ".wh..wh..opq";
+
+struct Packer<'a, W: Write> {
     archive: Builder<W>,
     device: u64,
+    /// It is the upper directory of an overlay.
+    upper: Option<Hidden<'a>>,
     /// First path of files with several links, by device and inode.
     linked: HashMap<(u64, u64), PathBuf>,
 }
 
 /// Writes the archive of `root` to `output`.
 pub(super) fn pack(root: &Path, output: impl Write) -> Result<(), PackError> {
+    pack_with(root, None, output)
+}
+
+/// Writes the archive of what a container has changed, by the upper directory of its overlay. Names
+/// in it may be anything: the caller sees to it that no link in it leads out of `root`.
+///
+/// # Errors
+/// A file cannot be read, or `output` not be written.
+pub fn pack_changes(root: &Path, hidden: Hidden<'_>, output: impl Write) -> io::Result<()> {
+    pack_with(root, Some(hidden), output).map_err(io::Error::other)
+}
+
+fn pack_with(root: &Path, upper: Option<Hidden<'_>>, output: impl Write) -> Result<(), PackError> {
     let failed = |source| PackError {
         path: root.to_owned(),
         source,
@@ -51,6 +76,7 @@ pub(super) fn pack(root: &Path, output: impl Write) -> Result<(), PackError> {
     let mut packer = Packer {
         archive,
         device: metadata.dev(),
+        upper,
         linked: HashMap::new(),
     };
     packer
@@ -63,7 +89,14 @@ pub(super) fn pack(root: &Path, output: impl Write) -> Result<(), PackError> {
             path: path.clone(),
             source,
         };
-        let metadata = std::fs::symlink_metadata(&path).map_err(failed)?;
+        let metadata = match std::fs::symlink_metadata(&path) {
+            // Removed since its directory was read, by a container that runs.
+            Err(error) if upper.is_some() && error.kind() == io::ErrorKind::NotFound => continue,
+            metadata => metadata.map_err(failed)?,
+        };
+        if upper.is_some_and(|hidden| hidden(&name, &metadata)) {
+            continue;
+        }
         packer.add(&path, &name, &metadata).map_err(failed)?;
         if metadata.is_dir() && metadata.dev() == packer.device {
             todo.extend(children(&path, &name)?);
@@ -94,11 +127,41 @@ fn children(dir: &Path, name: &Path) -> Result<Vec<(PathBuf, PathBuf)>, PackErro
         .collect())
 }
 
-impl<W: Write> Packer<W> {
+/// Whether this is how an overlay says that a name is gone
+/// (Documentation/filesystems/overlayfs.rst).
+pub fn is_whiteout(metadata: &Metadata) -> bool {
+    metadata.file_type().is_char_device() && metadata.rdev() == 0
+}
+
+/// Whether an overlay shows nothing of lower directories in this one.
+pub fn is_opaque(path: &Path) -> bool {
+    let says = |name: &str| {
+        let mut value = [0; 2];
+        let length = rustix::fs::lgetxattr(path, name, &mut value[..]);
+        length.is_ok_and(|length| &value[..length] == b"y")
+    };
+    says("trusted.overlay.opaque") || says("user.overlay.opaque")
+}
+
+impl<W: Write> Packer<'_, W> {
+    /// An empty file whose name is a mark.
+    fn mark(&mut self, name: &Path) -> io::Result<()> {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Regular);
+        header.set_mode(0o644);
+        header.set_size(0);
+        self.archive.append_data(&mut header, name, io::empty())
+    }
+
     fn add(&mut self, path: &Path, name: &Path, metadata: &Metadata) -> io::Result<()> {
         let kind = metadata.file_type();
         if kind.is_socket() {
             return Ok(());
+        }
+        if self.upper.is_some() && is_whiteout(metadata) {
+            let mut gone = OsString::from(WHITEOUT);
+            gone.push(name.file_name().unwrap_or_default());
+            return self.mark(&name.with_file_name(gone));
         }
         let mut header = Header::new_gnu();
         header.set_mode(metadata.mode() & 0o7777);
@@ -110,24 +173,28 @@ impl<W: Write> Packer<W> {
             let inode = (metadata.dev(), metadata.ino());
             if let Some(first) = self.linked.get(&inode) {
                 header.set_entry_type(EntryType::Link);
-                return self.archive.append_link(&mut header, name, first);
+                return append_link(&mut self.archive, &mut header, name, first);
             }
             self.linked.insert(inode, name.to_owned());
         }
         if kind.is_symlink() {
             header.set_entry_type(EntryType::Symlink);
-            return self
-                .archive
-                .append_link(&mut header, name, std::fs::read_link(path)?);
+            let target = std::fs::read_link(path)?;
+            return append_link(&mut self.archive, &mut header, name, &target);
         }
         let xattrs = if kind.is_file() || kind.is_dir() {
             xattrs(path)?
         } else {
             Vec::new()
         };
+        let overlays = |name: &str| {
+            let name = name.strip_prefix("SCHILY.xattr.").unwrap_or(name);
+            name.starts_with("trusted.overlay.") || name.starts_with("user.overlay.")
+        };
         self.archive.append_pax_extensions(
             xattrs
                 .iter()
+                .filter(|(name, _)| self.upper.is_none() || !overlays(name))
                 .map(|(name, value)| (name.as_str(), value.as_slice())),
         )?;
         if kind.is_file() {
@@ -148,7 +215,11 @@ impl<W: Write> Packer<W> {
             header.set_device_major(rustix::fs::major(metadata.rdev()))?;
             header.set_device_minor(rustix::fs::minor(metadata.rdev()))?;
         }
-        self.archive.append_data(&mut header, name, io::empty())
+        self.archive.append_data(&mut header, name, io::empty())?;
+        match self.upper.is_some() && kind.is_dir() && is_opaque(path) {
+            true => self.mark(&name.join(OPAQUE)),
+            false => Ok(()),
+        }
     }
 }
 

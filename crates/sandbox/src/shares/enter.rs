@@ -3,13 +3,13 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
-use rustix::io::Errno;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{MoveMountFlags, move_mount};
 
 use super::detached::{self, Attributes};
+use super::disk::Disk;
 use super::overlay::{Overlay, own_namespace, root};
 use super::{ReadOnly, host};
 use crate::error::{Context, Error, Result};
@@ -66,33 +66,21 @@ pub fn enter(
     Ok(failed)
 }
 
-/// Creates a directory of a root file system, and those above it, unless something is there.
+/// Gives the calling thread a mount namespace of its own, with a writable layer as its root: what a
+/// container has changed, and nothing of the host that a link in it could lead to. On a `disk`,
+/// that must not be mounted elsewhere.
 ///
 /// # Errors
-/// The kernel's.
-pub fn create_directory(root: &OwnedFd, path: &Path) -> Result<()> {
-    let doing = || format!("create {} in the container", path.display());
-    let mut above = open_in(root, Path::new("/")).context(doing)?;
-    let mut whole = PathBuf::from("/");
-    for name in path.components() {
-        let Component::Normal(name) = name else {
-            continue;
-        };
-        whole.push(name);
-        above = match open_in(root, &whole) {
-            Err(Errno::NOENT) => {
-                match mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
-                    // A link that leads nowhere.
-                    Err(Errno::EXIST) => return Ok(()),
-                    made => made.context(doing)?,
-                }
-                open_in(root, &whole).context(doing)?
-            }
-            Err(Errno::NOTDIR) => return Ok(()),
-            there => there.context(doing)?,
-        };
+/// There is no such directory, or the disk cannot be mounted.
+pub fn enter_upper(upper: &Path, disk: Option<&Disk>) -> Result<()> {
+    const DOING: &str = "enter the container's writable layer";
+    own_namespace().context(|| DOING)?;
+    if let Some(disk) = disk {
+        disk.mount()
+            .context(|| format!("mount {}", disk.file.display()))?;
     }
-    Ok(())
+    rustix::process::chdir(upper).context(|| DOING)?;
+    rustix::process::chroot(".").context(|| DOING)
 }
 
 /// What is at a path of a root file system.

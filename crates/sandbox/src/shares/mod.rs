@@ -22,7 +22,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 pub use disk::Disk;
-pub use enter::{Mounted, create_directory, enter};
+pub use enter::{Mounted, enter, enter_upper};
 pub use overlay::{EngineOverlay, Overlay, engine, root};
 
 use crate::config::{FILE_NAME, Share, Writers};

@@ -1,0 +1,78 @@
+//! `hull commit`.
+
+use hull_engine::changes;
+use hull_engine::container;
+use hull_image::{Import, Reference};
+use hull_sandbox::control::protocol::Request;
+use hull_sandbox::store::State;
+
+use super::config_for_root;
+use crate::error::{Error, Result};
+use crate::output;
+
+/// Arguments of `commit`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Apply an instruction of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER,
+    /// VOLUME, WORKDIR
+    #[arg(short, long, value_name = "INSTRUCTION")]
+    change: Vec<String>,
+    /// A comment for the image's history
+    #[arg(short, long, value_name = "TEXT")]
+    message: Option<String>,
+    /// Who made it
+    #[arg(short, long, value_name = "NAME")]
+    author: Option<String>,
+    /// Freeze a container that runs meanwhile
+    #[arg(short, long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set,
+          num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pause: bool,
+    /// Name or id
+    #[arg(value_name = "CONTAINER")]
+    container: String,
+    /// Name of the image
+    #[arg(value_name = "NAME[:TAG]")]
+    name: Option<String>,
+}
+
+/// Makes an image of a container and prints its id.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = config_for_root()?;
+    let name = match args.name.as_deref().map(str::parse::<Reference>) {
+        None => None,
+        Some(Ok(Reference::Registry(name))) => Some(name),
+        Some(Ok(other)) => {
+            return Err(Error::invalid(format!(
+                "cannot name an image {other}: that is a place"
+            )));
+        }
+        Some(Err(error)) => return Err(hull_engine::error::of_image(error)),
+    };
+    let import = Import {
+        name,
+        changes: args.change,
+        message: args.message,
+        author: args.author,
+        created: None,
+    };
+    let container = container::find(&config.paths(), &args.container)?;
+    let freeze = |frozen| {
+        container::connect(&container)?.do_(&Request::Freeze {
+            container: container.record.id.clone(),
+            frozen,
+        })
+    };
+    let pauses = args.pause && container.status.state == State::Running;
+    if pauses {
+        freeze(true)?;
+    }
+    let image = changes::commit(&config, &container.record.id, &import);
+    if pauses {
+        let thawed = freeze(false);
+        // Why there is no image says more.
+        image.as_ref().map_err(Clone::clone)?;
+        thawed?;
+    }
+    output::print(format!("{}\n", image?.id))?;
+    Ok(0)
+}
