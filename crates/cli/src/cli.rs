@@ -80,6 +80,8 @@ pub enum Command {
     Image(image::Args),
     /// Manage volumes: directories that outlive containers
     Volume(volume::Args),
+    /// Manage networks, in which containers find each other by their names
+    Network(network::Args),
     /// Remove all containers that do not run
     Container(container::Args),
     /// Check whether this host can run containers, and say what is missing
@@ -132,6 +134,7 @@ impl Command {
             Command::Export(args) => export::execute(args),
             Command::Commit(args) => commit::execute(args),
             Command::Port(args) => port::execute(args),
+            Command::Network(args) => network::execute(args),
             Command::Volume(args) => volume::execute(args),
             Command::Container(args) => container::execute(args),
             Command::Image(args) => image::execute(args),

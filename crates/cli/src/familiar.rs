@@ -24,7 +24,7 @@ const ALIASES: [(&[&str], &[&str]); 11] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 31] = [
+const COMMANDS: [(&str, &str); 30] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -62,10 +62,6 @@ const COMMANDS: [(&str, &str); 31] = [
     ),
     ("search", "registries have a search on their web pages"),
     ("info", "hull check, hull version"),
-    (
-        "network",
-        "networks are files in /etc/cni/net.d: hull run --network NAME",
-    ),
     ("system", "hull image prune, hull stats, hull check"),
     ("prune", "hull image prune removes images that nothing uses"),
     ("context", "hull works on this host only"),
@@ -101,7 +97,7 @@ const COMMANDS: [(&str, &str); 31] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 51] = [
+const OPTIONS: [(&str, &str); 50] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -152,10 +148,6 @@ const OPTIONS: [(&str, &str); 51] = [
         "all ports of a container can be reached in its network; leave it out",
     ),
     ("--link", "--add-host NAME:ADDRESS gives an address a name"),
-    (
-        "--network-alias",
-        "--add-host NAME:ADDRESS in the other container",
-    ),
     (
         "--pidfile",
         "hull inspect shows the processes of a container's machine",

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 
 use hull_network::{hosts, resolv};
+use hull_sandbox::RESOLVER;
 use hull_sandbox::config::NetworkAddresses;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,35 @@ pub struct DnsConfig {
     pub options: Vec<String>,
     /// Further names: their address, or nothing for the host's in the container's network.
     pub hosts: Vec<(String, Option<IpAddr>)>,
+}
+
+impl DnsConfig {
+    /// The same in a network in which containers are found by their names: hull answers, and asks
+    /// the servers for everything else.
+    pub fn by_names(self) -> Self {
+        let mut options = self.options;
+        if !options.iter().any(|option| option.starts_with("ndots:")) {
+            options.push("ndots:0".to_owned());
+        }
+        Self {
+            servers: vec![IpAddr::V4(*RESOLVER.ip())],
+            options,
+            ..self
+        }
+    }
+}
+
+/// Name servers that the host asks, or those that were asked for: asked from the host's network.
+pub fn upstream(config: &DnsConfig) -> Vec<IpAddr> {
+    if !config.servers.is_empty() {
+        return config.servers.clone();
+    }
+    let text = fs::read_to_string(resolv::HOST_FILE).unwrap_or_default();
+    let servers = resolv::Resolv::parse(&text).servers;
+    servers
+        .iter()
+        .filter_map(|server| server.parse().ok())
+        .collect()
 }
 
 /// Names of the files.

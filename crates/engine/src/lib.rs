@@ -23,6 +23,7 @@ pub mod install;
 pub mod log;
 pub mod names;
 pub mod network;
+pub mod networks;
 pub mod options;
 pub mod paths;
 pub mod publish;

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use hull_network::cni::{self, List, PortMapping};
+use hull_network::cni::{self, BridgeNetwork, List, PortMapping};
 use hull_network::ports::{self, Published, Reservation};
 use hull_sandbox::LinkLocal;
 use hull_sandbox::config::{CniConfig, NetworkLimits, NetworkSource, OwnNetwork, PastaConfig};
@@ -14,12 +14,10 @@ use crate::config::Config;
 use crate::container;
 use crate::dns::DnsConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::networks::{self, LEASES, NetworkRecord};
+use crate::paths::Paths;
 use crate::publish::{HostAddress, Ports};
 use crate::values::Network;
-
-/// Where leases of hull's own network are kept: not below `run_dir`, because its bridge is the
-/// host's, whatever the state directory is.
-const LEASES: &str = "/run/hull/networks";
 
 /// What a user asks for.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +25,8 @@ const LEASES: &str = "/run/hull/networks";
 pub struct NetworkOptions {
     /// The network; the configuration's when absent.
     pub network: Option<Network>,
+    /// Further names in the network.
+    pub aliases: Vec<String>,
     /// Published ports.
     pub publish: Vec<Ports>,
     /// Most bytes per second in each direction.
@@ -52,6 +52,8 @@ pub struct NetworkOptions {
 pub struct Plan {
     /// Name of the network, for people: `none`, `container:ID`, or a network's.
     pub name: String,
+    /// The network, if it is one that a person created.
+    pub created: Option<NetworkRecord>,
     /// How it is attached.
     pub attach: Attach,
     /// Limits on its frames.
@@ -100,8 +102,19 @@ impl NetworkOptions {
             }
             Network::Named(named) if config.without_root => self.refuse_without_root(named)?,
             Network::Named(named) => {
-                list(named, false)?;
-                if let Some(own) = own_network(named)? {
+                let paths = config.paths();
+                list(&paths, named, false)?;
+                let created = networks::load(&paths, named)?;
+                if created.as_ref().is_some_and(|created| created.internal) {
+                    self.refuse_published_internally(named)?;
+                }
+                if created.is_none() && !self.aliases.is_empty() {
+                    return Err(Error::invalid(format!(
+                        "--network-alias: containers are not found by names in network {named}"
+                    ))
+                    .hint("hull network create NAME makes a network in which they are"));
+                }
+                if let Some(own) = own_network(&paths, named)? {
                     for address in self.addresses() {
                         check_inside(address, &own.subnets)?;
                     }
@@ -132,6 +145,10 @@ impl NetworkOptions {
         let mut limits = config.network_limits(true);
         limits.rate = self.rate.unwrap_or(0);
         let name = network.to_string();
+        let created = match &network {
+            Network::Named(named) => networks::load(&config.paths(), named)?,
+            Network::None | Network::Container(_) => None,
+        };
         let attach = match network {
             Network::None => Attach::None,
             Network::Container(other) => Attach::Container(other),
@@ -153,6 +170,7 @@ impl NetworkOptions {
         };
         Ok(Plan {
             name,
+            created,
             attach,
             limits,
         })
@@ -162,11 +180,21 @@ impl NetworkOptions {
     fn about_own_network(&self) -> Option<&'static str> {
         first([
             (!self.publish.is_empty(), "--publish"),
+            (!self.aliases.is_empty(), "--network-alias"),
             (self.rate.is_some(), "--network-rate"),
             (self.mac_address.is_some(), "--mac-address"),
             (self.ip.is_some(), "--ip"),
             (self.ip6.is_some(), "--ip6"),
         ])
+    }
+
+    fn refuse_published_internally(&self, name: &str) -> Result<()> {
+        match self.publish.is_empty() {
+            true => Ok(()),
+            false => Err(Error::invalid(format!(
+                "--publish: network {name} is internal: nothing enters it"
+            ))),
+        }
     }
 
     /// Options that mean nothing without a network.
@@ -242,10 +270,11 @@ impl NetworkOptions {
 
     fn cni(&self, id: &str, name: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
         let reserved = self.ports(config)?;
-        let mut list = list(name, !reserved.mappings.is_empty())?;
+        let paths = config.paths();
+        let mut list = list(&paths, name, !reserved.mappings.is_empty())?;
         // The sandbox process serves these.
         list.leave_out_ipv6_loopback();
-        let own = own_network(name)?;
+        let own = own_network(&paths, name)?;
         let cni = CniConfig {
             id: id.to_owned(),
             list,
@@ -287,14 +316,15 @@ fn first<const N: usize>(given: [(bool, &'static str); N]) -> Option<&'static st
         .find_map(|(given, option)| given.then_some(option))
 }
 
-/// hull's own network, if it has this name.
-fn own_network(name: &str) -> Result<Option<OwnNetwork>> {
+/// A network of hull's own, if it has this name.
+fn own_network(paths: &Paths, name: &str) -> Result<Option<OwnNetwork>> {
     Ok(match name {
         cni::DEFAULT_NAME => Some(OwnNetwork {
             bridge: cni::DEFAULT_BRIDGE.to_owned(),
             subnets: subnets()?,
+            internal: false,
         }),
-        _ => None,
+        _ => networks::load(paths, name)?.map(|network| network.own()),
     })
 }
 
@@ -336,18 +366,23 @@ fn subnets() -> Result<Vec<cni::Address>> {
     subnets.into_iter().map(parse).collect()
 }
 
-/// The plugins of a network: the host's configuration of this name, or hull's own, with or without
-/// `published` ports.
+/// The plugins of a network: one that a person created, the host's configuration of this name, or
+/// hull's own, with or without `published` ports.
 ///
 /// # Errors
 /// There is no such configuration, or it is not one.
-pub fn list(name: &str, published: bool) -> Result<List> {
+pub fn list(paths: &Paths, name: &str, published: bool) -> Result<List> {
+    if let Some(network) = networks::load(paths, name)? {
+        return network.list(published);
+    }
     if name != cni::DEFAULT_NAME {
         let loaded = List::load(&[cni::CONFIGURATION_DIRECTORY], name);
         return loaded.map_err(|error| {
             let error = Error::from(error);
             match error.hint {
-                None => error.hint("default and none are there without a file"),
+                None => {
+                    error.hint("hull network ls lists what there is, hull network create makes one")
+                }
                 Some(_) => error,
             }
         });
@@ -356,11 +391,15 @@ pub fn list(name: &str, published: bool) -> Result<List> {
     let [ipv4, ipv6 @ ..] = subnets.as_slice() else {
         return Err(Error::new("hull's own network has no subnet"));
     };
-    let (ipv6, leases) = (ipv6.first().copied(), Path::new(LEASES));
-    let bridge = cni::DEFAULT_BRIDGE;
-    Ok(cni::default_network(
-        *ipv4, ipv6, bridge, leases, published,
-    )?)
+    Ok(cni::bridge_network(&BridgeNetwork {
+        name: cni::DEFAULT_NAME,
+        bridge: cni::DEFAULT_BRIDGE,
+        ipv4: *ipv4,
+        ipv6: ipv6.first().copied(),
+        internal: false,
+        data_dir: Path::new(LEASES),
+        published,
+    })?)
 }
 
 #[cfg(test)]

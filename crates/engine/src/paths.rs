@@ -18,6 +18,7 @@ use hull_sandbox::store::ProcessId;
 /// DATA/containers/.<pid>-<start>   one that this process is about to create
 /// DATA/names/<name>       symbolic link to the id that has the name
 /// DATA/volumes/<name>/    one volume: volume.json, _data
+/// DATA/networks/<name>/   one network: network.json; names of containers: see hull_sandbox
 /// DATA/images/…           images and layers: see crate image
 /// ```
 #[derive(Debug, Clone)]
@@ -59,6 +60,11 @@ impl Paths {
     /// The directory of one volume.
     pub fn volume(&self, name: &str) -> PathBuf {
         self.volumes().join(name)
+    }
+
+    /// The directory of all networks that people created.
+    pub fn networks(&self) -> PathBuf {
+        self.data.join("networks")
     }
 
     /// The directory of one container.

@@ -20,7 +20,8 @@ use std::path::Path;
 use hull_image::Image;
 use hull_machine::Choice;
 use hull_sandbox::config::{
-    CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NetworkConfig, SandboxConfig,
+    CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NamesConfig, NetworkConfig,
+    SandboxConfig,
 };
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
@@ -38,6 +39,7 @@ use crate::error::{Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::names;
 use crate::network::{Attach, Plan};
+use crate::networks;
 use crate::options::RunOptions;
 use crate::paths::Paths;
 use crate::supervise;
@@ -265,7 +267,12 @@ impl<'a> Run<'a> {
             Some(_) => Vec::new(),
             None => {
                 let network = (&place.network.name[..], addresses.as_ref());
-                dns::files(&place.hostname, &self.options.network.dns(), network)?
+                let asked = self.options.network.dns();
+                let asked = match place.network.created {
+                    Some(_) => asked.by_names(),
+                    None => asked,
+                };
+                dns::files(&place.hostname, &asked, network)?
             }
         };
         directory.write(CONFIG_FILE, spec.get().as_bytes())?;
@@ -344,8 +351,33 @@ impl<'a> Run<'a> {
             source: (**source).clone(),
             limits: place.network.limits,
             owner: Some(self.id.clone()),
+            names: self.names_in(place)?,
         });
         client.tell(&request, &fds)
+    }
+}
+
+impl Run<'_> {
+    /// How others in its network find the container, if they do.
+    fn names_in(&self, place: &Place) -> Result<Option<NamesConfig>> {
+        let Some(network) = &place.network.created else {
+            return Ok(None);
+        };
+        let options = &self.options.network;
+        let container = Container::load(&self.paths.container(&self.id))?;
+        let own = container.map(|container| container.record.details.name);
+        let mut names: Vec<String> = own.into_iter().collect();
+        names.push(self.short_id().to_owned());
+        names.extend(self.options.hostname.clone());
+        names.extend(options.aliases.iter().cloned());
+        Ok(Some(NamesConfig {
+            directory: networks::names_directory(&self.paths, &network.name),
+            names,
+            upstream: match network.internal {
+                true => Vec::new(),
+                false => dns::upstream(&options.dns()),
+            },
+        }))
     }
 }
 

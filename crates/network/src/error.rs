@@ -101,6 +101,14 @@ pub enum Error {
         /// Error from iptables.
         why: String,
     },
+    /// What a network has on the host cannot be taken away.
+    #[error("cannot remove network {network}: {why}")]
+    Remove {
+        /// The network.
+        network: String,
+        /// Error from the kernel.
+        why: io::Error,
+    },
     /// The port range of a namespace cannot be set.
     #[error("cannot choose the ports of a network namespace: {why}")]
     Ports {
@@ -206,6 +214,7 @@ impl Error {
             | Self::Loopback { why, .. }
             | Self::Masquerade { why, .. }
             | Self::Ports { why }
+            | Self::Remove { why, .. }
             | Self::Socket { why, .. } => why.raw_os_error(),
             Self::NotANetworkNamespace { .. }
             | Self::Occupied { .. }

@@ -20,6 +20,7 @@
 //! threads. The caller checks that a namespace is not the host's own, which must not be changed
 //! ([`Namespace::is_callers_own`]).
 
+pub mod bridge;
 pub mod cni;
 pub mod description;
 mod error;
@@ -27,6 +28,7 @@ pub mod forwarding;
 pub mod hosts;
 pub mod mirror;
 mod monitor;
+pub mod names;
 mod namespace;
 mod netlink;
 mod nftables;

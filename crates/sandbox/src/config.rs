@@ -202,6 +202,9 @@ pub struct NetworkConfig {
     /// The container with whose end the network is taken down; until the sandbox's end when absent.
     #[serde(default)]
     pub owner: Option<String>,
+    /// Names in the network, for a container that owns it.
+    #[serde(default)]
+    pub names: Option<NamesConfig>,
 }
 
 /// Where the network of a sandbox comes from.
@@ -242,6 +245,20 @@ pub struct OwnNetwork {
     pub bridge: String,
     /// Its subnets, which are masqueraded.
     pub subnets: Vec<hull_network::cni::Address>,
+    /// Nothing leaves it.
+    #[serde(default)]
+    pub internal: bool,
+}
+
+/// How containers of a network are found by their names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamesConfig {
+    /// The directory of the network's names.
+    pub directory: PathBuf,
+    /// Those of the container.
+    pub names: Vec<String>,
+    /// Name servers for everything else, asked from the host's network.
+    pub upstream: Vec<IpAddr>,
 }
 
 /// How a network namespace is attached by pasta.

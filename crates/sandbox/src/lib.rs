@@ -43,6 +43,7 @@ pub use events::{Event, EventKind};
 #[cfg(fuzzing)]
 pub use guest::agent::{Agent, printable};
 pub use hull_device_control::LinkLocal;
+pub use hull_protocol::RESOLVER;
 #[cfg(fuzzing)]
 pub use network::relay_names;
 pub use network::undo as undo_network;

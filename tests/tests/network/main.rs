@@ -4,6 +4,7 @@
 mod bridge;
 mod cni;
 mod container;
+mod created;
 mod filter;
 mod loopback;
 mod ports;

@@ -472,7 +472,7 @@ fn network(config: &Config) -> Finding {
             _ => Finding::ok(what, "default, by pasta"),
         };
     }
-    let checked = hull_engine::network::list(name, true)
+    let checked = hull_engine::network::list(&config.paths(), name, true)
         .and_then(|list| Ok(cni::Runner::default().require(&list)?));
     if let Err(error) = checked {
         return Finding::error(what, error.message, remedy(error.hint.as_deref()));

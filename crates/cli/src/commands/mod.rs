@@ -19,6 +19,7 @@ pub mod kernel;
 pub mod kill;
 pub mod logs;
 pub mod man;
+pub mod network;
 pub mod pause;
 pub mod port;
 pub mod ps;

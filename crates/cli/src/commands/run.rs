@@ -175,6 +175,9 @@ struct NetworkArgs {
     /// another container's machine
     #[arg(long, alias = "net", value_name = "NETWORK", value_parser = values::network)]
     network: Option<Network>,
+    /// Another name of the container in its network
+    #[arg(long, alias = "net-alias", value_name = "NAME", value_parser = values::hostname)]
+    network_alias: Vec<String>,
     /// Let a port of the host lead to a port of the container
     #[arg(short, long, value_name = "[[ADDRESS:]HOST_PORT:]PORT[/udp]", value_parser = publish::publish)]
     publish: Vec<Ports>,
@@ -208,6 +211,7 @@ impl From<NetworkArgs> for NetworkOptions {
     fn from(args: NetworkArgs) -> Self {
         Self {
             network: args.network,
+            aliases: args.network_alias,
             publish: args.publish,
             rate: args.network_rate,
             dns: args.dns,

@@ -262,21 +262,42 @@ impl Plugin {
     }
 }
 
-/// hull's own network: a bridge, addresses given out by `host-local`, and `published` ports. Leases
-/// of addresses are kept beneath `data_dir`. What gives containers the host's address outside, and
-/// lets them through a packet filter, is for the network, not for each container:
-/// [`crate::masquerade`], [`crate::forwarding`].
+/// A bridge network of hull's own.
+#[derive(Debug, Clone, Copy)]
+pub struct BridgeNetwork<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The bridge.
+    pub bridge: &'a str,
+    /// Its IPv4 subnet.
+    pub ipv4: Address,
+    /// Its IPv6 subnet.
+    pub ipv6: Option<Address>,
+    /// Containers reach each other and the host, and nothing outside.
+    pub internal: bool,
+    /// Where leases of addresses are kept.
+    pub data_dir: &'a Path,
+    /// Ports of a container are published.
+    pub published: bool,
+}
+
+/// hull's own network: a bridge, addresses given out by `host-local`, and published ports. What
+/// gives containers the host's address outside, and lets them through a packet filter, is for the
+/// network, not for each container: [`crate::masquerade`], [`crate::forwarding`].
 ///
 /// Version 0.4.0: the oldest in which plugins get their result back when they undo, so that any
 /// release of the plugins will do.
-pub fn default_network(
-    ipv4: Address,
-    ipv6: Option<Address>,
-    bridge: &str,
-    data_dir: &Path,
-    published: bool,
-) -> Result<List> {
-    let wrong = |why: String| invalid(&format!("{DEFAULT_NAME:?}"), why);
+pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
+    let BridgeNetwork {
+        name,
+        bridge,
+        ipv4,
+        ipv6,
+        internal,
+        data_dir,
+        published,
+    } = *network;
+    let wrong = |why: String| invalid(&format!("{name:?}"), why);
     // A network needs its own address, the bridge's, one of a container, and that of broadcasts.
     let fits = |subnet: Address, most: u8| {
         subnet
@@ -301,6 +322,7 @@ pub fn default_network(
         .map(|subnet| json!([{ "subnet": subnet }]))
         .collect();
     let routes: Value = subnets()
+        .filter(|_| !internal)
         .map(|subnet| json!({ "dst": if subnet.ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" } }))
         .collect();
     let mut plugins = vec![json!({
@@ -318,7 +340,7 @@ pub fn default_network(
     }
     List::from_value(json!({
         "cniVersion": Version::V0_4_0.name(),
-        "name": DEFAULT_NAME,
+        "name": name,
         // portmap (1.1.1) searches the ports of IPv4 among those of IPv6, and does not find them.
         "disableCheck": ipv6.is_some(),
         "plugins": plugins,

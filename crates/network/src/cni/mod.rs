@@ -26,8 +26,8 @@ mod tests;
 pub use attachment::{Address, Attachment, Dns, PortMapping, Protocol};
 pub use error::{Error, Fault, Result};
 pub use list::{
-    CONFIGURATION_DIRECTORY, DEFAULT_BRIDGE, DEFAULT_IPV4, DEFAULT_IPV6, DEFAULT_NAME, List,
-    default_network,
+    BridgeNetwork, CONFIGURATION_DIRECTORY, DEFAULT_BRIDGE, DEFAULT_IPV4, DEFAULT_IPV6,
+    DEFAULT_NAME, List, bridge_network,
 };
 pub use outcome::{AssignedIp, CniResult, Interface, Route};
 pub use plugin::{Command, PLUGIN_DIRECTORIES, Runner};

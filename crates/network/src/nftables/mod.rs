@@ -33,6 +33,26 @@ fn socket() -> io::Result<OwnedFd> {
     Ok(socket_with(netlink, raw, flags, Some(NETFILTER))?)
 }
 
+/// Deletes the tables of a network, as far as they are there.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn forget(network: &str) -> io::Result<()> {
+    let tables = [
+        (Family::V4, format!("hull-{network}\0")),
+        (Family::V6, format!("hull-{network}\0")),
+        (Family::V4, format!("hull-{network}-guard\0")),
+    ];
+    for (family, table) in tables {
+        let mut batch = Batch::new();
+        // Created when it is missing, so that the deletion always succeeds.
+        batch.table(table.as_bytes(), NEW_TABLE, family, 0, CREATE);
+        batch.table(table.as_bytes(), DELETE_TABLE, family, 0, ACK);
+        ensure(&batch.end())?;
+    }
+    Ok(())
+}
+
 /// The rules of a chain, in the calling thread's namespace, in the kernel's encoding; empty if
 /// there is no such chain.
 pub fn rules(family: Family, table: &str, chain: &str) -> io::Result<Vec<Vec<u8>>> {

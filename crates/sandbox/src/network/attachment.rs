@@ -111,14 +111,14 @@ fn run_plugins(
     // What is not there cannot undo anything either.
     runner.require(&config.list)?;
     if let Some(own) = &config.own {
-        for subnet in &own.subnets {
+        for subnet in own.subnets.iter().filter(|_| !own.internal) {
             let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
             let prefix = subnet.prefix.unwrap_or(all);
             masquerade::ensure(config.list.name(), &own.bridge, subnet.ip, prefix)?;
         }
         guard::ensure(config.list.name(), &own.bridge)?;
         let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
-        forwarding::ensure(&own.bridge, ipv6)?;
+        forwarding::ensure(&own.bridge, ipv6, own.internal)?;
     }
     let keep = |record: &Record| {
         let text = serde_json::to_vec(record).context(|| "encode the network's record")?;

@@ -9,15 +9,18 @@
 //! | --- | --- |
 //! | `attachment` | a namespace of hull's own, attached by plugins or pasta |
 //! | `mirror` | interfaces of the namespace, brought into the guest |
+//! | `names` | names of containers in a network of hull's own |
 //! | `published` | published ports at ::1 |
 //! | `loopback` | what engines have and expect on the namespace's loopback interface |
 
 mod attachment;
 mod loopback;
 mod mirror;
+mod names;
 mod published;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use hull_network::Namespace;
 use tokio::sync::{mpsc, oneshot};
@@ -29,14 +32,15 @@ pub use attachment::undo;
 pub use loopback::relay_names;
 pub(crate) use mirror::Nets;
 
-use crate::config::{NetworkAddresses, NetworkConfig, NetworkSource};
+use crate::config::{NamesConfig, NetworkAddresses, NetworkConfig, NetworkSource};
 use crate::error::{Error, Result};
 use crate::guest::Agent;
 use crate::sandbox::{Ready, Sandbox};
 use crate::store::Directory;
 use attachment::Attached;
-use loopback::{Forwarder, Resolver};
+use loopback::{Forwarder, NameServer, Resolver, bring};
 use mirror::Network;
+use names::Names;
 
 /// How far the network of a sandbox is.
 #[derive(Debug, Default)]
@@ -58,6 +62,7 @@ pub(crate) struct Connected {
     /// hull's own attachment; absent where an engine has set up the namespace.
     attached: Option<Attached>,
     owner: Option<String>,
+    names: Option<Arc<Names>>,
     /// An engine may set it up further.
     of_engine: bool,
 }
@@ -73,6 +78,8 @@ pub(crate) struct Followed {
     forwarder: Option<Forwarder>,
     attached: Option<Attached>,
     owner: Option<String>,
+    names: Option<Arc<Names>>,
+    resolving: Option<JoinHandle<()>>,
 }
 
 impl Sandbox {
@@ -100,6 +107,7 @@ impl Sandbox {
                             network: self.open_network(namespace, config.limits).await?,
                             attached: None,
                             owner: config.owner,
+                            names: None,
                             of_engine: true,
                         });
                         true
@@ -134,7 +142,7 @@ impl Sandbox {
                     .open_network(attached.namespace.clone(), config.limits)
                     .await;
                 return self
-                    .attached(&mut stage, network, attached, forwarder, config.owner)
+                    .attached(&mut stage, network, attached, forwarder, config.owner, None)
                     .await
                     .map(|()| addresses);
             }
@@ -143,9 +151,16 @@ impl Sandbox {
         let network = self
             .open_network(attached.namespace.clone(), config.limits)
             .await;
-        self.attached(&mut stage, network, attached, None, config.owner)
-            .await
-            .map(|()| addresses)
+        self.attached(
+            &mut stage,
+            network,
+            attached,
+            None,
+            config.owner,
+            config.names,
+        )
+        .await
+        .map(|()| addresses)
     }
 
     async fn attached(
@@ -155,20 +170,32 @@ impl Sandbox {
         attached: Attached,
         forwarder: Option<Forwarder>,
         owner: Option<String>,
+        names: Option<NamesConfig>,
     ) -> Result<()> {
-        let network = match network {
-            Ok(network) => network,
+        let addresses = attached.addresses.addresses.clone();
+        let published = network.and_then(|network| {
+            let names = match (names, &owner) {
+                (Some(names), Some(owner)) => {
+                    Some(Names::publish(names, owner, self.path(), &addresses)?)
+                }
+                _ => None,
+            };
+            Ok((network, names.map(Arc::new)))
+        });
+        let (network, names) = match published {
+            Ok(published) => published,
             Err(error) => {
                 attached.detach().await;
                 return Err(error);
             }
         };
-        self.set_addresses(attached.addresses.addresses.clone());
+        self.set_addresses(addresses);
         *stage = Stage::Connected(Connected {
             network,
             forwarder,
             attached: Some(attached),
             owner,
+            names,
             of_engine: false,
         });
         Ok(())
@@ -244,11 +271,16 @@ impl Sandbox {
         let attached = match stage {
             Stage::None => None,
             Stage::Connected(mut connected) => {
+                withdraw(connected.names);
                 end_forwarding(connected.forwarder);
                 connected.network.disconnect().await;
                 connected.attached
             }
             Stage::Followed(followed) => {
+                withdraw(followed.names);
+                if let Some(resolving) = followed.resolving {
+                    resolving.abort();
+                }
                 end_forwarding(followed.forwarder);
                 // It may have ended by itself.
                 let _ = followed.end.send(());
@@ -270,6 +302,7 @@ impl Connected {
             forwarder,
             attached,
             owner,
+            names,
             of_engine,
         } = self;
         let namespace = network.namespace().clone();
@@ -284,6 +317,13 @@ impl Connected {
         if let Some(forwarder) = &forwarder {
             forwarder.start(devices, agent);
         }
+        let mut resolving = None;
+        if let Some(names) = &names {
+            match bring(NameServer::Own(names.clone()), devices, agent).await {
+                Ok(task) => resolving = Some(task),
+                Err(error) => tracing::warn!("names of the network are not resolved: {error}"),
+            }
+        }
         let (end, ended) = oneshot::channel();
         let ended = async {
             // Also when the sender is dropped.
@@ -297,7 +337,15 @@ impl Connected {
             forwarder,
             attached,
             owner,
+            names,
+            resolving,
         }
+    }
+}
+
+fn withdraw(names: Option<Arc<Names>>) {
+    if let Some(names) = names {
+        names.withdraw();
     }
 }
 

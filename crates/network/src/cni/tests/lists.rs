@@ -200,14 +200,16 @@ fn the_newest_version_that_both_know() {
 fn hulls_own_network() {
     let v4 = DEFAULT_IPV4.parse().unwrap();
     let v6 = Some(DEFAULT_IPV6.parse().unwrap());
-    let list = default_network(
-        v4,
-        v6,
-        DEFAULT_BRIDGE,
-        Path::new("/var/lib/hull/networks"),
-        true,
-    )
-    .unwrap();
+    let network = BridgeNetwork {
+        name: DEFAULT_NAME,
+        bridge: DEFAULT_BRIDGE,
+        ipv4: v4,
+        ipv6: v6,
+        internal: false,
+        data_dir: Path::new("/var/lib/hull/networks"),
+        published: true,
+    };
+    let list = bridge_network(&network).unwrap();
     assert_eq!(list.name(), "default");
     for capability in ["portMappings", "ips", "mac"] {
         assert!(list.has_capability(capability), "{capability}");
@@ -228,11 +230,14 @@ fn hulls_own_network() {
         "as JSON it is a list like any other"
     );
 
-    let list = default_network(v4, None, DEFAULT_BRIDGE, Path::new("/d"), false).unwrap();
-    assert_eq!(
-        list.plugins[0].config["ipam"]["routes"],
-        json!([{ "dst": "0.0.0.0/0" }])
-    );
+    for (internal, routes) in [(false, json!([{ "dst": "0.0.0.0/0" }])), (true, json!([]))] {
+        let list = bridge_network(&BridgeNetwork {
+            ipv6: None,
+            internal,
+            ..network
+        });
+        assert_eq!(list.unwrap().plugins[0].config["ipam"]["routes"], routes);
+    }
     for (v4, v6, bridge) in [
         ("10.0.0.0", None, "hull0"),
         ("10.0.0.0/31", None, "hull0"),
@@ -241,10 +246,12 @@ fn hulls_own_network() {
         ("10.0.0.0/8", Some("fd00::/127"), "hull0"),
         ("10.0.0.0/8", None, "a-name-that-is-too-long"),
     ] {
-        let v6 = v6.map(|text: &str| text.parse().unwrap());
-        assert!(
-            default_network(v4.parse().unwrap(), v6, bridge, Path::new("/d"), true).is_err(),
-            "{v4} {v6:?} {bridge}"
-        );
+        let wrong = BridgeNetwork {
+            bridge,
+            ipv4: v4.parse().unwrap(),
+            ipv6: v6.map(|text: &str| text.parse().unwrap()),
+            ..network
+        };
+        assert!(bridge_network(&wrong).is_err(), "{wrong:?}");
     }
 }

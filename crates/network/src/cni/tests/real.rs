@@ -128,7 +128,16 @@ fn hulls_own_network_with_real_plugins() {
     let id = std::process::id();
     let v4 = "10.231.87.0/24".parse().unwrap();
     let v6 = Some("fd68:756c:6c00:7e57::/64".parse().unwrap());
-    let list = default_network(v4, v6, "hulltest0", data.path(), true).unwrap();
+    let list = bridge_network(&BridgeNetwork {
+        name: DEFAULT_NAME,
+        bridge: "hulltest0",
+        ipv4: v4,
+        ipv6: v6,
+        internal: false,
+        data_dir: data.path(),
+        published: true,
+    })
+    .unwrap();
     let container = format!("hull-test-{id}");
     let runner = Runner::default();
     let attach = |netns: PathBuf, name: &str| Attachment {

@@ -15,6 +15,6 @@ mod forward;
 mod resolver;
 
 pub use forward::Forwarder;
-pub use resolver::Resolver;
 #[cfg(fuzzing)]
 pub use resolver::serve as relay_names;
+pub use resolver::{NameServer, Resolver, bring};

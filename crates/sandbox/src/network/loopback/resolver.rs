@@ -32,6 +32,41 @@ use tokio::time::timeout;
 
 use crate::error::Result;
 use crate::guest::{Agent, Devices};
+use crate::network::names::Names;
+
+/// Who answers a guest's questions.
+#[derive(Debug, Clone)]
+pub enum NameServer {
+    /// Docker's, in the container's namespace.
+    Docker(Namespace),
+    /// hull, in a network of its own.
+    Own(Arc<Names>),
+}
+
+impl NameServer {
+    async fn ask(&self, tcp: bool, question: &[u8]) -> io::Result<Vec<u8>> {
+        match (self, tcp) {
+            (Self::Docker(namespace), true) => ask_by_tcp(namespace, question).await,
+            (Self::Docker(namespace), false) => ask_by_udp(namespace, question).await,
+            (Self::Own(names), _) => names.ask(tcp, question).await,
+        }
+    }
+}
+
+/// Has a guest's questions answered until the guest ends the stream.
+///
+/// # Errors
+/// The guest does not take the stream.
+pub async fn bring(server: NameServer, devices: &Devices, agent: &Agent) -> Result<JoinHandle<()>> {
+    let (name, stream) = devices.connect(STREAM_PORT).await?;
+    agent.resolve(name).await?;
+    Ok(tokio::spawn(async move {
+        let (questions, answers) = stream.into_split();
+        if let Err(error) = serve(server, questions, answers).await {
+            tracing::warn!("names are not resolved any more: {error}");
+        }
+    }))
+}
 
 /// How long the name server may take: it asks others.
 const ANSWER_TIME: Duration = Duration::from_secs(15);
@@ -72,7 +107,8 @@ impl Resolver {
                 Ok(false) => return,
                 Err(error) => return tracing::warn!("{error}"),
             }
-            match self.serve().await {
+            let server = NameServer::Docker(self.namespace.clone());
+            match bring(server, &self.devices, &self.agent).await {
                 Ok(task) => self.serving = Some(task),
                 Err(failure) => {
                     tracing::warn!("names of Docker's network are not resolved: {failure}");
@@ -82,18 +118,6 @@ impl Resolver {
         if let Err(error) = self.let_ask(netlink, cables).await {
             tracing::warn!("names outside of Docker's network are not resolved: {error}");
         }
-    }
-
-    async fn serve(&self) -> Result<JoinHandle<()>> {
-        let (name, stream) = self.devices.connect(STREAM_PORT).await?;
-        self.agent.resolve(name).await?;
-        let namespace = self.namespace.clone();
-        Ok(tokio::spawn(async move {
-            let (questions, answers) = stream.into_split();
-            if let Err(error) = serve(namespace, questions, answers).await {
-                tracing::warn!("names are not resolved any more: {error}");
-            }
-        }))
     }
 
     async fn let_ask(
@@ -131,7 +155,7 @@ impl Resolver {
 
 /// Asks what comes until the guest ends its stream.
 pub async fn serve(
-    namespace: Namespace,
+    server: NameServer,
     mut questions: impl AsyncRead + Unpin,
     answers: impl AsyncWrite + Unpin + Send + 'static,
 ) -> io::Result<()> {
@@ -148,12 +172,9 @@ pub async fn serve(
         let header = NameHeader::decode(header).ok_or(io::ErrorKind::InvalidData)?;
         let mut question = vec![0; header.length.into()];
         questions.read_exact(&mut question).await?;
-        let (namespace, answers) = (namespace.clone(), answers.clone());
+        let (server, answers) = (server.clone(), answers.clone());
         tokio::spawn(async move {
-            let asked = match header.tcp {
-                true => timeout(ANSWER_TIME, ask_by_tcp(&namespace, &question)).await,
-                false => timeout(ANSWER_TIME, ask_by_udp(&namespace, &question)).await,
-            };
+            let asked = timeout(ANSWER_TIME, server.ask(header.tcp, &question)).await;
             let answer = asked.unwrap_or_else(|elapsed| Err(elapsed.into()));
             let answer = answer.unwrap_or_else(|error| {
                 tracing::debug!("a question of the guest has no answer: {error}");
@@ -266,7 +287,10 @@ mod tests {
     fn serving(namespace: Namespace) -> (DuplexStream, JoinHandle<io::Result<()>>) {
         let (guest, host) = duplex(1 << 10);
         let (questions, answers) = split(host);
-        (guest, tokio::spawn(serve(namespace, questions, answers)))
+        (
+            guest,
+            tokio::spawn(serve(NameServer::Docker(namespace), questions, answers)),
+        )
     }
 
     async fn ask(guest: &mut DuplexStream, slot: u16, tcp: bool, question: &[u8]) {

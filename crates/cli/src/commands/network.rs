@@ -1,0 +1,246 @@
+//! `hull network`: networks in which containers find each other by their names.
+
+use hull_engine::network::list as plugins_of;
+use hull_engine::networks::{self, NetworkRecord, NetworkRequest};
+use hull_engine::time;
+use hull_engine::values;
+use hull_network::cni::{Address, CONFIGURATION_DIRECTORY, DEFAULT_NAME, List};
+use serde_json::{Value, json};
+
+use super::{agreed, config_for_root, for_each, from_ns};
+use crate::error::{Error, ErrorKind, Result};
+use crate::output::{self, Table};
+
+/// Arguments of `network`.
+#[derive(Debug, clap::Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Create a network and print its id
+    Create {
+        /// Subnet, like 10.20.0.0/24; also one of IPv6
+        #[arg(long, value_name = "SUBNET", value_parser = subnet)]
+        subnet: Vec<Address>,
+        /// Containers reach each other and the host, and nothing outside
+        #[arg(long)]
+        internal: bool,
+        /// Without IPv6: true or false
+        #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set,
+              num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+        ipv6: bool,
+        /// What makes it: bridge
+        #[arg(short, long, value_name = "NAME", default_value = "bridge", value_parser = driver)]
+        driver: String,
+        /// Set a label
+        #[arg(long, value_name = "KEY[=VALUE]", value_parser = values::label)]
+        label: Vec<(String, String)>,
+        /// Its name
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// List networks
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Show names only
+        #[arg(short, long)]
+        quiet: bool,
+        /// Print JSON
+        #[arg(long, conflicts_with = "quiet")]
+        json: bool,
+    },
+    /// Show all that is known of networks, as JSON
+    Inspect {
+        /// Names or ids
+        #[arg(value_name = "NETWORK", required = true)]
+        networks: Vec<String>,
+    },
+    /// Remove networks that no container is in
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// One that does not exist is no error
+        #[arg(short, long)]
+        force: bool,
+        /// Names or ids
+        #[arg(value_name = "NETWORK", required = true)]
+        networks: Vec<String>,
+    },
+    /// Remove all networks that no container is in
+    Prune {
+        /// Do not ask on a terminal
+        #[arg(short, long)]
+        force: bool,
+    },
+}
+
+fn subnet(text: &str) -> std::result::Result<Address, String> {
+    match text.parse::<Address>() {
+        Ok(address) if address.prefix.is_some() => Ok(address),
+        _ => Err(format!(
+            "invalid subnet {text:?}: give ADDRESS/BITS, like 10.20.0.0/24"
+        )),
+    }
+}
+
+fn driver(text: &str) -> std::result::Result<String, String> {
+    match text {
+        "" | "bridge" => Ok("bridge".to_owned()),
+        _ => Err(format!(
+            "not supported: network driver {text:?}: networks of the host's CNI plugins are files \
+             in {CONFIGURATION_DIRECTORY}"
+        )),
+    }
+}
+
+/// Manages networks.
+pub fn execute(args: Args) -> Result<u8> {
+    let config = config_for_root()?;
+    let paths = config.paths();
+    if config.without_root && !matches!(args.command, Command::Ls { .. }) {
+        return Err(
+            Error::unsupported("networks without root: they are bridges of the host")
+                .hint("--network default, or container:NAME"),
+        );
+    }
+    match args.command {
+        Command::Create {
+            subnet,
+            internal,
+            ipv6,
+            label,
+            name,
+            ..
+        } => {
+            let created = networks::create(
+                &paths,
+                NetworkRequest {
+                    name,
+                    subnets: subnet,
+                    internal,
+                    without_ipv6: !ipv6,
+                    labels: label.into_iter().collect(),
+                },
+            )?;
+            output::print(format!("{}\n", created.id))?;
+        }
+        Command::Ls { quiet, json } => {
+            let mut rows: Vec<Value> = ["default", "none"].map(of_hull).into();
+            rows.extend(networks::list(&paths)?.iter().map(object));
+            let names = List::names(&[CONFIGURATION_DIRECTORY]).unwrap_or_default();
+            rows.extend(names.iter().map(|name| of_host(name)));
+            print(&rows, quiet, json)?;
+        }
+        Command::Inspect { networks: names } => {
+            let mut objects = Vec::new();
+            let outcome = for_each(&names, |name| {
+                objects.push(match networks::find(&paths, name) {
+                    Ok(network) => {
+                        let mut object = object(&network);
+                        object["Containers"] = json!(networks::users(&paths, &network.name)?);
+                        object
+                    }
+                    Err(error) if error.kind != ErrorKind::NotFound => return Err(error),
+                    Err(_) if name == "none" => of_hull("none"),
+                    Err(missing) => {
+                        let plugins = plugins_of(&paths, name, true).map_err(|_| missing)?;
+                        let mut object = match name == DEFAULT_NAME {
+                            true => of_hull(name),
+                            false => of_host(name),
+                        };
+                        object["Plugins"] = plugins.into();
+                        object["Containers"] = json!(networks::users(&paths, name)?);
+                        object
+                    }
+                });
+                Ok(())
+            });
+            output::print_json(&objects)?;
+            return outcome;
+        }
+        Command::Rm {
+            force,
+            networks: names,
+        } => {
+            return for_each(&names, |name| match networks::remove(&paths, name) {
+                Err(error) if force && error.kind == ErrorKind::NotFound => Ok(()),
+                removed => removed.and_then(|()| output::print(format!("{name}\n"))),
+            });
+        }
+        Command::Prune { force } => {
+            if !force && !agreed("all networks that no container is in")? {
+                return Ok(0);
+            }
+            let removed = networks::prune(&paths)?;
+            output::print(
+                removed
+                    .iter()
+                    .map(|name| format!("{name}\n"))
+                    .collect::<String>(),
+            )?;
+        }
+    }
+    Ok(0)
+}
+
+fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {
+    let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    if quiet {
+        let names = rows.iter().map(|row| text(row, "Name") + "\n");
+        return output::print(names.collect::<String>());
+    }
+    if json {
+        return output::print_json(&rows);
+    }
+    let mut table = Table::new(&["NAME", "DRIVER", "SUBNETS", "INTERNAL"]);
+    for row in rows {
+        let subnets = row["Subnets"].as_array().into_iter().flatten();
+        let subnets: Vec<_> = subnets.filter_map(Value::as_str).collect();
+        table.row([
+            text(row, "Name"),
+            text(row, "Driver"),
+            subnets.join(", "),
+            match row["Internal"].as_bool() {
+                Some(true) => "yes".to_owned(),
+                _ => String::new(),
+            },
+        ]);
+    }
+    table.print()
+}
+
+/// One that is always there.
+fn of_hull(name: &str) -> Value {
+    let driver = if name == "none" { "null" } else { "bridge" };
+    json!({"Name": name, "Driver": driver, "Scope": "local", "Internal": false})
+}
+
+/// One of the host's CNI configurations.
+fn of_host(name: &str) -> Value {
+    json!({"Name": name, "Driver": "cni", "Scope": "local", "Internal": false})
+}
+
+/// In Docker's words.
+fn object(network: &NetworkRecord) -> Value {
+    let subnets: Vec<String> = network.subnets().iter().map(Address::to_string).collect();
+    let config: Vec<Value> = subnets
+        .iter()
+        .map(|subnet| json!({"Subnet": subnet}))
+        .collect();
+    json!({
+        "Name": network.name,
+        "Id": network.id,
+        "Created": time::format_rfc3339(from_ns(network.created_ns)),
+        "Driver": "bridge",
+        "Scope": "local",
+        "EnableIPv6": network.ipv6.is_some(),
+        "IPAM": {"Driver": "host-local", "Config": config},
+        "Internal": network.internal,
+        "Labels": network.labels,
+        "Options": {"com.docker.network.bridge.name": network.bridge},
+        "Subnets": subnets,
+    })
+}

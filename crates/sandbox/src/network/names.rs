@@ -1,0 +1,241 @@
+//! Names in a network of hull's own: containers find each other by them.
+//!
+//! Each such network has a directory with a directory for each name, and in it a file for each
+//! container that has the name, with its addresses. A sandbox writes those of its container when
+//! that is attached, and removes them when it is detached; what a killed sandbox left is told by
+//! its lock and counts for nothing. A question costs one look into one directory.
+//!
+//! ```text
+//! NAMES/<name>/<container>   {"sandbox": …, "addresses": […]}
+//! ```
+//!
+//! What is no such name is asked of the host's name servers, from the host's network, as Docker
+//! does. Of what a guest sends, only a query of one question is looked into
+//! ([`hull_network::names`]); everything else is passed on as it is.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hull_network::names::{answer, question, refuse};
+use rustix::net::{RecvFlags, recv};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::time::timeout;
+
+use crate::config::NamesConfig;
+use crate::error::Result;
+use crate::store::{Directory, SandboxPath};
+
+/// Port of name servers.
+const PORT: u16 = 53;
+
+/// How long one name server may take before the next one is asked.
+const SERVER_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Containers of one name that are answered.
+const MOST_OF_A_NAME: usize = 64;
+
+/// What a container wrote.
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    sandbox: SandboxPath,
+    addresses: Vec<IpAddr>,
+}
+
+/// The names of a network, with one container's own among them.
+#[derive(Debug)]
+pub struct Names {
+    config: NamesConfig,
+    container: String,
+}
+
+impl Names {
+    /// Writes down the names of a container with its addresses.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn publish(
+        config: NamesConfig,
+        container: &str,
+        sandbox: &SandboxPath,
+        addresses: &[IpAddr],
+    ) -> Result<Self> {
+        let names = Self {
+            config,
+            container: container.to_owned(),
+        };
+        let entry = Entry {
+            sandbox: sandbox.clone(),
+            addresses: addresses.to_vec(),
+        };
+        let text = serde_json::to_vec(&entry).unwrap_or_default();
+        let written = names.own().try_for_each(|directory| {
+            // One that is being removed as empty is made again.
+            let mut written = Ok(());
+            for _ in 0..8 {
+                let opened = Directory::create(&directory);
+                written = opened.and_then(|opened| opened.write(container, &text));
+                if written.is_ok() {
+                    break;
+                }
+            }
+            written
+        });
+        match written {
+            Ok(()) => Ok(names),
+            Err(error) => {
+                names.withdraw();
+                Err(error)
+            }
+        }
+    }
+
+    /// The directories of the container's own names.
+    fn own(&self) -> impl Iterator<Item = PathBuf> + '_ {
+        let names = self.config.names.iter();
+        names.filter_map(|name| self.directory(&name.to_ascii_lowercase()))
+    }
+
+    /// The directory of a name, which is one of a file, too.
+    fn directory(&self, name: &str) -> Option<PathBuf> {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+        let is_name = !name.is_empty() && !name.starts_with('.') && name.bytes().all(plain);
+        is_name.then(|| self.config.directory.join(name))
+    }
+
+    /// Removes the names.
+    pub fn withdraw(&self) {
+        for directory in self.own() {
+            // Gone already is as good; one that others have as well is not empty.
+            let _ = fs::remove_file(directory.join(&self.container));
+            let _ = fs::remove_dir(&directory);
+        }
+    }
+
+    /// The addresses of all containers that have a name; `None` when there is no such name.
+    fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
+        let entries = fs::read_dir(self.directory(name)?).ok()?;
+        let mut addresses = Vec::new();
+        for entry in entries.flatten().take(MOST_OF_A_NAME) {
+            addresses.extend(read(&entry.path()).into_iter().flatten());
+        }
+        (!addresses.is_empty()).then_some(addresses)
+    }
+
+    /// Answers a message of the guest.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub async fn ask(&self, tcp: bool, query: &[u8]) -> io::Result<Vec<u8>> {
+        let found = question(query).and_then(|asked| {
+            let addresses = self.lookup(&asked.name)?;
+            answer(query, &addresses)
+        });
+        if let Some(answer) = found {
+            return Ok(answer);
+        }
+        let mut failed = io::Error::from(io::ErrorKind::NotConnected);
+        for server in &self.config.upstream {
+            let server = SocketAddr::new(*server, PORT);
+            let asked = match tcp {
+                true => timeout(SERVER_TIMEOUT, ask_by_tcp(server, query)).await,
+                false => timeout(SERVER_TIMEOUT, ask_by_udp(server, query)).await,
+            };
+            match asked {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) => failed = error,
+                Err(elapsed) => failed = elapsed.into(),
+            }
+        }
+        refuse(query, !self.config.upstream.is_empty()).ok_or(failed)
+    }
+}
+
+/// The addresses in a file, if the sandbox that wrote it lives.
+fn read(path: &Path) -> Option<Vec<IpAddr>> {
+    let entry: Entry = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    entry.sandbox.is_alive().then_some(entry.addresses)
+}
+
+async fn ask_by_udp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
+    let any: IpAddr = match server.is_ipv4() {
+        true => Ipv4Addr::UNSPECIFIED.into(),
+        false => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(server).await?;
+    socket.send(query).await?;
+    loop {
+        socket.readable().await?;
+        let received = socket.try_io(tokio::io::Interest::READABLE, || {
+            let mut buffer = [0; u16::MAX as usize];
+            let (length, _) = recv(&socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
+            Ok(buffer[..length].to_vec())
+        });
+        match received {
+            // An answer to another question, by who guesses.
+            Ok(answer) if answer.get(..2) != query.get(..2) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
+    }
+}
+
+async fn ask_by_tcp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(server).await?;
+    let length = u16::try_from(query.len()).map_err(io::Error::other)?;
+    stream.write_all(&length.to_be_bytes()).await?;
+    stream.write_all(query).await?;
+    let mut answer = vec![0; stream.read_u16().await?.into()];
+    stream.read_exact(&mut answer).await?;
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::store::SandboxDir;
+
+    fn config(directory: &Path, names: &[&str]) -> NamesConfig {
+        NamesConfig {
+            directory: directory.to_owned(),
+            names: names.iter().map(|&name| name.to_owned()).collect(),
+            upstream: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_name_is_found_as_long_as_a_container_lives_that_has_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let names = parent.path().join("names");
+        let sandboxes = ["one", "two"].map(|id| SandboxPath::new(parent.path(), id));
+        let mut living: Vec<_> = sandboxes
+            .iter()
+            .map(|path| SandboxDir::create(path).unwrap())
+            .collect();
+        let address = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let one = config(&names, &["Web", "alias"]);
+        let one = Names::publish(one, "c1", &sandboxes[0], &[address(1)]).unwrap();
+        let two = config(&names, &["db", "alias"]);
+        let two = Names::publish(two, "c2", &sandboxes[1], &[address(2)]).unwrap();
+        assert_eq!(one.lookup("db"), Some(vec![address(2)]));
+        assert_eq!(two.lookup("web"), Some(vec![address(1)]));
+        let mut both = one.lookup("alias").unwrap();
+        both.sort();
+        assert_eq!(both, [address(1), address(2)]);
+        for name in ["nobody", "", "..", ".", "a/b", "../names/web"] {
+            assert_eq!(one.lookup(name), None, "{name}");
+        }
+        // Killed.
+        living.pop();
+        assert_eq!(one.lookup("db"), None);
+        two.withdraw();
+        one.withdraw();
+        assert_eq!(fs::read_dir(&names).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,212 @@
+//! `hull network`: networks that people create, in which containers find each other by their names.
+
+use std::process::Command;
+
+use hull_tests::{Hull, on_every_machine};
+
+on_every_machine!(containers_of_a_network_find_each_other_by_their_names);
+
+/// A network with a name of its own on this host; removed when this is dropped.
+struct Net<'a> {
+    hull: &'a Hull,
+    name: String,
+}
+
+impl<'a> Net<'a> {
+    fn create(hull: &'a Hull, options: &[&str]) -> Self {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        // What hull chooses is free for one installation; tests have many.
+        let id = std::process::id();
+        let (high, low) = (128 + (id >> 8 & 31) * 2 + number % 2, id & 255);
+        let ipv4 = format!("10.{high}.{low}.0/24");
+        let ipv6 = format!("fd68:756c:7e57:{:x}::/64", (id & 0x7fff) << 1 | number % 2);
+        // Names of rules of the packet filter are the host's.
+        let name = format!("t{}-{number}", std::process::id());
+        hull.hull(["network", "create", "--subnet", &ipv4, "--subnet", &ipv6])
+            .args(options)
+            .arg(&name)
+            .run()
+            .ok();
+        Self { hull, name }
+    }
+
+    fn inspect(&self) -> serde_json::Value {
+        let all = self
+            .hull
+            .hull(["network", "inspect", &self.name])
+            .run()
+            .ok();
+        all.json()[0].clone()
+    }
+
+    /// An address in its IPv4 subnet.
+    fn address(&self, last: u8) -> String {
+        let subnet = self.inspect()["Subnets"][0].as_str().unwrap().to_owned();
+        subnet.replace(".0/24", &format!(".{last}"))
+    }
+
+    fn bridge(&self) -> String {
+        let bridge = &self.inspect()["Options"]["com.docker.network.bridge.name"];
+        bridge.as_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Net<'_> {
+    fn drop(&mut self) {
+        let removed = self.hull.hull(["network", "rm", "-f", &self.name]);
+        let status = removed.into_parts().0.status();
+        assert!(std::thread::panicking() || status.is_ok_and(|status| status.success()));
+    }
+}
+
+/// What the host has of a bridge: the interface, rules of iptables and of nf_tables.
+fn traces(network: &str, bridge: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for command in [
+        &["ip", "-o", "link"][..],
+        &["iptables", "-S"],
+        &["ip6tables", "-S"],
+        &["nft", "list", "tables"],
+    ] {
+        let output = Command::new(command[0]).args(&command[1..]).output();
+        let text = output.map(|output| output.stdout).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let mut lines = text.lines();
+        found.extend(
+            lines
+                .by_ref()
+                .filter(|line| line.contains(bridge) || line.contains(&format!("hull-{network}")))
+                .map(str::to_owned),
+        );
+    }
+    found
+}
+
+fn containers_of_a_network_find_each_other_by_their_names(machine: &'static str) {
+    let hull = Hull::networked(machine);
+    let net = Net::create(&hull, &[]);
+    let network = ["--network", &net.name];
+    let server = hull.start(
+        &[
+            network[0],
+            network[1],
+            "--network-alias",
+            "www",
+            "-h",
+            "Server",
+        ],
+        &["sleep", "1000"],
+    );
+    let address = server.address().to_string();
+    let asks = |name: &str| {
+        let script =
+            format!("nslookup {name} | grep '^Address' | tail -n +2; ping -c 1 -W 5 {name}");
+        hull.sh(&network, &script)
+    };
+    for name in [&server.name[..], "www", "server"] {
+        let output = asks(name).ok();
+        assert!(
+            output.text().contains(&address),
+            "{name}: {}",
+            output.text()
+        );
+    }
+    hull.sh(&network, "ping -c 1 -W 1 nobody-of-this-name")
+        .ends(1);
+    // Elsewhere there are no such names.
+    hull.sh(&[], "ping -c 1 -W 1 www").ends(1);
+    let second = hull.start(
+        &[network[0], network[1], "--network-alias", "www"],
+        &["sleep", "1000"],
+    );
+    let both = hull.sh(&network, "nslookup www").ok().text();
+    let other = second.address().to_string();
+    assert!(both.contains(&address) && both.contains(&other), "{both}");
+    hull.hull(["stop", "-t", "0", &server.name]).run().ok();
+    let one = hull.sh(&network, "nslookup www").ok().text();
+    assert!(!one.contains(&address) && one.contains(&other), "{one}");
+    server.does("start").ok();
+    asks(&server.name).ok();
+    second.kill_host_process("sandbox");
+    second.does("wait").ok();
+    let one = hull.sh(&network, "nslookup www").ok().text();
+    assert!(!one.contains(&other), "{one}");
+    server.is_removed_by_force();
+    second.is_removed_by_force();
+}
+
+#[test]
+fn what_a_network_has_on_the_host_goes_with_it() {
+    let hull = Hull::networked("uml");
+    let net = Net::create(&hull, &["--label", "a=b"]);
+    assert_eq!(net.inspect()["Labels"]["a"], "b");
+    let address = net.address(9);
+    let (name, bridge) = (net.name.clone(), net.bridge());
+    let container = hull.start(&["--network", &name, "--ip", &address], &["sleep", "1000"]);
+    assert_eq!(container.address().to_string(), address);
+    hull.hull(["network", "rm", &name])
+        .run()
+        .fails(1, &["has containers:", &container.name]);
+    hull.run(&["--network", &name, "--ip", "11.1.1.1"], &["true"])
+        .fails(125, &["--ip: 11.1.1.1 is not in 10."]);
+    assert!(
+        traces(&name, &bridge).len() >= 6,
+        "{:?}",
+        traces(&name, &bridge)
+    );
+    container.is_removed_by_force();
+    drop(net);
+    assert_eq!(traces(&name, &bridge), [""; 0]);
+    hull.run(&["--network", &name], &["true"])
+        .fails(125, &[&name]);
+}
+
+#[test]
+fn nothing_goes_from_one_network_to_another_and_nothing_leaves_an_internal_one() {
+    let hull = Hull::networked("uml");
+    let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &["--internal"]));
+    let start = |net: &Net<'_>| hull.start(&["--network", &net.name], &["sleep", "1000"]);
+    let (first, second) = (start(&one), start(&two));
+    let ping = |net: &Net<'_>, address: &str| {
+        let script = format!("ping -c 1 -W 2 {address} >/dev/null && echo reached || echo not");
+        hull.sh(&["--network", &net.name], &script).ok().text()
+    };
+    let addresses = [first.address().to_string(), second.address().to_string()];
+    assert_eq!(ping(&one, &addresses[0]), "reached");
+    assert_eq!(ping(&two, &addresses[1]), "reached");
+    assert_eq!(ping(&one, &addresses[1]), "not");
+    assert_eq!(ping(&two, &addresses[0]), "not");
+    let routes = second.sh("ip route | grep default || true").ok().text();
+    assert_eq!(routes, "");
+    hull.run(&["--network", &two.name, "-p", "8080:80"], &["true"])
+        .fails(125, &["--publish", "is internal"]);
+    first.is_removed_by_force();
+    second.is_removed_by_force();
+}
+
+#[test]
+fn a_network_that_cannot_be_is_refused_by_name() {
+    let hull = Hull::networked("uml");
+    let net = Net::create(&hull, &[]);
+    let (subnet, own) = (format!("{}/16", net.address(0)), net.address(0));
+    let create = |options: &[&str]| hull.hull(["network", "create"]).args(options).run();
+    create(&[&net.name]).fails(125, &["network", "exists"]);
+    create(&["--subnet", &subnet, "other"]).fails(125, &["overlaps", &own]);
+    create(&["--subnet", "10.203.0.0", "other"]).fails(125, &["invalid subnet"]);
+    create(&["-d", "macvlan", "other"]).fails(125, &["not supported: network driver"]);
+    create(&["host"]).fails(125, &["invalid network name"]);
+    hull.hull(["network", "rm", "default"])
+        .run()
+        .fails(125, &["it is always there"]);
+    hull.hull(["network", "rm", "nobody"])
+        .run()
+        .fails(1, &["no such network: nobody"]);
+    let list = hull.hull(["network", "ls", "-q"]).run().ok().text();
+    assert!(
+        list.contains(&net.name) && list.contains("default"),
+        "{list}"
+    );
+    hull.run(&["--network-alias", "x"], &["true"])
+        .fails(125, &["--network-alias", "not found by names"]);
+}
