@@ -30,6 +30,7 @@ pub mod run;
 pub mod spec;
 pub mod time;
 pub mod unpacker;
+pub mod usage;
 pub mod values;
 pub mod volumes;
 
