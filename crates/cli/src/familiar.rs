@@ -9,7 +9,7 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 11] = [
+const ALIASES: [(&[&str], &[&str]); 12] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
@@ -19,12 +19,16 @@ const ALIASES: [(&[&str], &[&str]); 11] = [
     (&["container", "ls"], &["ps"]),
     (&["container", "list"], &["ps"]),
     (&["container", "ps"], &["ps"]),
+    (
+        &["container", "inspect"],
+        &["inspect", "--type", "container"],
+    ),
     (&["image", "remove"], &["image", "rm"]),
     (&["-v"], &["--version"]),
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 35] = [
+const COMMANDS: [(&str, &str); 33] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -68,13 +72,11 @@ const COMMANDS: [(&str, &str); 35] = [
         "hull cp CONTAINER:/ - | tar -t lists a container's files",
     ),
     ("update", "limits are set by hull run"),
-    ("info", "hull check, hull version"),
     (
         "network",
         "networks are files in /etc/cni/net.d: hull run --network NAME",
     ),
-    ("system", "hull image prune, hull stats, hull check"),
-    ("prune", "hull image prune removes images that nothing uses"),
+    ("prune", "hull system prune removes what nothing uses"),
     ("context", "hull works on this host only"),
     ("plugin", "there are no plugins"),
     ("swarm", "hull works on this host only"),
@@ -392,6 +394,10 @@ mod tests {
             ("hull rmi -f x", "hull image rm -f x"),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),
+            (
+                "hull container inspect x",
+                "hull inspect --type container x",
+            ),
             ("hull container", "hull container"),
             ("hull help", "hull --help"),
             ("hull help image pull", "hull image pull --help"),

@@ -18,6 +18,7 @@ pub(crate) mod exact;
 pub mod exec;
 pub mod guest_files;
 pub mod home;
+pub mod info;
 pub mod inspect;
 pub mod install;
 pub mod log;

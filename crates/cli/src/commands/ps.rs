@@ -86,9 +86,8 @@ struct Mount {
 }
 
 /// Status as text: `Up 5 minutes`, `Exited (0) 2 hours ago`.
-fn in_words(row: &Row) -> String {
-    let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(row.created_ns)));
-    let status = &row.status;
+pub fn in_words(status: &Status, created_ns: u64) -> String {
+    let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(created_ns)));
     match (status.state, &status.exit) {
         (State::Creating | State::Created, _) => "Created".to_owned(),
         (State::Running, _) => format!("Up {}", since(status.started_ns)),
@@ -319,7 +318,7 @@ fn listed(row: &Row, with_size: bool) -> Listed<'_> {
         command: &row.command,
         created: time::format_rfc3339(from_ns(row.created_ns)),
         state: state_name(row.status.state),
-        status: in_words(row),
+        status: in_words(&row.status, row.created_ns),
         exit: row.status.exit.as_ref(),
         machine: &row.machine,
         labels: &row.labels,

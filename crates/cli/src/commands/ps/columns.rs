@@ -78,7 +78,7 @@ pub fn fields(row: &Row, no_trunc: bool) -> format::Row {
         .field("Command", command(row, no_trunc))
         .field("CreatedAt", time::format_list(from_ns(row.created_ns)))
         .field("RunningFor", age(row))
-        .field("Status", in_words(row))
+        .field("Status", in_words(&row.status, row.created_ns))
         .field("State", state_name(row.status.state))
         .field("Ports", ports(row))
         .labels(&row.labels)
@@ -112,7 +112,7 @@ pub fn table(rows: &[Row], no_trunc: bool, engines: bool, with_size: bool) -> Ta
             row.image.clone(),
             command(row, no_trunc),
             age(row),
-            in_words(row),
+            in_words(&row.status, row.created_ns),
             ports(row),
             match engines {
                 true => row.engine.clone(),
