@@ -63,8 +63,8 @@ fn below(directory: OwnedFd, seen: &mut BTreeSet<(u64, u64)>, depth: usize) -> u
     bytes
 }
 
-/// The bytes that the container in a directory has written to its root file system. Of one with a limit that does
-/// not run, they are those that its file system takes.
+/// The bytes that the container in a directory has written to its root file system. Of one with a
+/// limit that does not run, they are those that its file system takes.
 pub fn of_container(directory: &Path) -> u64 {
     const BLOCK: u64 = 512;
     let upper = writable_layer(directory);

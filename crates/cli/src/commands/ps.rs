@@ -67,8 +67,8 @@ pub struct Args {
     format: Option<ListFormat>,
 }
 
-/// What `--size` adds to `ps --json`.
-#[derive(Serialize)]
+/// What `--size` asks for.
+#[derive(Clone, Copy, Debug, Serialize)]
 struct Size {
     /// Bytes in the writable layer.
     written: u64,
@@ -118,10 +118,8 @@ struct Row {
     mounts: Vec<Mount>,
     /// Of one of hull's own.
     directory: Option<PathBuf>,
-    /// Bytes that it has written, if they were asked for.
-    bytes: u64,
-    /// Bytes of its image, if they were asked for.
-    image_bytes: u64,
+    /// If they were asked for.
+    size: Option<Size>,
 }
 
 /// A status, with a default for tests.
@@ -163,8 +161,7 @@ impl Row {
         Self {
             mounts: mounts.collect(),
             directory: Some(directory),
-            bytes: 0,
-            image_bytes: 0,
+            size: None,
             id: record.id,
             name: details.name,
             engine: record.engine,
@@ -285,8 +282,10 @@ pub fn execute(args: Args) -> Result<u8> {
             .map(|image| (image.id.to_string(), image.size))
             .collect();
         for row in &mut rows {
-            row.bytes = row.directory.as_deref().map_or(0, usage::of_container);
-            row.image_bytes = images.get(&row.image_id).copied().unwrap_or(0);
+            row.size = row.directory.as_deref().map(|directory| Size {
+                written: usage::of_container(directory),
+                image: images.get(&row.image_id).copied().unwrap_or(0),
+            });
         }
     }
     let fields = || {
@@ -301,7 +300,7 @@ pub fn execute(args: Args) -> Result<u8> {
         let ids = rows.iter().map(|row| row.shown_id(args.no_trunc) + "\n");
         output::print(ids.collect::<String>())?;
     } else if args.json {
-        let listed: Vec<Listed<'_>> = rows.iter().map(|row| listed(row, args.size)).collect();
+        let listed: Vec<Listed<'_>> = rows.iter().map(listed).collect();
         output::print_json(&listed)?;
     } else {
         columns::table(&rows, args.no_trunc, args.all_engines, args.size).print()?;
@@ -309,7 +308,7 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
-fn listed(row: &Row, with_size: bool) -> Listed<'_> {
+fn listed(row: &Row) -> Listed<'_> {
     Listed {
         id: &row.id,
         name: &row.name,
@@ -326,10 +325,7 @@ fn listed(row: &Row, with_size: bool) -> Listed<'_> {
         network: &row.network,
         addresses: &row.status.addresses,
         ports: &row.ports,
-        size: with_size.then_some(Size {
-            written: row.bytes,
-            image: row.image_bytes,
-        }),
+        size: row.size,
     }
 }
 

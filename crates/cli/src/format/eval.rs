@@ -273,7 +273,12 @@ impl<'d> Evaluation<'d> {
                 (least, usize::MAX) => format!("at least {least}"),
                 (least, most) => format!("{least} to {most}"),
             };
-            let why = format!("{name} takes {wanted} arguments, and {given} are given");
+            let arguments = if wanted == "1" {
+                "argument"
+            } else {
+                "arguments"
+            };
+            let why = format!("{name} takes {wanted} {arguments}, and {given} are given");
             return Err(Wrong::new(at, why));
         }
         let ends = match function.call {

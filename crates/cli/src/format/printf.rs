@@ -43,7 +43,7 @@ pub fn printf(format: &str, args: &[Val<'_>]) -> Result<String, String> {
                 let digit = digit.to_digit(10).unwrap_or(0) as usize;
                 number = Some(number.unwrap_or(0) * 10 + digit);
                 if number > Some(WIDEST) {
-                    return Err(format!("printf: a width is at most {WIDEST}"));
+                    return Err(format!("a width is at most {WIDEST}"));
                 }
             }
             Ok(number)
@@ -60,11 +60,11 @@ pub fn printf(format: &str, args: &[Val<'_>]) -> Result<String, String> {
         match chars.next() {
             Some('%') => text.push('%'),
             Some(verb) => {
-                let missing = || format!("printf: nothing is given for %{verb}");
+                let missing = || format!("nothing is given for %{verb}");
                 let arg = args.next().ok_or_else(missing)?;
                 text.push_str(&directive.apply(verb, arg)?);
             }
-            None => return Err("printf: % at the end".to_owned()),
+            None => return Err("% at the end".to_owned()),
         }
         if text.len() > LONGEST {
             return Err("the string is too long".to_owned());
@@ -72,13 +72,13 @@ pub fn printf(format: &str, args: &[Val<'_>]) -> Result<String, String> {
     }
     match args.count() {
         0 => Ok(text),
-        more => Err(format!("printf: {more} more values than verbs")),
+        more => Err(format!("{more} more values than verbs")),
     }
 }
 
 impl Directive {
     fn apply(&self, verb: char, arg: &Val<'_>) -> Result<String, String> {
-        let wrong = || format!("printf: %{verb} is not for {}", arg.kind());
+        let wrong = || format!("%{verb} is not for {}", arg.kind());
         let cut = |text: String| match self.precision {
             Some(length) => text.chars().take(length).collect(),
             None => text,
@@ -117,7 +117,7 @@ impl Directive {
                 Value::Bool(value) => value.to_string(),
                 _ => return Err(wrong()),
             },
-            _ => return Err(format!("printf: unknown verb %{verb}")),
+            _ => return Err(format!("unknown verb %{verb}")),
         };
         Ok(self.padded(
             text,

@@ -151,7 +151,8 @@ fn templates_that_people_use_with_docker_give_what_docker_gives() {
             "10.0.0.2",
         ),
         (
-            "{{range $p, $c := .NetworkSettings.Ports}}{{if $c}}{{$p}} -> {{(index $c 0).HostPort}}{{end}}{{end}}",
+            "{{range $p, $c := .NetworkSettings.Ports}}{{if $c}}\
+             {{$p}} -> {{(index $c 0).HostPort}}{{end}}{{end}}",
             "80/tcp -> 8080",
         ),
         ("{{range .Mounts}}{{$.Name}} {{end}}", "/web /web "),
@@ -262,7 +263,7 @@ fn what_data_do_not_have_is_named() {
         ),
         (
             "{{upper}}",
-            "column 3: upper takes 1 arguments, and 0 are given",
+            "column 3: upper takes 1 argument, and 0 are given",
         ),
         ("{{.Name \"x\"}}", "column 3: .Name takes no arguments"),
         ("{{.Label \"x\"}}", "column 3: .Label takes the key"),
@@ -272,11 +273,11 @@ fn what_data_do_not_have_is_named() {
         ),
         (
             "{{printf \"%d\" .Name}}",
-            "column 3: printf: printf: %d is not for a string",
+            "column 3: printf: %d is not for a string",
         ),
         (
             "{{printf \"%s\"}}",
-            "column 3: printf: printf: nothing is given for %s",
+            "column 3: printf: nothing is given for %s",
         ),
         (
             "{{range .Name}}{{end}}",

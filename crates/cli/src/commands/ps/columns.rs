@@ -59,9 +59,11 @@ fn age(row: &Row) -> String {
 }
 
 fn size(row: &Row) -> String {
-    let whole = row.image_bytes.saturating_add(row.bytes);
-    let (own, whole) = (output::decimal_size(row.bytes), output::decimal_size(whole));
-    format!("{own} (virtual {whole})")
+    let Some(size) = row.size else {
+        return "N/A".to_owned();
+    };
+    let whole = output::decimal_size(size.image.saturating_add(size.written));
+    format!("{} (virtual {whole})", output::decimal_size(size.written))
 }
 
 /// The fields of a container.
