@@ -84,6 +84,10 @@ pub enum Command {
     Network(network::Args),
     /// Remove all containers that do not run
     Container(container::Args),
+    /// Show what there is on this host: containers, images, machines
+    Info(info::Args),
+    /// Show what is taken of the disk, and remove what nothing uses
+    System(system::Args),
     /// Check whether this host can run containers, and say what is missing
     Check(check::Args),
     /// Show the guest kernels
@@ -138,6 +142,8 @@ impl Command {
             Command::Volume(args) => volume::execute(args),
             Command::Container(args) => container::execute(args),
             Command::Image(args) => image::execute(args),
+            Command::Info(args) => info::execute(args),
+            Command::System(args) => system::execute(args),
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
             Command::Config(args) => config::execute(args),
@@ -278,6 +284,15 @@ mod tests {
             ),
             ("hull exec -d -e A -u 0 -w / c true", "detach: true"),
             ("hull ps -aq --no-trunc -f name=x", "all: true"),
+            ("hull ps -lq", "latest: true"),
+            ("hull ps -n 3 -s", "last: 3, size: true"),
+            ("hull ps -n -1", "last: -1"),
+            ("hull ps --format {{.ID}}", "format: Some(Lines("),
+            (
+                "hull inspect -f {{.Id}} --type image x",
+                "kind: Some(Image)",
+            ),
+            ("hull system prune -af --volumes", "all: true, force: true"),
             (
                 "hull logs -f --tail 5 -t --since 10m c",
                 "tail: Tail(Some(5))",
@@ -386,6 +401,14 @@ mod tests {
             ),
             ("hull logs --since x c", "--since: \"x\" is no time"),
             ("hull ps -f x", "--filter: invalid filter \"x\""),
+            (
+                "hull ps --format {{.ID",
+                "--format: template, column 1: {{ has no end",
+            ),
+            (
+                "hull inspect -f {{nope}} c",
+                "--format: template, column 3: function \"nope\" is not defined",
+            ),
             (
                 "hull exec",
                 "the following required arguments were not provided: <CONTAINER>",

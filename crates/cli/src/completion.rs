@@ -17,7 +17,7 @@ use hull_image::{Reference, Store};
 use hull_sandbox::store::State;
 
 use crate::cli::Hull;
-use crate::commands::ps::STATES;
+use crate::commands::ps::{KEYS, STATES};
 use crate::oci;
 
 /// With the name of a shell: asks for a completion. Set by the shell's script only.
@@ -125,8 +125,9 @@ fn with_candidates(command: Command) -> Command {
             }
             (_, "filters") if lists_containers => argument.add(ArgValueCandidates::new(|| {
                 let states = STATES.map(|state| format!("status={state}").into());
-                let keys = ["id=", "name=", "label=", "ancestor=", "exited="];
-                states.into_iter().chain(keys.map(Into::into)).collect()
+                let keys = KEYS.into_iter().filter(|key| *key != "status");
+                let keys = keys.map(|key| format!("{key}=").into());
+                states.into_iter().chain(keys).collect()
             })),
             _ => argument,
         }

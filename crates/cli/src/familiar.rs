@@ -9,7 +9,7 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 11] = [
+const ALIASES: [(&[&str], &[&str]); 12] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
@@ -19,12 +19,16 @@ const ALIASES: [(&[&str], &[&str]); 11] = [
     (&["container", "ls"], &["ps"]),
     (&["container", "list"], &["ps"]),
     (&["container", "ps"], &["ps"]),
+    (
+        &["container", "inspect"],
+        &["inspect", "--type", "container"],
+    ),
     (&["image", "remove"], &["image", "rm"]),
     (&["-v"], &["--version"]),
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 30] = [
+const COMMANDS: [(&str, &str); 28] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -61,9 +65,7 @@ const COMMANDS: [(&str, &str); 30] = [
         "hull uses what docker login or podman login stored: ~/.docker/config.json",
     ),
     ("search", "registries have a search on their web pages"),
-    ("info", "hull check, hull version"),
-    ("system", "hull image prune, hull stats, hull check"),
-    ("prune", "hull image prune removes images that nothing uses"),
+    ("prune", "hull system prune removes what nothing uses"),
     ("context", "hull works on this host only"),
     ("plugin", "there are no plugins"),
     ("swarm", "hull works on this host only"),
@@ -373,6 +375,10 @@ mod tests {
             ("hull rmi -f x", "hull image rm -f x"),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),
+            (
+                "hull container inspect x",
+                "hull inspect --type container x",
+            ),
             ("hull container", "hull container"),
             ("hull help", "hull --help"),
             ("hull help image pull", "hull image pull --help"),

@@ -10,6 +10,7 @@ mod completion;
 mod device_process;
 mod error;
 mod familiar;
+mod format;
 mod images;
 mod internal;
 mod machine_process;

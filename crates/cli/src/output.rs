@@ -23,8 +23,20 @@ impl Table {
         }
     }
 
+    /// A table with this first row.
+    pub fn of(cells: Vec<String>) -> Table {
+        let mut table = Table { rows: Vec::new() };
+        table.push(cells);
+        table
+    }
+
     /// Adds a row with as many cells as the heading.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.push(cells.into());
+    }
+
+    /// Adds a row.
+    pub fn push(&mut self, cells: Vec<String>) {
         self.rows
             .push(cells.iter().map(|cell| printable(cell)).collect());
     }

@@ -19,6 +19,8 @@ pub(crate) mod exact;
 pub mod exec;
 pub mod guest_files;
 pub mod home;
+pub mod info;
+pub mod inspect;
 pub mod install;
 pub mod log;
 pub mod names;
@@ -33,6 +35,7 @@ pub mod supervise;
 pub mod time;
 pub mod unpacker;
 pub mod update;
+pub mod usage;
 pub mod values;
 pub mod volumes;
 

@@ -49,12 +49,12 @@ pub fn publish(text: &str) -> Result<Ports, String> {
     if container.is_empty() {
         return Err(wrong("no container port".to_owned()));
     }
-    let (first, last) = ports(container)
+    let (first, last) = port_range(container)
         .filter(|(first, _)| *first != 0)
         .ok_or_else(|| wrong(format!("invalid container port {container:?}")))?;
     let (host_first, host_last) = match host {
         "" | "0" => (0, 0),
-        _ => ports(host)
+        _ => port_range(host)
             .filter(|(first, _)| *first != 0)
             .ok_or_else(|| wrong(format!("invalid host port {host:?}")))?,
     };
@@ -94,7 +94,7 @@ fn host_address(text: &str) -> Result<IpAddr, String> {
 }
 
 /// A port, or a range of them: `80`, `8000-8010`.
-fn ports(text: &str) -> Option<(u16, u16)> {
+pub fn port_range(text: &str) -> Option<(u16, u16)> {
     // Numbers as Docker reads them: no sign.
     let port = |digits: &str| {
         digits

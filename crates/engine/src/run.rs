@@ -347,12 +347,12 @@ impl<'a> Run<'a> {
             fds.push(directory.as_fd());
             fds.extend(sockets.iter().map(AsFd::as_fd));
         }
-        let request = Request::Network(NetworkConfig {
+        let request = Request::Network(Box::new(NetworkConfig {
             source: (**source).clone(),
             limits: place.network.limits,
             owner: Some(self.id.clone()),
             names: self.names_in(place)?,
-        });
+        }));
         client.tell(&request, &fds)
     }
 }

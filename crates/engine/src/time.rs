@@ -55,6 +55,14 @@ pub fn format_rfc3339(time: UnixNanos) -> String {
     )
 }
 
+/// `2026-11-21 23:04:05 +0000 UTC`: the form of `CreatedAt` in Docker's lists.
+pub fn format_list(time: UnixNanos) -> String {
+    let text = format_rfc3339(time);
+    let (date, clock) = text.split_once('T').unwrap_or((&text, ""));
+    let clock = clock.split('.').next().unwrap_or_default();
+    format!("{date} {clock} +0000 UTC")
+}
+
 /// Reads RFC 3339, also without seconds, time of day or zone (then UTC), as `docker logs --since`
 /// does.
 pub fn parse_rfc3339(text: &str) -> Option<UnixNanos> {
@@ -202,6 +210,7 @@ mod tests {
             assert_eq!(parse_rfc3339(text), Some(nanos), "{text}");
             assert_eq!(format_rfc3339(nanos), text);
         }
+        assert_eq!(format_list(SECOND), "1970-01-01 00:00:01 +0000 UTC");
     }
 
     #[test]

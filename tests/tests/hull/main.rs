@@ -8,6 +8,7 @@ mod confinement;
 mod cp;
 mod crash;
 mod exec;
+mod formats;
 mod guest_kernel;
 mod images;
 mod install_engines;

@@ -18,9 +18,12 @@ impl<'a> Net<'a> {
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // What hull chooses is free for one installation; tests have many.
         let id = std::process::id();
-        let (high, low) = (128 + (id >> 8 & 31) * 2 + number % 2, id & 255);
+        let (high, low) = (128 + ((id >> 8) & 31) * 2 + number % 2, id & 255);
         let ipv4 = format!("10.{high}.{low}.0/24");
-        let ipv6 = format!("fd68:756c:7e57:{:x}::/64", (id & 0x7fff) << 1 | number % 2);
+        let ipv6 = format!(
+            "fd68:756c:7e57:{:x}::/64",
+            ((id & 0x7fff) << 1) | (number % 2)
+        );
         // Names of rules of the packet filter are the host's.
         let name = format!("t{}-{number}", std::process::id());
         hull.hull(["network", "create", "--subnet", &ipv4, "--subnet", &ipv6])

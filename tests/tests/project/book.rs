@@ -98,7 +98,10 @@ macro_rules! pages {
     };
 }
 
-pages! { containerd engines install networking resources run security storage troubleshooting }
+pages! {
+    containerd engines formats install networking resources run
+    security storage troubleshooting
+}
 
 #[test]
 fn each_page_with_commands_is_tried() {

@@ -1,6 +1,7 @@
 //! `hull container`: what is about all containers. Other commands need no such word before them.
 
 use hull_engine::container::{self, Removing};
+use hull_engine::{Paths, usage};
 
 use super::{agreed, config_for_existing};
 use crate::error::{self, Result};
@@ -31,14 +32,24 @@ pub fn execute(args: Args) -> Result<u8> {
     if !force && !agreed("all containers that do not run")? {
         return Ok(0);
     }
-    container::sweep(&paths);
-    let mut status = 0;
-    for listed in container::list(&paths)? {
+    prune(&paths).map(|(status, _)| status)
+}
+
+/// Removes all containers that do not run, and prints their ids; the exit status, and the bytes
+/// that they had written.
+pub fn prune(paths: &Paths) -> Result<(u8, u64)> {
+    container::sweep(paths);
+    let (mut status, mut reclaimed) = (0, 0);
+    for listed in container::list(paths)? {
         match listed {
             Ok(listed) if container::is_idle(&listed) => {
                 let id = &listed.record.id;
-                match container::remove(&paths, id, Removing::default()) {
-                    Ok(()) => output::print(format!("{id}\n"))?,
+                let bytes = usage::of_container(listed.directory.path());
+                match container::remove(paths, id, Removing::default()) {
+                    Ok(()) => {
+                        reclaimed += bytes;
+                        output::print(format!("{id}\n"))?;
+                    }
                     Err(error) => status = error::fail(&error).max(status),
                 }
             }
@@ -49,5 +60,5 @@ pub fn execute(args: Args) -> Result<u8> {
             }
         }
     }
-    Ok(status)
+    Ok((status, reclaimed))
 }

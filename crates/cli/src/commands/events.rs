@@ -7,9 +7,11 @@ use hull_sandbox::events::{Event, EventKind, EventLog};
 use hull_sandbox::store::Directory;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
+use serde_json::{Value, json};
 
 use super::{config_for_root, from_ns};
 use crate::error::{Context, Error, Result};
+use crate::format::Template;
 use crate::output;
 
 /// Arguments of `events`.
@@ -18,8 +20,8 @@ pub struct Args {
     /// Show only events that match: type=NAME, container=ID, sandbox=ID; may be given several times
     #[arg(short, long = "filter", value_name = "KEY=VALUE", value_parser = Filter::parse)]
     filters: Vec<Filter>,
-    /// How each event is printed
-    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    /// How each event is printed: "text", "json", or a template of Go's
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = Format::parse)]
     format: Format,
     /// Begin with events since a time (2026-11-21T10:00:00) or of a time (42m)
     #[arg(long, value_name = "TIME", value_parser = time::parse_since)]
@@ -30,12 +32,24 @@ pub struct Args {
 }
 
 /// How events are printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Debug)]
 enum Format {
     /// A line for people.
     Text,
     /// A line of JSON.
     Json,
+    /// What a template makes of it.
+    Template(Template),
+}
+
+impl Format {
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        Ok(match text.trim() {
+            "" | "text" => Self::Text,
+            "json" => Self::Json,
+            _ => Self::Template(Template::parse(text)?),
+        })
+    }
 }
 
 /// One condition of `--filter`. Several of one key are alternatives.
@@ -99,7 +113,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 return Ok(0);
             }
             if at >= since && all_match(&args.filters, &event) {
-                output::print(line(&event, args.format)?)?;
+                output::print(line(&event, &args.format)?)?;
             }
         }
         if !wait(&watch, args.until)? {
@@ -150,11 +164,17 @@ fn wait(watch: &rustix::fd::OwnedFd, until: Option<UnixNanos>) -> Result<bool> {
     Ok(true)
 }
 
-fn line(event: &Event, format: Format) -> Result<String> {
-    if format == Format::Json {
-        let text = serde_json::to_string(event)
-            .map_err(|error| Error::new(format!("cannot write JSON: {error}")))?;
-        return Ok(text + "\n");
+fn line(event: &Event, format: &Format) -> Result<String> {
+    let object = || {
+        serde_json::to_value(event)
+            .map_err(|error| Error::new(format!("cannot write JSON: {error}")))
+    };
+    match format {
+        Format::Text => {}
+        Format::Json => return Ok(format!("{}\n", object()?)),
+        Format::Template(template) => {
+            return Ok(template.render(&with_dockers_keys(event, object()?))? + "\n");
+        }
     }
     let at = time::format_rfc3339(from_ns(event.time_ns));
     let mut line = format!("{at} {}", event.kind.name());
@@ -179,6 +199,54 @@ fn line(event: &Event, format: Format) -> Result<String> {
         _ => {}
     }
     Ok(output::printable(&line) + "\n")
+}
+
+/// An event's own keys, and those of Docker's events.
+fn with_dockers_keys(event: &Event, mut object: Value) -> Value {
+    let container = event.kind.container();
+    let action = match &event.kind {
+        EventKind::Created { .. } => "create",
+        EventKind::Started { .. } => "start",
+        EventKind::ExecAdded { .. } => "exec_create",
+        EventKind::ExecStarted { .. } => "exec_start",
+        EventKind::Exited { exec, .. } if exec.is_empty() => "die",
+        EventKind::Exited { .. } => "exec_die",
+        EventKind::Oom { .. } => "oom",
+        EventKind::Paused { .. } => "pause",
+        EventKind::Resumed { .. } => "unpause",
+        EventKind::Deleted { .. } => "destroy",
+        other => other.name(),
+    };
+    let (kind, id) = match container {
+        "" => ("sandbox", &event.sandbox[..]),
+        container => ("container", container),
+    };
+    let mut attributes = json!({"sandbox": event.sandbox});
+    match &event.kind {
+        EventKind::ExecAdded { exec, .. } | EventKind::ExecStarted { exec, .. } => {
+            attributes["execID"] = json!(exec);
+        }
+        EventKind::Exited { exec, exit, .. } => {
+            attributes["exitCode"] = json!(exit.status.to_string());
+            if !exec.is_empty() {
+                attributes["execID"] = json!(exec);
+            }
+        }
+        _ => {}
+    }
+    for (key, value) in [
+        ("Type", json!(kind)),
+        ("Action", json!(action)),
+        ("Status", json!(action)),
+        ("ID", json!(id)),
+        ("Actor", json!({"ID": id, "Attributes": attributes})),
+        ("Scope", json!("local")),
+        ("Time", json!(event.time_ns / 1_000_000_000)),
+        ("TimeNano", json!(event.time_ns)),
+    ] {
+        object[key] = value;
+    }
+    object
 }
 
 #[cfg(test)]
@@ -212,9 +280,14 @@ mod tests {
     #[test]
     fn lines_are_for_people_or_programs() {
         let event = started("abc");
-        let text = line(&event, Format::Text).unwrap();
+        let line = |format: &str| line(&event, &Format::parse(format).unwrap()).unwrap();
+        let text = line("text");
         assert!(text.ends_with("Z started container=abc\n"), "{text}");
-        let json = line(&event, Format::Json).unwrap();
+        let json = line("json");
         assert!(json.contains(r#""container":"abc""#), "{json}");
+        assert!(!json.contains("Action"), "{json}");
+        let text =
+            line("{{.Type}} {{.Action}} {{.Actor.ID}} {{.type}} {{.Actor.Attributes.sandbox}}");
+        assert_eq!(text, "container start abc started s1\n");
     }
 }

@@ -10,8 +10,10 @@ use serde_json::{Value, json};
 use super::{agreed, config_for_root, for_each};
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
+use hull_engine::inspect;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::{self, ListFormat, ObjectFormat, Row};
 use crate::images;
 use crate::output::{self, Table};
 use hull_engine::time;
@@ -65,6 +67,9 @@ enum Command {
         /// Print JSON
         #[arg(long, conflicts_with = "quiet")]
         json: bool,
+        /// Print with a template of Go's, "json", or "table TEMPLATE"
+        #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
+        format: Option<ListFormat>,
     },
     /// Remove images
     Rm {
@@ -77,6 +82,9 @@ enum Command {
     },
     /// Show all that is known of images, as JSON
     Inspect {
+        /// Print a line for each with a template of Go's, or "json"
+        #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse)]
+        format: Option<ObjectFormat>,
         /// Names or ids
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<String>,
@@ -120,11 +128,16 @@ pub fn execute(args: Args) -> Result<u8> {
             quiet,
             no_trunc,
             json,
+            format,
         } => {
             let store = images::store(&config)?;
             let (list, damages) = store.list_with_damages().map_err(of_image)?;
             for error in damages {
                 output::note(format!("warning: {error}"));
+            }
+            let rows = || list.iter().map(|image| row(image, no_trunc)).collect();
+            if format::print_list(format.as_ref(), quiet, &HEADINGS, rows)? {
+                return Ok(0);
             }
             if quiet {
                 let mut ids: Vec<String> = list
@@ -153,17 +166,15 @@ pub fn execute(args: Args) -> Result<u8> {
                 report(&removed.map_err(wrong)?)
             });
         }
-        Command::Inspect { images: names } => {
-            let mut objects = Vec::new();
-            let outcome = for_each(&names, |name| {
-                let object = inspect_object(&config, name)?.ok_or_else(|| {
+        Command::Inspect {
+            format,
+            images: names,
+        } => {
+            return super::inspect::print_each(&names, format.as_ref(), |name| {
+                inspect_object(&config, name)?.ok_or_else(|| {
                     Error::not_found(format!("no such image: {name}")).hint("hull image ls")
-                })?;
-                objects.push(object);
-                Ok(())
+                })
             });
-            output::print_json(&objects)?;
-            return outcome;
         }
         Command::Prune { all, force } => {
             let store = images::store(&config)?;
@@ -246,7 +257,7 @@ fn import(
     output::print(format!("{}\n", image.id))
 }
 
-fn report(removed: &Removed) -> Result<()> {
+pub fn report(removed: &Removed) -> Result<()> {
     let untagged = removed
         .untagged
         .iter()
@@ -280,10 +291,13 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
         object["document"] = serde_json::from_slice(&document)
             .context(|| format!("read the configuration of image {name}"))?;
     }
+    let names = inspect::Names::of(&image.id, &store.list().map_err(of_image)?);
+    let docker = inspect::image(&image, &names, &object["document"]);
+    inspect::extend(&mut object, docker);
     Ok(Some(object))
 }
 
-fn id(image: &Listed, whole: bool) -> String {
+pub fn id(image: &Listed, whole: bool) -> String {
     match whole {
         true => image.id.to_string(),
         false => image.id.hex().chars().take(12).collect(),
@@ -302,7 +316,7 @@ fn listed_object(image: &Listed) -> Value {
 }
 
 /// Name and tag in the familiar form: without the default registry.
-fn name_and_tag(reference: Option<&str>) -> (String, String) {
+pub fn name_and_tag(reference: Option<&str>) -> (String, String) {
     let none = || "<none>".to_owned();
     let Some(reference) = reference else {
         return (none(), none());
@@ -319,19 +333,58 @@ fn name_and_tag(reference: Option<&str>) -> (String, String) {
     }
 }
 
+/// The fields of `image ls --format`, with the headings of a table.
+const HEADINGS: [(&str, &str); 10] = [
+    ("ID", "IMAGE ID"),
+    ("Repository", "REPOSITORY"),
+    ("Tag", "TAG"),
+    ("Digest", "DIGEST"),
+    ("CreatedSince", "CREATED"),
+    ("CreatedAt", "CREATED AT"),
+    ("Size", "SIZE"),
+    ("VirtualSize", "SIZE"),
+    ("Containers", "CONTAINERS"),
+    ("Labels", "LABELS"),
+];
+
+fn row(image: &Listed, no_trunc: bool) -> Row {
+    let (name, tag) = name_and_tag(image.reference.as_deref());
+    let created = image.created.as_deref().and_then(time::parse_rfc3339);
+    let size = output::decimal_size(image.size);
+    Row::new()
+        .field("ID", id(image, no_trunc))
+        .field("Repository", name)
+        .field("Tag", tag)
+        .field("Digest", image.digest.to_string())
+        .field("CreatedSince", age(image))
+        .field(
+            "CreatedAt",
+            created.map_or_else(|| "N/A".to_owned(), time::format_list),
+        )
+        .field("Size", size.as_str())
+        .field("VirtualSize", size)
+        .field("Containers", "N/A")
+        .labels(&image.labels)
+}
+
+/// How long ago an image was created.
+pub fn age(image: &Listed) -> String {
+    let created = image.created.as_deref().and_then(time::parse_rfc3339);
+    created.map_or_else(
+        || "N/A".to_owned(),
+        |created| format!("{} ago", time::human_age(created)),
+    )
+}
+
 fn table(list: &[Listed], no_trunc: bool) -> Table {
     let mut table = Table::new(&["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"]);
     for image in list {
         let (name, tag) = name_and_tag(image.reference.as_deref());
-        let created = image.created.as_deref().and_then(time::parse_rfc3339);
         table.row([
             name,
             tag,
             id(image, no_trunc),
-            created.map_or_else(
-                || "N/A".to_owned(),
-                |created| format!("{} ago", time::human_age(created)),
-            ),
+            age(image),
             output::decimal_size(image.size),
         ]);
     }

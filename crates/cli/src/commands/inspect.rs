@@ -1,7 +1,8 @@
-//! `hull inspect`.
+//! `hull inspect`: hull's own keys of containers, images and volumes, and Docker's beside them.
 
 use hull_engine::config::Config;
 use hull_engine::container::{self, Any};
+use hull_engine::inspect;
 use hull_engine::time;
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::{config_for_existing, for_each, from_ns};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::ObjectFormat;
 use crate::output;
 
 /// Arguments of `inspect`.
@@ -19,23 +21,57 @@ pub struct Args {
     /// threads of the host that serve them
     #[arg(long)]
     devices: bool,
-    /// Names or ids of containers, or images
+    /// Print a line for each with a template of Go's, such as '{{.State.Status}}', or "json"
+    #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse)]
+    format: Option<ObjectFormat>,
+    /// What the names are of; without it, the first that is there
+    #[arg(long = "type", value_name = "TYPE", conflicts_with = "devices")]
+    kind: Option<Kind>,
+    /// Names or ids of containers, images or volumes
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 }
 
-/// Prints a JSON array with an object for each container or image.
+/// What has a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Kind {
+    /// A container, of hull or of an engine.
+    Container,
+    /// An image.
+    Image,
+    /// A volume.
+    Volume,
+}
+
+/// Prints an object for each name.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_existing()?;
+    print_each(&args.names, args.format.as_ref(), |name| {
+        match args.devices {
+            true => devices(&config, name),
+            false => object(&config, name, args.kind),
+        }
+    })
+}
+
+/// Prints the objects of names: as a JSON array, or in a format each on a line of its own.
+pub fn print_each(
+    names: &[String],
+    format: Option<&ObjectFormat>,
+    object: impl Fn(&str) -> Result<Value>,
+) -> Result<u8> {
     let mut objects = Vec::new();
-    let outcome = for_each(&args.names, |name| {
-        objects.push(match args.devices {
-            true => devices(&config, name)?,
-            false => object(&config, name)?,
-        });
+    let outcome = for_each(names, |name| {
+        let object = object(name)?;
+        match format {
+            Some(format) => output::print(format.line(&object)?)?,
+            None => objects.push(object),
+        }
         Ok(())
     });
-    output::print_json(&objects)?;
+    if format.is_none() {
+        output::print_json(&objects)?;
+    }
     outcome
 }
 
@@ -48,20 +84,41 @@ fn devices(config: &Config, name: &str) -> Result<Value> {
     }
 }
 
-fn object(config: &Config, name: &str) -> Result<Value> {
-    match container::find_any(&config.paths(), name) {
-        Ok(container) => container_object(&container),
-        Err(error) if error.kind != ErrorKind::NotFound => Err(error),
-        Err(_) => super::image::inspect_object(config, name)?.ok_or_else(|| {
-            Error::not_found(format!("no such container or image: {name}"))
-                .hint("hull ps -a --all-engines; hull image ls")
-        }),
+fn object(config: &Config, name: &str, kind: Option<Kind>) -> Result<Value> {
+    let kinds = match kind {
+        Some(kind) => vec![kind],
+        None => vec![Kind::Container, Kind::Image, Kind::Volume],
+    };
+    for kind in kinds {
+        let found = match kind {
+            Kind::Container => container::find_any(&config.paths(), name)
+                .and_then(|container| container_object(config, &container)),
+            Kind::Image => match super::image::inspect_object(config, name)? {
+                Some(object) => Ok(object),
+                None => continue,
+            },
+            Kind::Volume => super::volume::inspect_object(&config.paths(), name),
+        };
+        match found {
+            Err(error) if error.kind == ErrorKind::NotFound => {}
+            found => return found,
+        }
     }
+    let (what, hint) = match kind {
+        Some(Kind::Container) => ("container", "hull ps -a --all-engines"),
+        Some(Kind::Image) => ("image", "hull image ls"),
+        Some(Kind::Volume) => ("volume", "hull volume ls"),
+        None => (
+            "container, image or volume",
+            "hull ps -a --all-engines; hull image ls; hull volume ls",
+        ),
+    };
+    Err(Error::not_found(format!("no such {what}: {name}")).hint(hint))
 }
 
-/// Record and status in one object, with formatted times, the paths of the container's files, and
-/// its OCI configuration.
-fn container_object(container: &Any) -> Result<Value> {
+/// Record and status in one object, with formatted times, the paths of the container's files, its
+/// OCI configuration, and Docker's keys.
+fn container_object(config: &Config, container: &Any) -> Result<Value> {
     let (record, status) = match container {
         Any::Own(own) => (
             serde_json::to_value(&own.record).context(|| "write JSON")?,
@@ -119,5 +176,6 @@ fn container_object(container: &Any) -> Result<Value> {
     if let Ok(spec) = container.config() {
         object["spec"] = spec;
     }
+    inspect::extend(&mut object, inspect::container(config, container));
     Ok(object)
 }

@@ -1,18 +1,29 @@
 //! `hull ps`.
 
+mod columns;
+mod filter;
+
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use hull_engine::container::{self, Container, EngineContainer};
-use hull_engine::time;
+use hull_engine::error::of_image;
+use hull_engine::inspect::state_name;
+use hull_engine::volumes::Source;
+use hull_engine::{time, usage};
 use hull_network::cni::PortMapping;
 use hull_sandbox::store::{Exit, State, Status};
-use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
-use super::port::outside;
+use self::filter::{Filter, Filters};
 use super::{config_for_existing, from_ns};
 use crate::error::Result;
-use crate::output::{self, Table};
+use crate::format::{self, ListFormat};
+use crate::images;
+use crate::output;
+
+pub use self::filter::{KEYS, STATES};
 
 /// Arguments of `ps`.
 #[derive(Debug, clap::Args)]
@@ -32,133 +43,51 @@ pub struct Args {
     /// Do not shorten ids and commands
     #[arg(long)]
     no_trunc: bool,
+    /// Show only the container that was created last, whatever state it is in
+    #[arg(short, long, conflicts_with = "last")]
+    latest: bool,
+    /// Show only so many containers that were created last, whatever state they are in
+    #[arg(
+        short = 'n',
+        long,
+        value_name = "NUMBER",
+        default_value_t = -1,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    last: i64,
+    /// Show how much containers have written to their root file systems
+    #[arg(short, long)]
+    size: bool,
     /// Print JSON
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
+    /// Print with a template of Go's, "json", or "table TEMPLATE"
+    #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
+    format: Option<ListFormat>,
 }
 
-/// One condition of `--filter`.
-#[derive(Clone, Debug)]
-enum Filter {
-    Id(String),
-    Name(Regex),
-    Status(&'static str),
-    Label(String, Option<String>),
-    Ancestor(String),
-    Exited(i32),
+/// What `--size` asks for.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Size {
+    /// Bytes in the writable layer.
+    written: u64,
+    /// Bytes of the image.
+    image: u64,
 }
 
-/// The states that `--filter status=` knows.
-pub const STATES: [&str; 4] = ["created", "running", "paused", "exited"];
-
-impl Filter {
-    fn parse(text: &str) -> std::result::Result<Filter, String> {
-        let (key, value) = text.split_once('=').ok_or_else(|| {
-            format!("invalid filter {text:?}: give KEY=VALUE, like status=running")
-        })?;
-        Ok(match key {
-            "id" => Filter::Id(value.to_owned()),
-            "name" => Filter::Name(name_pattern(text, value)?),
-            "status" => {
-                // As `hull inspect` and the OCI specification call it.
-                let wanted = if value == "stopped" { "exited" } else { value };
-                let state = STATES.into_iter().find(|state| *state == wanted);
-                Filter::Status(state.ok_or_else(|| {
-                    format!(
-                        "invalid filter {text:?}: {value:?} is none of {}",
-                        STATES.join(", ")
-                    )
-                })?)
-            }
-            "label" => match value.split_once('=') {
-                Some((name, value)) => Filter::Label(name.to_owned(), Some(value.to_owned())),
-                None => Filter::Label(value.to_owned(), None),
-            },
-            "ancestor" => Filter::Ancestor(value.to_owned()),
-            "exited" => Filter::Exited(
-                value
-                    .parse()
-                    .map_err(|_| format!("invalid filter {text:?}: {value:?} is no exit code"))?,
-            ),
-            _ => {
-                return Err(format!(
-                    "invalid filter {text:?}: {key:?} is none of id, name, status, label, ancestor, exited"
-                ));
-            }
-        })
-    }
-
-    fn matches(&self, row: &Row) -> bool {
-        match self {
-            Filter::Id(id) => row.id.starts_with(id.as_str()),
-            // Docker's names begin with a slash, with which and without which they are matched.
-            Filter::Name(name) => {
-                name.is_match(&row.name) || name.is_match(&format!("/{}", row.name))
-            }
-            Filter::Status(state) => docker_state(row.status.state) == *state,
-            Filter::Label(name, value) => row
-                .labels
-                .get(name)
-                .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
-            Filter::Ancestor(image) => {
-                let digest = row
-                    .image_id
-                    .strip_prefix("sha256:")
-                    .unwrap_or(&row.image_id);
-                let image_without_tag = row.image.split(':').next();
-                row.image == *image
-                    || image_without_tag == Some(image)
-                    || (image.len() >= 4
-                        && digest.starts_with(image.strip_prefix("sha256:").unwrap_or(image)))
-            }
-            Filter::Exited(status) => {
-                row.status.state == State::Stopped
-                    && row
-                        .status
-                        .exit
-                        .as_ref()
-                        .is_some_and(|exit| exit.status == *status)
-            }
-        }
-    }
-
-    /// Whether the filter selects containers that `ps` hides by default.
-    fn wants_stopped(&self) -> bool {
-        matches!(
-            self,
-            Filter::Status("exited" | "created") | Filter::Exited(_)
-        )
-    }
-}
-
-/// The regular expression of a filter for names.
-fn name_pattern(filter: &str, pattern: &str) -> std::result::Result<Regex, String> {
-    const MOST_BYTES: usize = 1 << 20;
-    RegexBuilder::new(pattern)
-        .size_limit(MOST_BYTES)
-        .build()
-        .map_err(|error| {
-            let why = error.to_string();
-            let why = why.lines().last().unwrap_or_default().trim();
-            let why = why.strip_prefix("error: ").unwrap_or(why);
-            format!("invalid filter {filter:?}: no regular expression: {why}")
-        })
-}
-
-/// Docker's name for a state.
-fn docker_state(state: State) -> &'static str {
-    match state {
-        State::Creating | State::Created => "created",
-        State::Running => "running",
-        State::Paused => "paused",
-        State::Stopped => "exited",
-    }
+/// A volume or a directory of the host in a container.
+#[derive(Debug, Default)]
+struct Mount {
+    /// The name of a volume, or a path of the host.
+    source: String,
+    destination: String,
+    is_volume: bool,
 }
 
 /// Status as text: `Up 5 minutes`, `Exited (0) 2 hours ago`.
-fn in_words(row: &Row) -> String {
-    let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(row.created_ns)));
-    let status = &row.status;
+pub fn in_words(status: &Status, created_ns: u64) -> String {
+    let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(created_ns)));
     match (status.state, &status.exit) {
         (State::Creating | State::Created, _) => "Created".to_owned(),
         (State::Running, _) => format!("Up {}", since(status.started_ns)),
@@ -182,10 +111,15 @@ struct Row {
     created_ns: u64,
     status: RowStatus,
     machine: String,
-    labels: std::collections::BTreeMap<String, String>,
+    labels: BTreeMap<String, String>,
     volumes: Vec<String>,
     network: String,
     ports: Vec<PortMapping>,
+    mounts: Vec<Mount>,
+    /// Of one of hull's own.
+    directory: Option<PathBuf>,
+    /// If they were asked for.
+    size: Option<Size>,
 }
 
 /// A status, with a default for tests.
@@ -208,9 +142,26 @@ impl std::ops::Deref for RowStatus {
 
 impl Row {
     fn own(container: Container) -> Self {
+        let directory = container.path();
         let record = container.record;
         let details = record.details;
+        let volumes = details.options.iter().flat_map(|options| &options.volumes);
+        let mounts = volumes.map(|volume| {
+            let (source, is_volume) = match &volume.source {
+                Source::Host(path) => (path.display().to_string(), false),
+                Source::Named(name) => (name.clone(), true),
+                Source::Anonymous => (String::new(), true),
+            };
+            Mount {
+                source,
+                destination: volume.destination.display().to_string(),
+                is_volume,
+            }
+        });
         Self {
+            mounts: mounts.collect(),
+            directory: Some(directory),
+            size: None,
             id: record.id,
             name: details.name,
             engine: record.engine,
@@ -253,8 +204,11 @@ impl Row {
         }
     }
 
-    fn short_id(&self) -> &str {
-        self.id.get(..12).unwrap_or(&self.id)
+    fn shown_id(&self, no_trunc: bool) -> String {
+        match no_trunc {
+            true => self.id.clone(),
+            false => self.id.get(..12).unwrap_or(&self.id).to_owned(),
+        }
     }
 }
 
@@ -272,18 +226,28 @@ struct Listed<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     exit: Option<&'a Exit>,
     machine: &'a str,
-    labels: &'a std::collections::BTreeMap<String, String>,
+    labels: &'a BTreeMap<String, String>,
     volumes: &'a [String],
     network: &'a str,
     addresses: &'a [IpAddr],
     ports: &'a [PortMapping],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size: Option<Size>,
 }
 
 /// Lists containers, newest first.
 pub fn execute(args: Args) -> Result<u8> {
-    let paths = config_for_existing()?.paths();
+    let config = config_for_existing()?;
+    let paths = config.paths();
     container::sweep(&paths);
-    let all = args.all || args.filters.iter().any(Filter::wants_stopped);
+    let last = match args.latest {
+        true => Some(1),
+        false => usize::try_from(args.last).ok().filter(|last| *last > 0),
+    };
+    let all = args.all || last.is_some() || args.filters.iter().any(Filter::wants_stopped);
+    let filters = Filters::new(args.filters, &paths)?;
+    let template = args.format.as_ref().and_then(ListFormat::template);
+    let with_size = args.size || template.is_some_and(|template| template.names("Size"));
     let mut rows = Vec::new();
     for container in container::list(&paths)? {
         match container {
@@ -306,20 +270,40 @@ pub fn execute(args: Args) -> Result<u8> {
     rows.retain(|row| {
         let state = row.status.state;
         let up = matches!(state, State::Running | State::Paused);
-        (all || up) && args.filters.iter().all(|filter| filter.matches(row))
+        (all || up) && filters.select(row)
     });
+    rows.truncate(last.unwrap_or(usize::MAX));
+    if with_size {
+        let store = images::store(&config)?;
+        let images: BTreeMap<String, u64> = store
+            .list()
+            .map_err(of_image)?
+            .into_iter()
+            .map(|image| (image.id.to_string(), image.size))
+            .collect();
+        for row in &mut rows {
+            row.size = row.directory.as_deref().map(|directory| Size {
+                written: usage::of_container(directory),
+                image: images.get(&row.image_id).copied().unwrap_or(0),
+            });
+        }
+    }
+    let fields = || {
+        rows.iter()
+            .map(|row| columns::fields(row, args.no_trunc))
+            .collect()
+    };
+    if format::print_list(args.format.as_ref(), args.quiet, &columns::HEADINGS, fields)? {
+        return Ok(0);
+    }
     if args.quiet {
-        let id = |row: &Row| match args.no_trunc {
-            true => row.id.clone(),
-            false => row.short_id().to_owned(),
-        };
-        let ids: Vec<String> = rows.iter().map(|row| id(row) + "\n").collect();
-        output::print(ids.concat())?;
+        let ids = rows.iter().map(|row| row.shown_id(args.no_trunc) + "\n");
+        output::print(ids.collect::<String>())?;
     } else if args.json {
         let listed: Vec<Listed<'_>> = rows.iter().map(listed).collect();
         output::print_json(&listed)?;
     } else {
-        table(&rows, args.no_trunc, args.all_engines).print()?;
+        columns::table(&rows, args.no_trunc, args.all_engines, args.size).print()?;
     }
     Ok(0)
 }
@@ -332,8 +316,8 @@ fn listed(row: &Row) -> Listed<'_> {
         image: &row.image,
         command: &row.command,
         created: time::format_rfc3339(from_ns(row.created_ns)),
-        state: docker_state(row.status.state),
-        status: in_words(row),
+        state: state_name(row.status.state),
+        status: in_words(&row.status, row.created_ns),
         exit: row.status.exit.as_ref(),
         machine: &row.machine,
         labels: &row.labels,
@@ -341,65 +325,16 @@ fn listed(row: &Row) -> Listed<'_> {
         network: &row.network,
         addresses: &row.status.addresses,
         ports: &row.ports,
+        size: row.size,
     }
-}
-
-/// Published ports in Docker's format: `0.0.0.0:8080->80/tcp`. Empty for a stopped container.
-fn ports(row: &Row) -> String {
-    if matches!(row.status.state, State::Stopped | State::Created) {
-        return String::new();
-    }
-    let shown = row.ports.iter().map(|port| {
-        format!(
-            "{}->{}/{}",
-            outside(port),
-            port.container_port,
-            port.protocol.name()
-        )
-    });
-    shown.collect::<Vec<_>>().join(", ")
-}
-
-fn table(rows: &[Row], no_trunc: bool, engines: bool) -> Table {
-    let mut table = Table::new(&[
-        "CONTAINER ID",
-        "IMAGE",
-        "COMMAND",
-        "CREATED",
-        "STATUS",
-        "PORTS",
-        if engines { "ENGINE" } else { "MACHINE" },
-        "NAMES",
-    ]);
-    for row in rows {
-        let command = row.command.join(" ");
-        let (id, command) = match no_trunc {
-            true => (row.id.as_str(), command),
-            false => (row.short_id(), output::shorten(&command, 20)),
-        };
-        table.row([
-            id.to_owned(),
-            row.image.clone(),
-            format!("\"{command}\""),
-            format!("{} ago", time::human_age(from_ns(row.created_ns))),
-            in_words(row),
-            ports(row),
-            match engines {
-                true => row.engine.clone(),
-                false => row.machine.clone(),
-            },
-            row.name.clone(),
-        ]);
-    }
-    table
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn row() -> Row {
+    /// A container that has ended.
+    pub fn row() -> Row {
         let mut status = Status::new(State::Stopped);
         status.exit = Some(Exit::now(3));
         Row {
@@ -413,53 +348,5 @@ mod tests {
             labels: [("a".to_owned(), "b".to_owned())].into(),
             ..Row::default()
         }
-    }
-
-    #[test]
-    fn filters() {
-        for (filter, matches) in [
-            ("id=abab", true),
-            ("id=ba", false),
-            ("name=we", true),
-            ("name=x", false),
-            ("name=^web$", true),
-            ("name=^/web$", true),
-            ("name=/we", true),
-            ("name=^we$", false),
-            ("name=^(web|db)$", true),
-            ("name=", true),
-            ("status=exited", true),
-            ("status=stopped", true),
-            ("status=running", false),
-            ("label=a", true),
-            ("label=a=b", true),
-            ("label=a=c", false),
-            ("ancestor=busybox", true),
-            ("ancestor=busybox:1", true),
-            ("ancestor=busybox:2", false),
-            ("ancestor=012345", true),
-            ("exited=3", true),
-            ("exited=0", false),
-        ] {
-            assert_eq!(
-                Filter::parse(filter).unwrap().matches(&row()),
-                matches,
-                "{filter}"
-            );
-        }
-        for filter in ["", "name", "size=1", "status=dead", "exited=x", "name=("] {
-            assert!(Filter::parse(filter).is_err(), "{filter}");
-        }
-    }
-
-    #[test]
-    fn a_row() {
-        let text = table(&[row()], false, false).render();
-        let row = text.lines().nth(1).unwrap();
-        assert!(
-            row.starts_with("abababababab   busybox:1   \"sleep a long time w…\""),
-            "{row}"
-        );
-        assert!(row.contains("Exited (3) "), "{row}");
     }
 }

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::config_for_existing;
 use crate::error::{Error, Result};
+use crate::format::{self, ListFormat};
 use crate::output::{self, Table, binary_size, decimal_size, percent};
 
 /// Time between samples: the CPU share is what was used in between.
@@ -27,6 +28,12 @@ pub struct Args {
     /// Print JSON, one line each time
     #[arg(long)]
     json: bool,
+    /// Print with a template of Go's, "json", or "table TEMPLATE"
+    #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
+    format: Option<ListFormat>,
+    /// Do not shorten ids
+    #[arg(long)]
+    no_trunc: bool,
     /// Also containers of podman, Docker and other engines, when no names are given
     #[arg(long)]
     all_engines: bool,
@@ -36,6 +43,8 @@ pub struct Args {
 }
 
 struct Sample {
+    /// As it was asked for.
+    container: String,
     id: String,
     name: String,
     stats: Metrics,
@@ -45,7 +54,12 @@ struct Sample {
 /// Prints metrics of containers once, or until interrupted.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_existing()?.paths();
-    let clear = !args.no_stream && !args.json && std::io::stdout().is_terminal();
+    let is_table = match &args.format {
+        None => !args.json,
+        Some(format) => matches!(format, ListFormat::Usual | ListFormat::Columns(_)),
+    };
+    let clear = !args.no_stream && is_table && std::io::stdout().is_terminal();
+    let begin = if clear { "\x1b[H\x1b[2J" } else { "" };
     let mut before = sample(&paths, &args)?;
     loop {
         std::thread::sleep(INTERVAL);
@@ -57,9 +71,11 @@ pub fn execute(args: Args) -> Result<u8> {
             line.push('\n');
             output::print(line)?;
         } else {
-            let table = table(&rows).render();
-            let begin = if clear { "\x1b[H\x1b[2J" } else { "" };
-            output::print(format!("{begin}{table}"))?;
+            let fields = || rows.iter().map(|row| row.fields(args.no_trunc)).collect();
+            let format = args.format.as_ref().unwrap_or(&ListFormat::Usual);
+            let text = format::list(format, &HEADINGS, fields())?;
+            let text = text.unwrap_or_else(|| table(&rows, args.no_trunc).render());
+            output::print(format!("{begin}{text}"))?;
         }
         if args.no_stream {
             return Ok(0);
@@ -73,7 +89,7 @@ fn sample(paths: &Paths, args: &Args) -> Result<Vec<Sample>> {
         return args
             .containers
             .iter()
-            .map(|name| sample_one(&container::find_any(paths, name)?))
+            .map(|name| sample_one(&container::find_any(paths, name)?, Some(name)))
             .collect();
     }
     let own = container::list(paths)?.into_iter().flatten();
@@ -86,16 +102,17 @@ fn sample(paths: &Paths, args: &Args) -> Result<Vec<Sample>> {
     Ok(all
         .iter()
         .filter(|container| matches!(container.state(), State::Running | State::Paused))
-        .filter_map(|container| sample_one(container).ok())
+        .filter_map(|container| sample_one(container, None).ok())
         .collect())
 }
 
-fn sample_one(container: &Any) -> Result<Sample> {
+fn sample_one(container: &Any, asked: Option<&str>) -> Result<Sample> {
     let request = Request::Metrics {
         container: container.id().to_owned(),
     };
     match container.connect()?.ask(&request, &[])?.message {
         Reply::Metrics(metrics) => Ok(Sample {
+            container: asked.unwrap_or(container.id()).to_owned(),
             id: container.id().to_owned(),
             name: container.name().to_owned(),
             stats: *metrics,
@@ -108,6 +125,8 @@ fn sample_one(container: &Any) -> Result<Sample> {
 /// Metrics of a container in the output.
 #[derive(Serialize)]
 struct Figures<'a> {
+    #[serde(skip)]
+    container: &'a str,
     id: &'a str,
     name: &'a str,
     /// Share of one CPU, percent.
@@ -132,6 +151,7 @@ fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
     });
     let stats = &sample.stats;
     Figures {
+        container: &sample.container,
         id: &sample.id,
         name: &sample.name,
         cpu_percent,
@@ -144,34 +164,67 @@ fn figures<'a>(sample: &'a Sample, before: &[Sample]) -> Figures<'a> {
     }
 }
 
-fn table(rows: &[Figures<'_>]) -> Table {
-    let mut table = Table::new(&[
-        "CONTAINER ID",
-        "NAME",
-        "CPU %",
-        "MEM USAGE / LIMIT",
-        "MEM %",
-        "HOST MEM",
-        "NET I/O",
-        "BLOCK I/O",
-        "PIDS",
-    ]);
-    for row in rows {
-        let stats = row.stats;
+/// The fields of `--format`, with the headings of a table.
+const HEADINGS: [(&str, &str); 10] = [
+    ("Container", "CONTAINER"),
+    ("Name", "NAME"),
+    ("ID", "CONTAINER ID"),
+    ("CPUPerc", "CPU %"),
+    ("MemUsage", "MEM USAGE / LIMIT"),
+    ("MemPerc", "MEM %"),
+    ("HostMem", "HOST MEM"),
+    ("NetIO", "NET I/O"),
+    ("BlockIO", "BLOCK I/O"),
+    ("PIDs", "PIDS"),
+];
+
+impl Figures<'_> {
+    /// Texts in the order of [`HEADINGS`].
+    fn texts(&self, no_trunc: bool) -> [String; 10] {
+        let stats = self.stats;
         let limit = stats.memory.limit.unwrap_or(stats.guest_memory_total);
         let (received, sent) = stats.network_bytes();
         let (read, written) = stats.io_bytes();
-        table.row([
-            row.id.get(..12).unwrap_or(row.id).to_owned(),
-            row.name.to_owned(),
-            format!("{:.2}%", row.cpu_percent),
-            format!("{} / {}", binary_size(row.memory_used), binary_size(limit)),
-            percent(row.memory_used as f64, limit as f64),
-            binary_size(row.host_memory_total),
+        let id = match no_trunc {
+            true => self.id,
+            false => self.id.get(..12).unwrap_or(self.id),
+        };
+        // Docker's short id where none was asked for.
+        let container = if self.container == self.id {
+            id
+        } else {
+            self.container
+        };
+        [
+            container.to_owned(),
+            self.name.to_owned(),
+            id.to_owned(),
+            format!("{:.2}%", self.cpu_percent),
+            format!("{} / {}", binary_size(self.memory_used), binary_size(limit)),
+            percent(self.memory_used as f64, limit as f64),
+            binary_size(self.host_memory_total),
             format!("{} / {}", decimal_size(received), decimal_size(sent)),
             format!("{} / {}", decimal_size(read), decimal_size(written)),
             stats.pids.current.to_string(),
-        ]);
+        ]
+    }
+
+    fn fields(&self, no_trunc: bool) -> format::Row {
+        let texts = HEADINGS.iter().zip(self.texts(no_trunc));
+        texts.fold(format::Row::new(), |row, ((name, _), text)| {
+            row.field(name, text)
+        })
+    }
+}
+
+fn table(rows: &[Figures<'_>], no_trunc: bool) -> Table {
+    let mut headings = HEADINGS.map(|(_, heading)| heading);
+    headings.swap(1, 2);
+    let mut table = Table::new(&headings[1..]);
+    for row in rows {
+        let mut texts = row.texts(no_trunc);
+        texts.swap(1, 2);
+        table.push(texts[1..].to_vec());
     }
     table
 }
@@ -187,6 +240,7 @@ mod tests {
     fn processor_share_and_memory() {
         let taken = Instant::now();
         let sample = |usage_ns, taken| Sample {
+            container: "c".into(),
             id: "c".into(),
             name: "c".into(),
             stats: Metrics {
@@ -211,7 +265,7 @@ mod tests {
         let now = sample(500_000_000, taken + INTERVAL);
         let row = figures(&now, &before);
         assert!((row.cpu_percent - 50.0).abs() < 0.01);
-        let text = table(&[row]).render();
+        let text = table(&[row], false).render();
         assert!(
             text.contains("50.00%   20MiB / 80MiB       25.00%"),
             "{text}"

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::error::Result;
+use crate::format::ObjectFormat;
 use crate::output;
 use hull_engine::config::Config;
 use hull_engine::guest_files::GuestFiles;
@@ -13,6 +14,9 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Print with a template of Go's, such as '{{.Server.Version}}', or "json"
+    #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse, conflicts_with = "json")]
+    format: Option<ObjectFormat>,
 }
 
 /// Prints the versions of hull and of the installed guest kernels.
@@ -32,18 +36,34 @@ pub fn execute(args: Args) -> Result<u8> {
         kernels.push((architecture, version));
     }
     let version = env!("CARGO_PKG_VERSION");
-    if args.json {
+    let (os, architecture) = (std::env::consts::OS, std::env::consts::ARCH);
+    if args.json || args.format.is_some() {
         let kernels: serde_json::Map<_, _> = kernels
             .into_iter()
             .map(|(name, version)| (name.to_owned(), json!(version)))
             .collect();
-        output::print_json(&json!({
+        let mut object = json!({
             "version": version,
-            "os": std::env::consts::OS,
-            "architecture": std::env::consts::ARCH,
+            "os": os,
+            "architecture": architecture,
             "host_kernel": host.release().to_string_lossy(),
             "guest_kernels": kernels,
-        }))?;
+        });
+        let Some(format) = &args.format else {
+            output::print_json(&object)?;
+            return Ok(0);
+        };
+        // There is no server: the command is both.
+        let mut part = json!({
+            "Version": version,
+            "Os": os,
+            "Arch": hull_image::Platform::host().architecture,
+        });
+        object["Client"] = part.clone();
+        part["KernelVersion"] = object["host_kernel"].clone();
+        part["GuestKernels"] = object["guest_kernels"].clone();
+        object["Server"] = part;
+        output::print(format.line(&object)?)?;
         return Ok(0);
     }
     let mut text = format!(

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use hull_engine::Paths;
 use hull_engine::names;
 use hull_engine::time;
 use hull_engine::values;
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::{agreed, config_for_root, for_each, from_ns};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, ListFormat, ObjectFormat, Row};
 use crate::output::{self, Table};
 
 /// Arguments of `volume`.
@@ -47,9 +49,15 @@ enum Command {
         /// Print JSON
         #[arg(long, conflicts_with = "quiet")]
         json: bool,
+        /// Print with a template of Go's, "json", or "table TEMPLATE"
+        #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
+        format: Option<ListFormat>,
     },
     /// Show all that is known of volumes, as JSON
     Inspect {
+        /// Print a line for each with a template of Go's, or "json"
+        #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse)]
+        format: Option<ObjectFormat>,
         /// Names
         #[arg(value_name = "VOLUME", required = true)]
         volumes: Vec<String>,
@@ -138,6 +146,7 @@ pub fn execute(args: Args) -> Result<u8> {
             filters,
             quiet,
             json,
+            format,
         } => {
             let users = match filters
                 .iter()
@@ -159,6 +168,10 @@ pub fn execute(args: Args) -> Result<u8> {
                 let is_used = users.contains_key(&volume.name);
                 filters.iter().all(|filter| filter.matches(volume, is_used))
             });
+            let rows = || volumes.iter().map(row).collect();
+            if format::print_list(format.as_ref(), quiet, &HEADINGS, rows)? {
+                return Ok(0);
+            }
             match (quiet, json) {
                 (true, _) => {
                     let names = volumes.iter().map(|volume| format!("{}\n", volume.name));
@@ -168,14 +181,10 @@ pub fn execute(args: Args) -> Result<u8> {
                 _ => table(&volumes).print()?,
             }
         }
-        Command::Inspect { volumes } => {
-            let mut objects = Vec::new();
-            let outcome = for_each(&volumes, |name| {
-                objects.push(object(&store::find(&paths, name)?));
-                Ok(())
+        Command::Inspect { format, volumes } => {
+            return super::inspect::print_each(&volumes, format.as_ref(), |name| {
+                inspect_object(&paths, name)
             });
-            output::print_json(&objects)?;
-            return outcome;
         }
         Command::Rm { force, volumes } => {
             return for_each(&volumes, |name| match store::remove(&paths, name) {
@@ -221,6 +230,37 @@ fn table(volumes: &[StoredVolume]) -> Table {
         table.row(["local".to_owned(), volume.name.clone()]);
     }
     table
+}
+
+/// The fields of `volume ls --format`, with the headings of a table.
+const HEADINGS: [(&str, &str); 9] = [
+    ("Name", "VOLUME NAME"),
+    ("Driver", "DRIVER"),
+    ("Mountpoint", "MOUNTPOINT"),
+    ("Scope", "SCOPE"),
+    ("Labels", "LABELS"),
+    ("Links", "LINKS"),
+    ("Size", "SIZE"),
+    ("Availability", "AVAILABILITY"),
+    ("Status", "STATUS"),
+];
+
+fn row(volume: &StoredVolume) -> Row {
+    Row::new()
+        .field("Name", volume.name.as_str())
+        .field("Driver", "local")
+        .field("Mountpoint", volume.content.display().to_string())
+        .field("Scope", "local")
+        .field("Links", "N/A")
+        .field("Size", "N/A")
+        .field("Availability", "N/A")
+        .field("Status", "N/A")
+        .labels(&volume.record.labels)
+}
+
+/// Details of a volume.
+pub fn inspect_object(paths: &Paths, name: &str) -> Result<Value> {
+    Ok(object(&store::find(paths, name)?))
 }
 
 /// In Docker's words.

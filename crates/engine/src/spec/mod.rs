@@ -142,7 +142,8 @@ const ALL_CAPABILITIES: [&str; 41] = [
 ];
 
 /// Docker's default search path for images that have none (moby, oci/defaults.go).
-const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Where the agent's own executable appears in a container that wants an init process. It lies in
 /// the container's /dev, which is a file system of its own, so the image is not changed.

@@ -30,6 +30,9 @@ const FILE: &str = "volume.json";
 /// Name of the directory with the content; Docker's.
 const CONTENT: &str = "_data";
 
+/// Name of the directory of volumes that go with their container.
+const OWN: &str = "volumes";
+
 /// What is known of a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeRecord {
@@ -191,6 +194,15 @@ pub(crate) fn provide(paths: &Paths, volumes: &[Volume], anonymous: &[String]) -
     Ok(())
 }
 
+/// Where a volume of a container is: its `index`-th, in `container`. It may not be there yet.
+pub(crate) fn content(paths: &Paths, container: &Path, index: usize, volume: &Volume) -> PathBuf {
+    match &volume.source {
+        Source::Host(path) => path.clone(),
+        Source::Named(name) => paths.volume(name).join(CONTENT),
+        Source::Anonymous => container.join(OWN).join(index.to_string()),
+    }
+}
+
 /// Where the content of a volume of a container is: its `index`-th, in `container`.
 ///
 /// # Errors
@@ -201,19 +213,15 @@ pub(crate) fn source(
     index: usize,
     volume: &Volume,
 ) -> Result<Located> {
-    let content = match &volume.source {
-        Source::Host(path) => return Ok(Located::at(path.clone())),
-        Source::Named(name) => paths.volume(name).join(CONTENT),
-        Source::Anonymous => {
-            let parent = container.join("volumes");
-            let path = parent.join(index.to_string());
-            if !path.exists() {
-                Directory::create(&parent)?;
-                create_content(&path).context(|| format!("create {}", path.display()))?;
-            }
-            path
+    let content = content(paths, container, index, volume);
+    match &volume.source {
+        Source::Host(_) => return Ok(Located::at(content)),
+        Source::Anonymous if !content.exists() => {
+            Directory::create(&container.join(OWN))?;
+            create_content(&content).context(|| format!("create {}", content.display()))?;
         }
-    };
+        Source::Named(_) | Source::Anonymous => {}
+    }
     let Some(subpath) = &volume.subpath else {
         return Ok(Located::at(content));
     };

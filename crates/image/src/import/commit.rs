@@ -50,7 +50,7 @@ impl Store {
             })?;
         }
         let what = &base.reference;
-        let below = self.layers_of(base)?;
+        let below = self.planned_layers(base)?;
         let mut file = temporary(self)?;
         pack(&mut file).map_err(|error| Error::Source {
             reference: what.clone(),
@@ -143,7 +143,7 @@ impl Store {
 
     /// Digests of an image's uncompressed layers, lowest first, with the sizes that its manifest
     /// gives them.
-    fn layers_of(&self, image: &Image) -> Result<Vec<(Digest, u64)>> {
+    fn planned_layers(&self, image: &Image) -> Result<Vec<(Digest, u64)>> {
         let manifest = image.digest.ok_or_else(|| Error::Unsupported {
             reference: image.reference.clone(),
             what: "a plain directory is no image that another one can be built on".to_owned(),

@@ -119,6 +119,20 @@ impl Store {
         Ok(removed)
     }
 
+    /// The layers of the image with this manifest: their names, and the bytes in their files.
+    ///
+    /// # Errors
+    /// The image's record cannot be read.
+    pub fn layers_of(&self, manifest: &Digest) -> Result<Vec<(String, u64)>> {
+        let record = self.read_record(manifest)?;
+        let layers = record.map(|record| record.layers).unwrap_or_default();
+        let with_bytes = |name: String| {
+            let bytes = layer_bytes(&self.layers_dir().join(&name));
+            (name, bytes)
+        };
+        Ok(layers.into_iter().map(with_bytes).collect())
+    }
+
     fn remove_record(&self, manifest: &Digest, removed: &mut Removed) -> Result<()> {
         match self.read_record(manifest) {
             Ok(Some(record)) => removed.images.push(record.id.to_string()),

@@ -278,12 +278,12 @@ impl Making<'_> {
         let mut asked = 0;
         let told = (|| {
             if let Some(namespace) = namespace {
-                let request = Request::Network(NetworkConfig {
+                let request = Request::Network(Box::new(NetworkConfig {
                     source: NetworkSource::Namespace,
                     limits: self.settings.network,
                     owner: None,
                     names: None,
-                });
+                }));
                 client.tell(&request, &[namespace.as_fd()])?;
                 asked += 1;
             }

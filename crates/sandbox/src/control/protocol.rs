@@ -75,7 +75,7 @@ pub enum Request {
     },
     /// Connects the sandbox with a network. Beside it: what its source asks for. Answered by
     /// [`Reply::Network`].
-    Network(NetworkConfig),
+    Network(Box<NetworkConfig>),
     /// Creates a container. Beside it: the container's directory. Answered by [`Reply::Streams`].
     Create(Box<CreateRequest>),
     /// Lets a container's init run.

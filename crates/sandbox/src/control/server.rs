@@ -257,7 +257,7 @@ impl Connection {
             Request::Hello(hello) => self.greet(&hello),
             Request::AddShares { shares } => self.add_shares(shares, fds).await,
             Request::Network(config) => {
-                let mut connecting = std::pin::pin!(sandbox.connect_network(config, fds));
+                let mut connecting = std::pin::pin!(sandbox.connect_network(*config, fds));
                 let addresses = tokio::select! {
                     addresses = &mut connecting => addresses?,
                     _ = self.socket.closed() => {

@@ -238,18 +238,30 @@ pub fn is_attached(directory: &Directory) -> bool {
     !matches!(directory.read(FILE), Ok(None))
 }
 
+/// What is written down of an attachment in a container's directory, with the result of its
+/// plugins.
+///
+/// # Errors
+/// It cannot be read.
+pub fn record(directory: &Directory) -> Result<Option<Record>> {
+    let Some(text) = directory.read(FILE)? else {
+        return Ok(None);
+    };
+    let record = serde_json::from_slice(&text).map_err(|error| {
+        let path = directory.path().join(FILE);
+        Error::new(format!("cannot understand {}: {error}", path.display()))
+    })?;
+    Ok(Some(record))
+}
+
 /// Undoes what is written down of an attachment in a container's directory, if anything is.
 ///
 /// # Errors
 /// A plugin fails, or the record cannot be read; it may be tried again.
 pub fn undo(directory: &Directory) -> Result<()> {
-    let Some(text) = directory.read(FILE)? else {
+    let Some(record) = record(directory)? else {
         return Ok(());
     };
-    let record: Record = serde_json::from_slice(&text).map_err(|error| {
-        let path = directory.path().join(FILE);
-        Error::new(format!("cannot understand {}: {error}", path.display()))
-    })?;
     if !record.attached {
         // What they add after DEL would stay.
         wait_for_plugins(directory)?;

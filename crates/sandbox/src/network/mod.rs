@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 pub(crate) use attachment::is_attached;
-pub use attachment::undo;
+pub use attachment::{record, undo};
 #[cfg(fuzzing)]
 pub use loopback::relay_names;
 pub(crate) use mirror::Nets;

@@ -1,0 +1,103 @@
+//! `hull system`: what is about everything that hull keeps on this host.
+
+mod df;
+
+use std::collections::BTreeMap;
+
+use hull_engine::error::of_image;
+use hull_engine::usage;
+use hull_engine::volumes::store;
+
+use super::{agreed, config_for_root, container, events, image, info};
+use crate::error::Result;
+use crate::images;
+use crate::output;
+
+/// Arguments of `system`.
+#[derive(Debug, clap::Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Show what images, containers and volumes take of the disk
+    Df(df::Args),
+    /// Show what happens to containers; hull events
+    Events(events::Args),
+    /// Show what there is on this host; hull info
+    Info(info::Args),
+    /// Remove containers that do not run, and images that nothing uses
+    Prune {
+        /// Remove images with a name too
+        #[arg(short, long)]
+        all: bool,
+        /// Do not ask on a terminal
+        #[arg(short, long)]
+        force: bool,
+        /// Remove volumes without a name of their own that no container uses, too
+        #[arg(long)]
+        volumes: bool,
+    },
+}
+
+/// Manages everything.
+pub fn execute(args: Args) -> Result<u8> {
+    match args.command {
+        Command::Df(args) => df::execute(&args),
+        Command::Events(args) => events::execute(args),
+        Command::Info(args) => info::execute(args),
+        Command::Prune {
+            all,
+            force,
+            volumes,
+        } => prune(all, force, volumes),
+    }
+}
+
+fn prune(all: bool, force: bool, volumes: bool) -> Result<u8> {
+    let config = config_for_root()?;
+    let paths = config.paths();
+    let mut what = vec!["all containers that do not run"];
+    if volumes {
+        what.push("all volumes without a name of their own that no container uses");
+    }
+    what.push(match all {
+        true => "all images that no container uses, also those with a name",
+        false => "all images without a name that no container uses",
+    });
+    if !force && !agreed(&what.join(", "))? {
+        return Ok(0);
+    }
+    let images = images::store(&config)?;
+    // Containers first: then nothing uses their volumes and images.
+    let (status, mut reclaimed) = container::prune(&paths)?;
+    if volumes {
+        let bytes: BTreeMap<String, u64> = store::list(&paths)?
+            .into_iter()
+            .flatten()
+            .filter(|volume| volume.record.anonymous)
+            .map(|volume| (volume.name, usage::of_directory(&volume.content)))
+            .collect();
+        for name in store::prune(&paths, false, |_| true)? {
+            reclaimed += bytes.get(&name).copied().unwrap_or(0);
+            output::print(format!("{name}\n"))?;
+        }
+    }
+    let container_exists = |id: &str| paths.container(id).exists();
+    let removed = images.prune(all, &container_exists).map_err(of_image)?;
+    image::report(&removed)?;
+    reclaimed += removed.bytes;
+    let note = if removed.layers_kept {
+        "; more when the running pulls have ended"
+    } else {
+        ""
+    };
+    output::print(format!(
+        "reclaimed {}{note}\n",
+        output::decimal_size(reclaimed)
+    ))?;
+    Ok(status)
+}

@@ -1,0 +1,56 @@
+//! What is known of containers and images in Docker's words: the objects of `docker inspect`, for
+//! programs and templates that read these. Called by the commands that inspect. Keys that have no
+//! meaning for a container in a machine of its own are there with the value that Docker gives when
+//! nothing is asked for.
+
+mod container;
+mod host_config;
+mod image;
+mod network;
+#[cfg(test)]
+mod tests;
+
+use hull_sandbox::store::State;
+use serde_json::{Map, Value, json};
+
+pub use container::container;
+pub(crate) use container::writable_layer;
+pub use image::{Names, image};
+
+/// Docker's time of what has not happened.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
+/// Docker's name for a state.
+pub fn state_name(state: State) -> &'static str {
+    match state {
+        State::Creating | State::Created => "created",
+        State::Running => "running",
+        State::Paused => "paused",
+        State::Stopped => "exited",
+    }
+}
+
+/// The list, or `null` when it is empty, as Go writes a list that nobody has made.
+fn list<T: Into<Value>>(items: impl IntoIterator<Item = T>) -> Value {
+    let items: Vec<Value> = items.into_iter().map(Into::into).collect();
+    match items.is_empty() {
+        true => Value::Null,
+        false => Value::Array(items),
+    }
+}
+
+/// The set of these keys, as Docker writes it: `{}` for each.
+fn set(keys: impl IntoIterator<Item = String>) -> Value {
+    let keys: Map<String, Value> = keys.into_iter().map(|key| (key, json!({}))).collect();
+    match keys.is_empty() {
+        true => Value::Null,
+        false => Value::Object(keys),
+    }
+}
+
+/// Adds the keys of another object.
+pub fn extend(object: &mut Value, more: Value) {
+    if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
+        object.extend(more);
+    }
+}
