@@ -99,7 +99,7 @@ const COMMANDS: [(&str, &str); 28] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 50] = [
+const OPTIONS: [(&str, &str); 39] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -115,11 +115,6 @@ const OPTIONS: [(&str, &str); 50] = [
     (
         "--device-cgroup-rule",
         "devices of the host are not passed on to machines",
-    ),
-    ("--group-add", "--user USER:GROUP sets the group"),
-    (
-        "--privileged",
-        "--cap-add ALL --security-opt seccomp=unconfined: the kernel is the container's own",
     ),
     (
         "--ipc",
@@ -143,21 +138,13 @@ const OPTIONS: [(&str, &str); 50] = [
         "--platform",
         "machines have the host's architecture; leave it out",
     ),
-    ("--publish-all", "-p PORT for each port"),
-    ("-P", "-p PORT for each port"),
-    (
-        "--expose",
-        "all ports of a container can be reached in its network; leave it out",
-    ),
     ("--link", "--add-host NAME:ADDRESS gives an address a name"),
     (
         "--pidfile",
         "hull inspect shows the processes of a container's machine",
     ),
     ("--domainname", "--hostname NAME.DOMAIN"),
-    ("--label-file", "--label KEY=VALUE for each label"),
     ("--annotation", "--label KEY=VALUE"),
-    ("--stop-timeout", "hull stop -t SECONDS"),
     ("--attach", "hull run shows all output; -i passes input on"),
     ("-a", "hull run shows all output; -i passes input on"),
     ("--sig-proxy", "signals are passed on"),
@@ -172,9 +159,6 @@ const OPTIONS: [(&str, &str); 50] = [
     ("--memory-reservation", "--memory is the limit"),
     ("--kernel-memory", "--memory is the limit"),
     ("--oom-kill-disable", "--memory is the limit"),
-    ("--oom-score-adj", "--memory is the limit"),
-    ("--cpu-shares", "--cpus NUMBER"),
-    ("-c", "--cpus NUMBER"),
     ("--cpu-quota", "--cpus NUMBER"),
     ("--cpu-period", "--cpus NUMBER"),
     ("--cpuset-cpus", "--cpus NUMBER"),
@@ -202,7 +186,6 @@ const OPTIONS: [(&str, &str); 50] = [
         "there are no health checks; leave it out",
     ),
     ("--disable-content-trust", "give a digest: NAME@sha256:…"),
-    ("--replace", "hull rm -f NAME before it"),
     ("--systemd", "the container's command is process 1"),
 ];
 

@@ -12,6 +12,7 @@ use crate::exact;
 use crate::names;
 use crate::network::NetworkOptions;
 use crate::paths::Paths;
+use crate::publish;
 use crate::run::check_length;
 use crate::spec;
 use crate::spec::seccomp::{Profile, Seccomp};
@@ -50,6 +51,20 @@ pub struct RunOptions {
     /// Replaces the image's entry point.
     #[serde(with = "exact::option")]
     pub entrypoint: Option<OsString>,
+    /// Further groups of its processes, names or numbers.
+    pub groups: Vec<String>,
+    /// It may do in its guest whatever root may there.
+    pub privileged: bool,
+    /// How gladly the guest's kernel kills it for lack of memory, -1000 to 1000.
+    pub oom_score_adj: Option<i32>,
+    /// Its part of processors, 2 to 262144.
+    pub cpu_shares: Option<u64>,
+    /// Seconds between stop signal and SIGKILL.
+    pub stop_timeout: Option<i64>,
+    /// Ports that the image does not declare, as `80/tcp`.
+    pub expose: Vec<String>,
+    /// Publish all ports that it or its image declares.
+    pub publish_all: bool,
     /// Host name.
     pub hostname: Option<String>,
     /// When it is started again after it ended.
@@ -92,6 +107,29 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
+    /// Adds the ports that are declared to those that are published, if that is wanted.
+    ///
+    /// # Errors
+    /// One is no port.
+    pub(crate) fn publish_declared(&mut self, image: &ImageConfig) -> Result<()> {
+        if !self.publish_all {
+            return Ok(());
+        }
+        for declared in image.exposed_ports.iter().chain(&self.expose) {
+            let ports = publish::publish(declared).map_err(Error::invalid)?;
+            let mut known = self.network.publish.iter().flat_map(|ports| &ports.0);
+            let is_known = ports.0.iter().any(|port| {
+                known.any(|known| {
+                    (known.container_port, known.protocol) == (port.container_port, port.protocol)
+                })
+            });
+            if !is_known {
+                self.network.publish.push(ports);
+            }
+        }
+        Ok(())
+    }
+
     /// What can be found wrong before an image is pulled.
     ///
     /// # Errors

@@ -79,6 +79,14 @@ pub fn publish(text: &str) -> Result<Ports, String> {
     })
 }
 
+/// Reads `PORT[/tcp|udp|sctp]` of `--expose`.
+pub fn expose(text: &str) -> Result<String, String> {
+    match publish(text) {
+        Ok(ports) if !text.contains(':') && ports.0.len() == 1 => Ok(text.to_owned()),
+        _ => Err(format!("invalid port {text:?}: give PORT[/tcp|udp|sctp]")),
+    }
+}
+
 /// The address before the ports, which is not empty when there is a colon after it.
 fn host_address(text: &str) -> Result<IpAddr, String> {
     let invalid = || format!("invalid IP address {text:?}");

@@ -155,6 +155,16 @@ impl<'a> Run<'a> {
         &self.options
     }
 
+    /// The same, of a new container: ports that its image declares are published as well, if that is
+    /// wanted.
+    ///
+    /// # Errors
+    /// A port is taken, or none.
+    pub fn plan_for(&mut self, image: &Image) -> Result<Plan> {
+        self.options.publish_declared(&image.config)?;
+        self.plan()
+    }
+
     /// Plans the container's network; published ports are bound from here on.
     ///
     /// # Errors

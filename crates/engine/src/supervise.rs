@@ -119,6 +119,11 @@ pub fn has_supervisor(container: &Container) -> bool {
     wants && matches!(hold(container), Ok(None))
 }
 
+/// Whether a container has ended and waits to be started again.
+pub fn is_restarting(container: &Container) -> bool {
+    container.status.state == State::Stopped && has_supervisor(container)
+}
+
 /// Takes the lock of the supervisor; `None` when there is one.
 fn hold(container: &Container) -> Result<Option<File>> {
     let doing = || format!("lock the supervisor of container {}", container.record.id);

@@ -326,6 +326,15 @@ pub fn user(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// A group, by name or number; looked up in the container.
+pub fn group(text: &str) -> Result<String, String> {
+    let is_wrong = |c: char| c.is_control() || c.is_whitespace() || ":+".contains(c);
+    match text.is_empty() || text.chars().any(is_wrong) {
+        true => Err(format!("invalid group {text:?}")),
+        false => Ok(text.to_owned()),
+    }
+}
+
 /// A working directory inside a container.
 pub fn directory(text: &str) -> Result<String, String> {
     if Path::new(text).is_absolute() {

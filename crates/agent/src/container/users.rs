@@ -1,8 +1,9 @@
-//! Users by name: looks up `user[:group]` in the container's own /etc/passwd and /etc/group.
+//! Users by name: looks up `user[:group][+group…]` in the container's own /etc/passwd and /etc/group.
 //!
 //! Called in the new process when its root already is the container's, so that links in those
 //! files' paths cannot lead outside. The rules are Docker's: a number need not be in the files;
 //! without a group the user's own group and all groups that list it apply; with one, only that one.
+//! Further groups come on top.
 
 use std::os::fd::BorrowedFd;
 
@@ -29,7 +30,7 @@ pub struct User {
     pub home: Option<String>,
 }
 
-/// Looks up `user[:group]`. An error is one line of text.
+/// Looks up `user[:group][+group…]`. An error is one line of text.
 pub fn find(text: &str) -> Result<User, String> {
     find_in(text, &read("/etc/passwd"), &read("/etc/group"))
 }
@@ -85,6 +86,26 @@ fn home(fields: &[&str]) -> String {
 }
 
 fn find_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
+    let mut parts = text.split('+');
+    let mut user = find_user(parts.next().unwrap_or_default(), passwd, group)?;
+    for further in parts {
+        let gid = find_group(further, group)?;
+        if !user.groups.contains(&gid) {
+            user.groups.push(gid);
+        }
+    }
+    Ok(user)
+}
+
+fn find_group(wanted: &str, group: &str) -> Result<u32, String> {
+    entries(group, 3)
+        .find(|fields| fields[0] == wanted)
+        .and_then(|fields| id(fields[2]))
+        .or_else(|| id(wanted))
+        .ok_or_else(|| format!("unable to find group {wanted}: no matching entries in group file"))
+}
+
+fn find_user(text: &str, passwd: &str, group: &str) -> Result<User, String> {
     let (user, wanted_group) = match text.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (text, None),
@@ -110,13 +131,7 @@ fn find_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
         }
     };
     if let Some(wanted) = wanted_group {
-        let gid = entries(group, 3)
-            .find(|fields| fields[0] == wanted)
-            .and_then(|fields| id(fields[2]))
-            .or_else(|| id(wanted))
-            .ok_or_else(|| {
-                format!("unable to find group {wanted}: no matching entries in group file")
-            })?;
+        let gid = find_group(wanted, group)?;
         return Ok(User {
             uid,
             gid,
@@ -151,7 +166,7 @@ mod tests {
 
     #[test]
     fn users_are_found_by_dockers_rules() {
-        let cases: [(&str, u32, u32, &[u32], &str); 8] = [
+        let cases: [(&str, u32, u32, &[u32], &str); 10] = [
             ("web", 33, 34, &[50, 44], "/var/www"),
             ("33", 33, 34, &[50, 44], "/var/www"),
             ("web:video", 33, 44, &[], "/var/www"),
@@ -160,6 +175,8 @@ mod tests {
             ("1000:1001", 1000, 1001, &[], "/"),
             ("", 0, 0, &[], "/root"),
             ("7", 70, 70, &[], "/seven"),
+            ("web:web+video+7", 33, 34, &[44, 7], "/var/www"),
+            ("+staff", 0, 0, &[50], "/root"),
         ];
         for (text, uid, gid, groups, home) in cases {
             let user = find_in(text, PASSWD, GROUP).unwrap();

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 
 use hull_engine::container::{self, Container, EngineContainer};
 use hull_engine::error::of_image;
-use hull_engine::inspect::state_name;
+use hull_engine::inspect::{RESTARTING, state_name};
+use hull_engine::supervise;
 use hull_engine::volumes::Source;
 use hull_engine::{time, usage};
 use hull_network::cni::PortMapping;
@@ -86,12 +87,19 @@ struct Mount {
 }
 
 /// Status as text: `Up 5 minutes`, `Exited (0) 2 hours ago`.
-pub fn in_words(status: &Status, created_ns: u64) -> String {
+pub fn in_words(status: &Status, created_ns: u64, restarting: bool) -> String {
     let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(created_ns)));
     match (status.state, &status.exit) {
         (State::Creating | State::Created, _) => "Created".to_owned(),
         (State::Running, _) => format!("Up {}", since(status.started_ns)),
         (State::Paused, _) => format!("Up {} (Paused)", since(status.started_ns)),
+        (State::Stopped, Some(exit)) if restarting => {
+            format!(
+                "Restarting ({}) {} ago",
+                exit.status,
+                since(Some(exit.at_ns))
+            )
+        }
         (State::Stopped, Some(exit)) => {
             format!("Exited ({}) {} ago", exit.status, since(Some(exit.at_ns)))
         }
@@ -110,6 +118,7 @@ struct Row {
     command: Vec<String>,
     created_ns: u64,
     status: RowStatus,
+    restarting: bool,
     machine: String,
     labels: BTreeMap<String, String>,
     volumes: Vec<String>,
@@ -141,8 +150,17 @@ impl std::ops::Deref for RowStatus {
 }
 
 impl Row {
+    /// Docker's name for its state.
+    fn state(&self) -> &'static str {
+        match self.restarting {
+            true => RESTARTING,
+            false => state_name(self.status.state),
+        }
+    }
+
     fn own(container: Container) -> Self {
         let directory = container.path();
+        let restarting = supervise::is_restarting(&container);
         let record = container.record;
         let details = record.details;
         let volumes = details.options.iter().flat_map(|options| &options.volumes);
@@ -170,6 +188,7 @@ impl Row {
             command: record.command,
             created_ns: record.created_ns,
             status: RowStatus(container.status),
+            restarting,
             machine: details.machine,
             labels: details.labels,
             volumes: details.volumes,
@@ -269,7 +288,7 @@ pub fn execute(args: Args) -> Result<u8> {
     }
     rows.retain(|row| {
         let state = row.status.state;
-        let up = matches!(state, State::Running | State::Paused);
+        let up = matches!(state, State::Running | State::Paused) || row.restarting;
         (all || up) && filters.select(row)
     });
     rows.truncate(last.unwrap_or(usize::MAX));
@@ -316,8 +335,8 @@ fn listed(row: &Row) -> Listed<'_> {
         image: &row.image,
         command: &row.command,
         created: time::format_rfc3339(from_ns(row.created_ns)),
-        state: state_name(row.status.state),
-        status: in_words(&row.status, row.created_ns),
+        state: row.state(),
+        status: in_words(&row.status, row.created_ns, row.restarting),
         exit: row.status.exit.as_ref(),
         machine: &row.machine,
         labels: &row.labels,

@@ -32,7 +32,10 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     for_each(&args.containers, |name| {
         let container = container::find(&paths, name)?;
         container::keep_down(&paths, &container, Down::ForGood)?;
-        stop::stop(&paths, &container, args.time.unwrap_or(config.stop_timeout))?;
+        let seconds = args
+            .time
+            .unwrap_or_else(|| stop::timeout(&container, &config));
+        stop::stop(&paths, &container, seconds)?;
         start::start(&container.record.id, &config, began_ns)?;
         output::print(format!("{name}\n"))
     })

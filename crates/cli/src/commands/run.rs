@@ -5,10 +5,12 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use hull_engine::Paths;
 use hull_engine::attach::{Attachment, Options, Outcome};
 use hull_engine::config::Config;
+use hull_engine::container::{self, Removing};
 use hull_engine::error::of_image;
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
@@ -96,6 +98,16 @@ pub struct ContainerArgs {
     /// Replace the image's entry point; "" for none
     #[arg(long, value_name = "COMMAND")]
     entrypoint: Option<OsString>,
+    /// Another group of its processes, by name or number
+    #[arg(long, value_name = "GROUP", value_parser = values::group)]
+    group_add: Vec<String>,
+    /// Allow everything in the guest, and nothing of the host: all capabilities, no system call
+    /// filter, /sys and /proc writable
+    #[arg(long)]
+    privileged: bool,
+    /// Remove the container that has the name, first
+    #[arg(long)]
+    replace: bool,
     /// Host name of the container
     #[arg(short = 'h', long, value_name = "NAME", value_parser = values::or_empty(values::hostname))]
     hostname: Option<String>,
@@ -105,9 +117,15 @@ pub struct ContainerArgs {
     /// Signal that `hull stop` sends first
     #[arg(long, value_name = "SIGNAL", value_parser = values::signal_name)]
     stop_signal: Option<String>,
+    /// Seconds that `hull stop` waits; -1 for ever
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds, allow_negative_numbers = true)]
+    stop_timeout: Option<i64>,
     /// Set a label
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = values::label)]
     label: Vec<(String, String)>,
+    /// Read labels from a file, one a line
+    #[arg(long, value_name = "FILE")]
+    label_file: Vec<PathBuf>,
 
     /// Memory limit, like 512m
     #[arg(short, long, value_name = "SIZE", value_parser = values::memory, allow_negative_numbers = true)]
@@ -115,6 +133,12 @@ pub struct ContainerArgs {
     /// Number of CPUs, like 1.5
     #[arg(long, value_name = "NUMBER", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
+    /// Part of the CPUs when others want them, too: 1024 is what all have
+    #[arg(short = 'c', long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(2..=262_144))]
+    cpu_shares: Option<u64>,
+    /// How gladly its processes are killed for lack of memory
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(-1000..=1000), allow_negative_numbers = true)]
+    oom_score_adj: Option<i32>,
     /// Most processes at a time; -1 for no limit
     #[arg(long, value_name = "NUMBER", value_parser = values::pids_limit, allow_negative_numbers = true)]
     pids_limit: Option<i64>,
@@ -181,6 +205,12 @@ struct NetworkArgs {
     /// Let a port of the host lead to a port of the container
     #[arg(short, long, value_name = "[[ADDRESS:]HOST_PORT:]PORT[/udp]", value_parser = publish::publish)]
     publish: Vec<Ports>,
+    /// Publish all ports that the image or --expose declares, at ports of the host that are free
+    #[arg(short = 'P', long)]
+    publish_all: bool,
+    /// Declare a port
+    #[arg(long, value_name = "PORT[/udp]", value_parser = publish::expose)]
+    expose: Vec<String>,
     /// Most bytes per second that the container sends, and receives, like 10m
     #[arg(long, value_name = "SIZE", value_parser = values::size)]
     network_rate: Option<u64>,
@@ -248,6 +278,16 @@ impl ContainerArgs {
         for other in &self.volumes_from {
             volumes::add_those_of(&mut volumes, &tmpfs, other, &config.paths())?;
         }
+        let mut labels = Vec::new();
+        for file in &self.label_file {
+            labels.extend(read_labels(file)?);
+        }
+        labels.extend(self.label);
+        let name = given(self.name);
+        if let Some(name) = name.as_ref().filter(|_| self.replace) {
+            replace(&config.paths(), name)?;
+        }
+        let (publish_all, expose) = (self.network.publish_all, self.network.expose.clone());
         Ok(RunOptions {
             image,
             command: words.collect(),
@@ -255,7 +295,7 @@ impl ContainerArgs {
             terminal: self.tty,
             remove: self.rm,
             restart: self.restart.unwrap_or_default(),
-            name: given(self.name),
+            name,
             environment,
             volumes,
             tmpfs,
@@ -265,7 +305,14 @@ impl ContainerArgs {
             hostname: given(self.hostname),
             init: self.init,
             stop_signal: self.stop_signal,
-            labels: self.label,
+            labels,
+            groups: self.group_add,
+            privileged: self.privileged,
+            oom_score_adj: self.oom_score_adj,
+            cpu_shares: self.cpu_shares,
+            stop_timeout: self.stop_timeout,
+            expose,
+            publish_all,
             memory: self.memory,
             cpus_milli: self.cpus,
             pids_limit: self.pids_limit,
@@ -281,6 +328,35 @@ impl ContainerArgs {
             machine: self.machine,
             kernel: self.kernel,
         })
+    }
+}
+
+fn read_labels(file: &Path) -> Result<Vec<(String, String)>> {
+    let text = std::fs::read_to_string(file)
+        .context(|| format!("read the label file {}", file.display()))?;
+    let lines = text.lines().map(str::trim);
+    let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .map(|line| {
+            values::label(line)
+                .map_err(|why| Error::invalid(format!("--label-file {}: {why}", file.display())))
+        })
+        .collect()
+}
+
+/// Removes the container that has a name, if one has it.
+fn replace(paths: &Paths, name: &str) -> Result<()> {
+    match container::find(paths, name) {
+        Ok(old) if old.record.details.name == name => {
+            let removing = Removing {
+                force: true,
+                volumes: false,
+            };
+            container::remove(paths, &old.record.id, removing)
+        }
+        Ok(_) => Ok(()),
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -448,11 +524,19 @@ fn start(
     began_ns: u64,
     timings: &Timings,
 ) -> Result<(run::Outcome, Option<Attachment>)> {
-    let run = Run::prepare(options, config, began_ns, timings)?;
-    let network = run.plan()?;
+    let mut run = Run::prepare(options, config, began_ns, timings)?;
+    // A port that is taken is found before an image is pulled, unless the image says which.
+    let network = match run.options().publish_all {
+        true => None,
+        false => Some(run.plan()?),
+    };
     let begin = now_ns();
     let (image, _hold) = caller.obtain(&run, config)?;
     timings.step("image", begin);
+    let network = match network {
+        Some(network) => network,
+        None => run.plan_for(&image)?,
+    };
     let attachment = attach.map(Attachment::prepare).transpose()?;
     notice(config, &run);
     note_missing_cpus(config, &run);

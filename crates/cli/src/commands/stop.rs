@@ -1,6 +1,7 @@
 //! `hull stop`.
 
 use hull_engine::Paths;
+use hull_engine::config::Config;
 use hull_engine::container::{self, Container, Down};
 use hull_engine::supervise;
 use hull_engine::values;
@@ -39,7 +40,6 @@ pub struct Args {
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_existing()?;
     let paths = config.paths();
-    let seconds = args.time.unwrap_or(config.stop_timeout);
     let runs = |container: &Container| {
         !container::is_idle(container) || supervise::has_supervisor(container)
     };
@@ -51,9 +51,17 @@ pub fn execute(args: Args) -> Result<u8> {
             false => Down::ForGood,
         };
         container::keep_down(&paths, &container, down)?;
+        let seconds = args.time.unwrap_or_else(|| timeout(&container, &config));
         stop(&paths, &container, seconds)?;
         Ok(Some(name.to_owned()))
     })
+}
+
+/// How long a stop waits for a container, as was asked for with it.
+pub fn timeout(container: &Container, config: &Config) -> i64 {
+    let options = container.record.details.options.as_ref();
+    let asked = options.and_then(|options| options.stop_timeout);
+    asked.unwrap_or(config.stop_timeout)
 }
 
 /// Stops a container, if it runs, without a word about what is to be at its end; below zero it is

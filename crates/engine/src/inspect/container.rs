@@ -10,12 +10,13 @@ use hull_image::{ImageConfig, Store};
 use hull_sandbox::store::{Directory, State, Status};
 use serde_json::{Value, json};
 
-use super::{NEVER, host_config, list, network, set, state_name};
+use super::{NEVER, RESTARTING, host_config, list, network, set, state_name};
 use crate::config::Config;
 use crate::container::{Any, Details};
 use crate::options::RunOptions;
 use crate::paths::Paths;
 use crate::spec::{DEFAULT_PATH, keep_last_of_each};
+use crate::supervise;
 use crate::time;
 use crate::volumes::{Source, Volume, store};
 
@@ -27,6 +28,8 @@ pub(super) struct Known<'a> {
     pub options: Cow<'a, RunOptions>,
     pub image: ImageConfig,
     pub status: &'a Status,
+    /// It waits to be started again.
+    pub restarting: bool,
     /// Its OCI configuration; `null` before its first start.
     pub spec: Value,
 }
@@ -65,6 +68,10 @@ pub fn container(config: &Config, container: &Any) -> Value {
         details,
         options: options.unwrap_or_default(),
         status,
+        restarting: match container {
+            Any::Own(own) => supervise::is_restarting(own),
+            Any::Engine(_) => false,
+        },
         spec,
     };
     let files = |name: &str| known.directory.path().join(name);
@@ -84,7 +91,7 @@ pub fn container(config: &Config, container: &Any) -> Value {
         "HostsPath": "",
         "LogPath": files("log"),
         "Name": format!("/{}", known.details.name),
-        "RestartCount": 0,
+        "RestartCount": known.details.restarts,
         "Driver": "overlayfs",
         "Platform": "linux",
         "MountLabel": "",
@@ -131,10 +138,13 @@ impl Known<'_> {
         let ended = exit.as_ref().filter(|_| *state == State::Stopped);
         let processes = self.status.processes;
         json!({
-            "Status": state_name(*state),
+            "Status": match self.restarting {
+                true => RESTARTING,
+                false => state_name(*state),
+            },
             "Running": is_up,
             "Paused": *state == State::Paused,
-            "Restarting": false,
+            "Restarting": self.restarting,
             "OOMKilled": ended.is_some_and(|exit| exit.oom_killed),
             "Dead": false,
             "Pid": match (is_up, processes.machine) {

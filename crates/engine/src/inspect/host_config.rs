@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::container::Known;
 use super::{extend, list};
 use crate::publish::{HOST_GATEWAY, HostAddress};
-use crate::values::SecurityOption;
+use crate::values::{Restart, SecurityOption};
 use crate::volumes::{Source, Volume};
 
 pub(super) fn host_config(known: &Known<'_>) -> Value {
@@ -45,7 +45,7 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
         "LogConfig": {"Type": "hull", "Config": {}},
         "NetworkMode": known.details.network,
         "PortBindings": port_bindings(known),
-        "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+        "RestartPolicy": restart_policy(options.restart),
         "AutoRemove": known.details.auto_remove,
         "Annotations": known.spec["annotations"],
         "CapAdd": list(options.cap_add.iter().cloned()),
@@ -67,11 +67,26 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
         "PidsLimit": options.pids_limit,
         "Ulimits": limits.collect::<Vec<_>>(),
         "Init": options.init,
+        "GroupAdd": list(options.groups.iter().cloned()),
+        "OomScoreAdj": options.oom_score_adj.unwrap_or(0),
+        "Privileged": options.privileged,
+        "PublishAllPorts": options.publish_all,
+        "CpuShares": options.cpu_shares.unwrap_or(0),
         "MaskedPaths": linux["maskedPaths"],
         "ReadonlyPaths": linux["readonlyPaths"],
     });
     extend(&mut asked, not_there());
     asked
+}
+
+fn restart_policy(policy: Restart) -> Value {
+    let (name, most) = match policy {
+        Restart::No => ("no", 0),
+        Restart::Always => ("always", 0),
+        Restart::UnlessStopped => ("unless-stopped", 0),
+        Restart::OnFailure(most) => ("on-failure", most.unwrap_or(0)),
+    };
+    json!({"Name": name, "MaximumRetryCount": most})
 }
 
 /// What cannot be asked for, with Docker's values for that.
@@ -81,18 +96,13 @@ fn not_there() -> Value {
         "VolumeDriver": "",
         "VolumesFrom": null,
         "CgroupnsMode": "private",
-        "GroupAdd": null,
         "IpcMode": "private",
         "Cgroup": "",
         "Links": null,
-        "OomScoreAdj": 0,
         "PidMode": "",
-        "Privileged": false,
-        "PublishAllPorts": false,
         "UTSMode": "",
         "UsernsMode": "",
         "Isolation": "",
-        "CpuShares": 0,
         "CgroupParent": "",
         "BlkioWeight": 0,
         "CpuPeriod": 0,

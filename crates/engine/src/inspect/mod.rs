@@ -20,6 +20,9 @@ pub use image::{Names, image};
 /// Docker's time of what has not happened.
 const NEVER: &str = "0001-01-01T00:00:00Z";
 
+/// Docker's name for the state of a container that waits to be started again.
+pub const RESTARTING: &str = "restarting";
+
 /// Docker's name for a state.
 pub fn state_name(state: State) -> &'static str {
     match state {

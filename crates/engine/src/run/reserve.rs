@@ -28,6 +28,7 @@ impl Run<'_> {
     /// # Errors
     /// Anything that keeps it from being created; then nothing of it is left.
     pub fn create(mut self, image: &Image) -> Result<Created> {
+        self.options.publish_declared(&image.config)?;
         let made_up = self.options.settle(&image.config)?;
         let directory = self.reserve(self.record(image, None)?, &made_up)?;
         let written = Status::new(State::Created).write(&directory);

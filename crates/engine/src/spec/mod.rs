@@ -33,6 +33,14 @@ pub struct ContainerOptions {
     pub directory: Option<String>,
     /// `user[:group]`, names or numbers.
     pub user: Option<String>,
+    /// Further groups, names or numbers.
+    pub groups: Vec<String>,
+    /// May do in its guest whatever root may there.
+    pub privileged: bool,
+    /// How gladly the guest's kernel kills it for lack of memory.
+    pub oom_score_adj: Option<i32>,
+    /// Its part of processors when others want them, too.
+    pub cpu_shares: Option<u64>,
     /// Host name inside.
     pub hostname: String,
     /// With a terminal.
@@ -346,7 +354,11 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
             "working directory {directory:?} is not an absolute path"
         )));
     }
-    let capabilities = capabilities(&options.capabilities_add, &options.capabilities_drop)?;
+    let mut add = options.capabilities_add.clone();
+    if options.privileged {
+        add.push("ALL".to_owned());
+    }
+    let capabilities = capabilities(&add, &options.capabilities_drop)?;
     let rlimits: Vec<Value> = options
         .ulimits
         .iter()
@@ -378,7 +390,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
         "hostname": options.hostname,
         "process": {
             "terminal": options.terminal,
-            "user": user_object(user),
+            "user": user_object(&with_groups(user, &options.groups)),
             "args": command,
             "env": environment,
             "cwd": directory,
@@ -406,7 +418,29 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
             "readonlyPaths": READ_ONLY_PATHS,
         },
     });
-    let filter = &options.seccomp;
+    if let Some(adjustment) = options.oom_score_adj {
+        spec["process"]["oomScoreAdj"] = json!(adjustment);
+    }
+    if let Some(shares) = options.cpu_shares {
+        spec["linux"]["resources"]["cpu"]["shares"] = json!(shares);
+    }
+    let unconfined = Seccomp::Unconfined;
+    let filter = match (options.privileged, &options.seccomp) {
+        (true, Seccomp::Default) => &unconfined,
+        (_, filter) => filter,
+    };
+    if options.privileged {
+        let linux = &mut spec["linux"];
+        linux["maskedPaths"] = json!([]);
+        linux["readonlyPaths"] = json!([]);
+        linux["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+        linux["devices"] = PRIVILEGED_DEVICES
+            .iter()
+            .map(|(path, kind, major, minor)| {
+                json!({"path": path, "type": kind, "major": major, "minor": minor, "fileMode": 0o660})
+            })
+            .collect();
+    }
     if let Some(filter) = filter.for_capabilities(&capabilities, options.has_32_bits) {
         spec["linux"]["seccomp"] = filter;
     }
@@ -418,6 +452,27 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
         },
         network_sysctl,
     })
+}
+
+/// Devices of the guest's kernel that a privileged container has, beside those of all
+/// (Documentation/admin-guide/devices.txt): for file systems, tunnels and images of disks.
+const PRIVILEGED_DEVICES: [(&str, &str, u32, u32); 8] = [
+    ("/dev/kmsg", "c", 1, 11),
+    ("/dev/fuse", "c", 10, 229),
+    ("/dev/net/tun", "c", 10, 200),
+    ("/dev/loop-control", "c", 10, 237),
+    ("/dev/loop0", "b", 7, 0),
+    ("/dev/loop1", "b", 7, 1),
+    ("/dev/loop2", "b", 7, 2),
+    ("/dev/loop3", "b", 7, 3),
+];
+
+/// A user with further groups, as the agent looks them up.
+fn with_groups(user: &str, groups: &[String]) -> String {
+    std::iter::once(user)
+        .chain(groups.iter().map(String::as_str))
+        .collect::<Vec<_>>()
+        .join("+")
 }
 
 /// The OCI user object. Names cannot be looked up here: see the head of this module.
@@ -437,6 +492,7 @@ fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
         json!({"destination": destination, "type": kind, "source": source, "options": options})
     };
     let shm_size = format!("size={}", options.shm_size);
+    let access = if options.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         standard("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         standard(
@@ -462,13 +518,13 @@ fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
             "/sys",
             "sysfs",
             "sysfs",
-            &["nosuid", "noexec", "nodev", "ro"],
+            &["nosuid", "noexec", "nodev", access],
         ),
         standard(
             "/sys/fs/cgroup",
             "cgroup",
             "cgroup",
-            &["ro", "nosuid", "noexec", "nodev"],
+            &[access, "nosuid", "noexec", "nodev"],
         ),
         standard(
             "/dev/mqueue",

@@ -1,6 +1,5 @@
 //! What `ps` shows of a container: the table, and the fields of `--format`.
 
-use hull_engine::inspect::state_name;
 use hull_engine::time;
 use hull_sandbox::store::State;
 
@@ -80,8 +79,11 @@ pub fn fields(row: &Row, no_trunc: bool) -> format::Row {
         .field("Command", command(row, no_trunc))
         .field("CreatedAt", time::format_list(from_ns(row.created_ns)))
         .field("RunningFor", age(row))
-        .field("Status", in_words(&row.status, row.created_ns))
-        .field("State", state_name(row.status.state))
+        .field(
+            "Status",
+            in_words(&row.status, row.created_ns, row.restarting),
+        )
+        .field("State", row.state())
         .field("Ports", ports(row))
         .labels(&row.labels)
         .field("Mounts", mounts.collect::<Vec<_>>().join(","))
@@ -114,7 +116,7 @@ pub fn table(rows: &[Row], no_trunc: bool, engines: bool, with_size: bool) -> Ta
             row.image.clone(),
             command(row, no_trunc),
             age(row),
-            in_words(&row.status, row.created_ns),
+            in_words(&row.status, row.created_ns, row.restarting),
             ports(row),
             match engines {
                 true => row.engine.clone(),

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use hull_engine::Paths;
 use hull_engine::container;
-use hull_engine::inspect::state_name;
 use hull_engine::publish::port_range;
 use hull_engine::values;
 use hull_network::cni::Protocol;
@@ -59,7 +58,7 @@ impl Ports {
 }
 
 /// The states that `--filter status=` knows.
-pub const STATES: [&str; 4] = ["created", "running", "paused", "exited"];
+pub const STATES: [&str; 5] = ["created", "running", "paused", "restarting", "exited"];
 
 /// The keys of filters.
 pub const KEYS: [&str; 12] = [
@@ -191,7 +190,7 @@ impl Filters {
             Filter::Name(name) => {
                 name.is_match(&row.name) || name.is_match(&format!("/{}", row.name))
             }
-            Filter::Status(state) => state_name(row.status.state) == *state,
+            Filter::Status(state) => row.state() == *state,
             Filter::Label(name, value) => row
                 .labels
                 .get(name)

@@ -1,5 +1,6 @@
 //! `hull system df`.
 
+use hull_engine::supervise;
 use hull_engine::time;
 use hull_engine::usage::{self, ContainerUsage, ImageUsage, Usage, VolumeUsage};
 use hull_engine::volumes::Source;
@@ -185,7 +186,11 @@ fn containers_table(containers: &[ContainerUsage]) -> Table {
             volumes.count().to_string(),
             decimal_size(*bytes),
             format!("{} ago", time::human_age(from_ns(record.created_ns))),
-            ps::in_words(&container.status, record.created_ns),
+            ps::in_words(
+                &container.status,
+                record.created_ns,
+                supervise::is_restarting(container),
+            ),
             record.details.name.clone(),
         ]);
     }
