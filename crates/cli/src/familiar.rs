@@ -9,11 +9,13 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 11] = [
+const ALIASES: [(&[&str], &[&str]); 13] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
     (&["import"], &["image", "import"]),
+    (&["tag"], &["image", "tag"]),
+    (&["history"], &["image", "history"]),
     (&["ls"], &["ps"]),
     (&["list"], &["ps"]),
     (&["container", "ls"], &["ps"]),
@@ -24,7 +26,7 @@ const ALIASES: [(&[&str], &[&str]); 11] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 35] = [
+const COMMANDS: [(&str, &str); 33] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -47,11 +49,6 @@ const COMMANDS: [(&str, &str); 35] = [
         "hull cp CONTAINER:/ - writes a container's files as an archive",
     ),
     ("push", "images are pushed by the tools that build them"),
-    (
-        "tag",
-        "hull image import docker-archive:FILE NAME gives an image a name",
-    ),
-    ("history", "hull image inspect shows an image's document"),
     (
         "login",
         "hull uses what docker login or podman login stored: ~/.docker/config.json",
@@ -390,6 +387,8 @@ mod tests {
             ("hull pull x", "hull image pull x"),
             ("hull images -q", "hull image ls -q"),
             ("hull rmi -f x", "hull image rm -f x"),
+            ("hull tag a b", "hull image tag a b"),
+            ("hull history a", "hull image history a"),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),
             ("hull container", "hull container"),

@@ -186,6 +186,16 @@ pub enum Error {
         /// The reason.
         source: LayerError,
     },
+    /// The archive of a layer cannot be created again.
+    #[error("image \"{reference}\": the archive of layer {layer} cannot be written: {reason}")]
+    NoArchive {
+        /// The reference as written.
+        reference: String,
+        /// The layer's diff id.
+        layer: Digest,
+        /// The reason.
+        reason: String,
+    },
     /// The directory, layout or archive of a reference is not usable.
     #[error("image \"{reference}\" cannot be read: {reason}")]
     Source {
@@ -350,6 +360,10 @@ impl Error {
                 path.display()
             ),
             Self::Damaged { reference, .. } => format!("hull image pull {reference}"),
+            Self::NoArchive { reference, .. } => format!(
+                "hull image rm -f {reference}, then pull, load or import it again: an older hull may \
+                 have unpacked it"
+            ),
             Self::NoSpace { .. } | Self::Reserve { .. } => "hull image prune".to_owned(),
             Self::TooLarge { .. }
             | Self::Layer {

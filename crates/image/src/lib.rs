@@ -43,4 +43,4 @@ pub use limits::{Limits, Low, Reserve};
 pub use manifest::Platform;
 pub use progress::{Event, LayerState, Progress};
 pub use reference::{Reference, RegistryReference, Version};
-pub use store::{Hold, Image, Listed, Pull, Removed, Store};
+pub use store::{HistoryEntry, Hold, Image, Listed, Pull, Removed, Store};

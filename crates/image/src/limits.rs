@@ -35,6 +35,10 @@ pub(crate) const EXTENSIONS: usize = 16;
 /// Most bytes of all extension headers before one entry: they are kept in memory until the entry.
 pub(crate) const EXTENSION_BYTES: u64 = 1 << 20;
 
+/// Most files of a layer's archive that later entries replace, whose content is kept beside the
+/// layer. Archives that are made of one directory have none.
+pub(crate) const GONE_FILES: usize = 10_000;
+
 /// Most members of a docker archive, and most bytes of their names: they are kept in memory.
 pub(crate) const MEMBERS: usize = 100_000;
 /// See [`MEMBERS`]: 160 bytes each; those of `docker save` have less than 80.

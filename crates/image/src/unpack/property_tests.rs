@@ -9,6 +9,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
+use super::skeleton_tests::unpack_and_rebuild;
 use super::testing::{Meta, Tar};
 use super::*;
 use crate::limits::{ATTRIBUTES, EXTENSION_BYTES, Limits};
@@ -237,7 +238,7 @@ proptest! {
         }
         let limits = Limits { size: 1 << 20, inodes: 64, ..Limits::default() };
         let root = fs::open_dir(&inside).unwrap();
-        let result = unpack(archive.as_slice(), root, &[], &mut Budget::new(limits));
+        let result = unpack_and_rebuild(&archive, root, &[], &mut Budget::new(limits));
         if let Ok(unpacked) = result {
             prop_assert!(unpacked.bytes <= limits.size && unpacked.entries <= limits.inodes);
         }
@@ -314,7 +315,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let root = fs::open_dir(dir.path()).unwrap();
         let mut budget = Budget::new(Limits::default());
-        let result = unpack(tar.finish().as_slice(), root, &[], &mut budget);
+        let result = unpack_and_rebuild(&tar.finish(), root, &[], &mut budget);
         prop_assert_eq!(result.is_ok(), valid);
         if valid {
             for (path, time) in expected {

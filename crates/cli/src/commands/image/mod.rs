@@ -1,21 +1,22 @@
-//! `hull image`: pulls, imports, lists, removes and inspects images.
+//! `hull image`: pulls, imports, lists, removes and inspects images, and gives them on.
+
+mod history;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::Path;
 
-use hull_image::{Import, ImportSource, Listed, Reference, Removed};
-use serde_json::{Value, json};
-
-use super::{agreed, config_for_root, for_each};
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
+use hull_engine::time;
+use hull_engine::values::Pull;
+use hull_image::{Import, ImportSource, Listed, Reference, RegistryReference, Removed};
+use serde_json::{Value, json};
 
+use crate::commands::{agreed, config_for_root, for_each};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::images;
 use crate::output::{self, Table};
-use hull_engine::time;
-use hull_engine::values::Pull;
 
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
@@ -53,6 +54,16 @@ enum Command {
         /// Name for the image
         name: Option<String>,
     },
+    /// Give an image one more name
+    Tag {
+        /// Name or id of the image
+        #[arg(value_name = "IMAGE")]
+        source: String,
+        /// The new name: NAME[:TAG]
+        target: String,
+    },
+    /// Show the steps that an image was made by
+    History(history::Args),
     /// List images
     #[command(visible_alias = "list")]
     Ls {
@@ -116,6 +127,14 @@ pub fn execute(args: Args) -> Result<u8> {
             source,
             name,
         } => import(&config, &source, name.as_deref(), change, message)?,
+        Command::Tag { source, target } => {
+            let name = image_name(&target)?;
+            let source: Reference = source.parse().map_err(of_image)?;
+            images::store(&config)?
+                .tag(&source, &name)
+                .map_err(of_image)?;
+        }
+        Command::History(args) => history::execute(&config, &args)?,
         Command::Ls {
             quiet,
             no_trunc,
@@ -194,15 +213,7 @@ fn import(
     changes: Vec<String>,
     message: Option<String>,
 ) -> Result<()> {
-    let name = match name.map(str::parse).transpose().map_err(of_image)? {
-        None => None,
-        Some(Reference::Registry(name)) => Some(name),
-        Some(other) => {
-            return Err(Error::new(format!(
-                "cannot name an image {other}: that is a place"
-            )));
-        }
-    };
+    let name = name.map(image_name).transpose()?;
     let text = source.to_string_lossy();
     let is_image = text.starts_with("oci:") || text.starts_with("docker-archive:");
     if is_image {
@@ -245,6 +256,16 @@ fn import(
     output::print(format!("{}\n", image.id))
 }
 
+/// A name that an image can be given.
+fn image_name(text: &str) -> Result<RegistryReference> {
+    match text.parse().map_err(of_image)? {
+        Reference::Registry(name) => Ok(name),
+        other => Err(Error::new(format!(
+            "cannot name an image {other}: that is a place or an id"
+        ))),
+    }
+}
+
 fn report(removed: &Removed) -> Result<()> {
     let untagged = removed
         .untagged
@@ -282,10 +303,15 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
     Ok(Some(object))
 }
 
+/// The first twelve digits of an id.
+fn short_id(id: &str) -> String {
+    id.trim_start_matches("sha256:").chars().take(12).collect()
+}
+
 fn id(image: &Listed, whole: bool) -> String {
     match whole {
         true => image.id.to_string(),
-        false => image.id.hex().chars().take(12).collect(),
+        false => image.id.short(),
     }
 }
 
