@@ -286,6 +286,13 @@ mod tests {
             ("hull image pull x", "Pull"),
             ("hull image import oci:d name", "Import"),
             ("hull image prune -a", "all: true"),
+            ("hull image tag a b:1", r#"source: "a", target: "b:1""#),
+            (
+                "hull image save -qo f a b",
+                r#"output: Some("f"), quiet: true, images: ["a", "b"]"#,
+            ),
+            ("hull image load -q -i f", r#"input: Some("f")"#),
+            ("hull image history --no-trunc a", "no_trunc: true"),
             ("hull check --json", "json: true"),
             ("hull kernel info --machine uml", "Some(Uml)"),
             ("hull kernel list", "Ls"),
@@ -424,10 +431,7 @@ mod tests {
             ("hull psuh x", "hull --help"),
             ("hull kil c", "hull --help"),
             ("hull image pul x", "did you mean hull image pull?"),
-            (
-                "hull image load x",
-                "hull image import docker-archive:FILE NAME",
-            ),
+            ("hull image build x", "build with podman or docker"),
             (
                 "hull run --memroy 1g i",
                 "did you mean --memory? hull run --help",

@@ -9,13 +9,15 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 13] = [
+const ALIASES: [(&[&str], &[&str]); 15] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
     (&["import"], &["image", "import"]),
     (&["tag"], &["image", "tag"]),
     (&["history"], &["image", "history"]),
+    (&["save"], &["image", "save"]),
+    (&["load"], &["image", "load"]),
     (&["ls"], &["ps"]),
     (&["list"], &["ps"]),
     (&["container", "ls"], &["ps"]),
@@ -26,7 +28,7 @@ const ALIASES: [(&[&str], &[&str]); 13] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 33] = [
+const COMMANDS: [(&str, &str); 31] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -42,11 +44,6 @@ const COMMANDS: [(&str, &str); 33] = [
     (
         "compose",
         "hull-oci is a runtime for docker compose: hull install docker",
-    ),
-    ("load", "hull image import docker-archive:FILE NAME"),
-    (
-        "save",
-        "hull cp CONTAINER:/ - writes a container's files as an archive",
     ),
     ("push", "images are pushed by the tools that build them"),
     (
@@ -389,6 +386,8 @@ mod tests {
             ("hull rmi -f x", "hull image rm -f x"),
             ("hull tag a b", "hull image tag a b"),
             ("hull history a", "hull image history a"),
+            ("hull save -o f a", "hull image save -o f a"),
+            ("hull load -i f", "hull image load -i f"),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),
             ("hull container", "hull container"),

@@ -1,5 +1,5 @@
-//! Images for commands: opens the store, obtains an image by reference, shows the progress of a
-//! pull: bars if standard error is a terminal, otherwise one line at the end.
+//! Images for commands: opens the store, obtains an image by reference, shows progress: bars if
+//! standard error is a terminal, otherwise one line at the end of a pull.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -36,16 +36,38 @@ pub fn obtain(config: &Config, reference: &Reference, pull: Pull, quiet: bool) -
             .resolve(reference, pull, &credentials, &())
             .map_err(of_image);
     }
-    let shown = Shown::default();
+    let shown = Shown::new("pulling").then("pulled");
     store
         .resolve(reference, pull, &credentials, &shown)
         .map_err(of_image)
 }
 
-/// Shows the progress of a pull on standard error.
-#[derive(Default)]
-struct Shown {
+/// Shows progress on standard error.
+pub struct Shown {
+    /// What is done: `pulling`.
+    doing: &'static str,
+    /// What was done, for a line at the end where there are no bars.
+    done: Option<&'static str>,
     state: Mutex<State>,
+}
+
+impl Shown {
+    /// Shows bars on a terminal, and nothing elsewhere.
+    pub fn new(doing: &'static str) -> Self {
+        Self {
+            doing,
+            done: None,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Shows a line at the end where there are no bars.
+    fn then(self, done: &'static str) -> Self {
+        Self {
+            done: Some(done),
+            ..self
+        }
+    }
 }
 
 #[derive(Default)]
@@ -66,7 +88,8 @@ impl Progress for Shown {
             Event::Started { reference, layers } => {
                 state.reference = reference.to_owned();
                 if std::io::stderr().is_terminal() {
-                    crate::output::note(format!("pulling {reference} ({layers} layers)"));
+                    let doing = self.doing;
+                    crate::output::note(format!("{doing} {reference} ({layers} layers)"));
                     state.bars = Some(MultiProgress::new());
                 }
             }
@@ -83,8 +106,11 @@ impl Progress for Shown {
                 let fetched = !["oci:", "docker-archive:"]
                     .iter()
                     .any(|local| state.reference.starts_with(local));
-                if state.bars.take().is_none() && fetched {
-                    crate::output::note(format!("pulled {}", state.reference));
+                if state.bars.take().is_none()
+                    && fetched
+                    && let Some(done) = self.done
+                {
+                    crate::output::note(format!("{done} {}", state.reference));
                 }
             }
         }
@@ -105,10 +131,13 @@ impl State {
             LayerState::Waiting => "waiting for another pull",
             LayerState::Downloading { .. } => "downloading",
             LayerState::Unpacking { .. } => "unpacking",
+            LayerState::Saving { .. } => "saving",
             LayerState::Done => "done",
         });
         match now {
-            LayerState::Downloading { done, total } | LayerState::Unpacking { done, total } => {
+            LayerState::Downloading { done, total }
+            | LayerState::Unpacking { done, total }
+            | LayerState::Saving { done, total } => {
                 bar.set_length(total.max(done));
                 bar.set_position(done);
             }

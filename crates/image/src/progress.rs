@@ -57,6 +57,13 @@ pub enum LayerState {
         /// Size in bytes; 0 if unknown.
         total: u64,
     },
+    /// The layer is being written to an archive.
+    Saving {
+        /// Bytes so far.
+        done: u64,
+        /// Size in bytes.
+        total: u64,
+    },
     /// It is ready.
     Done,
 }

@@ -100,6 +100,12 @@ impl RegistryReference {
         }
     }
 
+    /// Whether the user wrote neither a tag nor a digest.
+    pub fn is_name_only(&self) -> bool {
+        let last = self.written.rsplit('/').next().unwrap_or(&self.written);
+        !last.contains([':', '@'])
+    }
+
     /// Whether the registry runs on this machine, and plain HTTP is used.
     pub fn is_local(&self) -> bool {
         let host = match self.registry.strip_prefix('[') {
@@ -404,6 +410,23 @@ mod tests {
                 full,
                 "stable"
             );
+        }
+    }
+
+    #[test]
+    fn names_without_tag_and_digest() {
+        let digest = format!("a/b@sha256:{}", "0".repeat(64));
+        for (written, only) in [
+            ("busybox", true),
+            ("localhost:5000/a", true),
+            ("localhost:5000/a:1", false),
+            ("busybox:latest", false),
+            (digest.as_str(), false),
+        ] {
+            let Reference::Registry(name) = written.parse().unwrap() else {
+                panic!()
+            };
+            assert_eq!(name.is_name_only(), only, "{written}");
         }
     }
 

@@ -101,12 +101,15 @@ impl Store {
             if let Some(record) = read_json::<LayerRecord>(&path)? {
                 if !self.layer_diff(&name).exists() {
                     // Damaged by others: it is unpacked anew, for which its name must be free.
-                    match std::fs::remove_file(&path) {
-                        Err(error) if error.kind() != ErrorKind::NotFound => {
-                            return Err(Error::io("remove", &path, error));
+                    for rest in [path.with_file_name(SKELETON), path] {
+                        match std::fs::remove_file(&rest) {
+                            Err(error) if error.kind() != ErrorKind::NotFound => {
+                                return Err(Error::io("remove", &rest, error));
+                            }
+                            _ => {}
                         }
-                        _ => continue,
                     }
+                    continue;
                 }
                 return Ok(Some(ReadyLayer {
                     name,

@@ -35,9 +35,11 @@ use std::sync::Arc;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
+pub(crate) use content::Content;
 pub use content::HistoryEntry;
 pub use hold::Hold;
 pub(crate) use install::{LayerStream, Plan, PlannedLayer};
+pub(crate) use layers::StoredLayer;
 pub use record::{Listed, Removed};
 pub(crate) use record::{Named, Stamp};
 use record::{Record, References};
@@ -336,6 +338,15 @@ impl Store {
         }
         references.names.insert(key.to_owned(), named);
         self.write_references(&references)
+    }
+
+    /// All local names with tags of a repository.
+    pub(crate) fn tags(&self, name: &RegistryReference) -> Result<Vec<Reference>> {
+        let prefix = format!("{}:", name.name());
+        let references = self.read_references()?;
+        let names = references.names.keys();
+        let names = names.filter(|known| known.starts_with(&prefix));
+        names.map(|known| known.parse()).collect()
     }
 
     /// Adds a name to a local image, as `docker tag` does.

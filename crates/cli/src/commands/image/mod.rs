@@ -1,5 +1,6 @@
 //! `hull image`: pulls, imports, lists, removes and inspects images, and gives them on.
 
+mod archive;
 mod history;
 
 use std::ffi::{OsStr, OsString};
@@ -62,6 +63,16 @@ enum Command {
         /// The new name: NAME[:TAG]
         target: String,
     },
+    /// Write images to one archive, which docker, podman and skopeo read too
+    #[command(
+        after_help = "The archive is that of docker save: an OCI layout with Docker's manifest.json in it."
+    )]
+    Save(archive::SaveArgs),
+    /// Take in the images of an archive of docker save, podman save or skopeo
+    #[command(
+        after_help = "The archive is plain or compressed with gzip or zstd. All its images are taken in, with their names."
+    )]
+    Load(archive::LoadArgs),
     /// Show the steps that an image was made by
     History(history::Args),
     /// List images
@@ -134,6 +145,8 @@ pub fn execute(args: Args) -> Result<u8> {
                 .tag(&source, &name)
                 .map_err(of_image)?;
         }
+        Command::Save(args) => archive::save(&config, &args)?,
+        Command::Load(args) => archive::load(&config, &args)?,
         Command::History(args) => history::execute(&config, &args)?,
         Command::Ls {
             quiet,
