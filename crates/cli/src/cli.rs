@@ -291,6 +291,7 @@ mod tests {
                 "hull image save -qo f a b",
                 r#"output: Some("f"), quiet: true, images: ["a", "b"]"#,
             ),
+            ("hull image push -qa a", "quiet: true, all_tags: true"),
             ("hull image load -q -i f", r#"input: Some("f")"#),
             ("hull image history --no-trunc a", "no_trunc: true"),
             ("hull check --json", "json: true"),

@@ -9,13 +9,14 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 15] = [
+const ALIASES: [(&[&str], &[&str]); 16] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
     (&["import"], &["image", "import"]),
     (&["tag"], &["image", "tag"]),
     (&["history"], &["image", "history"]),
+    (&["push"], &["image", "push"]),
     (&["save"], &["image", "save"]),
     (&["load"], &["image", "load"]),
     (&["ls"], &["ps"]),
@@ -28,7 +29,7 @@ const ALIASES: [(&[&str], &[&str]); 15] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 31] = [
+const COMMANDS: [(&str, &str); 30] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -45,7 +46,6 @@ const COMMANDS: [(&str, &str); 31] = [
         "compose",
         "hull-oci is a runtime for docker compose: hull install docker",
     ),
-    ("push", "images are pushed by the tools that build them"),
     (
         "login",
         "hull uses what docker login or podman login stored: ~/.docker/config.json",
@@ -387,6 +387,7 @@ mod tests {
             ("hull tag a b", "hull image tag a b"),
             ("hull history a", "hull image history a"),
             ("hull save -o f a", "hull image save -o f a"),
+            ("hull push -q a", "hull image push -q a"),
             ("hull load -i f", "hull image load -i f"),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),

@@ -127,17 +127,19 @@ impl State {
             .entry(name)
             .or_insert_with_key(|name| bars.add(new_bar(name)));
         bar.set_message(match now {
-            LayerState::Present => "already here",
+            LayerState::Present => "already there",
             LayerState::Waiting => "waiting for another pull",
             LayerState::Downloading { .. } => "downloading",
             LayerState::Unpacking { .. } => "unpacking",
-            LayerState::Saving { .. } => "saving",
+            LayerState::Packing { .. } => "packing",
+            LayerState::Uploading { .. } => "uploading",
             LayerState::Done => "done",
         });
         match now {
             LayerState::Downloading { done, total }
             | LayerState::Unpacking { done, total }
-            | LayerState::Saving { done, total } => {
+            | LayerState::Packing { done, total }
+            | LayerState::Uploading { done, total } => {
                 bar.set_length(total.max(done));
                 bar.set_position(done);
             }

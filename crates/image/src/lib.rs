@@ -1,9 +1,9 @@
 //! Images: the sources of containers' root file systems.
 //!
-//! Called by the command line (`hull image …`) and by the engine (to start a container). Parses
-//! references as Docker does, pulls from registries, reads OCI layouts and docker archives, unpacks
-//! each layer once into a directory that can be a lower directory of an overlay, and removes unused
-//! ones. Safe to use from several processes at once; a kill at any moment leaves nothing half
+//! Called by the command line (`hull image …`, `hull login`) and by the engine (to start a
+//! container). Parses references as Docker does, pulls from registries, reads OCI layouts and docker
+//! archives, unpacks each layer once into a directory that can be a lower directory of an overlay,
+//! and removes unused ones. Saves images to archives, and pushes them to registries. Safe to use from several processes at once; a kill at any moment leaves nothing half
 //! usable behind.
 //!
 //! Never mounts anything, never changes an image, and never runs anything from an image.
@@ -38,11 +38,11 @@ pub mod unpack;
 pub use config::ImageConfig;
 pub use credentials::Credentials;
 pub use digest::{Digest, DigestError};
-pub use error::{Error, Result};
+pub use error::{Error, Result, Transfer};
 pub use import::{Import, Source as ImportSource};
 pub use limits::{Limits, Low, Reserve};
 pub use manifest::Platform;
 pub use progress::{Event, LayerState, Progress};
 pub use reference::{Reference, RegistryReference, Version};
-pub use source::Loaded;
+pub use source::{Loaded, Pushed};
 pub use store::{HistoryEntry, Hold, Image, Listed, Pull, Removed, Store};

@@ -17,6 +17,7 @@ pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const OCI_LAYER_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
@@ -179,22 +180,58 @@ pub(crate) fn synthesize(
     config: &[u8],
     layers: &[(Digest, u64)],
 ) -> Result<Vec<u8>, serde_json::Error> {
-    let descriptor = |media_type: &str, digest, size| Descriptor {
-        media_type: media_type.to_owned(),
-        digest,
-        size,
-        platform: None,
-        annotations: None,
-    };
+    let layers = layers
+        .iter()
+        .map(|&(digest, size)| Descriptor::new(OCI_LAYER, digest, size))
+        .collect();
+    describe(config, layers)
+}
+
+/// Creates a manifest for an image with these layers.
+pub(crate) fn describe(
+    config: &[u8],
+    layers: Vec<Descriptor>,
+) -> Result<Vec<u8>, serde_json::Error> {
     serde_json::to_vec(&Manifest {
         schema_version: 2,
         media_type: Some(OCI_MANIFEST.to_owned()),
-        config: descriptor(OCI_CONFIG, Digest::of(config), config.len() as u64),
-        layers: layers
-            .iter()
-            .map(|&(digest, size)| descriptor(OCI_LAYER, digest, size))
-            .collect(),
+        config: Descriptor::new(OCI_CONFIG, Digest::of(config), config.len() as u64),
+        layers,
     })
+}
+
+impl Descriptor {
+    fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest,
+            size,
+            platform: None,
+            annotations: None,
+        }
+    }
+
+    /// A layer that is compressed with gzip.
+    pub(crate) fn gzip_layer(digest: Digest, size: u64) -> Self {
+        Self::new(OCI_LAYER_GZIP, digest, size)
+    }
+
+    /// The same layer in a manifest of OCI's form.
+    pub(crate) fn as_oci_layer(&self) -> Self {
+        let docker = self
+            .media_type
+            .strip_prefix("application/vnd.docker.image.rootfs.");
+        let compression = docker.map(|rest| rest.rsplit('.').next().unwrap_or(rest));
+        let media_type = match compression {
+            Some("tar") => OCI_LAYER.to_owned(),
+            Some(compression) => format!("{OCI_LAYER}+{compression}"),
+            None => self.media_type.clone(),
+        };
+        Self {
+            media_type,
+            ..self.clone()
+        }
+    }
 }
 
 impl Manifest {
@@ -354,6 +391,25 @@ mod tests {
             error,
             "image \"foo\" is not available for linux/amd64: it is for linux/arm64/v8, linux/s390x"
         );
+    }
+
+    #[test]
+    fn dockers_layers_in_ocis_form() {
+        for (docker, oci) in [
+            ("application/vnd.docker.image.rootfs.diff.tar", OCI_LAYER),
+            (
+                "application/vnd.docker.image.rootfs.diff.tar.gzip",
+                OCI_LAYER_GZIP,
+            ),
+            (
+                "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+                OCI_LAYER_GZIP,
+            ),
+            (OCI_LAYER_GZIP, OCI_LAYER_GZIP),
+        ] {
+            let layer = Descriptor::new(docker, Digest::of(b""), 1).as_oci_layer();
+            assert_eq!(layer.media_type, oci);
+        }
     }
 
     #[test]

@@ -171,7 +171,7 @@ impl Store {
         self.write_archive(reference, layer, length, &mut |bytes| {
             archive.write(bytes)?;
             done += bytes.len() as u64;
-            report(LayerState::Saving {
+            report(LayerState::Packing {
                 done,
                 total: length,
             });

@@ -1,5 +1,5 @@
-//! Sources of images. Each finds manifest, configuration and layers, and leaves the rest to the
-//! store.
+//! Sources of images: each finds manifest, configuration and layers, and leaves the rest to the
+//! store. And the way back to a registry.
 
 mod archive;
 pub(crate) mod docker_archive;
@@ -7,9 +7,12 @@ mod download;
 mod http;
 mod load;
 pub(crate) mod oci_layout;
+mod push;
 mod realm;
 pub(crate) mod registry;
 pub(crate) mod rootfs;
 mod token;
+mod upload;
 
 pub use load::Loaded;
+pub use push::Pushed;

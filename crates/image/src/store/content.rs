@@ -8,7 +8,7 @@ use super::install::{PlannedLayer, layer_ids};
 use super::layers::{SKELETON, StoredLayer};
 use super::{Image, Store};
 use crate::config;
-use crate::digest::{Digest, Hasher};
+use crate::digest::Hasher;
 use crate::error::{Error, Result};
 use crate::unpack::fs;
 use crate::unpack::rebuild::{RebuildError, rebuild};
@@ -98,23 +98,23 @@ impl Content {
     /// The layers, all of which must be there with what their archives are created from; with the
     /// length of each archive.
     pub(crate) fn archives(&self, reference: &str) -> Result<Vec<(&StoredLayer, u64)>> {
-        let missing = |diff_id: &Digest, reason: &str| Error::NoArchive {
+        (0..self.layers.len())
+            .map(|index| self.archive(reference, index))
+            .collect()
+    }
+
+    /// The same for one layer.
+    pub(crate) fn archive(&self, reference: &str, index: usize) -> Result<(&StoredLayer, u64)> {
+        let missing = |reason: &str| Error::NoArchive {
             reference: reference.to_owned(),
-            layer: *diff_id,
+            layer: self.document.diff_ids[index],
             reason: reason.to_owned(),
         };
-        let layers = self.layers.iter().zip(&self.document.diff_ids);
-        layers
-            .map(|(layer, diff_id)| {
-                let layer = layer
-                    .as_ref()
-                    .ok_or_else(|| missing(diff_id, "it is not in the store"))?;
-                let length = layer
-                    .archive
-                    .ok_or_else(|| missing(diff_id, "how it was packed is not recorded"))?;
-                Ok((layer, length))
-            })
-            .collect()
+        let layer = self.layers[index].as_ref();
+        let layer = layer.ok_or_else(|| missing("it is not in the store"))?;
+        let length = layer.archive;
+        let length = length.ok_or_else(|| missing("how it was packed is not recorded"))?;
+        Ok((layer, length))
     }
 }
 

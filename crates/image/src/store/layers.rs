@@ -25,6 +25,9 @@ use crate::unpack::{LayerError, fs};
 /// `layers/HEX/skeleton.gz`: what the layer's archive is created from again, beside its files.
 pub(super) const SKELETON: &str = "skeleton.gz";
 
+/// `layers/HEX/compressed.json`: what the layer became when it was packed for a registry.
+pub(crate) const COMPRESSED: &str = "compressed.json";
+
 /// `layers/HEX/layer.json`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct LayerRecord {
@@ -101,7 +104,8 @@ impl Store {
             if let Some(record) = read_json::<LayerRecord>(&path)? {
                 if !self.layer_diff(&name).exists() {
                     // Damaged by others: it is unpacked anew, for which its name must be free.
-                    for rest in [path.with_file_name(SKELETON), path] {
+                    let beside = [SKELETON, COMPRESSED].map(|name| path.with_file_name(name));
+                    for rest in beside.into_iter().chain([path]) {
                         match std::fs::remove_file(&rest) {
                             Err(error) if error.kind() != ErrorKind::NotFound => {
                                 return Err(Error::io("remove", &rest, error));

@@ -11,6 +11,7 @@
 //! | `blobs/sha256/HEX.part` | a layer archive being downloaded; locked by its writer |
 //! | `layers/HEX/diff` | a layer, ready to be a lower directory; `layer.json` beside it |
 //! | `layers/HEX/skeleton.gz` | its archive without the content of its files, see `unpack::skeleton` |
+//! | `layers/HEX/compressed.json` | digest and size of its archive when that was last pushed |
 //! | `layers/HEX.partial` | a layer being unpacked; locked by its writer |
 //! | `holds/ID.json` | a container that uses layers, see [`Hold`] |
 //! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is created |
@@ -39,10 +40,11 @@ pub(crate) use content::Content;
 pub use content::HistoryEntry;
 pub use hold::Hold;
 pub(crate) use install::{LayerStream, Plan, PlannedLayer};
-pub(crate) use layers::StoredLayer;
+pub(crate) use layers::{COMPRESSED, StoredLayer};
 pub use record::{Listed, Removed};
 pub(crate) use record::{Named, Stamp};
 use record::{Record, References};
+pub(crate) use record::{read_json, write_json};
 
 use crate::config::ImageConfig;
 use crate::credentials::Credentials;
@@ -341,7 +343,7 @@ impl Store {
     }
 
     /// All local names with tags of a repository.
-    pub(crate) fn tags(&self, name: &RegistryReference) -> Result<Vec<Reference>> {
+    pub fn tags(&self, name: &RegistryReference) -> Result<Vec<Reference>> {
         let prefix = format!("{}:", name.name());
         let references = self.read_references()?;
         let names = references.names.keys();

@@ -2,6 +2,7 @@
 
 mod archive;
 mod history;
+mod push;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -63,6 +64,8 @@ enum Command {
         /// The new name: NAME[:TAG]
         target: String,
     },
+    /// Send an image to a registry
+    Push(push::Args),
     /// Write images to one archive, which docker, podman and skopeo read too
     #[command(
         after_help = "The archive is that of docker save: an OCI layout with Docker's manifest.json in it."
@@ -145,6 +148,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 .tag(&source, &name)
                 .map_err(of_image)?;
         }
+        Command::Push(args) => push::execute(&config, &args)?,
         Command::Save(args) => archive::save(&config, &args)?,
         Command::Load(args) => archive::load(&config, &args)?,
         Command::History(args) => history::execute(&config, &args)?,
