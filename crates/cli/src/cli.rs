@@ -70,6 +70,10 @@ pub enum Command {
     Cp(cp::Args),
     /// Manage images
     Image(image::Args),
+    /// Store a user name and a password for a registry, where docker and podman find them too
+    Login(login::Args),
+    /// Remove what `login` stored
+    Logout(login::LogoutArgs),
     /// Manage volumes: directories that outlive containers
     Volume(volume::Args),
     /// Remove all containers that do not run
@@ -123,6 +127,8 @@ impl Command {
             Command::Volume(args) => volume::execute(args),
             Command::Container(args) => container::execute(args),
             Command::Image(args) => image::execute(args),
+            Command::Login(args) => login::execute(args),
+            Command::Logout(args) => login::logout(args),
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
             Command::Config(args) => config::execute(args),
@@ -291,6 +297,11 @@ mod tests {
                 "hull image save -qo f a b",
                 r#"output: Some("f"), quiet: true, images: ["a", "b"]"#,
             ),
+            (
+                "hull login -u me --password-stdin x.org",
+                r#"username: Some("me"), password: None, password_stdin: true"#,
+            ),
+            ("hull logout x.org", r#"registry: Some("x.org")"#),
             ("hull image push -qa a", "quiet: true, all_tags: true"),
             ("hull image load -q -i f", r#"input: Some("f")"#),
             ("hull image history --no-trunc a", "no_trunc: true"),

@@ -29,7 +29,7 @@ const ALIASES: [(&[&str], &[&str]); 16] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 30] = [
+const COMMANDS: [(&str, &str); 28] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -45,14 +45,6 @@ const COMMANDS: [(&str, &str); 30] = [
     (
         "compose",
         "hull-oci is a runtime for docker compose: hull install docker",
-    ),
-    (
-        "login",
-        "hull uses what docker login or podman login stored: ~/.docker/config.json",
-    ),
-    (
-        "logout",
-        "hull uses what docker login or podman login stored: ~/.docker/config.json",
     ),
     ("search", "registries have a search on their web pages"),
     ("commit", "hull cp CONTAINER:/ - | hull image import - NAME"),

@@ -121,7 +121,15 @@ pub enum Error {
         /// The reason.
         reason: String,
     },
-    /// Docker's credentials cannot be read, or a credential helper failed.
+    /// The registry does not take a user name and a password, or cannot be asked.
+    #[error("cannot log in to registry {registry}: {reason}")]
+    Login {
+        /// Host and port.
+        registry: String,
+        /// The reason.
+        reason: String,
+    },
+    /// Docker's credentials cannot be read or written, or a credential helper failed.
     #[error("credentials for registry {registry}: {reason}")]
     Credentials {
         /// Host and port.

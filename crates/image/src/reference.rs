@@ -87,6 +87,21 @@ impl Reference {
 }
 
 impl RegistryReference {
+    /// A registry without a repository, for accounts: `HOST[:PORT]`, or a URL of it.
+    pub(crate) fn of_registry(text: &str) -> Result<Self, Error> {
+        let registry = crate::credentials::host_of_key(text).to_owned();
+        check_host(&registry).map_err(|reason| Error::InvalidReference {
+            reference: text.to_owned(),
+            reason,
+        })?;
+        Ok(Self {
+            registry,
+            repository: String::new(),
+            version: Version::Tag(String::new()),
+            written: text.to_owned(),
+        })
+    }
+
     /// Registry and repository, without tag and digest.
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.repository)

@@ -7,7 +7,8 @@ mod common;
 use std::io::Write;
 
 use common::{
-    Layout, Proxy, Recorder, Registry, Tar, begin_answer, made_up_registry, noise, reference,
+    Layout, Proxy, Recorder, Registry, Tar, begin_answer, made_up_registry, noise, own_address,
+    reference,
 };
 use hull_image::{
     Credentials, Error, Image, LayerState, Pull, Pushed, Reference, RegistryReference, Result,
@@ -184,6 +185,33 @@ fn a_registry_that_is_ill_is_asked_again_and_then_named() {
              answered 503 to the request for the layer"
         )
     );
+}
+
+#[test]
+fn a_login_gets_no_token_without_the_password() {
+    // Its token service would be in another domain: an anonymous token proves nothing.
+    let service = made_up_registry(|_, client| {
+        begin_answer(client, "200 OK", "");
+        let _ = client.write_all(b"{\"token\": \"t\"}");
+    });
+    let realm = format!("http://{}:{service}/token", own_address());
+    let port = made_up_registry(move |request, client| {
+        if request.contains("authorization: Basic") {
+            begin_answer(client, "500 Leaked", "");
+        } else if request.starts_with("GET /v2/ ") && !request.contains("Bearer") {
+            let challenge = format!("WWW-Authenticate: Bearer realm=\"{realm}\"\r\n");
+            begin_answer(client, "401 Unauthorized", &challenge);
+        } else {
+            begin_answer(client, "200 OK", "");
+        }
+    });
+    let account = hull_image::Account::docker(Some(&format!("localhost:{port}"))).unwrap();
+    let error = account.check("user", "secret").unwrap_err().to_string();
+    assert!(error.contains("in another domain"), "{error}");
+    // Without accounts, any is taken, as with Docker.
+    let open = made_up_registry(|_, client| begin_answer(client, "200 OK", ""));
+    let account = hull_image::Account::docker(Some(&format!("localhost:{open}"))).unwrap();
+    account.check("user", "secret").unwrap();
 }
 
 #[test]

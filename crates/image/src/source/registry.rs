@@ -84,6 +84,34 @@ pub(crate) fn pull(
     })
 }
 
+/// Whether a registry takes credentials; otherwise why not.
+pub(crate) fn check(registry: &RegistryReference, found: Found) -> Result<(), String> {
+    let session = Session::new(registry, found, Access::Login, "");
+    let session = session.map_err(|error| error.to_string())?;
+    let runtime = session.runtime().map_err(|error| error.to_string())?;
+    runtime.block_on(async {
+        let checked = session.http.check().await;
+        if let Some(realm) = session.http.withheld().await {
+            return Err(format!(
+                "the credentials were not sent to its token service {realm} in another domain"
+            ));
+        }
+        checked.map_err(|failure| match failure {
+            Failure::Transport(error) => format!("it cannot be reached: {}", root_cause(&error)),
+            Failure::Slow => "it takes too long to answer".to_owned(),
+            Failure::Status {
+                status: status @ (401 | 403),
+                ..
+            } => format!("it answered {status}: the user name or the password is wrong"),
+            Failure::Status { status, message } => {
+                format!("it answered {status}{}", first_line(&message))
+            }
+            Failure::Refused(reason) => reason,
+            Failure::TooLarge | Failure::Announced { .. } => "its answer is unusable".to_owned(),
+        })
+    })
+}
+
 /// Unpacks downloaded layers. `None` if the fetcher gave up.
 fn install(
     store: &Store,
@@ -419,17 +447,21 @@ impl<'a> Session<'a> {
                     credentials: self.credentials.clone(),
                 },
             },
-            _ => {
-                let line = message.lines().next().unwrap_or("").trim();
-                let printable = |character: &char| !character.is_control();
-                let line: String = line.chars().filter(printable).take(200).collect();
-                let separator = if line.is_empty() { "" } else { ": " };
-                self.failed(format!(
-                    "it answered {status} to the request for the {what}{separator}{line}"
-                ))
-            }
+            _ => self.failed(format!(
+                "it answered {status} to the request for the {what}{}",
+                first_line(message)
+            )),
         }
     }
+}
+
+/// A colon and the first line of a registry's message, if it has one.
+fn first_line(message: &str) -> String {
+    let line = message.lines().next().unwrap_or("").trim();
+    let printable = |character: &char| !character.is_control();
+    let line: String = line.chars().filter(printable).take(200).collect();
+    let separator = if line.is_empty() { "" } else { ": " };
+    format!("{separator}{line}")
 }
 
 /// The innermost cause: the outer ones only say that a request failed.

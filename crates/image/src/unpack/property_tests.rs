@@ -196,7 +196,8 @@ fn listing(dir: &Path) -> BTreeMap<String, (u32, i64, i64, Vec<u8>)> {
     found
 }
 
-/// Most memory that this process (nextest runs each test in one) has had.
+/// Most memory that this process (nextest runs each test in one) has had, as far as the kernel knows:
+/// the number may fall a little.
 pub(super) fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -246,7 +247,7 @@ proptest! {
         let names: Vec<String> = listing(around.path()).into_keys().collect();
         prop_assert_eq!(names, ["inside", "outside"]);
         // The archive, the writer's buffer, and what the allocator keeps.
-        prop_assert!(peak() - before < 16 << 20);
+        prop_assert!(peak().saturating_sub(before) < 16 << 20);
     }
 
     #[test]
