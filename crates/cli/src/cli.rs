@@ -291,6 +291,14 @@ mod tests {
             ("hull cp - c:/x", r#"source: "-", destination: "c:/x""#),
             ("hull image pull x", "Pull"),
             ("hull image import oci:d name", "Import"),
+            (
+                "hull image pull -a --platform linux/arm64 x",
+                r#"all_tags: true, platform: Some(Platform { os: "linux", architecture: "arm64""#,
+            ),
+            (
+                "hull image ls -a --digests -f dangling=true",
+                "digests: true, filters: [Dangling(true)]",
+            ),
             ("hull image prune -a", "all: true"),
             ("hull image tag a b:1", r#"source: "a", target: "b:1""#),
             (
@@ -302,7 +310,7 @@ mod tests {
                 r#"username: Some("me"), password: None, password_stdin: true"#,
             ),
             ("hull logout x.org", r#"registry: Some("x.org")"#),
-            ("hull image push -qa a", "quiet: true, all_tags: true"),
+            ("hull image push -qa a", "all_tags: true, quiet: true"),
             ("hull image load -q -i f", r#"input: Some("f")"#),
             ("hull image history --no-trunc a", "no_trunc: true"),
             ("hull check --json", "json: true"),
@@ -390,6 +398,11 @@ mod tests {
                 "--time: invalid number of seconds \"x\"",
             ),
             ("hull logs --since x c", "--since: \"x\" is no time"),
+            (
+                "hull image pull --platform a/b/c/d i",
+                "--platform: \"a/b/c/d\" is no platform",
+            ),
+            ("hull image ls -f x", "--filter: invalid filter \"x\""),
             ("hull ps -f x", "--filter: invalid filter \"x\""),
             (
                 "hull exec",

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 
-use hull_image::{Credentials, Event, Image, LayerState, Limits, Progress, Reference, Store};
+use hull_image::{
+    Credentials, Event, Image, LayerState, Limits, Platform, Progress, Reference, Store,
+};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use hull_engine::config::Config;
@@ -24,13 +26,27 @@ pub fn store(config: &Config) -> Result<Store> {
 
 /// Makes the referenced image available, pulling it according to `pull`.
 pub fn obtain(config: &Config, reference: &Reference, pull: Pull, quiet: bool) -> Result<Image> {
+    obtain_for(config, reference, pull, None, quiet)
+}
+
+/// The same for a platform: this host's, if none is given.
+pub fn obtain_for(
+    config: &Config,
+    reference: &Reference,
+    pull: Pull,
+    platform: Option<&Platform>,
+    quiet: bool,
+) -> Result<Image> {
     let pull = match pull {
         Pull::Always => hull_image::Pull::Always,
         Pull::Missing => hull_image::Pull::Missing,
         Pull::Never => hull_image::Pull::Never,
     };
     let credentials = Credentials::docker();
-    let store = store(config)?;
+    let mut store = store(config)?;
+    if let Some(platform) = platform {
+        store = store.with_platform(platform.clone());
+    }
     if quiet {
         return store
             .resolve(reference, pull, &credentials, &())

@@ -89,6 +89,44 @@ impl std::fmt::Display for Platform {
     }
 }
 
+impl std::str::FromStr for Platform {
+    type Err = String;
+
+    /// Parses `OS/ARCHITECTURE[/VARIANT]`, or an architecture of Linux alone; also the kernel's names
+    /// of architectures.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.split('/').collect();
+        let (os, architecture, variant) = match parts.as_slice() {
+            [architecture] => ("linux", *architecture, None),
+            [os, architecture] => (*os, *architecture, None),
+            [os, architecture, variant] => (*os, *architecture, Some(*variant)),
+            _ => ("", "", None),
+        };
+        let word = |part: &str| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+            !part.is_empty() && part.bytes().all(plain)
+        };
+        if !parts.iter().all(|part| word(part)) || os.is_empty() {
+            return Err(format!(
+                "{text:?} is no platform: give OS/ARCHITECTURE[/VARIANT], like linux/arm64"
+            ));
+        }
+        let (architecture, variant) = match (architecture, variant) {
+            ("x86_64" | "x86-64", variant) => ("amd64", variant),
+            ("aarch64", variant) => ("arm64", variant),
+            ("i386" | "i686" | "x86", variant) => ("386", variant),
+            ("armhf", None) => ("arm", Some("v7")),
+            ("armel", None) => ("arm", Some("v6")),
+            other => other,
+        };
+        Ok(Self {
+            os: os.to_owned(),
+            architecture: architecture.to_owned(),
+            variant: variant.map(str::to_owned),
+        })
+    }
+}
+
 /// Refers to content.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -353,6 +391,22 @@ mod tests {
             os: "linux".to_owned(),
             architecture: "amd64".to_owned(),
             variant: None,
+        }
+    }
+
+    #[test]
+    fn platforms_are_written_as_dockers() {
+        for (text, platform) in [
+            ("linux/arm64", "linux/arm64"),
+            ("linux/arm/v7", "linux/arm/v7"),
+            ("arm64", "linux/arm64"),
+            ("linux/x86_64", "linux/amd64"),
+            ("aarch64", "linux/arm64"),
+        ] {
+            assert_eq!(text.parse::<Platform>().unwrap().to_string(), platform);
+        }
+        for bad in ["", "linux/", "a/b/c/d", "linux/a b"] {
+            assert!(bad.parse::<Platform>().is_err(), "{bad}");
         }
     }
 

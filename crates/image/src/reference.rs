@@ -102,6 +102,18 @@ impl RegistryReference {
         })
     }
 
+    /// The same name with another tag.
+    ///
+    /// # Errors
+    /// `InvalidReference` if that is no tag.
+    pub(crate) fn with_tag(&self, tag: &str) -> Result<Self, Error> {
+        let written = format!("{}:{tag}", self.name());
+        parse_registry(&written).map_err(|reason| Error::InvalidReference {
+            reference: written,
+            reason,
+        })
+    }
+
     /// Registry and repository, without tag and digest.
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.repository)

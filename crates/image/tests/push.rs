@@ -243,3 +243,52 @@ fn a_token_for_a_push_is_one_for_writing() {
     let scope = "scope=repository%3Ateam%2Fapp%3Apull%2Cpush";
     assert!(asked.iter().any(|line| line.contains(scope)), "{asked:?}");
 }
+
+#[test]
+fn the_tags_of_a_repository_are_listed_also_in_parts() {
+    let tags = |name: &Reference| {
+        let tags = hull_image::remote_tags(&self::name(name), &Credentials::anonymous())?;
+        Ok::<_, Error>(tags.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let registry = Registry::start();
+    let layout = Layout::with(&[Tar::new().file("a", b"1").finish()]);
+    registry.push(&layout, "latest", "team/app:1");
+    registry.push(&layout, "latest", "team/app:2");
+    let name = registry.name("team/app");
+    let host = format!("localhost:{}", registry.port);
+    assert_eq!(
+        tags(&name).unwrap(),
+        [format!("{host}/team/app:1"), format!("{host}/team/app:2")]
+    );
+    assert!(tags(&registry.name("nothing")).unwrap_err().is_not_found());
+
+    let port = made_up_registry(|request, client| {
+        let (headers, body) = match request.split(' ').nth(1) {
+            Some("/v2/a/tags/list") => (
+                "Link: </v2/a/tags/list?last=x>; rel=\"next\"\r\n",
+                r#"{"name":"a","tags":["x"]}"#,
+            ),
+            Some("/v2/a/tags/list?last=x") => ("", r#"{"name":"a","tags":["y"]}"#),
+            Some("/v2/b/tags/list") => ("", r#"{"tags":null}"#),
+            Some("/v2/c/tags/list") => ("Link: <http://192.0.2.7/>; rel=\"next\"\r\n", "{}"),
+            Some("/v2/d/tags/list") => ("Link: </v2/d/tags/list>; rel=\"next\"\r\n", "{}"),
+            Some("/v2/e/tags/list") => ("", r#"{"tags":["no tag"]}"#),
+            _ => ("", "{}"),
+        };
+        begin_answer(client, "200 OK", headers);
+        let _ = client.write_all(body.as_bytes());
+    });
+    let of = |name: &str| tags(&reference(&format!("localhost:{port}/{name}")));
+    assert_eq!(
+        of("a").unwrap(),
+        [
+            format!("localhost:{port}/a:x"),
+            format!("localhost:{port}/a:y")
+        ]
+    );
+    assert!(of("b").unwrap().is_empty());
+    for (name, reason) in [("c", "elsewhere"), ("d", "1000 parts"), ("e", "no tag")] {
+        let error = of(name).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+}

@@ -15,7 +15,7 @@
 
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, LOCATION, RANGE};
+use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, LINK, LOCATION, RANGE};
 use reqwest::redirect::Policy;
 use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
@@ -154,6 +154,26 @@ impl Http {
                 }
                 _ => Ok(body),
             }
+        };
+        whole(request).await
+    }
+
+    /// A document of the repository, and where the next part of it is, on the same registry.
+    pub(super) async fn page(&self, url: Url) -> Result<(Vec<u8>, Option<Url>), Failure> {
+        let request = async {
+            let response = self.request_at(Method::GET, url.clone(), &[]).await?;
+            let next = response.headers().get(LINK);
+            let next = next.and_then(|value| next_page(value.to_str().ok()?));
+            let next = match next.map(|next| url.join(next)) {
+                None => None,
+                Some(Ok(next)) if next.origin() == self.registry.origin() => Some(next),
+                Some(_) => {
+                    let reason = "the next part of its list is elsewhere";
+                    return Err(Failure::Refused(reason.to_owned()));
+                }
+            };
+            let body = read(response, MAX_DOCUMENT).await?;
+            Ok((body.ok_or(Failure::TooLarge)?, next))
         };
         whole(request).await
     }
@@ -304,6 +324,12 @@ impl Http {
     }
 }
 
+/// The address in a header `Link: <ADDRESS>; rel="next"`.
+fn next_page(link: &str) -> Option<&str> {
+    let (address, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+    parameters.contains("next").then_some(address)
+}
+
 /// Where a response redirects to.
 fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Failure> {
     if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
@@ -401,6 +427,21 @@ pub(super) async fn refusal(status: StatusCode, response: Response) -> Failure {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn next_pages() {
+        for (link, next) in [
+            (
+                r#"</v2/a/tags/list?n=2&last=b>; rel="next""#,
+                Some("/v2/a/tags/list?n=2&last=b"),
+            ),
+            ("</x>; rel=next", Some("/x")),
+            ("</x>; rel=prev", None),
+            ("/x", None),
+        ] {
+            assert_eq!(next_page(link), next, "{link}");
+        }
+    }
 
     #[test]
     fn redirects_stay_with_https() {

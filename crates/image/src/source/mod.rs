@@ -11,8 +11,10 @@ mod push;
 mod realm;
 pub(crate) mod registry;
 pub(crate) mod rootfs;
+mod tags;
 mod token;
 mod upload;
 
 pub use load::Loaded;
 pub use push::Pushed;
+pub use tags::remote_tags;

@@ -425,12 +425,16 @@ impl<'a> Session<'a> {
     async fn status(&self, what: &'static str, status: u16, message: &str) -> Error {
         let (reference, registry) = (self.name.written().to_owned(), self.name.registry.clone());
         match status {
-            404 if what == "manifest" && self.transfer == Transfer::Pull => Error::NotInRegistry {
-                reference,
-                registry,
-                status,
-                local: self.local,
-            },
+            404 if matches!(what, "manifest" | "list of tags")
+                && self.transfer == Transfer::Pull =>
+            {
+                Error::NotInRegistry {
+                    reference,
+                    registry,
+                    status,
+                    local: self.local,
+                }
+            }
             401 | 403 => match self.http.withheld().await {
                 Some(realm) => Error::CredentialsWithheld {
                     reference,

@@ -2,6 +2,7 @@
 
 mod archive;
 mod history;
+mod ls;
 mod push;
 
 use std::ffi::{OsStr, OsString};
@@ -10,15 +11,16 @@ use std::path::Path;
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
-use hull_engine::time;
 use hull_engine::values::Pull;
-use hull_image::{Import, ImportSource, Listed, Reference, RegistryReference, Removed};
+use hull_image::{
+    Credentials, Import, ImportSource, Platform, Reference, RegistryReference, Removed,
+};
 use serde_json::{Value, json};
 
 use crate::commands::{agreed, config_for_root, for_each};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::images;
-use crate::output::{self, Table};
+use crate::output;
 
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
@@ -35,6 +37,12 @@ enum Command {
         after_help = "An image is NAME[:TAG|@DIGEST], oci:DIR[:TAG], docker-archive:FILE or rootfs:DIR."
     )]
     Pull {
+        /// Fetch all tags of the repository
+        #[arg(short, long)]
+        all_tags: bool,
+        /// Fetch the image for another platform than this host's
+        #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+        platform: Option<Platform>,
         /// Print nothing but the image's name
         #[arg(short, long)]
         quiet: bool,
@@ -80,17 +88,7 @@ enum Command {
     History(history::Args),
     /// List images
     #[command(visible_alias = "list")]
-    Ls {
-        /// Show ids only
-        #[arg(short, long)]
-        quiet: bool,
-        /// Do not shorten ids
-        #[arg(long)]
-        no_trunc: bool,
-        /// Print JSON
-        #[arg(long, conflicts_with = "quiet")]
-        json: bool,
-    },
+    Ls(ls::Args),
     /// Remove images
     Rm {
         /// Remove all names of an image, also one that containers use
@@ -123,18 +121,29 @@ pub fn execute(args: Args) -> Result<u8> {
     let paths = config.paths();
     let container_exists = |id: &str| paths.container(id).exists();
     match args.command {
-        Command::Pull { quiet, image } => {
-            let image = images::obtain(
-                &config,
-                &image.parse().map_err(of_image)?,
-                Pull::Always,
-                quiet,
-            )?;
-            if !quiet && let Some(digest) = image.digest {
-                output::note(format!("digest: {digest}"));
+        Command::Pull {
+            all_tags: true,
+            platform,
+            quiet,
+            image,
+        } => {
+            let name = image_name(&image)?;
+            if !name.is_name_only() {
+                return Err(
+                    Error::invalid(format!("--all-tags with the tag of {image}"))
+                        .hint("give the name without a tag"),
+                );
             }
-            output::print(format!("{}\n", image.reference))?;
+            let tags = hull_image::remote_tags(&name, &Credentials::docker()).map_err(of_image)?;
+            let tags: Vec<String> = tags.iter().map(ToString::to_string).collect();
+            return for_each(&tags, |tag| pull(&config, tag, platform.as_ref(), quiet));
         }
+        Command::Pull {
+            platform,
+            quiet,
+            image,
+            ..
+        } => pull(&config, &image, platform.as_ref(), quiet)?,
         Command::Import {
             change,
             message,
@@ -152,30 +161,7 @@ pub fn execute(args: Args) -> Result<u8> {
         Command::Save(args) => archive::save(&config, &args)?,
         Command::Load(args) => archive::load(&config, &args)?,
         Command::History(args) => history::execute(&config, &args)?,
-        Command::Ls {
-            quiet,
-            no_trunc,
-            json,
-        } => {
-            let store = images::store(&config)?;
-            let (list, damages) = store.list_with_damages().map_err(of_image)?;
-            for error in damages {
-                output::note(format!("warning: {error}"));
-            }
-            if quiet {
-                let mut ids: Vec<String> = list
-                    .iter()
-                    .map(|image| id(image, no_trunc) + "\n")
-                    .collect();
-                ids.dedup();
-                output::print(ids.concat())?;
-            } else if json {
-                let objects: Vec<Value> = list.iter().map(listed_object).collect();
-                output::print_json(&objects)?;
-            } else {
-                table(&list, no_trunc).print()?;
-            }
-        }
+        Command::Ls(args) => ls::execute(&config, &args)?,
         Command::Rm {
             force,
             images: names,
@@ -221,6 +207,15 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+fn pull(config: &Config, image: &str, platform: Option<&Platform>, quiet: bool) -> Result<()> {
+    let reference = image.parse().map_err(of_image)?;
+    let image = images::obtain_for(config, &reference, Pull::Always, platform, quiet)?;
+    if !quiet && let Some(digest) = image.digest {
+        output::note(format!("digest: {digest}"));
+    }
+    output::print(format!("{}\n", image.reference))
 }
 
 fn import(
@@ -323,79 +318,4 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
 /// The first twelve digits of an id.
 fn short_id(id: &str) -> String {
     id.trim_start_matches("sha256:").chars().take(12).collect()
-}
-
-fn id(image: &Listed, whole: bool) -> String {
-    match whole {
-        true => image.id.to_string(),
-        false => image.id.short(),
-    }
-}
-
-fn listed_object(image: &Listed) -> Value {
-    json!({
-        "reference": image.reference,
-        "id": image.id.to_string(),
-        "digest": image.digest.to_string(),
-        "created": image.created,
-        "size": image.size,
-        "labels": image.labels,
-    })
-}
-
-/// Name and tag in the familiar form: without the default registry.
-fn name_and_tag(reference: Option<&str>) -> (String, String) {
-    let none = || "<none>".to_owned();
-    let Some(reference) = reference else {
-        return (none(), none());
-    };
-    let familiar = reference
-        .parse::<Reference>()
-        .map_or_else(|_| reference.to_owned(), |reference| reference.familiar());
-    if let Some((name, _)) = familiar.split_once('@') {
-        return (name.to_owned(), none());
-    }
-    match familiar.rsplit_once(':') {
-        Some((name, tag)) if !tag.contains('/') => (name.to_owned(), tag.to_owned()),
-        _ => (familiar, none()),
-    }
-}
-
-fn table(list: &[Listed], no_trunc: bool) -> Table {
-    let mut table = Table::new(&["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"]);
-    for image in list {
-        let (name, tag) = name_and_tag(image.reference.as_deref());
-        let created = image.created.as_deref().and_then(time::parse_rfc3339);
-        table.row([
-            name,
-            tag,
-            id(image, no_trunc),
-            created.map_or_else(
-                || "N/A".to_owned(),
-                |created| format!("{} ago", time::human_age(created)),
-            ),
-            output::decimal_size(image.size),
-        ]);
-    }
-    table
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_and_tags() {
-        for (reference, name, tag) in [
-            (Some("docker.io/library/busybox:1.36"), "busybox", "1.36"),
-            (Some("localhost:5000/a/b:v1"), "localhost:5000/a/b", "v1"),
-            (None, "<none>", "<none>"),
-        ] {
-            assert_eq!(
-                name_and_tag(reference),
-                (name.to_owned(), tag.to_owned()),
-                "{reference:?}"
-            );
-        }
-    }
 }
