@@ -162,12 +162,15 @@ impl Account {
         let mut config = before.clone();
         let object = config.as_object_mut();
         let object = object.ok_or_else(|| unusable("it is no object".to_owned()))?;
-        let auths = object.entry("auths").or_insert_with(|| json!({}));
-        if auths.is_null() {
-            *auths = json!({});
+        let mut auths = match object.get("auths") {
+            None | Some(Value::Null) => Map::new(),
+            Some(Value::Object(auths)) => auths.clone(),
+            Some(_) => return Err(unusable("auths is no object".to_owned())),
+        };
+        change(&mut auths);
+        if !auths.is_empty() || object.contains_key("auths") {
+            object.insert("auths".to_owned(), Value::Object(auths));
         }
-        let auths = auths.as_object_mut();
-        change(auths.ok_or_else(|| unusable("auths is no object".to_owned()))?);
         if config == before {
             return Ok(());
         }
@@ -222,6 +225,8 @@ mod tests {
     #[test]
     fn what_is_stored_is_found_and_forgotten() {
         let dir = tempfile::tempdir().unwrap();
+        assert!(!account(dir.path(), "x.org").forget().unwrap());
+        assert!(!dir.path().join("docker").exists());
         for registry in ["docker.io", "localhost:5000", "https://ghcr.io/v2/"] {
             let account = account(dir.path(), registry);
             assert_eq!(account.stored().unwrap(), None);

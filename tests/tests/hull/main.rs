@@ -9,6 +9,7 @@ mod crash;
 mod exec;
 mod guest_kernel;
 mod images;
+mod images_out;
 mod install_engines;
 mod kvm;
 mod lasting;

@@ -53,7 +53,7 @@ pub fn save(config: &Config, args: &SaveArgs) -> Result<()> {
         let output = BufWriter::with_capacity(256 * 1024, output);
         store
             .save(&references, output, path, progress)
-            .map_err(of_image)
+            .map_err(super::of_local)
     };
     match &args.output {
         Some(path) => replace_file(path, write),

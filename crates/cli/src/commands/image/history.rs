@@ -33,7 +33,7 @@ pub struct Args {
 pub fn execute(config: &Config, args: &Args) -> Result<()> {
     let store = images::store(config)?;
     let reference: Reference = args.image.parse().map_err(of_image)?;
-    let image = store.inspect(&reference).map_err(of_image)?;
+    let image = store.inspect(&reference).map_err(super::of_local)?;
     let history = store.history(&image).map_err(of_image)?;
     let newest = match args.no_trunc {
         true => image.id.clone(),

@@ -88,7 +88,7 @@ impl Conditions<'_> {
                 _ => continue,
             };
             let reference: Reference = image.parse().map_err(of_image)?;
-            let image = store.inspect(&reference).map_err(of_image)?;
+            let image = store.inspect(&reference).map_err(super::of_local)?;
             times.push(created(image.created.as_deref()));
         }
         Ok(Conditions {

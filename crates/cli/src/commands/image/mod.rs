@@ -155,7 +155,7 @@ pub fn execute(args: Args) -> Result<u8> {
             let source: Reference = source.parse().map_err(of_image)?;
             images::store(&config)?
                 .tag(&source, &name)
-                .map_err(of_image)?;
+                .map_err(of_local)?;
         }
         Command::Push(args) => push::execute(&config, &args)?,
         Command::Save(args) => archive::save(&config, &args)?,
@@ -266,6 +266,14 @@ fn import(
         .import(&text, files, &import, &())
         .map_err(of_image)?;
     output::print(format!("{}\n", image.id))
+}
+
+/// The error of a command about a local image: as in Docker, one that is not here exits with 1.
+fn of_local(error: hull_image::Error) -> Error {
+    match error.is_not_found() {
+        true => of_image(error).kind(ErrorKind::NotFound),
+        false => of_image(error),
+    }
 }
 
 /// A name that an image can be given.

@@ -44,7 +44,7 @@ pub fn execute(config: &Config, args: &Args) -> Result<()> {
         let progress: &dyn Progress = if args.quiet { &() } else { &shown };
         let pushed = store
             .push(&name, &credentials, progress)
-            .map_err(of_image)?;
+            .map_err(super::of_local)?;
         output::print(match args.quiet {
             true => format!("{name}\n"),
             false => format!(
