@@ -1,5 +1,5 @@
-//! A registry in this process that serves given images and takes what is pushed, with an account and
-//! faults on demand, and counts requests.
+//! A registry in this process that serves given images and takes what is pushed, with an account
+//! and faults on demand, and counts requests.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,8 +1,8 @@
 //! The configuration of an image: the part that `hull run` uses, its history, its parser and its
 //! writer.
 //!
-//! Called when an image is installed, saved or pushed (parse), on every start (from the record), and
-//! by `import` (write).
+//! Called when an image is installed, saved or pushed (parse), on every start (from the record),
+//! and by `import` (write).
 
 use std::collections::BTreeMap;
 

@@ -1,10 +1,10 @@
 //! Images: the sources of containers' root file systems.
 //!
 //! Called by the command line (`hull image …`, `hull login`) and by the engine (to start a
-//! container). Parses references as Docker does, pulls from registries, reads OCI layouts and docker
-//! archives, unpacks each layer once into a directory that can be a lower directory of an overlay,
-//! and removes unused ones. Saves images to archives, and pushes them to registries. Safe to use from several processes at once; a kill at any moment leaves nothing half
-//! usable behind.
+//! container). Parses references as Docker does, pulls from registries, reads OCI layouts and
+//! docker archives, unpacks each layer once into a directory that can be a lower directory of an
+//! overlay, and removes unused ones. Saves images to archives, and pushes them to registries. Safe
+//! to use from several processes at once; a kill at any moment leaves nothing half usable behind.
 //!
 //! Never mounts anything, never changes an image, and never runs anything from an image.
 //!

@@ -1,5 +1,5 @@
-//! Accounts at registries: checks a user name and a password with the registry, and keeps them where
-//! Docker does.
+//! Accounts at registries: checks a user name and a password with the registry, and keeps them
+//! where Docker does.
 //!
 //! Called by `hull login` and `hull logout`. Writes `$DOCKER_CONFIG/config.json` or
 //! `~/.docker/config.json`, of which everything else is kept, or calls the credential helper that

@@ -92,8 +92,8 @@ impl std::fmt::Display for Platform {
 impl std::str::FromStr for Platform {
     type Err = String;
 
-    /// Parses `OS/ARCHITECTURE[/VARIANT]`, or an architecture of Linux alone; also the kernel's names
-    /// of architectures.
+    /// Parses `OS/ARCHITECTURE[/VARIANT]`, or an architecture of Linux alone; also the kernel's
+    /// names of architectures.
     fn from_str(text: &str) -> Result<Self, String> {
         let parts: Vec<&str> = text.split('/').collect();
         let (os, architecture, variant) = match parts.as_slice() {

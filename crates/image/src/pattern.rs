@@ -1,8 +1,8 @@
 //! Patterns of image names, as in `docker images --filter reference=PATTERN`.
 //!
-//! Called by `hull image ls`. `*` is any text without a slash, `?` any character but a slash, `[a-z]`
-//! one of several, `[^a-z]` none of them, and a backslash takes the next character as it is. A
-//! pattern matches a short name with its tag, or without.
+//! Called by `hull image ls`. `*` is any text without a slash, `?` any character but a slash,
+//! `[a-z]` one of several, `[^a-z]` none of them, and a backslash takes the next character as it
+//! is. A pattern matches a short name with its tag, or without.
 
 use crate::reference::Reference;
 

@@ -196,8 +196,8 @@ fn listing(dir: &Path) -> BTreeMap<String, (u32, i64, i64, Vec<u8>)> {
     found
 }
 
-/// Most memory that this process (nextest runs each test in one) has had, as far as the kernel knows:
-/// the number may fall a little.
+/// Most memory that this process (nextest runs each test in one) has had, as far as the kernel
+/// knows: the number may fall a little.
 pub(super) fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status
