@@ -1,7 +1,8 @@
-//! A registry in this process that serves given images, with faults on demand, and counts requests.
+//! A registry in this process that serves given images and takes what is pushed, with an account
+//! and faults on demand, and counts requests.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -30,6 +31,8 @@ struct State {
     content: HashMap<String, (String, Vec<u8>)>,
     faults: Vec<Fault>,
     requests: Vec<String>,
+    /// `Basic …` of the only account, if there is one.
+    account: Option<String>,
 }
 
 /// A registry on localhost.
@@ -54,6 +57,12 @@ impl Registry {
             }
         });
         Registry { address, state }
+    }
+
+    /// From now on, only this user may pull and push.
+    pub fn only_for(&self, user: &str, password: &str) {
+        let encoded = base64(format!("{user}:{password}").as_bytes());
+        self.state.lock().unwrap().account = Some(format!("Basic {encoded}"));
     }
 
     /// Serves an image; returns its reference for pulls.
@@ -108,11 +117,23 @@ impl Registry {
 
     /// How often a path that contains `part` was fetched.
     pub fn fetched(&self, part: &str) -> usize {
+        self.requests("GET", part)
+    }
+
+    /// How many blobs were sent here.
+    pub fn received(&self) -> usize {
+        self.requests("PUT", "/blobs/uploads/")
+    }
+
+    fn requests(&self, method: &str, part: &str) -> usize {
         let state = self.state.lock().unwrap();
         state
             .requests
             .iter()
-            .filter(|line| line.starts_with("GET ") && line.contains(part))
+            .filter(|line| {
+                let line = line.strip_prefix(method);
+                line.is_some_and(|path| path.starts_with(' ') && path.contains(part))
+            })
             .count()
     }
 }
@@ -131,11 +152,22 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         if reader.read_line(&mut request)? == 0 {
             return Ok(());
         }
-        let mut from = 0;
+        let (mut from, mut length, mut authorization, mut media_type) =
+            (0, 0, None, "application/octet-stream".to_owned());
         loop {
             let mut header = String::new();
             reader.read_line(&mut header)?;
-            let header = header.trim().to_ascii_lowercase();
+            let value = |header: &str| header.split_once(": ").map(|(_, value)| value.to_owned());
+            let (written, header) = (header.trim(), header.trim().to_ascii_lowercase());
+            if header.starts_with("authorization: ") {
+                authorization = value(written);
+            } else if header.starts_with("content-length: ") {
+                length = value(written)
+                    .and_then(|value| value.parse().ok())
+                    .unwrap_or(0);
+            } else if header.starts_with("content-type: ") {
+                media_type = value(written).unwrap_or(media_type);
+            }
             if let Some(range) = header.strip_prefix("range: bytes=") {
                 from = range
                     .split('-')
@@ -147,6 +179,8 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 break;
             }
         }
+        let mut sent = vec![0; length];
+        reader.read_exact(&mut sent)?;
         let mut words = request.split(' ');
         let (method, path) = (
             words.next().unwrap_or(""),
@@ -161,8 +195,31 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 .retain(|fault| !matches!(fault, Fault::BreakOffOnce(part) if path.contains(part)));
             (state.content.get(&path).cloned(), faults)
         };
+        let allowed = state.lock().unwrap().account.clone();
+        let allowed = allowed.is_none_or(|account| authorization == Some(account));
+        if !allowed || method == "POST" || method == "PUT" {
+            let (status, headers) = match method {
+                _ if !allowed => (401, "WWW-Authenticate: Basic realm=\"test\"\r\n".to_owned()),
+                "POST" => (202, format!("Location: {path}1\r\n")),
+                _ => (
+                    201,
+                    take(&mut state.lock().unwrap(), &path, media_type, sent),
+                ),
+            };
+            write!(
+                writer,
+                "HTTP/1.1 {status} Status\r\nContent-Length: 0\r\n{headers}\r\n"
+            )?;
+            writer.flush()?;
+            continue;
+        }
         let (mut status, mut kind, mut body) = match found {
             Some((kind, body)) => (200, kind, body),
+            None if path.ends_with("/tags/list") => (
+                200,
+                "application/json".into(),
+                tags(&state.lock().unwrap(), &path),
+            ),
             None if path == "/v2/" => (200, "application/json".into(), b"{}".to_vec()),
             None => (
                 404,
@@ -207,4 +264,53 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         }
         writer.flush()?;
     }
+}
+
+/// Keeps a blob or a manifest that was sent; header lines of the answer.
+fn take(state: &mut State, path: &str, media_type: String, sent: Vec<u8>) -> String {
+    let digest = digest(&sent);
+    let (kept, versions) = match path.split_once("/blobs/uploads/") {
+        Some((name, query)) => {
+            let named = query.rsplit("digest=").next().unwrap_or("");
+            assert_eq!(named.replace("%3A", ":"), digest);
+            (format!("{name}/blobs"), vec![digest.clone()])
+        }
+        None => {
+            let (kept, tag) = path.rsplit_once('/').unwrap();
+            (kept.to_owned(), vec![tag.to_owned(), digest.clone()])
+        }
+    };
+    for version in versions {
+        let content = (media_type.clone(), sent.clone());
+        state.content.insert(format!("{kept}/{version}"), content);
+    }
+    format!("Docker-Content-Digest: {digest}\r\n")
+}
+
+/// The list of a repository's tags.
+fn tags(state: &State, path: &str) -> Vec<u8> {
+    let manifests = path.replace("/tags/list", "/manifests/");
+    let tags: Vec<&str> = state
+        .content
+        .keys()
+        .filter_map(|path| path.strip_prefix(&manifests))
+        .filter(|version| !version.starts_with("sha256:"))
+        .collect();
+    serde_json::json!({ "tags": tags }).to_string().into_bytes()
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for group in bytes.chunks(3) {
+        let three = [0, 1, 2].map(|at| u32::from(group.get(at).copied().unwrap_or(0)));
+        let bits = three[0] << 16 | three[1] << 8 | three[2];
+        for digit in 0..4 {
+            text.push(match digit <= group.len() {
+                true => DIGITS[(bits >> (18 - 6 * digit) & 63) as usize].into(),
+                false => '=',
+            });
+        }
+    }
+    text
 }

@@ -78,6 +78,10 @@ pub enum Command {
     Commit(commit::Args),
     /// Manage images
     Image(image::Args),
+    /// Store a user name and a password for a registry, where docker and podman find them too
+    Login(login::Args),
+    /// Remove what `login` stored
+    Logout(login::LogoutArgs),
     /// Manage volumes: directories that outlive containers
     Volume(volume::Args),
     /// Manage networks, in which containers find each other by their names
@@ -144,6 +148,8 @@ impl Command {
             Command::Image(args) => image::execute(args),
             Command::Info(args) => info::execute(args),
             Command::System(args) => system::execute(args),
+            Command::Login(args) => login::execute(args),
+            Command::Logout(args) => login::logout(args),
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
             Command::Config(args) => config::execute(args),
@@ -314,7 +320,28 @@ mod tests {
             ("hull cp - c:/x", r#"source: "-", destination: "c:/x""#),
             ("hull image pull x", "Pull"),
             ("hull image import oci:d name", "Import"),
+            (
+                "hull image pull -a --platform linux/arm64 x",
+                r#"all_tags: true, platform: Some(Platform { os: "linux", architecture: "arm64""#,
+            ),
+            (
+                "hull image ls -a --digests -f dangling=true",
+                "digests: true, filters: [Dangling(true)]",
+            ),
             ("hull image prune -a", "all: true"),
+            ("hull image tag a b:1", r#"source: "a", target: "b:1""#),
+            (
+                "hull image save -qo f a b",
+                r#"output: Some("f"), quiet: true, images: ["a", "b"]"#,
+            ),
+            (
+                "hull login -u me --password-stdin x.org",
+                r#"username: Some("me"), password: None, password_stdin: true"#,
+            ),
+            ("hull logout x.org", r#"registry: Some("x.org")"#),
+            ("hull image push -qa a", "all_tags: true, quiet: true"),
+            ("hull image load -q -i f", r#"input: Some("f")"#),
+            ("hull image history --no-trunc a", "no_trunc: true"),
             ("hull check --json", "json: true"),
             ("hull kernel info --machine uml", "Some(Uml)"),
             ("hull kernel list", "Ls"),
@@ -400,6 +427,11 @@ mod tests {
                 "--time: invalid number of seconds \"x\"",
             ),
             ("hull logs --since x c", "--since: \"x\" is no time"),
+            (
+                "hull image pull --platform a/b/c/d i",
+                "--platform: \"a/b/c/d\" is no platform",
+            ),
+            ("hull image ls -f x", "--filter: invalid filter \"x\""),
             ("hull ps -f x", "--filter: invalid filter \"x\""),
             (
                 "hull ps --format {{.ID",
@@ -461,10 +493,7 @@ mod tests {
             ("hull psuh x", "hull --help"),
             ("hull kil c", "hull --help"),
             ("hull image pul x", "did you mean hull image pull?"),
-            (
-                "hull image load x",
-                "hull image import docker-archive:FILE NAME",
-            ),
+            ("hull image build x", "build with podman or docker"),
             (
                 "hull run --memroy 1g i",
                 "did you mean --memory? hull run --help",

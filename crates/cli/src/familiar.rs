@@ -9,11 +9,16 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 12] = [
+const ALIASES: [(&[&str], &[&str]); 17] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
     (&["import"], &["image", "import"]),
+    (&["tag"], &["image", "tag"]),
+    (&["history"], &["image", "history"]),
+    (&["push"], &["image", "push"]),
+    (&["save"], &["image", "save"]),
+    (&["load"], &["image", "load"]),
     (&["ls"], &["ps"]),
     (&["list"], &["ps"]),
     (&["container", "ls"], &["ps"]),
@@ -28,7 +33,7 @@ const ALIASES: [(&[&str], &[&str]); 12] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 28] = [
+const COMMANDS: [(&str, &str); 21] = [
     (
         "build",
         "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
@@ -44,25 +49,6 @@ const COMMANDS: [(&str, &str); 28] = [
     (
         "compose",
         "hull-oci is a runtime for docker compose: hull install docker",
-    ),
-    ("load", "hull image import docker-archive:FILE NAME"),
-    (
-        "save",
-        "hull cp CONTAINER:/ - writes a container's files as an archive",
-    ),
-    ("push", "images are pushed by the tools that build them"),
-    (
-        "tag",
-        "hull image import docker-archive:FILE NAME gives an image a name",
-    ),
-    ("history", "hull image inspect shows an image's document"),
-    (
-        "login",
-        "hull uses what docker login or podman login stored: ~/.docker/config.json",
-    ),
-    (
-        "logout",
-        "hull uses what docker login or podman login stored: ~/.docker/config.json",
     ),
     ("search", "registries have a search on their web pages"),
     ("prune", "hull system prune removes what nothing uses"),
@@ -356,6 +342,11 @@ mod tests {
             ("hull pull x", "hull image pull x"),
             ("hull images -q", "hull image ls -q"),
             ("hull rmi -f x", "hull image rm -f x"),
+            ("hull tag a b", "hull image tag a b"),
+            ("hull history a", "hull image history a"),
+            ("hull save -o f a", "hull image save -o f a"),
+            ("hull push -q a", "hull image push -q a"),
+            ("hull load -i f", "hull image load -i f"),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),
             (

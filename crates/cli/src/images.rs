@@ -1,11 +1,11 @@
-//! Images for commands: opens the store, obtains an image by reference, shows the progress of a
-//! pull: bars if standard error is a terminal, otherwise one line at the end.
+//! Images for commands: opens the store, obtains an image by reference, shows progress: bars if
+//! standard error is a terminal, otherwise one line at the end of a pull.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::sync::Mutex;
 
-use hull_image::{Credentials, Event, Image, LayerState, Progress, Reference};
+use hull_image::{Credentials, Event, Image, LayerState, Platform, Progress, Reference};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use hull_engine::config::Config;
@@ -17,28 +17,64 @@ use hull_engine::values::Pull;
 
 /// Makes the referenced image available, pulling it according to `pull`.
 pub fn obtain(config: &Config, reference: &Reference, pull: Pull, quiet: bool) -> Result<Image> {
+    obtain_for(config, reference, pull, None, quiet)
+}
+
+/// The same for a platform: this host's, if none is given.
+pub fn obtain_for(
+    config: &Config,
+    reference: &Reference,
+    pull: Pull,
+    platform: Option<&Platform>,
+    quiet: bool,
+) -> Result<Image> {
     let pull = match pull {
         Pull::Always => hull_image::Pull::Always,
         Pull::Missing => hull_image::Pull::Missing,
         Pull::Never => hull_image::Pull::Never,
     };
     let credentials = Credentials::docker();
-    let store = store(config)?;
+    let mut store = store(config)?;
+    if let Some(platform) = platform {
+        store = store.with_platform(platform.clone());
+    }
     if quiet {
         return store
             .resolve(reference, pull, &credentials, &())
             .map_err(of_image);
     }
-    let shown = Shown::default();
+    let shown = Shown::new("pulling").then("pulled");
     store
         .resolve(reference, pull, &credentials, &shown)
         .map_err(of_image)
 }
 
-/// Shows the progress of a pull on standard error.
-#[derive(Default)]
-struct Shown {
+/// Shows progress on standard error.
+pub struct Shown {
+    /// What is done: `pulling`.
+    doing: &'static str,
+    /// What was done, for a line at the end where there are no bars.
+    done: Option<&'static str>,
     state: Mutex<State>,
+}
+
+impl Shown {
+    /// Shows bars on a terminal, and nothing elsewhere.
+    pub fn new(doing: &'static str) -> Self {
+        Self {
+            doing,
+            done: None,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Shows a line at the end where there are no bars.
+    fn then(self, done: &'static str) -> Self {
+        Self {
+            done: Some(done),
+            ..self
+        }
+    }
 }
 
 #[derive(Default)]
@@ -59,7 +95,8 @@ impl Progress for Shown {
             Event::Started { reference, layers } => {
                 state.reference = reference.to_owned();
                 if std::io::stderr().is_terminal() {
-                    crate::output::note(format!("pulling {reference} ({layers} layers)"));
+                    let doing = self.doing;
+                    crate::output::note(format!("{doing} {reference} ({layers} layers)"));
                     state.bars = Some(MultiProgress::new());
                 }
             }
@@ -76,8 +113,11 @@ impl Progress for Shown {
                 let fetched = !["oci:", "docker-archive:"]
                     .iter()
                     .any(|local| state.reference.starts_with(local));
-                if state.bars.take().is_none() && fetched {
-                    crate::output::note(format!("pulled {}", state.reference));
+                if state.bars.take().is_none()
+                    && fetched
+                    && let Some(done) = self.done
+                {
+                    crate::output::note(format!("{done} {}", state.reference));
                 }
             }
         }
@@ -94,14 +134,19 @@ impl State {
             .entry(name)
             .or_insert_with_key(|name| bars.add(new_bar(name)));
         bar.set_message(match now {
-            LayerState::Present => "already here",
+            LayerState::Present => "already there",
             LayerState::Waiting => "waiting for another pull",
             LayerState::Downloading { .. } => "downloading",
             LayerState::Unpacking { .. } => "unpacking",
+            LayerState::Packing { .. } => "packing",
+            LayerState::Uploading { .. } => "uploading",
             LayerState::Done => "done",
         });
         match now {
-            LayerState::Downloading { done, total } | LayerState::Unpacking { done, total } => {
+            LayerState::Downloading { done, total }
+            | LayerState::Unpacking { done, total }
+            | LayerState::Packing { done, total }
+            | LayerState::Uploading { done, total } => {
                 bar.set_length(total.max(done));
                 bar.set_position(done);
             }

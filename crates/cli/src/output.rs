@@ -79,6 +79,24 @@ pub fn print(text: impl AsRef<[u8]>) -> Result<()> {
         .context(|| "write to standard output")
 }
 
+/// Standard output, for what is too long to be in memory. A closed pipe ends the process, as with
+/// [`print`].
+#[derive(Debug)]
+pub struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::stdout().lock().write(bytes).or_else(|error| {
+            closed_pipe_ends(error)?;
+            Ok(0)
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().lock().flush().or_else(closed_pipe_ends)
+    }
+}
+
 /// Exits if `error` is a closed pipe.
 fn closed_pipe_ends(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::BrokenPipe {

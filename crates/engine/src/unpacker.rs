@@ -1,7 +1,8 @@
 //! Unpacks layers of images in a process of its own, jailed: it parses what a registry sent.
 //!
 //! The process is this executable in the hidden role [`ROLE`]. Its archive is standard input, its
-//! answer standard output; the directories follow as descriptors.
+//! answer standard output; the file for the archive's skeleton and the directories follow as
+//! descriptors.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +17,7 @@ use hull_jail::{
 };
 use hull_sandbox::shares;
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FileType;
 
 use crate::config::Config;
 use crate::error::{Context, Error, Result, of_image};
@@ -23,8 +25,11 @@ use crate::error::{Context, Error, Result, of_image};
 /// The hidden subcommand of the process.
 pub const ROLE: &str = "unpack-process";
 
+/// Number of the file that the skeleton of the archive goes to.
+const SKELETON: RawFd = 3;
+
 /// Number of the first directory, that of the layer; those of the layers below follow.
-const FIRST_DIRECTORY: RawFd = 3;
+const FIRST_DIRECTORY: RawFd = 4;
 
 /// Files that the process may have open, beside the directories.
 const OPEN_FILES: u64 = 1024;
@@ -61,7 +66,7 @@ impl Unpacker for Jailed {
             .collect::<io::Result<Vec<_>>>()?;
         let executable = File::open("/proc/self/exe")?;
         // Not standard error: a terminal can be read from and written to.
-        let mut fds = vec![(job.archive, 0), (job.answer, 1)];
+        let mut fds = vec![(job.archive, 0), (job.answer, 1), (job.skeleton, SKELETON)];
         let directories = [&root].into_iter().chain(&lower);
         fds.extend(directories.map(AsFd::as_fd).zip(FIRST_DIRECTORY..));
         let started = jail::spawn(JailSpec {
@@ -111,6 +116,7 @@ pub fn main(arguments: &[String]) -> Result<()> {
     let lower: RawFd = lower
         .parse()
         .context(|| "read the number of lower directories")?;
+    let skeleton = File::from(take(SKELETON, FileType::RegularFile)?);
     let directories = take_directories(lower)?;
     let open_files = OPEN_FILES.saturating_add(directories.len() as u64);
     let confinement = Confinement {
@@ -134,25 +140,33 @@ pub fn main(arguments: &[String]) -> Result<()> {
         .next()
         .ok_or_else(|| Error::new("internal command: the layer's directory is needed"))?;
     let lower: Vec<OwnedFd> = directories.collect();
-    run(task, io::stdin().lock(), io::stdout(), root, &lower).context(|| "unpack a layer")
+    let (archive, answer) = (io::stdin().lock(), io::stdout());
+    run(task, archive, answer, skeleton, root, &lower).context(|| "unpack a layer")
 }
 
 /// The directories that this process has inherited: the layer's, and those of the layers below.
-#[allow(unsafe_code)]
 fn take_directories(lower: RawFd) -> Result<Vec<Directory>> {
-    let take = |fd: RawFd| {
-        // SAFETY: only looked at.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        let found = rustix::fs::fstat(borrowed).context(|| "take over the directories")?;
-        if rustix::fs::FileType::from_raw_mode(found.st_mode) != rustix::fs::FileType::Directory {
-            return Err(Error::new("internal command: a directory is needed"));
-        }
+    let directory = |fd: RawFd| {
         Ok(Directory {
-            // SAFETY: it is open, and was inherited for this: nobody else in this process has it.
-            directory: unsafe { OwnedFd::from_raw_fd(fd) },
+            directory: take(fd, FileType::Directory)?,
             writable: fd == FIRST_DIRECTORY,
         })
     };
     let end = FIRST_DIRECTORY.saturating_add(lower).saturating_add(1);
-    (FIRST_DIRECTORY..end).map(take).collect()
+    (FIRST_DIRECTORY..end).map(directory).collect()
+}
+
+/// Takes over an inherited descriptor of this type.
+#[allow(unsafe_code)]
+fn take(fd: RawFd, expected: FileType) -> Result<OwnedFd> {
+    // SAFETY: only looked at.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let found = rustix::fs::fstat(borrowed).context(|| "take over the descriptors")?;
+    if FileType::from_raw_mode(found.st_mode) != expected {
+        return Err(Error::new(format!(
+            "internal command: descriptor {fd} is of another type"
+        )));
+    }
+    // SAFETY: it is open, and was inherited for this: nobody else in this process has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

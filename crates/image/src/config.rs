@@ -1,7 +1,8 @@
-//! The configuration of an image: the part that `hull run` uses, its parser and its writer.
+//! The configuration of an image: the part that `hull run` uses, its history, its parser and its
+//! writer.
 //!
-//! Called when an image is installed (parse), on every start (from the record), and by `import`
-//! (write).
+//! Called when an image is installed, saved or pushed (parse), on every start (from the record),
+//! and by `import` (write).
 
 use std::collections::BTreeMap;
 
@@ -84,6 +85,26 @@ pub(crate) struct Document {
     pub config: ImageConfig,
     pub diff_ids: Vec<Digest>,
     pub created: Option<String>,
+    /// Oldest first.
+    pub history: Vec<Step>,
+}
+
+/// A step of an image's history.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default)]
+pub(crate) struct Step {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub created_by: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+    /// Whether it changed the configuration only.
+    #[serde(
+        deserialize_with = "or_default",
+        skip_serializing_if = "std::ops::Not::not"
+    )]
+    pub empty_layer: bool,
 }
 
 /// The document as stored in an image. Docker writes `null` for empty lists and maps.
@@ -105,7 +126,7 @@ struct Raw {
         deserialize_with = "or_default",
         skip_serializing_if = "Vec::is_empty"
     )]
-    history: Vec<RawHistory>,
+    history: Vec<Step>,
 }
 
 #[derive(Deserialize, Serialize, Default)]
@@ -164,17 +185,6 @@ struct RawRootfs {
     diff_ids: Vec<Digest>,
 }
 
-#[derive(Deserialize, Serialize, Default)]
-#[serde(default)]
-struct RawHistory {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    created: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    created_by: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    comment: Option<String>,
-}
-
 /// Reads `null` as the default.
 fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
     deserializer: D,
@@ -184,18 +194,31 @@ fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
 
 /// Parses the configuration of an image with `layers` layers.
 pub(crate) fn parse(reference: &str, bytes: &[u8], layers: usize) -> Result<Document> {
-    let invalid = |reason: String| Error::Invalid {
+    let document = parse_any(reference, bytes)?;
+    if document.diff_ids.len() != layers {
+        return Err(invalid(
+            reference,
+            format!(
+                "it lists {} layers, the manifest {layers}",
+                document.diff_ids.len()
+            ),
+        ));
+    }
+    Ok(document)
+}
+
+fn invalid(reference: &str, reason: String) -> Error {
+    Error::Invalid {
         reference: reference.to_owned(),
         what: "config",
         reason,
-    };
-    let raw: Raw = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
-    if raw.rootfs.diff_ids.len() != layers {
-        return Err(invalid(format!(
-            "it lists {} layers, the manifest {layers}",
-            raw.rootfs.diff_ids.len()
-        )));
     }
+}
+
+/// Parses the configuration of an image with any number of layers.
+pub(crate) fn parse_any(reference: &str, bytes: &[u8]) -> Result<Document> {
+    let raw: Raw =
+        serde_json::from_slice(bytes).map_err(|error| invalid(reference, error.to_string()))?;
     let config = ImageConfig {
         entrypoint: raw.config.entrypoint,
         cmd: raw.config.cmd,
@@ -214,6 +237,7 @@ pub(crate) fn parse(reference: &str, bytes: &[u8], layers: usize) -> Result<Docu
         config,
         diff_ids: raw.rootfs.diff_ids,
         created: raw.created,
+        history: raw.history,
     })
 }
 
@@ -227,10 +251,10 @@ pub(crate) fn write(
     let set = |keys: &[String]| keys.iter().map(|key| (key.clone(), Empty {})).collect();
     let history = diff_ids
         .iter()
-        .map(|_| RawHistory {
+        .map(|_| Step {
             created: Some(created.clone()),
-            created_by: None,
             comment: Some(comment.to_owned()),
+            ..Step::default()
         })
         .collect();
     let raw = Raw {
@@ -302,6 +326,8 @@ mod tests {
         let document = parse("x", &bytes, 2).unwrap();
         assert_eq!((document.config, document.diff_ids), (config, ids));
         assert_eq!(document.created.as_deref(), Some("2024-01-01T00:00:00Z"));
+        assert_eq!(document.history.len(), 2);
+        assert_eq!(document.history[0].comment.as_deref(), Some("test"));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Registry credentials from Docker's configuration.
 //!
-//! Called by the registry source, once per pull. Reads `$DOCKER_CONFIG/config.json` or
-//! `~/.docker/config.json` and runs the credential helpers named there; writes nothing, and never
-//! includes a secret in a message.
+//! Called by the registry source, once per pull or push, and by `login`. Reads
+//! `$DOCKER_CONFIG/config.json` or `~/.docker/config.json` and runs the credential helpers named
+//! there; writes nothing, and never includes a secret in a message.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Write};
@@ -84,13 +84,7 @@ struct Helped {
 impl Credentials {
     /// Credentials from Docker's configuration.
     pub fn docker() -> Self {
-        let dir = match std::env::var_os("DOCKER_CONFIG").filter(|dir| !dir.is_empty()) {
-            Some(dir) => Some(PathBuf::from(dir)),
-            None => std::env::home_dir().map(|home| home.join(".docker")),
-        };
-        dir.map_or(Self(Kind::Anonymous), |dir| {
-            Self::docker_config(dir.join("config.json"))
-        })
+        docker_config_file().map_or(Self(Kind::Anonymous), Self::docker_config)
     }
 
     /// Credentials from a file like Docker's `config.json`, which may be missing.
@@ -146,7 +140,16 @@ fn basic(user: String, password: String, source: &str) -> Found {
     }
 }
 
-fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
+/// Docker's configuration of this user.
+pub(crate) fn docker_config_file() -> Option<PathBuf> {
+    let dir = match std::env::var_os("DOCKER_CONFIG").filter(|dir| !dir.is_empty()) {
+        Some(dir) => PathBuf::from(dir),
+        None => std::env::home_dir()?.join(".docker"),
+    };
+    Some(dir.join("config.json"))
+}
+
+fn read_config(path: &Path) -> Result<Option<Config>, String> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
@@ -154,10 +157,30 @@ fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
         }
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
-    let config: Config = serde_json::from_slice(&text)
-        .map_err(|error| format!("{} is no Docker configuration: {error}", path.display()))?;
-    let helper = by_host(&config.cred_helpers, registry).or(config.creds_store.as_ref());
-    if let Some(helper) = helper.filter(|helper| !helper.is_empty())
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|error| format!("{} is no Docker configuration: {error}", path.display()))
+}
+
+impl Config {
+    /// The credential helper of a registry.
+    fn helper(&self, registry: &str) -> Option<&str> {
+        let helper = by_host(&self.cred_helpers, registry).or(self.creds_store.as_ref())?;
+        Some(helper.as_str()).filter(|helper| !helper.is_empty())
+    }
+}
+
+/// The credential helper that keeps the passwords of a registry.
+pub(crate) fn helper_for(path: &Path, registry: &str) -> Result<Option<String>, String> {
+    let config = read_config(path)?;
+    Ok(config.and_then(|config| config.helper(registry).map(str::to_owned)))
+}
+
+fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
+    let Some(config) = read_config(path)? else {
+        return Ok(None);
+    };
+    if let Some(helper) = config.helper(registry)
         && let Some(found) = ask_helper(helper, registry)?
     {
         return Ok(Some(found));
@@ -196,39 +219,62 @@ fn from_config(path: &Path, registry: &str) -> Result<Option<Found>, String> {
     )))
 }
 
-/// Keys can be hosts, or URLs as written by old versions of Docker.
+/// The host of a key: keys can be hosts, or URLs as written by old versions of Docker.
+pub(crate) fn host_of_key(key: &str) -> &str {
+    let key = key
+        .strip_prefix("https://")
+        .or(key.strip_prefix("http://"))
+        .unwrap_or(key);
+    match key.split('/').next().unwrap_or(key) {
+        "index.docker.io" | "registry-1.docker.io" => "docker.io",
+        host => host,
+    }
+}
+
+/// The key that Docker writes for a registry.
+pub(crate) fn key_of(registry: &str) -> &str {
+    match registry {
+        "docker.io" => DOCKER_HUB,
+        registry => registry,
+    }
+}
+
 fn by_host<'m, T>(map: &'m HashMap<String, T>, registry: &str) -> Option<&'m T> {
-    let host = |key: &str| -> String {
-        let key = key
-            .strip_prefix("https://")
-            .or(key.strip_prefix("http://"))
-            .unwrap_or(key);
-        match key.split('/').next().unwrap_or(key) {
-            "index.docker.io" | "registry-1.docker.io" => "docker.io".to_owned(),
-            host => host.to_owned(),
-        }
-    };
     map.get(registry).or_else(|| {
         map.iter()
-            .find(|(key, _)| host(key) == registry)
+            .find(|(key, _)| host_of_key(key) == registry)
             .map(|(_, value)| value)
     })
 }
 
-/// Runs `docker-credential-NAME get`.
+/// Asks a credential helper.
 fn ask_helper(name: &str, registry: &str) -> Result<Option<Found>, String> {
+    let Some(answer) = run_helper(name, "get", key_of(registry).as_bytes())? else {
+        return Ok(None);
+    };
+    let program = format!("docker-credential-{name}");
+    let helped: Helped = serde_json::from_slice(&answer)
+        .map_err(|_| format!("{program} did not answer with a user name and a secret"))?;
+    if helped.username == "<token>" {
+        return Err(format!("not supported: {program} gave an identity token"));
+    }
+    Ok(Some(basic(helped.username, helped.secret, &program)))
+}
+
+/// Runs `docker-credential-NAME ACTION` with an input. What it answers; `None` if it has no
+/// credentials.
+pub(crate) fn run_helper(
+    name: &str,
+    action: &str,
+    input: &[u8],
+) -> Result<Option<Vec<u8>>, String> {
     let program = format!("docker-credential-{name}");
     if name.contains('/') {
         return Err(format!("\"{name}\" is no name of a credential helper"));
     }
-    let server = if registry == "docker.io" {
-        DOCKER_HUB
-    } else {
-        registry
-    };
     let failed = |error: std::io::Error| format!("{program}: {error}");
     let mut child = Command::new(&program)
-        .arg("get")
+        .arg(action)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -236,7 +282,7 @@ fn ask_helper(name: &str, registry: &str) -> Result<Option<Found>, String> {
         .map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {
         // A helper that does not read its input reports the reason in its output.
-        let _ = stdin.write_all(server.as_bytes());
+        let _ = stdin.write_all(input);
     }
     let output = child.wait_with_output().map_err(failed)?;
     if !output.status.success() {
@@ -247,12 +293,7 @@ fn ask_helper(name: &str, registry: &str) -> Result<Option<Found>, String> {
             false => Err(format!("{program} failed ({}): {said}", output.status)),
         };
     }
-    let helped: Helped = serde_json::from_slice(&output.stdout)
-        .map_err(|_| format!("{program} did not answer with a user name and a secret"))?;
-    if helped.username == "<token>" {
-        return Err(format!("not supported: {program} gave an identity token"));
-    }
-    Ok(Some(basic(helped.username, helped.secret, &program)))
+    Ok(Some(output.stdout))
 }
 
 #[cfg(test)]

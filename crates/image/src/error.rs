@@ -12,6 +12,24 @@ use crate::unpack::LayerError;
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Which way an image was to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transfer {
+    /// From a registry.
+    Pull,
+    /// To a registry.
+    Push,
+}
+
+impl std::fmt::Display for Transfer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Pull => "pulled",
+            Self::Push => "pushed",
+        })
+    }
+}
+
 /// Why an image operation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -46,7 +64,7 @@ pub enum Error {
     },
     /// The registry rejects the credentials.
     #[error(
-        "image \"{reference}\" may not be pulled: registry {registry} answered {status} {credentials}"
+        "image \"{reference}\" may not be {transfer}: registry {registry} answered {status} {credentials}"
     )]
     Unauthorized {
         /// The reference as written.
@@ -55,12 +73,14 @@ pub enum Error {
         registry: String,
         /// HTTP status, 401 or 403.
         status: u16,
+        /// Which way the image was to go.
+        transfer: Transfer,
         /// Which credentials were tried.
         credentials: String,
     },
     /// The credentials were not sent, as the token service may not be the registry's.
     #[error(
-        "image \"{reference}\" may not be pulled: registry {registry} answered {status} without \
+        "image \"{reference}\" may not be {transfer}: registry {registry} answered {status} without \
          credentials, which were not sent to its token service {realm} in another domain"
     )]
     CredentialsWithheld {
@@ -70,32 +90,46 @@ pub enum Error {
         registry: String,
         /// HTTP status, 401 or 403.
         status: u16,
+        /// Which way the image was to go.
+        transfer: Transfer,
         /// Address of the token service, without a query.
         realm: String,
     },
     /// The registry cannot be reached.
     #[error(
-        "image \"{reference}\" cannot be pulled: registry {registry} cannot be reached: {reason}"
+        "image \"{reference}\" cannot be {transfer}: registry {registry} cannot be reached: {reason}"
     )]
     Unreachable {
         /// The reference as written.
         reference: String,
         /// Host and port.
         registry: String,
+        /// Which way the image was to go.
+        transfer: Transfer,
         /// The reason.
         reason: String,
     },
     /// The registry's answer is unusable.
-    #[error("image \"{reference}\" cannot be pulled: registry {registry}: {reason}")]
+    #[error("image \"{reference}\" cannot be {transfer}: registry {registry}: {reason}")]
     Registry {
         /// The reference as written.
         reference: String,
         /// Host and port.
         registry: String,
+        /// Which way the image was to go.
+        transfer: Transfer,
         /// The reason.
         reason: String,
     },
-    /// Docker's credentials cannot be read, or a credential helper failed.
+    /// The registry does not take a user name and a password, or cannot be asked.
+    #[error("cannot log in to registry {registry}: {reason}")]
+    Login {
+        /// Host and port.
+        registry: String,
+        /// The reason.
+        reason: String,
+    },
+    /// Docker's credentials cannot be read or written, or a credential helper failed.
     #[error("credentials for registry {registry}: {reason}")]
     Credentials {
         /// Host and port.
@@ -185,6 +219,16 @@ pub enum Error {
         layer: String,
         /// The reason.
         source: LayerError,
+    },
+    /// The archive of a layer cannot be created again.
+    #[error("image \"{reference}\": the archive of layer {layer} cannot be written: {reason}")]
+    NoArchive {
+        /// The reference as written.
+        reference: String,
+        /// The layer's diff id.
+        layer: Digest,
+        /// The reason.
+        reason: String,
     },
     /// The directory, layout or archive of a reference is not usable.
     #[error("image \"{reference}\" cannot be read: {reason}")]
@@ -323,12 +367,21 @@ impl Error {
             Self::NotInRegistry { reference, .. } => {
                 format!("hull image ls; check the name and tag of \"{reference}\"")
             }
-            Self::Unauthorized { registry, .. } => format!("docker login {registry}"),
+            Self::Unauthorized { registry, .. } => format!("hull login {registry}"),
             Self::CredentialsWithheld {
-                registry, realm, ..
+                registry,
+                realm,
+                transfer: Transfer::Pull,
+                ..
             } => format!(
                 "is {realm} the token service of {registry}? Then pull the image by another tool, \
                  and import it"
+            ),
+            Self::CredentialsWithheld {
+                registry, realm, ..
+            } => format!(
+                "is {realm} the token service of {registry}? Then save the image, and push it by \
+                 another tool"
             ),
             Self::Unreachable { registry, .. } => {
                 format!("is {registry} the right registry, and is the network up?")
@@ -350,6 +403,10 @@ impl Error {
                 path.display()
             ),
             Self::Damaged { reference, .. } => format!("hull image pull {reference}"),
+            Self::NoArchive { reference, .. } => format!(
+                "hull image rm -f {reference}, then pull, load or import it again: an older hull may \
+                 have unpacked it"
+            ),
             Self::NoSpace { .. } | Self::Reserve { .. } => "hull image prune".to_owned(),
             Self::TooLarge { .. }
             | Self::Layer {

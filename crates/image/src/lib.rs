@@ -1,10 +1,10 @@
 //! Images: the sources of containers' root file systems.
 //!
-//! Called by the command line (`hull image …`) and by the engine (to start a container). Parses
-//! references as Docker does, pulls from registries, reads OCI layouts and docker archives, unpacks
-//! each layer once into a directory that can be a lower directory of an overlay, and removes unused
-//! ones. Safe to use from several processes at once; a kill at any moment leaves nothing half
-//! usable behind.
+//! Called by the command line (`hull image …`, `hull login`) and by the engine (to start a
+//! container). Parses references as Docker does, pulls from registries, reads OCI layouts and
+//! docker archives, unpacks each layer once into a directory that can be a lower directory of an
+//! overlay, and removes unused ones. Saves images to archives, and pushes them to registries. Safe
+//! to use from several processes at once; a kill at any moment leaves nothing half usable behind.
 //!
 //! Never mounts anything, never changes an image, and never runs anything from an image.
 //!
@@ -27,9 +27,12 @@ mod error;
 pub mod fuzzing;
 mod import;
 mod limits;
+mod login;
 mod manifest;
+mod pattern;
 mod progress;
 mod reference;
+mod save;
 mod source;
 mod store;
 pub mod unpack;
@@ -37,10 +40,13 @@ pub mod unpack;
 pub use config::ImageConfig;
 pub use credentials::Credentials;
 pub use digest::{Digest, DigestError};
-pub use error::{Error, Result};
+pub use error::{Error, Result, Transfer};
 pub use import::{Import, Source as ImportSource, is_opaque, is_whiteout, pack_changes};
 pub use limits::{Limits, Low, Reserve};
+pub use login::{Account, StoredIn};
 pub use manifest::Platform;
+pub use pattern::Pattern;
 pub use progress::{Event, LayerState, Progress};
 pub use reference::{Reference, RegistryReference, Version};
-pub use store::{Hold, Image, Listed, Pull, Removed, Store};
+pub use source::{Loaded, Pushed, remote_tags};
+pub use store::{HistoryEntry, Hold, Image, Listed, Pull, Removed, Store};

@@ -35,6 +35,10 @@ pub(crate) const EXTENSIONS: usize = 16;
 /// Most bytes of all extension headers before one entry: they are kept in memory until the entry.
 pub(crate) const EXTENSION_BYTES: u64 = 1 << 20;
 
+/// Most files of a layer's archive that later entries replace, whose content is kept beside the
+/// layer. Archives that are made of one directory have none.
+pub(crate) const GONE_FILES: usize = 10_000;
+
 /// Most members of a docker archive, and most bytes of their names: they are kept in memory.
 pub(crate) const MEMBERS: usize = 100_000;
 /// See [`MEMBERS`]: 160 bytes each; those of `docker save` have less than 80.
@@ -45,6 +49,12 @@ pub(crate) const TOKEN_ANSWER: u64 = 1 << 20;
 
 /// Longest body of an error that is read: one line of it is shown.
 pub(crate) const ERROR_BODY: u64 = 64 << 10;
+
+/// Most tags of a repository that are listed; more are an error. Large public ones have thousands.
+pub(crate) const TAGS: usize = 50_000;
+
+/// Most answers that the list of a repository's tags may come in.
+pub(crate) const TAG_PAGES: usize = 1000;
 
 /// Most redirects of one request. Registries redirect to a mirror and that to a CDN.
 pub(crate) const REDIRECTS: usize = 5;

@@ -13,10 +13,11 @@ pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 /// Most layers of an image: the limit of overlayfs.
 const MAX_LAYERS: usize = 500;
 
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const OCI_LAYER_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
@@ -85,6 +86,44 @@ impl std::fmt::Display for Platform {
             None | Some("") => Ok(()),
             Some(variant) => write!(f, "/{variant}"),
         }
+    }
+}
+
+impl std::str::FromStr for Platform {
+    type Err = String;
+
+    /// Parses `OS/ARCHITECTURE[/VARIANT]`, or an architecture of Linux alone; also the kernel's
+    /// names of architectures.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.split('/').collect();
+        let (os, architecture, variant) = match parts.as_slice() {
+            [architecture] => ("linux", *architecture, None),
+            [os, architecture] => (*os, *architecture, None),
+            [os, architecture, variant] => (*os, *architecture, Some(*variant)),
+            _ => ("", "", None),
+        };
+        let word = |part: &str| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+            !part.is_empty() && part.bytes().all(plain)
+        };
+        if !parts.iter().all(|part| word(part)) || os.is_empty() {
+            return Err(format!(
+                "{text:?} is no platform: give OS/ARCHITECTURE[/VARIANT], like linux/arm64"
+            ));
+        }
+        let (architecture, variant) = match (architecture, variant) {
+            ("x86_64" | "x86-64", variant) => ("amd64", variant),
+            ("aarch64", variant) => ("arm64", variant),
+            ("i386" | "i686" | "x86", variant) => ("386", variant),
+            ("armhf", None) => ("arm", Some("v7")),
+            ("armel", None) => ("arm", Some("v6")),
+            other => other,
+        };
+        Ok(Self {
+            os: os.to_owned(),
+            architecture: architecture.to_owned(),
+            variant: variant.map(str::to_owned),
+        })
     }
 }
 
@@ -179,22 +218,58 @@ pub(crate) fn synthesize(
     config: &[u8],
     layers: &[(Digest, u64)],
 ) -> Result<Vec<u8>, serde_json::Error> {
-    let descriptor = |media_type: &str, digest, size| Descriptor {
-        media_type: media_type.to_owned(),
-        digest,
-        size,
-        platform: None,
-        annotations: None,
-    };
+    let layers = layers
+        .iter()
+        .map(|&(digest, size)| Descriptor::new(OCI_LAYER, digest, size))
+        .collect();
+    describe(config, layers)
+}
+
+/// Creates a manifest for an image with these layers.
+pub(crate) fn describe(
+    config: &[u8],
+    layers: Vec<Descriptor>,
+) -> Result<Vec<u8>, serde_json::Error> {
     serde_json::to_vec(&Manifest {
         schema_version: 2,
         media_type: Some(OCI_MANIFEST.to_owned()),
-        config: descriptor(OCI_CONFIG, Digest::of(config), config.len() as u64),
-        layers: layers
-            .iter()
-            .map(|&(digest, size)| descriptor(OCI_LAYER, digest, size))
-            .collect(),
+        config: Descriptor::new(OCI_CONFIG, Digest::of(config), config.len() as u64),
+        layers,
     })
+}
+
+impl Descriptor {
+    fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest,
+            size,
+            platform: None,
+            annotations: None,
+        }
+    }
+
+    /// A layer that is compressed with gzip.
+    pub(crate) fn gzip_layer(digest: Digest, size: u64) -> Self {
+        Self::new(OCI_LAYER_GZIP, digest, size)
+    }
+
+    /// The same layer in a manifest of OCI's form.
+    pub(crate) fn as_oci_layer(&self) -> Self {
+        let docker = self
+            .media_type
+            .strip_prefix("application/vnd.docker.image.rootfs.");
+        let compression = docker.map(|rest| rest.rsplit('.').next().unwrap_or(rest));
+        let media_type = match compression {
+            Some("tar") => OCI_LAYER.to_owned(),
+            Some(compression) => format!("{OCI_LAYER}+{compression}"),
+            None => self.media_type.clone(),
+        };
+        Self {
+            media_type,
+            ..self.clone()
+        }
+    }
 }
 
 impl Manifest {
@@ -320,6 +395,22 @@ mod tests {
     }
 
     #[test]
+    fn platforms_are_written_as_dockers() {
+        for (text, platform) in [
+            ("linux/arm64", "linux/arm64"),
+            ("linux/arm/v7", "linux/arm/v7"),
+            ("arm64", "linux/arm64"),
+            ("linux/x86_64", "linux/amd64"),
+            ("aarch64", "linux/arm64"),
+        ] {
+            assert_eq!(text.parse::<Platform>().unwrap().to_string(), platform);
+        }
+        for bad in ["", "linux/", "a/b/c/d", "linux/a b"] {
+            assert!(bad.parse::<Platform>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn the_best_platform_is_chosen() {
         let index = Index {
             manifests: vec![
@@ -354,6 +445,25 @@ mod tests {
             error,
             "image \"foo\" is not available for linux/amd64: it is for linux/arm64/v8, linux/s390x"
         );
+    }
+
+    #[test]
+    fn dockers_layers_in_ocis_form() {
+        for (docker, oci) in [
+            ("application/vnd.docker.image.rootfs.diff.tar", OCI_LAYER),
+            (
+                "application/vnd.docker.image.rootfs.diff.tar.gzip",
+                OCI_LAYER_GZIP,
+            ),
+            (
+                "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+                OCI_LAYER_GZIP,
+            ),
+            (OCI_LAYER_GZIP, OCI_LAYER_GZIP),
+        ] {
+            let layer = Descriptor::new(docker, Digest::of(b""), 1).as_oci_layer();
+            assert_eq!(layer.media_type, oci);
+        }
     }
 
     #[test]

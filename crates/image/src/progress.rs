@@ -1,4 +1,4 @@
-//! Progress reports of a pull, for progress bars.
+//! Progress reports of a pull, a push or an archive, for progress bars.
 //!
 //! Called by the store, from several threads at once; the callee must be quick and must not call
 //! the store. An image that is already present reports nothing.
@@ -18,7 +18,7 @@ impl Progress for () {
 /// A progress event.
 #[derive(Debug, Clone, Copy)]
 pub enum Event<'a> {
-    /// The image is missing and is being fetched. Sent once, first.
+    /// The image is being fetched, or given away. Sent once, first.
     Started {
         /// The image, as the user wrote it.
         reference: &'a str,
@@ -27,7 +27,7 @@ pub enum Event<'a> {
     },
     /// A layer's state changed.
     Layer {
-        /// Digest of the layer in the manifest.
+        /// Digest of the layer in the manifest; of its uncompressed archive when it is given away.
         digest: &'a Digest,
         /// The layer's new state.
         state: LayerState,
@@ -39,7 +39,7 @@ pub enum Event<'a> {
 /// State of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerState {
-    /// It was unpacked before.
+    /// It is there already.
     Present,
     /// Another process is creating it; this one waits.
     Waiting,
@@ -55,6 +55,20 @@ pub enum LayerState {
         /// Bytes of the (compressed) layer read so far.
         done: u64,
         /// Size in bytes; 0 if unknown.
+        total: u64,
+    },
+    /// The layer's archive is being created again, to be saved or pushed.
+    Packing {
+        /// Bytes so far.
+        done: u64,
+        /// Size in bytes.
+        total: u64,
+    },
+    /// The layer is being sent to a registry.
+    Uploading {
+        /// Bytes so far.
+        done: u64,
+        /// Size in bytes.
         total: u64,
     },
     /// It is ready.

@@ -87,6 +87,33 @@ impl Reference {
 }
 
 impl RegistryReference {
+    /// A registry without a repository, for accounts: `HOST[:PORT]`, or a URL of it.
+    pub(crate) fn of_registry(text: &str) -> Result<Self, Error> {
+        let registry = crate::credentials::host_of_key(text).to_owned();
+        check_host(&registry).map_err(|reason| Error::InvalidReference {
+            reference: text.to_owned(),
+            reason,
+        })?;
+        Ok(Self {
+            registry,
+            repository: String::new(),
+            version: Version::Tag(String::new()),
+            written: text.to_owned(),
+        })
+    }
+
+    /// The same name with another tag.
+    ///
+    /// # Errors
+    /// `InvalidReference` if that is no tag.
+    pub(crate) fn with_tag(&self, tag: &str) -> Result<Self, Error> {
+        let written = format!("{}:{tag}", self.name());
+        parse_registry(&written).map_err(|reason| Error::InvalidReference {
+            reference: written,
+            reason,
+        })
+    }
+
     /// Registry and repository, without tag and digest.
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.repository)
@@ -98,6 +125,12 @@ impl RegistryReference {
             Version::Digest(digest) => Some(digest),
             Version::Tag(_) => None,
         }
+    }
+
+    /// Whether the user wrote neither a tag nor a digest.
+    pub fn is_name_only(&self) -> bool {
+        let last = self.written.rsplit('/').next().unwrap_or(&self.written);
+        !last.contains([':', '@'])
     }
 
     /// Whether the registry runs on this machine, and plain HTTP is used.
@@ -404,6 +437,23 @@ mod tests {
                 full,
                 "stable"
             );
+        }
+    }
+
+    #[test]
+    fn names_without_tag_and_digest() {
+        let digest = format!("a/b@sha256:{}", "0".repeat(64));
+        for (written, only) in [
+            ("busybox", true),
+            ("localhost:5000/a", true),
+            ("localhost:5000/a:1", false),
+            ("busybox:latest", false),
+            (digest.as_str(), false),
+        ] {
+            let Reference::Registry(name) = written.parse().unwrap() else {
+                panic!()
+            };
+            assert_eq!(name.is_name_only(), only, "{written}");
         }
     }
 

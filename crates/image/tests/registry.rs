@@ -534,7 +534,7 @@ fn credentials() {
     );
     assert_eq!(
         error.hint().unwrap(),
-        format!("docker login localhost:{port}")
+        format!("hull login localhost:{port}")
     );
     let wrong = Credentials::basic("user", "wrong");
     let error = here

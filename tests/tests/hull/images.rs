@@ -200,7 +200,7 @@ fn a_registry_that_is_down_or_ill_is_named() {
     hull.hull(["run", "--rm", &reference, "true"])
         .run()
         .fails(125, &[&registry.address, "401"])
-        .hint("docker login");
+        .hint("hull login");
     registry.mend();
     hull.hull(["run", "--rm", &reference, "true"]).run().ok();
 }

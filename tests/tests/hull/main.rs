@@ -11,6 +11,7 @@ mod exec;
 mod formats;
 mod guest_kernel;
 mod images;
+mod images_out;
 mod install_engines;
 mod kvm;
 mod lasting;

@@ -53,7 +53,7 @@ images, containers with their writable layers and logs
 what runs
 .TP
 ~/.docker/config.json
-credentials for registries, as stored by docker login or podman login
+credentials for registries, as stored by hull login, docker login or podman login
 .TP
 /etc/cni/net.d
 networks for \fB--network\fR

@@ -18,6 +18,7 @@ pub mod inspect;
 pub mod install;
 pub mod kernel;
 pub mod kill;
+pub mod login;
 pub mod logs;
 pub mod man;
 pub mod network;

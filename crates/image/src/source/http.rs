@@ -1,6 +1,7 @@
 //! Requests to one registry, with bounds.
 //!
-//! Called by the registry source and its downloads; the only code that sends anything. The policy:
+//! Called by the registry source, its downloads and uploads, and by `login`; with `upload` the only
+//! code that sends anything. The policy:
 //!
 //! - Redirects are followed here and not by the HTTP library, at most [`REDIRECTS`] of them, for
 //!   `/v2/`, manifests and blobs, which registries keep elsewhere (CDNs, mirrors). From a registry
@@ -14,9 +15,9 @@
 
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, LOCATION, RANGE};
+use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, LINK, LOCATION, RANGE};
 use reqwest::redirect::Policy;
-use reqwest::{Response, StatusCode, Url};
+use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::token::Tokens;
@@ -28,7 +29,7 @@ use crate::reference::RegistryReference;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout while a registry sends nothing.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout of a whole document: 4 MiB at 35 KiB/s.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(120);
 const USER_AGENT: &str = concat!("hull/", env!("CARGO_PKG_VERSION"));
@@ -56,6 +57,30 @@ impl From<reqwest::Error> for Failure {
     }
 }
 
+pub(super) use super::upload::Upload;
+
+/// What requests are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Reading a repository.
+    Pull,
+    /// Reading and writing a repository.
+    Push,
+    /// Nothing but finding out whether the registry takes the credentials.
+    Login,
+}
+
+impl Access {
+    /// The scope of a token.
+    fn scope(self, repository: &str) -> Option<String> {
+        match self {
+            Self::Pull => Some(format!("repository:{repository}:pull")),
+            Self::Push => Some(format!("repository:{repository}:pull,push")),
+            Self::Login => None,
+        }
+    }
+}
+
 /// Sends requests to one registry.
 pub(super) struct Http {
     client: reqwest::Client,
@@ -66,13 +91,20 @@ pub(super) struct Http {
 }
 
 impl Http {
-    pub(super) fn new(name: &RegistryReference, auth: Auth) -> Result<Self, String> {
+    pub(super) fn new(
+        name: &RegistryReference,
+        auth: Auth,
+        access: Access,
+    ) -> Result<Self, String> {
         let local = name.is_local();
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
             .redirect(Policy::none())
             .user_agent(USER_AGENT);
+        // It would end an upload, too, which has a timeout of its own.
+        if access != Access::Push {
+            builder = builder.read_timeout(READ_TIMEOUT);
+        }
         if local {
             // This machine is not behind a proxy, whatever the environment says.
             builder = builder.no_proxy();
@@ -89,7 +121,7 @@ impl Http {
             client,
             registry,
             repository: name.repository.clone(),
-            tokens: Tokens::new(auth, &name.repository),
+            tokens: Tokens::new(auth, access.scope(&name.repository)),
         })
     }
 
@@ -126,6 +158,26 @@ impl Http {
         whole(request).await
     }
 
+    /// A document of the repository, and where the next part of it is, on the same registry.
+    pub(super) async fn page(&self, url: Url) -> Result<(Vec<u8>, Option<Url>), Failure> {
+        let request = async {
+            let response = self.request_at(Method::GET, url.clone(), &[]).await?;
+            let next = response.headers().get(LINK);
+            let next = next.and_then(|value| next_page(value.to_str().ok()?));
+            let next = match next.map(|next| url.join(next)) {
+                None => None,
+                Some(Ok(next)) if next.origin() == self.registry.origin() => Some(next),
+                Some(_) => {
+                    let reason = "the next part of its list is elsewhere";
+                    return Err(Failure::Refused(reason.to_owned()));
+                }
+            };
+            let body = read(response, MAX_DOCUMENT).await?;
+            Ok((body.ok_or(Failure::TooLarge)?, next))
+        };
+        whole(request).await
+    }
+
     /// The first `size` bytes of a small blob, and one more if it has more.
     pub(super) async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Vec<u8>, Failure> {
         let request = async {
@@ -152,18 +204,58 @@ impl Http {
 
     /// Requests something of the repository; any status but success is a failure.
     async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Result<Response, Failure> {
-        let url = self
-            .registry
-            .join(&format!("v2/{}/{path}", self.repository))
-            .map_err(|error| Failure::Refused(format!("no URL: {error}")))?;
-        let (authorization, remembered) = whole(self.tokens.authorization(self)).await?;
-        let response = self.follow(url.clone(), headers, authorization).await?;
+        self.request(Method::GET, path, headers).await
+    }
+
+    /// The URL of something of the repository.
+    pub(super) fn url(&self, path: &str) -> Result<Url, Failure> {
+        self.join(&format!("v2/{}/{path}", self.repository))
+    }
+
+    fn join(&self, path: &str) -> Result<Url, Failure> {
+        let url = self.registry.join(path);
+        url.map_err(|error| Failure::Refused(format!("no URL: {error}")))
+    }
+
+    /// The header for a request to the registry, and whether it is a token of an earlier request.
+    pub(super) async fn authorization(&self) -> Result<(Option<HeaderValue>, bool), Failure> {
+        self.tokens.authorization(self).await
+    }
+
+    /// Makes a request without a body; any status but success is a failure.
+    pub(super) async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> Result<Response, Failure> {
+        self.request_at(method, self.url(path)?, headers).await
+    }
+
+    /// Whether the registry takes the credentials: any status but success is a failure.
+    pub(super) async fn check(&self) -> Result<(), Failure> {
+        let url = self.join("v2/")?;
+        whole(self.request_at(Method::GET, url, &[]))
+            .await
+            .map(drop)
+    }
+
+    async fn request_at(
+        &self,
+        method: Method,
+        url: Url,
+        headers: &[(&str, &str)],
+    ) -> Result<Response, Failure> {
+        let (authorization, remembered) = whole(self.authorization()).await?;
+        let response = self
+            .follow(&method, url.clone(), headers, authorization)
+            .await?;
         let response = match response.status() {
             // Its token has ended before its time.
             StatusCode::UNAUTHORIZED if remembered => {
                 self.tokens.forget().await;
-                let (authorization, _) = whole(self.tokens.authorization(self)).await?;
-                self.follow(url, headers, authorization).await?
+                let (authorization, _) = whole(self.authorization()).await?;
+                self.follow(&method, url, headers, authorization).await?
             }
             _ => response,
         };
@@ -173,17 +265,18 @@ impl Http {
         }
     }
 
+    pub(super) fn client(&self) -> &reqwest::Client {
+        &self.client
+    }
+
     pub(super) fn registry(&self) -> &Url {
         &self.registry
     }
 
     /// The answer of `/v2/`, which tells how to authenticate.
     pub(super) async fn ping(&self) -> Result<Response, Failure> {
-        let url = self
-            .registry
-            .join("v2/")
-            .map_err(|error| Failure::Refused(format!("no URL: {error}")))?;
-        self.follow(url, &[], None).await
+        let url = self.join("v2/")?;
+        self.follow(&Method::GET, url, &[], None).await
     }
 
     /// A request of its own, whose redirects are not followed.
@@ -201,6 +294,7 @@ impl Http {
 
     async fn follow(
         &self,
+        method: &Method,
         mut url: Url,
         headers: &[(&str, &str)],
         mut authorization: Option<HeaderValue>,
@@ -209,7 +303,7 @@ impl Http {
             if url.origin() != self.registry.origin() {
                 authorization = None;
             }
-            let mut request = self.client.get(url.clone());
+            let mut request = self.client.request(method.clone(), url.clone());
             for (name, value) in headers {
                 request = request.header(*name, *value);
             }
@@ -217,7 +311,8 @@ impl Http {
                 request = request.header(AUTHORIZATION, authorization.clone());
             }
             let response = request.send().await?;
-            let Some(next) = redirect(&url, &response)? else {
+            // What changes something is not sent elsewhere.
+            let Some(next) = redirect(&url, &response)?.filter(|_| method.is_safe()) else {
                 return Ok(response);
             };
             check_scheme(&self.registry, &next)?;
@@ -227,6 +322,12 @@ impl Http {
             "it redirects more than {REDIRECTS} times"
         )))
     }
+}
+
+/// The address in a header `Link: <ADDRESS>; rel="next"`.
+fn next_page(link: &str) -> Option<&str> {
+    let (address, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+    parameters.contains("next").then_some(address)
 }
 
 /// Where a response redirects to.
@@ -241,7 +342,7 @@ fn redirect(from: &Url, response: &Response) -> Result<Option<Url>, Failure> {
 }
 
 /// Checks that a redirect does not lead from https to a connection that others can change.
-fn check_scheme(registry: &Url, next: &Url) -> Result<(), Failure> {
+pub(super) fn check_scheme(registry: &Url, next: &Url) -> Result<(), Failure> {
     match (registry.scheme(), next.scheme()) {
         (_, "https") | ("http", "http") => Ok(()),
         (from, to) => Err(Failure::Refused(format!(
@@ -252,7 +353,9 @@ fn check_scheme(registry: &Url, next: &Url) -> Result<(), Failure> {
 }
 
 /// Limits the time of a request for a document.
-async fn whole<T>(request: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+pub(super) async fn whole<T>(
+    request: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
     match tokio::time::timeout(DOCUMENT_TIMEOUT, request).await {
         Ok(result) => result,
         Err(_) => Err(Failure::Slow),
@@ -273,7 +376,7 @@ pub(super) async fn read(mut response: Response, limit: u64) -> Result<Option<Ve
 
 /// The failure of an answer without success. Its body is read only as far as an error goes; that it
 /// is longer, or breaks off, does not matter.
-async fn refusal(status: StatusCode, response: Response) -> Failure {
+pub(super) async fn refusal(status: StatusCode, response: Response) -> Failure {
     #[derive(Deserialize)]
     struct Envelope {
         errors: Vec<Item>,
@@ -324,6 +427,21 @@ async fn refusal(status: StatusCode, response: Response) -> Failure {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn next_pages() {
+        for (link, next) in [
+            (
+                r#"</v2/a/tags/list?n=2&last=b>; rel="next""#,
+                Some("/v2/a/tags/list?n=2&last=b"),
+            ),
+            ("</x>; rel=next", Some("/x")),
+            ("</x>; rel=prev", None),
+            ("/x", None),
+        ] {
+            assert_eq!(next_page(link), next, "{link}");
+        }
+    }
 
     #[test]
     fn redirects_stay_with_https() {

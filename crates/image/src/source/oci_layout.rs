@@ -1,10 +1,11 @@
 //! `oci:DIR[:TAG]`: an image in an OCI image layout, as written by skopeo, umoci and buildah.
 //!
-//! Called by the store. The layout is only read, and not needed afterwards.
+//! Called by the store, and by `load` for the images of a layout in an archive. The layout is only
+//! read, and not needed afterwards.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::path::{Path, PathBuf};
+use std::io::{self, ErrorKind, Read};
+use std::path::Path;
 
 use crate::config;
 use crate::digest::Digest;
@@ -12,16 +13,38 @@ use crate::error::{Error, Result, check_digest};
 use crate::manifest::{self, Descriptor, Document, Index, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::Reference;
+use crate::save::{REF_NAME, blob};
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Store};
 
-/// The annotation that names an image in `index.json`.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// The file that lists the images.
+pub(super) const INDEX: &str = "index.json";
 /// Most levels of nested manifest lists.
 const MAX_NESTING: usize = 4;
 
-struct Layout<'a> {
-    written: &'a str,
-    dir: &'a Path,
+/// The files of a layout, by their paths in it.
+pub(super) trait Files {
+    fn open(&self, path: &str) -> io::Result<Box<dyn Read>>;
+    /// Whether there is a layout at all.
+    fn exists(&self) -> bool;
+}
+
+struct Directory<'a>(&'a Path);
+
+impl Files for Directory<'_> {
+    fn open(&self, path: &str) -> io::Result<Box<dyn Read>> {
+        Ok(Box::new(File::open(self.0.join(path))?))
+    }
+
+    fn exists(&self) -> bool {
+        self.0.exists()
+    }
+}
+
+pub(super) struct Layout<'a> {
+    pub written: &'a str,
+    /// Where it is, for messages.
+    pub place: String,
+    pub files: &'a dyn Files,
 }
 
 /// Installs an image of a layout.
@@ -35,38 +58,54 @@ pub(crate) fn resolve(
     let written = reference.written();
     let layout = Layout {
         written: &written,
-        dir,
+        place: dir.display().to_string(),
+        files: &Directory(dir),
     };
     let top = layout.find(tag)?;
+    let _work = store.begin_work()?;
+    install(store, &layout, top, Some(reference.to_string()), progress)
+}
+
+/// Installs an image of a layout, with a name if it is to have one. The caller holds the lock of
+/// [`Store::begin_work`].
+pub(super) fn install(
+    store: &Store,
+    layout: &Layout<'_>,
+    top: Descriptor,
+    name: Option<String>,
+    progress: &dyn Progress,
+) -> Result<Image> {
+    let written = layout.written;
     let (digest, bytes, manifest) = layout.manifest(store, top)?;
-    let key = reference.to_string();
+    let key = name.as_deref().unwrap_or(written);
     let named = Named {
         manifest: digest,
         index: None,
         stamp: None,
     };
-    match store.image(&digest, &key) {
+    match store.image(&digest, key) {
         Ok(image) => {
-            image.config.check_platform(&written, store.platform())?;
-            if store.named(&key)?.as_ref() != Some(&named) {
-                store.set_name(&key, named)?;
+            image.config.check_platform(written, store.platform())?;
+            if let Some(name) = name
+                && store.named(&name)?.as_ref() != Some(&named)
+            {
+                store.set_name(&name, named)?;
             }
             return Ok(image);
         }
         Err(Error::Damaged { .. }) => {}
         Err(error) => return Err(error),
     }
-    let _work = store.begin_work()?;
     progress.event(Event::Started {
-        reference: &written,
+        reference: written,
         layers: manifest.layers.len(),
     });
     let config = layout.document("config", &manifest.config)?;
-    let document = config::parse(&written, &config, manifest.layers.len())?;
+    let document = config::parse(written, &config, manifest.layers.len())?;
     let layers = manifest.layers.iter().zip(&document.diff_ids);
     let plan = Plan {
-        written: written.clone(),
-        name: Some(key),
+        written: written.to_owned(),
+        name,
         named,
         manifest: bytes,
         config,
@@ -79,9 +118,8 @@ pub(crate) fn resolve(
     };
     let mut open = |index: usize| {
         let layer = &manifest.layers[index];
-        let file = layout.open("layer", &layer.digest)?;
         Ok(LayerStream {
-            reader: Box::new(file),
+            reader: layout.open("layer", &layer.digest)?,
             digest: Some(layer.digest),
             size: Some(layer.size),
         })
@@ -97,29 +135,34 @@ impl Layout<'_> {
         }
     }
 
-    /// The requested entry of `index.json`.
-    fn find(&self, tag: Option<&str>) -> Result<Descriptor> {
-        let path = self.dir.join("index.json");
-        let mut file = File::open(&path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound if !self.dir.exists() => {
-                self.failed(format!("{} does not exist", self.dir.display()))
+    /// The entries of `index.json`.
+    pub(super) fn entries(&self) -> Result<Vec<Descriptor>> {
+        let file = self.files.open(INDEX).map_err(|error| match error.kind() {
+            ErrorKind::NotFound if !self.files.exists() => {
+                self.failed(format!("{} does not exist", self.place))
             }
             ErrorKind::NotFound => self.failed(format!(
-                "{} is no OCI image layout: it has no index.json",
-                self.dir.display()
+                "{} is no OCI image layout: it has no {INDEX}",
+                self.place
             )),
-            _ => self.failed(format!("{}: {error}", path.display())),
+            _ => self.failed(format!("{}/{INDEX}: {error}", self.place)),
         })?;
-        let bytes = self.read_bounded(&mut file, &path)?;
+        let bytes = self.read_bounded(file, INDEX)?;
         let index: Index = serde_json::from_slice(&bytes).map_err(|error| Error::Invalid {
             reference: self.written.to_owned(),
             what: "index",
             reason: error.to_string(),
         })?;
+        Ok(index.manifests)
+    }
+
+    /// The requested entry of `index.json`.
+    fn find(&self, tag: Option<&str>) -> Result<Descriptor> {
+        let entries = self.entries()?;
         let name = |entry: &Descriptor| entry.annotations.as_ref()?.get(REF_NAME).cloned();
-        let names: Vec<String> = index.manifests.iter().filter_map(name).collect();
-        match (tag, index.manifests.as_slice()) {
-            (_, []) => Err(self.failed(format!("{} holds no image", self.dir.display()))),
+        let names: Vec<String> = entries.iter().filter_map(name).collect();
+        match (tag, entries.as_slice()) {
+            (_, []) => Err(self.failed(format!("{} holds no image", self.place))),
             (None, [only]) => Ok(only.clone()),
             (Some(tag), all) => all
                 .iter()
@@ -130,7 +173,7 @@ impl Layout<'_> {
                 .ok_or_else(|| {
                     self.failed(format!(
                         "{} has no tag \"{tag}\", it has: {}",
-                        self.dir.display(),
+                        self.place,
                         names.join(", ")
                     ))
                 }),
@@ -142,7 +185,7 @@ impl Layout<'_> {
                 latest.cloned().ok_or_else(|| {
                     self.failed(format!(
                         "{} holds {} images; name one by its tag: {}",
-                        self.dir.display(),
+                        self.place,
                         all.len(),
                         names.join(", ")
                     ))
@@ -173,8 +216,8 @@ impl Layout<'_> {
 
     /// Reads a small blob and checks its digest.
     fn document(&self, what: &'static str, descriptor: &Descriptor) -> Result<Vec<u8>> {
-        let mut file = self.open(what, &descriptor.digest)?;
-        let bytes = self.read_bounded(&mut file, &self.blob(&descriptor.digest))?;
+        let file = self.open(what, &descriptor.digest)?;
+        let bytes = self.read_bounded(file, &blob(&descriptor.digest))?;
         if bytes.len() as u64 != descriptor.size {
             return Err(Error::Truncated {
                 reference: self.written.to_owned(),
@@ -188,25 +231,22 @@ impl Layout<'_> {
         Ok(bytes)
     }
 
-    fn blob(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.hex())
+    fn open(&self, what: &'static str, digest: &Digest) -> Result<Box<dyn Read>> {
+        let path = blob(digest);
+        self.files
+            .open(&path)
+            .map_err(|error| self.failed(format!("{what} {}/{path}: {error}", self.place)))
     }
 
-    fn open(&self, what: &'static str, digest: &Digest) -> Result<File> {
-        let path = self.blob(digest);
-        File::open(&path)
-            .map_err(|error| self.failed(format!("{what} {}: {error}", path.display())))
-    }
-
-    fn read_bounded(&self, file: &mut File, path: &Path) -> Result<Vec<u8>> {
+    fn read_bounded(&self, file: impl Read, path: &str) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         file.take(MAX_DOCUMENT + 1)
             .read_to_end(&mut bytes)
-            .map_err(|error| self.failed(format!("{}: {error}", path.display())))?;
+            .map_err(|error| self.failed(format!("{}/{path}: {error}", self.place)))?;
         if bytes.len() as u64 > MAX_DOCUMENT {
             return Err(self.failed(format!(
-                "{} is larger than {MAX_DOCUMENT} bytes",
-                path.display()
+                "{}/{path} is larger than {MAX_DOCUMENT} bytes",
+                self.place
             )));
         }
         Ok(bytes)

@@ -12,11 +12,11 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use futures_util::StreamExt;
 
 use super::download;
-use super::http::{Failure, Http};
+use super::http::{Access, Failure, Http};
 use crate::config;
 use crate::credentials::{Credentials, Found};
 use crate::digest::Digest;
-use crate::error::{Error, Result, check_digest};
+use crate::error::{Error, Result, Transfer, check_digest};
 use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
@@ -43,6 +43,7 @@ pub(super) struct Session<'a> {
     credentials: String,
     /// Prefix of "registry X answered 404".
     local: &'static str,
+    transfer: Transfer,
 }
 
 /// Downloads the missing parts of an image, and installs it.
@@ -58,11 +59,12 @@ pub(crate) fn pull(
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(PARALLEL);
         let fetcher = scope.spawn(move || {
-            let session = Session::new(name, found, pull)?;
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .map_err(|error| session.failed(error.to_string()))?;
+            let local = match pull {
+                Pull::Always => "",
+                _ => "no such reference in the local store, and ",
+            };
+            let session = Session::new(name, found, Access::Pull, local)?;
+            let runtime = session.runtime()?;
             runtime.block_on(session.fetch(store, &sender, progress))
         });
         let installed = install(store, &receiver, progress);
@@ -75,9 +77,38 @@ pub(crate) fn pull(
             (None, _) => Err(Error::Registry {
                 reference: name.written().to_owned(),
                 registry: name.registry.clone(),
+                transfer: Transfer::Pull,
                 reason: "the transfer ended unexpectedly".to_owned(),
             }),
         }
+    })
+}
+
+/// Whether a registry takes credentials; otherwise why not.
+pub(crate) fn check(registry: &RegistryReference, found: Found) -> Result<(), String> {
+    let session = Session::new(registry, found, Access::Login, "");
+    let session = session.map_err(|error| error.to_string())?;
+    let runtime = session.runtime().map_err(|error| error.to_string())?;
+    runtime.block_on(async {
+        let checked = session.http.check().await;
+        if let Some(realm) = session.http.withheld().await {
+            return Err(format!(
+                "the credentials were not sent to its token service {realm} in another domain"
+            ));
+        }
+        checked.map_err(|failure| match failure {
+            Failure::Transport(error) => format!("it cannot be reached: {}", root_cause(&error)),
+            Failure::Slow => "it takes too long to answer".to_owned(),
+            Failure::Status {
+                status: status @ (401 | 403),
+                ..
+            } => format!("it answered {status}: the user name or the password is wrong"),
+            Failure::Status { status, message } => {
+                format!("it answered {status}{}", first_line(&message))
+            }
+            Failure::Refused(reason) => reason,
+            Failure::TooLarge | Failure::Announced { .. } => "its answer is unusable".to_owned(),
+        })
     })
 }
 
@@ -143,14 +174,21 @@ fn install(
 }
 
 impl<'a> Session<'a> {
-    fn new(name: &'a RegistryReference, found: Found, pull: Pull) -> Result<Self> {
-        let local = match pull {
-            Pull::Always => "",
-            _ => "no such reference in the local store, and ",
+    /// `local` is the prefix of "registry X answered 404".
+    pub(super) fn new(
+        name: &'a RegistryReference,
+        found: Found,
+        access: Access,
+        local: &'static str,
+    ) -> Result<Self> {
+        let transfer = match access {
+            Access::Push => Transfer::Push,
+            Access::Pull | Access::Login => Transfer::Pull,
         };
         let failed = |reason: String| Error::Registry {
             reference: name.written().to_owned(),
             registry: name.registry.clone(),
+            transfer,
             reason,
         };
         if !tls_ready() {
@@ -158,11 +196,20 @@ impl<'a> Session<'a> {
             return Err(failed(reason.to_owned()));
         }
         Ok(Self {
-            http: Http::new(name, found.auth).map_err(failed)?,
+            http: Http::new(name, found.auth, access).map_err(failed)?,
             name,
             credentials: found.description,
             local,
+            transfer,
         })
+    }
+
+    /// What runs the requests on the calling thread.
+    pub(super) fn runtime(&self) -> Result<tokio::runtime::Runtime> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.map_err(|error| self.failed(error.to_string()))
     }
 
     /// Finds the parts of the image, then downloads the missing layers.
@@ -339,6 +386,7 @@ impl<'a> Session<'a> {
         Error::Registry {
             reference: self.name.written().to_owned(),
             registry: self.name.registry.clone(),
+            transfer: self.transfer,
             reason,
         }
     }
@@ -348,6 +396,7 @@ impl<'a> Session<'a> {
         let unreachable = |reason: String| Error::Unreachable {
             reference: self.name.written().to_owned(),
             registry: self.name.registry.clone(),
+            transfer: self.transfer,
             reason,
         };
         match failure {
@@ -355,7 +404,10 @@ impl<'a> Session<'a> {
                 unreachable(root_cause(&error))
             }
             Failure::Transport(error) => self.failed(format!("{what}: {}", root_cause(&error))),
-            Failure::Slow => unreachable(format!("it takes too long to send the {what}")),
+            Failure::Slow => unreachable(match self.transfer {
+                Transfer::Pull => format!("it takes too long to send the {what}"),
+                Transfer::Push => format!("it takes too long to receive the {what}"),
+            }),
             Failure::TooLarge => {
                 self.failed(format!("the {what} is larger than {MAX_DOCUMENT} bytes"))
             }
@@ -373,37 +425,47 @@ impl<'a> Session<'a> {
     async fn status(&self, what: &'static str, status: u16, message: &str) -> Error {
         let (reference, registry) = (self.name.written().to_owned(), self.name.registry.clone());
         match status {
-            404 if what == "manifest" => Error::NotInRegistry {
-                reference,
-                registry,
-                status,
-                local: self.local,
-            },
+            404 if matches!(what, "manifest" | "list of tags")
+                && self.transfer == Transfer::Pull =>
+            {
+                Error::NotInRegistry {
+                    reference,
+                    registry,
+                    status,
+                    local: self.local,
+                }
+            }
             401 | 403 => match self.http.withheld().await {
                 Some(realm) => Error::CredentialsWithheld {
                     reference,
                     registry,
                     status,
+                    transfer: self.transfer,
                     realm,
                 },
                 None => Error::Unauthorized {
                     reference,
                     registry,
                     status,
+                    transfer: self.transfer,
                     credentials: self.credentials.clone(),
                 },
             },
-            _ => {
-                let line = message.lines().next().unwrap_or("").trim();
-                let printable = |character: &char| !character.is_control();
-                let line: String = line.chars().filter(printable).take(200).collect();
-                let separator = if line.is_empty() { "" } else { ": " };
-                self.failed(format!(
-                    "it answered {status} to the request for the {what}{separator}{line}"
-                ))
-            }
+            _ => self.failed(format!(
+                "it answered {status} to the request for the {what}{}",
+                first_line(message)
+            )),
         }
     }
+}
+
+/// A colon and the first line of a registry's message, if it has one.
+fn first_line(message: &str) -> String {
+    let line = message.lines().next().unwrap_or("").trim();
+    let printable = |character: &char| !character.is_control();
+    let line: String = line.chars().filter(printable).take(200).collect();
+    let separator = if line.is_empty() { "" } else { ": " };
+    format!("{separator}{line}")
 }
 
 /// The innermost cause: the outer ones only say that a request failed.

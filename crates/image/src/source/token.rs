@@ -49,10 +49,10 @@ enum Challenge {
     Basic,
 }
 
-/// Obtains tokens for one repository, and remembers the last one.
+/// Obtains tokens for one repository, or for the registry itself, and remembers the last one.
 pub(super) struct Tokens {
     auth: Auth,
-    scope: String,
+    scope: Option<String>,
     state: Mutex<State>,
 }
 
@@ -69,10 +69,10 @@ struct Current {
 }
 
 impl Tokens {
-    pub(super) fn new(auth: Auth, repository: &str) -> Self {
+    pub(super) fn new(auth: Auth, scope: Option<String>) -> Self {
         Self {
             auth,
-            scope: format!("repository:{repository}:pull"),
+            scope,
             state: Mutex::default(),
         }
     }
@@ -136,7 +136,9 @@ impl Tokens {
         }
         {
             let mut query = url.query_pairs_mut();
-            query.append_pair("scope", &self.scope);
+            if let Some(scope) = &self.scope {
+                query.append_pair("scope", scope);
+            }
             if let Some(service) = &service {
                 query.append_pair("service", service);
             }

@@ -47,20 +47,25 @@ pub(crate) struct LayerStream {
 
 impl Plan {
     fn layer_ids(&self) -> Vec<LayerId> {
-        let mut below: Option<Digest> = None;
-        self.layers
-            .iter()
-            .map(|layer| {
-                let chain_id = chain_id(below.as_ref(), &layer.diff_id);
-                below = Some(chain_id);
-                LayerId {
-                    digest: layer.digest,
-                    diff_id: layer.diff_id,
-                    chain_id,
-                }
-            })
-            .collect()
+        layer_ids(&self.layers)
     }
+}
+
+/// What identifies the layers of a stack, lowest first.
+pub(super) fn layer_ids(layers: &[PlannedLayer]) -> Vec<LayerId> {
+    let mut below: Option<Digest> = None;
+    layers
+        .iter()
+        .map(|layer| {
+            let chain_id = chain_id(below.as_ref(), &layer.diff_id);
+            below = Some(chain_id);
+            LayerId {
+                digest: layer.digest,
+                diff_id: layer.diff_id,
+                chain_id,
+            }
+        })
+        .collect()
 }
 
 impl Store {
@@ -86,6 +91,7 @@ impl Store {
             .config
             .check_platform(&plan.written, self.platform())?;
         let mut names: Vec<String> = Vec::new();
+        let mut hidden: Vec<String> = Vec::new();
         let mut size = 0;
         let mut budget = Budget::new(self.limits());
         for (index, layer) in plan.layer_ids().iter().enumerate() {
@@ -99,7 +105,7 @@ impl Store {
                 progress,
             )?;
             if ready.opaque {
-                names.clear();
+                hidden.append(&mut names);
                 size = 0;
             }
             size += ready.bytes;
@@ -113,6 +119,7 @@ impl Store {
         );
         record.created = document.created;
         record.size = size;
+        record.hidden = hidden;
         {
             let _lock = self.lock(FlockOperation::LockExclusive)?;
             write_file(&self.blob_path(&record.manifest), &plan.manifest)?;

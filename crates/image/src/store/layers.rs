@@ -3,9 +3,10 @@
 //! Called by the installation of an image. A layer is named by its diff id, so images share it; one
 //! whose unpacking depended on the layers below is named by its chain id instead.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -19,7 +20,13 @@ use crate::error::{Error, Result, check_digest};
 use crate::limits::Budget;
 use crate::progress::{Event, LayerState, Progress};
 use crate::unpack::process::{Content, apply};
-use crate::unpack::{LayerError, Unpacked, fs};
+use crate::unpack::{LayerError, fs};
+
+/// `layers/HEX/skeleton.gz`: what the layer's archive is created from again, beside its files.
+pub(super) const SKELETON: &str = "skeleton.gz";
+
+/// `layers/HEX/compressed.json`: what the layer became when it was packed for a registry.
+pub(crate) const COMPRESSED: &str = "compressed.json";
 
 /// `layers/HEX/layer.json`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -30,6 +37,9 @@ struct LayerRecord {
     /// Whether the layers below are hidden.
     #[serde(default)]
     opaque: bool,
+    /// Length of its archive in bytes, if the archive can be created again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    archive: Option<u64>,
 }
 
 /// A complete layer.
@@ -43,6 +53,18 @@ pub(crate) struct ReadyLayer {
     pub entries: u64,
     /// Whether the layers below are hidden.
     pub opaque: bool,
+}
+
+/// A layer in the store.
+#[derive(Debug)]
+pub(crate) struct StoredLayer {
+    pub diff_id: Digest,
+    /// Its directory: the layer is `diff` in it.
+    pub dir: PathBuf,
+    /// Bytes in its files.
+    pub bytes: u64,
+    /// Length of its archive in bytes, if the archive can be created again.
+    pub archive: Option<u64>,
 }
 
 /// Identifies a layer to be created.
@@ -82,12 +104,16 @@ impl Store {
             if let Some(record) = read_json::<LayerRecord>(&path)? {
                 if !self.layer_diff(&name).exists() {
                     // Damaged by others: it is unpacked anew, for which its name must be free.
-                    match std::fs::remove_file(&path) {
-                        Err(error) if error.kind() != ErrorKind::NotFound => {
-                            return Err(Error::io("remove", &path, error));
+                    let beside = [SKELETON, COMPRESSED].map(|name| path.with_file_name(name));
+                    for rest in beside.into_iter().chain([path]) {
+                        match std::fs::remove_file(&rest) {
+                            Err(error) if error.kind() != ErrorKind::NotFound => {
+                                return Err(Error::io("remove", &rest, error));
+                            }
+                            _ => {}
                         }
-                        _ => continue,
                     }
+                    continue;
                 }
                 return Ok(Some(ReadyLayer {
                     name,
@@ -98,6 +124,33 @@ impl Store {
             }
         }
         Ok(None)
+    }
+
+    /// The layers of a stack, lowest first; `None` for those that are not in the store. Where a
+    /// layer exists twice, the one whose archive can be created again.
+    pub(super) fn stored_layers(&self, stack: &[LayerId]) -> Result<Vec<Option<StoredLayer>>> {
+        let stored = |layer: &LayerId| -> Result<Option<StoredLayer>> {
+            let mut found = None;
+            for name in [layer.by_diff_id(), layer.by_chain_id()] {
+                let dir = self.layers_dir().join(name);
+                if let Some(record) = read_json::<LayerRecord>(&dir.join("layer.json"))?
+                    && record.diff_id == layer.diff_id
+                {
+                    let stored = StoredLayer {
+                        diff_id: record.diff_id,
+                        dir,
+                        bytes: record.bytes,
+                        archive: record.archive,
+                    };
+                    match stored.archive {
+                        Some(_) => return Ok(Some(stored)),
+                        None => found = found.or(Some(stored)),
+                    }
+                }
+            }
+            Ok(found)
+        };
+        stack.iter().map(stored).collect()
     }
 
     /// Finds or creates a layer. `lower` are the directories below it, topmost first; `open`
@@ -167,7 +220,7 @@ impl Store {
         open: impl FnOnce() -> Result<LayerStream>,
         progress: &dyn Progress,
     ) -> Result<ReadyLayer> {
-        let (diff, root) = prepare(partial, lock)?;
+        let (diff, root, skeleton) = prepare(partial, lock)?;
         let lower = lower
             .iter()
             .map(|name| {
@@ -175,15 +228,23 @@ impl Store {
                 fs::open_dir(&path).map_err(|error| Error::io("open", path, error))
             })
             .collect::<Result<Vec<_>>>()?;
-        let unpacked = self
-            .unpack_stream(reference, layer, open()?, root, &lower, budget, progress)
+        let content = self
+            .unpack_stream(
+                reference,
+                layer,
+                open()?,
+                (skeleton, root),
+                &lower,
+                budget,
+                progress,
+            )
             .map_err(|error| no_space(error, partial))?;
-        let name = if unpacked.used_lower {
+        let name = if content.unpacked.used_lower {
             layer.by_chain_id()
         } else {
             layer.by_diff_id()
         };
-        self.complete(partial, &diff, layer.diff_id, unpacked, name)
+        self.complete(partial, &diff, content, name)
     }
 
     /// Creates a layer from an archive of unknown digest. Returns its digest and length.
@@ -213,7 +274,7 @@ impl Store {
         partial: &Path,
         lock: &OwnedFd,
     ) -> Result<(Digest, u64)> {
-        let (diff, root) = prepare(partial, lock)?;
+        let (diff, root, skeleton) = prepare(partial, lock)?;
         let failed = |source| {
             let (reference, layer) = (what.to_owned(), "to be imported".to_owned());
             no_space(
@@ -226,20 +287,25 @@ impl Store {
             )
         };
         let mut budget = Budget::new(self.limits());
-        let Content {
-            unpacked,
-            digest: diff_id,
-            length,
-        } = apply(&mut archive, root, &[], &mut budget, self.unpacker()).map_err(failed)?;
+        let content = apply(
+            &mut archive,
+            skeleton,
+            root,
+            &[],
+            &mut budget,
+            self.unpacker(),
+        )
+        .map_err(failed)?;
+        let diff_id = content.digest;
         let id = LayerId {
             digest: diff_id,
             diff_id,
             chain_id: diff_id,
         };
         if self.find_layer(&id)?.is_none() {
-            self.complete(partial, &diff, diff_id, unpacked, id.by_diff_id())?;
+            self.complete(partial, &diff, content, id.by_diff_id())?;
         }
-        Ok((diff_id, length))
+        Ok((diff_id, content.length))
     }
 
     /// Renames an unpacked layer to its final name.
@@ -247,17 +313,21 @@ impl Store {
         &self,
         partial: &Path,
         diff: &OwnedFd,
-        diff_id: Digest,
-        unpacked: Unpacked,
+        content: Content,
         name: String,
     ) -> Result<ReadyLayer> {
         let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
         let record = LayerRecord {
-            diff_id,
-            bytes: unpacked.bytes,
-            entries: unpacked.entries,
+            diff_id: content.digest,
+            bytes: content.unpacked.bytes,
+            entries: content.unpacked.entries,
             opaque: fs::is_opaque(diff.as_fd()),
+            archive: content.recorded.then_some(content.length),
         };
+        if !content.recorded {
+            let path = partial.join(SKELETON);
+            std::fs::remove_file(&path).map_err(|error| Error::io("remove", path, error))?;
+        }
         write_json(&partial.join("layer.json"), &record)?;
         rustix::fs::syncfs(diff).map_err(failed("flush"))?;
         let path = self.layers_dir().join(&name);
@@ -276,11 +346,12 @@ impl Store {
     }
 }
 
-/// Clears a partial layer's directory, and opens its new root, twice.
-fn prepare(partial: &Path, lock: &OwnedFd) -> Result<(OwnedFd, OwnedFd)> {
+/// Clears a partial layer's directory. Opens its new root, twice, and the file for the skeleton of
+/// its archive.
+fn prepare(partial: &Path, lock: &OwnedFd) -> Result<(OwnedFd, OwnedFd, File)> {
     let failed = |doing| move |error: Errno| Error::io(doing, partial, error);
     // Leftovers of an interrupted attempt.
-    for rest in ["diff", "layer.json", "layer.json.tmp"] {
+    for rest in ["diff", "layer.json", "layer.json.tmp", SKELETON] {
         fs::remove_all(lock.as_fd(), rest).map_err(failed("clear"))?;
     }
     rustix::fs::mkdirat(lock, "diff", Mode::RWXU).map_err(failed("create"))?;
@@ -288,7 +359,10 @@ fn prepare(partial: &Path, lock: &OwnedFd) -> Result<(OwnedFd, OwnedFd)> {
     // Docker's default if the archive has no entry for the root.
     rustix::fs::fchmod(&diff, Mode::from_raw_mode(0o755)).map_err(failed("set the mode of"))?;
     let root = rustix::io::fcntl_dupfd_cloexec(&diff, 0).map_err(failed("open"))?;
-    Ok((diff, root))
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let skeleton = rustix::fs::openat(lock, SKELETON, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(failed("create the skeleton in"))?;
+    Ok((diff, root, skeleton.into()))
 }
 
 /// Reports a full disk as such, not as an error of the layer.
@@ -345,11 +419,11 @@ impl Store {
         reference: &str,
         layer: &LayerId,
         stream: LayerStream,
-        root: OwnedFd,
+        (skeleton, root): (File, OwnedFd),
         lower: &[OwnedFd],
         budget: &mut Budget,
         progress: &dyn Progress,
-    ) -> Result<Unpacked> {
+    ) -> Result<Content> {
         let total = stream.size.unwrap_or(0);
         let reader = ProgressReader {
             inner: stream.reader,
@@ -362,16 +436,15 @@ impl Store {
         let limit = stream.size.map_or(u64::MAX, |size| size.saturating_add(1));
         let mut archive =
             BufReader::with_capacity(256 * 1024, HashingReader::new(reader.take(limit)));
-        let result =
-            apply(&mut archive, root, lower, budget, self.unpacker()).and_then(|content| {
-                match content.digest == layer.diff_id {
-                    true => Ok(content.unpacked),
-                    false => Err(LayerError::DiffId {
-                        expected: layer.diff_id,
-                        actual: content.digest,
-                    }),
-                }
-            });
+        let result = apply(&mut archive, skeleton, root, lower, budget, self.unpacker()).and_then(
+            |content| match content.digest == layer.diff_id {
+                true => Ok(content),
+                false => Err(LayerError::DiffId {
+                    expected: layer.diff_id,
+                    actual: content.digest,
+                }),
+            },
+        );
         // A damaged archive fails in many ways; report the damage rather than its consequence.
         let of_host = result.as_ref().is_err_and(LayerError::is_of_host);
         if let (Some(expected), false) = (stream.digest, of_host) {

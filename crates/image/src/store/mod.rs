@@ -10,6 +10,8 @@
 //! | `blobs/sha256/HEX` | manifests and configurations; layer archives only while a pull lasts |
 //! | `blobs/sha256/HEX.part` | a layer archive being downloaded; locked by its writer |
 //! | `layers/HEX/diff` | a layer, ready to be a lower directory; `layer.json` beside it |
+//! | `layers/HEX/skeleton.gz` | its archive without the content of its files, see `unpack::skeleton` |
+//! | `layers/HEX/compressed.json` | digest and size of its archive when that was last pushed |
 //! | `layers/HEX.partial` | a layer being unpacked; locked by its writer |
 //! | `holds/ID.json` | a container that uses layers, see [`Hold`] |
 //! | `lock` | exclusive for changes of references, records and holds' layers; shared while a hold is created |
@@ -18,6 +20,7 @@
 //! Locks are `flock`s, so a killed process leaves none behind. A file with its final name is
 //! complete and was flushed to disk before.
 
+mod content;
 mod hold;
 mod install;
 mod layers;
@@ -33,11 +36,15 @@ use std::sync::Arc;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
+pub(crate) use content::Content;
+pub use content::HistoryEntry;
 pub use hold::Hold;
 pub(crate) use install::{LayerStream, Plan, PlannedLayer};
+pub(crate) use layers::{COMPRESSED, StoredLayer};
 pub use record::{Listed, Removed};
 pub(crate) use record::{Named, Stamp};
 use record::{Record, References};
+pub(crate) use record::{read_json, write_json};
 
 use crate::config::ImageConfig;
 use crate::credentials::Credentials;
@@ -335,13 +342,32 @@ impl Store {
         self.write_references(&references)
     }
 
+    /// All local names with tags of a repository.
+    pub fn tags(&self, name: &RegistryReference) -> Result<Vec<Reference>> {
+        let prefix = format!("{}:", name.name());
+        let references = self.read_references()?;
+        let names = references.names.keys();
+        let names = names.filter(|known| known.starts_with(&prefix));
+        names.map(|known| known.parse()).collect()
+    }
+
     /// Adds a name to a local image, as `docker tag` does.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no such image, `Unsupported` for a plain directory and for a name
+    /// with a digest.
     pub fn tag(&self, reference: &Reference, name: &RegistryReference) -> Result<()> {
         let image = self.inspect(reference)?;
         let manifest = image.digest.ok_or_else(|| Error::Unsupported {
             reference: reference.written(),
             what: "a plain directory cannot be given a name".to_owned(),
         })?;
+        if name.digest().is_some() {
+            return Err(Error::InvalidReference {
+                reference: name.written().to_owned(),
+                reason: "a name to give has a tag, no digest".to_owned(),
+            });
+        }
         self.set_name(
             &name.to_string(),
             Named {

@@ -57,6 +57,10 @@ pub(crate) struct Record {
     pub manifest: Digest,
     /// Names of layer directories, lowest first.
     pub layers: Vec<String>,
+    /// Names of the layers below one that hides them all: a container does not need them, the
+    /// image's archive does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hidden: Vec<String>,
     pub config: ImageConfig,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<String>,
@@ -114,6 +118,7 @@ impl Record {
             id,
             manifest,
             layers,
+            hidden: Vec::new(),
             config,
             created: None,
             size: 0,

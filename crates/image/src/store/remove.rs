@@ -204,7 +204,7 @@ impl Store {
     ) -> Result<Vec<PathBuf>> {
         let used: BTreeSet<&String> = records
             .iter()
-            .flat_map(|record| &record.layers)
+            .flat_map(|record| record.layers.iter().chain(&record.hidden))
             .chain(holds.iter().flat_map(|(_, hold)| &hold.layers))
             .collect();
         let dir = self.layers_dir();

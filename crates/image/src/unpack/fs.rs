@@ -3,6 +3,7 @@
 //! Called by the unpacker and the store. None of them follows a symbolic link in the last
 //! component.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -126,16 +127,27 @@ pub(crate) fn set_dir_time(dir: BorrowedFd<'_>, time: (i64, u32)) -> Result<()> 
     rustix::fs::utimensat(dir, ".", &times(time), AtFlags::SYMLINK_NOFOLLOW)
 }
 
+/// Called with a directory and a name in it.
+pub(crate) type Visit<'a> = dyn FnMut(BorrowedFd<'_>, &CStr) -> Result<()> + 'a;
+
 /// Removes `name`, recursively. The tree may be arbitrarily deep: subdirectories are moved up
 /// before they are emptied, so neither stack nor descriptors run out.
-pub(crate) fn remove_all(
+pub(crate) fn remove_all(parent: BorrowedFd<'_>, name: impl rustix::path::Arg) -> Result<()> {
+    remove_all_after(parent, name, &mut |_, _| Ok(()))
+}
+
+/// The same; calls `before` for each entry that may be a file, before that is removed.
+pub(crate) fn remove_all_after(
     parent: BorrowedFd<'_>,
-    name: impl rustix::path::Arg + Copy,
+    name: impl rustix::path::Arg,
+    before: &mut Visit<'_>,
 ) -> Result<()> {
-    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => return Ok(()),
-        Err(Errno::ISDIR) => {}
-        Err(error) => return Err(error),
+    name.into_with_c_str(|name| remove_tree(parent, name, before))
+}
+
+fn remove_tree(parent: BorrowedFd<'_>, name: &CStr, before: &mut Visit<'_>) -> Result<()> {
+    if !unlink(parent, name, before)? {
+        return Ok(());
     }
     let top = open_child_dir(parent, name)?;
     let mut moved = 0u64;
@@ -148,15 +160,11 @@ pub(crate) fn remove_all(
                 continue;
             }
             empty = false;
-            match rustix::fs::unlinkat(&top, child, AtFlags::empty()) {
-                Ok(()) | Err(Errno::NOENT) => continue,
-                Err(Errno::ISDIR) => {}
-                Err(error) => return Err(error),
+            if unlink(top.as_fd(), child, before)?
+                && rustix::fs::unlinkat(&top, child, AtFlags::REMOVEDIR).is_err()
+            {
+                flatten(top.as_fd(), child, &mut moved, before)?;
             }
-            if rustix::fs::unlinkat(&top, child, AtFlags::REMOVEDIR).is_ok() {
-                continue;
-            }
-            flatten(top.as_fd(), child, &mut moved)?;
         }
         if empty {
             break;
@@ -165,19 +173,29 @@ pub(crate) fn remove_all(
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
+/// Removes an entry that is no directory. Returns whether it is one.
+fn unlink(dir: BorrowedFd<'_>, name: &CStr, before: &mut Visit<'_>) -> Result<bool> {
+    before(dir, name)?;
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(false),
+        Err(Errno::ISDIR) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
 /// Empties the directory `name` in `top`: removes files, and moves non-empty directories to `top`.
-fn flatten(top: BorrowedFd<'_>, name: &std::ffi::CStr, moved: &mut u64) -> Result<()> {
+fn flatten(
+    top: BorrowedFd<'_>,
+    name: &CStr,
+    moved: &mut u64,
+    before: &mut Visit<'_>,
+) -> Result<()> {
     let dir = open_child_dir(top, name)?;
     for entry in Dir::read_from(&dir)? {
         let entry = entry?;
         let child = entry.file_name();
-        if matches!(child.to_bytes(), b"." | b"..") {
+        if matches!(child.to_bytes(), b"." | b"..") || !unlink(dir.as_fd(), child, before)? {
             continue;
-        }
-        match rustix::fs::unlinkat(&dir, child, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => continue,
-            Err(Errno::ISDIR) => {}
-            Err(error) => return Err(error),
         }
         if rustix::fs::unlinkat(&dir, child, AtFlags::REMOVEDIR).is_ok() {
             continue;

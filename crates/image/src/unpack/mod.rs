@@ -32,6 +32,8 @@ mod device;
 pub(crate) mod fs;
 pub(crate) mod lower;
 pub mod process;
+pub(crate) mod rebuild;
+pub(crate) mod skeleton;
 pub mod tar_reader;
 mod writer;
 
@@ -44,6 +46,7 @@ pub use tar_reader::TarError;
 
 use crate::limits::{Budget, DiskError, Low};
 use lower::Lower;
+use skeleton::{Recorder, Skeleton};
 use tar_reader::TarReader;
 
 /// Why a layer cannot be unpacked.
@@ -212,15 +215,40 @@ pub struct Unpacked {
 /// the directories of the layers below it, topmost first. `budget` counts what the image takes.
 ///
 /// On failure `root` contains part of the layer; the caller removes it.
+#[cfg(any(test, fuzzing))]
 pub(crate) fn unpack(
     archive: impl Read,
     root: OwnedFd,
     lower: &[OwnedFd],
     budget: &mut Budget,
 ) -> Result<Unpacked, LayerError> {
+    unpack_recorded(archive, root, lower, budget, Skeleton::default()).map(|(unpacked, _)| unpacked)
+}
+
+/// The same for all of `archive`, also what follows its end; writes its skeleton. Returns whether
+/// that is complete, too.
+pub(crate) fn unpack_recorded(
+    archive: impl Read,
+    root: OwnedFd,
+    lower: &[OwnedFd],
+    budget: &mut Budget,
+    skeleton: Skeleton,
+) -> Result<(Unpacked, bool), LayerError> {
+    let unpacked = unpack_all(archive, root, lower, budget, &skeleton);
+    // What kept the skeleton from being written is the cause of what the caller saw.
+    unpacked.map_err(|error| skeleton.failure().unwrap_or(error))
+}
+
+fn unpack_all(
+    archive: impl Read,
+    root: OwnedFd,
+    lower: &[OwnedFd],
+    budget: &mut Budget,
+    skeleton: &Skeleton,
+) -> Result<(Unpacked, bool), LayerError> {
     let lower = Lower::new(lower.iter().map(AsFd::as_fd).collect());
-    let mut writer = writer::Writer::new(root, lower, budget)?;
-    let mut reader = TarReader::new(archive);
+    let mut writer = writer::Writer::new(root, lower, budget, skeleton.clone())?;
+    let mut reader = TarReader::new(Recorder::new(archive, skeleton.clone()));
     let mut counted = 0u64;
     while let Some(entry) = reader.next()? {
         // Its headers, and its data before that is written.
@@ -229,11 +257,13 @@ pub(crate) fn unpack(
         counted = end;
         writer.add(&entry, &mut reader)?;
     }
-    writer.finish()
+    let unpacked = writer.finish()?;
+    drain(reader.into_inner(), budget)?;
+    Ok((unpacked, skeleton.finish()?))
 }
 
 /// Reads what follows the archive's end, which belongs to its digest and counts as the rest does.
-pub(crate) fn drain(mut archive: impl Read, budget: &mut Budget) -> Result<(), LayerError> {
+fn drain(mut archive: impl Read, budget: &mut Budget) -> Result<(), LayerError> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         match archive.read(&mut buffer) {
@@ -249,6 +279,8 @@ pub(crate) fn drain(mut archive: impl Read, budget: &mut Budget) -> Result<(), L
 mod limits_tests;
 #[cfg(test)]
 mod property_tests;
+#[cfg(test)]
+mod skeleton_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

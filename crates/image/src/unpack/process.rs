@@ -5,6 +5,7 @@
 //! unpacks by itself.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,9 +13,11 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
 
-use super::{LayerError, TarError, Unpacked, compression, drain, unpack};
+use super::attributes::failed;
+use super::skeleton::Skeleton;
+use super::{LayerError, TarError, Unpacked, compression, unpack_recorded};
 use crate::digest::{Digest, HashingReader};
-use crate::limits::{Budget, Low, Used};
+use crate::limits::{Budget, Disk, Low, Used};
 
 /// Longest answer of the process, bytes: what the smallest pipe holds (PIPE_BUF), so that it can be
 /// written before anybody reads it.
@@ -38,6 +41,8 @@ pub struct Job<'a> {
     pub archive: BorrowedFd<'a>,
     /// Where its answer goes.
     pub answer: BorrowedFd<'a>,
+    /// The empty file that it writes the archive's skeleton to.
+    pub skeleton: BorrowedFd<'a>,
     /// The empty directory that it fills.
     pub root: BorrowedFd<'a>,
     /// The directories of the layers below, topmost first. It only reads them.
@@ -68,6 +73,8 @@ pub(crate) struct Content {
     pub digest: Digest,
     /// Its length, bytes.
     pub length: u64,
+    /// Whether the archive can be created again from its skeleton.
+    pub recorded: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -84,17 +91,18 @@ enum Answer {
     },
 }
 
-/// Unpacks an archive, compressed or not, into `root`; in a process of its own where there is an
-/// unpacker.
+/// Unpacks an archive, compressed or not, into `root`, and writes its skeleton; in a process of its
+/// own where there is an unpacker.
 pub(crate) fn apply(
     archive: &mut impl BufRead,
+    skeleton: File,
     root: OwnedFd,
     lower: &[OwnedFd],
     budget: &mut Budget,
     unpacker: Option<&dyn Unpacker>,
 ) -> Result<Content, LayerError> {
     let Some(unpacker) = unpacker else {
-        return here(archive, root, lower, budget);
+        return here(archive, skeleton, root, lower, budget);
     };
     let failed = |error: io::Error| LayerError::Process(error.to_string());
     let task = serde_json::to_string(&budget.state()).map_err(|error| failed(error.into()))?;
@@ -108,6 +116,7 @@ pub(crate) fn apply(
             task,
             archive: archive_out.as_fd(),
             answer: answer_in.as_fd(),
+            skeleton: skeleton.as_fd(),
             root: root.as_fd(),
             lower: lower.iter().take(MAX_LOWER).map(AsFd::as_fd).collect(),
         })
@@ -115,7 +124,7 @@ pub(crate) fn apply(
     drop((archive_out, answer_in));
     let sent = send(archive, archive_in);
     let mut text = Vec::new();
-    let read = std::fs::File::from(answer_out)
+    let read = File::from(answer_out)
         .take(ANSWER as u64)
         .read_to_end(&mut text);
     let ended = running.wait();
@@ -152,7 +161,7 @@ pub(crate) fn apply(
 
 /// Sends the archive until its end, or until the process does not want more.
 fn send(archive: &mut impl BufRead, to: OwnedFd) -> Result<(), LayerError> {
-    let mut to = std::fs::File::from(to);
+    let mut to = File::from(to);
     loop {
         let bytes = match archive.fill_buf() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -172,17 +181,20 @@ fn send(archive: &mut impl BufRead, to: OwnedFd) -> Result<(), LayerError> {
 
 fn here(
     archive: &mut impl BufRead,
+    skeleton: File,
     root: OwnedFd,
     lower: &[OwnedFd],
     budget: &mut Budget,
 ) -> Result<Content, LayerError> {
     let mut content = HashingReader::new(compression::uncompress(archive)?);
-    let unpacked = unpack(&mut content, root, lower, budget)?;
-    drain(&mut content, budget)?;
+    let disk = rustix::io::fcntl_dupfd_cloexec(&root, 0).map_err(failed("open", b"/"))?;
+    let skeleton = Skeleton::write_to(skeleton, Disk::new(disk, budget.reserve()));
+    let (unpacked, recorded) = unpack_recorded(&mut content, root, lower, budget, skeleton)?;
     Ok(Content {
         unpacked,
         length: content.length(),
         digest: content.finish(),
+        recorded,
     })
 }
 
@@ -194,12 +206,13 @@ pub fn run(
     task: &str,
     archive: impl Read,
     mut answer: impl Write,
+    skeleton: File,
     root: OwnedFd,
     lower: &[OwnedFd],
 ) -> io::Result<()> {
     let mut budget = Budget::restore(serde_json::from_str(task)?);
     let mut archive = BufReader::with_capacity(256 * 1024, archive);
-    let said = match here(&mut archive, root, lower, &mut budget) {
+    let said = match here(&mut archive, skeleton, root, lower, &mut budget) {
         Ok(content) => Answer::Done {
             content,
             used: budget.used(),

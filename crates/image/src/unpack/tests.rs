@@ -3,6 +3,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use super::skeleton_tests::unpack_and_rebuild;
 use super::testing::{Meta, Tar};
 use super::*;
 use crate::limits::Limits;
@@ -44,7 +45,7 @@ fn try_unpack(archive: Vec<u8>, lower: &[OwnedFd]) -> (Tree, Result<Unpacked, La
     );
     let tree = Tree(tempfile::tempdir().unwrap());
     let mut budget = Budget::new(Limits::default());
-    let result = unpack(archive.as_slice(), tree.fd(), lower, &mut budget);
+    let result = unpack_and_rebuild(&archive, tree.fd(), lower, &mut budget);
     (tree, result)
 }
 

@@ -22,6 +22,7 @@ use super::attributes::{
 };
 use super::device::is_harmless;
 use super::lower::Lower;
+use super::skeleton::Skeleton;
 use super::tar_reader::{Entry, Kind, TarError};
 use super::{LayerError, Unpacked, fs};
 use crate::limits::{Budget, Disk, PATH_DEPTH, PATH_LENGTH};
@@ -41,6 +42,7 @@ pub(super) struct Writer<'a> {
     last_parent: Option<Parent>,
     budget: &'a mut Budget,
     disk: Disk,
+    skeleton: Skeleton,
     buffer: Vec<u8>,
     bytes: u64,
     entries: u64,
@@ -65,6 +67,7 @@ impl<'a> Writer<'a> {
         root: OwnedFd,
         lower: Lower<'a>,
         budget: &'a mut Budget,
+        skeleton: Skeleton,
     ) -> Result<Self, LayerError> {
         let disk = rustix::io::fcntl_dupfd_cloexec(&root, 0).map_err(failed("open", b"/"))?;
         let disk = Disk::new(disk, budget.reserve());
@@ -75,6 +78,7 @@ impl<'a> Writer<'a> {
             last_parent: None,
             budget,
             disk,
+            skeleton,
             buffer: vec![0; 256 * 1024],
             bytes: 0,
             entries: 0,
@@ -117,7 +121,7 @@ impl<'a> Writer<'a> {
         match entry.kind {
             _ if name.starts_with(WHITEOUT) => self.add_whiteout(entry, parent.as_fd(), name),
             Kind::Directory => self.add_dir(entry, parent.as_fd(), name),
-            Kind::File => self.add_file(entry, parent.as_fd(), name, data),
+            Kind::File => self.add_file(entry, &parent, name, data),
             Kind::HardLink => self.add_hard_link(entry, parent.as_fd(), name),
             Kind::Symlink => self.add_symlink(entry, parent.as_fd(), name),
             Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
@@ -179,13 +183,23 @@ impl<'a> Writer<'a> {
     fn add_file(
         &mut self,
         entry: &Entry,
-        parent: BorrowedFd<'_>,
+        parent: &Parent,
         name: &[u8],
         data: &mut impl Read,
     ) -> Result<(), LayerError> {
-        let mut file = self.create(entry, parent, name)?;
+        let mut file = self.create(entry, parent.as_fd(), name)?;
+        let recorded = failed("record", &entry.path);
+        if entry.stored > 0 {
+            self.skeleton
+                .file(&parent.real_path(name), file.as_fd())
+                .map_err(&recorded)?;
+        }
         match &entry.sparse {
-            None => self.copy(entry, data, &mut file, entry.stored)?,
+            None if entry.stored == 0 => {}
+            None => {
+                self.skeleton.content(0, entry.stored).map_err(recorded)?;
+                self.copy(entry, data, &mut file, entry.stored)?;
+            }
             Some(sparse) => {
                 let wrote = |doing| {
                     move |source| LayerError::Write {
@@ -199,6 +213,7 @@ impl<'a> Writer<'a> {
                 for &(offset, length) in &sparse.segments {
                     file.seek(SeekFrom::Start(offset))
                         .map_err(wrote("seek in"))?;
+                    self.skeleton.content(offset, length).map_err(&recorded)?;
                     self.copy(entry, data, &mut file, length)?;
                 }
             }
@@ -512,6 +527,7 @@ impl<'a> Writer<'a> {
     }
 
     fn remove(&self, entry: &Entry, parent: BorrowedFd<'_>, name: &[u8]) -> Result<(), LayerError> {
-        fs::remove_all(parent, name).map_err(failed("replace", &entry.path))
+        fs::remove_all_after(parent, name, &mut |dir, name| self.skeleton.gone(dir, name))
+            .map_err(failed("replace", &entry.path))
     }
 }

@@ -6,7 +6,7 @@ use hull_engine::usage::{self, ContainerUsage, ImageUsage, Usage, VolumeUsage};
 use hull_engine::volumes::Source;
 use hull_sandbox::store::State;
 
-use crate::commands::image::{age, id, name_and_tag};
+use crate::commands::image::ls::{age, id, name_and_tag};
 use crate::commands::{config_for_existing, from_ns, ps};
 use crate::error::Result;
 use crate::format::{self, ListFormat};

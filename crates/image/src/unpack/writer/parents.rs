@@ -17,19 +17,30 @@ use crate::limits::{LOOKUP_STEPS, PATH_DEPTH};
 pub(super) struct Parent {
     /// Path in the archive.
     written: Vec<u8>,
+    /// Path without symbolic links.
+    real: Vec<u8>,
     dir: OwnedFd,
     /// Its time before entries were created in it.
     time: (i64, u32),
 }
 
 impl Parent {
-    fn enter(written: &[u8], dir: OwnedFd) -> rustix::io::Result<Self> {
+    fn enter(written: &[u8], real: Vec<u8>, dir: OwnedFd) -> rustix::io::Result<Self> {
         let time = fs::dir_time(dir.as_fd())?;
         Ok(Self {
             written: written.to_vec(),
+            real,
             dir,
             time,
         })
+    }
+
+    /// The path of an entry in it, without symbolic links.
+    pub(super) fn real_path(&self, name: &[u8]) -> Vec<u8> {
+        match self.real.as_slice() {
+            [] => name.to_vec(),
+            real => [real, b"/", name].concat(),
+        }
     }
 
     /// Sets its time again, after entries were created in it.
@@ -56,14 +67,14 @@ impl Writer<'_> {
             return Ok(last);
         }
         let dir = match fs::open_real(self.root.as_fd(), path) {
-            Ok(dir) => Ok(dir),
+            Ok(dir) => Ok((dir, path.to_vec())),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
                 let real = self.make_parents(path, entry)?;
-                fs::open_real(self.root.as_fd(), &real)
+                fs::open_real(self.root.as_fd(), &real).map(|dir| (dir, real))
             }
             Err(error) => Err(error),
         };
-        dir.and_then(|dir| Parent::enter(path, dir))
+        dir.and_then(|(dir, real)| Parent::enter(path, real, dir))
             .map_err(failed("open the parent of", entry))
     }
 
@@ -138,8 +149,8 @@ impl Writer<'_> {
                     follow(target.as_bytes(), &mut todo, &mut done)?;
                 }
                 Some(stat) if fs::is_whiteout(&stat) => {
-                    let around =
-                        Parent::enter(path, dir).map_err(failed("open the parent of", entry))?;
+                    let around = Parent::enter(path, done.join(&b'/'), dir)
+                        .map_err(failed("open the parent of", entry))?;
                     fs::remove_all(around.as_fd(), part.as_slice())
                         .map_err(failed("replace the parent of", entry))?;
                     let new = self.make_dir(around.as_fd(), &part, None, entry)?;
@@ -165,7 +176,7 @@ impl Writer<'_> {
                             let like = found
                                 .map(|found| found.stat)
                                 .filter(|stat| fs::file_type(stat) == FileType::Directory);
-                            let around = Parent::enter(path, dir)
+                            let around = Parent::enter(path, done.join(&b'/'), dir)
                                 .map_err(failed("open the parent of", entry))?;
                             self.make_dir(around.as_fd(), &part, like, entry)?;
                             around

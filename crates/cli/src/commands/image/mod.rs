@@ -1,23 +1,28 @@
-//! `hull image`: pulls, imports, lists, removes and inspects images.
+//! `hull image`: pulls, imports, lists, removes and inspects images, and gives them on.
+
+mod archive;
+mod history;
+pub mod ls;
+mod push;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::Path;
 
-use hull_image::{Import, ImportSource, Listed, Reference, Removed};
-use serde_json::{Value, json};
-
-use super::{agreed, config_for_root, for_each};
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
 use hull_engine::inspect;
-
-use crate::error::{Context, Error, ErrorKind, Result};
-use crate::format::{self, ListFormat, ObjectFormat, Row};
-use crate::images;
-use crate::output::{self, Table};
-use hull_engine::time;
 use hull_engine::values::Pull;
+use hull_image::{
+    Credentials, Import, ImportSource, Platform, Reference, RegistryReference, Removed,
+};
+use serde_json::{Value, json};
+
+use crate::commands::{agreed, config_for_root, for_each};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::format::ObjectFormat;
+use crate::images;
+use crate::output;
 
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
@@ -34,6 +39,12 @@ enum Command {
         after_help = "An image is NAME[:TAG|@DIGEST], oci:DIR[:TAG], docker-archive:FILE or rootfs:DIR."
     )]
     Pull {
+        /// Fetch all tags of the repository
+        #[arg(short, long)]
+        all_tags: bool,
+        /// Fetch the image for another platform than this host's
+        #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+        platform: Option<Platform>,
         /// Print nothing but the image's name
         #[arg(short, long)]
         quiet: bool,
@@ -55,22 +66,31 @@ enum Command {
         /// Name for the image
         name: Option<String>,
     },
+    /// Give an image one more name
+    Tag {
+        /// Name or id of the image
+        #[arg(value_name = "IMAGE")]
+        source: String,
+        /// The new name: NAME[:TAG]
+        target: String,
+    },
+    /// Send an image to a registry
+    Push(push::Args),
+    /// Write images to one archive, which docker, podman and skopeo read too
+    #[command(
+        after_help = "The archive is that of docker save: an OCI layout with Docker's manifest.json in it."
+    )]
+    Save(archive::SaveArgs),
+    /// Take in the images of an archive of docker save, podman save or skopeo
+    #[command(
+        after_help = "The archive is plain or compressed with gzip or zstd. All its images are taken in, with their names."
+    )]
+    Load(archive::LoadArgs),
+    /// Show the steps that an image was made by
+    History(history::Args),
     /// List images
     #[command(visible_alias = "list")]
-    Ls {
-        /// Show ids only
-        #[arg(short, long)]
-        quiet: bool,
-        /// Do not shorten ids
-        #[arg(long)]
-        no_trunc: bool,
-        /// Print JSON
-        #[arg(long, conflicts_with = "quiet")]
-        json: bool,
-        /// Print with a template of Go's, "json", or "table TEMPLATE"
-        #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
-        format: Option<ListFormat>,
-    },
+    Ls(ls::Args),
     /// Remove images
     Rm {
         /// Remove all names of an image, also one that containers use
@@ -106,53 +126,47 @@ pub fn execute(args: Args) -> Result<u8> {
     let paths = config.paths();
     let container_exists = |id: &str| paths.container(id).exists();
     match args.command {
-        Command::Pull { quiet, image } => {
-            let image = images::obtain(
-                &config,
-                &image.parse().map_err(of_image)?,
-                Pull::Always,
-                quiet,
-            )?;
-            if !quiet && let Some(digest) = image.digest {
-                output::note(format!("digest: {digest}"));
+        Command::Pull {
+            all_tags: true,
+            platform,
+            quiet,
+            image,
+        } => {
+            let name = image_name(&image)?;
+            if !name.is_name_only() {
+                return Err(
+                    Error::invalid(format!("--all-tags with the tag of {image}"))
+                        .hint("give the name without a tag"),
+                );
             }
-            output::print(format!("{}\n", image.reference))?;
+            let tags = hull_image::remote_tags(&name, &Credentials::docker()).map_err(of_image)?;
+            let tags: Vec<String> = tags.iter().map(ToString::to_string).collect();
+            return for_each(&tags, |tag| pull(&config, tag, platform.as_ref(), quiet));
         }
+        Command::Pull {
+            platform,
+            quiet,
+            image,
+            ..
+        } => pull(&config, &image, platform.as_ref(), quiet)?,
         Command::Import {
             change,
             message,
             source,
             name,
         } => import(&config, &source, name.as_deref(), change, message)?,
-        Command::Ls {
-            quiet,
-            no_trunc,
-            json,
-            format,
-        } => {
-            let store = images::store(&config)?;
-            let (list, damages) = store.list_with_damages().map_err(of_image)?;
-            for error in damages {
-                output::note(format!("warning: {error}"));
-            }
-            let rows = || list.iter().map(|image| row(image, no_trunc)).collect();
-            if format::print_list(format.as_ref(), quiet, &HEADINGS, rows)? {
-                return Ok(0);
-            }
-            if quiet {
-                let mut ids: Vec<String> = list
-                    .iter()
-                    .map(|image| id(image, no_trunc) + "\n")
-                    .collect();
-                ids.dedup();
-                output::print(ids.concat())?;
-            } else if json {
-                let objects: Vec<Value> = list.iter().map(listed_object).collect();
-                output::print_json(&objects)?;
-            } else {
-                table(&list, no_trunc).print()?;
-            }
+        Command::Tag { source, target } => {
+            let name = image_name(&target)?;
+            let source: Reference = source.parse().map_err(of_image)?;
+            images::store(&config)?
+                .tag(&source, &name)
+                .map_err(of_local)?;
         }
+        Command::Push(args) => push::execute(&config, &args)?,
+        Command::Save(args) => archive::save(&config, &args)?,
+        Command::Load(args) => archive::load(&config, &args)?,
+        Command::History(args) => history::execute(&config, &args)?,
+        Command::Ls(args) => ls::execute(&config, &args)?,
         Command::Rm {
             force,
             images: names,
@@ -198,6 +212,15 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
+fn pull(config: &Config, image: &str, platform: Option<&Platform>, quiet: bool) -> Result<()> {
+    let reference = image.parse().map_err(of_image)?;
+    let image = images::obtain_for(config, &reference, Pull::Always, platform, quiet)?;
+    if !quiet && let Some(digest) = image.digest {
+        output::note(format!("digest: {digest}"));
+    }
+    output::print(format!("{}\n", image.reference))
+}
+
 fn import(
     config: &Config,
     source: &OsStr,
@@ -205,15 +228,7 @@ fn import(
     changes: Vec<String>,
     message: Option<String>,
 ) -> Result<()> {
-    let name = match name.map(str::parse).transpose().map_err(of_image)? {
-        None => None,
-        Some(Reference::Registry(name)) => Some(name),
-        Some(other) => {
-            return Err(Error::new(format!(
-                "cannot name an image {other}: that is a place"
-            )));
-        }
-    };
+    let name = name.map(image_name).transpose()?;
     let text = source.to_string_lossy();
     let is_image = text.starts_with("oci:") || text.starts_with("docker-archive:");
     if is_image {
@@ -257,6 +272,24 @@ fn import(
     output::print(format!("{}\n", image.id))
 }
 
+/// The error of a command about a local image: as in Docker, one that is not here exits with 1.
+fn of_local(error: hull_image::Error) -> Error {
+    match error.is_not_found() {
+        true => of_image(error).kind(ErrorKind::NotFound),
+        false => of_image(error),
+    }
+}
+
+/// A name that an image can be given.
+fn image_name(text: &str) -> Result<RegistryReference> {
+    match text.parse().map_err(of_image)? {
+        Reference::Registry(name) => Ok(name),
+        other => Err(Error::new(format!(
+            "cannot name an image {other}: that is a place or an id"
+        ))),
+    }
+}
+
 pub fn report(removed: &Removed) -> Result<()> {
     let untagged = removed
         .untagged
@@ -297,116 +330,7 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
     Ok(Some(object))
 }
 
-pub fn id(image: &Listed, whole: bool) -> String {
-    match whole {
-        true => image.id.to_string(),
-        false => image.id.hex().chars().take(12).collect(),
-    }
-}
-
-fn listed_object(image: &Listed) -> Value {
-    json!({
-        "reference": image.reference,
-        "id": image.id.to_string(),
-        "digest": image.digest.to_string(),
-        "created": image.created,
-        "size": image.size,
-        "labels": image.labels,
-    })
-}
-
-/// Name and tag in the familiar form: without the default registry.
-pub fn name_and_tag(reference: Option<&str>) -> (String, String) {
-    let none = || "<none>".to_owned();
-    let Some(reference) = reference else {
-        return (none(), none());
-    };
-    let familiar = reference
-        .parse::<Reference>()
-        .map_or_else(|_| reference.to_owned(), |reference| reference.familiar());
-    if let Some((name, _)) = familiar.split_once('@') {
-        return (name.to_owned(), none());
-    }
-    match familiar.rsplit_once(':') {
-        Some((name, tag)) if !tag.contains('/') => (name.to_owned(), tag.to_owned()),
-        _ => (familiar, none()),
-    }
-}
-
-/// The fields of `image ls --format`, with the headings of a table.
-const HEADINGS: [(&str, &str); 10] = [
-    ("ID", "IMAGE ID"),
-    ("Repository", "REPOSITORY"),
-    ("Tag", "TAG"),
-    ("Digest", "DIGEST"),
-    ("CreatedSince", "CREATED"),
-    ("CreatedAt", "CREATED AT"),
-    ("Size", "SIZE"),
-    ("VirtualSize", "SIZE"),
-    ("Containers", "CONTAINERS"),
-    ("Labels", "LABELS"),
-];
-
-fn row(image: &Listed, no_trunc: bool) -> Row {
-    let (name, tag) = name_and_tag(image.reference.as_deref());
-    let created = image.created.as_deref().and_then(time::parse_rfc3339);
-    let size = output::decimal_size(image.size);
-    Row::new()
-        .field("ID", id(image, no_trunc))
-        .field("Repository", name)
-        .field("Tag", tag)
-        .field("Digest", image.digest.to_string())
-        .field("CreatedSince", age(image))
-        .field(
-            "CreatedAt",
-            created.map_or_else(|| "N/A".to_owned(), time::format_list),
-        )
-        .field("Size", size.as_str())
-        .field("VirtualSize", size)
-        .field("Containers", "N/A")
-        .labels(&image.labels)
-}
-
-/// How long ago an image was created.
-pub fn age(image: &Listed) -> String {
-    let created = image.created.as_deref().and_then(time::parse_rfc3339);
-    created.map_or_else(
-        || "N/A".to_owned(),
-        |created| format!("{} ago", time::human_age(created)),
-    )
-}
-
-fn table(list: &[Listed], no_trunc: bool) -> Table {
-    let mut table = Table::new(&["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"]);
-    for image in list {
-        let (name, tag) = name_and_tag(image.reference.as_deref());
-        table.row([
-            name,
-            tag,
-            id(image, no_trunc),
-            age(image),
-            output::decimal_size(image.size),
-        ]);
-    }
-    table
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_and_tags() {
-        for (reference, name, tag) in [
-            (Some("docker.io/library/busybox:1.36"), "busybox", "1.36"),
-            (Some("localhost:5000/a/b:v1"), "localhost:5000/a/b", "v1"),
-            (None, "<none>", "<none>"),
-        ] {
-            assert_eq!(
-                name_and_tag(reference),
-                (name.to_owned(), tag.to_owned()),
-                "{reference:?}"
-            );
-        }
-    }
+/// The first twelve digits of an id.
+fn short_id(id: &str) -> String {
+    id.trim_start_matches("sha256:").chars().take(12).collect()
 }
