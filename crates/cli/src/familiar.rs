@@ -85,7 +85,7 @@ const COMMANDS: [(&str, &str); 21] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 39] = [
+const OPTIONS: [(&str, &str); 34] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -162,14 +162,6 @@ const OPTIONS: [(&str, &str); 39] = [
     (
         "--log-opt",
         "the output is kept for hull logs; log_size in the configuration",
-    ),
-    ("--health-cmd", "hull exec runs a check in a container"),
-    ("--health-interval", "hull exec runs a check in a container"),
-    ("--health-retries", "hull exec runs a check in a container"),
-    ("--health-timeout", "hull exec runs a check in a container"),
-    (
-        "--no-healthcheck",
-        "there are no health checks; leave it out",
     ),
     ("--disable-content-trust", "give a digest: NAME@sha256:…"),
     ("--systemd", "the container's command is process 1"),

@@ -18,6 +18,7 @@ pub mod error;
 pub(crate) mod exact;
 pub mod exec;
 pub mod guest_files;
+pub mod health;
 pub mod home;
 pub mod info;
 pub mod inspect;

@@ -4,11 +4,12 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use hull_image::ImageConfig;
+use hull_image::{HealthCheck, ImageConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::exact;
+use crate::health;
 use crate::names;
 use crate::network::NetworkOptions;
 use crate::paths::Paths;
@@ -69,6 +70,8 @@ pub struct RunOptions {
     pub hostname: Option<String>,
     /// When it is started again after it ended.
     pub restart: Restart,
+    /// The check of its health.
+    pub health: Option<HealthCheck>,
     /// Run an init process.
     pub init: bool,
     /// Signal that `stop` sends first.
@@ -200,6 +203,8 @@ impl RunOptions {
                 make_absolute(file)?;
             }
         }
+        self.health = health::settle(self.health.take(), image.health.as_ref());
+        health::require(&self.health)?;
         for place in spec::image_volumes(image) {
             let mut given = self.tmpfs.iter().map(|tmpfs| &tmpfs.destination);
             let mut volumes = self.volumes.iter().map(|volume| &volume.destination);

@@ -222,7 +222,7 @@ impl<'a> Run<'a> {
 
     /// Has the container started again when it ends, if that is wanted.
     fn supervise(&self) -> Result<()> {
-        if self.options.restart == Restart::No {
+        if self.options.restart == Restart::No && self.options.health.is_none() {
             return Ok(());
         }
         let Some(container) = Container::load(&self.paths.container(&self.id))? else {

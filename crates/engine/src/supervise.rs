@@ -1,4 +1,4 @@
-//! Starts a container again when it ends (`--restart`). Each container that wants that has one
+//! Starts a container again when it ends (`--restart`), and has its health checked. Each container that wants that has one
 //! small process, which waits for its end and is gone when the container is removed, or stopped by
 //! a person. There is no daemon.
 //!
@@ -25,6 +25,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use crate::config::Config;
 use crate::container::{self, Container, Details, Down};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::health::{self, Checking};
 use crate::run::{Attempt, start_again};
 use crate::values::Restart;
 
@@ -142,7 +143,8 @@ fn hold(container: &Container) -> Result<Option<File>> {
 /// # Errors
 /// The process cannot be started.
 pub(crate) fn ensure(config: &Config, container: &Container) -> Result<()> {
-    if policy(&container.record.details) == Restart::No {
+    let restarts = policy(&container.record.details) != Restart::No;
+    if !restarts && health::check_of(container).is_none() {
         return Ok(());
     }
     let Some(lock) = hold(container)? else {
@@ -223,7 +225,11 @@ impl Supervisor<'_> {
         let paths = self.config.paths();
         let mut attempts = Attempts::NONE;
         loop {
-            let exit = match container::wait(&paths, self.id) {
+            let running = container::load(&paths, self.id)?;
+            let checking = running.and_then(|running| Checking::begin(&paths, &running));
+            let ended = container::wait(&paths, self.id);
+            drop(checking);
+            let exit = match ended {
                 Err(error) if error.kind == ErrorKind::NotFound => return Ok(()),
                 ended => ended?,
             };

@@ -43,6 +43,9 @@ pub struct ImageConfig {
     /// `VOLUME`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<String>,
+    /// `HEALTHCHECK`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
     /// Go's name of the architecture.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub architecture: String,
@@ -52,6 +55,49 @@ pub struct ImageConfig {
     /// Variant of the architecture.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
+}
+
+/// A command that tells whether a container is healthy. Times are in nanoseconds, and absent or 0
+/// where there is a default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct HealthCheck {
+    /// `CMD` and arguments, `CMD-SHELL` and a script, or `NONE`.
+    #[serde(deserialize_with = "or_default")]
+    pub test: Vec<String>,
+    /// Between two checks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<u64>,
+    /// After which a check has failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+    /// In which failures do not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_period: Option<u64>,
+    /// Between two checks in that time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_interval: Option<u64>,
+    /// So many failures in a row are one too many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retries: Option<u32>,
+}
+
+impl HealthCheck {
+    /// Whether there is a command.
+    pub fn is_some(&self) -> bool {
+        !self.command().is_empty()
+    }
+
+    /// The command with its arguments.
+    pub fn command(&self) -> Vec<String> {
+        match self.test.split_first() {
+            Some((first, arguments)) if first == "CMD" => arguments.to_vec(),
+            Some((first, [script])) if first == "CMD-SHELL" => {
+                vec!["/bin/sh".to_owned(), "-c".to_owned(), script.clone()]
+            }
+            _ => Vec::new(),
+        }
+    }
 }
 
 impl ImageConfig {
@@ -165,6 +211,8 @@ struct RawConfig {
         skip_serializing_if = "BTreeMap::is_empty"
     )]
     volumes: BTreeMap<String, Empty>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    healthcheck: Option<HealthCheck>,
 }
 
 /// The `{}` that Docker writes as the value of each key of a set.
@@ -229,6 +277,7 @@ pub(crate) fn parse_any(reference: &str, bytes: &[u8]) -> Result<Document> {
         stop_signal: raw.config.stop_signal.filter(|signal| !signal.is_empty()),
         exposed_ports: raw.config.exposed_ports.into_keys().collect(),
         volumes: raw.config.volumes.into_keys().collect(),
+        health: raw.config.healthcheck,
         architecture: raw.architecture,
         os: raw.os,
         variant: raw.variant.filter(|variant| !variant.is_empty()),
@@ -272,6 +321,7 @@ pub(crate) fn write(
             stop_signal: config.stop_signal.clone(),
             exposed_ports: set(&config.exposed_ports),
             volumes: set(&config.volumes),
+            healthcheck: config.health.clone(),
         },
         rootfs: RawRootfs {
             kind: "layers".to_owned(),

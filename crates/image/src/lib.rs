@@ -37,7 +37,7 @@ mod source;
 mod store;
 pub mod unpack;
 
-pub use config::ImageConfig;
+pub use config::{HealthCheck, ImageConfig};
 pub use credentials::Credentials;
 pub use digest::{Digest, DigestError};
 pub use error::{Error, Result, Transfer};

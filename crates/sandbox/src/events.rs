@@ -61,6 +61,13 @@ pub enum EventKind {
     Resumed { container: String },
     /// A container was removed from its sandbox.
     Deleted { container: String },
+    /// Checks have found a container in another state of health.
+    HealthStatus {
+        /// The container.
+        container: String,
+        /// `starting`, `healthy` or `unhealthy`.
+        status: String,
+    },
     /// The guest did not come up, or has broken down.
     GuestFailed { reason: String },
     /// Something that a newer hull reports.
@@ -80,6 +87,7 @@ impl EventKind {
             | Self::Oom { container }
             | Self::Paused { container }
             | Self::Resumed { container }
+            | Self::HealthStatus { container, .. }
             | Self::Deleted { container } => container,
             Self::GuestFailed { .. } | Self::Unknown => "",
         }
@@ -97,9 +105,21 @@ impl EventKind {
             Self::Paused { .. } => "paused",
             Self::Resumed { .. } => "resumed",
             Self::Deleted { .. } => "deleted",
+            Self::HealthStatus { .. } => "health_status",
             Self::GuestFailed { .. } => "guest_failed",
             Self::Unknown => "unknown",
         }
+    }
+}
+
+/// Appends an event about a container of a sandbox that the sandbox does not know of.
+///
+/// # Errors
+/// The log cannot be written.
+pub fn append_event(sandbox: &SandboxPath, event: &Event) -> io::Result<()> {
+    match EventLog::of(sandbox) {
+        Some(log) => log.append(event),
+        None => Ok(()),
     }
 }
 

@@ -39,7 +39,7 @@ pub mod timings;
 pub use bounded_log::BoundedLog;
 pub use container::Container;
 pub use error::{Context, Error, ErrorKind, Result};
-pub use events::{Event, EventKind};
+pub use events::{Event, EventKind, append_event};
 #[cfg(fuzzing)]
 pub use guest::agent::{Agent, printable};
 pub use hull_device_control::LinkLocal;

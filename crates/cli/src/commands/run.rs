@@ -12,6 +12,7 @@ use hull_engine::attach::{Attachment, Options, Outcome};
 use hull_engine::config::Config;
 use hull_engine::container::{self, Removing};
 use hull_engine::error::of_image;
+use hull_engine::health;
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
 use hull_engine::publish::{self, HostAddress, Ports};
@@ -20,7 +21,7 @@ use hull_engine::values::{
     self, DetachKeys, Machine, Network, Pull, Restart, SecurityOption, Ulimit,
 };
 use hull_engine::volumes::{self, Mount, Tmpfs, Volume};
-use hull_image::{Hold, Image};
+use hull_image::{HealthCheck, Hold, Image};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
 use super::config_for_root;
@@ -169,6 +170,8 @@ pub struct ContainerArgs {
     #[arg(long, value_name = "NAME=VALUE", value_parser = values::sysctl)]
     sysctl: Vec<(String, String)>,
     #[command(flatten)]
+    health: HealthArgs,
+    #[command(flatten)]
     network: NetworkArgs,
 
     /// What runs the guest kernel
@@ -190,6 +193,51 @@ pub struct ContainerArgs {
     /// Image, command and its arguments
     #[arg(value_names = ["IMAGE", "COMMAND"], num_args = 1.., required = true, trailing_var_arg = true)]
     words: Vec<OsString>,
+}
+
+/// Options of a container's health check.
+#[derive(Debug, clap::Args)]
+struct HealthArgs {
+    /// Command, for a shell in the container, that tells whether it is healthy
+    #[arg(long, value_name = "COMMAND")]
+    health_cmd: Option<String>,
+    /// Time between two checks, like 30s
+    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    health_interval: Option<u64>,
+    /// After which a check has failed, like 30s
+    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    health_timeout: Option<u64>,
+    /// Failures in a row after which it is unhealthy
+    #[arg(long, value_name = "NUMBER")]
+    health_retries: Option<u32>,
+    /// Time at the start in which failures do not count
+    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    health_start_period: Option<u64>,
+    /// Time between two checks in that time
+    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    health_start_interval: Option<u64>,
+    /// Do not check, whatever the image says
+    #[arg(long)]
+    no_healthcheck: bool,
+}
+
+impl HealthArgs {
+    fn check(self) -> Option<HealthCheck> {
+        let test = match (self.no_healthcheck, self.health_cmd) {
+            (true, _) => vec!["NONE".to_owned()],
+            (false, Some(script)) => vec!["CMD-SHELL".to_owned(), script],
+            (false, None) => Vec::new(),
+        };
+        let check = HealthCheck {
+            test,
+            interval: self.health_interval,
+            timeout: self.health_timeout,
+            start_period: self.health_start_period,
+            start_interval: self.health_start_interval,
+            retries: self.health_retries,
+        };
+        (check != HealthCheck::default()).then_some(check)
+    }
 }
 
 /// Options of a container's network.
@@ -303,6 +351,7 @@ impl ContainerArgs {
             user: given(self.user),
             entrypoint: self.entrypoint,
             hostname: given(self.hostname),
+            health: self.health.check(),
             init: self.init,
             stop_signal: self.stop_signal,
             labels,
