@@ -155,8 +155,8 @@ impl<'a> Run<'a> {
         &self.options
     }
 
-    /// The same, of a new container: ports that its image declares are published as well, if that is
-    /// wanted.
+    /// The same, of a new container: ports that its image declares are published as well, if that
+    /// is wanted.
     ///
     /// # Errors
     /// A port is taken, or none.

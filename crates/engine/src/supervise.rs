@@ -1,6 +1,6 @@
-//! Starts a container again when it ends (`--restart`), and has its health checked. Each container that wants that has one
-//! small process, which waits for its end and is gone when the container is removed, or stopped by
-//! a person. There is no daemon.
+//! Starts a container again when it ends (`--restart`), and has its health checked. Each container
+//! that wants that has one small process, which waits for its end and is gone when the container is
+//! removed, or stopped by a person. There is no daemon.
 //!
 //! The process holds `supervisor` in the container's directory (flock) from its birth. It decides
 //! to go, and lets go of that, only while it holds the container's lock: who starts the container

@@ -493,3 +493,139 @@ fn a_restart_policy_that_makes_no_sense_is_named() {
             .fails(125, &["--restart: invalid restart policy", policy]);
     }
 }
+
+#[test]
+fn the_health_of_a_container_is_known() {
+    let hull = Hull::new();
+    let container = hull.start(
+        &[
+            "--health-cmd",
+            "echo checked; test -e /healthy",
+            "--health-interval",
+            "100ms",
+            "--health-retries",
+            "2",
+        ],
+        &["sleep", "1000"],
+    );
+    let status = || {
+        let health = container.inspect()["State"]["Health"].clone();
+        health["Status"].as_str().unwrap_or_default().to_owned()
+    };
+    let becomes = |wanted: &str| {
+        eventually(wanted, Duration::from_secs(20), || status() == wanted);
+    };
+    becomes("unhealthy");
+    let log = container.inspect()["State"]["Health"]["Log"].clone();
+    assert_eq!(log[0]["Output"], "checked\n");
+    assert_eq!(log[0]["ExitCode"], 1);
+    container.exec(&["touch", "/healthy"]).ok();
+    becomes("healthy");
+    let listed = hull.hull(["ps", "-f", "health=healthy"]).run().ok().text();
+    assert!(listed.contains("(healthy)"), "{listed}");
+    let none = hull.hull(["ps", "-q", "-f", "health=unhealthy"]).run().ok();
+    assert_eq!(none.text(), "");
+    // Nothing can be executed in a paused container: that is no failure.
+    container.does("pause").ok();
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(status(), "healthy");
+    container.does("unpause").ok();
+    let events = hull
+        .hull(["events", "--since", "1h", "--until", "now"])
+        .args(["--filter", "type=health_status"])
+        .run()
+        .ok()
+        .text();
+    assert!(
+        events.contains("status=unhealthy") && events.contains("status=healthy"),
+        "{events}"
+    );
+    hull.hull(["stop", "-t", "0", &container.name]).run().ok();
+    assert_eq!(status(), "");
+    container.does("start").ok();
+    becomes("healthy");
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_health_check_that_takes_too_long_has_failed_and_is_ended() {
+    let hull = Hull::new();
+    let options = [
+        "--health-cmd=sleep 77",
+        "--health-interval=100ms",
+        "--health-timeout=300ms",
+        "--health-retries=1",
+    ];
+    let container = hull.start(&options, &["sleep", "1000"]);
+    eventually("it is unhealthy", Duration::from_secs(20), || {
+        container.inspect()["State"]["Health"]["Status"] == "unhealthy"
+    });
+    let log = container.inspect()["State"]["Health"]["Log"].clone();
+    let output = log[0]["Output"].as_str().unwrap().to_owned();
+    assert!(output.contains("exceeded timeout"), "{output}");
+    let checks = || {
+        let processes = container.sh("ps | grep -c '[s]leep 77' || true").ok();
+        processes.text().parse::<u32>().unwrap()
+    };
+    eventually("few are left", Duration::from_secs(10), || checks() <= 1);
+    container.is_removed_by_force();
+    hull.run(&["--health-interval", "1s"], &["true"])
+        .fails(125, &["no health check"]);
+    hull.assert_clean();
+}
+
+#[test]
+fn a_privileged_container_may_do_everything_in_its_guest() {
+    let hull = Hull::new();
+    let script = "mkdir /m; mount -t tmpfs x /m && echo mounted; \
+                  echo 17 >/proc/sys/vm/swappiness && cat /proc/sys/vm/swappiness; \
+                  dd if=/dev/zero of=/d bs=1M count=8 2>/dev/null; mke2fs /d >/dev/null 2>&1; \
+                  test -c /dev/net/tun && echo tunnels; grep CapEff /proc/self/status";
+    let output = hull.sh(&["--privileged"], script).ok().text();
+    assert!(output.contains("mounted\n17\ntunnels"), "{output}");
+    assert!(output.contains("1ffffffffff"), "{output}");
+    hull.sh(&[], "mount -t tmpfs x /mnt").ends(1);
+}
+
+#[test]
+fn further_options_of_docker_mean_what_they_mean_there() {
+    let hull = Hull::new();
+    let groups = hull.sh(
+        &["--group-add", "7", "--group-add", "42", "-u", "5:6"],
+        "id -G",
+    );
+    assert_eq!(groups.ok().text(), "6 7 42");
+    let labels = hull.scratch().join("labels");
+    fs::write(&labels, "# comment\na=b\n\nc=d\n").unwrap();
+    let container = hull.start(
+        &[
+            "--label-file",
+            labels.to_str().unwrap(),
+            "--stop-timeout",
+            "0",
+            "-c",
+            "512",
+        ],
+        &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"],
+    );
+    assert_eq!(container.inspect()["labels"]["c"], "d");
+    let begin = std::time::Instant::now();
+    container.does("stop").ok();
+    assert!(begin.elapsed() < Duration::from_secs(8));
+    let name = container.name.clone();
+    hull.hull([
+        "run",
+        "-d",
+        "--replace",
+        "--name",
+        &name,
+        "busybox",
+        "sleep",
+        "1000",
+    ])
+    .run()
+    .ok();
+    assert_eq!(container.state(), "running");
+    container.is_removed_by_force();
+}

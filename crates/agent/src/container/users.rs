@@ -1,4 +1,5 @@
-//! Users by name: looks up `user[:group][+group…]` in the container's own /etc/passwd and /etc/group.
+//! Users by name: looks up `user[:group][+group…]` in the container's own /etc/passwd and
+//! /etc/group.
 //!
 //! Called in the new process when its root already is the container's, so that links in those
 //! files' paths cannot lead outside. The rules are Docker's: a number need not be in the files;

@@ -196,6 +196,7 @@ fn line(event: &Event, format: &Format) -> Result<String> {
             }
         }
         EventKind::GuestFailed { reason } => line.push_str(&format!(" reason={reason:?}")),
+        EventKind::HealthStatus { status, .. } => line.push_str(&format!(" status={status}")),
         _ => {}
     }
     Ok(output::printable(&line) + "\n")
@@ -215,6 +216,7 @@ fn with_dockers_keys(event: &Event, mut object: Value) -> Value {
         EventKind::Paused { .. } => "pause",
         EventKind::Resumed { .. } => "unpause",
         EventKind::Deleted { .. } => "destroy",
+        EventKind::HealthStatus { status, .. } => &format!("health_status: {status}"),
         other => other.name(),
     };
     let (kind, id) = match container {

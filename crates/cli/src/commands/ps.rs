@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use hull_engine::container::{self, Container, EngineContainer};
 use hull_engine::error::of_image;
+use hull_engine::health::{Health, HealthStatus};
 use hull_engine::inspect::{RESTARTING, state_name};
 use hull_engine::supervise;
 use hull_engine::volumes::Source;
@@ -86,14 +87,45 @@ struct Mount {
     is_volume: bool,
 }
 
+/// What the supervisor of a container knows.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Life {
+    /// It waits to be started again.
+    restarting: bool,
+    health: Option<HealthStatus>,
+}
+
+impl Life {
+    /// Of a container of hull's own.
+    pub fn of(container: &Container) -> Self {
+        Self {
+            restarting: supervise::is_restarting(container),
+            health: Health::of(container).map(|health| health.status),
+        }
+    }
+
+    /// Docker's word for its health.
+    fn health(&self) -> &'static str {
+        self.health.map_or("none", HealthStatus::name)
+    }
+}
+
 /// Status as text: `Up 5 minutes`, `Exited (0) 2 hours ago`.
-pub fn in_words(status: &Status, created_ns: u64, restarting: bool) -> String {
+pub fn in_words(status: &Status, created_ns: u64, life: Life) -> String {
     let since = |time: Option<u64>| time::human_age(from_ns(time.unwrap_or(created_ns)));
     match (status.state, &status.exit) {
         (State::Creating | State::Created, _) => "Created".to_owned(),
-        (State::Running, _) => format!("Up {}", since(status.started_ns)),
+        (State::Running, _) => {
+            let health = match life.health {
+                Some(HealthStatus::Starting) => " (health: starting)",
+                Some(HealthStatus::Healthy) => " (healthy)",
+                Some(HealthStatus::Unhealthy) => " (unhealthy)",
+                None => "",
+            };
+            format!("Up {}{health}", since(status.started_ns))
+        }
         (State::Paused, _) => format!("Up {} (Paused)", since(status.started_ns)),
-        (State::Stopped, Some(exit)) if restarting => {
+        (State::Stopped, Some(exit)) if life.restarting => {
             format!(
                 "Restarting ({}) {} ago",
                 exit.status,
@@ -118,7 +150,7 @@ struct Row {
     command: Vec<String>,
     created_ns: u64,
     status: RowStatus,
-    restarting: bool,
+    life: Life,
     machine: String,
     labels: BTreeMap<String, String>,
     volumes: Vec<String>,
@@ -152,7 +184,7 @@ impl std::ops::Deref for RowStatus {
 impl Row {
     /// Docker's name for its state.
     fn state(&self) -> &'static str {
-        match self.restarting {
+        match self.life.restarting {
             true => RESTARTING,
             false => state_name(self.status.state),
         }
@@ -160,7 +192,7 @@ impl Row {
 
     fn own(container: Container) -> Self {
         let directory = container.path();
-        let restarting = supervise::is_restarting(&container);
+        let life = Life::of(&container);
         let record = container.record;
         let details = record.details;
         let volumes = details.options.iter().flat_map(|options| &options.volumes);
@@ -188,7 +220,7 @@ impl Row {
             command: record.command,
             created_ns: record.created_ns,
             status: RowStatus(container.status),
-            restarting,
+            life,
             machine: details.machine,
             labels: details.labels,
             volumes: details.volumes,
@@ -288,7 +320,7 @@ pub fn execute(args: Args) -> Result<u8> {
     }
     rows.retain(|row| {
         let state = row.status.state;
-        let up = matches!(state, State::Running | State::Paused) || row.restarting;
+        let up = matches!(state, State::Running | State::Paused) || row.life.restarting;
         (all || up) && filters.select(row)
     });
     rows.truncate(last.unwrap_or(usize::MAX));
@@ -336,7 +368,7 @@ fn listed(row: &Row) -> Listed<'_> {
         command: &row.command,
         created: time::format_rfc3339(from_ns(row.created_ns)),
         state: row.state(),
-        status: in_words(&row.status, row.created_ns, row.restarting),
+        status: in_words(&row.status, row.created_ns, row.life),
         exit: row.status.exit.as_ref(),
         machine: &row.machine,
         labels: &row.labels,

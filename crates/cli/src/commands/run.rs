@@ -138,7 +138,12 @@ pub struct ContainerArgs {
     #[arg(short = 'c', long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(2..=262_144))]
     cpu_shares: Option<u64>,
     /// How gladly its processes are killed for lack of memory
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(-1000..=1000), allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        value_parser = clap::value_parser!(i32).range(-1000..=1000),
+        allow_negative_numbers = true
+    )]
     oom_score_adj: Option<i32>,
     /// Most processes at a time; -1 for no limit
     #[arg(long, value_name = "NUMBER", value_parser = values::pids_limit, allow_negative_numbers = true)]

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::{NEVER, RESTARTING, host_config, list, network, set, state_name};
 use crate::config::Config;
 use crate::container::{Any, Details};
+use crate::health::Health;
 use crate::options::RunOptions;
 use crate::paths::Paths;
 use crate::spec::{DEFAULT_PATH, keep_last_of_each};
@@ -30,6 +31,7 @@ pub(super) struct Known<'a> {
     pub status: &'a Status,
     /// It waits to be started again.
     pub restarting: bool,
+    pub health: Option<Health>,
     /// Its OCI configuration; `null` before its first start.
     pub spec: Value,
 }
@@ -71,6 +73,10 @@ pub fn container(config: &Config, container: &Any) -> Value {
         restarting: match container {
             Any::Own(own) => supervise::is_restarting(own),
             Any::Engine(_) => false,
+        },
+        health: match container {
+            Any::Own(own) => Health::of(own),
+            Any::Engine(_) => None,
         },
         spec,
     };
@@ -137,7 +143,7 @@ impl Known<'_> {
         let at = |ns: u64| time::format_rfc3339(i128::from(ns));
         let ended = exit.as_ref().filter(|_| *state == State::Stopped);
         let processes = self.status.processes;
-        json!({
+        let mut object = json!({
             "Status": match self.restarting {
                 true => RESTARTING,
                 false => state_name(*state),
@@ -156,7 +162,23 @@ impl Known<'_> {
             "Error": ended.and_then(|exit| exit.reason.clone()).unwrap_or_default(),
             "StartedAt": self.status.started_ns.map_or_else(|| NEVER.to_owned(), at),
             "FinishedAt": exit.as_ref().map_or_else(|| NEVER.to_owned(), |exit| at(exit.at_ns)),
-        })
+        });
+        if let Some(health) = &self.health {
+            let log = health.log.iter().map(|probe| {
+                json!({
+                    "Start": at(probe.start_ns),
+                    "End": at(probe.end_ns),
+                    "ExitCode": probe.exit,
+                    "Output": probe.output,
+                })
+            });
+            object["Health"] = json!({
+                "Status": health.status.name(),
+                "FailingStreak": health.failing_streak,
+                "Log": log.collect::<Vec<_>>(),
+            });
+        }
+        object
     }
 
     fn config(&self) -> Value {
@@ -196,6 +218,7 @@ impl Known<'_> {
             "Env": self.environment(),
             "Cmd": list(command),
             "Image": self.details.image,
+            "Healthcheck": self.options.health,
             "Volumes": set(image.volumes.iter().cloned()),
             "WorkingDir": options.directory.as_ref().unwrap_or(&image.workdir),
             "Entrypoint": list(entrypoint),

@@ -193,7 +193,18 @@ fn create_private(path: &Path) -> io::Result<()> {
 /// # Errors
 /// Something in it cannot be removed.
 pub fn remove_all(path: &Path) -> Result<()> {
-    unless_missing(fs::remove_dir_all(path)).context(|| format!("remove {}", path.display()))
+    /// Another process may be writing its last word into it.
+    const ATTEMPTS: u32 = 16;
+    let mut attempt = 1;
+    let removed = loop {
+        match unless_missing(fs::remove_dir_all(path)) {
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempt < ATTEMPTS => {
+                attempt += 1;
+            }
+            removed => break removed,
+        }
+    };
+    removed.context(|| format!("remove {}", path.display()))
 }
 
 /// What is gone already is as good as removed.

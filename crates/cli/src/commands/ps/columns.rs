@@ -79,10 +79,7 @@ pub fn fields(row: &Row, no_trunc: bool) -> format::Row {
         .field("Command", command(row, no_trunc))
         .field("CreatedAt", time::format_list(from_ns(row.created_ns)))
         .field("RunningFor", age(row))
-        .field(
-            "Status",
-            in_words(&row.status, row.created_ns, row.restarting),
-        )
+        .field("Status", in_words(&row.status, row.created_ns, row.life))
         .field("State", row.state())
         .field("Ports", ports(row))
         .labels(&row.labels)
@@ -116,7 +113,7 @@ pub fn table(rows: &[Row], no_trunc: bool, engines: bool, with_size: bool) -> Ta
             row.image.clone(),
             command(row, no_trunc),
             age(row),
-            in_words(&row.status, row.created_ns, row.restarting),
+            in_words(&row.status, row.created_ns, row.life),
             ports(row),
             match engines {
                 true => row.engine.clone(),

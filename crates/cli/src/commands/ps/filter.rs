@@ -22,6 +22,7 @@ pub enum Filter {
     Label(String, Option<String>),
     Ancestor(String),
     Exited(i32),
+    Health(&'static str),
     Before(String),
     Since(String),
     Network(String),
@@ -57,13 +58,16 @@ impl Ports {
     }
 }
 
+/// The states that `--filter health=` knows.
+const HEALTH: [&str; 4] = ["starting", "healthy", "unhealthy", "none"];
+
 /// The states that `--filter status=` knows.
 pub const STATES: [&str; 5] = ["created", "running", "paused", "restarting", "exited"];
 
 /// The keys of filters.
-pub const KEYS: [&str; 12] = [
-    "id", "name", "status", "label", "ancestor", "exited", "before", "since", "network", "volume",
-    "publish", "expose",
+pub const KEYS: [&str; 13] = [
+    "id", "name", "status", "label", "ancestor", "exited", "health", "before", "since", "network",
+    "volume", "publish", "expose",
 ];
 
 impl Filter {
@@ -100,6 +104,15 @@ impl Filter {
                     .parse()
                     .map_err(|_| format!("invalid filter {text:?}: {value:?} is no exit code"))?,
             ),
+            "health" => {
+                let state = HEALTH.into_iter().find(|state| *state == value);
+                Filter::Health(state.ok_or_else(|| {
+                    format!(
+                        "invalid filter {text:?}: {value:?} is none of {}",
+                        HEALTH.join(", ")
+                    )
+                })?)
+            }
             "before" => Filter::Before(value.to_owned()),
             "since" => Filter::Since(value.to_owned()),
             // As `--network` calls it.
@@ -191,6 +204,7 @@ impl Filters {
                 name.is_match(&row.name) || name.is_match(&format!("/{}", row.name))
             }
             Filter::Status(state) => row.state() == *state,
+            Filter::Health(state) => row.life.health() == *state,
             Filter::Label(name, value) => row
                 .labels
                 .get(name)

@@ -1,6 +1,5 @@
 //! `hull system df`.
 
-use hull_engine::supervise;
 use hull_engine::time;
 use hull_engine::usage::{self, ContainerUsage, ImageUsage, Usage, VolumeUsage};
 use hull_engine::volumes::Source;
@@ -189,7 +188,7 @@ fn containers_table(containers: &[ContainerUsage]) -> Table {
             ps::in_words(
                 &container.status,
                 record.created_ns,
-                supervise::is_restarting(container),
+                ps::Life::of(container),
             ),
             record.details.name.clone(),
         ]);
