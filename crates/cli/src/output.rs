@@ -97,6 +97,26 @@ impl Write for Stdout {
     }
 }
 
+/// Standard output for a stream of bytes. A closed pipe ends the process without a message.
+#[derive(Debug)]
+pub struct Stream;
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = io::stdout().lock().write(bytes);
+        if let Err(error) = &written
+            && error.kind() == io::ErrorKind::BrokenPipe
+        {
+            closed_pipe_ends(error.kind().into())?;
+        }
+        written
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().lock().flush().or_else(closed_pipe_ends)
+    }
+}
+
 /// Exits if `error` is a closed pipe.
 fn closed_pipe_ends(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::BrokenPipe {

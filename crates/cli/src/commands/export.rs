@@ -8,6 +8,7 @@ use hull_engine::changes;
 
 use super::config_for_root;
 use crate::error::{Context, Error, Result};
+use crate::output::Stream;
 
 /// Arguments of `export`.
 #[derive(Debug, clap::Args)]
@@ -25,12 +26,11 @@ pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     match &args.output {
         None => {
-            let stdout = std::io::stdout();
-            if stdout.is_terminal() {
+            if std::io::stdout().is_terminal() {
                 return Err(Error::new("an archive is not written to a terminal")
                     .hint("hull export -o FILE CONTAINER"));
             }
-            changes::export(&paths, &args.container, stdout.lock())?;
+            changes::export(&paths, &args.container, Stream)?;
         }
         Some(path) => {
             let file = File::create(path).context(|| format!("create {}", path.display()))?;

@@ -135,7 +135,12 @@ pub struct ContainerArgs {
     #[arg(long, value_name = "NUMBER", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
     /// Part of the CPUs when others want them, too: 1024 is what all have
-    #[arg(short = 'c', long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(2..=262_144))]
+    #[arg(
+        short = 'c',
+        long,
+        value_name = "NUMBER",
+        value_parser = clap::value_parser!(u64).range(2..=262_144)
+    )]
     cpu_shares: Option<u64>,
     /// How gladly its processes are killed for lack of memory
     #[arg(
