@@ -15,6 +15,14 @@ mod forward;
 mod resolver;
 
 pub use forward::Forwarder;
+
+/// Serves a guest's questions by a name server in the namespace, for the fuzz targets.
 #[cfg(fuzzing)]
-pub use resolver::serve as relay_names;
+pub async fn relay_names(
+    namespace: hull_network::Namespace,
+    questions: impl tokio::io::AsyncRead + Unpin,
+    answers: impl tokio::io::AsyncWrite + Unpin + Send + 'static,
+) -> std::io::Result<()> {
+    resolver::serve(NameServer::Docker(namespace), questions, answers).await
+}
 pub use resolver::{NameServer, Resolver, bring};
