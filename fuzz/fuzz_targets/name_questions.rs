@@ -1,7 +1,7 @@
 //! DNS queries of a guest in a network of hull's own: their question, and hull's answers to it.
 //!
-//! Looks for panics, for answers to what is no query, and for answers that are longer than the query
-//! and its addresses make them.
+//! Looks for panics, for answers to what is no query, and for answers that are longer than the
+//! query and its addresses make them.
 #![no_main]
 
 use std::net::IpAddr;

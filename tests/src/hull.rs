@@ -13,7 +13,9 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{Invocation, Lack, Output, Person, cgroup, executable, leaks, network, repository};
+use crate::{
+    Invocation, Lack, Output, Person, cgroup, executable, leaks, network, repository, runtime,
+};
 
 /// Differences from the default [`Hull`].
 #[derive(Default)]
@@ -172,6 +174,19 @@ impl Hull {
             .env("HULL_CONFIG", self.path("config.toml"))
             .args(arguments)
             .limit(self.limit())
+    }
+
+    /// A command that calls buildah, whose images are this installation's.
+    pub fn with_buildah(&self, invocation: Invocation) -> Invocation {
+        runtime::needs(&["buildah"]);
+        let path = self.path("storage.conf");
+        let images = self.path("buildah");
+        let text = format!(
+            "[storage]\ndriver = \"vfs\"\ngraphroot = \"{0}\"\nrunroot = \"{0}-run\"\n",
+            images.display()
+        );
+        fs::write(&path, text).unwrap();
+        invocation.env("CONTAINERS_STORAGE_CONF", path)
     }
 
     /// `hull run --rm [OPTIONS] busybox COMMAND`, run until it exits.

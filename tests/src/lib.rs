@@ -48,7 +48,7 @@ pub use programs::{
     tcp_echo_program, udp_echo_program, unix_client_program, watch_program,
 };
 pub use registry::{Fault, Registry};
-pub use runtime::Runtime;
+pub use runtime::{Runtime, needs};
 pub use terminal::{Console, Terminal};
 
 use std::fs::OpenOptions;

@@ -159,7 +159,7 @@ pub(crate) fn problems(
 ///
 /// # Panics
 /// Without root, or if one of the programs is missing: `make test` installs them.
-pub(crate) fn needs(programs: &[&str]) {
+pub fn needs(programs: &[&str]) {
     assert!(
         rustix::process::geteuid().is_root(),
         "hull runs containers as root only, for now"

@@ -76,6 +76,8 @@ pub enum Command {
     Export(export::Args),
     /// Make an image of a container
     Commit(commit::Args),
+    /// Build an image from a Dockerfile
+    Build(Box<build::Args>),
     /// Manage images
     Image(image::Args),
     /// Store a user name and a password for a registry, where docker and podman find them too
@@ -86,7 +88,7 @@ pub enum Command {
     Volume(volume::Args),
     /// Manage networks, in which containers find each other by their names
     Network(network::Args),
-    /// Remove all containers that do not run
+    /// Remove all containers that do not run, or ask for one
     Container(container::Args),
     /// Show what there is on this host: containers, images, machines
     Info(info::Args),
@@ -145,6 +147,7 @@ impl Command {
             Command::Network(args) => network::execute(args),
             Command::Volume(args) => volume::execute(args),
             Command::Container(args) => container::execute(args),
+            Command::Build(args) => build::execute(*args),
             Command::Image(args) => image::execute(args),
             Command::Info(args) => info::execute(args),
             Command::System(args) => system::execute(args),
@@ -231,7 +234,7 @@ mod tests {
             ("hull run -it i", "interactive: true, tty: true"),
             (
                 "hull run -dit i",
-                "detach: true, timings: false, detach_keys: None, container: ContainerArgs { interactive: true, tty: true",
+                "detach: true, timings: false, attach: [], sig_proxy: true, detach_keys: None, container: ContainerArgs { interactive: true, tty: true",
             ),
             ("hull run -e A=1 --env B=2 i", r#"env: ["A=1", "B=2"]"#),
             ("hull run -eA=1 i", r#"env: ["A=1"]"#),
@@ -493,7 +496,7 @@ mod tests {
             ("hull psuh x", "hull --help"),
             ("hull kil c", "hull --help"),
             ("hull image pul x", "did you mean hull image pull?"),
-            ("hull image build x", "build with podman or docker"),
+            ("hull buildx ls", "hull build builds"),
             (
                 "hull run --memroy 1g i",
                 "did you mean --memory? hull run --help",

@@ -9,7 +9,7 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 17] = [
+const ALIASES: [(&[&str], &[&str]); 20] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
@@ -19,6 +19,9 @@ const ALIASES: [(&[&str], &[&str]); 17] = [
     (&["push"], &["image", "push"]),
     (&["save"], &["image", "save"]),
     (&["load"], &["image", "load"]),
+    (&["image", "build"], &["build"]),
+    (&["buildx", "build"], &["build"]),
+    (&["builder", "build"], &["build"]),
     (&["ls"], &["ps"]),
     (&["list"], &["ps"]),
     (&["container", "ls"], &["ps"]),
@@ -33,18 +36,11 @@ const ALIASES: [(&[&str], &[&str]); 17] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 21] = [
-    (
-        "build",
-        "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
-    ),
-    (
-        "buildx",
-        "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
-    ),
+const COMMANDS: [(&str, &str); 20] = [
+    ("buildx", "hull build builds an image from a Dockerfile"),
     (
         "builder",
-        "build with podman or docker, save the image to a file, then: hull run docker-archive:FILE",
+        "buildah keeps the layers of builds: buildah rmi --prune",
     ),
     (
         "compose",
@@ -85,7 +81,7 @@ const COMMANDS: [(&str, &str); 21] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 34] = [
+const OPTIONS: [(&str, &str); 26] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -130,14 +126,6 @@ const OPTIONS: [(&str, &str); 34] = [
         "hull inspect shows the processes of a container's machine",
     ),
     ("--domainname", "--hostname NAME.DOMAIN"),
-    ("--annotation", "--label KEY=VALUE"),
-    ("--attach", "hull run shows all output; -i passes input on"),
-    ("-a", "hull run shows all output; -i passes input on"),
-    ("--sig-proxy", "signals are passed on"),
-    (
-        "--memory-swap",
-        "machines have no swap: --memory is the limit",
-    ),
     (
         "--memory-swappiness",
         "machines have no swap: --memory is the limit",
@@ -147,7 +135,6 @@ const OPTIONS: [(&str, &str); 34] = [
     ("--oom-kill-disable", "--memory is the limit"),
     ("--cpu-quota", "--cpus NUMBER"),
     ("--cpu-period", "--cpus NUMBER"),
-    ("--cpuset-cpus", "--cpus NUMBER"),
     ("--cpuset-mems", "--cpus NUMBER"),
     (
         "--blkio-weight",
@@ -155,14 +142,6 @@ const OPTIONS: [(&str, &str); 34] = [
     ),
     ("--runtime", "--machine KIND"),
     ("--isolation", "--machine KIND"),
-    (
-        "--log-driver",
-        "the output is kept for hull logs; log_size in the configuration",
-    ),
-    (
-        "--log-opt",
-        "the output is kept for hull logs; log_size in the configuration",
-    ),
     ("--disable-content-trust", "give a digest: NAME@sha256:…"),
     ("--systemd", "the container's command is process 1"),
 ];
@@ -181,7 +160,7 @@ pub fn rewrite(mut arguments: Vec<OsString>) -> Vec<OsString> {
     });
     if let Some((typed, meant)) = alias {
         arguments.splice(1..=typed.len(), meant.iter().map(OsString::from));
-    } else if is(1, "container") && arguments.len() > 2 && !is(2, "prune") {
+    } else if is(1, "container") && arguments.len() > 2 && !is(2, "prune") && !is(2, "exists") {
         arguments.remove(1);
     }
     match arguments
@@ -339,6 +318,7 @@ mod tests {
             ("hull save -o f a", "hull image save -o f a"),
             ("hull push -q a", "hull image push -q a"),
             ("hull load -i f", "hull image load -i f"),
+            ("hull buildx build .", "hull build ."),
             ("hull container ls -a", "hull ps -a"),
             ("hull container rm -f x", "hull rm -f x"),
             (

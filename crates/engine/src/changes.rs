@@ -231,10 +231,8 @@ fn defaults(options: &RunOptions, image: &ImageConfig) -> ImageConfig {
     let text = |word: &std::ffi::OsString| word.to_string_lossy().into_owned();
     let mut config = image.clone();
     if let Some(entrypoint) = &options.entrypoint {
-        config.entrypoint = match entrypoint.is_empty() {
-            true => Vec::new(),
-            false => vec![text(entrypoint)],
-        };
+        let words = spec::entrypoint_words(entrypoint);
+        config.entrypoint = words.iter().map(text).collect();
         // That of the image was for another entry point.
         config.cmd = Vec::new();
     }

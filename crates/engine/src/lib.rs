@@ -9,6 +9,7 @@
 //! container.
 
 pub mod attach;
+pub mod build;
 pub mod changes;
 pub mod config;
 pub mod container;

@@ -17,6 +17,8 @@ use crate::time::{self, UnixNanos};
 pub struct Lines {
     since: Option<UnixNanos>,
     timestamps: bool,
+    /// What lines begin with, before their times.
+    pub prefix: String,
     /// Lines that are not shown.
     pub skip: usize,
     /// Lines begun so far.
@@ -37,6 +39,7 @@ impl Lines {
         Lines {
             since,
             timestamps,
+            prefix: String::new(),
             skip: 0,
             begun: 0,
             streams: Default::default(),
@@ -68,6 +71,9 @@ impl Lines {
             if !line.open {
                 self.begun += 1;
                 line.shown = self.begun > self.skip;
+                if line.shown {
+                    text.extend_from_slice(self.prefix.as_bytes());
+                }
                 if line.shown && self.timestamps {
                     text.extend_from_slice(time::format_rfc3339(i128::from(entry.time)).as_bytes());
                     text.push(b' ');

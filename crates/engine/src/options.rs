@@ -17,7 +17,7 @@ use crate::publish;
 use crate::run::check_length;
 use crate::spec;
 use crate::spec::seccomp::{Profile, Seccomp};
-use crate::values::{Machine, Restart, SecurityOption, Ulimit};
+use crate::values::{CpuList, LogOptions, Machine, Restart, SecurityOption, Ulimit};
 use crate::volumes::{self, Source, Tmpfs, Volume};
 
 /// What a user asks for.
@@ -78,8 +78,16 @@ pub struct RunOptions {
     pub stop_signal: Option<String>,
     /// Labels.
     pub labels: Vec<(String, String)>,
+    /// For programs that read its specification.
+    pub annotations: Vec<(String, String)>,
+    /// What is kept of its output.
+    pub log: LogOptions,
     /// Memory limit, bytes; 0 for none.
     pub memory: Option<u64>,
+    /// What `memory` may be together with swap of the host, bytes; -1 for all that there is.
+    pub memory_swap: Option<i64>,
+    /// Processors of the host that it is to stay on; all when empty.
+    pub host_cpus: CpuList,
     /// Processors, in thousandths; 0 for no limit.
     pub cpus_milli: Option<u64>,
     /// Most processes.
@@ -153,6 +161,20 @@ impl RunOptions {
                 check_host_path(path)?;
             }
         }
+        if let Some(both) = self.memory_swap.filter(|both| *both > 0) {
+            let memory = self.memory.filter(|memory| *memory > 0);
+            let problem = match memory {
+                None => Some("it needs --memory"),
+                Some(memory) if both.unsigned_abs() < memory => {
+                    Some("memory and swap together are less than --memory")
+                }
+                Some(_) => None,
+            };
+            if let Some(problem) = problem {
+                return Err(Error::invalid(format!("--memory-swap: {problem}")));
+            }
+        }
+        self.host_cpus.check()?;
         if let Some(milli) = self.cpus_milli {
             let available = std::thread::available_parallelism().map_or(1, usize::from);
             if milli > available as u64 * 1000 {

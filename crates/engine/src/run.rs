@@ -19,6 +19,7 @@ use std::path::Path;
 
 use hull_image::Image;
 use hull_machine::Choice;
+use hull_sandbox::cgroup::Bounds;
 use hull_sandbox::config::{
     CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NamesConfig, NetworkConfig,
     SandboxConfig,
@@ -329,6 +330,18 @@ impl<'a> Run<'a> {
         })))
     }
 
+    /// The most that a machine may take of the host.
+    fn bounds(&self, machine: &MachineConfig) -> Bounds {
+        let mut bounds = machine.bounds();
+        bounds.host_cpus.clone_from(&self.options.host_cpus.0);
+        bounds.swap = match (self.options.memory_swap, self.options.memory) {
+            (Some(..=0), _) => Some(u64::MAX),
+            (Some(both @ 1..), Some(memory)) => Some(both.unsigned_abs().saturating_sub(memory)),
+            _ => None,
+        };
+        bounds
+    }
+
     fn sandbox(&self, place: &Place) -> Result<SandboxConfig> {
         let cgroup = match &self.config.cgroup_parent {
             Some(parent) => CgroupConfig::Own {
@@ -340,7 +353,7 @@ impl<'a> Run<'a> {
             machine: place.machine.clone(),
             hostname: self.short_id().to_owned(),
             cgroup,
-            bounds: place.machine.bounds(),
+            bounds: self.bounds(&place.machine),
             core_scheduling: self.config.core_sched,
             disks: Vec::new(),
             end: EndPolicy::LastContainer,

@@ -3,13 +3,16 @@
 //! and says what is wrong with it. Called by the argument parser and by the configuration; touches
 //! nothing outside of its argument.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::error::Context;
 use crate::exact;
 
 /// Machine kind as asked for.
@@ -251,6 +254,131 @@ pub fn cpus(text: &str) -> Result<u64, String> {
         .ok_or_else(|| {
             format!("invalid number of CPUs {text:?}: give a number from 0.01, like 1.5")
         })
+}
+
+/// Memory together with swap, bytes; -1 for no limit of swap.
+pub fn memory_swap(text: &str) -> Result<i64, String> {
+    if text == "-1" {
+        return Ok(-1);
+    }
+    i64::try_from(size(text)?).map_err(|_| format!("{text} is too large"))
+}
+
+/// Processors of the host, by their numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CpuList(pub Vec<u32>);
+
+/// Processors that `sched_setaffinity` takes (rustix's set, as the C library's).
+const MOST_CPUS: u32 = 1024;
+
+impl CpuList {
+    /// Finds out whether the host lets this process use them all.
+    ///
+    /// # Errors
+    /// One is not there.
+    pub fn check(&self) -> crate::error::Result<()> {
+        let allowed = rustix::thread::sched_getaffinity(None)
+            .context(|| "ask for the processors of the host")?;
+        match self.0.iter().find(|cpu| !allowed.is_set(**cpu as usize)) {
+            None => Ok(()),
+            Some(missing) => {
+                let there: Vec<u32> = (0..MOST_CPUS)
+                    .filter(|cpu| allowed.is_set(*cpu as usize))
+                    .collect();
+                Err(crate::error::Error::invalid(format!(
+                    "--cpuset-cpus: there is no processor {missing}; there are {}",
+                    CpuList(there)
+                )))
+            }
+        }
+    }
+}
+
+/// As the kernel writes it: `0-3,7`.
+impl fmt::Display for CpuList {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for run in self.0.chunk_by(|one, next| one + 1 == *next) {
+            match run {
+                [one] => write!(formatter, "{separator}{one}")?,
+                [first, .., last] => write!(formatter, "{separator}{first}-{last}")?,
+                [] => {}
+            }
+            separator = ",";
+        }
+        Ok(())
+    }
+}
+
+/// A list of processors: `0-3,7`.
+pub fn cpu_list(text: &str) -> Result<CpuList, String> {
+    let failed = || format!("invalid processors {text:?}: give numbers, like 0-3 or 0,2");
+    let number = |text: &str| -> Result<u32, String> {
+        let number = text.trim().parse().map_err(|_| failed())?;
+        match number < MOST_CPUS {
+            true => Ok(number),
+            false => Err(failed()),
+        }
+    };
+    let mut cpus = BTreeSet::new();
+    for part in text.split(',').filter(|_| !text.is_empty()) {
+        let (first, last) = match part.split_once('-') {
+            Some((first, last)) => (number(first)?, number(last)?),
+            None => (number(part)?, number(part)?),
+        };
+        if first > last {
+            return Err(failed());
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(CpuList(cpus.into_iter().collect()))
+}
+
+/// What is kept of a container's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogOptions {
+    /// Nothing.
+    pub off: bool,
+    /// Most bytes; as the configuration says if absent.
+    pub max_size: Option<u64>,
+}
+
+/// Docker's name of a way to keep output: whether it is kept.
+pub fn log_driver(text: &str) -> Result<bool, String> {
+    match text {
+        "" | "json-file" | "local" => Ok(true),
+        "none" => Ok(false),
+        _ => Err(format!(
+            "not supported: log driver {text:?}; hull keeps output itself (json-file, local) or \
+             not (none)"
+        )),
+    }
+}
+
+/// An option of the log: `max-size=10m`, its size in bytes.
+pub fn log_option(text: &str) -> Result<u64, String> {
+    match text.split_once('=') {
+        Some(("max-size", value)) => match size(value)? {
+            0 => Err("max-size: a log has a size; --log-driver none keeps none".to_owned()),
+            size => Ok(size),
+        },
+        _ => Err(format!(
+            "not supported: log option {text:?}; there is max-size=SIZE"
+        )),
+    }
+}
+
+/// A stream of the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StreamName {
+    /// Standard input.
+    Stdin,
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
 }
 
 /// As Docker takes `--name "$NAME"`: an empty text is as none, and others are checked.

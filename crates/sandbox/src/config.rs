@@ -82,6 +82,8 @@ impl MachineConfig {
         let own = backend.own_memory().saturating_add(HOST_OVERHEAD);
         Bounds {
             memory: Some(self.memory.saturating_add(own)),
+            swap: None,
+            host_cpus: Vec::new(),
             processes: Some(processes.saturating_add(HOST_PROCESSES)),
             cpus: Some(self.cpus.saturating_add(DEVICE_CPUS)),
         }
@@ -380,7 +382,7 @@ pub enum Stdio {
         terminal: bool,
         /// Standard input is open until its first client goes; with a terminal, for ever.
         stdin: bool,
-        /// Most bytes of the log, which is in the container's directory.
+        /// Most bytes of the log, which is in the container's directory; 0 for no log.
         log_limit: u64,
     },
 }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use hull_jail::CapabilitySet;
 use rustix::mount::{MountPropagationFlags, mount_change};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{CpuSet, UnshareFlags, sched_setaffinity, unshare_unsafe};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast::error::RecvError;
 
@@ -47,6 +47,7 @@ pub fn run(path: &SandboxPath, first: OwnedFd) -> Result<()> {
     };
     let dir = SandboxDir::adopt(path, File::from(lock))?;
     enter_mount_namespace()?;
+    stay_on(&config.bounds.host_cpus)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -84,6 +85,21 @@ pub fn enter_mount_namespace() -> Result<()> {
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .context(|| "make the mount namespace private")
+}
+
+/// Keeps this process, and what it starts from now on, on some of the host's processors.
+///
+/// # Errors
+/// The host has none of them.
+fn stay_on(cpus: &[u32]) -> Result<()> {
+    if cpus.is_empty() {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu as usize);
+    }
+    sched_setaffinity(None, &set).context(|| "keep the machine on processors of the host")
 }
 
 /// Takes from this process what it needs no more when its machine runs.

@@ -232,7 +232,7 @@ impl Sandbox {
         if config.core_scheduling {
             core_scheduling::isolate(processes.guest())?;
         }
-        let (cgroup, bounds) = (config.cgroup.clone(), config.bounds);
+        let (cgroup, bounds) = (config.cgroup.clone(), config.bounds.clone());
         let directory = dir.path().directory();
         let confining = tokio::task::spawn_blocking(move || {
             cgroup::machine::confine(&cgroup, &bounds, &directory, processes)

@@ -435,7 +435,7 @@ impl Making<'_> {
         if limits::memory(self.resources()).is_some() {
             wanted.bounds.memory = None;
         }
-        self.record.details.bounds = Some(wanted.bounds);
+        self.record.details.bounds = Some(wanted.bounds.clone());
         self.record.details.memory = memory.unwrap_or_default();
         self.stored.store(&self.record)?;
         wanted.cgroup = CgroupConfig::JoinMachine(self.record.details.groups.directories.clone());

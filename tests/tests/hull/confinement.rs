@@ -241,7 +241,7 @@ fn a_layer_is_unpacked_by_a_process_confined_as_documented() {
     let (pid, _) = unpacking.unwrap();
     is_confined_as_documented("unpack", pid, 0);
     // Nothing above the layer can be reached from there.
-    let root = fs::metadata(format!("/proc/{pid}/fd/3")).unwrap();
+    let root = fs::metadata(format!("/proc/{pid}/fd/4")).unwrap();
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
         // Closed meanwhile, or of /proc.
         let Ok(target) = fs::read_link(entry.path()) else {

@@ -129,3 +129,42 @@ fn half_a_processor_takes_twice_the_time() {
     let share = (used() - before) / begin.elapsed().as_micros() as f64;
     assert!(share > 0.25 && share < 0.65, "{share:.2} of a processor");
 }
+
+#[test]
+fn a_machine_stays_on_the_processors_of_the_host_that_it_is_given() {
+    let hull = Hull::new();
+    let container = hull.start(
+        &["--cpuset-cpus", "0", "--memory-swap", "-1"],
+        &["sleep", "1000"],
+    );
+    for process in ["machine", "sandbox"] {
+        let pid = container.host_process(process).as_raw_nonzero();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(
+            status.contains("Cpus_allowed_list:\t0\n"),
+            "{process}: {status}"
+        );
+    }
+    let asked = container.inspect()["HostConfig"].clone();
+    assert_eq!(asked["CpusetCpus"], "0");
+    assert_eq!(asked["MemorySwap"], -1);
+    container.is_removed_by_force();
+    for (options, said) in [
+        (
+            vec!["--cpuset-cpus", "1000"],
+            "--cpuset-cpus: there is no processor 1000; there are 0",
+        ),
+        (vec!["--cpuset-cpus", "2-1"], "invalid processors \"2-1\""),
+        (
+            vec!["--memory-swap", "64m"],
+            "--memory-swap: it needs --memory",
+        ),
+        (
+            vec!["-m", "64m", "--memory-swap", "32m"],
+            "memory and swap together are less than --memory",
+        ),
+    ] {
+        hull.run(&options, &["true"]).fails(125, &[said]);
+    }
+    hull.assert_clean();
+}

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod builds;
 mod changes;
 mod check_config;
 mod confinement;

@@ -311,3 +311,69 @@ fn a_container_is_removed_although_somebody_does_not_read_its_output() {
     reader.wait().unwrap();
     hull.assert_clean();
 }
+
+#[test]
+fn output_is_kept_as_asked_for() {
+    let hull = Hull::new();
+    let silent = hull.start(&["--log-driver", "none"], &["echo", "unseen"]);
+    assert_eq!(silent.wait(), 0);
+    silent
+        .does("logs")
+        .fails(1, &["nothing is kept of the output", "--log-driver none"]);
+    assert_eq!(silent.inspect()["HostConfig"]["LogConfig"]["Type"], "none");
+    let id = silent.inspect()["id"].as_str().unwrap().to_owned();
+    let log = hull.path("data/containers").join(id).join("log");
+    assert!(!log.exists());
+
+    let options = ["--log-driver", "json-file", "--log-opt", "max-size=20k"];
+    let short = hull.start(&options, &["seq", "1", "100000"]);
+    assert_eq!(short.wait(), 0);
+    let output = short.does("logs").ok();
+    assert!(output.error().contains("the beginning is lost"));
+    assert!(output.text().ends_with("\n100000"));
+    hull.run(&["--log-driver", "syslog"], &["true"])
+        .fails(125, &["not supported: log driver \"syslog\""]);
+    hull.run(&["--log-opt", "max-file=3"], &["true"])
+        .fails(125, &["not supported: log option \"max-file=3\""]);
+}
+
+#[test]
+fn run_attaches_what_it_is_told_to() {
+    let hull = Hull::new();
+    let run = |options: &[&str]| {
+        let cat = if options.contains(&"-i") {
+            "cat"
+        } else {
+            "true"
+        };
+        let script = format!("echo output; echo error >&2; {cat}");
+        let run = [&["run", "--rm"], options, &["busybox", "sh", "-c", &script]];
+        hull.hull(run.concat()).input("input\n").run().ok()
+    };
+    let both = run(&["-i", "-a", "stdin", "-a", "STDOUT"]);
+    assert_eq!(both.text(), "output\ninput");
+    assert_eq!(both.error(), "");
+    let error = run(&["--attach", "stderr"]);
+    assert_eq!(
+        (error.text(), error.error().trim()),
+        (String::new(), "error")
+    );
+    // Docker's answer when no output is wanted.
+    let id = run(&["-i", "-a", "stdin"]).text();
+    assert!(id.len() == 64 && !id.contains('\n'), "{id}");
+    hull.run(&["-d", "-a", "stdout"], &["true"])
+        .fails(125, &["--attach", "--detach"]);
+    hull.assert_clean();
+}
+
+#[test]
+fn annotations_are_in_the_specification() {
+    let hull = Hull::new();
+    let options = ["--annotation", "com.example/a=b=c", "--annotation", "d"];
+    let container = hull.start(&options, &["true"]);
+    let annotations = &container.inspect()["HostConfig"]["Annotations"];
+    assert_eq!(
+        *annotations,
+        serde_json::json!({"com.example/a": "b=c", "d": ""})
+    );
+}

@@ -7,13 +7,13 @@ use hull_tests::{Hull, on_every_machine};
 on_every_machine!(containers_of_a_network_find_each_other_by_their_names);
 
 /// A network with a name of its own on this host; removed when this is dropped.
-struct Net<'a> {
+pub(super) struct Net<'a> {
     hull: &'a Hull,
-    name: String,
+    pub(super) name: String,
 }
 
 impl<'a> Net<'a> {
-    fn create(hull: &'a Hull, options: &[&str]) -> Self {
+    pub(super) fn create(hull: &'a Hull, options: &[&str]) -> Self {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // What hull chooses is free for one installation; tests have many.

@@ -3,6 +3,7 @@
 
 mod bridge;
 mod cni;
+mod compose;
 mod container;
 mod created;
 mod filter;

@@ -16,6 +16,10 @@ pub struct Args {
     /// Leave the container's standard input alone
     #[arg(long)]
     no_stdin: bool,
+    /// Pass signals for this command on to the container
+    #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set,
+          num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    sig_proxy: bool,
     /// Keys that detach and let the container run on
     #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
     detach_keys: Option<DetachKeys>,
@@ -45,7 +49,8 @@ pub fn execute(args: Args) -> Result<u8> {
     let attachment = Attachment::prepare(Options {
         input,
         terminal: details.terminal,
-        forward_signals: true,
+        shown: [true; 2],
+        forward_signals: args.sig_proxy,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;
     attach(&container, attachment)

@@ -1,9 +1,9 @@
-//! `hull container`: what is about all containers. Other commands need no such word before them.
+//! `hull container`: what has no other name. Other commands need no such word before them.
 
 use hull_engine::container::{self, Removing};
 use hull_engine::{Paths, usage};
 
-use super::{agreed, config_for_existing};
+use super::{agreed, config_for_existing, exists};
 use crate::error::{self, Result};
 use crate::output;
 
@@ -17,6 +17,11 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    /// Tell by the exit status whether there is a container: 0 or 1
+    Exists {
+        /// Name or id
+        container: String,
+    },
     /// Remove all containers that do not run
     Prune {
         /// Do not ask on a terminal
@@ -27,8 +32,11 @@ enum Command {
 
 /// Manages containers.
 pub fn execute(args: Args) -> Result<u8> {
-    let Command::Prune { force } = args.command;
     let paths = config_for_existing()?.paths();
+    let force = match args.command {
+        Command::Exists { container } => return exists(container::find(&paths, &container)),
+        Command::Prune { force } => force,
+    };
     if !force && !agreed("all containers that do not run")? {
         return Ok(0);
     }

@@ -72,6 +72,7 @@ pub fn execute(args: Args) -> Result<u8> {
         input: args.interactive,
         terminal: args.tty,
         // As in Docker, signals end this command, not the process.
+        shown: [true; 2],
         forward_signals: false,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;

@@ -25,7 +25,12 @@ pub struct Args {
     #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse)]
     format: Option<ObjectFormat>,
     /// What the names are of; without it, the first that is there
-    #[arg(long = "type", value_name = "TYPE", conflicts_with = "devices")]
+    #[arg(
+        short = 't',
+        long = "type",
+        value_name = "TYPE",
+        conflicts_with = "devices"
+    )]
     kind: Option<Kind>,
     /// Names or ids of containers, images or volumes
     #[arg(value_name = "NAME", required = true)]

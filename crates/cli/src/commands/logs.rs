@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::fd::AsFd;
 
+use hull_engine::Paths;
 use hull_engine::container::{self, Any};
 use hull_engine::log::{Followed, Follower, Lines};
 use hull_engine::time::{self, UnixNanos};
@@ -10,7 +11,7 @@ use hull_engine::values;
 use hull_sandbox::log::{self, Entry, Reader, Stream};
 use hull_sandbox::store::State;
 
-use super::config_for_existing;
+use super::{config_for_existing, for_each, for_each_at_once};
 use crate::error::{Context, Error, Result};
 use crate::output;
 
@@ -29,15 +30,28 @@ pub struct Args {
     /// Begin each line with its time
     #[arg(short, long)]
     timestamps: bool,
-    /// Name or id
-    #[arg(value_name = "CONTAINER")]
-    container: String,
+    /// Begin each line with the container's name
+    #[arg(long)]
+    names: bool,
+    /// Names or ids
+    #[arg(value_name = "CONTAINER", required = true)]
+    containers: Vec<String>,
 }
 
-/// Prints a container's output, each stream to its own.
+/// Prints the output of containers, each stream to its own.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_existing()?.paths();
-    let container = match container::find_any(&paths, &args.container)? {
+    match &args.containers[..] {
+        [one] => show(&args, &paths, one),
+        // At once only if they are followed.
+        all if args.follow => for_each_at_once(all, |one| show(&args, &paths, one).map(|_| None)),
+        all => for_each(all, |one| show(&args, &paths, one).map(drop)),
+    }
+}
+
+/// Prints the output of one.
+fn show(args: &Args, paths: &Paths, name: &str) -> Result<u8> {
+    let container = match container::find_any(paths, name)? {
         Any::Own(own) => *own,
         Any::Engine(other) => {
             let (id, engine) = (&other.stored.record.id, &other.stored.record.engine);
@@ -52,6 +66,12 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     };
     let name = &container.record.details.name;
+    let options = container.record.details.options.as_ref();
+    if options.is_some_and(|options| options.log.off) {
+        return Err(Error::wrong_state(format!(
+            "nothing is kept of the output of container {name}: --log-driver none"
+        )));
+    }
     let open = || match Reader::open(container.directory.try_clone()?) {
         Ok(reader) => Ok(Some(reader)),
         // Created when the container starts.
@@ -59,6 +79,9 @@ pub fn execute(args: Args) -> Result<u8> {
         Err(error) => Err(error).context(|| format!("read the output of container {name}")),
     };
     let mut lines = Lines::new(args.since, args.timestamps);
+    if args.names {
+        lines.prefix = format!("{name} ");
+    }
     // Watch before reading, so that no output is missed.
     let follower = match args.follow && container.status.state != State::Stopped {
         true => Some(Follower::new(&container)?),

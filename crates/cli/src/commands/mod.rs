@@ -1,6 +1,7 @@
 //! The commands, one file each with its arguments and implementation.
 
 pub mod attach;
+pub mod build;
 pub mod check;
 pub mod commit;
 pub mod completions;
@@ -49,7 +50,7 @@ use hull_engine::Paths;
 use hull_engine::config::Config;
 use hull_engine::container::{self as containers, Container};
 
-use crate::error::{self, Context, Result};
+use crate::error::{self, Context, ErrorKind, Result};
 use crate::output;
 
 /// Containers that one command works on at a time.
@@ -114,6 +115,18 @@ where
         }
         Ok(status)
     })
+}
+
+/// The exit status of `exists`, as podman's: whether something was found.
+///
+/// # Errors
+/// It cannot be told.
+pub fn exists<T>(found: Result<T>) -> Result<u8> {
+    match found {
+        Ok(_) => Ok(0),
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(1),
+        Err(error) => Err(error),
+    }
 }
 
 /// Asks, on a terminal, whether something is to be removed.

@@ -1,5 +1,6 @@
 //! `hull network`: networks in which containers find each other by their names.
 
+use hull_engine::Paths;
 use hull_engine::network::list as plugins_of;
 use hull_engine::networks::{self, NetworkRecord, NetworkRequest};
 use hull_engine::time;
@@ -7,7 +8,7 @@ use hull_engine::values;
 use hull_network::cni::{Address, CONFIGURATION_DIRECTORY, DEFAULT_NAME, List};
 use serde_json::{Value, json};
 
-use super::{agreed, config_for_root, for_each, from_ns};
+use super::{agreed, config_for_root, exists, for_each, from_ns};
 use crate::error::{Error, ErrorKind, Result};
 use crate::output::{self, Table};
 
@@ -52,6 +53,11 @@ enum Command {
         /// Print JSON
         #[arg(long, conflicts_with = "quiet")]
         json: bool,
+    },
+    /// Tell by the exit status whether there is a network: 0 or 1
+    Exists {
+        /// Name or id
+        network: String,
     },
     /// Show all that is known of networks, as JSON
     Inspect {
@@ -134,28 +140,11 @@ pub fn execute(args: Args) -> Result<u8> {
             rows.extend(names.iter().map(|name| of_host(name)));
             print(&rows, quiet, json)?;
         }
+        Command::Exists { network } => return exists(inspect_object(&paths, &network)),
         Command::Inspect { networks: names } => {
             let mut objects = Vec::new();
             let outcome = for_each(&names, |name| {
-                objects.push(match networks::find(&paths, name) {
-                    Ok(network) => {
-                        let mut object = object(&network);
-                        object["Containers"] = json!(networks::users(&paths, &network.name)?);
-                        object
-                    }
-                    Err(error) if error.kind != ErrorKind::NotFound => return Err(error),
-                    Err(_) if name == "none" => of_hull("none"),
-                    Err(missing) => {
-                        let plugins = plugins_of(&paths, name, true).map_err(|_| missing)?;
-                        let mut object = match name == DEFAULT_NAME {
-                            true => of_hull(name),
-                            false => of_host(name),
-                        };
-                        object["Plugins"] = plugins.into();
-                        object["Containers"] = json!(networks::users(&paths, name)?);
-                        object
-                    }
-                });
+                objects.push(inspect_object(&paths, name)?);
                 Ok(())
             });
             output::print_json(&objects)?;
@@ -184,6 +173,32 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// All that is known of a network.
+///
+/// # Errors
+/// `NotFound`, or what is known of it cannot be read.
+fn inspect_object(paths: &Paths, name: &str) -> Result<Value> {
+    match networks::find(paths, name) {
+        Ok(network) => {
+            let mut object = object(&network);
+            object["Containers"] = json!(networks::users(paths, &network.name)?);
+            Ok(object)
+        }
+        Err(error) if error.kind != ErrorKind::NotFound => Err(error),
+        Err(_) if name == "none" => Ok(of_hull("none")),
+        Err(missing) => {
+            let plugins = plugins_of(paths, name, true).map_err(|_| missing)?;
+            let mut object = match name == DEFAULT_NAME {
+                true => of_hull(name),
+                false => of_host(name),
+            };
+            object["Plugins"] = plugins.into();
+            object["Containers"] = json!(networks::users(paths, name)?);
+            Ok(object)
+        }
+    }
 }
 
 fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {

@@ -18,7 +18,8 @@ use hull_engine::options::RunOptions;
 use hull_engine::publish::{self, HostAddress, Ports};
 use hull_engine::run::{self, Run, Started, sandbox_timings};
 use hull_engine::values::{
-    self, DetachKeys, Machine, Network, Pull, Restart, SecurityOption, Ulimit,
+    self, CpuList, DetachKeys, LogOptions, Machine, Network, Pull, Restart, SecurityOption,
+    StreamName, Ulimit,
 };
 use hull_engine::volumes::{self, Mount, Tmpfs, Volume};
 use hull_image::{HealthCheck, Hold, Image};
@@ -42,6 +43,19 @@ pub struct Args {
     /// Print where the time of the start went
     #[arg(long)]
     timings: bool,
+    /// Attach only this of input, output and error
+    #[arg(
+        short,
+        long,
+        value_name = "STREAM",
+        ignore_case = true,
+        conflicts_with = "detach"
+    )]
+    attach: Vec<StreamName>,
+    /// Pass signals for this command on to the container
+    #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set,
+          num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    sig_proxy: bool,
     /// Keys that detach and let the container run on
     #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
     detach_keys: Option<DetachKeys>,
@@ -128,9 +142,25 @@ pub struct ContainerArgs {
     #[arg(long, value_name = "FILE")]
     label_file: Vec<PathBuf>,
 
+    /// Set an annotation, for programs that read the specification
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = values::label)]
+    annotation: Vec<(String, String)>,
+    /// Keep the output for hull logs (json-file or local), or do not (none)
+    #[arg(long, value_name = "DRIVER", value_parser = values::log_driver)]
+    log_driver: Option<bool>,
+    /// Most that is kept of the output, as max-size=SIZE
+    #[arg(long, value_name = "max-size=SIZE", value_parser = values::log_option)]
+    log_opt: Option<u64>,
+
     /// Memory limit, like 512m
     #[arg(short, long, value_name = "SIZE", value_parser = values::memory, allow_negative_numbers = true)]
     memory: Option<u64>,
+    /// Most of --memory together with swap of the host; -1 for all the swap there is
+    #[arg(long, value_name = "SIZE", value_parser = values::memory_swap, allow_negative_numbers = true)]
+    memory_swap: Option<i64>,
+    /// Processors of the host that the machine stays on, like 0-3
+    #[arg(long, value_name = "CPUS", value_parser = values::cpu_list)]
+    cpuset_cpus: Option<CpuList>,
     /// Number of CPUs, like 1.5
     #[arg(long, value_name = "NUMBER", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
@@ -209,19 +239,19 @@ pub struct ContainerArgs {
 #[derive(Debug, clap::Args)]
 struct HealthArgs {
     /// Command, for a shell in the container, that tells whether it is healthy
-    #[arg(long, value_name = "COMMAND")]
+    #[arg(long, alias = "healthcheck-command", value_name = "COMMAND")]
     health_cmd: Option<String>,
     /// Time between two checks, like 30s
-    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    #[arg(long, alias = "healthcheck-interval", value_name = "DURATION", value_parser = health::duration)]
     health_interval: Option<u64>,
     /// After which a check has failed, like 30s
-    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    #[arg(long, alias = "healthcheck-timeout", value_name = "DURATION", value_parser = health::duration)]
     health_timeout: Option<u64>,
     /// Failures in a row after which it is unhealthy
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, alias = "healthcheck-retries", value_name = "NUMBER")]
     health_retries: Option<u32>,
     /// Time at the start in which failures do not count
-    #[arg(long, value_name = "DURATION", value_parser = health::duration)]
+    #[arg(long, alias = "healthcheck-start-period", value_name = "DURATION", value_parser = health::duration)]
     health_start_period: Option<u64>,
     /// Time between two checks in that time
     #[arg(long, value_name = "DURATION", value_parser = health::duration)]
@@ -369,6 +399,13 @@ impl ContainerArgs {
             privileged: self.privileged,
             oom_score_adj: self.oom_score_adj,
             cpu_shares: self.cpu_shares,
+            memory_swap: self.memory_swap.filter(|both| *both != 0),
+            host_cpus: self.cpuset_cpus.unwrap_or_default(),
+            annotations: self.annotation,
+            log: LogOptions {
+                off: self.log_driver == Some(false),
+                max_size: self.log_opt,
+            },
             stop_timeout: self.stop_timeout,
             expose,
             publish_all,
@@ -520,10 +557,13 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
         check_terminal()?;
     }
     let detach_keys = args.detach_keys.unwrap_or(config.detach_keys.clone());
+    let is_attached = |stream| args.attach.is_empty() || args.attach.contains(&stream);
+    let shown = [StreamName::Stdout, StreamName::Stderr].map(is_attached);
     let attach = (!args.detach).then_some(Options {
-        input: options.interactive,
+        input: options.interactive && is_attached(StreamName::Stdin),
+        shown,
         terminal: options.terminal,
-        forward_signals: true,
+        forward_signals: args.sig_proxy,
         detach_keys,
     });
     let outcome = start(
@@ -550,6 +590,9 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
         print_timings(began_ns, steps);
     }
     caller.tell(&started.id)?;
+    if !args.detach && shown == [false; 2] {
+        output::print(format!("{}\n", started.id))?;
+    }
     match attachment {
         Some(attachment) => follow(attachment, started),
         None => {

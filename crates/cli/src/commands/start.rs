@@ -21,6 +21,10 @@ pub struct Args {
     /// Attach standard input, too
     #[arg(short, long)]
     interactive: bool,
+    /// Pass signals for this command on to the container
+    #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set,
+          num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    sig_proxy: bool,
     /// Keys that detach and let the container run on
     #[arg(long, value_name = "KEYS", value_parser = values::detach_keys)]
     detach_keys: Option<DetachKeys>,
@@ -41,7 +45,14 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     match &names[..] {
         [name] if attached => {
             let keys = args.detach_keys.unwrap_or(config.detach_keys.clone());
-            start_attached(name, args.interactive, keys, &config, began_ns)
+            start_attached(
+                name,
+                args.interactive,
+                args.sig_proxy,
+                keys,
+                &config,
+                began_ns,
+            )
         }
         _ if attached => Err(Error::invalid(
             "cannot attach to several containers at once: give one with --attach",
@@ -68,6 +79,7 @@ pub fn start(name: &str, config: &Config, began_ns: u64) -> Result<()> {
 fn start_attached(
     name: &str,
     interactive: bool,
+    sig_proxy: bool,
     detach_keys: DetachKeys,
     config: &Config,
     began_ns: u64,
@@ -85,7 +97,8 @@ fn start_attached(
     let attachment = Attachment::prepare(Options {
         input,
         terminal: details.terminal,
-        forward_signals: true,
+        shown: [true; 2],
+        forward_signals: sig_proxy,
         detach_keys,
     })?;
     match attempt {

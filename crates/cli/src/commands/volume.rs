@@ -10,7 +10,7 @@ use hull_engine::volumes::store::{self, StoredVolume};
 use hull_engine::volumes::volume_name;
 use serde_json::{Value, json};
 
-use super::{agreed, config_for_root, for_each, from_ns};
+use super::{agreed, config_for_root, exists, for_each, from_ns};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, ListFormat, ObjectFormat, Row};
 use crate::output::{self, Table};
@@ -53,13 +53,21 @@ enum Command {
         #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
         format: Option<ListFormat>,
     },
+    /// Tell by the exit status whether there is a volume: 0 or 1
+    Exists {
+        /// Its name
+        volume: String,
+    },
     /// Show all that is known of volumes, as JSON
     Inspect {
+        /// All volumes
+        #[arg(short, long, conflicts_with = "volumes")]
+        all: bool,
         /// Print a line for each with a template of Go's, or "json"
         #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse)]
         format: Option<ObjectFormat>,
         /// Names
-        #[arg(value_name = "VOLUME", required = true)]
+        #[arg(value_name = "VOLUME", required_unless_present = "all")]
         volumes: Vec<String>,
     },
     /// Remove volumes that no container uses, with their content
@@ -181,7 +189,19 @@ pub fn execute(args: Args) -> Result<u8> {
                 _ => table(&volumes).print()?,
             }
         }
-        Command::Inspect { format, volumes } => {
+        Command::Exists { volume } => return exists(store::find(&paths, &volume)),
+        Command::Inspect {
+            all,
+            format,
+            mut volumes,
+        } => {
+            if all {
+                let known = store::list(&paths)?.into_iter();
+                volumes.extend(known.map(|volume| match volume {
+                    Ok(volume) => volume.name,
+                    Err((name, _)) => name,
+                }));
+            }
             return super::inspect::print_each(&volumes, format.as_ref(), |name| {
                 inspect_object(&paths, name)
             });

@@ -58,6 +58,7 @@ mod tests {
         Options {
             input: true,
             terminal: true,
+            shown: [true; 2],
             forward_signals: false,
             detach_keys: DetachKeys(vec![16, 17]),
         }

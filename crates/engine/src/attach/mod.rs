@@ -42,6 +42,8 @@ const PIECE: usize = 64 * 1024;
 pub struct Options {
     /// Send the caller's standard input.
     pub input: bool,
+    /// Show what the process writes, output and error; a terminal's is output.
+    pub shown: [bool; 2],
     /// The process has a terminal.
     pub terminal: bool,
     /// Pass signals for this command on to the process.
@@ -360,7 +362,7 @@ impl Pump {
     fn new(client: Client, streams: Vec<OwnedFd>, options: &Options) -> Result<Pump> {
         let few = || Error::new("the sandbox handed over too few streams");
         let mut streams = streams.into_iter().rev();
-        let (to, outputs) = if options.terminal {
+        let (to, mut outputs) = if options.terminal {
             let terminal = streams.next().ok_or_else(few)?;
             let to = terminal.try_clone().context(|| "share a stream")?;
             (Some(to), vec![OutputStream::new(terminal, Target::Output)])
@@ -373,6 +375,9 @@ impl Pump {
             ];
             (streams.next(), outputs)
         };
+        for (output, shown) in outputs.iter_mut().zip(options.shown) {
+            output.closed = !shown;
+        }
         let mut input = InputStream {
             to,
             reading: options.input,
@@ -536,6 +541,7 @@ mod tests {
         Options {
             input: false,
             terminal,
+            shown: [true; 2],
             forward_signals: false,
             detach_keys: DetachKeys(vec![16, 17]),
         }

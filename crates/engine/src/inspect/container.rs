@@ -16,7 +16,7 @@ use crate::container::{Any, Details};
 use crate::health::Health;
 use crate::options::RunOptions;
 use crate::paths::Paths;
-use crate::spec::{DEFAULT_PATH, keep_last_of_each};
+use crate::spec::{self, DEFAULT_PATH, keep_last_of_each};
 use crate::supervise;
 use crate::time;
 use crate::volumes::{Source, Volume, store};
@@ -185,8 +185,10 @@ impl Known<'_> {
         let (options, image) = (&self.options, &self.image);
         let lossy = |text: &OsStr| text.to_string_lossy().into_owned();
         let entrypoint = match &options.entrypoint {
-            Some(text) if text.is_empty() => Vec::new(),
-            Some(text) => vec![lossy(text)],
+            Some(text) => {
+                let words = spec::entrypoint_words(text);
+                words.iter().map(|word| lossy(word)).collect()
+            }
             None => image.entrypoint.clone(),
         };
         let command = match (options.command.is_empty(), &options.entrypoint) {

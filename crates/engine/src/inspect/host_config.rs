@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::container::Known;
 use super::{extend, list};
 use crate::publish::{HOST_GATEWAY, HostAddress};
-use crate::values::{Restart, SecurityOption};
+use crate::values::{LogOptions, Restart, SecurityOption};
 use crate::volumes::{Source, Volume};
 
 pub(super) fn host_config(known: &Known<'_>) -> Value {
@@ -42,7 +42,7 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
         .map(|size| json!({"size": size.to_string()}));
     let mut asked = json!({
         "Binds": list(options.volumes.iter().filter_map(|volume| bind(known, volume))),
-        "LogConfig": {"Type": "hull", "Config": {}},
+        "LogConfig": log_config(options.log),
         "NetworkMode": known.details.network,
         "PortBindings": port_bindings(known),
         "RestartPolicy": restart_policy(options.restart),
@@ -63,7 +63,8 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
         "Runtime": "hull",
         "Memory": memory,
         "NanoCpus": options.cpus_milli.unwrap_or(0).saturating_mul(1_000_000),
-        "MemorySwap": memory,
+        "MemorySwap": options.memory_swap.unwrap_or(0),
+        "CpusetCpus": options.host_cpus.to_string(),
         "PidsLimit": options.pids_limit,
         "Ulimits": limits.collect::<Vec<_>>(),
         "Init": options.init,
@@ -77,6 +78,14 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
     });
     extend(&mut asked, not_there());
     asked
+}
+
+fn log_config(log: LogOptions) -> Value {
+    let mut config = Map::new();
+    if let Some(size) = log.max_size {
+        config.insert("max-size".to_owned(), json!(size.to_string()));
+    }
+    json!({"Type": if log.off { "none" } else { "hull" }, "Config": config})
 }
 
 fn restart_policy(policy: Restart) -> Value {
@@ -107,7 +116,6 @@ fn not_there() -> Value {
         "BlkioWeight": 0,
         "CpuPeriod": 0,
         "CpuQuota": 0,
-        "CpusetCpus": "",
         "CpusetMems": "",
         "Devices": [],
         "MemoryReservation": 0,

@@ -97,6 +97,7 @@ pub fn image(image: &Image, names: &Names, document: &Value) -> Value {
             "Labels": config.labels,
             "StopSignal": config.stop_signal.clone().unwrap_or_default(),
             "Shell": document["config"]["Shell"],
+            "Healthcheck": config.health,
         },
     })
 }

@@ -132,6 +132,7 @@ impl Run<'_> {
             privileged: options.privileged,
             oom_score_adj: options.oom_score_adj,
             cpu_shares: options.cpu_shares,
+            annotations: options.annotations.clone(),
             hostname: place.hostname.clone(),
             terminal: options.terminal,
             read_only: options.read_only,
@@ -173,7 +174,10 @@ impl Run<'_> {
             stdio: Stdio::Hub {
                 terminal: options.terminal,
                 stdin: options.interactive,
-                log_limit: self.config.log_size,
+                log_limit: match options.log.off {
+                    true => 0,
+                    false => options.log.max_size.unwrap_or(self.config.log_size),
+                },
             },
             start: true,
             keeper: None,

@@ -12,6 +12,7 @@ use crate::container::{self, Container, Details};
 use crate::error::{Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::network::{Attach, Plan};
+use crate::values::CpuList;
 
 impl Run<'_> {
     /// The host name, unless it is in the machine of another container.
@@ -91,6 +92,8 @@ impl Run<'_> {
             (options.hostname.is_some(), "--hostname"),
             (options.machine.is_some(), "--machine"),
             (options.kernel.is_some(), "--kernel"),
+            (options.memory_swap.is_some(), "--memory-swap"),
+            (options.host_cpus != CpuList::default(), "--cpuset-cpus"),
             (
                 options
                     .sysctl

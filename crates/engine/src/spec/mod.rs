@@ -37,6 +37,8 @@ pub struct ContainerOptions {
     pub groups: Vec<String>,
     /// May do in its guest whatever root may there.
     pub privileged: bool,
+    /// For programs that read the specification.
+    pub annotations: Vec<(String, String)>,
     /// How gladly the guest's kernel kills it for lack of memory.
     pub oom_score_adj: Option<i32>,
     /// Its part of processors when others want them, too.
@@ -208,6 +210,18 @@ pub struct Built {
     pub network_sysctl: BTreeMap<String, String>,
 }
 
+/// The words of an entry point that is given as an option: one, or those of a list in JSON, as
+/// podman takes it.
+pub fn entrypoint_words(text: &OsString) -> Vec<OsString> {
+    let list = text.to_str().filter(|text| text.starts_with('['));
+    let list = list.and_then(|text| serde_json::from_str::<Vec<String>>(text).ok());
+    match list {
+        Some(words) => words.into_iter().map(OsString::from).collect(),
+        None if text.is_empty() => Vec::new(),
+        None => vec![text.clone()],
+    }
+}
+
 /// The arguments of init, from options and image, by Docker's rules: a new entry point forgets the
 /// image's command.
 ///
@@ -220,8 +234,7 @@ pub fn command(
 ) -> Result<Vec<OsString>> {
     let of_image = |list: &[String]| list.iter().map(OsString::from).collect::<Vec<_>>();
     let mut command = match entrypoint {
-        Some(text) if text.is_empty() => Vec::new(),
-        Some(text) => vec![text.clone()],
+        Some(text) => entrypoint_words(text),
         // As Docker: how builds take away that of the image below.
         None if image.entrypoint == [""] => Vec::new(),
         None => of_image(&image.entrypoint),
@@ -423,6 +436,12 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
     }
     if let Some(shares) = options.cpu_shares {
         spec["linux"]["resources"]["cpu"]["shares"] = json!(shares);
+    }
+    if !options.annotations.is_empty() {
+        let annotations = options.annotations.iter().cloned();
+        spec["annotations"] = annotations
+            .map(|(key, value)| (key, Value::from(value)))
+            .collect();
     }
     let unconfined = Seccomp::Unconfined;
     let filter = match (options.privileged, &options.seccomp) {
@@ -651,12 +670,15 @@ mod tests {
 
     #[test]
     fn entry_point_and_command_combine_as_dockers() {
-        let cases: [(Option<&str>, &[&str], &[&str]); 5] = [
+        let cases: [(Option<&str>, &[&str], &[&str]); 8] = [
             (None, &[], &["/entry", "one"]),
             (None, &["two"], &["/entry", "two"]),
             (Some("/other"), &[], &["/other"]),
             (Some("/other"), &["two"], &["/other", "two"]),
             (Some(""), &["two"], &["two"]),
+            (Some(r#"["/a", "b c"]"#), &["two"], &["/a", "b c", "two"]),
+            (Some("[]"), &["two"], &["two"]),
+            (Some("[x"), &[], &["[x"]),
         ];
         for (entrypoint, given, expected) in cases {
             let entrypoint = entrypoint.map(OsString::from);

@@ -162,7 +162,7 @@ impl Making<'_> {
             // Hooks set up the network namespace, and engines do so until `start` or later.
             machine.nets = MAX_NETS;
             let host_bounds = host_bounds(&machine, memory)?;
-            bounds.set(Some(host_bounds));
+            bounds.set(Some(host_bounds.clone()));
             let config = SandboxConfig {
                 machine,
                 hostname: hostname.clone(),
@@ -182,7 +182,7 @@ impl Making<'_> {
             }
             false => join_or_launch(&path, config)?,
         };
-        self.record.details.bounds = bounds.get();
+        self.record.details.bounds = bounds.take();
         // The machine boots meanwhile.
         let keeper = self.start_keeper(&plan, options, detach, &path)?;
         self.run_hooks(bundle, keeper.pid())?;
@@ -386,6 +386,7 @@ fn host_bounds(machine: &MachineConfig, memory: Option<u64>) -> Result<Bounds> {
             .map(|processes| processes.saturating_add(KEEPERS)),
         // The engine's to decide.
         cpus: None,
+        ..bounds
     })
 }
 

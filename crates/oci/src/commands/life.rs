@@ -297,7 +297,7 @@ fn hand_over(settings: &Settings, record: &Record) -> Result<()> {
     let Some((container, mut heir)) = heir else {
         return Ok(());
     };
-    if let Some(mut bounds) = record.details.bounds {
+    if let Some(mut bounds) = record.details.bounds.clone() {
         // A limit of the heir's own stays.
         bounds.memory = bounds.memory.filter(|_| heir.details.memory == 0);
         heir.details.groups.bound(&bounds);

@@ -28,16 +28,19 @@ impl Setting {
 
 /// The most that a machine may take of its host, whatever its guest does. Each is set where the
 /// host has a controller for it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Bounds {
-    /// Memory of all its processes, and page cache of files that they read, bytes. As much again in
-    /// swap.
+    /// Memory of all its processes, and page cache of files that they read, bytes.
     pub memory: Option<u64>,
+    /// What of that, or beside it, may be in swap, bytes; as much as `memory` if absent.
+    pub swap: Option<u64>,
     /// Processes and threads.
     pub processes: Option<u64>,
     /// Processors at once.
     pub cpus: Option<u32>,
+    /// Which ones; any when empty.
+    pub host_cpus: Vec<u32>,
 }
 
 const MEMORY: [&str; 2] = ["memory", "memory"];
@@ -53,6 +56,7 @@ const PERIOD: u64 = 100_000;
 pub(super) fn bounds(bounds: &Bounds) -> Vec<Setting> {
     let mut list = List(Vec::new());
     if let Some(memory) = bounds.memory {
+        let swap = bounds.swap.unwrap_or(memory);
         list.add(
             "the machine's memory",
             MEMORY,
@@ -67,9 +71,9 @@ pub(super) fn bounds(bounds: &Bounds) -> Vec<Setting> {
             [
                 (
                     "memory.memsw.limit_in_bytes",
-                    memory.saturating_mul(2).to_string(),
+                    memory.saturating_add(swap).to_string(),
                 ),
-                ("memory.swap.max", memory.to_string()),
+                ("memory.swap.max", swap.to_string()),
             ],
         );
     }
@@ -89,6 +93,14 @@ pub(super) fn bounds(bounds: &Bounds) -> Vec<Setting> {
                 ("cpu.cfs_quota_us", quota.to_string()),
                 ("cpu.max", format!("{quota} {PERIOD}")),
             ],
+        );
+    }
+    if !bounds.host_cpus.is_empty() {
+        let cpus: Vec<_> = bounds.host_cpus.iter().map(u32::to_string).collect();
+        list.add(
+            "the machine's choice of processors",
+            CPUSET,
+            [("cpuset.cpus", cpus.join(","))],
         );
     }
     for setting in &mut list.0 {
@@ -420,8 +432,10 @@ mod tests {
     fn a_machine_is_kept_within_bounds() {
         let all = bounds(&Bounds {
             memory: Some(1000),
+            swap: None,
             processes: Some(7),
             cpus: Some(3),
+            host_cpus: vec![0, 2],
         });
         assert!(all.iter().all(|setting| setting.optional));
         let ways: Vec<_> = all.into_iter().flat_map(|setting| setting.ways).collect();
@@ -436,6 +450,7 @@ mod tests {
                 "pids.max=7",
                 "cpu.cfs_quota_us=300000",
                 "cpu.max=300000 100000",
+                "cpuset.cpus=0,2",
             ]
         );
         assert!(bounds(&Bounds::default()).is_empty());

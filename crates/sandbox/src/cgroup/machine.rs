@@ -191,19 +191,18 @@ fn usable(groups: &Groups) -> Result<Vec<&'static str>> {
             return Err(cannot_join(first, error.into()));
         }
     }
-    let none = Bounds::default();
     let each = [
         Bounds {
             memory: Some(0),
-            ..none
+            ..Bounds::default()
         },
         Bounds {
             processes: Some(0),
-            ..none
+            ..Bounds::default()
         },
         Bounds {
             cpus: Some(0),
-            ..none
+            ..Bounds::default()
         },
     ];
     // That of swap, which comes after that of memory, is missing on many hosts.

@@ -97,8 +97,13 @@ impl Sandbox {
                 log_limit,
                 ..
             } => {
-                let log = log::Writer::open(directory.try_clone()?, log_limit)
-                    .context(|| format!("open the log of container {}", config.id))?;
+                let log = match log_limit {
+                    0 => None,
+                    limit => Some(
+                        log::Writer::open(directory.try_clone()?, limit)
+                            .context(|| format!("open the log of container {}", config.id))?,
+                    ),
+                };
                 Some(Hub::new(log, terminal))
             }
             Stdio::Null | Stdio::Handover { .. } => None,

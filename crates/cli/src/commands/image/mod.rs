@@ -100,6 +100,11 @@ enum Command {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<String>,
     },
+    /// Tell by the exit status whether there is an image: 0 or 1
+    Exists {
+        /// Name or id
+        image: String,
+    },
     /// Show all that is known of images, as JSON
     Inspect {
         /// Print a line for each with a template of Go's, or "json"
@@ -179,6 +184,9 @@ pub fn execute(args: Args) -> Result<u8> {
                 let removed = store.remove(&reference, force, &container_exists);
                 report(&removed.map_err(wrong)?)
             });
+        }
+        Command::Exists { image } => {
+            return Ok(inspect_object(&config, &image)?.is_none().into());
         }
         Command::Inspect {
             format,

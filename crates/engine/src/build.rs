@@ -1,0 +1,243 @@
+//! Images from recipes (Dockerfiles). buildah reads the recipe and keeps layers for the next build;
+//! each RUN step is a container of `hull-oci`, in a machine of its own. The result is taken into
+//! the image store, with the id that buildah gave it.
+//!
+//! Called by `hull build`. Trusts buildah as it trusts the person who calls it: both run with the
+//! same rights.
+
+use std::env::{self, var_os};
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Seek};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use hull_image::{Progress, RegistryReference, Store};
+
+use crate::config::Config;
+use crate::error::{Context, Error, Result, of_image};
+use crate::{install, names, unpacker};
+
+/// Reads recipes.
+const BUILDAH: &str = "buildah";
+
+/// Where short names lead that nobody has configured: containers-registries.conf(5).
+const SEARCH: &str = "unqualified-search-registries";
+
+/// A person's and the host's configuration of registries; the first one that exists counts.
+const REGISTRIES: [(&str, &str); 2] = [
+    ("HOME", ".config/containers/registries.conf"),
+    ("", "/etc/containers/registries.conf"),
+];
+
+/// What is to be built.
+#[derive(Debug, Default)]
+pub struct Build {
+    /// Directory or URL with what the recipe copies; `-` for none, and the recipe on standard
+    /// input.
+    pub context: OsString,
+    /// Names of the image.
+    pub names: Vec<RegistryReference>,
+    /// Further options of `buildah build`, which have Docker's names.
+    pub options: Vec<OsString>,
+    /// Do not show the steps.
+    pub quiet: bool,
+}
+
+/// Builds an image and returns its id. Steps are shown on standard error.
+///
+/// # Errors
+/// `Unsupported` without buildah; a step fails; what the image store returns.
+pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<String> {
+    // Its directories are there then, and what is wrong with it is told before the work is done.
+    let store = unpacker::store(config)?;
+    let work = Work::create(&config.run_dir)?;
+    let id_file = work.0.join("id");
+    let mut command = buildah("build");
+    command.args(["--format", "docker", "--layers", "--force-rm"]);
+    command.args(["--isolation", "oci"]);
+    command.arg("--runtime").arg(install::runtime()?);
+    command.arg("--iidfile").arg(&id_file);
+    if build.quiet {
+        command.arg("--quiet");
+    }
+    for name in &build.names {
+        command.arg("--tag").arg(name.to_string());
+    }
+    command.args(&build.options);
+    match build.context == "-" {
+        true => {
+            let empty = work.0.join("context");
+            fs::create_dir(&empty).context(|| format!("create {}", empty.display()))?;
+            command.args(["--file", "-", "--"]).arg(&empty)
+        }
+        false => command.arg("--").arg(&build.context),
+    };
+    if let Some(file) = search_registries(&work.0)? {
+        command.env("CONTAINERS_REGISTRIES_CONF", file);
+    }
+    let shown = io::stderr().as_fd().try_clone_to_owned();
+    command.stdout(match build.quiet {
+        true => Stdio::null(),
+        false => shown.context(|| "pass on standard error")?.into(),
+    });
+    succeeded(run(&mut command)?, "the build failed")?;
+    let id = fs::read_to_string(&id_file)
+        .context(|| format!("read {}, the id of the image", id_file.display()))?;
+    let id = id.trim();
+
+    let archive = unlinked_file(&config.data_dir)?;
+    let output = archive.try_clone().context(|| "pass on a file")?;
+    let mut command = buildah("push");
+    command.args(["--quiet", id, "docker-archive:/proc/self/fd/1"]);
+    let status = run(command.stdin(Stdio::null()).stdout(output))?;
+    succeeded(
+        status,
+        "the image is built and cannot be taken from buildah",
+    )?;
+    take_in(&store, archive, &build.names, progress)
+}
+
+/// Takes the one image of an archive into the store and names it.
+fn take_in(
+    store: &Store,
+    mut archive: File,
+    names: &[RegistryReference],
+    progress: &dyn Progress,
+) -> Result<String> {
+    archive.rewind().context(|| "read what buildah wrote")?;
+    let loaded = store
+        .load("what buildah wrote", archive, progress)
+        .map_err(of_image)?;
+    let [image] = &loaded[..] else {
+        return Err(Error::new(format!(
+            "buildah wrote {} images instead of one",
+            loaded.len()
+        )));
+    };
+    let reference = image.id.parse().map_err(of_image)?;
+    for name in names {
+        store.tag(&reference, name).map_err(of_image)?;
+    }
+    Ok(image.id.clone())
+}
+
+fn buildah(command: &str) -> Command {
+    let mut buildah = Command::new(BUILDAH);
+    buildah.arg(command);
+    buildah
+}
+
+fn run(command: &mut Command) -> Result<ExitStatus> {
+    match command.status() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::unsupported(
+            "build without buildah, which is not installed",
+        )
+        .hint(
+            "apt-get install buildah; or build elsewhere, save the image to a file, then: hull \
+             image load -i FILE",
+        )),
+        status => status.context(|| format!("execute {BUILDAH}")),
+    }
+}
+
+fn succeeded(status: ExitStatus, what: &str) -> Result<()> {
+    match status.success() {
+        true => Ok(()),
+        // It has said why.
+        false => Err(Error::new(format!("{what}: {BUILDAH}: {status}"))),
+    }
+}
+
+/// A directory for files of one build, in the run directory; removed with this.
+struct Work(PathBuf);
+
+impl Work {
+    fn create(run_dir: &Path) -> Result<Self> {
+        let path = run_dir.join("builds").join(names::new_id()?);
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        created.context(|| format!("create {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // What is left in the run directory is gone with the next boot.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A file without a name: nothing is left of it whatever happens.
+fn unlinked_file(directory: &Path) -> Result<File> {
+    let path = directory.join(format!(".build.{}", names::new_id()?));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .context(|| format!("create {}", path.display()))?;
+    fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+    Ok(file)
+}
+
+/// A configuration of registries in which short names are Docker's, as in hull's other commands; it
+/// is the one in force with one line more. `None` if that has such a line already.
+fn search_registries(work: &Path) -> Result<Option<PathBuf>> {
+    if env::var_os("CONTAINERS_REGISTRIES_CONF").is_some() {
+        return Ok(None);
+    }
+    let mut known = String::new();
+    for (variable, path) in REGISTRIES {
+        let base = var_os(variable).map(PathBuf::from).unwrap_or_default();
+        match fs::read_to_string(base.join(path)) {
+            Ok(text) => {
+                known = text;
+                break;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // buildah says what is wrong with it.
+            Err(_) => return Ok(None),
+        }
+    }
+    let Some(text) = with_search(&known) else {
+        return Ok(None);
+    };
+    let path = work.join("registries.conf");
+    fs::write(&path, text).context(|| format!("write {}", path.display()))?;
+    Ok(Some(path))
+}
+
+fn with_search(known: &str) -> Option<String> {
+    let table: toml::Table = known.parse().ok()?;
+    // `registries` is the first version of the format, which has no such line.
+    let has = table.contains_key(SEARCH) || table.contains_key("registries");
+    (!has).then(|| format!("{SEARCH} = [\"docker.io\"]\n{known}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_names_are_dockers_where_nobody_said_something_else() {
+        let added = "unqualified-search-registries = [\"docker.io\"]\n";
+        assert_eq!(with_search("").as_deref(), Some(added));
+        let mirror = "[[registry]]\nlocation = \"a\"\n";
+        assert_eq!(
+            with_search(mirror).as_deref(),
+            Some(&*format!("{added}{mirror}"))
+        );
+        for own in [
+            "unqualified-search-registries = [\"quay.io\"]",
+            "unqualified-search-registries = []",
+            "[registries.search]\nregistries = [\"quay.io\"]",
+            "no toml",
+        ] {
+            assert_eq!(with_search(own), None, "{own}");
+        }
+    }
+}
