@@ -1,6 +1,6 @@
 //! Completion of command lines. The script that `hull completions` prints calls the executable with
-//! the words typed so far, and [`answer`] says what may follow: the grammar, and the containers and
-//! images that there are.
+//! the words typed so far, and [`answer`] says what may follow: the grammar, and the containers,
+//! images, volumes and networks that there are.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -114,6 +114,8 @@ fn with_candidates(command: Command) -> Command {
                 argument.add(ArgValueCompleter::new(First(move || containers(up_only))))
             }
             (Some("IMAGE"), _) => argument.add(ArgValueCompleter::new(First(images))),
+            (Some("VOLUME"), _) => argument.add(ArgValueCandidates::new(volumes)),
+            (Some("NETWORK"), _) => argument.add(ArgValueCandidates::new(networks)),
             (Some("NAME"), "names") => argument.add(ArgValueCandidates::new(|| {
                 containers(false).into_iter().chain(images()).collect()
             })),
@@ -170,6 +172,26 @@ fn containers(up_only: bool) -> Vec<CompletionCandidate> {
         .filter(|container| !up_only || is_up(container))
         .map(|container| container.record.details.name.into())
         .collect()
+}
+
+fn volumes() -> Vec<CompletionCandidate> {
+    let Ok((config, _)) = Config::load_for_existing() else {
+        return Vec::new();
+    };
+    let listed = hull_engine::volumes::store::list(&config.paths());
+    let listed = listed.unwrap_or_default().into_iter();
+    listed.flatten().map(|volume| volume.name.into()).collect()
+}
+
+/// Those that people created, and those that are always there.
+fn networks() -> Vec<CompletionCandidate> {
+    let Ok((config, _)) = Config::load_for_existing() else {
+        return Vec::new();
+    };
+    let listed = hull_engine::networks::list(&config.paths()).unwrap_or_default();
+    let listed = listed.into_iter().map(|network| network.name);
+    let always = ["default", "none"].map(str::to_owned);
+    listed.chain(always).map(Into::into).collect()
 }
 
 fn images() -> Vec<CompletionCandidate> {

@@ -44,7 +44,8 @@ const COMMANDS: [(&str, &str); 20] = [
     ),
     (
         "compose",
-        "hull-oci is a runtime for docker compose: hull install docker",
+        "podman-compose --podman-path /usr/bin/hull up -d; or docker compose with hull-oci: hull \
+         install docker",
     ),
     ("search", "registries have a search on their web pages"),
     ("prune", "hull system prune removes what nothing uses"),

@@ -49,8 +49,14 @@ pub struct Build {
 /// Builds an image and returns its id. Steps are shown on standard error.
 ///
 /// # Errors
-/// `Unsupported` without buildah; a step fails; what the image store returns.
+/// `Unsupported` without buildah or root; a step fails; what the image store returns.
 pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<String> {
+    if config.without_root {
+        return Err(Error::unsupported(
+            "build without root: steps are executed by hull-oci, which needs it",
+        )
+        .hint("podman build, then: podman save IMAGE | hull image load"));
+    }
     // Its directories are there then, and what is wrong with it is told before the work is done.
     let store = unpacker::store(config)?;
     let work = Work::create(&config.run_dir)?;

@@ -173,7 +173,7 @@ fn manual_pages_and_completions_are_made() {
 }
 
 #[test]
-fn the_shell_completes_names_of_containers_and_images() {
+fn the_shell_completes_names_of_what_there_is() {
     let hull = Hull::new();
     let (up, down) = ("completed-up".to_owned(), "completed-down".to_owned());
     hull.hull([
@@ -229,6 +229,10 @@ fn the_shell_completes_names_of_containers_and_images() {
     assert!(completed("hull ps --filter ''").contains(&"status=running".to_owned()));
     assert!(completed("hull kill --signal T").contains(&"TERM".to_owned()));
     assert_eq!(completed("hull image r"), ["rm"]);
+    hull.hull(["volume", "create", "some-data"]).run().ok();
+    assert_eq!(completed("hull volume rm ''"), ["some-data"]);
+    assert_eq!(completed("hull run --network d"), ["default"]);
+    assert!(completed("hull network inspect ''").contains(&"none".to_owned()));
 }
 
 #[test]

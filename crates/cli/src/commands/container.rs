@@ -20,6 +20,7 @@ enum Command {
     /// Tell by the exit status whether there is a container: 0 or 1
     Exists {
         /// Name or id
+        #[arg(value_name = "CONTAINER")]
         container: String,
     },
     /// Remove all containers that do not run

@@ -12,7 +12,7 @@ use hull_sandbox::store::State;
 
 use super::config_for_existing;
 use super::run::{check_terminal, finish, gather_environment, given};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Arguments of `exec`.
 #[derive(Debug, clap::Args)]
@@ -71,8 +71,8 @@ pub fn execute(args: Args) -> Result<u8> {
     let attachment = Attachment::prepare(Options {
         input: args.interactive,
         terminal: args.tty,
-        // As in Docker, signals end this command, not the process.
         shown: [true; 2],
+        // As in Docker, signals end this command, not the process.
         forward_signals: false,
         detach_keys: args.detach_keys.unwrap_or(config.detach_keys),
     })?;
@@ -90,7 +90,12 @@ pub fn execute(args: Args) -> Result<u8> {
             size: attachment.size(),
         },
     )?;
-    let streams = client.streams(&Request::Exec(Box::new(process)))?;
+    let streams = client.streams(&Request::Exec(Box::new(process)));
+    let streams = streams.map_err(|error| match (error.kind, container.state()) {
+        // The sandbox is there before the container.
+        (ErrorKind::NotFound, state @ State::Creating) => container::not_running(&name, state),
+        _ => error,
+    })?;
     if args.detach {
         return Ok(0);
     }

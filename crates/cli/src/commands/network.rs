@@ -57,6 +57,7 @@ enum Command {
     /// Tell by the exit status whether there is a network: 0 or 1
     Exists {
         /// Name or id
+        #[arg(value_name = "NETWORK")]
         network: String,
     },
     /// Show all that is known of networks, as JSON

@@ -56,6 +56,7 @@ enum Command {
     /// Tell by the exit status whether there is a volume: 0 or 1
     Exists {
         /// Its name
+        #[arg(value_name = "VOLUME")]
         volume: String,
     },
     /// Show all that is known of volumes, as JSON

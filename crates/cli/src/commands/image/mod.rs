@@ -103,6 +103,7 @@ enum Command {
     /// Tell by the exit status whether there is an image: 0 or 1
     Exists {
         /// Name or id
+        #[arg(value_name = "IMAGE")]
         image: String,
     },
     /// Show all that is known of images, as JSON
