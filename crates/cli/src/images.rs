@@ -147,23 +147,38 @@ impl State {
             | LayerState::Unpacking { done, total }
             | LayerState::Packing { done, total }
             | LayerState::Uploading { done, total } => {
+                if bar.length() == Some(0) {
+                    restyle(bar, MOVING);
+                }
                 bar.set_length(total.max(done));
                 bar.set_position(done);
             }
-            LayerState::Present | LayerState::Done => bar.finish(),
+            LayerState::Present | LayerState::Done => {
+                restyle(bar, RESTING);
+                bar.finish();
+            }
             LayerState::Waiting => {}
         }
     }
 }
 
+/// A layer that bytes move of: as wide as the terminal.
+const MOVING: &str = "{prefix} {msg:<11} [{wide_bar}] {binary_bytes:>10} of {binary_total_bytes:<10} \
+                      {binary_bytes_per_sec:>12} {eta:>4}";
+
+/// One of which nothing is to be shown but its state.
+const RESTING: &str = "{prefix} {msg}";
+
 fn new_bar(name: &str) -> ProgressBar {
     let bar = ProgressBar::new(0);
-    let style = ProgressStyle::with_template(
-        "{prefix}: {msg:<24} [{bar:30}] {binary_bytes}/{binary_total_bytes}",
-    );
-    if let Ok(style) = style {
+    bar.set_prefix(name.to_owned());
+    restyle(&bar, RESTING);
+    bar
+}
+
+fn restyle(bar: &ProgressBar, template: &str) {
+    // They are ours, and right.
+    if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
     }
-    bar.set_prefix(name.to_owned());
-    bar
 }

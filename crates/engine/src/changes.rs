@@ -94,11 +94,13 @@ fn in_upper<T: Send>(container: &Container, work: impl FnOnce() -> Result<T> + S
         .as_ref()
         .map_or(directory, |disk| &disk.place)
         .join("upper");
-    // One that was never started has none.
-    if disk.is_none() {
-        std::fs::create_dir_all(&upper).context(|| format!("create {}", upper.display()))?;
+    // One that was never started has none, and is to have none afterwards: it gets its attributes
+    // from the image.
+    let is_new = disk.is_none() && !upper.exists();
+    if is_new {
+        std::fs::create_dir(&upper).context(|| format!("create {}", upper.display()))?;
     }
-    std::thread::scope(|scope| {
+    let worked = std::thread::scope(|scope| {
         let working = scope.spawn(|| {
             enter_upper(&upper, disk.as_ref())?;
             work()
@@ -106,7 +108,11 @@ fn in_upper<T: Send>(container: &Container, work: impl FnOnce() -> Result<T> + S
         working
             .join()
             .unwrap_or_else(|_| Err(Error::new("the thread panicked")))
-    })
+    });
+    if is_new {
+        std::fs::remove_dir(&upper).context(|| format!("remove {}", upper.display()))?;
+    }
+    worked
 }
 
 /// Holds a container that is idle still; one that runs goes on.

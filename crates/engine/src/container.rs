@@ -419,7 +419,8 @@ pub fn wait_for_end(paths: &Paths, client: &Client, id: &str) -> Result<()> {
 pub fn is_idle(container: &Container) -> bool {
     match container.status.state {
         State::Stopped => true,
-        State::Created => container.record.sandbox.is_none(),
+        // One whose first start was interrupted has had a sandbox.
+        State::Created => !container.record.sandbox_lives(),
         State::Creating | State::Running | State::Paused => false,
     }
 }
@@ -497,21 +498,21 @@ fn is_old(path: &Path) -> bool {
         .is_some_and(|age| age > OLD)
 }
 
-/// Writes down that a container which is to be stopped now stays down.
+/// Writes down that a container which is to be stopped now stays down. Returns what it is then: it
+/// may have been started meanwhile.
 ///
 /// # Errors
-/// The record cannot be written.
-pub fn keep_down(paths: &Paths, container: &Container, down: Down) -> Result<()> {
+/// `NotFound` when it was removed meanwhile; the record cannot be written.
+pub fn keep_down(paths: &Paths, container: Container, down: Down) -> Result<Container> {
     let options = container.record.details.options.as_ref();
     if options.is_none_or(|options| options.restart == Restart::No) {
-        return Ok(());
+        return Ok(container);
     }
-    let _lock = lock(container)?;
-    if let Some(mut now) = load(paths, &container.record.id)? {
-        now.record.details.down = down;
-        now.record.write(&now.directory)?;
-    }
-    Ok(())
+    let _lock = lock(&container)?;
+    let mut now = load_named(paths, &container.record.id, &container.record.details.name)?;
+    now.record.details.down = down;
+    now.record.write(&now.directory)?;
+    Ok(now)
 }
 
 /// Gives a container another name.
@@ -563,7 +564,15 @@ impl Removing {
 /// `WrongState` when it runs and `force` is not given; its files cannot be removed.
 pub fn remove(paths: &Paths, id: &str, removing: Removing) -> Result<()> {
     let Removing { force, volumes } = removing;
-    let loaded = Container::load(&paths.container(id));
+    let mut loaded = Container::load(&paths.container(id));
+    // Not while it is being started, after which there would be a machine without a container.
+    let mut held = None;
+    if let Ok(Some(container)) = &loaded
+        && let Ok(lock) = lock(container)
+    {
+        held = Some(lock);
+        loaded = Container::load(&paths.container(id));
+    }
     if let Ok(Some(container)) = &loaded {
         let state = container.status.state;
         let name = &container.record.details.name;
@@ -591,6 +600,7 @@ pub fn remove(paths: &Paths, id: &str, removing: Removing) -> Result<()> {
         .map(|container| container.record.details);
     let name = details.as_ref().map(|details| details.name.as_str());
     erase(paths, id, name)?;
+    drop(held);
     match details.and_then(|details| details.options) {
         Some(options) if volumes => store::remove_anonymous(paths, &options.volumes),
         _ => Ok(()),

@@ -26,7 +26,7 @@ use crate::paths::Paths;
 const VERSION: u32 = 1;
 
 /// Name of the file.
-const FILE: &str = "health.json";
+pub(crate) const FILE: &str = "health.json";
 
 /// Docker's defaults.
 const INTERVAL: Duration = Duration::from_secs(30);

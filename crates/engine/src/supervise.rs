@@ -21,6 +21,7 @@ use hull_sandbox::timings::{Timings, now_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::process::WaitOptions;
 
 use crate::config::Config;
 use crate::container::{self, Container, Details, Down};
@@ -42,6 +43,9 @@ pub const MESSAGE_FILE: &str = "supervisor.log";
 /// Docker's: how long it waits before the first start; twice as long before each further one.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(60);
+
+/// How often a container's record is read where there is no watch.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A container that ran as long as this did not fail at once (Docker's).
 const LONG_ENOUGH: Duration = Duration::from_secs(10);
@@ -137,6 +141,26 @@ fn hold(container: &Container) -> Result<Option<File>> {
     }
 }
 
+/// A person wants a container to run that runs already: it is started again when it ends, as its
+/// policy says, also when it was just to be stopped, or its supervisor was killed.
+///
+/// # Errors
+/// Its record cannot be written; the supervisor cannot be started.
+pub fn keep_up(config: &Config, container: &Container) -> Result<()> {
+    let _lock = container::lock(container)?;
+    let Some(mut now) = container::load(&config.paths(), &container.record.id)? else {
+        return Ok(());
+    };
+    if container::is_idle(&now) {
+        return Ok(());
+    }
+    if now.record.details.down != Down::No {
+        now.record.details.down = Down::No;
+        now.record.write(&now.directory)?;
+    }
+    ensure(config, &now)
+}
+
 /// Gives a container that was just started its supervisor, if it wants one and has none. The caller
 /// holds the container's lock.
 ///
@@ -200,6 +224,8 @@ pub fn run(id: &str, person: Option<u32>) -> Result<()> {
         .context(|| "take over the lock")?;
     let nothing = File::open("/dev/null").context(|| "open /dev/null")?;
     rustix::stdio::dup2_stdin(&nothing).context(|| "close standard input")?;
+    // Of the executable before this one, which knew its children.
+    while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
     // Not to end with the terminal or the session of who started it. After `renew` it has its own.
     let _ = rustix::process::setsid();
     let config = match person {
@@ -224,7 +250,9 @@ impl Supervisor<'_> {
     fn work(&mut self) -> Result<()> {
         let paths = self.config.paths();
         let mut attempts = Attempts::NONE;
+        let mut counted = None;
         loop {
+            let begin = Instant::now();
             let running = container::load(&paths, self.id)?;
             let checking = running.and_then(|running| Checking::begin(&paths, &running));
             let ended = container::wait(&paths, self.id);
@@ -245,7 +273,13 @@ impl Supervisor<'_> {
                 continue;
             }
             let began = ended.status.started_ns.unwrap_or(exit.at_ns);
-            let ran = Duration::from_nanos(exit.at_ns.saturating_sub(began));
+            // When the sandbox was killed nobody wrote down when that was.
+            let ran = Duration::from_nanos(exit.at_ns.saturating_sub(began)).max(begin.elapsed());
+            // The same end again: a start failed since.
+            let ran = match counted.replace(exit.at_ns) == Some(exit.at_ns) {
+                true => Duration::ZERO,
+                false => ran,
+            };
             let next = attempts.after(policy(&ended.record.details), &exit, ran);
             let Some(delay) = next else {
                 self.lock = None;
@@ -265,11 +299,17 @@ impl Supervisor<'_> {
     /// Waits, unless the container is removed or stopped meanwhile, or somebody else starts it.
     fn rest(&self, ended: &Container, delay: Duration) -> Result<()> {
         let doing = || "watch the container's directory";
-        let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).context(doing)?;
         let wanted = WatchFlags::MOVED_TO | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
-        match inotify::add_watch(&watch, ended.directory.path(), wanted) {
+        let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
+        let watch = watch.and_then(|watch| {
+            inotify::add_watch(&watch, ended.directory.path(), wanted)?;
+            Ok(watch)
+        });
+        let watch = match watch {
+            Ok(watch) => Some(watch),
             Err(rustix::io::Errno::NOENT) => return Ok(()),
-            added => added.context(doing)?,
+            // The kernel has a limit of them: it looks now and then instead.
+            Err(_) => None,
         };
         let end = Instant::now() + delay;
         loop {
@@ -281,18 +321,27 @@ impl Supervisor<'_> {
             if !waits || left.is_zero() {
                 return Ok(());
             }
+            let left = match watch {
+                Some(_) => left,
+                None => left.min(LOOK_AGAIN),
+            };
             let timeout = Timespec {
                 tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
                 tv_nsec: left.subsec_nanos().into(),
             };
-            let mut descriptors = [PollFd::new(&watch, PollFlags::IN)];
+            let mut descriptors: Vec<_> = watch
+                .iter()
+                .map(|watch| PollFd::new(watch, PollFlags::IN))
+                .collect();
             match poll(&mut descriptors, Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context(doing),
             }
             // What has happened is in the record.
             let mut events = [0; 4096];
-            while rustix::io::read(&watch, &mut events).is_ok_and(|length| length > 0) {}
+            if let Some(watch) = &watch {
+                while rustix::io::read(watch, &mut events).is_ok_and(|length| length > 0) {}
+            }
         }
     }
 

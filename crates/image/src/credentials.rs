@@ -240,10 +240,15 @@ pub(crate) fn key_of(registry: &str) -> &str {
 }
 
 fn by_host<'m, T>(map: &'m HashMap<String, T>, registry: &str) -> Option<&'m T> {
-    map.get(registry).or_else(|| {
-        map.iter()
-            .find(|(key, _)| host_of_key(key) == registry)
-            .map(|(_, value)| value)
+    let exact = map.get(registry).or_else(|| map.get(key_of(registry)));
+    exact.or_else(|| {
+        // Docker keeps parts of a login by browser beside it; a key with a path is for a part.
+        let is_token = |key: &str| key.ends_with("access-token") || key.ends_with("refresh-token");
+        let keys = map.keys().filter(|key| !is_token(key));
+        let of_host = keys.filter(|key| host_of_key(key) == registry);
+        of_host
+            .min_by_key(|key| (key.len(), key.as_str()))
+            .and_then(|key| map.get(key))
     })
 }
 

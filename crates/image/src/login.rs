@@ -7,7 +7,7 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -197,6 +197,10 @@ fn write_private(path: &Path, value: &Value) -> std::io::Result<()> {
             .mode(0o600)
             .open(&temporary)?;
         file.write_all(&text)?;
+        // With the home directory of somebody else, as sudo may leave it, the file stays theirs.
+        let owner =
+            fs::metadata(&path).or_else(|_| fs::metadata(path.parent().unwrap_or(&path)))?;
+        fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
         file.sync_all()?;
         fs::rename(&temporary, &path)
     };

@@ -57,6 +57,11 @@ pub fn ensure(bridge: &str, ipv6: bool, internal: bool) -> Result<()> {
             why,
         };
         let (iptables, restore) = programs(number);
+        // A chain that iptables-restore creates is emptied, also if another start has just created
+        // it. Here that is a failure.
+        for chain in [CHAIN, OF_THE_ADMINISTRATOR] {
+            let _ = run(&iptables, &["--wait", "5", "-N", chain], "").map_err(failed)?;
+        }
         let listed = |chain| run(&iptables, &["--wait", "5", "-S", chain], "").map_err(failed);
         let (own, user, forward) = (
             listed(CHAIN)?.ok(),

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use hull_tests::{Archive, Hull, eventually, on_every_machine};
+use hull_tests::{Archive, Hull, descendants, eventually, on_every_machine};
 
 on_every_machine!(
     a_container_is_created_started_and_started_again_with_what_it_wrote,
@@ -628,4 +628,77 @@ fn further_options_of_docker_mean_what_they_mean_there() {
     .ok();
     assert_eq!(container.state(), "running");
     container.is_removed_by_force();
+}
+
+/// A container that ends again and again, and is started each time.
+fn restless(hull: &Hull) -> String {
+    let name = hull.unique("r");
+    hull.hull(["run", "-d", "--restart", "always", "--name", &name])
+        .args(["busybox", "true"])
+        .run()
+        .ok();
+    name
+}
+
+#[test]
+fn a_container_that_restarts_all_the_time_can_be_stopped_started_and_removed_at_any_moment() {
+    let hull = Hull::new();
+    for round in 0..8 {
+        let name = restless(&hull);
+        let container = hull.container(&name);
+        std::thread::sleep(Duration::from_millis(40 * round));
+        container.does("stop").ok();
+        assert_eq!(container.state(), "stopped", "round {round}");
+        let restarts = container.inspect()["RestartCount"].clone();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(container.state(), "stopped", "round {round}");
+        assert_eq!(container.inspect()["RestartCount"], restarts);
+        container.does("start").ok();
+        std::thread::sleep(Duration::from_millis(30 * round));
+        container.is_removed_by_force();
+        hull.assert_clean();
+    }
+}
+
+#[test]
+fn a_supervisor_leaves_no_zombies() {
+    let hull = Hull::new();
+    let name = restless(&hull);
+    let container = hull.container(&name);
+    eventually("it was restarted", Duration::from_secs(20), || {
+        container.inspect()["RestartCount"].as_u64() >= Some(3)
+    });
+    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let is_its = |command: &str| command.contains("supervisor-process") && command.contains(&id);
+    let (pid, _) = descendants()
+        .into_iter()
+        .find(|(_, command)| is_its(command))
+        .expect("a supervisor");
+    let zombies = || {
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let is_zombie = |child: &&str| {
+            let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+            stat.contains(") Z ")
+        };
+        children.split_whitespace().filter(is_zombie).count()
+    };
+    eventually("no zombie is left", Duration::from_secs(5), || {
+        zombies() == 0
+    });
+    container.is_removed_by_force();
+    hull.assert_clean();
+}
+
+#[test]
+fn looking_at_what_was_never_started_changes_nothing() {
+    let hull = Hull::new();
+    hull.hull([
+        "create", "--name", "new", "busybox", "stat", "-c", "%a %u", "/",
+    ])
+    .run()
+    .ok();
+    let image = hull.run(&[], &["stat", "-c", "%a %u", "/"]).ok().text();
+    assert_eq!(hull.container("new").does("diff").ok().text(), "");
+    let started = hull.hull(["start", "-a", "new"]).run().ok();
+    assert_eq!(started.text(), image);
 }

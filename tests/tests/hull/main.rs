@@ -17,6 +17,7 @@ mod install_engines;
 mod kvm;
 mod lasting;
 mod limits;
+mod model;
 mod processor;
 mod ps_logs;
 mod rootless;

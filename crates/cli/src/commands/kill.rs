@@ -36,10 +36,10 @@ pub fn execute(args: Args) -> Result<u8> {
     let runs = |container: &Container| !container::is_idle(container);
     let names = named_or_all(&paths, args.containers, args.all, runs)?;
     for_each_at_once(&names, |name| {
-        let container = container::find(&paths, name)?;
+        let mut container = container::find(&paths, name)?;
         let id = container.record.id.clone();
         if args.signal == SIGKILL {
-            container::keep_down(&paths, &container, Down::ForGood)?;
+            container = container::keep_down(&paths, container, Down::ForGood)?;
         }
         let client = container::connect(&container)?;
         client.do_(&Request::Signal {

@@ -23,7 +23,7 @@ const COMMON: &str = r#".SH "EXIT STATUS"
 success
 .TP
 1
-the container or image does not exist or is in the wrong state
+the container or image does not exist or is in the wrong state; of \fBexists\fR, the answer no
 .TP
 125
 hull itself failed, or was called wrongly
@@ -98,6 +98,26 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
         "hull image" | "hull image pull" => &[(
             "hull image pull docker-archive:FILE",
             "what docker save wrote",
+        )],
+        "hull build" => &[("hull build -t app .", "an image of the Dockerfile here")],
+        "hull create" | "hull start" => &[
+            (
+                "hull create --name job busybox date",
+                "a container that does not run yet",
+            ),
+            ("hull start -a job", "runs it, as often as one likes"),
+        ],
+        "hull image save" | "hull image load" => &[(
+            "hull image save app | ssh host hull image load",
+            "an image goes to another host",
+        )],
+        "hull network" | "hull network create" => &[(
+            "hull network create front; hull run -d --name db --network front IMAGE",
+            "others of that network find it by the name db",
+        )],
+        "hull volume" | "hull volume create" => &[(
+            "hull run -v data:/data IMAGE",
+            "creates the volume data, unless it is there",
         )],
         "hull image import" => &[(
             "hull image import --change 'CMD [\"sh\"]' rootfs.tar small",

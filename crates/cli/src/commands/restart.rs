@@ -31,7 +31,7 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let paths = config.paths();
     for_each(&args.containers, |name| {
         let container = container::find(&paths, name)?;
-        container::keep_down(&paths, &container, Down::ForGood)?;
+        let container = container::keep_down(&paths, container, Down::ForGood)?;
         let seconds = args
             .time
             .unwrap_or_else(|| stop::timeout(&container, &config));

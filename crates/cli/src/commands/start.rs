@@ -71,7 +71,7 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
 pub fn start(name: &str, config: &Config, began_ns: u64) -> Result<()> {
     let timings = Timings::default();
     match Attempt::prepare(name, config, began_ns, &timings)? {
-        Attempt::Running(_) => Ok(()),
+        Attempt::Running(container) => supervise::keep_up(config, &container),
         Attempt::Again(again) => run(*again, config, None).map(drop),
     }
 }

@@ -50,7 +50,7 @@ pub fn execute(args: Args) -> Result<u8> {
             true => Down::UntilBoot,
             false => Down::ForGood,
         };
-        container::keep_down(&paths, &container, down)?;
+        let container = container::keep_down(&paths, container, down)?;
         let seconds = args.time.unwrap_or_else(|| timeout(&container, &config));
         stop(&paths, &container, seconds)?;
         Ok(Some(name.to_owned()))

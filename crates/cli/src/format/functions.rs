@@ -88,7 +88,8 @@ static FUNCTIONS: [Function; 24] = [
             Value::String(text) => text.len(),
             Value::Array(list) => list.len(),
             Value::Object(object) => object.len(),
-            _ if matches!(args[0], Val::Zero) => 0,
+            // Go's lists and maps without a value.
+            Value::Null => 0,
             _ => return Err(format!("{} has no length", args[0].kind())),
         };
         Ok(Val::new(length))
@@ -237,6 +238,7 @@ fn index<'d>(args: &[Val<'d>]) -> Result<Val<'d>, String> {
                     .child(key, |value| value.get(key))
                     .unwrap_or(Val::Zero)
             }
+            Value::Null if matches!(key.value(), Value::String(_)) => Val::Zero,
             _ => return Err(format!("{} has no elements", found.kind())),
         };
     }

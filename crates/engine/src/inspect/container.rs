@@ -201,6 +201,7 @@ impl Known<'_> {
         let mut exposed: Vec<String> = image
             .exposed_ports
             .iter()
+            .chain(&options.expose)
             .cloned()
             .chain(published)
             .collect();

@@ -14,6 +14,7 @@ use crate::attach::Attachment;
 use crate::config::Config;
 use crate::container::{self, Container, Details, Down};
 use crate::error::{Error, Result, of_image};
+use crate::health;
 use crate::names;
 use crate::network::Plan;
 use crate::supervise;
@@ -187,7 +188,7 @@ impl<'a> Again<'a> {
     /// goes on for other containers is left to them.
     fn leave_the_last_sandbox(&mut self) -> Result<()> {
         let (run, container) = (&mut self.run, &self.container);
-        for file in [CONSOLE_FILE, MESSAGES_FILE] {
+        for file in [CONSOLE_FILE, MESSAGES_FILE, health::FILE] {
             container.directory.remove_file(file)?;
         }
         let Some(last) = &container.record.sandbox else {

@@ -43,6 +43,7 @@ impl Store {
         pack: impl FnOnce(&mut File) -> std::io::Result<()>,
         progress: &dyn Progress,
     ) -> Result<Image> {
+        let _work = self.begin_work()?;
         for change in &import.changes {
             change::apply(&mut config, change).map_err(|reason| Error::InvalidChange {
                 change: change.clone(),

@@ -61,8 +61,10 @@ pub(super) async fn layer(
             state,
         })
     };
-    let blob = store.blob_path(&descriptor.digest);
-    let path = blob.with_added_extension("part");
+    let blob = store.archive_path(&descriptor.digest);
+    let path = store
+        .blob_path(&descriptor.digest)
+        .with_added_extension("part");
     let file = loop {
         if blob.exists() {
             return Ok(());

@@ -185,7 +185,9 @@ impl Pusher<'_> {
         }
         let packed = self.pack(layer, length)?;
         let Compressed { digest, size } = packed.compressed;
-        write_json(&path, &packed.compressed)?;
+        if let Err(error) = write_json(&path, &packed.compressed) {
+            tracing::debug!("the next push packs layer {} again: {error}", layer.diff_id);
+        }
         match self.has(&digest, size)? {
             true => self.report(&layer.diff_id, LayerState::Present),
             false => {

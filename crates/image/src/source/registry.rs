@@ -148,7 +148,7 @@ fn install(
                 }
             };
         }
-        let path = store.blob_path(&digest);
+        let path = store.archive_path(&digest);
         let file = File::open(&path).map_err(|error| Error::io("open", &path, error))?;
         let size = file.metadata().ok().map(|metadata| metadata.len());
         // The digest was checked by the download.
@@ -167,7 +167,7 @@ fn install(
     if result.as_ref().map_or_else(refused, |_| true) {
         // The layers are unpacked, or failed: the archives are not needed any more.
         for layer in &plan.layers {
-            let _ = std::fs::remove_file(store.blob_path(&layer.digest));
+            let _ = std::fs::remove_file(store.archive_path(&layer.digest));
         }
     }
     if gave_up { None } else { Some(result) }

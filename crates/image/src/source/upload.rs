@@ -83,7 +83,13 @@ impl Http {
 
     /// Sends a blob in one piece.
     pub(super) async fn upload(&self, digest: &Digest, upload: Upload) -> Result<(), Failure> {
-        let response = whole(self.request(Method::POST, "blobs/uploads/", &[])).await?;
+        let response = whole(self.request(
+            Method::POST,
+            "blobs/uploads/",
+            // Some registries refuse a request without it.
+            &[(CONTENT_LENGTH.as_str(), "0")],
+        ))
+        .await?;
         let mut url = self.upload_url(&response)?;
         url.query_pairs_mut()
             .append_pair("digest", &digest.to_string());

@@ -7,7 +7,8 @@
 //! | --- | --- |
 //! | `references.json` | name → manifest digest; replaced by rename, under the exclusive lock |
 //! | `images/HEX.json` | one record per image (by manifest digest): all that a start needs |
-//! | `blobs/sha256/HEX` | manifests and configurations; layer archives only while a pull lasts |
+//! | `blobs/sha256/HEX` | manifests and configurations |
+//! | `blobs/sha256/HEX.archive` | a layer's archive, while a pull lasts |
 //! | `blobs/sha256/HEX.part` | a layer archive being downloaded; locked by its writer |
 //! | `layers/HEX/diff` | a layer, ready to be a lower directory; `layer.json` beside it |
 //! | `layers/HEX/skeleton.gz` | its archive without the content of its files, see `unpack::skeleton` |
@@ -335,6 +336,13 @@ impl Store {
     pub(crate) fn set_name(&self, key: &str, named: Named) -> Result<()> {
         let _lock = self.lock(FlockOperation::LockExclusive)?;
         let mut references = self.read_references()?;
+        // It may have been removed since it was found.
+        if self.read_record(&named.manifest)?.is_none() {
+            return Err(Error::Damaged {
+                reference: key.to_owned(),
+                what: "the image, which was removed meanwhile".to_owned(),
+            });
+        }
         if references.names.get(key) == Some(&named) {
             return Ok(());
         }
@@ -405,6 +413,12 @@ impl Store {
 
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.root.join("blobs/sha256").join(digest.hex())
+    }
+
+    /// Where the archive of a layer is while it is pulled. Apart from documents: a manifest may
+    /// call anything a layer, and archives are removed at the end of a pull.
+    pub(crate) fn archive_path(&self, digest: &Digest) -> PathBuf {
+        self.blob_path(digest).with_added_extension("archive")
     }
 
     fn layers_dir(&self) -> PathBuf {

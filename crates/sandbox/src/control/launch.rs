@@ -48,7 +48,7 @@ fn start(dir: SandboxDir, config: &SandboxConfig, disks: &[OwnedFd]) -> Result<C
     fds.extend(disks.iter().map(AsFd::as_fd));
     send(&ours, config, &fds).context(doing)?;
     let client = Client::greet(ours)?;
-    Command::new("/proc/self/exe")
+    let mut process = Command::new("/proc/self/exe")
         .arg0("hull")
         .arg(ROLE)
         .arg("--directory")
@@ -63,6 +63,8 @@ fn start(dir: SandboxDir, config: &SandboxConfig, disks: &[OwnedFd]) -> Result<C
         .stderr(Stdio::from(diagnostics))
         .spawn()
         .context(doing)?;
+    // A caller that outlives the sandbox has no zombie of it.
+    std::thread::spawn(move || process.wait());
     Ok(client)
 }
 

@@ -68,6 +68,7 @@ impl Names {
             config,
             container: container.to_owned(),
         };
+        names.forget();
         let entry = Entry {
             sandbox: sandbox.clone(),
             addresses: addresses.to_vec(),
@@ -107,6 +108,17 @@ impl Names {
         is_name.then(|| self.config.directory.join(name))
     }
 
+    /// Removes what an earlier sandbox of the container left that was killed: its path may be that
+    /// of the present one, and the names others.
+    fn forget(&self) {
+        let directories = fs::read_dir(&self.config.directory).into_iter().flatten();
+        for directory in directories.flatten().map(|entry| entry.path()) {
+            if fs::remove_file(directory.join(&self.container)).is_ok() {
+                let _ = fs::remove_dir(&directory);
+            }
+        }
+    }
+
     /// Removes the names.
     pub fn withdraw(&self) {
         for directory in self.own() {
@@ -120,8 +132,9 @@ impl Names {
     fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
         let entries = fs::read_dir(self.directory(name)?).ok()?;
         let mut addresses = Vec::new();
-        for entry in entries.flatten().take(MOST_OF_A_NAME) {
-            addresses.extend(read(&entry.path()).into_iter().flatten());
+        let alive = entries.flatten().filter_map(|entry| read(&entry.path()));
+        for of_one in alive.take(MOST_OF_A_NAME) {
+            addresses.extend(of_one);
         }
         (!addresses.is_empty()).then_some(addresses)
     }

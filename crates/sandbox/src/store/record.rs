@@ -99,7 +99,9 @@ impl<D: Serialize + DeserializeOwned> Record<D> {
             None => Ok(Status::new(State::Stopped)),
             Some(stale) => match Status::read(directory)? {
                 Some(last) if last.state == State::Stopped => Ok(last),
-                Some(last) if last.state == State::Creating => Ok(before_its_start(last)),
+                Some(last) if matches!(last.state, State::Creating | State::Created) => {
+                    Ok(before_its_start(last))
+                }
                 _ => Ok(killed(stale)),
             },
         }

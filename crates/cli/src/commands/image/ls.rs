@@ -5,6 +5,7 @@ use hull_engine::error::of_image;
 use hull_engine::time::{self, UnixNanos};
 use hull_image::{Listed, Pattern, Reference, Store};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 
 use crate::error::Result;
 use crate::format::{self, ListFormat, Row};
@@ -142,17 +143,16 @@ pub fn execute(config: &Config, args: &Args) -> Result<()> {
         output::note(format!("warning: {error}"));
     }
     list.retain(|image| conditions.hold(image));
+    // Docker's order: newest first.
+    list.sort_by_key(|image| std::cmp::Reverse(created(image.created.as_deref())));
     let rows = || list.iter().map(|image| row(image, args.no_trunc)).collect();
     if format::print_list(args.format.as_ref(), args.quiet, &HEADINGS, rows)? {
         return Ok(());
     }
     if args.quiet {
-        let mut ids: Vec<String> = list
-            .iter()
-            .map(|image| id(image, args.no_trunc) + "\n")
-            .collect();
-        ids.dedup();
-        output::print(ids.concat())
+        let mut seen = HashSet::new();
+        let ids = list.iter().map(|image| id(image, args.no_trunc) + "\n");
+        output::print(ids.filter(|id| seen.insert(id.clone())).collect::<String>())
     } else if args.json {
         let objects: Vec<Value> = list.iter().map(listed_object).collect();
         output::print_json(&objects)

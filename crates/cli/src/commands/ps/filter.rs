@@ -6,6 +6,7 @@ use hull_engine::Paths;
 use hull_engine::container;
 use hull_engine::publish::port_range;
 use hull_engine::values;
+use hull_image::Reference;
 use hull_network::cni::Protocol;
 use hull_sandbox::store::{Record, State};
 use regex::{Regex, RegexBuilder};
@@ -62,7 +63,16 @@ impl Ports {
 const HEALTH: [&str; 4] = ["starting", "healthy", "unhealthy", "none"];
 
 /// The states that `--filter status=` knows.
-pub const STATES: [&str; 5] = ["created", "running", "paused", "restarting", "exited"];
+pub const STATES: [&str; 7] = [
+    "created",
+    "running",
+    "paused",
+    "restarting",
+    "exited",
+    // Docker has them; no container of hull's is ever in one.
+    "removing",
+    "dead",
+];
 
 /// The keys of filters.
 pub const KEYS: [&str; 13] = [
@@ -214,9 +224,8 @@ impl Filters {
                     .image_id
                     .strip_prefix("sha256:")
                     .unwrap_or(&row.image_id);
-                let image_without_tag = row.image.split(':').next();
                 row.image == *image
-                    || image_without_tag == Some(image)
+                    || same_name(&row.image, image)
                     || (image.len() >= 4
                         && digest.starts_with(image.strip_prefix("sha256:").unwrap_or(image)))
             }
@@ -245,6 +254,16 @@ impl Filters {
                 .any(|port| ports.contains(port.container_port, port.protocol)),
         }
     }
+}
+
+/// Whether two references name the same image: `app` is `app:latest`.
+fn same_name(one: &str, other: &str) -> bool {
+    let parsed = |text: &str| {
+        text.parse::<Reference>()
+            .ok()
+            .map(|parsed| parsed.to_string())
+    };
+    matches!((parsed(one), parsed(other)), (Some(one), Some(other)) if one == other)
 }
 
 #[cfg(test)]
@@ -299,7 +318,7 @@ mod tests {
             ("label=a", true),
             ("label=a=b", true),
             ("label=a=c", false),
-            ("ancestor=busybox", true),
+            ("ancestor=busybox", false),
             ("ancestor=busybox:1", true),
             ("ancestor=busybox:2", false),
             ("ancestor=012345", true),
@@ -328,7 +347,7 @@ mod tests {
             "",
             "name",
             "size=1",
-            "status=dead",
+            "status=asleep",
             "exited=x",
             "name=(",
             "publish=x",
