@@ -80,7 +80,7 @@ pub fn print(text: impl AsRef<[u8]>) -> Result<()> {
 }
 
 /// Standard output, for what is too long to be in memory. A closed pipe ends the process, as with
-/// [`print`].
+/// [`print()`].
 #[derive(Debug)]
 pub struct Stdout;
 

@@ -30,14 +30,14 @@ pub struct Args {
     /// Read the password from standard input
     #[arg(long)]
     password_stdin: bool,
-    /// HOST[:PORT] of the registry; Docker Hub when absent
+    /// Host, and port, of the registry; Docker Hub when absent
     registry: Option<String>,
 }
 
 /// Arguments of `logout`.
 #[derive(Debug, clap::Args)]
 pub struct LogoutArgs {
-    /// HOST[:PORT] of the registry; Docker Hub when absent
+    /// Host, and port, of the registry; Docker Hub when absent
     registry: Option<String>,
 }
 

@@ -78,7 +78,7 @@ pub struct ContainerArgs {
     /// Remove the container when it ends
     #[arg(long)]
     rm: bool,
-    /// Start it again when it ends: no, on-failure[:MOST], always or unless-stopped
+    /// Start it again when it ends: no, on-failure, on-failure:MOST, always, unless-stopped
     #[arg(long, value_name = "POLICY", value_parser = values::restart)]
     restart: Option<Restart>,
     /// Name of the container

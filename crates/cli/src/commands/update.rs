@@ -19,7 +19,7 @@ pub struct Args {
     /// Most processes at a time; -1 for no limit
     #[arg(long, value_name = "NUMBER", value_parser = values::pids_limit, allow_negative_numbers = true)]
     pids_limit: Option<i64>,
-    /// When they are started again: no, on-failure[:MOST], always or unless-stopped
+    /// When they are started again: no, on-failure, on-failure:MOST, always, unless-stopped
     #[arg(long, value_name = "POLICY", value_parser = values::restart)]
     restart: Option<Restart>,
     /// Names or ids

@@ -71,7 +71,7 @@ enum Command {
         /// Name or id of the image
         #[arg(value_name = "IMAGE")]
         source: String,
-        /// The new name: NAME[:TAG]
+        /// The new name: a name and a tag
         target: String,
     },
     /// Send an image to a registry
