@@ -282,6 +282,22 @@ pub fn users(paths: &Paths, name: &str) -> Result<Vec<String>> {
     Ok(users)
 }
 
+/// Finds out whether a network is there still: it may have been removed while an image was pulled.
+/// From when a container that wants it has a record, it stays.
+///
+/// # Errors
+/// `NotFound`, also when there is another one of that name.
+pub(crate) fn check_there(paths: &Paths, network: &NetworkRecord) -> Result<()> {
+    let _lock = Lock::take(paths)?;
+    match load(paths, &network.name)? {
+        Some(now) if now.id == network.id => Ok(()),
+        _ => Err(Error::not_found(format!(
+            "network {} was removed meanwhile",
+            network.name
+        ))),
+    }
+}
+
 /// Removes a network that no container is in, with its bridge and what is in the packet filter.
 ///
 /// # Errors

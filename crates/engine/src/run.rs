@@ -199,8 +199,12 @@ impl<'a> Run<'a> {
         let place = self.place(network)?;
         let record = self.record(image, Some(&place))?;
         let directory = self.reserve(record, &made_up)?;
+        let created = place.network.created.as_ref();
+        let is_there = created.map_or(Ok(()), |network| {
+            networks::check_there(&self.paths, network)
+        });
         self.timings.step("request", begin);
-        let started = self.launch(image, &place, &directory, attachment);
+        let started = is_there.and_then(|()| self.launch(image, &place, &directory, attachment));
         let erase = || container::remove(&self.paths, &self.id, container::Removing::everything());
         match started {
             Ok(Outcome::Interrupted(signal)) => {

@@ -213,3 +213,28 @@ fn a_network_that_cannot_be_is_refused_by_name() {
     hull.run(&["--network-alias", "x"], &["true"])
         .fails(125, &["--network-alias", "not found by names"]);
 }
+
+#[test]
+fn a_network_that_is_removed_while_an_image_is_pulled_does_not_come_back() {
+    let hull = Hull::networked("uml");
+    let net = Net::create(&hull, &[]);
+    // The container has no record until its image is there; a pipe is an image that takes its time.
+    let pipe = hull.path("image.tar");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let reference = format!("docker-archive:{}", pipe.display());
+    let running = hull
+        .hull(["run", "--rm", "--network", &net.name, &reference, "true"])
+        .start();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    hull.hull(["network", "rm", &net.name]).run().ok();
+    let archive = hull.path("saved.tar");
+    hull.hull(["image", "save", "-o", archive.to_str().unwrap(), "busybox"])
+        .run()
+        .ok();
+    std::fs::copy(&archive, &pipe).unwrap();
+    let said = running.finish().ends(125).error();
+    assert!(said.contains("was removed meanwhile"), "{said}");
+    hull.hull(["network", "exists", &net.name]).run().ends(1);
+    hull.assert_clean();
+}
