@@ -7,10 +7,10 @@
 
 use std::env::{self, var_os};
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Seek};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -94,7 +94,7 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
         .context(|| format!("read {}, the id of the image", id_file.display()))?;
     let id = id.trim();
 
-    let archive = unlinked_file(&config.data_dir)?;
+    let archive = store.temporary_file().map_err(of_image)?;
     let output = archive.try_clone().context(|| "pass on a file")?;
     let mut command = buildah("push");
     command.args(["--quiet", id, "docker-archive:/proc/self/fd/1"]);
@@ -174,20 +174,6 @@ impl Drop for Work {
         // What is left in the run directory is gone with the next boot.
         let _ = fs::remove_dir_all(&self.0);
     }
-}
-
-/// A file without a name: nothing is left of it whatever happens.
-fn unlinked_file(directory: &Path) -> Result<File> {
-    let path = directory.join(format!(".build.{}", names::new_id()?));
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .context(|| format!("create {}", path.display()))?;
-    fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
-    Ok(file)
 }
 
 /// A configuration of registries in which short names are Docker's, as in hull's other commands; it

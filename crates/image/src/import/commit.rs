@@ -7,27 +7,13 @@ use std::io::Seek;
 
 use serde_json::{Value, json};
 
-use super::{Import, change, rfc3339};
+use super::Import;
 use crate::config::{self, ImageConfig};
 use crate::digest::{Digest, HashingReader};
 use crate::error::{Error, Result};
 use crate::manifest::{self, Document};
 use crate::progress::Progress;
-use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Store};
-
-/// A file without a name: gone with the process, whatever happens to that.
-fn temporary(store: &Store) -> Result<File> {
-    let path = store.root().join(format!("commit.{}", std::process::id()));
-    let doing = |error| Error::io("create", &path, error);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(doing)?;
-    std::fs::remove_file(&path).map_err(doing)?;
-    Ok(file)
-}
+use crate::store::{Image, LayerStream, Store};
 
 impl Store {
     /// Creates an image of `base` and a layer, which `pack` writes as an archive. `config` are its
@@ -44,15 +30,10 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Image> {
         let _work = self.begin_work()?;
-        for change in &import.changes {
-            change::apply(&mut config, change).map_err(|reason| Error::InvalidChange {
-                change: change.clone(),
-                reason,
-            })?;
-        }
+        import.apply(&mut config)?;
         let what = &base.reference;
         let below = self.planned_layers(base)?;
-        let mut file = temporary(self)?;
+        let mut file = self.temporary_file()?;
         pack(&mut file).map_err(|error| Error::Source {
             reference: what.clone(),
             reason: error.to_string(),
@@ -64,16 +45,9 @@ impl Store {
         let (size, diff_id) = (reader.length(), reader.finish());
         file.rewind().map_err(read)?;
 
-        let created = import
-            .created
-            .clone()
-            .unwrap_or_else(|| rfc3339(std::time::SystemTime::now()));
+        let created = import.created();
         let comment = import.message.clone().unwrap_or_default();
-        let invalid = |error: serde_json::Error| Error::Invalid {
-            reference: what.clone(),
-            what: "config",
-            reason: error.to_string(),
-        };
+        let invalid = |error: serde_json::Error| super::invalid(what, &error);
         let written =
             config::write(&config, Vec::new(), created.clone(), &comment).map_err(invalid)?;
         let written: Value = serde_json::from_slice(&written).map_err(invalid)?;
@@ -107,26 +81,10 @@ impl Store {
         document["history"] = Value::Array(history);
         let document = serde_json::to_vec(&document).map_err(invalid)?;
 
-        let mut sizes: Vec<(Digest, u64)> = below.clone();
-        sizes.push((diff_id, size));
-        let manifest = manifest::synthesize(&document, &sizes).map_err(invalid)?;
-        let planned = |(diff_id, _): &(Digest, u64)| PlannedLayer {
-            digest: *diff_id,
-            diff_id: *diff_id,
-        };
-        let plan = Plan {
-            written: what.clone(),
-            name: import.name.as_ref().map(ToString::to_string),
-            named: Named {
-                manifest: Digest::of(&manifest),
-                index: None,
-                stamp: None,
-            },
-            manifest,
-            config: document,
-            layers: sizes.iter().map(planned).collect(),
-        };
         let last = below.len();
+        let mut layers = below;
+        layers.push((diff_id, size));
+        let plan = import.plan(what, document, &layers)?;
         let mut file = Some(file);
         let mut open = |index: usize| match file.take().filter(|_| index == last) {
             Some(file) => Ok(LayerStream {

@@ -45,6 +45,50 @@ pub struct Import {
     pub created: Option<String>,
 }
 
+impl Import {
+    /// Applies its instructions.
+    fn apply(&self, config: &mut ImageConfig) -> Result<()> {
+        self.changes.iter().try_for_each(|change| {
+            change::apply(config, change).map_err(|reason| Error::InvalidChange {
+                change: change.clone(),
+                reason,
+            })
+        })
+    }
+
+    /// When the image is created.
+    fn created(&self) -> String {
+        let now = || rfc3339(SystemTime::now());
+        self.created.clone().unwrap_or_else(now)
+    }
+
+    /// What to install: a configuration with its layers and their sizes, lowest first. `what` names
+    /// the source in messages.
+    fn plan(&self, what: &str, config: Vec<u8>, layers: &[(Digest, u64)]) -> Result<Plan> {
+        let manifest =
+            manifest::synthesize(&config, layers).map_err(|error| invalid(what, &error))?;
+        Ok(Plan {
+            written: what.to_owned(),
+            name: self.name.as_ref().map(ToString::to_string),
+            named: Named::image(Digest::of(&manifest)),
+            manifest,
+            config,
+            layers: layers
+                .iter()
+                .map(|(diff_id, _)| PlannedLayer::uncompressed(*diff_id))
+                .collect(),
+        })
+    }
+}
+
+fn invalid(what: &str, error: &serde_json::Error) -> Error {
+    Error::Invalid {
+        reference: what.to_owned(),
+        what: "config",
+        reason: error.to_string(),
+    }
+}
+
 impl Store {
     /// Creates an image. `what` names the source in messages.
     pub fn import(
@@ -60,12 +104,7 @@ impl Store {
             variant: self.platform().variant.clone(),
             ..ImageConfig::default()
         };
-        for change in &import.changes {
-            change::apply(&mut config, change).map_err(|reason| Error::InvalidChange {
-                change: change.clone(),
-                reason,
-            })?;
-        }
+        import.apply(&mut config)?;
         let _work = self.begin_work()?;
         progress.event(Event::Started {
             reference: what,
@@ -75,36 +114,13 @@ impl Store {
             Source::Archive(archive) => self.import_layer(what, BufReader::new(archive))?,
             Source::Directory(dir) => self.import_directory(what, &dir)?,
         };
-        let created = import
-            .created
-            .clone()
-            .unwrap_or_else(|| rfc3339(SystemTime::now()));
         let message = import
             .message
             .clone()
             .unwrap_or_else(|| format!("imported from {what}"));
-        let invalid = |error: serde_json::Error| Error::Invalid {
-            reference: what.to_owned(),
-            what: "config",
-            reason: error.to_string(),
-        };
-        let config = config::write(&config, vec![diff_id], created, &message).map_err(invalid)?;
-        let manifest = manifest::synthesize(&config, &[(diff_id, size)]).map_err(invalid)?;
-        let plan = Plan {
-            written: what.to_owned(),
-            name: import.name.as_ref().map(ToString::to_string),
-            named: Named {
-                manifest: Digest::of(&manifest),
-                index: None,
-                stamp: None,
-            },
-            manifest,
-            config,
-            layers: vec![PlannedLayer {
-                digest: diff_id,
-                diff_id,
-            }],
-        };
+        let config = config::write(&config, vec![diff_id], import.created(), &message)
+            .map_err(|error| invalid(what, &error))?;
+        let plan = import.plan(what, config, &[(diff_id, size)])?;
         let mut open = |_| -> Result<LayerStream> {
             // It was created above, and is not removed while the work lock is held.
             Err(Error::Damaged {

@@ -101,17 +101,13 @@ pub(super) fn install(
         .map_err(|error| archive.failed(error.to_string()))?;
     let (name, stamp) = name.unzip();
     let named = Named {
-        manifest: Digest::of(&manifest),
-        index: None,
         stamp,
+        ..Named::image(Digest::of(&manifest))
     };
     let layers = document
         .diff_ids
         .iter()
-        .map(|&diff_id| PlannedLayer {
-            digest: diff_id,
-            diff_id,
-        })
+        .map(|diff_id| PlannedLayer::uncompressed(*diff_id))
         .collect();
     let plan = Plan {
         written: written.to_owned(),

@@ -97,11 +97,7 @@ impl Store {
     fn give_names(&self, image: Image, names: Vec<Reference>) -> Result<Loaded> {
         if let Some(manifest) = image.digest {
             for name in &names {
-                let named = Named {
-                    manifest,
-                    index: None,
-                    stamp: None,
-                };
+                let named = Named::image(manifest);
                 self.set_name(&name.to_string(), named)?;
             }
         }

@@ -78,11 +78,7 @@ pub(super) fn install(
     let written = layout.written;
     let (digest, bytes, manifest) = layout.manifest(store, top)?;
     let key = name.as_deref().unwrap_or(written);
-    let named = Named {
-        manifest: digest,
-        index: None,
-        stamp: None,
-    };
+    let named = Named::image(digest);
     match store.image(&digest, key) {
         Ok(image) => {
             image.config.check_platform(written, store.platform())?;

@@ -280,15 +280,7 @@ impl<'a> Session<'a> {
         let (digest, bytes) = self.manifest(&self.name.version).await?;
         let index = match manifest::parse(written, &bytes)? {
             Document::Manifest(manifest) => {
-                return Ok((
-                    Named {
-                        manifest: digest,
-                        index: None,
-                        stamp: None,
-                    },
-                    bytes,
-                    manifest,
-                ));
+                return Ok((Named::image(digest), bytes, manifest));
             }
             Document::Index(index) => index,
         };

@@ -43,10 +43,7 @@ impl Store {
         let stack: Vec<PlannedLayer> = document
             .diff_ids
             .iter()
-            .map(|&diff_id| PlannedLayer {
-                digest: diff_id,
-                diff_id,
-            })
+            .map(|diff_id| PlannedLayer::uncompressed(*diff_id))
             .collect();
         let layers = self.stored_layers(&layer_ids(&stack))?;
         Ok(Content {

@@ -37,6 +37,16 @@ pub(crate) struct PlannedLayer {
     pub diff_id: Digest,
 }
 
+impl PlannedLayer {
+    /// One whose archive is as it is unpacked.
+    pub(crate) fn uncompressed(diff_id: Digest) -> Self {
+        Self {
+            digest: diff_id,
+            diff_id,
+        }
+    }
+}
+
 /// The archive of a layer.
 pub(crate) struct LayerStream {
     pub reader: Box<dyn Read>,

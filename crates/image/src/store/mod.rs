@@ -376,14 +376,7 @@ impl Store {
                 reason: "a name to give has a tag, no digest".to_owned(),
             });
         }
-        self.set_name(
-            &name.to_string(),
-            Named {
-                manifest,
-                index: None,
-                stamp: None,
-            },
-        )
+        self.set_name(&name.to_string(), Named::image(manifest))
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -429,8 +422,11 @@ impl Store {
         self.root.join("layers").join(name).join("diff")
     }
 
-    /// An unnamed file, on the store's disk.
-    pub(crate) fn temporary_file(&self) -> Result<File> {
+    /// An unnamed file, on the store's disk: nothing is left of it whatever happens.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub fn temporary_file(&self) -> Result<File> {
         // Not O_TMPFILE, which not every file system supports.
         let path = self.root.join(format!("tmp-{}", std::process::id()));
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::TRUNC;

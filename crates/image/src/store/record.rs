@@ -39,6 +39,17 @@ pub(crate) struct Named {
     pub stamp: Option<Stamp>,
 }
 
+impl Named {
+    /// An image by itself: of no list, and of no archive.
+    pub(crate) fn image(manifest: Digest) -> Self {
+        Self {
+            manifest,
+            index: None,
+            stamp: None,
+        }
+    }
+}
+
 /// Detects whether a file has changed since it was read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
