@@ -12,7 +12,8 @@ use clap_complete::engine::{
 };
 use clap_complete::env::Shells;
 use hull_engine::config::Config;
-use hull_engine::container;
+use hull_engine::volumes::store;
+use hull_engine::{container, networks};
 use hull_image::{Reference, Store};
 use hull_sandbox::store::State;
 
@@ -115,7 +116,7 @@ fn with_candidates(command: Command) -> Command {
             }
             (Some("IMAGE"), _) => argument.add(ArgValueCompleter::new(First(images))),
             (Some("VOLUME"), _) => argument.add(ArgValueCandidates::new(volumes)),
-            (Some("NETWORK"), _) => argument.add(ArgValueCandidates::new(networks)),
+            (Some("NETWORK"), _) => argument.add(ArgValueCandidates::new(network_names)),
             (Some("NAME"), "names") => argument.add(ArgValueCandidates::new(|| {
                 containers(false).into_iter().chain(images()).collect()
             })),
@@ -156,18 +157,21 @@ impl<F: Fn() -> Vec<CompletionCandidate> + Send + Sync> ValueCompleter for First
     }
 }
 
-/// Containers of hull's own. What cannot be read has no candidates: a shell that waits for a
-/// completion has no place for messages.
+/// What there is, as the configuration in force says where. What cannot be read has no candidates:
+/// a shell that waits for a completion has no place for messages.
+fn configured() -> Option<Config> {
+    Config::load_for_existing().ok().map(|(config, _)| config)
+}
+
+/// Containers of hull's own.
 fn containers(up_only: bool) -> Vec<CompletionCandidate> {
-    let Ok((config, _)) = Config::load_for_existing() else {
-        return Vec::new();
-    };
     let is_up = |container: &container::Container| {
         matches!(container.status.state, State::Running | State::Paused)
     };
-    container::list(&config.paths())
-        .unwrap_or_default()
+    let listed = configured().and_then(|config| container::list(&config.paths()).ok());
+    listed
         .into_iter()
+        .flatten()
         .flatten()
         .filter(|container| !up_only || is_up(container))
         .map(|container| container.record.details.name.into())
@@ -175,32 +179,30 @@ fn containers(up_only: bool) -> Vec<CompletionCandidate> {
 }
 
 fn volumes() -> Vec<CompletionCandidate> {
-    let Ok((config, _)) = Config::load_for_existing() else {
-        return Vec::new();
-    };
-    let listed = hull_engine::volumes::store::list(&config.paths());
-    let listed = listed.unwrap_or_default().into_iter();
-    listed.flatten().map(|volume| volume.name.into()).collect()
+    let listed = configured().and_then(|config| store::list(&config.paths()).ok());
+    let listed = listed.into_iter().flatten().flatten();
+    listed.map(|volume| volume.name.into()).collect()
 }
 
 /// Those that people created, and those that are always there.
-fn networks() -> Vec<CompletionCandidate> {
-    let Ok((config, _)) = Config::load_for_existing() else {
+fn network_names() -> Vec<CompletionCandidate> {
+    let Some(config) = configured() else {
         return Vec::new();
     };
-    let listed = hull_engine::networks::list(&config.paths()).unwrap_or_default();
+    let listed = networks::list(&config.paths()).unwrap_or_default();
     let listed = listed.into_iter().map(|network| network.name);
     let always = ["default", "none"].map(str::to_owned);
     listed.chain(always).map(Into::into).collect()
 }
 
 fn images() -> Vec<CompletionCandidate> {
-    let Ok((config, _)) = Config::load_for_existing() else {
-        return Vec::new();
-    };
-    let listed = Store::open(config.data_dir.join("images")).and_then(|store| store.list());
-    let listed = listed.unwrap_or_default().into_iter();
+    let listed = configured().and_then(|config| {
+        let store = Store::open(config.data_dir.join("images"));
+        store.and_then(|store| store.list()).ok()
+    });
     listed
+        .into_iter()
+        .flatten()
         .filter_map(|image| image.reference)
         .filter_map(|name| name.parse::<Reference>().ok())
         .map(|reference| {

@@ -633,8 +633,7 @@ mod tests {
 
     #[test]
     fn a_command_that_was_killed_leaves_nothing_wherever_it_was() {
-        let directory = tempfile::tempdir().unwrap();
-        let paths = Paths::new(directory.path().join("run"), directory.path().join("data"));
+        let (_directory, paths) = Paths::temporary();
         let id = "ab".repeat(32);
         let sandbox = SandboxPath::new(paths.run(), "ab");
         let mut record = Record::new(&id, ENGINE, Details::default());

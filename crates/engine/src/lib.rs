@@ -15,6 +15,7 @@ pub mod config;
 pub mod container;
 pub mod copy;
 pub mod dns;
+pub(crate) mod entries;
 pub mod error;
 pub(crate) mod exact;
 pub mod exec;

@@ -9,17 +9,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use hull_network::bridge;
 use hull_network::cni::{self, Address, BridgeNetwork, List};
 use hull_sandbox::config::OwnNetwork;
 use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::container;
+use crate::entries::{self, Lock};
 use crate::error::{Context, Error, Result};
 use crate::names;
 use crate::paths::Paths;
@@ -117,18 +116,8 @@ impl NetworkRecord {
     }
 }
 
-struct Lock {
-    _held: OwnedFd,
-}
-
-impl Lock {
-    fn take(paths: &Paths) -> Result<Self> {
-        let directory = paths.networks();
-        let doing = || format!("lock {}", directory.display());
-        let held = Directory::create(&directory)?.reopen().context(doing)?;
-        rustix::io::retry_on_intr(|| flock(&held, FlockOperation::LockExclusive)).context(doing)?;
-        Ok(Self { _held: held })
-    }
+fn lock(paths: &Paths) -> Result<Lock> {
+    Lock::take(&paths.networks())
 }
 
 /// The directory with the names of a network's containers.
@@ -171,17 +160,7 @@ pub(crate) fn load(paths: &Paths, name: &str) -> Result<Option<NetworkRecord>> {
 /// # Errors
 /// Their directory cannot be read, or one is damaged.
 pub fn list(paths: &Paths) -> Result<Vec<NetworkRecord>> {
-    let directory = paths.networks();
-    let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).context(|| format!("read {}", directory.display())),
-    };
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
-    let mut names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
-    names.sort();
+    let names = entries::names(&paths.networks())?;
     let loaded = names
         .iter()
         .filter_map(|name| load(paths, name).transpose());
@@ -200,7 +179,7 @@ pub fn create(paths: &Paths, request: NetworkRequest) -> Result<NetworkRecord> {
             RESERVED.join(", ")
         )));
     }
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     let exists = |place: &str| {
         Error::exists(format!("network {name} exists{place}"))
             .hint("hull network ls lists all networks")
@@ -288,7 +267,7 @@ pub fn users(paths: &Paths, name: &str) -> Result<Vec<String>> {
 /// # Errors
 /// `NotFound`, also when there is another one of that name.
 pub(crate) fn check_there(paths: &Paths, network: &NetworkRecord) -> Result<()> {
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     match load(paths, &network.name)? {
         Some(now) if now.id == network.id => Ok(()),
         _ => Err(Error::not_found(format!(
@@ -309,7 +288,7 @@ pub fn remove(paths: &Paths, name: &str) -> Result<()> {
         )));
     }
     let found = find(paths, name)?;
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     let users = users(paths, &found.name)?;
     if !users.is_empty() {
         return Err(Error::wrong_state(format!(
@@ -333,7 +312,7 @@ fn remove_locked(paths: &Paths, network: &NetworkRecord) -> Result<()> {
 /// # Errors
 /// One cannot be removed.
 pub fn prune(paths: &Paths) -> Result<Vec<String>> {
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     let mut removed = Vec::new();
     for network in list(paths)? {
         if users(paths, &network.name)?.is_empty() {
@@ -468,8 +447,7 @@ mod tests {
 
     #[test]
     fn a_network_is_there_once_it_was_created() {
-        let directory = tempfile::tempdir().unwrap();
-        let paths = Paths::new(directory.path().join("run"), directory.path().join("data"));
+        let (_directory, paths) = Paths::temporary();
         let request = |name: &str, subnets: &[&str]| NetworkRequest {
             name: name.to_owned(),
             subnets: subnets.iter().map(|text| subnet(text)).collect(),

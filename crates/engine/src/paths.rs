@@ -37,6 +37,15 @@ impl Paths {
         }
     }
 
+    /// Those of a test, which go with the directory.
+    #[cfg(test)]
+    #[allow(clippy::unwrap_used)]
+    pub(crate) fn temporary() -> (tempfile::TempDir, Self) {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Self::new(directory.path().join("run"), directory.path().join("data"));
+        (directory, paths)
+    }
+
     /// The directory of run-time state.
     pub fn run(&self) -> &Path {
         &self.run

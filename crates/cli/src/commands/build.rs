@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use hull_engine::build::{self, Build};
-use hull_engine::error::of_image;
-use hull_image::{Progress, Reference, RegistryReference};
+use hull_image::{Progress, RegistryReference};
 
 use super::config_for_root;
+use super::image::image_name;
 use crate::error::{Context, Error, Result};
 use crate::images::Shown;
 use crate::output;
@@ -99,10 +99,10 @@ enum Network {
 }
 
 fn name(text: &str) -> std::result::Result<RegistryReference, String> {
-    match text.parse::<Reference>() {
-        Ok(Reference::Registry(name)) if name.digest().is_none() => Ok(name),
-        Ok(_) => Err("an image is given a name and a tag".to_owned()),
-        Err(error) => Err(of_image(error).message),
+    let name = image_name(text).map_err(|error| error.message)?;
+    match name.digest() {
+        None => Ok(name),
+        Some(_) => Err("an image is given a name and a tag".to_owned()),
     }
 }
 

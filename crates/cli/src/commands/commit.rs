@@ -2,12 +2,13 @@
 
 use hull_engine::changes;
 use hull_engine::container;
-use hull_image::{Import, Reference};
+use hull_image::Import;
 use hull_sandbox::control::protocol::Request;
 use hull_sandbox::store::State;
 
 use super::config_for_root;
-use crate::error::{Error, Result};
+use super::image::image_name;
+use crate::error::Result;
 use crate::output;
 
 /// Arguments of `commit`.
@@ -38,16 +39,7 @@ pub struct Args {
 /// Makes an image of a container and prints its id.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
-    let name = match args.name.as_deref().map(str::parse::<Reference>) {
-        None => None,
-        Some(Ok(Reference::Registry(name))) => Some(name),
-        Some(Ok(other)) => {
-            return Err(Error::invalid(format!(
-                "cannot name an image {other}: that is a place"
-            )));
-        }
-        Some(Err(error)) => return Err(hull_engine::error::of_image(error)),
-    };
+    let name = args.name.as_deref().map(image_name).transpose()?;
     let import = Import {
         name,
         changes: args.change,

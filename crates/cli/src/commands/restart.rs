@@ -1,6 +1,6 @@
 //! `hull restart`.
 
-use hull_engine::container::{self, Down};
+use hull_engine::container::Down;
 use hull_engine::values;
 
 use super::{config_for_root, for_each, start, stop};
@@ -28,14 +28,8 @@ pub struct Args {
 /// Stops containers, those that run, and starts them.
 pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
-    let paths = config.paths();
     for_each(&args.containers, |name| {
-        let container = container::find(&paths, name)?;
-        let container = container::keep_down(&paths, container, Down::ForGood)?;
-        let seconds = args
-            .time
-            .unwrap_or_else(|| stop::timeout(&container, &config));
-        stop::stop(&paths, &container, seconds)?;
+        let container = stop::stop(&config, name, Down::ForGood, args.time)?;
         start::start(&container.record.id, &config, began_ns)?;
         output::print(format!("{name}\n"))
     })

@@ -1,6 +1,5 @@
 //! `hull stop`.
 
-use hull_engine::Paths;
 use hull_engine::config::Config;
 use hull_engine::container::{self, Container, Down};
 use hull_engine::supervise;
@@ -45,45 +44,46 @@ pub fn execute(args: Args) -> Result<u8> {
     };
     let names = named_or_all(&paths, args.containers, args.all, runs)?;
     for_each_at_once(&names, |name| {
-        let container = container::find(&paths, name)?;
         let down = match args.until_boot {
             true => Down::UntilBoot,
             false => Down::ForGood,
         };
-        let container = container::keep_down(&paths, container, down)?;
-        let seconds = args.time.unwrap_or_else(|| timeout(&container, &config));
-        stop(&paths, &container, seconds)?;
+        stop(&config, name, down, args.time)?;
         Ok(Some(name.to_owned()))
     })
 }
 
 /// How long a stop waits for a container, as was asked for with it.
-pub fn timeout(container: &Container, config: &Config) -> i64 {
+fn timeout(container: &Container, config: &Config) -> i64 {
     let options = container.record.details.options.as_ref();
     let asked = options.and_then(|options| options.stop_timeout);
     asked.unwrap_or(config.stop_timeout)
 }
 
-/// Stops a container, if it runs, without a word about what is to be at its end; below zero it is
-/// waited for without an end.
+/// Stops a container, if it runs, which then stays down. `seconds` is how long it may take, instead
+/// of what was asked for with it. Returns what it was before.
 ///
 /// # Errors
 /// It does not stop.
-pub fn stop(paths: &Paths, container: &Container, seconds: i64) -> Result<()> {
+pub fn stop(config: &Config, name: &str, down: Down, seconds: Option<i64>) -> Result<Container> {
+    let paths = config.paths();
+    let container = container::keep_down(&paths, container::find(&paths, name)?, down)?;
+    let seconds = seconds.unwrap_or_else(|| timeout(&container, config));
+    // Below zero it is waited for without an end.
     let timeout_ms = match u64::try_from(seconds) {
         Ok(seconds) => seconds.saturating_mul(1000),
         Err(_) => u64::MAX,
     };
-    if !container::is_idle(container)
-        && let Err(error) = ask(container, timeout_ms)
+    if !container::is_idle(&container)
+        && let Err(error) = ask(&container, timeout_ms)
     {
         // Exited by itself meanwhile, and may have been removed: the goal is reached.
-        let now = container::load(paths, &container.record.id)?;
+        let now = container::load(&paths, &container.record.id)?;
         if now.is_some_and(|now| !container::is_idle(&now)) {
             return Err(error);
         }
     }
-    Ok(())
+    Ok(container)
 }
 
 fn ask(container: &Container, timeout_ms: u64) -> Result<()> {

@@ -6,12 +6,13 @@
 mod random;
 
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 
 use hull_sandbox::store::Directory;
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::entries;
 use crate::error::{Context, Error, Result};
 use crate::paths::Paths;
 
@@ -109,26 +110,15 @@ pub fn release_all_of(paths: &Paths, id: &str) {
     }
 }
 
-/// Ids of all containers, in no order.
+/// Ids of all containers.
 ///
 /// # Errors
 /// The directory of containers cannot be read.
 pub fn ids(paths: &Paths) -> Result<Vec<String>> {
-    let directory = paths.containers();
-    let doing = || format!("read {}", directory.display());
-    let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).context(doing),
-    };
     let is_id = |name: &String| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
-    entries
-        .filter_map(|entry| match entry {
-            Ok(entry) => entry.file_name().into_string().ok().filter(is_id).map(Ok),
-            Err(error) => Some(Err(error)),
-        })
-        .collect::<io::Result<_>>()
-        .context(doing)
+    let mut ids = entries::names(&paths.containers())?;
+    ids.retain(is_id);
+    Ok(ids)
 }
 
 /// The id of the container with this name, id, or unambiguous beginning of an id.
@@ -165,12 +155,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn paths() -> (tempfile::TempDir, Paths) {
-        let directory = tempfile::tempdir().unwrap();
-        let paths = Paths::new(directory.path().join("run"), directory.path().join("data"));
-        (directory, paths)
-    }
-
     #[test]
     fn names_are_dockers() {
         for good in ["ab", "web-1", "A_b.c", "0x"] {
@@ -183,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_name_can_be_taken_once_and_again_after_it_is_given_back() {
-        let (_directory, paths) = paths();
+        let (_directory, paths) = Paths::temporary();
         for id in ["one", "two"] {
             fs::create_dir_all(paths.container(id)).unwrap();
         }
@@ -198,14 +182,14 @@ mod tests {
 
     #[test]
     fn a_name_whose_container_is_gone_can_be_taken() {
-        let (_directory, paths) = paths();
+        let (_directory, paths) = Paths::temporary();
         claim(&paths, "web", "gone").unwrap();
         claim(&paths, "web", "new").unwrap();
     }
 
     #[test]
     fn a_container_is_found_by_name_id_and_unambiguous_beginning() {
-        let (_directory, paths) = paths();
+        let (_directory, paths) = Paths::temporary();
         let id = "ab".repeat(32);
         let other = format!("ac{}", "ab".repeat(31));
         for id in [&id, &other] {

@@ -13,11 +13,12 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
-use rustix::fs::{FlockOperation, Mode, OFlags, ResolveFlags, flock, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 
 use super::{Source, Volume};
 use crate::container;
+use crate::entries::{self, Lock};
 use crate::error::{Context, Error, Result};
 use crate::paths::Paths;
 
@@ -60,24 +61,17 @@ pub struct StoredVolume {
 }
 
 /// Held while volumes are created and removed.
-struct Lock {
-    _held: OwnedFd,
-}
-
-impl Lock {
-    fn take(paths: &Paths) -> Result<Self> {
-        let directory = paths.volumes();
-        let doing = || format!("lock {}", directory.display());
-        let held = Directory::create(&directory)?.reopen().context(doing)?;
-        rustix::io::retry_on_intr(|| flock(&held, FlockOperation::LockExclusive)).context(doing)?;
-        // What a killed command left.
-        for entry in fs::read_dir(&directory).context(doing)?.flatten() {
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
-                remove_all(&entry.path())?;
-            }
+fn lock(paths: &Paths) -> Result<Lock> {
+    let directory = paths.volumes();
+    let lock = Lock::take(&directory)?;
+    let doing = || format!("read {}", directory.display());
+    // What a killed command left.
+    for entry in fs::read_dir(&directory).context(doing)?.flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            remove_all(&entry.path())?;
         }
-        Ok(Self { _held: held })
     }
+    Ok(lock)
 }
 
 /// The volume of this name.
@@ -109,17 +103,7 @@ pub fn find(paths: &Paths, name: &str) -> Result<StoredVolume> {
 /// # Errors
 /// Their directory cannot be read.
 pub fn list(paths: &Paths) -> Result<Vec<Result<StoredVolume, (String, Error)>>> {
-    let directory = paths.volumes();
-    let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).context(|| format!("read {}", directory.display())),
-    };
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
-    let mut names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
-    names.sort();
+    let names = entries::names(&paths.volumes())?;
     let read = |name: String| find(paths, &name).map_err(|error| (name, error));
     Ok(names.into_iter().map(read).collect())
 }
@@ -134,7 +118,7 @@ pub fn create(
     labels: BTreeMap<String, String>,
     anonymous: bool,
 ) -> Result<StoredVolume> {
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     create_locked(paths, name, labels, anonymous)
 }
 
@@ -184,10 +168,10 @@ pub(crate) fn provide(paths: &Paths, volumes: &[Volume], anonymous: &[String]) -
         Source::Named(name) => Some(name),
         Source::Host(_) | Source::Anonymous => None,
     });
-    let mut lock = None;
+    let mut held = None;
     for name in names {
-        if lock.is_none() {
-            lock = Some(Lock::take(paths)?);
+        if held.is_none() {
+            held = Some(lock(paths)?);
         }
         create_locked(paths, name, BTreeMap::new(), anonymous.contains(name))?;
     }
@@ -280,7 +264,7 @@ pub fn users(paths: &Paths) -> Result<BTreeMap<String, Vec<String>>> {
 /// `NotFound`; `WrongState` when a container uses it; its files cannot be removed.
 pub fn remove(paths: &Paths, name: &str) -> Result<()> {
     find(paths, name)?;
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     if let Some(users) = users(paths)?.get(name) {
         return Err(
             Error::wrong_state(format!("volume {name} is used by {}", users.join(", ")))
@@ -312,7 +296,7 @@ pub fn prune(
     all: bool,
     matches: impl Fn(&StoredVolume) -> bool,
 ) -> Result<Vec<String>> {
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     let users = users(paths)?;
     let mut removed = Vec::new();
     for volume in list(paths)?.into_iter().flatten() {
@@ -343,7 +327,7 @@ pub fn remove_anonymous(paths: &Paths, of_container: &[Volume]) -> Result<()> {
     if anonymous.is_empty() {
         return Ok(());
     }
-    let _lock = Lock::take(paths)?;
+    let _lock = lock(paths)?;
     let users = users(paths)?;
     for name in anonymous {
         if !users.contains_key(name) {
@@ -358,15 +342,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn paths() -> (tempfile::TempDir, Paths) {
-        let directory = tempfile::tempdir().unwrap();
-        let paths = Paths::new(directory.path().join("run"), directory.path().join("data"));
-        (directory, paths)
-    }
-
     #[test]
     fn a_volume_is_there_once_it_was_created_and_gone_once_it_was_removed() {
-        let (_directory, paths) = paths();
+        let (_directory, paths) = Paths::temporary();
         assert_eq!(list(&paths).unwrap().len(), 0);
         let labels = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
         let created = create(&paths, "db", labels.clone(), false).unwrap();
@@ -389,7 +367,7 @@ mod tests {
 
     #[test]
     fn only_volumes_without_a_name_of_their_own_are_pruned_unless_all_are() {
-        let (_directory, paths) = paths();
+        let (_directory, paths) = Paths::temporary();
         create(&paths, "named", BTreeMap::new(), false).unwrap();
         create(&paths, "anonymous", BTreeMap::new(), true).unwrap();
         assert_eq!(prune(&paths, false, |_| true).unwrap(), ["anonymous"]);
@@ -399,7 +377,7 @@ mod tests {
 
     #[test]
     fn no_link_in_a_volume_leads_out_of_it() {
-        let (directory, paths) = paths();
+        let (directory, paths) = Paths::temporary();
         let content = create(&paths, "db", BTreeMap::new(), false)
             .unwrap()
             .content;

@@ -15,6 +15,7 @@
 
 mod attachment;
 mod loopback;
+mod messages;
 mod mirror;
 mod names;
 mod published;

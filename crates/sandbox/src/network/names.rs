@@ -20,12 +20,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hull_network::names::{answer, question, refuse};
-use rustix::net::{RecvFlags, recv};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
+use super::messages::{by_stream, datagram};
 use crate::config::NamesConfig;
 use crate::error::Result;
 use crate::store::{Directory, SandboxPath};
@@ -184,11 +183,7 @@ async fn ask_by_udp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     socket.send(query).await?;
     loop {
         socket.readable().await?;
-        let received = socket.try_io(tokio::io::Interest::READABLE, || {
-            let mut buffer = [0; u16::MAX as usize];
-            let (length, _) = recv(&socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
-            Ok(buffer[..length].to_vec())
-        });
+        let received = socket.try_io(tokio::io::Interest::READABLE, || datagram(&socket));
         match received {
             // An answer to another question, by who guesses.
             Ok(answer) if answer.get(..2) != query.get(..2) => {}
@@ -199,13 +194,7 @@ async fn ask_by_udp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 async fn ask_by_tcp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
-    let mut stream = TcpStream::connect(server).await?;
-    let length = u16::try_from(query.len()).map_err(io::Error::other)?;
-    stream.write_all(&length.to_be_bytes()).await?;
-    stream.write_all(query).await?;
-    let mut answer = vec![0; stream.read_u16().await?.into()];
-    stream.read_exact(&mut answer).await?;
-    Ok(answer)
+    by_stream(TcpStream::connect(server).await?, query).await
 }
 
 #[cfg(test)]

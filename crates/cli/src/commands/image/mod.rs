@@ -290,7 +290,8 @@ fn of_local(error: hull_image::Error) -> Error {
 }
 
 /// A name that an image can be given.
-fn image_name(text: &str) -> Result<RegistryReference> {
+/// A name to be given to an image.
+pub fn image_name(text: &str) -> Result<RegistryReference> {
     match text.parse().map_err(of_image)? {
         Reference::Registry(name) => Ok(name),
         other => Err(Error::new(format!(

@@ -23,15 +23,14 @@ use std::time::Duration;
 
 use hull_network::{Interface, Namespace, Netlink, mirror, sockets};
 use hull_protocol::{MAX_QUESTIONS, NameHeader, RESOLVER, STREAM_PORT};
-use rustix::net::{RecvFlags, recv};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
-use tokio::net::UdpSocket;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::error::Result;
 use crate::guest::{Agent, Devices};
+use crate::network::messages::{by_stream, datagram};
 use crate::network::names::Names;
 
 /// Who answers a guest's questions.
@@ -207,23 +206,9 @@ async fn ask_by_udp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8
     socket.async_io(interest, || datagram(&socket)).await
 }
 
-/// What has come, if anything has. A buffer for the largest there can be is not kept for each
-/// question.
-fn datagram(socket: &UdpSocket) -> io::Result<Vec<u8>> {
-    let mut buffer = [0; u16::MAX as usize];
-    let (length, _) = recv(socket, &mut buffer[..], RecvFlags::DONTWAIT)?;
-    Ok(buffer[..length].to_vec())
-}
-
 async fn ask_by_tcp(namespace: &Namespace, question: &[u8]) -> io::Result<Vec<u8>> {
     let socket = sockets::tcp(namespace, RESOLVER).map_err(io::Error::other)?;
-    let mut stream = socket.connect(RESOLVER.into()).await?;
-    let length = u16::try_from(question.len()).map_err(io::Error::other)?;
-    stream.write_all(&length.to_be_bytes()).await?;
-    stream.write_all(question).await?;
-    let mut answer = vec![0; stream.read_u16().await?.into()];
-    stream.read_exact(&mut answer).await?;
-    Ok(answer)
+    by_stream(socket.connect(RESOLVER.into()).await?, question).await
 }
 
 #[cfg(test)]
