@@ -57,16 +57,20 @@ pub fn ensure(bridge: &str, ipv6: bool, internal: bool) -> Result<()> {
             why,
         };
         let (iptables, restore) = programs(number);
+        let about = |what, chain| run(&iptables, &["--wait", "5", what, chain], "").map_err(failed);
         // A chain that iptables-restore creates is emptied, also if another start has just created
-        // it. Here that is a failure.
-        for chain in [CHAIN, OF_THE_ADMINISTRATOR] {
-            let _ = run(&iptables, &["--wait", "5", "-N", chain], "").map_err(failed)?;
-        }
-        let listed = |chain| run(&iptables, &["--wait", "5", "-S", chain], "").map_err(failed);
+        // it. Here that is a failure, and the chain is there.
+        let ours = |chain| match about("-S", chain)? {
+            Ok(rules) => Ok(Some(rules)),
+            Err(_) => {
+                let _ = about("-N", chain)?;
+                about("-S", chain).map(std::result::Result::ok)
+            }
+        };
         let (own, user, forward) = (
-            listed(CHAIN)?.ok(),
-            listed(OF_THE_ADMINISTRATOR)?.ok(),
-            listed("FORWARD")?.unwrap_or_default(),
+            ours(CHAIN)?,
+            ours(OF_THE_ADMINISTRATOR)?,
+            about("-S", "FORWARD")?.unwrap_or_default(),
         );
         let text = rules(bridge, internal, own.as_deref(), user.is_some(), &forward);
         run(&restore, &["--noflush", "--wait", "5"], &text)
