@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use hull_sandbox::error::{Context, Error, Result};
+use nix::sys::signal::SigSet;
 use oci_spec::runtime::Hook;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -43,6 +44,15 @@ fn failure(index: usize, kind: &str, hook: &Hook, why: &str) -> String {
     format!("error running hook #{index}: {kind} {path}: {why}")
 }
 
+/// Signals reach a hook also while this process holds its own.
+#[allow(unsafe_code)]
+fn unblock_signals(command: &mut Command) {
+    // SAFETY: one async-signal-safe system call between fork and exec.
+    unsafe {
+        command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?));
+    }
+}
+
 fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
     if !hook.path().is_absolute() {
         return Err("its path is not absolute".into());
@@ -67,6 +77,7 @@ fn run_one(hook: &Hook, state: &Value) -> Result<(), String> {
     // Its output is only used if it fails. An unlinked file, because a full pipe would block the
     // hook.
     let mut said = tempfile().map_err(|failure| failure.message)?;
+    unblock_signals(&mut command);
     let shared = |file: &std::fs::File| file.try_clone().map_err(|error| error.to_string());
     let mut child = command
         .stdin(Stdio::piped())

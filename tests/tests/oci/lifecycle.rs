@@ -154,6 +154,31 @@ fn signals_to_a_foreground_run_reach_the_container() {
 }
 
 #[test]
+fn signals_that_come_with_the_first_output_of_a_foreground_process_reach_it() {
+    let oci = Oci::new();
+    let script = "trap 'echo got TERM; exit 9' TERM; echo up; while :; do sleep 0.1; done";
+    // Hooks run when the container has started; nothing forwards signals yet.
+    let hook = "sleep 0.5; kill -TERM $PPID";
+    let bundle = oci.bundle().sh(script).hook("poststart", hook);
+    let output = oci
+        .oci(["run", "--bundle"])
+        .arg(&bundle.path)
+        .arg(oci.unique())
+        .run()
+        .ends(9);
+    assert_eq!(output.text(), "up\ngot TERM");
+    let init = oci.start(&oci.bundle().sh("sleep 1000"));
+    for _ in 0..20 {
+        let mut running = init.executing(&[], &["sh", "-c", script]).start();
+        running.wait_for("up");
+        running.signal(Signal::TERM);
+        assert_eq!(running.finish().ends(9).text(), "up\ngot TERM");
+    }
+    init.kill("KILL").ok();
+    assert_eq!(init.ends(), 137);
+}
+
+#[test]
 fn the_pid_file_names_a_process_that_ends_with_the_containers_status() {
     let oci = Oci::new();
     for (script, status) in [("exit 0", 0), ("exit 42", 42)] {

@@ -26,7 +26,7 @@ use super::{Settings, life, refuse_descriptors, with_runc_wording, write_pid_fil
 use crate::bundle::Bundle;
 use crate::container::{Container, Record, new_record, state};
 use crate::guest_spec::{HostShare, Network, Plan};
-use crate::keeper::{self, Keeper, Kept, Mode, World};
+use crate::keeper::{self, HeldSignals, Keeper, Kept, Mode, World};
 use crate::{console, disks, hooks, limits, pod};
 
 /// How often to retry when the pod is just ending.
@@ -66,10 +66,13 @@ pub fn create(settings: &Settings, options: &CreateOptions) -> Result<()> {
 /// Those of [`create`] and of `start`.
 pub fn run(settings: &Settings, options: &CreateOptions, detach: bool, keep: bool) -> Result<i32> {
     let mut made = make(settings, options, detach)?;
-    let started = life::start(settings, &options.id).and_then(|()| match detach {
-        true => Ok(0),
-        false => made.wait(),
-    });
+    let started = match detach {
+        true => life::start(settings, &options.id).map(|()| 0),
+        false => HeldSignals::hold().and_then(|held| {
+            life::start(settings, &options.id)?;
+            made.wait(&held)
+        }),
+    };
     if started.is_err() || (!detach && !keep) {
         let deleted = life::delete(settings, &options.id, true);
         // Report the first error.

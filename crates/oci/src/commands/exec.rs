@@ -15,7 +15,7 @@ use super::{Settings, refuse_descriptors, with_runc_wording, write_pid_file};
 use crate::bundle::process_for_guest;
 use crate::console;
 use crate::container::connect;
-use crate::keeper::{self, Mode};
+use crate::keeper::{self, HeldSignals, Mode};
 
 /// Options of `exec`.
 #[derive(Debug, Default)]
@@ -144,9 +144,10 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
             true => named.or_else(keeper::own_terminal_size),
             false => None,
         };
+        let held = HeldSignals::hold()?;
         let streams = ask(own, size)?;
         write_pid_file(options.pid_file.as_deref(), own)?;
-        return keeper::keep_here(terminal, &client, streams);
+        return keeper::keep_here(terminal, &client, streams, &held);
     }
     let slave = match &options.console_socket {
         Some(socket) => Some(console::send_master(socket, named)?),
@@ -155,6 +156,10 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     let keeper = keeper::spawn(&args, None, &record.details.groups.directories, true)?;
     // Engines set the size when they have the master: the process is to see it from the beginning.
     let size = slave.as_ref().and_then(keeper::size_of).or(named);
+    let held = match options.detach {
+        true => None,
+        false => Some(HeldSignals::hold()?),
+    };
     let streams = ask(keeper.pid(), size)?;
     let mode = match slave {
         Some(_) => Mode::Terminal,
@@ -162,7 +167,10 @@ pub fn exec(settings: &Settings, options: &ExecOptions) -> Result<i32> {
     };
     let mut kept = keeper.keep(mode, client, streams, slave)?;
     write_pid_file(options.pid_file.as_deref(), kept.pid())?;
-    if options.detach { Ok(0) } else { kept.wait() }
+    match held {
+        Some(held) => kept.wait(&held),
+        None => Ok(0),
+    }
 }
 
 fn size(process: &Value) -> Option<(u16, u16)> {

@@ -28,7 +28,7 @@ use hull_sandbox::error::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
 pub use carry::own_terminal_size;
-pub use process::{keep_here, run, size_of};
+pub use process::{HeldSignals, keep_here, run, size_of};
 
 /// Environment variable that makes this executable a keeper, whose arguments are the container's.
 /// Its value tells whether to leave the caller's session.
@@ -264,10 +264,10 @@ impl Kept {
     /// Waits for it to exit, forwards signals meanwhile, and returns its exit status.
     ///
     /// # Errors
-    /// Signals cannot be blocked, or waiting fails.
-    pub fn wait(&mut self) -> Result<i32> {
+    /// Waiting fails.
+    pub fn wait(&mut self, held: &HeldSignals) -> Result<i32> {
         use std::os::unix::process::ExitStatusExt;
-        process::pass_signals(self.pid())?;
+        process::pass_signals(self.pid(), held)?;
         let status = self.0.child.wait().context(|| "wait for the keeper")?;
         Ok(status
             .code()

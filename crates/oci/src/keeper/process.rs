@@ -86,6 +86,36 @@ fn obey(channel: OwnedFd, session: bool) -> Result<i32> {
     }
 }
 
+/// Signals that wait until somebody is there to forward them. Taken before a process is started:
+/// one that is sent as soon as the process says something is for that process, and would end this
+/// one instead.
+#[derive(Debug)]
+pub struct HeldSignals {
+    signals: SignalFd,
+    before: SigSet,
+}
+
+impl HeldSignals {
+    /// Blocks all signals of this thread until this is dropped.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn hold() -> Result<HeldSignals> {
+        let before = SigSet::thread_get_mask().context(|| "read the mask of signals")?;
+        Ok(HeldSignals {
+            signals: block_signals()?,
+            before,
+        })
+    }
+}
+
+impl Drop for HeldSignals {
+    fn drop(&mut self) {
+        // Cannot fail: the arguments are constants.
+        let _ = self.before.thread_set_mask();
+    }
+}
+
 /// Blocks all signals, to forward them to the process in the guest.
 fn block_signals() -> Result<SignalFd> {
     let mut set = SigSet::all();
@@ -170,18 +200,17 @@ fn is_own(signal: u32) -> bool {
 /// Forwards signals of this process to its child, a keeper, until that exits.
 ///
 /// # Errors
-/// Signals cannot be blocked, or the keeper's pidfd cannot be opened.
-pub fn pass_signals(keeper: i32) -> Result<()> {
+/// The keeper's pidfd cannot be opened.
+pub fn pass_signals(keeper: i32, held: &HeldSignals) -> Result<()> {
     let doing = || "wait for the keeper".to_owned();
-    let before = SigSet::thread_get_mask().context(doing)?;
-    let signals = block_signals()?;
+    let signals = &held.signals;
     let pidfd = rustix::process::Pid::from_raw(keeper)
         .ok_or_else(|| Error::new("the keeper has no process id"))
         .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).context(doing))?;
     loop {
         let mut ready = [
             PollFd::new(&pidfd, PollFlags::IN),
-            PollFd::new(&signals, PollFlags::IN),
+            PollFd::new(signals, PollFlags::IN),
         ];
         if poll(&mut ready, None).is_err() {
             continue;
@@ -200,8 +229,7 @@ pub fn pass_signals(keeper: i32) -> Result<()> {
             }
         }
         if ended {
-            // Restored because hooks that run later inherit it.
-            return before.thread_set_mask().context(doing);
+            return Ok(());
         }
     }
 }
@@ -225,13 +253,17 @@ fn resize(connection: &Client, terminal: &OwnedFd) {
 ///
 /// # Errors
 /// The streams cannot be set up.
-pub fn keep_here(terminal: bool, connection: &Client, streams: Vec<OwnedFd>) -> Result<i32> {
+pub fn keep_here(
+    terminal: bool,
+    connection: &Client,
+    streams: Vec<OwnedFd>,
+    held: &HeldSignals,
+) -> Result<i32> {
     let mode = if terminal {
         Mode::OwnTerminal
     } else {
         Mode::Pipes
     };
-    let signals = block_signals()?;
     let carried = carry(mode, streams, &HostDevices::open()?)?;
-    Ok(wait_for_end(connection, &signals, carried))
+    Ok(wait_for_end(connection, &held.signals, carried))
 }

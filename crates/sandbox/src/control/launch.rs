@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use super::client::Client;
@@ -48,7 +49,7 @@ fn start(dir: SandboxDir, config: &SandboxConfig, disks: &[OwnedFd]) -> Result<C
     fds.extend(disks.iter().map(AsFd::as_fd));
     send(&ours, config, &fds).context(doing)?;
     let client = Client::greet(ours)?;
-    let mut process = Command::new("/proc/self/exe")
+    let process = Command::new("/proc/self/exe")
         .arg0("hull")
         .arg(ROLE)
         .arg("--directory")
@@ -63,9 +64,18 @@ fn start(dir: SandboxDir, config: &SandboxConfig, disks: &[OwnedFd]) -> Result<C
         .stderr(Stdio::from(diagnostics))
         .spawn()
         .context(doing)?;
-    // A caller that outlives the sandbox has no zombie of it.
-    std::thread::spawn(move || process.wait());
+    reap(process).context(doing)?;
     Ok(client)
+}
+
+/// Lets a caller that outlives the sandbox have no zombie of it. The thread takes no signals: they
+/// are for whoever blocks or handles them in the caller.
+fn reap(mut process: Child) -> std::io::Result<()> {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let reaper = std::thread::Builder::new().spawn(move || process.wait());
+    before.thread_set_mask()?;
+    reaper?;
+    Ok(())
 }
 
 /// Connects to a sandbox that others may want at the same time; it is launched when there is none.
