@@ -94,6 +94,8 @@ pub enum Command {
     Info(info::Args),
     /// Show what is taken of the disk, and remove what nothing uses
     System(system::Args),
+    /// Serve Docker's Engine API, for the docker command line, docker compose and other clients
+    Api(api::Args),
     /// Check whether this host can run containers, and say what is missing
     Check(check::Args),
     /// Show the guest kernels
@@ -153,6 +155,7 @@ impl Command {
             Command::System(args) => system::execute(args),
             Command::Login(args) => login::execute(args),
             Command::Logout(args) => login::logout(args),
+            Command::Api(args) => api::execute(args),
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
             Command::Config(args) => config::execute(args),

@@ -12,13 +12,13 @@ use clap_complete::engine::{
 };
 use clap_complete::env::Shells;
 use hull_engine::config::Config;
+use hull_engine::listing::{KEYS, STATES};
 use hull_engine::volumes::store;
 use hull_engine::{container, networks};
 use hull_image::{Reference, Store};
 use hull_sandbox::store::State;
 
 use crate::cli::Hull;
-use crate::commands::ps::{KEYS, STATES};
 use crate::oci;
 
 /// With the name of a shell: asks for a completion. Set by the shell's script only.

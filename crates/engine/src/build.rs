@@ -8,16 +8,17 @@
 use std::env::{self, var_os};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Seek};
+use std::io::{self, Read, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use hull_image::{Progress, RegistryReference, Store};
+use hull_sandbox::store::{ProcessId, remove_all};
 
 use crate::config::Config;
-use crate::error::{Context, Error, Result, of_image};
+use crate::error::{Context as _, Error, Result, of_image};
 use crate::{install, names, unpacker};
 
 /// Reads recipes.
@@ -44,9 +45,47 @@ pub struct Build {
     pub options: Vec<OsString>,
     /// Do not show the steps.
     pub quiet: bool,
+    /// Where the steps are shown; on standard error without it.
+    pub output: Option<File>,
 }
 
-/// Builds an image and returns its id. Steps are shown on standard error.
+/// The files of a recipe that came as an archive; removed when this is dropped.
+#[derive(Debug)]
+pub struct Context(PathBuf);
+
+impl Context {
+    /// Unpacks an archive, with the rights of this process. Who it belongs to is not kept, as in
+    /// Docker.
+    ///
+    /// # Errors
+    /// It is damaged, or there is no room for it.
+    pub fn unpack(config: &Config, archive: impl Read) -> Result<Self> {
+        let path = config.paths().staging(ProcessId::own());
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        created.context(|| format!("create {}", path.display()))?;
+        let context = Self(path);
+        let mut archive = tar::Archive::new(archive);
+        archive.set_preserve_permissions(true);
+        archive
+            .unpack(&context.0)
+            .map_err(|error| Error::from_chain(&error))?;
+        Ok(context)
+    }
+
+    /// Where they are.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // If it fails, what is left goes with that of killed commands.
+        let _ = remove_all(&self.0);
+    }
+}
+
+/// Builds an image and returns its id.
 ///
 /// # Errors
 /// `Unsupported` without buildah or root; a step fails; what the image store returns.
@@ -84,11 +123,19 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
     if let Some(file) = search_registries(&work.0)? {
         command.env("CONTAINERS_REGISTRIES_CONF", file);
     }
-    let shown = io::stderr().as_fd().try_clone_to_owned();
+    let shown = || match &build.output {
+        Some(output) => output.as_fd().try_clone_to_owned(),
+        None => io::stderr().as_fd().try_clone_to_owned(),
+    };
+    let doing = || "pass on what the steps say";
     command.stdout(match build.quiet {
         true => Stdio::null(),
-        false => shown.context(|| "pass on standard error")?.into(),
+        false => shown().context(doing)?.into(),
     });
+    command.stderr(shown().context(doing)?);
+    if build.output.is_some() {
+        command.stdin(Stdio::null());
+    }
     succeeded(run(&mut command)?, "the build failed")?;
     let id = fs::read_to_string(&id_file)
         .context(|| format!("read {}, the id of the image", id_file.display()))?;

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use hull_archive::append_link;
 use hull_image::unpack::tar_reader::{Entry, Kind, TarReader};
 use hull_image::{Image, ImageConfig, Import, is_opaque, is_whiteout, pack_changes};
+use hull_sandbox::control::protocol::Request;
 use hull_sandbox::shares::{Disk, enter_upper};
+use hull_sandbox::store::State;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use crate::config::Config;
@@ -203,11 +205,33 @@ fn walk(root: &Path, in_image: &dyn Fn(&Path) -> bool) -> Result<Vec<Change>> {
 }
 
 /// Makes an image of a container: its own and what the container has changed, with what was asked
-/// for as its defaults.
+/// for as its defaults. `pause` freezes a container that runs meanwhile.
 ///
 /// # Errors
 /// There is no such container, its image is a plain directory, or a change is invalid.
-pub fn commit(config: &Config, name: &str, import: &Import) -> Result<Image> {
+pub fn commit(config: &Config, name: &str, import: &Import, pause: bool) -> Result<Image> {
+    let paths = config.paths();
+    let container = container::find(&paths, name)?;
+    let id = &container.record.id;
+    if !pause || container.status.state != State::Running {
+        return commit_as_it_is(config, id, import);
+    }
+    let freeze = |frozen| {
+        container::connect(&container)?.do_(&Request::Freeze {
+            container: id.clone(),
+            frozen,
+        })
+    };
+    freeze(true)?;
+    let image = commit_as_it_is(config, id, import);
+    let thawed = freeze(false);
+    // Why there is no image says more.
+    let image = image?;
+    thawed?;
+    Ok(image)
+}
+
+fn commit_as_it_is(config: &Config, name: &str, import: &Import) -> Result<Image> {
     let (container, _lock) = still(&config.paths(), name)?;
     let details = &container.record.details;
     let store = unpacker::store(config)?;

@@ -660,7 +660,8 @@ mod tests {
         assert!(sandbox.directory().exists() && paths.container(&id).exists());
         names::check_free(&paths, "web").unwrap_err();
         drop(serving);
-        fs::rename(&staging, paths.staging(record.creator)).unwrap();
+        let abandoned = paths.staging(record.creator);
+        fs::rename(&staging, &abandoned).unwrap();
         sweep(&paths);
         assert_eq!(fs::read_dir(paths.containers()).unwrap().count(), 0);
         assert!(!sandbox.directory().exists() && !paths.container(&id).exists());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use hull_image::{HealthCheck, ImageConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exact;
 use crate::health;
 use crate::names;
@@ -139,6 +139,48 @@ impl RunOptions {
             }
         }
         Ok(())
+    }
+
+    /// The guest speaks of the specification; a person has given options.
+    pub fn in_users_words(&self, mut error: Error) -> Error {
+        let words = [
+            ("invalid spec: process.user", "--user"),
+            ("cannot enter process.cwd", "--workdir: cannot enter"),
+            ("cannot set process.rlimits RLIMIT_", "--ulimit "),
+            ("cannot set linux.resources.pids.limit", "--pids-limit"),
+            ("cannot set linux.resources.memory.limit", "--memory"),
+            ("cannot set linux.resources.cpu.quota", "--cpus"),
+            ("invalid spec: linux.sysctl", "--sysctl"),
+        ];
+        for (of_spec, of_option) in words {
+            if let Some(rest) = error.message.strip_prefix(of_spec) {
+                // Names of limits are written in small letters.
+                let rest = match (of_option.starts_with("--ulimit"), rest.split_once(':')) {
+                    (true, Some((name, why))) => format!("{}:{why}", name.to_lowercase()),
+                    _ => rest.to_owned(),
+                };
+                error.message = format!("{of_option}{rest}");
+                return error;
+            }
+        }
+        if let Some(rest) = error.message.strip_prefix("cannot bind /run/hull/shares/")
+            && let Some((share, rest)) = rest.split_once(" to ")
+            && let Some(index) = share.rsplit_once("-volume")
+            && let Ok(index) = index.1.trim_end_matches("/file").parse::<usize>()
+            && let Some(volume) = self.volumes.get(index)
+        {
+            error.message = format!("cannot mount volume {volume} at {rest}");
+            return error;
+        }
+        let first = self.command.first().map(|word| word.to_string_lossy());
+        let never_ran = matches!(
+            error.kind,
+            ErrorKind::CommandNotFound | ErrorKind::NotExecutable
+        );
+        if never_ran && first.is_some_and(|word| word.starts_with('-')) {
+            return error.hint("options of hull run go before the image");
+        }
+        error
     }
 
     /// What can be found wrong before an image is pulled.

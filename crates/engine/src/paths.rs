@@ -1,6 +1,7 @@
 //! Where hull keeps containers of its own. Creates nothing itself.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use hull_sandbox::store::ProcessId;
 
@@ -15,7 +16,7 @@ use hull_sandbox::store::ProcessId;
 ///     lock                held (flock) by who starts it, or looks into it while it is idle
 ///     network.json        what network plugins are to undo
 ///     volumes/<n>         volumes that go with the container
-/// DATA/containers/.<pid>-<start>   one that this process is about to create
+/// DATA/containers/.<pid>-<start>-<n>   one that this process is about to create, or its files
 /// DATA/names/<name>       symbolic link to the id that has the name
 /// DATA/volumes/<name>/    one volume: volume.json, _data
 /// DATA/networks/<name>/   one network: network.json; names of containers: see hull_sandbox
@@ -81,10 +82,13 @@ impl Paths {
         self.containers().join(id)
     }
 
-    /// Where a process prepares the directory of a container.
+    /// Where a process prepares the directory of a container, or keeps files of its own for a
+    /// while: another place each time. Removed by others when the process does not live any more.
     pub fn staging(&self, creator: ProcessId) -> PathBuf {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
         let ProcessId { pid, started } = creator;
-        self.containers().join(format!(".{pid}-{started}"))
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        self.containers().join(format!(".{pid}-{started}-{number}"))
     }
 
     /// The directories that processes were preparing which do not live any more.
@@ -93,6 +97,7 @@ impl Paths {
         let is_abandoned = |path: &PathBuf| {
             let name = path.file_name().and_then(|name| name.to_str());
             let (pid, started) = name?.strip_prefix('.')?.split_once('-')?;
+            let (started, _) = started.split_once('-').unwrap_or((started, ""));
             let creator = ProcessId {
                 pid: pid.parse().ok()?,
                 started: started.parse().ok()?,

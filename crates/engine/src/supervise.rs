@@ -16,6 +16,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use hull_sandbox::control::launch::reap;
 use hull_sandbox::store::{Exit, State, unix_time_ns};
 use hull_sandbox::timings::{Timings, now_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -185,7 +186,7 @@ pub(crate) fn ensure(config: &Config, container: &Container) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::from(messages))
         .spawn()
-        .map(drop)
+        .and_then(reap)
         .context(doing)
 }
 

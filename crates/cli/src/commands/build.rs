@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use hull_engine::build::{self, Build};
+use hull_engine::images::image_name;
 use hull_image::{Progress, RegistryReference};
 
 use super::config_for_root;
-use super::image::image_name;
 use crate::error::{Context, Error, Result};
 use crate::images::Shown;
 use crate::output;
@@ -119,6 +119,7 @@ pub fn execute(args: Args) -> Result<u8> {
         context: args.context,
         names: args.tag,
         quiet: args.quiet,
+        output: None,
     };
     let shown = Shown::new("loading");
     let progress: &dyn Progress = if args.quiet { &() } else { &shown };

@@ -1,13 +1,10 @@
 //! `hull commit`.
 
 use hull_engine::changes;
-use hull_engine::container;
+use hull_engine::images::image_name;
 use hull_image::Import;
-use hull_sandbox::control::protocol::Request;
-use hull_sandbox::store::State;
 
 use super::config_for_root;
-use super::image::image_name;
 use crate::error::Result;
 use crate::output;
 
@@ -47,24 +44,7 @@ pub fn execute(args: Args) -> Result<u8> {
         author: args.author,
         created: None,
     };
-    let container = container::find(&config.paths(), &args.container)?;
-    let freeze = |frozen| {
-        container::connect(&container)?.do_(&Request::Freeze {
-            container: container.record.id.clone(),
-            frozen,
-        })
-    };
-    let pauses = args.pause && container.status.state == State::Running;
-    if pauses {
-        freeze(true)?;
-    }
-    let image = changes::commit(&config, &container.record.id, &import);
-    if pauses {
-        let thawed = freeze(false);
-        // Why there is no image says more.
-        image.as_ref().map_err(Clone::clone)?;
-        thawed?;
-    }
-    output::print(format!("{}\n", image?.id))?;
+    let image = changes::commit(&config, &args.container, &import, args.pause)?;
+    output::print(format!("{}\n", image.id))?;
     Ok(0)
 }

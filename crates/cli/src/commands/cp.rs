@@ -246,7 +246,8 @@ fn copy_in(
     // The target's type decides where the copy goes: request it as an archive and read only its
     // beginning.
     let there = ask_for_archive(paths, container, plain(to), true)?
-        .first_kind()
+        .first()
+        .map(|entry| entry.kind)
         .ok();
     let wants_directory = to.ends_with(b"/") || names_contents(to);
     let (directory, name) = match there {

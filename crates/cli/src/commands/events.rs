@@ -1,16 +1,13 @@
 //! `hull events`.
 
-use std::path::Path;
+use std::os::fd::AsFd;
 
+use hull_engine::events::{self, Feed};
 use hull_engine::time::{self, UnixNanos};
-use hull_sandbox::events::{Event, EventKind, EventLog};
-use hull_sandbox::store::Directory;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::inotify;
-use serde_json::{Value, json};
+use hull_sandbox::events::{Event, EventKind};
 
 use super::{config_for_root, from_ns};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::format::Template;
 use crate::output;
 
@@ -100,68 +97,14 @@ fn until(text: &str) -> std::result::Result<UnixNanos, String> {
 /// Prints events until interrupted, or until a given time.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
-    Directory::create(&config.run_dir)?;
-    let log = EventLog::new(&config.run_dir);
-    // Watch before reading, so that no event is missed.
-    let watch = watch(&config.run_dir)?;
-    let since = args.since.unwrap_or_else(time::now);
-    let mut reader = log.reader();
-    loop {
-        while let Some(event) = reader.next_event().context(|| "read the log of events")? {
-            let at = from_ns(event.time_ns);
-            if args.until.is_some_and(|until| at > until) {
-                return Ok(0);
-            }
-            if at >= since && all_match(&args.filters, &event) {
-                output::print(line(&event, &args.format)?)?;
-            }
-        }
-        if !wait(&watch, args.until)? {
-            return Ok(0);
-        }
-    }
-}
-
-fn watch(directory: &Path) -> Result<rustix::fd::OwnedFd> {
-    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)
-        .context(|| "watch files")?;
-    let events =
-        inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-    inotify::add_watch(&watch, directory, events)
-        .context(|| format!("watch {}", directory.display()))?;
-    Ok(watch)
-}
-
-/// Waits for more events; false if the time is reached.
-fn wait(watch: &rustix::fd::OwnedFd, until: Option<UnixNanos>) -> Result<bool> {
-    let left = match until {
-        None => None,
-        Some(until) => match until - time::now() {
-            left if left <= 0 => return Ok(false),
-            left => Some(rustix::event::Timespec {
-                tv_sec: i64::try_from(left / 1_000_000_000).unwrap_or(i64::MAX),
-                tv_nsec: (left % 1_000_000_000) as _,
-            }),
-        },
-    };
+    let mut feed = Feed::open(&config.run_dir, args.since, args.until)?;
     let stdout = std::io::stdout();
-    let mut descriptors = [
-        PollFd::new(watch, PollFlags::IN),
-        // Only hang-up is of interest, which poll always reports.
-        PollFd::new(&stdout, PollFlags::empty()),
-    ];
-    match poll(&mut descriptors, left.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(error) => return Err(error).context(|| "wait for events"),
+    while let Some(event) = feed.next(stdout.as_fd())? {
+        if all_match(&args.filters, &event) {
+            output::print(line(&event, &args.format)?)?;
+        }
     }
-    let closed = PollFlags::ERR | PollFlags::HUP;
-    if descriptors[1].revents().intersects(closed) {
-        return Ok(false);
-    }
-    // Drain inotify; what changed does not matter.
-    let mut events = [0u8; 4096];
-    while rustix::io::read(watch, &mut events).is_ok_and(|length| length > 0) {}
-    Ok(true)
+    Ok(0)
 }
 
 fn line(event: &Event, format: &Format) -> Result<String> {
@@ -173,7 +116,7 @@ fn line(event: &Event, format: &Format) -> Result<String> {
         Format::Text => {}
         Format::Json => return Ok(format!("{}\n", object()?)),
         Format::Template(template) => {
-            return Ok(template.render(&with_dockers_keys(event, object()?))? + "\n");
+            return Ok(template.render(&events::with_dockers_keys(event, object()?))? + "\n");
         }
     }
     let at = time::format_rfc3339(from_ns(event.time_ns));
@@ -200,55 +143,6 @@ fn line(event: &Event, format: &Format) -> Result<String> {
         _ => {}
     }
     Ok(output::printable(&line) + "\n")
-}
-
-/// An event's own keys, and those of Docker's events.
-fn with_dockers_keys(event: &Event, mut object: Value) -> Value {
-    let container = event.kind.container();
-    let action = match &event.kind {
-        EventKind::Created { .. } => "create",
-        EventKind::Started { .. } => "start",
-        EventKind::ExecAdded { .. } => "exec_create",
-        EventKind::ExecStarted { .. } => "exec_start",
-        EventKind::Exited { exec, .. } if exec.is_empty() => "die",
-        EventKind::Exited { .. } => "exec_die",
-        EventKind::Oom { .. } => "oom",
-        EventKind::Paused { .. } => "pause",
-        EventKind::Resumed { .. } => "unpause",
-        EventKind::Deleted { .. } => "destroy",
-        EventKind::HealthStatus { status, .. } => &format!("health_status: {status}"),
-        other => other.name(),
-    };
-    let (kind, id) = match container {
-        "" => ("sandbox", &event.sandbox[..]),
-        container => ("container", container),
-    };
-    let mut attributes = json!({"sandbox": event.sandbox});
-    match &event.kind {
-        EventKind::ExecAdded { exec, .. } | EventKind::ExecStarted { exec, .. } => {
-            attributes["execID"] = json!(exec);
-        }
-        EventKind::Exited { exec, exit, .. } => {
-            attributes["exitCode"] = json!(exit.status.to_string());
-            if !exec.is_empty() {
-                attributes["execID"] = json!(exec);
-            }
-        }
-        _ => {}
-    }
-    for (key, value) in [
-        ("Type", json!(kind)),
-        ("Action", json!(action)),
-        ("Status", json!(action)),
-        ("ID", json!(id)),
-        ("Actor", json!({"ID": id, "Attributes": attributes})),
-        ("Scope", json!("local")),
-        ("Time", json!(event.time_ns / 1_000_000_000)),
-        ("TimeNano", json!(event.time_ns)),
-    ] {
-        object[key] = value;
-    }
-    object
 }
 
 #[cfg(test)]

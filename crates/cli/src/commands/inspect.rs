@@ -4,6 +4,7 @@ use hull_engine::config::Config;
 use hull_engine::container::{self, Any};
 use hull_engine::inspect;
 use hull_engine::time;
+use hull_engine::volumes::store;
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::store::{CONSOLE_FILE, MESSAGES_FILE};
@@ -98,11 +99,11 @@ fn object(config: &Config, name: &str, kind: Option<Kind>) -> Result<Value> {
         let found = match kind {
             Kind::Container => container::find_any(&config.paths(), name)
                 .and_then(|container| container_object(config, &container)),
-            Kind::Image => match super::image::inspect_object(config, name)? {
+            Kind::Image => match hull_engine::images::inspect_object(config, name)? {
                 Some(object) => Ok(object),
                 None => continue,
             },
-            Kind::Volume => super::volume::inspect_object(&config.paths(), name),
+            Kind::Volume => store::find(&config.paths(), name).map(|volume| volume.object()),
         };
         match found {
             Err(error) if error.kind == ErrorKind::NotFound => {}

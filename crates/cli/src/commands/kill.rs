@@ -1,13 +1,11 @@
 //! `hull kill`.
 
-use hull_engine::container::{self, Container, Down};
+use hull_engine::container::{self, Container};
+use hull_engine::lifecycle;
 use hull_engine::values;
-use hull_sandbox::control::protocol::Request;
 
 use super::{config_for_existing, for_each_at_once, named_or_all};
 use crate::error::Result;
-
-const SIGKILL: u32 = 9;
 
 /// Arguments of `kill`.
 #[derive(Debug, clap::Args)]
@@ -36,21 +34,7 @@ pub fn execute(args: Args) -> Result<u8> {
     let runs = |container: &Container| !container::is_idle(container);
     let names = named_or_all(&paths, args.containers, args.all, runs)?;
     for_each_at_once(&names, |name| {
-        let mut container = container::find(&paths, name)?;
-        let id = container.record.id.clone();
-        if args.signal == SIGKILL {
-            container = container::keep_down(&paths, container, Down::ForGood)?;
-        }
-        let client = container::connect(&container)?;
-        client.do_(&Request::Signal {
-            container: id.clone(),
-            signal: args.signal,
-            all: false,
-        })?;
-        if args.signal == SIGKILL {
-            // It can be removed, and its name is free if it was started with --rm.
-            container::wait_for_end(&paths, &client, &id)?;
-        }
+        lifecycle::kill(&paths, name, args.signal)?;
         Ok(Some(name.to_owned()))
     })
 }

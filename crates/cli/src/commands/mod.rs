@@ -1,5 +1,6 @@
 //! The commands, one file each with its arguments and implementation.
 
+pub mod api;
 pub mod attach;
 pub mod build;
 pub mod check;

@@ -1,14 +1,11 @@
 //! `hull network`: networks in which containers find each other by their names.
 
-use hull_engine::Paths;
-use hull_engine::network::list as plugins_of;
-use hull_engine::networks::{self, NetworkRecord, NetworkRequest};
-use hull_engine::time;
-use hull_engine::values;
-use hull_network::cni::{Address, CONFIGURATION_DIRECTORY, DEFAULT_NAME, List};
-use serde_json::{Value, json};
+use hull_engine::networks::{self, NetworkRequest};
+use hull_engine::{inspect, values};
+use hull_network::cni::{Address, CONFIGURATION_DIRECTORY};
+use serde_json::Value;
 
-use super::{agreed, config_for_root, exists, for_each, from_ns};
+use super::{agreed, config_for_root, exists, for_each};
 use crate::error::{Error, ErrorKind, Result};
 use crate::output::{self, Table};
 
@@ -135,17 +132,14 @@ pub fn execute(args: Args) -> Result<u8> {
             output::print(format!("{}\n", created.id))?;
         }
         Command::Ls { quiet, json } => {
-            let mut rows: Vec<Value> = ["default", "none"].map(of_hull).into();
-            rows.extend(networks::list(&paths)?.iter().map(object));
-            let names = List::names(&[CONFIGURATION_DIRECTORY]).unwrap_or_default();
-            rows.extend(names.iter().map(|name| of_host(name)));
+            let rows = inspect::networks(&paths)?;
             print(&rows, quiet, json)?;
         }
-        Command::Exists { network } => return exists(inspect_object(&paths, &network)),
+        Command::Exists { network } => return exists(inspect::network(&paths, &network)),
         Command::Inspect { networks: names } => {
             let mut objects = Vec::new();
             let outcome = for_each(&names, |name| {
-                objects.push(inspect_object(&paths, name)?);
+                objects.push(inspect::network(&paths, name)?);
                 Ok(())
             });
             output::print_json(&objects)?;
@@ -176,32 +170,6 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
-/// All that is known of a network.
-///
-/// # Errors
-/// `NotFound`, or what is known of it cannot be read.
-fn inspect_object(paths: &Paths, name: &str) -> Result<Value> {
-    match networks::find(paths, name) {
-        Ok(network) => {
-            let mut object = object(&network);
-            object["Containers"] = json!(networks::users(paths, &network.name)?);
-            Ok(object)
-        }
-        Err(error) if error.kind != ErrorKind::NotFound => Err(error),
-        Err(_) if name == "none" => Ok(of_hull("none")),
-        Err(missing) => {
-            let plugins = plugins_of(paths, name, true).map_err(|_| missing)?;
-            let mut object = match name == DEFAULT_NAME {
-                true => of_hull(name),
-                false => of_host(name),
-            };
-            object["Plugins"] = plugins.into();
-            object["Containers"] = json!(networks::users(paths, name)?);
-            Ok(object)
-        }
-    }
-}
-
 fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
     if quiet {
@@ -226,37 +194,4 @@ fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {
         ]);
     }
     table.print()
-}
-
-/// One that is always there.
-fn of_hull(name: &str) -> Value {
-    let driver = if name == "none" { "null" } else { "bridge" };
-    json!({"Name": name, "Driver": driver, "Scope": "local", "Internal": false})
-}
-
-/// One of the host's CNI configurations.
-fn of_host(name: &str) -> Value {
-    json!({"Name": name, "Driver": "cni", "Scope": "local", "Internal": false})
-}
-
-/// In Docker's words.
-fn object(network: &NetworkRecord) -> Value {
-    let subnets: Vec<String> = network.subnets().iter().map(Address::to_string).collect();
-    let config: Vec<Value> = subnets
-        .iter()
-        .map(|subnet| json!({"Subnet": subnet}))
-        .collect();
-    json!({
-        "Name": network.name,
-        "Id": network.id,
-        "Created": time::format_rfc3339(from_ns(network.created_ns)),
-        "Driver": "bridge",
-        "Scope": "local",
-        "EnableIPv6": network.ipv6.is_some(),
-        "IPAM": {"Driver": "host-local", "Config": config},
-        "Internal": network.internal,
-        "Labels": network.labels,
-        "Options": {"com.docker.network.bridge.name": network.bridge},
-        "Subnets": subnets,
-    })
 }

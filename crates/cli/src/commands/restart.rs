@@ -1,9 +1,10 @@
 //! `hull restart`.
 
 use hull_engine::container::Down;
+use hull_engine::lifecycle::{self, Stop};
 use hull_engine::values;
 
-use super::{config_for_root, for_each, start, stop};
+use super::{config_for_root, for_each};
 use crate::error::Result;
 use crate::output;
 
@@ -29,8 +30,13 @@ pub struct Args {
 pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
     for_each(&args.containers, |name| {
-        let container = stop::stop(&config, name, Down::ForGood, args.time)?;
-        start::start(&container.record.id, &config, began_ns)?;
+        let stop = Stop {
+            down: Down::ForGood,
+            seconds: args.time,
+            signal: None,
+        };
+        let container = lifecycle::stop(&config, name, &stop)?;
+        lifecycle::start(&config, &container.record.id, began_ns, None)?;
         output::print(format!("{name}\n"))
     })
 }

@@ -578,7 +578,7 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
         if args.timings {
             print_timings(began_ns, timings.steps());
         }
-        in_users_words(error, &options)
+        options.in_users_words(error)
     })?;
     let started = match outcome {
         run::Outcome::Started(started) => *started,
@@ -644,48 +644,6 @@ fn start(
     note_missing_cpus(config, &run);
     let outcome = run.start(network, &image, attachment.as_ref())?;
     Ok((outcome, attachment))
-}
-
-/// The guest speaks of the specification; a person has given options.
-pub fn in_users_words(mut error: Error, options: &RunOptions) -> Error {
-    let words = [
-        ("invalid spec: process.user", "--user"),
-        ("cannot enter process.cwd", "--workdir: cannot enter"),
-        ("cannot set process.rlimits RLIMIT_", "--ulimit "),
-        ("cannot set linux.resources.pids.limit", "--pids-limit"),
-        ("cannot set linux.resources.memory.limit", "--memory"),
-        ("cannot set linux.resources.cpu.quota", "--cpus"),
-        ("invalid spec: linux.sysctl", "--sysctl"),
-    ];
-    for (of_spec, of_option) in words {
-        if let Some(rest) = error.message.strip_prefix(of_spec) {
-            // Names of limits are written in small letters.
-            let rest = match (of_option.starts_with("--ulimit"), rest.split_once(':')) {
-                (true, Some((name, why))) => format!("{}:{why}", name.to_lowercase()),
-                _ => rest.to_owned(),
-            };
-            error.message = format!("{of_option}{rest}");
-            return error;
-        }
-    }
-    if let Some(rest) = error.message.strip_prefix("cannot bind /run/hull/shares/")
-        && let Some((share, rest)) = rest.split_once(" to ")
-        && let Some(index) = share.rsplit_once("-volume")
-        && let Ok(index) = index.1.trim_end_matches("/file").parse::<usize>()
-        && let Some(volume) = options.volumes.get(index)
-    {
-        error.message = format!("cannot mount volume {volume} at {rest}");
-        return error;
-    }
-    let first = options.command.first().map(|word| word.to_string_lossy());
-    let never_ran = matches!(
-        error.kind,
-        ErrorKind::CommandNotFound | ErrorKind::NotExecutable
-    );
-    if never_ran && first.is_some_and(|word| word.starts_with('-')) {
-        return error.hint("options of hull run go before the image");
-    }
-    error
 }
 
 /// Tells the user once, before the first container, how it is isolated. Only on a terminal: scripts

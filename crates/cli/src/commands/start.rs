@@ -2,12 +2,13 @@
 
 use hull_engine::attach::{Attachment, Options};
 use hull_engine::config::Config;
-use hull_engine::run::{Again, Attempt, Outcome, start_again};
+use hull_engine::container;
+use hull_engine::lifecycle::{self, Start};
+use hull_engine::run::Outcome;
 use hull_engine::supervise;
 use hull_engine::values::{self, DetachKeys};
-use hull_sandbox::timings::Timings;
 
-use super::run::{check_terminal, follow, in_users_words, status_of_signal};
+use super::run::{check_terminal, follow, status_of_signal};
 use super::{attach, config_for_root, for_each, named_or_all};
 use crate::error::{Error, Result};
 use crate::output;
@@ -58,21 +59,9 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
             "cannot attach to several containers at once: give one with --attach",
         )),
         names => for_each(names, |name| {
-            start(name, &config, began_ns)?;
+            lifecycle::start(&config, name, began_ns, None)?;
             output::print(format!("{name}\n"))
         }),
-    }
-}
-
-/// Starts one container, if it does not run.
-///
-/// # Errors
-/// It cannot be started.
-pub fn start(name: &str, config: &Config, began_ns: u64) -> Result<()> {
-    let timings = Timings::default();
-    match Attempt::prepare(name, config, began_ns, &timings)? {
-        Attempt::Running(container) => supervise::keep_up(config, &container),
-        Attempt::Again(again) => run(*again, config, None).map(drop),
     }
 }
 
@@ -84,12 +73,8 @@ fn start_attached(
     config: &Config,
     began_ns: u64,
 ) -> Result<u8> {
-    let timings = Timings::default();
-    let attempt = Attempt::prepare(name, config, began_ns, &timings)?;
-    let details = match &attempt {
-        Attempt::Running(container) => &container.record.details,
-        Attempt::Again(again) => again.details(),
-    };
+    let container = container::find(&config.paths(), name)?;
+    let details = &container.record.details;
     let input = interactive && details.stdin;
     if details.terminal && input {
         check_terminal()?;
@@ -101,16 +86,9 @@ fn start_attached(
         forward_signals: sig_proxy,
         detach_keys,
     })?;
-    match attempt {
-        Attempt::Running(container) => attach::attach(&container, attachment),
-        Attempt::Again(again) => match run(*again, config, Some(&attachment))? {
-            Outcome::Started(started) => follow(attachment, *started),
-            Outcome::Interrupted(signal) => Ok(status_of_signal(signal)),
-        },
+    match lifecycle::start(config, name, began_ns, Some(&attachment))? {
+        Start::Running => attach::attach(&container::find(&config.paths(), name)?, attachment),
+        Start::Done(Outcome::Started(started)) => follow(attachment, *started),
+        Start::Done(Outcome::Interrupted(signal)) => Ok(status_of_signal(signal)),
     }
-}
-
-fn run(again: Again<'_>, config: &Config, attachment: Option<&Attachment>) -> Result<Outcome> {
-    let options = again.run().options().clone();
-    start_again(again, config, attachment).map_err(|error| in_users_words(error, &options))
 }

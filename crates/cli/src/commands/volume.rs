@@ -1,16 +1,11 @@
 //! `hull volume`: volumes with names.
 
-use std::collections::BTreeMap;
-
-use hull_engine::Paths;
 use hull_engine::names;
-use hull_engine::time;
 use hull_engine::values;
-use hull_engine::volumes::store::{self, StoredVolume};
+use hull_engine::volumes::store::{self, Filter, StoredVolume};
 use hull_engine::volumes::volume_name;
-use serde_json::{Value, json};
 
-use super::{agreed, config_for_root, exists, for_each, from_ns};
+use super::{agreed, config_for_root, exists, for_each};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, ListFormat, ObjectFormat, Row};
 use crate::output::{self, Table};
@@ -104,43 +99,6 @@ fn driver(text: &str) -> std::result::Result<String, String> {
     }
 }
 
-/// One condition of `--filter`.
-#[derive(Clone, Debug)]
-enum Filter {
-    Name(String),
-    Label(String, Option<String>),
-    Dangling(bool),
-}
-
-impl Filter {
-    fn parse(text: &str) -> std::result::Result<Self, String> {
-        let wrong = |why: &str| format!("invalid filter {text:?}: {why}");
-        match text.split_once('=') {
-            Some(("name", name)) => Ok(Self::Name(name.to_owned())),
-            Some(("label", label)) => Ok(match label.split_once('=') {
-                Some((key, value)) => Self::Label(key.to_owned(), Some(value.to_owned())),
-                None => Self::Label(label.to_owned(), None),
-            }),
-            Some(("dangling", "true" | "1")) => Ok(Self::Dangling(true)),
-            Some(("dangling", "false" | "0")) => Ok(Self::Dangling(false)),
-            Some(("dangling", _)) => Err(wrong("dangling is true or false")),
-            _ => Err(wrong("give name=…, label=… or dangling=true|false")),
-        }
-    }
-
-    fn matches(&self, volume: &StoredVolume, is_used: bool) -> bool {
-        match self {
-            Self::Name(name) => volume.name.contains(name.as_str()),
-            Self::Label(key, value) => volume
-                .record
-                .labels
-                .get(key)
-                .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
-            Self::Dangling(wanted) => *wanted != is_used,
-        }
-    }
-}
-
 /// Manages volumes.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
@@ -157,26 +115,10 @@ pub fn execute(args: Args) -> Result<u8> {
             json,
             format,
         } => {
-            let users = match filters
-                .iter()
-                .any(|filter| matches!(filter, Filter::Dangling(_)))
-            {
-                true => store::users(&paths)?,
-                false => BTreeMap::new(),
-            };
-            let mut volumes = Vec::new();
-            for volume in store::list(&paths)? {
-                match volume {
-                    Ok(volume) => volumes.push(volume),
-                    Err((name, error)) => {
-                        output::note(format!("warning: volume {name}: {error}"));
-                    }
-                }
+            let (volumes, wrong) = store::select(&paths, &filters)?;
+            for error in wrong {
+                output::note(format!("warning: {error}"));
             }
-            volumes.retain(|volume| {
-                let is_used = users.contains_key(&volume.name);
-                filters.iter().all(|filter| filter.matches(volume, is_used))
-            });
             let rows = || volumes.iter().map(row).collect();
             if format::print_list(format.as_ref(), quiet, &HEADINGS, rows)? {
                 return Ok(0);
@@ -186,7 +128,9 @@ pub fn execute(args: Args) -> Result<u8> {
                     let names = volumes.iter().map(|volume| format!("{}\n", volume.name));
                     output::print(names.collect::<String>())?;
                 }
-                (_, true) => output::print_json(&volumes.iter().map(object).collect::<Vec<_>>())?,
+                (_, true) => output::print_json(
+                    &volumes.iter().map(StoredVolume::object).collect::<Vec<_>>(),
+                )?,
                 _ => table(&volumes).print()?,
             }
         }
@@ -204,7 +148,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 }));
             }
             return super::inspect::print_each(&volumes, format.as_ref(), |name| {
-                inspect_object(&paths, name)
+                Ok(store::find(&paths, name)?.object())
             });
         }
         Command::Rm { force, volumes } => {
@@ -277,23 +221,4 @@ fn row(volume: &StoredVolume) -> Row {
         .field("Availability", "N/A")
         .field("Status", "N/A")
         .labels(&volume.record.labels)
-}
-
-/// Details of a volume.
-pub fn inspect_object(paths: &Paths, name: &str) -> Result<Value> {
-    Ok(object(&store::find(paths, name)?))
-}
-
-/// In Docker's words.
-fn object(volume: &StoredVolume) -> Value {
-    json!({
-        "Name": volume.name,
-        "Driver": "local",
-        "Mountpoint": volume.content,
-        "CreatedAt": time::format_rfc3339(from_ns(volume.record.created_ns)),
-        "Labels": volume.record.labels,
-        "Anonymous": volume.record.anonymous,
-        "Scope": "local",
-        "Options": {},
-    })
 }

@@ -1,15 +1,16 @@
-//! Carries bytes between a process in a container and the caller's standard input and output: the
-//! attached forms of run, exec and attach. One thread, one poll loop, bounded memory: output is
-//! read only when the last was written out, input only when the last was sent.
+//! Carries bytes between a process in a container and its caller: the attached forms of run, exec
+//! and attach. The caller is a command, with its standard input and output, or a program at the
+//! other end of a socket. One thread, one poll loop, bounded memory: output is read only when the
+//! last was written out, input only when the last was sent.
 //!
 //! The process's streams are descriptors that the sandbox handed over; its end, signals and the
 //! size of its terminal travel on the control connection that keeps it.
 
 mod keys;
+mod remote;
 mod signals;
 mod terminal;
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use hull_sandbox::config::TerminalSize;
@@ -21,6 +22,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::stdio::{stderr, stdin, stdout};
 
 use self::keys::KeyWatch;
 use self::signals::Signals;
@@ -28,6 +30,7 @@ use self::terminal::RawMode;
 use crate::error::{Context, Error, Result};
 use crate::values::DetachKeys;
 
+pub use self::remote::{Remote, Window};
 pub use self::signals::unblock_all;
 
 /// So many SIGINT and SIGTERM end this command as well, as Docker's: a process that ignores them
@@ -71,8 +74,74 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Attachment {
     options: Options,
-    signals: Signals,
+    caller: Caller,
     raw: Option<RawMode>,
+}
+
+/// Who is attached.
+#[derive(Debug)]
+enum Caller {
+    /// The command that this process is.
+    Own(Signals),
+    /// A program at the other end of a socket.
+    Remote(Remote),
+}
+
+impl Caller {
+    /// What tells that there is a signal, or another size of the terminal.
+    fn events(&self) -> BorrowedFd<'_> {
+        match self {
+            Caller::Own(signals) => signals.as_fd(),
+            Caller::Remote(remote) => remote.window.as_fd(),
+        }
+    }
+
+    fn input(&self) -> BorrowedFd<'_> {
+        match self {
+            Caller::Own(_) => stdin(),
+            Caller::Remote(remote) => remote.stream.as_fd(),
+        }
+    }
+
+    fn output(&self, target: Target) -> BorrowedFd<'_> {
+        match (self, target) {
+            (Caller::Own(_), Target::Output) => stdout(),
+            (Caller::Own(_), Target::Error) => stderr(),
+            (Caller::Remote(remote), _) => remote.stream.as_fd(),
+        }
+    }
+
+    /// Whether outputs share a stream, on which each piece says whose it is.
+    fn is_framed(&self) -> bool {
+        matches!(self, Caller::Remote(remote) if remote.framed)
+    }
+
+    fn read(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+        match self {
+            Caller::Own(_) => rustix::io::read(stdin(), buffer),
+            Caller::Remote(remote) => {
+                recv(&remote.stream, buffer, RecvFlags::DONTWAIT).map(|(_, length)| length)
+            }
+        }
+    }
+
+    fn write(&self, target: Target, bytes: &[u8]) -> rustix::io::Result<usize> {
+        match self {
+            Caller::Own(_) => rustix::io::write(self.output(target), bytes),
+            Caller::Remote(remote) => {
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                send(&remote.stream, bytes, flags)
+            }
+        }
+    }
+
+    /// Most bytes that a write takes without blocking, once poll says that it takes any.
+    fn chunk(&self, target: Target) -> usize {
+        match self {
+            Caller::Own(_) => chunk(self.output(target)),
+            Caller::Remote(_) => usize::MAX,
+        }
+    }
 }
 
 impl Attachment {
@@ -90,9 +159,18 @@ impl Attachment {
         }
         Ok(Attachment {
             options,
-            signals: Signals::take(&wanted)?,
+            caller: Caller::Own(Signals::take(&wanted)?),
             raw: None,
         })
+    }
+
+    /// Attaches a program at the other end of a socket.
+    pub fn remote(options: Options, remote: Remote) -> Attachment {
+        Attachment {
+            options,
+            caller: Caller::Remote(remote),
+            raw: None,
+        }
     }
 
     /// Size of the caller's terminal, for a process that has one.
@@ -100,8 +178,13 @@ impl Attachment {
         if !self.options.terminal {
             return None;
         }
-        let size = terminal::size(io::stdout()).or_else(|| terminal::size(io::stdin()));
-        size.map(|(rows, columns)| TerminalSize { rows, columns })
+        match &self.caller {
+            Caller::Own(_) => {
+                let size = terminal::size(stdout()).or_else(|| terminal::size(stdin()));
+                size.map(|(rows, columns)| TerminalSize { rows, columns })
+            }
+            Caller::Remote(remote) => remote.window.size(),
+        }
     }
 
     /// How the sandbox is asked to attach us.
@@ -117,10 +200,13 @@ impl Attachment {
     /// # Errors
     /// What the sandbox answered.
     pub fn receive(&self, client: &Client) -> Result<std::result::Result<Received<Reply>, i32>> {
+        let Caller::Own(signals) = &self.caller else {
+            return client.receive().map(Ok);
+        };
         loop {
             let mut descriptors = [
                 PollFd::new(client, PollFlags::IN),
-                PollFd::new(&self.signals, PollFlags::IN),
+                PollFd::new(signals, PollFlags::IN),
             ];
             poll_until_ready(&mut descriptors)?;
             let (answered, signalled) = (
@@ -128,7 +214,7 @@ impl Attachment {
                 !descriptors[1].revents().is_empty(),
             );
             if signalled
-                && let Some(signal) = self.signals.next()
+                && let Some(signal) = signals.next()
                 && signal != Signal::SIGWINCH
             {
                 return Ok(Err(signal as i32));
@@ -148,17 +234,22 @@ impl Attachment {
     /// # Errors
     /// The sandbox has ended, or the caller's streams cannot be used.
     pub fn carry(mut self, client: Client, streams: Vec<OwnedFd>) -> Result<Outcome> {
-        let stdin = io::stdin();
-        if self.options.terminal && self.options.input && rustix::termios::isatty(&stdin) {
-            self.raw =
-                Some(RawMode::enable(stdin.as_fd()).context(|| "set the terminal to raw mode")?);
+        if self.options.terminal
+            && self.options.input
+            && matches!(self.caller, Caller::Own(_))
+            && rustix::termios::isatty(stdin())
+        {
+            self.raw = Some(RawMode::enable(stdin()).context(|| "set the terminal to raw mode")?);
         }
-        let mut pump = Pump::new(client, streams, &self.options)?;
+        let mut pump = Pump::new(client, streams, &self.options, &self.caller)?;
         if let Some(size) = self.size() {
             pump.tell(&Request::Resize(size));
         }
         loop {
             if let Some(outcome) = pump.step(&self)? {
+                if let Caller::Remote(remote) = &self.caller {
+                    remote.end();
+                }
                 return Ok(outcome);
             }
         }
@@ -178,8 +269,8 @@ fn poll_until_ready(descriptors: &mut [PollFd<'_>]) -> Result<()> {
 /// One of the caller's outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
-    Output,
-    Error,
+    Output = 0,
+    Error = 1,
 }
 
 impl Target {
@@ -187,13 +278,6 @@ impl Target {
         match self {
             Target::Output => "standard output",
             Target::Error => "standard error",
-        }
-    }
-
-    fn write(self, bytes: &[u8]) -> rustix::io::Result<usize> {
-        match self {
-            Target::Output => rustix::io::write(io::stdout(), bytes),
-            Target::Error => rustix::io::write(io::stderr(), bytes),
         }
     }
 }
@@ -208,22 +292,20 @@ struct OutputStream {
     chunk: usize,
     /// Nobody reads it: what comes is discarded.
     closed: bool,
+    /// Each piece begins with a head that says whose it is.
+    framed: bool,
     buffer: Vec<u8>,
     written: usize,
 }
 
 impl OutputStream {
-    fn new(from: OwnedFd, target: Target) -> Self {
-        let (stdout, stderr) = (io::stdout(), io::stderr());
-        let descriptor = match target {
-            Target::Output => stdout.as_fd(),
-            Target::Error => stderr.as_fd(),
-        };
+    fn new(from: OwnedFd, target: Target, caller: &Caller) -> Self {
         Self {
             from: Some(from),
             target,
-            chunk: chunk(descriptor),
+            chunk: caller.chunk(target),
             closed: false,
+            framed: caller.is_framed(),
             buffer: Vec::new(),
             written: 0,
         }
@@ -237,12 +319,18 @@ impl OutputStream {
         self.from.is_none() && !self.is_pending()
     }
 
+    /// Whether nothing else may be written to the same stream now.
+    fn is_within_frame(&self) -> bool {
+        self.framed && self.written > 0 && self.is_pending()
+    }
+
     /// Reads what has come.
     fn read(&mut self) {
         let Some(from) = &self.from else { return };
-        self.buffer.resize(PIECE, 0);
+        let head = if self.framed { remote::HEAD } else { 0 };
+        self.buffer.resize(head + PIECE, 0);
         self.written = 0;
-        let length = match recv(from, &mut self.buffer[..], RecvFlags::DONTWAIT) {
+        let length = match recv(from, &mut self.buffer[head..], RecvFlags::DONTWAIT) {
             Ok((0, _)) => {
                 self.from = None;
                 0
@@ -255,11 +343,18 @@ impl OutputStream {
                 0
             }
         };
-        self.buffer.truncate(length);
+        if length == 0 {
+            self.buffer.clear();
+            return;
+        }
+        self.buffer.truncate(head + length);
+        if self.framed {
+            self.buffer[..head].copy_from_slice(&remote::head(self.target, length));
+        }
     }
 
     /// Writes a piece; false when nobody reads the caller's standard output any more.
-    fn write(&mut self) -> Result<bool> {
+    fn write(&mut self, caller: &Caller) -> Result<bool> {
         let end = self
             .buffer
             .len()
@@ -269,9 +364,13 @@ impl OutputStream {
             self.written = self.buffer.len();
             return Ok(true);
         }
-        match self.target.write(bytes) {
+        match caller.write(self.target, bytes) {
             Ok(written) => self.written += written,
             Err(Errno::AGAIN | Errno::INTR) => {}
+            // The other end of a socket has gone, for both.
+            Err(Errno::PIPE | Errno::CONNRESET) if matches!(caller, Caller::Remote(_)) => {
+                return Ok(false);
+            }
             // EIO is what a terminal says that was closed.
             Err(Errno::PIPE | Errno::IO) if self.target == Target::Error => self.closed = true,
             Err(Errno::PIPE | Errno::IO) => return Ok(false),
@@ -350,8 +449,9 @@ struct Pump {
 
 #[derive(Clone, Copy)]
 enum Ready {
-    Signals,
+    Events,
     Control,
+    Gone,
     Input,
     Send,
     Read(usize),
@@ -359,19 +459,25 @@ enum Ready {
 }
 
 impl Pump {
-    fn new(client: Client, streams: Vec<OwnedFd>, options: &Options) -> Result<Pump> {
+    fn new(
+        client: Client,
+        streams: Vec<OwnedFd>,
+        options: &Options,
+        caller: &Caller,
+    ) -> Result<Pump> {
         let few = || Error::new("the sandbox handed over too few streams");
         let mut streams = streams.into_iter().rev();
         let (to, mut outputs) = if options.terminal {
             let terminal = streams.next().ok_or_else(few)?;
             let to = terminal.try_clone().context(|| "share a stream")?;
-            (Some(to), vec![OutputStream::new(terminal, Target::Output)])
+            let output = OutputStream::new(terminal, Target::Output, caller);
+            (Some(to), vec![output])
         } else {
             let error = streams.next().ok_or_else(few)?;
             let output = streams.next().ok_or_else(few)?;
             let outputs = vec![
-                OutputStream::new(output, Target::Output),
-                OutputStream::new(error, Target::Error),
+                OutputStream::new(output, Target::Output, caller),
+                OutputStream::new(error, Target::Error, caller),
             ];
             (streams.next(), outputs)
         };
@@ -386,9 +492,13 @@ impl Pump {
         if !options.input && !options.terminal {
             input.end();
         }
+        let mut keys = KeyWatch::new(options);
+        if let (Caller::Remote(remote), true) = (caller, options.input) {
+            (input.buffer, _) = keys.filter(&remote.early);
+        }
         Ok(Pump {
             client,
-            keys: KeyWatch::new(options),
+            keys,
             input,
             outputs,
             exit: None,
@@ -410,14 +520,15 @@ impl Pump {
         }
         for tag in self.wait(attachment)? {
             match tag {
-                Ready::Signals => {
-                    if let Some(outcome) = self.take_signals(attachment) {
+                Ready::Events => {
+                    if let Some(outcome) = self.take_events(attachment) {
                         return Ok(Some(outcome));
                     }
                 }
                 Ready::Control => self.receive()?,
+                Ready::Gone => return Ok(Some(Outcome::OutputClosed)),
                 Ready::Input => {
-                    if self.read_input()? {
+                    if self.read_input(&attachment.caller)? {
                         return Ok(Some(Outcome::Detached));
                     }
                     self.input.send();
@@ -425,7 +536,7 @@ impl Pump {
                 Ready::Send => self.input.send(),
                 Ready::Read(index) => self.outputs[index].read(),
                 Ready::Write(index) => {
-                    if !self.outputs[index].write()? {
+                    if !self.outputs[index].write(&attachment.caller)? {
                         return Ok(Some(Outcome::OutputClosed));
                     }
                 }
@@ -436,11 +547,17 @@ impl Pump {
 
     /// What can be done now.
     fn wait(&self, attachment: &Attachment) -> Result<Vec<Ready>> {
-        let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+        let caller = &attachment.caller;
+        let (events, stdin) = (caller.events(), caller.input());
+        let outputs = [Target::Output, Target::Error].map(|target| caller.output(target));
         // Only what is wanted: poll would report the hang-up of any other again and again.
-        let mut wanted = Vec::with_capacity(6);
-        let signals = PollFd::new(&attachment.signals, PollFlags::IN);
-        wanted.push((Ready::Signals, signals));
+        let mut wanted = Vec::with_capacity(7);
+        wanted.push((Ready::Events, PollFd::new(&events, PollFlags::IN)));
+        if let Caller::Remote(remote) = caller {
+            // Reported when both directions are shut.
+            let gone = PollFd::new(&remote.stream, PollFlags::empty());
+            wanted.push((Ready::Gone, gone));
+        }
         if self.exit.is_none() {
             wanted.push((Ready::Control, PollFd::new(&self.client, PollFlags::IN)));
         }
@@ -453,12 +570,14 @@ impl Pump {
             }
             _ => {}
         }
+        let first = self.outputs.iter().position(OutputStream::is_within_frame);
         for (index, output) in self.outputs.iter().enumerate() {
             if output.is_pending() {
-                let fd = match output.target {
-                    Target::Output => PollFd::new(&stdout, PollFlags::OUT),
-                    Target::Error => PollFd::new(&stderr, PollFlags::OUT),
-                };
+                if first.is_some_and(|first| first != index) {
+                    continue;
+                }
+                let target = &outputs[output.target as usize];
+                let fd = PollFd::new(target, PollFlags::OUT);
                 wanted.push((Ready::Write(index), fd));
             } else if let Some(from) = &output.from {
                 wanted.push((Ready::Read(index), PollFd::new(from, PollFlags::IN)));
@@ -485,13 +604,13 @@ impl Pump {
     }
 
     /// Reads the caller's input; true when the user typed the detach keys.
-    fn read_input(&mut self) -> Result<bool> {
+    fn read_input(&mut self, caller: &Caller) -> Result<bool> {
         let mut buffer = vec![0; PIECE / 2];
         let input = &mut self.input;
         (input.buffer, input.sent) = (Vec::new(), 0);
-        match rustix::io::read(io::stdin(), &mut buffer[..]) {
+        match caller.read(&mut buffer[..]) {
             // EIO is the end of a terminal that was closed.
-            Ok(0) | Err(Errno::IO) => {
+            Ok(0) | Err(Errno::IO | Errno::CONNRESET) => {
                 input.reading = false;
                 input.buffer = self.keys.rest();
                 Ok(false)
@@ -506,8 +625,17 @@ impl Pump {
         }
     }
 
-    fn take_signals(&mut self, attachment: &Attachment) -> Option<Outcome> {
-        while let Some(signal) = attachment.signals.next() {
+    fn take_events(&mut self, attachment: &Attachment) -> Option<Outcome> {
+        let signals = match &attachment.caller {
+            Caller::Own(signals) => signals,
+            Caller::Remote(remote) => {
+                if let Some(size) = remote.window.changed() {
+                    self.tell(&Request::Resize(size));
+                }
+                return None;
+            }
+        };
+        while let Some(signal) = signals.next() {
             if signal == Signal::SIGWINCH {
                 if let Some(size) = attachment.size() {
                     self.tell(&Request::Resize(size));
@@ -552,7 +680,9 @@ mod tests {
         let (near, far): (Vec<_>, Vec<_>) =
             (0..streams).map(|_| UnixStream::pair().unwrap()).unzip();
         let near = near.into_iter().map(OwnedFd::from).collect();
-        let pump = Pump::new(Client::from(ours), near, &options(streams == 1)).unwrap();
+        let caller = Caller::Own(Signals::take(&[]).unwrap());
+        let options = options(streams == 1);
+        let pump = Pump::new(Client::from(ours), near, &options, &caller).unwrap();
         (pump, sandbox, far)
     }
 
@@ -582,7 +712,13 @@ mod tests {
     fn too_few_streams_are_an_error() {
         let (ours, _sandbox) = pair().unwrap();
         let (near, _far) = UnixStream::pair().unwrap();
-        let pump = Pump::new(Client::from(ours), vec![near.into()], &options(false));
+        let caller = Caller::Own(Signals::take(&[]).unwrap());
+        let pump = Pump::new(
+            Client::from(ours),
+            vec![near.into()],
+            &options(false),
+            &caller,
+        );
         assert!(pump.is_err());
     }
 }

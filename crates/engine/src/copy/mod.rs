@@ -13,7 +13,7 @@ use hull_image::unpack::tar_reader::TarReader;
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::protocol::{CopyRequest, Reply, Request};
 
-pub use hull_image::unpack::tar_reader::Kind as EntryKind;
+pub use hull_image::unpack::tar_reader::{Entry, Kind as EntryKind};
 pub use pack::pack;
 pub use unpack::unpack;
 
@@ -112,15 +112,15 @@ impl ArchiveReader {
         Ok(Copy::with(paths, container, request)?.into())
     }
 
-    /// The kind of the first entry, which is what the path named that was asked for.
+    /// The first entry, which is what the path named that was asked for.
     ///
     /// # Errors
     /// There is no such path, or the archive is damaged.
-    pub fn first_kind(self) -> Result<EntryKind> {
+    pub fn first(self) -> Result<Entry> {
         let mut archive = TarReader::new(self);
         let entry = archive.next();
         match entry {
-            Ok(Some(entry)) => Ok(entry.kind),
+            Ok(Some(entry)) => Ok(entry),
             Ok(None) => match archive.get_mut().copy.result() {
                 Ok(()) => Err(Error::new("the archive is empty")),
                 Err(error) => Err(error),
@@ -301,7 +301,10 @@ mod tests {
         let archive = reader.join().unwrap();
 
         assert_eq!(
-            sent(archive.clone()).first_kind().unwrap(),
+            sent(archive.clone())
+                .first()
+                .map(|entry| entry.kind)
+                .unwrap(),
             EntryKind::Directory
         );
         let copy = directory.path().join("copy");
@@ -446,7 +449,10 @@ mod tests {
         let failed = Reply::Failed(Error::new("no such file: /x"));
         send(&sandbox, &failed, &[]).unwrap();
         drop(theirs);
-        let error = ArchiveReader::from(copy).first_kind().unwrap_err();
+        let error = ArchiveReader::from(copy)
+            .first()
+            .map(|entry| entry.kind)
+            .unwrap_err();
         assert_eq!(error.message, "no such file: /x");
     }
 }

@@ -7,6 +7,7 @@ mod container;
 mod host_config;
 mod image;
 mod network;
+mod networks;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,7 @@ use serde_json::{Map, Value, json};
 pub use container::container;
 pub(crate) use container::writable_layer;
 pub use image::{Names, image};
+pub use networks::{network, networks};
 
 /// Docker's time of what has not happened.
 const NEVER: &str = "0001-01-01T00:00:00Z";

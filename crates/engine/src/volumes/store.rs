@@ -15,12 +15,14 @@ use std::path::{Path, PathBuf};
 use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::{Source, Volume};
 use crate::container;
 use crate::entries::{self, Lock};
 use crate::error::{Context, Error, Result};
 use crate::paths::Paths;
+use crate::time;
 
 /// Version of [`VolumeRecord`].
 const VERSION: u32 = 1;
@@ -58,6 +60,22 @@ pub struct StoredVolume {
     pub content: PathBuf,
     /// What is known of it.
     pub record: VolumeRecord,
+}
+
+impl StoredVolume {
+    /// The object of `docker volume inspect`.
+    pub fn object(&self) -> Value {
+        json!({
+            "Name": self.name,
+            "Driver": "local",
+            "Mountpoint": self.content,
+            "CreatedAt": time::format_rfc3339(i128::from(self.record.created_ns)),
+            "Labels": self.record.labels,
+            "Anonymous": self.record.anonymous,
+            "Scope": "local",
+            "Options": {},
+        })
+    }
 }
 
 /// Held while volumes are created and removed.
@@ -335,6 +353,75 @@ pub fn remove_anonymous(paths: &Paths, of_container: &[Volume]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// One condition on volumes.
+#[derive(Clone, Debug)]
+pub enum Filter {
+    /// A part of its name.
+    Name(String),
+    /// A label, with this value.
+    Label(String, Option<String>),
+    /// Whether no container uses it.
+    Dangling(bool),
+}
+
+impl Filter {
+    /// Reads `KEY=VALUE`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let wrong = |why: &str| format!("invalid filter {text:?}: {why}");
+        match text.split_once('=') {
+            Some(("name", name)) => Ok(Self::Name(name.to_owned())),
+            Some(("label", label)) => Ok(match label.split_once('=') {
+                Some((key, value)) => Self::Label(key.to_owned(), Some(value.to_owned())),
+                None => Self::Label(label.to_owned(), None),
+            }),
+            Some(("dangling", "true" | "1")) => Ok(Self::Dangling(true)),
+            Some(("dangling", "false" | "0")) => Ok(Self::Dangling(false)),
+            Some(("dangling", _)) => Err(wrong("dangling is true or false")),
+            _ => Err(wrong("give name=…, label=… or dangling=true|false")),
+        }
+    }
+
+    /// Whether it selects a volume.
+    pub fn matches(&self, volume: &StoredVolume, is_used: bool) -> bool {
+        match self {
+            Self::Name(name) => volume.name.contains(name.as_str()),
+            Self::Label(key, value) => volume
+                .record
+                .labels
+                .get(key)
+                .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
+            Self::Dangling(wanted) => *wanted != is_used,
+        }
+    }
+}
+
+/// The volumes that all conditions select, and what is wrong with others.
+///
+/// # Errors
+/// The directories of volumes or containers cannot be read.
+pub fn select(paths: &Paths, filters: &[Filter]) -> Result<(Vec<StoredVolume>, Vec<Error>)> {
+    let mut asked = filters.iter();
+    let users = match asked.any(|filter| matches!(filter, Filter::Dangling(_))) {
+        true => users(paths)?,
+        false => BTreeMap::new(),
+    };
+    let (mut volumes, mut wrong) = (Vec::new(), Vec::new());
+    for volume in list(paths)? {
+        match volume {
+            Ok(volume) => volumes.push(volume),
+            Err((name, mut error)) => {
+                error.message = format!("volume {name}: {}", error.message);
+                wrong.push(error);
+            }
+        }
+    }
+    volumes.retain(|volume| {
+        let is_used = users.contains_key(&volume.name);
+        filters.iter().all(|filter| filter.matches(volume, is_used))
+    });
+    Ok((volumes, wrong))
 }
 
 #[cfg(test)]

@@ -30,10 +30,11 @@ impl Compression {
     }
 }
 
-/// The uncompressed content of `archive`.
-pub(crate) fn uncompress<'a>(
-    mut archive: impl BufRead + 'a,
-) -> Result<Box<dyn Read + 'a>, LayerError> {
+/// The uncompressed content of `archive`, which may be one that is not compressed.
+///
+/// # Errors
+/// `Unsupported` by another compression than gzip and zstd; it cannot be read.
+pub fn uncompress<'a>(mut archive: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>, LayerError> {
     let start = loop {
         match archive.fill_buf() {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

@@ -42,6 +42,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
 
+pub use compression::uncompress;
 pub use tar_reader::TarError;
 
 use crate::limits::{Budget, DiskError, Low};

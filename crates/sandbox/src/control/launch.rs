@@ -68,9 +68,12 @@ fn start(dir: SandboxDir, config: &SandboxConfig, disks: &[OwnedFd]) -> Result<C
     Ok(client)
 }
 
-/// Lets a caller that outlives the sandbox have no zombie of it. The thread takes no signals: they
-/// are for whoever blocks or handles them in the caller.
-fn reap(mut process: Child) -> std::io::Result<()> {
+/// Lets a caller that outlives a process which it has started have no zombie of it. The thread
+/// takes no signals: they are for whoever blocks or handles them in the caller.
+///
+/// # Errors
+/// There can be no more threads.
+pub fn reap(mut process: Child) -> std::io::Result<()> {
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
     let reaper = std::thread::Builder::new().spawn(move || process.wait());
     before.thread_set_mask()?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
+use hull_engine::images::of_local;
 use hull_image::{Progress, Reference};
 
 use crate::error::{Context, Error, Result};
@@ -53,7 +54,7 @@ pub fn save(config: &Config, args: &SaveArgs) -> Result<()> {
         let output = BufWriter::with_capacity(256 * 1024, output);
         store
             .save(&references, output, path, progress)
-            .map_err(super::of_local)
+            .map_err(of_local)
     };
     match &args.output {
         Some(path) => replace_file(path, write),

@@ -2,6 +2,7 @@
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
+use hull_engine::images::of_local;
 use hull_engine::time;
 use hull_image::{HistoryEntry, Reference};
 use serde_json::{Value, json};
@@ -33,7 +34,7 @@ pub struct Args {
 pub fn execute(config: &Config, args: &Args) -> Result<()> {
     let store = images::store(config)?;
     let reference: Reference = args.image.parse().map_err(of_image)?;
-    let image = store.inspect(&reference).map_err(super::of_local)?;
+    let image = store.inspect(&reference).map_err(of_local)?;
     let history = store.history(&image).map_err(of_image)?;
     let newest = match args.no_trunc {
         true => image.id.clone(),

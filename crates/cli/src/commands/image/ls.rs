@@ -1,9 +1,9 @@
 //! `hull image ls`: the images that are here.
 
 use hull_engine::config::Config;
-use hull_engine::error::of_image;
-use hull_engine::time::{self, UnixNanos};
-use hull_image::{Listed, Pattern, Reference, Store};
+use hull_engine::images::{Filter, select};
+use hull_engine::time;
+use hull_image::{Listed, Pattern, Reference};
 use serde_json::{Value, json};
 use std::collections::HashSet;
 
@@ -42,109 +42,13 @@ pub struct Args {
     name: Option<Pattern>,
 }
 
-/// One condition of `--filter`. Several patterns are alternatives; the others must all hold.
-#[derive(Clone, Debug)]
-enum Filter {
-    Dangling(bool),
-    Reference(Pattern),
-    Label(String, Option<String>),
-    Before(String),
-    Since(String),
-}
-
-impl Filter {
-    fn parse(text: &str) -> std::result::Result<Self, String> {
-        let wrong = |why: &str| format!("invalid filter {text:?}: {why}");
-        match text.split_once('=') {
-            Some(("dangling", "true" | "1")) => Ok(Self::Dangling(true)),
-            Some(("dangling", "false" | "0")) => Ok(Self::Dangling(false)),
-            Some(("dangling", _)) => Err(wrong("dangling is true or false")),
-            Some(("reference", pattern)) => Pattern::parse(pattern)
-                .map(Self::Reference)
-                .map_err(|why| wrong(&why)),
-            Some(("label", label)) => Ok(match label.split_once('=') {
-                Some((key, value)) => Self::Label(key.to_owned(), Some(value.to_owned())),
-                None => Self::Label(label.to_owned(), None),
-            }),
-            Some(("before", image)) => Ok(Self::Before(image.to_owned())),
-            Some(("since", image)) => Ok(Self::Since(image.to_owned())),
-            _ => Err(wrong(
-                "give dangling=true|false, reference=…, label=…, before=… or since=…",
-            )),
-        }
-    }
-}
-
-/// The conditions, with the times of the images that they name.
-struct Conditions<'a> {
-    filters: &'a [Filter],
-    name: Option<&'a Pattern>,
-    before: Vec<UnixNanos>,
-    since: Vec<UnixNanos>,
-}
-
-impl Conditions<'_> {
-    fn new<'a>(store: &Store, args: &'a Args) -> Result<Conditions<'a>> {
-        let (mut before, mut since) = (Vec::new(), Vec::new());
-        for filter in &args.filters {
-            let (times, image) = match filter {
-                Filter::Before(image) => (&mut before, image),
-                Filter::Since(image) => (&mut since, image),
-                _ => continue,
-            };
-            let reference: Reference = image.parse().map_err(of_image)?;
-            let image = store.inspect(&reference).map_err(super::of_local)?;
-            times.push(created(image.created.as_deref()));
-        }
-        Ok(Conditions {
-            filters: &args.filters,
-            name: args.name.as_ref(),
-            before,
-            since,
-        })
-    }
-
-    fn hold(&self, image: &Listed) -> bool {
-        let name = image.reference.as_deref();
-        let name: Option<Reference> = name.and_then(|name| name.parse().ok());
-        let fits = |pattern: &Pattern| name.as_ref().is_some_and(|name| pattern.matches(name));
-        let mut patterns = self.filters.iter().filter_map(|filter| match filter {
-            Filter::Reference(pattern) => Some(pattern),
-            _ => None,
-        });
-        let any_pattern = patterns.clone().next().is_none() || patterns.any(fits);
-        let created = created(image.created.as_deref());
-        any_pattern
-            && self.name.is_none_or(fits)
-            && self.before.iter().all(|other| created < *other)
-            && self.since.iter().all(|other| created > *other)
-            && self.filters.iter().all(|filter| match filter {
-                Filter::Dangling(wanted) => image.reference.is_none() == *wanted,
-                Filter::Label(key, value) => image
-                    .labels
-                    .get(key)
-                    .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
-                Filter::Reference(_) | Filter::Before(_) | Filter::Since(_) => true,
-            })
-    }
-}
-
-/// An image without a time is as old as any.
-fn created(text: Option<&str>) -> UnixNanos {
-    text.and_then(time::parse_rfc3339).unwrap_or(0)
-}
-
 /// Lists images.
 pub fn execute(config: &Config, args: &Args) -> Result<()> {
     let store = images::store(config)?;
-    let conditions = Conditions::new(&store, args)?;
-    let (mut list, damages) = store.list_with_damages().map_err(of_image)?;
+    let (list, damages) = select(&store, &args.filters, args.name.as_ref())?;
     for error in damages {
         output::note(format!("warning: {error}"));
     }
-    list.retain(|image| conditions.hold(image));
-    // Docker's order: newest first.
-    list.sort_by_key(|image| std::cmp::Reverse(created(image.created.as_deref())));
     let rows = || list.iter().map(|image| row(image, args.no_trunc)).collect();
     if format::print_list(args.format.as_ref(), args.quiet, &HEADINGS, rows)? {
         return Ok(());
@@ -259,9 +163,6 @@ fn table(list: &[Listed], args: &Args) -> Table {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-    use std::collections::BTreeMap;
-
     use super::*;
 
     #[test]
@@ -276,46 +177,6 @@ mod tests {
                 (name.to_owned(), tag.to_owned()),
                 "{reference:?}"
             );
-        }
-    }
-
-    #[test]
-    fn filters() {
-        let digest = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
-        let image = |name: Option<&str>| Listed {
-            reference: name.map(str::to_owned),
-            id: digest,
-            digest,
-            created: Some("2024-01-01T00:00:00Z".to_owned()),
-            size: 0,
-            labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
-        };
-        let named = image(Some("docker.io/library/busybox:1"));
-        let holds = |filters: &[&str], image: &Listed| {
-            let filters: Vec<Filter> = filters.iter().map(|f| Filter::parse(f).unwrap()).collect();
-            let conditions = Conditions {
-                filters: &filters,
-                name: None,
-                before: Vec::new(),
-                since: Vec::new(),
-            };
-            conditions.hold(image)
-        };
-        for (filters, expected) in [
-            (&[][..], true),
-            (&["dangling=true"], false),
-            (&["dangling=false", "label=a"], true),
-            (&["label=a=b"], true),
-            (&["label=a", "label=c"], false),
-            (&["reference=x", "reference=busy*"], true),
-            (&["reference=x"], false),
-        ] {
-            assert_eq!(holds(filters, &named), expected, "{filters:?}");
-        }
-        assert!(holds(&["dangling=true"], &image(None)));
-        assert!(!holds(&["reference=*"], &image(None)));
-        for bad in ["x", "x=y", "dangling=maybe", "reference=["] {
-            assert!(Filter::parse(bad).is_err(), "{bad}");
         }
     }
 }

@@ -11,12 +11,9 @@ use std::path::Path;
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
-use hull_engine::inspect;
+use hull_engine::images::{image_name, inspect_object, of_local};
 use hull_engine::values::Pull;
-use hull_image::{
-    Credentials, Import, ImportSource, Platform, Reference, RegistryReference, Removed,
-};
-use serde_json::{Value, json};
+use hull_image::{Credentials, Import, ImportSource, Platform, Reference, Removed};
 
 use crate::commands::{agreed, config_for_root, for_each};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -281,25 +278,6 @@ fn import(
     output::print(format!("{}\n", image.id))
 }
 
-/// The error of a command about a local image: as in Docker, one that is not here exits with 1.
-fn of_local(error: hull_image::Error) -> Error {
-    match error.is_not_found() {
-        true => of_image(error).kind(ErrorKind::NotFound),
-        false => of_image(error),
-    }
-}
-
-/// A name that an image can be given.
-/// A name to be given to an image.
-pub fn image_name(text: &str) -> Result<RegistryReference> {
-    match text.parse().map_err(of_image)? {
-        Reference::Registry(name) => Ok(name),
-        other => Err(Error::new(format!(
-            "cannot name an image {other}: that is a place or an id"
-        ))),
-    }
-}
-
 pub fn report(removed: &Removed) -> Result<()> {
     let untagged = removed
         .untagged
@@ -307,37 +285,6 @@ pub fn report(removed: &Removed) -> Result<()> {
         .map(|name| format!("untagged: {name}\n"));
     let deleted = removed.images.iter().map(|id| format!("deleted: {id}\n"));
     output::print(untagged.chain(deleted).collect::<String>())
-}
-
-/// Details of an image; `None` if there is none of this name.
-pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
-    let Ok(reference) = name.parse::<Reference>() else {
-        return Ok(None);
-    };
-    let store = images::store(config)?;
-    let image = match store.inspect(&reference) {
-        Ok(image) => image,
-        Err(error) if error.is_not_found() => return Ok(None),
-        Err(error) => return Err(of_image(error)),
-    };
-    let mut object = json!({
-        "id": image.id,
-        "reference": image.reference,
-        "digest": image.digest.map(|digest| digest.to_string()),
-        "created": image.created,
-        "size": image.size,
-        "config": image.config,
-        "layers": image.layers,
-    });
-    // A plain directory has no configuration.
-    if let Ok(document) = store.raw_config(&image) {
-        object["document"] = serde_json::from_slice(&document)
-            .context(|| format!("read the configuration of image {name}"))?;
-    }
-    let names = inspect::Names::of(&image.id, &store.list().map_err(of_image)?);
-    let docker = inspect::image(&image, &names, &object["document"]);
-    inspect::extend(&mut object, docker);
-    Ok(Some(object))
 }
 
 /// The first twelve digits of an id.

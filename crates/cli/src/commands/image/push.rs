@@ -2,6 +2,7 @@
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
+use hull_engine::images::{image_name, of_local};
 use hull_image::{Credentials, Progress, Reference, RegistryReference};
 
 use crate::error::{Error, Result};
@@ -24,7 +25,7 @@ pub struct Args {
 /// Sends an image, or all tags of a repository.
 pub fn execute(config: &Config, args: &Args) -> Result<()> {
     let store = images::store(config)?;
-    let name = super::image_name(&args.image)?;
+    let name = image_name(&args.image)?;
     let names = match args.all_tags {
         false => vec![name.clone()],
         true if !name.is_name_only() => {
@@ -44,7 +45,7 @@ pub fn execute(config: &Config, args: &Args) -> Result<()> {
         let progress: &dyn Progress = if args.quiet { &() } else { &shown };
         let pushed = store
             .push(&name, &credentials, progress)
-            .map_err(super::of_local)?;
+            .map_err(of_local)?;
         output::print(match args.quiet {
             true => format!("{name}\n"),
             false => format!(

@@ -132,8 +132,35 @@ pub fn table(rows: &[Row], no_trunc: bool, engines: bool, with_size: bool) -> Ta
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::tests::row;
+    use hull_engine::listing::Life;
+    use hull_sandbox::store::{Exit, Status};
+
     use super::*;
+
+    /// A container that has ended.
+    fn row() -> Row {
+        let mut status = Status::new(State::Stopped);
+        status.exit = Some(Exit::now(3));
+        Row {
+            id: "ab".repeat(32),
+            name: "web".into(),
+            engine: "hull".into(),
+            image: "busybox:1".into(),
+            image_id: "sha256:0123456789".into(),
+            command: vec!["sleep".into(), "a long time with many words".into()],
+            created_ns: 0,
+            status,
+            life: Life::default(),
+            machine: "uml".into(),
+            labels: [("a".to_owned(), "b".to_owned())].into(),
+            volumes: Vec::new(),
+            network: String::new(),
+            ports: Vec::new(),
+            mounts: Vec::new(),
+            directory: None,
+            size: None,
+        }
+    }
 
     #[test]
     fn a_row() {

@@ -1,12 +1,13 @@
 //! `hull system df`.
 
+use hull_engine::listing::{Life, in_words};
 use hull_engine::time;
 use hull_engine::usage::{self, ContainerUsage, ImageUsage, Usage, VolumeUsage};
 use hull_engine::volumes::Source;
 use hull_sandbox::store::State;
 
 use crate::commands::image::ls::{age, id, name_and_tag};
-use crate::commands::{config_for_existing, from_ns, ps};
+use crate::commands::{config_for_existing, from_ns};
 use crate::error::Result;
 use crate::format::{self, ListFormat};
 use crate::images;
@@ -185,11 +186,7 @@ fn containers_table(containers: &[ContainerUsage]) -> Table {
             volumes.count().to_string(),
             decimal_size(*bytes),
             format!("{} ago", time::human_age(from_ns(record.created_ns))),
-            ps::in_words(
-                &container.status,
-                record.created_ns,
-                ps::Life::of(container),
-            ),
+            in_words(&container.status, record.created_ns, Life::of(container)),
             record.details.name.clone(),
         ]);
     }

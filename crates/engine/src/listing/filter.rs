@@ -1,34 +1,47 @@
-//! `--filter` of `ps`.
+//! Conditions on containers, as `ps` and the API have them.
 
 use std::collections::BTreeMap;
 
-use hull_engine::Paths;
-use hull_engine::container;
-use hull_engine::publish::port_range;
-use hull_engine::values;
 use hull_image::Reference;
 use hull_network::cni::Protocol;
 use hull_sandbox::store::{Record, State};
 use regex::{Regex, RegexBuilder};
 
 use super::Row;
+use crate::container;
 use crate::error::Result;
+use crate::paths::Paths;
+use crate::publish::port_range;
+use crate::values;
 
 /// One condition.
 #[derive(Clone, Debug)]
 pub enum Filter {
+    /// Begins so.
     Id(String),
+    /// A pattern of its name.
     Name(Regex),
+    /// Docker's name of its state.
     Status(&'static str),
+    /// A label, with this value.
     Label(String, Option<String>),
+    /// The image that it was created from.
     Ancestor(String),
+    /// How it ended.
     Exited(i32),
+    /// Its health.
     Health(&'static str),
+    /// Created before another one.
     Before(String),
+    /// Created after another one.
     Since(String),
+    /// In this network.
     Network(String),
+    /// Has this volume, or one at this place.
     Volume(String),
+    /// One of these ports of the host leads to it.
     Publish(Ports),
+    /// One of these ports of its own is published.
     Expose(Ports),
 }
 
@@ -298,6 +311,7 @@ mod tests {
                 source: "data".into(),
                 destination: "/var/data".into(),
                 is_volume: true,
+                read_only: false,
             }],
             ..row()
         };

@@ -1,0 +1,266 @@
+//! Containers: listed, inspected, removed.
+
+pub mod archive;
+pub mod changes;
+pub mod create;
+pub mod lifecycle;
+pub mod logs;
+pub mod stats;
+
+use std::net::IpAddr;
+
+use hull_engine::container::{self, Any, Container, Removing};
+use hull_engine::listing::{self, Filter, Row, Selection, in_words};
+use hull_engine::{inspect, unpacker};
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply as Answered, Request};
+use hull_sandbox::store::State as ContainerState;
+use serde_json::{Map, Value, json};
+
+use crate::Shared;
+use crate::call::{Call, Reply};
+use crate::failure::{Failure, Result};
+use crate::networks::BRIDGE;
+
+/// The container of a name or id.
+pub fn find(state: &Shared, name: &str) -> Result<Container> {
+    let name = name.trim_start_matches('/');
+    container::find(&state.config.paths(), name).map_err(|error| {
+        let missing = error.kind == hull_engine::error::ErrorKind::NotFound;
+        let mut failure = Failure::from(error);
+        if missing {
+            // Some clients look for these words.
+            failure.message = format!("No such container: {name}");
+        }
+        failure
+    })
+}
+
+/// Conditions in Docker's words.
+fn filters(call: &Call) -> Result<Vec<Filter>> {
+    let filters = call.query.filters()?;
+    let known = filters.iter().filter(|text| {
+        // What every container of hull's is.
+        !matches!(
+            text.split_once('='),
+            Some(("is-task", "false") | ("isolation", _))
+        )
+    });
+    known
+        .map(|text| Filter::parse(text).map_err(Failure::bad))
+        .collect()
+}
+
+/// Lists containers.
+pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
+    let paths = state.config.paths();
+    container::sweep(&paths);
+    let selection = Selection {
+        all: call.query.flag("all"),
+        engines: false,
+        last: call.query.number("limit")?.filter(|last| *last > 0),
+        filters: filters(call)?,
+    };
+    let (mut rows, wrong) = listing::list(&paths, selection)?;
+    for error in wrong {
+        tracing::warn!("{error}");
+    }
+    if call.query.flag("size") {
+        listing::measure(&mut rows, &unpacker::store(&state.config)?)?;
+    }
+    Ok(Reply::ok(rows.iter().map(listed).collect()))
+}
+
+fn listed(row: &Row) -> Value {
+    let is_up = !matches!(
+        row.status.state,
+        ContainerState::Stopped | ContainerState::Created
+    );
+    let ports: Vec<Value> = row
+        .ports
+        .iter()
+        .filter(|_| is_up)
+        .map(|port| {
+            let address = port.host_ip.unwrap_or(IpAddr::from([0, 0, 0, 0]));
+            json!({
+                "IP": address.to_string(),
+                "PrivatePort": port.container_port,
+                "PublicPort": port.host_port,
+                "Type": port.protocol.name(),
+            })
+        })
+        .collect();
+    let mounts: Vec<Value> = row
+        .mounts
+        .iter()
+        .map(|mount| {
+            json!({
+                "Type": if mount.is_volume { "volume" } else { "bind" },
+                "Name": if mount.is_volume { mount.source.as_str() } else { "" },
+                "Source": if mount.is_volume { "" } else { mount.source.as_str() },
+                "Destination": mount.destination,
+                "Driver": if mount.is_volume { "local" } else { "" },
+                "Mode": if mount.read_only { "ro" } else { "" },
+                "RW": !mount.read_only,
+                "Propagation": "",
+            })
+        })
+        .collect();
+    let address = |wanted: fn(&&IpAddr) -> bool| {
+        let found = row.status.addresses.iter().find(wanted);
+        found
+            .filter(|_| is_up)
+            .map(ToString::to_string)
+            .unwrap_or_default()
+    };
+    let mut networks = Map::new();
+    let network = network_name(&row.network);
+    if !network.is_empty() && !network.starts_with("container:") {
+        networks.insert(
+            network.to_owned(),
+            json!({
+                "NetworkID": row.network,
+                "IPAddress": address(|address| address.is_ipv4()),
+                "GlobalIPv6Address": address(|address| address.is_ipv6()),
+            }),
+        );
+    }
+    let mut object = json!({
+        "Id": row.id,
+        "Names": [format!("/{}", row.name)],
+        "Image": row.image,
+        "ImageID": row.image_id,
+        "Command": row.command.join(" "),
+        "Created": row.created_ns / 1_000_000_000,
+        "Ports": ports,
+        "Labels": row.labels,
+        "State": row.state(),
+        "Status": in_words(&row.status, row.created_ns, row.life),
+        "HostConfig": {"NetworkMode": network},
+        "NetworkSettings": {"Networks": networks},
+        "Mounts": mounts,
+    });
+    if let Some(size) = row.size {
+        object["SizeRw"] = json!(size.written);
+        object["SizeRootFs"] = json!(size.image.saturating_add(size.written));
+    }
+    object
+}
+
+/// Docker's name of a network.
+fn network_name(name: &str) -> &str {
+    match name {
+        "default" => BRIDGE,
+        name => name,
+    }
+}
+
+/// All that is known of a container.
+pub fn inspect(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
+    let container = find(state, id)?;
+    let path = container.path();
+    let id = container.record.id.clone();
+    let mut object = inspect::container(&state.config, &Any::Own(Box::new(container)));
+    object["ExecIDs"] = state.execs.of(&id);
+    let mode = &mut object["HostConfig"]["NetworkMode"];
+    if let Some(name) = mode.as_str() {
+        *mode = network_name(name).into();
+    }
+    if let Some(networks) = object["NetworkSettings"]["Networks"].as_object_mut()
+        && let Some(default) = networks.remove("default")
+    {
+        networks.insert(BRIDGE.to_owned(), default);
+    }
+    if call.query.flag("size") {
+        let written = hull_engine::usage::of_container(&path);
+        object["SizeRw"] = json!(written);
+        object["SizeRootFs"] = json!(written);
+    }
+    Ok(Reply::ok(object))
+}
+
+/// Removes a container.
+pub fn remove(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
+    if call.query.flag("link") {
+        return Err(Failure::unsupported("links"));
+    }
+    let container = find(state, id)?;
+    let removing = Removing {
+        force: call.query.flag("force"),
+        volumes: call.query.flag("v"),
+    };
+    container::remove(&state.config.paths(), &container.record.id, removing)?;
+    Ok(Reply::done())
+}
+
+/// Removes containers that have ended.
+pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
+    let paths = state.config.paths();
+    let selection = Selection {
+        all: true,
+        filters: filters(call)?,
+        ..Selection::default()
+    };
+    let (rows, _) = listing::list(&paths, selection)?;
+    let (mut removed, mut bytes) = (Vec::new(), 0u64);
+    for row in rows {
+        let written = row
+            .directory
+            .as_deref()
+            .map_or(0, hull_engine::usage::of_container);
+        // One that runs, or that somebody starts or removes just now, stays.
+        if container::remove(&paths, &row.id, Removing::default()).is_ok() {
+            bytes = bytes.saturating_add(written);
+            removed.push(row.id);
+        }
+    }
+    Ok(Reply::ok(
+        json!({"ContainersDeleted": removed, "SpaceReclaimed": bytes}),
+    ))
+}
+
+/// The processes of a container.
+pub fn top(state: &Shared, id: &str) -> Result<Reply> {
+    let container = find(state, id)?;
+    let request = Request::Processes {
+        container: container.record.id.clone(),
+    };
+    let processes = match container::connect(&container)?.ask(&request, &[])?.message {
+        Answered::Processes(processes) => processes,
+        other => return Err(unexpected(&other).into()),
+    };
+    // Parents have process ids of the guest's own.
+    let inside = |pid: u32| {
+        let parent = processes.iter().find(|process| process.pid == pid);
+        parent.map_or(0, |process| process.container_pid)
+    };
+    let rows: Vec<[String; 8]> = processes
+        .iter()
+        .map(|process| {
+            let seconds = process.cpu_time_us / 1_000_000;
+            [
+                process.uid.to_string(),
+                process.container_pid.to_string(),
+                inside(process.parent_pid).to_string(),
+                "0".to_owned(),
+                hull_engine::time::format_rfc3339(i128::from(process.started_at) * 1_000_000_000)
+                    .get(11..16)
+                    .unwrap_or_default()
+                    .to_owned(),
+                match process.terminal.as_str() {
+                    "" => "?".to_owned(),
+                    terminal => terminal.to_owned(),
+                },
+                format!(
+                    "{:02}:{:02}:{:02}",
+                    seconds / 3600,
+                    seconds / 60 % 60,
+                    seconds % 60
+                ),
+                process.command.clone(),
+            ]
+        })
+        .collect();
+    let titles = ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"];
+    Ok(Reply::ok(json!({"Titles": titles, "Processes": rows})))
+}

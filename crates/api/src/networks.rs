@@ -1,0 +1,247 @@
+//! Networks.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use hull_engine::error::{Error, ErrorKind};
+use hull_engine::networks::{self, NetworkRequest};
+use hull_engine::{container, inspect as objects};
+use hull_network::cni::Address;
+use hyper::StatusCode;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::Shared;
+use crate::call::{Call, Reply};
+use crate::failure::{Failure, Result};
+
+/// Docker's name for the network of containers that ask for none.
+pub const BRIDGE: &str = "bridge";
+
+/// In Docker's words: every network has all keys.
+fn complete(mut object: Value) -> Value {
+    if object["Name"] == "default" {
+        object["Name"] = json!(BRIDGE);
+    }
+    let name = object["Name"].clone();
+    let config = object["IPAM"]["Config"].as_array().cloned();
+    let mut config = config.unwrap_or_else(|| ranges(&object["Plugins"]));
+    for range in &mut config {
+        if let Some(gateway) = first_address(&range["Subnet"]) {
+            range["Gateway"] = json!(gateway);
+        }
+    }
+    if let Some(object) = object.as_object_mut() {
+        // hull's own keys.
+        object.remove("Plugins");
+        object.remove("Subnets");
+    }
+    for (key, value) in [
+        ("Id", name),
+        ("Created", json!("0001-01-01T00:00:00Z")),
+        ("EnableIPv4", json!(true)),
+        ("EnableIPv6", json!(false)),
+        ("Attachable", json!(false)),
+        ("Ingress", json!(false)),
+        ("ConfigFrom", json!({"Network": ""})),
+        ("ConfigOnly", json!(false)),
+        ("Options", json!({})),
+        ("Labels", json!({})),
+        ("Containers", json!({})),
+    ] {
+        if object[key].is_null() {
+            object[key] = value;
+        }
+    }
+    object["IPAM"] = json!({"Driver": "default", "Options": null, "Config": config});
+    object
+}
+
+/// The subnets of a network that plugins make.
+fn ranges(plugins: &Value) -> Vec<Value> {
+    let plugins = plugins["plugins"].as_array().into_iter().flatten();
+    let sets = plugins.filter_map(|plugin| plugin["ipam"]["ranges"].as_array());
+    let ranges = sets.flatten().filter_map(Value::as_array).flatten();
+    ranges
+        .map(|range| json!({"Subnet": range["subnet"]}))
+        .collect()
+}
+
+/// The host's address in a subnet: the first one.
+fn first_address(subnet: &Value) -> Option<IpAddr> {
+    let (network, _) = subnet.as_str()?.split_once('/')?;
+    Some(match network.parse().ok()? {
+        IpAddr::V4(network) => IpAddr::V4(Ipv4Addr::from_bits(network.to_bits().checked_add(1)?)),
+        IpAddr::V6(network) => IpAddr::V6(Ipv6Addr::from_bits(network.to_bits().checked_add(1)?)),
+    })
+}
+
+fn matches(object: &Value, filter: &str) -> Result<bool> {
+    let text = |key: &str| object[key].as_str().unwrap_or_default();
+    let (key, value) = filter.split_once('=').unwrap_or((filter, ""));
+    Ok(match key {
+        "name" => text("Name").contains(value.trim_start_matches('^').trim_end_matches('$')),
+        "id" => text("Id").starts_with(value),
+        "driver" => text("Driver") == value,
+        "scope" => text("Scope") == value,
+        "type" => {
+            let built_in = matches!(text("Name"), BRIDGE | "none");
+            match value {
+                "builtin" => built_in,
+                "custom" => !built_in,
+                _ => return Err(Failure::bad(format!("invalid filter {filter:?}"))),
+            }
+        }
+        "dangling" => true,
+        "label" => {
+            let (name, wanted) = match value.split_once('=') {
+                Some((name, wanted)) => (name, Some(wanted)),
+                None => (value, None),
+            };
+            let has = object["Labels"][name].as_str();
+            has.is_some_and(|has| wanted.is_none_or(|wanted| has == wanted))
+        }
+        _ => return Err(Failure::bad(format!("invalid filter {filter:?}"))),
+    })
+}
+
+/// Lists networks. Several values of one key are alternatives, but all labels have to be there.
+pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
+    let filters = call.query.filters()?;
+    let mut shown = Vec::new();
+    for object in objects::networks(&state.config.paths())? {
+        let object = complete(object);
+        let mut by_key: BTreeMap<&str, bool> = BTreeMap::new();
+        for filter in &filters {
+            let key = filter.split_once('=').map_or("", |(key, _)| key);
+            let holds = matches(&object, filter)?;
+            let before = by_key.entry(key).or_insert(key == "label");
+            *before = match key {
+                "label" => *before && holds,
+                _ => *before || holds,
+            };
+        }
+        if by_key.values().all(|holds| *holds) {
+            shown.push(object);
+        }
+    }
+    Ok(Reply::ok(shown.into()))
+}
+
+/// What is known of a network, with the containers that are in it.
+pub fn inspect(state: &Shared, name: &str) -> Result<Reply> {
+    let paths = state.config.paths();
+    let own = if name == BRIDGE { "default" } else { name };
+    let mut object = objects::network(&paths, own).map_err(|error| no_such(error, name))?;
+    let known = object["Name"].as_str().unwrap_or(own).to_owned();
+    let mut containers = Map::new();
+    for container in container::list(&paths)?.into_iter().flatten() {
+        if container.record.details.network != known || container::is_idle(&container) {
+            continue;
+        }
+        let addresses = &container.status.addresses;
+        let address = |v4: bool| {
+            let found = addresses.iter().find(|address| address.is_ipv4() == v4);
+            found.map(ToString::to_string).unwrap_or_default()
+        };
+        containers.insert(
+            container.record.id.clone(),
+            json!({
+                "Name": container.record.details.name,
+                "EndpointID": "",
+                "MacAddress": "",
+                "IPv4Address": address(true),
+                "IPv6Address": address(false),
+            }),
+        );
+    }
+    object["Containers"] = Value::Object(containers);
+    Ok(Reply::ok(complete(object)))
+}
+
+fn no_such(error: Error, name: &str) -> Failure {
+    let missing = error.kind == ErrorKind::NotFound;
+    let mut failure = Failure::from(error);
+    if missing {
+        failure.message = format!("network {name} not found");
+    }
+    failure
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Asked {
+    name: String,
+    driver: String,
+    internal: bool,
+    #[serde(rename = "EnableIPv6")]
+    enable_ipv6: Option<bool>,
+    #[serde(rename = "IPAM")]
+    ipam: Ipam,
+    labels: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Ipam {
+    config: Vec<Range>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Range {
+    subnet: String,
+    gateway: String,
+}
+
+/// Creates a network.
+pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
+    let asked: Asked = call.json()?;
+    if !matches!(asked.driver.as_str(), "" | "bridge" | "default") {
+        return Err(Failure::unsupported(format_args!(
+            "network driver {:?}: networks are bridges",
+            asked.driver
+        )));
+    }
+    let mut subnets = Vec::new();
+    for range in asked.ipam.config {
+        if range.subnet.is_empty() {
+            continue;
+        }
+        let wrong = || Failure::bad(format!("invalid subnet {:?}", range.subnet));
+        let subnet: Address = range.subnet.parse().map_err(|_| wrong())?;
+        if subnet.prefix.is_none() {
+            return Err(wrong());
+        }
+        if !range.gateway.is_empty() {
+            tracing::debug!("network {}: its gateway is its first address", asked.name);
+        }
+        subnets.push(subnet);
+    }
+    let created = networks::create(
+        &state.config.paths(),
+        NetworkRequest {
+            name: asked.name,
+            subnets,
+            internal: asked.internal,
+            without_ipv6: asked.enable_ipv6 == Some(false),
+            labels: asked.labels,
+        },
+    )?;
+    Ok(Reply::Json(
+        StatusCode::CREATED,
+        json!({"Id": created.id, "Warning": ""}),
+    ))
+}
+
+/// Removes a network.
+pub fn remove(state: &Shared, name: &str) -> Result<Reply> {
+    networks::remove(&state.config.paths(), name).map_err(|error| no_such(error, name))?;
+    Ok(Reply::done())
+}
+
+/// Removes networks that no container is in.
+pub fn prune(state: &Shared) -> Result<Reply> {
+    let removed = networks::prune(&state.config.paths())?;
+    Ok(Reply::ok(json!({"NetworksDeleted": removed})))
+}

@@ -1,0 +1,323 @@
+//! What waits for containers to start, and to end: `docker run` attaches to a container, and waits
+//! for its end, before it starts it.
+
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hull_engine::Paths;
+use hull_engine::attach::{Options, Remote};
+use hull_engine::container::{self, Container};
+use hull_engine::error::{Error, ErrorKind, Result};
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::store::Exit;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::Shared;
+
+/// How often it is looked whether somebody else has started a container.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A connection that waits for a container to start.
+#[derive(Debug)]
+pub struct Pending {
+    pub options: Options,
+    pub remote: Remote,
+}
+
+/// What is known of one container.
+#[derive(Debug, Default)]
+struct Known {
+    pending: Vec<(u64, Pending)>,
+    waiters: usize,
+    /// Threads that will tell how it ended, when it has.
+    carriers: usize,
+    /// How it ended, as long as somebody waits for that.
+    exit: Option<Exit>,
+}
+
+/// Connections and waiters, by the id of their container.
+#[derive(Debug, Default)]
+pub struct Starts {
+    known: Mutex<HashMap<String, Known>>,
+    changed: Condvar,
+}
+
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// It does not run.
+    NotRunning,
+    /// It ends, after it has been started if it does not run.
+    NextExit,
+    /// It is gone.
+    Removed,
+}
+
+impl Starts {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a connection wait for a container, until [`Starts::take`] or [`Starts::give_up`].
+    pub fn park(&self, id: &str, pending: Pending) -> u64 {
+        let mut known = self.lock();
+        let of_container = &mut known.entry(id.to_owned()).or_default().pending;
+        let number = of_container.last().map_or(0, |(last, _)| last + 1);
+        of_container.push((number, pending));
+        number
+    }
+
+    /// Whether a connection waits still. Returns at a change, or after a moment.
+    pub fn still_waits(&self, id: &str, number: u64) -> bool {
+        let known = self.lock();
+        let waited = self.changed.wait_timeout(known, LOOK);
+        let (known, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let of_container = known.get(id);
+        of_container.is_some_and(|one| one.pending.iter().any(|(other, _)| *other == number))
+    }
+
+    /// Takes a connection back.
+    pub fn give_up(&self, id: &str, number: u64) -> Option<Pending> {
+        let mut known = self.lock();
+        let pending = &mut known.get_mut(id)?.pending;
+        let index = pending.iter().position(|(other, _)| *other == number)?;
+        let (_, taken) = pending.remove(index);
+        forget(&mut known, id);
+        Some(taken)
+    }
+
+    /// Takes all connections that wait for a container, which is just being started, and tells
+    /// whether somebody waits for its end.
+    pub fn take(&self, id: &str) -> (Vec<Pending>, bool) {
+        let mut known = self.lock();
+        let Some(one) = known.get_mut(id) else {
+            return (Vec::new(), false);
+        };
+        let pending = std::mem::take(&mut one.pending);
+        one.exit = None;
+        let is_awaited = one.waiters > 0;
+        forget(&mut known, id);
+        self.changed.notify_all();
+        (
+            pending.into_iter().map(|(_, one)| one).collect(),
+            is_awaited,
+        )
+    }
+
+    /// Begins to wait for the end of a container.
+    pub fn wait_for(&self, container: &Container) -> Waiter<'_> {
+        let id = container.record.id.clone();
+        self.lock().entry(id.clone()).or_default().waiters += 1;
+        Waiter {
+            starts: self,
+            id,
+            ended_ns: exit_ns(container),
+        }
+    }
+}
+
+fn forget(known: &mut HashMap<String, Known>, id: &str) {
+    if known
+        .get(id)
+        .is_some_and(|one| one.waiters + one.carriers == 0 && one.pending.is_empty())
+    {
+        known.remove(id);
+    }
+}
+
+/// What the sandbox of a container says that is just ending, or has ended.
+fn has_ended(error: &Error) -> bool {
+    let kinds = [ErrorKind::Gone, ErrorKind::WrongState, ErrorKind::NotFound];
+    kinds.contains(&error.kind)
+}
+
+fn exit_ns(container: &Container) -> Option<u64> {
+    container.status.exit.as_ref().map(|exit| exit.at_ns)
+}
+
+/// Somebody who will tell how a container has ended.
+#[derive(Debug)]
+pub struct Carrier {
+    state: Shared,
+    id: String,
+}
+
+impl Carrier {
+    /// For as long as this is kept.
+    pub fn new(state: &Shared, id: &str) -> Self {
+        let mut known = state.starts.lock();
+        known.entry(id.to_owned()).or_default().carriers += 1;
+        drop(known);
+        Self {
+            state: state.clone(),
+            id: id.to_owned(),
+        }
+    }
+
+    /// Tells those who wait how it has ended.
+    pub fn ended(&self, exit: Exit) {
+        if let Some(one) = self.state.starts.lock().get_mut(&self.id) {
+            one.exit = Some(exit);
+        }
+    }
+}
+
+impl Drop for Carrier {
+    fn drop(&mut self) {
+        let starts = &self.state.starts;
+        let mut known = starts.lock();
+        if let Some(one) = known.get_mut(&self.id) {
+            one.carriers -= 1;
+        }
+        forget(&mut known, &self.id);
+        starts.changed.notify_all();
+    }
+}
+
+/// Somebody who waits for a container's end.
+#[derive(Debug)]
+pub struct Waiter<'a> {
+    starts: &'a Starts,
+    id: String,
+    /// When it had ended last.
+    ended_ns: Option<u64>,
+}
+
+impl Waiter<'_> {
+    /// How the container ends; `None` when `caller` hangs up before that.
+    ///
+    /// # Errors
+    /// Its end cannot be learned.
+    pub fn wait(
+        &self,
+        paths: &Paths,
+        condition: Condition,
+        caller: BorrowedFd<'_>,
+    ) -> Result<Option<Exit>> {
+        let mut exit = None;
+        loop {
+            let (told, is_carried) = self.told();
+            exit = told.or(exit);
+            let container = container::load(paths, &self.id)?;
+            let Some(container) = container else {
+                if exit.is_some() || !is_carried {
+                    // Nobody knows how it ended that was removed by others.
+                    return Ok(Some(exit.unwrap_or_else(|| Exit::now(0))));
+                }
+                if hung_up(caller) {
+                    return Ok(None);
+                }
+                self.rest();
+                continue;
+            };
+            let idle = container::is_idle(&container);
+            if condition != Condition::Removed && exit.is_some() {
+                return Ok(exit);
+            }
+            if idle {
+                let last = container.status.exit.clone();
+                match condition {
+                    Condition::NotRunning => {
+                        return Ok(Some(last.unwrap_or_else(|| Exit::now(0))));
+                    }
+                    Condition::NextExit if exit_ns(&container) != self.ended_ns => {
+                        return Ok(last);
+                    }
+                    _ => {}
+                }
+            } else if exit.is_none() {
+                match self.follow(&container, caller) {
+                    Ok(None) => return Ok(None),
+                    Ok(ended) => exit = ended,
+                    // It has ended, or its machine has.
+                    Err(error) if has_ended(&error) => {}
+                    Err(error) => return Err(error),
+                }
+                if exit.is_some() && condition != Condition::Removed {
+                    return Ok(exit);
+                }
+            }
+            if hung_up(caller) {
+                return Ok(None);
+            }
+            self.rest();
+        }
+    }
+
+    /// How it ended, if that was told; and whether somebody will tell.
+    fn told(&self) -> (Option<Exit>, bool) {
+        let known = self.starts.lock();
+        let one = known.get(&self.id);
+        let told = one.and_then(|one| one.exit.clone());
+        (told, one.is_some_and(|one| one.carriers > 0))
+    }
+
+    /// Waits for a change, or for a moment.
+    fn rest(&self) {
+        let known = self.starts.lock();
+        if known.get(&self.id).is_none_or(|one| one.exit.is_none()) {
+            drop(self.starts.changed.wait_timeout(known, LOOK));
+        } else {
+            drop(known);
+            std::thread::sleep(LOOK / 10);
+        }
+    }
+
+    /// Waits for the end of a container that runs.
+    fn follow(&self, container: &Container, caller: BorrowedFd<'_>) -> Result<Option<Exit>> {
+        let client = container::connect(container)?;
+        client.wait_for_greeting()?;
+        client.tell(
+            &Request::Wait {
+                container: self.id.clone(),
+            },
+            &[],
+        )?;
+        loop {
+            let mut descriptors = [
+                PollFd::new(&client, PollFlags::IN),
+                PollFd::new(&caller, PollFlags::empty()),
+            ];
+            match poll(&mut descriptors, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    return Err(Error::new(format!(
+                        "wait for the end of a container: {error}"
+                    )));
+                }
+            }
+            if !descriptors[1].revents().is_empty() {
+                return Ok(None);
+            }
+            if !descriptors[0].revents().is_empty() {
+                return match client.receive()?.message {
+                    Reply::Ended(exit) => Ok(Some(exit)),
+                    other => Err(unexpected(&other)),
+                };
+            }
+        }
+    }
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        let mut known = self.starts.lock();
+        if let Some(one) = known.get_mut(&self.id) {
+            one.waiters -= 1;
+        }
+        forget(&mut known, &self.id);
+    }
+}
+
+/// Whether the other end of a descriptor is closed.
+pub fn hung_up(descriptor: BorrowedFd<'_>) -> bool {
+    let mut descriptors = [PollFd::new(&descriptor, PollFlags::empty())];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut descriptors, Some(&now)).is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,121 @@
+//! Volumes.
+
+use std::collections::BTreeMap;
+
+use hull_engine::error::ErrorKind;
+use hull_engine::names;
+use hull_engine::usage;
+use hull_engine::volumes::store::{self, Filter, StoredVolume};
+use hull_engine::volumes::volume_name;
+use hyper::StatusCode;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::Shared;
+use crate::call::{Call, Reply};
+use crate::failure::{Failure, Result};
+
+fn filters(call: &Call) -> Result<Vec<Filter>> {
+    let filters = call.query.filters()?;
+    let known = filters
+        .iter()
+        .filter(|text| text.as_str() != "driver=local");
+    known
+        .map(|text| Filter::parse(text).map_err(Failure::bad))
+        .collect()
+}
+
+/// Lists volumes.
+pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
+    let (volumes, wrong) = store::select(&state.config.paths(), &filters(call)?)?;
+    let objects: Vec<Value> = volumes.iter().map(StoredVolume::object).collect();
+    let warnings: Vec<String> = wrong.into_iter().map(|error| error.message).collect();
+    Ok(Reply::ok(json!({"Volumes": objects, "Warnings": warnings})))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Asked {
+    name: String,
+    driver: String,
+    driver_opts: BTreeMap<String, String>,
+    labels: BTreeMap<String, String>,
+}
+
+/// Creates a volume, unless it is there.
+pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
+    let asked: Asked = call.json()?;
+    if !matches!(asked.driver.as_str(), "" | "local") {
+        return Err(Failure::unsupported(format_args!(
+            "volume driver {:?}: volumes are directories",
+            asked.driver
+        )));
+    }
+    if let Some(option) = asked.driver_opts.keys().next() {
+        return Err(Failure::unsupported(format_args!(
+            "option {option:?} of a volume: volumes are directories"
+        )));
+    }
+    let anonymous = asked.name.is_empty();
+    let name = match anonymous {
+        true => names::new_id()?,
+        false => volume_name(&asked.name).map_err(Failure::bad)?,
+    };
+    let volume = store::create(&state.config.paths(), &name, asked.labels, anonymous)?;
+    Ok(Reply::Json(StatusCode::CREATED, volume.object()))
+}
+
+/// What is known of a volume.
+pub fn inspect(state: &Shared, name: &str) -> Result<Reply> {
+    Ok(Reply::ok(
+        store::find(&state.config.paths(), name)?.object(),
+    ))
+}
+
+/// Removes a volume.
+pub fn remove(state: &Shared, call: &Call, name: &str) -> Result<Reply> {
+    match store::remove(&state.config.paths(), name) {
+        Err(error) if error.kind == ErrorKind::NotFound && call.query.flag("force") => {}
+        removed => removed?,
+    }
+    Ok(Reply::done())
+}
+
+/// Removes volumes that no container uses.
+pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
+    let mut all = false;
+    let mut filters = Vec::new();
+    for text in call.query.filters()? {
+        match text.as_str() {
+            "all=true" | "all=1" => all = true,
+            "all=false" | "all=0" => {}
+            text => match Filter::parse(text).map_err(Failure::bad)? {
+                label @ Filter::Label(..) => filters.push(label),
+                _ => {
+                    return Err(Failure::unsupported(format_args!(
+                        "prune with the filter {text}"
+                    )));
+                }
+            },
+        }
+    }
+    let paths = state.config.paths();
+    let bytes = std::cell::Cell::new(0u64);
+    let sizes = std::cell::RefCell::new(BTreeMap::new());
+    let matches = |volume: &StoredVolume| {
+        let wanted = filters.iter().all(|filter| filter.matches(volume, false));
+        if wanted {
+            let size = usage::of_directory(&volume.content);
+            sizes.borrow_mut().insert(volume.name.clone(), size);
+        }
+        wanted
+    };
+    let removed = store::prune(&paths, all, matches)?;
+    for name in &removed {
+        let size = sizes.borrow().get(name).copied().unwrap_or(0);
+        bytes.set(bytes.get().saturating_add(size));
+    }
+    Ok(Reply::ok(
+        json!({"VolumesDeleted": removed, "SpaceReclaimed": bytes.get()}),
+    ))
+}
