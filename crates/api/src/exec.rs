@@ -21,7 +21,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::Shared;
-use crate::attach::{FRAMED, asked_size, detach_keys, kind, remote};
+use crate::attach::{asked_size, detach_keys, kind, remote};
 use crate::call::{Call, Reply};
 use crate::containers::create::Words;
 use crate::containers::find;
@@ -205,7 +205,7 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let container = Any::Own(Box::new(find(state, &container)?));
     let wants_streams = !how.detach;
     if wants_streams && !call.headers.contains_key(hyper::header::UPGRADE) {
-        return without_upgrade(state, call, id, &container);
+        return without_upgrade(state, call, id, &container, how.tty);
     }
     let mut exec = state.execs.begin(id)?;
     if let Some(size) = size_of(&how.console_size) {
@@ -213,9 +213,6 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     }
     if let Some(size) = exec.options.size {
         exec.window.resize(size);
-    }
-    if how.tty != exec.options.terminal && wants_streams {
-        tracing::debug!("exec {id}: Tty is as it was created");
     }
     if how.detach {
         let (ours, nobody) = UnixStream::pair().context(|| "create a stream")?;
@@ -239,11 +236,12 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
             .context(|| "start a thread")?;
         return Ok(Reply::Empty(StatusCode::OK));
     }
-    let Some(hijacked) = call.upgrade(kind(exec.options.terminal))? else {
+    // How the caller reads, whatever the process has.
+    let Some(hijacked) = call.upgrade(kind(how.tty))? else {
         state.execs.progress(id, Progress::Ended(EXIT_UNKNOWN));
         return Ok(Reply::Taken);
     };
-    let remote = remote(hijacked, exec.options.terminal, exec.window.clone());
+    let remote = remote(hijacked, how.tty, exec.window.clone());
     match begin(&container, &exec) {
         Ok(begun) => finish(state, id, &exec, remote, begun),
         Err(error) => {
@@ -269,20 +267,25 @@ fn status_of(error: &Error) -> i32 {
 
 /// For clients that expect no upgrade: output comes as the body of the answer, and there is no
 /// input.
-fn without_upgrade(state: &Shared, call: &mut Call, id: &str, container: &Any) -> Result<Reply> {
+fn without_upgrade(
+    state: &Shared,
+    call: &mut Call,
+    id: &str,
+    container: &Any,
+    raw: bool,
+) -> Result<Reply> {
     let mut exec = state.execs.begin(id)?;
     exec.options.stdin = false;
     let begun = begin(container, &exec)
         .inspect_err(|error| state.execs.progress(id, Progress::Ended(status_of(error))))?;
     let (ours, theirs) = UnixStream::pair().context(|| "create a stream")?;
-    let terminal = exec.options.terminal;
     let remote = Remote {
         stream: ours.into(),
         early: Vec::new(),
-        framed: !terminal,
+        framed: !raw,
         window: exec.window.clone(),
     };
-    let mut stream = call.stream(if terminal { crate::attach::RAW } else { FRAMED })?;
+    let mut stream = call.stream(kind(raw))?;
     let copier = std::thread::Builder::new()
         .name("attached".to_owned())
         .spawn(move || {

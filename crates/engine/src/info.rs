@@ -65,7 +65,7 @@ pub fn info(config: &Config, images: &Store, version: &str) -> Result<Value> {
         "SwapLimit": false,
         "PidsLimit": true,
         "IPv4Forwarding": sysctl_is_set("net/ipv4/ip_forward"),
-        "LoggingDriver": "hull",
+        "LoggingDriver": "json-file",
         "CgroupDriver": "cgroupfs",
         "CgroupVersion": if has_groups_v2 { "2" } else { "1" },
         "KernelVersion": text(host.release()),

@@ -68,6 +68,29 @@ fn files_are_copied_from_and_to_a_container_that_has_ended() {
 }
 
 #[test]
+fn files_are_copied_to_volumes_of_a_container_that_was_never_started() {
+    let hull = Hull::new();
+    let scratch = hull.scratch();
+    fs::write(scratch.join("new"), "new\n").unwrap();
+    fs::write(scratch.join("single"), "old\n").unwrap();
+    let single = format!("{}:/etc/deep/single", scratch.join("single").display());
+    let job = hull.container("job");
+    hull.hull(["create", "--name", "job", "-v", "/srv/deep/volume", "-v"])
+        .arg(&single)
+        .args(["busybox", "cat", "/srv/deep/volume/new", "/etc/deep/single"])
+        .run()
+        .ok();
+    let new = scratch.join("new").display().to_string();
+    let cp = |from: &str, to: &str| hull.hull(["cp", from, to]).run();
+    cp(&new, "job:/srv/deep/volume/").ok();
+    let output = hull.hull(["start", "-a", "job"]).run().ok();
+    assert_eq!(output.text(), "new\nold");
+    hull.hull(["rm", "-v", "job"]).run().ok();
+    drop(job);
+    hull.assert_clean();
+}
+
+#[test]
 fn a_read_only_container_that_has_ended_takes_no_files() {
     let hull = Hull::new();
     hull.hull(["run", "--name", "ro", "--read-only", "busybox", "true"])

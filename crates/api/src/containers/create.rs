@@ -136,6 +136,7 @@ struct HostConfig {
     links: Vec<String>,
     volume_driver: String,
     cgroup_parent: String,
+    runtime: String,
     memory: i64,
     memory_swap: i64,
     nano_cpus: i64,
@@ -588,6 +589,16 @@ impl HostConfig {
                     "{what}: devices of the host do not reach its machine"
                 )));
             }
+        }
+        // What Docker calls runc by.
+        if !matches!(
+            self.runtime.as_str(),
+            "" | "hull" | "runc" | "io.containerd.runc.v2" | "io.containerd.hull.v2"
+        ) {
+            return Err(Failure::bad(format!(
+                "unknown or invalid runtime name: {}",
+                self.runtime
+            )));
         }
         match (self.volume_driver.as_str(), self.cgroup_parent.as_str()) {
             ("" | "local", "") => Ok(()),

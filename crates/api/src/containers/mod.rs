@@ -58,7 +58,11 @@ pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
     let selection = Selection {
         all: call.query.flag("all"),
         engines: false,
-        last: call.query.number("limit")?.filter(|last| *last > 0),
+        last: call
+            .query
+            .number::<i64>("limit")?
+            .and_then(|last| usize::try_from(last).ok())
+            .filter(|last| *last > 0),
         filters: filters(call)?,
     };
     let (mut rows, wrong) = listing::list(&paths, selection)?;

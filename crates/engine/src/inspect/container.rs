@@ -207,7 +207,7 @@ impl Known<'_> {
             .collect();
         exposed.sort();
         exposed.dedup();
-        json!({
+        let mut object = json!({
             "Hostname": self.details.hostname,
             "Domainname": "",
             "User": options.user.as_ref().unwrap_or(&image.user),
@@ -228,7 +228,11 @@ impl Known<'_> {
             "OnBuild": null,
             "Labels": self.details.labels,
             "StopSignal": signal(&self.details.stop_signal),
-        })
+        });
+        if let Some(seconds) = options.stop_timeout {
+            object["StopTimeout"] = json!(seconds);
+        }
+        object
     }
 
     /// As the image and the user gave it, without what is the container's own.

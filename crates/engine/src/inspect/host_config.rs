@@ -85,7 +85,7 @@ fn log_config(log: LogOptions) -> Value {
     if let Some(size) = log.max_size {
         config.insert("max-size".to_owned(), json!(size.to_string()));
     }
-    json!({"Type": if log.off { "none" } else { "hull" }, "Config": config})
+    json!({"Type": if log.off { "none" } else { "json-file" }, "Config": config})
 }
 
 fn restart_policy(policy: Restart) -> Value {

@@ -3,9 +3,10 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2};
+use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 
 use super::detached::{self, Attributes};
@@ -99,9 +100,44 @@ fn share(mounted: &Mounted) -> Result<OwnedFd> {
 }
 
 fn mount(share: &OwnedFd, destination: &Path, root: &OwnedFd) -> Result<()> {
-    open_in(root, destination)
+    let there = match open_in(root, destination) {
+        // The container has not been started since it was created.
+        Err(Errno::NOENT) => make_place(share, destination, root),
+        there => there,
+    };
+    there
         .and_then(|there| attach(share, &there))
         .context(|| format!("mount {}", destination.display()))
+}
+
+/// Makes what is missing of the place of a share, as the guest does when it mounts it.
+fn make_place(share: &OwnedFd, destination: &Path, root: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let is_directory = FileType::from_raw_mode(fstat(share)?.st_mode) == FileType::Directory;
+    let names: Vec<_> = destination
+        .components()
+        .filter_map(|component| match component {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .collect();
+    let mut above = PathBuf::from("/");
+    for (index, name) in names.iter().enumerate() {
+        let parent = open_in(root, &above)?;
+        above.push(name);
+        match open_in(root, &above) {
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(error),
+            Ok(_) => continue,
+        }
+        let mode = Mode::from_raw_mode(0o755);
+        if is_directory || index + 1 < names.len() {
+            mkdirat(&parent, *name, mode)?;
+        } else {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            openat(&parent, *name, flags, mode)?;
+        }
+    }
+    open_in(root, destination)
 }
 
 fn attach(mount: &OwnedFd, there: impl AsFd) -> rustix::io::Result<()> {
