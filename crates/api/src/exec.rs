@@ -131,6 +131,8 @@ struct Asked {
     env: Vec<String>,
     user: String,
     working_dir: String,
+    // Go takes keys in any case, and clients write this one so.
+    #[serde(alias = "detachKeys")]
     detach_keys: String,
     console_size: Vec<u16>,
     privileged: bool,

@@ -299,6 +299,12 @@ impl Asked {
             "" => false,
             driver => !parse(driver, values::log_driver)?,
         };
+        for option in host.log_config.config.keys() {
+            // Of the output the newest part is kept, in two files.
+            if !matches!(option.as_str(), "max-size" | "max-file" | "mode") {
+                return Err(Failure::unsupported(format_args!("log option {option}")));
+            }
+        }
         let max_size = host.log_config.config.get("max-size");
         let limits = host.ulimits.iter().map(|limit| {
             let text = format!("{}={}:{}", limit.name, limit.soft, limit.hard);

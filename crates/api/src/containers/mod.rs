@@ -9,13 +9,14 @@ pub mod stats;
 
 use std::net::IpAddr;
 
+use hull_engine::Paths;
 use hull_engine::container::{self, Any, Container, Removing};
 use hull_engine::listing::{self, Filter, Row, Selection, in_words};
 use hull_engine::{inspect, unpacker};
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply as Answered, Request};
 use hull_sandbox::store::State as ContainerState;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::Shared;
 use crate::call::{Call, Reply};
@@ -72,10 +73,12 @@ pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
     if call.query.flag("size") {
         listing::measure(&mut rows, &unpacker::store(&state.config)?)?;
     }
-    Ok(Reply::ok(rows.iter().map(listed).collect()))
+    Ok(Reply::ok(
+        rows.iter().map(|row| listed(&paths, row)).collect(),
+    ))
 }
 
-fn listed(row: &Row) -> Value {
+fn listed(paths: &Paths, row: &Row) -> Value {
     let is_up = !matches!(
         row.status.state,
         ContainerState::Stopped | ContainerState::Created
@@ -110,25 +113,7 @@ fn listed(row: &Row) -> Value {
             })
         })
         .collect();
-    let address = |wanted: fn(&&IpAddr) -> bool| {
-        let found = row.status.addresses.iter().find(wanted);
-        found
-            .filter(|_| is_up)
-            .map(ToString::to_string)
-            .unwrap_or_default()
-    };
-    let mut networks = Map::new();
     let network = network_name(&row.network);
-    if !network.is_empty() && !network.starts_with("container:") {
-        networks.insert(
-            network.to_owned(),
-            json!({
-                "NetworkID": row.network,
-                "IPAddress": address(|address| address.is_ipv4()),
-                "GlobalIPv6Address": address(|address| address.is_ipv6()),
-            }),
-        );
-    }
     let mut object = json!({
         "Id": row.id,
         "Names": [format!("/{}", row.name)],
@@ -141,7 +126,7 @@ fn listed(row: &Row) -> Value {
         "State": row.state(),
         "Status": in_words(&row.status, row.created_ns, row.life),
         "HostConfig": {"NetworkMode": network},
-        "NetworkSettings": {"Networks": networks},
+        "NetworkSettings": {"Networks": networks(paths, &row.id)},
         "Mounts": mounts,
     });
     if let Some(size) = row.size {
@@ -149,6 +134,17 @@ fn listed(row: &Row) -> Value {
         object["SizeRootFs"] = json!(size.image.saturating_add(size.written));
     }
     object
+}
+
+/// The networks of a container, by Docker's names.
+fn networks(paths: &Paths, id: &str) -> Value {
+    let Ok(Some(container)) = container::load(paths, id) else {
+        return json!({});
+    };
+    let networks = inspect::networks_of(paths, &container).into_iter();
+    networks
+        .map(|(name, network)| (network_name(&name).to_owned(), network))
+        .collect()
 }
 
 /// Docker's name of a network.

@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 pub use container::container;
 pub(crate) use container::writable_layer;
 pub use image::{Names, image};
+pub use network::networks_of;
 pub use networks::{network, networks};
 
 /// Docker's time of what has not happened.

@@ -2,11 +2,15 @@
 
 use std::net::IpAddr;
 
-use hull_sandbox::store::State;
+use hull_sandbox::store::{Directory, State, Status};
 use serde_json::{Map, Value, json};
 
 use super::container::Known;
-use super::extend;
+use super::{extend, list};
+use crate::container::{Container, Details};
+use crate::networks;
+use crate::options::RunOptions;
+use crate::paths::Paths;
 
 /// What is known of one address.
 #[derive(Default)]
@@ -16,14 +20,38 @@ struct Address {
     gateway: String,
 }
 
-pub(super) fn settings(known: &Known<'_>) -> Value {
-    let is_up = matches!(known.status.state, State::Running | State::Paused);
+/// A container in its network.
+struct Attached<'a> {
+    paths: &'a Paths,
+    directory: &'a Directory,
+    details: &'a Details,
+    options: &'a RunOptions,
+    status: &'a Status,
+}
+
+/// The networks of a container, with its addresses there.
+pub fn networks_of(paths: &Paths, container: &Container) -> Map<String, Value> {
+    let details = &container.record.details;
+    let none = RunOptions::default();
+    let attached = Attached {
+        paths,
+        directory: &container.directory,
+        details,
+        options: details.options.as_deref().unwrap_or(&none),
+        status: &container.status,
+    };
+    networks(&attached, &addresses(&attached))
+}
+
+/// The addresses that a container has.
+fn addresses(one: &Attached<'_>) -> Value {
+    let is_up = matches!(one.status.state, State::Running | State::Paused);
     let (mac, mut ipv4, mut ipv6) = match is_up {
-        true => attached(known),
+        true => attached(one.directory),
         false => <_>::default(),
     };
     // Of a network that no plugins made, and of another container's.
-    for address in known.status.addresses.iter().filter(|_| is_up) {
+    for address in one.status.addresses.iter().filter(|_| is_up) {
         let known = if address.is_ipv4() {
             &mut ipv4
         } else {
@@ -33,13 +61,7 @@ pub(super) fn settings(known: &Known<'_>) -> Value {
             known.ip = address.to_string();
         }
     }
-    let asked = &known.options.network;
-    let fixed = json!({
-        "IPv4Address": asked.ip.map(|ip| ip.to_string()).unwrap_or_default(),
-        "IPv6Address": asked.ip6.map(|ip| ip.to_string()).unwrap_or_default(),
-    });
-    let is_fixed = asked.ip.is_some() || asked.ip6.is_some();
-    let addresses = json!({
+    json!({
         "MacAddress": mac,
         "Gateway": ipv4.gateway,
         "IPAddress": ipv4.ip,
@@ -47,36 +69,62 @@ pub(super) fn settings(known: &Known<'_>) -> Value {
         "IPv6Gateway": ipv6.gateway,
         "GlobalIPv6Address": ipv6.ip,
         "GlobalIPv6PrefixLen": ipv6.prefix,
-    });
+    })
+}
+
+fn networks(one: &Attached<'_>, addresses: &Value) -> Map<String, Value> {
     let mut networks = Map::new();
-    let name = &known.details.network;
-    if !name.is_empty() && !name.starts_with("container:") {
-        let mut network = json!({
-            "IPAMConfig": if is_fixed { fixed } else { Value::Null },
-            "Links": null,
-            "Aliases": null,
-            "NetworkID": name,
-            "EndpointID": "",
-            "DriverOpts": null,
-        });
-        extend(&mut network, addresses.clone());
-        networks.insert(name.clone(), network);
+    let name = &one.details.network;
+    if name.is_empty() || name.starts_with("container:") {
+        return networks;
     }
+    let asked = &one.options.network;
+    let text = |address: Option<IpAddr>| address.map(|ip| ip.to_string()).unwrap_or_default();
+    let fixed = json!({
+        "IPv4Address": text(asked.ip.map(IpAddr::V4)),
+        "IPv6Address": text(asked.ip6.map(IpAddr::V6)),
+    });
+    let is_fixed = asked.ip.is_some() || asked.ip6.is_some();
+    // Of one that people created.
+    let id = networks::find(one.paths, name).map(|network| network.id);
+    let mut network = json!({
+        "IPAMConfig": if is_fixed { fixed } else { Value::Null },
+        "Links": null,
+        "Aliases": list(asked.aliases.iter().cloned()),
+        "NetworkID": id.as_ref().unwrap_or(name),
+        "EndpointID": "",
+        "DriverOpts": null,
+    });
+    extend(&mut network, addresses.clone());
+    networks.insert(name.clone(), network);
+    networks
+}
+
+pub(super) fn settings(known: &Known<'_>) -> Value {
+    let is_up = matches!(known.status.state, State::Running | State::Paused);
+    let attached = Attached {
+        paths: &known.paths,
+        directory: known.directory,
+        details: &known.details,
+        options: &known.options,
+        status: known.status,
+    };
+    let addresses = addresses(&attached);
     let mut settings = json!({
         "Bridge": "",
         "SandboxID": "",
         "SandboxKey": "",
         "Ports": if is_up { ports(known) } else { json!({}) },
     });
-    extend(&mut settings, addresses);
-    settings["Networks"] = Value::Object(networks);
+    extend(&mut settings, addresses.clone());
+    settings["Networks"] = Value::Object(networks(&attached, &addresses));
     settings
 }
 
 /// What plugins have given the container.
-fn attached(known: &Known<'_>) -> (String, Address, Address) {
+fn attached(directory: &Directory) -> (String, Address, Address) {
     let (mut ipv4, mut ipv6) = (Address::default(), Address::default());
-    let record = hull_sandbox::network_record(known.directory).ok().flatten();
+    let record = hull_sandbox::network_record(directory).ok().flatten();
     let Some((result, attachment)) = record
         .as_ref()
         .and_then(|record| Some((record.result.as_ref()?, &record.attachment)))
