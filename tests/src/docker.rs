@@ -434,7 +434,7 @@ impl Docker {
 
 /// Prefers Debian's programs to others on the machine, so that client and daemon have the same
 /// version.
-fn program(name: &str) -> PathBuf {
+pub(crate) fn program(name: &str) -> PathBuf {
     ["/usr/bin", "/usr/sbin"]
         .iter()
         .map(|directory| Path::new(directory).join(name))

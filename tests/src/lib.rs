@@ -9,6 +9,7 @@
 //! leave running.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test stops where it goes wrong
 
+mod api;
 pub mod cgroup;
 mod command;
 mod containerd;
@@ -31,6 +32,7 @@ mod runtime;
 pub mod shim;
 mod terminal;
 
+pub use api::Api;
 pub use command::{Invocation, Output, Running};
 pub use containerd::{BUSYBOX, Containerd};
 pub use docker::Docker;

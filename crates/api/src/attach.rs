@@ -138,12 +138,10 @@ pub fn start(state: &Shared, container: &Container) -> Result<bool> {
     let id = container.record.id.clone();
     let (mut pending, is_awaited) = state.starts.take(&id);
     let others = pending.split_off(pending.len().min(1));
-    // Kept until the end: the other side of a connection that nobody reads.
-    let mut nobody = None;
     let first = match pending.pop() {
         None if is_awaited => {
             let (ours, theirs) = UnixStream::pair().context(|| "create a stream")?;
-            nobody = Some(theirs);
+            state.starts.keep(&id, theirs);
             Some(unread(container, ours)?)
         }
         first => first,
@@ -168,7 +166,6 @@ pub fn start(state: &Shared, container: &Container) -> Result<bool> {
     if let (Some(attachment), Some(carrier)) = (attachment, carrier) {
         apart(state, &id, move |_, _| {
             let carried = attachment.carry(started.client, started.streams);
-            drop(nobody);
             // If it runs on, and others wait for its end, they look by themselves.
             if let Carried::Exited(exit) = carried? {
                 carrier.ended(exit);

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::failure::{Failure, Result};
+use crate::router::Version;
 
 /// Longest JSON that a request may have, bytes.
 const LONGEST_JSON: u64 = 4 << 20;
@@ -21,6 +22,8 @@ const LONGEST_JSON: u64 = 4 << 20;
 #[derive(Debug)]
 pub struct Call {
     pub method: Method,
+    /// The version of the API that the caller speaks; the newest without one.
+    pub version: Option<Version>,
     /// Parts of the path after the version, decoded.
     pub path: Vec<String>,
     pub query: Query,

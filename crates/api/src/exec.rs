@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use hull_engine::attach::{Attachment, Options, Outcome, Remote, Window};
 use hull_engine::container::{self, Any};
@@ -47,7 +47,8 @@ struct Exec {
     shown: [bool; 2],
     detach_keys: values::DetachKeys,
     progress: Progress,
-    window: Arc<Window>,
+    /// While it runs.
+    window: Weak<Window>,
     /// In the order of their creation.
     number: u64,
 }
@@ -91,8 +92,9 @@ impl Execs {
         }
     }
 
-    /// Takes an execution that is to be started: once.
-    fn begin(&self, id: &str) -> Result<Exec> {
+    /// Takes an execution that is to be started: once. With the terminal that its caller has.
+    fn begin(&self, id: &str) -> Result<(Exec, Arc<Window>)> {
+        let window = Window::new(None)?;
         let mut all = self.lock();
         let missing = || Failure::missing(format!("No such exec instance: {id}"));
         let exec = all.get_mut(id).ok_or_else(missing)?;
@@ -103,7 +105,8 @@ impl Execs {
             });
         }
         exec.progress = Progress::Running;
-        Ok(exec.clone())
+        exec.window = Arc::downgrade(&window);
+        Ok((exec.clone(), window))
     }
 
     /// Those of a container that run; `null` when there are none.
@@ -173,7 +176,7 @@ pub fn create(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         shown: [asked.attach_stdout, asked.attach_stderr],
         detach_keys: detach_keys(state, given(asked.detach_keys).as_deref())?,
         progress: Progress::Created,
-        window: Window::new(None)?,
+        window: Weak::new(),
         number: 0,
     };
     if exec.options.command.is_empty() {
@@ -209,12 +212,12 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     if wants_streams && !call.headers.contains_key(hyper::header::UPGRADE) {
         return without_upgrade(state, call, id, &container, how.tty);
     }
-    let mut exec = state.execs.begin(id)?;
+    let (mut exec, window) = state.execs.begin(id)?;
     if let Some(size) = size_of(&how.console_size) {
         exec.options.size = Some(size);
     }
     if let Some(size) = exec.options.size {
-        exec.window.resize(size);
+        window.resize(size);
     }
     if how.detach {
         let (ours, nobody) = UnixStream::pair().context(|| "create a stream")?;
@@ -226,7 +229,7 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
             stream: ours.into(),
             early: Vec::new(),
             framed: false,
-            window: exec.window.clone(),
+            window,
         };
         let (state, id, counted) = (state.clone(), id.to_owned(), state.busy.count());
         std::thread::Builder::new()
@@ -243,7 +246,7 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         state.execs.progress(id, Progress::Ended(EXIT_UNKNOWN));
         return Ok(Reply::Taken);
     };
-    let remote = remote(hijacked, how.tty, exec.window.clone());
+    let remote = remote(hijacked, how.tty, window);
     match begin(&container, &exec) {
         Ok(begun) => finish(state, id, &exec, remote, begun),
         Err(error) => {
@@ -276,7 +279,7 @@ fn without_upgrade(
     container: &Any,
     raw: bool,
 ) -> Result<Reply> {
-    let mut exec = state.execs.begin(id)?;
+    let (mut exec, window) = state.execs.begin(id)?;
     exec.options.stdin = false;
     let begun = begin(container, &exec)
         .inspect_err(|error| state.execs.progress(id, Progress::Ended(status_of(error))))?;
@@ -285,7 +288,7 @@ fn without_upgrade(
         stream: ours.into(),
         early: Vec::new(),
         framed: !raw,
-        window: exec.window.clone(),
+        window,
     };
     let mut stream = call.stream(kind(raw))?;
     let copier = std::thread::Builder::new()
@@ -377,6 +380,8 @@ pub fn resize(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
     let exec = state.execs.get(id)?;
     let size = asked_size(&call.query)?;
     let size = size.ok_or_else(|| Failure::bad("h and w: two numbers are needed"))?;
-    exec.window.resize(size);
+    if let Some(window) = exec.window.upgrade() {
+        window.resize(size);
+    }
     Ok(Reply::Empty(StatusCode::OK))
 }

@@ -30,21 +30,20 @@ pub const HEADERS: [(&str, &str); 4] = [
     ("server", "hull"),
 ];
 
-/// The parts of a path after the version.
-pub fn path(path: &str) -> Vec<&str> {
+/// A version of the API: the two numbers of `1.51`.
+pub type Version = (u32, u32);
+
+/// The version that a path asks for, and the parts after it.
+pub fn path(path: &str) -> (Option<Version>, Vec<&str>) {
     let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
-    let is_version = |part: &&str| {
-        let number = part.strip_prefix('v').and_then(|text| text.split_once('.'));
-        number.is_some_and(|(major, minor)| {
-            [major, minor]
-                .iter()
-                .all(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()))
-        })
-    };
-    if parts.first().is_some_and(is_version) {
+    let version = parts.first().and_then(|part| {
+        let (major, minor) = part.strip_prefix('v')?.split_once('.')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    });
+    if version.is_some() {
         parts.remove(0);
     }
-    parts
+    (version, parts)
 }
 
 /// Carries out a request and answers it.
@@ -164,14 +163,22 @@ mod tests {
 
     #[test]
     fn versions_are_left_out_of_paths() {
-        for (text, parts) in [
-            ("/v1.51/containers/json", &["containers", "json"][..]),
-            ("/_ping", &["_ping"]),
-            ("/v1.24/images/a/b:1/json", &["images", "a", "b:1", "json"]),
-            ("/volumes/v1", &["volumes", "v1"]),
-            ("/vx.y/info", &["vx.y", "info"]),
+        for (text, version, parts) in [
+            (
+                "/v1.51/containers/json",
+                Some((1, 51)),
+                &["containers", "json"][..],
+            ),
+            ("/_ping", None, &["_ping"]),
+            (
+                "/v1.24/images/a/b:1/json",
+                Some((1, 24)),
+                &["images", "a", "b:1", "json"],
+            ),
+            ("/volumes/v1", None, &["volumes", "v1"]),
+            ("/vx.y/info", None, &["vx.y", "info"]),
         ] {
-            assert_eq!(path(text), parts, "{text}");
+            assert_eq!(path(text), (version, parts.to_vec()), "{text}");
         }
     }
 }

@@ -92,11 +92,11 @@ async fn answer(
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
     let (sender, head) = oneshot::channel();
+    let (version, path) = router::path(parts.uri.path());
+    let path = path.into_iter().map(|part| decode(part, false));
     let call = Call {
-        path: router::path(parts.uri.path())
-            .into_iter()
-            .map(|part| decode(part, false))
-            .collect(),
+        version,
+        path: path.collect(),
         query: Query::parse(parts.uri.query().unwrap_or_default()),
         method: parts.method,
         headers: parts.headers,

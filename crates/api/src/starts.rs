@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ struct Known {
     carriers: usize,
     /// How it ended, as long as somebody waits for that.
     exit: Option<Exit>,
+    /// The other side of a connection that is there only because somebody waits.
+    watched: Option<UnixStream>,
 }
 
 /// Connections and waiters, by the id of their container.
@@ -105,6 +108,15 @@ impl Starts {
             pending.into_iter().map(|(_, one)| one).collect(),
             is_awaited,
         )
+    }
+
+    /// Keeps the other side of a connection as long as somebody waits for a container's end.
+    pub fn keep(&self, id: &str, stream: UnixStream) {
+        if let Some(one) = self.lock().get_mut(id)
+            && one.waiters > 0
+        {
+            one.watched = Some(stream);
+        }
     }
 
     /// Begins to wait for the end of a container.
@@ -307,6 +319,9 @@ impl Drop for Waiter<'_> {
         let mut known = self.starts.lock();
         if let Some(one) = known.get_mut(&self.id) {
             one.waiters -= 1;
+            if one.waiters == 0 {
+                one.watched = None;
+            }
         }
         forget(&mut known, &self.id);
     }

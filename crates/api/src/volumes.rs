@@ -83,7 +83,8 @@ pub fn remove(state: &Shared, call: &Call, name: &str) -> Result<Reply> {
 
 /// Removes volumes that no container uses.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
-    let mut all = false;
+    // Since 1.42 those with names stay, unless they are asked for.
+    let mut all = call.version.is_some_and(|version| version < (1, 42));
     let mut filters = Vec::new();
     for text in call.query.filters()? {
         match text.as_str() {

@@ -96,14 +96,11 @@ impl Created {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).context(|| format!("create {}", parent.display()))?;
         }
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                remove_stale(path)?;
-                UnixListener::bind(path)
-            }
-            bound => bound,
-        };
-        let listener = listener.context(doing)?;
+        // There is one thread: nobody else creates files meanwhile.
+        let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+        let bound = Self::bind_or_replace(path);
+        rustix::process::umask(before);
+        let listener = bound?;
         let inode = fs::metadata(path).context(doing)?.ino();
         let created = Self {
             path: path.to_owned(),
@@ -114,6 +111,17 @@ impl Created {
             fs::set_permissions(path, fs::Permissions::from_mode(0o660)).context(doing)?;
         }
         Ok((listener, created))
+    }
+
+    fn bind_or_replace(path: &Path) -> Result<UnixListener> {
+        let bound = match UnixListener::bind(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                remove_stale(path)?;
+                UnixListener::bind(path)
+            }
+            bound => bound,
+        };
+        bound.context(|| format!("create the socket {}", path.display()))
     }
 }
 
