@@ -41,30 +41,34 @@ struct Common {
 /// Registers hull-oci with an engine.
 pub fn execute(args: Args) -> Result<u8> {
     let runtime = install::runtime()?;
-    let change = args
+    let changes = args
         .engine
         .install(&args.common.root, &runtime, args.default)?;
     let next = args.engine.next(Some(args.default));
-    perform(change, &args.common, "is installed already", next)
+    perform(&changes, &args.common, "is installed already", next)
 }
 
 /// Reverts `install`.
 pub fn uninstall(args: UninstallArgs) -> Result<u8> {
-    let change = args.engine.uninstall(&args.common.root)?;
+    let changes = args.engine.uninstall(&args.common.root)?;
     let next = args.engine.next(None);
-    perform(change, &args.common, "is not installed", next)
+    perform(&changes, &args.common, "is not installed", next)
 }
 
-fn perform(change: Option<Change>, common: &Common, nothing: &str, next: &[&str]) -> Result<u8> {
-    let Some(change) = change else {
+fn perform(changes: &[Change], common: &Common, nothing: &str, next: &[&str]) -> Result<u8> {
+    if changes.is_empty() {
         output::print(format!("nothing to do: hull {nothing}\n"))?;
         return Ok(0);
-    };
-    output::print(shown(&change))?;
+    }
+    for change in changes {
+        output::print(shown(change))?;
+        if !common.dry_run {
+            change.apply()?;
+        }
+    }
     if common.dry_run {
         return Ok(0);
     }
-    change.apply()?;
     // With another root, no running engine is affected.
     if common.root == Path::new("/") && !next.is_empty() {
         let lines: Vec<String> = next.iter().map(|line| format!("  {line}\n")).collect();

@@ -40,7 +40,7 @@ pub enum Engine {
     Crio,
     /// containerd, of Kubernetes: the shim instead of the OCI runtime.
     Containerd,
-    /// systemd: containers that are to run are started at boot.
+    /// systemd: containers that are to run are started at boot, and the API is served.
     Systemd,
 }
 
@@ -58,10 +58,10 @@ pub struct Change {
 }
 
 impl Engine {
-    /// The change that makes `runtime` known, below `root` in place of `/`; `None` when it is known
+    /// The changes that make `runtime` known, below `root` in place of `/`; none when it is known
     /// already.
-    pub fn install(self, root: &Path, runtime: &str, default: bool) -> Result<Option<Change>> {
-        match self {
+    pub fn install(self, root: &Path, runtime: &str, default: bool) -> Result<Vec<Change>> {
+        let change = match self {
             Engine::Podman => drop_in::install(&podman::PODMAN, root, runtime, default),
             Engine::Docker => docker::install(root, runtime, default),
             Engine::Crio => drop_in::install(&crio::CRIO, root, runtime, default),
@@ -69,19 +69,21 @@ impl Engine {
             Engine::Systemd if default => Err(Error::unsupported(
                 "--default: systemd runs no containers of its own",
             )),
-            Engine::Systemd => systemd::install(root, runtime),
-        }
+            Engine::Systemd => return systemd::install(root, runtime),
+        };
+        change.map(|change| change.into_iter().collect())
     }
 
-    /// The change that takes back what [`Engine::install`] did; `None` when there is nothing of it.
-    pub fn uninstall(self, root: &Path) -> Result<Option<Change>> {
-        match self {
+    /// The changes that take back what [`Engine::install`] did; none when there is nothing of it.
+    pub fn uninstall(self, root: &Path) -> Result<Vec<Change>> {
+        let change = match self {
             Engine::Podman => drop_in::uninstall(&podman::PODMAN, root),
             Engine::Docker => docker::uninstall(root),
             Engine::Crio => drop_in::uninstall(&crio::CRIO, root),
             Engine::Containerd => containerd::uninstall(root),
-            Engine::Systemd => systemd::uninstall(root),
-        }
+            Engine::Systemd => return systemd::uninstall(root),
+        };
+        change.map(|change| change.into_iter().collect())
     }
 
     /// What to do after a change; `installed` as the default or by name, or not at all.
@@ -90,6 +92,7 @@ impl Engine {
             (Engine::Systemd, Some(_)) => &[
                 "systemctl daemon-reload",
                 "systemctl enable hull-containers.service",
+                "systemctl enable --now hull-api.socket",
                 "hull run -d --restart unless-stopped IMAGE …",
             ],
             (Engine::Systemd, None) => &["systemctl daemon-reload"],

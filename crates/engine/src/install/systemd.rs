@@ -1,13 +1,40 @@
-//! systemd starts what is to run at boot: one unit for all containers that have such a policy
-//! (`--restart always`, `unless-stopped`, `on-failure`).
+//! Units of systemd: one that starts at boot what is to run then (containers with `--restart
+//! always`, `unless-stopped`, `on-failure`), and two by which Docker's API is served when somebody
+//! asks.
 
 use std::path::{Path, PathBuf};
 
 use super::{Change, missing_directories, read};
 use crate::error::{Error, Result};
 
-/// The unit, relative to the root directory.
-const PATH: &str = "etc/systemd/system/hull-containers.service";
+/// A unit.
+struct Unit {
+    /// Its file, relative to the root directory.
+    path: &'static str,
+    /// Its text, with hull's quoted path.
+    text: fn(hull: &str) -> String,
+    /// What follows hull's path in `ExecStart=`; `None` when it starts nothing.
+    starts: Option<&'static str>,
+}
+
+/// All of them.
+const UNITS: [Unit; 3] = [
+    Unit {
+        path: "etc/systemd/system/hull-containers.service",
+        text: containers,
+        starts: Some(" start --at-boot"),
+    },
+    Unit {
+        path: "etc/systemd/system/hull-api.service",
+        text: api,
+        starts: Some(" api --time 300"),
+    },
+    Unit {
+        path: "etc/systemd/system/hull-api.socket",
+        text: socket,
+        starts: None,
+    },
+];
 
 const HEAD: &str =
     "# Written by \"hull install systemd\"; \"hull uninstall systemd\" takes it back.\n";
@@ -24,8 +51,7 @@ fn quoted(path: &Path) -> String {
     format!("\"{}\"", escaped.replace('%', "%%").replace('$', "$$"))
 }
 
-fn render(executable: &Path) -> String {
-    let hull = quoted(executable);
+fn containers(hull: &str) -> String {
     format!(
         "{HEAD}
 [Unit]
@@ -48,54 +74,109 @@ WantedBy=multi-user.target
     )
 }
 
-/// The executable that a unit starts, if the unit is as hull wrote it.
-fn understand(text: &str) -> Option<PathBuf> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("ExecStart=\""))?;
-    let word = line.strip_suffix("\" start --at-boot")?;
-    let plain = word.replace("$$", "$").replace("%%", "%");
-    let path = PathBuf::from(plain.replace("\\\"", "\"").replace("\\\\", "\\"));
-    (render(&path) == text).then_some(path)
+/// Containers run on when it ends: it is not their parent.
+fn api(hull: &str) -> String {
+    format!(
+        "{HEAD}
+[Unit]
+Description=Docker's API of hull
+Documentation=man:hull-api(1)
+Requires=hull-api.socket
+After=hull-api.socket
+
+[Service]
+ExecStart={hull} api --time 300
+KillMode=process
+LimitNOFILE=65536
+"
+    )
 }
 
-fn own(path: &Path) -> Result<Option<String>> {
-    match read(path)? {
-        Some(text) if understand(&text).is_none() => Err(Error::new(format!(
-            "{} is not as hull wrote it: somebody has changed it",
-            path.display()
-        ))
-        .hint("systemctl edit puts what is yours beside it; remove this file")),
-        text => Ok(text),
+fn socket(_: &str) -> String {
+    format!(
+        "{HEAD}
+[Unit]
+Description=Docker's API of hull
+Documentation=man:hull-api(1)
+
+[Socket]
+ListenStream=/run/hull/api.sock
+SocketMode=0600
+DirectoryMode=0700
+
+[Install]
+WantedBy=sockets.target
+"
+    )
+}
+
+impl Unit {
+    fn render(&self, executable: &Path) -> String {
+        (self.text)(&quoted(executable))
+    }
+
+    /// Whether a text is as hull wrote it, whatever the path of its executable was.
+    fn is_own(&self, text: &str) -> bool {
+        let Some(starts) = self.starts else {
+            return self.render(Path::new("")) == text;
+        };
+        let mut lines = text.lines();
+        let line = lines.find_map(|line| line.strip_prefix("ExecStart=\""));
+        let word = line.and_then(|line| line.strip_suffix(starts)?.strip_suffix('"'));
+        word.is_some_and(|word| {
+            let plain = word.replace("$$", "$").replace("%%", "%");
+            let path = plain.replace("\\\"", "\"").replace("\\\\", "\\");
+            self.render(Path::new(&path)) == text
+        })
+    }
+
+    fn own(&self, path: &Path) -> Result<Option<String>> {
+        match read(path)? {
+            Some(text) if !self.is_own(&text) => Err(Error::new(format!(
+                "{} is not as hull wrote it: somebody has changed it",
+                path.display()
+            ))
+            .hint("systemctl edit puts what is yours beside it; remove this file")),
+            text => Ok(text),
+        }
     }
 }
 
-/// The change that adds the unit; `None` when it is there.
-pub(super) fn install(root: &Path, runtime: &str) -> Result<Option<Change>> {
-    let path = root.join(PATH);
-    let before = own(&path)?;
-    let after = render(&executable(runtime));
-    if before.as_ref() == Some(&after) {
-        return Ok(None);
+/// The changes that add the units; none when they are there.
+pub(super) fn install(root: &Path, runtime: &str) -> Result<Vec<Change>> {
+    let mut changes = Vec::new();
+    for unit in UNITS {
+        let path = root.join(unit.path);
+        let before = unit.own(&path)?;
+        let after = unit.render(&executable(runtime));
+        if before.as_ref() != Some(&after) {
+            changes.push(Change {
+                directories: missing_directories(&path),
+                path,
+                before,
+                after: Some(after),
+            });
+        }
     }
-    Ok(Some(Change {
-        directories: missing_directories(&path),
-        path,
-        before,
-        after: Some(after),
-    }))
+    Ok(changes)
 }
 
-/// The change that removes it; `None` when it is not there.
-pub(super) fn uninstall(root: &Path) -> Result<Option<Change>> {
-    let path = root.join(PATH);
-    Ok(own(&path)?.map(|before| Change {
-        path,
-        before: Some(before),
-        after: None,
-        // systemd's own.
-        directories: 0,
-    }))
+/// The changes that remove them; none when they are not there.
+pub(super) fn uninstall(root: &Path) -> Result<Vec<Change>> {
+    let mut changes = Vec::new();
+    for unit in UNITS {
+        let path = root.join(unit.path);
+        if let Some(before) = unit.own(&path)? {
+            changes.push(Change {
+                path,
+                before: Some(before),
+                after: None,
+                // systemd's own.
+                directories: 0,
+            });
+        }
+    }
+    Ok(changes)
 }
 
 #[cfg(test)]
@@ -104,31 +185,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_unit_is_understood_again_whatever_the_path_is() {
-        for path in ["/usr/bin/hull", "/opt/a b/hull", "/x/50%/$y/\"q\\/hull"] {
-            assert_eq!(understand(&render(Path::new(path))), Some(path.into()));
+    fn units_are_understood_again_whatever_the_path_is() {
+        for unit in UNITS {
+            for path in ["/usr/bin/hull", "/opt/a b/hull", "/x/50%/$y/\"q\\/hull"] {
+                assert!(unit.is_own(&unit.render(Path::new(path))), "{path}");
+            }
+            let changed = unit.render(Path::new("/usr/bin/hull")) + "X=y\n";
+            assert!(!unit.is_own(&changed));
         }
-        let changed = render(Path::new("/usr/bin/hull")).replace("90", "10");
-        assert_eq!(understand(&changed), None);
     }
 
     #[test]
-    fn the_unit_is_added_once_and_removed() {
+    fn units_are_added_once_and_removed() {
         let root = tempfile::tempdir().unwrap();
         let runtime = "/usr/bin/hull-oci";
-        assert_eq!(uninstall(root.path()).unwrap(), None);
-        install(root.path(), runtime)
-            .unwrap()
-            .unwrap()
-            .apply()
-            .unwrap();
-        assert_eq!(install(root.path(), runtime).unwrap(), None);
-        let text = std::fs::read_to_string(root.path().join(PATH)).unwrap();
-        assert!(
-            text.contains("ExecStart=\"/usr/bin/hull\" start --at-boot"),
-            "{text}"
-        );
-        uninstall(root.path()).unwrap().unwrap().apply().unwrap();
-        assert!(!root.path().join(PATH).exists());
+        assert_eq!(uninstall(root.path()).unwrap(), []);
+        for change in install(root.path(), runtime).unwrap() {
+            change.apply().unwrap();
+        }
+        assert_eq!(install(root.path(), runtime).unwrap(), []);
+        let text = |unit: &Unit| std::fs::read_to_string(root.path().join(unit.path)).unwrap();
+        assert!(text(&UNITS[0]).contains("ExecStart=\"/usr/bin/hull\" start --at-boot"));
+        assert!(text(&UNITS[1]).contains("ExecStart=\"/usr/bin/hull\" api --time 300"));
+        for change in uninstall(root.path()).unwrap() {
+            change.apply().unwrap();
+        }
+        assert!(!root.path().join(UNITS[0].path).exists());
     }
 }

@@ -35,14 +35,14 @@ fn everything(directory: &Path) -> BTreeMap<PathBuf, (u32, Option<String>)> {
 }
 
 fn install(engine: Engine, root: &Path, default: bool) -> Option<Change> {
-    let change = engine.install(root, RUNTIME_PATH, default).unwrap();
+    let change = engine.install(root, RUNTIME_PATH, default).unwrap().pop();
     if let Some(change) = &change {
         change.apply().unwrap();
     }
     change
 }
 
-fn refused(result: Result<Option<Change>>) -> String {
+fn refused(result: Result<Vec<Change>>) -> String {
     result.unwrap_err().message.to_owned()
 }
 
@@ -104,10 +104,10 @@ fn what_is_installed_is_taken_back_exactly() {
             assert_ne!(before, installed);
             assert_eq!(install(engine, root.path(), default), None);
             assert_eq!(everything(root.path()), installed);
-            let change = engine.uninstall(root.path()).unwrap().unwrap();
+            let change = engine.uninstall(root.path()).unwrap().remove(0);
             change.apply().unwrap();
             assert_eq!(everything(root.path()), before, "{engine:?} {files:?}");
-            assert_eq!(engine.uninstall(root.path()).unwrap(), None);
+            assert_eq!(engine.uninstall(root.path()).unwrap(), []);
         }
     }
 }
@@ -146,10 +146,10 @@ fn containerds_file_gets_a_block_that_goes_again() {
         assert!(default.is_some(), "{installed}");
         assert_eq!(runtimes.as_table().unwrap().len(), 2, "{installed}");
         assert_eq!(install(Engine::Containerd, root.path(), false), None);
-        let change = Engine::Containerd.uninstall(root.path()).unwrap().unwrap();
+        let change = Engine::Containerd.uninstall(root.path()).unwrap().remove(0);
         change.apply().unwrap();
         assert_eq!(everything(root.path()), before, "{text:?}");
-        assert_eq!(Engine::Containerd.uninstall(root.path()).unwrap(), None);
+        assert_eq!(Engine::Containerd.uninstall(root.path()).unwrap(), []);
     }
     for (text, part) in [
         ("[plugins.cri]\n", "version 1"),
@@ -219,7 +219,7 @@ fn a_second_time_can_add_the_default() {
         engine
             .uninstall(root.path())
             .unwrap()
-            .unwrap()
+            .remove(0)
             .apply()
             .unwrap();
         assert_eq!(everything(root.path()), before, "{engine:?}");
