@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_engine::error::{Error, ErrorKind};
 use hull_engine::networks::{self, NetworkRequest};
-use hull_engine::{container, inspect as objects};
+use hull_engine::{container, endpoint, inspect as objects};
 use hull_network::cni::Address;
 use hyper::StatusCode;
 use serde::Deserialize;
@@ -13,6 +13,8 @@ use serde_json::{Map, Value, json};
 
 use crate::Shared;
 use crate::call::{Call, Reply};
+use crate::containers::create::EndpointConfig;
+use crate::containers::find;
 use crate::failure::{Failure, Result};
 
 /// Docker's name for the network of containers that ask for none.
@@ -136,27 +138,34 @@ pub fn inspect(state: &Shared, name: &str) -> Result<Reply> {
     let known = object["Name"].as_str().unwrap_or(own).to_owned();
     let mut containers = Map::new();
     for container in container::list(&paths)?.into_iter().flatten() {
-        if container.record.details.network != known || container::is_idle(&container) {
+        if container::is_idle(&container) {
             continue;
         }
-        let addresses = &container.status.addresses;
-        let address = |v4: bool| {
-            let found = addresses.iter().find(|address| address.is_ipv4() == v4);
-            found.map(ToString::to_string).unwrap_or_default()
+        let networks = objects::networks_of(&paths, &container);
+        let Some(endpoint) = networks.get(&known) else {
+            continue;
         };
         containers.insert(
             container.record.id.clone(),
             json!({
                 "Name": container.record.details.name,
                 "EndpointID": "",
-                "MacAddress": "",
-                "IPv4Address": address(true),
-                "IPv6Address": address(false),
+                "MacAddress": endpoint["MacAddress"],
+                "IPv4Address": with_prefix(endpoint, "IPAddress", "IPPrefixLen"),
+                "IPv6Address": with_prefix(endpoint, "GlobalIPv6Address", "GlobalIPv6PrefixLen"),
             }),
         );
     }
     object["Containers"] = Value::Object(containers);
     Ok(Reply::ok(complete(object)))
+}
+
+/// An address as `10.0.0.2/24`; nothing when there is none.
+fn with_prefix(endpoint: &Value, address: &str, prefix: &str) -> String {
+    match endpoint[address].as_str() {
+        None | Some("") => String::new(),
+        Some(address) => format!("{address}/{}", endpoint[prefix]),
+    }
 }
 
 fn no_such(error: Error, name: &str) -> Failure {
@@ -232,6 +241,30 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
         StatusCode::CREATED,
         json!({"Id": created.id, "Warning": ""}),
     ))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Connection {
+    container: String,
+    endpoint_config: EndpointConfig,
+}
+
+/// Puts a container into one more network.
+pub fn connect(state: &Shared, call: &mut Call, name: &str) -> Result<Reply> {
+    let asked: Connection = call.json()?;
+    let container = find(state, &asked.container)?.record.id;
+    let endpoint = asked.endpoint_config.parse()?;
+    endpoint::connect(&state.config, name, &container, endpoint)?;
+    Ok(Reply::Empty(StatusCode::OK))
+}
+
+/// Takes a container out of a network.
+pub fn disconnect(state: &Shared, call: &mut Call, name: &str) -> Result<Reply> {
+    let asked: Connection = call.json()?;
+    let container = find(state, &asked.container)?.record.id;
+    endpoint::disconnect(&state.config, name, &container)?;
+    Ok(Reply::Empty(StatusCode::OK))
 }
 
 /// Removes a network.

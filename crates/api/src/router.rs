@@ -133,9 +133,8 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
         ("POST", ["networks", "prune"]) => networks::prune(state),
         ("GET", ["networks", name]) => networks::inspect(state, name),
         ("DELETE", ["networks", name]) => networks::remove(state, name),
-        ("POST", ["networks", _, "connect" | "disconnect"]) => Err(Failure::unsupported(
-            "networks of a container that is there: its machine has one, from its creation on",
-        )),
+        ("POST", ["networks", name, "connect"]) => networks::connect(state, call, name),
+        ("POST", ["networks", name, "disconnect"]) => networks::disconnect(state, call, name),
 
         (
             _,

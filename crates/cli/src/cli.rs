@@ -255,15 +255,18 @@ mod tests {
                 "hull run --storage-opt size=1g i",
                 "storage_opt: Some(1073741824)",
             ),
-            ("hull run --network none i", "network: Some(None)"),
+            ("hull run --network none i", "network: [(None, Endpoint {"),
             (
                 "hull run --network container:x i",
-                "network: Some(Container(\"x\"))",
+                "network: [(Container(\"x\"), Endpoint {",
             ),
-            ("hull run --net mine i", r#"network: Some(Named("mine"))"#),
+            (
+                "hull run --net mine i",
+                r#"network: [(Named("mine"), Endpoint {"#,
+            ),
             (
                 "hull run --network bridge i",
-                r#"network: Some(Named("default"))"#,
+                r#"network: [(Named("default"), Endpoint {"#,
             ),
             ("hull run -p 8080:80 i", "host_port: One(8080)"),
             ("hull run -p80 -p 81:81/udp i", "protocol: Udp"),

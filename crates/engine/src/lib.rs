@@ -15,6 +15,7 @@ pub mod config;
 pub mod container;
 pub mod copy;
 pub mod dns;
+pub mod endpoint;
 pub(crate) mod entries;
 pub mod error;
 pub mod events;

@@ -7,12 +7,15 @@ use std::path::Path;
 use hull_network::cni::{self, BridgeNetwork, List, PortMapping};
 use hull_network::ports::{self, Published, Reservation};
 use hull_sandbox::LinkLocal;
-use hull_sandbox::config::{CniConfig, NetworkLimits, NetworkSource, OwnNetwork, PastaConfig};
+use hull_sandbox::config::{
+    CniConfig, FurtherNetwork, MAX_NETS, NetworkLimits, NetworkSource, OwnNetwork, PastaConfig,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::container;
 use crate::dns::DnsConfig;
+use crate::endpoint::Endpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::networks::{self, LEASES, NetworkRecord};
 use crate::paths::Paths;
@@ -25,6 +28,8 @@ use crate::values::Network;
 pub struct NetworkOptions {
     /// The network; the configuration's when absent.
     pub network: Option<Network>,
+    /// Networks beside it, each with an interface of its own.
+    pub further: Vec<Endpoint>,
     /// Further names in the network.
     pub aliases: Vec<String>,
     /// Published ports.
@@ -47,13 +52,22 @@ pub struct NetworkOptions {
     pub ip6: Option<Ipv6Addr>,
 }
 
+/// A network of a container, as the container's names are kept in it.
+#[derive(Debug)]
+pub struct Joined {
+    /// What is known of it, if it is one that a person created.
+    pub created: Option<NetworkRecord>,
+    /// Further names of the container in the network.
+    pub aliases: Vec<String>,
+}
+
 /// What the sandbox is asked for.
 #[derive(Debug)]
 pub struct Plan {
     /// Name of the network, for people: `none`, `container:ID`, or a network's.
     pub name: String,
-    /// The network, if it is one that a person created.
-    pub created: Option<NetworkRecord>,
+    /// All networks, in the order of interfaces.
+    pub networks: Vec<Joined>,
     /// How it is attached.
     pub attach: Attach,
     /// Limits on its frames.
@@ -102,26 +116,62 @@ impl NetworkOptions {
             }
             Network::Named(named) if config.without_root => self.refuse_without_root(named)?,
             Network::Named(named) => {
-                let paths = config.paths();
-                list(&paths, named, false)?;
-                let created = networks::load(&paths, named)?;
-                if created.as_ref().is_some_and(|created| created.internal) {
-                    self.refuse_published_internally(named)?;
-                }
-                if created.is_none() && !self.aliases.is_empty() {
-                    return Err(Error::invalid(format!(
-                        "--network-alias: containers are not found by names in network {named}"
-                    ))
-                    .hint("hull network create NAME makes a network in which they are"));
-                }
-                if let Some(own) = own_network(&paths, named)? {
-                    for address in self.addresses() {
-                        check_inside(address, &own.subnets)?;
-                    }
-                }
+                self.check_named(config, named)?;
+                self.check_further(config, named)?;
+                return Ok(network.clone());
             }
         }
-        Ok(network.clone())
+        match self.further.first() {
+            Some(further) => Err(Error::invalid(format!(
+                "--network {network} and --network {}: they contradict each other",
+                further.network
+            ))),
+            None => Ok(network.clone()),
+        }
+    }
+
+    fn check_named(&self, config: &Config, named: &str) -> Result<()> {
+        let paths = config.paths();
+        list(&paths, named, false)?;
+        let created = networks::load(&paths, named)?;
+        if created.as_ref().is_some_and(|created| created.internal) {
+            self.refuse_published_internally(named)?;
+        }
+        if created.is_none() && !self.aliases.is_empty() {
+            return Err(no_names(named));
+        }
+        check_inside_of(&paths, named, self.addresses())
+    }
+
+    fn check_further(&self, config: &Config, first: &str) -> Result<()> {
+        let paths = config.paths();
+        if self.further.len() >= usize::from(MAX_NETS) {
+            return Err(Error::invalid(format!(
+                "--network: a container is in at most {MAX_NETS} networks"
+            )));
+        }
+        let mut known = vec![first];
+        for further in &self.further {
+            let name = &further.network;
+            if known.contains(&name.as_str()) {
+                return Err(Error::invalid(format!(
+                    "--network {name}: it is given twice"
+                )));
+            }
+            known.push(name);
+            list(&paths, name, false)?;
+            if own_network(&paths, name)?.is_none() {
+                return Err(Error::unsupported(format_args!(
+                    "network {name} beside another one: its plugins are the host's"
+                ))
+                .hint("give it as the first one, or use networks of hull network create"));
+            }
+            if networks::load(&paths, name)?.is_none() && !further.aliases.is_empty() {
+                return Err(no_names(name));
+            }
+            check_inside_of(&paths, name, further.addresses())?;
+        }
+        Ok(())
     }
 
     /// Name of the network, for people.
@@ -145,10 +195,16 @@ impl NetworkOptions {
         let mut limits = config.network_limits(true);
         limits.rate = self.rate.unwrap_or(0);
         let name = network.to_string();
-        let created = match &network {
-            Network::Named(named) => networks::load(&config.paths(), named)?,
-            Network::None | Network::Container(_) => None,
-        };
+        let mut networks = Vec::new();
+        if let Network::Named(named) = &network {
+            let aliases = self.aliases.clone();
+            let further = self.further.iter();
+            let further = further.map(|further| (&further.network, further.aliases.clone()));
+            for (name, aliases) in std::iter::once((named, aliases)).chain(further) {
+                let created = networks::load(&config.paths(), name)?;
+                networks.push(Joined { created, aliases });
+            }
+        }
         let attach = match network {
             Network::None => Attach::None,
             Network::Container(other) => Attach::Container(other),
@@ -170,7 +226,7 @@ impl NetworkOptions {
         };
         Ok(Plan {
             name,
-            created,
+            networks,
             attach,
             limits,
         })
@@ -275,16 +331,30 @@ impl NetworkOptions {
         // The sandbox process serves these.
         list.leave_out_ipv6_loopback();
         let own = own_network(&paths, name)?;
+        let addresses = |ips: Vec<IpAddr>| {
+            let ips = ips.into_iter();
+            ips.map(|ip| cni::Address { ip, prefix: None }).collect()
+        };
+        let mut further = Vec::new();
+        for network in &self.further {
+            let mut list = beside(&paths, &network.network)?;
+            list.leave_out_ipv6_loopback();
+            further.push(FurtherNetwork {
+                list,
+                own: own_network(&paths, &network.network)?,
+                ips: addresses(network.addresses()),
+                mac: network.mac_address,
+                names: None,
+            });
+        }
         let cni = CniConfig {
             id: id.to_owned(),
             list,
             own,
             ports: reserved.mappings,
-            ips: self
-                .addresses()
-                .map(|ip| cni::Address { ip, prefix: None })
-                .collect(),
+            ips: addresses(self.addresses().collect()),
             mac: self.mac_address,
+            further,
         };
         Ok((cni, reserved.sockets))
     }
@@ -326,6 +396,26 @@ fn own_network(paths: &Paths, name: &str) -> Result<Option<OwnNetwork>> {
         }),
         _ => networks::load(paths, name)?.map(|network| network.own()),
     })
+}
+
+fn no_names(network: &str) -> Error {
+    Error::invalid(format!(
+        "--network-alias: containers are not found by names in network {network}"
+    ))
+    .hint("hull network create NAME makes a network in which they are")
+}
+
+/// Whether addresses are in a network, as far as its subnets are known.
+fn check_inside_of(
+    paths: &Paths,
+    name: &str,
+    addresses: impl IntoIterator<Item = IpAddr>,
+) -> Result<()> {
+    let Some(own) = own_network(paths, name)? else {
+        return Ok(());
+    };
+    let mut addresses = addresses.into_iter();
+    addresses.try_for_each(|address| check_inside(address, &own.subnets))
 }
 
 /// Whether an address is in one of the subnets, as far as one is of its family.
@@ -387,6 +477,23 @@ pub fn list(paths: &Paths, name: &str, published: bool) -> Result<List> {
             }
         });
     }
+    default_network(published, false)
+}
+
+/// The plugins of a network of hull's own for a container whose way out is another one.
+fn beside(paths: &Paths, name: &str) -> Result<List> {
+    match networks::load(paths, name)? {
+        Some(network) => NetworkRecord {
+            internal: true,
+            ..network
+        }
+        .list(false),
+        None => default_network(false, true),
+    }
+}
+
+/// hull's own network; `internal` without a way out.
+fn default_network(published: bool, internal: bool) -> Result<List> {
     let subnets = subnets()?;
     let [ipv4, ipv6 @ ..] = subnets.as_slice() else {
         return Err(Error::new("hull's own network has no subnet"));
@@ -396,7 +503,7 @@ pub fn list(paths: &Paths, name: &str, published: bool) -> Result<List> {
         bridge: cni::DEFAULT_BRIDGE,
         ipv4: *ipv4,
         ipv6: ipv6.first().copied(),
-        internal: false,
+        internal,
         data_dir: Path::new(LEASES),
         published,
     })?)

@@ -252,7 +252,9 @@ pub fn users(paths: &Paths, name: &str) -> Result<Vec<String>> {
         let details = container.map_err(|(_, error)| error)?.record.details;
         let asked = details.options.as_ref().and_then(|options| {
             let network = options.network.network.as_ref()?;
-            Some(*network == Network::Named(name.to_owned()))
+            let mut further = options.network.further.iter();
+            let is_first = *network == Network::Named(name.to_owned());
+            Some(is_first || further.any(|further| further.network == name))
         });
         if asked.unwrap_or(details.network == name) {
             users.push(details.name);

@@ -22,7 +22,7 @@ use hull_machine::Choice;
 use hull_sandbox::cgroup::Bounds;
 use hull_sandbox::config::{
     CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NamesConfig, NetworkConfig,
-    SandboxConfig,
+    NetworkSource, SandboxConfig,
 };
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
@@ -39,7 +39,7 @@ use crate::dns;
 use crate::error::{Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::names;
-use crate::network::{Attach, Plan};
+use crate::network::{Attach, Joined, Plan};
 use crate::networks;
 use crate::options::RunOptions;
 use crate::paths::Paths;
@@ -199,10 +199,11 @@ impl<'a> Run<'a> {
         let place = self.place(network)?;
         let record = self.record(image, Some(&place))?;
         let directory = self.reserve(record, &made_up)?;
-        let created = place.network.created.as_ref();
-        let is_there = created.map_or(Ok(()), |network| {
-            networks::check_there(&self.paths, network)
-        });
+        let networks = &place.network.networks;
+        let is_there = networks
+            .iter()
+            .filter_map(|network| network.created.as_ref())
+            .try_for_each(|network| networks::check_there(&self.paths, network));
         self.timings.step("request", begin);
         let started = is_there.and_then(|()| self.launch(image, &place, &directory, attachment));
         let erase = || container::remove(&self.paths, &self.id, container::Removing::everything());
@@ -283,9 +284,10 @@ impl<'a> Run<'a> {
             None => {
                 let network = (&place.network.name[..], addresses.as_ref());
                 let asked = self.options.network.dns();
-                let asked = match place.network.created {
-                    Some(_) => asked.by_names(),
-                    None => asked,
+                let mut networks = place.network.networks.iter();
+                let asked = match networks.any(|network| network.created.is_some()) {
+                    true => asked.by_names(),
+                    false => asked,
                 };
                 dns::files(&place.hostname, &asked, network)?
             }
@@ -370,41 +372,55 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         let mut fds = Vec::new();
-        if let hull_sandbox::config::NetworkSource::Cni(_) = **source {
+        let mut source = (**source).clone();
+        let mut names = self.names_in(&place.network)?.into_iter();
+        let of_first = names.next().flatten();
+        if let NetworkSource::Cni(cni) = &mut source {
             fds.push(directory.as_fd());
             fds.extend(sockets.iter().map(AsFd::as_fd));
+            for (further, names) in cni.further.iter_mut().zip(names) {
+                further.names = names;
+            }
         }
         let request = Request::Network(Box::new(NetworkConfig {
-            source: (**source).clone(),
+            source,
             limits: place.network.limits,
             owner: Some(self.id.clone()),
-            names: self.names_in(place)?,
+            names: of_first,
         }));
         client.tell(&request, &fds)
     }
 }
 
 impl Run<'_> {
-    /// How others in its network find the container, if they do.
-    fn names_in(&self, place: &Place) -> Result<Option<NamesConfig>> {
-        let Some(network) = &place.network.created else {
-            return Ok(None);
-        };
+    /// How others find the container, in each of its networks where they do.
+    fn names_in(&self, plan: &Plan) -> Result<Vec<Option<NamesConfig>>> {
         let options = &self.options.network;
         let container = Container::load(&self.paths.container(&self.id))?;
         let own = container.map(|container| container.record.details.name);
         let mut names: Vec<String> = own.into_iter().collect();
         names.push(self.short_id().to_owned());
         names.extend(self.options.hostname.clone());
-        names.extend(options.aliases.iter().cloned());
-        Ok(Some(NamesConfig {
-            directory: networks::names_directory(&self.paths, &network.name),
-            names,
-            upstream: match network.internal {
-                true => Vec::new(),
-                false => dns::upstream(&options.dns()),
-            },
-        }))
+        // A name in one network may be looked up outside if another one leads there.
+        let leads_out = plan.networks.iter().any(|network| {
+            network
+                .created
+                .as_ref()
+                .is_none_or(|created| !created.internal)
+        });
+        let upstream = match leads_out {
+            true => dns::upstream(&options.dns()),
+            false => Vec::new(),
+        };
+        let of_network = |network: &Joined| {
+            let created = network.created.as_ref()?;
+            Some(NamesConfig {
+                directory: networks::names_directory(&self.paths, &created.name),
+                names: names.iter().chain(&network.aliases).cloned().collect(),
+                upstream: upstream.clone(),
+            })
+        };
+        Ok(plan.networks.iter().map(of_network).collect())
     }
 }
 

@@ -238,6 +238,24 @@ pub struct CniConfig {
     pub ips: Vec<hull_network::cni::Address>,
     /// Hardware address asked for.
     pub mac: Option<[u8; 6]>,
+    /// Further networks, each with an interface of its own: `eth1` and so on.
+    #[serde(default)]
+    pub further: Vec<FurtherNetwork>,
+}
+
+/// A network beside the one that leads outside.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FurtherNetwork {
+    /// The plugins.
+    pub list: hull_network::cni::List,
+    /// For hull's own network, what plugins do not see to.
+    pub own: Option<OwnNetwork>,
+    /// Addresses asked for.
+    pub ips: Vec<hull_network::cni::Address>,
+    /// Hardware address asked for.
+    pub mac: Option<[u8; 6]>,
+    /// Names in the network.
+    pub names: Option<NamesConfig>,
 }
 
 /// hull's own bridge network, as the host's packet filter has to know it.

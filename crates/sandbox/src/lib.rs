@@ -46,6 +46,6 @@ pub use hull_device_control::LinkLocal;
 pub use hull_protocol::RESOLVER;
 #[cfg(fuzzing)]
 pub use network::relay_names;
-pub use network::{record as network_record, undo as undo_network};
+pub use network::{records as network_records, undo as undo_network};
 pub use process::Process;
 pub use sandbox::{Hold, Reason, Sandbox, SandboxExit};

@@ -4,7 +4,10 @@ use std::process::Command;
 
 use hull_tests::{Hull, on_every_machine};
 
-on_every_machine!(containers_of_a_network_find_each_other_by_their_names);
+on_every_machine!(
+    containers_of_a_network_find_each_other_by_their_names,
+    a_container_is_in_several_networks_each_with_its_names,
+);
 
 /// A network with a name of its own on this host; removed when this is dropped.
 pub(super) struct Net<'a> {
@@ -186,6 +189,134 @@ fn nothing_goes_from_one_network_to_another_and_nothing_leaves_an_internal_one()
         .fails(125, &["--publish", "is internal"]);
     first.is_removed_by_force();
     second.is_removed_by_force();
+}
+
+fn a_container_is_in_several_networks_each_with_its_names(machine: &'static str) {
+    let hull = Hull::networked(machine);
+    let (out, inner) = (Net::create(&hull, &[]), Net::create(&hull, &["--internal"]));
+    let near = hull.start(&["--network", &out.name], &["sleep", "1000"]);
+    let far = hull.start(&["--network", &inner.name], &["sleep", "1000"]);
+    let address = inner.address(99);
+    let endpoint = format!("name={},alias=inside,ip={address}", inner.name);
+    let both = hull.start(
+        &[
+            "--network",
+            &out.name,
+            "--network",
+            &endpoint,
+            "--network-alias",
+            "outside",
+            "--stop-signal",
+            "KILL",
+        ],
+        &["sleep", "1000"],
+    );
+    let pings = |from: &hull_tests::Container<'_>, name: &str| {
+        from.exec(&["ping", "-c", "1", "-W", "5", name]).ok();
+    };
+    pings(&both, &near.name);
+    pings(&both, &far.name);
+    pings(&near, "outside");
+    pings(&far, "inside");
+    pings(&far, &both.name);
+    for (from, name) in [(&near, "inside"), (&far, "outside"), (&near, &far.name[..])] {
+        let output = from.exec(&["ping", "-c", "1", "-W", "1", name]);
+        assert_ne!(output.status, 0, "{name}: {}", output.text());
+    }
+    // Its way out is the first one.
+    let routes = both.exec(&["ip", "route"]).ok().text();
+    let defaults: Vec<&str> = routes
+        .lines()
+        .filter(|line| line.starts_with("default"))
+        .collect();
+    assert!(
+        defaults.len() == 1 && defaults[0].contains("eth0"),
+        "{routes}"
+    );
+    let inspected = both.inspect();
+    let networks = &inspected["NetworkSettings"]["Networks"];
+    assert_eq!(networks[&inner.name]["IPAddress"], address);
+    assert_eq!(networks[&inner.name]["Aliases"][0], "inside");
+    assert_eq!(
+        networks[&out.name]["IPAddress"],
+        inspected["NetworkSettings"]["IPAddress"]
+    );
+    hull.hull(["network", "rm", &inner.name])
+        .run()
+        .fails(1, &[&both.name]);
+    // What was stopped has them again.
+    both.does("stop").ok();
+    both.does("start").ok();
+    pings(&both, &far.name);
+    both.is_removed_by_force();
+    near.is_removed_by_force();
+    far.is_removed_by_force();
+    drop((out, inner));
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_that_does_not_run_is_connected_and_disconnected() {
+    let hull = Hull::networked("uml");
+    let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &[]));
+    let other = hull.start(&["--network", &two.name], &["sleep", "1000"]);
+    let job = hull.start(
+        &["--network", &one.name, "--stop-signal", "KILL"],
+        &["sleep", "1000"],
+    );
+    let network = |arguments: &[&str]| hull.hull(["network"]).args(arguments).run();
+    network(&["connect", &two.name, &job.name]).fails(125, &["not supported", "while it runs"]);
+    job.does("stop").ok();
+    network(&["connect", "--alias", "late", &two.name, &job.name]).ok();
+    network(&["connect", &two.name, &job.name]).fails(125, &["already"]);
+    network(&["connect", "nosuch", &job.name]).fails(125, &["nosuch"]);
+    network(&["connect", "--ip", "192.0.2.1", &two.name, &other.name]).fails(125, &["runs"]);
+    job.does("start").ok();
+    job.exec(&["ping", "-c", "1", "-W", "5", &other.name]).ok();
+    other.exec(&["ping", "-c", "1", "-W", "5", "late"]).ok();
+    job.does("stop").ok();
+    network(&["disconnect", &one.name, &job.name]).ok();
+    network(&["disconnect", &one.name, &job.name]).fails(1, &["is not in network"]);
+    job.does("start").ok();
+    job.exec(&["ping", "-c", "1", "-W", "5", &other.name]).ok();
+    assert!(!job.exec(&["ip", "link"]).ok().text().contains("eth1"));
+    job.does("stop").ok();
+    network(&["disconnect", &two.name, &job.name]).ok();
+    job.does("start").ok();
+    assert!(!job.exec(&["ip", "link"]).ok().text().contains("eth0"));
+    job.is_removed_by_force();
+    other.is_removed_by_force();
+    drop((one, two));
+    hull.assert_clean();
+}
+
+#[test]
+fn networks_that_contradict_each_other_are_refused_by_name() {
+    let hull = Hull::networked("uml");
+    let net = Net::create(&hull, &[]);
+    for (options, part) in [
+        (
+            &["--network", "none", "--network", &net.name][..],
+            "contradict",
+        ),
+        (&["--network", &net.name, "--network", "none"], "none"),
+        (
+            &["--network", &net.name, "--network", &net.name],
+            "given twice",
+        ),
+        (&["--network", &net.name, "--network", "nosuch"], "nosuch"),
+        (&["--network", "name=x,colour=red"], "invalid network"),
+        (&["--network", "alias=x"], "it has no name="),
+        (&["--network", "name=default,alias=x"], "not found by names"),
+    ] {
+        hull.hull(["run", "--rm"])
+            .args(options)
+            .args(["busybox", "true"])
+            .run()
+            .fails(125, &[part]);
+    }
+    drop(net);
+    hull.assert_clean();
 }
 
 #[test]

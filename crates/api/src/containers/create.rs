@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use hull_engine::endpoint::Endpoint;
 use hull_engine::error::{Error, of_image};
 use hull_engine::images::of_local;
 use hull_engine::network::NetworkOptions;
@@ -22,6 +23,7 @@ use serde_json::{Value, json};
 use crate::Shared;
 use crate::call::{Call, Reply};
 use crate::failure::{Failure, Result};
+use crate::networks::BRIDGE;
 
 /// `ContainerConfig`, with what comes beside it.
 #[derive(Debug, Default, Deserialize)]
@@ -76,12 +78,12 @@ impl Words {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 struct Networking {
-    endpoints_config: BTreeMap<String, Endpoint>,
+    endpoints_config: BTreeMap<String, EndpointConfig>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
-struct Endpoint {
+pub struct EndpointConfig {
     aliases: Vec<String>,
     links: Vec<String>,
     mac_address: String,
@@ -476,28 +478,52 @@ impl Asked {
                     .push(parse(&format!("{outside}{port}"), publish::publish)?);
             }
         }
-        let mut endpoints = self.networking_config.endpoints_config.iter();
-        if let Some((name, endpoint)) = endpoints.next() {
-            if let Some((other, _)) = endpoints.next() {
-                return Err(Failure::unsupported(format_args!(
-                    "a container in two networks ({name}, {other}): its machine has one"
-                )));
+        let first = options.network.as_ref().map(Network::to_string);
+        // Old clients ask for the network by this only.
+        let mut endpoints: Vec<_> = self.networking_config.endpoints_config.iter().collect();
+        endpoints.sort_by_key(|(name, _)| first.as_deref() != Some(own_name(name)));
+        let mut networks = Vec::new();
+        for (name, endpoint) in endpoints {
+            let network = parse(name, values::network)?;
+            let is_first = first.as_deref() == Some(own_name(name));
+            if networks.is_empty() && !is_first && first.is_some() {
+                networks.extend(
+                    options
+                        .network
+                        .clone()
+                        .map(|first| (first, Endpoint::default())),
+                );
             }
-            if !endpoint.links.is_empty() {
-                return Err(links());
-            }
-            // Asked for by this only, by old clients.
-            if options.network.is_none() && name != "default" && name != "bridge" {
-                options.network = Some(parse(name, values::network)?);
-            }
-            options.aliases = parse_all(&endpoint.aliases, values::hostname)?;
-            options.ip = parse_given(&endpoint.ipam_config.ipv4, publish::ip)?;
-            options.ip6 = parse_given(&endpoint.ipam_config.ipv6, publish::ip6)?;
-            if let Some(mac) = parse_given(&endpoint.mac_address, publish::mac_address)? {
-                options.mac_address = Some(mac);
-            }
+            networks.push((network, endpoint.parse()?));
+        }
+        if !networks.is_empty() {
+            options.join(networks)?;
         }
         Ok(options)
+    }
+}
+
+/// hull's name of a network.
+fn own_name(name: &str) -> &str {
+    match name {
+        BRIDGE => "default",
+        name => name,
+    }
+}
+
+impl EndpointConfig {
+    /// In hull's words; the name comes beside.
+    pub fn parse(&self) -> Result<Endpoint> {
+        if !self.links.is_empty() {
+            return Err(links());
+        }
+        Ok(Endpoint {
+            network: String::new(),
+            aliases: parse_all(&self.aliases, values::hostname)?,
+            mac_address: parse_given(&self.mac_address, publish::mac_address)?,
+            ip: parse_given(&self.ipam_config.ipv4, publish::ip)?,
+            ip6: parse_given(&self.ipam_config.ipv6, publish::ip6)?,
+        })
     }
 }
 

@@ -113,7 +113,7 @@ fn listed(paths: &Paths, row: &Row) -> Value {
             })
         })
         .collect();
-    let network = network_name(&row.network);
+    let network = row.networks.first().map_or("", |name| network_name(name));
     let mut object = json!({
         "Id": row.id,
         "Names": [format!("/{}", row.name)],

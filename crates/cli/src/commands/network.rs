@@ -1,7 +1,10 @@
 //! `hull network`: networks in which containers find each other by their names.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::networks::{self, NetworkRequest};
-use hull_engine::{inspect, values};
+use hull_engine::{inspect, publish, values};
 use hull_network::cni::{Address, CONFIGURATION_DIRECTORY};
 use serde_json::Value;
 
@@ -62,6 +65,36 @@ enum Command {
         /// Names or ids
         #[arg(value_name = "NETWORK", required = true)]
         networks: Vec<String>,
+    },
+    /// Put a container that does not run into one more network
+    Connect {
+        /// Another name of the container in the network
+        #[arg(long, value_name = "NAME", value_parser = values::hostname)]
+        alias: Vec<String>,
+        /// Address in the network
+        #[arg(long, value_name = "ADDRESS", value_parser = publish::ip)]
+        ip: Option<Ipv4Addr>,
+        /// IPv6 address in the network
+        #[arg(long, value_name = "ADDRESS", value_parser = publish::ip6)]
+        ip6: Option<Ipv6Addr>,
+        /// Name or id of the network
+        #[arg(value_name = "NETWORK")]
+        network: String,
+        /// Name or id of the container
+        #[arg(value_name = "CONTAINER")]
+        container: String,
+    },
+    /// Take a container that does not run out of a network
+    Disconnect {
+        /// Accepted for Docker's sake
+        #[arg(short, long, hide = true)]
+        force: bool,
+        /// Name or id of the network
+        #[arg(value_name = "NETWORK")]
+        network: String,
+        /// Name or id of the container
+        #[arg(value_name = "CONTAINER")]
+        container: String,
     },
     /// Remove networks that no container is in
     #[command(visible_alias = "remove")]
@@ -145,6 +178,24 @@ pub fn execute(args: Args) -> Result<u8> {
             output::print_json(&objects)?;
             return outcome;
         }
+        Command::Connect {
+            alias,
+            ip,
+            ip6,
+            network,
+            container,
+        } => {
+            let endpoint = Endpoint {
+                aliases: alias,
+                ip,
+                ip6,
+                ..Endpoint::default()
+            };
+            endpoint::connect(&config, &network, &container, endpoint)?;
+        }
+        Command::Disconnect {
+            network, container, ..
+        } => endpoint::disconnect(&config, &network, &container)?,
         Command::Rm {
             force,
             networks: names,

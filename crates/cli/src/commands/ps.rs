@@ -76,7 +76,7 @@ struct Listed<'a> {
     machine: &'a str,
     labels: &'a BTreeMap<String, String>,
     volumes: &'a [String],
-    network: &'a str,
+    network: String,
     addresses: &'a [IpAddr],
     ports: &'a [PortMapping],
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,7 +141,7 @@ fn listed(row: &Row) -> Listed<'_> {
         machine: &row.machine,
         labels: &row.labels,
         volumes: &row.volumes,
-        network: &row.network,
+        network: row.networks.join(","),
         addresses: &row.status.addresses,
         ports: &row.ports,
         size: row.size,

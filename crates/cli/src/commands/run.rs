@@ -11,6 +11,7 @@ use hull_engine::Paths;
 use hull_engine::attach::{Attachment, Options, Outcome};
 use hull_engine::config::Config;
 use hull_engine::container::{self, Removing};
+use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::of_image;
 use hull_engine::health;
 use hull_engine::network::NetworkOptions;
@@ -283,10 +284,11 @@ impl HealthArgs {
 /// Options of a container's network.
 #[derive(Debug, clap::Args)]
 struct NetworkArgs {
-    /// Network: default, none, the name of one in /etc/cni/net.d, or container:NAME to be in
-    /// another container's machine
-    #[arg(long, alias = "net", value_name = "NETWORK", value_parser = values::network)]
-    network: Option<Network>,
+    /// Network: default, none, a name of hull network ls, or container:NAME to be in another
+    /// container's machine; may be given several times, and with names and addresses:
+    /// name=NETWORK,alias=NAME,ip=ADDRESS
+    #[arg(long, alias = "net", value_name = "NETWORK", value_parser = endpoint::endpoint)]
+    network: Vec<(Network, Endpoint)>,
     /// Another name of the container in its network
     #[arg(long, alias = "net-alias", value_name = "NAME", value_parser = values::hostname)]
     network_alias: Vec<String>,
@@ -325,10 +327,13 @@ struct NetworkArgs {
     ip6: Option<Ipv6Addr>,
 }
 
-impl From<NetworkArgs> for NetworkOptions {
-    fn from(args: NetworkArgs) -> Self {
-        Self {
-            network: args.network,
+impl TryFrom<NetworkArgs> for NetworkOptions {
+    type Error = Error;
+
+    fn try_from(args: NetworkArgs) -> Result<Self> {
+        let mut options = Self {
+            network: None,
+            further: Vec::new(),
             aliases: args.network_alias,
             publish: args.publish,
             rate: args.network_rate,
@@ -339,7 +344,9 @@ impl From<NetworkArgs> for NetworkOptions {
             mac_address: args.mac_address,
             ip: args.ip,
             ip6: args.ip6,
-        }
+        };
+        options.join(args.network)?;
+        Ok(options)
     }
 }
 
@@ -420,7 +427,7 @@ impl ContainerArgs {
             cap_drop: self.cap_drop,
             security: self.security_opt,
             sysctl: self.sysctl,
-            network: self.network.into(),
+            network: self.network.try_into()?,
             machine: self.machine,
             kernel: self.kernel,
         })

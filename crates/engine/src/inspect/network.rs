@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::container::Known;
 use super::{extend, list};
 use crate::container::{Container, Details};
+use crate::endpoint::Endpoint;
 use crate::networks;
 use crate::options::RunOptions;
 use crate::paths::Paths;
@@ -40,18 +41,18 @@ pub fn networks_of(paths: &Paths, container: &Container) -> Map<String, Value> {
         options: details.options.as_deref().unwrap_or(&none),
         status: &container.status,
     };
-    networks(&attached, &addresses(&attached))
+    networks(&attached)
 }
 
-/// The addresses that a container has.
-fn addresses(one: &Attached<'_>) -> Value {
+/// The addresses that a container has in the network of this index.
+fn addresses(one: &Attached<'_>, index: usize) -> Value {
     let is_up = matches!(one.status.state, State::Running | State::Paused);
     let (mac, mut ipv4, mut ipv6) = match is_up {
-        true => attached(one.directory),
+        true => attached(one.directory, index),
         false => <_>::default(),
     };
     // Of a network that no plugins made, and of another container's.
-    for address in one.status.addresses.iter().filter(|_| is_up) {
+    for address in one.status.addresses.iter().filter(|_| is_up && index == 0) {
         let known = if address.is_ipv4() {
             &mut ipv4
         } else {
@@ -72,31 +73,41 @@ fn addresses(one: &Attached<'_>) -> Value {
     })
 }
 
-fn networks(one: &Attached<'_>, addresses: &Value) -> Map<String, Value> {
+fn networks(one: &Attached<'_>) -> Map<String, Value> {
     let mut networks = Map::new();
     let name = &one.details.network;
     if name.is_empty() || name.starts_with("container:") {
         return networks;
     }
     let asked = &one.options.network;
-    let text = |address: Option<IpAddr>| address.map(|ip| ip.to_string()).unwrap_or_default();
-    let fixed = json!({
-        "IPv4Address": text(asked.ip.map(IpAddr::V4)),
-        "IPv6Address": text(asked.ip6.map(IpAddr::V6)),
-    });
-    let is_fixed = asked.ip.is_some() || asked.ip6.is_some();
-    // Of one that people created.
-    let id = networks::find(one.paths, name).map(|network| network.id);
-    let mut network = json!({
-        "IPAMConfig": if is_fixed { fixed } else { Value::Null },
-        "Links": null,
-        "Aliases": list(asked.aliases.iter().cloned()),
-        "NetworkID": id.as_ref().unwrap_or(name),
-        "EndpointID": "",
-        "DriverOpts": null,
-    });
-    extend(&mut network, addresses.clone());
-    networks.insert(name.clone(), network);
+    let first = Endpoint {
+        network: name.clone(),
+        aliases: asked.aliases.clone(),
+        mac_address: asked.mac_address,
+        ip: asked.ip,
+        ip6: asked.ip6,
+    };
+    for (index, asked) in std::iter::once(&first).chain(&asked.further).enumerate() {
+        let text = |address: Option<IpAddr>| address.map(|ip| ip.to_string()).unwrap_or_default();
+        let fixed = json!({
+            "IPv4Address": text(asked.ip.map(IpAddr::V4)),
+            "IPv6Address": text(asked.ip6.map(IpAddr::V6)),
+        });
+        let is_fixed = asked.ip.is_some() || asked.ip6.is_some();
+        let name = &asked.network;
+        // Of one that people created.
+        let id = networks::find(one.paths, name).map(|network| network.id);
+        let mut network = json!({
+            "IPAMConfig": if is_fixed { fixed } else { Value::Null },
+            "Links": null,
+            "Aliases": list(asked.aliases.iter().cloned()),
+            "NetworkID": id.as_ref().unwrap_or(name),
+            "EndpointID": "",
+            "DriverOpts": null,
+        });
+        extend(&mut network, addresses(one, index));
+        networks.insert(name.clone(), network);
+    }
     networks
 }
 
@@ -109,24 +120,23 @@ pub(super) fn settings(known: &Known<'_>) -> Value {
         options: &known.options,
         status: known.status,
     };
-    let addresses = addresses(&attached);
     let mut settings = json!({
         "Bridge": "",
         "SandboxID": "",
         "SandboxKey": "",
         "Ports": if is_up { ports(known) } else { json!({}) },
     });
-    extend(&mut settings, addresses.clone());
-    settings["Networks"] = Value::Object(networks(&attached, &addresses));
+    extend(&mut settings, addresses(&attached, 0));
+    settings["Networks"] = Value::Object(networks(&attached));
     settings
 }
 
 /// What plugins have given the container.
-fn attached(directory: &Directory) -> (String, Address, Address) {
+fn attached(directory: &Directory, index: usize) -> (String, Address, Address) {
     let (mut ipv4, mut ipv6) = (Address::default(), Address::default());
-    let record = hull_sandbox::network_record(directory).ok().flatten();
-    let Some((result, attachment)) = record
-        .as_ref()
+    let records = hull_sandbox::network_records(directory).unwrap_or_default();
+    let Some((result, attachment)) = records
+        .get(index)
         .and_then(|record| Some((record.result.as_ref()?, &record.attachment)))
     else {
         return (String::new(), ipv4, ipv6);

@@ -252,7 +252,7 @@ impl Filters {
             }
             Filter::Before(name) => created(name).is_some_and(|at| row.created_ns < at),
             Filter::Since(name) => created(name).is_some_and(|at| row.created_ns > at),
-            Filter::Network(name) => row.network == *name,
+            Filter::Network(name) => row.networks.contains(name),
             Filter::Volume(wanted) => row
                 .mounts
                 .iter()
@@ -300,7 +300,7 @@ mod tests {
     fn each_filter_selects() {
         let row = Row {
             created_ns: 10,
-            network: "default".into(),
+            networks: vec!["default".into()],
             ports: vec![PortMapping {
                 host_ip: None,
                 host_port: 8080,

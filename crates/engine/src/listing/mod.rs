@@ -123,8 +123,8 @@ pub struct Row {
     pub labels: BTreeMap<String, String>,
     /// Volumes, as given.
     pub volumes: Vec<String>,
-    /// Name of the network.
-    pub network: String,
+    /// Names of its networks.
+    pub networks: Vec<String>,
     /// Published ports.
     pub ports: Vec<PortMapping>,
     /// Volumes and directories of the host.
@@ -163,6 +163,15 @@ impl Row {
                 read_only: volume.read_only,
             }
         });
+        let further = details
+            .options
+            .iter()
+            .flat_map(|options| &options.network.further);
+        let networks = std::iter::once(&details.network)
+            .chain(further.map(|further| &further.network))
+            .filter(|name| !name.is_empty())
+            .cloned()
+            .collect();
         Self {
             mounts: mounts.collect(),
             directory: Some(directory),
@@ -179,7 +188,7 @@ impl Row {
             machine: details.machine,
             labels: details.labels,
             volumes: details.volumes,
-            network: details.network,
+            networks,
             ports: details.ports,
         }
     }
@@ -211,7 +220,7 @@ impl Row {
             machine: String::new(),
             labels: BTreeMap::new(),
             volumes: Vec::new(),
-            network: String::new(),
+            networks: Vec::new(),
             ports: Vec::new(),
             mounts: Vec::new(),
             directory: None,
@@ -322,7 +331,7 @@ mod tests {
             created_ns: 0,
             life: Life::default(),
             volumes: Vec::new(),
-            network: String::new(),
+            networks: Vec::new(),
             ports: Vec::new(),
             mounts: Vec::new(),
             directory: None,

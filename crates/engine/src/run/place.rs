@@ -56,7 +56,12 @@ impl Run<'_> {
                 MachineConfig::memory_for(limit).min(host_memory().max(self.config.memory))
             }),
             cpus: cpus(&choice, self.options.cpus_milli, self.config),
-            nets: matches!(network.attach, Attach::Source(..)).into(),
+            nets: match network.attach {
+                Attach::Source(..) => {
+                    u8::try_from(network.networks.len().max(1)).unwrap_or(u8::MAX)
+                }
+                _ => 0,
+            },
             spare_disks: 0,
             hull: None,
             choice,

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use hull_network::cni::{Attachment, Record, Runner};
+use hull_network::cni::{Attachment, List, Record, Runner};
 use hull_network::pasta::Pasta;
 use hull_network::{Namespace, Netlink, forwarding, guard, masquerade};
 use rustix::event::{EventfdFlags, eventfd};
@@ -19,15 +19,25 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::task::JoinHandle;
 
 use super::published::Published;
-use crate::config::{CniConfig, NetworkAddresses, PastaConfig};
+use crate::config::{CniConfig, MAX_NETS, NetworkAddresses, OwnNetwork, PastaConfig};
 use crate::error::{Context, Error, Result};
 use crate::store::Directory;
 
-/// The interface's name, in the namespace and in the guest.
-const INTERFACE: &str = "eth0";
+/// The name of the interface in a network, in the namespace and in the guest.
+fn interface(index: usize) -> String {
+    format!("eth{index}")
+}
 
-/// The file with what plugins made, or are about to make, as long as it is not undone.
-const FILE: &str = "network.json";
+/// The file with what plugins of a network made, or are about to make, as long as it is not undone.
+fn file(index: usize) -> String {
+    match index {
+        0 => "network.json".to_owned(),
+        further => format!("network-{further}.json"),
+    }
+}
+
+/// Networks of one namespace.
+const MOST: usize = MAX_NETS as usize;
 
 /// A namespace that is attached to a network. Dropping it detaches nothing: see
 /// [`Attached::detach`].
@@ -35,8 +45,8 @@ const FILE: &str = "network.json";
 pub struct Attached {
     /// The namespace. It lives as long as something holds it.
     pub namespace: Namespace,
-    /// What the network gave it.
-    pub addresses: NetworkAddresses,
+    /// What each network gave it; the first one leads outside.
+    pub networks: Vec<NetworkAddresses>,
     /// Sockets that keep others from the published ports.
     ports: Published,
     /// Where it is written down what plugins are to undo.
@@ -71,11 +81,12 @@ pub async fn by_plugins(
             task.await
         }
     };
-    let (namespace, addresses) = done.context(|| "attach the network")??;
+    let (namespace, networks) = done.context(|| "attach the network")??;
+    let own: &[IpAddr] = networks.first().map_or(&[], |first| &first.addresses);
     Ok(Attached {
         namespace,
-        ports: Published::new(ports, &config.ports, &addresses.addresses),
-        addresses,
+        ports: Published::new(ports, &config.ports, own),
+        networks,
         undo: Some(undo),
         pasta: None,
     })
@@ -86,53 +97,89 @@ fn run_plugins(
     config: &CniConfig,
     directory: &Directory,
     cancel: Arc<OwnedFd>,
-) -> Result<(Namespace, NetworkAddresses)> {
+) -> Result<(Namespace, Vec<NetworkAddresses>)> {
     let namespace = Namespace::new()?;
-    let attachment = Attachment {
-        container_id: config.id.clone(),
-        netns: format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            namespace.as_fd().as_raw_fd()
-        )
-        .into(),
-        ifname: INTERFACE.into(),
-        port_mappings: config.ports.clone(),
-        ips: config.ips.clone(),
-        mac: config.mac,
-        ..Attachment::default()
-    };
+    let netns = format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        namespace.as_fd().as_raw_fd()
+    );
     let runner = Runner {
         cancel: Some(cancel),
         held: Some(Arc::new(hold(directory)?)),
         ..Runner::default()
     };
-    let mut record = Record::new(config.list.clone(), attachment)?;
+    let first = Attachment {
+        container_id: config.id.clone(),
+        netns: netns.clone().into(),
+        ifname: interface(0),
+        port_mappings: config.ports.clone(),
+        ips: config.ips.clone(),
+        mac: config.mac,
+        ..Attachment::default()
+    };
+    let mut networks = vec![(&config.list, &config.own, first)];
+    for (index, further) in config.further.iter().enumerate() {
+        let attachment = Attachment {
+            container_id: config.id.clone(),
+            netns: netns.clone().into(),
+            ifname: interface(index + 1),
+            ips: further.ips.clone(),
+            mac: further.mac,
+            ..Attachment::default()
+        };
+        networks.push((&further.list, &further.own, attachment));
+    }
+    let mut given = Vec::new();
+    for (index, (list, own, attachment)) in networks.into_iter().enumerate() {
+        let attached = attach(list, own.as_ref(), attachment, &runner, |record| {
+            let text = serde_json::to_vec(record).context(|| "encode the network's record")?;
+            directory.write(&file(index), &text)
+        });
+        match attached {
+            Ok(addresses) => given.push(addresses),
+            Err(error) => {
+                for done in (0..index).rev() {
+                    if let Err(error) = undo_one(directory, done) {
+                        tracing::error!("{error}");
+                    }
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok((namespace, given))
+}
+
+/// Attaches a namespace to one network. `keep` writes down what is to be undone.
+fn attach(
+    list: &List,
+    own: Option<&OwnNetwork>,
+    attachment: Attachment,
+    runner: &Runner,
+    keep: impl Fn(&Record) -> Result<()>,
+) -> Result<NetworkAddresses> {
+    let mut record = Record::new(list.clone(), attachment)?;
     // What is not there cannot undo anything either.
-    runner.require(&config.list)?;
-    if let Some(own) = &config.own {
+    runner.require(list)?;
+    if let Some(own) = own {
         for subnet in own.subnets.iter().filter(|_| !own.internal) {
             let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
             let prefix = subnet.prefix.unwrap_or(all);
-            masquerade::ensure(config.list.name(), &own.bridge, subnet.ip, prefix)?;
+            masquerade::ensure(list.name(), &own.bridge, subnet.ip, prefix)?;
         }
-        guard::ensure(config.list.name(), &own.bridge)?;
+        guard::ensure(list.name(), &own.bridge)?;
         let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
         forwarding::ensure(&own.bridge, ipv6, own.internal)?;
     }
-    let keep = |record: &Record| {
-        let text = serde_json::to_vec(record).context(|| "encode the network's record")?;
-        directory.write(FILE, &text)
-    };
     keep(&record)?;
-    let result = record.add_and_keep(&runner, &mut |record| {
+    let result = record.add_and_keep(runner, &mut |record| {
         keep(record).map_err(|error| error.message)
     })?;
-    let addresses = NetworkAddresses {
+    Ok(NetworkAddresses {
         addresses: result.ips.iter().map(|ip| ip.address.ip).collect(),
         gateways: result.ips.iter().filter_map(|ip| ip.gateway).collect(),
-    };
-    Ok((namespace, addresses))
+    })
 }
 
 /// Takes the lock of a container's directory that its plugins inherit.
@@ -186,10 +233,10 @@ pub async fn by_pasta(config: &PastaConfig) -> Result<Attached> {
         .collect();
     Ok(Attached {
         namespace,
-        addresses: NetworkAddresses {
+        networks: vec![NetworkAddresses {
             addresses,
             gateways: Vec::new(),
-        },
+        }],
         // Pasta has them.
         ports: Published::default(),
         undo: None,
@@ -211,6 +258,16 @@ fn is_link_local(address: &IpAddr) -> bool {
 }
 
 impl Attached {
+    /// What all networks gave it.
+    pub fn addresses(&self) -> NetworkAddresses {
+        let mut all = NetworkAddresses::default();
+        for network in &self.networks {
+            all.addresses.extend(&network.addresses);
+            all.gateways.extend(&network.gateways);
+        }
+        all
+    }
+
     /// Lets go of published ports, and has plugins undo what they made. What they cannot is tried
     /// again by the removal of the container.
     pub async fn detach(self) {
@@ -235,31 +292,50 @@ impl Attached {
 /// Whether something is written down of an attachment that is to be undone.
 pub fn is_attached(directory: &Directory) -> bool {
     // What cannot be read is not nothing.
-    !matches!(directory.read(FILE), Ok(None))
+    (0..MOST).any(|index| !matches!(directory.read(&file(index)), Ok(None)))
 }
 
-/// What is written down of an attachment in a container's directory, with the result of its
-/// plugins.
+/// What is written down of the attachments in a container's directory, with the results of their
+/// plugins: one for each network, in their order.
 ///
 /// # Errors
-/// It cannot be read.
-pub fn record(directory: &Directory) -> Result<Option<Record>> {
-    let Some(text) = directory.read(FILE)? else {
+/// One cannot be read.
+pub fn records(directory: &Directory) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    for index in 0..MOST {
+        match record(directory, index)? {
+            Some(record) => records.push(record),
+            None => break,
+        }
+    }
+    Ok(records)
+}
+
+fn record(directory: &Directory, index: usize) -> Result<Option<Record>> {
+    let file = file(index);
+    let Some(text) = directory.read(&file)? else {
         return Ok(None);
     };
     let record = serde_json::from_slice(&text).map_err(|error| {
-        let path = directory.path().join(FILE);
+        let path = directory.path().join(file);
         Error::new(format!("cannot understand {}: {error}", path.display()))
     })?;
     Ok(Some(record))
 }
 
-/// Undoes what is written down of an attachment in a container's directory, if anything is.
+/// Undoes what is written down of attachments in a container's directory, if anything is.
 ///
 /// # Errors
-/// A plugin fails, or the record cannot be read; it may be tried again.
+/// A plugin fails, or a record cannot be read; it may be tried again.
 pub fn undo(directory: &Directory) -> Result<()> {
-    let Some(record) = record(directory)? else {
+    let undone = (0..MOST).rev().map(|index| undo_one(directory, index));
+    // One that fails does not keep the others.
+    let failures: Vec<Error> = undone.filter_map(Result::err).collect();
+    failures.into_iter().next().map_or(Ok(()), Err)
+}
+
+fn undo_one(directory: &Directory, index: usize) -> Result<()> {
+    let Some(record) = record(directory, index)? else {
         return Ok(());
     };
     if !record.attached {
@@ -267,5 +343,5 @@ pub fn undo(directory: &Directory) -> Result<()> {
         wait_for_plugins(directory)?;
     }
     record.del(&Runner::default())?;
-    directory.remove_file(FILE)
+    directory.remove_file(&file(index))
 }

@@ -20,6 +20,7 @@ mod mirror;
 mod names;
 mod published;
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 pub(crate) use attachment::is_attached;
-pub use attachment::{record, undo};
+pub use attachment::{records, undo};
 #[cfg(fuzzing)]
 pub use loopback::relay_names;
 pub(crate) use mirror::Nets;
@@ -98,6 +99,7 @@ impl Sandbox {
         let mut stage = self.0.network.lock().await;
         let mut fds = fds.into_iter();
         let missing = || Error::invalid("a descriptor of the network did not come");
+        let mut names = vec![config.names];
         let attached = match config.source {
             NetworkSource::Namespace => {
                 let namespace = Namespace::try_from(fds.next().ok_or_else(missing)?)?;
@@ -129,11 +131,12 @@ impl Sandbox {
             }
             NetworkSource::Cni(cni) => {
                 let directory = Directory::from_fd(fds.next().ok_or_else(missing)?, "");
+                names.extend(cni.further.iter().map(|further| further.names.clone()));
                 attachment::by_plugins(cni, fds.collect(), directory, self.is_down()).await?
             }
             NetworkSource::Pasta(pasta) => {
                 let attached = attachment::by_pasta(&pasta).await?;
-                let addresses = attached.addresses.clone();
+                let addresses = attached.addresses();
                 // What the host sends to itself comes by the namespace's loopback interface.
                 let forwarder = match pasta.ports.is_empty() {
                     true => None,
@@ -143,25 +146,25 @@ impl Sandbox {
                     .open_network(attached.namespace.clone(), config.limits)
                     .await;
                 return self
-                    .attached(&mut stage, network, attached, forwarder, config.owner, None)
+                    .attached(
+                        &mut stage,
+                        network,
+                        attached,
+                        forwarder,
+                        config.owner,
+                        names,
+                    )
                     .await
                     .map(|()| addresses);
             }
         };
-        let addresses = attached.addresses.clone();
+        let addresses = attached.addresses();
         let network = self
             .open_network(attached.namespace.clone(), config.limits)
             .await;
-        self.attached(
-            &mut stage,
-            network,
-            attached,
-            None,
-            config.owner,
-            config.names,
-        )
-        .await
-        .map(|()| addresses)
+        self.attached(&mut stage, network, attached, None, config.owner, names)
+            .await
+            .map(|()| addresses)
     }
 
     async fn attached(
@@ -171,13 +174,19 @@ impl Sandbox {
         attached: Attached,
         forwarder: Option<Forwarder>,
         owner: Option<String>,
-        names: Option<NamesConfig>,
+        names: Vec<Option<NamesConfig>>,
     ) -> Result<()> {
-        let addresses = attached.addresses.addresses.clone();
+        let addresses = attached.addresses().addresses;
+        let given = attached.networks.iter().map(|network| &network.addresses);
+        let names: Vec<(NamesConfig, Vec<IpAddr>)> = names
+            .into_iter()
+            .zip(given)
+            .filter_map(|(names, addresses)| Some((names?, addresses.clone())))
+            .collect();
         let published = network.and_then(|network| {
-            let names = match (names, &owner) {
-                (Some(names), Some(owner)) => {
-                    Some(Names::publish(names, owner, self.path(), &addresses)?)
+            let names = match &owner {
+                Some(owner) if !names.is_empty() => {
+                    Some(Names::publish(names, owner, self.path())?)
                 }
                 _ => None,
             };

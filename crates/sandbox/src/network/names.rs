@@ -45,46 +45,41 @@ struct Entry {
     addresses: Vec<IpAddr>,
 }
 
-/// The names of a network, with one container's own among them.
+/// The names of a container's networks, with its own among them.
 #[derive(Debug)]
 pub struct Names {
-    config: NamesConfig,
+    networks: Vec<NamesConfig>,
     container: String,
 }
 
 impl Names {
-    /// Writes down the names of a container with its addresses.
+    /// Writes down the names of a container, with its addresses in each network.
     ///
     /// # Errors
     /// A file cannot be written.
     pub fn publish(
-        config: NamesConfig,
+        networks: Vec<(NamesConfig, Vec<IpAddr>)>,
         container: &str,
         sandbox: &SandboxPath,
-        addresses: &[IpAddr],
     ) -> Result<Self> {
+        let (networks, addresses): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
         let names = Self {
-            config,
+            networks,
             container: container.to_owned(),
         };
         names.forget();
-        let entry = Entry {
-            sandbox: sandbox.clone(),
-            addresses: addresses.to_vec(),
-        };
-        let text = serde_json::to_vec(&entry).unwrap_or_default();
-        let written = names.own().try_for_each(|directory| {
-            // One that is being removed as empty is made again.
-            let mut written = Ok(());
-            for _ in 0..8 {
-                let opened = Directory::create(&directory);
-                written = opened.and_then(|opened| opened.write(container, &text));
-                if written.is_ok() {
-                    break;
-                }
-            }
-            written
-        });
+        let written = names
+            .networks
+            .iter()
+            .zip(addresses)
+            .try_for_each(|(network, addresses)| {
+                let entry = Entry {
+                    sandbox: sandbox.clone(),
+                    addresses,
+                };
+                let text = serde_json::to_vec(&entry).unwrap_or_default();
+                own(network).try_for_each(|directory| write(&directory, container, &text))
+            });
         match written {
             Ok(()) => Ok(names),
             Err(error) => {
@@ -94,33 +89,22 @@ impl Names {
         }
     }
 
-    /// The directories of the container's own names.
-    fn own(&self) -> impl Iterator<Item = PathBuf> + '_ {
-        let names = self.config.names.iter();
-        names.filter_map(|name| self.directory(&name.to_ascii_lowercase()))
-    }
-
-    /// The directory of a name, which is one of a file, too.
-    fn directory(&self, name: &str) -> Option<PathBuf> {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
-        let is_name = !name.is_empty() && !name.starts_with('.') && name.bytes().all(plain);
-        is_name.then(|| self.config.directory.join(name))
-    }
-
     /// Removes what an earlier sandbox of the container left that was killed: its path may be that
     /// of the present one, and the names others.
     fn forget(&self) {
-        let directories = fs::read_dir(&self.config.directory).into_iter().flatten();
-        for directory in directories.flatten().map(|entry| entry.path()) {
-            if fs::remove_file(directory.join(&self.container)).is_ok() {
-                let _ = fs::remove_dir(&directory);
+        for network in &self.networks {
+            let directories = fs::read_dir(&network.directory).into_iter().flatten();
+            for directory in directories.flatten().map(|entry| entry.path()) {
+                if fs::remove_file(directory.join(&self.container)).is_ok() {
+                    let _ = fs::remove_dir(&directory);
+                }
             }
         }
     }
 
     /// Removes the names.
     pub fn withdraw(&self) {
-        for directory in self.own() {
+        for directory in self.networks.iter().flat_map(own) {
             // Gone already is as good; one that others have as well is not empty.
             let _ = fs::remove_file(directory.join(&self.container));
             let _ = fs::remove_dir(&directory);
@@ -129,13 +113,21 @@ impl Names {
 
     /// The addresses of all containers that have a name; `None` when there is no such name.
     fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
-        let entries = fs::read_dir(self.directory(name)?).ok()?;
         let mut addresses = Vec::new();
-        let alive = entries.flatten().filter_map(|entry| read(&entry.path()));
-        for of_one in alive.take(MOST_OF_A_NAME) {
-            addresses.extend(of_one);
+        let directories = self.networks.iter().filter_map(|one| directory(one, name));
+        for entries in directories.flat_map(fs::read_dir) {
+            let alive = entries.flatten().filter_map(|entry| read(&entry.path()));
+            for of_one in alive.take(MOST_OF_A_NAME) {
+                addresses.extend(of_one);
+            }
         }
         (!addresses.is_empty()).then_some(addresses)
+    }
+
+    /// Name servers for everything else.
+    fn upstream(&self) -> &[IpAddr] {
+        let mut networks = self.networks.iter().map(|network| &network.upstream[..]);
+        networks.find(|servers| !servers.is_empty()).unwrap_or(&[])
     }
 
     /// Answers a message of the guest.
@@ -151,7 +143,7 @@ impl Names {
             return Ok(answer);
         }
         let mut failed = io::Error::from(io::ErrorKind::NotConnected);
-        for server in &self.config.upstream {
+        for server in self.upstream() {
             let server = SocketAddr::new(*server, PORT);
             let asked = match tcp {
                 true => timeout(SERVER_TIMEOUT, ask_by_tcp(server, query)).await,
@@ -163,8 +155,35 @@ impl Names {
                 Err(elapsed) => failed = elapsed.into(),
             }
         }
-        refuse(query, !self.config.upstream.is_empty()).ok_or(failed)
+        refuse(query, !self.upstream().is_empty()).ok_or(failed)
     }
+}
+
+/// The directories of a container's own names in a network.
+fn own(network: &NamesConfig) -> impl Iterator<Item = PathBuf> + '_ {
+    let names = network.names.iter();
+    names.filter_map(|name| directory(network, &name.to_ascii_lowercase()))
+}
+
+/// The directory of a name, which is one of a file, too.
+fn directory(network: &NamesConfig, name: &str) -> Option<PathBuf> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+    let is_name = !name.is_empty() && !name.starts_with('.') && name.bytes().all(plain);
+    is_name.then(|| network.directory.join(name))
+}
+
+/// Writes the file of a container below a name. A directory that is being removed as empty is made
+/// again.
+fn write(directory: &Path, container: &str, text: &[u8]) -> Result<()> {
+    let mut written = Ok(());
+    for _ in 0..8 {
+        let opened = Directory::create(directory);
+        written = opened.and_then(|opened| opened.write(container, text));
+        if written.is_ok() {
+            break;
+        }
+    }
+    written
 }
 
 /// The addresses in a file, if the sandbox that wrote it lives.
@@ -222,9 +241,9 @@ mod tests {
             .collect();
         let address = |last: u8| IpAddr::from([10, 0, 0, last]);
         let one = config(&names, &["Web", "alias"]);
-        let one = Names::publish(one, "c1", &sandboxes[0], &[address(1)]).unwrap();
+        let one = Names::publish(vec![(one, vec![address(1)])], "c1", &sandboxes[0]).unwrap();
         let two = config(&names, &["db", "alias"]);
-        let two = Names::publish(two, "c2", &sandboxes[1], &[address(2)]).unwrap();
+        let two = Names::publish(vec![(two, vec![address(2)])], "c2", &sandboxes[1]).unwrap();
         assert_eq!(one.lookup("db"), Some(vec![address(2)]));
         assert_eq!(two.lookup("web"), Some(vec![address(1)]));
         let mut both = one.lookup("alias").unwrap();

@@ -84,7 +84,7 @@ pub fn fields(row: &Row, no_trunc: bool) -> format::Row {
         .field("Ports", ports(row))
         .labels(&row.labels)
         .field("Mounts", mounts.collect::<Vec<_>>().join(","))
-        .field("Networks", row.network.as_str())
+        .field("Networks", row.networks.join(","))
         .field("LocalVolumes", volumes.to_string())
         .field("Size", size(row))
         .field("Machine", row.machine.as_str())
@@ -154,7 +154,7 @@ mod tests {
             machine: "uml".into(),
             labels: [("a".to_owned(), "b".to_owned())].into(),
             volumes: Vec::new(),
-            network: String::new(),
+            networks: Vec::new(),
             ports: Vec::new(),
             mounts: Vec::new(),
             directory: None,
