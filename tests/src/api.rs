@@ -110,6 +110,27 @@ impl Api {
         (status, serde_json::from_str(body).unwrap_or(Value::Null))
     }
 
+    /// A request that takes over its connection, which is returned when that is granted.
+    pub fn upgrade(&self, path: &str, body: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(self.socket()).unwrap();
+        let length = body.len();
+        write!(
+            stream,
+            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\
+             Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8_lossy(&head);
+        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+        stream
+    }
+
     /// Ends the server.
     pub fn stop(&mut self) -> Output {
         let server = self.server.take().unwrap();

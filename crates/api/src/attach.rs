@@ -20,7 +20,7 @@ use crate::Shared;
 use crate::call::{Call, Hijacked, Query, Reply};
 use crate::containers::{find, logs};
 use crate::failure::{Failure, Result};
-use crate::starts::{Carrier, Pending, hung_up};
+use crate::starts::{Carrier, Coming, Pending, hung_up};
 
 /// Content type of the streams of a terminal, or of one stream.
 pub const RAW: &str = "application/vnd.docker.raw-stream";
@@ -70,22 +70,25 @@ pub fn attach(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         return Err(Error::wrong_state(format!("container {} is paused", details.name)).into());
     }
     let (stream, with_logs) = (query.flag("stream"), query.flag("logs"));
-    let Some(hijacked) = call.upgrade(kind(terminal))? else {
+    let id = container.record.id.clone();
+    // Before the answer: the caller goes on when it has that, and starts the container, or resizes
+    // its terminal.
+    let coming = container::is_idle(&container).then(|| state.starts.expect(&id));
+    let window = state.windows.of(&id)?;
+    let Some(hijacked) = call.take_over(kind(terminal))? else {
         return Ok(Reply::Taken);
     };
     if with_logs {
-        logs::replay(&container, &hijacked.stream, terminal)?;
+        logs::replay(&container, &hijacked.stream, options.shown)?;
     }
     if !stream {
         return Ok(Reply::Taken);
     }
-    let id = container.record.id.clone();
-    let window = state.windows.of(&id)?;
     let remote = remote(hijacked, terminal, window);
     let pending = Pending { options, remote };
-    match container::is_idle(&container) {
-        true => wait_for_start(state, &id, pending),
-        false => carry(&container, pending),
+    match coming {
+        Some(coming) => wait_for_start(state, &container, coming, pending),
+        None => carry(&container, pending),
     }
 }
 
@@ -96,27 +99,37 @@ pub fn remote(hijacked: Hijacked, terminal: bool, window: Arc<Window>) -> Remote
         early: hijacked.early,
         framed: !terminal,
         window,
+        follows_end: false,
     }
 }
 
 /// Waits for a container to be started, by a request or by anybody else.
-fn wait_for_start(state: &Shared, id: &str, pending: Pending) -> Result<Reply> {
+fn wait_for_start(
+    state: &Shared,
+    before: &Container,
+    coming: Coming<'_>,
+    pending: Pending,
+) -> Result<Reply> {
     let watched = pending.remote.stream.try_clone();
     let watched = watched.context(|| "share a connection")?;
-    let number = state.starts.park(id, pending);
-    let paths = state.config.paths();
-    while state.starts.still_waits(id, number) {
-        let container = container::load(&paths, id)?;
-        let runs = container
-            .as_ref()
-            .is_some_and(|container| container.status.state == ContainerState::Running);
-        if !runs && container.is_some() && !hung_up(watched.as_fd()) {
-            continue;
-        }
-        return match (state.starts.give_up(id, number), container) {
-            (Some(pending), Some(container)) if runs => carry(&container, pending),
-            _ => Ok(Reply::Taken),
+    let parked = coming.park(pending);
+    let ended_ns = |container: &Container| container.status.exit.as_ref().map(|exit| exit.at_ns);
+    while parked.still_waits() {
+        let container = container::load(&state.config.paths(), &before.record.id)?;
+        let Some(container) = container else {
+            return Ok(Reply::Taken);
         };
+        if container.status.state == ContainerState::Running {
+            return match parked.give_up() {
+                Some(pending) => carry(&container, pending),
+                None => Ok(Reply::Taken),
+            };
+        }
+        // Somebody else has started it, and it has ended already.
+        let is_over = container::is_idle(&container) && ended_ns(&container) != ended_ns(before);
+        if is_over || hung_up(watched.as_fd()) {
+            return Ok(Reply::Taken);
+        }
     }
     Ok(Reply::Taken)
 }
@@ -136,9 +149,14 @@ fn carry(container: &Container, pending: Pending) -> Result<Reply> {
 /// Starts a container; false when it ran already. What waits for it is attached.
 pub fn start(state: &Shared, container: &Container) -> Result<bool> {
     let id = container.record.id.clone();
-    let (mut pending, is_awaited) = state.starts.take(&id);
-    let others = pending.split_off(pending.len().min(1));
-    let first = match pending.pop() {
+    let (mut others, is_awaited) = state.starts.take(&id);
+    // One that shows something has all of it from the beginning.
+    let shows = |pending: &Pending| pending.options.shown != [false; 2];
+    let first = match others.iter().position(shows) {
+        Some(index) => Some(others.remove(index)),
+        None => others.pop(),
+    };
+    let first = match first {
         None if is_awaited => {
             let (ours, theirs) = UnixStream::pair().context(|| "create a stream")?;
             state.starts.keep(&id, theirs);
@@ -151,29 +169,45 @@ pub fn start(state: &Shared, container: &Container) -> Result<bool> {
     // A thread of its own: in rootless mode it is left in a mount namespace of the container's.
     let outcome = lifecycle::start(&state.config, &id, now_ns(), attachment.as_ref())?;
     let started = match outcome {
-        Start::Running => return Ok(false),
+        Start::Running => {
+            others.extend(
+                attachment
+                    .and_then(Attachment::into_remote)
+                    .map(|(options, remote)| Pending { options, remote }),
+            );
+            attach_each(state, &id, others)?;
+            return Ok(false);
+        }
         Start::Done(Outcome::Interrupted(_)) => return Ok(false),
         Start::Done(Outcome::Started(started)) => *started,
     };
-    for other in others {
-        apart(state, &id, move |state, id| {
-            match container::load(&state.config.paths(), id)? {
-                Some(container) => carry(&container, other).map(drop),
-                None => Ok(()),
-            }
-        })?;
-    }
+    attach_each(state, &id, others)?;
     if let (Some(attachment), Some(carrier)) = (attachment, carrier) {
         apart(state, &id, move |_, _| {
-            let carried = attachment.carry(started.client, started.streams);
             // If it runs on, and others wait for its end, they look by themselves.
-            if let Carried::Exited(exit) = carried? {
-                carrier.ended(exit);
-            }
+            let told = |outcome: &Carried| {
+                if let Carried::Exited(exit) = outcome {
+                    carrier.ended(exit.clone());
+                }
+            };
+            attachment.carry_and_tell(started.client, started.streams, told)?;
             Ok(())
         })?;
     }
     Ok(true)
+}
+
+/// Attaches connections to a container that runs.
+fn attach_each(state: &Shared, id: &str, all: Vec<Pending>) -> Result<()> {
+    for one in all {
+        apart(state, id, move |state, id| {
+            match container::load(&state.config.paths(), id)? {
+                Some(container) => carry(&container, one).map(drop),
+                None => Ok(()),
+            }
+        })?;
+    }
+    Ok(())
 }
 
 /// Does something about a container on a thread of its own, for as long as it takes.
@@ -211,6 +245,7 @@ fn unread(container: &Container, stream: UnixStream) -> Result<Pending> {
             early: Vec::new(),
             framed: false,
             window: Window::new(None)?,
+            follows_end: false,
         },
     })
 }

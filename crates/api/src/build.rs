@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::path::{Component, Path};
 
 use hull_engine::build::{self, Build, Context as Files};
 use hull_engine::error::{Context, Error};
@@ -37,7 +38,29 @@ pub fn build(state: &Shared, call: &mut Call) -> Result<Reply> {
     }
     let mut options = options(query)?;
     let recipe = query.get("dockerfile").unwrap_or("Dockerfile").to_owned();
+    let is_inside = Path::new(&recipe)
+        .components()
+        .all(|part| !matches!(part, Component::ParentDir));
+    if !is_inside {
+        return Err(Failure::bad(format!(
+            "the recipe {recipe} is outside of its context"
+        )));
+    }
     let quiet = query.flag("q");
+    for name in ["cpuperiod", "cpuquota", "cpushares", "memswap"] {
+        if query.number::<i64>(name)?.is_some_and(|number| number != 0) {
+            return Err(Failure::unsupported(format_args!("{name} of a build")));
+        }
+    }
+    for name in ["cpusetcpus", "cgroupparent", "ulimits"] {
+        if query
+            .get(name)
+            .is_some_and(|value| !matches!(value, "null" | "[]"))
+        {
+            return Err(Failure::unsupported(format_args!("{name} of a build")));
+        }
+    }
+    let accounts = crate::transfer::accounts(call)?;
     let archive = crate::transfer::decompressed(&mut call.body)?;
     let files = Files::unpack(&state.config, archive)?;
     options.extend([
@@ -50,11 +73,12 @@ pub fn build(state: &Shared, call: &mut Call) -> Result<Reply> {
         options,
         quiet,
         output: None,
+        accounts,
     };
     let mut stream = call.stream(JSON)?;
     let built = with_output(state, build, &mut stream);
     // The caller may have gone.
-    let _ = match built {
+    let sent = match built {
         Ok((id, names)) => {
             let _ = stream.line(&json!({"aux": {"ID": id}}));
             let short: String = id.trim_start_matches("sha256:").chars().take(12).collect();
@@ -75,6 +99,9 @@ pub fn build(state: &Shared, call: &mut Call) -> Result<Reply> {
             stream.line(&json!({"errorDetail": {"message": message}, "error": message}))
         }
     };
+    if sent.is_ok() {
+        stream.finish();
+    }
     Ok(Reply::Taken)
 }
 

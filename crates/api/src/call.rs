@@ -4,6 +4,8 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::{Buf, Bytes};
 use hull_engine::error::Error;
@@ -80,18 +82,34 @@ impl Call {
             .map_err(|error| Failure::from(Error::new(format!("answer: {error}"))))
     }
 
-    /// Takes over the connection; `None` when the caller has gone.
+    /// Takes over the connection; `None` when the caller has gone. A caller that expects no upgrade
+    /// gets output as the body of the answer, and has no input.
     ///
     /// # Errors
-    /// The caller does not expect that.
-    pub fn upgrade(&mut self, kind: &'static str) -> Result<Option<Hijacked>> {
-        if !self.headers.contains_key(hyper::header::UPGRADE) {
-            return Err(Failure::bad(
-                "this connection has to be upgraded: Connection: Upgrade, Upgrade: tcp",
-            ));
+    /// No descriptors are left.
+    pub fn take_over(&mut self, kind: &'static str) -> Result<Option<Hijacked>> {
+        if self.headers.contains_key(hyper::header::UPGRADE) {
+            let answer = self.answer.take().ok_or_else(answered)?;
+            return Ok(answer.upgrade(kind));
         }
-        let answer = self.answer.take().ok_or_else(answered)?;
-        Ok(answer.upgrade(kind))
+        let doing = |error: io::Error| Failure::from(Error::new(format!("answer: {error}")));
+        let (ours, theirs) = UnixStream::pair().map_err(doing)?;
+        let mut stream = self.stream(kind)?;
+        std::thread::Builder::new()
+            .name("answer".to_owned())
+            .spawn(move || {
+                // When the caller has gone, the end of `theirs` tells the other side.
+                if io::copy(&mut &theirs, &mut stream).is_ok() {
+                    stream.finish();
+                }
+            })
+            .map_err(doing)?;
+        // Its input has ended.
+        let _ = ours.shutdown(std::net::Shutdown::Read);
+        Ok(Some(Hijacked {
+            stream: ours,
+            early: Vec::new(),
+        }))
     }
 
     /// The object in the body; nothing when there is none.
@@ -290,6 +308,8 @@ pub enum Head {
         kind: &'static str,
         headers: Vec<(&'static str, String)>,
         pieces: mpsc::Receiver<Bytes>,
+        /// Set when nothing is missing at the end.
+        whole: Arc<AtomicBool>,
     },
     /// The connection is the handler's from now on.
     Upgrade {
@@ -361,13 +381,16 @@ impl Answer {
         let (sender, pieces) = mpsc::channel(QUEUE);
         let (closed, watched) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let watch = sender.clone();
+        let whole = Arc::new(AtomicBool::new(false));
         self.send(Head::Stream {
             kind,
             headers,
             pieces,
+            whole: whole.clone(),
         });
         Ok(StreamWriter {
             sender,
+            whole,
             closed,
             _watch: Watch::start(watch, watched),
         })
@@ -409,10 +432,12 @@ impl Drop for Watch {
     }
 }
 
-/// The rest of an answer. It ends when this is dropped.
+/// The rest of an answer. It ends with [`StreamWriter::finish`]; dropped before, it breaks off, and
+/// the caller sees that something is missing.
 #[derive(Debug)]
 pub struct StreamWriter {
     sender: mpsc::Sender<Bytes>,
+    whole: Arc<AtomicBool>,
     closed: OwnedFd,
     _watch: Watch,
 }
@@ -424,6 +449,19 @@ impl StreamWriter {
     /// The caller has gone.
     pub fn line(&mut self, value: &Value) -> io::Result<()> {
         self.write_all(format!("{value}\n").as_bytes())
+    }
+
+    /// The same, unless the caller is slow: false then. Never waits, and may be called where
+    /// nothing may block.
+    pub fn offer(&self, value: &Value) -> bool {
+        self.sender
+            .try_send(format!("{value}\n").into_bytes().into())
+            .is_ok()
+    }
+
+    /// Ends the answer: nothing is missing.
+    pub fn finish(self) {
+        self.whole.store(true, Ordering::Release);
     }
 }
 

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::Shared;
 use crate::attach::{asked_size, detach_keys, kind, remote};
-use crate::call::{Call, Reply};
+use crate::call::{Call, Hijacked, Reply};
 use crate::containers::create::Words;
 use crate::containers::find;
 use crate::failure::{Failure, Result};
@@ -208,15 +208,10 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let how: How = call.json()?;
     let container = state.execs.get(id)?.container;
     let container = Any::Own(Box::new(find(state, &container)?));
-    let wants_streams = !how.detach;
-    if wants_streams && !call.headers.contains_key(hyper::header::UPGRADE) {
-        return without_upgrade(state, call, id, &container, how.tty);
-    }
     let (mut exec, window) = state.execs.begin(id)?;
-    if let Some(size) = size_of(&how.console_size) {
+    let size = size_of(&how.console_size).or(exec.options.size);
+    if let Some(size) = size {
         exec.options.size = Some(size);
-    }
-    if let Some(size) = exec.options.size {
         window.resize(size);
     }
     if how.detach {
@@ -225,12 +220,11 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         exec.options.stdin = false;
         let begun = begin(&container, &exec)
             .inspect_err(|error| state.execs.progress(id, Progress::Ended(status_of(error))))?;
-        let remote = Remote {
-            stream: ours.into(),
+        let hijacked = Hijacked {
+            stream: ours,
             early: Vec::new(),
-            framed: false,
-            window,
         };
+        let remote = following(hijacked, true, window);
         let (state, id, counted) = (state.clone(), id.to_owned(), state.busy.count());
         std::thread::Builder::new()
             .name("attached".to_owned())
@@ -241,12 +235,15 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
             .context(|| "start a thread")?;
         return Ok(Reply::Empty(StatusCode::OK));
     }
+    if !call.headers.contains_key(hyper::header::UPGRADE) {
+        exec.options.stdin = false;
+    }
     // How the caller reads, whatever the process has.
-    let Some(hijacked) = call.upgrade(kind(how.tty))? else {
+    let Some(hijacked) = call.take_over(kind(how.tty))? else {
         state.execs.progress(id, Progress::Ended(EXIT_UNKNOWN));
         return Ok(Reply::Taken);
     };
-    let remote = remote(hijacked, how.tty, window);
+    let remote = following(hijacked, how.tty, window);
     match begin(&container, &exec) {
         Ok(begun) => finish(state, id, &exec, remote, begun),
         Err(error) => {
@@ -256,6 +253,14 @@ pub fn start(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         }
     }
     Ok(Reply::Taken)
+}
+
+/// The caller of an execution, whose end is of interest also when the caller has gone.
+fn following(hijacked: Hijacked, raw: bool, window: Arc<Window>) -> Remote {
+    Remote {
+        follows_end: true,
+        ..remote(hijacked, raw, window)
+    }
 }
 
 /// How a process ended of which nobody could learn that.
@@ -268,40 +273,6 @@ fn status_of(error: &Error) -> i32 {
         ErrorKind::NotExecutable => 126,
         _ => EXIT_UNKNOWN,
     }
-}
-
-/// For clients that expect no upgrade: output comes as the body of the answer, and there is no
-/// input.
-fn without_upgrade(
-    state: &Shared,
-    call: &mut Call,
-    id: &str,
-    container: &Any,
-    raw: bool,
-) -> Result<Reply> {
-    let (mut exec, window) = state.execs.begin(id)?;
-    exec.options.stdin = false;
-    let begun = begin(container, &exec)
-        .inspect_err(|error| state.execs.progress(id, Progress::Ended(status_of(error))))?;
-    let (ours, theirs) = UnixStream::pair().context(|| "create a stream")?;
-    let remote = Remote {
-        stream: ours.into(),
-        early: Vec::new(),
-        framed: !raw,
-        window,
-    };
-    let mut stream = call.stream(kind(raw))?;
-    let copier = std::thread::Builder::new()
-        .name("attached".to_owned())
-        .spawn(move || {
-            // When the caller has gone, the end of `theirs` tells the other side.
-            let _ = std::io::copy(&mut &theirs, &mut stream);
-        })
-        .context(|| "start a thread")?;
-    finish(state, id, &exec, remote, begun);
-    // It cannot panic.
-    let _ = copier.join();
-    Ok(Reply::Taken)
 }
 
 fn begin(container: &Any, exec: &Exec) -> hull_engine::error::Result<(Client, Vec<OwnedFd>)> {
@@ -326,16 +297,19 @@ fn finish(
         forward_signals: false,
         detach_keys: exec.detach_keys.clone(),
     };
-    let outcome = Attachment::remote(options, remote).carry(client, streams);
-    let status = match outcome {
-        Ok(Outcome::Exited(exit)) => exit.status,
-        Ok(_) => EXIT_UNKNOWN,
-        Err(error) => {
-            tracing::debug!("exec {id}: {error}");
-            EXIT_UNKNOWN
+    let mut status = EXIT_UNKNOWN;
+    let told = |outcome: &Outcome| {
+        if let Outcome::Exited(exit) = outcome {
+            status = exit.status;
         }
+        // Before the caller sees the end of its streams, and asks.
+        state.execs.progress(id, Progress::Ended(status));
     };
-    state.execs.progress(id, Progress::Ended(status));
+    let carried = Attachment::remote(options, remote).carry_and_tell(client, streams, told);
+    if let Err(error) = carried {
+        tracing::debug!("exec {id}: {error}");
+        state.execs.progress(id, Progress::Ended(EXIT_UNKNOWN));
+    }
 }
 
 /// What is known of an execution.
@@ -380,8 +354,9 @@ pub fn resize(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
     let exec = state.execs.get(id)?;
     let size = asked_size(&call.query)?;
     let size = size.ok_or_else(|| Failure::bad("h and w: two numbers are needed"))?;
-    if let Some(window) = exec.window.upgrade() {
-        window.resize(size);
-    }
+    let Some(window) = exec.window.upgrade() else {
+        return Err(Error::wrong_state(format!("exec {id} is not running")).into());
+    };
+    window.resize(size);
     Ok(Reply::Empty(StatusCode::OK))
 }

@@ -183,6 +183,9 @@ struct Asked {
     name: String,
     driver: String,
     internal: bool,
+    options: BTreeMap<String, String>,
+    #[serde(rename = "EnableIPv4")]
+    enable_ipv4: Option<bool>,
     #[serde(rename = "EnableIPv6")]
     enable_ipv6: Option<bool>,
     #[serde(rename = "IPAM")]
@@ -201,6 +204,9 @@ struct Ipam {
 struct Range {
     subnet: String,
     gateway: String,
+    #[serde(rename = "IPRange")]
+    ip_range: String,
+    auxiliary_addresses: BTreeMap<String, String>,
 }
 
 /// Creates a network.
@@ -212,6 +218,14 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
             asked.driver
         )));
     }
+    if let Some(option) = asked.options.keys().next() {
+        return Err(Failure::unsupported(format_args!(
+            "option {option} of a network"
+        )));
+    }
+    if asked.enable_ipv4 == Some(false) {
+        return Err(Failure::unsupported("a network without IPv4"));
+    }
     let mut subnets = Vec::new();
     for range in asked.ipam.config {
         if range.subnet.is_empty() {
@@ -222,8 +236,17 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
         if subnet.prefix.is_none() {
             return Err(wrong());
         }
-        if !range.gateway.is_empty() {
-            tracing::debug!("network {}: its gateway is its first address", asked.name);
+        let gateway = first_address(&json!(range.subnet)).map(|first| first.to_string());
+        if !range.gateway.is_empty() && Some(&range.gateway) != gateway.as_ref() {
+            return Err(Failure::unsupported(format_args!(
+                "gateway {}: it is the first address of {}",
+                range.gateway, range.subnet
+            )));
+        }
+        if !range.ip_range.is_empty() || !range.auxiliary_addresses.is_empty() {
+            return Err(Failure::unsupported(
+                "IPRange and AuxiliaryAddresses of a network",
+            ));
         }
         subnets.push(subnet);
     }
@@ -273,8 +296,31 @@ pub fn remove(state: &Shared, name: &str) -> Result<Reply> {
     Ok(Reply::done())
 }
 
-/// Removes networks that no container is in.
-pub fn prune(state: &Shared) -> Result<Reply> {
-    let removed = networks::prune(&state.config.paths())?;
+/// Removes networks that no container is in, and that all conditions select.
+pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
+    let paths = state.config.paths();
+    let filters = call.query.filters()?;
+    if let Some(filter) = filters.iter().find(|filter| !filter.starts_with("label=")) {
+        return Err(Failure::unsupported(format_args!(
+            "prune with the filter {filter}"
+        )));
+    }
+    if filters.is_empty() {
+        return Ok(Reply::ok(
+            json!({"NetworksDeleted": networks::prune(&paths)?}),
+        ));
+    }
+    let mut removed = Vec::new();
+    for network in networks::list(&paths)? {
+        let object = json!({"Labels": network.labels});
+        let mut chosen = true;
+        for filter in &filters {
+            chosen &= matches(&object, filter)?;
+        }
+        // One that has containers stays.
+        if chosen && networks::remove(&paths, &network.name).is_ok() {
+            removed.push(network.name);
+        }
+    }
     Ok(Reply::ok(json!({"NetworksDeleted": removed})))
 }

@@ -83,7 +83,7 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
         ("POST", ["containers", "prune"]) => containers::prune(state, call),
         (_, ["containers", id]) if method == Method::DELETE => containers::remove(state, call, id),
         ("GET", ["containers", id, "json"]) => containers::inspect(state, call, id),
-        ("GET", ["containers", id, "top"]) => containers::top(state, id),
+        ("GET", ["containers", id, "top"]) => containers::top(state, call, id),
         ("GET", ["containers", id, "logs"]) => logs::logs(state, call, id),
         ("GET", ["containers", id, "stats"]) => stats::stats(state, call, id),
         ("GET", ["containers", id, "changes"]) => changes::diff(state, id),
@@ -130,7 +130,7 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
 
         ("GET", ["networks"]) => networks::list(state, call),
         ("POST", ["networks", "create"]) => networks::create(state, call),
-        ("POST", ["networks", "prune"]) => networks::prune(state),
+        ("POST", ["networks", "prune"]) => networks::prune(state, call),
         ("GET", ["networks", name]) => networks::inspect(state, name),
         ("DELETE", ["networks", name]) => networks::remove(state, name),
         ("POST", ["networks", name, "connect"]) => networks::connect(state, call, name),

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -24,12 +25,9 @@ use crate::Shared;
 use crate::call::{Answer, BodyReader, Call, Head, JSON, Query, decode};
 use crate::router;
 
-/// Requests that are carried out at a time; further ones wait. Each has a thread, and may follow
-/// something for hours.
-const MOST_REQUESTS: usize = 512;
-
-/// Connections at a time; further ones wait to be accepted.
-const MOST_CONNECTIONS: usize = 1024;
+/// Connections at a time; further ones wait to be accepted. Each has a request at a time, with a
+/// thread that may follow something for hours.
+const MOST_CONNECTIONS: usize = 4096;
 
 /// How often it is looked whether there is anything to do.
 const LOOK: Duration = Duration::from_secs(1);
@@ -41,7 +39,6 @@ pub async fn serve(
     idle: Option<Duration>,
 ) -> io::Result<()> {
     let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
-    let requests = Arc::new(Semaphore::new(MOST_REQUESTS));
     let mut last = Instant::now();
     loop {
         let accepted = tokio::time::timeout(LOOK, async {
@@ -67,11 +64,10 @@ pub async fn serve(
                 continue;
             }
         };
-        let (state, requests, counted) = (state.clone(), requests.clone(), state.busy.count());
+        let (state, counted) = (state.clone(), state.busy.count());
         tokio::spawn(async move {
-            let service = service_fn(|request| answer(state.clone(), requests.clone(), request));
+            let service = service_fn(|request| answer(state.clone(), request));
             let connection = hyper::server::conn::http1::Builder::new()
-                .timer(hyper_util::rt::TokioTimer::new())
                 .serve_connection(TokioIo::new(stream), service)
                 .with_upgrades();
             // The caller has gone, or does not speak HTTP.
@@ -86,7 +82,6 @@ pub async fn serve(
 /// Has one request carried out, and returns its answer.
 async fn answer(
     state: Shared,
-    requests: Arc<Semaphore>,
     mut request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Infallible> {
     let upgrade = hyper::upgrade::on(&mut request);
@@ -104,7 +99,6 @@ async fn answer(
         answer: Some(Answer::new(sender)),
     };
     tracing::debug!("{} {}", call.method, parts.uri);
-    let place = requests.acquire_owned().await;
     let runtime = tokio::runtime::Handle::current();
     let started = std::thread::Builder::new()
         .name("request".to_owned())
@@ -113,7 +107,6 @@ async fn answer(
             let _entered = runtime.enter();
             let _counted = state.busy.count();
             router::carry_out(&state, call);
-            drop(place);
         });
     let head = match started {
         Ok(_) => head.await.ok(),
@@ -192,7 +185,13 @@ fn response(head: Head, upgrade: OnUpgrade) -> Response<AnswerBody> {
             kind,
             headers,
             pieces,
-        } => with_kind(kind, StatusCode::OK, headers, AnswerBody::Stream(pieces)),
+            whole,
+        } => with_kind(
+            kind,
+            StatusCode::OK,
+            headers,
+            AnswerBody::Stream(pieces, whole),
+        ),
         Head::Upgrade { kind, connection } => {
             tokio::spawn(async move {
                 let taken = take_over(upgrade).await;
@@ -226,25 +225,28 @@ async fn take_over(upgrade: OnUpgrade) -> io::Result<(std::os::unix::net::UnixSt
 #[derive(Debug)]
 pub enum AnswerBody {
     Whole(Option<Bytes>),
-    Stream(mpsc::Receiver<Bytes>),
+    Stream(mpsc::Receiver<Bytes>, Arc<AtomicBool>),
 }
 
 impl Body for AnswerBody {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = io::Error;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         match self.get_mut() {
             Self::Whole(body) => {
                 let body = body.take().filter(|body| !body.is_empty());
                 Poll::Ready(body.map(|body| Ok(Frame::data(body))))
             }
-            Self::Stream(pieces) => pieces
-                .poll_recv(context)
-                .map(|piece| piece.map(|piece| Ok(Frame::data(piece)))),
+            Self::Stream(pieces, whole) => pieces.poll_recv(context).map(|piece| match piece {
+                Some(piece) => Some(Ok(Frame::data(piece))),
+                None if whole.load(Ordering::Acquire) => None,
+                // The connection is broken off: the caller is not to take what came for all.
+                None => Some(Err(io::Error::other("the answer breaks off"))),
+            }),
         }
     }
 
@@ -257,7 +259,7 @@ impl Body for AnswerBody {
             Self::Whole(body) => {
                 SizeHint::with_exact(body.as_ref().map_or(0, |body| body.len() as u64))
             }
-            Self::Stream(_) => SizeHint::default(),
+            Self::Stream(..) => SizeHint::default(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hull_engine::Paths;
 use hull_engine::attach::{Options, Remote};
@@ -13,13 +13,16 @@ use hull_engine::container::{self, Container};
 use hull_engine::error::{Error, ErrorKind, Result};
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
-use hull_sandbox::store::Exit;
+use hull_sandbox::store::{Exit, unix_time_ns};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::Shared;
 
 /// How often it is looked whether somebody else has started a container.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How long a start waits for connections that are just being taken over.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection that waits for a container to start.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub struct Pending {
 #[derive(Debug, Default)]
 struct Known {
     pending: Vec<(u64, Pending)>,
+    /// Connections that are just being taken over, and will be among those.
+    coming: usize,
     waiters: usize,
     /// Threads that will tell how it ended, when it has.
     carriers: usize,
@@ -64,17 +69,18 @@ impl Starts {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a connection wait for a container, until [`Starts::take`] or [`Starts::give_up`].
-    pub fn park(&self, id: &str, pending: Pending) -> u64 {
-        let mut known = self.lock();
-        let of_container = &mut known.entry(id.to_owned()).or_default().pending;
-        let number = of_container.last().map_or(0, |(last, _)| last + 1);
-        of_container.push((number, pending));
-        number
+    /// Says that a connection will wait for a container. A start waits for it: the caller goes on
+    /// as soon as it has an answer.
+    pub fn expect(&self, id: &str) -> Coming<'_> {
+        self.lock().entry(id.to_owned()).or_default().coming += 1;
+        Coming {
+            starts: self,
+            id: id.to_owned(),
+        }
     }
 
     /// Whether a connection waits still. Returns at a change, or after a moment.
-    pub fn still_waits(&self, id: &str, number: u64) -> bool {
+    fn still_waits(&self, id: &str, number: u64) -> bool {
         let known = self.lock();
         let waited = self.changed.wait_timeout(known, LOOK);
         let (known, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -83,7 +89,7 @@ impl Starts {
     }
 
     /// Takes a connection back.
-    pub fn give_up(&self, id: &str, number: u64) -> Option<Pending> {
+    fn give_up(&self, id: &str, number: u64) -> Option<Pending> {
         let mut known = self.lock();
         let pending = &mut known.get_mut(id)?.pending;
         let index = pending.iter().position(|(other, _)| *other == number)?;
@@ -96,6 +102,11 @@ impl Starts {
     /// whether somebody waits for its end.
     pub fn take(&self, id: &str) -> (Vec<Pending>, bool) {
         let mut known = self.lock();
+        let begin = Instant::now();
+        while known.get(id).is_some_and(|one| one.coming > 0) && begin.elapsed() < PATIENCE {
+            let waited = self.changed.wait_timeout(known, LOOK);
+            known = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         let Some(one) = known.get_mut(id) else {
             return (Vec::new(), false);
         };
@@ -127,6 +138,7 @@ impl Starts {
             starts: self,
             id,
             ended_ns: exit_ns(container),
+            since_ns: unix_time_ns(),
         }
     }
 }
@@ -134,7 +146,7 @@ impl Starts {
 fn forget(known: &mut HashMap<String, Known>, id: &str) {
     if known
         .get(id)
-        .is_some_and(|one| one.waiters + one.carriers == 0 && one.pending.is_empty())
+        .is_some_and(|one| one.waiters + one.carriers + one.coming == 0 && one.pending.is_empty())
     {
         known.remove(id);
     }
@@ -148,6 +160,66 @@ fn has_ended(error: &Error) -> bool {
 
 fn exit_ns(container: &Container) -> Option<u64> {
     container.status.exit.as_ref().map(|exit| exit.at_ns)
+}
+
+/// A connection that is just being taken over.
+#[derive(Debug)]
+pub struct Coming<'a> {
+    starts: &'a Starts,
+    id: String,
+}
+
+impl<'a> Coming<'a> {
+    /// It is there, and waits until [`Starts::take`], or until what is returned is dropped.
+    pub fn park(self, pending: Pending) -> Parked<'a> {
+        let mut known = self.starts.lock();
+        let of_container = &mut known.entry(self.id.clone()).or_default().pending;
+        let number = of_container.last().map_or(0, |(last, _)| last + 1);
+        of_container.push((number, pending));
+        drop(known);
+        Parked {
+            starts: self.starts,
+            id: self.id.clone(),
+            number,
+        }
+    }
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        let mut known = self.starts.lock();
+        if let Some(one) = known.get_mut(&self.id) {
+            one.coming -= 1;
+        }
+        forget(&mut known, &self.id);
+        self.starts.changed.notify_all();
+    }
+}
+
+/// A connection that waits.
+#[derive(Debug)]
+pub struct Parked<'a> {
+    starts: &'a Starts,
+    id: String,
+    number: u64,
+}
+
+impl Parked<'_> {
+    /// Whether it waits still. Returns at a change, or after a moment.
+    pub fn still_waits(&self) -> bool {
+        self.starts.still_waits(&self.id, self.number)
+    }
+
+    /// Takes it back.
+    pub fn give_up(&self) -> Option<Pending> {
+        self.starts.give_up(&self.id, self.number)
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        self.give_up();
+    }
 }
 
 /// Somebody who will tell how a container has ended.
@@ -196,6 +268,8 @@ pub struct Waiter<'a> {
     id: String,
     /// When it had ended last.
     ended_ns: Option<u64>,
+    /// When the waiting began: nanoseconds since 1970.
+    since_ns: u64,
 }
 
 impl Waiter<'_> {
@@ -264,18 +338,15 @@ impl Waiter<'_> {
         let known = self.starts.lock();
         let one = known.get(&self.id);
         let told = one.and_then(|one| one.exit.clone());
+        // Not that of an earlier run, which others still wait after.
+        let told = told.filter(|exit| exit.at_ns >= self.since_ns);
         (told, one.is_some_and(|one| one.carriers > 0))
     }
 
     /// Waits for a change, or for a moment.
     fn rest(&self) {
         let known = self.starts.lock();
-        if known.get(&self.id).is_none_or(|one| one.exit.is_none()) {
-            drop(self.starts.changed.wait_timeout(known, LOOK));
-        } else {
-            drop(known);
-            std::thread::sleep(LOOK / 10);
-        }
+        drop(self.starts.changed.wait_timeout(known, LOOK));
     }
 
     /// Waits for the end of a container that runs.

@@ -300,6 +300,10 @@ pub fn events(state: &Shared, call: &mut Call) -> Result<Reply> {
     let mut feed = Feed::open(&state.config.run_dir, moment("since")?, moment("until")?)?;
     let mut stream = call.stream(JSON)?;
     let mut attributes = Attributes::default();
+    for container in container::list(&state.config.paths())?.iter().flatten() {
+        // One that is removed when it ends is told about then, too.
+        attributes.of(state, &container.record.id);
+    }
     while let Some(event) = feed.next(stream.as_fd())? {
         let mut object = with_dockers_keys(&event, json!({}));
         if object["Type"] == "container" {
@@ -331,8 +335,9 @@ pub fn events(state: &Shared, call: &mut Call) -> Result<Reply> {
             }
         }
         if matches(&object, &filters) && stream.line(&object).is_err() {
-            break;
+            return Ok(Reply::Taken);
         }
     }
+    stream.finish();
     Ok(Reply::Taken)
 }

@@ -1,12 +1,15 @@
 //! Images that come and go: pulled, imported, loaded, saved, pushed.
 
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::alphabet;
+use base64::engine::general_purpose::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use hull_engine::error::{Context, Error, of_image};
 use hull_engine::images::{image_name, of_local};
@@ -26,85 +29,177 @@ const HEADER: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
+/// What a client knows of an account at a registry.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Login {
     username: String,
     password: String,
+    auth: String,
+    identitytoken: String,
+    registrytoken: String,
 }
 
-/// The credentials that a request carries, or those of the user who serves.
-fn credentials(call: &Call) -> Result<Credentials> {
-    let Some(header) = call.headers.get("x-registry-auth") else {
-        return Ok(Credentials::docker());
+/// JSON in a header.
+fn header<T: serde::de::DeserializeOwned>(call: &Call, name: &str) -> Result<Option<T>> {
+    let Some(text) = call.headers.get(name) else {
+        return Ok(None);
     };
-    let wrong = || Failure::bad("invalid X-Registry-Auth");
-    let text = HEADER.decode(header.as_bytes()).map_err(|_| wrong())?;
-    if text.iter().all(u8::is_ascii_whitespace) {
-        return Ok(Credentials::docker());
+    let wrong = || Failure::bad(format!("invalid {name}"));
+    let text = HEADER.decode(text.as_bytes()).map_err(|_| wrong())?;
+    if text.iter().all(u8::is_ascii_whitespace) || text == b"null" {
+        return Ok(None);
     }
-    let login: Value = serde_json::from_slice(&text).map_err(|_| wrong())?;
-    let login: Login = match login {
-        Value::Object(_) => serde_json::from_value(login).map_err(|_| wrong())?,
-        _ => Login::default(),
-    };
-    Ok(match login.username.is_empty() {
-        true => Credentials::docker(),
-        false => Credentials::basic(login.username, login.password),
+    serde_json::from_slice(&text).map(Some).map_err(|_| wrong())
+}
+
+impl Login {
+    /// User and password, if there are any.
+    fn account(&self) -> Result<Option<(String, String)>> {
+        if !self.identitytoken.is_empty() || !self.registrytoken.is_empty() {
+            return Err(Failure::unsupported(
+                "tokens in place of a registry's password: docker login with a password",
+            ));
+        }
+        if !self.username.is_empty() {
+            return Ok(Some((self.username.clone(), self.password.clone())));
+        }
+        let decoded = STANDARD.decode(&self.auth).unwrap_or_default();
+        let text = String::from_utf8_lossy(&decoded);
+        let pair = text.split_once(':').filter(|(user, _)| !user.is_empty());
+        Ok(pair.map(|(user, password)| (user.to_owned(), password.to_owned())))
+    }
+}
+
+/// The credentials that a request carries. Those of the user who serves are not for others.
+fn credentials(call: &Call) -> Result<Credentials> {
+    let login: Option<Login> = header(call, "x-registry-auth")?;
+    let account = login.map(|login| login.account()).transpose()?.flatten();
+    Ok(match account {
+        Some((user, password)) => Credentials::basic(user, password),
+        None => Credentials::anonymous(),
     })
 }
 
-/// Progress in Docker's lines.
+/// Accounts at registries that a build may use, as the file of `docker login` has them.
+pub fn accounts(call: &Call) -> Result<Option<Value>> {
+    let logins: Option<BTreeMap<String, Login>> = header(call, "x-registry-config")?;
+    let mut auths = serde_json::Map::new();
+    for (registry, login) in logins.unwrap_or_default() {
+        if let Some((user, password)) = login.account()? {
+            let auth = STANDARD.encode(format!("{user}:{password}"));
+            auths.insert(registry, json!({"auth": auth}));
+        }
+    }
+    Ok((!auths.is_empty()).then(|| json!({"auths": auths})))
+}
+
+/// How often a layer's progress is told.
+const TOLD_EVERY: Duration = Duration::from_millis(100);
+
+/// Progress in Docker's lines. They come where nothing may block, and a caller that does not read
+/// must not keep a pull, so lines about bytes are left out when they cannot be sent at once; the
+/// others wait.
 struct Told {
-    stream: Mutex<StreamWriter>,
+    stream: StreamWriter,
     pulls: bool,
+    state: Mutex<ToldState>,
+}
+
+#[derive(Default)]
+struct ToldState {
+    /// When each layer's progress was told last.
+    last: HashMap<String, Instant>,
+    /// Lines that could not be sent at once.
+    late: VecDeque<Value>,
 }
 
 impl Told {
-    fn line(&self, value: &Value) {
-        let mut stream = self
-            .stream
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        // The caller may have gone; what was begun is brought to an end.
-        let _ = stream.line(value);
+    fn new(stream: StreamWriter, pulls: bool) -> Self {
+        Self {
+            stream,
+            pulls,
+            state: Mutex::default(),
+        }
     }
 
-    /// The last line of what went wrong.
-    fn failed(&self, error: &Error) {
-        let failure = Failure::from(error.clone());
-        self.line(&json!({
-            "errorDetail": {"message": failure.message},
-            "error": failure.message,
-        }));
+    fn lock(&self) -> MutexGuard<'_, ToldState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what waits, as far as that goes at once; whether nothing waits any more.
+    fn flush(&self, state: &mut ToldState) -> bool {
+        while let Some(line) = state.late.front() {
+            if !self.stream.offer(line) {
+                return false;
+            }
+            state.late.pop_front();
+        }
+        true
+    }
+
+    /// Sends the last lines, and ends the answer. The caller may have gone.
+    fn end(mut self, lines: &[Value]) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let late = std::mem::take(&mut state.late);
+        let sent = late
+            .iter()
+            .chain(lines)
+            .try_for_each(|line| self.stream.line(line));
+        if sent.is_ok() {
+            self.stream.finish();
+        }
+    }
+
+    /// The same with what went wrong.
+    fn fail(self, error: &Error) {
+        let message = Failure::from(error.clone()).message;
+        self.end(&[json!({"errorDetail": {"message": message}, "error": message})]);
     }
 }
 
 impl Progress for Told {
     fn event(&self, event: Event<'_>) {
-        let Event::Layer { digest, state } = event else {
+        let Event::Layer {
+            digest,
+            state: layer,
+        } = event
+        else {
             return;
         };
         let id: String = digest.hex().chars().take(12).collect();
-        let moving = |status: &str, done: u64, total: u64| {
-            json!({
-                "status": status,
-                "progressDetail": {"current": done, "total": total},
-                "id": id,
-            })
+        let (status, moved) = match layer {
+            LayerState::Present if self.pulls => ("Already exists", None),
+            LayerState::Present => ("Layer already exists", None),
+            LayerState::Waiting => ("Waiting", None),
+            LayerState::Downloading { done, total } => ("Downloading", Some((done, total))),
+            LayerState::Unpacking { done, total } => ("Extracting", Some((done, total))),
+            LayerState::Packing { done, total } => ("Preparing", Some((done, total))),
+            LayerState::Uploading { done, total } => ("Pushing", Some((done, total))),
+            LayerState::Done if self.pulls => ("Pull complete", None),
+            LayerState::Done => ("Pushed", None),
         };
-        let resting = |status: &str| json!({"status": status, "progressDetail": {}, "id": id});
-        self.line(&match state {
-            LayerState::Present if self.pulls => resting("Already exists"),
-            LayerState::Present => resting("Layer already exists"),
-            LayerState::Waiting => resting("Waiting"),
-            LayerState::Downloading { done, total } => moving("Downloading", done, total),
-            LayerState::Unpacking { done, total } => moving("Extracting", done, total),
-            LayerState::Packing { done, total } => moving("Preparing", done, total),
-            LayerState::Uploading { done, total } => moving("Pushing", done, total),
-            LayerState::Done if self.pulls => resting("Pull complete"),
-            LayerState::Done => resting("Pushed"),
-        });
+        let detail = match moved {
+            Some((done, total)) => json!({"current": done, "total": total}),
+            None => json!({}),
+        };
+        let line = json!({"status": status, "progressDetail": detail, "id": id});
+        let mut state = self.lock();
+        let is_free = self.flush(&mut state);
+        if moved.is_none() {
+            if !is_free || !self.stream.offer(&line) {
+                state.late.push_back(line);
+            }
+            return;
+        }
+        let now = Instant::now();
+        let last = state.last.get(&id);
+        if is_free
+            && last.is_none_or(|last| now.duration_since(*last) >= TOLD_EVERY)
+            && self.stream.offer(&line)
+        {
+            state.last.insert(id, now);
+        }
     }
 }
 
@@ -143,24 +238,28 @@ fn pull(state: &Shared, call: &mut Call) -> Result<Reply> {
     }
     // What a registry refuses at once is an answer of its own, as with Docker: its head is sent
     // with the first line of progress.
-    let told = Late::new(call);
-    let pulled = store.resolve(&reference, Pull::Always, &credentials, &told);
+    let late = Late::new(call);
+    let pulled = store.resolve(&reference, Pull::Always, &credentials, &late);
+    let told = late.into_told();
     match pulled {
         Ok(image) => {
-            let told = told.begin()?;
-            if let Some(digest) = image.digest {
-                told.line(&json!({"status": format!("Digest: {digest}")}));
-            }
-            let familiar = reference.familiar();
-            told.line(&json!({"status": format!("Status: Image is up to date for {familiar}")}));
+            let told = match told {
+                Some(told) => told,
+                None => Told::new(call.stream(JSON)?, true),
+            };
+            let digest = image.digest.map(|digest| format!("Digest: {digest}"));
+            let done = format!("Status: Image is up to date for {}", reference.familiar());
+            let lines: Vec<Value> = digest
+                .into_iter()
+                .chain([done])
+                .map(|status| json!({"status": status}))
+                .collect();
+            told.end(&lines);
         }
-        Err(error) => {
-            let error = of_image(error);
-            match told.begun() {
-                Some(told) => told.failed(&error),
-                None => return Err(error.into()),
-            }
-        }
+        Err(error) => match told {
+            Some(told) => told.fail(&of_image(error)),
+            None => return Err(no_such(error, &name)),
+        },
     }
     Ok(Reply::Taken)
 }
@@ -168,34 +267,28 @@ fn pull(state: &Shared, call: &mut Call) -> Result<Reply> {
 /// Progress whose answer begins with its first line.
 struct Late<'a> {
     call: Mutex<&'a mut Call>,
-    told: std::sync::OnceLock<Told>,
+    told: OnceLock<Told>,
 }
 
 impl<'a> Late<'a> {
     fn new(call: &'a mut Call) -> Self {
         Self {
             call: Mutex::new(call),
-            told: std::sync::OnceLock::new(),
+            told: OnceLock::new(),
         }
+    }
+
+    fn into_told(self) -> Option<Told> {
+        self.told.into_inner()
     }
 
     fn begin(&self) -> Result<&Told> {
-        let mut call = self
-            .call
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut call = self.call.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(told) = self.told.get() {
             return Ok(told);
         }
-        let stream = Mutex::new(call.stream(JSON)?);
-        Ok(self.told.get_or_init(|| Told {
-            stream,
-            pulls: true,
-        }))
-    }
-
-    fn begun(&self) -> Option<&Told> {
-        self.told.get()
+        let stream = call.stream(JSON)?;
+        Ok(self.told.get_or_init(|| Told::new(stream, true)))
     }
 }
 
@@ -236,7 +329,9 @@ fn import(state: &Shared, call: &mut Call, source: &str) -> Result<Reply> {
         .map_err(of_image)?;
     let mut stream = call.stream(JSON)?;
     // The caller may have gone.
-    let _ = stream.line(&json!({"status": image.id}));
+    if stream.line(&json!({"status": image.id})).is_ok() {
+        stream.finish();
+    }
     Ok(Reply::Taken)
 }
 
@@ -278,6 +373,7 @@ pub fn load(state: &Shared, call: &mut Call) -> Result<Reply> {
             let _ = stream.line(&json!({"stream": line}));
         }
     }
+    stream.finish();
     Ok(Reply::Taken)
 }
 
@@ -309,7 +405,8 @@ pub fn save(state: &Shared, call: &mut Call, name: Option<String>) -> Result<Rep
     store
         .save(&references, &mut output, Path::new("the answer"), &())
         .map_err(of_local)?;
-    output.flush().context(|| "send the archive")?;
+    let sent = output.into_inner().map_err(io::IntoInnerError::into_error);
+    sent.context(|| "send the archive")?.finish();
     Ok(Reply::Taken)
 }
 
@@ -325,30 +422,30 @@ pub fn push(state: &Shared, call: &mut Call, name: &str) -> Result<Reply> {
         .map_err(|error| no_such(error, &full))?;
     let target = image_name(&full)?;
     let credentials = credentials(call)?;
-    let told = Told {
-        stream: Mutex::new(call.stream(JSON)?),
-        pulls: false,
-    };
-    told.line(&json!({
-        "status": format!("The push refers to repository [{}]", target.name()),
-    }));
+    let mut stream = call.stream(JSON)?;
+    let head = format!("The push refers to repository [{}]", target.name());
+    // The caller may have gone.
+    let _ = stream.line(&json!({"status": head}));
+    let told = Told::new(stream, false);
     match store.push(&target, &credentials, &told) {
         Ok(pushed) => {
             let line = format!(
                 "{}: digest: {} size: {}",
                 pushed.tag, pushed.digest, pushed.size
             );
-            told.line(&json!({"status": line}));
-            told.line(&json!({
-                "progressDetail": {},
-                "aux": {
-                    "Tag": pushed.tag,
-                    "Digest": pushed.digest.to_string(),
-                    "Size": pushed.size,
-                },
-            }));
+            told.end(&[
+                json!({"status": line}),
+                json!({
+                    "progressDetail": {},
+                    "aux": {
+                        "Tag": pushed.tag,
+                        "Digest": pushed.digest.to_string(),
+                        "Size": pushed.size,
+                    },
+                }),
+            ]);
         }
-        Err(error) => told.failed(&of_local(error)),
+        Err(error) => told.fail(&of_local(error)),
     }
     Ok(Reply::Taken)
 }

@@ -47,6 +47,8 @@ pub struct Build {
     pub quiet: bool,
     /// Where the steps are shown; on standard error without it.
     pub output: Option<File>,
+    /// Accounts at registries, in place of the user's own: as `docker login` keeps them.
+    pub accounts: Option<serde_json::Value>,
 }
 
 /// The files of a recipe that came as an archive; removed when this is dropped.
@@ -112,6 +114,12 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
         command.arg("--tag").arg(name.to_string());
     }
     command.args(&build.options);
+    if let Some(accounts) = &build.accounts {
+        let file = work.0.join("auth.json");
+        // The directory is nobody else's.
+        fs::write(&file, accounts.to_string()).context(|| format!("write {}", file.display()))?;
+        command.arg("--authfile").arg(file);
+    }
     match build.context == "-" {
         true => {
             let empty = work.0.join("context");

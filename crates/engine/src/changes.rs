@@ -324,7 +324,7 @@ pub fn export(paths: &Paths, name: &str, output: impl Write) -> Result<()> {
             continue;
         }
         let relative = place.strip_prefix("/").unwrap_or(&place).to_owned();
-        append(&mut written, &relative, &entry, &mut archive)
+        append(&mut written, Name::Path(&relative), &entry, &mut archive)
             .context(|| format!("export {}", place.display()))?;
     }
     let flushed = written.into_inner().and_then(|mut output| output.flush());
@@ -332,9 +332,112 @@ pub fn export(paths: &Paths, name: &str, output: impl Write) -> Result<()> {
     archive.get_mut().finish()
 }
 
+/// Writes the archive of a directory with `.` for its name, as Docker names what is in a directory:
+/// `./`, `./file`.
+///
+/// # Errors
+/// The container's, or that of the output.
+pub fn content(archive: ArchiveReader, output: impl Write) -> Result<()> {
+    let mut archive = TarReader::new(archive);
+    let mut written = tar::Builder::new(io::BufWriter::with_capacity(1 << 18, output));
+    let below = |path: &[u8]| {
+        let path = path.strip_prefix(b"./").unwrap_or(path);
+        let rest = path.splitn(2, |byte| *byte == b'/').nth(1);
+        [b"./", rest.unwrap_or_default()].concat()
+    };
+    loop {
+        let mut entry = match archive.next() {
+            Ok(Some(entry)) => entry,
+            Ok(None) => break,
+            Err(error) => return Err(archive.get_mut().explain(&error)),
+        };
+        if entry.kind == Kind::HardLink {
+            entry.link = below(&entry.link);
+        }
+        append(
+            &mut written,
+            Name::Exact(&below(&entry.path)),
+            &entry,
+            &mut archive,
+        )
+        .context(|| "write the archive")?;
+    }
+    let flushed = written.into_inner().and_then(|mut output| output.flush());
+    flushed.context(|| "write the archive")?;
+    archive.get_mut().finish()
+}
+
+/// The name of an entry in an archive.
+#[derive(Clone, Copy)]
+enum Name<'a> {
+    /// As the library writes a path: without dots.
+    Path(&'a Path),
+    /// Byte by byte.
+    Exact(&'a [u8]),
+}
+
+impl Name<'_> {
+    fn append(
+        self,
+        written: &mut tar::Builder<impl Write>,
+        header: &mut tar::Header,
+        data: impl Read,
+    ) -> io::Result<()> {
+        let bytes = match self {
+            Name::Path(path) => return written.append_data(header, path, data),
+            Name::Exact(bytes) => bytes,
+        };
+        let field = &mut header.as_old_mut().name;
+        let short = &bytes[..bytes.len().min(field.len())];
+        field.fill(0);
+        field[..short.len()].copy_from_slice(short);
+        if short.len() < bytes.len() {
+            long(written, tar::EntryType::GNULongName, bytes)?;
+        }
+        header.set_cksum();
+        written.append(header, data)
+    }
+
+    fn append_link(
+        self,
+        written: &mut tar::Builder<impl Write>,
+        header: &mut tar::Header,
+        target: &[u8],
+    ) -> io::Result<()> {
+        if let Name::Path(path) = self {
+            let target = Path::new(std::ffi::OsStr::from_bytes(target));
+            return append_link(written, header, path, target);
+        }
+        if header.set_link_name_literal(target).is_err() {
+            long(written, tar::EntryType::GNULongLink, target)?;
+        }
+        self.append(written, header, io::empty())
+    }
+}
+
+/// GNU's extension for a name that is longer than its field in a header.
+fn long(
+    written: &mut tar::Builder<impl Write>,
+    kind: tar::EntryType,
+    name: &[u8],
+) -> io::Result<()> {
+    let mut header = tar::Header::new_gnu();
+    let field = &mut header.as_old_mut().name;
+    const NAME: &[u8] = b"././@LongLink";
+    field[..NAME.len()].copy_from_slice(NAME);
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(name.len() as u64 + 1);
+    header.set_entry_type(kind);
+    header.set_cksum();
+    written.append(&header, name.chain(&b"\0"[..]))
+}
+
 fn append(
     written: &mut tar::Builder<impl Write>,
-    name: &Path,
+    name: Name<'_>,
     entry: &Entry,
     data: &mut impl Read,
 ) -> io::Result<()> {
@@ -344,9 +447,10 @@ fn append(
     header.set_gid(entry.gid.into());
     header.set_mtime(u64::try_from(entry.mtime.0).unwrap_or_default());
     header.set_size(0);
-    let link = Path::new(std::ffi::OsStr::from_bytes(
-        entry.link.strip_prefix(b"./").unwrap_or(&entry.link),
-    ));
+    let link = match name {
+        Name::Path(_) => entry.link.strip_prefix(b"./").unwrap_or(&entry.link),
+        Name::Exact(_) => &entry.link,
+    };
     header.set_entry_type(match entry.kind {
         Kind::File => tar::EntryType::Regular,
         Kind::Directory => tar::EntryType::Directory,
@@ -361,13 +465,13 @@ fn append(
     match entry.kind {
         Kind::File => {
             header.set_size(entry.stored);
-            written.append_data(&mut header, name, data.take(entry.stored))
+            name.append(written, &mut header, data.take(entry.stored))
         }
-        Kind::Symlink | Kind::HardLink => append_link(written, &mut header, name, link),
+        Kind::Symlink | Kind::HardLink => name.append_link(written, &mut header, link),
         _ => {
             header.set_device_major(entry.device.0)?;
             header.set_device_minor(entry.device.1)?;
-            written.append_data(&mut header, name, io::empty())
+            name.append(written, &mut header, io::empty())
         }
     }
 }

@@ -183,7 +183,11 @@ fn change(
 }
 
 /// The name of a network, which may be given by its id.
-fn name_of(config: &Config, text: &str) -> Result<String> {
+///
+/// # Errors
+/// It is no network that a container can be connected to.
+pub fn name_of(config: &Config, text: &str) -> Result<String> {
+    // It begins with a letter or a digit, as names do.
     match values::network(text) {
         Ok(Network::Named(name)) if networks::load(&config.paths(), &name)?.is_none() => {
             let found = networks::find(&config.paths(), text);

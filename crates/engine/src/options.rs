@@ -238,6 +238,10 @@ impl RunOptions {
                 SecurityOption::Seccomp(file) => {
                     seccomp = Seccomp::Profile(Box::new(Profile::read(file)?));
                 }
+                SecurityOption::SeccompText(text) => {
+                    let profile = Profile::parse(text.as_bytes(), &"what was given")?;
+                    seccomp = Seccomp::Profile(Box::new(profile));
+                }
                 SecurityOption::NoNewPrivileges(_) => {}
             }
         }

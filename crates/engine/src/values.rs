@@ -171,6 +171,8 @@ pub enum SecurityOption {
     Unconfined,
     /// The system call filter of a file.
     Seccomp(#[serde(with = "exact")] PathBuf),
+    /// The system call filter of a profile that was given as it is.
+    SeccompText(String),
     /// Whether programs can bring privileges along.
     NoNewPrivileges(bool),
 }
@@ -184,6 +186,10 @@ pub fn security_option(text: &str) -> Result<SecurityOption, String> {
     };
     match (name, value) {
         ("seccomp", Some("unconfined")) => Ok(SecurityOption::Unconfined),
+        // As the docker command line passes the file on that it has read.
+        ("seccomp", Some(profile)) if profile.starts_with('{') => {
+            Ok(SecurityOption::SeccompText(profile.to_owned()))
+        }
         ("seccomp", Some(file)) if !file.is_empty() => Ok(SecurityOption::Seccomp(file.into())),
         ("no-new-privileges", None | Some("true")) => Ok(SecurityOption::NoNewPrivileges(true)),
         ("no-new-privileges", Some("false")) => Ok(SecurityOption::NoNewPrivileges(false)),

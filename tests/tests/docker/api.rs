@@ -1,12 +1,13 @@
 //! Docker's command line talks to `hull api`: no daemon of Docker's is there.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use hull_tests::{
-    Api, Hull, Invocation, Output, Terminal, busybox_archive, eventually, executable,
+    Api, Hull, Invocation, Output, Registry, Terminal, busybox_archive, eventually, executable,
 };
 use rustix::process::Signal;
 use serde_json::json;
@@ -215,7 +216,6 @@ fn clients_that_go_away_leave_nothing_behind() {
         &["wait", "job"],
         &["events"],
         &["stats", "job"],
-        &["exec", "job", "sleep", "1000"],
     ]
     .into_iter()
     .map(|arguments| api.docker(arguments).start())
@@ -258,6 +258,18 @@ fn files_go_in_and_out_and_become_images() {
     docker(&["cp", &here("tree"), "job:/tree"]).ok();
     docker(&["cp", "job:/tree/file", &here("back")]).ok();
     assert_eq!(fs::read_to_string(scratch.join("back")).unwrap(), "data\n");
+    // What is in a directory, and names with dots.
+    fs::create_dir(scratch.join("into")).unwrap();
+    docker(&["cp", "job:/tree/.", &here("into")]).ok();
+    assert_eq!(
+        fs::read_to_string(scratch.join("into/file")).unwrap(),
+        "data\n"
+    );
+    docker(&["cp", "job:/tree/.", &here("made.new")]).ok();
+    assert_eq!(
+        fs::read_to_string(scratch.join("made.new/file")).unwrap(),
+        "data\n"
+    );
     docker(&["cp", "job:/tree", &here("copy")]).ok();
     assert_eq!(
         fs::read_to_string(scratch.join("copy/file")).unwrap(),
@@ -356,6 +368,17 @@ fn volumes_and_networks_are_dockers() {
         "{address} {gateway}"
     );
     let network = docker(&["network", "inspect", &net]).ok().json();
+    let id = network[0]["Id"].as_str().unwrap();
+    let listed = docker(&["ps", "-q", "-f", &format!("network={id}")]).ok();
+    assert_eq!(listed.text().lines().count(), 1);
+    api.run(&["--network", id], &["wget", "-qO-", "http://srv/"])
+        .ok();
+    docker(&["network", "prune", "-f", "--filter", "label=a=b"]).ok();
+    refused(
+        docker(&["network", "prune", "-f", "--filter", "until=1h"]),
+        1,
+        "until",
+    );
     assert_eq!(network[0]["Labels"]["a"], "b");
     assert_eq!(network[0]["IPAM"]["Config"][0]["Gateway"], gateway);
     let containers = network[0]["Containers"].as_object().unwrap();
@@ -372,6 +395,104 @@ fn volumes_and_networks_are_dockers() {
     assert_eq!((status, &answer["VolumesDeleted"]), (200, &json!(["data"])));
     assert_eq!(docker(&["volume", "ls", "-q"]).ok().text(), "");
     assert!(docker(&["network", "ls"]).ok().text().contains("bridge"));
+    api.assert_clean();
+}
+
+#[test]
+fn images_are_pulled_and_pushed_with_progress() {
+    let mut api = api();
+    let registry = Registry::new();
+    let name = format!("{}/some/busybox:1", registry.address);
+    let docker = |arguments: &[&str]| api.docker(arguments).run();
+    docker(&["tag", "busybox", &name]).ok();
+    let pushed = docker(&["push", &name]).ok().text();
+    assert!(pushed.contains("1: digest: sha256:"), "{pushed}");
+    docker(&["rmi", &name]).ok();
+    docker(&["rmi", "busybox"]).ok();
+    // Pulled because it is not here.
+    let run = docker(&["run", "--rm", &name, "echo", "pulled"]).ok();
+    assert_eq!(run.text(), "pulled");
+    assert!(run.error().contains("Pull complete"), "{}", run.error());
+    assert!(
+        docker(&["pull", &name])
+            .ok()
+            .text()
+            .contains("Digest: sha256:")
+    );
+    let missing = format!("{}/some/nothing:1", registry.address);
+    let (status, answer) = api.ask("POST", &format!("/images/create?fromImage={missing}"), "");
+    assert_eq!(status, 404, "{answer}");
+    docker(&["rmi", &name]).ok();
+    api.assert_clean();
+}
+
+#[test]
+fn an_entry_point_that_is_none_keeps_the_images_command() {
+    let mut api = api();
+    api.docker(["create", "--name", "base", "busybox"])
+        .run()
+        .ok();
+    let changes = [
+        "ENTRYPOINT [\"echo\", \"of the image\"]",
+        "CMD [\"echo\", \"command\"]",
+    ];
+    api.docker([
+        "commit", "-c", changes[0], "-c", changes[1], "base", "made:1",
+    ])
+    .run()
+    .ok();
+    assert_eq!(
+        api.docker(["run", "--rm", "made:1"]).run().ok().text(),
+        "of the image echo command"
+    );
+    let body = r#"{"Image": "made:1", "Entrypoint": []}"#;
+    let (status, answer) = api.ask("POST", "/containers/create?name=bare", body);
+    assert_eq!(status, 201, "{answer}");
+    assert_eq!(
+        api.docker(["start", "-a", "bare"]).run().ok().text(),
+        "command"
+    );
+    api.docker(["rm", "base", "bare"]).run().ok();
+    api.assert_clean();
+}
+
+#[test]
+fn a_filter_of_system_calls_is_what_the_command_line_has_read() {
+    let mut api = api();
+    let profile = api.hull.scratch().join("profile.json");
+    let text = r#"{"defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"}]}"#;
+    fs::write(&profile, text).unwrap();
+    let option = format!("seccomp={}", profile.display());
+    let made = api.run(&["--security-opt", &option], &["mkdir", "/x"]);
+    assert_ne!(made.status, 0);
+    api.run(&["--security-opt", "seccomp=unconfined"], &["mkdir", "/x"])
+        .ok();
+    api.assert_clean();
+}
+
+#[test]
+fn an_execution_that_is_left_runs_on_and_its_end_is_known() {
+    let mut api = api();
+    api.docker(["run", "-d", "--name", "job", "busybox", "sleep", "1000"])
+        .run()
+        .ok();
+    let create = r#"{"AttachStdin": true, "AttachStdout": true, "Tty": true,
+        "Cmd": ["sh", "-c", "read line; sleep 1; exit 9"]}"#;
+    let (_, made) = api.ask("POST", "/containers/job/exec", create);
+    let exec = made["Id"].as_str().unwrap().to_owned();
+    let start = format!("/exec/{exec}/start");
+    let mut connection = api.upgrade(&start, r#"{"Tty": true}"#);
+    connection.write_all(b"line\n").unwrap();
+    // What was sent before the end of the connection arrives.
+    drop(connection);
+    let (_, known) = api.ask("GET", &format!("/exec/{exec}/json"), "");
+    assert_eq!(known["Running"], true, "{known}");
+    eventually("its end is known", Duration::from_secs(5), || {
+        let (_, known) = api.ask("GET", &format!("/exec/{exec}/json"), "");
+        known["ExitCode"] == 9 && known["Running"] == false
+    });
+    api.docker(["rm", "-f", "job"]).run().ok();
     api.assert_clean();
 }
 
@@ -472,6 +593,12 @@ fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
         (&["--log-driver", "syslog"], "syslog"),
         (&["--log-opt", "tag=x"], "tag"),
         (&["--cgroup-parent", "/x"], "CgroupParent"),
+        (&["--cpuset-mems", "0"], "CpusetMems"),
+        (&["--device-read-bps", "/dev/sda:1mb"], "BlkioDeviceReadBps"),
+        (
+            &["--mount", "type=volume,src=v,dst=/v,volume-opt=type=nfs"],
+            "DriverConfig",
+        ),
     ] {
         refused(api.run(options, &["true"]), 125, part);
     }

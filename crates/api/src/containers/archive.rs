@@ -2,6 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use hull_engine::changes;
 use hull_engine::copy::{ArchiveReader, ArchiveWriter, EntryKind};
 use hull_engine::time;
 use hyper::StatusCode;
@@ -91,9 +92,15 @@ pub fn get(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let path = path(call)?;
     let stat = stat_of(state, id, &path)?;
     let container = find(state, id)?;
+    // Docker names what is in a directory that is asked for so by its path in it.
+    let is_content = path.ends_with("/.");
     let mut reader = ArchiveReader::ask(&state.config.paths(), &container, path, false)?;
     let mut stream = call.stream_with("application/x-tar", vec![(STAT, stat)])?;
-    reader.copy_to(&mut stream)?;
+    match is_content {
+        true => changes::content(reader, &mut stream)?,
+        false => reader.copy_to(&mut stream)?,
+    }
+    stream.finish();
     Ok(Reply::Taken)
 }
 

@@ -35,8 +35,9 @@ pub fn diff(state: &Shared, id: &str) -> Result<Reply> {
 /// Sends the root file system.
 pub fn export(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let container = find(state, id)?;
-    let stream = call.stream("application/octet-stream")?;
-    changes::export(&state.config.paths(), &container.record.id, stream)?;
+    let mut stream = call.stream("application/octet-stream")?;
+    changes::export(&state.config.paths(), &container.record.id, &mut stream)?;
+    stream.finish();
     Ok(Reply::Taken)
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
-use hull_engine::endpoint::Endpoint;
+use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::{Error, of_image};
 use hull_engine::images::of_local;
 use hull_engine::network::NetworkOptions;
@@ -15,6 +15,7 @@ use hull_engine::values::{self, Network};
 use hull_engine::volumes::{self, Mount, Source, Volume};
 use hull_engine::{publish, unpacker};
 use hull_image::{HealthCheck, Reference};
+use hull_sandbox::config::TerminalSize;
 use hull_sandbox::timings::{Timings, now_ns};
 use hyper::StatusCode;
 use serde::Deserialize;
@@ -23,7 +24,6 @@ use serde_json::{Value, json};
 use crate::Shared;
 use crate::call::{Call, Reply};
 use crate::failure::{Failure, Result};
-use crate::networks::BRIDGE;
 
 /// `ContainerConfig`, with what comes beside it.
 #[derive(Debug, Default, Deserialize)]
@@ -66,6 +66,10 @@ impl Default for Words {
 }
 
 impl Words {
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Several(words) if words.is_empty())
+    }
+
     /// All of them.
     pub fn list(self) -> Vec<String> {
         match self {
@@ -86,6 +90,7 @@ struct Networking {
 pub struct EndpointConfig {
     aliases: Vec<String>,
     links: Vec<String>,
+    driver_opts: BTreeMap<String, String>,
     mac_address: String,
     #[serde(rename = "IPAMConfig")]
     ipam_config: Ipam,
@@ -98,6 +103,8 @@ struct Ipam {
     ipv4: String,
     #[serde(rename = "IPv6Address")]
     ipv6: String,
+    #[serde(rename = "LinkLocalIPs")]
+    link_local: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -148,6 +155,23 @@ struct HostConfig {
     cpuset_cpus: String,
     pids_limit: i64,
     ulimits: Vec<Limit>,
+    console_size: Vec<u16>,
+    blkio_weight: u64,
+    blkio_weight_device: Vec<Value>,
+    blkio_device_read_bps: Vec<Value>,
+    blkio_device_write_bps: Vec<Value>,
+    #[serde(rename = "BlkioDeviceReadIOps")]
+    blkio_device_read_iops: Vec<Value>,
+    #[serde(rename = "BlkioDeviceWriteIOps")]
+    blkio_device_write_iops: Vec<Value>,
+    cpuset_mems: String,
+    cpu_realtime_period: i64,
+    cpu_realtime_runtime: i64,
+    memory_reservation: i64,
+    memory_swappiness: Option<i64>,
+    oom_kill_disable: bool,
+    masked_paths: Option<Vec<String>>,
+    readonly_paths: Option<Vec<String>>,
     devices: Vec<Value>,
     device_requests: Vec<Value>,
     device_cgroup_rules: Vec<Value>,
@@ -202,6 +226,9 @@ struct MountPoint {
 #[serde(rename_all = "PascalCase", default)]
 struct BindOptions {
     create_mountpoint: bool,
+    propagation: String,
+    non_recursive: bool,
+    read_only_force_recursive: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -209,6 +236,15 @@ struct BindOptions {
 struct VolumeOptions {
     no_copy: bool,
     subpath: String,
+    labels: BTreeMap<String, String>,
+    driver_config: DriverConfig,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct DriverConfig {
+    name: String,
+    options: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -216,6 +252,7 @@ struct VolumeOptions {
 struct TmpfsOptions {
     size_bytes: u64,
     mode: u32,
+    options: Vec<Value>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -234,7 +271,11 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
     if asked.image.is_empty() {
         return Err(Failure::bad("no image was given"));
     }
-    let options = asked.options(state, name)?;
+    let warnings = asked.host_config.warnings();
+    let size = asked.host_config.console_size.clone();
+    // An empty list means no entry point, and what the image has for one is its command.
+    let keeps_command = asked.entrypoint.as_ref().is_some_and(Words::is_empty);
+    let mut options = asked.options(state, name)?;
     let config = &state.config;
     let reference: Reference = options.image.parse().map_err(of_image)?;
     let mut store = unpacker::store(config)?;
@@ -249,13 +290,23 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
         }
         error
     })?;
+    if keeps_command && options.command.is_empty() {
+        options.command = image.config.cmd.iter().map(OsString::from).collect();
+    }
     let timings = Timings::default();
     let run = Run::prepare(options, config, now_ns(), &timings)?;
     let _hold = store.hold(&image, run.id()).map_err(of_image)?;
     let created = run.create(&image)?;
+    if let &[rows, columns] = &size[..]
+        && rows > 0
+        && columns > 0
+    {
+        let size = TerminalSize { rows, columns };
+        state.windows.expect(&created.id, size);
+    }
     Ok(Reply::Json(
         StatusCode::CREATED,
-        json!({"Id": created.id, "Warnings": []}),
+        json!({"Id": created.id, "Warnings": warnings}),
     ))
 }
 
@@ -286,13 +337,13 @@ impl Asked {
         self.host_config.refuse()?;
         let host = &self.host_config;
         let (volumes, tmpfs) = self.mounts(state)?;
-        let network = self.network()?;
+        let network = self.network(state)?;
         let environment = self.environment()?;
         let hostname = parse_given(&self.full_hostname(), values::hostname)?;
         let entrypoint = match self.entrypoint {
             None => None,
             Some(words) => match &words.list()[..] {
-                [] => None,
+                [] => Some(OsString::new()),
                 [one] if one.is_empty() => Some(OsString::new()),
                 words => Some(Value::from(words).to_string().into()),
             },
@@ -354,7 +405,7 @@ impl Asked {
             memory: positive(host.memory),
             memory_swap: Some(host.memory_swap).filter(|both| *both != 0),
             host_cpus: parse_given(&host.cpuset_cpus, values::cpu_list)?.unwrap_or_default(),
-            cpus_milli: host.cpus_milli(),
+            cpus_milli: cpus_milli(host.nano_cpus, host.cpu_quota, host.cpu_period),
             pids_limit: Some(host.pids_limit).filter(|limit| *limit != 0),
             ulimits: limits.collect::<Result<_>>()?,
             shm_size: Some(host.shm_size).filter(|size| *size != 0),
@@ -367,7 +418,12 @@ impl Asked {
             read_only: host.readonly_rootfs,
             cap_add: host.cap_add.clone(),
             cap_drop: host.cap_drop.clone(),
-            security: parse_all(&host.security_opt, values::security_option)?,
+            security: host
+                .security_opt
+                .iter()
+                .filter(|text| !matches!(text.as_str(), "seccomp=builtin" | "seccomp:builtin"))
+                .map(|text| parse(text, values::security_option))
+                .collect::<Result<_>>()?,
             sysctl: sysctls
                 .map(|text| parse(&text, values::sysctl))
                 .collect::<Result<_>>()?,
@@ -440,13 +496,13 @@ impl Asked {
         Ok((all, tmpfs))
     }
 
-    fn network(&self) -> Result<NetworkOptions> {
+    fn network(&self, state: &Shared) -> Result<NetworkOptions> {
         let host = &self.host_config;
         let mut options = NetworkOptions {
             network: match (self.network_disabled, host.network_mode.as_str()) {
                 (true, _) => Some(Network::None),
                 (false, "" | "default") => None,
-                (false, mode) => Some(parse(mode, values::network)?),
+                (false, mode) => Some(named(state, mode)?),
             },
             publish: Vec::new(),
             dns: parse_all(&host.dns, publish::dns)?,
@@ -481,11 +537,15 @@ impl Asked {
         let first = options.network.as_ref().map(Network::to_string);
         // Old clients ask for the network by this only.
         let mut endpoints: Vec<_> = self.networking_config.endpoints_config.iter().collect();
-        endpoints.sort_by_key(|(name, _)| first.as_deref() != Some(own_name(name)));
+        let mut named_endpoints = Vec::new();
+        for (name, endpoint) in endpoints.drain(..) {
+            named_endpoints.push((named(state, name)?, endpoint));
+        }
+        let is_first = |network: &Network| first.as_deref() == Some(&network.to_string());
+        named_endpoints.sort_by_key(|(network, _)| !is_first(network));
         let mut networks = Vec::new();
-        for (name, endpoint) in endpoints {
-            let network = parse(name, values::network)?;
-            let is_first = first.as_deref() == Some(own_name(name));
+        for (network, endpoint) in named_endpoints {
+            let is_first = is_first(&network);
             if networks.is_empty() && !is_first && first.is_some() {
                 networks.extend(
                     options
@@ -503,11 +563,14 @@ impl Asked {
     }
 }
 
-/// hull's name of a network.
-fn own_name(name: &str) -> &str {
-    match name {
-        BRIDGE => "default",
-        name => name,
+/// A network, which may be given by its id.
+fn named(state: &Shared, text: &str) -> Result<Network> {
+    match parse(text, values::network)? {
+        Network::Named(name) => {
+            let name = endpoint::name_of(&state.config, &name)?;
+            Ok(Network::Named(name))
+        }
+        other => Ok(other),
     }
 }
 
@@ -516,6 +579,13 @@ impl EndpointConfig {
     pub fn parse(&self) -> Result<Endpoint> {
         if !self.links.is_empty() {
             return Err(links());
+        }
+        let options = self.driver_opts.keys();
+        let addresses = self.ipam_config.link_local.iter();
+        if let Some(asked) = options.chain(addresses).next() {
+            return Err(Failure::unsupported(format_args!(
+                "{asked} of a container's network"
+            )));
         }
         Ok(Endpoint {
             network: String::new(),
@@ -561,6 +631,32 @@ impl MountPoint {
                 return Err(Failure::unsupported(format_args!(
                     "a comma in the path {text:?}"
                 )));
+            }
+        }
+        let (bind, volume) = (&self.bind_options, &self.volume_options);
+        for (what, asked) in [
+            (
+                "Propagation",
+                !matches!(bind.propagation.as_str(), "" | "rprivate" | "private"),
+            ),
+            ("NonRecursive", bind.non_recursive),
+            ("ReadOnlyForceRecursive", bind.read_only_force_recursive),
+            ("Labels", !volume.labels.is_empty()),
+            (
+                "DriverConfig",
+                !matches!(volume.driver_config.name.as_str(), "" | "local"),
+            ),
+            (
+                "DriverConfig.Options",
+                !volume.driver_config.options.is_empty(),
+            ),
+            (
+                "TmpfsOptions.Options",
+                !self.tmpfs_options.options.is_empty(),
+            ),
+        ] {
+            if asked {
+                return Err(Failure::unsupported(format_args!("{what} of a mount")));
             }
         }
         let kind = self.r#type.as_str();
@@ -615,11 +711,28 @@ impl HostConfig {
             ("Devices", &self.devices),
             ("DeviceRequests", &self.device_requests),
             ("DeviceCgroupRules", &self.device_cgroup_rules),
+            ("BlkioWeightDevice", &self.blkio_weight_device),
+            ("BlkioDeviceReadBps", &self.blkio_device_read_bps),
+            ("BlkioDeviceWriteBps", &self.blkio_device_write_bps),
+            ("BlkioDeviceReadIOps", &self.blkio_device_read_iops),
+            ("BlkioDeviceWriteIOps", &self.blkio_device_write_iops),
         ] {
             if !list.is_empty() {
                 return Err(Failure::unsupported(format_args!(
                     "{what}: devices of the host do not reach its machine"
                 )));
+            }
+        }
+        for (what, asked) in [
+            ("CpusetMems", !self.cpuset_mems.is_empty()),
+            ("CpuRealtimePeriod", self.cpu_realtime_period != 0),
+            ("CpuRealtimeRuntime", self.cpu_realtime_runtime != 0),
+            ("OomKillDisable", self.oom_kill_disable),
+            ("MaskedPaths", self.masked_paths.is_some()),
+            ("ReadonlyPaths", self.readonly_paths.is_some()),
+        ] {
+            if asked {
+                return Err(Failure::unsupported(what));
             }
         }
         // What Docker calls runc by.
@@ -643,20 +756,40 @@ impl HostConfig {
         }
     }
 
-    /// Processors, in thousandths.
-    fn cpus_milli(&self) -> Option<u64> {
-        const DEFAULT_PERIOD: i64 = 100_000;
-        let milli = match (self.nano_cpus, self.cpu_quota) {
-            (nano @ 1.., _) => nano / 1_000_000,
-            (_, quota @ 1..) => {
-                let period = match self.cpu_period {
-                    period @ 1.. => period,
-                    _ => DEFAULT_PERIOD,
-                };
-                quota.saturating_mul(1000) / period
-            }
-            _ => return None,
-        };
-        u64::try_from(milli.max(1)).ok()
+    /// What is asked for gently and has no effect: Docker says so, too, where a kernel has it not.
+    fn warnings(&self) -> Vec<&'static str> {
+        let given = [
+            (self.memory_reservation > 0, "MemoryReservation"),
+            (
+                self.memory_swappiness.is_some_and(|much| much >= 0),
+                "MemorySwappiness",
+            ),
+            (self.blkio_weight > 0, "BlkioWeight"),
+        ];
+        let discarded = given.into_iter().filter(|(given, _)| *given);
+        discarded
+            .map(|(_, what)| match what {
+                "MemoryReservation" => "MemoryReservation has no effect: a machine has its memory",
+                "MemorySwappiness" => "MemorySwappiness has no effect: it is the guest's",
+                _ => "BlkioWeight has no effect",
+            })
+            .collect()
     }
+}
+
+/// Processors, in thousandths.
+pub(super) fn cpus_milli(nano_cpus: i64, quota: i64, period: i64) -> Option<u64> {
+    const DEFAULT_PERIOD: i64 = 100_000;
+    let milli = match (nano_cpus, quota) {
+        (nano @ 1.., _) => nano / 1_000_000,
+        (_, quota @ 1..) => {
+            let period = match period {
+                period @ 1.. => period,
+                _ => DEFAULT_PERIOD,
+            };
+            quota.saturating_mul(1000) / period
+        }
+        _ => return None,
+    };
+    u64::try_from(milli.max(1)).ok()
 }

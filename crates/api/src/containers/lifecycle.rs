@@ -11,7 +11,7 @@ use hyper::StatusCode;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::create::RestartPolicy;
+use super::create::{RestartPolicy, cpus_milli};
 use super::find;
 use crate::Shared;
 use crate::call::{Call, JSON, Reply};
@@ -98,6 +98,11 @@ struct Changes {
     memory_swap: i64,
     nano_cpus: i64,
     cpu_shares: i64,
+    cpu_period: i64,
+    cpu_quota: i64,
+    cpuset_mems: String,
+    memory_reservation: i64,
+    blkio_weight: i64,
     pids_limit: i64,
     cpuset_cpus: String,
     restart_policy: RestartPolicy,
@@ -112,6 +117,9 @@ pub fn update(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         ("MemorySwap", changes.memory_swap > 0),
         ("CpuShares", changes.cpu_shares > 0),
         ("CpusetCpus", !changes.cpuset_cpus.is_empty()),
+        ("CpusetMems", !changes.cpuset_mems.is_empty()),
+        ("MemoryReservation", changes.memory_reservation > 0),
+        ("BlkioWeight", changes.blkio_weight > 0),
     ] {
         if asked {
             return Err(Failure::unsupported(format_args!(
@@ -121,7 +129,7 @@ pub fn update(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     }
     let update = Update {
         memory: positive(changes.memory),
-        cpus_milli: positive(changes.nano_cpus / 1_000_000),
+        cpus_milli: cpus_milli(changes.nano_cpus, changes.cpu_quota, changes.cpu_period),
         pids_limit: Some(changes.pids_limit).filter(|limit| *limit != 0),
         restart: changes.restart_policy.policy()?,
     };
@@ -148,6 +156,8 @@ pub fn wait(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         Err(error) => json!({"StatusCode": 125, "Error": {"Message": error.message}}),
     };
     // The caller may have gone.
-    let _ = stream.line(&answer);
+    if stream.line(&answer).is_ok() {
+        stream.finish();
+    }
     Ok(Reply::Taken)
 }

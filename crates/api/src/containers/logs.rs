@@ -76,12 +76,12 @@ fn open(container: &Container) -> Result<Option<Reader>> {
 }
 
 /// Writes all that was kept, for a caller that attaches.
-pub fn replay(container: &Container, mut to: impl Write, terminal: bool) -> Result<()> {
+pub fn replay(container: &Container, mut to: impl Write, streams: [bool; 2]) -> Result<()> {
     let mut wanted = Wanted {
         lines: Lines::new(None, false),
         until: None,
-        streams: [true; 2],
-        framed: !terminal,
+        streams,
+        framed: !container.record.details.terminal,
     };
     if let Some(mut reader) = open(container)? {
         wanted
@@ -125,7 +125,9 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     };
     let tail = values::tail(query.get("tail").unwrap_or("all")).map_err(Failure::bad)?;
     // Watch before reading, so that no output is missed.
-    let follows = query.flag("follow") && container.status.state != ContainerState::Stopped;
+    let is_over = wanted.until.is_some_and(|until| until <= time::now());
+    let follows =
+        query.flag("follow") && !is_over && container.status.state != ContainerState::Stopped;
     let follower = match follows && !container::is_idle(&container) {
         true => Some(Follower::new(&container)?),
         false => None,
@@ -153,11 +155,13 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let kind = kind(details.terminal);
     let mut stream = call.stream(kind)?;
     let Some(mut reader) = reader else {
+        stream.finish();
         return Ok(Reply::Taken);
     };
     let doing = || "pass on the output";
     wanted.pass(&mut reader, &mut stream).context(doing)?;
     let Some(follower) = follower else {
+        stream.finish();
         return Ok(Reply::Taken);
     };
     loop {
@@ -168,5 +172,6 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         }
     }
     wanted.pass(&mut reader, &mut stream).context(doing)?;
+    stream.finish();
     Ok(Reply::Taken)
 }

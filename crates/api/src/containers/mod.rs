@@ -11,12 +11,13 @@ use std::net::IpAddr;
 
 use hull_engine::Paths;
 use hull_engine::container::{self, Any, Container, Removing};
+use hull_engine::endpoint;
 use hull_engine::listing::{self, Filter, Row, Selection, in_words};
 use hull_engine::{inspect, unpacker};
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply as Answered, Request};
 use hull_sandbox::store::State as ContainerState;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::Shared;
 use crate::call::{Call, Reply};
@@ -38,7 +39,7 @@ pub fn find(state: &Shared, name: &str) -> Result<Container> {
 }
 
 /// Conditions in Docker's words.
-fn filters(call: &Call) -> Result<Vec<Filter>> {
+fn filters(state: &Shared, call: &Call) -> Result<Vec<Filter>> {
     let filters = call.query.filters()?;
     let known = filters.iter().filter(|text| {
         // What every container of hull's is.
@@ -48,7 +49,13 @@ fn filters(call: &Call) -> Result<Vec<Filter>> {
         )
     });
     known
-        .map(|text| Filter::parse(text).map_err(Failure::bad))
+        .map(|text| {
+            let parsed = Filter::parse(text).map_err(Failure::bad)?;
+            Ok(match parsed {
+                Filter::Network(name) => Filter::Network(endpoint::name_of(&state.config, &name)?),
+                other => other,
+            })
+        })
         .collect()
 }
 
@@ -64,7 +71,7 @@ pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
             .number::<i64>("limit")?
             .and_then(|last| usize::try_from(last).ok())
             .filter(|last| *last > 0),
-        filters: filters(call)?,
+        filters: filters(state, call)?,
     };
     let (mut rows, wrong) = listing::list(&paths, selection)?;
     for error in wrong {
@@ -141,10 +148,18 @@ fn networks(paths: &Paths, id: &str) -> Value {
     let Ok(Some(container)) = container::load(paths, id) else {
         return json!({});
     };
-    let networks = inspect::networks_of(paths, &container).into_iter();
-    networks
-        .map(|(name, network)| (network_name(&name).to_owned(), network))
-        .collect()
+    dockers(inspect::networks_of(paths, &container)).into()
+}
+
+/// The same by Docker's names.
+fn dockers(networks: Map<String, Value>) -> Map<String, Value> {
+    let named = networks.into_iter().map(|(name, mut network)| {
+        if network["NetworkID"] == "default" {
+            network["NetworkID"] = BRIDGE.into();
+        }
+        (network_name(&name).to_owned(), network)
+    });
+    named.collect()
 }
 
 /// Docker's name of a network.
@@ -166,10 +181,8 @@ pub fn inspect(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
     if let Some(name) = mode.as_str() {
         *mode = network_name(name).into();
     }
-    if let Some(networks) = object["NetworkSettings"]["Networks"].as_object_mut()
-        && let Some(default) = networks.remove("default")
-    {
-        networks.insert(BRIDGE.to_owned(), default);
+    if let Some(networks) = object["NetworkSettings"]["Networks"].as_object_mut() {
+        *networks = dockers(std::mem::take(networks));
     }
     if call.query.flag("size") {
         let written = hull_engine::usage::of_container(&path);
@@ -198,7 +211,7 @@ pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
     let selection = Selection {
         all: true,
-        filters: filters(call)?,
+        filters: filters(state, call)?,
         ..Selection::default()
     };
     let (rows, _) = listing::list(&paths, selection)?;
@@ -220,7 +233,12 @@ pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
 }
 
 /// The processes of a container.
-pub fn top(state: &Shared, id: &str) -> Result<Reply> {
+pub fn top(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
+    if let Some(arguments) = call.query.get("ps_args").filter(|args| *args != "-ef") {
+        return Err(Failure::unsupported(format_args!(
+            "top with {arguments:?}: docker exec … ps"
+        )));
+    }
     let container = find(state, id)?;
     let request = Request::Processes {
         container: container.record.id.clone(),

@@ -1,6 +1,5 @@
 //! Figures of a container, in Docker's words.
 
-use std::os::fd::AsFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hull_engine::container::{self, Container};
@@ -97,7 +96,7 @@ pub fn stats(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         }
         // Fails when it has ended.
         let Ok(next) = sample(&container) else {
-            let _ = stream.as_fd();
+            stream.finish();
             return Ok(Reply::Taken);
         };
         before = Some(std::mem::replace(&mut now, next));

@@ -120,6 +120,7 @@ pub fn execute(args: Args) -> Result<u8> {
         names: args.tag,
         quiet: args.quiet,
         output: None,
+        accounts: None,
     };
     let shown = Shown::new("loading");
     let progress: &dyn Progress = if args.quiet { &() } else { &shown };

@@ -173,6 +173,19 @@ impl Attachment {
         }
     }
 
+    /// The caller elsewhere, when nothing was carried after all.
+    pub fn into_remote(self) -> Option<(Options, Remote)> {
+        match self.caller {
+            Caller::Own(_) => None,
+            Caller::Remote(remote) => Some((self.options, remote)),
+        }
+    }
+
+    /// Whether the process's end is waited for after its caller has gone.
+    fn follows_end(&self) -> bool {
+        matches!(&self.caller, Caller::Remote(remote) if remote.follows_end)
+    }
+
     /// Size of the caller's terminal, for a process that has one.
     pub fn size(&self) -> Option<TerminalSize> {
         if !self.options.terminal {
@@ -233,7 +246,20 @@ impl Attachment {
     ///
     /// # Errors
     /// The sandbox has ended, or the caller's streams cannot be used.
-    pub fn carry(mut self, client: Client, streams: Vec<OwnedFd>) -> Result<Outcome> {
+    pub fn carry(self, client: Client, streams: Vec<OwnedFd>) -> Result<Outcome> {
+        self.carry_and_tell(client, streams, |_| ())
+    }
+
+    /// The same; `tell` learns how it ended before a caller elsewhere does.
+    ///
+    /// # Errors
+    /// As [`Attachment::carry`].
+    pub fn carry_and_tell(
+        mut self,
+        client: Client,
+        streams: Vec<OwnedFd>,
+        tell: impl FnOnce(&Outcome),
+    ) -> Result<Outcome> {
         if self.options.terminal
             && self.options.input
             && matches!(self.caller, Caller::Own(_))
@@ -247,6 +273,7 @@ impl Attachment {
         }
         loop {
             if let Some(outcome) = pump.step(&self)? {
+                tell(&outcome);
                 if let Caller::Remote(remote) = &self.caller {
                     remote.end();
                 }
@@ -312,7 +339,7 @@ impl OutputStream {
     }
 
     fn is_pending(&self) -> bool {
-        self.written < self.buffer.len()
+        !self.closed && self.written < self.buffer.len()
     }
 
     fn is_done(&self) -> bool {
@@ -360,10 +387,6 @@ impl OutputStream {
             .len()
             .min(self.written.saturating_add(self.chunk));
         let bytes = &self.buffer[self.written..end];
-        if self.closed {
-            self.written = self.buffer.len();
-            return Ok(true);
-        }
         match caller.write(self.target, bytes) {
             Ok(written) => self.written += written,
             Err(Errno::AGAIN | Errno::INTR) => {}
@@ -445,6 +468,8 @@ struct Pump {
     exit: Option<Exit>,
     /// SIGINT and SIGTERM that have come.
     interrupts: u32,
+    /// How the caller has gone, whose input that has come is still passed on.
+    gone: Option<Outcome>,
 }
 
 #[derive(Clone, Copy)]
@@ -503,6 +528,7 @@ impl Pump {
             outputs,
             exit: None,
             interrupts: 0,
+            gone: None,
         })
     }
 
@@ -518,6 +544,12 @@ impl Pump {
         {
             return Ok(Some(Outcome::Exited(exit.clone())));
         }
+        let has_input = self.input.reading || self.input.is_pending();
+        if !attachment.follows_end()
+            && let Some(gone) = self.gone.take_if(|_| !has_input)
+        {
+            return Ok(Some(gone));
+        }
         for tag in self.wait(attachment)? {
             match tag {
                 Ready::Events => {
@@ -526,23 +558,46 @@ impl Pump {
                     }
                 }
                 Ready::Control => self.receive()?,
-                Ready::Gone => return Ok(Some(Outcome::OutputClosed)),
+                Ready::Gone => self.leave(Outcome::OutputClosed),
                 Ready::Input => {
                     if self.read_input(&attachment.caller)? {
-                        return Ok(Some(Outcome::Detached));
+                        if !attachment.follows_end() {
+                            return Ok(Some(Outcome::Detached));
+                        }
+                        self.input.reading = false;
+                        self.leave(Outcome::Detached);
+                        if let Caller::Remote(remote) = &attachment.caller {
+                            remote.end();
+                        }
                     }
                     self.input.send();
                 }
                 Ready::Send => self.input.send(),
                 Ready::Read(index) => self.outputs[index].read(),
                 Ready::Write(index) => {
+                    let mut outputs = self.outputs.iter();
+                    let within = outputs.position(OutputStream::is_within_frame);
+                    if within.is_some_and(|within| within != index) {
+                        continue;
+                    }
                     if !self.outputs[index].write(&attachment.caller)? {
-                        return Ok(Some(Outcome::OutputClosed));
+                        match attachment.caller {
+                            Caller::Own(_) => return Ok(Some(Outcome::OutputClosed)),
+                            Caller::Remote(_) => self.leave(Outcome::OutputClosed),
+                        }
                     }
                 }
             }
         }
         Ok(None)
+    }
+
+    /// The caller reads no more. What it has sent before is passed on.
+    fn leave(&mut self, how: Outcome) {
+        self.gone.get_or_insert(how);
+        for output in &mut self.outputs {
+            output.closed = true;
+        }
     }
 
     /// What can be done now.
@@ -553,7 +608,7 @@ impl Pump {
         // Only what is wanted: poll would report the hang-up of any other again and again.
         let mut wanted = Vec::with_capacity(7);
         wanted.push((Ready::Events, PollFd::new(&events, PollFlags::IN)));
-        if let Caller::Remote(remote) = caller {
+        if let (Caller::Remote(remote), None) = (caller, &self.gone) {
             // Reported when both directions are shut.
             let gone = PollFd::new(&remote.stream, PollFlags::empty());
             wanted.push((Ready::Gone, gone));

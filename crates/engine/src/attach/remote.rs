@@ -35,6 +35,8 @@ pub struct Remote {
     pub framed: bool,
     /// The caller's terminal.
     pub window: Arc<Window>,
+    /// Wait for the process's end also when the caller has gone; its output is discarded then.
+    pub follows_end: bool,
 }
 
 impl Remote {

@@ -163,6 +163,7 @@ fn security(option: &SecurityOption) -> String {
     match option {
         SecurityOption::Unconfined => "seccomp=unconfined".to_owned(),
         SecurityOption::Seccomp(file) => format!("seccomp={}", file.display()),
+        SecurityOption::SeccompText(text) => format!("seccomp={text}"),
         SecurityOption::NoNewPrivileges(yes) => format!("no-new-privileges={yes}"),
     }
 }

@@ -348,14 +348,19 @@ impl Profile {
     pub fn read(path: &Path) -> Result<Profile> {
         let bytes = std::fs::read(path)
             .context(|| format!("read the seccomp profile {}", path.display()))?;
+        Self::parse(&bytes, &path.display())
+    }
+
+    /// The same of its text; `what` names it in messages.
+    ///
+    /// # Errors
+    /// It is no profile.
+    pub fn parse(text: &[u8], what: &dyn std::fmt::Display) -> Result<Profile> {
         let wrong = |error: &dyn std::fmt::Display| {
-            Error::new(format!(
-                "{} is no seccomp profile: {error}",
-                path.display()
-            ))
+            Error::invalid(format!("{what} is no seccomp profile: {error}"))
             .hint("profiles are JSON as Docker and podman take them; \"seccomp=unconfined\" is no filter at all")
         };
-        let profile: Profile = serde_json::from_slice(&bytes).map_err(|error| wrong(&error))?;
+        let profile: Profile = serde_json::from_slice(text).map_err(|error| wrong(&error))?;
         // Wrong actions, flags and operators are found here, not in the guest.
         serde_json::from_value::<LinuxSeccomp>(profile.unconditional())
             .map_err(|error| wrong(&error))?;

@@ -33,6 +33,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -428,7 +429,11 @@ impl Store {
     /// The disk does not take it.
     pub fn temporary_file(&self) -> Result<File> {
         // Not O_TMPFILE, which not every file system supports.
-        let path = self.root.join(format!("tmp-{}", std::process::id()));
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = self
+            .root
+            .join(format!("tmp-{}-{number}", std::process::id()));
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::TRUNC;
         rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
             .and_then(|fd| rustix::fs::unlink(&path).map(|()| File::from(fd)))
