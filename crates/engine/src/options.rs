@@ -31,6 +31,8 @@ pub struct RunOptions {
     pub command: Vec<OsString>,
     /// Keep standard input open.
     pub interactive: bool,
+    /// Standard input is open for ever, not until its first client goes.
+    pub stdin_stays: bool,
     /// With a terminal.
     pub terminal: bool,
     /// Remove the container when it ends.

@@ -400,6 +400,9 @@ pub enum Stdio {
         terminal: bool,
         /// Standard input is open until its first client goes; with a terminal, for ever.
         stdin: bool,
+        /// It is open for ever without a terminal, too.
+        #[serde(default)]
+        stdin_stays: bool,
         /// Most bytes of the log, which is in the container's directory; 0 for no log.
         log_limit: u64,
     },

@@ -472,6 +472,42 @@ fn a_filter_of_system_calls_is_what_the_command_line_has_read() {
 }
 
 #[test]
+fn input_of_a_container_in_the_background_outlives_who_attaches() {
+    let mut api = api();
+    api.docker(["run", "-d", "-i", "--name", "job", "busybox", "cat"])
+        .run()
+        .ok();
+    for word in ["one", "two"] {
+        let attached = api.docker(["attach", "--no-stdin=false", "job"]);
+        let mut attached = attached.start();
+        attached.write(format!("{word}\n"));
+        attached.wait_for(word);
+        attached.signal(Signal::KILL);
+        attached.finish();
+    }
+    let logs = api.docker(["logs", "job"]).run().ok();
+    assert_eq!(logs.text(), "one\ntwo");
+    api.docker(["rm", "-f", "job"]).run().ok();
+    // hull's own command line is the same.
+    api.hull
+        .hull(["run", "-di", "--name", "own", "busybox", "cat"])
+        .run()
+        .ok();
+    for word in ["one", "two"] {
+        let mut attached = api.hull.hull(["attach", "own"]).start();
+        attached.write(format!("{word}\n"));
+        eventually("it arrives", Duration::from_secs(5), || {
+            let logs = api.hull.hull(["logs", "own"]).run().ok();
+            logs.text().contains(word)
+        });
+        attached.signal(Signal::KILL);
+        attached.finish();
+    }
+    api.hull.hull(["rm", "-f", "own"]).run().ok();
+    api.assert_clean();
+}
+
+#[test]
 fn an_execution_that_is_left_runs_on_and_its_end_is_known() {
     let mut api = api();
     api.docker(["run", "-d", "--name", "job", "busybox", "sleep", "1000"])

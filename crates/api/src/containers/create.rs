@@ -34,6 +34,7 @@ struct Asked {
     user: String,
     tty: bool,
     open_stdin: bool,
+    stdin_once: bool,
     env: Vec<String>,
     cmd: Words,
     image: String,
@@ -371,6 +372,7 @@ impl Asked {
         Ok(RunOptions {
             command: self.cmd.list().into_iter().map(OsString::from).collect(),
             interactive: self.open_stdin,
+            stdin_stays: self.open_stdin && !self.stdin_once,
             terminal: self.tty,
             remove: host.auto_remove,
             name: name

@@ -387,6 +387,7 @@ impl ContainerArgs {
             image,
             command: words.collect(),
             interactive: self.interactive,
+            stdin_stays: false,
             terminal: self.tty,
             remove: self.rm,
             restart: self.restart.unwrap_or_default(),
@@ -558,7 +559,9 @@ pub fn given(text: Option<String>) -> Option<String> {
 /// Runs a container.
 pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
-    let (options, caller) = Caller::split(args.container, &config)?;
+    let (mut options, caller) = Caller::split(args.container, &config)?;
+    // As Docker's: nobody is attached whose end would be that of the input.
+    options.stdin_stays = options.interactive && args.detach;
     let timings = Timings::default();
     if !args.detach && options.interactive && options.terminal {
         check_terminal()?;

@@ -217,7 +217,7 @@ impl Known<'_> {
             "ExposedPorts": set(exposed),
             "Tty": self.details.terminal,
             "OpenStdin": self.details.stdin,
-            "StdinOnce": false,
+            "StdinOnce": self.details.stdin && !options.stdin_stays,
             "Env": self.environment(),
             "Cmd": list(command),
             "Image": self.details.image,

@@ -174,6 +174,7 @@ impl Run<'_> {
             stdio: Stdio::Hub {
                 terminal: options.terminal,
                 stdin: options.interactive,
+                stdin_stays: options.stdin_stays,
                 log_limit: match options.log.off {
                     true => 0,
                     false => options.log.max_size.unwrap_or(self.config.log_size),

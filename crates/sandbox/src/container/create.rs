@@ -94,6 +94,7 @@ impl Sandbox {
         let hub = match config.stdio {
             Stdio::Hub {
                 terminal,
+                stdin_stays,
                 log_limit,
                 ..
             } => {
@@ -104,7 +105,7 @@ impl Sandbox {
                             .context(|| format!("open the log of container {}", config.id))?,
                     ),
                 };
-                Some(Hub::new(log, terminal))
+                Some(Hub::new(log, terminal, stdin_stays))
             }
             Stdio::Null | Stdio::Handover { .. } => None,
         };

@@ -31,6 +31,8 @@ type Piece = Arc<[u8]>;
 #[derive(Debug)]
 pub struct Hub {
     terminal: bool,
+    /// Input outlives its client: another can attach. That of a terminal does.
+    input_stays: bool,
     /// The init's input; gone when it is closed.
     input: Mutex<Option<OwnedWriteHalf>>,
     output: Mutex<Output>,
@@ -87,9 +89,10 @@ impl Carriers {
 
 impl Hub {
     /// A hub that writes a log, with no clients yet.
-    pub fn new(log: Option<log::Writer>, terminal: bool) -> Arc<Self> {
+    pub fn new(log: Option<log::Writer>, terminal: bool, input_stays: bool) -> Arc<Self> {
         Arc::new(Self {
             terminal,
+            input_stays: terminal || input_stays,
             input: Mutex::new(None),
             output: Mutex::new(Output {
                 log,
@@ -227,8 +230,7 @@ impl Hub {
                 return;
             }
         }
-        // A terminal outlives its client: another can attach. A pipe does not.
-        if !self.terminal
+        if !self.input_stays
             && let Some(mut open) = self.input.lock().await.take()
         {
             // The other end may be closed already.
@@ -309,7 +311,7 @@ mod tests {
     async fn init() -> Init {
         let directory = tempfile::tempdir().unwrap();
         let log = log::Writer::open(Directory::open(directory.path()).unwrap(), 1 << 20);
-        let hub = Hub::new(Some(log.unwrap()), false);
+        let hub = Hub::new(Some(log.unwrap()), false, false);
         let (ours, guest): (Vec<_>, Vec<_>) = (0..3).map(|_| StdStream::pair().unwrap()).unzip();
         let streams = ours.into_iter().map(OwnedFd::from).collect();
         let carriers = hub.carry(streams).await.unwrap();
