@@ -37,6 +37,8 @@ fn complete(mut object: Value) -> Value {
         // hull's own keys.
         object.remove("Plugins");
         object.remove("Subnets");
+        // Not what was asked for: docker-compose would make the network anew.
+        object.remove("Options");
     }
     for (key, value) in [
         ("Id", name),
@@ -250,13 +252,15 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
         }
         subnets.push(subnet);
     }
+    // Docker's have none unless it is asked for.
+    let has_ipv6 = subnets.iter().any(|subnet| subnet.ip.is_ipv6());
     let created = networks::create(
         &state.config.paths(),
         NetworkRequest {
             name: asked.name,
             subnets,
             internal: asked.internal,
-            without_ipv6: asked.enable_ipv6 == Some(false),
+            without_ipv6: asked.enable_ipv6 != Some(true) && !has_ipv6,
             labels: asked.labels,
         },
     )?;

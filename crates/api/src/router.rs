@@ -136,18 +136,25 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
         ("POST", ["networks", name, "connect"]) => networks::connect(state, call, name),
         ("POST", ["networks", name, "disconnect"]) => networks::disconnect(state, call, name),
 
+        (_, ["swarm", "init" | "join"]) => Err(Failure::unsupported("swarms")),
         (
             _,
             [
-                "swarm" | "nodes" | "services" | "tasks" | "secrets" | "configs" | "plugins"
-                | "session" | "grpc" | "distribution",
+                "swarm" | "nodes" | "services" | "tasks" | "secrets" | "configs",
                 ..,
             ],
-        )
-        | ("GET", ["images", "search"]) => Err(Failure {
-            status: StatusCode::NOT_IMPLEMENTED,
-            message: format!("not supported: {} of Docker's API", parts.join("/")),
-        }),
+        ) => {
+            Err(Failure {
+                // As Docker's of a host that is in none.
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                message: "This node is not a swarm manager: hull has no swarms".to_owned(),
+            })
+        }
+        (_, ["plugins" | "session" | "grpc" | "distribution", ..])
+        | ("GET", ["images", "search"]) => Err(Failure::unsupported(format_args!(
+            "{} of Docker's API",
+            parts.join("/")
+        ))),
         _ => Err(Failure::missing(format!(
             "page not found: {} /{}",
             call.method,

@@ -82,7 +82,7 @@ const COMMANDS: [(&str, &str); 20] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 26] = [
+const OPTIONS: [(&str, &str); 25] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -121,7 +121,6 @@ const OPTIONS: [(&str, &str); 26] = [
         "--platform",
         "machines have the host's architecture; leave it out",
     ),
-    ("--link", "--add-host NAME:ADDRESS gives an address a name"),
     (
         "--pidfile",
         "hull inspect shows the processes of a container's machine",

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::container::{self, Container};
 use crate::error::{Error, Result};
+use crate::names;
 use crate::network::NetworkOptions;
 use crate::networks;
 use crate::publish;
@@ -21,6 +22,8 @@ pub struct Endpoint {
     pub network: String,
     /// Further names of the container in the network.
     pub aliases: Vec<String>,
+    /// Further names by which it alone finds others there: another's name, and what it calls it.
+    pub links: Vec<(String, String)>,
     /// Hardware address.
     pub mac_address: Option<[u8; 6]>,
     /// IPv4 address.
@@ -70,6 +73,22 @@ pub fn endpoint(text: &str) -> std::result::Result<(Network, Endpoint), String> 
     }
 }
 
+/// `CONTAINER[:NAME]`.
+///
+/// # Errors
+/// One of them is no name.
+pub fn link(text: &str) -> std::result::Result<(String, String), String> {
+    let (other, name) = text.split_once(':').unwrap_or((text, text));
+    let other = other.trim_start_matches('/');
+    let name = name.trim_start_matches('/');
+    match names::is_valid(other) && values::hostname(name).is_ok() {
+        true => Ok((other.to_owned(), name.to_owned())),
+        false => Err(format!(
+            "invalid link {text:?}: give the name of a container, and another one for it"
+        )),
+    }
+}
+
 impl NetworkOptions {
     /// Takes networks as a command line gives them: the first one leads outside. What the first one
     /// does not say itself stays as it is.
@@ -100,6 +119,7 @@ impl NetworkOptions {
     /// Makes an endpoint that of the first network.
     fn take(&mut self, endpoint: Endpoint) {
         self.aliases.extend(endpoint.aliases);
+        self.links.extend(endpoint.links);
         self.mac_address = endpoint.mac_address.or(self.mac_address);
         self.ip = endpoint.ip.or(self.ip);
         self.ip6 = endpoint.ip6.or(self.ip6);
@@ -136,7 +156,8 @@ impl NetworkOptions {
             self.further.remove(index.ok_or_else(missing)?);
             return Ok(());
         }
-        (self.aliases, self.mac_address, self.ip, self.ip6) = (Vec::new(), None, None, None);
+        (self.aliases, self.links) = (Vec::new(), Vec::new());
+        (self.mac_address, self.ip, self.ip6) = (None, None, None);
         match self.further.is_empty() {
             true => self.network = Some(Network::None),
             false => {

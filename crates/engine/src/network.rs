@@ -32,6 +32,8 @@ pub struct NetworkOptions {
     pub further: Vec<Endpoint>,
     /// Further names in the network.
     pub aliases: Vec<String>,
+    /// Further names of others in the network, for this container alone.
+    pub links: Vec<(String, String)>,
     /// Published ports.
     pub publish: Vec<Ports>,
     /// Most bytes per second in each direction.
@@ -59,6 +61,8 @@ pub struct Joined {
     pub created: Option<NetworkRecord>,
     /// Further names of the container in the network.
     pub aliases: Vec<String>,
+    /// Further names of others.
+    pub links: Vec<(String, String)>,
 }
 
 /// What the sandbox is asked for.
@@ -137,7 +141,7 @@ impl NetworkOptions {
         if created.as_ref().is_some_and(|created| created.internal) {
             self.refuse_published_internally(named)?;
         }
-        if created.is_none() && !self.aliases.is_empty() {
+        if created.is_none() && !(self.aliases.is_empty() && self.links.is_empty()) {
             return Err(no_names(named));
         }
         check_inside_of(&paths, named, self.addresses())
@@ -166,7 +170,8 @@ impl NetworkOptions {
                 ))
                 .hint("give it as the first one, or use networks of hull network create"));
             }
-            if networks::load(&paths, name)?.is_none() && !further.aliases.is_empty() {
+            let has_names = !(further.aliases.is_empty() && further.links.is_empty());
+            if networks::load(&paths, name)?.is_none() && has_names {
                 return Err(no_names(name));
             }
             check_inside_of(&paths, name, further.addresses())?;
@@ -197,12 +202,16 @@ impl NetworkOptions {
         let name = network.to_string();
         let mut networks = Vec::new();
         if let Network::Named(named) = &network {
-            let aliases = self.aliases.clone();
             let further = self.further.iter();
-            let further = further.map(|further| (&further.network, further.aliases.clone()));
-            for (name, aliases) in std::iter::once((named, aliases)).chain(further) {
+            let further = further.map(|one| (&one.network, &one.aliases, &one.links));
+            let first = (named, &self.aliases, &self.links);
+            for (name, aliases, links) in std::iter::once(first).chain(further) {
                 let created = networks::load(&config.paths(), name)?;
-                networks.push(Joined { created, aliases });
+                networks.push(Joined {
+                    created,
+                    aliases: aliases.clone(),
+                    links: links.clone(),
+                });
             }
         }
         let attach = match network {
@@ -237,6 +246,7 @@ impl NetworkOptions {
         first([
             (!self.publish.is_empty(), "--publish"),
             (!self.aliases.is_empty(), "--network-alias"),
+            (!self.links.is_empty(), "--link"),
             (self.rate.is_some(), "--network-rate"),
             (self.mac_address.is_some(), "--mac-address"),
             (self.ip.is_some(), "--ip"),

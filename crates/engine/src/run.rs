@@ -417,6 +417,11 @@ impl Run<'_> {
             Some(NamesConfig {
                 directory: networks::names_directory(&self.paths, &created.name),
                 names: names.iter().chain(&network.aliases).cloned().collect(),
+                links: network
+                    .links
+                    .iter()
+                    .map(|(other, name)| (name.to_ascii_lowercase(), other.to_ascii_lowercase()))
+                    .collect(),
                 upstream: upstream.clone(),
             })
         };

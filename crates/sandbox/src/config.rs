@@ -277,6 +277,9 @@ pub struct NamesConfig {
     pub directory: PathBuf,
     /// Those of the container.
     pub names: Vec<String>,
+    /// Further names by which this container alone finds others: a name, and another's own.
+    #[serde(default)]
+    pub links: BTreeMap<String, String>,
     /// Name servers for everything else, asked from the host's network.
     pub upstream: Vec<IpAddr>,
 }

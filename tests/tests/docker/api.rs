@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hull_tests::{
@@ -613,6 +614,79 @@ fn docker_build_makes_images_by_buildah() {
     api.assert_clean();
 }
 
+/// docker compose as a plugin of Docker's command line, or the program before it.
+fn compose(api: &Api, project: &Path, arguments: &[&str]) -> Invocation {
+    let places = [
+        "/usr/libexec/docker/cli-plugins",
+        "/usr/bin",
+        "/usr/local/bin",
+    ];
+    let mut found = places
+        .map(|place| Path::new(place).join("docker-compose"))
+        .into_iter();
+    let program = found.find(|path| path.exists());
+    let program = program.expect("docker-compose is not installed: scripts/setup test");
+    api.environment(Invocation::new(program))
+        .args(["-f", "compose.yaml"])
+        .args(arguments)
+        .with(|command| {
+            command.current_dir(project);
+        })
+        .limit(Duration::from_secs(120))
+}
+
+#[test]
+fn compose_brings_a_project_up_and_down() {
+    let mut api = Api::new(Hull::networked("uml"));
+    // Its name is that of the project, and so of its network.
+    let project = api.hull.scratch().join(api.hull.unique("proj"));
+    fs::create_dir_all(project.join("conf")).unwrap();
+    let file = r#"
+version: "2.4"
+services:
+  web:
+    image: busybox
+    command: ["sh", "-c", "cp /conf/page /data/index.html; exec httpd -f -p 80 -h /data"]
+    volumes: ["data:/data", "./conf:/conf:ro"]
+    healthcheck: {test: ["CMD", "test", "-e", "/data/index.html"], interval: 300ms}
+    restart: unless-stopped
+    stop_signal: SIGKILL
+  client:
+    image: busybox
+    depends_on: {web: {condition: service_healthy}}
+    command: ["sh", "-c", "wget -qO- http://web/; exec sleep 1000"]
+    stop_signal: SIGKILL
+volumes: {data: {}}
+"#;
+    fs::write(project.join("compose.yaml"), file).unwrap();
+    fs::write(project.join("conf/page"), "a page\n").unwrap();
+    let does = |arguments: &[&str]| compose(&api, &project, arguments).run();
+    does(&["up", "-d"]).ok();
+    eventually("the client has its page", Duration::from_secs(10), || {
+        does(&["logs", "--no-color", "client"])
+            .ok()
+            .text()
+            .contains("a page")
+    });
+    // What is there stays.
+    let ids = || api.docker(["ps", "-q", "--no-trunc"]).run().ok().text();
+    let before = ids();
+    assert_eq!(before.lines().count(), 2);
+    does(&["up", "-d"]).ok();
+    assert_eq!(ids(), before);
+    let ran = does(&["exec", "-T", "web", "cat", "/conf/page"]).ok();
+    assert_eq!(ran.text(), "a page");
+    let ran = does(&["run", "--rm", "-T", "client", "wget", "-qO-", "http://web/"]).ok();
+    assert_eq!(ran.text(), "a page");
+    does(&["stop"]).ok();
+    does(&["start"]).ok();
+    assert_eq!(ids().lines().count(), 2);
+    does(&["down", "-v"]).ok();
+    assert_eq!(api.docker(["ps", "-aq"]).run().ok().text(), "");
+    assert_eq!(api.docker(["volume", "ls", "-q"]).run().ok().text(), "");
+    api.assert_clean();
+}
+
 #[test]
 fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
     let mut api = api();
@@ -624,7 +698,7 @@ fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
         (&["--network", "host"], "the host's network"),
         (&["--device", "/dev/null"], "Devices"),
         (&["--runtime", "other"], "other"),
-        (&["--link", "a:b"], "links"),
+        (&["--link", "some:other"], "--link"),
         (&["--volume-driver", "nfs", "-v", "v:/v"], "nfs"),
         (&["--log-driver", "syslog"], "syslog"),
         (&["--log-opt", "tag=x"], "tag"),

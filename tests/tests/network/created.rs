@@ -110,6 +110,10 @@ fn containers_of_a_network_find_each_other_by_their_names(machine: &'static str)
             format!("nslookup {name} | grep '^Address' | tail -n +2; ping -c 1 -W 5 {name}");
         hull.sh(&network, &script)
     };
+    let linked = format!("{}:linked", server.name);
+    let options = ["--network", &net.name, "--link", &linked];
+    hull.run(&options, &["ping", "-c", "1", "-W", "5", "linked"])
+        .ok();
     for name in [&server.name[..], "www", "server"] {
         let output = asks(name).ok();
         assert!(

@@ -512,6 +512,7 @@ impl Asked {
             dns_option: parse_all(&host.dns_options, publish::dns_option)?,
             add_host: parse_all(&host.extra_hosts, publish::add_host)?,
             mac_address: parse_given(&self.mac_address, publish::mac_address)?,
+            links: parse_all(&host.links, endpoint::link)?,
             ..NetworkOptions::default()
         };
         for (port, bindings) in &host.port_bindings {
@@ -579,9 +580,6 @@ fn named(state: &Shared, text: &str) -> Result<Network> {
 impl EndpointConfig {
     /// In hull's words; the name comes beside.
     pub fn parse(&self) -> Result<Endpoint> {
-        if !self.links.is_empty() {
-            return Err(links());
-        }
         let options = self.driver_opts.keys();
         let addresses = self.ipam_config.link_local.iter();
         if let Some(asked) = options.chain(addresses).next() {
@@ -592,15 +590,12 @@ impl EndpointConfig {
         Ok(Endpoint {
             network: String::new(),
             aliases: parse_all(&self.aliases, values::hostname)?,
+            links: parse_all(&self.links, endpoint::link)?,
             mac_address: parse_given(&self.mac_address, publish::mac_address)?,
             ip: parse_given(&self.ipam_config.ipv4, publish::ip)?,
             ip6: parse_given(&self.ipam_config.ipv6, publish::ip6)?,
         })
     }
-}
-
-fn links() -> Failure {
-    Failure::unsupported("links: containers of one network find each other by their names")
 }
 
 /// Docker creates the directory of the host that a bind names.
@@ -706,9 +701,6 @@ impl HostConfig {
         mode("UTSMode", &self.uts_mode)?;
         mode("UsernsMode", &self.userns_mode)?;
         mode("CgroupnsMode", &self.cgroupns_mode)?;
-        if !self.links.is_empty() {
-            return Err(links());
-        }
         for (what, list) in [
             ("Devices", &self.devices),
             ("DeviceRequests", &self.device_requests),

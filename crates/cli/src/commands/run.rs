@@ -292,6 +292,9 @@ struct NetworkArgs {
     /// Another name of the container in its network
     #[arg(long, alias = "net-alias", value_name = "NAME", value_parser = values::hostname)]
     network_alias: Vec<String>,
+    /// Find another container of its network by one more name
+    #[arg(long, value_name = "CONTAINER[:NAME]", value_parser = endpoint::link)]
+    link: Vec<(String, String)>,
     /// Let a port of the host lead to a port of the container
     #[arg(short, long, value_name = "[[ADDRESS:]HOST_PORT:]PORT[/udp]", value_parser = publish::publish)]
     publish: Vec<Ports>,
@@ -335,6 +338,7 @@ impl TryFrom<NetworkArgs> for NetworkOptions {
             network: None,
             further: Vec::new(),
             aliases: args.network_alias,
+            links: args.link,
             publish: args.publish,
             rate: args.network_rate,
             dns: args.dns,

@@ -83,6 +83,7 @@ fn networks(one: &Attached<'_>) -> Map<String, Value> {
     let first = Endpoint {
         network: name.clone(),
         aliases: asked.aliases.clone(),
+        links: asked.links.clone(),
         mac_address: asked.mac_address,
         ip: asked.ip,
         ip6: asked.ip6,
@@ -99,13 +100,19 @@ fn networks(one: &Attached<'_>) -> Map<String, Value> {
         let id = networks::find(one.paths, name).map(|network| network.id);
         let mut network = json!({
             "IPAMConfig": if is_fixed { fixed } else { Value::Null },
-            "Links": null,
+            "Links": list(asked.links.iter().map(|(other, name)| format!("{other}:{name}"))),
             "Aliases": list(asked.aliases.iter().cloned()),
             "NetworkID": id.as_ref().unwrap_or(name),
             "EndpointID": "",
             "DriverOpts": null,
         });
         extend(&mut network, addresses(one, index));
+        if let (Some(mac), "") = (
+            asked.mac_address,
+            network["MacAddress"].as_str().unwrap_or(""),
+        ) {
+            network["MacAddress"] = json!(in_words(mac));
+        }
         networks.insert(name.clone(), network);
     }
     networks
@@ -157,8 +164,12 @@ fn attached(directory: &Directory, index: usize) -> (String, Address, Address) {
         }
     }
     let mac = result.interface(name).and_then(|interface| interface.mac);
-    let mac = mac.map(|bytes| bytes.map(|byte| format!("{byte:02x}")).join(":"));
-    (mac.unwrap_or_default(), ipv4, ipv6)
+    (mac.map(in_words).unwrap_or_default(), ipv4, ipv6)
+}
+
+/// A hardware address as `02:42:ac:11:00:02`.
+fn in_words(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// Ports that are reached from outside, and those that the image only names.

@@ -114,7 +114,10 @@ impl Names {
     /// The addresses of all containers that have a name; `None` when there is no such name.
     fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
         let mut addresses = Vec::new();
-        let directories = self.networks.iter().filter_map(|one| directory(one, name));
+        let directories = self.networks.iter().filter_map(|one| {
+            let name = one.links.get(name).map_or(name, String::as_str);
+            directory(one, name)
+        });
         for entries in directories.flat_map(fs::read_dir) {
             let alive = entries.flatten().filter_map(|entry| read(&entry.path()));
             for of_one in alive.take(MOST_OF_A_NAME) {
@@ -219,6 +222,8 @@ async fn ask_by_tcp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::store::SandboxDir;
 
@@ -226,6 +231,7 @@ mod tests {
         NamesConfig {
             directory: directory.to_owned(),
             names: names.iter().map(|&name| name.to_owned()).collect(),
+            links: BTreeMap::new(),
             upstream: Vec::new(),
         }
     }
@@ -242,10 +248,13 @@ mod tests {
         let address = |last: u8| IpAddr::from([10, 0, 0, last]);
         let one = config(&names, &["Web", "alias"]);
         let one = Names::publish(vec![(one, vec![address(1)])], "c1", &sandboxes[0]).unwrap();
-        let two = config(&names, &["db", "alias"]);
+        let mut two = config(&names, &["db", "alias"]);
+        two.links = [("linked".to_owned(), "web".to_owned())].into();
         let two = Names::publish(vec![(two, vec![address(2)])], "c2", &sandboxes[1]).unwrap();
         assert_eq!(one.lookup("db"), Some(vec![address(2)]));
         assert_eq!(two.lookup("web"), Some(vec![address(1)]));
+        assert_eq!(two.lookup("linked"), Some(vec![address(1)]));
+        assert_eq!(one.lookup("linked"), None);
         let mut both = one.lookup("alias").unwrap();
         both.sort();
         assert_eq!(both, [address(1), address(2)]);
