@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use crate::Shared;
 use crate::attach::{asked_size, detach_keys, kind, remote};
 use crate::call::{Call, Hijacked, Reply};
-use crate::containers::create::Words;
+use crate::containers::description::Words;
 use crate::containers::find;
 use crate::failure::{Failure, Result};
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_engine::error::{Error, ErrorKind};
+use hull_engine::inspect::NetworkFilter;
 use hull_engine::networks::{self, NetworkRequest};
 use hull_engine::{container, endpoint, inspect as objects};
 use hull_network::cni::Address;
@@ -13,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Shared;
 use crate::call::{Call, Reply};
-use crate::containers::create::EndpointConfig;
+use crate::containers::description::EndpointConfig;
 use crate::containers::find;
 use crate::failure::{Failure, Result};
 
@@ -80,56 +81,22 @@ fn first_address(subnet: &Value) -> Option<IpAddr> {
     })
 }
 
-fn matches(object: &Value, filter: &str) -> Result<bool> {
-    let text = |key: &str| object[key].as_str().unwrap_or_default();
-    let (key, value) = filter.split_once('=').unwrap_or((filter, ""));
-    Ok(match key {
-        "name" => text("Name").contains(value.trim_start_matches('^').trim_end_matches('$')),
-        "id" => text("Id").starts_with(value),
-        "driver" => text("Driver") == value,
-        "scope" => text("Scope") == value,
-        "type" => {
-            let built_in = matches!(text("Name"), BRIDGE | "none");
-            match value {
-                "builtin" => built_in,
-                "custom" => !built_in,
-                _ => return Err(Failure::bad(format!("invalid filter {filter:?}"))),
-            }
-        }
-        "dangling" => true,
-        "label" => {
-            let (name, wanted) = match value.split_once('=') {
-                Some((name, wanted)) => (name, Some(wanted)),
-                None => (value, None),
-            };
-            let has = object["Labels"][name].as_str();
-            has.is_some_and(|has| wanted.is_none_or(|wanted| has == wanted))
-        }
-        _ => return Err(Failure::bad(format!("invalid filter {filter:?}"))),
-    })
+fn filters(call: &Call) -> Result<Vec<NetworkFilter>> {
+    let filters = call.query.filters()?;
+    filters
+        .iter()
+        .map(|text| match text.as_str() {
+            // As it is called here.
+            "name=bridge" => Ok(NetworkFilter::Name("default".to_owned())),
+            text => NetworkFilter::parse(text).map_err(Failure::bad),
+        })
+        .collect()
 }
 
-/// Lists networks. Several values of one key are alternatives, but all labels have to be there.
+/// Lists networks.
 pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
-    let filters = call.query.filters()?;
-    let mut shown = Vec::new();
-    for object in objects::networks(&state.config.paths())? {
-        let object = complete(object);
-        let mut by_key: BTreeMap<&str, bool> = BTreeMap::new();
-        for filter in &filters {
-            let key = filter.split_once('=').map_or("", |(key, _)| key);
-            let holds = matches(&object, filter)?;
-            let before = by_key.entry(key).or_insert(key == "label");
-            *before = match key {
-                "label" => *before && holds,
-                _ => *before || holds,
-            };
-        }
-        if by_key.values().all(|holds| *holds) {
-            shown.push(object);
-        }
-    }
-    Ok(Reply::ok(shown.into()))
+    let selected = objects::select_networks(&state.config.paths(), &filters(call)?)?;
+    Ok(Reply::ok(selected.into_iter().map(complete).collect()))
 }
 
 /// What is known of a network, with the containers that are in it.
@@ -303,27 +270,24 @@ pub fn remove(state: &Shared, name: &str) -> Result<Reply> {
 /// Removes networks that no container is in, and that all conditions select.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
-    let filters = call.query.filters()?;
-    if let Some(filter) = filters.iter().find(|filter| !filter.starts_with("label=")) {
-        return Err(Failure::unsupported(format_args!(
-            "prune with the filter {filter}"
-        )));
-    }
+    let filters = filters(call)?;
     if filters.is_empty() {
         return Ok(Reply::ok(
             json!({"NetworksDeleted": networks::prune(&paths)?}),
         ));
     }
+    let is_label = |filter: &NetworkFilter| matches!(filter, NetworkFilter::Label(..));
+    if !filters.iter().all(is_label) {
+        return Err(Failure::unsupported(
+            "prune of networks with filters but label",
+        ));
+    }
     let mut removed = Vec::new();
-    for network in networks::list(&paths)? {
-        let object = json!({"Labels": network.labels});
-        let mut chosen = true;
-        for filter in &filters {
-            chosen &= matches(&object, filter)?;
-        }
+    for network in objects::select_networks(&paths, &filters)? {
+        let name = network["Name"].as_str().unwrap_or_default();
         // One that has containers stays.
-        if chosen && networks::remove(&paths, &network.name).is_ok() {
-            removed.push(network.name);
+        if networks::remove(&paths, name).is_ok() {
+            removed.push(name.to_owned());
         }
     }
     Ok(Reply::ok(json!({"NetworksDeleted": removed})))

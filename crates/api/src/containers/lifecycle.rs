@@ -11,7 +11,8 @@ use hyper::StatusCode;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::create::{RestartPolicy, cpus_milli};
+use super::create::cpus_milli;
+use super::description::RestartPolicy;
 use super::find;
 use crate::Shared;
 use crate::call::{Call, JSON, Reply};

@@ -3,6 +3,7 @@
 pub mod archive;
 pub mod changes;
 pub mod create;
+pub mod description;
 pub mod lifecycle;
 pub mod logs;
 pub mod stats;

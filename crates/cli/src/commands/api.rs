@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::unistd::Group;
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::config_for_root;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -56,8 +57,24 @@ pub fn execute(args: Args) -> Result<u8> {
             (created.0, Some(created.1))
         }
     };
+    take_descriptors();
     hull_api::serve(config, env!("CARGO_PKG_VERSION"), listener, idle)?;
     Ok(0)
+}
+
+/// Descriptors for the connections of many clients; some programs that are started from here look at
+/// each one that they might have.
+const DESCRIPTORS: u64 = 65536;
+
+/// Takes as many descriptors as there may be.
+fn take_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS);
+    if limit.current.is_some_and(|current| current < most) {
+        limit.current = Some(most);
+        // With fewer there are fewer clients.
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
 }
 
 /// The socket of the service manager that started this process: sd_listen_fds(3).

@@ -1,8 +1,10 @@
 //! `hull network`: networks in which containers find each other by their names.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use hull_engine::endpoint::{self, Endpoint};
+use hull_engine::inspect::NetworkFilter;
 use hull_engine::networks::{self, NetworkRequest};
 use hull_engine::{inspect, publish, values};
 use hull_network::cni::{Address, CONFIGURATION_DIRECTORY};
@@ -10,6 +12,7 @@ use serde_json::Value;
 
 use super::{agreed, config_for_root, exists, for_each};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, ListFormat, ObjectFormat, Row};
 use crate::output::{self, Table};
 
 /// Arguments of `network`.
@@ -47,12 +50,21 @@ enum Command {
     /// List networks
     #[command(visible_alias = "list")]
     Ls {
+        /// Show only networks that match; may be given several times
+        #[arg(short, long = "filter", value_name = "KEY=VALUE", value_parser = NetworkFilter::parse)]
+        filters: Vec<NetworkFilter>,
         /// Show names only
         #[arg(short, long)]
         quiet: bool,
+        /// Do not shorten ids
+        #[arg(long)]
+        no_trunc: bool,
         /// Print JSON
         #[arg(long, conflicts_with = "quiet")]
         json: bool,
+        /// Print with a template of Go's, "json", or "table TEMPLATE"
+        #[arg(long, value_name = "FORMAT", value_parser = ListFormat::parse, conflicts_with = "json")]
+        format: Option<ListFormat>,
     },
     /// Tell by the exit status whether there is a network: 0 or 1
     Exists {
@@ -62,6 +74,9 @@ enum Command {
     },
     /// Show all that is known of networks, as JSON
     Inspect {
+        /// Print a line for each with a template of Go's, or "json"
+        #[arg(short, long, value_name = "FORMAT", value_parser = ObjectFormat::parse)]
+        format: Option<ObjectFormat>,
         /// Names or ids
         #[arg(value_name = "NETWORK", required = true)]
         networks: Vec<String>,
@@ -164,19 +179,24 @@ pub fn execute(args: Args) -> Result<u8> {
             )?;
             output::print(format!("{}\n", created.id))?;
         }
-        Command::Ls { quiet, json } => {
-            let rows = inspect::networks(&paths)?;
-            print(&rows, quiet, json)?;
+        Command::Ls {
+            filters,
+            quiet,
+            no_trunc,
+            json,
+            format,
+        } => {
+            let rows = inspect::select_networks(&paths, &filters)?;
+            let fields = || rows.iter().map(|row| fields(row, no_trunc)).collect();
+            if !format::print_list(format.as_ref(), quiet, &HEADINGS, fields)? {
+                print(&rows, quiet, json)?;
+            }
         }
         Command::Exists { network } => return exists(inspect::network(&paths, &network)),
-        Command::Inspect { networks: names } => {
-            let mut objects = Vec::new();
-            let outcome = for_each(&names, |name| {
-                objects.push(inspect::network(&paths, name)?);
-                Ok(())
+        Command::Inspect { format, networks } => {
+            return super::inspect::print_each(&networks, format.as_ref(), |name| {
+                inspect::network(&paths, name)
             });
-            output::print_json(&objects)?;
-            return outcome;
         }
         Command::Connect {
             alias,
@@ -219,6 +239,42 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// The fields of `network ls --format`, with the headings of a table.
+const HEADINGS: [(&str, &str); 8] = [
+    ("ID", "NETWORK ID"),
+    ("Name", "NAME"),
+    ("Driver", "DRIVER"),
+    ("Scope", "SCOPE"),
+    ("IPv6", "IPV6"),
+    ("Internal", "INTERNAL"),
+    ("Labels", "LABELS"),
+    ("CreatedAt", "CREATED AT"),
+];
+
+fn fields(network: &Value, no_trunc: bool) -> Row {
+    let text = |key: &str| network[key].as_str().unwrap_or_default();
+    let flag = |key: &str| network[key].as_bool().unwrap_or_default().to_string();
+    // One that is always there has its name only.
+    let id = network["Id"].as_str().unwrap_or(text("Name"));
+    let id = match no_trunc {
+        true => id,
+        false => id.get(..12).unwrap_or(id),
+    };
+    let labels = network["Labels"].as_object().into_iter().flatten();
+    let labels: BTreeMap<String, String> = labels
+        .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
+        .collect();
+    Row::new()
+        .field("ID", id)
+        .field("Name", text("Name"))
+        .field("Driver", text("Driver"))
+        .field("Scope", text("Scope"))
+        .field("IPv6", flag("EnableIPv6"))
+        .field("Internal", flag("Internal"))
+        .labels(&labels)
+        .field("CreatedAt", text("Created"))
 }
 
 fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {

@@ -18,7 +18,7 @@ pub use container::container;
 pub(crate) use container::writable_layer;
 pub use image::{Names, image};
 pub use network::networks_of;
-pub use networks::{network, networks};
+pub use networks::{NetworkFilter, network, networks, select_networks};
 
 /// Docker's time of what has not happened.
 const NEVER: &str = "0001-01-01T00:00:00Z";

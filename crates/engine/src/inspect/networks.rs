@@ -21,6 +21,105 @@ pub fn networks(paths: &Paths) -> Result<Vec<Value>> {
     Ok(all)
 }
 
+/// One condition on networks.
+#[derive(Clone, Debug)]
+pub enum NetworkFilter {
+    /// A part of its name.
+    Name(String),
+    /// The beginning of its id.
+    Id(String),
+    /// What makes it.
+    Driver(String),
+    /// Where it reaches.
+    Scope(String),
+    /// Whether it is always there.
+    BuiltIn(bool),
+    /// A label, with this value.
+    Label(String, Option<String>),
+    /// Whether no container is in it.
+    Dangling(bool),
+}
+
+impl NetworkFilter {
+    /// Reads `KEY=VALUE`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let wrong = |why: &str| format!("invalid filter {text:?}: {why}");
+        let (key, value) = text.split_once('=').unwrap_or((text, ""));
+        let owned = value.to_owned();
+        Ok(match (key, value) {
+            // Docker's are patterns; these signs are all that people use of that.
+            ("name", _) => {
+                let plain = value.trim_start_matches('^').trim_end_matches('$');
+                Self::Name(plain.to_owned())
+            }
+            ("id", _) => Self::Id(owned),
+            ("driver", _) => Self::Driver(owned),
+            ("scope", _) => Self::Scope(owned),
+            ("type", "builtin") => Self::BuiltIn(true),
+            ("type", "custom") => Self::BuiltIn(false),
+            ("type", _) => return Err(wrong("type is builtin or custom")),
+            ("label", _) => match value.split_once('=') {
+                Some((name, value)) => Self::Label(name.to_owned(), Some(value.to_owned())),
+                None => Self::Label(owned, None),
+            },
+            ("dangling", "true" | "1") => Self::Dangling(true),
+            ("dangling", "false" | "0") => Self::Dangling(false),
+            ("dangling", _) => return Err(wrong("dangling is true or false")),
+            _ => {
+                return Err(wrong(
+                    "give name=, id=, driver=, scope=, type=, label= or dangling=",
+                ));
+            }
+        })
+    }
+
+    fn matches(&self, paths: &Paths, network: &Value) -> Result<bool> {
+        let text = |key: &str| network[key].as_str().unwrap_or_default();
+        Ok(match self {
+            Self::Name(part) => text("Name").contains(part.as_str()),
+            Self::Id(beginning) => text("Id").starts_with(beginning.as_str()),
+            Self::Driver(driver) => text("Driver") == driver,
+            Self::Scope(scope) => text("Scope") == scope,
+            Self::BuiltIn(wanted) => network["Id"].is_null() == *wanted,
+            Self::Label(name, value) => {
+                let has = network["Labels"][name].as_str();
+                has.is_some_and(|has| value.as_ref().is_none_or(|value| has == value))
+            }
+            Self::Dangling(wanted) => networks::users(paths, text("Name"))?.is_empty() == *wanted,
+        })
+    }
+}
+
+/// The networks that conditions select. Several of one key are alternatives, but all labels have to
+/// be there.
+///
+/// # Errors
+/// A network or a container cannot be read.
+pub fn select_networks(paths: &Paths, filters: &[NetworkFilter]) -> Result<Vec<Value>> {
+    let key = std::mem::discriminant::<NetworkFilter>;
+    let mut selected = Vec::new();
+    'networks: for network in networks(paths)? {
+        for filter in filters {
+            let alternatives: Vec<&NetworkFilter> = match filter {
+                NetworkFilter::Label(..) => vec![filter],
+                _ => filters
+                    .iter()
+                    .filter(|other| key(other) == key(filter))
+                    .collect(),
+            };
+            let mut holds = false;
+            for alternative in alternatives {
+                holds |= alternative.matches(paths, &network)?;
+            }
+            if !holds {
+                continue 'networks;
+            }
+        }
+        selected.push(network);
+    }
+    Ok(selected)
+}
+
 /// All that is known of a network.
 ///
 /// # Errors

@@ -5,6 +5,7 @@
 //! Called by `hull build`. Trusts buildah as it trusts the person who calls it: both run with the
 //! same rights.
 
+use std::collections::BTreeMap;
 use std::env::{self, var_os};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
@@ -14,8 +15,10 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
-use hull_image::{Progress, RegistryReference, Store};
+use hull_image::{Progress, Reference, RegistryReference, Store};
 use hull_sandbox::store::{ProcessId, remove_all};
+
+mod recipe;
 
 use crate::config::Config;
 use crate::error::{Context as _, Error, Result, of_image};
@@ -144,6 +147,7 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
     if build.output.is_some() {
         command.stdin(Stdio::null());
     }
+    offer_local_images(&store, build)?;
     succeeded(run(&mut command)?, "the build failed")?;
     let id = fs::read_to_string(&id_file)
         .context(|| format!("read {}, the id of the image", id_file.display()))?;
@@ -159,6 +163,73 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
         "the image is built and cannot be taken from buildah",
     )?;
     take_in(&store, archive, &build.names, progress)
+}
+
+/// Gives buildah the images that a recipe takes from and that are here: it has a store of its own.
+/// A recipe that is elsewhere, or comes on standard input, is not known.
+fn offer_local_images(store: &Store, build: &Build) -> Result<()> {
+    for name in recipe::images(&recipe_of(build).unwrap_or_default(), &arguments(build)) {
+        let Ok(reference @ Reference::Registry(_)) = name.parse::<Reference>() else {
+            continue;
+        };
+        // One that is not here is buildah's to find.
+        let Ok(image) = store.inspect(&reference) else {
+            continue;
+        };
+        let full = reference.to_string();
+        let mut known = buildah("images");
+        known
+            .args(["--quiet", "--no-trunc", &full])
+            .stderr(Stdio::null());
+        let known = known.stdin(Stdio::null()).output();
+        let known = known.context(|| format!("execute {BUILDAH}"))?;
+        if String::from_utf8_lossy(&known.stdout).trim() == image.id {
+            continue;
+        }
+        let archive = store.temporary_file().map_err(of_image)?;
+        let mut output = archive.try_clone().context(|| "pass on a file")?;
+        store
+            .save(
+                &[reference],
+                &mut output,
+                Path::new("an archive for buildah"),
+                &(),
+            )
+            .map_err(of_image)?;
+        let mut command = buildah("pull");
+        // By its name in buildah's process: it has no other one.
+        command.args(["--quiet", "docker-archive:/proc/self/fd/0"]);
+        let status = run(command.stdin(archive).stdout(Stdio::null()))?;
+        succeeded(status, &format!("image {name} cannot be given to buildah"))?;
+    }
+    Ok(())
+}
+
+/// The text of the recipe, if it is a file of this host.
+fn recipe_of(build: &Build) -> Option<String> {
+    let given = build.options.iter().position(|option| option == "--file");
+    if let Some(index) = given {
+        return fs::read_to_string(build.options.get(index + 1)?).ok();
+    }
+    let context = Path::new(&build.context);
+    let names = ["Containerfile", "Dockerfile"];
+    names
+        .iter()
+        .find_map(|name| fs::read_to_string(context.join(name)).ok())
+}
+
+/// The arguments that are given to the recipe.
+fn arguments(build: &Build) -> BTreeMap<String, String> {
+    let pairs = build
+        .options
+        .windows(2)
+        .filter(|pair| pair[0] == "--build-arg");
+    pairs
+        .filter_map(|pair| {
+            let (name, value) = pair[1].to_str()?.split_once('=')?;
+            Some((name.to_owned(), value.to_owned()))
+        })
+        .collect()
 }
 
 /// Takes the one image of an archive into the store and names it.
