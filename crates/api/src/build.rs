@@ -36,7 +36,7 @@ pub fn build(state: &Shared, call: &mut Call) -> Result<Reply> {
     for name in query.all("t").filter(|name| !name.is_empty()) {
         names.push(image_name(name)?);
     }
-    let mut options = options(query)?;
+    let options = options(query)?;
     let recipe = query.get("dockerfile").unwrap_or("Dockerfile").to_owned();
     let is_inside = Path::new(&recipe)
         .components()
@@ -63,12 +63,9 @@ pub fn build(state: &Shared, call: &mut Call) -> Result<Reply> {
     let accounts = crate::transfer::accounts(call)?;
     let archive = crate::transfer::decompressed(&mut call.body)?;
     let files = Files::unpack(&state.config, archive)?;
-    options.extend([
-        "--file".into(),
-        files.path().join(recipe.trim_start_matches('/')).into(),
-    ]);
     let build = Build {
         context: files.path().into(),
+        file: Some(files.path().join(recipe.trim_start_matches('/'))),
         names,
         options,
         quiet,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use hull_engine::error::of_image;
 use hull_engine::images::{self, Filter, image_name, of_local};
+use hull_engine::listing::PruneFilter;
 use hull_engine::{time, unpacker};
 use hull_image::{Listed, Pattern, Reference, Removed, Store};
 use hyper::StatusCode;
@@ -192,21 +193,16 @@ pub fn remove(state: &Shared, call: &Call, name: &str) -> Result<Reply> {
 /// Removes images that nobody uses.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let mut all = false;
+    let mut filters = Vec::new();
     for filter in call.query.filters()? {
         match filter.as_str() {
             "dangling=false" | "dangling=0" => all = true,
             "dangling=true" | "dangling=1" => {}
-            _ => {
-                return Err(Failure::unsupported(format_args!(
-                    "prune with the filter {filter}"
-                )));
-            }
+            filter => filters.push(PruneFilter::parse(filter).map_err(Failure::bad)?),
         }
     }
     let store = unpacker::store(&state.config)?;
-    let paths = state.config.paths();
-    let container_exists = |id: &str| paths.container(id).exists();
-    let removed = store.prune(all, &container_exists).map_err(of_image)?;
+    let removed = images::prune(&state.config.paths(), &store, all, &filters)?;
     Ok(Reply::ok(json!({
         "ImagesDeleted": removed_object(&removed),
         "SpaceReclaimed": removed.bytes,

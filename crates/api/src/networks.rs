@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_engine::error::{Error, ErrorKind};
 use hull_engine::inspect::NetworkFilter;
+use hull_engine::listing::PruneFilter;
 use hull_engine::networks::{self, NetworkRequest};
 use hull_engine::{container, endpoint, inspect as objects};
 use hull_network::cni::Address;
@@ -267,28 +268,20 @@ pub fn remove(state: &Shared, name: &str) -> Result<Reply> {
     Ok(Reply::done())
 }
 
+/// Says why networks cannot be changed without root.
+pub fn refuse(state: &Shared) -> Result<Reply> {
+    networks::need_root(&state.config)?;
+    Ok(Reply::done())
+}
+
 /// Removes networks that no container is in, and that all conditions select.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
-    let filters = filters(call)?;
-    if filters.is_empty() {
-        return Ok(Reply::ok(
-            json!({"NetworksDeleted": networks::prune(&paths)?}),
-        ));
-    }
-    let is_label = |filter: &NetworkFilter| matches!(filter, NetworkFilter::Label(..));
-    if !filters.iter().all(is_label) {
-        return Err(Failure::unsupported(
-            "prune of networks with filters but label",
-        ));
-    }
-    let mut removed = Vec::new();
-    for network in objects::select_networks(&paths, &filters)? {
-        let name = network["Name"].as_str().unwrap_or_default();
-        // One that has containers stays.
-        if networks::remove(&paths, name).is_ok() {
-            removed.push(name.to_owned());
-        }
-    }
+    let filters = call.query.filters()?;
+    let filters: Vec<PruneFilter> = filters
+        .iter()
+        .map(|text| PruneFilter::parse(text).map_err(Failure::bad))
+        .collect::<Result<_>>()?;
+    let removed = networks::prune(&paths, &filters)?;
     Ok(Reply::ok(json!({"NetworksDeleted": removed})))
 }

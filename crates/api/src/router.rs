@@ -129,6 +129,9 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
         ("DELETE", ["volumes", name]) => volumes::remove(state, call, name),
 
         ("GET", ["networks"]) => networks::list(state, call),
+        ("POST" | "DELETE", ["networks", ..]) if state.config.without_root => {
+            networks::refuse(state)
+        }
         ("POST", ["networks", "create"]) => networks::create(state, call),
         ("POST", ["networks", "prune"]) => networks::prune(state, call),
         ("GET", ["networks", name]) => networks::inspect(state, name),

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ struct Known {
 pub struct Starts {
     known: Mutex<HashMap<String, Known>>,
     changed: Condvar,
+    /// The number of the next connection that waits.
+    next: AtomicU64,
 }
 
 /// What is waited for.
@@ -173,8 +176,9 @@ impl<'a> Coming<'a> {
     /// It is there, and waits until [`Starts::take`], or until what is returned is dropped.
     pub fn park(self, pending: Pending) -> Parked<'a> {
         let mut known = self.starts.lock();
+        // Never that of another one, which may have been taken already.
+        let number = self.starts.next.fetch_add(1, Ordering::Relaxed);
         let of_container = &mut known.entry(self.id.clone()).or_default().pending;
-        let number = of_container.last().map_or(0, |(last, _)| last + 1);
         of_container.push((number, pending));
         drop(known);
         Parked {

@@ -106,6 +106,8 @@ pub enum Command {
     Install(install::Args),
     /// Take back what `install` told an engine
     Uninstall(install::UninstallArgs),
+    /// Write units of systemd for containers
+    Generate(generate::Args),
     /// Show the version
     Version(version::Args),
     /// Print the completion script of a shell
@@ -159,6 +161,7 @@ impl Command {
             Command::Check(args) => check::execute(args),
             Command::Kernel(args) => kernel::execute(args),
             Command::Config(args) => config::execute(args),
+            Command::Generate(args) => generate::execute(args),
             Command::Install(args) => install::execute(args),
             Command::Uninstall(args) => install::uninstall(args),
             Command::Version(args) => version::execute(args),

@@ -36,7 +36,7 @@ const ALIASES: [(&[&str], &[&str]); 20] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 20] = [
+const COMMANDS: [(&str, &str); 19] = [
     ("buildx", "hull build builds an image from a Dockerfile"),
     (
         "builder",
@@ -44,8 +44,8 @@ const COMMANDS: [(&str, &str); 20] = [
     ),
     (
         "compose",
-        "podman-compose --podman-path /usr/bin/hull up -d; or docker compose with hull-oci: hull \
-         install docker",
+        "hull api, and docker compose with DOCKER_HOST=unix:///run/hull/api.sock; or podman-compose \
+         --podman-path /usr/bin/hull",
     ),
     ("search", "registries have a search on their web pages"),
     ("prune", "hull system prune removes what nothing uses"),
@@ -64,10 +64,6 @@ const COMMANDS: [(&str, &str); 20] = [
     (
         "kube",
         "hull-oci is a runtime for podman: hull install podman",
-    ),
-    (
-        "generate",
-        "systemd can run hull run --rm --name NAME IMAGE",
     ),
     (
         "mount",

@@ -1,10 +1,12 @@
 //! The images that are here, as commands and the API ask for them.
 
-use hull_image::{Image, Listed, Pattern, Reference, RegistryReference, Store};
+use hull_image::{Digest, Image, Listed, Pattern, Reference, RegistryReference, Removed, Store};
 use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::error::{Context, Error, ErrorKind, Result, of_image};
+use crate::listing::PruneFilter;
+use crate::paths::Paths;
 use crate::time::{self, UnixNanos};
 use crate::{inspect, unpacker};
 
@@ -125,6 +127,31 @@ pub fn select(
     list.retain(|image| conditions.hold(image));
     list.sort_by_key(|image| std::cmp::Reverse(created(image.created.as_deref())));
     Ok((list, damages.into_iter().map(of_image).collect()))
+}
+
+/// Removes images that no container uses, and that conditions select: those without a name, with
+/// `all` also those with one.
+///
+/// # Errors
+/// The store cannot be read or changed.
+pub fn prune(paths: &Paths, store: &Store, all: bool, filters: &[PruneFilter]) -> Result<Removed> {
+    let list = match filters.is_empty() {
+        true => Vec::new(),
+        false => store.list().map_err(of_image)?,
+    };
+    let selects = |manifest: &Digest| {
+        let image = list.iter().find(|image| image.digest == *manifest);
+        filters.iter().all(|filter| {
+            image.is_some_and(|image| {
+                let created = u64::try_from(created(image.created.as_deref())).unwrap_or(0);
+                filter.selects(created, &image.labels)
+            })
+        })
+    };
+    let container_exists = |id: &str| paths.container(id).exists();
+    store
+        .prune_some(all, &container_exists, &selects)
+        .map_err(of_image)
 }
 
 /// The error of a command about a local image: as in Docker, one that is not here exits with 1.

@@ -17,9 +17,11 @@ use hull_sandbox::config::OwnNetwork;
 use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
 use crate::container;
 use crate::entries::{self, Lock};
 use crate::error::{Context, Error, Result};
+use crate::listing::PruneFilter;
 use crate::names;
 use crate::paths::Paths;
 use crate::values::Network;
@@ -113,6 +115,20 @@ impl NetworkRecord {
             subnets: self.subnets(),
             internal: self.internal,
         }
+    }
+}
+
+/// Refuses what needs root.
+///
+/// # Errors
+/// `Unsupported` without root.
+pub fn need_root(config: &Config) -> Result<()> {
+    match config.without_root {
+        false => Ok(()),
+        true => Err(
+            Error::unsupported("networks without root: they are bridges of the host")
+                .hint("--network default, or container:NAME"),
+        ),
     }
 }
 
@@ -309,14 +325,18 @@ fn remove_locked(paths: &Paths, network: &NetworkRecord) -> Result<()> {
     remove_all(&paths.networks().join(&network.name))
 }
 
-/// Removes all networks that no container is in; their names.
+/// Removes all networks that no container is in, and that conditions select; their names.
 ///
 /// # Errors
 /// One cannot be removed.
-pub fn prune(paths: &Paths) -> Result<Vec<String>> {
+pub fn prune(paths: &Paths, filters: &[PruneFilter]) -> Result<Vec<String>> {
     let _lock = lock(paths)?;
     let mut removed = Vec::new();
     for network in list(paths)? {
+        let mut all = filters.iter();
+        if !all.all(|filter| filter.selects(network.created_ns, &network.labels)) {
+            continue;
+        }
         if users(paths, &network.name)?.is_empty() {
             remove_locked(paths, &network)?;
             removed.push(network.name);

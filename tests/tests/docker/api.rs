@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use hull_tests::{
@@ -375,10 +377,12 @@ fn volumes_and_networks_are_dockers() {
     api.run(&["--network", id], &["wget", "-qO-", "http://srv/"])
         .ok();
     docker(&["network", "prune", "-f", "--filter", "label=a=b"]).ok();
+    // Created since.
+    docker(&["network", "prune", "-f", "--filter", "until=1h"]).ok();
     refused(
-        docker(&["network", "prune", "-f", "--filter", "until=1h"]),
+        docker(&["network", "prune", "-f", "--filter", "colour=red"]),
         1,
-        "until",
+        "colour",
     );
     assert_eq!(network[0]["Labels"]["a"], "b");
     assert_eq!(network[0]["IPAM"]["Config"][0]["Gateway"], gateway);
@@ -791,6 +795,25 @@ fn containers_outlive_the_server_and_are_everybodys() {
 }
 
 #[test]
+fn who_is_not_root_has_an_api_of_their_own() {
+    let mut api = Api::new(Hull::without_root());
+    assert_eq!(api.run(&[], &["id", "-u"]).ok().text(), "0");
+    api.docker(["run", "-d", "--name", "job", "-v", "data:/data", "busybox"])
+        .args(["sh", "-c", "echo kept >/data/file; echo up; sleep 1000"])
+        .run()
+        .ok();
+    eventually("it is up", Duration::from_secs(5), || {
+        api.docker(["logs", "job"]).run().ok().text() == "up"
+    });
+    let read = api.docker(["exec", "job", "cat", "/data/file"]).run().ok();
+    assert_eq!(read.text(), "kept");
+    let network = api.docker(["network", "create", "some"]).run();
+    refused(network, 1, "without root");
+    api.docker(["rm", "-fv", "job"]).run().ok();
+    api.assert_clean();
+}
+
+#[test]
 fn the_socket_is_its_owners_and_a_stale_one_is_replaced() {
     let mut api = api();
     let socket = api.socket();
@@ -837,21 +860,15 @@ fn a_service_manager_passes_the_socket() {
     let hull = Hull::new();
     let path = hull.path("passed.sock");
     // As systemd does it: descriptor 3, and the process's own id in the environment.
-    let script = format!(
-        "import os, socket, sys\n\
-         s = socket.socket(socket.AF_UNIX); s.bind('{0}'); s.listen()\n\
-         os.dup2(s.fileno(), 3); os.set_inheritable(3, True)\n\
-         os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n\
-         os.execv('{1}', ['hull', 'api', '--time', '2'])\n",
-        path.display(),
-        executable().display()
-    );
-    let served = Invocation::new("python3")
-        .args(["-c", &script])
+    let listener = UnixListener::bind(&path).unwrap();
+    let script = "exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" api --time 2";
+    let mut served = Command::new("sh")
+        .args(["-c", script])
+        .arg(executable())
         .env("HULL_CONFIG", hull.path("config.toml"))
-        .limit(Duration::from_secs(60))
-        .start();
-    eventually("it is there", Duration::from_secs(5), || path.exists());
+        .stdin(OwnedFd::from(listener))
+        .spawn()
+        .unwrap();
     let docker = Invocation::new("docker")
         .env("DOCKER_HOST", format!("unix://{}", path.display()))
         .env("DOCKER_CONFIG", hull.path("client"))
@@ -859,7 +876,7 @@ fn a_service_manager_passes_the_socket() {
         .run()
         .ok();
     assert_eq!(docker.text(), "passed");
-    served.finish().ok();
+    assert!(served.wait().unwrap().success());
     assert!(path.exists(), "it is the service manager's");
     hull.assert_clean();
 }

@@ -82,6 +82,56 @@ fn build_reads_the_recipe_from_standard_input() {
 }
 
 #[test]
+fn build_takes_an_archive_from_standard_input() {
+    let hull = Hull::empty();
+    let recipe = "FROM scratch\nADD busybox.tar /\nCOPY file /\nCMD cat /file\n";
+    let context = context(&hull, recipe);
+    fs::write(format!("{context}/Other"), recipe.replace("cat", "wc -l")).unwrap();
+    for (compress, options, shown) in [("", &[][..], "content"), ("z", &["-f", "Other"], "1 /file")]
+    {
+        let archive = Invocation::new("tar")
+            .args([&format!("c{compress}"), "-C", &context, "."])
+            .run()
+            .ok();
+        let built = build(&hull, &["-q"])
+            .args(options)
+            .arg("-")
+            .input(archive.stdout);
+        let id = built.run().ok().text();
+        assert_eq!(hull.hull(["run", "--rm", &id]).run().ok().text(), shown);
+    }
+    hull.assert_clean();
+}
+
+#[test]
+fn build_begins_from_images_that_are_only_here() {
+    let hull = Hull::new();
+    hull.hull(["create", "--name", "base", "busybox"])
+        .run()
+        .ok();
+    hull.hull(["commit", "-c", "ENV BASE=local", "base", "local/base:1"])
+        .run()
+        .ok();
+    hull.hull(["rm", "base"]).run().ok();
+    let recipe = "ARG FROM=local/base\nFROM $FROM:1 AS one\nRUN echo $BASE >/base\n\
+                  FROM busybox\nCOPY --from=one /base /base\nCMD cat /base\n";
+    let context = context(&hull, recipe);
+    let id = build(&hull, &["-q", &context]).run().ok().text();
+    assert_eq!(hull.hull(["run", "--rm", &id]).run().ok().text(), "local");
+    // One that has changed since is taken anew.
+    hull.hull(["create", "--name", "base", "busybox"])
+        .run()
+        .ok();
+    hull.hull(["commit", "-c", "ENV BASE=another", "base", "local/base:1"])
+        .run()
+        .ok();
+    hull.hull(["rm", "base"]).run().ok();
+    let id = build(&hull, &["-q", &context]).run().ok().text();
+    assert_eq!(hull.hull(["run", "--rm", &id]).run().ok().text(), "another");
+    hull.assert_clean();
+}
+
+#[test]
 fn a_build_that_fails_says_where_and_leaves_nothing() {
     let hull = Hull::empty();
     let context = context(

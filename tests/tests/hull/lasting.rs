@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use hull_tests::{Archive, Hull, descendants, eventually, on_every_machine};
+use hull_tests::{Archive, Hull, Invocation, descendants, eventually, on_every_machine};
 
 on_every_machine!(
     a_container_is_created_started_and_started_again_with_what_it_wrote,
@@ -701,4 +701,36 @@ fn looking_at_what_was_never_started_changes_nothing() {
     assert_eq!(hull.container("new").does("diff").ok().text(), "");
     let started = hull.hull(["start", "-a", "new"]).run().ok();
     assert_eq!(started.text(), image);
+}
+
+#[test]
+fn a_unit_of_systemd_starts_and_stops_one_container() {
+    let hull = Hull::new();
+    let script = "trap 'echo stopped; exit 0' TERM; echo up; while :; do sleep 0.1; done";
+    hull.hull(["create", "--name", "job", "busybox", "sh", "-c", script])
+        .run()
+        .ok();
+    let unit = hull.hull(["generate", "systemd", "job"]).run().ok().text();
+    let command = |key: &str| {
+        let mut lines = unit.lines();
+        let line = lines.find_map(|line| line.strip_prefix(key)).unwrap();
+        // As systemd splits it: words, of which one is quoted.
+        let words: Vec<String> = line.split(' ').map(|word| word.replace('"', "")).collect();
+        Invocation::new(&words[0])
+            .args(&words[1..])
+            .env("HULL_CONFIG", hull.path("config.toml"))
+    };
+    let mut started = command("ExecStart=").start();
+    started.wait_for("up");
+    command("ExecStop=").run().ok();
+    assert_eq!(started.finish().ok().text(), "up\nstopped");
+    hull.hull(["update", "--restart", "always", "job"])
+        .run()
+        .ok();
+    hull.hull(["generate", "systemd", "job"])
+        .run()
+        .fails(125, &["has --restart"])
+        .hint("hull update --restart no job");
+    hull.hull(["rm", "-f", "job"]).run().ok();
+    hull.assert_clean();
 }

@@ -295,6 +295,60 @@ fn a_container_that_does_not_run_is_connected_and_disconnected() {
 }
 
 #[test]
+fn networks_are_listed_and_removed_by_conditions() {
+    let hull = Hull::networked("uml");
+    let (one, two) = (
+        Net::create(&hull, &["--label", "a=b"]),
+        Net::create(&hull, &["--internal"]),
+    );
+    let ls = |arguments: &[&str]| {
+        let listed = hull.hull(["network", "ls"]).args(arguments).run().ok();
+        listed.text()
+    };
+    let format = [
+        "--format",
+        "{{.Name}} {{.Driver}} {{.Internal}} {{.Labels}}",
+    ];
+    let of_two = format!("name={}", two.name);
+    assert_eq!(
+        ls(&[&["-f", &of_two], &format[..]].concat()),
+        format!("{} bridge true ", two.name)
+    );
+    assert_eq!(ls(&["-q", "-f", "label=a=b"]), one.name);
+    assert_eq!(
+        ls(&["-q", "-f", "type=builtin", "-f", "driver=null"]),
+        "none"
+    );
+    assert_eq!(ls(&["-q", "-f", "label=a=c"]), "");
+    hull.hull(["network", "ls", "-f", "colour=red"])
+        .run()
+        .fails(125, &["colour"]);
+    let inspect = [
+        "network",
+        "inspect",
+        "-f",
+        "{{.Name}} {{.Internal}}",
+        &two.name,
+    ];
+    assert_eq!(
+        hull.hull(inspect).run().ok().text(),
+        format!("{} true", two.name)
+    );
+    let prune = |filter: &str| {
+        let pruned = hull
+            .hull(["network", "prune", "-f", "--filter", filter])
+            .run()
+            .ok();
+        pruned.text()
+    };
+    assert_eq!(prune("until=1h"), "");
+    assert_eq!(prune("label!=a"), two.name);
+    assert_eq!(prune("label=a"), one.name);
+    drop((one, two));
+    hull.assert_clean();
+}
+
+#[test]
 fn networks_that_contradict_each_other_are_refused_by_name() {
     let hull = Hull::networked("uml");
     let net = Net::create(&hull, &[]);

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use hull_engine::Paths;
 use hull_engine::container::{self, Any, Container, Removing};
 use hull_engine::endpoint;
-use hull_engine::listing::{self, Filter, Row, Selection, in_words};
+use hull_engine::listing::{self, Filter, PruneFilter, Row, Selection, in_words};
 use hull_engine::{inspect, unpacker};
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply as Answered, Request};
@@ -210,14 +210,22 @@ pub fn remove(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
 /// Removes containers that have ended.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
+    let filters = call.query.filters()?;
+    let filters: Vec<PruneFilter> = filters
+        .iter()
+        .map(|text| PruneFilter::parse(text).map_err(Failure::bad))
+        .collect::<Result<_>>()?;
     let selection = Selection {
         all: true,
-        filters: filters(state, call)?,
         ..Selection::default()
     };
     let (rows, _) = listing::list(&paths, selection)?;
     let (mut removed, mut bytes) = (Vec::new(), 0u64);
     for row in rows {
+        let mut all = filters.iter();
+        if !all.all(|filter| filter.selects(row.created_ns, &row.labels)) {
+            continue;
+        }
         let written = row
             .directory
             .as_deref()

@@ -62,8 +62,8 @@ pub fn execute(args: Args) -> Result<u8> {
     Ok(0)
 }
 
-/// Descriptors for the connections of many clients; some programs that are started from here look at
-/// each one that they might have.
+/// Descriptors for the connections of many clients; some programs that are started from here look
+/// at each one that they might have.
 const DESCRIPTORS: u64 = 65536;
 
 /// Takes as many descriptors as there may be.

@@ -10,7 +10,7 @@ use hull_engine::images::image_name;
 use hull_image::{Progress, RegistryReference};
 
 use super::config_for_root;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::images::Shown;
 use crate::output;
 
@@ -84,8 +84,8 @@ pub struct Args {
     /// Docker's word for what is always so: no containers are left
     #[arg(long, alias = "force-rm", hide = true)]
     rm: bool,
-    /// Directory or URL with the files that the recipe copies; - for none, and the recipe on
-    /// standard input
+    /// Directory or URL with the files that the recipe copies; - for standard input: an archive of
+    /// such a directory, or the recipe alone
     #[arg(value_name = "CONTEXT")]
     context: OsString,
 }
@@ -109,13 +109,9 @@ fn name(text: &str) -> std::result::Result<RegistryReference, String> {
 /// Builds an image and prints its id.
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
-    if args.context == "-" && args.file.is_some() {
-        return Err(Error::invalid(
-            "the recipe is --file or standard input, not both",
-        ));
-    }
     let build = Build {
         options: args.options(),
+        file: args.file,
         context: args.context,
         names: args.tag,
         quiet: args.quiet,
@@ -151,9 +147,6 @@ impl Args {
         all("--target", self.target.as_slice());
         all("--memory", self.memory.as_slice());
         all("--shm-size", self.shm_size.as_slice());
-        if let Some(file) = &self.file {
-            all("--file", &[file.into()]);
-        }
         if self.network == Some(Network::None) {
             all("--network", &["none".into()]);
         }

@@ -1,6 +1,7 @@
 //! `hull container`: what has no other name. Other commands need no such word before them.
 
-use hull_engine::container::{self, Removing};
+use hull_engine::container::{self, Container, Removing};
+use hull_engine::listing::PruneFilter;
 use hull_engine::{Paths, usage};
 
 use super::{agreed, config_for_existing, exists};
@@ -25,6 +26,9 @@ enum Command {
     },
     /// Remove all containers that do not run
     Prune {
+        /// Remove only containers that match: until=TIME, label=KEY[=VALUE], label!=KEY[=VALUE]
+        #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = PruneFilter::parse)]
+        filters: Vec<PruneFilter>,
         /// Do not ask on a terminal
         #[arg(short, long)]
         force: bool,
@@ -34,24 +38,24 @@ enum Command {
 /// Manages containers.
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_existing()?.paths();
-    let force = match args.command {
+    let (filters, force) = match args.command {
         Command::Exists { container } => return exists(container::find(&paths, &container)),
-        Command::Prune { force } => force,
+        Command::Prune { filters, force } => (filters, force),
     };
     if !force && !agreed("all containers that do not run")? {
         return Ok(0);
     }
-    prune(&paths).map(|(status, _)| status)
+    prune(&paths, &filters).map(|(status, _)| status)
 }
 
-/// Removes all containers that do not run, and prints their ids; the exit status, and the bytes
-/// that they had written.
-pub fn prune(paths: &Paths) -> Result<(u8, u64)> {
+/// Removes all containers that do not run and that conditions select, and prints their ids; the
+/// exit status, and the bytes that they had written.
+pub fn prune(paths: &Paths, filters: &[PruneFilter]) -> Result<(u8, u64)> {
     container::sweep(paths);
     let (mut status, mut reclaimed) = (0, 0);
     for listed in container::list(paths)? {
         match listed {
-            Ok(listed) if container::is_idle(&listed) => {
+            Ok(listed) if container::is_idle(&listed) && selected(&listed, filters) => {
                 let id = &listed.record.id;
                 let bytes = usage::of_container(listed.directory.path());
                 match container::remove(paths, id, Removing::default()) {
@@ -70,4 +74,10 @@ pub fn prune(paths: &Paths) -> Result<(u8, u64)> {
         }
     }
     Ok((status, reclaimed))
+}
+
+fn selected(container: &Container, filters: &[PruneFilter]) -> bool {
+    let record = &container.record;
+    let mut filters = filters.iter();
+    filters.all(|filter| filter.selects(record.created_ns, &record.details.labels))
 }

@@ -14,6 +14,7 @@ pub mod diff;
 pub mod events;
 pub mod exec;
 pub mod export;
+pub mod generate;
 pub mod image;
 pub mod info;
 pub mod inspect;

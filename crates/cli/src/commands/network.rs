@@ -5,13 +5,14 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::inspect::NetworkFilter;
+use hull_engine::listing::PruneFilter;
 use hull_engine::networks::{self, NetworkRequest};
 use hull_engine::{inspect, publish, values};
 use hull_network::cni::{Address, CONFIGURATION_DIRECTORY};
 use serde_json::Value;
 
 use super::{agreed, config_for_root, exists, for_each};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::format::{self, ListFormat, ObjectFormat, Row};
 use crate::output::{self, Table};
 
@@ -123,6 +124,9 @@ enum Command {
     },
     /// Remove all networks that no container is in
     Prune {
+        /// Remove only networks that match: until=TIME, label=KEY[=VALUE], label!=KEY[=VALUE]
+        #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = PruneFilter::parse)]
+        filters: Vec<PruneFilter>,
         /// Do not ask on a terminal
         #[arg(short, long)]
         force: bool,
@@ -152,11 +156,8 @@ fn driver(text: &str) -> std::result::Result<String, String> {
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let paths = config.paths();
-    if config.without_root && !matches!(args.command, Command::Ls { .. }) {
-        return Err(
-            Error::unsupported("networks without root: they are bridges of the host")
-                .hint("--network default, or container:NAME"),
-        );
+    if !matches!(args.command, Command::Ls { .. }) {
+        networks::need_root(&config)?;
     }
     match args.command {
         Command::Create {
@@ -225,11 +226,11 @@ pub fn execute(args: Args) -> Result<u8> {
                 removed => removed.and_then(|()| output::print(format!("{name}\n"))),
             });
         }
-        Command::Prune { force } => {
+        Command::Prune { filters, force } => {
             if !force && !agreed("all networks that no container is in")? {
                 return Ok(0);
             }
-            let removed = networks::prune(&paths)?;
+            let removed = networks::prune(&paths, &filters)?;
             output::print(
                 removed
                     .iter()

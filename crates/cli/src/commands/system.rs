@@ -5,6 +5,8 @@ mod df;
 use std::collections::BTreeMap;
 
 use hull_engine::error::of_image;
+use hull_engine::listing::PruneFilter;
+use hull_engine::networks;
 use hull_engine::usage;
 use hull_engine::volumes::store;
 
@@ -29,8 +31,14 @@ enum Command {
     Events(events::Args),
     /// Show what there is on this host; hull info
     Info(info::Args),
-    /// Remove containers that do not run, and images that nothing uses
+    /// Remove containers that do not run, networks that no container is in, and images that nothing
+    /// uses
     Prune {
+        /// Remove only containers and networks that match: until=TIME, label=KEY[=VALUE],
+        /// label!=KEY[=VALUE]; images stay
+        #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = PruneFilter::parse,
+              conflicts_with_all = ["all", "volumes"])]
+        filters: Vec<PruneFilter>,
         /// Remove images with a name too
         #[arg(short, long)]
         all: bool,
@@ -53,27 +61,46 @@ pub fn execute(args: Args) -> Result<u8> {
             all,
             force,
             volumes,
-        } => prune(all, force, volumes),
+            filters,
+        } => prune(all, force, volumes, &filters),
     }
 }
 
-fn prune(all: bool, force: bool, volumes: bool) -> Result<u8> {
+fn prune(all: bool, force: bool, volumes: bool, filters: &[PruneFilter]) -> Result<u8> {
     let config = config_for_root()?;
     let paths = config.paths();
-    let mut what = vec!["all containers that do not run"];
+    let mut what = match filters.is_empty() {
+        true => vec![
+            "all containers that do not run",
+            "all networks that no container is in",
+        ],
+        false => {
+            vec!["containers that do not run and networks that no container is in, if they match"]
+        }
+    };
     if volumes {
         what.push("all volumes without a name of their own that no container uses");
     }
-    what.push(match all {
+    what.extend(filters.is_empty().then_some(match all {
         true => "all images that no container uses, also those with a name",
         false => "all images without a name that no container uses",
-    });
+    }));
     if !force && !agreed(&what.join(", "))? {
         return Ok(0);
     }
     let images = images::store(&config)?;
     // Containers first: then nothing uses their volumes and images.
-    let (status, mut reclaimed) = container::prune(&paths)?;
+    let (status, mut reclaimed) = container::prune(&paths, filters)?;
+    // Without root there are none.
+    if !config.without_root {
+        for name in networks::prune(&paths, filters)? {
+            output::print(format!("{name}\n"))?;
+        }
+    }
+    if !filters.is_empty() {
+        output::print(format!("reclaimed {}\n", output::decimal_size(reclaimed)))?;
+        return Ok(status);
+    }
     if volumes {
         let bytes: BTreeMap<String, u64> = store::list(&paths)?
             .into_iter()

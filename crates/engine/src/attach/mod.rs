@@ -714,6 +714,7 @@ impl Pump {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
     use hull_sandbox::control::protocol::{pair, send};
@@ -761,6 +762,93 @@ mod tests {
         drop(sandbox);
         let error = pump.receive().unwrap_err();
         assert_eq!(error.kind, crate::error::ErrorKind::Gone);
+    }
+
+    /// An attachment of a caller elsewhere, its end, that of the sandbox, and those of the process:
+    /// input, output, error.
+    type Elsewhere = (
+        Attachment,
+        UnixStream,
+        Client,
+        OwnedFd,
+        Vec<OwnedFd>,
+        Vec<UnixStream>,
+    );
+
+    fn elsewhere(follows_end: bool) -> Elsewhere {
+        let (ours, caller) = UnixStream::pair().unwrap();
+        let remote = Remote {
+            stream: ours.into(),
+            early: b"early ".to_vec(),
+            framed: true,
+            window: Window::new(None).unwrap(),
+            follows_end,
+        };
+        let options = Options {
+            input: true,
+            ..options(false)
+        };
+        let (client, sandbox) = pair().unwrap();
+        let (near, far): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
+        let near = near.into_iter().map(OwnedFd::from).collect();
+        let attachment = Attachment::remote(options, remote);
+        (attachment, caller, Client::from(client), sandbox, near, far)
+    }
+
+    /// Reads pieces with their heads: what was written to each stream.
+    fn unframe(mut from: impl Read) -> [Vec<u8>; 2] {
+        let mut streams = [Vec::new(), Vec::new()];
+        let mut head = [0; remote::HEAD];
+        while from.read_exact(&mut head).is_ok() {
+            let length = u32::from_be_bytes(head[4..].try_into().unwrap());
+            let mut piece = vec![0; length as usize];
+            from.read_exact(&mut piece).unwrap();
+            streams[usize::from(head[0]) - 1].extend(piece);
+        }
+        streams
+    }
+
+    #[test]
+    fn pieces_of_output_and_error_are_never_mixed_up_on_one_socket() {
+        let (attachment, caller, client, sandbox, streams, far) = elsewhere(false);
+        let carrying = std::thread::spawn(move || attachment.carry(client, streams).unwrap());
+        let reading = std::thread::spawn(move || unframe(caller));
+        let [_input, output, error] = far.try_into().unwrap();
+        let writing = [(output, b'o'), (error, b'e')].map(|(mut stream, byte)| {
+            std::thread::spawn(move || stream.write_all(&vec![byte; 3 << 20]).unwrap())
+        });
+        for thread in writing {
+            thread.join().unwrap();
+        }
+        send(&sandbox, &Reply::Exited(Exit::now(4)), &[]).unwrap();
+        assert!(matches!(carrying.join().unwrap(), Outcome::Exited(exit) if exit.status == 4));
+        let [output, error] = reading.join().unwrap();
+        assert_eq!((output.len(), error.len()), (3 << 20, 3 << 20));
+        assert!(output.iter().all(|byte| *byte == b'o') && error.iter().all(|byte| *byte == b'e'));
+    }
+
+    #[test]
+    fn input_that_came_before_the_caller_went_is_passed_on() {
+        for follows_end in [false, true] {
+            let (attachment, mut caller, client, sandbox, streams, far) = elsewhere(follows_end);
+            let carrying = std::thread::spawn(move || attachment.carry(client, streams).unwrap());
+            let [mut input, output, error] = far.try_into().unwrap();
+            caller.write_all(b"and late").unwrap();
+            drop(caller);
+            let mut read = String::new();
+            input.read_to_string(&mut read).unwrap();
+            assert_eq!(read, "early and late");
+            if follows_end {
+                (&output).write_all(&vec![0; 1 << 20]).unwrap();
+                drop((output, error));
+                send(&sandbox, &Reply::Exited(Exit::now(5)), &[]).unwrap();
+            }
+            let outcome = carrying.join().unwrap();
+            match follows_end {
+                false => assert_eq!(outcome, Outcome::OutputClosed),
+                true => assert!(matches!(outcome, Outcome::Exited(exit) if exit.status == 5)),
+            }
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
+use hull_image::unpack::uncompress;
 use hull_image::{Progress, Reference, RegistryReference, Store};
 use hull_sandbox::store::{ProcessId, remove_all};
 
@@ -39,9 +40,11 @@ const REGISTRIES: [(&str, &str); 2] = [
 /// What is to be built.
 #[derive(Debug, Default)]
 pub struct Build {
-    /// Directory or URL with what the recipe copies; `-` for none, and the recipe on standard
-    /// input.
+    /// Directory or URL with what the recipe copies; `-` for what is on standard input: an archive
+    /// of such a directory, or the recipe alone.
     pub context: OsString,
+    /// The recipe, in place of the one in the context; in an archive, by its path there.
+    pub file: Option<PathBuf>,
     /// Names of the image.
     pub names: Vec<RegistryReference>,
     /// Further options of `buildah build`, which have Docker's names.
@@ -83,6 +86,57 @@ impl Context {
     }
 }
 
+/// What came on standard input.
+enum Input {
+    /// A recipe, which is a file now.
+    Recipe(PathBuf),
+    /// A directory with files and a recipe.
+    Archive(Context),
+}
+
+impl Input {
+    /// Longest recipe, bytes.
+    const LONGEST_RECIPE: u64 = 4 << 20;
+
+    fn read(config: &Config, mut input: impl Read, work: &Work) -> Result<Self> {
+        let doing = || "read standard input";
+        let mut head = Vec::new();
+        let mut limited = (&mut input).take(BLOCK);
+        limited.read_to_end(&mut head).context(doing)?;
+        if is_archive(&head) {
+            let archive = io::BufReader::new(head.chain(input));
+            let archive = uncompress(archive).map_err(|error| Error::from_chain(&error))?;
+            return Context::unpack(config, archive).map(Self::Archive);
+        }
+        Self::recipe(head, input, work).map(Self::Recipe)
+    }
+
+    /// Makes a file of a recipe.
+    fn recipe(mut text: Vec<u8>, input: impl Read, work: &Work) -> Result<PathBuf> {
+        let recipe = work.0.join("Dockerfile");
+        let mut rest = input.take(Self::LONGEST_RECIPE);
+        rest.read_to_end(&mut text)
+            .context(|| "read standard input")?;
+        fs::write(&recipe, &text).context(|| format!("write {}", recipe.display()))?;
+        Ok(recipe)
+    }
+}
+
+/// Bytes of a header of an archive: tar(5).
+const BLOCK: u64 = 512;
+
+/// Whether something that begins so is an archive: compressed, or by its magic.
+fn is_archive(head: &[u8]) -> bool {
+    const MAGIC: std::ops::Range<usize> = 257..262;
+    let compressed = [
+        &[0x1f, 0x8b][..],
+        &[0x28, 0xb5, 0x2f, 0xfd],
+        b"BZh",
+        &[0xfd, b'7', b'z'],
+    ];
+    compressed.iter().any(|magic| head.starts_with(magic)) || head.get(MAGIC) == Some(b"ustar")
+}
+
 impl Drop for Context {
     fn drop(&mut self) {
         // If it fails, what is left goes with that of killed commands.
@@ -116,21 +170,46 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
     for name in &build.names {
         command.arg("--tag").arg(name.to_string());
     }
+    let mut files = None;
+    let (context, file) = if build.context == "-" {
+        match Input::read(config, io::stdin().lock(), &work)? {
+            Input::Recipe(_) if build.file.is_some() => {
+                return Err(Error::invalid(
+                    "the recipe is --file or standard input, not both",
+                ));
+            }
+            Input::Recipe(recipe) => {
+                let empty = work.0.join("context");
+                fs::create_dir(&empty).context(|| format!("create {}", empty.display()))?;
+                (empty, Some(recipe))
+            }
+            Input::Archive(archive) => {
+                let file = build.file.as_ref().map(|file| archive.path().join(file));
+                let context = archive.path().to_owned();
+                files = Some(archive);
+                (context, file)
+            }
+        }
+    } else {
+        let file = match &build.file {
+            Some(file) if file.as_os_str() == "-" => {
+                Some(Input::recipe(Vec::new(), io::stdin().lock(), &work)?)
+            }
+            file => file.clone(),
+        };
+        (PathBuf::from(&build.context), file)
+    };
     command.args(&build.options);
+    if let Some(file) = &file {
+        command.arg("--file").arg(file);
+    }
     if let Some(accounts) = &build.accounts {
         let file = work.0.join("auth.json");
         // The directory is nobody else's.
         fs::write(&file, accounts.to_string()).context(|| format!("write {}", file.display()))?;
         command.arg("--authfile").arg(file);
     }
-    match build.context == "-" {
-        true => {
-            let empty = work.0.join("context");
-            fs::create_dir(&empty).context(|| format!("create {}", empty.display()))?;
-            command.args(["--file", "-", "--"]).arg(&empty)
-        }
-        false => command.arg("--").arg(&build.context),
-    };
+    command.arg("--").arg(&context);
     if let Some(file) = search_registries(&work.0)? {
         command.env("CONTAINERS_REGISTRIES_CONF", file);
     }
@@ -144,11 +223,11 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
         false => shown().context(doing)?.into(),
     });
     command.stderr(shown().context(doing)?);
-    if build.output.is_some() {
-        command.stdin(Stdio::null());
-    }
-    offer_local_images(&store, build)?;
+    command.stdin(Stdio::null());
+    offer_local_images(&store, build, &context, file.as_deref())?;
     succeeded(run(&mut command)?, "the build failed")?;
+    // All of them are read.
+    drop(files);
     let id = fs::read_to_string(&id_file)
         .context(|| format!("read {}, the id of the image", id_file.display()))?;
     let id = id.trim();
@@ -166,9 +245,15 @@ pub fn build(config: &Config, build: &Build, progress: &dyn Progress) -> Result<
 }
 
 /// Gives buildah the images that a recipe takes from and that are here: it has a store of its own.
-/// A recipe that is elsewhere, or comes on standard input, is not known.
-fn offer_local_images(store: &Store, build: &Build) -> Result<()> {
-    for name in recipe::images(&recipe_of(build).unwrap_or_default(), &arguments(build)) {
+/// A recipe that is elsewhere is not known.
+fn offer_local_images(
+    store: &Store,
+    build: &Build,
+    context: &Path,
+    file: Option<&Path>,
+) -> Result<()> {
+    let recipe = recipe_of(context, file).unwrap_or_default();
+    for name in recipe::images(&recipe, &arguments(build)) {
         let Ok(reference @ Reference::Registry(_)) = name.parse::<Reference>() else {
             continue;
         };
@@ -181,8 +266,7 @@ fn offer_local_images(store: &Store, build: &Build) -> Result<()> {
         known
             .args(["--quiet", "--no-trunc", &full])
             .stderr(Stdio::null());
-        let known = known.stdin(Stdio::null()).output();
-        let known = known.context(|| format!("execute {BUILDAH}"))?;
+        let known = executed(known.stdin(Stdio::null()).output())?;
         if String::from_utf8_lossy(&known.stdout).trim() == image.id {
             continue;
         }
@@ -206,16 +290,15 @@ fn offer_local_images(store: &Store, build: &Build) -> Result<()> {
 }
 
 /// The text of the recipe, if it is a file of this host.
-fn recipe_of(build: &Build) -> Option<String> {
-    let given = build.options.iter().position(|option| option == "--file");
-    if let Some(index) = given {
-        return fs::read_to_string(build.options.get(index + 1)?).ok();
+fn recipe_of(context: &Path, file: Option<&Path>) -> Option<String> {
+    if let Some(file) = file {
+        return fs::read_to_string(file).ok();
     }
-    let context = Path::new(&build.context);
     let names = ["Containerfile", "Dockerfile"];
-    names
+    let mut texts = names
         .iter()
-        .find_map(|name| fs::read_to_string(context.join(name)).ok())
+        .map(|name| fs::read_to_string(context.join(name)));
+    texts.find_map(Result::ok)
 }
 
 /// The arguments that are given to the recipe.
@@ -263,7 +346,11 @@ fn buildah(command: &str) -> Command {
 }
 
 fn run(command: &mut Command) -> Result<ExitStatus> {
-    match command.status() {
+    executed(command.status())
+}
+
+fn executed<T>(result: io::Result<T>) -> Result<T> {
+    match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::unsupported(
             "build without buildah, which is not installed",
         )
@@ -271,7 +358,7 @@ fn run(command: &mut Command) -> Result<ExitStatus> {
             "apt-get install buildah; or build elsewhere, save the image to a file, then: hull \
              image load -i FILE",
         )),
-        status => status.context(|| format!("execute {BUILDAH}")),
+        result => result.context(|| format!("execute {BUILDAH}")),
     }
 }
 

@@ -11,7 +11,7 @@ mod docker;
 mod drop_in;
 mod json;
 mod podman;
-mod systemd;
+pub mod systemd;
 
 use std::ffi::OsString;
 use std::fs::{self, File};

@@ -5,7 +5,10 @@
 use std::path::{Path, PathBuf};
 
 use super::{Change, missing_directories, read};
+use crate::config::Config;
+use crate::container::Container;
 use crate::error::{Error, Result};
+use crate::values::Restart;
 
 /// A unit.
 struct Unit {
@@ -108,6 +111,56 @@ DirectoryMode=0700
 WantedBy=sockets.target
 "
     )
+}
+
+/// A unit for one container, which systemd starts, watches and stops: its output goes to the
+/// journal, and its exit status is the unit's.
+///
+/// # Errors
+/// The container is started again by hull, or removed when it ends.
+pub fn container_unit(config: &Config, container: &Container) -> Result<String> {
+    let details = &container.record.details;
+    let name = &details.name;
+    let options = details.options.as_deref();
+    if options.is_some_and(|options| options.restart != Restart::No) {
+        return Err(Error::invalid(format!(
+            "container {name} has --restart: hull starts it again, and systemd would, too"
+        ))
+        .hint(format!("hull update --restart no {name}")));
+    }
+    if details.auto_remove {
+        return Err(Error::invalid(format!(
+            "container {name} is removed when it ends (--rm): there would be nothing to start"
+        )));
+    }
+    let hull = quoted(&config.executable);
+    let data = quoted(&config.data_dir);
+    let asked = options.and_then(|options| options.stop_timeout);
+    let patience = asked
+        .unwrap_or(config.stop_timeout)
+        .max(0)
+        .saturating_add(30);
+    Ok(format!(
+        "# Written by \"hull generate systemd {name}\".
+
+[Unit]
+Description=Container {name} of hull
+Documentation=man:hull-start(1)
+Wants=network-online.target
+After=network-online.target local-fs.target
+RequiresMountsFor={data}
+
+[Service]
+ExecStart={hull} start --attach --sig-proxy=false {name}
+ExecStop={hull} stop {name}
+KillMode=process
+Restart=on-failure
+TimeoutStopSec={patience}
+
+[Install]
+WantedBy=multi-user.target
+"
+    ))
 }
 
 impl Unit {

@@ -1,6 +1,7 @@
 //! Containers as lists show them: `ps`, and the API.
 
 mod filter;
+mod prune;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::volumes::Source;
 use crate::{time, usage};
 
 pub use self::filter::{Filter, Filters, KEYS, STATES};
+pub use self::prune::PruneFilter;
 
 /// How much there is of a container's files.
 #[derive(Clone, Copy, Debug, Serialize)]

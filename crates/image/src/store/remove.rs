@@ -92,6 +92,16 @@ impl Store {
     /// Removes images that no container uses: those without a name, with `all` also those with one.
     /// Also removes leftovers of interrupted pulls.
     pub fn prune(&self, all: bool, container_exists: &dyn Fn(&str) -> bool) -> Result<Removed> {
+        self.prune_some(all, container_exists, &|_| true)
+    }
+
+    /// The same of images that `selects` says yes to, by the digests of their manifests.
+    pub fn prune_some(
+        &self,
+        all: bool,
+        container_exists: &dyn Fn(&str) -> bool,
+        selects: &dyn Fn(&Digest) -> bool,
+    ) -> Result<Removed> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let mut references = self.read_references()?;
         let holds = self.live_holds(container_exists)?;
@@ -102,7 +112,7 @@ impl Store {
                 .names
                 .values()
                 .any(|named| named.manifest == manifest);
-            if used || (named && !all) {
+            if used || (named && !all) || !selects(&manifest) {
                 continue;
             }
             references.names.retain(|name, named| {

@@ -11,7 +11,8 @@ use std::path::Path;
 
 use hull_engine::config::Config;
 use hull_engine::error::of_image;
-use hull_engine::images::{image_name, inspect_object, of_local};
+use hull_engine::images::{image_name, inspect_object, of_local, prune};
+use hull_engine::listing::PruneFilter;
 use hull_engine::values::Pull;
 use hull_image::{Credentials, Import, ImportSource, Platform, Reference, Removed};
 
@@ -117,6 +118,9 @@ enum Command {
         /// Remove images with a name too
         #[arg(short, long)]
         all: bool,
+        /// Remove only images that match: until=TIME, label=KEY[=VALUE], label!=KEY[=VALUE]
+        #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = PruneFilter::parse)]
+        filters: Vec<PruneFilter>,
         /// Do not ask on a terminal before images with a name are removed
         #[arg(short, long)]
         force: bool,
@@ -196,13 +200,17 @@ pub fn execute(args: Args) -> Result<u8> {
                 })
             });
         }
-        Command::Prune { all, force } => {
+        Command::Prune {
+            all,
+            filters,
+            force,
+        } => {
             let store = images::store(&config)?;
             let what = "all images that no container uses, also those with a name";
             if all && !force && !agreed(what)? {
                 return Ok(0);
             }
-            let removed = store.prune(all, &container_exists).map_err(of_image)?;
+            let removed = prune(&paths, &store, all, &filters)?;
             report(&removed)?;
             let note = if removed.layers_kept {
                 "; more when the running pulls have ended"
