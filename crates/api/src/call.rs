@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
 use hull_engine::error::Error;
@@ -16,6 +17,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::failure::{Failure, Result};
 use crate::router::Version;
+
+/// How long the rest of a request is read that nobody wants.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Longest JSON that a request may have, bytes.
 const LONGEST_JSON: u64 = 4 << 20;
@@ -275,6 +279,23 @@ impl BodyReader {
         Self {
             pieces,
             piece: Bytes::new(),
+        }
+    }
+}
+
+impl BodyReader {
+    /// Reads what is left, for a while: a client that is still sending when the answer comes finds
+    /// a broken connection in place of it.
+    pub fn drain(&mut self) {
+        let runtime = tokio::runtime::Handle::current();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let next = runtime.block_on(tokio::time::timeout(left, self.pieces.recv()));
+            match next {
+                Ok(Some(Ok(_))) if !left.is_zero() => {}
+                _ => return,
+            }
         }
     }
 }

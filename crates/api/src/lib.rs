@@ -56,7 +56,7 @@ pub(crate) struct State {
 pub(crate) type Shared = Arc<State>;
 
 /// Serves on a socket until SIGTERM or SIGINT, or until nobody has asked for anything for `idle`.
-/// `version` is hull's own.
+/// `version` is hull's own. `ready` is called when these signals end it in order.
 ///
 /// # Errors
 /// The socket cannot be used.
@@ -65,6 +65,7 @@ pub fn serve(
     version: &'static str,
     listener: UnixListener,
     idle: Option<Duration>,
+    ready: impl FnOnce(),
 ) -> Result<()> {
     let state = Arc::new(State {
         config,
@@ -83,6 +84,7 @@ pub fn serve(
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        ready();
         tokio::select! {
             served = server::serve(listener, state, idle) => served,
             _ = terminate.recv() => Ok(()),

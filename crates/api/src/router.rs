@@ -55,6 +55,7 @@ pub fn carry_out(state: &Shared, mut call: Call) {
         }
         return;
     };
+    call.body.drain();
     match reply {
         Ok(Reply::Json(status, value)) => answer.json(status, &value),
         Ok(Reply::Empty(status)) => answer.empty(status),

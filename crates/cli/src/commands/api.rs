@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Group;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -41,6 +42,9 @@ pub struct Args {
 pub fn execute(args: Args) -> Result<u8> {
     let passed = passed()?;
     let config = config_for_root()?;
+    // Until somebody takes them: the file of the socket would be left.
+    let ending = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    ending.thread_block().context(|| "block signals")?;
     let idle = (args.time > 0).then(|| Duration::from_secs(args.time));
     let (listener, _created) = match (passed, &args.socket) {
         (Some(_), Some(_)) => {
@@ -58,7 +62,11 @@ pub fn execute(args: Args) -> Result<u8> {
         }
     };
     take_descriptors();
-    hull_api::serve(config, env!("CARGO_PKG_VERSION"), listener, idle)?;
+    let version = env!("CARGO_PKG_VERSION");
+    hull_api::serve(config, version, listener, idle, || {
+        // Cannot fail: the argument is a constant.
+        let _ = ending.thread_unblock();
+    })?;
     Ok(0)
 }
 
