@@ -141,8 +141,8 @@ impl NetworkOptions {
         if created.as_ref().is_some_and(|created| created.internal) {
             self.refuse_published_internally(named)?;
         }
-        if created.is_none() && !(self.aliases.is_empty() && self.links.is_empty()) {
-            return Err(no_names(named));
+        if created.is_none() {
+            no_names(named, &self.aliases, &self.links)?;
         }
         check_inside_of(&paths, named, self.addresses())
     }
@@ -170,9 +170,8 @@ impl NetworkOptions {
                 ))
                 .hint("give it as the first one, or use networks of hull network create"));
             }
-            let has_names = !(further.aliases.is_empty() && further.links.is_empty());
-            if networks::load(&paths, name)?.is_none() && has_names {
-                return Err(no_names(name));
+            if networks::load(&paths, name)?.is_none() {
+                no_names(name, &further.aliases, &further.links)?;
             }
             check_inside_of(&paths, name, further.addresses())?;
         }
@@ -408,11 +407,17 @@ fn own_network(paths: &Paths, name: &str) -> Result<Option<OwnNetwork>> {
     })
 }
 
-fn no_names(network: &str) -> Error {
-    Error::invalid(format!(
-        "--network-alias: containers are not found by names in network {network}"
+/// Refuses names in a network that has none.
+fn no_names(network: &str, aliases: &[String], links: &[(String, String)]) -> Result<()> {
+    let option = match (aliases, links) {
+        ([], []) => return Ok(()),
+        ([], _) => "--link",
+        _ => "--network-alias",
+    };
+    Err(Error::invalid(format!(
+        "{option}: containers are not found by names in network {network}"
     ))
-    .hint("hull network create NAME makes a network in which they are")
+    .hint("hull network create NAME makes a network in which they are"))
 }
 
 /// Whether addresses are in a network, as far as its subnets are known.
