@@ -708,7 +708,10 @@ fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
         (&["--log-opt", "tag=x"], "tag"),
         (&["--cgroup-parent", "/x"], "CgroupParent"),
         (&["--cpuset-mems", "0"], "CpusetMems"),
-        (&["--device-read-bps", "/dev/sda:1mb"], "BlkioDeviceReadBps"),
+        (
+            &["--blkio-weight-device", "/dev/sda:100"],
+            "BlkioWeightDevice",
+        ),
         (
             &["--mount", "type=volume,src=v,dst=/v,volume-opt=type=nfs"],
             "DriverConfig",
@@ -725,6 +728,15 @@ fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
             "{\"Image\": 5}",
             400,
             "invalid request",
+        ),
+        // Docker's client of version 26 leaves --device-read-bps out.
+        (
+            "POST",
+            "/containers/create",
+            r#"{"Image": "busybox", "HostConfig":
+                {"BlkioDeviceReadBps": [{"Path": "/dev/sda", "Rate": 1}]}}"#,
+            501,
+            "BlkioDeviceReadBps",
         ),
         ("POST", "/containers/create", "{}", 400, "no image"),
         (
