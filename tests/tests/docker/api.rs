@@ -212,7 +212,8 @@ fn clients_that_go_away_leave_nothing_behind() {
     eventually("it is at rest", Duration::from_secs(5), || {
         threads(&api) <= 3
     });
-    let before = (threads(&api), descriptors(&api));
+    // The connection of `docker run` may be still among them.
+    let (most_threads, most_descriptors) = (threads(&api), descriptors(&api));
     let mut followers: Vec<_> = [
         &["logs", "-f", "job"][..],
         &["attach", "job"],
@@ -233,8 +234,8 @@ fn clients_that_go_away_leave_nothing_behind() {
     }
     eventually(
         "threads and descriptors are gone",
-        Duration::from_secs(10),
-        || (threads(&api), descriptors(&api)) == before,
+        Duration::from_secs(30),
+        || threads(&api) <= most_threads && descriptors(&api) <= most_descriptors,
     );
     api.docker(["rm", "-f", "job"]).run().ok();
     api.assert_clean();
