@@ -55,6 +55,9 @@ pub(crate) struct State {
 /// The same, for threads of their own.
 pub(crate) type Shared = Arc<State>;
 
+/// How long the end of a server waits for what it is asked; some of that never ends.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
 /// Serves on a socket until SIGTERM or SIGINT, or until nobody has asked for anything for `idle`.
 /// `version` is hull's own. `ready` is called when these signals end it in order.
 ///
@@ -85,11 +88,18 @@ pub fn serve(
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         ready();
-        tokio::select! {
+        let last = state.clone();
+        let served = tokio::select! {
             served = server::serve(listener, state, idle) => served,
             _ = terminate.recv() => Ok(()),
             _ = interrupt.recv() => Ok(()),
+        };
+        // What is being created or removed is finished.
+        let end = tokio::time::Instant::now() + LAST_WORK;
+        while last.busy.is_any() && tokio::time::Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        served
     });
     // Threads that follow something do not end by themselves.
     runtime.shutdown_background();
