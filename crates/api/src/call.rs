@@ -244,6 +244,16 @@ impl Query {
         }
         Ok(filters)
     }
+
+    /// `filters`, as what `parse` reads from each.
+    ///
+    /// # Errors
+    /// As [`Self::filters`], or one is unknown.
+    pub fn filters_as<T>(&self, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>> {
+        let filters = self.filters()?;
+        let parsed = filters.iter().map(|text| parse(text).map_err(Failure::bad));
+        parsed.collect()
+    }
 }
 
 /// Decodes `%20`, and `+` where that is a space. What is no UTF-8 is replaced.
@@ -281,9 +291,7 @@ impl BodyReader {
             piece: Bytes::new(),
         }
     }
-}
 
-impl BodyReader {
     /// Reads what is left, for a while: a client that is still sending when the answer comes finds
     /// a broken connection in place of it.
     pub fn drain(&mut self) {

@@ -59,11 +59,7 @@ fn names(images: &[&Listed]) -> (Vec<String>, Vec<String>) {
 
 /// Lists images.
 pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
-    let filters = call.query.filters()?;
-    let filters: Vec<Filter> = filters
-        .iter()
-        .map(|text| Filter::parse(text).map_err(Failure::bad))
-        .collect::<Result<_>>()?;
+    let filters = call.query.filters_as(Filter::parse)?;
     // Of old clients.
     let name = call.query.get("filter").map(Pattern::parse);
     let name = name.transpose().map_err(Failure::bad)?;

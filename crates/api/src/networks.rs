@@ -83,15 +83,11 @@ fn first_address(subnet: &Value) -> Option<IpAddr> {
 }
 
 fn filters(call: &Call) -> Result<Vec<NetworkFilter>> {
-    let filters = call.query.filters()?;
-    filters
-        .iter()
-        .map(|text| match text.as_str() {
-            // As it is called here.
-            "name=bridge" => Ok(NetworkFilter::Name("default".to_owned())),
-            text => NetworkFilter::parse(text).map_err(Failure::bad),
-        })
-        .collect()
+    call.query.filters_as(|text| match text {
+        // As it is called here.
+        "name=bridge" => Ok(NetworkFilter::Name("default".to_owned())),
+        text => NetworkFilter::parse(text),
+    })
 }
 
 /// Lists networks.
@@ -277,11 +273,7 @@ pub fn refuse(state: &Shared) -> Result<Reply> {
 /// Removes networks that no container is in, and that all conditions select.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
-    let filters = call.query.filters()?;
-    let filters: Vec<PruneFilter> = filters
-        .iter()
-        .map(|text| PruneFilter::parse(text).map_err(Failure::bad))
-        .collect::<Result<_>>()?;
+    let filters = call.query.filters_as(PruneFilter::parse)?;
     let removed = networks::prune(&paths, &filters)?;
     Ok(Reply::ok(json!({"NetworksDeleted": removed})))
 }

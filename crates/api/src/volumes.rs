@@ -101,7 +101,6 @@ pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
         }
     }
     let paths = state.config.paths();
-    let bytes = std::cell::Cell::new(0u64);
     let sizes = std::cell::RefCell::new(BTreeMap::new());
     let matches = |volume: &StoredVolume| {
         let wanted = filters.iter().all(|filter| filter.matches(volume, false));
@@ -112,11 +111,10 @@ pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
         wanted
     };
     let removed = store::prune(&paths, all, matches)?;
-    for name in &removed {
-        let size = sizes.borrow().get(name).copied().unwrap_or(0);
-        bytes.set(bytes.get().saturating_add(size));
-    }
+    let sizes = sizes.into_inner();
+    let removed_sizes = removed.iter().filter_map(|name| sizes.get(name));
+    let bytes = removed_sizes.fold(0u64, |sum, size| sum.saturating_add(*size));
     Ok(Reply::ok(
-        json!({"VolumesDeleted": removed, "SpaceReclaimed": bytes.get()}),
+        json!({"VolumesDeleted": removed, "SpaceReclaimed": bytes}),
     ))
 }

@@ -210,11 +210,7 @@ pub fn remove(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
 /// Removes containers that have ended.
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
-    let filters = call.query.filters()?;
-    let filters: Vec<PruneFilter> = filters
-        .iter()
-        .map(|text| PruneFilter::parse(text).map_err(Failure::bad))
-        .collect::<Result<_>>()?;
+    let filters = call.query.filters_as(PruneFilter::parse)?;
     let selection = Selection {
         all: true,
         ..Selection::default()
