@@ -1,4 +1,4 @@
-//! What is done to a container that is there: start, stop, kill, pause.
+//! What is done to containers that are there: start, stop, kill, pause, prune.
 
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
@@ -10,9 +10,10 @@ use crate::attach::Attachment;
 use crate::config::Config;
 use crate::container::{self, Container, Down, Removing};
 use crate::error::{Error, Result};
+use crate::listing::PruneFilter;
 use crate::paths::Paths;
 use crate::run::{Attempt, Outcome, start_again};
-use crate::supervise;
+use crate::{supervise, usage};
 
 const SIGKILL: u32 = 9;
 
@@ -162,4 +163,54 @@ pub fn freeze(paths: &Paths, name: &str, frozen: bool) -> Result<()> {
         container: container.record.id.clone(),
         frozen,
     })
+}
+
+/// What became of a container in [`prune`].
+#[derive(Debug)]
+pub enum Pruned {
+    /// It had this id.
+    Removed(String),
+    /// It stays: its removal failed, or somebody starts it just now.
+    Kept(Error),
+    /// The record of the one with this id cannot be read.
+    Unreadable(String, Error),
+}
+
+/// Removes all containers that do not run and that conditions select, and tells of each; the bytes
+/// that they had written.
+///
+/// # Errors
+/// The containers cannot be listed, or `tell` failed.
+pub fn prune(
+    paths: &Paths,
+    filters: &[PruneFilter],
+    mut tell: impl FnMut(Pruned) -> Result<()>,
+) -> Result<u64> {
+    let mut reclaimed = 0u64;
+    for listed in container::list(paths)? {
+        let listed = match listed {
+            Ok(listed) => listed,
+            Err((id, error)) => {
+                tell(Pruned::Unreadable(id, error))?;
+                continue;
+            }
+        };
+        let record = &listed.record;
+        let mut all = filters.iter();
+        let selected = all.all(|filter| filter.selects(record.created_ns, &record.details.labels));
+        if !selected || !container::is_idle(&listed) {
+            continue;
+        }
+        let bytes = usage::of_container(listed.directory.path());
+        tell(
+            match container::remove(paths, &record.id, Removing::default()) {
+                Ok(()) => {
+                    reclaimed = reclaimed.saturating_add(bytes);
+                    Pruned::Removed(record.id.clone())
+                }
+                Err(error) => Pruned::Kept(error),
+            },
+        )?;
+    }
+    Ok(reclaimed)
 }

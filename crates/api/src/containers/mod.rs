@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use hull_engine::Paths;
 use hull_engine::container::{self, Any, Container, Removing};
 use hull_engine::endpoint;
+use hull_engine::lifecycle::{self as engine, Pruned};
 use hull_engine::listing::{self, Filter, PruneFilter, Row, Selection, in_words};
 use hull_engine::{inspect, unpacker};
 use hull_sandbox::control::client::unexpected;
@@ -211,27 +212,14 @@ pub fn remove(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
 pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let paths = state.config.paths();
     let filters = call.query.filters_as(PruneFilter::parse)?;
-    let selection = Selection {
-        all: true,
-        ..Selection::default()
-    };
-    let (rows, _) = listing::list(&paths, selection)?;
-    let (mut removed, mut bytes) = (Vec::new(), 0u64);
-    for row in rows {
-        let mut all = filters.iter();
-        if !all.all(|filter| filter.selects(row.created_ns, &row.labels)) {
-            continue;
+    let mut removed = Vec::new();
+    let bytes = engine::prune(&paths, &filters, |pruned| {
+        // What cannot be removed, as it is just being started, stays.
+        if let Pruned::Removed(id) = pruned {
+            removed.push(id);
         }
-        let written = row
-            .directory
-            .as_deref()
-            .map_or(0, hull_engine::usage::of_container);
-        // One that runs, or that somebody starts or removes just now, stays.
-        if container::remove(&paths, &row.id, Removing::default()).is_ok() {
-            bytes = bytes.saturating_add(written);
-            removed.push(row.id);
-        }
-    }
+        Ok(())
+    })?;
     Ok(Reply::ok(
         json!({"ContainersDeleted": removed, "SpaceReclaimed": bytes}),
     ))

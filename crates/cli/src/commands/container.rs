@@ -1,8 +1,9 @@
 //! `hull container`: what has no other name. Other commands need no such word before them.
 
-use hull_engine::container::{self, Container, Removing};
+use hull_engine::Paths;
+use hull_engine::container;
+use hull_engine::lifecycle::{self, Pruned};
 use hull_engine::listing::PruneFilter;
-use hull_engine::{Paths, usage};
 
 use super::{agreed, config_for_existing, exists};
 use crate::error::{self, Result};
@@ -52,32 +53,17 @@ pub fn execute(args: Args) -> Result<u8> {
 /// exit status, and the bytes that they had written.
 pub fn prune(paths: &Paths, filters: &[PruneFilter]) -> Result<(u8, u64)> {
     container::sweep(paths);
-    let (mut status, mut reclaimed) = (0, 0);
-    for listed in container::list(paths)? {
-        match listed {
-            Ok(listed) if container::is_idle(&listed) && selected(&listed, filters) => {
-                let id = &listed.record.id;
-                let bytes = usage::of_container(listed.directory.path());
-                match container::remove(paths, id, Removing::default()) {
-                    Ok(()) => {
-                        reclaimed += bytes;
-                        output::print(format!("{id}\n"))?;
-                    }
-                    Err(error) => status = error::fail(&error).max(status),
-                }
-            }
-            Ok(_) => {}
-            Err((id, error)) => {
+    let mut status = 0;
+    let reclaimed = lifecycle::prune(paths, filters, |pruned| {
+        match pruned {
+            Pruned::Removed(id) => output::print(format!("{id}\n"))?,
+            Pruned::Kept(error) => status = error::fail(&error).max(status),
+            Pruned::Unreadable(id, error) => {
                 let short = id.get(..12).unwrap_or(&id);
                 output::note(format!("warning: container {short}: {error}"));
             }
         }
-    }
+        Ok(())
+    })?;
     Ok((status, reclaimed))
-}
-
-fn selected(container: &Container, filters: &[PruneFilter]) -> bool {
-    let record = &container.record;
-    let mut filters = filters.iter();
-    filters.all(|filter| filter.selects(record.created_ns, &record.details.labels))
 }
