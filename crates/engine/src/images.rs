@@ -141,12 +141,11 @@ pub fn prune(paths: &Paths, store: &Store, all: bool, filters: &[PruneFilter]) -
     };
     let selects = |manifest: &Digest| {
         let image = list.iter().find(|image| image.digest == *manifest);
-        filters.iter().all(|filter| {
-            image.is_some_and(|image| {
-                let created = u64::try_from(created(image.created.as_deref())).unwrap_or(0);
-                filter.selects(created, &image.labels)
-            })
-        })
+        let selected = image.is_some_and(|image| {
+            let created = u64::try_from(created(image.created.as_deref())).unwrap_or(0);
+            PruneFilter::all_select(filters, created, &image.labels)
+        });
+        filters.is_empty() || selected
     };
     let container_exists = |id: &str| paths.container(id).exists();
     store

@@ -196,8 +196,8 @@ pub fn prune(
             }
         };
         let record = &listed.record;
-        let mut all = filters.iter();
-        let selected = all.all(|filter| filter.selects(record.created_ns, &record.details.labels));
+        let labels = &record.details.labels;
+        let selected = PruneFilter::all_select(filters, record.created_ns, labels);
         if !selected || !container::is_idle(&listed) {
             continue;
         }

@@ -333,8 +333,7 @@ pub fn prune(paths: &Paths, filters: &[PruneFilter]) -> Result<Vec<String>> {
     let _lock = lock(paths)?;
     let mut removed = Vec::new();
     for network in list(paths)? {
-        let mut all = filters.iter();
-        if !all.all(|filter| filter.selects(network.created_ns, &network.labels)) {
+        if !PruneFilter::all_select(filters, network.created_ns, &network.labels) {
             continue;
         }
         if users(paths, &network.name)?.is_empty() {

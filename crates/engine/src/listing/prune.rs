@@ -41,8 +41,17 @@ impl PruneFilter {
         }
     }
 
-    /// Whether it selects what has these labels, and was created then.
-    pub fn selects(&self, created_ns: u64, labels: &BTreeMap<String, String>) -> bool {
+    /// Whether all of them select what has these labels, and was created then.
+    pub fn all_select(
+        filters: &[Self],
+        created_ns: u64,
+        labels: &BTreeMap<String, String>,
+    ) -> bool {
+        let mut all = filters.iter();
+        all.all(|filter| filter.selects(created_ns, labels))
+    }
+
+    fn selects(&self, created_ns: u64, labels: &BTreeMap<String, String>) -> bool {
         let has = |key: &String, value: &Option<String>| {
             let known = labels.get(key);
             known.is_some_and(|known| value.as_ref().is_none_or(|value| known == value))
