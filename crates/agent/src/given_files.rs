@@ -5,11 +5,12 @@
 //! a container is created.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use hull_protocol::GIVEN_FILES_SOURCE;
 use hull_protocol::agent::GivenFile;
@@ -27,9 +28,17 @@ const OPTIONS: &std::ffi::CStr = c"size=1m,nr_inodes=64,mode=0755";
 /// All given files of the guest, by the container that they were given to.
 #[derive(Debug, Default)]
 pub struct GivenFiles {
-    all: Mutex<HashMap<String, Weak<Tmpfs>>>,
+    all: Mutex<HashMap<String, OfContainer>>,
     /// Names directories.
     next: AtomicU64,
+}
+
+/// Files that were given to one container.
+#[derive(Debug)]
+struct OfContainer {
+    files: Weak<Tmpfs>,
+    /// As they were given last.
+    contents: HashMap<String, Vec<u8>>,
 }
 
 impl GivenFiles {
@@ -58,10 +67,32 @@ impl GivenFiles {
         Ok(held)
     }
 
+    /// Gives files of a container other contents. What a process has changed stays.
+    pub fn update(&self, container: &str, given: &[GivenFile]) -> Result<()> {
+        let mut all = self.lock();
+        let of_container = all.get_mut(container);
+        let missing = || Failure::no_container(container);
+        let of_container = of_container.ok_or_else(missing)?;
+        let files = of_container.files.upgrade().ok_or_else(missing)?;
+        for file in given {
+            let known = of_container.contents.get_mut(&file.name);
+            let known = known.ok_or_else(|| {
+                Failure::invalid(format!("{:?} was not given to {container}", file.name))
+            })?;
+            replace(&files.path().join(&file.name), known, &file.content)
+                .map_err(|error| Failure::internal("update a container's files", &error))?;
+            known.clone_from(&file.content);
+        }
+        Ok(())
+    }
+
     fn of(&self, owner: &str) -> Option<Arc<Tmpfs>> {
+        self.lock().get(owner)?.files.upgrade()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, OfContainer>> {
         // Nothing panics while it is held.
-        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(owner).and_then(Weak::upgrade)
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self, owner: &str, given: &[GivenFile]) -> Result<Arc<Tmpfs>> {
@@ -82,11 +113,35 @@ impl GivenFiles {
             // Users of the container read it.
             fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).map_err(failed)?;
         }
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|_, files| files.strong_count() > 0);
-        all.insert(owner.to_owned(), Arc::downgrade(&files));
+        let contents = given
+            .iter()
+            .map(|file| (file.name.clone(), file.content.clone()));
+        let of_container = OfContainer {
+            files: Arc::downgrade(&files),
+            contents: contents.collect(),
+        };
+        let mut all = self.lock();
+        all.retain(|_, known| known.files.strong_count() > 0);
+        all.insert(owner.to_owned(), of_container);
         Ok(files)
     }
+}
+
+/// Gives a file that has the content `from` the content `to`. It stays the same file: containers
+/// have it mounted.
+fn replace(path: &Path, from: &[u8], to: &[u8]) -> io::Result<()> {
+    let mut file = File::options().read(true).write(true).open(path)?;
+    let mut content = Vec::new();
+    let most = u64::try_from(from.len())
+        .unwrap_or(u64::MAX)
+        .saturating_add(1);
+    (&file).take(most).read_to_end(&mut content)?;
+    if content != from {
+        return Ok(());
+    }
+    file.rewind()?;
+    file.write_all(to)?;
+    file.set_len(u64::try_from(to.len()).map_err(io::Error::other)?)
 }
 
 fn is_name(text: &str) -> bool {
@@ -138,6 +193,21 @@ mod tests {
         ] {
             let error = name(&of(source)).unwrap_err();
             assert!(error.message.contains("/etc/hosts"), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_in_place_unless_it_was_changed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("hosts");
+        fs::write(&path, "given and longer").unwrap();
+        let mounted = File::open(&path).unwrap();
+        replace(&path, b"given and longer", b"new").unwrap();
+        assert_eq!(io::read_to_string(mounted).unwrap(), "new");
+        for changed in ["new and more", "ne", ""] {
+            fs::write(&path, changed).unwrap();
+            replace(&path, b"new", b"newer").unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), changed);
         }
     }
 

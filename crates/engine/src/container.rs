@@ -103,6 +103,19 @@ fn is_zero(number: &u32) -> bool {
 /// A container with what is known of it.
 pub type Container = Stored<Details>;
 
+impl Details {
+    /// The names by which a container is found in its networks, without those of one of them.
+    pub fn names(&self, id: &str) -> Vec<String> {
+        let short = id.get(..12).unwrap_or(id).to_owned();
+        let options = self.options.as_ref();
+        let hostname = options.and_then(|options| options.hostname.clone());
+        [self.name.clone(), short]
+            .into_iter()
+            .chain(hostname)
+            .collect()
+    }
+}
+
 /// A container of any engine on this host.
 #[derive(Debug)]
 pub enum Any {

@@ -1,16 +1,21 @@
 //! A container in one of its networks, and how it gets there: with its creation, or by a later
-//! connection while it does not run.
+//! connection.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use hull_sandbox::control::client::unexpected;
+use hull_sandbox::control::protocol::{Reply, Request};
+use hull_sandbox::store::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::container::{self, Container};
-use crate::error::{Error, Result};
+use crate::dns;
+use crate::error::{Error, ErrorKind, Result};
 use crate::names;
 use crate::network::NetworkOptions;
 use crate::networks;
+use crate::paths::Paths;
 use crate::publish;
 use crate::values::{self, Network};
 
@@ -170,10 +175,12 @@ impl NetworkOptions {
     }
 }
 
-/// Changes the networks of a container that does not run; it has them from its next start on.
+/// Changes the networks of a container: at once when it runs, and from its next start on. `joins`:
+/// it does not leave one.
 fn change(
     config: &Config,
     name: &str,
+    joins: bool,
     change: impl FnOnce(&mut NetworkOptions) -> Result<()>,
 ) -> Result<()> {
     let paths = config.paths();
@@ -182,25 +189,64 @@ fn change(
     let Some(mut container) = Container::load(found.directory.path())? else {
         return Err(Error::not_found(format!("container {name} was removed")));
     };
+    let before = container.record.details.clone();
     let details = &mut container.record.details;
-    let name = details.name.clone();
-    if !container::is_idle(&found) {
-        return Err(Error::unsupported(format_args!(
-            "another network for container {name} while it runs: its machine has its networks \
-             from the start on"
-        ))
-        .hint(format!(
-            "hull stop {name}; it has them after hull start {name}"
-        )));
-    }
     let Some(options) = &mut details.options else {
         return Err(Error::unsupported(format_args!(
-            "another network for container {name}: an older hull created it"
+            "another network for container {}: an older hull created it",
+            before.name
         )));
     };
     change(&mut options.network)?;
     details.network = options.network.name();
-    container.record.write(&container.directory)
+    if container::is_idle(&found) {
+        return container.record.write(&container.directory);
+    }
+    // A network that a container is in is not removed.
+    if joins {
+        container.record.write(&container.directory)?;
+    }
+    match tell(&container, &paths) {
+        Ok(()) if joins => Ok(()),
+        Ok(()) => container.record.write(&container.directory),
+        Err(error) => {
+            let name = before.name.clone();
+            container.record.details = before;
+            container.record.write(&container.directory)?;
+            Err(match error.kind {
+                ErrorKind::Unsupported => error.hint(format!(
+                    "it can be done while the container does not run: hull stop {name}"
+                )),
+                _ => error,
+            })
+        }
+    }
+}
+
+/// Has a running container's sandbox make its networks what is written down.
+fn tell(container: &Container, paths: &Paths) -> Result<()> {
+    let Record { id, details, .. } = &container.record;
+    let Some(options) = &details.options else {
+        return Ok(());
+    };
+    let asked = &options.network;
+    let joined = asked.joined(asked.network.as_ref().unwrap_or(&Network::None), paths)?;
+    let mut created = joined.iter().filter_map(|network| network.created.as_ref());
+    created.try_for_each(|network| networks::check_there(paths, network))?;
+    let own = details.names(id);
+    let wanted = asked.wanted(id, &own, &details.ports, &joined, paths)?;
+    let client = container::connect(container)?;
+    let request = Request::ChangeNetworks(Box::new(wanted));
+    let addresses = match client.ask(&request, &[])?.message {
+        Reply::Network(addresses) => addresses,
+        other => return Err(unexpected(&other)),
+    };
+    let network = (!joined.is_empty()).then_some(&addresses);
+    let dns = asked.dns_in(&joined);
+    client.do_(&Request::UpdateFiles {
+        container: id.clone(),
+        files: dns::files(&details.hostname, &dns, (&details.network, network))?,
+    })
 }
 
 /// The name of a network, which may be given by its id.
@@ -221,28 +267,29 @@ pub fn name_of(config: &Config, text: &str) -> Result<String> {
     }
 }
 
-/// Puts a container that does not run into one more network.
+/// Puts a container into one more network.
 ///
 /// # Errors
-/// It runs; it is in the network already; there is no such network, or an address is not in it.
+/// It is in the network already; there is no such network, or an address is not in it; it runs in a
+/// machine that takes no further network.
 pub fn connect(config: &Config, network: &str, name: &str, endpoint: Endpoint) -> Result<()> {
     let endpoint = Endpoint {
         network: name_of(config, network)?,
         ..endpoint
     };
-    change(config, name, |options| {
+    change(config, name, true, |options| {
         options.connect(endpoint)?;
         options.check(config).map(drop)
     })
 }
 
-/// Takes a container that does not run out of a network.
+/// Takes a container out of a network.
 ///
 /// # Errors
-/// It runs, or it is not in the network.
+/// It is not in the network.
 pub fn disconnect(config: &Config, network: &str, name: &str) -> Result<()> {
     let network = name_of(config, network)?;
-    change(config, name, |options| options.disconnect(&network))
+    change(config, name, false, |options| options.disconnect(&network))
 }
 
 #[cfg(test)]

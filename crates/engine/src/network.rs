@@ -8,13 +8,14 @@ use hull_network::cni::{self, BridgeNetwork, List, PortMapping};
 use hull_network::ports::{self, Published, Reservation};
 use hull_sandbox::LinkLocal;
 use hull_sandbox::config::{
-    CniConfig, FurtherNetwork, MAX_NETS, NetworkLimits, NetworkSource, OwnNetwork, PastaConfig,
+    CniConfig, CniNetwork, MAX_NETS, NamesConfig, NetworkLimits, NetworkSource, OwnNetwork,
+    PastaConfig,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::container;
-use crate::dns::DnsConfig;
+use crate::dns::{self, DnsConfig};
 use crate::endpoint::Endpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::networks::{self, LEASES, NetworkRecord};
@@ -199,20 +200,7 @@ impl NetworkOptions {
         let mut limits = config.network_limits(true);
         limits.rate = self.rate.unwrap_or(0);
         let name = network.to_string();
-        let mut networks = Vec::new();
-        if let Network::Named(named) = &network {
-            let further = self.further.iter();
-            let further = further.map(|one| (&one.network, &one.aliases, &one.links));
-            let first = (named, &self.aliases, &self.links);
-            for (name, aliases, links) in std::iter::once(first).chain(further) {
-                let created = networks::load(&config.paths(), name)?;
-                networks.push(Joined {
-                    created,
-                    aliases: aliases.clone(),
-                    links: links.clone(),
-                });
-            }
-        }
+        let networks = self.joined(&network, &config.paths())?;
         let attach = match network {
             Network::None => Attach::None,
             Network::Container(other) => Attach::Container(other),
@@ -238,6 +226,104 @@ impl NetworkOptions {
             attach,
             limits,
         })
+    }
+
+    /// The networks that it is in, of which `first` is the first one, if it is one.
+    ///
+    /// # Errors
+    /// What is known of a network cannot be read.
+    pub fn joined(&self, first: &Network, paths: &Paths) -> Result<Vec<Joined>> {
+        let Network::Named(first) = first else {
+            return Ok(Vec::new());
+        };
+        let first = Endpoint {
+            network: first.clone(),
+            aliases: self.aliases.clone(),
+            links: self.links.clone(),
+            ..Endpoint::default()
+        };
+        let all = std::iter::once(&first).chain(&self.further);
+        all.map(|one| {
+            Ok(Joined {
+                created: networks::load(paths, &one.network)?,
+                aliases: one.aliases.clone(),
+                links: one.links.clone(),
+            })
+        })
+        .collect()
+    }
+
+    /// How others find a container that has names of its `own`, in each of its networks where they
+    /// do.
+    pub fn names(
+        &self,
+        paths: &Paths,
+        own: &[String],
+        networks: &[Joined],
+    ) -> Vec<Option<NamesConfig>> {
+        // A name in one network may be looked up outside if another one leads there.
+        let leads_out = networks.iter().any(|network| {
+            let created = network.created.as_ref();
+            created.is_none_or(|created| !created.internal)
+        });
+        let upstream = match leads_out {
+            true => dns::upstream(&self.dns()),
+            false => Vec::new(),
+        };
+        let of_network = |network: &Joined| {
+            let created = network.created.as_ref()?;
+            Some(NamesConfig {
+                directory: networks::names_directory(paths, &created.name),
+                names: own.iter().chain(&network.aliases).cloned().collect(),
+                links: network
+                    .links
+                    .iter()
+                    .map(|(other, name)| (name.to_ascii_lowercase(), other.to_ascii_lowercase()))
+                    .collect(),
+                upstream: upstream.clone(),
+            })
+        };
+        networks.iter().map(of_network).collect()
+    }
+
+    /// The networks that a running container is to have, for its sandbox: those `joined`. It has
+    /// these names of its `own`, and these ports.
+    ///
+    /// # Errors
+    /// A network cannot be read.
+    pub fn wanted(
+        &self,
+        id: &str,
+        own: &[String],
+        ports: &[PortMapping],
+        joined: &[Joined],
+        paths: &Paths,
+    ) -> Result<CniConfig> {
+        let mut networks = Vec::new();
+        if let Some(Network::Named(first)) = &self.network {
+            networks = self.networks(paths, first, &|name| match own_network(paths, name)? {
+                // The sandbox sees to the way outside.
+                Some(_) => beside(paths, name),
+                None => list(paths, name, false),
+            })?;
+            for (network, names) in networks.iter_mut().zip(self.names(paths, own, joined)) {
+                network.names = names;
+            }
+        }
+        Ok(CniConfig {
+            id: id.to_owned(),
+            networks,
+            ports: ports.to_vec(),
+        })
+    }
+
+    /// What the container finds names by in these networks.
+    pub fn dns_in(&self, networks: &[Joined]) -> DnsConfig {
+        let asked = self.dns();
+        match networks.iter().any(|network| network.created.is_some()) {
+            true => asked.by_names(),
+            false => asked,
+        }
     }
 
     /// The first option that is given of those that are about a network of the container's own.
@@ -333,42 +419,53 @@ impl NetworkOptions {
         })
     }
 
-    fn cni(&self, id: &str, name: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
+    fn cni(&self, id: &str, first: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
         let reserved = self.ports(config)?;
         let paths = config.paths();
-        let mut list = list(&paths, name, !reserved.mappings.is_empty())?;
-        // The sandbox process serves these.
-        list.leave_out_ipv6_loopback();
-        let own = own_network(&paths, name)?;
-        let addresses = |ips: Vec<IpAddr>| {
-            let ips = ips.into_iter();
-            ips.map(|ip| cni::Address { ip, prefix: None }).collect()
-        };
-        let mut further = Vec::new();
-        for network in &self.further {
-            let mut list = beside(&paths, &network.network)?;
-            list.leave_out_ipv6_loopback();
-            further.push(FurtherNetwork {
-                list,
-                own: own_network(&paths, &network.network)?,
-                ips: addresses(network.addresses()),
-                mac: network.mac_address,
-                names: None,
-            });
-        }
+        let networks = self.networks(&paths, first, &|name| match name == first {
+            true => list(&paths, name, !reserved.mappings.is_empty()),
+            false => beside(&paths, name),
+        })?;
         let cni = CniConfig {
             id: id.to_owned(),
-            list,
-            own,
+            networks,
             ports: reserved.mappings,
-            ips: addresses(self.addresses().collect()),
-            mac: self.mac_address,
-            further,
         };
         Ok((cni, reserved.sockets))
     }
 
-    /// What the container finds names by.
+    /// The networks, of which the first one has this name, with their plugins.
+    fn networks(
+        &self,
+        paths: &Paths,
+        first: &str,
+        plugins: &dyn Fn(&str) -> Result<List>,
+    ) -> Result<Vec<CniNetwork>> {
+        let network = |name: &str, ips: Vec<IpAddr>, mac| {
+            let mut list = plugins(name)?;
+            // The sandbox process serves these.
+            list.leave_out_ipv6_loopback();
+            Ok::<_, Error>(CniNetwork {
+                list,
+                own: own_network(paths, name)?,
+                ips: ips.into_iter().map(cni::Address::from).collect(),
+                mac,
+                names: None,
+            })
+        };
+        let mut networks = vec![network(
+            first,
+            self.addresses().collect(),
+            self.mac_address,
+        )?];
+        for further in &self.further {
+            let mac = further.mac_address;
+            networks.push(network(&further.network, further.addresses(), mac)?);
+        }
+        Ok(networks)
+    }
+
+    /// What the container finds names by, as asked for.
     pub fn dns(&self) -> DnsConfig {
         DnsConfig {
             servers: self.dns.clone(),

@@ -14,7 +14,7 @@ use hull_sandbox::store::ProcessId;
 ///     layer.img, layer    a file system that holds those, and where it is mounted
 ///     log, log.1          its output
 ///     lock                held (flock) by who starts it, or looks into it while it is idle
-///     network.json        what network plugins are to undo
+///     network.json        what network plugins are to undo (network-1.json, network-ports.json)
 ///     volumes/<n>         volumes that go with the container
 /// DATA/containers/.<pid>-<start>-<n>   one that this process is about to create, or its files
 /// DATA/names/<name>       symbolic link to the id that has the name

@@ -21,8 +21,8 @@ use hull_image::Image;
 use hull_machine::Choice;
 use hull_sandbox::cgroup::Bounds;
 use hull_sandbox::config::{
-    CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NamesConfig, NetworkConfig,
-    NetworkSource, SandboxConfig,
+    CgroupConfig, ContainerConfig, EndPolicy, MachineConfig, NetworkConfig, NetworkSource,
+    SandboxConfig,
 };
 use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
@@ -39,7 +39,7 @@ use crate::dns;
 use crate::error::{Error, Result};
 use crate::guest_files::GuestFiles;
 use crate::names;
-use crate::network::{Attach, Joined, Plan};
+use crate::network::{Attach, Plan};
 use crate::networks;
 use crate::options::RunOptions;
 use crate::paths::Paths;
@@ -283,12 +283,7 @@ impl<'a> Run<'a> {
             Some(_) => Vec::new(),
             None => {
                 let network = (&place.network.name[..], addresses.as_ref());
-                let asked = self.options.network.dns();
-                let mut networks = place.network.networks.iter();
-                let asked = match networks.any(|network| network.created.is_some()) {
-                    true => asked.by_names(),
-                    false => asked,
-                };
+                let asked = self.options.network.dns_in(&place.network.networks);
                 dns::files(&place.hostname, &asked, network)?
             }
         };
@@ -373,59 +368,25 @@ impl<'a> Run<'a> {
         };
         let mut fds = Vec::new();
         let mut source = (**source).clone();
-        let mut names = self.names_in(&place.network)?.into_iter();
-        let of_first = names.next().flatten();
         if let NetworkSource::Cni(cni) = &mut source {
             fds.push(directory.as_fd());
             fds.extend(sockets.iter().map(AsFd::as_fd));
-            for (further, names) in cni.further.iter_mut().zip(names) {
-                further.names = names;
+            let container = Container::load(&self.paths.container(&self.id))?;
+            let record = container.map(|container| container.record);
+            let own = record.map(|record| record.details.names(&self.id));
+            let own = own.unwrap_or_default();
+            let joined = &place.network.networks;
+            let names = self.options.network.names(&self.paths, &own, joined);
+            for (network, names) in cni.networks.iter_mut().zip(names) {
+                network.names = names;
             }
         }
         let request = Request::Network(Box::new(NetworkConfig {
             source,
             limits: place.network.limits,
             owner: Some(self.id.clone()),
-            names: of_first,
         }));
         client.tell(&request, &fds)
-    }
-}
-
-impl Run<'_> {
-    /// How others find the container, in each of its networks where they do.
-    fn names_in(&self, plan: &Plan) -> Result<Vec<Option<NamesConfig>>> {
-        let options = &self.options.network;
-        let container = Container::load(&self.paths.container(&self.id))?;
-        let own = container.map(|container| container.record.details.name);
-        let mut names: Vec<String> = own.into_iter().collect();
-        names.push(self.short_id().to_owned());
-        names.extend(self.options.hostname.clone());
-        // A name in one network may be looked up outside if another one leads there.
-        let leads_out = plan.networks.iter().any(|network| {
-            network
-                .created
-                .as_ref()
-                .is_none_or(|created| !created.internal)
-        });
-        let upstream = match leads_out {
-            true => dns::upstream(&options.dns()),
-            false => Vec::new(),
-        };
-        let of_network = |network: &Joined| {
-            let created = network.created.as_ref()?;
-            Some(NamesConfig {
-                directory: networks::names_directory(&self.paths, &created.name),
-                names: names.iter().chain(&network.aliases).cloned().collect(),
-                links: network
-                    .links
-                    .iter()
-                    .map(|(other, name)| (name.to_ascii_lowercase(), other.to_ascii_lowercase()))
-                    .collect(),
-                upstream: upstream.clone(),
-            })
-        };
-        Ok(plan.networks.iter().map(of_network).collect())
     }
 }
 

@@ -9,9 +9,10 @@ mod reading;
 mod traffic;
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::StreamExt;
+use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST,
     NetlinkMessage, NetlinkPayload,
@@ -21,7 +22,7 @@ use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
 };
 
-use crate::description::Description;
+use crate::description::{Description, Interface};
 use crate::error::{Error, Result};
 use crate::namespace::Namespace;
 
@@ -111,6 +112,32 @@ impl Netlink {
                 .await?;
         }
         Ok(())
+    }
+
+    /// Leads packets to all destinations that no other route leads to, of the gateway's family, to
+    /// a gateway on an interface.
+    ///
+    /// # Errors
+    /// The kernel's: there is such a route already, or no network of the interface has the gateway.
+    pub async fn add_default_route(&self, interface: &Interface, gateway: IpAddr) -> Result<()> {
+        let index = interface.index;
+        let route = match gateway {
+            IpAddr::V4(gateway) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .output_interface(index)
+                .gateway(gateway)
+                .build(),
+            IpAddr::V6(gateway) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .output_interface(index)
+                .gateway(gateway)
+                .build(),
+        };
+        let message = RouteNetlinkMessage::NewRoute(route);
+        let added = self.request(message, NLM_F_CREATE | NLM_F_EXCL).await;
+        added.map_err(|why| Error::Set {
+            what: "default route",
+            interface: interface.name.clone(),
+            why,
+        })
     }
 
     /// Changes the MTU of an interface.

@@ -204,9 +204,6 @@ pub struct NetworkConfig {
     /// The container with whose end the network is taken down; until the sandbox's end when absent.
     #[serde(default)]
     pub owner: Option<String>,
-    /// Names in the network, for a container that owns it.
-    #[serde(default)]
-    pub names: Option<NamesConfig>,
 }
 
 /// Where the network of a sandbox comes from.
@@ -227,25 +224,16 @@ pub enum NetworkSource {
 pub struct CniConfig {
     /// The container id that plugins are given.
     pub id: String,
-    /// The plugins.
-    pub list: hull_network::cni::List,
-    /// For hull's own network, what plugins do not see to.
-    #[serde(default)]
-    pub own: Option<OwnNetwork>,
-    /// Ports of the host that lead to ports of the container.
+    /// The networks, each with an interface of its own (`eth0` and so on), at most [`MAX_NETS`].
+    pub networks: Vec<CniNetwork>,
+    /// Ports of the host that lead to ports of the container. The first network's plugins see to
+    /// them at the start.
     pub ports: Vec<PortMapping>,
-    /// Addresses asked for.
-    pub ips: Vec<hull_network::cni::Address>,
-    /// Hardware address asked for.
-    pub mac: Option<[u8; 6]>,
-    /// Further networks, each with an interface of its own: `eth1` and so on.
-    #[serde(default)]
-    pub further: Vec<FurtherNetwork>,
 }
 
-/// A network beside the one that leads outside.
+/// A network of a namespace.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct FurtherNetwork {
+pub struct CniNetwork {
     /// The plugins.
     pub list: hull_network::cni::List,
     /// For hull's own network, what plugins do not see to.
@@ -256,6 +244,13 @@ pub struct FurtherNetwork {
     pub mac: Option<[u8; 6]>,
     /// Names in the network.
     pub names: Option<NamesConfig>,
+}
+
+impl CniNetwork {
+    /// Whether it leads outside, and it is hull that sees to that.
+    pub(crate) fn leads_outside(&self) -> bool {
+        self.own.as_ref().is_some_and(|own| !own.internal)
+    }
 }
 
 /// hull's own bridge network, as the host's packet filter has to know it.

@@ -154,6 +154,18 @@ impl Container {
         self.status().write(&self.directory)
     }
 
+    /// Writes it down again, because something about the sandbox has changed.
+    pub(crate) fn refresh_status(&self) -> Result<()> {
+        loop {
+            let status = self.status();
+            status.write(&self.directory)?;
+            // What it moved on to meanwhile was written before this.
+            if self.status().state == status.state {
+                return Ok(());
+            }
+        }
+    }
+
     fn started(&self) -> MutexGuard<'_, Option<u64>> {
         // A number is valid at any time.
         self.started_ns
@@ -395,6 +407,17 @@ impl Container {
         self.require_alive("update")?;
         self.sandbox
             .in_guest(async |guest| guest.agent.update(&self.id, resources).await)
+            .await
+    }
+
+    /// Gives files that it was created with other contents. What a process has changed stays.
+    ///
+    /// # Errors
+    /// `WrongState` when it does not run; it was given none.
+    pub async fn update_files(&self, files: Vec<(String, String)>) -> Result<()> {
+        self.require_alive("update files of")?;
+        self.sandbox
+            .in_guest(async |guest| guest.agent.update_files(&self.id, files).await)
             .await
     }
 

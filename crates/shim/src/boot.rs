@@ -161,7 +161,6 @@ pub async fn connect(pod: &Pod, sandbox: &Sandbox, stand_in: &StandIn) -> Result
         source: NetworkSource::Namespace,
         limits: pod.settings.network,
         owner: None,
-        names: None,
     };
     let namespace = stand_in.network.as_fd().try_clone_to_owned();
     let namespace = namespace.context(|| "keep the network namespace")?;

@@ -7,6 +7,7 @@ mod compose;
 mod container;
 mod created;
 mod filter;
+mod joining;
 mod loopback;
 mod ports;
 mod traffic;

@@ -13,7 +13,7 @@ use hull_protocol::agent::{
     ExecRequest, ExecResponse, ForwardRequest, HelloRequest, HelloResponse, ProcessRequest,
     ProcessesResponse, ReattachStreamsRequest, ReattachStreamsResponse, ResizeTerminalRequest,
     ResolveRequest, SetNetworkRequest, SignalRequest, StartContainerRequest, StatsResponse,
-    UpdateRequest, WaitResponse,
+    UpdateFilesRequest, UpdateRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use hull_protocol::{MIN_HOST_VERSION, PROTOCOL_VERSION};
@@ -543,6 +543,17 @@ impl Agent for Service {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
         done(self.update_limits(&request))
+    }
+
+    async fn update_files(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateFilesRequest,
+    ) -> ttrpc::Result<Empty> {
+        done(
+            self.given_files
+                .update(&request.container_id, &request.files),
+        )
     }
 
     async fn stats(

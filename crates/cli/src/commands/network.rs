@@ -82,7 +82,7 @@ enum Command {
         #[arg(value_name = "NETWORK", required = true)]
         networks: Vec<String>,
     },
-    /// Put a container that does not run into one more network
+    /// Put a container into one more network, at once if it runs
     Connect {
         /// Another name of the container in the network
         #[arg(long, value_name = "NAME", value_parser = values::hostname)]
@@ -100,7 +100,7 @@ enum Command {
         #[arg(value_name = "CONTAINER")]
         container: String,
     },
-    /// Take a container that does not run out of a network
+    /// Take a container out of a network, at once if it runs
     Disconnect {
         /// Accepted for Docker's sake
         #[arg(short, long, hide = true)]

@@ -44,15 +44,15 @@ pub fn networks_of(paths: &Paths, container: &Container) -> Map<String, Value> {
     networks(&attached)
 }
 
-/// The addresses that a container has in the network of this index.
-fn addresses(one: &Attached<'_>, index: usize) -> Value {
+/// The addresses that a container has in a network; `first` the one that leads outside.
+fn addresses(one: &Attached<'_>, network: &str, first: bool) -> Value {
     let is_up = matches!(one.status.state, State::Running | State::Paused);
     let (mac, mut ipv4, mut ipv6) = match is_up {
-        true => attached(one.directory, index),
+        true => attached(one.directory, network),
         false => <_>::default(),
     };
     // Of a network that no plugins made, and of another container's.
-    for address in one.status.addresses.iter().filter(|_| is_up && index == 0) {
+    for address in one.status.addresses.iter().filter(|_| is_up && first) {
         let known = if address.is_ipv4() {
             &mut ipv4
         } else {
@@ -106,7 +106,7 @@ fn networks(one: &Attached<'_>) -> Map<String, Value> {
             "EndpointID": "",
             "DriverOpts": null,
         });
-        extend(&mut network, addresses(one, index));
+        extend(&mut network, addresses(one, name, index == 0));
         if let (Some(mac), "") = (
             asked.mac_address,
             network["MacAddress"].as_str().unwrap_or(""),
@@ -133,17 +133,21 @@ pub(super) fn settings(known: &Known<'_>) -> Value {
         "SandboxKey": "",
         "Ports": if is_up { ports(known) } else { json!({}) },
     });
-    extend(&mut settings, addresses(&attached, 0));
+    extend(
+        &mut settings,
+        addresses(&attached, &known.details.network, true),
+    );
     settings["Networks"] = Value::Object(networks(&attached));
     settings
 }
 
-/// What plugins have given the container.
-fn attached(directory: &Directory, index: usize) -> (String, Address, Address) {
+/// What the plugins of a network have given the container.
+fn attached(directory: &Directory, network: &str) -> (String, Address, Address) {
     let (mut ipv4, mut ipv6) = (Address::default(), Address::default());
     let records = hull_sandbox::network_records(directory).unwrap_or_default();
     let Some((result, attachment)) = records
-        .get(index)
+        .iter()
+        .find(|record| record.list.name() == network)
         .and_then(|record| Some((record.result.as_ref()?, &record.attachment)))
     else {
         return (String::new(), ipv4, ipv6);

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use hull_machine::Choice;
-use hull_sandbox::config::MachineConfig;
+use hull_machine::{Choice, NetDevices};
+use hull_sandbox::config::{MAX_NETS, MachineConfig};
 use hull_sandbox::store::{Record, SandboxPath, State};
 
 use super::{Place, Run};
@@ -56,11 +56,13 @@ impl Run<'_> {
                 MachineConfig::memory_for(limit).min(host_memory().max(self.config.memory))
             }),
             cpus: cpus(&choice, self.options.cpus_milli, self.config),
-            nets: match network.attach {
-                Attach::Source(..) => {
+            nets: match (&network.attach, choice.features().net) {
+                (Attach::None | Attach::Container(_), _) => 0,
+                // Those of networks that it joins later cost next to nothing.
+                (Attach::Source(..), NetDevices::HotPlug { .. }) => MAX_NETS,
+                (Attach::Source(..), NetDevices::AtBoot { .. }) => {
                     u8::try_from(network.networks.len().max(1)).unwrap_or(u8::MAX)
                 }
-                _ => 0,
             },
             spare_disks: 0,
             hull: None,

@@ -334,9 +334,7 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
         "ipam": { "type": "host-local", "dataDir": data_dir, "ranges": ranges, "routes": routes },
     })];
     if published {
-        plugins.push(json!({
-            "type": "portmap", "capabilities": { "portMappings": true }, "snat": true,
-        }));
+        plugins.push(port_plugin());
     }
     List::from_value(json!({
         "cniVersion": Version::V0_4_0.name(),
@@ -345,6 +343,23 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
         "disableCheck": ipv6.is_some(),
         "plugins": plugins,
     }))
+}
+
+/// The list that leads published ports to an interface of a network which is there already: its
+/// record builds [upon](super::Record::upon) the network's.
+///
+/// # Errors
+/// The name is none of a network.
+pub fn published_ports(network: &str) -> Result<List> {
+    List::from_value(json!({
+        "cniVersion": Version::V0_4_0.name(),
+        "name": network,
+        "plugins": [port_plugin()],
+    }))
+}
+
+fn port_plugin() -> Value {
+    json!({ "type": "portmap", "capabilities": { "portMappings": true }, "snat": true })
 }
 
 fn invalid(place: &str, why: impl Into<String>) -> Error {

@@ -26,6 +26,9 @@ pub struct Record {
     /// Device and inode of the namespace: its path (of a process, say) may since refer to
     /// another one.
     netns_identity: Option<(u64, u64)>,
+    /// Result of another record's plugins, on which those of this one build: they are told of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upon: Option<CniResult>,
     /// Result of the plugins that have run so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<CniResult>,
@@ -59,9 +62,18 @@ impl Record {
             list,
             attachment,
             netns_identity: Some(netns_identity),
+            upon: None,
             result: None,
             attached: false,
         })
+    }
+
+    /// Has the plugins build on what those of another record made: further rules for its interface.
+    pub fn upon(self, result: CniResult) -> Record {
+        Record {
+            upon: Some(result),
+            ..self
+        }
     }
 
     /// Attaches: runs the plugins in order. If one fails, runs all with DEL and returns the first
@@ -80,7 +92,7 @@ impl Record {
     ) -> Result<&CniResult> {
         // Report a missing plugin before doing anything.
         runner.require(&self.list)?;
-        (self.result, self.attached) = (None, false);
+        (self.result, self.attached) = (self.upon.clone(), false);
         if let Err(error) = self.add_each(runner, keep) {
             // The cleanup runs also after cancellation.
             let runner = Runner {

@@ -285,7 +285,6 @@ impl Making<'_> {
                     source: NetworkSource::Namespace,
                     limits: self.settings.network,
                     owner: None,
-                    names: None,
                 }));
                 client.tell(&request, &[namespace.as_fd()])?;
                 asked += 1;

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::config::{
-    ContainerConfig, NetworkAddresses, NetworkConfig, ProcessConfig, Share, TerminalSize,
+    CniConfig, ContainerConfig, NetworkAddresses, NetworkConfig, ProcessConfig, Share, TerminalSize,
 };
 use crate::cost::HostMemory;
 use crate::error::Error;
@@ -134,6 +134,15 @@ pub enum Request {
         /// OCI `linux.resources`.
         resources: Box<RawValue>,
     },
+    /// Makes the networks of a running container these. Answered by [`Reply::Network`].
+    ChangeNetworks(Box<CniConfig>),
+    /// Gives files that a container was created with ([`ContainerConfig::files`]) other contents.
+    UpdateFiles {
+        /// The container.
+        container: String,
+        /// Name and content.
+        files: Vec<(String, String)>,
+    },
     /// Answered by [`Reply::Metrics`].
     Metrics {
         /// The container.
@@ -167,7 +176,9 @@ pub enum Request {
 }
 
 /// Names of all requests: what is not among them is a newer hull's.
-const NAMES: [&str; 25] = [
+const NAMES: [&str; 27] = [
+    "change_networks",
+    "update_files",
     "reach",
     "cost",
     "hello",

@@ -321,6 +321,13 @@ impl Connection {
                 find(&container)?.update(&resources).await?;
                 ok()
             }
+            Request::ChangeNetworks(config) => {
+                reply(Reply::Network(sandbox.change_networks(&config).await?))
+            }
+            Request::UpdateFiles { container, files } => {
+                find(&container)?.update_files(files).await?;
+                ok()
+            }
             Request::Metrics { container } => {
                 let mut metrics = find(&container)?.metrics().await?;
                 (metrics.host_memory, metrics.host_cpu_ns) = sandbox.cost();

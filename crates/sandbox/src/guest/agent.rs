@@ -310,6 +310,24 @@ impl Agent {
         .map_err(failure_of_existing)
     }
 
+    /// Gives files that a container was created with other contents.
+    ///
+    /// # Errors
+    /// `NotFound` when it was given none.
+    pub async fn update_files(&self, container: &str, files: Vec<(String, String)>) -> Result<()> {
+        let request = &proto::UpdateFilesRequest {
+            container_id: container.into(),
+            files: files.into_iter().map(given_file).collect(),
+            ..Default::default()
+        };
+        self.change(Some(CALL_TIMEOUT), |client, context| async move {
+            client.update_files(context, request).await
+        })
+        .await
+        .map(drop)
+        .map_err(failure_of_existing)
+    }
+
     /// Sets kernel parameters of the guest itself.
     pub async fn set_sysctls(&self, sysctl: BTreeMap<String, String>) -> Result<()> {
         let request = &proto::ConfigureRequest {

@@ -301,6 +301,7 @@ methods! {
     pause: "Pause", ContainerRequest => Empty;
     resume: "Resume", ContainerRequest => Empty;
     update: "Update", UpdateRequest => Empty;
+    update_files: "UpdateFiles", UpdateFilesRequest => Empty;
     stats: "Stats", ContainerRequest => StatsResponse;
     processes: "Processes", ContainerRequest => ProcessesResponse;
     copy_out: "CopyOut", CopyRequest => Empty;

@@ -8,10 +8,11 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use hull_network::cni::{Attachment, List, Record, Runner};
+use hull_network::cni::{Attachment, CniResult, PortMapping, Record, Runner};
 use hull_network::pasta::Pasta;
 use hull_network::{Namespace, Netlink, forwarding, guard, masquerade};
 use rustix::event::{EventfdFlags, eventfd};
@@ -19,40 +20,62 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::task::JoinHandle;
 
 use super::published::Published;
-use crate::config::{CniConfig, MAX_NETS, NetworkAddresses, OwnNetwork, PastaConfig};
+use crate::config::{CniConfig, CniNetwork, MAX_NETS, NetworkAddresses, OwnNetwork, PastaConfig};
 use crate::error::{Context, Error, Result};
 use crate::store::Directory;
 
 /// The name of the interface in a network, in the namespace and in the guest.
-fn interface(index: usize) -> String {
+pub(super) fn interface(index: usize) -> String {
     format!("eth{index}")
 }
 
 /// The file with what plugins of a network made, or are about to make, as long as it is not undone.
-fn file(index: usize) -> String {
+pub(super) fn file(index: usize) -> String {
     match index {
         0 => "network.json".to_owned(),
         further => format!("network-{further}.json"),
     }
 }
 
-/// Networks of one namespace.
-const MOST: usize = MAX_NETS as usize;
+/// The same of published ports that lead to another network than the one they were published with.
+pub(super) const PORTS_FILE: &str = "network-ports.json";
 
-/// A namespace that is attached to a network. Dropping it detaches nothing: see
+/// Networks of one namespace.
+pub(super) const MOST: usize = MAX_NETS as usize;
+
+/// All files, in the order in which what they say is undone.
+fn files() -> impl Iterator<Item = String> {
+    let networks = (0..MOST).rev().map(file);
+    std::iter::once(PORTS_FILE.to_owned()).chain(networks)
+}
+
+/// A namespace that is attached to networks. Dropping it detaches nothing: see
 /// [`Attached::detach`].
 #[derive(Debug)]
 pub struct Attached {
     /// The namespace. It lives as long as something holds it.
     pub namespace: Namespace,
-    /// What each network gave it; the first one leads outside.
-    pub networks: Vec<NetworkAddresses>,
+    /// Its networks, as their configuration lists them.
+    pub(super) networks: Vec<Joined>,
     /// Sockets that keep others from the published ports.
-    ports: Published,
+    pub(super) ports: Published,
+    /// The interface that published ports lead to.
+    pub(super) published_on: Option<usize>,
     /// Where it is written down what plugins are to undo.
-    undo: Option<Directory>,
+    pub(super) undo: Option<Directory>,
     /// Holds pasta until it is aborted.
     pasta: Option<JoinHandle<()>>,
+}
+
+/// A network of a namespace.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    /// The number of its interface.
+    pub index: usize,
+    /// Its name.
+    pub name: String,
+    /// What it gave the namespace.
+    pub addresses: NetworkAddresses,
 }
 
 /// Attaches a new namespace by plugins, which are stopped when `cancelled` is done.
@@ -65,12 +88,47 @@ pub async fn by_plugins(
     directory: Directory,
     cancelled: impl Future<Output = ()>,
 ) -> Result<Attached> {
+    let namespace = Namespace::new()?;
+    let undo = directory.try_clone()?;
+    let (config, networks) = {
+        let namespace = namespace.clone();
+        let work = move |cancel| {
+            let plugins = Plugins::new(&namespace, &config.id, &directory, cancel)?;
+            let joined = plugins.attach_all(&config)?;
+            Ok((config, joined))
+        };
+        cancellable(cancelled, work).await?
+    };
+    let own: &[IpAddr] = networks
+        .first()
+        .map_or(&[], |first| &first.addresses.addresses);
+    let attached = Attached {
+        ports: Published::new(ports, &config.ports, own),
+        published_on: networks.first().map(|first| first.index),
+        namespace,
+        networks,
+        undo: Some(undo),
+        pasta: None,
+    };
+    if config.networks.len() > 1
+        && let Err(error) = attached.lead_outside(&config.networks).await
+    {
+        attached.detach().await;
+        return Err(error);
+    }
+    Ok(attached)
+}
+
+/// Does blocking work that plugins take part in. They end when `cancelled` is done.
+pub(super) async fn cancellable<T: Send + 'static>(
+    cancelled: impl Future<Output = ()>,
+    work: impl FnOnce(Arc<OwnedFd>) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let cancel = eventfd(0, EventfdFlags::CLOEXEC).context(|| "create an event")?;
     let cancel = Arc::new(cancel);
-    let undo = directory.try_clone()?;
     let mut task = {
-        let (cancel, config) = (cancel.clone(), config.clone());
-        tokio::task::spawn_blocking(move || run_plugins(&config, &directory, cancel))
+        let cancel = cancel.clone();
+        tokio::task::spawn_blocking(move || work(cancel))
     };
     let done = tokio::select! {
         done = &mut task => done,
@@ -81,105 +139,155 @@ pub async fn by_plugins(
             task.await
         }
     };
-    let (namespace, networks) = done.context(|| "attach the network")??;
-    let own: &[IpAddr] = networks.first().map_or(&[], |first| &first.addresses);
-    Ok(Attached {
-        namespace,
-        ports: Published::new(ports, &config.ports, own),
-        networks,
-        undo: Some(undo),
-        pasta: None,
-    })
+    done.context(|| "attach the network")?
 }
 
-/// Blocks as long as plugins take, or until `cancel` is readable.
-fn run_plugins(
-    config: &CniConfig,
-    directory: &Directory,
-    cancel: Arc<OwnedFd>,
-) -> Result<(Namespace, Vec<NetworkAddresses>)> {
-    let namespace = Namespace::new()?;
-    let netns = format!(
-        "/proc/{}/fd/{}",
-        std::process::id(),
-        namespace.as_fd().as_raw_fd()
-    );
-    let runner = Runner {
-        cancel: Some(cancel),
-        held: Some(Arc::new(hold(directory)?)),
-        ..Runner::default()
-    };
-    let first = Attachment {
-        container_id: config.id.clone(),
-        netns: netns.clone().into(),
-        ifname: interface(0),
-        port_mappings: config.ports.clone(),
-        ips: config.ips.clone(),
-        mac: config.mac,
-        ..Attachment::default()
-    };
-    let mut networks = vec![(&config.list, &config.own, first)];
-    for (index, further) in config.further.iter().enumerate() {
-        let attachment = Attachment {
-            container_id: config.id.clone(),
-            netns: netns.clone().into(),
-            ifname: interface(index + 1),
-            ips: further.ips.clone(),
-            mac: further.mac,
-            ..Attachment::default()
-        };
-        networks.push((&further.list, &further.own, attachment));
+/// Runs plugins for a namespace. Its functions block.
+#[derive(Debug)]
+pub(super) struct Plugins<'a> {
+    netns: PathBuf,
+    container: &'a str,
+    directory: &'a Directory,
+    runner: Runner,
+}
+
+impl<'a> Plugins<'a> {
+    /// Runs them for a container, in whose directory it is written down what they are to undo; they
+    /// end when `cancel` is readable.
+    ///
+    /// # Errors
+    /// The directory cannot be locked.
+    pub(super) fn new(
+        namespace: &Namespace,
+        container: &'a str,
+        directory: &'a Directory,
+        cancel: Arc<OwnedFd>,
+    ) -> Result<Self> {
+        let fd = namespace.as_fd().as_raw_fd();
+        Ok(Self {
+            netns: format!("/proc/{}/fd/{fd}", std::process::id()).into(),
+            container,
+            directory,
+            runner: Runner {
+                cancel: Some(cancel),
+                held: Some(Arc::new(hold(directory)?)),
+                ..Runner::default()
+            },
+        })
     }
-    let mut given = Vec::new();
-    for (index, (list, own, attachment)) in networks.into_iter().enumerate() {
-        let attached = attach(list, own.as_ref(), attachment, &runner, |record| {
-            let text = serde_json::to_vec(record).context(|| "encode the network's record")?;
-            directory.write(&file(index), &text)
-        });
-        match attached {
-            Ok(addresses) => given.push(addresses),
-            Err(error) => {
-                for done in (0..index).rev() {
-                    if let Err(error) = undo_one(directory, done) {
-                        tracing::error!("{error}");
+
+    fn attach_all(&self, config: &CniConfig) -> Result<Vec<Joined>> {
+        let mut joined = Vec::new();
+        for (index, network) in config.networks.iter().enumerate() {
+            let ports = if index == 0 { &config.ports[..] } else { &[] };
+            match self.attach(index, network, ports) {
+                Ok(one) => joined.push(one),
+                Err(error) => {
+                    for done in (0..index).rev() {
+                        if let Err(error) = undo_one(self.directory, &file(done)) {
+                            tracing::error!("{error}");
+                        }
                     }
+                    return Err(error);
                 }
-                return Err(error);
             }
         }
+        Ok(joined)
     }
-    Ok((namespace, given))
+
+    /// Attaches the namespace to one network.
+    ///
+    /// # Errors
+    /// A plugin fails: then it is undone, or what is not stays written down.
+    pub(super) fn attach(
+        &self,
+        index: usize,
+        network: &CniNetwork,
+        ports: &[PortMapping],
+    ) -> Result<Joined> {
+        let CniNetwork { list, own, .. } = network;
+        let attachment = Attachment {
+            ips: network.ips.clone(),
+            mac: network.mac,
+            ..self.attachment(index, ports)
+        };
+        let record = Record::new(list.clone(), attachment)?;
+        // What is not there cannot undo anything either.
+        self.runner.require(list)?;
+        if let Some(own) = own {
+            admit(list.name(), own)?;
+        }
+        let result = self.add(record, &file(index))?;
+        Ok(Joined {
+            index,
+            name: list.name().to_owned(),
+            addresses: NetworkAddresses {
+                addresses: result.ips.iter().map(|ip| ip.address.ip).collect(),
+                gateways: result.ips.iter().filter_map(|ip| ip.gateway).collect(),
+            },
+        })
+    }
+
+    /// Leads published ports to a network that the namespace is in.
+    ///
+    /// # Errors
+    /// A plugin fails: then it is undone, or what is not stays written down.
+    pub(super) fn publish(&self, network: &Joined, ports: &[PortMapping]) -> Result<()> {
+        let missing = || Error::new(format!("network {}: it has no record", network.name));
+        let there = record(self.directory, &file(network.index))?.ok_or_else(missing)?;
+        let list = hull_network::cni::published_ports(&network.name)?;
+        let record = Record::new(list, self.attachment(network.index, ports))?;
+        let record = record.upon(there.result.ok_or_else(missing)?);
+        self.add(record, PORTS_FILE).map(drop)
+    }
+
+    /// Undoes what plugins began that failed, and forgets it; what cannot be undone stays written
+    /// down. Returns the failure.
+    pub(super) fn fail(self, file: &str, error: Error) -> Error {
+        let directory = self.directory;
+        // Lets go of the lock.
+        drop(self);
+        if let Err(error) = undo_one(directory, file) {
+            tracing::error!("{error}");
+        }
+        error
+    }
+
+    fn attachment(&self, index: usize, ports: &[PortMapping]) -> Attachment {
+        Attachment {
+            container_id: self.container.to_owned(),
+            netns: self.netns.clone(),
+            ifname: interface(index),
+            port_mappings: ports.to_vec(),
+            ..Attachment::default()
+        }
+    }
+
+    /// Runs the plugins of a record, which is written down before and after each.
+    fn add(&self, mut record: Record, file: &str) -> Result<CniResult> {
+        let keep = |record: &Record| {
+            let text = serde_json::to_vec(record).context(|| "encode the network's record")?;
+            self.directory.write(file, &text)
+        };
+        keep(&record)?;
+        let result = record.add_and_keep(&self.runner, &mut |record| {
+            keep(record).map_err(|error| error.message)
+        })?;
+        Ok(result.clone())
+    }
 }
 
-/// Attaches a namespace to one network. `keep` writes down what is to be undone.
-fn attach(
-    list: &List,
-    own: Option<&OwnNetwork>,
-    attachment: Attachment,
-    runner: &Runner,
-    keep: impl Fn(&Record) -> Result<()>,
-) -> Result<NetworkAddresses> {
-    let mut record = Record::new(list.clone(), attachment)?;
-    // What is not there cannot undo anything either.
-    runner.require(list)?;
-    if let Some(own) = own {
-        for subnet in own.subnets.iter().filter(|_| !own.internal) {
-            let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
-            let prefix = subnet.prefix.unwrap_or(all);
-            masquerade::ensure(list.name(), &own.bridge, subnet.ip, prefix)?;
-        }
-        guard::ensure(list.name(), &own.bridge)?;
-        let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
-        forwarding::ensure(&own.bridge, ipv6, own.internal)?;
+/// Makes the host's packet filter let through what a network of hull's own needs.
+fn admit(name: &str, own: &OwnNetwork) -> Result<()> {
+    for subnet in own.subnets.iter().filter(|_| !own.internal) {
+        let all = if subnet.ip.is_ipv4() { 32 } else { 128 };
+        let prefix = subnet.prefix.unwrap_or(all);
+        masquerade::ensure(name, &own.bridge, subnet.ip, prefix)?;
     }
-    keep(&record)?;
-    let result = record.add_and_keep(runner, &mut |record| {
-        keep(record).map_err(|error| error.message)
-    })?;
-    Ok(NetworkAddresses {
-        addresses: result.ips.iter().map(|ip| ip.address.ip).collect(),
-        gateways: result.ips.iter().filter_map(|ip| ip.gateway).collect(),
-    })
+    guard::ensure(name, &own.bridge)?;
+    let ipv6 = own.subnets.iter().any(|subnet| subnet.ip.is_ipv6());
+    forwarding::ensure(&own.bridge, ipv6, own.internal)?;
+    Ok(())
 }
 
 /// Takes the lock of a container's directory that its plugins inherit.
@@ -233,12 +341,17 @@ pub async fn by_pasta(config: &PastaConfig) -> Result<Attached> {
         .collect();
     Ok(Attached {
         namespace,
-        networks: vec![NetworkAddresses {
-            addresses,
-            gateways: Vec::new(),
+        networks: vec![Joined {
+            index: 0,
+            name: String::new(),
+            addresses: NetworkAddresses {
+                addresses,
+                gateways: Vec::new(),
+            },
         }],
         // Pasta has them.
         ports: Published::default(),
+        published_on: None,
         undo: None,
         pasta: Some(tokio::spawn(keep(pasta))),
     })
@@ -262,8 +375,8 @@ impl Attached {
     pub fn addresses(&self) -> NetworkAddresses {
         let mut all = NetworkAddresses::default();
         for network in &self.networks {
-            all.addresses.extend(&network.addresses);
-            all.gateways.extend(&network.gateways);
+            all.addresses.extend(&network.addresses.addresses);
+            all.gateways.extend(&network.addresses.gateways);
         }
         all
     }
@@ -292,28 +405,21 @@ impl Attached {
 /// Whether something is written down of an attachment that is to be undone.
 pub fn is_attached(directory: &Directory) -> bool {
     // What cannot be read is not nothing.
-    (0..MOST).any(|index| !matches!(directory.read(&file(index)), Ok(None)))
+    files().any(|file| !matches!(directory.read(&file), Ok(None)))
 }
 
 /// What is written down of the attachments in a container's directory, with the results of their
-/// plugins: one for each network, in their order.
+/// plugins: one for each network, in the order of interfaces.
 ///
 /// # Errors
 /// One cannot be read.
 pub fn records(directory: &Directory) -> Result<Vec<Record>> {
-    let mut records = Vec::new();
-    for index in 0..MOST {
-        match record(directory, index)? {
-            Some(record) => records.push(record),
-            None => break,
-        }
-    }
-    Ok(records)
+    let records = (0..MOST).map(|index| record(directory, &file(index)));
+    records.filter_map(Result::transpose).collect()
 }
 
-fn record(directory: &Directory, index: usize) -> Result<Option<Record>> {
-    let file = file(index);
-    let Some(text) = directory.read(&file)? else {
+fn record(directory: &Directory, file: &str) -> Result<Option<Record>> {
+    let Some(text) = directory.read(file)? else {
         return Ok(None);
     };
     let record = serde_json::from_slice(&text).map_err(|error| {
@@ -328,14 +434,18 @@ fn record(directory: &Directory, index: usize) -> Result<Option<Record>> {
 /// # Errors
 /// A plugin fails, or a record cannot be read; it may be tried again.
 pub fn undo(directory: &Directory) -> Result<()> {
-    let undone = (0..MOST).rev().map(|index| undo_one(directory, index));
+    let undone = files().map(|file| undo_one(directory, &file));
     // One that fails does not keep the others.
     let failures: Vec<Error> = undone.filter_map(Result::err).collect();
     failures.into_iter().next().map_or(Ok(()), Err)
 }
 
-fn undo_one(directory: &Directory, index: usize) -> Result<()> {
-    let Some(record) = record(directory, index)? else {
+/// Undoes what is written down in one file, if it is there.
+///
+/// # Errors
+/// As [`undo`].
+pub(super) fn undo_one(directory: &Directory, file: &str) -> Result<()> {
+    let Some(record) = record(directory, file)? else {
         return Ok(());
     };
     if !record.attached {
@@ -343,5 +453,5 @@ fn undo_one(directory: &Directory, index: usize) -> Result<()> {
         wait_for_plugins(directory)?;
     }
     record.del(&Runner::default())?;
-    directory.remove_file(&file(index))
+    directory.remove_file(file)
 }

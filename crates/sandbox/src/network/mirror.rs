@@ -111,10 +111,10 @@ impl Network {
         Ok(network)
     }
 
-    /// An engine may set up the namespace at any time: looks for a name server now and whenever
-    /// something has changed, and takes requests.
-    pub async fn expect_changes(&mut self, resolver: Resolver, requests: Requests) {
-        (self.resolver, self.requests) = (Some(resolver), Some(requests));
+    /// Takes requests from now on. With a resolver, an engine may set up the namespace at any time:
+    /// a name server is looked for now and whenever something has changed.
+    pub async fn expect_changes(&mut self, resolver: Option<Resolver>, requests: Requests) {
+        (self.resolver, self.requests) = (resolver, Some(requests));
         self.look().await;
     }
 

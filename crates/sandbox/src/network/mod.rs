@@ -8,19 +8,20 @@
 //! | module | what |
 //! | --- | --- |
 //! | `attachment` | a namespace of hull's own, attached by plugins or pasta |
+//! | `change` | networks that it joins and leaves while its container runs |
 //! | `mirror` | interfaces of the namespace, brought into the guest |
 //! | `names` | names of containers in a network of hull's own |
 //! | `published` | published ports at ::1 |
 //! | `loopback` | what engines have and expect on the namespace's loopback interface |
 
 mod attachment;
+mod change;
 mod loopback;
 mod messages;
 mod mirror;
 mod names;
 mod published;
 
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -34,7 +35,7 @@ pub use attachment::{records, undo};
 pub use loopback::relay_names;
 pub(crate) use mirror::Nets;
 
-use crate::config::{NamesConfig, NetworkAddresses, NetworkConfig, NetworkSource};
+use crate::config::{CniConfig, CniNetwork, NetworkAddresses, NetworkConfig, NetworkSource};
 use crate::error::{Error, Result};
 use crate::guest::Agent;
 use crate::sandbox::{Ready, Sandbox};
@@ -42,7 +43,7 @@ use crate::store::Directory;
 use attachment::Attached;
 use loopback::{Forwarder, NameServer, Resolver, bring};
 use mirror::Network;
-use names::Names;
+use names::{Named, Names};
 
 /// How far the network of a sandbox is.
 #[derive(Debug, Default)]
@@ -75,8 +76,10 @@ pub(crate) struct Followed {
     namespace: Namespace,
     task: JoinHandle<()>,
     end: oneshot::Sender<()>,
-    /// Takes requests where an engine may set up the namespace further.
-    requests: Option<mpsc::Sender<oneshot::Sender<Result<()>>>>,
+    /// Takes requests to look at the namespace.
+    requests: mpsc::Sender<oneshot::Sender<Result<()>>>,
+    /// An engine may set it up further.
+    of_engine: bool,
     forwarder: Option<Forwarder>,
     attached: Option<Attached>,
     owner: Option<String>,
@@ -99,7 +102,7 @@ impl Sandbox {
         let mut stage = self.0.network.lock().await;
         let mut fds = fds.into_iter();
         let missing = || Error::invalid("a descriptor of the network did not come");
-        let mut names = vec![config.names];
+        let mut networks = Vec::new();
         let attached = match config.source {
             NetworkSource::Namespace => {
                 let namespace = Namespace::try_from(fds.next().ok_or_else(missing)?)?;
@@ -131,7 +134,7 @@ impl Sandbox {
             }
             NetworkSource::Cni(cni) => {
                 let directory = Directory::from_fd(fds.next().ok_or_else(missing)?, "");
-                names.extend(cni.further.iter().map(|further| further.names.clone()));
+                networks.clone_from(&cni.networks);
                 attachment::by_plugins(cni, fds.collect(), directory, self.is_down()).await?
             }
             NetworkSource::Pasta(pasta) => {
@@ -152,7 +155,7 @@ impl Sandbox {
                         attached,
                         forwarder,
                         config.owner,
-                        names,
+                        &networks,
                     )
                     .await
                     .map(|()| addresses);
@@ -162,7 +165,7 @@ impl Sandbox {
         let network = self
             .open_network(attached.namespace.clone(), config.limits)
             .await;
-        self.attached(&mut stage, network, attached, None, config.owner, names)
+        self.attached(&mut stage, network, attached, None, config.owner, &networks)
             .await
             .map(|()| addresses)
     }
@@ -174,15 +177,10 @@ impl Sandbox {
         attached: Attached,
         forwarder: Option<Forwarder>,
         owner: Option<String>,
-        names: Vec<Option<NamesConfig>>,
+        networks: &[CniNetwork],
     ) -> Result<()> {
         let addresses = attached.addresses().addresses;
-        let given = attached.networks.iter().map(|network| &network.addresses);
-        let names: Vec<(NamesConfig, Vec<IpAddr>)> = names
-            .into_iter()
-            .zip(given)
-            .filter_map(|(names, addresses)| Some((names?, addresses.clone())))
-            .collect();
+        let names = attached.named(networks);
         let published = network.and_then(|network| {
             let names = match &owner {
                 Some(owner) if !names.is_empty() => {
@@ -243,18 +241,64 @@ impl Sandbox {
     /// The namespace has more interfaces than the machine, or cannot be connected.
     pub(crate) async fn refresh_network(&self) -> Result<()> {
         let requests = match &*self.0.network.lock().await {
-            Stage::Followed(Followed {
-                requests: Some(requests),
-                ..
-            }) => requests.clone(),
+            Stage::Followed(followed) if followed.of_engine => followed.requests.clone(),
             _ => return Ok(()),
         };
-        let (request, answer) = oneshot::channel();
-        // A namespace that is not followed any more has nothing new.
-        match requests.send(request).await {
-            Ok(()) => answer.await.unwrap_or(Ok(())),
-            Err(_) => Ok(()),
+        look(requests).await
+    }
+
+    /// Makes the networks of a running container those of a configuration, of which the published
+    /// ports stay what they were; its addresses then.
+    ///
+    /// # Errors
+    /// `Unsupported` when the machine has no room for as many interfaces, or the container no
+    /// network of plugins; `WrongState` when it is another container's; a plugin fails. Then the
+    /// networks that were left stay left.
+    pub(crate) async fn change_networks(&self, config: &CniConfig) -> Result<NetworkAddresses> {
+        let ready = self.ready().await?;
+        let mut stage = self.0.network.lock().await;
+        let Stage::Followed(followed) = &mut *stage else {
+            return Err(Error::unsupported(
+                "a network for a running container that was started without one",
+            ));
+        };
+        let (Some(attached), Some(owner)) = (&mut followed.attached, &followed.owner) else {
+            return Err(Error::unsupported(
+                "other networks for containers of an engine",
+            ));
+        };
+        if *owner != config.id {
+            return Err(Error::wrong_state(format!(
+                "the network is that of container {owner}"
+            )));
         }
+        let most = usize::from(self.0.nets.count);
+        if config.networks.len() > most {
+            return Err(Error::unsupported(format_args!(
+                "{} networks for a running container whose machine was started for {most}",
+                config.networks.len()
+            )));
+        }
+        let changed = attached.change(config, self.is_down()).await;
+        // What was done before it failed, too.
+        let looked = look(followed.requests.clone()).await;
+        let addresses = attached.addresses();
+        self.set_addresses(addresses.addresses.clone());
+        for container in self.containers() {
+            container.refresh_status()?;
+        }
+        let named = attached.named(&config.networks);
+        match &followed.names {
+            Some(names) => names.change(named)?,
+            None if named.is_empty() => {}
+            None => {
+                let names = Arc::new(Names::publish(named, owner, self.path())?);
+                followed.resolving = names.bring(&ready).await;
+                followed.names = Some(names);
+            }
+        }
+        changed.and(looked)?;
+        Ok(addresses)
     }
 
     /// Takes the network down when the container has ended that it is for. Containers that are left
@@ -317,23 +361,17 @@ impl Connected {
         } = self;
         let namespace = network.namespace().clone();
         let (devices, agent) = (&ready.devices, &ready.agent);
-        let mut requests = None;
-        if of_engine {
-            let resolver = Resolver::new(namespace.clone(), devices.clone(), agent.clone());
-            let (sender, receiver) = mpsc::channel(1);
-            network.expect_changes(resolver, receiver).await;
-            requests = Some(sender);
-        }
+        let resolver =
+            of_engine.then(|| Resolver::new(namespace.clone(), devices.clone(), agent.clone()));
+        let (requests, receiver) = mpsc::channel(1);
+        network.expect_changes(resolver, receiver).await;
         if let Some(forwarder) = &forwarder {
             forwarder.start(devices, agent);
         }
-        let mut resolving = None;
-        if let Some(names) = &names {
-            match bring(NameServer::Own(names.clone()), devices, agent).await {
-                Ok(task) => resolving = Some(task),
-                Err(error) => tracing::warn!("names of the network are not resolved: {error}"),
-            }
-        }
+        let resolving = match &names {
+            Some(names) => names.bring(ready).await,
+            None => None,
+        };
         let (end, ended) = oneshot::channel();
         let ended = async {
             // Also when the sender is dropped.
@@ -344,12 +382,45 @@ impl Connected {
             task: tokio::spawn(network.follow(agent.clone(), ended)),
             end,
             requests,
+            of_engine,
             forwarder,
             attached,
             owner,
             names,
             resolving,
         }
+    }
+}
+
+impl Attached {
+    /// The networks of a configuration in which the container has names, with its addresses there.
+    fn named(&self, networks: &[CniNetwork]) -> Vec<Named> {
+        let named = networks.iter().filter_map(|network| {
+            let joined = self.joined(network)?;
+            Some((network.names.clone()?, joined.addresses.addresses.clone()))
+        });
+        named.collect()
+    }
+}
+
+impl Names {
+    /// Answers the guest's questions.
+    async fn bring(self: &Arc<Self>, ready: &Ready) -> Option<JoinHandle<()>> {
+        let server = NameServer::Own(self.clone());
+        bring(server, &ready.devices, &ready.agent)
+            .await
+            .inspect_err(|error| tracing::warn!("names of the network are not resolved: {error}"))
+            .ok()
+    }
+}
+
+/// Has a namespace that is followed looked at.
+async fn look(requests: mpsc::Sender<oneshot::Sender<Result<()>>>) -> Result<()> {
+    let (request, answer) = oneshot::channel();
+    // A namespace that is not followed any more has nothing new.
+    match requests.send(request).await {
+        Ok(()) => answer.await.unwrap_or(Ok(())),
+        Err(_) => Ok(()),
     }
 }
 

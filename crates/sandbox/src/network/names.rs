@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use hull_network::names::{answer, question, refuse};
@@ -45,11 +46,15 @@ struct Entry {
     addresses: Vec<IpAddr>,
 }
 
+/// A network with the addresses of a container in it.
+pub type Named = (NamesConfig, Vec<IpAddr>);
+
 /// The names of a container's networks, with its own among them.
 #[derive(Debug)]
 pub struct Names {
-    networks: Vec<NamesConfig>,
+    networks: RwLock<Vec<NamesConfig>>,
     container: String,
+    sandbox: SandboxPath,
 }
 
 impl Names {
@@ -57,30 +62,13 @@ impl Names {
     ///
     /// # Errors
     /// A file cannot be written.
-    pub fn publish(
-        networks: Vec<(NamesConfig, Vec<IpAddr>)>,
-        container: &str,
-        sandbox: &SandboxPath,
-    ) -> Result<Self> {
-        let (networks, addresses): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
+    pub fn publish(networks: Vec<Named>, container: &str, sandbox: &SandboxPath) -> Result<Self> {
         let names = Self {
-            networks,
+            networks: RwLock::default(),
             container: container.to_owned(),
+            sandbox: sandbox.clone(),
         };
-        names.forget();
-        let written = names
-            .networks
-            .iter()
-            .zip(addresses)
-            .try_for_each(|(network, addresses)| {
-                let entry = Entry {
-                    sandbox: sandbox.clone(),
-                    addresses,
-                };
-                let text = serde_json::to_vec(&entry).unwrap_or_default();
-                own(network).try_for_each(|directory| write(&directory, container, &text))
-            });
-        match written {
+        match names.change(networks) {
             Ok(()) => Ok(names),
             Err(error) => {
                 names.withdraw();
@@ -89,32 +77,80 @@ impl Names {
         }
     }
 
+    /// Makes these the networks of the container.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn change(&self, networks: Vec<Named>) -> Result<()> {
+        let (networks, addresses): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
+        let before = std::mem::replace(&mut *self.write_networks(), networks.clone());
+        let stays = |network: &NamesConfig| {
+            let mut networks = networks.iter();
+            networks.any(|other| other.directory == network.directory)
+        };
+        for network in before.iter().filter(|network| !stays(network)) {
+            self.withdraw_from(network);
+        }
+        for (network, addresses) in networks.iter().zip(addresses) {
+            let same = |other: &NamesConfig| {
+                (&other.directory, &other.names) == (&network.directory, &network.names)
+            };
+            if before.iter().any(same) {
+                continue;
+            }
+            self.forget(network);
+            let entry = Entry {
+                sandbox: self.sandbox.clone(),
+                addresses,
+            };
+            let text = serde_json::to_vec(&entry).unwrap_or_default();
+            own(network).try_for_each(|directory| write(&directory, &self.container, &text))?;
+        }
+        Ok(())
+    }
+
     /// Removes what an earlier sandbox of the container left that was killed: its path may be that
     /// of the present one, and the names others.
-    fn forget(&self) {
-        for network in &self.networks {
-            let directories = fs::read_dir(&network.directory).into_iter().flatten();
-            for directory in directories.flatten().map(|entry| entry.path()) {
-                if fs::remove_file(directory.join(&self.container)).is_ok() {
-                    let _ = fs::remove_dir(&directory);
-                }
+    fn forget(&self, network: &NamesConfig) {
+        let directories = fs::read_dir(&network.directory).into_iter().flatten();
+        for directory in directories.flatten().map(|entry| entry.path()) {
+            if fs::remove_file(directory.join(&self.container)).is_ok() {
+                let _ = fs::remove_dir(&directory);
             }
         }
     }
 
     /// Removes the names.
     pub fn withdraw(&self) {
-        for directory in self.networks.iter().flat_map(own) {
+        for network in self.networks().iter() {
+            self.withdraw_from(network);
+        }
+    }
+
+    fn withdraw_from(&self, network: &NamesConfig) {
+        for directory in own(network) {
             // Gone already is as good; one that others have as well is not empty.
             let _ = fs::remove_file(directory.join(&self.container));
             let _ = fs::remove_dir(&directory);
         }
     }
 
+    // A list is valid at any time.
+    fn networks(&self) -> RwLockReadGuard<'_, Vec<NamesConfig>> {
+        self.networks.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_networks(&self) -> RwLockWriteGuard<'_, Vec<NamesConfig>> {
+        self.networks
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The addresses of all containers that have a name; `None` when there is no such name.
     fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
         let mut addresses = Vec::new();
-        let directories = self.networks.iter().filter_map(|one| {
+        let networks = self.networks();
+        let directories = networks.iter().filter_map(|one| {
             let name = one.links.get(name).map_or(name, String::as_str);
             directory(one, name)
         });
@@ -128,9 +164,11 @@ impl Names {
     }
 
     /// Name servers for everything else.
-    fn upstream(&self) -> &[IpAddr] {
-        let mut networks = self.networks.iter().map(|network| &network.upstream[..]);
-        networks.find(|servers| !servers.is_empty()).unwrap_or(&[])
+    fn upstream(&self) -> Vec<IpAddr> {
+        let networks = self.networks();
+        let mut servers = networks.iter().map(|network| &network.upstream);
+        let found = servers.find(|servers| !servers.is_empty());
+        found.cloned().unwrap_or_default()
     }
 
     /// Answers a message of the guest.
@@ -146,7 +184,8 @@ impl Names {
             return Ok(answer);
         }
         let mut failed = io::Error::from(io::ErrorKind::NotConnected);
-        for server in self.upstream() {
+        let upstream = self.upstream();
+        for server in &upstream {
             let server = SocketAddr::new(*server, PORT);
             let asked = match tcp {
                 true => timeout(SERVER_TIMEOUT, ask_by_tcp(server, query)).await,
@@ -158,7 +197,7 @@ impl Names {
                 Err(elapsed) => failed = elapsed.into(),
             }
         }
-        refuse(query, !self.upstream().is_empty()).ok_or(failed)
+        refuse(query, !upstream.is_empty()).ok_or(failed)
     }
 }
 

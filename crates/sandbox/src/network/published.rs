@@ -44,29 +44,45 @@ impl Published {
     /// Serves those of these sockets to which connections to ::1 come. The others, and those that
     /// cannot be served, keep their ports from others.
     pub fn new(sockets: Vec<OwnedFd>, mappings: &[PortMapping], container: &[IpAddr]) -> Self {
-        let mut published = Self::default();
-        for socket in sockets {
-            let task = match target(&socket, mappings, container) {
-                Some((protocol, to)) => serve(&socket, protocol, to),
-                None => Ok(None),
-            };
-            match task {
-                Ok(Some(task)) => published.served.push(task),
-                Ok(None) => {}
-                Err(error) => tracing::warn!("a published port is not served at ::1: {error}"),
-            }
-            published.held.push(socket);
-        }
+        let mut published = Self {
+            held: sockets,
+            served: Vec::new(),
+        };
+        published.serve(mappings, container);
         published
     }
 
-    /// Lets go of the ports.
-    pub async fn end(self) {
-        for task in self.served {
+    fn serve(&mut self, mappings: &[PortMapping], container: &[IpAddr]) {
+        for socket in &self.held {
+            let task = match target(socket, mappings, container) {
+                Some((protocol, to)) => serve(socket, protocol, to),
+                None => Ok(None),
+            };
+            match task {
+                Ok(Some(task)) => self.served.push(task),
+                Ok(None) => {}
+                Err(error) => tracing::warn!("a published port is not served at ::1: {error}"),
+            }
+        }
+    }
+
+    /// Serves the ports from now on by other addresses of the container; not at all without any.
+    pub async fn lead_to(&mut self, mappings: &[PortMapping], container: &[IpAddr]) {
+        self.end_serving().await;
+        self.serve(mappings, container);
+    }
+
+    async fn end_serving(&mut self) {
+        for task in std::mem::take(&mut self.served) {
             task.abort();
             // It was aborted.
             let _ = task.await;
         }
+    }
+
+    /// Lets go of the ports.
+    pub async fn end(mut self) {
+        self.end_serving().await;
         drop(self.held);
     }
 }

@@ -1,0 +1,209 @@
+//! `hull network connect` and `disconnect` of containers that run.
+
+use hull_tests::{Container, Hull, on_every_machine};
+
+use super::created::Net;
+
+on_every_machine!(a_running_container_joins_and_leaves_networks);
+
+fn pings(from: &Container<'_>, name: &str) {
+    from.exec(&["ping", "-c", "1", "-W", "5", name]).ok();
+}
+
+fn does_not_reach(from: &Container<'_>, name: &str) {
+    let output = from.exec(&["ping", "-c", "1", "-W", "1", name]);
+    assert_ne!(output.status, 0, "{name}: {}", output.text());
+}
+
+/// The interface of the default route.
+fn way_out(of: &Container<'_>) -> String {
+    let routes = of.exec(&["ip", "route"]).ok().text();
+    let mut lines = routes.lines();
+    let default = lines.find(|line| line.starts_with("default"));
+    let last = default.and_then(|line| line.split_whitespace().last());
+    last.unwrap_or_default().to_owned()
+}
+
+fn a_running_container_joins_and_leaves_networks(machine: &'static str) {
+    let hull = Hull::networked(machine);
+    let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &[]));
+    let job = hull.start(
+        &["--network", &one.name, "--stop-signal", "KILL"],
+        &["sleep", "1000"],
+    );
+    let network = |arguments: &[&str]| hull.hull(["network"]).args(arguments).run();
+    let address = two.address(77);
+    let connect = [
+        "connect", "--alias", "late", "--ip", &address, &two.name, &job.name,
+    ];
+    if machine == "qemu" {
+        // It has its devices from the start on.
+        network(&connect).fails(125, &["not supported", "2 networks"]);
+        assert!(
+            !job.inspect()["NetworkSettings"]["Networks"]
+                .as_object()
+                .unwrap()
+                .contains_key(&two.name)
+        );
+        job.is_removed_by_force();
+        return;
+    }
+    let other = hull.start(&["--network", &two.name], &["sleep", "1000"]);
+    does_not_reach(&job, &other.name);
+    network(&connect).ok();
+    pings(&job, &other.name);
+    pings(&other, "late");
+    pings(&other, &job.name);
+    assert_eq!(way_out(&job), "eth0");
+    let hosts = job.exec(&["cat", "/etc/hosts"]).ok().text();
+    assert!(hosts.contains(&address), "{hosts}");
+    let settings = job.inspect()["NetworkSettings"].clone();
+    assert_eq!(settings["Networks"][&two.name]["IPAddress"], address);
+    assert_ne!(settings["Networks"][&one.name]["IPAddress"], "");
+    network(&connect).fails(125, &["already"]);
+    hull.hull(["network", "rm", &two.name])
+        .run()
+        .fails(1, &[&job.name]);
+
+    // The other network becomes the way outside.
+    network(&["disconnect", &one.name, &job.name]).ok();
+    network(&["disconnect", &one.name, &job.name]).fails(1, &["is not in network"]);
+    pings(&other, "late");
+    assert_eq!(way_out(&job), "eth1");
+    let settings = job.inspect()["NetworkSettings"].clone();
+    assert_eq!(settings["IPAddress"], address);
+    assert!(settings["Networks"].get(&one.name).is_none());
+
+    // None at all, and one again.
+    network(&["disconnect", &two.name, &job.name]).ok();
+    does_not_reach(&other, &address);
+    let links = job.exec(&["ip", "-o", "link"]).ok().text();
+    assert!(!links.contains("eth"), "{links}");
+    network(&["connect", &two.name, &job.name]).ok();
+    pings(&job, &other.name);
+    assert_eq!(way_out(&job), "eth0");
+
+    // It has them at its next start, too.
+    job.does("stop").ok();
+    job.does("start").ok();
+    pings(&other, &job.name);
+    job.is_removed_by_force();
+    other.is_removed_by_force();
+    drop((one, two));
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_of_the_default_network_finds_names_in_one_that_it_joins() {
+    let hull = Hull::networked("uml");
+    let net = Net::create(&hull, &[]);
+    let other = hull.start(&["--network", &net.name], &["sleep", "1000"]);
+    let job = hull.start(&["--stop-signal", "KILL"], &["sleep", "1000"]);
+    let before = job.exec(&["cat", "/etc/resolv.conf"]).ok().text();
+    hull.hull(["network", "connect", &net.name, &job.name])
+        .run()
+        .ok();
+    pings(&job, &other.name);
+    pings(&other, &job.name);
+    hull.hull(["network", "disconnect", &net.name, &job.name])
+        .run()
+        .ok();
+    does_not_reach(&job, &other.name);
+    assert_eq!(job.exec(&["cat", "/etc/resolv.conf"]).ok().text(), before);
+    // What a process has changed is its own.
+    job.sh("echo 10.0.0.1 mine >>/etc/hosts").ok();
+    hull.hull(["network", "connect", &net.name, &job.name])
+        .run()
+        .ok();
+    let hosts = job.exec(&["cat", "/etc/hosts"]).ok().text();
+    assert!(hosts.contains("10.0.0.1 mine"), "{hosts}");
+    job.is_removed_by_force();
+    other.is_removed_by_force();
+    drop(net);
+    hull.assert_clean();
+}
+
+#[test]
+fn published_ports_go_over_to_another_network_when_theirs_is_left() {
+    let hull = Hull::networked("uml");
+    let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &[]));
+    let server = hull.start(
+        &["--network", &one.name, "-p", "8080"],
+        &["sh", "-c", "while :; do echo served | nc -l -p 8080; done"],
+    );
+    let published = server.does("port").ok().text();
+    let port: u16 = published
+        .rsplit(':')
+        .next()
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let answers = || {
+        hull_tests::eventually("an answer", std::time::Duration::from_secs(10), || {
+            let stream = std::net::TcpStream::connect(("127.0.0.1", port));
+            stream.is_ok_and(|stream| {
+                std::io::read_to_string(stream).is_ok_and(|text| text == "served\n")
+            })
+        });
+    };
+    answers();
+    hull.hull(["network", "connect", &two.name, &server.name])
+        .run()
+        .ok();
+    answers();
+    hull.hull(["network", "disconnect", &one.name, &server.name])
+        .run()
+        .ok();
+    answers();
+    // Back, by way of no network at all.
+    hull.hull(["network", "disconnect", &two.name, &server.name])
+        .run()
+        .ok();
+    hull.hull(["network", "connect", &one.name, &server.name])
+        .run()
+        .ok();
+    answers();
+    server.is_removed_by_force();
+    drop((one, two));
+    hull.assert_clean();
+}
+
+#[test]
+fn an_internal_network_first_leaves_the_way_outside_to_the_next() {
+    let hull = Hull::networked("uml");
+    let (inner, out) = (Net::create(&hull, &["--internal"]), Net::create(&hull, &[]));
+    let job = hull.start(
+        &["--network", &inner.name, "--network", &out.name],
+        &["sleep", "1000"],
+    );
+    assert_eq!(way_out(&job), "eth1");
+    hull.hull(["network", "disconnect", &out.name, &job.name])
+        .run()
+        .ok();
+    assert_eq!(way_out(&job), "");
+    job.is_removed_by_force();
+    drop((inner, out));
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_without_a_network_joins_one_only_when_it_is_started_again() {
+    let hull = Hull::networked("uml");
+    let net = Net::create(&hull, &[]);
+    let alone = hull.start(
+        &["--network", "none", "--stop-signal", "KILL"],
+        &["sleep", "1000"],
+    );
+    let connect = ["network", "connect", &net.name, &alone.name];
+    hull.hull(connect)
+        .run()
+        .fails(125, &["not supported", "without one"]);
+    alone.does("stop").ok();
+    hull.hull(connect).run().ok();
+    alone.does("start").ok();
+    assert_eq!(way_out(&alone), "eth0");
+    alone.is_removed_by_force();
+    drop(net);
+    hull.assert_clean();
+}
