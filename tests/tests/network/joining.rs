@@ -207,3 +207,58 @@ fn a_container_without_a_network_joins_one_only_when_it_is_started_again() {
     drop(net);
     hull.assert_clean();
 }
+
+#[test]
+fn what_cannot_be_joined_changes_nothing() {
+    let hull = Hull::networked("uml");
+    let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &[]));
+    let other = hull.start(&["--network", &two.name], &["sleep", "1000"]);
+    let taken = other.address().to_string();
+    let job = hull.start(&["--network", &one.name], &["sleep", "1000"]);
+    let before = (job.inspect(), job.exec(&["ip", "addr"]).ok().text());
+    let connect = ["network", "connect", "--ip", &taken];
+    hull.hull(connect)
+        .args([&two.name, &job.name])
+        .run()
+        .fails(125, &[&taken]);
+    assert_eq!(
+        (job.inspect(), job.exec(&["ip", "addr"]).ok().text()),
+        before
+    );
+    hull.hull(["network", "connect", &two.name, &job.name])
+        .run()
+        .ok();
+    pings(&job, &other.name);
+    job.is_removed_by_force();
+    other.is_removed_by_force();
+    drop((one, two));
+    hull.assert_clean();
+}
+
+#[test]
+fn what_joined_networks_have_on_the_host_goes_with_a_killed_sandbox() {
+    let hull = Hull::networked("uml");
+    let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &[]));
+    let server = hull.start(&["--network", &one.name, "-p", "8080"], &["sleep", "1000"]);
+    let network = |arguments: &[&str]| hull.hull(["network"]).args(arguments).run().ok();
+    network(&["connect", &two.name, &server.name]);
+    network(&["disconnect", &one.name, &server.name]);
+    let id = server.inspect()["Id"].as_str().unwrap().to_owned();
+    let rules = || {
+        let saved = std::process::Command::new("iptables-save")
+            .output()
+            .unwrap();
+        let text = String::from_utf8(saved.stdout).unwrap();
+        text.lines().filter(|line| line.contains(&id)).count()
+    };
+    assert_ne!(rules(), 0);
+    server.kill_host_process("sandbox");
+    server.is_removed_by_force();
+    assert_eq!(rules(), 0);
+    // Its address can be had again.
+    let options = ["--network", &two.name, "--ip", &two.address(2)];
+    let again = hull.start(&options, &["sleep", "1000"]);
+    again.is_removed_by_force();
+    drop((one, two));
+    hull.assert_clean();
+}
