@@ -1,17 +1,15 @@
 //! What there is, and what happens.
 
-use std::collections::HashMap;
 use std::os::fd::AsFd;
 
-use hull_engine::container;
 use hull_engine::error::of_image;
-use hull_engine::events::{Feed, with_dockers_keys};
+use hull_engine::events::{Describer, EventFilter, Feed, selects};
 use hull_engine::listing::{Life, in_words};
 use hull_engine::{info as engine_info, time, unpacker, usage as engine_usage};
 use hull_image::Account;
 use hyper::StatusCode;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::Shared;
 use crate::call::{Call, JSON, Reply};
@@ -227,93 +225,24 @@ pub fn usage(state: &Shared, call: &Call) -> Result<Reply> {
     Ok(Reply::ok(object))
 }
 
-/// Names and labels of containers, for their events: also of those that are gone.
-#[derive(Default)]
-struct Attributes(HashMap<String, Map<String, Value>>);
-
-impl Attributes {
-    /// Remembered containers; all are looked up again beyond that.
-    const MOST: usize = 4096;
-
-    fn of(&mut self, state: &Shared, id: &str) -> Map<String, Value> {
-        if let Ok(Some(container)) = container::load(&state.config.paths(), id) {
-            let details = container.record.details;
-            let mut attributes: Map<String, Value> = details
-                .labels
-                .into_iter()
-                .map(|(key, value)| (key, value.into()))
-                .collect();
-            attributes.insert("name".into(), details.name.into());
-            attributes.insert("image".into(), details.image.into());
-            if self.0.len() >= Self::MOST {
-                self.0.clear();
-            }
-            self.0.insert(id.to_owned(), attributes);
-        }
-        self.0.get(id).cloned().unwrap_or_default()
-    }
-}
-
-/// Conditions on events, in Docker's words.
-fn matches(event: &Value, filters: &[String]) -> bool {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let holds = |filter: &str| {
-        let (key, value) = filter.split_once('=').unwrap_or((filter, ""));
-        let attributes = &event["Actor"]["Attributes"];
-        match key {
-            "type" => text(&event["Type"]) == value,
-            "event" => {
-                let action = text(&event["Action"]);
-                action == value || action.split(':').next() == Some(value)
-            }
-            "container" => {
-                let id = text(&event["Actor"]["ID"]);
-                text(&event["Type"]) == "container"
-                    && !value.is_empty()
-                    && (id.starts_with(value) || text(&attributes["name"]) == value)
-            }
-            "image" => text(&attributes["image"]) == value,
-            "label" => match value.split_once('=') {
-                Some((name, wanted)) => attributes[name] == wanted,
-                None => !attributes[value].is_null(),
-            },
-            "scope" => value == "local",
-            _ => false,
-        }
-    };
-    let key = |filter: &str| filter.split_once('=').map_or("", |(key, _)| key).to_owned();
-    filters.iter().all(|filter| match key(filter).as_str() {
-        "label" => holds(filter),
-        wanted => filters
-            .iter()
-            .any(|other| key(other) == wanted && holds(other)),
-    })
-}
-
 /// Sends what happens, as it happens.
 pub fn events(state: &Shared, call: &mut Call) -> Result<Reply> {
     let moment = |name: &str| match call.query.get(name) {
         None => Ok(None),
         Some(text) => time::parse_since(text).map(Some).map_err(Failure::bad),
     };
-    let filters = call.query.filters()?;
+    let filters = call.query.filters_as(EventFilter::parse)?;
     let mut feed = Feed::open(&state.config.run_dir, moment("since")?, moment("until")?)?;
     let mut stream = call.stream(JSON)?;
-    let mut attributes = Attributes::default();
-    for container in container::list(&state.config.paths())?.iter().flatten() {
-        // One that is removed when it ends is told about then, too.
-        attributes.of(state, &container.record.id);
-    }
+    let mut describer = Describer::new(state.config.paths())?;
     while let Some(event) = feed.next(stream.as_fd())? {
-        let mut object = with_dockers_keys(&event, json!({}));
-        if object["Type"] == "container" {
-            let id = event.kind.container().to_owned();
-            let mut known = attributes.of(state, &id);
-            if let Some(own) = object["Actor"]["Attributes"].as_object() {
-                known.extend(own.clone());
-            }
-            object["from"] = known.get("image").cloned().unwrap_or_default();
-            object["Actor"]["Attributes"] = Value::Object(known);
+        let mut object = describer.describe(&event);
+        if !selects(&filters, &event, &object) {
+            continue;
+        }
+        let image = object["Actor"]["Attributes"]["image"].clone();
+        if !image.is_null() {
+            object["from"] = image;
         }
         // Docker's older keys.
         for (old, new) in [
@@ -334,7 +263,7 @@ pub fn events(state: &Shared, call: &mut Call) -> Result<Reply> {
                 object.remove(key);
             }
         }
-        if matches(&object, &filters) && stream.line(&object).is_err() {
+        if stream.line(&object).is_err() {
             return Ok(Reply::Taken);
         }
     }

@@ -68,6 +68,10 @@ pub enum EventKind {
         /// `starting`, `healthy` or `unhealthy`.
         status: String,
     },
+    /// A container has come into a network.
+    Connected { container: String, network: String },
+    /// A container has left a network.
+    Disconnected { container: String, network: String },
     /// The guest did not come up, or has broken down.
     GuestFailed { reason: String },
     /// Something that a newer hull reports.
@@ -88,6 +92,8 @@ impl EventKind {
             | Self::Paused { container }
             | Self::Resumed { container }
             | Self::HealthStatus { container, .. }
+            | Self::Connected { container, .. }
+            | Self::Disconnected { container, .. }
             | Self::Deleted { container } => container,
             Self::GuestFailed { .. } | Self::Unknown => "",
         }
@@ -106,6 +112,8 @@ impl EventKind {
             Self::Resumed { .. } => "resumed",
             Self::Deleted { .. } => "deleted",
             Self::HealthStatus { .. } => "health_status",
+            Self::Connected { .. } => "connected",
+            Self::Disconnected { .. } => "disconnected",
             Self::GuestFailed { .. } => "guest_failed",
             Self::Unknown => "unknown",
         }

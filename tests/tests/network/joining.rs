@@ -83,6 +83,34 @@ fn a_running_container_joins_and_leaves_networks(machine: &'static str) {
     pings(&job, &other.name);
     assert_eq!(way_out(&job), "eth0");
 
+    let events = hull
+        .hull([
+            "events",
+            "--since",
+            "1h",
+            "--until",
+            "now",
+            "-f",
+            "type=network",
+        ])
+        .args([
+            "-f",
+            &format!("container={}", job.inspect()["Id"].as_str().unwrap()),
+        ])
+        .args(["--format", "{{.Action}} {{.Actor.Attributes.name}}"])
+        .run()
+        .ok();
+    assert_eq!(
+        events.text().lines().collect::<Vec<_>>(),
+        [
+            format!("connect {}", one.name),
+            format!("connect {}", two.name),
+            format!("disconnect {}", one.name),
+            format!("disconnect {}", two.name),
+            format!("connect {}", two.name),
+        ]
+    );
+
     // It has them at its next start, too.
     job.does("stop").ok();
     job.does("start").ok();

@@ -2,9 +2,10 @@
 
 use std::os::fd::AsFd;
 
-use hull_engine::events::{self, Feed};
+use hull_engine::events::{Describer, EventFilter, Feed, selects};
 use hull_engine::time::{self, UnixNanos};
 use hull_sandbox::events::{Event, EventKind};
+use serde_json::Value;
 
 use super::{config_for_root, from_ns};
 use crate::error::{Error, Result};
@@ -14,9 +15,10 @@ use crate::output;
 /// Arguments of `events`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Show only events that match: type=NAME, container=ID, sandbox=ID; may be given several times
-    #[arg(short, long = "filter", value_name = "KEY=VALUE", value_parser = Filter::parse)]
-    filters: Vec<Filter>,
+    /// Show only events that match: type=, event=, container=, image=, label=, network=, sandbox=;
+    /// may be given several times
+    #[arg(short, long = "filter", value_name = "KEY=VALUE", value_parser = EventFilter::parse)]
+    filters: Vec<EventFilter>,
     /// How each event is printed: "text", "json", or a template of Go's
     #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = Format::parse)]
     format: Format,
@@ -49,44 +51,6 @@ impl Format {
     }
 }
 
-/// One condition of `--filter`. Several of one key are alternatives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Filter {
-    Type(String),
-    Container(String),
-    Sandbox(String),
-}
-
-impl Filter {
-    fn parse(text: &str) -> std::result::Result<Filter, String> {
-        let wrong = || format!("invalid filter {text:?}: give type=, container= or sandbox=");
-        let (key, value) = text.split_once('=').ok_or_else(wrong)?;
-        let value = value.to_owned();
-        Ok(match key {
-            "type" | "event" => Filter::Type(value),
-            "container" => Filter::Container(value),
-            "sandbox" => Filter::Sandbox(value),
-            _ => return Err(wrong()),
-        })
-    }
-
-    fn matches(&self, event: &Event) -> bool {
-        match self {
-            Filter::Type(name) => event.kind.name() == name,
-            Filter::Container(id) => !id.is_empty() && event.kind.container().starts_with(id),
-            Filter::Sandbox(id) => event.sandbox.starts_with(id),
-        }
-    }
-}
-
-fn all_match(filters: &[Filter], event: &Event) -> bool {
-    let key = |filter: &Filter| std::mem::discriminant(filter);
-    filters.iter().all(|filter| {
-        let mut same = filters.iter().filter(|other| key(other) == key(filter));
-        same.any(|filter| filter.matches(event))
-    })
-}
-
 fn until(text: &str) -> std::result::Result<UnixNanos, String> {
     match text {
         "now" => Ok(time::now()),
@@ -98,16 +62,19 @@ fn until(text: &str) -> std::result::Result<UnixNanos, String> {
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let mut feed = Feed::open(&config.run_dir, args.since, args.until)?;
+    let mut describer = Describer::new(config.paths())?;
     let stdout = std::io::stdout();
     while let Some(event) = feed.next(stdout.as_fd())? {
-        if all_match(&args.filters, &event) {
-            output::print(line(&event, &args.format)?)?;
+        let described = describer.describe(&event);
+        if selects(&args.filters, &event, &described) {
+            output::print(line(&event, described, &args.format)?)?;
         }
     }
     Ok(0)
 }
 
-fn line(event: &Event, format: &Format) -> Result<String> {
+/// `described`: the event in Docker's words.
+fn line(event: &Event, described: Value, format: &Format) -> Result<String> {
     let object = || {
         serde_json::to_value(event)
             .map_err(|error| Error::new(format!("cannot write JSON: {error}")))
@@ -115,8 +82,15 @@ fn line(event: &Event, format: &Format) -> Result<String> {
     match format {
         Format::Text => {}
         Format::Json => return Ok(format!("{}\n", object()?)),
+        // Both hull's keys and Docker's.
         Format::Template(template) => {
-            return Ok(template.render(&events::with_dockers_keys(event, object()?))? + "\n");
+            let (mut all, Value::Object(dockers)) = (object()?, described) else {
+                return Err(Error::new("an event is no object"));
+            };
+            if let Some(all) = all.as_object_mut() {
+                all.extend(dockers);
+            }
+            return Ok(template.render(&all)? + "\n");
         }
     }
     let at = time::format_rfc3339(from_ns(event.time_ns));
@@ -140,6 +114,9 @@ fn line(event: &Event, format: &Format) -> Result<String> {
         }
         EventKind::GuestFailed { reason } => line.push_str(&format!(" reason={reason:?}")),
         EventKind::HealthStatus { status, .. } => line.push_str(&format!(" status={status}")),
+        EventKind::Connected { network, .. } | EventKind::Disconnected { network, .. } => {
+            line.push_str(&format!(" network={network}"));
+        }
         _ => {}
     }
     Ok(output::printable(&line) + "\n")
@@ -148,6 +125,8 @@ fn line(event: &Event, format: &Format) -> Result<String> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use serde_json::json;
+
     use super::*;
 
     fn started(container: &str) -> Event {
@@ -156,34 +135,18 @@ mod tests {
     }
 
     #[test]
-    fn filters_of_one_key_are_alternatives() {
-        let filter = |text: &str| Filter::parse(text).unwrap();
-        let event = started("abc");
-        for (filters, matches) in [
-            (vec![], true),
-            (vec!["type=started"], true),
-            (vec!["type=exited", "type=started"], true),
-            (vec!["type=started", "container=ab"], true),
-            (vec!["type=started", "container=x"], false),
-            (vec!["sandbox=s1"], true),
-        ] {
-            let parsed: Vec<Filter> = filters.iter().map(|text| filter(text)).collect();
-            assert_eq!(all_match(&parsed, &event), matches, "{filters:?}");
-        }
-        assert!(Filter::parse("colour=red").is_err());
-    }
-
-    #[test]
     fn lines_are_for_people_or_programs() {
         let event = started("abc");
-        let line = |format: &str| line(&event, &Format::parse(format).unwrap()).unwrap();
+        let described = json!({"Type": "container", "Action": "start", "Actor": {"ID": "abc"}});
+        let line = |format: &str| {
+            line(&event, described.clone(), &Format::parse(format).unwrap()).unwrap()
+        };
         let text = line("text");
         assert!(text.ends_with("Z started container=abc\n"), "{text}");
         let json = line("json");
         assert!(json.contains(r#""container":"abc""#), "{json}");
         assert!(!json.contains("Action"), "{json}");
-        let text =
-            line("{{.Type}} {{.Action}} {{.Actor.ID}} {{.type}} {{.Actor.Attributes.sandbox}}");
-        assert_eq!(text, "container start abc started s1\n");
+        let text = line("{{.Type}} {{.Action}} {{.Actor.ID}} {{.type}} {{.container}}");
+        assert_eq!(text, "container start abc started abc\n");
     }
 }

@@ -37,10 +37,11 @@ pub(crate) use mirror::Nets;
 
 use crate::config::{CniConfig, CniNetwork, NetworkAddresses, NetworkConfig, NetworkSource};
 use crate::error::{Error, Result};
+use crate::events::EventKind;
 use crate::guest::Agent;
 use crate::sandbox::{Ready, Sandbox};
 use crate::store::Directory;
-use attachment::Attached;
+use attachment::{Attached, Joined};
 use loopback::{Forwarder, NameServer, Resolver, bring};
 use mirror::Network;
 use names::{Named, Names};
@@ -198,6 +199,7 @@ impl Sandbox {
             }
         };
         self.set_addresses(addresses);
+        self.emit_networks(owner.as_deref(), &[], &attached.networks);
         *stage = Stage::Connected(Connected {
             network,
             forwarder,
@@ -207,6 +209,27 @@ impl Sandbox {
             of_engine: false,
         });
         Ok(())
+    }
+
+    /// Tells about the networks of a container that have names.
+    fn emit_networks(&self, container: Option<&str>, before: &[Joined], now: &[Joined]) {
+        let Some(container) = container else { return };
+        let missing = |among: &[Joined], one: &Joined| {
+            let mut others = among.iter();
+            !one.name.is_empty() && others.all(|other| other.name != one.name)
+        };
+        for left in before.iter().filter(|one| missing(now, one)) {
+            self.emit(EventKind::Disconnected {
+                container: container.to_owned(),
+                network: left.name.clone(),
+            });
+        }
+        for joined in now.iter().filter(|one| missing(before, one)) {
+            self.emit(EventKind::Connected {
+                container: container.to_owned(),
+                network: joined.name.clone(),
+            });
+        }
     }
 
     async fn open_network(
@@ -279,7 +302,9 @@ impl Sandbox {
                 config.networks.len()
             )));
         }
+        let before = attached.networks.clone();
         let changed = attached.change(config, self.is_down()).await;
+        self.emit_networks(Some(owner), &before, &attached.networks);
         // What was done before it failed, too.
         let looked = look(followed.requests.clone()).await;
         let addresses = attached.addresses();
@@ -322,13 +347,13 @@ impl Sandbox {
     /// Leaves the namespace as it was before, and detaches it if hull has attached it.
     pub(crate) async fn disconnect_network(&self) {
         let stage = std::mem::take(&mut *self.0.network.lock().await);
-        let attached = match stage {
-            Stage::None => None,
+        let (attached, owner) = match stage {
+            Stage::None => (None, None),
             Stage::Connected(mut connected) => {
                 withdraw(connected.names);
                 end_forwarding(connected.forwarder);
                 connected.network.disconnect().await;
-                connected.attached
+                (connected.attached, connected.owner)
             }
             Stage::Followed(followed) => {
                 withdraw(followed.names);
@@ -339,10 +364,11 @@ impl Sandbox {
                 // It may have ended by itself.
                 let _ = followed.end.send(());
                 let _ = followed.task.await;
-                followed.attached
+                (followed.attached, followed.owner)
             }
         };
         if let Some(attached) = attached {
+            self.emit_networks(owner.as_deref(), &attached.networks, &[]);
             attached.detach().await;
         }
     }
