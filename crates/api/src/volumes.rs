@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use hull_engine::error::ErrorKind;
 use hull_engine::names;
-use hull_engine::usage;
 use hull_engine::volumes::store::{self, Filter, StoredVolume};
 use hull_engine::volumes::volume_name;
 use hyper::StatusCode;
@@ -51,17 +50,17 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
             asked.driver
         )));
     }
-    if let Some(option) = asked.driver_opts.keys().next() {
-        return Err(Failure::unsupported(format_args!(
-            "option {option:?} of a volume: volumes are directories"
-        )));
-    }
     let anonymous = asked.name.is_empty();
     let name = match anonymous {
         true => names::new_id()?,
         false => volume_name(&asked.name).map_err(Failure::bad)?,
     };
-    let volume = store::create(&state.config.paths(), &name, asked.labels, anonymous)?;
+    let wanted = store::Wanted {
+        labels: asked.labels,
+        options: asked.driver_opts,
+        anonymous,
+    };
+    let volume = store::create(&state.config.paths(), &name, wanted)?;
     Ok(Reply::Json(StatusCode::CREATED, volume.object()))
 }
 
@@ -105,7 +104,7 @@ pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
     let matches = |volume: &StoredVolume| {
         let wanted = filters.iter().all(|filter| filter.matches(volume, false));
         if wanted {
-            let size = usage::of_directory(&volume.content);
+            let size = volume.size();
             sizes.borrow_mut().insert(volume.name.clone(), size);
         }
         wanted

@@ -178,7 +178,7 @@ pub fn all(paths: &Paths, images: &Store) -> Result<Usage> {
     let volumes = volumes
         .map(|volume| VolumeUsage {
             containers: users.get(&volume.name).map_or(0, Vec::len),
-            bytes: of_directory(&volume.content),
+            bytes: volume.size(),
             volume,
         })
         .collect();

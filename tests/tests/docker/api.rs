@@ -359,6 +359,16 @@ fn volumes_and_networks_are_dockers() {
     let get = "until wget -qO- http://server/; do sleep 0.1; done; wget -qO- http://srv/";
     let got = api.run(&["--network", &net], &["sh", "-c", get]).ok();
     assert_eq!(got.text(), "page\npage");
+    // A running container comes into the network, and leaves it.
+    docker(&["run", "-d", "--name", "late", "busybox", "sleep", "1000"]).ok();
+    docker(&["network", "connect", "--alias", "later", &net, "late"]).ok();
+    let page = docker(&["exec", "late", "wget", "-qO-", "http://server/"]);
+    assert_eq!(page.ok().text(), "page");
+    docker(&["exec", "srv", "ping", "-c", "1", "-W", "5", "later"]).ok();
+    docker(&["network", "disconnect", &net, "late"]).ok();
+    let unknown = docker(&["exec", "late", "ping", "-c", "1", "-W", "1", "server"]);
+    assert_eq!(unknown.status, 1);
+    docker(&["rm", "-f", "late"]).ok();
     let address = docker(&[
         "inspect",
         "-f",
@@ -714,8 +724,8 @@ fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
             "BlkioWeightDevice",
         ),
         (
-            &["--mount", "type=volume,src=v,dst=/v,volume-opt=type=nfs"],
-            "DriverConfig",
+            &["--mount", "type=volume,src=nfs,dst=/v,volume-opt=type=nfs"],
+            "a volume of type nfs",
         ),
     ] {
         refused(api.run(options, &["true"]), 125, part);

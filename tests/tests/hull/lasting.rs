@@ -1,15 +1,11 @@
-//! Containers that last: created, started, started again, renamed; and their volumes.
+//! Containers that last: created, started, started again, renamed.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use hull_tests::{Archive, Hull, Invocation, descendants, eventually, on_every_machine};
 
-on_every_machine!(
-    a_container_is_created_started_and_started_again_with_what_it_wrote,
-    a_volume_outlives_its_containers_and_begins_with_what_the_image_has
-);
+on_every_machine!(a_container_is_created_started_and_started_again_with_what_it_wrote);
 
 fn a_container_is_created_started_and_started_again_with_what_it_wrote(machine: &'static str) {
     let hull = Hull::on(machine);
@@ -212,111 +208,6 @@ fn files_are_copied_to_a_container_before_its_first_start() {
     let output = hull.hull(["start", "-a", "job"]).run().ok();
     assert_eq!(output.text(), "given");
     hull.container("job").does("rm").ok();
-}
-
-fn a_volume_outlives_its_containers_and_begins_with_what_the_image_has(machine: &'static str) {
-    let hull = Hull::on(machine);
-    image_with_volume(&hull);
-    let run = |volume: &str, script: &str| {
-        hull.hull(["run", "--rm", "-v", volume, "www", "sh", "-c", script])
-            .run()
-            .ok()
-            .text()
-    };
-    let shown = run(
-        "site:/www",
-        "cat /www/index; stat -c %u:%g:%a /www /www/index",
-    );
-    assert_eq!(shown, "hello\n33:33:750\n33:34:640");
-    run("site:/www", "echo more >/www/more; rm /www/index");
-    assert_eq!(run("site:/www", "ls /www"), "more", "it is filled once");
-    assert_eq!(run("empty:/www:nocopy", "ls /www"), "");
-    let list = hull.hull(["volume", "ls", "-q"]).run().ok().text();
-    assert_eq!(list, "empty\nsite");
-    hull.hull(["volume", "rm", "site", "empty"]).run().ok();
-    hull.hull(["volume", "rm", "site"])
-        .run()
-        .fails(1, &["no such volume: site"]);
-    hull.assert_clean();
-}
-
-/// Imports the image `www`, which has something where it declares a volume.
-fn image_with_volume(hull: &Hull) {
-    let script = "mkdir -m 750 /www; echo hello >/www/index; chmod 640 /www/index; \
-                  chown 33:33 /www; chown 33:34 /www/index";
-    hull.hull(["run", "--name", "filler", "busybox", "sh", "-c", script])
-        .run()
-        .ok();
-    let files = hull.hull(["cp", "filler:/", "-"]).run().ok().stdout;
-    hull.hull(["image", "import", "--change", "VOLUME /www", "-", "www"])
-        .input(files)
-        .run()
-        .ok();
-    hull.container("filler").does("rm").ok();
-}
-
-#[test]
-fn a_volume_that_a_container_uses_is_kept() {
-    let hull = Hull::new();
-    let container = hull.start(&["-v", "data:/data"], &["sleep", "1000"]);
-    hull.hull(["volume", "rm", "data"])
-        .run()
-        .fails(1, &["volume data is used by", &container.name]);
-    assert_eq!(hull.hull(["volume", "prune", "-af"]).run().ok().text(), "");
-    container.is_removed_by_force();
-    assert_eq!(hull.hull(["volume", "prune", "-f"]).run().ok().text(), "");
-    assert_eq!(
-        hull.hull(["volume", "prune", "-af"]).run().ok().text(),
-        "data"
-    );
-}
-
-#[test]
-fn volumes_without_names_go_with_their_container_when_that_is_wanted() {
-    let hull = Hull::new();
-    let volumes = || hull.hull(["volume", "ls", "-q"]).run().ok().text();
-    hull.run(&["-v", "/data"], &["touch", "/data/x"]).ok();
-    assert_eq!(volumes(), "", "with --rm");
-    for options in [&["rm", "-v"][..], &["rm"]] {
-        let container = hull.start(&["-v", "/data"], &["true"]);
-        container.does("wait").ok();
-        assert_eq!(volumes().len(), 64);
-        hull.hull(options).arg(&container.name).run().ok();
-    }
-    let left = volumes();
-    assert_eq!(hull.hull(["volume", "prune", "-f"]).run().ok().text(), left);
-}
-
-#[test]
-fn a_container_has_the_volumes_of_another_one() {
-    let hull = Hull::new();
-    let first = hull.start(&["-v", "data:/data", "-v", "/private"], &["true"]);
-    first.does("wait").ok();
-    let from = format!("{}:ro", first.name);
-    hull.sh(
-        &["--volumes-from", &first.name],
-        "echo x >/data/x; echo y >/private/y",
-    )
-    .ok();
-    let output = hull
-        .sh(
-            &["--volumes-from", &from],
-            "cat /data/x /private/y; touch /data/z",
-        )
-        .ends(1);
-    assert_eq!(output.text(), "x\ny");
-    let output = hull.run(
-        &["--mount", "type=volume,src=data,dst=/x,readonly"],
-        &["cat", "/x/x"],
-    );
-    assert_eq!(output.ok().text(), "x");
-    let content = hull.hull(["volume", "inspect", "data"]).run().ok().json();
-    let path = content[0]["Mountpoint"].as_str().unwrap().to_owned();
-    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755);
-    assert_eq!(fs::read_to_string(format!("{path}/x")).unwrap(), "x\n");
-    hull.hull(["rm", "-v", &first.name]).run().ok();
-    hull.hull(["volume", "rm", "data"]).run().ok();
-    assert_eq!(hull.hull(["volume", "ls", "-q"]).run().ok().text(), "");
 }
 
 /// Waits until a container has been started again so often.

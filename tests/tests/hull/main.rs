@@ -18,6 +18,7 @@ mod kvm;
 mod lasting;
 mod limits;
 mod model;
+mod named_volumes;
 mod processor;
 mod ps_logs;
 mod rootless;

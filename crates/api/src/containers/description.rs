@@ -311,12 +311,16 @@ pub(super) fn create_missing(path: &Path) -> Result<()> {
 impl MountPoint {
     /// By way of the command line's notation, whose rules hold.
     pub(super) fn parse(&self) -> Result<Mount> {
-        for text in [&self.source, &self.target, &self.volume_options.subpath] {
-            if text.contains(',') {
-                return Err(Failure::unsupported(format_args!(
-                    "a comma in the path {text:?}"
-                )));
-            }
+        let options = &self.volume_options.driver_config.options;
+        let options = options.iter().map(|(key, value)| format!("{key}={value}"));
+        let options: Vec<String> = options.collect();
+        let paths = [&self.source, &self.target, &self.volume_options.subpath];
+        if let Some(text) = paths
+            .into_iter()
+            .chain(&options)
+            .find(|text| text.contains(','))
+        {
+            return Err(Failure::unsupported(format_args!("a comma in {text:?}")));
         }
         let (bind, volume) = (&self.bind_options, &self.volume_options);
         for (what, asked) in [
@@ -330,10 +334,6 @@ impl MountPoint {
             (
                 "DriverConfig",
                 !matches!(volume.driver_config.name.as_str(), "" | "local"),
-            ),
-            (
-                "DriverConfig.Options",
-                !volume.driver_config.options.is_empty(),
             ),
             (
                 "TmpfsOptions.Options",
@@ -361,6 +361,9 @@ impl MountPoint {
             }
             if !self.volume_options.subpath.is_empty() {
                 text.push_str(&format!(",volume-subpath={}", self.volume_options.subpath));
+            }
+            for option in options {
+                text.push_str(&format!(",volume-opt={option}"));
             }
         }
         if kind == "tmpfs" {

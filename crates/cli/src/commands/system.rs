@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use hull_engine::error::of_image;
 use hull_engine::listing::PruneFilter;
 use hull_engine::networks;
-use hull_engine::usage;
 use hull_engine::volumes::store;
 
 use super::{agreed, config_for_root, container, events, image, info};
@@ -106,7 +105,7 @@ fn prune(all: bool, force: bool, volumes: bool, filters: &[PruneFilter]) -> Resu
             .into_iter()
             .flatten()
             .filter(|volume| volume.record.anonymous)
-            .map(|volume| (volume.name, usage::of_directory(&volume.content)))
+            .map(|volume| (volume.name.clone(), volume.size()))
             .collect();
         for name in store::prune(&paths, false, |_| true)? {
             reclaimed += bytes.get(&name).copied().unwrap_or(0);

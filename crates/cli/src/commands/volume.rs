@@ -28,6 +28,10 @@ enum Command {
         /// What keeps its content: local, a directory of hull's
         #[arg(short, long, value_name = "NAME", default_value = "local", value_parser = driver)]
         driver: String,
+        /// Set an option: size=SIZE, or type=none, o=bind and device=PATH for one of the host's
+        /// directories
+        #[arg(short, long = "opt", value_name = "KEY=VALUE", value_parser = values::label)]
+        options: Vec<(String, String)>,
         /// Its name; made up when absent
         #[arg(value_name = "NAME", value_parser = volume_name)]
         name: Option<String>,
@@ -103,10 +107,19 @@ fn driver(text: &str) -> std::result::Result<String, String> {
 pub fn execute(args: Args) -> Result<u8> {
     let paths = config_for_root()?.paths();
     match args.command {
-        Command::Create { label, name, .. } => {
-            let anonymous = name.is_none();
+        Command::Create {
+            label,
+            options,
+            name,
+            ..
+        } => {
+            let wanted = store::Wanted {
+                labels: label.into_iter().collect(),
+                options: options.into_iter().collect(),
+                anonymous: name.is_none(),
+            };
             let name = name.map_or_else(names::new_id, Ok)?;
-            let volume = store::create(&paths, &name, label.into_iter().collect(), anonymous)?;
+            let volume = store::create(&paths, &name, wanted)?;
             output::print(format!("{}\n", volume.name))?;
         }
         Command::Ls {

@@ -172,8 +172,12 @@ fn what_was_asked_for_is_in_the_host_configuration() {
     let config = config(parent.path());
     let paths = config.paths();
     let hidden = "c".repeat(64);
-    store::create(&paths, "data", Default::default(), false).unwrap();
-    store::create(&paths, &hidden, Default::default(), true).unwrap();
+    store::create(&paths, "data", Default::default()).unwrap();
+    let hidden_volume = store::Wanted {
+        anonymous: true,
+        ..Default::default()
+    };
+    store::create(&paths, &hidden, hidden_volume).unwrap();
     let volume = |text: &str| volumes::volume(text.as_ref()).unwrap();
     let options = RunOptions {
         volumes: vec![

@@ -2,9 +2,11 @@
 //! whether a host path exists is checked by `run` itself, so that the error can say what to do.
 //! Volumes with names are in [`store`].
 
+mod backing;
 mod mount;
 pub mod store;
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
@@ -17,6 +19,7 @@ use crate::exact;
 use crate::names;
 use crate::paths::Paths;
 
+pub use backing::Backing;
 pub use mount::{Mount, mount};
 
 /// Where the content of a volume is.
@@ -48,6 +51,9 @@ pub struct Volume {
     /// What is shown of the volume, relative to it.
     #[serde(default, with = "exact::option")]
     pub subpath: Option<PathBuf>,
+    /// Options of a volume with a name that is created for this: see [`Backing`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<String, String>,
 }
 
 impl Volume {
@@ -59,6 +65,7 @@ impl Volume {
             read_only: false,
             no_copy: false,
             subpath: None,
+            options: BTreeMap::new(),
         }
     }
 }
@@ -122,6 +129,7 @@ pub fn volume(text: &OsStr) -> Result<Volume, String> {
         read_only,
         no_copy,
         subpath: None,
+        options: BTreeMap::new(),
     })
 }
 

@@ -1,10 +1,11 @@
 //! `--mount`: volumes, directories of the host and file systems in memory in one notation.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, PathBuf};
 
-use super::{Source, Tmpfs, Volume, container_path, host_path, tmpfs, volume_name};
+use super::{Backing, Source, Tmpfs, Volume, container_path, host_path, tmpfs, volume_name};
 use crate::values;
 
 /// What one `--mount` asks for.
@@ -59,6 +60,7 @@ struct Fields<'t> {
     read_only: bool,
     no_copy: bool,
     subpath: Option<PathBuf>,
+    options: BTreeMap<String, String>,
     tmpfs: Vec<String>,
 }
 
@@ -76,8 +78,13 @@ impl<'t> Fields<'t> {
             ("volume-nocopy", Type::Volume) => self.no_copy = flag(key, value)?,
             ("volume-subpath", Type::Volume) => self.subpath = Some(subpath(needed()?)?),
             ("volume-driver", Type::Volume) if text()? == "local" => {}
-            ("volume-driver" | "volume-opt", Type::Volume) => {
+            ("volume-driver", Type::Volume) => {
                 return Err(format!("not supported: {key}: volumes are directories"));
+            }
+            ("volume-opt", Type::Volume) => {
+                let text = text()?;
+                let (option, value) = text.split_once('=').unwrap_or((&text, ""));
+                self.options.insert(option.to_owned(), value.to_owned());
             }
             ("volume-label", Type::Volume) => {
                 return Err(format!("not supported: {key}: hull volume create --label"));
@@ -131,12 +138,17 @@ impl<'t> Fields<'t> {
                 Source::Named(volume_name(&String::from_utf8_lossy(name))?)
             }
         };
+        Backing::parse(&self.options)?;
+        if !self.options.is_empty() && !matches!(source, Source::Named(_)) {
+            return Err("volume-opt is for a volume with a name: give source=NAME".to_owned());
+        }
         Ok(Mount::Volume(Volume {
             source,
             destination,
             read_only: self.read_only,
             no_copy: self.no_copy,
             subpath: self.subpath,
+            options: self.options,
         }))
     }
 }

@@ -1,15 +1,16 @@
 //! Volumes with names: directories of hull's own that containers share and that outlive them.
 //!
 //! `DATA/volumes/NAME` has the content in `_data` and what is known of it in `volume.json`. It
-//! appears by rename, so it is always whole. Which containers use a volume is in their records and
-//! nowhere else. A volume is created for a container after the record that names it was written,
-//! and removed only while no record names it; both under one lock.
+//! appears by rename, so it is always whole. `_data` of a volume that is a directory of the host is
+//! a symbolic link to that; of one with a size it is where its file system is mounted. Which
+//! containers use a volume is in their records and nowhere else. A volume is created for a
+//! container after the record that names it was written, and removed only while no record names it;
+//! both under one lock.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
@@ -17,12 +18,14 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::backing::{self, Backing};
 use super::{Source, Volume};
 use crate::container;
 use crate::entries::{self, Lock};
 use crate::error::{Context, Error, Result};
 use crate::paths::Paths;
 use crate::time;
+use crate::usage;
 
 /// Version of [`VolumeRecord`].
 const VERSION: u32 = 1;
@@ -46,6 +49,9 @@ pub struct VolumeRecord {
     /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Options of Docker's driver `local`: see [`Backing`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<String, String>,
     /// It was created for one container, which did not name it.
     #[serde(default)]
     pub anonymous: bool,
@@ -73,8 +79,21 @@ impl StoredVolume {
             "Labels": self.record.labels,
             "Anonymous": self.record.anonymous,
             "Scope": "local",
-            "Options": {},
+            "Options": self.record.options,
         })
+    }
+
+    /// Bytes that its content takes of the host where hull keeps it.
+    pub fn size(&self) -> u64 {
+        match fs::metadata(backing::image(&self.content)) {
+            // In units of 512 bytes: stat(2).
+            Ok(image) => image.blocks().saturating_mul(512),
+            Err(_) => usage::of_directory(&self.content),
+        }
+    }
+
+    fn backing(&self) -> Result<Backing> {
+        Backing::parse(&self.record.options).map_err(Error::invalid)
     }
 }
 
@@ -104,7 +123,7 @@ pub fn find(paths: &Paths, name: &str) -> Result<StoredVolume> {
     let path = paths.volume(name);
     let directory = match Directory::open(&path) {
         Ok(directory) => directory,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Err(missing()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
         Err(error) => return Err(error).context(|| format!("open {}", path.display())),
     };
     let record = read_versioned(&directory, FILE, VERSION)?;
@@ -126,34 +145,55 @@ pub fn list(paths: &Paths) -> Result<Vec<Result<StoredVolume, (String, Error)>>>
     Ok(names.into_iter().map(read).collect())
 }
 
+/// What a volume is to be.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Options of Docker's driver `local`: see [`Backing`].
+    pub options: BTreeMap<String, String>,
+    /// It is for one container, which does not name it.
+    pub anonymous: bool,
+}
+
 /// Creates a volume; one of this name that is there already is as good.
 ///
 /// # Errors
-/// It cannot be created.
-pub fn create(
-    paths: &Paths,
-    name: &str,
-    labels: BTreeMap<String, String>,
-    anonymous: bool,
-) -> Result<StoredVolume> {
+/// `InvalidArgument` for its options; `Exists` when it is there with others; it cannot be created.
+pub fn create(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolume> {
+    let backing = Backing::parse(&wanted.options).map_err(Error::invalid)?;
     let _lock = lock(paths)?;
-    create_locked(paths, name, labels, anonymous)
+    let is_new = !paths.volume(name).exists();
+    let options = wanted.options.clone();
+    let volume = create_locked(paths, name, wanted)?;
+    if !is_new {
+        return match options.is_empty() || volume.record.options == options {
+            true => Ok(volume),
+            false => Err(Error::exists(format!(
+                "volume {name} is there already, with other options"
+            ))
+            .hint(format!("hull volume inspect {name}"))),
+        };
+    }
+    // What is wrong with it is said now, not when a container wants it.
+    if let Err(error) = backing.prepare(name, &volume.content) {
+        remove_locked(paths, name)?;
+        return Err(error);
+    }
+    Ok(volume)
 }
 
-fn create_locked(
-    paths: &Paths,
-    name: &str,
-    labels: BTreeMap<String, String>,
-    anonymous: bool,
-) -> Result<StoredVolume> {
+fn create_locked(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolume> {
     if paths.volume(name).exists() {
         return find(paths, name);
     }
+    let backing = Backing::parse(&wanted.options).map_err(Error::invalid)?;
     let record = VolumeRecord {
         version: VERSION,
         created_ns: unix_time_ns(),
-        labels,
-        anonymous,
+        labels: wanted.labels,
+        options: wanted.options,
+        anonymous: wanted.anonymous,
     };
     let ProcessId { pid, started } = ProcessId::own();
     let staging = paths.volumes().join(format!(".{pid}-{started}"));
@@ -161,7 +201,12 @@ fn create_locked(
     let created = Directory::create_new(&staging)
         .context(doing)
         .and_then(|directory| {
-            create_content(&staging.join(CONTENT)).context(doing)?;
+            let content = staging.join(CONTENT);
+            match &backing {
+                Backing::Host(path) => std::os::unix::fs::symlink(path, content),
+                Backing::Directory | Backing::Sized(_) => create_content(&content),
+            }
+            .context(doing)?;
             let text = serde_json::to_vec_pretty(&record).context(doing)?;
             directory.write(FILE, &text)?;
             directory.rename_to(&paths.volume(name)).context(doing)
@@ -182,16 +227,21 @@ fn create_content(path: &Path) -> std::io::Result<()> {
 /// # Errors
 /// One cannot be created.
 pub(crate) fn provide(paths: &Paths, volumes: &[Volume], anonymous: &[String]) -> Result<()> {
-    let names = volumes.iter().filter_map(|volume| match &volume.source {
-        Source::Named(name) => Some(name),
+    let named = volumes.iter().filter_map(|volume| match &volume.source {
+        Source::Named(name) => Some((name, &volume.options)),
         Source::Host(_) | Source::Anonymous => None,
     });
     let mut held = None;
-    for name in names {
+    for (name, options) in named {
         if held.is_none() {
             held = Some(lock(paths)?);
         }
-        create_locked(paths, name, BTreeMap::new(), anonymous.contains(name))?;
+        let wanted = Wanted {
+            options: options.clone(),
+            anonymous: anonymous.contains(name),
+            ..Wanted::default()
+        };
+        create_locked(paths, name, wanted)?;
     }
     Ok(())
 }
@@ -222,7 +272,8 @@ pub(crate) fn source(
             Directory::create(&container.join(OWN))?;
             create_content(&content).context(|| format!("create {}", content.display()))?;
         }
-        Source::Named(_) | Source::Anonymous => {}
+        Source::Named(name) => prepare(paths, name)?,
+        Source::Anonymous => {}
     }
     let Some(subpath) = &volume.subpath else {
         return Ok(Located::at(content));
@@ -238,6 +289,18 @@ pub(crate) fn source(
         path: format!("/proc/self/fd/{}", opened.as_raw_fd()).into(),
         _opened: Some(opened),
     })
+}
+
+/// Makes the content of a volume available at its place.
+fn prepare(paths: &Paths, name: &str) -> Result<()> {
+    let volume = find(paths, name)?;
+    let backing = volume.backing()?;
+    // Two that mount it at once would mount it twice.
+    let _lock = match backing {
+        Backing::Sized(_) => Some(lock(paths)?),
+        Backing::Directory | Backing::Host(_) => None,
+    };
+    backing.prepare(name, &volume.content)
 }
 
 /// A path, valid as long as this lives.
@@ -297,8 +360,12 @@ fn remove_locked(paths: &Paths, name: &str) -> Result<()> {
     let ProcessId { pid, started } = ProcessId::own();
     let trash = paths.volumes().join(format!(".{pid}-{started}-removed"));
     let path = paths.volume(name);
+    let content = path.join(CONTENT);
+    if content.symlink_metadata().is_ok() {
+        hull_sandbox::shares::unmount_disk(&content)?;
+    }
     match fs::rename(&path, &trash) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         renamed => renamed.context(|| format!("remove {}", path.display()))?,
     }
     remove_all(&trash)
@@ -429,18 +496,56 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    fn anonymous() -> Wanted {
+        Wanted {
+            anonymous: true,
+            ..Wanted::default()
+        }
+    }
+
+    #[test]
+    fn a_volume_that_is_a_directory_of_the_host_is_removed_without_it() {
+        let (directory, paths) = Paths::temporary();
+        let host = directory.path().join("host");
+        let options =
+            [("type", "none"), ("o", "bind")].map(|(key, value)| (key.into(), value.into()));
+        let mut wanted = Wanted {
+            options: options.into(),
+            ..Wanted::default()
+        };
+        let device = host.to_str().unwrap().to_owned();
+        wanted.options.insert("device".into(), device);
+        let error = create(&paths, "db", wanted.clone()).unwrap_err();
+        assert!(error.message.contains("of volume db"), "{error}");
+        assert_eq!(list(&paths).unwrap().len(), 0);
+        fs::create_dir(&host).unwrap();
+        fs::write(host.join("file"), "kept").unwrap();
+        let created = create(&paths, "db", wanted.clone()).unwrap();
+        assert_eq!(create(&paths, "db", wanted).unwrap(), created);
+        create(&paths, "db", Wanted::default()).unwrap();
+        let other = Wanted {
+            options: BTreeMap::from([("size".into(), "1g".into())]),
+            ..Wanted::default()
+        };
+        create(&paths, "db", other).unwrap_err();
+        assert_eq!(fs::read(created.content.join("file")).unwrap(), b"kept");
+        remove(&paths, "db").unwrap();
+        assert!(host.join("file").exists());
+    }
+
     #[test]
     fn a_volume_is_there_once_it_was_created_and_gone_once_it_was_removed() {
         let (_directory, paths) = Paths::temporary();
         assert_eq!(list(&paths).unwrap().len(), 0);
         let labels = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
-        let created = create(&paths, "db", labels.clone(), false).unwrap();
+        let wanted = Wanted {
+            labels: labels.clone(),
+            ..Wanted::default()
+        };
+        let created = create(&paths, "db", wanted).unwrap();
         assert_eq!(created.record.labels, labels);
         fs::write(created.content.join("file"), "kept").unwrap();
-        assert_eq!(
-            create(&paths, "db", BTreeMap::new(), true).unwrap(),
-            created
-        );
+        assert_eq!(create(&paths, "db", anonymous()).unwrap(), created);
         assert_eq!(find(&paths, "db").unwrap(), created);
         assert_eq!(list(&paths).unwrap().len(), 1);
         remove(&paths, "db").unwrap();
@@ -455,8 +560,8 @@ mod tests {
     #[test]
     fn only_volumes_without_a_name_of_their_own_are_pruned_unless_all_are() {
         let (_directory, paths) = Paths::temporary();
-        create(&paths, "named", BTreeMap::new(), false).unwrap();
-        create(&paths, "anonymous", BTreeMap::new(), true).unwrap();
+        create(&paths, "named", Wanted::default()).unwrap();
+        create(&paths, "anonymous", anonymous()).unwrap();
         assert_eq!(prune(&paths, false, |_| true).unwrap(), ["anonymous"]);
         assert_eq!(prune(&paths, true, |_| false).unwrap().len(), 0);
         assert_eq!(prune(&paths, true, |_| true).unwrap(), ["named"]);
@@ -465,9 +570,7 @@ mod tests {
     #[test]
     fn no_link_in_a_volume_leads_out_of_it() {
         let (directory, paths) = Paths::temporary();
-        let content = create(&paths, "db", BTreeMap::new(), false)
-            .unwrap()
-            .content;
+        let content = create(&paths, "db", Wanted::default()).unwrap().content;
         fs::create_dir(content.join("inside")).unwrap();
         std::os::unix::fs::symlink(directory.path(), content.join("out")).unwrap();
         let at = |subpath: &str| {

@@ -1,5 +1,6 @@
-//! A writable layer of a limited size: an ext4 file system in a sparse file, behind a loop device
-//! that the kernel frees with the last mount.
+//! Files of a limited size, writable layers and volumes: an ext4 file system in a sparse file,
+//! behind a loop device that the kernel frees with the last mount. A file has one loop device at a
+//! time, so that all its mounts are of one file system.
 //!
 //! Not project quotas: few file systems are mounted with them, and they take numbers that somebody
 //! has to hand out.
@@ -8,11 +9,11 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::error::{Context, Error, Result};
 
@@ -25,14 +26,22 @@ const ATTEMPTS: u32 = 32;
 // linux/loop.h.
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
+const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
-/// `struct loop_config` with the `struct loop_info64` in it.
+/// `struct loop_config`.
 #[repr(C)]
 struct LoopConfig {
     fd: u32,
     block_size: u32,
+    info: LoopInfo,
+    reserved: [u64; 8],
+}
+
+/// `struct loop_info64`.
+#[repr(C)]
+struct LoopInfo {
     device: u64,
     inode: u64,
     rdevice: u64,
@@ -46,15 +55,48 @@ struct LoopConfig {
     crypt_name: [u8; 64],
     encrypt_key: [u8; 32],
     init: [u64; 2],
-    reserved: [u64; 8],
 }
 
-/// Where a writable layer with a size is.
+impl LoopInfo {
+    fn new(flags: u32) -> Self {
+        Self {
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            size_limit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags,
+            file_name: [0; 64],
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+        }
+    }
+}
+
+/// Checks the size of a file system.
+///
+/// # Errors
+/// `InvalidArgument` for one that is too small.
+pub fn check_size(size: u64) -> Result<()> {
+    match size < LEAST {
+        true => Err(Error::invalid(format!(
+            "a file system of {size} bytes is too small: at least {} MiB",
+            LEAST >> 20
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Where a file system of a limited size is.
 #[derive(Debug, Clone)]
 pub struct Disk {
     /// The file, created when it is not there.
     pub file: PathBuf,
-    /// Where it is mounted, in a mount namespace that ends at once; created when it is not there.
+    /// Where it is mounted; created when it is not there.
     pub place: PathBuf,
     /// Its size, bytes.
     pub size: u64,
@@ -65,13 +107,7 @@ impl Disk {
     /// power failure when it is `volatile`.
     pub(super) fn prepare(&self, volatile: bool) -> Result<()> {
         let doing = || format!("create {}", self.file.display());
-        if self.size < LEAST {
-            return Err(Error::invalid(format!(
-                "a writable layer of {} bytes is too small: at least {} MiB",
-                self.size,
-                LEAST >> 20
-            )));
-        }
+        check_size(self.size)?;
         fs::create_dir_all(&self.place).context(doing)?;
         if self.file.exists() {
             return Ok(());
@@ -112,10 +148,10 @@ impl Disk {
             .output();
         let output = match made {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::new(
-                    "a writable layer with a size needs mke2fs, which is not there",
-                )
-                .hint("apt-get install e2fsprogs"));
+                return Err(
+                    Error::new("a limited size needs mke2fs, which is not there")
+                        .hint("apt-get install e2fsprogs"),
+                );
             }
             made => made.context(|| "run mke2fs")?,
         };
@@ -129,7 +165,7 @@ impl Disk {
         }
     }
 
-    /// Mounts it at its place. Called in a mount namespace that nobody else is in.
+    /// Mounts it at its place.
     pub(super) fn mount(&self) -> io::Result<()> {
         let (device, path) = attach(&self.file)?;
         let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME;
@@ -140,13 +176,53 @@ impl Disk {
     }
 }
 
-/// Attaches a file to a free loop device, which the kernel frees when nobody has it open.
+/// Mounts a file system of a limited size in the caller's mount namespace, unless its place is one
+/// already. It is empty at first.
+///
+/// # Errors
+/// `InvalidArgument` for a size that is too small; `Host` when it cannot be made or mounted.
+pub fn mount_at(disk: &Disk) -> Result<()> {
+    let doing = || format!("mount {}", disk.file.display());
+    disk.prepare(false)?;
+    if is_mounted(&disk.place).context(doing)? {
+        return Ok(());
+    }
+    disk.mount().context(doing)?;
+    // Programs such as databases want an empty directory. It is gone but the first time.
+    let _ = fs::remove_dir(disk.place.join("lost+found"));
+    Ok(())
+}
+
+/// Unmounts what [`mount_at`] has mounted at a place.
+///
+/// # Errors
+/// The kernel's: EBUSY while a process of the host uses it.
+pub fn unmount_from(place: &Path) -> Result<()> {
+    let doing = || format!("unmount {}", place.display());
+    while is_mounted(place).context(doing)? {
+        unmount(place, UnmountFlags::NOFOLLOW).context(doing)?;
+    }
+    Ok(())
+}
+
+/// Whether another file system is mounted at a place.
+fn is_mounted(place: &Path) -> io::Result<bool> {
+    let parent = place.parent().unwrap_or(place);
+    Ok(fs::symlink_metadata(place)?.dev() != fs::symlink_metadata(parent)?.dev())
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    opened.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}
+
+/// The loop device of a file: that which it has, or a free one, which the kernel frees when nobody
+/// has it open.
 fn attach(file: &Path) -> io::Result<(File, PathBuf)> {
-    let open = |path: &Path| {
-        let opened = OpenOptions::new().read(true).write(true).open(path);
-        opened.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
-    };
     let backing = open(file)?;
+    if let Some(found) = attached(&backing)? {
+        return Ok(found);
+    }
     let control = open(Path::new("/dev/loop-control"))?;
     let mut attempt = 0;
     loop {
@@ -166,24 +242,34 @@ fn attach(file: &Path) -> io::Result<(File, PathBuf)> {
     }
 }
 
+/// The loop device that a file has, which it keeps as long as the result is open.
+fn attached(backing: &File) -> io::Result<Option<(File, PathBuf)>> {
+    let of_file = backing.metadata()?;
+    for entry in fs::read_dir("/sys/block")?.flatten() {
+        // Only one that is in use has this directory.
+        if !entry.path().join("loop").exists() {
+            continue;
+        }
+        let path = Path::new("/dev").join(entry.file_name());
+        // It may be gone by now, or another's that cannot be written.
+        let Ok(device) = open(&path) else { continue };
+        let mut info = LoopInfo::new(0);
+        // SAFETY: the kernel writes one `struct loop_info64`, which this is, and keeps no
+        // reference.
+        let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) };
+        if result == 0 && (info.device, info.inode) == (of_file.dev(), of_file.ino()) {
+            return Ok(Some((device, path)));
+        }
+    }
+    Ok(None)
+}
+
 fn configure(device: &File, backing: RawFd) -> io::Result<()> {
     let config = LoopConfig {
         fd: u32::try_from(backing).map_err(io::Error::other)?,
         block_size: 0,
-        device: 0,
-        inode: 0,
-        rdevice: 0,
-        offset: 0,
-        size_limit: 0,
-        number: 0,
-        encrypt_type: 0,
-        encrypt_key_size: 0,
         // What is written is cached once, not also for the file.
-        flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
-        file_name: [0; 64],
-        crypt_name: [0; 64],
-        encrypt_key: [0; 32],
-        init: [0; 2],
+        info: LoopInfo::new(LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO),
         reserved: [0; 8],
     };
     // SAFETY: the kernel reads one `struct loop_config`, which this is, and keeps no reference.

@@ -21,7 +21,9 @@ use hull_device_control::Cache;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
-pub use disk::Disk;
+pub use disk::{
+    Disk, check_size as check_disk_size, mount_at as mount_disk, unmount_from as unmount_disk,
+};
 pub use enter::{Mounted, enter, enter_upper};
 pub use overlay::{EngineOverlay, Overlay, engine, root};
 
