@@ -226,7 +226,8 @@ mod tests {
             ("src=db,dst=/x,tmpfs-size=1", "unknown field \"tmpfs-size\""),
             ("src=db,dst=/x,ro=maybe", "ro is true or false"),
             ("src=db,dst=/x,volume-subpath=../y", "no path below"),
-            ("src=db,dst=/x,volume-opt=o", "not supported: volume-opt"),
+            ("src=db,dst=/x,volume-opt=color=red", "volume option color"),
+            ("dst=/x,volume-opt=size=1g", "a volume with a name"),
             (
                 "type=bind,src=/a,dst=/x,bind-propagation=shared",
                 "do not propagate",
