@@ -7,6 +7,7 @@ use hull_engine::events::{Describer, EventFilter, Feed, selects};
 use hull_engine::listing::{Life, in_words};
 use hull_engine::{info as engine_info, time, unpacker, usage as engine_usage};
 use hull_image::Account;
+use hull_network::cni::DEFAULT_NAME;
 use hyper::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 use crate::Shared;
 use crate::call::{Call, JSON, Reply};
 use crate::failure::{Failure, Result};
+use crate::networks::BRIDGE;
 use crate::router::{API_VERSION, OLDEST_API_VERSION};
 
 /// Tells that somebody is there, and by the headers of every answer who.
@@ -231,7 +233,14 @@ pub fn events(state: &Shared, call: &mut Call) -> Result<Reply> {
         None => Ok(None),
         Some(text) => time::parse_since(text).map(Some).map_err(Failure::bad),
     };
-    let filters = call.query.filters_as(EventFilter::parse)?;
+    // Docker's name of hull's own network.
+    let parse = |text: &str| match EventFilter::parse(text)? {
+        EventFilter::Network(name) if name == BRIDGE => {
+            Ok(EventFilter::Network(DEFAULT_NAME.to_owned()))
+        }
+        filter => Ok(filter),
+    };
+    let filters = call.query.filters_as(parse)?;
     let mut feed = Feed::open(&state.config.run_dir, moment("since")?, moment("until")?)?;
     let mut stream = call.stream(JSON)?;
     let mut describer = Describer::new(state.config.paths())?;
@@ -240,7 +249,12 @@ pub fn events(state: &Shared, call: &mut Call) -> Result<Reply> {
         if !selects(&filters, &event, &object) {
             continue;
         }
-        let image = object["Actor"]["Attributes"]["image"].clone();
+        let actor = &mut object["Actor"];
+        if actor["ID"] == DEFAULT_NAME {
+            actor["ID"] = json!(BRIDGE);
+            actor["Attributes"]["name"] = json!(BRIDGE);
+        }
+        let image = actor["Attributes"]["image"].clone();
         if !image.is_null() {
             object["from"] = image;
         }

@@ -444,12 +444,17 @@ pub fn is_idle(container: &Container) -> bool {
 /// # Errors
 /// The file cannot be opened.
 pub fn lock(container: &Container) -> Result<File> {
-    let doing = || format!("lock container {}", container.record.id);
+    lock_in(&container.directory, &container.record.id)
+}
+
+/// The same of the container `id`, by its directory.
+///
+/// # Errors
+/// The file cannot be opened.
+pub fn lock_in(directory: &Directory, id: &str) -> Result<File> {
+    let doing = || format!("lock container {id}");
     let flags = OFlags::RDWR | OFlags::CREATE;
-    let file = container
-        .directory
-        .open_file("lock", flags)
-        .context(doing)?;
+    let file = directory.open_file("lock", flags).context(doing)?;
     rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive)).context(doing)?;
     Ok(file)
 }

@@ -199,17 +199,20 @@ fn change(
     };
     change(&mut options.network)?;
     details.network = options.network.name();
-    if container::is_idle(&found) {
+    if container::is_idle(&container) {
         return container.record.write(&container.directory);
     }
     // A network that a container is in is not removed.
     if joins {
         container.record.write(&container.directory)?;
     }
-    match tell(&container, &paths) {
-        Ok(()) if joins => Ok(()),
-        Ok(()) => container.record.write(&container.directory),
-        Err(error) => {
+    let told = tell(&container, &paths);
+    let ended = || {
+        let now = container::load(&paths, &container.record.id);
+        matches!(now, Ok(Some(now)) if container::is_idle(&now))
+    };
+    match told {
+        Err(error) if !ended() => {
             let name = before.name.clone();
             container.record.details = before;
             container.record.write(&container.directory)?;
@@ -220,6 +223,9 @@ fn change(
                 _ => error,
             })
         }
+        // One that has ended meanwhile is in its networks from its next start on.
+        _ if joins => Ok(()),
+        _ => container.record.write(&container.directory),
     }
 }
 
@@ -243,10 +249,18 @@ fn tell(container: &Container, paths: &Paths) -> Result<()> {
     };
     let network = (!joined.is_empty()).then_some(&addresses);
     let dns = asked.dns_in(&joined);
-    client.do_(&Request::UpdateFiles {
-        container: id.clone(),
-        files: dns::files(&details.hostname, &dns, (&details.network, network))?,
-    })
+    let files = dns::files(&details.hostname, &dns, (&details.network, network));
+    let updated = files.and_then(|files| {
+        client.do_(&Request::UpdateFiles {
+            container: id.clone(),
+            files,
+        })
+    });
+    // The networks are changed, whatever becomes of these.
+    if let Err(error) = updated {
+        tracing::warn!("hosts and resolv.conf of the container stay as they are: {error}");
+    }
+    Ok(())
 }
 
 /// The name of a network, which may be given by its id.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use hull_network::cni::DEFAULT_NAME;
 use hull_sandbox::events::{Event, EventKind, EventLog, EventReader};
 use hull_sandbox::store::Directory;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -163,7 +164,12 @@ impl Describer {
         let container = event.kind.container();
         let mut attributes = match (&event.kind, container) {
             (EventKind::Connected { network, .. } | EventKind::Disconnected { network, .. }, _) => {
-                let of_network = json!({"container": container, "name": network});
+                let name = self.container(container).remove("name").unwrap_or_default();
+                let of_network = json!({
+                    "container": container,
+                    "containerName": name,
+                    "name": network,
+                });
                 of_network.as_object().cloned().unwrap_or_default()
             }
             (_, "") => Map::new(),
@@ -185,9 +191,12 @@ impl Describer {
         let action = action(&event.kind);
         let (kind, id) = match &event.kind {
             EventKind::Connected { network, .. } | EventKind::Disconnected { network, .. } => {
-                attributes.insert("type".into(), "bridge".into());
-                let created = networks::find(&self.paths, network);
-                ("network", created.map_or(network.clone(), |found| found.id))
+                let created = networks::find(&self.paths, network).ok();
+                let is_own = created.is_some() || network == DEFAULT_NAME;
+                let driver = if is_own { "bridge" } else { "cni" };
+                attributes.insert("type".into(), driver.into());
+                let id = created.map_or_else(|| network.clone(), |found| found.id);
+                ("network", id)
             }
             _ if container.is_empty() => ("sandbox", event.sandbox.clone()),
             _ => ("container", container.to_owned()),
@@ -297,7 +306,11 @@ impl EventFilter {
                 action == *name || begin == Some(name) || event.kind.name() == name
             }
             Self::Container(wanted) => match is_of("network") {
-                true => text(&attributes["container"]).starts_with(wanted) && !wanted.is_empty(),
+                true => {
+                    let id = text(&attributes["container"]);
+                    !wanted.is_empty()
+                        && (id.starts_with(wanted) || attributes["containerName"] == *wanted)
+                }
                 false => is_of("container") && named(wanted),
             },
             Self::Image(wanted) => attributes["image"] == *wanted,

@@ -66,6 +66,14 @@ pub struct Joined {
     pub links: Vec<(String, String)>,
 }
 
+impl Joined {
+    /// Whether packets leave it.
+    fn leads_outside(&self) -> bool {
+        let created = self.created.as_ref();
+        created.is_none_or(|created| !created.internal)
+    }
+}
+
 /// What the sandbox is asked for.
 #[derive(Debug)]
 pub struct Plan {
@@ -105,14 +113,37 @@ impl Plan {
 }
 
 impl NetworkOptions {
-    /// The network that is asked for, checked as far as can be before anything is made.
+    /// The network that is asked for of a new container, checked as far as can be before anything
+    /// is made.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); options that mean nothing in these networks.
+    pub fn check_new(&self, config: &Config) -> Result<Network> {
+        let network = self.check(config)?;
+        match &network {
+            Network::None => self.refuse_without_network()?,
+            Network::Named(first) => {
+                let joined = self.joined(&network, &config.paths())?;
+                if !self.publish.is_empty() && !joined.iter().any(Joined::leads_outside) {
+                    return Err(Error::invalid(format!(
+                        "--publish: network {first} is internal: nothing enters it"
+                    )));
+                }
+            }
+            Network::Container(_) => {}
+        }
+        Ok(network)
+    }
+
+    /// The network that is asked for, checked as far as can be before anything is made. What means
+    /// nothing in it is left out: a container may have left the networks that it was created for.
     ///
     /// # Errors
     /// Options that contradict each other or the network; there is no such network or container.
     pub fn check(&self, config: &Config) -> Result<Network> {
         let network = self.network.as_ref().unwrap_or(&config.network);
         match network {
-            Network::None => self.refuse_without_network()?,
+            Network::None => {}
             Network::Container(other) => {
                 self.refuse_of_another_container(other)?;
                 let other = container::find(&config.paths(), other)?;
@@ -139,9 +170,6 @@ impl NetworkOptions {
         let paths = config.paths();
         list(&paths, named, false)?;
         let created = networks::load(&paths, named)?;
-        if created.as_ref().is_some_and(|created| created.internal) {
-            self.refuse_published_internally(named)?;
-        }
         if created.is_none() {
             no_names(named, &self.aliases, &self.links)?;
         }
@@ -216,7 +244,7 @@ impl NetworkOptions {
                 Attach::Source(Box::new(pasta), Vec::new())
             }
             Network::Named(named) => {
-                let (cni, sockets) = self.cni(id, &named, config)?;
+                let (cni, sockets) = self.cni(id, &named, &networks, config)?;
                 Attach::Source(Box::new(NetworkSource::Cni(cni)), sockets)
             }
         };
@@ -262,11 +290,7 @@ impl NetworkOptions {
         networks: &[Joined],
     ) -> Vec<Option<NamesConfig>> {
         // A name in one network may be looked up outside if another one leads there.
-        let leads_out = networks.iter().any(|network| {
-            let created = network.created.as_ref();
-            created.is_none_or(|created| !created.internal)
-        });
-        let upstream = match leads_out {
+        let upstream = match networks.iter().any(Joined::leads_outside) {
             true => dns::upstream(&self.dns()),
             false => Vec::new(),
         };
@@ -303,7 +327,7 @@ impl NetworkOptions {
         if let Some(Network::Named(first)) = &self.network {
             networks = self.networks(paths, first, &|name| match own_network(paths, name)? {
                 // The sandbox sees to the way outside.
-                Some(_) => beside(paths, name),
+                Some(_) => beside(paths, name, false),
                 None => list(paths, name, false),
             })?;
             for (network, names) in networks.iter_mut().zip(self.names(paths, own, joined)) {
@@ -337,15 +361,6 @@ impl NetworkOptions {
             (self.ip.is_some(), "--ip"),
             (self.ip6.is_some(), "--ip6"),
         ])
-    }
-
-    fn refuse_published_internally(&self, name: &str) -> Result<()> {
-        match self.publish.is_empty() {
-            true => Ok(()),
-            false => Err(Error::invalid(format!(
-                "--publish: network {name} is internal: nothing enters it"
-            ))),
-        }
     }
 
     /// Options that mean nothing without a network.
@@ -419,12 +434,26 @@ impl NetworkOptions {
         })
     }
 
-    fn cni(&self, id: &str, first: &str, config: &Config) -> Result<(CniConfig, Vec<OwnedFd>)> {
-        let reserved = self.ports(config)?;
+    fn cni(
+        &self,
+        id: &str,
+        first: &str,
+        joined: &[Joined],
+        config: &Config,
+    ) -> Result<(CniConfig, Vec<OwnedFd>)> {
         let paths = config.paths();
+        // Ports lead to the first network that things can enter.
+        let names = std::iter::once(first).chain(self.further.iter().map(|one| &*one.network));
+        let mut named = names.zip(joined);
+        let outside = named.find_map(|(name, one)| one.leads_outside().then_some(name));
+        let reserved = match outside {
+            Some(_) => self.ports(config)?,
+            None => Reservation::default(),
+        };
+        let published = |name: &str| outside == Some(name) && !reserved.mappings.is_empty();
         let networks = self.networks(&paths, first, &|name| match name == first {
-            true => list(&paths, name, !reserved.mappings.is_empty()),
-            false => beside(&paths, name),
+            true => list(&paths, name, published(name)),
+            false => beside(&paths, name, published(name)),
         })?;
         let cni = CniConfig {
             id: id.to_owned(),
@@ -593,14 +622,14 @@ pub fn list(paths: &Paths, name: &str, published: bool) -> Result<List> {
 }
 
 /// The plugins of a network of hull's own for a container whose way out is another one.
-fn beside(paths: &Paths, name: &str) -> Result<List> {
+fn beside(paths: &Paths, name: &str, published: bool) -> Result<List> {
     match networks::load(paths, name)? {
         Some(network) => NetworkRecord {
             internal: true,
             ..network
         }
-        .list(false),
-        None => default_network(false, true),
+        .list(published),
+        None => default_network(published, true),
     }
 }
 

@@ -127,7 +127,7 @@ impl<'a> Run<'a> {
         if let Some(name) = &options.name {
             names::check_free(&paths, name)?;
         }
-        options.network.network = Some(options.network.check(config)?);
+        options.network.network = Some(options.network.check_new(config)?);
         let id = names::new_id()?;
         let sandbox = sandbox_digits(&id);
         timings.step("arguments", began_ns);
@@ -205,7 +205,11 @@ impl<'a> Run<'a> {
             .filter_map(|network| network.created.as_ref())
             .try_for_each(|network| networks::check_there(&self.paths, network));
         self.timings.step("request", begin);
-        let started = is_there.and_then(|()| self.launch(image, &place, &directory, attachment));
+        let started = is_there.and_then(|()| {
+            // Others that change it wait until it runs.
+            let _lock = container::lock_in(&directory, &self.id)?;
+            self.launch(image, &place, &directory, attachment)
+        });
         let erase = || container::remove(&self.paths, &self.id, container::Removing::everything());
         match started {
             Ok(Outcome::Interrupted(signal)) => {

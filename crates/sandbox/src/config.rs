@@ -226,9 +226,19 @@ pub struct CniConfig {
     pub id: String,
     /// The networks, each with an interface of its own (`eth0` and so on), at most [`MAX_NETS`].
     pub networks: Vec<CniNetwork>,
-    /// Ports of the host that lead to ports of the container. The first network's plugins see to
-    /// them at the start.
+    /// Ports of the host that lead to ports of the container. At the start the plugins of the first
+    /// network see to them that can.
     pub ports: Vec<PortMapping>,
+}
+
+impl CniConfig {
+    /// The network whose plugins see to published ports at the start, as an index.
+    pub(crate) fn publishes(&self) -> Option<usize> {
+        let can = |network: &CniNetwork| network.list.has_capability("portMappings");
+        let first = || (!self.networks.is_empty()).then_some(0);
+        // The first one says that it cannot.
+        self.networks.iter().position(can).or_else(first)
+    }
 }
 
 /// A network of a namespace.

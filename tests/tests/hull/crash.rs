@@ -50,6 +50,17 @@ fn stopped_within_a_second_of_killing(machine: &'static str, process: &str) {
     hull.assert_clean();
 }
 
+#[test]
+fn a_container_is_removed_while_its_sandbox_process_dies() {
+    let hull = Hull::new();
+    for _ in 0..8 {
+        let container = hull.sleeper();
+        container.kill_host_process("sandbox");
+        container.is_removed_by_force();
+        hull.assert_clean();
+    }
+}
+
 fn a_killed_machine_stops_the_container_with_a_reason(machine: &'static str) {
     stopped_within_a_second_of_killing(machine, "machine");
 }

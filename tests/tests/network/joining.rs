@@ -126,7 +126,8 @@ fn a_container_of_the_default_network_finds_names_in_one_that_it_joins() {
     let hull = Hull::networked("uml");
     let net = Net::create(&hull, &[]);
     let other = hull.start(&["--network", &net.name], &["sleep", "1000"]);
-    let job = hull.start(&["--stop-signal", "KILL"], &["sleep", "1000"]);
+    let options = ["--add-host", "me:host-gateway"];
+    let job = hull.start(&options, &["sleep", "1000"]);
     let before = job.exec(&["cat", "/etc/resolv.conf"]).ok().text();
     hull.hull(["network", "connect", &net.name, &job.name])
         .run()
@@ -145,6 +146,15 @@ fn a_container_of_the_default_network_finds_names_in_one_that_it_joins() {
         .ok();
     let hosts = job.exec(&["cat", "/etc/hosts"]).ok().text();
     assert!(hosts.contains("10.0.0.1 mine"), "{hosts}");
+    // The host has no address without a network: its name stays what it was.
+    for network in [&net.name[..], "default"] {
+        hull.hull(["network", "disconnect", network, &job.name])
+            .run()
+            .ok();
+    }
+    hull.hull(["network", "connect", "default", &job.name])
+        .run()
+        .ok();
     job.is_removed_by_force();
     other.is_removed_by_force();
     drop(net);
@@ -159,21 +169,31 @@ fn published_ports_go_over_to_another_network_when_theirs_is_left() {
         &["--network", &one.name, "-p", "8080"],
         &["sh", "-c", "while :; do echo served | nc -l -p 8080; done"],
     );
-    let published = server.does("port").ok().text();
-    let port: u16 = published
-        .rsplit(':')
-        .next()
-        .unwrap()
-        .trim()
-        .parse()
-        .unwrap();
-    let answers = || {
-        hull_tests::eventually("an answer", std::time::Duration::from_secs(10), || {
-            let stream = std::net::TcpStream::connect(("127.0.0.1", port));
-            stream.is_ok_and(|stream| {
-                std::io::read_to_string(stream).is_ok_and(|text| text == "served\n")
-            })
+    // Another one after each start.
+    let port = || -> u16 {
+        let published = server.does("port").ok().text();
+        published
+            .rsplit(':')
+            .next()
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    let answers_at = |host: &str| {
+        let (port, limit) = (port(), std::time::Duration::from_secs(10));
+        hull_tests::eventually("an answer", limit, || {
+            let stream = std::net::TcpStream::connect((host, port));
+            let read = stream.and_then(|stream| {
+                stream.set_read_timeout(Some(limit / 5))?;
+                std::io::read_to_string(stream)
+            });
+            read.is_ok_and(|text| text == "served\n")
         });
+    };
+    let answers = || {
+        answers_at("127.0.0.1");
+        answers_at("::1");
     };
     answers();
     hull.hull(["network", "connect", &two.name, &server.name])
@@ -184,13 +204,36 @@ fn published_ports_go_over_to_another_network_when_theirs_is_left() {
         .run()
         .ok();
     answers();
-    // Back, by way of no network at all.
+    // Back, by way of no network at all: then there is nobody.
     hull.hull(["network", "disconnect", &two.name, &server.name])
         .run()
         .ok();
+    for host in ["127.0.0.1", "::1"] {
+        let stream = std::net::TcpStream::connect((host, port()));
+        let error = stream.and_then(std::io::read_to_string).unwrap_err();
+        let kinds = [
+            std::io::ErrorKind::ConnectionRefused,
+            std::io::ErrorKind::ConnectionReset,
+        ];
+        assert!(kinds.contains(&error.kind()), "{host}: {error}");
+    }
     hull.hull(["network", "connect", &one.name, &server.name])
         .run()
         .ok();
+    answers();
+    // One that has left its networks is started without ports.
+    hull.hull(["network", "disconnect", &one.name, &server.name])
+        .run()
+        .ok();
+    server.does("restart").ok();
+    hull.hull(["network", "connect", &two.name, &server.name])
+        .run()
+        .fails(125, &["without one"]);
+    server.does("kill").ok();
+    hull.hull(["network", "connect", &two.name, &server.name])
+        .run()
+        .ok();
+    server.does("start").ok();
     answers();
     server.is_removed_by_force();
     drop((one, two));
@@ -198,14 +241,28 @@ fn published_ports_go_over_to_another_network_when_theirs_is_left() {
 }
 
 #[test]
-fn an_internal_network_first_leaves_the_way_outside_to_the_next() {
+fn an_internal_network_first_leaves_the_way_outside_and_ports_to_the_next() {
     let hull = Hull::networked("uml");
     let (inner, out) = (Net::create(&hull, &["--internal"]), Net::create(&hull, &[]));
     let job = hull.start(
-        &["--network", &inner.name, "--network", &out.name],
-        &["sleep", "1000"],
+        &[
+            "--network",
+            &inner.name,
+            "--network",
+            &out.name,
+            "-p",
+            "127.0.0.1:0:8080",
+        ],
+        &["sh", "-c", "while :; do echo served | nc -l -p 8080; done"],
     );
     assert_eq!(way_out(&job), "eth1");
+    let published = job.does("port").ok().text();
+    let address = published.rsplit(' ').next().unwrap();
+    hull_tests::eventually("an answer", std::time::Duration::from_secs(10), || {
+        std::net::TcpStream::connect(address).is_ok_and(|stream| {
+            std::io::read_to_string(stream).is_ok_and(|text| text == "served\n")
+        })
+    });
     hull.hull(["network", "disconnect", &out.name, &job.name])
         .run()
         .ok();

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
 use hull_sandbox::control::protocol::CopyRequest;
@@ -68,6 +68,8 @@ struct Job {
     container: Container,
     request: CopyRequest,
     mounted: Vec<Mounted>,
+    /// Volumes that cannot be had, by their places in the container, with the reason.
+    unavailable: Vec<(PathBuf, Error)>,
     /// What some of their sources are paths of.
     _located: Vec<Located>,
     read_only: bool,
@@ -77,19 +79,20 @@ impl Job {
     fn new(paths: &Paths, container: &Container, request: CopyRequest) -> Result<Self> {
         let container = Container::load(container.directory.path())?
             .ok_or_else(|| Error::not_found("the container was removed"))?;
-        let volumes = volumes(&container);
-        let located = volumes
-            .iter()
-            .enumerate()
-            .map(|(index, volume)| store::source(paths, container.directory.path(), index, volume));
-        let located: Vec<Located> = located.collect::<Result<_>>()?;
-        let mounted = volumes.into_iter().zip(&located);
-        let mounted = mounted.map(|(volume, located)| Mounted {
-            source: located.path.clone(),
-            destination: volume.destination,
-            read_only: volume.read_only,
-        });
-        let mut mounted: Vec<Mounted> = mounted.collect();
+        let (mut mounted, mut located, mut unavailable) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, volume) in volumes(&container).into_iter().enumerate() {
+            match store::source(paths, container.directory.path(), index, &volume) {
+                Ok(found) => {
+                    mounted.push(Mounted {
+                        source: found.path.clone(),
+                        destination: volume.destination,
+                        read_only: volume.read_only,
+                    });
+                    located.push(found);
+                }
+                Err(error) => unavailable.push((volume.destination, error)),
+            }
+        }
         mounted.sort_by_key(|mounted| mounted.destination.components().count());
         let read_only = request.into
             && match &container.record.details.options {
@@ -100,6 +103,7 @@ impl Job {
             container,
             request,
             mounted,
+            unavailable,
             _located: located,
             read_only,
         })
@@ -140,8 +144,10 @@ impl Job {
         let missing = enter(&overlay, self.read_only, &self.mounted, path)?;
         let path = Path::new(&self.request.path);
         // What is elsewhere can be had without a volume that is no more.
+        let unavailable = self.unavailable.iter().cloned();
         if let Some((_, error)) = missing
             .into_iter()
+            .chain(unavailable)
             .find(|(place, _)| path.starts_with(place))
         {
             return Err(error);

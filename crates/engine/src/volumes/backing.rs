@@ -86,7 +86,13 @@ impl Backing {
             Self::Directory => Ok(()),
             Self::Host(path) => {
                 let doing = || format!("find {} of volume {name}", path.display());
-                std::fs::metadata(path).context(doing).map(drop)
+                match std::fs::metadata(path).context(doing)?.is_dir() {
+                    true => Ok(()),
+                    false => Err(Error::invalid(format!(
+                        "{} of volume {name} is no directory",
+                        path.display()
+                    ))),
+                }
             }
             Self::Sized(_) if rootless::in_user_namespace() => Err(Error::with_kind(
                 ErrorKind::Unsupported,

@@ -156,18 +156,22 @@ pub struct Wanted {
     pub anonymous: bool,
 }
 
-/// Creates a volume; one of this name that is there already is as good.
+/// Creates a volume; one of this name that is there already is as good, unless it has other options
+/// than those that are asked for.
 ///
 /// # Errors
 /// `InvalidArgument` for its options; `Exists` when it is there with others; it cannot be created.
 pub fn create(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolume> {
-    let backing = Backing::parse(&wanted.options).map_err(Error::invalid)?;
     let _lock = lock(paths)?;
-    let is_new = !paths.volume(name).exists();
-    let options = wanted.options.clone();
-    let volume = create_locked(paths, name, wanted)?;
-    if !is_new {
-        return match options.is_empty() || volume.record.options == options {
+    create_locked(paths, name, wanted)
+}
+
+fn create_locked(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolume> {
+    let backing = Backing::parse(&wanted.options).map_err(Error::invalid)?;
+    if paths.volume(name).exists() {
+        let volume = find(paths, name)?;
+        let same = wanted.options.is_empty() || volume.record.options == wanted.options;
+        return match same {
             true => Ok(volume),
             false => Err(Error::exists(format!(
                 "volume {name} is there already, with other options"
@@ -175,19 +179,6 @@ pub fn create(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolume>
             .hint(format!("hull volume inspect {name}"))),
         };
     }
-    // What is wrong with it is said now, not when a container wants it.
-    if let Err(error) = backing.prepare(name, &volume.content) {
-        remove_locked(paths, name)?;
-        return Err(error);
-    }
-    Ok(volume)
-}
-
-fn create_locked(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolume> {
-    if paths.volume(name).exists() {
-        return find(paths, name);
-    }
-    let backing = Backing::parse(&wanted.options).map_err(Error::invalid)?;
     let record = VolumeRecord {
         version: VERSION,
         created_ns: unix_time_ns(),
@@ -212,7 +203,13 @@ fn create_locked(paths: &Paths, name: &str, wanted: Wanted) -> Result<StoredVolu
             directory.rename_to(&paths.volume(name)).context(doing)
         });
     created.inspect_err(|_| drop(remove_all(&staging)))?;
-    find(paths, name)
+    let volume = find(paths, name)?;
+    // What is wrong with it is said now, not when a container wants it.
+    if let Err(error) = backing.prepare(name, &volume.content) {
+        remove_locked(paths, name)?;
+        return Err(error);
+    }
+    Ok(volume)
 }
 
 /// An empty directory that everybody in a container can enter: Docker's mode.
@@ -293,14 +290,16 @@ pub(crate) fn source(
 
 /// Makes the content of a volume available at its place.
 fn prepare(paths: &Paths, name: &str) -> Result<()> {
-    let volume = find(paths, name)?;
-    let backing = volume.backing()?;
-    // Two that mount it at once would mount it twice.
-    let _lock = match backing {
-        Backing::Sized(_) => Some(lock(paths)?),
-        Backing::Directory | Backing::Host(_) => None,
-    };
-    backing.prepare(name, &volume.content)
+    let mut volume = find(paths, name)?;
+    let mut held = None;
+    if let Backing::Sized(_) = volume.backing()? {
+        // Two that mount it at once would mount it twice, and it may be removed.
+        held = Some(lock(paths)?);
+        volume = find(paths, name)?;
+    }
+    let prepared = volume.backing()?.prepare(name, &volume.content);
+    drop(held);
+    prepared
 }
 
 /// A path, valid as long as this lives.

@@ -33,7 +33,12 @@ pub fn remove(sandbox: &SandboxPath, container: &str) -> Result<()> {
             sandbox.wait_for_end()?;
             true
         }
-        Ok(reply) => reply.is_some(),
+        Ok(Some(_)) => true,
+        // One that was killed does not listen any more before it has let go of its lock.
+        Ok(None) => {
+            sandbox.wait_for_end()?;
+            false
+        }
         Err(error) if error.kind == ErrorKind::NotFound => false,
         Err(error) => {
             tracing::debug!("{error}");

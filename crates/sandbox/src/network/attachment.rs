@@ -99,12 +99,12 @@ pub async fn by_plugins(
         };
         cancellable(cancelled, work).await?
     };
-    let own: &[IpAddr] = networks
-        .first()
-        .map_or(&[], |first| &first.addresses.addresses);
+    let published_on = config.publishes();
+    let on = published_on.and_then(|index| networks.get(index));
+    let own: &[IpAddr] = on.map_or(&[], |on| &on.addresses.addresses);
     let attached = Attached {
         ports: Published::new(ports, &config.ports, own),
-        published_on: networks.first().map(|first| first.index),
+        published_on,
         namespace,
         networks,
         undo: Some(undo),
@@ -164,13 +164,15 @@ impl<'a> Plugins<'a> {
         cancel: Arc<OwnedFd>,
     ) -> Result<Self> {
         let fd = namespace.as_fd().as_raw_fd();
+        // What earlier ones have left behind that stays is in nobody's way.
+        let held = lock_of_plugins(directory)?;
         Ok(Self {
             netns: format!("/proc/{}/fd/{fd}", std::process::id()).into(),
             container,
             directory,
             runner: Runner {
                 cancel: Some(cancel),
-                held: Some(Arc::new(hold(directory)?)),
+                held: held.map(Arc::new),
                 ..Runner::default()
             },
         })
@@ -178,8 +180,12 @@ impl<'a> Plugins<'a> {
 
     fn attach_all(&self, config: &CniConfig) -> Result<Vec<Joined>> {
         let mut joined = Vec::new();
+        let publishes = config.publishes();
         for (index, network) in config.networks.iter().enumerate() {
-            let ports = if index == 0 { &config.ports[..] } else { &[] };
+            let ports = match publishes == Some(index) {
+                true => &config.ports[..],
+                false => &[],
+            };
             match self.attach(index, network, ports) {
                 Ok(one) => joined.push(one),
                 Err(error) => {
@@ -235,22 +241,12 @@ impl<'a> Plugins<'a> {
     pub(super) fn publish(&self, network: &Joined, ports: &[PortMapping]) -> Result<()> {
         let missing = || Error::new(format!("network {}: it has no record", network.name));
         let there = record(self.directory, &file(network.index))?.ok_or_else(missing)?;
-        let list = hull_network::cni::published_ports(&network.name)?;
+        let mut list = hull_network::cni::published_ports(&network.name)?;
+        // The sandbox process serves these.
+        list.leave_out_ipv6_loopback();
         let record = Record::new(list, self.attachment(network.index, ports))?;
         let record = record.upon(there.result.ok_or_else(missing)?);
         self.add(record, PORTS_FILE).map(drop)
-    }
-
-    /// Undoes what plugins began that failed, and forgets it; what cannot be undone stays written
-    /// down. Returns the failure.
-    pub(super) fn fail(self, file: &str, error: Error) -> Error {
-        let directory = self.directory;
-        // Lets go of the lock.
-        drop(self);
-        if let Err(error) = undo_one(directory, file) {
-            tracing::error!("{error}");
-        }
-        error
     }
 
     fn attachment(&self, index: usize, ports: &[PortMapping]) -> Attachment {
@@ -290,35 +286,28 @@ fn admit(name: &str, own: &OwnNetwork) -> Result<()> {
     Ok(())
 }
 
-/// Takes the lock of a container's directory that its plugins inherit.
-fn hold(directory: &Directory) -> Result<OwnedFd> {
-    let doing = || format!("lock {}", directory.path().display());
-    let lock = directory.reopen().context(doing)?;
-    rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive)).context(doing)?;
-    Ok(lock)
-}
-
-/// Waits until no process of plugins has the lock of a container's directory. Plugins die with the
-/// sandbox process, but what they started, such as iptables, comes to its end.
-fn wait_for_plugins(directory: &Directory) -> Result<()> {
+/// Takes the lock of a container's directory, which its plugins inherit. Plugins die with the
+/// sandbox process, but what they started, such as iptables, comes to its end; that is waited for.
+/// `None` when some of it stays.
+fn lock_of_plugins(directory: &Directory) -> Result<Option<OwnedFd>> {
     /// Some plugins start a process that stays.
     const TIMEOUT: Duration = Duration::from_secs(10);
     let doing = || format!("lock {}", directory.path().display());
     let lock = directory.reopen().context(doing)?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-        return Ok(());
+        return Ok(Some(lock));
     }
     let (sender, free) = mpsc::channel();
     std::thread::spawn(move || {
         let taken = rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive));
         // Nobody waits any more after the timeout.
-        let _ = sender.send(taken);
+        let _ = sender.send(taken.map(|()| lock));
     });
     match free.recv_timeout(TIMEOUT) {
-        Ok(taken) => taken.context(doing),
+        Ok(taken) => taken.context(doing).map(Some),
         Err(_) => {
             tracing::debug!("processes of network plugins still run");
-            Ok(())
+            Ok(None)
         }
     }
 }
@@ -450,7 +439,7 @@ pub(super) fn undo_one(directory: &Directory, file: &str) -> Result<()> {
     };
     if !record.attached {
         // What they add after DEL would stay.
-        wait_for_plugins(directory)?;
+        lock_of_plugins(directory)?;
     }
     record.del(&Runner::default())?;
     directory.remove_file(file)

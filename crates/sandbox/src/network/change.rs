@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use hull_network::Netlink;
+use hull_network::{Namespace, Netlink};
 
 use super::attachment::{
     Attached, Joined, MOST, PORTS_FILE, Plugins, cancellable, file, interface, undo_one,
@@ -21,8 +21,8 @@ impl Attached {
     /// is done.
     ///
     /// # Errors
-    /// A plugin fails. Then the networks are what [`Attached::networks`] says; what cannot be
-    /// undone stays written down.
+    /// A plugin fails. Then the networks are what [`Attached::networks`] says: those that were
+    /// joined for this are left again. What cannot be undone stays written down.
     pub async fn change(
         &mut self,
         config: &CniConfig,
@@ -37,14 +37,11 @@ impl Attached {
         let mut networks = Networks {
             joined: self.networks.clone(),
             published_on: self.published_on,
+            directory,
         };
         let (namespace, wanted) = (self.namespace.clone(), config.clone());
         let work = move |cancel: Arc<OwnedFd>| {
-            let left = networks.leave(&wanted, &directory);
-            let changed = left.and_then(|()| {
-                let plugins = Plugins::new(&namespace, &wanted.id, &directory, cancel)?;
-                networks.join(&wanted, plugins)
-            });
+            let changed = networks.change(&wanted, &namespace, cancel);
             Ok((networks, changed))
         };
         let (networks, changed) = cancellable(cancelled, work).await?;
@@ -97,62 +94,118 @@ impl Attached {
     }
 }
 
-/// The networks of a namespace, as they are changed.
+/// The networks of a namespace, as they are changed. Its functions block.
 #[derive(Debug)]
 struct Networks {
     joined: Vec<Joined>,
     published_on: Option<usize>,
+    directory: Directory,
 }
 
 impl Networks {
-    fn leave(&mut self, config: &CniConfig, directory: &Directory) -> Result<()> {
-        let is_wanted = |one: &Joined| {
-            let mut networks = config.networks.iter();
-            networks.any(|network| network.list.name() == one.name)
-        };
-        while let Some(place) = self.joined.iter().position(|one| !is_wanted(one)) {
+    fn change(
+        &mut self,
+        wanted: &CniConfig,
+        namespace: &Namespace,
+        cancel: Arc<OwnedFd>,
+    ) -> Result<()> {
+        self.leave(|one| {
+            wanted
+                .networks
+                .iter()
+                .all(|network| network.list.name() != one.name)
+        })?;
+        let free = self.free()?;
+        let before: Vec<usize> = self.joined.iter().map(|one| one.index).collect();
+        let plugins = Plugins::new(namespace, &wanted.id, &self.directory, cancel)?;
+        let joined = join(&plugins, wanted, &mut self.joined, free);
+        let published = joined.and_then(|()| match self.published_on {
+            None => publish(&plugins, wanted, &self.joined),
+            there => Ok(there),
+        });
+        // Lets go of the lock, which undoing takes.
+        drop(plugins);
+        match published {
+            Ok(on) => {
+                self.published_on = on;
+                Ok(())
+            }
+            Err(error) => {
+                // What failed is not among the networks, and is undone with what is not used.
+                let undone = self.free().map(drop);
+                let left = self.leave(|one| !before.contains(&one.index));
+                if let Err(error) = undone.and(left) {
+                    tracing::error!("{error}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Leaves the networks that are not wanted.
+    fn leave(&mut self, unwanted: impl Fn(&Joined) -> bool) -> Result<()> {
+        while let Some(place) = self.joined.iter().position(&unwanted) {
             let index = self.joined[place].index;
             if self.published_on == Some(index) {
-                undo_one(directory, PORTS_FILE)?;
+                undo_one(&self.directory, PORTS_FILE)?;
                 self.published_on = None;
             }
-            undo_one(directory, &file(index))?;
+            undo_one(&self.directory, &file(index))?;
             self.joined.remove(place);
         }
         Ok(())
     }
 
-    fn join(&mut self, config: &CniConfig, plugins: Plugins<'_>) -> Result<()> {
-        for network in &config.networks {
-            let name = network.list.name();
-            if self.joined.iter().any(|one| one.name == name) {
-                continue;
-            }
-            let is_free = |index: &usize| self.joined.iter().all(|one| one.index != *index);
-            let index = (0..MOST).find(is_free).ok_or_else(|| {
-                Error::unsupported(format_args!("a container in more than {MOST} networks"))
-            })?;
-            match plugins.attach(index, network, &[]) {
-                Ok(joined) => self.joined.push(joined),
-                Err(error) => return Err(plugins.fail(&file(index), error)),
-            }
+    /// Numbers of interfaces for networks to be joined. What failed before and could not be undone
+    /// keeps its number, so that it stays written down.
+    fn free(&self) -> Result<Vec<usize>> {
+        if self.published_on.is_none() {
+            undo_one(&self.directory, PORTS_FILE)?;
         }
-        if self.published_on.is_some() || config.ports.is_empty() {
-            return Ok(());
-        }
-        let mut outside = config
-            .networks
-            .iter()
-            .filter(|network| network.leads_outside());
-        let on = outside.find_map(|network| {
-            let name = network.list.name();
-            self.joined.iter().find(|one| one.name == name)
-        });
-        let Some(on) = on else { return Ok(()) };
-        if let Err(error) = plugins.publish(on, &config.ports) {
-            return Err(plugins.fail(PORTS_FILE, error));
-        }
-        self.published_on = Some(on.index);
-        Ok(())
+        let unused = (0..MOST).filter(|index| self.joined.iter().all(|one| one.index != *index));
+        let undone = |index: &usize| {
+            undo_one(&self.directory, &file(*index))
+                .inspect_err(|error| tracing::error!("{error}"))
+                .is_ok()
+        };
+        Ok(unused.filter(undone).collect())
     }
+}
+
+/// Joins the networks that are wanted and not there yet, with numbers that are free.
+fn join(
+    plugins: &Plugins<'_>,
+    wanted: &CniConfig,
+    joined: &mut Vec<Joined>,
+    free: Vec<usize>,
+) -> Result<()> {
+    let mut free = free.into_iter();
+    for network in &wanted.networks {
+        let name = network.list.name();
+        if joined.iter().any(|one| one.name == name) {
+            continue;
+        }
+        let index = free.next().ok_or_else(|| {
+            Error::unsupported(format_args!("a container in more than {MOST} networks"))
+        })?;
+        joined.push(plugins.attach(index, network, &[])?);
+    }
+    Ok(())
+}
+
+/// Leads published ports, if there are any, to the first network that leads outside; which one.
+fn publish(plugins: &Plugins<'_>, wanted: &CniConfig, joined: &[Joined]) -> Result<Option<usize>> {
+    let outside = wanted
+        .networks
+        .iter()
+        .filter(|network| network.leads_outside());
+    let mut there = outside.filter_map(|network| {
+        let name = network.list.name();
+        joined.iter().find(|one| one.name == name)
+    });
+    let Some(on) = there.next().filter(|_| !wanted.ports.is_empty()) else {
+        return Ok(None);
+    };
+    plugins.publish(on, &wanted.ports)?;
+    Ok(Some(on.index))
 }

@@ -333,12 +333,13 @@ impl Network {
     }
 
     async fn follow_changes(&mut self, agent: &Agent) {
+        let mut monitored = true;
         loop {
             let request = tokio::select! {
-                changed = self.monitor.changed() => {
+                changed = self.monitor.changed(), if monitored => {
                     if let Err(error) = changed {
                         tracing::error!("changes of the network are not followed any more: {error}");
-                        return std::future::pending().await;
+                        monitored = false;
                     }
                     None
                 }

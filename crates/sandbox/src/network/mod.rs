@@ -275,15 +275,21 @@ impl Sandbox {
     ///
     /// # Errors
     /// `Unsupported` when the machine has no room for as many interfaces, or the container no
-    /// network of plugins; `WrongState` when it is another container's; a plugin fails. Then the
-    /// networks that were left stay left.
+    /// network of plugins; `WrongState` when it is another container's; a plugin fails. Then no
+    /// network was joined.
     pub(crate) async fn change_networks(&self, config: &CniConfig) -> Result<NetworkAddresses> {
         let ready = self.ready().await?;
         let mut stage = self.0.network.lock().await;
-        let Stage::Followed(followed) = &mut *stage else {
-            return Err(Error::unsupported(
-                "a network for a running container that was started without one",
-            ));
+        let followed = match &mut *stage {
+            Stage::Followed(followed) => followed,
+            Stage::Connected(_) => {
+                return Err(Error::wrong_state("the container is being created"));
+            }
+            Stage::None => {
+                return Err(Error::unsupported(
+                    "a network for a running container that was started without one",
+                ));
+            }
         };
         let (Some(attached), Some(owner)) = (&mut followed.attached, &followed.owner) else {
             return Err(Error::unsupported(
@@ -303,26 +309,58 @@ impl Sandbox {
             )));
         }
         let before = attached.networks.clone();
-        let changed = attached.change(config, self.is_down()).await;
-        self.emit_networks(Some(owner), &before, &attached.networks);
-        // What was done before it failed, too.
+        let mut changed = attached.change(config, self.is_down()).await;
         let looked = look(followed.requests.clone()).await;
+        let was_there = |name: &str| before.iter().any(|one| one.name == name);
+        let joined = attached.networks.iter().any(|one| !was_there(&one.name));
+        match (&changed, looked) {
+            (Ok(()), Ok(())) => {}
+            // What was joined is left again.
+            (_, looked) if joined => {
+                let mut old = config.clone();
+                old.networks
+                    .retain(|network| was_there(network.list.name()));
+                if let Err(error) = attached.change(&old, self.is_down()).await {
+                    tracing::error!("{error}");
+                }
+                changed = changed.and(looked);
+                if let Err(error) = look(followed.requests.clone()).await {
+                    tracing::error!("{error}");
+                }
+            }
+            // What was left stays left.
+            (_, looked) => {
+                if let Err(error) = looked {
+                    tracing::error!("a change of the network does not reach the guest: {error}");
+                }
+            }
+        }
+        self.emit_networks(Some(owner), &before, &attached.networks);
         let addresses = attached.addresses();
         self.set_addresses(addresses.addresses.clone());
         for container in self.containers() {
-            container.refresh_status()?;
-        }
-        let named = attached.named(&config.networks);
-        match &followed.names {
-            Some(names) => names.change(named)?,
-            None if named.is_empty() => {}
-            None => {
-                let names = Arc::new(Names::publish(named, owner, self.path())?);
-                followed.resolving = names.bring(&ready).await;
-                followed.names = Some(names);
+            if let Err(error) = container.refresh_status() {
+                tracing::warn!("{error}");
             }
         }
-        changed.and(looked)?;
+        let named = attached.named(&config.networks);
+        let published = match &followed.names {
+            Some(names) => names.change(named),
+            None if named.is_empty() => Ok(()),
+            None => match Names::publish(named, owner, self.path()) {
+                Ok(names) => {
+                    let names = Arc::new(names);
+                    followed.resolving = names.bring(&ready).await;
+                    followed.names = Some(names);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+        };
+        if let Err(error) = published {
+            tracing::error!("the container is not found by its names: {error}");
+        }
+        changed?;
         Ok(addresses)
     }
 

@@ -68,10 +68,12 @@ impl Names {
             container: container.to_owned(),
             sandbox: sandbox.clone(),
         };
-        match names.change(networks) {
+        match names.change(networks.clone()) {
             Ok(()) => Ok(names),
             Err(error) => {
-                names.withdraw();
+                for (network, _) in &networks {
+                    names.withdraw_from(network);
+                }
                 Err(error)
             }
         }
@@ -82,31 +84,40 @@ impl Names {
     /// # Errors
     /// A file cannot be written.
     pub fn change(&self, networks: Vec<Named>) -> Result<()> {
-        let (networks, addresses): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
-        let before = std::mem::replace(&mut *self.write_networks(), networks.clone());
+        let before = self.networks().clone();
         let stays = |network: &NamesConfig| {
             let mut networks = networks.iter();
-            networks.any(|other| other.directory == network.directory)
+            networks.any(|(other, _)| other.directory == network.directory)
         };
         for network in before.iter().filter(|network| !stays(network)) {
             self.withdraw_from(network);
         }
-        for (network, addresses) in networks.iter().zip(addresses) {
-            let same = |other: &NamesConfig| {
+        let (mut there, mut written) = (Vec::new(), Ok(()));
+        for (network, addresses) in networks {
+            let same = |other: &&NamesConfig| {
                 (&other.directory, &other.names) == (&network.directory, &network.names)
             };
-            if before.iter().any(same) {
+            if before.iter().find(same).is_none()
+                && let Err(error) = self.write(&network, addresses)
+            {
+                // It is written by the next change.
+                written = Err(error);
                 continue;
             }
-            self.forget(network);
-            let entry = Entry {
-                sandbox: self.sandbox.clone(),
-                addresses,
-            };
-            let text = serde_json::to_vec(&entry).unwrap_or_default();
-            own(network).try_for_each(|directory| write(&directory, &self.container, &text))?;
+            there.push(network);
         }
-        Ok(())
+        *self.write_networks() = there;
+        written
+    }
+
+    fn write(&self, network: &NamesConfig, addresses: Vec<IpAddr>) -> Result<()> {
+        self.forget(network);
+        let entry = Entry {
+            sandbox: self.sandbox.clone(),
+            addresses,
+        };
+        let text = serde_json::to_vec(&entry).unwrap_or_default();
+        own(network).try_for_each(|directory| write(&directory, &self.container, &text))
     }
 
     /// Removes what an earlier sandbox of the container left that was killed: its path may be that

@@ -66,7 +66,8 @@ impl Published {
         }
     }
 
-    /// Serves the ports from now on by other addresses of the container; not at all without any.
+    /// Serves the ports from now on by other addresses of the container; without any, connections
+    /// are reset.
     pub async fn lead_to(&mut self, mappings: &[PortMapping], container: &[IpAddr]) {
         self.end_serving().await;
         self.serve(mappings, container);
@@ -116,7 +117,7 @@ fn target(
         .map(|address| SocketAddr::new(*address, mapping.container_port))
         .collect();
     to.sort_by_key(SocketAddr::is_ipv6);
-    (!to.is_empty()).then_some((protocol, to))
+    Some((protocol, to))
 }
 
 fn serve(
