@@ -153,11 +153,6 @@ pub fn create(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         }
         other => return Err(container::not_running(name, other).into()),
     }
-    if asked.privileged {
-        return Err(Failure::unsupported(
-            "a privileged execution: it has what its container has",
-        ));
-    }
     let given = |text: String| Some(text).filter(|text| !text.is_empty());
     let parse_user = |user: String| values::user(&user).map_err(Failure::bad);
     let parse_directory = |path: String| values::directory(&path).map_err(Failure::bad);
@@ -167,6 +162,7 @@ pub fn create(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
             command: asked.cmd.list().into_iter().map(OsString::from).collect(),
             environment: asked.env.into_iter().map(OsString::from).collect(),
             directory: given(asked.working_dir).map(parse_directory).transpose()?,
+            privileged: asked.privileged,
             user: given(asked.user).map(parse_user).transpose()?,
             stdin: asked.attach_stdin,
             terminal: asked.tty,
@@ -336,7 +332,7 @@ pub fn inspect(state: &Shared, id: &str) -> Result<Reply> {
             "tty": options.terminal,
             "entrypoint": entrypoint,
             "arguments": arguments,
-            "privileged": false,
+            "privileged": exec.options.privileged,
             "user": options.user,
         },
         "OpenStdin": options.stdin,

@@ -1,17 +1,16 @@
 //! Networks.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_engine::error::{Error, ErrorKind};
 use hull_engine::inspect::NetworkFilter;
 use hull_engine::listing::PruneFilter;
 use hull_engine::networks::{self, NetworkRequest};
-use hull_engine::{container, endpoint, inspect as objects};
-use hull_network::cni::Address;
+use hull_engine::{endpoint, inspect as objects};
+use hull_network::cni::{Address, first_address};
 use hyper::StatusCode;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::Shared;
 use crate::call::{Call, Reply};
@@ -29,12 +28,7 @@ fn complete(mut object: Value) -> Value {
     }
     let name = object["Name"].clone();
     let config = object["IPAM"]["Config"].as_array().cloned();
-    let mut config = config.unwrap_or_else(|| ranges(&object["Plugins"]));
-    for range in &mut config {
-        if let Some(gateway) = first_address(&range["Subnet"]) {
-            range["Gateway"] = json!(gateway);
-        }
-    }
+    let config = config.unwrap_or_else(|| ranges(&object["Plugins"]));
     if let Some(object) = object.as_object_mut() {
         // hull's own keys.
         object.remove("Plugins");
@@ -69,17 +63,12 @@ fn ranges(plugins: &Value) -> Vec<Value> {
     let sets = plugins.filter_map(|plugin| plugin["ipam"]["ranges"].as_array());
     let ranges = sets.flatten().filter_map(Value::as_array).flatten();
     ranges
-        .map(|range| json!({"Subnet": range["subnet"]}))
+        .map(|range| {
+            let subnet: Option<Address> = serde_json::from_value(range["subnet"].clone()).ok();
+            let gateway = subnet.and_then(|subnet| first_address(&subnet));
+            json!({"Subnet": range["subnet"], "Gateway": gateway})
+        })
         .collect()
-}
-
-/// The host's address in a subnet: the first one.
-fn first_address(subnet: &Value) -> Option<IpAddr> {
-    let (network, _) = subnet.as_str()?.split_once('/')?;
-    Some(match network.parse().ok()? {
-        IpAddr::V4(network) => IpAddr::V4(Ipv4Addr::from_bits(network.to_bits().checked_add(1)?)),
-        IpAddr::V6(network) => IpAddr::V6(Ipv6Addr::from_bits(network.to_bits().checked_add(1)?)),
-    })
 }
 
 fn filters(call: &Call) -> Result<Vec<NetworkFilter>> {
@@ -99,39 +88,8 @@ pub fn list(state: &Shared, call: &Call) -> Result<Reply> {
 /// What is known of a network, with the containers that are in it.
 pub fn inspect(state: &Shared, name: &str) -> Result<Reply> {
     let paths = state.config.paths();
-    let own = if name == BRIDGE { "default" } else { name };
-    let mut object = objects::network(&paths, own).map_err(|error| no_such(error, name))?;
-    let known = object["Name"].as_str().unwrap_or(own).to_owned();
-    let mut containers = Map::new();
-    for container in container::list(&paths)?.into_iter().flatten() {
-        if container::is_idle(&container) {
-            continue;
-        }
-        let networks = objects::networks_of(&paths, &container);
-        let Some(endpoint) = networks.get(&known) else {
-            continue;
-        };
-        containers.insert(
-            container.record.id.clone(),
-            json!({
-                "Name": container.record.details.name,
-                "EndpointID": "",
-                "MacAddress": endpoint["MacAddress"],
-                "IPv4Address": with_prefix(endpoint, "IPAddress", "IPPrefixLen"),
-                "IPv6Address": with_prefix(endpoint, "GlobalIPv6Address", "GlobalIPv6PrefixLen"),
-            }),
-        );
-    }
-    object["Containers"] = Value::Object(containers);
+    let object = objects::network(&paths, name).map_err(|error| no_such(error, name))?;
     Ok(Reply::ok(complete(object)))
-}
-
-/// An address as `10.0.0.2/24`; nothing when there is none.
-fn with_prefix(endpoint: &Value, address: &str, prefix: &str) -> String {
-    match endpoint[address].as_str() {
-        None | Some("") => String::new(),
-        Some(address) => format!("{address}/{}", endpoint[prefix]),
-    }
 }
 
 fn no_such(error: Error, name: &str) -> Failure {
@@ -192,7 +150,7 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
     if asked.enable_ipv4 == Some(false) {
         return Err(Failure::unsupported("a network without IPv4"));
     }
-    let mut subnets = Vec::new();
+    let (mut subnets, mut gateways, mut ranges) = (Vec::new(), Vec::new(), Vec::new());
     for range in asked.ipam.config {
         if range.subnet.is_empty() {
             continue;
@@ -202,17 +160,16 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
         if subnet.prefix.is_none() {
             return Err(wrong());
         }
-        let gateway = first_address(&json!(range.subnet)).map(|first| first.to_string());
-        if !range.gateway.is_empty() && Some(&range.gateway) != gateway.as_ref() {
-            return Err(Failure::unsupported(format_args!(
-                "gateway {}: it is the first address of {}",
-                range.gateway, range.subnet
-            )));
+        if !range.gateway.is_empty() {
+            let wrong = || Failure::bad(format!("invalid gateway {:?}", range.gateway));
+            gateways.push(range.gateway.parse().map_err(|_| wrong())?);
         }
-        if !range.ip_range.is_empty() || !range.auxiliary_addresses.is_empty() {
-            return Err(Failure::unsupported(
-                "IPRange and AuxiliaryAddresses of a network",
-            ));
+        if !range.ip_range.is_empty() {
+            let wrong = || Failure::bad(format!("invalid IPRange {:?}", range.ip_range));
+            ranges.push(range.ip_range.parse().map_err(|_| wrong())?);
+        }
+        if !range.auxiliary_addresses.is_empty() {
+            return Err(Failure::unsupported("AuxiliaryAddresses of a network"));
         }
         subnets.push(subnet);
     }
@@ -223,6 +180,8 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
         NetworkRequest {
             name: asked.name,
             subnets,
+            gateways,
+            ranges,
             internal: asked.internal,
             without_ipv6: asked.enable_ipv6 != Some(true) && !has_ipv6,
             labels: asked.labels,

@@ -15,13 +15,7 @@ use crate::call::{Call, Reply};
 use crate::failure::{Failure, Result};
 
 fn filters(call: &Call) -> Result<Vec<Filter>> {
-    let filters = call.query.filters()?;
-    let known = filters
-        .iter()
-        .filter(|text| text.as_str() != "driver=local");
-    known
-        .map(|text| Filter::parse(text).map_err(Failure::bad))
-        .collect()
+    call.query.filters_as(Filter::parse)
 }
 
 /// Lists volumes.

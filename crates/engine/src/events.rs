@@ -8,7 +8,7 @@ use std::path::Path;
 use hull_network::cni::DEFAULT_NAME;
 use hull_sandbox::events::{Event, EventKind, EventLog, EventReader};
 use hull_sandbox::store::Directory;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use serde_json::{Map, Value, json};
 
@@ -75,10 +75,7 @@ impl Feed {
             None => None,
             Some(until) => match until - time::now() {
                 left if left <= 0 => return Ok(false),
-                left => Some(Timespec {
-                    tv_sec: i64::try_from(left / 1_000_000_000).unwrap_or(i64::MAX),
-                    tv_nsec: (left % 1_000_000_000) as _,
-                }),
+                left => Some(time::timespec(left)),
             },
         };
         let mut descriptors = [

@@ -22,6 +22,8 @@ pub struct ExecOptions {
     pub directory: Option<String>,
     /// `user[:group]`; the container's own when absent.
     pub user: Option<String>,
+    /// With all capabilities of the guest.
+    pub privileged: bool,
     /// Send input.
     pub stdin: bool,
     /// With a terminal.
@@ -98,6 +100,12 @@ fn change(
     process["terminal"] = json!(options.terminal);
     if let Some(directory) = &options.directory {
         process["cwd"] = json!(directory);
+    }
+    if options.privileged {
+        let all = spec::capabilities(&["ALL".to_owned()], &[])?;
+        for set in ["bounding", "effective", "permitted"] {
+            process["capabilities"][set] = json!(all);
+        }
     }
     if let Some(user) = &options.user {
         process["user"] = spec::user_object(user);

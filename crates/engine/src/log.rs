@@ -16,6 +16,7 @@ use crate::time::{self, UnixNanos};
 #[derive(Debug)]
 pub struct Lines {
     since: Option<UnixNanos>,
+    until: Option<UnixNanos>,
     timestamps: bool,
     /// What lines begin with, before their times.
     pub prefix: String,
@@ -34,10 +35,11 @@ struct OpenLine {
 }
 
 impl Lines {
-    /// Lines of what was written at or after `since`.
-    pub fn new(since: Option<UnixNanos>, timestamps: bool) -> Lines {
+    /// Lines of what was written at or after `since`, and not after `until`.
+    pub fn new(since: Option<UnixNanos>, until: Option<UnixNanos>, timestamps: bool) -> Lines {
         Lines {
             since,
+            until,
             timestamps,
             prefix: String::new(),
             skip: 0,
@@ -46,9 +48,9 @@ impl Lines {
         }
     }
 
-    fn is_too_old(&self, entry: &Entry) -> bool {
-        self.since
-            .is_some_and(|since| i128::from(entry.time) < since)
+    fn is_wanted(&self, entry: &Entry) -> bool {
+        let at = i128::from(entry.time);
+        self.since.is_none_or(|since| at >= since) && self.until.is_none_or(|until| at <= until)
     }
 
     /// Counts the lines of an entry.
@@ -59,7 +61,7 @@ impl Lines {
     /// What is printed of an entry.
     pub fn format(&mut self, entry: &Entry) -> Vec<u8> {
         let mut text = Vec::with_capacity(entry.bytes.len());
-        if self.is_too_old(entry) {
+        if !self.is_wanted(entry) {
             return text;
         }
         let index = match entry.stream {
@@ -94,6 +96,8 @@ pub struct Follower {
     watch: OwnedFd,
     /// The sandbox answers on it, or closes it, when the container has ended.
     end: Option<Client>,
+    /// What comes later is not wanted.
+    until: Option<UnixNanos>,
 }
 
 /// Why [`Follower::wait`] returns.
@@ -108,11 +112,11 @@ pub enum Followed {
 }
 
 impl Follower {
-    /// Watches a container.
+    /// Watches a container, up to a time.
     ///
     /// # Errors
     /// The kernel has no watches left, or the container's sandbox refuses to be asked.
-    pub fn new(container: &Container) -> Result<Follower> {
+    pub fn new(container: &Container, until: Option<UnixNanos>) -> Result<Follower> {
         let directory = container.directory.path();
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)
             .context(|| "watch files")?;
@@ -132,7 +136,7 @@ impl Follower {
             Err(error) if is_end(&error) => None,
             Err(error) => return Err(error),
         };
-        Ok(Follower { watch, end })
+        Ok(Follower { watch, end, until })
     }
 
     /// Waits for new output.
@@ -150,7 +154,12 @@ impl Follower {
             PollFd::new(&stdout, PollFlags::empty()),
         ];
         loop {
-            match poll(&mut descriptors, None) {
+            let timeout = match self.until.map(|until| until - time::now()) {
+                Some(left) if left <= 0 => return Ok(Followed::Ended),
+                left => left.map(time::timespec),
+            };
+            match poll(&mut descriptors, timeout.as_ref()) {
+                Ok(0) => {}
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context(|| "wait for output"),
@@ -214,7 +223,7 @@ mod tests {
             entry(1, Stream::Error, "E\n"),
             entry(2, Stream::Output, "c\n"),
         ];
-        let text = show(&mut Lines::new(None, true), &entries);
+        let text = show(&mut Lines::new(None, None, true), &entries);
         assert_eq!(
             text,
             "1970-01-01T00:00:00.000000000Z a\n1970-01-01T00:00:00.000000000Z b\
@@ -229,8 +238,11 @@ mod tests {
             entry(5, Stream::Output, "c"),
             entry(6, Stream::Output, "d\ne"),
         ];
-        assert_eq!(show(&mut Lines::new(Some(5), false), &entries), "cd\ne");
-        let mut lines = Lines::new(None, false);
+        assert_eq!(
+            show(&mut Lines::new(Some(5), None, false), &entries),
+            "cd\ne"
+        );
+        let mut lines = Lines::new(None, None, false);
         lines.skip = 2;
         assert_eq!(show(&mut lines, &entries), "cd\ne");
         assert_eq!(lines.begun, 4);

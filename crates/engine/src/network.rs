@@ -567,20 +567,12 @@ fn check_inside(address: IpAddr, subnets: &[cni::Address]) -> Result<()> {
     else {
         return Ok(());
     };
-    let bits = |ip: IpAddr| match ip {
-        // Its network is in the first bits, as that of IPv6.
-        IpAddr::V4(ip) => u128::from(u32::from(ip)) << 96,
-        IpAddr::V6(ip) => u128::from(ip),
-    };
-    let network = u32::from(subnet.prefix_len());
-    let differing = bits(address) ^ bits(subnet.ip);
-    let differs = differing.leading_zeros() < network;
     let option = if address.is_ipv4() { "--ip" } else { "--ip6" };
-    match differs {
-        true => Err(Error::invalid(format!(
+    match subnet.holds(address) {
+        true => Ok(()),
+        false => Err(Error::invalid(format!(
             "{option}: {address} is not in {subnet}"
         ))),
-        false => Ok(()),
     }
 }
 
@@ -644,6 +636,8 @@ fn default_network(published: bool, internal: bool) -> Result<List> {
         bridge: cni::DEFAULT_BRIDGE,
         ipv4: *ipv4,
         ipv6: ipv6.first().copied(),
+        gateways: &[],
+        ranges: &[],
         internal,
         data_dir: Path::new(LEASES),
         published,

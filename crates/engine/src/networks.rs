@@ -61,6 +61,12 @@ pub struct NetworkRecord {
     /// Its IPv6 subnet.
     #[serde(default)]
     pub ipv6: Option<Address>,
+    /// Its gateways, where they are not the first addresses of the subnets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gateways: Vec<IpAddr>,
+    /// The parts of its subnets that containers get addresses of, where that is not all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<Address>,
     /// Its bridge.
     pub bridge: String,
     /// Nothing leaves it.
@@ -78,6 +84,10 @@ pub struct NetworkRequest {
     pub name: String,
     /// Its subnets; chosen when absent.
     pub subnets: Vec<Address>,
+    /// The host's addresses in these subnets.
+    pub gateways: Vec<IpAddr>,
+    /// Parts of these subnets that containers get addresses of.
+    pub ranges: Vec<Address>,
     /// Nothing leaves it.
     pub internal: bool,
     /// Without IPv6, also where the host has it.
@@ -87,6 +97,13 @@ pub struct NetworkRequest {
 }
 
 impl NetworkRecord {
+    /// The host's address in a subnet of it.
+    pub fn gateway(&self, subnet: &Address) -> Option<IpAddr> {
+        let mut given = self.gateways.iter();
+        let given = given.find(|gateway| gateway.is_ipv4() == subnet.ip.is_ipv4());
+        given.copied().or_else(|| cni::first_address(subnet))
+    }
+
     /// Its subnets.
     pub fn subnets(&self) -> Vec<Address> {
         std::iter::once(self.ipv4).chain(self.ipv6).collect()
@@ -102,6 +119,8 @@ impl NetworkRecord {
             bridge: &self.bridge,
             ipv4: self.ipv4,
             ipv6: self.ipv6,
+            gateways: &self.gateways,
+            ranges: &self.ranges,
             internal: self.internal,
             data_dir: Path::new(LEASES),
             published,
@@ -206,6 +225,16 @@ pub fn create(paths: &Paths, request: NetworkRequest) -> Result<NetworkRecord> {
     if List::load(&[cni::CONFIGURATION_DIRECTORY], name).is_ok() {
         return Err(exists(" in /etc/cni/net.d"));
     }
+    let asked = request.gateways.iter().copied();
+    let asked = asked.chain(request.ranges.iter().map(|range| range.ip));
+    for address in asked {
+        if !request.subnets.iter().any(|subnet| subnet.holds(address)) {
+            return Err(
+                Error::invalid(format!("{address} is in no subnet of network {name}"))
+                    .hint("--subnet gives it one"),
+            );
+        }
+    }
     let used = in_use(paths)?;
     let mut ipv4 = None;
     let mut ipv6 = None;
@@ -236,6 +265,8 @@ pub fn create(paths: &Paths, request: NetworkRequest) -> Result<NetworkRecord> {
         created_ns: unix_time_ns(),
         ipv4: ipv4.unwrap_or(free_ipv4),
         ipv6: ipv6.or(has_ipv6.then_some(free_ipv6)),
+        gateways: request.gateways,
+        ranges: request.ranges,
         internal: request.internal,
         labels: request.labels,
     };

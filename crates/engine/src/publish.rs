@@ -79,10 +79,13 @@ pub fn publish(text: &str) -> Result<Ports, String> {
     })
 }
 
-/// Reads `PORT[/tcp|udp|sctp]` of `--expose`.
+/// Reads `PORT[/tcp|udp|sctp]` of `--expose`; with its protocol.
 pub fn expose(text: &str) -> Result<String, String> {
     match publish(text) {
-        Ok(ports) if !text.contains(':') && ports.0.len() == 1 => Ok(text.to_owned()),
+        Ok(ports) if !text.contains(':') && ports.0.len() == 1 => {
+            let port = &ports.0[0];
+            Ok(format!("{}/{}", port.container_port, port.protocol.name()))
+        }
         _ => Err(format!("invalid port {text:?}: give PORT[/tcp|udp|sctp]")),
     }
 }

@@ -8,6 +8,14 @@ pub type UnixNanos = i128;
 
 const SECOND: i128 = 1_000_000_000;
 
+/// A time that is left, nanoseconds, as poll(2) takes it.
+pub(crate) fn timespec(left: UnixNanos) -> rustix::event::Timespec {
+    rustix::event::Timespec {
+        tv_sec: i64::try_from(left / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: (left % 1_000_000_000) as _,
+    }
+}
+
 /// The present.
 pub fn now() -> UnixNanos {
     match SystemTime::now().duration_since(UNIX_EPOCH) {

@@ -216,7 +216,7 @@ fn inspect_finds_containers_images_and_volumes_or_only_what_is_asked_for() {
         .run()
         .fails(1, &["no such container: busybox"]);
     // The others are printed all the same.
-    let output = name(&["nobody", "same"]).fails(1, &["no such container, image or volume"]);
+    let output = name(&["nobody", "same"]).fails(1, &["no such container, image, volume or network"]);
     assert_eq!(output.text(), "/same");
     hull.container("same").does("rm").ok();
     text(&hull, &["volume", "rm", "same"]);
@@ -414,7 +414,7 @@ fn what_takes_space_is_shown_and_what_nothing_uses_is_removed() {
     );
 
     let pruned = text(&hull, &["system", "prune", "-f", "--volumes"]);
-    assert!(pruned.ends_with("reclaimed 75kB"), "{pruned}");
+    assert!(pruned.ends_with("Total reclaimed space: 75kB"), "{pruned}");
     assert_eq!(hull.names(), [running.name.as_str()]);
     assert_eq!(text(&hull, &["volume", "ls", "-q"]), "named");
     let left = text(&hull, &["image", "ls", "--format", "{{.Repository}}"]);

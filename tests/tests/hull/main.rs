@@ -8,6 +8,7 @@ mod check_config;
 mod confinement;
 mod cp;
 mod crash;
+mod documented;
 mod exec;
 mod formats;
 mod guest_kernel;

@@ -4,7 +4,7 @@
 //! Called in the new process when its root already is the container's, so that links in those
 //! files' paths cannot lead outside. The rules are Docker's: a number need not be in the files;
 //! without a group the user's own group and all groups that list it apply; with one, only that one.
-//! Further groups come on top.
+//! Further groups come on top. The group is always among the supplementary ones.
 
 use std::os::fd::BorrowedFd;
 
@@ -89,6 +89,10 @@ fn home(fields: &[&str]) -> String {
 fn find_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
     let mut parts = text.split('+');
     let mut user = find_user(parts.next().unwrap_or_default(), passwd, group)?;
+    // A process that changes its group keeps the rights of this one, also where those are fewer
+    // than everybody's (CVE-2022-36109).
+    user.groups.retain(|gid| *gid != user.gid);
+    user.groups.insert(0, user.gid);
     for further in parts {
         let gid = find_group(further, group)?;
         if !user.groups.contains(&gid) {
@@ -168,16 +172,16 @@ mod tests {
     #[test]
     fn users_are_found_by_dockers_rules() {
         let cases: [(&str, u32, u32, &[u32], &str); 10] = [
-            ("web", 33, 34, &[50, 44], "/var/www"),
-            ("33", 33, 34, &[50, 44], "/var/www"),
-            ("web:video", 33, 44, &[], "/var/www"),
-            ("web:99", 33, 99, &[], "/var/www"),
-            ("1000", 1000, 0, &[], "/"),
-            ("1000:1001", 1000, 1001, &[], "/"),
-            ("", 0, 0, &[], "/root"),
-            ("7", 70, 70, &[], "/seven"),
-            ("web:web+video+7", 33, 34, &[44, 7], "/var/www"),
-            ("+staff", 0, 0, &[50], "/root"),
+            ("web", 33, 34, &[34, 50, 44], "/var/www"),
+            ("33", 33, 34, &[34, 50, 44], "/var/www"),
+            ("web:video", 33, 44, &[44], "/var/www"),
+            ("web:99", 33, 99, &[99], "/var/www"),
+            ("1000", 1000, 0, &[0], "/"),
+            ("1000:1001", 1000, 1001, &[1001], "/"),
+            ("", 0, 0, &[0], "/root"),
+            ("7", 70, 70, &[70], "/seven"),
+            ("web:web+video+7", 33, 34, &[34, 44, 7], "/var/www"),
+            ("+staff", 0, 0, &[0, 50], "/root"),
         ];
         for (text, uid, gid, groups, home) in cases {
             let user = find_in(text, PASSWD, GROUP).unwrap();

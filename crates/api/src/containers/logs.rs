@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use hull_engine::container::{self, Container};
 use hull_engine::error::{Context, Error};
 use hull_engine::log::{Followed, Follower, Lines};
-use hull_engine::time::{self, UnixNanos};
+use hull_engine::time;
 use hull_engine::values;
 use hull_sandbox::log::{Reader, Stream};
 use hull_sandbox::store::State as ContainerState;
@@ -20,7 +20,6 @@ use crate::failure::{Failure, Result};
 /// What is wanted of it.
 struct Wanted {
     lines: Lines,
-    until: Option<UnixNanos>,
     /// Output and error.
     streams: [bool; 2],
     /// Each piece says which stream it is of.
@@ -31,12 +30,6 @@ impl Wanted {
     /// Passes on what there is.
     fn pass(&mut self, reader: &mut Reader, to: &mut impl Write) -> io::Result<()> {
         while let Some(entry) = reader.next_entry()? {
-            if self
-                .until
-                .is_some_and(|until| i128::from(entry.time) > until)
-            {
-                continue;
-            }
             let index = match entry.stream {
                 Stream::Output => 0,
                 Stream::Error => 1,
@@ -78,8 +71,7 @@ fn open(container: &Container) -> Result<Option<Reader>> {
 /// Writes all that was kept, for a caller that attaches.
 pub fn replay(container: &Container, mut to: impl Write, streams: [bool; 2]) -> Result<()> {
     let mut wanted = Wanted {
-        lines: Lines::new(None, false),
-        until: None,
+        lines: Lines::new(None, None, false),
         streams,
         framed: !container.record.details.terminal,
     };
@@ -117,26 +109,26 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         None | Some("0") => Ok(None),
         Some(text) => time::parse_since(text).map(Some).map_err(Failure::bad),
     };
+    let (since, until) = (moment("since")?, moment("until")?);
     let mut wanted = Wanted {
-        lines: Lines::new(moment("since")?, query.flag("timestamps")),
-        until: moment("until")?,
+        lines: Lines::new(since, until, query.flag("timestamps")),
         streams,
         framed: !details.terminal,
     };
     let tail = values::tail(query.get("tail").unwrap_or("all")).map_err(Failure::bad)?;
     // Watch before reading, so that no output is missed.
-    let is_over = wanted.until.is_some_and(|until| until <= time::now());
+    let is_over = until.is_some_and(|until| until <= time::now());
     let follows =
         query.flag("follow") && !is_over && container.status.state != ContainerState::Stopped;
     let follower = match follows && !container::is_idle(&container) {
-        true => Some(Follower::new(&container)?),
+        true => Some(Follower::new(&container, until)?),
         false => None,
     };
     if let values::Tail(Some(most)) = tail
         && let Some(mut counter) = open(&container)?
     {
         let mut counted = Wanted {
-            lines: Lines::new(moment("since")?, false),
+            lines: Lines::new(since, until, false),
             framed: false,
             ..wanted
         };
@@ -145,7 +137,7 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
             .context(|| "read the output")?;
         let begun = counted.lines.begun;
         wanted = Wanted {
-            lines: Lines::new(moment("since")?, query.flag("timestamps")),
+            lines: Lines::new(since, until, query.flag("timestamps")),
             framed: !details.terminal,
             ..counted
         };

@@ -175,9 +175,9 @@ fn network_name(name: &str) -> &str {
 /// All that is known of a container.
 pub fn inspect(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
     let container = find(state, id)?;
-    let path = container.path();
     let id = container.record.id.clone();
-    let mut object = inspect::container(&state.config, &Any::Own(Box::new(container)));
+    let container = Any::Own(Box::new(container));
+    let mut object = inspect::container(&state.config, &container);
     object["ExecIDs"] = state.execs.of(&id);
     let mode = &mut object["HostConfig"]["NetworkMode"];
     if let Some(name) = mode.as_str() {
@@ -187,9 +187,7 @@ pub fn inspect(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
         *networks = dockers(std::mem::take(networks));
     }
     if call.query.flag("size") {
-        let written = hull_engine::usage::of_container(&path);
-        object["SizeRw"] = json!(written);
-        object["SizeRootFs"] = json!(written);
+        inspect::add_size(&state.config, &container, &mut object)?;
     }
     Ok(Reply::ok(object))
 }

@@ -36,6 +36,9 @@ pub struct Args {
     /// User, and group, by name or number
     #[arg(short, long, value_name = "USER[:GROUP]", value_parser = values::or_empty(values::user))]
     user: Option<String>,
+    /// With all capabilities of the container's own kernel; nothing of the host
+    #[arg(long)]
+    privileged: bool,
     /// Working directory inside the container
     #[arg(short, long, value_name = "DIR", value_parser = values::or_empty(values::directory))]
     workdir: Option<String>,
@@ -84,6 +87,7 @@ pub fn execute(args: Args) -> Result<u8> {
             environment,
             directory: given(args.workdir),
             user: given(args.user),
+            privileged: args.privileged,
             stdin: args.interactive,
             terminal: args.tty,
             detach: args.detach,

@@ -1,4 +1,7 @@
-//! `hull inspect`: hull's own keys of containers, images and volumes, and Docker's beside them.
+//! `hull inspect`: hull's own keys of containers, images, volumes and networks, and Docker's beside
+//! them.
+
+use std::collections::BTreeMap;
 
 use hull_engine::config::Config;
 use hull_engine::container::{self, Any};
@@ -33,7 +36,10 @@ pub struct Args {
         conflicts_with = "devices"
     )]
     kind: Option<Kind>,
-    /// Names or ids of containers, images or volumes
+    /// With the bytes that a container has written, SizeRw, and all of it, SizeRootFs
+    #[arg(short, long, conflicts_with = "devices")]
+    size: bool,
+    /// Names or ids of containers, images, volumes or networks
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 }
@@ -47,6 +53,8 @@ enum Kind {
     Image,
     /// A volume.
     Volume,
+    /// A network.
+    Network,
 }
 
 /// Prints an object for each name.
@@ -55,7 +63,7 @@ pub fn execute(args: Args) -> Result<u8> {
     print_each(&args.names, args.format.as_ref(), |name| {
         match args.devices {
             true => devices(&config, name),
-            false => object(&config, name, args.kind),
+            false => object(&config, name, args.kind, args.size),
         }
     })
 }
@@ -66,19 +74,18 @@ pub fn print_each(
     format: Option<&ObjectFormat>,
     object: impl Fn(&str) -> Result<Value>,
 ) -> Result<u8> {
-    let mut objects = Vec::new();
-    let outcome = for_each(names, |name| {
-        let object = object(name)?;
-        match format {
-            Some(format) => output::print(format.line(&object)?)?,
-            None => objects.push(object),
-        }
-        Ok(())
-    });
-    if format.is_none() {
-        output::print_json(&objects)?;
+    if let Some(format) = format {
+        return for_each(names, |name| output::print(format.line(&object(name)?)?));
     }
-    outcome
+    let (mut objects, mut failures) = (Vec::new(), BTreeMap::new());
+    for name in names {
+        match object(name) {
+            Ok(object) => objects.push(object),
+            Err(error) => drop(failures.insert(name.clone(), error)),
+        }
+    }
+    output::print_json(&objects)?;
+    for_each(names, |name| failures.remove(name).map_or(Ok(()), Err))
 }
 
 /// The devices of the guest of a running container.
@@ -90,20 +97,26 @@ fn devices(config: &Config, name: &str) -> Result<Value> {
     }
 }
 
-fn object(config: &Config, name: &str, kind: Option<Kind>) -> Result<Value> {
+fn object(config: &Config, name: &str, kind: Option<Kind>, size: bool) -> Result<Value> {
     let kinds = match kind {
         Some(kind) => vec![kind],
-        None => vec![Kind::Container, Kind::Image, Kind::Volume],
+        None => vec![Kind::Container, Kind::Image, Kind::Volume, Kind::Network],
     };
     for kind in kinds {
         let found = match kind {
-            Kind::Container => container::find_any(&config.paths(), name)
-                .and_then(|container| container_object(config, &container)),
+            Kind::Container => container::find_any(&config.paths(), name).and_then(|container| {
+                let mut object = container_object(config, &container)?;
+                if size {
+                    inspect::add_size(config, &container, &mut object)?;
+                }
+                Ok(object)
+            }),
             Kind::Image => match hull_engine::images::inspect_object(config, name)? {
                 Some(object) => Ok(object),
                 None => continue,
             },
             Kind::Volume => store::find(&config.paths(), name).map(|volume| volume.object()),
+            Kind::Network => inspect::network(&config.paths(), name),
         };
         match found {
             Err(error) if error.kind == ErrorKind::NotFound => {}
@@ -114,9 +127,10 @@ fn object(config: &Config, name: &str, kind: Option<Kind>) -> Result<Value> {
         Some(Kind::Container) => ("container", "hull ps -a --all-engines"),
         Some(Kind::Image) => ("image", "hull image ls"),
         Some(Kind::Volume) => ("volume", "hull volume ls"),
+        Some(Kind::Network) => ("network", "hull network ls"),
         None => (
-            "container, image or volume",
-            "hull ps -a --all-engines; hull image ls; hull volume ls",
+            "container, image, volume or network",
+            "hull ps -a --all-engines; hull image ls; hull volume ls; hull network ls",
         ),
     };
     Err(Error::not_found(format!("no such {what}: {name}")).hint(hint))

@@ -24,6 +24,9 @@ pub struct Args {
     /// Show output since a time (2026-11-21T10:00:00) or for a time (42m)
     #[arg(long, value_name = "TIME", value_parser = time::parse_since)]
     since: Option<UnixNanos>,
+    /// Show output up to a time (2026-11-21T10:00:00) or for a time (42m) ago
+    #[arg(long, value_name = "TIME", value_parser = time::parse_since)]
+    until: Option<UnixNanos>,
     /// Show this many lines from the end, or "all"
     #[arg(short = 'n', long, value_name = "LINES", default_value = "all", value_parser = values::tail)]
     tail: values::Tail,
@@ -78,13 +81,13 @@ fn show(args: &Args, paths: &Paths, name: &str) -> Result<u8> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).context(|| format!("read the output of container {name}")),
     };
-    let mut lines = Lines::new(args.since, args.timestamps);
+    let mut lines = Lines::new(args.since, args.until, args.timestamps);
     if args.names {
         lines.prefix = format!("{name} ");
     }
     // Watch before reading, so that no output is missed.
     let follower = match args.follow && container.status.state != State::Stopped {
-        true => Some(Follower::new(&container)?),
+        true => Some(Follower::new(&container, args.until)?),
         false => None,
     };
     let Some(mut reader) = open()? else {
@@ -100,7 +103,7 @@ fn show(args: &Args, paths: &Paths, name: &str) -> Result<u8> {
         let Some(mut counter) = open()? else {
             return Ok(0);
         };
-        let mut counted = Lines::new(args.since, false);
+        let mut counted = Lines::new(args.since, args.until, false);
         while let Some(entry) = next(&mut counter)? {
             counted.count(&entry);
         }

@@ -1,7 +1,7 @@
 //! `hull network`: networks in which containers find each other by their names.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::inspect::NetworkFilter;
@@ -31,6 +31,12 @@ enum Command {
         /// Subnet, like 10.20.0.0/24; also one of IPv6
         #[arg(long, value_name = "SUBNET", value_parser = subnet)]
         subnet: Vec<Address>,
+        /// The host's address in a subnet; the first one when absent
+        #[arg(long, value_name = "ADDRESS")]
+        gateway: Vec<IpAddr>,
+        /// The part of a subnet that containers get addresses of, like 10.20.0.128/25
+        #[arg(long, value_name = "SUBNET", value_parser = subnet)]
+        ip_range: Vec<Address>,
         /// Containers reach each other and the host, and nothing outside
         #[arg(long)]
         internal: bool,
@@ -87,6 +93,9 @@ enum Command {
         /// Another name of the container in the network
         #[arg(long, value_name = "NAME", value_parser = values::hostname)]
         alias: Vec<String>,
+        /// Another name for another container, for this one alone
+        #[arg(long, value_name = "CONTAINER[:NAME]", value_parser = endpoint::link)]
+        link: Vec<(String, String)>,
         /// Address in the network
         #[arg(long, value_name = "ADDRESS", value_parser = publish::ip)]
         ip: Option<Ipv4Addr>,
@@ -162,6 +171,8 @@ pub fn execute(args: Args) -> Result<u8> {
     match args.command {
         Command::Create {
             subnet,
+            gateway,
+            ip_range,
             internal,
             ipv6,
             label,
@@ -173,6 +184,8 @@ pub fn execute(args: Args) -> Result<u8> {
                 NetworkRequest {
                     name,
                     subnets: subnet,
+                    gateways: gateway,
+                    ranges: ip_range,
                     internal,
                     without_ipv6: !ipv6,
                     labels: label.into_iter().collect(),
@@ -201,6 +214,7 @@ pub fn execute(args: Args) -> Result<u8> {
         }
         Command::Connect {
             alias,
+            link,
             ip,
             ip6,
             network,
@@ -208,6 +222,7 @@ pub fn execute(args: Args) -> Result<u8> {
         } => {
             let endpoint = Endpoint {
                 aliases: alias,
+                links: link,
                 ip,
                 ip6,
                 ..Endpoint::default()
@@ -257,18 +272,12 @@ const HEADINGS: [(&str, &str); 8] = [
 fn fields(network: &Value, no_trunc: bool) -> Row {
     let text = |key: &str| network[key].as_str().unwrap_or_default();
     let flag = |key: &str| network[key].as_bool().unwrap_or_default().to_string();
-    // One that is always there has its name only.
-    let id = network["Id"].as_str().unwrap_or(text("Name"));
-    let id = match no_trunc {
-        true => id,
-        false => id.get(..12).unwrap_or(id),
-    };
     let labels = network["Labels"].as_object().into_iter().flatten();
     let labels: BTreeMap<String, String> = labels
         .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
         .collect();
     Row::new()
-        .field("ID", id)
+        .field("ID", id(network, no_trunc))
         .field("Name", text("Name"))
         .field("Driver", text("Driver"))
         .field("Scope", text("Scope"))
@@ -276,6 +285,16 @@ fn fields(network: &Value, no_trunc: bool) -> Row {
         .field("Internal", flag("Internal"))
         .labels(&labels)
         .field("CreatedAt", text("Created"))
+}
+
+/// The id of a network; the name of one that is always there.
+fn id(network: &Value, no_trunc: bool) -> &str {
+    let name = network["Name"].as_str().unwrap_or_default();
+    let id = network["Id"].as_str().unwrap_or(name);
+    match no_trunc {
+        true => id,
+        false => id.get(..12).unwrap_or(id),
+    }
 }
 
 fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {
@@ -287,13 +306,23 @@ fn print(rows: &[Value], quiet: bool, json: bool) -> Result<()> {
     if json {
         return output::print_json(&rows);
     }
-    let mut table = Table::new(&["NAME", "DRIVER", "SUBNETS", "INTERNAL"]);
+    let headings = [
+        "NETWORK ID",
+        "NAME",
+        "DRIVER",
+        "SCOPE",
+        "SUBNETS",
+        "INTERNAL",
+    ];
+    let mut table = Table::new(&headings);
     for row in rows {
         let subnets = row["Subnets"].as_array().into_iter().flatten();
         let subnets: Vec<_> = subnets.filter_map(Value::as_str).collect();
         table.row([
+            id(row, false).to_owned(),
             text(row, "Name"),
             text(row, "Driver"),
+            text(row, "Scope"),
             subnets.join(", "),
             match row["Internal"].as_bool() {
                 Some(true) => "yes".to_owned(),

@@ -97,7 +97,10 @@ fn prune(all: bool, force: bool, volumes: bool, filters: &[PruneFilter]) -> Resu
         }
     }
     if !filters.is_empty() {
-        output::print(format!("reclaimed {}\n", output::decimal_size(reclaimed)))?;
+        output::print(format!(
+            "Total reclaimed space: {}\n",
+            output::decimal_size(reclaimed)
+        ))?;
         return Ok(status);
     }
     if volumes {
@@ -122,7 +125,7 @@ fn prune(all: bool, force: bool, volumes: bool, filters: &[PruneFilter]) -> Resu
         ""
     };
     output::print(format!(
-        "reclaimed {}{note}\n",
+        "Total reclaimed space: {}{note}\n",
         output::decimal_size(reclaimed)
     ))?;
     Ok(status)

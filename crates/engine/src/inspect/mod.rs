@@ -14,11 +14,34 @@ mod tests;
 use hull_sandbox::store::State;
 use serde_json::{Map, Value, json};
 
+use crate::config::Config;
+use crate::container::Any;
+use crate::error::{Result, of_image};
+use crate::{unpacker, usage};
+
 pub use container::container;
 pub(crate) use container::writable_layer;
 pub use image::{Names, image};
 pub use network::networks_of;
 pub use networks::{NetworkFilter, network, networks, select_networks};
+
+/// Adds the bytes that a container has written, and those that it has with its image.
+///
+/// # Errors
+/// The images cannot be read.
+pub fn add_size(config: &Config, container: &Any, object: &mut Value) -> Result<()> {
+    let Any::Own(own) = container else {
+        return Ok(());
+    };
+    let images = unpacker::store(config)?.list().map_err(of_image)?;
+    let image_id = &own.record.details.image_id;
+    let mut images = images.into_iter();
+    let image = images.find(|image| image.id.to_string() == *image_id);
+    let written = usage::of_container(own.directory.path());
+    object["SizeRw"] = json!(written);
+    object["SizeRootFs"] = json!(image.map_or(0, |image| image.size).saturating_add(written));
+    Ok(())
+}
 
 /// Docker's time of what has not happened.
 const NEVER: &str = "0001-01-01T00:00:00Z";

@@ -176,12 +176,11 @@ fn in_words(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// Ports that are reached from outside, and those that the image only names.
+/// Ports that are reached from outside, and those that are only named.
 fn ports(known: &Known<'_>) -> Value {
-    let mut ports: Map<String, Value> = known
-        .image
-        .exposed_ports
-        .iter()
+    let exposed = known.image.exposed_ports.iter();
+    let mut ports: Map<String, Value> = exposed
+        .chain(&known.options.expose)
         .map(|port| (port.clone(), Value::Null))
         .collect();
     for port in &known.details.ports {

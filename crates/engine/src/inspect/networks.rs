@@ -1,8 +1,10 @@
 //! Networks, in Docker's words.
 
 use hull_network::cni::{Address, CONFIGURATION_DIRECTORY, DEFAULT_NAME, List};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
+use super::network::networks_of;
+use crate::container;
 use crate::error::{ErrorKind, Result};
 use crate::networks::{self, NetworkRecord};
 use crate::paths::Paths;
@@ -125,10 +127,15 @@ pub fn select_networks(paths: &Paths, filters: &[NetworkFilter]) -> Result<Vec<V
 /// # Errors
 /// `NotFound`, or what is known of it cannot be read.
 pub fn network(paths: &Paths, name: &str) -> Result<Value> {
+    let name = match name {
+        // Docker's name of it, which no other network has.
+        "bridge" => DEFAULT_NAME,
+        name => name,
+    };
     match networks::find(paths, name) {
         Ok(network) => {
             let mut object = of_record(&network);
-            object["Containers"] = json!(networks::users(paths, &network.name)?);
+            object["Containers"] = containers(paths, &network.name)?;
             Ok(object)
         }
         Err(error) if error.kind != ErrorKind::NotFound => Err(error),
@@ -140,9 +147,42 @@ pub fn network(paths: &Paths, name: &str) -> Result<Value> {
                 false => of_host(name),
             };
             object["Plugins"] = plugins.into();
-            object["Containers"] = json!(networks::users(paths, name)?);
+            object["Containers"] = containers(paths, name)?;
             Ok(object)
         }
+    }
+}
+
+/// The containers that are in a network now, by their ids.
+fn containers(paths: &Paths, network: &str) -> Result<Value> {
+    let mut containers = Map::new();
+    for container in container::list(paths)?.into_iter().flatten() {
+        if container::is_idle(&container) {
+            continue;
+        }
+        let networks = networks_of(paths, &container);
+        let Some(endpoint) = networks.get(network) else {
+            continue;
+        };
+        containers.insert(
+            container.record.id.clone(),
+            json!({
+                "Name": container.record.details.name,
+                "EndpointID": "",
+                "MacAddress": endpoint["MacAddress"],
+                "IPv4Address": with_prefix(endpoint, "IPAddress", "IPPrefixLen"),
+                "IPv6Address": with_prefix(endpoint, "GlobalIPv6Address", "GlobalIPv6PrefixLen"),
+            }),
+        );
+    }
+    Ok(Value::Object(containers))
+}
+
+/// An address as `10.0.0.2/24`; nothing when there is none.
+fn with_prefix(endpoint: &Value, address: &str, prefix: &str) -> String {
+    match endpoint[address].as_str() {
+        None | Some("") => String::new(),
+        Some(address) => format!("{address}/{}", endpoint[prefix]),
     }
 }
 
@@ -160,10 +200,15 @@ fn of_host(name: &str) -> Value {
 /// In Docker's words.
 fn of_record(network: &NetworkRecord) -> Value {
     let subnets: Vec<String> = network.subnets().iter().map(Address::to_string).collect();
-    let config: Vec<Value> = subnets
-        .iter()
-        .map(|subnet| json!({"Subnet": subnet}))
-        .collect();
+    let config = network.subnets().into_iter().map(|subnet| {
+        let mut config = json!({"Subnet": subnet, "Gateway": network.gateway(&subnet)});
+        let mut ranges = network.ranges.iter();
+        if let Some(range) = ranges.find(|range| range.ip.is_ipv4() == subnet.ip.is_ipv4()) {
+            config["IPRange"] = json!(range);
+        }
+        config
+    });
+    let config: Vec<Value> = config.collect();
     json!({
         "Name": network.name,
         "Id": network.id,

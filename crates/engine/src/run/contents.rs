@@ -13,7 +13,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::{Place, Run};
 use crate::container::Container;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::spec::{self, ContainerOptions, Layout, VolumeLayout};
 use crate::volumes::store::{self, Located};
 use crate::volumes::{Source, Volume};
@@ -44,13 +44,14 @@ impl Run<'_> {
         })?;
         let mut shares = vec![(self.root(), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {
-            let read_only = match volume.read_only {
+            let share = self.volume(index, volume)?;
+            let read_only = match volume.read_only && !share.sealed {
                 true => ReadOnly::Recursive,
                 false => ReadOnly::No,
             };
             let source = self.source(index, volume)?;
             let mount = shares::host(&source.path, true, read_only)?;
-            shares.push((self.volume(index, volume)?, mount));
+            shares.push((share, mount));
         }
         Ok(shares)
     }
@@ -85,21 +86,30 @@ impl Run<'_> {
             Source::Anonymous => Writers::Guest,
             Source::Host(_) | Source::Named(_) => Writers::Anyone,
         };
-        Ok(self.share(&what, !metadata.is_dir(), writers))
+        Ok(Share {
+            // The guest fills it before it becomes read-only.
+            sealed: volume.read_only && self.fills(index, volume)?,
+            ..self.share(&what, !metadata.is_dir(), writers)
+        })
+    }
+
+    /// Whether a volume is filled with what the image has at its destination: a new one.
+    fn fills(&self, index: usize, volume: &Volume) -> Result<bool> {
+        let of_host = matches!(volume.source, Source::Host(_));
+        if of_host || volume.no_copy || volume.subpath.is_some() {
+            return Ok(false);
+        }
+        let source = self.source(index, volume)?;
+        let mut entries =
+            std::fs::read_dir(&source.path).context(|| format!("read volume {volume}"))?;
+        Ok(entries.next().is_none())
     }
 
     /// A volume as the guest's share of it; an empty one is filled from the image.
     fn layout(&self, index: usize, volume: &Volume) -> Result<VolumeLayout> {
-        let is_new = || {
-            let source = self.source(index, volume)?;
-            let mut entries =
-                std::fs::read_dir(&source.path).context(|| format!("read volume {volume}"))?;
-            Ok::<_, Error>(entries.next().is_none())
-        };
-        let of_host = matches!(volume.source, Source::Host(_));
         Ok(VolumeLayout {
             path: self.volume(index, volume)?.path(),
-            fill: !of_host && !volume.no_copy && volume.subpath.is_none() && is_new()?,
+            fill: self.fills(index, volume)?,
         })
     }
 

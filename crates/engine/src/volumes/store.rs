@@ -430,6 +430,8 @@ pub enum Filter {
     Label(String, Option<String>),
     /// Whether no container uses it.
     Dangling(bool),
+    /// Its driver: all are Docker's `local`.
+    Driver(String),
 }
 
 impl Filter {
@@ -442,10 +444,13 @@ impl Filter {
                 Some((key, value)) => Self::Label(key.to_owned(), Some(value.to_owned())),
                 None => Self::Label(label.to_owned(), None),
             }),
+            Some(("driver", driver)) => Ok(Self::Driver(driver.to_owned())),
             Some(("dangling", "true" | "1")) => Ok(Self::Dangling(true)),
             Some(("dangling", "false" | "0")) => Ok(Self::Dangling(false)),
             Some(("dangling", _)) => Err(wrong("dangling is true or false")),
-            _ => Err(wrong("give name=…, label=… or dangling=true|false")),
+            _ => Err(wrong(
+                "give name=…, label=…, driver=… or dangling=true|false",
+            )),
         }
     }
 
@@ -459,6 +464,7 @@ impl Filter {
                 .get(key)
                 .is_some_and(|has| value.as_ref().is_none_or(|value| has == value)),
             Self::Dangling(wanted) => *wanted != is_used,
+            Self::Driver(driver) => driver == "local",
         }
     }
 }

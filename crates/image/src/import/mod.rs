@@ -153,15 +153,18 @@ impl Store {
     }
 }
 
-/// Formats a time as `2026-11-21T23:00:00Z`.
+/// Formats a time as `2026-11-21T23:00:00.123456789Z`: images of one second are told apart.
 fn rfc3339(time: SystemTime) -> String {
-    let seconds = time
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = since.as_secs();
+    let fraction = match since.subsec_nanos() {
+        0 => String::new(),
+        nanoseconds => format!(".{nanoseconds:09}"),
+    };
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
     let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{fraction}Z")
 }
 
 /// Year, month and day of a number of days since 1970-01-01.

@@ -2,7 +2,7 @@
 //! them.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -125,6 +125,31 @@ impl Address {
     /// The prefix length; all bits of the address if not set.
     pub fn prefix_len(&self) -> u8 {
         self.prefix.unwrap_or(most(self.ip))
+    }
+
+    /// The first and the last address of its network.
+    pub fn ends(&self) -> (IpAddr, IpAddr) {
+        let host_bits = u32::from(most(self.ip).saturating_sub(self.prefix_len()));
+        match self.ip {
+            IpAddr::V4(ip) => {
+                let mask = u32::MAX.checked_shl(host_bits).unwrap_or(0);
+                let first = ip.to_bits() & mask;
+                let last = Ipv4Addr::from_bits(first | !mask);
+                (Ipv4Addr::from_bits(first).into(), last.into())
+            }
+            IpAddr::V6(ip) => {
+                let mask = u128::MAX.checked_shl(host_bits).unwrap_or(0);
+                let first = ip.to_bits() & mask;
+                let last = Ipv6Addr::from_bits(first | !mask);
+                (Ipv6Addr::from_bits(first).into(), last.into())
+            }
+        }
+    }
+
+    /// Whether an address is in its network.
+    pub fn holds(&self, address: IpAddr) -> bool {
+        let (first, last) = self.ends();
+        address.is_ipv4() == self.ip.is_ipv4() && (first..=last).contains(&address)
     }
 }
 
@@ -327,6 +352,24 @@ mod tests {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
         assert_eq!("10.0.0.1".parse::<Address>().unwrap().prefix_len(), 32);
+    }
+
+    #[test]
+    fn ends_of_networks() {
+        for (network, first, last) in [
+            ("10.0.5.7/24", "10.0.5.0", "10.0.5.255"),
+            ("10.0.5.7", "10.0.5.7", "10.0.5.7"),
+            ("0.0.0.0/0", "0.0.0.0", "255.255.255.255"),
+            ("fd00::7/120", "fd00::", "fd00::ff"),
+        ] {
+            let network: Address = network.parse().unwrap();
+            let ends = (first.parse().unwrap(), last.parse().unwrap());
+            assert_eq!(network.ends(), ends);
+            assert!(network.holds(ends.1));
+        }
+        let network: Address = "10.0.5.0/24".parse().unwrap();
+        assert!(!network.holds("10.0.6.0".parse().unwrap()));
+        assert!(!network.holds("::".parse().unwrap()));
     }
 
     #[test]

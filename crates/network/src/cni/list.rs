@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -273,6 +274,10 @@ pub struct BridgeNetwork<'a> {
     pub ipv4: Address,
     /// Its IPv6 subnet.
     pub ipv6: Option<Address>,
+    /// The bridge's addresses, one for each family at most; the first of the subnet when absent.
+    pub gateways: &'a [IpAddr],
+    /// The parts of the subnets that containers get addresses of, one for each family at most.
+    pub ranges: &'a [Address],
     /// Containers reach each other and the host, and nothing outside.
     pub internal: bool,
     /// Where leases of addresses are kept.
@@ -293,6 +298,8 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
         bridge,
         ipv4,
         ipv6,
+        gateways,
+        ranges,
         internal,
         data_dir,
         published,
@@ -318,9 +325,40 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
         return Err(wrong(format!("{bridge:?} is no name of an interface")));
     }
     let subnets = || std::iter::once(ipv4).chain(ipv6);
-    let ranges: Value = subnets()
-        .map(|subnet| json!([{ "subnet": subnet }]))
-        .collect();
+    let mut sets = Vec::new();
+    for subnet in subnets() {
+        let is_ipv4 = subnet.ip.is_ipv4();
+        let mut set = json!({ "subnet": subnet });
+        if let Some(gateway) = gateways.iter().find(|gateway| gateway.is_ipv4() == is_ipv4) {
+            if !subnet.holds(*gateway) {
+                return Err(wrong(format!("the gateway {gateway} is not in {subnet}")));
+            }
+            set["gateway"] = json!(gateway);
+        }
+        if let Some(range) = ranges.iter().find(|range| range.ip.is_ipv4() == is_ipv4) {
+            let (first, last) = range.ends();
+            let (of_subnet, to_subnet) = subnet.ends();
+            if !subnet.holds(first) || !subnet.holds(last) {
+                return Err(wrong(format!("the range {range} is not in {subnet}")));
+            }
+            // Neither the network's own address nor that of broadcasts.
+            let inner = |address: IpAddr, step: i8| neighbour(address, step).unwrap_or(address);
+            let first = if first == of_subnet {
+                inner(first, 1)
+            } else {
+                first
+            };
+            let last = if last == to_subnet {
+                inner(last, -1)
+            } else {
+                last
+            };
+            set["rangeStart"] = json!(first);
+            set["rangeEnd"] = json!(last);
+        }
+        sets.push(json!([set]));
+    }
+    let ranges = Value::Array(sets);
     let routes: Value = subnets()
         .filter(|_| !internal)
         .map(|subnet| json!({ "dst": if subnet.ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" } }))
@@ -343,6 +381,23 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
         "disableCheck": ipv6.is_some(),
         "plugins": plugins,
     }))
+}
+
+/// The first address in a subnet: the bridge's, unless another one is asked for.
+pub fn first_address(subnet: &Address) -> Option<IpAddr> {
+    neighbour(subnet.ends().0, 1)
+}
+
+/// The next address, or the one before.
+fn neighbour(address: IpAddr, step: i8) -> Option<IpAddr> {
+    Some(match address {
+        IpAddr::V4(address) => IpAddr::V4(Ipv4Addr::from_bits(
+            address.to_bits().checked_add_signed(step.into())?,
+        )),
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(
+            address.to_bits().checked_add_signed(step.into())?,
+        )),
+    })
 }
 
 /// The list that leads published ports to an interface of a network which is there already: its

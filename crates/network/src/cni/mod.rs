@@ -27,7 +27,7 @@ pub use attachment::{Address, Attachment, Dns, PortMapping, Protocol};
 pub use error::{Error, Fault, Result};
 pub use list::{
     BridgeNetwork, CONFIGURATION_DIRECTORY, DEFAULT_BRIDGE, DEFAULT_IPV4, DEFAULT_IPV6,
-    DEFAULT_NAME, List, bridge_network, published_ports,
+    DEFAULT_NAME, List, bridge_network, first_address, published_ports,
 };
 pub use outcome::{AssignedIp, CniResult, Interface, Route};
 pub use plugin::{Command, PLUGIN_DIRECTORIES, Runner};

@@ -218,7 +218,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 ""
             };
             output::print(format!(
-                "reclaimed {}{note}\n",
+                "Total reclaimed space: {}{note}\n",
                 output::decimal_size(removed.bytes)
             ))?;
         }
@@ -290,8 +290,8 @@ pub fn report(removed: &Removed) -> Result<()> {
     let untagged = removed
         .untagged
         .iter()
-        .map(|name| format!("untagged: {name}\n"));
-    let deleted = removed.images.iter().map(|id| format!("deleted: {id}\n"));
+        .map(|name| format!("Untagged: {name}\n"));
+    let deleted = removed.images.iter().map(|id| format!("Deleted: {id}\n"));
     output::print(untagged.chain(deleted).collect::<String>())
 }
 

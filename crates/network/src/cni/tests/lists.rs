@@ -205,6 +205,8 @@ fn hulls_own_network() {
         bridge: DEFAULT_BRIDGE,
         ipv4: v4,
         ipv6: v6,
+        gateways: &[],
+        ranges: &[],
         internal: false,
         data_dir: Path::new("/var/lib/hull/networks"),
         published: true,
@@ -233,6 +235,8 @@ fn hulls_own_network() {
     for (internal, routes) in [(false, json!([{ "dst": "0.0.0.0/0" }])), (true, json!([]))] {
         let list = bridge_network(&BridgeNetwork {
             ipv6: None,
+            gateways: &[],
+            ranges: &[],
             internal,
             ..network
         });

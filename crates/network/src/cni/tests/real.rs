@@ -133,6 +133,8 @@ fn hulls_own_network_with_real_plugins() {
         bridge: "hulltest0",
         ipv4: v4,
         ipv6: v6,
+        gateways: &[],
+        ranges: &[],
         internal: false,
         data_dir: data.path(),
         published: true,
