@@ -161,12 +161,7 @@ impl Describer {
         let container = event.kind.container();
         let mut attributes = match (&event.kind, container) {
             (EventKind::Connected { network, .. } | EventKind::Disconnected { network, .. }, _) => {
-                let name = self.container(container).remove("name").unwrap_or_default();
-                let of_network = json!({
-                    "container": container,
-                    "containerName": name,
-                    "name": network,
-                });
+                let of_network = json!({"container": container, "name": network});
                 of_network.as_object().cloned().unwrap_or_default()
             }
             (_, "") => Map::new(),
@@ -302,14 +297,7 @@ impl EventFilter {
                 let begin = action.split(':').next();
                 action == *name || begin == Some(name) || event.kind.name() == name
             }
-            Self::Container(wanted) => match is_of("network") {
-                true => {
-                    let id = text(&attributes["container"]);
-                    !wanted.is_empty()
-                        && (id.starts_with(wanted) || attributes["containerName"] == *wanted)
-                }
-                false => is_of("container") && named(wanted),
-            },
+            Self::Container(wanted) => is_of("container") && named(wanted),
             Self::Image(wanted) => attributes["image"] == *wanted,
             Self::Label(name, Some(value)) => attributes[name] == *value,
             Self::Label(name, None) => !attributes[name].is_null(),
@@ -365,8 +353,8 @@ mod tests {
             (&started, &["label=a"], false),
             (&started, &["volume=a"], false),
             (&connected, &["type=network", "event=connect"], true),
-            (&connected, &["network=web", "container=abc"], true),
-            (&connected, &["network=web", "container=x"], false),
+            (&connected, &["network=web"], true),
+            (&connected, &["container=abc"], false),
             (&connected, &["network=other"], false),
         ] {
             let parsed: Vec<EventFilter> = filters

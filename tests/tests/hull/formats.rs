@@ -216,7 +216,8 @@ fn inspect_finds_containers_images_and_volumes_or_only_what_is_asked_for() {
         .run()
         .fails(1, &["no such container: busybox"]);
     // The others are printed all the same.
-    let output = name(&["nobody", "same"]).fails(1, &["no such container, image, volume or network"]);
+    let output =
+        name(&["nobody", "same"]).fails(1, &["no such container, image, volume or network"]);
     assert_eq!(output.text(), "/same");
     hull.container("same").does("rm").ok();
     text(&hull, &["volume", "rm", "same"]);

@@ -17,18 +17,12 @@ pub(super) struct Net<'a> {
 
 impl<'a> Net<'a> {
     pub(super) fn create(hull: &'a Hull, options: &[&str]) -> Self {
-        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // What hull chooses is free for one installation; tests have many.
-        let id = std::process::id();
-        let (high, low) = (128 + ((id >> 8) & 31) * 2 + number % 2, id & 255);
-        let ipv4 = format!("10.{high}.{low}.0/24");
-        let ipv6 = format!(
-            "fd68:756c:7e57:{:x}::/64",
-            ((id & 0x7fff) << 1) | (number % 2)
-        );
+        let number = hull_tests::network::number();
+        let ipv4 = format!("10.{}.{}.0/24", 200 + number / 256, number % 256);
+        let ipv6 = format!("fd68:756c:7e57:{number:x}::/64");
         // Names of rules of the packet filter are the host's.
-        let name = format!("t{}-{number}", std::process::id());
+        let name = format!("t{number}");
         hull.hull(["network", "create", "--subnet", &ipv4, "--subnet", &ipv6])
             .args(options)
             .arg(&name)

@@ -94,14 +94,17 @@ fn a_running_container_joins_and_leaves_networks(machine: &'static str) {
             "type=network",
         ])
         .args([
-            "-f",
-            &format!("container={}", job.inspect()["Id"].as_str().unwrap()),
+            "--format",
+            "{{.Actor.Attributes.container}} {{.Action}} {{.Actor.Attributes.name}}",
         ])
-        .args(["--format", "{{.Action}} {{.Actor.Attributes.name}}"])
         .run()
-        .ok();
+        .ok()
+        .text();
+    let id = job.inspect()["Id"].as_str().unwrap().to_owned();
+    let events = events.lines().filter_map(|line| line.strip_prefix(&id));
+    let events: Vec<&str> = events.map(str::trim_start).collect();
     assert_eq!(
-        events.text().lines().collect::<Vec<_>>(),
+        events,
         [
             format!("connect {}", one.name),
             format!("connect {}", two.name),
