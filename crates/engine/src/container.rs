@@ -398,7 +398,7 @@ pub fn wait(paths: &Paths, name: &str) -> Result<Exit> {
 
 /// What is known of a container whose sandbox has answered with this error. Of a process that was
 /// killed the connections end first, and a moment later the lock by which all others know.
-fn load_settled(paths: &Paths, id: &str, error: &Error) -> Result<Option<Container>> {
+pub(crate) fn load_settled(paths: &Paths, id: &str, error: &Error) -> Result<Option<Container>> {
     const MOMENT: Duration = Duration::from_secs(5);
     let begin = Instant::now();
     loop {

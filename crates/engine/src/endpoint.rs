@@ -206,13 +206,17 @@ fn change(
     if joins {
         container.record.write(&container.directory)?;
     }
-    let told = tell(&container, &paths);
-    let ended = || {
-        let now = container::load(&paths, &container.record.id);
-        matches!(now, Ok(Some(now)) if container::is_idle(&now))
+    let Err(error) = tell(&container, &paths) else {
+        return match joins {
+            true => Ok(()),
+            false => container.record.write(&container.directory),
+        };
     };
-    match told {
-        Err(error) if !ended() => {
+    match container::load_settled(&paths, &container.record.id, &error)? {
+        None => Err(Error::not_found(format!("container {name} was removed"))),
+        // One that has ended meanwhile is in its networks from its next start on.
+        Some(now) if container::is_idle(&now) => container.record.write(&container.directory),
+        Some(_) => {
             let name = before.name.clone();
             container.record.details = before;
             container.record.write(&container.directory)?;
@@ -223,9 +227,6 @@ fn change(
                 _ => error,
             })
         }
-        // One that has ended meanwhile is in its networks from its next start on.
-        _ if joins => Ok(()),
-        _ => container.record.write(&container.directory),
     }
 }
 

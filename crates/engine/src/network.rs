@@ -446,10 +446,8 @@ impl NetworkOptions {
         let names = std::iter::once(first).chain(self.further.iter().map(|one| &*one.network));
         let mut named = names.zip(joined);
         let outside = named.find_map(|(name, one)| one.leads_outside().then_some(name));
-        let reserved = match outside {
-            Some(_) => self.ports(config)?,
-            None => Reservation::default(),
-        };
+        // Without one they wait for it.
+        let reserved = self.ports(config)?;
         let published = |name: &str| outside == Some(name) && !reserved.mappings.is_empty();
         let networks = self.networks(&paths, first, &|name| match name == first {
             true => list(&paths, name, published(name)),
@@ -474,6 +472,7 @@ impl NetworkOptions {
             let mut list = plugins(name)?;
             // The sandbox process serves these.
             list.leave_out_ipv6_loopback();
+            list.admit_addresses(&ips);
             Ok::<_, Error>(CniNetwork {
                 list,
                 own: own_network(paths, name)?,

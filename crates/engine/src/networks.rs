@@ -235,6 +235,17 @@ pub fn create(paths: &Paths, request: NetworkRequest) -> Result<NetworkRecord> {
             );
         }
     }
+    let families = |addresses: &[IpAddr]| {
+        let is_ipv4 = |address: &&IpAddr| address.is_ipv4();
+        let ipv4 = addresses.iter().filter(is_ipv4).count();
+        ipv4 <= 1 && addresses.len() - ipv4 <= 1
+    };
+    let ranges: Vec<IpAddr> = request.ranges.iter().map(|range| range.ip).collect();
+    if !families(&request.gateways) || !families(&ranges) {
+        return Err(Error::unsupported(
+            "two gateways or ranges of one family in a network",
+        ));
+    }
     let used = in_use(paths)?;
     let mut ipv4 = None;
     let mut ipv6 = None;

@@ -198,18 +198,15 @@ impl<'a> Run<'a> {
         let made_up = self.options.settle(&image.config)?;
         let place = self.place(network)?;
         let record = self.record(image, Some(&place))?;
-        let directory = self.reserve(record, &made_up)?;
+        let (directory, lock) = self.reserve(record, &made_up)?;
         let networks = &place.network.networks;
         let is_there = networks
             .iter()
             .filter_map(|network| network.created.as_ref())
             .try_for_each(|network| networks::check_there(&self.paths, network));
         self.timings.step("request", begin);
-        let started = is_there.and_then(|()| {
-            // Others that change it wait until it runs.
-            let _lock = container::lock_in(&directory, &self.id)?;
-            self.launch(image, &place, &directory, attachment)
-        });
+        let started = is_there.and_then(|()| self.launch(image, &place, &directory, attachment));
+        drop(lock);
         let erase = || container::remove(&self.paths, &self.id, container::Removing::everything());
         match started {
             Ok(Outcome::Interrupted(signal)) => {
@@ -262,9 +259,10 @@ impl<'a> Run<'a> {
 
         // Meanwhile the machine boots, and plugins are at work.
         let begin = now_ns();
-        let built = self.spec(image, place)?;
+        let fills = self.fills()?;
+        let built = self.spec(image, place, &fills)?;
         rootless::enter_mounts()?;
-        let shares = self.shares(image, directory)?;
+        let shares = self.shares(image, directory, &fills)?;
         self.timings.step("mount the root file system", begin);
 
         let begin = now_ns();

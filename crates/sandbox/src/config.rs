@@ -235,9 +235,10 @@ impl CniConfig {
     /// The network whose plugins see to published ports at the start, as an index.
     pub(crate) fn publishes(&self) -> Option<usize> {
         let can = |network: &CniNetwork| network.list.has_capability("portMappings");
-        let first = || (!self.networks.is_empty()).then_some(0);
-        // The first one says that it cannot.
-        self.networks.iter().position(can).or_else(first)
+        let is_of_host = |network: &CniNetwork| network.own.is_none();
+        let mut networks = self.networks.iter();
+        // One of the host's that cannot says so.
+        networks.position(|network| can(network) || is_of_host(network))
     }
 }
 

@@ -604,8 +604,10 @@ fn examples_of_docker_network() {
                 "docker network create -d bridge my-bridge-network | wc -c; \
                  docker network create --driver=bridge --ipv6=false --subnet=172.28.77.0/24 --ip-range=172.28.77.128/25 --gateway=172.28.77.254 br0 >/dev/null; \
                  docker network inspect -f '{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}} {{.IPRange}}{{end}}' br0; \
-                 docker run --rm --network br0 busybox ip -o -4 route; docker network rm br0",
-                "65\n172.28.77.0/24 172.28.77.254 172.28.77.128/25\ndefault via 172.28.77.254 dev eth0 \n172.28.77.0/24 …src 172.28.77.128…\nbr0",
+                 docker run --rm --network br0 busybox ip -o -4 route; \
+                 docker run --rm --network br0 --ip 172.28.77.7 busybox ip -o -4 route | grep -c 172.28.77.7; \
+                 docker network rm br0",
+                "65\n172.28.77.0/24 172.28.77.254 172.28.77.128/25\ndefault via 172.28.77.254 dev eth0 \n172.28.77.0/24 …src 172.28.77.128 \n1\nbr0",
             ),
             (
                 "connect a running container, with an address and with aliases",

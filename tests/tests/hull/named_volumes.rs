@@ -115,6 +115,35 @@ fn a_container_has_the_volumes_of_another_one() {
 }
 
 #[test]
+fn a_new_volume_is_filled_once_by_those_that_start_at_once() {
+    let hull = Hull::new();
+    image_with_volume(&hull);
+    let started: Vec<_> = ["site:/www", "site:/www:ro", "site:/www", "site:/www:ro"]
+        .into_iter()
+        .map(|volume| {
+            let arguments = ["run", "--rm", "-v", volume, "www", "cat", "/www/index"];
+            hull.hull(arguments).start()
+        })
+        .collect();
+    for one in started {
+        assert_eq!(one.finish().ok().text(), "hello");
+    }
+    let write = [
+        "run",
+        "--rm",
+        "-v",
+        "other:/www:ro",
+        "www",
+        "touch",
+        "/www/x",
+    ];
+    let refused = hull.hull(write).run().ends(1);
+    assert!(refused.error().contains("Read-only file system"));
+    hull.hull(["volume", "rm", "site", "other"]).run().ok();
+    hull.assert_clean();
+}
+
+#[test]
 fn a_volume_with_a_size_holds_no_more_and_is_one_for_all_its_containers() {
     // It says why when there are none.
     let Some(_) = LoopDevice::new(&[0; 4096]) else {

@@ -1,5 +1,6 @@
 //! What a container is made of: its spec, its shares, and files of its own.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -18,12 +19,28 @@ use crate::spec::{self, ContainerOptions, Layout, VolumeLayout};
 use crate::volumes::store::{self, Located};
 use crate::volumes::{Source, Volume};
 
+/// Volumes of a container that are filled when it is created.
+#[derive(Debug, Default)]
+pub(super) struct Fills {
+    indices: Vec<usize>,
+    /// Keeps others from filling volumes with names meanwhile.
+    held: Vec<(String, File)>,
+}
+
+impl Fills {
+    /// Whether the volume of this index is one.
+    fn are(&self, index: usize) -> bool {
+        self.indices.contains(&index)
+    }
+}
+
 impl Run<'_> {
     /// The shares of the container, with their mounts: root, volumes.
     pub(super) fn shares(
         &self,
         image: &Image,
         directory: &Directory,
+        fills: &Fills,
     ) -> Result<Vec<(Share, OwnedFd)>> {
         let size = self
             .options
@@ -44,7 +61,11 @@ impl Run<'_> {
         })?;
         let mut shares = vec![(self.root(), root)];
         for (index, volume) in self.options.volumes.iter().enumerate() {
-            let share = self.volume(index, volume)?;
+            let share = Share {
+                // The guest fills it before it becomes read-only.
+                sealed: volume.read_only && fills.are(index),
+                ..self.volume(index, volume)?
+            };
             let read_only = match volume.read_only && !share.sealed {
                 true => ReadOnly::Recursive,
                 false => ReadOnly::No,
@@ -86,15 +107,44 @@ impl Run<'_> {
             Source::Anonymous => Writers::Guest,
             Source::Host(_) | Source::Named(_) => Writers::Anyone,
         };
-        Ok(Share {
-            // The guest fills it before it becomes read-only.
-            sealed: volume.read_only && self.fills(index, volume)?,
-            ..self.share(&what, !metadata.is_dir(), writers)
-        })
+        Ok(self.share(&what, !metadata.is_dir(), writers))
     }
 
-    /// Whether a volume is filled with what the image has at its destination: a new one.
-    fn fills(&self, index: usize, volume: &Volume) -> Result<bool> {
+    /// Decides which volumes are filled with what the image has at their destinations: new ones.
+    /// One that others fill just now is waited for.
+    ///
+    /// # Errors
+    /// A volume cannot be read.
+    pub(super) fn fills(&self) -> Result<Fills> {
+        let volumes = self.options.volumes.iter().enumerate();
+        let mut volumes: Vec<(usize, &Volume)> = volumes.collect();
+        // Those that start at once wait for each other in one order.
+        volumes.sort_by_key(|(_, volume)| match &volume.source {
+            Source::Named(name) => Some(name),
+            Source::Host(_) | Source::Anonymous => None,
+        });
+        let mut fills = Fills::default();
+        for (index, volume) in volumes {
+            if !self.is_to_be_filled(index, volume)? {
+                continue;
+            }
+            if let Source::Named(name) = &volume.source {
+                // At two places, it is filled from the first.
+                if fills.held.iter().any(|(held, _)| held == name) {
+                    continue;
+                }
+                let lock = store::hold(&self.paths, name)?;
+                if !self.is_to_be_filled(index, volume)? {
+                    continue;
+                }
+                fills.held.push((name.clone(), lock));
+            }
+            fills.indices.push(index);
+        }
+        Ok(fills)
+    }
+
+    fn is_to_be_filled(&self, index: usize, volume: &Volume) -> Result<bool> {
         let of_host = matches!(volume.source, Source::Host(_));
         if of_host || volume.no_copy || volume.subpath.is_some() {
             return Ok(false);
@@ -106,10 +156,10 @@ impl Run<'_> {
     }
 
     /// A volume as the guest's share of it; an empty one is filled from the image.
-    fn layout(&self, index: usize, volume: &Volume) -> Result<VolumeLayout> {
+    fn layout(&self, index: usize, volume: &Volume, fills: &Fills) -> Result<VolumeLayout> {
         Ok(VolumeLayout {
             path: self.volume(index, volume)?.path(),
-            fill: self.fills(index, volume)?,
+            fill: fills.are(index),
         })
     }
 
@@ -118,6 +168,7 @@ impl Run<'_> {
         &self,
         image: &Image,
         place: &Place,
+        fills: &Fills,
     ) -> Result<(Box<RawValue>, ContainerConfig)> {
         let options = &self.options;
         let layout = Layout {
@@ -127,7 +178,7 @@ impl Run<'_> {
                 .volumes
                 .iter()
                 .enumerate()
-                .map(|(index, volume)| self.layout(index, volume))
+                .map(|(index, volume)| self.layout(index, volume, fills))
                 .collect::<Result<_>>()?,
         };
         let no_zero = |limit: u64| (limit > 0).then_some(limit);

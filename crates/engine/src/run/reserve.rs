@@ -1,5 +1,7 @@
 //! A new container on disk: its directory with what was asked for, its name, its volumes.
 
+use std::fs::File;
+
 use hull_image::Image;
 use hull_sandbox::store::{Directory, Record, State, Status, remove_all};
 
@@ -30,8 +32,9 @@ impl Run<'_> {
     pub fn create(mut self, image: &Image) -> Result<Created> {
         self.options.publish_declared(&image.config)?;
         let made_up = self.options.settle(&image.config)?;
-        let directory = self.reserve(self.record(image, None)?, &made_up)?;
+        let (directory, lock) = self.reserve(self.record(image, None)?, &made_up)?;
         let written = Status::new(State::Created).write(&directory);
+        drop(lock);
         let read = written.and_then(|()| container::find(&self.paths, &self.id));
         match read {
             Ok(container) => Ok(Created {
@@ -90,19 +93,21 @@ impl Run<'_> {
 
     /// Creates the container's directory, takes its name, and creates its volumes, of which some
     /// have names that were `made_up`. What a killed command left of either is in nobody's way.
+    /// Returns the directory with the container's lock, for which others wait that change it.
     pub(super) fn reserve(
         &self,
         mut record: Record<Details>,
         made_up: &[String],
-    ) -> Result<Directory> {
+    ) -> Result<(Directory, File)> {
         // A directory of this name always has a record: whose it is can be told at any moment.
         let staging = self.paths.staging(record.creator);
         let path = self.paths.container(&self.id);
         let doing = || format!("create {}", path.display());
         let directory = Directory::create_new(&staging).context(doing)?;
-        let directory = record
+        let (directory, lock) = record
             .write(&directory)
-            .and_then(|()| directory.rename_to(&path).context(doing))
+            .and_then(|()| container::lock_in(&directory, &self.id))
+            .and_then(|lock| Ok((directory.rename_to(&path).context(doing)?, lock)))
             .inspect_err(|_| drop(remove_all(&staging)))?;
         let claimed = self
             .claim(&mut record, &directory)
@@ -111,9 +116,13 @@ impl Run<'_> {
             if let Err(error) = container::erase(&self.paths, &self.id, None) {
                 tracing::warn!("{error}");
             }
+            // Some may be there already.
+            if let Err(error) = store::remove_anonymous(&self.paths, &self.options.volumes) {
+                tracing::warn!("{error}");
+            }
             return Err(error);
         }
-        Ok(directory)
+        Ok((directory, lock))
     }
 
     fn claim(&self, record: &mut Record<Details>, directory: &Directory) -> Result<()> {

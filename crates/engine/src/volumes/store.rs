@@ -8,13 +8,13 @@
 //! both under one lock.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use hull_sandbox::store::{Directory, ProcessId, read_versioned, remove_all, unix_time_ns};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{FlockOperation, Mode, OFlags, ResolveFlags, flock, openat2};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -300,6 +300,19 @@ fn prepare(paths: &Paths, name: &str) -> Result<()> {
     let prepared = volume.backing()?.prepare(name, &volume.content);
     drop(held);
     prepared
+}
+
+/// Held by who fills a volume; waits for others.
+///
+/// # Errors
+/// There is no such volume.
+pub(crate) fn hold(paths: &Paths, name: &str) -> Result<File> {
+    let path = paths.volume(name);
+    let doing = || format!("lock {}", path.display());
+    let directory = File::open(&path).context(doing)?;
+    rustix::io::retry_on_intr(|| flock(&directory, FlockOperation::LockExclusive))
+        .context(doing)?;
+    Ok(directory)
 }
 
 /// A path, valid as long as this lives.

@@ -97,6 +97,30 @@ impl List {
         }
     }
 
+    /// Has `host-local` give out these addresses also when they are outside of the parts of subnets
+    /// that it chooses from.
+    pub fn admit_addresses(&mut self, addresses: &[IpAddr]) {
+        let ranges = self.plugins.iter_mut().filter_map(|plugin| {
+            plugin
+                .config
+                .get_mut("ipam")?
+                .get_mut("ranges")?
+                .as_array_mut()
+        });
+        let ranges = ranges.flatten().filter_map(Value::as_array_mut).flatten();
+        for range in ranges {
+            let subnet = range["subnet"]
+                .as_str()
+                .and_then(|text| text.parse::<Address>().ok());
+            let asked = |subnet: &Address| addresses.iter().any(|address| subnet.holds(*address));
+            if let (Some(range), true) = (range.as_object_mut(), subnet.as_ref().is_some_and(asked))
+            {
+                range.remove("rangeStart");
+                range.remove("rangeEnd");
+            }
+        }
+    }
+
     /// Finds a network by name in directories, of which some may not exist. Files are read in the
     /// order of their names, `*.conflist`, `*.conf` and `*.json`; the first of a name counts. Files
     /// of other networks may be broken.
@@ -330,8 +354,11 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
         let is_ipv4 = subnet.ip.is_ipv4();
         let mut set = json!({ "subnet": subnet });
         if let Some(gateway) = gateways.iter().find(|gateway| gateway.is_ipv4() == is_ipv4) {
-            if !subnet.holds(*gateway) {
-                return Err(wrong(format!("the gateway {gateway} is not in {subnet}")));
+            let (first, last) = subnet.ends();
+            if !subnet.holds(*gateway) || *gateway == first || (is_ipv4 && *gateway == last) {
+                return Err(wrong(format!(
+                    "{gateway} is no address of a host in {subnet}"
+                )));
             }
             set["gateway"] = json!(gateway);
         }
@@ -353,6 +380,11 @@ pub fn bridge_network(network: &BridgeNetwork<'_>) -> Result<List> {
             } else {
                 last
             };
+            let gateway = gateways.iter().find(|gateway| gateway.is_ipv4() == is_ipv4);
+            let gateway = gateway.copied().or_else(|| first_address(&subnet));
+            if first > last || (first == last && gateway == Some(first)) {
+                return Err(wrong(format!("no container gets an address in {range}")));
+            }
             set["rangeStart"] = json!(first);
             set["rangeEnd"] = json!(last);
         }

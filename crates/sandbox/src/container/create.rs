@@ -256,7 +256,7 @@ async fn seal(ready: &Ready, container: &str, start: bool, mounts: &[OwnedFd]) -
     for mount in mounts {
         shares::seal(mount)
             .await
-            .context(|| format!("make the root of container {} read-only", container))?;
+            .context(|| format!("make what is read-only in container {} so", container))?;
     }
     match start {
         true => ready.agent.start(container).await,

@@ -1,6 +1,6 @@
 //! Takes a container out of its sandbox, whether or not that lives.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::client::Client;
 use super::protocol::{Reply, Request};
@@ -10,6 +10,9 @@ use crate::store::SandboxPath;
 
 /// How long a sandbox may take to end a container before it is ended itself.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a process that was killed may take to let go of what it holds.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Ends a container and has its sandbox forget it: by asking, else by ending the sandbox. Returns
 /// when nothing of the container is left but its directory, which is the caller's to remove.
@@ -36,7 +39,10 @@ pub fn remove(sandbox: &SandboxPath, container: &str) -> Result<()> {
         Ok(Some(_)) => true,
         // One that was killed does not listen any more before it has let go of its lock.
         Ok(None) => {
-            sandbox.wait_for_end()?;
+            let begin = Instant::now();
+            while sandbox.is_alive() && begin.elapsed() < DEATH_TIMEOUT {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             false
         }
         Err(error) if error.kind == ErrorKind::NotFound => false,

@@ -34,6 +34,7 @@ impl Attached {
             ));
         };
         let directory = directory.try_clone()?;
+        let before: Vec<usize> = self.networks.iter().map(|one| one.index).collect();
         let mut networks = Networks {
             joined: self.networks.clone(),
             published_on: self.published_on,
@@ -54,7 +55,14 @@ impl Attached {
             self.ports.lead_to(&config.ports, own).await;
         }
         let outside = self.lead_outside(&config.networks).await;
-        changed.and(outside)
+        match outside {
+            // What was left stays left.
+            Err(error) if !self.networks.iter().any(|one| !before.contains(&one.index)) => {
+                tracing::error!("nothing leads outside any more: {error}");
+                changed
+            }
+            outside => changed.and(outside),
+        }
     }
 
     /// Gives the namespace a way outside if it has none: by the first of these networks that leads
@@ -119,8 +127,16 @@ impl Networks {
         let before: Vec<usize> = self.joined.iter().map(|one| one.index).collect();
         let plugins = Plugins::new(namespace, &wanted.id, &self.directory, cancel)?;
         let joined = join(&plugins, wanted, &mut self.joined, free);
+        let is_new = |one: &Joined| !before.contains(&one.index);
         let published = joined.and_then(|()| match self.published_on {
-            None => publish(&plugins, wanted, &self.joined),
+            None => match publish(&plugins, wanted, &self.joined) {
+                // What was left stays left.
+                Err(error) if !self.joined.iter().any(is_new) => {
+                    tracing::error!("published ports lead nowhere any more: {error}");
+                    Ok(None)
+                }
+                published => published,
+            },
             there => Ok(there),
         });
         // Lets go of the lock, which undoing takes.
@@ -133,7 +149,7 @@ impl Networks {
             Err(error) => {
                 // What failed is not among the networks, and is undone with what is not used.
                 let undone = self.free().map(drop);
-                let left = self.leave(|one| !before.contains(&one.index));
+                let left = self.leave(is_new);
                 if let Err(error) = undone.and(left) {
                     tracing::error!("{error}");
                 }

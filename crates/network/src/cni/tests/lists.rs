@@ -235,8 +235,6 @@ fn hulls_own_network() {
     for (internal, routes) in [(false, json!([{ "dst": "0.0.0.0/0" }])), (true, json!([]))] {
         let list = bridge_network(&BridgeNetwork {
             ipv6: None,
-            gateways: &[],
-            ranges: &[],
             internal,
             ..network
         });
@@ -257,5 +255,62 @@ fn hulls_own_network() {
             ..network
         };
         assert!(bridge_network(&wrong).is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn gateways_and_ranges_are_parts_of_their_subnets() {
+    let network = |gateway: &str, range: &str| {
+        let gateways: Vec<_> = gateway
+            .split_whitespace()
+            .map(|ip| ip.parse().unwrap())
+            .collect();
+        let ranges: Vec<Address> = range
+            .split_whitespace()
+            .map(|ip| ip.parse().unwrap())
+            .collect();
+        bridge_network(&BridgeNetwork {
+            name: "net",
+            bridge: "hull0",
+            ipv4: "10.0.5.0/24".parse().unwrap(),
+            ipv6: Some("fd00::/64".parse().unwrap()),
+            gateways: &gateways,
+            ranges: &ranges,
+            internal: false,
+            data_dir: Path::new("/leases"),
+            published: false,
+        })
+    };
+    let mut list = network("10.0.5.254", "10.0.5.0/25 fd00::f0/124").unwrap();
+    assert_eq!(
+        list.plugins[0].config["ipam"]["ranges"],
+        json!([
+            [{
+                "subnet": "10.0.5.0/24", "gateway": "10.0.5.254",
+                "rangeStart": "10.0.5.1", "rangeEnd": "10.0.5.127",
+            }],
+            [{ "subnet": "fd00::/64", "rangeStart": "fd00::f0", "rangeEnd": "fd00::ff" }],
+        ])
+    );
+    list.admit_addresses(&["10.0.5.200".parse().unwrap()]);
+    assert_eq!(
+        list.plugins[0].config["ipam"]["ranges"],
+        json!([
+            [{ "subnet": "10.0.5.0/24", "gateway": "10.0.5.254" }],
+            [{ "subnet": "fd00::/64", "rangeStart": "fd00::f0", "rangeEnd": "fd00::ff" }],
+        ])
+    );
+    for (gateway, range) in [
+        ("10.0.6.1", ""),
+        ("10.0.5.0", ""),
+        ("10.0.5.255", ""),
+        ("", "10.0.6.0/25"),
+        ("", "10.0.0.0/16"),
+        ("", "10.0.5.0/32"),
+        ("", "10.0.5.255/32"),
+        ("", "10.0.5.0/31"),
+        ("10.0.5.9", "10.0.5.9/32"),
+    ] {
+        assert!(network(gateway, range).is_err(), "{gateway} {range}");
     }
 }
