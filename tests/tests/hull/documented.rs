@@ -2,7 +2,8 @@
 //! other names: `hull` in place of `docker` prints what is documented.
 //!
 //! A script is one of `sh` in a directory of its own, with its standard error in its output. In
-//! what is expected, `…` stands for any text, also of several lines, and may be nothing.
+//! what is expected, `…` stands for any text, also of several lines, and may be nothing. `@` is a
+//! number and `SUBNET` the beginning of a subnet that no other test has.
 
 use std::process::{Command, Stdio};
 
@@ -18,8 +19,16 @@ fn run(page: &str, networked: bool, examples: &[Example]) {
         false => Hull::new(),
     };
     let directory = hull.scratch();
+    // Names and subnets of networks are the host's.
+    let number = hull_tests::network::number();
+    let subnet = format!("10.{}.{}", 200 + number / 256, number % 256);
+    let own = |text: &str| {
+        text.replace('@', &number.to_string())
+            .replace("SUBNET", &subnet)
+    };
     let mut wrong = Vec::new();
     for (what, script, expected) in examples {
+        let (script, expected) = (own(script), own(expected));
         let prelude = "set -f; docker() { timeout 60 \"$HULL\" \"$@\"; }; exec 2>&1\n";
         let output = Command::new("sh")
             .args(["-c", &format!("{prelude}{script}")])
@@ -31,7 +40,7 @@ fn run(page: &str, networked: bool, examples: &[Example]) {
             .unwrap();
         let output = String::from_utf8_lossy(&output.stdout);
         let output = output.trim_end().replace('\r', "");
-        if !fits(&output, expected) {
+        if !fits(&output, &expected) {
             wrong.push(format!(
                 "--- {page}: {what}\n{script}\n--- expected\n{expected}\n--- printed\n{output}\n"
             ));
@@ -266,12 +275,12 @@ fn examples_of_docker_run_with_networks() {
             ),
             (
                 "--network with --ip, and the network of another container",
-                "docker network create --subnet 10.123.7.0/24 my-net >/dev/null; \
-                 docker run -d --name first --network my-net --ip 10.123.7.75 busybox sleep 1000 >/dev/null; \
+                "docker network create --subnet SUBNET.0/24 my-net@ >/dev/null; \
+                 docker run -d --name first --network my-net@ --ip SUBNET.75 busybox sleep 1000 >/dev/null; \
                  docker run --rm --network container:first busybox hostname -i; \
                  docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' first; \
-                 docker rm -f first; docker network rm my-net",
-                "10.123.7.75…\n10.123.7.75\nfirst\nmy-net",
+                 docker rm -f first; docker network rm my-net@",
+                "SUBNET.75…\nSUBNET.75\nfirst\nmy-net@",
             ),
             (
                 "--network none",
@@ -601,48 +610,48 @@ fn examples_of_docker_network() {
         &[
             (
                 "create",
-                "docker network create -d bridge my-bridge-network | wc -c; \
-                 docker network create --driver=bridge --ipv6=false --subnet=172.28.77.0/24 --ip-range=172.28.77.128/25 --gateway=172.28.77.254 br0 >/dev/null; \
-                 docker network inspect -f '{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}} {{.IPRange}}{{end}}' br0; \
-                 docker run --rm --network br0 busybox ip -o -4 route; \
-                 docker run --rm --network br0 --ip 172.28.77.7 busybox ip -o -4 route | grep -c 172.28.77.7; \
-                 docker network rm br0",
-                "65\n172.28.77.0/24 172.28.77.254 172.28.77.128/25\ndefault via 172.28.77.254 dev eth0 \n172.28.77.0/24 …src 172.28.77.128 \n1\nbr0",
+                "docker network create -d bridge my-bridge@ | wc -c; \
+                 docker network create --driver=bridge --ipv6=false --subnet=SUBNET.0/24 --ip-range=SUBNET.128/25 --gateway=SUBNET.254 br@ >/dev/null; \
+                 docker network inspect -f '{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}} {{.IPRange}}{{end}}' br@; \
+                 docker run --rm --network br@ busybox ip -o -4 route; \
+                 docker run --rm --network br@ --ip SUBNET.7 busybox ip -o -4 route | grep -c SUBNET.7; \
+                 docker network rm br@",
+                "65\nSUBNET.0/24 SUBNET.254 SUBNET.128/25\ndefault via SUBNET.254 dev eth0 \nSUBNET.0/24 …src SUBNET.128 \n1\nbr@",
             ),
             (
                 "connect a running container, with an address and with aliases",
-                "docker network create --subnet 10.123.8.0/24 multi >/dev/null; \
+                "docker network create --subnet SUBNET.0/24 multi@ >/dev/null; \
                  docker run -itd --name container1 busybox >/dev/null; \
-                 docker network connect --ip 10.123.8.122 --alias db --alias mysql multi container1; \
-                 docker run --rm --network multi busybox ping -4 -c 1 -W 5 db | grep -c 10.123.8.122; \
-                 docker network inspect -f '{{range .Containers}}{{.Name}} {{.IPv4Address}}{{end}}' multi; \
-                 docker network disconnect multi container1; \
+                 docker network connect --ip SUBNET.122 --alias db --alias mysql multi@ container1; \
+                 docker run --rm --network multi@ busybox ping -4 -c 1 -W 5 db | grep -c SUBNET.122; \
+                 docker network inspect -f '{{range .Containers}}{{.Name}} {{.IPv4Address}}{{end}}' multi@; \
+                 docker network disconnect multi@ container1; \
                  docker inspect -f '{{range $name, $n := .NetworkSettings.Networks}}{{$name}} {{end}}' container1",
-                "2\ncontainer1 10.123.8.122/24\ndefault",
+                "2\ncontainer1 SUBNET.122/24\ndefault",
             ),
             (
                 "start a container in a network, and connect by links",
-                "docker run -itd --network=multi --name container2 busybox >/dev/null; \
-                 docker network connect --link container2:c2 multi container1; \
+                "docker run -itd --network=multi@ --name container2 busybox >/dev/null; \
+                 docker network connect --link container2:c2 multi@ container1; \
                  docker exec container1 ping -c 1 -W 5 c2 | grep -c '1 packets received'",
                 "1",
             ),
             (
                 "ls, with filters",
-                "docker network ls -f name=multi; docker network ls -f type=custom --format '{{.Name}}: {{.Driver}}' | sort; \
-                 docker network ls --no-trunc --format '{{.ID}}' -f name=multi | wc -c; docker network ls -f driver=bridge -q | wc -l; \
-                 docker network ls -f id=$(docker network ls --format '{{.ID}}' -f name=multi) --format '{{.Name}}'",
-                "NETWORK ID …NAME …DRIVER …SCOPE…\n… multi …bridge …local…\nmulti: bridge\nmy-bridge-network: bridge\n65\n3\nmulti",
+                "docker network ls -f name=multi@; docker network ls -f type=custom --format '{{.Name}}: {{.Driver}}' | sort; \
+                 docker network ls --no-trunc --format '{{.ID}}' -f name=multi@ | wc -c; docker network ls -f driver=bridge -q | wc -l; \
+                 docker network ls -f id=$(docker network ls --format '{{.ID}}' -f name=multi@) --format '{{.Name}}'",
+                "NETWORK ID …NAME …DRIVER …SCOPE…\n… multi@ …bridge …local…\nmulti@: bridge\nmy-bridge@: bridge\n65\n3\nmulti@",
             ),
             (
                 "rm",
-                "docker network rm multi; echo $?; docker rm -f container1 container2; docker network rm my-bridge-network multi",
-                "error: …multi…container…\n1\ncontainer1\ncontainer2\nmy-bridge-network\nmulti",
+                "docker network rm multi@; echo $?; docker rm -f container1 container2; docker network rm my-bridge@ multi@",
+                "error: …multi@…container…\n1\ncontainer1\ncontainer2\nmy-bridge@\nmulti@",
             ),
             (
                 "prune",
-                "docker network create n1 >/dev/null; docker network create n2 >/dev/null; docker network prune -f",
-                "…n1\nn2…",
+                "docker network create one@ >/dev/null; docker network create two@ >/dev/null; docker network prune -f",
+                "…one@\ntwo@…",
             ),
         ],
     );
