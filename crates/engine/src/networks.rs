@@ -255,10 +255,10 @@ pub fn create(paths: &Paths, request: NetworkRequest) -> Result<NetworkRecord> {
         } else {
             &mut ipv6
         };
-        if of_family.replace(network_of(*subnet)).is_some() {
+        if of_family.replace(subnet.network()).is_some() {
             return Err(Error::unsupported("two subnets of one family in a network"));
         }
-        if let Some(other) = used.iter().find(|other| overlap(**other, *subnet)) {
+        if let Some(other) = used.iter().find(|other| other.overlaps(*subnet)) {
             return Err(Error::invalid(format!(
                 "--subnet: {subnet} overlaps {other}, which is in use on this host"
             )));
@@ -412,34 +412,6 @@ fn route(line: &str) -> Option<Address> {
     })
 }
 
-/// The bits of an address that are its subnet's, and how many those are.
-fn bits(address: Address) -> (u128, u32) {
-    let prefix = u32::from(address.prefix_len());
-    let value = match address.ip {
-        // Its network is in the first bits, as that of IPv6.
-        IpAddr::V4(ip) => u128::from(u32::from(ip)) << 96,
-        IpAddr::V6(ip) => u128::from(ip),
-    };
-    let mask = u128::MAX.checked_shl(128 - prefix).unwrap_or(0);
-    (value & mask, prefix)
-}
-
-fn overlap(a: Address, b: Address) -> bool {
-    let ((first, short), (second, long)) = (bits(a), bits(b));
-    let mask = u128::MAX.checked_shl(128 - short.min(long)).unwrap_or(0);
-    a.ip.is_ipv4() == b.ip.is_ipv4() && (first ^ second) & mask == 0
-}
-
-/// A subnet without bits of a host.
-fn network_of(address: Address) -> Address {
-    let (value, _) = bits(address);
-    let ip = match address.ip {
-        IpAddr::V4(_) => Ipv4Addr::from((value >> 96) as u32).into(),
-        IpAddr::V6(_) => Ipv6Addr::from(value).into(),
-    };
-    Address { ip, ..address }
-}
-
 /// The first subnets that are free.
 fn choose(used: &[Address]) -> Result<(Address, Address)> {
     let subnets = (0..SUBNETS).map(|number| {
@@ -453,7 +425,7 @@ fn choose(used: &[Address]) -> Result<(Address, Address)> {
         };
         (subnet(ipv4.into(), 24), subnet(ipv6.into(), 64))
     });
-    let is_free = |wanted: Address| !used.iter().any(|other| overlap(*other, wanted));
+    let is_free = |wanted: Address| !used.iter().any(|other| other.overlaps(wanted));
     let mut subnets = subnets.filter(|(ipv4, ipv6)| is_free(*ipv4) && is_free(*ipv6));
     subnets.next().ok_or_else(|| {
         Error::new("there is no free subnet for a network").hint("hull network create --subnet")
@@ -479,10 +451,10 @@ mod tests {
             ("fd00::/8", "10.88.1.0/24", false),
             ("fd00::/8", "fd68:756c:6c01:1::/64", true),
         ] {
-            assert_eq!(overlap(subnet(a), subnet(b)), wanted, "{a} {b}");
-            assert_eq!(overlap(subnet(b), subnet(a)), wanted, "{b} {a}");
+            assert_eq!(subnet(a).overlaps(subnet(b)), wanted, "{a} {b}");
+            assert_eq!(subnet(b).overlaps(subnet(a)), wanted, "{b} {a}");
         }
-        assert_eq!(network_of(subnet("10.1.2.3/16")), subnet("10.1.0.0/16"));
+        assert_eq!(subnet("10.1.2.3/16").network(), subnet("10.1.0.0/16"));
     }
 
     #[test]

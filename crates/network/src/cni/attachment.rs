@@ -146,6 +146,20 @@ impl Address {
         }
     }
 
+    /// The same without bits of a host.
+    pub fn network(self) -> Address {
+        Address {
+            ip: self.ends().0,
+            ..self
+        }
+    }
+
+    /// Whether the two networks have an address in common.
+    pub fn overlaps(&self, other: Address) -> bool {
+        // One of two networks that overlap is in the other.
+        self.holds(other.ends().0) || other.holds(self.ends().0)
+    }
+
     /// Whether an address is in its network.
     pub fn holds(&self, address: IpAddr) -> bool {
         let (first, last) = self.ends();
