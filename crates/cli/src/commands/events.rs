@@ -62,10 +62,18 @@ fn until(text: &str) -> std::result::Result<UnixNanos, String> {
 pub fn execute(args: Args) -> Result<u8> {
     let config = config_for_root()?;
     let mut feed = Feed::open(&config.run_dir, args.since, args.until)?;
-    let mut describer = Describer::new(config.paths())?;
+    // Containers are looked up for those who ask for Docker's words only.
+    let plain = matches!(args.format, Format::Text | Format::Json) && args.filters.is_empty();
+    let mut describer = match plain {
+        true => None,
+        false => Some(Describer::new(config.paths())?),
+    };
     let stdout = std::io::stdout();
     while let Some(event) = feed.next(stdout.as_fd())? {
-        let described = describer.describe(&event);
+        let described = describer
+            .as_mut()
+            .map(|describer| describer.describe(&event));
+        let described = described.unwrap_or_default();
         if selects(&args.filters, &event, &described) {
             output::print(line(&event, described, &args.format)?)?;
         }
