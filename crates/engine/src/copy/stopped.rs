@@ -81,7 +81,9 @@ impl Job {
             .ok_or_else(|| Error::not_found("the container was removed"))?;
         let (mut mounted, mut located, mut unavailable) = (Vec::new(), Vec::new(), Vec::new());
         for (index, volume) in volumes(&container).into_iter().enumerate() {
-            match store::source(paths, container.directory.path(), index, &volume) {
+            let source = store::prepare(paths, &volume)
+                .and_then(|()| store::source(paths, container.directory.path(), index, &volume));
+            match source {
                 Ok(found) => {
                     mounted.push(Mounted {
                         source: found.path.clone(),

@@ -110,11 +110,11 @@ impl Run<'_> {
         Ok(self.share(&what, !metadata.is_dir(), writers))
     }
 
-    /// Decides which volumes are filled with what the image has at their destinations: new ones.
-    /// One that others fill just now is waited for.
+    /// Makes volumes available, and decides which are filled with what the image has at their
+    /// destinations: new ones. One that others fill just now is waited for.
     ///
     /// # Errors
-    /// A volume cannot be read.
+    /// A volume is not there, or cannot be read.
     pub(super) fn fills(&self) -> Result<Fills> {
         let volumes = self.options.volumes.iter().enumerate();
         let mut volumes: Vec<(usize, &Volume)> = volumes.collect();
@@ -125,6 +125,7 @@ impl Run<'_> {
         });
         let mut fills = Fills::default();
         for (index, volume) in volumes {
+            store::prepare(&self.paths, volume)?;
             if !self.is_to_be_filled(index, volume)? {
                 continue;
             }

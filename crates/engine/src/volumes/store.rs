@@ -252,7 +252,8 @@ pub(crate) fn content(paths: &Paths, container: &Path, index: usize, volume: &Vo
     }
 }
 
-/// Where the content of a volume of a container is: its `index`-th, in `container`.
+/// Where the content of a volume of a container is: its `index`-th, in `container`. One with a name
+/// has been [prepared](prepare).
 ///
 /// # Errors
 /// It cannot be created; a subpath leads nowhere.
@@ -269,8 +270,7 @@ pub(crate) fn source(
             Directory::create(&container.join(OWN))?;
             create_content(&content).context(|| format!("create {}", content.display()))?;
         }
-        Source::Named(name) => prepare(paths, name)?,
-        Source::Anonymous => {}
+        Source::Named(_) | Source::Anonymous => {}
     }
     let Some(subpath) = &volume.subpath else {
         return Ok(Located::at(content));
@@ -288,8 +288,14 @@ pub(crate) fn source(
     })
 }
 
-/// Makes the content of a volume available at its place.
-fn prepare(paths: &Paths, name: &str) -> Result<()> {
+/// Makes the content of a volume with a name available at its place; of others it is.
+///
+/// # Errors
+/// There is no such volume; it cannot be mounted; the host has no such directory.
+pub(crate) fn prepare(paths: &Paths, volume: &Volume) -> Result<()> {
+    let Source::Named(name) = &volume.source else {
+        return Ok(());
+    };
     let mut volume = find(paths, name)?;
     let mut held = None;
     if let Backing::Sized(_) = volume.backing()? {
