@@ -24,6 +24,20 @@ fn way_out(of: &Container<'_>) -> String {
     last.unwrap_or_default().to_owned()
 }
 
+fn connect(network: &str, container: &Container<'_>) {
+    network_command("connect", network, container);
+}
+
+fn disconnect(network: &str, container: &Container<'_>) {
+    network_command("disconnect", network, container);
+}
+
+/// What must succeed.
+fn network_command(verb: &str, network: &str, container: &Container<'_>) {
+    let arguments = ["network", verb, network, &container.name];
+    container.hull().hull(arguments).run().ok();
+}
+
 fn a_running_container_joins_and_leaves_networks(machine: &'static str) {
     let hull = Hull::networked(machine);
     let (one, two) = (Net::create(&hull, &[]), Net::create(&hull, &[]));
@@ -132,32 +146,22 @@ fn a_container_of_the_default_network_finds_names_in_one_that_it_joins() {
     let options = ["--add-host", "me:host-gateway"];
     let job = hull.start(&options, &["sleep", "1000"]);
     let before = job.exec(&["cat", "/etc/resolv.conf"]).ok().text();
-    hull.hull(["network", "connect", &net.name, &job.name])
-        .run()
-        .ok();
+    connect(&net.name, &job);
     pings(&job, &other.name);
     pings(&other, &job.name);
-    hull.hull(["network", "disconnect", &net.name, &job.name])
-        .run()
-        .ok();
+    disconnect(&net.name, &job);
     does_not_reach(&job, &other.name);
     assert_eq!(job.exec(&["cat", "/etc/resolv.conf"]).ok().text(), before);
     // What a process has changed is its own.
     job.sh("echo 10.0.0.1 mine >>/etc/hosts").ok();
-    hull.hull(["network", "connect", &net.name, &job.name])
-        .run()
-        .ok();
+    connect(&net.name, &job);
     let hosts = job.exec(&["cat", "/etc/hosts"]).ok().text();
     assert!(hosts.contains("10.0.0.1 mine"), "{hosts}");
     // The host has no address without a network: its name stays what it was.
     for network in [&net.name[..], "default"] {
-        hull.hull(["network", "disconnect", network, &job.name])
-            .run()
-            .ok();
+        disconnect(network, &job);
     }
-    hull.hull(["network", "connect", "default", &job.name])
-        .run()
-        .ok();
+    connect("default", &job);
     job.is_removed_by_force();
     other.is_removed_by_force();
     drop(net);
@@ -199,18 +203,12 @@ fn published_ports_go_over_to_another_network_when_theirs_is_left() {
         answers_at("::1");
     };
     answers();
-    hull.hull(["network", "connect", &two.name, &server.name])
-        .run()
-        .ok();
+    connect(&two.name, &server);
     answers();
-    hull.hull(["network", "disconnect", &one.name, &server.name])
-        .run()
-        .ok();
+    disconnect(&one.name, &server);
     answers();
     // Back, by way of no network at all: then there is nobody.
-    hull.hull(["network", "disconnect", &two.name, &server.name])
-        .run()
-        .ok();
+    disconnect(&two.name, &server);
     for host in ["127.0.0.1", "::1"] {
         let stream = std::net::TcpStream::connect((host, port()));
         let error = stream.and_then(std::io::read_to_string).unwrap_err();
@@ -220,22 +218,16 @@ fn published_ports_go_over_to_another_network_when_theirs_is_left() {
         ];
         assert!(kinds.contains(&error.kind()), "{host}: {error}");
     }
-    hull.hull(["network", "connect", &one.name, &server.name])
-        .run()
-        .ok();
+    connect(&one.name, &server);
     answers();
     // One that has left its networks is started without ports.
-    hull.hull(["network", "disconnect", &one.name, &server.name])
-        .run()
-        .ok();
+    disconnect(&one.name, &server);
     server.does("restart").ok();
     hull.hull(["network", "connect", &two.name, &server.name])
         .run()
         .fails(125, &["without one"]);
     server.does("kill").ok();
-    hull.hull(["network", "connect", &two.name, &server.name])
-        .run()
-        .ok();
+    connect(&two.name, &server);
     server.does("start").ok();
     answers();
     server.is_removed_by_force();
@@ -266,9 +258,7 @@ fn an_internal_network_first_leaves_the_way_outside_and_ports_to_the_next() {
             std::io::read_to_string(stream).is_ok_and(|text| text == "served\n")
         })
     });
-    hull.hull(["network", "disconnect", &out.name, &job.name])
-        .run()
-        .ok();
+    disconnect(&out.name, &job);
     assert_eq!(way_out(&job), "");
     job.is_removed_by_force();
     drop((inner, out));
@@ -304,8 +294,8 @@ fn what_cannot_be_joined_changes_nothing() {
     let taken = other.address().to_string();
     let job = hull.start(&["--network", &one.name], &["sleep", "1000"]);
     let before = (job.inspect(), job.exec(&["ip", "addr"]).ok().text());
-    let connect = ["network", "connect", "--ip", &taken];
-    hull.hull(connect)
+    let with_address = ["network", "connect", "--ip", &taken];
+    hull.hull(with_address)
         .args([&two.name, &job.name])
         .run()
         .fails(125, &[&taken]);
@@ -313,9 +303,7 @@ fn what_cannot_be_joined_changes_nothing() {
         (job.inspect(), job.exec(&["ip", "addr"]).ok().text()),
         before
     );
-    hull.hull(["network", "connect", &two.name, &job.name])
-        .run()
-        .ok();
+    connect(&two.name, &job);
     pings(&job, &other.name);
     job.is_removed_by_force();
     other.is_removed_by_force();
