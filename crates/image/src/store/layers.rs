@@ -196,13 +196,9 @@ impl Store {
         let made = self.make_layer(
             reference, layer, lower, budget, &partial, &lock, open, progress,
         );
-        if made.is_err() {
-            if let Ok(layers) = fs::open_dir(self.layers_dir()) {
-                // Best effort: the original error matters more, and the next attempt clears the
-                // directory.
-                let _ = fs::remove_all(layers.as_fd(), &partial);
-            }
-        } else {
+        // Leftovers of an error, or of a layer that another process completed.
+        self.remove_partial(&partial, &lock);
+        if made.is_ok() {
             report(LayerState::Done);
         }
         made
@@ -260,11 +256,20 @@ impl Store {
             }
         };
         let made = self.make_imported(what, archive, &partial, &lock);
-        // Leftovers of an error, or of a layer that existed already; best effort.
-        if let Ok(layers) = fs::open_dir(self.layers_dir()) {
-            let _ = fs::remove_all(layers.as_fd(), &partial);
-        }
+        // Leftovers of an error, or of a layer that existed already.
+        self.remove_partial(&partial, &lock);
         made
+    }
+
+    /// Removes a partial layer's directory, unless it has become the layer: the name may be
+    /// somebody else's then, who unpacks into it. Best effort: an error before matters more, and
+    /// the next attempt clears the directory.
+    fn remove_partial(&self, partial: &Path, lock: &OwnedFd) {
+        if is_at(partial, lock).is_ok_and(|ours| ours)
+            && let Ok(layers) = fs::open_dir(self.layers_dir())
+        {
+            let _ = fs::remove_all(layers.as_fd(), partial);
+        }
     }
 
     fn make_imported(
@@ -403,10 +408,15 @@ fn lock_partial(path: &Path, waiting: impl FnOnce()) -> rustix::io::Result<Optio
         }
         result => result?,
     }
-    let ours = rustix::fs::fstat(&fd)?;
+    Ok(is_at(path, &fd)?.then_some(fd))
+}
+
+/// Whether `path` still names the directory of `fd`.
+fn is_at(path: &Path, fd: &OwnedFd) -> rustix::io::Result<bool> {
+    let ours = rustix::fs::fstat(fd)?;
     match rustix::fs::statat(rustix::fs::CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(there) if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino) => Ok(Some(fd)),
-        Ok(_) | Err(Errno::NOENT) => Ok(None),
+        Ok(there) => Ok((there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)),
+        Err(Errno::NOENT) => Ok(false),
         Err(error) => Err(error),
     }
 }
