@@ -1,7 +1,7 @@
 //! A registry in this process that serves given images and takes what is pushed, with an account
 //! and faults on demand, and counts requests.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -220,6 +220,11 @@ fn serve(connection: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 "application/json".into(),
                 tags(&state.lock().unwrap(), &path),
             ),
+            None if path == "/v2/_catalog" => (
+                200,
+                "application/json".into(),
+                repositories(&state.lock().unwrap()),
+            ),
             None if path == "/v2/" => (200, "application/json".into(), b"{}".to_vec()),
             None => (
                 404,
@@ -297,6 +302,16 @@ fn tags(state: &State, path: &str) -> Vec<u8> {
         .filter(|version| !version.starts_with("sha256:"))
         .collect();
     serde_json::json!({ "tags": tags }).to_string().into_bytes()
+}
+
+/// All names that have a manifest.
+fn repositories(state: &State) -> Vec<u8> {
+    let paths = state.content.keys();
+    let names = paths.filter_map(|path| path.strip_prefix("/v2/")?.split_once("/manifests/"));
+    let names: BTreeSet<&str> = names.map(|(name, _)| name).collect();
+    serde_json::json!({ "repositories": names })
+        .to_string()
+        .into_bytes()
 }
 
 fn base64(bytes: &[u8]) -> String {

@@ -47,7 +47,7 @@ fn names(images: &[&Listed]) -> (Vec<String>, Vec<String>) {
             Some(_) => digests.push(familiar),
             None => {
                 if let Some((name, _)) = familiar.rsplit_once(':') {
-                    digests.push(format!("{name}@{}", image.digest));
+                    digests.push(format!("{name}@{}", image.repo_digest));
                 }
                 tags.push(familiar);
             }

@@ -20,6 +20,7 @@ mod exec;
 mod failure;
 mod images;
 mod networks;
+mod registries;
 mod router;
 mod server;
 mod starts;

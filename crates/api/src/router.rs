@@ -11,6 +11,7 @@ use crate::exec;
 use crate::failure::{Failure, Result};
 use crate::images;
 use crate::networks;
+use crate::registries;
 use crate::system;
 use crate::transfer;
 use crate::volumes;
@@ -110,6 +111,8 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
         ("POST", ["commit"]) => changes::commit(state, call),
 
         ("GET", ["images", "json"]) => images::list(state, call),
+        ("GET", ["images", "search"]) => registries::search(call),
+        ("GET", ["distribution", name @ .., "json"]) => registries::describe(call, &name.join("/")),
         ("POST", ["images", "create"]) => transfer::create(state, call),
         ("POST", ["images", "load"]) => transfer::load(state, call),
         ("GET", ["images", "get"]) => transfer::save(state, call, None),
@@ -154,8 +157,7 @@ fn dispatch(state: &Shared, call: &mut Call) -> Result<Reply> {
                 message: "This node is not a swarm manager: hull has no swarms".to_owned(),
             })
         }
-        (_, ["plugins" | "session" | "grpc" | "distribution", ..])
-        | ("GET", ["images", "search"]) => Err(Failure::unsupported(format_args!(
+        (_, ["plugins" | "session" | "grpc", ..]) => Err(Failure::unsupported(format_args!(
             "{} of Docker's API",
             parts.join("/")
         ))),

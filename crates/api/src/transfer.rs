@@ -72,7 +72,7 @@ impl Login {
 }
 
 /// The credentials that a request carries. Those of the user who serves are not for others.
-fn credentials(call: &Call) -> Result<Credentials> {
+pub fn credentials(call: &Call) -> Result<Credentials> {
     let login: Option<Login> = header(call, "x-registry-auth")?;
     let account = login.map(|login| login.account()).transpose()?.flatten();
     Ok(match account {

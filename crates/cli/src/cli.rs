@@ -471,7 +471,7 @@ mod tests {
                 "--cpus: invalid number of CPUs \"-1\"",
             ),
             ("hull kill -s -9 c", "--signal: unknown signal \"-9\""),
-            ("hull search c", "not supported: hull search"),
+            ("hull swarm c", "not supported: hull swarm"),
             ("hull run --gpus all i", "not supported: --gpus"),
             (
                 "hull run --mount type=x i",

@@ -9,7 +9,7 @@ use crate::cli::Hull;
 use crate::error::Error;
 
 /// Commands that are elsewhere here.
-const ALIASES: [(&[&str], &[&str]); 20] = [
+const ALIASES: [(&[&str], &[&str]); 21] = [
     (&["images"], &["image", "ls"]),
     (&["pull"], &["image", "pull"]),
     (&["rmi"], &["image", "rm"]),
@@ -17,6 +17,7 @@ const ALIASES: [(&[&str], &[&str]); 20] = [
     (&["tag"], &["image", "tag"]),
     (&["history"], &["image", "history"]),
     (&["push"], &["image", "push"]),
+    (&["search"], &["image", "search"]),
     (&["save"], &["image", "save"]),
     (&["load"], &["image", "load"]),
     (&["image", "build"], &["build"]),
@@ -36,7 +37,7 @@ const ALIASES: [(&[&str], &[&str]); 20] = [
 ];
 
 /// Commands that are not here, and what can be done instead.
-const COMMANDS: [(&str, &str); 19] = [
+const COMMANDS: [(&str, &str); 18] = [
     ("buildx", "hull build builds an image from a Dockerfile"),
     (
         "builder",
@@ -47,7 +48,6 @@ const COMMANDS: [(&str, &str); 19] = [
         "hull api, and docker compose with DOCKER_HOST=unix:///run/hull/api.sock; or podman-compose \
          --podman-path /usr/bin/hull",
     ),
-    ("search", "registries have a search on their web pages"),
     ("prune", "hull system prune removes what nothing uses"),
     ("context", "hull works on this host only"),
     ("plugin", "there are no plugins"),

@@ -243,6 +243,7 @@ mod tests {
             reference: name.map(str::to_owned),
             id: digest,
             digest,
+            repo_digest: digest,
             created: Some("2024-01-01T00:00:00Z".to_owned()),
             size: 0,
             labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),

@@ -38,6 +38,7 @@ pub mod options;
 pub mod paths;
 pub mod publish;
 pub mod run;
+pub mod search;
 pub mod spec;
 pub mod supervise;
 pub mod time;

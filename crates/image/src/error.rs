@@ -19,6 +19,8 @@ pub enum Transfer {
     Pull,
     /// To a registry.
     Push,
+    /// Nowhere: it is only looked for.
+    Search,
 }
 
 impl std::fmt::Display for Transfer {
@@ -26,6 +28,7 @@ impl std::fmt::Display for Transfer {
         f.write_str(match self {
             Self::Pull => "pulled",
             Self::Push => "pushed",
+            Self::Search => "searched for",
         })
     }
 }

@@ -50,11 +50,18 @@ pub(crate) const TOKEN_ANSWER: u64 = 1 << 20;
 /// Longest body of an error that is read: one line of it is shown.
 pub(crate) const ERROR_BODY: u64 = 64 << 10;
 
-/// Most tags of a repository that are listed; more are an error. Large public ones have thousands.
-pub(crate) const TAGS: usize = 50_000;
+/// Most tags of a repository, or repositories of a registry, that are listed; more are an error.
+/// Large public repositories have thousands of tags.
+pub(crate) const LISTED: usize = 50_000;
 
-/// Most answers that the list of a repository's tags may come in.
-pub(crate) const TAG_PAGES: usize = 1000;
+/// Most answers that such a list may come in.
+pub(crate) const LIST_PAGES: usize = 1000;
+
+/// Most results of a search, as in Docker.
+pub const SEARCH_RESULTS: usize = 100;
+
+/// Longest name and description of a result of a search, in characters; the rest is cut off.
+pub(crate) const SEARCH_TEXT: usize = 1000;
 
 /// Most redirects of one request. Registries redirect to a mirror and that to a CDN.
 pub(crate) const REDIRECTS: usize = 5;

@@ -164,6 +164,20 @@ pub(crate) enum Document {
     Index(Index),
 }
 
+impl Document {
+    /// Its media type, for which OCI documents may leave out the field. `bytes` are its own.
+    pub(crate) fn media_type(&self, bytes: &[u8]) -> String {
+        let shape: Option<Shape> = serde_json::from_slice(bytes).ok();
+        let usual = match self {
+            Self::Manifest(_) => OCI_MANIFEST,
+            Self::Index(_) => OCI_INDEX,
+        };
+        let written = shape.and_then(|shape| shape.media_type);
+        let written = written.filter(|text| !text.is_empty());
+        written.unwrap_or_else(|| usual.to_owned())
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Shape {

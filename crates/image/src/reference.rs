@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::error::Error;
 
 /// The registry of names without one, as in Docker.
-const DEFAULT_REGISTRY: &str = "docker.io";
+pub(crate) const DEFAULT_REGISTRY: &str = "docker.io";
 /// Longest name that registries accept, without tag and digest.
 const MAX_NAME: usize = 255;
 
@@ -99,6 +99,31 @@ impl RegistryReference {
             repository: String::new(),
             version: Version::Tag(String::new()),
             written: text.to_owned(),
+        })
+    }
+
+    /// Where to search and what for: `[REGISTRY/]TEXT`. The text is the repository, which need not
+    /// be one.
+    pub(crate) fn of_search(text: &str) -> Result<Self, Error> {
+        let invalid = |reason: &str| Error::InvalidReference {
+            reference: text.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let (registry, term) = match text.split_once('/') {
+            Some((host, term)) if is_host(host) => (host, term),
+            _ => (DEFAULT_REGISTRY, text),
+        };
+        let term = term.trim();
+        if term.is_empty() {
+            return Err(invalid("there is nothing to search for"));
+        }
+        if text.len() > MAX_NAME {
+            return Err(invalid(&format!("it is longer than {MAX_NAME} characters")));
+        }
+        Ok(Self {
+            repository: term.to_owned(),
+            written: text.to_owned(),
+            ..Self::of_registry(registry)?
         })
     }
 

@@ -438,6 +438,18 @@ fn images_are_pulled_and_pushed_with_progress() {
     let missing = format!("{}/some/nothing:1", registry.address);
     let (status, answer) = api.ask("POST", &format!("/images/create?fromImage={missing}"), "");
     assert_eq!(status, 404, "{answer}");
+    let term = format!("{}/busy", registry.address);
+    let found = docker(&["search", "--format", "{{.Name}}", &term])
+        .ok()
+        .text();
+    assert_eq!(found, name.trim_end_matches(":1"));
+    let (status, described) = api.ask("GET", &format!("/distribution/{name}/json"), "");
+    assert_eq!(status, 200, "{described}");
+    let digest = described["Descriptor"]["digest"].as_str().unwrap();
+    assert!(pushed.contains(digest), "{pushed}");
+    assert_eq!(described["Platforms"][0]["os"], "linux");
+    let (status, answer) = api.ask("GET", &format!("/distribution/{missing}/json"), "");
+    assert_eq!(status, 404, "{answer}");
     docker(&["rmi", &name]).ok();
     api.assert_clean();
 }

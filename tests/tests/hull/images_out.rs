@@ -403,6 +403,90 @@ fn the_history_of_an_image_is_shown_newest_first() {
         .text();
     assert_eq!(ids.lines().next().unwrap(), id(&hull, "app:1"));
     assert_eq!(ids.lines().count(), 3);
+    let template = "{{.Size}} {{.CreatedBy}} ({{.Comment}})";
+    let lines = hull
+        .hull(["history", "--human=false", "--format", template, "app:1"])
+        .run()
+        .ok()
+        .text();
+    let size = json[0]["size"].as_u64().unwrap();
+    let newest = format!("{size} RUN echo layer two (the second)");
+    assert_eq!(lines.lines().next(), Some(newest.as_str()));
+}
+
+#[test]
+fn a_registry_is_searched_for_images() {
+    let hull = with_image("app:1");
+    let registry = Registry::new();
+    let host = &registry.address;
+    for name in ["team/web", "team/website", "db"] {
+        let target = format!("{host}/{name}");
+        hull.hull(["tag", "app:1", &target]).run().ok();
+        hull.hull(["push", "-q", &target]).run().ok();
+    }
+    let search = |options: &[&str], term: &str| {
+        let term = format!("{host}/{term}");
+        hull.hull(["search"]).args(options).arg(&term).run()
+    };
+    let names = search(&["--format", "{{.Name}}"], "web").ok().text();
+    assert_eq!(names, format!("{host}/team/web\n{host}/team/website"));
+    let table = search(&["--limit", "1"], "web").ok().text();
+    assert_eq!(table.lines().count(), 2, "{table}");
+    assert!(table.starts_with("NAME "), "{table}");
+    // A name that was found can be pulled.
+    hull.hull(["pull", "-q", table.split_whitespace().nth(4).unwrap()])
+        .run()
+        .ok();
+    let none = search(&["--filter", "stars=1", "--json"], "web")
+        .ok()
+        .json();
+    assert_eq!(none, serde_json::json!([]));
+    assert_eq!(
+        search(&["-f", "is-official=false"], "nothing")
+            .ok()
+            .text()
+            .lines()
+            .count(),
+        1
+    );
+    search(&["--limit", "0"], "web").fails(125, &["--limit", "from 1 to 100"]);
+    search(&["-f", "name=x"], "web").fails(125, &["name=x", "stars="]);
+    search(&[], "").fails(125, &["nothing to search for"]);
+    hull.hull(["search", "localhost:1/web"]).run().fails(
+        125,
+        &[
+            "localhost:1/web",
+            "cannot be searched for",
+            "cannot be reached",
+        ],
+    );
+}
+
+#[test]
+fn an_image_of_a_list_has_the_lists_digest_in_its_registry() {
+    let hull = Hull::empty();
+    let registry = Registry::new();
+    let reference = registry.push_list("app", "multi", &[(architecture(), &two_layers())]);
+    hull.hull(["pull", "-q", &reference]).run().ok();
+    let digests = hull
+        .hull([
+            "image",
+            "inspect",
+            "-f",
+            "{{index .RepoDigests 0}}",
+            &reference,
+        ])
+        .run()
+        .ok()
+        .text();
+    let (name, digest) = digests.split_once('@').unwrap();
+    assert_eq!(name, format!("{}/app", registry.address));
+    let listed = hull.hull(["images", "--digests"]).run().ok().text();
+    assert!(listed.contains(digest), "{listed}");
+    // By this digest the registry has it, and so it is found here.
+    hull.hull(["rmi", &reference]).run().ok();
+    hull.hull(["pull", "-q", &digests]).run().ok();
+    hull.hull(["image", "exists", &digests]).run().ok();
 }
 
 #[test]

@@ -34,7 +34,7 @@ impl Names {
                     }
                 }
             };
-            let digest = format!("{repository}@{}", listed.digest);
+            let digest = format!("{repository}@{}", listed.repo_digest);
             // An image that came from a file has no digest in a registry.
             let is_remote = matches!(reference, Reference::Registry(_));
             if is_remote && !names.digests.contains(&digest) {

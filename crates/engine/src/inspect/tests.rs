@@ -286,11 +286,12 @@ fn an_image_has_its_names_and_the_digests_of_its_layers() {
         reference: reference.map(str::to_owned),
         id: hull_image::Digest::of(b"id"),
         digest: hull_image::Digest::of(b"manifest"),
+        repo_digest: hull_image::Digest::of(b"list"),
         created: None,
         size: 1,
         labels: Default::default(),
     };
-    let digest = hull_image::Digest::of(b"manifest");
+    let digest = hull_image::Digest::of(b"list");
     let all = [
         listed(Some("docker.io/library/busybox:1")),
         listed(Some("docker.io/library/busybox:2")),

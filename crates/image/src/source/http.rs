@@ -25,7 +25,7 @@ use crate::credentials::Auth;
 use crate::digest::Digest;
 use crate::limits::{ERROR_BODY, REDIRECTS};
 use crate::manifest::{ACCEPTED, MAX_DOCUMENT};
-use crate::reference::RegistryReference;
+use crate::reference::{DEFAULT_REGISTRY, RegistryReference};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout while a registry sends nothing.
@@ -68,6 +68,8 @@ pub(super) enum Access {
     Push,
     /// Nothing but finding out whether the registry takes the credentials.
     Login,
+    /// Finding repositories.
+    Search,
 }
 
 impl Access {
@@ -77,6 +79,8 @@ impl Access {
             Self::Pull => Some(format!("repository:{repository}:pull")),
             Self::Push => Some(format!("repository:{repository}:pull,push")),
             Self::Login => None,
+            // Distribution's scope of the list of repositories.
+            Self::Search => Some("registry:catalog:*".to_owned()),
         }
     }
 }
@@ -111,9 +115,10 @@ impl Http {
         }
         let client = builder.build().map_err(|error| error.to_string())?;
         let scheme = if local { "http" } else { "https" };
-        let host = match name.registry.as_str() {
-            "docker.io" => "registry-1.docker.io",
-            host => host,
+        let host = match (name.registry.as_str(), access) {
+            (DEFAULT_REGISTRY, Access::Search) => "index.docker.io",
+            (DEFAULT_REGISTRY, _) => "registry-1.docker.io",
+            (host, _) => host,
         };
         let registry = Url::parse(&format!("{scheme}://{host}/"))
             .map_err(|error| format!("\"{host}\" is no host: {error}"))?;
@@ -178,6 +183,26 @@ impl Http {
         whole(request).await
     }
 
+    /// A document of the registry that needs no account, or else one that does.
+    pub(super) async fn open_document(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+    ) -> Result<Vec<u8>, Failure> {
+        let mut url = self.join(path)?;
+        url.query_pairs_mut().extend_pairs(query);
+        let request = async {
+            let response = self.follow(&Method::GET, url.clone(), &[], None).await?;
+            let response = match response.status() {
+                StatusCode::UNAUTHORIZED => self.request_at(Method::GET, url, &[]).await?,
+                status if status.is_success() => response,
+                status => return Err(refusal(status, response).await),
+            };
+            read(response, MAX_DOCUMENT).await?.ok_or(Failure::TooLarge)
+        };
+        whole(request).await
+    }
+
     /// The first `size` bytes of a small blob, and one more if it has more.
     pub(super) async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Vec<u8>, Failure> {
         let request = async {
@@ -212,7 +237,7 @@ impl Http {
         self.join(&format!("v2/{}/{path}", self.repository))
     }
 
-    fn join(&self, path: &str) -> Result<Url, Failure> {
+    pub(super) fn join(&self, path: &str) -> Result<Url, Failure> {
         let url = self.registry.join(path);
         url.map_err(|error| Failure::Refused(format!("no URL: {error}")))
     }

@@ -13,11 +13,12 @@ use futures_util::StreamExt;
 
 use super::download;
 use super::http::{Access, Failure, Http};
+use super::remote::RemoteImage;
 use crate::config;
 use crate::credentials::{Credentials, Found};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Transfer, check_digest};
-use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
+use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest, Platform};
 use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
@@ -184,6 +185,7 @@ impl<'a> Session<'a> {
         let transfer = match access {
             Access::Push => Transfer::Push,
             Access::Pull | Access::Login => Transfer::Pull,
+            Access::Search => Transfer::Search,
         };
         let failed = |reason: String| Error::Registry {
             reference: name.written().to_owned(),
@@ -303,6 +305,39 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// What the name stands for in the registry.
+    pub(super) async fn describe(&self) -> Result<RemoteImage> {
+        let written = self.name.written();
+        let (digest, bytes) = self.manifest(&self.name.version).await?;
+        let size = bytes.len() as u64;
+        let document = manifest::parse(written, &bytes)?;
+        let media_type = document.media_type(&bytes);
+        let platforms = match document {
+            Document::Index(index) => {
+                let platforms = index
+                    .manifests
+                    .into_iter()
+                    .filter_map(|entry| entry.platform);
+                platforms.collect()
+            }
+            Document::Manifest(image) => {
+                let config = self.config(&image.config).await?;
+                let config = config::parse(written, &config, image.layers.len())?.config;
+                vec![Platform {
+                    os: config.os,
+                    architecture: config.architecture,
+                    variant: config.variant,
+                }]
+            }
+        };
+        Ok(RemoteImage {
+            media_type,
+            digest,
+            size,
+            platforms,
+        })
+    }
+
     async fn plan(
         &self,
         store: &Store,
@@ -397,7 +432,9 @@ impl<'a> Session<'a> {
             }
             Failure::Transport(error) => self.failed(format!("{what}: {}", root_cause(&error))),
             Failure::Slow => unreachable(match self.transfer {
-                Transfer::Pull => format!("it takes too long to send the {what}"),
+                Transfer::Pull | Transfer::Search => {
+                    format!("it takes too long to send the {what}")
+                }
                 Transfer::Push => format!("it takes too long to receive the {what}"),
             }),
             Failure::TooLarge => {

@@ -87,6 +87,9 @@ pub struct Listed {
     pub id: Digest,
     /// Digest of the manifest.
     pub digest: Digest,
+    /// Digest by which its registry knows the name: of the manifest list that the image was chosen
+    /// from, or else of the manifest.
+    pub repo_digest: Digest,
     /// When it was created, as RFC 3339.
     pub created: Option<String>,
     /// Bytes in the files of all its layers.
@@ -266,10 +269,13 @@ impl Store {
                 Err(error) => damages.push(error),
             }
         }
-        let listed = |record: &Record, reference: Option<&String>| Listed {
-            reference: reference.cloned(),
+        let listed = |record: &Record, named: Option<(&String, &Named)>| Listed {
+            reference: named.map(|(name, _)| name.clone()),
             id: record.id,
             digest: record.manifest,
+            repo_digest: named
+                .and_then(|(_, named)| named.index)
+                .unwrap_or(record.manifest),
             created: record.created.clone(),
             size: record.size,
             labels: record.config.labels.clone(),
@@ -279,7 +285,7 @@ impl Store {
             let record = records
                 .iter()
                 .find(|record| record.manifest == named.manifest);
-            list.extend(record.map(|record| listed(record, Some(name))));
+            list.extend(record.map(|record| listed(record, Some((name, named)))));
         }
         for record in &records {
             if references

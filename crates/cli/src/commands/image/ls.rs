@@ -76,7 +76,7 @@ fn listed_object(image: &Listed) -> Value {
     json!({
         "reference": image.reference,
         "id": image.id.to_string(),
-        "digest": image.digest.to_string(),
+        "digest": image.repo_digest.to_string(),
         "created": image.created,
         "size": image.size,
         "labels": image.labels,
@@ -123,7 +123,7 @@ fn row(image: &Listed, no_trunc: bool) -> Row {
         .field("ID", id(image, no_trunc))
         .field("Repository", name)
         .field("Tag", tag)
-        .field("Digest", image.digest.to_string())
+        .field("Digest", image.repo_digest.to_string())
         .field("CreatedSince", age(image))
         .field(
             "CreatedAt",
@@ -154,7 +154,7 @@ fn table(list: &[Listed], args: &Args) -> Table {
         let created = age(image);
         let (id, size) = (id(image, args.no_trunc), output::decimal_size(image.size));
         match args.digests {
-            true => table.row([name, tag, image.digest.to_string(), id, created, size]),
+            true => table.row([name, tag, image.repo_digest.to_string(), id, created, size]),
             false => table.row([name, tag, id, created, size]),
         }
     }

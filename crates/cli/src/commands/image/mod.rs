@@ -4,6 +4,7 @@ mod archive;
 mod history;
 pub mod ls;
 mod push;
+mod search;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -86,6 +87,8 @@ enum Command {
     Load(archive::LoadArgs),
     /// Show the steps that an image was made by
     History(history::Args),
+    /// Search a registry for images
+    Search(search::Args),
     /// List images
     #[command(visible_alias = "list")]
     Ls(ls::Args),
@@ -173,6 +176,7 @@ pub fn execute(args: Args) -> Result<u8> {
         Command::Save(args) => archive::save(&config, &args)?,
         Command::Load(args) => archive::load(&config, &args)?,
         Command::History(args) => history::execute(&config, &args)?,
+        Command::Search(args) => search::execute(&args)?,
         Command::Ls(args) => ls::execute(&config, &args)?,
         Command::Rm {
             force,
