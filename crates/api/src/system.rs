@@ -86,7 +86,7 @@ pub fn info(state: &Shared) -> Result<Reply> {
     for (key, value) in [
         (
             "Plugins",
-            json!({"Volume": ["local"], "Network": ["bridge", "null"], "Log": ["json-file", "local", "none"]}),
+            json!({"Volume": ["local"], "Network": ["bridge", "null"], "Log": ["json-file", "local", "journald", "none"]}),
         ),
         (
             "Swarm",

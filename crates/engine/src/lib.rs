@@ -31,6 +31,7 @@ pub mod install;
 pub mod lifecycle;
 pub mod listing;
 pub mod log;
+pub mod logging;
 pub mod names;
 pub mod network;
 pub mod networks;

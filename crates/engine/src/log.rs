@@ -20,6 +20,8 @@ pub struct Lines {
     timestamps: bool,
     /// What lines begin with, before their times.
     pub prefix: String,
+    /// What lines begin with, after their times.
+    pub details: String,
     /// Lines that are not shown.
     pub skip: usize,
     /// Lines begun so far.
@@ -42,6 +44,7 @@ impl Lines {
             until,
             timestamps,
             prefix: String::new(),
+            details: String::new(),
             skip: 0,
             begun: 0,
             streams: Default::default(),
@@ -80,6 +83,9 @@ impl Lines {
                     text.extend_from_slice(time::format_rfc3339(i128::from(entry.time)).as_bytes());
                     text.push(b' ');
                 }
+                if line.shown {
+                    text.extend_from_slice(self.details.as_bytes());
+                }
             }
             line.open = !piece.ends_with(b"\n");
             if line.shown {
@@ -88,6 +94,34 @@ impl Lines {
         }
         text
     }
+}
+
+/// What is kept beside each line of a container, as `logs --details` shows it: labels, variables and
+/// a tag, if its log options name some, and a space.
+///
+/// # Errors
+/// The container's spec cannot be read.
+pub fn details(container: &Container) -> Result<String> {
+    let details = &container.record.details;
+    let Some(options) = &details.options else {
+        return Ok(String::new());
+    };
+    let spec = container::config(&container.directory)?;
+    let environment: Vec<String> = spec["process"]["env"]
+        .as_array()
+        .map(|all| {
+            all.iter()
+                .filter_map(|one| one.as_str().map(str::to_owned))
+                .collect()
+        })
+        .unwrap_or_default();
+    let id = &container.record.id;
+    let attributes = options.log.attributes(id, details, &environment);
+    let pairs: Vec<String> = attributes
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    Ok(pairs.join(",") + " ")
 }
 
 /// Tells when there is new output, or the container has ended.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exact;
 use crate::health;
+use crate::logging::LogOptions;
 use crate::names;
 use crate::network::NetworkOptions;
 use crate::paths::Paths;
@@ -17,7 +18,7 @@ use crate::publish;
 use crate::run::check_length;
 use crate::spec;
 use crate::spec::seccomp::{Profile, Seccomp};
-use crate::values::{CpuList, LogOptions, Machine, Restart, SecurityOption, Ulimit};
+use crate::values::{CpuList, Machine, Restart, SecurityOption, Ulimit};
 use crate::volumes::{self, Source, Tmpfs, Volume};
 
 /// What a user asks for.

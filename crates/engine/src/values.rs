@@ -341,41 +341,6 @@ pub fn cpu_list(text: &str) -> Result<CpuList, String> {
     Ok(CpuList(cpus.into_iter().collect()))
 }
 
-/// What is kept of a container's output.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct LogOptions {
-    /// Nothing.
-    pub off: bool,
-    /// Most bytes; as the configuration says if absent.
-    pub max_size: Option<u64>,
-}
-
-/// Docker's name of a way to keep output: whether it is kept.
-pub fn log_driver(text: &str) -> Result<bool, String> {
-    match text {
-        "" | "json-file" | "local" => Ok(true),
-        "none" => Ok(false),
-        _ => Err(format!(
-            "not supported: log driver {text:?}; hull keeps output itself (json-file, local) or \
-             not (none)"
-        )),
-    }
-}
-
-/// An option of the log: `max-size=10m`, its size in bytes.
-pub fn log_option(text: &str) -> Result<u64, String> {
-    match text.split_once('=') {
-        Some(("max-size", value)) => match size(value)? {
-            0 => Err("max-size: a log has a size; --log-driver none keeps none".to_owned()),
-            size => Ok(size),
-        },
-        _ => Err(format!(
-            "not supported: log option {text:?}; there is max-size=SIZE"
-        )),
-    }
-}
-
 /// A stream of the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum StreamName {

@@ -445,6 +445,10 @@ pub struct ContainerConfig {
     /// Process that stands for its init on the host.
     #[serde(default)]
     pub keeper: Option<i32>,
+    /// Fields, names and values, of its output's lines in the host's journal; nothing goes there
+    /// if absent. With [`Stdio::Hub`] only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<Vec<(String, String)>>,
     /// Kernel parameters of the guest's own network.
     #[serde(default)]
     pub sysctl: BTreeMap<String, String>,
@@ -476,6 +480,7 @@ impl ContainerConfig {
             stdio: Stdio::Null,
             start: true,
             keeper: None,
+            journal: None,
             sysctl: BTreeMap::new(),
             files: Vec::new(),
             joins: Vec::new(),

@@ -21,6 +21,7 @@ mod disks;
 pub mod error;
 pub mod events;
 mod guest;
+pub mod journal;
 #[cfg(test)]
 mod lifecycle_tests;
 pub mod log;

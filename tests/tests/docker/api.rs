@@ -728,7 +728,7 @@ fn what_has_no_meaning_in_a_machine_is_refused_by_name() {
         (&["--link", "some:other"], "--link"),
         (&["--volume-driver", "nfs", "-v", "v:/v"], "nfs"),
         (&["--log-driver", "syslog"], "syslog"),
-        (&["--log-opt", "tag=x"], "tag"),
+        (&["--log-opt", "tag={{.Nothing}}"], "tag"),
         (&["--cgroup-parent", "/x"], "CgroupParent"),
         (&["--cpuset-mems", "0"], "CpusetMems"),
         (

@@ -15,6 +15,7 @@ mod guest_kernel;
 mod images;
 mod images_out;
 mod install_engines;
+mod journal;
 mod kvm;
 mod lasting;
 mod limits;

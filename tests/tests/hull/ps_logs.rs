@@ -333,8 +333,35 @@ fn output_is_kept_as_asked_for() {
     assert!(output.text().ends_with("\n100000"));
     hull.run(&["--log-driver", "syslog"], &["true"])
         .fails(125, &["not supported: log driver \"syslog\""]);
-    hull.run(&["--log-opt", "max-file=3"], &["true"])
-        .fails(125, &["not supported: log option \"max-file=3\""]);
+    hull.run(&["--log-opt", "labels-regex=x"], &["true"])
+        .fails(125, &["not supported: log option \"labels-regex=x\""]);
+}
+
+#[test]
+fn logs_show_what_is_kept_beside_lines() {
+    let hull = Hull::new();
+    let kept = [
+        "--log-opt",
+        "labels=role",
+        "--log-opt",
+        "env=PLACE",
+        "--log-opt",
+        "tag={{.Name}}",
+        "--log-opt",
+        "max-file=3",
+    ];
+    let own = ["--label", "role=front", "-e", "PLACE=here"];
+    let container = hull.start(&[&kept[..], &own].concat(), &["sh", "-c", "echo a; echo b"]);
+    assert_eq!(container.wait(), 0);
+    let details = hull
+        .hull(["logs", "--details", &container.name])
+        .run()
+        .ok()
+        .text();
+    let each = format!("PLACE=here,role=front,tag={}", container.name);
+    assert_eq!(details, format!("{each} a\n{each} b"));
+    let config = container.inspect()["HostConfig"]["LogConfig"]["Config"].clone();
+    assert_eq!(config["tag"], "{{.Name}}");
 }
 
 #[test]

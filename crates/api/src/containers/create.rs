@@ -6,6 +6,7 @@ use std::ffi::{OsStr, OsString};
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::{Error, of_image};
 use hull_engine::images::of_local;
+use hull_engine::logging::LogOptions;
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
 use hull_engine::run::Run;
@@ -86,17 +87,9 @@ impl Asked {
                 words => Some(Value::from(words).to_string().into()),
             },
         };
-        let log = match host.log_config.r#type.as_str() {
-            "" => false,
-            driver => !parse(driver, values::log_driver)?,
-        };
-        for option in host.log_config.config.keys() {
-            // Of the output the newest part is kept, in two files.
-            if !matches!(option.as_str(), "max-size" | "max-file" | "mode") {
-                return Err(Failure::unsupported(format_args!("log option {option}")));
-            }
-        }
-        let max_size = host.log_config.config.get("max-size");
+        let log = &host.log_config;
+        let options = log.config.iter().map(|(key, value)| (&key[..], &value[..]));
+        let log = LogOptions::parse(&log.r#type, options).map_err(Failure::bad)?;
         let limits = host.ulimits.iter().map(|limit| {
             let text = format!("{}={}:{}", limit.name, limit.soft, limit.hard);
             parse(&text, values::ulimit)
@@ -137,10 +130,7 @@ impl Asked {
             stop_signal: parse_given(&self.stop_signal, values::signal_name)?,
             labels: self.labels.into_iter().collect(),
             annotations: host.annotations.clone().into_iter().collect(),
-            log: values::LogOptions {
-                off: log,
-                max_size: max_size.map(|size| parse(size, values::size)).transpose()?,
-            },
+            log,
             memory: positive(host.memory),
             memory_swap: Some(host.memory_swap).filter(|both| *both != 0),
             host_cpus: parse_given(&host.cpuset_cpus, values::cpu_list)?.unwrap_or_default(),

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 
 use hull_engine::container::{self, Container};
 use hull_engine::error::{Context, Error};
-use hull_engine::log::{Followed, Follower, Lines};
+use hull_engine::log::{self, Followed, Follower, Lines};
 use hull_engine::time;
 use hull_engine::values;
 use hull_sandbox::log::{Reader, Stream};
@@ -115,6 +115,9 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
         streams,
         framed: !details.terminal,
     };
+    if query.flag("details") {
+        wanted.lines.details = log::details(&container)?;
+    }
     let tail = values::tail(query.get("tail").unwrap_or("all")).map_err(Failure::bad)?;
     // Watch before reading, so that no output is missed.
     let is_over = until.is_some_and(|until| until <= time::now());
@@ -129,19 +132,13 @@ pub fn logs(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     {
         let mut counted = Wanted {
             lines: Lines::new(since, until, false),
+            streams,
             framed: false,
-            ..wanted
         };
         counted
             .pass(&mut counter, &mut io::sink())
             .context(|| "read the output")?;
-        let begun = counted.lines.begun;
-        wanted = Wanted {
-            lines: Lines::new(since, until, query.flag("timestamps")),
-            framed: !details.terminal,
-            ..counted
-        };
-        wanted.lines.skip = begun.saturating_sub(most);
+        wanted.lines.skip = counted.lines.begun.saturating_sub(most);
     }
     let reader = open(&container)?;
     let kind = kind(details.terminal);

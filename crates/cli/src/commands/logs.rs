@@ -33,6 +33,9 @@ pub struct Args {
     /// Begin each line with its time
     #[arg(short, long)]
     timestamps: bool,
+    /// Begin each line with what --log-opt keeps beside it: labels, variables, a tag
+    #[arg(long)]
+    details: bool,
     /// Begin each line with the container's name
     #[arg(long)]
     names: bool,
@@ -84,6 +87,9 @@ fn show(args: &Args, paths: &Paths, name: &str) -> Result<u8> {
     let mut lines = Lines::new(args.since, args.until, args.timestamps);
     if args.names {
         lines.prefix = format!("{name} ");
+    }
+    if args.details {
+        lines.details = hull_engine::log::details(&container)?;
     }
     // Watch before reading, so that no output is missed.
     let follower = match args.follow && container.status.state != State::Stopped {

@@ -14,13 +14,13 @@ use hull_engine::container::{self, Removing};
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::of_image;
 use hull_engine::health;
+use hull_engine::logging::LogOptions;
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
 use hull_engine::publish::{self, HostAddress, Ports};
 use hull_engine::run::{self, Run, Started, sandbox_timings};
 use hull_engine::values::{
-    self, CpuList, DetachKeys, LogOptions, Machine, Network, Pull, Restart, SecurityOption,
-    StreamName, Ulimit,
+    self, CpuList, DetachKeys, Machine, Network, Pull, Restart, SecurityOption, StreamName, Ulimit,
 };
 use hull_engine::volumes::{self, Mount, Tmpfs, Volume};
 use hull_image::{HealthCheck, Hold, Image};
@@ -146,12 +146,19 @@ pub struct ContainerArgs {
     /// Set an annotation, for programs that read the specification
     #[arg(long, value_name = "KEY[=VALUE]", value_parser = values::label)]
     annotation: Vec<(String, String)>,
-    /// Keep the output for hull logs (json-file or local), or do not (none)
-    #[arg(long, value_name = "DRIVER", value_parser = values::log_driver)]
-    log_driver: Option<bool>,
-    /// Most that is kept of the output, as max-size=SIZE
-    #[arg(long, value_name = "max-size=SIZE", value_parser = values::log_option)]
-    log_opt: Option<u64>,
+    /// Keep the output for hull logs (json-file or local), give it to the host's journal as well
+    /// (journald), or do not keep it (none)
+    #[arg(
+        long,
+        value_name = "DRIVER",
+        default_value = "",
+        hide_default_value = true
+    )]
+    log_driver: String,
+    /// How output is kept: max-size=SIZE, and what is kept beside it: tag=TEXT, labels=NAME,…,
+    /// env=NAME,…
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::label)]
+    log_opt: Vec<(String, String)>,
 
     /// Memory limit, like 512m
     #[arg(short, long, value_name = "SIZE", value_parser = values::memory, allow_negative_numbers = true)]
@@ -386,6 +393,11 @@ impl ContainerArgs {
         if let Some(name) = name.as_ref().filter(|_| self.replace) {
             replace(&config.paths(), name)?;
         }
+        let log_options = self
+            .log_opt
+            .iter()
+            .map(|(key, value)| (&key[..], &value[..]));
+        let log = LogOptions::parse(&self.log_driver, log_options);
         let (publish_all, expose) = (self.network.publish_all, self.network.expose.clone());
         Ok(RunOptions {
             image,
@@ -414,10 +426,7 @@ impl ContainerArgs {
             memory_swap: self.memory_swap.filter(|both| *both != 0),
             host_cpus: self.cpuset_cpus.unwrap_or_default(),
             annotations: self.annotation,
-            log: LogOptions {
-                off: self.log_driver == Some(false),
-                max_size: self.log_opt,
-            },
+            log: log.map_err(Error::invalid)?,
             stop_timeout: self.stop_timeout,
             expose,
             publish_all,

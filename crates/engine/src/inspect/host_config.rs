@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::container::Known;
 use super::{extend, list};
 use crate::publish::{HOST_GATEWAY, HostAddress};
-use crate::values::{LogOptions, Restart, SecurityOption};
+use crate::values::{Restart, SecurityOption};
 use crate::volumes::{Source, Volume};
 
 pub(super) fn host_config(known: &Known<'_>) -> Value {
@@ -42,7 +42,7 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
         .map(|size| json!({"size": size.to_string()}));
     let mut asked = json!({
         "Binds": list(options.volumes.iter().filter_map(|volume| bind(known, volume))),
-        "LogConfig": log_config(options.log),
+        "LogConfig": options.log.object(),
         "NetworkMode": known.details.network,
         "PortBindings": port_bindings(known),
         "RestartPolicy": restart_policy(options.restart),
@@ -78,14 +78,6 @@ pub(super) fn host_config(known: &Known<'_>) -> Value {
     });
     extend(&mut asked, not_there());
     asked
-}
-
-fn log_config(log: LogOptions) -> Value {
-    let mut config = Map::new();
-    if let Some(size) = log.max_size {
-        config.insert("max-size".to_owned(), json!(size.to_string()));
-    }
-    json!({"Type": if log.off { "none" } else { "json-file" }, "Config": config})
 }
 
 fn restart_policy(policy: Restart) -> Value {

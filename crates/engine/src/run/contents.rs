@@ -1,5 +1,6 @@
 //! What a container is made of: its spec, its shares, and files of its own.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -244,6 +245,7 @@ impl Run<'_> {
             },
             start: true,
             keeper: None,
+            journal: self.journal(&spec::environment(&container, &image.config))?,
             sysctl: built.network_sysctl,
             // Known when the network is.
             files: Vec::new(),
@@ -256,6 +258,20 @@ impl Run<'_> {
             }),
         };
         Ok((text, config))
+    }
+
+    /// What its lines in the host's journal have, if they go there.
+    fn journal(&self, environment: &[OsString]) -> Result<Option<Vec<(String, String)>>> {
+        let log = &self.options.log;
+        let Some(known) = log.journal.then(|| self.paths.container(&self.id)) else {
+            return Ok(None);
+        };
+        let details = Container::load(&known)?.map(|known| known.record.details);
+        let environment: Vec<String> = environment
+            .iter()
+            .map(|variable| variable.to_string_lossy().into_owned())
+            .collect();
+        log.journal_fields(&self.id, &details.unwrap_or_default(), &environment)
     }
 
     /// The links that lead to the container.

@@ -330,6 +330,7 @@ impl Making<'_> {
                 },
                 start: false,
                 keeper: Some(keeper),
+                journal: None,
                 sysctl: plan.sysctl.clone(),
                 files: Vec::new(),
                 joins: plan.joins.clone(),

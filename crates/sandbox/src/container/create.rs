@@ -17,6 +17,7 @@ use crate::events::EventKind;
 use crate::guest::agent::NewContainer;
 use crate::guest::hub::{Carriers, Hub};
 use crate::guest::streams;
+use crate::journal::Journal;
 use crate::log;
 use crate::process::Process;
 use crate::sandbox::{Ready, Sandbox};
@@ -105,7 +106,8 @@ impl Sandbox {
                             .context(|| format!("open the log of container {}", config.id))?,
                     ),
                 };
-                Some(Hub::new(log, terminal, stdin_stays))
+                let journal = config.journal.as_deref().map(Journal::new).transpose()?;
+                Some(Hub::new(log, journal, terminal, stdin_stays))
             }
             Stdio::Null | Stdio::Handover { .. } => None,
         };

@@ -1,5 +1,5 @@
-//! The streams of an init that nobody but the sandbox has: output goes to a log and to every client
-//! that is attached, input comes from clients.
+//! The streams of an init that nobody but the sandbox has: output goes to a log, to the host's
+//! journal if that is wanted, and to every client that is attached; input comes from clients.
 //!
 //! A client has one end of a socket for each stream. One that reads slowly slows the container
 //! down, as with Docker: nothing is lost and nothing piles up. One that has gone is forgotten at
@@ -17,6 +17,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 
 use crate::error::{Context, Result};
+use crate::journal::Journal;
 use crate::log::{self, Stream};
 
 /// Most bytes read from the guest at once.
@@ -43,6 +44,8 @@ struct Output {
     /// None is kept if absent.
     log: Option<log::Writer>,
     log_failed: bool,
+    /// Lines go there as well.
+    journal: Option<Journal>,
     clients: Vec<Client>,
     /// What writes to clients.
     writers: Vec<JoinHandle<()>>,
@@ -88,8 +91,13 @@ impl Carriers {
 }
 
 impl Hub {
-    /// A hub that writes a log, with no clients yet.
-    pub fn new(log: Option<log::Writer>, terminal: bool, input_stays: bool) -> Arc<Self> {
+    /// A hub that writes a log and to a journal, with no clients yet.
+    pub fn new(
+        log: Option<log::Writer>,
+        journal: Option<Journal>,
+        terminal: bool,
+        input_stays: bool,
+    ) -> Arc<Self> {
         Arc::new(Self {
             terminal,
             input_stays: terminal || input_stays,
@@ -97,6 +105,7 @@ impl Hub {
             output: Mutex::new(Output {
                 log,
                 log_failed: false,
+                journal,
                 clients: Vec::new(),
                 writers: Vec::new(),
                 finished: false,
@@ -161,6 +170,9 @@ impl Hub {
                 tracing::error!("cannot write the container's log: {error}");
             }
             Err(_) => {}
+        }
+        if let Some(journal) = &mut output.journal {
+            journal.append(stream, bytes).await;
         }
         if output.clients.is_empty() {
             return;
@@ -241,6 +253,9 @@ impl Hub {
     /// Ends the streams of all clients when they have read what there is.
     pub async fn finish(&self) {
         let mut output = self.output.lock().await;
+        if let Some(mut journal) = output.journal.take() {
+            journal.finish().await;
+        }
         output.finished = true;
         output.clients.clear();
     }
@@ -311,7 +326,7 @@ mod tests {
     async fn init() -> Init {
         let directory = tempfile::tempdir().unwrap();
         let log = log::Writer::open(Directory::open(directory.path()).unwrap(), 1 << 20);
-        let hub = Hub::new(Some(log.unwrap()), false, false);
+        let hub = Hub::new(Some(log.unwrap()), None, false, false);
         let (ours, guest): (Vec<_>, Vec<_>) = (0..3).map(|_| StdStream::pair().unwrap()).unzip();
         let streams = ours.into_iter().map(OwnedFd::from).collect();
         let carriers = hub.carry(streams).await.unwrap();
