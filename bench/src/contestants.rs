@@ -392,7 +392,7 @@ impl Running<'_> {
                     .args(["inspect", &self.name])
                     .output()?;
                 let state: Value = serde_json::from_slice(&output.stdout)?;
-                let processes = &state[0]["processes"];
+                let processes = &state[0]["Hull"]["processes"];
                 ["sandbox", "devices", "machine"]
                     .into_iter()
                     .map(|role| Ok((role, find(processes, role)?)))

@@ -421,7 +421,7 @@ impl Container<'_> {
 
     /// Its state in `hull inspect`.
     pub fn state(&self) -> String {
-        self.inspect()["state"]
+        self.inspect()["Hull"]["state"]
             .as_str()
             .expect("a state")
             .to_owned()
@@ -442,7 +442,7 @@ impl Container<'_> {
     ///
     /// The machine process is the one with the devices where there is no device process.
     pub fn host_process(&self, which: &str) -> Pid {
-        let processes = &self.inspect()["processes"];
+        let processes = &self.inspect()["Hull"]["processes"];
         let of = |which: &str| processes[which].as_i64().expect("a pid");
         let pid = match (which, of(which)) {
             ("devices", 0) => of("machine"),

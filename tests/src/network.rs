@@ -272,7 +272,10 @@ pub struct Traces {
 impl Traces {
     /// The traces of a running container on this bridge.
     pub fn of(container: &Container<'_>, bridge: &str) -> Traces {
-        let id = container.inspect()["id"].as_str().unwrap().to_owned();
+        let id = container.inspect()["Hull"]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
         let mac = container.sh("cat /sys/class/net/eth0/address").ok().text();
         // Sends something, so that the bridge learns its address.
         container

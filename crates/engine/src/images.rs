@@ -180,7 +180,7 @@ pub fn image_name(text: &str) -> Result<RegistryReference> {
 /// # Errors
 /// It is damaged.
 pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
-    let Some((image, document, docker)) = known(config, name)? else {
+    let Some((image, document, mut docker)) = known(config, name)? else {
         return Ok(None);
     };
     let mut object = json!({
@@ -195,8 +195,8 @@ pub fn inspect_object(config: &Config, name: &str) -> Result<Option<Value>> {
     if !document.is_null() {
         object["document"] = document;
     }
-    inspect::extend(&mut object, docker);
-    Ok(Some(object))
+    docker[inspect::OWN] = object;
+    Ok(Some(docker))
 }
 
 /// The same with Docker's keys only.

@@ -73,7 +73,7 @@ fn unknown_commands_and_options_get_the_nearest_known_one() {
 fn a_name_that_is_taken_is_told_with_its_owner() {
     let hull = Hull::new();
     let container = hull.sleeper();
-    let id = container.inspect()["id"].as_str().unwrap()[..12].to_owned();
+    let id = container.inspect()["Hull"]["id"].as_str().unwrap()[..12].to_owned();
     hull.run(&["--name", &container.name], &["true"])
         .fails(125, &[&container.name, "in use", &id])
         .hint("hull rm");
@@ -261,7 +261,10 @@ fn a_damaged_state_file_is_named_and_rm_mends_it() {
     let hull = Hull::new();
     let container = hull.start(&[], &["true"]);
     container.wait();
-    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let id = container.inspect()["Hull"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let state = hull.path("data/containers").join(&id).join("record.json");
     let whole = fs::read(&state).unwrap();
     fs::write(&state, &whole[..whole.len() / 2]).unwrap();

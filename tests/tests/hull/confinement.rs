@@ -158,7 +158,9 @@ fn processes_are_confined_as_documented(machine: &'static str) {
     let volume = format!("{}:/v", hull.scratch().display());
     let container = hull.start(&["-m", "64m", "-v", &volume], &["sleep", "1000"]);
     container.sh("ls /v; echo x >/x").ok();
-    let memory = container.inspect()["memory"].as_u64().expect("its memory");
+    let memory = container.inspect()["Hull"]["memory"]
+        .as_u64()
+        .expect("its memory");
     for process in ["sandbox", "devices", "machine"] {
         let pid = container.host_process(process).as_raw_nonzero().get();
         let documented = match (machine, process) {
@@ -331,7 +333,9 @@ fn limits(container: &Container<'_>, process: &str) -> [Option<String>; 4] {
 fn machine_and_devices_are_in_a_control_group_with_limits(machine: &'static str) {
     let hull = Hull::on(machine);
     let container = hull.start(&["-m", "64m"], &["sleep", "1000"]);
-    let memory = container.inspect()["memory"].as_u64().expect("its memory");
+    let memory = container.inspect()["Hull"]["memory"]
+        .as_u64()
+        .expect("its memory");
     if cgroup::below(&hull.cgroup_parent()).is_empty() {
         return left_out("control groups cannot be made here");
     }

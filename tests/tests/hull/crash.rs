@@ -36,7 +36,7 @@ fn stopped_within_a_second_of_killing(machine: &'static str, process: &str) {
         "the one who waited is told: {}",
         output.error()
     );
-    let exit = container.inspect()["exit"].clone();
+    let exit = container.inspect()["Hull"]["exit"].clone();
     assert_eq!(exit["status"], 125, "{exit}");
     assert!(
         exit["reason"]
@@ -84,7 +84,7 @@ fn a_guest_kernel_that_panics_stops_the_container_with_a_reason() {
     eventually("the container is stopped", Duration::from_secs(5), || {
         container.state() == "stopped"
     });
-    let exit = container.inspect()["exit"].clone();
+    let exit = container.inspect()["Hull"]["exit"].clone();
     assert_eq!(exit["status"], 125, "{exit}");
     assert!(
         exit["reason"]
@@ -93,7 +93,7 @@ fn a_guest_kernel_that_panics_stops_the_container_with_a_reason() {
         "{exit}"
     );
     // Its last words are kept until it is removed.
-    let console = container.inspect()["files"]["console"].clone();
+    let console = container.inspect()["Hull"]["files"]["console"].clone();
     let console = std::fs::read_to_string(console.as_str().unwrap()).unwrap();
     assert!(console.contains("Kernel panic"), "{console}");
     container.does("rm").ok();

@@ -53,7 +53,12 @@ fn pause_holds_everything_and_unpause_lets_it_go_on(machine: &'static str) {
         .fails(1, &["paused"])
         .hint("unpause");
     container.does("pause").fails(1, &["paused"]);
-    let logs = || container.inspect()["state"].as_str().unwrap().to_owned();
+    let logs = || {
+        container.inspect()["Hull"]["state"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
     assert_eq!(logs(), "paused");
     container.does("unpause").ok();
     let ticks = || {

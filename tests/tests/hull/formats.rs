@@ -250,7 +250,10 @@ fn what_is_asked_for_is_in_dockers_keys_of_a_running_container(machine: &'static
         &["sleep", "1000"],
     );
     let object = container.inspect();
-    assert_eq!(object["id"], object["Id"], "hull's own keys are there");
+    assert_eq!(
+        object["Hull"]["id"], object["Id"],
+        "hull's own keys are there"
+    );
     for (pointer, value) in [
         ("/Name", json!(format!("/{}", container.name))),
         ("/Path", json!("sleep")),
@@ -357,7 +360,10 @@ fn stats_events_version_and_info_take_templates() {
             "{{.Type}} {{.Action}} {{.Actor.ID}}",
         ],
     );
-    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let id = container.inspect()["Hull"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let started = format!("container start {id}");
     assert!(events.lines().any(|line| line == started), "{events}");
     let version = env!("CARGO_PKG_VERSION");

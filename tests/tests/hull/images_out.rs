@@ -44,7 +44,7 @@ fn import(hull: &Hull, image: &Image, name: &str) {
 
 fn id(hull: &Hull, name: &str) -> String {
     let inspected = hull.hull(["image", "inspect", name]).run().ok().json();
-    inspected[0]["id"].as_str().unwrap().to_owned()
+    inspected[0]["Hull"]["id"].as_str().unwrap().to_owned()
 }
 
 /// The names of the images that `image ls` shows with these options.
@@ -126,7 +126,7 @@ fn what_cannot_be_saved_leaves_no_file() {
         .run()
         .fails(1, &["nothing", "not found"]);
     let inspected = hull.hull(["image", "inspect", "app:1"]).run().ok().json();
-    let layer = PathBuf::from(inspected[0]["layers"][0].as_str().unwrap());
+    let layer = PathBuf::from(inspected[0]["Hull"]["layers"][0].as_str().unwrap());
     fs::write(layer.join("second"), "LAYER TWO\n").unwrap();
     hull.hull(["save", "-o"])
         .arg(&file)
@@ -243,7 +243,7 @@ fn an_image_for_another_platform_is_pulled_when_it_is_asked_for() {
         .run()
         .ok()
         .json();
-    assert_eq!(inspected[0]["config"]["architecture"], "s390x");
+    assert_eq!(inspected[0]["Hull"]["config"]["architecture"], "s390x");
     hull.hull(["pull", "--platform", "linux/riscv64", &reference])
         .run()
         .fails(125, &["linux/riscv64", "linux/s390x"]);

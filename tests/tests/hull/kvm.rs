@@ -30,9 +30,9 @@ fn a_machine_is_one_process_beside_the_sandbox_process() {
     let Some(hull) = with_kvm() else { return };
     let container = hull.sleeper();
     let inspected = container.inspect();
-    assert_eq!(inspected["machine"], "kvm");
-    assert_eq!(inspected["processes"]["devices"], 0);
-    assert_ne!(inspected["processes"]["machine"], 0);
+    assert_eq!(inspected["Hull"]["machine"], "kvm");
+    assert_eq!(inspected["Hull"]["processes"]["devices"], 0);
+    assert_ne!(inspected["Hull"]["processes"]["machine"], 0);
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn a_guest_that_floods_its_console_harms_nothing() {
     // Whether a container may write there is its rights' affair.
     assert!(output.text().contains("flooded") || output.status != 0);
     assert_eq!(container.sh("echo alive").ok().text(), "alive");
-    let console = container.inspect()["files"]["console"].clone();
+    let console = container.inspect()["Hull"]["files"]["console"].clone();
     let size = std::fs::metadata(console.as_str().unwrap()).unwrap().len();
     assert!(size <= 64 << 10, "{size}");
 }

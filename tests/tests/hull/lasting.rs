@@ -17,7 +17,7 @@ fn a_container_is_created_started_and_started_again_with_what_it_wrote(machine: 
         .run()
         .ok();
     let job = hull.container("job");
-    assert_eq!(job.inspect()["id"], created.text());
+    assert_eq!(job.inspect()["Hull"]["id"], created.text());
     assert_eq!(job.state(), "created");
     assert_eq!(hull.names(), ["job"]);
     assert_eq!(hull.hull(["ps", "-q"]).run().ok().text(), "");
@@ -46,9 +46,9 @@ fn a_container_is_created_started_and_started_again_with_what_it_wrote(machine: 
 fn a_container_that_runs_is_not_started_twice() {
     let hull = Hull::new();
     let container = hull.sleeper();
-    let before = container.inspect()["started"].clone();
+    let before = container.inspect()["Hull"]["started"].clone();
     container.does("start").ok();
-    assert_eq!(container.inspect()["started"], before);
+    assert_eq!(container.inspect()["Hull"]["started"], before);
     container.does("pause").ok();
     container
         .does("start")
@@ -95,15 +95,15 @@ fn a_container_is_restarted_with_its_network_and_the_containers_that_share_it_go
         &["--network", &format!("container:{}", container.name)],
         &["sleep", "1000"],
     );
-    let ports = container.inspect()["ports"].clone();
+    let ports = container.inspect()["Hull"]["ports"].clone();
     assert_ne!(ports, serde_json::json!([]));
     let shown = container.does("port").ok().text();
     assert!(shown.starts_with("80/tcp -> 127.0.0.1:"), "{shown}");
-    let begun = container.inspect()["started"].clone();
+    let begun = container.inspect()["Hull"]["started"].clone();
     hull.hull(["restart", "-t", "0", &container.name])
         .run()
         .ok();
-    assert_ne!(container.inspect()["started"], begun);
+    assert_ne!(container.inspect()["Hull"]["started"], begun);
     container.address();
     joined.exec(&["true"]).ok();
     hull.hull(["restart", "-t", "0", &joined.name]).run().ok();
@@ -213,7 +213,7 @@ fn files_are_copied_to_a_container_before_its_first_start() {
 /// Waits until a container has been started again so often.
 fn is_restarted(hull: &Hull, name: &str, times: u64) {
     eventually("it is started again", Duration::from_secs(20), || {
-        hull.container(name).inspect()["restarts"]
+        hull.container(name).inspect()["Hull"]["restarts"]
             .as_u64()
             .unwrap_or_default()
             >= times
@@ -500,7 +500,7 @@ fn further_options_of_docker_mean_what_they_mean_there() {
         ],
         &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"],
     );
-    assert_eq!(container.inspect()["labels"]["c"], "d");
+    assert_eq!(container.inspect()["Hull"]["labels"]["c"], "d");
     let begin = std::time::Instant::now();
     container.does("stop").ok();
     assert!(begin.elapsed() < Duration::from_secs(8));
@@ -559,7 +559,10 @@ fn a_supervisor_leaves_no_zombies() {
     eventually("it was restarted", Duration::from_secs(20), || {
         container.inspect()["RestartCount"].as_u64() >= Some(3)
     });
-    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let id = container.inspect()["Hull"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let is_its = |command: &str| command.contains("supervisor-process") && command.contains(&id);
     let (pid, _) = descendants()
         .into_iter()

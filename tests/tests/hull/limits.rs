@@ -12,7 +12,7 @@ fn a_container_that_takes_too_much_memory_is_killed_and_says_so(machine: &'stati
     let hull = Hull::on(machine);
     let container = hull.start(&["-m", "64m"], &["sh", "-c", "tail /dev/zero"]);
     assert_eq!(container.wait(), 137);
-    assert_eq!(container.inspect()["exit"]["oom_killed"], true);
+    assert_eq!(container.inspect()["Hull"]["exit"]["oom_killed"], true);
     // Another container is not disturbed by its limit.
     hull.run(&["-m", "64m"], &["true"]).ok();
 }
@@ -42,7 +42,10 @@ fn a_container_writes_no_more_to_its_root_than_its_size(machine: &'static str) {
     // One that stays keeps its layer, which goes with it; nothing is mounted or attached meanwhile.
     let container = hull.start(&size, &["sh", "-c", "echo x >/x"]);
     assert_eq!(container.wait(), 0);
-    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let id = container.inspect()["Hull"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let file = hull.path("data/containers").join(&id).join("layer.img");
     assert_eq!(std::fs::metadata(&file).unwrap().len(), 24 << 20);
     let attached = std::fs::read_dir("/sys/block")

@@ -27,7 +27,7 @@ fn stop_ends_a_container_and_rm_removes_it(machine: &'static str) {
     container.does("stop").ok();
     assert_eq!(container.state(), "stopped");
     assert_eq!(container.wait(), 5);
-    assert_eq!(container.inspect()["exit"]["status"], 5);
+    assert_eq!(container.inspect()["Hull"]["exit"]["status"], 5);
     container.does("stop").ok();
     container.does("rm").ok();
     hull.assert_clean();
@@ -232,7 +232,10 @@ fn rm_with_force_ends_and_removes_whatever_state_it_is_in() {
 fn containers_are_found_by_the_beginning_of_their_id() {
     let hull = Hull::new();
     let container = hull.sleeper();
-    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let id = container.inspect()["Hull"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     hull.hull(["exec", &id[..12], "true"]).run().ok();
     hull.hull(["exec", &id, "true"]).run().ok();
     hull.hull(["exec", &id[..4], "true"]).run().ok();
@@ -248,14 +251,17 @@ fn inspect_says_all_that_is_known() {
         &["sleep", "1000"],
     );
     let inspected = container.inspect();
-    assert_eq!(inspected["name"], container.name.as_str());
-    assert_eq!(inspected["image"], "busybox");
-    assert_eq!(inspected["state"], "running");
-    assert_eq!(inspected["machine"], "uml");
-    assert_eq!(inspected["volumes"][0], volume.as_str());
-    assert_eq!(inspected["command"], serde_json::json!(["sleep", "1000"]));
+    assert_eq!(inspected["Hull"]["name"], container.name.as_str());
+    assert_eq!(inspected["Hull"]["image"], "busybox");
+    assert_eq!(inspected["Hull"]["state"], "running");
+    assert_eq!(inspected["Hull"]["machine"], "uml");
+    assert_eq!(inspected["Hull"]["volumes"][0], volume.as_str());
     assert_eq!(
-        inspected["spec"]["linux"]["resources"]["memory"]["limit"],
+        inspected["Hull"]["command"],
+        serde_json::json!(["sleep", "1000"])
+    );
+    assert_eq!(
+        inspected["Hull"]["spec"]["linux"]["resources"]["memory"]["limit"],
         64 << 20
     );
     hull.hull(["inspect", "never-was"]).run().ends(1);
@@ -321,7 +327,7 @@ fn output_is_kept_as_asked_for() {
         .does("logs")
         .fails(1, &["nothing is kept of the output", "--log-driver none"]);
     assert_eq!(silent.inspect()["HostConfig"]["LogConfig"]["Type"], "none");
-    let id = silent.inspect()["id"].as_str().unwrap().to_owned();
+    let id = silent.inspect()["Hull"]["id"].as_str().unwrap().to_owned();
     let log = hull.path("data/containers").join(id).join("log");
     assert!(!log.exists());
 

@@ -307,7 +307,10 @@ fn the_end_of_the_network_is_logged_and_the_container_goes_on() {
         .expect("a pasta");
     let pasta = rustix::process::Pid::from_raw(pasta).unwrap();
     rustix::process::kill_process(pasta, rustix::process::Signal::KILL).unwrap();
-    let id = container.inspect()["id"].as_str().unwrap().to_owned();
+    let id = container.inspect()["Hull"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let log = hull.path(&format!("run/sandboxes/{}/sandbox.log", &id[..24]));
     eventually("it is logged", Duration::from_secs(2), || {
         fs::read_to_string(&log)

@@ -122,7 +122,7 @@ fn runs_in_the_background_with_d(machine: &'static str) {
     let id = output.text();
     assert_eq!(id.len(), 64, "the whole id is printed: {id}");
     let container = hull.container("background");
-    assert_eq!(container.inspect()["id"], id.as_str());
+    assert_eq!(container.inspect()["Hull"]["id"], id.as_str());
     assert_eq!(container.state(), "running");
     hull.hull(["rm", "-f", &id]).run().ok();
     hull.assert_clean();
@@ -300,7 +300,7 @@ fn stop_sends_the_signal_asked_for() {
 fn labels_are_kept() {
     let hull = Hull::new();
     let container = hull.start(&["--label", "a=b", "--label", "empty"], &["sleep", "1000"]);
-    let labels = &container.inspect()["labels"];
+    let labels = &container.inspect()["Hull"]["labels"];
     assert_eq!((&labels["a"], &labels["empty"]), (&"b".into(), &"".into()));
 }
 
@@ -323,7 +323,10 @@ fn the_kernel_can_be_another_one() {
     let kernel = hull.scratch().join("my-kernel");
     fs::copy(guest_files().join("kernel-um"), &kernel).unwrap();
     let container = hull.start(&["--kernel", kernel.to_str().unwrap()], &["sleep", "1000"]);
-    assert_eq!(container.inspect()["kernel"], kernel.to_str().unwrap());
+    assert_eq!(
+        container.inspect()["Hull"]["kernel"],
+        kernel.to_str().unwrap()
+    );
 }
 
 #[test]

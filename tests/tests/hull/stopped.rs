@@ -173,7 +173,7 @@ fn containers_are_there_when_the_host_was_started_anew() {
     hull.hull(["rm", &running.name]).run().ok();
     let running = hull.sleeper();
     let status = hull.path("data/containers");
-    let of_running = running.inspect()["id"].as_str().unwrap().to_owned();
+    let of_running = running.inspect()["Hull"]["id"].as_str().unwrap().to_owned();
     let written = fs::read(status.join(&of_running).join("status.json")).unwrap();
     hull.hull(["kill", &running.name]).run().ok();
     fs::write(status.join(&of_running).join("status.json"), written).unwrap();
@@ -185,7 +185,10 @@ fn containers_are_there_when_the_host_was_started_anew() {
     expected.sort();
     assert_eq!(names, expected);
     assert_eq!(running.state(), "stopped");
-    assert_eq!(hull.container("kept").inspect()["exit"]["status"], 0);
+    assert_eq!(
+        hull.container("kept").inspect()["Hull"]["exit"]["status"],
+        0
+    );
     assert_eq!(hull.hull(["logs", "kept"]).run().ok().text(), "said");
     let copied = hull.hull(["cp", "kept:/data", "-"]).run().ok();
     assert!(copied.text().contains("precious"));

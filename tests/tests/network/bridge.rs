@@ -82,7 +82,7 @@ fn bridge_is_another_word_for_the_default_network() {
     let hull = Hull::new();
     let container = hull.start(&["--network", "bridge"], &["sleep", "1000"]);
     pings(&container, GATEWAY);
-    assert_eq!(container.inspect()["network"], "default");
+    assert_eq!(container.inspect()["Hull"]["network"], "default");
 }
 
 #[test]
@@ -354,7 +354,10 @@ fn a_network_can_be_chosen_in_the_configuration() {
         ..hull_tests::Options::default()
     });
     let container = hull.sleeper();
-    assert_eq!(container.inspect()["network"], network.name.as_str());
+    assert_eq!(
+        container.inspect()["Hull"]["network"],
+        network.name.as_str()
+    );
     pings(&container, network.gateway);
     // An option takes precedence.
     let output = hull.sh(&["--network", "none"], "ls /sys/class/net").ok();

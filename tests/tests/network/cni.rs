@@ -91,7 +91,7 @@ fn a_network_of_the_host_is_found_by_its_name() {
     let hull = Hull::new();
     let options = ["--network", &network.name];
     let server = hull.start(&options, &["sh", "-c", &http_server("in it")]);
-    assert_eq!(server.inspect()["network"], network.name.as_str());
+    assert_eq!(server.inspect()["Hull"]["network"], network.name.as_str());
     let octets =
         |address: std::net::IpAddr| address.to_string().rsplit_once('.').unwrap().0.to_owned();
     assert_eq!(octets(server.address()), octets(network.gateway.into()));

@@ -46,7 +46,10 @@ fn containers_share_addresses_and_loopback_and_end_alone(machine: &'static str) 
     assert_eq!(second.sh("ls /srv").ok().text(), "index.html");
     first.sh("test ! -e /srv").ok();
     assert!(!first.sh("ps").ok().text().contains("httpd"));
-    assert_eq!(first.inspect()["machine"], second.inspect()["machine"]);
+    assert_eq!(
+        first.inspect()["Hull"]["machine"],
+        second.inspect()["Hull"]["machine"]
+    );
     second.does("kill").ok();
     assert_eq!(second.wait(), 137);
     first.sh("true").ok();
@@ -85,7 +88,7 @@ fn commands_work_on_a_container_that_has_joined() {
     // What it wrote is still there, although its machine goes on.
     let upper = format!(
         "data/containers/{}/upper/file",
-        second.inspect()["id"].as_str().unwrap()
+        second.inspect()["Hull"]["id"].as_str().unwrap()
     );
     assert_eq!(fs::read_to_string(hull.path(&upper)).unwrap(), "content");
     second.does("rm").ok();
@@ -134,7 +137,7 @@ fn a_sandbox_that_breaks_down_ends_all_its_containers_with_a_reason() {
         end(&first);
         for other in &others {
             eventually(how, Duration::from_secs(2), || other.state() == "stopped");
-            let exit = other.inspect()["exit"].clone();
+            let exit = other.inspect()["Hull"]["exit"].clone();
             assert_ne!(exit["status"], 0, "{how}: {exit}");
             assert_ne!(exit["reason"], "", "{how}: {exit}");
             other.does("rm").ok();

@@ -165,9 +165,9 @@ fn the_port_of_the_host_that_was_found_is_shown() {
     let hull = Hull::networked("uml");
     let container = web_server(&hull, &["-p", "80"], "somewhere");
     let shown = container.inspect();
-    let port = shown["ports"][0]["host_port"]
+    let port = shown["Hull"]["ports"][0]["host_port"]
         .as_u64()
-        .unwrap_or_else(|| panic!("hull inspect names no port: {:?}", shown["network"]));
+        .unwrap_or_else(|| panic!("hull inspect names no port: {:?}", shown["Hull"]["network"]));
     answers((LOOPBACK, u16::try_from(port).unwrap()), "somewhere");
     let listed = hull.hull(["ps"]).run().ok().text();
     assert!(listed.contains(&port.to_string()), "{listed}");

@@ -27,7 +27,7 @@ fn containers_of_engines_are_listed_inspected_measured_entered_and_followed_with
     let output = hull(&["exec", &init.id, "sh", "-c", "echo inside; exit 3"]).ends(3);
     assert_eq!(output.text(), "inside");
     let inspected = hull(&["inspect", &init.id]).ok().json();
-    assert_eq!(inspected[0]["id"], init.id.as_str());
+    assert_eq!(inspected[0]["Hull"]["id"], init.id.as_str());
     let metrics = hull(&["stats", "--no-stream", "--json", &init.id])
         .ok()
         .json();

@@ -136,8 +136,8 @@ fn object(config: &Config, name: &str, kind: Option<Kind>, size: bool) -> Result
     Err(Error::not_found(format!("no such {what}: {name}")).hint(hint))
 }
 
-/// Record and status in one object, with formatted times, the paths of the container's files, its
-/// OCI configuration, and Docker's keys.
+/// Docker's object, and hull's own below [`inspect::OWN`]: record and status in one, with formatted
+/// times, the paths of the container's files, and its OCI configuration.
 fn container_object(config: &Config, container: &Any) -> Result<Value> {
     let (record, status) = match container {
         Any::Own(own) => (
@@ -196,6 +196,7 @@ fn container_object(config: &Config, container: &Any) -> Result<Value> {
     if let Ok(spec) = container.config() {
         object["spec"] = spec;
     }
-    inspect::extend(&mut object, inspect::container(config, container));
-    Ok(object)
+    let mut docker = inspect::container(config, container);
+    docker[inspect::OWN] = object;
+    Ok(docker)
 }

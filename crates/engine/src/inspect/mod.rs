@@ -43,6 +43,10 @@ pub fn add_size(config: &Config, container: &Any, object: &mut Value) -> Result<
     Ok(())
 }
 
+/// The key in Docker's objects below which hull's own are. Beside Docker's they would be read for
+/// those by programs that take keys in any case, as Go's and PowerShell's.
+pub const OWN: &str = "Hull";
+
 /// Docker's time of what has not happened.
 const NEVER: &str = "0001-01-01T00:00:00Z";
 
@@ -78,7 +82,7 @@ fn set(keys: impl IntoIterator<Item = String>) -> Value {
 }
 
 /// Adds the keys of another object.
-pub fn extend(object: &mut Value, more: Value) {
+fn extend(object: &mut Value, more: Value) {
     if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
         object.extend(more);
     }
