@@ -43,6 +43,7 @@ pub mod search;
 pub mod spec;
 pub mod supervise;
 pub mod time;
+pub mod top;
 pub mod unpacker;
 pub mod update;
 pub mod usage;

@@ -206,19 +206,7 @@ impl RunOptions {
                 check_host_path(path)?;
             }
         }
-        if let Some(both) = self.memory_swap.filter(|both| *both > 0) {
-            let memory = self.memory.filter(|memory| *memory > 0);
-            let problem = match memory {
-                None => Some("it needs --memory"),
-                Some(memory) if both.unsigned_abs() < memory => {
-                    Some("memory and swap together are less than --memory")
-                }
-                Some(_) => None,
-            };
-            if let Some(problem) = problem {
-                return Err(Error::invalid(format!("--memory-swap: {problem}")));
-            }
-        }
+        check_swap(self.memory, self.memory_swap)?;
         self.host_cpus.check()?;
         if let Some(milli) = self.cpus_milli {
             let available = std::thread::available_parallelism().map_or(1, usize::from);
@@ -301,6 +289,24 @@ impl RunOptions {
 fn make_absolute(path: &mut PathBuf) -> Result<()> {
     *path = std::path::absolute(&path).context(|| format!("find {}", path.display()))?;
     Ok(())
+}
+
+/// Checks what memory may be together with swap.
+///
+/// # Errors
+/// There is no limit of memory, or a larger one.
+pub(crate) fn check_swap(memory: Option<u64>, memory_swap: Option<i64>) -> Result<()> {
+    let Some(both) = memory_swap.filter(|both| *both > 0) else {
+        return Ok(());
+    };
+    let problem = match memory.filter(|memory| *memory > 0) {
+        None => "it needs --memory",
+        Some(memory) if both.unsigned_abs() < memory => {
+            "memory and swap together are less than --memory"
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(Error::invalid(format!("--memory-swap: {problem}")))
 }
 
 fn check_host_path(path: &Path) -> Result<()> {

@@ -8,12 +8,13 @@ use serde_json::value::to_raw_value;
 use crate::config::Config;
 use crate::container::{self, Container};
 use crate::error::{Context, Error, Result};
+use crate::options::check_swap;
 use crate::spec;
 use crate::supervise;
-use crate::values::Restart;
+use crate::values::{CpuList, Restart};
 
 /// What is to change; the rest stays.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Update {
     /// Memory limit, bytes; 0 for none.
     pub memory: Option<u64>,
@@ -21,13 +22,20 @@ pub struct Update {
     pub cpus_milli: Option<u64>,
     /// Most processes.
     pub pids_limit: Option<i64>,
+    /// Its weight among others, Docker's number.
+    pub cpu_shares: Option<u64>,
+    /// What memory may be together with swap of the host, bytes; -1 for all that there is. From the
+    /// next start on.
+    pub memory_swap: Option<i64>,
+    /// Processors of the host that it is to stay on. From the next start on.
+    pub host_cpus: Option<CpuList>,
     /// When it is started again.
     pub restart: Option<Restart>,
 }
 
 impl Update {
     fn changes_limits(&self) -> bool {
-        self.memory.is_some() || self.cpus_milli.is_some() || self.pids_limit.is_some()
+        self.limits() != spec::Limits::default()
     }
 
     /// Changes a container.
@@ -66,7 +74,31 @@ impl Update {
                 details.name
             )));
         }
+        let host_bounds = [
+            ("--memory-swap", self.memory_swap.is_some()),
+            ("--cpuset-cpus", self.host_cpus.is_some()),
+        ];
+        if let Some((option, _)) = host_bounds
+            .iter()
+            .find(|(_, given)| (runs || joined) && *given)
+        {
+            return Err(Error::unsupported(format_args!(
+                "{option} of container {} while its machine runs",
+                details.name
+            ))
+            .hint(format!(
+                "hull stop {}; hull update; hull start",
+                details.name
+            )));
+        }
         options.memory = self.memory.or(options.memory);
+        options.memory_swap = self.memory_swap.or(options.memory_swap);
+        if let Some(cpus) = &self.host_cpus {
+            cpus.check()?;
+            options.host_cpus = cpus.clone();
+        }
+        check_swap(options.memory, options.memory_swap)?;
+        options.cpu_shares = self.cpu_shares.or(options.cpu_shares);
         options.cpus_milli = self.cpus_milli.or(options.cpus_milli);
         options.pids_limit = self.pids_limit.or(options.pids_limit);
         options.restart = self.restart.unwrap_or(options.restart);
@@ -80,13 +112,17 @@ impl Update {
         }
     }
 
-    fn tell(&self, container: &Container) -> Result<()> {
-        let limits = spec::Limits {
+    fn limits(&self) -> spec::Limits {
+        spec::Limits {
             memory: self.memory,
             cpus_milli: self.cpus_milli,
+            cpu_shares: self.cpu_shares,
             pids_limit: self.pids_limit,
-        };
-        let resources = to_raw_value(&limits.changed()).context(|| "encode the limits")?;
+        }
+    }
+
+    fn tell(&self, container: &Container) -> Result<()> {
+        let resources = to_raw_value(&self.limits().changed()).context(|| "encode the limits")?;
         container::connect(container)?.do_(&Request::Update {
             container: container.record.id.clone(),
             resources,

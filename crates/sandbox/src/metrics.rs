@@ -377,6 +377,7 @@ impl From<proto::Pressure> for Pressure {
 
 /// One process of a container: see `ProcessInfo` in agent.proto.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 #[allow(missing_docs)]
 pub struct ProcessInfo {
     pub pid: u32,
@@ -388,7 +389,9 @@ pub struct ProcessInfo {
     pub cpu_time_us: u64,
     pub resident_bytes: u64,
     pub started_at: u64,
+    pub virtual_bytes: u64,
     pub terminal: String,
+    pub name: String,
     pub command: String,
 }
 
@@ -404,7 +407,9 @@ impl From<proto::ProcessInfo> for ProcessInfo {
             cpu_time_us: process.cpu_time_us,
             resident_bytes: process.resident_bytes,
             started_at: process.started_at,
+            virtual_bytes: process.virtual_bytes,
             terminal: printable(&process.terminal),
+            name: printable(&process.name),
             command: printable(&process.command),
         }
     }

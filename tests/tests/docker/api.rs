@@ -124,6 +124,12 @@ fn a_container_is_created_started_entered_listed_changed_and_removed() {
     assert_eq!(inspected[0]["Config"]["Cmd"], json!(["sleep", "1000"]));
     assert_eq!(inspected[0]["State"]["Running"], true);
     assert!(docker(&["top", "job"]).ok().text().contains("sleep 1000"));
+    let columns = docker(&["top", "job", "-o", "pid,comm"]).ok().text();
+    assert!(columns.starts_with("PID "), "{columns}");
+    assert!(
+        columns.lines().nth(1).unwrap().starts_with("1 "),
+        "{columns}"
+    );
     assert!(
         docker(&["stats", "--no-stream", "job"])
             .ok()

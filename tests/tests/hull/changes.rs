@@ -184,21 +184,38 @@ fn limits_of_a_running_container_change_at_once(machine: &'static str) {
             .arg(&container.name)
             .run()
     };
-    update(&["-m", "32m", "--pids-limit", "7", "--cpus", "0.5"]).ok();
-    let limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max";
-    assert_eq!(
-        container.sh(limits).ok().text(),
-        "33554432\n7\n50000 100000"
-    );
+    update(&[
+        "-m",
+        "32m",
+        "--pids-limit",
+        "7",
+        "--cpus",
+        "0.5",
+        "-c",
+        "512",
+    ])
+    .ok();
+    let limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max cpu.weight";
+    // The weight is runc's of so many shares.
+    let changed = "33554432\n7\n50000 100000\n59";
+    assert_eq!(container.sh(limits).ok().text(), changed);
+    for option in [["--memory-swap", "-1"], ["--cpuset-cpus", "0"]] {
+        update(&option)
+            .fails(125, &["not supported", option[0], "while its machine runs"])
+            .hint("hull stop");
+    }
     update(&["-m", "8g"]).fails(125, &["--memory", "the machine of container"]);
     update(&[]).fails(125, &["nothing to change"]);
     hull.hull(["restart", "-t", "0", &container.name])
         .run()
         .ok();
-    assert_eq!(
-        container.sh(limits).ok().text(),
-        "33554432\n7\n50000 100000",
-        "they are kept"
-    );
+    assert_eq!(container.sh(limits).ok().text(), changed, "they are kept");
+    hull.hull(["stop", "-t", "0", &container.name]).run().ok();
+    update(&["--memory-swap", "16m"]).fails(125, &["--memory-swap", "less than --memory"]);
+    update(&["--memory-swap", "48m", "--cpuset-cpus", "0"]).ok();
+    let asked = container.inspect()["HostConfig"].clone();
+    assert_eq!(asked["CpusetCpus"], "0");
+    assert_eq!(asked["MemorySwap"], 48 << 20);
+    hull.hull(["start", &container.name]).run().ok();
     container.is_removed_by_force();
 }

@@ -160,6 +160,25 @@ fn top_lists_the_processes_of_the_container_and_no_others() {
         .ok()
         .json();
     assert_eq!(list.as_array().unwrap().len(), 3, "{list}");
+    let top = |options: &[&str]| {
+        let top = hull.hull(["top", &container.name]).args(options);
+        top.run()
+    };
+    let columns = top(&["-o", "pid,ppid,comm,args"]).ok().text();
+    let shell = columns.lines().nth(1).unwrap();
+    assert!(shell.starts_with("1 "), "{columns}");
+    assert!(shell.contains(" sh ") && shell.ends_with("sh -c sleep 1000 & sleep 2000; true"));
+    let users = top(&["aux"]).ok().text();
+    let sleep: Vec<&str> = users
+        .lines()
+        .find(|line| line.ends_with("sleep 2000"))
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    let size: u64 = sleep[4].parse().unwrap();
+    let resident: u64 = sleep[5].parse().unwrap();
+    assert!(size >= resident && resident > 0, "{users}");
+    top(&["-o", "wchan"]).fails(125, &["\"wchan\"", "ps"]);
 }
 
 #[test]

@@ -79,6 +79,8 @@ fn describe(proc: &Path, pid: u32, boot: u64) -> Option<ProcessInfo> {
         started_at: boot + stat.started_ticks / ticks,
         terminal: stat.terminal(),
         command: command(&arguments, &stat.name),
+        virtual_bytes: stat.virtual_bytes,
+        name: stat.name,
         ..Default::default()
     })
 }
@@ -113,6 +115,7 @@ struct Stat {
     terminal: u32,
     cpu_ticks: u64,
     started_ticks: u64,
+    virtual_bytes: u64,
     resident_pages: u64,
 }
 
@@ -134,6 +137,7 @@ impl Stat {
                 .ok()?
                 .saturating_add(field(15)?.parse().ok()?),
             started_ticks: field(22)?.parse().ok()?,
+            virtual_bytes: field(23)?.parse().ok()?,
             resident_pages: field(24)?.parse().ok()?,
         })
     }
@@ -164,6 +168,7 @@ mod tests {
         assert_eq!(stat.name, "a ) R (b");
         assert_eq!((stat.state, stat.parent, stat.cpu_ticks), ('S', 1, 7));
         assert_eq!((stat.started_ticks, stat.resident_pages), (250, 7));
+        assert_eq!(stat.virtual_bytes, 1000);
         assert_eq!(stat.terminal(), "pts/0");
         assert_eq!(Stat::parse("42 (x"), None);
         assert_eq!(Stat::parse("42 (x) S 1"), None);

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::create::cpus_milli;
-use super::description::RestartPolicy;
+use super::description::{RestartPolicy, parse_given};
 use super::find;
 use crate::Shared;
 use crate::call::{Call, JSON, Reply};
@@ -115,9 +115,6 @@ pub fn update(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let changes: Changes = call.json()?;
     let positive = |number: i64| u64::try_from(number).ok().filter(|number| *number > 0);
     for (what, asked) in [
-        ("MemorySwap", changes.memory_swap > 0),
-        ("CpuShares", changes.cpu_shares > 0),
-        ("CpusetCpus", !changes.cpuset_cpus.is_empty()),
         ("CpusetMems", !changes.cpuset_mems.is_empty()),
         ("MemoryReservation", changes.memory_reservation > 0),
         ("BlkioWeight", changes.blkio_weight > 0),
@@ -131,6 +128,9 @@ pub fn update(state: &Shared, call: &mut Call, id: &str) -> Result<Reply> {
     let update = Update {
         memory: positive(changes.memory),
         cpus_milli: cpus_milli(changes.nano_cpus, changes.cpu_quota, changes.cpu_period),
+        cpu_shares: positive(changes.cpu_shares),
+        memory_swap: Some(changes.memory_swap).filter(|both| *both != 0),
+        host_cpus: parse_given(&changes.cpuset_cpus, values::cpu_list)?,
         pids_limit: Some(changes.pids_limit).filter(|limit| *limit != 0),
         restart: changes.restart_policy.policy()?,
     };

@@ -15,9 +15,8 @@ use hull_engine::container::{self, Any, Container, Removing};
 use hull_engine::endpoint;
 use hull_engine::lifecycle::{self as engine, Pruned};
 use hull_engine::listing::{self, Filter, PruneFilter, Row, Selection, in_words};
+use hull_engine::top::{Columns, Processes};
 use hull_engine::{inspect, unpacker};
-use hull_sandbox::control::client::unexpected;
-use hull_sandbox::control::protocol::{Reply as Answered, Request};
 use hull_sandbox::store::State as ContainerState;
 use serde_json::{Map, Value, json};
 
@@ -225,51 +224,13 @@ pub fn prune(state: &Shared, call: &Call) -> Result<Reply> {
 
 /// The processes of a container.
 pub fn top(state: &Shared, call: &Call, id: &str) -> Result<Reply> {
-    if let Some(arguments) = call.query.get("ps_args").filter(|args| *args != "-ef") {
-        return Err(Failure::unsupported(format_args!(
-            "top with {arguments:?}: docker exec … ps"
-        )));
-    }
-    let container = find(state, id)?;
-    let request = Request::Processes {
-        container: container.record.id.clone(),
-    };
-    let processes = match container::connect(&container)?.ask(&request, &[])?.message {
-        Answered::Processes(processes) => processes,
-        other => return Err(unexpected(&other).into()),
-    };
-    // Parents have process ids of the guest's own.
-    let inside = |pid: u32| {
-        let parent = processes.iter().find(|process| process.pid == pid);
-        parent.map_or(0, |process| process.container_pid)
-    };
-    let rows: Vec<[String; 8]> = processes
-        .iter()
-        .map(|process| {
-            let seconds = process.cpu_time_us / 1_000_000;
-            [
-                process.uid.to_string(),
-                process.container_pid.to_string(),
-                inside(process.parent_pid).to_string(),
-                "0".to_owned(),
-                hull_engine::time::format_rfc3339(i128::from(process.started_at) * 1_000_000_000)
-                    .get(11..16)
-                    .unwrap_or_default()
-                    .to_owned(),
-                match process.terminal.as_str() {
-                    "" => "?".to_owned(),
-                    terminal => terminal.to_owned(),
-                },
-                format!(
-                    "{:02}:{:02}:{:02}",
-                    seconds / 3600,
-                    seconds / 60 % 60,
-                    seconds % 60
-                ),
-                process.command.clone(),
-            ]
-        })
-        .collect();
-    let titles = ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"];
-    Ok(Reply::ok(json!({"Titles": titles, "Processes": rows})))
+    let options = call.query.get("ps_args").unwrap_or_default();
+    let words: Vec<&str> = options.split_whitespace().collect();
+    let columns = Columns::parse(&words).map_err(Failure::bad)?;
+    let container = Any::Own(Box::new(find(state, id)?));
+    let processes = Processes::of(&container)?;
+    Ok(Reply::ok(json!({
+        "Titles": columns.headings(),
+        "Processes": columns.rows(&processes),
+    })))
 }

@@ -1,17 +1,18 @@
 //! `hull top`.
 
-use std::time::Duration;
-
-use hull_engine::{container, time};
-use hull_sandbox::control::client::unexpected;
-use hull_sandbox::control::protocol::{Reply, Request};
+use hull_engine::container;
+use hull_engine::time;
+use hull_engine::top::{Columns, Processes, hours};
 
 use super::config_for_existing;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::output::{self, Table};
 
 /// Arguments of `top`.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Options of ps are -ef, aux, and -o with names of fields: pid, ppid, user, group, stat, comm, args, tty, time, etime, start, rss, vsz, %cpu, %mem."
+)]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
@@ -19,36 +20,46 @@ pub struct Args {
     /// Name or id
     #[arg(value_name = "CONTAINER")]
     container: String,
+    /// Columns, as options of ps
+    #[arg(
+        value_name = "PS-OPTIONS",
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        conflicts_with = "json"
+    )]
+    columns: Vec<String>,
 }
 
 /// Lists the processes of a container, with process ids as seen in the container.
 pub fn execute(args: Args) -> Result<u8> {
+    let columns = match args.columns.is_empty() {
+        true => None,
+        false => Some(Columns::parse(&args.columns).map_err(Error::invalid)?),
+    };
     let paths = config_for_existing()?.paths();
     let container = container::find_any(&paths, &args.container)?;
-    let request = Request::Processes {
-        container: container.id().to_owned(),
-    };
-    let processes = match container.connect()?.ask(&request, &[])?.message {
-        Reply::Processes(processes) => processes,
-        other => return Err(unexpected(&other)),
-    };
+    let processes = Processes::of(&container)?;
     if args.json {
-        output::print_json(&processes)?;
+        output::print_json(&processes.list)?;
         return Ok(0);
     }
-    // Parents have process ids of the guest's root namespace; the parent's row has its id in the
-    // container.
-    let inside = |pid: u32| {
-        let parent = processes.iter().find(|process| process.pid == pid);
-        parent.map_or(0, |process| process.container_pid)
-    };
+    if let Some(columns) = columns {
+        let headings = columns.headings();
+        let headings: Vec<&str> = headings.iter().map(String::as_str).collect();
+        let mut table = Table::new(&headings);
+        for row in columns.rows(&processes) {
+            table.push(row);
+        }
+        table.print()?;
+        return Ok(0);
+    }
     let mut table = Table::new(&[
         "PID", "PPID", "UID", "GID", "STATE", "RSS", "STARTED", "TTY", "TIME", "COMMAND",
     ]);
-    for process in &processes {
+    for process in &processes.list {
         table.row([
             process.container_pid.to_string(),
-            inside(process.parent_pid).to_string(),
+            processes.parent_of(process).to_string(),
             process.uid.to_string(),
             process.gid.to_string(),
             process.state.clone(),
@@ -60,7 +71,7 @@ pub fn execute(args: Args) -> Result<u8> {
                 &process.terminal
             }
             .to_owned(),
-            processor_time(Duration::from_micros(process.cpu_time_us)),
+            hours(process.cpu_time_us / 1_000_000),
             process.command.clone(),
         ]);
     }
@@ -74,14 +85,4 @@ fn clock(seconds: u64) -> String {
         .get(11..16)
         .unwrap_or_default()
         .to_owned()
-}
-
-fn processor_time(time: Duration) -> String {
-    let seconds = time.as_secs();
-    format!(
-        "{:02}:{:02}:{:02}",
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60
-    )
 }

@@ -1,7 +1,7 @@
 //! `hull update`.
 
 use hull_engine::update::Update;
-use hull_engine::values::{self, Restart};
+use hull_engine::values::{self, CpuList, Restart};
 
 use super::{config_for_root, for_each};
 use crate::error::{Error, Result};
@@ -16,6 +16,20 @@ pub struct Args {
     /// Number of CPUs, like 1.5
     #[arg(long, value_name = "NUMBER", value_parser = values::cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
+    /// Weight of its processors among other containers, from 2 to 262144
+    #[arg(
+        short,
+        long,
+        value_name = "NUMBER",
+        value_parser = clap::value_parser!(u64).range(2..=262_144)
+    )]
+    cpu_shares: Option<u64>,
+    /// Most of --memory together with swap of the host; of a container that does not run
+    #[arg(long, value_name = "SIZE", value_parser = values::memory_swap, allow_negative_numbers = true)]
+    memory_swap: Option<i64>,
+    /// Processors of the host that the machine stays on, like 0-3; of a container that does not run
+    #[arg(long, value_name = "CPUS", value_parser = values::cpu_list)]
+    cpuset_cpus: Option<CpuList>,
     /// Most processes at a time; -1 for no limit
     #[arg(long, value_name = "NUMBER", value_parser = values::pids_limit, allow_negative_numbers = true)]
     pids_limit: Option<i64>,
@@ -32,14 +46,13 @@ pub fn execute(args: Args) -> Result<u8> {
     let update = Update {
         memory: args.memory,
         cpus_milli: args.cpus,
+        cpu_shares: args.cpu_shares,
+        memory_swap: args.memory_swap,
+        host_cpus: args.cpuset_cpus,
         pids_limit: args.pids_limit,
         restart: args.restart,
     };
-    let nothing = update.memory.is_none()
-        && update.cpus_milli.is_none()
-        && update.pids_limit.is_none()
-        && update.restart.is_none();
-    if nothing {
+    if update == Update::default() {
         return Err(Error::invalid("nothing to change").hint("hull update --help"));
     }
     let config = config_for_root()?;

@@ -424,6 +424,7 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
             "resources": Limits {
                 memory: options.memory,
                 cpus_milli: options.cpus_milli,
+                cpu_shares: options.cpu_shares,
                 pids_limit: options.pids_limit,
             }
             .changed(),
@@ -433,9 +434,6 @@ pub fn build(options: &ContainerOptions, image: &ImageConfig, layout: &Layout) -
     });
     if let Some(adjustment) = options.oom_score_adj {
         spec["process"]["oomScoreAdj"] = json!(adjustment);
-    }
-    if let Some(shares) = options.cpu_shares {
-        spec["linux"]["resources"]["cpu"]["shares"] = json!(shares);
     }
     if !options.annotations.is_empty() {
         let annotations = options.annotations.iter().cloned();
@@ -616,12 +614,14 @@ pub fn image_volumes(image: &ImageConfig) -> Vec<PathBuf> {
 }
 
 /// Limits of a container.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Memory, bytes; 0 for none.
     pub memory: Option<u64>,
     /// Processors, in thousandths; 0 for none.
     pub cpus_milli: Option<u64>,
+    /// Weight among others, as `cpu.shares` of control groups version 1.
+    pub cpu_shares: Option<u64>,
     /// Processes; none at 0 and below.
     pub pids_limit: Option<i64>,
 }
@@ -640,6 +640,9 @@ impl Limits {
             let quota = or_none(milli).map_or(-1, |milli| milli.saturating_mul(100));
             // Period in microseconds: the kernel's own default (kernel/sched/fair.c).
             resources["cpu"] = json!({"period": 100_000, "quota": quota});
+        }
+        if let Some(shares) = self.cpu_shares {
+            resources["cpu"]["shares"] = json!(shares);
         }
         if let Some(limit) = self.pids_limit {
             resources["pids"] = json!({"limit": if limit > 0 { limit } else { -1 }});
