@@ -16,6 +16,32 @@ fn check_succeeds_where_run_works_and_says_which_machine_auto_picks() {
 }
 
 #[test]
+fn check_says_what_of_the_host_machines_get() {
+    let info = fs::read_to_string("/proc/meminfo").unwrap();
+    let total: u64 = info.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let hull = Hull::with(Options {
+        configuration: format!("memory = \"{}g\"", (total >> 20) + 2),
+        without_image: true,
+        ..Options::default()
+    });
+    let text = hull.hull(["check"]).run().ok().text();
+    assert!(
+        text.contains("GiB for a machine, more than the host's"),
+        "{text}"
+    );
+    let of_uml = "1 for a machine of kind uml, of the host's";
+    let alone = std::thread::available_parallelism().unwrap().get() == 1;
+    assert_eq!(text.contains(of_uml), !alone, "{text}");
+    let deep = hull.path(&"d".repeat(100));
+    let configuration = hull.path("deep.toml");
+    fs::write(&configuration, format!("run_dir = {deep:?}\n")).unwrap();
+    let check = hull.hull(["check"]).env("HULL_CONFIG", &configuration);
+    let text = check.run().ends(1).text();
+    assert_eq!(text.matches("run directory").count(), 1, "{text}");
+    assert!(text.contains("too long for the sockets"), "{text}");
+}
+
+#[test]
 fn check_measures_what_a_pod_costs_beside_its_containers() {
     let hull = Hull::new();
     let text = hull.hull(["check", "--overhead"]).run().ok().text();

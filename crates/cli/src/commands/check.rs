@@ -1,5 +1,6 @@
 //! `hull check`: whether this host can run containers, and if not, how to fix it.
 
+mod capacity;
 mod overhead;
 
 use std::path::Path;
@@ -109,21 +110,14 @@ pub fn execute(args: Args) -> Result<u8> {
     let mut findings = vec![privileges()];
     let report = hull_machine::probe(&guest.requirements(&config, None));
     findings.extend(machines(&config, &report));
+    findings.extend(capacity::findings(&config, &report));
     findings.extend(guest_files(&guest));
     findings.push(control_groups(&config));
     findings.push(jail());
     findings.push(overlay());
     findings.push(network(&config));
-    for (what, directory) in [
-        ("data directory", &config.data_dir),
-        ("run directory", &config.run_dir),
-    ] {
-        findings.push(writable(what, directory));
-    }
-    if let Err(error) = hull_engine::run::check_length(&config.run_dir) {
-        let remedy = error.hint.unwrap_or_default();
-        findings.push(Finding::error("run directory", error.message, remedy));
-    }
+    findings.push(writable("data directory", &config.data_dir));
+    findings.push(run_directory(&config.run_dir));
     findings.push(configuration(&config));
     // Last: it says in other words what the others have found.
     if findings.iter().all(|finding| finding.level != Level::Error) {
@@ -542,6 +536,14 @@ fn writable(what: &'static str, directory: &Path) -> Finding {
             format!("{shown}: {error}"),
             "set another directory in the configuration",
         ),
+    }
+}
+
+fn run_directory(directory: &Path) -> Finding {
+    let what = "run directory";
+    match hull_engine::run::check_length(directory) {
+        Ok(()) => writable(what, directory),
+        Err(error) => Finding::error(what, error.message, error.hint.unwrap_or_default()),
     }
 }
 
