@@ -36,5 +36,7 @@ pub fn confinement(role: Role) -> Confinement {
             ..Root::default()
         },
         limits: Limits::open_files(OPEN_FILES),
+        // The machine process is isolated from it, which is enough for both.
+        isolate_branches: false,
     }
 }

@@ -131,6 +131,7 @@ pub fn main(arguments: &[String]) -> Result<()> {
             ..Root::default()
         },
         limits: Limits::open_files(open_files),
+        isolate_branches: false,
     };
     jail::enter("the process that unpacks a layer", &confinement)
         .context(|| "confine the process that unpacks a layer")?;

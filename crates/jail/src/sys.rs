@@ -190,6 +190,32 @@ pub fn set_personality(persona: u64) -> Result<(), Errno> {
     check(unsafe { libc::personality(persona) }.into())
 }
 
+/// A kind of speculation of the processor (linux/prctl.h).
+#[derive(Clone, Copy)]
+#[repr(u64)]
+pub enum Speculation {
+    /// Loads that overtake stores to an address that is not known yet (PR_SPEC_STORE_BYPASS).
+    StoreBypass = 0,
+    /// Indirect branches to where other processes have been (PR_SPEC_INDIRECT_BRANCH): the kernel
+    /// flushes their prediction when it switches to or from this one.
+    IndirectBranches = 1,
+}
+
+/// Forbids a kind of speculation to the calling thread and all that it starts, for ever. Nothing is
+/// to do where the processor does not have it, or the host's kernel decides for all processes.
+pub fn forbid_speculation(kind: Speculation) -> Result<(), Errno> {
+    const PR_SET_SPECULATION_CTRL: libc::c_int = 53;
+    const PR_SPEC_FORCE_DISABLE: libc::c_ulong = 1 << 3;
+    let kind = kind as libc::c_ulong;
+    // SAFETY: takes integers only.
+    let result = unsafe { libc::prctl(PR_SET_SPECULATION_CTRL, kind, PR_SPEC_FORCE_DISABLE, 0, 0) };
+    match check(result.into()) {
+        // Not of this processor; decided by the kernel's command line; a kernel without it.
+        Err(Errno::NODEV | Errno::NXIO | Errno::PERM | Errno::INVAL) => Ok(()),
+        other => other,
+    }
+}
+
 /// Gives every signal its default action and unblocks all of them: both survive exec otherwise.
 pub fn reset_signals() {
     // The kernel's own structure, all zero: default action, no flags, no mask. Not the C library's

@@ -449,6 +449,7 @@ fn foreign(code: &[u8]) -> Started {
                 processes: Some(7),
                 file_size: Some(4096),
             },
+            isolate_branches: true,
         }),
     })
     .unwrap()
@@ -477,6 +478,12 @@ fn foreign_executables() -> Outcome {
         (field("NoNewPrivs:"), field("Seccomp:")),
         ("1".into(), "2".into())
     );
+    // The kernel's words where a process may choose.
+    for speculation in ["Speculation_Store_Bypass:", "SpeculationIndirectBranch:"] {
+        let found = field(speculation);
+        let chosen = found.starts_with("thread ") || found.starts_with("conditional ");
+        assert!(!chosen || found.contains("force"), "{speculation} {found}");
+    }
     assert_eq!(
         (field("SigBlk:"), field("SigIgn:")),
         ("0".repeat(16), "0".repeat(16))
@@ -602,6 +609,7 @@ fn failures_are_named() -> Outcome {
             ..Root::default()
         },
         limits: Limits::open_files(64),
+        isolate_branches: false,
     };
     let error = jail::spawn(spec(Some(confinement(vec![missing]))))
         .unwrap_err()

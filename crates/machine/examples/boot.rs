@@ -41,6 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         vcpus: 1,
         // To try KVM where the probe calls it too slow.
         hardware: choice.hardware || std::env::var_os("BOOT_WITH_KVM").is_some(),
+        isolate_branches: false,
     };
     let mut all: Vec<[Duration; 3]> = Vec::new();
     for round in 0..times {

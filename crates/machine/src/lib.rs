@@ -132,6 +132,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Use hardware virtualization (see [`Choice::hardware`]).
     pub hardware: bool,
+    /// Keep its branches apart from those of other processes: see
+    /// [`hull_jail::Confinement::isolate_branches`]. KVM does that for its guests by itself.
+    pub isolate_branches: bool,
 }
 
 /// A kind of machine.

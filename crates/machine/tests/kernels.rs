@@ -71,6 +71,7 @@ fn start_with(
         memory,
         vcpus,
         hardware: false,
+        isolate_branches: false,
     };
     let (devices, control) = no_devices(kind);
     let wiring = Wiring {

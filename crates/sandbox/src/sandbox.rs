@@ -226,7 +226,8 @@ impl Sandbox {
         }
         let begin = now_ns();
         let disks = with_files(&config.disks, disks)?;
-        let (guest, dials) = Guest::start(dir.path(), &config.machine, disks)?;
+        let (guest, dials) =
+            Guest::start(dir.path(), &config.machine, config.core_scheduling, disks)?;
         let processes = guest.processes();
         started()?;
         if config.core_scheduling {

@@ -121,6 +121,9 @@ fn is_confined_as_documented(process: &str, pid: i32, memory: u64) {
     let documented = documented(process);
     assert_eq!(documented[..3], found, "{process}");
     assert_eq!(status("Seccomp:"), "2", "{process}");
+    if process != "sandbox" {
+        assert_no_load_passes_a_store(&status("Speculation_Store_Bypass:"));
+    }
     assert_eq!(documented[4], namespaces.join(" "), "{process}");
 
     let limits = read("limits");
@@ -206,6 +209,20 @@ fn what_a_guest_can_reach_is_listed_with_the_threads_that_serve_it(machine: &'st
     container.wait();
     let ended = hull.hull(["inspect", "--devices", &container.name]).run();
     ended.fails(1, &["not running"]);
+}
+
+/// By the words of /proc/PID/status (fs/proc/array.c).
+#[track_caller]
+fn assert_no_load_passes_a_store(found: &str) {
+    let fine = [
+        "thread force mitigated",
+        "globally mitigated",
+        "not vulnerable",
+        // A processor without a way to forbid it.
+        "vulnerable",
+        "unknown",
+    ];
+    assert!(fine.contains(&found), "{found}");
 }
 
 #[test]

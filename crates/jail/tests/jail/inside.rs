@@ -24,6 +24,7 @@ fn confinement(role: Role) -> Confinement {
             ..Root::default()
         },
         limits: Limits::open_files(100),
+        isolate_branches: false,
     }
 }
 

@@ -150,6 +150,7 @@ mod tests {
             memory: 64 << 20,
             vcpus: 1,
             hardware: false,
+            isolate_branches: false,
         };
         let mac = [2, 0, 0, 0, 0, 0xab];
         let devices = names([

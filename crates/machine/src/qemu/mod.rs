@@ -157,6 +157,7 @@ impl Backend for Qemu {
                     // What it writes goes through its devices.
                     file_size: Some(config.memory),
                 },
+                isolate_branches: config.isolate_branches,
             }),
         })?;
         Ok(Box::new(QemuMachine {

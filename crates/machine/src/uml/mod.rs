@@ -158,11 +158,13 @@ impl Backend for Uml {
         let started = spawn(
             &kernel,
             argv,
-            root(config, sockets),
-            uid,
             &console,
             Some(reader.as_fd()),
-            limits(config.memory),
+            Confinement {
+                limits: limits(config.memory),
+                isolate_branches: config.isolate_branches,
+                ..confinement(root(config, sockets), uid)
+            },
         )?;
         Ok(Box::new(UmlMachine {
             jailed: Jailed::new(started),
@@ -258,11 +260,9 @@ fn device(socket: &str, device_type: DeviceType) -> String {
 fn spawn(
     kernel: &OwnedFd,
     argv: Vec<OsString>,
-    root: Root,
-    uid: u32,
     console: &OwnedFd,
     paused_time: Option<BorrowedFd<'_>>,
-    limits: Limits,
+    confinement: Confinement,
 ) -> Result<Started, jail::Error> {
     let mut fds = vec![(console.as_fd(), 1), (console.as_fd(), 2)];
     fds.extend(paused_time.map(|file| (file, PAUSED_TIME_FD)));
@@ -277,15 +277,21 @@ fn spawn(
         ],
         fds,
         fixed_addresses: true,
-        confinement: Some(Confinement {
-            role: Role::Uml,
-            uid,
-            gid: uid,
-            capabilities: CapabilitySet::empty(),
-            root,
-            limits,
-        }),
+        confinement: Some(confinement),
     })
+}
+
+/// What a guest kernel is confined to.
+fn confinement(root: Root, uid: u32) -> Confinement {
+    Confinement {
+        role: Role::Uml,
+        uid,
+        gid: uid,
+        capabilities: CapabilitySet::empty(),
+        root,
+        limits: Limits::open_files(64),
+        isolate_branches: false,
+    }
 }
 
 /// Each process of the guest is one of the host's.
@@ -318,16 +324,8 @@ fn version(kernel: &Path) -> Result<String, String> {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .map_err(|errno| format!("cannot create a pipe: {errno}"))?;
     let argv = vec!["linux".into(), "--version".into()];
-    let started = spawn(
-        &file,
-        argv,
-        root,
-        NOBODY,
-        &write,
-        None,
-        Limits::open_files(64),
-    )
-    .map_err(|error| error.to_string())?;
+    let started = spawn(&file, argv, &write, None, confinement(root, NOBODY))
+        .map_err(|error| error.to_string())?;
     drop(write);
     let mut reported = String::new();
     // Bounded: the file could be any program.
@@ -434,6 +432,7 @@ mod tests {
             memory: 256 << 20,
             vcpus: 1,
             hardware: false,
+            isolate_branches: false,
         }
     }
 

@@ -161,6 +161,7 @@ impl Guest {
             memory: 128 << 20,
             vcpus: kind.backend().features().vcpus(2),
             hardware: false,
+            isolate_branches: false,
         };
         let guest = Self::wired(devices, control, |wiring| {
             kind.backend().start(&config, wiring).unwrap()

@@ -201,13 +201,15 @@ impl Drop for Guest {
 }
 
 impl Guest {
-    /// Starts the device process and the machine.
+    /// Starts the device process and the machine, whose branches may be kept apart from those of
+    /// other processes.
     ///
     /// # Errors
     /// Either cannot be started.
     pub fn start(
         path: &SandboxPath,
         request: &MachineConfig,
+        isolate_branches: bool,
         disks: Vec<Disk>,
     ) -> Result<(Self, Dials)> {
         let jail_uid = jail_uid();
@@ -261,6 +263,7 @@ impl Guest {
             memory: request.memory,
             vcpus: request.cpus,
             hardware: request.choice.hardware,
+            isolate_branches,
         };
         let wiring = Wiring {
             console: console_write,
