@@ -301,6 +301,7 @@ impl NetworkOptions {
             let created = network.created.as_ref()?;
             Some(NamesConfig {
                 directory: networks::names_directory(paths, &created.name),
+                network: created.name.clone(),
                 names: own.iter().chain(&network.aliases).cloned().collect(),
                 links: network
                     .links

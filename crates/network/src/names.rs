@@ -3,23 +3,31 @@
 
 use std::net::IpAddr;
 
-use simple_dns::rdata::{A, AAAA, RData};
-use simple_dns::{CLASS, Packet, PacketFlag, QCLASS, QTYPE, RCODE, ResourceRecord, TYPE};
+use simple_dns::rdata::{A, AAAA, PTR, RData};
+use simple_dns::{CLASS, Name, Packet, PacketFlag, QCLASS, QTYPE, RCODE, ResourceRecord, TYPE};
 
 /// Longest query that is looked into, bytes: a question of the longest name, and an OPT record with
 /// options (RFC 6891). Longer ones are for other name servers.
 pub const MAX_QUERY: usize = 1232;
 
+/// Where the names of IPv4 addresses are.
+const V4_REVERSE: &str = "in-addr.arpa";
+
+/// Where those of IPv6 addresses are.
+const V6_REVERSE: &str = "ip6.arpa";
+
 /// Seconds that an answer may be kept: a container may be gone at any time.
 const TTL: u32 = 5;
 
-/// Which addresses are asked for.
+/// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// IPv4.
+    /// IPv4 addresses.
     A,
-    /// IPv6.
+    /// IPv6 addresses.
     Aaaa,
+    /// The name of this address.
+    Pointer(IpAddr),
     /// Anything else.
     Other,
 }
@@ -42,14 +50,51 @@ pub fn question(query: &[u8]) -> Option<Question> {
     if question.qclass != QCLASS::CLASS(CLASS::IN) {
         return None;
     }
+    let name = question.qname.to_string().to_ascii_lowercase();
     Some(Question {
-        name: question.qname.to_string().to_ascii_lowercase(),
         wanted: match question.qtype {
             QTYPE::TYPE(TYPE::A) => Wanted::A,
             QTYPE::TYPE(TYPE::AAAA) => Wanted::Aaaa,
+            QTYPE::TYPE(TYPE::PTR) => reversed(&name).map_or(Wanted::Other, Wanted::Pointer),
             _ => Wanted::Other,
         },
+        name,
     })
+}
+
+/// The name below which the name of an address is found: `3.2.1.10.in-addr.arpa` (RFC 1035, 3.5),
+/// or its digits below `ip6.arpa` (RFC 3596, 2.5).
+pub fn reverse(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(address) => {
+            let [a, b, c, d] = address.octets();
+            format!("{d}.{c}.{b}.{a}.{V4_REVERSE}")
+        }
+        IpAddr::V6(address) => {
+            let digits = address.octets().into_iter().rev();
+            let digits = digits.map(|byte| format!("{:x}.{:x}.", byte & 15, byte >> 4));
+            digits.collect::<String>() + V6_REVERSE
+        }
+    }
+}
+
+/// The address of such a name.
+fn reversed(name: &str) -> Option<IpAddr> {
+    let labels = |digits: &str| {
+        digits
+            .split('.')
+            .rev()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    if let Some(digits) = name.strip_suffix(V4_REVERSE) {
+        let digits = labels(digits.strip_suffix('.')?).join(".");
+        return digits.parse().ok().map(IpAddr::V4);
+    }
+    let digits = labels(name.strip_suffix(V6_REVERSE)?.strip_suffix('.')?);
+    let whole = digits.len() == 32 && digits.iter().all(|digit| digit.len() == 1);
+    let number = whole.then(|| u128::from_str_radix(&digits.concat(), 16).ok())??;
+    Some(IpAddr::V6(number.into()))
 }
 
 fn parse(query: &[u8]) -> Option<Packet<'_>> {
@@ -91,6 +136,21 @@ pub fn answer(query: &[u8], addresses: &[IpAddr]) -> Option<Vec<u8>> {
     reply.build_bytes_vec_compressed().ok()
 }
 
+/// Answers a query for the name of an address, which has these. `None` when it is no query, or a
+/// name cannot be said.
+pub fn answer_pointer(query: &[u8], names: &[String]) -> Option<Vec<u8>> {
+    let packet = parse(query)?;
+    let asked = packet.questions.first()?.qname.clone();
+    let mut reply = reply_to(packet);
+    for name in names {
+        let data = RData::PTR(PTR(Name::new(name).ok()?));
+        reply
+            .answers
+            .push(ResourceRecord::new(asked.clone(), CLASS::IN, TTL, data));
+    }
+    reply.build_bytes_vec_compressed().ok()
+}
+
 /// Answers a query that there is no such name, or that nobody is there to ask.
 pub fn refuse(query: &[u8], exists: bool) -> Option<Vec<u8>> {
     let mut reply = reply_to(parse(query)?);
@@ -104,7 +164,7 @@ pub fn refuse(query: &[u8], exists: bool) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use simple_dns::{Name, Question as DnsQuestion};
+    use simple_dns::Question as DnsQuestion;
 
     use super::*;
 
@@ -137,6 +197,43 @@ mod tests {
             assert!(reply.has_flags(PacketFlag::RESPONSE | PacketFlag::RECURSION_DESIRED));
             assert_eq!(reply.questions.len(), 1);
             assert_eq!(reply.answers.len(), found, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_answered_with_names() {
+        for (address, reverse) in [
+            ("10.1.2.3", "3.2.1.10.in-addr.arpa"),
+            (
+                "fd00::12",
+                "2.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa",
+            ),
+        ] {
+            let address: IpAddr = address.parse().unwrap();
+            assert_eq!(super::reverse(address), reverse);
+            let query = query(&reverse.to_ascii_uppercase(), TYPE::PTR);
+            assert_eq!(question(&query).unwrap().wanted, Wanted::Pointer(address));
+            let bytes = answer_pointer(&query, &["web.net".to_owned()]).unwrap();
+            let reply = Packet::parse(&bytes).unwrap();
+            let [record] = &reply.answers[..] else {
+                panic!("{} answers", reply.answers.len());
+            };
+            let RData::PTR(PTR(name)) = &record.rdata else {
+                panic!("{record:?}");
+            };
+            assert_eq!(name.to_string(), "web.net");
+        }
+        for name in [
+            "in-addr.arpa",
+            "1.2.3.in-addr.arpa",
+            "1.2.3.4.5.in-addr.arpa",
+            "1.2.3.256.in-addr.arpa",
+            "1.2.3.04.in-addr.arpa",
+            "x.ip6.arpa",
+            "ip6.arpa",
+        ] {
+            let asked = question(&query(name, TYPE::PTR)).unwrap();
+            assert_eq!(asked.wanted, Wanted::Other, "{name}");
         }
     }
 

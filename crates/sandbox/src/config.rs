@@ -281,6 +281,9 @@ pub struct OwnNetwork {
 pub struct NamesConfig {
     /// The directory of the network's names.
     pub directory: PathBuf,
+    /// The network's name, which may follow a container's: `web.backend`.
+    #[serde(default)]
+    pub network: String,
     /// Those of the container.
     pub names: Vec<String>,
     /// Further names by which this container alone finds others: a name, and another's own.

@@ -116,6 +116,12 @@ fn containers_of_a_network_find_each_other_by_their_names(machine: &'static str)
             output.text()
         );
     }
+    // As Docker, with the network's name after the container's, both ways.
+    let whole = format!("{}.{}", server.name, net.name);
+    assert!(asks(&whole).ok().text().contains(&address));
+    let output = hull.sh(&network, &format!("nslookup {address}")).ok();
+    let found = format!("name = {whole}");
+    assert!(output.text().contains(&found), "{}", output.text());
     hull.sh(&network, "ping -c 1 -W 1 nobody-of-this-name")
         .ends(1);
     // Elsewhere there are no such names.

@@ -1,12 +1,14 @@
 //! Names in a network of hull's own: containers find each other by them.
 //!
 //! Each such network has a directory with a directory for each name, and in it a file for each
-//! container that has the name, with its addresses. A sandbox writes those of its container when
+//! container that has the name, with its addresses; and one for each address, by the name that it
+//! has in the domain of addresses (`in-addr.arpa`), with the container's name. A sandbox writes those of its container when
 //! that is attached, and removes them when it is detached; what a killed sandbox left is told by
 //! its lock and counts for nothing. A question costs one look into one directory.
 //!
 //! ```text
-//! NAMES/<name>/<container>   {"sandbox": …, "addresses": […]}
+//! NAMES/<name>/<container>      {"sandbox": …, "addresses": […], "name": …}
+//! NAMES/<address>/<container>   the same
 //! ```
 //!
 //! What is no such name is asked of the host's name servers, from the host's network, as Docker
@@ -20,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use hull_network::names::{answer, question, refuse};
+use hull_network::names::{Wanted, answer, answer_pointer, question, refuse, reverse};
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -44,6 +46,9 @@ const MOST_OF_A_NAME: usize = 64;
 struct Entry {
     sandbox: SandboxPath,
     addresses: Vec<IpAddr>,
+    /// The container's own name.
+    #[serde(default)]
+    name: String,
 }
 
 /// A network with the addresses of a container in it.
@@ -52,7 +57,7 @@ pub type Named = (NamesConfig, Vec<IpAddr>);
 /// The names of a container's networks, with its own among them.
 #[derive(Debug)]
 pub struct Names {
-    networks: RwLock<Vec<NamesConfig>>,
+    networks: RwLock<Vec<Named>>,
     container: String,
     sandbox: SandboxPath,
 }
@@ -71,9 +76,7 @@ impl Names {
         match names.change(networks.clone()) {
             Ok(()) => Ok(names),
             Err(error) => {
-                for (network, _) in &networks {
-                    names.withdraw_from(network);
-                }
+                networks.iter().for_each(|named| names.withdraw_from(named));
                 Err(error)
             }
         }
@@ -85,39 +88,41 @@ impl Names {
     /// A file cannot be written.
     pub fn change(&self, networks: Vec<Named>) -> Result<()> {
         let before = self.networks().clone();
-        let stays = |network: &NamesConfig| {
+        let stays = |named: &Named| {
             let mut networks = networks.iter();
-            networks.any(|(other, _)| other.directory == network.directory)
+            networks.any(|(other, _)| other.directory == named.0.directory)
         };
-        for network in before.iter().filter(|network| !stays(network)) {
-            self.withdraw_from(network);
+        for named in before.iter().filter(|named| !stays(named)) {
+            self.withdraw_from(named);
         }
         let (mut there, mut written) = (Vec::new(), Ok(()));
-        for (network, addresses) in networks {
-            let same = |other: &&NamesConfig| {
-                (&other.directory, &other.names) == (&network.directory, &network.names)
+        for named in networks {
+            let same = |(other, _): &&Named| {
+                (&other.directory, &other.names) == (&named.0.directory, &named.0.names)
             };
             if before.iter().find(same).is_none()
-                && let Err(error) = self.write(&network, addresses)
+                && let Err(error) = self.write(&named)
             {
                 // It is written by the next change.
                 written = Err(error);
                 continue;
             }
-            there.push(network);
+            there.push(named);
         }
         *self.write_networks() = there;
         written
     }
 
-    fn write(&self, network: &NamesConfig, addresses: Vec<IpAddr>) -> Result<()> {
+    fn write(&self, named: &Named) -> Result<()> {
+        let (network, addresses) = named;
         self.forget(network);
         let entry = Entry {
             sandbox: self.sandbox.clone(),
-            addresses,
+            addresses: addresses.clone(),
+            name: network.names.first().cloned().unwrap_or_default(),
         };
         let text = serde_json::to_vec(&entry).unwrap_or_default();
-        own(network).try_for_each(|directory| write(&directory, &self.container, &text))
+        own(named).try_for_each(|directory| write(&directory, &self.container, &text))
     }
 
     /// Removes what an earlier sandbox of the container left that was killed: its path may be that
@@ -133,13 +138,13 @@ impl Names {
 
     /// Removes the names.
     pub fn withdraw(&self) {
-        for network in self.networks().iter() {
-            self.withdraw_from(network);
+        for named in self.networks().iter() {
+            self.withdraw_from(named);
         }
     }
 
-    fn withdraw_from(&self, network: &NamesConfig) {
-        for directory in own(network) {
+    fn withdraw_from(&self, named: &Named) {
+        for directory in own(named) {
             // Gone already is as good; one that others have as well is not empty.
             let _ = fs::remove_file(directory.join(&self.container));
             let _ = fs::remove_dir(&directory);
@@ -147,11 +152,11 @@ impl Names {
     }
 
     // A list is valid at any time.
-    fn networks(&self) -> RwLockReadGuard<'_, Vec<NamesConfig>> {
+    fn networks(&self) -> RwLockReadGuard<'_, Vec<Named>> {
         self.networks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_networks(&self) -> RwLockWriteGuard<'_, Vec<NamesConfig>> {
+    fn write_networks(&self) -> RwLockWriteGuard<'_, Vec<Named>> {
         self.networks
             .write()
             .unwrap_or_else(PoisonError::into_inner)
@@ -160,24 +165,36 @@ impl Names {
     /// The addresses of all containers that have a name; `None` when there is no such name.
     fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
         let mut addresses = Vec::new();
-        let networks = self.networks();
-        let directories = networks.iter().filter_map(|one| {
-            let name = one.links.get(name).map_or(name, String::as_str);
-            directory(one, name)
-        });
-        for entries in directories.flat_map(fs::read_dir) {
-            let alive = entries.flatten().filter_map(|entry| read(&entry.path()));
-            for of_one in alive.take(MOST_OF_A_NAME) {
-                addresses.extend(of_one);
+        for (network, _) in self.networks().iter() {
+            let name = network.links.get(name).map_or(name, String::as_str);
+            let found = entries(network, name);
+            if found.is_empty()
+                && let Some(short) = without_network(name, &network.network)
+            {
+                addresses.extend(entries(network, short).into_iter().flat_map(addresses_of));
             }
+            addresses.extend(found.into_iter().flat_map(addresses_of));
         }
         (!addresses.is_empty()).then_some(addresses)
+    }
+
+    /// The names of the container that has an address, with their network's as Docker says them;
+    /// `None` when there is none.
+    fn lookup_pointer(&self, address: IpAddr) -> Option<Vec<String>> {
+        let reverse = reverse(address);
+        let mut names = Vec::new();
+        for (network, _) in self.networks().iter() {
+            let found = entries(network, &reverse).into_iter();
+            let found = found.filter(|entry| !entry.name.is_empty());
+            names.extend(found.map(|entry| format!("{}.{}", entry.name, network.network)));
+        }
+        (!names.is_empty()).then_some(names)
     }
 
     /// Name servers for everything else.
     fn upstream(&self) -> Vec<IpAddr> {
         let networks = self.networks();
-        let mut servers = networks.iter().map(|network| &network.upstream);
+        let mut servers = networks.iter().map(|(network, _)| &network.upstream);
         let found = servers.find(|servers| !servers.is_empty());
         found.cloned().unwrap_or_default()
     }
@@ -187,9 +204,11 @@ impl Names {
     /// # Errors
     /// Nobody answers.
     pub async fn ask(&self, tcp: bool, query: &[u8]) -> io::Result<Vec<u8>> {
-        let found = question(query).and_then(|asked| {
-            let addresses = self.lookup(&asked.name)?;
-            answer(query, &addresses)
+        let found = question(query).and_then(|asked| match asked.wanted {
+            Wanted::Pointer(address) => answer_pointer(query, &self.lookup_pointer(address)?),
+            // Addresses are no names of containers.
+            _ if asked.name.ends_with(".arpa") => None,
+            _ => answer(query, &self.lookup(&asked.name)?),
         });
         if let Some(answer) = found {
             return Ok(answer);
@@ -212,10 +231,32 @@ impl Names {
     }
 }
 
-/// The directories of a container's own names in a network.
-fn own(network: &NamesConfig) -> impl Iterator<Item = PathBuf> + '_ {
-    let names = network.names.iter();
-    names.filter_map(|name| directory(network, &name.to_ascii_lowercase()))
+/// The directories of a container's own names in a network, and of its addresses.
+fn own((network, addresses): &Named) -> impl Iterator<Item = PathBuf> + '_ {
+    let names = network.names.iter().map(|name| name.to_ascii_lowercase());
+    let addresses = addresses.iter().map(|address| reverse(*address));
+    let all = names.chain(addresses);
+    all.filter_map(|name| directory(network, &name))
+}
+
+/// What living containers wrote below a name.
+fn entries(network: &NamesConfig, name: &str) -> Vec<Entry> {
+    let listed = directory(network, name).and_then(|path| fs::read_dir(path).ok());
+    let alive = listed.into_iter().flatten().flatten();
+    let alive = alive.filter_map(|entry| read(&entry.path()));
+    alive.take(MOST_OF_A_NAME).collect()
+}
+
+fn addresses_of(entry: Entry) -> Vec<IpAddr> {
+    entry.addresses
+}
+
+/// The name of a container before the name of its network.
+fn without_network<'a>(name: &'a str, network: &str) -> Option<&'a str> {
+    let at = name.len().checked_sub(network.len())?;
+    let (short, rest) = (name.get(..at)?, name.get(at..)?);
+    let short = short.strip_suffix('.')?;
+    (!network.is_empty() && rest.eq_ignore_ascii_case(network)).then_some(short)
 }
 
 /// The directory of a name, which is one of a file, too.
@@ -239,10 +280,10 @@ fn write(directory: &Path, container: &str, text: &[u8]) -> Result<()> {
     written
 }
 
-/// The addresses in a file, if the sandbox that wrote it lives.
-fn read(path: &Path) -> Option<Vec<IpAddr>> {
+/// What is in a file, if the sandbox that wrote it lives.
+fn read(path: &Path) -> Option<Entry> {
     let entry: Entry = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
-    entry.sandbox.is_alive().then_some(entry.addresses)
+    entry.sandbox.is_alive().then_some(entry)
 }
 
 async fn ask_by_udp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
@@ -280,6 +321,7 @@ mod tests {
     fn config(directory: &Path, names: &[&str]) -> NamesConfig {
         NamesConfig {
             directory: directory.to_owned(),
+            network: "Backend".to_owned(),
             names: names.iter().map(|&name| name.to_owned()).collect(),
             links: BTreeMap::new(),
             upstream: Vec::new(),
@@ -305,6 +347,13 @@ mod tests {
         assert_eq!(two.lookup("web"), Some(vec![address(1)]));
         assert_eq!(two.lookup("linked"), Some(vec![address(1)]));
         assert_eq!(one.lookup("linked"), None);
+        assert_eq!(one.lookup("db.backend"), Some(vec![address(2)]));
+        for name in ["db.other", ".backend", "backend", "dbbackend"] {
+            assert_eq!(one.lookup(name), None, "{name}");
+        }
+        let of_two = Some(vec!["db.Backend".to_owned()]);
+        assert_eq!(one.lookup_pointer(address(2)), of_two);
+        assert_eq!(one.lookup_pointer(address(3)), None);
         let mut both = one.lookup("alias").unwrap();
         both.sort();
         assert_eq!(both, [address(1), address(2)]);
@@ -314,6 +363,7 @@ mod tests {
         // Killed.
         living.pop();
         assert_eq!(one.lookup("db"), None);
+        assert_eq!(one.lookup_pointer(address(2)), None);
         two.withdraw();
         one.withdraw();
         assert_eq!(fs::read_dir(&names).unwrap().count(), 0);
