@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::error::{Context, Error, Result};
 
 /// A table with a heading; columns are as wide as their widest cell.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Table {
     rows: Vec<Vec<String>>,
 }

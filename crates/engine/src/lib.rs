@@ -31,7 +31,7 @@ pub mod install;
 pub mod lifecycle;
 pub mod listing;
 pub mod log;
-pub mod logging;
+pub mod log_options;
 pub mod names;
 pub mod network;
 pub mod networks;

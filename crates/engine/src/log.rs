@@ -7,6 +7,7 @@ use hull_sandbox::control::protocol::Request;
 use hull_sandbox::log::{Entry, Stream};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
+use serde_json::Value;
 
 use crate::container::{self, Container};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -96,8 +97,9 @@ impl Lines {
     }
 }
 
-/// What is kept beside each line of a container, as `logs --details` shows it: labels, variables and
-/// a tag, if its log options name some, and a space.
+/// What is kept beside each line of a container, as `logs --details` shows it: labels, variables
+/// and a tag, if its log options name some, and a space. Escaped as in URLs, as Docker does: they
+/// are an image's, too.
 ///
 /// # Errors
 /// The container's spec cannot be read.
@@ -106,22 +108,42 @@ pub fn details(container: &Container) -> Result<String> {
     let Some(options) = &details.options else {
         return Ok(String::new());
     };
-    let spec = container::config(&container.directory)?;
-    let environment: Vec<String> = spec["process"]["env"]
-        .as_array()
-        .map(|all| {
-            all.iter()
-                .filter_map(|one| one.as_str().map(str::to_owned))
-                .collect()
-        })
-        .unwrap_or_default();
+    let environment: Vec<String> = match options.log.env.is_empty() {
+        true => Vec::new(),
+        false => match container::config(&container.directory) {
+            Ok(spec) => environment_of(&spec),
+            // It was never started.
+            Err(error) if error.kind == ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        },
+    };
     let id = &container.record.id;
     let attributes = options.log.attributes(id, details, &environment);
     let pairs: Vec<String> = attributes
         .iter()
-        .map(|(key, value)| format!("{key}={value}"))
+        .map(|(key, value)| format!("{}={}", escaped(key), escaped(value)))
         .collect();
     Ok(pairs.join(",") + " ")
+}
+
+fn environment_of(spec: &Value) -> Vec<String> {
+    let all = spec["process"]["env"].as_array().into_iter().flatten();
+    all.filter_map(|one| one.as_str().map(str::to_owned))
+        .collect()
+}
+
+/// The text as in the query of a URL (Go's url.QueryEscape).
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b' ' => escaped.push('+'),
+            b'-' | b'_' | b'.' | b'~' => escaped.push(char::from(byte)),
+            _ if byte.is_ascii_alphanumeric() => escaped.push(char::from(byte)),
+            _ => escaped.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    escaped
 }
 
 /// Tells when there is new output, or the container has ended.
@@ -248,6 +270,11 @@ mod tests {
             .flat_map(|entry| lines.format(entry))
             .collect();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    #[test]
+    fn details_do_not_break_lines() {
+        assert_eq!(escaped("a b,c=\n\x1bé~"), "a+b%2Cc%3D%0A%1B%C3%A9~");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::exact;
 use crate::health;
-use crate::logging::LogOptions;
+use crate::log_options::LogOptions;
 use crate::names;
 use crate::network::NetworkOptions;
 use crate::paths::Paths;

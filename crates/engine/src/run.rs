@@ -338,7 +338,7 @@ impl<'a> Run<'a> {
         let mut bounds = machine.bounds();
         bounds.host_cpus.clone_from(&self.options.host_cpus.0);
         bounds.swap = match (self.options.memory_swap, self.options.memory) {
-            (Some(..=0), _) => Some(u64::MAX),
+            (Some(..=-1), _) => Some(u64::MAX),
             (Some(both @ 1..), Some(memory)) => Some(both.unsigned_abs().saturating_sub(memory)),
             _ => None,
         };

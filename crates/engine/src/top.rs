@@ -1,12 +1,14 @@
 //! The processes of a container as tables of ps: which columns its options ask for, and what is in
 //! them. Called by the command line and the API.
 
+use std::collections::HashMap;
+
 use hull_sandbox::control::client::unexpected;
 use hull_sandbox::control::protocol::{Reply, Request};
 use hull_sandbox::metrics::ProcessInfo;
 
 use crate::container::Any;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::time;
 
 /// What a column shows.
@@ -102,6 +104,10 @@ const USERS: [(&str, Field); 11] = [
     ("COMMAND", Field::Command),
 ];
 
+/// Most processes of a container that are shown: twice the ids that a guest's kernel gives
+/// (PID_MAX_DEFAULT, include/linux/threads.h).
+const MOST: usize = 65_536;
+
 /// The columns of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Columns(Vec<(String, Field)>);
@@ -128,7 +134,7 @@ impl Columns {
                 Some(at)
                     if letters[..at]
                         .bytes()
-                        .all(|letter| b"aefuwx".contains(&letter)) =>
+                        .all(|letter| b"aefuwxA".contains(&letter)) =>
                 {
                     Some(&letters[at + 1..])
                 }
@@ -143,7 +149,7 @@ impl Columns {
                     add(&mut columns, list)?;
                 }
                 Some(list) => add(&mut columns, list)?,
-                None if letters.bytes().all(|letter| b"aefuwx".contains(&letter)) => {
+                None if letters.bytes().all(|letter| b"aefuwxA".contains(&letter)) => {
                     if letters.contains('u') {
                         usual = &USERS;
                     }
@@ -182,29 +188,26 @@ fn unknown(option: &str) -> String {
     format!("not supported: option {option:?} of ps: give -ef, aux, or -o with names of fields")
 }
 
-/// Adds the fields of a list: with commas or spaces between them, and perhaps a heading for the
-/// last one.
+/// Adds the fields of a list: with commas or spaces between them, each perhaps with a heading.
 fn add(columns: &mut Vec<(String, Field)>, list: &str) -> std::result::Result<(), String> {
-    let (names, heading) = match list.split_once('=') {
-        Some((names, heading)) => (names, Some(heading)),
-        None => (list, None),
-    };
-    let names: Vec<&str> = names
-        .split([',', ' '])
-        .filter(|name| !name.is_empty())
-        .collect();
-    for (index, name) in names.iter().enumerate() {
-        let known = FIELDS
-            .iter()
-            .find(|(known, _, _)| name.eq_ignore_ascii_case(known));
-        let Some((_, usual, field)) = known else {
-            return Err(format!(
-                "not supported: field {name:?} of ps: there are pid, ppid, user, group, stat, comm, \
-                 args, tty, time, etime, start, rss, vsz, %cpu, %mem and their like"
-            ));
+    for part in list.split(',') {
+        let (names, heading) = match part.split_once('=') {
+            Some((names, heading)) => (names, Some(heading)),
+            None => (part, None),
         };
-        let own = heading.filter(|_| index + 1 == names.len());
-        columns.push((own.unwrap_or(usual).to_owned(), *field));
+        let names: Vec<&str> = names.split_whitespace().collect();
+        for (index, name) in names.iter().enumerate() {
+            let mut fields = FIELDS.iter();
+            let known = fields.find(|(known, _, _)| name.eq_ignore_ascii_case(known));
+            let Some((_, usual, field)) = known else {
+                return Err(format!(
+                    "not supported: field {name:?} of ps: there are pid, ppid, user, group, stat, \
+                     comm, args, tty, time, etime, start, rss, vsz, %cpu, %mem and their like"
+                ));
+            };
+            let own = heading.filter(|_| index + 1 == names.len());
+            columns.push((own.unwrap_or(usual).to_owned(), *field));
+        }
     }
     Ok(())
 }
@@ -214,6 +217,8 @@ fn add(columns: &mut Vec<(String, Field)>, list: &str) -> std::result::Result<()
 pub struct Processes {
     /// Each of them.
     pub list: Vec<ProcessInfo>,
+    /// Ids in the container, by those in the guest's root namespace.
+    ids: HashMap<u32, u32>,
     /// Memory of the machine, bytes.
     memory: u64,
     /// Unix time in seconds.
@@ -233,7 +238,15 @@ impl Processes {
             Reply::Processes(processes) => processes,
             other => return Err(unexpected(&other)),
         };
+        if list.len() > MOST {
+            return Err(Error::new(format!(
+                "container {}: its guest lists {} processes, more than {MOST}",
+                container.id(),
+                list.len()
+            )));
+        }
         Ok(Self {
+            ids: ids(&list),
             list,
             memory: match container {
                 Any::Own(own) => own.record.details.memory,
@@ -246,8 +259,7 @@ impl Processes {
     /// The id of a process's parent as seen in the container. Parents have ids of the guest's root
     /// namespace; the parent's row has both.
     pub fn parent_of(&self, process: &ProcessInfo) -> u32 {
-        let parent = self.list.iter().find(|one| one.pid == process.parent_pid);
-        parent.map_or(0, |parent| parent.container_pid)
+        self.ids.get(&process.parent_pid).copied().unwrap_or(0)
     }
 
     fn text(&self, process: &ProcessInfo, field: Field) -> String {
@@ -278,7 +290,7 @@ impl Processes {
                 }
             }
             Field::ElapsedSeconds => elapsed.to_string(),
-            Field::Start => moment(process.started_at)[11..16].to_owned(),
+            Field::Start => clock(process.started_at),
             Field::LongStart => moment(process.started_at)[..19].replace('T', " "),
             Field::Resident => (process.resident_bytes >> 10).to_string(),
             Field::Virtual => (process.virtual_bytes >> 10).to_string(),
@@ -292,10 +304,20 @@ impl Processes {
     }
 }
 
+fn ids(list: &[ProcessInfo]) -> HashMap<u32, u32> {
+    let pairs = list.iter().map(|one| (one.pid, one.container_pid));
+    pairs.collect()
+}
+
 /// `HH:MM:SS`.
 pub fn hours(seconds: u64) -> String {
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
     format!("{hours:02}:{minutes:02}:{:02}", seconds % 60)
+}
+
+/// Hours and minutes in UTC.
+pub fn clock(seconds: u64) -> String {
+    moment(seconds)[11..16].to_owned()
 }
 
 /// A time in UTC, as `YYYY-MM-DDTHH:MM:SS…`: the guest chooses the number.
@@ -334,8 +356,10 @@ mod tests {
             started_at: u64::MAX,
             ..shell.clone()
         };
+        let list = vec![shell, child];
         Processes {
-            list: vec![shell, child],
+            ids: ids(&list),
+            list,
             memory: 64 << 20,
             now: 1_700_000_010,
         }
@@ -371,6 +395,7 @@ mod tests {
         ] {
             assert_eq!(table(words), own, "{words:?}");
         }
+        assert_eq!(table(&["-o", "pid=A,comm="]).lines().next(), Some("A "));
         assert_eq!(
             table(&["-o", "pid,args=WHAT"]).lines().next(),
             Some("PID WHAT")

@@ -24,8 +24,8 @@ pub struct Update {
     pub pids_limit: Option<i64>,
     /// Its weight among others, Docker's number.
     pub cpu_shares: Option<u64>,
-    /// What memory may be together with swap of the host, bytes; -1 for all that there is. From the
-    /// next start on.
+    /// What memory may be together with swap of the host, bytes; -1 for all that there is, 0 for
+    /// none. From the next start on.
     pub memory_swap: Option<i64>,
     /// Processors of the host that it is to stay on. From the next start on.
     pub host_cpus: Option<CpuList>,
@@ -74,31 +74,37 @@ impl Update {
                 details.name
             )));
         }
+        let memory_swap = match self.memory_swap {
+            Some(both) => Some(both).filter(|both| *both != 0),
+            None => options.memory_swap,
+        };
+        let host_cpus = self.host_cpus.as_ref().unwrap_or(&options.host_cpus);
         let host_bounds = [
-            ("--memory-swap", self.memory_swap.is_some()),
-            ("--cpuset-cpus", self.host_cpus.is_some()),
+            ("--memory-swap", memory_swap != options.memory_swap),
+            ("--cpuset-cpus", *host_cpus != options.host_cpus),
         ];
-        if let Some((option, _)) = host_bounds
-            .iter()
-            .find(|(_, given)| (runs || joined) && *given)
-        {
-            return Err(Error::unsupported(format_args!(
-                "{option} of container {} while its machine runs",
-                details.name
-            ))
-            .hint(format!(
-                "hull stop {}; hull update; hull start",
-                details.name
-            )));
+        if let Some((option, _)) = host_bounds.iter().find(|(_, changes)| *changes) {
+            let refused = |why: &str| {
+                Error::unsupported(format_args!("{option} of container {}{why}", details.name))
+            };
+            if joined {
+                return Err(refused(", which is in the machine of another one"));
+            }
+            if runs {
+                let name = &details.name;
+                return Err(refused(" while its machine runs")
+                    .hint(format!("hull stop {name}; hull update; hull start {name}")));
+            }
         }
+        host_cpus.check()?;
+        options.host_cpus = host_cpus.clone();
+        options.memory_swap = memory_swap;
         options.memory = self.memory.or(options.memory);
-        options.memory_swap = self.memory_swap.or(options.memory_swap);
-        if let Some(cpus) = &self.host_cpus {
-            cpus.check()?;
-            options.host_cpus = cpus.clone();
-        }
         check_swap(options.memory, options.memory_swap)?;
-        options.cpu_shares = self.cpu_shares.or(options.cpu_shares);
+        options.cpu_shares = self
+            .cpu_shares
+            .or(options.cpu_shares)
+            .filter(|shares| *shares > 0);
         options.cpus_milli = self.cpus_milli.or(options.cpus_milli);
         options.pids_limit = self.pids_limit.or(options.pids_limit);
         options.restart = self.restart.unwrap_or(options.restart);

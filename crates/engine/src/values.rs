@@ -498,6 +498,17 @@ pub fn label(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
+/// Docker's weight of processors (cpu(7) of control groups version 1): 2 to 262144, 0 for the usual
+/// one.
+pub fn cpu_shares(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(shares @ (0 | 2..=262_144)) => Ok(shares),
+        _ => Err(format!(
+            "invalid weight {text:?}: give a number from 2 to 262144"
+        )),
+    }
+}
+
 /// A kernel parameter for the container: `net.core.somaxconn=1024`.
 pub fn sysctl(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {

@@ -19,7 +19,7 @@ pub enum Transfer {
     Pull,
     /// To a registry.
     Push,
-    /// Nowhere: it is only looked for.
+    /// Neither: a registry is searched.
     Search,
 }
 

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -56,6 +57,9 @@ pub(crate) const LISTED: usize = 50_000;
 
 /// Most answers that such a list may come in.
 pub(crate) const LIST_PAGES: usize = 1000;
+
+/// How long all of them may take.
+pub(crate) const LIST_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Most results of a search, as in Docker.
 pub const SEARCH_RESULTS: usize = 100;

@@ -14,7 +14,7 @@ use crate::error::Error;
 /// The registry of names without one, as in Docker.
 pub(crate) const DEFAULT_REGISTRY: &str = "docker.io";
 /// Longest name that registries accept, without tag and digest.
-const MAX_NAME: usize = 255;
+pub(crate) const MAX_NAME: usize = 255;
 
 /// Where an image comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]

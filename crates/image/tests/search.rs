@@ -44,8 +44,15 @@ fn what_a_search_says_is_bounded_and_plain() {
                       "is_official":true,"is_automated":true}},
                     {{"name":"c"}}]}}"#
             ),
-            "/v1/search?q=list&n=2" => "<html>".to_owned(),
-            "/v2/_catalog" => r#"{"repositories":["list"]}"#.to_owned(),
+            "/v1/search?q=List&n=2" => "<html>".to_owned(),
+            "/v1/search?q=object&n=2" => "{}".to_owned(),
+            "/v1/search?q=odd&n=2" => {
+                r#"{"results":[{"star_count":1},7,{"name":"odd","star_count":null}]}"#.to_owned()
+            }
+            "/v1/search?q=busy&n=2" => {
+                return begin_answer(client, "429 Too Many Requests", "");
+            }
+            "/v2/_catalog" => r#"{"repositories":["list","an/object"]}"#.to_owned(),
             _ => return begin_answer(client, "500 Internal Server Error", ""),
         };
         begin_answer(client, "200 OK", "");
@@ -67,7 +74,11 @@ fn what_a_search_says_is_bounded_and_plain() {
     assert_eq!(found[1].description.len(), 1000);
     assert_eq!((found[1].stars, found[1].official), (7, true));
     // A page for people is no answer of a search.
-    assert_eq!(names(find("list")), [format!("{host}/list")]);
+    assert_eq!(names(find("List")), [format!("{host}/list")]);
+    assert_eq!(names(find("object")), [format!("{host}/an/object")]);
+    assert_eq!(names(find("odd")), [format!("{host}/odd")]);
+    let error = find("busy").unwrap_err().to_string();
+    assert!(error.contains("answered 429"), "{error}");
     let error = find("broken").unwrap_err().to_string();
     assert!(error.contains("cannot be searched for"), "{error}");
     assert!(error.contains("answered 500"), "{error}");
@@ -99,6 +110,22 @@ fn an_account_is_used_only_where_a_search_asks_for_one() {
         |term: &str, with: &Credentials| search(&format!("localhost:{port}/{term}"), 1, with);
     assert_eq!(find("open", &account).unwrap().len(), 1);
     assert_eq!(find("closed", &account).unwrap().len(), 1);
+    // Nor is it sent to where a search is redirected.
+    let elsewhere = made_up_registry(|request, client| {
+        assert!(!request.to_lowercase().contains("authorization:"));
+        let demand = "WWW-Authenticate: Basic realm=\"r\"\r\n";
+        begin_answer(client, "401 Unauthorized", demand);
+    });
+    let from = made_up_registry(move |request, client| {
+        let head = match request.split(' ').nth(1) {
+            Some("/v2/") => return begin_answer(client, "401 Unauthorized", ""),
+            Some("/v2/_catalog") => return begin_answer(client, "404 Not Found", ""),
+            _ => format!("Location: http://127.0.0.1:{elsewhere}/v1/search\r\n"),
+        };
+        begin_answer(client, "302 Found", &head);
+    });
+    let error = search(&format!("localhost:{from}/x"), 1, &account).unwrap_err();
+    assert!(error.to_string().contains("answered 404"), "{error}");
     let error = find("closed", &Credentials::anonymous()).unwrap_err();
     assert!(matches!(error, Error::Unauthorized { .. }), "{error}");
 }

@@ -3,8 +3,9 @@
 //! A jailed process has mount, pid, network, ipc, uts and cgroup namespaces of its own, an empty
 //! read-only root directory with nothing but what its [`Root`] names, a user of its own and no
 //! capabilities (the device process: the few that an fs device needs), no new privileges, no loads
-//! that speculate past stores, Landlock, and a system call filter for its role. It dies with the process that started it, and every
-//! process that it started dies with it, because it is PID 1 of its namespace.
+//! that speculate past stores, Landlock, and a system call filter for its role. It dies with the
+//! process that started it, and every process that it started dies with it, because it is PID 1 of
+//! its namespace.
 //!
 //! Three ways in:
 //! - [`spawn`] starts a foreign executable (a guest kernel, QEMU) inside. With no [`Confinement`]

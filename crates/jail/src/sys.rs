@@ -207,8 +207,18 @@ pub fn forbid_speculation(kind: Speculation) -> Result<(), Errno> {
     const PR_SET_SPECULATION_CTRL: libc::c_int = 53;
     const PR_SPEC_FORCE_DISABLE: libc::c_ulong = 1 << 3;
     let kind = kind as libc::c_ulong;
+    // All bits of the arguments count, those of unused ones, too.
+    let none: libc::c_ulong = 0;
     // SAFETY: takes integers only.
-    let result = unsafe { libc::prctl(PR_SET_SPECULATION_CTRL, kind, PR_SPEC_FORCE_DISABLE, 0, 0) };
+    let result = unsafe {
+        libc::prctl(
+            PR_SET_SPECULATION_CTRL,
+            kind,
+            PR_SPEC_FORCE_DISABLE,
+            none,
+            none,
+        )
+    };
     match check(result.into()) {
         // Not of this processor; decided by the kernel's command line; a kernel without it.
         Err(Errno::NODEV | Errno::NXIO | Errno::PERM | Errno::INVAL) => Ok(()),

@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::net::SendFlags;
 use tokio::net::UnixDatagram;
 
 use crate::error::{Error, Result};
@@ -20,9 +21,9 @@ pub const SOCKET: &str = "/run/systemd/journal/socket";
 /// Longest piece of a line in one message, as Docker's.
 const LINE: usize = 16 * 1024;
 
-/// Most bytes of all fields beside the line. The kernel's limit of a datagram is some 200 KiB
-/// (`net.core.wmem_default`).
-pub const MAX_FIELDS: usize = 64 * 1024;
+/// Most bytes of all fields beside the line: a datagram has room for some 200 KiB
+/// (`net.core.wmem_default`), and each line repeats them.
+const MAX_FIELDS: usize = 16 * 1024;
 
 /// How long the container waits for a journal that is busy.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,55 +31,65 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Writes the lines of one container.
 #[derive(Debug)]
 pub struct Journal {
-    socket: UnixDatagram,
     place: &'static Path,
-    /// The fields that all messages have.
-    fields: Vec<u8>,
+    /// Connected: the kernel says when the journal has taken what was sent.
+    socket: Option<UnixDatagram>,
+    /// The message that is being made; it begins with the fields that all messages have.
+    message: Vec<u8>,
+    /// How long those are.
+    fields: usize,
     /// The line that each stream has begun.
     lines: [Vec<u8>; 2],
     /// The last message was lost: the next is not waited for.
     lost: bool,
 }
 
+/// The fields as they are sent.
+///
+/// # Errors
+/// `InvalidArgument`: they are too long, or one has a name that journald does not take.
+pub fn encode(fields: &[(String, String)]) -> Result<Vec<u8>> {
+    let mut encoded = Vec::new();
+    for (name, value) in fields {
+        if !is_name(name) {
+            return Err(Error::invalid(format!(
+                "journal: {name:?} is no name of a field"
+            )));
+        }
+        put(&mut encoded, name, value.as_bytes());
+    }
+    match encoded.len() {
+        0..=MAX_FIELDS => Ok(encoded),
+        length => Err(Error::invalid(format!(
+            "journal: the fields of a line are {length} bytes, more than {MAX_FIELDS}"
+        ))
+        .hint("name fewer labels and variables")),
+    }
+}
+
 impl Journal {
     /// A writer whose messages have these fields, names and values.
     ///
     /// # Errors
-    /// `InvalidArgument`: the fields are too long, or have a name that journald does not take;
-    /// `Host`: no socket can be created.
+    /// Those of [`encode`].
     pub fn new(fields: &[(String, String)]) -> Result<Self> {
         Self::at(Path::new(SOCKET), fields)
     }
 
     fn at(place: &'static Path, fields: &[(String, String)]) -> Result<Self> {
-        let mut encoded = Vec::new();
-        for (name, value) in fields {
-            if !is_name(name) {
-                return Err(Error::invalid(format!(
-                    "journal: field {name:?}: no name of a field"
-                )));
-            }
-            put(&mut encoded, name, value.as_bytes());
-        }
-        if encoded.len() > MAX_FIELDS {
-            return Err(Error::invalid(format!(
-                "journal: the fields of a line are {} bytes, more than {MAX_FIELDS}",
-                encoded.len()
-            ))
-            .hint("name fewer labels and variables"));
-        }
-        let socket = UnixDatagram::unbound()
-            .map_err(|error| Error::new(format!("cannot create a socket: {error}")))?;
+        let message = encode(fields)?;
         Ok(Self {
-            socket,
             place,
-            fields: encoded,
+            socket: None,
+            fields: message.len(),
+            message,
             lines: Default::default(),
             lost: false,
         })
     }
 
-    /// Writes the lines that end in a piece of output.
+    /// Writes the lines that end in a piece of output. When the journal takes nothing, the rest of
+    /// the piece is lost with its first line.
     pub async fn append(&mut self, stream: Stream, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
             let (mut text, ends) = match piece.strip_suffix(b"\n") {
@@ -93,10 +104,12 @@ impl Journal {
                     break;
                 }
                 text = later;
-                self.send(stream, true).await;
+                if !self.send(stream, true).await {
+                    return;
+                }
             }
-            if ends {
-                self.send(stream, false).await;
+            if ends && !self.send(stream, false).await {
+                return;
             }
         }
     }
@@ -110,32 +123,30 @@ impl Journal {
         }
     }
 
-    /// Sends the line of a stream, of which more is to come if it is `partial`.
-    async fn send(&mut self, stream: Stream, partial: bool) {
-        let line = std::mem::take(&mut self.lines[index(stream)]);
-        let mut message = self.fields.clone();
+    /// Sends the line of a stream, of which more is to come if it is `partial`; whether it arrived.
+    async fn send(&mut self, stream: Stream, partial: bool) -> bool {
+        self.message.truncate(self.fields);
         // syslog's numbers of "informational" and "error".
         let priority = match stream {
             Stream::Output => "6",
             Stream::Error => "3",
         };
-        put(&mut message, "PRIORITY", priority.as_bytes());
+        put(&mut self.message, "PRIORITY", priority.as_bytes());
         if partial {
-            put(&mut message, "CONTAINER_PARTIAL_MESSAGE", b"true");
+            put(&mut self.message, "CONTAINER_PARTIAL_MESSAGE", b"true");
         }
+        let line = &mut self.lines[index(stream)];
         // Terminals end lines with both.
-        let text = line.strip_suffix(b"\r").unwrap_or(&line);
-        put(&mut message, "MESSAGE", text);
-        let sent = match self.lost {
-            true => self.socket.try_send_to(&message, self.place),
-            false => {
-                let sending = self.socket.send_to(&message, self.place);
-                let sent = tokio::time::timeout(SEND_TIMEOUT, sending).await;
-                sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            }
-        };
+        let text = line.strip_suffix(b"\r").unwrap_or(line);
+        put(&mut self.message, "MESSAGE", text);
+        line.clear();
+        let mut sent = self.deliver().await;
+        if sent.as_ref().is_err_and(is_of_another_life) {
+            self.socket = None;
+            sent = self.deliver().await;
+        }
         match sent {
-            Ok(_) => self.lost = false,
+            Ok(()) => self.lost = false,
             // Reported once, then the journal has a gap.
             Err(error) if !self.lost => {
                 self.lost = true;
@@ -143,7 +154,37 @@ impl Journal {
             }
             Err(_) => {}
         }
+        !self.lost
     }
+
+    async fn deliver(&mut self) -> io::Result<()> {
+        let socket = match &self.socket {
+            Some(socket) => socket,
+            None => {
+                let socket = UnixDatagram::unbound()?;
+                socket.connect(self.place)?;
+                self.socket.insert(socket)
+            }
+        };
+        if self.lost {
+            // Asks the kernel, where the socket would first wait to be told.
+            let sent = rustix::net::send(socket, &self.message, SendFlags::DONTWAIT);
+            return sent.map(drop).map_err(io::Error::from);
+        }
+        match tokio::time::timeout(SEND_TIMEOUT, socket.send(&self.message)).await {
+            Ok(sent) => sent.map(drop),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+/// Whether the journal that a socket was connected to is gone. Another may be there.
+fn is_of_another_life(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotConnected};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionRefused | ConnectionReset | NotConnected
+    )
 }
 
 fn index(stream: Stream) -> usize {
@@ -269,6 +310,45 @@ mod tests {
         let socket = StdDatagram::bind(&place).unwrap();
         journal.append(Stream::Output, b"kept\n").await;
         assert_eq!(message(&next(&socket).unwrap()), "kept");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_journal_that_is_busy_is_waited_for_and_then_lines_are_lost() {
+        let (_directory, socket, mut journal) = journal(&[]);
+        // As many as the socket keeps for a journal that reads none.
+        let mut sent = 0;
+        while journal.send(Stream::Output, false).await {
+            sent += 1;
+        }
+        assert!((1..100_000).contains(&sent), "{sent}");
+        // Of what follows nothing is waited for.
+        journal.append(Stream::Output, b"lost\nlost, too\n").await;
+        for _ in 0..sent {
+            assert_eq!(message(&next(&socket).unwrap()), "");
+        }
+        assert_eq!(next(&socket), None);
+        journal.append(Stream::Output, b"kept\n").await;
+        assert_eq!(message(&next(&socket).unwrap()), "kept");
+    }
+
+    #[tokio::test]
+    async fn a_line_waits_until_the_journal_has_room() {
+        let (_directory, socket, mut journal) = journal(&[]);
+        let mut sent = 0;
+        journal.lost = true;
+        while journal.send(Stream::Output, false).await {
+            // What is marked as lost is tried without waiting.
+            journal.lost = true;
+            sent += 1;
+        }
+        journal.lost = false;
+        let reader = async {
+            tokio::task::yield_now().await;
+            (0..=sent).filter_map(|_| next(&socket)).count()
+        };
+        let (arrived, taken) = tokio::join!(journal.send(Stream::Output, false), reader);
+        assert!(arrived);
+        assert!(taken >= sent, "{taken} of {sent}");
     }
 
     #[tokio::test]

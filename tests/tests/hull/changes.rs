@@ -216,6 +216,18 @@ fn limits_of_a_running_container_change_at_once(machine: &'static str) {
     let asked = container.inspect()["HostConfig"].clone();
     assert_eq!(asked["CpusetCpus"], "0");
     assert_eq!(asked["MemorySwap"], 48 << 20);
+    update(&["--memory-swap", "0"]).ok();
+    assert_eq!(container.inspect()["HostConfig"]["MemorySwap"], 0);
+    let other = hull.hull([
+        "create",
+        "--network",
+        &format!("container:{}", container.name),
+    ]);
+    let other = other.args(["busybox", "true"]).run().ok().text();
+    hull.hull(["update", "--memory-swap", "-1", &other])
+        .run()
+        .fails(125, &["--memory-swap", "in the machine of another one"]);
+    hull.hull(["rm", &other]).run().ok();
     hull.hull(["start", &container.name]).run().ok();
     container.is_removed_by_force();
 }

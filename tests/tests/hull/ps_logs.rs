@@ -368,6 +368,30 @@ fn logs_show_what_is_kept_beside_lines() {
     assert_eq!(details, format!("{each} a\n{each} b"));
     let config = container.inspect()["HostConfig"]["LogConfig"]["Config"].clone();
     assert_eq!(config["tag"], "{{.Name}}");
+    // Of one that was never started.
+    let create = [
+        "create",
+        "--name",
+        "idle",
+        "--log-opt",
+        "env=PLACE",
+        "busybox",
+    ];
+    hull.hull(create).run().ok();
+    hull.hull(["logs", "--details", "idle"]).run().ok();
+    // What cannot be kept is told before anything is replaced.
+    hull.hull([
+        "run",
+        "--replace",
+        "--name",
+        "idle",
+        "--log-driver",
+        "syslog",
+        "busybox",
+    ])
+    .run()
+    .fails(125, &["syslog"]);
+    assert!(hull.names().contains(&"idle".to_owned()));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::{Error, of_image};
 use hull_engine::images::of_local;
-use hull_engine::logging::LogOptions;
+use hull_engine::log_options::LogOptions;
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
 use hull_engine::run::Run;

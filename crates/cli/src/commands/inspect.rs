@@ -1,5 +1,5 @@
-//! `hull inspect`: hull's own keys of containers, images, volumes and networks, and Docker's beside
-//! them.
+//! `hull inspect`: containers, images, volumes and networks in Docker's words, with hull's own keys
+//! of containers and images below one of them.
 
 use std::collections::BTreeMap;
 

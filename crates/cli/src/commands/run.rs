@@ -14,7 +14,7 @@ use hull_engine::container::{self, Removing};
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::of_image;
 use hull_engine::health;
-use hull_engine::logging::LogOptions;
+use hull_engine::log_options::{self, LogOptions};
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
 use hull_engine::publish::{self, HostAddress, Ports};
@@ -157,7 +157,7 @@ pub struct ContainerArgs {
     log_driver: String,
     /// How output is kept: max-size=SIZE, and what is kept beside it: tag=TEXT, labels=NAME,…,
     /// env=NAME,…
-    #[arg(long, value_name = "KEY=VALUE", value_parser = values::label)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = log_options::pair)]
     log_opt: Vec<(String, String)>,
 
     /// Memory limit, like 512m
@@ -177,7 +177,7 @@ pub struct ContainerArgs {
         short = 'c',
         long,
         value_name = "NUMBER",
-        value_parser = clap::value_parser!(u64).range(2..=262_144)
+        value_parser = values::cpu_shares
     )]
     cpu_shares: Option<u64>,
     /// How gladly its processes are killed for lack of memory
@@ -365,10 +365,13 @@ impl ContainerArgs {
     /// What is asked for.
     ///
     /// # Errors
-    /// A file of environment variables cannot be read; there is no container whose volumes are
-    /// wanted.
+    /// A file of environment variables cannot be read; there is no log driver of this name; there
+    /// is no container whose volumes are wanted.
     fn options(self, config: &Config) -> Result<RunOptions> {
         let environment = gather_environment(&self.env_file, &self.env)?;
+        let options = self.log_opt.iter();
+        let options = options.map(|(key, value)| (&key[..], &value[..]));
+        let log = LogOptions::parse(&self.log_driver, options).map_err(Error::invalid)?;
         let mut words = self.words.into_iter();
         let image = words.next().unwrap_or_default();
         let image = image.into_string().map_err(|text| {
@@ -393,11 +396,6 @@ impl ContainerArgs {
         if let Some(name) = name.as_ref().filter(|_| self.replace) {
             replace(&config.paths(), name)?;
         }
-        let log_options = self
-            .log_opt
-            .iter()
-            .map(|(key, value)| (&key[..], &value[..]));
-        let log = LogOptions::parse(&self.log_driver, log_options);
         let (publish_all, expose) = (self.network.publish_all, self.network.expose.clone());
         Ok(RunOptions {
             image,
@@ -426,7 +424,7 @@ impl ContainerArgs {
             memory_swap: self.memory_swap.filter(|both| *both != 0),
             host_cpus: self.cpuset_cpus.unwrap_or_default(),
             annotations: self.annotation,
-            log: log.map_err(Error::invalid)?,
+            log,
             stop_timeout: self.stop_timeout,
             expose,
             publish_all,

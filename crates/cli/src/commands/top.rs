@@ -1,8 +1,7 @@
 //! `hull top`.
 
 use hull_engine::container;
-use hull_engine::time;
-use hull_engine::top::{Columns, Processes, hours};
+use hull_engine::top::{Columns, Processes, clock, hours};
 
 use super::config_for_existing;
 use crate::error::{Error, Result};
@@ -45,8 +44,11 @@ pub fn execute(args: Args) -> Result<u8> {
     }
     if let Some(columns) = columns {
         let headings = columns.headings();
-        let headings: Vec<&str> = headings.iter().map(String::as_str).collect();
-        let mut table = Table::new(&headings);
+        // As ps, which has no line of headings if all are empty.
+        let mut table = match headings.iter().all(String::is_empty) {
+            true => Table::default(),
+            false => Table::of(headings),
+        };
         for row in columns.rows(&processes) {
             table.push(row);
         }
@@ -77,12 +79,4 @@ pub fn execute(args: Args) -> Result<u8> {
     }
     table.print()?;
     Ok(0)
-}
-
-/// Hours and minutes in UTC.
-fn clock(seconds: u64) -> String {
-    time::format_rfc3339(i128::from(seconds) * 1_000_000_000)
-        .get(11..16)
-        .unwrap_or_default()
-        .to_owned()
 }

@@ -21,7 +21,7 @@ pub struct Args {
         short,
         long,
         value_name = "NUMBER",
-        value_parser = clap::value_parser!(u64).range(2..=262_144)
+        value_parser = values::cpu_shares
     )]
     cpu_shares: Option<u64>,
     /// Most of --memory together with swap of the host; of a container that does not run

@@ -4,7 +4,7 @@
 //! code that sends anything. The policy:
 //!
 //! - Redirects are followed here and not by the HTTP library, at most [`REDIRECTS`] of them, for
-//!   `/v2/`, manifests and blobs, which registries keep elsewhere (CDNs, mirrors). From a registry
+//!   documents and blobs, which registries keep elsewhere (CDNs, mirrors). From a registry
 //!   spoken to by https they lead to https only.
 //! - `Authorization` goes to the registry's own scheme, host and port, and is not sent any more
 //!   once a redirect has led elsewhere.
@@ -163,7 +163,7 @@ impl Http {
         whole(request).await
     }
 
-    /// A document of the repository, and where the next part of it is, on the same registry.
+    /// A document of the registry, and where the next part of it is, on the same registry.
     pub(super) async fn page(&self, url: Url) -> Result<(Vec<u8>, Option<Url>), Failure> {
         let request = async {
             let response = self.request_at(Method::GET, url.clone(), &[]).await?;
@@ -183,7 +183,7 @@ impl Http {
         whole(request).await
     }
 
-    /// A document of the registry that needs no account, or else one that does.
+    /// A document of the registry: asked for without credentials, then with them after a 401.
     pub(super) async fn open_document(
         &self,
         path: &str,

@@ -1,6 +1,7 @@
 //! Lists that a registry gives in parts, each of which names the next.
 //!
-//! Called by the list of tags and by searches. Bounded by [`LISTED`] and [`LIST_PAGES`].
+//! Called by the list of tags and by searches. Bounded by [`LISTED`], [`LIST_PAGES`]
+//! and [`LIST_TIMEOUT`].
 
 use reqwest::Url;
 use serde::de::DeserializeOwned;
@@ -8,7 +9,7 @@ use serde::de::DeserializeOwned;
 use super::http::Failure;
 use super::registry::Session;
 use crate::error::{Error, Result};
-use crate::limits::{LIST_PAGES, LISTED};
+use crate::limits::{LIST_PAGES, LIST_TIMEOUT, LISTED};
 
 /// Reads one list of a registry.
 pub(super) struct Lister<'a> {
@@ -18,12 +19,25 @@ pub(super) struct Lister<'a> {
 }
 
 impl Lister<'_> {
-    /// All items, in the registry's order; `items` takes them from one part.
-    pub(super) async fn parts<Part: DeserializeOwned>(
+    /// All items, in the registry's order. `items` takes those that are wanted from one part, and
+    /// checks them: it sees to it that each is of bounded size.
+    pub(super) async fn parts<Part: DeserializeOwned, Item>(
         &self,
         first: Result<Url, Failure>,
-        items: impl Fn(Part) -> Vec<String>,
-    ) -> Result<Vec<String>> {
+        items: impl Fn(Part) -> Result<Vec<Item>>,
+    ) -> Result<Vec<Item>> {
+        let parts = tokio::time::timeout(LIST_TIMEOUT, self.read(first, items));
+        match parts.await {
+            Ok(read) => read,
+            Err(_) => Err(self.session.error(self.what, Failure::Slow).await),
+        }
+    }
+
+    async fn read<Part: DeserializeOwned, Item>(
+        &self,
+        first: Result<Url, Failure>,
+        items: impl Fn(Part) -> Result<Vec<Item>>,
+    ) -> Result<Vec<Item>> {
         let mut next = match first {
             Ok(url) => Some(url),
             Err(failure) => return Err(self.session.error(self.what, failure).await),
@@ -40,7 +54,7 @@ impl Lister<'_> {
             let part = serde_json::from_slice(&body);
             all.extend(items(
                 part.map_err(|error| self.invalid(error.to_string()))?,
-            ));
+            )?);
             if all.len() > LISTED {
                 return Err(self.invalid(format!("it has more than {LISTED} entries")));
             }

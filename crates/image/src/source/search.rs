@@ -6,6 +6,7 @@
 //! which the term is looked for here.
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::http::{Access, Failure};
 use super::list::Lister;
@@ -13,7 +14,7 @@ use super::registry::Session;
 use crate::credentials::Credentials;
 use crate::error::Result;
 use crate::limits::SEARCH_TEXT;
-use crate::reference::{DEFAULT_REGISTRY, RegistryReference};
+use crate::reference::{DEFAULT_REGISTRY, MAX_NAME, RegistryReference};
 
 /// An image that a search found. Its text is a registry's: bounded, and free of control characters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,22 +34,18 @@ pub struct SearchResult {
 /// The answer of `/v1/search`.
 #[derive(Deserialize)]
 struct Answer {
-    #[serde(default)]
-    results: Vec<Item>,
+    /// Looked at one by one: what makes no sense is left out.
+    results: Vec<Value>,
 }
 
+/// Some registries write `null` for what they do not know.
 #[derive(Deserialize)]
 struct Item {
     name: String,
-    /// Some registries write `null` for none.
-    #[serde(default)]
     description: Option<String>,
-    #[serde(default)]
-    star_count: i64,
-    #[serde(default)]
-    is_official: bool,
-    #[serde(default)]
-    is_automated: bool,
+    star_count: Option<i64>,
+    is_official: Option<bool>,
+    is_automated: Option<bool>,
 }
 
 /// Searches a registry: `term` is `[REGISTRY/]TEXT`, of Docker Hub without a registry. At most
@@ -85,9 +82,9 @@ async fn by_search(session: &Session<'_>, limit: usize) -> Result<Option<Vec<Sea
         Ok(body) => body,
         // Registries without it answer all kinds of things to an unknown path, as a page or a
         // demand for an account.
-        Err(Failure::Status {
-            status: 400..500, ..
-        }) if name.registry != DEFAULT_REGISTRY => {
+        Err(Failure::Status { status, .. })
+            if name.registry != DEFAULT_REGISTRY && is_unknown_path(status) =>
+        {
             return Ok(None);
         }
         Err(failure) => return Err(session.error(WHAT, failure).await),
@@ -97,18 +94,22 @@ async fn by_search(session: &Session<'_>, limit: usize) -> Result<Option<Vec<Sea
         Err(_) if name.registry != DEFAULT_REGISTRY => return Ok(None),
         Err(error) => return Err(list.invalid(error.to_string())),
     };
-    let results = answer
-        .results
-        .into_iter()
-        .take(limit)
-        .map(|item| SearchResult {
-            name: full_name(&name.registry, &plain(&item.name)),
-            description: plain(&item.description.unwrap_or_default()),
-            stars: item.star_count.max(0).unsigned_abs(),
-            official: item.is_official,
-            automated: item.is_automated,
-        });
+    let items = answer.results.into_iter();
+    let items = items.filter_map(|item| serde_json::from_value::<Item>(item).ok());
+    let results = items.take(limit).map(|item| SearchResult {
+        name: full_name(&name.registry, &plain(&item.name)),
+        description: plain(&item.description.unwrap_or_default()),
+        stars: item.star_count.unwrap_or(0).max(0).unsigned_abs(),
+        official: item.is_official == Some(true),
+        automated: item.is_automated == Some(true),
+    });
     Ok(Some(results.collect()))
+}
+
+/// Whether a registry answers so to a path that it does not know. Some demand an account for it,
+/// which has been tried then, or take the first part of the path for a method of theirs.
+fn is_unknown_path(status: u16) -> bool {
+    matches!(status, 400 | 401 | 403 | 404 | 405 | 406 | 410)
 }
 
 /// The repositories of the registry whose names contain the term.
@@ -123,10 +124,15 @@ async fn by_list(session: &Session<'_>) -> Result<Vec<SearchResult>> {
         what: "list of repositories",
     };
     let name = session.name;
-    let url = session.http.join("v2/_catalog");
-    let all = list.parts(url, |part: Part| part.repositories.unwrap_or_default());
-    let mut found: Vec<String> = all.await?;
-    found.retain(|repository| repository.contains(&name.repository));
+    // As names of repositories are.
+    let term = name.repository.to_ascii_lowercase();
+    let wanted = |repository: &String| repository.len() <= MAX_NAME && repository.contains(&term);
+    let found = list.parts(session.http.join("v2/_catalog"), |part: Part| {
+        let mut repositories = part.repositories.unwrap_or_default();
+        repositories.retain(wanted);
+        Ok(repositories)
+    });
+    let mut found: Vec<String> = found.await?;
     found.sort();
     let results = found.iter().map(|repository| SearchResult {
         name: full_name(&name.registry, &plain(repository)),

@@ -33,10 +33,11 @@ pub fn remote_tags(
     };
     session.runtime()?.block_on(async {
         let url = session.http.url("tags/list");
-        let parts = list.parts(url, |page: Page| page.tags.unwrap_or_default());
-        let tags = parts.await?;
-        let names = tags.iter().map(|tag| name.with_tag(tag));
-        let mut names: Vec<RegistryReference> = names.collect::<Result<_>>()?;
+        let names = list.parts(url, |page: Page| {
+            let tags = page.tags.unwrap_or_default();
+            tags.iter().map(|tag| name.with_tag(tag)).collect()
+        });
+        let mut names: Vec<RegistryReference> = names.await?;
         names.sort_by_key(ToString::to_string);
         Ok(names)
     })

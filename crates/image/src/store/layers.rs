@@ -261,9 +261,9 @@ impl Store {
         made
     }
 
-    /// Removes a partial layer's directory, unless it has become the layer: the name may be
-    /// somebody else's then, who unpacks into it. Best effort: an error before matters more, and
-    /// the next attempt clears the directory.
+    /// Removes a partial layer's directory, unless it has become the layer: another process may
+    /// unpack into a new directory of this name then. Best effort: an error before matters more,
+    /// and the next attempt clears the directory.
     fn remove_partial(&self, partial: &Path, lock: &OwnedFd) {
         if is_at(partial, lock).is_ok_and(|ours| ours)
             && let Ok(layers) = fs::open_dir(self.layers_dir())

@@ -2,9 +2,10 @@
 //!
 //! Each such network has a directory with a directory for each name, and in it a file for each
 //! container that has the name, with its addresses; and one for each address, by the name that it
-//! has in the domain of addresses (`in-addr.arpa`), with the container's name. A sandbox writes those of its container when
-//! that is attached, and removes them when it is detached; what a killed sandbox left is told by
-//! its lock and counts for nothing. A question costs one look into one directory.
+//! has in the domain of addresses (`in-addr.arpa`), with the container's name. A sandbox writes
+//! those of its container when that is attached, and removes them when it is detached; what a
+//! killed sandbox left is told by its lock and counts for nothing. A question costs one look into
+//! one directory.
 //!
 //! ```text
 //! NAMES/<name>/<container>      {"sandbox": …, "addresses": […], "name": …}

@@ -20,9 +20,10 @@ pub fn findings(config: &Config, report: &Report) -> Vec<Finding> {
     let host = std::thread::available_parallelism().map_or(1, usize::from);
     findings.extend(kind.map(|kind| processors(kind, host)));
     for (what, file) in [("user ids", "uid_map"), ("group ids", "gid_map")] {
-        // There since Linux 3.5.
-        let map = std::fs::read_to_string(format!("/proc/self/{file}")).unwrap_or_default();
-        findings.extend(ids(what, &map));
+        // A kernel without user namespaces has no such file, and all ids.
+        if let Ok(map) = std::fs::read_to_string(format!("/proc/self/{file}")) {
+            findings.extend(ids(what, &map));
+        }
     }
     findings
 }

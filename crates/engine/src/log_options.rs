@@ -2,6 +2,7 @@
 //! journal. Called by the command line, the API and `run`. Writes neither; the sandbox process
 //! does.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use hull_sandbox::journal;
@@ -28,6 +29,17 @@ pub struct LogOptions {
     pub labels: Vec<String>,
     /// Variables of the environment, likewise.
     pub env: Vec<String>,
+}
+
+/// Reads an option: `KEY=VALUE`.
+///
+/// # Errors
+/// It has no key.
+pub fn pair(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("invalid log option {text:?}: give KEY=VALUE")),
+    }
 }
 
 impl LogOptions {
@@ -68,7 +80,7 @@ impl LogOptions {
                     }
                     size => log.max_size = Some(size),
                 },
-                // Of the output the newest part is kept, in two files. Output waits for its log.
+                // Ignored: there are always two files, and output always waits for its log.
                 "max-file" | "mode" => {}
                 "tag" => log.tag = Some(check_tag(value)?).filter(|tag| !tag.is_empty()),
                 "labels" => log.labels = list(value),
@@ -109,8 +121,22 @@ impl LogOptions {
         json!({"Type": driver, "Config": config})
     }
 
-    /// What is kept beside the lines of a container, by name: labels, variables and the tag.
-    pub fn attributes(&self, id: &str, details: &Details, env: &[String]) -> Vec<(String, String)> {
+    /// What is kept beside the lines of a container, by name: labels, variables and the tag, of
+    /// which the later ones count where names are the same.
+    pub fn attributes(
+        &self,
+        id: &str,
+        details: &Details,
+        env: &[String],
+    ) -> BTreeMap<String, String> {
+        let tag = self.tag.as_deref().map(|tag| fill(tag, id, details));
+        let mut all = self.own_attributes(details, env);
+        all.extend(tag.map(|tag| ("tag".to_owned(), tag)));
+        all
+    }
+
+    /// The same without a tag.
+    fn own_attributes(&self, details: &Details, env: &[String]) -> BTreeMap<String, String> {
         let labels = self.labels.iter().filter_map(|key| {
             let value = details.labels.get(key)?;
             Some((key.clone(), value.clone()))
@@ -120,19 +146,14 @@ impl LogOptions {
             let (_, value) = variables.find(|(name, _)| name == key)?;
             Some((key.clone(), value.to_owned()))
         });
-        let tag = self.tag.as_deref().map(|tag| fill(tag, id, details));
-        let mut all: Vec<_> = labels.chain(variables).collect();
-        all.extend(tag.map(|tag| ("tag".to_owned(), tag)));
-        all.sort();
-        all.dedup_by(|one, other| one.0 == other.0);
-        all
+        labels.chain(variables).collect()
     }
 
     /// The fields of the container's lines in the journal, as Docker's; `None` if they do not go
     /// there.
     ///
     /// # Errors
-    /// There is no journal.
+    /// There is no journal; the fields are too long for it.
     pub fn journal_fields(
         &self,
         id: &str,
@@ -163,14 +184,31 @@ impl LogOptions {
             field("IMAGE_NAME", &details.image),
             field("SYSLOG_IDENTIFIER", &tag),
         ];
-        for (key, value) in self.attributes(id, details, env) {
+        for (key, value) in self.own_attributes(details, env) {
             let name = field_name(&key);
-            if !name.is_empty() && key != "tag" && fields.iter().all(|(taken, _)| *taken != name) {
+            if !is_reserved(&name) && fields.iter().all(|(taken, _)| *taken != name) {
                 fields.push((name, value));
             }
         }
+        // Before a machine boots for it.
+        journal::encode(&fields)?;
         Ok(Some(fields))
     }
+}
+
+/// Whether a label or variable has no field of this name: hull or journald say something by it.
+fn is_reserved(name: &str) -> bool {
+    const OURS: [&str; 5] = [
+        "",
+        "MESSAGE",
+        "MESSAGE_ID",
+        "PRIORITY",
+        "CONTAINER_PARTIAL_MESSAGE",
+    ];
+    OURS.contains(&name)
+        || ["SYSLOG_", "OBJECT_", "CODE_", "COREDUMP_"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
 }
 
 /// The name of a field for a label or variable, as Docker makes it: capitals, and an underscore for
@@ -210,7 +248,9 @@ fn replace(tag: &str, id: &str, details: &Details) -> std::result::Result<String
     let fields = tag_fields(id, details);
     let (mut filled, mut rest) = (String::new(), tag);
     while let Some((before, after)) = rest.split_once("{{") {
-        let (inner, after) = after.split_once("}}").unwrap_or((after, ""));
+        let Some((inner, after)) = after.split_once("}}") else {
+            return Err(after.trim().to_owned());
+        };
         let name = inner.trim().strip_prefix('.').unwrap_or_default();
         let field = fields.iter().find(|(known, _)| *known == name);
         let Some((_, value)) = field else {
@@ -284,6 +324,7 @@ mod tests {
             ("", Some(("labels-regex", "x")), "\"labels-regex=x\""),
             ("", Some(("tag", "{{.Nonsense}}")), "{{.Nonsense}}"),
             ("", Some(("tag", "{{range}}")), "{{range}}"),
+            ("", Some(("tag", "{{.Name")), "{{.Name"),
         ] {
             let error = parse(driver, &option.into_iter().collect::<Vec<_>>()).unwrap_err();
             assert!(error.contains(part), "{error}");
@@ -294,12 +335,19 @@ mod tests {
     fn attributes_are_what_the_container_has() {
         let log = LogOptions {
             tag: Some("t-{{.Name}}".to_owned()),
-            labels: vec!["com.example/Role".to_owned(), "none".to_owned()],
+            labels: ["com.example/Role", "none", "A", "tag"]
+                .map(str::to_owned)
+                .to_vec(),
             env: vec!["A".to_owned(), "B".to_owned()],
             ..LogOptions::default()
         };
         let env = ["A=x=y".to_owned(), "C=".to_owned()];
-        let attributes = log.attributes("0123456789abcdef", &details(), &env);
+        let mut details = details();
+        // A variable counts more than a label, and the tag more than either.
+        for (key, value) in [("A", "label"), ("tag", "label")] {
+            details.labels.insert(key.to_owned(), value.to_owned());
+        }
+        let attributes = log.attributes("0123456789abcdef", &details, &env);
         let pairs: Vec<(&str, &str)> = attributes.iter().map(|(a, b)| (&a[..], &b[..])).collect();
         assert_eq!(
             pairs,
@@ -309,6 +357,14 @@ mod tests {
                 ("tag", "t-web")
             ]
         );
+    }
+
+    #[test]
+    fn labels_do_not_pass_for_what_hull_says() {
+        for name in ["MESSAGE", "PRIORITY", "SYSLOG_FACILITY", "OBJECT_PID", ""] {
+            assert!(is_reserved(name), "{name}");
+        }
+        assert!(!is_reserved("MESSAGES"));
     }
 
     #[test]
