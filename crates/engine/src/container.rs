@@ -16,6 +16,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::endpoint;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::names;
 use crate::options::RunOptions;
@@ -554,6 +555,12 @@ pub fn rename(paths: &Paths, text: &str, name: &str) -> Result<()> {
         return Err(error);
     }
     names::release(paths, &old, &id);
+    // Others find it by its new name from now on.
+    if let Err(error) = endpoint::renamed(&container, paths) {
+        tracing::warn!(
+            "container {name} has its old name in its networks until it is restarted: {error}"
+        );
+    }
     Ok(())
 }
 

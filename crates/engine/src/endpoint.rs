@@ -230,6 +230,25 @@ fn change(
     }
 }
 
+/// Has the networks of a container that runs know it by its present name.
+///
+/// # Errors
+/// Its sandbox does not do that.
+pub(crate) fn renamed(container: &Container, paths: &Paths) -> Result<()> {
+    let options = container.record.details.options.as_ref();
+    let Some(asked) = options.map(|options| &options.network) else {
+        return Ok(());
+    };
+    if container::is_idle(container) {
+        return Ok(());
+    }
+    let joined = asked.joined(asked.network.as_ref().unwrap_or(&Network::None), paths)?;
+    match joined.iter().any(|network| network.created.is_some()) {
+        true => tell(container, paths),
+        false => Ok(()),
+    }
+}
+
 /// Has a running container's sandbox make its networks what is written down.
 fn tell(container: &Container, paths: &Paths) -> Result<()> {
     let Record { id, details, .. } = &container.record;

@@ -351,10 +351,13 @@ pub(crate) fn settle(
     asked: Option<HealthCheck>,
     image: Option<&HealthCheck>,
 ) -> Option<HealthCheck> {
+    // Said by either: there is none.
+    let is_none = |check: &HealthCheck| check.test.first().is_some_and(|first| first == "NONE");
+    let image = image.filter(|image| !is_none(image));
     let Some(asked) = asked else {
         return image.cloned();
     };
-    if asked.test.first().is_some_and(|first| first == "NONE") {
+    if is_none(&asked) {
         return None;
     }
     let image = image.cloned().unwrap_or_default();
@@ -428,6 +431,7 @@ mod tests {
         let asked = settle(Some(of(&[], Some(2))), Some(&image));
         assert_eq!(asked, Some(of(&["CMD", "true"], Some(2))));
         assert!(require(&settle(Some(of(&[], Some(2))), None)).is_err());
+        assert_eq!(settle(None, Some(&of(&["NONE"], None))), None);
     }
 
     #[test]

@@ -208,15 +208,7 @@ impl RunOptions {
         }
         check_swap(self.memory, self.memory_swap)?;
         self.host_cpus.check()?;
-        if let Some(milli) = self.cpus_milli {
-            let available = std::thread::available_parallelism().map_or(1, usize::from);
-            if milli > available as u64 * 1000 {
-                return Err(Error::invalid(format!(
-                    "--cpus: {} CPUs are asked for, and there are {available}",
-                    milli as f64 / 1000.0
-                )));
-            }
-        }
+        check_cpus(self.cpus_milli)?;
         Ok(())
     }
 
@@ -289,6 +281,21 @@ impl RunOptions {
 fn make_absolute(path: &mut PathBuf) -> Result<()> {
     *path = std::path::absolute(&path).context(|| format!("find {}", path.display()))?;
     Ok(())
+}
+
+/// Checks a number of processors, in thousandths.
+///
+/// # Errors
+/// The host has fewer.
+pub(crate) fn check_cpus(cpus_milli: Option<u64>) -> Result<()> {
+    let available = std::thread::available_parallelism().map_or(1, usize::from);
+    match cpus_milli {
+        Some(milli) if milli > available as u64 * 1000 => Err(Error::invalid(format!(
+            "--cpus: {} CPUs are asked for, and there are {available}",
+            milli as f64 / 1000.0
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Checks what memory may be together with swap.

@@ -90,6 +90,20 @@ pub fn expose(text: &str) -> Result<String, String> {
     }
 }
 
+/// Ports that a container listens at: `80`, `8000-8010/udp`.
+pub fn expose_all(text: &str) -> Result<Vec<String>, String> {
+    let (range, protocol) = match text.split_once('/') {
+        Some((range, protocol)) => (range, format!("/{protocol}")),
+        None => (text, String::new()),
+    };
+    match port_range(range) {
+        Some((first, last)) if first <= last => (first..=last)
+            .map(|port| expose(&format!("{port}{protocol}")))
+            .collect(),
+        _ => expose(text).map(|one| vec![one]),
+    }
+}
+
 /// The address before the ports, which is not empty when there is a colon after it.
 fn host_address(text: &str) -> Result<IpAddr, String> {
     let invalid = || format!("invalid IP address {text:?}");

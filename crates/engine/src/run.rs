@@ -28,7 +28,7 @@ use hull_sandbox::control::client::{Client, unexpected};
 use hull_sandbox::control::launch::launch;
 use hull_sandbox::control::protocol::{CreateRequest, Received, Reply, Request};
 use hull_sandbox::rootless;
-use hull_sandbox::store::{CONFIG_FILE, Directory, SandboxPath};
+use hull_sandbox::store::{CONFIG_FILE, Directory, SandboxPath, Status};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
 use self::contents::send_shares;
@@ -298,6 +298,7 @@ impl<'a> Run<'a> {
             container: ContainerConfig {
                 spec,
                 files,
+                again: Status::read(directory)?.is_some(),
                 ..config
             },
             attach: attachment.map(Attachment::request),

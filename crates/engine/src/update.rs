@@ -8,7 +8,7 @@ use serde_json::value::to_raw_value;
 use crate::config::Config;
 use crate::container::{self, Container};
 use crate::error::{Context, Error, Result};
-use crate::options::check_swap;
+use crate::options::{check_cpus, check_swap};
 use crate::spec;
 use crate::supervise;
 use crate::values::{CpuList, Restart};
@@ -105,6 +105,7 @@ impl Update {
             .cpu_shares
             .or(options.cpu_shares)
             .filter(|shares| *shares > 0);
+        check_cpus(self.cpus_milli)?;
         options.cpus_milli = self.cpus_milli.or(options.cpus_milli);
         options.pids_limit = self.pids_limit.or(options.pids_limit);
         options.restart = self.restart.unwrap_or(options.restart);

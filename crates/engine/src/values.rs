@@ -70,8 +70,8 @@ pub fn network(text: &str) -> Result<Network, String> {
         _ => match text.strip_prefix("container:") {
             Some(container) if !container.is_empty() => Ok(Network::Container(container.into())),
             _ => Err(format!(
-                "invalid network {text:?}: give default, none, container:NAME or the name of one \
-                 in /etc/cni/net.d"
+                "invalid network {text:?}: give default, none, container:NAME, or a name that hull \
+                 network ls has"
             )),
         },
     }

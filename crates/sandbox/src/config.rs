@@ -448,6 +448,9 @@ pub struct ContainerConfig {
     /// Process that stands for its init on the host.
     #[serde(default)]
     pub keeper: Option<i32>,
+    /// It was created before, which has been reported: no event says so again.
+    #[serde(default)]
+    pub again: bool,
     /// Fields, names and values, of its output's lines in the host's journal; nothing goes there
     /// if absent. With [`Stdio::Hub`] only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -483,6 +486,7 @@ impl ContainerConfig {
             stdio: Stdio::Null,
             start: true,
             keeper: None,
+            again: false,
             journal: None,
             sysctl: BTreeMap::new(),
             files: Vec::new(),

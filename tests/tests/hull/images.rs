@@ -444,7 +444,7 @@ fn prune_removes_what_has_no_name_and_no_container() {
         .text(),
         "newer"
     );
-    hull.hull(["image", "prune", "--all"]).run().ok();
+    hull.hull(["image", "prune", "--all", "--force"]).run().ok();
     assert_eq!(images(&hull), "");
 }
 

@@ -192,7 +192,7 @@ fn containers_are_there_when_the_host_was_started_anew() {
     assert_eq!(hull.hull(["logs", "kept"]).run().ok().text(), "said");
     let copied = hull.hull(["cp", "kept:/data", "-"]).run().ok();
     assert!(copied.text().contains("precious"));
-    hull.hull(["image", "prune", "-a"]).run().ok();
+    hull.hull(["image", "prune", "-af"]).run().ok();
     hull.hull(["image", "rm", "busybox"])
         .run()
         .fails(1, &["in use"]);

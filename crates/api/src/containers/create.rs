@@ -19,7 +19,7 @@ use hull_sandbox::timings::{Timings, now_ns};
 use hyper::StatusCode;
 use serde_json::{Value, json};
 
-use super::description::{Asked, Binding, Words, create_missing, parse, parse_all, parse_given};
+use super::description::{Asked, Binding, Words, parse, parse_all, parse_given};
 use crate::Shared;
 use crate::call::{Call, Reply};
 use crate::failure::{Failure, Result};
@@ -192,7 +192,7 @@ impl Asked {
         for bind in &host.binds {
             let volume = parse(bind, |text| volumes::volume(OsStr::new(text)))?;
             if let Source::Host(path) = &volume.source {
-                create_missing(path)?;
+                volumes::create_missing(path)?;
             }
             all.push(volume);
         }

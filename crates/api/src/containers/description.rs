@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::publish;
@@ -299,15 +299,6 @@ impl EndpointConfig {
     }
 }
 
-/// Docker creates the directory of the host that a bind names.
-pub(super) fn create_missing(path: &Path) -> Result<()> {
-    if std::fs::symlink_metadata(path).is_ok() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(path)
-        .map_err(|error| Failure::bad(format!("create {}: {error}", path.display())))
-}
-
 impl MountPoint {
     /// By way of the command line's notation, whose rules hold.
     pub(super) fn parse(&self) -> Result<Mount> {
@@ -353,7 +344,7 @@ impl MountPoint {
             text.push_str(",readonly");
         }
         if kind == "bind" && self.bind_options.create_mountpoint {
-            create_missing(&PathBuf::from(&self.source))?;
+            volumes::create_missing(Path::new(&self.source))?;
         }
         if kind == "volume" {
             if self.volume_options.no_copy {

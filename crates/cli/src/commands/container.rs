@@ -30,7 +30,7 @@ enum Command {
         /// Remove only containers that match: until=TIME, label=KEY[=VALUE], label!=KEY[=VALUE]
         #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = PruneFilter::parse)]
         filters: Vec<PruneFilter>,
-        /// Do not ask on a terminal
+        /// Do not ask
         #[arg(short, long)]
         force: bool,
     },

@@ -43,7 +43,7 @@ pub mod volume;
 pub mod wait;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
@@ -131,20 +131,22 @@ pub fn exists<T>(found: Result<T>) -> Result<u8> {
     }
 }
 
-/// Asks, on a terminal, whether something is to be removed.
+/// Asks whether something is to be removed, as Docker also where nobody is at a terminal: then the
+/// answer is what standard input has, and its end means no.
 pub fn agreed(what: &str) -> Result<bool> {
-    let (stdin, stderr) = (std::io::stdin(), std::io::stderr());
-    if !stdin.is_terminal() || !stderr.is_terminal() {
-        return Ok(true);
-    }
     // If standard error is closed, nobody sees the question.
-    let _ = write!(stderr.lock(), "This removes {what}. Go on? [y/N] ");
+    let _ = write!(
+        std::io::stderr().lock(),
+        "This removes {what}. Go on? [y/N] "
+    );
     let mut answer = String::new();
-    stdin
-        .lock()
-        .read_line(&mut answer)
-        .context(|| "read the answer")?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+    let read = std::io::stdin().lock().read_line(&mut answer);
+    let length = read.context(|| "read the answer")?;
+    let agreed = matches!(answer.trim(), "y" | "Y" | "yes");
+    if length == 0 {
+        output::note("\nnothing was removed: there is no answer; --force asks nothing");
+    }
+    Ok(agreed)
 }
 
 /// The containers that a command is about: those that are named, or with `all` those that match.

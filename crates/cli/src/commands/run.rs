@@ -22,7 +22,7 @@ use hull_engine::run::{self, Run, Started, sandbox_timings};
 use hull_engine::values::{
     self, CpuList, DetachKeys, Machine, Network, Pull, Restart, SecurityOption, StreamName, Ulimit,
 };
-use hull_engine::volumes::{self, Mount, Tmpfs, Volume};
+use hull_engine::volumes::{self, Mount, Source, Tmpfs, Volume};
 use hull_image::{HealthCheck, Hold, Image};
 use hull_sandbox::timings::{Step, Timings, now_ns};
 
@@ -269,6 +269,14 @@ struct HealthArgs {
     no_healthcheck: bool,
 }
 
+/// The ports of one `--expose`.
+#[derive(Clone, Debug)]
+struct Exposed(Vec<String>);
+
+fn exposed(text: &str) -> std::result::Result<Exposed, String> {
+    publish::expose_all(text).map(Exposed)
+}
+
 impl HealthArgs {
     fn check(self) -> Option<HealthCheck> {
         let test = match (self.no_healthcheck, self.health_cmd) {
@@ -309,8 +317,8 @@ struct NetworkArgs {
     #[arg(short = 'P', long)]
     publish_all: bool,
     /// Declare a port
-    #[arg(long, value_name = "PORT[/udp]", value_parser = publish::expose)]
-    expose: Vec<String>,
+    #[arg(long, value_name = "PORT[-PORT][/udp]", value_parser = exposed)]
+    expose: Vec<Exposed>,
     /// Most bytes per second that the container sends, and receives, like 10m
     #[arg(long, value_name = "SIZE", value_parser = values::size)]
     network_rate: Option<u64>,
@@ -378,6 +386,11 @@ impl ContainerArgs {
             Error::invalid(format!("invalid image reference {text:?}: not UTF-8"))
         })?;
         let (mut volumes, mut tmpfs) = (self.volume, self.tmpfs);
+        for volume in &volumes {
+            if let Source::Host(path) = &volume.source {
+                volumes::create_missing(path)?;
+            }
+        }
         for mount in self.mount {
             match mount {
                 Mount::Volume(volume) => volumes.push(volume),
@@ -396,7 +409,9 @@ impl ContainerArgs {
         if let Some(name) = name.as_ref().filter(|_| self.replace) {
             replace(&config.paths(), name)?;
         }
-        let (publish_all, expose) = (self.network.publish_all, self.network.expose.clone());
+        let publish_all = self.network.publish_all;
+        let expose = self.network.expose.iter().flat_map(|ports| ports.0.clone());
+        let expose = expose.collect();
         Ok(RunOptions {
             image,
             command: words.collect(),

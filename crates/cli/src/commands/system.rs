@@ -41,7 +41,7 @@ enum Command {
         /// Remove images with a name too
         #[arg(short, long)]
         all: bool,
-        /// Do not ask on a terminal
+        /// Do not ask
         #[arg(short, long)]
         force: bool,
         /// Remove volumes without a name of their own that no container uses, too

@@ -85,7 +85,7 @@ enum Command {
         /// Remove volumes that people named, too
         #[arg(short, long)]
         all: bool,
-        /// Do not ask on a terminal
+        /// Do not ask
         #[arg(short, long)]
         force: bool,
         /// Remove only volumes that match

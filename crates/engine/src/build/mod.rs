@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use hull_image::unpack::uncompress;
-use hull_image::{Progress, Reference, RegistryReference, Store};
+use hull_image::{Credentials, Progress, Pull, Reference, RegistryReference, Store};
 use hull_sandbox::store::{ProcessId, remove_all};
 
 mod recipe;
@@ -254,12 +254,25 @@ fn offer_local_images(
 ) -> Result<()> {
     let recipe = recipe_of(context, file).unwrap_or_default();
     for name in recipe::images(&recipe, &arguments(build)) {
-        let Ok(reference @ Reference::Registry(_)) = name.parse::<Reference>() else {
+        let Ok(reference) = name.parse::<Reference>() else {
             continue;
         };
-        // One that is not here is buildah's to find.
-        let Ok(image) = store.inspect(&reference) else {
+        let Reference::Registry(named) = &reference else {
             continue;
+        };
+        let image = match store.inspect(&reference) {
+            Ok(image) => image,
+            // Over plain HTTP, as all commands of hull ask registries of this machine.
+            Err(error) if error.is_not_found() && named.is_local() => {
+                let credentials = match build.accounts {
+                    Some(_) => Credentials::anonymous(),
+                    None => Credentials::docker(),
+                };
+                let pulled = store.resolve(&reference, Pull::Missing, &credentials, &());
+                pulled.map_err(of_image)?
+            }
+            // One that is not here is buildah's to find.
+            Err(_) => continue,
         };
         let full = reference.to_string();
         let mut known = buildah("images");
@@ -342,6 +355,12 @@ fn take_in(
 fn buildah(command: &str) -> Command {
     let mut buildah = Command::new(BUILDAH);
     buildah.arg(command);
+    // buildah wants the file to be there, where other programs take a directory without it.
+    let accounts =
+        env::var_os("DOCKER_CONFIG").map(|directory| PathBuf::from(directory).join("config.json"));
+    if accounts.is_some_and(|file| !file.exists()) {
+        buildah.env_remove("DOCKER_CONFIG");
+    }
     buildah
 }
 

@@ -245,6 +245,7 @@ impl Run<'_> {
             },
             start: true,
             keeper: None,
+            again: false,
             journal: self.journal(&spec::environment(&container, &image.config))?,
             sysctl: built.network_sysctl,
             // Known when the network is.

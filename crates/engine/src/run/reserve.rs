@@ -3,6 +3,7 @@
 use std::fs::File;
 
 use hull_image::Image;
+use hull_sandbox::events::{Event, EventKind, EventLog};
 use hull_sandbox::store::{Directory, Record, State, Status, remove_all};
 
 use super::{Place, Run};
@@ -37,10 +38,23 @@ impl Run<'_> {
         drop(lock);
         let read = written.and_then(|()| container::find(&self.paths, &self.id));
         match read {
-            Ok(container) => Ok(Created {
-                id: self.id,
-                name: container.record.details.name,
-            }),
+            Ok(container) => {
+                let event = EventKind::Created {
+                    container: self.id.clone(),
+                };
+                let run = self.paths.run();
+                let told = Directory::create(run).and_then(|_| {
+                    let appended = EventLog::new(run).append(&Event::now(&self.sandbox, event));
+                    appended.context(|| "write the log of events")
+                });
+                if let Err(error) = told {
+                    tracing::warn!("{error}");
+                }
+                Ok(Created {
+                    id: self.id,
+                    name: container.record.details.name,
+                })
+            }
             Err(error) => {
                 let everything = container::Removing::everything();
                 if let Err(error) = container::remove(&self.paths, &self.id, everything) {

@@ -596,11 +596,24 @@ fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
         (volume.destination.clone(), mount)
     }));
     of_user.sort_by_key(|(destination, _)| destination.components().count());
-    // Before a volume that replaces them.
-    let replaces = |(destination, mount): &(PathBuf, Value)| {
-        mount["type"] == "bind" && destination.starts_with("/etc")
+    // In a volume over /etc, and before one that replaces a file of them. In a directory that cannot
+    // be written to there may be no place for them.
+    let is_read_only = |mount: &Value| {
+        let options = mount["options"].as_array();
+        options.is_some_and(|options| options.iter().any(|option| option == "ro"))
     };
-    let before = of_user.iter().position(replaces).unwrap_or(of_user.len());
+    let hides = |(destination, mount): &(PathBuf, Value)| {
+        let file = destination
+            .strip_prefix("/etc")
+            .ok()
+            .and_then(|file| file.to_str());
+        match file {
+            Some("") => is_read_only(mount),
+            Some(name) => dns::FILES.contains(&name),
+            None => false,
+        }
+    };
+    let before = of_user.iter().position(hides).unwrap_or(of_user.len());
     let mut of_user: Vec<Value> = of_user.into_iter().map(|(_, mount)| mount).collect();
     of_user.splice(before..before, files);
     mounts.append(&mut of_user);

@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::container;
-use crate::error::Error;
+use crate::error::{Context, Error};
 use crate::exact;
 use crate::names;
 use crate::paths::Paths;
@@ -131,6 +131,17 @@ pub fn volume(text: &OsStr) -> Result<Volume, String> {
         subpath: None,
         options: BTreeMap::new(),
     })
+}
+
+/// Creates the directory of the host that `-v` names, as Docker does, unless something is there.
+///
+/// # Errors
+/// It cannot be created.
+pub fn create_missing(path: &Path) -> crate::error::Result<()> {
+    if std::fs::symlink_metadata(path).is_ok() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(path).context(|| format!("create {} for a volume", path.display()))
 }
 
 /// As with Docker, a relative path begins with a dot; another word is the name of a volume.

@@ -121,9 +121,13 @@ impl Store {
             pusher.session.http.put_manifest(tag, media_type, &bytes)
         })?;
         progress.event(Event::Finished);
+        let digest = Digest::of(&bytes);
+        if let Some(manifest) = image.digest {
+            self.set_repo_digest(&name.to_string(), manifest, digest)?;
+        }
         Ok(Pushed {
             tag: tag.clone(),
-            digest: Digest::of(&bytes),
+            digest,
             size: bytes.len() as u64,
         })
     }

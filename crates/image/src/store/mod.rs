@@ -351,6 +351,25 @@ impl Store {
         self.write_references(&references)
     }
 
+    /// Notes under which digest a registry has an image that a name stands for.
+    pub(crate) fn set_repo_digest(
+        &self,
+        key: &str,
+        manifest: Digest,
+        digest: Digest,
+    ) -> Result<()> {
+        let _lock = self.lock(FlockOperation::LockExclusive)?;
+        let mut references = self.read_references()?;
+        match references.names.get_mut(key) {
+            // Unless the name was given to another image meanwhile.
+            Some(named) if named.manifest == manifest => {
+                named.index = (digest != manifest).then_some(digest);
+                self.write_references(&references)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// All local names with tags of a repository.
     pub fn tags(&self, name: &RegistryReference) -> Result<Vec<Reference>> {
         let prefix = format!("{}:", name.name());

@@ -31,7 +31,8 @@ pub(crate) struct References {
 pub(crate) struct Named {
     /// Manifest digest of the image.
     pub manifest: Digest,
-    /// The manifest list that it was chosen from.
+    /// Digest by which its registry knows the name, if that is not the manifest's: of the manifest
+    /// list that it was chosen from, or of the manifest that a push wrote for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<Digest>,
     /// Identity of the archive that it was read from.

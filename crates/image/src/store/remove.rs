@@ -25,7 +25,7 @@ const TRASH: &str = "trash-";
 impl Store {
     /// Removes a name, and the image if that was its last one. By id, removes the image with its
     /// name; with several names, or with containers that use it, only if `force` is set. An image
-    /// in use by containers keeps its layers until they are gone.
+    /// that containers use loses its names only: they can be started again.
     ///
     /// `container_exists` reports whether the container with an id still exists.
     pub fn remove(
@@ -66,23 +66,22 @@ impl Store {
             .iter()
             .all(|(name, named)| named.manifest != manifest || names.contains(name));
         let holds = self.live_holds(container_exists)?;
-        if last && !force {
-            let users: Vec<String> = holds
-                .iter()
-                .filter(|(_, hold)| hold.manifest == manifest)
-                .map(|(id, _)| id.clone())
-                .collect();
-            if !users.is_empty() {
-                return Err(Error::InUse {
-                    reference: written,
-                    containers: users,
-                });
-            }
+        let users: Vec<String> = holds
+            .iter()
+            .filter(|(_, hold)| last && hold.manifest == manifest)
+            .map(|(id, _)| id.clone())
+            .collect();
+        let used = !users.is_empty();
+        if used && (!force || names.is_empty()) {
+            return Err(Error::InUse {
+                reference: written,
+                containers: users,
+            });
         }
         references.names.retain(|name, _| !names.contains(name));
         self.write_references(&references)?;
         removed.untagged = names;
-        if last {
+        if last && !used {
             self.remove_record(&manifest, &mut removed)?;
         }
         self.collect(lock, &holds, &mut removed)?;
@@ -145,7 +144,13 @@ impl Store {
 
     fn remove_record(&self, manifest: &Digest, removed: &mut Removed) -> Result<()> {
         match self.read_record(manifest) {
-            Ok(Some(record)) => removed.images.push(record.id.to_string()),
+            Ok(Some(record)) => {
+                // Another manifest may describe the same image.
+                let same = |other: &Record| other.id == record.id && other.manifest != *manifest;
+                if !self.records()?.iter().any(same) {
+                    removed.images.push(record.id.to_string());
+                }
+            }
             Ok(None) | Err(Error::CorruptStore { .. }) => {}
             Err(error) => return Err(error),
         }

@@ -330,6 +330,7 @@ impl Making<'_> {
                 },
                 start: false,
                 keeper: Some(keeper),
+                again: false,
                 journal: None,
                 sysctl: plan.sysctl.clone(),
                 files: Vec::new(),

@@ -161,7 +161,7 @@ impl Sandbox {
             execs: AtomicU32::new(1),
             oom_kills: AtomicU64::new(0),
         });
-        let (streams, carriers) = match container.enter(streams, config.start).await {
+        let (streams, carriers) = match container.enter(streams, config.start, config.again).await {
             Ok(entered) => entered,
             Err(error) => {
                 delete(&ready, &container.id).await;
@@ -274,12 +274,13 @@ async fn delete(ready: &Ready, container: &str) {
 }
 
 impl Container {
-    /// Begins with its streams, and writes down that it is there. The streams that its caller has,
+    /// Begins with its streams, and writes down that it is there, `again` if it was before. The streams that its caller has,
     /// and those who carry the others.
     async fn enter(
         &self,
         streams: Vec<OwnedFd>,
         start: bool,
+        again: bool,
     ) -> Result<(Vec<OwnedFd>, Option<Carriers>)> {
         let entered = match &self.hub {
             Some(hub) => (Vec::new(), Some(hub.carry(streams).await?)),
@@ -290,9 +291,11 @@ impl Container {
             false => self.write_status()?,
         }
         let container = || self.id.clone();
-        self.sandbox.emit(EventKind::Created {
-            container: container(),
-        });
+        if !again {
+            self.sandbox.emit(EventKind::Created {
+                container: container(),
+            });
+        }
         if start {
             self.sandbox.emit(EventKind::Started {
                 container: container(),

@@ -89,7 +89,7 @@ impl<D: Serialize + DeserializeOwned> Record<D> {
     pub fn status(&self, directory: &Directory) -> Result<Status> {
         let read = Status::read(directory)?;
         if let Some(status) = &read
-            && (status.state == State::Stopped || self.waits(status) || self.sandbox_lives())
+            && (status.state == State::Stopped || self.waits(status) || self.lives_in(status))
         {
             // One that ends just now writes its last word before it lets go of its lock.
             return Ok(read.unwrap_or_else(|| Status::new(State::Stopped)));
@@ -115,6 +115,18 @@ impl<D: Serialize + DeserializeOwned> Record<D> {
             State::Creating => self.creator.lives(),
             State::Running | State::Paused | State::Stopped => false,
         }
+    }
+
+    /// Whether the sandbox process lives that wrote a status: after it was killed, another one may
+    /// have its name, that of a container which this one has joined.
+    fn lives_in(&self, status: &Status) -> bool {
+        self.sandbox.as_ref().is_some_and(|sandbox| {
+            let another = match (status.processes.sandbox, sandbox.pid()) {
+                (0, _) | (_, None) => false,
+                (writer, Some(holder)) => writer != holder,
+            };
+            !another && sandbox.is_alive()
+        })
     }
 
     /// Whether the sandbox process that the container is in lives.

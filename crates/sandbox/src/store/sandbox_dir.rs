@@ -108,6 +108,12 @@ impl SandboxPath {
         }
     }
 
+    /// Process id of the sandbox process, living or not; `None` before it has said it.
+    pub fn pid(&self) -> Option<i32> {
+        let text = fs::read_to_string(self.lock()).ok()?;
+        text.trim().parse().ok()
+    }
+
     /// Kills the sandbox process, if it lives. Its children die with it.
     ///
     /// # Errors
@@ -115,8 +121,7 @@ impl SandboxPath {
     pub fn kill(&self) -> Result<()> {
         // Written by the process itself. One that has not come to that yet ends when it finds that
         // nobody is connected.
-        let text = fs::read_to_string(self.lock()).unwrap_or_default();
-        let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else {
+        let Some(pid) = self.pid().and_then(Pid::from_raw) else {
             return Ok(());
         };
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {

@@ -124,7 +124,7 @@ enum Command {
         /// Remove only images that match: until=TIME, label=KEY[=VALUE], label!=KEY[=VALUE]
         #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = PruneFilter::parse)]
         filters: Vec<PruneFilter>,
-        /// Do not ask on a terminal before images with a name are removed
+        /// Do not ask before images with a name are removed
         #[arg(short, long)]
         force: bool,
     },
