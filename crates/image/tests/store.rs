@@ -511,9 +511,17 @@ fn what_a_container_uses_stays() {
         Err(Error::InUse { .. })
     ));
     assert!(store.prune(true, &known).unwrap().images.is_empty());
-    // By force the name goes, the layers stay.
-    store.remove(&reference("used"), true, &known).unwrap();
-    assert!(store.list().unwrap().is_empty() && image.layers[0].join("f").exists());
+    // By force the name goes, the image stays: the container may be started again.
+    let removed = store.remove(&reference("used"), true, &known).unwrap();
+    assert!(removed.images.is_empty() && removed.untagged.len() == 1);
+    let [left] = &store.list().unwrap()[..] else {
+        panic!("one image is left");
+    };
+    assert!(left.reference.is_none() && image.layers[0].join("f").exists());
+    assert!(matches!(
+        store.remove(&reference(&image.id), true, &known),
+        Err(Error::InUse { .. })
+    ));
     assert!(
         matches!(store.hold(&image, "second"), Ok(Some(_))),
         "its layers are there"

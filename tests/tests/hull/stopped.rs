@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::{Duration, Instant};
 
 use hull_tests::{Archive, Hull, eventually};
+use rustix::process::{Pid, Signal, kill_process};
 
 #[test]
 fn files_are_copied_from_and_to_a_container_that_has_ended() {
@@ -251,5 +252,114 @@ fn several_containers_are_stopped_at_the_same_time() {
     let output = hull.hull(["rm", "nobody"]).args(&names).run();
     let output = output.fails(1, &["no such container: nobody"]);
     assert_eq!(output.text().lines().count(), 4);
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_in_the_machine_of_one_that_was_killed_has_ended_and_starts_again() {
+    let hull = Hull::new();
+    let first = hull.start(&[], &["sleep", "1000"]);
+    let network = format!("container:{}", first.name);
+    let joined = hull.start(&["--network", &network], &["sleep", "1000"]);
+    let pid = first.inspect()["Hull"]["processes"]["sandbox"].as_i64();
+    let pid = Pid::from_raw(i32::try_from(pid.unwrap()).unwrap());
+    kill_process(pid.unwrap(), Signal::KILL).unwrap();
+    eventually("both have ended", Duration::from_secs(10), || {
+        first.state() == "stopped" && joined.state() == "stopped"
+    });
+    first.does("start").ok();
+    assert_eq!(joined.state(), "stopped", "its machine is another one now");
+    joined.exec(&["true"]).fails(1, &["not running"]);
+    joined.does("start").ok();
+    joined.exec(&["true"]).ok();
+    for container in [joined, first] {
+        container.is_removed_by_force();
+    }
+    hull.assert_clean();
+}
+
+#[test]
+fn an_image_that_is_removed_by_force_stays_for_its_containers() {
+    let hull = Hull::new();
+    let container = hull.start(&[], &["sleep", "1000"]);
+    let removed = hull.hull(["rmi", "-f", "busybox"]).run().ok();
+    assert!(!removed.text().contains("Deleted"), "{}", removed.text());
+    hull.hull(["restart", "-t", "0", &container.name])
+        .run()
+        .ok();
+    container.exec(&["true"]).ok();
+    hull.hull(["rmi", "-f", "never-was"]).run().ok();
+    container.is_removed_by_force();
+    let left = hull.hull(["images", "-q"]).run().ok().text();
+    hull.hull(["rmi", &left]).run().ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn nothing_is_pruned_without_a_yes() {
+    let hull = Hull::new();
+    hull.hull(["create", "--name", "idle", "busybox"])
+        .run()
+        .ok();
+    for answer in ["", "n\n", "yess\n"] {
+        hull.hull(["container", "prune"]).input(answer).run().ok();
+        assert!(hull.names().contains(&"idle".to_owned()), "{answer:?}");
+    }
+    hull.hull(["container", "prune"]).input("y\n").run().ok();
+    assert!(hull.names().is_empty());
+    hull.assert_clean();
+}
+
+#[test]
+fn a_container_is_created_once_whatever_becomes_of_it() {
+    let hull = Hull::new();
+    hull.hull(["create", "--name", "job", "busybox", "true"])
+        .run()
+        .ok();
+    for _ in 0..2 {
+        hull.hull(["start", "-a", "job"]).run().ok();
+    }
+    hull.run(&["--name", "other"], &["true"]).ok();
+    let actions = |name: &str| {
+        let filter = format!("container={name}");
+        let events = [
+            "events", "--since", "1h", "--until", "now", "--filter", &filter,
+        ];
+        let events = hull.hull(events).args(["--format", "{{.Action}}"]);
+        events.run().ok().text().replace('\n', " ")
+    };
+    assert_eq!(actions("job"), "create start die start die");
+    hull.hull(["rm", "job"]).run().ok();
+    hull.assert_clean();
+}
+
+#[test]
+fn a_volume_over_etc_does_not_hide_names_and_name_servers() {
+    let hull = Hull::networked("uml");
+    let show = |host: &str, volume: &str| {
+        let options = [
+            "--hostname",
+            host,
+            "-v",
+            volume,
+            "--add-host",
+            "foo:192.0.2.7",
+        ];
+        let script =
+            "cat /etc/hostname; grep -c foo /etc/hosts; test -s /etc/resolv.conf && echo ok";
+        hull.run(&options, &["sh", "-c", script]).ok().text()
+    };
+    assert_eq!(show("one", "etc:/etc"), "one\n1\nok");
+    assert_eq!(show("two", "etc:/etc"), "two\n1\nok");
+    assert_eq!(show("three", "empty:/etc:nocopy"), "three\n1\nok");
+    hull.hull(["volume", "rm", "etc", "empty"]).run().ok();
+    // A directory of the host that is not there is created, as Docker does.
+    let there = hull.path("deep/er");
+    let volume = format!("{}:/v", there.display());
+    hull.run(&["-v", &volume], &["touch", "/v/file"]).ok();
+    assert!(there.join("file").exists());
+    let mount = format!("type=bind,source={}/no,target=/v", there.display());
+    hull.run(&["--mount", &mount], &["true"])
+        .fails(125, &["does not exist"]);
     hull.assert_clean();
 }

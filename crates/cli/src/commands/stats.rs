@@ -59,7 +59,9 @@ pub fn execute(args: Args) -> Result<u8> {
         Some(format) => matches!(format, ListFormat::Usual | ListFormat::Columns(_)),
     };
     let clear = !args.no_stream && is_table && std::io::stdout().is_terminal();
-    let begin = if clear { "\x1b[H\x1b[2J" } else { "" };
+    if clear {
+        output::print("\x1b[2J")?;
+    }
     let mut before = sample(&paths, &args)?;
     loop {
         std::thread::sleep(INTERVAL);
@@ -75,13 +77,21 @@ pub fn execute(args: Args) -> Result<u8> {
             let format = args.format.as_ref().unwrap_or(&ListFormat::Usual);
             let text = format::list(format, &HEADINGS, fields())?;
             let text = text.unwrap_or_else(|| table(&rows, args.no_trunc).render());
-            output::print(format!("{begin}{text}"))?;
+            output::print(match clear {
+                true => redrawn(&text),
+                false => text,
+            })?;
         }
         if args.no_stream {
             return Ok(0);
         }
         before = now;
     }
+}
+
+/// The text over what was there before: line by line, so that nothing flickers.
+fn redrawn(text: &str) -> String {
+    format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n"))
 }
 
 fn sample(paths: &Paths, args: &Args) -> Result<Vec<Sample>> {

@@ -165,7 +165,7 @@ impl Filter {
 }
 
 /// The regular expression of a filter for names.
-fn name_pattern(filter: &str, pattern: &str) -> std::result::Result<Regex, String> {
+pub(crate) fn name_pattern(filter: &str, pattern: &str) -> std::result::Result<Regex, String> {
     const MOST_BYTES: usize = 1 << 20;
     RegexBuilder::new(pattern)
         .size_limit(MOST_BYTES)

@@ -20,6 +20,7 @@ use crate::supervise;
 use crate::volumes::Source;
 use crate::{time, usage};
 
+pub(crate) use self::filter::name_pattern;
 pub use self::filter::{Filter, Filters, KEYS, STATES};
 pub use self::prune::PruneFilter;
 

@@ -20,9 +20,12 @@ use serde_json::{Value, json};
 
 use super::backing::{self, Backing};
 use super::{Source, Volume};
+use regex::Regex;
+
 use crate::container;
 use crate::entries::{self, Lock};
 use crate::error::{Context, Error, Result};
+use crate::listing::name_pattern;
 use crate::paths::Paths;
 use crate::time;
 use crate::usage;
@@ -443,8 +446,8 @@ pub fn remove_anonymous(paths: &Paths, of_container: &[Volume]) -> Result<()> {
 /// One condition on volumes.
 #[derive(Clone, Debug)]
 pub enum Filter {
-    /// A part of its name.
-    Name(String),
+    /// A regular expression that its name has a part of.
+    Name(Regex),
     /// A label, with this value.
     Label(String, Option<String>),
     /// Whether no container uses it.
@@ -458,7 +461,7 @@ impl Filter {
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = |why: &str| format!("invalid filter {text:?}: {why}");
         match text.split_once('=') {
-            Some(("name", name)) => Ok(Self::Name(name.to_owned())),
+            Some(("name", name)) => name_pattern(text, name).map(Self::Name),
             Some(("label", label)) => Ok(match label.split_once('=') {
                 Some((key, value)) => Self::Label(key.to_owned(), Some(value.to_owned())),
                 None => Self::Label(label.to_owned(), None),
@@ -476,7 +479,7 @@ impl Filter {
     /// Whether it selects a volume.
     pub fn matches(&self, volume: &StoredVolume, is_used: bool) -> bool {
         match self {
-            Self::Name(name) => volume.name.contains(name.as_str()),
+            Self::Name(name) => name.is_match(&volume.name),
             Self::Label(key, value) => volume
                 .record
                 .labels

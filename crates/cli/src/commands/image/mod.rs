@@ -187,8 +187,14 @@ pub fn execute(args: Args) -> Result<u8> {
                 // As in Docker, any reason that prevents an image's removal exits with 1.
                 let wrong = |error| of_image(error).kind(ErrorKind::WrongState);
                 let reference = name.parse().map_err(of_image)?;
-                let removed = store.remove(&reference, force, &container_exists);
-                report(&removed.map_err(wrong)?)
+                match store.remove(&reference, force, &container_exists) {
+                    // As Docker: it is as it was to be.
+                    Err(error) if force && error.is_not_found() => {
+                        output::note(wrong(error).message);
+                        Ok(())
+                    }
+                    removed => report(&removed.map_err(wrong)?),
+                }
             });
         }
         Command::Exists { image } => {
