@@ -78,7 +78,7 @@ const COMMANDS: [(&str, &str); 18] = [
 ];
 
 /// Options of `run` that are not here, and what can be done instead.
-const OPTIONS: [(&str, &str); 25] = [
+const OPTIONS: [(&str, &str); 24] = [
     (
         "--volume-driver",
         "-v HOST:CONTAINER shows directories of the host",
@@ -113,10 +113,6 @@ const OPTIONS: [(&str, &str); 25] = [
     ),
     ("--cgroupns", "a container has control groups of its own"),
     ("--cgroup-parent", "cgroup_parent in hull's configuration"),
-    (
-        "--platform",
-        "machines have the host's architecture; leave it out",
-    ),
     (
         "--pidfile",
         "hull inspect shows the processes of a container's machine",

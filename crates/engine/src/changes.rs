@@ -285,6 +285,18 @@ fn defaults(options: &RunOptions, image: &ImageConfig) -> ImageConfig {
         config.stop_signal.clone_from(&options.stop_signal);
     }
     config.labels.extend(options.labels.iter().cloned());
+    if options.health.is_some() {
+        config.health.clone_from(&options.health);
+    }
+    let published = options.network.publish.iter();
+    let published = published.flat_map(|ports| &ports.0);
+    let published =
+        published.map(|port| format!("{}/{}", port.container_port, port.protocol.name()));
+    for port in options.expose.iter().cloned().chain(published) {
+        if !config.exposed_ports.contains(&port) {
+            config.exposed_ports.push(port);
+        }
+    }
     for volume in &options.volumes {
         let place = volume.destination.display().to_string();
         let known = spec::image_volumes(image).contains(&volume.destination);

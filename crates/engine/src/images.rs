@@ -1,6 +1,8 @@
 //! The images that are here, as commands and the API ask for them.
 
-use hull_image::{Digest, Image, Listed, Pattern, Reference, RegistryReference, Removed, Store};
+use hull_image::{
+    Digest, Image, Listed, Pattern, Platform, Reference, RegistryReference, Removed, Store,
+};
 use serde_json::{Value, json};
 
 use crate::config::Config;
@@ -170,6 +172,26 @@ pub fn image_name(text: &str) -> Result<RegistryReference> {
         Reference::Registry(name) => Ok(name),
         other => Err(Error::new(format!(
             "cannot name an image {other}: that is a place or an id"
+        ))),
+    }
+}
+
+/// Checks that a container can be of a platform: `OS/ARCH[/VARIANT]`, or nothing.
+///
+/// # Errors
+/// That is no platform, or not this host's.
+pub fn check_platform(text: &str) -> Result<()> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let asked: Platform = text
+        .parse()
+        .map_err(|why| Error::invalid(format!("--platform: {why}")))?;
+    let host = Platform::host();
+    match (&asked.os, &asked.architecture) == (&host.os, &host.architecture) {
+        true => Ok(()),
+        false => Err(Error::unsupported(format_args!(
+            "--platform {text}: a machine has the processor of this host, {host}"
         ))),
     }
 }

@@ -28,8 +28,9 @@ use crate::config::Config;
 use crate::container::{self, Container, Details, Down};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::health::{self, Checking};
+use crate::paths::Paths;
 use crate::run::{Attempt, start_again};
-use crate::values::Restart;
+use crate::values::{Network, Restart};
 
 /// First argument of the process.
 pub const ROLE: &str = "supervisor-process";
@@ -103,8 +104,26 @@ fn policy(details: &Details) -> Restart {
     }
 }
 
+/// The names of the containers that are to be started at boot, those that are in the machines of
+/// others after these.
+///
+/// # Errors
+/// The directory of containers cannot be read.
+pub fn to_boot(paths: &Paths) -> Result<Vec<String>> {
+    let listed = container::list(paths)?.into_iter().flatten();
+    let mut wanted: Vec<Container> = listed.filter(wants_boot).collect();
+    let joins = |container: &Container| {
+        let options = container.record.details.options.as_ref();
+        let network = options.and_then(|options| options.network.network.as_ref());
+        matches!(network, Some(Network::Container(_)))
+    };
+    wanted.sort_by_key(joins);
+    let names = wanted.into_iter().map(|one| one.record.details.name);
+    Ok(names.collect())
+}
+
 /// Whether a container that ended is to be started at boot.
-pub fn wants_boot(container: &Container) -> bool {
+fn wants_boot(container: &Container) -> bool {
     let details = &container.record.details;
     let asked = details.options.as_ref().map(|options| options.restart);
     // One that the shutdown ended would have gone on.

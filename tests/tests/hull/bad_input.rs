@@ -25,7 +25,15 @@ fn bad_values_of_options_are_named() {
         (["-v", "rela/tive:/data"], "rela/tive"),
         (["-v", "/tmp:data"], "absolute"),
         (["-v", "/tmp:/data:rx"], "rx"),
-        (["-v", "/no/such/directory:/data"], "/no/such/directory"),
+        (
+            [
+                "--mount",
+                "type=bind,source=/no/such/directory,target=/data",
+            ],
+            "/no/such/directory",
+        ),
+        (["--platform", "linux/s390x"], "linux/s390x"),
+        (["--platform", "none/such/thing/else"], "--platform"),
         (["-m", "1m"], "1"),
         (["-m", "much"], "much"),
         (["-m", "-5"], "-5"),

@@ -363,3 +363,50 @@ fn a_volume_over_etc_does_not_hide_names_and_name_servers() {
         .fails(125, &["does not exist"]);
     hull.assert_clean();
 }
+
+#[test]
+fn an_image_of_a_container_has_the_ports_and_the_check_of_its_options() {
+    let hull = Hull::new();
+    let options = [
+        "--name",
+        "made",
+        "--platform",
+        "linux",
+        "--expose",
+        "7000-7001/udp",
+        "--health-cmd",
+        "true",
+    ];
+    hull.hull(["create"])
+        .args(options)
+        .arg("busybox")
+        .run()
+        .fails(125, &["--platform"]);
+    let platform = match std::env::consts::ARCH {
+        "x86_64" => "linux/amd64",
+        _ => "linux/arm64",
+    };
+    let options = options.map(|word| if word == "linux" { platform } else { word });
+    hull.hull(["create"])
+        .args(options)
+        .arg("busybox")
+        .run()
+        .ok();
+    hull.hull(["commit", "made", "made:1"]).run().ok();
+    let inspect = ["image", "inspect", "made:1"];
+    let config = hull.hull(inspect).run().ok().json()[0]["Config"].clone();
+    assert_eq!(
+        config["ExposedPorts"],
+        serde_json::json!({"7000/udp": {}, "7001/udp": {}})
+    );
+    assert_eq!(
+        config["Healthcheck"]["Test"],
+        serde_json::json!(["CMD-SHELL", "true"])
+    );
+    hull.hull(["rm", "made"]).run().ok();
+    hull.hull(["rmi", "made:1"]).run().ok();
+    hull.hull(["run", "--no-healthcheck", "--health-cmd", "true", "busybox"])
+        .run()
+        .fails(125, &["--no-healthcheck"]);
+    hull.assert_clean();
+}

@@ -14,6 +14,7 @@ use hull_engine::container::{self, Removing};
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::of_image;
 use hull_engine::health;
+use hull_engine::images::check_platform;
 use hull_engine::log_options::{self, LogOptions};
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
@@ -143,6 +144,14 @@ pub struct ContainerArgs {
     #[arg(long, value_name = "FILE")]
     label_file: Vec<PathBuf>,
 
+    /// Platform of the image and the container: this host's
+    #[arg(
+        long,
+        value_name = "OS/ARCH[/VARIANT]",
+        default_value = "",
+        hide_default_value = true
+    )]
+    platform: String,
     /// Set an annotation, for programs that read the specification
     #[arg(long, value_name = "KEY[=VALUE]", value_parser = values::label)]
     annotation: Vec<(String, String)>,
@@ -265,7 +274,17 @@ struct HealthArgs {
     #[arg(long, value_name = "DURATION", value_parser = health::duration)]
     health_start_interval: Option<u64>,
     /// Do not check, whatever the image says
-    #[arg(long)]
+    #[arg(
+        long,
+        conflicts_with_all = [
+            "health_cmd",
+            "health_interval",
+            "health_timeout",
+            "health_retries",
+            "health_start_period",
+            "health_start_interval",
+        ]
+    )]
     no_healthcheck: bool,
 }
 
@@ -376,6 +395,7 @@ impl ContainerArgs {
     /// A file of environment variables cannot be read; there is no log driver of this name; there
     /// is no container whose volumes are wanted.
     fn options(self, config: &Config) -> Result<RunOptions> {
+        check_platform(&self.platform)?;
         let environment = gather_environment(&self.env_file, &self.env)?;
         let options = self.log_opt.iter();
         let options = options.map(|(key, value)| (&key[..], &value[..]));

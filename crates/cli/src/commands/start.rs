@@ -9,7 +9,7 @@ use hull_engine::supervise;
 use hull_engine::values::{self, DetachKeys};
 
 use super::run::{check_terminal, follow, status_of_signal};
-use super::{attach, config_for_root, for_each, named_or_all};
+use super::{attach, config_for_root, for_each};
 use crate::error::{Error, Result};
 use crate::output;
 
@@ -42,7 +42,10 @@ pub fn execute(args: Args, began_ns: u64) -> Result<u8> {
     let config = config_for_root()?;
     let attached = args.attach || args.interactive;
     let paths = config.paths();
-    let names = named_or_all(&paths, args.containers, args.at_boot, supervise::wants_boot)?;
+    let names = match args.at_boot {
+        true => supervise::to_boot(&paths)?,
+        false => args.containers,
+    };
     match &names[..] {
         [name] if attached => {
             let keys = args.detach_keys.unwrap_or(config.detach_keys.clone());

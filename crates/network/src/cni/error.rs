@@ -179,9 +179,9 @@ impl fmt::Display for Fault {
 fn alternatives(known: &[String], unreadable: &[String]) -> String {
     let quoted: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
     let mut text = match quoted.len() {
-        0 => "there is no other".to_owned(),
-        1 => format!("there is only {}", quoted[0]),
-        _ => format!("there are {}", quoted.join(", ")),
+        0 => "CNI has no other".to_owned(),
+        1 => format!("CNI has only {}", quoted[0]),
+        _ => format!("CNI has {}", quoted.join(", ")),
     };
     for why in unreadable {
         text.push_str("; ");

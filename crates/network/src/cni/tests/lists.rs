@@ -66,7 +66,7 @@ fn networks_are_found_in_the_order_of_their_files() {
         "{error}"
     );
     let error = List::load(&[&missing], "c").unwrap_err().to_string();
-    assert_eq!(error, r#"network "c" not found: there is no other"#);
+    assert_eq!(error, r#"network "c" not found: CNI has no other"#);
 }
 
 #[test]
