@@ -58,7 +58,7 @@ fn networks_are_found_in_the_order_of_their_files() {
 
     let error = List::load(&directories, "c").unwrap_err().to_string();
     assert!(
-        error.starts_with(r#"network "c" not found: there are "a", "b", "d"; "#),
+        error.starts_with(r#"network "c" not found: CNI has "a", "b", "d"; "#),
         "{error}"
     );
     assert!(
