@@ -596,8 +596,8 @@ fn mounts(options: &ContainerOptions, layout: &Layout) -> Vec<Value> {
         (volume.destination.clone(), mount)
     }));
     of_user.sort_by_key(|(destination, _)| destination.components().count());
-    // In a volume over /etc, and before one that replaces a file of them. In a directory that cannot
-    // be written to there may be no place for them.
+    // In a volume over /etc, and before one that replaces a file of them. In a directory that
+    // cannot be written to there may be no place for them.
     let is_read_only = |mount: &Value| {
         let options = mount["options"].as_array();
         options.is_some_and(|options| options.iter().any(|option| option == "ro"))

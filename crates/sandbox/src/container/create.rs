@@ -274,8 +274,8 @@ async fn delete(ready: &Ready, container: &str) {
 }
 
 impl Container {
-    /// Begins with its streams, and writes down that it is there, `again` if it was before. The streams that its caller has,
-    /// and those who carry the others.
+    /// Begins with its streams, and writes down that it is there, `again` if it was before. The
+    /// streams that its caller has, and those who carry the others.
     async fn enter(
         &self,
         streams: Vec<OwnedFd>,
