@@ -176,20 +176,21 @@ pub fn image_name(text: &str) -> Result<RegistryReference> {
     }
 }
 
-/// Checks that a container can be of a platform: `OS/ARCH[/VARIANT]`, or nothing.
+/// The platform that a container is asked to be of, which this host's is: `OS/ARCH[/VARIANT]`, or
+/// nothing.
 ///
 /// # Errors
 /// That is no platform, or not this host's.
-pub fn check_platform(text: &str) -> Result<()> {
+pub fn own_platform(text: &str) -> Result<Option<Platform>> {
     if text.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let asked: Platform = text
         .parse()
         .map_err(|why| Error::invalid(format!("--platform: {why}")))?;
     let host = Platform::host();
     match (&asked.os, &asked.architecture) == (&host.os, &host.architecture) {
-        true => Ok(()),
+        true => Ok(Some(asked)),
         false => Err(Error::unsupported(format_args!(
             "--platform {text}: a machine has the processor of this host, {host}"
         ))),

@@ -80,19 +80,17 @@ pub fn reverse(address: IpAddr) -> String {
 
 /// The address of such a name.
 fn reversed(name: &str) -> Option<IpAddr> {
-    let labels = |digits: &str| {
-        digits
-            .split('.')
-            .rev()
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+    let labels = |digits: &'_ str| -> Option<Vec<String>> {
+        let digits = digits.strip_suffix('.')?.split('.');
+        Some(digits.rev().map(str::to_owned).collect())
     };
     if let Some(digits) = name.strip_suffix(V4_REVERSE) {
-        let digits = labels(digits.strip_suffix('.')?).join(".");
-        return digits.parse().ok().map(IpAddr::V4);
+        return labels(digits)?.join(".").parse().ok().map(IpAddr::V4);
     }
-    let digits = labels(name.strip_suffix(V6_REVERSE)?.strip_suffix('.')?);
-    let whole = digits.len() == 32 && digits.iter().all(|digit| digit.len() == 1);
+    let digits = labels(name.strip_suffix(V6_REVERSE)?)?;
+    // Of a sign, too, a number could be read.
+    let is_digit = |digit: &String| matches!(digit.as_bytes(), [byte] if byte.is_ascii_hexdigit());
+    let whole = digits.len() == 32 && digits.iter().all(is_digit);
     let number = whole.then(|| u128::from_str_radix(&digits.concat(), 16).ok())??;
     Some(IpAddr::V6(number.into()))
 }
@@ -230,6 +228,7 @@ mod tests {
             "1.2.3.256.in-addr.arpa",
             "1.2.3.04.in-addr.arpa",
             "x.ip6.arpa",
+            "2.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.+.ip6.arpa",
             "ip6.arpa",
         ] {
             let asked = question(&query(name, TYPE::PTR)).unwrap();

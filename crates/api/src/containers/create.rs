@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::{Error, of_image};
-use hull_engine::images::{check_platform, of_local};
+use hull_engine::images::{of_local, own_platform};
 use hull_engine::log_options::LogOptions;
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
@@ -27,7 +27,7 @@ use crate::failure::{Failure, Result};
 /// Creates a container.
 pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
     let name = call.query.get("name").map(str::to_owned);
-    let platform = call.query.get("platform").map(str::to_owned);
+    let platform = own_platform(call.query.get("platform").unwrap_or_default())?;
     let asked: Asked = call.json()?;
     if asked.image.is_empty() {
         return Err(Failure::bad("no image was given"));
@@ -40,9 +40,8 @@ pub fn create(state: &Shared, call: &mut Call) -> Result<Reply> {
     let config = &state.config;
     let reference: Reference = options.image.parse().map_err(of_image)?;
     let mut store = unpacker::store(config)?;
-    if let Some(platform) = platform.filter(|platform| !platform.is_empty()) {
-        check_platform(&platform)?;
-        store = store.with_platform(platform.parse().map_err(Failure::bad)?);
+    if let Some(platform) = platform {
+        store = store.with_platform(platform);
     }
     let image = store.inspect(&reference).map_err(|error| {
         let mut error = of_local(error);

@@ -14,7 +14,7 @@ use hull_engine::container::{self, Removing};
 use hull_engine::endpoint::{self, Endpoint};
 use hull_engine::error::of_image;
 use hull_engine::health;
-use hull_engine::images::check_platform;
+use hull_engine::images::own_platform;
 use hull_engine::log_options::{self, LogOptions};
 use hull_engine::network::NetworkOptions;
 use hull_engine::options::RunOptions;
@@ -395,7 +395,7 @@ impl ContainerArgs {
     /// A file of environment variables cannot be read; there is no log driver of this name; there
     /// is no container whose volumes are wanted.
     fn options(self, config: &Config) -> Result<RunOptions> {
-        check_platform(&self.platform)?;
+        own_platform(&self.platform)?;
         let environment = gather_environment(&self.env_file, &self.env)?;
         let options = self.log_opt.iter();
         let options = options.map(|(key, value)| (&key[..], &value[..]));

@@ -3,8 +3,8 @@
 use std::fs::File;
 
 use hull_image::Image;
-use hull_sandbox::events::{Event, EventKind, EventLog};
-use hull_sandbox::store::{Directory, Record, State, Status, remove_all};
+use hull_sandbox::store::{Directory, Record, SandboxPath, State, Status, remove_all};
+use hull_sandbox::{Event, EventKind, append_event};
 
 use super::{Place, Run};
 use crate::container::{self, Details, ENGINE};
@@ -39,15 +39,7 @@ impl Run<'_> {
         let read = written.and_then(|()| container::find(&self.paths, &self.id));
         match read {
             Ok(container) => {
-                let event = EventKind::Created {
-                    container: self.id.clone(),
-                };
-                let run = self.paths.run();
-                let told = Directory::create(run).and_then(|_| {
-                    let appended = EventLog::new(run).append(&Event::now(&self.sandbox, event));
-                    appended.context(|| "write the log of events")
-                });
-                if let Err(error) = told {
+                if let Err(error) = self.report_creation() {
                     tracing::warn!("{error}");
                 }
                 Ok(Created {
@@ -63,6 +55,18 @@ impl Run<'_> {
                 Err(error)
             }
         }
+    }
+
+    /// Writes an event, which a sandbox does for a container that is started with its creation.
+    fn report_creation(&self) -> Result<()> {
+        let run = self.paths.run();
+        Directory::create(run)?;
+        let kind = EventKind::Created {
+            container: self.id.clone(),
+        };
+        let sandbox = SandboxPath::new(run, &self.sandbox);
+        append_event(&sandbox, &Event::now(&self.sandbox, kind))
+            .context(|| "write the log of events")
     }
 
     /// What is known of the container before it is in a machine.

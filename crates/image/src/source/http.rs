@@ -195,8 +195,7 @@ impl Http {
             let response = self.follow(&Method::GET, url.clone(), &[], None).await?;
             let response = match response.status() {
                 StatusCode::UNAUTHORIZED => self.request_at(Method::GET, url, &[]).await?,
-                status if status.is_success() => response,
-                status => return Err(refusal(status, response).await),
+                _ => successful(response).await?,
             };
             read(response, MAX_DOCUMENT).await?.ok_or(Failure::TooLarge)
         };
@@ -284,10 +283,7 @@ impl Http {
             }
             _ => response,
         };
-        match response.status() {
-            status if status.is_success() => Ok(response),
-            status => Err(refusal(status, response).await),
-        }
+        successful(response).await
     }
 
     pub(super) fn client(&self) -> &reqwest::Client {
@@ -397,6 +393,14 @@ pub(super) async fn read(mut response: Response, limit: u64) -> Result<Option<Ve
         body.extend_from_slice(&chunk);
     }
     Ok(Some(body))
+}
+
+/// The response, if it is one of success.
+async fn successful(response: Response) -> Result<Response, Failure> {
+    match response.status() {
+        status if status.is_success() => Ok(response),
+        status => Err(refusal(status, response).await),
+    }
 }
 
 /// The failure of an answer without success. Its body is read only as far as an error goes; that it

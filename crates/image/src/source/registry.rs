@@ -18,7 +18,7 @@ use crate::config;
 use crate::credentials::{Credentials, Found};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Transfer, check_digest};
-use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest, Platform};
+use crate::manifest::{self, Descriptor, Document, MAX_DOCUMENT, Manifest};
 use crate::progress::{Event, Progress};
 use crate::reference::{RegistryReference, Version};
 use crate::store::{Image, LayerStream, Named, Plan, PlannedLayer, Pull, Store};
@@ -323,11 +323,7 @@ impl<'a> Session<'a> {
             Document::Manifest(image) => {
                 let config = self.config(&image.config).await?;
                 let config = config::parse(written, &config, image.layers.len())?.config;
-                vec![Platform {
-                    os: config.os,
-                    architecture: config.architecture,
-                    variant: config.variant,
-                }]
+                vec![config.platform()]
             }
         };
         Ok(RemoteImage {

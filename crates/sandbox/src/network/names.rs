@@ -168,13 +168,13 @@ impl Names {
         let mut addresses = Vec::new();
         for (network, _) in self.networks().iter() {
             let name = network.links.get(name).map_or(name, String::as_str);
-            let found = entries(network, name);
+            let mut found = entries(network, name);
             if found.is_empty()
                 && let Some(short) = without_network(name, &network.network)
             {
-                addresses.extend(entries(network, short).into_iter().flat_map(addresses_of));
+                found = entries(network, short);
             }
-            addresses.extend(found.into_iter().flat_map(addresses_of));
+            addresses.extend(found.into_iter().flat_map(|entry| entry.addresses));
         }
         (!addresses.is_empty()).then_some(addresses)
     }
@@ -248,14 +248,10 @@ fn entries(network: &NamesConfig, name: &str) -> Vec<Entry> {
     alive.take(MOST_OF_A_NAME).collect()
 }
 
-fn addresses_of(entry: Entry) -> Vec<IpAddr> {
-    entry.addresses
-}
-
 /// The name of a container before the name of its network.
 fn without_network<'a>(name: &'a str, network: &str) -> Option<&'a str> {
     let at = name.len().checked_sub(network.len())?;
-    let (short, rest) = (name.get(..at)?, name.get(at..)?);
+    let (short, rest) = name.split_at_checked(at)?;
     let short = short.strip_suffix('.')?;
     (!network.is_empty() && rest.eq_ignore_ascii_case(network)).then_some(short)
 }
